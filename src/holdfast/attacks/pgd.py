@@ -1,0 +1,58 @@
+"""PGD: projected gradient descent.
+
+Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, arXiv:1706.06083.
+Differs from the paper: climbs the margin instead of the cross-entropy, and keeps each example's best iterate instead
+of its last.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs, Positive, Restarts, Steps
+from holdfast.ops.ascent import Schedule, ascend, flat
+from holdfast.ops.best import Best
+from holdfast.ops.losses import Loss, margin_loss
+
+
+@dataclass(frozen=True)
+class PGD:
+    """Push the margin down inside the constraint, from random starts."""
+
+    steps: Steps = 40
+    """gradient steps of one restart"""
+    reach: Positive = 2.5
+    """path length of one restart, in multiples of eps"""
+    restarts: Restarts = 1
+    """random starts; each works only on the examples still standing"""
+    loss: Loss = margin_loss
+    """what is climbed: `margin_loss`, `cross_entropy`, `dlr`, `probability_margin`"""
+    schedule: Schedule = flat
+    """how the step size runs: `flat`, or `cosine` from twice as much down to zero"""
+    drop: bool = True
+    """leave an example out once it is broken"""
+
+    needs: ClassVar[Access] = "gradients"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        constraint, best = threat.constraint, Best(batch)
+        for restart in range(self.restarts):
+            left = batch.take(best.standing)
+            if not len(left):
+                break
+            found = ascend(
+                model,
+                left,
+                constraint.sample(left, model.bounds, rng.at("restart", restart)),
+                self.loss,
+                constraint,
+                steps=self.steps,
+                step_size=self.reach * constraint.eps / self.steps,
+                schedule=self.schedule,
+                drop=self.drop,
+            )
+            best.offer(left, *found)
+        return best.x

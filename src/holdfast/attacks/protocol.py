@@ -1,0 +1,19 @@
+"""What every attack is: settings, the access it needs, and a call that returns inputs."""
+
+from typing import ClassVar, Protocol, runtime_checkable
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """A frozen dataclass whose fields are the settings and whose call is the algorithm; it never judges itself."""
+
+    needs: ClassVar[Access]
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        """Perturbed inputs (n, *features), inside the constraint where it has an eps."""

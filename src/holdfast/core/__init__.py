@@ -1,0 +1,1 @@
+"""The nouns: batch, model, constraints, threat, draws, evidence, the hash chain, and the errors."""

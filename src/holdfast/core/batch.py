@@ -1,0 +1,74 @@
+"""Examples with their labels and identities, and the protocol of a data set."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from holdfast.core.types import Ids, Inputs, Labels
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples `x` (n, *features), labels `y` (n), and `ids` (n), the source row of each.
+
+    `target` (n) is the class that a targeted attack aims for; None means that any other class will do.
+    """
+
+    x: Inputs
+    y: Labels
+    ids: Ids
+    target: Labels | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, rows: Tensor) -> "Batch":
+        """The batch of some rows (positions or a mask), ids and targets kept."""
+        target = None if self.target is None else self.target[rows]
+        return Batch(self.x[rows], self.y[rows], self.ids[rows], target)
+
+    def at(self, x: Inputs) -> "Batch":
+        """The same examples with other inputs."""
+        return replace(self, x=x)
+
+    def towards(self, target: Labels | None) -> "Batch":
+        """The same examples with a class to aim for."""
+        return replace(self, target=target)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        target = None if self.target is None else self.target.to(device)
+        return Batch(self.x.to(device), self.y.to(device), self.ids.to(device), target)
+
+    def split(self, size: int) -> Iterator["Batch"]:
+        """Consecutive batches of at most `size` examples."""
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            target = None if self.target is None else self.target[rows]
+            yield Batch(self.x[rows], self.y[rows], self.ids[rows], target)
+
+
+@runtime_checkable
+class Data(Protocol):
+    """A data set that is read in slices, so that it may be larger than memory."""
+
+    @property
+    def name(self) -> str:
+        """What the report calls it."""
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes, where known."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the selected examples and their labels, in hex."""
+
+    def __len__(self) -> int:
+        """How many examples are selected."""
+
+    def read(self, start: int, stop: int) -> Batch:
+        """Examples `start` to `stop` of the selection: float inputs, int64 labels, ids = source rows."""

@@ -1,0 +1,279 @@
+"""What an adversary may change: balls around the clean input, cut by the box of legal inputs.
+
+Each constraint is a small value with the four functions that attacks need, so that an attack is written once for all
+norms: `distance`, `project` (the exact nearest point of ball *and* box), `steepest` (the best step of length one) and
+`sample` (a random start). Projections: L2 by the one-dimensional root of its dual; L1 by the sorted breakpoints of its
+dual (Croce & Hein, "Mind the box: l1-APGD for sparse adversarial attacks", ICML 2021, arXiv:2103.01208); L0 by the
+largest gains (Croce & Hein, "Sparse and imperceivable adversarial attacks", ICCV 2019, arXiv:1909.05040).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.model import Bounds
+from holdfast.core.types import Inputs, Mask, NonNegative, PerExample
+
+_TINY = 1e-12
+_L1_DENSITY = 0.01  # share of the features that one L1 step moves: between a vertex (too slow) and a dense step
+
+
+@runtime_checkable
+class Constraint(Protocol):
+    """A set of allowed inputs around each clean one; `eps` is its size, infinite where only the distance is asked."""
+
+    @property
+    def eps(self) -> float:
+        """The radius, in units of the inputs (L0: how many values or pixels)."""
+
+    def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
+        """How far `x_adv` (n, *features) is from `x`, in the constraint's own unit."""
+
+    def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """The nearest point of ball and box; a point that is inside both comes back unchanged."""
+
+    def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """The direction of length one that climbs `gradient` fastest from `x`."""
+
+    def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
+        """A random point of ball and box around each example."""
+
+    def resized(self, eps: float) -> "Constraint":
+        """The same constraint with another radius."""
+
+
+def allowed(constraint: Constraint, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Mask:
+    """Whether each point is inside ball and box, measured in float64: distance <= eps (1 + 1e-6) + 1e-7."""
+    wide_adv, wide = x_adv.double(), x.double()
+    low, high = bounds.like(wide)
+    inside = ((wide_adv >= low - 1e-7) & (wide_adv <= high + 1e-7)).flatten(1).all(1)
+    return inside & (constraint.distance(wide_adv, wide) <= constraint.eps * (1 + 1e-6) + 1e-7)
+
+
+def _rows(values: Tensor, like: Tensor) -> Tensor:
+    """One number an example, shaped to broadcast against the inputs."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _room(delta: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
+    """How far each coordinate may move in the direction of `delta` before it leaves the box."""
+    low, high = bounds.like(x)
+    return torch.where(delta > 0, high - x, x - low).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class Linf:
+    """No coordinate changes by more than `eps`."""
+
+    eps: NonNegative = math.inf
+
+    def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
+        """Largest absolute change."""
+        return (x_adv - x).flatten(1).abs().amax(1)
+
+    def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """Clamp to the cube and the box."""
+        return bounds.clamp(torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps))
+
+    def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """The sign of the gradient."""
+        return gradient.sign()
+
+    def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
+        """Uniform in the cube, then clamped to the box."""
+        u = rng.uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
+        return self.project(batch.x + self.eps * (2 * u - 1), batch.x, bounds)
+
+    def resized(self, eps: float) -> "Linf":
+        """The same norm with another radius."""
+        return Linf(eps)
+
+
+@dataclass(frozen=True)
+class L2:
+    """The Euclidean length of the change is at most `eps`."""
+
+    eps: NonNegative = math.inf
+
+    def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
+        """Euclidean length of the change."""
+        return torch.linalg.vector_norm((x_adv - x).flatten(1), dim=1)
+
+    def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """`clamp(x + t (x_adv - x))` with the largest t <= 1 that reaches no further than eps.
+
+        The length grows with t, and each coordinate stops at the box; solving for t with the stopped coordinates held
+        gives a lower bound of the root that stops more of them, so the iteration rises to the exact root.
+        """
+        clamped = bounds.clamp(x_adv)
+        outside = self.distance(clamped, x) > self.eps
+        if not outside.any():
+            return clamped
+        delta = (x_adv - x)[outside]
+        size = delta.abs().flatten(1)
+        room = _room(delta, x[outside], bounds).flatten(1)
+        t = self.eps / size.norm(dim=1).clamp_min(_TINY)
+        for _ in range(size.shape[1]):
+            stopped = t[:, None] * size >= room
+            left = (self.eps**2 - (room**2 * stopped).sum(1)).clamp_min(0)
+            free = (size**2 * ~stopped).sum(1)
+            risen = torch.where(free > 0, (left / free.clamp_min(_TINY**2)).sqrt(), t).clamp_max(1)
+            if (risen <= t * (1 + 1e-6)).all():
+                break
+            t = torch.maximum(risen, t)
+        moved = torch.minimum(t[:, None] * size, room)
+        shrink = (self.eps / moved.norm(dim=1).clamp_min(_TINY)).clamp_max(1)  # rounding only
+        moved = (moved * shrink[:, None]).view_as(delta) * delta.sign()
+        result = clamped.clone()
+        result[outside] = bounds.clamp(x[outside] + moved)
+        return result
+
+    def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """The gradient over its length; zero where it is zero."""
+        return gradient / _rows(gradient.flatten(1).norm(dim=1).clamp_min(_TINY), gradient)
+
+    def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
+        """Uniform in the ball, then projected onto the box too."""
+        shape = batch.x.shape[1:]
+        direction = rng.at("direction").normal(batch.ids, *shape, dtype=batch.x.dtype)
+        radius = rng.at("radius").uniform(batch.ids, 1, dtype=batch.x.dtype)[:, 0] ** (1 / max(shape.numel(), 1))
+        step = direction * _rows(self.eps * radius / direction.flatten(1).norm(dim=1).clamp_min(_TINY), direction)
+        return self.project(batch.x + step, batch.x, bounds)
+
+    def resized(self, eps: float) -> "L2":
+        """The same norm with another radius."""
+        return L2(eps)
+
+
+@dataclass(frozen=True)
+class L1:
+    """The absolute changes add up to at most `eps`."""
+
+    eps: NonNegative = math.inf
+
+    def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
+        """Sum of the absolute changes."""
+        return (x_adv - x).flatten(1).abs().sum(1)
+
+    def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """Shrink every change by the same amount, none below zero or beyond the box, until they add up to eps.
+
+        The sum is piecewise linear in that amount, with breakpoints where a coordinate leaves the box's side (size -
+        room) or reaches zero (size); the piece that contains eps is found by sorting them.
+        """
+        clamped = bounds.clamp(x_adv)
+        outside = self.distance(clamped, x) > self.eps
+        if not outside.any():
+            return clamped
+        delta = (x_adv - x)[outside]
+        size = delta.abs().flatten(1)
+        room = torch.minimum(_room(delta, x[outside], bounds).flatten(1), size)
+        moved = (size - _l1_shrinkage(size, room, self.eps)[:, None]).clamp_min(0).minimum(room)
+        total = moved.sum(1)
+        moved = moved * (self.eps / total.clamp_min(_TINY)).clamp_max(1)[:, None]  # rounding only
+        result = clamped.clone()
+        result[outside] = bounds.clamp(x[outside] + moved.view_as(delta) * delta.sign())
+        return result
+
+    def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """Equal shares for the 1 % of the features with the largest gradient that the box still lets move."""
+        flat = gradient.flatten(1)
+        gain = flat.abs() * (_room(gradient, x, bounds).flatten(1) > 0)
+        k = max(1, round(_L1_DENSITY * flat.shape[1]))
+        values, chosen = gain.topk(k, dim=1)
+        share = (values > 0).to(flat.dtype) / k
+        return torch.zeros_like(flat).scatter(1, chosen, share * flat.gather(1, chosen).sign()).view_as(gradient)
+
+    def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
+        """Uniform in the ball (exponential spacings with random signs), then projected onto the box too."""
+        shape, dtype = batch.x.shape[1:], batch.x.dtype
+        spacings = -torch.log1p(-rng.at("spacing").uniform(batch.ids, shape.numel() + 1, dtype=dtype))
+        share = spacings[:, :-1] / spacings.sum(1, keepdim=True).clamp_min(_TINY)
+        step = self.eps * share * rng.at("sign").signs(batch.ids, shape.numel(), dtype=dtype)
+        return self.project(batch.x + step.view_as(batch.x), batch.x, bounds)
+
+    def resized(self, eps: float) -> "L1":
+        """The same norm with another radius."""
+        return L1(eps)
+
+
+def _l1_shrinkage(size: Tensor, room: Tensor, eps: float) -> Tensor:
+    """The amount by which sizes shrink so that `sum(min(max(size - amount, 0), room)) = eps`, row by row.
+
+    In float64, because the running sums cancel; the caller has made sure that the sum at zero exceeds eps.
+    """
+    dtype, size, room = size.dtype, size.double(), room.double()
+    starts, ends = (size - room).clamp_min(0), size
+    points, order = torch.cat((starts, ends), dim=1).sort(dim=1)
+    slope_change = torch.cat((torch.ones_like(starts), -torch.ones_like(ends)), dim=1).gather(1, order)
+    slope = slope_change.cumsum(1)  # how many coordinates shrink just after each breakpoint
+    steps = slope[:, :-1] * (points[:, 1:] - points[:, :-1])
+    total = room.sum(1)
+    after = total[:, None] - torch.cat((torch.zeros_like(total)[:, None], steps.cumsum(1)), dim=1)
+    piece = (after >= eps).sum(1, keepdim=True).sub(1).clamp_min(0)
+    excess = after.gather(1, piece)[:, 0] - eps
+    amount = points.gather(1, piece)[:, 0] + excess / slope.gather(1, piece)[:, 0].clamp_min(1)
+    return amount.to(dtype)
+
+
+@dataclass(frozen=True)
+class L0:
+    """At most `eps` values change (or pixels: all channels of one position count once)."""
+
+    eps: NonNegative = math.inf
+    per: Literal["value", "pixel"] = "value"
+
+    def _grouped(self, values: Tensor) -> Tensor:
+        """Values of an input (n, *features) as (n, units, values in a unit)."""
+        if self.per == "pixel" and values.dim() == 4:
+            return values.flatten(2).transpose(1, 2)
+        return values.flatten(1)[:, :, None]
+
+    def _ungrouped(self, keep: Tensor, like: Tensor) -> Tensor:
+        """A mask (n, units) as a mask of the inputs."""
+        if self.per == "pixel" and like.dim() == 4:
+            return keep[:, None, :].expand(-1, like.shape[1], -1).reshape(like.shape)
+        return keep.view(like.shape)
+
+    def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
+        """How many values or pixels differ."""
+        return (self._grouped(x_adv) != self._grouped(x)).any(2).sum(1).to(x.dtype)
+
+    def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """Keep the changes whose loss would move the point furthest, undo the others."""
+        clamped = bounds.clamp(x_adv)
+        outside = self.distance(clamped, x) > self.eps
+        if not outside.any():
+            return clamped
+        gain = self._grouped((x_adv - x) ** 2 - (x_adv - clamped) ** 2).sum(2)
+        kept = torch.zeros_like(gain, dtype=torch.bool)
+        kept.scatter_(1, gain.topk(min(int(self.eps), gain.shape[1]), dim=1).indices, True)
+        return torch.where(self._ungrouped(kept, x) | ~_expand(outside, x), clamped, x)
+
+    def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """The gradient, scaled so that a step of eps moves a value by the box's width on average (Croce & Hein)."""
+        mean = gradient.flatten(1).abs().mean(1).clamp_min(_TINY)
+        return gradient * _rows(bounds.width / (mean * max(self.eps, 1)), gradient)
+
+    def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
+        """As many random values or pixels as allowed, each uniform in the box."""
+        u = rng.at("value").uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
+        low, high = bounds.like(batch.x)
+        units = self._grouped(batch.x).shape[1]
+        order = rng.at("place").uniform(batch.ids, units)
+        kept = torch.zeros_like(order, dtype=torch.bool)
+        kept.scatter_(1, order.topk(min(int(min(self.eps, units)), units), dim=1).indices, True)
+        return torch.where(self._ungrouped(kept, batch.x), low + u * (high - low), batch.x)
+
+    def resized(self, eps: float) -> "L0":
+        """The same unit of count with another radius."""
+        return L0(eps, self.per)
+
+
+def _expand(mask: Mask, like: Tensor) -> Tensor:
+    return _rows(mask, like).expand_as(like)

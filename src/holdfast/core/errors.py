@@ -1,0 +1,36 @@
+"""The errors a user may meet, each with the exit code that the command line ends with.
+
+Every message shows the value, what was expected, and the way out. Anything else that escapes is a bug (exit code 5).
+"""
+
+from typing import ClassVar
+
+
+class HoldfastError(Exception):
+    """Something a user can act upon; `exit_code` is what the command line returns."""
+
+    exit_code: ClassVar[int] = 5
+
+
+class UsageError(HoldfastError):
+    """A flag, a name, a threat string or a configuration that cannot be meant (exit code 2)."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class TargetError(HoldfastError):
+    """A model, a data set or a disk that cannot be used (exit code 3)."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class BudgetSpent(HoldfastError):
+    """Raised by the metered model at the query that would exceed the budget; caught by the harness."""
+
+
+class Interrupted(HoldfastError):
+    """The run was asked to stop; `exit_code` is 130 (SIGINT) or 143 (SIGTERM), and the run resumes."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number

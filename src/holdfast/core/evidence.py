@@ -1,0 +1,102 @@
+"""Evidence: per-example measurements and everything needed to repeat them. It holds no verdict."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from holdfast.core.threat import ThreatModel
+
+Columns = Mapping[str, Tensor]
+"""Named columns, one row an example."""
+
+DoubtState = Literal["clear", "raised", "not measured", "not applicable"]
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """One reason for which the number might flatter the model, and what was found."""
+
+    name: str
+    """as in `--accept-doubt NAME="why"`"""
+    state: DoubtState
+    statistic: float | None = None
+    """what was measured; None where nothing was"""
+    threshold: float | None = None
+    """raised beyond this"""
+    n: int = 0
+    """examples it was measured on"""
+    says: str = ""
+    """one sentence for the report, with the numbers"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was asked of the model. Forwards, backwards and queries are sums over examples; times are of the process."""
+
+    forwards: int = 0
+    backwards: int = 0
+    queries: int = 0
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.forwards + other.forwards,
+            self.backwards + other.backwards,
+            self.queries + other.queries,
+            self.cpu_s + other.cpu_s,
+            self.wall_s + other.wall_s,
+        )
+
+
+@dataclass(frozen=True)
+class AttackRecord:
+    """One attack of a suite: its settings, how many stood before and after it, and what it cost."""
+
+    stage: str
+    """its place in the suite and its column prefix, such as `1-apgd-ce`"""
+    name: str
+    """the algorithm, as its paper spells it"""
+    settings: Mapping[str, Any]
+    standing_before: int
+    standing_after: int
+    cost: Cost
+    notes: tuple[str, ...] = ()
+    """what a reader must know, such as a loss that was replaced because there are too few classes"""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured on each example, by which attacks, under which threat model.
+
+    Columns of an assessment: `id`, `y`, `digest` (n, 32) and the clean `prediction`, `margin`, `confidence`, `entropy`,
+    `probability_margin`, `correct`; the worst case over the suite `success`, `broken_by` (index into `attacks`, -1),
+    `adversarial_prediction`, `distance_linf`, `distance_l2`, `distance_l1`, `distance_l0` (inf where nothing was found,
+    0 where the clean input is already wrong), `queries`, `first_success`; of the fixed PGD-40 pass `attacked_prediction`,
+    `attacked_confidence`, `attacked_entropy`, `attacked_probability_margin`; of minimum-norm attacks `distance`.
+    """
+
+    columns: Columns
+    threat: ThreatModel
+    suite: str
+    """name and version, such as `standard@1`; empty for a list of attacks"""
+    attacks: tuple[AttackRecord, ...]
+    seed: int
+    doubts: tuple[Doubt, ...] = ()
+    model: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    cost: Cost = Cost()
+    """all of it: clean pass, attacks, the fixed pass, doubts"""
+    doubts_cost: Cost = Cost()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    def __len__(self) -> int:
+        return len(self.columns["id"])

@@ -1,0 +1,115 @@
+"""The metered model: hides what the threat model hides, books every query on its example, and enforces the budget."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import allowed
+from holdfast.core.errors import BudgetSpent, UsageError
+from holdfast.core.model import Bounds, Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Ids, Inputs, Logits, PerExample
+
+
+def margin(logits: Logits, batch: Batch) -> PerExample:
+    """How far the model is from giving in: positive while it holds, zero (a tie) and NaN count against it.
+
+    Untargeted: the label's logit minus the largest other one. With targets: the largest other logit minus the target's.
+    """
+    wanted = batch.y if batch.target is None else batch.target
+    own = logits.gather(1, wanted[:, None])[:, 0]
+    others = logits.scatter(1, wanted[:, None], -torch.inf).amax(1)
+    return own - others if batch.target is None else others - own
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What one attack asked for, example by example: (n) int64 each."""
+
+    queries: Tensor
+    """model evaluations"""
+    first_success: Tensor
+    """the query at which an allowed input first broke the model; 0 if none did"""
+    backwards: Tensor
+    """gradients"""
+
+
+class Metered:
+    """A `Model` for one attack on one batch.
+
+    A call books one query on each row's id and raises `BudgetSpent` before the model is asked if any of them has none
+    left; the first success of each example is kept, so that an attack cut short loses nothing. Under "labels" the
+    logits are one-hot; under "labels" and "scores" no gradient passes.
+    """
+
+    def __init__(self, model: Model, batch: Batch, threat: ThreatModel) -> None:
+        self._model, self._batch, self._threat = model, batch, threat
+        self._order = batch.ids.argsort()
+        self._sorted = batch.ids[self._order]
+        self._queries = torch.zeros(len(batch), dtype=torch.int64, device=batch.ids.device)
+        self._first = torch.zeros_like(self._queries)
+        self._backwards = torch.zeros_like(self._queries)
+        self._found: dict[int, Tensor] = {}
+
+    @property
+    def bounds(self) -> Bounds:
+        """The box of the model underneath."""
+        return self._model.bounds
+
+    @property
+    def spent(self) -> Spent:
+        """What was booked so far."""
+        return Spent(self._queries.clone(), self._first.clone(), self._backwards.clone())
+
+    def found(self) -> Inputs:
+        """The first successful input of each example under a budget, else its clean one."""
+        x = self._batch.x.clone()
+        for row, x_adv in self._found.items():
+            x[row] = x_adv
+        return x
+
+    def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
+        """Logits of `x`, booked on `ids` (all examples of the batch in order, if None)."""
+        rows = self._rows(x, ids)
+        ones = torch.ones_like(rows)
+        if self._threat.queries is not None:
+            asked = self._queries.index_add(0, rows, ones)
+            if (asked > self._threat.queries).any():
+                raise BudgetSpent(f"{self._threat.queries} queries are spent")
+        self._queries.index_add_(0, rows, ones)
+        if self._threat.access == "gradients":
+            logits = self._model(x, ids)
+            if logits.requires_grad:
+                logits.register_hook(lambda _: self._book_backwards(rows, ones))
+        else:
+            with torch.no_grad():
+                logits = self._model(x, ids)
+        self._watch(x.detach(), logits.detach(), rows)
+        if self._threat.access == "labels":
+            return torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).to(logits.dtype)
+        return logits
+
+    def _book_backwards(self, rows: Tensor, ones: Tensor) -> None:
+        self._backwards.index_add_(0, rows, ones)
+
+    def _rows(self, x: Inputs, ids: Ids | None) -> Tensor:
+        if ids is None or ids is self._batch.ids:
+            if len(x) != len(self._batch):
+                raise UsageError(f"{len(x)} inputs came without ids; pass the ids of their rows: model(x, batch.ids)")
+            return torch.arange(len(x), device=x.device)
+        return self._order[torch.searchsorted(self._sorted, ids)]
+
+    def _watch(self, x: Inputs, logits: Logits, rows: Tensor) -> None:
+        """Note the first query that breaks each example with an allowed input."""
+        target = None if self._batch.target is None else self._batch.target[rows]
+        broken = ~(margin(logits, Batch(x, self._batch.y[rows], rows, target)) > 0) & (self._first[rows] == 0)
+        if not broken.any():
+            return
+        at = broken.nonzero()[:, 0]
+        at = at[allowed(self._threat.constraint, x[at], self._batch.x[rows[at]], self.bounds)]
+        self._first[rows[at]] = self._queries[rows[at]]
+        if self._threat.queries is not None:
+            for k in at.tolist():
+                self._found.setdefault(int(rows[k]), x[k].clone())

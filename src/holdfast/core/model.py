@@ -1,0 +1,121 @@
+"""What is attacked: a callable from inputs inside `bounds` to logits, its preprocessing declared and differentiable."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.errors import TargetError
+from holdfast.core.types import Access, Ids, Inputs, Logits
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The box that inputs live in; each side a number, or a tensor with one entry a feature."""
+
+    low: float | Tensor = 0.0
+    high: float | Tensor = 1.0
+
+    def clamp(self, x: Inputs) -> Inputs:
+        """The nearest point of the box."""
+        low, high = self.like(x)
+        return torch.clamp(x, low, high)
+
+    def like(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both sides as tensors with the device and type of `x`, ready to broadcast against it."""
+        low, high = torch.as_tensor(self.low), torch.as_tensor(self.high)
+        return low.to(x.device, x.dtype), high.to(x.device, x.dtype)
+
+    @property
+    def width(self) -> float:
+        """The longest edge of the box."""
+        return float((torch.as_tensor(self.high) - torch.as_tensor(self.low)).max())
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A classifier as an attacker meets it.
+
+    `ids` names the rows of `x`, so that a metered model can book the queries; a model that does not meter ignores it.
+    """
+
+    @property
+    def bounds(self) -> Bounds:
+        """The box that `x` lies in."""
+
+    def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
+        """Logits (n, classes) of the inputs `x` (n, *features)."""
+
+
+class Classifier(nn.Module):
+    """A network with its bounds and its preprocessing: `net((x - mean) / std)`.
+
+    `mean` and `std` hold one number a channel (or a feature, for tables). `access` is the most that the target can
+    give: a file served through a runtime without gradients has "scores". Raises `TargetError` when the network
+    does not return a float tensor (n, classes). One logit an example becomes two classes, (0, z).
+    """
+
+    def __init__(
+        self,
+        net: nn.Module | Callable[[Tensor], Tensor],
+        *,
+        bounds: Bounds | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        classes: int | None = None,
+        access: Access = "gradients",
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.bounds = bounds or Bounds()
+        self.classes = classes
+        self.access: Access = access
+        self.mean: Tensor | None
+        self.std: Tensor | None
+        self.register_buffer("mean", None if mean is None else torch.tensor(mean), persistent=False)
+        self.register_buffer("std", None if std is None else torch.tensor(std), persistent=False)
+        if std is not None and not all(s > 0 for s in std):
+            raise TargetError(f"std is {list(std)}; every entry must be positive, as in --std 0.2470,0.2435,0.2616")
+
+    def preprocess(self, x: Inputs) -> Inputs:
+        """`(x - mean) / std`, channel by channel."""
+        if self.mean is not None:
+            x = x - _per_channel(self.mean, x)
+        if self.std is not None:
+            x = x / _per_channel(self.std, x)
+        return x
+
+    def forward(self, x: Inputs, ids: Ids | None = None) -> Logits:
+        """Logits (n, classes)."""
+        logits = self.net(self.preprocess(x))
+        if not isinstance(logits, Tensor):
+            raise TargetError(
+                f"the model returned a {type(logits).__name__}; it must return one tensor of logits (n, classes). "
+                f"Wrap it in a factory that picks the logits out"
+            )
+        if logits.dim() == 2 and logits.shape[1] == 1:
+            logits = logits[:, 0]
+        if logits.dim() == 1 and len(logits) == len(x):
+            logits = torch.stack((torch.zeros_like(logits), logits), dim=1)
+        if logits.dim() != 2 or len(logits) != len(x) or not logits.is_floating_point():
+            raise TargetError(
+                f"the model returned {logits.dtype} of shape {tuple(logits.shape)} for {len(x)} inputs; "
+                f"it must return float logits of shape ({len(x)}, classes)"
+            )
+        if self.classes is not None and logits.shape[1] != self.classes:
+            raise TargetError(
+                f"the model returned {logits.shape[1]} classes, but {self.classes} were declared; "
+                f"correct --classes or the model's last layer"
+            )
+        return logits
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    channels = x.shape[1] if x.dim() > 1 else 1
+    if len(values) not in (1, channels):
+        raise TargetError(
+            f"mean or std has {len(values)} entries, but the inputs have {channels} channels; give one number a channel"
+        )
+    return values.to(x.device, x.dtype).view(1, -1, *[1] * (x.dim() - 2))

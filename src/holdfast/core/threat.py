@@ -1,0 +1,32 @@
+"""The threat model: what an adversary may change, aim for, see and spend."""
+
+from dataclasses import dataclass, field
+
+from holdfast.core.constraints import Constraint, Linf
+from holdfast.core.errors import UsageError
+from holdfast.core.types import ACCESS_ORDER, Access
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """Everything that is assumed of the adversary, and nothing of the algorithm.
+
+    `goal` is None for any wrong class, or the class to be reached. `queries` is the most that one attack may ask of
+    the model for one example; None is no limit.
+    """
+
+    constraint: Constraint = field(default_factory=lambda: Linf(8 / 255))
+    goal: int | None = None
+    access: Access = "gradients"
+    queries: int | None = None
+
+    def __post_init__(self) -> None:
+        eps = self.constraint.eps
+        if not eps >= 0:
+            raise UsageError(f"eps is {eps}; it must be 0 (clean accuracy) or more, as in linf:8/255")
+        if self.queries is not None and self.queries < 1:
+            raise UsageError(f"queries is {self.queries}; it must be at least 1, or left out for no limit")
+
+    def gives(self, needed: Access) -> bool:
+        """Whether an attack that needs `needed` may run."""
+        return ACCESS_ORDER.index(needed) <= ACCESS_ORDER.index(self.access)

@@ -1,0 +1,31 @@
+"""The lowest margin that each example of a batch was ever brought to, and the point where that was."""
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.types import Inputs, Mask, PerExample, Rows
+
+
+class Best:
+    """Keeps each example's best point over restarts, and knows who still stands."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._order = batch.ids.argsort()
+        self._sorted = batch.ids[self._order]
+        self.x: Inputs = batch.x.clone()
+        """the best point of each example; the clean one until something lower was offered"""
+        self.margin: PerExample = torch.full_like(batch.x.flatten(1)[:, 0], torch.inf)
+        """the margin there; positive while the example stands"""
+
+    @property
+    def standing(self) -> Rows:
+        """Positions of the examples that nothing has broken yet."""
+        return (self.margin > 0).nonzero()[:, 0]
+
+    def offer(self, some: Batch, x: Inputs, margin: PerExample) -> Mask:
+        """Take the points of `some` examples that are lower than what is known (NaN is lowest); who got lower."""
+        rows = self._order[torch.searchsorted(self._sorted, some.ids)]
+        lower = ~(margin >= self.margin[rows])
+        self.x[rows[lower]] = x[lower]
+        self.margin[rows[lower]] = margin[lower].nan_to_num(nan=-torch.inf)
+        return lower

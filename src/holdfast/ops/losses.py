@@ -1,0 +1,62 @@
+"""Losses that attacks climb: one number an example, rising as the attack gets closer to its goal.
+
+Each knows the goal from the batch: away from `batch.y`, or towards `batch.target` where there is one.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from holdfast.core.batch import Batch
+from holdfast.core.meter import margin
+from holdfast.core.types import Labels, Logits, PerExample
+
+__all__ = ["Loss", "cross_entropy", "dlr", "margin", "margin_loss", "probability_margin", "runner_up"]
+
+Loss = Callable[[Logits, Batch], PerExample]
+"""`loss(logits, batch)`: per example, to be climbed."""
+
+_TINY = 1e-12
+
+
+def cross_entropy(logits: Logits, batch: Batch) -> PerExample:
+    """Cross-entropy of the label; with targets, minus that of the target."""
+    if batch.target is None:
+        return F.cross_entropy(logits, batch.y, reduction="none")
+    return -F.cross_entropy(logits, batch.target, reduction="none")
+
+
+def margin_loss(logits: Logits, batch: Batch) -> PerExample:
+    """Minus the margin (Carlini & Wagner, "Towards evaluating the robustness of neural networks", 2017, f6)."""
+    return -margin(logits, batch)
+
+
+def probability_margin(logits: Logits, batch: Batch) -> PerExample:
+    """Minus the margin between probabilities (Ma et al., arXiv:2411.15210): bounded, so no logit scale dominates."""
+    return -margin(logits.softmax(1), batch)
+
+
+def dlr(logits: Logits, batch: Batch) -> PerExample:
+    """Difference of logits ratio (Croce & Hein, "Reliable evaluation … AutoAttack", ICML 2020, arXiv:2003.01690).
+
+    Free of the logits' scale. Needs three classes, with targets four; below that it is the margin, which then ranks
+    the same points.
+    """
+    classes = logits.shape[1]
+    if classes < (3 if batch.target is None else 4):
+        return margin_loss(logits, batch)
+    ordered, order = logits.sort(dim=1)
+    own = logits.gather(1, batch.y[:, None])[:, 0]
+    if batch.target is None:
+        first = order[:, -1] == batch.y
+        other = torch.where(first, ordered[:, -2], ordered[:, -1])
+        return -(own - other) / (ordered[:, -1] - ordered[:, -3] + _TINY)
+    aimed = logits.gather(1, batch.target[:, None])[:, 0]
+    return -(own - aimed) / (ordered[:, -1] - 0.5 * (ordered[:, -3] + ordered[:, -4]) + _TINY)
+
+
+def runner_up(logits: Logits, y: Labels, rank: int) -> Labels:
+    """The wrong class with the `rank`-th largest logit (1 is the likeliest)."""
+    others = logits.scatter(1, y[:, None], -torch.inf)
+    return others.argsort(dim=1, descending=True, stable=True)[:, rank - 1]
