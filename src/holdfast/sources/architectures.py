@@ -1,0 +1,89 @@
+"""The catalogue of small networks: what a weights file may name, built from plain whole numbers and never by code.
+
+A safetensors file of ours carries one metadata key, `holdfast`, with sorted JSON: `architecture` (a name below),
+`arguments` (its settings), `bounds`, `mean`, `std`, `classes` and `training` (the digest of what trained it). Inputs
+reach these networks already normalised by `mean` and `std`.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from torch import Tensor, nn
+
+
+def mlp(features: int = 784, classes: int = 10, width: int = 128, depth: int = 2) -> nn.Module:
+    """Fully connected layers with ReLUs: `depth` hidden ones of `width` units; inputs are flattened."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for i in range(depth):
+        layers += [nn.Linear(width if i else features, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width if depth else features, classes))
+
+
+def cnn(
+    channels: int = 1, side: int = 28, classes: int = 10, width: int = 16, depth: int = 3, hidden: int = 100
+) -> nn.Module:
+    """Convolutions of stride 2, each with twice the channels of the one before, then two linear layers.
+
+    Strides rather than pooling: a forward costs a quarter, and every layer has exact linear bounds.
+    """
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        wide = width << i
+        layers += [nn.Conv2d(wide // 2 if i else channels, wide, 5 if i == 0 else 3, 2, 2 if i == 0 else 1)]
+        layers += [nn.ReLU()]
+        side = (side + 1) // 2
+    features = (width << (depth - 1)) * side * side
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+
+
+def mnist_cnn() -> nn.Module:
+    """The network of the bundled MNIST models: three convolutions, two linear layers, 130,646 parameters."""
+    return cnn()
+
+
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions with batch norm, added to the input (projected where the shape changes)."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, width, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+        same = stride == 1 and channels == width
+        self.shortcut: nn.Module = (
+            nn.Identity()
+            if same
+            else nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        )
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output."""
+        y: Tensor = self.relu(self.body(x) + self.shortcut(x))
+        return y
+
+
+def resnet(channels: int = 3, classes: int = 10, width: int = 16, blocks: int = 1) -> nn.Module:
+    """Residual network for images of about 32 x 32: three stages of `blocks` blocks, width doubled at each.
+
+    He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv:1512.03385. Differs from the paper:
+    shortcuts that change shape are projections.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    before = width
+    for stage in range(3):
+        wide = width << stage
+        for block in range(blocks):
+            layers.append(Residual(before, wide, 2 if stage and not block else 1))
+            before = wide
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+
+
+ARCHITECTURES: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
+    {"cnn": cnn, "mlp": mlp, "mnist-cnn": mnist_cnn, "resnet": resnet}
+)
+"""Name to factory: the only networks that a weights file may ask for."""
