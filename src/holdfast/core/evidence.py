@@ -75,7 +75,10 @@ class Evidence:
     `probability_margin`, `correct`; the worst case over the suite `success`, `broken_by` (index into `attacks`, -1),
     `adversarial_prediction`, `distance_linf`, `distance_l2`, `distance_l1`, `distance_l0` (inf where nothing was found,
     0 where the clean input is already wrong), `queries`, `first_success`; of the fixed PGD-40 pass `attacked_prediction`,
-    `attacked_confidence`, `attacked_entropy`, `attacked_probability_margin`; of minimum-norm attacks `distance`.
+    `attacked_confidence`, `attacked_entropy`, `attacked_probability_margin`; of minimum-norm attacks `distance`, the
+    smallest over all successes in the threat's own norm. Under a targeted goal `eligible` marks the examples that
+    count, and `success` means that the target was reached. For a randomised model `right_probability` is the share of
+    fresh draws that were right under the worst case.
     """
 
     columns: Columns
@@ -91,6 +94,8 @@ class Evidence:
     cost: Cost = Cost()
     """all of it: clean pass, attacks, the fixed pass, doubts"""
     doubts_cost: Cost = Cost()
+    gallery: Columns = field(default_factory=dict)
+    """a few broken examples for people to look at: `id` (k), `x` and `x_adv` (k, *features)"""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]
