@@ -1,0 +1,165 @@
+"""Calls the code that a user names on the command line: `file.py:factory`, with `--model-args` as its arguments."""
+
+import contextlib
+import hashlib
+import importlib.util
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.sources.files import nearest, readable_file, sha256_of_file
+
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A network from a factory, and the digests of the code and of the files that its arguments named."""
+
+    net: nn.Module
+    files: dict[str, str]
+
+
+def names_code(address: str) -> bool:
+    """Whether an address has the form `file.py:factory`."""
+    return ".py:" in address
+
+
+def build_from_file(address: str, arguments: Mapping[str, str]) -> Built:
+    """Import the file under a name of its own and call its factory with the converted arguments."""
+    file_name, _, factory_name = address.rpartition(":")
+    path = readable_file(Path(file_name), "code file")
+    with _importable(path.parent):
+        module = _import(path)
+        factory = _factory(module, factory_name, path)
+        return build(factory, arguments, address, {file_name: sha256_of_file(path)})
+
+
+def build(
+    factory: Callable[..., object], arguments: Mapping[str, str], address: str, files: Mapping[str, str]
+) -> Built:
+    """Call a factory with strings converted as it annotates them."""
+    converted = converted_arguments(factory, arguments, address)
+    try:
+        net = factory(**converted)
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # the user's code may raise anything; its own words say what it was
+        raise TargetError(f"{address} raised {type(error).__name__}: {error}") from error
+    if not isinstance(net, nn.Module):
+        raise TargetError(
+            f"{address} returned {_described(net)}; a torch.nn.Module was expected. "
+            "Return the network itself, with its weights loaded and in eval mode"
+        )
+    named = {text: sha256_of_file(Path(text)) for text in arguments.values() if _is_file(text)}
+    return Built(net, {**files, **named})
+
+
+def converted_arguments(
+    factory: Callable[..., object], arguments: Mapping[str, str], address: str
+) -> dict[str, object]:
+    """The arguments with the types that the factory declares; strings where it declares none."""
+    try:
+        parameters = inspect.signature(factory, eval_str=True).parameters
+    except (NameError, TypeError, ValueError) as error:
+        raise TargetError(f"the signature of {address} cannot be read: {error}") from error
+    by_name = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in arguments:
+        if name not in by_name and not takes_any:
+            known = ", ".join(by_name) or "no arguments"
+            raise UsageError(f"{address} has no argument {name!r}{nearest(name, by_name)}; it takes {known}")
+    missing = [n for n, p in by_name.items() if p.default is p.empty and n not in arguments]
+    if missing:
+        wanted = " ".join(f"--model-args {name}=…" for name in missing)
+        raise UsageError(f"{address} needs {', '.join(missing)}; give {wanted}")
+    return {
+        name: _convert(text, by_name[name].annotation if name in by_name else str, name, address)
+        for name, text in arguments.items()
+    }
+
+
+def _convert(text: str, annotation: object, name: str, address: str) -> object:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        options = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        if text.lower() == "none" and len(options) < len(typing.get_args(annotation)):
+            return None
+        annotation = options[0]
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation = typing.get_args(annotation)[0]
+    if annotation is bool:
+        if text.lower() in _TRUE + _FALSE:
+            return text.lower() in _TRUE
+        raise UsageError(f"{address} takes {name} as bool; {text!r} is neither true nor false")
+    if annotation in (int, float):
+        try:
+            return int(text) if annotation is int else float(text)
+        except ValueError:
+            kind = "an int" if annotation is int else "a float"
+            raise UsageError(f"{address} takes {name} as {kind}; {text!r} is none") from None
+    if annotation is Path:
+        return Path(text)
+    if annotation in (str, object, typing.Any, inspect.Parameter.empty):
+        return text
+    raise UsageError(
+        f"{address} declares {name} as {annotation}; an argument given as a flag is str, int, float, bool or Path"
+    )
+
+
+def _import(path: Path) -> types.ModuleType:
+    name = f"holdfast_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise TargetError(f"code file {str(path)!r} cannot be imported; a file ending in .py was expected")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise TargetError(f"importing {str(path)!r} raised {type(error).__name__}: {error}") from error
+    return module
+
+
+def _factory(module: types.ModuleType, name: str, path: Path) -> Callable[..., object]:
+    found = vars(module).get(name)
+    if found is None:
+        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        own = [n for n in known if vars(module)[n].__module__ == module.__name__]
+        offered = nearest(name, known) or (f"; it defines {', '.join(own[:8])}" if own else "")
+        raise UsageError(f"{str(path)!r} has no factory {name!r}{offered}")
+    if not callable(found):
+        raise UsageError(
+            f"{name} in {str(path)!r} is {_described(found)}; a function that returns a network was expected"
+        )
+    return typing.cast(Callable[..., object], found)
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Let the file import its neighbours, last on the path so that it shadows nothing."""
+    entry = str(folder.resolve())
+    sys.path.append(entry)
+    try:
+        yield
+    finally:
+        sys.path.remove(entry)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # text that cannot be a path (too long, a NUL) names no file
+        return False
+
+
+def _described(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,50 @@
+"""Files that a user names: found or refused with the reason, and digested."""
+
+import difflib
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from holdfast.core.errors import TargetError
+
+
+def readable_file(path: Path, what: str) -> Path:
+    """The path, if it is a file that can be read and is not empty; `what` names it in the error."""
+    if path.is_dir():
+        raise TargetError(f"{what} {str(path)!r} is a folder; a file was expected")
+    if not path.exists():
+        raise TargetError(f"{what} {str(path)!r} does not exist{_nearest_file(path)}")
+    if not path.is_file():
+        raise TargetError(f"{what} {str(path)!r} is no regular file (a device, a pipe or a socket)")
+    if not os.access(path, os.R_OK):
+        raise TargetError(f"{what} {str(path)!r} may not be read; check its permissions")
+    if path.stat().st_size == 0:
+        raise TargetError(f"{what} {str(path)!r} is empty (0 bytes); write or download it again")
+    return path
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing where no known name is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def megabytes(n_bytes: int) -> str:
+    """A size for people: 200 MB, 0.2 MB."""
+    return f"{n_bytes / 1e6:,.0f} MB" if n_bytes >= 10_000_000 else f"{n_bytes / 1e6:.2g} MB"
+
+
+def _nearest_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; neither does its folder {str(path.parent)!r}"
+    try:
+        return nearest(path.name, (entry.name for entry in path.parent.iterdir()))
+    except OSError:  # a folder that may be entered and not listed: no name to offer
+        return ""

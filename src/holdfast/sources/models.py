@@ -1,0 +1,238 @@
+"""Opens a model from the address that a user gives, whatever its form, and says how it was done."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Bounds, Classifier
+from holdfast.core.types import Access
+from holdfast.sources.exported import open_program
+from holdfast.sources.factories import Built, build, build_from_file, names_code
+from holdfast.sources.files import nearest, sha256_of_file
+from holdfast.sources.weights import fit_weights, read_state_dict
+
+BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled"
+STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".model", ".ckpt", ".bin")
+_FORMS = "a bundled name, file.py:factory, .safetensors or .pt with --arch, .onnx, .pt2"
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A classifier ready to be attacked, and what the evidence must say of where it came from."""
+
+    model: Classifier
+    name: str
+    """the address as it was given"""
+    how: str
+    """the form it was opened as: `safetensors`, `onnx`, `code` …"""
+    files: Mapping[str, str]
+    """SHA-256 of every file that was read, by its path as given"""
+    notes: tuple[str, ...] = ()
+    """said in the report"""
+
+    @property
+    def access(self) -> Access:
+        """The most that the target gives."""
+        return self.model.access
+
+    @property
+    def digest(self) -> str:
+        """One SHA-256 over the contents of all files, in hex; moving them does not change it."""
+        return hashlib.sha256("\n".join(sorted(self.files.values())).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What the user says of the model's input and output; None where the file knows it or the default will do."""
+
+    bounds: Bounds | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    classes: int | None = None
+
+    def wrap(self, net: nn.Module | Callable[..., Any], *, access: Access = "gradients") -> Classifier:
+        """The network with bounds and preprocessing; a `Classifier` of a factory keeps what is not declared."""
+        if isinstance(net, Classifier):
+            return self.over(net).wrap(net.net, access=net.access)
+        return Classifier(
+            net, bounds=self.bounds, mean=self.mean, std=self.std, classes=self.classes, access=access
+        )
+
+    def over(self, other: Classifier) -> "Declared":
+        """These, with the classifier's own values where nothing is declared."""
+        mean = None if other.mean is None else other.mean.tolist()
+        std = None if other.std is None else other.std.tolist()
+        return self.filled(Declared(other.bounds, mean, std, other.classes))
+
+    def filled(self, known: "Declared") -> "Declared":
+        """These, with what is known where nothing is declared."""
+        return Declared(
+            bounds=known.bounds if self.bounds is None else self.bounds,
+            mean=known.mean if self.mean is None else self.mean,
+            std=known.std if self.std is None else self.std,
+            classes=known.classes if self.classes is None else self.classes,
+        )
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """Everything that a form of address may need."""
+
+    address: str
+    arch: str | None
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    declared: Declared = field(default_factory=Declared)
+    trust_code: bool = False
+
+
+def open_model(
+    address: str,
+    *,
+    arch: str | None = None,
+    model_args: Mapping[str, str] | None = None,
+    bounds: Bounds | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    classes: int | None = None,
+    trust_code: bool = False,
+) -> OpenedModel:
+    """Open the model at an address; raises `UsageError` or `TargetError` with the way out."""
+    opening = _Opening(
+        address, arch, dict(model_args or {}), Declared(bounds, mean, std, classes), trust_code
+    )
+    _refuse_remote(address)
+    if names_code(address):
+        return _open_code(opening)
+    path = Path(address)
+    if path.suffix == ".onnx":
+        return _open_onnx(opening, path)
+    if path.suffix == ".pt2":
+        return _open_exported(opening, path)
+    if path.suffix in STATE_DICT_SUFFIXES:
+        return _open_state_dict(opening, path)
+    if path.exists():
+        raise UsageError(f"{address!r} is no form of model that is known; give {_FORMS}")
+    return _open_bundled(opening)
+
+
+def bundled_models() -> dict[str, Path]:
+    """Names of the models that the package brings, with their files."""
+    return {path.stem: path for path in sorted(BUNDLED_FOLDER.glob("*.safetensors"))}
+
+
+def _refuse_remote(address: str) -> None:
+    scheme = address.partition(":")[0]
+    if scheme in ("http", "https"):
+        raise UsageError(
+            f"{address!r} is a URL; models behind an Open Inference server come with the next release"
+        )
+    if scheme in ("hf", "timm"):
+        raise UsageError(
+            f'{address!r} needs pip install "holdfast[hub]", which comes with a later release. Until then build the '
+            "network in a file of yours and give file.py:factory, or export it to ONNX"
+        )
+    if scheme == "rotating":
+        raise UsageError(f"{address!r} names a rotating pool; pools come with a later release")
+
+
+def _open_code(opening: _Opening) -> OpenedModel:
+    if opening.arch is not None:
+        raise UsageError(
+            f"--arch {opening.arch} and the factory {opening.address} both name code; give one of them"
+        )
+    built = build_from_file(opening.address, opening.arguments)
+    # The code may read weights that no argument names, so the tensors themselves are digested too.
+    files = {**built.files, f"{opening.address} state": _sha256_of_state(built.net)}
+    return OpenedModel(opening.declared.wrap(built.net), opening.address, "code", files)
+
+
+def _sha256_of_state(net: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _open_state_dict(opening: _Opening, path: Path) -> OpenedModel:
+    weights, metadata = read_state_dict(path)
+    built, known = _architecture(opening, metadata)
+    notes = fit_weights(built.net, weights, repr(opening.address))
+    files = {**built.files, opening.address: sha256_of_file(path)}
+    model = opening.declared.filled(known).wrap(built.net.eval())
+    return OpenedModel(model, opening.address, path.suffix.removeprefix("."), files, notes)
+
+
+def _architecture(opening: _Opening, metadata: Mapping[str, Any]) -> tuple[Built, Declared]:
+    """The network to fill: the user's where `--arch` is given, else the catalogue's that the file names."""
+    from holdfast.sources.architectures import ARCHITECTURES  # late: nothing else needs the catalogue
+
+    if opening.arch is not None and names_code(opening.arch):
+        return build_from_file(opening.arch, opening.arguments), Declared()
+    name = opening.arch or metadata.get("architecture")
+    if name is None:
+        raise UsageError(
+            f"{opening.address!r} holds weights and no architecture; give --arch file.py:factory, "
+            f"or --arch with one of {', '.join(sorted(ARCHITECTURES))}"
+        )
+    if name not in ARCHITECTURES:
+        hint = nearest(str(name), ARCHITECTURES) or f"; known are {', '.join(sorted(ARCHITECTURES))}"
+        raise UsageError(
+            f"there is no architecture {name!r}{hint}. Your own is given as --arch file.py:factory"
+        )
+    if opening.arguments or opening.arch is not None:
+        return build(ARCHITECTURES[name], opening.arguments, f"--arch {name}", {}), _known(metadata)
+    try:
+        net = ARCHITECTURES[name](**metadata.get("arguments", {}))
+    except (TypeError, ValueError) as error:
+        raise TargetError(
+            f"{opening.address!r} names {name} with arguments that it refuses: {error}"
+        ) from error
+    return Built(net, {}), _known(metadata)
+
+
+def _known(metadata: Mapping[str, Any]) -> Declared:
+    bounds = metadata.get("bounds")
+    return Declared(
+        bounds=None if bounds is None else Bounds(*bounds),
+        mean=metadata.get("mean"),
+        std=metadata.get("std"),
+        classes=metadata.get("classes"),
+    )
+
+
+def _open_bundled(opening: _Opening) -> OpenedModel:
+    bundled = bundled_models()
+    name = opening.address
+    if name not in bundled:
+        looks_like_path = "/" in name or "\\" in name or bool(Path(name).suffix)
+        if looks_like_path:
+            raise TargetError(f"model {name!r} does not exist; give {_FORMS}")
+        raise UsageError(f"there is no bundled model {name!r}{nearest(name, bundled)}; give {_FORMS}")
+    opened = _open_state_dict(opening, bundled[name])
+    files = {f"bundled:{name}": sha256_of_file(bundled[name])}
+    return OpenedModel(opened.model, name, "bundled", files, opened.notes)
+
+
+def _open_exported(opening: _Opening, path: Path) -> OpenedModel:
+    program = open_program(path, trust_code=opening.trust_code)
+    size = program.batch_size
+    notes = (
+        () if size is None else (f"the program takes batches of {size} only; others are cut and filled up",)
+    )
+    files = {opening.address: sha256_of_file(path)}
+    return OpenedModel(opening.declared.wrap(program.net), opening.address, "pt2", files, notes)
+
+
+def _open_onnx(opening: _Opening, path: Path) -> OpenedModel:
+    from holdfast.sources.onnx import open_onnx  # late: onnx is an extra
+
+    graph = open_onnx(path)
+    model = opening.declared.filled(Declared(classes=graph.classes)).wrap(graph.net, access=graph.access)
+    return OpenedModel(model, opening.address, "onnx", graph.files, graph.notes)

@@ -1,0 +1,97 @@
+"""Puts tensors into an architecture, or says which of them do not fit."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.errors import TargetError
+from holdfast.sources.archive import Weights, read_weights
+from holdfast.sources.files import readable_file
+
+METADATA_KEY = "holdfast"
+"""the one key that safetensors files of ours carry: sorted JSON"""
+WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")
+"""prefixes that DataParallel, torch.compile and training scripts put before every name"""
+_SHOWN = 4
+
+
+def read_state_dict(path: Path) -> tuple[Weights, dict[str, Any]]:
+    """Tensors of a safetensors file or a `.pt` state dict, and the metadata of ours where it has some."""
+    readable_file(path, "weights file")
+    if path.suffix != ".safetensors":
+        return read_weights(path), {}
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY, "{}")
+        metadata = json.loads(text)
+        tensors = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise TargetError(
+            f"{str(path)!r} is no readable safetensors file: {error}; write or download it again"
+        ) from error
+    if not isinstance(metadata, dict):
+        raise TargetError(f"{str(path)!r} carries {METADATA_KEY} metadata that is no object: {text[:80]!r}")
+    return Weights(tensors), metadata
+
+
+def fit_weights(net: nn.Module, weights: Weights, source: str) -> tuple[str, ...]:
+    """Load the tensors into the network, in place, and return what had to be done; names what does not fit."""
+    wanted = net.state_dict()
+    tensors, notes = _unwrapped(weights.tensors, wanted)
+    # Checkpoints from before torch 0.4 lack the counter; eval mode never reads it.
+    counters = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
+    tensors = {**{name: value for name, value in counters.items() if name not in tensors}, **tensors}
+    problems = _problems(tensors, wanted)
+    if problems:
+        raise TargetError(f"the weights of {source} do not fit {type(net).__name__}: {'; '.join(problems)}")
+    net.load_state_dict(tensors)
+    broken = [
+        name
+        for name, value in tensors.items()
+        if value.is_floating_point() and not torch.isfinite(value).all()
+    ]
+    if broken:
+        raise TargetError(
+            f"the weights of {source} hold NaN or infinity in {_listed(broken)}; train or save them again"
+        )
+    return (*weights.notes, *notes)
+
+
+def _unwrapped(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Names without the wrappers around them, where no name fits as it is and some fit without."""
+    now, notes = dict(tensors), []
+    while not wanted.keys() & now.keys():
+        around = [prefix for prefix in WRAPPERS if now and all(name.startswith(prefix) for name in now)]
+        if not around:
+            return dict(tensors), []
+        now = {name.removeprefix(around[0]): value for name, value in now.items()}
+        notes.append(f"the prefix {around[0]!r} was taken off every name")
+    return now, notes
+
+
+def _problems(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    missing = [name for name in wanted if name not in tensors]
+    unexpected = [name for name in tensors if name not in wanted]
+    shapes = [
+        f"{name} is {tuple(tensors[name].shape)}, wanted {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in tensors and tensors[name].shape != wanted[name].shape
+    ]
+    return [
+        f"{kind} {_listed(names)}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape:", shapes))
+        if names
+    ]
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + rest
