@@ -1,8 +1,8 @@
 """The catalogue of small networks: what a weights file may name, built from plain whole numbers and never by code.
 
 A safetensors file of ours carries one metadata key, `holdfast`, with sorted JSON: `architecture` (a name below),
-`arguments` (its settings), `bounds`, `mean`, `std`, `classes` and `training` (the digest of what trained it). Inputs
-reach these networks already normalised by `mean` and `std`.
+`arguments` (its settings), `bounds`, `mean`, `std`, `classes` (their number) and `training` (the digest of what trained
+it). Inputs reach these networks already normalised by `mean` and `std`.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,7 +33,9 @@ def cnn(
         layers += [nn.ReLU()]
         side = (side + 1) // 2
     features = (width << (depth - 1)) * side * side
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+    return nn.Sequential(
+        *layers, nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes)
+    )
 
 
 def mnist_cnn() -> nn.Module:
@@ -73,7 +75,11 @@ def resnet(channels: int = 3, classes: int = 10, width: int = 16, blocks: int = 
     He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv:1512.03385. Differs from the paper:
     shortcuts that change shape are projections.
     """
-    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    layers: list[nn.Module] = [
+        nn.Conv2d(channels, width, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    ]
     before = width
     for stage in range(3):
         wide = width << stage

@@ -1,0 +1,81 @@
+# Everything stands in .venv, which is made on first use and renewed only when the versions change.
+.DEFAULT_GOAL := help
+.PHONY: help demo test check static docs quick slow bench bundled data clean
+
+PYTHON ?= python3
+RUN := .venv/.run
+DEV := .venv/.dev
+BENCH := .venv-bench/.ready
+BIN := .venv/bin
+
+# pip builds the package itself in an environment of its own; these two hold the versions there as well.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Two test processes with one thread each: small networks gain nothing from more.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+help:
+	@echo 'make demo                assess the bundled network, offline; prints where the report is'
+	@echo 'make test                everything that checks the project (15 minutes at most on two cores)'
+	@echo 'make check               format, lint, types, floors, docs, quick tests'
+	@echo 'make docs                build the documentation into site/'
+	@echo 'make bench [PEERS=dir]   measure against the peers; writes a dated record'
+	@echo 'make bundled [FROM=dir]  train the bundled networks again'
+	@echo 'make data FROM=dir       fill the folder that HOLDFAST_DATA names'
+	@echo 'make clean               remove environments, caches and builds'
+
+$(RUN): pyproject.toml constraints.txt
+	@echo 'installing into .venv'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq -e .
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt
+	@echo 'installing into .venv, with what the tests need'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq -e '.[onnx,parquet,dev]'
+	@touch $@ $(RUN)
+
+$(BENCH): pyproject.toml constraints.txt benchmarks/requirements.txt
+	@echo 'installing into .venv-bench'
+	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	@.venv-bench/bin/python -m pip install -qq -e . -r benchmarks/requirements.txt
+	@touch $@
+
+demo: $(RUN)
+	@$(BIN)/holdfast demo
+
+test: check slow
+
+check: static docs quick
+
+static: $(DEV)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(DEV)
+	$(BIN)/mkdocs build --quiet --strict
+
+quick: $(DEV)
+	$(PYTEST) -m 'not slow and not gpu'
+
+slow: $(DEV)
+	$(PYTEST) -m 'slow and not gpu'
+
+bench: $(BENCH)
+	.venv-bench/bin/python -m benchmarks $(if $(PEERS),--peers $(PEERS))
+
+bundled: $(RUN)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bundled.py $(FROM)
+
+data: $(RUN)
+	@test -n '$(FROM)' || { echo 'say where the data sets are: make data FROM=folder' >&2; exit 2; }
+	$(BIN)/python -m holdfast data import $(FROM)
+
+clean:
+	rm -rf .venv .venv-bench build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .import_linter_cache tests/browser/node_modules

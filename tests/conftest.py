@@ -1,0 +1,35 @@
+"""What every test stands on: fixed examples for the properties, one thread, and the real data where it is."""
+
+import os
+from pathlib import Path
+
+# Before torch is imported: small networks gain nothing from more threads, and the sums stay in one order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=25)
+settings.load_profile("fixed")
+
+
+def _folder(variable: str, beside: str) -> Path:
+    folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / beside)
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is no folder; {variable} may name the one that holds them")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The whole real data sets (`HOLDFAST_DATA`); the test is skipped where they are absent."""
+    return _folder("HOLDFAST_DATA", "data")
+
+
+@pytest.fixture(scope="session")
+def models_folder() -> Path:
+    """Real networks of other people (`HOLDFAST_MODELS`); the test is skipped where they are absent."""
+    return _folder("HOLDFAST_MODELS", "models")
