@@ -58,7 +58,7 @@ static: $(DEV)
 	$(BIN)/lint-imports
 
 docs: $(DEV)
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/zensical build --strict
 
 quick: $(DEV)
 	$(PYTEST) -m 'not slow and not gpu'
@@ -78,4 +78,4 @@ data: $(RUN)
 
 clean:
 	rm -rf .venv .venv-bench build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -rf .import_linter_cache tests/browser/node_modules
+	rm -rf .import_linter_cache .cache tests/browser/node_modules
