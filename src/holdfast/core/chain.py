@@ -12,7 +12,9 @@ GENESIS = "0" * 64
 
 def canonical(content: object) -> bytes:
     """JSON with sorted keys and no spaces: the same content, the same bytes. NaN and infinity are refused."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+    return json.dumps(
+        content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    ).encode()
 
 
 def digest(data: bytes) -> str:

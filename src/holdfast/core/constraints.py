@@ -20,7 +20,9 @@ from holdfast.core.model import Bounds
 from holdfast.core.types import Inputs, Mask, NonNegative, PerExample
 
 _TINY = 1e-12
-_L1_DENSITY = 0.01  # share of the features that one L1 step moves: between a vertex (too slow) and a dense step
+_L1_DENSITY = (
+    0.01  # share of the features that one L1 step moves: between a vertex (too slow) and a dense step
+)
 
 
 @runtime_checkable
@@ -47,6 +49,14 @@ class Constraint(Protocol):
         """The same constraint with another radius."""
 
 
+@runtime_checkable
+class Norm(Constraint, Protocol):
+    """A constraint whose radius may differ from example to example, as minimum-norm attacks need."""
+
+    def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
+        """`project`, with a radius for each example in place of eps."""
+
+
 def allowed(constraint: Constraint, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Mask:
     """Whether each point is inside ball and box, measured in float64: distance <= eps (1 + 1e-6) + 1e-7."""
     wide_adv, wide = x_adv.double(), x.double()
@@ -58,6 +68,11 @@ def allowed(constraint: Constraint, x_adv: Inputs, x: Inputs, bounds: Bounds) ->
 def _rows(values: Tensor, like: Tensor) -> Tensor:
     """One number an example, shaped to broadcast against the inputs."""
     return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _eps(constraint: Constraint, like: Tensor) -> PerExample:
+    """The constraint's radius, once an example."""
+    return like.new_full((len(like),), constraint.eps)
 
 
 def _room(delta: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
@@ -79,6 +94,11 @@ class Linf:
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """Clamp to the cube and the box."""
         return bounds.clamp(torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps))
+
+    def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
+        """Clamp to each example's cube and the box."""
+        reach = _rows(radius, x)
+        return bounds.clamp(torch.minimum(torch.maximum(x_adv, x - reach), x + reach))
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """The sign of the gradient."""
@@ -105,29 +125,36 @@ class L2:
         return torch.linalg.vector_norm((x_adv - x).flatten(1), dim=1)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """`clamp(x + t (x_adv - x))` with the largest t <= 1 that reaches no further than eps.
+        """The nearest point of ball and box: see `within`."""
+        return self.within(x_adv, x, bounds, _eps(self, x))
+
+    def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
+        """`clamp(x + t (x_adv - x))` with the largest t <= 1 that reaches no further.
 
         The length grows with t, and each coordinate stops at the box; solving for t with the stopped coordinates held
         gives a lower bound of the root that stops more of them, so the iteration rises to the exact root.
         """
         clamped = bounds.clamp(x_adv)
-        outside = self.distance(clamped, x) > self.eps
+        outside = self.distance(clamped, x) > radius
         if not outside.any():
             return clamped
-        delta = (x_adv - x)[outside]
+        delta, eps = (x_adv - x)[outside], radius[outside]
         size = delta.abs().flatten(1)
         room = _room(delta, x[outside], bounds).flatten(1)
-        t = self.eps / size.norm(dim=1).clamp_min(_TINY)
+        t = eps / size.norm(dim=1).clamp_min(_TINY)
         for _ in range(size.shape[1]):
             stopped = t[:, None] * size >= room
-            left = (self.eps**2 - (room**2 * stopped).sum(1)).clamp_min(0)
+            left = (eps**2 - (room**2 * stopped).sum(1)).clamp_min(0)
             free = (size**2 * ~stopped).sum(1)
             risen = torch.where(free > 0, (left / free.clamp_min(_TINY**2)).sqrt(), t).clamp_max(1)
-            if (risen <= t * (1 + 1e-6)).all():
+            rising = risen > t * (1 + 1e-6)
+            if not rising.any():
                 break
-            t = torch.maximum(risen, t)
+            t = torch.where(
+                rising, risen, t
+            )  # a row that is done stays as it is, whatever its neighbours need
         moved = torch.minimum(t[:, None] * size, room)
-        shrink = (self.eps / moved.norm(dim=1).clamp_min(_TINY)).clamp_max(1)  # rounding only
+        shrink = (eps / moved.norm(dim=1).clamp_min(_TINY)).clamp_max(1)  # rounding only
         moved = (moved * shrink[:, None]).view_as(delta) * delta.sign()
         result = clamped.clone()
         result[outside] = bounds.clamp(x[outside] + moved)
@@ -141,8 +168,12 @@ class L2:
         """Uniform in the ball, then projected onto the box too."""
         shape = batch.x.shape[1:]
         direction = rng.at("direction").normal(batch.ids, *shape, dtype=batch.x.dtype)
-        radius = rng.at("radius").uniform(batch.ids, 1, dtype=batch.x.dtype)[:, 0] ** (1 / max(shape.numel(), 1))
-        step = direction * _rows(self.eps * radius / direction.flatten(1).norm(dim=1).clamp_min(_TINY), direction)
+        radius = rng.at("radius").uniform(batch.ids, 1, dtype=batch.x.dtype)[:, 0] ** (
+            1 / max(shape.numel(), 1)
+        )
+        step = direction * _rows(
+            self.eps * radius / direction.flatten(1).norm(dim=1).clamp_min(_TINY), direction
+        )
         return self.project(batch.x + step, batch.x, bounds)
 
     def resized(self, eps: float) -> "L2":
@@ -161,21 +192,25 @@ class L1:
         return (x_adv - x).flatten(1).abs().sum(1)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Shrink every change by the same amount, none below zero or beyond the box, until they add up to eps.
+        """The nearest point of ball and box: see `within`."""
+        return self.within(x_adv, x, bounds, _eps(self, x))
+
+    def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
+        """Shrink every change by the same amount, none below zero or beyond the box, until they add up to the radius.
 
         The sum is piecewise linear in that amount, with breakpoints where a coordinate leaves the box's side (size -
-        room) or reaches zero (size); the piece that contains eps is found by sorting them.
+        room) or reaches zero (size); the piece that contains the radius is found by sorting them.
         """
         clamped = bounds.clamp(x_adv)
-        outside = self.distance(clamped, x) > self.eps
+        outside = self.distance(clamped, x) > radius
         if not outside.any():
             return clamped
-        delta = (x_adv - x)[outside]
+        delta, eps = (x_adv - x)[outside], radius[outside]
         size = delta.abs().flatten(1)
         room = torch.minimum(_room(delta, x[outside], bounds).flatten(1), size)
-        moved = (size - _l1_shrinkage(size, room, self.eps)[:, None]).clamp_min(0).minimum(room)
+        moved = (size - _l1_shrinkage(size, room, eps)[:, None]).clamp_min(0).minimum(room)
         total = moved.sum(1)
-        moved = moved * (self.eps / total.clamp_min(_TINY)).clamp_max(1)[:, None]  # rounding only
+        moved = moved * (eps / total.clamp_min(_TINY)).clamp_max(1)[:, None]  # rounding only
         result = clamped.clone()
         result[outside] = bounds.clamp(x[outside] + moved.view_as(delta) * delta.sign())
         return result
@@ -187,7 +222,9 @@ class L1:
         k = max(1, round(_L1_DENSITY * flat.shape[1]))
         values, chosen = gain.topk(k, dim=1)
         share = (values > 0).to(flat.dtype) / k
-        return torch.zeros_like(flat).scatter(1, chosen, share * flat.gather(1, chosen).sign()).view_as(gradient)
+        return (
+            torch.zeros_like(flat).scatter(1, chosen, share * flat.gather(1, chosen).sign()).view_as(gradient)
+        )
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
         """Uniform in the ball (exponential spacings with random signs), then projected onto the box too."""
@@ -202,12 +239,12 @@ class L1:
         return L1(eps)
 
 
-def _l1_shrinkage(size: Tensor, room: Tensor, eps: float) -> Tensor:
+def _l1_shrinkage(size: Tensor, room: Tensor, eps: PerExample) -> Tensor:
     """The amount by which sizes shrink so that `sum(min(max(size - amount, 0), room)) = eps`, row by row.
 
     In float64, because the running sums cancel; the caller has made sure that the sum at zero exceeds eps.
     """
-    dtype, size, room = size.dtype, size.double(), room.double()
+    dtype, size, room, eps = size.dtype, size.double(), room.double(), eps.double()
     starts, ends = (size - room).clamp_min(0), size
     points, order = torch.cat((starts, ends), dim=1).sort(dim=1)
     slope_change = torch.cat((torch.ones_like(starts), -torch.ones_like(ends)), dim=1).gather(1, order)
@@ -215,7 +252,7 @@ def _l1_shrinkage(size: Tensor, room: Tensor, eps: float) -> Tensor:
     steps = slope[:, :-1] * (points[:, 1:] - points[:, :-1])
     total = room.sum(1)
     after = total[:, None] - torch.cat((torch.zeros_like(total)[:, None], steps.cumsum(1)), dim=1)
-    piece = (after >= eps).sum(1, keepdim=True).sub(1).clamp_min(0)
+    piece = (after >= eps[:, None]).sum(1, keepdim=True).sub(1).clamp_min(0)
     excess = after.gather(1, piece)[:, 0] - eps
     amount = points.gather(1, piece)[:, 0] + excess / slope.gather(1, piece)[:, 0].clamp_min(1)
     return amount.to(dtype)
@@ -245,14 +282,20 @@ class L0:
         return (self._grouped(x_adv) != self._grouped(x)).any(2).sum(1).to(x.dtype)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """The nearest point of ball and box: see `within`."""
+        return self.within(x_adv, x, bounds, _eps(self, x))
+
+    def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
         """Keep the changes whose loss would move the point furthest, undo the others."""
         clamped = bounds.clamp(x_adv)
-        outside = self.distance(clamped, x) > self.eps
+        outside = self.distance(clamped, x) > radius
         if not outside.any():
             return clamped
         gain = self._grouped((x_adv - x) ** 2 - (x_adv - clamped) ** 2).sum(2)
         kept = torch.zeros_like(gain, dtype=torch.bool)
-        kept.scatter_(1, gain.topk(min(int(self.eps), gain.shape[1]), dim=1).indices, True)
+        most = radius.clamp(0, gain.shape[1]).long()
+        largest = gain.topk(int(most.max()), dim=1).indices
+        kept.scatter_(1, largest, torch.arange(largest.shape[1], device=x.device) < most[:, None])
         return torch.where(self._ungrouped(kept, x) | ~_expand(outside, x), clamped, x)
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:

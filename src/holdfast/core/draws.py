@@ -80,7 +80,10 @@ class Draws:
 
     def normal(self, ids: Ids, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal, by Box and Muller's transform of two uniforms."""
-        u, v = self.at("radius").uniform(ids, *shape, dtype=dtype), self.at("angle").uniform(ids, *shape, dtype=dtype)
+        u, v = (
+            self.at("radius").uniform(ids, *shape, dtype=dtype),
+            self.at("angle").uniform(ids, *shape, dtype=dtype),
+        )
         return (-2.0 * torch.log1p(-u)).sqrt_() * torch.cos(2.0 * math.pi * v)
 
     def integers(self, ids: Ids, high: int, *shape: int) -> Tensor:

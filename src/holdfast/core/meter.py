@@ -97,7 +97,9 @@ class Metered:
     def _rows(self, x: Inputs, ids: Ids | None) -> Tensor:
         if ids is None or ids is self._batch.ids:
             if len(x) != len(self._batch):
-                raise UsageError(f"{len(x)} inputs came without ids; pass the ids of their rows: model(x, batch.ids)")
+                raise UsageError(
+                    f"{len(x)} inputs came without ids; pass the ids of their rows: model(x, batch.ids)"
+                )
             return torch.arange(len(x), device=x.device)
         return self._order[torch.searchsorted(self._sorted, ids)]
 

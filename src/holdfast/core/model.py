@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.types import Access, Ids, Inputs, Logits
 
 
@@ -77,7 +77,9 @@ class Classifier(nn.Module):
         self.register_buffer("mean", None if mean is None else torch.tensor(mean), persistent=False)
         self.register_buffer("std", None if std is None else torch.tensor(std), persistent=False)
         if std is not None and not all(s > 0 for s in std):
-            raise TargetError(f"std is {list(std)}; every entry must be positive, as in --std 0.2470,0.2435,0.2616")
+            raise TargetError(
+                f"std is {list(std)}; every entry must be positive, as in --std 0.2470,0.2435,0.2616"
+            )
 
     def preprocess(self, x: Inputs) -> Inputs:
         """`(x - mean) / std`, channel by channel."""
@@ -89,7 +91,17 @@ class Classifier(nn.Module):
 
     def forward(self, x: Inputs, ids: Ids | None = None) -> Logits:
         """Logits (n, classes)."""
-        logits = self.net(self.preprocess(x))
+        try:
+            logits = self.net(self.preprocess(x))
+        except (torch.OutOfMemoryError, MemoryError, HoldfastError):
+            raise
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise TargetError(
+                f"the model raised {type(error).__name__} on inputs of shape {tuple(x.shape)}: {error}. "
+                f"Check the shape, the data type and --mean/--std; a fixed batch size needs --batch-size {len(x)}"
+            ) from error
         if not isinstance(logits, Tensor):
             raise TargetError(
                 f"the model returned a {type(logits).__name__}; it must return one tensor of logits (n, classes). "
@@ -119,3 +131,10 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
             f"mean or std has {len(values)} entries, but the inputs have {channels} channels; give one number a channel"
         )
     return values.to(x.device, x.dtype).view(1, -1, *[1] * (x.dim() - 2))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on whatever device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,0 +1,31 @@
+"""The assess verb's core: attacks run on the examples still standing, and the bare model judges what they return.
+
+A measurement is a sequence of stages. A stage takes some examples and the columns that earlier stages left on them, and
+returns columns; it is a pure function of them, the plan and the seed, so that any caller may store, resume or share out
+the work. `measure` is the caller that keeps everything in memory.
+"""
+
+from holdfast.harness.assembly import assemble, conclude, join
+from holdfast.harness.measure import measure
+from holdfast.harness.plan import Member, Plan, Stage, labelled, refuse_what_is_hidden, settings, slug
+from holdfast.harness.stages import Room, run_stage, unattacked
+from holdfast.harness.target import Target, prepared
+
+__all__ = [
+    "Member",
+    "Plan",
+    "Room",
+    "Stage",
+    "Target",
+    "assemble",
+    "conclude",
+    "join",
+    "labelled",
+    "measure",
+    "prepared",
+    "refuse_what_is_hidden",
+    "run_stage",
+    "settings",
+    "slug",
+    "unattacked",
+]

@@ -1,0 +1,162 @@
+"""Joining what the stages measured: shards into columns, columns into the worst case, and all of it into evidence."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence
+from holdfast.harness.plan import Plan, Stage, settings
+from holdfast.harness.stages import GALLERY, NORMS
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Time that a stage took, over all attempts."""
+
+    cpu: float = 0.0
+    wall: float = 0.0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What evidence says beside its columns."""
+
+    model: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    doubts: tuple[Doubt, ...] = ()
+    doubts_cost: Cost = Cost()
+
+
+def join(shards: Sequence[Columns]) -> dict[str, Tensor]:
+    """Shards of one stage in their order as one set of columns; of the gallery, the first dozen."""
+    names = sorted({name for columns in shards for name in columns})
+    whole = {name: torch.cat([columns[name] for columns in shards if name in columns]) for name in names}
+    return {
+        name: values[:GALLERY] if name.startswith("gallery.") else values for name, values in whole.items()
+    }
+
+
+def assemble(plan: Plan, by_stage: Mapping[str, Columns]) -> dict[str, Tensor]:
+    """The columns of the evidence (see `Evidence`): the clean ones, and the worst case over the attacks."""
+    clean = by_stage["clean"]
+    columns = {name: values for name, values in clean.items() if not name.startswith(("right", "is_prob"))}
+    attacks = [by_stage[s.name] for s in plan.stages() if s.kind == "attack" and s.name in by_stage]
+    columns |= _worst_case(clean, attacks)
+    curve = [by_stage[s.name] for s in plan.stages() if s.kind == "curve" and s.name in by_stage]
+    if curve or plan.smallest:
+        columns["distance"] = torch.stack([a["distance"] for a in (*attacks, *curve)]).amin(0)
+    fixed = by_stage.get("attacked")
+    if fixed is not None:
+        names = ("prediction", "confidence", "entropy", "probability_margin")
+        columns |= {f"attacked_{name}": fixed[name] for name in names}
+    return columns
+
+
+def _worst_case(clean: Columns, attacks: Sequence[Columns]) -> dict[str, Tensor]:
+    """The first attack that succeeded speaks for an example; where distances are asked, each norm's smallest."""
+    n = len(clean["id"])
+    success, broken_by = torch.zeros(n, dtype=torch.bool), torch.full((n,), -1, dtype=torch.int64)
+    prediction, fresh, lowest = clean["prediction"].clone(), clean["right"].clone(), clean["right"].clone()
+    queries, first = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
+    distances = {norm: torch.where(clean["correct"], torch.inf, 0.0).float() for norm in NORMS}
+    for k, columns in enumerate(attacks):
+        new = columns["success"] & ~success
+        first = torch.where(new & (columns["first_success"] > 0), queries + columns["first_success"], first)
+        queries = queries + columns["queries"]
+        broken_by[new] = k
+        prediction = torch.where(new, columns["prediction"], prediction)
+        lower = columns["ran"] & (columns["right"] < lowest)
+        fresh, lowest = (
+            torch.where(lower, columns["right_fresh"], fresh),
+            torch.where(lower, columns["right"], lowest),
+        )
+        success |= columns["success"]
+        for norm, known in distances.items():
+            distances[norm] = torch.minimum(known, columns[f"distance_{norm}"])
+    return {
+        "success": success,
+        "broken_by": broken_by,
+        "adversarial_prediction": prediction,
+        "right_probability": fresh,
+        "queries": queries,
+        "first_success": first,
+        **{f"distance_{norm}": values for norm, values in distances.items()},
+    }
+
+
+def conclude(
+    plan: Plan,
+    by_stage: Mapping[str, Columns],
+    seconds: Mapping[str, Seconds],
+    randomised: bool,
+    context: Context,
+) -> Evidence:
+    """The evidence of a finished measurement."""
+    columns = assemble(plan, by_stage)
+    if not randomised:
+        del columns["right_probability"]
+    if plan.threat.goal is None:
+        del columns["eligible"]
+    records, total = [], _cost(by_stage["clean"], seconds.get("clean", Seconds()), clean=True)
+    standing = int((by_stage["clean"]["correct"] & by_stage["clean"]["eligible"]).sum())
+    gone = torch.zeros(len(columns["id"]), dtype=torch.bool)
+    for stage in plan.stages()[1:]:
+        if stage.name not in by_stage:
+            continue
+        cost = _cost(by_stage[stage.name], seconds.get(stage.name, Seconds()))
+        total += cost
+        if stage.kind == "attack":
+            before = standing - int(gone.sum())
+            gone |= by_stage[stage.name]["success"]
+            records.append(_record(stage, before, standing - int(gone.sum()), cost))
+    return Evidence(
+        columns,
+        plan.threat,
+        plan.suite,
+        tuple(records),
+        plan.seed,
+        doubts=context.doubts,
+        model=context.model,
+        data=context.data,
+        notes=context.notes,
+        cost=total + context.doubts_cost,
+        doubts_cost=context.doubts_cost,
+        gallery=_gallery(plan, by_stage),
+    )
+
+
+def _record(stage: Stage, before: int, after: int, cost: Cost) -> AttackRecord:
+    assert stage.member is not None
+    return AttackRecord(stage.name, stage.member.name, settings(stage.member.attack), before, after, cost)
+
+
+def _cost(columns: Columns, seconds: Seconds, *, clean: bool = False) -> Cost:
+    if clean:
+        n = len(columns["id"])
+        return Cost(n, 0, n, seconds.cpu, seconds.wall)
+    queries, judged = (
+        int(columns["queries"].sum()),
+        int(columns["ran"].sum()) if "ran" in columns else len(columns["id"]),
+    )
+    return Cost(queries + judged, int(columns["backwards"].sum()), queries, seconds.cpu, seconds.wall)
+
+
+def _gallery(plan: Plan, by_stage: Mapping[str, Columns]) -> dict[str, Tensor]:
+    """The first dozen examples that the suite broke, in source order, each once."""
+    found = [
+        by_stage[s.name]
+        for s in plan.stages()
+        if s.kind == "attack" and "gallery.id" in by_stage.get(s.name, {})
+    ]
+    if not found:
+        return {}
+    ids = torch.cat([columns["gallery.id"] for columns in found])
+    order = ids.argsort(stable=True)
+    fresh = torch.ones_like(order, dtype=torch.bool)
+    fresh[1:] = ids[order][1:] != ids[order][:-1]
+    chosen = order[fresh][:GALLERY]
+    return {name: torch.cat([c[f"gallery.{name}"] for c in found])[chosen] for name in ("id", "x", "x_adv")}

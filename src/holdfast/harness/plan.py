@@ -1,0 +1,103 @@
+"""What is measured: the attacks, the threat model and the seed, as a list of stages."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from holdfast.attacks import PGD
+from holdfast.attacks.protocol import Attack
+from holdfast.core.errors import UsageError
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import ACCESS_ORDER, Access
+from holdfast.ops.losses import cross_entropy
+
+Kind = Literal["clean", "attack", "attacked", "curve"]
+DoubtsWanted = Literal["all", "free", "none"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """An attack and what the suite calls it, such as `APGD-CE`."""
+
+    name: str
+    attack: Attack
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a measurement; `name` is its place in the plan, which its draws and its file are named after."""
+
+    name: str
+    kind: Kind
+    member: Member | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what is measured, but the model, the data and how they are shared out."""
+
+    members: tuple[Member, ...]
+    threat: ThreatModel
+    seed: int = 0
+    suite: str = ""
+    """name and version; empty for a list of attacks"""
+    smallest: bool = False
+    """ask every attack for its smallest change on every example, instead of for any change within eps"""
+    attacked: bool = False
+    """run the fixed PGD-40 pass that entropy, margin, F1 and calibration are read from"""
+    curve: tuple[Member, ...] = ()
+    """minimum-norm attacks on every example, for accuracy against eps"""
+    full: bool = False
+    """run every attack on every example, standing or not"""
+    keep_adversarial: bool = False
+    """keep every successful input, and not only a few to look at"""
+    doubts: DoubtsWanted = "free"
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The steps in order."""
+        attacks = [Stage(f"{k}-{slug(m.name)}", "attack", m) for k, m in enumerate(self.members, 1)]
+        fixed = (
+            [Stage("attacked", "attacked", FIXED)] if self.attacked and self.threat.gives("gradients") else []
+        )
+        curve = [Stage(f"curve-{k}-{slug(m.name)}", "curve", m) for k, m in enumerate(self.curve, 1)]
+        return (Stage("clean", "clean"), *attacks, *fixed, *curve)
+
+
+FIXED = Member("PGD-40", PGD(steps=40, loss=cross_entropy, drop=False))
+"""The pass that does not depend on the suite's order: every example, never dropped."""
+
+
+def labelled(attacks: Iterable[Attack]) -> tuple[Member, ...]:
+    """Attacks named after their classes."""
+    return tuple(Member(type(attack).__name__, attack) for attack in attacks)
+
+
+def slug(name: str) -> str:
+    """`APGD-CE (large eps)` as `apgd-ce-large-eps`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def settings(attack: Attack) -> dict[str, Any]:
+    """The settings of an attack as plain values: functions by their name, nested attacks by theirs."""
+    plain: dict[str, Any] = {}
+    for f in fields(attack):  # type: ignore[arg-type]
+        value = getattr(attack, f.name)
+        if isinstance(value, Attack):
+            plain[f.name] = {"use": type(value).__name__, **settings(value)}
+        else:
+            plain[f.name] = value.__name__ if callable(value) else value
+    return plain
+
+
+def refuse_what_is_hidden(plan: Plan, target: Access) -> Plan:
+    """The plan with the access that the target can give at most; `UsageError` if an attack needs more."""
+    least: Access = min(plan.threat.access, target, key=ACCESS_ORDER.index)
+    seen = replace(plan, threat=replace(plan.threat, access=least))
+    for member in (*seen.members, *seen.curve):
+        if not seen.threat.gives(member.attack.needs):
+            raise UsageError(
+                f"{member.name} needs {member.attack.needs}, but only {least} can be seen here; "
+                f"leave it out with --skip {slug(member.name)}, or choose --suite black-box"
+            )
+    return seen

@@ -1,0 +1,257 @@
+"""One stage on some examples: run an attack on those that stand, and let the bare model judge what came back."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks.protocol import Attack
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L0, L1, L2, Linf, allowed
+from holdfast.core.draws import Draws
+from holdfast.core.errors import BudgetSpent, HoldfastError
+from holdfast.core.evidence import Columns
+from holdfast.core.meter import Metered, Spent, margin
+from holdfast.core.model import out_of_memory
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, Logits, Mask
+from holdfast.harness.plan import Plan, Stage
+from holdfast.harness.target import VOTES, Target
+
+GALLERY = 12
+"""Broken examples that are kept for people to look at."""
+
+NORMS = {"linf": Linf(), "l2": L2(), "l1": L1(), "l0": L0()}
+
+
+@dataclass
+class Room:
+    """How many examples go through the model at once; halved for good when memory runs out."""
+
+    size: int
+    halved: list[int] = field(default_factory=list)
+    """sizes that memory was too small for"""
+    progress: Callable[[int], None] = field(default=lambda n: None)
+    """told how many examples were just finished"""
+
+
+def run_stage(
+    stage: Stage, plan: Plan, target: Target, batch: Batch, prior: Mapping[str, Columns], room: Room
+) -> Columns:
+    """Columns of one stage on `batch`, given those of the stages before it on the same examples.
+
+    Keys that start with `gallery.` or `adversarial.` hold some of the examples only, named by their `id`.
+    """
+    rng = Draws(plan.seed).at("stage", stage.name)
+    if stage.kind == "clean":
+        return _in_pieces(lambda piece: _clean(plan, target, piece, rng), batch, room)
+    assert stage.member is not None
+    attack, threat = stage.member.attack, plan.threat
+    clean = prior["clean"]
+    eligible = clean["correct"] & clean["eligible"]
+    if stage.kind == "attacked":
+        return _in_pieces(lambda piece: _attacked(attack, threat, target, piece, rng), batch, room)
+    if stage.kind == "curve" or plan.smallest:
+        threat = ThreatModel(threat.constraint.resized(torch.inf), threat.goal, threat.access, threat.queries)
+        chosen = eligible
+    else:
+        chosen = eligible if plan.full else eligible & ~broken(prior)
+    columns = unattacked(batch, clean)
+    room.progress(int((~chosen).sum()))
+    if not chosen.any():
+        return columns
+    left = batch.take(chosen)
+    found = _in_pieces(lambda piece: _attack(attack, threat, plan, target, piece, rng), left, room)
+    for name, values in found.items():
+        if name.startswith(("gallery.", "adversarial.")):
+            columns[name] = values
+        else:
+            columns[name][chosen] = values
+    return columns
+
+
+def broken(prior: Mapping[str, Columns]) -> Mask:
+    """Which examples an earlier attack of the suite has broken already."""
+    gone = torch.zeros_like(prior["clean"]["correct"])
+    for name, columns in prior.items():
+        if name[0].isdigit():
+            gone |= columns["success"]
+    return gone
+
+
+def unattacked(batch: Batch, clean: Columns) -> dict[str, Tensor]:
+    """The columns of examples that an attack leaves alone: at distance 0 where the clean input is wrong, else inf."""
+    n = len(batch)
+    zeros = torch.zeros(n, dtype=torch.int64)
+    distance = torch.where(clean["correct"], torch.inf, 0.0).float()
+    return {
+        "id": batch.ids.cpu().clone(),
+        "ran": torch.zeros(n, dtype=torch.bool),
+        "success": torch.zeros(n, dtype=torch.bool),
+        "prediction": clean["prediction"].clone(),
+        "right": clean["right"].clone(),
+        "right_fresh": clean["right"].clone(),
+        "distance": distance.clone(),
+        **{f"distance_{norm}": distance.clone() for norm in NORMS},
+        "queries": zeros.clone(),
+        "first_success": zeros.clone(),
+        "backwards": zeros.clone(),
+    }
+
+
+def _in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Room) -> dict[str, Tensor]:
+    """The work in batches of the room's size; halved and tried again when memory runs out."""
+    done: list[dict[str, Tensor]] = []
+    start = 0
+    while start < len(batch):
+        piece = batch.take(torch.arange(start, min(start + room.size, len(batch)), device=batch.ids.device))
+        try:
+            done.append(work(piece))
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or room.size == 1:
+                raise
+            room.halved.append(room.size)
+            room.size = max(1, min(room.size, len(piece)) // 2)
+            continue
+        start += len(piece)
+        room.progress(len(piece))
+    return {name: torch.cat([columns[name] for columns in done]) for name in done[0]} if done else {}
+
+
+def _clean(plan: Plan, target: Target, batch: Batch, rng: Draws) -> dict[str, Tensor]:
+    with target.repeatable(rng.at(int(batch.ids[0]))):
+        logits, right, _ = _judged(target, batch, batch.x)
+    probabilities = logits.softmax(1)
+    height = margin(logits, batch.towards(None))
+    prediction = logits.argmax(1)
+    eligible = torch.ones_like(prediction, dtype=torch.bool)
+    if plan.threat.goal is not None:
+        eligible = (batch.y != plan.threat.goal) & (prediction != plan.threat.goal)
+    columns = {
+        "id": batch.ids,
+        "y": batch.y,
+        "digest": _digests(batch),
+        "prediction": prediction,
+        "margin": height,
+        "confidence": probabilities.amax(1),
+        "entropy": torch.special.entr(probabilities).sum(1),
+        "probability_margin": margin(probabilities, batch.towards(None)),
+        "correct": right > 0.5,
+        "right": right,
+        "eligible": eligible,
+        "nan": logits.isnan().any(1),
+        "is_probability": ((logits.sum(1) - 1).abs() < 1e-4) & (logits >= 0).all(1),
+    }
+    return {name: values.cpu() for name, values in columns.items()}
+
+
+def _attacked(
+    attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
+) -> dict[str, Tensor]:
+    batch = _aimed(batch, threat)
+    x_adv, spent = _found(attack, threat, target, batch, rng)
+    logits = target.logits(x_adv)
+    probabilities = logits.softmax(1)
+    columns = {
+        "id": batch.ids,
+        "prediction": logits.argmax(1),
+        "confidence": probabilities.amax(1),
+        "entropy": torch.special.entr(probabilities).sum(1),
+        "probability_margin": margin(probabilities, batch.towards(None)),
+        "success": ~(margin(logits, batch) > 0),
+        "queries": spent.queries,
+        "backwards": spent.backwards,
+    }
+    return {name: values.cpu() for name, values in columns.items()}
+
+
+def _attack(
+    attack: Attack, threat: ThreatModel, plan: Plan, target: Target, batch: Batch, rng: Draws
+) -> dict[str, Tensor]:
+    batch = _aimed(batch, threat)
+    with target.repeatable(rng.at(int(batch.ids[0]))):
+        x_adv, spent = _found(attack, threat, target, batch, rng)
+        logits, right, right_fresh = _judged(target, batch, x_adv)
+    found = ~(right > 0.5)
+    distance = plan.threat.constraint.distance(x_adv, batch.x)
+    success = found & (distance <= plan.threat.constraint.eps * (1 + 1e-6) + 1e-7)
+    far = torch.full_like(distance, torch.inf)
+    columns = {
+        "id": batch.ids,
+        "ran": torch.ones_like(success),
+        "success": success,
+        "prediction": logits.argmax(1),
+        "right": right,
+        "right_fresh": right_fresh,
+        "distance": torch.where(found, distance, far).float(),
+        **{
+            f"distance_{name}": torch.where(found, norm.distance(x_adv, batch.x), far).float()
+            for name, norm in NORMS.items()
+        },
+        "queries": spent.queries,
+        "first_success": spent.first_success,
+        "backwards": spent.backwards,
+    }
+    kept = success.nonzero()[:, 0]
+    shown = kept[:GALLERY]
+    columns |= {"gallery.id": batch.ids[shown], "gallery.x": batch.x[shown], "gallery.x_adv": x_adv[shown]}
+    if plan.keep_adversarial:
+        columns |= {"adversarial.id": batch.ids[kept], "adversarial.x": x_adv[kept]}
+    return {name: values.cpu() for name, values in columns.items()}
+
+
+def _aimed(batch: Batch, threat: ThreatModel) -> Batch:
+    return batch if threat.goal is None else batch.towards(torch.full_like(batch.y, threat.goal))
+
+
+def _found(
+    attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
+) -> tuple[Inputs, Spent]:
+    """What the attack returned, checked to be an allowed input; what it had found when its budget ran out."""
+    meter = Metered(target.quick, batch, threat)
+    try:
+        x_adv = attack(meter, batch, threat, rng=rng)
+    except BudgetSpent:
+        x_adv = meter.found()
+    if x_adv.shape != batch.x.shape or x_adv.dtype != batch.x.dtype:
+        raise HoldfastError(
+            f"{type(attack).__name__} returned {x_adv.dtype} of shape {tuple(x_adv.shape)} for inputs "
+            f"{batch.x.dtype} of shape {tuple(batch.x.shape)}; an attack returns inputs like those it was given"
+        )
+    legal = allowed(threat.constraint, x_adv, batch.x, target.bare.bounds)
+    if not legal.all():
+        worst = int((~legal).nonzero()[0, 0])
+        distance = float(threat.constraint.distance(x_adv[worst : worst + 1], batch.x[worst : worst + 1]))
+        raise HoldfastError(
+            f"{type(attack).__name__} left the threat model on example {int(batch.ids[worst])}: distance {distance:.6g}, "
+            f"allowed {threat.constraint.eps:.6g} inside the bounds; report this as a bug of the attack"
+        )
+    return x_adv.detach(), meter.spent
+
+
+def _judged(target: Target, batch: Batch, x: Inputs) -> tuple[Logits, Tensor, Tensor]:
+    """Logits of the bare model, the share of draws in which it holds, and that share over fresh draws.
+
+    A model that is not randomised is asked once; under a tie or a NaN it does not hold.
+    """
+    logits = target.logits(x)
+    if not target.randomised:
+        right = (margin(logits, batch) > 0).float()
+        return logits, right, right
+
+    def share() -> Tensor:
+        return torch.stack([(margin(target.logits(x), batch) > 0).float() for _ in range(VOTES)]).mean(0)
+
+    return logits, share(), share()
+
+
+def _digests(batch: Batch) -> Tensor:
+    """SHA-256 of each input's bytes and label, (n, 32) uint8: what `compare` pairs examples by."""
+    rows = zip(batch.x.detach().cpu().contiguous().flatten(1).numpy(), batch.y.tolist(), strict=True)
+    digests = b"".join(
+        hashlib.sha256(row.tobytes() + label.to_bytes(8, "little", signed=True)).digest()
+        for row, label in rows
+    )
+    return torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, 32)

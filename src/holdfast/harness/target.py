@@ -1,0 +1,70 @@
+"""The model under test, frozen and in eval mode for as long as it is measured."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.types import Inputs, Logits
+from holdfast.ops.prepare import quickened
+
+VOTES = 20
+"""Draws of a randomised model that decide whether an example stands; as many fresh ones judge it."""
+
+_SAME = 1e-4  # two forwards that differ by more than this share of the largest logit are a randomised model
+
+
+@dataclass(frozen=True)
+class Target:
+    """`bare` judges; `quick` is a frozen copy that computes the same, and that the attacks ask."""
+
+    bare: Classifier
+    quick: Classifier
+    randomised: bool
+    notes: tuple[str, ...] = ()
+    in_training: tuple[str, ...] = ()
+    """layers that were found in train mode; they were measured in eval mode"""
+
+    def logits(self, x: Inputs) -> Logits:
+        """What the bare model says, without a gradient."""
+        with torch.no_grad():
+            return self.bare(x)
+
+    @contextmanager
+    def repeatable(self, rng: Draws) -> Iterator[None]:
+        """Within it, a randomised model draws what the place `rng` says; torch's own state is put back afterwards."""
+        if not self.randomised:
+            yield
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(rng.key >> 1)
+            yield
+
+
+@contextmanager
+def prepared(model: Classifier, sample: Batch) -> Iterator[Target]:
+    """The target for the time of a measurement; the model is put back as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    weights = [(weight, weight.requires_grad) for weight in model.parameters()]
+    in_training = tuple(
+        name
+        for name, m in model.named_modules()
+        if m.training and name.startswith("net") and not list(m.children())
+    )
+    try:
+        model.eval().requires_grad_(False)
+        with torch.no_grad():
+            once, again = model(sample.x), model(sample.x)
+        scale = once.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-12)
+        randomised = bool((once - again).nan_to_num(0.0, 0.0, 0.0).abs().max() > _SAME * scale)
+        quick, notes = (model, ()) if randomised else quickened(model, sample.x)
+        yield Target(model, quick, randomised, notes, in_training)
+    finally:
+        for module, training in modes:
+            module.training = training
+        for weight, trained in weights:
+            weight.requires_grad_(trained)

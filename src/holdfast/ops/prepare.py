@@ -1,0 +1,116 @@
+"""Making a frozen copy of a network quick without changing what it computes: batch norm folded, channels last.
+
+Both are checked on real inputs against the network as it is, and left out where they do not agree or do not pay.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from holdfast.core.model import Classifier
+
+_AGREES = 1e-4  # largest difference of logits, relative to the largest logit
+
+
+def agrees(one: Tensor, other: Tensor) -> bool:
+    """Whether two sets of logits differ by at most 1e-4 of the largest, with NaN in the same places."""
+    scale = one.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-12)
+    return bool(torch.allclose(one / scale, other / scale, rtol=0.0, atol=_AGREES, equal_nan=True))
+
+
+def quickened(model: Classifier, x: Tensor) -> tuple[Classifier, tuple[str, ...]]:
+    """A frozen copy of `model` for attacks on inputs like `x` (n, *features), and what was done to it.
+
+    The copy has batch norm folded into the layer before it, and runs channels last where that pays. A step that
+    changes the logits by more than 1e-4 relative is not taken; a model that cannot be copied comes back as it is.
+    """
+    if not isinstance(model.net, nn.Module):
+        return model, ()
+    try:
+        quick = copy.deepcopy(model).eval().requires_grad_(False)
+    except (RuntimeError, TypeError, NotImplementedError, AttributeError):
+        return model, ("the model cannot be copied, so it is attacked as it is",)
+    did: list[str] = []
+    with torch.no_grad():
+        reference = model(x)
+        folded = _folded(quick, x)
+        if folded is not None and agrees(reference, folded(x)):
+            quick = folded
+            did.append("batch norm is folded into the layer before it")
+        if x.dim() == 4 and _channels_last_pays(quick, x):
+            last = copy.deepcopy(quick).to(memory_format=torch.channels_last)
+            if agrees(reference, last(x)):
+                quick = last
+                did.append("convolutions run channels last")
+    return quick, tuple(did)
+
+
+def _folded(model: Classifier, x: Tensor) -> Classifier | None:
+    """A copy with each batch norm whose input comes straight from one convolution or linear layer folded into it.
+
+    The pairs are seen in a forward pass: the very tensor that the layer returned is what the norm was given. That the
+    tensor goes nowhere else is not seen; the caller checks the logits.
+    """
+    if not any(isinstance(m, _BatchNorm) for m in model.modules()):
+        return None
+    made: dict[int, tuple[nn.Module, Tensor]] = {}
+    calls: dict[nn.Module, int] = {}
+    pairs: dict[nn.Module, nn.Module] = {}
+
+    def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        if isinstance(module, _BatchNorm):
+            maker = made.get(id(inputs[0]))
+            if maker is not None:
+                pairs[module] = maker[0]
+        elif isinstance(output, Tensor):
+            made[id(output)] = (module, output)  # the tensor is kept, so that its id stays its own
+
+    copied = copy.deepcopy(model)
+    watched = [
+        m for m in copied.modules() if isinstance(m, (_BatchNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+    ]
+    handles = [m.register_forward_hook(watch) for m in watched]
+    try:
+        copied(x[:2])
+    finally:
+        for handle in handles:
+            handle.remove()
+    once = {norm: layer for norm, layer in pairs.items() if calls[norm] == 1 and calls[layer] == 1}
+    for norm, layer in once.items():
+        _fold(layer, norm)
+    for parent in list(copied.modules()):
+        for name, child in list(parent.named_children()):
+            if child in once:
+                setattr(parent, name, nn.Identity())
+    return copied if once else None
+
+
+def _fold(layer: nn.Module, norm: nn.Module) -> None:
+    assert isinstance(norm, _BatchNorm)
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+    weight, bias = fuse(
+        layer.weight,  # type: ignore[arg-type]
+        layer.bias,  # type: ignore[arg-type]
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
+    )
+    layer.weight, layer.bias = weight.requires_grad_(False), bias.requires_grad_(False)
+
+
+def _channels_last_pays(model: Classifier, x: Tensor) -> bool:
+    """Whether most of the real convolutions have stride one, on a CPU.
+
+    A rule and no timing, so that the same run makes the same evidence; it is where it paid in
+    `benchmarks/records` (0.7 to 0.9 of the time; strided convolutions lose).
+    """
+    strides = [m.stride for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    return x.device.type == "cpu" and 2 * sum(stride == (1, 1) for stride in strides) > len(strides)
