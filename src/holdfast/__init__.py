@@ -1,3 +1,58 @@
-"""Holdfast: find out how a model breaks, make it harder to break, keep it that way in production."""
+"""Holdfast: find out how a model breaks, make it harder to break, keep it that way in production.
+
+Nothing is imported before it is asked for: `import holdfast` costs a few milliseconds and no torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from holdfast.core.batch import Batch
+    from holdfast.core.constraints import L0, L1, L2, Linf
+    from holdfast.core.draws import Draws
+    from holdfast.core.evidence import Evidence
+    from holdfast.core.model import Bounds, Classifier
+    from holdfast.core.threat import ThreatModel
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "L0",
+    "L1",
+    "L2",
+    "Batch",
+    "Bounds",
+    "Classifier",
+    "Draws",
+    "Evidence",
+    "Linf",
+    "ThreatModel",
+    "__version__",
+]
+
+_HOMES = {
+    "Batch": "holdfast.core.batch",
+    "Bounds": "holdfast.core.model",
+    "Classifier": "holdfast.core.model",
+    "Draws": "holdfast.core.draws",
+    "Evidence": "holdfast.core.evidence",
+    "L0": "holdfast.core.constraints",
+    "L1": "holdfast.core.constraints",
+    "L2": "holdfast.core.constraints",
+    "Linf": "holdfast.core.constraints",
+    "ThreatModel": "holdfast.core.threat",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(__all__))}"
+        )
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
