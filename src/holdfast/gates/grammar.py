@@ -1,0 +1,129 @@
+"""Reading gates: `METRIC[@EPS] (>=|<=) NUMBER [vs baseline]`. Torch-free: a bad gate is refused at once.
+
+>>> claim = parse("robust_accuracy@8/255 >= 0.4")
+>>> claim.metric, claim.relation, claim.bound, round(claim.eps, 4)
+('robust_accuracy', '>=', 0.4, 0.0314)
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from holdfast.core.errors import UsageError
+from holdfast.metrics.names import AT_EPS, METRICS, PAIRED
+
+Relation = Literal[">=", "<="]
+
+FORM = 'write METRIC >= NUMBER or METRIC <= NUMBER, as in "robust_accuracy >= 0.40"'
+"""The way out of a gate that cannot be read."""
+
+_PARTS = re.compile(
+    r"\s*(?P<metric>[A-Za-z][\w-]*)\s*(?:@\s*(?P<eps>[^\s<>=]+))?\s*(?P<relation>[<>=!]+)\s*(?P<bound>\S+)\s*(?P<rest>.*?)\s*"
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A gate as it was written, taken apart."""
+
+    metric: str
+    relation: Relation
+    bound: float
+    eps: float | None = None
+    """another eps than the run's, in units of the inputs"""
+    versus: Literal["baseline"] | None = None
+    text: str = ""
+    """what the user wrote"""
+
+
+def parse(text: str) -> Claim:
+    """The claim that a gate makes; `UsageError` shows what is wrong with it and how to write it."""
+    parts = _PARTS.fullmatch(text)
+    if parts is None:
+        raise UsageError(f"gate {text!r} cannot be read; {FORM}")
+    metric = _metric(parts["metric"], text)
+    eps = None if parts["eps"] is None else _number(parts["eps"], text)
+    if eps is not None and metric not in AT_EPS:
+        raise UsageError(
+            f"gate {text!r}: {metric} has no value at another eps; those that have are {_list(AT_EPS)}"
+        )
+    if eps is not None and eps < 0:
+        raise UsageError(f"gate {text!r}: eps is {eps:g}; it must be 0 or more, as in {metric}@8/255")
+    return Claim(
+        metric,
+        _relation(parts["relation"], text),
+        _number(parts["bound"], text),
+        eps,
+        _versus(metric, parts["rest"], text),
+        text.strip(),
+    )
+
+
+def _metric(name: str, text: str) -> str:
+    if name in METRICS:
+        return name
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), METRICS, n=1, cutoff=0.5)
+    offered = f"did you mean {near[0]!r}?" if near else f"known are {_list(METRICS)}"
+    raise UsageError(f"gate {text!r}: there is no metric {name!r}; {offered}")
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _relation(sign: str, text: str) -> Relation:
+    if sign == ">=":
+        return ">="
+    if sign == "<=":
+        return "<="
+    if sign in {">", "<"}:
+        raise UsageError(
+            f"gate {text!r} compares with {sign!r}; an interval cannot tell it from {sign}=, so write {sign}="
+        )
+    raise UsageError(f"gate {text!r} compares with {sign!r}; {FORM}")
+
+
+def _number(written: str, text: str) -> float:
+    if written.endswith("%"):
+        as_share = _fraction(written[:-1])
+        way_out = "write it as a share" if as_share is None else f"write the share {as_share / 100:g}"
+        raise UsageError(f"gate {text!r} gives {written!r}, but metrics are no percentages; {way_out}")
+    number = _fraction(written)
+    if number is None or not math.isfinite(number):
+        raise UsageError(f"gate {text!r}: {written!r} is no number; write one such as 0.4 or 8/255")
+    return number
+
+
+def _fraction(written: str) -> float | None:
+    """A number, or one number over another; None if it is neither."""
+    numerator, slash, denominator = written.partition("/")
+    try:
+        return float(numerator) / float(denominator) if slash else float(numerator)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _versus(metric: str, rest: str, text: str) -> Literal["baseline"] | None:
+    words = rest.split()
+    if words == ["vs", "baseline"]:
+        if metric not in PAIRED:
+            raise UsageError(
+                f"gate {text!r}: {metric} is measured on one run; against a baseline there are {_list(PAIRED)}"
+            )
+        return "baseline"
+    if words == ["of", "static"]:
+        raise UsageError(f"gate {text!r}: 'of static' comes with rotate, which this version does not have")
+    if words == ["%"]:
+        raise UsageError(
+            f"gate {text!r} gives a percentage, but metrics are no percentages; write a share, as in 0.4"
+        )
+    if words:
+        raise UsageError(f"gate {text!r} ends in {rest!r}, which means nothing; it may end in 'vs baseline'")
+    if metric in PAIRED:
+        raise UsageError(
+            f"gate {text!r}: {metric} compares two runs; write '{text.strip()} vs baseline', and name it with --baseline RUN"
+        )
+    return None

@@ -1,0 +1,149 @@
+"""Precision, recall, F1, entropy, margin and calibration, clean and under the fixed PGD-40 cross-entropy pass.
+
+Guo et al., "On calibration of modern neural networks", ICML 2017, arXiv:1706.04599, for the calibration error.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from holdfast.core.errors import TargetError
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Evidence
+from holdfast.core.types import Labels, PerExample
+from holdfast.metrics.columns import ATTACKED_INPUT, column
+from holdfast.ops.statistics import Support, bootstrap, mean
+
+BINS = 15
+"""Equal-width bins of confidence, as in Guo et al. 2017"""
+
+Input = Literal["clean", "attacked"]
+_PREFIX: dict[Input, str] = {"clean": "", "attacked": "attacked_"}
+
+
+def _values(evidence: Evidence, name: str, of: Input) -> Tensor:
+    return column(evidence, _PREFIX[of] + name, ATTACKED_INPUT)
+
+
+def _numbers(values: PerExample, name: str) -> PerExample:
+    """Float64 without the examples where the model returned NaN; the doubt `nan` tells of those."""
+    kept = values.double()[~values.isnan()]
+    if not len(kept):
+        raise TargetError(f"{name} cannot be computed: the model returned NaN for all {len(values)} examples")
+    return kept
+
+
+def _confusions(y: Labels, prediction: Labels, rows: Tensor) -> Tensor:
+    """Counts (resamples, classes, classes) of label by prediction, over the classes that occur."""
+    known, coded = torch.unique(torch.cat((y, prediction)), return_inverse=True)
+    classes = len(known)
+    cell = coded[: len(y)] * classes + coded[len(y) :]
+    counts = torch.zeros(len(rows), classes * classes, dtype=torch.float64)
+    cells = cell[rows]
+    return counts.scatter_add_(1, cells, torch.ones_like(cells, dtype=torch.float64)).view(
+        -1, classes, classes
+    )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of each class (resamples, classes): right predictions, all predictions, all labels."""
+
+    hits: Tensor
+    predicted: Tensor
+    labelled: Tensor
+
+
+Score = Callable[[Counts], Tensor]
+"""The score of each class (resamples, classes)."""
+
+
+def _precision(counts: Counts) -> Tensor:
+    return counts.hits / counts.predicted.clamp_min(1)
+
+
+def _recall(counts: Counts) -> Tensor:
+    return counts.hits / counts.labelled.clamp_min(1)
+
+
+def _f1(counts: Counts) -> Tensor:
+    return 2 * counts.hits / (counts.labelled + counts.predicted).clamp_min(1)
+
+
+def _macro(evidence: Evidence, score: Score, of: Input, confidence: float) -> Estimate:
+    """Unweighted mean over the classes that are labelled or predicted; a class never predicted scores 0."""
+    y, prediction = evidence["y"], _values(evidence, "prediction", of)
+
+    def statistic(rows: Tensor) -> PerExample:
+        table = _confusions(y, prediction, rows)
+        counts = Counts(table.diagonal(dim1=1, dim2=2), table.sum(1), table.sum(2))
+        occurs = counts.labelled + counts.predicted > 0
+        return (score(counts) * occurs).sum(1) / occurs.sum(1)
+
+    return bootstrap(statistic, len(y), confidence)
+
+
+def precision(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
+    """Macro precision."""
+    return _macro(evidence, _precision, of, confidence)
+
+
+def recall(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
+    """Macro recall."""
+    return _macro(evidence, _recall, of, confidence)
+
+
+def f1(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
+    """Macro F1: the mean of the classes' own F1, not the F1 of the mean precision and recall."""
+    return _macro(evidence, _f1, of, confidence)
+
+
+def _entropy_limit(evidence: Evidence) -> float:
+    """The entropy of a uniform guess over the classes that occur."""
+    classes = int(torch.cat((evidence["y"], evidence["prediction"])).max()) + 1
+    return math.log(max(classes, 2))
+
+
+def defensive_entropy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+    """Mean predictive entropy on attacked inputs, in nats."""
+    values = _numbers(_values(evidence, "entropy", "attacked"), "defensive_entropy")
+    return mean(values, confidence, support=Support(0.0, max(_entropy_limit(evidence), float(values.max()))))
+
+
+def defensive_entropy_rise(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+    """Mean rise of the predictive entropy from clean to attacked input, in nats."""
+    rise = _values(evidence, "entropy", "attacked").double() - evidence["entropy"].double()
+    values = _numbers(rise, "defensive_entropy_rise")
+    limit = max(_entropy_limit(evidence), float(values.abs().max()))
+    return mean(values, confidence, support=Support(-limit, limit))
+
+
+def defensive_margin(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+    """Mean drop of the margin in probability from clean to attacked input."""
+    after = _values(evidence, "probability_margin", "attacked").double()
+    drop = _numbers(evidence["probability_margin"].double() - after, "defensive_margin")
+    return mean(drop, confidence, support=Support(-2.0, 2.0))
+
+
+def calibration_error(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
+    """Expected calibration error: mean gap between confidence and accuracy over bins of confidence.
+
+    It is biased upwards in small samples, and a resample adds to the bias; the interval is corrected for the latter.
+    """
+    sure = _values(evidence, "confidence", of).double()
+    right = (_values(evidence, "prediction", of) == evidence["y"]).double()
+    known = ~sure.isnan()
+    _numbers(sure, "calibration_error")
+    sure, right = sure[known], right[known]
+    bin_of = (sure * BINS).ceil().long().clamp(1, BINS) - 1
+    gap = right - sure
+
+    def statistic(rows: Tensor) -> PerExample:
+        sums = torch.zeros(len(rows), BINS, dtype=torch.float64).scatter_add_(1, bin_of[rows], gap[rows])
+        return sums.abs().sum(1) / rows.shape[1]
+
+    return bootstrap(statistic, len(sure), confidence)

@@ -1,0 +1,95 @@
+"""Every metric by its name: the functions behind `names.METRICS`."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Protocol
+
+from holdfast.core.errors import UsageError
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Evidence
+from holdfast.metrics import attacked, paired, perturbations, shares
+from holdfast.metrics.columns import Absent
+from holdfast.metrics.names import METRICS
+
+Metric = Callable[[Evidence, float], Estimate]
+"""`metric(evidence, confidence)`"""
+
+PLAIN: Mapping[str, Metric] = {
+    "clean_accuracy": shares.clean_accuracy,
+    "clean_error_rate": shares.clean_error_rate,
+    "targeted_success_rate": shares.targeted_success_rate,
+    **perturbations.PERTURBATIONS,
+    "robust_margin": perturbations.robust_margin,
+    "adversarial_radius": perturbations.adversarial_radius,
+    "precision": attacked.precision,
+    "recall": attacked.recall,
+    "f1": attacked.f1,
+    "attacked_precision": partial(attacked.precision, of="attacked"),
+    "attacked_recall": partial(attacked.recall, of="attacked"),
+    "attacked_f1": partial(attacked.f1, of="attacked"),
+    "defensive_entropy": attacked.defensive_entropy,
+    "defensive_entropy_rise": attacked.defensive_entropy_rise,
+    "defensive_margin": attacked.defensive_margin,
+    "calibration_error": attacked.calibration_error,
+    "attacked_calibration_error": partial(attacked.calibration_error, of="attacked"),
+}
+"""Metrics of one run."""
+
+
+class AtEps(Protocol):
+    """A metric that may be asked at another eps than the run's own."""
+
+    def __call__(self, evidence: Evidence, confidence: float = ..., *, eps: float | None = ...) -> Estimate:
+        """The metric at `eps`; None is the run's own."""
+
+
+BY_EPS: Mapping[str, AtEps] = {
+    "robust_accuracy": shares.robust_accuracy,
+    "robust_error_rate": shares.robust_error_rate,
+    "robustness_score": shares.robustness_score,
+    "worst_class": shares.worst_class,
+    "attack_success_rate": shares.attack_success_rate,
+    "perturbed_share": shares.perturbed_share,
+}
+"""Metrics of one run that may be asked at another eps."""
+
+PAIRED: Mapping[str, Callable[[Evidence, Evidence, float], Estimate]] = {
+    "regression": paired.regression,
+    "clean_accuracy_drop": paired.clean_accuracy_drop,
+}
+"""Metrics between a run and its baseline."""
+
+
+def estimate(
+    name: str,
+    evidence: Evidence,
+    *,
+    eps: float | None = None,
+    baseline: Evidence | None = None,
+    confidence: float = 0.95,
+) -> Estimate:
+    """One metric by its name. `Absent` (a usage error that names what would bring it) if its attack did not run."""
+    if name in PAIRED:
+        if baseline is None:
+            raise Absent(f"{name} compares with another run; name it with --baseline RUN")
+        return PAIRED[name](evidence, baseline, confidence)
+    if name in BY_EPS:
+        return BY_EPS[name](evidence, confidence, eps=eps)
+    if name not in PLAIN:
+        raise UsageError(f"there is no metric {name!r}; known are {', '.join([*PLAIN, *BY_EPS, *PAIRED])}")
+    if eps is not None:
+        raise UsageError(f"{name} has no value at another eps; write {name} without @{eps:g}")
+    return PLAIN[name](evidence, confidence)
+
+
+def estimates(
+    evidence: Evidence, *, baseline: Evidence | None = None, confidence: float = 0.95
+) -> dict[str, Estimate]:
+    """Every metric that the evidence allows, in the order of `names.METRICS`; the others are absent."""
+    found = {}
+    for name in METRICS:
+        try:
+            found[name] = estimate(name, evidence, baseline=baseline, confidence=confidence)
+        except Absent:
+            continue
+    return found

@@ -1,0 +1,57 @@
+"""What metrics read off the evidence, and the error of a metric whose attack did not run."""
+
+import math
+
+from torch import Tensor
+
+from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Evidence
+from holdfast.core.types import Mask, PerExample
+
+ATTACKED_INPUT = "give a named suite, as in --suite standard: its fixed PGD-40 pass brings it"
+MINIMUM_NORM = "minimum-norm attacks bring it: add --curve, or run --suite minimum-norm"
+
+
+class Absent(UsageError):
+    """A metric whose attack did not run; the message names what would bring it."""
+
+
+def column(evidence: Evidence, name: str, way_out: str) -> Tensor:
+    """One column, or `Absent` with the way out."""
+    if name not in evidence:
+        raise Absent(f"this run measured no {name}; {way_out}")
+    return evidence[name]
+
+
+def within(distance: PerExample, eps: float) -> Mask:
+    """Whether a perturbation of this size is allowed at `eps`, with the tolerance that the harness judges by."""
+    return distance.double() <= eps * (1 + 1e-6) + 1e-7
+
+
+def untargeted(evidence: Evidence, metric: str) -> None:
+    """Refuse a metric that is defined for untargeted attackers only."""
+    if evidence.threat.goal is not None:
+        raise Absent(
+            f"{metric} does not exist under goal=targeted:{evidence.threat.goal}; "
+            f"ask for targeted_success_rate, or leave the goal out"
+        )
+
+
+def broken(evidence: Evidence, metric: str, eps: float | None) -> Mask:
+    """Which examples an allowed attack turned wrong, at the run's eps or at another one.
+
+    Another eps is read off the distances of the minimum-norm attacks.
+    """
+    untargeted(evidence, metric)
+    own = evidence.threat.constraint.eps
+    if eps is None and math.isinf(own):
+        raise Absent(f"{metric} needs an eps in a minimum-norm run; write {metric}@EPS, as in {metric}@0.5")
+    if eps is None or (eps == own and "distance" not in evidence):
+        return column(evidence, "success", "run at least one attack") & evidence["correct"]
+    way_out = f"this run attacked at eps={own:g} alone; {MINIMUM_NORM}"
+    return evidence["correct"] & within(column(evidence, "distance", way_out), eps)
+
+
+def robust(evidence: Evidence, metric: str, eps: float | None = None) -> Mask:
+    """Which examples are right both unattacked and under the worst case."""
+    return evidence["correct"] & ~broken(evidence, metric, eps)

@@ -1,0 +1,47 @@
+"""Curves over all examples: accuracy against eps, and accuracy against queries."""
+
+from dataclasses import dataclass
+
+import torch
+
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Evidence
+from holdfast.core.types import PerExample
+from holdfast.metrics.columns import MINIMUM_NORM, broken, column, untargeted
+from holdfast.ops.statistics import clopper_pearson
+
+POINTS = 100
+"""Steps that a curve keeps; a page shows no more."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A falling staircase: from `x[i]` on, until `x[i + 1]`, the accuracy is `y[i]`. Bands are pointwise."""
+
+    x: tuple[float, ...]
+    y: tuple[Estimate, ...]
+
+
+def accuracy_against_eps(evidence: Evidence, confidence: float = 0.95) -> Curve:
+    """Robust accuracy at every eps, from the smallest success of each example; the first point is clean accuracy."""
+    untargeted(evidence, "the eps curve")
+    distance = column(evidence, "distance", MINIMUM_NORM).double()
+    return _falling(torch.where(evidence["correct"], distance, 0.0), confidence)
+
+
+def accuracy_against_queries(evidence: Evidence, confidence: float = 0.95) -> Curve:
+    """Robust accuracy after every number of queries an example, from the query at which each first fell."""
+    fell = broken(evidence, "the query curve", None)
+    first = column(evidence, "first_success", "run at least one attack").double()
+    falls = torch.where(fell, first, torch.inf)
+    return _falling(torch.where(evidence["correct"], falls, 0.0), confidence)
+
+
+def _falling(falls_at: PerExample, confidence: float) -> Curve:
+    n = len(falls_at)
+    steps = torch.unique(falls_at[falls_at.isfinite() & (falls_at > 0)])
+    if len(steps) > POINTS - 1:
+        steps = steps[torch.linspace(0, len(steps) - 1, POINTS - 1).round().long()]
+    x = (0.0, *steps.tolist())
+    held = [int((falls_at > at).sum()) for at in x]
+    return Curve(x, tuple(Estimate(k / n, *clopper_pearson(k, n, confidence), n) for k in held))

@@ -1,0 +1,54 @@
+"""The catalogue of metrics that gates may name. Torch-free, so that a misspelt gate is refused at once."""
+
+from typing import Final
+
+METRICS: Final[dict[str, str]] = {
+    "clean_accuracy": "share of examples classified correctly unattacked",
+    "clean_error_rate": "one minus the clean accuracy",
+    "robust_accuracy": "share correct both unattacked and under the worst case over the suite, of all examples",
+    "robust_error_rate": "one minus the robust accuracy",
+    "robustness_score": "harmonic mean of clean and robust accuracy",
+    "worst_class": "smallest robust accuracy over the classes, with Bonferroni's correction",
+    "attack_success_rate": "share of originally correct examples that an attack turned wrong",
+    "targeted_success_rate": "share of eligible examples that an attack turned into the target",
+    "perturbed_share": "share of all examples that an attack turned wrong (the weight of the mean perturbations)",
+    "perturbation_linf": "median over all examples of the largest change found, inf kept",
+    "perturbation_l2": "median over all examples of the Euclidean length found, inf kept",
+    "perturbation_l1": "median over all examples of the summed change found, inf kept",
+    "perturbation_l0": "median over all examples of the number of changed values found, inf kept",
+    "mean_perturbation_linf": "mean largest change over the successes",
+    "mean_perturbation_l2": "mean Euclidean length over the successes",
+    "mean_perturbation_l1": "mean summed change over the successes",
+    "mean_perturbation_l0": "mean number of changed values over the successes",
+    "robust_margin": "median of the smallest perturbation found by minimum-norm attacks, an upper bound",
+    "adversarial_radius": "largest eps at which robust accuracy is at least half of clean accuracy",
+    "precision": "macro precision, unattacked",
+    "recall": "macro recall, unattacked",
+    "f1": "macro F1, unattacked",
+    "attacked_precision": "macro precision on attacked inputs",
+    "attacked_recall": "macro recall on attacked inputs",
+    "attacked_f1": "macro F1 on attacked inputs",
+    "defensive_entropy": "mean predictive entropy on attacked inputs, in nats",
+    "defensive_entropy_rise": "mean rise of the predictive entropy from clean to attacked input, in nats",
+    "defensive_margin": "mean drop of the margin in probability from clean to attacked input",
+    "calibration_error": "expected calibration error, unattacked",
+    "attacked_calibration_error": "expected calibration error on attacked inputs",
+    "regression": "robust accuracy of the baseline minus this one, on the same examples",
+    "clean_accuracy_drop": "clean accuracy of the baseline minus this one, on the same examples",
+}
+"""Name of every metric, and what it is."""
+
+AT_EPS: Final = frozenset(
+    {
+        "robust_accuracy",
+        "robust_error_rate",
+        "robustness_score",
+        "worst_class",
+        "attack_success_rate",
+        "perturbed_share",
+    }
+)
+"""Metrics that may be asked at another eps, as in `robust_accuracy@4/255`."""
+
+PAIRED: Final = frozenset({"regression", "clean_accuracy_drop"})
+"""Metrics between two runs of the same examples, as in `regression <= 0.01 vs baseline`."""

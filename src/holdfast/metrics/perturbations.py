@@ -1,0 +1,72 @@
+"""How large the perturbations are that break the model. A larger minimum norm means a more robust model."""
+
+from functools import partial
+from typing import Literal
+
+import torch
+
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Evidence
+from holdfast.core.types import Mask
+from holdfast.metrics.columns import MINIMUM_NORM, Absent, column, untargeted
+from holdfast.ops.statistics import Support, mean, median
+
+NormName = Literal["linf", "l2", "l1", "l0"]
+_ANY_ATTACK = "run at least one attack"
+
+
+def _counted(evidence: Evidence) -> Mask:
+    """All examples; under a targeted goal those that are eligible."""
+    return evidence["eligible"] if "eligible" in evidence else torch.ones_like(evidence["correct"])
+
+
+def perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: NormName) -> Estimate:
+    """Median size over all examples: 0 where already wrong, infinite where nothing was found."""
+    counted = _counted(evidence)
+    if not counted.any():
+        raise Absent("no example is eligible, so there is no perturbation to measure")
+    return median(column(evidence, f"distance_{norm}", _ANY_ATTACK)[counted], confidence)
+
+
+def mean_perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: NormName) -> Estimate:
+    """Mean size over the examples that an attack turned; `n` of them, `perturbed_share` says of how many."""
+    size = column(evidence, f"distance_{norm}", _ANY_ATTACK)
+    # an example that is wrong as it is takes no perturbation; under a targeted goal it may still be turned
+    turned = evidence["success"] & _counted(evidence) & size.isfinite()
+    if evidence.threat.goal is None:
+        turned &= evidence["correct"]
+    if not turned.any():
+        raise Absent("no attack turned any example, so there is no mean perturbation")
+    return mean(size[turned], confidence, support=Support(0.0))
+
+
+def robust_margin(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+    """Median over examples of the smallest perturbation that minimum-norm attacks found: an upper bound."""
+    untargeted(evidence, "robust_margin")
+    return median(column(evidence, "distance", MINIMUM_NORM), confidence)
+
+
+def adversarial_radius(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+    """Largest eps at which robust accuracy is still at least half of clean accuracy, read off the eps curve.
+
+    It holds until half of the correct examples have fallen, so it is the upper median of their distances (the
+    supremum: at that very eps one of them falls). 0 where no example is correct.
+    """
+    untargeted(evidence, "adversarial_radius")
+    distance = column(evidence, "distance", MINIMUM_NORM)[evidence["correct"]].double()
+    if not len(distance):
+        return Estimate(0.0, 0.0, 0.0, 0)
+    estimate = median(distance, confidence)
+    # of an even number, half may fall before the other half has to stand
+    upper = float(distance.sort().values[len(distance) // 2])
+    return Estimate(upper, estimate.low, estimate.high, len(distance))
+
+
+PERTURBATIONS = {
+    **{f"perturbation_{norm}": partial(perturbation, norm=norm) for norm in ("linf", "l2", "l1", "l0")},
+    **{
+        f"mean_perturbation_{norm}": partial(mean_perturbation, norm=norm)
+        for norm in ("linf", "l2", "l1", "l0")
+    },
+}
+"""Median and mean size in each norm, by the names of the catalogue."""

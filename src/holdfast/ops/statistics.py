@@ -1,0 +1,211 @@
+"""Intervals and tests: exact where a closed form exists, the bootstrap elsewhere, all deterministic.
+
+Clopper & Pearson, "The use of confidence or fiducial limits", Biometrika 26, 1934. Efron, "Better bootstrap confidence
+intervals", JASA 82, 1987 (BCa). McNemar, Psychometrika 12, 1947, in its exact binomial form. Bonett & Price, "Adjusted
+Wald confidence interval for a difference of binomial proportions based on paired data", JEBS 37, 2012.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.core.draws import Draws
+from holdfast.core.estimate import Estimate
+from holdfast.core.types import Mask, PerExample
+
+RESAMPLES = 2000
+"""Resamples of a bootstrap: Efron & Tibshirani, "An introduction to the bootstrap", 1993, ask 1,000 and more."""
+
+_CHUNK = 1 << 22  # draws held at once: 32 MB of int64
+_BOOTSTRAP = Draws(0).at("bootstrap")  # a fixed place: the interval is a function of the data alone
+
+Statistic = Callable[[Tensor], PerExample]
+"""`statistic(rows)`: its value on each of `rows` (resamples, n), which index the examples."""
+
+
+def normal_quantile(p: float) -> float:
+    """Where the standard normal distribution reaches `p`."""
+    return float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64)))
+
+
+def _normal_cdf(z: float) -> float:
+    return 0.5 * math.erfc(-z / math.sqrt(2))
+
+
+def bonferroni(confidence: float, claims: int) -> float:
+    """The confidence that each of `claims` intervals needs, so that all of them hold together with `confidence`."""
+    return 1 - (1 - confidence) / max(claims, 1)
+
+
+def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Exact interval of a proportion of which `k` of `n` were seen; covers at least `confidence`.
+
+    >>> [round(end, 4) for end in clopper_pearson(0, 10)]
+    [0.0, 0.3085]
+    """
+    from scipy.special import betaincinv
+
+    if n == 0:
+        return 0.0, 1.0
+    tail = (1 - confidence) / 2
+    low = 0.0 if k == 0 else float(betaincinv(k, n - k + 1, tail))
+    high = 1.0 if k == n else float(betaincinv(k + 1, n - k, 1 - tail))
+    return low, high
+
+
+def proportion(mask: Mask, confidence: float = 0.95) -> Estimate:
+    """The share of true entries, with its Clopper-Pearson interval. At least one entry is needed."""
+    k, n = int(mask.sum()), len(mask)
+    return Estimate(k / n, *clopper_pearson(k, n, confidence), n)
+
+
+def complement(estimate: Estimate) -> Estimate:
+    """One minus a proportion."""
+    return Estimate(1 - estimate.value, 1 - estimate.high, 1 - estimate.low, estimate.n)
+
+
+def median(values: PerExample, confidence: float = 0.95, *, least: float = 0.0) -> Estimate:
+    """The median with the exact interval between two order statistics; infinite values keep their place.
+
+    Of an even number the lower middle one, so that no finite and infinite value are averaged. With too few examples
+    (fewer than six at 95 %) an order statistic is missing: the interval then reaches to `least` or to infinity.
+    """
+    n, ordered = len(values), values.double().sort().values
+    tail = (1 - confidence) / 2
+    below, cumulative = 0, 0.0  # how many order statistics may be cut off at each end
+    for k in range(n):
+        cumulative += math.exp(_log_choose(n, k) - n * math.log(2))
+        if cumulative > tail:
+            break
+        below = k + 1
+    low = float(ordered[below - 1]) if below else least
+    high = float(ordered[n - below]) if below else math.inf
+    return Estimate(float(ordered[(n - 1) // 2]), low, high, n)
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def resampled(statistic: Statistic, n: int, resamples: int = RESAMPLES) -> PerExample:
+    """The statistic on `resamples` draws of `n` examples with replacement, float64; the same draws on every call."""
+    return torch.cat([statistic(rows).double() for rows in _rows(n, resamples)])
+
+
+def _rows(n: int, resamples: int) -> Iterator[Tensor]:
+    size = max(1, _CHUNK // n)
+    for start in range(0, resamples, size):
+        yield _BOOTSTRAP.integers(torch.arange(start, min(start + size, resamples)), n, n)
+
+
+@dataclass(frozen=True)
+class Support:
+    """Between what a statistic can lie at all; the interval never leaves it."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+
+UNIT = Support(0.0, 1.0)
+"""The support of shares and of their averages."""
+
+
+def bootstrap(
+    statistic: Statistic,
+    n: int,
+    confidence: float = 0.95,
+    *,
+    support: Support = UNIT,
+    influence: PerExample | None = None,
+) -> Estimate:
+    """The statistic with its bias-corrected bootstrap interval; accelerated (BCa) where `influence` is given.
+
+    `influence` is what each example adds to the statistic, up to a constant. Where all resamples agree, they cannot
+    show what no example showed: the interval is then widened by the share of the population that may have stayed
+    unseen with the wanted confidence, as if it lay at the ends of the support.
+    """
+    value = float(statistic(torch.arange(n)[None])[0])
+    seen = resampled(statistic, n)
+    if bool((seen == seen[0]).all()):
+        unseen = 1 - ((1 - confidence) / 2) ** (1 / n)
+        return Estimate(value, _towards(value, support.low, unseen), _towards(value, support.high, unseen), n)
+    resamples = len(seen)
+    # ties count half; the share is kept off 0 and 1, where the correction would be infinite
+    share = float(((seen < value).double() + 0.5 * (seen == value).double()).mean())
+    bias = normal_quantile(min(max(share, 1 / (resamples + 1)), resamples / (resamples + 1)))
+    acceleration = 0.0 if influence is None else _acceleration(influence)
+    ends = []
+    for tail in ((1 - confidence) / 2, (1 + confidence) / 2):
+        z = bias + normal_quantile(tail)
+        shift = bias + z / max(1 - acceleration * z, 1e-6)
+        ends.append(_quantile(seen, _normal_cdf(shift)))
+    low, high = min(ends[0], value), max(ends[1], value)
+    return Estimate(value, max(low, support.low), min(high, support.high), n)
+
+
+def _towards(value: float, end: float, share: float) -> float:
+    return value + share * (end - value) if math.isfinite(end) else end
+
+
+def _acceleration(influence: PerExample) -> float:
+    centred = influence.double() - influence.double().mean()
+    spread = float((centred**2).sum())
+    return 0.0 if spread == 0 else float((centred**3).sum()) / (6 * spread**1.5)
+
+
+def _quantile(values: PerExample, p: float) -> float:
+    """The smallest value that at least a share `p` do not exceed; infinite values are kept as they are."""
+    ordered = values.sort().values
+    return float(ordered[min(max(math.ceil(p * len(ordered)) - 1, 0), len(ordered) - 1)])
+
+
+def mean(values: PerExample, confidence: float = 0.95, *, support: Support = UNIT) -> Estimate:
+    """The mean with its BCa interval."""
+    wide = values.double()
+    return bootstrap(lambda rows: wide[rows].mean(1), len(wide), confidence, support=support, influence=wide)
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """How two judgements of the same examples disagree."""
+
+    only_first: int
+    """true in the first alone"""
+    only_second: int
+    """true in the second alone"""
+    p: float
+    """exact two-sided probability of a disagreement this uneven if both were equally good"""
+    p_first: float
+    """the same one-sided: of the first being true alone this often"""
+
+
+def mcnemar(first: Mask, second: Mask) -> McNemar:
+    """Exact McNemar test of two paired judgements: a sign test on the examples where they differ."""
+    ahead, behind = int((first & ~second).sum()), int((second & ~first).sum())
+    differ = ahead + behind
+    return McNemar(
+        ahead,
+        behind,
+        min(1.0, 2 * _upper_tail(max(ahead, behind), differ)),
+        _upper_tail(ahead, differ),
+    )
+
+
+def _upper_tail(k: int, n: int) -> float:
+    """The chance of at least `k` heads in `n` throws of a fair coin."""
+    if k <= 0:
+        return 1.0
+    return min(1.0, math.fsum(math.exp(_log_choose(n, j) - n * math.log(2)) for j in range(k, n + 1)))
+
+
+def paired_difference(first: Mask, second: Mask, confidence: float = 0.95) -> Estimate:
+    """Share true in `first` minus share true in `second` on the same examples, with Bonett and Price's interval."""
+    test, n = mcnemar(first, second), len(first)
+    ahead, behind = (test.only_first + 1) / (n + 2), (test.only_second + 1) / (n + 2)
+    centre = ahead - behind
+    reach = normal_quantile((1 + confidence) / 2) * math.sqrt((ahead + behind - centre**2) / (n + 2))
+    value = (test.only_first - test.only_second) / n
+    return Estimate(value, max(-1.0, min(centre - reach, value)), min(1.0, max(centre + reach, value)), n)
