@@ -1,0 +1,117 @@
+"""Opens a data set from the address that a user gives, whatever its form."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Bounds
+from holdfast.sources import tables
+from holdfast.sources.arrays import Arrays, from_numpy, selected_rows
+from holdfast.sources.catalogue import CATALOGUE, data_folder
+from holdfast.sources.files import nearest
+from holdfast.sources.models import BUNDLED_FOLDER
+from holdfast.sources.npz import Npz, arrays_of_split
+from holdfast.sources.pictures import Pictures, open_folder
+
+_FORMS = "a bundled or catalogue name, .npz, a folder of class folders, .csv or .parquet with --label"
+
+
+def bundled_data() -> dict[str, Path]:
+    """Names of the data sets that the package brings, with their files."""
+    return {path.stem: path for path in sorted(BUNDLED_FOLDER.glob("*.npz"))}
+
+
+def open_data(
+    address: str,
+    *,
+    split: str | None = None,
+    label: str | None = None,
+    n: int | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    classes: int | None = None,
+    bounds: Bounds | None = None,
+) -> Arrays | Pictures:
+    """Open the data set at an address; raises `UsageError` or `TargetError` with the way out.
+
+    `n` keeps the first n of the split in source order, `sample` a seeded sample. Without `split` it is the test split
+    where there is one. Bounds are those of the model: floats outside them are refused.
+    """
+    bounds = bounds or Bounds()
+    place = _located(address)
+    path = place.path
+    if path.is_dir():
+        return open_folder(path, split=split, n=n, sample=sample, seed=seed, classes=classes)
+    if path.name.endswith(tables.SUFFIXES):
+        return tables.open_table(
+            path,
+            name=address,
+            label=label or place.label,
+            drop=place.drop,
+            split=split,
+            n=n,
+            sample=sample,
+            seed=seed,
+            classes=classes,
+            bounds=bounds,
+        )
+    if path.suffix != ".npz" and path.exists():
+        raise UsageError(f"{address!r} is no form of data that is known; give {_FORMS}")
+    archive = Npz(path)
+    x_name, y_name = arrays_of_split(archive, split)
+    n_rows, n_labels = archive.rows(x_name), archive.rows(y_name)
+    if n_rows != n_labels:
+        raise TargetError(
+            f"{x_name} of {address!r} has {n_rows} rows and {y_name} {n_labels}; one label an example was expected"
+        )
+    rows = selected_rows(n_rows, n=n, sample=sample, seed=seed, name=f"{x_name} of {address!r}")
+    stop = int(rows[-1]) + 1
+    x, y = archive.array(x_name, stop=stop), archive.array(y_name, stop=stop)
+    if len(rows) < stop:
+        x, y = x[rows], y[rows]
+    names = place.classes
+    if names is None and "classes" in archive.names:
+        names = tuple(str(name) for name in archive.array("classes"))
+    return from_numpy(address, x, y, rows, classes=classes, class_names=names, bounds=bounds)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The file or folder behind an address, and what the catalogue knows of it."""
+
+    path: Path
+    classes: tuple[str, ...] | None = None
+    label: str | None = None
+    drop: tuple[str, ...] = ()
+
+
+def _located(address: str) -> _Place:
+    bundled = bundled_data()
+    if address in bundled:
+        return _Place(bundled[address])
+    if address in CATALOGUE:
+        return _in_catalogue(address)
+    path = Path(address)
+    if path.exists():
+        return _Place(path)
+    if os.sep in address or path.suffix:
+        raise TargetError(f"data {address!r} does not exist; give {_FORMS}")
+    raise UsageError(
+        f"there is no data set {address!r}{nearest(address, [*bundled, *CATALOGUE])}; give {_FORMS}"
+    )
+
+
+def _in_catalogue(name: str) -> _Place:
+    entry = CATALOGUE[name]
+    path = data_folder() / entry.file
+    if not path.exists():
+        fetch = (
+            f"get it with holdfast data fetch {name}"
+            if entry.remotes
+            else "it has no official mirror that is read"
+        )
+        raise TargetError(
+            f"{name} is not in {str(data_folder())!r}: {fetch}, or fill the folder with holdfast data import FOLDER"
+        )
+    return _Place(path, entry.classes, entry.label, entry.drop)

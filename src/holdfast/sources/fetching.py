@@ -1,0 +1,173 @@
+"""Brings data sets to this machine: from their official mirrors, or from a folder that has them already."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.sources.catalogue import CATALOGUE, Entry, Remote, data_folder, entry_of
+from holdfast.sources.files import megabytes
+from holdfast.sources.official import cifar_arrays, mnist_arrays, strip_arrays, write_npz
+
+TIMEOUT_S = 60
+_CHUNK = 1 << 20
+Progress = Callable[[str, int, int], None]
+"""called with the file, the bytes so far, and all of them (0 where the server does not say)"""
+
+
+def _silent(file: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A data set that an import brought, and from which files."""
+
+    name: str
+    path: Path
+    files: tuple[str, ...]
+
+
+def fetch(name: str, *, progress: Progress = _silent) -> Path:
+    """Download a data set from its official mirror, check it, and write it as `.npz`; present ones stay as they are."""
+    entry = entry_of(name)
+    target = data_folder() / entry.file
+    if target.exists():
+        return target
+    if not entry.remotes:
+        raise UsageError(
+            f"{name} has no official mirror that is read; get it by hand and use holdfast data import FOLDER"
+        )
+    folder = data_folder() / "downloads" / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for remote in entry.remotes:
+            download(remote, folder / remote.file, progress=progress)
+        write_npz(
+            target,
+            mnist_arrays(folder, entry)
+            if entry.form == "idx"
+            else cifar_arrays(folder / entry.remotes[0].file),
+        )
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise _unwritable(error) from error
+    return target
+
+
+def download(remote: Remote, target: Path, *, progress: Progress = _silent) -> None:
+    """Bring one file, going on where an earlier attempt stopped; only the right checksum puts it in place."""
+    if target.exists() and _md5(target) == remote.md5:
+        return
+    partial = target.with_name(f"{target.name}.part")
+    _receive(remote, partial, progress)
+    if _md5(partial) != remote.md5:
+        found = _md5(partial)
+        size = partial.stat().st_size
+        partial.unlink()
+        raise TargetError(
+            f"{remote.url} gave {megabytes(size)} with md5 {found}; {remote.md5} was expected. The file was dropped; "
+            "try again later, or bring it by hand with holdfast data import FOLDER"
+        )
+    partial.replace(target)
+
+
+def import_folder(folder: Path) -> tuple[Imported, ...]:
+    """Fill the data folder with every data set of the catalogue that a folder holds; present ones are replaced."""
+    if not folder.is_dir():
+        raise TargetError(
+            f"{str(folder)!r} is no folder; one that holds {', '.join(_importable())} was expected"
+        )
+    if folder.resolve() == data_folder().resolve():
+        raise UsageError(f"{str(folder)!r} is the data folder itself; name the folder to import from")
+    found = []
+    try:
+        data_folder().mkdir(parents=True, exist_ok=True)
+        for name, entry in CATALOGUE.items():
+            files = _files(folder, entry)
+            if files:
+                _bring(folder, entry, files)
+                found.append(Imported(name, data_folder() / entry.file, files))
+    except OSError as error:
+        raise _unwritable(error) from error
+    if not found:
+        raise TargetError(
+            f"{str(folder)!r} holds no data set that is known; {', '.join(_importable())} were looked for"
+        )
+    return tuple(found)
+
+
+def _importable() -> list[str]:
+    return [file for entry in CATALOGUE.values() for file in (entry.parts or (entry.file,))]
+
+
+def _files(folder: Path, entry: Entry) -> tuple[str, ...]:
+    """The files of a folder that make a data set, in the first form that is complete."""
+    official = tuple(remote.file for remote in entry.remotes)
+    for form in ((entry.file,), entry.parts, official):
+        if form and all((folder / file).is_file() for file in form):
+            return form
+    return ()
+
+
+def _bring(folder: Path, entry: Entry, files: tuple[str, ...]) -> None:
+    target = data_folder() / entry.file
+    if files == (entry.file,):
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        try:
+            shutil.copyfile(folder / entry.file, name)
+            Path(name).replace(target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    elif files == entry.parts:
+        splits = {split: tuple(folder / f for f in files if f"_{split}" in f) for split in ("train", "test")}
+        write_npz(target, strip_arrays(splits))
+    elif entry.form == "idx":
+        write_npz(target, mnist_arrays(folder, entry))
+    else:
+        write_npz(target, cifar_arrays(folder / files[0]))
+
+
+def _receive(remote: Remote, partial: Path, progress: Progress) -> None:
+    done = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(remote.url, headers={"Range": f"bytes={done}-"} if done else {})  # noqa: S310
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310 - addresses of the catalogue
+            if done and answer.status != 206:  # the server sends all of it again
+                done = 0
+            total = done + int(answer.headers.get("Content-Length") or 0)
+            with partial.open("ab" if done else "wb") as file:
+                while chunk := answer.read(_CHUNK):
+                    file.write(chunk)
+                    done += len(chunk)
+                    progress(remote.file, done, total)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # all of it is here already; the checksum decides
+            return
+        raise TargetError(f"{remote.url} answered {error.code} {error.reason}; try again later") from error
+    except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+        reason = getattr(error, "reason", error)
+        raise TargetError(
+            f"{remote.url} cannot be reached ({reason}); what has come is kept, and the next attempt goes on from "
+            "there. Without a network use holdfast data import FOLDER"
+        ) from error
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _unwritable(error: OSError) -> TargetError:
+    return TargetError(
+        f"the data folder {str(data_folder())!r} cannot be written: {error}; set HOLDFAST_DATA to another"
+    )

@@ -1,0 +1,85 @@
+"""What a Python caller has in hand, as a data set: tensors, arrays, loaders and datasets of torch."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Data
+from holdfast.core.errors import TargetError
+from holdfast.core.model import Bounds
+from holdfast.sources.arrays import Array, Arrays, check_inputs, from_numpy, labels
+
+
+def as_data(
+    x: object,
+    y: object = None,
+    *,
+    name: str = "data in memory",
+    classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    bounds: Bounds | None = None,
+) -> Data:
+    """A data set from `(x, y)`, from a loader or a dataset of pairs, or the data set that was given.
+
+    Tensors keep their layout and float type; numpy arrays are read as an `.npz` would be. A loader is read once, into
+    memory.
+    """
+    if y is None:
+        if isinstance(x, Data):
+            return x
+        if isinstance(x, tuple) and len(x) == 2:
+            x, y = x
+        else:
+            x, y = _gathered(x)
+    bounds = bounds or Bounds()
+    inputs, targets = _array(x, "inputs"), _array(y, "labels")
+    ids = np.arange(len(inputs), dtype=np.int64)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return from_numpy(name, inputs, targets, ids, classes=classes, class_names=class_names, bounds=bounds)
+    if not len(inputs):
+        raise TargetError(f"{name} is empty; at least one example is needed")
+    known = None if class_names is None else len(class_names)
+    checked = labels(targets, len(inputs), classes=known if classes is None else classes, name=name)
+    names = None if class_names is None else tuple(class_names)
+    data = Arrays(name, inputs, checked, ids, names)
+    check_inputs(data, bounds)
+    return data
+
+
+def _gathered(pairs: object) -> tuple[object, object]:
+    """Inputs and labels of all batches of a loader, or of all items of a dataset."""
+    if isinstance(pairs, torch.utils.data.Dataset):
+        pairs = torch.utils.data.DataLoader(pairs, batch_size=256)
+    if not isinstance(pairs, Iterable):
+        raise TargetError(
+            f"data is a {type(pairs).__name__}; (x, y), a loader, a dataset or a path was expected"
+        )
+    xs: list[Tensor] = []
+    ys: list[Tensor] = []
+    for batch in pairs:
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            raise TargetError(
+                f"the data yields a {type(batch).__name__}; pairs (x, y) of a batch were expected"
+            )
+        xs.append(torch.as_tensor(batch[0]))
+        ys.append(torch.as_tensor(batch[1]))
+    if not xs:
+        raise TargetError("the data yields nothing; at least one batch is needed")
+    if ys[0].dim() == 0:
+        return torch.stack(xs), torch.stack(ys)
+    return torch.cat(xs), torch.cat(ys)
+
+
+def _array(values: object, what: str) -> Array:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return np.asarray(values.float() if values.dtype == torch.bfloat16 else values)
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise TargetError(f"the {what} are rows of different shapes: {error}") from error
+    if array.dtype == object or array.ndim == 0:
+        raise TargetError(f"the {what} are a {type(values).__name__}; a tensor or an array was expected")
+    return array

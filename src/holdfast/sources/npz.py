@@ -1,0 +1,121 @@
+"""Reads `.npz` archives member by member: nothing is unpickled, and nothing is larger than its header says."""
+
+import zipfile
+import zlib
+from collections.abc import Mapping
+from lzma import LZMAError
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.sources.files import megabytes, nearest, readable_file
+
+MAX_BYTES = 16 * 2**30
+"""arrays of one archive, together, once inflated"""
+_DAMAGE = (zipfile.BadZipFile, zlib.error, LZMAError, EOFError, ValueError, OSError, NotImplementedError)
+
+
+class Npz:
+    """An archive whose directory was read and found reasonable."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = readable_file(path, "data file")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self._sizes = {
+                    member.filename.removesuffix(".npy"): member.file_size for member in archive.infolist()
+                }
+        except _DAMAGE as error:
+            raise TargetError(
+                f"{str(path)!r} is no .npz archive, or is damaged or truncated: {error}"
+            ) from error
+        total = sum(self._sizes.values())
+        if total > MAX_BYTES:
+            raise TargetError(
+                f"{str(path)!r} would inflate to {megabytes(total)}; at most {megabytes(MAX_BYTES)} is read"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The arrays that it holds."""
+        return tuple(self._sizes)
+
+    def rows(self, name: str) -> int:
+        """Length of an array, from its header alone."""
+        shape, *_ = self._read(name, 0)
+        return shape[0] if shape else 0
+
+    def array(self, name: str, *, stop: int | None = None) -> NDArray[Any]:
+        """An array, or its first `stop` rows: no more than those is inflated."""
+        shape, fortran, dtype, content = self._read(name, stop)
+        if fortran:
+            return np.frombuffer(content, dtype).reshape(shape[::-1]).T.copy()[:stop]
+        rows = shape if stop is None or not shape else (min(stop, shape[0]), *shape[1:])
+        return np.frombuffer(content, dtype).reshape(rows).copy()
+
+    def _read(self, name: str, stop: int | None) -> tuple[tuple[int, ...], bool, np.dtype[Any], bytes]:
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
+                shape, fortran, dtype = _header(file)
+                if dtype.hasobject:
+                    raise TargetError(
+                        f"{name} in {str(self.path)!r} holds pickled objects, which are never opened; save numbers"
+                    )
+                size, start = dtype.itemsize * prod(shape), file.tell()
+                if start + size != self._sizes[name]:
+                    raise ValueError(
+                        f"{name} declares {megabytes(size)} and holds {megabytes(self._sizes[name] - start)}"
+                    )
+                if stop is not None and shape and not fortran:
+                    size = dtype.itemsize * prod((min(stop, shape[0]), *shape[1:]))
+                content = file.read(size)
+                if len(content) != size:
+                    raise ValueError(f"{name} ends early")
+        except KeyError:
+            raise TargetError(
+                f"{str(self.path)!r} has no array {name!r}; it has {', '.join(self.names)}"
+            ) from None
+        except _DAMAGE as error:
+            raise TargetError(
+                f"{str(self.path)!r} is damaged or truncated: {error}; download or write it again"
+            ) from error
+        return shape, fortran, dtype, content
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = npy.read_magic(file)
+    if version == (1, 0):
+        return npy.read_array_header_1_0(file)
+    if version == (2, 0):
+        return npy.read_array_header_2_0(file)
+    raise ValueError(f"version {version} of the .npy format is unknown")
+
+
+def arrays_of_split(archive: Npz, split: str | None) -> tuple[str, str]:
+    """Names of the inputs and labels of a split: `x_SPLIT, y_SPLIT`; without a split `test`, else `x, y`."""
+    pairs: Mapping[str, tuple[str, str]] = {
+        name.removeprefix("x_"): (name, f"y_{name.removeprefix('x_')}")
+        for name in archive.names
+        if name.startswith("x_")
+    }
+    if split is None and "test" not in pairs and "x" in archive.names:
+        x, y = "x", "y"
+    elif (split or "test") in pairs:
+        x, y = pairs[split or "test"]
+    else:
+        raise _no_split(archive, split, pairs)
+    if y not in archive.names:
+        raise TargetError(f"{str(archive.path)!r} has {x} and no {y}; it has {', '.join(archive.names)}")
+    return x, y
+
+
+def _no_split(archive: Npz, split: str | None, pairs: Mapping[str, object]) -> TargetError | UsageError:
+    holds = f"it has {', '.join(archive.names) or 'nothing'}"
+    if split is not None and pairs:
+        return UsageError(f"{str(archive.path)!r} has no split {split!r}{nearest(split, pairs)}; {holds}")
+    return TargetError(f"{str(archive.path)!r} has neither x_test, y_test nor x, y; {holds}")

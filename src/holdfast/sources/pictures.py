@@ -1,0 +1,170 @@
+"""Class folders of images as a data set: listed and measured at once, decoded when read."""
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from holdfast.core.batch import Batch
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.sources.arrays import selected_rows
+from holdfast.sources.files import nearest
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF")
+"""decoders that are used; a file of another format under one of the suffixes is refused"""
+MAX_PIXELS = 64_000_000
+"""of one image, judged by its header before anything is decoded"""
+_GREY = ("1", "L", "LA", "I;16", "I", "F")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images of one size in folders named for their classes."""
+
+    name: str
+    paths: tuple[Path, ...]
+    y: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    classes: tuple[str, ...]
+    mode: str
+    """`L` or `RGB`"""
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the bytes of the files, the labels and the ids."""
+        digest = hashlib.sha256(self.mode.encode())
+        for path in self.paths:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(self.y.tobytes())
+        digest.update(self.ids.tobytes())
+        return digest.hexdigest()
+
+    def read(self, start: int, stop: int) -> Batch:
+        """Images `start` to `stop` as floats in [0, 1], the channels first."""
+        rows = slice(start, stop)
+        images = np.stack([_decoded(path, self.mode) for path in self.paths[rows]])
+        x = torch.from_numpy(images).float() / 255
+        return Batch(x, torch.from_numpy(self.y[rows].copy()), torch.from_numpy(self.ids[rows].copy()))
+
+
+def open_folder(
+    folder: Path, *, split: str | None, n: int | None, sample: int | None, seed: int, classes: int | None
+) -> Pictures:
+    """The images of a folder, one class after the other in turn, so that the first n hold all classes."""
+    root = _split_folder(folder, split)
+    names = tuple(
+        sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    )
+    if not names:
+        raise TargetError(f"{str(root)!r} holds no class folders; images were expected in {root.name}/CLASS/")
+    if classes is not None and len(names) > classes:
+        raise TargetError(
+            f"{str(root)!r} holds {len(names)} class folders, but {classes} classes were declared"
+        )
+    columns = [[(path, y) for path in _images(root / name)] for y, name in enumerate(names)]
+    turns = [entry for row in zip_longest(*columns) for entry in row if entry is not None]
+    rows = selected_rows(len(turns), n=n, sample=sample, seed=seed, name=repr(str(root)))
+    chosen = [turns[row] for row in rows]
+    paths = tuple(path for path, _ in chosen)
+    mode, notes = _measured(paths)
+    empty = [name for name, column in zip(names, columns, strict=True) if not column]
+    if empty:
+        notes += (f"{len(empty)} class folders hold no image ({', '.join(empty[:3])})",)
+    y = np.array([y for _, y in chosen], dtype=np.int64)
+    return Pictures(str(folder), paths, y, rows, names, mode, notes)
+
+
+def _split_folder(folder: Path, split: str | None) -> Path:
+    """The folder itself, or its sub-folder of a split: the one named, else `test`."""
+    splits = [
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() and entry.name in ("train", "val", "valid", "test")
+    ]
+    wanted = split or ("test" if "test" in splits else None)
+    if wanted is None:
+        return folder
+    if not (folder / wanted).is_dir():
+        raise UsageError(
+            f"{str(folder)!r} has no folder {wanted!r}{nearest(wanted, splits)}; leave --split out to read it all"
+        )
+    return folder / wanted
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    return iter(
+        sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    )
+
+
+def _measured(paths: tuple[Path, ...]) -> tuple[str, tuple[str, ...]]:
+    """The mode that all images are read in; refuses images of several sizes."""
+    first = _header(paths[0])
+    modes = {first[1]}
+    for path in paths[1:]:
+        size, mode = _header(path)
+        modes.add(mode)
+        if size != first[0]:
+            raise TargetError(
+                f"images differ in size: {str(paths[0])!r} is {first[0][0]} x {first[0][1]}, {str(path)!r} is "
+                f"{size[0]} x {size[1]}; resize them to the size that the model takes"
+            )
+    grey = {mode for mode in modes if mode in _GREY}
+    notes: tuple[str, ...] = ()
+    if grey and grey != modes:
+        notes += ("grey and colour images were mixed; all were read as colour",)
+    if any("A" in mode for mode in modes):
+        notes += ("transparency was dropped",)
+    return ("L" if grey == modes else "RGB"), notes
+
+
+def _header(path: Path) -> tuple[tuple[int, int], str]:
+    with _opened(path) as image:
+        return image.size, image.mode
+
+
+def _decoded(path: Path, mode: str) -> NDArray[np.uint8]:
+    with _opened(path) as image:
+        try:
+            # Pillow clips 16-bit grey at 255 when it converts, so the range is brought down first.
+            pixels = (
+                np.asarray(image, np.float64) / 257
+                if image.mode.startswith("I")
+                else np.asarray(image.convert(mode))
+            )
+        except (OSError, ValueError, SyntaxError) as error:
+            raise TargetError(f"image {str(path)!r} is damaged or truncated: {error}") from error
+    pixels = np.rint(pixels).astype(np.uint8) if pixels.dtype != np.uint8 else pixels
+    if mode == "RGB" and pixels.ndim == 2:
+        pixels = np.repeat(pixels[..., None], 3, axis=2)
+    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0))
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise TargetError(f"image {str(path)!r} is too large to decode: {error}") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise TargetError(f"image {str(path)!r} cannot be read as {', '.join(FORMATS)}: {error}") from error
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise TargetError(
+            f"image {str(path)!r} has {image.width} x {image.height} pixels; at most {MAX_PIXELS} are decoded"
+        )
+    return image

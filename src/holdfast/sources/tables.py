@@ -1,0 +1,185 @@
+"""Tables as a data set: numeric columns are the features, one column is the label."""
+
+import csv
+import gzip
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Bounds
+from holdfast.sources.arrays import Arrays, from_numpy, selected_rows
+from holdfast.sources.files import megabytes, nearest, readable_file
+
+MAX_BYTES = 2 * 2**30
+"""of a table once inflated"""
+SUFFIXES = (".csv", ".csv.gz", ".parquet")
+SPLIT_COLUMN = "split"
+"""a column of this name says which rows are train and which are test"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of text, by name, in the order of the file."""
+
+    path: Path
+    columns: dict[str, list[str]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+
+def open_table(
+    path: Path,
+    *,
+    name: str,
+    label: str | None,
+    drop: tuple[str, ...] = (),
+    split: str | None,
+    n: int | None,
+    sample: int | None,
+    seed: int,
+    classes: int | None,
+    bounds: Bounds,
+) -> Arrays:
+    """The rows of a split, features as float32; a text label is encoded by its sorted values, which are the classes."""
+    readable_file(path, "data file")
+    table = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+    if label is None or label not in table.columns:
+        known = ", ".join(table.columns)
+        wrong = (
+            f"{name!r} has no column {label!r}{nearest(label, table.columns)}"
+            if label
+            else f"{name!r} is a table"
+        )
+        raise UsageError(f"{wrong}; name its label with --label, one of {known}")
+    kept = _rows_of_split(table, split)
+    chosen = kept[selected_rows(len(kept), n=n, sample=sample, seed=seed, name=name)]
+    y, class_names, notes = _encoded(table.columns[label], name)
+    features = [column for column in table.columns if column not in (label, SPLIT_COLUMN, *drop)]
+    x = _numbers(table, features, chosen)
+    return from_numpy(
+        name, x, y[chosen], chosen, classes=classes, class_names=class_names, bounds=bounds, notes=notes
+    )
+
+
+def _read_csv(path: Path) -> Table:
+    try:
+        with path.open("rb") as raw:
+            stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+            content = stream.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise TargetError(
+                f"{str(path)!r} holds more than {megabytes(MAX_BYTES)}; use parquet or fewer rows"
+            )
+        lines = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        return _table(path, lines)
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise TargetError(f"{str(path)!r} is no readable UTF-8 table: {error}") from error
+
+
+def _table(path: Path, lines: Iterator[list[str]]) -> Table:
+    header = next(lines, [])
+    if not header or len(set(header)) != len(header):
+        doubled = [name for name in header if header.count(name) > 1]
+        raise TargetError(f"{str(path)!r} needs a header of distinct names; found {doubled[:3] or 'nothing'}")
+    rows = [row for row in lines if row]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(header):
+            raise TargetError(
+                f"row {number} of {str(path)!r} has {len(row)} cells; the header has {len(header)}"
+            )
+    columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in header]
+    return Table(path, dict(zip(header, columns, strict=True)))
+
+
+def _read_parquet(path: Path) -> Table:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UsageError(
+            f'{str(path)!r} is parquet; reading it needs pip install "holdfast[parquet]"'
+        ) from error
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise TargetError(f"{str(path)!r} is no readable parquet file: {error}") from error
+    columns = {
+        name: ["" if value is None else str(value) for value in table.column(name).to_pylist()]
+        for name in table.column_names
+    }
+    return Table(path, columns)
+
+
+def _rows_of_split(table: Table, split: str | None) -> NDArray[np.int64]:
+    column = table.columns.get(SPLIT_COLUMN)
+    if column is None:
+        if split is not None:
+            raise UsageError(f"{str(table.path)!r} has no column {SPLIT_COLUMN!r}; leave --split {split} out")
+        return np.arange(len(table), dtype=np.int64)
+    wanted = split or "test"
+    rows = np.flatnonzero(np.array(column) == wanted).astype(np.int64)
+    if not len(rows) and wanted not in column:
+        found = sorted(set(column))
+        raise UsageError(
+            f"{str(table.path)!r} has no split {wanted!r}{nearest(wanted, found)}; it has {', '.join(found)}"
+        )
+    return rows
+
+
+def _encoded(
+    column: Sequence[str], name: str
+) -> tuple[NDArray[np.int64], tuple[str, ...] | None, tuple[str, ...]]:
+    """Class numbers, the names where the label is text, and what is worth saying."""
+    if any(not cell.strip() for cell in column):
+        row = next(i for i, cell in enumerate(column) if not cell.strip())
+        raise TargetError(f"the label of row {row} of {name} is missing; drop such rows")
+    values = sorted(set(column))
+    whole = {value: _whole(value) for value in values}
+    if all(number is not None and number >= 0 for number in whole.values()):
+        return np.array([whole[cell] for cell in column], dtype=np.int64), None, ()
+    index = {value: i for i, value in enumerate(values)}
+    shown = ", ".join(f"{value}={i}" for value, i in itertools.islice(index.items(), 6))
+    notes = (f"labels were encoded in sorted order: {shown}{' …' if len(index) > 6 else ''}",)
+    return np.array([index[cell] for cell in column], dtype=np.int64), tuple(values), notes
+
+
+def _whole(text: str) -> int | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else None
+
+
+def _numbers(table: Table, features: list[str], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    if not features:
+        raise TargetError(
+            f"{str(table.path)!r} has no column beside its label; at least one feature was expected"
+        )
+    x = np.empty((len(rows), len(features)), dtype=np.float32)
+    text = []
+    for i, name in enumerate(features):
+        cells = [table.columns[name][row] for row in rows]
+        try:
+            x[:, i] = [_TRUTH.get(cell.lower(), cell) for cell in cells]
+        except ValueError:
+            empty = next((row for row, cell in zip(rows, cells, strict=True) if not cell.strip()), None)
+            text.append(f"{name} (row {empty} is empty)" if empty is not None else name)
+    if text:
+        more = " …" if len(text) > 6 else ""
+        raise TargetError(
+            f"{len(text)} columns of {str(table.path)!r} are not numbers: {', '.join(text[:6])}{more}. "
+            "Encode or drop them, as the model was trained"
+        )
+    return x
+
+
+_TRUTH: dict[str, float] = {"true": 1.0, "false": 0.0}
+"""how pandas and pyarrow write booleans"""

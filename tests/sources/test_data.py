@@ -1,0 +1,401 @@
+"""Every form of data address, and what each says when it cannot be meant."""
+
+import csv
+import gzip
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from holdfast.core.batch import Data
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Bounds
+from holdfast.sources.data import bundled_data, open_data
+from holdfast.sources.memory import as_data
+
+RNG = np.random.default_rng(0)
+BYTES = RNG.integers(0, 256, (12, 5, 6), dtype=np.uint8)
+COLOUR = RNG.integers(0, 256, (12, 5, 6, 3), dtype=np.uint8)
+Y = np.arange(12) % 3
+
+
+def npz(path: Path, **arrays: np.ndarray) -> str:
+    np.savez_compressed(path, **arrays)
+    return str(path)
+
+
+def read_all(data: Data) -> torch.Tensor:
+    return data.read(0, len(data)).x
+
+
+# npz -------------------------------------------------------------------------------------------------
+
+
+def test_bytes_become_floats_with_the_channels_first(tmp_path: Path) -> None:
+    grey = open_data(npz(tmp_path / "g.npz", x_test=BYTES, y_test=Y, x_train=BYTES[:2], y_train=Y[:2]))
+    torch.testing.assert_close(read_all(grey), torch.from_numpy(BYTES[:, None]).float() / 255)
+    colour = open_data(npz(tmp_path / "c.npz", x=COLOUR, y=Y))
+    torch.testing.assert_close(read_all(colour), torch.from_numpy(COLOUR).permute(0, 3, 1, 2).float() / 255)
+    assert colour.notes == ("the channels came last and were put first",)
+    batch = colour.read(3, 5)
+    assert batch.y.tolist() == [0, 1] and batch.ids.tolist() == [3, 4]
+    assert (batch.y.dtype, batch.ids.dtype, batch.x.dtype) == (torch.int64, torch.int64, torch.float32)
+    assert isinstance(colour, Data)
+
+
+def test_splits_and_selections(tmp_path: Path) -> None:
+    address = npz(tmp_path / "d.npz", x_test=BYTES, y_test=Y, x_train=BYTES[::-1], y_train=Y[::-1])
+    assert torch.equal(read_all(open_data(address, split="train")), read_all(open_data(address)).flip(0))
+    assert open_data(address, n=5).read(0, 5).ids.tolist() == [0, 1, 2, 3, 4]
+    assert len(open_data(address, n=100)) == 12
+    drawn = [open_data(address, sample=5, seed=seed).read(0, 5).ids.tolist() for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] == sorted(set(drawn[0]))
+    with pytest.raises(UsageError, match=r"no split 'trian'; did you mean 'train'"):
+        open_data(address, split="trian")
+    with pytest.raises(UsageError, match="exclude each other"):
+        open_data(address, n=1, sample=1)
+    with pytest.raises(UsageError, match="-n is 0"):
+        open_data(address, n=0)
+
+
+def test_the_digest_follows_values_labels_and_selection(tmp_path: Path) -> None:
+    address = npz(tmp_path / "d.npz", x=BYTES, y=Y)
+    moved = npz(tmp_path / "other.npz", x=BYTES, y=Y)
+    changed = BYTES.copy()
+    changed[3, 2, 1] ^= 1
+    digests = [open_data(address).digest, open_data(moved).digest]
+    first, second = digests
+    assert first == second
+    others = [
+        open_data(npz(tmp_path / "x.npz", x=changed, y=Y)).digest,
+        open_data(npz(tmp_path / "y.npz", x=BYTES, y=Y[::-1])).digest,
+        open_data(address, n=11).digest,
+    ]
+    assert len({first, *others}) == 4
+
+
+def test_lzma_members_and_class_names_are_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "l.npz", "w", zipfile.ZIP_LZMA) as archive:
+        for name, array in {"x": BYTES, "y": Y, "classes": np.array(["a", "b", "c"])}.items():
+            file = io.BytesIO()
+            np.save(file, array)
+            archive.writestr(f"{name}.npy", file.getvalue())
+    data = open_data(str(tmp_path / "l.npz"), n=2)
+    assert data.classes == ("a", "b", "c")
+    torch.testing.assert_close(read_all(data), torch.from_numpy(BYTES[:2, None]).float() / 255)
+
+
+def test_fortran_order_and_float64_are_read(tmp_path: Path) -> None:
+    x = np.asfortranarray(RNG.random((12, 4)))
+    data = open_data(npz(tmp_path / "f.npz", x=x, y=Y), n=7)
+    torch.testing.assert_close(read_all(data), torch.from_numpy(x[:7]).float())
+
+
+def test_one_image_and_one_class_are_data_too(tmp_path: Path) -> None:
+    data = open_data(npz(tmp_path / "one.npz", x=BYTES[:1], y=Y[:1]))
+    assert data.read(0, 1).x.shape == (1, 1, 5, 6)
+
+
+def test_binary_features_and_bounds_to_255_are_not_divided(tmp_path: Path) -> None:
+    binary = open_data(npz(tmp_path / "b.npz", x=RNG.integers(0, 2, (12, 7), dtype=np.uint8), y=Y))
+    assert read_all(binary).unique().tolist() == [0, 1]
+    raw = open_data(npz(tmp_path / "r.npz", x=BYTES, y=Y), bounds=Bounds(0, 255))
+    assert torch.equal(read_all(raw), torch.from_numpy(BYTES[:, None]).float())
+    assert binary.notes and raw.notes
+
+
+BAD_ARRAYS: dict[str, tuple[dict[str, np.ndarray], str]] = {
+    "floats to 255": (
+        {"x": BYTES.astype(np.float32), "y": Y},
+        r"range from 0 to 255; 0 to 1 was.*Divide them by 255",
+    ),
+    "floats below 0": ({"x": BYTES / 255 - 0.5, "y": Y}, r"range from -0\.5 to 0\.5;.*--bounds -0\.5,0\.5"),
+    "not a number": (
+        {"x": np.where(BYTES[4, 0, 0] == BYTES, np.nan, 0.5), "y": Y},
+        "NaN or infinity, first in row",
+    ),
+    "integers": ({"x": BYTES.astype(np.int64), "y": Y}, "are int64; uint8"),
+    "five dimensions": ({"x": BYTES[:, None, None], "y": Y}, r"shape \(12, 1, 1, 5, 6\)"),
+    "one dimension": ({"x": BYTES[:, 0, 0], "y": Y}, r"shape \(12,\)"),
+    "float labels": ({"x": BYTES, "y": Y + 0.5}, "labels .* are float64"),
+    "one-hot labels": ({"x": BYTES, "y": np.eye(3)[Y]}, r"y\.argmax\(1\)"),
+    "negative labels": ({"x": BYTES, "y": Y - 1}, "hold -1; classes count from 0"),
+    "too few labels": ({"x": BYTES, "y": Y[:7]}, "12 rows and y 7"),
+    "no examples": ({"x": BYTES[:0], "y": Y[:0]}, "is empty"),
+    "no labels": ({"x": BYTES}, "has x and no y; it has x"),
+    "other names": ({"images": BYTES, "labels": Y}, "neither x_test, y_test nor x, y; it has images, labels"),
+    "objects": ({"x": np.array([{}] * 12, dtype=object), "y": Y}, "pickled objects, which are never opened"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARRAYS)
+def test_bad_arrays_are_refused_with_what_was_expected(tmp_path: Path, case: str) -> None:
+    arrays, message = BAD_ARRAYS[case]
+    with pytest.raises(TargetError, match=message):
+        open_data(npz(tmp_path / "bad.npz", **arrays))
+
+
+def test_labels_outside_the_classes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"hold 2, but there are 2 classes \(0 to 1\)"):
+        open_data(npz(tmp_path / "a.npz", x=BYTES, y=Y), classes=2)
+    with pytest.raises(TargetError, match="count from 1: subtract 1"):
+        open_data(npz(tmp_path / "b.npz", x=BYTES, y=Y + 1), classes=3)
+
+
+def test_damaged_archives_are_named(tmp_path: Path) -> None:
+    whole = Path(npz(tmp_path / "w.npz", x=BYTES, y=Y)).read_bytes()
+    for name, content in {
+        "cut": whole[:300],
+        "noise": b"no zip at all",
+        "flipped": whole[:150] + b"\0\0\0\0" + whole[154:],
+    }.items():
+        (tmp_path / f"{name}.npz").write_bytes(content)
+        with pytest.raises(TargetError, match="damaged or truncated"):
+            open_data(str(tmp_path / f"{name}.npz"))
+    with pytest.raises(TargetError, match=r"does not exist"):
+        open_data(str(tmp_path / "absent.npz"))
+    (tmp_path / "empty.npz").write_bytes(b"")
+    with pytest.raises(TargetError, match="empty"):
+        open_data(str(tmp_path / "empty.npz"))
+
+
+def test_a_member_that_declares_more_than_it_holds_is_refused_before_memory_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": "|u1", "fortran_order": False, "shape": (10**12, 28, 28)}
+    )
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", file.getvalue())
+        archive.writestr("y.npy", file.getvalue())
+    with pytest.raises(TargetError, match="x declares .* MB and holds"):
+        open_data(str(tmp_path / "bomb.npz"))
+
+
+def test_names_that_are_not_known_offer_the_nearest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOLDFAST_DATA", str(tmp_path))
+    with pytest.raises(UsageError, match="did you mean 'cifar10'"):
+        open_data("cifar100")
+    with pytest.raises(TargetError, match="holdfast data fetch cifar10"):
+        open_data("cifar10")
+    with pytest.raises(TargetError, match="no official mirror.*import FOLDER"):
+        open_data("gtsrb")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(UsageError, match="no form of data"):
+        open_data(str(tmp_path / "notes.txt"))
+
+
+def test_bundled_data_is_read() -> None:
+    if "mnist-mini" not in bundled_data():
+        pytest.skip("no data is bundled with this checkout")
+    data = open_data("mnist-mini")
+    assert len(data) == 1000 and read_all(data).shape == (1000, 1, 28, 28)
+    assert len(open_data("mnist-mini", split="train")) == 5000
+
+
+# folders of images -----------------------------------------------------------------------------------
+
+
+def picture(path: Path, size: tuple[int, int] = (6, 5), mode: str = "RGB", value: int = 7) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value if mode in {"L", "P", "I;16"} else (value,) * len(mode)).save(path)
+
+
+def test_class_folders_are_read_in_turn(tmp_path: Path) -> None:
+    for name, values in {"dog": (10, 11), "cat": (20, 21, 22), "bird": (30,)}.items():
+        for i, value in enumerate(values):
+            picture(tmp_path / name / f"{i}.png", value=value)
+    data = open_data(str(tmp_path))
+    batch = data.read(0, len(data))
+    assert data.classes == ("bird", "cat", "dog")
+    assert batch.y.tolist() == [0, 1, 2, 1, 2, 1]
+    assert (batch.x[:, 0, 0, 0] * 255).round().tolist() == [30, 20, 10, 21, 11, 22]
+    assert batch.x.shape == (6, 3, 5, 6)
+    assert open_data(str(tmp_path), n=3).read(0, 3).y.tolist() == [0, 1, 2]
+    assert open_data(str(tmp_path), n=3).digest != data.digest
+
+
+def test_grey_mixed_palette_and_transparent_images(tmp_path: Path) -> None:
+    picture(tmp_path / "grey" / "a" / "0.png", mode="L")
+    picture(tmp_path / "grey" / "a" / "1.png", mode="I;16", value=7 * 257)
+    grey = open_data(str(tmp_path / "grey"))
+    assert grey.read(0, 2).x.shape == (2, 1, 5, 6)
+    torch.testing.assert_close(read_all(grey), torch.full((2, 1, 5, 6), 7 / 255))
+    picture(tmp_path / "mixed" / "a" / "0.png", mode="L")
+    picture(tmp_path / "mixed" / "b" / "0.png", mode="RGBA")
+    mixed = open_data(str(tmp_path / "mixed"))
+    torch.testing.assert_close(read_all(mixed), torch.full((2, 3, 5, 6), 7 / 255))
+    assert len(mixed.notes) == 2
+
+
+def test_bad_folders_of_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / "sizes" / "a" / "0.png")
+    picture(tmp_path / "sizes" / "b" / "0.png", size=(7, 5))
+    with pytest.raises(TargetError, match=r"is 6 x 5, .* is 7 x 5; resize"):
+        open_data(str(tmp_path / "sizes"))
+    (tmp_path / "flat").mkdir()
+    picture(tmp_path / "flat" / "0.png")
+    with pytest.raises(TargetError, match="no class folders"):
+        open_data(str(tmp_path / "flat"))
+    (tmp_path / "none" / "a").mkdir(parents=True)
+    with pytest.raises(TargetError, match="empty"):
+        open_data(str(tmp_path / "none"))
+    (tmp_path / "text" / "a").mkdir(parents=True)
+    (tmp_path / "text" / "a" / "0.png").write_text("no image")
+    with pytest.raises(TargetError, match="cannot be read as PNG"):
+        open_data(str(tmp_path / "text"))
+    with pytest.raises(TargetError, match="2 class folders, but 1 classes"):
+        open_data(str(tmp_path / "sizes"), classes=1)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(TargetError, match="too large to decode"):
+        open_data(str(tmp_path / "sizes"))
+
+
+def test_a_truncated_image_is_named_when_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    file = io.BytesIO()
+    Image.fromarray(RNG.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(file, "PNG")
+    (tmp_path / "a" / "0.png").write_bytes(file.getvalue()[:2000])
+    with pytest.raises(TargetError, match=r"0\.png.* is damaged or truncated"):
+        open_data(str(tmp_path)).read(0, 1)
+
+
+# tables ----------------------------------------------------------------------------------------------
+
+ROWS = [
+    ["a", "b", "kind", "split"],
+    ["0.5", "1", "yes", "train"],
+    ["0.25", "0", "no", "test"],
+    ["1", "true", "yes", "test"],
+]
+
+
+def table(path: Path, rows: list[list[str]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    content = text.getvalue().encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
+def test_tables_are_numbers_and_a_label(tmp_path: Path, name: str) -> None:
+    data = open_data(table(tmp_path / name, ROWS), label="kind")
+    batch = data.read(0, 2)
+    assert batch.x.tolist() == [[0.25, 0.0], [1.0, 1.0]]
+    assert batch.y.tolist() == [0, 1] and batch.ids.tolist() == [1, 2]
+    assert data.classes == ("no", "yes")
+    assert data.notes == ("labels were encoded in sorted order: no=0, yes=1",)
+    assert len(open_data(table(tmp_path / name, ROWS), label="kind", split="train")) == 1
+
+
+def test_parquet_is_read_as_csv_is(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {"a": [0.5, 0.25, 1.0], "b": [True, False, True], "kind": [1, 0, 1]}
+    parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
+    batch = open_data(str(tmp_path / "t.parquet"), label="kind").read(0, 3)
+    assert batch.x.tolist() == [[0.5, 1.0], [0.25, 0.0], [1.0, 1.0]]
+    assert batch.y.tolist() == [1, 0, 1]
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(TargetError, match="no readable parquet"):
+        open_data(str(tmp_path / "bad.parquet"), label="kind")
+
+
+@pytest.mark.parametrize(
+    "rows, label, error, message",
+    [
+        (ROWS, None, UsageError, "is a table; name its label with --label, one of a, b, kind, split"),
+        (ROWS, "knd", UsageError, "no column 'knd'; did you mean 'kind'"),
+        (
+            [["a", "t", "y"], ["1", "red", "0"]],
+            "y",
+            TargetError,
+            "1 columns of .* are not numbers: t. Encode",
+        ),
+        ([["a", "y"], ["", "0"]], "y", TargetError, r"a \(row 0 is empty\)"),
+        ([["a", "y"], ["nan", "0"]], "y", TargetError, "NaN or infinity"),
+        ([["a", "y"], ["1", ""]], "y", TargetError, "label of row 0 of .* is missing"),
+        ([["a", "y"], ["7", "0"]], "y", TargetError, "range from 7 to 7;"),
+        ([["a", "y"], ["1"]], "y", TargetError, "row 1 of .* has 1 cells; the header has 2"),
+        ([["a", "a"], ["1", "2"]], "a", TargetError, "distinct names"),
+        ([["a", "y"]], "y", TargetError, "is empty"),
+        ([["y"], ["1"]], "y", TargetError, "no column beside its label"),
+    ],
+)
+def test_bad_tables_are_refused(
+    tmp_path: Path, rows: list[list[str]], label: str | None, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        open_data(table(tmp_path / "t.csv", rows), label=label)
+
+
+# in memory -------------------------------------------------------------------------------------------
+
+
+def test_tensors_keep_their_layout_and_type() -> None:
+    x, y = torch.rand(5, 4, 4, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    for given in (as_data(x, y), as_data((x, y))):
+        batch = given.read(1, 4)
+        assert torch.equal(batch.x, x[1:4]) and batch.x.dtype == torch.float64
+        assert batch.y.tolist() == [1, 2, 0] and batch.ids.tolist() == [1, 2, 3]
+
+
+def test_arrays_loaders_and_datasets_give_the_same_data() -> None:
+    x, y = torch.rand(7, 1, 3, 3), torch.arange(7) % 2
+    dataset = torch.utils.data.TensorDataset(x, y)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=3)
+    forms = [
+        as_data(x, y),
+        as_data(x.numpy(), y.numpy()),
+        as_data(dataset),
+        as_data(loader),
+        as_data(list(dataset)),
+    ]
+    assert len({form.digest for form in forms}) == 1
+    assert as_data(forms[0]) is forms[0]
+
+
+@pytest.mark.parametrize(
+    "x, y, message",
+    [
+        (torch.rand(0, 2), torch.zeros(0, dtype=torch.int64), "empty"),
+        (torch.rand(3, 2) * 9, torch.tensor([0, 1, 1]), "range from"),
+        (torch.rand(3, 2), torch.tensor([0.0, 1.0, 1.0]), "are float32"),
+        (torch.rand(3, 2), torch.tensor([0, 1]), "3 examples and 2 labels"),
+        (torch.full((3, 2), float("nan")), torch.tensor([0, 1, 1]), "NaN"),
+        (7, None, "is a int"),
+        ([], None, "yields nothing"),
+        (["a", "b"], None, "yields a str"),
+        ([[1.0], [1.0, 2.0]], [0, 1], "different shapes"),
+        (torch.rand(3, 2, dtype=torch.float32).to(torch.int64), torch.tensor([0, 1, 1]), "are int64"),
+    ],
+)
+def test_bad_data_in_memory_is_refused(x: object, y: object, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        as_data(x, y)
+
+
+def test_bounds_may_be_one_per_feature() -> None:
+    x, y = torch.tensor([[0.0, 5.0], [1.0, 9.0]]), torch.tensor([0, 1])
+    bounds = Bounds(torch.tensor([0.0, 5.0]), torch.tensor([1.0, 9.0]))
+    assert len(as_data(x, y, bounds=bounds)) == 2
+    with pytest.raises(TargetError, match="range from"):
+        as_data(x + 0.1, y, bounds=bounds)
+    with pytest.raises(UsageError, match="bounds have shape"):
+        as_data(torch.rand(2, 3), y, bounds=bounds)
+
+
+def test_real_data_is_read(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOLDFAST_DATA", str(real_data))
+    for name, shape in {"mnist": (1, 28, 28), "gtsrb": (3, 32, 32), "pneumoniamnist": (1, 28, 28)}.items():
+        data = open_data(name, n=10)
+        assert data.read(0, 10).x.shape == (10, *shape)
+    fraud = open_data("credit-fraud", bounds=Bounds(-1e6, 1e6))
+    assert set(fraud.read(0, len(fraud)).y.tolist()) == {0, 1}
