@@ -167,3 +167,38 @@ def test_no_module_bears_the_name_of_a_verb():
     }
     verbs |= {"report", "verify", "init", "validate", "doctor", "demo"}
     assert not verbs & {path.stem for path in SOURCE.glob("*.py")}
+
+
+def public(nodes):
+    return [node for node in nodes if not node.name.startswith("_")]
+
+
+def undocumented_fields(node):
+    """Annotated names of a dataclass without a string below them and not named in the class docstring."""
+    if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        return []
+    told = ast.get_docstring(node) or ""
+    missing = []
+    for line, below in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(line, ast.AnnAssign) and "ClassVar" not in ast.unparse(line.annotation):
+            name, has_string = (
+                line.target.id,
+                isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant),
+            )
+            if not (has_string or name.startswith("_") or f"`{name}`" in told):
+                missing.append(name)
+    return missing
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_everything_public_is_documented(path):
+    for node in public(
+        n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef)
+    ):
+        methods = public(part for part in node.body if isinstance(part, ast.FunctionDef))
+        missing = [part.name for part in methods if not ast.get_docstring(part)]
+        if (
+            path.parent.name == "attacks"
+        ):  # their fields are settings, and what is said of them is the help text
+            missing += undocumented_fields(node)
+        assert not missing, f"{node.name}: nothing is said about {', '.join(missing)}"
