@@ -1,0 +1,1 @@
+"""What a run leaves on disk: column files, the hash chain, and the ledger of leases and time. Nothing here computes."""

@@ -1,0 +1,87 @@
+"""Column files: safetensors without pickle, whose one metadata key is sorted JSON: equal columns are equal bytes.
+
+The JSON holds a digest of the columns themselves: a file that was torn or changed is known without its neighbours.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from holdfast.core.chain import canonical, digest
+from holdfast.core.errors import TargetError
+from holdfast.core.evidence import Columns
+from holdfast.store.files import usable, write_atomically
+
+SUFFIX = ".safetensors"
+_KEY = "holdfast"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ColumnFile:
+    """What a column file holds."""
+
+    columns: dict[str, Tensor]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """what the writer said of them"""
+    digest: str = ""
+    """SHA-256 of the file's bytes, in hex"""
+
+
+def encode(columns: Columns, about: Mapping[str, Any]) -> bytes:
+    """The bytes of a column file: a pure function of the columns and what is said about them."""
+    tensors = {name: columns[name].detach().cpu().contiguous().clone() for name in sorted(columns)}
+    said = {"schema_version": _VERSION, "about": dict(about), "columns": _content(tensors)}
+    return save(tensors, metadata={_KEY: canonical(said).decode()})
+
+
+def decode(data: bytes, name: str) -> ColumnFile:
+    """The columns in the bytes of a file called `name`; `TargetError` if they are not what was written."""
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        said = json.loads(header["__metadata__"][_KEY])
+        tensors = load(data)
+        version, expected, about = said["schema_version"], said["columns"], said["about"]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise TargetError(
+            f"{name!r} is no column file, or is cut short: {error}; restore it from a copy"
+        ) from error
+    if version != _VERSION:
+        raise TargetError(
+            f"{name!r} has schema version {version}; this version reads {_VERSION}. Install the holdfast that wrote it"
+        )
+    if _content(tensors) != expected:
+        raise TargetError(f"{name!r} was changed after it was written; restore it from a copy")
+    return ColumnFile(tensors, about, digest(data))
+
+
+def write(path: Path, columns: Columns, about: Mapping[str, Any]) -> str:
+    """Write a column file atomically; its SHA-256 in hex."""
+    data = encode(columns, about)
+    with usable(path):
+        write_atomically(path, data)
+    return digest(data)
+
+
+def read(path: Path) -> ColumnFile:
+    """Read a column file and check it against the digest inside it."""
+    with usable(path):
+        data = path.read_bytes()
+    return decode(data, str(path))
+
+
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values."""
+    sha = hashlib.sha256()
+    for name, values in sorted(tensors.items()):
+        sha.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        sha.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

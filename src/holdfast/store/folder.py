@@ -1,0 +1,286 @@
+"""A run folder: what a run was to measure, what it has measured so far, and the chain that holds it together.
+
+`run.json` says what is measured; `<stage>/<shard>.safetensors` are shards until a stage is complete, then
+`<stage>.safetensors`; `chain.jsonl` names the digest of each in turn. Every step may be cut short by a kill and is
+taken again by the next process.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from holdfast.core.chain import canonical, digest
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.evidence import Columns
+from holdfast.store import columns as column_files
+from holdfast.store.files import PART, clear_parts, flush_folder, usable, write_atomically
+from holdfast.store.ledger import NAME as LEDGER
+from holdfast.store.ledger import Ledger
+from holdfast.store.records import Chain, document, read_chain, read_document
+
+SCHEMA_VERSION = 1
+MANIFEST = "run.json"
+ABOUT = "about.json"
+SPLITS = "splits.json"
+SAMENESS = ("config", "data", "model", "code")
+"""What must not differ between the processes that share a run."""
+
+Split = Mapping[str, Any]
+"""Memory ran out: in `stage`, `shard`, before row `at`, and `size` examples at once were left."""
+
+
+class RunFolder:
+    """One process's hold on a run folder."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any], chain: Chain, ledger: Ledger) -> None:
+        self.path, self.manifest, self.chain, self.ledger = path, manifest, chain, ledger
+        self._splits: list[Split] = _read_splits(path)
+
+    def stage(self, name: str) -> dict[str, Any] | None:
+        """Columns of a complete stage; None where it is not."""
+        recorded = self.chain.last("stage", name)
+        return None if recorded is None else dict(_checked(self.path, name, recorded).columns)
+
+    def shards(self, stage: str) -> dict[int, Columns]:
+        """The finished shards of a stage that is not complete; a shard that is not whole is measured again."""
+        found: dict[int, Columns] = {}
+        folder = self.path / stage
+        with usable(folder):
+            if folder.is_dir():
+                clear_parts(folder)
+            for path in sorted(folder.glob(f"*{column_files.SUFFIX}")):
+                try:
+                    found[int(path.stem)] = column_files.read(path).columns
+                except TargetError:
+                    path.unlink()
+        self.ledger.reconcile(stage, found)
+        return found
+
+    def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
+        """Write one finished shard."""
+        folder = self.path / stage
+        with usable(folder):
+            if not folder.is_dir():
+                folder.mkdir()
+                flush_folder(self.path)
+        column_files.write(_shard_path(folder, shard), columns, {"stage": stage, "shard": shard})
+
+    def complete(self, stage: str, columns: Columns, **said: Any) -> None:
+        """Write the joined stage, record it, and only then drop its shards."""
+        path = self.path / f"{stage}{column_files.SUFFIX}"
+        splits = [split for split in self._splits if split["stage"] == stage]
+        rows = len(columns["id"])
+        found = column_files.write(path, columns, {"stage": stage, "rows": rows})
+        record = {"kind": "stage", "name": stage, "file": path.name, "digest": found, "rows": rows}
+        self.chain.add(record | ({"splits": splits} if splits else {}) | said)
+        self.drop_shards(stage)
+
+    def drop_shards(self, stage: str) -> None:
+        """Delete the shards of a complete stage."""
+        folder = self.path / stage
+        with usable(folder):
+            if folder.is_dir():
+                for path in folder.iterdir():
+                    path.unlink()
+                folder.rmdir()
+
+    def document(self, kind: str) -> dict[str, Any] | None:
+        """A recorded document, such as the doubts; None where there is none."""
+        return recorded_document(self.path, self.chain, kind)
+
+    def record(self, kind: str, content: Mapping[str, Any]) -> None:
+        """Write a document and record its digest; the same document again changes nothing."""
+        data, path = document(content), self.path / f"{kind}.json"
+        known = self.chain.last(kind)
+        if (
+            known is not None
+            and known["digest"] == digest(data)
+            and path.exists()
+            and path.read_bytes() == data
+        ):
+            return
+        with usable(path):
+            write_atomically(path, data)
+        if known is None or known["digest"] != digest(data):
+            self.chain.add({"kind": kind, "file": path.name, "digest": digest(data)})
+
+    def splits(self) -> tuple[Split, ...]:
+        """Where memory ran out, in order."""
+        return tuple(self._splits)
+
+    def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
+        """Record that memory ran out, before going on."""
+        split = {"stage": stage, "shard": shard, "at": at, "size": size}
+        if split in self._splits:
+            return
+        with usable(self.path / SPLITS):
+            write_atomically(self.path / SPLITS, document([*self._splits, split]))
+        self._splits.append(split)
+
+
+@contextmanager
+def opened(
+    path: Path, manifest: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool
+) -> Iterator[RunFolder]:
+    """Start or go on with a run, alone.
+
+    `manifest` has `digests` of config, data, model and code, and whatever else says what is measured; `about` is what
+    may differ between two equal runs: when, by which command, on what. Raises `UsageError` where the folder is used,
+    in use, or of another run; `TargetError` where it cannot be written.
+    """
+    _refuse_used(path, resume=resume)
+    wanted: dict[str, Any] = json.loads(canonical({"schema_version": SCHEMA_VERSION, **manifest}))
+    with usable(path):
+        path.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(path)
+    held = False
+    try:
+        ledger.take_lease()
+        held = True
+        with usable(path):
+            clear_parts(path)
+        yield RunFolder(path, _settled(path, wanted, about), _started(path), ledger)
+    finally:
+        ledger.close(release=held)
+
+
+def planned(path: Path) -> dict[str, Any] | None:
+    """What the run in a folder measures; None where there is no run yet."""
+    return read_manifest(path) if (path / MANIFEST).is_file() else None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """`run.json`; `TargetError` where there is none or another version wrote it."""
+    if not (path / MANIFEST).is_file():
+        raise TargetError(
+            f"{str(path)!r} is no run folder, for it has no {MANIFEST}; list them with holdfast runs"
+        )
+    manifest = read_document(path / MANIFEST)
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise TargetError(
+            f"{str(path / MANIFEST)!r} has schema version {manifest.get('schema_version')}; this version reads "
+            f"{SCHEMA_VERSION}. Install the holdfast that wrote it"
+        )
+    return manifest
+
+
+def read_stage(path: Path, chain: Chain, name: str) -> dict[str, Any] | None:
+    """Columns of a complete stage, for readers who hold no lease."""
+    recorded = chain.last("stage", name)
+    return None if recorded is None else dict(_checked(path, name, recorded).columns)
+
+
+def recorded_document(path: Path, chain: Chain, kind: str) -> dict[str, Any] | None:
+    """A document that the chain names, checked against it."""
+    known = chain.last(kind)
+    if known is None:
+        return None
+    file = path / str(known["file"])
+    with usable(file):
+        data = file.read_bytes()
+    if digest(data) != known["digest"]:
+        raise TargetError(f"{str(file)!r} is not what the chain recorded; restore it from a copy")
+    return read_document(file)
+
+
+def _refuse_used(path: Path, *, resume: bool) -> None:
+    with usable(path):
+        if not path.is_dir():
+            return
+        names = sorted(entry.name for entry in path.iterdir())
+    ours = [
+        n for n in names if n == ABOUT or n.startswith(LEDGER) or (n.startswith(".") and n.endswith(PART))
+    ]
+    if len(ours) == len(names):
+        return
+    if MANIFEST not in names:
+        other = next(name for name in names if name not in ours)
+        raise UsageError(
+            f"{str(path)!r} is no run folder (it holds {other!r}); name an empty or a new folder with --run DIR"
+        )
+    if not resume:
+        raise UsageError(
+            f"{str(path)!r} holds a run already; go on with it by --resume, or name another folder with --run DIR"
+        )
+
+
+def _settled(path: Path, manifest: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest on disk, which is the given one where there was none."""
+    if (path / MANIFEST).exists():
+        known = read_manifest(path)
+        _refuse_another(path, known, manifest)
+        return known
+    with usable(path):
+        write_atomically(path / ABOUT, document(about))
+        write_atomically(path / MANIFEST, document(manifest))
+    return manifest
+
+
+def _refuse_another(path: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    differing = [what for what in SAMENESS if known["digests"].get(what) != wanted["digests"][what]]
+    if not differing:
+        return
+    details = _changes(known.get("config", {}), wanted.get("config", {})) if "config" in differing else []
+    shown = f" ({'; '.join(details[:3])})" if details else ""
+    raise UsageError(
+        f"{str(path)!r} is a run of another {' and another '.join(differing)}{shown}, so it cannot be resumed with "
+        f"this one; name another folder with --run DIR, or repeat the run as it was"
+    )
+
+
+def _changes(known: object, wanted: object, where: str = "") -> list[str]:
+    """`seed: 0 → 1` for every leaf that differs."""
+    if isinstance(known, dict) and isinstance(wanted, dict):
+        names = sorted({*known, *wanted})
+        return [
+            line for n in names for line in _changes(known.get(n), wanted.get(n), f"{where}.{n}".lstrip("."))
+        ]
+    if isinstance(known, list) and isinstance(wanted, list) and len(known) == len(wanted):
+        pairs = enumerate(zip(known, wanted, strict=True))
+        return [line for k, (a, b) in pairs for line in _changes(a, b, f"{where}[{k}]")]
+    return [] if known == wanted else [f"{where}: {_short(known)} → {_short(wanted)}"]
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _started(path: Path) -> Chain:
+    """The chain, whose first record names the manifest."""
+    chain = read_chain(path, mend=True)
+    with usable(path):
+        found = digest((path / MANIFEST).read_bytes())
+    if not chain.links:
+        chain.add({"kind": "run", "file": MANIFEST, "digest": found})
+    elif chain.links[0].content.get("digest") != found:
+        raise TargetError(f"{str(path / MANIFEST)!r} is not what the chain recorded; restore it from a copy")
+    return chain
+
+
+def _checked(path: Path, name: str, recorded: Mapping[str, Any]) -> column_files.ColumnFile:
+    file = path / str(recorded["file"])
+    found = column_files.read(file)
+    if found.digest != recorded["digest"]:
+        raise TargetError(f"{str(file)!r} is not the {name} that the chain recorded; restore it from a copy")
+    return found
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05d}{column_files.SUFFIX}"
+
+
+def _read_splits(path: Path) -> list[Split]:
+    file = path / SPLITS
+    if not file.exists():
+        return []
+    with usable(file):
+        try:
+            splits: Sequence[Split] = json.loads(file.read_bytes())
+            return [{k: split[k] for k in ("stage", "shard", "at", "size")} for split in splits]
+        except (ValueError, KeyError, TypeError) as error:
+            raise TargetError(
+                f"{str(file)!r} was changed after it was written: {error}; restore it"
+            ) from error

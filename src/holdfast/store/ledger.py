@@ -1,0 +1,172 @@
+"""`state.sqlite`: who works on a run, how often each shard was tried, and how long it took.
+
+It holds what the hash chain must not: times, hosts and attempts. Nothing in it is needed to go on: deleted, it is made
+anew from the folder, and only the time that was spent is forgotten.
+"""
+
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.store.processes import Owner
+
+NAME = "state.sqlite"
+FOREIGN_LEASE_S = 600
+"""A lease of another host, whose processes cannot be seen, is honoured this long after its last sign of life."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS lease (
+    one INTEGER PRIMARY KEY CHECK (one = 1), host TEXT, pid INTEGER, started TEXT, seen REAL);
+CREATE TABLE IF NOT EXISTS shards (
+    stage TEXT, shard INTEGER, attempts INTEGER DEFAULT 0, cpu_s REAL DEFAULT 0, wall_s REAL DEFAULT 0,
+    done INTEGER DEFAULT 0, PRIMARY KEY (stage, shard));
+"""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of one stage over all attempts, those that were killed included."""
+
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
+    attempts: int = 0
+
+
+class Ledger:
+    """The open database of one run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / NAME
+        try:
+            self._open()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise TargetError(self._refusal(error)) from error
+            for suffix in ("", "-wal", "-shm"):  # no database: nothing in it was needed
+                self._path.with_name(NAME + suffix).unlink(missing_ok=True)
+            with self._reported():
+                self._open()
+
+    def _open(self) -> None:
+        self._database = sqlite3.connect(
+            self._path, timeout=5.0, isolation_level=None, check_same_thread=False
+        )
+        self._database.execute("PRAGMA journal_mode=WAL")
+        self._database.execute("PRAGMA synchronous=NORMAL")
+        self._database.executescript(_SCHEMA)
+
+    def _refusal(self, error: Exception) -> str:
+        return (
+            f"{str(self._path)!r} cannot be written: {error}. Free some space or name another folder with --run DIR; "
+            f"go on with --resume"
+        )
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise TargetError(self._refusal(error)) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._reported():
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                with suppress(sqlite3.Error):  # sqlite has rolled back by itself where the disk is full
+                    self._database.execute("ROLLBACK")
+                raise
+            self._database.execute("COMMIT")
+
+    def take_lease(self) -> None:
+        """Own the folder; `UsageError` if a living process does."""
+        me = Owner.myself()
+        with self._transaction():
+            row = self._database.execute("SELECT host, pid, started, seen FROM lease").fetchone()
+            if row is not None and self._held(Owner(*row[:3]), float(row[3]), me):
+                raise UsageError(
+                    f"{str(self._path.parent)!r} is in use by process {row[1]} on {row[0]}; wait for it or stop it, "
+                    f"or name another folder with --run DIR"
+                )
+            self._database.execute(
+                "INSERT OR REPLACE INTO lease VALUES (1, ?, ?, ?, ?)",
+                (me.host, me.pid, me.started, time.time()),
+            )
+
+    @staticmethod
+    def _held(owner: Owner, seen: float, me: Owner) -> bool:
+        if owner.host == me.host:
+            return owner.alive()
+        return time.time() - seen < FOREIGN_LEASE_S
+
+    def begin(self, stage: str, shard: int) -> None:
+        """Count an attempt at a shard."""
+        with self._transaction():
+            self._database.execute(
+                "INSERT INTO shards (stage, shard, attempts) VALUES (?, ?, 1) "
+                "ON CONFLICT DO UPDATE SET attempts = attempts + 1",
+                (stage, shard),
+            )
+
+    def spend(self, stage: str, shard: int, cpu_s: float, wall_s: float, *, done: bool) -> None:
+        """Add to the time of a shard, and give a sign of life."""
+        with self._transaction():
+            self._database.execute(
+                "UPDATE shards SET cpu_s = cpu_s + ?, wall_s = wall_s + ?, done = max(done, ?) "
+                "WHERE stage = ? AND shard = ?",
+                (cpu_s, wall_s, int(done), stage, shard),
+            )
+            self._database.execute("UPDATE lease SET seen = ?", (time.time(),))
+
+    def reconcile(self, stage: str, shards: Iterable[int]) -> None:
+        """Make the index of one stage say what lies in the folder."""
+        with self._transaction():
+            self._database.execute("UPDATE shards SET done = 0 WHERE stage = ?", (stage,))
+            self._database.executemany(
+                "INSERT INTO shards (stage, shard, done) VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET done = 1",
+                [(stage, shard) for shard in shards],
+            )
+
+    def spent(self, stage: str) -> Spent:
+        """Time and attempts of one stage."""
+        with self._reported():
+            row = self._database.execute(
+                "SELECT coalesce(sum(cpu_s), 0), coalesce(sum(wall_s), 0), coalesce(sum(attempts), 0) "
+                "FROM shards WHERE stage = ?",
+                (stage,),
+            ).fetchone()
+        return Spent(float(row[0]), float(row[1]), int(row[2]))
+
+    def close(self, *, release: bool) -> None:
+        """Give the lease back if it is ours, and leave one tidy file."""
+        try:
+            if release:
+                self._database.execute("DELETE FROM lease")
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except (
+            sqlite3.Error
+        ):  # a full disk: the lease of a dead process is free anyway, and the log is read back
+            pass
+        finally:
+            self._database.close()
+
+
+def spent_in(folder: Path) -> dict[str, Spent]:
+    """Time and attempts by stage, for readers who hold no lease; empty where nothing is known."""
+    path = folder / NAME
+    if not path.exists():
+        return {}
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+            rows = database.execute(
+                "SELECT stage, sum(cpu_s), sum(wall_s), sum(attempts) FROM shards GROUP BY stage"
+            )
+            return {str(stage): Spent(float(cpu), float(wall), int(n)) for stage, cpu, wall, n in rows}
+    except sqlite3.Error:  # times are told where they are known; the evidence stands without them
+        return {}
