@@ -1,0 +1,313 @@
+"""What `holdfast doctor` looks for: the usual mistakes between a model and its data, found in seconds.
+
+Each check is a pure function of a `Patient` and returns findings in words, with the way out. Checks that compare
+accuracies (another scale, another normalisation, shifted labels) speak only when the alternative is right far more
+often than what was declared, so that a merely weak model is not accused.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.batch import Batch, Data
+from holdfast.core.errors import TargetError
+from holdfast.core.model import Classifier
+from holdfast.ops.losses import margin_loss
+
+Level = Literal["problem", "warning", "good"]
+
+_SAMPLE = 256  # examples that are looked at
+_BETTER = 0.15  # an alternative is named when it is right on this much more of them
+_NORMALISATIONS = {
+    "MNIST's": ((0.1307,), (0.3081,)),
+    "CIFAR-10's": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "the half-half": ((0.5,), (0.5,)),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    check: str
+    level: Level
+    says: str
+    """what was found, with the numbers"""
+    way_out: str = ""
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A model as it was given, some of its data, and what it answers to them in eval mode."""
+
+    model: Classifier
+    batch: Batch
+    in_training: tuple[str, ...]
+    logits: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the sample that is classified correctly."""
+        return _accuracy(self.logits, self.batch.y)
+
+
+def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
+    """All findings on a model and a data set; the model comes back in the mode it was in.
+
+    Raises `TargetError` when the model cannot be run on the data at all and no other layout works either.
+    """
+    if not len(data):
+        raise TargetError(f"{data.name} holds no examples; expected at least one")
+    batch = _sample(data)
+    modes = [(module, module.training) for module in model.modules()]
+    in_training = tuple(name for name, m in model.named_modules() if m.training and _behaves_otherwise(m))
+    try:
+        model.eval()
+        wrong_layout = _layout(model, batch)
+        if wrong_layout is not None:
+            return (wrong_layout,)
+        patient = Patient(model, batch, in_training, _ask(model, batch.x))
+        return tuple(finding for check in _CHECKS for finding in check(patient))
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _sample(data: Data) -> Batch:
+    """Examples spread evenly over the data set, so that files sorted by class show all of them."""
+    n = min(_SAMPLE, len(data))
+    rows = [k * len(data) // n for k in range(n)]
+    pieces = [data.read(row, row + 1) for row in rows]
+    return Batch(
+        torch.cat([p.x for p in pieces]), torch.cat([p.y for p in pieces]), torch.cat([p.ids for p in pieces])
+    )
+
+
+def _ask(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def _accuracy(logits: Tensor, y: Tensor) -> float:
+    return float((logits.argmax(1) == y).double().mean())
+
+
+def _behaves_otherwise(module: nn.Module) -> bool:
+    return isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd))
+
+
+def _layout(model: Classifier, batch: Batch) -> Finding | None:
+    """A problem if the model cannot take the inputs as they are, but can with the channels last."""
+    try:
+        _ask(model, batch.x[:2])
+    except TargetError as refused:
+        if batch.x.dim() != 4:
+            raise
+        try:
+            _ask(model, batch.x[:2].permute(0, 2, 3, 1).contiguous())
+        except TargetError:
+            raise refused from None
+        return Finding(
+            "layout",
+            "problem",
+            f"the model refuses inputs of shape {tuple(batch.x.shape[1:])}, but takes them with the channels last",
+            "wrap it so that it permutes its input: x.permute(0, 2, 3, 1)",
+        )
+    return None
+
+
+def _range(patient: Patient) -> Iterator[Finding]:
+    x, (low, high) = patient.batch.x, patient.model.bounds.like(patient.batch.x)
+    seen = f"inputs run from {float(x.min()):.4g} to {float(x.max()):.4g}"
+    if bool((x < low - 1e-6).any() | (x > high + 1e-6).any()):
+        way_out = (
+            "divide them by 255"
+            if float(x.max()) > 1.5 and patient.model.bounds.width <= 1
+            else "correct --bounds"
+        )
+        yield Finding("range", "problem", f"{seen}, outside the bounds", way_out)
+    elif patient.model.bounds.width >= 100 and float(x.max()) <= 1.0:
+        yield Finding(
+            "range", "problem", f"{seen}, but the bounds reach to {float(high.max()):g}", "use --bounds 0,1"
+        )
+    else:
+        yield Finding("range", "good", f"{seen}, inside the bounds")
+
+
+def _scale(patient: Patient) -> Iterator[Finding]:
+    """Inputs 255 times too small or too large for what the network was trained on."""
+    for factor, way_out in (
+        (255.0, "the network was trained on 0..255: multiply by 255 inside it, as with --std 0.00392157"),
+        (1 / 255.0, "the network divides by 255 itself, or was given numbers to 255: --bounds 0,255"),
+    ):
+        better = _accuracy(_ask(patient.model, patient.batch.x * factor), patient.batch.y)
+        if better > patient.accuracy + _BETTER:
+            text = f"accuracy is {patient.accuracy:.0%}, but {better:.0%} with inputs times {factor:.4g}"
+            yield Finding("scale", "problem", text, way_out)
+
+
+def _normalisation(patient: Patient) -> Iterator[Finding]:
+    """Normalised twice, or not at all."""
+    model, batch = patient.model, patient.batch
+    if batch.x.dim() < 2:
+        return
+    if model.mean is not None or model.std is not None:
+        bare = Classifier(model.net, bounds=model.bounds)
+        without = _accuracy(_ask(bare, batch.x), batch.y)
+        if without > patient.accuracy + _BETTER:
+            text = f"accuracy is {patient.accuracy:.0%}, but {without:.0%} without --mean and --std"
+            yield Finding(
+                "normalisation", "problem", text, "the network normalises by itself; leave them out"
+            )
+        return
+    best, best_name = patient.accuracy + _BETTER, ""
+    for name, (mean, std) in _NORMALISATIONS.items():
+        if len(mean) not in (1, batch.x.shape[1]):
+            continue
+        accuracy = _accuracy(_ask(Classifier(model.net, mean=mean, std=std), batch.x), batch.y)
+        if accuracy > best:
+            best, best_name = accuracy, name
+    if best_name:
+        flags = " ".join(
+            f"--{flag} {','.join(map(str, values))}"
+            for flag, values in zip(("mean", "std"), _NORMALISATIONS[best_name], strict=True)
+        )
+        text = f"accuracy is {patient.accuracy:.0%}, but {best:.0%} with {best_name} normalisation"
+        yield Finding("normalisation", "problem", text, f"declare it: {flags}")
+
+
+def _labels(patient: Patient) -> Iterator[Finding]:
+    y, classes = patient.batch.y, patient.logits.shape[1]
+    if int(y.min()) < 0 or int(y.max()) >= classes:
+        text = f"labels run from {int(y.min())} to {int(y.max())}, but the model knows classes 0 to {classes - 1}"
+        off = (
+            "they seem to start at 1: subtract 1"
+            if int(y.min()) == 1 and int(y.max()) == classes
+            else "check them"
+        )
+        yield Finding("labels", "problem", text, off)
+        return
+    for shift in (-1, 1):
+        better = _accuracy(patient.logits, (y + shift) % classes)
+        if better > patient.accuracy + _BETTER:
+            text = f"accuracy is {patient.accuracy:.0%}, but {better:.0%} with labels {shift:+d}"
+            yield Finding("labels", "problem", text, "the labels are off by one; correct them in the data")
+    if len(y) > 1 and bool((y == y[0]).all()):
+        yield Finding(
+            "labels", "warning", f"all {len(y)} labels looked at are {int(y[0])}", "is it the right split?"
+        )
+
+
+def _accuracy_at_all(patient: Patient) -> Iterator[Finding]:
+    chance = 1 / patient.logits.shape[1]
+    text = f"accuracy is {patient.accuracy:.1%} on {len(patient.batch)} examples"
+    if patient.accuracy <= 1.5 * chance and len(patient.batch) >= 20:
+        yield Finding(
+            "accuracy",
+            "warning",
+            f"{text}, no better than chance",
+            "are model and data meant for each other?",
+        )
+    else:
+        yield Finding("accuracy", "good", text)
+
+
+def _outputs(patient: Patient) -> Iterator[Finding]:
+    logits = patient.logits
+    if bool(logits.isnan().any()):
+        share = float(logits.isnan().any(1).double().mean())
+        yield Finding(
+            "nan",
+            "problem",
+            f"{share:.0%} of the outputs hold NaN",
+            "look for a division or a logarithm of zero",
+        )
+        return
+    if bool(((logits.sum(1) - 1).abs() < 1e-4).all() & (logits >= 0).all()):
+        yield Finding(
+            "probabilities",
+            "warning",
+            "the outputs are probabilities, not logits: attacks see vanishing gradients",
+            "return the layer before the softmax",
+        )
+    if len(logits) > 1 and float((logits - logits[0]).abs().max()) <= 1e-6 * float(
+        logits.abs().max().clamp_min(1e-12)
+    ):
+        yield Finding(
+            "constant",
+            "problem",
+            "every input gets the same output",
+            "check the weights and the preprocessing",
+        )
+
+
+def _steadiness(patient: Patient) -> Iterator[Finding]:
+    if patient.in_training:
+        names = ", ".join(patient.in_training[:3]) + (" …" if len(patient.in_training) > 3 else "")
+        yield Finding(
+            "mode", "problem", f"layers are in train mode: {names}", "call model.eval() in the factory"
+        )
+    again = _ask(patient.model, patient.batch.x)
+    scale = patient.logits.nan_to_num().abs().max().clamp_min(1e-12)
+    change = float((again - patient.logits).nan_to_num().abs().max() / scale)
+    if change > 1e-4:
+        yield Finding(
+            "randomness",
+            "warning",
+            f"two calls on the same inputs differ by {change:.2g} of the largest logit",
+            "if that is no defence, a dropout is on; if it is, use --suite rand",
+        )
+        return
+    backwards = _ask(patient.model, patient.batch.x.flip(0)).flip(0)
+    change = float((backwards - patient.logits).nan_to_num().abs().max() / scale)
+    if change > 1e-4:
+        text = f"outputs depend on the other inputs in the batch (by {change:.2g} of the largest logit)"
+        yield Finding(
+            "state", "problem", text, "is a batch norm using batch statistics, or does the model remember?"
+        )
+    else:
+        yield Finding("steadiness", "good", "the same inputs get the same outputs, in any order")
+
+
+def _gradients(patient: Patient) -> Iterator[Finding]:
+    if patient.model.access != "gradients":
+        yield Finding("gradients", "warning", "the model gives scores only", "use --suite black-box")
+        return
+    x = patient.batch.x.clone().requires_grad_()
+    logits = patient.model(x)
+    if not logits.requires_grad:
+        yield Finding(
+            "gradients", "problem", "no gradient reaches the input", "is something detached, or in numpy?"
+        )
+        return
+    try:
+        (grad,) = torch.autograd.grad(margin_loss(logits, patient.batch).sum(), x)
+    except RuntimeError as error:
+        yield Finding(
+            "gradients", "problem", f"the gradient fails: {error}", "use --suite black-box until it is mended"
+        )
+        return
+    zero = float((grad.flatten(1).nan_to_num().abs().amax(1) == 0).double().mean())
+    if zero > 0.01:
+        text = f"{zero:.0%} of the examples have a zero gradient, so gradient attacks see nothing there"
+        yield Finding(
+            "gradients", "warning", text, "a rounding or saturated step hides it; the doubts will say more"
+        )
+    else:
+        yield Finding("gradients", "good", "gradients reach the input")
+
+
+_CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
+    _range,
+    _outputs,
+    _labels,
+    _accuracy_at_all,
+    _scale,
+    _normalisation,
+    _steadiness,
+    _gradients,
+)

@@ -1,0 +1,103 @@
+"""The entry point: a group whose commands are loaded when they are called, and one place where errors become words."""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from holdfast import __version__
+from holdfast.core.errors import HoldfastError, UsageError
+
+_COMMANDS = {
+    "demo": ("first", "the main job on a bundled model and real data, offline, in under a minute"),
+    "assess": (
+        "assess",
+        "how robust is a model, honestly: worst case over a suite, with intervals and doubts",
+    ),
+    "compare": ("compare", "what changed between two runs of the same examples"),
+    "report": ("report", "write the reports of a finished run again"),
+    "verify": ("report", "check that a run's evidence is whole and unchanged"),
+    "runs": ("report", "list the runs in a folder"),
+    "doctor": ("doctor", "find the usual mistakes in a model and its data before an hour is spent"),
+    "init": ("first", "write a commented holdfast.yaml"),
+    "validate": ("first", "check a holdfast.yaml without running it"),
+    "data": ("data", "list, show, fetch and import data sets"),
+    "models": ("catalogue", "list the bundled models and architectures"),
+    "attacks": ("catalogue", "list the attacks, or show one with its settings"),
+}
+
+
+class _Verbs(click.Group):
+    """A group that knows its commands' names and one-line help, and imports a command only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            from holdfast.config.grammar import nearest
+
+            raise UsageError(f"there is no command {cmd_name!r}{nearest(cmd_name, _COMMANDS)}")
+        module = importlib.import_module(f"holdfast.cli.{_COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, about) for name, (_, about) in _COMMANDS.items()])
+
+
+@click.group(
+    cls=_Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 pass or no gate, 1 a gate failed, 2 usage, 3 model, data or disk unusable, 4 unclear, "
+    "5 internal error, 130 or 143 interrupted (resumable).",
+)
+@click.version_option(__version__, prog_name="holdfast", message="%(prog)s %(version)s")
+def verbs() -> None:
+    """Find out how a model breaks, make it harder to break, and keep it that way."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    words = list(sys.argv[1:] if args is None else args)
+    sys.exit(run(words))
+
+
+def run(words: Sequence[str]) -> int:
+    """Run a command line; its exit code. Every error becomes one message on stderr, its traceback only with --debug."""
+    debug = "--debug" in words
+    try:
+        code = verbs.main(args=list(words), prog_name="holdfast", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
+    except click.ClickException as error:
+        return _said(_plain(error), 2, debug=debug)
+    except (KeyboardInterrupt, click.Abort):
+        return _said("interrupted before anything was written", 130, debug=debug)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except HoldfastError as error:
+        return _said(str(error), error.exit_code, debug=debug)
+    except Exception as error:  # noqa: BLE001 (the one place where nothing may escape)
+        hint = "" if debug else "; run it again with --debug for the traceback, and please report it"
+        return _said(f"internal error: {type(error).__name__}: {error}{hint}", 5, debug=debug)
+
+
+def _plain(error: click.ClickException) -> str:
+    """Click's message, with where to find help."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    where = f"; see {context.command_path} --help" if context is not None else ""
+    return error.format_message().rstrip(".") + where
+
+
+def _said(message: str, code: int, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    click.echo(f"holdfast: {message}", err=True)
+    return code

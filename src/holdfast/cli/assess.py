@@ -1,0 +1,169 @@
+"""`holdfast assess MODEL DATA`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from holdfast.cli.options import Voice, offered, spoken
+from holdfast.config.settings import SUITES, AssessSettings, read
+from holdfast.core.errors import TargetError, UsageError
+
+_FILES = (".pt", ".pth", ".th", ".pt2", ".onnx", ".safetensors", ".npz", ".csv", ".gz", ".parquet", ".py")
+
+ATTACKING = (
+    click.option(
+        "--threat", "-t", metavar="T", help="What the adversary may do, as in linf:8/255,queries=1000."
+    ),
+    click.option(
+        "--suite",
+        "-s",
+        type=str,
+        metavar="S",
+        help=f"Named attacks: {', '.join(SUITES)} (default: standard).",
+    ),
+    click.option(
+        "--gate",
+        "-g",
+        "gates",
+        multiple=True,
+        metavar="G",
+        help='A claim to judge, as in "robust_accuracy >= 0.40".',
+    ),
+    click.option("--baseline", metavar="RUN", help="Run folder that `vs baseline` gates compare with."),
+    click.option(
+        "--accept-doubt",
+        "accept_doubts",
+        multiple=True,
+        metavar='NAME="why"',
+        help="Answer for a raised doubt.",
+    ),
+    click.option("--only", multiple=True, metavar="ATTACK", help="Run only these attacks of the suite."),
+    click.option("--skip", multiple=True, metavar="ATTACK", help="Leave these attacks out."),
+    click.option("--curve/--no-curve", default=None, help="Also measure accuracy against eps."),
+    click.option("--full", is_flag=True, default=None, help="Run every attack on every example."),
+    click.option(
+        "--doubts/--no-doubts", default=None, help="Probe for reasons to doubt the number (default: on)."
+    ),
+    click.option("--seed", type=int, metavar="N", help="Seed of every random draw (default: 0)."),
+    click.option("--batch-size", type=int, metavar="N", help="Examples that go through the model at once."),
+    click.option("--time-budget", metavar="T", help="Stop attacking after this long, as in 10min."),
+    click.option(
+        "--save-adversarial",
+        is_flag=True,
+        default=None,
+        help="Keep every successful input in the run folder.",
+    ),
+    click.option(
+        "-o",
+        "--output",
+        multiple=True,
+        metavar="FILE",
+        help="Report, by suffix: .html .json .xml .sarif .md .csv; - for JSON on stdout.",
+    ),
+)
+"""What is done to the model, and what is asked of the result."""
+
+TARGET = (
+    click.option("-n", type=int, metavar="N", help="The first N examples."),
+    click.option("--sample", type=int, metavar="N", help="A seeded sample of N examples."),
+    click.option("--split", metavar="NAME", help="Split of the data (default: test where there is one)."),
+    click.option("--label", metavar="COL", help="Label column of a table."),
+    click.option("--arch", metavar="NAME|FILE.py:F", help="Architecture of a state dict."),
+    click.option("--model-args", multiple=True, metavar="K=V", help="Arguments of the factory."),
+    click.option("--bounds", metavar="LOW,HIGH", help="Range of legal inputs (default: 0,1)."),
+    click.option("--mean", metavar="M,…", help="Subtracted inside the model, one number a channel."),
+    click.option("--std", metavar="S,…", help="Divides inside the model, one number a channel."),
+    click.option("--classes", type=int, metavar="N", help="Number of classes, to be checked."),
+    click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 (default: auto)."),
+    click.option(
+        "--trust-code", is_flag=True, default=None, help="Let files run code that they bring along."
+    ),
+)
+"""What is looked at: the model, its input, and the data."""
+
+SETTING = (
+    click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Set any key of the configuration."),
+    click.option("--config", "-c", metavar="FILE", help="A holdfast.yaml; flags are stronger."),
+)
+"""The configuration as a whole."""
+
+
+def settings_from(flags: dict[str, Any]) -> AssessSettings:
+    """The settings that a command line asks for; a missing file is said before a missing flag."""
+    for address in (flags.get("model"), flags.get("data"), flags.get("config"), flags.get("baseline")):
+        refuse_missing_file(address)
+    from holdfast.config.grammar import pairs
+
+    config, sets = flags.pop("config"), flags.pop("sets")
+    for key in ("model_args", "accept_doubts"):
+        flags[key] = (
+            pairs(
+                flags[key], "--" + key.replace("_", "-").removesuffix("s" if key == "accept_doubts" else "")
+            )
+            or None
+        )
+    for key in ("gates", "only", "skip", "output"):
+        flags[key] = list(flags[key]) or None
+    if flags.get("suite") is not None and flags["suite"] not in SUITES:
+        from holdfast.config.grammar import nearest
+
+        raise UsageError(f"there is no suite {flags['suite']!r}{nearest(flags['suite'], SUITES)}")
+    settings = read(Path(config) if config else None, flags, sets)
+    if config and not settings.trust_code:
+        _refuse_code_of_config(settings, flags)
+    for name, meaning in (("model", "what is to be assessed"), ("data", "examples to assess it on")):
+        if getattr(settings, name) is None:
+            raise UsageError(
+                f"{name.upper()} is missing ({meaning}); try holdfast assess mnist-cnn mnist-mini"
+            )
+    return settings
+
+
+def refuse_missing_file(address: str | None) -> None:
+    """Raise `TargetError` for an address that is meant as a file and is not there."""
+    if address is None:
+        return
+    path = address.rsplit(":", 1)[0] if ".py:" in address else address
+    looks_like_a_file = path.endswith(_FILES) or path.endswith((".yaml", ".yml")) or "/" in path
+    if looks_like_a_file and "://" not in path and not Path(path).exists():
+        raise TargetError(
+            f"there is no file or folder {path!r}; expected one there (the current folder is {Path.cwd().name!r})"
+        )
+
+
+def _refuse_code_of_config(settings: AssessSettings, flags: dict[str, Any]) -> None:
+    for name in ("model", "arch"):
+        value = getattr(settings, name)
+        if value and ".py:" in value and flags.get(name) != value:
+            raise UsageError(
+                f"the configuration names code ({name}: {value}); a file runs none by itself: "
+                f"say it on the command line too, or add --trust-code"
+            )
+
+
+@click.command(short_help="how robust is a model, honestly")
+@click.argument("model", required=False)
+@click.argument("data", required=False)
+@click.option(
+    "--run", "run", metavar="DIR", help="Run folder (default: holdfast-runs/<time>-assess-<digest>)."
+)
+@click.option(
+    "--resume", is_flag=True, help="Go on with the run in --run, or report it again if it is finished."
+)
+@click.option("--dry-run", is_flag=True, help="Print what it would cost, and stop.")
+@offered(*ATTACKING, *TARGET, *SETTING)
+@spoken
+def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flags: Any) -> int:
+    r"""How robust is MODEL on DATA, honestly: the worst case over a suite of attacks, with intervals and doubts.
+
+    \b
+    MODEL  a bundled name (mnist-cnn, mnist-cnn-hardened), file.py:factory, or a
+           .safetensors, .pt, .pt2 or .onnx file
+    DATA   a bundled name (mnist-mini), a catalogue name (see holdfast data), an .npz,
+           .csv or .parquet file, or a folder with one folder of images a class
+    """
+    settings = settings_from(flags)
+    from holdfast.cli.running import assess_and_report
+
+    return assess_and_report(settings, voice, run=run, resume=resume, dry_run=dry_run)

@@ -1,0 +1,87 @@
+"""`holdfast data`: list, show, fetch and import data sets."""
+
+from pathlib import Path
+
+import click
+
+from holdfast.cli.options import Voice, spoken
+
+
+@click.group(invoke_without_command=True, short_help="list, show, fetch and import data sets")
+@click.pass_context
+def data(context: click.Context) -> None:
+    """Data sets by name: list them, show one, fetch one from its official mirror, import a folder of files.
+
+    They lie in HOLDFAST_DATA, else in the user's cache.
+    """
+    if context.invoked_subcommand is None:
+        context.invoke(list_)
+
+
+@data.command("list")
+@spoken
+def list_(voice: Voice = Voice()) -> None:  # noqa: B008 (an immutable value)
+    """The catalogue, and what of it is on this machine."""
+    from rich.table import Table
+
+    from holdfast.sources.catalogue import data_folder, listed
+    from holdfast.sources.data import bundled_data
+
+    table = Table("name", "what", "here", box=None, pad_edge=False, header_style="bold")
+    for name in bundled_data():
+        table.add_row(name, "bundled with the package", "yes")
+    for row in listed():
+        table.add_row(row.name, row.title, "yes" if row.present else "fetch" if row.fetchable else "import")
+    voice.console().print(table)
+    voice.say(f"folder: {data_folder()} (HOLDFAST_DATA)")
+
+
+@data.command()
+@click.argument("address")
+@click.option("--split", metavar="NAME", help="Split of the data (default: test where there is one).")
+@click.option("--label", metavar="COL", help="Label column of a table.")
+@spoken
+def show(voice: Voice, address: str, split: str | None, label: str | None) -> None:
+    """What is in a data set: shape, range, classes, digest; for a catalogue name also its licence and source."""
+    from rich.table import Table
+
+    from holdfast.sources.catalogue import CATALOGUE
+    from holdfast.sources.data import open_data
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    entry = CATALOGUE.get(address)
+    if entry is not None:
+        table.add_row("title", entry.title)
+        table.add_row("licence", entry.licence)
+        table.add_row("cite", entry.cite)
+    opened = open_data(address, split=split, label=label)
+    first = opened.read(0, min(len(opened), 1000))
+    table.add_row("examples", f"{len(opened):,}")
+    table.add_row("shape", " x ".join(str(size) for size in first.x.shape[1:]))
+    table.add_row("range", f"{float(first.x.min()):.4g} to {float(first.x.max()):.4g} (first {len(first):,})")
+    names = opened.classes or tuple(str(label) for label in sorted(set(first.y.tolist())))
+    table.add_row("classes", f"{len(names)}: {', '.join(names[:12])}{' …' if len(names) > 12 else ''}")
+    table.add_row("sha256", opened.digest)
+    voice.console().print(table)
+
+
+@data.command()
+@click.argument("name")
+@spoken
+def fetch(voice: Voice, name: str) -> None:
+    """Download a data set from its official mirror; every file is checked against its published checksum."""
+    from holdfast.sources.fetching import fetch as bring
+
+    voice.say(f"fetching {name}")
+    click.echo(bring(name))
+
+
+@data.command("import")
+@click.argument("folder", type=click.Path(path_type=Path))
+@spoken
+def import_(voice: Voice, folder: Path) -> None:
+    """Fill the data folder with every data set of the catalogue that FOLDER holds."""
+    from holdfast.sources.fetching import import_folder
+
+    for brought in import_folder(folder):
+        click.echo(f"{brought.name}: {brought.path} (from {', '.join(brought.files)})")

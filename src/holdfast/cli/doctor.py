@@ -1,0 +1,43 @@
+"""`holdfast doctor MODEL DATA`."""
+
+from typing import Any
+
+import click
+
+from holdfast.cli.assess import SETTING, TARGET, settings_from
+from holdfast.cli.options import Voice, offered, spoken
+
+_SIGNS = {"problem": ("x", "red"), "warning": ("!", "yellow"), "good": ("+", "green")}
+
+
+@click.command(short_help="find the usual mistakes before an hour is spent")
+@click.argument("model", required=False)
+@click.argument("data", required=False)
+@offered(*TARGET, *SETTING)
+@spoken
+def doctor(voice: Voice, **flags: Any) -> int:
+    """Find the usual mistakes in MODEL and DATA: scale, normalisation, layout, labels, outputs, randomness, gradients.
+
+    Exits 0 when there is nothing that must be mended, 3 when there is.
+    """
+    settings = settings_from(flags)
+    from rich.text import Text
+
+    from holdfast.api import doctor as examine
+
+    findings = examine(settings)
+    console = voice.console()
+    for finding in findings:
+        if finding.level == "good" and voice.quiet:
+            continue
+        sign, colour = _SIGNS[finding.level]
+        console.print(Text.assemble((f"{sign} {finding.check:<14}", colour), finding.says))
+        if finding.way_out:
+            console.print(Text.assemble(" " * 16, ("-> ", "bold"), finding.way_out))
+    problems = sum(finding.level == "problem" for finding in findings)
+    voice.say(
+        f"{problems} problem{'' if problems == 1 else 's'} found"
+        if problems
+        else "nothing that must be mended"
+    )
+    return 3 if problems else 0

@@ -1,0 +1,70 @@
+"""Options that every command takes, and how it speaks: results on stdout, everything else on stderr."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How loud a command is, and in colour or not."""
+
+    quiet: bool = False
+    verbose: bool = False
+    no_color: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether colours are unwanted: `--no-color`, or `NO_COLOR` set to anything."""
+        return self.no_color or bool(os.environ.get("NO_COLOR"))
+
+    def console(self, *, err: bool = False) -> "Console":
+        """A console on stdout or stderr; off a terminal it is as wide as its longest table needs."""
+        from rich.console import Console
+
+        stream = sys.stderr if err else sys.stdout
+        width = None if stream.isatty() or os.environ.get("COLUMNS") else 110
+        return Console(stderr=err, no_color=self.plain, highlight=False, width=width, soft_wrap=False)
+
+    def say(self, text: str) -> None:
+        """A line on stderr, unless quiet."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+
+def spoken(command: F) -> F:
+    """Adds -q, -v, --no-color and --debug; the command receives a `voice`."""
+
+    def collect(*, quiet: bool, verbose: bool, no_color: bool, debug: bool, **rest: Any) -> Any:
+        return command(voice=Voice(quiet, verbose, no_color), **rest)
+
+    collect.__name__, collect.__doc__ = command.__name__, command.__doc__
+    collect.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    for option in (
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+        click.option("--no-color", is_flag=True, help="No colours (NO_COLOR does the same)."),
+        click.option("-v", "--verbose", is_flag=True, help="Say more."),
+        click.option("-q", "--quiet", is_flag=True, help="Say only what was asked for."),
+    ):
+        collect = option(collect)
+    return collect  # type: ignore[return-value]
+
+
+def offered(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+    """Adds options to a command in the order in which they are given."""
+
+    def offer(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return offer

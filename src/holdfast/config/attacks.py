@@ -1,0 +1,94 @@
+"""Attacks by name: `{use: PGD, steps: 100}` becomes the dataclass, every setting checked."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from importlib.metadata import entry_points
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from holdfast import attacks as catalogue
+from holdfast.attacks.protocol import Attack
+from holdfast.config.grammar import ThreatSpec, nearest, number
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.errors import UsageError
+from holdfast.core.threat import ThreatModel
+from holdfast.ops.ascent import cosine, flat
+from holdfast.ops.losses import cross_entropy, dlr, margin_loss, probability_margin
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    f.__name__: f for f in (cross_entropy, dlr, margin_loss, probability_margin, flat, cosine)
+}
+"""Losses and schedules that a configuration may name."""
+
+
+def threat_model(spec: ThreatSpec) -> ThreatModel:
+    """The threat model that a threat string describes."""
+    constraints: dict[str, Constraint] = {
+        "linf": Linf(spec.eps),
+        "l2": L2(spec.eps),
+        "l1": L1(spec.eps),
+        "l0": L0(spec.eps, "pixel" if spec.pixels else "value"),
+    }
+    return ThreatModel(constraints[spec.norm], spec.goal, spec.access, spec.queries)
+
+
+def attack_names() -> dict[str, type[Any]]:
+    """The catalogue, and what other packages add under the entry-point group `holdfast.attacks`."""
+    own = {name: getattr(catalogue, name) for name in catalogue.__all__}
+    return {**{entry.name: entry.load() for entry in entry_points(group="holdfast.attacks")}, **own}
+
+
+def attack_class(name: str) -> type[Any]:
+    """The attack of that name; raises `UsageError` with the nearest one."""
+    known = attack_names()
+    if name not in known:
+        raise UsageError(f"there is no attack {name!r}{nearest(name, known)}")
+    return known[name]
+
+
+def build(spec: Mapping[str, Any], where: str) -> Attack:
+    """The attack that `use:` names, with its settings checked against their types and ranges."""
+    if "use" not in spec:
+        raise UsageError(
+            f"{where}: an attack needs a name, as in {{use: PGD, steps: 100}}; got {dict(spec)!r}"
+        )
+    cls = attack_class(str(spec["use"]))
+    names = [f.name for f in fields(cls)]
+    hints = get_type_hints(cls, include_extras=True)
+    settings: dict[str, Any] = {}
+    for key, value in spec.items():
+        if key == "use":
+            continue
+        if key not in names:
+            raise UsageError(f"{where}: {spec['use']} has no setting {key!r}{nearest(str(key), names)}")
+        settings[key] = _setting(hints[key], value, f"{where}: {key}")
+    missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in settings]
+    if missing:
+        raise UsageError(f"{where}: {spec['use']} needs {', '.join(missing)}")
+    attack: Attack = cls(**settings)
+    return attack
+
+
+def _setting(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(value, Mapping) and "use" in value:
+        return build(value, where)
+    if isinstance(value, str) and value in FUNCTIONS:
+        return FUNCTIONS[value]
+    if isinstance(value, str) and _is_number(hint):
+        value = number(value, where)
+    try:
+        return TypeAdapter(
+            hint, config=ConfigDict(arbitrary_types_allowed=True, strict=False)
+        ).validate_python(value)
+    except ValidationError as error:
+        what = error.errors()[0]
+        functions = f"; there are {', '.join(sorted(FUNCTIONS))}" if what["type"] == "callable_type" else ""
+        raise UsageError(
+            f"{where} is {value!r}; {what['msg'][0].lower()}{what['msg'][1:]}{functions}"
+        ) from None
+
+
+def _is_number(hint: Any) -> bool:
+    schema = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).core_schema
+    return schema["type"] in ("float", "int")

@@ -1,0 +1,142 @@
+"""What flags may say, parsed without torch, so that a slip of the pen is answered at once.
+
+Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`; a threat is `linf:8/255`, followed by any of
+`goal=targeted:K`, `access=none|labels|scores|gradients` and `queries=N`, separated by commas or spaces.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from holdfast.core.errors import UsageError
+
+Norm = Literal["linf", "l2", "l1", "l0"]
+Sees = Literal["none", "labels", "scores", "gradients"]
+
+_LATER = {"patch": "adversarial patches", "spatial": "spatial attacks", "corruptions": "common corruptions"}
+_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class ThreatSpec:
+    """A threat string, understood: `eps` is infinite where only the distance is asked."""
+
+    norm: Norm
+    eps: float = math.inf
+    pixels: bool = False
+    goal: int | None = None
+    access: Sees = "gradients"
+    queries: int | None = None
+
+    def __str__(self) -> str:
+        size = "" if math.isinf(self.eps) else f":{self.eps:.6g}" + ("px" if self.pixels else "")
+        goal = "" if self.goal is None else f",goal=targeted:{self.goal}"
+        access = "" if self.access == "gradients" else f",access={self.access}"
+        queries = "" if self.queries is None else f",queries={self.queries}"
+        return self.norm + size + goal + access + queries
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the most similar known word, else the list of them."""
+    words = sorted(known)
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(words)}"
+
+
+def number(text: str, what: str) -> float:
+    """A decimal number or a fraction."""
+    found = re.fullmatch(r"\s*([^/\s]+)\s*(?:/\s*([^/\s]+))?\s*", text)
+    try:
+        if found is None:
+            raise ValueError
+        value = float(found[1]) / (float(found[2]) if found[2] else 1.0)
+    except (ValueError, ZeroDivisionError):
+        raise UsageError(
+            f"{what} is {text!r}; expected a number or a fraction, such as 0.3 or 8/255"
+        ) from None
+    if math.isnan(value):
+        raise UsageError(f"{what} is {text!r}; expected a number or a fraction, such as 0.3 or 8/255")
+    return value
+
+
+def numbers(text: str, what: str) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    return tuple(number(part, what) for part in text.split(","))
+
+
+def seconds(text: str, what: str) -> float:
+    """A duration such as `60s`, `10min` or `24h`."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*", text)
+    if found is None or float(found[1]) <= 0:
+        raise UsageError(f"{what} is {text!r}; expected a duration such as 60s, 10min or 24h")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def parse_threat(text: str) -> ThreatSpec:
+    """The threat that a string such as `linf:8/255,access=scores,queries=5000` describes."""
+    words = [word for word in re.split(r"[,\s]+", text.strip()) if word]
+    if not words:
+        raise UsageError("the threat is empty; expected a norm and a size, such as linf:8/255")
+    spec = _constraint(words[0])
+    for word in words[1:]:
+        spec = _condition(spec, word)
+    return spec
+
+
+def _constraint(word: str) -> ThreatSpec:
+    name, colon, size = word.partition(":")
+    kind = name.lower()
+    if kind in _LATER:
+        raise UsageError(
+            f"the threat {word!r} needs {_LATER[kind]}, which this version does not have; use linf, l2, l1 or l0"
+        )
+    if kind not in get_args(Norm):
+        raise UsageError(f"the threat {word!r} names no known norm{nearest(kind, get_args(Norm))}")
+    norm: Norm = kind  # type: ignore[assignment]
+    if not colon:
+        return ThreatSpec(norm)
+    pixels = norm == "l0" and size.endswith("px")
+    eps = number(size.removesuffix("px") if pixels else size, f"eps in {word!r}")
+    if eps < 0:
+        raise UsageError(f"eps is {eps:g} in {word!r}; it must be 0 (clean accuracy) or more")
+    if norm == "l0" and eps != int(eps):
+        raise UsageError(
+            f"eps is {eps:g} in {word!r}; l0 counts values, so it must be whole, as in l0:10 or l0:10px"
+        )
+    return ThreatSpec(norm, eps, pixels)
+
+
+def _condition(spec: ThreatSpec, word: str) -> ThreatSpec:
+    key, equals, value = word.partition("=")
+    if not equals or key not in ("goal", "access", "queries"):
+        raise UsageError(f"the threat has {word!r}{nearest(key, ('goal', 'access', 'queries'))}")
+    if key == "access":
+        if value not in get_args(Sees):
+            raise UsageError(f"access is {value!r}{nearest(value, get_args(Sees))}")
+        return replace(spec, access=value)  # type: ignore[arg-type]
+    if key == "queries":
+        if not value.isdigit() or int(value) < 1:
+            raise UsageError(
+                f"queries is {value!r}; expected a whole number of at least 1, as in queries=1000"
+            )
+        return replace(spec, queries=int(value))
+    aimed = re.fullmatch(r"targeted:(\d+)", value)
+    if value == "untargeted":
+        return replace(spec, goal=None)
+    if aimed is None:
+        raise UsageError(f"the goal is {value!r}; expected untargeted or targeted:K with a class number K")
+    return replace(spec, goal=int(aimed[1]))
+
+
+def pairs(items: Iterable[str], flag: str) -> dict[str, str]:
+    """`k=v` strings as a dictionary."""
+    found: dict[str, str] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{flag} got {item!r}; expected NAME=VALUE")
+        found[key.strip()] = value
+    return found

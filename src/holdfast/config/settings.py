@@ -1,0 +1,200 @@
+"""The settings of an assessment, checked at every depth; needs pydantic, but no torch.
+
+The same names everywhere: a key of the YAML file, a flag of the command line, an argument of `holdfast.assess`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from holdfast.config.grammar import nearest, number, numbers, pairs, parse_threat, seconds
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.gates.grammar import parse as parse_gate
+
+SCHEMA_VERSION = 1
+
+SuiteName = Literal["quick", "standard", "rand", "black-box", "minimum-norm"]
+SUITES: tuple[SuiteName, ...] = ("quick", "standard", "rand", "black-box", "minimum-norm")
+
+
+def _fractions(value: object) -> object:
+    """Numbers, as a list or as `0.1,8/255`."""
+    if isinstance(value, str):
+        return numbers(value, "a list of numbers")
+    if isinstance(value, (list, tuple)):
+        return [number(v, "a list of numbers") if isinstance(v, str) else v for v in value]
+    return value
+
+
+def _threat(value: object) -> object:
+    if isinstance(value, str):
+        parse_threat(value)
+    return value
+
+
+def _gate(value: object) -> object:
+    if isinstance(value, str):
+        parse_gate(value)
+    return value
+
+
+def _duration(value: object) -> object:
+    if isinstance(value, str):
+        seconds(value, "time_budget")
+    return value
+
+
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_fractions)]
+
+
+class AssessSettings(BaseModel):
+    """Everything that `holdfast assess` can be told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
+
+    schema_version: Literal[1] = Field(1, description="version of this file's format")
+    model: str | None = Field(
+        None, description="a bundled name, file.py:factory, or a .safetensors, .pt, .pt2 or .onnx file"
+    )
+    data: str | None = Field(
+        None,
+        description="a bundled or catalogue name, an .npz, .csv or .parquet file, or a folder of class folders",
+    )
+    arch: str | None = Field(
+        None, description="architecture of a state dict: a catalogue name or file.py:factory"
+    )
+    model_args: dict[str, str] = Field(default_factory=dict, description="arguments of the factory")
+    bounds: Numbers = Field(
+        (0.0, 1.0), description="lowest and highest legal input", min_length=2, max_length=2
+    )
+    mean: Numbers | None = Field(
+        None, description="subtracted from the input inside the model, one number a channel"
+    )
+    std: Numbers | None = Field(None, description="divides the input inside the model, one number a channel")
+    classes: int | None = Field(None, ge=2, description="number of classes, to be checked")
+    split: str | None = Field(None, description="train or test, or a value of a table's split column")
+    label: str | None = Field(None, description="label column of a table")
+    n: int | None = Field(None, ge=1, description="use the first N examples")
+    sample: int | None = Field(None, ge=1, description="use a seeded sample of N examples")
+    threat: Annotated[str, BeforeValidator(_threat)] = Field(
+        "linf:8/255", description="what the adversary may do, as in linf:8/255,queries=1000"
+    )
+    suite: SuiteName | None = Field(
+        None, description="a named list of attacks; standard, unless attacks are listed"
+    )
+    attacks: list[dict[str, Any]] | None = Field(
+        None, description="attacks of your own, each `use: NAME` with its settings"
+    )
+    only: list[str] = Field(default_factory=list, description="attacks of the suite to run, by name")
+    skip: list[str] = Field(default_factory=list, description="attacks of the suite to leave out, by name")
+    gates: list[Annotated[str, BeforeValidator(_gate)]] = Field(
+        default_factory=list, description='claims to be judged, as in "robust_accuracy >= 0.40"'
+    )
+    baseline: str | None = Field(None, description="run folder that `vs baseline` gates compare with")
+    accept_doubts: dict[str, str] = Field(
+        default_factory=dict, description="doubts that a person answers for, each with a reason"
+    )
+    curve: bool = Field(False, description="also measure accuracy against eps, with minimum-norm attacks")
+    full: bool = Field(False, description="run every attack on every example, standing or not")
+    doubts: bool = Field(True, description="probe for reasons why the number may flatter the model")
+    save_adversarial: bool = Field(False, description="keep every successful input in the run folder")
+    time_budget: Annotated[str | None, BeforeValidator(_duration)] = Field(
+        None, description="stop attacking after this long, as in 10min"
+    )
+    batch_size: int | None = Field(None, ge=1, description="examples that go through the model at once")
+    seed: int = Field(0, ge=0, description="seed of every random draw")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
+    trust_code: bool = Field(False, description="let model files run code that they bring along")
+    output: list[str] = Field(
+        default_factory=list, description="reports to write, by suffix: .html .json .xml .sarif .md .csv"
+    )
+
+
+def read(path: Path | None, overrides: Mapping[str, Any], sets: Sequence[str] = ()) -> AssessSettings:
+    """Settings from a YAML file, `--set a.b=c` and flags, each stronger than the one before; checked."""
+    content = {} if path is None else load(path)
+    for key, value in pairs(sets, "--set").items():
+        put(content, key, yaml.safe_load(value))
+    content |= {key: value for key, value in overrides.items() if value is not None}
+    return check(content, "the configuration" if path is None else str(path))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises `TargetError` if it cannot be read, `UsageError` if it is no mapping."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a safe loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise TargetError(
+            f"cannot read the configuration {str(path)!r}: {error}; make one with holdfast init"
+        ) from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds a {type(content).__name__}; expected keys such as model: and data:")
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise UsageError(f"{key!r} stands twice (line {key_node.start_mark.line + 1}); keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def put(content: dict[str, Any], path: str, value: Any) -> None:
+    """Set a value at a dotted path, such as `attacks.0.steps`."""
+    *parents, last = path.split(".")
+    place: Any = content
+    for parent in parents:
+        try:
+            place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
+        except (IndexError, ValueError, AttributeError):
+            raise UsageError(f"--set {path}: there is no {parent!r} to set something in") from None
+    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise UsageError(f"--set {path}: {last!r} is no place in {type(place).__name__}")
+
+
+def check(content: Mapping[str, Any], where: str) -> AssessSettings:
+    """The settings; `UsageError` names the first key that is wrong, with the nearest valid name."""
+    known = AssessSettings.model_fields
+    for key in content:
+        if key not in known:
+            raise UsageError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
+    try:
+        settings = AssessSettings.model_validate(dict(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        raise UsageError(
+            f"{where}: {path} is {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
+        ) from None
+    if settings.suite is not None and settings.attacks is not None:
+        raise UsageError(f"{where}: give a suite or a list of attacks, not both")
+    if settings.n is not None and settings.sample is not None:
+        raise UsageError(f"{where}: give n (the first N) or sample (a random N), not both")
+    if settings.bounds[0] >= settings.bounds[1]:
+        raise UsageError(f"{where}: bounds are {settings.bounds}; the first must be lower, as in 0,1")
+    return settings
+
+
+def canonical(settings: AssessSettings) -> dict[str, Any]:
+    """What decides the evidence, as plain values: the digest that a resumed run is compared by."""
+    outside = {"output", "gates", "accept_doubts", "baseline", "device", "schema_version"}
+    content: dict[str, Any] = json.loads(settings.model_dump_json(exclude=outside))
+    return content
