@@ -5,17 +5,31 @@ returns columns; it is a pure function of them, the plan and the seed, so that a
 the work. `measure` is the caller that keeps everything in memory.
 """
 
-from holdfast.harness.assembly import assemble, conclude, join
+from holdfast.harness.assembly import Context, Seconds, assemble, conclude, join
 from holdfast.harness.measure import measure
-from holdfast.harness.plan import Member, Plan, Stage, labelled, refuse_what_is_hidden, settings, slug
+from holdfast.harness.plan import (
+    Member,
+    Outline,
+    Plan,
+    Stage,
+    Step,
+    labelled,
+    refuse_what_is_hidden,
+    settings,
+    slug,
+)
 from holdfast.harness.stages import Room, run_stage, unattacked
 from holdfast.harness.target import Target, prepared
 
 __all__ = [
+    "Context",
     "Member",
+    "Outline",
     "Plan",
     "Room",
+    "Seconds",
     "Stage",
+    "Step",
     "Target",
     "assemble",
     "conclude",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence
-from holdfast.harness.plan import Plan, Stage, settings
+from holdfast.harness.plan import Outline, Step
 from holdfast.harness.stages import GALLERY, NORMS
 
 
@@ -40,13 +40,13 @@ def join(shards: Sequence[Columns]) -> dict[str, Tensor]:
     }
 
 
-def assemble(plan: Plan, by_stage: Mapping[str, Columns]) -> dict[str, Tensor]:
+def assemble(plan: Outline, by_stage: Mapping[str, Columns]) -> dict[str, Tensor]:
     """The columns of the evidence (see `Evidence`): the clean ones, and the worst case over the attacks."""
     clean = by_stage["clean"]
     columns = {name: values for name, values in clean.items() if not name.startswith(("right", "is_prob"))}
-    attacks = [by_stage[s.name] for s in plan.stages() if s.kind == "attack" and s.name in by_stage]
+    attacks = [by_stage[s.name] for s in plan.steps if s.kind == "attack" and s.name in by_stage]
     columns |= _worst_case(clean, attacks)
-    curve = [by_stage[s.name] for s in plan.stages() if s.kind == "curve" and s.name in by_stage]
+    curve = [by_stage[s.name] for s in plan.steps if s.kind == "curve" and s.name in by_stage]
     if curve or plan.smallest:
         columns["distance"] = torch.stack([a["distance"] for a in (*attacks, *curve)]).amin(0)
     fixed = by_stage.get("attacked")
@@ -89,11 +89,12 @@ def _worst_case(clean: Columns, attacks: Sequence[Columns]) -> dict[str, Tensor]
 
 
 def conclude(
-    plan: Plan,
+    plan: Outline,
     by_stage: Mapping[str, Columns],
     seconds: Mapping[str, Seconds],
-    randomised: bool,
     context: Context,
+    *,
+    randomised: bool,
 ) -> Evidence:
     """The evidence of a finished measurement."""
     columns = assemble(plan, by_stage)
@@ -104,7 +105,7 @@ def conclude(
     records, total = [], _cost(by_stage["clean"], seconds.get("clean", Seconds()), clean=True)
     standing = int((by_stage["clean"]["correct"] & by_stage["clean"]["eligible"]).sum())
     gone = torch.zeros(len(columns["id"]), dtype=torch.bool)
-    for stage in plan.stages()[1:]:
+    for stage in plan.steps[1:]:
         if stage.name not in by_stage:
             continue
         cost = _cost(by_stage[stage.name], seconds.get(stage.name, Seconds()))
@@ -129,9 +130,8 @@ def conclude(
     )
 
 
-def _record(stage: Stage, before: int, after: int, cost: Cost) -> AttackRecord:
-    assert stage.member is not None
-    return AttackRecord(stage.name, stage.member.name, settings(stage.member.attack), before, after, cost)
+def _record(step: Step, before: int, after: int, cost: Cost) -> AttackRecord:
+    return AttackRecord(step.name, step.attack, step.settings, before, after, cost)
 
 
 def _cost(columns: Columns, seconds: Seconds, *, clean: bool = False) -> Cost:
@@ -145,11 +145,11 @@ def _cost(columns: Columns, seconds: Seconds, *, clean: bool = False) -> Cost:
     return Cost(queries + judged, int(columns["backwards"].sum()), queries, seconds.cpu, seconds.wall)
 
 
-def _gallery(plan: Plan, by_stage: Mapping[str, Columns]) -> dict[str, Tensor]:
+def _gallery(plan: Outline, by_stage: Mapping[str, Columns]) -> dict[str, Tensor]:
     """The first dozen examples that the suite broke, in source order, each once."""
     found = [
         by_stage[s.name]
-        for s in plan.stages()
+        for s in plan.steps
         if s.kind == "attack" and "gallery.id" in by_stage.get(s.name, {})
     ]
     if not found:

@@ -1,8 +1,8 @@
 """What is measured: the attacks, the threat model and the seed, as a list of stages."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from holdfast.attacks import PGD
@@ -34,6 +34,28 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A stage in plain values, which can be written down and read back."""
+
+    name: str
+    kind: Kind
+    attack: str = ""
+    """what the suite calls it"""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What evidence needs to know of a plan."""
+
+    steps: tuple[Step, ...]
+    threat: ThreatModel
+    seed: int
+    suite: str
+    smallest: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that decides what is measured, but the model, the data and how they are shared out."""
 
@@ -62,6 +84,16 @@ class Plan:
         )
         curve = [Stage(f"curve-{k}-{slug(m.name)}", "curve", m) for k, m in enumerate(self.curve, 1)]
         return (Stage("clean", "clean"), *attacks, *fixed, *curve)
+
+    def outline(self) -> Outline:
+        """The plan in plain values."""
+        steps = (
+            Step(s.name, s.kind)
+            if s.member is None
+            else Step(s.name, s.kind, s.member.name, settings(s.member.attack))
+            for s in self.stages()
+        )
+        return Outline(tuple(steps), self.threat, self.seed, self.suite, self.smallest)
 
 
 FIXED = Member("PGD-40", PGD(steps=40, loss=cross_entropy, drop=False))

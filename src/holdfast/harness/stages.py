@@ -9,7 +9,7 @@ from torch import Tensor
 
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L0, L1, L2, Linf, allowed
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent, HoldfastError
 from holdfast.core.evidence import Columns
@@ -23,7 +23,7 @@ from holdfast.harness.target import VOTES, Target
 GALLERY = 12
 """Broken examples that are kept for people to look at."""
 
-NORMS = {"linf": Linf(), "l2": L2(), "l1": L1(), "l0": L0()}
+NORMS: Mapping[str, Constraint] = {"linf": Linf(), "l2": L2(), "l1": L1(), "l0": L0()}
 
 
 @dataclass
@@ -31,8 +31,10 @@ class Room:
     """How many examples go through the model at once; halved for good when memory runs out."""
 
     size: int
-    halved: list[int] = field(default_factory=list)
-    """sizes that memory was too small for"""
+    known: Mapping[int, int] = field(default_factory=dict)
+    """sizes that an earlier attempt at this work went on with, by the row it had come to"""
+    halved: Callable[[int, int], None] = field(default=lambda row, size: None)
+    """told at which row memory ran out and the size that is tried next, before it is tried"""
     progress: Callable[[int], None] = field(default=lambda n: None)
     """told how many examples were just finished"""
 
@@ -58,7 +60,7 @@ def run_stage(
         chosen = eligible
     else:
         chosen = eligible if plan.full else eligible & ~broken(prior)
-    columns = unattacked(batch, clean)
+    columns = unattacked(clean)
     room.progress(int((~chosen).sum()))
     if not chosen.any():
         return columns
@@ -81,13 +83,13 @@ def broken(prior: Mapping[str, Columns]) -> Mask:
     return gone
 
 
-def unattacked(batch: Batch, clean: Columns) -> dict[str, Tensor]:
+def unattacked(clean: Columns) -> dict[str, Tensor]:
     """The columns of examples that an attack leaves alone: at distance 0 where the clean input is wrong, else inf."""
-    n = len(batch)
+    n = len(clean["id"])
     zeros = torch.zeros(n, dtype=torch.int64)
     distance = torch.where(clean["correct"], torch.inf, 0.0).float()
     return {
-        "id": batch.ids.cpu().clone(),
+        "id": clean["id"].clone(),
         "ran": torch.zeros(n, dtype=torch.bool),
         "success": torch.zeros(n, dtype=torch.bool),
         "prediction": clean["prediction"].clone(),
@@ -106,14 +108,15 @@ def _in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: R
     done: list[dict[str, Tensor]] = []
     start = 0
     while start < len(batch):
+        room.size = room.known.get(start, room.size)
         piece = batch.take(torch.arange(start, min(start + room.size, len(batch)), device=batch.ids.device))
         try:
             done.append(work(piece))
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error) or room.size == 1:
                 raise
-            room.halved.append(room.size)
             room.size = max(1, min(room.size, len(piece)) // 2)
+            room.halved(start, room.size)
             continue
         start += len(piece)
         room.progress(len(piece))
@@ -225,8 +228,8 @@ def _found(
         worst = int((~legal).nonzero()[0, 0])
         distance = float(threat.constraint.distance(x_adv[worst : worst + 1], batch.x[worst : worst + 1]))
         raise HoldfastError(
-            f"{type(attack).__name__} left the threat model on example {int(batch.ids[worst])}: distance {distance:.6g}, "
-            f"allowed {threat.constraint.eps:.6g} inside the bounds; report this as a bug of the attack"
+            f"{type(attack).__name__} left the threat model on example {int(batch.ids[worst])}: "
+            f"distance {distance:.6g}, allowed {threat.constraint.eps:.6g} inside the bounds; report this as a bug of the attack"
         )
     return x_adv.detach(), meter.spent
 

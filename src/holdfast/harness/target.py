@@ -32,7 +32,8 @@ class Target:
     def logits(self, x: Inputs) -> Logits:
         """What the bare model says, without a gradient."""
         with torch.no_grad():
-            return self.bare(x)
+            logits: Logits = self.bare(x)
+        return logits
 
     @contextmanager
     def repeatable(self, rng: Draws) -> Iterator[None]:
