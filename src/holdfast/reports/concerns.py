@@ -1,0 +1,98 @@
+"""What each doubt means and what to do about it, in words for people who did not write the paper."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Concern:
+    """A doubt explained."""
+
+    title: str
+    meaning: str
+    advice: str
+
+
+CONCERNS = {
+    "zero-gradient": Concern(
+        "Gradients vanish",
+        "The attacks follow the model's gradient; where it is zero or not a number they stand still, and the model "
+        "looks stronger than it is.",
+        "Attack through the part that swallows the gradient (a differentiable stand-in, BPDA), or rely on attacks "
+        "that need none (suite black-box).",
+    ),
+    "probabilities": Concern(
+        "The model returns probabilities",
+        "Rows that sum to one have been through a softmax; its flat ends hide the gradient from every loss.",
+        "Return the logits: take the softmax (or sigmoid) off the end of the model.",
+    ),
+    "scale": Concern(
+        "Large logits hide the gradient",
+        "The same model with its logits scaled down is broken more often, so saturation was holding the attacks back.",
+        "Read the smaller number, or evaluate the model with its logits divided by the temperature it was trained at.",
+    ),
+    "one-step": Concern(
+        "One step beats many",
+        "A single gradient step finds more than twenty smaller ones, which only happens where the surface misleads "
+        "local search: gradient masking.",
+        "Add restarts and gradient-free attacks; do not trust a number that one step improves upon.",
+    ),
+    "black-box": Concern(
+        "Blind search beats gradients",
+        "An attack that never sees a gradient breaks more than one that does, so the gradients are not telling the "
+        "truth.",
+        "Raise the query budget of the black-box attack, and look for the part of the model that masks gradients.",
+    ),
+    "noise": Concern(
+        "Random noise breaks what attacks did not",
+        "Plain random draws inside the allowed change break examples that survived the suite.",
+        "The suite is not finished: add attacks, steps or restarts.",
+    ),
+    "not-exhausted": Concern(
+        "The suite still finds more",
+        "A fresh pass over the surviving examples closest to the boundary breaks some of them, so another run would "
+        "report a lower number.",
+        "Run a stronger suite or more restarts before quoting the number.",
+    ),
+    "transfer": Concern(
+        "Attacks made elsewhere work better",
+        "Examples made on another model break this one more often than attacks made on it directly.",
+        "Attack through the surrogate, and find out what hides this model's own gradient.",
+    ),
+    "whole-box": Concern(
+        "Unlimited change does not break it",
+        "Allowed to change anything at all, an attack should succeed always; here it does not, so it is the attack "
+        "that fails.",
+        "Check that the input really reaches the model, and that gradients flow all the way back.",
+    ),
+    "randomness": Concern(
+        "The answer changes between calls",
+        "The same input gets different outputs, so one lucky draw counts as robustness.",
+        "Use suite rand, which averages over draws, or switch the randomness off.",
+    ),
+    "state": Concern(
+        "The answer depends on more than the input",
+        "Order, batch or history changes the outputs, or modules are in training mode.",
+        "Call model.eval(), and evaluate without state that is carried from call to call.",
+    ),
+    "loss-spread": Concern(
+        "The loss decides the result",
+        "Attacks that differ only in their loss disagree by more than they should; at least one of them is being "
+        "misled.",
+        "Read the worst of them, and add the losses that did best to the suite.",
+    ),
+    "shattered": Concern(
+        "The gradient predicts nothing",
+        "Moving a little along the gradient changes the output by much more or much less than the gradient says.",
+        "Smooth the model for the attack (averaging over noise), or use attacks without gradients.",
+    ),
+    "nan": Concern(
+        "Some outputs are not a number",
+        "An output that is not a number counts as broken; it usually means an overflow in the model.",
+        "Find the inputs that cause it: they are marked in the evidence.",
+    ),
+}
+
+
+def concern(name: str) -> Concern:
+    """The explanation of a doubt; its bare name where a plugin brought its own."""
+    return CONCERNS.get(name, Concern(name.replace("-", " ").capitalize(), "", ""))

@@ -1,0 +1,78 @@
+"""What the page draws of the columns, as JSON that stays small however many examples and classes there are."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import ones_like
+
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Evidence
+from holdfast.core.types import Mask
+from holdfast.metrics import curves, shares
+from holdfast.metrics.columns import Absent
+from holdfast.reports.numbers import strict
+
+Json = dict[str, Any]
+
+MOST_CLASSES = 1000
+"""Classes that the summary lists, the worst of them where there are more."""
+
+
+def judged(evidence: Evidence) -> Mask:
+    """Which examples count: all, or the eligible ones of a targeted goal."""
+    return evidence["eligible"].bool() if "eligible" in evidence else ones_like(evidence["correct"].bool())
+
+
+def robust(evidence: Evidence) -> Mask:
+    """Which examples survived: right unattacked and unbroken; under a targeted goal, those that kept off the target."""
+    unbroken = ~evidence["success"].bool()
+    return unbroken if evidence.threat.goal is not None else unbroken & evidence["correct"].bool()
+
+
+def estimate(value: Estimate) -> Json:
+    """An estimate as the summary writes it."""
+    return {"value": strict(value.value), "low": strict(value.low), "high": strict(value.high), "n": value.n}
+
+
+def accuracy_curves(evidence: Evidence, confidence: float) -> dict[str, list[Json]]:
+    """Both curves, each a falling staircase of at most a hundred steps; empty where its attack did not run."""
+    return {
+        "eps": _points(curves.accuracy_against_eps, evidence, confidence, "eps"),
+        "queries": _points(curves.accuracy_against_queries, evidence, confidence, "queries"),
+    }
+
+
+def _points(
+    curve: Callable[[Evidence, float], curves.Curve], evidence: Evidence, confidence: float, axis: str
+) -> list[Json]:
+    if not len(evidence):
+        return []
+    try:
+        found = curve(evidence, confidence)
+    except Absent:
+        return []
+    return [{axis: strict(x)} | estimate(y) for x, y in zip(found.x, found.y, strict=True)]
+
+
+def per_class(evidence: Evidence, names: tuple[str, ...], confidence: float) -> list[Json]:
+    """Clean and robust accuracy of every class in their order; of the worst thousand where there are more."""
+    if evidence.threat.goal is not None or not len(evidence):
+        return []
+    rows = [row for row in shares.per_class(evidence, confidence) if row.robust_accuracy is not None]
+    worst = sorted(rows, key=lambda row: row.robust_accuracy.value if row.robust_accuracy else 0.0)
+    return [
+        {
+            "class": row.label,
+            "name": class_name(row.label, names),
+            "n": row.n,
+            "clean_accuracy": estimate(row.clean_accuracy),
+            "robust_accuracy": estimate(row.robust_accuracy),
+        }
+        for row in sorted(worst[:MOST_CLASSES], key=lambda row: row.label)
+        if row.robust_accuracy is not None
+    ]
+
+
+def class_name(label: int, names: tuple[str, ...]) -> str:
+    """The class as a person knows it."""
+    return names[label] if 0 <= label < len(names) else str(label)

@@ -1,0 +1,151 @@
+"""A few broken examples for people to look at: images as small pictures, tables as the features that moved most."""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
+
+from holdfast.core.evidence import Evidence
+from holdfast.reports.curves import class_name, robust
+from holdfast.reports.numbers import strict
+
+Json = dict[str, Any]
+
+MOST_EXAMPLES = 12
+"""Examples shown; with three pictures each the page stays under 2 MB."""
+LONGEST_SIDE = 96
+"""Pixels: 36 pictures of noise at this size are 1.3 MB, and noise is the worst that PNG can meet."""
+MOST_FEATURES = 5
+"""Changed features listed for a row of a table."""
+
+_DISTANCES = ("distance_linf", "distance_l2", "distance_l1", "distance_l0")
+
+
+def examples(evidence: Evidence, classes: Sequence[str], attacks: Sequence[str]) -> list[Json]:
+    """The gallery of the evidence with what is known of each of its examples."""
+    if "id" not in evidence.gallery:
+        return []
+    low, high = _box(evidence.model)
+    found = []
+    for place, wanted in enumerate(evidence.gallery["id"][:MOST_EXAMPLES]):
+        rows = (evidence["id"] == wanted).nonzero()[:, 0].tolist()
+        if not rows:
+            continue
+        x, x_adv = evidence.gallery["x"][place].float(), evidence.gallery["x_adv"][place].float()
+        entry = _facts(evidence, rows[0], classes, attacks)
+        found.append(
+            entry | (_pictures(x, x_adv, low, high) if is_image(x) else _changes(x, x_adv, evidence.data))
+        )
+    return found
+
+
+def is_image(x: Tensor) -> bool:
+    """Whether one input is a picture: channels first, 1, 3 or 4 of them."""
+    return x.dim() == 3 and x.shape[0] in {1, 3, 4} and min(x.shape[1:]) > 1
+
+
+def _facts(evidence: Evidence, row: int, classes: Sequence[str], attacks: Sequence[str]) -> Json:
+    def label(column: str) -> str | None:
+        if column not in evidence:
+            return None
+        value = int(evidence[column][row])
+        return class_name(value, tuple(classes)) if value >= 0 else None
+
+    broken_by = int(evidence["broken_by"][row]) if "broken_by" in evidence else -1
+    distances = {
+        name.removeprefix("distance_"): strict(float(evidence[name][row]))
+        for name in _DISTANCES
+        if name in evidence
+    }
+    return {
+        "id": int(evidence["id"][row]),
+        "label": label("y"),
+        "clean_prediction": label("prediction"),
+        "adversarial_prediction": label("adversarial_prediction"),
+        "robust": bool(robust(evidence)[row]),
+        "broken_by": attacks[broken_by] if 0 <= broken_by < len(attacks) else None,
+        "distances": distances,
+    }
+
+
+def _box(model: Mapping[str, Any]) -> tuple[float, float]:
+    """The range of the inputs, where the model says it as two numbers."""
+    bounds = model.get("bounds")
+    if (
+        isinstance(bounds, Sequence)
+        and len(bounds) == 2
+        and all(isinstance(side, int | float) for side in bounds)
+    ):
+        return float(bounds[0]), float(bounds[1])
+    return 0.0, 1.0
+
+
+def _pictures(x: Tensor, x_adv: Tensor, low: float, high: float) -> Json:
+    """Clean, perturbed and difference as PNG; the difference is grey where nothing changed, and amplified."""
+    delta = x_adv - x
+    largest = float(delta.abs().max())
+    width = high - low or 1.0
+    amplified = width / (2 * largest) if largest > 0 and math.isfinite(largest) else 1.0
+    difference = _shrunk_signed(delta) * amplified / width + 0.5
+    return {
+        "kind": "image",
+        "clean": _png((_shrunk(x) - low) / width),
+        "perturbed": _png((_shrunk(x_adv) - low) / width),
+        "difference": _png(difference),
+        "amplified": round(2 * amplified, 2),
+        "shape": list(x.shape),
+    }
+
+
+def _target(x: Tensor) -> tuple[int, int] | None:
+    height, width = x.shape[1:]
+    scale = LONGEST_SIDE / max(height, width)
+    return None if scale >= 1 else (max(1, round(height * scale)), max(1, round(width * scale)))
+
+
+def _shrunk(x: Tensor) -> Tensor:
+    to = _target(x)
+    return x if to is None else adaptive_avg_pool2d(x[None], to)[0]
+
+
+def _shrunk_signed(delta: Tensor) -> Tensor:
+    """Smaller by the largest change of each cell, with its sign: averages would make fine patterns vanish."""
+    to = _target(delta)
+    if to is None:
+        return delta
+    most, least = adaptive_max_pool2d(delta[None], to)[0], -adaptive_max_pool2d(-delta[None], to)[0]
+    return torch.where(most.abs() >= least.abs(), most, least)
+
+
+def _png(pixels: Tensor) -> str:
+    """A picture of values in 0..1 as a data address."""
+    from PIL import Image
+
+    levels = (pixels.nan_to_num(0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    array = levels[0].numpy() if len(levels) == 1 else levels[:3].permute(1, 2, 0).contiguous().numpy()
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _changes(x: Tensor, x_adv: Tensor, data: Mapping[str, Any]) -> Json:
+    """The features that moved most, largest first."""
+    clean, perturbed = x.flatten(), x_adv.flatten()
+    moved = (perturbed - clean).abs()
+    names = data.get("features")
+    named = isinstance(names, Sequence) and not isinstance(names, str) and len(names) == len(clean)
+    changes = [
+        {
+            "feature": str(names[at]) if named and names is not None else f"feature {at}",
+            "clean": strict(float(clean[at])),
+            "perturbed": strict(float(perturbed[at])),
+        }
+        for at in moved.argsort(descending=True, stable=True)[:MOST_FEATURES].tolist()
+        if moved[at] > 0
+    ]
+    return {"kind": "table", "changed": int((moved > 0).sum()), "features": len(clean), "changes": changes}

@@ -1,0 +1,121 @@
+"""One page for people: self-contained, no script, no request to anywhere, readable in print and in the dark."""
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from holdfast.reports import charts, numbers, words
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+MOST_CLASS_ROWS = 20
+"""Classes drawn, the worst of them where there are more."""
+MOST_CURVE_ROWS = 30
+"""Rows of the table under a curve."""
+SIZES = (("wide", 720.0, 300.0), ("narrow", 340.0, 260.0))
+"""Each curve is drawn for a desk and for a phone, so that its letters keep their size; a style rule shows one."""
+
+
+def page(summary: Mapping[str, Any]) -> str:
+    """The report of one run, made from its summary alone."""
+    threat = summary["threat"]
+    return _render(
+        "report.html.j2",
+        s=summary,
+        verdict_sign=words.VERDICTS[summary["verdict"]][0],
+        verdict_word=words.VERDICTS[summary["verdict"]][1],
+        main=words.main_metric(summary),
+        open_doubts=words.open_doubts(summary),
+        hardest=_hardest(summary["attacks"]),
+        classes=_worst(summary["per_class"]),
+        eps_charts=_charts(summary["curves"]["eps"], "eps", mark=numbers.number(threat["eps"])),
+        query_charts=_charts(summary["curves"]["queries"], "queries", logarithmic=True),
+        doubts=sorted(summary["doubts"], key=lambda doubt: _STATES.index(doubt["state"])),
+    )
+
+
+_STATES = ("raised", "not measured", "clear", "not applicable")
+
+
+def _render(template: str, **content: Any) -> str:
+    """Fill a template; the style sheet is allowed by its hash, so that no other style and no script can run."""
+    from markupsafe import Markup
+
+    style = _read("report.css")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return _environment().get_template(template).render(style=Markup(style), style_digest=digest, **content)  # noqa: S704
+
+
+def _read(name: str) -> str:
+    return resources.files("holdfast.reports").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> "Environment":
+    from jinja2 import DictLoader, Environment, StrictUndefined
+
+    names = ("report.html.j2", "parts.html.j2")
+    environment = Environment(
+        loader=DictLoader({name: _read(name) for name in names}),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": numbers.percent,
+        "plain": numbers.plain,
+        "count": numbers.count,
+        "duration": numbers.seconds,
+        "number": numbers.number,
+        "picture": _picture,
+        "label": words.label,
+        "definition": words.definition,
+        "asked": words.asked,
+        "every_nth": _every_nth,
+        "capitalized": words.capitalized,
+    }
+    environment.globals |= {
+        "shown": words.shown,
+        "interval": words.interval,
+        "is_share": words.is_share,
+        "amount": words.amount,
+        "verdicts": words.VERDICTS,
+    }
+    return environment
+
+
+def _picture(address: str) -> str:
+    """The address of a picture; anything but an embedded PNG is refused, for a summary may come from elsewhere."""
+    return address if address.startswith("data:image/png;base64,") else ""
+
+
+def _every_nth(rows: list[Any]) -> list[Any]:
+    """At most about thirty rows, evenly spread, the last one kept."""
+    stride = max(1, -(-len(rows) // MOST_CURVE_ROWS))
+    return rows[::stride] + ([rows[-1]] if rows and (len(rows) - 1) % stride else [])
+
+
+def _hardest(attacks: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The attack that broke most."""
+    return max(attacks, key=lambda attack: attack["standing_before"] - attack["standing_after"], default=None)
+
+
+def _worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The classes to draw, in their order."""
+    worst = sorted(rows, key=lambda row: numbers.number(row["robust_accuracy"]["value"]))[:MOST_CLASS_ROWS]
+    return sorted(worst, key=lambda row: int(row["class"]))
+
+
+def _charts(
+    points: list[dict[str, Any]], axis: str, *, logarithmic: bool = False, mark: float | None = None
+) -> list[tuple[str, charts.Staircase]]:
+    drawn = [
+        (name, charts.staircase(points, axis, width=width, height=height, logarithmic=logarithmic, mark=mark))
+        for name, width, height in SIZES
+    ]
+    return [(name, chart) for name, chart in drawn if chart is not None]

@@ -1,0 +1,92 @@
+"""JUnit XML: gates and doubts as test cases, for the readers that every CI has.
+
+The file has a failure exactly when the exit code is not 0. Readers call a skipped case green, hence an `unclear` gate
+is a failure of type `unclear`; a raised doubt alone fails nothing (the gate it holds up does), so it is skipped, with
+what was found as the message. No case holds more than one failure: some readers lose the others.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from holdfast.reports.numbers import number
+from holdfast.reports.words import interval, printable, shown
+
+
+def document(summary: Mapping[str, Any]) -> str:
+    """The whole document, in the shape that the schemas of Jenkins and of JUnit 5's legacy reports share."""
+    cases = [_assessment(summary)]
+    cases += [_gate(gate) for gate in summary["gates"]]
+    cases += [_doubt(doubt, summary["accepted_doubts"]) for doubt in summary["doubts"]]
+    failures = sum(case.find("failure") is not None for case in cases)
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    time = f"{number(summary['cost']['seconds']):.3f}"
+    counted = {
+        "tests": str(len(cases)),
+        "failures": str(failures),
+        "errors": "0",
+        "skipped": str(skipped),
+        "time": time,
+    }
+    root = ET.Element("testsuites", {"name": "holdfast"} | counted)
+    suite = ET.SubElement(root, "testsuite", {"name": printable(f"holdfast {summary['verb']}")} | counted)
+    if summary["run"].get("created"):
+        suite.set("timestamp", printable(summary["run"]["created"]).removesuffix("Z"))
+    properties = ET.SubElement(suite, "properties")
+    for name, value in _properties(summary).items():
+        ET.SubElement(properties, "property", {"name": name, "value": printable(value)})
+    suite.extend(cases)
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _properties(summary: Mapping[str, Any]) -> dict[str, str]:
+    found = {
+        "verdict": summary["verdict"],
+        "exit_code": str(summary["exit_code"]),
+        "model": str(summary["model"].get("name", "")),
+        "data": str(summary["data"].get("name", "")),
+        "threat": summary["threat"]["constraint"],
+        "suite": summary["suite"],
+        "seed": str(summary["seed"]),
+        "command": summary["reproduce"],
+    }
+    found |= {f"accepted doubt {printable(name)}": why for name, why in summary["accepted_doubts"].items()}
+    found |= {f"metric {printable(name)}": f"{item['value']}" for name, item in summary["metrics"].items()}
+    return {name: value for name, value in found.items() if value}
+
+
+def _case(group: str, name: str, says: str) -> ET.Element:
+    case = ET.Element("testcase", {"classname": f"holdfast.{group}", "name": printable(name), "time": "0"})
+    if says:
+        ET.SubElement(case, "system-out").text = printable(says)
+    return case
+
+
+def _assessment(summary: Mapping[str, Any]) -> ET.Element:
+    name = f"{summary['model'].get('name', 'model')} on {summary['data'].get('name', 'data')}"
+    return _case("assessment", f"{name}, {summary['threat']['constraint']}", summary["headline"])
+
+
+def _gate(gate: Mapping[str, Any]) -> ET.Element:
+    estimate = gate["estimate"]
+    says = f"{shown(gate['metric'], estimate['value'])}, interval {interval(gate['metric'], estimate)}: {gate['says']}"
+    if gate["verdict"] == "pass":
+        return _case("gates", gate["claim"], says)
+    case = _case("gates", gate["claim"], "")
+    failure = ET.SubElement(
+        case, "failure", {"type": gate["verdict"], "message": printable(f"{gate['verdict']}: {says}")}
+    )
+    failure.text = printable(f"{gate['claim']}: {says}")
+    return case
+
+
+def _doubt(doubt: Mapping[str, Any], accepted: Mapping[str, str]) -> ET.Element:
+    name, state, says = doubt["name"], doubt["state"], doubt["says"] or doubt["title"]
+    if state == "clear":
+        return _case("doubts", name, says)
+    if state == "raised" and name in accepted:
+        return _case("doubts", name, f"accepted by a person, because {accepted[name]}. Found: {says}")
+    case = _case("doubts", name, "")
+    ET.SubElement(case, "skipped", {"message": printable(f"{state}: {says}")})
+    return case

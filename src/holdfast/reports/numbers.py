@@ -1,0 +1,95 @@
+"""Numbers as JSON keeps them and as people read them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+NOT_A_NUMBER_WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+"""Strict JSON has no infinity: these three strings stand for the numbers beside them."""
+
+
+def strict(value: Any) -> Any:
+    """The value in the types of strict JSON: infinities and NaN become the strings "inf", "-inf" and "nan"."""
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()  # file names may hold bytes that are no UTF-8
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Tensor):
+        return strict(value.detach().cpu().tolist())
+    if isinstance(value, Mapping):
+        return {strict(str(key)): strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [strict(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        settings = {field.name: strict(getattr(value, field.name)) for field in fields(value)}
+        return {type(value).__name__: settings}
+    return strict(str(getattr(value, "__name__", value)))
+
+
+def number(value: float | str) -> float:
+    """The number that `strict` wrote."""
+    return NOT_A_NUMBER_WORDS[value] if isinstance(value, str) else float(value)
+
+
+def percent(value: float | str, digits: int = 1) -> str:
+    """A share in percent; more digits where rounding would read as none or all."""
+    share = number(value)
+    if not math.isfinite(share):
+        return "not defined"
+    for places in range(digits, 5):
+        text = f"{100 * share:.{places}f}"
+        if share in {0.0, 1.0} or float(text) not in {0.0, 100.0}:
+            break
+    return f"{text} %"
+
+
+def plain(value: float | str, digits: int = 3) -> str:
+    """A number with a few significant digits, never in exponents where a person would not."""
+    amount = number(value)
+    if math.isnan(amount):
+        return "not defined"
+    if math.isinf(amount):
+        return "∞" if amount > 0 else "−∞"
+    if amount == 0:
+        return "0"
+    if 1e-4 <= abs(amount) < 1e7:
+        text = f"{amount:,.{max(0, digits - 1 - math.floor(math.log10(abs(amount))))}f}"
+        text = text.rstrip("0").rstrip(".") if "." in text else text
+    else:
+        text = f"{amount:.{digits - 1}e}"
+    return text.replace("-", "−")
+
+
+def count(value: float | str) -> str:
+    """A whole number with separators."""
+    amount = number(value)
+    return f"{amount:,.0f}" if math.isfinite(amount) else plain(amount)
+
+
+def seconds(value: float | str) -> str:
+    """A duration in the unit that people would use."""
+    amount = number(value)
+    if not math.isfinite(amount):
+        return plain(amount)
+    if amount < 1:
+        return f"{1000 * amount:.0f} ms"
+    if amount < 120:
+        return f"{amount:.1f} s"
+    minutes = amount / 60
+    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def size(eps: float | str) -> str:
+    """A radius: in 255ths where it is a whole number of them and no short decimal."""
+    amount = number(eps)
+    steps = amount * 255
+    if math.isclose(amount, round(amount, 3), rel_tol=1e-9):
+        return plain(amount)
+    if math.isfinite(amount) and 0 < amount < 1 and math.isclose(steps, round(steps), rel_tol=1e-6):
+        return f"{round(steps)}/255"
+    return plain(amount)

@@ -1,0 +1,111 @@
+"""SARIF 2.1.0, for code-scanning views: what failed, what is unclear, what is doubtful, each at the model's file."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from holdfast.reports.concerns import CONCERNS
+from holdfast.reports.words import interval, printable, shown
+
+Json = dict[str, Any]
+
+SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+_LEVELS = {"fail": "error", "unclear": "warning"}
+_GATES = {
+    "gate-fail": "A gate failed: the whole interval misses what was asked.",
+    "gate-unclear": "A gate is unclear: the interval or an open doubt forbids both pass and fail.",
+}
+
+
+def document(summary: Mapping[str, Any]) -> str:
+    """One run with a result for every gate that does not pass and every raised doubt; accepted ones are suppressed."""
+    results = [_gate(gate, summary) for gate in summary["gates"] if gate["verdict"] != "pass"]
+    results += [_doubt(doubt, summary) for doubt in summary["doubts"] if doubt["state"] == "raised"]
+    used = sorted({result["ruleId"] for result in results})
+    for result in results:
+        result["ruleIndex"] = used.index(result["ruleId"])
+    driver = {
+        "name": "Holdfast",
+        "version": str(summary["versions"].get("holdfast", "0")),
+        "rules": [_rule(rule, summary) for rule in used],
+    }
+    run = {
+        "tool": {"driver": driver},
+        "automationDetails": {"id": printable(f"holdfast/{_about(summary)}")},
+        "invocations": [
+            {
+                "executionSuccessful": True,
+                "exitCode": summary["exit_code"],
+                "commandLine": printable(summary["reproduce"]),
+            }
+        ],
+        "results": results,
+        "properties": {"verdict": summary["verdict"], "headline": summary["headline"]},
+    }
+    return (
+        json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2, allow_nan=False) + "\n"
+    )
+
+
+def _about(summary: Mapping[str, Any]) -> str:
+    """What was assessed, the same for every run of the same question."""
+    names = (summary["model"].get("name", "model"), summary["data"].get("name", "data"))
+    return "/".join([*map(str, names), summary["threat"]["constraint"]])
+
+
+def _rule(rule: str, summary: Mapping[str, Any]) -> Json:
+    if rule in _GATES:
+        return {"id": rule, "shortDescription": {"text": _GATES[rule]}}
+    name = rule.removeprefix("doubt-")
+    doubt = next(doubt for doubt in summary["doubts"] if doubt["name"] == name)
+    title, meaning, advice = (printable(doubt[key]) for key in ("title", "meaning", "advice"))
+    described: Json = {"id": printable(rule), "shortDescription": {"text": title}}
+    if name in CONCERNS:
+        described |= {"fullDescription": {"text": meaning}, "help": {"text": advice}}
+    return described
+
+
+def _result(rule: str, level: str, message: str, subject: str, summary: Mapping[str, Any]) -> Json:
+    key = "\n".join((rule, subject, _about(summary)))
+    return {
+        "ruleId": printable(rule),
+        "level": level,
+        "message": {"text": printable(message)},
+        "locations": [
+            {
+                "physicalLocation": {
+                    "artifactLocation": {"uri": model_address(summary["model"])},
+                    "region": {"startLine": 1},
+                }
+            }
+        ],
+        "partialFingerprints": {"holdfast/v1": hashlib.sha256(key.encode()).hexdigest()},
+    }
+
+
+def _gate(gate: Mapping[str, Any], summary: Mapping[str, Any]) -> Json:
+    value, sure = shown(gate["metric"], gate["estimate"]["value"]), interval(gate["metric"], gate["estimate"])
+    message = f"{gate['claim']}: {gate['verdict']}. Measured {value}, interval {sure}: {gate['says']}."
+    return _result(f"gate-{gate['verdict']}", _LEVELS[gate["verdict"]], message, gate["claim"], summary)
+
+
+def _doubt(doubt: Mapping[str, Any], summary: Mapping[str, Any]) -> Json:
+    message = " ".join(part for part in (doubt["title"] + ".", doubt["says"], doubt["advice"]) if part)
+    result = _result(f"doubt-{doubt['name']}", "warning", message, doubt["name"], summary)
+    reason = summary["accepted_doubts"].get(doubt["name"])
+    if reason is not None:
+        result["suppressions"] = [
+            {"kind": "external", "status": "accepted", "justification": printable(reason)}
+        ]
+    return result
+
+
+def model_address(model: Mapping[str, Any]) -> str:
+    """The model's file as a URI: relative as it was given, so that a code-scanning view finds it in the repository."""
+    files = model.get("files")
+    name = next(iter(files), None) if isinstance(files, Mapping | list) else None
+    path = Path(printable(str(name or model.get("name") or "model")))
+    return path.as_uri() if path.is_absolute() else quote(path.as_posix())

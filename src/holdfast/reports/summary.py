@@ -1,0 +1,202 @@
+"""The content of `-o x.json`, from which every other output is made.
+
+Its schema is published and versioned (`schema/assessment-1.json`). Strict JSON has no infinity: a number that is not
+finite stands there as one of the strings "inf", "-inf" and "nan".
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence
+from holdfast.core.threat import ThreatModel
+from holdfast.gates.judging import Judgement, exit_code, overall
+from holdfast.ops.statistics import proportion
+from holdfast.reports.concerns import concern
+from holdfast.reports.curves import (
+    accuracy_curves,
+    estimate,
+    judged,
+    per_class,
+    robust,
+)
+from holdfast.reports.gallery import examples, is_image
+from holdfast.reports.numbers import size, strict
+from holdfast.reports.words import headline, open_doubts, threat_in_words, why
+
+Json = dict[str, Any]
+
+SCHEMA_VERSION = 1
+"""Raised when a reader of the last version would misread this one; new keys alone do not raise it."""
+MOST_NAMES = 1000
+"""Names of classes or features that are kept; a page of more would say nothing."""
+
+
+def summary(
+    evidence: Evidence,
+    *,
+    metrics: Mapping[str, Estimate],
+    gates: Sequence[Judgement] = (),
+    accepted_doubts: Mapping[str, str] | None = None,
+    run: Mapping[str, Any] | None = None,
+    confidence: float = 0.95,
+) -> Json:
+    """Everything that a report says, in the types of strict JSON.
+
+    `run` brings what the evidence does not know: `verb`, `folder`, `created` (ISO 8601), `command` (how to repeat it),
+    `hashes`, `versions`, `hardware`, each left out where unknown. `accepted_doubts` maps names to reasons.
+    """
+    about = dict(run or {})
+    classes = tuple(str(name) for name in evidence.data.get("classes") or ())
+    content: Json = {
+        "schema_version": SCHEMA_VERSION,
+        "verb": str(about.get("verb", "assess")),
+        "verdict": overall([gate.verdict for gate in gates]) if gates else "no gate",
+        "headline": "",
+        "exit_code": exit_code(gate.verdict for gate in gates),
+        "n": int(judged(evidence).sum()),
+        "noun": _noun(evidence),
+        "confidence": confidence,
+        "metrics": {name: estimate(value) for name, value in metrics.items()},
+        "gates": [_gate(gate) for gate in gates],
+        "suite": evidence.suite,
+        "attacks": _attacks(evidence, confidence),
+        "doubts": [_doubt(doubt) for doubt in evidence.doubts],
+        "accepted_doubts": {str(name): str(reason) for name, reason in (accepted_doubts or {}).items()},
+        "threat": _threat(evidence.threat),
+        "model": _bounded(evidence.model),
+        "data": _bounded(evidence.data),
+        "seed": evidence.seed,
+        "cost": _cost(evidence.cost),
+        "doubts_cost": _cost(evidence.doubts_cost),
+        "curves": accuracy_curves(evidence, confidence),
+        "per_class": per_class(evidence, classes, confidence),
+        "examples": examples(evidence, classes, [record.name for record in evidence.attacks]),
+        "reproduce": str(about.get("command", "")),
+        "run": {key: str(about[key]) for key in ("folder", "created", "hardware") if about.get(key)},
+        "hashes": strict(about.get("hashes", {})),
+        "versions": strict(about.get("versions", {})),
+        "notes": list(evidence.notes),
+    }
+    doubts = open_doubts(content)
+    content["gates"] = [gate | {"says": why(gate, doubts)} for gate in content["gates"]]
+    content["threat"]["says"] = threat_in_words(content["threat"])
+    content["headline"] = headline(content)
+    written: Json = strict(content)
+    return written
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """The summary as strict JSON, ending with a newline."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def schema() -> Json:
+    """The published JSON Schema of the summary."""
+    text = (
+        resources.files("holdfast.reports").joinpath("schema/assessment-1.json").read_text(encoding="utf-8")
+    )
+    content: Json = json.loads(text)
+    return content
+
+
+def _noun(evidence: Evidence) -> str:
+    """What one example is called."""
+    if "noun" in evidence.data:
+        return str(evidence.data["noun"])
+    x = evidence.gallery.get("x")
+    if x is None or not len(x):
+        return "examples"
+    return "images" if is_image(x[0]) else "examples"
+
+
+def _gate(gate: Judgement) -> Json:
+    claim = gate.claim
+    return {
+        "claim": claim.text,
+        "metric": claim.metric,
+        "relation": claim.relation,
+        "bound": claim.bound,
+        "eps": claim.eps,
+        "versus": claim.versus,
+        "verdict": gate.verdict,
+        "estimate": estimate(gate.estimate),
+    }
+
+
+def _attacks(evidence: Evidence, confidence: float) -> list[Json]:
+    """One entry an attack, with what is left after it and all before it."""
+    chosen = judged(evidence)
+    broken_by = evidence["broken_by"].long() if "broken_by" in evidence else None
+    lost = ~robust(evidence)
+    entries = []
+    for place, record in enumerate(evidence.attacks):
+        after = None
+        if broken_by is not None:
+            # broken by no attack and yet not robust: wrong from the start
+            fallen = lost & (broken_by <= place)
+            after = estimate(proportion(~fallen[chosen], confidence)) if chosen.any() else None
+        entries.append(_attack(record, after))
+    return entries
+
+
+def _attack(record: AttackRecord, after: Json | None) -> Json:
+    return {
+        "stage": record.stage,
+        "name": record.name,
+        "settings": strict(record.settings),
+        "standing_before": record.standing_before,
+        "standing_after": record.standing_after,
+        "robust_accuracy": after,
+        **_cost(record.cost),
+        "notes": list(record.notes),
+    }
+
+
+def _cost(cost: Cost) -> Json:
+    return {
+        "forwards": cost.forwards,
+        "backwards": cost.backwards,
+        "queries": cost.queries,
+        "seconds": strict(cost.wall_s),
+        "cpu_seconds": strict(cost.cpu_s),
+    }
+
+
+def _doubt(doubt: Doubt) -> Json:
+    known = concern(doubt.name)
+    return {
+        "name": doubt.name,
+        "state": doubt.state,
+        "statistic": strict(doubt.statistic),
+        "threshold": strict(doubt.threshold),
+        "n": doubt.n,
+        "title": known.title,
+        "meaning": known.meaning,
+        "says": doubt.says,
+        "advice": known.advice,
+    }
+
+
+def _threat(threat: ThreatModel) -> Json:
+    constraint = threat.constraint
+    norm, per = type(constraint).__name__, getattr(constraint, "per", None)
+    return {
+        "constraint": f"{norm.lower()}:{size(constraint.eps)}{'px' if per == 'pixel' else ''}",
+        "norm": norm,
+        "eps": strict(constraint.eps),
+        "per": per,
+        "goal": threat.goal,
+        "access": threat.access,
+        "queries": threat.queries,
+    }
+
+
+def _bounded(about: Mapping[str, Any]) -> Json:
+    """What is known of a model or a data set, long lists cut."""
+    return {
+        str(key): value[:MOST_NAMES] if isinstance(value := strict(item), list) else value
+        for key, item in about.items()
+    }

@@ -1,0 +1,52 @@
+"""CSV: one row an example, made from the columns of the evidence."""
+
+import csv
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+from holdfast.core.evidence import Columns
+
+CHUNK = 10_000
+"""Rows that are turned into text at a time, so that a million of them need no more memory than these."""
+
+_DISTANCES = ("distance_linf", "distance_l2", "distance_l1", "distance_l0", "distance")
+_SOURCES = {
+    "id": "id",
+    "y": "y",
+    "clean_prediction": "prediction",
+    "robust": "success",
+    "broken_by": "broken_by",
+    "adversarial_prediction": "adversarial_prediction",
+    **{name: name for name in _DISTANCES},
+    "queries": "queries",
+}
+
+
+def headings(columns: Columns) -> list[str]:
+    """The columns of the file: those of the list above that were measured."""
+    return [heading for heading, source in _SOURCES.items() if source in columns]
+
+
+def write_rows(summary: Mapping[str, Any], columns: Columns, file: TextIO) -> None:
+    """The heading and every row; booleans are `true` and `false`, an attack that broke nothing is empty."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(headings(columns))
+    for start in range(0, len(columns["id"]), CHUNK):
+        writer.writerows(_rows(summary, columns, slice(start, start + CHUNK)))
+
+
+def _rows(summary: Mapping[str, Any], columns: Columns, rows: slice) -> Iterator[tuple[Any, ...]]:
+    stages = [attack["stage"] for attack in summary["attacks"]]
+    found: list[list[Any]] = []
+    for heading in headings(columns):
+        if heading == "robust":
+            held = ~columns["success"][rows].bool()
+            if summary["threat"]["goal"] is None:
+                held &= columns["correct"][rows].bool()
+            found.append(["true" if robust else "false" for robust in held.tolist()])
+        elif heading == "broken_by":
+            places = columns["broken_by"][rows].tolist()
+            found.append([stages[place] if 0 <= place < len(stages) else "" for place in places])
+        else:
+            found.append(columns[_SOURCES[heading]][rows].tolist())
+    return zip(*found, strict=True)

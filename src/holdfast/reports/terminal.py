@@ -1,0 +1,138 @@
+"""The summary for a terminal: strings, so that the command line alone decides which stream gets what."""
+
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from holdfast.reports.numbers import count, percent, seconds
+from holdfast.reports.words import VERDICTS, asked, interval, label, printable, shown
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+_STYLES = {"pass": "bold green", "fail": "bold red", "unclear": "bold yellow", "no gate": "bold"}
+_WIDE = 78
+"""Columns that the whole table of attacks needs."""
+_STATES = {"raised": "▲", "clear": "✓", "not measured": "○", "not applicable": "–"}
+
+
+def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
+    """The verdict and why, a line a gate, and the doubts that stand beside it."""
+    from rich.text import Text
+
+    lines = Text()
+    sign, word = VERDICTS[summary["verdict"]]
+    lines.append(f"{sign} {word}", style=_STYLES[summary["verdict"]])
+    lines.append(f"  {printable(summary['headline'])}\n")
+    for gate in summary["gates"]:
+        lines.append(f"  {VERDICTS[gate['verdict']][0]} ", style=_STYLES[gate["verdict"]])
+        value = shown(gate["metric"], gate["estimate"]["value"])
+        lines.append(
+            f"{gate['verdict']}: asked for {asked(gate)}, measured {value}; {printable(gate['says'])}\n"
+        )
+    for doubt in summary["doubts"]:
+        if doubt["state"] == "raised":
+            reason = summary["accepted_doubts"].get(doubt["name"])
+            lines.append("  ▲ ", style="yellow")
+            says = printable(doubt["says"] or doubt["title"])
+            lines.append(f"doubt {printable(doubt['name'])} {'accepted' if reason else 'open'}: {says}")
+            lines.append(f" Accepted because: {printable(reason)}\n" if reason else "\n")
+    return _as_string(lines, colour=colour, width=None)
+
+
+def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None) -> str:
+    """The attacks, the metrics and the doubts as tables; `width` None lets lines be as long as they are."""
+    doubts = [doubt for doubt in summary["doubts"] if doubt["state"] != "raised"]
+    states = "  ".join(f"{_STATES[doubt['state']]} {printable(doubt['name'])}" for doubt in doubts)
+    parts = [attack_table(summary, narrow=width is not None and width < _WIDE), metric_table(summary)]
+    text = "\n".join(_as_string(part, colour=colour, width=width) for part in parts if part.row_count)
+    return text + (f"\ndoubts  {states}\n" if states else "")
+
+
+def attack_table(summary: Mapping[str, Any], *, narrow: bool = False) -> "Table":
+    """What is left after each attack; without intervals and queries where there is little room."""
+    threat, suite = summary["threat"]["constraint"], summary["suite"]
+    table = _table(f"{summary['n']:,} {summary['noun']}, {threat}" + (f", {suite}" if suite else ""))
+    headings = ("attack", "broke", "standing", "share", "time", "interval", "queries")[: 5 if narrow else 7]
+    for heading in headings:
+        table.add_column(
+            heading, justify="left" if heading == "attack" else "right", no_wrap=heading != "attack"
+        )
+    clean = summary["metrics"].get("clean_accuracy")
+    if clean and summary["threat"]["goal"] is None:
+        standing = round(clean["value"] * clean["n"])
+        cells = [
+            "no attack",
+            "",
+            count(standing),
+            percent(clean["value"]),
+            "",
+            interval("clean_accuracy", clean),
+            "",
+        ]
+        table.add_row(*cells[: len(headings)])
+    for attack in summary["attacks"]:
+        table.add_row(*_attack_cells(attack)[: len(headings)])
+    return table
+
+
+def _attack_cells(attack: Mapping[str, Any]) -> list["Text | str"]:
+    after = attack["robust_accuracy"]
+    return [
+        _plain(attack["name"]),
+        count(attack["standing_before"] - attack["standing_after"]),
+        count(attack["standing_after"]),
+        percent(after["value"]) if after else "–",
+        seconds(attack["seconds"]),
+        interval("robust_accuracy", after) if after else "–",
+        count(attack["queries"]),
+    ]
+
+
+def metric_table(summary: Mapping[str, Any]) -> "Table":
+    """Every metric with its interval."""
+    table = _table(f"metrics, {100 * summary['confidence']:.0f} % intervals")
+    for heading in ("metric", "value", "interval", "n"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
+    for name, estimate in summary["metrics"].items():
+        table.add_row(
+            _plain(label(name)),
+            shown(name, estimate["value"]),
+            interval(name, estimate),
+            count(estimate["n"]),
+        )
+    return table
+
+
+def _table(title: str) -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(
+        title=_plain(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
+
+
+def _plain(text: str) -> "Text":
+    """Text that is shown as it is: no markup, nothing that a terminal would obey."""
+    from rich.text import Text
+
+    return Text(printable(text))
+
+
+def _as_string(renderable: Any, *, colour: bool, width: int | None) -> str:
+    from rich.console import Console
+
+    file = io.StringIO()
+    console = Console(
+        file=file,
+        force_terminal=colour,
+        no_color=not colour,
+        color_system="standard" if colour else None,
+        width=width or 10_000,
+        legacy_windows=False,
+        highlight=False,
+    )
+    console.print(renderable, soft_wrap=width is None, end="")
+    return "\n".join(line.rstrip() for line in file.getvalue().split("\n"))

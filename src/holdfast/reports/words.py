@@ -1,0 +1,206 @@
+"""Sentences that a tired engineer understands: the verdict, the gates, the threat, the metrics."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from holdfast.metrics.names import METRICS
+from holdfast.reports.numbers import count, number, percent, plain, size
+
+Json = dict[str, Any]
+
+VERDICTS = {
+    "pass": ("✓", "Pass"),
+    "fail": ("✕", "Fail"),
+    "unclear": ("?", "Unclear"),
+    "no gate": ("–", "No gate"),
+}
+"""A sign and a word for each verdict, so that colour never speaks alone."""
+
+_NUMBERS = ("perturbation", "margin", "radius", "entropy")
+"""Words in the names of metrics that are sizes rather than shares."""
+
+_ACCESS = {
+    "none": "sees nothing of the model",
+    "labels": "sees the predicted class only",
+    "scores": "sees the scores of all classes, but no gradients",
+    "gradients": "knows the model fully, gradients included",
+}
+
+_BALLS = {
+    "Linf": "may change every value of an input by at most {eps}",
+    "L2": "may change an input by a Euclidean length of at most {eps}",
+    "L1": "may change an input by absolute changes that add up to at most {eps}",
+    "L0": "may change at most {eps} values of an input, each as far as the box allows",
+}
+
+
+def label(metric: str) -> str:
+    """The metric as a heading."""
+    words = metric.replace("_", " ").capitalize()
+    return re.sub(r"\b(linf|l[012]|f1)\b", lambda found: found[0].capitalize(), words)
+
+
+def definition(metric: str) -> str:
+    """What the metric means; empty for one that a plugin brought."""
+    return METRICS.get(metric, "")
+
+
+def is_share(metric: str) -> bool:
+    """Whether the metric is a proportion, shown in percent."""
+    return not any(word in metric.split("_") for word in _NUMBERS)
+
+
+def shown(metric: str, value: float | str) -> str:
+    """One value of the metric."""
+    return percent(value) if is_share(metric) else plain(value)
+
+
+def interval(metric: str, estimate: Mapping[str, Any]) -> str:
+    """The interval of an estimate, such as `38.4–44.6 %`."""
+    low, high = shown(metric, estimate["low"]), shown(metric, estimate["high"])
+    return f"{low.removesuffix(' %')}–{high}" if high.endswith(" %") else f"{low} to {high}"
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which terminals would obey and XML refuses; line breaks become spaces."""
+    spaced = re.sub(r"\s+", " ", text)
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in spaced)
+
+
+def amount(n: int, noun: str) -> str:
+    """`1,000 images`, `1 image`."""
+    return f"{count(n)} {noun.removesuffix('s') if n == 1 else noun}"
+
+
+def capitalized(sentence: str) -> str:
+    """The sentence with a capital first letter, the rest as it is."""
+    return sentence[:1].upper() + sentence[1:]
+
+
+def main_metric(summary: Mapping[str, Any]) -> str | None:
+    """What the first sentence is about."""
+    wanted = ("robust_accuracy", "targeted_success_rate", "robust_margin", "clean_accuracy")
+    return next((name for name in wanted if name in summary["metrics"]), None)
+
+
+def measured(summary: Mapping[str, Any]) -> str:
+    """What was found, without any gate."""
+    metric = main_metric(summary)
+    if metric is None:
+        return f"{amount(summary['n'], summary['noun']).capitalize()} were assessed"
+    estimate = summary["metrics"][metric]
+    rate, sure = shown(metric, estimate["value"]), interval(metric, estimate)
+    of = f"of {amount(estimate['n'], summary['noun'])}"
+    tail = f"({100 * summary['confidence']:.0f} % interval {sure})"
+    if metric == "robust_accuracy":
+        verb = "survives" if estimate["n"] == 1 else "survive"
+        return f"{rate} {of} {verb} every attack tried {tail}"
+    if metric == "targeted_success_rate":
+        return f"{rate} {of} could be turned into class {summary['threat']['goal']} {tail}"
+    if metric == "robust_margin":
+        return f"Half {of} break within a {summary['threat']['norm']} change of {rate} {tail}"
+    return f"{rate} {of} are right without any attack {tail}"
+
+
+def asked(gate: Mapping[str, Any]) -> str:
+    """What a gate claims, in words: `at least 50 % robust accuracy`."""
+    sense = "at least" if gate["relation"] == ">=" else "at most"
+    bound = shown(gate["metric"], gate["bound"]).replace(".0 %", " %")
+    at = f" at eps {size(gate['eps'])}" if gate["eps"] is not None else ""
+    than = f" against the {gate['versus']}" if gate["versus"] else ""
+    return f"{sense} {bound} {_spoken(gate['metric'])}{at}{than}"
+
+
+def _spoken(metric: str) -> str:
+    """The metric inside a sentence."""
+    name = label(metric)
+    return name[:1].lower() + name[1:]
+
+
+def open_doubts(summary: Mapping[str, Any]) -> list[str]:
+    """Names of raised doubts that nobody accepted."""
+    return [
+        doubt["name"]
+        for doubt in summary["doubts"]
+        if doubt["state"] == "raised" and doubt["name"] not in summary["accepted_doubts"]
+    ]
+
+
+def doubted(gate: Mapping[str, Any]) -> bool:
+    """Whether only open doubts keep the gate from passing."""
+    low, high = number(gate["estimate"]["low"]), number(gate["estimate"]["high"])
+    bound = number(gate["bound"])
+    return gate["verdict"] == "unclear" and (low >= bound if gate["relation"] == ">=" else high <= bound)
+
+
+def why(gate: Mapping[str, Any], doubts: Sequence[str]) -> str:
+    """Why a gate has its verdict, in words."""
+    sure = interval(gate["metric"], gate["estimate"])
+    if doubted(gate):
+        return f"the interval ({sure}) meets what was asked, but doubts are open: {', '.join(doubts)}"
+    if gate["verdict"] == "unclear":
+        return f"the interval ({sure}) lies on both sides of what was asked; more examples decide"
+    return f"the whole interval ({sure}) {'meets' if gate['verdict'] == 'pass' else 'misses'} what was asked"
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """The whole result in one sentence: what was measured, what the gates asked, and the verdict."""
+    gates, found = summary["gates"], measured(summary)
+    if not gates:
+        return f"{found}; no gate was set."
+    if len(gates) == 1:
+        sentence = f"{found}; the gate asked for {_brief(gates[0], summary)}: {gates[0]['verdict']}"
+    else:
+        sentence = f"{found}; {_tally(gates)}: {summary['verdict']}"
+    doubts = open_doubts(summary)
+    if summary["verdict"] == "unclear" and doubts and any(doubted(gate) for gate in gates):
+        sentence += f", because of open doubts ({', '.join(doubts)})"
+    accepted = sorted(summary["accepted_doubts"])
+    if accepted:
+        sentence += f". Doubts accepted by a person: {', '.join(accepted)}"
+    return sentence + "."
+
+
+def _tally(gates: Sequence[Mapping[str, Any]]) -> str:
+    """`1 of 3 gates fails, 2 pass`."""
+    verbs = {"fail": ("fails", "fail"), "unclear": ("is unclear", "are unclear"), "pass": ("passes", "pass")}
+    parts: list[str] = []
+    for verdict, (one, many) in verbs.items():
+        n = sum(gate["verdict"] == verdict for gate in gates)
+        if n:
+            of = "" if parts else f" of {len(gates)} gates"
+            parts.append(f"{n}{of} {one if n == 1 else many}")
+    return ", ".join(parts)
+
+
+def _brief(gate: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """The claim without the metric's name where the sentence has just spoken of it."""
+    text, metric = asked(gate), main_metric(summary)
+    return text.removesuffix(f" {_spoken(metric)}") if metric else text
+
+
+def threat_in_words(threat: Mapping[str, Any]) -> list[str]:
+    """What the adversary is assumed to do, one sentence each."""
+    eps = number(threat["eps"])
+    ball = _BALLS.get(threat["norm"], "may change an input within " + threat["constraint"])
+    if eps == float("inf"):
+        change = f"looks for the smallest change in {threat['norm']} that breaks the model, however large"
+    else:
+        change = ball.format(eps=size(eps) if threat["norm"] != "L0" else count(eps))
+        if threat["per"] == "pixel":
+            change = change.replace("values of an input", "pixels of an image")
+    goal = threat["goal"]
+    aim = "any wrong class" if goal is None else f"class {goal}, and nothing else counts as success"
+    spend = threat["queries"]
+    budget = (
+        "as many queries as its attacks ask for"
+        if spend is None
+        else f"{count(spend)} queries an example and attack"
+    )
+    return [
+        f"It {change}, and every value stays inside the legal range of inputs.",
+        f"It aims for {aim}.",
+        f"It {_ACCESS[threat['access']]}.",
+        f"It may spend {budget}.",
+    ]

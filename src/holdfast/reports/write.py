@@ -1,0 +1,123 @@
+"""Writing a report: its suffix says which. Importing this module brings neither torch nor a renderer."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from holdfast.core.errors import TargetError, UsageError
+
+if TYPE_CHECKING:
+    from holdfast.core.evidence import Columns
+
+Summary = Mapping[str, Any]
+
+
+def _html(summary: Summary, _: "Columns", file: TextIO) -> None:
+    from holdfast.reports.html import page
+
+    file.write(page(summary))
+
+
+def _json(summary: Summary, _: "Columns", file: TextIO) -> None:
+    from holdfast.reports.summary import to_json
+
+    file.write(to_json(summary))
+
+
+def _junit(summary: Summary, _: "Columns", file: TextIO) -> None:
+    from holdfast.reports.junit import document
+
+    file.write(document(summary))
+
+
+def _sarif(summary: Summary, _: "Columns", file: TextIO) -> None:
+    from holdfast.reports.sarif import document
+
+    file.write(document(summary))
+
+
+def _markdown(summary: Summary, _: "Columns", file: TextIO) -> None:
+    from holdfast.reports.markdown import document
+
+    file.write(document(summary))
+
+
+def _csv(summary: Summary, columns: "Columns", file: TextIO) -> None:
+    from holdfast.reports.table import write_rows
+
+    write_rows(summary, columns, file)
+
+
+WRITERS: Mapping[str, Callable[[Summary, "Columns", TextIO], None]] = {
+    ".html": _html,
+    ".json": _json,
+    ".xml": _junit,
+    ".sarif": _sarif,
+    ".md": _markdown,
+    ".csv": _csv,
+}
+"""What each suffix brings."""
+
+
+def check(path: Path) -> None:
+    """Refuse what cannot be written before anything runs: `UsageError` for the suffix, `TargetError` for the place."""
+    _writer(path)
+    if path.is_dir():
+        raise TargetError(f"{path} is a folder; a report is a file, as in {path / 'report.html'}")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise TargetError(f"{path} cannot be written: {folder} is a file and no folder; choose another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise TargetError(f"{path} cannot be written: {folder} gives no right to write; choose another place")
+
+
+def write(summary: Summary, columns: "Columns", path: Path) -> None:
+    """Write the report that the suffix asks for, whole or not at all; folders are made where they are missing."""
+    writer = _writer(path)
+    try:
+        with replacing(path) as file:
+            writer(summary, columns, file)
+    except OSError as error:
+        raise TargetError(
+            f"{path} cannot be written: {error.strerror or error}; free some space or choose another place with -o"
+        ) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """A text file that takes the place of `path` once it is complete; on any failure nothing is left behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(OSError):  # some file systems have no modes; the file is good all the same
+            Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    """The mask of this process, read the only way there is."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _writer(path: Path) -> Callable[[Summary, "Columns", TextIO], None]:
+    writer = WRITERS.get(path.suffix.lower())
+    if writer is None:
+        suffix = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
+        raise UsageError(
+            f"-o {path} has {suffix}; expected one of {' '.join(WRITERS)}, or - for JSON on stdout"
+        )
+    return writer
