@@ -1,0 +1,235 @@
+"""Builds a `torch.fx` graph operator by operator, with every value computed on examples along the way.
+
+Two example batches of different sizes run through the network while it is built. So shapes are known numbers, whatever
+depends on constants and shapes alone is folded, and a size that differs between the two is the batch's.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+MAX_ELEMENTS = 2**28
+"""of one value on the examples; more is an attack or an accident"""
+
+
+class Unsupported(Exception):
+    """An operator, or a setting of one, that the importer does not know: the model is then served another way."""
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A value of the network: its place in the graph (None: it depends on no input), and itself on both examples."""
+
+    node: fx.Node | None
+    at: tuple[Any, Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape on the first example."""
+        return tuple(self.at[0].shape)
+
+    @property
+    def rank(self) -> int:
+        """How many dimensions it has."""
+        return len(self.shape)
+
+    def varies(self, dim: int) -> bool:
+        """Whether a size is that of the batch."""
+        return bool(self.at[0].shape[dim] != self.at[1].shape[dim])
+
+    @property
+    def is_static(self) -> bool:
+        """Whether it is one tensor, whatever the batch."""
+        first, second = self.at
+        return self.node is None and first.shape == second.shape and bool(torch.equal(first, second))
+
+
+@dataclass(frozen=True)
+class Ints:
+    """An integer vector as an argument: numbers, of which some may be multiples of the batch size."""
+
+    at: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+class Builder:
+    """The graph under construction, and the modules and constants that it uses."""
+
+    def __init__(self, examples: tuple[Tensor, Tensor]) -> None:
+        self.root = nn.Module()
+        self.graph = fx.Graph()
+        self.input = Value(self.graph.placeholder("x"), examples)
+        self._sizes = (len(examples[0]), len(examples[1]))
+        self._constants: dict[int, fx.Node] = {}
+        self._kept: list[Value] = []
+        self._count = 0
+        self._batch: fx.Node | None = None
+
+    def module(self, name: str, module: nn.Module, *inputs: Value) -> Value:
+        """The outputs of a module; one without learned tensors is a module too, so that a reader finds its settings."""
+        self._count += 1
+        target = f"{name.lower()}_{self._count}"
+        module.eval()
+        at = self._examples(module, inputs, {})
+        if all(value.node is None for value in inputs):
+            return Value(None, at)
+        self.root.add_module(target, module)
+        return Value(self.graph.call_module(target, tuple(map(self._argument, inputs))), at)
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Value:
+        """The result of a function; folded where no argument depends on the input or on the batch size."""
+        at = self._examples(function, args, kwargs)
+        used = (*args, *kwargs.values())
+        folds = all(value.node is None for value in _values(used))
+        sized = any(isinstance(arg, Ints) and arg.at[0] != arg.at[1] for arg in used)
+        if folds and not (sized and isinstance(at[0], Tensor) and at[0].is_floating_point()):
+            return Value(None, at)
+        node = self.graph.call_function(
+            function,
+            tuple(map(self._argument, args)),
+            {name: self._argument(value) for name, value in kwargs.items()},
+        )
+        return Value(node, at)
+
+    def constant(self, tensor: Tensor) -> Value:
+        """A tensor that does not depend on the input."""
+        return Value(None, (tensor, tensor))
+
+    def item(self, values: Value, index: int) -> Value:
+        """One of several outputs."""
+        return self.call(operator.getitem, values, index)
+
+    def finish(self, output: Value) -> fx.GraphModule:
+        """The module, with nothing in it that the output does not use."""
+        self.graph.output(self._argument(output))
+        built = fx.GraphModule(self.root, self.graph, "Imported")
+        built.graph.eliminate_dead_code()
+        built.graph.lint()
+        built.recompile()
+        built.delete_all_unused_submodules()
+        return built.eval()
+
+    def _examples(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Any]:
+        with torch.no_grad():
+            first, second = (
+                function(
+                    *(_at(arg, i) for arg in args), **{name: _at(arg, i) for name, arg in kwargs.items()}
+                )
+                for i in (0, 1)
+            )
+        if isinstance(first, Tensor) and first.numel() > MAX_ELEMENTS:
+            raise Unsupported(f"a value of {first.numel()} elements")
+        return first, second
+
+    def _argument(self, arg: Any) -> Any:
+        if isinstance(arg, Value):
+            return self._constant_node(arg) if arg.node is None else arg.node
+        if isinstance(arg, Ints):
+            return tuple(self._size(a, b) for a, b in zip(*arg.at, strict=True))
+        if isinstance(arg, (tuple, list)):
+            return type(arg)(self._argument(inner) for inner in arg)
+        return arg
+
+    def _constant_node(self, value: Value) -> fx.Node:
+        if not value.is_static:
+            raise Unsupported("a number that depends on the batch size, used as data")
+        if id(value) not in self._constants:
+            name = f"constant_{len(self._constants)}"
+            self.root.register_buffer(name, value.at[0].clone())
+            self._kept.append(value)  # its id stands in the table above
+            self._constants[id(value)] = self.graph.get_attr(name)
+        return self._constants[id(value)]
+
+    def _size(self, first: int, second: int) -> int | fx.Node:
+        if first == second:
+            return first
+        if first % self._sizes[0] or first // self._sizes[0] * self._sizes[1] != second:
+            raise Unsupported("a size that is no multiple of the batch size")
+        if self._batch is None:
+            with self.graph.inserting_after(self.input.node):
+                self._batch = self.graph.call_function(torch.Tensor.size, (self.input.node, 0))
+        return (
+            self._batch
+            if first == self._sizes[0]
+            else self.graph.call_function(operator.mul, (self._batch, first // self._sizes[0]))
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator at work: its inputs, its settings, and where its result goes."""
+
+    builder: Builder
+    op: str
+    inputs: tuple[Value | None, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    opset: int = 0
+    n_outputs: int = 1
+    fixed_batch: int | None = None
+    """the batch size written into the file, where it is not free"""
+
+    @property
+    def x(self) -> Value:
+        """The first input."""
+        return self.input(0)
+
+    def given(self, index: int) -> bool:
+        """Whether an optional input is there."""
+        return index < len(self.inputs) and self.inputs[index] is not None
+
+    def input(self, index: int) -> Value:
+        """An input that must be there."""
+        value = self.inputs[index] if index < len(self.inputs) else None
+        if value is None:
+            raise Unsupported(f"{self.op} without its input {index}")
+        return value
+
+    def tensor(self, index: int) -> Tensor:
+        """An input that must be a constant."""
+        value = self.input(index)
+        if not value.is_static:
+            raise Unsupported(f"{self.op} whose input {index} is computed from the data")
+        found: Tensor = value.at[0]
+        return found
+
+    def ints(self, index: int) -> Ints:
+        """An integer input that may depend on the batch size, never on the data."""
+        value = self.input(index)
+        if value.node is not None:
+            raise Unsupported(f"{self.op} whose input {index} is computed from the data")
+        first, second = (tuple(int(number) for number in example.flatten().tolist()) for example in value.at)
+        return Ints((first, second))
+
+    def axes(self, index: int) -> tuple[int, ...] | None:
+        """Axes, which are an attribute in older operators and an input in newer ones; None if not given."""
+        if "axes" in self.attributes:
+            return tuple(self.attributes["axes"])
+        return tuple(self.tensor(index).flatten().tolist()) if self.given(index) else None
+
+    def setting(self, name: str, default: Any) -> Any:
+        """An attribute, or what the standard says where it is left out."""
+        return self.attributes.get(name, default)
+
+
+Operator = Callable[[Step], Value | tuple[Value, ...]]
+
+
+def _at(arg: Any, i: int) -> Any:
+    if isinstance(arg, (Value, Ints)):
+        return arg.at[i]
+    if isinstance(arg, (tuple, list)):
+        return type(arg)(_at(inner, i) for inner in arg)
+    return arg
+
+
+def _values(args: tuple[Any, ...]) -> list[Value]:
+    found = [arg for arg in args if isinstance(arg, Value)]
+    for arg in args:
+        if isinstance(arg, (tuple, list)):
+            found += _values(tuple(arg))
+    return found

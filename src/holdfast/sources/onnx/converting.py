@@ -1,0 +1,77 @@
+"""From a checked file to a `torch.fx.GraphModule` of ordinary modules and functions."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from holdfast.sources.onnx.building import Builder, Operator, Step, Unsupported, Value
+from holdfast.sources.onnx.layers import LAYERS
+from holdfast.sources.onnx.pointwise import POINTWISE
+from holdfast.sources.onnx.reading import OnnxFile, onnx_module
+from holdfast.sources.onnx.shaping import SHAPING, as_tensor
+
+OPERATORS: dict[str, Operator] = {**LAYERS, **POINTWISE, **SHAPING}
+"""all operators that are imported, by their ONNX names"""
+_FREE_SIZES = (2, 3)
+"""batch sizes of the two examples; sizes that differ between them follow the batch"""
+
+
+def unknown_operators(file: OnnxFile) -> tuple[str, ...]:
+    """Operators of the file that are not imported, with their domain where it is not ONNX's own."""
+    names = {
+        node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
+        for node in file.proto.graph.node
+    }
+    return tuple(sorted(names - OPERATORS.keys()))
+
+
+def convert(file: OnnxFile, output: str, *, batch_size: int | None) -> fx.GraphModule:
+    """The network up to one output; raises `Unsupported` where an operator's settings are not known.
+
+    With `batch_size` None the batch is free, also where the file says one size; else the network takes that size only.
+    """
+    sizes = _FREE_SIZES if batch_size is None else (batch_size, batch_size)
+    examples = (random_batch(file, sizes[0]), random_batch(file, sizes[1]))
+    builder = Builder(examples)
+    values = {name: builder.constant(as_tensor(array)) for name, array in file.tensors.items()}
+    values[file.input.name] = builder.input
+    fixed = file.input.shape[0] if batch_size is None else None
+    for node in file.proto.graph.node:
+        step = Step(
+            builder,
+            node.op_type,
+            tuple(values[name] if name else None for name in node.input),
+            {attribute.name: _setting(attribute) for attribute in node.attribute},
+            file.opset,
+            len([name for name in node.output if name]),
+            fixed,
+        )
+        values.update(zip(node.output, _results(step), strict=False))
+    if values[output].node is None:
+        raise Unsupported(f"an output {output!r} that does not depend on the input")
+    return builder.finish(values[output])
+
+
+def _results(step: Step) -> tuple[Value, ...]:
+    try:
+        found = OPERATORS[step.op](step)
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
+        # torch refused the example; what it says is the best reason there is
+        raise Unsupported(
+            f"{step.op}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _setting(attribute: Any) -> Any:
+    value = onnx_module().helper.get_attribute_value(attribute)
+    return onnx_module().numpy_helper.to_array(value) if attribute.HasField("t") else value
+
+
+def random_batch(file: OnnxFile, n: int) -> Tensor:
+    """Inputs in [0, 1) as the file wants them; the same ones each time."""
+    dtype = as_tensor(np.zeros(1, file.input.dtype)).dtype
+    sizes = [n, *(size or 1 for size in file.input.shape[1:])]
+    return torch.rand(sizes, generator=torch.Generator().manual_seed(n)).to(dtype)

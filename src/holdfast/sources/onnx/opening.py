@@ -1,0 +1,165 @@
+"""Opens an ONNX classifier: imported and checked where its operators are known, else served through onnxruntime."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.types import Access
+from holdfast.sources.exported import FixedBatch
+from holdfast.sources.onnx.building import Unsupported
+from holdfast.sources.onnx.converting import convert, random_batch, unknown_operators
+from holdfast.sources.onnx.reading import OnnxFile, OnnxInput, read_onnx
+
+TOLERANCE = 1e-4
+"""largest difference between the import and onnxruntime, in units of the largest output (at least 1)"""
+CHECKED_SIZES = (1, 3)
+"""batch sizes that are compared when a model is opened"""
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """A network from an ONNX file, and what is to be said of it."""
+
+    net: nn.Module
+    access: Access
+    classes: int
+    files: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+class Runtime(nn.Module):
+    """The model as onnxruntime runs it: scores, no gradients."""
+
+    def __init__(self, file: OnnxFile, output: str | None = None) -> None:
+        super().__init__()
+        self.input: OnnxInput = file.input
+        self.session = _session(file)
+        self.outputs = [output] if output else list(file.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of a batch; a file written for one batch size is run in slices."""
+        return self.all(x)[0]
+
+    def all(self, x: Tensor) -> list[Tensor]:
+        """All outputs of a batch."""
+        batch = x.detach().cpu().numpy().astype(self.input.dtype)
+        size = self.input.shape[0] or len(batch)
+        parts = [self._run(batch[start : start + size], size) for start in range(0, len(batch), max(size, 1))]
+        return [torch.from_numpy(np.concatenate(values)).to(x.device) for values in zip(*parts, strict=True)]
+
+    def _run(self, rows: np.ndarray[Any, Any], size: int) -> list[np.ndarray[Any, Any]]:
+        short = size - len(rows) if self.input.shape[0] else 0
+        filled = np.concatenate((rows, np.repeat(rows[-1:], short, axis=0))) if short else rows
+        try:
+            found = self.session.run(self.outputs, {self.input.name: filled})
+        except Exception as error:  # its errors share no class that is public
+            raise TargetError(
+                f"onnxruntime refuses inputs of shape {filled.shape}: {_first_line(error)}"
+            ) from error
+        return [values[: len(rows)] if short else values for values in found]
+
+
+class ChannelsLast(nn.Module):
+    """Feeds a network that wants its channels last."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs of inputs with the channels first."""
+        out: Tensor = self.net(x.permute(0, 2, 3, 1))
+        return out
+
+
+def open_onnx(path: Path) -> OnnxModel:
+    """Import a classifier and compare it with onnxruntime; it gives scores only where it cannot be imported."""
+    file = read_onnx(path)
+    output, classes, notes = _chosen_output(file, path)
+    unknown = unknown_operators(file)
+    try:
+        if unknown:
+            raise Unsupported(f"the operators {', '.join(unknown)}")
+        net, said = _imported(file, output)
+        _compare(net, file, output, path)
+        access: Access = "gradients"
+        notes += said
+    except Unsupported as reason:
+        net, access = Runtime(file, output), "scores"
+        notes += (
+            f"{reason} cannot be imported; served through onnxruntime, scores only and without gradients",
+        )
+    shape = file.input.shape
+    if len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3):
+        net = ChannelsLast(net)
+        notes += ("the model takes its channels last; inputs are transposed for it",)
+    return OnnxModel(net, access, classes, file.files, notes)
+
+
+def _imported(file: OnnxFile, output: str) -> tuple[nn.Module, tuple[str, ...]]:
+    """The network with a free batch; where its operators do not allow that, in slices of the size in the file."""
+    try:
+        return convert(file, output, batch_size=None), ()
+    except Unsupported:
+        size = file.input.shape[0]
+        if size is None:
+            raise
+    notes = (f"the model takes batches of {size} only; others are cut and filled up",)
+    return FixedBatch(convert(file, output, batch_size=size), size), notes
+
+
+def _chosen_output(file: OnnxFile, path: Path) -> tuple[str, int, tuple[str, ...]]:
+    """The first output that is a float for every class of every example, and how many classes there are."""
+    runtime, n = Runtime(file), file.input.shape[0] or 2
+    found = dict(zip(runtime.outputs, runtime.all(random_batch(file, n)), strict=True))
+    scores = {name: y for name, y in found.items() if y.dim() == 2 and len(y) == n and y.is_floating_point()}
+    if not scores:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in found.items())
+        wanted = f"float logits of shape ({n}, classes) were expected"
+        raise TargetError(f"{str(path)!r} returns {shapes} for {n} inputs; {wanted}")
+    name, logits = next(iter(scores.items()))
+    notes = (f"of the outputs {', '.join(found)}, {name} was taken as the logits",) if len(found) > 1 else ()
+    return name, max(logits.shape[1], 2), notes
+
+
+def _compare(net: nn.Module, file: OnnxFile, output: str, path: Path) -> None:
+    runtime = Runtime(file, output)
+    for n in CHECKED_SIZES:
+        x = random_batch(file, n)
+        with torch.no_grad():
+            ours, theirs = net(x), runtime(x)
+        if ours.shape != theirs.shape:
+            raise TargetError(
+                f"{str(path)!r}: the import returns {tuple(ours.shape)}, onnxruntime {tuple(theirs.shape)}"
+            )
+        difference = float((ours - theirs).abs().max())
+        allowed = TOLERANCE * max(1.0, float(theirs.abs().max()))
+        if not difference <= allowed:  # a NaN is a difference too
+            raise TargetError(
+                f"{str(path)!r}: the import differs from onnxruntime by {difference:.3g} on a batch of {n}; at most "
+                f"{allowed:.3g} was expected. Please report the model's operators"
+            )
+
+
+def _session(file: OnnxFile) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UsageError('opening an .onnx model needs pip install "holdfast[onnx]"') from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        return onnxruntime.InferenceSession(file.content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors share no class that is public
+        raise TargetError(f"onnxruntime refuses the model: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
