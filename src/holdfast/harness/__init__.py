@@ -18,7 +18,7 @@ from holdfast.harness.plan import (
     settings,
     slug,
 )
-from holdfast.harness.stages import Room, run_stage, unattacked
+from holdfast.harness.stages import Room, in_pieces, run_stage, unattacked
 from holdfast.harness.target import Target, prepared
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Target",
     "assemble",
     "conclude",
+    "in_pieces",
     "join",
     "labelled",
     "measure",

@@ -48,13 +48,13 @@ def run_stage(
     """
     rng = Draws(plan.seed).at("stage", stage.name)
     if stage.kind == "clean":
-        return _in_pieces(lambda piece: _clean(plan, target, piece, rng), batch, room)
+        return in_pieces(lambda piece: _clean(plan, target, piece, rng), batch, room)
     assert stage.member is not None
     attack, threat = stage.member.attack, plan.threat
     clean = prior["clean"]
     eligible = clean["correct"] & clean["eligible"]
     if stage.kind == "attacked":
-        return _in_pieces(lambda piece: _attacked(attack, threat, target, piece, rng), batch, room)
+        return in_pieces(lambda piece: _attacked(attack, threat, target, piece, rng), batch, room)
     if stage.kind == "curve" or plan.smallest:
         threat = ThreatModel(threat.constraint.resized(torch.inf), threat.goal, threat.access, threat.queries)
         chosen = eligible
@@ -65,7 +65,7 @@ def run_stage(
     if not chosen.any():
         return columns
     left = batch.take(chosen)
-    found = _in_pieces(lambda piece: _attack(attack, threat, plan, target, piece, rng), left, room)
+    found = in_pieces(lambda piece: _attack(attack, threat, plan, target, piece, rng), left, room)
     for name, values in found.items():
         if name.startswith(("gallery.", "adversarial.")):
             columns[name] = values
@@ -103,7 +103,7 @@ def unattacked(clean: Columns) -> dict[str, Tensor]:
     }
 
 
-def _in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Room) -> dict[str, Tensor]:
+def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Room) -> dict[str, Tensor]:
     """The work in batches of the room's size; halved and tried again when memory runs out."""
     done: list[dict[str, Tensor]] = []
     start = 0
@@ -229,7 +229,8 @@ def _found(
         distance = float(threat.constraint.distance(x_adv[worst : worst + 1], batch.x[worst : worst + 1]))
         raise HoldfastError(
             f"{type(attack).__name__} left the threat model on example {int(batch.ids[worst])}: "
-            f"distance {distance:.6g}, allowed {threat.constraint.eps:.6g} inside the bounds; report this as a bug of the attack"
+            f"distance {distance:.6g}, allowed {threat.constraint.eps:.6g} inside the bounds; "
+            f"report it as a bug of the attack"
         )
     return x_adv.detach(), meter.spent
 

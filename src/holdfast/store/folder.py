@@ -8,6 +8,7 @@ taken again by the next process.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ Split = Mapping[str, Any]
 """Memory ran out: in `stage`, `shard`, before row `at`, and `size` examples at once were left."""
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Columns of a complete stage."""
+
+    columns: Columns
+    reached: int | None = None
+    """how many of its shards were measured, where time ran out before the last; the columns are theirs"""
+
+
 class RunFolder:
     """One process's hold on a run folder."""
 
@@ -38,10 +48,9 @@ class RunFolder:
         self.path, self.manifest, self.chain, self.ledger = path, manifest, chain, ledger
         self._splits: list[Split] = _read_splits(path)
 
-    def stage(self, name: str) -> dict[str, Any] | None:
-        """Columns of a complete stage; None where it is not."""
-        recorded = self.chain.last("stage", name)
-        return None if recorded is None else dict(_checked(self.path, name, recorded).columns)
+    def stage(self, name: str) -> Stage | None:
+        """A complete stage; None where it is not."""
+        return read_stage(self.path, self.chain, name)
 
     def shards(self, stage: str) -> dict[int, Columns]:
         """The finished shards of a stage that is not complete; a shard that is not whole is measured again."""
@@ -67,14 +76,15 @@ class RunFolder:
                 flush_folder(self.path)
         column_files.write(_shard_path(folder, shard), columns, {"stage": stage, "shard": shard})
 
-    def complete(self, stage: str, columns: Columns, **said: Any) -> None:
+    def complete(self, stage: str, columns: Columns, reached: int | None = None) -> None:
         """Write the joined stage, record it, and only then drop its shards."""
         path = self.path / f"{stage}{column_files.SUFFIX}"
         splits = [split for split in self._splits if split["stage"] == stage]
         rows = len(columns["id"])
         found = column_files.write(path, columns, {"stage": stage, "rows": rows})
         record = {"kind": "stage", "name": stage, "file": path.name, "digest": found, "rows": rows}
-        self.chain.add(record | ({"splits": splits} if splits else {}) | said)
+        cut = {} if reached is None else {"reached": reached}
+        self.chain.add(record | ({"splits": splits} if splits else {}) | cut)
         self.drop_shards(stage)
 
     def drop_shards(self, stage: str) -> None:
@@ -105,6 +115,10 @@ class RunFolder:
             write_atomically(path, data)
         if known is None or known["digest"] != digest(data):
             self.chain.add({"kind": kind, "file": path.name, "digest": digest(data)})
+
+    def about(self) -> dict[str, Any]:
+        """When the run was begun and by which command."""
+        return read_about(self.path)
 
     def splits(self) -> tuple[Split, ...]:
         """Where memory ran out, in order."""
@@ -166,10 +180,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_stage(path: Path, chain: Chain, name: str) -> dict[str, Any] | None:
-    """Columns of a complete stage, for readers who hold no lease."""
+def read_about(path: Path) -> dict[str, Any]:
+    """What may differ between two equal runs; empty where it was lost, for nothing depends on it."""
+    return read_document(path / ABOUT) if (path / ABOUT).is_file() else {}
+
+
+def read_stage(path: Path, chain: Chain, name: str) -> Stage | None:
+    """A complete stage, for readers who hold no lease."""
     recorded = chain.last("stage", name)
-    return None if recorded is None else dict(_checked(path, name, recorded).columns)
+    if recorded is None:
+        return None
+    file = path / str(recorded["file"])
+    found = column_files.read(file)
+    if found.digest != recorded["digest"]:
+        raise TargetError(f"{str(file)!r} is not the {name} that the chain recorded; restore it from a copy")
+    return Stage(found.columns, recorded.get("reached"))
 
 
 def recorded_document(path: Path, chain: Chain, kind: str) -> dict[str, Any] | None:
@@ -258,14 +283,6 @@ def _started(path: Path) -> Chain:
     elif chain.links[0].content.get("digest") != found:
         raise TargetError(f"{str(path / MANIFEST)!r} is not what the chain recorded; restore it from a copy")
     return chain
-
-
-def _checked(path: Path, name: str, recorded: Mapping[str, Any]) -> column_files.ColumnFile:
-    file = path / str(recorded["file"])
-    found = column_files.read(file)
-    if found.digest != recorded["digest"]:
-        raise TargetError(f"{str(file)!r} is not the {name} that the chain recorded; restore it from a copy")
-    return found
 
 
 def _shard_path(folder: Path, shard: int) -> Path:

@@ -163,7 +163,10 @@ def spent_in(folder: Path) -> dict[str, Spent]:
     if not path.exists():
         return {}
     try:
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+        # a reader of a live log needs its shared memory; one of a file at rest must leave nothing beside it
+        at_rest = not path.with_name(f"{NAME}-wal").exists()
+        mode = "immutable=1" if at_rest else "mode=ro"
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)) as database:
             rows = database.execute(
                 "SELECT stage, sum(cpu_s), sum(wall_s), sum(attempts) FROM shards GROUP BY stage"
             )

@@ -1,0 +1,67 @@
+"""From what a run kept to its evidence: the same for a run that just ended and for one that is read back."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast.core.evidence import Columns, Cost, Evidence
+from holdfast.harness import Context, Seconds, conclude, unattacked
+from holdfast.runs.written import doubt_from_json, outline_from_json
+from holdfast.store.folder import Stage
+
+DOUBTS = "doubts"
+"""The document, the draws and the time of the probes are named after this."""
+
+
+def counted(kind: str, stage: Stage, by_stage: Mapping[str, Columns]) -> Columns | None:
+    """The columns of a stage for all examples; None where time ran out and the rest cannot be left alone."""
+    if stage.reached is None:
+        return stage.columns
+    return _filled(stage.columns, by_stage["clean"]) if kind == "attack" else None
+
+
+def evidence_of(
+    manifest: Mapping[str, Any],
+    by_stage: Mapping[str, Columns],
+    asked: Mapping[str, Any],
+    seconds: Mapping[str, Seconds],
+) -> Evidence:
+    """The evidence, given `run.json`, the columns, the document of the doubts and the times."""
+    spent = seconds.get(DOUBTS, Seconds())
+    cost = asked["cost"]
+    context = Context(
+        model=manifest["model"],
+        data=manifest["data"],
+        notes=(*manifest["notes"], *asked["notes"]),
+        doubts=tuple(doubt_from_json(doubt) for doubt in asked["doubts"]),
+        doubts_cost=Cost(cost["forwards"], cost["backwards"], cost["queries"], spent.cpu, spent.wall),
+    )
+    outline = outline_from_json(manifest["config"])
+    return conclude(outline, by_stage, seconds, context, randomised=manifest["model"]["randomised"])
+
+
+def is_of_rows(column: str) -> bool:
+    """Whether a column has one row an example."""
+    return not column.startswith(("gallery.", "adversarial."))
+
+
+def adversarial(by_stage: Mapping[str, Columns], stages: Sequence[str]) -> dict[str, Tensor]:
+    """Every successful input that was kept, `id` and `x`, of the first attack that broke each example."""
+    kept = [by_stage[name] for name in stages if "adversarial.id" in by_stage.get(name, {})]
+    if not kept:
+        return {}
+    ids = torch.cat([columns["adversarial.id"] for columns in kept])
+    order = ids.argsort(stable=True)
+    first = torch.ones_like(order, dtype=torch.bool)
+    first[1:] = ids[order][1:] != ids[order][:-1]
+    rows = order[first]
+    return {"id": ids[rows], "x": torch.cat([columns["adversarial.x"] for columns in kept])[rows]}
+
+
+def _filled(columns: Columns, clean: Columns) -> dict[str, Tensor]:
+    """Columns of the first rows, continued with those of examples that were left alone."""
+    alone, n = unattacked(clean), len(columns["id"])
+    filled = {name: torch.cat([columns[name], values[n:]]) if n else values for name, values in alone.items()}
+    return filled | {name: values for name, values in columns.items() if not is_of_rows(name)}

@@ -1,0 +1,211 @@
+"""The assess verb as a resumable run: measure stage by stage, ask the doubts, make the evidence, judge the gates."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.core.batch import Batch, Data
+from holdfast.core.chain import canonical, digest
+from holdfast.core.evidence import Evidence
+from holdfast.core.model import Classifier
+from holdfast.gates.judging import Doubts, Judgement, judge
+from holdfast.harness import Plan, Target, prepared, refuse_what_is_hidden
+from holdfast.reports.numbers import strict
+from holdfast.runs import probes
+from holdfast.runs.assembling import DOUBTS, evidence_of
+from holdfast.runs.course import Course, Watch, shards_of
+from holdfast.runs.entry import batch_size_for, refuse_batch, refuse_data, refuse_threat
+from holdfast.runs.identity import code_digest, hardware, versions
+from holdfast.runs.keeping import InFolder, InMemory, Keeper
+from holdfast.runs.order import Order, Progress, Subject, silent
+from holdfast.runs.result import Result, about_of
+from holdfast.runs.signals import Stopper, stoppable
+from holdfast.runs.written import VERDICT, doubt_to_json, outline_to_json, verdict_to_json
+from holdfast.store.folder import opened, planned
+
+VERB = "assess"
+_LOOKED_AT = 8
+"""Examples that the model is looked at with before anything is measured."""
+
+
+def assess(
+    subject: Subject,
+    data: Data,
+    order: Order,
+    *,
+    run: Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> Result:
+    """Measure how robust a model is, and judge it.
+
+    With `run` everything is kept in that folder, and a run that was killed there goes on by `resume`; a finished one is
+    told again. Raises `UsageError`, `TargetError`, or `Interrupted` with the way to go on.
+    """
+    refuse_data(data)
+    device = torch.device(order.device)
+    sample = data.read(0, min(_LOOKED_AT, len(data))).to(device)
+    with _placed(subject.model, device), prepared(subject.model, sample) as target:
+        classes = _looked_at(target, sample, order, data)
+        plan = refuse_what_is_hidden(order.plan, subject.model.access)
+        features = sample.x[0].numel()
+        made = _Making(subject, data, order, plan, target, device, classes, features, progress)
+        if run is None:
+            manifest = made.manifest(None)
+            evidence = made.evidence(InMemory(), Stopper(), manifest)
+            about = about_of(manifest, made.about(), None, None)
+            return Result(evidence, made.judged(evidence), order.accepted, about, None, order.baseline)
+        with stoppable(_way_out(order, run)) as stopper:
+            manifest = made.manifest(planned(run))
+            with opened(run, manifest, made.about(), resume=resume) as folder:
+                evidence = made.evidence(InFolder(folder), stopper, folder.manifest)
+                judgements = made.judged(evidence)
+                with stopper.finishing():
+                    folder.record(VERDICT, verdict_to_json(judgements, order.accepted))
+                about = about_of(folder.manifest, folder.about(), run, folder.chain.head)
+                return Result(evidence, judgements, order.accepted, about, run, order.baseline)
+
+
+def _way_out(order: Order, run: Path) -> str:
+    again = f"{order.command} --run {run} --resume" if order.command else f"run={str(run)!r}, resume=True"
+    return f"what was finished is kept, go on with: {again}"
+
+
+def _looked_at(target: Target, sample: Batch, order: Order, data: Data) -> int:
+    """How many classes the model has; refuses what cannot be measured."""
+    classes = target.logits(sample.x).shape[1]
+    refuse_batch(sample, target.bare.bounds, classes, data.name)
+    refuse_threat(order.plan.threat, target.bare.bounds, sample.x, classes)
+    return classes
+
+
+@contextmanager
+def _placed(model: Classifier, device: torch.device) -> Iterator[None]:
+    """The model on a device for a while."""
+    parameter = next(model.parameters(), None)
+    before = parameter.device if parameter is not None else device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)
+
+
+@dataclass(frozen=True)
+class _Making:
+    """What one process knows of the run before it begins."""
+
+    subject: Subject
+    data: Data
+    order: Order
+    plan: Plan
+    target: Target
+    device: torch.device
+    classes: int
+    features: int
+    progress: Progress
+
+    def manifest(self, known: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What `run.json` says. The batch size of a run that goes on is the one it began with."""
+        order, plan = self.order, self.plan
+        config = {
+            **outline_to_json(plan.outline()),
+            "full": plan.full,
+            "keep_adversarial": plan.keep_adversarial,
+            "doubts": plan.doubts,
+            "batch_size": order.batch_size,
+            "shard_size": order.shard_size,
+            "time_budget_s": order.time_budget_s,
+        }
+        randomised, n = self.target.randomised, len(self.data)
+        size = order.batch_size or batch_size_for(self.features, order.device)
+        return {
+            "verb": VERB,
+            "digests": {
+                "config": digest(canonical(config)),
+                "model": digest(canonical([self.subject.digest, randomised])),
+                "data": self.data.digest,
+                "code": code_digest(),
+            },
+            "config": config,
+            "model": strict({**self.subject.card, "randomised": randomised}),
+            "data": strict(
+                {"name": self.data.name, "digest": self.data.digest, "n": n, "classes": self.data.classes}
+            ),
+            "notes": [*self.subject.notes, *getattr(self.data, "notes", ()), *self.target.notes],
+            "versions": versions(),
+            "hardware": hardware(self.device),
+            "seed": plan.seed,
+            "plan": {
+                "shards": shards_of(n, order.shard_size),
+                "batch_size": size if known is None else known["plan"]["batch_size"],
+                "stages": [*(stage.name for stage in plan.stages()), DOUBTS],
+            },
+        }
+
+    def about(self) -> dict[str, Any]:
+        """What may differ between two equal runs."""
+        return {"created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "command": self.order.command}
+
+    def evidence(self, keeper: Keeper, stopper: Stopper, manifest: Mapping[str, Any]) -> Evidence:
+        """All that was kept of earlier attempts, and the rest measured now."""
+        names = tuple(manifest["plan"]["stages"])
+        before = sum(keeper.spent(name).wall for name in names)
+        budget = math.inf if self.order.time_budget_s is None else self.order.time_budget_s
+        course = Course(
+            self.plan,
+            self.target,
+            self.data,
+            self.device,
+            self.classes,
+            tuple((start, stop) for start, stop in manifest["plan"]["shards"]),
+            manifest["plan"]["batch_size"],
+            keeper,
+            stopper,
+            self.progress,
+            time.perf_counter() + budget - before,
+            names,
+        )
+        by_stage, missed = course.run()
+        asked = keeper.document(DOUBTS)
+        if asked is None:
+            keeper.begin(DOUBTS, 0)
+            watch = Watch(lambda seconds, last: keeper.spend(DOUBTS, 0, seconds, done=last))
+            asked = _written(probes.ask(course, by_stage, missed), missed)
+            with stopper.finishing():
+                keeper.record(DOUBTS, asked)
+                watch.tick(done=True)
+        return evidence_of(manifest, by_stage, asked, {name: keeper.spent(name) for name in names})
+
+    def judged(self, evidence: Evidence) -> tuple[Judgement, ...]:
+        """The gates, in the order they were given."""
+        doubts = Doubts(evidence.doubts, self.order.accepted)
+        return tuple(
+            judge(claim, evidence, doubts, baseline=self.order.baseline) for claim in self.order.gates
+        )
+
+
+def _written(asked: probes.Asked, missed: Sequence[str]) -> dict[str, Any]:
+    """The document of the doubts."""
+    fallen = {name: ids.tolist() for name, ids in asked.findings.fallen.items()}
+    broken = [
+        f"the probe {name} broke examples that stood: ids {_listed(ids)}" for name, ids in fallen.items()
+    ]
+    return {
+        "doubts": [doubt_to_json(doubt) for doubt in asked.findings.doubts],
+        "fallen": fallen,
+        "notes": [*missed, *broken],
+        "cost": {name: getattr(asked.cost, name) for name in ("forwards", "backwards", "queries")},
+    }
+
+
+def _listed(ids: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ids[:10]))
+    return shown if len(ids) <= 10 else f"{shown} and {len(ids) - 10} more"

@@ -1,0 +1,183 @@
+"""The stages of a run, shard by shard, and the time that each takes."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch, Data
+from holdfast.core.evidence import Columns
+from holdfast.harness import Plan, Room, Seconds, Stage, Target, join, run_stage
+from holdfast.runs.assembling import counted, is_of_rows
+from holdfast.runs.entry import refuse_batch
+from holdfast.runs.keeping import Keeper
+from holdfast.runs.order import Progress, Step
+from holdfast.runs.signals import Stopper
+from holdfast.store.folder import Stage as Kept
+
+_NOTED_S = 1.0
+"""Time is booked this often, so that a killed attempt loses no more of it."""
+
+
+@dataclass
+class Watch:
+    """Books the time of one shard as it goes by."""
+
+    book: Callable[[Seconds, bool], None]
+    _cpu: float = field(default_factory=time.process_time)
+    _wall: float = field(default_factory=time.perf_counter)
+
+    def tick(self, *, done: bool = False) -> None:
+        """Book what went by, if it is worth it."""
+        cpu, wall = time.process_time(), time.perf_counter()
+        if done or wall - self._wall >= _NOTED_S:
+            self.book(Seconds(cpu - self._cpu, wall - self._wall), done)
+            self._cpu, self._wall = cpu, wall
+
+
+@dataclass(frozen=True)
+class Course:
+    """Everything that the stages of one run share."""
+
+    plan: Plan
+    target: Target
+    data: Data
+    device: torch.device
+    classes: int
+    shards: tuple[tuple[int, int], ...]
+    """first row and row after the last of each"""
+    batch_size: int
+    keeper: Keeper
+    stopper: Stopper
+    progress: Progress
+    deadline: float
+    """`time.perf_counter()` after which no attack begins another shard"""
+    order: tuple[str, ...]
+    """stages by name, and what follows them"""
+    _last: dict[tuple[int, int], Batch] = field(default_factory=dict)
+
+    def run(self) -> tuple[dict[str, Columns], tuple[str, ...]]:
+        """Columns by stage, and in words what time did not allow."""
+        by_stage: dict[str, Columns] = {}
+        missed: list[str] = []
+        for stage in self.plan.stages():
+            kept = self.keeper.stage(stage.name) or self._measured(stage, by_stage)
+            columns = counted(stage.kind, kept, by_stage)
+            if columns is not None:
+                by_stage[stage.name] = columns
+            if kept.reached is not None:
+                missed.append(self._missed(stage, kept))
+        return by_stage, tuple(missed)
+
+    def room(self, stage: str, shard: int) -> Room:
+        """The batch size that earlier work left, and what is known of this work from an earlier attempt."""
+        size, known = self.batch_size, {}
+        place = (self.order.index(stage), shard)
+        for split in self.keeper.splits():
+            where = (self.order.index(split["stage"]), split["shard"])
+            if where < place:
+                size = min(size, split["size"])
+            elif where == place:
+                known[split["at"]] = split["size"]
+
+        def halved(row: int, size: int) -> None:
+            with self.stopper.finishing():
+                self.keeper.add_split(stage, shard, row, size)
+
+        return Room(size, known, halved)
+
+    def read(self, start: int, stop: int) -> Batch:
+        """Some examples on the device; those of the last shard are at hand."""
+        if (start, stop) not in self._last:
+            self._last.clear()
+            self._last[start, stop] = self.data.read(start, stop).to(self.device)
+        return self._last[start, stop]
+
+    def tell(self, stage: str, done: int, of: int, standing: int, seen: int) -> None:
+        """Say how far a stage has come."""
+        self.progress(Step(stage, self.order.index(stage) + 1, len(self.order), done, of, standing, seen))
+
+    def _measured(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Kept:
+        done = self.keeper.shards(stage.name)
+        for shard, (start, stop) in enumerate(self.shards):
+            self._tell(stage, done, by_stage)
+            if shard in done:
+                continue
+            if stage.kind != "clean" and time.perf_counter() >= self.deadline:
+                break
+            prior = {name: _rows(columns, start, stop) for name, columns in by_stage.items()}
+            done[shard] = self._shard(stage, shard, prior, done, by_stage)
+        self._tell(stage, done, by_stage)
+        reached = next((k for k in range(len(self.shards)) if k not in done), None)
+        whole = [done[shard] for shard in sorted(done) if reached is None or shard < reached]
+        columns = join(whole) if whole else {"id": torch.empty(0, dtype=torch.int64)}
+        with self.stopper.finishing():
+            self.keeper.complete(stage.name, columns, reached)
+        return Kept(columns, reached)
+
+    def _shard(
+        self,
+        stage: Stage,
+        shard: int,
+        prior: Mapping[str, Columns],
+        done: Mapping[int, Columns],
+        by_stage: Mapping[str, Columns],
+    ) -> Columns:
+        self.keeper.begin(stage.name, shard)
+        watch = Watch(lambda seconds, last: self.keeper.spend(stage.name, shard, seconds, done=last))
+        batch, room, finished = self.read(*self.shards[shard]), self.room(stage.name, shard), 0
+        if stage.kind == "clean":
+            refuse_batch(batch, self.target.bare.bounds, self.classes, self.data.name)
+
+        def progress(n: int) -> None:
+            nonlocal finished
+            finished += n
+            watch.tick()
+            self._tell(stage, done, by_stage, finished)
+
+        room.progress = progress
+        columns = run_stage(stage, self.plan, self.target, batch, prior, room)
+        with self.stopper.finishing():
+            self.keeper.keep_shard(stage.name, shard, columns)
+            watch.tick(done=True)
+        return columns
+
+    def _tell(
+        self, stage: Stage, done: Mapping[int, Columns], by_stage: Mapping[str, Columns], more: int = 0
+    ) -> None:
+        finished = sum(len(columns["id"]) for columns in done.values())
+        if stage.kind == "clean":
+            standing, seen = sum(int(c["correct"].sum()) for c in done.values()), finished
+        else:
+            standing, seen = self._standing(stage, done, by_stage), len(self.data)
+        self.tell(stage.name, finished + more, len(self.data), standing, seen)
+
+    def _standing(self, stage: Stage, done: Mapping[int, Columns], by_stage: Mapping[str, Columns]) -> int:
+        left = by_stage["clean"]["correct"] & by_stage["clean"]["eligible"]
+        for name, columns in by_stage.items():
+            if name[0].isdigit():
+                left = left & ~columns["success"]
+        if stage.kind != "attack":
+            return int(left.sum())
+        fallen = 0
+        for shard, columns in done.items():
+            start, stop = self.shards[shard]
+            fallen += int((left[start:stop] & columns["success"]).sum())
+        return int(left.sum()) - fallen
+
+    def _missed(self, stage: Stage, kept: Kept) -> str:
+        n, of = len(kept.columns["id"]), len(self.data)
+        if stage.kind == "attack":
+            return f"time ran out: {stage.name} was tried on {n} of {of} examples"
+        return f"time ran out: {stage.name} was not finished ({n} of {of} examples) and is left out"
+
+
+def shards_of(n: int, size: int) -> tuple[tuple[int, int], ...]:
+    """Consecutive ranges of at most `size` rows."""
+    return tuple((start, min(start + size, n)) for start in range(0, n, size))
+
+
+def _rows(columns: Columns, start: int, stop: int) -> dict[str, Tensor]:
+    return {name: values[start:stop] for name, values in columns.items() if is_of_rows(name)}

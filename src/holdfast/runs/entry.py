@@ -1,0 +1,99 @@
+"""What is refused at the door, before anything is measured, and how much goes through the model at once."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch, Data
+from holdfast.core.constraints import L0, L1, L2, Constraint
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Bounds
+from holdfast.core.threat import ThreatModel
+
+_VALUES = 1 << 20
+"""Input values of one batch on a CPU: 256 small images, a handful of large ones."""
+_ACCELERATED = 1 << 26
+
+
+def batch_size_for(features: int, device: str) -> int:
+    """Examples at once that fill the device without filling its memory; a split follows where this was too many."""
+    kind = torch.device(device).type
+    values, most = (_VALUES, 256) if kind == "cpu" else (_ACCELERATED, 2048)
+    return max(8, min(most, 1 << max(0, (values // max(features, 1)).bit_length() - 1)))
+
+
+def refuse_data(data: Data) -> None:
+    """There must be something to measure."""
+    if not len(data):
+        raise TargetError(f"{data.name} is empty; at least one example is needed")
+
+
+def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) -> None:
+    """An eps beyond the box would mean any input at all; a goal must be a class."""
+    eps, farthest = threat.constraint.eps, extent(threat.constraint, bounds, x)
+    if math.isfinite(eps) and eps > farthest * (1 + 1e-6):
+        norm = type(threat.constraint).__name__.lower()
+        raise UsageError(
+            f"eps is {eps:g}, but no two inputs inside the bounds are further apart than {farthest:g} in {norm}; "
+            f"give an eps in the units of the inputs, as in {norm}:{farthest / 32:.3g}, or the model's --bounds"
+        )
+    if threat.goal is not None and not 0 <= threat.goal < classes:
+        raise UsageError(
+            f"goal=targeted:{threat.goal} is no class of this model; it has {classes} (0 to {classes - 1})"
+        )
+
+
+def extent(constraint: Constraint, bounds: Bounds, x: Tensor) -> float:
+    """The largest distance between two inputs inside the bounds."""
+    low, high = bounds.like(x.double())
+    width = (high - low).expand(x.shape[1:]).flatten()
+    if isinstance(constraint, L0):
+        units = math.prod(x.shape[2:]) if constraint.per == "pixel" and x.dim() == 4 else len(width)
+        return float(units)
+    if isinstance(constraint, L1):
+        return float(width.sum())
+    return float(width.norm()) if isinstance(constraint, L2) else float(width.max())
+
+
+def refuse_batch(batch: Batch, bounds: Bounds, classes: int, name: str) -> None:
+    """Inputs must be floats inside the bounds, labels must be classes."""
+    x, y = batch.x, batch.y
+    if not x.is_floating_point():
+        raise TargetError(
+            f"the inputs of {name} are {x.dtype}; floats inside the bounds were expected, as x.float() / 255"
+        )
+    if not x.isfinite().all():
+        row = int((~x.flatten(1).isfinite().all(1)).nonzero()[0, 0])
+        raise TargetError(
+            f"{name} holds NaN or infinity, first in row {int(batch.ids[row])}; fill or drop such rows"
+        )
+    low, high = bounds.like(x)
+    slack = 1e-6 * (high - low)
+    if ((x < low - slack) | (x > high + slack)).any():
+        raise TargetError(_outside(x, low, high, name))
+    if len(y) and (int(y.min()) < 0 or int(y.max()) >= classes):
+        raise TargetError(
+            f"the labels of {name} run from {int(y.min())} to {int(y.max())}, but the model has {classes} classes "
+            f"(0 to {classes - 1}); {_labels_hint(y, classes)}"
+        )
+
+
+def _outside(x: Tensor, low: Tensor, high: Tensor, name: str) -> str:
+    lowest, highest = float(x.min()), float(x.max())
+    box = f"{float(low.min()):g} to {float(high.max()):g}"
+    seen = f"the inputs of {name} range from {lowest:.4g} to {highest:.4g}, outside the bounds {box}; "
+    if lowest >= 0 and 1 < highest <= 255 and float(high.max()) == 1:
+        return seen + "divide them by 255, or give --bounds 0,255 if the model takes bytes"
+    if lowest < 0 and float(low.min()) == 0:
+        return (
+            seen
+            + "they seem to be normalised: undo it, and give --mean and --std, which then act inside the model"
+        )
+    return seen + f"scale them, or give --bounds {lowest:.4g},{highest:.4g}"
+
+
+def _labels_hint(y: Tensor, classes: int) -> str:
+    if int(y.min()) == 1 and int(y.max()) == classes:
+        return "they seem to count from 1: subtract 1"
+    return "check the label column, and that the model was trained on these classes"

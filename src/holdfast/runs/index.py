@@ -1,0 +1,117 @@
+"""Runs that were kept: open one, list those in a folder, and name a new one."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from holdfast.core.errors import HoldfastError, TargetError
+from holdfast.core.evidence import Columns, Evidence
+from holdfast.harness import Seconds
+from holdfast.runs.assembling import DOUBTS, adversarial, counted, evidence_of
+from holdfast.runs.result import Result, about_of
+from holdfast.runs.written import VERDICT, judgement_from_json
+from holdfast.store.folder import MANIFEST, read_about, read_manifest, read_stage, recorded_document
+from holdfast.store.ledger import spent_in
+from holdfast.store.records import Chain, read_chain
+
+RUNS = Path("holdfast-runs")
+"""Where runs lie that were given no folder."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the list of runs."""
+
+    path: Path
+    verb: str
+    created: str
+    model: str
+    data: str
+    threat: str
+    suite: str
+    finished: bool
+    stages_done: int
+    stages: int
+    exit_code: int | None = None
+    """None until it is finished"""
+
+
+def new_folder(verb: str, digest: str, *, parent: Path = RUNS, now: datetime | None = None) -> Path:
+    """`<time>-<verb>-<digest>`, which nothing has yet."""
+    stamp = (now or datetime.now(UTC)).strftime("%Y%m%d-%H%M%S")
+    path, k = parent / f"{stamp}-{verb}-{digest[:6]}", 2
+    while path.exists():
+        path, k = path.with_name(f"{stamp}-{verb}-{digest[:6]}-{k}"), k + 1
+    return path
+
+
+def open_run(path: Path) -> Result:
+    """The result that a finished run left; `TargetError` where there is none, it is not finished, or was changed."""
+    manifest, chain = read_manifest(path), read_chain(path, mend=False)
+    decided = recorded_document(path, chain, VERDICT)
+    if decided is None:
+        raise TargetError(f"the run in {str(path)!r} is not finished; go on with it by --run {path} --resume")
+    about = about_of(manifest, read_about(path), path, chain.head)
+    gates = tuple(judgement_from_json(gate) for gate in decided["gates"])
+    return Result(_evidence(path, manifest, chain), gates, decided["accepted_doubts"], about, path)
+
+
+def runs_in(parent: Path = RUNS) -> list[Entry]:
+    """The runs in a folder, oldest first; folders that hold none, or none that can be read, are passed over."""
+    if not parent.is_dir():
+        return []
+    return sorted(_entries(parent), key=lambda entry: (entry.created, entry.path.name))
+
+
+def adversarial_of(path: Path) -> dict[str, Any]:
+    """Every successful input that a run kept, as `id` and `x`; empty unless it was asked to keep them."""
+    manifest, chain = read_manifest(path), read_chain(path, mend=False)
+    return adversarial(_stages(path, manifest, chain), [s["name"] for s in manifest["config"]["stages"]])
+
+
+def _entries(parent: Path) -> Iterator[Entry]:
+    for folder in parent.iterdir():
+        if (folder / MANIFEST).is_file():
+            with suppress(HoldfastError, KeyError):
+                yield _entry(folder)
+
+
+def _entry(path: Path) -> Entry:
+    manifest, chain = read_manifest(path), read_chain(path, mend=False)
+    threat, decided = manifest["config"]["threat"], recorded_document(path, chain, VERDICT)
+    eps = threat["eps"]
+    done = sum(link.content["kind"] in {"stage", DOUBTS} for link in chain.links)
+    return Entry(
+        path,
+        manifest["verb"],
+        str(read_about(path).get("created", "")),
+        str(manifest["model"].get("name", "")),
+        str(manifest["data"].get("name", "")),
+        threat["norm"].lower() + ("" if eps == "inf" else f":{eps:.4g}"),
+        manifest["config"]["suite"],
+        decided is not None,
+        done,
+        len(manifest["plan"]["stages"]),
+        None if decided is None else decided["exit_code"],
+    )
+
+
+def _stages(path: Path, manifest: dict[str, Any], chain: Chain) -> dict[str, Columns]:
+    by_stage: dict[str, Columns] = {}
+    for step in manifest["config"]["stages"]:
+        stage = read_stage(path, chain, step["name"])
+        columns = None if stage is None else counted(step["kind"], stage, by_stage)
+        if columns is not None:
+            by_stage[step["name"]] = columns
+    return by_stage
+
+
+def _evidence(path: Path, manifest: dict[str, Any], chain: Chain) -> Evidence:
+    asked = recorded_document(path, chain, DOUBTS)
+    if asked is None:
+        raise TargetError(f"the run in {str(path)!r} has a verdict and no {DOUBTS}; restore it from a copy")
+    seconds = {name: Seconds(spent.cpu_s, spent.wall_s) for name, spent in spent_in(path).items()}
+    return evidence_of(manifest, _stages(path, manifest, chain), asked, seconds)

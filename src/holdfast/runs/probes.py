@@ -1,0 +1,117 @@
+"""The doubts' probes: run between two stages, in pieces that fit, and counted apart from the attacks."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.evidence import Columns, Cost, Doubt
+from holdfast.core.model import Bounds, Model
+from holdfast.core.types import Ids, Inputs, Logits
+from holdfast.doubts.concluding import Circumstances, Findings, conclude
+from holdfast.doubts.probing import Probe, Probed, probes_for, probing_threat, rows_for
+from holdfast.harness import assemble, in_pieces
+from holdfast.runs.assembling import DOUBTS
+from holdfast.runs.course import Course
+
+
+@dataclass
+class Counted:
+    """A model that counts what is asked of it."""
+
+    model: Model
+    forwards: int = 0
+    backwards: int = 0
+
+    @property
+    def bounds(self) -> Bounds:
+        """The box of the model underneath."""
+        return self.model.bounds
+
+    def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
+        """Logits of `x`."""
+        self.forwards += len(x)
+        logits = self.model(x, ids)
+        if logits.requires_grad:
+            logits.register_hook(lambda _: self._book(len(x)))  # type: ignore[no-untyped-call]
+        return logits
+
+    def _book(self, n: int) -> None:
+        self.backwards += n
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the probes said, and what they asked of the model."""
+
+    findings: Findings
+    cost: Cost = field(default_factory=Cost)
+    """without times"""
+
+
+def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str]) -> Asked:
+    """The doubts that the plan wants, measured after everything else: over all shards, at a barrier.
+
+    Where time ran out nothing is probed, and `missed` says what the suite did not do.
+    """
+    plan = course.plan
+    if plan.doubts == "none":
+        return Asked(Findings(()))
+    is_probability = by_stage["clean"]["is_probability"]
+    columns = {**assemble(plan.outline(), by_stage), "is_probability": is_probability}
+    wanted = plan.suite if plan.doubts == "all" else ""
+    circumstances = Circumstances(plan.threat, wanted, course.target.in_training)
+    if not wanted:
+        return Asked(conclude({}, columns, circumstances))
+    if missed:
+        return Asked(_unfinished(conclude({}, columns, circumstances), missed))
+    counted = Counted(course.target.quick)
+    found = dict(_probed(course, counted, columns))
+    cost = Cost(counted.forwards, counted.backwards, counted.forwards)
+    return Asked(conclude(found, columns, circumstances), cost)
+
+
+def _probed(course: Course, model: Model, columns: Columns) -> Iterator[tuple[str, Probed]]:
+    plan, rng = course.plan, Draws(course.plan.seed).at("stage", DOUBTS)
+    within = probing_threat(plan.threat, columns)
+    probes = probes_for(within, tuple(member.attack for member in plan.members))
+    standing = int((columns["correct"] & ~columns["success"]).sum())
+    for place, probe in enumerate(probes):
+        course.tell(DOUBTS, place, len(probes), standing, len(course.data))
+        rows = rows_for(probe, columns, plan.threat, rng)
+        if not len(rows):
+            continue
+        batch = gathered([course.data.read(row, row + 1) for row in rows.tolist()]).to(course.device)
+
+        def run(piece: Batch, probe: Probe = probe) -> dict[str, Tensor]:
+            if within.goal is not None:
+                piece = piece.towards(torch.full_like(piece.y, within.goal))
+            with course.target.repeatable(rng.at(probe.name, int(piece.ids[0]))):
+                return {name: values.cpu() for name, values in probe.run(model, piece, within, rng).items()}
+
+        yield probe.name, Probed(rows, in_pieces(run, batch, course.room(DOUBTS, place)))
+
+
+def gathered(batches: Sequence[Batch]) -> Batch:
+    """Batches as one."""
+    return Batch(
+        torch.cat([b.x for b in batches]),
+        torch.cat([b.y for b in batches]),
+        torch.cat([b.ids for b in batches]),
+    )
+
+
+def _unfinished(findings: Findings, missed: Sequence[str]) -> Findings:
+    """What is left of the doubts when there was no time to look."""
+
+    def said(doubt: Doubt) -> Doubt:
+        if doubt.name == "not-exhausted":
+            return replace(doubt, state="raised", says="; ".join(missed))
+        if doubt.state == "not measured":
+            return replace(doubt, says="time ran out before it was measured")
+        return doubt
+
+    return replace(findings, doubts=tuple(said(doubt) for doubt in findings.doubts))

@@ -1,0 +1,135 @@
+"""What a run found: the evidence, what is read from it, and what was decided."""
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from holdfast.core.errors import UsageError
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence
+from holdfast.gates.grammar import parse
+from holdfast.gates.judging import Doubts, Judgement, exit_code, judge
+from holdfast.metrics.catalogue import estimates
+from holdfast.reports.summary import Json, summary, to_json
+from holdfast.reports.terminal import tables, verdict
+from holdfast.reports.write import write
+
+_WORST_CASE = ("id", "y", "prediction", "correct", "success", "broken_by", "adversarial_prediction")
+
+
+@dataclass(frozen=True)
+class Result:
+    """An assessment that is over."""
+
+    evidence: Evidence
+    gates: tuple[Judgement, ...] = ()
+    accepted_doubts: Mapping[str, str] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """what the evidence does not know: `verb`, `folder`, `created`, `command`, `hashes`, `versions`, `hardware`"""
+    folder: Path | None = None
+    """where all of it is kept; None where it was measured in memory"""
+    baseline: Evidence | None = None
+    """what `regression` and `clean_accuracy_drop` compare with"""
+
+    @cached_property
+    def metrics(self) -> dict[str, Estimate]:
+        """Every metric that this run brings, by name, with its interval."""
+        return estimates(self.evidence, baseline=self.baseline)
+
+    @property
+    def attacks(self) -> tuple[AttackRecord, ...]:
+        """The attacks in their order, with what stood before and after each."""
+        return self.evidence.attacks
+
+    @property
+    def doubts(self) -> tuple[Doubt, ...]:
+        """Why the number might flatter the model."""
+        return self.evidence.doubts
+
+    @property
+    def cost(self) -> Cost:
+        """What was asked of the model, and the time it took."""
+        return self.evidence.cost
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line ends with: 0 pass or no gate, 1 a gate failed, 4 unclear."""
+        return exit_code(judgement.verdict for judgement in self.gates)
+
+    @property
+    def worst_case(self) -> dict[str, Tensor]:
+        """Columns of what became of each example over the whole suite, distances included."""
+        columns = self.evidence.columns
+        return {
+            name: values
+            for name, values in columns.items()
+            if name in _WORST_CASE or name.startswith("distance") or name in {"queries", "right_probability"}
+        }
+
+    @property
+    def table(self) -> str:
+        """The attacks, the metrics and the doubts as text."""
+        return tables(self.summary(), colour=False)
+
+    def gate(self, claim: str) -> Judgement:
+        """Judge another claim, such as `"robust_accuracy >= 0.5"`, on the same evidence and doubts."""
+        doubts = Doubts(self.doubts, self.accepted_doubts)
+        return judge(parse(claim), self.evidence, doubts, baseline=self.baseline)
+
+    def summary(self) -> Json:
+        """What every report is made from, in the types of strict JSON."""
+        return self._summary
+
+    @cached_property
+    def _summary(self) -> Json:
+        return summary(
+            self.evidence,
+            metrics=self.metrics,
+            gates=self.gates,
+            accepted_doubts=self.accepted_doubts,
+            run=self.about,
+        )
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the page."""
+        return self._write(path, ".html")
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The summary as JSON text, written to `path` where one is given."""
+        if path is not None:
+            self._write(path, ".json")
+        return to_json(self._summary)
+
+    def write(self, path: str | Path) -> Path:
+        """Write the report that the suffix asks for: `.html .json .xml .sarif .md .csv`."""
+        write(self._summary, self.evidence.columns, Path(path))
+        return Path(path)
+
+    def _write(self, path: str | Path, suffix: str) -> Path:
+        if Path(path).suffix.lower() != suffix:
+            raise UsageError(
+                f"{str(path)!r} does not end in {suffix}; name it so, or call write() for other formats"
+            )
+        return self.write(path)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        text = verdict(self._summary, colour=False) + "\n" + self.table
+        return f"<pre>{html.escape(text)}</pre>"
+
+    def __str__(self) -> str:
+        return verdict(self._summary, colour=False).rstrip("\n")
+
+
+def about_of(
+    manifest: Mapping[str, Any], about: Mapping[str, Any], folder: Path | None, head: str | None
+) -> dict[str, Any]:
+    """What a report says beside the evidence."""
+    hashes = dict(manifest["digests"]) | ({} if head is None else {"chain": head})
+    known = {name: manifest[name] for name in ("verb", "versions", "hardware")}
+    return {**known, **about, "hashes": hashes, **({} if folder is None else {"folder": str(folder)})}

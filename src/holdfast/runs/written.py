@@ -1,0 +1,126 @@
+"""The parts of evidence that are no columns, as strict JSON and back."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.errors import TargetError
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Doubt
+from holdfast.core.threat import ThreatModel
+from holdfast.gates.grammar import parse
+from holdfast.gates.judging import Judgement, exit_code
+from holdfast.harness import Outline
+from holdfast.harness import Step as OutlineStep
+from holdfast.reports.numbers import number, strict
+
+Json = dict[str, Any]
+
+VERDICT = "verdict"
+"""The document that the judged gates are kept in."""
+
+
+def outline_to_json(outline: Outline) -> Json:
+    """What was to be measured."""
+    constraint = outline.threat.constraint
+    return {
+        "stages": [
+            {"name": s.name, "kind": s.kind, "attack": s.attack, "settings": strict(s.settings)}
+            for s in outline.steps
+        ],
+        "threat": {
+            "norm": type(constraint).__name__,
+            "eps": strict(float(constraint.eps)),
+            "per": constraint.per if isinstance(constraint, L0) else None,
+            "goal": outline.threat.goal,
+            "access": outline.threat.access,
+            "queries": outline.threat.queries,
+        },
+        "seed": outline.seed,
+        "suite": outline.suite,
+        "smallest": outline.smallest,
+    }
+
+
+def outline_from_json(content: Mapping[str, Any]) -> Outline:
+    """What `outline_to_json` wrote."""
+    threat = content["threat"]
+    return Outline(
+        tuple(OutlineStep(s["name"], s["kind"], s["attack"], s["settings"]) for s in content["stages"]),
+        ThreatModel(_constraint(threat), threat["goal"], threat["access"], threat["queries"]),
+        content["seed"],
+        content["suite"],
+        content["smallest"],
+    )
+
+
+def _constraint(threat: Mapping[str, Any]) -> Constraint:
+    eps = number(threat["eps"])
+    if threat["norm"] == "L0":
+        return L0(eps, threat["per"])
+    norms: dict[str, type[Linf | L2 | L1]] = {"Linf": Linf, "L2": L2, "L1": L1}
+    if threat["norm"] not in norms:
+        raise TargetError(
+            f"the run is under {threat['norm']}, which this version does not know; install the one that wrote it"
+        )
+    return norms[threat["norm"]](eps)
+
+
+def doubt_to_json(doubt: Doubt) -> Json:
+    """One doubt."""
+    return {
+        "name": doubt.name,
+        "state": doubt.state,
+        "statistic": strict(doubt.statistic),
+        "threshold": strict(doubt.threshold),
+        "n": doubt.n,
+        "says": doubt.says,
+    }
+
+
+def doubt_from_json(content: Mapping[str, Any]) -> Doubt:
+    """What `doubt_to_json` wrote."""
+    return Doubt(
+        content["name"],
+        content["state"],
+        _optional(content["statistic"]),
+        _optional(content["threshold"]),
+        content["n"],
+        content["says"],
+    )
+
+
+def _optional(value: float | str | None) -> float | None:
+    return None if value is None else number(value)
+
+
+def judgement_to_json(judgement: Judgement) -> Json:
+    """One gate with its verdict."""
+    seen = judgement.estimate
+    return {
+        "claim": judgement.claim.text,
+        "estimate": {
+            "value": strict(seen.value),
+            "low": strict(seen.low),
+            "high": strict(seen.high),
+            "n": seen.n,
+        },
+        "verdict": judgement.verdict,
+        "open_doubts": list(judgement.open_doubts),
+    }
+
+
+def judgement_from_json(content: Mapping[str, Any]) -> Judgement:
+    """What `judgement_to_json` wrote."""
+    seen = content["estimate"]
+    estimate = Estimate(number(seen["value"]), number(seen["low"]), number(seen["high"]), seen["n"])
+    return Judgement(parse(content["claim"]), estimate, content["verdict"], tuple(content["open_doubts"]))
+
+
+def verdict_to_json(judgements: Sequence[Judgement], accepted: Mapping[str, str]) -> Json:
+    """What was decided, and which doubts a person answered for."""
+    return {
+        "gates": [judgement_to_json(judgement) for judgement in judgements],
+        "accepted_doubts": dict(accepted),
+        "exit_code": exit_code(judgement.verdict for judgement in judgements),
+    }
