@@ -93,7 +93,7 @@ class Linf:
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """Clamp to the cube and the box."""
-        return bounds.clamp(torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps))
+        return bounds.clamp(torch.clamp(x_adv, x - self.eps, x + self.eps))
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
         """Clamp to each example's cube and the box."""

@@ -105,8 +105,10 @@ class Metered:
 
     def _watch(self, x: Inputs, logits: Logits, rows: Tensor) -> None:
         """Note the first query that breaks each example with an allowed input."""
-        target = None if self._batch.target is None else self._batch.target[rows]
-        broken = ~(margin(logits, Batch(x, self._batch.y[rows], rows, target)) > 0) & (self._first[rows] == 0)
+        prediction = logits.argmax(1)
+        target = self._batch.target
+        broken = prediction != self._batch.y[rows] if target is None else prediction == target[rows]
+        broken &= self._first[rows] == 0
         if not broken.any():
             return
         at = broken.nonzero()[:, 0]

@@ -20,8 +20,10 @@ class Bounds:
 
     def clamp(self, x: Inputs) -> Inputs:
         """The nearest point of the box."""
-        low, high = self.like(x)
-        return torch.clamp(x, low, high)
+        if isinstance(self.low, Tensor) or isinstance(self.high, Tensor):
+            low, high = self.like(x)
+            return torch.clamp(x, low, high)
+        return torch.clamp(x, self.low, self.high)
 
     def like(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Both sides as tensors with the device and type of `x`, ready to broadcast against it."""

@@ -74,7 +74,8 @@ def ascend(
         if direction is not None:
             direction = momentum * direction + grad / _mean_size(grad)
             grad = direction
-        moved = x + step_size * schedule(step, steps) * constraint.steepest(grad, x, model.bounds)
+        climb = constraint.steepest(grad, x, model.bounds)
+        moved = torch.add(x, climb, alpha=step_size * schedule(step, steps))
         x = constraint.project(moved, left.x, model.bounds)
     if keep == "last":
         return x, height

@@ -10,6 +10,7 @@ class Best:
     """Keeps each example's best point over restarts, and knows who still stands."""
 
     def __init__(self, batch: Batch) -> None:
+        self._ids = batch.ids
         self._order = batch.ids.argsort()
         self._sorted = batch.ids[self._order]
         self.x: Inputs = batch.x.clone()
@@ -24,8 +25,13 @@ class Best:
 
     def offer(self, some: Batch, x: Inputs, margin: PerExample) -> Mask:
         """Take the points of `some` examples that are lower than what is known (NaN is lowest); who got lower."""
+        if some.ids is self._ids:
+            lower = ~(margin >= self.margin)
+            self.x = torch.where(lower.view(-1, *[1] * (x.dim() - 1)), x, self.x)
+            self.margin = torch.where(lower, margin, self.margin).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+            return lower
         rows = self._order[torch.searchsorted(self._sorted, some.ids)]
         lower = ~(margin >= self.margin[rows])
         self.x[rows[lower]] = x[lower]
-        self.margin[rows[lower]] = margin[lower].nan_to_num(nan=-torch.inf)
+        self.margin[rows[lower]] = margin[lower].nan_to_num(-torch.inf, torch.inf, -torch.inf)
         return lower
