@@ -1,0 +1,309 @@
+"""From what the probes returned to the state of every doubt: a pure function of columns."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from holdfast.core.evidence import Columns, Doubt, DoubtState
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Ids, Mask, PerExample
+from holdfast.doubts import thresholds as at
+from holdfast.doubts.names import DOUBTS, FREE
+from holdfast.doubts.probing import PROBES, SEARCHES, Found, probes_for, probing_threat, standing
+from holdfast.ops.statistics import clopper_pearson, mcnemar
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What doubts depend on beside the columns."""
+
+    threat: ThreatModel
+    suite: str = ""
+    """name and version; empty for a list of attacks, which raises the free doubts only"""
+    in_training: tuple[str, ...] = ()
+    """layers that were in train mode; they were measured in eval mode"""
+    first_gradient_dead: Mask | None = None
+    """of a list of attacks: whose gradient was zero or NaN in the first pass; None where nothing watched it"""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The doubts in the order of `names.DOUBTS`, and the standing examples that a probe broke."""
+
+    doubts: tuple[Doubt, ...]
+    fallen: Mapping[str, Ids] = field(default_factory=dict)
+    """by probe, the ids of the standing examples that it broke"""
+
+
+def conclude(found: Found, columns: Columns, circumstances: Circumstances) -> Findings:
+    """The state of every doubt, given the columns of the evidence with the clean `nan` and `is_probability`.
+
+    A list of attacks (no suite) gets the free doubts only.
+    """
+    fallen = broken_by_probes(found, columns, circumstances.threat)
+    case = _Case(found, columns, circumstances, fallen)
+    names = DOUBTS if circumstances.suite else FREE
+    return Findings(tuple(_CONCLUSIONS[name](case) for name in DOUBTS if name in names), fallen)
+
+
+def broken_by_probes(found: Found, columns: Columns, threat: ThreatModel) -> dict[str, Ids]:
+    """Ids of the standing examples that each probe broke inside the threat model; probes without any are left out."""
+    held = standing(columns, threat)
+    breaking = {probe.name for probe in PROBES if probe.breaks} | {"again"}
+    fallen = {}
+    for name, probed in found.items():
+        if name in breaking:
+            gone = probed.rows[probed.columns["broken"] & held[probed.rows]]
+            if len(gone):
+                fallen[name] = columns["id"][gone]
+    return fallen
+
+
+@dataclass(frozen=True)
+class _Case:
+    found: Found
+    columns: Columns
+    circumstances: Circumstances
+    fallen: Mapping[str, Ids]
+
+    def broken(self, probe: str, column: str = "broken") -> Mask | None:
+        return self.found[probe].columns[column] if probe in self.found else None
+
+    def absent(self, name: str, *probes: str) -> Doubt:
+        """Why the probes of a doubt did not run."""
+        threat = self.circumstances.threat
+        if threat.constraint.eps == 0:
+            return Doubt(name, "not applicable", says="eps is 0, so no input may change")
+        within = probing_threat(threat, self.columns)
+        for probe in PROBES:
+            if probe.name in probes and not threat.gives(probe.needs):
+                says = f"it needs {probe.needs}, and the threat model allows {threat.access} only"
+                return Doubt(name, "not applicable", says=says)
+        if not set(probes) <= {probe.name for probe in (*probes_for(within), *PROBES[:0])} | {"again"}:
+            return Doubt(name, "not applicable", says=f"there is no such attack under {within.constraint}")
+        return Doubt(name, "not measured", says="no example was left to measure it on")
+
+
+def _judged(name: str, statistic: float, threshold: float, n: int, says: str, *, more: bool = True) -> Doubt:
+    """Raised beyond the threshold, where `more` does not speak against it."""
+    return Doubt(name, "raised" if statistic > threshold and more else "clear", statistic, threshold, n, says)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _zero_gradient(case: _Case) -> Doubt:
+    name, watched = "zero-gradient", case.circumstances.first_gradient_dead
+    if "gradients" in case.found:
+        dead, flat = case.found["gradients"].columns["dead"], case.found["gradients"].columns["flat"]
+        says = (
+            f"the gradient of the margin is zero or NaN, at the clean and at a random point, for {int(dead.sum())} "
+            f"of {len(dead)} examples"
+        )
+        if flat.any():
+            says += f"; that of the cross-entropy alone for {int(flat.sum())} more, which is saturation"
+    elif watched is not None and len(watched):
+        dead = watched
+        says = (
+            f"the first gradient of the attack is zero or NaN for {int(dead.sum())} of {len(dead)} examples"
+        )
+    else:
+        return case.absent(name, "gradients")
+    return _judged(name, float(dead.double().mean()), at.ZERO_GRADIENTS, len(dead), says)
+
+
+def _probabilities(case: _Case) -> Doubt:
+    rows = case.columns["is_probability"]
+    says = f"{int(rows.sum())} of {len(rows)} rows of the output are probabilities: they sum to 1 and none is negative"
+    state: DoubtState = "raised" if bool(rows.all()) else "clear"
+    return Doubt("probabilities", state, float(rows.double().mean()), 1.0, len(rows), says)
+
+
+def _scale(case: _Case) -> Doubt:
+    plain, small = case.broken("cross-entropy"), case.broken("small-cross-entropy")
+    if plain is None or small is None:
+        return case.absent("scale", "cross-entropy", "small-cross-entropy")
+    share, scaled = float(plain.double().mean()), float(small.double().mean())
+    says = (
+        f"PGD-20 on the cross-entropy breaks {_percent(share)}, with logits scaled to 1 % {_percent(scaled)}"
+    )
+    return _judged("scale", scaled - share, at.POINTS_BY_SCALE, len(plain), says)
+
+
+def _rival(case: _Case, name: str, weak: tuple[str, str], strong: tuple[str, str]) -> Doubt:
+    """A weaker attack that beats a stronger one on the same sample; each is a probe and its title."""
+    one, other = case.broken(weak[0]), case.broken(strong[0])
+    if one is None or other is None:
+        return case.absent(name, weak[0], strong[0])
+    test, n = mcnemar(one, other), len(one)
+    ahead = (test.only_first - test.only_second) / n
+    says = (
+        f"{weak[1]} breaks {_percent(float(one.double().mean()))} of the sample, {strong[1]} "
+        f"{_percent(float(other.double().mean()))} (exact McNemar p = {test.p:.2g})"
+    )
+    return _judged(name, ahead, at.POINTS_BY_RIVAL, n, says, more=test.p < at.P_BY_RIVAL)
+
+
+def _one_step(case: _Case) -> Doubt:
+    return _rival(
+        case, "one-step", ("one-step", "FGSM alone"), ("cross-entropy", "PGD-20 on the cross-entropy")
+    )
+
+
+def _black_box(case: _Case) -> Doubt:
+    blind = f"Square with {SEARCHES:,} queries"
+    return _rival(case, "black-box", ("search", blind), ("margin", "PGD on the margin, twice 20 steps,"))
+
+
+def _noise(case: _Case) -> Doubt:
+    gone = case.broken("noise")
+    if gone is None:
+        return case.absent("noise", "noise")
+    says = f"{at.NOISE_DRAWS} random draws break {int(gone.sum())} of {len(gone)} standing examples"
+    return _judged("noise", float(gone.double().mean()), at.NOISE, len(gone), says)
+
+
+def _not_exhausted(case: _Case) -> Doubt:
+    name, again = "not-exhausted", case.broken("again")
+    others = {probe: ids for probe, ids in case.fallen.items() if probe != "again"}
+    if again is None and not any(probe in case.found for probe in _BREAKING):
+        return case.absent(name, "again")
+    by_probes = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *others.values()])).numel()
+    fresh, tried = (0, 0) if again is None else (int(again.sum()), len(again))
+    says = (
+        f"a fresh pass of the suite breaks {fresh} of the {tried} standing examples closest to the boundary"
+    )
+    if by_probes:
+        says += f"; probes break {by_probes} standing examples ({', '.join(sorted(others))})"
+    raised = fresh >= at.FRESH_BROKEN or by_probes > 0
+    return Doubt(
+        name,
+        "raised" if raised else "clear",
+        float(fresh + by_probes),
+        float(at.FRESH_BROKEN - 1),
+        tried,
+        says,
+    )
+
+
+_BREAKING = tuple(probe.name for probe in PROBES if probe.breaks)
+
+
+def _transfer(case: _Case) -> Doubt:
+    return Doubt("transfer", "not measured", says="no surrogate was declared")
+
+
+def _whole_box(case: _Case) -> Doubt:
+    gone = case.broken("whole-box")
+    if gone is None:
+        return case.absent("whole-box", "whole-box")
+    left, n = int((~gone).sum()), len(gone)
+    low, _ = clopper_pearson(left, n)
+    says = (
+        f"with every input of the box allowed, {left} of {n} examples still stand (at least {_percent(low)})"
+    )
+    return _judged("whole-box", low, at.WHOLE_BOX, n, says)
+
+
+def _largest(values: PerExample) -> float:
+    return float(values.max()) if len(values) else 0.0
+
+
+def _randomness(case: _Case) -> Doubt:
+    if "steadiness" not in case.found:
+        return case.absent("randomness", "steadiness")
+    moved = case.found["steadiness"].columns["repeat"]
+    largest = _largest(moved)
+    says = f"two calls with the same input differ by at most {largest:.1g} of the largest logit"
+    averaged = case.circumstances.suite.startswith("rand@")
+    if averaged and largest > at.CHANGE:
+        says += "; the suite averages over draws"
+    return _judged("randomness", largest, at.CHANGE, len(moved), says, more=not averaged)
+
+
+def _state(case: _Case) -> Doubt:
+    training = case.circumstances.in_training
+    modes = f"{len(training)} layers were in train mode ({', '.join(training[:3])}…)" if training else ""
+    if "steadiness" not in case.found:
+        state: DoubtState = "raised" if training else "clear"
+        says = modes or "no layer was in train mode; order, batch and history were not tried"
+        return Doubt("state", state, float(len(training)), 0.0, len(case.columns["id"]), says)
+    seen = case.found["steadiness"].columns
+    # of a random model only a call under the same seed can tell that something else was carried over
+    random = _largest(seen["repeat"]) > at.CHANGE
+    changes = {
+        kind: _largest(seen[kind]) for kind in (("history",) if random else ("order", "batch", "history"))
+    }
+    worst = max(changes, key=lambda kind: changes[kind])
+    says = (
+        f"of {', '.join(changes)} the {worst} changes the logits most, by {changes[worst]:.1g} of the largest"
+    )
+    says = f"{modes}; {says}" if modes else says
+    raised = bool(training) or changes[worst] > at.CHANGE
+    return Doubt(
+        "state", "raised" if raised else "clear", changes[worst], at.CHANGE, len(seen["repeat"]), says
+    )
+
+
+def _loss_spread(case: _Case) -> Doubt:
+    masks = {
+        "the cross-entropy": case.broken("cross-entropy"),
+        "the margin": case.broken("margin", "once"),
+        "the margin in probability": case.broken("probability-margin"),
+        "the runner-up": case.broken("runner-up"),
+    }
+    shares = {name: float(mask.double().mean()) for name, mask in masks.items() if mask is not None}
+    if len(shares) < 2:
+        return case.absent("loss-spread", "cross-entropy")
+    n = len(case.found["cross-entropy"].rows)
+    best, worst = max(shares, key=lambda k: shares[k]), min(shares, key=lambda k: shares[k])
+    says = f"of PGD-20's losses {best} breaks {_percent(shares[best])} and {worst} {_percent(shares[worst])}"
+    return _judged("loss-spread", shares[best] - shares[worst], at.LOSS_SPREAD, n, says)
+
+
+def _shattered(case: _Case) -> Doubt:
+    if "gradients" not in case.found or case.circumstances.threat.constraint.eps == 0:
+        return case.absent("shattered", "gradients")
+    ratios = case.found["gradients"].columns["ratio"].double()
+    seen = ratios[~ratios.isnan()]
+    if not len(seen):
+        says = "no slope is steep enough to be measured"
+        return Doubt("shattered", "not measured", says=says)
+    ratio, (low, high) = float(seen.median()), at.SLOPE_RATIO
+    # one number for both sides: how far the ratio is from one, as a factor
+    factor = math.inf if ratio <= 0 else max(ratio, 1 / ratio)
+    says = f"along the gradient the margin changes by {ratio:.2g} times what the gradient says (median)"
+    return _judged("shattered", factor, max(high, 1 / low), len(seen), says)
+
+
+def _nan(case: _Case) -> Doubt:
+    rows = case.columns["nan"]
+    n = int(rows.sum())
+    says = f"the model returned NaN for {n} of {len(rows)} clean inputs"
+    for name, probed in case.found.items():
+        wild = probed.columns.get("margin", torch.empty(0)) == -torch.inf
+        if wild.any():
+            n += int(wild.sum())
+            says += f", and for {int(wild.sum())} inputs of the probe {name}"
+    return _judged("nan", float(n), 0.0, len(rows), says)
+
+
+_CONCLUSIONS: Mapping[str, Callable[[_Case], Doubt]] = {
+    "zero-gradient": _zero_gradient,
+    "probabilities": _probabilities,
+    "scale": _scale,
+    "one-step": _one_step,
+    "black-box": _black_box,
+    "noise": _noise,
+    "not-exhausted": _not_exhausted,
+    "transfer": _transfer,
+    "whole-box": _whole_box,
+    "randomness": _randomness,
+    "state": _state,
+    "loss-spread": _loss_spread,
+    "shattered": _shattered,
+    "nan": _nan,
+}

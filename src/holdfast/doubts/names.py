@@ -1,0 +1,24 @@
+"""The names of the doubts, as `--accept-doubt NAME="why"` takes them. Torch-free, so that a typo is refused at once."""
+
+from typing import Final
+
+DOUBTS: Final[dict[str, str]] = {
+    "zero-gradient": "the gradient of the margin is zero or NaN",
+    "probabilities": "the model returns probabilities instead of logits",
+    "scale": "the same attack breaks more when the logits are scaled down",
+    "one-step": "one gradient step breaks more than twenty",
+    "black-box": "search without gradients breaks more than gradients do",
+    "noise": "random draws break what the suite did not",
+    "not-exhausted": "a fresh pass, or a probe, breaks what the suite did not",
+    "transfer": "examples made on another model break more",
+    "whole-box": "examples stand even where every input is allowed",
+    "randomness": "the outputs differ from call to call",
+    "state": "the outputs depend on the order, the batch, the history or the mode of the layers",
+    "loss-spread": "the choice of the loss decides how many examples break",
+    "shattered": "the gradient does not predict what a small step does",
+    "nan": "the model returned NaN",
+}
+"""Name of every doubt, and when it is raised."""
+
+FREE: Final = ("zero-gradient", "probabilities", "state", "nan")
+"""The doubts that cost nothing beyond the attacks: all that a list of attacks, as opposed to a named suite, raises."""

@@ -1,0 +1,278 @@
+"""What is run to measure the doubts, and on which examples.
+
+A probe is a pure function of model, batch, threat and draws, and returns columns. Passes are shared between doubts:
+PGD-20 on the cross-entropy serves `scale`, `one-step` and `loss-spread`; margin PGD, two restarts of 20 steps, serves
+`black-box` with both and `loss-spread` with its first. All probes are given the same draws, so that two losses start
+from the same points.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks import Square
+from holdfast.attacks.protocol import Attack
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L1, L2, Constraint, Linf
+from holdfast.core.draws import Draws
+from holdfast.core.evidence import Columns
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs, Logits, Mask, PerExample, Rows
+from holdfast.doubts.slopes import gradients
+from holdfast.doubts.steadiness import steadiness
+from holdfast.doubts.thresholds import FRESH_ROWS, NOISE_DRAWS, SAMPLE
+from holdfast.ops.ascent import ascend
+from holdfast.ops.losses import Loss, cross_entropy, margin, margin_loss, probability_margin, runner_up
+
+Run = Callable[[Model, Batch, ThreatModel, Draws], dict[str, Tensor]]
+"""Columns of the batch; attacks return `broken` and the lowest `margin`."""
+
+STEPS = 20
+"""Gradient steps of the short passes."""
+REACH = 2.5
+"""Path length of a pass in multiples of eps, as PGD's own default."""
+SMALL = 0.01
+"""What `scale` multiplies the logits with."""
+SEARCHES = 1000
+"""Queries of the black-box search."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Something to run on a few examples."""
+
+    name: str
+    needs: Access
+    run: Run
+    on: Literal["correct", "standing", "closest"] = "correct"
+    """a sample of the correct examples, of those that stand, or those that stand with the lowest margin"""
+    breaks: bool = True
+    """whether its inputs obey the threat model, so that breaking a standing example speaks against the suite"""
+
+
+def fallen(margin: PerExample) -> dict[str, Tensor]:
+    """The columns of an attack: ties and NaN count against the model."""
+    return {"broken": ~(margin > 0), "margin": margin}
+
+
+def climbed(
+    model: Model, batch: Batch, threat: ThreatModel, rng: Draws, loss: Loss, *, eps: float | None = None
+) -> PerExample:
+    """Lowest margin of one pass of short PGD from a random start inside the threat; `eps` lets it go further."""
+    wide = threat.constraint if eps is None else threat.constraint.resized(eps)
+    start = threat.constraint.sample(batch, model.bounds, rng.at("start"))
+    _, height = ascend(model, batch, start, loss, wide, steps=STEPS, step_size=REACH * wide.eps / STEPS)
+    return height
+
+
+def _by(loss: Loss) -> Run:
+    def run(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
+        return fallen(climbed(model, batch, threat, rng, loss))
+
+    return run
+
+
+def small_cross_entropy(logits: Logits, batch: Batch) -> PerExample:
+    """Cross-entropy of logits scaled down, whose softmax is nowhere flat."""
+    return cross_entropy(SMALL * logits, batch)
+
+
+def _one_step(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
+    """FGSM: one step of length eps from the clean input."""
+    eps = threat.constraint.eps
+    _, height = ascend(model, batch, batch.x, cross_entropy, threat.constraint, steps=1, step_size=eps)
+    return fallen(height)
+
+
+def _margin_twice(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
+    """The margin climbed twice: `broken` by both, `once` by the first."""
+    first = climbed(model, batch, threat, rng, margin_loss)
+    height = first.clone()
+    left = (first > 0).nonzero()[:, 0]
+    if len(left):
+        height[left] = torch.minimum(
+            first[left], climbed(model, batch.take(left), threat, rng.at("again"), margin_loss)
+        )
+    return {**fallen(height), "once": ~(first > 0)}
+
+
+def _towards_runner_up(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
+    """Climb towards the likeliest wrong class of the clean input; any wrong class counts."""
+    with torch.no_grad():
+        target = runner_up(model(batch.x, batch.ids), batch.y, 1)
+    order = batch.ids.argsort()
+    ids = batch.ids[order]
+
+    def loss(logits: Logits, some: Batch) -> PerExample:
+        aimed = target[order[torch.searchsorted(ids, some.ids)]]
+        return cross_entropy(logits, some.towards(aimed))
+
+    return fallen(climbed(model, batch, threat, rng, loss))
+
+
+def _whole_box(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
+    """Climb the margin from a start inside the threat, with every input of the box allowed."""
+    return fallen(
+        climbed(model, batch, threat, rng, margin_loss, eps=extent(threat.constraint, batch, model))
+    )
+
+
+def extent(constraint: Constraint, batch: Batch, model: Model) -> float:
+    """The distance to the farthest corner of the box, over the batch."""
+    low, high = model.bounds.like(batch.x)
+    corner = torch.where(high - batch.x > batch.x - low, high, low).expand_as(batch.x)
+    return float(constraint.distance(corner, batch.x).max())
+
+
+def _noise(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
+    """Random draws, by turns inside the ball and on its surface; without a gradient."""
+    lowest = torch.full_like(batch.x.flatten(1)[:, 0], torch.inf)
+    with torch.no_grad():
+        for draw in range(NOISE_DRAWS):
+            x = _drawn(model, batch, threat.constraint, rng.at("noise", draw), surface=draw % 2 == 1)
+            height = margin(model(x, batch.ids), batch).nan_to_num(nan=-torch.inf)
+            lowest = torch.minimum(lowest, height)
+    return fallen(lowest)
+
+
+def _drawn(model: Model, batch: Batch, constraint: Constraint, rng: Draws, *, surface: bool) -> Inputs:
+    if not surface:
+        return constraint.sample(batch, model.bounds, rng)
+    direction = rng.normal(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
+    step = constraint.eps * constraint.steepest(direction, batch.x, model.bounds)
+    return constraint.project(batch.x + step, batch.x, model.bounds)
+
+
+def _judged(attack: Attack, model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> PerExample:
+    x_adv = attack(model, batch, threat, rng=rng)
+    with torch.no_grad():
+        return margin(model(x_adv, batch.ids), batch).nan_to_num(nan=-torch.inf)
+
+
+def _black_box(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
+    """Square alone, from a cold start."""
+    return fallen(_judged(Square(queries=SEARCHES), model, batch, threat, rng.at("search")))
+
+
+def again(attacks: tuple[Attack, ...]) -> Probe:
+    """A fresh pass of the suite over the standing examples closest to the boundary."""
+
+    def run(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
+        lowest = torch.full_like(batch.x.flatten(1)[:, 0], torch.inf)
+        for place, attack in enumerate(attacks):
+            left = (lowest > 0).nonzero()[:, 0]
+            if not len(left):
+                break
+            height = _judged(attack, model, batch.take(left), threat, rng.at("again", place))
+            lowest[left] = torch.minimum(lowest[left], height)
+        return fallen(lowest)
+
+    return Probe("again", "none", run, on="closest")
+
+
+PROBES: tuple[Probe, ...] = (
+    Probe("steadiness", "none", steadiness, breaks=False),
+    Probe("gradients", "gradients", gradients, breaks=False),
+    Probe("cross-entropy", "gradients", _by(cross_entropy)),
+    Probe("small-cross-entropy", "gradients", _by(small_cross_entropy)),
+    Probe("one-step", "gradients", _one_step),
+    Probe("margin", "gradients", _margin_twice),
+    Probe("probability-margin", "gradients", _by(probability_margin)),
+    Probe("runner-up", "gradients", _towards_runner_up),
+    Probe("whole-box", "gradients", _whole_box, breaks=False),
+    Probe("noise", "labels", _noise, on="standing"),
+    Probe("search", "scores", _black_box),
+)
+"""Everything but the fresh pass, which `again` makes of a suite's attacks."""
+
+
+def probes_for(threat: ThreatModel, attacks: tuple[Attack, ...] = ()) -> tuple[Probe, ...]:
+    """The probes that the threat model allows. With eps 0 there is no ball to probe, only the model itself."""
+    probes = (*PROBES, again(attacks)) if attacks else PROBES
+    if threat.constraint.eps == 0:
+        probes = tuple(probe for probe in probes if probe.name in {"steadiness", "gradients"})
+    if not isinstance(threat.constraint, (Linf, L2, L1)):
+        probes = tuple(probe for probe in probes if probe.name != "search")
+    if threat.goal is not None:
+        probes = tuple(probe for probe in probes if probe.name != "runner-up")
+    return tuple(probe for probe in probes if threat.gives(probe.needs))
+
+
+def probing_threat(threat: ThreatModel, columns: Columns) -> ThreatModel:
+    """The threat model that probes work under: no query budget, and an eps.
+
+    A minimum-norm run has none; its probes work at the median of the distances that it found.
+    """
+    constraint = threat.constraint
+    if constraint.eps == torch.inf:
+        found = columns["distance"][columns["correct"] & columns["distance"].isfinite()]
+        constraint = constraint.resized(float(found.median()) if len(found) else 0.0)
+    return replace(threat, constraint=constraint, queries=None)
+
+
+def standing(columns: Columns, threat: ThreatModel) -> Mask:
+    """Who is right and was not broken; of a minimum-norm run, by nothing within 1.05 times the probes' eps.
+
+    The margin is for the last bisections: a probe that breaks an example just inside its known distance says nothing
+    against it.
+    """
+    held = columns["correct"] & columns.get("eligible", torch.ones_like(columns["correct"]))
+    if threat.constraint.eps < torch.inf:
+        return held & ~columns["success"]
+    return held & (columns["distance"] > 1.05 * probing_threat(threat, columns).constraint.eps)
+
+
+def rows_for(probe: Probe, columns: Columns, threat: ThreatModel, rng: Draws) -> Rows:
+    """Which examples a probe runs on, in source order; drawn by their ids, so that shards do not matter."""
+    if probe.on == "correct":
+        among = columns["correct"] & columns.get("eligible", torch.ones_like(columns["correct"]))
+        return sample_rows(columns, among, rng)
+    held = standing(columns, threat)
+    if probe.on == "standing":
+        return sample_rows(columns, held, rng)
+    closeness = columns.get("attacked_probability_margin", columns["margin"]).double().nan_to_num(nan=-1.0)
+    rows = held.nonzero()[:, 0]
+    return rows[closeness[rows].argsort(stable=True)[:FRESH_ROWS]].sort().values
+
+
+def sample_rows(columns: Columns, among: Mask, rng: Draws, n: int = SAMPLE) -> Rows:
+    """At most `n` of the marked rows."""
+    rows = among.nonzero()[:, 0]
+    order = rng.at("sample").uniform(columns["id"][rows], 1, dtype=torch.float64)[:, 0].argsort(stable=True)
+    return rows[order[:n]].sort().values
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a probe returned, and on which rows."""
+
+    rows: Rows
+    columns: Columns
+
+
+def probed(
+    model: Model,
+    take: Callable[[Rows], Batch],
+    columns: Columns,
+    threat: ThreatModel,
+    rng: Draws,
+    attacks: tuple[Attack, ...] = (),
+) -> Iterator[tuple[Probe, Probed]]:
+    """Run every probe that applies, one after the other; `take` reads the examples of some rows."""
+    within = probing_threat(threat, columns)
+    batches: dict[str, tuple[Rows, Batch]] = {}
+    for probe in probes_for(within, attacks):
+        if probe.on not in batches:
+            rows = rows_for(probe, columns, threat, rng)
+            batches[probe.on] = rows, take(rows)
+        rows, batch = batches[probe.on]
+        if len(rows):
+            yield probe, Probed(rows, probe.run(model, batch, within, rng))
+
+
+Found = Mapping[str, Probed]
+"""What each probe returned, by its name."""
