@@ -75,9 +75,11 @@ def staircase(
     mark: float | None = None,
 ) -> Staircase | None:
     """The curve of a summary, drawn to a size; None where there is nothing to draw."""
+    if not points:
+        return None
     xs = [number(point[axis]) for point in points]
     marked = mark if mark is not None and math.isfinite(mark) and mark > 0 else None
-    top = max([*xs, marked or 0.0], default=0.0) * (1.0 if logarithmic else 1.04)
+    top = max(*xs, marked or 0.0) * (1.0 if logarithmic else 1.04)
     if top <= 0:
         return None
     scale = Axis(max(top, 10.0) if logarithmic else top, logarithmic)

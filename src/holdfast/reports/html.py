@@ -63,6 +63,7 @@ def _environment() -> "Environment":
         loader=DictLoader({name: _read(name) for name in names}),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -87,6 +88,11 @@ def _environment() -> "Environment":
         "verdicts": words.VERDICTS,
     }
     return environment
+
+
+def _shown(value: Any) -> Any:
+    """Strings of users without control characters and marks that turn the direction of writing; ours as they are."""
+    return words.printable(value) if type(value) is str else value
 
 
 def _picture(address: str) -> str:

@@ -60,9 +60,9 @@ def _rule(rule: str, summary: Mapping[str, Any]) -> Json:
     if rule in _GATES:
         return {"id": rule, "shortDescription": {"text": _GATES[rule]}}
     name = rule.removeprefix("doubt-")
-    doubt = next(doubt for doubt in summary["doubts"] if doubt["name"] == name)
+    doubt = next(doubt for doubt in summary["doubts"] if printable(doubt["name"]) == name)
     title, meaning, advice = (printable(doubt[key]) for key in ("title", "meaning", "advice"))
-    described: Json = {"id": printable(rule), "shortDescription": {"text": title}}
+    described: Json = {"id": rule, "shortDescription": {"text": title}}
     if name in CONCERNS:
         described |= {"fullDescription": {"text": meaning}, "help": {"text": advice}}
     return described

@@ -1,0 +1,135 @@
+"""Whatever a user's files are called, every output shows it and none obeys it."""
+
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from holdfast.core.evidence import Doubt
+from holdfast.gates.grammar import Claim
+from holdfast.gates.judging import Judgement
+from holdfast.reports import terminal
+from holdfast.reports.summary import summary
+from holdfast.reports.write import WRITERS, write
+from reports import made
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</style><script>alert(1)</script>",
+    "</title><svg onload=alert(1)>",
+    '" onmouseover="alert(1)" x="',
+    "' autofocus onfocus='alert(1)",
+    "--><img src=x onerror=alert(1)>",
+    "]]><x/>",
+    "javascript:alert(1)",
+    "[a](javascript:alert(1)) ![b](//example.invalid/x)",
+    "`|\n| x | y |\n# heading\n```",
+    "{{ 7 * 7 }}{% for x in y %}",
+    "&lt;script&gt;&#x3c;b&#x3e;&amp;",
+    "\x1b[2J\x1b]0;title\x07\x00\x08",
+    "\u202edetrevni\u2066\ufeff",
+    "=cmd|' /C calc'!A0",
+    "[red]bold[/red] [link=x]",
+    "../../etc/passwd%00",
+    "\udcff\udc80 bytes",
+    "long " * 2000,
+    "",
+]
+
+
+def _summary(text):
+    """A summary with the string in every place that a user, a file or a plugin can fill."""
+    base = made.evidence(300, classes=(text, *made.CLASSES[1:]), gallery=4)
+    table = made.evidence(300, image=False, gallery=4).gallery
+    attack = dataclasses.replace(base.attacks[0], name=text, stage=text, settings={text: text}, notes=(text,))
+    evidence = dataclasses.replace(
+        base,
+        attacks=(attack, *base.attacks[1:]),
+        doubts=(
+            Doubt(text, "raised", 1.0, 0.5, 3, text),
+            Doubt(f"{text}2", "clear", says=text),
+            *base.doubts,
+        ),
+        model={"name": text, "files": {text: text}, "how": text, text: text},
+        data={"name": text, "classes": [text, *made.CLASSES[1:]], "features": [text] * 12, "noun": text},
+        notes=(text,),
+        suite=text,
+    )
+    estimate = made.estimate("robust_accuracy", evidence)
+    gate = Judgement(Claim("robust_accuracy", ">=", 0.5, text=text), estimate, "unclear", (text,))
+    run = dict.fromkeys(("verb", "created", "folder", "hardware", "command"), text)
+    run |= {"hashes": {text: text}, "versions": {text: text, "holdfast": text}}
+    metrics = {"robust_accuracy": estimate, text: estimate}
+    both = (evidence, dataclasses.replace(evidence, gallery=table))
+    return [
+        (summary(one, metrics=metrics, gates=[gate], accepted_doubts={text: text}, run=run), one)
+        for one in both
+    ]
+
+
+class _Shape(HTMLParser):
+    """The tags of a page and their attributes, values of ours to be compared."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.attributes = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attributes]
+
+
+def _shape(text):
+    parser = _Shape()
+    parser.feed(text)
+    return parser
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_no_output_obeys_a_users_string(text, tmp_path):
+    for place, (content, evidence) in enumerate(_summary(text)):
+        written = {}
+        for suffix in WRITERS:
+            path = tmp_path / f"{place}{suffix}"
+            write(content, evidence.columns, path)
+            written[suffix] = path.read_text(encoding="utf-8")
+        shape = _shape(written[".html"])
+        assert not {"script", "iframe", "object", "form", "link", "base"} & set(shape.tags)
+        assert not [
+            name
+            for _, name, _ in shape.attributes
+            if name.startswith("on") or name in {"style", "xlink:href"}
+        ]
+        for tag, name, value in shape.attributes:
+            assert name != "src" or (tag == "img" and value.startswith("data:image/png;base64,"))
+            assert name != "href" or re.fullmatch(r"#[a-z]+", value)
+        assert "\u202e" not in written[".html"]
+        ET.fromstring(written[".xml"])
+        assert json.loads(written[".sarif"])["runs"][0]["results"]
+        assert json.loads(written[".json"]) == content
+        prose = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", written[".md"])
+        assert not re.search(r"(?<!\\)<(?!/?(details|summary)>)", prose)
+        assert not re.search(r"(?<!\\)\]\(", prose)
+        for said in (terminal.verdict(content, colour=False), terminal.tables(content, colour=False)):
+            assert all(letter == "\n" or letter.isprintable() for letter in said)
+
+
+def test_tags_of_the_page_do_not_depend_on_the_strings():
+    from holdfast.reports.html import page
+
+    plain = [_shape(page(content)).tags for content, _ in _summary("plain")]
+    for text in HOSTILE:
+        if text:
+            assert [_shape(page(content)).tags for content, _ in _summary(text)] == plain
+
+
+def test_a_summary_from_elsewhere_brings_no_picture_from_elsewhere():
+    from holdfast.reports.html import page
+
+    content = made.summarised(made.evidence(gallery=1))
+    for key in ("clean", "perturbed", "difference"):
+        content["examples"][0][key] = "https://example.invalid/x.png"
+    assert "example.invalid" not in page(content)

@@ -1,0 +1,247 @@
+import csv
+import io
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.reports import junit, markdown, sarif, terminal
+from holdfast.reports.write import WRITERS, check, replacing, write
+from reports import made
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    return made.evidence()
+
+
+@pytest.fixture(scope="module")
+def failing(evidence):
+    return made.summarised(
+        evidence, "robust_accuracy >= 0.5", "robust_accuracy >= 0.35", "clean_accuracy <= 0.99"
+    )
+
+
+@pytest.fixture(scope="module")
+def accepted(evidence):
+    return made.summarised(
+        evidence, "robust_accuracy >= 0.3", accepted={"black-box": "an adaptive run is on file"}
+    )
+
+
+def _cases(content):
+    root = ET.fromstring(junit.document(content))
+    return root, {case.get("name"): case for case in root.iter("testcase")}
+
+
+def test_junit_has_the_shape_that_readers_expect(failing):
+    root, cases = _cases(failing)
+    (suite,) = root
+    assert root.tag == "testsuites"
+    for node in (root, suite):
+        assert int(node.get("tests")) == len(cases)
+        assert int(node.get("failures")) == len(list(root.iter("failure")))
+        assert int(node.get("skipped")) == len(list(root.iter("skipped")))
+        assert node.get("errors") == "0"
+    for case in cases.values():
+        assert case.get("classname")
+        assert float(case.get("time")) >= 0
+        assert len(case.findall("failure") + case.findall("skipped")) <= 1
+
+
+def test_junit_fails_exactly_what_the_gates_fail(failing, accepted):
+    _, cases = _cases(failing)
+    assert cases["robust_accuracy >= 0.5"].find("failure").get("type") == "fail"
+    assert cases["robust_accuracy >= 0.35"].find("failure").get("type") == "unclear"
+    assert "black-box" in cases["robust_accuracy >= 0.35"].find("failure").get("message")
+    assert cases["black-box"].find("skipped").get("message").startswith("raised: ")
+    root, cases = _cases(accepted)
+    assert not list(root.iter("failure"))
+    assert accepted["exit_code"] == 0
+    assert "an adaptive run is on file" in cases["black-box"].find("system-out").text
+
+
+@pytest.mark.parametrize(
+    "claims", [(), ("robust_accuracy >= 0.5",), ("robust_accuracy >= 0.4",), ("clean_accuracy <= 1",)]
+)
+def test_junit_has_a_failure_exactly_when_the_exit_code_is_not_zero(claims, evidence):
+    content = made.summarised(evidence, *claims)
+    root, _ = _cases(content)
+    assert (len(list(root.iter("failure"))) > 0) == (content["exit_code"] != 0)
+
+
+def test_sarif_has_what_the_standard_and_code_scanning_require(failing):
+    log = json.loads(sarif.document(failing))
+    assert log["version"] == "2.1.0"
+    (run,) = log["runs"]
+    rules = run["tool"]["driver"]["rules"]
+    assert run["tool"]["driver"]["name"] == "Holdfast"
+    assert run["invocations"][0]["executionSuccessful"] is True
+    assert run["invocations"][0]["exitCode"] == 1
+    for result in run["results"]:
+        assert result["level"] in {"error", "warning", "note", "none"}
+        assert result["message"]["text"]
+        assert rules[result["ruleIndex"]]["id"] == result["ruleId"]
+        place = result["locations"][0]["physicalLocation"]
+        assert place["artifactLocation"]["uri"]
+        assert place["region"]["startLine"] == 1
+        assert re.fullmatch("[0-9a-f]{64}", result["partialFingerprints"]["holdfast/v1"])
+    found = [result["ruleId"] for result in run["results"]]
+    assert found == ["gate-fail", "gate-unclear", "gate-unclear", "doubt-black-box"]
+
+
+def test_sarif_fingerprints_outlive_a_run_and_differ_by_finding(evidence):
+    def prints(content):
+        results = json.loads(sarif.document(content))["runs"][0]["results"]
+        return [result["partialFingerprints"]["holdfast/v1"] for result in results]
+
+    first = prints(made.summarised(evidence, "robust_accuracy >= 0.5"))
+    again = prints(made.summarised(made.evidence(900, seed=7), "robust_accuracy >= 0.5"))
+    assert first == again
+    assert len(set(first)) == len(first) == 2
+
+
+def test_sarif_suppresses_an_accepted_doubt_with_its_reason(accepted):
+    (result,) = json.loads(sarif.document(accepted))["runs"][0]["results"]
+    assert result["suppressions"] == [
+        {"kind": "external", "status": "accepted", "justification": "an adaptive run is on file"}
+    ]
+
+
+def test_sarif_names_the_models_file_as_it_was_given():
+    assert sarif.model_address({"files": {"weights/my net.pt": "00"}}) == "weights/my%20net.pt"
+    assert sarif.model_address({"files": {"/srv/a.pt": "00"}}) == "file:///srv/a.pt"
+    assert sarif.model_address({"name": "mnist-cnn"}) == "mnist-cnn"
+
+
+def test_markdown_puts_the_verdict_first_and_keeps_its_tables_whole(failing, accepted):
+    lines = markdown.document(failing).splitlines()
+    assert lines[0].startswith("## ✕ Fail")
+    assert lines[2].startswith("41.5 % of 1,000 images")
+    tables = [line for line in lines if line.startswith("|")]
+    assert {line.count("|") for line in tables} == {5, 7}
+    assert "accepted doubt **black-box**: an adaptive run is on file" in markdown.document(accepted)
+
+
+def test_csv_is_one_row_an_example(failing, evidence, tmp_path):
+    write(failing, evidence.columns, tmp_path / "rows.csv")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "rows.csv").read_text())))
+    assert len(rows) == len(evidence)
+    assert list(rows[0])[:6] == [
+        "id",
+        "y",
+        "clean_prediction",
+        "robust",
+        "broken_by",
+        "adversarial_prediction",
+    ]
+    assert sum(row["robust"] == "true" for row in rows) == round(
+        1000 * failing["metrics"]["robust_accuracy"]["value"]
+    )
+    assert {row["robust"] for row in rows} == {"true", "false"}
+    for row in rows:
+        place = int(evidence["broken_by"][int(row["id"])])
+        assert row["broken_by"] == ("" if place < 0 else evidence.attacks[place].stage)
+        assert (row["distance_linf"] == "inf") == (row["robust"] == "true")
+
+
+def test_terminal_says_the_same_without_colour(failing, accepted):
+    plain, coloured = (terminal.tables(failing, colour=colour) for colour in (False, True))
+    assert "\x1b" not in plain
+    assert "\x1b" in coloured
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == plain
+    for attack in ("APGD-CE", "APGD-T", "FAB-T", "Square"):
+        assert attack in plain
+    said = terminal.verdict(failing, colour=False)
+    assert said.startswith("✕ Fail  41.5 % of 1,000 images")
+    assert "unclear: asked for at least 35 % robust accuracy, measured 41.5 %" in said
+    assert "doubt black-box open" in said
+    assert "Accepted because: an adaptive run is on file" in terminal.verdict(accepted, colour=False)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_tables_fit_the_terminal(failing, width):
+    lines = terminal.tables(failing, colour=False, width=width).splitlines()
+    assert max(len(line) for line in lines if not line.startswith("doubts")) <= max(width, 56)
+    assert any("58.0 %" in line for line in lines)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_every_output_is_written_whole_and_the_same_each_time(suffix, failing, evidence, tmp_path):
+    path = tmp_path / "new" / f"report{suffix}"
+    write(failing, evidence.columns, path)
+    first = path.read_bytes()
+    write(failing, evidence.columns, path)
+    assert path.read_bytes() == first
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError), replacing(path) as file:
+        file.write("half" + "\udcff")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_is_said_with_the_way_out(failing, evidence, tmp_path, monkeypatch):
+    full = os.open("/dev/full", os.O_WRONLY)
+    target = tmp_path / ".part"
+    target.touch()
+    monkeypatch.setattr("tempfile.mkstemp", lambda **_: (full, str(target)))
+    with pytest.raises(TargetError, match=r"No space left.*choose another place"):
+        write(failing, evidence.columns, tmp_path / "report.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_suffix_is_refused_with_those_that_exist(failing, evidence, tmp_path):
+    for name in ("report.pdf", "report", ".html"):
+        with pytest.raises(UsageError, match=r"\.html \.json \.xml \.sarif \.md \.csv"):
+            check(tmp_path / name)
+    with pytest.raises(UsageError):
+        write(failing, evidence.columns, tmp_path / "report.pdf")
+    check(tmp_path / "missing" / "REPORT.HTML")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_takes_no_file_is_refused_before_anything_runs(tmp_path):
+    (tmp_path / "x.html").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(TargetError, match="is a folder"):
+        check(tmp_path / "x.html")
+    with pytest.raises(TargetError, match="is a file and no folder"):
+        check(tmp_path / "file" / "x.html")
+    with pytest.raises(TargetError):
+        write({}, {}, tmp_path / "file" / "x.json")
+
+
+def test_checking_an_output_needs_neither_torch_nor_a_renderer():
+    code = (
+        "import sys; from pathlib import Path; from holdfast.reports.write import check; check(Path('x.html'));"
+        "print([name for name in ('torch', 'jinja2', 'rich', 'PIL', 'numpy') if name in sys.modules])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_csv_goes_to_any_text_file(failing, evidence):
+    from holdfast.reports.table import write_rows
+
+    file = io.StringIO()
+    write_rows(failing, {name: column[:3] for name, column in evidence.columns.items()}, file)
+    assert len(file.getvalue().splitlines()) == 4

@@ -1,0 +1,245 @@
+import dataclasses
+import json
+import math
+
+import jsonschema
+import pytest
+import torch
+
+from holdfast.core.constraints import L0, L2, Linf
+from holdfast.core.threat import ThreatModel
+from holdfast.ops.losses import margin_loss
+from holdfast.reports import words
+from holdfast.reports.html import page
+from holdfast.reports.numbers import count, number, percent, plain, seconds, size, strict
+from holdfast.reports.summary import schema, to_json
+from reports import made
+
+
+def _check(content):
+    jsonschema.validate(content, schema(), cls=jsonschema.Draft202012Validator)
+    return content
+
+
+def _targeted():
+    evidence = made.evidence()
+    eligible = evidence["y"] != 3
+    columns = dict(evidence.columns) | {"eligible": eligible, "success": evidence["success"] & eligible}
+    return dataclasses.replace(evidence, columns=columns, threat=ThreatModel(Linf(0.2), goal=3, queries=500))
+
+
+def _minimum_norm():
+    return dataclasses.replace(made.evidence(), threat=ThreatModel(L2(math.inf)), suite="minimum-norm@1")
+
+
+def _nothing_attacked():
+    evidence = made.evidence(gallery=0)
+    kept = ("id", "y", "digest", "prediction", "margin", "correct")
+    columns = {name: evidence[name] for name in kept} | {
+        "success": torch.zeros(len(evidence), dtype=torch.bool)
+    }
+    return dataclasses.replace(evidence, columns=columns, attacks=(), doubts=(), suite="", gallery={})
+
+
+CASES = {
+    "images": lambda: made.summarised(
+        made.evidence(), "robust_accuracy >= 0.5", "robust_accuracy@0.1 >= 0.4"
+    ),
+    "table": lambda: made.summarised(made.evidence(120, image=False, classes=("no", "yes"))),
+    "accepted": lambda: made.summarised(
+        made.evidence(), "robust_accuracy >= 0.3", accepted={"black-box": "why"}
+    ),
+    "targeted": lambda: made.summarised(_targeted(), "targeted_success_rate <= 0.9"),
+    "minimum norm": lambda: made.summarised(_minimum_norm(), "robust_margin >= 0.1"),
+    "nothing attacked": lambda: made.summarised(_nothing_attacked()),
+    "one example": lambda: made.summarised(made.evidence(1, gallery=0)),
+    "pixels": lambda: made.summarised(
+        made.evidence(threat=ThreatModel(L0(10, per="pixel"), access="scores"))
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_summary_follows_the_published_schema_and_survives_strict_json(case):
+    content = _check(CASES[case]())
+    assert json.loads(to_json(content)) == content
+    assert "Infinity" not in to_json(content)
+
+
+def test_a_run_that_says_nothing_of_itself_still_makes_a_page():
+    evidence = dataclasses.replace(made.evidence(), model={}, data={}, suite="")
+    content = _check(made.summary(evidence, metrics=made.measured(evidence)))
+    assert "Repeat it" in page(content)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_summary_makes_a_page(case):
+    text = page(CASES[case]())
+    assert text.count("<h1>") == 1
+    assert "Undefined" not in text
+
+
+def test_schema_refuses_what_a_reader_would_misread():
+    content = made.summarised(made.evidence())
+    jsonschema.Draft202012Validator.check_schema(schema())
+    for broken in (
+        {"verdict": "maybe"},
+        {"exit_code": 7},
+        {"metrics": {"a": {"value": "Infinity", "low": 0, "high": 1, "n": 2}}},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            _check(content | broken)
+    del content["threat"]
+    with pytest.raises(jsonschema.ValidationError):
+        _check(content)
+
+
+def test_verdict_and_exit_code_go_together():
+    evidence = made.evidence()
+    claims = {"robust_accuracy >= 0.5": ("fail", 1), "robust_accuracy >= 0.4": ("unclear", 4)}
+    for claim, expected in claims.items():
+        content = made.summarised(evidence, claim)
+        assert (content["verdict"], content["exit_code"]) == expected
+    content = made.summarised(evidence, "robust_accuracy >= 0.3", accepted={"black-box": "why"})
+    assert (content["verdict"], content["exit_code"]) == ("pass", 0)
+    assert made.summarised(evidence, *claims)["exit_code"] == 1
+    content = made.summarised(evidence)
+    assert (content["verdict"], content["exit_code"]) == ("no gate", 0)
+
+
+def test_headline_is_one_plain_sentence():
+    evidence = made.evidence()
+    assert made.summarised(evidence, "robust_accuracy >= 0.5")["headline"] == (
+        "41.5 % of 1,000 images survive every attack tried (95 % interval 38.4–44.6 %); "
+        "the gate asked for at least 50 %: fail."
+    )
+    assert made.summarised(evidence, "robust_accuracy >= 0.4")["headline"].endswith("at least 40 %: unclear.")
+    doubted = made.summarised(evidence, "robust_accuracy >= 0.3")
+    assert doubted["headline"].endswith("unclear, because of open doubts (black-box).")
+    assert "doubts are open: black-box" in doubted["gates"][0]["says"]
+    accepted = made.summarised(evidence, "robust_accuracy >= 0.3", accepted={"black-box": "why"})
+    assert accepted["headline"].endswith("at least 30 %: pass. Doubts accepted by a person: black-box.")
+    several = made.summarised(
+        evidence, "robust_accuracy >= 0.5", "clean_accuracy >= 0.9", "robust_accuracy >= 0.4"
+    )
+    assert "1 of 3 gates fails, 2 are unclear: fail" in several["headline"]
+    assert made.summarised(evidence)["headline"].endswith("no gate was set.")
+    assert "could be turned into class 3" in made.summarised(_targeted())["headline"]
+    assert "break within a L2 change of 0.253" in made.summarised(_minimum_norm())["headline"]
+
+
+def test_share_after_each_attack_ends_at_robust_accuracy():
+    content = made.summarised(made.evidence())
+    after = [attack["robust_accuracy"]["value"] for attack in content["attacks"]]
+    assert after == sorted(after, reverse=True)
+    assert after[-1] == content["metrics"]["robust_accuracy"]["value"]
+    standing = [attack["standing_after"] for attack in content["attacks"]]
+    assert after == pytest.approx([left / 1000 for left in standing])
+
+
+def test_targeted_shares_run_over_the_eligible_examples():
+    content = made.summarised(_targeted())
+    last = content["attacks"][-1]["robust_accuracy"]
+    rate = content["metrics"]["targeted_success_rate"]
+    assert last["n"] == rate["n"] == content["n"] < 1000
+    assert last["value"] == pytest.approx(1 - rate["value"])
+
+
+def test_gallery_shows_what_was_measured():
+    evidence = made.evidence(gallery=20)
+    content = made.summarised(evidence)
+    assert len(content["examples"]) == 12
+    for example in content["examples"]:
+        row = example["id"]
+        assert example["label"] == made.CLASSES[evidence["y"][row]]
+        assert example["adversarial_prediction"] == made.CLASSES[evidence["adversarial_prediction"][row]]
+        assert example["broken_by"] == evidence.attacks[evidence["broken_by"][row]].name
+        assert example["robust"] is False
+        assert example["amplified"] == pytest.approx(5, abs=0.05)
+
+
+def test_difference_is_grey_where_nothing_changed():
+    import base64
+    import io
+
+    from PIL import Image
+
+    evidence = made.evidence(gallery=1)
+    x = torch.full((1, 1, 4, 4), 0.5)
+    x_adv = x.clone()
+    x_adv[0, 0, 0, 0], x_adv[0, 0, 3, 3] = 0.6, 0.4
+    gallery = {"id": evidence.gallery["id"], "x": x, "x_adv": x_adv}
+    content = made.summarised(dataclasses.replace(evidence, gallery=gallery))
+    address = content["examples"][0]["difference"].partition(",")[2]
+    pixels = Image.open(io.BytesIO(base64.b64decode(address)))
+    assert pixels.getpixel((1, 1)) == 128
+    assert pixels.getpixel((0, 0)) == 255
+    assert pixels.getpixel((3, 3)) == 0
+
+
+def test_features_of_a_table_are_listed_by_how_much_they_changed():
+    evidence = made.evidence(50, image=False, classes=("no", "yes"), gallery=1)
+    x = torch.zeros(1, 4)
+    x_adv = torch.tensor([[0.1, 0.0, -0.3, 0.2]])
+    gallery = {"id": evidence.gallery["id"], "x": x, "x_adv": x_adv}
+    data = dict(evidence.data) | {"features": ["age", "income", "debt", "rent"]}
+    content = made.summarised(dataclasses.replace(evidence, gallery=gallery, data=data))
+    example = content["examples"][0]
+    assert [change["feature"] for change in example["changes"]] == ["debt", "rent", "age"]
+    assert example["changed"] == 3
+
+
+def test_large_evidence_stays_a_small_page():
+    classes = tuple(f"class {i}" for i in range(300))
+    evidence = made.evidence(200_000, classes=classes, gallery=0)
+    noise = torch.rand((12, 3, 224, 224), generator=torch.Generator().manual_seed(0))
+    gallery = {"id": evidence["id"][evidence["success"]][:12], "x": noise, "x_adv": 1 - noise}
+    evidence = dataclasses.replace(evidence, gallery=gallery)
+    metrics = {"robust_accuracy": made.estimate("robust_accuracy", evidence)}
+    content = made.summary(evidence, metrics=metrics, run=made.RUN)
+    text = page(content)
+    assert len(text.encode()) < 2_000_000
+    assert len(to_json(content).encode()) < 2_000_000
+
+
+def test_numbers_that_are_not_finite_stand_as_words_and_come_back():
+    assert strict({"a": math.inf, "b": [-math.inf], "c": 1.5}) == {"a": "inf", "b": ["-inf"], "c": 1.5}
+    assert strict(math.nan) == "nan"
+    for value in (math.inf, -math.inf, 0.25):
+        assert number(strict(value)) == value
+    assert strict(margin_loss) == "margin_loss"
+    assert strict(Linf(0.5)) == {"Linf": {"eps": 0.5}}
+    assert strict("\udcff") == "\\udcff"
+
+
+def test_numbers_read_as_people_write_them():
+    assert percent(0.415) == "41.5 %"
+    assert percent(1.0) == "100.0 %"
+    assert percent(0.9999) == "99.99 %"
+    assert percent(0.0001) == "0.01 %"
+    assert [plain(value) for value in (0.2, 1234.5, 0.00001, -2.5, math.inf, 400)] == [
+        "0.2", "1,234", "1.00e−05", "−2.5", "∞", "400",
+    ]  # fmt: skip
+    assert [size(eps) for eps in (8 / 255, 0.2, 0.3, 12, 0.5)] == ["8/255", "0.2", "0.3", "12", "0.5"]
+    assert [seconds(value) for value in (0.25, 22.1, 7200)] == ["250 ms", "22.1 s", "2.0 h"]
+    assert count(2113000) == "2,113,000"
+
+
+def test_threat_is_told_in_words():
+    told = made.summarised(_targeted())["threat"]["says"]
+    assert "at most 0.2" in told[0]
+    assert "class 3" in told[1]
+    assert "500 queries" in told[3]
+    pixels = CASES["pixels"]()["threat"]
+    assert pixels["constraint"] == "l0:10px"
+    assert "10 pixels of an image" in pixels["says"][0]
+    assert "no gradients" in pixels["says"][2]
+    assert "smallest change" in made.summarised(_minimum_norm())["threat"]["says"][0]
+
+
+def test_every_metric_has_a_label_and_a_kind():
+    for name in words.METRICS:
+        assert "_" not in words.label(name)
+    assert words.is_share("worst_class")
+    assert not words.is_share("mean_perturbation_l2")
+    assert words.label("mean_perturbation_linf") == "Mean perturbation Linf"

@@ -1,0 +1,89 @@
+"""The page in a real browser without a network: nothing is asked for, nothing is logged, everybody can read it."""
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from holdfast.reports.html import page
+from reports import made
+
+FOLDER = Path(__file__).parent / "browser"
+HOSTILE = "<script>alert(1)</script><img src=//example.invalid/x onerror=alert(2)>"
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+
+@dataclass(frozen=True)
+class Browser:
+    """What opens a page."""
+
+    node: str
+    chromium: str
+
+    def __call__(self, path: Path) -> list[dict]:
+        command = [self.node, str(FOLDER / "visit.mjs"), self.chromium, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Browser:
+    node = shutil.which("node")
+    names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
+    chromium = next((found for name in names if name and (found := shutil.which(name))), None)
+    if node is None or chromium is None:
+        pytest.skip("no node or no Chromium; on Debian: apt-get install nodejs chromium")
+    if not (FOLDER / "node_modules" / "axe-core").is_dir():
+        pytest.skip("the packages of tests/browser are not installed: npm ci --prefix tests/browser")
+    return Browser(node, chromium)
+
+
+def _failing_images():
+    return made.summarised(made.evidence(), "robust_accuracy >= 0.5", "clean_accuracy >= 0.9")
+
+
+def _accepted_table():
+    evidence = made.evidence(300, image=False, classes=("benign", "malware"))
+    return made.summarised(
+        evidence, "robust_accuracy >= 0.3", accepted={"black-box": "an adaptive run is on file"}
+    )
+
+
+def _hostile():
+    names = tuple(f"{HOSTILE}{i}" for i in range(10))
+    model = {"name": HOSTILE, "files": {HOSTILE: HOSTILE}}
+    return made.summarised(
+        made.evidence(classes=names, model=model, notes=(HOSTILE,)), "robust_accuracy >= 0.5"
+    )
+
+
+@pytest.mark.parametrize("build", [_failing_images, _accepted_table, _hostile])
+def test_page_in_a_browser(build, browser, tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text(page(build()), encoding="utf-8")
+    visits = browser(path)
+    assert len(visits) == 4
+    for visit in visits:
+        assert visit["styled"], "the policy refused the page's own style sheet"
+        assert visit["requests"] == []
+        assert visit["messages"] == []
+        assert visit["violations"] == []
+        assert visit["broken"] == 0
+        assert visit["sideways"] <= 0
+
+
+def test_the_check_itself_sees_requests_and_violations(browser, tmp_path):
+    path = tmp_path / "bad.html"
+    path.write_text(
+        "<header></header><img src='https://example.invalid/x.png'><script>console.log(1)</script>"
+    )
+    for visit in browser(path):
+        assert visit["requests"]
+        assert visit["messages"]
+        assert {"image-alt", "html-has-lang"} <= {violation["id"] for violation in visit["violations"]}
