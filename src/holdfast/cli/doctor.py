@@ -23,9 +23,9 @@ def doctor(voice: Voice, **flags: Any) -> int:
     settings = settings_from(flags)
     from rich.text import Text
 
-    from holdfast.api import doctor as examine
+    from holdfast.api import look_over
 
-    findings = examine(settings)
+    findings = look_over(settings)
     console = voice.console()
     for finding in findings:
         if finding.level == "good" and voice.quiet:

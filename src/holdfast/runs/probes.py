@@ -16,6 +16,7 @@ from holdfast.doubts.probing import Probe, Probed, probes_for, probing_threat, r
 from holdfast.harness import assemble, in_pieces
 from holdfast.runs.assembling import DOUBTS
 from holdfast.runs.course import Course
+from holdfast.runs.selection import gathered
 
 
 @dataclass
@@ -93,15 +94,6 @@ def _probed(course: Course, model: Model, columns: Columns) -> Iterator[tuple[st
                 return {name: values.cpu() for name, values in probe.run(model, piece, within, rng).items()}
 
         yield probe.name, Probed(rows, in_pieces(run, batch, course.room(DOUBTS, place)))
-
-
-def gathered(batches: Sequence[Batch]) -> Batch:
-    """Batches as one."""
-    return Batch(
-        torch.cat([b.x for b in batches]),
-        torch.cat([b.y for b in batches]),
-        torch.cat([b.ids for b in batches]),
-    )
 
 
 def _unfinished(findings: Findings, missed: Sequence[str]) -> Findings:

@@ -148,11 +148,12 @@ def _open_code(opening: _Opening) -> OpenedModel:
         )
     built = build_from_file(opening.address, opening.arguments)
     # The code may read weights that no argument names, so the tensors themselves are digested too.
-    files = {**built.files, f"{opening.address} state": _sha256_of_state(built.net)}
+    files = {**built.files, f"{opening.address} state": sha256_of_state(built.net)}
     return OpenedModel(opening.declared.wrap(built.net), opening.address, "code", files)
 
 
-def _sha256_of_state(net: nn.Module) -> str:
+def sha256_of_state(net: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and values of a network's parameters and buffers, in hex."""
     digest = hashlib.sha256()
     for name, tensor in sorted(net.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -1,0 +1,197 @@
+"""The Python twins of the commands: the same names, the same arguments, the same results.
+
+They take what a caller has in hand (a network, a function or an address; tensors, arrays, a loader or an address) and
+normalise it once; below them every parameter has one type.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from holdfast.attacks.protocol import Attack
+from holdfast.checkup import Finding, examine
+from holdfast.config import ordering
+from holdfast.config.settings import AssessSettings, check
+from holdfast.core.batch import Data
+from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Evidence
+from holdfast.core.model import Classifier
+from holdfast.runs import assess as assessing
+from holdfast.runs import comparison
+from holdfast.runs.comparison import Comparison
+from holdfast.runs.index import open_run
+from holdfast.runs.order import Progress, Subject, silent
+from holdfast.runs.result import Result
+from holdfast.runs.selection import selected
+from holdfast.sources.memory import as_data
+from holdfast.store.verify import Verified
+from holdfast.store.verify import verify as verify_folder
+
+Numbers = Sequence[float]
+ModelLike = nn.Module | Callable[[Tensor], Tensor] | str | Path
+"""A network, a function from inputs to logits, or an address as on the command line."""
+DataLike = Any
+"""`(x, y)` as tensors or arrays, a loader or dataset of pairs, a `Data`, or an address."""
+
+
+def assess(
+    model: ModelLike,
+    data: DataLike,
+    threat: str = "linf:8/255",
+    suite: str | Sequence[Attack] = ordering.DEFAULT_SUITE,
+    *,
+    gates: Sequence[str] = (),
+    baseline: Result | Evidence | str | Path | None = None,
+    accept_doubts: Mapping[str, str] | None = None,
+    seed: int = 0,
+    n: int | None = None,
+    sample: int | None = None,
+    split: str | None = None,
+    label: str | None = None,
+    bounds: Numbers | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+    classes: int | None = None,
+    arch: str | None = None,
+    model_args: Mapping[str, str] | None = None,
+    trust_code: bool = False,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    curve: bool = False,
+    full: bool = False,
+    doubts: bool = True,
+    save_adversarial: bool = False,
+    time_budget: str | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    run: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> Result:
+    """How robust a model is, honestly: the worst case over a suite of attacks, with intervals and doubts.
+
+    `suite` is a name or a list of attacks. With `run` everything is kept in that folder and `resume` goes on with it;
+    without, nothing is written. A network that is not given by an address stays on the device it is on.
+    """
+    settings = _settings("assess()", locals())
+    subject, place = _subject(model, settings), None if run is None else Path(run)
+    attacks = None if isinstance(suite, str) else tuple(suite)
+    where = _device(model, subject, settings)
+    order = ordering.order(settings, attacks=attacks, baseline=_evidence(baseline), device=where)
+    examples = _data(data, settings, subject.model)
+    return assessing.assess(subject, examples, order, run=place, resume=resume, progress=progress)
+
+
+def carry_out(
+    settings: AssessSettings,
+    *,
+    run: Path | None,
+    resume: bool = False,
+    progress: Progress = silent,
+    command: str = "",
+) -> Result:
+    """`assess` as the command line and a configuration file ask for it; `command` is how to repeat it."""
+    baseline = None if settings.baseline is None else open_run(Path(settings.baseline)).evidence
+    order = ordering.order(settings, baseline=baseline, command=command)
+    subject = ordering.opened_subject(settings)
+    data = ordering.opened_data(settings, subject.model)
+    return assessing.assess(subject, data, order, run=run, resume=resume, progress=progress)
+
+
+def rehearse(settings: AssessSettings, examples: int = 8) -> tuple[Result, int]:
+    """The attacks on the first few examples, nothing kept; and how many examples the real run would have."""
+    baseless = {"gates": [], "baseline": None, "doubts": False}
+    subject = ordering.opened_subject(settings)
+    data = ordering.opened_data(settings, subject.model)
+    few = ordering.opened_data(
+        settings.model_copy(update={"n": min(examples, len(data)), "sample": None}), subject.model
+    )
+    return assessing.assess(subject, few, ordering.order(settings.model_copy(update=baseless))), len(data)
+
+
+def doctor(
+    model: ModelLike,
+    data: DataLike,
+    *,
+    n: int | None = None,
+    split: str | None = None,
+    label: str | None = None,
+    bounds: Numbers | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+    classes: int | None = None,
+    arch: str | None = None,
+    model_args: Mapping[str, str] | None = None,
+    trust_code: bool = False,
+) -> tuple[Finding, ...]:
+    """The usual mistakes between a model and its data, found in seconds."""
+    settings = _settings("doctor()", locals())
+    subject = _subject(model, settings)
+    return examine(subject.model, _data(data, settings, subject.model))
+
+
+def look_over(settings: AssessSettings) -> tuple[Finding, ...]:
+    """`doctor` as the command line and a configuration file ask for it."""
+    subject = ordering.opened_subject(settings)
+    return examine(subject.model, ordering.opened_data(settings, subject.model))
+
+
+def compare(first: Result | str | Path, second: Result | str | Path) -> Comparison:
+    """What changed from the first run to the second, over the examples that both hold."""
+    return comparison.compare(_result(first), _result(second))
+
+
+def report(run: str | Path) -> Result:
+    """The result that a finished run left in its folder."""
+    return open_run(Path(run))
+
+
+def verify(run: str | Path) -> Verified:
+    """Whether a run folder still is what its chain says; `TargetError` names the first thing that is not."""
+    return verify_folder(Path(run))
+
+
+def _settings(where: str, arguments: Mapping[str, Any]) -> AssessSettings:
+    """The arguments that are settings, checked as those of a file are; what a caller holds in hand is no setting."""
+    said = {name: arguments[name] for name in AssessSettings.model_fields if arguments.get(name) is not None}
+    for name in ("model", "data", "suite", "baseline"):
+        if isinstance(said.get(name), str | Path):
+            said[name] = str(said[name])
+        else:
+            said.pop(name, None)
+    return check(said, where)
+
+
+def _subject(model: ModelLike, settings: AssessSettings) -> Subject:
+    if isinstance(model, str | Path):
+        return ordering.opened_subject(settings)
+    if not callable(model):
+        raise UsageError(
+            f"model is a {type(model).__name__}; expected a network, a function from inputs to logits, or an address"
+        )
+    return ordering.given_subject(model, settings)
+
+
+def _data(data: DataLike, settings: AssessSettings, model: Classifier) -> Data:
+    if isinstance(data, str | Path):
+        return ordering.opened_data(settings, model)
+    given = as_data(data, classes=model.classes, bounds=model.bounds)
+    return selected(given, n=settings.n, sample=settings.sample, seed=settings.seed)
+
+
+def _device(model: ModelLike, subject: Subject, settings: AssessSettings) -> str | None:
+    """Where a caller's own network is, unless it is told where to go."""
+    weight = next(subject.model.parameters(), None)
+    if isinstance(model, str | Path) or settings.device != "auto" or weight is None:
+        return None
+    return str(weight.device)
+
+
+def _evidence(run: Result | Evidence | str | Path | None) -> Evidence | None:
+    return run if run is None or isinstance(run, Evidence) else _result(run).evidence
+
+
+def _result(run: Result | str | Path) -> Result:
+    return run if isinstance(run, Result) else open_run(Path(run))

@@ -1,0 +1,211 @@
+"""From settings to what a run takes: the model opened, the data opened, and the order."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.attacks.protocol import Attack
+from holdfast.config.attacks import build, threat_model
+from holdfast.config.grammar import nearest, parse_threat, seconds
+from holdfast.config.settings import AssessSettings
+from holdfast.core.batch import Data
+from holdfast.core.chain import canonical, digest
+from holdfast.core.constraints import Constraint
+from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Evidence
+from holdfast.core.model import Bounds, Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.doubts.names import DOUBTS
+from holdfast.gates.grammar import parse as parse_gate
+from holdfast.harness import Member, Plan, labelled, slug
+from holdfast.harness.plan import DoubtsWanted
+from holdfast.reports.numbers import strict
+from holdfast.runs.order import Order, Subject
+from holdfast.sources.data import open_data
+from holdfast.sources.models import Declared, open_model, sha256_of_state
+from holdfast.suites import curve, suite
+
+DEFAULT_SUITE = "standard"
+_USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
+
+
+def declared(settings: AssessSettings) -> Declared:
+    """What the settings say of the model's input and output; the default bounds are not said."""
+    bounds = Bounds(*settings.bounds) if "bounds" in settings.model_fields_set else None
+    return Declared(bounds, settings.mean, settings.std, settings.classes)
+
+
+def opened_subject(settings: AssessSettings) -> Subject:
+    """The model at the address that the settings name."""
+    if settings.model is None:
+        raise UsageError("model is missing; give an address, as in mnist-cnn or file.py:factory")
+    said = declared(settings)
+    opened = open_model(
+        settings.model,
+        arch=settings.arch,
+        model_args=settings.model_args,
+        bounds=said.bounds,
+        mean=said.mean,
+        std=said.std,
+        classes=said.classes,
+        trust_code=settings.trust_code,
+    )
+    card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
+    return _subject(opened.model, card, opened.notes)
+
+
+def given_subject(net: nn.Module | Any, settings: AssessSettings) -> Subject:
+    """A model that a Python caller holds: known by its weights and its shape, a bare function by its code alone."""
+    model = declared(settings).wrap(net)
+    inner = model.net
+    kind = type(inner) if isinstance(inner, nn.Module) else inner
+    name = getattr(kind, "__qualname__", type(inner).__name__)
+    if isinstance(inner, nn.Module):
+        notes: tuple[str, ...] = ()
+        known = [name, str(inner), sha256_of_state(inner)]
+    else:
+        code = getattr(inner, "__code__", None)
+        known = [str(getattr(inner, "__module__", "")), name, digest(b"" if code is None else code.co_code)]
+        notes = (
+            f"{name} is a bare callable: a resumed run cannot see whether what it refers to has changed",
+        )
+    card = {"name": name, "how": "python", "digest": digest(canonical(known))}
+    return _subject(model, card, notes)
+
+
+def _subject(model: Classifier, card: Mapping[str, Any], notes: tuple[str, ...]) -> Subject:
+    said = strict(
+        {
+            "bounds": [model.bounds.low, model.bounds.high],
+            "mean": model.mean,
+            "std": model.std,
+            "classes": model.classes,
+            "access": model.access,
+        }
+    )
+    known = digest(canonical([card["digest"], said]))
+    shown = {**said, "bounds": [_end(model.bounds.low, min), _end(model.bounds.high, max)]}
+    parameters = sum(weight.numel() for weight in model.parameters())
+    return Subject(model, known, {**card, "parameters": parameters, **shown}, notes)
+
+
+def _end(side: float | torch.Tensor, which: Any) -> float:
+    return float(which(side.flatten().tolist())) if isinstance(side, torch.Tensor) else float(side)
+
+
+def opened_data(settings: AssessSettings, model: Classifier) -> Data:
+    """The examples at the address that the settings name."""
+    if settings.data is None:
+        raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
+    return open_data(
+        settings.data,
+        split=settings.split,
+        label=settings.label,
+        n=settings.n,
+        sample=settings.sample,
+        seed=settings.seed,
+        classes=model.classes,
+        bounds=model.bounds,
+    )
+
+
+def order(
+    settings: AssessSettings,
+    *,
+    attacks: Sequence[Attack] | None = None,
+    baseline: Evidence | None = None,
+    device: str | None = None,
+    command: str = "",
+) -> Order:
+    """What the settings ask for; `attacks` takes the place of a suite, `device` of the one in the settings."""
+    for name in settings.accept_doubts:
+        if name not in DOUBTS:
+            raise UsageError(f"there is no doubt {name!r}{nearest(name, DOUBTS)}")
+    claims = tuple(parse_gate(gate) for gate in settings.gates)
+    if baseline is None and any(claim.versus for claim in claims):
+        raise UsageError(
+            f"gate {next(c.text for c in claims if c.versus)!r} compares with a run; name it: --baseline RUN"
+        )
+    return Order(
+        plan(settings, attacks),
+        claims,
+        baseline,
+        settings.accept_doubts,
+        settings.batch_size,
+        time_budget_s=None if settings.time_budget is None else seconds(settings.time_budget, "time_budget"),
+        device=device_of(settings.device) if device is None else device,
+        command=command,
+    )
+
+
+def plan(settings: AssessSettings, attacks: Sequence[Attack] | None = None) -> Plan:
+    """The attacks in their order under the threat model."""
+    threat = threat_model(parse_threat(settings.threat))
+    if attacks is None and settings.attacks is not None:
+        attacks = [build(spec, f"attacks.{k}") for k, spec in enumerate(settings.attacks)]
+    if attacks is not None:
+        members, name, smallest = labelled(attacks), "", threat.constraint.eps == float("inf")
+    else:
+        chosen = suite(settings.suite or DEFAULT_SUITE, threat.constraint)
+        members, name, smallest = (
+            tuple(Member(*named) for named in chosen.attacks),
+            str(chosen),
+            chosen.smallest,
+        )
+    _refuse_endless(threat, settings, smallest=smallest)
+    probing: DoubtsWanted = "all" if name else "free"
+    return Plan(
+        _selected(members, settings.only, settings.skip),
+        threat,
+        settings.seed,
+        name,
+        smallest=smallest,
+        attacked=bool(name) and not smallest,
+        curve=_curve(threat.constraint) if settings.curve and not smallest else (),
+        full=settings.full,
+        keep_adversarial=settings.save_adversarial,
+        doubts=probing if settings.doubts else "none",
+    )
+
+
+def _curve(constraint: Constraint) -> tuple[Member, ...]:
+    return tuple(Member(*named) for named in curve(constraint))
+
+
+def _refuse_endless(threat: ThreatModel, settings: AssessSettings, *, smallest: bool) -> None:
+    """Without an eps only the smallest change can be asked for."""
+    if threat.constraint.eps == float("inf") and not smallest:
+        norm = type(threat.constraint).__name__.lower()
+        raise UsageError(
+            f"{settings.threat} has no eps, so it asks for the smallest change: choose --suite minimum-norm, "
+            f"or give an eps, as in {norm}:{_USUAL[norm]}"
+        )
+
+
+def _selected(members: tuple[Member, ...], only: Sequence[str], skip: Sequence[str]) -> tuple[Member, ...]:
+    known = {slug(member.name): member for member in members}
+    for wanted in (*only, *skip):
+        if slug(wanted) not in known:
+            raise UsageError(f"this suite has no attack {wanted!r}{nearest(slug(wanted), known)}")
+    kept = ({slug(name) for name in only} or set(known)) - {slug(name) for name in skip}
+    chosen = tuple(member for member in members if slug(member.name) in kept)
+    if not chosen:
+        raise UsageError(f"no attack is left; this suite has {', '.join(known)}")
+    return chosen
+
+
+def device_of(name: str) -> str:
+    """`auto` is an accelerator where there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device is {name!r}; expected auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device is {name!r}, but this machine shows {torch.cuda.device_count()} GPUs; use --device cpu"
+        )
+    return name
