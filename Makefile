@@ -38,10 +38,11 @@ $(DEV): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq -e '.[onnx,parquet,dev]'
 	@touch $@ $(RUN)
 
-$(BENCH): pyproject.toml constraints.txt benchmarks/requirements.txt
+$(BENCH): pyproject.toml constraints.txt benchmarks/requirements.txt benchmarks/requirements-bare.txt
 	@echo 'installing into .venv-bench'
 	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
 	@.venv-bench/bin/python -m pip install -qq -e . -r benchmarks/requirements.txt
+	@.venv-bench/bin/python -m pip install -qq --no-deps -r benchmarks/requirements-bare.txt
 	@touch $@
 
 demo: $(RUN)

@@ -1,0 +1,79 @@
+"""Measure side by side and write dated records: `make bench`, or
+
+    python -m benchmarks [--only ROW]... [--peers FOLDER] [--list]
+
+A row whose peer or network is absent is skipped, and the reason is printed.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+# Before torch is imported: one thread, for all contestants alike.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
+import torch
+
+from benchmarks import peers, record
+from benchmarks.absent import Absent
+
+ROWS = {
+    "import": "imports",
+    "odd-batches": "odd_batches",
+    "pgd-cost": "pgd_cost",
+    "pgd-dropping": "pgd_dropping",
+    "pgd-batch-norm": "batch_norm",
+    "pgd-strength": "pgd_strength",
+    "minimum-norm": "minimum_norm",
+    "square": "square",
+    "standard": "standard",
+    "standard-cost": "standard_cost",
+    "doubts": "doubts",
+}
+"""Name of a row and its module, in the order they run: cheap ones first."""
+
+
+def _module(row: str) -> ModuleType:
+    return importlib.import_module(f"benchmarks.rows.{ROWS[row]}")
+
+
+def main() -> int:
+    """0 if every claim that could be measured is met, 1 if one is missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", action="append", metavar="ROW", choices=ROWS, help="a row; may be repeated")
+    parser.add_argument("--peers", type=Path, help="folder of checkouts; see benchmarks/peers.py")
+    parser.add_argument("--list", action="store_true", help="print the rows and what each shows")
+    chosen = parser.parse_args()
+    if chosen.list:
+        for name in ROWS:
+            print(f"{name:16} {_module(name).WHAT}")
+        return 0
+    torch.set_num_threads(1)
+    missed = False
+    try:
+        peers.use(chosen.peers)
+    except Absent as why:
+        print(why, file=sys.stderr)
+        return 2
+    for name in chosen.only or ROWS:
+        row = _module(name)
+        try:
+            outcome: record.Outcome = row.measured()
+        except Absent as why:
+            print(f"{name}: skipped: {why}", flush=True)
+            continue
+        at = record.write(name, row.WHAT, outcome)
+        print(f"{name}: {at.relative_to(Path.cwd()) if at.is_relative_to(Path.cwd()) else at}")
+        for claim in outcome.claims:
+            print(f"  {'met   ' if claim.met else 'MISSED'} {claim.text}: {claim.value:.4g}", flush=True)
+            missed |= not claim.met
+    return int(missed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

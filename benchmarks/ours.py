@@ -1,0 +1,45 @@
+"""Our side of a measurement: what a user's `assess` with a list of attacks runs, on tensors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.attacks.protocol import Attack
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.evidence import Evidence
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.harness import measure
+
+NORMS: dict[str, type[Linf] | type[L2] | type[L1] | type[L0]] = {"Linf": Linf, "L2": L2, "L1": L1, "L0": L0}
+
+
+def constraint(norm: str, eps: float | None) -> Constraint:
+    """The ball of that norm; without eps, only its distance is asked."""
+    return NORMS[norm](torch.inf if eps is None else eps)
+
+
+def batch(x: Tensor, y: Tensor) -> Batch:
+    """All examples with their rows as ids."""
+    return Batch(x, y, torch.arange(len(x)))
+
+
+def assessed(
+    net: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[Attack], norm: str, eps: float | None, *,
+    seed: int = 0, queries: int | None = None, size: int = 256,
+) -> Evidence:  # fmt: skip
+    """The evidence of a list of attacks with the free doubts, exactly as the harness gathers it."""
+    threat = ThreatModel(constraint(norm, eps), queries=queries)
+    return measure(Classifier(net), [batch(x, y)], attacks, threat, seed=seed, batch_size=size)
+
+
+def robust_accuracy(evidence: Evidence) -> float:
+    """Share of all examples that are right both clean and attacked."""
+    return (evidence["correct"] & ~evidence["success"]).double().mean().item()
+
+
+def median_distance(evidence: Evidence) -> float:
+    """Median over all examples with inf kept; the lower of the two middle ones, as torch's own median."""
+    return evidence["distance"].double().quantile(0.5, interpolation="lower").item()

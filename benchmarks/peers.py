@@ -1,0 +1,94 @@
+"""Where the peers are: importable packages, and checkouts of those that live in git only.
+
+`use(folder)` puts checkouts on the import path: the folder may hold `auto-attack` (fra31/auto-attack), `adv-lib`
+(jeromerony/adversarial-library) and `sparse-imperceivable-attacks` (fra31/sparse-imperceivable-attacks). adv-lib
+imports torchvision and visdom at the top of modules that the attacks compared here never use (perceptual distances and
+live plots), so without them two empty stand-ins take their place; torchattacks is installed with `--no-deps`.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from benchmarks.absent import Absent
+
+CHECKOUTS = {
+    "autoattack": "auto-attack",
+    "adv_lib": "adv-lib",
+    "pgd_attacks_pt": "sparse-imperceivable-attacks",
+}
+DISTRIBUTIONS = {
+    "foolbox": "foolbox",
+    "art": "adversarial-robustness-toolbox",
+    "cleverhans": "cleverhans",
+    "torchattacks": "torchattacks",
+}
+_commits: dict[str, str] = {}
+
+
+def use(checkouts: Path | None) -> None:
+    """Make the checkouts under a folder importable and remember the commit of each."""
+    if checkouts is None:
+        return
+    if not checkouts.is_dir():
+        raise Absent(
+            f"{checkouts} is no folder; --peers wants the folder that holds {sorted(CHECKOUTS.values())}"
+        )
+    for name, sub in CHECKOUTS.items():
+        at = checkouts / sub
+        if (at / name).is_dir() or (at / f"{name}.py").is_file():
+            sys.path.insert(0, str(at))
+            git = subprocess.run(
+                ["git", "-C", str(at), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+            )
+            _commits[name] = git.stdout.strip()[:12] or "no commit known"
+
+
+def peer(module: str) -> ModuleType:
+    """The imported module of a peer, or `Absent` with the way to get it."""
+    top = module.partition(".")[0]
+    try:
+        with warnings.catch_warnings(), _stand_ins(top == "adv_lib"):
+            warnings.simplefilter("ignore")
+            return importlib.import_module(module)
+    except ImportError as e:
+        where = (
+            f"a checkout named {CHECKOUTS[top]} under --peers"
+            if top in CHECKOUTS
+            else f"`pip install {DISTRIBUTIONS.get(top, top)}` in the benchmarks' environment"
+        )
+        raise Absent(f"{top} does not import ({e}); it wants {where}") from e
+
+
+def version(module: str) -> str:
+    """Version of an installed peer, or the commit of a checkout."""
+    if module in _commits:
+        return _commits[module]
+    try:
+        return importlib.metadata.version(DISTRIBUTIONS.get(module, module))
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+@contextmanager
+def _stand_ins(wanted: bool) -> Iterator[None]:
+    """Empty torchvision and visdom while adv-lib is imported, where they are not installed."""
+    lent = []
+    for name in ("torchvision", "visdom") if wanted else ():
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            sys.modules[name] = types.ModuleType(name)
+            sys.modules[name].__dict__["models"] = None
+            lent.append(name)
+    try:
+        yield
+    finally:
+        for name in lent:
+            del sys.modules[name]
