@@ -23,7 +23,7 @@ SIZES = (("wide", 720.0, 300.0), ("narrow", 340.0, 260.0))
 def page(summary: Mapping[str, Any]) -> str:
     """The report of one run, made from its summary alone."""
     threat = summary["threat"]
-    return _render(
+    return render(
         "report.html.j2",
         s=summary,
         verdict_sign=words.VERDICTS[summary["verdict"]][0],
@@ -41,7 +41,7 @@ def page(summary: Mapping[str, Any]) -> str:
 _STATES = ("raised", "not measured", "clear", "not applicable")
 
 
-def _render(template: str, **content: Any) -> str:
+def render(template: str, **content: Any) -> str:
     """Fill a template; the style sheet is allowed by its hash, so that no other style and no script can run."""
     from markupsafe import Markup
 
@@ -58,7 +58,7 @@ def _read(name: str) -> str:
 def _environment() -> "Environment":
     from jinja2 import DictLoader, Environment, StrictUndefined
 
-    names = ("report.html.j2", "parts.html.j2")
+    names = ("report.html.j2", "comparison.html.j2", "parts.html.j2")
     environment = Environment(
         loader=DictLoader({name: _read(name) for name in names}),
         autoescape=True,

@@ -1,7 +1,7 @@
 """The summary for a terminal: strings, so that the command line alone decides which stream gets what."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from holdfast.reports.numbers import count, percent, seconds
@@ -38,7 +38,7 @@ def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
             says = printable(doubt["says"] or doubt["title"])
             lines.append(f"doubt {printable(doubt['name'])} {'accepted' if reason else 'open'}: {says}")
             lines.append(f" Accepted because: {printable(reason)}\n" if reason else "\n")
-    return _as_string(lines, colour=colour, width=None)
+    return as_string(lines, colour=colour, width=None)
 
 
 def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None) -> str:
@@ -46,31 +46,21 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
     doubts = [doubt for doubt in summary["doubts"] if doubt["state"] != "raised"]
     states = "  ".join(f"{_STATES[doubt['state']]} {printable(doubt['name'])}" for doubt in doubts)
     parts = [attack_table(summary, narrow=width is not None and width < _WIDE), metric_table(summary)]
-    text = "\n".join(_as_string(part, colour=colour, width=width) for part in parts if part.row_count)
+    text = "\n".join(as_string(part, colour=colour, width=width) for part in parts if part.row_count)
     return text + (f"\ndoubts  {states}\n" if states else "")
 
 
 def attack_table(summary: Mapping[str, Any], *, narrow: bool = False) -> "Table":
     """What is left after each attack; without intervals and queries where there is little room."""
     threat, suite = summary["threat"]["constraint"], summary["suite"]
-    table = _table(f"{summary['n']:,} {summary['noun']}, {threat}" + (f", {suite}" if suite else ""))
+    title = f"{summary['n']:,} {summary['noun']}, {threat}" + (f", {suite}" if suite else "")
     headings = ("attack", "broke", "standing", "share", "time", "interval", "queries")[: 5 if narrow else 7]
-    for heading in headings:
-        table.add_column(
-            heading, justify="left" if heading == "attack" else "right", no_wrap=heading != "attack"
-        )
+    table = grid(title, headings)
     clean = summary["metrics"].get("clean_accuracy")
     if clean and summary["threat"]["goal"] is None:
         standing = round(clean["value"] * clean["n"])
-        cells = [
-            "no attack",
-            "",
-            count(standing),
-            percent(clean["value"]),
-            "",
-            interval("clean_accuracy", clean),
-            "",
-        ]
+        sure = interval("clean_accuracy", clean)
+        cells = ["no attack", "", count(standing), percent(clean["value"]), "", sure, ""]
         table.add_row(*cells[: len(headings)])
     for attack in summary["attacks"]:
         table.add_row(*_attack_cells(attack)[: len(headings)])
@@ -80,7 +70,7 @@ def attack_table(summary: Mapping[str, Any], *, narrow: bool = False) -> "Table"
 def _attack_cells(attack: Mapping[str, Any]) -> list["Text | str"]:
     after = attack["robust_accuracy"]
     return [
-        _plain(attack["name"]),
+        cell(attack["name"]),
         count(attack["standing_before"] - attack["standing_after"]),
         count(attack["standing_after"]),
         percent(after["value"]) if after else "–",
@@ -92,12 +82,12 @@ def _attack_cells(attack: Mapping[str, Any]) -> list["Text | str"]:
 
 def metric_table(summary: Mapping[str, Any]) -> "Table":
     """Every metric with its interval."""
-    table = _table(f"metrics, {100 * summary['confidence']:.0f} % intervals")
-    for heading in ("metric", "value", "interval", "n"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
+    table = grid(
+        f"metrics, {100 * summary['confidence']:.0f} % intervals", ("metric", "value", "interval", "n")
+    )
     for name, estimate in summary["metrics"].items():
         table.add_row(
-            _plain(label(name)),
+            cell(label(name)),
             shown(name, estimate["value"]),
             interval(name, estimate),
             count(estimate["n"]),
@@ -105,23 +95,33 @@ def metric_table(summary: Mapping[str, Any]) -> "Table":
     return table
 
 
-def _table(title: str) -> "Table":
+def grid(title: str, headings: Sequence[str]) -> "Table":
+    """An empty table, its first column to the left and the others to the right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    return Table(
-        title=_plain(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    table = Table(
+        title=cell(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
     )
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if place else "left", no_wrap=place > 0)
+    return table
 
 
-def _plain(text: str) -> "Text":
+def shown_or_dash(metric: str, estimate: Mapping[str, Any] | None) -> str:
+    """The value of a metric, a dash where it was not measured."""
+    return shown(metric, estimate["value"]) if estimate else "–"
+
+
+def cell(text: str) -> "Text":
     """Text that is shown as it is: no markup, nothing that a terminal would obey."""
     from rich.text import Text
 
     return Text(printable(text))
 
 
-def _as_string(renderable: Any, *, colour: bool, width: int | None) -> str:
+def as_string(renderable: Any, *, colour: bool, width: int | None) -> str:
+    """What the terminal would show, in lines of `width` or as long as they come."""
     from rich.console import Console
 
     file = io.StringIO()

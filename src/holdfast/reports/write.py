@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -62,9 +62,13 @@ WRITERS: Mapping[str, Callable[[Summary, "Columns", TextIO], None]] = {
 """What each suffix brings."""
 
 
-def check(path: Path) -> None:
+COMPARISON_SUFFIXES = (".html", ".json", ".md")
+"""What a comparison can be written as."""
+
+
+def check(path: Path, suffixes: Collection[str] = WRITERS.keys()) -> None:
     """Refuse what cannot be written before anything runs: `UsageError` for the suffix, `TargetError` for the place."""
-    _writer(path)
+    _known(path, suffixes)
     if path.is_dir():
         raise TargetError(f"{path} is a folder; a report is a file, as in {path / 'report.html'}")
     folder = path.absolute().parent
@@ -78,10 +82,26 @@ def check(path: Path) -> None:
 
 def write(summary: Summary, columns: "Columns", path: Path) -> None:
     """Write the report that the suffix asks for, whole or not at all; folders are made where they are missing."""
-    writer = _writer(path)
+    writer = WRITERS[_known(path, WRITERS)]
+    with _explained(path), replacing(path) as file:
+        writer(summary, columns, file)
+
+
+def write_comparison(content: Summary, path: Path) -> None:
+    """Write what `comparison` found, in the same way."""
+    from holdfast.reports import comparison
+
+    render = {".html": comparison.page, ".json": comparison.to_json, ".md": comparison.markdown}
+    suffix = _known(path, COMPARISON_SUFFIXES)
+    with _explained(path), replacing(path) as file:
+        file.write(render[suffix](content))
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what the system refuses into an error that says the way out."""
     try:
-        with replacing(path) as file:
-            writer(summary, columns, file)
+        yield
     except OSError as error:
         raise TargetError(
             f"{path} cannot be written: {error.strerror or error}; free some space or choose another place with -o"
@@ -113,11 +133,12 @@ def _umask() -> int:
     return mask
 
 
-def _writer(path: Path) -> Callable[[Summary, "Columns", TextIO], None]:
-    writer = WRITERS.get(path.suffix.lower())
-    if writer is None:
-        suffix = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
+def _known(path: Path, suffixes: Collection[str]) -> str:
+    """The suffix of the path, if it is one of those."""
+    suffix = path.suffix.lower()
+    if suffix not in suffixes:
+        has = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
         raise UsageError(
-            f"-o {path} has {suffix}; expected one of {' '.join(WRITERS)}, or - for JSON on stdout"
+            f"-o {path} has {has}; expected one of {' '.join(suffixes)}, or - for JSON on stdout"
         )
-    return writer
+    return suffix

@@ -1,0 +1,243 @@
+"""Two runs of the same examples side by side: paired differences, an exact test, and who changed sides."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Evidence
+from holdfast.core.types import Mask
+from holdfast.metrics.columns import Absent, robust
+from holdfast.metrics.paired import Pairs, clean_accuracy_drop, pairs, regression
+from holdfast.ops.statistics import mcnemar
+from holdfast.reports.curves import estimate
+from holdfast.reports.numbers import count, number, percent, plain, strict
+from holdfast.reports.words import capitalized, label
+
+Json = dict[str, Any]
+
+COMPARISON_VERSION = 1
+"""Raised when a reader of the last version would misread this one."""
+MOST_FLIPPED = 1000
+"""Examples listed on each side; the counts are of all of them."""
+
+
+def comparison(
+    first: Evidence,
+    second: Evidence,
+    summaries: tuple[Mapping[str, Any], Mapping[str, Any]],
+    *,
+    confidence: float = 0.95,
+) -> Json:
+    """What changed from the first run to the second, on the examples that both hold, paired by their content.
+
+    `summaries` are those of the two runs. Raises `UsageError` where the runs share no example.
+    """
+    shared = pairs(first, second)
+    notes = _differences(*summaries, len(first), len(second), len(shared))
+    paired = {
+        "clean_accuracy": _paired(
+            (first["correct"], second["correct"]),
+            clean_accuracy_drop(first, second, confidence),
+            shared,
+        )
+    }
+    flipped: Json = {}
+    try:
+        held = robust(first, "robust_accuracy"), robust(second, "robust_accuracy")
+        paired = {"robust_accuracy": _paired(held, regression(first, second, confidence), shared)} | paired
+        flipped = _flipped(first, second, held, shared)
+    except Absent as absent:
+        notes.append(f"robust accuracy is not compared: {absent}")
+    names = list(dict.fromkeys([*summaries[0]["metrics"], *summaries[1]["metrics"]]))
+    content = {
+        "schema_version": COMPARISON_VERSION,
+        "verb": "compare",
+        "headline": "",
+        "n": len(shared),
+        "noun": summaries[0]["noun"],
+        "confidence": confidence,
+        "runs": [_run(summary) for summary in summaries],
+        "paired": paired,
+        "flipped": flipped,
+        "metrics": {name: [summary["metrics"].get(name) for summary in summaries] for name in names},
+        "notes": notes,
+    }
+    content["headline"] = headline(content)
+    written: Json = strict(content)
+    return written
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """The comparison as strict JSON, ending with a newline."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def headline(content: Mapping[str, Any]) -> str:
+    """What changed, in one sentence."""
+    metric, found = next(iter(content["paired"].items()))
+    before, after = (percent(found[side]) for side in ("first", "second"))
+    change, p = found["difference"], found["p"]
+    what = "survive every attack tried" if metric == "robust_accuracy" else "are right without any attack"
+    sentence = f"Of {count(content['n'])} shared {content['noun']}, {after} {what} in the second run and {before} before"
+    doubtful = number(change["low"]) <= 0 <= number(change["high"])
+    said = "no difference that these examples can show, " if doubtful else ""
+    sure = f"{100 * content['confidence']:.0f} % interval {signed(change['low'])} to {signed(change['high'])}"
+    return f"{sentence}: {said}{signed(change['value'])} points ({sure}, exact McNemar p = {plain(p, 2)})."
+
+
+def points(change: Mapping[str, Any]) -> str:
+    """A difference of shares with its interval: `−3.5 points (−5.8 to −1.2)`."""
+    return f"{signed(change['value'])} points ({signed(change['low'])} to {signed(change['high'])})"
+
+
+def signed(share: float | str) -> str:
+    """A difference of shares in points, with its sign unless it is none."""
+    text = f"{100 * number(share):+.1f}".replace("-", "−")
+    return "0.0" if text in {"+0.0", "−0.0"} else text
+
+
+def _paired(judged: tuple[Mask, Mask], difference: Estimate, shared: Pairs) -> Json:
+    before, after = judged[0][shared.first].bool(), judged[1][shared.second].bool()
+    test = mcnemar(before, after)
+    return {
+        "first": float(before.double().mean()),
+        "second": float(after.double().mean()),
+        "difference": estimate(difference),
+        "only_first": test.only_first,
+        "only_second": test.only_second,
+        "p": test.p,
+    }
+
+
+def _flipped(first: Evidence, second: Evidence, held: tuple[Mask, Mask], shared: Pairs) -> Json:
+    """Who stood in one run and fell in the other, by the ids of both."""
+    before, after = held[0][shared.first].bool(), held[1][shared.second].bool()
+    ids = first["id"][shared.first], second["id"][shared.second]
+    return {"lost": _side(before & ~after, ids), "gained": _side(after & ~before, ids)}
+
+
+def _side(mask: Mask, ids: tuple[Tensor, Tensor]) -> Json:
+    rows = mask.nonzero()[:, 0]
+    listed = [list(pair) for pair in zip(*(some[rows[:MOST_FLIPPED]].tolist() for some in ids), strict=True)]
+    return {"n": len(rows), "ids": listed}
+
+
+def _run(summary: Mapping[str, Any]) -> Json:
+    return {
+        "run": summary["run"].get("folder", ""),
+        "model": str(summary["model"].get("name", "model")),
+        "data": str(summary["data"].get("name", "data")),
+        "threat": summary["threat"]["constraint"],
+        "suite": summary["suite"] or "a list of attacks",
+        "seed": summary["seed"],
+        "n": summary["n"],
+        "verdict": summary["verdict"],
+        "open_doubts": [
+            doubt["name"]
+            for doubt in summary["doubts"]
+            if doubt["state"] == "raised" and doubt["name"] not in summary["accepted_doubts"]
+        ],
+    }
+
+
+def _differences(
+    first: Mapping[str, Any], second: Mapping[str, Any], n_first: int, n_second: int, n_shared: int
+) -> list[str]:
+    """What a reader must know before believing the difference."""
+    sides = _run(first), _run(second)
+    notes = [
+        f"{key} differs: {sides[0][key]} in the first run, {sides[1][key]} in the second"
+        for key in ("threat", "suite")
+        if sides[0][key] != sides[1][key]
+    ]
+    if any(first["threat"][key] != second["threat"][key] for key in ("goal", "access", "queries")):
+        notes.append("goal, access or query budget differ between the two runs")
+    if not n_shared == n_first == n_second:
+        notes.append(
+            f"{count(n_shared)} examples are in both runs, of {count(n_first)} and {count(n_second)}"
+        )
+    for place, side in zip(("first", "second"), sides, strict=True):
+        if side["open_doubts"]:
+            notes.append(f"doubts are open in the {place} run: {', '.join(side['open_doubts'])}")
+    return notes
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """The comparison for a pull request."""
+    from holdfast.reports.markdown import escaped, table
+
+    lines = ["## Comparison", "", escaped(content["headline"]), ""]
+    lines += [f"- {escaped(capitalized(note))}" for note in content["notes"]] + (
+        [""] if content["notes"] else []
+    )
+    runs = [("run", *(escaped(f"{run['model']} on {run['data']}") for run in content["runs"]))]
+    runs += [
+        (key, *(escaped(str(run[key])) for run in content["runs"])) for key in ("threat", "suite", "verdict")
+    ]
+    lines += table(("", "first", "second"), runs)
+    rows = [
+        (
+            label(name),
+            percent(found["first"]),
+            percent(found["second"]),
+            points(found["difference"]),
+            plain(found["p"], 2),
+        )
+        for name, found in content["paired"].items()
+    ]
+    lines += table(("paired", "first", "second", "difference", "p"), rows)
+    for side, words in SIDES.items():
+        if side in content["flipped"]:
+            flipped = content["flipped"][side]
+            lines.append(f"- {words}: {count(flipped['n'])}{_some(flipped)}")
+    return "\n".join([*lines, ""])
+
+
+SIDES = {
+    "lost": "Stood in the first run, fell in the second",
+    "gained": "Fell in the first run, stood in the second",
+}
+"""The two ways of changing sides."""
+
+
+def _some(flipped: Mapping[str, Any], most: int = 20) -> str:
+    """A few ids, and how many more there are."""
+    if not flipped["n"]:
+        return ""
+    ids = ", ".join(f"#{pair[0]}" for pair in flipped["ids"][:most])
+    more = flipped["n"] - most
+    return f" ({ids}{f' and {count(more)} more' if more > 0 else ''})"
+
+
+def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) -> str:
+    """The comparison for a terminal."""
+    from holdfast.reports.terminal import as_string, cell, grid, shown_or_dash
+
+    paired = grid(
+        f"{count(content['n'])} shared {content['noun']}", ("paired", "first", "second", "difference", "p")
+    )
+    for name, found in content["paired"].items():
+        shares = percent(found["first"]), percent(found["second"])
+        paired.add_row(label(name), *shares, points(found["difference"]), plain(found["p"], 2))
+    metrics = grid("metrics", ("metric", "first", "second"))
+    for name, both in content["metrics"].items():
+        metrics.add_row(cell(label(name)), *(shown_or_dash(name, found) for found in both))
+    lines = [
+        f"{words}: {count(flipped['n'])}{_some(flipped)}"
+        for side, words in SIDES.items()
+        if (flipped := content["flipped"].get(side))
+    ]
+    lines += [f"note: {note}" for note in content["notes"]]
+    tables = "\n".join(as_string(each, colour=colour, width=width) for each in (paired, metrics))
+    head = f"{cell(content['headline'])}\n\n"
+    return head + tables + "".join(f"\n{cell(line)}" for line in lines) + "\n"
+
+
+def page(content: Mapping[str, Any]) -> str:
+    """The comparison as one self-contained page."""
+    from holdfast.reports.html import render
+
+    return render("comparison.html.j2", s=content, sides=SIDES, points=points, some=_some)

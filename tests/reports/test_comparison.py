@@ -1,0 +1,134 @@
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+
+from holdfast.core.constraints import L2, Linf
+from holdfast.core.errors import UsageError
+from holdfast.core.threat import ThreatModel
+from holdfast.reports import comparison
+from holdfast.reports.write import COMPARISON_SUFFIXES, check, write_comparison
+from reports import made
+
+
+@pytest.fixture(scope="module")
+def first():
+    return made.evidence(400, gallery=0)
+
+
+def _changed(evidence, lost, gained, **changes):
+    """The same examples; some standing ones fall, some fallen ones stand."""
+    success = evidence["success"].clone()
+    held = evidence["correct"] & ~success
+    success[held.nonzero()[:lost, 0]] = True
+    success[(evidence["correct"] & evidence["success"]).nonzero()[:gained, 0]] = False
+    columns = dict(evidence.columns) | {"success": success}
+    return dataclasses.replace(evidence, columns=columns, **changes)
+
+
+def _compared(first, second):
+    return comparison.comparison(first, second, (made.summarised(first), made.summarised(second)))
+
+
+def test_pairs_count_who_changed_sides(first):
+    content = _compared(first, _changed(first, lost=30, gained=4))
+    paired = content["paired"]["robust_accuracy"]
+    assert (paired["only_first"], paired["only_second"]) == (30, 4)
+    assert paired["difference"]["value"] == pytest.approx(-26 / 400)
+    assert paired["second"] - paired["first"] == pytest.approx(-26 / 400)
+    assert paired["difference"]["low"] < paired["difference"]["value"] < paired["difference"]["high"] < 0
+    assert paired["p"] < 1e-4
+    assert content["flipped"]["lost"]["n"] == 30
+    assert content["flipped"]["gained"]["n"] == 4
+    assert "−6.5 points" in content["headline"]
+    assert "no difference" not in content["headline"]
+
+
+def test_the_same_run_twice_shows_no_difference(first):
+    content = _compared(first, first)
+    paired = content["paired"]["robust_accuracy"]
+    assert (paired["only_first"], paired["only_second"], paired["p"]) == (0, 0, 1.0)
+    assert "no difference that these examples can show, 0.0 points" in content["headline"]
+    assert not any("differ" in note for note in content["notes"])
+
+
+def test_examples_are_paired_by_content_and_not_by_place(first):
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(3))[:250]
+    columns = {name: column[order] for name, column in first.columns.items()}
+    columns["id"] = columns["id"] + 5000
+    content = _compared(first, dataclasses.replace(first, columns=columns))
+    assert content["n"] == 250
+    assert content["paired"]["robust_accuracy"]["only_first"] == 0
+    assert any("250 examples are in both runs, of 400 and 250" in note for note in content["notes"])
+    moved = _changed(dataclasses.replace(first, columns=columns), lost=1, gained=0)
+    ((before, after),) = _compared(first, moved)["flipped"]["lost"]["ids"]
+    assert after >= 5000 > before
+    assert (first["digest"][before] == moved["digest"][(moved["id"] == after).nonzero()[0, 0]]).all()
+
+
+def test_runs_without_a_shared_example_are_refused(first):
+    with pytest.raises(UsageError, match="share no example"):
+        _compared(first, made.evidence(50, seed=9, gallery=0))
+
+
+def test_what_makes_the_runs_different_questions_is_said(first):
+    second = dataclasses.replace(first, threat=ThreatModel(Linf(0.1), queries=10), suite="quick@1", doubts=())
+    notes = _compared(first, second)["notes"]
+    assert "threat differs: linf:0.2 in the first run, linf:0.1 in the second" in notes
+    assert "suite differs: standard@1 in the first run, quick@1 in the second" in notes
+    assert "goal, access or query budget differ between the two runs" in notes
+    assert "doubts are open in the first run: black-box" in notes
+
+
+def test_runs_without_robust_accuracy_compare_the_rest(first):
+    second = dataclasses.replace(first, threat=ThreatModel(L2()))
+    content = _compared(first, second)
+    assert list(content["paired"]) == ["clean_accuracy"]
+    assert any("robust accuracy is not compared" in note for note in content["notes"])
+    for suffix in ("page", "markdown", "to_json"):
+        assert getattr(comparison, suffix)(content)
+
+
+def test_every_output_says_the_same(first, tmp_path):
+    content = _compared(first, _changed(first, lost=30, gained=4))
+    for suffix in COMPARISON_SUFFIXES:
+        path = tmp_path / f"compared{suffix}"
+        check(path, COMPARISON_SUFFIXES)
+        write_comparison(content, path)
+        text = path.read_text(encoding="utf-8")
+        assert "6.5" in text
+        assert "30" in text
+    assert json.loads((tmp_path / "compared.json").read_text()) == content
+    shown = comparison.text(content, colour=False)
+    assert content["headline"] in shown
+    assert "Stood in the first run, fell in the second: 30 (#" in shown
+    assert "and 10 more" in shown
+    with pytest.raises(UsageError, match=r"\.html \.json \.md"):
+        check(tmp_path / "x.sarif", COMPARISON_SUFFIXES)
+
+
+@pytest.mark.parametrize(
+    "text", ["<script>alert(1)</script>", "\x1b[2J", "| a | `b`", '"><img src=x onerror=y>']
+)
+def test_names_of_users_are_shown_and_not_obeyed(first, text):
+    named = {
+        "model": {"name": text},
+        "data": {"name": text, "noun": text, "classes": made.CLASSES},
+        "suite": text,
+    }
+    content = _compared(dataclasses.replace(first, **named), dataclasses.replace(first, suite=f"{text}2"))
+    page = comparison.page(content)
+    assert not re.search(r"<(script|img)", page)
+    assert "\x1b" not in page + comparison.markdown(content) + comparison.text(content, colour=False)
+    assert (
+        len(
+            {
+                line.count("|") - line.count("\\|")
+                for line in comparison.markdown(content).splitlines()
+                if line[:1] == "|"
+            }
+        )
+        == 2
+    )
