@@ -81,7 +81,8 @@ def headline(content: Mapping[str, Any]) -> str:
     before, after = (percent(found[side]) for side in ("first", "second"))
     change, p = found["difference"], found["p"]
     what = "survive every attack tried" if metric == "robust_accuracy" else "are right without any attack"
-    sentence = f"Of {count(content['n'])} shared {content['noun']}, {after} {what} in the second run and {before} before"
+    shared = f"{count(content['n'])} shared {content['noun']}"
+    sentence = f"Of {shared}, {after} {what} in the second run and {before} before"
     doubtful = number(change["low"]) <= 0 <= number(change["high"])
     said = "no difference that these examples can show, " if doubtful else ""
     sure = f"{100 * content['confidence']:.0f} % interval {signed(change['low'])} to {signed(change['high'])}"
