@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -148,6 +149,14 @@ def test_damage_is_named(tmp_path: Path) -> None:
         read_weights(tmp_path / "empt.pt")
 
 
+def test_the_tar_format_of_old_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "w.pt", "w") as tar:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(TargetError, match=r"w\.pt"):
+        read_weights(tmp_path / "w.pt")
+
+
 def test_a_tensor_far_larger_than_its_file_meets_the_memory_limit(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1).expand(10**10)}, tmp_path / "w.pt")
     assert (tmp_path / "w.pt").stat().st_size < 10_000
@@ -161,7 +170,7 @@ def test_a_file_without_tensors_says_what_it_holds(content: object) -> None:
         state_dict(content)
 
 
-def test_real_checkpoints_are_read(real_models: Path) -> None:
-    found = read_weights(real_models / "cifar_resnet20.th")
+def test_real_checkpoints_are_read(models_folder: Path) -> None:
+    found = read_weights(models_folder / "cifar_resnet20.th")
     assert len(found.tensors) == 97
     assert found.notes == ("the state dict was taken from the entry 'state_dict'",)

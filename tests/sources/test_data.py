@@ -52,6 +52,8 @@ def test_splits_and_selections(tmp_path: Path) -> None:
     assert torch.equal(read_all(open_data(address, split="train")), read_all(open_data(address)).flip(0))
     assert open_data(address, n=5).read(0, 5).ids.tolist() == [0, 1, 2, 3, 4]
     assert len(open_data(address, n=100)) == 12
+    assert open_data(address, n=100).notes == ("100 examples were asked for; there are 12",)
+    assert open_data(address, n=12).notes == ()
     drawn = [open_data(address, sample=5, seed=seed).read(0, 5).ids.tolist() for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0] == sorted(set(drawn[0]))
@@ -392,8 +394,8 @@ def test_bounds_may_be_one_per_feature() -> None:
         as_data(torch.rand(2, 3), y, bounds=bounds)
 
 
-def test_real_data_is_read(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOLDFAST_DATA", str(real_data))
+def test_real_data_is_read(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOLDFAST_DATA", str(data_folder))
     for name, shape in {"mnist": (1, 28, 28), "gtsrb": (3, 32, 32), "pneumoniamnist": (1, 28, 28)}.items():
         data = open_data(name, n=10)
         assert data.read(0, 10).x.shape == (10, *shape)

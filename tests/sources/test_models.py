@@ -193,12 +193,12 @@ def test_bundled_models_open_by_name() -> None:
         open_model(name[:-1])
 
 
-def test_real_models_open_by_factory_and_by_weights(real_models: Path) -> None:
-    file = real_models / "mnist_trades_smallcnn.pt"
-    code = real_models / "architectures.py"
+def test_real_models_open_by_factory_and_by_weights(models_folder: Path) -> None:
+    file = models_folder / "mnist_trades_smallcnn.pt"
+    code = models_folder / "architectures.py"
     by_factory = open_model(f"{code}:mnist_trades_smallcnn", model_args={"path": str(file)})
     by_weights = open_model(str(file), arch=f"{code}:SmallCNN")
     x = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(by_factory.model(x), by_weights.model(x))
     with pytest.raises(TargetError, match="do not fit SmallCNN: missing"):
-        open_model(str(real_models / "mnist_badnet.pth"), arch=f"{code}:SmallCNN")
+        open_model(str(models_folder / "mnist_badnet.pth"), arch=f"{code}:SmallCNN")

@@ -1,6 +1,6 @@
 """The importer against onnxruntime: every operator, whole networks with their gradients, and hostile files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,7 @@ CASES: dict[str, dict[str, Any]] = {name: op(name) for name in UNARY} | {
     "Mul": op("Mul", floats(7)),
     "Div": op("Div", floats(3, 6, 7)),
     "Pow": op("Pow", np.array(2.5, np.float32)),
+    "Mod": op("Mod", np.array(-0.3, np.float32), fmod=1),
     "Max": op("Max", floats(7), floats(6, 1)),
     "Min": op("Min", floats(7)),
     "Sum": op("Sum", floats(7), floats(3, 1, 1)),
@@ -461,6 +462,45 @@ def test_a_residual_network_and_its_gradients_agree_with_the_original(tmp_path: 
     assert (modules.count(nn.Conv2d), modules.count(nn.BatchNorm2d), modules.count(nn.Linear)) == (6, 4, 1)
 
 
+class Transformer(nn.Module):
+    """Patches, a class token, positions and attention, as a reference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = nn.Conv2d(3, 16, 8, 8)
+        self.token, self.places = nn.Parameter(torch.randn(1, 1, 16)), nn.Parameter(torch.randn(1, 5, 16))
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, activation="gelu")
+        self.encoder, self.head = (
+            nn.TransformerEncoder(layer, 1, enable_nested_tensor=False),
+            nn.Linear(16, 4),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        patches = self.patches(x).flatten(2).transpose(1, 2)
+        rows = torch.cat((self.token.expand(x.shape[0], -1, -1), patches), 1) + self.places
+        return self.head(self.encoder(rows)[:, 0])
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter that needs no further package is deprecated
+@pytest.mark.parametrize("free", [True, False], ids=["free batch", "batch of one"])
+@pytest.mark.parametrize("make", [residual, Transformer])
+def test_what_torch_exports_agrees_with_the_original(
+    tmp_path: Path, make: Callable[[], nn.Module], *, free: bool
+) -> None:
+    net = make().eval()
+    example = torch.rand(2 if free else 1, 3, 16, 16)
+    axes = {"x": {0: "n"}, "y": {0: "n"}} if free else None
+    names = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": axes}
+    torch.onnx.export(net, (example,), str(tmp_path / "m.onnx"), dynamo=False, opset_version=17, **names)
+    opened = open_model(str(tmp_path / "m.onnx"))
+    assert opened.access == "gradients"
+    x = torch.rand(5, 3, 16, 16, requires_grad=True)
+    torch.testing.assert_close(opened.model(x), net(x), rtol=1e-4, atol=1e-4)
+    ours, theirs = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (opened.model, net))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
 def linear_model(path: Path, **settings: Any) -> str:
     return write(path, [node("Gemm", "x w", "y")], {"w": floats(5, 3)}, shape=(N, 5), **settings)
 
@@ -599,8 +639,8 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
             "only the first size, the batch, may be free",
         ),
         ([node("Flatten", "x", "y")], {"dtype": TensorProto.UINT8}, "takes uint8 inputs"),
-        ([node("Identity", "x", "y")], {}, r"returns y \(2, 3, 6, 7\) for 2 inputs; float logits"),
-        ([node("Flatten", "x", "y", axis=2)], {}, r"returns y \(6, 42\) for 2 inputs; float logits"),
+        ([node("Identity", "x", "y")], {}, r"returns y \(3, 3, 6, 7\) for 3 inputs; float logits"),
+        ([node("Flatten", "x", "y", axis=2)], {}, r"returns y \(9, 42\) for 3 inputs; float logits"),
     ],
 )
 def test_what_is_no_classifier_is_refused(

@@ -1,7 +1,7 @@
 """Opens a data set from the address that a user gives, whatever its form."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from holdfast.core.errors import TargetError, UsageError
@@ -39,6 +39,33 @@ def open_data(
     where there is one. Bounds are those of the model: floats outside them are refused.
     """
     bounds = bounds or Bounds()
+    data = _opened(address, split, label, n, sample, seed, classes, bounds)
+    wanted = n or sample or 0
+    if len(data) < wanted:
+        data = replace(data, notes=(*data.notes, f"{wanted} examples were asked for; there are {len(data)}"))
+    return data
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The file or folder behind an address, and what the catalogue knows of it."""
+
+    path: Path
+    classes: tuple[str, ...] | None = None
+    label: str | None = None
+    drop: tuple[str, ...] = ()
+
+
+def _opened(
+    address: str,
+    split: str | None,
+    label: str | None,
+    n: int | None,
+    sample: int | None,
+    seed: int,
+    classes: int | None,
+    bounds: Bounds,
+) -> Arrays | Pictures:
     place = _located(address)
     path = place.path
     if path.is_dir():
@@ -74,16 +101,6 @@ def open_data(
     if names is None and "classes" in archive.names:
         names = tuple(str(name) for name in archive.array("classes"))
     return from_numpy(address, x, y, rows, classes=classes, class_names=names, bounds=bounds)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """The file or folder behind an address, and what the catalogue knows of it."""
-
-    path: Path
-    classes: tuple[str, ...] | None = None
-    label: str | None = None
-    drop: tuple[str, ...] = ()
 
 
 def _located(address: str) -> _Place:

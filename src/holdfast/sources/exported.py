@@ -106,8 +106,6 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
             f"{str(path)!r} could not be opened by torch {torch.__version__}: {first[:200]}"
         ) from error
     size = _batch_size(program)
-    for parameter in net.parameters():
-        parameter.requires_grad_(False)
     return Program(net if size is None else FixedBatch(net, size), size)
 
 

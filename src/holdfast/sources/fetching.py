@@ -87,21 +87,17 @@ def import_folder(folder: Path) -> tuple[Imported, ...]:
         )
     if folder.resolve() == data_folder().resolve():
         raise UsageError(f"{str(folder)!r} is the data folder itself; name the folder to import from")
-    found = []
+    found = {name: files for name, entry in CATALOGUE.items() if (files := _files(folder, entry))}
+    if not found:
+        looked_for = ", ".join(_importable())
+        raise TargetError(f"{str(folder)!r} holds no data set that is known; {looked_for} were looked for")
     try:
         data_folder().mkdir(parents=True, exist_ok=True)
-        for name, entry in CATALOGUE.items():
-            files = _files(folder, entry)
-            if files:
-                _bring(folder, entry, files)
-                found.append(Imported(name, data_folder() / entry.file, files))
+        for name, files in found.items():
+            _bring(folder, CATALOGUE[name], files)
     except OSError as error:
         raise _unwritable(error) from error
-    if not found:
-        raise TargetError(
-            f"{str(folder)!r} holds no data set that is known; {', '.join(_importable())} were looked for"
-        )
-    return tuple(found)
+    return tuple(Imported(name, data_folder() / CATALOGUE[name].file, files) for name, files in found.items())
 
 
 def _importable() -> list[str]:
@@ -110,10 +106,13 @@ def _importable() -> list[str]:
 
 def _files(folder: Path, entry: Entry) -> tuple[str, ...]:
     """The files of a folder that make a data set, in the first form that is complete."""
-    official = tuple(remote.file for remote in entry.remotes)
-    for form in ((entry.file,), entry.parts, official):
+    for form in ((entry.file,), entry.parts):
         if form and all((folder / file).is_file() for file in form):
             return form
+    # MNIST and Fashion-MNIST publish files of the same names, so these are known by their checksums only.
+    official = [(folder / remote.file, remote.md5) for remote in entry.remotes]
+    if official and all(path.is_file() and _md5(path) == md5 for path, md5 in official):
+        return tuple(path.name for path, _ in official)
     return ()
 
 
@@ -150,6 +149,8 @@ def _receive(remote: Remote, partial: Path, progress: Progress) -> None:
                     file.write(chunk)
                     done += len(chunk)
                     progress(remote.file, done, total)
+            if done < total:
+                raise ConnectionError(f"it broke off after {megabytes(done)} of {megabytes(total)}")
     except urllib.error.HTTPError as error:
         if error.code == 416:  # all of it is here already; the checksum decides
             return

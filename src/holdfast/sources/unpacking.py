@@ -7,7 +7,6 @@ nothing of the package, so that it starts as fast as torch does.
 import json
 import pickle
 import re
-import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +33,14 @@ CPU_SECONDS = 240
 
 
 def limit(path: Path) -> None:
-    """Cap address space and CPU time; what is mapped by torch already is not counted against the file."""
+    """Cap memory, CPU time and what is written; what torch has mapped already is not counted against the file.
+
+    Windows has no such limits; there the checks of the zip directory and `weights_only` are what is left.
+    """
+    try:
+        import resource
+    except ImportError:
+        return
     allowance = 4 * path.stat().st_size + SPARE_BYTES
     mapped = Path("/proc/self/statm")
     if mapped.exists():
@@ -43,6 +49,7 @@ def limit(path: Path) -> None:
     else:
         resource.setrlimit(resource.RLIMIT_DATA, (2**30 + allowance, 2**30 + allowance))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (allowance, allowance))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

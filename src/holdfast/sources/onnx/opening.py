@@ -116,7 +116,8 @@ def _imported(file: OnnxFile, output: str) -> tuple[nn.Module, tuple[str, ...]]:
 
 def _chosen_output(file: OnnxFile, path: Path) -> tuple[str, int, tuple[str, ...]]:
     """The first output that is a float for every class of every example, and how many classes there are."""
-    runtime, n = Runtime(file), file.input.shape[0] or 2
+    # Three rows: a file that was written with the size of one example inside gives itself away before the attack.
+    runtime, n = Runtime(file), file.input.shape[0] or 3
     found = dict(zip(runtime.outputs, runtime.all(random_batch(file, n)), strict=True))
     scores = {name: y for name, y in found.items() if y.dim() == 2 and len(y) == n and y.is_floating_point()}
     if not scores:

@@ -74,6 +74,13 @@ def quotient(a: Tensor, b: Tensor) -> Tensor:
     return torch.div(a, b, rounding_mode="trunc")
 
 
+def modulo(step: Step) -> Value:
+    """The remainder of a division, with the sign of the divisor; with `fmod` that of the dividend."""
+    return step.builder.call(
+        torch.fmod if step.setting("fmod", 0) else torch.remainder, step.x, step.input(1)
+    )
+
+
 def clip(step: Step) -> Value:
     """Values held between two constants; the limits were attributes once and are inputs now."""
     low, high = (
@@ -157,6 +164,7 @@ POINTWISE: dict[str, Operator] = {
     "Mean": mean,
     "Min": _variadic(torch.minimum),
     "Mish": _activation("mish", lambda _: nn.Mish()),
+    "Mod": modulo,
     "Mul": _binary(torch.mul),
     "Neg": _unary(torch.neg),
     "Not": _unary(torch.logical_not),
