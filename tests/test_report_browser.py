@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.reports import comparison
 from holdfast.reports.html import page
 from reports import made
 
@@ -45,30 +46,32 @@ def browser() -> Browser:
 
 
 def _failing_images():
-    return made.summarised(made.evidence(), "robust_accuracy >= 0.5", "clean_accuracy >= 0.9")
+    return page(made.summarised(made.evidence(), "robust_accuracy >= 0.5", "clean_accuracy >= 0.9"))
 
 
 def _accepted_table():
     evidence = made.evidence(300, image=False, classes=("benign", "malware"))
-    return made.summarised(
-        evidence, "robust_accuracy >= 0.3", accepted={"black-box": "an adaptive run is on file"}
-    )
+    return page(made.summarised(evidence, "robust_accuracy >= 0.3", accepted={"black-box": "one is on file"}))
 
 
 def _hostile():
     names = tuple(f"{HOSTILE}{i}" for i in range(10))
     model = {"name": HOSTILE, "files": {HOSTILE: HOSTILE}}
-    return made.summarised(
-        made.evidence(classes=names, model=model, notes=(HOSTILE,)), "robust_accuracy >= 0.5"
-    )
+    evidence = made.evidence(classes=names, model=model, notes=(HOSTILE,))
+    return page(made.summarised(evidence, "robust_accuracy >= 0.5"))
 
 
-@pytest.mark.parametrize("build", [_failing_images, _accepted_table, _hostile])
+def _comparison():
+    runs = made.evidence(), made.evidence(suite=HOSTILE)
+    return comparison.page(comparison.comparison(*runs, tuple(map(made.summarised, runs))))
+
+
+@pytest.mark.parametrize("build", [_failing_images, _accepted_table, _hostile, _comparison])
 def test_page_in_a_browser(build, browser, tmp_path):
     path = tmp_path / "report.html"
-    path.write_text(page(build()), encoding="utf-8")
+    path.write_text(build(), encoding="utf-8")
     visits = browser(path)
-    assert len(visits) == 4
+    assert [visit["colorScheme"] for visit in visits] == ["light", "dark"]
     for visit in visits:
         assert visit["styled"], "the policy refused the page's own style sheet"
         assert visit["requests"] == []

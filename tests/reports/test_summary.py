@@ -125,7 +125,7 @@ def test_headline_is_one_plain_sentence():
     assert "1 of 3 gates fails, 2 are unclear: fail" in several["headline"]
     assert made.summarised(evidence)["headline"].endswith("no gate was set.")
     assert "could be turned into class 3" in made.summarised(_targeted())["headline"]
-    assert "break within a L2 change of 0.253" in made.summarised(_minimum_norm())["headline"]
+    assert "break within an L2 change of 0.253" in made.summarised(_minimum_norm())["headline"]
 
 
 def test_share_after_each_attack_ends_at_robust_accuracy():
@@ -234,7 +234,9 @@ def test_threat_is_told_in_words():
     assert pixels["constraint"] == "l0:10px"
     assert "10 pixels of an image" in pixels["says"][0]
     assert "no gradients" in pixels["says"][2]
-    assert "smallest change" in made.summarised(_minimum_norm())["threat"]["says"][0]
+    smallest = made.summarised(_minimum_norm())["threat"]
+    assert smallest["constraint"] == "l2"
+    assert "smallest change" in smallest["says"][0]
 
 
 def test_every_metric_has_a_label_and_a_kind():

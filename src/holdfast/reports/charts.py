@@ -65,6 +65,33 @@ def round_step(top: float, most: int = 6) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
 
 
+@dataclass(frozen=True)
+class Plane:
+    """Where a value and a share stand in the view box."""
+
+    width: float
+    height: float
+    axis: Axis
+
+    @property
+    def right(self) -> float:
+        """Where the plot ends."""
+        return self.width - _RIGHT
+
+    @property
+    def bottom(self) -> float:
+        """Where a share of zero stands."""
+        return self.height - _BOTTOM
+
+    def across(self, value: float) -> float:
+        """Where a value of the x axis stands."""
+        return _LEFT + (self.right - _LEFT) * self.axis(value)
+
+    def level(self, share: float) -> float:
+        """Where a share stands."""
+        return self.bottom - (self.bottom - _TOP) * share
+
+
 def staircase(
     points: Sequence[Mapping[str, Any]],
     axis: str,
@@ -82,36 +109,22 @@ def staircase(
     top = max(*xs, marked or 0.0) * (1.0 if logarithmic else 1.04)
     if top <= 0:
         return None
-    scale = Axis(max(top, 10.0) if logarithmic else top, logarithmic)
-    left, right, floor = _LEFT, width - _RIGHT, height - _BOTTOM
-
-    def place(x: float) -> float:
-        return left + (right - left) * scale(x)
-
-    def level(y: float) -> float:
-        return floor - (floor - _TOP) * y
-
-    across = [place(x) for x in xs]
-    rise = {key: [level(number(point[key])) for point in points] for key in ("value", "low", "high")}
-    ends = [*across[1:], right]
-    back = "".join(
-        f"L{end:.1f},{y:.1f}L{start:.1f},{y:.1f}"
-        for start, end, y in reversed(list(zip(across, ends, rise["low"], strict=True)))
-    )
+    plane = Plane(width, height, Axis(max(top, 10.0) if logarithmic else top, logarithmic))
+    starts = [plane.across(x) for x in xs]
+    ends = [*starts[1:], plane.right]
+    levels = {key: [plane.level(number(point[key])) for point in points] for key in ("value", "low", "high")}
     return Staircase(
         width=width,
         height=height,
-        left=left,
-        right=right,
+        left=_LEFT,
+        right=plane.right,
         top=_TOP,
-        bottom=floor,
-        line=_steps(across, ends, rise["value"]),
-        band=_steps(across, ends, rise["high"]) + back + "Z",
-        x_ticks=tuple(Tick(round(place(value), 1), text) for value, text in scale.ticks),
-        y_ticks=tuple(
-            Tick(round(level(share), 1), f"{100 * share:.0f} %") for share in (0, 0.25, 0.5, 0.75, 1)
-        ),
-        mark=None if marked is None else round(place(marked), 1),
+        bottom=plane.bottom,
+        line=_steps(starts, ends, levels["value"]),
+        band=_steps(starts, ends, levels["high"]) + _back(starts, ends, levels["low"]),
+        x_ticks=tuple(Tick(round(plane.across(value), 1), text) for value, text in plane.axis.ticks),
+        y_ticks=tuple(Tick(round(plane.level(k / 4), 1), f"{25 * k} %") for k in range(5)),
+        mark=None if marked is None else round(plane.across(marked), 1),
     )
 
 
@@ -119,3 +132,9 @@ def _steps(starts: Sequence[float], ends: Sequence[float], levels: Sequence[floa
     """A path that holds each level until the next one begins."""
     first = f"M{starts[0]:.1f},{levels[0]:.1f}H{ends[0]:.1f}"
     return first + "".join(f"V{y:.1f}H{end:.1f}" for y, end in zip(levels[1:], ends[1:], strict=True))
+
+
+def _back(starts: Sequence[float], ends: Sequence[float], levels: Sequence[float]) -> str:
+    """The same steps from right to left, closing the shape."""
+    steps = reversed(list(zip(starts, ends, levels, strict=True)))
+    return "".join(f"L{end:.1f},{y:.1f}H{start:.1f}" for start, end, y in steps) + "Z"

@@ -5,10 +5,12 @@ finite stands there as one of the strings "inf", "-inf" and "nan".
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from holdfast.core.constraints import L0
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence
 from holdfast.core.threat import ThreatModel
@@ -48,11 +50,9 @@ def summary(
     `run` brings what the evidence does not know: `verb`, `folder`, `created` (ISO 8601), `command` (how to repeat it),
     `hashes`, `versions`, `hardware`, each left out where unknown. `accepted_doubts` maps names to reasons.
     """
-    about = dict(run or {})
-    classes = tuple(str(name) for name in evidence.data.get("classes") or ())
     content: Json = {
         "schema_version": SCHEMA_VERSION,
-        "verb": str(about.get("verb", "assess")),
+        "verb": str((run or {}).get("verb", "assess")),
         "verdict": overall([gate.verdict for gate in gates]) if gates else "no gate",
         "headline": "",
         "exit_code": exit_code(gate.verdict for gate in gates),
@@ -61,10 +61,25 @@ def summary(
         "confidence": confidence,
         "metrics": {name: estimate(value) for name, value in metrics.items()},
         "gates": [_gate(gate) for gate in gates],
+        **_measured(evidence, confidence),
+        "accepted_doubts": {str(name): str(reason) for name, reason in (accepted_doubts or {}).items()},
+        **_about(run or {}),
+    }
+    doubts = open_doubts(content)
+    content["gates"] = [gate | {"says": why(gate, doubts)} for gate in content["gates"]]
+    content["threat"]["says"] = threat_in_words(content["threat"])
+    content["headline"] = headline(content)
+    written: Json = strict(content)
+    return written
+
+
+def _measured(evidence: Evidence, confidence: float) -> Json:
+    """What the evidence says."""
+    classes = tuple(str(name) for name in evidence.data.get("classes") or ())
+    return {
         "suite": evidence.suite,
         "attacks": _attacks(evidence, confidence),
         "doubts": [_doubt(doubt) for doubt in evidence.doubts],
-        "accepted_doubts": {str(name): str(reason) for name, reason in (accepted_doubts or {}).items()},
         "threat": _threat(evidence.threat),
         "model": _bounded(evidence.model),
         "data": _bounded(evidence.data),
@@ -74,18 +89,18 @@ def summary(
         "curves": accuracy_curves(evidence, confidence),
         "per_class": per_class(evidence, classes, confidence),
         "examples": examples(evidence, classes, [record.name for record in evidence.attacks]),
-        "reproduce": str(about.get("command", "")),
-        "run": {key: str(about[key]) for key in ("folder", "created", "hardware") if about.get(key)},
-        "hashes": strict(about.get("hashes", {})),
-        "versions": strict(about.get("versions", {})),
         "notes": list(evidence.notes),
     }
-    doubts = open_doubts(content)
-    content["gates"] = [gate | {"says": why(gate, doubts)} for gate in content["gates"]]
-    content["threat"]["says"] = threat_in_words(content["threat"])
-    content["headline"] = headline(content)
-    written: Json = strict(content)
-    return written
+
+
+def _about(run: Mapping[str, Any]) -> Json:
+    """What stands beside the evidence."""
+    return {
+        "reproduce": str(run.get("command", "")),
+        "run": {key: str(run[key]) for key in ("folder", "created", "hardware") if run.get(key)},
+        "hashes": run.get("hashes", {}),
+        "versions": run.get("versions", {}),
+    }
 
 
 def to_json(content: Mapping[str, Any]) -> str:
@@ -182,9 +197,11 @@ def _doubt(doubt: Doubt) -> Json:
 
 def _threat(threat: ThreatModel) -> Json:
     constraint = threat.constraint
-    norm, per = type(constraint).__name__, getattr(constraint, "per", None)
+    norm, per = type(constraint).__name__, constraint.per if isinstance(constraint, L0) else None
+    unit = "px" if per == "pixel" else ""
     return {
-        "constraint": f"{norm.lower()}:{size(constraint.eps)}{'px' if per == 'pixel' else ''}",
+        "constraint": norm.lower()
+        + (f":{size(constraint.eps)}{unit}" if math.isfinite(constraint.eps) else ""),
         "norm": norm,
         "eps": strict(constraint.eps),
         "per": per,

@@ -99,7 +99,7 @@ def measured(summary: Mapping[str, Any]) -> str:
     if metric == "targeted_success_rate":
         return f"{rate} {of} could be turned into class {summary['threat']['goal']} {tail}"
     if metric == "robust_margin":
-        return f"Half {of} break within a {summary['threat']['norm']} change of {rate} {tail}"
+        return f"Half {of} break within an {summary['threat']['norm']} change of {rate} {tail}"
     return f"{rate} {of} are right without any attack {tail}"
 
 
