@@ -7,12 +7,22 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.meter import margin
 from holdfast.core.types import Labels, Logits, PerExample
 
-__all__ = ["Loss", "cross_entropy", "dlr", "margin", "margin_loss", "probability_margin", "runner_up"]
+__all__ = [
+    "Loss",
+    "cross_entropy",
+    "dlr",
+    "likeliest",
+    "margin",
+    "margin_loss",
+    "probability_margin",
+    "runner_up",
+]
 
 Loss = Callable[[Logits, Batch], PerExample]
 """`loss(logits, batch)`: per example, to be climbed."""
@@ -60,3 +70,9 @@ def runner_up(logits: Logits, y: Labels, rank: int) -> Labels:
     """The wrong class with the `rank`-th largest logit (1 is the likeliest)."""
     others = logits.scatter(1, y[:, None], -torch.inf)
     return others.argsort(dim=1, descending=True, stable=True)[:, rank - 1]
+
+
+def likeliest(logits: Logits, y: Labels, k: int) -> Tensor:
+    """The (up to) k wrong classes with the largest logits, likeliest first: int64 (n, min(k, classes - 1))."""
+    others = logits.scatter(1, y[:, None], -torch.inf)
+    return others.argsort(dim=1, descending=True, stable=True)[:, : min(k, logits.shape[1] - 1)]

@@ -1,0 +1,108 @@
+"""APGD: projected gradient descent that chooses its own step sizes; with targets, APGD-T.
+
+Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks",
+ICML 2020, arXiv:2003.01690; for L1: Croce & Hein, "Mind the box: l1-APGD for sparse adversarial attacks", ICML 2021,
+arXiv:2103.01208.
+Differs from the papers: an example leaves once it is broken, targets are ranked once by the clean logits, and the first
+checkpoint counts the step from the start as a rise only if it was one.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import Constraint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Count, Fraction, Inputs, Labels, PerExample, Restarts, Steps
+from holdfast.ops.apgd import climb
+from holdfast.ops.best import Best
+from holdfast.ops.losses import Loss, cross_entropy, likeliest
+from holdfast.ops.starts import surface
+
+_STAGES = (
+    (3.0, 0.3),
+    (2.0, 0.3),
+)  # radius in multiples of eps, share of the steps, before the stage at eps itself
+
+
+@dataclass(frozen=True)
+class APGD:
+    """Climb the loss with momentum, halve the step where it stops rising, and go on from the highest point."""
+
+    loss: Loss = cross_entropy
+    """what is climbed: `cross_entropy`, `dlr`, `margin_loss`, `probability_margin`"""
+    steps: Steps = 100
+    """gradient steps of one restart"""
+    restarts: Restarts = 1
+    """random starts, for each target; each works only on the examples still standing"""
+    targets: Count = 0
+    """wrong classes to aim for in turn, the likeliest first; 0 aims away from the label"""
+    rho: Fraction = 0.75
+    """share of the steps that must raise the loss, else the step size is halved"""
+    shrink: bool = False
+    """start in balls of 3 and 2 eps (0.3 of the steps each) before the ball itself, as the L1 paper does"""
+    draws: Steps = 1
+    """forwards that a gradient is averaged over, for a model that draws at random"""
+
+    needs: ClassVar[Access] = "gradients"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        best = Best(batch)
+        for rank, aim in enumerate(self._aims(model, batch)):
+            for restart in range(self.restarts):
+                rows = best.standing
+                if not len(rows):
+                    return best.x
+                left, aimed = batch.take(rows), None if aim is None else aim[rows]
+                found = self._run(
+                    model, left, aimed, threat.constraint, rng.at("target", rank, "restart", restart)
+                )
+                best.offer(left, *found)
+        return best.x
+
+    def _aims(self, model: Model, batch: Batch) -> list[Labels | None]:
+        """What the loss goes for, run by run; None is the goal itself."""
+        if not self.targets or batch.target is not None or not len(batch):
+            return [None]
+        with torch.no_grad():
+            return list(likeliest(model(batch.x, batch.ids), batch.y, self.targets).unbind(1))
+
+    def _run(
+        self, model: Model, batch: Batch, aim: Labels | None, constraint: Constraint, rng: Draws
+    ) -> tuple[Inputs, PerExample]:
+        bounds, steps = model.bounds, self.steps
+        stages = _STAGES if self.shrink else ()
+        wide = [constraint.resized(factor * constraint.eps) for factor, _ in stages]
+        x = surface(batch, wide[0] if wide else constraint, bounds, rng)
+        for ball, (_, share) in zip(wide, stages, strict=True):
+            spent = int(share * self.steps)
+            x = climb(
+                model,
+                batch,
+                aim,
+                ball.project(x, batch.x, bounds),
+                self.loss,
+                ball,
+                steps=spent,
+                rho=self.rho,
+                draws=self.draws,
+                fresh=False,
+                judged=False,
+            )[0]
+            steps -= spent
+        return climb(
+            model,
+            batch,
+            aim,
+            constraint.project(x, batch.x, bounds),
+            self.loss,
+            constraint,
+            steps=steps,
+            rho=self.rho,
+            draws=self.draws,
+            fresh=not stages,
+        )

@@ -1,0 +1,130 @@
+"""FAB: fast adaptive boundary attack, a minimum-norm attack; with targets, FAB-T.
+
+Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML 2020,
+arXiv:1907.02044; aiming at the likeliest classes in turn: arXiv:2003.01690.
+Differs from the paper: the points at which gradients are taken are judged too, an example leaves once it is broken
+inside a finite eps, and the closest broken point is brought to the boundary by a bisection of the ball.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L1, L2, Linf
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import (
+    Access,
+    Count,
+    Fraction,
+    Inputs,
+    Labels,
+    Logits,
+    Mask,
+    PerExample,
+    Positive,
+    Restarts,
+    Steps,
+)
+from holdfast.ops.boundary import to_boundary
+from holdfast.ops.closest import Closest, firmly_broken
+from holdfast.ops.halfspace import Flat, plane, to_plane
+from holdfast.ops.losses import likeliest, margin
+from holdfast.ops.norms import expect_norm, farthest, spread
+from holdfast.ops.starts import unit_noise
+
+
+@dataclass(frozen=True)
+class FAB:
+    """Step onto the plane that the boundary looks like from here, drawn towards the clean input."""
+
+    steps: Steps = 100
+    """steps of one run: a forward, and a forward with a gradient, each"""
+    restarts: Restarts = 1
+    """runs for each target: the first from the clean input, the others from random points around it"""
+    targets: Count = 9
+    """wrong classes to aim for in turn, the likeliest first; 0 takes the closest of all planes, a gradient a class"""
+    alpha_max: Fraction = 0.1
+    """the most that a step is drawn towards the clean input"""
+    eta: Positive = 1.05
+    """how far a step goes, in multiples of the way to the plane"""
+    beta: Fraction = 0.9
+    """share of its distance that a broken point keeps before the next step"""
+
+    needs: ClassVar[Access] = "gradients"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        norm, closest = expect_norm(threat.constraint, self, Linf, L2, L1), Closest(batch)
+        assert isinstance(norm, (Linf, L2, L1))
+        enough = norm.eps if norm.eps < math.inf else 0.0
+        for rank, aim in enumerate(self._aims(model, batch)):
+            for restart in range(self.restarts):
+                rows = (closest.distance > enough).nonzero()[:, 0]
+                if not len(rows):
+                    break
+                left, aimed, x = batch.take(rows), None if aim is None else aim[rows], batch.x[rows]
+                if restart:
+                    reach = (
+                        closest.distance[rows].clamp_max(norm.eps).minimum(farthest(norm, x, model.bounds))
+                    )
+                    noise = unit_noise(left, norm, rng.at("target", rank, "restart", restart))
+                    x = model.bounds.clamp(x + 0.5 * spread(reach, x) * noise)
+                self._run(model, left, aimed, x, norm, closest, enough)
+        far = (closest.found & (closest.distance > enough)).nonzero()[:, 0]
+        if len(far):
+            closest.x[far] = to_boundary(model, batch.take(far), closest.x[far], norm)
+        near = norm.distance(closest.x, batch.x) <= norm.eps
+        return torch.where(spread(near, batch.x), closest.x, batch.x)
+
+    def _aims(self, model: Model, batch: Batch) -> list[Labels | None]:
+        if not self.targets or batch.target is not None or not len(batch):
+            return [None]
+        with torch.no_grad():
+            return list(likeliest(model(batch.x, batch.ids), batch.y, self.targets).unbind(1))
+
+    def _run(
+        self,
+        model: Model,
+        left: Batch,
+        aim: Labels | None,
+        x: Inputs,
+        norm: Flat,
+        closest: Closest,
+        enough: float,
+    ) -> None:
+        for _ in range(self.steps):
+            height, normal, logits = plane(model, left.at(x), aim, norm)
+            earlier = _keep(closest, left, x, logits, norm)
+            x = self._step(x, left.x, height, normal, norm, model)
+            with torch.no_grad():
+                broken = _keep(closest, left, x, model(x, left.ids), norm)
+            x = torch.where(spread(broken, x), left.x + self.beta * (x - left.x), x)
+            if broken.any() or earlier.any():
+                stays = closest.distance[closest.rows(left)] > enough
+                if not stays.all():
+                    left, x = left.take(stays), x[stays]
+                    aim = None if aim is None else aim[stays]
+            if not len(left):
+                return
+
+    def _step(
+        self, x: Inputs, clean: Inputs, height: PerExample, normal: Inputs, norm: Flat, model: Model
+    ) -> Inputs:
+        n = len(x)
+        from_clean = height + (normal * (clean - x)).flatten(1).sum(1)
+        way = to_plane(torch.stack((x, clean)), normal, torch.stack((height, from_clean)), norm, model.bounds)
+        length = norm.distance(way.flatten(0, 1), torch.zeros_like(way.flatten(0, 1))).clamp_min(1e-8)
+        alpha = spread((length[:n] / (length[:n] + length[n:])).clamp_max(self.alpha_max), x)
+        return model.bounds.clamp((x + self.eta * way[0]) * (1 - alpha) + (clean + self.eta * way[1]) * alpha)
+
+
+def _keep(closest: Closest, batch: Batch, x: Inputs, logits: Logits, norm: Flat) -> Mask:
+    """Judge the points and keep the closest that are broken by more than rounding; who is broken, however little."""
+    broken = ~(margin(logits, batch) > 0)
+    if broken.any():
+        closest.offer(batch, x, norm.distance(x, batch.x), firmly_broken(logits, batch))
+    return broken

@@ -1,0 +1,244 @@
+"""The engine of APGD: steps that pace themselves by what the path has gained, and restart from its highest point.
+
+Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks",
+ICML 2020, arXiv:2003.01690; for L1: Croce & Hein, "Mind the box: l1-APGD for sparse adversarial attacks", ICML 2021,
+arXiv:2103.01208. Constants that are not settings are those of the papers.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L1, Constraint, Linf
+from holdfast.core.model import Bounds, Model
+from holdfast.core.types import Inputs, Labels, Mask, PerExample
+from holdfast.ops.best import Best
+from holdfast.ops.gradients import input_gradient
+from holdfast.ops.losses import Loss, margin
+from holdfast.ops.norms import spread
+
+_MOMENTUM = 0.75
+_FIRST_CHECK, _CHECK_SHRINKS, _LAST_CHECK = (
+    0.22,
+    0.03,
+    0.06,
+)  # gaps between checkpoints, as shares of the steps
+_L1_CHECK, _L1_START, _L1_SPREAD = (
+    0.04,
+    0.2,
+    1.5,
+)  # gap; first share of features; changed features over moved ones
+_L1_SLOWER, _L1_SLOWEST = (
+    1.5,
+    10.0,
+)  # divisor of the step size where sparsity settled; its least fraction of eps
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One point of each path: the input, the gradient and the loss there, and the margin of the goal."""
+
+    x: Inputs
+    grad: Inputs
+    loss: PerExample
+    margin: PerExample
+
+    def take(self, rows: Mask) -> "_Point":
+        return _Point(self.x[rows], self.grad[rows], self.loss[rows], self.margin[rows])
+
+    def where(self, chosen: Mask, other: "_Point") -> "_Point":
+        """These points where chosen, else the others."""
+        wide = spread(chosen, self.x)
+        return _Point(
+            torch.where(wide, self.x, other.x),
+            torch.where(wide, self.grad, other.grad),
+            torch.where(chosen, self.loss, other.loss),
+            torch.where(chosen, self.margin, other.margin),
+        )
+
+
+class _Pace(Protocol):
+    """How the paths step: one kind for each geometry."""
+
+    def step(self, now: _Point, clean: Inputs, bounds: Bounds) -> Inputs:
+        """The next point of each path."""
+
+    def check(self, now: _Point, top: _Point, clean: Inputs) -> _Point:
+        """Adapt to what the last step has gained; where each path goes on from."""
+
+    def take(self, rows: Mask) -> None:
+        """Go on with some of the paths."""
+
+
+class _Halving:
+    """Momentum, and steps that halve where too few of them raised the loss since the last checkpoint."""
+
+    def __init__(self, start: _Point, constraint: Constraint, steps: int, rho: float) -> None:
+        self._constraint, self._rho = constraint, rho
+        self._gap, self._shrinks, self._least = (
+            max(int(share * steps), 1) for share in (_FIRST_CHECK, _CHECK_SHRINKS, _LAST_CHECK)
+        )
+        self._since = 0
+        self._size = torch.full_like(start.loss, 2 * constraint.eps)
+        self._before: Inputs | None = None
+        self._corners: tuple[Inputs, ...] | None = None
+        self._last, self._top_at_check = start.loss, start.loss
+        self._rises = torch.zeros_like(start.loss)
+        self._reduced = torch.ones_like(start.loss, dtype=torch.bool)
+
+    def step(self, now: _Point, clean: Inputs, bounds: Bounds) -> Inputs:
+        direction = self._constraint.steepest(now.grad, now.x, bounds)
+        x = self._project(torch.addcmul(now.x, spread(self._size, now.x), direction), clean, bounds)
+        if self._before is not None:
+            mixed = (
+                (_MOMENTUM * x).add_(now.x, alpha=2 * (1 - _MOMENTUM)).sub_(self._before, alpha=1 - _MOMENTUM)
+            )
+            x = self._project(mixed, clean, bounds)
+        self._before = now.x
+        return x
+
+    def _project(self, x: Inputs, clean: Inputs, bounds: Bounds) -> Inputs:
+        """The constraint's projection; the corners of a cube are computed once for the whole path."""
+        if not isinstance(self._constraint, Linf):
+            return self._constraint.project(x, clean, bounds)
+        if self._corners is None:
+            eps = self._constraint.eps
+            self._corners = tuple(
+                self._constraint.project(clean + side * eps, clean, bounds) for side in (-1, 1)
+            )
+        return torch.clamp(x, *self._corners)
+
+    def check(self, now: _Point, top: _Point, clean: Inputs) -> _Point:
+        self._rises = self._rises + (now.loss > self._last)
+        self._last, self._since = now.loss, self._since + 1
+        if self._since < self._gap:
+            return now
+        unimproved = ~self._reduced & (self._top_at_check >= top.loss)
+        stuck = (self._rises <= self._rho * self._gap) | unimproved
+        self._size = torch.where(stuck, self._size / 2, self._size)
+        self._reduced, self._top_at_check = stuck, top.loss
+        self._rises, self._since = torch.zeros_like(self._rises), 0
+        self._gap = max(self._gap - self._shrinks, self._least)
+        return top.where(stuck, now)
+
+    def take(self, rows: Mask) -> None:
+        self._size, self._rises, self._reduced = self._size[rows], self._rises[rows], self._reduced[rows]
+        self._last, self._top_at_check = self._last[rows], self._top_at_check[rows]
+        self._before = None if self._before is None else self._before[rows]
+        self._corners = None if self._corners is None else tuple(side[rows] for side in self._corners)
+
+
+class _Sparse:
+    """Sign steps on the features with the largest gradient; how many follows how many the best point changed."""
+
+    def __init__(self, start: _Point, clean: Inputs, constraint: L1, steps: int, *, fresh: bool) -> None:
+        self._constraint, self._features = constraint, clean[0].numel()
+        self._gap, self._since = max(int(_L1_CHECK * steps), 1), 0
+        self._size = torch.full_like(start.loss, constraint.eps)
+        changed = _changed(start.x, clean)
+        self._changed = torch.full_like(changed, self._features) if fresh else changed
+        self._share = torch.full_like(changed, _L1_START) if fresh else self._share_of(changed)
+
+    def _share_of(self, changed: PerExample) -> PerExample:
+        return changed / self._features / _L1_SPREAD
+
+    def step(self, now: _Point, clean: Inputs, bounds: Bounds) -> Inputs:
+        size = now.grad.flatten(1).abs()
+        place = ((1 - self._share) * self._features).clamp(0, self._features - 1).long()
+        least = size.sort(dim=1)[0].gather(1, place[:, None])
+        signs = now.grad.flatten(1).sign() * (size >= least)
+        length = self._size / (signs.abs().sum(1) + 1e-10)
+        moved = now.x + (signs * length[:, None]).view_as(now.x)
+        return self._constraint.project(moved, clean, bounds)
+
+    def check(self, now: _Point, top: _Point, clean: Inputs) -> _Point:
+        self._since += 1
+        if self._since < self._gap:
+            return now
+        eps, changed = self._constraint.eps, _changed(top.x, clean)
+        sparser = changed < 0.95 * self._changed
+        self._share, self._changed, self._since = self._share_of(changed), changed, 0
+        self._size = torch.where(sparser, eps, self._size / _L1_SLOWER).clamp(eps / _L1_SLOWEST, eps)
+        return top.where(sparser, now)
+
+    def take(self, rows: Mask) -> None:
+        self._size, self._share, self._changed = self._size[rows], self._share[rows], self._changed[rows]
+
+
+def _changed(x: Inputs, clean: Inputs) -> PerExample:
+    """How many features differ, in the inputs' type."""
+    return (x != clean).flatten(1).sum(1).to(x.dtype)
+
+
+def climb(
+    model: Model,
+    batch: Batch,
+    aim: Labels | None,
+    start: Inputs,
+    loss: Loss,
+    constraint: Constraint,
+    *,
+    steps: int,
+    rho: float = 0.75,
+    draws: int = 1,
+    fresh: bool = True,
+    judged: bool = True,
+) -> tuple[Inputs, PerExample]:
+    """One run of APGD: each path's point of lowest judged margin, or of highest loss where nothing broke; its margin.
+
+    `aim` is a class that the loss goes for while any misclassification wins. A step size halves unless a share `rho`
+    of the steps since the last checkpoint raised the loss; gradients are averaged over `draws` forwards, more than
+    half of which must be wrong. With `judged`, a broken example leaves; without, all stay and the points of highest
+    loss are returned, for they are the start of another run (which is then not `fresh`).
+    Cost: `steps + 1` forwards and `steps` backwards, each times `draws`.
+    """
+    best, left = Best(batch), batch
+    now = top = _probe(model, left, aim, start, loss, draws)
+    pace: _Pace
+    if isinstance(constraint, L1):
+        pace = _Sparse(now, batch.x, constraint, steps, fresh=fresh)
+    else:
+        pace = _Halving(now, constraint, steps, rho)
+    for step in range(steps + 1):
+        standing = now.margin > 0
+        if judged and not standing.all():
+            best.offer(left, now.x, now.margin)
+            if not standing.any():
+                return best.x, best.margin
+            left, now, top = left.take(standing), now.take(standing), top.take(standing)
+            aim = None if aim is None else aim[standing]
+            pace.take(standing)
+        if step:
+            top = now.where(now.loss > top.loss, top)
+            now = pace.check(now, top, left.x)
+        if step < steps:
+            x = pace.step(now, left.x, model.bounds)
+            now = _probe(model, left, aim, x, loss, draws, climbs=step + 1 < steps)
+    if not judged:
+        return top.x, top.margin
+    best.offer(left, top.x, top.margin)
+    return best.x, best.margin
+
+
+def _probe(
+    model: Model, batch: Batch, aim: Labels | None, x: Inputs, loss: Loss, draws: int, *, climbs: bool = True
+) -> _Point:
+    """Look at the points `x`. The end of a path is not climbed from: it costs no backward, its gradient is zero."""
+    looks = [_look(model, batch, aim, x, loss, climbs=climbs) for _ in range(draws)]
+    if draws == 1:
+        return looks[0]
+    grad = torch.stack([look.grad for look in looks]).mean(0)
+    height = torch.stack([look.loss for look in looks]).mean(0)
+    majority = torch.stack([look.margin for look in looks]).sort(dim=0)[0][draws // 2]
+    return _Point(x, grad, height, majority)
+
+
+def _look(model: Model, batch: Batch, aim: Labels | None, x: Inputs, loss: Loss, *, climbs: bool) -> _Point:
+    seen = x.detach().requires_grad_(climbs)
+    with torch.set_grad_enabled(climbs):
+        logits = model(seen, batch.ids)
+        height = loss(logits, batch if aim is None else batch.towards(aim))
+    grad = input_gradient(height, seen)  # zero, and no backward, at the end of a path
+    return _Point(x, grad, height.detach(), margin(logits.detach(), batch))

@@ -1,0 +1,113 @@
+"""The plane that a boundary looks like from a point, and the shortest way onto it without leaving the box.
+
+The exact projections of Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack",
+ICML 2020, arXiv:1907.02044. Every coordinate moves down the plane's normal until it meets the box: at the same speed
+for Linf, at the speed of its weight for L2, one after the other from the largest weight for L1.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L1, L2, Linf
+from holdfast.core.model import Bounds, Model
+from holdfast.core.types import Inputs, Labels, Logits, PerExample
+from holdfast.ops.gradients import input_gradient
+from holdfast.ops.losses import margin
+from holdfast.ops.norms import spread
+
+_TINY, _HUGE = 1e-30, 1e30
+_CLOSE = 1e-6  # relative step of the root at which the search ends, about the precision of float32
+
+Flat = Linf | L2 | L1
+"""The norms whose projections are known here."""
+
+
+def to_plane(points: Tensor, normal: Inputs, height: Tensor, norm: Flat, bounds: Bounds) -> Tensor:
+    """The step from each of `points` (k, n, *features) onto the plane with `normal` (n, *features).
+
+    `height` (k, n) is the value of the affine function whose zeros are the plane at each point. Where the box does not
+    reach the plane, the step goes to its corner nearest to it.
+    """
+    low, high = bounds.like(points)
+    down = normal * -torch.where(height >= 0, 1.0, -1.0).to(normal.dtype).view(
+        *height.shape, *[1] * (normal.dim() - 1)
+    )
+    room = torch.where(down > 0, high - points, points - low).clamp_min(0).flatten(2)
+    weight, rise = normal.abs().flatten(1), height.abs()
+    if isinstance(norm, L1):
+        size = _one_by_one(weight, room, rise)
+    else:
+        size = _together(weight, weight if isinstance(norm, L2) else None, room, rise)
+    return size.view_as(points) * down.sign()
+
+
+def _dual_size(gradient: Inputs, norm: Flat) -> PerExample:
+    """How much an affine function with this gradient changes at most in a step of length one."""
+    size = gradient.flatten(1)
+    if isinstance(norm, Linf):
+        return size.abs().sum(1)
+    return size.norm(dim=1) if isinstance(norm, L2) else size.abs().amax(1)
+
+
+def _together(weight: Tensor, speed: Tensor | None, room: Tensor, rise: Tensor) -> Tensor:
+    """Sizes `min(t * speed, room)` whose weighted sum is `rise`, or all of the room; speed None is one.
+
+    The sum is concave in t, so Newton's steps from zero stay below the root and rise to it; the root of the linear
+    piece that they end on is exact.
+    """
+    gain = weight * room
+    drive = (weight if speed is None else weight * speed).expand_as(room)
+    t = (rise / drive.sum(-1).clamp_min(_TINY)).clamp_max(_HUGE)
+    for _ in range(room.shape[-1]):
+        stopped = _reach(t, speed) >= room
+        left = rise - torch.where(stopped, gain, 0).sum(-1)
+        free = torch.where(stopped, 0, drive).sum(-1)
+        risen = torch.where(free > 0, left / free.clamp_min(_TINY), t).clamp_max(_HUGE)
+        if not (risen > t * (1 + _CLOSE)).any():
+            break
+        t = torch.maximum(t, risen)
+    return torch.minimum(_reach(t, speed), room)
+
+
+def _reach(t: Tensor, speed: Tensor | None) -> Tensor:
+    return t[..., None] if speed is None else t[..., None] * speed
+
+
+def _one_by_one(weight: Tensor, room: Tensor, rise: Tensor) -> Tensor:
+    """All the room of the coordinates with the largest weights, and of the next one what is left of `rise`."""
+    ordered, order = weight.sort(dim=1, descending=True)
+    order = order.expand_as(room)
+    ordered_room = room.gather(-1, order)
+    before = F.pad((ordered * ordered_room)[..., :-1].cumsum(-1), (1, 0))
+    size = ((rise[..., None] - before) / ordered.clamp_min(_TINY)).clamp_min(0).minimum(ordered_room)
+    return torch.zeros_like(room).scatter(-1, order, torch.where(ordered > 0, size, 0))
+
+
+def plane(model: Model, batch: Batch, aim: Labels | None, norm: Flat) -> tuple[PerExample, Inputs, Logits]:
+    """The model's gap to the class aimed for, linearised: value and gradient; and the logits.
+
+    Without a class: the margin of the goal, or the gap whose plane is closest (one backward a class).
+    """
+    x = batch.x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(x, batch.ids)
+        own = logits.gather(1, batch.y[:, None])
+        if aim is None and batch.target is None:
+            return *_closest_plane(x, own - logits, batch.y, norm), logits.detach()
+        gap = margin(logits, batch) if aim is None else (own - logits.gather(1, aim[:, None]))[:, 0]
+        return gap.detach().nan_to_num(), input_gradient(gap, x), logits.detach()
+
+
+def _closest_plane(x: Inputs, gaps: Logits, y: Labels, norm: Flat) -> tuple[PerExample, Inputs]:
+    height, normal = torch.zeros_like(gaps[:, 0]), torch.zeros_like(x)
+    nearest = torch.full_like(height, torch.inf)
+    for number, gap in enumerate(gaps.unbind(1)):
+        grad = input_gradient(gap, x, again=True)
+        value = gap.detach().nan_to_num()
+        distance = (value.abs() / _dual_size(grad, norm).clamp_min(1e-12)).masked_fill(y == number, torch.inf)
+        closer = distance < nearest
+        height, nearest = torch.where(closer, value, height), torch.where(closer, distance, nearest)
+        normal = torch.where(spread(closer, x), grad, normal)
+    return height, normal

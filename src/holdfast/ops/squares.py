@@ -1,0 +1,238 @@
+"""What Square Attack proposes: random windows, and for L2 and L1 the pattern that fills them.
+
+Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via random search", ECCV 2020,
+arXiv:1912.00049; for L1: Croce & Hein, arXiv:2103.01208. Inputs are images (n, channels, height, width); others are
+laid out as one: vectors as a row, matrices as one channel, volumes with their inner dimensions in rows.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L1, L2, Linf
+from holdfast.core.draws import Draws
+from holdfast.core.model import Bounds
+from holdfast.core.types import Inputs, Mask
+from holdfast.ops.norms import spread
+
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # after these of 10,000 steps the share halves
+_SCHEDULED = 10_000
+
+
+def share(p_init: float, step: int, steps: int | None) -> float:
+    """Share of the pixels that a window covers; the schedule is for 10,000 steps, or scaled to `steps`."""
+    at = step if steps is None else step * _SCHEDULED // steps
+    return p_init * 0.5 ** bisect_left(_HALVINGS, at)
+
+
+def as_image(shape: torch.Size) -> tuple[int, int, int]:
+    """Channels, height and width as which features of this shape are laid out."""
+    if len(shape) < 3:
+        height, width = (1, *shape)[-2:] if shape else (1, 1)
+        return 1, height, width
+    return shape[0], math.prod(shape[1:-1]), shape[-1]
+
+
+def window(p: float, height: int, width: int, *, odd: bool) -> tuple[int, int]:
+    """Height and width of a window that covers a share `p`: a square where it fits, `odd` (3 or more) for patterns."""
+    pixels = p * height * width
+    side = max(round(math.sqrt(pixels)), 3 if odd else 1)
+    side += odd and side % 2 == 0
+    rows = min(side, height)
+    columns = side if rows == side else max(round(pixels / rows), 1)
+    return rows, min(columns, width)
+
+
+def pattern(rows: int, columns: int, norm: L2 | L1, like: Tensor) -> Tensor:
+    """Two heaps of opposite sign, one above the other (rows, columns), of length one in the norm."""
+    upper = _heap(rows // 2, columns, norm)
+    both = torch.cat((upper, -_heap(rows - rows // 2, columns, norm))).to(like.device, like.dtype)
+    return both / norm.distance(both[None], torch.zeros_like(both)[None])
+
+
+def _heap(rows: int, columns: int, norm: L2 | L1) -> Tensor:
+    """Falls from the middle: the sum over k from the distance to the middle of 1 / (k + 1)^2 (L1: ^4), length one."""
+    if not rows:
+        return torch.zeros(0, columns)
+    most = max(rows, columns) // 2 + 1
+    terms = torch.arange(1, most + 1, dtype=torch.float64) ** (-4 if isinstance(norm, L1) else -2)
+    heights = terms.flip(0).cumsum(0).flip(0)
+    down, across = torch.arange(rows) - rows // 2, torch.arange(columns) - columns // 2
+    heap = heights[torch.maximum(down.abs()[:, None], across.abs()[None])]
+    return heap / norm.distance(heap[None], torch.zeros_like(heap)[None])
+
+
+class Proposals(Protocol):
+    """The points that are tried: a first one, then one a step, each from the best so far."""
+
+    per_step: int
+    """uniform numbers that a step takes for each example"""
+
+    def start(self, rng: Draws) -> Inputs:
+        """The first points."""
+
+    def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
+        """Prepare a block of steps from `draws` (n, steps, per_step) and the share that the window covers in each."""
+
+    def propose(self, step: int, x: Inputs) -> Inputs:
+        """The points to try at a step of the block, from the best so far."""
+
+    def take(self, rows: Mask) -> None:
+        """Go on with some of the examples."""
+
+
+class Corners:
+    """For Linf: every window goes to a corner of the cube, the same for all pixels of a channel."""
+
+    def __init__(self, batch: Batch, norm: Linf, bounds: Bounds) -> None:
+        self._ids, self._shape = batch.ids, batch.x.shape[1:]
+        self._channels, self._height, self._width = as_image(self._shape)
+        self.per_step = 2 + self._channels
+        self._low, self._high = (
+            norm.project(batch.x + side * norm.eps, batch.x, bounds).reshape(
+                len(batch), *as_image(self._shape)
+            )
+            for side in (-1, 1)
+        )
+
+    def start(self, rng: Draws) -> Inputs:
+        """Stripes: a sign for each column of each channel."""
+        up = rng.uniform(self._ids, self._channels, 1, self._width) < 0.5
+        return torch.where(up, self._high, self._low).view(-1, *self._shape)
+
+    def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
+        sizes = [window(p, self._height, self._width, odd=False) for p in shares]
+        down = _within(draws[..., 0], [rows for rows, _ in sizes], self._height)
+        across = _within(draws[..., 1], [columns for _, columns in sizes], self._width)
+        self._down, self._across = down[:, :, None, :, None], across[:, :, None, None, :]
+        self._up = (draws[..., 2:] < 0.5).transpose(0, 1).contiguous()[..., None, None]
+
+    def propose(self, step: int, x: Inputs) -> Inputs:
+        corner = torch.where(self._up[step], self._high, self._low)
+        inside = self._down[step] & self._across[step]
+        return torch.where(inside, corner, x.view_as(corner)).view_as(x)
+
+    def take(self, rows: Mask) -> None:
+        self._ids, self._low, self._high = self._ids[rows], self._low[rows], self._high[rows]
+        self._down, self._across, self._up = self._down[:, rows], self._across[:, rows], self._up[:, rows]
+
+
+def _within(u: Tensor, lengths: Sequence[int], extent: int) -> Tensor:
+    """Which of `extent` positions lie in a random interval: (n, steps) uniforms to a mask (steps, n, extent)."""
+    length = torch.tensor(lengths, device=u.device)
+    first = (u * (extent - length + 1)).long().t()[..., None]
+    position = torch.arange(extent, device=u.device)
+    return (position >= first) & (position < first + length[:, None, None])
+
+
+class Heaps:
+    """For L2 and L1: what two windows have of the ball is spent on a pattern in the first of them."""
+
+    def __init__(self, batch: Batch, norm: L2 | L1, bounds: Bounds) -> None:
+        self._ids, self._clean, self._norm, self._bounds = batch.ids, batch.x, norm, bounds
+        self._image = self._channels, self._height, self._width = as_image(batch.x.shape[1:])
+        self._ball = norm.resized(norm.eps * (1 - 1e-6))  # room for rounding
+        self.per_step = 5 + self._channels
+        self._patterns: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def start(self, rng: Draws) -> Inputs:
+        """A grid of at least five by five heaps, each with its sign and orientation."""
+        down, across = _tiles(self._height), _tiles(self._width)
+        columns = int(across.max()) + 1
+        tile = (down[:, None] * columns + across).to(self._clean.device)
+        n_tiles = (int(down.max()) + 1) * columns
+        sides = max(self._height // 5, 1), max(self._width // 5, 1)
+        upright = _tiled(pattern(*sides, self._norm, self._clean), down, across)
+        lying = _tiled(pattern(*sides[::-1], self._norm, self._clean).t(), down, across)
+        turned = rng.at("turn").uniform(self._ids, 1, n_tiles)[..., tile] < 0.5
+        signs = rng.at("sign").signs(self._ids, self._channels, n_tiles, dtype=self._clean.dtype)[..., tile]
+        delta = torch.where(turned, lying, upright) * signs
+        if isinstance(self._norm, L2):
+            delta = delta * spread(
+                self._ball.eps / self._norm.distance(delta, torch.zeros_like(delta)), delta
+            )
+        return self._ball.project(self._clean + delta.view_as(self._clean), self._clean, self._bounds)
+
+    def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
+        self._sizes = [window(p, self._height, self._width, odd=True) for p in shares]
+        room = torch.tensor(
+            [(self._height - a + 1, self._width - b + 1) for a, b in self._sizes], device=draws.device
+        )
+        corners = [(draws[..., k : k + 2] * room).long() for k in (0, 2)]
+        self._first, self._second = (
+            (at[..., 0] * self._width + at[..., 1]).t().contiguous() for at in corners
+        )
+        self._turned = (draws[..., 4] < 0.5).t().contiguous()
+        self._signs = (1 - 2 * (draws[..., 5:] < 0.5).to(self._clean.dtype)).transpose(0, 1).contiguous()
+
+    def propose(self, step: int, x: Inputs) -> Inputs:
+        n, size = len(x), self._sizes[step]
+        delta = (x - self._clean).reshape(n, self._channels, -1)
+        fill, offsets = self._pattern(size)
+        first = (self._first[step][:, None] + offsets)[:, None].expand(n, self._channels, -1)
+        second = (self._second[step][:, None] + offsets)[:, None].expand(n, self._channels, -1)
+        old = delta.gather(2, first)
+        heap = (
+            torch.where(self._turned[step][:, None], fill[1], fill[0])[:, None] * self._signs[step][..., None]
+        )
+        heap = heap + old / self._size(old).clamp_min(1e-12)
+        used = self._size(delta)
+        delta = delta.scatter(2, first, 0).scatter_(2, second, 0)
+        length = self._length(used, self._size(delta))
+        delta = delta.scatter_(2, first, heap * (length / self._size(heap).clamp_min(1e-12)))
+        if isinstance(self._norm, L1):
+            return self._ball.project(self._clean + delta.view_as(x), self._clean, self._bounds)
+        delta = delta * (self._ball.eps / delta.flatten(1).norm(dim=1).clamp_min(1e-12))[:, None, None]
+        return self._bounds.clamp(self._clean + delta.view_as(x))
+
+    def _size(self, delta: Tensor) -> Tensor:
+        """Length of each channel (n, channels, 1)."""
+        if isinstance(self._norm, L1):
+            return delta.abs().sum(2, keepdim=True)
+        return (delta**2).sum(2, keepdim=True).sqrt()
+
+    def _length(self, used: Tensor, kept: Tensor) -> Tensor:
+        """What a channel's heap may spend: what its windows held, and its part of what the image has left of eps."""
+        if isinstance(self._norm, L1):
+            return (self._norm.eps - used.sum(1, keepdim=True)).clamp_min(0) + self._channels * (used - kept)
+        left = (self._norm.eps**2 - (used**2).sum(1, keepdim=True)).clamp_min(0) / self._channels
+        return (left + (used**2 - kept**2).clamp_min(0)).sqrt()
+
+    def _pattern(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Both orientations (2, pixels) and the places of a window's pixels relative to its corner."""
+        if size not in self._patterns:
+            rows, columns = size
+            upright = pattern(rows, columns, self._norm, self._clean)
+            lying = pattern(columns, rows, self._norm, self._clean).t()
+            down, across = torch.arange(rows)[:, None], torch.arange(columns)
+            offsets = (down * self._width + across).flatten().to(self._clean.device)
+            self._patterns[size] = torch.stack((upright, lying)).flatten(1), offsets
+        return self._patterns[size]
+
+    def take(self, rows: Mask) -> None:
+        self._ids, self._clean = self._ids[rows], self._clean[rows]
+        self._first, self._second = self._first[:, rows], self._second[:, rows]
+        self._turned, self._signs = self._turned[:, rows], self._signs[:, rows]
+
+
+def _tiles(extent: int) -> Tensor:
+    """Which tile of a row of at least five each position belongs to; -1 at the rims."""
+    side = max(extent // 5, 1)
+    first = max((extent - 5 * side) // 2, 0)
+    tile = (torch.arange(extent) - first).div(side, rounding_mode="floor")
+    return tile.masked_fill((tile < 0) | (tile >= (extent - first) // side), -1)
+
+
+def _tiled(heap: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """The heap in every tile, zero at the rims."""
+    rows, columns = heap.shape
+    first_row, first_column = int((down == 0).nonzero()[0]), int((across == 0).nonzero()[0])
+    i = (torch.arange(len(down)) - first_row) % rows
+    j = (torch.arange(len(across)) - first_column) % columns
+    inside = (down >= 0)[:, None] & (across >= 0)
+    return torch.where(inside.to(heap.device), heap[i[:, None], j], 0)

@@ -1,0 +1,31 @@
+"""Random starts on the surface of a ball, as AutoAttack's parts take them."""
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L1, L2, Constraint, Linf
+from holdfast.core.draws import Draws
+from holdfast.core.model import Bounds
+from holdfast.core.types import Inputs
+from holdfast.ops.norms import spread
+
+
+def unit_noise(batch: Batch, constraint: Constraint, rng: Draws) -> Inputs:
+    """Noise of length one in the constraint's norm: uniform for Linf, else Gaussian."""
+    shape, dtype = batch.x.shape[1:], batch.x.dtype
+    if isinstance(constraint, Linf):
+        noise = 2 * rng.uniform(batch.ids, *shape, dtype=dtype) - 1
+    else:
+        noise = rng.normal(batch.ids, *shape, dtype=dtype)
+    return noise / spread(constraint.distance(noise, torch.zeros_like(noise)).clamp_min(1e-12), noise)
+
+
+def surface(batch: Batch, constraint: Constraint, bounds: Bounds, rng: Draws) -> Inputs:
+    """A random point of the ball's surface, cut by the box; for L1, Gaussian noise projected onto both."""
+    if isinstance(constraint, L1):
+        noise = rng.normal(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
+    elif isinstance(constraint, (Linf, L2)):
+        noise = constraint.eps * unit_noise(batch, constraint, rng)
+    else:
+        return constraint.sample(batch, bounds, rng)
+    return constraint.project(batch.x + noise, batch.x, bounds)
