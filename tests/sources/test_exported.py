@@ -1,5 +1,6 @@
 """Programs of torch.export: opened where they are tensors and known operators, else only with trust."""
 
+import copy
 import json
 import zipfile
 from pathlib import Path
@@ -19,10 +20,18 @@ def network() -> nn.Module:
     ).eval()
 
 
+class Sized(nn.Module):
+    """Counts on the batch that it was exported with."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(4, -1)[:, :3] * 2
+
+
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, x = tmp_path_factory.mktemp("programs"), torch.rand(4, 1, 4, 4)
     torch.export.save(torch.export.export(network(), (x,)), folder / "fixed.pt2")
+    torch.export.save(torch.export.export(Sized(), (x,)), folder / "sized.pt2")
     anyhow = torch.export.export(network(), (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
     torch.export.save(anyhow, folder / "dynamic.pt2")
     return folder
@@ -41,15 +50,19 @@ def rewritten(source: Path, target: Path, change: dict[str, str]) -> Path:
     return target
 
 
-@pytest.mark.parametrize("name", ["fixed", "dynamic"])
+@pytest.mark.parametrize("name", ["fixed", "dynamic", "sized"])
 @pytest.mark.parametrize("n", [1, 3, 4, 9])
 def test_any_batch_size_gives_the_networks_outputs_and_gradients(programs: Path, name: str, n: int) -> None:
     opened = open_model(str(programs / f"{name}.pt2"))
     x = torch.rand(n, 1, 4, 4, requires_grad=True)
-    torch.testing.assert_close(opened.model(x), network()(x))
-    ours, theirs = (torch.autograd.grad(net(x).square().sum(), x)[0] for net in (opened.model, network()))
+    original = (lambda x: x.flatten(1)[:, :3] * 2) if name == "sized" else network()
+    torch.testing.assert_close(opened.model(x), original(x))
+    ours, theirs = (torch.autograd.grad(net(x).square().sum(), x)[0] for net in (opened.model, original))
     torch.testing.assert_close(ours, theirs)
-    assert bool(opened.notes) == (name == "fixed")
+    assert opened.notes == (
+        ("the program takes batches of 4 only; others are cut and filled up",) if name == "sized" else ()
+    )
+    assert not any(module.training for module in copy.deepcopy(opened.model.eval()).modules())
     assert opened.access == "gradients"
 
 

@@ -1,5 +1,6 @@
 """The importer against onnxruntime: every operator, whole networks with their gradients, and hostile files."""
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -529,6 +530,7 @@ def test_an_unknown_operator_is_named_and_served_without_gradients(tmp_path: Pat
     x = torch.rand(4, 5, requires_grad=True)
     assert opened.model(x).shape == (4, 3)
     assert not opened.model(x).requires_grad
+    assert torch.equal(copy.deepcopy(opened.model)(x), opened.model(x))
 
 
 def test_unknown_settings_are_named_too(tmp_path: Path) -> None:

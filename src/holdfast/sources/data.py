@@ -38,12 +38,27 @@ def open_data(
     `n` keeps the first n of the split in source order, `sample` a seeded sample. Without `split` it is the test split
     where there is one. Bounds are those of the model: floats outside them are refused.
     """
-    bounds = bounds or Bounds()
-    data = _opened(address, split, label, n, sample, seed, classes, bounds)
-    wanted = n or sample or 0
-    if len(data) < wanted:
-        data = replace(data, notes=(*data.notes, f"{wanted} examples were asked for; there are {len(data)}"))
+    wanted = _Wanted(split, label, n, sample, seed, classes, bounds or Bounds())
+    data = _opened(_located(address), address, wanted)
+    n_wanted = n or sample or 0
+    if len(data) < n_wanted:
+        data = replace(
+            data, notes=(*data.notes, f"{n_wanted} examples were asked for; there are {len(data)}")
+        )
     return data
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What the user asks for, beside the address."""
+
+    split: str | None
+    label: str | None
+    n: int | None
+    sample: int | None
+    seed: int
+    classes: int | None
+    bounds: Bounds
 
 
 @dataclass(frozen=True)
@@ -56,51 +71,50 @@ class _Place:
     drop: tuple[str, ...] = ()
 
 
-def _opened(
-    address: str,
-    split: str | None,
-    label: str | None,
-    n: int | None,
-    sample: int | None,
-    seed: int,
-    classes: int | None,
-    bounds: Bounds,
-) -> Arrays | Pictures:
-    place = _located(address)
+def _opened(place: _Place, address: str, wanted: _Wanted) -> Arrays | Pictures:
     path = place.path
     if path.is_dir():
-        return open_folder(path, split=split, n=n, sample=sample, seed=seed, classes=classes)
+        return open_folder(
+            path,
+            split=wanted.split,
+            n=wanted.n,
+            sample=wanted.sample,
+            seed=wanted.seed,
+            classes=wanted.classes,
+        )
     if path.name.endswith(tables.SUFFIXES):
         return tables.open_table(
             path,
             name=address,
-            label=label or place.label,
+            label=wanted.label or place.label,
             drop=place.drop,
-            split=split,
-            n=n,
-            sample=sample,
-            seed=seed,
-            classes=classes,
-            bounds=bounds,
+            split=wanted.split,
+            n=wanted.n,
+            sample=wanted.sample,
+            seed=wanted.seed,
+            classes=wanted.classes,
+            bounds=wanted.bounds,
         )
     if path.suffix != ".npz" and path.exists():
         raise UsageError(f"{address!r} is no form of data that is known; give {_FORMS}")
-    archive = Npz(path)
-    x_name, y_name = arrays_of_split(archive, split)
+    return _open_archive(Npz(path), place.classes, address, wanted)
+
+
+def _open_archive(archive: Npz, names: tuple[str, ...] | None, address: str, wanted: _Wanted) -> Arrays:
+    x_name, y_name = arrays_of_split(archive, wanted.split)
     n_rows, n_labels = archive.rows(x_name), archive.rows(y_name)
     if n_rows != n_labels:
-        raise TargetError(
-            f"{x_name} of {address!r} has {n_rows} rows and {y_name} {n_labels}; one label an example was expected"
-        )
-    rows = selected_rows(n_rows, n=n, sample=sample, seed=seed, name=f"{x_name} of {address!r}")
+        counted = f"{x_name} of {address!r} has {n_rows} rows and {y_name} {n_labels}"
+        raise TargetError(f"{counted}; one label an example was expected")
+    name = f"{x_name} of {address!r}"
+    rows = selected_rows(n_rows, n=wanted.n, sample=wanted.sample, seed=wanted.seed, name=name)
     stop = int(rows[-1]) + 1
     x, y = archive.array(x_name, stop=stop), archive.array(y_name, stop=stop)
     if len(rows) < stop:
         x, y = x[rows], y[rows]
-    names = place.classes
     if names is None and "classes" in archive.names:
         names = tuple(str(name) for name in archive.array("classes"))
-    return from_numpy(address, x, y, rows, classes=classes, class_names=names, bounds=bounds)
+    return from_numpy(address, x, y, rows, classes=wanted.classes, class_names=names, bounds=wanted.bounds)
 
 
 def _located(address: str) -> _Place:

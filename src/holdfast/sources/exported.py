@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.archive import MAX_BYTES, check_archive
@@ -97,7 +97,7 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.load(io.BytesIO(content))
-            net = program.module()
+            net = _plain(program.module())
     except (
         Exception
     ) as error:  # the loader raises anything, from KeyError to AssertionError, on a foreign file
@@ -105,23 +105,56 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
         raise TargetError(
             f"{str(path)!r} could not be opened by torch {torch.__version__}: {first[:200]}"
         ) from error
-    size = _batch_size(program)
-    return Program(net if size is None else FixedBatch(net, size), size)
+    shape = _input_shape(program)
+    size = shape[0]
+    if size is None or _takes_any_batch(net, size, shape[1:]):
+        return Program(net, None)
+    return Program(FixedBatch(net, size), size)
 
 
-def _batch_size(program: torch.export.ExportedProgram) -> int | None:
+def _plain(exported: fx.GraphModule) -> fx.GraphModule:
+    """The program as an ordinary module: it may be put in eval mode, and guards no size by itself.
+
+    The one output of a classifier is returned as it is and not as an unflattened tree.
+    """
+    graph = fx.Graph()
+    output = graph.graph_copy(exported.graph, {})
+    graph.output(output[0] if isinstance(output, (tuple, list)) and len(output) == 1 else output)
+    for node in graph.find_nodes(op="call_module", target="_guards_fn"):
+        graph.erase_node(node)
+    plain = fx.GraphModule(exported, graph, "Exported")
+    plain.delete_all_unused_submodules()
+    return plain.eval()
+
+
+def _input_shape(program: torch.export.ExportedProgram) -> tuple[int | None, ...]:
+    """Sizes of the one input; None where a size is free."""
     users = set(program.graph_signature.user_inputs)
-    values = [
-        node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in users
-    ]
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
+    values = [node.meta["val"] for node in nodes]
     if len(values) != 1 or not isinstance(values[0], Tensor) or values[0].dim() == 0:
         raise TargetError(
             f"the exported program takes {len(values)} inputs; a classifier takes one batch of inputs"
         )
-    first: object = values[0].shape[
-        0
-    ]  # a symbol where the batch size is free, which the annotations of torch omit
-    return first if isinstance(first, int) else None
+    sizes: tuple[object, ...] = tuple(
+        values[0].shape
+    )  # symbols where they are free, which torch does not annotate
+    return tuple(size if isinstance(size, int) else None for size in sizes)
+
+
+def _takes_any_batch(net: nn.Module, size: int, shape: tuple[int | None, ...]) -> bool:
+    """Whether a program written for one batch size gives the same rows for others; slices cost many times as much."""
+    if None in shape:
+        return False
+    slices = FixedBatch(net, size)
+    for n in (size + 1, 2 * size + 3):
+        x = torch.rand((n, *(side or 1 for side in shape)), generator=torch.Generator().manual_seed(n))
+        try:
+            with torch.no_grad():
+                torch.testing.assert_close(net(x), slices(x), rtol=1e-4, atol=1e-5)
+        except (AssertionError, RuntimeError, ValueError):
+            return False
+    return True
 
 
 def _needs_trust(content: bytes) -> Iterator[str]:

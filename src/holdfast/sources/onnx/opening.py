@@ -46,6 +46,10 @@ class Runtime(nn.Module):
         """Scores of a batch; a file written for one batch size is run in slices."""
         return self.all(x)[0]
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "Runtime":
+        """Itself: a session cannot be copied and holds nothing that changes."""
+        return self
+
     def all(self, x: Tensor) -> list[Tensor]:
         """All outputs of a batch."""
         batch = x.detach().cpu().numpy().astype(self.input.dtype)
