@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 
+import jsonschema
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from holdfast.core.constraints import L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.reports import comparison
+from holdfast.reports.summary import schema
 from holdfast.reports.write import COMPARISON_SUFFIXES, check, write_comparison
 from reports import made
 
@@ -29,7 +31,9 @@ def _changed(evidence, lost, gained, **changes):
 
 
 def _compared(first, second):
-    return comparison.comparison(first, second, (made.summarised(first), made.summarised(second)))
+    content = comparison.comparison(first, second, (made.summarised(first), made.summarised(second)))
+    jsonschema.validate(content, schema("comparison-1"), cls=jsonschema.Draft202012Validator)
+    return content
 
 
 def test_pairs_count_who_changed_sides(first):

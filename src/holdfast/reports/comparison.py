@@ -151,7 +151,7 @@ def _differences(
     sides = _run(first), _run(second)
     notes = [
         f"{key} differs: {sides[0][key]} in the first run, {sides[1][key]} in the second"
-        for key in ("threat", "suite")
+        for key in ("threat", "suite", "data")
         if sides[0][key] != sides[1][key]
     ]
     if any(first["threat"][key] != second["threat"][key] for key in ("goal", "access", "queries")):

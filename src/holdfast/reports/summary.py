@@ -108,11 +108,9 @@ def to_json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def schema() -> Json:
-    """The published JSON Schema of the summary."""
-    text = (
-        resources.files("holdfast.reports").joinpath("schema/assessment-1.json").read_text(encoding="utf-8")
-    )
+def schema(name: str = "assessment-1") -> Json:
+    """A published JSON Schema: that of the summary, or of a comparison (`comparison-1`)."""
+    text = resources.files("holdfast.reports").joinpath("schema", f"{name}.json").read_text(encoding="utf-8")
     content: Json = json.loads(text)
     return content
 
