@@ -208,13 +208,13 @@ def write_card(net: nn.Module, how: Training, x: Tensor, y: Tensor, cpu_s: float
     kind = "hardened by adversarial training" if how.steps else "trained in the ordinary way, undefended"
     text = f"""# {how.name}
 
-A small digit classifier, {kind}. Bundled for demonstration and tests; not for reading anybody's post.
+A small digit classifier, {kind}. Bundled for demonstration and tests, not for production.
 
 | | |
 | --- | --- |
 | architecture | `{how.architecture}`, {sum(p.numel() for p in net.parameters()):,} parameters |
 | input | 1 x 28 x 28, values in [0, 1]; mean {MEAN} and std {STD} are applied inside |
-| data | MNIST training images 0 to {60_000 - N_VALIDATION:,}; the last {N_VALIDATION:,} chose the checkpoint |
+| data | MNIST training images 0 to {59_999 - N_VALIDATION:,}; the last {N_VALIDATION:,} chose the checkpoint |
 | command | `make bundled`, seed {how.seed} (one seed), {cpu_s:.0f} s of CPU time on one thread |
 | versions | torch {torch.__version__.split("+")[0]}, numpy {np.__version__} |
 | clean accuracy, all {len(x):,} test images | {accuracy(net, x, y):.4f} |
