@@ -188,6 +188,8 @@ def test_names_that_are_not_known_offer_the_nearest(monkeypatch: pytest.MonkeyPa
         open_data("cifar10")
     with pytest.raises(TargetError, match="no official mirror.*import FOLDER"):
         open_data("gtsrb")
+    with pytest.raises(UsageError, match="is a URL; download it first"):
+        open_data("https://host/data.npz")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UsageError, match="no form of data"):
         open_data(str(tmp_path / "notes.txt"))
@@ -297,7 +299,7 @@ def test_tables_are_numbers_and_a_label(tmp_path: Path, name: str) -> None:
     assert len(open_data(table(tmp_path / name, ROWS), label="kind", split="train")) == 1
 
 
-def test_parquet_is_read_as_csv_is(tmp_path: Path) -> None:
+def test_parquet_is_read_as_csv_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     columns = {"a": [0.5, 0.25, 1.0], "b": [True, False, True], "kind": [1, 0, 1]}
@@ -305,6 +307,13 @@ def test_parquet_is_read_as_csv_is(tmp_path: Path) -> None:
     batch = open_data(str(tmp_path / "t.parquet"), label="kind").read(0, 3)
     assert batch.x.tolist() == [[0.5, 1.0], [0.25, 0.0], [1.0, 1.0]]
     assert batch.y.tolist() == [1, 0, 1]
+    parquet.write_table(
+        pa.table({"a": pa.repeat(pa.scalar(0.5), 3_000_000), "y": [0] * 3_000_000}), tmp_path / "b.parquet"
+    )
+    assert (tmp_path / "b.parquet").stat().st_size < 10_000
+    monkeypatch.setattr("holdfast.sources.tables.MAX_CELLS", 5_000_000)
+    with pytest.raises(TargetError, match="declares 3000000 rows of 2 columns; at most 5000000 cells"):
+        open_data(str(tmp_path / "b.parquet"), label="y")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(TargetError, match="no readable parquet"):
         open_data(str(tmp_path / "bad.parquet"), label="kind")

@@ -123,6 +123,8 @@ def _located(address: str) -> _Place:
         return _Place(bundled[address])
     if address in CATALOGUE:
         return _in_catalogue(address)
+    if "://" in address:
+        raise UsageError(f"{address!r} is a URL; download it first, data is read from files: {_FORMS}")
     path = Path(address)
     if path.exists():
         return _Place(path)

@@ -156,7 +156,7 @@ def _receive(remote: Remote, partial: Path, progress: Progress) -> None:
             return
         raise TargetError(f"{remote.url} answered {error.code} {error.reason}; try again later") from error
     except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", error)
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise TargetError(
             f"{remote.url} cannot be reached ({reason}); what has come is kept, and the next attempt goes on from "
             "there. Without a network use holdfast data import FOLDER"

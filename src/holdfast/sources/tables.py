@@ -16,8 +16,10 @@ from holdfast.core.model import Bounds
 from holdfast.sources.arrays import Arrays, from_numpy, selected_rows
 from holdfast.sources.files import megabytes, nearest, readable_file
 
-MAX_BYTES = 2 * 2**30
-"""of a table once inflated"""
+MAX_BYTES = 2**30
+"""of a text table once inflated"""
+MAX_CELLS = 200_000_000
+"""of a parquet table; its encodings can repeat one value for ever in a few bytes"""
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
 SPLIT_COLUMN = "split"
 """a column of this name says which rows are train and which are test"""
@@ -107,6 +109,12 @@ def _read_parquet(path: Path) -> Table:
             f'{str(path)!r} is parquet; reading it needs pip install "holdfast[parquet]"'
         ) from error
     try:
+        said = pq.read_metadata(path)
+        if said.num_rows * said.num_columns > MAX_CELLS:
+            raise TargetError(
+                f"{str(path)!r} declares {said.num_rows} rows of {said.num_columns} columns; "
+                f"at most {MAX_CELLS} cells are read"
+            )
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
         raise TargetError(f"{str(path)!r} is no readable parquet file: {error}") from error
