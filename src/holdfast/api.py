@@ -5,6 +5,7 @@ normalise it once; below them every parameter has one type.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,22 +94,20 @@ def carry_out(
     command: str = "",
 ) -> Result:
     """`assess` as the command line and a configuration file ask for it; `command` is how to repeat it."""
-    baseline = None if settings.baseline is None else open_run(Path(settings.baseline)).evidence
+    baseline = _evidence(settings.baseline)
     order = ordering.order(settings, baseline=baseline, command=command)
     subject = ordering.opened_subject(settings)
     data = ordering.opened_data(settings, subject.model)
     return assessing.assess(subject, data, order, run=run, resume=resume, progress=progress)
 
 
-def rehearse(settings: AssessSettings, examples: int = 8) -> tuple[Result, int]:
-    """The attacks on the first few examples, nothing kept; and how many examples the real run would have."""
-    baseless = {"gates": [], "baseline": None, "doubts": False}
+def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
+    """The run on its first `n` examples, kept nowhere, and how many examples it would have in all."""
+    order = replace(ordering.order(settings, baseline=_evidence(settings.baseline)), gates=())
     subject = ordering.opened_subject(settings)
     data = ordering.opened_data(settings, subject.model)
-    few = ordering.opened_data(
-        settings.model_copy(update={"n": min(examples, len(data)), "sample": None}), subject.model
-    )
-    return assessing.assess(subject, few, ordering.order(settings.model_copy(update=baseless))), len(data)
+    few = selected(data, n=min(n, len(data)), sample=None, seed=settings.seed)
+    return assessing.assess(subject, few, order), len(data)
 
 
 def doctor(

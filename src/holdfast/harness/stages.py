@@ -154,8 +154,9 @@ def _attacked(
     attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
 ) -> dict[str, Tensor]:
     batch = _aimed(batch, threat)
-    x_adv, spent = _found(attack, threat, target, batch, rng)
-    logits = target.logits(x_adv)
+    with target.repeatable(rng.at(int(batch.ids[0]))):
+        x_adv, spent = _found(attack, threat, target, batch, rng)
+        logits = target.logits(x_adv)
     probabilities = logits.softmax(1)
     columns = {
         "id": batch.ids,

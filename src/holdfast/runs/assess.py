@@ -1,6 +1,7 @@
 """The assess verb as a resumable run: measure stage by stage, ask the doubts, make the evidence, judge the gates."""
 
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -74,8 +75,21 @@ def assess(
 
 
 def _way_out(order: Order, run: Path) -> str:
-    again = f"{order.command} --run {run} --resume" if order.command else f"run={str(run)!r}, resume=True"
+    again = f"run={str(run)!r}, resume=True"
+    if order.command:
+        again = f"{repeatable(order.command)} {shlex.join(['--run', str(run), '--resume'])}"
     return f"what was finished is kept, go on with: {again}"
+
+
+def repeatable(command: str) -> str:
+    """A command line without `--run DIR` and `--resume`, which say where and not what."""
+    words, kept = iter(shlex.split(command)), []
+    for word in words:
+        if word == "--run":
+            next(words, None)
+        elif word != "--resume" and not word.startswith("--run="):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def _looked_at(target: Target, sample: Batch, order: Order, data: Data) -> int:
@@ -152,7 +166,10 @@ class _Making:
 
     def about(self) -> dict[str, Any]:
         """What may differ between two equal runs."""
-        return {"created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "command": self.order.command}
+        return {
+            "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "command": repeatable(self.order.command),
+        }
 
     def evidence(self, keeper: Keeper, stopper: Stopper, manifest: Mapping[str, Any]) -> Evidence:
         """All that was kept of earlier attempts, and the rest measured now."""

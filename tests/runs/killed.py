@@ -1,0 +1,93 @@
+"""Runs that are killed: forked from a process that has imported everything, so that a life costs milliseconds.
+
+`python killed.py FOLDER random SEED KILLS` kills at random moments; `python killed.py FOLDER calls STEP` kills at every
+STEP-th call that changes the disk. Prints JSON: how many kills met a living process, and how many calls there are.
+"""
+
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from runs.fakes import data, order, settled, subject
+
+from holdfast.runs.assess import assess
+
+CHANGING = ("write", "fsync", "replace", "unlink", "mkdir", "rmdir", "truncate")
+
+
+def life(run, *, die_at=None):
+    """The process of one attempt; `die_at` is the call to the disk at which it kills itself."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        calls = itertools.count(1)
+
+        def counted(real):
+            def call(*args, **kwargs):
+                if next(calls) == die_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **kwargs)
+
+            return call
+
+        os.fsync = lambda handle: None  # a kill leaves what was written; only a power cut would not
+        for name in CHANGING:
+            setattr(os, name, counted(getattr(os, name)))
+        assess(subject(), data(), order(doubts="all"), run=run, resume=True)
+        (run.parent / "calls").write_text(str(next(calls) - 1))
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def ended(pid):
+    return os.waitpid(pid, 0)[1]
+
+
+def killed_at_random(folder, seed, kills):
+    rng, hits = random.Random(seed), 0
+    begun = time.perf_counter()
+    assert ended(life(folder / "whole")) == 0
+    whole_s = time.perf_counter() - begun
+    run = folder / "killed"
+    for _ in range(10 * kills):
+        if hits == kills:
+            break
+        pid = life(run)
+        time.sleep(rng.uniform(0, 0.5 * whole_s))
+        os.kill(pid, signal.SIGKILL)
+        hits += os.WIFSIGNALED(ended(pid))
+        if (run / "verdict.json").exists():  # finished: begin the next one
+            assert ended(life(run)) == 0
+            assert settled(run) == settled(folder / "whole")
+            run = folder / f"killed-{hits}"
+    assert ended(life(run)) == 0
+    assert settled(run) == settled(folder / "whole")
+    return {"hits": hits}
+
+
+def killed_at_calls(folder, step):
+    assert ended(life(folder / "whole")) == 0
+    calls, whole = int((folder / "calls").read_text()), settled(folder / "whole")
+    for die_at in range(1, calls + 1, step):
+        run = folder / f"killed-{die_at}"
+        assert os.WTERMSIG(ended(life(run, die_at=die_at))) == signal.SIGKILL
+        assert ended(life(run)) == 0, die_at
+        assert settled(run) == whole, die_at
+    return {"calls": calls}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, how, *numbers = sys.argv[1:]
+    experiment = {"random": killed_at_random, "calls": killed_at_calls}[how]
+    print(json.dumps(experiment(Path(folder), *map(int, numbers))))

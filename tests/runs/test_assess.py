@@ -1,0 +1,364 @@
+"""What a run measures, refuses, and says on the way."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from runs.fakes import CLASSES, FAST, FEATURES, N, THOROUGH, data, network, order, subject
+
+from holdfast.attacks import PGD
+from holdfast.core.constraints import L0, L1, L2, Linf
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.evidence import Evidence
+from holdfast.core.model import Bounds, Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.gates.grammar import parse
+from holdfast.harness import Member, measure
+from holdfast.runs.assess import assess
+from holdfast.runs.entry import extent
+from holdfast.runs.index import new_folder, open_run, runs_in
+from holdfast.runs.order import Subject
+from holdfast.sources.memory import as_data
+
+
+def uniform(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(5))
+
+
+def same(one: Evidence, other: Evidence):
+    for name in ("columns", "gallery"):
+        mine, theirs = getattr(one, name), getattr(other, name)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    for name in (
+        "threat",
+        "suite",
+        "attacks",
+        "seed",
+        "doubts",
+        "model",
+        "data",
+        "notes",
+        "cost",
+        "doubts_cost",
+    ):
+        assert getattr(one, name) == getattr(other, name), name
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        order(doubts="all"),
+        order(FAST, suite="", attacked=False),
+        order(threat=ThreatModel(Linf(0.06), goal=1), attacked=False),
+        order(threat=ThreatModel(L2(math.inf)), smallest=True, attacked=False),
+        order(threat=ThreatModel(L0(2, "value"), access="gradients", queries=50)),
+        order(doubts="none", curve=(FAST,), full=True, keep_adversarial=True),
+        order(time_budget_s=1e-9),
+    ],
+    ids=["suite", "list", "targeted", "smallest", "budget", "full", "no-time"],
+)
+def test_what_is_read_back_is_what_was_measured(tmp_path, asked):
+    if asked.plan.threat.goal is not None:
+        asked = replace(asked, gates=())
+    if asked.plan.smallest:
+        asked = replace(asked, gates=(parse("robust_accuracy@0.3 >= 0.1"),))
+    kept = assess(subject(), data(), asked, run=tmp_path / "run")
+    back = open_run(tmp_path / "run")
+    same(kept.evidence, back.evidence)
+    assert back.gates == kept.gates
+    assert back.exit_code == kept.exit_code
+    assert back.summary() == kept.summary()
+
+
+def test_a_run_finds_what_the_harness_finds():
+    shared = [data().read(0, N)]
+    direct = measure(subject().model, shared, [FAST.attack], ThreatModel(Linf(0.06)), seed=3)
+    run = assess(subject(), data(), order(FAST)).evidence
+    assert torch.equal(run["success"], direct["success"])
+    torch.testing.assert_close(run["distance_l2"], direct["distance_l2"])
+
+
+def test_the_model_comes_back_as_it_was():
+    net = network().train()
+    given = subject(net)
+    given.model.train()
+    assess(given, data(), order())
+    assert all(module.training for module in net.modules())
+    assert all(weight.requires_grad for weight in net.parameters())
+
+
+def test_progress_goes_forward_and_ends_complete():
+    steps = []
+    result = assess(subject(), data(), order(doubts="all"), progress=steps.append)
+    places = [(step.place, step.done) for step in steps]
+    assert places == sorted(places)
+    for name in ("clean", "1-pgd", "2-pgd-again", "attacked"):
+        last = [step for step in steps if step.stage == name][-1]
+        assert (last.done, last.of, last.seen) == (N, N, N)
+    standing = int((result.evidence["correct"] & ~result.evidence["success"]).sum())
+    assert steps[-1].standing == standing
+    assert steps[-1].place == steps[-1].of_stages == 5
+
+
+def test_time_that_ran_out_is_told_and_doubted(tmp_path):
+    asked = order(
+        time_budget_s=1e-9, doubts="all", gates=("robust_accuracy >= 0.01", "clean_accuracy >= 0.1")
+    )
+    result = assess(subject(), data(), asked, run=tmp_path / "run")
+    assert "time ran out: 1-pgd was tried on 0 of 40 examples" in result.evidence.notes
+    assert "attacked_prediction" not in result.evidence
+    assert {d.name: d.state for d in result.doubts}["not-exhausted"] == "raised"
+    assert [gate.verdict for gate in result.gates] == ["unclear", "unclear"]
+    assert result.exit_code == 4
+    again = assess(subject(), data(), asked, run=tmp_path / "run", resume=True)
+    assert again.exit_code == 4
+    same(again.evidence, result.evidence)
+
+
+def test_time_that_runs_out_midway_keeps_what_was_found(monkeypatch):
+    import time
+
+    clock, real = [0.0], time.perf_counter
+
+    def progress(step):
+        if step.stage == "1-pgd" and step.done >= 15:
+            clock[0] = 1e6
+
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + clock[0])
+    result = assess(subject(), data(), order(time_budget_s=1000.0), progress=progress)
+    tried = result.evidence["queries"] > 0
+    assert tried[:15].any() and not tried[15:].any()
+    assert "time ran out: 1-pgd was tried on 15 of 40 examples" in result.evidence.notes
+    assert result.evidence["distance_linf"][15:][result.evidence["correct"][15:]].isinf().all()
+
+
+@pytest.mark.parametrize(
+    "x, says",
+    [
+        (uniform(4, FEATURES).double() * 200 + 50, "divide them by 255"),
+        (uniform(4, FEATURES).double() * 4 - 2, "they seem to be normalised.*--mean and --std"),
+        (uniform(4, FEATURES).double() * 1000 + 300, "scale them, or give --bounds"),
+        (torch.full((4, FEATURES), math.nan).double(), "NaN or infinity, first in row 0"),
+    ],
+)
+def test_inputs_outside_the_bounds_are_refused_with_the_range_seen(x, says):
+    with pytest.raises(TargetError, match=says):
+        assess(subject(), Raw(x, torch.zeros(4, dtype=torch.int64)), order())
+
+
+def test_inputs_are_looked_at_in_every_shard():
+    x = uniform(N, FEATURES).double()
+    x[-1, 0] = 3.0
+    with pytest.raises(TargetError, match="range from .* to 3, outside the bounds 0 to 1"):
+        assess(subject(), Raw(x, torch.zeros(N, dtype=torch.int64)), order())
+
+
+@pytest.mark.parametrize(
+    "y, says", [(CLASSES, "seem to count from 1: subtract 1"), (99, "check the label column"), (-1, "")]
+)
+def test_labels_that_are_no_classes_are_refused(y, says):
+    labels = torch.tensor([1, 1, 2, y] if y == CLASSES else [0, 1, 2, y])
+    with pytest.raises(
+        TargetError, match=rf"labels of raw run from .* but the model has 4 classes \(0 to 3\).*{says}"
+    ):
+        assess(subject(), Raw(uniform(4, FEATURES).double(), labels), order())
+
+
+def test_no_example_is_refused():
+    with pytest.raises(TargetError, match="is empty; at least one example is needed"):
+        assess(subject(), Raw(uniform(0, FEATURES), torch.zeros(0)), order())
+
+
+@pytest.mark.parametrize(
+    "norm, farthest", [(Linf, 1.0), (L2, math.sqrt(FEATURES)), (L1, FEATURES), (L0, FEATURES)]
+)
+def test_an_eps_beyond_the_box_is_refused(norm, farthest):
+    x = uniform(1, FEATURES)
+    assert extent(norm(), Bounds(), x) == pytest.approx(farthest)
+    with pytest.raises(UsageError, match="no two inputs inside the bounds are further apart than"):
+        assess(subject(), data(), order(FAST, threat=ThreatModel(norm(1.01 * farthest))))
+
+
+def test_the_extent_knows_bounds_of_each_feature_and_pixels():
+    bounds = Bounds(torch.zeros(FEATURES), torch.arange(FEATURES).float())
+    x = uniform(1, FEATURES)
+    assert extent(Linf(), bounds, x) == FEATURES - 1
+    assert extent(L1(), bounds, x) == FEATURES * (FEATURES - 1) / 2
+    assert extent(L0(per="pixel"), Bounds(), uniform(1, 3, 5, 5)) == 25
+
+
+def test_a_goal_that_is_no_class_is_refused():
+    with pytest.raises(UsageError, match="goal=targeted:7 is no class of this model; it has 4"):
+        assess(subject(), data(), order(threat=ThreatModel(Linf(0.06), goal=7)))
+
+
+def test_an_eps_of_nothing_is_clean_accuracy():
+    result = assess(subject(), data(), order(threat=ThreatModel(Linf(0.0)), doubts="all"))
+    assert result.metrics["robust_accuracy"] == result.metrics["clean_accuracy"]
+
+
+def test_an_attack_that_needs_more_than_is_given_is_refused_by_name():
+    scores_only = Subject(Classifier(network(), access="scores"), "a" * 64)
+    with pytest.raises(UsageError, match="PGD needs gradients, but only scores can be seen here"):
+        assess(scores_only, data(), order())
+
+
+def test_one_example_is_enough():
+    result = assess(subject(), data(1), order(doubts="all"))
+    assert len(result.evidence) == 1
+
+
+def test_a_dead_model_is_no_crash():
+    """A constant: everything is a tie, and every tie counts against it."""
+    dead = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(FEATURES, CLASSES).double())
+    torch.nn.init.zeros_(dead[1].weight)
+    torch.nn.init.zeros_(dead[1].bias)
+    result = assess(subject(dead), data(), order(doubts="all"))
+    assert result.metrics["clean_accuracy"].value == 0
+
+
+class Wild(torch.nn.Module):
+    """Answers NaN to every third input."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x):
+        return torch.where((x[:, :1] * 100).long() % 3 == 0, torch.nan, self.net(x))
+
+
+def test_an_answer_that_is_no_number_is_broken_and_doubted():
+    result = assess(subject(Wild()), data(), order(doubts="all"))
+    assert {d.name: d.state for d in result.doubts}["nan"] == "raised"
+    assert not (result.evidence["correct"] & result.evidence["nan"]).any()
+
+
+class Noisy(torch.nn.Module):
+    """Another answer each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x):
+        return self.net(x) + 0.3 * torch.randn(len(x), CLASSES, dtype=x.dtype)
+
+
+def test_a_randomised_model_is_measured_the_same_twice(tmp_path):
+    state = torch.random.get_rng_state()
+    first = assess(subject(Noisy()), data(), order(), run=tmp_path / "run").evidence
+    second = assess(subject(Noisy()), data(), order()).evidence
+    assert first.model["randomised"]
+    assert "right_probability" in first
+    assert all(torch.equal(first[name], second[name]) for name in first.columns)
+    same(first, open_run(tmp_path / "run").evidence)
+    assert len(state) == len(torch.random.get_rng_state())
+
+
+class Raw:
+    """Data that nobody checked."""
+
+    name, classes, digest = "raw", None, "d" * 64
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def read(self, start, stop):
+        from holdfast.core.batch import Batch
+
+        rows = slice(start, stop)
+        return Batch(self.x[rows], self.y[rows], torch.arange(len(self.x))[rows])
+
+
+class Lazy(Raw):
+    """Data that counts what it holds at once."""
+
+    most = 0
+
+    def read(self, start, stop):
+        self.most = max(self.most, stop - start)
+        return super().read(start, stop)
+
+
+def test_data_is_read_shard_by_shard():
+    whole = data().read(0, N)
+    lazy = Lazy(whole.x, whole.y)
+    assess(subject(), lazy, order(shard_size=10, doubts="all"))
+    assert lazy.most == 10
+
+
+def test_a_result_answers_for_itself(tmp_path):
+    result = assess(subject(), data(), order(FAST, THOROUGH, doubts="all"))
+    assert 0 < result.metrics["robust_accuracy"].value < result.metrics["clean_accuracy"].value < 1
+    assert [record.name for record in result.attacks] == ["PGD", "PGD-again"]
+    assert result.worst_case.keys() >= {"id", "y", "success", "broken_by", "distance_linf", "queries"}
+    assert result.gate("robust_accuracy >= 1").verdict == "fail"
+    assert result.gate("robust_accuracy <= 1").estimate == result.metrics["robust_accuracy"]
+    assert "PGD-again" in result.table
+    assert result.table.splitlines()[0] in result._repr_html_().replace("&#x27;", "'")
+    assert result.to_html(tmp_path / "a.html").read_text().startswith("<!doctype html>")
+    assert result.to_json(tmp_path / "a.json") == (tmp_path / "a.json").read_text()
+    assert len(result.write(tmp_path / "a.csv").read_text().splitlines()) == N + 1
+    with pytest.raises(UsageError, match="does not end in .html"):
+        result.to_html(tmp_path / "a.txt")
+
+
+def test_an_accepted_doubt_stands_beside_the_verdict(tmp_path):
+    doubted = assess(subject(network().train()), data(), order(gates=("robust_accuracy >= 0.01",)))
+    assert "state" in [d.name for d in doubted.doubts if d.state == "raised"]
+    assert doubted.exit_code == 4
+    asked = order(gates=("robust_accuracy >= 0.01",), accepted={"state": "dropout is off in eval mode"})
+    accepted = assess(subject(network().train()), data(), asked, run=tmp_path / "run")
+    assert accepted.exit_code == 0
+    assert open_run(tmp_path / "run").accepted_doubts == {"state": "dropout is off in eval mode"}
+
+
+def test_runs_are_listed_finished_or_not(tmp_path):
+    assess(subject(), data(), order(), run=tmp_path / "a")
+
+    def progress(step):
+        if step.stage == "2-pgd-again":
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        assess(subject(), data(), order(), run=tmp_path / "b", progress=progress)
+    (tmp_path / "c").mkdir()
+    entries = {entry.path.name: entry for entry in runs_in(tmp_path)}
+    assert entries.keys() == {"a", "b"}
+    assert entries["a"].finished and entries["a"].stages_done == entries["a"].stages == 5
+    assert not entries["b"].finished and entries["b"].stages_done == 2
+    assert entries["a"].threat == "linf:0.06"
+    assert runs_in(tmp_path / "nowhere") == []
+    with pytest.raises(TargetError, match="is not finished; go on with it by --run"):
+        open_run(tmp_path / "b")
+    with pytest.raises(TargetError, match="no run folder"):
+        open_run(tmp_path / "c")
+
+
+def test_a_new_folder_is_not_there_yet(tmp_path):
+    from datetime import UTC, datetime
+
+    now = datetime(2026, 11, 20, 9, 12, 33, tzinfo=UTC)
+    first = new_folder("assess", "1a2b3c4d", parent=tmp_path, now=now)
+    assert first.name == "20261120-091233-assess-1a2b3c"
+    first.mkdir()
+    assert (
+        new_folder("assess", "1a2b3c4d", parent=tmp_path, now=now).name == "20261120-091233-assess-1a2b3c-2"
+    )
+
+
+def test_a_list_of_attacks_raises_only_the_free_doubts():
+    result = assess(subject(), data(), order(Member("PGD", PGD(steps=2)), suite="", attacked=False))
+    assert {d.name for d in result.doubts} == {"zero-gradient", "probabilities", "state", "nan"}
+    assert result.evidence.doubts_cost.forwards == 0
+
+
+def test_the_same_examples_in_memory_are_the_same_data():
+    x, y = uniform(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    assert as_data(x, y).digest == as_data(x.clone(), y.clone()).digest
