@@ -118,6 +118,7 @@ def test_sarif_suppresses_an_accepted_doubt_with_its_reason(accepted):
 def test_sarif_names_the_models_file_as_it_was_given():
     assert sarif.model_address({"files": {"weights/my net.pt": "00"}}) == "weights/my%20net.pt"
     assert sarif.model_address({"files": {"/srv/a.pt": "00"}}) == "file:///srv/a.pt"
+    assert sarif.model_address({"files": {"bundled:mnist-cnn": "00"}}) == "mnist-cnn"
     assert sarif.model_address({"name": "mnist-cnn"}) == "mnist-cnn"
 
 

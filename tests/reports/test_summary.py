@@ -123,6 +123,8 @@ def test_headline_is_one_plain_sentence():
         evidence, "robust_accuracy >= 0.5", "clean_accuracy >= 0.9", "robust_accuracy >= 0.4"
     )
     assert "1 of 3 gates fails, 2 are unclear: fail" in several["headline"]
+    alike = made.summarised(evidence, "robust_accuracy >= 0.5", "robust_accuracy >= 0.6")
+    assert alike["headline"].endswith("; all 2 gates fail.")
     assert made.summarised(evidence)["headline"].endswith("no gate was set.")
     assert "could be turned into class 3" in made.summarised(_targeted())["headline"]
     assert "break within an L2 change of 0.253" in made.summarised(_minimum_norm())["headline"]
@@ -135,6 +137,23 @@ def test_share_after_each_attack_ends_at_robust_accuracy():
     assert after[-1] == content["metrics"]["robust_accuracy"]["value"]
     standing = [attack["standing_after"] for attack in content["attacks"]]
     assert after == pytest.approx([left / 1000 for left in standing])
+
+
+def test_without_an_eps_no_attack_leaves_a_share():
+    content = made.summarised(_minimum_norm())
+    assert all(attack["robust_accuracy"] is None for attack in content["attacks"])
+    assert "robust_accuracy" not in content["metrics"]
+    assert content["curves"]["eps"]
+    assert not content["per_class"]
+
+
+def test_examples_are_called_what_they_are():
+    assert made.summarised(made.evidence())["noun"] == "images"
+    assert made.summarised(made.evidence(image=False))["noun"] == "examples"
+    bare = made.evidence(gallery=0)
+    assert made.summarised(dataclasses.replace(bare, gallery={}))["noun"] == "examples"
+    told = dataclasses.replace(bare, gallery={}, data=dict(bare.data) | {"shape": [3, 32, 32]})
+    assert made.summarised(told)["noun"] == "images"
 
 
 def test_targeted_shares_run_over_the_eligible_examples():

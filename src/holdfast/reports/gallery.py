@@ -39,14 +39,15 @@ def examples(evidence: Evidence, classes: Sequence[str], attacks: Sequence[str])
         x, x_adv = evidence.gallery["x"][place].float(), evidence.gallery["x_adv"][place].float()
         entry = _facts(evidence, rows[0], classes, attacks)
         found.append(
-            entry | (_pictures(x, x_adv, low, high) if is_image(x) else _changes(x, x_adv, evidence.data))
+            entry
+            | (_pictures(x, x_adv, low, high) if is_image(x.shape) else _changes(x, x_adv, evidence.data))
         )
     return found
 
 
-def is_image(x: Tensor) -> bool:
-    """Whether one input is a picture: channels first, 1, 3 or 4 of them."""
-    return x.dim() == 3 and x.shape[0] in {1, 3, 4} and min(x.shape[1:]) > 1
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether one input of this shape is a picture: channels first, 1, 3 or 4 of them."""
+    return len(shape) == 3 and shape[0] in {1, 3, 4} and min(shape[1:]) > 1
 
 
 def _facts(evidence: Evidence, row: int, classes: Sequence[str], attacks: Sequence[str]) -> Json:

@@ -107,5 +107,5 @@ def model_address(model: Mapping[str, Any]) -> str:
     """The model's file as a URI: relative as it was given, so that a code-scanning view finds it in the repository."""
     files = model.get("files")
     name = next(iter(files), None) if isinstance(files, Mapping | list) else None
-    path = Path(printable(str(name or model.get("name") or "model")))
+    path = Path(printable(str(name or model.get("name") or "model")).removeprefix("bundled:"))
     return path.as_uri() if path.is_absolute() else quote(path.as_posix())

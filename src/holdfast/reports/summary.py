@@ -116,13 +116,13 @@ def schema(name: str = "assessment-1") -> Json:
 
 
 def _noun(evidence: Evidence) -> str:
-    """What one example is called."""
+    """What the examples are called: as the data says, else by the shape of one of them."""
     if "noun" in evidence.data:
         return str(evidence.data["noun"])
-    x = evidence.gallery.get("x")
-    if x is None or not len(x):
-        return "examples"
-    return "images" if is_image(x[0]) else "examples"
+    shape = evidence.data.get("shape")
+    if shape is None and "x" in evidence.gallery:
+        shape = evidence.gallery["x"].shape[1:]
+    return "images" if shape is not None and is_image(tuple(shape)) else "examples"
 
 
 def _gate(gate: Judgement) -> Json:
@@ -142,7 +142,8 @@ def _gate(gate: Judgement) -> Json:
 def _attacks(evidence: Evidence, confidence: float) -> list[Json]:
     """One entry an attack, with what is left after it and all before it."""
     chosen = judged(evidence)
-    broken_by = evidence["broken_by"].long() if "broken_by" in evidence else None
+    bounded = math.isfinite(evidence.threat.constraint.eps)  # else any example falls to a large enough change
+    broken_by = evidence["broken_by"].long() if bounded and "broken_by" in evidence else None
     lost = ~robust(evidence)
     entries = []
     for place, record in enumerate(evidence.attacks):

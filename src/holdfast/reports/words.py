@@ -59,6 +59,8 @@ def shown(metric: str, value: float | str) -> str:
 def interval(metric: str, estimate: Mapping[str, Any]) -> str:
     """The interval of an estimate, such as `38.4–44.6 %`."""
     low, high = shown(metric, estimate["low"]), shown(metric, estimate["high"])
+    if low == high:
+        return low
     return f"{low.removesuffix(' %')}–{high}" if high.endswith(" %") else f"{low} to {high}"
 
 
@@ -152,7 +154,7 @@ def headline(summary: Mapping[str, Any]) -> str:
     if len(gates) == 1:
         sentence = f"{found}; the gate asked for {_brief(gates[0], summary)}: {gates[0]['verdict']}"
     else:
-        sentence = f"{found}; {_tally(gates)}: {summary['verdict']}"
+        sentence = f"{found}; {_tally(gates)}"
     doubts = open_doubts(summary)
     if summary["verdict"] == "unclear" and doubts and any(doubted(gate) for gate in gates):
         sentence += f", because of open doubts ({', '.join(doubts)})"
@@ -163,15 +165,15 @@ def headline(summary: Mapping[str, Any]) -> str:
 
 
 def _tally(gates: Sequence[Mapping[str, Any]]) -> str:
-    """`1 of 3 gates fails, 2 pass`."""
+    """`1 of 3 gates fails, 2 pass: fail`, or `all 3 gates pass`."""
     verbs = {"fail": ("fails", "fail"), "unclear": ("is unclear", "are unclear"), "pass": ("passes", "pass")}
-    parts: list[str] = []
-    for verdict, (one, many) in verbs.items():
-        n = sum(gate["verdict"] == verdict for gate in gates)
-        if n:
-            of = "" if parts else f" of {len(gates)} gates"
-            parts.append(f"{n}{of} {one if n == 1 else many}")
-    return ", ".join(parts)
+    counted = {verdict: sum(gate["verdict"] == verdict for gate in gates) for verdict in verbs}
+    present = [verdict for verdict, n in counted.items() if n]
+    if len(present) == 1:
+        return f"all {len(gates)} gates {verbs[present[0]][1]}"
+    parts = [f"{counted[verdict]} {verbs[verdict][counted[verdict] > 1]}" for verdict in present]
+    first, _, rest = parts[0].partition(" ")
+    return f"{first} of {len(gates)} gates {rest}, {', '.join(parts[1:])}: {present[0]}"
 
 
 def _brief(gate: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
