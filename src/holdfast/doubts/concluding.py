@@ -81,7 +81,7 @@ class _Case:
             if probe.name in probes and not threat.gives(probe.needs):
                 says = f"it needs {probe.needs}, and the threat model allows {threat.access} only"
                 return Doubt(name, "not applicable", says=says)
-        if not set(probes) <= {probe.name for probe in (*probes_for(within), *PROBES[:0])} | {"again"}:
+        if not set(probes) <= {probe.name for probe in probes_for(within)} | {"again"}:
             return Doubt(name, "not applicable", says=f"there is no such attack under {within.constraint}")
         return Doubt(name, "not measured", says="no example was left to measure it on")
 
@@ -93,6 +93,10 @@ def _judged(name: str, statistic: float, threshold: float, n: int, says: str, *,
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+def _share(mask: Mask) -> str:
+    return _percent(float(mask.double().mean()))
 
 
 def _zero_gradient(case: _Case) -> Doubt:
@@ -141,8 +145,8 @@ def _rival(case: _Case, name: str, weak: tuple[str, str], strong: tuple[str, str
     test, n = mcnemar(one, other), len(one)
     ahead = (test.only_first - test.only_second) / n
     says = (
-        f"{weak[1]} breaks {_percent(float(one.double().mean()))} of the sample, {strong[1]} "
-        f"{_percent(float(other.double().mean()))} (exact McNemar p = {test.p:.2g})"
+        f"{weak[1]} breaks {_share(one)} of the sample, {strong[1]} "
+        f"{_share(other)} (exact McNemar p = {test.p:.2g})"
     )
     return _judged(name, ahead, at.POINTS_BY_RIVAL, n, says, more=test.p < at.P_BY_RIVAL)
 
@@ -249,19 +253,26 @@ def _state(case: _Case) -> Doubt:
 
 
 def _loss_spread(case: _Case) -> Doubt:
-    masks = {
+    """The best loss against the worst untargeted one: aiming at a single class is weaker by nature."""
+    untargeted = {
         "the cross-entropy": case.broken("cross-entropy"),
         "the margin": case.broken("margin", "once"),
         "the margin in probability": case.broken("probability-margin"),
-        "the runner-up": case.broken("runner-up"),
     }
-    shares = {name: float(mask.double().mean()) for name, mask in masks.items() if mask is not None}
-    if len(shares) < 2:
-        return case.absent("loss-spread", "cross-entropy")
-    n = len(case.found["cross-entropy"].rows)
-    best, worst = max(shares, key=lambda k: shares[k]), min(shares, key=lambda k: shares[k])
-    says = f"of PGD-20's losses {best} breaks {_percent(shares[best])} and {worst} {_percent(shares[worst])}"
-    return _judged("loss-spread", shares[best] - shares[worst], at.LOSS_SPREAD, n, says)
+    losses = {name: mask for name, mask in untargeted.items() if mask is not None}
+    if len(losses) < len(untargeted):
+        return case.absent("loss-spread", "cross-entropy", "margin", "probability-margin")
+    worst = min(losses, key=lambda name: int(losses[name].sum()))
+    aimed = case.broken("runner-up")
+    rivals = losses if aimed is None else {**losses, "the runner-up": aimed}
+    best = max(rivals, key=lambda name: int(rivals[name].sum()))
+    test, n = mcnemar(rivals[best], losses[worst]), len(losses[worst])
+    says = (
+        f"of PGD-20's losses {best} breaks {_share(rivals[best])} and {worst} {_share(losses[worst])} "
+        f"(exact McNemar p = {test.p:.2g})"
+    )
+    spread = (test.only_first - test.only_second) / n
+    return _judged("loss-spread", spread, at.LOSS_SPREAD, n, says, more=test.p < at.P_BY_RIVAL)
 
 
 def _shattered(case: _Case) -> Doubt:

@@ -6,7 +6,7 @@ PGD-20 on the cross-entropy serves `scale`, `one-step` and `loss-spread`; margin
 from the same points.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,7 +19,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Constraint, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns
-from holdfast.core.model import Model
+from holdfast.core.model import Bounds, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Logits, Mask, PerExample, Rows
 from holdfast.doubts.slopes import gradients
@@ -117,15 +117,15 @@ def _towards_runner_up(model: Model, batch: Batch, threat: ThreatModel, rng: Dra
 def _whole_box(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
     """Climb the margin from a start inside the threat, with every input of the box allowed."""
     return fallen(
-        climbed(model, batch, threat, rng, margin_loss, eps=extent(threat.constraint, batch, model))
+        climbed(model, batch, threat, rng, margin_loss, eps=extent(threat.constraint, batch.x, model.bounds))
     )
 
 
-def extent(constraint: Constraint, batch: Batch, model: Model) -> float:
-    """The distance to the farthest corner of the box, over the batch."""
-    low, high = model.bounds.like(batch.x)
-    corner = torch.where(high - batch.x > batch.x - low, high, low).expand_as(batch.x)
-    return float(constraint.distance(corner, batch.x).max())
+def extent(constraint: Constraint, x: Inputs, bounds: Bounds) -> float:
+    """The distance between opposite corners of the box: with it as eps, every input is allowed."""
+    low, high = bounds.like(x)
+    corner = x[:1]
+    return float(constraint.distance(high.expand_as(corner), low.expand_as(corner)).max())
 
 
 def _noise(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
@@ -252,26 +252,6 @@ class Probed:
 
     rows: Rows
     columns: Columns
-
-
-def probed(
-    model: Model,
-    take: Callable[[Rows], Batch],
-    columns: Columns,
-    threat: ThreatModel,
-    rng: Draws,
-    attacks: tuple[Attack, ...] = (),
-) -> Iterator[tuple[Probe, Probed]]:
-    """Run every probe that applies, one after the other; `take` reads the examples of some rows."""
-    within = probing_threat(threat, columns)
-    batches: dict[str, tuple[Rows, Batch]] = {}
-    for probe in probes_for(within, attacks):
-        if probe.on not in batches:
-            rows = rows_for(probe, columns, threat, rng)
-            batches[probe.on] = rows, take(rows)
-        rows, batch = batches[probe.on]
-        if len(rows):
-            yield probe, Probed(rows, probe.run(model, batch, within, rng))
 
 
 Found = Mapping[str, Probed]

@@ -28,11 +28,16 @@ def cosine(step: int, steps: int) -> float:
 
 
 def gradient(model: Model, batch: Batch, loss: Loss) -> tuple[Inputs, Logits]:
-    """Gradient of the summed loss with respect to `batch.x`, and the logits there: one forward, one backward."""
+    """Gradient of the summed loss with respect to `batch.x`, and the logits there: one forward, one backward.
+
+    Zero where the model cuts the graph, as a comparison or a rounding to integers does.
+    """
     x = batch.x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x, batch.ids)
-        (grad,) = torch.autograd.grad(loss(logits, batch).sum(), x)
+        if not logits.requires_grad:
+            return torch.zeros_like(x), logits
+        (grad,) = torch.autograd.grad(loss(logits, batch).sum(), x, materialize_grads=True)
     return grad, logits.detach()
 
 

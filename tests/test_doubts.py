@@ -1,0 +1,372 @@
+"""Doubts: none on honest networks, the right ones on masked ones, within the budget of their probes."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from holdfast.attacks import PGD
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L0, L2, Linf
+from holdfast.core.draws import Draws
+from holdfast.core.meter import Metered
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.doubts import thresholds
+from holdfast.doubts.concluding import Circumstances, conclude
+from holdfast.doubts.names import DOUBTS, FREE
+from holdfast.doubts.probing import (
+    PROBES,
+    Probed,
+    probes_for,
+    probing_threat,
+    rows_for,
+    sample_rows,
+    standing,
+)
+from holdfast.doubts.steadiness import change
+from holdfast.harness import measure
+
+THREAT = ThreatModel(Linf(0.04))
+SUITE = (PGD(steps=40, restarts=2), PGD(steps=40, reach=10))
+EVIDENCE = (
+    "scale",
+    "one-step",
+    "black-box",
+    "noise",
+    "not-exhausted",
+    "whole-box",
+    "loss-spread",
+    "shattered",
+)
+
+
+def patterns(n, seed):
+    """Images 1 x 8 x 8 of four classes, each a blurred pattern under noise."""
+    generator = torch.Generator().manual_seed(99)
+    means = torch.rand(4, 1, 8, 8, generator=generator)
+    generator.manual_seed(seed)
+    y = torch.randint(0, 4, (n,), generator=generator)
+    x = 0.5 + 0.25 * (means[y] - 0.5) + 0.09 * torch.randn(n, 1, 8, 8, generator=generator)
+    return Batch(x.clamp(0, 1), y, torch.arange(n))
+
+
+def trained(net, *, temperature=1.0, epochs=60, lr=5e-3):
+    batch = patterns(1000, seed=1)
+    optimiser = torch.optim.Adam(net.parameters(), lr)
+    for _ in range(epochs):
+        optimiser.zero_grad()
+        F.cross_entropy(net(batch.x) / temperature, batch.y).backward()
+        optimiser.step()
+    return net.eval().requires_grad_(False)
+
+
+def plain_net():
+    return nn.Sequential(nn.Conv2d(1, 8, 3, 1, 1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4))
+
+
+@pytest.fixture(scope="module")
+def net():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return trained(plain_net())
+
+
+class Changed(nn.Module):
+    """A network with something before and after it."""
+
+    def __init__(self, net, before=None, after=None):
+        super().__init__()
+        self.net, self.before, self.after = net, before or nn.Identity(), after or nn.Identity()
+
+    def forward(self, x):
+        return self.after(self.net(self.before(x)))
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def evidence_columns(model, batch, threat=THREAT, suite=SUITE):
+    columns = dict(measure(model, [batch], suite, threat).columns)
+    with torch.no_grad():
+        logits = model(batch.x)
+    columns["nan"] = logits.isnan().any(1)
+    columns["is_probability"] = ((logits.sum(1) - 1).abs() < 1e-4) & (logits >= 0).all(1)
+    return columns
+
+
+def probe_all(model, batch, columns, threat=THREAT, suite=SUITE, seed=0):
+    """What every probe that applies returned, and what it spent of each example."""
+    rng, within = Draws(seed).at("doubts"), probing_threat(threat, columns)
+    found, spent = {}, {}
+    for probe in probes_for(within, suite):
+        rows = rows_for(probe, columns, threat, rng)
+        if len(rows):
+            some = batch.take(rows)
+            if within.goal is not None:
+                some = some.towards(torch.full_like(some.y, within.goal))
+            meter = Metered(model, some, within)
+            found[probe.name] = Probed(rows, probe.run(meter, some, within, rng))
+            spent[probe.name] = meter.spent
+    return found, spent
+
+
+def findings(module, *, batch=None, threat=THREAT, suite=SUITE, circumstances=None):
+    model = Classifier(module).eval().requires_grad_(False)
+    batch = batch or patterns(80, seed=2)
+    columns = evidence_columns(model, batch, threat, suite)
+    found, _ = probe_all(model, batch, columns, threat, suite)
+    return conclude(found, columns, circumstances or Circumstances(threat, "standard@1"))
+
+
+def raised(module, **options):
+    return {doubt.name for doubt in findings(module, **options).doubts if doubt.state == "raised"}
+
+
+def test_an_honest_network_raises_nothing(net):
+    result = findings(net)
+    assert [doubt.name for doubt in result.doubts] == list(DOUBTS)
+    assert not [doubt for doubt in result.doubts if doubt.state == "raised"]
+    assert {doubt.name for doubt in result.doubts if doubt.state == "not measured"} == {"transfer"}
+    assert not result.fallen
+    for doubt in result.doubts:
+        assert doubt.says
+        assert doubt.name == "transfer" or doubt.n > 0
+
+
+@pytest.mark.parametrize("bias", [1e3, -1e3])
+def test_logits_that_share_an_offset_raise_nothing(net, bias):
+    assert raised(Changed(net, after=Function(lambda logits: logits + bias))) == set()
+
+
+def test_log_probabilities_are_logits(net):
+    assert raised(Changed(net, after=nn.LogSoftmax(1))) == set()
+
+
+def test_a_network_with_batch_norm_raises_nothing():
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        normed = nn.Sequential(
+            nn.Conv2d(1, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4)
+        )
+        assert raised(trained(normed)) == set()
+
+
+def test_steps_without_a_gradient_raise_zero_gradient_and_whole_box(net):
+    stairs = Changed(net, before=Function(lambda x: torch.floor(12 * x) / 12))
+    assert {"zero-gradient", "whole-box"} <= raised(stairs)
+
+
+def test_saturation_raises_scale_and_is_no_zero_gradient(net):
+    result = findings(Changed(net, after=Function(lambda logits: 1000 * logits)))
+    by_name = {doubt.name: doubt for doubt in result.doubts}
+    assert by_name["scale"].state == "raised"
+    assert by_name["zero-gradient"].state == "clear"
+    assert "saturation" in by_name["zero-gradient"].says
+
+
+def test_distillation_raises_scale():
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        assert "scale" in raised(trained(plain_net(), temperature=100.0, epochs=150, lr=0.05))
+
+
+def test_noise_on_the_input_raises_randomness_and_not_state(net):
+    names = raised(Changed(net, before=Function(lambda x: x + 0.1 * torch.randn_like(x))))
+    assert "randomness" in names
+    assert "state" not in names
+
+
+def test_a_suite_that_averages_over_draws_answers_randomness(net):
+    noisy = Changed(net, before=Function(lambda x: x + 0.02 * torch.randn_like(x)))
+    averaged = findings(noisy, circumstances=Circumstances(THREAT, "rand@1"))
+    doubt = next(d for d in averaged.doubts if d.name == "randomness")
+    assert doubt.state == "clear"
+    assert "averages" in doubt.says
+    assert doubt.statistic > doubt.threshold
+
+
+def test_logits_that_depend_on_the_batch_raise_state(net):
+    assert "state" in raised(Changed(net, before=Function(lambda x: x - x.mean(0, keepdim=True) + 0.5)))
+
+
+def test_logits_that_depend_on_the_order_raise_state(net):
+    ranked = Function(lambda x: x + 0.01 * torch.linspace(0, 1, len(x)).view(-1, 1, 1, 1))
+    assert "state" in raised(Changed(net, before=ranked))
+
+
+def test_logits_that_depend_on_history_raise_state(net):
+    calls = iter(range(10_000))
+    assert "state" in raised(Changed(net, after=Function(lambda logits: logits * (1 + 0.001 * next(calls)))))
+
+
+def test_layers_in_train_mode_raise_state(net):
+    result = findings(net, circumstances=Circumstances(THREAT, "standard@1", in_training=("net.1", "net.4")))
+    doubt = next(d for d in result.doubts if d.name == "state")
+    assert doubt.state == "raised"
+    assert "net.1" in doubt.says
+
+
+def test_probabilities_are_told_from_logits(net):
+    assert "probabilities" in raised(Changed(net, after=nn.Softmax(1)))
+
+
+def test_nan_is_told(net):
+    def holes(logits):
+        return torch.where(torch.arange(len(logits))[:, None] == 3, torch.nan, logits)
+
+    assert "nan" in raised(Changed(net, after=Function(holes)))
+
+
+def test_a_gradient_that_lies_is_shattered(net):
+    """Ripples far shorter than any step: steep everywhere, and going nowhere."""
+    ripples = Function(lambda x: x + 0.005 * torch.sin(4000 * x))
+    assert "shattered" in raised(Changed(net, before=ripples))
+
+
+def test_a_network_that_cuts_the_graph_has_a_zero_gradient(net):
+    """A comparison leaves nothing to differentiate, not even zeros."""
+    assert "zero-gradient" in raised(Changed(net, before=Function(lambda x: (x > 0.5).to(x.dtype))))
+
+
+def test_a_suite_that_does_too_little_is_not_exhausted(net):
+    weak = (PGD(steps=1, reach=0.5),)
+    result = findings(net, suite=weak)
+    doubt = next(d for d in result.doubts if d.name == "not-exhausted")
+    assert doubt.state == "raised"
+    assert {"margin", "cross-entropy"} <= set(result.fallen)
+    for ids in result.fallen.values():
+        assert len(ids) > 0
+
+
+def test_the_examples_that_probes_broke_stood(net):
+    model, batch = Classifier(net), patterns(80, seed=2)
+    columns = evidence_columns(model, batch, suite=(PGD(steps=1, reach=0.5),))
+    found, _ = probe_all(model, batch, columns)
+    held = set(columns["id"][standing(columns, THREAT)].tolist())
+    fallen = conclude(found, columns, Circumstances(THREAT, "quick@1")).fallen
+    assert "whole-box" not in fallen
+    assert all(set(ids.tolist()) <= held for ids in fallen.values())
+
+
+def test_probes_stay_within_their_budget(net):
+    model, batch = Classifier(net), patterns(80, seed=2)
+    columns = evidence_columns(model, batch, ThreatModel(Linf(0.01)))
+    _, spent = probe_all(model, batch, columns, ThreatModel(Linf(0.01)))
+    apart = {"search", "again"}
+    assert set(spent) == {probe.name for probe in PROBES} | {"again"}
+    forwards = sum(int(s.queries.max()) for name, s in spent.items() if name not in apart)
+    backwards = sum(int(s.backwards.max()) for name, s in spent.items() if name not in apart)
+    assert 200 < forwards <= thresholds.FORWARDS
+    assert 100 < backwards <= thresholds.BACKWARDS
+    assert int(spent["search"].queries.max()) <= 1001
+    assert len(spent["again"].queries) <= thresholds.FRESH_ROWS
+
+
+def test_probes_draw_by_example_and_not_by_batch(net):
+    model, batch = Classifier(net.double()), patterns(40, seed=2)
+    try:
+        batch = dataclasses.replace(batch, x=batch.x.double())
+        columns = evidence_columns(model, batch)
+        some = torch.arange(3, 40, 5)
+        rng = Draws(0).at("doubts")
+        for probe in probes_for(THREAT, SUITE):
+            if probe.name == "steadiness":
+                continue
+            whole = probe.run(Metered(model, batch, THREAT), batch, THREAT, rng)
+            part = probe.run(Metered(model, batch.take(some), THREAT), batch.take(some), THREAT, rng)
+            for name, values in part.items():
+                torch.testing.assert_close(
+                    values, whole[name][some], equal_nan=True, msg=f"{probe.name} {name}"
+                )
+        assert len(columns["id"]) == 40
+    finally:
+        net.float()
+
+
+def test_the_sample_is_drawn_by_id_and_in_source_order():
+    columns = {"id": torch.arange(1000) + 7}
+    among = torch.arange(1000) % 3 == 0
+    rows = sample_rows(columns, among, Draws(0), 50)
+    assert len(rows) == 50
+    assert bool(among[rows].all())
+    assert bool((rows.diff() > 0).all())
+    shuffled = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    again = sample_rows({"id": columns["id"][shuffled]}, among[shuffled], Draws(0), 50)
+    assert set(columns["id"][shuffled][again].tolist()) == set(columns["id"][rows].tolist())
+
+
+def test_a_list_of_attacks_raises_the_free_doubts_only(net):
+    model, batch = Classifier(net), patterns(60, seed=2)
+    columns = evidence_columns(model, batch)
+    dead = torch.zeros(60, dtype=torch.bool)
+    free = conclude({}, columns, Circumstances(THREAT, first_gradient_dead=dead))
+    assert [doubt.name for doubt in free.doubts] == [name for name in DOUBTS if name in FREE]
+    assert {doubt.state for doubt in free.doubts} == {"clear"}
+    vanished = conclude({}, columns, Circumstances(THREAT, first_gradient_dead=~dead, in_training=("net.1",)))
+    assert {doubt.name for doubt in vanished.doubts if doubt.state == "raised"} == {"zero-gradient", "state"}
+    unwatched = conclude({}, columns, Circumstances(THREAT))
+    assert next(d for d in unwatched.doubts if d.name == "zero-gradient").state == "not measured"
+
+
+@pytest.mark.parametrize(
+    "threat, states",
+    [
+        (
+            ThreatModel(Linf(0.04), access="scores"),
+            {"scale": "not applicable", "noise": "clear", "black-box": "not applicable"},
+        ),
+        (ThreatModel(Linf(0.04), access="labels"), {"whole-box": "not applicable", "noise": "clear"}),
+        (
+            ThreatModel(Linf(0.0)),
+            {"scale": "not applicable", "zero-gradient": "clear", "shattered": "not applicable"},
+        ),
+        (ThreatModel(L0(3)), {"black-box": "not applicable", "scale": "clear"}),
+        (ThreatModel(Linf(0.04), goal=1), {"scale": "clear", "whole-box": "clear", "nan": "clear"}),
+        (ThreatModel(L2(0.4)), {"scale": "clear", "black-box": "clear", "shattered": "clear"}),
+    ],
+    ids=str,
+)
+def test_what_the_threat_model_rules_out_is_not_applicable(net, threat, states):
+    suite = SUITE if threat.access == "gradients" else ()
+    result = findings(net, batch=patterns(60, seed=2), threat=threat, suite=suite)
+    found = {doubt.name: doubt.state for doubt in result.doubts}
+    assert {name: found[name] for name in states} == states
+    assert found["randomness"] == found["state"] == "clear"
+
+
+def test_a_model_that_is_never_right_is_not_measured(net):
+    wrong = Changed(net, after=Function(lambda logits: -logits))
+    batch = patterns(40, seed=2)
+    with torch.no_grad():
+        batch = batch.take(wrong(batch.x).argmax(1) != batch.y)
+    found = {doubt.name: doubt.state for doubt in findings(wrong, batch=batch).doubts}
+    assert all(found[name] == "not measured" for name in EVIDENCE)
+
+
+def test_a_minimum_norm_run_is_probed_at_the_median_it_found():
+    columns = {
+        "correct": torch.tensor([True, True, True, True, False]),
+        "distance": torch.tensor([0.1, 0.2, 0.3, torch.inf, 0.0]),
+    }
+    threat = ThreatModel(L2())
+    assert probing_threat(threat, columns).constraint == L2(pytest.approx(0.2))
+    assert standing(columns, threat).tolist() == [False, False, True, True, False]
+
+
+def test_change_is_relative_to_what_distinguishes_the_classes():
+    logits = torch.tensor([[1000.0, 1001.0], [1002.0, 1000.0]])
+    assert change(logits, logits + 5).max() == 0
+    moved = logits.clone()
+    moved[0, 1] += 0.02
+    assert change(logits, moved).tolist() == pytest.approx([0.01, 0.0], abs=1e-4)
+    moved[1, 0] = torch.nan
+    assert change(logits, moved)[1] == torch.inf
