@@ -6,6 +6,7 @@ Nothing is imported before it is asked for: `import holdfast` costs a few millis
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from holdfast.api import assess, compare, doctor, report, verify
     from holdfast.core.batch import Batch
     from holdfast.core.constraints import L0, L1, L2, Linf
     from holdfast.core.draws import Draws
@@ -27,6 +28,11 @@ __all__ = [
     "Linf",
     "ThreatModel",
     "__version__",
+    "assess",
+    "compare",
+    "doctor",
+    "report",
+    "verify",
 ]
 
 _HOMES = {
@@ -40,6 +46,11 @@ _HOMES = {
     "L2": "holdfast.core.constraints",
     "Linf": "holdfast.core.constraints",
     "ThreatModel": "holdfast.core.threat",
+    "assess": "holdfast.api",
+    "compare": "holdfast.api",
+    "doctor": "holdfast.api",
+    "report": "holdfast.api",
+    "verify": "holdfast.api",
 }
 
 
