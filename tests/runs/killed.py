@@ -15,9 +15,9 @@ import traceback
 from pathlib import Path
 
 import torch
-from runs.fakes import data, order, settled, subject
 
 from holdfast.runs.assess import assess
+from runs.fakes import data, order, settled, subject
 
 CHANGING = ("write", "fsync", "replace", "unlink", "mkdir", "rmdir", "truncate")
 
@@ -44,7 +44,7 @@ def life(run, *, die_at=None):
         assess(subject(), data(), order(doubts="all"), run=run, resume=True)
         (run.parent / "calls").write_text(str(next(calls) - 1))
         os._exit(0)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (the child must not go on as a copy of its parent)
         traceback.print_exc()
         os._exit(1)
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs.fakes import CLASSES, FAST, FEATURES, N, THOROUGH, data, network, order, subject
 
 from holdfast.attacks import PGD
 from holdfast.core.constraints import L0, L1, L2, Linf
@@ -20,6 +19,7 @@ from holdfast.runs.entry import extent
 from holdfast.runs.index import new_folder, open_run, runs_in
 from holdfast.runs.order import Subject
 from holdfast.sources.memory import as_data
+from runs.fakes import CLASSES, FAST, FEATURES, THOROUGH, N, data, network, order, subject
 
 
 def uniform(*shape):

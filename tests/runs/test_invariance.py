@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from runs.fakes import N, data, order, subject
 
 from holdfast.core.draws import Draws
 from holdfast.runs.assess import assess
 from holdfast.runs.entry import batch_size_for
+from runs.fakes import N, data, order, subject
 
 SHARDS = {1: N, 2: N // 2, 7: -(-N // 7)}
 

@@ -9,17 +9,16 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from runs.fakes import FAST, THOROUGH, data, network, order, settled, subject
 
 from holdfast.core.errors import Interrupted, TargetError, UsageError
 from holdfast.runs.assess import assess, repeatable
 from holdfast.store.verify import verify
+from runs.fakes import FAST, THOROUGH, data, network, order, settled, subject
 
 HERE = Path(__file__).resolve().parent
 
@@ -264,20 +263,27 @@ def test_where_a_run_lies_is_no_part_of_the_command():
     assert repeatable("holdfast assess m d --run=r") == "holdfast assess m d"
 
 
-def test_a_signal_waits_for_a_write_and_a_second_one_does_not():
-    from holdfast.runs.signals import Stopped, stoppable
+def signalled_in_a_write(*numbers):
+    """What a write came to, in which those signals arrived one after the other."""
+    from holdfast.runs.signals import stoppable
 
     done = []
-    with pytest.raises(Interrupted), stoppable("") as stopper, stopper.finishing():
-        os.kill(os.getpid(), signal.SIGINT)
-        done.append("finished")
-    assert done == ["finished"]
-    with pytest.raises(Interrupted), stoppable("") as stopper, stopper.finishing():
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(Stopped):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-        raise Stopped(signal.SIGINT)
+    with pytest.raises(Interrupted) as caught:
+        with_signals(stoppable, numbers, done)
+    assert caught.value.signal_number == numbers[-1]
+    return done
+
+
+def with_signals(stoppable, numbers, done):
+    with stoppable("") as stopper, stopper.finishing():
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            done.append(number)
+
+
+def test_a_signal_waits_for_a_write_and_a_second_one_does_not():
+    assert signalled_in_a_write(signal.SIGTERM) == [signal.SIGTERM]
+    assert signalled_in_a_write(signal.SIGINT, signal.SIGTERM) == [signal.SIGINT]
 
 
 def test_a_second_process_is_refused(tmp_path):

@@ -18,6 +18,9 @@ NAME = "state.sqlite"
 FOREIGN_LEASE_S = 600
 """A lease of another host, whose processes cannot be seen, is honoured this long after its last sign of life."""
 
+_HERE: set[Path] = set()
+"""Leases that this process holds: one that a full disk kept it from giving back is not among them."""
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS lease (
     one INTEGER PRIMARY KEY CHECK (one = 1), host TEXT, pid INTEGER, started TEXT, seen REAL);
@@ -89,7 +92,7 @@ class Ledger:
         me = Owner.myself()
         with self._transaction():
             row = self._database.execute("SELECT host, pid, started, seen FROM lease").fetchone()
-            if row is not None and self._held(Owner(*row[:3]), float(row[3]), me):
+            if row is not None and self._is_held(Owner(*row[:3]), float(row[3]), me):
                 raise UsageError(
                     f"{str(self._path.parent)!r} is in use by process {row[1]} on {row[0]}; wait for it or stop it, "
                     f"or name another folder with --run DIR"
@@ -99,8 +102,11 @@ class Ledger:
                 (me.host, me.pid, me.started, time.time()),
             )
 
-    @staticmethod
-    def _held(owner: Owner, seen: float, me: Owner) -> bool:
+        _HERE.add(self._path.resolve())
+
+    def _is_held(self, owner: Owner, seen: float, me: Owner) -> bool:
+        if owner == me:
+            return self._path.resolve() in _HERE
         if owner.host == me.host:
             return owner.alive()
         return time.time() - seen < FOREIGN_LEASE_S
@@ -147,6 +153,7 @@ class Ledger:
         """Give the lease back if it is ours, and leave one tidy file."""
         try:
             if release:
+                _HERE.discard(self._path.resolve())
                 self._database.execute("DELETE FROM lease")
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except (

@@ -1,0 +1,10 @@
+"""Flushing to the disk guards against power cuts, which no test makes; without it the runs of a test are quick."""
+
+import os
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def unflushed(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)

@@ -1,0 +1,89 @@
+"""Writing: whole or not at all, whatever fails."""
+
+import errno
+import itertools
+import os
+
+import pytest
+
+from holdfast.core.errors import TargetError
+from holdfast.store.files import append, clear_parts, usable, write_atomically
+
+
+def failing(monkeypatch, at, code=errno.ENOSPC):
+    calls = itertools.count(1)
+
+    def counted(real):
+        def call(*args, **kwargs):
+            if next(calls) == at:
+                raise OSError(code, os.strerror(code))
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("open", "write", "fsync", "replace"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_a_failed_write_leaves_the_old_file_or_the_new(tmp_path, monkeypatch, at):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        failing(patch, at)
+        with pytest.raises(OSError, match="No space"):
+            write_atomically(path, b"new")
+    assert path.read_bytes() == (b"old" if at <= 4 else b"new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_write_goes_on_where_the_system_took_only_a_part(tmp_path, monkeypatch):
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: real(handle, data[:3]))
+    write_atomically(tmp_path / "file", b"0123456789")
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_failed_append_leaves_the_file_as_it_was(tmp_path, monkeypatch, at):
+    path = tmp_path / "file"
+    append(path, b"one\n")
+    with monkeypatch.context() as patch:
+        failing(patch, at)
+        with pytest.raises(OSError, match="No space"):
+            append(path, b"two\n")
+    assert path.read_bytes() == b"one\n"
+    append(path, b"two\n")
+    assert path.read_bytes() == b"one\ntwo\n"
+
+
+@pytest.mark.parametrize(
+    "code, says",
+    [
+        (
+            errno.ENOSPC,
+            "the disk is full: '/some/place' could not be written. Free some space and go on with --resume",
+        ),
+        (errno.EDQUOT, "the disk is full"),
+        (errno.EROFS, "may not be written .*; name a folder of your own with --run DIR"),
+        (errno.EACCES, "may not be written"),
+        (errno.ENOTDIR, "a file is in the way"),
+        (errno.EIO, "cannot be used: Input/output error; check the disk"),
+    ],
+)
+def test_an_error_of_the_system_names_the_path_and_the_way_out(tmp_path, code, says):
+    from pathlib import Path
+
+    def refused():
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(TargetError, match=says) as caught, usable(Path("/some/place")):
+        refused()
+    assert caught.value.exit_code == 3
+
+
+def test_unfinished_files_are_cleared(tmp_path):
+    (tmp_path / ".a.safetensors.part").write_text("half")
+    (tmp_path / "b.part").write_text("mine")
+    clear_parts(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["b.part"]

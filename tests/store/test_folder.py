@@ -1,0 +1,299 @@
+"""Run folders, their leases and their verification."""
+
+import json
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.store.folder import opened
+from holdfast.store.ledger import FOREIGN_LEASE_S, Ledger, spent_in
+from holdfast.store.processes import Owner, started
+from holdfast.store.verify import verify
+
+MANIFEST = {
+    "digests": {"config": "c", "data": "d", "model": "m", "code": "k"},
+    "config": {"seed": 0, "stages": [{"name": "clean"}, {"name": "1-pgd"}], "eps": 0.3},
+}
+SHARDS = [{"id": torch.arange(3), "success": torch.tensor([True, False, True])}, {"id": torch.arange(3, 5)}]
+
+
+def finished(run):
+    with opened(run, MANIFEST, {"created": "now"}, resume=False) as folder:
+        for stage in ("clean", "1-pgd"):
+            folder.keep_shard(stage, 0, SHARDS[0])
+            folder.complete(stage, SHARDS[0])
+        folder.add_split("2-fab", 1, 20, 8)
+        folder.record("doubts", {"doubts": []})
+        folder.record("verdict", {"exit_code": 0})
+        folder.keep_shard("2-fab", 1, SHARDS[0])
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return finished(tmp_path_factory.mktemp("store") / "run")
+
+
+def test_a_finished_folder_verifies(whole):
+    found = verify(whole)
+    assert found.complete
+    assert found.files == found.records == 5
+    assert len(found.head) == 64
+
+
+def test_equal_runs_have_equal_heads(whole, tmp_path):
+    assert verify(finished(tmp_path / "other")).head == verify(whole).head
+
+
+PROTECTED = [
+    "run.json",
+    "clean.safetensors",
+    "1-pgd.safetensors",
+    "doubts.json",
+    "verdict.json",
+    "chain.jsonl",
+]
+
+
+@pytest.mark.parametrize("name", [*PROTECTED, "2-fab/00001.safetensors"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "emptied", "removed"])
+def test_tampering_with_any_file_is_found(whole, tmp_path, name, how):
+    run = shutil.copytree(whole, tmp_path / "run")
+    path = run / name
+    data = bytearray(path.read_bytes())
+    if how == "removed":
+        path.unlink()
+        if name.startswith("2-fab"):
+            return  # a shard that is not there is measured again
+    else:
+        data[-5] ^= 1
+        path.write_bytes({"flipped": data, "cut": data[:-7], "emptied": b""}[how])
+    with pytest.raises(TargetError, match=name.removesuffix(".jsonl")):
+        verify(run)
+
+
+@pytest.mark.parametrize("line", range(5))
+def test_every_record_of_the_chain_is_protected(whole, tmp_path, line):
+    run = shutil.copytree(whole, tmp_path / "run")
+    records = [json.loads(text) for text in (run / "chain.jsonl").read_text().splitlines()]
+    records[line]["content"]["kind"] += "!"
+    (run / "chain.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(TargetError, match=f"record {line + 1} of .*chain.jsonl' was changed"):
+        verify(run)
+
+
+def test_a_record_that_was_taken_out_or_moved_is_found(whole, tmp_path):
+    lines = (whole / "chain.jsonl").read_text().splitlines(keepends=True)
+    for kept in ([0, 2, 3, 4], [1, 0, 2, 3, 4], [0, 1, 1, 2, 3, 4]):
+        run = shutil.copytree(whole, tmp_path / str(kept))
+        (run / "chain.jsonl").write_text("".join(lines[k] for k in kept))
+        with pytest.raises(TargetError, match="does not follow from the one before it"):
+            verify(run)
+
+
+def test_a_stage_without_a_record_is_found(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    shutil.copy(run / "clean.safetensors", run / "9-made-up.safetensors")
+    with pytest.raises(TargetError, match="9-made-up.safetensors' is in no record"):
+        verify(run)
+    (run / "9-made-up.safetensors").unlink()
+    lines = (run / "chain.jsonl").read_text().splitlines(keepends=True)
+    (run / "chain.jsonl").write_text("".join(lines[:2]))
+    with pytest.raises(TargetError, match="1-pgd.safetensors' is in no record"):
+        verify(run)
+
+
+def test_changed_splits_of_a_finished_stage_are_found(tmp_path):
+    with opened(tmp_path / "run", MANIFEST, {}, resume=False) as folder:
+        folder.add_split("clean", 0, 0, 8)
+        folder.complete("clean", SHARDS[0])
+    path = tmp_path / "run" / "splits.json"
+    path.write_text(path.read_text().replace("8", "4"))
+    with pytest.raises(TargetError, match="splits.json' was changed: the chain has other splits for clean"):
+        verify(tmp_path / "run")
+
+
+def test_another_stage_cannot_take_the_place_of_one(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "clean.safetensors").write_bytes((run / "1-pgd.safetensors").read_bytes())
+    with (
+        pytest.raises(TargetError, match="is not the clean that the chain recorded"),
+        opened(run, MANIFEST, {}, resume=True) as folder,
+    ):
+        folder.stage("clean")
+
+
+def test_a_torn_record_is_dropped_by_the_next_process_and_told_to_readers(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    with (run / "chain.jsonl").open("ab") as file:
+        file.write(b'{"previous":"torn')
+    with pytest.raises(TargetError, match="was cut short; go on with --resume"):
+        verify(run)
+    with opened(run, MANIFEST, {}, resume=True):
+        pass
+    assert verify(run).head == verify(whole).head
+
+
+def test_the_same_verdict_again_adds_no_record(tmp_path):
+    run = tmp_path / "run"
+    with opened(run, MANIFEST, {}, resume=False) as folder:
+        for code in (0, 0, 1, 0):
+            folder.record("verdict", {"exit_code": code})
+        assert [link.content["kind"] for link in folder.chain.links] == [
+            "run",
+            "verdict",
+            "verdict",
+            "verdict",
+        ]
+        assert folder.document("verdict") == {"exit_code": 0}
+    assert verify(run).complete
+
+
+def test_what_differs_is_named(whole):
+    digests = {**MANIFEST["digests"], "config": "x", "model": "y"}
+    other = {"digests": digests, "config": {**MANIFEST["config"], "eps": 0.1}}
+    with (
+        pytest.raises(UsageError, match=r"another config and another model \(eps: 0.3 → 0.1\)"),
+        opened(whole, other, {}, resume=True),
+    ):
+        pass
+
+
+def test_a_manifest_of_another_version_is_refused(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    path = run / "run.json"
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 7'))
+    with (
+        pytest.raises(TargetError, match="has schema version 7; this version reads 1"),
+        opened(run, MANIFEST, {}, resume=True),
+    ):
+        pass
+
+
+HOLDER = """
+    import sys, time
+    from pathlib import Path
+    from holdfast.store.ledger import Ledger
+    ledger = Ledger(Path(sys.argv[1]))
+    ledger.take_lease()
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lease_of_a_living_process_holds_and_of_a_dead_one_does_not(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        mine = Ledger(tmp_path)
+        with pytest.raises(UsageError, match=f"is in use by process {holder.pid} on"):
+            mine.take_lease()
+        holder.send_signal(signal.SIGKILL)
+        while started(holder.pid) is not None:  # a zombie is dead
+            time.sleep(0.01)
+        mine.take_lease()
+        mine.close(release=True)
+
+
+def test_a_process_number_that_was_used_again_is_another_process():
+    me = Owner.myself()
+    assert me.alive()
+    if me.started:
+        assert not Owner(me.host, me.pid, "another boot:1").alive()
+    assert not Owner(me.host, 2**22 + 1, "").alive()
+
+
+@pytest.mark.parametrize("age, free", [(FOREIGN_LEASE_S - 60, False), (FOREIGN_LEASE_S + 60, True)])
+def test_a_lease_of_another_host_ends_with_its_signs_of_life(tmp_path, age, free):
+    ledger = Ledger(tmp_path)
+    with sqlite3.connect(tmp_path / "state.sqlite") as database:
+        database.execute("INSERT INTO lease VALUES (1, 'elsewhere', 1, '', ?)", (time.time() - age,))
+    database.close()
+    if free:
+        ledger.take_lease()
+    else:
+        with pytest.raises(UsageError, match="is in use by process 1 on elsewhere"):
+            ledger.take_lease()
+    ledger.close(release=free)
+
+
+def test_time_of_every_attempt_is_added_up(tmp_path):
+    ledger = Ledger(tmp_path)
+    for _ in range(2):
+        ledger.begin("clean", 0)
+        ledger.spend("clean", 0, 1.5, 2.0, done=False)
+    ledger.spend("clean", 0, 0.5, 1.0, done=True)
+    assert ledger.spent("clean") == spent_in(tmp_path)["clean"]
+    assert (ledger.spent("clean").cpu_s, ledger.spent("clean").attempts) == (3.5, 2)
+    ledger.close(release=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["state.sqlite"]
+    assert spent_in(tmp_path)["clean"].wall_s == 5.0
+    assert [path.name for path in tmp_path.iterdir()] == ["state.sqlite"]
+
+
+def test_the_index_says_what_lies_in_the_folder(tmp_path):
+    with opened(tmp_path / "run", MANIFEST, {}, resume=False) as folder:
+        for shard in (0, 1):
+            folder.ledger.begin("clean", shard)
+            folder.keep_shard("clean", shard, SHARDS[shard])
+            folder.ledger.spend("clean", shard, 1, 1, done=True)
+        (tmp_path / "run" / "clean" / "00000.safetensors").unlink()
+        assert folder.shards("clean").keys() == {1}
+    with sqlite3.connect(tmp_path / "run" / "state.sqlite") as database:
+        assert database.execute("SELECT shard, done FROM shards").fetchall() == [(0, 0), (1, 1)]
+    database.close()
+
+
+def test_a_full_disk_under_the_state_is_said(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path)
+
+    class Full:
+        def execute(self, *_):
+            raise sqlite3.OperationalError("database or disk is full")
+
+        def close(self):
+            pass
+
+    real, ledger._database = ledger._database, Full()
+    with pytest.raises(
+        TargetError, match="state.sqlite' cannot be written: database or disk is full.*--resume"
+    ):
+        ledger.begin("clean", 0)
+    ledger.close(release=True)
+    real.close()
+
+
+def fill(run):
+    with opened(run, MANIFEST, {}, resume=False) as folder:
+        for shard in range(100):
+            folder.keep_shard("clean", shard, {"id": torch.arange(500)})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that is full")
+def test_a_tiny_disk_loses_nothing(tmp_path):
+    """On a real full disk, as root too: a tmpfs of 256 kB, where mounting is allowed."""
+    place = tmp_path / "tiny"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(TargetError, match="disk is full|cannot be written"):
+            fill(place / "run")
+        kept = sorted((place / "run" / "clean").glob("*.safetensors"))
+        subprocess.run(["mount", "-o", "remount,size=4m", str(place)], check=True)
+        with opened(place / "run", MANIFEST, {}, resume=True) as folder:
+            assert len(folder.shards("clean")) == len(kept) > 0
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
