@@ -20,7 +20,6 @@ from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.runs import assess as assessing
-from holdfast.runs import comparison
 from holdfast.runs.comparison import Comparison
 from holdfast.runs.index import open_run
 from holdfast.runs.order import Progress, Subject, silent
@@ -139,7 +138,7 @@ def look_over(settings: AssessSettings) -> tuple[Finding, ...]:
 
 def compare(first: Result | str | Path, second: Result | str | Path) -> Comparison:
     """What changed from the first run to the second, over the examples that both hold."""
-    return comparison.compare(_result(first), _result(second))
+    return Comparison(_result(first), _result(second))
 
 
 def report(run: str | Path) -> Result:

@@ -139,7 +139,9 @@ def _range(patient: Patient) -> Iterator[Finding]:
 
 
 def _scale(patient: Patient) -> Iterator[Finding]:
-    """Inputs 255 times too small or too large for what the network was trained on."""
+    """Inputs 255 times too small or too large for what the network was trained on, where no normalisation says it."""
+    if any(finding.level == "problem" for finding in _normalisation(patient)):
+        return
     for factor, way_out in (
         (255.0, "the network was trained on 0..255: multiply by 255 inside it, as with --std 0.00392157"),
         (1 / 255.0, "the network divides by 255 itself, or was given numbers to 255: --bounds 0,255"),

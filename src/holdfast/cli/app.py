@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from holdfast import __version__
-from holdfast.core.errors import HoldfastError, UsageError
+from holdfast.core.errors import HoldfastError, Interrupted, UsageError
 
 _COMMANDS = {
     "demo": ("first", "the main job on a bundled model and real data, offline, in under a minute"),
@@ -17,7 +17,7 @@ _COMMANDS = {
         "assess",
         "how robust is a model, honestly: worst case over a suite, with intervals and doubts",
     ),
-    "compare": ("compare", "what changed between two runs of the same examples"),
+    "compare": ("report", "what changed between two runs of the same examples"),
     "report": ("report", "write the reports of a finished run again"),
     "verify": ("report", "check that a run's evidence is whole and unchanged"),
     "runs": ("report", "list the runs in a folder"),
@@ -82,6 +82,8 @@ def run(words: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Interrupted as error:
+        return _said(str(error), 128 + error.signal_number, debug=debug)
     except HoldfastError as error:
         return _said(str(error), error.exit_code, debug=debug)
     except Exception as error:  # noqa: BLE001 (the one place where nothing may escape)

@@ -96,15 +96,10 @@ def settings_from(flags: dict[str, Any]) -> AssessSettings:
     from holdfast.config.grammar import pairs
 
     config, sets = flags.pop("config"), flags.pop("sets")
-    for key in ("model_args", "accept_doubts"):
-        flags[key] = (
-            pairs(
-                flags[key], "--" + key.replace("_", "-").removesuffix("s" if key == "accept_doubts" else "")
-            )
-            or None
-        )
+    for key, flag in (("model_args", "--model-args"), ("accept_doubts", "--accept-doubt")):
+        flags[key] = pairs(flags.get(key, ()), flag) or None
     for key in ("gates", "only", "skip", "output"):
-        flags[key] = list(flags[key]) or None
+        flags[key] = list(flags.get(key, ())) or None
     if flags.get("suite") is not None and flags["suite"] not in SUITES:
         from holdfast.config.grammar import nearest
 

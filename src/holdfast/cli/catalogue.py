@@ -42,7 +42,7 @@ def attacks(voice: Voice, name: str | None) -> None:
         voice.console().print(table)
         return
     cls = attack_class(name)
-    source = (inspect.getmodule(cls).__doc__ or "").strip()  # type: ignore[union-attr]
+    source = (inspect.getmodule(cls).__doc__ or "").strip()
     click.echo(f"{name}: {_first_line(cls)}\nneeds {cls.needs}\n\n{source}\n")
     table = Table("setting", "default", "meaning", box=None, pad_edge=False, header_style="bold")
     meanings = _meanings(cls)

@@ -11,11 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from holdfast.core.errors import TargetError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.types import Labels, PerExample
-from holdfast.metrics.columns import ATTACKED_INPUT, column
+from holdfast.metrics.columns import ATTACKED_INPUT, Absent, column
 from holdfast.ops.statistics import Support, bootstrap, mean
 
 BINS = 15
@@ -33,7 +32,7 @@ def _numbers(values: PerExample, name: str) -> PerExample:
     """Float64 without the examples where the model returned NaN; the doubt `nan` tells of those."""
     kept = values.double()[~values.isnan()]
     if not len(kept):
-        raise TargetError(f"{name} cannot be computed: the model returned NaN for all {len(values)} examples")
+        raise Absent(f"{name} cannot be computed: the model returned NaN for all {len(values)} examples")
     return kept
 
 

@@ -1,0 +1,103 @@
+"""`holdfast compare`, `report`, `verify` and `runs`: what becomes of finished runs."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from holdfast.cli.options import Voice, spoken
+
+
+@click.command(short_help="write the reports of a finished run again")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    multiple=True,
+    metavar="FILE",
+    help="Report, by suffix: .html .json .xml .sarif .md .csv; - for JSON on stdout.",
+)
+@spoken
+def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
+    """Write reports of a finished run, without measuring anything; its verdict is said again, with its exit code."""
+    from holdfast.api import report as opened
+    from holdfast.cli.running import tell
+    from holdfast.reports.write import check
+
+    for name in output:
+        if name != "-":
+            check(Path(name))
+    result = opened(run)
+    tell(result, output, voice)
+    return result.exit_code
+
+
+@click.command(short_help="check that a run's evidence is whole and unchanged")
+@click.argument("run", type=click.Path(path_type=Path))
+@spoken
+def verify(voice: Voice, run: Path) -> None:
+    """Hash every file of a run again and follow its chain; exits 3 and names the first thing that does not hold."""
+    from holdfast.api import verify as checked
+
+    found = checked(run)
+    state = "complete" if found.complete else "not finished yet"
+    click.echo(f"{run}: {found.files} files and {found.records} records hold, {state}; head {found.head}")
+
+
+@click.command(short_help="list the runs in a folder")
+@click.argument("folder", default="holdfast-runs", type=click.Path(path_type=Path))
+@spoken
+def runs(voice: Voice, folder: Path) -> None:
+    """The runs in FOLDER, oldest first."""
+    from rich.table import Table
+
+    from holdfast.runs.index import runs_in
+
+    table = Table(
+        "run",
+        "verb",
+        "model",
+        "data",
+        "threat",
+        "suite",
+        "state",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
+    for entry in runs_in(folder):
+        state = (
+            f"finished, exit {entry.exit_code}"
+            if entry.finished
+            else f"{entry.stages_done} of {entry.stages} stages"
+        )
+        table.add_row(entry.path.name, entry.verb, entry.model, entry.data, entry.threat, entry.suite, state)
+    if not table.row_count:
+        voice.say(f"no runs in {folder}")
+        return
+    voice.console().print(table)
+
+
+@click.command(short_help="what changed between two runs of the same examples")
+@click.argument("first", metavar="RUN_A", type=click.Path(path_type=Path))
+@click.argument("second", metavar="RUN_B", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    multiple=True,
+    metavar="FILE",
+    help="Report, by suffix: .html .json .md; - for JSON on stdout.",
+)
+@spoken
+def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) -> None:
+    """What changed from RUN_A to RUN_B: a paired test on the examples they share, and every metric side by side."""
+    from holdfast.api import compare as compared
+
+    comparison = compared(first, second)
+    if "-" in output:
+        click.echo(comparison.to_json())
+    elif not voice.quiet:
+        click.echo(comparison.text(colour=sys.stdout.isatty() and not voice.plain))
+    for name in output:
+        if name != "-":
+            voice.say(f"report: {comparison.write(name)}")

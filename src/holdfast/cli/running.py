@@ -1,0 +1,147 @@
+"""An assessment from the command line: progress and verdict on stderr, the table on stdout, reports in files."""
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from holdfast.api import carry_out, rehearse
+from holdfast.cli.options import Voice
+from holdfast.config.settings import AssessSettings, canonical, check
+from holdfast.core.chain import canonical as as_bytes
+from holdfast.core.chain import digest
+from holdfast.reports import write as reports
+from holdfast.reports.markdown import document
+from holdfast.reports.terminal import tables, verdict
+from holdfast.runs.index import new_folder
+from holdfast.runs.order import Progress, Step, silent
+from holdfast.runs.result import Result
+
+_TRIED = 8  # examples that a dry run measures before it multiplies
+_STDOUT = "-"
+
+
+def assess_and_report(
+    settings: AssessSettings, voice: Voice, *, run: str | None, resume: bool, dry_run: bool
+) -> int:
+    """The assess verb: run or resume, say the verdict, write the reports; its exit code."""
+    for output in settings.output:
+        if output != _STDOUT:
+            reports.check(Path(output))
+    command = shlex.join(["holdfast", *sys.argv[1:]])
+    if dry_run:
+        return _dry_run(settings, voice)
+    folder = Path(run) if run else new_folder("assess", digest(as_bytes(canonical(settings))))
+    with watched(voice) as progress:
+        result = carry_out(settings, run=folder, resume=resume, progress=progress, command=command)
+    tell(result, settings.output, voice)
+    voice.say(f"run: {folder}")
+    return result.exit_code
+
+
+def tell(result: Result, outputs: Sequence[str], voice: Voice) -> None:
+    """The table on stdout (JSON if `-` was asked for), the verdict on stderr, the reports in their files."""
+    summary = result.summary()
+    if _STDOUT in outputs:
+        click.echo(result.to_json())
+    elif not voice.quiet:
+        width = voice.console().width if sys.stdout.isatty() else None
+        click.echo(tables(summary, colour=sys.stdout.isatty() and not voice.plain, width=width))
+    click.echo(verdict(summary, colour=sys.stderr.isatty() and not voice.plain), err=True, nl=False)
+    for output in outputs:
+        if output != _STDOUT:
+            voice.say(f"report: {result.write(output)}")
+    job_summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if job_summary:
+        with Path(job_summary).open("a", encoding="utf-8") as file:
+            file.write(document(summary))
+
+
+@contextmanager
+def watched(voice: Voice) -> Iterator[Progress]:
+    """A progress bar with the time left and the accuracy so far, on a terminal; else nothing."""
+    if voice.quiet or not sys.stderr.isatty():
+        yield silent
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.fields[place]:>5}"),
+        TextColumn("{task.description:<18}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[standing]}"),
+    )
+    with Bars(*columns, console=voice.console(err=True), transient=True) as bars:
+        task = bars.add_task("starting", total=None, place="", standing="")
+        last = ""
+
+        def progress(step: Step) -> None:
+            nonlocal last
+            if step.stage != last:
+                bars.reset(task, total=step.of)
+                last = step.stage
+            share = f"{step.standing / step.seen:6.1%} standing" if step.seen else ""
+            place = f"{step.place}/{step.of_stages}"
+            bars.update(
+                task, completed=step.done, total=step.of, description=step.stage, place=place, standing=share
+            )
+
+        yield progress
+
+
+def _dry_run(settings: AssessSettings, voice: Voice) -> int:
+    """Measure a handful of examples, and multiply."""
+    trial, n = rehearse(settings, _TRIED)
+    times, cost = n / len(trial.evidence), trial.cost
+    click.echo(
+        f"{n:,} examples, {len(trial.attacks)} attacks: about {cost.forwards * times:,.0f} forwards, "
+        f"{cost.backwards * times:,.0f} backwards, {cost.cpu_s * times:,.0f} s of CPU "
+        f"(measured on the first {len(trial.evidence)})"
+    )
+    voice.say("nothing was kept")
+    return 0
+
+
+def run_demo(folder: Path, voice: Voice) -> int:
+    """Assess the bundled network on real digits and say what to look at; 0 when it ran."""
+    content = {
+        "model": "mnist-cnn",
+        "data": "mnist-mini",
+        "n": 200,
+        "threat": "linf:0.1",
+        "suite": "standard",
+        "curve": True,
+        "gates": ["clean_accuracy >= 0.95", "robust_accuracy >= 0.50"],
+    }
+    settings = check(content, "the demo")
+    voice.say(
+        "assessing a network that reads digits, on 200 real ones, under the attacks of AutoAttack standard"
+    )
+    command = (
+        "holdfast assess mnist-cnn mnist-mini -n 200 --threat linf:0.1 --suite standard --curve "
+        "--gate 'clean_accuracy >= 0.95' --gate 'robust_accuracy >= 0.50' -o report.html"
+    )
+    with watched(voice) as progress:
+        result = carry_out(settings, run=None, progress=progress, command=command)
+    report = folder / "report.html"
+    reports.check(report)
+    tell(result, [str(report), str(folder / "report.json")], voice)
+    voice.say(
+        "one gate passes and one fails: the network reads clean digits well, and falls to changes nobody would see"
+    )
+    click.echo(str(report))
+    return 0

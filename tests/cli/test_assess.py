@@ -1,0 +1,201 @@
+"""The main job from the command line, end to end: what a user types, and what is said, written and returned."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from holdfast.cli.app import run
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+QUICK = ["-n", "40", "--threat", "linf:0.2", "--suite", "quick", "--no-doubts"]
+
+
+def test_a_gate_that_fails_ends_with_1_and_writes_every_report(capsys):
+    outputs = ["r.html", "r.json", "r.xml", "r.sarif", "r.md", "r.csv"]
+    flags = [word for name in outputs for word in ("-o", name)]
+    code = run(["assess", "mnist-cnn", "mnist-mini", *QUICK, "--gate", "robust_accuracy >= 0.5", *flags])
+    said = capsys.readouterr()
+    assert code == 1
+    assert "fail" in said.err
+    assert "holdfast-runs/" in said.err
+    assert "APGD-T" in said.out
+    assert all(Path(name).stat().st_size > 100 for name in outputs)
+    content = json.loads(Path("r.json").read_text())
+    assert content["exit_code"] == 1
+    assert content["gates"][0]["verdict"] == "fail"
+    assert content["suite"] == "quick@1"
+    rows = list(csv.DictReader(Path("r.csv").read_text().splitlines()))
+    assert len(rows) == 40
+    robust = sum(row["robust"] == "true" for row in rows) / 40
+    assert robust == pytest.approx(content["metrics"]["robust_accuracy"]["value"])
+
+
+def test_a_hardened_model_passes(capsys):
+    code = run(["assess", "mnist-cnn-hardened", "mnist-mini", *QUICK, "--gate", "robust_accuracy >= 0.5"])
+    assert code == 0
+    assert "pass" in capsys.readouterr().err
+
+
+def test_json_on_stdout_is_all_that_is_there(capsys):
+    assert run(["assess", "mnist-cnn", "mnist-mini", *QUICK, "-q", "-o", "-"]) == 0
+    said = capsys.readouterr()
+    content = json.loads(said.out)
+    assert {
+        "metrics",
+        "attacks",
+        "suite",
+        "doubts",
+        "gates",
+        "threat",
+        "model",
+        "data",
+        "cost",
+        "exit_code",
+    } <= set(content)
+    assert content["metrics"]["robust_accuracy"]["n"] == 40
+
+
+def test_eps_0_is_clean_accuracy(capsys):
+    assert (
+        run(
+            [
+                "assess",
+                "mnist-cnn",
+                "mnist-mini",
+                "-n",
+                "100",
+                "--threat",
+                "linf:0",
+                "--suite",
+                "quick",
+                "-o",
+                "-",
+            ]
+        )
+        == 0
+    )
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert metrics["robust_accuracy"]["value"] == metrics["clean_accuracy"]["value"]
+
+
+def test_a_finished_run_is_reported_again_and_compares_with_another(capsys):
+    one = ["assess", "mnist-cnn", "mnist-mini", *QUICK, "--gate", "robust_accuracy >= 0.5", "--run", "one"]
+    other = ["assess", "mnist-cnn-hardened", "mnist-mini", *QUICK, "--run", "other"]
+    assert run(one) == 1
+    assert run(other) == 0
+    assert run([*one, "--resume"]) == 1
+    assert run(one) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert run(["report", "one", "-o", "again.html"]) == 1
+    assert Path("again.html").exists()
+    assert run(["verify", "one"]) == 0
+    assert run(["compare", "one", "other", "-o", "c.json"]) == 0
+    compared = json.loads(Path("c.json").read_text())
+    assert compared
+    assert run(["runs", "."]) == 0
+    listed = capsys.readouterr().out
+    assert "one" in listed
+    assert "other" in listed
+
+
+def test_a_run_of_another_config_is_refused_by_name(capsys):
+    words = ["assess", "mnist-cnn", "mnist-mini", *QUICK, "--run", "r"]
+    assert run(words) == 0
+    assert run([*words, "--seed", "1", "--resume"]) == 2
+    assert "config" in capsys.readouterr().err
+
+
+def test_the_configuration_is_the_flags(capsys):
+    assert run(["init"]) == 0
+    assert run(["init"]) == 2
+    assert run(["validate", "holdfast.yaml"]) == 0
+    Path("mine.yaml").write_text(
+        "model: mnist-cnn\ndata: mnist-mini\nn: 20\nthreat: linf:0.1\ndoubts: false\n"
+        "attacks:\n  - {use: PGD, steps: 3, loss: cross_entropy}\n"
+    )
+    assert run(["validate", "mine.yaml"]) == 0
+    capsys.readouterr()
+    assert (
+        run(["assess", "--config", "mine.yaml", "--set", "attacks.0.steps=5", "--set", "seed=3", "-o", "-"])
+        == 0
+    )
+    content = json.loads(capsys.readouterr().out)
+    assert content["attacks"][0]["settings"]["steps"] == 5
+    assert content["seed"] == 3
+    assert not content["suite"]
+
+
+def test_only_and_skip_choose_by_name(capsys):
+    assert run(["assess", "mnist-cnn", "mnist-mini", *QUICK, "--skip", "apgd-t", "-o", "-"]) == 0
+    assert [attack["name"] for attack in json.loads(capsys.readouterr().out)["attacks"]] == ["PGD"]
+    assert run(["assess", "mnist-cnn", "mnist-mini", *QUICK, "--only", "Apgd-T", "-o", "-"]) == 0
+    assert [attack["name"] for attack in json.loads(capsys.readouterr().out)["attacks"]] == ["APGD-T"]
+    assert run(["assess", "mnist-cnn", "mnist-mini", *QUICK, "--only", "apgdt"]) == 2
+    assert "apgd-t" in capsys.readouterr().err
+
+
+def test_a_factory_in_a_file(elsewhere, capsys):
+    (elsewhere / "net.py").write_text(
+        "from torch import nn\n\n\n"
+        "def make(width: int = 4) -> nn.Module:\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10))\n"
+    )
+    words = ["assess", "net.py:make", "mnist-mini", "--model-args", "width=8", *QUICK]
+    assert run(words) == 0
+
+
+def test_a_dry_run_keeps_nothing(elsewhere, capsys):
+    assert (
+        run(["assess", "mnist-cnn", "mnist-mini", "--threat", "linf:0.1", "--suite", "quick", "--dry-run"])
+        == 0
+    )
+    assert "forwards" in capsys.readouterr().out
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_doubt_can_be_accepted_only_by_name(capsys):
+    words = ["assess", "mnist-cnn", "mnist-mini", *QUICK, "--accept-doubt", "blackbox=why not"]
+    assert run(words) == 2
+    assert "black-box" in capsys.readouterr().err
+
+
+def test_attacks_models_and_data_are_listed(capsys):
+    assert run(["attacks"]) == 0
+    assert run(["attacks", "PGD"]) == 0
+    assert run(["models"]) == 0
+    assert run(["data", "show", "mnist-mini"]) == 0
+    said = capsys.readouterr().out
+    assert "arXiv:1706.06083" in said
+    assert "mnist-cnn-hardened" in said
+    assert "1 x 28 x 28" in said
+
+
+def test_the_doctor_finds_a_missing_normalisation(elsewhere, capsys):
+    assert run(["doctor", "mnist-cnn", "mnist-mini"]) == 0
+    assert run(["doctor", "mnist-cnn", "mnist-mini", "--mean", "2", "--std", "0.5"]) == 3
+    assert "normalisation" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_demo_runs_offline_in_a_minute_and_ends_with_0(elsewhere):
+    ended = subprocess.run(
+        [sys.executable, "-m", "holdfast", "demo"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    report = elsewhere / ended.stdout.strip().splitlines()[-1]
+    assert report.stat().st_size < 2_000_000
+    content = json.loads(report.with_suffix(".json").read_text())
+    assert [gate["verdict"] for gate in content["gates"]] == ["pass", "fail"]

@@ -1,0 +1,212 @@
+"""Everything that can be wrong on a command line: one clear message, the right exit code, no traceback."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from holdfast.cli.app import run
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+FACTORIES = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.linear, self.answer = nn.Linear(784, 10), answer
+
+    def forward(self, x):
+        return self.answer(self.linear(x.flatten(1)), x)
+
+
+def picky(logits, x):
+    if len(x) == 1:
+        raise ValueError("expected more than one value per channel")
+    return logits
+
+
+def nan():
+    return Net(lambda logits, x: logits * float("nan"))
+
+
+def constant():
+    return Net(lambda logits, x: logits * 0)
+
+
+def tuple_():
+    return Net(lambda logits, x: (logits, x))
+
+
+def images():
+    return Net(lambda logits, x: x)
+
+
+def fine():
+    return Net(lambda logits, x: logits)
+
+
+def not_for_one():
+    return Net(picky)
+
+
+def raises():
+    raise RuntimeError("no such weights")
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with some models and data in it."""
+    monkeypatch.chdir(tmp_path)
+    Path("m.py").write_text(FACTORIES)
+    x, y = np.random.default_rng(0).random((8, 1, 28, 28), dtype=np.float32), np.arange(8) % 10
+    np.savez("good.npz", x=x, y=y)
+    np.savez("bright.npz", x=x * 255, y=y)
+    np.savez("small.npz", x=x[:, :, :14], y=y)
+    np.savez("far.npz", x=x, y=y + 7)
+    np.savez("below.npz", x=x, y=y - 1)
+    np.savez("none.npz", x=x[:0], y=y[:0])
+    np.savez("one.npz", x=x[:1], y=y[:1])
+    np.savez("same.npz", x=x, y=y * 0)
+    np.savez("hole.npz", x=np.where(x > 0.99, np.nan, x), y=y)
+    np.savez("short.npz", x=x, y=y[:5])
+    Path("cut.npz").write_bytes(Path("good.npz").read_bytes()[:500])
+    Path("words.npz").write_text("not an archive")
+    torch.save({"weight": torch.zeros(3, 3)}, "other.pt")
+    Path("cut.pt").write_bytes(Path("other.pt").read_bytes()[:300])
+    with zipfile.ZipFile("bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("archive/data.pkl", b"\0" * 50_000_000)
+    torch.save(torch.nn.Linear(2, 2), "code.pt")
+    Path("table.csv").write_text("a,b,kind\n0.1,0.2,x\n0.3,oops,y\n")
+    Path("bad.yaml").write_text("model: mnist-cnn\nthret: linf:0.1\n")
+    Path("deep.yaml").write_text("model: mnist-cnn\ndata: mnist-mini\nattacks: [{use: PGD, stepz: 5}]\n")
+    Path("code.yaml").write_text("model: m.py:fine\ndata: mnist-mini\n")
+    Path("file").write_text("in the way")
+    return tmp_path
+
+
+ASSESS = ["assess", "mnist-cnn", "mnist-mini", "-n", "4", "--suite", "quick", "--threat", "linf:0.1"]
+
+
+def with_model(model: str, *flags: str) -> list[str]:
+    return ["assess", model, *ASSESS[2:], *flags]
+
+
+def with_data(data: str, *flags: str) -> list[str]:
+    return ["assess", "mnist-cnn", data, *ASSESS[5:], *flags]
+
+
+CASES = [
+    # files that are absent, cut or hostile
+    (with_model("gone.pt"), 3, "gone.pt"),
+    (with_data("gone.npz"), 3, "gone.npz"),
+    (["assess", "gone.pt"], 3, "gone.pt"),
+    (with_data("gone.csv"), 3, "gone.csv"),
+    (with_model("cut.pt", "--arch", "mlp"), 3, "cut.pt"),
+    (with_data("cut.npz"), 3, "cut.npz"),
+    (with_data("words.npz"), 3, "words.npz"),
+    (with_model("bomb.pt", "--arch", "mlp"), 3, "compressed"),
+    (with_model("code.pt", "--arch", "mlp"), 3, "code"),
+    (with_model("other.pt", "--arch", "mlp"), 3, "weight"),
+    (with_model("m.py:gone"), 2, "gone"),
+    (with_model("m.py:raises"), 3, "no such weights"),
+    (with_model("m.py:number"), 2, "number"),
+    # data that cannot be meant
+    (with_data("bright.npz"), 3, "255"),
+    (with_data("small.npz"), 3, "shape"),
+    (with_data("far.npz"), 3, "label"),
+    (with_data("below.npz"), 3, "label"),
+    (with_data("none.npz"), 3, "empty"),
+    (with_data("hole.npz"), 3, "nan"),
+    (with_data("short.npz"), 3, "label"),
+    (with_data("table.csv"), 2, "--label"),
+    (with_data("table.csv", "--label", "kint"), 2, "kind"),
+    (with_data("table.csv", "--label", "kind"), 3, "numbers"),
+    # models that answer nonsense
+    (with_model("m.py:tuple_"), 3, "tuple"),
+    (with_model("m.py:images"), 3, "logits"),
+    (with_model("m.py:fine", "--classes", "7"), 3, "7 classes"),
+    # words that do not exist
+    (with_model("mnist-cn"), 2, "mnist-cnn"),
+    (with_data("mnist-mimi"), 2, "mnist-mini"),
+    ([*ASSESS, "--suite", "standart"], 2, "standard"),
+    ([*ASSESS, "--gate", "robust_acuracy >= 0.5"], 2, "robust_accuracy"),
+    ([*ASSESS, "--gate", "robust_accuracy > 0.5"], 2, ">="),
+    ([*ASSESS, "--gate", "regression <= 0.01 vs baseline"], 2, "--baseline"),
+    ([*ASSESS, "--only", "apgd-q"], 2, "apgd-t"),
+    ([*ASSESS, "--config", "bad.yaml"], 2, "threat"),
+    (["assess", "--config", "deep.yaml"], 2, "steps"),
+    (["assess", "--config", "code.yaml"], 2, "--trust-code"),
+    ([*ASSESS, "--set", "thret=linf:0.1"], 2, "threat"),
+    ([*ASSESS, "--threat", "linf:-0.1"], 2, "eps"),
+    ([*ASSESS, "--threat", "linf:1.5"], 2, "1.5"),
+    ([*ASSESS, "--threat", "l2:50"], 2, "28"),
+    ([*ASSESS, "--threat", "l0:785"], 2, "784"),
+    ([*ASSESS, "--threat", "lin:0.1"], 2, "linf"),
+    ([*ASSESS, "--threat", "linf:0.1,goal=targeted:10"], 2, "9"),
+    ([*ASSESS, "--threat", "linf:0.1,access=scores"], 2, "black-box"),
+    ([*ASSESS, "-o", "report.pdf"], 2, ".html"),
+    ([*ASSESS, "--device", "tpu"], 2, "tpu"),
+    (["assess", "mnist-cnn"], 2, "DATA"),
+    (["assess"], 2, "MODEL"),
+    (["attacks", "PDG"], 2, "PGD"),
+    (["data", "show", "mnits"], 2, "mnist"),
+    (["report", "nowhere"], 3, "nowhere"),
+    (["verify", "nowhere"], 3, "nowhere"),
+    # disks
+    ([*ASSESS, "--run", "file/run"], 3, "file"),
+    ([*ASSESS, "-o", "file/report.html"], 3, "file"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "named"), CASES, ids=lambda value: " ".join(value) if isinstance(value, list) else None
+)
+def test_one_clear_message(words, code, named, capsys):
+    assert run(words) == code
+    said = capsys.readouterr()
+    assert named.lower() in said.err.lower()
+    assert "Traceback" not in said.err
+    assert said.err.startswith("holdfast: ")
+    assert len(said.err.splitlines()) <= 3
+
+
+@pytest.mark.parametrize("model", ["m.py:nan", "m.py:constant"])
+def test_a_model_that_says_nothing_is_broken_and_doubted(model, capsys):
+    assert run(with_model(model, "--gate", "robust_accuracy >= 0.0")) in (0, 4)
+    assert "doubt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", ["one.npz", "same.npz"])
+def test_one_image_and_one_class_are_measured(data):
+    assert run(with_data(data)) == 0
+
+
+def test_a_model_that_refuses_some_batch_sizes_is_named(capsys):
+    code = run(["assess", "m.py:not_for_one", "one.npz", *ASSESS[5:]])
+    assert code == 3
+    assert "expected more than one value" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert run(["assess", "gone.pt", "--debug"]) == 3
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [[*ASSESS, "--threat", "lin:0.1"], [*ASSESS, "--suit", "x"], ["assess", "gone.pt"], ["asess"]]
+)
+def test_slips_of_the_pen_are_answered_before_torch_is_imported(words):
+    code = f"import sys; from holdfast.cli.app import run; run({words!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
