@@ -124,6 +124,7 @@ def _versus(metric: str, rest: str, text: str) -> Literal["baseline"] | None:
         raise UsageError(f"gate {text!r} ends in {rest!r}, which means nothing; it may end in 'vs baseline'")
     if metric in PAIRED:
         raise UsageError(
-            f"gate {text!r}: {metric} compares two runs; write '{text.strip()} vs baseline', and name it with --baseline RUN"
+            f"gate {text!r}: {metric} compares two runs; "
+            f"write '{text.strip()} vs baseline', and name it with --baseline RUN"
         )
     return None

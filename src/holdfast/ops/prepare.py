@@ -41,7 +41,8 @@ def quickened(model: Classifier, x: Tensor) -> tuple[Classifier, tuple[str, ...]
             quick = folded
             did.append("batch norm is folded into the layer before it")
         if x.dim() == 4 and _channels_last_pays(quick, x):
-            last = copy.deepcopy(quick).to(memory_format=torch.channels_last)
+            last = copy.deepcopy(quick)
+            last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             if agrees(reference, last(x)):
                 quick = last
                 did.append("convolutions run channels last")
