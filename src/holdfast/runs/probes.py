@@ -10,7 +10,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns, Cost, Doubt
 from holdfast.core.model import Bounds, Model
-from holdfast.core.types import Ids, Inputs, Logits
+from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.doubts.concluding import Circumstances, Findings, conclude
 from holdfast.doubts.probing import Probe, Probed, probes_for, probing_threat, rows_for
 from holdfast.harness import assemble, in_pieces
@@ -64,7 +64,7 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str]) 
     is_probability = by_stage["clean"]["is_probability"]
     columns = {**assemble(plan.outline(), by_stage), "is_probability": is_probability}
     wanted = plan.suite if plan.doubts == "all" else ""
-    circumstances = Circumstances(plan.threat, wanted, course.target.in_training)
+    circumstances = Circumstances(plan.threat, wanted, course.target.in_training, _first_gradients(by_stage))
     if not wanted:
         return Asked(conclude({}, columns, circumstances))
     if missed:
@@ -73,6 +73,16 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str]) 
     found = dict(_probed(course, counted, columns))
     cost = Cost(counted.forwards, counted.backwards, counted.forwards)
     return Asked(conclude(found, columns, circumstances), cost)
+
+
+def _first_gradients(by_stage: Mapping[str, Columns]) -> Mask | None:
+    """Whose gradient was dead in the first pass of the first attack that asked for one; None if none did."""
+    for name, columns in by_stage.items():
+        if name[0].isdigit():
+            asked = columns["dead"] | (columns["backwards"] > 0)
+            if asked.any():
+                return columns["dead"][asked]
+    return None
 
 
 def _probed(course: Course, model: Model, columns: Columns) -> Iterator[tuple[str, Probed]]:

@@ -1,0 +1,203 @@
+"""The Python twins: whatever a caller has in hand, the same results as the command line."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import holdfast
+from holdfast.attacks import FGSM, PGD
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Bounds, Classifier
+from holdfast.runs.order import Step
+
+N, CLASSES = 12, 3
+
+
+def seeded(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def network():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, CLASSES))
+    with torch.no_grad():
+        net[1].weight.copy_(seeded(CLASSES, 16) - 0.5)
+        net[1].bias.zero_()
+    return net.eval()
+
+
+X = seeded(N, 1, 4, 4)
+Y = network()(X).argmax(1)
+ATTACKS = [PGD(steps=3), FGSM()]
+
+
+def test_every_kind_of_model_is_measured_alike():
+    net = network()
+    wanted = holdfast.assess(net, (X, Y), "linf:0.1", ATTACKS).evidence["success"]
+    for model in (Classifier(net), net.forward, lambda x: net(1 * x)):
+        assert torch.equal(holdfast.assess(model, (X, Y), "linf:0.1", ATTACKS).evidence["success"], wanted)
+    with pytest.raises(
+        UsageError, match="model is a int; expected a network, a function from inputs to logits"
+    ):
+        holdfast.assess(5, (X, Y))
+
+
+def test_every_kind_of_data_is_measured_alike():
+    wanted = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS).evidence
+    kinds = [
+        (X.numpy(), Y.numpy()),
+        DataLoader(TensorDataset(X, Y), batch_size=5),
+        TensorDataset(X, Y),
+    ]
+    for data in kinds:
+        found = holdfast.assess(network(), data, "linf:0.1", ATTACKS).evidence
+        assert torch.equal(found["success"], wanted["success"])
+        assert torch.equal(found["digest"], wanted["digest"])
+
+
+def test_files_are_the_same_data(tmp_path):
+    np.savez(tmp_path / "d.npz", x=X.numpy(), y=Y.numpy())
+    found = holdfast.assess(network(), tmp_path / "d.npz", "linf:0.1", ATTACKS).evidence
+    wanted = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS).evidence
+    assert torch.equal(found["success"], wanted["success"])
+    assert found.data["name"] == str(tmp_path / "d.npz")
+
+
+def test_the_first_examples_or_a_sample_keep_their_rows():
+    first = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, n=5).evidence
+    assert first["id"].tolist() == [0, 1, 2, 3, 4]
+    drawn = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, sample=5, seed=1).evidence
+    again = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, sample=5, seed=1).evidence
+    assert drawn["id"].tolist() == again["id"].tolist() == sorted(drawn["id"].tolist())
+    assert drawn["id"].tolist() != [0, 1, 2, 3, 4]
+    whole = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, seed=1).evidence
+    rows = drawn["id"]
+    assert torch.equal(drawn["success"], whole["success"][rows])
+    assert torch.equal(drawn["distance_l2"], whole["distance_l2"][rows])
+
+
+def test_preprocessing_and_bounds_are_declared():
+    inner = network()
+    bytes_ = (X * 255).round()
+    wanted = holdfast.assess(inner, (bytes_ / 255, Y), "linf:0.1", ATTACKS).evidence
+    scaled = holdfast.assess(
+        inner, (bytes_, Y), "linf:25.5", ATTACKS, bounds=(0, 255), mean=[0.0], std=[255.0]
+    ).evidence
+    assert torch.equal(scaled["success"], wanted["success"])
+    assert scaled.model["bounds"] == [0.0, 255.0]
+    kept = holdfast.assess(
+        Classifier(inner, bounds=Bounds(0, 255), std=[255.0]), (bytes_, Y), "linf:25.5", ATTACKS
+    ).evidence
+    assert torch.equal(kept["success"], wanted["success"])
+
+
+def test_a_named_suite_brings_what_a_list_does_not():
+    named = holdfast.assess(network(), (X, Y), "linf:0.1", "quick", doubts=False)
+    assert named.evidence.suite == "quick@1"
+    assert "attacked_f1" in named.metrics
+    listed = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS)
+    assert listed.evidence.suite == ""
+    assert "attacked_f1" not in listed.metrics
+    assert [record.name for record in listed.attacks] == ["PGD", "FGSM"]
+    assert listed.attacks[0].settings["steps"] == 3
+
+
+def test_only_and_skip_choose_from_the_suite():
+    only = holdfast.assess(network(), (X, Y), "linf:0.1", "quick", only=["apgd-t"], doubts=False)
+    assert [record.name for record in only.attacks] == ["APGD-T"]
+    skip = holdfast.assess(network(), (X, Y), "linf:0.1", "quick", skip=["apgd-t"], doubts=False)
+    assert [record.name for record in skip.attacks] == ["PGD"]
+    with pytest.raises(UsageError, match="this suite has no attack 'apgd-q'; did you mean 'apgd-t'"):
+        holdfast.assess(network(), (X, Y), "linf:0.1", "quick", only=["apgd-q"])
+    with pytest.raises(UsageError, match="no attack is left; this suite has pgd, apgd-t"):
+        holdfast.assess(network(), (X, Y), "linf:0.1", "quick", skip=["pgd", "apgd-t"])
+
+
+def test_without_an_eps_only_the_smallest_change_can_be_asked_for():
+    with pytest.raises(UsageError, match="l2 has no eps, .* choose --suite minimum-norm"):
+        holdfast.assess(network(), (X, Y), "l2")
+    found = holdfast.assess(network(), (X, Y), "l2", "minimum-norm", doubts=False, only=["ddn"])
+    exact = found.evidence["distance"]
+    assert exact.isfinite().all() and (exact > 0).all()
+    assert found.metrics["robust_margin"].value == pytest.approx(float(exact.median()), rel=0.3)
+
+
+def test_a_curve_adds_accuracy_against_eps():
+    found = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, curve=True)
+    assert "distance" in found.evidence
+    assert found.gate("robust_accuracy@0 >= 1").estimate.value == 1.0
+
+
+def test_a_misspelt_name_is_offered_the_nearest():
+    with pytest.raises(UsageError, match="'blackbox'"):
+        holdfast.assess(network(), (X, Y), "linf:0.1", accept_doubts={"blackbox": "why not"})
+    with pytest.raises(UsageError, match="mnist-cnn"):
+        holdfast.assess("mnist-cmn", "mnist-mini")
+    with pytest.raises(UsageError, match="suite"):
+        holdfast.assess(network(), (X, Y), "linf:0.1", "standart")
+    with pytest.raises(UsageError, match="device is 'gpu'"):
+        holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, device="gpu")
+
+
+def test_runs_are_kept_reported_verified_and_compared(tmp_path):
+    weak, strong = network(), network()
+    with torch.no_grad():
+        strong[1].weight.mul_(1).add_(0.2)  # another boundary, the same examples
+    a = holdfast.assess(
+        weak, (X, Y), "linf:0.1", ATTACKS, run=tmp_path / "a", gates=["clean_accuracy >= 0.5"]
+    )
+    b = holdfast.assess(strong, (X, Y), "linf:0.1", ATTACKS, run=tmp_path / "b")
+    assert a.exit_code == 0
+    assert holdfast.report(tmp_path / "a").summary() == a.summary()
+    assert holdfast.verify(tmp_path / "a").complete
+    compared = holdfast.compare(tmp_path / "a", b)
+    held = [(r.evidence["correct"] & ~r.evidence["success"]).double().mean() for r in (a, b)]
+    assert compared.regression.value == pytest.approx(float(held[0] - held[1]))
+    assert compared.test.only_first - compared.test.only_second == round(float(held[0] - held[1]) * N)
+    assert compared.summary()["n"] == N
+    assert compared.write(tmp_path / "c.json").read_text() == compared.to_json()
+    assert str(compared) in " ".join(compared.text().split())
+    gates = ["regression <= 1 vs baseline"]
+    gated = holdfast.assess(strong, (X, Y), "linf:0.1", ATTACKS, gates=gates, baseline=tmp_path / "a")
+    assert gated.gates[0].estimate == compared.regression
+    with pytest.raises(UsageError, match="compares with a run; name it: --baseline RUN"):
+        holdfast.assess(strong, (X, Y), "linf:0.1", ATTACKS, gates=gates)
+    other = holdfast.assess(strong, (X.flip(0) * 0.5, Y), "linf:0.1", ATTACKS)
+    with pytest.raises(UsageError, match="share no example"):
+        holdfast.compare(a, other).summary()
+
+
+def test_a_run_of_a_python_model_resumes_and_knows_it_by_its_weights(tmp_path):
+    run = tmp_path / "run"
+    first = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, run=run)
+    assert (
+        holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, run=run, resume=True).summary()
+        == first.summary()
+    )
+    changed = network()
+    with torch.no_grad():
+        changed[1].bias.add_(1e-6)
+    with pytest.raises(UsageError, match="a run of another model"):
+        holdfast.assess(changed, (X, Y), "linf:0.1", ATTACKS, run=run, resume=True)
+    with pytest.raises(UsageError, match="a run of another model"):
+        holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, run=run, resume=True, mean=[0.1])
+
+
+def test_progress_is_told_to_whoever_asks():
+    steps: list[Step] = []
+    holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, progress=steps.append)
+    assert {step.stage for step in steps} == {"clean", "1-pgd", "2-fgsm"}
+
+
+def test_a_model_that_is_no_classifier_of_these_is_refused():
+    with pytest.raises(TargetError, match="the model returned a tuple"):
+        holdfast.assess(lambda x: (x.flatten(1),), (X, Y))
+    with pytest.raises(
+        TargetError, match="labels of data in memory run from 0 to 2, but the model has 2 classes"
+    ):
+        holdfast.assess(lambda x: x.flatten(1)[:, :2], (X, torch.arange(N) % CLASSES))
+
+
+def test_the_doctor_sees_what_the_caller_has():
+    findings = holdfast.doctor(lambda x: network()(x).softmax(1), (X, Y))
+    assert any(finding.level != "good" and "probabilit" in finding.says for finding in findings)
