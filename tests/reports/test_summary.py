@@ -124,7 +124,7 @@ def test_headline_is_one_plain_sentence():
     )
     assert "1 of 3 gates fails, 2 are unclear: fail" in several["headline"]
     alike = made.summarised(evidence, "robust_accuracy >= 0.5", "robust_accuracy >= 0.6")
-    assert alike["headline"].endswith("; all 2 gates fail.")
+    assert alike["headline"].endswith("; both gates fail.")
     assert made.summarised(evidence)["headline"].endswith("no gate was set.")
     assert "could be turned into class 3" in made.summarised(_targeted())["headline"]
     assert "break within an L2 change of 0.253" in made.summarised(_minimum_norm())["headline"]

@@ -7,6 +7,9 @@ from typing import Any
 
 from holdfast.reports.numbers import count, number, plain
 
+_HALF = 0.5
+_FEW = 200
+"""Below this end a logarithmic axis has room for 2 and 5 between its powers of ten."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 14.0, 12.0, 44.0
 
 
@@ -34,6 +37,8 @@ class Staircase:
     y_ticks: tuple[Tick, ...]
     mark: float | None
     """where the threat's own eps stands"""
+    mark_text: float
+    """the height at which there is room to say so: away from the curve"""
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,10 @@ class Axis:
     def ticks(self) -> list[tuple[float, str]]:
         """Round values and how they are written."""
         if self.logarithmic:
-            powers = [10.0**power for power in range(math.floor(math.log10(max(self.top, 1))) + 1)]
-            return [(value, count(value)) for value in (0.0, *powers)]
+            factors = (1, 2, 5) if self.top < _FEW else (1,)
+            powers = range(math.floor(math.log10(max(self.top, 1))) + 1)
+            found = [factor * 10.0**power for power in powers for factor in factors]
+            return [(value, count(value)) for value in (0.0, *found) if value <= self.top]
         step = round_step(self.top)
         return [(k * step, plain(k * step)) for k in range(math.floor(self.top / step + 1e-9) + 1)]
 
@@ -125,7 +132,15 @@ def staircase(
         x_ticks=tuple(Tick(round(plane.across(value), 1), text) for value, text in plane.axis.ticks),
         y_ticks=tuple(Tick(round(plane.level(k / 4), 1), f"{25 * k} %") for k in range(5)),
         mark=None if marked is None else round(plane.across(marked), 1),
+        mark_text=plane.level(0.06)
+        if marked is not None and _at(points, axis, marked) > _HALF
+        else plane.level(0.94),
     )
+
+
+def _at(points: Sequence[Mapping[str, Any]], axis: str, x: float) -> float:
+    """The share at a value of the x axis."""
+    return next((number(point["value"]) for point in reversed(points) if number(point[axis]) <= x), 1.0)
 
 
 def _steps(starts: Sequence[float], ends: Sequence[float], levels: Sequence[float]) -> str:

@@ -170,7 +170,7 @@ def _tally(gates: Sequence[Mapping[str, Any]]) -> str:
     counted = {verdict: sum(gate["verdict"] == verdict for gate in gates) for verdict in verbs}
     present = [verdict for verdict, n in counted.items() if n]
     if len(present) == 1:
-        return f"all {len(gates)} gates {verbs[present[0]][1]}"
+        return f"{'both' if len(gates) == 2 else f'all {len(gates)}'} gates {verbs[present[0]][1]}"
     parts = [f"{counted[verdict]} {verbs[verdict][counted[verdict] > 1]}" for verdict in present]
     first, _, rest = parts[0].partition(" ")
     return f"{first} of {len(gates)} gates {rest}, {', '.join(parts[1:])}: {present[0]}"
