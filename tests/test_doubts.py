@@ -370,3 +370,23 @@ def test_change_is_relative_to_what_distinguishes_the_classes():
     assert change(logits, moved).tolist() == pytest.approx([0.01, 0.0], abs=1e-4)
     moved[1, 0] = torch.nan
     assert change(logits, moved)[1] == torch.inf
+
+
+def test_the_meter_notes_whose_first_gradient_is_dead(net):
+    """An input of the first pixel at zero is multiplied away; a model without a graph has no gradient at all."""
+    gated = Classifier(Changed(net, before=Function(lambda x: x * (x[:, :, :1, :1] > 0))))
+    batch = patterns(20, seed=2)
+    x = batch.x.clone()
+    x[:, :, 0, 0] = 0.5
+    x[5:9, :, 0, 0] = 0.0
+    batch = batch.at(x)
+    model = Metered(gated, batch, ThreatModel(Linf(0.0)))
+    PGD(steps=2)(model, batch, ThreatModel(Linf(0.0)), rng=Draws(0))
+    assert model.spent.dead.nonzero()[:, 0].tolist() == [5, 6, 7, 8]
+    cut = Metered(Classifier(Changed(net, before=Function(torch.Tensor.detach))), batch, THREAT)
+    PGD(steps=2)(cut, batch, THREAT, rng=Draws(0))
+    assert cut.spent.dead.all()
+    blind = Metered(Classifier(net), batch, THREAT)
+    with torch.no_grad():
+        blind(batch.x, batch.ids)
+    assert not blind.spent.dead.any()

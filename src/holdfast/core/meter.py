@@ -34,6 +34,8 @@ class Spent:
     """the query at which an allowed input first broke the model; 0 if none did"""
     backwards: Tensor
     """gradients"""
+    dead: Tensor
+    """whether the gradient of the first pass was zero or not a number, bool; False where none was asked for"""
 
 
 class Metered:
@@ -51,6 +53,8 @@ class Metered:
         self._queries = torch.zeros(len(batch), dtype=torch.int64, device=batch.ids.device)
         self._first = torch.zeros_like(self._queries)
         self._backwards = torch.zeros_like(self._queries)
+        self._dead = torch.zeros_like(self._queries, dtype=torch.bool)
+        self._gradient_seen = False
         self._found: dict[int, Tensor] = {}
 
     @property
@@ -61,7 +65,7 @@ class Metered:
     @property
     def spent(self) -> Spent:
         """What was booked so far."""
-        return Spent(self._queries.clone(), self._first.clone(), self._backwards.clone())
+        return Spent(self._queries.clone(), self._first.clone(), self._backwards.clone(), self._dead.clone())
 
     def found(self) -> Inputs:
         """The first successful input of each example under a budget, else its clean one."""
@@ -81,8 +85,10 @@ class Metered:
         self._queries.index_add_(0, rows, ones)
         if self._threat.access == "gradients":
             logits = self._model(x, ids)
+            if x.requires_grad and not self._gradient_seen:
+                self._watch_gradient(x, logits, rows)
             if logits.requires_grad:
-                logits.register_hook(lambda _: self._book_backwards(rows, ones))
+                logits.register_hook(lambda _: self._book_backwards(rows, ones))  # type: ignore[no-untyped-call]
         else:
             with torch.no_grad():
                 logits = self._model(x, ids)
@@ -90,6 +96,19 @@ class Metered:
         if self._threat.access == "labels":
             return torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).to(logits.dtype)
         return logits
+
+    def _watch_gradient(self, x: Inputs, logits: Logits, rows: Tensor) -> None:
+        """Of the first pass, note whose gradient is zero or not a number: all where the model cuts the graph."""
+        self._gradient_seen = True
+
+        def note(grad: Tensor) -> None:
+            wide = grad.flatten(1)
+            self._dead[rows] = (wide == 0).all(1) | ~wide.isfinite().all(1)
+
+        if logits.requires_grad:
+            x.register_hook(note)  # type: ignore[no-untyped-call]
+        else:
+            self._dead[rows] = True
 
     def _book_backwards(self, rows: Tensor, ones: Tensor) -> None:
         self._backwards.index_add_(0, rows, ones)

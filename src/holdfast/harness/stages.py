@@ -100,6 +100,7 @@ def unattacked(clean: Columns) -> dict[str, Tensor]:
         "queries": zeros.clone(),
         "first_success": zeros.clone(),
         "backwards": zeros.clone(),
+        "dead": torch.zeros(n, dtype=torch.bool),
     }
 
 
@@ -197,6 +198,7 @@ def _attack(
         "queries": spent.queries,
         "first_success": spent.first_success,
         "backwards": spent.backwards,
+        "dead": spent.dead,
     }
     kept = success.nonzero()[:, 0]
     shown = kept[:GALLERY]
