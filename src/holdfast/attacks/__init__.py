@@ -1,8 +1,27 @@
 """The catalogue of attacks: `__all__` is what a suite, a config file and the command line may name."""
 
 from holdfast.attacks.apgd import APGD
+from holdfast.attacks.bim import BIM
+from holdfast.attacks.carlini_wagner import CarliniWagner
+from holdfast.attacks.ddn import DDN
+from holdfast.attacks.deepfool import DeepFool
 from holdfast.attacks.fab import FAB
+from holdfast.attacks.fgsm import FGSM
+from holdfast.attacks.fmn import FMN
+from holdfast.attacks.momentum_pgd import MomentumPGD
 from holdfast.attacks.pgd import PGD
 from holdfast.attacks.square import Square
 
-__all__ = ["APGD", "FAB", "PGD", "Square"]
+__all__ = [
+    "APGD",
+    "BIM",
+    "DDN",
+    "FAB",
+    "FGSM",
+    "FMN",
+    "PGD",
+    "CarliniWagner",
+    "DeepFool",
+    "MomentumPGD",
+    "Square",
+]

@@ -122,7 +122,8 @@ class L2:
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """Euclidean length of the change."""
-        return torch.linalg.vector_norm((x_adv - x).flatten(1), dim=1)
+        length: PerExample = torch.linalg.vector_norm((x_adv - x).flatten(1), dim=1)
+        return length
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """The nearest point of ball and box: see `within`."""
@@ -291,12 +292,17 @@ class L0:
         outside = self.distance(clamped, x) > radius
         if not outside.any():
             return clamped
-        gain = self._grouped((x_adv - x) ** 2 - (x_adv - clamped) ** 2).sum(2)
-        kept = torch.zeros_like(gain, dtype=torch.bool)
-        most = radius.clamp(0, gain.shape[1]).long()
-        largest = gain.topk(int(most.max()), dim=1).indices
-        kept.scatter_(1, largest, torch.arange(largest.shape[1], device=x.device) < most[:, None])
-        return torch.where(self._ungrouped(kept, x) | ~_expand(outside, x), clamped, x)
+        kept = self.largest((x_adv - x) ** 2 - (x_adv - clamped) ** 2, radius)
+        return torch.where(kept | ~_expand(outside, x), clamped, x)
+
+    def largest(self, gain: Tensor, radius: PerExample) -> Tensor:
+        """Where the `radius` values or pixels with the largest summed gain are, as a mask of the inputs' shape."""
+        units = self._grouped(gain).sum(2)
+        most = radius.clamp(0, units.shape[1]).long()
+        order = units.topk(int(most.max()), dim=1).indices
+        kept = torch.zeros_like(units, dtype=torch.bool)
+        kept.scatter_(1, order, torch.arange(order.shape[1], device=gain.device) < most[:, None])
+        return self._ungrouped(kept, gain)
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """The gradient, scaled so that a step of eps moves a value by the box's width on average (Croce & Hein)."""

@@ -1,0 +1,36 @@
+"""BIM: the basic iterative method, FGSM in small steps.
+
+Kurakin et al., "Adversarial Examples in the Physical World", ICLR 2017 workshop, arXiv:1607.02533. Differs from the
+paper: the step is a share of eps instead of one grey level, and each example keeps its best iterate.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs, Positive, Steps
+from holdfast.ops.ascent import ascend
+from holdfast.ops.losses import Loss, cross_entropy
+
+
+@dataclass(frozen=True)
+class BIM:
+    """Climb from the clean input in steps of one size."""
+
+    steps: Steps = 10
+    """gradient steps"""
+    reach: Positive = 1.25
+    """path length, in multiples of eps: the paper takes 1.25 eps steps of one grey level"""
+    loss: Loss = cross_entropy
+    """what is climbed"""
+
+    needs: ClassVar[Access] = "gradients"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        constraint = threat.constraint
+        step_size = self.reach * constraint.eps / self.steps
+        x_adv, _ = ascend(model, batch, batch.x, self.loss, constraint, steps=self.steps, step_size=step_size)
+        return x_adv

@@ -1,0 +1,59 @@
+"""DDN: decoupled direction and norm.
+
+Rony et al., "Decoupling Direction and Norm for Efficient Gradient-Based L2 Adversarial Attacks and Defenses",
+CVPR 2019, arXiv:1811.09600. Differs from the paper: the first radius and the step size are in units of the first-order
+distance to the boundary instead of pixels, gradients leave out what the box stops, nothing is rounded to 256 levels,
+and it ends with a bisection to the boundary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L2
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs, Positive, Steps
+from holdfast.ops.ascent import gradient
+from holdfast.ops.boundary import to_boundary
+from holdfast.ops.closest import Closest, firmly_broken
+from holdfast.ops.losses import Loss, cross_entropy, margin_loss
+from holdfast.ops.norms import expect_norm, farthest, free, gap, spread
+
+
+@dataclass(frozen=True)
+class DDN:
+    """Follow the gradient at a radius that shrinks while the model is broken and grows while it holds."""
+
+    steps: Steps = 100
+    """gradient steps"""
+    gamma: Positive = 0.05
+    """share by which the radius shrinks or grows"""
+    loss: Loss = cross_entropy
+    """what is climbed after the first step, which climbs the margin"""
+
+    needs: ClassVar[Access] = "gradients"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        norm = expect_norm(threat.constraint, self, L2)
+        closest, x, limit = Closest(batch), batch.x, farthest(norm, batch.x, model.bounds)
+        for step in range(self.steps):
+            grad, logits = gradient(model, batch.at(x), self.loss if step else margin_loss)
+            grad, broken = free(grad, x, model.bounds), firmly_broken(logits, batch)
+            closest.offer(batch, x, norm.distance(x, batch.x), broken)
+            if step == 0:
+                radius = first = gap(norm, grad, logits, batch, model.bounds).minimum(limit)
+            else:
+                growth = torch.where(
+                    closest.found, self.gamma, 3 * self.gamma
+                )  # nothing to refine yet: go far
+                radius = (radius * torch.where(broken, 1 - self.gamma, 1 + growth)).minimum(limit)
+            cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
+            moved = x + spread((0.01 + 0.99 * cosine) * first, x) * norm.steepest(grad, x, model.bounds)
+            direction = norm.steepest(moved - batch.x, x, model.bounds)
+            x = model.bounds.clamp(batch.x + spread(radius, x) * direction)
+        return to_boundary(model, batch, closest.x, norm)

@@ -1,0 +1,31 @@
+"""FGSM: one step of the size of the ball along the gradient.
+
+Goodfellow et al., "Explaining and Harnessing Adversarial Examples", ICLR 2015, arXiv:1412.6572. Differs from the paper:
+steps along the constraint's own steepest direction, which is the sign of the gradient for Linf only.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs
+from holdfast.ops.ascent import ascend
+from holdfast.ops.losses import Loss, cross_entropy
+
+
+@dataclass(frozen=True)
+class FGSM:
+    """Take one step to the edge of the ball."""
+
+    loss: Loss = cross_entropy
+    """what is climbed"""
+
+    needs: ClassVar[Access] = "gradients"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        constraint = threat.constraint
+        x_adv, _ = ascend(model, batch, batch.x, self.loss, constraint, steps=1, step_size=constraint.eps)
+        return x_adv

@@ -1,0 +1,46 @@
+"""Momentum PGD (MI-FGSM): iterated steps along a running mean of the normalised gradients.
+
+Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018, arXiv:1710.06081. Differs from the paper: each
+example keeps its best iterate instead of its last, and other norms step along their own steepest direction.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs, NonNegative, Positive, Steps
+from holdfast.ops.ascent import ascend
+from holdfast.ops.losses import Loss, cross_entropy
+
+
+@dataclass(frozen=True)
+class MomentumPGD:
+    """Climb from the clean input along the accumulated direction."""
+
+    steps: Steps = 10
+    """gradient steps"""
+    reach: Positive = 1.0
+    """path length, in multiples of eps"""
+    momentum: NonNegative = 1.0
+    """share of the direction that the next step keeps"""
+    loss: Loss = cross_entropy
+    """what is climbed"""
+
+    needs: ClassVar[Access] = "gradients"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        constraint = threat.constraint
+        x_adv, _ = ascend(
+            model,
+            batch,
+            batch.x,
+            self.loss,
+            constraint,
+            steps=self.steps,
+            step_size=self.reach * constraint.eps / self.steps,
+            momentum=self.momentum,
+        )
+        return x_adv

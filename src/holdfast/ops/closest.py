@@ -1,0 +1,51 @@
+"""The closest point that broke each example of a batch, as minimum-norm attacks keep it."""
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.types import Inputs, Logits, Mask, PerExample, Rows
+from holdfast.ops.losses import margin
+
+FIRMNESS = 1e-5
+"""How far below zero a margin must be, in units of the largest logit, to stay there when another batch size rounds."""
+
+
+def firmly_broken(logits: Logits, batch: Batch) -> Mask:
+    """Whether the model gives in by more than rounding; a NaN is broken."""
+    return ~(margin(logits, batch) > -FIRMNESS * logits.abs().amax(1))
+
+
+class Closest:
+    """Keeps each example's closest broken point; the clean input, at distance infinity, until there is one."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._ids = batch.ids
+        self._order = batch.ids.argsort()
+        self._sorted = batch.ids[self._order]
+        self.x: Inputs = batch.x.clone()
+        """the closest broken point of each example"""
+        self.distance: PerExample = torch.full_like(batch.x.flatten(1)[:, 0], torch.inf)
+        """how far away it is"""
+
+    @property
+    def found(self) -> Mask:
+        """Which examples are broken."""
+        return self.distance < torch.inf
+
+    def rows(self, some: Batch) -> Rows:
+        """Where `some` examples stand in the whole batch."""
+        return self._order[torch.searchsorted(self._sorted, some.ids)]
+
+    def offer(self, some: Batch, x: Inputs, distance: PerExample, broken: Mask) -> Mask:
+        """Take the broken points that are closer than what is known; who got closer."""
+        if some.ids is self._ids:
+            closer = broken & (distance < self.distance)
+            chosen = closer.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+            self.x = torch.lerp(self.x, x, chosen)  # picks one or the other exactly, quicker than `where`
+            self.distance = torch.where(closer, distance, self.distance)
+            return closer
+        rows = self.rows(some)
+        closer = broken & (distance < self.distance[rows])
+        self.x[rows[closer]] = x[closer]
+        self.distance[rows[closer]] = distance[closer]
+        return closer

@@ -1,0 +1,46 @@
+"""What minimum-norm attacks ask of a norm beyond its ball."""
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import Constraint, Norm
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Bounds
+from holdfast.core.types import Inputs, Logits, PerExample
+from holdfast.ops.losses import margin
+
+
+def expect_norm(constraint: Constraint, attack: object, *kinds: type[Norm]) -> Norm:
+    """The constraint, if it is one of the norms that the attack is made for; `UsageError` otherwise."""
+    for kind in kinds:
+        if isinstance(constraint, kind):
+            return constraint
+    names = " or ".join(kind.__name__ for kind in kinds)
+    raise UsageError(
+        f"{type(attack).__name__} minimises {names}; the threat model is {constraint}. "
+        f"Choose another threat, or leave the attack out with --skip"
+    )
+
+
+def spread(values: PerExample, like: Tensor) -> Tensor:
+    """One number an example, shaped to broadcast against the inputs."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def farthest(norm: Norm, x: Inputs, bounds: Bounds) -> PerExample:
+    """Distance from each input to the corner of the box that is farthest from it."""
+    low, high = bounds.like(x)
+    return norm.distance(torch.where(high - x > x - low, high, low), x)
+
+
+def gap(norm: Norm, grad: Inputs, logits: Logits, batch: Batch, bounds: Bounds) -> PerExample:
+    """First-order distance to the boundary, from the gradient of the margin (of either sign) at `batch.x`."""
+    slope = (grad * norm.steepest(grad, batch.x, bounds)).flatten(1).sum(1).abs()
+    return margin(logits, batch).abs() / slope.clamp_min(1e-12)
+
+
+def free(grad: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+    """The gradient without the coordinates that stand at a side of the box and would leave it."""
+    low, high = bounds.like(x)
+    return grad.masked_fill(((grad > 0) & (x >= high)) | ((grad < 0) & (x <= low)), 0)
