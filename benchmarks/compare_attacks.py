@@ -75,21 +75,49 @@ def setting(case: Comparison, sha256: str) -> dict[str, Any]:
     return {**shared, **case.settings, **({"note": case.note} if case.note else {})}
 
 
-def _reference_side(case: Comparison, known: dict[str, Any]) -> None:
+def _reference_side(case: Comparison) -> dict[str, Any]:
     net = network(case.network)
     x, y = images(net.data, case.n)
-    entry = known.setdefault(case.name, {"setting": {}, "references": {}})
-    entry["setting"] = setting(case, net.sha256)
+    found: dict[str, Any] = {}
     for who in case.references:
         try:
-            rows = reference(case, who, net.module, x, y)
+            found[who] = reference(case, who, net.module, x, y)
         except Absent as why:
             print(f"skipped {case.name} by {who}: {why}", flush=True)
             continue
         except Exception as error:  # noqa: BLE001 - a peer that raises is a result of its own
-            rows = [{"raises": f"{type(error).__name__}: {error}"[:200]}]
-        entry["references"][who] = rows
+            found[who] = [{"raises": f"{type(error).__name__}: {error}"[:200]}]
+        print(case.name, who, found[who][0], flush=True)
+    return found
+
+
+def _our_side(case: Comparison) -> dict[str, Any]:
+    from benchmarks import ours
+    from benchmarks.our_attacks import ours_for
+
+    net = network(case.network)
+    x, y = images(net.data, case.n)
+    sides: dict[str, Any] = {}
+    for who, attack in ours_for(case.name).items():
+        rows = []
+        for seed in case.seeds:
+            found = ours.assessed(net.module, x, y, [attack], case.norm, case.eps, seed=seed)
+            broken = ~found["correct"] | found["success"]
+            if case.eps is None:
+                broken = found["distance"].isfinite()
+            row: dict[str, Any] = {"seed": seed, "success": round(broken.double().mean().item(), 4)}
+            if case.eps is None:
+                row["median_distance"] = round(ours.median_distance(found), 5)
+            spent = found.cost
+            row |= {
+                "forwards": round(spent.forwards / case.n, 1),
+                "backwards": round(spent.backwards / case.n, 1),
+                "cpu_s": round(spent.cpu_s, 2),
+            }
+            rows.append(row)
+        sides[who] = rows
         print(case.name, who, rows[0], flush=True)
+    return sides
 
 
 def main() -> None:
@@ -102,26 +130,31 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     peers.use(chosen.peers)
-    known: dict[str, Any] = json.loads(FILE.read_text())["attacks"] if FILE.exists() else {}
     for case in COMPARISONS:
         if chosen.only and not case.name.startswith(chosen.only):
             continue
         try:
-            _reference_side(case, known)
+            found = _reference_side(case) if chosen.side == "reference" else _our_side(case)
+            _keep(case, chosen.side, found)
         except Absent as why:
             print(f"skipped {case.name}: {why}", flush=True)
-        _write(known)
 
 
-def _write(known: dict[str, Any]) -> None:
+def _keep(case: Comparison, side: str, found: dict[str, Any]) -> None:
+    """Put one side of one comparison into the file, which holds both."""
+    whole: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"made": {}, "attacks": {}}
     versions = {name: peers.version(name) for name in (*peers.DISTRIBUTIONS, *peers.CHECKOUTS)}
-    head = {
-        "command": "python -m benchmarks.compare_attacks reference --peers FOLDER",
-        "made": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), **versions},
+    whole["made"][side] = {
+        "command": f"python -m benchmarks.compare_attacks {side}" + " --peers FOLDER" * (side == "reference"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()}
+        | (versions if side == "reference" else {}),
         "threads": 1,
     }
-    FILE.write_text(json.dumps({**head, "attacks": known}, indent=1) + "\n")
+    entry = whole["attacks"].setdefault(case.name, {})
+    entry["setting"] = setting(case, network(case.network).sha256)
+    entry["references" if side == "reference" else "ours"] = found
+    FILE.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -94,6 +94,7 @@ SOURCES: dict[str, tuple[str, Callable[[], tuple[nn.Module, Path]]]] = {
     "cifar_cnn_a_adv": ("cifar10", lambda: _shared("cifar_cnn_a_adv", "cifar_cnn_a_adv.model")),
     "cifar_resnet20": ("cifar10", lambda: _shared("cifar_resnet20", "cifar_resnet20.th")),
     "mnist_trades_smallcnn": ("mnist", lambda: _shared("mnist_trades_smallcnn", "mnist_trades_smallcnn.pt")),
+    "mnist_kw01": ("mnist", lambda: _shared("mnist_kw01", "mnist_kw01.pth")),
     "mnist_badnet": ("mnist", lambda: _shared("mnist_badnet", "mnist_badnet.pth")),
     "single_step": ("mnist", _single_step),
     "mnist-cnn": ("mnist", lambda: _bundled("mnist-cnn")),

@@ -1,0 +1,150 @@
+"""DDN, DeepFool, C&W and FMN on undefended networks: success, median distance, cost; beside adv-lib and Foolbox."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import ours
+from benchmarks.absent import Absent
+from benchmarks.compare_attacks import distances
+from benchmarks.meter import Counted, cpu_seconds, naive_floor
+from benchmarks.networks import images, network
+from benchmarks.peers import peer
+from benchmarks.record import Cells, Claim, Outcome
+from benchmarks.side_by_side import FLOOR, ratio, timed
+from holdfast.attacks import DDN, FMN, CarliniWagner, DeepFool
+from holdfast.attacks.protocol import Attack
+from holdfast.core.evidence import Evidence
+
+WHAT = "minimum-norm attacks on undefended networks, n = 100: success, median over all (inf kept), cost"
+N, ROUNDS = 100, 5
+NETWORKS = ("mnist_badnet", "mnist-cnn", "cifar_resnet20")
+LINF = float("inf")
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One of our attacks and adv-lib's call of the same name and budget."""
+
+    name: str
+    norm: str
+    attack: Attack
+    theirs: tuple[str, dict[str, Any]]
+
+
+CONTESTS = (
+    Contest("DDN 20", "L2", DDN(steps=20), ("ddn", {"steps": 20, "levels": None})),
+    Contest("DDN 100", "L2", DDN(steps=100), ("ddn", {"steps": 100, "levels": None})),
+    Contest("DeepFool L2", "L2", DeepFool(steps=50), ("df", {"steps": 50, "norm": 2})),
+    Contest("DeepFool Linf", "Linf", DeepFool(steps=50), ("df", {"steps": 50, "norm": LINF})),
+    Contest(
+        "C&W L2 9x100", "L2", CarliniWagner(searches=9, steps=100),
+        ("carlini_wagner_l2", {"binary_search_steps": 9, "max_iterations": 100}),
+    ),
+    *(
+        Contest(f"FMN {norm} 100", norm, FMN(steps=100), ("fmn", {"steps": 100, "norm": order}))
+        for norm, order in (("L0", 0), ("L1", 1), ("L2", 2), ("Linf", LINF))
+    ),
+)  # fmt: skip
+
+
+def measured() -> Outcome:
+    table: list[Cells] = []
+    claims: list[Claim] = []
+    detail, notes = {}, []
+    for name in NETWORKS:
+        try:
+            net = network(name)
+        except Absent as why:
+            notes.append(f"{name}: {why}")
+            continue
+        x, y = images(net.data, N)
+        medians: dict[str, float] = {}
+        for contest in CONTESTS:
+            cells, seconds, absent = _one(contest, net.module, x, y)
+            table += [{"network": name, **c} for c in cells]
+            claims += _claims(name, contest, cells, seconds, medians)
+            detail[f"{name} {contest.name}"] = seconds
+            notes += [f"{who}: {why}" for who, why in absent.items() if f"{who}: {why}" not in notes]
+    if not claims:
+        raise Absent("; ".join(notes))
+    return Outcome(table, claims, {"n": N, "rounds": ROUNDS, "seed": 0}, detail, notes)
+
+
+def _one(
+    contest: Contest, module: nn.Module, x: Tensor, y: Tensor
+) -> tuple[list[Cells], dict[str, list[float]], dict[str, str]]:
+    found: list[Evidence] = []
+    returned: list[Tensor] = []
+    contestants: dict[str, Callable[[], object]] = {
+        "holdfast": lambda: found.append(ours.assessed(module, x, y, [contest.attack], contest.norm, None)),
+        "adv-lib": lambda: returned.append(_advlib(contest, module, x, y)),
+    }
+    evidence = ours.assessed(module, x, y, [contest.attack], contest.norm, None)
+    steps, passes = round(evidence.cost.backwards / len(x)), round(evidence.cost.forwards / len(x))
+    contestants[FLOOR] = partial(naive_floor, module, x, y, steps, max(passes - steps, 0))
+    seconds, absent = timed(contestants, ROUNDS if steps <= 200 else 2)
+    cells: list[Cells] = [
+        {"attack": contest.name, "who": "holdfast", "success": evidence["distance"].isfinite().double().mean().item(),
+         "median": ours.median_distance(evidence), "forwards / image": evidence.cost.forwards / len(x),
+         "backwards / image": evidence.cost.backwards / len(x), "cost / floor": ratio(seconds, "holdfast"),
+         "CPU s": median(seconds["holdfast"])}
+    ]  # fmt: skip
+    if "adv-lib" in seconds:
+        counted = Counted(module)
+        cpu_seconds(partial(_advlib, contest, counted, x, y))
+        success, middle = _judged(module, x, y, returned[-1], contest.norm)
+        cells.append(
+            {"attack": contest.name, "who": "adv-lib", "success": success, "median": middle,
+             "forwards / image": counted.forwards / len(x), "backwards / image": counted.backwards / len(x),
+             "cost / floor": ratio(seconds, "adv-lib"), "CPU s": median(seconds["adv-lib"])}
+        )  # fmt: skip
+    return cells, seconds, absent
+
+
+def _claims(
+    name: str,
+    contest: Contest,
+    cells: list[Cells],
+    seconds: dict[str, list[float]],
+    medians: dict[str, float],
+) -> list[Claim]:
+    mine, theirs = cells[0], cells[1] if len(cells) > 1 else None
+    medians[contest.name] = mine["median"]
+    called = f"{name} {contest.name}"
+    claims = []
+    if not contest.name.startswith("DDN 20"):
+        claims.append(Claim(f"{called}: success >= 1", mine["success"], 1.0, least=True))
+    if contest.name.startswith("DDN"):
+        claims.append(Claim(f"{called}: cost / floor <= 1.10", mine["cost / floor"], 1.1))
+        if theirs:
+            claims.append(
+                Claim(f"{called}: median / adv-lib's <= 1.005", mine["median"] / theirs["median"], 1.005)
+            )
+    if contest.name == "DeepFool L2" and theirs:
+        claims.append(Claim(f"{called}: cost / adv-lib's <= 1", ratio(seconds, "holdfast", "adv-lib"), 1.0))
+    if contest.name.startswith("C&W"):
+        claims.append(
+            Claim(f"{called}: median / DDN 100's <= 1.02", mine["median"] / medians["DDN 100"], 1.02)
+        )
+    return claims
+
+
+def _advlib(contest: Contest, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    attack, settings = contest.theirs
+    torch.manual_seed(0)
+    found: Tensor = getattr(peer("adv_lib.attacks"), attack)(module, x.clone(), y, **settings)
+    return found.detach()
+
+
+def _judged(module: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, norm: str) -> tuple[float, float]:
+    """Success and the median over all of what a peer returned, by the bare network."""
+    with torch.no_grad():
+        clean_wrong, wrong = module(x).argmax(1) != y, module(x_adv).argmax(1) != y
+    away = torch.where(wrong, distances(x_adv, x, norm), torch.inf).masked_fill(clean_wrong, 0.0)
+    return away.isfinite().double().mean().item(), away.quantile(0.5, interpolation="lower").item()

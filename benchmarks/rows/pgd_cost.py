@@ -1,0 +1,57 @@
+"""PGD-40 under Linf: CPU time over the naive floor, beside every peer's."""
+
+from functools import partial
+
+import torch
+
+from benchmarks import ours
+from benchmarks.absent import Absent
+from benchmarks.meter import naive_floor
+from benchmarks.networks import images, network
+from benchmarks.record import Cells, Claim, Outcome
+from benchmarks.rows.peers_pgd import PEERS, apgd
+from benchmarks.side_by_side import FLOOR, ratio, timed
+from holdfast.attacks import PGD
+from holdfast.ops.losses import cross_entropy
+
+WHAT = "PGD-40 as a list of attacks (free doubts only): CPU time over the naive floor, n = 200, one thread"
+STEPS, N, ROUNDS = 40, 200, 7
+SETTINGS = (("mnist_cnn_a_adv", 0.3), ("mnist_trades_smallcnn", 0.3), ("mnist-cnn-hardened", 0.2))
+
+
+def measured() -> Outcome:
+    table: list[Cells] = []
+    claims, detail, notes = [], {}, []
+    for name, eps in SETTINGS:
+        try:
+            net = network(name)
+        except Absent as why:
+            notes.append(f"{name}: {why}")
+            continue
+        x, y = images(net.data, N)
+        size = 2.5 * eps / STEPS
+        contestants = {
+            FLOOR: partial(naive_floor, net.module, x, y, STEPS),
+            "holdfast": partial(ours.assessed, net.module, x, y, [PGD(steps=STEPS, drop=False)], "Linf", eps),
+            "holdfast, cross-entropy": partial(
+                ours.assessed,
+                net.module,
+                x,
+                y,
+                [PGD(steps=STEPS, loss=cross_entropy, drop=False)],
+                "Linf",
+                eps,
+            ),
+            **{who: partial(run, net.module, x, y, eps, STEPS, size) for who, run in PEERS.items()},
+            "AutoAttack APGD-CE": partial(apgd, net.module, x, y, eps, STEPS, size),
+        }
+        torch.manual_seed(0)
+        seconds, absent = timed(contestants, ROUNDS)
+        notes += [f"{who}: {why}" for who, why in absent.items()]
+        table += [{"network": name, "who": who, "cost / floor": ratio(seconds, who)} for who in seconds]
+        claims.append(Claim(f"{name}: ours / floor <= 1.05", ratio(seconds, "holdfast"), 1.05))
+        detail[name] = seconds
+    if not claims:
+        raise Absent("; ".join(notes))
+    config: Cells = {"steps": STEPS, "n": N, "rounds": ROUNDS, "settings": SETTINGS, "drop": False}
+    return Outcome(table, claims, config, detail, notes)
