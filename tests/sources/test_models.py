@@ -27,6 +27,7 @@ def net(width: int = 3, scale: float = 1.0, deep: bool = False, note: str = "", 
     return made
 
 def needy(path, mode): return nn.Linear(1, 1)
+def adds(width): return nn.Linear(width + 1, 1)
 def raises(): raise ValueError("the weights are on another planet")
 def exits(): raise SystemExit("bye")
 def number(): return 7
@@ -78,6 +79,7 @@ def test_the_digest_follows_code_weights_and_named_files(code: Path) -> None:
         ("net", {"deep": "maybe"}, UsageError, "takes deep as bool; 'maybe'"),
         ("odd", {"sizes": "1"}, UsageError, "str, int, float, bool or Path"),
         ("needy", {"mode": "a"}, UsageError, "--model-args path=…"),
+        ("adds", {"width": "3"}, TargetError, r"raised TypeError: .* \(width came as text; annotate int"),
         ("raises", {}, TargetError, "raised ValueError: the weights are on another planet"),
         ("exits", {}, TargetError, "raised SystemExit: bye"),
         ("number", {}, TargetError, "returned a int; a torch.nn.Module"),

@@ -53,7 +53,12 @@ def build(
         Exception,
         SystemExit,
     ) as error:  # the user's code may raise anything; its own words say what it was
-        raise TargetError(f"{address} raised {type(error).__name__}: {error}") from error
+        strings = [name for name, value in converted.items() if isinstance(value, str)]
+        hint = (
+            f" ({', '.join(strings)} came as text; annotate int or float to have numbers)" if strings else ""
+        )
+        said = hint if isinstance(error, TypeError) else ""
+        raise TargetError(f"{address} raised {type(error).__name__}: {error}{said}") from error
     if not isinstance(net, nn.Module):
         raise TargetError(
             f"{address} returned {_described(net)}; a torch.nn.Module was expected. "
