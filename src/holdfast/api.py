@@ -77,11 +77,10 @@ def assess(
     """
     settings = _settings("assess()", locals())
     subject, place = _subject(model, settings), None if run is None else Path(run)
-    attacks = None if isinstance(suite, str) else tuple(suite)
-    where = _device(model, subject, settings)
+    attacks, where = None if isinstance(suite, str) else tuple(suite), _device(model, subject, settings)
     order = ordering.order(settings, attacks=attacks, baseline=_evidence(baseline), device=where)
-    examples = _data(data, settings, subject.model)
-    return assessing.assess(subject, examples, order, run=place, resume=resume, progress=progress)
+    given = _data(data, settings, subject.model)
+    return assessing.assess(subject, given, order, run=place, resume=resume, progress=progress)
 
 
 def carry_out(

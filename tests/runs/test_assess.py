@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from holdfast.attacks import PGD
+from holdfast.attacks import APGD, PGD
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Evidence
@@ -14,6 +14,7 @@ from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import parse
 from holdfast.harness import Member, measure
+from holdfast.ops.losses import dlr
 from holdfast.runs.assess import assess
 from holdfast.runs.entry import extent
 from holdfast.runs.index import new_folder, open_run, runs_in
@@ -351,6 +352,16 @@ def test_a_new_folder_is_not_there_yet(tmp_path):
     assert (
         new_folder("assess", "1a2b3c4d", parent=tmp_path, now=now).name == "20261120-091233-assess-1a2b3c-2"
     )
+
+
+@pytest.mark.parametrize("classes, notes", [(2, 2), (3, 2), (4, 1), (10, 0)])
+def test_too_few_classes_for_a_loss_or_for_targets_are_told(classes, notes):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(FEATURES, classes).double())
+    examples = as_data(uniform(6, FEATURES).double(), torch.arange(6) % 2)
+    asked = order(Member("APGD-T", APGD(loss=dlr, steps=2, targets=9)), suite="", attacked=False)
+    (record,) = assess(subject(net), examples, asked).attacks
+    assert len(record.notes) == notes
+    assert ("DLR needs 4 classes" in " ".join(record.notes)) == (classes < 4)
 
 
 def test_a_list_of_attacks_raises_only_the_free_doubts():

@@ -131,7 +131,7 @@ def conclude(
 
 
 def _record(step: Step, before: int, after: int, cost: Cost) -> AttackRecord:
-    return AttackRecord(step.name, step.attack, step.settings, before, after, cost)
+    return AttackRecord(step.name, step.attack, step.settings, before, after, cost, step.notes)
 
 
 def _cost(columns: Columns, seconds: Seconds, *, clean: bool = False) -> Cost:

@@ -43,6 +43,5 @@ def measure(
                 prior[stage.name] = run_stage(stage, plan, target, batch, prior, Room(batch_size))
             seconds[stage.name] = Seconds(time.process_time() - cpu, time.perf_counter() - wall)
         by_stage = {stage.name: join([prior[stage.name] for prior in shards]) for stage in plan.stages()}
-        return conclude(
-            plan.outline(), by_stage, seconds, Context(notes=target.notes), randomised=target.randomised
-        )
+        outline, context = plan.outline(target.classes), Context(notes=target.notes)
+        return conclude(outline, by_stage, seconds, context, randomised=target.randomised)

@@ -42,6 +42,8 @@ class Step:
     attack: str = ""
     """what the suite calls it"""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """what a reader must know of it"""
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,19 @@ class Plan:
         curve = [Stage(f"curve-{k}-{slug(m.name)}", "curve", m) for k, m in enumerate(self.curve, 1)]
         return (Stage("clean", "clean"), *attacks, *fixed, *curve)
 
-    def outline(self) -> Outline:
-        """The plan in plain values."""
-        steps = (
-            Step(s.name, s.kind)
-            if s.member is None
-            else Step(s.name, s.kind, s.member.name, settings(s.member.attack))
-            for s in self.stages()
+    def outline(self, classes: int) -> Outline:
+        """The plan in plain values, for a model of so many classes."""
+        steps = tuple(self._step(stage, classes) for stage in self.stages())
+        return Outline(steps, self.threat, self.seed, self.suite, self.smallest)
+
+    def _step(self, stage: Stage, classes: int) -> Step:
+        if stage.member is None:
+            return Step(stage.name, stage.kind)
+        plain = settings(stage.member.attack)
+        aimed = self.threat.goal is not None
+        return Step(
+            stage.name, stage.kind, stage.member.name, plain, few_classes(plain, classes, aimed=aimed)
         )
-        return Outline(tuple(steps), self.threat, self.seed, self.suite, self.smallest)
 
 
 FIXED = Member("PGD-40", PGD(steps=40, loss=cross_entropy, drop=False))
@@ -120,6 +126,17 @@ def settings(attack: Attack) -> dict[str, Any]:
         else:
             plain[f.name] = value.__name__ if callable(value) else value
     return plain
+
+
+def few_classes(plain: Mapping[str, Any], classes: int, *, aimed: bool) -> tuple[str, ...]:
+    """What an attack of these settings does differently where there are few classes, in words."""
+    targets = plain.get("targets") or 0
+    needed, notes = 4 if targets or aimed else 3, []
+    if plain.get("loss") == "dlr" and classes < needed:
+        notes.append(f"DLR needs {needed} classes; with {classes} the margin is climbed instead")
+    if targets >= classes:
+        notes.append(f"{targets} targets were asked for; with {classes} classes there are {classes - 1}")
+    return tuple(notes)
 
 
 def refuse_what_is_hidden(plan: Plan, target: Access) -> Plan:

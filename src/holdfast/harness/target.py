@@ -25,6 +25,7 @@ class Target:
     bare: Classifier
     quick: Classifier
     randomised: bool
+    classes: int
     notes: tuple[str, ...] = ()
     in_training: tuple[str, ...] = ()
     """layers that were found in train mode; they were measured in eval mode"""
@@ -63,7 +64,7 @@ def prepared(model: Classifier, sample: Batch) -> Iterator[Target]:
         scale = once.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-12)
         randomised = bool((once - again).nan_to_num(0.0, 0.0, 0.0).abs().max() > _SAME * scale)
         quick, notes = (model, ()) if randomised else quickened(model, sample.x)
-        yield Target(model, quick, randomised, notes, in_training)
+        yield Target(model, quick, randomised, once.shape[1], notes, in_training)
     finally:
         for module, training in modes:
             module.training = training

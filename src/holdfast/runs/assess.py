@@ -54,10 +54,10 @@ def assess(
     device = torch.device(order.device)
     sample = data.read(0, min(_LOOKED_AT, len(data))).to(device)
     with _placed(subject.model, device), prepared(subject.model, sample) as target:
-        classes = _looked_at(target, sample, order, data)
+        _refuse(target, sample, order, data)
         plan = refuse_what_is_hidden(order.plan, subject.model.access)
         features = sample.x[0].numel()
-        made = _Making(subject, data, order, plan, target, device, classes, features, progress)
+        made = _Making(subject, data, order, plan, target, device, features, progress)
         if run is None:
             manifest = made.manifest(None)
             evidence = made.evidence(InMemory(), Stopper(), manifest)
@@ -92,12 +92,10 @@ def repeatable(command: str) -> str:
     return shlex.join(kept)
 
 
-def _looked_at(target: Target, sample: Batch, order: Order, data: Data) -> int:
-    """How many classes the model has; refuses what cannot be measured."""
-    classes = target.logits(sample.x).shape[1]
-    refuse_batch(sample, target.bare.bounds, classes, data.name)
-    refuse_threat(order.plan.threat, target.bare.bounds, sample.x, classes)
-    return classes
+def _refuse(target: Target, sample: Batch, order: Order, data: Data) -> None:
+    """What cannot be measured is said before anything is."""
+    refuse_batch(sample, target.bare.bounds, target.classes, data.name)
+    refuse_threat(order.plan.threat, target.bare.bounds, sample.x, target.classes)
 
 
 @contextmanager
@@ -122,7 +120,6 @@ class _Making:
     plan: Plan
     target: Target
     device: torch.device
-    classes: int
     features: int
     progress: Progress
 
@@ -130,7 +127,7 @@ class _Making:
         """What `run.json` says. The batch size of a run that goes on is the one it began with."""
         order, plan = self.order, self.plan
         config = {
-            **outline_to_json(plan.outline()),
+            **outline_to_json(plan.outline(self.target.classes)),
             "full": plan.full,
             "keep_adversarial": plan.keep_adversarial,
             "doubts": plan.doubts,
@@ -181,7 +178,6 @@ class _Making:
             self.target,
             self.data,
             self.device,
-            self.classes,
             tuple((start, stop) for start, stop in manifest["plan"]["shards"]),
             manifest["plan"]["batch_size"],
             keeper,

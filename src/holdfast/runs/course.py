@@ -45,7 +45,6 @@ class Course:
     target: Target
     data: Data
     device: torch.device
-    classes: int
     shards: tuple[tuple[int, int], ...]
     """first row and row after the last of each"""
     batch_size: int
@@ -129,7 +128,7 @@ class Course:
         watch = Watch(lambda seconds, last: self.keeper.spend(stage.name, shard, seconds, done=last))
         batch, room, finished = self.read(*self.shards[shard]), self.room(stage.name, shard), 0
         if stage.kind == "clean":
-            refuse_batch(batch, self.target.bare.bounds, self.classes, self.data.name)
+            refuse_batch(batch, self.target.bare.bounds, self.target.classes, self.data.name)
 
         def progress(n: int) -> None:
             nonlocal finished

@@ -62,7 +62,7 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str]) 
     if plan.doubts == "none":
         return Asked(Findings(()))
     is_probability = by_stage["clean"]["is_probability"]
-    columns = {**assemble(plan.outline(course.classes), by_stage), "is_probability": is_probability}
+    columns = {**assemble(plan.outline(course.target.classes), by_stage), "is_probability": is_probability}
     wanted = plan.suite if plan.doubts == "all" else ""
     circumstances = Circumstances(plan.threat, wanted, course.target.in_training, _first_gradients(by_stage))
     if not wanted:

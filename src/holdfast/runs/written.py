@@ -25,7 +25,13 @@ def outline_to_json(outline: Outline) -> Json:
     constraint = outline.threat.constraint
     return {
         "stages": [
-            {"name": s.name, "kind": s.kind, "attack": s.attack, "settings": strict(s.settings)}
+            {
+                "name": s.name,
+                "kind": s.kind,
+                "attack": s.attack,
+                "settings": strict(s.settings),
+                "notes": list(s.notes),
+            }
             for s in outline.steps
         ],
         "threat": {
@@ -46,7 +52,10 @@ def outline_from_json(content: Mapping[str, Any]) -> Outline:
     """What `outline_to_json` wrote."""
     threat = content["threat"]
     return Outline(
-        tuple(OutlineStep(s["name"], s["kind"], s["attack"], s["settings"]) for s in content["stages"]),
+        tuple(
+            OutlineStep(s["name"], s["kind"], s["attack"], s["settings"], tuple(s["notes"]))
+            for s in content["stages"]
+        ),
         ThreatModel(_constraint(threat), threat["goal"], threat["access"], threat["queries"]),
         content["seed"],
         content["suite"],
