@@ -1,6 +1,6 @@
 """Where doubts begin, each with its reason. Calibrated on honest networks and on masked ones.
 
-The record is `docs/decisions/doubts.md`: no honest network raises a doubt, every masked one does.
+`docs/decisions/0002-doubts.md` says where they differ from the first design.
 """
 
 from typing import Final
