@@ -188,6 +188,12 @@ def test_medians_run_over_all_examples_and_means_over_the_successes():
     assert mean.n / 60 == pytest.approx(estimate("perturbed_share", run).value)
 
 
+def test_the_mean_size_in_the_norm_of_the_threat_is_at_most_eps():
+    run = evidence()
+    assert estimate("mean_perturbation_linf", run).high <= EPS
+    assert estimate("mean_perturbation_l2", run).high == math.inf  # all alike, and nothing bounds this norm
+
+
 def test_robust_margin_is_the_median_with_inf_kept():
     assert estimate(
         "robust_margin", minimum_norm([0.0, 0.1, 0.4, math.inf, math.inf])
@@ -239,6 +245,11 @@ def test_an_example_that_gave_nan_is_left_out_of_the_means():
     entropy[7] = math.nan
     seen = estimate("defensive_entropy", evidence(attacked_entropy=entropy))
     assert (seen.value, seen.n) == (0.5, 59)
+
+
+def test_a_model_that_gave_nan_alone_has_no_entropy():
+    with pytest.raises(Absent, match="NaN for all 60"):
+        estimate("defensive_entropy", evidence(attacked_entropy=torch.full((60,), math.nan)))
 
 
 def test_calibration_error_by_hand():

@@ -112,6 +112,12 @@ def test_a_sample_without_variation_reaches_an_infinite_support():
     assert 0 < estimate.low < 2
 
 
+def test_two_examples_are_not_a_distribution():
+    estimate = mean(torch.tensor([0.4, 0.6]))
+    assert estimate.low < 0.1
+    assert estimate.high > 0.9
+
+
 def test_bootstrap_interval_holds_the_value_of_a_biased_statistic():
     values = torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     estimate = bootstrap(lambda rows: values[rows].amax(1), 50)

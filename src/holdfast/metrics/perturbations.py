@@ -1,10 +1,12 @@
 """How large the perturbations are that break the model. A larger minimum norm means a more robust model."""
 
+import math
 from functools import partial
 from typing import Literal
 
 import torch
 
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.types import Mask
@@ -12,6 +14,7 @@ from holdfast.metrics.columns import MINIMUM_NORM, Absent, column, untargeted
 from holdfast.ops.statistics import Support, mean, median
 
 NormName = Literal["linf", "l2", "l1", "l0"]
+_NORMS: dict[NormName, type[Constraint]] = {"linf": Linf, "l2": L2, "l1": L1, "l0": L0}
 _ANY_ATTACK = "run at least one attack"
 
 
@@ -37,7 +40,10 @@ def mean_perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: Nor
         turned &= evidence["correct"]
     if not turned.any():
         raise Absent("no attack turned any example, so there is no mean perturbation")
-    return mean(size[turned], confidence, support=Support(0.0))
+    constraint = evidence.threat.constraint
+    most = constraint.eps if isinstance(constraint, _NORMS[norm]) else math.inf
+    # the harness judges with a tolerance, by which a rounded size may exceed eps
+    return mean(size[turned], confidence, support=Support(0.0, max(most, float(size[turned].max()))))
 
 
 def robust_margin(evidence: Evidence, confidence: float = 0.95) -> Estimate:
@@ -63,7 +69,7 @@ def adversarial_radius(evidence: Evidence, confidence: float = 0.95) -> Estimate
 
 
 PERTURBATIONS = {
-    **{f"perturbation_{norm}": partial(perturbation, norm=norm) for norm in ("linf", "l2", "l1", "l0")},
+    **{f"perturbation_{norm}": partial(perturbation, norm=norm) for norm in _NORMS},
     **{
         f"mean_perturbation_{norm}": partial(mean_perturbation, norm=norm)
         for norm in ("linf", "l2", "l1", "l0")

@@ -19,6 +19,9 @@ from holdfast.core.types import Mask, PerExample
 RESAMPLES = 2000
 """Resamples of a bootstrap: Efron & Tibshirani, "An introduction to the bootstrap", 1993, ask 1,000 and more."""
 
+FEW = 6
+"""Fewer examples bound no median at 95 %, and their resamples take too few values to be a distribution."""
+
 _CHUNK = 1 << 22  # draws held at once: 32 MB of int64
 _BOOTSTRAP = Draws(0).at("bootstrap")  # a fixed place: the interval is a function of the data alone
 
@@ -123,13 +126,13 @@ def bootstrap(
 ) -> Estimate:
     """The statistic with its bias-corrected bootstrap interval; accelerated (BCa) where `influence` is given.
 
-    `influence` is what each example adds to the statistic, up to a constant. Where all resamples agree, they cannot
-    show what no example showed: the interval is then widened by the share of the population that may have stayed
-    unseen with the wanted confidence, as if it lay at the ends of the support.
+    `influence` is what each example adds to the statistic, up to a constant. Where all resamples agree, or come from
+    too few examples, they cannot show what no example showed: the interval is then widened by the share of the
+    population that may have stayed unseen with the wanted confidence, as if it lay at the ends of the support.
     """
     value = float(statistic(torch.arange(n)[None])[0])
     seen = resampled(statistic, n)
-    if bool((seen == seen[0]).all()):
+    if n < FEW or bool((seen == seen[0]).all()):
         unseen = 1 - ((1 - confidence) / 2) ** (1 / n)
         return Estimate(value, _towards(value, support.low, unseen), _towards(value, support.high, unseen), n)
     resamples = len(seen)
