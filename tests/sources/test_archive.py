@@ -145,7 +145,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         read_weights(tmp_path / "noise.pt")
     with pytest.raises(TargetError, match="is a folder"):
         read_weights(tmp_path)
-    with pytest.raises(TargetError, match=r"does not exist; did you mean 'empty.pt'"):
+    with pytest.raises(TargetError, match=r"does not exist \(did you mean 'empty.pt'"):
         read_weights(tmp_path / "empt.pt")
 
 
@@ -174,3 +174,10 @@ def test_real_checkpoints_are_read(models_folder: Path) -> None:
     found = read_weights(models_folder / "cifar_resnet20.th")
     assert len(found.tensors) == 97
     assert found.notes == ("the state dict was taken from the entry 'state_dict'",)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated; its files are still about
+def test_torchscript_is_refused_by_name(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.rand(1, 2)), tmp_path / "w.pt")
+    with pytest.raises(TargetError, match="TorchScript archive, which carries code"):
+        read_weights(tmp_path / "w.pt")

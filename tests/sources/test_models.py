@@ -70,10 +70,10 @@ def test_the_digest_follows_code_weights_and_named_files(code: Path) -> None:
 @pytest.mark.parametrize(
     "factory, arguments, error, message",
     [
-        ("nett", {}, UsageError, "no factory 'nett'; did you mean 'net'"),
+        ("nett", {}, UsageError, r"no factory 'nett' \(did you mean 'net'"),
         ("zzz", {}, UsageError, "it defines net, needy"),
         ("constant", {}, UsageError, "a int; a function"),
-        ("net", {"widht": "3"}, UsageError, "no argument 'widht'; did you mean 'width'"),
+        ("net", {"widht": "3"}, UsageError, r"no argument 'widht' \(did you mean 'width'"),
         ("net", {"width": "3.5"}, UsageError, "takes width as an int; '3.5' is none"),
         ("net", {"scale": "big"}, UsageError, "takes scale as a float"),
         ("net", {"deep": "maybe"}, UsageError, "takes deep as bool; 'maybe'"),
@@ -96,7 +96,7 @@ def test_code_that_does_not_import_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("import a_module_that_is_not_there\n")
     with pytest.raises(TargetError, match="a_module_that_is_not_there"):
         open_model(f"{tmp_path / 'bad.py'}:net")
-    with pytest.raises(TargetError, match=r"does not exist; did you mean 'bad.py'"):
+    with pytest.raises(TargetError, match=r"does not exist \(did you mean 'bad.py'"):
         open_model(f"{tmp_path / 'bda.py'}:net")
 
 

@@ -53,6 +53,11 @@ def check_archive(path: Path, *, max_bytes: int = MAX_BYTES) -> None:
         ) from error
     if len(members) > MAX_MEMBERS:
         raise TargetError(f"{str(path)!r} holds {len(members)} members; at most {MAX_MEMBERS} were expected")
+    if any(PurePosixPath(member.filename).name == "constants.pkl" for member in members):
+        raise TargetError(
+            f"{str(path)!r} is a TorchScript archive, which carries code; export the model to ONNX, or save "
+            "model.state_dict()"
+        )
     seen: set[str] = set()
     for member in members:
         _check_member(path, member)

@@ -31,9 +31,9 @@ def sha256_of_file(path: Path) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing where no known name is near."""
+    """` (did you mean 'x'?)`, or nothing where no known name is near."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def megabytes(n_bytes: int) -> str:

@@ -93,8 +93,6 @@ def explain(error: Exception) -> str:
             f"wants code: it would call {wanted[1]}. Only tensors are read from such a file. If it is a whole "
             "model that you trust, load it yourself and save model.state_dict(), or give a factory as file.py:factory"
         )
-    if "TorchScript" in text or "torch.jit" in text:
-        return "is a TorchScript archive, which carries code; export the model to ONNX or save model.state_dict()"
     if isinstance(error, pickle.UnpicklingError):
         return f"is no state dict that can be read safely: {_cause(text)}"
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
