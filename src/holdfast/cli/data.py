@@ -1,5 +1,6 @@
 """`holdfast data`: list, show, fetch and import data sets."""
 
+import math
 from pathlib import Path
 
 import click
@@ -45,6 +46,7 @@ def show(voice: Voice, address: str, split: str | None, label: str | None) -> No
     """What is in a data set: shape, range, classes, digest; for a catalogue name also its licence and source."""
     from rich.table import Table
 
+    from holdfast.core.model import Bounds
     from holdfast.sources.catalogue import CATALOGUE
     from holdfast.sources.data import open_data
 
@@ -54,7 +56,7 @@ def show(voice: Voice, address: str, split: str | None, label: str | None) -> No
         table.add_row("title", entry.title)
         table.add_row("licence", entry.licence)
         table.add_row("cite", entry.cite)
-    opened = open_data(address, split=split, label=label)
+    opened = open_data(address, split=split, label=label, bounds=Bounds(-math.inf, math.inf))
     first = opened.read(0, min(len(opened), 1000))
     table.add_row("examples", f"{len(opened):,}")
     table.add_row("shape", " x ".join(str(size) for size in first.x.shape[1:]))
