@@ -43,7 +43,6 @@ $(BENCH): pyproject.toml constraints.txt benchmarks/requirements.txt benchmarks/
 	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
 	@.venv-bench/bin/python -m pip install -qq -e . -r benchmarks/requirements.txt
 	@.venv-bench/bin/python -m pip install -qq --no-deps -r benchmarks/requirements-bare.txt
-	@.venv-bench/bin/python -m pip install -qq --no-deps -r benchmarks/requirements-bare.txt
 	@touch $@
 
 demo: $(RUN)
