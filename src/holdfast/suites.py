@@ -68,18 +68,17 @@ def _standard(constraint: Constraint) -> Named:
         )
     sparse = isinstance(constraint, L1)
     return (
-        ("APGD-CE", APGD(loss=cross_entropy, steps=100, shrink=sparse)),
-        ("APGD-T", APGD(loss=dlr, steps=100, targets=9, shrink=sparse)),
+        ("APGD-CE", APGD(loss=cross_entropy, steps=100, restarts=5 if sparse else 1, shrink=sparse)),
+        ("APGD-T", APGD(loss=dlr, steps=100, targets=5 if sparse else 9, shrink=sparse)),
         ("FAB-T", FAB(steps=100, targets=9)),
         ("Square", Square(queries=5000, scale_schedule=False)),
     )
 
 
 def _rand(constraint: Constraint) -> Named:
-    sparse = isinstance(constraint, L1)
     return (
-        ("APGD-CE", APGD(loss=cross_entropy, steps=100, draws=20, shrink=sparse)),
-        ("APGD-DLR", APGD(loss=dlr, steps=100, draws=20, shrink=sparse)),
+        ("APGD-CE", APGD(loss=cross_entropy, steps=100, draws=20)),
+        ("APGD-DLR", APGD(loss=dlr, steps=100, draws=20)),
     )
 
 

@@ -77,8 +77,7 @@ class FAB:
         far = (closest.found & (closest.distance > enough)).nonzero()[:, 0]
         if len(far):
             closest.x[far] = to_boundary(model, batch.take(far), closest.x[far], norm)
-        near = norm.distance(closest.x, batch.x) <= norm.eps
-        return torch.where(spread(near, batch.x), closest.x, batch.x)
+        return closest.x
 
     def _aims(self, model: Model, batch: Batch) -> list[Labels | None]:
         if not self.targets or batch.target is not None or not len(batch):
@@ -96,30 +95,39 @@ class FAB:
         closest: Closest,
         enough: float,
     ) -> None:
+        found = Closest(left)
         for _ in range(self.steps):
             height, normal, logits = plane(model, left.at(x), aim, norm)
-            earlier = _keep(closest, left, x, logits, norm)
+            broken = _keep(found, left, x, logits, norm)
             x = self._step(x, left.x, height, normal, norm, model)
             with torch.no_grad():
-                broken = _keep(closest, left, x, model(x, left.ids), norm)
-            x = torch.where(spread(broken, x), left.x + self.beta * (x - left.x), x)
-            if broken.any() or earlier.any():
-                stays = closest.distance[closest.rows(left)] > enough
-                if not stays.all():
-                    left, x = left.take(stays), x[stays]
-                    aim = None if aim is None else aim[stays]
-            if not len(left):
-                return
+                beyond = _keep(found, left, x, model(x, left.ids), norm)
+            x = torch.lerp(left.x, x, spread(torch.where(beyond, self.beta, 1.0).to(x.dtype), x))
+            if (broken | beyond).any() and (found.distance <= enough).any():
+                closest.offer(left, found.x, found.distance, found.found)
+                stays = found.distance > enough
+                left, x, aim = left.take(stays), x[stays], None if aim is None else aim[stays]
+                if not len(left):
+                    return
+                found = Closest(left)
+        closest.offer(left, found.x, found.distance, found.found)
 
     def _step(
         self, x: Inputs, clean: Inputs, height: PerExample, normal: Inputs, norm: Flat, model: Model
     ) -> Inputs:
-        n = len(x)
         from_clean = height + (normal * (clean - x)).flatten(1).sum(1)
         way = to_plane(torch.stack((x, clean)), normal, torch.stack((height, from_clean)), norm, model.bounds)
-        length = norm.distance(way.flatten(0, 1), torch.zeros_like(way.flatten(0, 1))).clamp_min(1e-8)
-        alpha = spread((length[:n] / (length[:n] + length[n:])).clamp_max(self.alpha_max), x)
-        return model.bounds.clamp((x + self.eta * way[0]) * (1 - alpha) + (clean + self.eta * way[1]) * alpha)
+        near, far = (_length(step, norm).clamp_min(1e-8) for step in way)
+        alpha = spread((near / (near + far)).clamp_max(self.alpha_max), x)
+        step, back = torch.add(x, way[0], alpha=self.eta), torch.add(clean, way[1], alpha=self.eta)
+        return model.bounds.clamp(torch.lerp(step, back, alpha))
+
+
+def _length(step: Inputs, norm: Flat) -> PerExample:
+    size = step.flatten(1)
+    if isinstance(norm, L2):
+        return torch.linalg.vector_norm(size, dim=1)
+    return size.abs().amax(1) if isinstance(norm, Linf) else size.abs().sum(1)
 
 
 def _keep(closest: Closest, batch: Batch, x: Inputs, logits: Logits, norm: Flat) -> Mask:

@@ -74,7 +74,10 @@ class Square:
             tried = proposals.propose(at, x)
             margins = margin(model(tried, left.ids), left)
             lower = ~(margins >= height)
-            x, height = torch.where(spread(lower, x), tried, x), torch.where(lower, margins, height)
+            x, height = (
+                torch.lerp(x, tried, spread(lower.to(x.dtype), x)),
+                torch.where(lower, margins, height),
+            )
         best.offer(left, x, height)
 
 

@@ -107,19 +107,23 @@ class Corners:
 
     def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
         sizes = [window(p, self._height, self._width, odd=False) for p in shares]
-        down = _within(draws[..., 0], [rows for rows, _ in sizes], self._height)
-        across = _within(draws[..., 1], [columns for _, columns in sizes], self._width)
+        down = _as_weight(_within(draws[..., 0], [rows for rows, _ in sizes], self._height), self._low)
+        across = _as_weight(_within(draws[..., 1], [columns for _, columns in sizes], self._width), self._low)
         self._down, self._across = down[:, :, None, :, None], across[:, :, None, None, :]
-        self._up = (draws[..., 2:] < 0.5).transpose(0, 1).contiguous()[..., None, None]
+        self._up = _as_weight(draws[..., 2:] < 0.5, self._low).transpose(0, 1)[..., None, None]
 
     def propose(self, step: int, x: Inputs) -> Inputs:
-        corner = torch.where(self._up[step], self._high, self._low)
-        inside = self._down[step] & self._across[step]
-        return torch.where(inside, corner, x.view_as(corner)).view_as(x)
+        # weights of exactly 0 and 1: `lerp` then picks one end, and is quicker than `where`
+        corner = torch.lerp(self._low, self._high, self._up[step])
+        return torch.lerp(x.view_as(corner), corner, self._down[step] * self._across[step]).view_as(x)
 
     def take(self, rows: Mask) -> None:
         self._ids, self._low, self._high = self._ids[rows], self._low[rows], self._high[rows]
         self._down, self._across, self._up = self._down[:, rows], self._across[:, rows], self._up[:, rows]
+
+
+def _as_weight(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.to(like.dtype)
 
 
 def _within(u: Tensor, lengths: Sequence[int], extent: int) -> Tensor:

@@ -1,0 +1,125 @@
+"""FAB: exact on linear models, inside eps or nowhere, and what it costs."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.attacks import FAB
+from holdfast.core.constraints import L0, L1, L2, Linf, allowed
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.meter import Metered, margin
+from holdfast.core.model import Bounds
+from holdfast.core.threat import ThreatModel
+from holdfast.ops.halfspace import to_plane
+from holdfast.testing.fakes import examples, labelled, network
+from holdfast.testing.linear import LinearOracle, linear_problem
+
+RNG = Draws(5)
+
+
+@pytest.mark.parametrize("norm", [Linf, L2, L1])
+@given(seed=st.integers(0, 10**6), bias=st.floats(-6, 6))
+def test_the_way_to_the_plane_is_the_shortest_in_the_box(norm, seed, bias):
+    draw = torch.Generator().manual_seed(seed)
+    x = (torch.rand(7, 9, generator=draw, dtype=torch.float64) * 1.4 - 0.2).clamp(0, 1)
+    normal = torch.randn(9, generator=draw, dtype=torch.float64)
+    normal[::4] = 0
+    oracle = LinearOracle(torch.stack((normal, 0 * normal)), torch.tensor([bias, 0.0], dtype=torch.float64))
+    height = x @ normal + bias
+    exact = oracle.distance(x, (height < 0).long(), norm())
+    step = to_plane(x[None], normal.expand(7, 9), height[None], norm(), Bounds())[0]
+    assert ((x + step >= -1e-12) & (x + step <= 1 + 1e-12)).all()
+    room = torch.where(normal * height[:, None] > 0, x, 1 - x)
+    reached = (normal.abs() * room).sum(1) > height.abs()
+    assert (reached == (exact < math.inf)).all()
+    length = norm().distance(x + step, x)
+    torch.testing.assert_close(length[reached], exact[reached], rtol=1e-4, atol=1e-9)
+    end = (x + step) @ normal + bias
+    assert (end[reached].abs() <= 2e-5 * height[reached].abs() + 1e-9).all()
+    corner = torch.where(normal * height[:, None] > 0, 0.0, 1.0).to(x) * normal
+    torch.testing.assert_close(end[~reached], (corner.sum(1) + bias)[~reached])
+
+
+@pytest.mark.parametrize(
+    "attack", [FAB(steps=30), FAB(steps=30, targets=0), FAB(steps=15, restarts=2)], ids=repr
+)
+@pytest.mark.parametrize("norm", [Linf, L2, L1])
+def test_finds_the_exact_distance_of_a_linear_model(attack, norm):
+    model, batch = linear_problem(2, classes=4)
+    exact = model.distance(batch.x, batch.y, norm())
+    x_adv = attack(model, batch, ThreatModel(norm()), rng=RNG)
+    broken = margin(model(x_adv), batch) <= 0
+    found = torch.where(broken, norm().distance(x_adv, batch.x), torch.inf)
+    assert (found >= exact * (1 - 1e-6)).all()
+    near = exact < math.inf
+    assert broken[near].all()
+    assert (found[near] <= 1.03 * exact[near] + 1e-4).all()
+
+
+@pytest.mark.parametrize("norm", [Linf, L2, L1])
+def test_with_an_eps_it_breaks_what_can_be_broken_inside(norm):
+    model, batch = linear_problem(3)
+    exact = model.distance(batch.x, batch.y, norm())
+    eps = exact.median().item()
+    x_adv = FAB(steps=20)(model, batch, ThreatModel(norm(eps)), rng=RNG)
+    assert allowed(norm(eps), x_adv, batch.x, model.bounds).all()
+    broken = margin(model(x_adv), batch) <= 0
+    assert broken[exact < 0.99 * eps].all()
+    assert not broken[exact > 1.001 * eps].any()
+
+
+def test_an_example_broken_inside_eps_leaves():
+    model, batch = linear_problem(4)
+    threat = ThreatModel(Linf(1.0))
+    metered = Metered(model, batch, threat)
+    FAB(steps=50)(metered, batch, threat, rng=RNG)
+    spent = metered.spent
+    assert (spent.first_success > 0).all()
+    assert (spent.queries <= spent.first_success + 1).all()
+
+
+def test_already_wrong_means_distance_zero_at_once():
+    model, batch = linear_problem(5)
+    wrong = batch.__class__(batch.x, (batch.y + 1) % 3, batch.ids)
+    threat = ThreatModel(L2())
+    metered = Metered(model, wrong, threat)
+    x_adv = FAB()(metered, wrong, threat, rng=RNG)
+    assert (x_adv == wrong.x).all()
+    assert (metered.spent.queries <= 3).all()
+
+
+def test_a_pass_is_two_forwards_and_one_gradient_whatever_the_classes():
+    model = network(classes=8)
+    batch = labelled(model, examples(n=5))
+    threat = ThreatModel(Linf(1e-7))
+    for attack, runs, gradients in (
+        (FAB(steps=4), 7, 1),
+        (FAB(steps=4, targets=3), 3, 1),
+        (FAB(steps=4, targets=0), 1, 8),
+    ):
+        metered = Metered(model, batch, threat)
+        attack(metered, batch, threat, rng=RNG)
+        assert (metered.spent.backwards == runs * 4 * gradients).all()
+        ranking, bisection = int(attack.targets > 0), 10
+        assert (metered.spent.queries >= runs * 8 + ranking).all()
+        assert (metered.spent.queries <= runs * 8 + ranking + bisection).all()
+
+
+def test_a_goal_is_what_it_aims_at():
+    model = network()
+    batch = labelled(model, examples(n=12))
+    batch = batch.towards((batch.y + 1) % 4)
+    x_adv = FAB(steps=30)(model, batch, ThreatModel(L2()), rng=RNG)
+    moved = (x_adv != batch.x).flatten(1).any(1)
+    assert moved.double().mean() > 0.7
+    assert (model(x_adv).argmax(1)[moved] == batch.target[moved]).all()
+
+
+def test_a_constraint_without_planes_is_refused_by_name():
+    model, batch = linear_problem(6)
+    with pytest.raises(UsageError, match="FAB.*Linf or L2 or L1.*L0"):
+        FAB()(model, batch, ThreatModel(L0(3)), rng=RNG)
