@@ -6,7 +6,7 @@ Nothing is imported before it is asked for: `import holdfast` costs a few millis
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.api import assess, compare, doctor, report, verify
+    from holdfast.api import assess, compare, demo, doctor, init, report, validate, verify
     from holdfast.core.batch import Batch
     from holdfast.core.constraints import L0, L1, L2, Linf
     from holdfast.core.draws import Draws
@@ -30,8 +30,11 @@ __all__ = [
     "__version__",
     "assess",
     "compare",
+    "demo",
     "doctor",
+    "init",
     "report",
+    "validate",
     "verify",
 ]
 
@@ -48,8 +51,11 @@ _HOMES = {
     "ThreatModel": "holdfast.core.threat",
     "assess": "holdfast.api",
     "compare": "holdfast.api",
+    "demo": "holdfast.api",
     "doctor": "holdfast.api",
+    "init": "holdfast.api",
     "report": "holdfast.api",
+    "validate": "holdfast.api",
     "verify": "holdfast.api",
 }
 

@@ -15,10 +15,12 @@ from holdfast.attacks.protocol import Attack
 from holdfast.checkup import Finding, examine
 from holdfast.config import ordering
 from holdfast.config.settings import AssessSettings, check
+from holdfast.config.starting import DEMO_COMMAND, demo_settings, init, validate
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
+from holdfast.reports.write import check as check_place
 from holdfast.runs import assess as assessing
 from holdfast.runs.comparison import Comparison
 from holdfast.runs.index import open_run
@@ -28,6 +30,20 @@ from holdfast.runs.selection import selected
 from holdfast.sources.memory import as_data
 from holdfast.store.verify import Verified
 from holdfast.store.verify import verify as verify_folder
+
+__all__ = [
+    "assess",
+    "carry_out",
+    "compare",
+    "demo",
+    "doctor",
+    "init",
+    "look_over",
+    "rehearse",
+    "report",
+    "validate",
+    "verify",
+]
 
 Numbers = Sequence[float]
 ModelLike = nn.Module | Callable[[Tensor], Tensor] | str | Path
@@ -97,6 +113,17 @@ def carry_out(
     subject = ordering.opened_subject(settings)
     data = ordering.opened_data(settings, subject.model)
     return assessing.assess(subject, data, order, run=run, resume=resume, progress=progress)
+
+
+def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -> Result:
+    """The main job on a bundled network and real data, offline: writes `report.html` and `report.json` in a folder."""
+    places = [Path(folder) / name for name in ("report.html", "report.json")]
+    for place in places:
+        check_place(place)
+    result = carry_out(demo_settings(), run=None, progress=progress, command=DEMO_COMMAND)
+    for place in places:
+        result.write(place)
+    return result
 
 
 def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:

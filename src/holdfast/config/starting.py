@@ -1,0 +1,86 @@
+"""The files that somebody starts from: `init` writes a commented configuration, `validate` checks one.
+
+Torch-free but for the settings of attacks that a configuration lists.
+"""
+
+import json
+from pathlib import Path
+
+from holdfast.config.settings import AssessSettings, check, read
+from holdfast.core.errors import TargetError, UsageError
+
+_TEMPLATE = """\
+# What `holdfast assess --config holdfast.yaml` does. Every key is also a flag and an argument of holdfast.assess;
+# flags are stronger than this file. Check it with: holdfast validate holdfast.yaml
+schema_version: 1
+
+model: {model}        # a bundled name, file.py:factory, or a .safetensors, .pt, .pt2 or .onnx file
+data: {data}          # a bundled or catalogue name, .npz, .csv, .parquet, or a folder of class folders
+n: 200                   # the first 200 examples; leave out for all of them
+
+threat: "linf:0.2"       # what an attacker may change: linf, l2, l1 or l0, and how much of it
+suite: standard          # quick takes seconds; standard is the composition of AutoAttack
+gates:
+  - "clean_accuracy >= 0.95"
+  - "robust_accuracy >= 0.50"
+
+# mean: [0.1307]         # preprocessing belongs to the model: it is differentiated through
+# std: [0.3081]
+# curve: true            # accuracy against eps
+# attacks:               # a list of your own instead of a suite
+#   - {{use: PGD, steps: 100, restarts: 5}}
+output: [report.html, junit.xml]
+seed: 0
+"""
+
+DEMO = {
+    "model": "mnist-cnn",
+    "data": "mnist-mini",
+    "n": 200,
+    "threat": "linf:0.1",
+    "suite": "standard",
+    "curve": True,
+    "gates": ["clean_accuracy >= 0.95", "robust_accuracy >= 0.50"],
+}
+"""What `holdfast demo` assesses: one gate passes, one fails."""
+
+DEMO_COMMAND = (
+    "holdfast assess mnist-cnn mnist-mini -n 200 --threat linf:0.1 --suite standard --curve "
+    "--gate 'clean_accuracy >= 0.95' --gate 'robust_accuracy >= 0.50' -o report.html"
+)
+"""The same by hand."""
+
+
+def init(
+    path: str | Path = "holdfast.yaml",
+    *,
+    model: str = "mnist-cnn",
+    data: str = "mnist-mini",
+    force: bool = False,
+) -> Path:
+    """Write a commented configuration; a file that is there is kept unless `force`."""
+    place = Path(path)
+    if place.exists() and not force:
+        raise UsageError(f"{place} is there already; give another name, or --force to write over it")
+    try:
+        place.write_text(_TEMPLATE.format(model=json.dumps(model), data=json.dumps(data)), encoding="utf-8")
+    except OSError as error:
+        way_out = "name a file in a folder that can be written"
+        raise TargetError(f"cannot write {place}: {error.strerror}; {way_out}") from error
+    return place
+
+
+def validate(path: str | Path = "holdfast.yaml") -> AssessSettings:
+    """The settings in a configuration, every key, threat, gate, suite and attack checked; nothing is run."""
+    settings = read(Path(path), {})
+    if settings.attacks is not None:
+        from holdfast.config.attacks import build
+
+        for k, spec in enumerate(settings.attacks):
+            build(spec, f"{path}: attacks.{k}")
+    return settings
+
+
+def demo_settings() -> AssessSettings:
+    """The settings of `holdfast demo`."""
+    return check(DEMO, "the demo")
