@@ -153,7 +153,8 @@ def test_runs_are_kept_reported_verified_and_compared(tmp_path):
     compared = holdfast.compare(tmp_path / "a", b)
     held = [(r.evidence["correct"] & ~r.evidence["success"]).double().mean() for r in (a, b)]
     assert compared.regression.value == pytest.approx(float(held[0] - held[1]))
-    assert compared.test.only_first - compared.test.only_second == round(float(held[0] - held[1]) * N)
+    paired = compared.summary()["paired"]["robust_accuracy"]
+    assert paired["only_first"] - paired["only_second"] == round(float(held[0] - held[1]) * N)
     assert compared.summary()["n"] == N
     assert compared.write(tmp_path / "c.json").read_text() == compared.to_json()
     assert str(compared) in " ".join(compared.text().split())

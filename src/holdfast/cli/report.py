@@ -20,13 +20,14 @@ from holdfast.cli.options import Voice, spoken
 @spoken
 def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
     """Write reports of a finished run, without measuring anything; its verdict is said again, with its exit code."""
-    from holdfast.api import report as opened
-    from holdfast.cli.running import tell
     from holdfast.reports.write import check
 
     for name in output:
         if name != "-":
             check(Path(name))
+    from holdfast.api import report as opened
+    from holdfast.cli.running import tell
+
     result = opened(run)
     tell(result, output, voice)
     return result.exit_code
@@ -91,6 +92,11 @@ def runs(voice: Voice, folder: Path) -> None:
 @spoken
 def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) -> None:
     """What changed from RUN_A to RUN_B: a paired test on the examples they share, and every metric side by side."""
+    from holdfast.reports.write import COMPARISON_SUFFIXES, check
+
+    for name in output:
+        if name != "-":
+            check(Path(name), COMPARISON_SUFFIXES)
     from holdfast.api import compare as compared
 
     comparison = compared(first, second)

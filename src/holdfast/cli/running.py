@@ -14,6 +14,7 @@ from holdfast.cli.options import Voice
 from holdfast.config.settings import AssessSettings, canonical
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
+from holdfast.core.errors import TargetError
 from holdfast.reports import write as reports
 from holdfast.reports.markdown import document
 from holdfast.reports.terminal import tables, verdict
@@ -57,8 +58,17 @@ def tell(result: Result, outputs: Sequence[str], voice: Voice) -> None:
             voice.say(f"report: {result.write(output)}")
     job_summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if job_summary:
-        with Path(job_summary).open("a", encoding="utf-8") as file:
-            file.write(document(summary))
+        _add(Path(job_summary), document(summary))
+
+
+def _add(place: Path, text: str) -> None:
+    try:
+        with place.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise TargetError(
+            f"{place} (GITHUB_STEP_SUMMARY) cannot be written: {error.strerror or error}; unset it, or free some space"
+        ) from error
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.types import Rows
 from holdfast.metrics.columns import robust
 from holdfast.metrics.shares import right_probability
-from holdfast.ops.statistics import McNemar, Support, mcnemar, mean, paired_difference
+from holdfast.ops.statistics import Support, mean, paired_difference
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,4 @@ def clean_accuracy_drop(evidence: Evidence, baseline: Evidence, confidence: floa
     shared = pairs(evidence, baseline)
     return paired_difference(
         baseline["correct"][shared.second], evidence["correct"][shared.first], confidence
-    )
-
-
-def compared(evidence: Evidence, baseline: Evidence) -> McNemar:
-    """Exact McNemar test of who still stands: `only_first` stand in the baseline alone, `only_second` here alone."""
-    shared = pairs(evidence, baseline)
-    return mcnemar(
-        robust(baseline, "regression")[shared.second],
-        robust(evidence, "regression")[shared.first],
     )

@@ -6,8 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from holdfast.core.estimate import Estimate
-from holdfast.metrics.paired import clean_accuracy_drop, compared, regression
-from holdfast.ops.statistics import McNemar
+from holdfast.metrics.paired import clean_accuracy_drop, regression
 from holdfast.reports import comparison as reported
 from holdfast.reports.summary import Json
 from holdfast.reports.write import write_comparison
@@ -30,11 +29,6 @@ class Comparison:
     def clean_accuracy_drop(self) -> Estimate:
         """Clean accuracy that the second has less than the first; positive is worse."""
         return clean_accuracy_drop(self.second.evidence, self.first.evidence)
-
-    @property
-    def test(self) -> McNemar:
-        """Exact test of who still stands: `only_first` stand in the first run alone, `only_second` in the second."""
-        return compared(self.second.evidence, self.first.evidence)
 
     def summary(self) -> Json:
         """What every report of it is made from, in the types of strict JSON."""
