@@ -181,20 +181,13 @@ class McNemar:
     """true in the second alone"""
     p: float
     """exact two-sided probability of a disagreement this uneven if both were equally good"""
-    p_first: float
-    """the same one-sided: of the first being true alone this often"""
 
 
 def mcnemar(first: Mask, second: Mask) -> McNemar:
     """Exact McNemar test of two paired judgements: a sign test on the examples where they differ."""
     ahead, behind = int((first & ~second).sum()), int((second & ~first).sum())
     differ = ahead + behind
-    return McNemar(
-        ahead,
-        behind,
-        min(1.0, 2 * _upper_tail(max(ahead, behind), differ)),
-        _upper_tail(ahead, differ),
-    )
+    return McNemar(ahead, behind, min(1.0, 2 * _upper_tail(max(ahead, behind), differ)))
 
 
 def _upper_tail(k: int, n: int) -> float:
