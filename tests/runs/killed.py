@@ -16,14 +16,15 @@ from pathlib import Path
 
 import torch
 
+from holdfast.ops.statistics import clopper_pearson
 from holdfast.runs.assess import assess
 from holdfast.runs.identity import code_digest
-from runs.fakes import data, order, settled, subject
+from runs.fakes import FAST, data, order, settled, subject
 
 CHANGING = ("write", "fsync", "replace", "unlink", "mkdir", "rmdir", "truncate")
 
 
-def life(run, *, die_at=None, doubts="all"):
+def life(run, *, small=False, die_at=None):
     """The process of one attempt; `die_at` is the call to the disk at which it kills itself."""
     pid = os.fork()
     if pid:
@@ -42,7 +43,10 @@ def life(run, *, die_at=None, doubts="all"):
         os.fsync = lambda handle: None  # a kill leaves what was written; only a power cut would not
         for name in CHANGING:
             setattr(os, name, counted(getattr(os, name)))
-        assess(subject(), data(), order(doubts=doubts), run=run, resume=True)
+        if small:
+            assess(subject(), data(10), order(FAST, shard_size=5, attacked=False), run=run, resume=True)
+        else:
+            assess(subject(), data(), order(doubts="all"), run=run, resume=True)
         (run.parent / "calls").write_text(str(next(calls) - 1))
         os._exit(0)
     except BaseException:  # noqa: BLE001 (the child must not go on as a copy of its parent)
@@ -77,12 +81,12 @@ def killed_at_random(folder, seed, kills):
 
 
 def killed_at_calls(folder, step):
-    assert ended(life(folder / "whole", doubts="free")) == 0
+    assert ended(life(folder / "whole", small=True)) == 0
     calls, whole = int((folder / "calls").read_text()), settled(folder / "whole")
     for die_at in range(1, calls + 1, step):
         run = folder / f"killed-{die_at}"
-        assert os.WTERMSIG(ended(life(run, die_at=die_at, doubts="free"))) == signal.SIGKILL
-        assert ended(life(run, doubts="free")) == 0, die_at
+        assert os.WTERMSIG(ended(life(run, die_at=die_at, small=True))) == signal.SIGKILL
+        assert ended(life(run, small=True)) == 0, die_at
         assert settled(run) == whole, die_at
     return {"calls": calls}
 
@@ -90,6 +94,7 @@ def killed_at_calls(folder, step):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     code_digest()  # once for all lives, for the code may be edited meanwhile
+    clopper_pearson(1, 2)  # brings scipy
     folder, how, *numbers = sys.argv[1:]
     experiment = {"random": killed_at_random, "calls": killed_at_calls}[how]
     print(json.dumps(experiment(Path(folder), *map(int, numbers))))

@@ -364,6 +364,45 @@ def test_too_few_classes_for_a_loss_or_for_targets_are_told(classes, notes):
     assert ("DLR needs 4 classes" in " ".join(record.notes)) == (classes < 4)
 
 
+@pytest.mark.parametrize(
+    "gate, changes, way_out",
+    [
+        ("robust_margin >= 0.1", {}, "--curve"),
+        ("robust_accuracy@0.01 >= 0.1", {}, "--curve"),
+        ("attacked_f1 >= 0.1", {"suite": "", "attacked": False}, "--suite standard"),
+        ("targeted_success_rate <= 0.1", {}, "goal"),
+    ],
+)
+def test_a_gate_that_nothing_will_answer_is_refused_before_anything_is_measured(
+    tmp_path, gate, changes, way_out
+):
+    steps = []
+    with pytest.raises(UsageError, match=f"gate '{gate}' cannot be judged.*{way_out}"):
+        assess(
+            subject(), data(), order(gates=(gate,), **changes), run=tmp_path / "run", progress=steps.append
+        )
+    assert not steps and not (tmp_path / "run").exists()
+
+
+def test_every_metric_that_a_run_brings_may_be_gated():
+    asked = order(curve=(FAST,))
+    brought = assess(subject(), data(), asked).metrics
+    gates = tuple(f"{name} >= 0" for name in brought)
+    assert len(assess(subject(), data(), order(curve=(FAST,), gates=gates)).gates) == len(brought) > 20
+
+
+def test_every_successful_input_is_kept_where_asked(tmp_path):
+    given, asked = subject(), order(keep_adversarial=True)
+    result = assess(given, data(), asked, run=tmp_path / "run")
+    found = result.adversarial
+    assert torch.equal(found["id"], result.evidence["id"][result.evidence["success"]])
+    clean = data().read(0, N)
+    assert (given.model(found["x"]).argmax(1) != clean.y[found["id"]]).all()
+    assert (found["x"] - clean.x[found["id"]]).abs().max() <= 0.06 * (1 + 1e-6) + 1e-7
+    assert torch.equal(open_run(tmp_path / "run").adversarial["x"], found["x"])
+    assert not assess(given, data(), order()).adversarial
+
+
 def test_a_list_of_attacks_raises_only_the_free_doubts():
     result = assess(subject(), data(), order(Member("PGD", PGD(steps=2)), suite="", attacked=False))
     assert {d.name for d in result.doubts} == {"zero-gradient", "probabilities", "state", "nan"}

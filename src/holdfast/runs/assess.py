@@ -14,22 +14,23 @@ import torch
 
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
-from holdfast.core.evidence import Evidence
+from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.model import Classifier
-from holdfast.gates.judging import Doubts, Judgement, judge
+from holdfast.gates.judging import Doubts, judge
 from holdfast.harness import Plan, Target, prepared, refuse_what_is_hidden
 from holdfast.reports.numbers import strict
 from holdfast.runs import probes
-from holdfast.runs.assembling import DOUBTS, evidence_of
+from holdfast.runs.assembling import DOUBTS, adversarial, evidence_of
 from holdfast.runs.course import Course, Watch, shards_of
 from holdfast.runs.entry import batch_size_for, refuse_batch, refuse_data, refuse_threat
+from holdfast.runs.foresight import refuse_gates
 from holdfast.runs.identity import code_digest, hardware, versions
 from holdfast.runs.keeping import InFolder, InMemory, Keeper
 from holdfast.runs.order import Order, Progress, Subject, silent
 from holdfast.runs.result import Result, about_of
 from holdfast.runs.signals import Stopper, stoppable
 from holdfast.runs.written import VERDICT, doubt_to_json, outline_to_json, verdict_to_json
-from holdfast.store.folder import opened, planned
+from holdfast.store.folder import RunFolder, opened, planned
 
 VERB = "assess"
 _LOOKED_AT = 8
@@ -56,22 +57,15 @@ def assess(
     with _placed(subject.model, device), prepared(subject.model, sample) as target:
         _refuse(target, sample, order, data)
         plan = refuse_what_is_hidden(order.plan, subject.model.access)
+        refuse_gates(order.gates, plan, target, sample)
         features = sample.x[0].numel()
         made = _Making(subject, data, order, plan, target, device, features, progress)
         if run is None:
-            manifest = made.manifest(None)
-            evidence = made.evidence(InMemory(), Stopper(), manifest)
-            about = about_of(manifest, made.about(), None, None)
-            return Result(evidence, made.judged(evidence), order.accepted, about, None, order.baseline)
+            return made.result(InMemory(), Stopper(), made.manifest(None), None)
         with stoppable(_way_out(order, run)) as stopper:
             manifest = made.manifest(planned(run))
             with opened(run, manifest, made.about(), resume=resume) as folder:
-                evidence = made.evidence(InFolder(folder), stopper, folder.manifest)
-                judgements = made.judged(evidence)
-                with stopper.finishing():
-                    folder.record(VERDICT, verdict_to_json(judgements, order.accepted))
-                about = about_of(folder.manifest, folder.about(), run, folder.chain.head)
-                return Result(evidence, judgements, order.accepted, about, run, order.baseline)
+                return made.result(InFolder(folder), stopper, folder.manifest, folder)
 
 
 def _way_out(order: Order, run: Path) -> str:
@@ -168,8 +162,25 @@ class _Making:
             "command": repeatable(self.order.command),
         }
 
-    def evidence(self, keeper: Keeper, stopper: Stopper, manifest: Mapping[str, Any]) -> Evidence:
-        """All that was kept of earlier attempts, and the rest measured now."""
+    def result(
+        self, keeper: Keeper, stopper: Stopper, manifest: Mapping[str, Any], folder: RunFolder | None
+    ) -> Result:
+        """Everything measured, judged, and, where there is a folder, recorded."""
+        evidence, found = self.measured(keeper, stopper, manifest)
+        order, doubts = self.order, Doubts(evidence.doubts, self.order.accepted)
+        gates = tuple(judge(claim, evidence, doubts, baseline=order.baseline) for claim in order.gates)
+        with stopper.finishing():
+            keeper.record(VERDICT, verdict_to_json(gates, order.accepted))
+        if folder is None:
+            about, place = about_of(manifest, self.about(), None, None), None
+        else:
+            about, place = about_of(manifest, folder.about(), folder.path, folder.chain.head), folder.path
+        return Result(evidence, gates, order.accepted, about, place, found, order.baseline)
+
+    def measured(
+        self, keeper: Keeper, stopper: Stopper, manifest: Mapping[str, Any]
+    ) -> tuple[Evidence, Columns]:
+        """The evidence and the successful inputs: what was kept of earlier attempts, and the rest measured now."""
         names = tuple(manifest["plan"]["stages"])
         before = sum(keeper.spent(name).wall for name in names)
         budget = math.inf if self.order.time_budget_s is None else self.order.time_budget_s
@@ -191,18 +202,12 @@ class _Making:
         if asked is None:
             keeper.begin(DOUBTS, 0)
             watch = Watch(lambda seconds, last: keeper.spend(DOUBTS, 0, seconds, done=last))
-            asked = _written(probes.ask(course, by_stage, missed), missed)
+            asked = _written(probes.ask(course, by_stage, missed, watch), missed)
             with stopper.finishing():
                 keeper.record(DOUBTS, asked)
                 watch.tick(done=True)
-        return evidence_of(manifest, by_stage, asked, {name: keeper.spent(name) for name in names})
-
-    def judged(self, evidence: Evidence) -> tuple[Judgement, ...]:
-        """The gates, in the order they were given."""
-        doubts = Doubts(evidence.doubts, self.order.accepted)
-        return tuple(
-            judge(claim, evidence, doubts, baseline=self.order.baseline) for claim in self.order.gates
-        )
+        evidence = evidence_of(manifest, by_stage, asked, {name: keeper.spent(name) for name in names})
+        return evidence, adversarial(by_stage, names)
 
 
 def _written(asked: probes.Asked, missed: Sequence[str]) -> dict[str, Any]:

@@ -56,7 +56,11 @@ def open_run(path: Path) -> Result:
         raise TargetError(f"the run in {str(path)!r} is not finished; go on with it by --run {path} --resume")
     about = about_of(manifest, read_about(path), path, chain.head)
     gates = tuple(judgement_from_json(gate) for gate in decided["gates"])
-    return Result(_evidence(path, manifest, chain), gates, decided["accepted_doubts"], about, path)
+    by_stage = _stages(path, manifest, chain)
+    evidence = _evidence(path, manifest, by_stage, chain)
+    return Result(
+        evidence, gates, decided["accepted_doubts"], about, path, adversarial(by_stage, list(by_stage))
+    )
 
 
 def runs_in(parent: Path = RUNS) -> list[Entry]:
@@ -64,12 +68,6 @@ def runs_in(parent: Path = RUNS) -> list[Entry]:
     if not parent.is_dir():
         return []
     return sorted(_entries(parent), key=lambda entry: (entry.created, entry.path.name))
-
-
-def adversarial_of(path: Path) -> dict[str, Any]:
-    """Every successful input that a run kept, as `id` and `x`; empty unless it was asked to keep them."""
-    manifest, chain = read_manifest(path), read_chain(path, mend=False)
-    return adversarial(_stages(path, manifest, chain), [s["name"] for s in manifest["config"]["stages"]])
 
 
 def _entries(parent: Path) -> Iterator[Entry]:
@@ -109,9 +107,9 @@ def _stages(path: Path, manifest: dict[str, Any], chain: Chain) -> dict[str, Col
     return by_stage
 
 
-def _evidence(path: Path, manifest: dict[str, Any], chain: Chain) -> Evidence:
+def _evidence(path: Path, manifest: dict[str, Any], by_stage: dict[str, Columns], chain: Chain) -> Evidence:
     asked = recorded_document(path, chain, DOUBTS)
     if asked is None:
         raise TargetError(f"the run in {str(path)!r} has a verdict and no {DOUBTS}; restore it from a copy")
     seconds = {name: Seconds(spent.cpu_s, spent.wall_s) for name, spent in spent_in(path).items()}
-    return evidence_of(manifest, _stages(path, manifest, chain), asked, seconds)
+    return evidence_of(manifest, by_stage, asked, seconds)

@@ -15,7 +15,7 @@ from holdfast.doubts.concluding import Circumstances, Findings, conclude
 from holdfast.doubts.probing import Probe, Probed, probes_for, probing_threat, rows_for
 from holdfast.harness import assemble, in_pieces
 from holdfast.runs.assembling import DOUBTS
-from holdfast.runs.course import Course
+from holdfast.runs.course import Course, Watch
 from holdfast.runs.selection import gathered
 
 
@@ -53,7 +53,7 @@ class Asked:
     """without times"""
 
 
-def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str]) -> Asked:
+def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], watch: Watch) -> Asked:
     """The doubts that the plan wants, measured after everything else: over all shards, at a barrier.
 
     Where time ran out nothing is probed, and `missed` says what the suite did not do.
@@ -70,7 +70,7 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str]) 
     if missed:
         return Asked(_unfinished(conclude({}, columns, circumstances), missed))
     counted = Counted(course.target.quick)
-    found = dict(_probed(course, counted, columns))
+    found = dict(_probed(course, counted, columns, watch))
     cost = Cost(counted.forwards, counted.backwards, counted.forwards)
     return Asked(conclude(found, columns, circumstances), cost)
 
@@ -85,7 +85,7 @@ def _first_gradients(by_stage: Mapping[str, Columns]) -> Mask | None:
     return None
 
 
-def _probed(course: Course, model: Model, columns: Columns) -> Iterator[tuple[str, Probed]]:
+def _probed(course: Course, model: Model, columns: Columns, watch: Watch) -> Iterator[tuple[str, Probed]]:
     plan, rng = course.plan, Draws(course.plan.seed).at("stage", DOUBTS)
     within = probing_threat(plan.threat, columns)
     probes = probes_for(within, tuple(member.attack for member in plan.members))
@@ -104,6 +104,7 @@ def _probed(course: Course, model: Model, columns: Columns) -> Iterator[tuple[st
                 return {name: values.cpu() for name, values in probe.run(model, piece, within, rng).items()}
 
         yield probe.name, Probed(rows, in_pieces(run, batch, course.room(DOUBTS, place)))
+        watch.tick()
 
 
 def _unfinished(findings: Findings, missed: Sequence[str]) -> Findings:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
-from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence
+from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge
 from holdfast.metrics.catalogue import estimates
@@ -33,6 +33,8 @@ class Result:
     """what the evidence does not know: `verb`, `folder`, `created`, `command`, `hashes`, `versions`, `hardware`"""
     folder: Path | None = None
     """where all of it is kept; None where it was measured in memory"""
+    adversarial: Columns = field(default_factory=dict)
+    """every successful input, as `id` and `x`, where the run was asked to keep them"""
     baseline: Evidence | None = None
     """what `regression` and `clean_accuracy_drop` compare with"""
 

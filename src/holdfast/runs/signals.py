@@ -67,4 +67,4 @@ def stoppable(way_out: str) -> Iterator[Stopper]:
         raise Interrupted(f"stopped by {name}; {way_out}", stopped.number) from None
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

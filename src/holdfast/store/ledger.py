@@ -4,6 +4,7 @@ It holds what the hash chain must not: times, hosts and attempts. Nothing in it 
 anew from the folder, and only the time that was spent is forgotten.
 """
 
+import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,7 @@ from holdfast.store.processes import Owner
 
 NAME = "state.sqlite"
 FOREIGN_LEASE_S = 600
-"""A lease of another host, whose processes cannot be seen, is honoured this long after its last sign of life."""
+"""A lease whose process cannot be seen, as on another host, is honoured this long after its last sign of life."""
 
 _HERE: set[Path] = set()
 """Leases that this process holds: one that a full disk kept it from giving back is not among them."""
@@ -107,7 +108,7 @@ class Ledger:
     def _is_held(self, owner: Owner, seen: float, me: Owner) -> bool:
         if owner == me:
             return self._path.resolve() in _HERE
-        if owner.host == me.host:
+        if owner.host == me.host and os.name != "nt":  # there, asking a process whether it lives would end it
             return owner.alive()
         return time.time() - seen < FOREIGN_LEASE_S
 

@@ -1,0 +1,44 @@
+"""Whether gates can be judged at all, found out before an hour is spent: on evidence of a few examples made up."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.evidence import Columns, Evidence
+from holdfast.gates.grammar import Claim
+from holdfast.gates.judging import Doubts, judge
+from holdfast.harness import Context, Plan, Room, Stage, Target, conclude, run_stage, unattacked
+
+
+def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Batch) -> None:
+    """`UsageError` for a gate whose metric no stage of the plan will bring, saying what would.
+
+    Gates against a baseline wait for the end: which examples are shared is not known before.
+    """
+    alone = [claim for claim in claims if claim.versus is None]
+    if not alone:
+        return
+    evidence = _as_if_broken(plan, target, sample)
+    for claim in alone:
+        judge(claim, evidence, Doubts())
+
+
+def _as_if_broken(plan: Plan, target: Target, sample: Batch) -> Evidence:
+    """Evidence with every column that the plan brings, in which the last attack broke whatever was right."""
+    by_stage: dict[str, Columns] = {}
+    for stage in plan.stages():
+        if stage.kind == "clean":
+            by_stage[stage.name] = run_stage(stage, plan, target, sample, {}, Room(len(sample)))
+        else:
+            by_stage[stage.name] = _made_up(stage, by_stage["clean"])
+    outline = plan.outline(target.classes)
+    return conclude(outline, by_stage, {}, Context(), randomised=target.randomised)
+
+
+def _made_up(stage: Stage, clean: Columns) -> Mapping[str, torch.Tensor]:
+    alone = unattacked(clean)
+    if stage.kind == "attacked":
+        return {**alone, **{name: values for name, values in clean.items() if name != "correct"}}
+    near = {name: torch.zeros_like(values) for name, values in alone.items() if name.startswith("distance")}
+    return {**alone, **near, "success": clean["correct"].clone()}
