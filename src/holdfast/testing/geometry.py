@@ -1,0 +1,189 @@
+"""What every constraint must obey. Each law raises `AssertionError` with the figures when it is broken.
+
+A law draws its own examples from a seed, so that a property test needs nothing else:
+
+    @given(seed=integers(0, 2**32), eps=floats(0, 3))
+    def test_law(seed, eps):
+        for law in geometry.CONSTRAINT_LAWS:
+            law(MyConstraint(eps), seed)
+"""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, Norm, allowed
+from holdfast.core.draws import Draws
+from holdfast.core.model import Bounds
+from holdfast.core.types import Inputs, PerExample
+from holdfast.testing.fakes import examples
+
+SHAPE = (2, 2, 2)
+"""Eight values in four pixels: few enough to try every set of changes."""
+BOUNDS = Bounds()
+
+_RIVALS = 50  # random unit steps that the steepest one is compared with
+
+
+def scene(seed: int, *, n: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Batch, Inputs]:
+    """Examples, some values on the sides of the box, and a point near each: most of them outside the box."""
+    batch = examples(seed, n=n, shape=SHAPE, dtype=dtype)
+    rng = Draws(seed).at("scene")
+    away = rng.at("length").uniform(batch.ids, 1, dtype=dtype).view(-1, 1, 1, 1) * 2
+    points = batch.x + away * rng.at("direction").normal(batch.ids, *SHAPE, dtype=dtype)
+    return batch, points
+
+
+def projects_inside(constraint: Constraint, seed: int) -> None:
+    """A projection is inside ball and box, in float64 and in float32."""
+    for dtype in (torch.float64, torch.float32):
+        batch, points = scene(seed, dtype=dtype)
+        projected = constraint.project(points, batch.x, BOUNDS)
+        assert projected.dtype == dtype, f"{constraint}: {projected.dtype} from {dtype}"
+        inside = allowed(constraint, projected, batch.x, BOUNDS)
+        distance = constraint.distance(projected, batch.x)
+        assert inside.all(), f"{constraint}: projected to distance {distance[~inside].tolist()} in {dtype}"
+
+
+def projects_once(constraint: Constraint, seed: int) -> None:
+    """A second projection moves nothing by more than rounding."""
+    batch, points = scene(seed)
+    once = constraint.project(points, batch.x, BOUNDS)
+    moved = float((constraint.project(once, batch.x, BOUNDS) - once).abs().max())
+    assert moved <= 1e-9, f"{constraint}: a second projection moves a point by {moved}"
+
+
+def leaves_feasible_points_alone(constraint: Constraint, seed: int) -> None:
+    """A point well inside ball and box comes back bit by bit, whoever else is in the batch."""
+    batch, points = scene(seed)
+    smaller = constraint.resized(
+        int(constraint.eps / 2) if isinstance(constraint, L0) else constraint.eps / 2
+    )
+    feasible = smaller.sample(batch, BOUNDS, Draws(seed))
+    assert torch.equal(constraint.project(feasible, batch.x, BOUNDS), feasible), (
+        f"{constraint}: a projection moves a feasible point"
+    )
+    mixed = torch.where((torch.arange(len(batch)) % 2 == 0).view(-1, 1, 1, 1), feasible, points)
+    kept = constraint.project(mixed, batch.x, BOUNDS)[::2]
+    assert torch.equal(kept, feasible[::2]), f"{constraint}: a feasible point moves beside infeasible ones"
+
+
+def projects_to_the_nearest(constraint: Constraint, seed: int) -> None:
+    """No point of ball and box is nearer: as near as a slow and exact search finds, which knows the four norms."""
+    if not isinstance(constraint, (Linf, L2, L1, L0)):
+        return
+    batch, points = scene(seed)
+    projected = constraint.project(points, batch.x, BOUNDS)
+    best = _nearest(constraint, points.flatten(1), batch.x.flatten(1))
+    away = (projected - points).flatten(1).norm(dim=1)
+    worse = away - (best - points.flatten(1)).norm(dim=1)
+    assert (worse <= 1e-7).all(), f"{constraint}: {worse.tolist()} farther than the nearest point"
+
+
+def steps_along_the_steepest(constraint: Constraint, seed: int) -> None:
+    """The step has length one at most, and no unit step that the box allows climbs more; L0 only climbs."""
+    batch, _ = scene(seed)
+    gradient = Draws(seed).at("gradient").normal(batch.ids, *SHAPE, dtype=batch.x.dtype)
+    step = constraint.steepest(gradient, batch.x, BOUNDS)
+    gain = (step * gradient).flatten(1).sum(1)
+    assert (gain >= 0).all(), f"{constraint}: the steepest step descends, {gain.tolist()}"
+    if isinstance(constraint, L0):
+        return
+    length = constraint.distance(batch.x + step, batch.x)
+    assert (length <= 1 + 1e-9).all(), f"{constraint}: the steepest step has length {length.tolist()}"
+    low, high = BOUNDS.like(batch.x)
+    for k in range(_RIVALS):
+        rival = Draws(seed).at("rival", k).normal(batch.ids, *SHAPE, dtype=batch.x.dtype)
+        rival = rival.masked_fill(torch.where(rival > 0, batch.x >= high, batch.x <= low), 0)
+        size = constraint.distance(batch.x + rival, batch.x).clamp_min(1e-12).view(-1, 1, 1, 1)
+        other = (rival / size * gradient).flatten(1).sum(1)
+        assert (other <= gain + 1e-9).all(), (
+            f"{constraint}: a random step climbs {other.tolist()}, it {gain.tolist()}"
+        )
+
+
+def samples_inside(constraint: Constraint, seed: int) -> None:
+    """Random points are inside ball and box, and an example's own whatever the batch is."""
+    for dtype in (torch.float64, torch.float32):
+        batch, _ = scene(seed, dtype=dtype)
+        points = constraint.sample(batch, BOUNDS, Draws(seed))
+        assert points.dtype == dtype, f"{constraint}: {points.dtype} from {dtype}"
+        assert allowed(constraint, points, batch.x, BOUNDS).all(), f"{constraint}: a sample is outside"
+        rows = torch.tensor([4, 1])
+        part = constraint.sample(batch.take(rows), BOUNDS, Draws(seed))
+        assert torch.equal(part, points[rows]), f"{constraint}: samples depend on the batch"
+
+
+def radii_are_each_example_s_own(constraint: Constraint, seed: int) -> None:
+    """`within` with several radii does to each example what `project` does with its radius alone."""
+    if not isinstance(constraint, Norm):
+        return
+    batch, points = scene(seed)
+    share = Draws(seed).at("radii").uniform(batch.ids, 1, dtype=batch.x.dtype)[:, 0]
+    radii = (share * constraint.eps).floor() if isinstance(constraint, L0) else share * constraint.eps
+    together = constraint.within(points, batch.x, BOUNDS, radii)
+    for k, radius in enumerate(radii.tolist()):
+        alone = constraint.resized(radius).project(points[k : k + 1], batch.x[k : k + 1], BOUNDS)
+        worst = float((together[k] - alone[0]).abs().max())
+        assert worst <= 1e-9, f"{constraint}: radius {radius} among others moves the projection by {worst}"
+
+
+CONSTRAINT_LAWS: tuple[Callable[[Constraint, int], None], ...] = (
+    projects_inside,
+    projects_once,
+    leaves_feasible_points_alone,
+    projects_to_the_nearest,
+    steps_along_the_steepest,
+    samples_inside,
+    radii_are_each_example_s_own,
+)
+"""Every law, for `parametrize`."""
+
+
+def _nearest(norm: Linf | L2 | L1 | L0, points: Tensor, clean: Tensor) -> Tensor:
+    """The nearest point of ball and box: by bisecting the ball's multiplier, for L0 by trying every set of changes."""
+    change = points - clean
+    match norm:
+        case Linf():
+            return BOUNDS.clamp(clean + change.clamp(-norm.eps, norm.eps))
+        case L2():
+            return _bisected(norm, clean, lambda share: clean + share * change)
+        case L1():
+            most = change.abs().amax(1, keepdim=True)
+            return _bisected(
+                norm,
+                clean,
+                lambda share: clean + change.sign() * (change.abs() - (1 - share) * most).clamp_min(0),
+            )
+        case L0():
+            return _tried(norm, points, clean)
+
+
+def _bisected(norm: L2 | L1, clean: Tensor, at: Callable[[Tensor], Tensor]) -> Tensor:
+    """The point at the largest share, 1 at most, whose distance is within eps; the distance grows with the share."""
+    low, high = clean.new_zeros(len(clean), 1), clean.new_ones(len(clean), 1)
+    whole = norm.distance(BOUNDS.clamp(at(high)), clean) <= norm.eps
+    low = torch.where(whole[:, None], high, low)
+    for _ in range(60):
+        share = (low + high) / 2
+        inside = (norm.distance(BOUNDS.clamp(at(share)), clean) <= norm.eps)[:, None]
+        low, high = torch.where(inside, share, low), torch.where(inside, high, share)
+    return BOUNDS.clamp(at(low))
+
+
+def _tried(norm: L0, points: Tensor, clean: Tensor) -> Tensor:
+    """The best over all sets of units that may change."""
+    units = torch.arange(clean.shape[1]).view(SHAPE[0], -1) if norm.per == "pixel" else None
+    groups = list(units.T) if units is not None else list(torch.arange(clean.shape[1])[:, None])
+    wanted, best = BOUNDS.clamp(points), clean.clone()
+    away: PerExample = (clean - points).norm(dim=1)
+    for chosen in itertools.combinations(groups, int(min(norm.eps, len(groups)))):
+        x = clean.clone()
+        for group in chosen:
+            x[:, group] = wanted[:, group]
+        nearer = (x - points).norm(dim=1) < away
+        best[nearer], away[nearer] = x[nearer], (x - points).norm(dim=1)[nearer]
+    return best

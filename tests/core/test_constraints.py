@@ -1,0 +1,117 @@
+"""The geometry of the norms: laws on random scenes, and what can be said by hand."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, Norm, allowed
+from holdfast.core.draws import Draws
+from holdfast.core.model import Bounds
+from holdfast.testing import geometry
+
+SEEDS = st.integers(0, 2**31)
+KINDS = {"linf": Linf, "l2": L2, "l1": L1, "l0": L0, "l0-pixel": partial(L0, per="pixel")}
+BOX = Bounds()
+
+
+def of(kind, eps):
+    return KINDS[kind](float(math.floor(3 * eps)) if kind.startswith("l0") else eps)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("law", geometry.CONSTRAINT_LAWS, ids=lambda law: law.__name__)
+@given(seed=SEEDS, eps=st.one_of(st.floats(1e-3, 3), st.just(0.0), st.just(1e-9), st.just(1e6)))
+def test_law(kind, law, seed, eps):
+    law(of(kind, eps), seed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_norm_is_a_constraint_of_any_radius(kind):
+    norm = KINDS[kind]()
+    assert isinstance(norm, Constraint) and isinstance(norm, Norm)
+    assert norm.eps == math.inf
+    assert norm.resized(2.0) == KINDS[kind](2.0)
+
+
+def test_distances_by_hand():
+    x = torch.zeros(1, 2, 1, 2)
+    moved = torch.tensor([[[[0.3, 0.0]], [[-0.4, 0.0]]]])
+    assert Linf().distance(moved, x).item() == pytest.approx(0.4)
+    assert L2().distance(moved, x).item() == pytest.approx(0.5)
+    assert L1().distance(moved, x).item() == pytest.approx(0.7)
+    assert L0().distance(moved, x).item() == 2
+    assert L0(per="pixel").distance(moved, x).item() == 1
+
+
+def test_the_box_lets_the_others_go_further():
+    """Under L2 and L1 a value that stops at the box leaves its share of the radius to the rest."""
+    x, far = torch.tensor([[0.9, 0.0]]).double(), torch.tensor([[4.0, 3.0]]).double()
+    assert L2(0.5).project(far, x, BOX).tolist()[0] == pytest.approx([1.0, math.sqrt(0.25 - 0.01)])
+    assert L1(0.5).project(far, x, BOX).tolist()[0] == pytest.approx([1.0, 0.4])
+
+
+def test_sides_may_differ_from_feature_to_feature():
+    box = Bounds(torch.tensor([0.0, -2.0]), torch.tensor([1.0, 5.0]))
+    x, far = torch.tensor([[0.5, 4.0]]), torch.tensor([[-9.0, 9.0]])
+    assert Linf(3.0).project(far, x, box).tolist() == [[0.0, 5.0]]
+    assert allowed(Linf(3.0), torch.tensor([[0.0, 5.0]]), x, box).item()
+    assert not allowed(Linf(3.0), torch.tensor([[0.0, 5.1]]), x, box).item()
+    assert not allowed(Linf(3.0), torch.tensor([[0.0, 0.9]]), x, box).item()
+
+
+def test_allowed_measures_in_float64_and_takes_no_nan():
+    x = torch.full((1, 3), 0.1)
+    assert allowed(Linf(0.1), x + 0.1, x, BOX).item()
+    assert not allowed(Linf(0.1), x + 0.1001, x, BOX).item()
+    assert not allowed(Linf(0.1), torch.full((1, 3), torch.nan), x, BOX).item()
+    assert not allowed(Linf(torch.inf), torch.full((1, 3), -0.01), x, BOX).item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_infinite_radius_leaves_only_the_box(kind):
+    batch, points = geometry.scene(3)
+    assert torch.equal(KINDS[kind]().project(points, batch.x, BOX), points.clamp(0, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_argument_is_edited(kind):
+    batch, points = geometry.scene(4)
+    x, far = batch.x.clone(), points.clone()
+    norm = of(kind, 0.5)
+    norm.project(points, batch.x, BOX)
+    norm.steepest(points, batch.x, BOX)
+    norm.sample(batch, BOX, Draws(1))
+    assert torch.equal(batch.x, x) and torch.equal(points, far)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_batch_is_projected_and_sampled(kind):
+    none = Batch(torch.zeros(0, 2, 2, 2), torch.zeros(0).long(), torch.zeros(0).long())
+    norm = of(kind, 1.0)
+    assert norm.project(none.x, none.x, BOX).shape == none.x.shape
+    assert norm.sample(none, BOX, Draws(0)).shape == none.x.shape
+    assert norm.steepest(none.x, none.x, BOX).shape == none.x.shape
+    assert norm.distance(none.x, none.x).shape == (0,)
+
+
+@pytest.mark.parametrize("kind", ["linf", "l2", "l1"])
+def test_samples_reach_the_surface_and_the_middle(kind):
+    """Uniform in the ball: under L2 and L1 most of eight dimensions lies near the surface."""
+    n = 2000
+    batch = Batch(torch.full((n, 8), 0.5), torch.zeros(n).long(), torch.arange(n))
+    share = of(kind, 0.1).distance(of(kind, 0.1).sample(batch, BOX, Draws(5)), batch.x) / 0.1
+    # the radius of a uniform point in d dimensions has mean d / (d + 1), and deviation about 0.1
+    assert share.mean().item() == pytest.approx(8 / 9, abs=0.01)
+    assert share.max() <= 1 + 1e-5
+
+
+def test_l0_keeps_the_changes_that_matter_most():
+    x, far = torch.tensor([[0.5, 0.5, 0.5]]), torch.tensor([[0.9, 7.0, 0.6]])
+    # cut to the box the second value still moves the point furthest
+    assert L0(1.0).project(far, x, BOX).tolist() == [[0.5, 1.0, 0.5]]
+    assert L0(2.0).project(far, x, BOX)[0].tolist() == pytest.approx([0.9, 1.0, 0.5])

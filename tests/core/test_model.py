@@ -1,0 +1,115 @@
+"""The classifier: preprocessing, what a network may return, and the errors that name what it did instead."""
+
+import pytest
+import torch
+from torch import nn
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import Linf
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Bounds, Classifier, Model, out_of_memory
+from holdfast.core.threat import ThreatModel
+
+X = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def test_preprocessing_is_channel_by_channel():
+    model = Classifier(nn.Flatten(), mean=(0.5, 0.25), std=(0.5, 2.0))
+    expected = torch.stack(((X[:, 0] - 0.5) / 0.5, (X[:, 1] - 0.25) / 2.0), dim=1).flatten(1)
+    torch.testing.assert_close(model(X), expected)
+    torch.testing.assert_close(Classifier(nn.Flatten(), mean=(0.5,))(X), (X - 0.5).flatten(1))
+
+
+def test_it_is_a_model_and_asks_nothing_of_the_ids():
+    model = Classifier(nn.Flatten())
+    assert isinstance(model, Model)
+    assert torch.equal(model(X, torch.tensor([5, 6, 7])), model(X))
+
+
+def test_one_logit_becomes_two_classes():
+    for single in (
+        Classifier(lambda x: x.flatten(1).sum(1)),
+        Classifier(lambda x: x.flatten(1).sum(1, keepdim=True)),
+    ):
+        logits = single(X)
+        assert logits.shape == (3, 2)
+        assert torch.equal(logits[:, 0], torch.zeros(3))
+        torch.testing.assert_close(logits[:, 1], X.flatten(1).sum(1))
+
+
+@pytest.mark.parametrize(
+    "value, says",
+    [
+        (lambda x: (x, x), "returned a tuple; it must return one tensor of logits"),
+        (lambda x: x, r"returned torch.float32 of shape \(3, 2, 4, 4\) for 3 inputs; .* \(3, classes\)"),
+        (lambda x: x.flatten(1)[:2], r"of shape \(2, 32\) for 3 inputs"),
+        (lambda x: x.flatten(1).long(), "returned torch.int64"),
+        (lambda x: x.view(7, -1), "raised RuntimeError on inputs of shape .* Check the shape"),
+    ],
+)
+def test_what_is_no_logits_is_named(value, says):
+    with pytest.raises(TargetError, match=says):
+        Classifier(value)(X)
+
+
+def test_wrong_numbers_are_named():
+    with pytest.raises(TargetError, match="returned 32 classes, but 10 were declared; correct --classes"):
+        Classifier(nn.Flatten(), classes=10)(X)
+    with pytest.raises(TargetError, match="mean or std has 3 entries, but the inputs have 2 channels"):
+        Classifier(nn.Flatten(), mean=(0.1, 0.2, 0.3))(X)
+    with pytest.raises(TargetError, match=r"std is \[0.5, 0.0\]; every entry must be positive"):
+        Classifier(nn.Flatten(), std=(0.5, 0.0))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+)
+def test_running_out_of_memory_stays_what_it_is(error):
+    def greedy(x):
+        raise error
+
+    assert out_of_memory(error)
+    with pytest.raises(type(error)):
+        Classifier(greedy)(X)
+
+
+def test_other_errors_are_not_about_memory():
+    assert not out_of_memory(RuntimeError("shape")) and not out_of_memory(ValueError("can't allocate memory"))
+
+
+def test_bounds_by_numbers_and_by_features():
+    assert Bounds(-1.0, 3.0).width == 4
+    assert Bounds(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 7.0])).width == 7
+    assert Bounds(torch.tensor([0.0, 2.0]), 3.0).clamp(torch.tensor([[-1.0, 9.0]])).tolist() == [[0.0, 3.0]]
+    low, high = Bounds().like(torch.zeros(2, dtype=torch.float64))
+    assert (low.dtype, high.dtype) == (torch.float64, torch.float64)
+
+
+def test_a_threat_model_refuses_what_cannot_be_meant():
+    for eps in (-0.1, float("nan")):
+        with pytest.raises(UsageError, match=f"eps is {eps}; it must be 0"):
+            ThreatModel(Linf(eps))
+    with pytest.raises(UsageError, match="queries is 0; it must be at least 1"):
+        ThreatModel(queries=0)
+    assert ThreatModel(Linf(0.0)).constraint.eps == 0
+
+
+def test_access_includes_what_comes_before():
+    threat = ThreatModel(access="scores")
+    assert [threat.gives(a) for a in ("none", "labels", "scores", "gradients")] == [True, True, True, False]
+
+
+def test_a_batch_keeps_ids_and_targets():
+    batch = Batch(X, torch.tensor([0, 1, 2]), torch.tensor([9, 7, 8]), torch.tensor([1, 2, 0]))
+    some = batch.take(torch.tensor([True, False, True]))
+    assert (some.ids.tolist(), some.y.tolist(), some.target.tolist(), len(some)) == (
+        [9, 8],
+        [0, 2],
+        [1, 0],
+        2,
+    )
+    assert [part.ids.tolist() for part in batch.split(2)] == [[9, 7], [8]]
+    assert batch.at(X + 1).ids is batch.ids and batch.at(X + 1).target is batch.target
+    assert batch.towards(None).target is None
+    moved = batch.to(torch.device("cpu"))
+    assert torch.equal(moved.x, X) and torch.equal(moved.target, batch.target)
