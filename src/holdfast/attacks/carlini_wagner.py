@@ -36,8 +36,8 @@ class CarliniWagner:
     """prices that are tried for each example"""
     steps: Steps = 100
     """gradient steps for each of them"""
-    lr: Positive = 0.05
-    """Adam's first step size, in units of the first-order distance; it falls to a hundredth along a cosine"""
+    reach: Positive = 2.5
+    """path length of one coordinate in one run, in units of the first-order distance to the boundary"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -57,7 +57,9 @@ class CarliniWagner:
             price, weight = 1.5 * first, 1 / grad.abs().amax(1).clamp_min(_TINY)
         low, high = torch.zeros_like(price), torch.full_like(price, torch.inf)
         for _ in range(self.searches):
-            solved = self._descend(model, batch, norm, price, weight, self.lr * first, closest)
+            solved = self._descend(
+                model, batch, norm, price, weight, 2 * self.reach / self.steps * first, closest
+            )
             low, high = torch.where(solved, low, price), torch.where(solved, price, high)
             price = torch.where(high < torch.inf, (low + high) / 2, _GROWTH * price)
         return to_boundary(model, batch, closest.x, norm)

@@ -18,7 +18,7 @@ from holdfast.core.model import Bounds, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Labels, Logits, PerExample, Positive, Steps
 from holdfast.ops.boundary import to_boundary
-from holdfast.ops.closest import FIRMNESS, Closest, firmly_broken
+from holdfast.ops.closest import Closest, firmly_broken, leeway
 from holdfast.ops.norms import expect_norm, free, spread
 
 
@@ -47,12 +47,12 @@ class DeepFool:
                 gaps = logits.gather(1, rivals) - _leading(logits, left)[:, None]
             broken = firmly_broken(logits.detach(), left)
             closest.offer(left, x.detach(), norm.distance(x.detach(), left.x), broken)
-            if broken.all():
+            if broken.all() or not logits.requires_grad:
                 break
             grads = torch.stack(
                 [torch.autograd.grad(g.sum(), x, retain_graph=True)[0] for g in gaps.unbind(1)], 1
             )
-            margins = gaps.detach().abs() + FIRMNESS * logits.detach().abs().amax(1, keepdim=True)
+            margins = gaps.detach().abs() + leeway(logits.detach())[:, None]
             stands = ~broken
             left, rivals = left.take(stands), rivals[stands]
             x = self._across(norm, model.bounds, x.detach()[stands], grads[stands], margins[stands])

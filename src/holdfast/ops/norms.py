@@ -8,6 +8,7 @@ from holdfast.core.constraints import Constraint, Norm
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.types import Inputs, Logits, PerExample
+from holdfast.ops.closest import leeway
 from holdfast.ops.losses import margin
 
 
@@ -35,12 +36,14 @@ def farthest(norm: Norm, x: Inputs, bounds: Bounds) -> PerExample:
 
 
 def gap(norm: Norm, grad: Inputs, logits: Logits, batch: Batch, bounds: Bounds) -> PerExample:
-    """First-order distance to the boundary, from the gradient of the margin (of either sign) at `batch.x`."""
+    """First-order distance to just beyond the boundary, by the margin's gradient (of either sign) at `batch.x`."""
     slope = (grad * norm.steepest(grad, batch.x, bounds)).flatten(1).sum(1).abs()
-    return margin(logits, batch).abs() / slope.clamp_min(1e-12)
+    return (margin(logits, batch).abs() + 2 * leeway(logits)) / slope.clamp_min(1e-12)
 
 
 def free(grad: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-    """The gradient without the coordinates that stand at a side of the box and would leave it."""
+    """The gradient without the coordinates that stand at a side of the box (to rounding) and would leave it."""
     low, high = bounds.like(x)
-    return grad.masked_fill(((grad > 0) & (x >= high)) | ((grad < 0) & (x <= low)), 0)
+    rounding = 1e-6 * (high - low)
+    stopped = ((grad > 0) & (x >= high - rounding)) | ((grad < 0) & (x <= low + rounding))
+    return grad.masked_fill(stopped, 0)

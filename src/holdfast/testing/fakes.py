@@ -1,0 +1,65 @@
+"""Tiny models and batches, in float64 where no kernel's rounding can tip a verdict."""
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.batch import Batch
+from holdfast.core.model import Classifier
+
+SHAPE = (3, 4, 4)
+"""Channels, height and width of the tiny images."""
+
+
+def network(seed: int = 0, *, classes: int = 4, shape: tuple[int, ...] = SHAPE) -> Classifier:
+    """A two-layer network with random weights, in eval mode, on inputs in [0, 1]."""
+    draw, features = torch.Generator().manual_seed(seed), torch.Size(shape).numel()
+    hidden, last = nn.Linear(features, 16).double(), nn.Linear(16, classes).double()
+    with torch.no_grad():
+        for weight in (*hidden.parameters(), *last.parameters()):
+            weight.copy_(torch.randn(weight.shape, generator=draw, dtype=torch.float64) / 2)
+    return Classifier(nn.Sequential(nn.Flatten(), hidden, nn.Tanh(), last)).eval().requires_grad_(False)
+
+
+def examples(
+    seed: int = 0, *, n: int = 21, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.float64
+) -> Batch:
+    """Random inputs in [0, 1], some coordinates on the sides of the box; labels 0, ids in no order."""
+    draw = torch.Generator().manual_seed(seed)
+    x = (torch.rand(n, *shape, generator=draw, dtype=torch.float64) * 1.2 - 0.1).clamp(0, 1).to(dtype)
+    ids = torch.randperm(4 * n, generator=draw)[:n]
+    return Batch(x, torch.zeros(n, dtype=torch.int64), ids)
+
+
+def labelled(model: Classifier, batch: Batch) -> Batch:
+    """The batch with the model's own predictions as labels, so that every example is right at first."""
+    with torch.no_grad():
+        return Batch(batch.x, model(batch.x).argmax(1), batch.ids)
+
+
+class Constant(nn.Module):
+    """The same logits for every input: what a broken model file gives."""
+
+    def __init__(self, logits: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("logits", torch.tensor(logits, dtype=torch.float64))
+        self.logits: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits, once an input, with a gradient of zero."""
+        return self.logits.to(x.dtype).expand(len(x), -1) + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+class NaNBeyond(nn.Module):
+    """A network whose logits turn NaN once an input moves further than `reach` from those first seen as `clean`."""
+
+    def __init__(self, net: nn.Module, clean: Tensor, reach: float) -> None:
+        super().__init__()
+        self.net, self.reach = net, reach
+        self.register_buffer("clean", clean)
+        self.clean: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The network's logits near the clean inputs, NaN elsewhere."""
+        distance = torch.cdist(x.detach().flatten(1), self.clean.flatten(1)).amin(1)
+        logits: Tensor = self.net(x)
+        return torch.where(distance[:, None] > self.reach, torch.nan, logits)

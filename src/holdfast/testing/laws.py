@@ -1,0 +1,315 @@
+"""What every attack must obey. Each law raises `AssertionError` with the figures when it is broken.
+
+A law takes a `Case`: an attack, a norm, and how close to the exact distance it must come on a linear model. Outside
+packages run them on their own attacks:
+
+    @pytest.mark.parametrize("law", laws.ATTACK_LAWS)
+    def test_law(law):
+        law(Case(MyAttack(), Linf))
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks.protocol import Attack
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L0, Norm, allowed
+from holdfast.core.draws import Draws
+from holdfast.core.errors import BudgetSpent
+from holdfast.core.meter import Metered, Spent, margin
+from holdfast.core.model import Classifier, Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, Mask
+from holdfast.harness import measure
+from holdfast.testing.fakes import Constant, NaNBeyond, examples, labelled, network
+from holdfast.testing.linear import linear_problem
+
+Kind = Callable[[float], Norm]
+"""A norm by its radius, such as `Linf`."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attack under one norm."""
+
+    attack: Attack
+    norm: Kind
+    slack: float = 0.95
+    """share of eps within which a linear model must be broken wherever it can be"""
+    smallest: bool = False
+    """whether it looks for the smallest change, and so works without an eps"""
+
+    def __repr__(self) -> str:
+        kind = self.norm.func if isinstance(self.norm, partial) else self.norm
+        return f"{type(self.attack).__name__}-{getattr(kind, '__name__', kind)}"
+
+    def eps(self, wanted: float) -> float:
+        """A radius; whole for L0."""
+        return max(1.0, round(wanted)) if isinstance(self.norm(1.0), L0) else wanted
+
+
+def run(
+    case: Case, model: Model, batch: Batch, threat: ThreatModel, *, seed: int = 0
+) -> tuple[Inputs, Spent]:
+    """The attack through a metered model, as the harness runs it."""
+    metered = Metered(model, batch, threat)
+    try:
+        x_adv = case.attack(metered, batch, threat, rng=Draws(seed))
+    except BudgetSpent:
+        x_adv = metered.found()
+    return x_adv, metered.spent
+
+
+def broken(model: Model, batch: Batch, x_adv: Inputs) -> Mask:
+    """Whether the bare model gives in."""
+    with torch.no_grad():
+        return ~(margin(model(x_adv), batch) > 0)
+
+
+def problem(
+    case: Case, seed: int = 0, *, n: int = 10, classes: int = 4
+) -> tuple[Classifier, Batch, ThreatModel]:
+    """A small network, examples that it has right, and an eps that breaks about half of them."""
+    model = network(seed, classes=classes)
+    batch = labelled(model, examples(seed, n=n))
+    radius = {"Linf": 0.06, "L2": 0.3, "L1": 1.2, "L0": 2.0}.get(type(case.norm(1.0)).__name__, 0.1)
+    return model, batch, ThreatModel(case.norm(case.eps(radius)))
+
+
+def stays_inside(case: Case) -> None:
+    """Every returned point is finite, inside the ball and inside the box."""
+    for seed in range(3):
+        model, batch, threat = problem(case, seed)
+        x_adv, _ = run(case, model, batch, threat, seed=seed)
+        assert x_adv.shape == batch.x.shape, (
+            f"{case}: {tuple(x_adv.shape)} for inputs of {tuple(batch.x.shape)}"
+        )
+        assert x_adv.isfinite().all(), f"{case}: a returned point is not finite"
+        inside = allowed(threat.constraint, x_adv, batch.x, model.bounds)
+        distance = threat.constraint.distance(x_adv, batch.x)
+        assert inside.all(), (
+            f"{case}: {distance[~inside].tolist()} beyond {threat.constraint} or outside the box"
+        )
+
+
+def agrees_with_the_oracle(case: Case) -> None:
+    """On a linear model: no success beyond the exact distance, always success well within it; judged by the harness.
+
+    With more than two classes an attack may prefer a likely class to a near one, so only the first half is asked.
+    """
+    for seed, classes in ((0, 2), (1, 2), (2, 3), (3, 4)):
+        model, batch = linear_problem(seed, classes=classes)
+        exact = model.distance(batch.x, batch.y, case.norm(1.0))
+        eps = case.eps(float(exact.median()))
+        threat = ThreatModel(case.norm(eps), access=case.attack.needs)
+        success = measure(model.classifier(), [batch], [case.attack], threat, seed=seed)["success"]
+        beyond = success & (exact > 1.001 * eps)
+        assert not beyond.any(), (
+            f"{case}: success at eps {eps} where the boundary is {exact[beyond].tolist()} away"
+        )
+        missed = ~success & (exact < case.slack * eps)
+        if classes == 2:
+            assert not missed.any(), (
+                f"{case}: failed at eps {eps} where it is {exact[missed].tolist()} to the boundary"
+            )
+        if case.smallest:
+            x_adv, _ = run(case, model, batch, ThreatModel(case.norm(torch.inf)), seed=seed)
+            assert broken(model, batch, x_adv).all(), f"{case}: leaves examples of a linear model unbroken"
+            ratio = case.norm(1.0).distance(x_adv, batch.x) / exact
+            assert (ratio > 0.999).all(), (
+                f"{case}: closer than the boundary, {ratio.min():.4f} of the distance"
+            )
+            worst = float(ratio.max())
+            assert classes > 2 or worst * case.slack <= 1, f"{case}: {worst:.4f} times the exact distance"
+
+
+def repeats_itself(case: Case) -> None:
+    """The same seed gives the same points."""
+    model, batch, threat = problem(case)
+    first, again = run(case, model, batch, threat, seed=5)[0], run(case, model, batch, threat, seed=5)[0]
+    assert torch.equal(first, again), f"{case}: two runs of one seed differ"
+
+
+def ignores_the_company(case: Case) -> None:
+    """What an example gets does not depend on batch size, order or the other examples.
+
+    Verdicts are equal; points too, but for those few where a sum in another order tips a comparison on the way.
+    """
+    model, batch, threat = problem(case, n=6)
+    whole, _ = run(case, model, batch, threat)
+    for size in (1, 4):
+        parts = [run(case, model, part, threat)[0] for part in batch.split(size)]
+        _same(case, f"batches of {size}", model, batch, whole, torch.cat(parts))
+    order = torch.arange(len(batch)).flip(0)
+    back = run(case, model, batch.take(order), threat)[0].flip(0)
+    _same(case, "another order", model, batch, whole, back)
+
+
+def _same(case: Case, what: str, model: Model, batch: Batch, expected: Tensor, found: Tensor) -> None:
+    verdicts = broken(model, batch, expected) == broken(model, batch, found)
+    assert verdicts.all(), f"{case}: {what} gives other verdicts on {batch.ids[~verdicts].tolist()}"
+    worst = (expected - found).flatten(1).abs().amax(1)
+    assert (worst < 1e-6).double().mean() >= 0.8, f"{case}: {what} moves points by {worst.tolist()}"
+
+
+def keeps_what_it_found(case: Case) -> None:
+    """An example that any query broke inside the constraint is broken by the point that is returned."""
+    for seed in range(3):
+        model, batch, threat = problem(case, seed)
+        x_adv, spent = run(case, model, batch, threat, seed=seed)
+        lost = (spent.first_success > 0) & ~broken(model, batch, x_adv)
+        assert not lost.any(), f"{case}: {int(lost.sum())} examples were broken on the way and returned whole"
+
+
+def eps_zero_changes_nothing(case: Case) -> None:
+    """A ball of radius zero gives the clean inputs back."""
+    model, batch, _ = problem(case)
+    x_adv, _ = run(case, model, batch, ThreatModel(case.norm(0.0)))
+    assert torch.equal(x_adv, batch.x), f"{case}: moved by {float((x_adv - batch.x).abs().max())} at eps 0"
+
+
+def works_for_any_number_of_classes(case: Case) -> None:
+    """2, 3, 4, 8 and 1,000 classes: inside the constraint, and something is broken."""
+    for classes in (2, 3, 4, 8, 1000):
+        model, batch, threat = problem(case, classes=classes, n=6)
+        x_adv, _ = run(case, model, batch, ThreatModel(case.norm(case.eps(threat.constraint.eps * 3))))
+        assert broken(model, batch, x_adv).any(), f"{case}: breaks nothing with {classes} classes"
+
+
+def leaves_the_model_alone(case: Case) -> None:
+    """Weights, their gradients, `requires_grad` and train or eval mode come back as they were; unfrozen or not."""
+    model, batch, threat = problem(case)
+    frozen, _ = run(case, model, batch, threat)
+    model.requires_grad_(True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    unfrozen, _ = run(case, model, batch, threat)
+    assert torch.equal(frozen, unfrozen), f"{case}: the points depend on the weights' requires_grad"
+    assert not model.training, f"{case}: left the model in train mode"
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), f"{case}: changed the weights {name}"
+    for name, weight in model.named_parameters():
+        assert weight.grad is None, f"{case}: left a gradient on {name}"
+        assert weight.requires_grad, f"{case}: froze {name}"
+
+
+def leaves_its_arguments_alone(case: Case) -> None:
+    """Inputs, labels and ids are not edited in place."""
+    model, batch, threat = problem(case)
+    x, y, ids = batch.x.clone(), batch.y.clone(), batch.ids.clone()
+    run(case, model, batch, threat)
+    untouched = torch.equal(x, batch.x) and torch.equal(y, batch.y) and torch.equal(ids, batch.ids)
+    assert untouched, f"{case}: edited its arguments"
+
+
+def keeps_to_the_budget(case: Case) -> None:
+    """No example is asked more than `queries` times, and the access it declares is enough."""
+    model, batch, threat = problem(case)
+    for queries in (1, 2, 13):
+        limited = replace(threat, queries=queries, access=case.attack.needs)
+        x_adv, spent = run(case, model, batch, limited)
+        most = int(spent.queries.max())
+        assert most <= queries, f"{case}: {most} queries of {queries}"
+        assert allowed(threat.constraint, x_adv, batch.x, model.bounds).all(), (
+            f"{case}: outside when cut short"
+        )
+        lost = (spent.first_success > 0) & ~broken(model, batch, x_adv)
+        assert not lost.any(), f"{case}: a success within the budget was lost"
+
+
+def survives_odd_batches(case: Case) -> None:
+    """One example, none, already wrong, non-contiguous, channels last: as any other."""
+    model, batch, threat = problem(case)
+    whole, _ = run(case, model, batch, threat)
+    first = batch.take(torch.tensor([0]))
+    _same(case, "a batch of one", model, first, whole[:1], run(case, model, first, threat)[0])
+    none = batch.take(torch.zeros(0, dtype=torch.int64))
+    assert run(case, model, none, threat)[0].shape == none.x.shape, (
+        f"{case}: an empty batch comes back changed"
+    )
+    strided = torch.empty(*batch.x.shape[:-1], 2 * batch.x.shape[-1], dtype=batch.x.dtype)[..., ::2]
+    _same(
+        case,
+        "a non-contiguous batch",
+        model,
+        batch,
+        whole,
+        run(case, model, batch.at(strided.copy_(batch.x)), threat)[0],
+    )
+    last = batch.x.to(memory_format=torch.channels_last)
+    _same(case, "a channels-last batch", model, batch, whole, run(case, model, batch.at(last), threat)[0])
+    wrong = Batch(batch.x, (batch.y + 1) % 4, batch.ids)
+    x_adv, _ = run(case, model, wrong, threat)
+    assert broken(model, wrong, x_adv).all(), f"{case}: an already wrong example comes back right"
+
+
+def survives_odd_models(case: Case) -> None:
+    """A constant model, one that is NaN, and one that turns NaN on the way: finite points inside the constraint."""
+    model, batch, threat = problem(case)
+    logits = (3.0, 1.0, 1.0, 0.0)
+    odd = {
+        "constant": Constant(logits),
+        "tied": Constant((1.0,) * 4),
+        "NaN": Constant((float("nan"),) * 4),
+        "NaN further out": NaNBeyond(model, batch.x, 0.02),
+    }
+    for name, net in odd.items():
+        bare = Classifier(net).eval()
+        batch = Batch(batch.x, batch.y if "further" in name else torch.zeros_like(batch.y), batch.ids)
+        x_adv, _ = run(case, bare, batch, threat)
+        assert x_adv.isfinite().all(), f"{case}: returns NaN from a {name} model"
+        assert allowed(threat.constraint, x_adv, batch.x, bare.bounds).all(), f"{case}: outside, {name} model"
+
+
+def reaches_targets(case: Case) -> None:
+    """With room enough, most targets are reached, and each point is judged by its target."""
+    model, batch, threat = problem(case)
+    aimed = batch.towards((batch.y + 1) % 4)
+    wide = ThreatModel(case.norm(case.eps(threat.constraint.eps * 8)), goal=1)
+    x_adv, _ = run(case, model, aimed, wide)
+    share = float(broken(model, aimed, x_adv).double().mean())
+    assert share >= 0.6, f"{case}: only {share:.0%} of the targets are reached"
+
+
+def breaks_an_undefended_network(case: Case) -> None:
+    """A minimum-norm attack finds something for every example, and what it finds is firmly broken."""
+    if not case.smallest:
+        return
+    model, batch, _ = problem(case)
+    x_adv, _ = run(case, model, batch, ThreatModel(case.norm(torch.inf)))
+    won = broken(model, batch, x_adv)
+    assert won.all(), f"{case}: leaves {int((~won).sum())} of {len(won)} examples of an undefended network"
+    single = torch.cat([broken(model, part, x_adv[k : k + 1]) for k, part in enumerate(batch.split(1))])
+    assert torch.equal(won, single), f"{case}: verdicts change with the batch size"
+
+
+ATTACK_LAWS: tuple[Callable[[Case], None], ...] = (
+    stays_inside,
+    agrees_with_the_oracle,
+    repeats_itself,
+    ignores_the_company,
+    keeps_what_it_found,
+    eps_zero_changes_nothing,
+    works_for_any_number_of_classes,
+    leaves_the_model_alone,
+    leaves_its_arguments_alone,
+    keeps_to_the_budget,
+    survives_odd_batches,
+    survives_odd_models,
+    reaches_targets,
+    breaks_an_undefended_network,
+)
+"""Every law, for `parametrize`."""
+
+
+def more_never_loses(weaker: Attack, stronger: Attack, norm: Kind) -> None:
+    """Whatever the weaker setting of an attack breaks, the stronger breaks too: restarts and budgets only add."""
+    for seed in range(3):
+        case = Case(weaker, norm)
+        model, batch, threat = problem(case, seed)
+        less = broken(model, batch, run(case, model, batch, threat, seed=seed)[0])
+        more = broken(model, batch, run(Case(stronger, norm), model, batch, threat, seed=seed)[0])
+        assert not (less & ~more).any(), f"{stronger} loses {int((less & ~more).sum())} examples of {weaker}"

@@ -1,0 +1,102 @@
+"""The oracle: a linear classifier knows exactly how far each input is from its boundary, inside ball and box.
+
+For one rival class the smallest change solves a knapsack: Linf and L2 move all coordinates up to the box's side and
+solve for how far, L1 and L0 spend on the coordinates that pay most. The distance is the least over the rivals.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Bounds, Classifier
+from holdfast.core.types import Ids, Inputs, Labels, Logits, PerExample
+
+
+@dataclass(frozen=True)
+class LinearOracle:
+    """A linear model (`Model`) with the exact distance of any input to its boundary."""
+
+    weight: Tensor
+    """(classes, features)"""
+    bias: Tensor
+    """(classes,)"""
+    bounds: Bounds = Bounds()
+
+    def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
+        """Logits (n, classes)."""
+        return x.flatten(1) @ self.weight.T + self.bias
+
+    def classifier(self) -> Classifier:
+        """The same model as a network that the harness measures."""
+        layer = nn.Linear(self.weight.shape[1], self.weight.shape[0]).to(self.weight)
+        with torch.no_grad():
+            layer.weight.copy_(self.weight)
+            layer.bias.copy_(self.bias)
+        return Classifier(nn.Sequential(nn.Flatten(), layer), bounds=self.bounds).eval()
+
+    def distance(self, x: Inputs, y: Labels, norm: Constraint) -> PerExample:
+        """Exact distance to the nearest point of the box that is not classified as `y`; inf where there is none."""
+        x, logits = x.double(), self(x).double()
+        low, high = self.bounds.like(x)
+        rivals = []
+        for rival in range(len(self.bias)):
+            normal = (self.weight[rival] - self.weight[y]).double()
+            gap = logits.gather(1, y[:, None])[:, 0] - logits[:, rival]
+            room = torch.where(normal > 0, (high - x).flatten(1), (x - low).flatten(1))
+            found = _smallest(normal.abs(), room, gap.clamp_min(0), norm)
+            rivals.append(found.masked_fill(y == rival, torch.inf))
+        return torch.stack(rivals).amin(0)
+
+
+def _smallest(pay: Tensor, room: Tensor, gap: Tensor, norm: Constraint) -> PerExample:
+    """The smallest change that gains `gap`, where a coordinate pays `pay` a unit and has `room` to move."""
+    match norm:
+        case Linf():
+            return _root(room, pay, gap)
+        case L2():
+            t = _root(torch.where(pay > 0, room / pay, 0), pay**2, gap)  # what does not pay stops at once
+            moved = torch.minimum(t[:, None] * pay, room).norm(dim=1)
+            return torch.where(t < torch.inf, moved, torch.inf)
+        case L1():
+            order = pay.argsort(dim=1, descending=True)
+            pays, rooms = pay.gather(1, order), room.gather(1, order)
+            before = (pays * rooms).cumsum(1) - pays * rooms
+            spent = ((gap[:, None] - before) / pays.clamp_min(1e-300)).clamp_min(0).minimum(rooms).sum(1)
+            return torch.where((pay * room).sum(1) >= gap, spent, torch.inf)
+        case L0():
+            gains = (pay * room).sort(dim=1, descending=True).values.cumsum(1)
+            count = (gains < gap[:, None]).sum(1) + 1.0
+            return torch.where(gap <= 0, 0.0, torch.where(gains[:, -1] >= gap, count, torch.inf))
+        case _:
+            raise UsageError(f"the oracle knows Linf, L2, L1 and L0; the constraint is {norm}")
+
+
+def _root(stops: Tensor, slopes: Tensor, gap: Tensor) -> PerExample:
+    """The t where `sum(slopes * min(t, stops)) = gap`, row by row; inf where the sum never gets there."""
+    stops, order = stops.sort(dim=1)
+    slopes = slopes.gather(1, order)
+    gained = (slopes * stops).cumsum(1)
+    rest = slopes.sum(1, keepdim=True) - slopes.cumsum(1)  # slope beyond each stop
+    piece = (gained + rest * stops < gap[:, None]).sum(1, keepdim=True)
+    inside = piece.clamp_max(stops.shape[1] - 1)
+    before = (gained - slopes * stops).gather(1, inside)[:, 0]
+    slope = (rest + slopes).gather(1, inside)[:, 0]
+    t = (gap - before).clamp_min(0) / slope.clamp_min(1e-300)
+    return torch.where(piece[:, 0] < stops.shape[1], t, torch.inf)
+
+
+def linear_problem(
+    seed: int, *, n: int = 40, features: int = 12, classes: int = 3, dtype: torch.dtype = torch.float64
+) -> tuple[LinearOracle, Batch]:
+    """A random linear model, and inputs in [0, 1] (some coordinates on the sides) that it classifies correctly."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(classes, features, generator=draw, dtype=torch.float64)
+    x = (torch.rand(n, features, generator=draw, dtype=torch.float64) * 1.4 - 0.2).clamp(0, 1)
+    bias = -(x @ weight.T).mean(0)  # no class takes everything
+    model = LinearOracle(weight.to(dtype), bias.to(dtype))
+    x = x.to(dtype)
+    return model, Batch(x, model(x).argmax(1), torch.arange(n))

@@ -1,0 +1,120 @@
+"""Checks at run time, under test, that tensors have the shapes their annotations promise.
+
+`checked(f)` wraps a function; `watching("holdfast.ops")` wraps everything public in some packages for as long as a test
+wants it. A name in a shape binds to one size within a call: `n` is the same for `x` and for `y`.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from holdfast.core.types import Shape
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def fits(value: Tensor, shape: Shape, sizes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether a tensor has this shape and kind, given the sizes that names are bound to; binds new ones."""
+    if shape.kind == "float" and not value.is_floating_point():
+        return False
+    if shape.kind == "bool" and value.dtype != torch.bool:
+        return False
+    if shape.kind == "int" and value.dtype not in {torch.int64, torch.int32}:
+        return False
+    names, found = shape.dims.split(), tuple(value.shape)
+    starred = [name for name in names if name.startswith("*")]
+    if len(found) < len(names) - len(starred) or (not starred and len(found) != len(names)):
+        return False
+    taken = 0
+    for name in names:
+        width = len(found) - len(names) + 1 if name.startswith("*") else 1
+        part = found[taken : taken + width]
+        taken += len(part)
+        if sizes.setdefault(name, part) != part:
+            return False
+    return True
+
+
+def checked(function: F) -> F:
+    """The function, raising `TypeError` where an argument or the result has not the annotated shape."""
+    hints = _shapes(get_type_hints(function, include_extras=True))
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        sizes: dict[str, tuple[int, ...]] = {}
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            _expect(function, name, value, hints, sizes)
+        result = function(*args, **kwargs)
+        _expect(function, "return", result, hints, sizes)
+        return result
+
+    return call  # type: ignore[return-value]
+
+
+@contextmanager
+def watching(*packages: str) -> Iterator[None]:
+    """Check every public function and method of these packages, wherever it was imported to, until the end."""
+    loaded = {name: module for name, module in sys.modules.items() if name.startswith("holdfast.")}
+    undo: list[tuple[Any, str, Any]] = []
+    wrapped: dict[Any, Any] = {}
+    for name, module in loaded.items():
+        if not name.startswith(packages):
+            continue
+        for public, value in list(vars(module).items()):
+            if getattr(value, "__module__", None) != name or public.startswith("_"):
+                continue
+            if inspect.isfunction(value):
+                wrapped[value] = checked(value)
+            elif inspect.isclass(value):
+                methods = [(m, f) for m, f in vars(value).items() if inspect.isfunction(f) and _is_public(m)]
+                undo += [(value, method, function) for method, function in methods]
+                for method, function in methods:
+                    setattr(value, method, checked(function))
+    for module in loaded.values():
+        for public, value in list(vars(module).items()):
+            if inspect.isfunction(value) and value in wrapped:
+                undo.append((module, public, value))
+                setattr(module, public, wrapped[value])
+    try:
+        yield
+    finally:
+        for owner, public, value in undo:
+            setattr(owner, public, value)
+
+
+def _is_public(method: str) -> bool:
+    return method == "__call__" or not method.startswith("_")
+
+
+def _shapes(hints: Mapping[str, Any]) -> dict[str, Shape]:
+    found = {}
+    for name, hint in hints.items():
+        options = [hint, *get_args(hint)] if get_origin(hint) is not Annotated else [hint]
+        for option in options:
+            marks = get_args(option)[1:] if get_origin(option) is Annotated else ()
+            for shape in (mark for mark in marks if isinstance(mark, Shape)):
+                found[name] = shape
+    return found
+
+
+def _expect(
+    function: Callable[..., Any],
+    name: str,
+    value: object,
+    hints: Mapping[str, Shape],
+    sizes: dict[str, tuple[int, ...]],
+) -> None:
+    shape = hints.get(name)
+    if shape is None or not isinstance(value, Tensor) or fits(value, shape, sizes):
+        return
+    raise TypeError(
+        f"{function.__qualname__}: {name} is {value.dtype} of shape {tuple(value.shape)}; "
+        f"expected {shape.kind} of shape ({shape.dims}) with {sizes}"
+    )
