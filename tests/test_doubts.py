@@ -27,7 +27,8 @@ from holdfast.doubts.probing import (
     standing,
 )
 from holdfast.doubts.steadiness import change
-from holdfast.harness import measure
+from holdfast.harness import measure, prepared
+from holdfast.ops.prepare import in_training
 
 THREAT = ThreatModel(Linf(0.04))
 SUITE = (PGD(steps=40, restarts=2), PGD(steps=40, reach=10))
@@ -215,6 +216,17 @@ def test_layers_in_train_mode_raise_state(net):
     assert "net.1" in doubt.says
 
 
+def test_only_layers_that_mind_the_mode_count_as_in_training():
+    mixed = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 4)
+    )
+    model = Classifier(mixed).train()
+    assert in_training(model) == ("net.2", "net.4")
+    with prepared(model, patterns(4, seed=2)) as target:
+        assert target.in_training == ("net.2", "net.4")
+    assert in_training(model.eval()) == ()
+
+
 def test_probabilities_are_told_from_logits(net):
     assert "probabilities" in raised(Changed(net, after=nn.Softmax(1)))
 
@@ -369,7 +381,7 @@ def test_change_is_relative_to_what_distinguishes_the_classes():
     moved[0, 1] += 0.02
     assert change(logits, moved).tolist() == pytest.approx([0.01, 0.0], abs=1e-4)
     moved[1, 0] = torch.nan
-    assert change(logits, moved)[1] == torch.inf
+    assert change(logits, moved)[1] == 1.0
 
 
 def test_the_meter_notes_whose_first_gradient_is_dead(net):

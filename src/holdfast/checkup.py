@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Classifier
 from holdfast.ops.losses import margin_loss
+from holdfast.ops.prepare import in_training
 
 Level = Literal["problem", "warning", "good"]
 
@@ -64,13 +65,13 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
         raise TargetError(f"{data.name} holds no examples; expected at least one")
     batch = _sample(data)
     modes = [(module, module.training) for module in model.modules()]
-    in_training = tuple(name for name, m in model.named_modules() if m.training and _behaves_otherwise(m))
+    left_in_training = in_training(model)
     try:
         model.eval()
         wrong_layout = _layout(model, batch)
         if wrong_layout is not None:
             return (wrong_layout,)
-        patient = Patient(model, batch, in_training, _ask(model, batch.x))
+        patient = Patient(model, batch, left_in_training, _ask(model, batch.x))
         return tuple(finding for check in _CHECKS for finding in check(patient))
     finally:
         for module, training in modes:
@@ -94,10 +95,6 @@ def _ask(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def _accuracy(logits: Tensor, y: Tensor) -> float:
     return float((logits.argmax(1) == y).double().mean())
-
-
-def _behaves_otherwise(module: nn.Module) -> bool:
-    return isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd))
 
 
 def _layout(model: Classifier, batch: Batch) -> Finding | None:

@@ -1,6 +1,5 @@
 """From what the probes returned to the state of every doubt: a pure function of columns."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -74,9 +73,9 @@ class _Case:
     def absent(self, name: str, *probes: str) -> Doubt:
         """Why the probes of a doubt did not run."""
         threat = self.circumstances.threat
-        if threat.constraint.eps == 0:
-            return Doubt(name, "not applicable", says="eps is 0, so no input may change")
         within = probing_threat(threat, self.columns)
+        if within.constraint.eps == 0:
+            return Doubt(name, "not applicable", says="eps is 0, so no input may change")
         for probe in PROBES:
             if probe.name in probes and not threat.gives(probe.needs):
                 says = f"it needs {probe.needs}, and the threat model allows {threat.access} only"
@@ -182,15 +181,9 @@ def _not_exhausted(case: _Case) -> Doubt:
     )
     if by_probes:
         says += f"; probes break {by_probes} standing examples ({', '.join(sorted(others))})"
-    raised = fresh >= at.FRESH_BROKEN or by_probes > 0
-    return Doubt(
-        name,
-        "raised" if raised else "clear",
-        float(fresh + by_probes),
-        float(at.FRESH_BROKEN - 1),
-        tried,
-        says,
-    )
+    if by_probes:
+        return _judged(name, float(by_probes), 0.0, tried, says)
+    return _judged(name, float(fresh), float(at.FRESH_BROKEN - 1), tried, says)
 
 
 _BREAKING = tuple(probe.name for probe in PROBES if probe.breaks)
@@ -230,7 +223,8 @@ def _randomness(case: _Case) -> Doubt:
 
 def _state(case: _Case) -> Doubt:
     training = case.circumstances.in_training
-    modes = f"{len(training)} layers were in train mode ({', '.join(training[:3])}…)" if training else ""
+    listed = ", ".join(training[:3]) + (" …" if len(training) > 3 else "")
+    modes = f"layers were in train mode ({listed}), and were measured in eval mode" if training else ""
     if "steadiness" not in case.found:
         state: DoubtState = "raised" if training else "clear"
         says = modes or "no layer was in train mode; order, batch and history were not tried"
@@ -284,10 +278,9 @@ def _shattered(case: _Case) -> Doubt:
         says = "no slope is steep enough to be measured"
         return Doubt("shattered", "not measured", says=says)
     ratio, (low, high) = float(seen.median()), at.SLOPE_RATIO
-    # one number for both sides: how far the ratio is from one, as a factor
-    factor = math.inf if ratio <= 0 else max(ratio, 1 / ratio)
     says = f"along the gradient the margin changes by {ratio:.2g} times what the gradient says (median)"
-    return _judged("shattered", factor, max(high, 1 / low), len(seen), says)
+    state: DoubtState = "clear" if low <= ratio <= high else "raised"
+    return Doubt("shattered", state, ratio, low if ratio < 1 else high, len(seen), says)
 
 
 def _nan(case: _Case) -> Doubt:

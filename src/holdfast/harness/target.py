@@ -10,7 +10,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs, Logits
-from holdfast.ops.prepare import quickened
+from holdfast.ops.prepare import in_training, quickened
 
 VOTES = 20
 """Draws of a randomised model that decide whether an example stands; as many fresh ones judge it."""
@@ -28,7 +28,7 @@ class Target:
     classes: int
     notes: tuple[str, ...] = ()
     in_training: tuple[str, ...] = ()
-    """layers that were found in train mode; they were measured in eval mode"""
+    """dropout and batch norm that were found in train mode; they were measured in eval mode"""
 
     def logits(self, x: Inputs) -> Logits:
         """What the bare model says, without a gradient."""
@@ -52,11 +52,7 @@ def prepared(model: Classifier, sample: Batch) -> Iterator[Target]:
     """The target for the time of a measurement; the model is put back as it was afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     weights = [(weight, weight.requires_grad) for weight in model.parameters()]
-    in_training = tuple(
-        name
-        for name, m in model.named_modules()
-        if m.training and name.startswith("net") and not list(m.children())
-    )
+    left_in_training = in_training(model)
     try:
         model.eval().requires_grad_(False)
         with torch.no_grad():
@@ -64,7 +60,7 @@ def prepared(model: Classifier, sample: Batch) -> Iterator[Target]:
         scale = once.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-12)
         randomised = bool((once - again).nan_to_num(0.0, 0.0, 0.0).abs().max() > _SAME * scale)
         quick, notes = (model, ()) if randomised else quickened(model, sample.x)
-        yield Target(model, quick, randomised, once.shape[1], notes, in_training)
+        yield Target(model, quick, randomised, once.shape[1], notes, left_in_training)
     finally:
         for module, training in modes:
             module.training = training

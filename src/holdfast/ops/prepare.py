@@ -8,6 +8,7 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from holdfast.core.model import Classifier
@@ -19,6 +20,12 @@ def agrees(one: Tensor, other: Tensor) -> bool:
     """Whether two sets of logits differ by at most 1e-4 of the largest, with NaN in the same places."""
     scale = one.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-12)
     return bool(torch.allclose(one / scale, other / scale, rtol=0.0, atol=_AGREES, equal_nan=True))
+
+
+def in_training(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers in train mode, of those that compute something else there: dropout and batch norm."""
+    minding = (_BatchNorm, _DropoutNd)
+    return tuple(name for name, m in model.named_modules() if m.training and isinstance(m, minding))
 
 
 def quickened(model: Classifier, x: Tensor) -> tuple[Classifier, tuple[str, ...]]:
