@@ -11,7 +11,7 @@ import torch
 
 import holdfast
 
-_DECIDING = ("core", "ops", "attacks", "suites.py", "doubts", "harness", "runs")
+_DECIDING = ("core", "ops", "attacks", "sources", "suites.py", "doubts", "harness", "runs")
 """Floors whose code decides what is measured; a better report does not stop a run from being resumed."""
 
 

@@ -90,12 +90,16 @@ def _probed(course: Course, model: Model, columns: Columns, watch: Watch) -> Ite
     within = probing_threat(plan.threat, columns)
     probes = probes_for(within, tuple(member.attack for member in plan.members))
     standing = int((columns["correct"] & ~columns["success"]).sum())
+    examples: dict[str, Batch] = {}
     for place, probe in enumerate(probes):
         course.tell(DOUBTS, place, len(probes), standing, len(course.data))
         rows = rows_for(probe, columns, plan.threat, rng)
         if not len(rows):
             continue
-        batch = gathered([course.data.read(row, row + 1) for row in rows.tolist()]).to(course.device)
+        if probe.on not in examples:  # one by one: a shard of large pictures costs more to decode
+            few = gathered([course.data.read(row, row + 1) for row in rows.tolist()])
+            examples[probe.on] = few.to(course.device)
+        batch = examples[probe.on]
 
         def run(piece: Batch, probe: Probe = probe) -> dict[str, Tensor]:
             if within.goal is not None:

@@ -46,7 +46,7 @@ class RunFolder:
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], chain: Chain, ledger: Ledger) -> None:
         self.path, self.manifest, self.chain, self.ledger = path, manifest, chain, ledger
-        self._splits: list[Split] = _read_splits(path)
+        self._splits: list[Split] = read_splits(path)
 
     def stage(self, name: str) -> Stage | None:
         """A complete stage; None where it is not."""
@@ -289,7 +289,8 @@ def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05d}{column_files.SUFFIX}"
 
 
-def _read_splits(path: Path) -> list[Split]:
+def read_splits(path: Path) -> list[Split]:
+    """Where memory ran out in a run, in order."""
     file = path / SPLITS
     if not file.exists():
         return []

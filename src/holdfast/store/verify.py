@@ -8,7 +8,7 @@ from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
 from holdfast.store import columns as column_files
 from holdfast.store.files import usable
-from holdfast.store.folder import MANIFEST, SPLITS, _read_splits, read_manifest
+from holdfast.store.folder import MANIFEST, SPLITS, read_manifest, read_splits
 from holdfast.store.records import Chain, read_chain
 
 
@@ -59,7 +59,7 @@ def _check_file(file: Path, recorded: Any) -> None:
 
 def _check_splits(path: Path, chain: Chain) -> None:
     """The splits of complete stages stand in the chain, and must be those in the file."""
-    found = _read_splits(path)
+    found = read_splits(path)
     for link in chain.links:
         if link.content["kind"] != "stage":
             continue
