@@ -1,45 +1,93 @@
-"""The pytest plugin: `assert_robust`, as a fixture and as a function.
+"""The pytest plugin: `assert_robust`, which tests ask for as a fixture of that name.
 
     def test_holds(assert_robust):
-        assert_robust(model, (x, y), "robust_accuracy >= 0.4", threat="linf:8/255", suite="quick")
+        assert_robust(model, (x, y), threat="linf:8/255", at_least=0.4)
 
-Everything is imported when a test asks for it: a test run that does not pays nothing.
+Starting pytest costs nothing: torch comes with the first call.
 """
 
-from typing import TYPE_CHECKING, Any, Protocol
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from holdfast.api import DataLike, ModelLike
+    from holdfast.attacks.protocol import Attack
+    from holdfast.gates.judging import Judgement
     from holdfast.runs.result import Result
 
-
-class AssertRobust(Protocol):
-    """`assert_robust` as a test receives it."""
-
-    def __call__(self, model: object, data: object, *gates: str, **settings: Any) -> "Result":
-        """Assess, and fail the test unless every gate passes."""
-
-
-def assert_robust(model: object, data: object, *gates: str, **settings: Any) -> "Result":
-    """Assess `model` on `data` as `holdfast.assess` does; `AssertionError` unless every gate passes.
-
-    `settings` are those of `holdfast.assess`. An unclear gate fails the test too, and says what would settle it.
-    """
-    from holdfast.api import assess
-    from holdfast.core.errors import UsageError
-
-    if not gates:
-        raise UsageError('assert_robust was given no gate; name at least one, as in "robust_accuracy >= 0.4"')
-    result = assess(model, data, gates=gates, **settings)  # type: ignore[arg-type]
-    unmet = [gate for gate in result.gates if gate.verdict != "pass"]
-    if unmet:
-        said = "\n".join(f"  {gate.verdict}: {gate.claim.text}: {gate.because}" for gate in unmet)
-        raise AssertionError(f"{len(unmet)} of {len(gates)} gates do not pass\n{said}\n\n{result.table}")
-    return result
+_SHOWN = 10  # broken examples that a message names
 
 
 @pytest.fixture(name="assert_robust")
-def _assert_robust() -> AssertRobust:
-    """`assert_robust(model, data, "robust_accuracy >= 0.4", threat="linf:8/255")`."""
+def _assert_robust() -> Callable[..., Result]:
+    """`assert_robust(model, data, threat="linf:8/255", at_least=0.5)`: fails unless the model is that robust."""
     return assert_robust
+
+
+def assert_robust(
+    model: ModelLike,
+    data: DataLike,
+    *,
+    threat: str,
+    at_least: float,
+    suite: str | Sequence[Attack] = "quick",
+    n: int | None = None,
+    seed: int = 0,
+    bounds: Sequence[float] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    accept_doubts: Mapping[str, str] | None = None,
+) -> Result:
+    """`AssertionError` unless the whole interval of robust accuracy is at least `at_least` and no doubt is open.
+
+    The arguments are those of `holdfast.assess`, and its result comes back. "unclear" fails too: its message says
+    whether more examples or an answer to a doubt would settle it.
+    """
+    from holdfast.api import assess
+
+    __tracebackhide__ = True
+    claim = f"robust_accuracy >= {at_least!r}"
+    result = assess(
+        model,
+        data,
+        threat,
+        suite,
+        gates=[claim],
+        n=n,
+        seed=seed,
+        bounds=bounds,
+        mean=mean,
+        std=std,
+        accept_doubts=accept_doubts,
+    )
+    (judgement,) = result.gates
+    if judgement.verdict != "pass":
+        raise AssertionError("\n".join(_message(result, judgement, threat)))
+    return result
+
+
+def _message(result: Result, judgement: Judgement, threat: str) -> list[str]:
+    """The number and its interval, what broke the model, which examples, and what is in doubt."""
+    evidence, clean = result.evidence, result.metrics["clean_accuracy"]
+    lines = [
+        f"robust accuracy under {threat} is {judgement.because} ({judgement.verdict})",
+        f"clean accuracy: {clean.value:.4g}",
+    ]
+    for record in evidence.attacks:
+        gone = record.standing_before - record.standing_after
+        lines.append(f"{record.name}: broke {gone} of the {record.standing_before} that stood")
+    broken = evidence["id"][evidence["success"]].tolist()
+    if broken:
+        more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
+        lines.append(f"broken examples: {', '.join(map(str, broken[:_SHOWN]))}{more}")
+    for doubt in evidence.doubts:
+        if doubt.name in judgement.open_doubts:
+            lines.append(f"doubt {doubt.name}: {doubt.says}")
+            lines.append(f"  to accept it: accept_doubts={{{doubt.name!r}: 'why'}}")
+    if judgement.verdict == "unclear" and judgement.estimate.low < judgement.claim.bound:
+        lines.append(f"more examples than {judgement.estimate.n} narrow the interval")
+    return lines
