@@ -16,6 +16,8 @@ from holdfast.harness.plan import Plan, labelled, refuse_what_is_hidden
 from holdfast.harness.stages import Room, run_stage
 from holdfast.harness.target import prepared
 
+_LOOKED_AT = 8  # examples that show whether the model draws at random, and what may be done to make it quick
+
 
 def measure(
     model: Classifier,
@@ -34,7 +36,8 @@ def measure(
     if not sum(map(len, batches)):
         raise TargetError("there are no examples to measure; expected at least one")
     plan = refuse_what_is_hidden(Plan(labelled(attacks), threat, seed), model.access)
-    with prepared(model, next(b for b in batches if len(b)).take(torch.arange(1))) as target:
+    first = next(batch for batch in batches if len(batch))
+    with prepared(model, first.take(torch.arange(min(len(first), _LOOKED_AT)))) as target:
         shards: list[dict[str, Columns]] = [{} for _ in batches]
         seconds: dict[str, Seconds] = {}
         for stage in plan.stages():
