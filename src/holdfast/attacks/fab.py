@@ -31,7 +31,7 @@ from holdfast.core.types import (
     Steps,
 )
 from holdfast.ops.boundary import to_boundary
-from holdfast.ops.closest import Closest, firmly_broken
+from holdfast.ops.closest import Closest, leeway
 from holdfast.ops.halfspace import Flat, plane, to_plane
 from holdfast.ops.losses import likeliest, margin
 from holdfast.ops.norms import expect_norm, farthest, spread
@@ -132,7 +132,8 @@ def _length(step: Inputs, norm: Flat) -> PerExample:
 
 def _keep(closest: Closest, batch: Batch, x: Inputs, logits: Logits, norm: Flat) -> Mask:
     """Judge the points and keep the closest that are broken by more than rounding; who is broken, however little."""
-    broken = ~(margin(logits, batch) > 0)
+    height = margin(logits, batch)
+    broken = ~(height > 0)
     if broken.any():
-        closest.offer(batch, x, norm.distance(x, batch.x), firmly_broken(logits, batch))
+        closest.offer(batch, x, norm.distance(x, batch.x), ~(height > -leeway(logits)))
     return broken

@@ -62,9 +62,9 @@ class Square:
                 proposals.plan(
                     rng.at("block", step // _BLOCK).uniform(left.ids, _BLOCK, proposals.per_step), shares
                 )
-            standing = height > 0
-            if not standing.all():
+            if not float(height.min()) > 0:  # a NaN among them makes the least a NaN
                 best.offer(left, x, height)
+                standing = height > 0
                 left, x, height = left.take(standing), x[standing], height[standing]
                 if not len(left):
                     return
@@ -74,10 +74,8 @@ class Square:
             tried = proposals.propose(at, x)
             margins = margin(model(tried, left.ids), left)
             lower = ~(margins >= height)
-            x, height = (
-                torch.lerp(x, tried, spread(lower.to(x.dtype), x)),
-                torch.where(lower, margins, height),
-            )
+            x = torch.lerp(x, tried, spread(lower.to(x.dtype), x))  # picks one exactly, quicker than `where`
+            height = torch.where(lower, margins, height)
         best.offer(left, x, height)
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L1, Constraint, Linf
+from holdfast.core.constraints import L1, L2, Constraint, Linf
 from holdfast.core.model import Bounds, Model
 from holdfast.core.types import Inputs, Labels, Mask, PerExample
 from holdfast.ops.best import Best
@@ -20,20 +20,11 @@ from holdfast.ops.losses import Loss, margin
 from holdfast.ops.norms import spread
 
 _MOMENTUM = 0.75
-_FIRST_CHECK, _CHECK_SHRINKS, _LAST_CHECK = (
-    0.22,
-    0.03,
-    0.06,
-)  # gaps between checkpoints, as shares of the steps
-_L1_CHECK, _L1_START, _L1_SPREAD = (
-    0.04,
-    0.2,
-    1.5,
-)  # gap; first share of features; changed features over moved ones
-_L1_SLOWER, _L1_SLOWEST = (
-    1.5,
-    10.0,
-)  # divisor of the step size where sparsity settled; its least fraction of eps
+# gaps between checkpoints, as shares of the steps: the first, how much shorter each is, the shortest; that of L1
+_FIRST_CHECK, _CHECK_SHRINKS, _LAST_CHECK = 0.22, 0.03, 0.06
+_L1_CHECK = 0.04
+_L1_START, _L1_SPREAD = 0.2, 1.5  # share of the features that first move; changed features over moved ones
+_L1_SLOWER, _L1_SLOWEST = 1.5, 10.0  # what divides the step where sparsity settled, and eps at the least
 
 
 @dataclass(frozen=True)
@@ -102,7 +93,13 @@ class _Halving:
         return x
 
     def _project(self, x: Inputs, clean: Inputs, bounds: Bounds) -> Inputs:
-        """The constraint's projection; the corners of a cube are computed once for the whole path."""
+        """Into ball and box by the fewest operations; a cube's corners are computed once for the whole path."""
+        if isinstance(self._constraint, L2):
+            # as in the paper: onto the ball and then into the box, which never leaves the ball
+            delta = x - clean
+            length = torch.linalg.vector_norm(delta.flatten(1), dim=1).clamp_min(1e-12)
+            shrink = (self._constraint.eps * (1 - 1e-6) / length).clamp_max(1)
+            return bounds.clamp(torch.addcmul(clean, delta, spread(shrink, x)))
         if not isinstance(self._constraint, Linf):
             return self._constraint.project(x, clean, bounds)
         if self._corners is None:
