@@ -10,14 +10,25 @@ SHAPE = (3, 4, 4)
 """Channels, height and width of the tiny images."""
 
 
-def network(seed: int = 0, *, classes: int = 4, shape: tuple[int, ...] = SHAPE) -> Classifier:
-    """A two-layer network with random weights, in eval mode, on inputs in [0, 1]."""
+class Sine(nn.Module):
+    """sin(8 z): a loss with many valleys, which a path falls into and climbs out of."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The sine of each value."""
+        return torch.sin(8 * z)
+
+
+def network(
+    seed: int = 0, *, classes: int = 4, shape: tuple[int, ...] = SHAPE, rippled: bool = False
+) -> Classifier:
+    """A two-layer network with random weights, in eval mode, on inputs in [0, 1]; smooth, or full of valleys."""
     draw, features = torch.Generator().manual_seed(seed), torch.Size(shape).numel()
     hidden, last = nn.Linear(features, 16).double(), nn.Linear(16, classes).double()
     with torch.no_grad():
         for weight in (*hidden.parameters(), *last.parameters()):
             weight.copy_(torch.randn(weight.shape, generator=draw, dtype=torch.float64) / 2)
-    return Classifier(nn.Sequential(nn.Flatten(), hidden, nn.Tanh(), last)).eval().requires_grad_(False)
+    between = Sine() if rippled else nn.Tanh()
+    return Classifier(nn.Sequential(nn.Flatten(), hidden, between, last)).eval().requires_grad_(False)
 
 
 def examples(

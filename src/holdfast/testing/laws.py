@@ -71,10 +71,10 @@ def broken(model: Model, batch: Batch, x_adv: Inputs) -> Mask:
 
 
 def problem(
-    case: Case, seed: int = 0, *, n: int = 10, classes: int = 4
+    case: Case, seed: int = 0, *, n: int = 10, classes: int = 4, rippled: bool = False
 ) -> tuple[Classifier, Batch, ThreatModel]:
     """A small network, examples that it has right, and an eps that breaks about half of them."""
-    model = network(seed, classes=classes)
+    model = network(seed, classes=classes, rippled=rippled)
     batch = labelled(model, examples(seed, n=n))
     radius = {"Linf": 0.06, "L2": 0.3, "L1": 1.2, "L0": 2.0}.get(type(case.norm(1.0)).__name__, 0.1)
     return model, batch, ThreatModel(case.norm(case.eps(radius)))
@@ -158,8 +158,8 @@ def _same(case: Case, what: str, model: Model, batch: Batch, expected: Tensor, f
 
 def keeps_what_it_found(case: Case) -> None:
     """An example that any query broke inside the constraint is broken by the point that is returned."""
-    for seed in range(3):
-        model, batch, threat = problem(case, seed)
+    for seed, rippled in ((0, False), (1, False), (0, True), (1, True)):
+        model, batch, threat = problem(case, seed, rippled=rippled)
         x_adv, spent = run(case, model, batch, threat, seed=seed)
         lost = (spent.first_success > 0) & ~broken(model, batch, x_adv)
         assert not lost.any(), f"{case}: {int(lost.sum())} examples were broken on the way and returned whole"
@@ -258,8 +258,8 @@ def survives_odd_models(case: Case) -> None:
     }
     for name, net in odd.items():
         bare = Classifier(net).eval()
-        batch = Batch(batch.x, batch.y if "further" in name else torch.zeros_like(batch.y), batch.ids)
-        x_adv, _ = run(case, bare, batch, threat)
+        given = batch if "further" in name else Batch(batch.x, torch.zeros_like(batch.y), batch.ids)
+        x_adv, _ = run(case, bare, given, threat)
         assert x_adv.isfinite().all(), f"{case}: returns NaN from a {name} model"
         assert allowed(threat.constraint, x_adv, batch.x, bare.bounds).all(), f"{case}: outside, {name} model"
 
