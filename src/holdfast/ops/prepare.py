@@ -122,3 +122,24 @@ def _channels_last_pays(model: Classifier, x: Tensor) -> bool:
     """
     strides = [m.stride for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
     return x.device.type == "cpu" and 2 * sum(stride == (1, 1) for stride in strides) > len(strides)
+
+
+def multiply_adds(model: nn.Module, x: Tensor) -> int:
+    """Multiplications of one example's forward in convolutions and linear layers, seen in a pass over `x` (n, …)."""
+    seen = 0
+
+    def count(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal seen
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        seen += output.numel() // len(x) * weight[0].numel()
+
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

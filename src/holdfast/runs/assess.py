@@ -22,7 +22,7 @@ from holdfast.reports.numbers import strict
 from holdfast.runs import probes
 from holdfast.runs.assembling import DOUBTS, adversarial, evidence_of
 from holdfast.runs.course import Course, Watch, shards_of
-from holdfast.runs.entry import batch_size_for, refuse_batch, refuse_data, refuse_threat
+from holdfast.runs.entry import batch_size_for, enough_threads, refuse_batch, refuse_data, refuse_threat
 from holdfast.runs.foresight import refuse_gates
 from holdfast.runs.identity import code_digest, hardware, versions
 from holdfast.runs.keeping import InFolder, InMemory, Keeper
@@ -54,7 +54,11 @@ def assess(
     refuse_data(data)
     device = torch.device(order.device)
     sample = data.read(0, min(_LOOKED_AT, len(data))).to(device)
-    with _placed(subject.model, device), prepared(subject.model, sample) as target:
+    with (
+        _placed(subject.model, device),
+        prepared(subject.model, sample) as target,
+        enough_threads(target.bare, sample.x),
+    ):
         _refuse(target, sample, order, data)
         plan = refuse_what_is_hidden(order.plan, subject.model.access)
         refuse_gates(order.gates, plan, target, sample)

@@ -1,19 +1,25 @@
 """What is refused at the door, before anything is measured, and how much goes through the model at once."""
 
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.core.batch import Batch, Data
 from holdfast.core.constraints import L0, L1, L2, Constraint
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.threat import ThreatModel
+from holdfast.ops.prepare import multiply_adds
 
 _VALUES = 1 << 20
 """Input values of one batch on a CPU: 256 small images, a handful of large ones."""
 _ACCELERATED = 1 << 26
+_WORTH_SHARING = 5_000_000
+"""Multiplications of an example from which more threads pay: between a LeNet and four convolutions without strides."""
 
 
 def batch_size_for(features: int, device: str) -> int:
@@ -21,6 +27,22 @@ def batch_size_for(features: int, device: str) -> int:
     kind = torch.device(device).type
     values, most = (_VALUES, 256) if kind == "cpu" else (_ACCELERATED, 2048)
     return max(8, min(most, 1 << max(0, (values // max(features, 1)).bit_length() - 1)))
+
+
+@contextmanager
+def enough_threads(model: nn.Module, x: Tensor) -> Iterator[None]:
+    """One thread for a network too small to share out, torch's own number for others; put back afterwards.
+
+    Threads that wait for each other at every small layer cost more than they bring, most of all on a busy machine. A
+    number that the user set (`OMP_NUM_THREADS`) stands.
+    """
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ and multiply_adds(model, x) < _WORTH_SHARING:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def refuse_data(data: Data) -> None:
