@@ -13,7 +13,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.meter import Metered, margin
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.apgd import climb
+from holdfast.ops.apgd import Climb
 from holdfast.ops.losses import cross_entropy, dlr, likeliest, margin_loss
 from holdfast.ops.starts import surface
 from holdfast.testing.fakes import Constant, examples, labelled, network
@@ -76,7 +76,7 @@ def test_more_than_half_of_the_draws_must_be_wrong(wrong, breaks):
         Batch(torch.full((2, 3), 0.5), torch.zeros(2).long(), torch.arange(2)),
     )
     start = batch.x.clone()
-    _, height = climb(model, batch, None, start, cross_entropy, Linf(0.1), steps=1, draws=4)
+    _, height = Climb(cross_entropy, steps=1, draws=4)(model, batch, None, start, Linf(0.1))
     assert (height <= 0).all() == breaks
 
 

@@ -7,7 +7,7 @@ Differs from the papers: an example leaves once it is broken, targets are ranked
 checkpoint counts the step from the start as a rise only if it was one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -18,15 +18,13 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Count, Fraction, Inputs, Labels, PerExample, Restarts, Steps
-from holdfast.ops.apgd import climb
+from holdfast.ops.apgd import Climb
 from holdfast.ops.best import Best
 from holdfast.ops.losses import Loss, cross_entropy, likeliest
 from holdfast.ops.starts import surface
 
-_STAGES = (
-    (3.0, 0.3),
-    (2.0, 0.3),
-)  # radius in multiples of eps, share of the steps, before the stage at eps itself
+# before the stage at eps itself: radius in multiples of eps, share of the steps
+_STAGES = ((3.0, 0.3), (2.0, 0.3))
 
 
 @dataclass(frozen=True)
@@ -74,35 +72,15 @@ class APGD:
     def _run(
         self, model: Model, batch: Batch, aim: Labels | None, constraint: Constraint, rng: Draws
     ) -> tuple[Inputs, PerExample]:
-        bounds, steps = model.bounds, self.steps
         stages = _STAGES if self.shrink else ()
-        wide = [constraint.resized(factor * constraint.eps) for factor, _ in stages]
-        x = surface(batch, wide[0] if wide else constraint, bounds, rng)
-        for ball, (_, share) in zip(wide, stages, strict=True):
+        balls = [constraint.resized(factor * constraint.eps) for factor, _ in stages]
+        climb = Climb(self.loss, self.steps, self.rho, self.draws, fresh=not stages)
+        x, steps = surface(batch, [*balls, constraint][0], model.bounds, rng), self.steps
+        for ball, (_, share) in zip(balls, stages, strict=True):
             spent = int(share * self.steps)
-            x = climb(
-                model,
-                batch,
-                aim,
-                ball.project(x, batch.x, bounds),
-                self.loss,
-                ball,
-                steps=spent,
-                rho=self.rho,
-                draws=self.draws,
-                fresh=False,
-                judged=False,
-            )[0]
+            x = replace(climb, steps=spent).highest(
+                model, batch, aim, ball.project(x, batch.x, model.bounds), ball
+            )
             steps -= spent
-        return climb(
-            model,
-            batch,
-            aim,
-            constraint.project(x, batch.x, bounds),
-            self.loss,
-            constraint,
-            steps=steps,
-            rho=self.rho,
-            draws=self.draws,
-            fresh=not stages,
-        )
+        x = constraint.project(x, batch.x, model.bounds)
+        return replace(climb, steps=steps)(model, batch, aim, x, constraint)

@@ -171,73 +171,82 @@ def _changed(x: Inputs, clean: Inputs) -> PerExample:
     return (x != clean).flatten(1).sum(1).to(x.dtype)
 
 
-def climb(
-    model: Model,
-    batch: Batch,
-    aim: Labels | None,
-    start: Inputs,
-    loss: Loss,
-    constraint: Constraint,
-    *,
-    steps: int,
-    rho: float = 0.75,
-    draws: int = 1,
-    fresh: bool = True,
-    judged: bool = True,
-) -> tuple[Inputs, PerExample]:
-    """One run of APGD: each path's point of lowest judged margin, or of highest loss where nothing broke; its margin.
+@dataclass(frozen=True)
+class Climb:
+    """One run of APGD. Cost: `steps + 1` forwards and `steps` backwards, each times `draws`."""
 
-    `aim` is a class that the loss goes for while any misclassification wins. A step size halves unless a share `rho`
-    of the steps since the last checkpoint raised the loss; gradients are averaged over `draws` forwards, more than
-    half of which must be wrong. With `judged`, a broken example leaves; without, all stay and the points of highest
-    loss are returned, for they are the start of another run (which is then not `fresh`).
-    Cost: `steps + 1` forwards and `steps` backwards, each times `draws`.
-    """
-    best, left = Best(batch), batch
-    now = top = _probe(model, left, aim, start, loss, draws)
-    pace: _Pace
-    if isinstance(constraint, L1):
-        pace = _Sparse(now, batch.x, constraint, steps, fresh=fresh)
-    else:
-        pace = _Halving(now, constraint, steps, rho)
-    for step in range(steps + 1):
-        standing = now.margin > 0
-        if judged and not standing.all():
-            best.offer(left, now.x, now.margin)
-            if not standing.any():
-                return best.x, best.margin
-            left, now, top = left.take(standing), now.take(standing), top.take(standing)
-            aim = None if aim is None else aim[standing]
-            pace.take(standing)
-        if step:
+    loss: Loss
+    """what is climbed"""
+    steps: int
+    rho: float = 0.75
+    """share of the steps since the last checkpoint that must have raised the loss, else the step size halves"""
+    draws: int = 1
+    """forwards that a gradient is averaged over; a point is broken if more than half of them are wrong"""
+    fresh: bool = True
+    """the start is noise, so that under L1 how many features it changed says nothing"""
+
+    def __call__(
+        self, model: Model, batch: Batch, aim: Labels | None, start: Inputs, constraint: Constraint
+    ) -> tuple[Inputs, PerExample]:
+        """Each path's point of lowest margin if it broke, else of highest loss; and the margin there.
+
+        `aim` is a class that the loss goes for while any misclassification wins. A broken example leaves.
+        """
+        best, left = Best(batch), batch
+        now = top = self._look(model, left, aim, start)
+        pace = self._pace(now, batch, constraint)
+        for step in range(self.steps + 1):
+            standing = now.margin > 0
+            if not standing.all():
+                best.offer(left, now.x, now.margin)
+                if not standing.any():
+                    return best.x, best.margin
+                left, now, top = left.take(standing), now.take(standing), top.take(standing)
+                aim = None if aim is None else aim[standing]
+                pace.take(standing)
+            if step:
+                top = now.where(now.loss > top.loss, top)
+                now = pace.check(now, top, left.x)
+            if step < self.steps:
+                x = pace.step(now, left.x, model.bounds)
+                now = self._look(model, left, aim, x, climbs=step + 1 < self.steps)
+        best.offer(left, top.x, top.margin)
+        return best.x, best.margin
+
+    def highest(
+        self, model: Model, batch: Batch, aim: Labels | None, start: Inputs, constraint: Constraint
+    ) -> Inputs:
+        """Each path's point of highest loss; nobody leaves, for this is the start of another run."""
+        now = top = self._look(model, batch, aim, start)
+        pace = self._pace(now, batch, constraint)
+        for step in range(self.steps):
+            x = pace.step(now, batch.x, model.bounds)
+            now = self._look(model, batch, aim, x, climbs=step + 1 < self.steps)
             top = now.where(now.loss > top.loss, top)
-            now = pace.check(now, top, left.x)
-        if step < steps:
-            x = pace.step(now, left.x, model.bounds)
-            now = _probe(model, left, aim, x, loss, draws, climbs=step + 1 < steps)
-    if not judged:
-        return top.x, top.margin
-    best.offer(left, top.x, top.margin)
-    return best.x, best.margin
+            now = pace.check(now, top, batch.x)
+        return top.x
 
+    def _pace(self, start: _Point, batch: Batch, constraint: Constraint) -> _Pace:
+        if isinstance(constraint, L1):
+            return _Sparse(start, batch.x, constraint, self.steps, fresh=self.fresh)
+        return _Halving(start, constraint, self.steps, self.rho)
 
-def _probe(
-    model: Model, batch: Batch, aim: Labels | None, x: Inputs, loss: Loss, draws: int, *, climbs: bool = True
-) -> _Point:
-    """Look at the points `x`. The end of a path is not climbed from: it costs no backward, its gradient is zero."""
-    looks = [_look(model, batch, aim, x, loss, climbs=climbs) for _ in range(draws)]
-    if draws == 1:
-        return looks[0]
-    grad = torch.stack([look.grad for look in looks]).mean(0)
-    height = torch.stack([look.loss for look in looks]).mean(0)
-    majority = torch.stack([look.margin for look in looks]).sort(dim=0)[0][draws // 2]
-    return _Point(x, grad, height, majority)
+    def _look(
+        self, model: Model, batch: Batch, aim: Labels | None, x: Inputs, *, climbs: bool = True
+    ) -> _Point:
+        """Loss, margin and gradient at the points `x`; the end of a path costs no backward, its gradient is zero."""
+        looks = [self._draw(model, batch, aim, x, climbs=climbs) for _ in range(self.draws)]
+        if self.draws == 1:
+            return looks[0]
+        grad = torch.stack([look.grad for look in looks]).mean(0)
+        height = torch.stack([look.loss for look in looks]).mean(0)
+        majority = torch.stack([look.margin for look in looks]).sort(dim=0)[0][self.draws // 2]
+        return _Point(x, grad, height, majority)
 
-
-def _look(model: Model, batch: Batch, aim: Labels | None, x: Inputs, loss: Loss, *, climbs: bool) -> _Point:
-    seen = x.detach().requires_grad_(climbs)
-    with torch.set_grad_enabled(climbs):
-        logits = model(seen, batch.ids)
-        height = loss(logits, batch if aim is None else batch.towards(aim))
-    grad = input_gradient(height, seen)  # zero, and no backward, at the end of a path
-    return _Point(x, grad, height.detach(), margin(logits.detach(), batch))
+    def _draw(self, model: Model, batch: Batch, aim: Labels | None, x: Inputs, *, climbs: bool) -> _Point:
+        seen = x.detach().requires_grad_(climbs)
+        with torch.set_grad_enabled(climbs):
+            logits = model(seen, batch.ids)
+            height = self.loss(logits, batch if aim is None else batch.towards(aim))
+        grad = input_gradient(height, seen)
+        return _Point(x, grad, height.detach(), margin(logits.detach(), batch))
