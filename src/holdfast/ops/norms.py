@@ -24,8 +24,8 @@ def expect_norm(constraint: Constraint, attack: object, *kinds: type[Norm]) -> N
     )
 
 
-def spread(values: PerExample, like: Tensor) -> Tensor:
-    """One number an example, shaped to broadcast against the inputs."""
+def spread(values: Tensor, like: Tensor) -> Tensor:
+    """One number or truth value an example, shaped to broadcast against the inputs."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
