@@ -3,10 +3,65 @@
 import pytest
 
 import cases
+from holdfast import attacks
+from holdfast.attacks import APGD, DDN, FAB, PGD, CarliniWagner, DeepFool, Square
+from holdfast.core.constraints import L0, L1, L2, Linf
+from holdfast.core.errors import UsageError
+from holdfast.ops.losses import dlr
 from holdfast.testing import laws
+from holdfast.testing.laws import Case
 
 
 @pytest.mark.parametrize("law", laws.ATTACK_LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize("case", cases.ATTACKS, ids=repr)
 def test_law(case, law):
     law(case)
+
+
+@pytest.mark.parametrize(
+    "weaker, stronger, norms",
+    [
+        (PGD(steps=8), PGD(steps=8, restarts=4), (Linf, L2, L1, L0)),
+        (APGD(steps=8), APGD(steps=8, restarts=3), (Linf, L2, L1)),
+        (APGD(loss=dlr, steps=8, targets=1), APGD(loss=dlr, steps=8, targets=3), (Linf, L2, L1)),
+        (FAB(steps=8, targets=1), FAB(steps=8, targets=3), (Linf, L2, L1)),
+        (FAB(steps=5), FAB(steps=5, restarts=3), (Linf, L2, L1)),
+        (Square(queries=20, scale_schedule=False), Square(queries=80, scale_schedule=False), (Linf, L2, L1)),
+    ],
+    ids=["PGD-restarts", "APGD-restarts", "APGD-targets", "FAB-targets", "FAB-restarts", "Square-queries"],
+)
+def test_more_never_loses(weaker, stronger, norms):
+    for norm in norms:
+        laws.more_never_loses(weaker, stronger, norm)
+
+
+def test_every_attack_of_the_catalogue_has_its_cases():
+    assert {type(case.attack).__name__ for case in cases.ATTACKS} == set(attacks.__all__)
+
+
+@pytest.mark.parametrize(
+    "attack, norm",
+    [
+        (DDN(), Linf),
+        (DDN(), L1),
+        (CarliniWagner(), L1),
+        (CarliniWagner(), L0),
+        (DeepFool(), L0),
+        (FAB(), L0),
+        (Square(), L0),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_norm_that_an_attack_is_not_made_for_is_refused_by_name(attack, norm):
+    case = Case(attack, norm)
+    assert repr(case) not in map(repr, cases.ATTACKS)
+    model, batch, threat = laws.problem(case, n=2)
+    with pytest.raises(
+        UsageError, match=rf"{type(attack).__name__} .*; the threat model is {norm.__name__}\("
+    ):
+        laws.run(case, model, batch, threat)
+
+
+def test_no_line_is_there_twice():
+    lines = [repr(case) for case in cases.ATTACKS]
+    assert len(set(lines)) == len(lines)

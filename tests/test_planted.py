@@ -121,6 +121,18 @@ def test_gradients_left_on_the_weights_are_seen():
         laws.leaves_the_model_alone(case(forgets))
 
 
+def test_an_attack_that_declares_too_little_is_seen():
+    @dataclass(frozen=True)
+    class Modest:
+        needs: ClassVar = "scores"
+
+        def __call__(self, model, batch, threat, *, rng):
+            return CLIMB(model, batch, threat, rng=rng)
+
+    with pytest.raises(AssertionError, match="sees more than scores"):
+        laws.declares_what_it_must_see(Case(Modest(), Linf))
+
+
 def test_restarts_that_forget_are_seen():
     """More restarts return what the last of them found."""
 

@@ -25,7 +25,7 @@ from holdfast.core.model import Classifier, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Mask
 from holdfast.harness import measure
-from holdfast.testing.fakes import Constant, NaNBeyond, examples, labelled, network
+from holdfast.testing.fakes import SHAPE, Constant, NaNBeyond, examples, labelled, network
 from holdfast.testing.linear import linear_problem
 
 Kind = Callable[[float], Norm]
@@ -71,23 +71,31 @@ def broken(model: Model, batch: Batch, x_adv: Inputs) -> Mask:
 
 
 def problem(
-    case: Case, seed: int = 0, *, n: int = 10, classes: int = 4, rippled: bool = False
+    case: Case,
+    seed: int = 0,
+    *,
+    n: int = 10,
+    classes: int = 4,
+    shape: tuple[int, ...] = SHAPE,
+    dtype: torch.dtype = torch.float64,
+    rippled: bool = False,
 ) -> tuple[Classifier, Batch, ThreatModel]:
     """A small network, examples that it has right, and an eps that breaks about half of them."""
-    model = network(seed, classes=classes, rippled=rippled)
-    batch = labelled(model, examples(seed, n=n))
+    model = network(seed, classes=classes, shape=shape, rippled=rippled).to(dtype)
+    batch = labelled(model, examples(seed, n=n, shape=shape, dtype=dtype))
     radius = {"Linf": 0.06, "L2": 0.3, "L1": 1.2, "L0": 2.0}.get(type(case.norm(1.0)).__name__, 0.1)
     return model, batch, ThreatModel(case.norm(case.eps(radius)))
 
 
 def stays_inside(case: Case) -> None:
-    """Every returned point is finite, inside the ball and inside the box."""
-    for seed in range(3):
-        model, batch, threat = problem(case, seed)
+    """Every returned point is finite, inside the ball and inside the box, in float32 too."""
+    for seed, dtype in ((0, torch.float64), (1, torch.float32), (2, torch.float32)):
+        model, batch, threat = problem(case, seed, dtype=dtype)
         x_adv, _ = run(case, model, batch, threat, seed=seed)
         assert x_adv.shape == batch.x.shape, (
             f"{case}: {tuple(x_adv.shape)} for inputs of {tuple(batch.x.shape)}"
         )
+        assert x_adv.dtype == dtype, f"{case}: {x_adv.dtype} for inputs of {dtype}"
         assert x_adv.isfinite().all(), f"{case}: a returned point is not finite"
         inside = allowed(threat.constraint, x_adv, batch.x, model.bounds)
         distance = threat.constraint.distance(x_adv, batch.x)
@@ -180,6 +188,18 @@ def works_for_any_number_of_classes(case: Case) -> None:
         assert broken(model, batch, x_adv).any(), f"{case}: breaks nothing with {classes} classes"
 
 
+def takes_inputs_of_any_shape(case: Case) -> None:
+    """Rows of a table, a sequence, an image of one channel: inside the constraint, and something is broken."""
+    for shape in ((24,), (2, 12), (1, 5, 7)):
+        model, batch, threat = problem(case, n=6, shape=shape)
+        threat = ThreatModel(case.norm(case.eps(threat.constraint.eps * 3)))
+        x_adv, _ = run(case, model, batch, threat)
+        assert allowed(threat.constraint, x_adv, batch.x, model.bounds).all(), (
+            f"{case}: outside, inputs {shape}"
+        )
+        assert broken(model, batch, x_adv).any(), f"{case}: breaks nothing with inputs of shape {shape}"
+
+
 def leaves_the_model_alone(case: Case) -> None:
     """Weights, their gradients, `requires_grad` and train or eval mode come back as they were; unfrozen or not."""
     model, batch, threat = problem(case)
@@ -205,8 +225,16 @@ def leaves_its_arguments_alone(case: Case) -> None:
     assert untouched, f"{case}: edited its arguments"
 
 
+def declares_what_it_must_see(case: Case) -> None:
+    """With the access that it declares it does what it does with more."""
+    model, batch, threat = problem(case)
+    declared, _ = run(case, model, batch, replace(threat, access=case.attack.needs))
+    more, _ = run(case, model, batch, replace(threat, access="gradients"))
+    assert torch.equal(declared, more), f"{case}: sees more than {case.attack.needs}, which it declares"
+
+
 def keeps_to_the_budget(case: Case) -> None:
-    """No example is asked more than `queries` times, and the access it declares is enough."""
+    """No example is asked more than `queries` times, and what was found until then is kept."""
     model, batch, threat = problem(case)
     for queries in (1, 2, 13):
         limited = replace(threat, queries=queries, access=case.attack.needs)
@@ -294,8 +322,10 @@ ATTACK_LAWS: tuple[Callable[[Case], None], ...] = (
     keeps_what_it_found,
     eps_zero_changes_nothing,
     works_for_any_number_of_classes,
+    takes_inputs_of_any_shape,
     leaves_the_model_alone,
     leaves_its_arguments_alone,
+    declares_what_it_must_see,
     keeps_to_the_budget,
     survives_odd_batches,
     survives_odd_models,
