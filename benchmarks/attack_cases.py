@@ -203,7 +203,7 @@ COMPARISONS = [
     ),
     *(
         Comparison(f"square-{norm.lower()}", norm, eps, {"queries": 1000}, {"AutoAttack": square()}, seeds=(0, 1, 2),
-                   network=UNDEFENDED)
+                   network=UNDEFENDED, n=100)
         for norm, eps in (("Linf", 0.15), ("L2", 2.0), ("L1", 15.0))
     ),
     minimal(

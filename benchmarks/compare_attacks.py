@@ -104,10 +104,10 @@ def _our_side(case: Comparison) -> dict[str, Any]:
             found = ours.assessed(net.module, x, y, [attack], case.norm, case.eps, seed=seed)
             broken = ~found["correct"] | found["success"]
             if case.eps is None:
-                broken = found["distance"].isfinite()
+                broken = ours.distance(found, case.norm).isfinite()
             row: dict[str, Any] = {"seed": seed, "success": round(broken.double().mean().item(), 4)}
             if case.eps is None:
-                row["median_distance"] = round(ours.median_distance(found), 5)
+                row["median_distance"] = round(ours.median_distance(found, case.norm), 5)
             spent = found.cost
             row |= {
                 "forwards": round(spent.forwards / case.n, 1),

@@ -40,6 +40,11 @@ def robust_accuracy(evidence: Evidence) -> float:
     return (evidence["correct"] & ~evidence["success"]).double().mean().item()
 
 
-def median_distance(evidence: Evidence) -> float:
+def distance(evidence: Evidence, norm: str) -> Tensor:
+    """Of each example: 0 where it is wrong when clean, inf where nothing was found."""
+    return evidence[f"distance_{norm.lower()}"]
+
+
+def median_distance(evidence: Evidence, norm: str) -> float:
     """Median over all examples with inf kept; the lower of the two middle ones, as torch's own median."""
-    return evidence["distance"].double().quantile(0.5, interpolation="lower").item()
+    return distance(evidence, norm).double().quantile(0.5, interpolation="lower").item()
