@@ -26,7 +26,11 @@ RNG = Draws(3)
 AIMED = [APGD(loss=loss, targets=3) for loss in (cross_entropy, dlr, margin_loss)]
 
 
-@pytest.mark.parametrize("attack", [*AIMED, APGD(loss=dlr, targets=3, shrink=True)], ids=repr)
+@pytest.mark.parametrize(
+    "attack",
+    [*AIMED, APGD(loss=dlr, targets=3, shrink=True)],
+    ids=["cross-entropy", "dlr", "margin", "shrinking"],
+)
 @pytest.mark.parametrize("norm", [Linf, L2, L1])
 def test_breaks_a_linear_model_beyond_the_exact_distance_and_only_there(attack, norm):
     model, batch = linear_problem(1, classes=4, features=60)
@@ -106,7 +110,7 @@ def test_targets_are_ranked_by_the_clean_logits():
     assert likeliest(logits, torch.tensor([0, 1]), 9).shape == (2, 3)
 
 
-@pytest.mark.parametrize("attack", [APGD(), APGD(loss=dlr, targets=3)], ids=repr)
+@pytest.mark.parametrize("attack", [APGD(), APGD(loss=dlr, targets=3)], ids=["apgd", "apgd-t"])
 def test_a_goal_is_what_it_aims_at(attack):
     model = network()
     batch = labelled(model, examples(n=12))
