@@ -62,13 +62,13 @@ def _together(weight: Tensor, room: Tensor, rise: Tensor, speed: Tensor | None) 
     drive = weight if speed is None else weight * speed
     reached = torch.linalg.vecdot(room, weight) > rise
     t = torch.where(reached, rise / drive.sum(1).clamp_min(_TINY), _HUGE)
-    for _ in range(room.shape[-1]):
+    for _ in range(room.shape[-1] + 1):
         reach = t[..., None] if speed is None else t[..., None] * speed
         size = torch.minimum(room, reach)
         short = (rise - torch.linalg.vecdot(size, weight)) * reached
         if not (short > _CLOSE * rise).any():
             break
-        still_moving = (room - reach).clamp_min_(0).sign_()
+        still_moving = (room - size).sign_()
         t = t + short.clamp_min(0) / torch.linalg.vecdot(still_moving, drive).clamp_min(_TINY)
     return size
 
