@@ -51,7 +51,8 @@ def tell(result: Result, outputs: Sequence[str], voice: Voice) -> None:
         click.echo(result.to_json())
     elif not voice.quiet:
         width = voice.console().width if sys.stdout.isatty() else None
-        click.echo(tables(summary, colour=sys.stdout.isatty() and not voice.plain, width=width))
+        colour = sys.stdout.isatty() and not voice.plain
+        click.echo(tables(summary, colour=colour, width=width, brief=not voice.verbose))
     click.echo(verdict(summary, colour=sys.stderr.isatty() and not voice.plain), err=True, nl=False)
     for output in outputs:
         if output != _STDOUT:

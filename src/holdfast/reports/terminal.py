@@ -14,6 +14,21 @@ if TYPE_CHECKING:
 _STYLES = {"pass": "bold green", "fail": "bold red", "unclear": "bold yellow", "no gate": "bold"}
 _WIDE = 78
 """Columns that the whole table of attacks needs."""
+_FIRST = frozenset(
+    (
+        "clean_accuracy",
+        "robust_accuracy",
+        "robustness_score",
+        "worst_class",
+        "attack_success_rate",
+        "targeted_success_rate",
+        "robust_margin",
+        "adversarial_radius",
+        "regression",
+        "clean_accuracy_drop",
+    )
+)
+"""Metrics that a terminal shows unless it is asked for all."""
 _STATES = {"raised": "▲", "clear": "✓", "not measured": "○", "not applicable": "–"}
 
 
@@ -41,11 +56,17 @@ def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
     return as_string(lines, colour=colour, width=None)
 
 
-def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None) -> str:
-    """The attacks, the metrics and the doubts as tables; `width` None lets lines be as long as they are."""
+def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None, brief: bool = False) -> str:
+    """The attacks, the metrics and the doubts as tables; `width` None lets lines be as long as they are.
+
+    `brief` leaves out the metrics that few people look at first; every report has them all.
+    """
     doubts = [doubt for doubt in summary["doubts"] if doubt["state"] != "raised"]
     states = "  ".join(f"{_STATES[doubt['state']]} {printable(doubt['name'])}" for doubt in doubts)
-    parts = [attack_table(summary, narrow=width is not None and width < _WIDE), metric_table(summary)]
+    parts = [
+        attack_table(summary, narrow=width is not None and width < _WIDE),
+        metric_table(summary, brief=brief),
+    ]
     text = "\n".join(as_string(part, colour=colour, width=width) for part in parts if part.row_count)
     return text + (f"\ndoubts  {states}\n" if states else "")
 
@@ -80,12 +101,14 @@ def _attack_cells(attack: Mapping[str, Any]) -> list["Text | str"]:
     ]
 
 
-def metric_table(summary: Mapping[str, Any]) -> "Table":
-    """Every metric with its interval."""
+def metric_table(summary: Mapping[str, Any], *, brief: bool = False) -> "Table":
+    """The metrics with their intervals."""
     table = grid(
         f"metrics, {100 * summary['confidence']:.0f} % intervals", ("metric", "value", "interval", "n")
     )
     for name, estimate in summary["metrics"].items():
+        if brief and name not in _FIRST:
+            continue
         table.add_row(
             cell(label(name)),
             shown(name, estimate["value"]),
