@@ -34,20 +34,21 @@ class DDN:
     gamma: Positive = 0.05
     """share by which the radius shrinks or grows"""
     loss: Loss = cross_entropy
-    """what is climbed after the first step, which climbs the margin"""
+    """what is climbed; the scale of the search comes from one more gradient, of the margin at the clean input"""
 
     needs: ClassVar[Access] = "gradients"
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm = expect_norm(threat.constraint, self, L2)
         closest, x, limit = Closest(batch), batch.x, farthest(norm, batch.x, model.bounds)
+        grad, logits = gradient(model, batch, margin_loss)
+        first = gap(norm, free(grad, x, model.bounds), logits, batch, model.bounds).minimum(limit)
+        radius = first
         for step in range(self.steps):
-            grad, logits = gradient(model, batch.at(x), self.loss if step else margin_loss)
+            grad, logits = gradient(model, batch.at(x), self.loss)
             grad, broken = free(grad, x, model.bounds), firmly_broken(logits, batch)
             closest.offer(batch, x, norm.distance(x, batch.x), broken)
-            if step == 0:
-                radius = first = gap(norm, grad, logits, batch, model.bounds).minimum(limit)
-            else:
+            if step:
                 growth = torch.where(
                     closest.found, self.gamma, 3 * self.gamma
                 )  # nothing to refine yet: go far
