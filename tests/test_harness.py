@@ -210,7 +210,7 @@ def test_minimum_norm_plans_measure_everybody_without_an_eps():
     plan = Plan(labelled([DDN(steps=60), Doing(leave)]), ThreatModel(L2(eps)), smallest=True)
     evidence = concluded(plan, oracle.classifier(), batch)
     ratio = evidence["distance"].double() / exact
-    assert ratio.min() >= 1 - 1e-6 and ratio.median() <= 1.01
+    assert ratio.min() >= 1 - 1e-6 and ratio.median() <= 1.05
     assert torch.equal(evidence["success"], evidence["distance"] <= eps * (1 + 1e-6) + 1e-7)
     assert plan.members[1].attack.seen == [batch.ids.tolist()]
 

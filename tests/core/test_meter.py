@@ -7,8 +7,9 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.errors import BudgetSpent, UsageError
 from holdfast.core.meter import Metered, margin
-from holdfast.core.model import Bounds
+from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.testing.fakes import Constant
 from holdfast.testing.linear import LinearOracle
 
 X = torch.tensor([[0.9, 0.1], [0.8, 0.3], [0.6, 0.5], [0.7, 0.6]])
@@ -151,3 +152,17 @@ def test_the_margin_by_hand():
     assert not margin(logits, batch)[2] > 0  # what is no number does not hold
     aimed = batch.towards(torch.tensor([1, 1, 1]))
     assert margin(logits, aimed)[:2].tolist() == [2.0, 0.0]
+
+
+@pytest.mark.parametrize("target", [None, 0])
+@pytest.mark.parametrize("logits", [(0.3, 0.3), (torch.nan, 0.0), (torch.nan, torch.nan)])
+def test_a_tie_and_no_number_are_successes_as_they_are_to_the_judge(logits, target):
+    """Whichever class `argmax` would name, the margin does not hold: kept when the budget ends the attack."""
+    batch = Batch(torch.full((2, 2), 0.5), torch.full((2,), int(target == 0)), torch.arange(2))
+    batch = batch.towards(None if target is None else torch.zeros(2).long())
+    model, tried = Classifier(Constant(logits)), batch.x + 0.05
+    assert not (margin(model(tried), batch) > 0).any()
+    meter = Metered(model, batch, ThreatModel(Linf(0.1), goal=target, queries=2))
+    meter(tried)
+    assert meter.spent.first_success.tolist() == [1, 1]
+    assert torch.equal(meter.found(), tried)

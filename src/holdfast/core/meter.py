@@ -19,9 +19,13 @@ def margin(logits: Logits, batch: Batch) -> PerExample:
     Untargeted: the label's logit minus the largest other one. With targets: the largest other logit minus the target's.
     """
     wanted = batch.y if batch.target is None else batch.target
+    return _lead(logits, wanted) if batch.target is None else -_lead(logits, wanted)
+
+
+def _lead(logits: Logits, wanted: Labels) -> PerExample:
+    """The wanted class's logit minus the largest other one."""
     own = logits.gather(1, wanted[:, None])[:, 0]
-    others = logits.scatter(1, wanted[:, None], -torch.inf).amax(1)
-    return own - others if batch.target is None else others - own
+    return own - logits.scatter(1, wanted[:, None], -torch.inf).amax(1)
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,8 @@ class Metered:
 
     def _watch(self, x: Inputs, logits: Logits, rows: Tensor, wanted: Labels) -> None:
         """Note the first query that breaks each example with an allowed input."""
-        prediction = logits.argmax(1)
-        broken = prediction != wanted if self._batch.target is None else prediction == wanted
+        lead = _lead(logits, wanted)
+        broken = ~(lead > 0) if self._batch.target is None else ~(lead < 0)
         if not broken.any():
             return
         at = (broken & (self._first[rows] == 0)).nonzero()[:, 0]
