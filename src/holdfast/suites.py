@@ -19,9 +19,6 @@ from holdfast.ops.losses import cross_entropy, dlr
 Named = tuple[tuple[str, Attack], ...]
 """Attacks with the names that a suite gives them."""
 
-SUITES = ("quick", "standard", "rand", "black-box", "minimum-norm")
-"""What `--suite` takes."""
-
 
 @dataclass(frozen=True)
 class Suite:
@@ -39,9 +36,9 @@ class Suite:
 
 def suite(name: str, constraint: Constraint) -> Suite:
     """The suite of that name for a constraint; raises `UsageError` if there is none."""
-    if name not in _COMPOSED:
-        raise UsageError(f"there is no suite {name!r}; there are {', '.join(SUITES)}")
-    return Suite(name, 1, _COMPOSED[name](constraint), smallest=name == "minimum-norm")
+    if name not in COMPOSED:
+        raise UsageError(f"there is no suite {name!r}; there are {', '.join(COMPOSED)}")
+    return Suite(name, 1, COMPOSED[name](constraint), smallest=name == "minimum-norm")
 
 
 def curve(constraint: Constraint) -> Named:
@@ -96,10 +93,11 @@ def _minimum_norm(constraint: Constraint) -> Named:
     return (("FMN", FMN(steps=200)),)
 
 
-_COMPOSED: dict[str, Callable[[Constraint], Named]] = {
+COMPOSED: dict[str, Callable[[Constraint], Named]] = {
     "quick": _quick,
     "standard": _standard,
     "rand": _rand,
     "black-box": _black_box,
     "minimum-norm": _minimum_norm,
 }
+"""Every suite by its name."""

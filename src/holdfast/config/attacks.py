@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from importlib.metadata import entry_points
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -13,13 +13,13 @@ from holdfast.config.grammar import ThreatSpec, nearest, number
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.ascent import cosine, flat
-from holdfast.ops.losses import cross_entropy, dlr, margin_loss, probability_margin
+from holdfast.ops.ascent import Schedule, cosine, flat
+from holdfast.ops.losses import Loss, cross_entropy, dlr, margin_loss, probability_margin
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (cross_entropy, dlr, margin_loss, probability_margin, flat, cosine)
+_FUNCTIONS: dict[Any, tuple[Callable[..., Any], ...]] = {
+    Loss: (cross_entropy, dlr, margin_loss, probability_margin),
+    Schedule: (cosine, flat),
 }
-"""Losses and schedules that a configuration may name."""
 
 
 def threat_model(spec: ThreatSpec) -> ThreatModel:
@@ -70,11 +70,19 @@ def build(spec: Mapping[str, Any], where: str) -> Attack:
     return attack
 
 
+def functions(hint: Any) -> dict[str, Callable[..., Any]]:
+    """What a configuration may name for a setting that is a function: the losses, or the schedules."""
+    return {function.__name__: function for function in _FUNCTIONS.get(hint, ())}
+
+
 def _setting(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(value, Mapping) and "use" in value:
+    if hint is Attack and isinstance(value, Mapping):
         return build(value, where)
-    if isinstance(value, str) and value in FUNCTIONS:
-        return FUNCTIONS[value]
+    if get_origin(hint) is Callable:
+        named = functions(hint)
+        if str(value) not in named:
+            raise UsageError(f"{where} is {value!r}{nearest(str(value), named)}")
+        return named[str(value)]
     if isinstance(value, str) and _is_number(hint):
         value = number(value, where)
     try:
@@ -82,11 +90,8 @@ def _setting(hint: Any, value: Any, where: str) -> Any:
             hint, config=ConfigDict(arbitrary_types_allowed=True, strict=False)
         ).validate_python(value)
     except ValidationError as error:
-        what = error.errors()[0]
-        functions = f"; there are {', '.join(sorted(FUNCTIONS))}" if what["type"] == "callable_type" else ""
-        raise UsageError(
-            f"{where} is {value!r}; {what['msg'][0].lower()}{what['msg'][1:]}{functions}"
-        ) from None
+        what = error.errors()[0]["msg"]
+        raise UsageError(f"{where} is {value!r}; {what[0].lower()}{what[1:]}") from None
 
 
 def _is_number(hint: Any) -> bool:

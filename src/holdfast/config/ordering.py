@@ -17,7 +17,6 @@ from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.doubts.names import DOUBTS
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.harness import Member, Plan, labelled, slug
 from holdfast.harness.plan import DoubtsWanted
@@ -120,9 +119,6 @@ def order(
     command: str = "",
 ) -> Order:
     """What the settings ask for; `attacks` takes the place of a suite, `device` of the one in the settings."""
-    for name in settings.accept_doubts:
-        if name not in DOUBTS:
-            raise UsageError(f"there is no doubt {name!r}{nearest(name, DOUBTS)}")
     claims = tuple(parse_gate(gate) for gate in settings.gates)
     if baseline is None and any(claim.versus for claim in claims):
         raise UsageError(

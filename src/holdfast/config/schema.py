@@ -7,7 +7,7 @@ from typing import Any, get_origin, get_type_hints
 from pydantic import TypeAdapter
 
 from holdfast.attacks.protocol import Attack
-from holdfast.config.attacks import FUNCTIONS, attack_names
+from holdfast.config.attacks import attack_names, functions
 from holdfast.config.settings import AssessSettings
 
 
@@ -23,11 +23,12 @@ def schema() -> dict[str, Any]:
     properties = content["properties"]
     properties["attacks"] = {
         **properties["attacks"],
-        "anyOf": [{"type": "array", "items": {"$ref": "#/$defs/attack"}}, {"type": "null"}],
+        "anyOf": [{"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/attack"}}, {"type": "null"}],
     }
     for key in ("bounds", "mean", "std"):
         numbers = {"type": "array", "items": {"type": ["number", "string"]}}
-        properties[key]["anyOf"] = [numbers, {"type": "string"}, {"type": "null"}]
+        absent = [] if key == "bounds" else [{"type": "null"}]
+        properties[key]["anyOf"] = [numbers, {"type": "string"}, *absent]
         for old in ("type", "items", "minItems", "maxItems", "prefixItems"):
             properties[key].pop(old, None)
     return content
@@ -38,8 +39,8 @@ def _attack(name: str, cls: type[Any]) -> dict[str, Any]:
     properties: dict[str, Any] = {"use": {"const": name}}
     for f in fields(cls):
         properties[f.name] = _setting(hints[f.name])
-        if f.default is not MISSING and not callable(f.default):
-            properties[f.name]["default"] = f.default
+        if f.default is not MISSING:
+            properties[f.name]["default"] = getattr(f.default, "__name__", f.default)
     needed = ["use", *(f.name for f in fields(cls) if f.default is MISSING)]
     about = (cls.__doc__ or "").strip().splitlines()[0]
     return {
@@ -55,8 +56,8 @@ def _attack(name: str, cls: type[Any]) -> dict[str, Any]:
 def _setting(hint: Any) -> dict[str, Any]:
     if hint is Attack:
         return {"$ref": "#/$defs/attack"}
-    if get_origin(hint) is Callable or get_origin(hint) is type(Callable) or "Callable" in str(hint):
-        return {"enum": sorted(FUNCTIONS)}
+    if get_origin(hint) is Callable:
+        return {"enum": sorted(functions(hint))}
     content: dict[str, Any] = TypeAdapter(hint).json_schema()
     if content.get("type") == "number":
         limits = {key: content[key] for key in content if key != "type"}

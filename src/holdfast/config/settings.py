@@ -4,21 +4,24 @@ The same names everywhere: a key of the YAML file, a flag of the command line, a
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from holdfast.config.grammar import nearest, number, numbers, pairs, parse_threat, seconds
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.doubts.names import DOUBTS
 from holdfast.gates.grammar import parse as parse_gate
 
 SCHEMA_VERSION = 1
 
 SuiteName = Literal["quick", "standard", "rand", "black-box", "minimum-norm"]
-SUITES: tuple[SuiteName, ...] = ("quick", "standard", "rand", "black-box", "minimum-norm")
+SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
+"""What `--suite` takes; `holdfast.suites` composes them, and a test keeps the two in step."""
 
 
 def _fractions(value: object) -> object:
@@ -45,6 +48,13 @@ def _gate(value: object) -> object:
 def _duration(value: object) -> object:
     if isinstance(value, str):
         seconds(value, "time_budget")
+    return value
+
+
+def _accepted(value: object) -> object:
+    for name in value if isinstance(value, Mapping) else ():
+        if name not in DOUBTS:
+            raise UsageError(f"there is no doubt {name!r}{nearest(str(name), DOUBTS)}")
     return value
 
 
@@ -87,7 +97,7 @@ class AssessSettings(BaseModel):
         None, description="a named list of attacks; standard, unless attacks are listed"
     )
     attacks: list[dict[str, Any]] | None = Field(
-        None, description="attacks of your own, each `use: NAME` with its settings"
+        None, min_length=1, description="attacks of your own, each `use: NAME` with its settings"
     )
     only: list[str] = Field(default_factory=list, description="attacks of the suite to run, by name")
     skip: list[str] = Field(default_factory=list, description="attacks of the suite to leave out, by name")
@@ -95,7 +105,7 @@ class AssessSettings(BaseModel):
         default_factory=list, description='claims to be judged, as in "robust_accuracy >= 0.40"'
     )
     baseline: str | None = Field(None, description="run folder that `vs baseline` gates compare with")
-    accept_doubts: dict[str, str] = Field(
+    accept_doubts: Annotated[dict[str, str], BeforeValidator(_accepted)] = Field(
         default_factory=dict, description="doubts that a person answers for, each with a reason"
     )
     curve: bool = Field(False, description="also measure accuracy against eps, with minimum-norm attacks")
@@ -118,7 +128,7 @@ def read(path: Path | None, overrides: Mapping[str, Any], sets: Sequence[str] = 
     """Settings from a YAML file, `--set a.b=c` and flags, each stronger than the one before; checked."""
     content = {} if path is None else load(path)
     for key, value in pairs(sets, "--set").items():
-        put(content, key, yaml.safe_load(value))
+        put(content, key, _parsed(value, f"--set {key}"))
     content |= {key: value for key, value in overrides.items() if value is not None}
     return check(content, "the configuration" if path is None else str(path))
 
@@ -126,18 +136,25 @@ def read(path: Path | None, overrides: Mapping[str, Any], sets: Sequence[str] = 
 def load(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises `TargetError` if it cannot be read, `UsageError` if it is no mapping."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a safe loader)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TargetError(
             f"cannot read the configuration {str(path)!r}: {error}; make one with holdfast init"
         ) from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    content = _parsed(text, str(path))
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}; expected keys such as model: and data:")
     return content
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a safe loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
+        said = " ".join(str(error).split())
+        raise UsageError(f"{where} is no YAML: {said}; write KEY: VALUE, with text in quotes") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -147,6 +164,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise UsageError(f"{key!r} is no key (line {key_node.start_mark.line + 1}); keys are words")
             if key in seen:
                 raise UsageError(f"{key!r} stands twice (line {key_node.start_mark.line + 1}); keep one")
             seen.add(key)
@@ -188,8 +207,10 @@ def check(content: Mapping[str, Any], where: str) -> AssessSettings:
         raise UsageError(f"{where}: give a suite or a list of attacks, not both")
     if settings.n is not None and settings.sample is not None:
         raise UsageError(f"{where}: give n (the first N) or sample (a random N), not both")
-    if settings.bounds[0] >= settings.bounds[1]:
-        raise UsageError(f"{where}: bounds are {settings.bounds}; the first must be lower, as in 0,1")
+    if not settings.bounds[0] < settings.bounds[1] or not all(map(math.isfinite, settings.bounds)):
+        raise UsageError(
+            f"{where}: bounds are {settings.bounds}; give two numbers, the lower first, as in 0,1"
+        )
     return settings
 
 

@@ -1,0 +1,93 @@
+"""The configuration file: what cannot be meant is said in one sentence, whatever is wrong with it."""
+
+from pathlib import Path
+
+import pytest
+
+from holdfast.config.attacks import build
+from holdfast.config.grammar import number, pairs, parse_threat, seconds
+from holdfast.config.settings import SUITES, check, read
+from holdfast.config.starting import validate
+from holdfast.core.errors import UsageError
+from holdfast.ops.ascent import cosine
+from holdfast.ops.losses import dlr
+from holdfast.suites import COMPOSED
+
+REFUSED = [
+    ("? [a]\n: b", "no key"),
+    ("seed: 2020-13-45", "no YAML"),
+    ("a: [", "no YAML"),
+    ("model: !!python/object/apply:os.getcwd []", "no YAML"),
+    ("- model", "holds a list"),
+    ("n: 1\nn: 2", "'n' stands twice"),
+    ("thret: linf:0.1", "did you mean 'threat'"),
+    ("n: 0", "n is 0"),
+    ("n: 3\nsample: 3", "not both"),
+    ("bounds: [1, 0]", "the lower first"),
+    ("bounds: [0, .inf]", "the lower first"),
+    ("mean: 0.5,x", "expected a number"),
+    ("suite: quik", "suite is 'quik'"),
+    ("suite: quick\nattacks: [{use: PGD}]", "not both"),
+    ("attacks: []", r"attacks is \[\]"),
+    ("attacks: [{steps: 3}]", "needs a name"),
+    ("attacks: [{use: PDG}]", "did you mean 'PGD'"),
+    ("attacks: [{use: PGD, stepz: 3}]", "did you mean 'steps'"),
+    ("attacks: [{use: PGD, steps: 0}]", "steps is 0"),
+    ("attacks: [{use: PGD, loss: cosine}]", "loss is 'cosine'; did you mean|loss is 'cosine'; there are"),
+    ("attacks: [{use: PGD, loss: [dlr]}]", "there are cross_entropy|did you mean 'dlr'"),
+    ("attacks: [{use: PGD, steps: {use: PGD}}]", "steps is"),
+    ("gates: [robust_acuracy >= 0.5]", "did you mean 'robust_accuracy'"),
+    ("accept_doubts: {noize: I know}", "did you mean 'noise'"),
+    ("time_budget: 5 weeks", "expected a duration"),
+    ("threat: linf:-1", "eps is -1"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), REFUSED)
+def test_what_cannot_be_meant_is_a_usage_error(text, said, tmp_path):
+    path = tmp_path / "holdfast.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=said):
+        validate(path)
+
+
+def test_a_slip_in_set_is_a_usage_error():
+    with pytest.raises(UsageError, match="--set n is no YAML"):
+        read(None, {}, ["n=["])
+    with pytest.raises(UsageError, match=r"no '5' to set"):
+        read(None, {}, ["gates=[robust_accuracy >= 0.5]", "gates.5.x=1"])
+
+
+def test_flags_beat_set_and_set_beats_the_file(tmp_path):
+    path = Path(tmp_path / "holdfast.yaml")
+    path.write_text("n: 1\nseed: 1\nsuite: quick\nattacks: null\n")
+    settings = read(path, {"n": 3, "seed": None}, ["n=2", "seed=2", "threat=l2:1/2"])
+    assert (settings.n, settings.seed, settings.suite, settings.threat) == (3, 2, "quick", "l2:1/2")
+
+
+def test_numbers_may_be_fractions_at_every_depth():
+    settings = check({"mean": "1/2,0.25", "std": ["1/4", 1]}, "here")
+    assert settings.mean == (0.5, 0.25)
+    assert settings.std == (0.25, 1.0)
+    assert build({"use": "PGD", "reach": "5/2", "steps": "1e1"}, "here").reach == 2.5
+    assert build({"use": "PGD", "steps": "1e1"}, "here").steps == 10
+
+
+def test_functions_are_named():
+    attack = build({"use": "PGD", "loss": "dlr", "schedule": "cosine"}, "here")
+    assert (attack.loss, attack.schedule) == (dlr, cosine)
+
+
+def test_every_suite_that_may_be_named_is_composed():
+    assert set(SUITES) == set(COMPOSED)
+
+
+def test_the_grammar_reads_what_it_writes():
+    for text in ("linf:0.25", "l2", "l0:10px", "l1:12,goal=targeted:3,access=scores,queries=50"):
+        assert str(parse_threat(text)) == text
+    assert parse_threat("linf:8/255").eps == 8 / 255
+    assert (seconds("2min", "it"), number("8/255", "it"), pairs(["a=b=c"], "--x")) == (
+        120,
+        8 / 255,
+        {"a": "b=c"},
+    )
