@@ -137,7 +137,18 @@ def _refuse_code_of_config(settings: AssessSettings, flags: dict[str, Any]) -> N
             )
 
 
-@click.command(short_help="how robust is a model, honestly")
+_HELP = """\
+How robust is MODEL on DATA, honestly: the worst case over a suite of attacks, with intervals and doubts.
+
+\b
+MODEL  a bundled name (mnist-cnn, mnist-cnn-hardened), file.py:factory, or a
+       .safetensors, .pt, .pt2 or .onnx file
+DATA   a bundled name (mnist-mini), a catalogue name (see holdfast data), an .npz,
+       .csv or .parquet file, or a folder with one folder of images a class
+"""  # the escape is click's: the paragraph below it keeps its lines
+
+
+@click.command(short_help="how robust is a model, honestly", help=_HELP)
 @click.argument("model", required=False)
 @click.argument("data", required=False)
 @click.option(
@@ -150,15 +161,10 @@ def _refuse_code_of_config(settings: AssessSettings, flags: dict[str, Any]) -> N
 @offered(*ATTACKING, *TARGET, *SETTING)
 @spoken
 def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flags: Any) -> int:
-    r"""How robust is MODEL on DATA, honestly: the worst case over a suite of attacks, with intervals and doubts.
-
-    \b
-    MODEL  a bundled name (mnist-cnn, mnist-cnn-hardened), file.py:factory, or a
-           .safetensors, .pt, .pt2 or .onnx file
-    DATA   a bundled name (mnist-mini), a catalogue name (see holdfast data), an .npz,
-           .csv or .parquet file, or a folder with one folder of images a class
-    """
+    """How robust is MODEL on DATA: run, resume or rehearse it."""
     settings = settings_from(flags)
+    if resume and run is None:
+        raise UsageError("--resume goes on with a run; name its folder with --run DIR (see holdfast runs)")
     from holdfast.cli.running import assess_and_report
 
     return assess_and_report(settings, voice, run=run, resume=resume, dry_run=dry_run)
