@@ -18,6 +18,7 @@ from holdfast.core.errors import TargetError
 from holdfast.reports import write as reports
 from holdfast.reports.markdown import document
 from holdfast.reports.terminal import tables, verdict
+from holdfast.reports.words import printable
 from holdfast.runs.index import new_folder
 from holdfast.runs.order import Progress, Step, silent
 from holdfast.runs.result import Result
@@ -54,6 +55,8 @@ def tell(result: Result, outputs: Sequence[str], voice: Voice) -> None:
         colour = sys.stdout.isatty() and not voice.plain
         click.echo(tables(summary, colour=colour, width=width, brief=not voice.verbose))
     click.echo(verdict(summary, colour=sys.stderr.isatty() and not voice.plain), err=True, nl=False)
+    for note in summary["notes"]:
+        voice.say(f"note: {printable(note)}")
     for output in outputs:
         if output != _STDOUT:
             voice.say(f"report: {result.write(output)}")

@@ -60,9 +60,18 @@ def prepared(model: Classifier, sample: Batch) -> Iterator[Target]:
         scale = once.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-12)
         randomised = bool((once - again).nan_to_num(0.0, 0.0, 0.0).abs().max() > _SAME * scale)
         quick, notes = (model, ()) if randomised else quickened(model, sample.x)
+        notes = (*notes, *_constant(once))
         yield Target(model, quick, randomised, once.shape[1], notes, left_in_training)
     finally:
         for module, training in modes:
             module.training = training
         for weight, trained in weights:
             weight.requires_grad_(trained)
+
+
+def _constant(logits: Logits) -> tuple[str, ...]:
+    """A note where the model says the same whatever it sees."""
+    if len(logits) < 2 or not bool((logits == logits[0]).all()):
+        return ()
+    said = f"the model gives each of {len(logits)} examples the same output: nothing to attack, and no doubt to measure"
+    return (f"{said}; check its weights and its preprocessing with holdfast doctor",)
