@@ -124,3 +124,12 @@ def test_a_path_that_ends_higher_keeps_its_best():
     batch = Batch(torch.full((1, 1), 0.2), torch.zeros(1).long(), torch.zeros(1).long())
     x, height = ascend(Classifier(Valley()), batch, batch.x, margin_loss, L2(1.0), steps=2, step_size=0.29)
     assert x.item() == pytest.approx(0.49) and height.item() == pytest.approx(0.11)
+
+
+def test_a_gradient_that_is_no_number_leaves_the_input_a_number():
+    batch = Batch(torch.full((2, 3), 0.5), torch.tensor([0, 1]), torch.arange(2))
+    model = Classifier(lambda x: torch.stack(((x.sum(1) - 1.5).sqrt(), x[:, 0]), 1))
+    grad, _ = gradient(model, batch, margin_loss)
+    assert grad.isfinite().all()
+    x, _ = ascend(model, batch, batch.x, margin_loss, Linf(0.1), steps=3, step_size=0.05)
+    assert x.isfinite().all()

@@ -11,6 +11,7 @@ from holdfast.core.constraints import Constraint
 from holdfast.core.model import Model
 from holdfast.core.types import Inputs, Logits, PerExample
 from holdfast.ops.best import Best
+from holdfast.ops.gradients import input_gradient
 from holdfast.ops.losses import Loss, margin
 
 Schedule = Callable[[int, int], float]
@@ -30,15 +31,14 @@ def cosine(step: int, steps: int) -> float:
 def gradient(model: Model, batch: Batch, loss: Loss) -> tuple[Inputs, Logits]:
     """Gradient of the summed loss with respect to `batch.x`, and the logits there: one forward, one backward.
 
-    Zero where the model cuts the graph, as a comparison or a rounding to integers does.
+    Zero where the model cuts the graph, as a comparison or a rounding to integers does, and in place of NaN.
     """
     x = batch.x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x, batch.ids)
         if not logits.requires_grad:
             return torch.zeros_like(x), logits
-        (grad,) = torch.autograd.grad(loss(logits, batch).sum(), x, materialize_grads=True)
-    return grad, logits.detach()
+        return input_gradient(loss(logits, batch), x), logits.detach()
 
 
 def ascend(
