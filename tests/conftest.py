@@ -1,11 +1,15 @@
 """What every test stands on: fixed examples for the properties, one thread, and the real data where it is."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: small networks gain nothing from more threads, and the sums stay in one order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+import pkgutil
+from importlib import import_module
 
 import pytest
 from hypothesis import settings
@@ -33,3 +37,17 @@ def data_folder() -> Path:
 def models_folder() -> Path:
     """Real networks of other people (`HOLDFAST_MODELS`); the test is skipped where they are absent."""
     return _folder("HOLDFAST_MODELS", "models")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shapes() -> Iterator[None]:
+    """Check at run time that tensors have the shapes that the annotations promise, in whatever a test runs."""
+    from holdfast import attacks, core, ops
+    from holdfast.testing.shapes import watching
+
+    packages = (core, ops, attacks)
+    for package in packages:
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            import_module(module.name)
+    with watching(*(package.__name__ for package in packages)):
+        yield

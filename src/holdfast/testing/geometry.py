@@ -25,7 +25,7 @@ SHAPE = (2, 2, 2)
 """Eight values in four pixels: few enough to try every set of changes."""
 BOUNDS = Bounds()
 
-_RIVALS = 50  # random unit steps that the steepest one is compared with
+_RIVALS = 20  # random unit steps that the steepest one is compared with
 
 
 def scene(seed: int, *, n: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Batch, Inputs]:
