@@ -1,0 +1,108 @@
+"""The documentation says of the catalogue what the code does: names, compositions, costs, keys, commands."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from holdfast import attacks
+from holdfast.cli.app import _COMMANDS
+from holdfast.config.settings import AssessSettings
+from holdfast.core.constraints import L0, L1, L2, Linf
+from holdfast.core.errors import UsageError
+from holdfast.core.threat import ThreatModel
+from holdfast.doubts.names import DOUBTS
+from holdfast.harness import measure
+from holdfast.metrics.names import METRICS
+from holdfast.sources.data import open_data
+from holdfast.sources.models import bundled_models, open_model
+from holdfast.suites import COMPOSED, suite
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+NORMS = {"Linf": Linf, "L2": L2, "L1": L1, "L0": L0}
+
+
+def text(page):
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+def rows(page, first):
+    """Cells of the table whose first heading is `first`, by their headings."""
+    lines = text(page).splitlines()
+    start = next(k for k, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    table = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        table.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return [dict(zip(table[0], row, strict=True)) for row in table[2:]]
+
+
+ATTACKS = rows("reference/attacks.md", "attack")
+
+
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r"[\w/.-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+def test_every_attack_has_a_row():
+    assert sorted(row["attack"].strip("`") for row in ATTACKS) == sorted(attacks.__all__)
+
+
+@pytest.mark.parametrize("row", ATTACKS, ids=lambda row: row["attack"].strip("`"))
+def test_an_attack_sees_and_costs_what_its_row_says(row):
+    attack = getattr(attacks, row["attack"].strip("`"))()
+    assert row["sees"] == attack.needs
+    cited = re.findall(r"arxiv\.org/abs/(\d{4}\.\d{4,5})", row["source"])
+    assert cited
+    assert set(cited) <= set(re.findall(r"arXiv:(\d{4}\.\d{4,5})", inspect.getmodule(type(attack)).__doc__))
+    batch = open_data("mnist-mini", n=2).read(0, 2)
+    norm = L2 if row["norms"].startswith("L2") else Linf
+    threat = ThreatModel(norm(1e-6))
+    evidence = measure(open_model("mnist-cnn-hardened").model, [batch], [attack], threat)
+    assert evidence["correct"].all()
+    said = tuple(map(int, re.findall(r"\d+", row["asks of each"])))
+    cost = evidence.attacks[0].cost
+    asked = (cost.forwards / len(batch) - 1, cost.backwards / len(batch))
+    if row["asks of each"].startswith("at most"):
+        assert asked <= said
+    else:
+        assert asked == pytest.approx(said, rel=0.02)
+
+
+@pytest.mark.parametrize("row", rows("concepts/suites.md", "suite"), ids=lambda row: row["suite"].strip("`"))
+def test_a_suite_is_composed_as_its_row_says(row):
+    for norm, constraint in NORMS.items():
+        if row[norm] == "–":
+            with pytest.raises(UsageError, match=norm.lower()):
+                suite(row["suite"].strip("`"), constraint(1.0))
+        else:
+            chosen = suite(row["suite"].strip("`"), constraint(1.0))
+            assert row[norm] == ", ".join(name for name, _ in chosen.attacks)
+
+
+def test_every_suite_metric_doubt_command_and_bundled_model_is_told():
+    assert [row["suite"].strip("`") for row in rows("concepts/suites.md", "suite")] == list(COMPOSED)
+    told = text("concepts/metrics.md")
+    missing = [
+        name for name in METRICS if f"`{name}`" not in told and f"`_{name.split('_')[-1]}`" not in told
+    ]
+    assert not missing
+    assert not [name for name in DOUBTS if f"`{name}`" not in text("concepts/doubts.md")]
+    assert not [name for name in _COMMANDS if f"`holdfast {name}" not in text("reference/command-line.md")]
+    assert not [name for name in bundled_models() if f"`{name}`" not in text("reference/bundled.md")]
+
+
+def test_every_key_of_the_configuration_is_told_as_the_editor_tells_it():
+    told = {row["key"].strip("`"): row["says"] for row in rows("reference/configuration.md", "key")}
+    assert told == {name: field.description for name, field in AssessSettings.model_fields.items()}
+
+
+def test_the_flags_of_the_configuration_page_exist():
+    shown = (ROOT / "tests" / "cli" / "help" / "assess.txt").read_text(encoding="utf-8")
+    for row in rows("reference/configuration.md", "key"):
+        for flag in re.findall(r"`(-[\w-]+)`", row["flag"]):
+            assert re.search(rf"(?<![\w-]){flag}\b", shown), flag
