@@ -28,7 +28,9 @@ class Best:
         if some.ids is self._ids:
             lower = ~(margin >= self.margin)
             self.x = torch.where(lower.view(-1, *[1] * (x.dim() - 1)), x, self.x)
-            self.margin = torch.where(lower, margin, self.margin).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+            self.margin = torch.where(lower, margin, self.margin).nan_to_num_(
+                -torch.inf, torch.inf, -torch.inf
+            )
             return lower
         rows = self._order[torch.searchsorted(self._sorted, some.ids)]
         lower = ~(margin >= self.margin[rows])
