@@ -14,6 +14,10 @@ from holdfast.cli.app import run
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 FACTORIES = """
+import os
+import signal
+import time
+
 import torch
 from torch import nn
 
@@ -59,6 +63,11 @@ def not_for_one():
 
 def raises():
     raise RuntimeError("no such weights")
+
+
+def stopped(by):
+    os.kill(os.getpid(), getattr(signal, by))
+    time.sleep(60)
 
 
 number = 3
@@ -214,3 +223,28 @@ def test_debug_shows_the_traceback(capsys):
 def test_slips_of_the_pen_are_answered_before_torch_is_imported(words):
     code = f"import sys; from holdfast.cli.app import run; run({words!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_before_the_run_is_told_too(name, code):
+    words = [*with_model("m.py:stopped", "--model-args", f"by={name}")]
+    ended = subprocess.run(
+        [sys.executable, "-m", "holdfast", *words], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == code
+    assert f"stopped by {name}" in ended.stderr
+    assert "--resume" in ended.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full to write to")
+def test_a_full_disk_behind_stdout_is_no_internal_error():
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "holdfast", "attacks"],
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert ended.returncode == 3
+    assert "No space left" in ended.stderr

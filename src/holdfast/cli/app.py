@@ -2,9 +2,11 @@
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from types import FrameType
 
 import click
 
@@ -64,7 +66,16 @@ def verbs() -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     words = list(sys.argv[1:] if args is None else args)
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(words))
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM while no run is measuring; a run handles the signal by itself."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
 
 
 def run(words: Sequence[str]) -> int:
@@ -77,8 +88,12 @@ def run(words: Sequence[str]) -> int:
         return ended.exit_code
     except click.ClickException as error:
         return _said(_plain(error), 2, debug=debug)
-    except (KeyboardInterrupt, click.Abort):
-        return _said("interrupted before anything was written", 130, debug=debug)
+    except (KeyboardInterrupt, click.Abort) as stopped:
+        # click turns the first into the second
+        terminated = _Terminated in (type(stopped), type(stopped.__cause__))
+        name, code = ("SIGTERM", 143) if terminated else ("SIGINT", 130)
+        kept = "a run keeps what it had finished (see holdfast runs); start again, or add --run DIR --resume"
+        return _said(f"stopped by {name} while nothing was measured; {kept}", code, debug=debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -86,6 +101,10 @@ def run(words: Sequence[str]) -> int:
         return _said(str(error), 128 + error.signal_number, debug=debug)
     except HoldfastError as error:
         return _said(str(error), error.exit_code, debug=debug)
+    except OSError as error:
+        where = "the output" if error.filename is None else repr(str(error.filename))
+        said = f"{where} cannot be used: {error.strerror or error}; free some space, or name another place"
+        return _said(said, 3, debug=debug)
     except Exception as error:  # noqa: BLE001 (the one place where nothing may escape)
         hint = "" if debug else "; run it again with --debug for the traceback, and please report it"
         return _said(f"internal error: {type(error).__name__}: {error}{hint}", 5, debug=debug)
