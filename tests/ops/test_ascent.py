@@ -133,3 +133,19 @@ def test_a_gradient_that_is_no_number_leaves_the_input_a_number():
     assert grad.isfinite().all()
     x, _ = ascend(model, batch, batch.x, margin_loss, Linf(0.1), steps=3, step_size=0.05)
     assert x.isfinite().all()
+
+
+def test_a_gradient_that_is_one_number_for_all_features_is_taken():
+    model = Classifier(lambda x: torch.stack((x.flatten(1).sum(1), x.flatten(1).mean(1)), 1))
+    grad, _ = gradient(model, examples(), cross_entropy)
+    assert grad.unique().numel() <= 2 * len(examples()) and (grad.abs() > 0).all()
+
+
+def test_a_gradient_that_is_no_number_is_zero():
+    def rooted(x):
+        z = (x - x.detach()).flatten(1)[:, 0].sqrt()  # its slope at zero is infinite
+        return torch.stack((z + x[:, 0, 0, 0] * 0, x[:, 0, 0, 1]), 1)
+
+    grad, _ = gradient(Classifier(rooted), examples(), margin_loss)
+    assert grad.isfinite().all()
+    assert (grad[:, 0, 0, 0] == 0).all() and (grad[:, 0, 0, 1] != 0).all()

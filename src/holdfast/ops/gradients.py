@@ -13,4 +13,4 @@ def input_gradient(value: PerExample, x: Inputs, *, again: bool = False) -> Inpu
     if not value.requires_grad:
         return torch.zeros_like(x)
     (grad,) = torch.autograd.grad(value.sum(), x, retain_graph=again, materialize_grads=True)
-    return grad.nan_to_num_(0.0, 0.0, 0.0)
+    return grad.nan_to_num(0.0, 0.0, 0.0)  # not in place: the gradient of a sum is one number, expanded
