@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 
+from holdfast.core.chain import Link, canonical
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store.folder import opened
 from holdfast.store.ledger import FOREIGN_LEASE_S, Ledger, spent_in
@@ -97,6 +98,17 @@ def test_a_record_that_was_taken_out_or_moved_is_found(whole, tmp_path):
         (run / "chain.jsonl").write_text("".join(lines[k] for k in kept))
         with pytest.raises(TargetError, match="does not follow from the one before it"):
             verify(run)
+
+
+@pytest.mark.parametrize("file", ["/etc/hostname", "../elsewhere.json", ".."])
+def test_a_record_that_leads_out_of_the_folder_is_refused(whole, tmp_path, file):
+    run = shutil.copytree(whole, tmp_path / "run")
+    first = json.loads((run / "chain.jsonl").read_text().splitlines()[0])
+    link = Link(first["previous"], first["content"] | {"file": file})
+    record = {"previous": link.previous, "content": link.content, "digest": link.digest}
+    (run / "chain.jsonl").write_bytes(canonical(record) + b"\n")
+    with pytest.raises(TargetError, match="record 1 of"):
+        verify(run)
 
 
 def test_a_stage_without_a_record_is_found(whole, tmp_path):

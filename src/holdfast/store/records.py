@@ -74,7 +74,11 @@ def _link(path: Path, number: int, line: bytes) -> Link:
     try:
         record = json.loads(line)
         link = Link(record["previous"], record["content"])
-        holds = link.digest == record["digest"] and isinstance(link.content["kind"], str)
+        named = str(
+            link.content["file"]
+        )  # a run may come from elsewhere: its records name files of its own folder
+        plain = named == Path(named).name != ".."
+        holds = plain and link.digest == record["digest"] and isinstance(link.content["kind"], str)
     except (ValueError, KeyError, TypeError):
         holds = False
     if not holds:
