@@ -289,12 +289,13 @@ def test_a_batch_that_does_not_fit_is_halved_and_tried_again(error):
 
 
 def test_one_example_that_does_not_fit_and_other_errors_are_raised():
-    for error, size in ((MemoryError("one"), 1), (RuntimeError("shape"), 8)):
+    cases = ((MemoryError("9 GiB"), 1, TargetError), (RuntimeError("shape"), 8, RuntimeError))
+    for error, size, expected in cases:
 
         def work(piece, error=error):
             raise error
 
-        with pytest.raises(type(error), match=str(error)):
+        with pytest.raises(expected, match=str(error)):
             in_pieces(work, BATCH, Room(size))
 
 

@@ -18,7 +18,7 @@ from holdfast.core.model import out_of_memory
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, Mask
 from holdfast.harness.plan import Plan, Stage
-from holdfast.harness.target import VOTES, Target
+from holdfast.harness.target import VOTES, Target, no_memory
 
 GALLERY = 12
 """Broken examples that are kept for people to look at."""
@@ -114,8 +114,10 @@ def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Ro
         try:
             done.append(work(piece))
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or room.size == 1:
+            if not out_of_memory(error):
                 raise
+            if room.size == 1:
+                raise no_memory(1, error) from error
             room.size = max(1, min(room.size, len(piece)) // 2)
             room.halved(start, room.size)
             continue
@@ -181,7 +183,7 @@ def _attack(
         logits, right, right_fresh = _judged(target, batch, x_adv)
     found = ~(right > 0.5)
     distance = plan.threat.constraint.distance(x_adv, batch.x)
-    success = found & (distance <= plan.threat.constraint.eps * (1 + 1e-6) + 1e-7)
+    success = found & allowed(plan.threat.constraint, x_adv, batch.x, target.bare.bounds)
     far = torch.full_like(distance, torch.inf)
     columns = {
         "id": batch.ids,

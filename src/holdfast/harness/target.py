@@ -8,7 +8,8 @@ import torch
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
+from holdfast.core.errors import TargetError
+from holdfast.core.model import Classifier, out_of_memory
 from holdfast.core.types import Inputs, Logits
 from holdfast.ops.prepare import in_training, quickened
 
@@ -55,8 +56,7 @@ def prepared(model: Classifier, sample: Batch) -> Iterator[Target]:
     left_in_training = in_training(model)
     try:
         model.eval().requires_grad_(False)
-        with torch.no_grad():
-            once, again = model(sample.x), model(sample.x)
+        once, again = _first(model, sample), _first(model, sample)
         scale = once.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-12)
         randomised = bool((once - again).nan_to_num(0.0, 0.0, 0.0).abs().max() > _SAME * scale)
         quick, notes = (model, ()) if randomised else quickened(model, sample.x)
@@ -67,6 +67,24 @@ def prepared(model: Classifier, sample: Batch) -> Iterator[Target]:
             module.training = training
         for weight, trained in weights:
             weight.requires_grad_(trained)
+
+
+def no_memory(n: int, error: BaseException) -> TargetError:
+    """What is said when memory runs out and nothing can be halved."""
+    many = "one example" if n == 1 else f"{n} examples"
+    way_out = "give it a machine or a --device with more, or a smaller model"
+    return TargetError(f"memory ran out with {many} at a time ({error}); {way_out}")
+
+
+def _first(model: Classifier, sample: Batch) -> Logits:
+    try:
+        with torch.no_grad():
+            logits: Logits = model(sample.x)
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            raise no_memory(len(sample), error) from error
+        raise
+    return logits
 
 
 def _constant(logits: Logits) -> tuple[str, ...]:
