@@ -57,14 +57,21 @@ def _one(cases: list[Case]) -> tuple[list[torch.Tensor], list[torch.Tensor], Cel
     net = network(first.network)
     known = [_verdicts(case, net.sha256) for case in cases]
     x, y = images(net.data, first.n)
+    attacked = torch.tensor([c != "~" for c in known[0]["verdicts"]])
     attacks = [attack for _, attack in suite("standard", ours.constraint(first.norm, first.eps)).attacks]
     mine, seconds, stages = [], [], []
     for case in cases:
-        evidence = ours.assessed(net.module, x, y, attacks, first.norm, first.eps, seed=case.seed)
-        mine.append(evidence["correct"] & ~evidence["success"])
+        evidence = ours.assessed(
+            net.module, x[attacked], y[attacked], attacks, first.norm, first.eps, seed=case.seed
+        )
+        stands = torch.ones_like(attacked)
+        stands[attacked] = evidence["correct"] & ~evidence["success"]
+        mine.append(stands)
         seconds.append(evidence.cost.cpu_s)
-        stages.append([int(evidence["correct"].sum()), *(a.standing_after for a in evidence.attacks)])
-    theirs = [torch.tensor([c == "." for c in k["verdicts"]]) for k in known]
+        others = int((~attacked).sum())
+        after = [int(evidence["correct"].sum()), *(a.standing_after for a in evidence.attacks)]
+        stages.append([others + standing for standing in after])
+    theirs = [torch.tensor([c in ".~" for c in k["verdicts"]]) for k in known]
     cells = {
         "reference, after each stage": _stages([k["survivors"] for k in known]),
         "ours, after each stage": _stages(stages),
