@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from holdfast.attacks import APGD, PGD
-from holdfast.core.constraints import L0, L1, L2, Linf
+from holdfast.core.constraints import L0, L1, L2, Linf, extent
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Bounds, Classifier
@@ -16,7 +16,6 @@ from holdfast.gates.grammar import parse
 from holdfast.harness import Member, measure
 from holdfast.ops.losses import dlr
 from holdfast.runs.assess import assess
-from holdfast.runs.entry import extent
 from holdfast.runs.index import new_folder, open_run, runs_in
 from holdfast.runs.order import Subject
 from holdfast.sources.memory import as_data
@@ -177,7 +176,7 @@ def test_no_example_is_refused():
 )
 def test_an_eps_beyond_the_box_is_refused(norm, farthest):
     x = uniform(1, FEATURES)
-    assert extent(norm(), Bounds(), x) == pytest.approx(farthest)
+    assert extent(norm(), x, Bounds()) == pytest.approx(farthest)
     with pytest.raises(UsageError, match="no two inputs inside the bounds are further apart than"):
         assess(subject(), data(), order(FAST, threat=ThreatModel(norm(1.01 * farthest))))
 
@@ -185,9 +184,9 @@ def test_an_eps_beyond_the_box_is_refused(norm, farthest):
 def test_the_extent_knows_bounds_of_each_feature_and_pixels():
     bounds = Bounds(torch.zeros(FEATURES), torch.arange(FEATURES).float())
     x = uniform(1, FEATURES)
-    assert extent(Linf(), bounds, x) == FEATURES - 1
-    assert extent(L1(), bounds, x) == FEATURES * (FEATURES - 1) / 2
-    assert extent(L0(per="pixel"), Bounds(), uniform(1, 3, 5, 5)) == 25
+    assert extent(Linf(), x, bounds) == FEATURES - 1
+    assert extent(L1(), x, bounds) == FEATURES * (FEATURES - 1) / 2
+    assert extent(L0(per="pixel"), uniform(1, 3, 5, 5), Bounds()) == 25
 
 
 def test_a_goal_that_is_no_class_is_refused():

@@ -65,6 +65,13 @@ def allowed(constraint: Constraint, x_adv: Inputs, x: Inputs, bounds: Bounds) ->
     return inside & (constraint.distance(wide_adv, wide) <= constraint.eps * (1 + 1e-6) + 1e-7)
 
 
+def extent(constraint: Constraint, x: Inputs, bounds: Bounds) -> float:
+    """The distance between opposite corners of the box of inputs like `x`: with it as eps, every input is allowed."""
+    low, high = bounds.like(x.double())
+    corner = x[:1].shape
+    return float(constraint.distance(high.expand(corner), low.expand(corner)).max())
+
+
 def _rows(values: Tensor, like: Tensor) -> Tensor:
     """One number an example, shaped to broadcast against the inputs."""
     return values.view(-1, *[1] * (like.dim() - 1))

@@ -16,10 +16,10 @@ from torch import Tensor
 from holdfast.attacks import Square
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L1, L2, Constraint, Linf
+from holdfast.core.constraints import L1, L2, Constraint, Linf, extent
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns
-from holdfast.core.model import Bounds, Model
+from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Logits, Mask, PerExample, Rows
 from holdfast.doubts.slopes import gradients
@@ -119,13 +119,6 @@ def _whole_box(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> d
     return fallen(
         climbed(model, batch, threat, rng, margin_loss, eps=extent(threat.constraint, batch.x, model.bounds))
     )
-
-
-def extent(constraint: Constraint, x: Inputs, bounds: Bounds) -> float:
-    """The distance between opposite corners of the box: with it as eps, every input is allowed."""
-    low, high = bounds.like(x)
-    corner = x[:1]
-    return float(constraint.distance(high.expand_as(corner), low.expand_as(corner)).max())
 
 
 def _noise(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:

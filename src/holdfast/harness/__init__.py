@@ -5,7 +5,7 @@ returns columns; it is a pure function of them, the plan and the seed, so that a
 the work. `measure` is the caller that keeps everything in memory.
 """
 
-from holdfast.harness.assembly import Context, Seconds, assemble, conclude, join
+from holdfast.harness.assembly import Context, Seconds, assemble, conclude, first_of_each, join
 from holdfast.harness.measure import measure
 from holdfast.harness.plan import (
     Member,
@@ -19,9 +19,10 @@ from holdfast.harness.plan import (
     slug,
 )
 from holdfast.harness.stages import Room, in_pieces, run_stage, unattacked
-from holdfast.harness.target import Target, prepared
+from holdfast.harness.target import LOOKED_AT, Target, prepared
 
 __all__ = [
+    "LOOKED_AT",
     "Context",
     "Member",
     "Outline",
@@ -33,6 +34,7 @@ __all__ = [
     "Target",
     "assemble",
     "conclude",
+    "first_of_each",
     "in_pieces",
     "join",
     "labelled",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence
+from holdfast.core.types import Ids, Rows
 from holdfast.harness.plan import Outline, Step
 from holdfast.harness.stages import GALLERY, NORMS
 
@@ -154,9 +155,13 @@ def _gallery(plan: Outline, by_stage: Mapping[str, Columns]) -> dict[str, Tensor
     ]
     if not found:
         return {}
-    ids = torch.cat([columns["gallery.id"] for columns in found])
-    order = ids.argsort(stable=True)
-    fresh = torch.ones_like(order, dtype=torch.bool)
-    fresh[1:] = ids[order][1:] != ids[order][:-1]
-    chosen = order[fresh][:GALLERY]
+    chosen = first_of_each(torch.cat([columns["gallery.id"] for columns in found]))[:GALLERY]
     return {name: torch.cat([c[f"gallery.{name}"] for c in found])[chosen] for name in ("id", "x", "x_adv")}
+
+
+def first_of_each(ids: Ids) -> Rows:
+    """The first row of each id, ids ascending: of attacks in their order, the one that broke an example first."""
+    order = ids.argsort(stable=True)
+    first = torch.ones_like(order, dtype=torch.bool)
+    first[1:] = ids[order][1:] != ids[order][:-1]
+    return order[first]

@@ -14,9 +14,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.harness.assembly import Context, Seconds, conclude, join
 from holdfast.harness.plan import Plan, labelled, refuse_what_is_hidden
 from holdfast.harness.stages import Room, run_stage
-from holdfast.harness.target import prepared
-
-_LOOKED_AT = 8  # examples that show whether the model draws at random, and what may be done to make it quick
+from holdfast.harness.target import LOOKED_AT, prepared
 
 
 def measure(
@@ -37,7 +35,7 @@ def measure(
         raise TargetError("there are no examples to measure; expected at least one")
     plan = refuse_what_is_hidden(Plan(labelled(attacks), threat, seed), model.access)
     first = next(batch for batch in batches if len(batch))
-    with prepared(model, first.take(torch.arange(min(len(first), _LOOKED_AT)))) as target:
+    with prepared(model, first.take(torch.arange(min(len(first), LOOKED_AT)))) as target:
         shards: list[dict[str, Columns]] = [{} for _ in batches]
         seconds: dict[str, Seconds] = {}
         for stage in plan.stages():

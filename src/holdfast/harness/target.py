@@ -13,6 +13,8 @@ from holdfast.core.model import Classifier, out_of_memory
 from holdfast.core.types import Inputs, Logits
 from holdfast.ops.prepare import in_training, quickened
 
+LOOKED_AT = 8
+"""Examples that show, before anything is measured, whether the model draws at random and what makes it quick."""
 VOTES = 20
 """Draws of a randomised model that decide whether an example stands; as many fresh ones judge it."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.evidence import Columns, Cost, Evidence
-from holdfast.harness import Context, Seconds, conclude, unattacked
+from holdfast.harness import Context, Seconds, conclude, first_of_each, unattacked
 from holdfast.runs.written import doubt_from_json, outline_from_json
 from holdfast.store.folder import Stage
 
@@ -53,10 +53,7 @@ def adversarial(by_stage: Mapping[str, Columns], stages: Sequence[str]) -> dict[
     if not kept:
         return {}
     ids = torch.cat([columns["adversarial.id"] for columns in kept])
-    order = ids.argsort(stable=True)
-    first = torch.ones_like(order, dtype=torch.bool)
-    first[1:] = ids[order][1:] != ids[order][:-1]
-    rows = order[first]
+    rows = first_of_each(ids)
     return {"id": ids[rows], "x": torch.cat([columns["adversarial.x"] for columns in kept])[rows]}
 
 

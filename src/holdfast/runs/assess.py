@@ -17,7 +17,7 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.model import Classifier
 from holdfast.gates.judging import Doubts, judge
-from holdfast.harness import Plan, Target, prepared, refuse_what_is_hidden
+from holdfast.harness import LOOKED_AT, Plan, Target, prepared, refuse_what_is_hidden
 from holdfast.reports.numbers import strict
 from holdfast.runs import probes
 from holdfast.runs.assembling import DOUBTS, adversarial, evidence_of
@@ -33,8 +33,6 @@ from holdfast.runs.written import VERDICT, doubt_to_json, outline_to_json, verdi
 from holdfast.store.folder import RunFolder, opened, planned
 
 VERB = "assess"
-_LOOKED_AT = 8
-"""Examples that the model is looked at with before anything is measured."""
 
 
 def assess(
@@ -53,7 +51,7 @@ def assess(
     """
     refuse_data(data)
     device = torch.device(order.device)
-    sample = data.read(0, min(_LOOKED_AT, len(data))).to(device)
+    sample = data.read(0, min(LOOKED_AT, len(data))).to(device)
     with (
         _placed(subject.model, device),
         prepared(subject.model, sample) as target,

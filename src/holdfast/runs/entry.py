@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.core.batch import Batch, Data
-from holdfast.core.constraints import L0, L1, L2, Constraint
+from holdfast.core.constraints import extent
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.threat import ThreatModel
@@ -53,7 +53,7 @@ def refuse_data(data: Data) -> None:
 
 def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) -> None:
     """An eps beyond the box would mean any input at all; a goal must be a class."""
-    eps, farthest = threat.constraint.eps, extent(threat.constraint, bounds, x)
+    eps, farthest = threat.constraint.eps, extent(threat.constraint, x, bounds)
     if math.isfinite(eps) and eps > farthest * (1 + 1e-6):
         norm = type(threat.constraint).__name__.lower()
         raise UsageError(
@@ -64,18 +64,6 @@ def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) 
         raise UsageError(
             f"goal=targeted:{threat.goal} is no class of this model; it has {classes} (0 to {classes - 1})"
         )
-
-
-def extent(constraint: Constraint, bounds: Bounds, x: Tensor) -> float:
-    """The largest distance between two inputs inside the bounds."""
-    low, high = bounds.like(x.double())
-    width = (high - low).expand(x.shape[1:]).flatten()
-    if isinstance(constraint, L0):
-        units = math.prod(x.shape[2:]) if constraint.per == "pixel" and x.dim() == 4 else len(width)
-        return float(units)
-    if isinstance(constraint, L1):
-        return float(width.sum())
-    return float(width.norm()) if isinstance(constraint, L2) else float(width.max())
 
 
 def refuse_batch(batch: Batch, bounds: Bounds, classes: int, name: str) -> None:
