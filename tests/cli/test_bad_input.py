@@ -248,3 +248,9 @@ def test_a_full_disk_behind_stdout_is_no_internal_error():
         )
     assert ended.returncode == 3
     assert "No space left" in ended.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no folder here that refuses root")
+def test_a_folder_that_takes_no_file_is_found_before_anything_runs(capsys):
+    assert run(["demo", "-o", "/proc/here"]) == 3
+    assert "/proc takes no file" in capsys.readouterr().err

@@ -76,8 +76,12 @@ def check(path: Path, suffixes: Collection[str] = WRITERS.keys()) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise TargetError(f"{path} cannot be written: {folder} is a file and no folder; choose another place")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise TargetError(f"{path} cannot be written: {folder} gives no right to write; choose another place")
+    try:  # tried and not asked for: to root every folder seems writable, those of the kernel too
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        said = f"{folder} takes no file ({error.strerror or error})"
+        raise TargetError(f"{path} cannot be written: {said}; choose another place") from error
 
 
 def write(summary: Summary, columns: "Columns", path: Path) -> None:
