@@ -8,6 +8,7 @@ from pathlib import Path
 
 from holdfast.config.settings import AssessSettings, check, read
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.reports.write import check as check_place
 
 _TEMPLATE = """\
 # What `holdfast assess --config holdfast.yaml` does. Every key is also a flag and an argument of holdfast.assess;
@@ -71,8 +72,11 @@ def init(
 
 
 def validate(path: str | Path = "holdfast.yaml") -> AssessSettings:
-    """The settings in a configuration, every key, threat, gate, suite and attack checked; nothing is run."""
+    """The settings in a configuration, every key, threat, gate, suite, attack and report checked; nothing is run."""
     settings = read(Path(path), {})
+    for output in settings.output:
+        if output != "-":
+            check_place(Path(output))
     if settings.attacks is not None:
         from holdfast.config.attacks import build
 
