@@ -6,7 +6,8 @@ Nothing is imported before it is asked for: `import holdfast` costs a few millis
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.api import assess, compare, demo, doctor, init, report, validate, verify
+    from holdfast.api import assess, compare, demo, doctor, report, verify
+    from holdfast.config.starting import init, validate
     from holdfast.core.batch import Batch
     from holdfast.core.constraints import L0, L1, L2, Linf
     from holdfast.core.draws import Draws
@@ -53,9 +54,9 @@ _HOMES = {
     "compare": "holdfast.api",
     "demo": "holdfast.api",
     "doctor": "holdfast.api",
-    "init": "holdfast.api",
+    "init": "holdfast.config.starting",
     "report": "holdfast.api",
-    "validate": "holdfast.api",
+    "validate": "holdfast.config.starting",
     "verify": "holdfast.api",
 }
 

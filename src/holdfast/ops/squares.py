@@ -106,6 +106,7 @@ class Corners:
         return torch.where(up, self._high, self._low).view(-1, *self._shape)
 
     def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
+        """Where the windows of a block lie, and the corners that they go to."""
         sizes = [window(p, self._height, self._width, odd=False) for p in shares]
         down = _as_weight(_within(draws[..., 0], [rows for rows, _ in sizes], self._height), self._low)
         across = _as_weight(_within(draws[..., 1], [columns for _, columns in sizes], self._width), self._low)
@@ -113,11 +114,13 @@ class Corners:
         self._up = _as_weight(draws[..., 2:] < 0.5, self._low).transpose(0, 1)[..., None, None]
 
     def propose(self, step: int, x: Inputs) -> Inputs:
+        """Each window of the step at its corner."""
         # weights of exactly 0 and 1: `lerp` then picks one end, and is quicker than `where`
         corner = torch.lerp(self._low, self._high, self._up[step])
         return torch.lerp(x.view_as(corner), corner, self._down[step] * self._across[step]).view_as(x)
 
     def take(self, rows: Mask) -> None:
+        """Go on with some of the examples."""
         self._ids, self._low, self._high = self._ids[rows], self._low[rows], self._high[rows]
         self._down, self._across, self._up = self._down[:, rows], self._across[:, rows], self._up[:, rows]
 
@@ -163,6 +166,7 @@ class Heaps:
         return self._ball.project(self._clean + delta.view_as(self._clean), self._clean, self._bounds)
 
     def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
+        """Where both windows of each step of a block lie, and the signs and orientations of the heaps."""
         self._sizes = [window(p, self._height, self._width, odd=True) for p in shares]
         room = torch.tensor(
             [(self._height - a + 1, self._width - b + 1) for a, b in self._sizes], device=draws.device
@@ -175,6 +179,7 @@ class Heaps:
         self._signs = (1 - 2 * (draws[..., 5:] < 0.5).to(self._clean.dtype)).transpose(0, 1).contiguous()
 
     def propose(self, step: int, x: Inputs) -> Inputs:
+        """One window emptied, and what both held spent on a heap in the other."""
         n, size = len(x), self._sizes[step]
         delta = (x - self._clean).reshape(n, self._channels, -1)
         fill, offsets = self._pattern(size)
@@ -219,6 +224,7 @@ class Heaps:
         return self._patterns[size]
 
     def take(self, rows: Mask) -> None:
+        """Go on with some of the examples."""
         self._ids, self._clean = self._ids[rows], self._clean[rows]
         self._first, self._second = self._first[:, rows], self._second[:, rows]
         self._turned, self._signs = self._turned[:, rows], self._signs[:, rows]
