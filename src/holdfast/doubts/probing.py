@@ -34,7 +34,7 @@ Run = Callable[[Model, Batch, ThreatModel, Draws], dict[str, Tensor]]
 STEPS = 20
 """Gradient steps of the short passes."""
 REACH = 2.5
-"""Path length of a pass in multiples of eps, as PGD's own default."""
+"""Path length of a pass in multiples of eps, at an even step, as Madry et al. take."""
 SMALL = 0.01
 """What `scale` multiplies the logits with."""
 SEARCHES = 1000
