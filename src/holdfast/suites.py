@@ -13,7 +13,6 @@ from holdfast.attacks import APGD, DDN, FAB, FMN, PGD, DeepFool, Square
 from holdfast.attacks.protocol import Attack
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.errors import UsageError
-from holdfast.ops.ascent import cosine
 from holdfast.ops.losses import cross_entropy, dlr
 
 Named = tuple[tuple[str, Attack], ...]
@@ -51,7 +50,7 @@ def curve(constraint: Constraint) -> Named:
 def _quick(constraint: Constraint) -> Named:
     if not isinstance(constraint, (Linf, L2)):
         return (("PGD", PGD(steps=50, restarts=2)),)
-    sprint = PGD(steps=20, reach=10, restarts=3, schedule=cosine)
+    sprint = PGD(steps=20, reach=10, restarts=3)
     return (("PGD", sprint), ("APGD-T", APGD(loss=dlr, steps=20, targets=3)))
 
 

@@ -115,3 +115,12 @@ def test_l0_keeps_the_changes_that_matter_most():
     # cut to the box the second value still moves the point furthest
     assert L0(1.0).project(far, x, BOX).tolist() == [[0.5, 1.0, 0.5]]
     assert L0(2.0).project(far, x, BOX)[0].tolist() == pytest.approx([0.9, 1.0, 0.5])
+
+
+def test_thousands_of_roundings_do_not_add_up_to_more_than_is_allowed():
+    shape = (16, 3, 32, 32)
+    draws, ids = Draws(0), torch.arange(16)
+    x = draws.at("x").uniform(ids, *shape[1:])
+    far = x + draws.at("step").normal(ids, *shape[1:])
+    for eps in (1e-3, 3.0, 12.0):
+        assert allowed(L1(eps), L1(eps).project(far, x, Bounds()), x, Bounds()).all()

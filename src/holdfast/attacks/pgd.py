@@ -1,8 +1,9 @@
 """PGD: projected gradient descent.
 
 Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, arXiv:1706.06083.
-Differs from the paper: climbs the margin instead of the cross-entropy, and keeps each example's best iterate instead
-of its last.
+Differs from the paper: climbs the margin instead of the cross-entropy, lets the step size fall along a cosine from the
+whole of eps to nothing, and keeps each example's best iterate instead of its last. The paper's own are
+`loss=cross_entropy, reach=2.5, schedule=flat`.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Restarts, Steps
-from holdfast.ops.ascent import Schedule, ascend, flat
+from holdfast.ops.ascent import Schedule, ascend, cosine
 from holdfast.ops.best import Best
 from holdfast.ops.losses import Loss, margin_loss
 
@@ -24,14 +25,14 @@ class PGD:
 
     steps: Steps = 40
     """gradient steps of one restart"""
-    reach: Positive = 2.5
+    reach: Positive = 20.0
     """path length of one restart, in multiples of eps"""
     restarts: Restarts = 1
     """random starts; each works only on the examples still standing"""
     loss: Loss = margin_loss
     """what is climbed: `margin_loss`, `cross_entropy`, `dlr`, `probability_margin`"""
-    schedule: Schedule = flat
-    """how the step size runs: `flat`, or `cosine` from twice as much down to zero"""
+    schedule: Schedule = cosine
+    """how the step size runs: `cosine` from twice the mean down to zero, or `flat`"""
     drop: bool = True
     """leave an example out once it is broken"""
 

@@ -20,6 +20,9 @@ from holdfast.core.model import Bounds
 from holdfast.core.types import Inputs, Mask, NonNegative, PerExample
 
 _TINY = 1e-12
+_ROUNDINGS = (
+    3  # times that an L1 point is drawn in again because its float32 coordinates were rounded outwards
+)
 _L1_DENSITY = (
     0.01  # share of the features that one L1 step moves: between a vertex (too slow) and a dense step
 )
@@ -207,20 +210,26 @@ class L1:
         """Shrink every change by the same amount, none below zero or beyond the box, until they add up to the radius.
 
         The sum is piecewise linear in that amount, with breakpoints where a coordinate leaves the box's side (size -
-        room) or reaches zero (size); the piece that contains the radius is found by sorting them.
+        room) or reaches zero (size); the piece that contains the radius is found by sorting them. Distances are
+        measured in float64: thousands of roundings of float32 add up to more than is allowed.
         """
         clamped = bounds.clamp(x_adv)
-        outside = self.distance(clamped, x) > radius
+        outside = self.distance(clamped.double(), x.double()) > radius
         if not outside.any():
             return clamped
-        delta, eps = (x_adv - x)[outside], radius[outside]
+        delta, eps, clean = (x_adv - x)[outside], radius[outside], x[outside]
         size = delta.abs().flatten(1)
-        room = torch.minimum(_room(delta, x[outside], bounds).flatten(1), size)
-        moved = (size - _l1_shrinkage(size, room, eps)[:, None]).clamp_min(0).minimum(room)
-        total = moved.sum(1)
-        moved = moved * (eps / total.clamp_min(_TINY)).clamp_max(1)[:, None]  # rounding only
+        room = torch.minimum(_room(delta, clean, bounds).flatten(1), size)
+        moved = (size - _l1_shrinkage(size, room, eps)[:, None]).clamp_min(0).minimum(room).view_as(delta)
+        inside = bounds.clamp(clean + moved * delta.sign())
+        for _ in range(_ROUNDINGS):
+            total = self.distance(inside.double(), clean.double())
+            if (total <= eps).all():
+                break
+            moved = moved * _rows((eps / total.clamp_min(_TINY)).clamp_max(1).to(moved.dtype), moved)
+            inside = bounds.clamp(clean + moved * delta.sign())
         result = clamped.clone()
-        result[outside] = bounds.clamp(x[outside] + moved.view_as(delta) * delta.sign())
+        result[outside] = inside
         return result
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:

@@ -10,6 +10,7 @@ from holdfast.attacks.protocol import Attack
 from holdfast.core.errors import UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import ACCESS_ORDER, Access
+from holdfast.ops.ascent import flat
 from holdfast.ops.losses import cross_entropy
 
 Kind = Literal["clean", "attack", "attacked", "curve"]
@@ -102,7 +103,7 @@ class Plan:
         )
 
 
-FIXED = Member("PGD-40", PGD(steps=40, loss=cross_entropy, drop=False))
+FIXED = Member("PGD-40", PGD(steps=40, reach=2.5, loss=cross_entropy, schedule=flat, drop=False))
 """The pass that does not depend on the suite's order: every example, never dropped."""
 
 
