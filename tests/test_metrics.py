@@ -339,3 +339,19 @@ def test_the_query_curve_ends_at_robust_accuracy():
     assert curve.y[0].value == shares.clean_accuracy(run).value
     assert curve.y[-1].value == shares.robust_accuracy(run).value
     assert curve.x[1] == float(run["first_success"][run["success"]].min())
+
+
+def test_classes_of_a_randomised_model_count_chances_as_the_whole_does():
+    chance = torch.tensor([1.0, 0.5, 0.0, 0.5])
+    columns = {
+        "id": torch.arange(4),
+        "y": torch.tensor([0, 0, 1, 1]),
+        "correct": torch.ones(4, dtype=torch.bool),
+        "success": chance < 0.5,
+        "right_probability": chance,
+    }
+    evidence = Evidence(columns, ThreatModel(Linf(0.1)), "rand@1", (), 0)
+    rows = [row.robust_accuracy.value for row in shares.per_class(evidence)]
+    assert rows == [0.75, 0.25]
+    assert shares.worst_class(evidence).value == 0.25
+    assert shares.robust_accuracy(evidence).value == 0.5

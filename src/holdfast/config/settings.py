@@ -124,12 +124,20 @@ class AssessSettings(BaseModel):
     )
 
 
+_RIVALS = (("n", "sample"), ("sample", "n"), ("suite", "attacks"), ("attacks", "suite"))
+"""Pairs that exclude each other: a flag of one takes the place of the file's other."""
+
+
 def read(path: Path | None, overrides: Mapping[str, Any], sets: Sequence[str] = ()) -> AssessSettings:
     """Settings from a YAML file, `--set a.b=c` and flags, each stronger than the one before; checked."""
     content = {} if path is None else load(path)
     for key, value in pairs(sets, "--set").items():
         put(content, key, _parsed(value, f"--set {key}"))
-    content |= {key: value for key, value in overrides.items() if value is not None}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    for key, rival in _RIVALS:
+        if key in given and rival not in given:
+            content.pop(rival, None)
+    content |= given
     return check(content, "the configuration" if path is None else str(path))
 
 

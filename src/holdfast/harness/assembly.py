@@ -11,6 +11,7 @@ from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence
 from holdfast.core.types import Ids, Rows
 from holdfast.harness.plan import Outline, Step
 from holdfast.harness.stages import GALLERY, NORMS
+from holdfast.harness.target import VOTES
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,16 @@ def conclude(
         del columns["right_probability"]
     if plan.threat.goal is None:
         del columns["eligible"]
-    records, total = [], _cost(by_stage["clean"], seconds.get("clean", Seconds()), clean=True)
+    records, total = (
+        [],
+        _clean_cost(by_stage["clean"], seconds.get("clean", Seconds()), randomised=randomised),
+    )
     standing = int((by_stage["clean"]["correct"] & by_stage["clean"]["eligible"]).sum())
     gone = torch.zeros(len(columns["id"]), dtype=torch.bool)
     for stage in plan.steps[1:]:
         if stage.name not in by_stage:
             continue
-        cost = _cost(by_stage[stage.name], seconds.get(stage.name, Seconds()))
+        cost = _cost(by_stage[stage.name], seconds.get(stage.name, Seconds()), randomised=randomised)
         total += cost
         if stage.kind == "attack":
             before = standing - int(gone.sum())
@@ -135,14 +139,20 @@ def _record(step: Step, before: int, after: int, cost: Cost) -> AttackRecord:
     return AttackRecord(step.name, step.attack, step.settings, before, after, cost, step.notes)
 
 
-def _cost(columns: Columns, seconds: Seconds, *, clean: bool = False) -> Cost:
-    if clean:
-        n = len(columns["id"])
-        return Cost(n, 0, n, seconds.cpu, seconds.wall)
-    queries, judged = (
-        int(columns["queries"].sum()),
-        int(columns["ran"].sum()) if "ran" in columns else len(columns["id"]),
-    )
+def _clean_cost(columns: Columns, seconds: Seconds, *, randomised: bool) -> Cost:
+    n = len(columns["id"])
+    return Cost(n * _looks(randomised=randomised), 0, n, seconds.cpu, seconds.wall)
+
+
+def _looks(*, randomised: bool) -> int:
+    """Forwards that judge one input: one, or two sets of votes beside it."""
+    return 1 + 2 * VOTES if randomised else 1
+
+
+def _cost(columns: Columns, seconds: Seconds, *, randomised: bool) -> Cost:
+    queries = int(columns["queries"].sum())
+    judged = int(columns["ran"].sum()) if "ran" in columns else len(columns["id"])
+    judged *= _looks(randomised=randomised and "right" in columns)
     return Cost(queries + judged, int(columns["backwards"].sum()), queries, seconds.cpu, seconds.wall)
 
 

@@ -9,9 +9,9 @@ import torch
 
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
-from holdfast.core.types import PerExample
+from holdfast.core.types import Mask, PerExample
 from holdfast.metrics.columns import Absent, broken, column, robust
-from holdfast.ops.statistics import bonferroni, clopper_pearson, complement, mean, proportion
+from holdfast.ops.statistics import bonferroni, complement, mean, proportion
 
 
 def clean_accuracy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
@@ -104,9 +104,10 @@ class ClassRow:
 def per_class(evidence: Evidence, confidence: float = 0.95) -> tuple[ClassRow, ...]:
     """Clean and robust accuracy of each class that occurs, with intervals that do not allow for the many classes."""
     try:
-        held = robust(evidence, "robust_accuracy")
+        robust(evidence, "robust_accuracy")
+        measured = True
     except Absent:
-        held = None
+        measured = False
     rows = []
     for label in torch.unique(evidence["y"]).tolist():
         members = evidence["y"] == label
@@ -115,7 +116,7 @@ def per_class(evidence: Evidence, confidence: float = 0.95) -> tuple[ClassRow, .
                 label,
                 int(members.sum()),
                 proportion(evidence["correct"][members], confidence),
-                None if held is None else proportion(held[members], confidence),
+                _held(evidence, members, "robust_accuracy", confidence) if measured else None,
             )
         )
     return tuple(rows)
@@ -127,12 +128,19 @@ def worst_class(evidence: Evidence, confidence: float = 0.95, *, eps: float | No
     The intervals of all classes hold together (Bonferroni), hence the smallest of their ends bound the smallest
     accuracy.
     """
-    held, y = robust(evidence, "worst_class", eps), evidence["y"]
+    y = evidence["y"]
     labels = torch.unique(y).tolist()
     each = bonferroni(confidence, len(labels))
-    found = []
-    for label in labels:
-        k, n = int(held[y == label].sum()), int((y == label).sum())
-        found.append(Estimate(k / n, *clopper_pearson(k, n, each), n))
+    found = [_held(evidence, y == label, "worst_class", each, eps) for label in labels]
     worst = min(found, key=lambda estimate: estimate.value)
     return Estimate(worst.value, min(e.low for e in found), min(e.high for e in found), worst.n)
+
+
+def _held(
+    evidence: Evidence, members: Mask, metric: str, confidence: float, eps: float | None = None
+) -> Estimate:
+    """Robust accuracy among some examples: a share, or of a randomised model the mean chance of being right."""
+    chance = right_probability(evidence, eps)
+    if chance is not None:
+        return mean(chance[members], confidence)
+    return proportion(robust(evidence, metric, eps)[members], confidence)
