@@ -112,7 +112,7 @@ def verdicts(case: Case, net: Network) -> dict[str, object]:
 
 
 def _fragile(module: nn.Module, x: Tensor, y: Tensor, case: Case) -> Tensor:
-    """Which examples have the lowest margin on the path of PGD-20, from the clean input; those wrong there come first."""
+    """Which examples have the lowest margin on the path of PGD-20, from the clean input."""
     size = 2.5 * case.eps / 20
     lowest, z = torch.full_like(x[:, 0, 0, 0], torch.inf), x
     for _ in range(21):

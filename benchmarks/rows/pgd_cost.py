@@ -15,8 +15,8 @@ from holdfast.attacks import PGD
 from holdfast.ops.losses import cross_entropy
 
 WHAT = "PGD-40 as a list of attacks (free doubts only): CPU time over the naive floor, n = 200, one thread"
-STEPS, N, ROUNDS = 40, 200, 7
-SETTINGS = (("mnist_cnn_a_adv", 0.3), ("mnist_trades_smallcnn", 0.3), ("mnist-cnn-hardened", 0.2))
+STEPS, N, ROUNDS = 40, 200, 5
+SETTINGS = (("mnist_cnn_a_adv", 0.3), ("cifar_cnn_a_adv", 2 / 255), ("mnist-cnn-hardened", 0.2))
 
 
 def measured() -> Outcome:
