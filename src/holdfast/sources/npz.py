@@ -17,6 +17,8 @@ from holdfast.sources.files import megabytes, nearest, readable_file
 
 MAX_BYTES = 16 * 2**30
 """arrays of one archive, together, once inflated"""
+_SMALL, _RATIO = 2**30, 1000
+"""beyond a gibibyte, data that shrank more than a thousandfold is no data"""
 _DAMAGE = (zipfile.BadZipFile, zlib.error, LZMAError, EOFError, ValueError, OSError, NotImplementedError)
 
 
@@ -38,6 +40,11 @@ class Npz:
         if total > MAX_BYTES:
             raise TargetError(
                 f"{str(path)!r} would inflate to {megabytes(total)}; at most {megabytes(MAX_BYTES)} is read"
+            )
+        if total > max(_SMALL, _RATIO * path.stat().st_size):
+            raise TargetError(
+                f"{str(path)!r} has {megabytes(path.stat().st_size)} and would inflate to {megabytes(total)}: a bomb "
+                "rather than data. If it is data, save it with numpy.savez instead of savez_compressed"
             )
 
     @property
