@@ -13,7 +13,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Doubt
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import AtLeast, AtMost, Doubts, exit_code, judge
-from holdfast.metrics.names import AT_EPS, METRICS, PAIRED
+from holdfast.metrics.names import AT_EPS, METRICS, PAIRED, SHARES
 from test_metrics import evidence
 
 NONE = Doubts()
@@ -44,7 +44,16 @@ def test_every_metric_may_be_gated(metric):
         ("Robust-Accuracy >= 0.4", "did you mean 'robust_accuracy'"),
         ("zzz >= 0.4", "known are adversarial_radius"),
         ("robust_accuracy >= 40%", "write the share 0.4"),
-        ("robust_accuracy >= 40 %", "percentage"),
+        ("robust_accuracy >= 40 %", "write the share 0.4"),
+        ("robust_accuracy > 40%", "so write >=; it also gives '40%'"),
+        ("robust_accuracy < 40 %", "write the share 0.4"),
+        ("robust_accuracy >= 40", "40 is no share; did you mean 0.40?"),
+        ("worst_class@8/255 >= 12.5", "did you mean 0.125?"),
+        ("f1 >= 1.5", "1.5 is no share; f1 lies from 0 to 1"),
+        ("calibration_error <= -0.1", "lies from 0 to 1"),
+        ("clean_accuracy >= inf", "'inf' is no number"),
+        ("regression <= 5 vs baseline", "5 is no difference of shares; did you mean 0.05?"),
+        ("regression <= -2 vs baseline", "lies from -1 to 1"),
         ("robust_accuracy > 0.4", "write >="),
         ("robust_accuracy == 0.4", "METRIC >= NUMBER"),
         ("robust_accuracy", "cannot be read"),
@@ -65,6 +74,16 @@ def test_a_gate_that_cannot_be_meant_is_refused_with_a_way_out(text, says):
         parse(text)
     assert says in str(refused.value)
     assert repr(text) in str(refused.value)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_metric_without_a_largest_value_may_be_gated_above_one(metric):
+    text = f"{metric} <= 40{' vs baseline' if metric in PAIRED else ''}"
+    if metric in SHARES | PAIRED:
+        with pytest.raises(UsageError, match="did you mean 0.40"):
+            parse(text)
+    else:
+        assert parse(text).bound == 40
 
 
 @given(text=st.text(max_size=30))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from holdfast.core.errors import UsageError
-from holdfast.metrics.names import AT_EPS, METRICS, PAIRED
+from holdfast.metrics.names import AT_EPS, METRICS, PAIRED, SHARES
 
 Relation = Literal[">=", "<="]
 
@@ -52,14 +52,9 @@ def parse(text: str) -> Claim:
         )
     if eps is not None and eps < 0:
         raise UsageError(f"gate {text!r}: eps is {eps:g}; it must be 0 or more, as in {metric}@8/255")
-    return Claim(
-        metric,
-        _relation(parts["relation"], text),
-        _number(parts["bound"], text),
-        eps,
-        _versus(metric, parts["rest"], text),
-        text.strip(),
-    )
+    relation = _relation(parts["relation"], _percentage(parts["bound"], parts["rest"]), text)
+    bound = _bound(metric, _number(parts["bound"], text, parts["rest"]), text)
+    return Claim(metric, relation, bound, eps, _versus(metric, parts["rest"], text), text.strip())
 
 
 def _metric(name: str, text: str) -> str:
@@ -74,23 +69,49 @@ def _list(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
-def _relation(sign: str, text: str) -> Relation:
+def _relation(sign: str, percentage: str | None, text: str) -> Relation:
     if sign == ">=":
         return ">="
     if sign == "<=":
         return "<="
     if sign in {">", "<"}:
+        also = "" if percentage is None else f"; it also {percentage}"
         raise UsageError(
-            f"gate {text!r} compares with {sign!r}; an interval cannot tell it from {sign}=, so write {sign}="
+            f"gate {text!r} compares with {sign!r}; an interval cannot tell it from {sign}=, so write {sign}={also}"
         )
     raise UsageError(f"gate {text!r} compares with {sign!r}; {FORM}")
 
 
-def _number(written: str, text: str) -> float:
-    if written.endswith("%"):
-        as_share = _fraction(written[:-1])
-        way_out = "write it as a share" if as_share is None else f"write the share {as_share / 100:g}"
-        raise UsageError(f"gate {text!r} gives {written!r}, but metrics are no percentages; {way_out}")
+def _percentage(written: str, rest: str = "") -> str | None:
+    """What is wrong with a number that ends in `%`, with a space before it or not; None if it does not."""
+    if not written.endswith("%") and rest.split()[:1] != ["%"]:
+        return None
+    number = written.removesuffix("%")
+    as_share = _fraction(number)
+    way_out = "write it as a share" if as_share is None else f"write the share {as_share / 100:g}"
+    return f"gives '{number}%', but metrics are no percentages; {way_out}"
+
+
+def _bound(metric: str, bound: float, text: str) -> float:
+    """The bound, if the metric can come near it."""
+    lowest = 0 if metric in SHARES else -1 if metric in PAIRED else -math.inf
+    if lowest == -math.inf or lowest <= bound <= 1:
+        return bound
+    kind = "share" if metric in SHARES else "difference of shares"
+    meant = f"did you mean {_share(bound)}?" if 2 <= bound <= 100 else f"{metric} lies from {lowest} to 1"
+    raise UsageError(f"gate {text!r}: {bound:g} is no {kind}; {meant}")
+
+
+def _share(percents: float) -> str:
+    """The share that is meant by so many of a hundred, with two digits at least."""
+    share = f"{percents / 100:g}"
+    return share if len(share) > 3 else f"{percents / 100:.2f}"
+
+
+def _number(written: str, text: str, rest: str = "") -> float:
+    percentage = _percentage(written, rest)
+    if percentage is not None:
+        raise UsageError(f"gate {text!r} {percentage}")
     number = _fraction(written)
     if number is None or not math.isfinite(number):
         raise UsageError(f"gate {text!r}: {written!r} is no number; write one such as 0.4 or 8/255")
@@ -116,10 +137,6 @@ def _versus(metric: str, rest: str, text: str) -> Literal["baseline"] | None:
         return "baseline"
     if words == ["of", "static"]:
         raise UsageError(f"gate {text!r}: 'of static' comes with rotate, which this version does not have")
-    if words == ["%"]:
-        raise UsageError(
-            f"gate {text!r} gives a percentage, but metrics are no percentages; write a share, as in 0.4"
-        )
     if words:
         raise UsageError(f"gate {text!r} ends in {rest!r}, which means nothing; it may end in 'vs baseline'")
     if metric in PAIRED:

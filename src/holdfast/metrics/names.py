@@ -50,5 +50,20 @@ AT_EPS: Final = frozenset(
 )
 """Metrics that may be asked at another eps, as in `robust_accuracy@4/255`."""
 
+SHARES: Final = AT_EPS | {
+    "clean_accuracy",
+    "clean_error_rate",
+    "targeted_success_rate",
+    "precision",
+    "recall",
+    "f1",
+    "attacked_precision",
+    "attacked_recall",
+    "attacked_f1",
+    "calibration_error",
+    "attacked_calibration_error",
+}
+"""Metrics that lie from 0 to 1, so that a gate such as `robust_accuracy >= 40` is refused."""
+
 PAIRED: Final = frozenset({"regression", "clean_accuracy_drop"})
 """Metrics between two runs of the same examples, as in `regression <= 0.01 vs baseline`."""
