@@ -174,6 +174,7 @@ CASES = [
     (["assess", "mnist-cnn"], 2, "DATA"),
     (["assess"], 2, "MODEL"),
     (["attacks", "PDG"], 2, "PGD"),
+    (["attacks", "pgdd"], 2, "did you mean 'PGD'"),
     (["data", "show", "mnits"], 2, "mnist"),
     (["report", "nowhere"], 3, "nowhere"),
     (["verify", "nowhere"], 3, "nowhere"),
@@ -212,13 +213,28 @@ def test_a_model_that_refuses_some_batch_sizes_is_named(capsys):
     assert "expected more than one value" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["apgd-t", "APGD-T"])
+def test_an_attack_is_shown_by_the_name_that_a_suite_gives_it(name, capsys):
+    assert run(["attacks", name]) == 0
+    shown = capsys.readouterr().out
+    assert "APGD-T is the name that suites give to APGD" in shown
+    assert "shrink" in shown
+
+
 def test_debug_shows_the_traceback(capsys):
     assert run(["assess", "gone.pt", "--debug"]) == 3
     assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "words", [[*ASSESS, "--threat", "lin:0.1"], [*ASSESS, "--suit", "x"], ["assess", "gone.pt"], ["asess"]]
+    "words",
+    [
+        [*ASSESS, "--threat", "lin:0.1"],
+        [*ASSESS, "--suit", "x"],
+        ["assess", "gone.pt"],
+        ["asess"],
+        ["attacks", "pgdd"],
+    ],
 )
 def test_slips_of_the_pen_are_answered_before_torch_is_imported(words):
     code = f"import sys; from holdfast.cli.app import run; run({words!r}); sys.exit('torch' in sys.modules)"

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from holdfast import attacks
 from holdfast.config.attacks import build
 from holdfast.config.grammar import number, pairs, parse_threat, seconds
+from holdfast.config.naming import ATTACKS, VARIANTS, attack_meant
 from holdfast.config.settings import SUITES, check, read
 from holdfast.config.starting import validate
+from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.ops.ascent import cosine
 from holdfast.ops.losses import dlr
@@ -81,6 +84,42 @@ def test_functions_are_named():
 
 def test_every_suite_that_may_be_named_is_composed():
     assert set(SUITES) == set(COMPOSED)
+
+
+def test_the_attacks_that_may_be_named_are_those_that_there_are():
+    assert set(ATTACKS) == set(attacks.__all__)
+    constraints = (Linf(0.1), L2(1.0), L1(1.0), L0(1))
+    members = [
+        member
+        for suite, composed in COMPOSED.items()
+        for constraint in constraints
+        if (suite, type(constraint)) != ("black-box", L0)
+        for member in composed(constraint)
+    ]
+    assert {name: type(attack).__name__ for name, attack in members if name not in ATTACKS} == VARIANTS
+
+
+@pytest.mark.parametrize(
+    ("name", "attack"),
+    [("PGD", "PGD"), ("pgd", "PGD"), ("apgd-t", "APGD"), ("FAB-T", "FAB"), ("deepfool", "DeepFool")],
+)
+def test_an_attack_is_found_as_people_write_it(name, attack):
+    assert attack_meant(name) == attack
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pgdd", "did you mean 'PGD'"),
+        ("zzz", "there are APGD"),
+        ("deepfol", "'DeepFool'"),
+        ("pgd", "did you mean 'PGD'"),
+        ("apgd-t", "APGD-T is the name that suites give to APGD"),
+    ],
+)
+def test_use_takes_the_exact_name(name, said):
+    with pytest.raises(UsageError, match=said):
+        build({"use": name}, "here")
 
 
 def test_the_grammar_reads_what_it_writes():

@@ -31,19 +31,25 @@ def models(voice: Voice) -> None:
 @spoken
 def attacks(voice: Voice, name: str | None) -> None:
     """The attacks that a suite, a configuration or `use:` may name; with NAME, its settings and their defaults."""
+    from holdfast.config.naming import VARIANTS, attack_meant
+
+    chosen = None if name is None else attack_meant(name)  # before torch, so that a slip is answered at once
     from rich.table import Table
 
     from holdfast.config.attacks import attack_class, attack_names
 
-    if name is None:
+    if name is None or chosen is None:
         table = Table("name", "needs", "what it does", box=None, pad_edge=False, header_style="bold")
         for known, cls in sorted(attack_names().items()):
             table.add_row(known, cls.needs, _first_line(cls))
         voice.console().print(table)
         return
-    cls = attack_class(name)
+    cls = attack_class(chosen)
+    variant = next((known for known in VARIANTS if known.casefold() == name.casefold()), None)
+    if variant is not None:
+        click.echo(f"{variant} is the name that suites give to {chosen} with settings of its own\n")
     source = (inspect.getmodule(cls).__doc__ or "").strip()
-    click.echo(f"{name}: {_first_line(cls)}\nneeds {cls.needs}\n\n{source}\n")
+    click.echo(f"{chosen}: {_first_line(cls)}\nneeds {cls.needs}\n\n{source}\n")
     table = Table("setting", "default", "meaning", box=None, pad_edge=False, header_style="bold")
     meanings = _meanings(cls)
     for f in fields(cls):

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from holdfast import attacks as catalogue
 from holdfast.attacks.protocol import Attack
 from holdfast.config.grammar import ThreatSpec, nearest, number
+from holdfast.config.naming import GROUP, attack_named
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.threat import ThreatModel
@@ -36,15 +37,12 @@ def threat_model(spec: ThreatSpec) -> ThreatModel:
 def attack_names() -> dict[str, type[Any]]:
     """The catalogue, and what other packages add under the entry-point group `holdfast.attacks`."""
     own = {name: getattr(catalogue, name) for name in catalogue.__all__}
-    return {**{entry.name: entry.load() for entry in entry_points(group="holdfast.attacks")}, **own}
+    return {**{entry.name: entry.load() for entry in entry_points(group=GROUP)}, **own}
 
 
 def attack_class(name: str) -> type[Any]:
     """The attack of that name; raises `UsageError` with the nearest one."""
-    known = attack_names()
-    if name not in known:
-        raise UsageError(f"there is no attack {name!r}{nearest(name, known)}")
-    return known[name]
+    return attack_names()[attack_named(name)]
 
 
 def build(spec: Mapping[str, Any], where: str) -> Attack:
