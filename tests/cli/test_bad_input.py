@@ -178,6 +178,9 @@ CASES = [
     (["data", "show", "mnits"], 2, "mnist"),
     (["report", "nowhere"], 3, "nowhere"),
     (["verify", "nowhere"], 3, "nowhere"),
+    (["verify", "."], 3, "run.json"),
+    (["compare", ".", "."], 3, "run.json"),
+    ([*ASSESS, "--baseline", "."], 3, "run.json"),
     # disks
     ([*ASSESS, "--run", "file/run"], 3, "file"),
     ([*ASSESS, "-o", "file/report.html"], 3, "file"),
@@ -234,6 +237,13 @@ def test_debug_shows_the_traceback(capsys):
         ["assess", "gone.pt"],
         ["asess"],
         ["attacks", "pgdd"],
+        with_model("mnist-cn"),
+        with_data("mnits"),
+        [*ASSESS, "-o", "report.pdf"],
+        [*ASSESS, "--baseline", "."],
+        ["report", "."],
+        ["verify", "."],
+        ["compare", ".", "."],
     ],
 )
 def test_slips_of_the_pen_are_answered_before_torch_is_imported(words):

@@ -5,11 +5,16 @@ from typing import Any
 
 import click
 
+from holdfast.cli.early import (
+    refuse_missing_file,
+    refuse_no_run,
+    refuse_reports,
+    refuse_unknown_data,
+    refuse_unknown_model,
+)
 from holdfast.cli.options import Voice, offered, spoken
 from holdfast.config.settings import SUITES, AssessSettings, read
-from holdfast.core.errors import TargetError, UsageError
-
-_FILES = (".pt", ".pth", ".th", ".pt2", ".onnx", ".safetensors", ".npz", ".csv", ".gz", ".parquet", ".py")
+from holdfast.core.errors import UsageError
 
 ATTACKING = (
     click.option(
@@ -107,24 +112,21 @@ def settings_from(flags: dict[str, Any]) -> AssessSettings:
     settings = read(Path(config) if config else None, flags, sets)
     if config and not settings.trust_code:
         _refuse_code_of_config(settings, flags)
+    _refuse_targets(settings)
+    refuse_reports(settings.output)
+    return settings
+
+
+def _refuse_targets(settings: AssessSettings) -> None:
     for name, meaning in (("model", "what is to be assessed"), ("data", "examples to assess it on")):
         if getattr(settings, name) is None:
             raise UsageError(
                 f"{name.upper()} is missing ({meaning}); try holdfast assess mnist-cnn mnist-mini"
             )
-    return settings
-
-
-def refuse_missing_file(address: str | None) -> None:
-    """Raise `TargetError` for an address that is meant as a file and is not there."""
-    if address is None:
-        return
-    path = address.rsplit(":", 1)[0] if ".py:" in address else address
-    looks_like_a_file = path.endswith(_FILES) or path.endswith((".yaml", ".yml")) or "/" in path
-    if looks_like_a_file and "://" not in path and not Path(path).exists():
-        raise TargetError(
-            f"there is no file or folder {path!r}; expected one there (the current folder is {Path.cwd().name!r})"
-        )
+    refuse_unknown_model(str(settings.model))
+    refuse_unknown_data(str(settings.data))
+    if settings.baseline is not None:
+        refuse_no_run(Path(settings.baseline))
 
 
 def _refuse_code_of_config(settings: AssessSettings, flags: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from holdfast.cli.early import refuse_no_run, refuse_reports
 from holdfast.cli.options import Voice, spoken
 
 
@@ -20,11 +21,8 @@ from holdfast.cli.options import Voice, spoken
 @spoken
 def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
     """Write reports of a finished run, without measuring anything; its verdict is said again, with its exit code."""
-    from holdfast.reports.write import check
-
-    for name in output:
-        if name != "-":
-            check(Path(name))
+    refuse_no_run(run)
+    refuse_reports(output)
     from holdfast.api import report as opened
     from holdfast.cli.running import tell
 
@@ -38,6 +36,7 @@ def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
 @spoken
 def verify(voice: Voice, run: Path) -> None:
     """Hash every file of a run again and follow its chain; exits 3 and names the first thing that does not hold."""
+    refuse_no_run(run)
     from holdfast.api import verify as checked
 
     found = checked(run)
@@ -92,11 +91,10 @@ def runs(voice: Voice, folder: Path) -> None:
 @spoken
 def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) -> None:
     """What changed from RUN_A to RUN_B: a paired test on the examples they share, and every metric side by side."""
-    from holdfast.reports.write import COMPARISON_SUFFIXES, check
+    from holdfast.reports.write import COMPARISON_SUFFIXES
 
-    for name in output:
-        if name != "-":
-            check(Path(name), COMPARISON_SUFFIXES)
+    refuse_no_run(first, second)
+    refuse_reports(output, COMPARISON_SUFFIXES)
     from holdfast.api import compare as compared
 
     comparison = compared(first, second)

@@ -1,0 +1,74 @@
+"""What is refused before torch is imported: files that are not there, names that nothing has, reports of no known kind.
+
+The floors below refuse the same things for callers from Python; here a slip of the pen is answered in half a second.
+"""
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import holdfast
+from holdfast.config.grammar import nearest
+from holdfast.core.errors import TargetError, UsageError
+
+_FILES = (".pt", ".pth", ".th", ".pt2", ".onnx", ".safetensors", ".npz", ".csv", ".gz", ".parquet", ".py")
+
+
+def refuse_missing_file(address: str | None) -> None:
+    """Raise `TargetError` for an address that is meant as a file and is not there."""
+    if address is None:
+        return
+    path = address.rsplit(":", 1)[0] if ".py:" in address else address
+    looks_like_a_file = path.endswith(_FILES) or path.endswith((".yaml", ".yml")) or "/" in path
+    if looks_like_a_file and "://" not in path and not Path(path).exists():
+        raise TargetError(
+            f"there is no file or folder {path!r}; expected one there (the current folder is {Path.cwd().name!r})"
+        )
+
+
+def refuse_unknown_model(address: str) -> None:
+    """Raise `UsageError` for a word that is neither a bundled model nor a file."""
+    known = _bundled("*.safetensors")
+    if _is_word(address) and address not in known:
+        raise UsageError(
+            f"there is no bundled model {address!r}{nearest(address, known)}; "
+            "give one of those, file.py:factory, or a .safetensors, .pt, .pt2 or .onnx file"
+        )
+
+
+def refuse_unknown_data(address: str) -> None:
+    """Raise `UsageError` for a word that is neither a bundled or catalogued data set nor a file."""
+    from holdfast.sources.catalogue import CATALOGUE
+
+    known = [*_bundled("*.npz"), *CATALOGUE]
+    if _is_word(address) and address not in known:
+        raise UsageError(
+            f"there is no data set {address!r}{nearest(address, known)}; "
+            "give one of those, an .npz, .csv or .parquet file, or a folder of class folders"
+        )
+
+
+def refuse_reports(outputs: Iterable[str], suffixes: Collection[str] | None = None) -> None:
+    """Raise what `holdfast.reports.write.check` has against a report, for each but the one on stdout."""
+    from holdfast.reports.write import WRITERS, check
+
+    for output in outputs:
+        if output != "-":
+            check(Path(output), WRITERS.keys() if suffixes is None else suffixes)
+
+
+def refuse_no_run(*folders: Path) -> None:
+    """Raise `TargetError` for a folder that holds no run."""
+    for folder in folders:
+        if not (folder / "run.json").is_file():
+            raise TargetError(
+                f"{str(folder)!r} is no run folder, for it has no run.json; list them with holdfast runs"
+            )
+
+
+def _bundled(pattern: str) -> list[str]:
+    return sorted(path.stem for path in (Path(holdfast.__file__).parent / "bundled").glob(pattern))
+
+
+def _is_word(address: str) -> bool:
+    """Whether nothing about it says that it is a file, a factory or another place."""
+    return not set(address) & set("./\\:") and not Path(address).exists()
