@@ -153,13 +153,13 @@ def doctor(
     """The usual mistakes between a model and its data, found in seconds."""
     settings = _settings("doctor()", locals())
     subject = _subject(model, settings)
-    return examine(subject.model, _data(data, settings, subject.model))
+    return examine(subject.model, _data(data, settings, subject.model, lenient=True))
 
 
 def look_over(settings: AssessSettings) -> tuple[Finding, ...]:
     """`doctor` as the command line and a configuration file ask for it."""
     subject = ordering.opened_subject(settings)
-    return examine(subject.model, ordering.opened_data(settings, subject.model))
+    return examine(subject.model, ordering.opened_data(settings, subject.model, lenient=True))
 
 
 def compare(first: Result | str | Path, second: Result | str | Path) -> Comparison:
@@ -198,10 +198,10 @@ def _subject(model: ModelLike, settings: AssessSettings) -> Subject:
     return ordering.given_subject(model, settings)
 
 
-def _data(data: DataLike, settings: AssessSettings, model: Classifier) -> Data:
+def _data(data: DataLike, settings: AssessSettings, model: Classifier, *, lenient: bool = False) -> Data:
     if isinstance(data, str | Path):
-        return ordering.opened_data(settings, model)
-    given = as_data(data, classes=model.classes, bounds=model.bounds)
+        return ordering.opened_data(settings, model, lenient=lenient)
+    given = as_data(data, classes=model.classes, bounds=model.bounds, lenient=lenient)
     return selected(given, n=settings.n, sample=settings.sample, seed=settings.seed)
 
 

@@ -6,7 +6,7 @@ often than what was declared, so that a merely weak model is not accused.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,10 +17,14 @@ from holdfast.core.errors import TargetError
 from holdfast.core.model import Classifier
 from holdfast.ops.losses import margin_loss
 from holdfast.ops.prepare import in_training
+from holdfast.sources.arrays import Arrays
 
 Level = Literal["problem", "warning", "good"]
 
 _SAMPLE = 256  # examples that are looked at
+_MISFITS = 16  # examples outside the bounds or the classes that are added to them
+_CHUNK = 4096
+_ROUNDING = 1e-6
 _BETTER = 0.15  # an alternative is named when it is right on this much more of them
 _NORMALISATIONS = {
     "MNIST's": ((0.1307,), (0.3081,)),
@@ -63,7 +67,7 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
     """
     if not len(data):
         raise TargetError(f"{data.name} holds no examples; expected at least one")
-    batch = _sample(data)
+    batch = _sample(data, model)
     modes = [(module, module.training) for module in model.modules()]
     left_in_training = in_training(model)
     try:
@@ -71,21 +75,65 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
         wrong_layout = _layout(model, batch)
         if wrong_layout is not None:
             return (wrong_layout,)
+        known = _ask(model, batch.x[:1]).shape[1]
+        said = (*_range(model, batch.x), *_labels_outside(batch.y, known))
+        batch = _brought_inside(model, batch, known)
         patient = Patient(model, batch, left_in_training, _ask(model, batch.x))
-        return tuple(finding for check in _CHECKS for finding in check(patient))
+        return (*said, *(finding for check in _CHECKS for finding in check(patient)))
     finally:
         for module, training in modes:
             module.training = training
 
 
-def _sample(data: Data) -> Batch:
-    """Examples spread evenly over the data set, so that files sorted by class show all of them."""
+def _sample(data: Data, model: Classifier) -> Batch:
+    """Examples spread evenly over the data set, so that files sorted by class show all of them, and misfits."""
     n = min(_SAMPLE, len(data))
-    rows = [k * len(data) // n for k in range(n)]
+    rows = sorted({*(k * len(data) // n for k in range(n)), *_misfits(data, model)})
     pieces = [data.read(row, row + 1) for row in rows]
     return Batch(
         torch.cat([p.x for p in pieces]), torch.cat([p.y for p in pieces]), torch.cat([p.ids for p in pieces])
     )
+
+
+def _misfits(data: Data, model: Classifier) -> list[int]:
+    """The first rows of arrays that an assessment would refuse; images are bytes in named folders and always fit."""
+    found: list[int] = []
+    if isinstance(data, Arrays):
+        for start in range(0, len(data), _CHUNK):
+            batch = data.read(start, min(start + _CHUNK, len(data)))
+            misfit = _outside(batch.x, model).flatten(1).any(1) | (batch.y < 0)
+            if model.classes is not None:
+                misfit |= batch.y >= model.classes
+            found += (start + misfit.nonzero().flatten()).tolist()
+    return found[:_MISFITS]
+
+
+def _outside(x: Tensor, model: Classifier) -> Tensor:
+    low, high = model.bounds.like(x)
+    slack = _ROUNDING * (high - low)
+    return (x < low - slack) | (x > high + slack)
+
+
+def _are_bytes(x: Tensor, model: Classifier) -> bool:
+    """Pixels from 0 to 255 where the model takes 0 to 1; a table shows it by its largest value alone."""
+    low, high = float(x.min()), float(x.max())
+    return model.bounds.width <= 1 and low >= 0 and 1.5 < high <= 255 and (x.dim() > 2 or high == 255)
+
+
+def _brought_inside(model: Classifier, batch: Batch, classes: int) -> Batch:
+    """The batch as the findings on its range and its labels would have it, so that the other checks mean something."""
+    if bool(_outside(batch.x, model).any()) and _are_bytes(batch.x, model):
+        batch = replace(batch, x=batch.x / 255)
+    if _from_one(batch.y, classes):
+        return replace(batch, y=batch.y - 1)
+    known = (batch.y >= 0) & (batch.y < classes)
+    if not bool(known.any()):
+        return replace(batch, y=batch.y.clamp(0, classes - 1))
+    return Batch(batch.x[known], batch.y[known], batch.ids[known])
+
+
+def _from_one(y: Tensor, classes: int) -> bool:
+    return int(y.min()) == 1 and int(y.max()) == classes
 
 
 def _ask(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -117,20 +165,20 @@ def _layout(model: Classifier, batch: Batch) -> Finding | None:
     return None
 
 
-def _range(patient: Patient) -> Iterator[Finding]:
-    x, (low, high) = patient.batch.x, patient.model.bounds.like(patient.batch.x)
-    seen = f"inputs run from {float(x.min()):.4g} to {float(x.max()):.4g}"
-    if bool((x < low - 1e-6).any() | (x > high + 1e-6).any()):
-        way_out = (
-            "divide them by 255"
-            if float(x.max()) > 1.5 and patient.model.bounds.width <= 1
-            else "correct --bounds"
-        )
+def _range(model: Classifier, x: Tensor) -> Iterator[Finding]:
+    low, high = (float(end) for end in (x.min(), x.max()))
+    seen = f"inputs run from {low:.4g} to {high:.4g}"
+    if bool(_outside(x, model).any()):
+        if _are_bytes(x, model):
+            way_out = "divide them by 255 (or --bounds 0,255, if the network takes them so)"
+        elif x.dim() == 2:
+            way_out = f"scale the features as in training, or use --bounds {low:.6g},{high:.6g}"
+        else:
+            way_out = f"scale them, or correct --bounds, as in --bounds {low:.6g},{high:.6g}"
         yield Finding("range", "problem", f"{seen}, outside the bounds", way_out)
-    elif patient.model.bounds.width >= 100 and float(x.max()) <= 1.0:
-        yield Finding(
-            "range", "problem", f"{seen}, but the bounds reach to {float(high.max()):g}", "use --bounds 0,1"
-        )
+    elif model.bounds.width >= 100 and high <= 1.0:
+        reach = float(model.bounds.like(x)[1].max())
+        yield Finding("range", "problem", f"{seen}, but the bounds reach to {reach:g}", "use --bounds 0,1")
     else:
         yield Finding("range", "good", f"{seen}, inside the bounds")
 
@@ -179,17 +227,15 @@ def _normalisation(patient: Patient) -> Iterator[Finding]:
         yield Finding("normalisation", "problem", text, f"declare it: {flags}")
 
 
-def _labels(patient: Patient) -> Iterator[Finding]:
-    y, classes = patient.batch.y, patient.logits.shape[1]
+def _labels_outside(y: Tensor, classes: int) -> Iterator[Finding]:
     if int(y.min()) < 0 or int(y.max()) >= classes:
         text = f"labels run from {int(y.min())} to {int(y.max())}, but the model knows classes 0 to {classes - 1}"
-        off = (
-            "they seem to start at 1: subtract 1"
-            if int(y.min()) == 1 and int(y.max()) == classes
-            else "check them"
-        )
+        off = "they seem to start at 1: subtract 1" if _from_one(y, classes) else "check them"
         yield Finding("labels", "problem", text, off)
-        return
+
+
+def _labels(patient: Patient) -> Iterator[Finding]:
+    y, classes = patient.batch.y, patient.logits.shape[1]
     for shift in (-1, 1):
         better = _accuracy(patient.logits, (y + shift) % classes)
         if better > patient.accuracy + _BETTER:
@@ -301,7 +347,6 @@ def _gradients(patient: Patient) -> Iterator[Finding]:
 
 
 _CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
-    _range,
     _outputs,
     _labels,
     _accuracy_at_all,

@@ -94,8 +94,8 @@ def _end(side: float | torch.Tensor, which: Any) -> float:
     return float(which(side.flatten().tolist())) if isinstance(side, torch.Tensor) else float(side)
 
 
-def opened_data(settings: AssessSettings, model: Classifier) -> Data:
-    """The examples at the address that the settings name."""
+def opened_data(settings: AssessSettings, model: Classifier, *, lenient: bool = False) -> Data:
+    """The examples at the address that the settings name; `lenient` takes those that do not fit the model, too."""
     if settings.data is None:
         raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
     return open_data(
@@ -107,6 +107,7 @@ def opened_data(settings: AssessSettings, model: Classifier) -> Data:
         seed=settings.seed,
         classes=model.classes,
         bounds=model.bounds,
+        lenient=lenient,
     )
 
 

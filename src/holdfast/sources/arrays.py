@@ -81,8 +81,10 @@ def selected_rows(
     return np.arange(min(n or n_rows, n_rows), dtype=np.int64)
 
 
-def labels(y: Array, n_rows: int, *, classes: int | None, name: str) -> NDArray[np.int64]:
-    """Labels as int64, one an example, 0 to classes - 1; refuses what cannot be meant."""
+def labels(
+    y: Array, n_rows: int, *, classes: int | None, name: str, lenient: bool = False
+) -> NDArray[np.int64]:
+    """Labels as int64, one an example, 0 to classes - 1 unless `lenient`; refuses what cannot be meant."""
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim == 2 and len(y) == n_rows:
@@ -100,6 +102,8 @@ def labels(y: Array, n_rows: int, *, classes: int | None, name: str) -> NDArray[
             f"the labels of {name} are {y.dtype}; whole numbers (int64) were expected, as y.astype('int64')"
         )
     y = y.astype(np.int64)
+    if lenient:
+        return y
     if len(y) and y.min() < 0:
         raise TargetError(f"the labels of {name} hold {y.min()}; classes count from 0")
     if classes is not None and len(y) and y.max() >= classes:
@@ -136,23 +140,31 @@ def from_numpy(
     class_names: Sequence[str] | None = None,
     bounds: Bounds | None = None,
     notes: tuple[str, ...] = (),
+    lenient: bool = False,
 ) -> Arrays:
-    """Check rows that were selected already, and keep them as a data set."""
+    """Check rows that were selected already, and keep them as a data set.
+
+    `lenient` lets values outside the bounds and labels outside the classes through; the bounds still say how bytes are
+    read.
+    """
     bounds = bounds or Bounds()
     if len(x) == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
     known = None if class_names is None else len(class_names)
-    y = labels(y, len(x), classes=known if classes is None else classes, name=name)
+    y = labels(y, len(x), classes=known if classes is None else classes, name=name, lenient=lenient)
     x, moved = channels_first(x, name)
     stored, scale, said = _stored(x, bounds, name)
     names = None if class_names is None else tuple(class_names)
     data = Arrays(name, np.ascontiguousarray(stored), y, ids, names, scale, (*notes, *moved, *said))
-    check_inputs(data, bounds)
+    check_inputs(data, bounds, lenient=lenient)
     return data
 
 
-def check_inputs(data: Arrays, bounds: Bounds) -> None:
-    """Refuse floats that are not finite or lie outside the bounds; bytes divided by 255 cannot be."""
+def check_inputs(data: Arrays, bounds: Bounds, *, lenient: bool = False) -> None:
+    """Refuse floats that are not finite or lie outside the bounds; bytes divided by 255 cannot be.
+
+    `lenient` refuses only what is not finite.
+    """
     if data.x.dtype == np.uint8 and data.scale == 255.0 and _is_unit(bounds):
         return
     lowest, highest, outside = np.inf, -np.inf, False
@@ -165,7 +177,7 @@ def check_inputs(data: Arrays, bounds: Bounds) -> None:
             )
         lowest, highest = min(lowest, float(batch.x.min())), max(highest, float(batch.x.max()))
         outside |= _outside(batch.x, bounds, data.name)
-    if outside:
+    if outside and not lenient:
         raise TargetError(_range_message(data, lowest, highest, bounds))
 
 

@@ -32,13 +32,15 @@ def open_data(
     seed: int = 0,
     classes: int | None = None,
     bounds: Bounds | None = None,
+    lenient: bool = False,
 ) -> Arrays | Pictures:
     """Open the data set at an address; raises `UsageError` or `TargetError` with the way out.
 
     `n` keeps the first n of the split in source order, `sample` a seeded sample. Without `split` it is the test split
-    where there is one. Bounds are those of the model: floats outside them are refused.
+    where there is one. Bounds are those of the model: floats outside them are refused, as are labels
+    outside the classes, unless it is `lenient`.
     """
-    wanted = _Wanted(split, label, n, sample, seed, classes, bounds or Bounds())
+    wanted = _Wanted(split, label, n, sample, seed, classes, bounds or Bounds(), lenient)
     data = _opened(_located(address), address, wanted)
     n_wanted = n or sample or 0
     if len(data) < n_wanted:
@@ -59,6 +61,7 @@ class _Wanted:
     seed: int
     classes: int | None
     bounds: Bounds
+    lenient: bool
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def _opened(place: _Place, address: str, wanted: _Wanted) -> Arrays | Pictures:
             seed=wanted.seed,
             classes=wanted.classes,
             bounds=wanted.bounds,
+            lenient=wanted.lenient,
         )
     if path.suffix != ".npz" and path.exists():
         raise UsageError(f"{address!r} is no form of data that is known; give {_FORMS}")
@@ -114,7 +118,16 @@ def _open_archive(archive: Npz, names: tuple[str, ...] | None, address: str, wan
         x, y = x[rows], y[rows]
     if names is None and "classes" in archive.names:
         names = tuple(str(name) for name in archive.array("classes"))
-    return from_numpy(address, x, y, rows, classes=wanted.classes, class_names=names, bounds=wanted.bounds)
+    return from_numpy(
+        address,
+        x,
+        y,
+        rows,
+        classes=wanted.classes,
+        class_names=names,
+        bounds=wanted.bounds,
+        lenient=wanted.lenient,
+    )
 
 
 def _located(address: str) -> _Place:

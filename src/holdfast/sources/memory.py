@@ -20,11 +20,12 @@ def as_data(
     classes: int | None = None,
     class_names: Sequence[str] | None = None,
     bounds: Bounds | None = None,
+    lenient: bool = False,
 ) -> Data:
     """A data set from `(x, y)`, from a loader or a dataset of pairs, or the data set that was given.
 
     Tensors keep their layout and float type; numpy arrays are read as an `.npz` would be. A loader is read once, into
-    memory.
+    memory. `lenient` takes values outside the bounds and labels outside the classes.
     """
     if y is None:
         if isinstance(x, Data):
@@ -37,14 +38,23 @@ def as_data(
     inputs, targets = _array(x, "inputs"), _array(y, "labels")
     ids = np.arange(len(inputs), dtype=np.int64)
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        return from_numpy(name, inputs, targets, ids, classes=classes, class_names=class_names, bounds=bounds)
+        return from_numpy(
+            name,
+            inputs,
+            targets,
+            ids,
+            classes=classes,
+            class_names=class_names,
+            bounds=bounds,
+            lenient=lenient,
+        )
     if not len(inputs):
         raise TargetError(f"{name} is empty; at least one example is needed")
-    known = None if class_names is None else len(class_names)
-    checked = labels(targets, len(inputs), classes=known if classes is None else classes, name=name)
+    known = classes if classes is not None or class_names is None else len(class_names)
+    checked = labels(targets, len(inputs), classes=known, name=name, lenient=lenient)
     names = None if class_names is None else tuple(class_names)
     data = Arrays(name, inputs, checked, ids, names)
-    check_inputs(data, bounds)
+    check_inputs(data, bounds, lenient=lenient)
     return data
 
 

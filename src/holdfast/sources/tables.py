@@ -48,6 +48,7 @@ def open_table(
     seed: int,
     classes: int | None,
     bounds: Bounds,
+    lenient: bool = False,
 ) -> Arrays:
     """The rows of a split, features as float32; a text label is encoded by its sorted values, which are the classes."""
     readable_file(path, "data file")
@@ -66,7 +67,15 @@ def open_table(
     features = [column for column in table.columns if column not in (label, SPLIT_COLUMN, *drop)]
     x = _numbers(table, features, chosen)
     return from_numpy(
-        name, x, y[chosen], chosen, classes=classes, class_names=class_names, bounds=bounds, notes=notes
+        name,
+        x,
+        y[chosen],
+        chosen,
+        classes=classes,
+        class_names=class_names,
+        bounds=bounds,
+        notes=notes,
+        lenient=lenient,
     )
 
 

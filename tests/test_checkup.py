@@ -1,0 +1,53 @@
+"""What `doctor` says of data that an assessment would refuse, and that it goes on after it."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import holdfast
+from holdfast.cli.app import run
+from holdfast.core.batch import Batch
+from holdfast.sources.data import open_data
+
+
+def saved(path: Path, factor: float = 1.0, shift: int = 0, n: int = 60) -> str:
+    digits: Batch = open_data("mnist-mini").read(0, n)
+    np.savez(path, x=digits.x.numpy() * factor, y=digits.y.numpy() + shift)
+    return str(path)
+
+
+def said(findings: tuple) -> dict[str, tuple[str, str]]:
+    return {finding.check: (finding.level, finding.way_out) for finding in findings}
+
+
+def test_floats_to_255_are_named_and_the_rest_is_looked_at_all_the_same(tmp_path: Path, capsys) -> None:
+    assert run(["doctor", "mnist-cnn", saved(tmp_path / "float255.npz", 255.0)]) == 3
+    out, err = capsys.readouterr()
+    assert "x range" in out
+    assert "-> divide them by 255 (or --bounds 0,255" in out
+    assert "+ gradients" in out
+    assert "1 problem found" in err
+    accuracy = next(line for line in out.splitlines() if line.startswith("+ accuracy"))
+    assert float(accuracy.split("accuracy is ")[1].split("%")[0]) > 90
+
+
+def test_labels_that_start_at_1_are_named(tmp_path: Path) -> None:
+    found = said(holdfast.doctor("mnist-cnn", saved(tmp_path / "from1.npz", shift=1)))
+    assert found["labels"] == ("problem", "they seem to start at 1: subtract 1")
+    assert found["accuracy"][0] == found["gradients"][0] == "good"
+
+
+def test_a_single_misfit_among_many_is_seen(tmp_path: Path) -> None:
+    digits = open_data("mnist-mini").read(0, 400)
+    x, y = digits.x.clone(), digits.y.clone()
+    x[3, 0, 0, 0], y[5] = 1.25, 12
+    found = said(holdfast.doctor("mnist-cnn", (x, y)))
+    assert found["range"][0] == found["labels"][0] == "problem"
+    assert found["accuracy"][0] == "good"
+
+
+def test_a_table_is_told_to_scale_its_features() -> None:
+    x = torch.arange(40.0).view(20, 2)
+    found = said(holdfast.doctor(lambda x: x, (x, torch.ones(20, dtype=torch.long))))
+    assert found["range"] == ("problem", "scale the features as in training, or use --bounds 0,39")
