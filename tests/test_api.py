@@ -202,3 +202,8 @@ def test_a_model_that_is_no_classifier_of_these_is_refused():
 def test_the_doctor_sees_what_the_caller_has():
     findings = holdfast.doctor(lambda x: network()(x).softmax(1), (X, Y))
     assert any(finding.level != "good" and "probabilit" in finding.says for finding in findings)
+
+
+def test_a_list_of_names_is_no_list_of_attacks():
+    with pytest.raises(UsageError, match="suite holds 'pgd'; expected the name of one suite, or attacks"):
+        holdfast.assess(network(), (X, Y), "linf:0.1", ["pgd"])

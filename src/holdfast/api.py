@@ -188,6 +188,16 @@ def _settings(where: str, arguments: Mapping[str, Any]) -> AssessSettings:
     return check(said, where)
 
 
+def _attacks(suite: Sequence[Attack]) -> tuple[Attack, ...]:
+    for attack in suite:
+        if not isinstance(attack, Attack):
+            raise UsageError(
+                f"suite holds {attack!r}; expected the name of one suite, or attacks such as "
+                f"holdfast.attacks.PGD(steps=100)"
+            )
+    return tuple(suite)
+
+
 def _subject(model: ModelLike, settings: AssessSettings) -> Subject:
     if isinstance(model, str | Path):
         return ordering.opened_subject(settings)

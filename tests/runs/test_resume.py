@@ -332,6 +332,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path):
     assert torch.equal(result.evidence["success"], plain.evidence["success"])
     splits = json.loads((run / "splits.json").read_text())
     assert splits[0] == {"stage": "clean", "shard": 0, "at": 0, "size": 7}
+    assert any("memory ran out" in note and "--batch-size" in note for note in result.evidence.notes)
     assert verify(run).complete
 
 

@@ -40,12 +40,11 @@ def assess_and_report(
     folder = Path(run) if run else new_folder("assess", digest(as_bytes(canonical(settings))))
     with watched(voice) as progress:
         result = carry_out(settings, run=folder, resume=resume, progress=progress, command=command)
-    tell(result, settings.output, voice)
-    voice.say(f"run: {folder}")
+    tell(result, settings.output, voice, folder=folder)
     return result.exit_code
 
 
-def tell(result: Result, outputs: Sequence[str], voice: Voice) -> None:
+def tell(result: Result, outputs: Sequence[str], voice: Voice, *, folder: Path | None = None) -> None:
     """The table on stdout (JSON if `-` was asked for), the verdict on stderr, the reports in their files."""
     summary = result.summary()
     if _STDOUT in outputs:
@@ -57,12 +56,25 @@ def tell(result: Result, outputs: Sequence[str], voice: Voice) -> None:
     click.echo(verdict(summary, colour=sys.stderr.isatty() and not voice.plain), err=True, nl=False)
     for note in summary["notes"]:
         voice.say(f"note: {printable(note)}")
+    if folder is not None:
+        voice.say(f"run: {folder}")
     for output in outputs:
         if output != _STDOUT:
-            voice.say(f"report: {result.write(output)}")
+            voice.say(f"report: {_written(result, output, folder)}")
     job_summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if job_summary:
         _add(Path(job_summary), document(summary))
+
+
+def _written(result: Result, output: str, folder: Path | None) -> Path:
+    try:
+        return result.write(output)
+    except TargetError as error:
+        if folder is None:
+            raise
+        raise TargetError(
+            f"{error}. Nothing is lost: holdfast report {folder} -o FILE writes it again"
+        ) from error
 
 
 def _add(place: Path, text: str) -> None:

@@ -74,6 +74,7 @@ class Classifier(nn.Module):
         self.bounds = bounds or Bounds()
         self.classes = classes
         self.access: Access = access
+        self._took: int | None = None
         self.mean: Tensor | None
         self.std: Tensor | None
         self.register_buffer("mean", None if mean is None else torch.tensor(mean), persistent=False)
@@ -82,6 +83,15 @@ class Classifier(nn.Module):
             raise TargetError(
                 f"std is {list(std)}; every entry must be positive, as in --std 0.2470,0.2435,0.2616"
             )
+
+    @property
+    def _advice(self) -> str:
+        if self._took is None:
+            return "Check the shape, the data type and --mean/--std"
+        return (
+            f"It took {self._took} examples before, and attacks drop those that are broken: "
+            "wrap it in a factory that pads the batch to a size that it takes"
+        )
 
     def preprocess(self, x: Inputs) -> Inputs:
         """`(x - mean) / std`, channel by channel."""
@@ -101,9 +111,9 @@ class Classifier(nn.Module):
             if out_of_memory(error):
                 raise
             raise TargetError(
-                f"the model raised {type(error).__name__} on inputs of shape {tuple(x.shape)}: {error}. "
-                f"Check the shape, the data type and --mean/--std; a fixed batch size needs --batch-size {len(x)}"
+                f"the model raised {type(error).__name__} on inputs of shape {tuple(x.shape)}: {error}. {self._advice}"
             ) from error
+        self._took = len(x)
         if not isinstance(logits, Tensor):
             raise TargetError(
                 f"the model returned a {type(logits).__name__}; it must return one tensor of logits (n, classes). "

@@ -216,8 +216,10 @@ def _randomness(case: _Case) -> Doubt:
     largest = _largest(moved)
     says = f"two calls with the same input differ by at most {largest:.1g} of the largest logit"
     averaged = case.circumstances.suite.startswith("rand@")
-    if averaged and largest > at.CHANGE:
-        says += "; the suite averages over draws"
+    if largest > at.CHANGE:
+        says += (
+            "; the suite averages over draws" if averaged else "; use --suite rand, which averages over draws"
+        )
     return _judged("randomness", largest, at.CHANGE, len(moved), says, more=not averaged)
 
 

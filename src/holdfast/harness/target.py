@@ -62,7 +62,7 @@ def prepared(model: Classifier, sample: Batch) -> Iterator[Target]:
         scale = once.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-12)
         randomised = bool((once - again).nan_to_num(0.0, 0.0, 0.0).abs().max() > _SAME * scale)
         quick, notes = (model, ()) if randomised else quickened(model, sample.x)
-        notes = (*notes, *_constant(once))
+        notes = (*notes, *_remarks(once, randomised=randomised))
         yield Target(model, quick, randomised, once.shape[1], notes, left_in_training)
     finally:
         for module, training in modes:
@@ -89,9 +89,19 @@ def _first(model: Classifier, sample: Batch) -> Logits:
     return logits
 
 
-def _constant(logits: Logits) -> tuple[str, ...]:
-    """A note where the model says the same whatever it sees."""
-    if len(logits) < 2 or not bool((logits == logits[0]).all()):
-        return ()
-    said = f"the model gives each of {len(logits)} examples the same output: nothing to attack, and no doubt to measure"
-    return (f"{said}; check its weights and its preprocessing with holdfast doctor",)
+def _remarks(logits: Logits, *, randomised: bool) -> tuple[str, ...]:
+    """What a reader must know of the model before the numbers: that it says nothing, or never the same."""
+    remarks = []
+    lost = int(logits.isnan().any(1).sum())
+    if lost:
+        said = f"the model returns NaN for {lost} of the first {len(logits)} examples, which counts as broken"
+        remarks.append(f"{said}; look for a division or a logarithm of zero with holdfast doctor")
+    elif len(logits) > 1 and bool((logits == logits[0]).all()):
+        said = f"the model gives each of {len(logits)} examples the same output: nothing to attack or to doubt"
+        remarks.append(f"{said}; check its weights and its preprocessing with holdfast doctor")
+    if randomised:
+        remarks.append(
+            f"the model draws at random: an example stands until most of {VOTES} draws are wrong, and robust accuracy "
+            f"is the mean chance of being right over {VOTES} fresh ones; --suite rand attacks the average"
+        )
+    return tuple(remarks)

@@ -30,7 +30,7 @@ from holdfast.runs.order import Order, Progress, Subject, silent
 from holdfast.runs.result import Result, about_of
 from holdfast.runs.signals import Stopper, stoppable
 from holdfast.runs.written import VERDICT, doubt_to_json, outline_to_json, verdict_to_json
-from holdfast.store.folder import RunFolder, opened, planned
+from holdfast.store.folder import RunFolder, Split, opened, planned
 
 VERB = "assess"
 
@@ -204,7 +204,7 @@ class _Making:
         if asked is None:
             keeper.begin(DOUBTS, 0)
             watch = Watch(lambda seconds, last: keeper.spend(DOUBTS, 0, seconds, done=last))
-            asked = _written(probes.ask(course, by_stage, missed, watch), missed)
+            asked = _written(probes.ask(course, by_stage, missed, watch), missed, keeper.splits())
             with stopper.finishing():
                 keeper.record(DOUBTS, asked)
                 watch.tick(done=True)
@@ -212,18 +212,29 @@ class _Making:
         return evidence, adversarial(by_stage, names)
 
 
-def _written(asked: probes.Asked, missed: Sequence[str]) -> dict[str, Any]:
-    """The document of the doubts."""
+def _written(asked: probes.Asked, missed: Sequence[str], splits: Sequence[Split]) -> dict[str, Any]:
+    """The document of the doubts, with what else a reader must know of the course of the run."""
     fallen = {name: ids.tolist() for name, ids in asked.findings.fallen.items()}
-    broken = [
-        f"the probe {name} broke examples that stood: ids {_listed(ids)}" for name, ids in fallen.items()
-    ]
+    broken = "; ".join(f"{name} ids {_listed(ids)}" for name, ids in fallen.items())
     return {
         "doubts": [doubt_to_json(doubt) for doubt in asked.findings.doubts],
         "fallen": fallen,
-        "notes": [*missed, *broken],
+        "notes": [
+            *missed,
+            *_halved(splits),
+            *([f"probes broke examples that stood: {broken}"] if broken else []),
+        ],
         "cost": {name: getattr(asked.cost, name) for name in ("forwards", "backwards", "queries")},
     }
+
+
+def _halved(splits: Sequence[Split]) -> list[str]:
+    if not splits:
+        return []
+    size = min(split["size"] for split in splits)
+    return [
+        f"memory ran out, and the run went on with {size} examples at a time; --batch-size {size} starts with that"
+    ]
 
 
 def _listed(ids: Sequence[int]) -> str:
