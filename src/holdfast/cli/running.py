@@ -153,5 +153,6 @@ def run_demo(folder: Path, voice: Voice) -> int:
     voice.say(
         "one gate passes and one fails: clean digits are read well, and changes that nobody minds fool it"
     )
-    click.echo(str(folder / "report.html"))
+    voice.say("open the report in a browser:")
+    click.echo(str((folder / "report.html").absolute()))
     return 0
