@@ -24,18 +24,29 @@ REFUSED = [
     ("- model", "holds a list"),
     ("n: 1\nn: 2", "'n' stands twice"),
     ("thret: linf:0.1", "did you mean 'threat'"),
-    ("n: 0", "n is 0"),
+    ("n: 0", "holdfast.yaml: n is 0; expected at least 1$"),
+    ("n: abc", "n is 'abc'; expected a whole number$"),
+    ("n: 1.5", "n is 1.5; expected a whole number$"),
+    ("full: perhaps", "full is 'perhaps'; expected true or false$"),
+    ("mean: [a]", "expected a number"),
+    ("std: [[1]]", r"std.0 is \[1\]; expected a number$"),
+    ("only: PGD", "only is 'PGD'; expected a list$"),
+    ("model: 3", "model is 3; expected text$"),
+    ("model_args: [a]", "expected names with values"),
+    ("bounds: [1]", r"bounds is \[1\]; expected at least 2 entries$"),
+    ("schema_version: 2", "schema_version is 2; expected 1$"),
     ("n: 3\nsample: 3", "not both"),
     ("bounds: [1, 0]", "the lower first"),
     ("bounds: [0, .inf]", "the lower first"),
     ("mean: 0.5,x", "expected a number"),
-    ("suite: quik", "suite is 'quik'"),
+    ("suite: quik", "suite is 'quik'; did you mean 'quick'"),
     ("suite: quick\nattacks: [{use: PGD}]", "not both"),
-    ("attacks: []", r"attacks is \[\]"),
+    ("attacks: []", r"attacks is \[\]; expected at least 1 entry$"),
     ("attacks: [{steps: 3}]", "needs a name"),
     ("attacks: [{use: PDG}]", "did you mean 'PGD'"),
     ("attacks: [{use: PGD, stepz: 3}]", "did you mean 'steps'"),
-    ("attacks: [{use: PGD, steps: 0}]", "steps is 0"),
+    ("attacks: [{use: PGD, steps: 0}]", "attacks.0: steps is 0; expected at least 1$"),
+    ("attacks: [{use: PGD, steps: [1]}]", r"steps is \[1\]; expected a whole number$"),
     ("attacks: [{use: PGD, loss: cosine}]", "loss is 'cosine'; did you mean|loss is 'cosine'; there are"),
     ("attacks: [{use: PGD, loss: [dlr]}]", "there are cross_entropy|did you mean 'dlr'"),
     ("attacks: [{use: PGD, steps: {use: PGD}}]", "steps is"),
@@ -60,6 +71,19 @@ def test_a_slip_in_set_is_a_usage_error():
         read(None, {}, ["n=["])
     with pytest.raises(UsageError, match=r"no '5' to set"):
         read(None, {}, ["gates=[robust_accuracy >= 0.5]", "gates.5.x=1"])
+
+
+def test_a_slip_is_named_as_it_was_given(tmp_path):
+    path = tmp_path / "holdfast.yaml"
+    path.write_text("seed: -1\n")
+    with pytest.raises(UsageError, match=r"^-n is 0; expected at least 1$"):
+        read(None, {"n": 0}, flags={"n": "-n"})
+    with pytest.raises(UsageError, match=r"^--set n is 'abc'; expected a whole number$"):
+        read(None, {}, ["n=abc"])
+    with pytest.raises(UsageError, match=r"holdfast.yaml: seed is -1; expected at least 0$"):
+        read(path, {"n": 3}, flags={"n": "-n"})
+    with pytest.raises(UsageError, match=r"^n is 0; expected at least 1$"):
+        read(None, {"n": 0})
 
 
 def test_flags_beat_set_and_set_beats_the_file(tmp_path):

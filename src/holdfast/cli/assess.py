@@ -109,12 +109,22 @@ def settings_from(flags: dict[str, Any]) -> AssessSettings:
         from holdfast.config.grammar import nearest
 
         raise UsageError(f"there is no suite {flags['suite']!r}{nearest(flags['suite'], SUITES)}")
-    settings = read(Path(config) if config else None, flags, sets)
+    settings = read(Path(config) if config else None, flags, sets, flags=_flag_names())
     if config and not settings.trust_code:
         _refuse_code_of_config(settings, flags)
     _refuse_targets(settings)
     refuse_reports(settings.output)
     return settings
+
+
+def _flag_names() -> dict[str, str]:
+    """How the parameters of the running command are written, as `--threat` for `threat`."""
+    context = click.get_current_context()
+    return {
+        str(parameter.name): max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if isinstance(parameter, click.Option)
+    }
 
 
 def _refuse_targets(settings: AssessSettings) -> None:

@@ -11,6 +11,7 @@ from holdfast import attacks as catalogue
 from holdfast.attacks.protocol import Attack
 from holdfast.config.grammar import ThreatSpec, nearest, number
 from holdfast.config.naming import GROUP, attack_named
+from holdfast.config.wording import complaint, place
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.threat import ThreatModel
@@ -88,8 +89,8 @@ def _setting(hint: Any, value: Any, where: str) -> Any:
             hint, config=ConfigDict(arbitrary_types_allowed=True, strict=False)
         ).validate_python(value)
     except ValidationError as error:
-        what = error.errors()[0]["msg"]
-        raise UsageError(f"{where} is {value!r}; {what[0].lower()}{what[1:]}") from None
+        inside = place(error)
+        raise UsageError(f"{where}{'.' if inside else ''}{inside} {complaint(error)}") from None
 
 
 def _is_number(hint: Any) -> bool:

@@ -7,12 +7,14 @@ import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from holdfast.config.grammar import nearest, number, numbers, pairs, parse_threat, seconds
+from holdfast.config.wording import complaint, place
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.doubts.names import DOUBTS
 from holdfast.gates.grammar import parse as parse_gate
@@ -128,8 +130,17 @@ _RIVALS = (("n", "sample"), ("sample", "n"), ("suite", "attacks"), ("attacks", "
 """Pairs that exclude each other: a flag of one takes the place of the file's other."""
 
 
-def read(path: Path | None, overrides: Mapping[str, Any], sets: Sequence[str] = ()) -> AssessSettings:
-    """Settings from a YAML file, `--set a.b=c` and flags, each stronger than the one before; checked."""
+def read(
+    path: Path | None,
+    overrides: Mapping[str, Any],
+    sets: Sequence[str] = (),
+    *,
+    flags: Mapping[str, str] = MappingProxyType({}),
+) -> AssessSettings:
+    """Settings from a YAML file, `--set a.b=c` and overrides, each stronger than the one before; checked.
+
+    `flags` are the names under which a person gave the overrides, for messages.
+    """
     content = {} if path is None else load(path)
     for key, value in pairs(sets, "--set").items():
         put(content, key, _parsed(value, f"--set {key}"))
@@ -138,7 +149,9 @@ def read(path: Path | None, overrides: Mapping[str, Any], sets: Sequence[str] = 
         if key in given and rival not in given:
             content.pop(rival, None)
     content |= given
-    return check(content, "the configuration" if path is None else str(path))
+    spoken = {key.partition(".")[0]: f"--set {key.partition('.')[0]}" for key in pairs(sets, "--set")}
+    spoken |= {key: flags.get(key, key) for key in given}
+    return check(content, "" if path is None else str(path), spoken)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -197,27 +210,31 @@ def put(content: dict[str, Any], path: str, value: Any) -> None:
         raise UsageError(f"--set {path}: {last!r} is no place in {type(place).__name__}")
 
 
-def check(content: Mapping[str, Any], where: str) -> AssessSettings:
-    """The settings; `UsageError` names the first key that is wrong, with the nearest valid name."""
+def check(
+    content: Mapping[str, Any], where: str, spoken: Mapping[str, str] = MappingProxyType({})
+) -> AssessSettings:
+    """The settings; `UsageError` names the first key that is wrong, with the nearest valid name.
+
+    The message begins with `where` the content comes from, but for the keys that a person gave as `spoken`.
+    """
     known = AssessSettings.model_fields
+    prefix = f"{where}: " if where else ""
     for key in content:
         if key not in known:
-            raise UsageError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
+            raise UsageError(f"{prefix}unknown key {key!r}{nearest(str(key), known)}")
     try:
         settings = AssessSettings.model_validate(dict(content))
     except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
-        raise UsageError(
-            f"{where}: {path} is {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
-        ) from None
+        key, dot, rest = place(error).partition(".")
+        named = f"{spoken.get(key, prefix + key)}{dot}{rest}"
+        raise UsageError(f"{named} {complaint(error)}") from None
     if settings.suite is not None and settings.attacks is not None:
-        raise UsageError(f"{where}: give a suite or a list of attacks, not both")
+        raise UsageError(f"{prefix}give a suite or a list of attacks, not both")
     if settings.n is not None and settings.sample is not None:
-        raise UsageError(f"{where}: give n (the first N) or sample (a random N), not both")
+        raise UsageError(f"{prefix}give n (the first N) or sample (a random N), not both")
     if not settings.bounds[0] < settings.bounds[1] or not all(map(math.isfinite, settings.bounds)):
         raise UsageError(
-            f"{where}: bounds are {settings.bounds}; give two numbers, the lower first, as in 0,1"
+            f"{prefix}bounds are {settings.bounds}; give two numbers, the lower first, as in 0,1"
         )
     return settings
 

@@ -1,0 +1,52 @@
+"""What pydantic finds wrong with a value, in this package's words: what was expected instead."""
+
+from pydantic import ValidationError
+
+from holdfast.config.grammar import nearest
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "names with values, as in {name: value}",
+}
+_LIMITS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("more than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+}
+_LENGTHS = {"too_short": ("at least", "min_length"), "too_long": ("at most", "max_length")}
+
+
+def place(error: ValidationError) -> str:
+    """The dotted path to the first value that is wrong."""
+    return ".".join(str(part) for part in error.errors()[0]["loc"])
+
+
+def complaint(error: ValidationError) -> str:
+    """The first value that is wrong, and what was expected: `is 0; expected at least 1`."""
+    first = error.errors()[0]
+    return f"is {first['input']!r}{_expected(error)}"
+
+
+def _expected(error: ValidationError) -> str:
+    first = error.errors()[0]
+    kind, limits = first["type"], first.get("ctx", {})
+    if kind in _LIMITS:
+        words, key = _LIMITS[kind]
+        return f"; expected {words} {limits[key]:g}"
+    if kind in _LENGTHS:
+        words, key = _LENGTHS[kind]
+        return f"; expected {words} {limits[key]} {'entry' if limits[key] == 1 else 'entries'}"
+    if kind == "literal_error":
+        allowed = str(limits["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
+        return f"; expected {allowed[0]}" if len(allowed) == 1 else nearest(str(first["input"]), allowed)
+    name = kind.partition("_")[0]
+    if name in _KINDS:
+        return f"; expected {_KINDS[name]}"
+    return f"; {first['msg'][0].lower()}{first['msg'][1:]}"
