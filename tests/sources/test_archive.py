@@ -58,6 +58,18 @@ def test_tied_weights_are_read(tmp_path: Path) -> None:
     assert set(read_weights(tmp_path / "w.pt").tensors) == set(tied)
 
 
+@pytest.mark.parametrize("protocol", [0, 4])
+def test_a_plain_pickle_is_refused_with_the_reason_and_the_way_out(tmp_path: Path, protocol: int) -> None:
+    marker = tmp_path / "ran"
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb(marker), protocol=protocol))
+    reason = (
+        r"(wants code: it would call \w+\.system|torch\.save did not write \(it holds operation \d+\))\. "
+    )
+    with pytest.raises(TargetError, match=reason + r".*save model\.state_dict\(\)"):
+        read_weights(tmp_path / "plain.pt")
+    assert not marker.exists()
+
+
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_a_pickle_that_wants_code_is_refused_and_nothing_runs(tmp_path: Path, *, legacy: bool) -> None:
     marker = tmp_path / "ran"

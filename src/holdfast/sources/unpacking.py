@@ -94,7 +94,10 @@ def explain(error: Exception) -> str:
             "model that you trust, load it yourself and save model.state_dict(), or give a factory as file.py:factory"
         )
     if isinstance(error, pickle.UnpicklingError):
-        return f"is no state dict that can be read safely: {_cause(text)}"
+        return (
+            f"is no state dict that can be read safely: {_cause(text)}. Nothing in it was run. If you trust it, "
+            "load it yourself and save model.state_dict() with torch.save or as safetensors"
+        )
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
         return "asks for far more memory than its size; it was refused at the memory limit"
     if isinstance(error, TypeError) and text.startswith("holds"):
@@ -103,10 +106,13 @@ def explain(error: Exception) -> str:
 
 
 def _cause(text: str) -> str:
-    marked = [line for line in text.splitlines() if "WeightsUnpickler error:" in line]
-    return (marked[0].split("WeightsUnpickler error:", 1)[1] if marked else text.splitlines()[0]).strip()[
-        :200
+    said = [
+        line.strip() for line in text.split("WeightsUnpickler error:", 1)[-1].splitlines() if line.strip()
     ]
+    cause = said[0].rstrip(".")[:200] if said else "it ends early"
+    if operand := re.match(r"Unsupported operand (\d+)", cause):
+        return f"it is a pickle that torch.save did not write (it holds operation {operand[1]})"
+    return cause
 
 
 def main(source: str, out: str) -> dict[str, object]:
