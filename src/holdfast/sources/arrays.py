@@ -195,6 +195,13 @@ def _outside(x: Tensor, bounds: Bounds, name: str) -> bool:
 def _range_message(data: Arrays, lowest: float, highest: float, bounds: Bounds) -> str:
     found = f"the inputs of {data.name} range from {lowest:.6g} to {highest:.6g}; "
     wanted = f"{_side(bounds.low)} to {_side(bounds.high)} was expected. "
+    # A table of pixels shows itself by its largest value; any other has features of its own scales.
+    if data.x.ndim == 2 and highest != 255:
+        return (
+            found
+            + wanted
+            + f"Scale the features as in training, or say what the model takes with --bounds {lowest:.6g},{highest:.6g}"
+        )
     if 1 < highest <= 255 and lowest >= 0 and _is_unit(bounds):
         return (
             found

@@ -191,9 +191,11 @@ def _numbers(table: Table, features: list[str], rows: NDArray[np.int64]) -> NDAr
             text.append(f"{name} (row {empty} is empty)" if empty is not None else name)
     if text:
         more = " …" if len(text) > 6 else ""
+        counted = "1 column" if len(text) == 1 else f"{len(text)} columns"
         raise TargetError(
-            f"{len(text)} columns of {str(table.path)!r} are not numbers: {', '.join(text[:6])}{more}. "
-            "Encode or drop them, as the model was trained"
+            f"{counted} of {str(table.path)!r} {'is' if len(text) == 1 else 'are'} not numbers: "
+            f"{', '.join(text[:6])}{more}. Write a table without {'it' if len(text) == 1 else 'them'}, or with numbers "
+            "in place of the text, as the model was trained"
         )
     return x
 
