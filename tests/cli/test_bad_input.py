@@ -149,7 +149,7 @@ CASES = [
     # words that do not exist
     (with_model("mnist-cn"), 2, "mnist-cnn"),
     (with_data("mnist-mimi"), 2, "mnist-mini"),
-    ([*ASSESS, "--suite", "standart"], 2, "standard"),
+    (["assess", "mnist-cnn", "mnist-mini", "--suite", "standart"], 2, "standard"),
     ([*ASSESS, "--gate", "robust_acuracy >= 0.5"], 2, "robust_accuracy"),
     ([*ASSESS, "--gate", "robust_accuracy > 0.5"], 2, ">="),
     ([*ASSESS, "--gate", "regression <= 0.01 vs baseline"], 2, "--baseline"),
@@ -162,17 +162,21 @@ CASES = [
     ([*ASSESS, "--accept-doubt", "noize=I know"], 2, "noise"),
     ([*ASSESS, "--bounds", "0,inf"], 2, "bounds"),
     ([*ASSESS, "--resume"], 2, "--run"),
-    ([*ASSESS, "--threat", "linf:-0.1"], 2, "eps"),
-    ([*ASSESS, "--threat", "linf:1.5"], 2, "1.5"),
-    ([*ASSESS, "--threat", "l2:50"], 2, "28"),
-    ([*ASSESS, "--threat", "l0:785"], 2, "784"),
-    ([*ASSESS, "--threat", "lin:0.1"], 2, "linf"),
-    ([*ASSESS, "--threat", "linf:0.1,goal=targeted:10"], 2, "9"),
-    ([*ASSESS, "--threat", "linf:0.1,access=scores"], 2, "black-box"),
+    ([*ASSESS[:-1], "linf:-0.1"], 2, "eps"),
+    ([*ASSESS[:-1], "linf:1.5"], 2, "1.5"),
+    ([*ASSESS[:-1], "l2:50"], 2, "28"),
+    ([*ASSESS[:-1], "l0:785"], 2, "784"),
+    ([*ASSESS[:-1], "lin:0.1"], 2, "linf"),
+    ([*ASSESS[:-1], "linf:0.1,goal=targeted:10"], 2, "9"),
+    ([*ASSESS[:-1], "linf:0.1,access=scores"], 2, "black-box"),
     ([*ASSESS, "-o", "report.pdf"], 2, ".html"),
     ([*ASSESS, "--batch-size", "0"], 2, "--batch-size is 0; expected at least 1"),
-    ([*ASSESS, "-n", "0"], 2, "-n is 0; expected at least 1"),
+    (["assess", "mnist-cnn", "mnist-mini", "-n", "0"], 2, "-n is 0; expected at least 1"),
     ([*ASSESS, "--set", "seed=abc"], 2, "--set seed is 'abc'; expected a whole number"),
+    ([*ASSESS, "-t", "linf:0.2"], 2, "--threat stands twice"),
+    ([*ASSESS, "-s", "quick"], 2, "--suite stands twice"),
+    ([*ASSESS, "--curve", "--no-curve"], 2, "--curve stands twice"),
+    (["data", "show", "mnist-mini", "--split", "a", "--split", "b"], 2, "--split stands twice"),
     ([*ASSESS, "--device", "tpu"], 2, "tpu"),
     (["assess", "mnist-cnn"], 2, "DATA"),
     (["assess"], 2, "MODEL"),
@@ -227,6 +231,18 @@ def test_an_attack_is_shown_by_the_name_that_a_suite_gives_it(name, capsys):
     assert "shrink" in shown
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["attacks", "PGD", "-q", "-q"],
+        [*ASSESS[:-2], "--dry-run", "--gate", "f1 >= 0", "--gate", "f1 <= 1"],
+        [*ASSESS, "--suite", "quick", "--help"],
+    ],
+)
+def test_what_may_be_repeated_is_taken(words):
+    assert run(words) == 0
+
+
 def test_debug_shows_the_traceback(capsys):
     assert run(["assess", "gone.pt", "--debug"]) == 3
     assert "Traceback" in capsys.readouterr().err
@@ -235,7 +251,7 @@ def test_debug_shows_the_traceback(capsys):
 @pytest.mark.parametrize(
     "words",
     [
-        [*ASSESS, "--threat", "lin:0.1"],
+        [*ASSESS[:-1], "lin:0.1"],
         [*ASSESS, "--suit", "x"],
         ["assess", "gone.pt"],
         ["asess"],

@@ -11,6 +11,7 @@ from types import FrameType
 import click
 
 from holdfast import __version__
+from holdfast.cli.once import Group
 from holdfast.core.errors import HoldfastError, Interrupted, UsageError
 
 _COMMANDS = {
@@ -32,7 +33,7 @@ _COMMANDS = {
 }
 
 
-class _Verbs(click.Group):
+class _Verbs(Group):
     """A group that knows its commands' names and one-line help, and imports a command only to run it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import click
 
+from holdfast.cli.once import Group
 from holdfast.cli.options import Voice, spoken
 
 
-@click.group(invoke_without_command=True, short_help="list, show, fetch and import data sets")
+@click.group(cls=Group, invoke_without_command=True, short_help="list, show, fetch and import data sets")
 @click.pass_context
 def data(context: click.Context) -> None:
     """Data sets by name: list them, show one, fetch one from its official mirror, import a folder of files.
