@@ -59,6 +59,9 @@ def test_splits_and_selections(tmp_path: Path) -> None:
     assert drawn[0] == sorted(set(drawn[0]))
     with pytest.raises(UsageError, match=r"no split 'trian' \(did you mean 'train'"):
         open_data(address, split="trian")
+    bundled = r"^'mnist-mini' has no split 'tests' \(did you mean 'test'\?\); it has (train, test|test, train|test)$"
+    with pytest.raises(UsageError, match=bundled):
+        open_data("mnist-mini", split="tests")
     with pytest.raises(UsageError, match="exclude each other"):
         open_data(address, n=1, sample=1)
     with pytest.raises(UsageError, match="-n is 0"):
@@ -247,6 +250,20 @@ def test_grey_mixed_palette_and_transparent_images(tmp_path: Path) -> None:
     mixed = open_data(str(tmp_path / "mixed"))
     torch.testing.assert_close(read_all(mixed), torch.full((2, 3, 5, 6), 7 / 255))
     assert len(mixed.notes) == 2
+
+
+@pytest.mark.parametrize(
+    "empty, said",
+    [
+        (["8"], "1 class folder holds no image (8)"),
+        (["5", "6", "7", "8"], "4 class folders hold no image (5, 6, 7 …)"),
+    ],
+)
+def test_class_folders_without_images_are_noted(tmp_path: Path, empty: list[str], said: str) -> None:
+    picture(tmp_path / "0" / "a.png")
+    for name in empty:
+        (tmp_path / name).mkdir()
+    assert open_data(str(tmp_path)).notes == (said,)
 
 
 def test_bad_folders_of_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

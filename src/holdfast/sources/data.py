@@ -105,7 +105,7 @@ def _opened(place: _Place, address: str, wanted: _Wanted) -> Arrays | Pictures:
 
 
 def _open_archive(archive: Npz, names: tuple[str, ...] | None, address: str, wanted: _Wanted) -> Arrays:
-    x_name, y_name = arrays_of_split(archive, wanted.split)
+    x_name, y_name = arrays_of_split(archive, wanted.split, address)
     n_rows, n_labels = archive.rows(x_name), archive.rows(y_name)
     if n_rows != n_labels:
         counted = f"{x_name} of {address!r} has {n_rows} rows and {y_name} {n_labels}"

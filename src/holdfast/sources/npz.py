@@ -103,8 +103,11 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     raise ValueError(f"version {version} of the .npy format is unknown")
 
 
-def arrays_of_split(archive: Npz, split: str | None) -> tuple[str, str]:
-    """Names of the inputs and labels of a split: `x_SPLIT, y_SPLIT`; without a split `test`, else `x, y`."""
+def arrays_of_split(archive: Npz, split: str | None, name: str) -> tuple[str, str]:
+    """Names of the inputs and labels of a split: `x_SPLIT, y_SPLIT`; without a split `test`, else `x, y`.
+
+    `name` is what the user called the archive.
+    """
     pairs: Mapping[str, tuple[str, str]] = {
         name.removeprefix("x_"): (name, f"y_{name.removeprefix('x_')}")
         for name in archive.names
@@ -115,14 +118,17 @@ def arrays_of_split(archive: Npz, split: str | None) -> tuple[str, str]:
     elif (split or "test") in pairs:
         x, y = pairs[split or "test"]
     else:
-        raise _no_split(archive, split, pairs)
+        raise _no_split(archive, split, pairs, name)
     if y not in archive.names:
-        raise TargetError(f"{str(archive.path)!r} has {x} and no {y}; it has {', '.join(archive.names)}")
+        raise TargetError(f"{name!r} has {x} and no {y}; it has {', '.join(archive.names)}")
     return x, y
 
 
-def _no_split(archive: Npz, split: str | None, pairs: Mapping[str, object]) -> TargetError | UsageError:
-    holds = f"it has {', '.join(archive.names) or 'nothing'}"
+def _no_split(
+    archive: Npz, split: str | None, pairs: Mapping[str, object], name: str
+) -> TargetError | UsageError:
     if split is not None and pairs:
-        return UsageError(f"{str(archive.path)!r} has no split {split!r}{nearest(split, pairs)}; {holds}")
-    return TargetError(f"{str(archive.path)!r} has neither x_test, y_test nor x, y; {holds}")
+        known = nearest(split, pairs)
+        return UsageError(f"{name!r} has no split {split!r}{known}; it has {', '.join(pairs)}")
+    holds = f"it has {', '.join(archive.names) or 'nothing'}"
+    return TargetError(f"{name!r} has neither x_test, y_test nor x, y; {holds}")

@@ -82,7 +82,8 @@ def open_folder(
     mode, notes = _measured(paths)
     empty = [name for name, column in zip(names, columns, strict=True) if not column]
     if empty:
-        notes += (f"{len(empty)} class folders hold no image ({', '.join(empty[:3])})",)
+        counted = "1 class folder holds" if len(empty) == 1 else f"{len(empty)} class folders hold"
+        notes += (f"{counted} no image ({', '.join(empty[:3])}{' …' if len(empty) > 3 else ''})",)
     y = np.array([y for _, y in chosen], dtype=np.int64)
     return Pictures(str(folder), paths, y, rows, names, mode, notes)
 
