@@ -83,7 +83,7 @@ def test_accepted(assert_robust):
 def message(outcome, test):
     """What pytest printed of one failed test."""
     assert f"FAILED test_it.py::{test}" in outcome, outcome
-    return outcome.split(f"_ {test} _")[1].split("\n____")[0]
+    return outcome.split(f"_ {test} _")[1].split("\n____")[0].split("\n=====")[0]
 
 
 def test_a_robust_model_passes_and_its_result_comes_back(outcome):

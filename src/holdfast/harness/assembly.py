@@ -104,10 +104,8 @@ def conclude(
         del columns["right_probability"]
     if plan.threat.goal is None:
         del columns["eligible"]
-    records, total = (
-        [],
-        _clean_cost(by_stage["clean"], seconds.get("clean", Seconds()), randomised=randomised),
-    )
+    records: list[AttackRecord] = []
+    total = _clean_cost(by_stage["clean"], seconds.get("clean", Seconds()), randomised=randomised)
     standing = int((by_stage["clean"]["correct"] & by_stage["clean"]["eligible"]).sum())
     gone = torch.zeros(len(columns["id"]), dtype=torch.bool)
     for stage in plan.steps[1:]:
