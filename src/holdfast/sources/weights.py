@@ -49,7 +49,10 @@ def fit_weights(net: nn.Module, weights: Weights, source: str) -> tuple[str, ...
     tensors = {**{name: value for name, value in counters.items() if name not in tensors}, **tensors}
     problems = _problems(tensors, wanted)
     if problems:
-        raise TargetError(f"the weights of {source} do not fit {type(net).__name__}: {'; '.join(problems)}")
+        raise TargetError(
+            f"the weights of {source} do not fit {type(net).__name__}: {'; '.join(problems)}. Check --arch and "
+            "--model-args, or rename the keys of the state dict if only the names differ"
+        )
     net.load_state_dict(tensors)
     broken = [
         name
