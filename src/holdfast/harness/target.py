@@ -97,7 +97,9 @@ def _remarks(logits: Logits, *, randomised: bool) -> tuple[str, ...]:
         said = f"the model returns NaN for {lost} of the first {len(logits)} examples, which counts as broken"
         remarks.append(f"{said}; look for a division or a logarithm of zero with holdfast doctor")
     elif len(logits) > 1 and bool((logits == logits[0]).all()):
-        said = f"the model gives each of {len(logits)} examples the same output: nothing to attack or to doubt"
+        said = (
+            f"the model gives each of {len(logits)} examples the same output: nothing to attack or to doubt"
+        )
         remarks.append(f"{said}; check its weights and its preprocessing with holdfast doctor")
     if randomised:
         remarks.append(
