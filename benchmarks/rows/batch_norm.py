@@ -13,7 +13,7 @@ from holdfast.core.model import Classifier
 from holdfast.harness import prepared
 
 WHAT = "PGD-40 on a network with batch norm (cifar_resnet20): CPU time over the naive floor"
-STEPS, N, ROUNDS, EPS = 40, 64, 2, 2 / 255
+STEPS, N, ROUNDS, EPS = 40, 200, 2, 2 / 255
 
 
 def measured() -> Outcome:
