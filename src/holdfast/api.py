@@ -93,7 +93,7 @@ def assess(
     """
     settings = _settings("assess()", locals())
     subject, place = _subject(model, settings), None if run is None else Path(run)
-    attacks, where = None if isinstance(suite, str) else tuple(suite), _device(model, subject, settings)
+    attacks, where = None if isinstance(suite, str) else _attacks(suite), _device(model, subject, settings)
     order = ordering.order(settings, attacks=attacks, baseline=_evidence(baseline), device=where)
     given = _data(data, settings, subject.model)
     return assessing.assess(subject, given, order, run=place, resume=resume, progress=progress)
