@@ -15,7 +15,6 @@ from holdfast.config.settings import AssessSettings, canonical
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
-from holdfast.reports import write as reports
 from holdfast.reports.markdown import document
 from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.words import printable
@@ -31,9 +30,6 @@ def assess_and_report(
     settings: AssessSettings, voice: Voice, *, run: str | None, resume: bool, dry_run: bool
 ) -> int:
     """The assess verb: run or resume, say the verdict, write the reports; its exit code."""
-    for output in settings.output:
-        if output != _STDOUT:
-            reports.check(Path(output))
     command = shlex.join(["holdfast", *sys.argv[1:]])
     if dry_run:
         return _dry_run(settings, voice)
