@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from holdfast.attacks.protocol import Attack
 from holdfast.checkup import Finding, examine
 from holdfast.config import ordering
-from holdfast.config.settings import AssessSettings, check
+from holdfast.config.settings import DEFAULT_SUITE, AssessSettings, check
 from holdfast.config.starting import DEMO_COMMAND, demo_settings, init, validate
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
@@ -56,7 +56,7 @@ def assess(
     model: ModelLike,
     data: DataLike,
     threat: str = "linf:8/255",
-    suite: str | Sequence[Attack] = ordering.DEFAULT_SUITE,
+    suite: str | Sequence[Attack] = DEFAULT_SUITE,
     *,
     gates: Sequence[str] = (),
     baseline: Result | Evidence | str | Path | None = None,

@@ -258,6 +258,8 @@ def test_debug_shows_the_traceback(capsys):
         ["attacks", "pgdd"],
         with_model("mnist-cn"),
         with_data("mnits"),
+        [*ASSESS, "--only", "apgd-q"],
+        [*ASSESS, "--skip", "sqare"],
         [*ASSESS, "-o", "report.pdf"],
         [*ASSESS, "--baseline", "."],
         ["report", "."],
@@ -266,7 +268,8 @@ def test_debug_shows_the_traceback(capsys):
     ],
 )
 def test_slips_of_the_pen_are_answered_before_torch_is_imported(words):
-    code = f"import sys; from holdfast.cli.app import run; run({words!r}); sys.exit('torch' in sys.modules)"
+    said = f"ended = run({words!r}); sys.exit('torch' in sys.modules or not ended)"
+    code = f"import sys; from holdfast.cli.app import run; {said}"
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 

@@ -7,7 +7,7 @@ import pytest
 from holdfast import attacks
 from holdfast.config.attacks import build
 from holdfast.config.grammar import number, pairs, parse_threat, seconds
-from holdfast.config.naming import ATTACKS, VARIANTS, attack_meant
+from holdfast.config.naming import ATTACKS, MEMBERS, VARIANTS, attack_meant
 from holdfast.config.settings import SUITES, check, read
 from holdfast.config.starting import validate
 from holdfast.core.constraints import L0, L1, L2, Linf
@@ -26,6 +26,9 @@ REFUSED = [
     ("thret: linf:0.1", "did you mean 'threat'"),
     ("n: 0", "holdfast.yaml: n is 0; expected at least 1$"),
     ("n: abc", "n is 'abc'; expected a whole number$"),
+    ("only: [apgd-q]", "this suite has no attack 'apgd-q'; did you mean 'apgd-t'"),
+    ("attacks: [{use: PGD}]\nskip: [fmn]", "this suite has no attack 'fmn'; there are pgd"),
+    ("suite: quick\nskip: [pgd, APGD-T]", "no attack is left; this suite has pgd, apgd-t"),
     ("n: 1.5", "n is 1.5; expected a whole number$"),
     ("full: perhaps", "full is 'perhaps'; expected true or false$"),
     ("mean: [a]", "expected a number"),
@@ -121,6 +124,15 @@ def test_the_attacks_that_may_be_named_are_those_that_there_are():
         for member in composed(constraint)
     ]
     assert {name: type(attack).__name__ for name, attack in members if name not in ATTACKS} == VARIANTS
+
+
+def test_the_members_of_a_suite_are_known_by_their_names():
+    constraints = {"linf": Linf(0.1), "l2": L2(1.0), "l1": L1(1.0), "l0": L0(1)}
+    assert set(MEMBERS) == set(COMPOSED)
+    for suite, by_norm in MEMBERS.items():
+        assert set(by_norm) == set(constraints) - ({"l0"} if suite == "black-box" else set())
+        for norm, names in by_norm.items():
+            assert names == tuple(name for name, _ in COMPOSED[suite](constraints[norm]))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """The names of attacks, known without torch, so that a misspelt one is answered at once."""
 
 import difflib
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Final
 
-from holdfast.config.grammar import nearest
+from holdfast.config.grammar import Norm, nearest
 from holdfast.core.errors import UsageError
+from holdfast.core.names import slug
 
 GROUP: Final = "holdfast.attacks"
 """Entry-point group under which other packages add attacks."""
@@ -27,6 +29,34 @@ ATTACKS: Final = (
 
 VARIANTS: Final = {"APGD-CE": "APGD", "APGD-DLR": "APGD", "APGD-T": "APGD", "FAB-T": "FAB", "PGD-CE": "PGD"}
 """Names that suites and their tables give to an attack with settings of its own, and that attack."""
+
+_QUICK = ("PGD", "APGD-T")
+_STANDARD = ("APGD-CE", "APGD-T", "FAB-T", "Square")
+MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
+    "quick": {"linf": _QUICK, "l2": _QUICK, "l1": ("PGD",), "l0": ("PGD",)},
+    "standard": {"linf": _STANDARD, "l2": _STANDARD, "l1": _STANDARD, "l0": ("PGD", "PGD-CE", "FMN")},
+    "rand": dict.fromkeys(("linf", "l2", "l1", "l0"), ("APGD-CE", "APGD-DLR")),
+    "black-box": dict.fromkeys(("linf", "l2", "l1"), ("Square",)),
+    "minimum-norm": {
+        "linf": ("DeepFool", "FMN"),
+        "l2": ("DeepFool", "DDN", "FMN"),
+        "l1": ("FMN",),
+        "l0": ("FMN",),
+    },
+}
+"""What each suite calls its attacks under each norm; a test keeps it in step with `holdfast.suites`."""
+
+
+def chosen(names: Sequence[str], only: Sequence[str], skip: Sequence[str]) -> set[str]:
+    """Slugs of the attacks that `only` and `skip` leave; `UsageError` for a name that is none, or if none is left."""
+    known = dict.fromkeys(slug(name) for name in names)
+    for wanted in (*only, *skip):
+        if slug(wanted) not in known:
+            raise UsageError(f"this suite has no attack {wanted!r}{nearest(slug(wanted), known)}")
+    left = ({slug(name) for name in only} or set(known)) - {slug(name) for name in skip}
+    if not left:
+        raise UsageError(f"no attack is left; this suite has {', '.join(known)}")
+    return left
 
 
 def attack_named(name: str) -> str:

@@ -8,17 +8,19 @@ from torch import nn
 
 from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import build, threat_model
-from holdfast.config.grammar import nearest, parse_threat, seconds
-from holdfast.config.settings import AssessSettings
+from holdfast.config.grammar import parse_threat, seconds
+from holdfast.config.naming import chosen
+from holdfast.config.settings import DEFAULT_SUITE, AssessSettings
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Bounds, Classifier
+from holdfast.core.names import slug
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import parse as parse_gate
-from holdfast.harness import Member, Plan, labelled, slug
+from holdfast.harness import Member, Plan, labelled
 from holdfast.harness.plan import DoubtsWanted
 from holdfast.reports.numbers import strict
 from holdfast.runs.order import Order, Subject
@@ -26,7 +28,6 @@ from holdfast.sources.data import open_data
 from holdfast.sources.models import Declared, open_model, sha256_of_state
 from holdfast.suites import curve, suite
 
-DEFAULT_SUITE = "standard"
 _USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
 
 
@@ -145,12 +146,9 @@ def plan(settings: AssessSettings, attacks: Sequence[Attack] | None = None) -> P
     if attacks is not None:
         members, name, smallest = labelled(attacks), "", threat.constraint.eps == float("inf")
     else:
-        chosen = suite(settings.suite or DEFAULT_SUITE, threat.constraint)
-        members, name, smallest = (
-            tuple(Member(*named) for named in chosen.attacks),
-            str(chosen),
-            chosen.smallest,
-        )
+        composed = suite(settings.suite or DEFAULT_SUITE, threat.constraint)
+        members = tuple(Member(*named) for named in composed.attacks)
+        name, smallest = str(composed), composed.smallest
     _refuse_endless(threat, settings, smallest=smallest)
     probing: DoubtsWanted = "all" if name else "free"
     return Plan(
@@ -182,15 +180,8 @@ def _refuse_endless(threat: ThreatModel, settings: AssessSettings, *, smallest: 
 
 
 def _selected(members: tuple[Member, ...], only: Sequence[str], skip: Sequence[str]) -> tuple[Member, ...]:
-    known = {slug(member.name): member for member in members}
-    for wanted in (*only, *skip):
-        if slug(wanted) not in known:
-            raise UsageError(f"this suite has no attack {wanted!r}{nearest(slug(wanted), known)}")
-    kept = ({slug(name) for name in only} or set(known)) - {slug(name) for name in skip}
-    chosen = tuple(member for member in members if slug(member.name) in kept)
-    if not chosen:
-        raise UsageError(f"no attack is left; this suite has {', '.join(known)}")
-    return chosen
+    left = chosen([member.name for member in members], only, skip)
+    return tuple(member for member in members if slug(member.name) in left)
 
 
 def device_of(name: str) -> str:

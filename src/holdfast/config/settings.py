@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from holdfast.config.grammar import nearest, number, numbers, pairs, parse_threat, seconds
+from holdfast.config.naming import ATTACKS, MEMBERS, VARIANTS, chosen
 from holdfast.config.wording import complaint, place
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.doubts.names import DOUBTS
@@ -24,6 +25,7 @@ SCHEMA_VERSION = 1
 SuiteName = Literal["quick", "standard", "rand", "black-box", "minimum-norm"]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
 """What `--suite` takes; `holdfast.suites` composes them, and a test keeps the two in step."""
+DEFAULT_SUITE: SuiteName = "standard"
 
 
 def _fractions(value: object) -> object:
@@ -151,7 +153,19 @@ def read(
     content |= given
     spoken = {key.partition(".")[0]: f"--set {key.partition('.')[0]}" for key in pairs(sets, "--set")}
     spoken |= {key: flags.get(key, key) for key in given}
-    return check(content, "" if path is None else str(path), spoken)
+    settings = check(content, "" if path is None else str(path), spoken)
+    _refuse_attacks(settings)
+    return settings
+
+
+def _refuse_attacks(settings: AssessSettings) -> None:
+    """Refuse what `only` and `skip` name as the run would, where the names are known without torch."""
+    if settings.attacks is not None:
+        names = tuple(str(spec.get("use")) for spec in settings.attacks)
+    else:
+        names = MEMBERS[settings.suite or DEFAULT_SUITE].get(parse_threat(settings.threat).norm, ())
+    if names and set(names) <= {*ATTACKS, *VARIANTS}:
+        chosen(names, settings.only, settings.skip)
 
 
 def load(path: Path) -> dict[str, Any]:

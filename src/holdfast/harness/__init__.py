@@ -16,7 +16,6 @@ from holdfast.harness.plan import (
     labelled,
     refuse_what_is_hidden,
     settings,
-    slug,
 )
 from holdfast.harness.stages import Room, in_pieces, run_stage, unattacked
 from holdfast.harness.target import LOOKED_AT, Target, prepared
@@ -43,6 +42,5 @@ __all__ = [
     "refuse_what_is_hidden",
     "run_stage",
     "settings",
-    "slug",
     "unattacked",
 ]

@@ -1,6 +1,5 @@
 """What is measured: the attacks, the threat model and the seed, as a list of stages."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -8,6 +7,7 @@ from typing import Any, Literal
 from holdfast.attacks import PGD
 from holdfast.attacks.protocol import Attack
 from holdfast.core.errors import UsageError
+from holdfast.core.names import slug
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.ops.ascent import flat
@@ -110,11 +110,6 @@ FIXED = Member("PGD-40", PGD(steps=40, reach=2.5, loss=cross_entropy, schedule=f
 def labelled(attacks: Iterable[Attack]) -> tuple[Member, ...]:
     """Attacks named after their classes."""
     return tuple(Member(type(attack).__name__, attack) for attack in attacks)
-
-
-def slug(name: str) -> str:
-    """`APGD-CE (large eps)` as `apgd-ce-large-eps`."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def settings(attack: Attack) -> dict[str, Any]:
