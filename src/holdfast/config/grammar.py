@@ -4,7 +4,6 @@ Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`; a threa
 `goal=targeted:K`, `access=none|labels|scores|gradients` and `queries=N`, separated by commas or spaces.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from holdfast.core.errors import UsageError
+from holdfast.core.spelling import suggestion
 
 Norm = Literal["linf", "l2", "l1", "l0"]
 Sees = Literal["none", "labels", "scores", "gradients"]
@@ -42,8 +42,7 @@ class ThreatSpec:
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the most similar known word, else the list of them."""
     words = sorted(known)
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(words)}"
+    return f"; {suggestion(word, words) or 'there are ' + ', '.join(words)}"
 
 
 def number(text: str, what: str) -> float:

@@ -5,7 +5,6 @@
 ('robust_accuracy', '>=', 0.4, 0.0314)
 """
 
-import difflib
 import math
 import re
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from holdfast.core.errors import UsageError
+from holdfast.core.spelling import suggestion
 from holdfast.metrics.names import AT_EPS, METRICS, PAIRED, SHARES
 
 Relation = Literal[">=", "<="]
@@ -60,8 +60,7 @@ def parse(text: str) -> Claim:
 def _metric(name: str, text: str) -> str:
     if name in METRICS:
         return name
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), METRICS, n=1, cutoff=0.5)
-    offered = f"did you mean {near[0]!r}?" if near else f"known are {_list(METRICS)}"
+    offered = suggestion(name, METRICS) or f"known are {_list(METRICS)}"
     raise UsageError(f"gate {text!r}: there is no metric {name!r}; {offered}")
 
 

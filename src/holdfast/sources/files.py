@@ -1,12 +1,12 @@
 """Files that a user names: found or refused with the reason, and digested."""
 
-import difflib
 import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from holdfast.core.errors import TargetError
+from holdfast.core.spelling import suggestion
 
 
 def readable_file(path: Path, what: str) -> Path:
@@ -32,8 +32,8 @@ def sha256_of_file(path: Path) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)`, or nothing where no known name is near."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    offered = suggestion(name, known)
+    return f" ({offered})" if offered else ""
 
 
 def megabytes(n_bytes: int) -> str:
