@@ -93,7 +93,3 @@ class Draws:
     def signs(self, ids: Ids, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """-1 or +1 with equal chance."""
         return ((self.bits(ids, *shape) >> 63) * 2 + 1).to(dtype)
-
-    def permutation(self, ids: Ids, n: int) -> Tensor:
-        """A random order of `range(n)` for each example, int64 (len(ids), n)."""
-        return self.bits(ids, n).argsort(dim=1)
