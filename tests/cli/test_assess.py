@@ -111,6 +111,19 @@ def test_a_finished_run_is_reported_again_and_compares_with_another(capsys):
     assert "other" in listed
 
 
+def test_a_comparison_under_two_threats_says_so_first(capsys):
+    for eps in ("0.1", "0.2"):
+        words = ["assess", "mnist-cnn", "mnist-mini", "-n", "8", "-t", f"linf:{eps}", "--suite", "quick"]
+        assert run([*words, "--no-doubts", "--run", eps]) == 0
+    capsys.readouterr()
+    assert run(["compare", "0.1", "0.2", "-o", "c.md", "-o", "c.html", "-o", "c.json"]) == 0
+    said = "The threat differs: linf:0.1 in the first run, linf:0.2 in the second"
+    assert capsys.readouterr().out.startswith(said)
+    assert Path("c.md").read_text().startswith(f"**{said}")
+    assert said in Path("c.html").read_text()
+    assert json.loads(Path("c.json").read_text())["caution"].startswith(said)
+
+
 def test_a_run_of_another_config_is_refused_by_name(capsys):
     words = ["assess", "mnist-cnn", "mnist-mini", *QUICK, "--run", "r"]
     assert run(words) == 0

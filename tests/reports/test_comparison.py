@@ -78,12 +78,38 @@ def test_runs_without_a_shared_example_are_refused(first):
 
 
 def test_what_makes_the_runs_different_questions_is_said(first):
-    second = dataclasses.replace(first, threat=ThreatModel(Linf(0.1), queries=10), suite="quick@1", doubts=())
+    second = dataclasses.replace(first, suite="quick@1", doubts=())
     notes = _compared(first, second)["notes"]
-    assert "threat differs: linf:0.2 in the first run, linf:0.1 in the second" in notes
     assert "suite differs: standard@1 in the first run, quick@1 in the second" in notes
-    assert "goal, access or query budget differ between the two runs" in notes
     assert "doubts are open in the first run: black-box" in notes
+
+
+def test_another_threat_is_said_before_any_number(first):
+    weaker = ThreatModel(Linf(0.1), access="scores", queries=10)
+    content = _compared(first, dataclasses.replace(first, threat=weaker))
+    said = "The threat differs: linf:0.2 in the first run, linf:0.1,access=scores,queries=10 in the second"
+    assert content["caution"].startswith(said)
+    assert comparison.text(content, colour=False).startswith(said)
+    assert comparison.markdown(content).startswith(f"**{said}")
+    page = comparison.page(content)
+    assert page.index(said) < page.index(content["headline"][:20])
+    keys = list(json.loads(comparison.to_json(content)))
+    assert keys.index("caution") < keys.index("headline")
+    assert _compared(first, first)["caution"] == ""
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "said"),
+    [
+        (11, 3, "no difference that these examples can show, −2.0 points"),  # the interval leaves out 0
+        (30, 4, "before: −6.5 points (95 % interval −9.3 to −3.6, exact McNemar p = 6.2e−06)"),
+    ],
+)
+def test_the_exact_test_decides_where_the_interval_says_otherwise(first, lost, gained, said):
+    content = _compared(first, _changed(first, lost, gained))
+    assert said in content["headline"]
+    at_odds = "the interval leaves out 0, but the exact test decides" in content["headline"]
+    assert at_odds == (lost == 11)
 
 
 def test_runs_without_robust_accuracy_compare_the_rest(first):

@@ -55,6 +55,7 @@ def comparison(
     content = {
         "schema_version": COMPARISON_VERSION,
         "verb": "compare",
+        "caution": caution(summaries[0]["threat"], summaries[1]["threat"]),
         "headline": "",
         "n": len(shared),
         "noun": summaries[0]["noun"],
@@ -75,18 +76,40 @@ def to_json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def caution(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """What must be read before any number where the two runs assume different adversaries; else nothing."""
+    before, after = _threat(first), _threat(second)
+    if before == after:
+        return ""
+    return (
+        f"The threat differs: {before} in the first run, {after} in the second; "
+        "what changed may come from the adversary and not from the model."
+    )
+
+
+def _threat(threat: Mapping[str, Any]) -> str:
+    """The threat as the command line takes it."""
+    goal = "" if threat["goal"] is None else f",goal=targeted:{threat['goal']}"
+    access = "" if threat["access"] == "gradients" else f",access={threat['access']}"
+    queries = "" if threat["queries"] is None else f",queries={threat['queries']}"
+    return f"{threat['constraint']}{goal}{access}{queries}"
+
+
 def headline(content: Mapping[str, Any]) -> str:
-    """What changed, in one sentence."""
+    """What changed, in one sentence; the exact test decides whether anything did."""
     metric, found = next(iter(content["paired"].items()))
     before, after = (percent(found[side]) for side in ("first", "second"))
     change, p = found["difference"], found["p"]
     what = "survive every attack tried" if metric == "robust_accuracy" else "are right without any attack"
     shared = f"{count(content['n'])} shared {content['noun']}"
     sentence = f"Of {shared}, {after} {what} in the second run and {before} before"
-    doubtful = number(change["low"]) <= 0 <= number(change["high"])
-    said = "no difference that these examples can show, " if doubtful else ""
     sure = f"{100 * content['confidence']:.0f} % interval {signed(change['low'])} to {signed(change['high'])}"
-    return f"{sentence}: {said}{signed(change['value'])} points ({sure}, exact McNemar p = {plain(p, 2)})."
+    around = number(change["low"]) <= 0 <= number(change["high"])
+    shown = number(p) < 1 - content["confidence"]
+    said = "" if shown else "no difference that these examples can show, "
+    at_odds = f"; the interval {'holds' if around else 'leaves out'} 0, but the exact test decides"
+    tested = f"exact McNemar p = {plain(p, 2)}{at_odds if shown == around else ''}"
+    return f"{sentence}: {said}{signed(change['value'])} points ({sure}, {tested})."
 
 
 def points(change: Mapping[str, Any]) -> str:
@@ -151,11 +174,9 @@ def _differences(
     sides = _run(first), _run(second)
     notes = [
         f"{key} differs: {sides[0][key]} in the first run, {sides[1][key]} in the second"
-        for key in ("threat", "suite", "data")
+        for key in ("suite", "data")
         if sides[0][key] != sides[1][key]
     ]
-    if any(first["threat"][key] != second["threat"][key] for key in ("goal", "access", "queries")):
-        notes.append("goal, access or query budget differ between the two runs")
     if not n_shared == n_first == n_second:
         notes.append(
             f"{count(n_shared)} examples are in both runs, of {count(n_first)} and {count(n_second)}"
@@ -170,7 +191,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     """The comparison for a pull request."""
     from holdfast.reports.markdown import escaped, table
 
-    lines = ["## Comparison", "", escaped(content["headline"]), ""]
+    lines = [f"**{escaped(content['caution'])}**", ""] if content["caution"] else []
+    lines += ["## Comparison", "", escaped(content["headline"]), ""]
     lines += [f"- {escaped(capitalized(note))}" for note in content["notes"]] + (
         [""] if content["notes"] else []
     )
@@ -233,7 +255,7 @@ def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) 
     ]
     lines += [f"note: {note}" for note in content["notes"]]
     tables = "\n".join(as_string(each, colour=colour, width=width) for each in (paired, metrics))
-    head = f"{cell(content['headline'])}\n\n"
+    head = "".join(f"{cell(content[key])}\n\n" for key in ("caution", "headline") if content[key])
     return head + tables + "".join(f"\n{cell(line)}" for line in lines) + "\n"
 
 

@@ -57,4 +57,4 @@ class Comparison:
         return f"<pre>{html.escape(self.text())}</pre>"
 
     def __str__(self) -> str:
-        return reported.headline(self._summary)
+        return " ".join(said for key in ("caution", "headline") if (said := self._summary[key]))
