@@ -9,6 +9,7 @@ from pathlib import Path
 import holdfast
 from holdfast.config.grammar import nearest
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.sources.files import existing
 
 _FILES = (".pt", ".pth", ".th", ".pt2", ".onnx", ".safetensors", ".npz", ".csv", ".gz", ".parquet", ".py")
 
@@ -19,10 +20,8 @@ def refuse_missing_file(address: str | None) -> None:
         return
     path = address.rsplit(":", 1)[0] if ".py:" in address else address
     looks_like_a_file = path.endswith(_FILES) or path.endswith((".yaml", ".yml")) or "/" in path
-    if looks_like_a_file and "://" not in path and not Path(path).exists():
-        raise TargetError(
-            f"there is no file or folder {path!r}; expected one there (the current folder is {Path.cwd().name!r})"
-        )
+    if looks_like_a_file and "://" not in path:
+        existing(Path(path), "file or folder")
 
 
 def refuse_unknown_model(address: str) -> None:

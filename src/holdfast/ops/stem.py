@@ -55,7 +55,7 @@ class StemConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Feature maps (n, out_channels, …) of images (n, in_channels, height, width)."""
-        if input.dim() != 4:
+        if input.dim() != 4 or not (input.requires_grad and torch.is_grad_enabled()):
             return super().forward(input)
         found: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
             input, self.weight, self.bias, self.stride, self.padding, self.dilation

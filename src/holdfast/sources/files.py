@@ -9,12 +9,17 @@ from holdfast.core.errors import TargetError
 from holdfast.core.spelling import suggestion
 
 
+def existing(path: Path, what: str) -> Path:
+    """The path, if something is there; `what` names it in the error."""
+    if not path.exists():
+        raise TargetError(f"{what} {str(path)!r} does not exist{_way_out(path)}")
+    return path
+
+
 def readable_file(path: Path, what: str) -> Path:
     """The path, if it is a file that can be read and is not empty; `what` names it in the error."""
-    if path.is_dir():
+    if existing(path, what).is_dir():
         raise TargetError(f"{what} {str(path)!r} is a folder; a file was expected")
-    if not path.exists():
-        raise TargetError(f"{what} {str(path)!r} does not exist{_nearest_file(path)}")
     if not path.is_file():
         raise TargetError(f"{what} {str(path)!r} is no regular file (a device, a pipe or a socket)")
     if not os.access(path, os.R_OK):
@@ -41,10 +46,11 @@ def megabytes(n_bytes: int) -> str:
     return f"{n_bytes / 1e6:,.0f} MB" if n_bytes >= 10_000_000 else f"{n_bytes / 1e6:.2g} MB"
 
 
-def _nearest_file(path: Path) -> str:
+def _way_out(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; neither does its folder {str(path.parent)!r}"
+    looked_in = f"; it was looked for in {str(path.parent.absolute())!r}"
     try:
-        return nearest(path.name, (entry.name for entry in path.parent.iterdir()))
+        return nearest(path.name, (entry.name for entry in path.parent.iterdir())) or looked_in
     except OSError:  # a folder that may be entered and not listed: no name to offer
-        return ""
+        return looked_in
