@@ -1,0 +1,26 @@
+"""What the command line refuses before torch is there: in the words of the floors below."""
+
+from pathlib import Path
+
+import pytest
+
+from holdfast.cli.early import refuse_missing_file
+from holdfast.core.errors import TargetError
+
+
+@pytest.mark.parametrize("address", ["gone.npz", "gone.py:net", "folder/gone", "holdfast.yml"])
+def test_a_missing_file_is_refused(address, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TargetError, match=rf"file or folder '{address.partition(':')[0]}' does not exist"):
+        refuse_missing_file(address)
+
+
+def test_the_nearest_file_is_offered(tmp_path: Path) -> None:
+    (tmp_path / "digits.npz").touch()
+    with pytest.raises(TargetError, match="did you mean 'digits.npz'"):
+        refuse_missing_file(str(tmp_path / "digit.npz"))
+
+
+@pytest.mark.parametrize("address", [None, "mnist-cnn", "https://host/model.pt", "."])
+def test_what_is_there_or_no_file_is_left_to_the_floors_below(address) -> None:
+    refuse_missing_file(address)
