@@ -9,10 +9,11 @@ import hashlib
 import importlib.util
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,6 +124,23 @@ def images(data: str, n: int, split: str = "test", first: int = 0) -> tuple[Tens
     x = torch.from_numpy(pixels[first : first + n].copy()).float().div_(255)
     x = x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()
     return x, torch.from_numpy(labels[first : first + n].astype(np.int64))
+
+
+def present(
+    settings: Iterable[tuple[Any, ...]], n: int, notes: list[str]
+) -> Iterator[tuple[Network, Tensor, Tensor, *tuple[Any, ...]]]:
+    """Of each setting (a network's name and more): the network, its first `n` images, their labels, and the rest.
+
+    A setting whose network or images are absent is left out, and the notes say why.
+    """
+    for name, *rest in settings:
+        try:
+            net = network(name)
+            x, y = images(net.data, n)
+        except Absent as why:
+            notes.append(f"{name}: {why}")
+            continue
+        yield net, x, y, *rest
 
 
 def _cifar10(at: Path, split: str, n: int) -> tuple[np.ndarray, np.ndarray]:

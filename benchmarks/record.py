@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import peers
+from benchmarks.absent import Absent
 
 FOLDER = Path(__file__).parent / "records"
 Cells = dict[str, Any]
@@ -36,7 +37,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that one row measured."""
+    """All that one row measured; `Absent` where that shows nothing, with the notes as the reasons."""
 
     table: list[Cells]
     claims: list[Claim]
@@ -45,6 +46,10 @@ class Outcome:
     detail: Cells = field(default_factory=dict)
     """numbers of every seed and round"""
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.claims:
+            raise Absent("; ".join(self.notes))
 
 
 def hardware() -> Cells:

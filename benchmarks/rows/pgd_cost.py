@@ -5,9 +5,8 @@ from functools import partial
 import torch
 
 from benchmarks import ours
-from benchmarks.absent import Absent
 from benchmarks.meter import naive_floor
-from benchmarks.networks import images, network
+from benchmarks.networks import present
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rows.peers_pgd import PEERS, apgd
 from benchmarks.side_by_side import FLOOR, ratio, timed
@@ -22,13 +21,7 @@ SETTINGS = (("mnist_cnn_a_adv", 0.3), ("cifar_cnn_a_adv", 2 / 255), ("mnist-cnn-
 def measured() -> Outcome:
     table: list[Cells] = []
     claims, detail, notes = [], {}, []
-    for name, eps in SETTINGS:
-        try:
-            net = network(name)
-        except Absent as why:
-            notes.append(f"{name}: {why}")
-            continue
-        x, y = images(net.data, N)
+    for net, x, y, eps in present(SETTINGS, N, notes):
         size = 2.5 * eps / STEPS
         contestants = {
             FLOOR: partial(naive_floor, net.module, x, y, STEPS),
@@ -48,10 +41,8 @@ def measured() -> Outcome:
         torch.manual_seed(0)
         seconds, absent = timed(contestants, ROUNDS)
         notes += [f"{who}: {why}" for who, why in absent.items()]
-        table += [{"network": name, "who": who, "cost / floor": ratio(seconds, who)} for who in seconds]
-        claims.append(Claim(f"{name}: ours / floor <= 1.05", ratio(seconds, "holdfast"), 1.05))
-        detail[name] = seconds
-    if not claims:
-        raise Absent("; ".join(notes))
+        table += [{"network": net.name, "who": who, "cost / floor": ratio(seconds, who)} for who in seconds]
+        claims.append(Claim(f"{net.name}: ours / floor <= 1.05", ratio(seconds, "holdfast"), 1.05))
+        detail[net.name] = seconds
     config: Cells = {"steps": STEPS, "n": N, "rounds": ROUNDS, "settings": SETTINGS, "drop": False}
     return Outcome(table, claims, config, detail, notes)

@@ -3,10 +3,11 @@
 from statistics import mean
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks import ours
 from benchmarks.absent import Absent
-from benchmarks.networks import images, network
+from benchmarks.networks import present
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rows.peers_pgd import PEERS, apgd
 from holdfast.attacks import APGD, PGD
@@ -25,27 +26,21 @@ REFERENCE = "AutoAttack APGD-CE"
 def measured() -> Outcome:
     table: list[Cells] = []
     claims, detail, notes = [], {}, []
-    for name, eps in SETTINGS:
-        try:
-            left, absent = _left_by_all(name, eps)
-        except Absent as why:
-            notes.append(f"{name}: {why}")
-            continue
+    for net, x, y, eps in present(SETTINGS, N, notes):
+        left, absent = _left_by_all(net.module, x, y, eps)
         notes += [n for n in absent if n not in notes]
         for who, values in left.items():
             table.append(
-                {"network": name, "who": who, "robust accuracy": mean(values), "seeds": _spread(values)}
+                {"network": net.name, "who": who, "robust accuracy": mean(values), "seeds": _spread(values)}
             )
         others = [mean(values) for who, values in left.items() if who in PEERS]
         if others:
             over = 100 * (mean(left["holdfast PGD"]) - min(others))
-            claims.append(Claim(f"{name}: our PGD over the best peer's, points <= 0.5", over, 0.5))
+            claims.append(Claim(f"{net.name}: our PGD over the best peer's, points <= 0.5", over, 0.5))
         if REFERENCE in left:
             over = 100 * (mean(left["holdfast APGD-CE"]) - mean(left[REFERENCE]))
-            claims.append(Claim(f"{name}: our APGD-CE over the reference's, points <= 0", over, 0.0))
-        detail[name] = left
-    if not claims:
-        raise Absent("; ".join(notes))
+            claims.append(Claim(f"{net.name}: our APGD-CE over the reference's, points <= 0", over, 0.0))
+        detail[net.name] = left
     config: Cells = {
         "steps": STEPS,
         "step size": "2.5 eps / steps",
@@ -56,16 +51,16 @@ def measured() -> Outcome:
     return Outcome(table, claims, config, detail, notes)
 
 
-def _left_by_all(name: str, eps: float) -> tuple[dict[str, list[float]], list[str]]:
-    net = network(name)
-    x, y = images(net.data, N)
+def _left_by_all(
+    module: nn.Module, x: Tensor, y: Tensor, eps: float
+) -> tuple[dict[str, list[float]], list[str]]:
     mine = {
         "holdfast PGD": PGD(steps=STEPS),
         "holdfast PGD, cross-entropy": PGD(steps=STEPS, loss=cross_entropy),
         "holdfast APGD-CE": APGD(steps=STEPS, loss=cross_entropy),
     }
     left = {
-        who: [ours.robust_accuracy(ours.assessed(net.module, x, y, [a], "Linf", eps, seed=s)) for s in SEEDS]
+        who: [ours.robust_accuracy(ours.assessed(module, x, y, [a], "Linf", eps, seed=s)) for s in SEEDS]
         for who, a in mine.items()
     }
     absent = []
@@ -74,9 +69,9 @@ def _left_by_all(name: str, eps: float) -> tuple[dict[str, list[float]], list[st
         try:
             for seed in SEEDS:
                 torch.manual_seed(seed)
-                x_adv = run(net.module, x.clone(), y, eps, STEPS, 2.5 * eps / STEPS)
+                x_adv = run(module, x.clone(), y, eps, STEPS, 2.5 * eps / STEPS)
                 with torch.no_grad():
-                    values.append((net.module(x_adv.float()).argmax(1) == y).double().mean().item())
+                    values.append((module(x_adv.float()).argmax(1) == y).double().mean().item())
         except Absent as why:
             absent.append(f"{who}: {why}")
             continue

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from benchmarks import ours
 from benchmarks.absent import Absent
 from benchmarks.meter import Counted, cpu_seconds
-from benchmarks.networks import images, network
+from benchmarks.networks import present
 from benchmarks.peers import peer
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.attacks import Square
@@ -58,13 +58,7 @@ PEERS: dict[str, Callable[[nn.Module, Tensor, Tensor, float, int], Tensor]] = {
 def measured() -> Outcome:
     table: list[Cells] = []
     claims, detail, notes = [], {}, []
-    for name, eps in SETTINGS:
-        try:
-            net = network(name)
-        except Absent as why:
-            notes.append(f"{name}: {why}")
-            continue
-        x, y = images(net.data, N)
+    for net, x, y, eps in present(SETTINGS, N, notes):
         shares: dict[str, list[float]] = {"holdfast": []}
         most = 0
         for seed in SEEDS:
@@ -74,13 +68,13 @@ def measured() -> Outcome:
             shares["holdfast"].append(1 - ours.robust_accuracy(found))
             most = max(most, int(found["queries"].max()))
             spent = found.cost
-        table.append({"network": name, "eps": eps, "who": "holdfast", "broken": mean(shares["holdfast"]),
+        table.append({"network": net.name, "eps": eps, "who": "holdfast", "broken": mean(shares["holdfast"]),
                       "most calls": most, "forwards / image": spent.forwards / N, "CPU s": spent.cpu_s})  # fmt: skip
         for who, run in PEERS.items():
             try:
                 table.append(
                     {
-                        "network": name,
+                        "network": net.name,
                         "eps": eps,
                         "who": who,
                         **_peer(run, net.module, x, y, eps, shares, who),
@@ -88,13 +82,13 @@ def measured() -> Outcome:
                 )
             except Absent as why:
                 notes.append(f"{who}: {why}")
-        claims.append(Claim(f"{name}: queries of an image <= 1000", most, QUERIES))
+        claims.append(Claim(f"{net.name}: queries of an image <= 1000", most, QUERIES))
         if "torchattacks" in shares:
             ahead = 100 * (mean(shares["holdfast"]) - mean(shares["torchattacks"]))
-            claims.append(Claim(f"{name}: success over torchattacks', points >= 0", ahead, 0.0, least=True))
-        detail[name] = shares
-    if not claims:
-        raise Absent("; ".join(notes))
+            claims.append(
+                Claim(f"{net.name}: success over torchattacks', points >= 0", ahead, 0.0, least=True)
+            )
+        detail[net.name] = shares
     return Outcome(
         table, claims, {"n": N, "queries": QUERIES, "seeds": SEEDS}, detail, list(dict.fromkeys(notes))
     )

@@ -39,8 +39,6 @@ def measured() -> Outcome:
             Claim(f"{name}: missed beyond the reference's own rate, points <= 0.1", missed - own, 0.1)
         )
         detail[name] = {"ours": [_code(o) for o in mine], "theirs": [_code(r) for r in theirs]}
-    if not claims:
-        raise Absent("; ".join(notes))
     return Outcome(table, claims, {"seeds": "those of the verdicts", "batch": 256}, detail, notes)
 
 

@@ -56,8 +56,6 @@ def measured() -> Outcome:
             Claim(f"{name}: ours / reference <= {bound}", over_reference, bound),
         ]
         detail[name] = seconds
-    if not claims:
-        raise Absent("; ".join(notes))
     return Outcome(table, claims, {"rounds": ROUNDS, "seed": 0, "settings": SETTINGS}, detail, notes)
 
 

@@ -1,0 +1,44 @@
+"""What the rows of the benchmarks stand on: settings whose network is absent are left out, and said to be."""
+
+import importlib
+
+import pytest
+import torch
+
+from benchmarks import networks, record
+from benchmarks.__main__ import ROWS
+from benchmarks.absent import Absent
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_says_what_it_shows_and_measures(row):
+    module = importlib.import_module(f"benchmarks.rows.{ROWS[row]}")
+    assert module.WHAT
+    assert callable(module.measured)
+
+
+def test_a_setting_whose_network_or_images_are_absent_is_a_note(monkeypatch):
+    def only_here(name: str) -> networks.Network:
+        if name == "gone":
+            raise Absent("not trained yet")
+        return networks.Network(name, name, torch.nn.Identity(), "")
+
+    def only_digits(data: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if data != "digits":
+            raise Absent("not fetched yet")
+        return torch.zeros(n, 1), torch.zeros(n)
+
+    monkeypatch.setattr(networks, "network", only_here)
+    monkeypatch.setattr(networks, "images", only_digits)
+    notes = []
+    settings = (("gone", 0.1), ("letters", 0.2), ("digits", 0.3, "more"))
+    found = [(net.name, len(x), len(y), *rest) for net, x, y, *rest in networks.present(settings, 5, notes)]
+    assert found == [("digits", 5, 5, 0.3, "more")]
+    assert notes == ["gone: not trained yet", "letters: not fetched yet"]
+
+
+def test_what_shows_nothing_is_absent_for_the_reasons_that_were_noted():
+    with pytest.raises(Absent, match="one: not here; two: not here either"):
+        record.Outcome([], [], {}, notes=["one: not here", "two: not here either"])
+    claim = record.Claim("a <= 1", 0.5, 1.0)
+    assert record.Outcome([], [claim], {}).claims[0].met
