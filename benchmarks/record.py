@@ -46,10 +46,11 @@ class Outcome:
     detail: Cells = field(default_factory=dict)
     """numbers of every seed and round"""
     notes: list[str] = field(default_factory=list)
+    """what was absent and what else to know; each is written once"""
 
     def __post_init__(self) -> None:
         if not self.claims:
-            raise Absent("; ".join(self.notes))
+            raise Absent("; ".join(_once(self.notes)))
 
 
 def hardware() -> Cells:
@@ -89,17 +90,21 @@ def write(row: str, what: str, outcome: Outcome) -> Path:
     }
     body = {"config": outcome.config, "claims": claims, "table": outcome.table, "detail": outcome.detail}
     path.with_suffix(".json").write_text(
-        json.dumps({**head, **body, "notes": outcome.notes}, indent=1) + "\n"
+        json.dumps({**head, **body, "notes": _once(outcome.notes)}, indent=1) + "\n"
     )
     path.with_suffix(".md").write_text(_markdown(head, outcome))
     return path.with_suffix(".md")
+
+
+def _once(notes: list[str]) -> list[str]:
+    return list(dict.fromkeys(notes))
 
 
 def _markdown(head: Cells, outcome: Outcome) -> str:
     lines = [f"# {head['what']}", "", f"`{head['command']}`, {head['made']}", ""]
     lines += [f"- {'met' if c.met else '**missed**'}: {c.text}: {c.value:.4g}" for c in outcome.claims]
     lines += ["", *as_table(outcome.table), ""]
-    lines += [f"- {note}" for note in outcome.notes]
+    lines += [f"- {note}" for note in _once(outcome.notes)]
     machine = head["hardware"]
     lines += ["", "Settings: " + ", ".join(f"{k} {v}" for k, v in outcome.config.items()) + "."]
     lines += [f"Machine: {machine['processor']}, {machine['threads']} thread of {machine['cores']} cores."]

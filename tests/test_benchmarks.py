@@ -1,6 +1,7 @@
 """What the rows of the benchmarks stand on: settings whose network is absent are left out, and said to be."""
 
 import importlib
+import json
 
 import pytest
 import torch
@@ -38,7 +39,13 @@ def test_a_setting_whose_network_or_images_are_absent_is_a_note(monkeypatch):
 
 
 def test_what_shows_nothing_is_absent_for_the_reasons_that_were_noted():
-    with pytest.raises(Absent, match="one: not here; two: not here either"):
-        record.Outcome([], [], {}, notes=["one: not here", "two: not here either"])
+    with pytest.raises(Absent, match="^one: not here; two: not here either$"):
+        record.Outcome([], [], {}, notes=["one: not here", "two: not here either", "one: not here"])
+
+
+def test_a_note_is_written_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "FOLDER", tmp_path)
     claim = record.Claim("a <= 1", 0.5, 1.0)
-    assert record.Outcome([], [claim], {}).claims[0].met
+    at = record.write("row", "what", record.Outcome([], [claim], {}, notes=["absent", "slow", "absent"]))
+    assert json.loads(at.with_suffix(".json").read_text())["notes"] == ["absent", "slow"]
+    assert at.read_text().count("- absent") == 1

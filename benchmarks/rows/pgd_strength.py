@@ -28,7 +28,7 @@ def measured() -> Outcome:
     claims, detail, notes = [], {}, []
     for net, x, y, eps in present(SETTINGS, N, notes):
         left, absent = _left_by_all(net.module, x, y, eps)
-        notes += [n for n in absent if n not in notes]
+        notes += absent
         for who, values in left.items():
             table.append(
                 {"network": net.name, "who": who, "robust accuracy": mean(values), "seeds": _spread(values)}

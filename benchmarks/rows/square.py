@@ -89,9 +89,7 @@ def measured() -> Outcome:
                 Claim(f"{net.name}: success over torchattacks', points >= 0", ahead, 0.0, least=True)
             )
         detail[net.name] = shares
-    return Outcome(
-        table, claims, {"n": N, "queries": QUERIES, "seeds": SEEDS}, detail, list(dict.fromkeys(notes))
-    )
+    return Outcome(table, claims, {"n": N, "queries": QUERIES, "seeds": SEEDS}, detail, notes)
 
 
 def _peer(
