@@ -1,7 +1,10 @@
 """Everything that can be wrong on a command line: one clear message, the right exit code, no traceback."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -9,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from holdfast.cli import running
 from holdfast.cli.app import run
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 FACTORIES = """
+import atexit
 import os
 import signal
 import time
@@ -63,6 +68,11 @@ def not_for_one():
 
 def raises():
     raise RuntimeError("no such weights")
+
+
+def late(by):
+    atexit.register(lambda: (os.kill(os.getpid(), getattr(signal, by)), time.sleep(0.1)))
+    return fine()
 
 
 def stopped(by):
@@ -280,8 +290,33 @@ def test_a_signal_before_the_run_is_told_too(name, code):
         [sys.executable, "-m", "holdfast", *words], check=False, capture_output=True, text=True, timeout=60
     )
     assert ended.returncode == code
-    assert f"stopped by {name}" in ended.stderr
-    assert "--resume" in ended.stderr
+    assert f"stopped by {name}; what was finished is kept, go on with: holdfast assess" in ended.stderr
+    assert "--run holdfast-runs/" in ended.stderr and ended.stderr.endswith(" --resume\n")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_while_reports_are_written_says_how_to_have_them(name, code, monkeypatch, capsys):
+    def told(*_, **__):
+        os.kill(os.getpid(), getattr(signal, name))
+        time.sleep(60)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "tell", told)
+        assert run([*ASSESS, "--no-doubts", "--run", "r"]) == code
+    assert capsys.readouterr().err.endswith(" --run r --resume\n")
+    assert run(["report", "r"]) == 0
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_after_the_last_word_leaves_the_exit_code_alone(name):
+    words = with_model(
+        "m.py:late", "--model-args", f"by={name}", "--no-doubts", "--gate", "clean_accuracy >= 1"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-m", "holdfast", *words], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full to write to")

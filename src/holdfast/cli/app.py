@@ -6,13 +6,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from types import FrameType
 
 import click
 
 from holdfast import __version__
 from holdfast.cli.once import Group
 from holdfast.core.errors import HoldfastError, Interrupted, UsageError
+from holdfast.runs.signals import Stopped, Stopper
 
 _COMMANDS = {
     "demo": ("first", "the main job on a bundled model and real data, offline, in under a minute"),
@@ -67,16 +67,17 @@ def verbs() -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     words = list(sys.argv[1:] if args is None else args)
-    signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(run(words))
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM while no run is measuring; a run handles the signal by itself."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
+    signal.signal(signal.SIGTERM, Stopper())
+    try:
+        code = run(words)
+    except KeyboardInterrupt as stopped:  # between the last word of the command and here
+        code = _stopped(stopped, debug="--debug" in words)
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # all is said: a signal now would only take the exit code away
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def run(words: Sequence[str]) -> int:
@@ -90,11 +91,7 @@ def run(words: Sequence[str]) -> int:
     except click.ClickException as error:
         return _said(_plain(error), 2, debug=debug)
     except (KeyboardInterrupt, click.Abort) as stopped:
-        # click turns the first into the second
-        terminated = _Terminated in (type(stopped), type(stopped.__cause__))
-        name, code = ("SIGTERM", 143) if terminated else ("SIGINT", 130)
-        kept = "a run keeps what it had finished (see holdfast runs); start again, or add --run DIR --resume"
-        return _said(f"stopped by {name} while nothing was measured; {kept}", code, debug=debug)
+        return _stopped(stopped, debug=debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -109,6 +106,14 @@ def run(words: Sequence[str]) -> int:
     except Exception as error:  # noqa: BLE001 (the one place where nothing may escape)
         hint = "" if debug else "; run it again with --debug for the traceback, and please report it"
         return _said(f"internal error: {type(error).__name__}: {error}{hint}", 5, debug=debug)
+
+
+def _stopped(error: BaseException, *, debug: bool) -> int:
+    """What is said of a signal that came while no run was there to say it; click makes an `Abort` of it."""
+    cause = error.__cause__ if isinstance(error, click.Abort) else error
+    number = signal.Signals(cause.number if isinstance(cause, Stopped) else signal.SIGINT)
+    kept = "a run keeps what it had finished (see holdfast runs); start again, or add --run DIR --resume"
+    return _said(f"stopped by {number.name}; {kept}", 128 + number, debug=debug)
 
 
 def _plain(error: click.ClickException) -> str:

@@ -18,9 +18,11 @@ from holdfast.core.errors import TargetError
 from holdfast.reports.markdown import document
 from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.words import printable
+from holdfast.runs.assess import way_out
 from holdfast.runs.index import new_folder
 from holdfast.runs.order import Progress, Step, silent
 from holdfast.runs.result import Result
+from holdfast.runs.signals import stoppable
 
 _TRIED = 8  # examples that a dry run measures before it multiplies
 _STDOUT = "-"
@@ -34,9 +36,10 @@ def assess_and_report(
     if dry_run:
         return _dry_run(settings, voice)
     folder = Path(run) if run else new_folder("assess", digest(as_bytes(canonical(settings))))
-    with watched(voice) as progress:
-        result = carry_out(settings, run=folder, resume=resume, progress=progress, command=command)
-    tell(result, settings.output, voice, folder=folder)
+    with stoppable(way_out(command, folder)):  # before the run begins, and while its reports are written, too
+        with watched(voice) as progress:
+            result = carry_out(settings, run=folder, resume=resume, progress=progress, command=command)
+        tell(result, settings.output, voice, folder=folder)
     return result.exit_code
 
 

@@ -64,16 +64,17 @@ def assess(
         made = _Making(subject, data, order, plan, target, device, features, progress)
         if run is None:
             return made.result(InMemory(), Stopper(), made.manifest(None), None)
-        with stoppable(_way_out(order, run)) as stopper:
+        with stoppable(way_out(order.command, run)) as stopper:
             manifest = made.manifest(planned(run))
             with opened(run, manifest, made.about(), resume=resume) as folder:
                 return made.result(InFolder(folder), stopper, folder.manifest, folder)
 
 
-def _way_out(order: Order, run: Path) -> str:
+def way_out(command: str, run: Path) -> str:
+    """How to go on with a run that was stopped; without a command line, by the arguments of Python."""
     again = f"run={str(run)!r}, resume=True"
-    if order.command:
-        again = f"{repeatable(order.command)} {shlex.join(['--run', str(run), '--resume'])}"
+    if command:
+        again = f"{repeatable(command)} {shlex.join(['--run', str(run), '--resume'])}"
     return f"what was finished is kept, go on with: {again}"
 
 
