@@ -167,6 +167,15 @@ def test_terminal_says_the_same_without_colour(failing, accepted):
     assert "Accepted because: an adaptive run is on file" in terminal.verdict(accepted, colour=False)
 
 
+def test_the_signs_of_the_doubts_are_explained_where_they_stand(failing):
+    said = terminal.tables(failing, colour=False).splitlines()[-1]
+    legend = "doubts (▲ raised, ✓ clear, ○ not measured, – not applicable)"
+    assert said.startswith(f"{legend}  ✓ zero-gradient  ✓ probabilities  ▲ black-box")
+    clear = {**failing, "doubts": [d for d in failing["doubts"] if d["state"] == "clear"]}
+    assert "\ndoubts (✓ clear)  ✓ zero-gradient" in terminal.tables(clear, colour=False)
+    assert "doubts" not in terminal.tables({**failing, "doubts": []}, colour=False)
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_tables_fit_the_terminal(failing, width):
     lines = terminal.tables(failing, colour=False, width=width).splitlines()

@@ -61,14 +61,22 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
 
     `brief` leaves out the metrics that few people look at first; every report has them all.
     """
-    doubts = [doubt for doubt in summary["doubts"] if doubt["state"] != "raised"]
-    states = "  ".join(f"{_STATES[doubt['state']]} {printable(doubt['name'])}" for doubt in doubts)
     parts = [
         attack_table(summary, narrow=width is not None and width < _WIDE),
         metric_table(summary, brief=brief),
     ]
     text = "\n".join(as_string(part, colour=colour, width=width) for part in parts if part.row_count)
-    return text + (f"\ndoubts  {states}\n" if states else "")
+    return text + _doubts(summary["doubts"])
+
+
+def _doubts(doubts: Sequence[Mapping[str, Any]]) -> str:
+    """The doubts by name, each with the sign of its state, and what the signs mean that stand there."""
+    if not doubts:
+        return ""
+    names = "  ".join(f"{_STATES[doubt['state']]} {printable(doubt['name'])}" for doubt in doubts)
+    found = {doubt["state"] for doubt in doubts}
+    legend = ", ".join(f"{sign} {state}" for state, sign in _STATES.items() if state in found)
+    return f"\ndoubts ({legend})  {names}\n"
 
 
 def attack_table(summary: Mapping[str, Any], *, narrow: bool = False) -> "Table":
