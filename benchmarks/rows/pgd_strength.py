@@ -18,6 +18,7 @@ STEPS, N, SEEDS = 40, 200, (0, 1, 2, 3, 4)
 SETTINGS = (
     ("single_step", 0.3),
     ("mnist_cnn_a_adv", 0.3),
+    ("cifar_cnn_a_adv", 2 / 255),
     ("mnist-cnn-hardened", 0.2),
 )
 REFERENCE = "AutoAttack APGD-CE"
