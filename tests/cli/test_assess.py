@@ -91,6 +91,19 @@ def test_eps_0_is_clean_accuracy(capsys):
     assert metrics["robust_accuracy"]["value"] == metrics["clean_accuracy"]["value"]
 
 
+def test_a_suite_without_an_eps_shows_what_each_attack_found(capsys):
+    words = ["assess", "mnist-cnn", "mnist-mini", "-n", "20", "-t", "l2", "-s", "minimum-norm", "--no-doubts"]
+    assert run([*words, "--run", "r"]) == 0
+    shown = capsys.readouterr().out
+    assert all(heading in shown for heading in ("found", "median", ": the smallest changes found"))
+    for name in ("DeepFool", "DDN", "FMN"):
+        assert f" {name} " in shown
+        (line,) = (line for line in shown.splitlines() if line.startswith(f" {name} "))
+        assert line.split()[1:4] == ["20", "100.0", "%"]
+    assert run(["report", "r"]) == 0
+    assert capsys.readouterr().out == shown
+
+
 def test_a_finished_run_is_reported_again_and_compares_with_another(capsys):
     one = ["assess", "mnist-cnn", "mnist-mini", *QUICK, "--gate", "robust_accuracy >= 0.5", "--run", "one"]
     other = ["assess", "mnist-cnn-hardened", "mnist-mini", *QUICK, "--run", "other"]

@@ -127,7 +127,7 @@ def test_markdown_puts_the_verdict_first_and_keeps_its_tables_whole(failing, acc
     assert lines[0].startswith("## ✕ Fail")
     assert lines[2].startswith("41.5 % of 1,000 images")
     tables = [line for line in lines if line.startswith("|")]
-    assert {line.count("|") for line in tables} == {5, 7}
+    assert {line.count("|") for line in tables} == {5, 8}
     assert "accepted doubt **black-box**: an adaptive run is on file" in markdown.document(accepted)
 
 

@@ -9,7 +9,7 @@ import torch
 from holdfast.core.constraints import L0, L2, Linf
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.losses import margin_loss
-from holdfast.reports import words
+from holdfast.reports import markdown, terminal, words
 from holdfast.reports.html import page
 from holdfast.reports.numbers import count, number, percent, plain, seconds, size, strict
 from holdfast.reports.summary import schema, to_json
@@ -29,7 +29,15 @@ def _targeted():
 
 
 def _minimum_norm():
-    return dataclasses.replace(made.evidence(), threat=ThreatModel(L2(math.inf)), suite="minimum-norm@1")
+    evidence = made.evidence()
+    found = {f"{record.stage}.distance": evidence["distance"] * 2 for record in evidence.attacks}
+    found["3-fab-t.distance"] = torch.where(evidence["y"] == 3, math.inf, evidence["distance"])
+    return dataclasses.replace(
+        evidence,
+        columns=dict(evidence.columns) | found,
+        threat=ThreatModel(L2(math.inf)),
+        suite="minimum-norm@1",
+    )
 
 
 def _nothing_attacked():
@@ -145,6 +153,29 @@ def test_without_an_eps_no_attack_leaves_a_share():
     assert "robust_accuracy" not in content["metrics"]
     assert content["curves"]["eps"]
     assert not content["per_class"]
+
+
+def test_an_attack_without_an_eps_is_told_by_what_it_found():
+    evidence = _minimum_norm()
+    content = made.summarised(evidence)
+    for attack in content["attacks"]:
+        distance = evidence[f"{attack['stage']}.distance"]
+        found = distance.isfinite() & evidence["correct"]
+        assert attack["found"]["n"] == int(evidence["correct"].sum())
+        assert attack["found"]["value"] == pytest.approx(int(found.sum()) / attack["found"]["n"])
+        assert attack["distance"]["value"] == float(distance.double().sort().values[499])
+    rows = [line.split() for line in terminal.tables(content, colour=False).splitlines()]
+    (fab,) = (row for row in rows if row[:1] == ["FAB-T"])
+    share = content["attacks"][2]["found"]["value"]
+    assert "minimum-norm@1: the smallest changes found" in terminal.tables(content, colour=False, width=80)
+    assert " APGD-CE " in terminal.tables(content, colour=False, width=80)
+    assert fab[1:4] == [str(round(share * 985)), f"{100 * share:.1f}", "%"]
+    assert fab[4] == f"{content['attacks'][2]['distance']['value']:.3f}"
+    assert "| attack | found | share | median |" in markdown.document(content)
+    assert "median distance" in page(content) and "Hardest attack" not in page(content)
+    plain = made.summarised(made.evidence())
+    assert {attack["found"] for attack in plain["attacks"]} == {None}
+    assert "median" not in terminal.tables(plain, colour=False) and "median distance" not in page(plain)
 
 
 def test_examples_are_called_what_they_are():

@@ -51,6 +51,12 @@ def assemble(plan: Outline, by_stage: Mapping[str, Columns]) -> dict[str, Tensor
     curve = [by_stage[s.name] for s in plan.steps if s.kind == "curve" and s.name in by_stage]
     if curve or plan.smallest:
         columns["distance"] = torch.stack([a["distance"] for a in (*attacks, *curve)]).amin(0)
+    if plan.smallest:
+        columns |= {
+            f"{s.name}.distance": by_stage[s.name]["distance"]
+            for s in plan.steps
+            if s.kind == "attack" and s.name in by_stage
+        }
     fixed = by_stage.get("attacked")
     if fixed is not None:
         names = ("prediction", "confidence", "entropy", "probability_margin")

@@ -7,7 +7,7 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from holdfast.reports import charts, numbers, words
+from holdfast.reports import attacks, charts, numbers, words
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -31,6 +31,7 @@ def page(summary: Mapping[str, Any]) -> str:
         main=words.main_metric(summary),
         open_doubts=words.open_doubts(summary),
         hardest=_hardest(summary["attacks"]),
+        by_distance=attacks.by_distance(summary),
         classes=_worst(summary["per_class"]),
         eps_charts=_charts(summary["curves"]["eps"], "eps", mark=numbers.number(threat["eps"])),
         query_charts=_charts(summary["curves"]["queries"], "queries", logarithmic=True),

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from holdfast.reports.numbers import count, percent, seconds
+from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, row
+from holdfast.reports.numbers import count
 from holdfast.reports.words import VERDICTS, interval, label, printable, shown
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$@&#])")
@@ -24,10 +25,7 @@ def document(summary: Mapping[str, Any]) -> str:
     if summary["gates"]:
         lines += table(("gate", "measured", "interval", "verdict"), map(_gate, summary["gates"]))
     if summary["attacks"]:
-        lines += ["### Worst case, attack by attack", ""]
-        lines += table(
-            ("attack", "broke", "standing", "share", "queries", "time"), map(_attack, summary["attacks"])
-        )
+        lines += _attacks(summary)
     lines += _doubts(summary)
     lines += ["<details><summary>All metrics</summary>", ""]
     lines += table(
@@ -59,15 +57,15 @@ def _gate(gate: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _attack(attack: Mapping[str, Any]) -> list[str]:
-    after = attack["robust_accuracy"]
+def _attacks(summary: Mapping[str, Any]) -> list[str]:
+    distance = by_distance(summary)
+    headings = SMALLEST if distance else STANDING
+    rows = [row(attack, distance=distance) for attack in summary["attacks"]]
+    title = f"### {'Smallest change' if distance else 'Worst case'}, attack by attack"
     return [
-        escaped(attack["name"]),
-        count(attack["standing_before"] - attack["standing_after"]),
-        count(attack["standing_after"]),
-        percent(after["value"]) if after else "–",
-        count(attack["queries"]),
-        seconds(attack["seconds"]),
+        title,
+        "",
+        *table(headings, [[escaped(cells[heading]) for heading in headings] for cells in rows]),
     ]
 
 

@@ -15,7 +15,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.judging import Judgement, exit_code, overall
-from holdfast.ops.statistics import proportion
+from holdfast.ops.statistics import median, proportion
 from holdfast.reports.concerns import concern
 from holdfast.reports.curves import (
     accuracy_curves,
@@ -152,8 +152,24 @@ def _attacks(evidence: Evidence, confidence: float) -> list[Json]:
             # broken by no attack and yet not robust: wrong from the start
             fallen = lost & (broken_by <= place)
             after = estimate(proportion(~fallen[chosen], confidence)) if chosen.any() else None
-        entries.append(_attack(record, after))
+        entries.append(_attack(record, after) | _smallest(evidence, record, confidence))
     return entries
+
+
+def _smallest(evidence: Evidence, record: AttackRecord, confidence: float) -> Json:
+    """What an attack that was asked for the smallest change found, and how small: absent where none was."""
+    nothing = {"found": None, "distance": None}
+    if f"{record.stage}.distance" not in evidence:
+        return nothing
+    distance, attacked = evidence[f"{record.stage}.distance"], judged(evidence) & evidence["correct"].bool()
+    if not attacked.any():
+        return nothing
+    # what is wrong from the start lies at no distance, unless it has yet to be turned into the target
+    counted = judged(evidence) if evidence.threat.goal is None else attacked
+    return {
+        "found": estimate(proportion(distance[attacked].isfinite(), confidence)),
+        "distance": estimate(median(distance[counted], confidence)),
+    }
 
 
 def _attack(record: AttackRecord, after: Json | None) -> Json:

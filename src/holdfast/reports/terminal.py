@@ -4,7 +4,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from holdfast.reports.numbers import count, percent, seconds
+from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, row
+from holdfast.reports.numbers import count, percent
 from holdfast.reports.words import VERDICTS, asked, interval, label, printable, shown
 
 if TYPE_CHECKING:
@@ -80,33 +81,22 @@ def _doubts(doubts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def attack_table(summary: Mapping[str, Any], *, narrow: bool = False) -> "Table":
-    """What is left after each attack; without intervals and queries where there is little room."""
-    threat, suite = summary["threat"]["constraint"], summary["suite"]
+    """What is left after each attack, or what each found; without intervals and queries where there is little room."""
+    threat, suite, distance = summary["threat"]["constraint"], summary["suite"], by_distance(summary)
     title = f"{summary['n']:,} {summary['noun']}, {threat}" + (f", {suite}" if suite else "")
-    headings = ("attack", "broke", "standing", "share", "time", "interval", "queries")[: 5 if narrow else 7]
+    title += ": the smallest changes found" if distance else ""
+    headings = (SMALLEST if distance else STANDING)[: 5 if narrow else 7]
     table = grid(title, headings)
     clean = summary["metrics"].get("clean_accuracy")
-    if clean and summary["threat"]["goal"] is None:
+    if clean and summary["threat"]["goal"] is None and not distance:
         standing = round(clean["value"] * clean["n"])
         sure = interval("clean_accuracy", clean)
         cells = ["no attack", "", count(standing), percent(clean["value"]), "", sure, ""]
         table.add_row(*cells[: len(headings)])
     for attack in summary["attacks"]:
-        table.add_row(*_attack_cells(attack)[: len(headings)])
+        told = row(attack, distance=distance)
+        table.add_row(*(cell(told[heading]) for heading in headings))
     return table
-
-
-def _attack_cells(attack: Mapping[str, Any]) -> list["Text | str"]:
-    after = attack["robust_accuracy"]
-    return [
-        cell(attack["name"]),
-        count(attack["standing_before"] - attack["standing_after"]),
-        count(attack["standing_after"]),
-        percent(after["value"]) if after else "–",
-        seconds(attack["seconds"]),
-        interval("robust_accuracy", after) if after else "–",
-        count(attack["queries"]),
-    ]
 
 
 def metric_table(summary: Mapping[str, Any], *, brief: bool = False) -> "Table":

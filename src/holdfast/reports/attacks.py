@@ -1,0 +1,40 @@
+"""The table of attacks: what stands after each or, where no eps was given, how small a change each found."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from holdfast.reports.numbers import count, number, percent, plain, seconds
+from holdfast.reports.words import interval
+
+STANDING = ("attack", "broke", "standing", "share", "time", "interval", "queries")
+SMALLEST = ("attack", "found", "share", "median", "time", "interval", "queries")
+
+
+def by_distance(summary: Mapping[str, Any]) -> bool:
+    """Whether the attacks are told by what they found: without an eps, a large enough change breaks anything."""
+    return number(summary["threat"]["eps"]) == float("inf") and all(
+        attack.get("found") and attack.get("distance") for attack in summary["attacks"]
+    )
+
+
+def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
+    """The cells of an attack by their headings: those of `SMALLEST` for its distance, else of `STANDING`."""
+    after = attack["robust_accuracy"]
+    cells = {
+        "attack": attack["name"],
+        "time": seconds(attack["seconds"]),
+        "queries": count(attack["queries"]),
+    }
+    if distance:
+        return cells | {
+            "found": count(number(attack["found"]["value"]) * attack["found"]["n"]),
+            "share": percent(attack["found"]["value"]),
+            "median": plain(attack["distance"]["value"]),
+            "interval": interval("distance", attack["distance"]),
+        }
+    return cells | {
+        "broke": count(attack["standing_before"] - attack["standing_after"]),
+        "standing": count(attack["standing_after"]),
+        "share": percent(after["value"]) if after else "–",
+        "interval": interval("robust_accuracy", after) if after else "–",
+    }
