@@ -104,6 +104,16 @@ def test_a_suite_without_an_eps_shows_what_each_attack_found(capsys):
     assert capsys.readouterr().out == shown
 
 
+def test_time_that_ran_out_is_told_by_attack_with_its_meaning(capsys):
+    words = ["assess", "mnist-cnn", "mnist-mini", *QUICK, "--time-budget", "0.001s", "-o", "r.html"]
+    assert run(words) == 0
+    said = capsys.readouterr()
+    meaning = "a longer run may break more, so robust accuracy is an upper bound"
+    assert f"note: time ran out: PGD and APGD-T were not started; {meaning}" in said.err
+    assert [line.split()[1:3] for line in said.out.splitlines() if "PGD" in line] == [["not", "run"]] * 2
+    assert Path("r.html").read_text().count("not run</td>") == 2
+
+
 def test_a_finished_run_is_reported_again_and_compares_with_another(capsys):
     one = ["assess", "mnist-cnn", "mnist-mini", *QUICK, "--gate", "robust_accuracy >= 0.5", "--run", "one"]
     other = ["assess", "mnist-cnn-hardened", "mnist-mini", *QUICK, "--run", "other"]

@@ -17,6 +17,11 @@ def by_distance(summary: Mapping[str, Any]) -> bool:
     )
 
 
+def left_out(attack: Mapping[str, Any]) -> bool:
+    """Whether time ran out before the attack was tried on anything that stood."""
+    return not attack["forwards"] and bool(attack["standing_before"])
+
+
 def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
     """The cells of an attack by their headings: those of `SMALLEST` for its distance, else of `STANDING`."""
     after = attack["robust_accuracy"]
@@ -27,13 +32,17 @@ def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
     }
     if distance:
         return cells | {
-            "found": count(number(attack["found"]["value"]) * attack["found"]["n"]),
+            "found": "not run"
+            if left_out(attack)
+            else count(number(attack["found"]["value"]) * attack["found"]["n"]),
             "share": percent(attack["found"]["value"]),
             "median": plain(attack["distance"]["value"]),
             "interval": interval("distance", attack["distance"]),
         }
     return cells | {
-        "broke": count(attack["standing_before"] - attack["standing_after"]),
+        "broke": "not run"
+        if left_out(attack)
+        else count(attack["standing_before"] - attack["standing_after"]),
         "standing": count(attack["standing_after"]),
         "share": percent(after["value"]) if after else "–",
         "interval": interval("robust_accuracy", after) if after else "–",

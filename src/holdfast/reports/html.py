@@ -86,6 +86,7 @@ def _environment() -> "Environment":
         "interval": words.interval,
         "is_share": words.is_share,
         "amount": words.amount,
+        "left_out": attacks.left_out,
         "verdicts": words.VERDICTS,
     }
     return environment

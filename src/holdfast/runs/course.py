@@ -1,7 +1,7 @@
 """The stages of a run, shard by shard, and the time that each takes."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -60,15 +60,15 @@ class Course:
     def run(self) -> tuple[dict[str, Columns], tuple[str, ...]]:
         """Columns by stage, and in words what time did not allow."""
         by_stage: dict[str, Columns] = {}
-        missed: list[str] = []
+        cut: list[tuple[Stage, int]] = []
         for stage in self.plan.stages():
             kept = self.keeper.stage(stage.name) or self._measured(stage, by_stage)
             columns = counted(stage.kind, kept, by_stage)
             if columns is not None:
                 by_stage[stage.name] = columns
             if kept.reached is not None:
-                missed.append(self._missed(stage, kept))
-        return by_stage, tuple(missed)
+                cut.append((stage, len(kept.columns["id"])))
+        return by_stage, missed(cut, len(self.data), self.plan)
 
     def room(self, stage: str, shard: int) -> Room:
         """The batch size that earlier work left, and what is known of this work from an earlier attempt."""
@@ -166,11 +166,43 @@ class Course:
             fallen += int((left[start:stop] & columns["success"]).sum())
         return int(left.sum()) - fallen
 
-    def _missed(self, stage: Stage, kept: Kept) -> str:
-        n, of = len(kept.columns["id"]), len(self.data)
-        if stage.kind == "attack":
-            return f"time ran out: {stage.name} was tried on {n} of {of} examples"
-        return f"time ran out: {stage.name} was not finished ({n} of {of} examples) and is left out"
+
+def missed(cut: Sequence[tuple[Stage, int]], of: int, plan: Plan) -> tuple[str, ...]:
+    """In words, the stages that time cut off after so many of the examples, and what that means for the numbers."""
+    attacks = [(name_of(stage), n) for stage, n in cut if stage.kind == "attack"]
+    tried = [f"{name} was tried on {n:,} of {of:,} examples" for name, n in attacks if n]
+    idle = [name for name, n in attacks if not n]
+    if idle:
+        tried.append(f"{listed(idle)} {'was' if len(idle) == 1 else 'were'} not started")
+    said = [f"time ran out: {', '.join(tried)}; {_meaning(plan)}"] if attacks else []
+    for stage, n in cut:
+        if stage.kind != "attack":
+            lost = "entropy, margin, precision and calibration under attack are"
+            if stage.kind == "curve":
+                lost = "its distances are"
+            begun = "not finished" if n else "not started"
+            said.append(
+                f"time ran out: the pass of {name_of(stage)} on every example was {begun}, so {lost} left out"
+            )
+    return tuple(said)
+
+
+def _meaning(plan: Plan) -> str:
+    if plan.smallest:
+        return "a longer run may find smaller changes, so the distances are upper bounds"
+    if plan.threat.goal is not None:
+        return "a longer run may break more, so the targeted success rate is a lower bound"
+    return "a longer run may break more, so robust accuracy is an upper bound"
+
+
+def name_of(stage: Stage) -> str:
+    """What the suite calls the attack of a stage."""
+    return stage.name if stage.member is None else stage.member.name
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def shards_of(n: int, size: int) -> tuple[tuple[int, int], ...]:

@@ -116,7 +116,7 @@ def _unfinished(findings: Findings, missed: Sequence[str]) -> Findings:
 
     def said(doubt: Doubt) -> Doubt:
         if doubt.name == "not-exhausted":
-            return replace(doubt, state="raised", says="; ".join(missed))
+            return replace(doubt, state="raised", says=missed[0])
         if doubt.state == "not measured":
             return replace(doubt, says="time ran out before it was measured")
         return doubt
