@@ -199,6 +199,27 @@ def test_a_model_that_is_no_classifier_of_these_is_refused():
         holdfast.assess(lambda x: x.flatten(1)[:, :2], (X, torch.arange(N) % CLASSES))
 
 
+def test_a_function_of_numpy_is_told_the_way_that_works():
+    weights = network()[1].weight.detach().numpy()
+
+    def scores(x):
+        return x.numpy().reshape(len(x), -1) @ weights.T
+
+    def through(x):
+        return torch.from_numpy(scores(x))
+
+    said = r"the model returned a numpy.ndarray; .* Return torch.from_numpy\(.*access=scores.*black-box"
+    with pytest.raises(TargetError, match=said):
+        holdfast.assess(scores, (X, Y))
+    with pytest.raises(TargetError, match=r"Can't call numpy\(\).* No gradient passes through numpy, so let"):
+        holdfast.assess(through, (X, Y))
+    seen = "linf:0.1,access=scores"
+    found, wanted = (
+        holdfast.assess(model, (X, Y), seen, "black-box").evidence for model in (through, network())
+    )
+    assert torch.equal(found["success"], wanted["success"]) and found["success"].any()
+
+
 def test_the_doctor_sees_what_the_caller_has():
     findings = holdfast.doctor(lambda x: network()(x).softmax(1), (X, Y))
     assert any(finding.level != "good" and "probabilit" in finding.says for finding in findings)

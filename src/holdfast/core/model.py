@@ -51,6 +51,12 @@ class Model(Protocol):
         """Logits (n, classes) of the inputs `x` (n, *features)."""
 
 
+_NO_GRADIENT = (
+    "No gradient passes through numpy, so let the attacks see scores alone: "
+    'a threat such as "linf:8/255,access=scores" and the suite "black-box"'
+)
+
+
 class Classifier(nn.Module):
     """A network with its bounds and its preprocessing: `net((x - mean) / std)`.
 
@@ -110,14 +116,20 @@ class Classifier(nn.Module):
         except Exception as error:
             if out_of_memory(error):
                 raise
-            raise TargetError(
-                f"the model raised {type(error).__name__} on inputs of shape {tuple(x.shape)}: {error}. {self._advice}"
-            ) from error
+            advice = (
+                _NO_GRADIENT if "call numpy() on Tensor that requires grad" in str(error) else self._advice
+            )
+            said = f"{type(error).__name__} on inputs of shape {tuple(x.shape)}: {str(error).rstrip('.')}"
+            raise TargetError(f"the model raised {said}. {advice}") from error
         self._took = len(x)
         if not isinstance(logits, Tensor):
+            kind = type(logits)
+            name = f"{'' if kind.__module__ == 'builtins' else f'{kind.__module__}.'}{kind.__qualname__}"
+            way_out = "Wrap it in a factory that picks the logits out"
+            if name == "numpy.ndarray":
+                way_out = f"Return torch.from_numpy(...). {_NO_GRADIENT}"
             raise TargetError(
-                f"the model returned a {type(logits).__name__}; it must return one tensor of logits (n, classes). "
-                f"Wrap it in a factory that picks the logits out"
+                f"the model returned a {name}; it must return one tensor of logits (n, classes). {way_out}"
             )
         if logits.dim() == 2 and logits.shape[1] == 1:
             logits = logits[:, 0]
