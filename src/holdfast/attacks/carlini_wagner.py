@@ -2,8 +2,9 @@
 
 Carlini & Wagner, "Towards Evaluating the Robustness of Neural Networks", S&P 2017, arXiv:1608.04644. Differs from the
 paper: the box is kept by projection (their first option) instead of tanh, whose slope vanishes on black and white
-pixels; the search starts from the first-order distance to the boundary instead of one constant for all; under Linf it
-brackets the size tau beyond which changes are charged; and it ends with a bisection to the boundary.
+pixels; the search starts from the first-order distance to the boundary instead of one constant for all; every run goes
+further than the one before, which leads out of the first one's minimum; under Linf the search brackets the size tau
+beyond which changes are charged; and it ends with a bisection to the boundary.
 """
 
 import math
@@ -25,7 +26,7 @@ from holdfast.ops.losses import margin_loss
 from holdfast.ops.norms import expect_norm, farthest, free, gap, spread
 
 _TINY = 1e-12
-_GROWTH = 4.0
+_DEARER = 4.0  # times the last price, while none was enough
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,10 @@ class CarliniWagner:
     """prices that are tried for each example"""
     steps: Steps = 100
     """gradient steps for each of them"""
-    reach: Positive = 2.5
-    """path length of one coordinate in one run, in units of the first-order distance to the boundary"""
+    reach: Positive = 2.0
+    """path length of one coordinate in the first run, in units of the first-order distance to the boundary"""
+    growth: Positive = 8.0
+    """how many times as far the last run goes"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -56,12 +59,11 @@ class CarliniWagner:
         else:  # what exceeds tau is charged more than any coordinate of the margin's gradient repays
             price, weight = 1.5 * first, 1 / grad.abs().amax(1).clamp_min(_TINY)
         low, high = torch.zeros_like(price), torch.full_like(price, torch.inf)
-        for _ in range(self.searches):
-            solved = self._descend(
-                model, batch, norm, price, weight, 2 * self.reach / self.steps * first, closest
-            )
+        for k in range(self.searches):
+            reach = self.reach * self.growth ** (k / max(self.searches - 1, 1))
+            solved = self._descend(model, batch, norm, price, weight, 2 * reach / self.steps * first, closest)
             low, high = torch.where(solved, low, price), torch.where(solved, price, high)
-            price = torch.where(high < torch.inf, (low + high) / 2, _GROWTH * price)
+            price = torch.where(high < torch.inf, (low + high) / 2, _DEARER * price)
         return to_boundary(model, batch, closest.x, norm)
 
     def _descend(
