@@ -13,7 +13,7 @@ from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
-from holdfast.core.model import Classifier
+from holdfast.core.model import Batches, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.harness import (
     Context,
@@ -385,3 +385,53 @@ def test_the_cost_adds_up():
     (record,) = evidence.attacks
     assert (record.cost.queries, record.cost.backwards, record.cost.forwards) == (150, 120, 180)  # 30 judged
     assert evidence.cost.forwards == 210  # and the clean pass
+
+
+# --- batches
+
+
+class Fastidious(nn.Module):
+    """A network that takes only some numbers of rows."""
+
+    def __init__(self, takes):
+        super().__init__()
+        self.net, self.takes = MODEL.net, takes
+
+    def forward(self, x):
+        if not self.takes(len(x)):
+            raise ValueError(f"no batch of {len(x)}")
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("takes", "size", "multiples"),
+    [
+        (lambda n: n % 2 == 0, 2, True),
+        (lambda n: n > 1, 2, True),
+        (lambda n: n == 8, 8, False),
+        (lambda n: n == 1, 1, False),
+        (lambda n: n % 32 == 0, 32, True),
+    ],
+)
+def test_a_model_that_refuses_some_batch_sizes_has_its_batches_filled_up(takes, size, multiples):
+    picky = Classifier(Fastidious(takes), bounds=MODEL.bounds)
+    attacks = [PGD(steps=3, restarts=2), Square(queries=20)]
+    found, wanted = (measure(model, [BATCH], attacks, THREAT) for model in (picky, MODEL))
+    assert wanted["success"].any() and not wanted["success"].all()
+    for name in ("prediction", "success", "queries"):
+        assert torch.equal(found[name], wanted[name])
+    assert picky.batches is None
+    with prepared(picky, BATCH.take(torch.arange(3))) as target:
+        assert target.quick.batches == Batches(size, multiples)
+        assert any("batch" in note for note in target.notes)
+    with prepared(MODEL, BATCH) as target:
+        assert target.bare.batches is None
+
+
+def test_a_model_that_takes_no_batch_is_refused_in_its_own_words():
+    broken = Classifier(Fastidious(lambda n: False))
+    with (
+        pytest.raises(TargetError, match=r"no batch of 3\. Check the shape"),
+        prepared(broken, BATCH.take(torch.arange(3))),
+    ):
+        pass

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError
-from holdfast.core.model import Classifier
+from holdfast.core.model import Classifier, fitted
 from holdfast.ops.losses import margin_loss
 from holdfast.ops.prepare import in_training
 from holdfast.sources.arrays import Arrays
@@ -72,17 +72,28 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
     left_in_training = in_training(model)
     try:
         model.eval()
-        wrong_layout = _layout(model, batch)
-        if wrong_layout is not None:
-            return (wrong_layout,)
-        known = _ask(model, batch.x[:1]).shape[1]
-        said = (*_range(model, batch.x), *_labels_outside(batch.y, known))
-        batch = _brought_inside(model, batch, known)
-        patient = Patient(model, batch, left_in_training, _ask(model, batch.x))
-        return (*said, *(finding for check in _CHECKS for finding in check(patient)))
+        with fitted(model, batch.x):
+            return tuple(_found(model, batch, left_in_training))
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _found(model: Classifier, batch: Batch, left_in_training: tuple[str, ...]) -> Iterator[Finding]:
+    wrong_layout = _layout(model, batch)
+    if wrong_layout is not None:
+        yield wrong_layout
+        return
+    if model.batches is not None:
+        yield Finding(
+            "batches", "warning", model.batches.says, "let it take any number of rows, to be quicker"
+        )
+    known = _ask(model, batch.x[:1]).shape[1]
+    yield from (*_range(model, batch.x), *_labels_outside(batch.y, known))
+    batch = _brought_inside(model, batch, known)
+    patient = Patient(model, batch, left_in_training, _ask(model, batch.x))
+    for check in _CHECKS:
+        yield from check(patient)
 
 
 def _sample(data: Data, model: Classifier) -> Batch:
@@ -203,7 +214,7 @@ def _normalisation(patient: Patient) -> Iterator[Finding]:
     if batch.x.dim() < 2:
         return
     if model.mean is not None or model.std is not None:
-        bare = Classifier(model.net, bounds=model.bounds)
+        bare = Classifier(model.net, bounds=model.bounds, batches=model.batches)
         without = _accuracy(_ask(bare, batch.x), batch.y)
         if without > patient.accuracy + _BETTER:
             text = f"accuracy is {patient.accuracy:.0%}, but {without:.0%} without --mean and --std"
@@ -215,7 +226,9 @@ def _normalisation(patient: Patient) -> Iterator[Finding]:
     for name, (mean, std) in _NORMALISATIONS.items():
         if len(mean) not in (1, batch.x.shape[1]):
             continue
-        accuracy = _accuracy(_ask(Classifier(model.net, mean=mean, std=std), batch.x), batch.y)
+        accuracy = _accuracy(
+            _ask(Classifier(model.net, mean=mean, std=std, batches=model.batches), batch.x), batch.y
+        )
         if accuracy > best:
             best, best_name = accuracy, name
     if best_name:

@@ -227,10 +227,13 @@ def test_one_image_and_one_class_are_measured(data):
     assert run(with_data(data)) == 0
 
 
-def test_a_model_that_refuses_some_batch_sizes_is_named(capsys):
-    code = run(["assess", "m.py:not_for_one", "one.npz", *ASSESS[5:]])
-    assert code == 3
-    assert "expected more than one value" in capsys.readouterr().err
+@pytest.mark.parametrize("data", ["one.npz", "good.npz"])
+def test_a_model_that_refuses_some_batch_sizes_is_measured_and_told(data, capsys):
+    assert run(["assess", "m.py:not_for_one", data, *ASSESS[5:]]) == 0
+    said = "the model refuses some batch sizes; each batch is filled up to a multiple of 2"
+    assert f"note: {said}" in capsys.readouterr().err
+    run(["doctor", "m.py:not_for_one", data])
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", ["apgd-t", "APGD-T"])

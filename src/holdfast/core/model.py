@@ -1,6 +1,7 @@
 """What is attacked: a callable from inputs inside `bounds` to logits, its preprocessing declared and differentiable."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -51,6 +52,32 @@ class Model(Protocol):
         """Logits (n, classes) of the inputs `x` (n, *features)."""
 
 
+@dataclass(frozen=True)
+class Batches:
+    """The batches that a network takes: of `size` rows, or of any multiple of it."""
+
+    size: int
+    multiples: bool = False
+
+    @property
+    def says(self) -> str:
+        """What a reader of the evidence must know."""
+        if not self.multiples:
+            return f"the model takes batches of {self.size} only; others are cut and filled up"
+        how = f"filled up to a multiple of {self.size} with copies of its last example, whose outputs are dropped"
+        return f"the model refuses some batch sizes; each batch is {how}"
+
+    def through(self, net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Outputs of all rows: the last one is repeated until the batch fits, and what comes of the copies is cut."""
+        short = -len(x) % self.size
+        filled = torch.cat((x, x[-1:].expand(short, *x.shape[1:]))) if short else x
+        parts = (filled,) if self.multiples else torch.split(filled, self.size)
+        return torch.cat([net(part) for part in parts])[: len(x)]
+
+
+_TRIED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""numbers of rows that a network is asked for before it is said to take none"""
+
 _NO_GRADIENT = (
     "No gradient passes through numpy, so let the attacks see scores alone: "
     'a threat such as "linf:8/255,access=scores" and the suite "black-box"'
@@ -61,8 +88,9 @@ class Classifier(nn.Module):
     """A network with its bounds and its preprocessing: `net((x - mean) / std)`.
 
     `mean` and `std` hold one number a channel (or a feature, for tables). `access` is the most that the target can
-    give: a file served through a runtime without gradients has "scores". Raises `TargetError` when the network
-    does not return a float tensor (n, classes). One logit an example becomes two classes, (0, z).
+    give: a file served through a runtime without gradients has "scores". `batches` are those that the network takes,
+    where it refuses some. Raises `TargetError` when the network does not return a float tensor (n, classes). One logit
+    an example becomes two classes, (0, z).
     """
 
     def __init__(
@@ -74,12 +102,14 @@ class Classifier(nn.Module):
         std: Sequence[float] | None = None,
         classes: int | None = None,
         access: Access = "gradients",
+        batches: Batches | None = None,
     ) -> None:
         super().__init__()
         self.net = net
         self.bounds = bounds or Bounds()
         self.classes = classes
         self.access: Access = access
+        self.batches = batches
         self._took: int | None = None
         self.mean: Tensor | None
         self.std: Tensor | None
@@ -110,7 +140,8 @@ class Classifier(nn.Module):
     def forward(self, x: Inputs, ids: Ids | None = None) -> Logits:
         """Logits (n, classes)."""
         try:
-            logits = self.net(self.preprocess(x))
+            inputs = self.preprocess(x)
+            logits = self.net(inputs) if self.batches is None else self.batches.through(self.net, inputs)
         except (torch.OutOfMemoryError, MemoryError, HoldfastError):
             raise
         except Exception as error:
@@ -146,6 +177,39 @@ class Classifier(nn.Module):
                 f"correct --classes or the model's last layer"
             )
         return logits
+
+
+@contextmanager
+def fitted(model: Classifier, x: Inputs) -> Iterator[None]:
+    """The model with its `batches` found out on rows like `x`, where it refuses some numbers of them."""
+    before = model.batches
+    try:
+        model.batches = before or _batches(model, x)
+        yield
+    finally:
+        model.batches = before
+
+
+def _batches(model: Classifier, x: Inputs) -> Batches | None:
+    """The smallest batches that the model takes; None where it takes all, or none of those that are tried."""
+    for size in _TRIED:
+        if _takes(model, x, size):
+            multiples = _takes(model, x, 2 * size) and _takes(model, x, 3 * size)
+            return None if size == 1 and multiples else Batches(size, multiples)
+    return None
+
+
+def _takes(model: Classifier, x: Inputs, n: int) -> bool:
+    try:
+        with torch.no_grad():
+            model(x[torch.arange(n, device=x.device) % len(x)])
+    except TargetError:
+        return False
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:

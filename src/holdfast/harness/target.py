@@ -9,7 +9,7 @@ import torch
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError
-from holdfast.core.model import Classifier, out_of_memory
+from holdfast.core.model import Classifier, fitted, out_of_memory
 from holdfast.core.types import Inputs, Logits
 from holdfast.ops.prepare import in_training, quickened
 
@@ -58,17 +58,23 @@ def prepared(model: Classifier, sample: Batch) -> Iterator[Target]:
     left_in_training = in_training(model)
     try:
         model.eval().requires_grad_(False)
-        once, again = _first(model, sample), _first(model, sample)
-        scale = once.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-12)
-        randomised = bool((once - again).nan_to_num(0.0, 0.0, 0.0).abs().max() > _SAME * scale)
-        quick, notes = (model, ()) if randomised else quickened(model, sample.x)
-        notes = (*notes, *_remarks(once, randomised=randomised))
-        yield Target(model, quick, randomised, once.shape[1], notes, left_in_training)
+        with fitted(model, sample.x):
+            yield _looked_at(model, sample, left_in_training)
     finally:
         for module, training in modes:
             module.training = training
         for weight, trained in weights:
             weight.requires_grad_(trained)
+
+
+def _looked_at(model: Classifier, sample: Batch, left_in_training: tuple[str, ...]) -> Target:
+    once, again = _first(model, sample), _first(model, sample)
+    scale = once.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-12)
+    randomised = bool((once - again).nan_to_num(0.0, 0.0, 0.0).abs().max() > _SAME * scale)
+    quick, notes = (model, ()) if randomised else quickened(model, sample.x)
+    filling = () if model.batches is None else (model.batches.says,)
+    notes = (*notes, *filling, *_remarks(once, randomised=randomised))
+    return Target(model, quick, randomised, once.shape[1], notes, left_in_training)
 
 
 def no_memory(n: int, error: BaseException) -> TargetError:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Batches
 from holdfast.sources.archive import MAX_BYTES, check_archive
 from holdfast.sources.files import megabytes, readable_file
 
@@ -65,12 +66,10 @@ class FixedBatch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs of all rows, whatever their number."""
-        outputs = []
-        for rows in torch.split(x, self.size):
-            short = self.size - len(rows)
-            filled = torch.cat((rows, rows[-1:].expand(short, *rows.shape[1:]))) if short else rows
-            outputs.append(self.net(filled)[: len(rows)])
-        return torch.cat(outputs) if outputs else self.net(x.new_zeros(self.size, *x.shape[1:]))[:0]
+        if not len(x):
+            empty: Tensor = self.net(x.new_zeros(self.size, *x.shape[1:]))[:0]
+            return empty
+        return Batches(self.size).through(self.net, x)
 
 
 def open_program(path: Path, *, trust_code: bool) -> Program:
