@@ -2,7 +2,8 @@
 
 Moosavi-Dezfooli et al., "DeepFool: A Simple and Accurate Method to Fool Deep Neural Networks", CVPR 2016,
 arXiv:1511.04599. Differs from the paper: the classes are ranked once, at the clean input; with a target, the only
-boundary is the one between the target and the class that leads; and it ends with a bisection to the boundary.
+boundary is the one between the target and the class that leads; in the second half of the steps features that the box
+holds no longer count, so that no example is left before the boundary; and it ends with a bisection to the boundary.
 """
 
 from dataclasses import dataclass
@@ -55,7 +56,10 @@ class DeepFool:
             margins = gaps.detach().abs() + leeway(logits.detach())[:, None]
             stands = ~broken
             left, rivals = left.take(stands), rivals[stands]
-            x = self._across(norm, model.bounds, x.detach()[stands], grads[stands], margins[stands])
+            x, grads = x.detach()[stands], grads[stands]
+            if step >= self.steps // 2:
+                grads = torch.stack([free(grad, x, model.bounds) for grad in grads.unbind(1)], 1)
+            x = self._across(norm, model.bounds, x, grads, margins[stands])
         return to_boundary(model, batch, closest.x, norm)
 
     def _rivals(self, logits: Logits, batch: Batch) -> Labels:
@@ -69,9 +73,8 @@ class DeepFool:
         """`x` moved just beyond the nearest of the linear boundaries with these normals and heights."""
         best, shift = torch.full_like(margins[:, 0], torch.inf), torch.zeros_like(x)
         for grad, margin in zip(grads.unbind(1), margins.unbind(1), strict=True):
-            uphill = free(grad, x, bounds)
-            direction = norm.steepest(uphill, x, bounds)
-            distance = margin / (uphill * direction).flatten(1).sum(1).clamp_min(1e-12)
+            direction = norm.steepest(grad, x, bounds)
+            distance = margin / (grad * direction).flatten(1).sum(1).clamp_min(1e-12)
             nearer = distance < best
             best = torch.where(nearer, distance, best)
             shift = torch.where(spread(nearer, x), spread(distance, x) * direction, shift)
