@@ -193,6 +193,17 @@ def test_a_factory_in_a_file(elsewhere, capsys):
     assert run(words) == 0
 
 
+def test_a_table_with_names_in_it_is_measured_without_them(elsewhere, capsys):
+    rows = "".join(f"n{k},{k / 8},{1 - k / 8},{k % 2}\n" for k in range(8))
+    Path("t.csv").write_text(f"name,a,b,kind\n{rows}")
+    Path("m.py").write_text("import torch\n\n\ndef build():\n    return torch.nn.Linear(2, 2)\n")
+    words = ["assess", "m.py:build", "t.csv", "--label", "kind", "-t", "linf:0.1", "-s", "quick"]
+    assert run([*words, "--drop", "name", "--no-doubts", "-o", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 8
+    assert run(["data", "show", "t.csv", "--label", "kind", "--drop", "name"]) == 0
+    assert ["shape", "2"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
 def test_a_dry_run_keeps_nothing(elsewhere, capsys):
     assert (
         run(["assess", "mnist-cnn", "mnist-mini", "--threat", "linf:0.1", "--suite", "quick", "--dry-run"])

@@ -62,6 +62,11 @@ def test_splits_and_selections(tmp_path: Path) -> None:
     bundled = r"^'mnist-mini' has no split 'tests' \(did you mean 'test'\?\); it has (train, test|test, train|test)$"
     with pytest.raises(UsageError, match=bundled):
         open_data("mnist-mini", split="tests")
+    bare = npz(tmp_path / "bare.npz", x=BYTES, y=Y)
+    with pytest.raises(
+        UsageError, match="bare.npz' holds x, y and no split 'val'; leave --split val out, or save"
+    ):
+        open_data(bare, split="val")
     with pytest.raises(UsageError, match="exclude each other"):
         open_data(address, n=1, sample=1)
     with pytest.raises(UsageError, match="-n is 0"):
@@ -347,6 +352,21 @@ def test_parquet_is_read_as_csv_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         open_data(str(tmp_path / "bad.parquet"), label="kind")
 
 
+def test_columns_that_are_no_features_are_left_out(tmp_path: Path) -> None:
+    rows = [["id", "a", "full name", "y"], ["7", "0.5", "Ann", "0"], ["8", "0.25", "Bob", "1"]]
+    address = table(tmp_path / "t.csv", rows)
+    with pytest.raises(TargetError, match="not numbers: full name. Leave it out with --drop 'full name', or"):
+        open_data(address, label="y")
+    data = open_data(address, label="y", drop=("id", "full name"))
+    assert data.read(0, 2).x.tolist() == [[0.5], [0.25]]
+    with pytest.raises(UsageError, match="no column 'ful name' to drop.*did you mean 'full name'"):
+        open_data(address, label="y", drop=("ful name",))
+    with pytest.raises(UsageError, match="'y' is the label of .*; leave --drop y out"):
+        open_data(address, label="y", drop=("y",))
+    with pytest.raises(UsageError, match="'mnist-mini' is no table and has no columns; leave --drop id out"):
+        open_data("mnist-mini", drop=("id",))
+
+
 @pytest.mark.parametrize(
     "rows, label, error, message",
     [
@@ -356,13 +376,13 @@ def test_parquet_is_read_as_csv_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             [["a", "t", "y"], ["1", "red", "0"]],
             "y",
             TargetError,
-            "1 column of .* is not numbers: t. Write a table without it, or with numbers",
+            "1 column of .* is not numbers: t. Leave it out with --drop t, or write numbers",
         ),
         (
             [["a", "t", "u", "y"], ["1", "red", "up", "0"]],
             "y",
             TargetError,
-            "2 columns of .* are not numbers: t, u. Write a table without them",
+            "2 columns of .* are not numbers: t, u. Leave them out with --drop t --drop u, or write",
         ),
         (
             [["a", "b", "y"], ["0", "4", "0"], ["91", "2", "1"]],

@@ -74,6 +74,9 @@ TARGET = (
     click.option("--sample", type=int, metavar="N", help="A seeded sample of N examples."),
     click.option("--split", metavar="NAME", help="Split of the data (default: test where there is one)."),
     click.option("--label", metavar="COL", help="Label column of a table."),
+    click.option(
+        "--drop", multiple=True, metavar="COL", help="Leave this column of a table out, as a name or an id."
+    ),
     click.option("--arch", metavar="NAME|FILE.py:F", help="Architecture of a state dict."),
     click.option("--model-args", multiple=True, metavar="K=V", help="Arguments of the factory."),
     click.option("--bounds", metavar="LOW,HIGH", help="Range of legal inputs (default: 0,1)."),
@@ -103,7 +106,7 @@ def settings_from(flags: dict[str, Any]) -> AssessSettings:
     config, sets = flags.pop("config"), flags.pop("sets")
     for key, flag in (("model_args", "--model-args"), ("accept_doubts", "--accept-doubt")):
         flags[key] = pairs(flags.get(key, ()), flag) or None
-    for key in ("gates", "only", "skip", "output"):
+    for key in ("gates", "only", "skip", "drop", "output"):
         flags[key] = list(flags.get(key, ())) or None
     if flags.get("suite") is not None and flags["suite"] not in SUITES:
         from holdfast.config.grammar import nearest

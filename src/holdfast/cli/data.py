@@ -42,8 +42,9 @@ def list_(voice: Voice = Voice()) -> None:  # noqa: B008 (an immutable value)
 @click.argument("address")
 @click.option("--split", metavar="NAME", help="Split of the data (default: test where there is one).")
 @click.option("--label", metavar="COL", help="Label column of a table.")
+@click.option("--drop", multiple=True, metavar="COL", help="Leave this column of a table out.")
 @spoken
-def show(voice: Voice, address: str, split: str | None, label: str | None) -> None:
+def show(voice: Voice, *, address: str, split: str | None, label: str | None, drop: tuple[str, ...]) -> None:
     """What is in a data set: shape, range, classes, digest; for a catalogue name also its licence and source."""
     from rich.table import Table
 
@@ -57,7 +58,7 @@ def show(voice: Voice, address: str, split: str | None, label: str | None) -> No
         table.add_row("title", entry.title)
         table.add_row("licence", entry.licence)
         table.add_row("cite", entry.cite)
-    opened = open_data(address, split=split, label=label, bounds=Bounds(-math.inf, math.inf))
+    opened = open_data(address, split=split, label=label, drop=drop, bounds=Bounds(-math.inf, math.inf))
     first = opened.read(0, min(len(opened), 1000))
     table.add_row("examples", f"{len(opened):,}")
     table.add_row("shape", " x ".join(str(size) for size in first.x.shape[1:]))

@@ -103,6 +103,7 @@ def opened_data(settings: AssessSettings, model: Classifier, *, lenient: bool = 
         settings.data,
         split=settings.split,
         label=settings.label,
+        drop=tuple(settings.drop),
         n=settings.n,
         sample=settings.sample,
         seed=settings.seed,

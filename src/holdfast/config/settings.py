@@ -92,6 +92,7 @@ class AssessSettings(BaseModel):
     classes: int | None = Field(None, ge=2, description="number of classes, to be checked")
     split: str | None = Field(None, description="train or test, or a value of a table's split column")
     label: str | None = Field(None, description="label column of a table")
+    drop: list[str] = Field(default_factory=list, description="columns of a table that are no features")
     n: int | None = Field(None, ge=1, description="use the first N examples")
     sample: int | None = Field(None, ge=1, description="use a seeded sample of N examples")
     threat: Annotated[str, BeforeValidator(_threat)] = Field(

@@ -27,6 +27,7 @@ def open_data(
     *,
     split: str | None = None,
     label: str | None = None,
+    drop: tuple[str, ...] = (),
     n: int | None = None,
     sample: int | None = None,
     seed: int = 0,
@@ -37,10 +38,10 @@ def open_data(
     """Open the data set at an address; raises `UsageError` or `TargetError` with the way out.
 
     `n` keeps the first n of the split in source order, `sample` a seeded sample. Without `split` it is the test split
-    where there is one. Bounds are those of the model: floats outside them are refused, as are labels
-    outside the classes, unless it is `lenient`.
+    where there is one. `drop` are columns of a table that are no features. Bounds are those of the model: floats
+    outside them are refused, as are labels outside the classes, unless it is `lenient`.
     """
-    wanted = _Wanted(split, label, n, sample, seed, classes, bounds or Bounds(), lenient)
+    wanted = _Wanted(split, label, drop, n, sample, seed, classes, bounds or Bounds(), lenient)
     data = _opened(_located(address), address, wanted)
     n_wanted = n or sample or 0
     if len(data) < n_wanted:
@@ -56,6 +57,7 @@ class _Wanted:
 
     split: str | None
     label: str | None
+    drop: tuple[str, ...]
     n: int | None
     sample: int | None
     seed: int
@@ -76,6 +78,8 @@ class _Place:
 
 def _opened(place: _Place, address: str, wanted: _Wanted) -> Arrays | Pictures:
     path = place.path
+    if wanted.drop and path.exists() and not path.name.endswith(tables.SUFFIXES):
+        raise UsageError(f"{address!r} is no table and has no columns; leave --drop {wanted.drop[0]} out")
     if path.is_dir():
         return open_folder(
             path,
@@ -90,7 +94,7 @@ def _opened(place: _Place, address: str, wanted: _Wanted) -> Arrays | Pictures:
             path,
             name=address,
             label=wanted.label or place.label,
-            drop=place.drop,
+            drop=(*place.drop, *wanted.drop),
             split=wanted.split,
             n=wanted.n,
             sample=wanted.sample,

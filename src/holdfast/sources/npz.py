@@ -130,5 +130,8 @@ def _no_split(
     if split is not None and pairs:
         known = nearest(split, pairs)
         return UsageError(f"{name!r} has no split {split!r}{known}; it has {', '.join(pairs)}")
-    holds = f"it has {', '.join(archive.names) or 'nothing'}"
-    return TargetError(f"{name!r} has neither x_test, y_test nor x, y; {holds}")
+    holds = ", ".join(archive.names) or "nothing"
+    if split is not None and "x" in archive.names:
+        way_out = f"leave --split {split} out, or save x_{split}, y_{split} in it"
+        return UsageError(f"{name!r} holds {holds} and no split {split!r}; {way_out}")
+    return TargetError(f"{name!r} has neither x_test, y_test nor x, y; it has {holds}")

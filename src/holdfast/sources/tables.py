@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import itertools
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ def open_table(
             else f"{name!r} is a table"
         )
         raise UsageError(f"{wrong}; name its label with --label, one of {known}")
+    _refuse_dropped(drop, label, table, name)
     kept = _rows_of_split(table, split)
     chosen = kept[selected_rows(len(kept), n=n, sample=sample, seed=seed, name=name)]
     y, class_names, notes = _encoded(table.columns[label], name)
@@ -77,6 +79,14 @@ def open_table(
         notes=notes,
         lenient=lenient,
     )
+
+
+def _refuse_dropped(drop: tuple[str, ...], label: str, table: Table, name: str) -> None:
+    for column in drop:
+        if column not in table.columns:
+            raise UsageError(f"{name!r} has no column {column!r} to drop{nearest(column, table.columns)}")
+        if column == label:
+            raise UsageError(f"{column!r} is the label of {name!r}; leave --drop {column} out")
 
 
 def _read_csv(path: Path) -> Table:
@@ -181,23 +191,29 @@ def _numbers(table: Table, features: list[str], rows: NDArray[np.int64]) -> NDAr
             f"{str(table.path)!r} has no column beside its label; at least one feature was expected"
         )
     x = np.empty((len(rows), len(features)), dtype=np.float32)
-    text = []
+    text: dict[str, str] = {}
     for i, name in enumerate(features):
         cells = [table.columns[name][row] for row in rows]
         try:
             x[:, i] = [_TRUTH.get(cell.lower(), cell) for cell in cells]
         except ValueError:
             empty = next((row for row, cell in zip(rows, cells, strict=True) if not cell.strip()), None)
-            text.append(f"{name} (row {empty} is empty)" if empty is not None else name)
+            text[name] = name if empty is None else f"{name} (row {empty} is empty)"
     if text:
-        more = " …" if len(text) > 6 else ""
-        counted = "1 column" if len(text) == 1 else f"{len(text)} columns"
-        raise TargetError(
-            f"{counted} of {str(table.path)!r} {'is' if len(text) == 1 else 'are'} not numbers: "
-            f"{', '.join(text[:6])}{more}. Write a table without {'it' if len(text) == 1 else 'them'}, or with numbers "
-            "in place of the text, as the model was trained"
-        )
+        raise _not_numbers(table, text)
     return x
+
+
+def _not_numbers(table: Table, text: dict[str, str]) -> TargetError:
+    """What is said of columns that hold text, given how each is shown."""
+    counted = "1 column" if len(text) == 1 else f"{len(text)} columns"
+    few, more = list(text)[:6], " …" if len(text) > 6 else ""
+    flags = " ".join(f"--drop {shlex.quote(name)}" for name in few)
+    return TargetError(
+        f"{counted} of {str(table.path)!r} {'is' if len(text) == 1 else 'are'} not numbers: "
+        f"{', '.join(text[name] for name in few)}{more}. Leave {'it' if len(text) == 1 else 'them'} out with "
+        f"{flags}{more}, or write numbers in place of the text, as the model was trained"
+    )
 
 
 _TRUTH: dict[str, float] = {"true": 1.0, "false": 0.0}
