@@ -117,7 +117,7 @@ def test_runs_without_robust_accuracy_compare_the_rest(first):
     content = _compared(first, second)
     assert list(content["paired"]) == ["clean_accuracy"]
     assert any("robust accuracy is not compared" in note for note in content["notes"])
-    for suffix in ("page", "markdown", "to_json"):
+    for suffix in ("page", "markdown", "to_json", "fragment"):
         assert getattr(comparison, suffix)(content)
 
 
@@ -149,7 +149,7 @@ def test_names_of_users_are_shown_and_not_obeyed(first, text):
         "suite": text,
     }
     content = _compared(dataclasses.replace(first, **named), dataclasses.replace(first, suite=f"{text}2"))
-    page = comparison.page(content)
+    page = comparison.page(content) + comparison.fragment(content)
     assert not re.search(r"<(script|img)", page)
     assert "\x1b" not in page + comparison.markdown(content) + comparison.text(content, colour=False)
     assert (

@@ -12,6 +12,7 @@ from holdfast.core.evidence import Doubt
 from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import Judgement
 from holdfast.reports import terminal
+from holdfast.reports.html import fragment, page
 from holdfast.reports.summary import summary
 from holdfast.reports.write import WRITERS, write
 from reports import made
@@ -106,7 +107,9 @@ def test_no_output_obeys_a_users_string(text, tmp_path):
         for tag, name, value in shape.attributes:
             assert name != "src" or (tag == "img" and value.startswith("data:image/png;base64,"))
             assert name != "href" or re.fullmatch(r"#[a-z]+", value)
-        assert "\u202e" not in written[".html"]
+        assert "\u202e" not in written[".html"] + fragment(content)
+        inside = _shape(fragment(content))
+        assert {name for _, name, _ in inside.attributes} == {"scope"}
         ET.fromstring(written[".xml"])
         assert json.loads(written[".sarif"])["runs"][0]["results"]
         assert json.loads(written[".json"]) == content
@@ -118,17 +121,15 @@ def test_no_output_obeys_a_users_string(text, tmp_path):
 
 
 def test_tags_of_the_page_do_not_depend_on_the_strings():
-    from holdfast.reports.html import page
-
-    plain = [_shape(page(content)).tags for content, _ in _summary("plain")]
-    for text in HOSTILE:
-        if text:
-            assert [_shape(page(content)).tags for content, _ in _summary(text)] == plain
+    for made_of in (page, fragment):
+        plain = [_shape(made_of(content)).tags for content, _ in _summary("plain")]
+        assert {"table", "th", "td"} <= set(plain[0])
+        for text in HOSTILE:
+            if text:
+                assert [_shape(made_of(content)).tags for content, _ in _summary(text)] == plain
 
 
 def test_a_summary_from_elsewhere_brings_no_picture_from_elsewhere():
-    from holdfast.reports.html import page
-
     content = made.summarised(made.evidence(gallery=1))
     for key in ("clean", "perturbed", "difference"):
         content["examples"][0][key] = "https://example.invalid/x.png"

@@ -309,7 +309,7 @@ def test_a_result_answers_for_itself(tmp_path):
     assert result.gate("robust_accuracy >= 1").verdict == "fail"
     assert result.gate("robust_accuracy <= 1").estimate == result.metrics["robust_accuracy"]
     assert "PGD-again" in result.table
-    assert result.table.splitlines()[0] in result._repr_html_().replace("&#x27;", "'")
+    assert f"<caption>{result.table.splitlines()[0]}</caption>" in result._repr_html_()
     assert result.to_html(tmp_path / "a.html").read_text().startswith("<!doctype html>")
     assert result.to_json(tmp_path / "a.json") == (tmp_path / "a.json").read_text()
     assert len(result.write(tmp_path / "a.csv").read_text().splitlines()) == N + 1

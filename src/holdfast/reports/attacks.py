@@ -17,6 +17,13 @@ def by_distance(summary: Mapping[str, Any]) -> bool:
     )
 
 
+def title(summary: Mapping[str, Any]) -> str:
+    """What the table is of: `1,000 images, linf:0.2, standard@1`."""
+    suite = f", {summary['suite']}" if summary["suite"] else ""
+    found = ": the smallest changes found" if by_distance(summary) else ""
+    return f"{summary['n']:,} {summary['noun']}, {summary['threat']['constraint']}{suite}{found}"
+
+
 def left_out(attack: Mapping[str, Any]) -> bool:
     """Whether time ran out before the attack was tried on anything that stood."""
     return not attack["forwards"] and bool(attack["standing_before"])

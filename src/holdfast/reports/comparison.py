@@ -201,7 +201,16 @@ def markdown(content: Mapping[str, Any]) -> str:
         (key, *(escaped(str(run[key])) for run in content["runs"])) for key in ("threat", "suite", "verdict")
     ]
     lines += table(("", "first", "second"), runs)
-    rows = [
+    lines += table(("paired", "first", "second", "difference", "p"), _paired_rows(content))
+    for side, words in SIDES.items():
+        if side in content["flipped"]:
+            flipped = content["flipped"][side]
+            lines.append(f"- {words}: {count(flipped['n'])}{_some(flipped)}")
+    return "\n".join([*lines, ""])
+
+
+def _paired_rows(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
         (
             label(name),
             percent(found["first"]),
@@ -211,12 +220,6 @@ def markdown(content: Mapping[str, Any]) -> str:
         )
         for name, found in content["paired"].items()
     ]
-    lines += table(("paired", "first", "second", "difference", "p"), rows)
-    for side, words in SIDES.items():
-        if side in content["flipped"]:
-            flipped = content["flipped"][side]
-            lines.append(f"- {words}: {count(flipped['n'])}{_some(flipped)}")
-    return "\n".join([*lines, ""])
 
 
 SIDES = {
@@ -242,9 +245,8 @@ def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) 
     paired = grid(
         f"{count(content['n'])} shared {content['noun']}", ("paired", "first", "second", "difference", "p")
     )
-    for name, found in content["paired"].items():
-        shares = percent(found["first"]), percent(found["second"])
-        paired.add_row(label(name), *shares, points(found["difference"]), plain(found["p"], 2))
+    for cells in _paired_rows(content):
+        paired.add_row(*cells)
     metrics = grid("metrics", ("metric", "first", "second"))
     for name, both in content["metrics"].items():
         metrics.add_row(cell(label(name)), *(shown_or_dash(name, found) for found in both))
@@ -264,3 +266,16 @@ def page(content: Mapping[str, Any]) -> str:
     from holdfast.reports.html import render
 
     return render("comparison.html.j2", s=content, sides=SIDES, points=points, some=_some)
+
+
+def fragment(content: Mapping[str, Any]) -> str:
+    """The comparison as a notebook shows it in its own style."""
+    from holdfast.reports.html import filled
+    from holdfast.reports.terminal import FIRST, shown_or_dash
+
+    metrics = [
+        (label(name), *(shown_or_dash(name, found) for found in both))
+        for name, both in content["metrics"].items()
+        if name in FIRST
+    ]
+    return filled("notebook-comparison.html.j2", s=content, paired=_paired_rows(content), metrics=metrics)

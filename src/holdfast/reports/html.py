@@ -8,6 +8,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from holdfast.reports import attacks, charts, numbers, words
+from holdfast.reports.terminal import FIRST
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -39,6 +40,29 @@ def page(summary: Mapping[str, Any]) -> str:
     )
 
 
+def fragment(summary: Mapping[str, Any]) -> str:
+    """The verdict, the attacks and the metrics that people look at first, as a notebook shows them in its own style."""
+    sign, word = words.VERDICTS[summary["verdict"]]
+    distance = attacks.by_distance(summary)
+    headings = attacks.SMALLEST if distance else attacks.STANDING
+    rows = [attacks.row(attack, distance=distance) for attack in summary["attacks"]]
+    metrics = [
+        (words.label(name), words.shown(name, e["value"]), words.interval(name, e), numbers.count(e["n"]))
+        for name, e in summary["metrics"].items()
+        if name in FIRST
+    ]
+    return filled(
+        "notebook.html.j2",
+        s=summary,
+        sign=sign,
+        word=word,
+        title=attacks.title(summary),
+        headings=headings,
+        rows=[[cells[heading] for heading in headings] for cells in rows],
+        metrics=metrics,
+    )
+
+
 _STATES = ("raised", "not measured", "clear", "not applicable")
 
 
@@ -51,6 +75,11 @@ def render(template: str, **content: Any) -> str:
     return _environment().get_template(template).render(style=Markup(style), style_digest=digest, **content)  # noqa: S704
 
 
+def filled(template: str, **content: Any) -> str:
+    """Fill a template that brings no style, every string of a user escaped."""
+    return _environment().get_template(template).render(**content)
+
+
 def _read(name: str) -> str:
     return resources.files("holdfast.reports").joinpath("templates", name).read_text(encoding="utf-8")
 
@@ -59,7 +88,13 @@ def _read(name: str) -> str:
 def _environment() -> "Environment":
     from jinja2 import DictLoader, Environment, StrictUndefined
 
-    names = ("report.html.j2", "comparison.html.j2", "parts.html.j2")
+    names = (
+        "report.html.j2",
+        "comparison.html.j2",
+        "notebook.html.j2",
+        "notebook-comparison.html.j2",
+        "parts.html.j2",
+    )
     environment = Environment(
         loader=DictLoader({name: _read(name) for name in names}),
         autoescape=True,

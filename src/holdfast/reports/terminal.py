@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, row
+from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, row, title
 from holdfast.reports.numbers import count, percent
 from holdfast.reports.words import VERDICTS, asked, interval, label, printable, shown
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _STYLES = {"pass": "bold green", "fail": "bold red", "unclear": "bold yellow", "no gate": "bold"}
 _WIDE = 78
 """Columns that the whole table of attacks needs."""
-_FIRST = frozenset(
+FIRST = frozenset(
     (
         "clean_accuracy",
         "robust_accuracy",
@@ -82,11 +82,9 @@ def _doubts(doubts: Sequence[Mapping[str, Any]]) -> str:
 
 def attack_table(summary: Mapping[str, Any], *, narrow: bool = False) -> "Table":
     """What is left after each attack, or what each found; without intervals and queries where there is little room."""
-    threat, suite, distance = summary["threat"]["constraint"], summary["suite"], by_distance(summary)
-    title = f"{summary['n']:,} {summary['noun']}, {threat}" + (f", {suite}" if suite else "")
-    title += ": the smallest changes found" if distance else ""
+    distance = by_distance(summary)
     headings = (SMALLEST if distance else STANDING)[: 5 if narrow else 7]
-    table = grid(title, headings)
+    table = grid(title(summary), headings)
     clean = summary["metrics"].get("clean_accuracy")
     if clean and summary["threat"]["goal"] is None and not distance:
         standing = round(clean["value"] * clean["n"])
@@ -105,7 +103,7 @@ def metric_table(summary: Mapping[str, Any], *, brief: bool = False) -> "Table":
         f"metrics, {100 * summary['confidence']:.0f} % intervals", ("metric", "value", "interval", "n")
     )
     for name, estimate in summary["metrics"].items():
-        if brief and name not in _FIRST:
+        if brief and name not in FIRST:
             continue
         table.add_row(
             cell(label(name)),

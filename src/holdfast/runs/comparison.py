@@ -1,6 +1,5 @@
 """Two runs of the same examples: what changed, paired by the content of each example."""
 
-import html
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +53,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        return f"<pre>{html.escape(self.text())}</pre>"
+        return reported.fragment(self._summary)
 
     def __str__(self) -> str:
         return " ".join(said for key in ("caution", "headline") if (said := self._summary[key]))

@@ -1,6 +1,5 @@
 """What a run found: the evidence, what is read from it, and what was decided."""
 
-import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +14,7 @@ from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge
 from holdfast.metrics.catalogue import estimates
+from holdfast.reports.html import fragment
 from holdfast.reports.summary import Json, summary, to_json
 from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.write import write
@@ -121,8 +121,7 @@ class Result:
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        text = verdict(self._summary, colour=False) + "\n" + self.table
-        return f"<pre>{html.escape(text)}</pre>"
+        return fragment(self._summary)
 
     def __str__(self) -> str:
         return verdict(self._summary, colour=False).rstrip("\n")
