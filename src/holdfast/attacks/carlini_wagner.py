@@ -23,7 +23,8 @@ from holdfast.ops.ascent import gradient
 from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.losses import margin_loss
-from holdfast.ops.norms import expect_norm, farthest, free, gap, spread
+from holdfast.ops.norms import expect_norm, farthest, free, gap
+from holdfast.ops.rows import spread
 
 _TINY = 1e-12
 _DEARER = 4.0  # times the last price, while none was enough

@@ -20,7 +20,8 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Labels, Logits, PerExample, Positive, Steps
 from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, firmly_broken, leeway
-from holdfast.ops.norms import expect_norm, free, spread
+from holdfast.ops.norms import expect_norm, free
+from holdfast.ops.rows import spread
 
 
 @dataclass(frozen=True)

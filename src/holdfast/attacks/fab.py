@@ -34,7 +34,8 @@ from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, leeway
 from holdfast.ops.halfspace import Flat, plane, to_plane
 from holdfast.ops.losses import likeliest, margin
-from holdfast.ops.norms import expect_norm, farthest, spread
+from holdfast.ops.norms import expect_norm, farthest
+from holdfast.ops.rows import spread
 from holdfast.ops.starts import unit_noise
 
 

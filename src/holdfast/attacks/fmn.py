@@ -22,7 +22,8 @@ from holdfast.ops.ascent import gradient
 from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.losses import margin_loss
-from holdfast.ops.norms import expect_norm, farthest, free, gap, spread
+from holdfast.ops.norms import expect_norm, farthest, free, gap
+from holdfast.ops.rows import spread
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from holdfast.core.types import Inputs, Logits, PerExample
 from holdfast.ops.best import Best
 from holdfast.ops.gradients import input_gradient
 from holdfast.ops.losses import Loss, margin
+from holdfast.ops.rows import spread
 
 Schedule = Callable[[int, int], float]
 """`schedule(step, steps)`: what the step size is multiplied with."""
@@ -92,4 +93,4 @@ def ascend(
 def _mean_size(grad: Inputs) -> Inputs:
     """Mean absolute gradient of each example, as in Dong et al. 2018, up to a constant."""
     size = grad.flatten(1).abs().mean(1).clamp_min(1e-12)
-    return size.view(-1, *[1] * (grad.dim() - 1))
+    return spread(size, grad)

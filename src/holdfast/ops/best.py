@@ -4,6 +4,7 @@ import torch
 
 from holdfast.core.batch import Batch
 from holdfast.core.types import Inputs, Mask, PerExample, Rows
+from holdfast.ops.rows import pick
 
 
 class Best:
@@ -27,7 +28,7 @@ class Best:
         """Take the points of `some` examples that are lower than what is known (NaN is lowest); who got lower."""
         if some.ids is self._ids:
             lower = ~(margin >= self.margin)
-            self.x = torch.where(lower.view(-1, *[1] * (x.dim() - 1)), x, self.x)
+            self.x = pick(lower, x, self.x)
             self.margin = torch.where(lower, margin, self.margin).nan_to_num_(
                 -torch.inf, torch.inf, -torch.inf
             )

@@ -11,6 +11,7 @@ from holdfast.core.types import Inputs, PerExample
 from holdfast.ops.ascent import gradient
 from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.losses import margin_loss
+from holdfast.ops.rows import pick
 
 _FORWARDS = 10
 _FIRST = 15 / 16  # a good attack ends within a few percent of the boundary: look there before halving
@@ -60,7 +61,7 @@ def _fewest(model: Model, batch: Batch, far: Inputs, norm: L0) -> Inputs:
     pushed = torch.where(held == left.x, held, torch.where(grad > 0, high, torch.where(grad < 0, low, held)))
     with torch.no_grad():
         better = firmly_broken(model(pushed, left.ids), left)
-    held = torch.where(better.view(-1, *[1] * (held.dim() - 1)), pushed, held)
+    held = pick(better, pushed, held)
     gain = torch.where(held == left.x, -torch.inf, grad * (held - left.x))
     result[firm] = _bisected(
         model,

@@ -5,6 +5,7 @@ import torch
 from holdfast.core.batch import Batch
 from holdfast.core.types import Inputs, Logits, Mask, PerExample, Rows
 from holdfast.ops.losses import margin
+from holdfast.ops.rows import spread
 
 
 def leeway(logits: Logits) -> PerExample:
@@ -42,7 +43,7 @@ class Closest:
         """Take the broken points that are closer than what is known; who got closer."""
         if some.ids is self._ids:
             closer = broken & (distance < self.distance)
-            self.x = torch.where(closer.view(-1, *[1] * (x.dim() - 1)), x, self.x)
+            self.x = torch.where(spread(closer, x), x, self.x)
             self.distance = torch.where(closer, distance, self.distance)
             return closer
         rows = self.rows(some)

@@ -15,7 +15,7 @@ from holdfast.core.model import Bounds, Model
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.gradients import input_gradient
 from holdfast.ops.losses import margin
-from holdfast.ops.norms import spread
+from holdfast.ops.rows import spread
 
 _TINY, _HUGE = 1e-30, 1e30
 _CLOSE = 1e-5  # share of the way that may be missing: the sums' rounding in float32, far below any overshoot

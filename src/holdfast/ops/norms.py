@@ -1,7 +1,6 @@
 """What minimum-norm attacks ask of a norm beyond its ball."""
 
 import torch
-from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint, Norm
@@ -22,11 +21,6 @@ def expect_norm(constraint: Constraint, attack: object, *kinds: type[Norm]) -> N
         f"{type(attack).__name__} minimises {names}; the threat model is {constraint}. "
         f"Choose another threat, or leave the attack out with --skip"
     )
-
-
-def spread(values: Tensor, like: Tensor) -> Tensor:
-    """One number or truth value an example, shaped to broadcast against the inputs."""
-    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def farthest(norm: Norm, x: Inputs, bounds: Bounds) -> PerExample:

@@ -18,7 +18,7 @@ from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
 from holdfast.core.types import Inputs, Mask
-from holdfast.ops.norms import spread
+from holdfast.ops.rows import spread
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # after these of 10,000 steps the share halves
 _SCHEDULED = 10_000
