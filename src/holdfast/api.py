@@ -24,7 +24,7 @@ from holdfast.reports.write import check as check_place
 from holdfast.runs import assess as assessing
 from holdfast.runs.comparison import Comparison
 from holdfast.runs.index import open_run
-from holdfast.runs.order import Progress, Subject, silent
+from holdfast.runs.order import Order, Progress, Subject, silent
 from holdfast.runs.result import Result
 from holdfast.runs.selection import selected
 from holdfast.sources.memory import as_data
@@ -89,13 +89,11 @@ def assess(
 ) -> Result:
     """How robust a model is, honestly: the worst case over a suite of attacks, with intervals and doubts.
 
-    `suite` is a name or a list of attacks. With `run` everything is kept in that folder and `resume` goes on with it;
-    without, nothing is written. A network that is not given by an address stays on the device it is on.
+    With `run` everything is kept in that folder, and `resume` goes on with it. A network in hand stays on its device.
     """
     settings = _settings("assess()", locals())
     subject, place = _subject(model, settings), None if run is None else Path(run)
-    attacks, where = None if isinstance(suite, str) else _attacks(suite), _device(model, subject, settings)
-    order = ordering.order(settings, attacks=attacks, baseline=_evidence(baseline), device=where)
+    order = _order(suite, baseline, settings, _device(model, subject, settings))
     given = _data(data, settings, subject.model)
     return assessing.assess(subject, given, order, run=place, resume=resume, progress=progress)
 
@@ -188,6 +186,16 @@ def _settings(where: str, arguments: Mapping[str, Any]) -> AssessSettings:
         else:
             said.pop(name, None)
     return check(said, where)
+
+
+def _order(
+    suite: str | Sequence[Attack],
+    baseline: Result | Evidence | str | Path | None,
+    settings: AssessSettings,
+    device: str | None,
+) -> Order:
+    attacks = None if isinstance(suite, str) else _attacks(suite)
+    return ordering.order(settings, attacks=attacks, baseline=_evidence(baseline), device=device)
 
 
 def _attacks(suite: Sequence[Attack]) -> tuple[Attack, ...]:

@@ -51,7 +51,6 @@ def comparison(
         flipped = _flipped(first, second, held, shared)
     except Absent as absent:
         notes.append(f"robust accuracy is not compared: {absent}")
-    names = list(dict.fromkeys([*summaries[0]["metrics"], *summaries[1]["metrics"]]))
     content = {
         "schema_version": COMPARISON_VERSION,
         "verb": "compare",
@@ -63,12 +62,16 @@ def comparison(
         "runs": [_run(summary) for summary in summaries],
         "paired": paired,
         "flipped": flipped,
-        "metrics": {name: [summary["metrics"].get(name) for summary in summaries] for name in names},
+        "metrics": _side_by_side(*(summary["metrics"] for summary in summaries)),
         "notes": notes,
     }
     content["headline"] = headline(content)
     written: Json = strict(content)
     return written
+
+
+def _side_by_side(first: Mapping[str, Any], second: Mapping[str, Any]) -> Json:
+    return {name: [first.get(name), second.get(name)] for name in dict.fromkeys([*first, *second])}
 
 
 def to_json(content: Mapping[str, Any]) -> str:

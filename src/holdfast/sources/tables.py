@@ -54,14 +54,7 @@ def open_table(
     """The rows of a split, features as float32; a text label is encoded by its sorted values, which are the classes."""
     readable_file(path, "data file")
     table = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
-    if label is None or label not in table.columns:
-        known = ", ".join(table.columns)
-        wrong = (
-            f"{name!r} has no column {label!r}{nearest(label, table.columns)}"
-            if label
-            else f"{name!r} is a table"
-        )
-        raise UsageError(f"{wrong}; name its label with --label, one of {known}")
+    label = _label(label, table, name)
     _refuse_dropped(drop, label, table, name)
     kept = _rows_of_split(table, split)
     chosen = kept[selected_rows(len(kept), n=n, sample=sample, seed=seed, name=name)]
@@ -79,6 +72,18 @@ def open_table(
         notes=notes,
         lenient=lenient,
     )
+
+
+def _label(label: str | None, table: Table, name: str) -> str:
+    """The name of the label column, if there is one of that name."""
+    if label is not None and label in table.columns:
+        return label
+    wrong = (
+        f"{name!r} has no column {label!r}{nearest(label, table.columns)}"
+        if label
+        else f"{name!r} is a table"
+    )
+    raise UsageError(f"{wrong}; name its label with --label, one of {', '.join(table.columns)}")
 
 
 def _refuse_dropped(drop: tuple[str, ...], label: str, table: Table, name: str) -> None:
