@@ -55,10 +55,10 @@ def _one(cases: list[Case]) -> tuple[list[torch.Tensor], list[torch.Tensor], Cel
     net = network(first.network)
     known = [_verdicts(case, net.sha256) for case in cases]
     x, y = images(net.data, first.n)
-    attacked = torch.tensor([c != "~" for c in known[0]["verdicts"]])
     attacks = [attack for _, attack in suite("standard", ours.constraint(first.norm, first.eps)).attacks]
     mine, seconds, stages = [], [], []
-    for case in cases:
+    for case, reference in zip(cases, known, strict=True):
+        attacked = torch.tensor([c != "~" for c in reference["verdicts"]])
         evidence = ours.assessed(
             net.module, x[attacked], y[attacked], attacks, first.norm, first.eps, seed=case.seed
         )

@@ -99,7 +99,7 @@ class Linf:
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """Largest absolute change."""
-        return (x_adv - x).flatten(1).abs().amax(1)
+        return (x_adv - x).flatten(1).abs_().amax(1)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """Clamp to the cube and the box."""

@@ -62,6 +62,7 @@ class Metered:
         self._found: dict[int, Tensor] = {}
         self._last_ids: Ids | None = None
         self._last_places = (self._order, self._order, batch.y)
+        self._last_clean: Inputs | None = None
 
     @property
     def bounds(self) -> Bounds:
@@ -132,6 +133,7 @@ class Metered:
             rows = self._order[torch.searchsorted(self._sorted, ids)]
             judge = self._batch.y if self._batch.target is None else self._batch.target
             self._last_ids, self._last_places = ids, (rows, torch.ones_like(rows), judge[rows])
+            self._last_clean = None
         return self._last_places
 
     def _watch(self, x: Inputs, logits: Logits, rows: Tensor, wanted: Labels) -> None:
@@ -141,10 +143,13 @@ class Metered:
         if not broken.any():
             return
         at = (broken & (self._first[rows] == 0)).nonzero()[:, 0]
-        constraint, clean = self._threat.constraint, self._batch.x
+        if self._last_clean is None:
+            self._last_clean = self._batch.x[rows]
+        constraint, clean = self._threat.constraint, self._last_clean
         # exact only where it can matter: a minimum-norm attack breaks its examples outside the ball many times
-        at = at[constraint.distance(x[at], clean[rows[at]]) <= constraint.eps * (1 + 1e-3) + 1e-6]
-        at = at[allowed(constraint, x[at], clean[rows[at]], self.bounds)]
+        pair = (x, clean) if len(at) == len(x) else (x[at], clean[at])
+        at = at[constraint.distance(*pair) <= constraint.eps * (1 + 1e-3) + 1e-6]
+        at = at[allowed(constraint, x[at], clean[at], self.bounds)]
         self._first[rows[at]] = self._queries[rows[at]]
         if self._threat.queries is not None:
             for k in at.tolist():
