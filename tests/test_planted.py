@@ -13,6 +13,7 @@ from holdfast.attacks import PGD
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.meter import Metered
+from holdfast.core.threat import ThreatModel
 from holdfast.gates.judging import AtLeast
 from holdfast.harness import stages
 from holdfast.ops import ascent
@@ -75,6 +76,13 @@ def contiguous_only(model, batch, threat, x_adv):
     return batch.x.view(len(batch), -1).view_as(x_adv) * 0 + x_adv
 
 
+def towards_the_next_class(model, batch, threat, x_adv):
+    """The best answer to one rival; with two classes there is no other."""
+    rival = batch.towards((batch.y + 1) % model(batch.x, batch.ids).shape[1])
+    aimed = ThreatModel(threat.constraint, goal=1, access=threat.access)
+    return CLIMB(model, rival, aimed, rng=Draws(0))
+
+
 def ten_classes(model, batch, threat, x_adv):
     model(batch.x, batch.ids).gather(1, torch.full((len(batch), 1), 9))
     return x_adv
@@ -88,6 +96,7 @@ def ten_classes(model, batch, threat, x_adv):
         (not_a_number, laws.stays_inside),
         (the_clean_input, laws.keeps_what_it_found),
         (the_clean_input, laws.agrees_with_the_oracle),
+        (towards_the_next_class, laws.agrees_with_the_oracle),
         (the_clean_input, laws.reaches_targets),
         (in_place, laws.leaves_its_arguments_alone),
         (mixed_with_its_company, laws.ignores_the_company),
