@@ -76,9 +76,10 @@ class Evidence:
     `adversarial_prediction`, `distance_linf`, `distance_l2`, `distance_l1`, `distance_l0` (inf where nothing was found,
     0 where the clean input is already wrong), `queries`, `first_success`; of the fixed PGD-40 pass
     `attacked_prediction`, `attacked_confidence`, `attacked_entropy`, `attacked_probability_margin`; of minimum-norm
-    attacks `distance`, the smallest over all successes in the threat's own norm. Under a targeted goal `eligible` marks
-    the examples that count, and `success` means that the target was reached. For a randomised model
-    `right_probability` is the share of fresh draws that were right under the worst case.
+    attacks `distance`, the smallest over all successes in the threat's own norm, and `STAGE.distance`, that of one
+    attack by the name of its stage, such as `1-fmn.distance`. Under a targeted goal `eligible` marks the examples that
+    count, and `success` means that the target was reached. For a randomised model `right_probability` is the share of
+    fresh draws that were right under the worst case.
     """
 
     columns: Columns
