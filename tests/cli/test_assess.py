@@ -109,7 +109,7 @@ def test_time_that_ran_out_is_told_by_attack_with_its_meaning(capsys):
     assert run(words) == 0
     said = capsys.readouterr()
     meaning = "a longer run may break more, so robust accuracy is an upper bound"
-    assert f"note: time ran out: PGD and APGD-T were not started; {meaning}" in said.err
+    assert f"note: time ran out: PGD and APGD-T finished none; {meaning}" in said.err
     assert [line.split()[1:3] for line in said.out.splitlines() if "PGD" in line] == [["not", "run"]] * 2
     assert Path("r.html").read_text().count("not run</td>") == 2
 

@@ -108,9 +108,9 @@ def test_time_that_ran_out_is_told_and_doubted(tmp_path):
     )
     result = assess(subject(), data(), asked, run=tmp_path / "run")
     meaning = "a longer run may break more, so robust accuracy is an upper bound"
-    assert f"time ran out: PGD and PGD-again were not started; {meaning}" in result.evidence.notes
+    assert f"time ran out: PGD and PGD-again finished none; {meaning}" in result.evidence.notes
     passed = (
-        "time ran out: the pass of PGD-40 on every example was not started, so entropy, margin, precision"
+        "time ran out: the pass of PGD-40 on every example was not finished, so entropy, margin, precision"
     )
     assert any(note.startswith(passed) for note in result.evidence.notes)
     assert "attacked_prediction" not in result.evidence
@@ -135,11 +135,40 @@ def test_time_that_runs_out_midway_keeps_what_was_found(monkeypatch):
     result = assess(subject(), data(), order(time_budget_s=1000.0), progress=progress)
     tried = result.evidence["queries"] > 0
     assert tried[:15].any() and not tried[15:].any()
-    (told,) = (note for note in result.evidence.notes if "PGD was tried" in note)
+    (told,) = (note for note in result.evidence.notes if "PGD finished" in note)
     assert told.startswith(
-        "time ran out: PGD was tried on 15 of 40 examples, PGD-again was not started; a longer run"
+        "time ran out: PGD finished 15 of 40 examples, PGD-again finished none; a longer run"
     )
     assert result.evidence["distance_linf"][15:][result.evidence["correct"][15:]].isinf().all()
+
+
+def test_time_that_runs_out_inside_an_attack_stops_it_there(tmp_path, monkeypatch):
+    import time
+
+    clock, real, calls = [0.0], time.perf_counter, []
+
+    class Slow(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x):
+            calls.append(len(x))
+            if len(calls) == 12:
+                clock[0] = 1e6
+            return self.inner(x)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + clock[0])
+    long = Member("PGD", PGD(steps=50, drop=False))
+    asked = order(long, suite="", attacked=False, time_budget_s=1000.0)
+    result = assess(subject(Slow()), data(), asked, run=tmp_path / "run")
+    assert len(calls) <= 14
+    assert any("PGD finished none" in note for note in result.evidence.notes)
+    assert not result.evidence["success"].any()
+    clock[0] = 0.0
+    same(
+        assess(subject(network()), data(), asked, run=tmp_path / "run", resume=True).evidence, result.evidence
+    )
 
 
 @pytest.mark.parametrize(

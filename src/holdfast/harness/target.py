@@ -9,7 +9,7 @@ import torch
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError
-from holdfast.core.model import Classifier, fitted, out_of_memory
+from holdfast.core.model import Classifier, Model, fitted, out_of_memory
 from holdfast.core.types import Inputs, Logits
 from holdfast.ops.prepare import in_training, quickened
 
@@ -26,7 +26,7 @@ class Target:
     """`bare` judges; `quick` is a frozen copy that computes the same, and that the attacks ask."""
 
     bare: Classifier
-    quick: Classifier
+    quick: Model
     randomised: bool
     classes: int
     notes: tuple[str, ...] = ()

@@ -134,6 +134,8 @@ class _Making:
         }
         randomised, n = self.target.randomised, len(self.data)
         size = order.batch_size or batch_size_for(self.features, order.device)
+        if known is not None:
+            size = known["plan"]["batch_size"]
         return {
             "verb": VERB,
             "digests": {
@@ -152,8 +154,10 @@ class _Making:
             "hardware": hardware(self.device),
             "seed": plan.seed,
             "plan": {
-                "shards": shards_of(n, order.shard_size),
-                "batch_size": size if known is None else known["plan"]["batch_size"],
+                "shards": shards_of(
+                    n, min(order.shard_size, size) if order.time_budget_s else order.shard_size
+                ),
+                "batch_size": size,
                 "stages": [*(stage.name for stage in plan.stages()), DOUBTS],
             },
         }

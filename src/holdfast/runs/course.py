@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch, Data
 from holdfast.core.evidence import Columns
+from holdfast.core.model import Bounds, Model
+from holdfast.core.types import Ids, Inputs, Logits
 from holdfast.harness import Plan, Room, Seconds, Stage, Target, join, run_stage
 from holdfast.runs.assembling import counted, is_of_rows
 from holdfast.runs.entry import refuse_batch
@@ -29,12 +31,35 @@ class Watch:
     _cpu: float = field(default_factory=time.process_time)
     _wall: float = field(default_factory=time.perf_counter)
 
-    def tick(self, *, done: bool = False) -> None:
+    def tick(self, *, done: bool = False, least: float = _NOTED_S) -> None:
         """Book what went by, if it is worth it."""
         cpu, wall = time.process_time(), time.perf_counter()
-        if done or wall - self._wall >= _NOTED_S:
+        if done or wall - self._wall >= least:
             self.book(Seconds(cpu - self._cpu, wall - self._wall), done)
             self._cpu, self._wall = cpu, wall
+
+
+class OutOfTime(Exception):
+    """The deadline has passed in the middle of a shard, which is left as if it had not begun."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The model until the deadline; then a call raises `OutOfTime`."""
+
+    model: Model
+    deadline: float
+
+    @property
+    def bounds(self) -> Bounds:
+        """The box of the model."""
+        return self.model.bounds
+
+    def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
+        """What the model says, if there is time."""
+        if time.perf_counter() >= self.deadline:
+            raise OutOfTime
+        return self.model(x, ids)
 
 
 @dataclass(frozen=True)
@@ -52,7 +77,7 @@ class Course:
     stopper: Stopper
     progress: Progress
     deadline: float
-    """`time.perf_counter()` after which no attack begins another shard"""
+    """`time.perf_counter()` after which no attack asks the model again"""
     order: tuple[str, ...]
     """stages by name, and what follows them"""
     _last: dict[tuple[int, int], Batch] = field(default_factory=dict)
@@ -107,7 +132,10 @@ class Course:
             if stage.kind != "clean" and time.perf_counter() >= self.deadline:
                 break
             prior = {name: _rows(columns, start, stop) for name, columns in by_stage.items()}
-            done[shard] = self._shard(stage, shard, prior, done, by_stage)
+            try:
+                done[shard] = self._shard(stage, shard, prior, done, by_stage)
+            except OutOfTime:
+                break
         self._tell(stage, done, by_stage)
         reached = next((k for k in range(len(self.shards)) if k not in done), None)
         whole = [done[shard] for shard in sorted(done) if reached is None or shard < reached]
@@ -137,7 +165,12 @@ class Course:
             self._tell(stage, done, by_stage, finished)
 
         room.progress = progress
-        columns = run_stage(stage, self.plan, self.target, batch, prior, room)
+        timed = replace(self.target, quick=Timed(self.target.quick, self.deadline))
+        try:
+            columns = run_stage(stage, self.plan, timed, batch, prior, room)
+        except OutOfTime:
+            watch.tick(least=0.0)
+            raise
         with self.stopper.finishing():
             self.keeper.keep_shard(stage.name, shard, columns)
             watch.tick(done=True)
@@ -170,19 +203,18 @@ class Course:
 def missed(cut: Sequence[tuple[Stage, int]], of: int, plan: Plan) -> tuple[str, ...]:
     """In words, the stages that time cut off after so many of the examples, and what that means for the numbers."""
     attacks = [(name_of(stage), n) for stage, n in cut if stage.kind == "attack"]
-    tried = [f"{name} was tried on {n:,} of {of:,} examples" for name, n in attacks if n]
+    done = [f"{name} finished {n:,} of {of:,} examples" for name, n in attacks if n]
     idle = [name for name, n in attacks if not n]
     if idle:
-        tried.append(f"{listed(idle)} {'was' if len(idle) == 1 else 'were'} not started")
-    said = [f"time ran out: {', '.join(tried)}; {_meaning(plan)}"] if attacks else []
+        done.append(f"{listed(idle)} finished none")
+    said = [f"time ran out: {', '.join(done)}; {_meaning(plan)}"] if attacks else []
     for stage, n in cut:
         if stage.kind != "attack":
             lost = "entropy, margin, precision and calibration under attack are"
             if stage.kind == "curve":
                 lost = "its distances are"
-            begun = "not finished" if n else "not started"
             said.append(
-                f"time ran out: the pass of {name_of(stage)} on every example was {begun}, so {lost} left out"
+                f"time ran out: the pass of {name_of(stage)} on every example was not finished, so {lost} left out"
             )
     return tuple(said)
 

@@ -39,7 +39,7 @@ class Order:
     """examples that go through the model at once; None goes by the size of the input"""
     shard_size: int = SHARD_SIZE
     time_budget_s: float | None = None
-    """no stage but the first begins another shard after this long, over all attempts"""
+    """attacks stop after this long, over all attempts; shards are then batches, so that little of the last is lost"""
     device: str = "cpu"
     command: str = ""
     """how to repeat it"""
