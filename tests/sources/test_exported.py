@@ -1,13 +1,19 @@
 """Programs of torch.export: opened where they are tensors and known operators, else only with trust."""
 
 import copy
+import io
 import json
+import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._export.serde.schema import SCHEMA_VERSION
+from torch._export.serde.serialize import serialize
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.models import open_model
@@ -94,6 +100,125 @@ def test_a_pickled_member_needs_trust(programs: Path, tmp_path: Path) -> None:
             new.writestr(member.filename, _whole_module(tmp_path) if inputs else old.read(member))
     with pytest.raises(UsageError, match=r"the pickle data/sample_inputs/model\.pt"):
         open_model(str(pickled))
+
+
+def packed(source: Path, target: Path, edit: Callable[[str, bytes], bytes], **more: bytes) -> Path:
+    """The archive with its members edited, and some added at the top level or in a folder."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for member in old.infolist():
+            new.writestr(member.filename, edit(member.filename, old.read(member)))
+        for name, content in more.items():
+            new.writestr(name, content)
+    return target
+
+
+class Touching:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_program_of_the_older_format_beside_the_new_one_runs_nothing(
+    programs: Path, tmp_path: Path
+) -> None:
+    marker, pickled = tmp_path / "ran", io.BytesIO()
+    torch.save(Touching(marker), pickled)
+    exported = torch.export.export(network(), (torch.rand(4, 1, 4, 4),))
+    artifact = serialize(exported)
+    older = {
+        "version": ".".join(map(str, SCHEMA_VERSION)).encode(),
+        "serialized_exported_program.json": artifact.exported_program,
+        "serialized_constants.pt": artifact.constants,
+        "serialized_example_inputs.pt": pickled.getvalue(),
+        "serialized_state_dict.pt": pickled.getvalue(),
+    }
+    path = packed(programs / "fixed.pt2", tmp_path / "both.pt2", lambda _, content: content, **older)
+    for trust_code in (False, True):
+        with pytest.raises(TargetError, match="do not all lie in one folder"):
+            open_model(str(path), trust_code=trust_code)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("top", "do not all lie in one folder"),
+        ("/top", "leads out of the archive"),
+        ("other/top", "do not all lie in one folder"),
+        ("fixed/Models/model.json", "two of its members have one name"),
+        ("fixed/data\\weights", "a name has a backslash"),
+        ("fixed/../top", "leads out of the archive"),
+        ("fixed/models/other/model.json", "the second program models/other/model.json"),
+        ("fixed/models/other.txt", r"the second program models/other\.txt"),
+    ],
+)
+def test_members_that_torch_would_find_elsewhere_are_refused(
+    programs: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    path = packed(programs / "fixed.pt2", tmp_path / "more.pt2", lambda _, content: content, **{name: b"{}"})
+    with pytest.raises((TargetError, UsageError), match=message):
+        open_model(str(path))
+
+
+def test_a_second_directory_of_the_archive_is_refused(programs: Path, tmp_path: Path) -> None:
+    """Readers of zip differ in which directory they take; what is judged must be what is loaded."""
+    benign, path = (programs / "fixed.pt2").read_bytes(), tmp_path / "two.pt2"
+    path.write_bytes((programs / "dynamic.pt2").read_bytes() + benign)
+    with pytest.raises(TargetError):
+        open_model(str(path))
+
+
+def test_names_that_would_be_written_into_source_code_need_trust(programs: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    evil = json.dumps(f"""x" if open({str(marker)!r}, 'w') else "weight""").encode()
+    for name in (b"0.weight", b"p_0_weight", b"input"):
+
+        def edit(file: str, content: bytes, name: bytes = name) -> bytes:
+            return content.replace(b'"%s"' % name, evil) if file.endswith(".json") else content
+
+        path = packed(programs / "fixed.pt2", tmp_path / "name.pt2", edit)
+        with pytest.raises(UsageError, match=r"the name .*--trust-code"):
+            open_model(str(path))
+    assert not marker.exists()
+
+
+def test_an_opaque_constant_needs_trust(programs: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    payload = pickle.dumps(Touching(marker))
+
+    def edit(name: str, content: bytes) -> bytes:
+        if not name.endswith("model_constants_config.json"):
+            return content
+        meta = {"dtype": 1, "sizes": [{"as_int": len(payload)}], "requires_grad": False}
+        meta |= {"device": {"type": "cpu", "index": None}, "strides": [{"as_int": 1}]}
+        meta |= {"storage_offset": {"as_int": 0}, "layout": 7}
+        how = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": False, "tensor_meta": meta}
+        return json.dumps({"config": {"c": how}}).encode()
+
+    member = {"fixed/data/constants/opaque_obj_0": payload}
+    path = packed(programs / "fixed.pt2", tmp_path / "opaque.pt2", edit, **member)
+    with pytest.raises(UsageError, match="the pickled tensor 'c'"):
+        open_model(str(path))
+    assert not marker.exists()
+
+
+def test_a_container_that_names_a_module_needs_trust(programs: Path, tmp_path: Path) -> None:
+    context = json.dumps([{"__enum__": True, "fqn": "antigravity:X", "name": "a"}])
+
+    def edit(name: str, content: bytes) -> bytes:
+        if not name.endswith("models/model.json"):
+            return content
+        graph = json.loads(content)
+        spec = [1, {"type": "builtins.dict", "context": context, "children_spec": []}]
+        graph["graph_module"]["module_call_graph"][0]["signature"]["in_spec"] = json.dumps(spec)
+        return json.dumps(graph).encode()
+
+    with pytest.raises(UsageError, match="the container"):
+        open_model(str(packed(programs / "fixed.pt2", tmp_path / "enum.pt2", edit)))
 
 
 def _whole_module(folder: Path) -> bytes:

@@ -1,8 +1,9 @@
 """Opens `.pt2` programs of `torch.export` without trusting them.
 
-`torch.export.load` evaluates symbolic expressions of the file, resolves its operators by attribute, and falls back
-to unsafe unpickling. So the archive is read once and judged first: plain tensors, operators of aten, and shape
-expressions of known words. Anything else needs the user's trust.
+The loader of torch evaluates symbolic expressions of the file, resolves its operators by attribute, writes its names
+into source code, and falls back to unsafe unpickling. So the archive is read once and judged first, by the reader that
+loads it: plain tensors, operators of aten, plain names, and shape expressions of known words. Anything else needs the
+user's trust. `torch.export.load` itself would try an older format where the new one fails, so it is not called.
 """
 
 import io
@@ -24,8 +25,15 @@ from holdfast.sources.archive import MAX_BYTES, check_archive
 from holdfast.sources.files import megabytes, readable_file
 
 _OPERATOR = re.compile(
-    r"torch\.ops\.aten\.(?!from_file)\w+(\.\w+)?|_operator\.(getitem|add|sub|mul|floordiv|mod|neg|pow)"
+    r"torch\.ops\.aten\.(?!from_file)\w+(\.\w+)?|_operator\.(getitem|add|sub|mul|floordiv|mod|neg|pow)",
+    re.ASCII,
 )
+_NAME = re.compile(r"(?!(.*\.)?__\w*__(\.|$))[\w@-]+(\.[\w@-]+)*|", re.ASCII)
+"""parts without a dot reach generated code; those with two underscores at both ends are Python's own"""
+_TEXT = re.compile(r"[\w .,:;+<>=*/-]*", re.ASCII)
+_TENSOR_FILE = re.compile(r"(weight|tensor)_\d+", re.ASCII)
+_CONTAINERS = frozenset({"builtins.tuple", "builtins.list", "builtins.dict"})
+_PROGRAM = "models/model.json"
 _WORDS = frozenset(
     {
         "Symbol",
@@ -83,7 +91,16 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
     content = path.read_bytes()  # read once: what is judged is what is loaded
     try:
         reasons = list(_needs_trust(content))
-    except (zipfile.BadZipFile, KeyError, ValueError, RecursionError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+    ) as error:
         raise TargetError(
             f"{str(path)!r} is no program of torch.export.save, or is damaged: {error}"
         ) from error
@@ -95,7 +112,7 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.load(io.BytesIO(content))
+            program = _loaded(content)
             net = _plain(program.module())
     except (
         Exception
@@ -109,6 +126,13 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
     if size is None or _takes_any_batch(net, size, shape[1:]):
         return Program(net, None)
     return Program(FixedBatch(net, size), size)
+
+
+def _loaded(content: bytes) -> torch.export.ExportedProgram:
+    from torch.export.pt2_archive._package import load_pt2  # late: it is slow to import, and few need it
+
+    program: torch.export.ExportedProgram = load_pt2(io.BytesIO(content)).exported_programs["model"]
+    return program
 
 
 def _plain(exported: fx.GraphModule) -> fx.GraphModule:
@@ -158,23 +182,46 @@ def _takes_any_batch(net: nn.Module, size: int, shape: tuple[int | None, ...]) -
 
 def _needs_trust(content: bytes) -> Iterator[str]:
     """Reasons why a program is more than tensors and known operators."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        names = {name.partition("/")[2]: name for name in archive.namelist()}
-        programs = [name for name in names if re.fullmatch(r"models/[^/]+\.json", name)]
-        if not programs:
-            raise ValueError("it holds no models/*.json")
-        for name, full_name in names.items():
+    from torch.export.pt2_archive._package import PT2ArchiveReader  # late, as above
+
+    expected = _member_names(content)
+    with PT2ArchiveReader(io.BytesIO(content)) as archive:
+        names = archive.get_file_names()
+        if sorted(names) != sorted(expected):
+            raise ValueError("its two lists of members differ")
+        if _PROGRAM not in names:
+            raise ValueError(f"it holds no {_PROGRAM}")
+        for name in names:
             if name.startswith("data/sample_inputs/"):
-                yield from _unsafe_pickle(archive.read(full_name), name)
+                yield from _unsafe_pickle(archive.read_bytes(name), name)
             elif name.startswith("data/aotinductor/") or name.endswith((".so", ".pt", ".pkl")):
                 yield f"the member {name}"
+            elif name.startswith("models/") and name != _PROGRAM:
+                yield f"the second program {name}"
             elif re.fullmatch(r"data/(weights|constants)/.*config\.json", name):
-                entries = json.loads(archive.read(full_name))["config"]
-                yield from (
-                    f"the pickled tensor {entry}" for entry, how in entries.items() if how["use_pickle"]
-                )
-        for name in programs:
-            yield from _unsafe_graph(json.loads(archive.read(names[name])))
+                yield from _unsafe_tensors(json.loads(archive.read_bytes(name))["config"])
+        yield from _unsafe_graph(json.loads(archive.read_bytes(_PROGRAM)), "")
+
+
+def _member_names(content: bytes) -> list[str]:
+    """Names of the members inside their one folder; torch finds them whatever their case, so none may differ by it."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        parts = [name.partition("/") for name in archive.namelist()]
+    folders, names = {folder for folder, _, _ in parts}, [name for _, _, name in parts]
+    if len(folders) != 1 or "" in folders or "" in names:
+        raise ValueError("its members do not all lie in one folder")
+    if any("\\" in name for name in names) or len({name.casefold() for name in names}) < len(names):
+        raise ValueError("two of its members have one name, or a name has a backslash")
+    return names
+
+
+def _unsafe_tensors(entries: dict[str, Any]) -> Iterator[str]:
+    """Whatever is not stored as the bare bytes of a tensor is unpickled."""
+    for entry, how in entries.items():
+        if how["use_pickle"] or not _TENSOR_FILE.fullmatch(how["path_name"]):
+            yield f"the pickled tensor {entry[:60]!r}"
+        elif not _NAME.fullmatch(entry):
+            yield f"the name {entry[:60]!r}"
 
 
 def _unsafe_pickle(content: bytes, name: str) -> Iterator[str]:
@@ -188,18 +235,47 @@ def _unsafe_pickle(content: bytes, name: str) -> Iterator[str]:
         yield f"the pickle {name}"
 
 
-def _unsafe_graph(graph: Any) -> Iterator[str]:
-    for key, text in _strings(graph, ""):
-        if key == "target" and not _OPERATOR.fullmatch(text):
-            yield f"the operator {text!r}"
-        elif key in ("expr_str", "guards_code") and not _harmless(text):
-            yield f"the expression {text[:60]!r}"
-        elif key in ("in_spec", "out_spec") and set(re.findall(r'"type": "([^"]*)"', text)) - {
-            "builtins.tuple",
-            "builtins.list",
-            "builtins.dict",
-        }:
-            yield f"the container {text[:60]!r}"
+def _unsafe_graph(value: Any, key: str) -> Iterator[str]:
+    """What of a graph torch would resolve, evaluate, or write into source code; `metadata` of strings is none of it."""
+    if isinstance(value, dict):
+        if key == "custom_obj_values" and value:
+            yield "custom objects"
+        for name, inner in value.items():
+            if not _NAME.fullmatch(name):
+                yield f"the name {name[:60]!r}"
+            told = name == "metadata" and not key.endswith("_values")
+            if not told or not all(isinstance(text, str) for text in inner.values()):
+                yield from _unsafe_graph(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _unsafe_graph(inner, key)
+    elif isinstance(value, str):
+        yield from _unsafe_text(key, value)
+
+
+def _unsafe_text(key: str, text: str) -> Iterator[str]:
+    if key in ("target", "as_operator"):
+        what, fine = "operator", bool(_OPERATOR.fullmatch(text))
+    elif key in ("expr_str", "guards_code"):
+        what, fine = "expression", _harmless(text)
+    elif key in ("in_spec", "out_spec"):
+        what, fine = "container", _plain_container(json.loads(text)[1])
+    elif key in ("as_string", "torch_version"):
+        what, fine = "text", bool(_TEXT.fullmatch(text))
+    else:
+        what, fine = "name", bool(_NAME.fullmatch(text))
+    if not fine:
+        yield f"the {what} {text[:60]!r}"
+
+
+def _plain_container(spec: dict[str, Any]) -> bool:
+    """Tuples, lists and dictionaries with names as keys; any other context may import a module."""
+    if spec["type"] is None:
+        return True
+    context = json.loads(spec["context"])
+    keys = [] if context is None else context
+    named = isinstance(keys, list) and all(isinstance(k, str) and _NAME.fullmatch(k) for k in keys)
+    return named and spec["type"] in _CONTAINERS and all(map(_plain_container, spec["children_spec"]))
 
 
 def _harmless(expression: str) -> bool:
@@ -212,14 +288,3 @@ def _harmless(expression: str) -> bool:
 def _quoted(word: str, expression: str) -> bool:
     """Input names appear in guards as L['input'] only."""
     return expression.count(word) == expression.count(f"L['{word}']") and "__" not in word
-
-
-def _strings(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _strings(inner, name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _strings(inner, key)
-    elif isinstance(value, str):
-        yield key, value
