@@ -1,5 +1,10 @@
 """The Python twins: whatever a caller has in hand, the same results as the command line."""
 
+import os
+import subprocess
+import sys
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import holdfast
 from holdfast.attacks import FGSM, PGD
+from holdfast.config import ordering
+from holdfast.config.settings import AssessSettings
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.runs.order import Step
@@ -182,6 +189,76 @@ def test_a_run_of_a_python_model_resumes_and_knows_it_by_its_weights(tmp_path):
         holdfast.assess(changed, (X, Y), "linf:0.1", ATTACKS, run=run, resume=True)
     with pytest.raises(UsageError, match="a run of another model"):
         holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, run=run, resume=True, mean=[0.1])
+
+
+class Scaled(torch.nn.Module):
+    """Its factor stands in no weight and in no printed form."""
+
+    def __init__(self, net, factor, act=torch.relu):
+        super().__init__()
+        self.net, self.factor, self.act = net, factor, act
+
+    def forward(self, x):
+        return self.factor * self.net(self.act(x))
+
+
+class Negated(Scaled):
+    def forward(self, x):
+        return -self.factor * self.net(self.act(x))
+
+
+def renamed(cls):
+    """The same name and the same weights, as after an edit."""
+    return type("Scaled", (cls,), {"__qualname__": "Scaled", "__module__": cls.__module__})
+
+
+def code_of(model):
+    return ordering.given_subject(model, AssessSettings()).digest
+
+
+def test_a_changed_python_model_is_another_model():
+    net, other = network(), network()
+    with torch.no_grad():
+        other[1].bias.add_(1)
+    for a, b in (
+        (lambda x: net(x) * 2, lambda x: net(x) * -2),
+        (lambda x: 1 * net(x), lambda x: 1 * other(x)),
+        (lambda x: sum(net(y * 2) for y in (x,)), lambda x: sum(net(y * 3) for y in (x,))),
+        (lambda x, by=1: net(x) * by, lambda x, by=2: net(x) * by),
+        (partial(torch.mul, other=2), partial(torch.mul, other=3)),
+        (Scaled(net, 1.0), Scaled(net, 2.0)),
+        (Scaled(net, 1.0), Scaled(net, 1.0, torch.tanh)),
+        (Scaled(net, 1.0), renamed(Negated)(net, 1.0)),
+        (torch.nn.Sequential(Scaled(net, 1.0)), torch.nn.Sequential(renamed(Negated)(net, 1.0))),
+        (Scaled(net, torch.tensor(1.0)), Scaled(net, torch.tensor(2.0))),
+    ):
+        assert code_of(a) != code_of(b)
+
+
+def test_an_equal_python_model_is_the_same_in_another_process(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "torch.manual_seed(0)\n"
+        "net = torch.nn.Linear(2, 3)\n"
+        "def help(x):\n    return x in {'a', 'b', 'c'}\n"
+        "class Net(torch.nn.Module):\n"
+        "    def forward(self, x):\n        return net(x) if help('a') else net(-x)\n"
+        "from holdfast.config import ordering\n"
+        "from holdfast.config.settings import AssessSettings\n"
+        "for model in (Net(), lambda x: net(x) * 2, Net().forward):\n"
+        "    print(ordering.given_subject(model, AssessSettings()).digest)\n"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, tmp_path / "mine.py"],
+            env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": seed},
+            check=True,
+            capture_output=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert said[0] == said[1]
+    assert len(set(said[0].split())) == 3
 
 
 def test_progress_is_told_to_whoever_asks():

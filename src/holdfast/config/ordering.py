@@ -25,7 +25,8 @@ from holdfast.harness.plan import DoubtsWanted
 from holdfast.reports.numbers import strict
 from holdfast.runs.order import Order, Subject
 from holdfast.sources.data import open_data
-from holdfast.sources.models import Declared, open_model, sha256_of_state
+from holdfast.sources.inhand import digest_in_hand
+from holdfast.sources.models import Declared, open_model
 from holdfast.suites import curve, suite
 
 _USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
@@ -57,20 +58,17 @@ def opened_subject(settings: AssessSettings) -> Subject:
 
 
 def given_subject(net: nn.Module | Any, settings: AssessSettings) -> Subject:
-    """A model that a Python caller holds: known by its weights and its shape, a bare function by its code alone."""
+    """A model that a Python caller holds: known by its weights and its code, and by what it refers to."""
     model = declared(settings).wrap(net)
     inner = model.net
     kind = type(inner) if isinstance(inner, nn.Module) else inner
     name = getattr(kind, "__qualname__", type(inner).__name__)
-    if isinstance(inner, nn.Module):
-        notes: tuple[str, ...] = ()
-        known = [name, str(inner), sha256_of_state(inner)]
-    else:
-        code = getattr(inner, "__code__", None)
-        known = [str(getattr(inner, "__module__", "")), name, digest(b"" if code is None else code.co_code)]
+    notes: tuple[str, ...] = ()
+    if not isinstance(inner, nn.Module):
         notes = (
-            f"{name} is a bare callable: a resumed run cannot see whether what it refers to has changed",
+            f"{name} is a bare callable: a resumed run cannot see whether all that it refers to is as it was",
         )
+    known = [str(getattr(kind, "__module__", "")), name, digest_in_hand(inner)]
     card = {"name": name, "how": "python", "digest": digest(canonical(known))}
     return _subject(model, card, notes)
 

@@ -1,0 +1,170 @@
+"""What a network or a function in hand is known by: its weights, its plain attributes and its compiled code.
+
+Compiled code is what runs, even where no source is left or the file was edited since; it differs between versions of
+Python. What a function refers to is followed through closures, defaults and globals, as far as networks, functions,
+tensors and plain values go. Lists and the like, which functions write their notes to, are not looked into.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
+_FOLLOWED = (FunctionType, MethodType, partial, nn.Module, type)
+_NOT_THEIRS = frozenset({"torch", "numpy", *sys.stdlib_module_names})
+"""Packages whose code is known by its name: a run names the versions, and a resume needs the same."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def digest_in_hand(net: nn.Module | Callable[..., Any]) -> str:
+    """SHA-256 in hex; the same for the same network in another process, with other threads and on other devices."""
+    sha, found = hashlib.sha256(), _Found([net])
+    for value in found.left:  # it grows meanwhile
+        for part in _entered(value, found):
+            sha.update(f"{len(part)} ".encode() + part)
+    return sha.hexdigest()
+
+
+class _Found:
+    """What is to be entered, each thing once, in the order in which it was met."""
+
+    def __init__(self, left: list[Any]) -> None:
+        self.left = left
+        self.places = {id(value): place for place, value in enumerate(left)}
+
+    def met(self, value: Any) -> bytes:
+        """The place of a thing in that order."""
+        if id(value) not in self.places:
+            self.places[id(value)] = len(self.left)
+            self.left.append(value)
+        return f"entry {self.places[id(value)]}".encode()
+
+
+def _parts(value: Any, found: _Found) -> Iterator[bytes]:
+    """What is told of a value where it is met; a function, a class or a network is entered later."""
+    if isinstance(value, _PLAIN):
+        yield f"{type(value).__name__} {value!r}".encode()
+    elif isinstance(value, tuple | frozenset):
+        inner = [b" ".join(_parts(entry, found)) for entry in value]
+        yield from sorted(inner) if isinstance(value, frozenset) else inner
+    elif isinstance(value, Tensor):
+        yield from _tensor(value)
+    elif isinstance(value, CodeType):
+        yield from _code(value, found)
+    elif isinstance(value, BuiltinFunctionType):
+        yield f"{value.__module__}.{value.__qualname__}".encode()
+    elif isinstance(value, _FOLLOWED):
+        yield found.met(value)
+
+
+def _entered(value: Any, found: _Found) -> Iterator[bytes]:
+    if isinstance(value, FunctionType):
+        yield from _function(value, found)
+    elif isinstance(value, MethodType):
+        yield found.met(value.__func__)
+        yield found.met(value.__self__)
+    elif isinstance(value, partial):
+        yield found.met(value.func)
+        yield from _parts((value.args, tuple(sorted(value.keywords.items()))), found)
+    elif isinstance(value, nn.Module):
+        yield from _module(value, found)
+    elif isinstance(value, type):
+        yield from _class(value, found)
+    else:
+        yield found.met(type(value))
+        yield from _attributes(value, found)
+
+
+def _tensor(tensor: Tensor) -> Iterator[bytes]:
+    yield f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+    yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _code(code: CodeType, found: _Found) -> Iterator[bytes]:
+    yield code.co_code
+    yield " ".join((*code.co_names, "|", *code.co_freevars)).encode()
+    yield from _parts(code.co_consts, found)
+
+
+def _function(function: FunctionType, found: _Found) -> Iterator[bytes]:
+    yield function.__qualname__.encode()
+    if _not_theirs(function.__module__):
+        return
+    yield from _code(function.__code__, found)
+    yield from _parts(function.__defaults__ or (), found)
+    yield from _parts(tuple(sorted((function.__kwdefaults__ or {}).items())), found)
+    for name, value in _referred(function):
+        yield name.encode()
+        yield from _parts(value, found)
+
+
+def _referred(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function looks up: closures, globals, and what it takes from modules that are its author's."""
+    names = sorted(name for name in _names(function.__code__) if not name.startswith("__"))
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        yield name, _content(cell)
+    for name in names:
+        value = function.__globals__.get(name)
+        yield name, value
+        if isinstance(value, ModuleType) and not _not_theirs(value.__name__):
+            yield from ((inner, vars(value).get(inner)) for inner in names)
+
+
+def _names(code: CodeType) -> set[str]:
+    """Names that a function and those inside it look up."""
+    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+def _module(net: nn.Module, found: _Found) -> Iterator[bytes]:
+    yield str(net).encode()
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        yield name.encode()
+        yield from _tensor(tensor)
+    for name, module in net.named_modules():
+        yield name.encode()
+        yield found.met(type(module))
+        if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
+            yield str(module.code).encode()
+        else:
+            yield from _attributes(module, found)
+
+
+def _attributes(holder: Any, found: _Found) -> Iterator[bytes]:
+    """Public attributes that decide what is computed; the mode is set by the run."""
+    for name, value in sorted(getattr(holder, "__dict__", {}).items()):
+        if name in _HOOKS:
+            yield from _parts(tuple(value.values()), found)
+        elif not name.startswith("_") and name != "training":
+            yield name.encode()
+            yield from _parts(value, found)
+
+
+def _class(cls: type, found: _Found) -> Iterator[bytes]:
+    """The methods and settings of a class, and of those that it builds upon."""
+    yield f"{cls.__module__}.{cls.__qualname__}".encode()
+    if _not_theirs(cls.__module__):
+        return
+    yield b" ".join(found.met(base) for base in cls.__bases__)
+    for name, value in sorted(vars(cls).items()):
+        inner = getattr(value, "__func__", getattr(value, "fget", value))
+        if isinstance(inner, FunctionType) or not name.startswith("_"):
+            yield name.encode()
+            yield from _parts(inner, found)
+
+
+def _not_theirs(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in _NOT_THEIRS
