@@ -26,8 +26,8 @@ from holdfast.doubts.probing import (
     sample_rows,
     standing,
 )
-from holdfast.doubts.steadiness import change
 from holdfast.harness import measure, prepared
+from holdfast.ops.logits import change
 from holdfast.ops.prepare import in_training
 
 THREAT = ThreatModel(Linf(0.04))
@@ -402,6 +402,37 @@ def test_change_is_relative_to_what_distinguishes_the_classes():
     assert change(logits, moved).tolist() == pytest.approx([0.01, 0.0], abs=1e-4)
     moved[1, 0] = torch.nan
     assert change(logits, moved)[1] == 1.0
+
+
+@pytest.mark.parametrize("mask", [-torch.inf, -1e9])
+def test_change_is_seen_beside_a_class_that_is_masked_out(mask):
+    logits = torch.tensor([[1.0, 2.0, mask], [3.0, 1.0, mask]])
+    assert change(logits, logits).max() == 0
+    moved = logits.clone()
+    moved[0, 0] += 1
+    assert change(logits, moved)[0] > 0.3
+    moved[1, 2] = 0.0
+    assert change(logits, moved)[1] > 0.3
+
+
+class HalfNan(torch.autograd.Function):
+    """The identity with a gradient that is not a number for the first half of the pixels."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_fill(2, torch.arange(4), torch.nan)
+
+
+def test_a_gradient_that_is_not_a_number_is_dead_to_the_probes_too(net):
+    model = Classifier(Changed(net, before=Function(HalfNan.apply)))
+    batch = patterns(20, seed=2)
+    columns = evidence_columns(model, batch)
+    found, _ = probe_all(model, batch, columns, only={"gradients"})
+    assert found["gradients"].columns["dead"].all()
 
 
 def test_the_meter_notes_whose_first_gradient_is_dead(net):

@@ -72,6 +72,17 @@ def test_allowed_measures_in_float64_and_takes_no_nan():
     assert not allowed(Linf(torch.inf), torch.full((1, 3), -0.01), x, BOX).item()
 
 
+def test_allowed_takes_what_rounding_to_the_stored_type_adds_and_no_more():
+    x, box = torch.tensor([[200.1, 3.3]]), Bounds(0.0, 255.0)
+    for kind, size in ((Linf, 0.3), (L2, 0.3), (L1, 0.3)):
+        moved = x + torch.tensor([[0.3, 0.0]])
+        assert allowed(kind(size), moved, x, box).item()
+        assert not allowed(kind(size), moved + torch.tensor([[1e-4, 0.0]]), x, box).item()
+        small = torch.tensor([[200.1, 3.3 + 0.3 + 1e-5]])  # only what changed may have been rounded
+        assert not allowed(kind(size), small, x, box).item()
+    assert not allowed(L0(1), x + 0.1, x, box).item()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_infinite_radius_leaves_only_the_box(kind):
     batch, points = geometry.scene(3)

@@ -9,7 +9,7 @@ from holdfast.ops.prepare import agrees, quickened
 
 FOLDED = "batch norm is folded into the layer before it"
 LAST = "convolutions run channels last"
-STEM = "the first convolution's input gradient is a matrix product"
+STEM = "convolutions of few channels give their input gradient as a matrix product"
 
 
 def seeded(*layers, seed=0):

@@ -1,4 +1,4 @@
-"""The quick input gradient of a first convolution is the gradient, whatever the geometry."""
+"""The quick input gradient of a convolution with few channels is the gradient, whatever the geometry."""
 
 import pytest
 import torch
@@ -97,4 +97,4 @@ def test_the_copy_for_attacks_has_it_and_the_model_does_not():
     quick, did = quickened(model, drawn(2, 3, 8, 8).float())
     assert type(quick.net[0]) is StemConv2d
     assert type(model.net[0]) is nn.Conv2d
-    assert did == ("the first convolution's input gradient is a matrix product",)
+    assert did == ("convolutions of few channels give their input gradient as a matrix product",)

@@ -23,10 +23,10 @@ from holdfast.ops.ascent import gradient
 from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.losses import margin_loss
-from holdfast.ops.norms import expect_norm, farthest, free, gap
+from holdfast.ops.norms import expect_norm, farthest, free, gap, length
 from holdfast.ops.rows import spread
 
-_TINY = 1e-12
+_TINY, _TINIEST = 1e-12, 1e-30
 _DEARER = 4.0  # times the last price, while none was enough
 
 
@@ -56,9 +56,9 @@ class CarliniWagner:
         if isinstance(
             norm, L2
         ):  # size + c * margin: at the optimum of a linear model c is twice distance / slope
-            price, weight = 2 * first / grad.norm(dim=1).clamp_min(_TINY), torch.ones_like(first)
+            price, weight = 2 * first / length(grad).clamp_min(_TINIEST), torch.ones_like(first)
         else:  # what exceeds tau is charged more than any coordinate of the margin's gradient repays
-            price, weight = 1.5 * first, 1 / grad.abs().amax(1).clamp_min(_TINY)
+            price, weight = 1.5 * first, 1 / grad.abs().amax(1).clamp_min(_TINIEST)
         low, high = torch.zeros_like(price), torch.full_like(price, torch.inf)
         for k in range(self.searches):
             reach = self.reach * self.growth ** (k / max(self.searches - 1, 1))

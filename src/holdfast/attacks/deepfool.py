@@ -2,8 +2,9 @@
 
 Moosavi-Dezfooli et al., "DeepFool: A Simple and Accurate Method to Fool Deep Neural Networks", CVPR 2016,
 arXiv:1511.04599. Differs from the paper: the classes are ranked once, at the clean input; with a target, the only
-boundary is the one between the target and the class that leads; in the second half of the steps features that the box
-holds no longer count, so that no example is left before the boundary; and it ends with a bisection to the boundary.
+boundary is the one between the target and the class that leads; every step overshoots and ends inside the box, and in
+the second half of the steps features that the box holds no longer count; a step under L1 is shared by the features with
+the largest gradient; and it ends with a bisection to the boundary.
 """
 
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class DeepFool:
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm = expect_norm(threat.constraint, self, Linf, L2, L1)
         closest, left, x = Closest(batch), batch, batch.x
-        for step in range(self.steps):
+        for step in range(self.steps + 1):
             x = x.detach().requires_grad_()
             with torch.enable_grad():
                 logits = model(x, left.ids)
@@ -49,7 +50,7 @@ class DeepFool:
                 gaps = logits.gather(1, rivals) - _leading(logits, left)[:, None]
             broken = firmly_broken(logits.detach(), left)
             closest.offer(left, x.detach(), norm.distance(x.detach(), left.x), broken)
-            if broken.all() or not logits.requires_grad:
+            if step == self.steps or broken.all() or not logits.requires_grad:
                 break
             grads = torch.stack(
                 [torch.autograd.grad(g.sum(), x, retain_graph=True)[0] for g in gaps.unbind(1)], 1
@@ -75,7 +76,7 @@ class DeepFool:
         best, shift = torch.full_like(margins[:, 0], torch.inf), torch.zeros_like(x)
         for grad, margin in zip(grads.unbind(1), margins.unbind(1), strict=True):
             direction = norm.steepest(grad, x, bounds)
-            distance = margin / (grad * direction).flatten(1).sum(1).clamp_min(1e-12)
+            distance = margin / (grad * direction).flatten(1).sum(1).clamp_min(1e-30)
             nearer = distance < best
             best = torch.where(nearer, distance, best)
             shift = torch.where(spread(nearer, x), spread(distance, x) * direction, shift)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import allowed
+from holdfast.core.constraints import allowed, extent
 from holdfast.core.errors import BudgetSpent, UsageError
 from holdfast.core.model import Bounds, Model
 from holdfast.core.threat import ThreatModel
@@ -63,6 +63,10 @@ class Metered:
         self._last_ids: Ids | None = None
         self._last_places = (self._order, self._order, batch.y)
         self._last_clean: Inputs | None = None
+        self._near = threat.constraint.eps * (1 + 1e-3) + 1e-6 * max(1.0, self._extent())
+
+    def _extent(self) -> float:
+        return extent(self._threat.constraint, self._batch.x, self.bounds) if len(self._batch) else 0.0
 
     @property
     def bounds(self) -> Bounds:
@@ -130,11 +134,22 @@ class Metered:
                 f"{len(x)} inputs came with {len(ids)} ids; pass the ids of their rows: model(x, batch.ids)"
             )
         if ids is not self._last_ids:
-            rows = self._order[torch.searchsorted(self._sorted, ids)]
+            rows = self._order[self._found_at(ids)]
             judge = self._batch.y if self._batch.target is None else self._batch.target
             self._last_ids, self._last_places = ids, (rows, torch.ones_like(rows), judge[rows])
             self._last_clean = None
         return self._last_places
+
+    def _found_at(self, ids: Ids) -> Tensor:
+        """Where the ids stand among those of the batch, which must be theirs."""
+        at = torch.searchsorted(self._sorted, ids).clamp_max(max(len(self._sorted) - 1, 0))
+        strange = ids[self._sorted[at] != ids] if len(self._sorted) else ids
+        if len(strange):
+            raise UsageError(
+                f"the id {int(strange[0])} is of no example that is attacked; pass the ids of the rows: "
+                "model(x, batch.ids)"
+            )
+        return at
 
     def _watch(self, x: Inputs, logits: Logits, rows: Tensor, wanted: Labels) -> None:
         """Note the first query that breaks each example with an allowed input."""
@@ -148,7 +163,7 @@ class Metered:
         constraint, clean = self._threat.constraint, self._last_clean
         # exact only where it can matter: a minimum-norm attack breaks its examples outside the ball many times
         pair = (x, clean) if len(at) == len(x) else (x[at], clean[at])
-        at = at[constraint.distance(*pair) <= constraint.eps * (1 + 1e-3) + 1e-6]
+        at = at[constraint.distance(*pair) <= self._near]
         at = at[allowed(constraint, x[at], clean[at], self.bounds)]
         self._first[rows[at]] = self._queries[rows[at]]
         if self._threat.queries is not None:

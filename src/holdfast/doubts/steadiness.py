@@ -7,7 +7,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Logits, PerExample
+from holdfast.ops.logits import change
 
 
 def steadiness(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
@@ -31,14 +31,3 @@ def steadiness(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> d
         "batch": change(first, parts),
         "history": change(first, later),
     }
-
-
-def change(one: Logits, other: Logits) -> PerExample:
-    """Largest difference of each row over the largest logit of all, both without what all classes share.
-
-    A NaN in one and not in the other is a change of 1.
-    """
-    one, other = one - one.mean(1, keepdim=True), other - other.mean(1, keepdim=True)
-    scale = one.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-12)
-    moved = ((one - other).abs() / scale).nan_to_num(0.0).amax(1)
-    return torch.where((one.isnan() != other.isnan()).any(1), 1.0, moved)

@@ -11,6 +11,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Classifier, Model, fitted, out_of_memory
 from holdfast.core.types import Inputs, Logits
+from holdfast.ops.logits import change
 from holdfast.ops.prepare import in_training, quickened
 
 LOOKED_AT = 8
@@ -69,8 +70,7 @@ def prepared(model: Classifier, sample: Batch) -> Iterator[Target]:
 
 def _looked_at(model: Classifier, sample: Batch, left_in_training: tuple[str, ...]) -> Target:
     once, again = _first(model, sample), _first(model, sample)
-    scale = once.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-12)
-    randomised = bool((once - again).nan_to_num(0.0, 0.0, 0.0).abs().max() > _SAME * scale)
+    randomised = bool((change(once, again) > _SAME).any())
     quick, notes = (model, ()) if randomised else quickened(model, sample.x)
     filling = () if model.batches is None else (model.batches.says,)
     notes = (*notes, *filling, *_remarks(once, randomised=randomised))

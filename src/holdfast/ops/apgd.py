@@ -43,7 +43,7 @@ class _Point:
         """These points where chosen, else the others."""
         return _Point(
             pick(chosen, self.x, other.x),
-            pick(chosen, self.grad, other.grad),
+            torch.where(spread(chosen, self.grad), self.grad, other.grad),  # no bound keeps gradients small
             torch.where(chosen, self.loss, other.loss),
             torch.where(chosen, self.margin, other.margin),
         )

@@ -74,7 +74,6 @@ def ascend(
             if drop and not standing.all():
                 if not standing.any():
                     return best.x, best.margin
-                # the clean inputs stay those of the batch: `left` is only ever re-pointed, never moved
                 left, x, grad = left.take(standing), x[standing], grad[standing]
                 direction = None if direction is None else direction[standing]
         if direction is not None:

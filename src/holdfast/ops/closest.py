@@ -4,13 +4,14 @@ import torch
 
 from holdfast.core.batch import Batch
 from holdfast.core.types import Inputs, Logits, Mask, PerExample, Rows
+from holdfast.ops.logits import scale
 from holdfast.ops.losses import margin
 from holdfast.ops.rows import spread
 
 
 def leeway(logits: Logits) -> PerExample:
     """How far below zero a margin must be to stay there when another batch size rounds: 1e-5 logits in float32."""
-    return 100 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
+    return 100 * torch.finfo(logits.dtype).eps * scale(logits)
 
 
 def firmly_broken(logits: Logits, batch: Batch) -> Mask:

@@ -29,10 +29,19 @@ def farthest(norm: Norm, x: Inputs, bounds: Bounds) -> PerExample:
     return norm.distance(torch.where(high - x > x - low, high, low), x)
 
 
+def length(gradient: Inputs) -> PerExample:
+    """Euclidean length, also of gradients whose squares leave float32."""
+    wide = gradient.flatten(1)
+    largest = wide.abs().amax(1)
+    scaled = wide / largest.clamp_min(torch.finfo(wide.dtype).tiny)[:, None]
+    size: PerExample = largest * torch.linalg.vector_norm(scaled, dim=1)
+    return size
+
+
 def gap(norm: Norm, grad: Inputs, logits: Logits, batch: Batch, bounds: Bounds) -> PerExample:
     """First-order distance to just beyond the boundary, by the margin's gradient (of either sign) at `batch.x`."""
     slope = (grad * norm.steepest(grad, batch.x, bounds)).flatten(1).sum(1).abs()
-    return (margin(logits, batch).abs() + 2 * leeway(logits)) / slope.clamp_min(1e-12)
+    return (margin(logits, batch).abs() + 2 * leeway(logits)) / slope.clamp_min(1e-30)
 
 
 def free(grad: Inputs, x: Inputs, bounds: Bounds) -> Inputs:

@@ -13,6 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from holdfast.core.model import Classifier
+from holdfast.ops.logits import scale
 from holdfast.ops.stem import quicken_stems
 
 _AGREES = 1e-4  # largest difference of logits, relative to the largest logit
@@ -20,8 +21,8 @@ _AGREES = 1e-4  # largest difference of logits, relative to the largest logit
 
 def agrees(one: Tensor, other: Tensor) -> bool:
     """Whether two sets of logits differ by at most 1e-4 of the largest, with NaN in the same places."""
-    scale = one.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-12)
-    return bool(torch.allclose(one / scale, other / scale, rtol=0.0, atol=_AGREES, equal_nan=True))
+    size = scale(one).max().clamp_min(1e-12)
+    return bool(torch.allclose(one / size, other / size, rtol=0.0, atol=_AGREES, equal_nan=True))
 
 
 def in_training(model: nn.Module) -> tuple[str, ...]:
@@ -34,8 +35,8 @@ def quickened(model: Classifier, x: Tensor) -> tuple[Classifier, tuple[str, ...]
     """A frozen copy of `model` for attacks on inputs like `x` (n, *features), and what was done to it.
 
     The copy has batch norm folded into the layer before it, runs channels last where that pays, and is quick in the
-    gradient of its first convolution. A step that changes the logits by more than 1e-4 relative is not taken; a model
-    that cannot be copied comes back as it is.
+    input gradient of convolutions with few channels. A step that changes the logits by more than 1e-4 relative is not
+    taken; a model that cannot be copied comes back as it is.
     """
     if not isinstance(model.net, nn.Module):
         return model, ()
@@ -57,7 +58,7 @@ def quickened(model: Classifier, x: Tensor) -> tuple[Classifier, tuple[str, ...]
                 quick = last
                 did.append("convolutions run channels last")
         if x.device.type == "cpu" and quicken_stems(quick):
-            did.append("the first convolution's input gradient is a matrix product")
+            did.append("convolutions of few channels give their input gradient as a matrix product")
     return quick, tuple(did)
 
 

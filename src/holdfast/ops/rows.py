@@ -12,8 +12,9 @@ def spread(values: Tensor, like: Tensor) -> Tensor:
 
 
 def pick(chosen: Mask, one: Inputs, other: Inputs) -> Inputs:
-    """The inputs of `one` where chosen, else those of `other`, bit for bit; all of them must be finite.
+    """The inputs of `one` where chosen, else those of `other`; the difference of the two must be finite everywhere.
 
-    A weight of exactly 0 or 1: four times quicker on a CPU than `torch.where` with a mask that is spread.
+    A weight of exactly 0 or 1: four times quicker on a CPU than `torch.where` with a mask that is spread. A zero may
+    lose its sign.
     """
     return torch.lerp(other, one, spread(chosen.to(one.dtype), one))

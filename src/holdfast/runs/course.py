@@ -208,7 +208,7 @@ def missed(cut: Sequence[tuple[Stage, int]], of: int, plan: Plan) -> tuple[str, 
     if idle:
         done.append(f"{listed(idle)} finished none")
     said = [f"time ran out: {', '.join(done)}; {_meaning(plan)}"] if attacks else []
-    for stage, n in cut:
+    for stage, _ in cut:
         if stage.kind != "attack":
             lost = "entropy, margin, precision and calibration under attack are"
             if stage.kind == "curve":
