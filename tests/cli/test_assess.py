@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -246,3 +247,49 @@ def test_the_demo_runs_offline_in_a_minute_and_ends_with_0(elsewhere):
     assert report.stat().st_size < 2_000_000
     content = json.loads(report.with_suffix(".json").read_text())
     assert [gate["verdict"] for gate in content["gates"]] == ["pass", "fail"]
+
+
+@pytest.mark.parametrize(("claim", "code"), [(">= 0.99", 1), (">= 0", 0)])
+@pytest.mark.parametrize("closed", [["stdout"], ["stdout", "stderr"]])
+def test_reports_and_exit_code_do_not_need_a_reader(claim: str, code: int, closed: list[str]):
+    words = [
+        "assess",
+        "mnist-cnn",
+        "mnist-mini",
+        *QUICK,
+        "--gate",
+        f"robust_accuracy {claim}",
+        "--run",
+        "run",
+    ]
+    assert run(words) == code
+    reading, writing = os.pipe()
+    os.close(reading)
+    ends = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | dict.fromkeys(closed, writing)
+    outputs = ["-o", "r.html", "-o", "r.json"]
+    command = [sys.executable, "-m", "holdfast", "report", "run"]
+    done = subprocess.run([*command, *outputs], check=False, text=True, **ends)
+    assert done.returncode == code
+    assert done.stderr is None or ("r.html" in done.stderr and "Error" not in done.stderr)
+    assert all(Path(name).stat().st_size > 100 for name in ("r.html", "r.json"))
+    on_stdout = subprocess.run([*command, "-o", "-"], check=False, text=True, **ends)
+    assert on_stdout.returncode == code
+    os.close(writing)
+
+
+@pytest.mark.parametrize(
+    "words", [["attacks"], ["attacks", "pgd"], ["--help"], ["report", "--help"], ["runs"]]
+)
+def test_what_nobody_reads_is_no_failed_gate(words: list[str]):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "holdfast", *words],
+        check=False,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writing)
+    assert done.returncode == 0
+    assert "Error" not in done.stderr

@@ -1,7 +1,6 @@
 """The entry point: a group whose commands are loaded when they are called, and one place where errors become words."""
 
 import importlib
-import os
 import signal
 import sys
 import traceback
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 import click
 
 from holdfast import __version__
+from holdfast.cli.lasting import outlive_readers
 from holdfast.cli.once import Group
 from holdfast.core.errors import HoldfastError, Interrupted, UsageError
 from holdfast.runs.signals import Stopped, Stopper
@@ -68,6 +68,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     words = list(sys.argv[1:] if args is None else args)
     signal.signal(signal.SIGTERM, Stopper())
+    outlive_readers()
     try:
         code = run(words)
     except KeyboardInterrupt as stopped:  # between the last word of the command and here
@@ -92,9 +93,6 @@ def run(words: Sequence[str]) -> int:
         return _said(_plain(error), 2, debug=debug)
     except (KeyboardInterrupt, click.Abort) as stopped:
         return _stopped(stopped, debug=debug)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Interrupted as error:
         return _said(str(error), 128 + error.signal_number, debug=debug)
     except HoldfastError as error:

@@ -98,10 +98,13 @@ def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) ->
     from holdfast.api import compare as compared
 
     comparison = compared(first, second)
-    if "-" in output:
-        click.echo(comparison.to_json())
-    elif not voice.quiet:
-        click.echo(comparison.text(colour=sys.stdout.isatty() and not voice.plain))
-    for name in output:
-        if name != "-":
-            voice.say(f"report: {comparison.write(name)}")
+    places: list[Path] = []
+    try:
+        places.extend(comparison.write(name) for name in output if name != "-")
+    finally:
+        if "-" in output:
+            click.echo(comparison.to_json())
+        elif not voice.quiet:
+            click.echo(comparison.text(colour=sys.stdout.isatty() and not voice.plain))
+        for place in places:
+            voice.say(f"report: {place}")

@@ -3,9 +3,10 @@
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -44,9 +45,24 @@ def assess_and_report(
 
 
 def tell(result: Result, outputs: Sequence[str], voice: Voice, *, folder: Path | None = None) -> None:
-    """The table on stdout (JSON if `-` was asked for), the verdict on stderr, the reports in their files."""
+    """The reports in their files, then the table on stdout (JSON if `-` was asked for) and the verdict on stderr."""
     summary = result.summary()
-    if _STDOUT in outputs:
+    places: list[Path] = []
+    try:
+        places.extend(_written(result, output, folder) for output in outputs if output != _STDOUT)
+        job_summary = os.environ.get("GITHUB_STEP_SUMMARY")
+        if job_summary:
+            _add(Path(job_summary), document(summary))
+    finally:
+        _say(result, summary, voice, as_json=_STDOUT in outputs)
+        if folder is not None:
+            voice.say(f"run: {folder}")
+        for place in places:
+            voice.say(f"report: {place}")
+
+
+def _say(result: Result, summary: Mapping[str, Any], voice: Voice, *, as_json: bool) -> None:
+    if as_json:
         click.echo(result.to_json())
     elif not voice.quiet:
         width = voice.console().width if sys.stdout.isatty() else None
@@ -55,14 +71,6 @@ def tell(result: Result, outputs: Sequence[str], voice: Voice, *, folder: Path |
     click.echo(verdict(summary, colour=sys.stderr.isatty() and not voice.plain), err=True, nl=False)
     for note in summary["notes"]:
         voice.say(f"note: {printable(note)}")
-    if folder is not None:
-        voice.say(f"run: {folder}")
-    for output in outputs:
-        if output != _STDOUT:
-            voice.say(f"report: {_written(result, output, folder)}")
-    job_summary = os.environ.get("GITHUB_STEP_SUMMARY")
-    if job_summary:
-        _add(Path(job_summary), document(summary))
 
 
 def _written(result: Result, output: str, folder: Path | None) -> Path:
