@@ -216,6 +216,38 @@ def test_a_lease_of_a_living_process_holds_and_of_a_dead_one_does_not(tmp_path):
         mine.close(release=True)
 
 
+@pytest.mark.parametrize("other", [None, ("elsewhere", 7, "then")])
+def test_a_process_that_lost_its_lease_writes_nothing_more(tmp_path, other):
+    run = tmp_path / "run"
+    with opened(run, MANIFEST, {}, resume=False) as folder:
+        folder.ledger.begin("clean", 0)
+        with sqlite3.connect(run / "state.sqlite") as database:
+            database.execute("DELETE FROM lease")
+            if other is not None:
+                database.execute("INSERT INTO lease VALUES (1, ?, ?, ?, 5.0)", other)
+        database.close()
+        before = sorted(path.name for path in run.rglob("*"))
+        for write in (
+            lambda: folder.ledger.begin("clean", 1),
+            lambda: folder.ledger.spend("clean", 0, 1.0, 1.0, done=False),
+            lambda: folder.keep_shard("clean", 0, SHARDS[0]),
+            lambda: folder.complete("clean", SHARDS[0]),
+            lambda: folder.record("doubts", {"doubts": []}),
+            lambda: folder.add_split("clean", 0, 1, 1),
+        ):
+            with pytest.raises(
+                TargetError,
+                match=f"held by {'nobody' if other is None else 'process 7 on elsewhere'}.*--resume",
+            ):
+                write()
+        assert sorted(path.name for path in run.rglob("*")) == before
+        assert spent_in(run)["clean"].cpu_s == 0
+    with sqlite3.connect(run / "state.sqlite") as database:
+        left = database.execute("SELECT host, pid, started, seen FROM lease").fetchall()
+    database.close()
+    assert left == ([] if other is None else [(*other, 5.0)])
+
+
 def test_a_process_number_that_was_used_again_is_another_process():
     me = Owner.myself()
     assert me.alive()
@@ -240,6 +272,7 @@ def test_a_lease_of_another_host_ends_with_its_signs_of_life(tmp_path, age, free
 
 def test_time_of_every_attempt_is_added_up(tmp_path):
     ledger = Ledger(tmp_path)
+    ledger.take_lease()
     for _ in range(2):
         ledger.begin("clean", 0)
         ledger.spend("clean", 0, 1.5, 2.0, done=False)

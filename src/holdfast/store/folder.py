@@ -69,6 +69,7 @@ class RunFolder:
 
     def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
         """Write one finished shard."""
+        self.ledger.refuse_lost()
         folder = self.path / stage
         with usable(folder):
             if not folder.is_dir():
@@ -78,6 +79,7 @@ class RunFolder:
 
     def complete(self, stage: str, columns: Columns, reached: int | None = None) -> None:
         """Write the joined stage, record it, and only then drop its shards."""
+        self.ledger.refuse_lost()
         path = self.path / f"{stage}{column_files.SUFFIX}"
         splits = [split for split in self._splits if split["stage"] == stage]
         rows = len(columns["id"])
@@ -102,6 +104,7 @@ class RunFolder:
 
     def record(self, kind: str, content: Mapping[str, Any]) -> None:
         """Write a document and record its digest; the same document again changes nothing."""
+        self.ledger.refuse_lost()
         data, path = document(content), self.path / f"{kind}.json"
         known = self.chain.last(kind)
         if (
@@ -126,6 +129,7 @@ class RunFolder:
 
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
         """Record that memory ran out, before going on."""
+        self.ledger.refuse_lost()
         split = {"stage": stage, "shard": shard, "at": at, "size": size}
         if split in self._splits:
             return

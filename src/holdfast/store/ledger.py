@@ -9,7 +9,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from holdfast.core.errors import TargetError, UsageError
@@ -45,6 +45,7 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
+        self._owner: Owner | None = None
         try:
             self._open()
         except sqlite3.DatabaseError as error:
@@ -105,8 +106,12 @@ class Ledger:
                 "INSERT OR REPLACE INTO lease VALUES (1, ?, ?, ?, ?)",
                 (me.host, me.pid, me.started, time.time()),
             )
-
+        self._owner = me
         _HERE.add(self._path.resolve())
+
+    @property
+    def _me(self) -> tuple[str, int, str] | tuple[None, None, None]:
+        return (None,) * 3 if self._owner is None else astuple(self._owner)
 
     def _is_held(self, owner: Owner, seen: float, me: Owner) -> bool:
         if owner == me:
@@ -115,9 +120,21 @@ class Ledger:
             return owner.alive()
         return time.time() - seen < FOREIGN_LEASE_S
 
+    def refuse_lost(self) -> None:
+        """Raise `TargetError` where the lease is gone or another's, so that two processes never write one run."""
+        with self._reported():
+            row = self._database.execute("SELECT host, pid, started FROM lease").fetchone()
+        if row is None or Owner(*row) != self._owner:
+            whose = "nobody" if row is None else f"process {row[1]} on {row[0]}"
+            raise TargetError(
+                f"{str(self._path.parent)!r} is held by {whose} and no longer by this process, which writes nothing "
+                f"more; go on with --resume when no other process works on it, or name another folder with --run DIR"
+            )
+
     def begin(self, stage: str, shard: int) -> None:
         """Count an attempt at a shard."""
         with self._transaction():
+            self.refuse_lost()
             self._database.execute(
                 "INSERT INTO shards (stage, shard, attempts) VALUES (?, ?, 1) "
                 "ON CONFLICT DO UPDATE SET attempts = attempts + 1",
@@ -127,12 +144,16 @@ class Ledger:
     def spend(self, stage: str, shard: int, cpu_s: float, wall_s: float, *, done: bool) -> None:
         """Add to the time of a shard, and give a sign of life."""
         with self._transaction():
+            self.refuse_lost()
             self._database.execute(
                 "UPDATE shards SET cpu_s = cpu_s + ?, wall_s = wall_s + ?, done = max(done, ?) "
                 "WHERE stage = ? AND shard = ?",
                 (cpu_s, wall_s, int(done), stage, shard),
             )
-            self._database.execute("UPDATE lease SET seen = ?", (time.time(),))
+            self._database.execute(
+                "UPDATE lease SET seen = ? WHERE host = ? AND pid = ? AND started = ?",
+                (time.time(), *self._me),
+            )
 
     def reconcile(self, stage: str, shards: Iterable[int]) -> None:
         """Make the index of one stage say what lies in the folder."""
@@ -158,7 +179,9 @@ class Ledger:
         try:
             if release:
                 _HERE.discard(self._path.resolve())
-                self._database.execute("DELETE FROM lease")
+                self._database.execute(
+                    "DELETE FROM lease WHERE host = ? AND pid = ? AND started = ?", self._me
+                )
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except (
             sqlite3.Error
