@@ -248,6 +248,18 @@ def test_a_process_that_lost_its_lease_writes_nothing_more(tmp_path, other):
     assert left == ([] if other is None else [(*other, 5.0)])
 
 
+@pytest.mark.parametrize("name", ["other", "\u00b2", "7", "-0001"])
+def test_a_file_that_is_no_shard_is_named_and_left(tmp_path, name):
+    run, stray = tmp_path / "run", tmp_path / "run" / "clean" / f"{name}.safetensors"
+    with opened(run, MANIFEST, {}, resume=False) as folder:
+        folder.keep_shard("clean", 0, SHARDS[0])
+        shutil.copy(run / "clean" / "00000.safetensors", stray)
+        with pytest.raises(TargetError, match=f"{name}.safetensors' is no shard of this run.*remove it"):
+            folder.shards("clean")
+        stray.unlink()
+        assert folder.shards("clean").keys() == {0}
+
+
 def test_a_process_number_that_was_used_again_is_another_process():
     me = Owner.myself()
     assert me.alive()

@@ -60,8 +60,9 @@ class RunFolder:
             if folder.is_dir():
                 clear_parts(folder)
             for path in sorted(folder.glob(f"*{column_files.SUFFIX}")):
+                shard = _shard_of(path)
                 try:
-                    found[int(path.stem)] = column_files.read(path).columns
+                    found[shard] = column_files.read(path).columns
                 except TargetError:
                     path.unlink()
         self.ledger.reconcile(stage, found)
@@ -291,6 +292,15 @@ def _started(path: Path) -> Chain:
 
 def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05d}{column_files.SUFFIX}"
+
+
+def _shard_of(path: Path) -> int:
+    ours = path.stem.isascii() and path.stem.isdecimal() and len(path.stem) < 20
+    if not ours or path.name != _shard_path(path.parent, int(path.stem)).name:
+        raise TargetError(
+            f"{str(path)!r} is no shard of this run, whose names are like 00012{column_files.SUFFIX}; remove it"
+        )
+    return int(path.stem)
 
 
 def read_splits(path: Path) -> list[Split]:
