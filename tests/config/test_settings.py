@@ -58,6 +58,11 @@ REFUSED = [
     ("output: [report.pdf]", "has the suffix '.pdf'"),
     ("time_budget: 5 weeks", "expected a duration"),
     ("threat: linf:-1", "eps is -1"),
+    ("threat: l0:1.5", "must be whole"),
+    ("threat: l0:infpx", "must be whole"),
+    ("threat: 'linf:0.1,queries=\u00b2'", "queries is '\u00b2'; expected a whole number of at least 1"),
+    ("threat: 'linf:0.1,goal=targeted:\u0663'", "expected untargeted or targeted:K"),
+    (f"threat: 'linf:0.1,queries={'9' * 5000}'", "expected a whole number of at least 1"),
 ]
 
 
@@ -72,6 +77,8 @@ def test_what_cannot_be_meant_is_a_usage_error(text, said, tmp_path):
 def test_a_slip_in_set_is_a_usage_error():
     with pytest.raises(UsageError, match="--set n is no YAML"):
         read(None, {}, ["n=["])
+    with pytest.raises(UsageError, match=r"'\u00b2' is no place in list"):
+        read(None, {}, ["gates=[robust_accuracy >= 0.5]", "gates.\u00b2=1"])
     with pytest.raises(UsageError, match=r"no '5' to set"):
         read(None, {}, ["gates=[robust_accuracy >= 0.5]", "gates.5.x=1"])
 
@@ -162,6 +169,7 @@ def test_the_grammar_reads_what_it_writes():
     for text in ("linf:0.25", "l2", "l0:10px", "l1:12,goal=targeted:3,access=scores,queries=50"):
         assert str(parse_threat(text)) == text
     assert parse_threat("linf:8/255").eps == 8 / 255
+    assert parse_threat("l0:inf") == parse_threat("l0")
     assert (seconds("2min", "it"), number("8/255", "it"), pairs(["a=b=c"], "--x")) == (
         120,
         8 / 255,

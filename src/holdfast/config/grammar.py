@@ -101,7 +101,7 @@ def _constraint(word: str) -> ThreatSpec:
     eps = number(size.removesuffix("px") if pixels else size, f"eps in {word!r}")
     if eps < 0:
         raise UsageError(f"eps is {eps:g} in {word!r}; it must be 0 (clean accuracy) or more")
-    if norm == "l0" and eps != int(eps):
+    if (pixels and math.isinf(eps)) or (norm == "l0" and eps % 1 and not math.isinf(eps)):
         raise UsageError(
             f"eps is {eps:g} in {word!r}; l0 counts values, so it must be whole, as in l0:10 or l0:10px"
         )
@@ -117,12 +117,12 @@ def _condition(spec: ThreatSpec, word: str) -> ThreatSpec:
             raise UsageError(f"access is {value!r}{nearest(value, get_args(Sees))}")
         return replace(spec, access=value)  # type: ignore[arg-type]
     if key == "queries":
-        if not value.isdigit() or int(value) < 1:
+        if not re.fullmatch(r"[0-9]{1,18}", value) or int(value) < 1:
             raise UsageError(
                 f"queries is {value!r}; expected a whole number of at least 1, as in queries=1000"
             )
         return replace(spec, queries=int(value))
-    aimed = re.fullmatch(r"targeted:(\d+)", value)
+    aimed = re.fullmatch(r"targeted:([0-9]{1,18})", value)
     if value == "untargeted":
         return replace(spec, goal=None)
     if aimed is None:

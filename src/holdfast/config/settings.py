@@ -217,7 +217,7 @@ def put(content: dict[str, Any], path: str, value: Any) -> None:
             place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
         except (IndexError, ValueError, AttributeError):
             raise UsageError(f"--set {path}: there is no {parent!r} to set something in") from None
-    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+    if isinstance(place, list) and last in map(str, range(len(place))):
         place[int(last)] = value
     elif isinstance(place, dict):
         place[last] = value
