@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.model import Bounds
-from holdfast.sources.models import bundled_models, open_model
+from holdfast.core.model import Batches, Bounds, Classifier
+from holdfast.sources.models import Declared, bundled_models, open_model
 
 CODE = """
 from pathlib import Path
@@ -206,3 +206,11 @@ def test_real_models_open_by_factory_and_by_weights(models_folder: Path) -> None
     torch.testing.assert_close(by_factory.model(x), by_weights.model(x))
     with pytest.raises(TargetError, match="do not fit SmallCNN: missing"):
         open_model(str(models_folder / "mnist_badnet.pth"), arch=f"{code}:SmallCNN")
+
+
+def test_a_classifier_keeps_what_it_declares() -> None:
+    own = Classifier(nn.Flatten(), bounds=Bounds(-1, 1), mean=[0.5], batches=Batches(7))
+    wrapped = Declared(classes=3).wrap(own)
+    assert (wrapped.bounds, wrapped.batches, wrapped.classes) == (Bounds(-1, 1), Batches(7), 3)
+    assert wrapped.mean is not None
+    assert wrapped.mean.tolist() == [0.5]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.model import Bounds, Classifier
+from holdfast.core.model import Batches, Bounds, Classifier
 from holdfast.core.types import Access
 from holdfast.sources.exported import open_program
 from holdfast.sources.factories import Built, build, build_from_file, names_code
@@ -56,12 +56,24 @@ class Declared:
     std: Sequence[float] | None = None
     classes: int | None = None
 
-    def wrap(self, net: nn.Module | Callable[..., Any], *, access: Access = "gradients") -> Classifier:
+    def wrap(
+        self,
+        net: nn.Module | Callable[..., Any],
+        *,
+        access: Access = "gradients",
+        batches: Batches | None = None,
+    ) -> Classifier:
         """The network with bounds and preprocessing; a `Classifier` of a factory keeps what is not declared."""
         if isinstance(net, Classifier):
-            return self.over(net).wrap(net.net, access=net.access)
+            return self.over(net).wrap(net.net, access=net.access, batches=net.batches)
         return Classifier(
-            net, bounds=self.bounds, mean=self.mean, std=self.std, classes=self.classes, access=access
+            net,
+            bounds=self.bounds,
+            mean=self.mean,
+            std=self.std,
+            classes=self.classes,
+            access=access,
+            batches=batches,
         )
 
     def over(self, other: Classifier) -> "Declared":
