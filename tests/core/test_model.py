@@ -7,7 +7,7 @@ from torch import nn
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.model import Bounds, Classifier, Model, out_of_memory
+from holdfast.core.model import Batches, Bounds, Classifier, Model, fitted, out_of_memory
 from holdfast.core.threat import ThreatModel
 
 X = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -50,6 +50,29 @@ def test_one_logit_becomes_two_classes():
 def test_what_is_no_logits_is_named(value, says):
     with pytest.raises(TargetError, match=says):
         Classifier(value)(X)
+
+
+@pytest.mark.parametrize("batches", [Batches(2), Batches(2, multiples=True), Batches(8)])
+def test_what_is_no_logits_is_named_in_batches_too(batches):
+    with pytest.raises(TargetError, match="returned a tuple; it must return one tensor of logits"):
+        Classifier(lambda x: (x, x), batches=batches)(X)
+    with pytest.raises(TargetError, match=r"returned torch.float32 of shape \(\) for 3 inputs"):
+        Classifier(torch.sum, batches=batches)(X)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 7, 10, 12, 25, 50, 100, 200, 256])
+@pytest.mark.parametrize("multiples", [False, True])
+def test_the_batches_that_a_network_takes_are_found_out(size, multiples):
+    def picky(x):
+        assert len(x) % size == 0 if multiples else len(x) == size
+        return x.flatten(1)
+
+    model = Classifier(picky)
+    with fitted(model, X):
+        found = model.batches
+        torch.testing.assert_close(model(X), X.flatten(1))
+    assert found == (None if multiples and size == 1 else Batches(size, multiples))
+    assert model.batches is None
 
 
 def test_wrong_numbers_are_named():

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -67,15 +67,23 @@ class Batches:
         how = f"filled up to a multiple of {self.size} with copies of its last example, whose outputs are dropped"
         return f"the model refuses some batch sizes; each batch is {how}"
 
-    def through(self, net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Outputs of all rows: the last one is repeated until the batch fits, and what comes of the copies is cut."""
+    def through(self, net: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+        """Outputs of all rows: the last one is repeated until the batch fits, and what comes of the copies is cut.
+
+        The first output that has no rows, such as a tuple, is returned as it is, for the caller to name.
+        """
         short = -len(x) % self.size
         filled = torch.cat((x, x[-1:].expand(short, *x.shape[1:]))) if short else x
         parts = (filled,) if self.multiples else torch.split(filled, self.size)
-        return torch.cat([net(part) for part in parts])[: len(x)]
+        outputs = [net(part) for part in parts]
+        for output in outputs:
+            if not isinstance(output, Tensor) or not output.dim():
+                foreign: Tensor = output
+                return foreign
+        return torch.cat(outputs)[: len(x)]
 
 
-_TRIED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_TRIED = (*range(1, 13), 16, 20, 25, 32, 50, 64, 100, 128, 200, 256)
 """numbers of rows that a network is asked for before it is said to take none"""
 
 _NO_GRADIENT = (
