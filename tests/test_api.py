@@ -297,6 +297,21 @@ def test_a_function_of_numpy_is_told_the_way_that_works():
     assert torch.equal(found["success"], wanted["success"]) and found["success"].any()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"split": "test"}, "split='test'"),
+        ({"label": "y"}, "label='y'"),
+        ({"drop": ["id"]}, r"drop=\['id'\]"),
+        ({"split": "train", "label": "y"}, "split='train', label='y'"),
+    ],
+)
+@pytest.mark.parametrize("verb", [holdfast.assess, holdfast.doctor])
+def test_words_for_an_address_are_refused_for_data_in_hand(verb, words, said):
+    with pytest.raises(UsageError, match=f"{said} cannot be meant for data in hand.*leave it out"):
+        verb(network(), (X, Y), **words)
+
+
 def test_the_doctor_sees_what_the_caller_has():
     findings = holdfast.doctor(lambda x: network()(x).softmax(1), (X, Y))
     assert any(finding.level != "good" and "probabilit" in finding.says for finding in findings)

@@ -221,8 +221,19 @@ def _subject(model: ModelLike, settings: AssessSettings) -> Subject:
 def _data(data: DataLike, settings: AssessSettings, model: Classifier, *, lenient: bool = False) -> Data:
     if isinstance(data, str | Path):
         return ordering.opened_data(settings, model, lenient=lenient)
+    _refuse_address_words(settings)
     given = as_data(data, classes=model.classes, bounds=model.bounds, lenient=lenient)
     return selected(given, n=settings.n, sample=settings.sample, seed=settings.seed)
+
+
+def _refuse_address_words(settings: AssessSettings) -> None:
+    """What picks from a file or a catalogue has nothing to pick from in data that a caller holds."""
+    said = [f"{name}={value!r}" for name in ("split", "label", "drop") if (value := getattr(settings, name))]
+    if said:
+        raise UsageError(
+            f"{', '.join(said)} cannot be meant for data in hand: it is for an address, such as table.csv; "
+            f"choose the rows and columns before, and leave it out"
+        )
 
 
 def _device(model: ModelLike, subject: Subject, settings: AssessSettings) -> str | None:
