@@ -138,6 +138,8 @@ def test_a_curve_adds_accuracy_against_eps():
 def test_a_misspelt_name_is_offered_the_nearest():
     with pytest.raises(UsageError, match="'blackbox'"):
         holdfast.assess(network(), (X, Y), "linf:0.1", accept_doubts={"blackbox": "why not"})
+    with pytest.raises(UsageError, match="say why: --accept-doubt noise=REASON"):
+        holdfast.assess(network(), (X, Y), "linf:0.1", accept_doubts={"noise": " "})
     with pytest.raises(UsageError, match="mnist-cnn"):
         holdfast.assess("mnist-cmn", "mnist-mini")
     with pytest.raises(UsageError, match="suite"):

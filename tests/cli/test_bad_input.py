@@ -172,6 +172,7 @@ CASES = [
     ([*ASSESS, "--set", "thret=linf:0.1"], 2, "threat"),
     ([*ASSESS, "--set", "seed=["], 2, "yaml"),
     ([*ASSESS, "--accept-doubt", "noize=I know"], 2, "noise"),
+    ([*ASSESS, "--accept-doubt", "noise="], 2, "say why: --accept-doubt noise=REASON"),
     ([*ASSESS, "--bounds", "0,inf"], 2, "bounds"),
     ([*ASSESS, "--resume"], 2, "--run"),
     ([*ASSESS[:-1], "linf:-0.1"], 2, "eps"),

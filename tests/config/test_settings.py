@@ -55,6 +55,8 @@ REFUSED = [
     ("attacks: [{use: PGD, steps: {use: PGD}}]", "steps is"),
     ("gates: [robust_acuracy >= 0.5]", "did you mean 'robust_accuracy'"),
     ("accept_doubts: {noize: I know}", "did you mean 'noise'"),
+    ("accept_doubts: {noise: }", "say why: --accept-doubt noise=REASON"),
+    ("accept_doubts: {noise: ' '}", "say why: --accept-doubt noise=REASON"),
     ("output: [report.pdf]", "has the suffix '.pdf'"),
     ("time_budget: 5 weeks", "expected a duration"),
     ("threat: linf:-1", "eps is -1"),

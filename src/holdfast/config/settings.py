@@ -56,9 +56,13 @@ def _duration(value: object) -> object:
 
 
 def _accepted(value: object) -> object:
-    for name in value if isinstance(value, Mapping) else ():
+    for name, reason in value.items() if isinstance(value, Mapping) else ():
         if name not in DOUBTS:
             raise UsageError(f"there is no doubt {name!r}{nearest(str(name), DOUBTS)}")
+        if reason is None or not str(reason).strip():
+            raise UsageError(
+                f"the doubt {name} is accepted without a reason; say why: --accept-doubt {name}=REASON"
+            )
     return value
 
 
