@@ -155,9 +155,12 @@ def test_a_judgement_says_why():
     passed = judge(parse("robust_accuracy >= 0.5"), run, NONE)
     assert passed.verdict == "pass"
     assert "n = 60: all of it meets 0.5" in passed.because
+    assert passed
+    assert str(passed) == f"pass: {passed.because}"
     doubted = judge(parse("robust_accuracy >= 0.5"), run, RAISED)
     assert doubted.verdict == "unclear"
     assert doubted.because.endswith("doubts are open: scale")
+    assert not doubted
     assert judge(parse("robust_accuracy <= 0.5"), run, RAISED).verdict == "fail"
     assert "both sides of 0.8" in judge(parse("robust_accuracy >= 0.8"), run, RAISED).because
 

@@ -74,6 +74,13 @@ class Judgement:
         word = {"pass": "all of it meets", "fail": "none of it meets", "unclear": "it lies on both sides of"}
         return f"{numbers}: {word[self.verdict]} {bound}"
 
+    def __str__(self) -> str:
+        return f"{self.verdict}: {self.because}"
+
+    def __bool__(self) -> bool:
+        """Whether it passed; unclear is no pass."""
+        return self.verdict == "pass"
+
     def _inside(self) -> bool:
         low, high, bound = self.estimate.low, self.estimate.high, self.claim.bound
         return low >= bound if self.claim.relation == ">=" else high <= bound
