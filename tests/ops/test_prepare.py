@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from holdfast.core.model import Classifier
+from holdfast.ops import prepare
 from holdfast.ops.prepare import agrees, quickened
 
 FOLDED = "batch norm is folded into the layer before it"
@@ -171,3 +173,56 @@ def test_agreement_is_relative_to_the_largest_logit_and_knows_nan():
     assert agrees(one, torch.tensor([[100.0, 0.009, torch.nan]]))
     assert not agrees(one, torch.tensor([[100.0, 0.011, torch.nan]]))
     assert not agrees(one, torch.tensor([[100.0, 0.0, 0.0]]))
+
+
+class ReadsItsNorm(nn.Module):
+    """The forward asks the norm itself, which is gone once it is folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, 2), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).flatten(1) + 0 * self.norm.weight.sum()
+
+
+def parametrised(change):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.Flatten())
+    change(net[0])
+    return net.eval()
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        ReadsItsNorm().eval(),
+        parametrised(nn.utils.parametrizations.weight_norm),
+        parametrised(nn.utils.parametrizations.spectral_norm),
+        parametrised(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)),
+    ],
+    ids=["reads its norm", "weight norm", "spectral norm", "pruned"],
+)
+def test_what_a_network_does_not_survive_is_left_out(net):
+    model = Classifier(net).requires_grad_(False)
+    x = images()
+    quick, did = quickened(model, x)
+    assert FOLDED not in did
+    torch.testing.assert_close(quick(x), model(x))
+
+
+class LyingGradient(nn.Conv2d):
+    """As a convolution, but its gradient is another one's."""
+
+    def forward(self, x):
+        return super().forward(x.detach()) + super().forward(2 * x) - super().forward(2 * x.detach())
+
+
+def test_a_step_that_changes_the_gradient_is_left_out(monkeypatch):
+    def lie(model, x):
+        copied = Classifier(nn.Sequential(LyingGradient(3, 4, 3, 2), nn.Flatten()))
+        copied.load_state_dict(model.state_dict())
+        return copied
+
+    monkeypatch.setattr(prepare, "_STEPS", (("a lie", lie),))
+    model = Classifier(nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.Flatten())).requires_grad_(False)
+    assert quickened(model, images())[1] == ()

@@ -98,3 +98,24 @@ def test_the_copy_for_attacks_has_it_and_the_model_does_not():
     assert type(quick.net[0]) is StemConv2d
     assert type(model.net[0]) is nn.Conv2d
     assert did == ("convolutions of few channels give their input gradient as a matrix product",)
+
+
+def test_a_weight_that_depends_on_the_input_has_its_part_in_the_gradient():
+    plain, quick = pair(1, **GEOMETRIES[0])
+    x = drawn(3, 1, 6, 6)
+
+    def by(layer):
+        def forward(leaf):
+            weight = layer.weight * leaf.mean()
+            return torch.func.functional_call(layer, {"weight": weight}, (leaf,))
+
+        return forward
+
+    torch.testing.assert_close(slope(by(quick), x), slope(by(plain), x))
+
+
+def test_a_weight_that_a_forward_sets_learning_gets_its_gradient():
+    _, quick = pair(1, **GEOMETRIES[0])
+    quick.requires_grad_(True)
+    (grad,) = torch.autograd.grad(quick(drawn(2, 1, 6, 6).requires_grad_()).sum(), quick.weight)
+    assert grad.abs().sum() > 0

@@ -5,6 +5,7 @@ gradient of convolutions that see the image itself is worked out in a quicker wa
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,11 @@ from holdfast.core.model import Classifier
 from holdfast.ops.logits import scale
 from holdfast.ops.stem import quicken_stems
 
+Step = Callable[[Classifier, Tensor], Classifier | None]
+"""Makes a quicker copy for inputs like these; None where there is nothing to do."""
+
 _AGREES = 1e-4  # largest difference of logits, relative to the largest logit
+_AGREES_IN_SLOPE = 1e-2  # of two gradients' lengths: a ReLU at zero may fall to either side by rounding
 
 
 def agrees(one: Tensor, other: Tensor) -> bool:
@@ -35,31 +40,77 @@ def quickened(model: Classifier, x: Tensor) -> tuple[Classifier, tuple[str, ...]
     """A frozen copy of `model` for attacks on inputs like `x` (n, *features), and what was done to it.
 
     The copy has batch norm folded into the layer before it, runs channels last where that pays, and is quick in the
-    input gradient of convolutions with few channels. A step that changes the logits by more than 1e-4 relative is not
-    taken; a model that cannot be copied comes back as it is.
+    input gradient of convolutions with few channels. A step that changes the logits by more than 1e-4 relative, or the
+    gradient by more than 1e-2, or that the network does not survive, is not taken; a model that cannot be copied comes
+    back as it is.
     """
     if not isinstance(model.net, nn.Module):
         return model, ()
     try:
         quick = copy.deepcopy(model).eval().requires_grad_(False)
-    except (RuntimeError, TypeError, NotImplementedError, AttributeError):
+    except Exception:  # noqa: BLE001  a network may refuse it in any way
         return model, ("the model cannot be copied, so it is attacked as it is",)
-    did: list[str] = []
     with torch.no_grad():
         reference = model(x)
-        folded = _folded(quick, x)
-        if folded is not None and agrees(reference, folded(x)):
-            quick = folded
-            did.append("batch norm is folded into the layer before it")
-        if x.dim() == 4 and _channels_last_pays(quick, x):
-            last = copy.deepcopy(quick)
-            last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            if agrees(reference, last(x)):
-                quick = last
-                did.append("convolutions run channels last")
-        if x.device.type == "cpu" and quicken_stems(quick):
-            did.append("convolutions of few channels give their input gradient as a matrix product")
+    slope = _slope(quick, x)
+    did: list[str] = []
+    for says, step in _STEPS:
+        taken = _taken(step, quick, x, reference, slope)
+        if taken is not None:
+            quick = taken
+            did.append(says)
     return quick, tuple(did)
+
+
+def _taken(
+    step: Step, model: Classifier, x: Tensor, reference: Tensor, slope: Tensor | None
+) -> Classifier | None:
+    """The model after one step; None where there is nothing to do, or the network does not survive it."""
+    try:
+        changed = step(model, x)
+        return changed if changed is not None and _computes(changed, x, reference, slope) else None
+    except Exception:  # noqa: BLE001  a network may refuse it in any way
+        return None
+
+
+def _slope(model: Classifier, x: Tensor) -> Tensor | None:
+    """The input gradient of the squared logits' sum; None where the model gives none."""
+    leaf = x.detach().clone().requires_grad_()
+    try:
+        with torch.enable_grad():
+            return torch.autograd.grad(model(leaf).square().sum(), leaf)[0]
+    except Exception:  # noqa: BLE001  it may not be differentiable at all
+        return None
+
+
+def _computes(model: Classifier, x: Tensor, reference: Tensor, slope: Tensor | None) -> bool:
+    """Whether a copy gives the logits of the model, and its gradient where it has one."""
+    with torch.no_grad():
+        if not agrees(reference, model(x)):
+            return False
+    if slope is None:
+        return True
+    found = _slope(model, x)
+    return found is not None and _same_slope(slope, found)
+
+
+def _same_slope(one: Tensor, other: Tensor) -> bool:
+    """Whether the two gradients point the same way: the part in which they differ is below 1e-2 of the larger."""
+    one, other = one.nan_to_num(0.0, 0.0, 0.0).double(), other.nan_to_num(0.0, 0.0, 0.0).double()
+    return bool((one - other).norm() <= _AGREES_IN_SLOPE * torch.maximum(one.norm(), other.norm()))
+
+
+def _last(model: Classifier, x: Tensor) -> Classifier | None:
+    """A copy that runs channels last, where that pays."""
+    if x.dim() != 4 or not _channels_last_pays(model, x):
+        return None
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _with_stems(model: Classifier, x: Tensor) -> Classifier | None:
+    """A copy whose convolutions with few channels are quick in the gradient of their input, on a CPU."""
+    copied = copy.deepcopy(model)
+    return copied if x.device.type == "cpu" and quicken_stems(copied) else None
 
 
 def _folded(model: Classifier, x: Tensor) -> Classifier | None:
@@ -149,3 +200,10 @@ def multiply_adds(model: nn.Module, x: Tensor) -> int:
         for handle in handles:
             handle.remove()
     return seen
+
+
+_STEPS: tuple[tuple[str, Step], ...] = (
+    ("batch norm is folded into the layer before it", _folded),
+    ("convolutions run channels last", _last),
+    ("convolutions of few channels give their input gradient as a matrix product", _with_stems),
+)

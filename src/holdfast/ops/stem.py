@@ -56,7 +56,8 @@ class StemConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Feature maps (n, out_channels, …) of images (n, in_channels, height, width)."""
-        if input.dim() != 4 or not (input.requires_grad and torch.is_grad_enabled()):
+        learns = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if learns or input.dim() != 4 or not (input.requires_grad and torch.is_grad_enabled()):
             return super().forward(input)
         found: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
             input, self.weight, self.bias, self.stride, self.padding, self.dilation
@@ -67,7 +68,7 @@ class StemConv2d(nn.Conv2d):
 def quicken_stems(net: nn.Module) -> bool:
     """Turn the plain convolutions of `net` with at most four input channels into `StemConv2d`; whether there were any.
 
-    Their weights must be frozen: a `StemConv2d` gives them no gradient.
+    Only frozen ones; where something in a forward makes a weight learn or depend on the input, it is plain again.
     """
     stems = [m for m in net.modules() if type(m) is nn.Conv2d and _fits(m)]
     for stem in stems:
