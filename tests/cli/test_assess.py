@@ -115,6 +115,25 @@ def test_time_that_ran_out_is_told_by_attack_with_its_meaning(capsys):
     assert Path("r.html").read_text().count("not run</td>") == 2
 
 
+def test_time_that_ran_out_is_told_once_where_a_doubt_tells_it(capsys):
+    asked = [word for word in QUICK if word != "--no-doubts"]
+    assert run(["assess", "mnist-cnn", "mnist-mini", *asked, "--time-budget", "0.001s"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("time ran out: PGD and APGD-T finished none") == 1
+    assert "doubt not-exhausted open: time ran out" in said
+
+
+def test_how_the_attacks_are_made_quick_is_a_detail(capsys):
+    words = ["assess", "mnist-cnn", "mnist-mini", *QUICK, "-o", "r.html", "-o", "r.json"]
+    detail = "matrix product"
+    assert run(words) == 0
+    assert detail not in capsys.readouterr().err
+    assert detail in " ".join(json.loads(Path("r.json").read_text())["notes"])
+    assert detail in Path("r.html").read_text().partition("<details>")[2]
+    assert run([*words, "-v"]) == 0
+    assert detail in capsys.readouterr().err
+
+
 def test_a_finished_run_is_reported_again_and_compares_with_another(capsys):
     one = ["assess", "mnist-cnn", "mnist-mini", *QUICK, "--gate", "robust_accuracy >= 0.5", "--run", "one"]
     other = ["assess", "mnist-cnn-hardened", "mnist-mini", *QUICK, "--run", "other"]

@@ -17,6 +17,7 @@ from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
 from holdfast.reports.markdown import document
+from holdfast.reports.notes import spoken
 from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.words import printable
 from holdfast.runs.assess import way_out
@@ -69,7 +70,7 @@ def _say(result: Result, summary: Mapping[str, Any], voice: Voice, *, as_json: b
         colour = sys.stdout.isatty() and not voice.plain
         click.echo(tables(summary, colour=colour, width=width, brief=not voice.verbose))
     click.echo(verdict(summary, colour=sys.stderr.isatty() and not voice.plain), err=True, nl=False)
-    for note in summary["notes"]:
+    for note in spoken(summary, verbose=voice.verbose):
         voice.say(f"note: {printable(note)}")
 
 

@@ -7,7 +7,7 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from holdfast.reports import attacks, charts, numbers, words
+from holdfast.reports import attacks, charts, notes, numbers, words
 from holdfast.reports.terminal import FIRST
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def page(summary: Mapping[str, Any]) -> str:
         classes=_worst(summary["per_class"]),
         eps_charts=_charts(summary["curves"]["eps"], "eps", mark=numbers.number(threat["eps"])),
         query_charts=_charts(summary["curves"]["queries"], "queries", logarithmic=True),
+        remarks=notes.remarks(summary),
+        details=notes.details(summary),
         doubts=sorted(summary["doubts"], key=lambda doubt: _STATES.index(doubt["state"])),
     )
 
@@ -60,6 +62,7 @@ def fragment(summary: Mapping[str, Any]) -> str:
         headings=headings,
         rows=[[cells[heading] for heading in headings] for cells in rows],
         metrics=metrics,
+        notes=notes.spoken(summary),
     )
 
 

@@ -1,0 +1,26 @@
+"""Notes that a person is told, and details that are kept for whoever looks them up."""
+
+import torch
+from torch import nn
+
+from holdfast.core.model import Classifier
+from holdfast.ops.prepare import quickened
+from holdfast.reports.notes import DETAILS, details, remarks, spoken
+
+
+def test_whatever_makes_the_attacks_quick_is_a_detail():
+    g = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)).eval()
+    for weight in net.parameters():
+        weight.data.copy_(torch.rand(weight.shape, generator=g) - 0.5)
+    _, did = quickened(Classifier(net), torch.rand(4, 3, 8, 8, generator=g))
+    assert set(did) == DETAILS
+
+
+def test_no_sentence_is_said_twice():
+    fast, late = "convolutions run channels last", "time ran out: PGD finished none"
+    doubts = [{"state": "raised", "says": late}, {"state": "clear", "says": "other"}]
+    summary = {"notes": ["a note", fast, late, "other"], "doubts": doubts}
+    assert spoken(summary) == ["a note", "other"]
+    assert spoken(summary, verbose=True) == ["a note", fast, "other"]
+    assert (remarks(summary), details(summary)) == (["a note", late, "other"], [fast])
