@@ -34,6 +34,16 @@ _TEXT = re.compile(r"[\w .,:;+<>=*/-]*", re.ASCII)
 _TENSOR_FILE = re.compile(r"(weight|tensor)_\d+", re.ASCII)
 _CONTAINERS = frozenset({"builtins.tuple", "builtins.list", "builtins.dict"})
 _PROGRAM = "models/model.json"
+_DAMAGE = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+)
+"""what torch's reader and ours raise where an archive is not as it should be"""
 _WORDS = frozenset(
     {
         "Symbol",
@@ -91,16 +101,7 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
     content = path.read_bytes()  # read once: what is judged is what is loaded
     try:
         reasons = list(_needs_trust(content))
-    except (
-        AssertionError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        zipfile.BadZipFile,
-    ) as error:
+    except _DAMAGE as error:
         raise TargetError(
             f"{str(path)!r} is no program of torch.export.save, or is damaged: {error}"
         ) from error
