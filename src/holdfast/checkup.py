@@ -68,7 +68,8 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
     if not len(data):
         raise TargetError(f"{data.name} holds no examples; expected at least one")
     batch = _sample(data, model)
-    modes = [(module, module.training) for module in model.modules()]
+    # a frozen script has no mode
+    modes = [(module, getattr(module, "training", False)) for module in model.modules()]
     left_in_training = in_training(model)
     try:
         model.eval()

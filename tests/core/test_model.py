@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from holdfast.attacks import PGD
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Batches, Bounds, Classifier, Model, fitted, out_of_memory
 from holdfast.core.threat import ThreatModel
+from holdfast.harness import measure
 
 X = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -136,3 +138,30 @@ def test_a_batch_keeps_ids_and_targets():
     assert batch.towards(None).target is None
     moved = batch.to(torch.device("cpu"))
     assert torch.equal(moved.x, X) and torch.equal(moved.target, batch.target)
+
+
+def test_a_model_that_changes_its_input_is_given_a_copy():
+    def net(x):
+        with torch.no_grad():
+            x.clamp_(0.2, 0.8)
+        return x.flatten(1)
+
+    model, x = Classifier(net), X.clone()
+    with fitted(model, X):
+        found = model(x)
+        assert torch.equal(x, X)
+        leaf = X.clone().requires_grad_()
+        assert torch.autograd.grad(model(leaf).sum(), leaf)[0].abs().sum() > 0
+    torch.testing.assert_close(found, X.clamp(0.2, 0.8).flatten(1))
+    first = Classifier(nn.Sequential(nn.ReLU(inplace=True), nn.Flatten()))
+    with fitted(first, X):
+        leaf = X.clone().requires_grad_()
+        assert torch.autograd.grad(first(leaf).sum(), leaf)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("inside", [torch.bfloat16, torch.float16, torch.float64])
+def test_logits_have_the_type_of_the_inputs(inside):
+    model = Classifier(lambda x: x.flatten(1).to(inside))
+    assert model(X).dtype == X.dtype
+    batch = Batch(X, torch.zeros(3, dtype=torch.int64), torch.arange(3))
+    assert len(measure(model, [batch], [PGD(steps=3, restarts=2)], ThreatModel(Linf(0.1)))["success"]) == 3

@@ -118,6 +118,7 @@ class Classifier(nn.Module):
         self.classes = classes
         self.access: Access = access
         self.batches = batches
+        self.rewrites = False
         self._took: int | None = None
         self.mean: Tensor | None
         self.std: Tensor | None
@@ -128,14 +129,12 @@ class Classifier(nn.Module):
                 f"std is {list(std)}; every entry must be positive, as in --std 0.2470,0.2435,0.2616"
             )
 
-    @property
-    def _advice(self) -> str:
+    def _advice(self, n: int) -> str:
         if self._took is None:
             return "Check the shape, the data type and --mean/--std"
-        return (
-            f"It took {self._took} examples before, and attacks drop those that are broken: "
-            "wrap it in a factory that pads the batch to a size that it takes"
-        )
+        if n > self._took:
+            return f"It took {self._took} examples before: if it takes no more at once, give --batch-size {self._took}"
+        return f"It took {self._took} examples before, so look at where it failed now, with --debug"
 
     def preprocess(self, x: Inputs) -> Inputs:
         """`(x - mean) / std`, channel by channel."""
@@ -149,6 +148,8 @@ class Classifier(nn.Module):
         """Logits (n, classes)."""
         try:
             inputs = self.preprocess(x)
+            if self.rewrites and inputs is x:
+                inputs = x.clone()
             logits = self.net(inputs) if self.batches is None else self.batches.through(self.net, inputs)
         except (torch.OutOfMemoryError, MemoryError, HoldfastError):
             raise
@@ -156,7 +157,9 @@ class Classifier(nn.Module):
             if out_of_memory(error):
                 raise
             advice = (
-                _NO_GRADIENT if "call numpy() on Tensor that requires grad" in str(error) else self._advice
+                _NO_GRADIENT
+                if "call numpy() on Tensor that requires grad" in str(error)
+                else self._advice(len(x))
             )
             said = f"{type(error).__name__} on inputs of shape {tuple(x.shape)}: {str(error).rstrip('.')}"
             raise TargetError(f"the model raised {said}. {advice}") from error
@@ -184,18 +187,31 @@ class Classifier(nn.Module):
                 f"the model returned {logits.shape[1]} classes, but {self.classes} were declared; "
                 f"correct --classes or the model's last layer"
             )
-        return logits
+        return logits.to(x.dtype)
 
 
 @contextmanager
 def fitted(model: Classifier, x: Inputs) -> Iterator[None]:
-    """The model with its `batches` found out on rows like `x`, where it refuses some numbers of them."""
-    before = model.batches
+    """The model as rows like `x` show it: with the `batches` that it takes, and given copies where it rewrites them."""
+    before = model.batches, model.rewrites
     try:
-        model.batches = before or _batches(model, x)
+        model.batches = model.batches or _batches(model, x)
+        model.rewrites = model.rewrites or _rewrites(model, x)
         yield
     finally:
-        model.batches = before
+        model.batches, model.rewrites = before
+
+
+def _rewrites(model: Classifier, x: Inputs) -> bool:
+    """Whether the model changes its input in place."""
+    rows = x[torch.arange(1 if model.batches is None else model.batches.size, device=x.device) % len(x)]
+    version = rows._version
+    try:
+        with torch.no_grad():
+            model(rows)
+    except (TargetError, RuntimeError, MemoryError):  # said by whoever asks next
+        return False
+    return rows._version != version
 
 
 def _batches(model: Classifier, x: Inputs) -> Batches | None:

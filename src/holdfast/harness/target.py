@@ -54,7 +54,8 @@ class Target:
 @contextmanager
 def prepared(model: Classifier, sample: Batch) -> Iterator[Target]:
     """The target for the time of a measurement; the model is put back as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    # a frozen script has no mode
+    modes = [(module, getattr(module, "training", False)) for module in model.modules()]
     weights = [(weight, weight.requires_grad) for weight in model.parameters()]
     left_in_training = in_training(model)
     try:
@@ -73,6 +74,8 @@ def _looked_at(model: Classifier, sample: Batch, left_in_training: tuple[str, ..
     randomised = bool((change(once, again) > _SAME).any())
     quick, notes = (model, ()) if randomised else quickened(model, sample.x)
     filling = () if model.batches is None else (model.batches.says,)
+    if model.rewrites:
+        filling = (*filling, "the model changes its input in place, so it is given a copy each time")
     notes = (*notes, *filling, *_remarks(once, randomised=randomised))
     return Target(model, quick, randomised, once.shape[1], notes, left_in_training)
 

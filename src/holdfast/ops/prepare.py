@@ -33,7 +33,7 @@ def agrees(one: Tensor, other: Tensor) -> bool:
 def in_training(model: nn.Module) -> tuple[str, ...]:
     """Names of the layers in train mode, of those that compute something else there: dropout and batch norm."""
     minding = (_BatchNorm, _DropoutNd)
-    return tuple(name for name, m in model.named_modules() if m.training and isinstance(m, minding))
+    return tuple(name for name, m in model.named_modules() if isinstance(m, minding) and m.training)
 
 
 def quickened(model: Classifier, x: Tensor) -> tuple[Classifier, tuple[str, ...]]:
