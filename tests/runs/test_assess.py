@@ -42,6 +42,7 @@ def same(one: Evidence, other: Evidence):
         "notes",
         "cost",
         "doubts_cost",
+        "broken_by_probes",
     ):
         assert getattr(one, name) == getattr(other, name), name
 
@@ -442,6 +443,15 @@ def test_every_successful_input_is_kept_where_asked(tmp_path):
     assert (found["x"] - clean.x[found["id"]]).abs().max() <= 0.06 * (1 + 1e-6) + 1e-7
     assert torch.equal(open_run(tmp_path / "run").adversarial["x"], found["x"])
     assert not assess(given, data(), order()).adversarial
+
+
+def test_what_the_probes_broke_is_counted_once_each_and_told(tmp_path):
+    weak = order(Member("PGD", PGD(steps=1, reach=0.1)), doubts="all")
+    result = assess(subject(), data(), weak, run=tmp_path / "run")
+    broken = result.evidence.broken_by_probes
+    assert 0 < broken <= int((result.evidence["correct"] & ~result.evidence["success"]).sum())
+    assert f"probes of the doubts broke {broken} of them" in str(result)
+    assert open_run(tmp_path / "run").evidence.broken_by_probes == broken
 
 
 def test_a_list_of_attacks_raises_only_the_free_doubts():
