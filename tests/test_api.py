@@ -129,6 +129,17 @@ def test_without_an_eps_only_the_smallest_change_can_be_asked_for():
     assert found.metrics["robust_margin"].value == pytest.approx(float(exact.median()), rel=0.3)
 
 
+def test_a_result_is_shown_in_a_line_and_offers_its_metrics():
+    result = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS)
+    assert repr(result).startswith("<Result: No gate; ")
+    assert "every attack tried" in repr(result)
+    assert len(repr(result)) < 200
+    with pytest.raises(KeyError, match="'robust_acuracy'; did you mean 'robust_accuracy'") as unknown:
+        result.metrics["robust_acuracy"]
+    assert "this run has clean_accuracy, " in str(unknown.value)
+    assert result.metrics.get("robust_acuracy") is None
+
+
 def test_a_curve_adds_accuracy_against_eps():
     found = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, curve=True)
     assert "distance" in found.evidence

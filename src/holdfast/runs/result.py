@@ -11,13 +11,32 @@ from torch import Tensor
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence
+from holdfast.core.spelling import suggestion
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge
 from holdfast.metrics.catalogue import estimates
 from holdfast.reports.html import fragment
 from holdfast.reports.summary import Json, summary, to_json
 from holdfast.reports.terminal import tables, verdict
+from holdfast.reports.words import VERDICTS, measured
 from holdfast.reports.write import write
+
+
+class UnknownMetric(KeyError):
+    """A name that is no metric of this run; the message stands as it is, without the quotes of a `KeyError`."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Metrics(dict[str, Estimate]):
+    """Metrics by name; a name that is not among them is answered with the nearest and with those that are."""
+
+    def __missing__(self, name: str) -> Estimate:
+        near = suggestion(str(name), self)
+        known = f"this run has {', '.join(self) or 'none'}"
+        raise UnknownMetric(f"there is no metric {name!r}; {f'{near} ' if near else ''}{known}")
+
 
 _WORST_CASE = ("id", "y", "prediction", "correct", "success", "broken_by", "adversarial_prediction")
 
@@ -41,7 +60,7 @@ class Result:
     @cached_property
     def metrics(self) -> dict[str, Estimate]:
         """Every metric that this run brings, by name, with its interval."""
-        return estimates(self.evidence, baseline=self.baseline)
+        return Metrics(estimates(self.evidence, baseline=self.baseline))
 
     @property
     def attacks(self) -> tuple[AttackRecord, ...]:
@@ -125,6 +144,11 @@ class Result:
 
     def __str__(self) -> str:
         return verdict(self._summary, colour=False).rstrip("\n")
+
+    def __repr__(self) -> str:
+        """The verdict and what was measured, in one line."""
+        where = "" if self.folder is None else f", folder {str(self.folder)!r}"
+        return f"<Result: {VERDICTS[self._summary['verdict']][1]}; {measured(self._summary)}{where}>"
 
 
 def about_of(
