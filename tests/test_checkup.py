@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import holdfast
 from holdfast.cli.app import run
@@ -36,6 +37,24 @@ def test_labels_that_start_at_1_are_named(tmp_path: Path) -> None:
     found = said(holdfast.doctor("mnist-cnn", saved(tmp_path / "from1.npz", shift=1)))
     assert found["labels"] == ("problem", "they seem to start at 1: subtract 1")
     assert found["accuracy"][0] == found["gradients"][0] == "good"
+
+
+def test_folders_named_for_other_numbers_than_they_get_are_named(tmp_path: Path) -> None:
+    digits = open_data("mnist-mini").read(0, 40)
+    for x, y in zip(digits.x, digits.y.tolist(), strict=True):
+        if y in {2, 7}:
+            place = tmp_path / str(y)
+            place.mkdir(exist_ok=True)
+            pixels = (x[0] * 255).round().byte().numpy()
+            Image.fromarray(pixels).save(place / f"{len(list(place.iterdir()))}.png")
+    found = {finding.check: finding for finding in holdfast.doctor("mnist-cnn", tmp_path)}
+    assert found["folders"].level == "warning"
+    assert "2 is class 0, 7 is class 1" in found["folders"].says
+    for name in map(str, range(10)):
+        (tmp_path / name).mkdir(exist_ok=True)
+    found = {finding.check: finding for finding in holdfast.doctor("mnist-cnn", tmp_path)}
+    assert "folders" not in found
+    assert found["accuracy"].level == "good"
 
 
 def test_a_single_misfit_among_many_is_seen(tmp_path: Path) -> None:

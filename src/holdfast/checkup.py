@@ -18,6 +18,7 @@ from holdfast.core.model import Classifier, fitted
 from holdfast.ops.losses import margin_loss
 from holdfast.ops.prepare import in_training
 from holdfast.sources.arrays import Arrays
+from holdfast.sources.pictures import Pictures, renumbered
 
 Level = Literal["problem", "warning", "good"]
 
@@ -74,10 +75,19 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
     try:
         model.eval()
         with fitted(model, batch.x):
-            return tuple(_found(model, batch, left_in_training))
+            return (*_numbers(data), *_found(model, batch, left_in_training))
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _numbers(data: Data) -> Iterator[Finding]:
+    """Folders named 2 and 7 that become the classes 0 and 1."""
+    if isinstance(data, Pictures) and renumbered(data.classes):
+        moved = [f"{name} is class {y}" for y, name in enumerate(data.classes) if int(name) != y]
+        text = f"the names of the class folders are not the classes that they get: {', '.join(moved[:3])}"
+        way_out = "make a folder for each class of the model, empty or not, with names as long as the longest: 00, 01"
+        yield Finding("folders", "warning", text + (" …" if len(moved) > 3 else ""), way_out)
 
 
 def _found(model: Classifier, batch: Batch, left_in_training: tuple[str, ...]) -> Iterator[Finding]:

@@ -268,7 +268,28 @@ def test_class_folders_without_images_are_noted(tmp_path: Path, empty: list[str]
     picture(tmp_path / "0" / "a.png")
     for name in empty:
         (tmp_path / name).mkdir()
-    assert open_data(str(tmp_path)).notes == (said,)
+    assert open_data(str(tmp_path)).notes[-1] == said
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        (["2", "7"], ("class folders were numbered in sorted order: 2=0, 7=1",)),
+        (["0", "1", "10", "2"], ("class folders were numbered in sorted order: 0=0, 1=1, 10=2, 2=3",)),
+        (
+            [f"{k}" for k in range(1, 8)],
+            ("class folders were numbered in sorted order: 1=0, 2=1, 3=2, 4=3, 5=4, 6=5 …",),
+        ),
+        (["00", "01"], ()),
+        (["0", "cat"], ()),
+    ],
+)
+def test_numbers_that_folders_do_not_get_are_noted(
+    tmp_path: Path, names: list[str], said: tuple[str, ...]
+) -> None:
+    for name in names:
+        picture(tmp_path / name / "a.png")
+    assert open_data(str(tmp_path)).notes == said
 
 
 def test_bad_folders_of_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

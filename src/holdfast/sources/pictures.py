@@ -1,8 +1,9 @@
 """Class folders of images as a data set: listed and measured at once, decoded when read."""
 
 import hashlib
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -79,13 +80,28 @@ def open_folder(
     rows = selected_rows(len(turns), n=n, sample=sample, seed=seed, name=repr(str(root)))
     chosen = [turns[row] for row in rows]
     paths = tuple(path for path, _ in chosen)
-    mode, notes = _measured(paths)
+    mode, said = _measured(paths)
+    notes = (*_numbered(names), *said)
     empty = [name for name, column in zip(names, columns, strict=True) if not column]
     if empty:
         counted = "1 class folder holds" if len(empty) == 1 else f"{len(empty)} class folders hold"
         notes += (f"{counted} no image ({', '.join(empty[:3])}{' …' if len(empty) > 3 else ''})",)
     y = np.array([y for _, y in chosen], dtype=np.int64)
     return Pictures(str(folder), paths, y, rows, names, mode, notes)
+
+
+def renumbered(names: Sequence[str]) -> bool:
+    """Whether all class folders are named for numbers, and those are not the ones that they get."""
+    return all(re.fullmatch("[0-9]+", name) for name in names) and any(
+        int(name) != y for y, name in enumerate(names)
+    )
+
+
+def _numbered(names: Sequence[str]) -> tuple[str, ...]:
+    if not renumbered(names):
+        return ()
+    shown = ", ".join(f"{name}={y}" for y, name in enumerate(names[:6]))
+    return (f"class folders were numbered in sorted order: {shown}{' …' if len(names) > 6 else ''}",)
 
 
 def _split_folder(folder: Path, split: str | None) -> Path:
