@@ -215,6 +215,21 @@ def test_minimum_norm_plans_measure_everybody_without_an_eps():
     assert plan.members[1].attack.seen == [batch.ids.tolist()]
 
 
+def test_of_minimum_norm_attacks_the_closest_speaks_for_an_example():
+    oracle, batch = linear_problem(3)
+    far, near = DDN(steps=2), DDN(steps=60)
+    for members, closest in (([far, near], 1), ([near, far], 0)):
+        plan = Plan(labelled(members), ThreatModel(L2(torch.inf)), smallest=True)
+        evidence = concluded(plan, oracle.classifier(), batch)
+        gone = evidence["success"]
+        both = torch.stack([evidence[f"{record.stage}.distance"] for record in evidence.attacks])
+        assert torch.equal(evidence["broken_by"][gone], both[:, gone].argmin(0))
+        assert (evidence["broken_by"][gone] == closest).double().mean() > 0.5
+        shown = torch.isin(evidence["id"], evidence.gallery["id"])
+        moved = L2().distance(evidence.gallery["x_adv"], evidence.gallery["x"])
+        torch.testing.assert_close(moved.float(), evidence["distance"][shown])
+
+
 def test_unsolved_examples_are_infinitely_far():
     plan = Plan((), THREAT, curve=(Member("nothing", Doing(leave)),))
     evidence = concluded(plan, MODEL, BATCH)

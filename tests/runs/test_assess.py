@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from holdfast.attacks import APGD, PGD
+from holdfast.attacks import APGD, DDN, PGD
 from holdfast.core.constraints import L0, L1, L2, Linf, extent
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Evidence
@@ -452,6 +452,20 @@ def test_what_the_probes_broke_is_counted_once_each_and_told(tmp_path):
     assert 0 < broken <= int((result.evidence["correct"] & ~result.evidence["success"]).sum())
     assert f"probes of the doubts broke {broken} of them" in str(result)
     assert open_run(tmp_path / "run").evidence.broken_by_probes == broken
+
+
+def test_the_smallest_changes_are_kept_and_leave_the_shares_after_each_attack(tmp_path):
+    members = (Member("DDN", DDN(steps=2)), Member("DDN-long", DDN(steps=40)))
+    asked = order(*members, threat=ThreatModel(L2(0.3)), smallest=True, attacked=False, keep_adversarial=True)
+    result = assess(subject(), data(), asked, run=tmp_path / "run")
+    kept = result.adversarial
+    clean = data().read(0, N).x[kept["id"]]
+    torch.testing.assert_close(
+        L2().distance(kept["x"], clean).float(), result.evidence["distance"][kept["id"]]
+    )
+    assert torch.equal(open_run(tmp_path / "run").adversarial["x"], kept["x"])
+    for record, told in zip(result.attacks, result.summary()["attacks"], strict=True):
+        assert told["robust_accuracy"]["value"] * N == pytest.approx(record.standing_after)
 
 
 def test_a_list_of_attacks_raises_only_the_free_doubts():

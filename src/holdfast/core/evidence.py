@@ -72,7 +72,8 @@ class Evidence:
     """What was measured on each example, by which attacks, under which threat model.
 
     Columns of an assessment: `id`, `y`, `digest` (n, 32) and the clean `prediction`, `margin`, `confidence`, `entropy`,
-    `probability_margin`, `correct`; the worst case over the suite `success`, `broken_by` (index into `attacks`, -1),
+    `probability_margin`, `correct`; the worst case over the suite `success`, `broken_by` (index into `attacks` of the
+    first that succeeded, in a minimum-norm run of the one that came closest; -1),
     `adversarial_prediction`, `distance_linf`, `distance_l2`, `distance_l1`, `distance_l0` (inf where nothing was found,
     0 where the clean input is already wrong), `queries`, `first_success`; of the fixed PGD-40 pass
     `attacked_prediction`, `attacked_confidence`, `attacked_entropy`, `attacked_probability_margin`; of minimum-norm

@@ -5,7 +5,7 @@ returns columns; it is a pure function of them, the plan and the seed, so that a
 the work. `measure` is the caller that keeps everything in memory.
 """
 
-from holdfast.harness.assembly import Context, Seconds, assemble, conclude, first_of_each, join
+from holdfast.harness.assembly import Context, Seconds, assemble, conclude, join, speaking
 from holdfast.harness.measure import measure
 from holdfast.harness.plan import (
     Member,
@@ -33,7 +33,6 @@ __all__ = [
     "Target",
     "assemble",
     "conclude",
-    "first_of_each",
     "in_pieces",
     "join",
     "labelled",
@@ -42,5 +41,6 @@ __all__ = [
     "refuse_what_is_hidden",
     "run_stage",
     "settings",
+    "speaking",
     "unattacked",
 ]

@@ -48,7 +48,7 @@ def assemble(plan: Outline, by_stage: Mapping[str, Columns]) -> dict[str, Tensor
     clean = by_stage["clean"]
     columns = {name: values for name, values in clean.items() if not name.startswith(("right", "is_prob"))}
     attacks = [by_stage[s.name] for s in plan.steps if s.kind == "attack" and s.name in by_stage]
-    columns |= _worst_case(clean, attacks)
+    columns |= _worst_case(clean, attacks, smallest=plan.smallest)
     curve = [by_stage[s.name] for s in plan.steps if s.kind == "curve" and s.name in by_stage]
     if curve or plan.smallest:
         columns["distance"] = torch.stack([a["distance"] for a in (*attacks, *curve)]).amin(0)
@@ -65,17 +65,24 @@ def assemble(plan: Outline, by_stage: Mapping[str, Columns]) -> dict[str, Tensor
     return columns
 
 
-def _worst_case(clean: Columns, attacks: Sequence[Columns]) -> dict[str, Tensor]:
-    """The first attack that succeeded speaks for an example; where distances are asked, each norm's smallest."""
+def _worst_case(clean: Columns, attacks: Sequence[Columns], *, smallest: bool) -> dict[str, Tensor]:
+    """What speaks for an example: the first attack that succeeded, or the one with the `smallest` change if asked.
+
+    Distances are each norm's smallest.
+    """
     n = len(clean["id"])
     success, broken_by = torch.zeros(n, dtype=torch.bool), torch.full((n,), -1, dtype=torch.int64)
     prediction, fresh, lowest = clean["prediction"].clone(), clean["right"].clone(), clean["right"].clone()
     queries, first = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     distances = {norm: torch.where(clean["correct"], torch.inf, 0.0).float() for norm in NORMS}
+    nearest = torch.full((n,), torch.inf)
     for k, columns in enumerate(attacks):
         new = columns["success"] & ~success
         first = torch.where(new & (columns["first_success"] > 0), queries + columns["first_success"], first)
         queries = queries + columns["queries"]
+        if smallest:
+            new = columns["success"] & (columns["distance"] < nearest)
+            nearest = torch.where(new, columns["distance"], nearest)
         broken_by[new] = k
         prediction = torch.where(new, columns["prediction"], prediction)
         lower = columns["ran"] & (columns["right"] < lowest)
@@ -163,7 +170,7 @@ def _cost(columns: Columns, seconds: Seconds, *, randomised: bool) -> Cost:
 
 
 def _gallery(plan: Outline, by_stage: Mapping[str, Columns]) -> dict[str, Tensor]:
-    """The first dozen examples that the suite broke, in source order, each once."""
+    """The first dozen examples that the suite broke, in source order, each as its worst case has it."""
     found = [
         by_stage[s.name]
         for s in plan.steps
@@ -171,12 +178,31 @@ def _gallery(plan: Outline, by_stage: Mapping[str, Columns]) -> dict[str, Tensor
     ]
     if not found:
         return {}
-    chosen = first_of_each(torch.cat([columns["gallery.id"] for columns in found]))[:GALLERY]
+    chosen = speaking(found, "gallery", smallest=plan.smallest)[:GALLERY]
     return {name: torch.cat([c[f"gallery.{name}"] for c in found])[chosen] for name in ("id", "x", "x_adv")}
 
 
+def speaking(attacks: Sequence[Columns], kind: str, *, smallest: bool) -> Rows:
+    """Of the inputs that attacks kept, joined in their order, the row of each example's worst case, ids ascending.
+
+    That is the first that broke it, or the `smallest` change.
+    """
+    ids = torch.cat([columns[f"{kind}.id"] for columns in attacks])
+    if not smallest:
+        return first_of_each(ids)
+    nearest = torch.cat([_distances(columns, kind) for columns in attacks]).argsort(stable=True)
+    return nearest[first_of_each(ids[nearest])]
+
+
+def _distances(columns: Columns, kind: str) -> Tensor:
+    """The distances of the inputs that an attack kept."""
+    order = columns["id"].argsort()
+    rows = order[torch.searchsorted(columns["id"][order], columns[f"{kind}.id"])]
+    return columns["distance"][rows]
+
+
 def first_of_each(ids: Ids) -> Rows:
-    """The first row of each id, ids ascending: of attacks in their order, the one that broke an example first."""
+    """The first row of each id, ids ascending."""
     order = ids.argsort(stable=True)
     first = torch.ones_like(order, dtype=torch.bool)
     first[1:] = ids[order][1:] != ids[order][:-1]

@@ -14,7 +14,9 @@ from holdfast.core.constraints import L0
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence
 from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Mask
 from holdfast.gates.judging import Judgement, exit_code, overall
+from holdfast.metrics.columns import within
 from holdfast.ops.statistics import median, proportion
 from holdfast.reports.concerns import concern
 from holdfast.reports.curves import (
@@ -146,15 +148,25 @@ def _attacks(evidence: Evidence, confidence: float) -> list[Json]:
     bounded = math.isfinite(evidence.threat.constraint.eps)  # else any example falls to a large enough change
     broken_by = evidence["broken_by"].long() if bounded and "broken_by" in evidence else None
     lost = ~robust(evidence)
+    # broken by no attack and yet not robust: wrong from the start
+    fallen = lost if broken_by is None else lost & (broken_by < 0)
     entries = []
     for place, record in enumerate(evidence.attacks):
         after = None
         if broken_by is not None:
-            # broken by no attack and yet not robust: wrong from the start
-            fallen = lost & (broken_by <= place)
+            fallen = fallen | lost & _broke(evidence, place)
             after = estimate(proportion(~fallen[chosen], confidence)) if chosen.any() else None
         entries.append(_attack(record, after) | _smallest(evidence, record, confidence))
     return entries
+
+
+def _broke(evidence: Evidence, place: int) -> Mask:
+    """What an attack broke: in a run for the smallest changes, not only what it came closest to."""
+    mine: Mask = evidence["broken_by"] == place
+    distance = f"{evidence.attacks[place].stage}.distance"
+    if distance in evidence:
+        mine |= within(evidence[distance], evidence.threat.constraint.eps)
+    return mine
 
 
 def _smallest(evidence: Evidence, record: AttackRecord, confidence: float) -> Json:

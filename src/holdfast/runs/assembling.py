@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.evidence import Columns, Cost, Evidence
-from holdfast.harness import Context, Seconds, conclude, first_of_each, unattacked
+from holdfast.harness import Context, Seconds, conclude, speaking, unattacked
 from holdfast.runs.written import doubt_from_json, outline_from_json
 from holdfast.store.folder import Stage
 
@@ -48,13 +48,15 @@ def is_of_rows(column: str) -> bool:
     return not column.startswith(("gallery.", "adversarial."))
 
 
-def adversarial(by_stage: Mapping[str, Columns], stages: Sequence[str]) -> dict[str, Tensor]:
-    """Every successful input that was kept, `id` and `x`, of the first attack that broke each example."""
+def adversarial(
+    by_stage: Mapping[str, Columns], stages: Sequence[str], *, smallest: bool
+) -> dict[str, Tensor]:
+    """The successful inputs that were kept, `id` and `x`: of each example the first, or the `smallest` change."""
     kept = [by_stage[name] for name in stages if "adversarial.id" in by_stage.get(name, {})]
     if not kept:
         return {}
     ids = torch.cat([columns["adversarial.id"] for columns in kept])
-    rows = first_of_each(ids)
+    rows = speaking(kept, "adversarial", smallest=smallest)
     return {"id": ids[rows], "x": torch.cat([columns["adversarial.x"] for columns in kept])[rows]}
 
 

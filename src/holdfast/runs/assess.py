@@ -214,7 +214,7 @@ class _Making:
                 keeper.record(DOUBTS, asked)
                 watch.tick(done=True)
         evidence = evidence_of(manifest, by_stage, asked, {name: keeper.spent(name) for name in names})
-        return evidence, adversarial(by_stage, names)
+        return evidence, adversarial(by_stage, names, smallest=self.plan.smallest)
 
 
 def _written(asked: probes.Asked, missed: Sequence[str], splits: Sequence[Split]) -> dict[str, Any]:

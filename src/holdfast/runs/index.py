@@ -58,9 +58,8 @@ def open_run(path: Path) -> Result:
     gates = tuple(judgement_from_json(gate) for gate in decided["gates"])
     by_stage = _stages(path, manifest, chain)
     evidence = _evidence(path, manifest, by_stage, chain)
-    return Result(
-        evidence, gates, decided["accepted_doubts"], about, path, adversarial(by_stage, list(by_stage))
-    )
+    found = adversarial(by_stage, list(by_stage), smallest=manifest["config"]["smallest"])
+    return Result(evidence, gates, decided["accepted_doubts"], about, path, found)
 
 
 def runs_in(parent: Path = RUNS) -> list[Entry]:
