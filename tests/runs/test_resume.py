@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from holdfast.attacks import PGD
+from holdfast.core.constraints import Linf
 from holdfast.core.errors import Interrupted, TargetError, UsageError
+from holdfast.core.threat import ThreatModel
+from holdfast.harness import Member
 from holdfast.runs.assess import assess, repeatable
 from holdfast.store.verify import verify
 from runs.fakes import FAST, THOROUGH, data, network, order, settled, subject
@@ -150,6 +155,25 @@ def test_a_run_of_another_kind_is_refused_by_name(whole, what, changes):
 def test_the_refusal_shows_what_differs(whole):
     with pytest.raises(UsageError, match=r"another config \(seed: 3 → 4\)"):
         assess(subject(), data(), order(seed=4), run=whole, resume=True)
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        (order(threat=ThreatModel(Linf(0.08))), "(threat: linf:0.06 → linf:0.08)"),
+        (
+            order(threat=ThreatModel(Linf(0.06), goal=1, queries=9), gates=()),
+            "(threat: linf:0.06 → linf:0.06,goal=targeted:1,queries=9)",
+        ),
+        (order(FAST), "(attacks: PGD, PGD-again → PGD)"),
+        (order(FAST, Member("PGD-again", PGD(steps=7, restarts=2))), "(PGD-again.steps: 6 → 7)"),
+        (order(suite="other@1", attacked=False), "(suite: fake@1 → other@1; fixed pass: PGD-40 → none)"),
+        (order(batch_size=7, full=True), "(batch_size: none → 7; full: false → true)"),
+    ],
+)
+def test_the_refusal_names_each_leaf_as_a_person_would_write_it(whole, asked, said):
+    with pytest.raises(UsageError, match=re.escape(f"another config {said}")):
+        assess(subject(), data(), asked, run=whole, resume=True)
 
 
 def test_other_code_is_refused(whole, monkeypatch):

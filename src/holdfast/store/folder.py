@@ -16,6 +16,7 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Columns
 from holdfast.store import columns as column_files
+from holdfast.store.differences import differences
 from holdfast.store.files import PART, clear_parts, flush_folder, usable, write_atomically
 from holdfast.store.ledger import NAME as LEDGER
 from holdfast.store.ledger import Ledger
@@ -252,30 +253,12 @@ def _refuse_another(path: Path, known: Mapping[str, Any], wanted: Mapping[str, A
     differing = [what for what in SAMENESS if known["digests"].get(what) != wanted["digests"][what]]
     if not differing:
         return
-    details = _changes(known.get("config", {}), wanted.get("config", {})) if "config" in differing else []
-    shown = f" ({'; '.join(details[:3])})" if details else ""
+    details = differences(known.get("config", {}), wanted.get("config", {})) if "config" in differing else ""
+    shown = f" ({details})" if details else ""
     raise UsageError(
         f"{str(path)!r} is a run of another {' and another '.join(differing)}{shown}, so it cannot be resumed with "
         f"this one; name another folder with --run DIR, or repeat the run as it was"
     )
-
-
-def _changes(known: object, wanted: object, where: str = "") -> list[str]:
-    """`seed: 0 → 1` for every leaf that differs."""
-    if isinstance(known, dict) and isinstance(wanted, dict):
-        names = sorted({*known, *wanted})
-        return [
-            line for n in names for line in _changes(known.get(n), wanted.get(n), f"{where}.{n}".lstrip("."))
-        ]
-    if isinstance(known, list) and isinstance(wanted, list) and len(known) == len(wanted):
-        pairs = enumerate(zip(known, wanted, strict=True))
-        return [line for k, (a, b) in pairs for line in _changes(a, b, f"{where}[{k}]")]
-    return [] if known == wanted else [f"{where}: {_short(known)} → {_short(wanted)}"]
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _started(path: Path) -> Chain:

@@ -1,0 +1,66 @@
+"""What differs between the run that a folder holds and the one that is asked for, as a person would write it."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+MOST = 4
+"""Differences that are named; the others are counted."""
+_FIRST = ("threat", "suite", "seed")
+
+
+def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """`threat: linf:0.1 → linf:0.2; seed: 0 → 1`, of two configurations of `run.json`; empty if none can be named."""
+    names = dict.fromkeys([*_FIRST, *sorted({*known, *wanted} - {"stages"}), "stages"])
+    lines = [line for name in names for line in _of(name, known.get(name), wanted.get(name))]
+    more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
+    return "; ".join([*lines[:MOST], *more])
+
+
+def _of(name: str, known: Any, wanted: Any) -> Iterator[str]:
+    try:
+        if name == "threat":
+            known, wanted = _threat(known), _threat(wanted)
+        elif name == "stages":
+            yield from _stages(known, wanted)
+            return
+    except (KeyError, TypeError, ValueError):  # another version wrote it otherwise
+        pass
+    yield from _changes(known, wanted, name)
+
+
+def _threat(threat: Mapping[str, Any]) -> str:
+    """The threat as the command line takes it."""
+    eps = float(threat["eps"])
+    size = "" if eps == float("inf") else f":{eps:.6g}" + ("px" if threat["per"] == "pixel" else "")
+    goal = "" if threat["goal"] is None else f",goal=targeted:{threat['goal']}"
+    access = "" if threat["access"] == "gradients" else f",access={threat['access']}"
+    queries = "" if threat["queries"] is None else f",queries={threat['queries']}"
+    return f"{str(threat['norm']).lower()}{size}{goal}{access}{queries}"
+
+
+def _stages(known: Sequence[Mapping[str, Any]], wanted: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Other attacks by their names; of the same attacks, the settings that differ."""
+    for kind, what in (("attack", "attacks"), ("curve", "curve"), ("attacked", "fixed pass")):
+        sides = [[stage for stage in stages if stage["kind"] == kind] for stages in (known, wanted)]
+        before, after = ([stage["attack"] for stage in side] for side in sides)
+        if before != after:
+            yield f"{what}: {', '.join(before) or 'none'} → {', '.join(after) or 'none'}"
+            continue
+        for one, other in zip(*sides, strict=True):
+            yield from _changes(one["settings"], other["settings"], one["attack"])
+
+
+def _changes(known: object, wanted: object, where: str) -> Iterator[str]:
+    """`PGD.steps: 3 → 5` for every leaf that differs."""
+    if isinstance(known, dict) and isinstance(wanted, dict):
+        for name in sorted({*known, *wanted}):
+            yield from _changes(known.get(name), wanted.get(name), f"{where}.{name}")
+    elif known != wanted:
+        yield f"{where}: {_shown(known)} → {_shown(wanted)}"
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value)
