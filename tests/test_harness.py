@@ -11,7 +11,7 @@ from torch import nn
 from holdfast.attacks import DDN, PGD, Square
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L2, Linf
+from holdfast.core.constraints import L0, L2, Linf
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.model import Batches, Classifier
 from holdfast.core.threat import ThreatModel
@@ -26,6 +26,7 @@ from holdfast.harness import (
     labelled,
     measure,
     prepared,
+    refuse_what_is_hidden,
     run_stage,
     settings,
 )
@@ -252,10 +253,35 @@ def test_an_attack_that_needs_more_than_can_be_seen_is_refused_by_name():
     for model, threat in ((MODEL, ThreatModel(access="scores")), (hidden, ThreatModel())):
         with pytest.raises(
             UsageError,
-            match="PGD needs gradients, but only scores can be seen here; leave it out with --skip pgd",
+            match="PGD needs gradients, but only scores can be seen here; choose --suite black-box",
         ):
             measure(model, [BATCH], [PGD()], threat)
         measure(model, [BATCH], [Square(queries=2)], threat)
+
+
+@pytest.mark.parametrize(
+    "members, threat, target, says",
+    [
+        ([Square()], ThreatModel(Linf(0.1), access="labels"), "gradients", "more, as in access=scores$"),
+        ([PGD(), Square()], ThreatModel(Linf(0.1)), "scores", "--skip pgd, or choose --suite black-box$"),
+        (
+            [PGD(), DDN(), Square()],
+            ThreatModel(L2(0.1), access="scores"),
+            "gradients",
+            "--skip pgd --skip ddn, or choose --suite black-box, or let the attacker see more, as in access=gradients$",
+        ),
+        ([PGD()], ThreatModel(L0(3)), "scores", "use linf, l2 or l1$"),
+    ],
+)
+def test_the_way_out_of_what_is_hidden_helps(members, threat, target, says):
+    with pytest.raises(UsageError, match=says):
+        refuse_what_is_hidden(Plan(labelled(members), threat), target)
+
+
+def test_a_curve_that_cannot_be_drawn_is_left_out():
+    plan = Plan(labelled([Square()]), THREAT, curve=labelled([PGD()]))
+    with pytest.raises(UsageError, match="; leave --curve out, or choose"):
+        refuse_what_is_hidden(plan, "scores")
 
 
 def test_first_success_counts_the_queries_of_the_attacks_before():

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from holdfast.attacks import PGD
 from holdfast.attacks.protocol import Attack
+from holdfast.core.constraints import L0
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug
 from holdfast.core.threat import ThreatModel
@@ -143,6 +144,21 @@ def refuse_what_is_hidden(plan: Plan, target: Access) -> Plan:
         if not seen.threat.gives(member.attack.needs):
             raise UsageError(
                 f"{member.name} needs {member.attack.needs}, but only {least} can be seen here; "
-                f"leave it out with --skip {slug(member.name)}, or choose --suite black-box"
+                f"{_way_out(member, seen, target)}"
             )
     return seen
+
+
+def _way_out(member: Member, plan: Plan, target: Access) -> str:
+    """What helps where an attack needs more than the threat model of the plan and the target allow."""
+    threat, ways = plan.threat, []
+    hidden = [each for each in plan.members if not threat.gives(each.attack.needs)]
+    if member not in hidden:
+        ways.append("leave --curve out")
+    elif len(hidden) < len(plan.members):
+        ways.append(f"leave it out with {' '.join(f'--skip {slug(each.name)}' for each in hidden)}")
+    if threat.gives("scores") and not isinstance(threat.constraint, L0):
+        ways.append("choose --suite black-box")
+    if replace(threat, access=target).gives(member.attack.needs):
+        ways.append(f"let the attacker see more, as in access={member.attack.needs}")
+    return ", or ".join(ways) or "there is no attack under l0 that needs less; use linf, l2 or l1"
