@@ -113,6 +113,13 @@ def test_numbers_may_be_fractions_at_every_depth():
     assert build({"use": "PGD", "steps": "1e1"}, "here").steps == 10
 
 
+def test_attacks_may_be_named_with_commas():
+    settings = read(None, {"suite": "standard", "skip": ["apgd-ce, apgd-t", "fab-t"]})
+    assert settings.skip == ["apgd-ce", "apgd-t", "fab-t"]
+    with pytest.raises(UsageError, match="no attack is left"):
+        read(None, {"suite": "quick", "skip": ["pgd,apgd-t"]})
+
+
 def test_functions_are_named():
     attack = build({"use": "PGD", "loss": "dlr", "schedule": "cosine"}, "here")
     assert (attack.loss, attack.schedule) == (dlr, cosine)

@@ -382,6 +382,10 @@ def test_columns_that_are_no_features_are_left_out(tmp_path: Path) -> None:
     assert data.read(0, 2).x.tolist() == [[0.5], [0.25]]
     with pytest.raises(UsageError, match="no column 'ful name' to drop.*did you mean 'full name'"):
         open_data(address, label="y", drop=("ful name",))
+    with pytest.raises(
+        UsageError, match="no column 'id,full name'; repeat the flag: --drop id --drop 'full name'"
+    ):
+        open_data(address, label="y", drop=("id,full name",))
     with pytest.raises(UsageError, match="'y' is the label of .*; leave --drop y out"):
         open_data(address, label="y", drop=("y",))
     with pytest.raises(UsageError, match="'mnist-mini' is no table and has no columns; leave --drop id out"):

@@ -55,6 +55,13 @@ def _duration(value: object) -> object:
     return value
 
 
+def _names(value: object) -> object:
+    """Names, of which one entry may hold several, as in `pgd,apgd-t`: a comma is in none."""
+    if isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value):
+        return [name.strip() for entry in value for name in entry.split(",") if name.strip()]
+    return value
+
+
 def _accepted(value: object) -> object:
     for name, reason in value.items() if isinstance(value, Mapping) else ():
         if name not in DOUBTS:
@@ -67,6 +74,7 @@ def _accepted(value: object) -> object:
 
 
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_fractions)]
+Names = Annotated[list[str], BeforeValidator(_names)]
 
 
 class AssessSettings(BaseModel):
@@ -108,8 +116,8 @@ class AssessSettings(BaseModel):
     attacks: list[dict[str, Any]] | None = Field(
         None, min_length=1, description="attacks of your own, each `use: NAME` with its settings"
     )
-    only: list[str] = Field(default_factory=list, description="attacks of the suite to run, by name")
-    skip: list[str] = Field(default_factory=list, description="attacks of the suite to leave out, by name")
+    only: Names = Field(default_factory=list, description="attacks of the suite to run, by name")
+    skip: Names = Field(default_factory=list, description="attacks of the suite to leave out, by name")
     gates: list[Annotated[str, BeforeValidator(_gate)]] = Field(
         default_factory=list, description='claims to be judged, as in "robust_accuracy >= 0.40"'
     )

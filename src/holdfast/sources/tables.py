@@ -89,6 +89,10 @@ def _label(label: str | None, table: Table, name: str) -> str:
 def _refuse_dropped(drop: tuple[str, ...], label: str, table: Table, name: str) -> None:
     for column in drop:
         if column not in table.columns:
+            several = column.split(",")
+            if len(several) > 1 and all(part.strip() in table.columns for part in several):
+                flags = " ".join(f"--drop {shlex.quote(part.strip())}" for part in several)
+                raise UsageError(f"{name!r} has no column {column!r}; repeat the flag: {flags}")
             raise UsageError(f"{name!r} has no column {column!r} to drop{nearest(column, table.columns)}")
         if column == label:
             raise UsageError(f"{column!r} is the label of {name!r}; leave --drop {column} out")
