@@ -123,6 +123,15 @@ def test_time_that_ran_out_is_told_once_where_a_doubt_tells_it(capsys):
     assert "doubt not-exhausted open: time ran out" in said
 
 
+def test_a_run_that_is_not_there_to_go_on_with_is_told(capsys):
+    words = ["assess", "mnist-cnn", "mnist-mini", *QUICK, "--run", "r", "--resume"]
+    said = "note: 'r' holds no run to go on with, so a new one begins"
+    assert run(words) == 0
+    assert said in capsys.readouterr().err
+    assert run(words) == 0
+    assert said not in capsys.readouterr().err
+
+
 def test_how_the_attacks_are_made_quick_is_a_detail(capsys):
     words = ["assess", "mnist-cnn", "mnist-mini", *QUICK, "-o", "r.html", "-o", "r.json"]
     detail = "matrix product"

@@ -300,6 +300,33 @@ def test_a_signal_before_the_run_is_told_too(name, code):
     assert "--run holdfast-runs/" in ended.stderr and ended.stderr.endswith(" --resume\n")
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "; start again, or add --run DIR --resume\n"),
+        (["--run=r"], "; repeat the command with --resume\n"),
+        (["--run", "r", "--resume"], "; repeat the command\n"),
+    ],
+)
+def test_a_signal_before_the_settings_are_read_fits_the_command(more, said, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("holdfast.cli.assess.settings_from", stopped)
+    assert run([*ASSESS, *more]) == 130
+    assert capsys.readouterr().err.endswith(said)
+
+
+def test_a_configuration_that_lies_here_is_offered(capsys):
+    assert run(["init", "-q"]) == 0
+    for command in ("assess", "doctor"):
+        assert run([command]) == 2
+        assert f"try holdfast {command} -c holdfast.yaml, which lies here" in capsys.readouterr().err
+    Path("holdfast.yaml").unlink()
+    assert run(["assess"]) == 2
+    assert "try holdfast assess mnist-cnn mnist-mini" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_while_reports_are_written_says_how_to_have_them(name, code, monkeypatch, capsys):
     def told(*_, **__):

@@ -72,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         code = run(words)
     except KeyboardInterrupt as stopped:  # between the last word of the command and here
-        code = _stopped(stopped, debug="--debug" in words)
+        code = _stopped(stopped, words)
     for number in (
         signal.SIGTERM,
         signal.SIGINT,
@@ -92,7 +92,7 @@ def run(words: Sequence[str]) -> int:
     except click.ClickException as error:
         return _said(_plain(error), 2, debug=debug)
     except (KeyboardInterrupt, click.Abort) as stopped:
-        return _stopped(stopped, debug=debug)
+        return _stopped(stopped, words)
     except Interrupted as error:
         return _said(str(error), 128 + error.signal_number, debug=debug)
     except HoldfastError as error:
@@ -106,12 +106,19 @@ def run(words: Sequence[str]) -> int:
         return _said(f"internal error: {type(error).__name__}: {error}{hint}", 5, debug=debug)
 
 
-def _stopped(error: BaseException, *, debug: bool) -> int:
+def _stopped(error: BaseException, words: Sequence[str]) -> int:
     """What is said of a signal that came while no run was there to say it; click makes an `Abort` of it."""
     cause = error.__cause__ if isinstance(error, click.Abort) else error
     number = signal.Signals(cause.number if isinstance(cause, Stopped) else signal.SIGINT)
-    kept = "a run keeps what it had finished (see holdfast runs); start again, or add --run DIR --resume"
-    return _said(f"stopped by {number.name}; {kept}", 128 + number, debug=debug)
+    kept = f"a run keeps what it had finished (see holdfast runs); {_again(words)}"
+    return _said(f"stopped by {number.name}; {kept}", 128 + number, debug="--debug" in words)
+
+
+def _again(words: Sequence[str]) -> str:
+    """How to go on with a command that was stopped."""
+    if not any(word == "--run" or word.startswith("--run=") for word in words):
+        return "start again, or add --run DIR --resume"
+    return "repeat the command" if "--resume" in words else "repeat the command with --resume"
 
 
 def _plain(error: click.ClickException) -> str:

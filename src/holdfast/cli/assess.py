@@ -16,6 +16,9 @@ from holdfast.cli.options import Voice, offered, spoken
 from holdfast.config.settings import SUITES, AssessSettings, read
 from holdfast.core.errors import UsageError
 
+_CONFIG = "holdfast.yaml"
+"""What `holdfast init` writes."""
+
 ATTACKING = (
     click.option(
         "--threat", "-t", metavar="T", help="What the adversary may do, as in linf:8/255,queries=1000."
@@ -115,7 +118,7 @@ def settings_from(flags: dict[str, Any]) -> AssessSettings:
     settings = read(Path(config) if config else None, flags, sets, flags=_flag_names())
     if config and not settings.trust_code:
         _refuse_code_of_config(settings, flags)
-    _refuse_targets(settings)
+    _refuse_targets(settings, config)
     refuse_reports(settings.output)
     return settings
 
@@ -130,12 +133,14 @@ def _flag_names() -> dict[str, str]:
     }
 
 
-def _refuse_targets(settings: AssessSettings) -> None:
+def _refuse_targets(settings: AssessSettings, config: str | None) -> None:
+    command = click.get_current_context().command_path
+    example = f"{command} mnist-cnn mnist-mini"
+    if config is None and Path(_CONFIG).is_file():
+        example = f"{command} -c {_CONFIG}, which lies here"
     for name, meaning in (("model", "what is to be assessed"), ("data", "examples to assess it on")):
         if getattr(settings, name) is None:
-            raise UsageError(
-                f"{name.upper()} is missing ({meaning}); try holdfast assess mnist-cnn mnist-mini"
-            )
+            raise UsageError(f"{name.upper()} is missing ({meaning}); try {example}")
     refuse_unknown_model(str(settings.model))
     refuse_unknown_data(str(settings.data))
     if settings.baseline is not None:

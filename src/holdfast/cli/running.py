@@ -25,6 +25,7 @@ from holdfast.runs.index import new_folder
 from holdfast.runs.order import Progress, Step, silent
 from holdfast.runs.result import Result
 from holdfast.runs.signals import stoppable
+from holdfast.store.folder import MANIFEST
 
 _TRIED = 8  # examples that a dry run measures before it multiplies
 _STDOUT = "-"
@@ -38,6 +39,10 @@ def assess_and_report(
     if dry_run:
         return _dry_run(settings, voice)
     folder = Path(run) if run else new_folder("assess", digest(as_bytes(canonical(settings))))
+    if resume and not (folder / MANIFEST).is_file():
+        voice.say(
+            f"note: {str(folder)!r} holds no run to go on with, so a new one begins (see holdfast runs)"
+        )
     with stoppable(way_out(command, folder)):  # before the run begins, and while its reports are written, too
         with watched(voice) as progress:
             result = carry_out(settings, run=folder, resume=resume, progress=progress, command=command)
