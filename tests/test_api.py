@@ -129,6 +129,39 @@ def test_without_an_eps_only_the_smallest_change_can_be_asked_for():
     assert found.metrics["robust_margin"].value == pytest.approx(float(exact.median()), rel=0.3)
 
 
+@pytest.mark.parametrize(
+    ("suite", "says"),
+    [
+        ([], r"suite is \[\]; expected the name of one suite, or a list of attacks"),
+        (5, "suite is 5; expected the name"),
+        (PGD(steps=5), r"suite is PGD\(steps=5.*; expected .* a list of attacks such as \[holdfast"),
+        ([PGD], r"suite holds the class PGD; give an attack of it: PGD\(\)"),
+        (["PGD"], "suite holds 'PGD'; expected the name"),
+        ([PGD(steps=0)], "PGD: steps is 0; expected at least 1$"),
+        ([FGSM(), PGD(steps=-3)], "PGD: steps is -3; expected at least 1$"),
+        ([PGD(steps=2.5)], "PGD: steps is 2.5; expected a whole number$"),
+        ([PGD(steps="5")], "PGD: steps is '5'; expected a whole number$"),
+        ([PGD(steps=True)], "PGD: steps is True; expected a whole number$"),
+        ([PGD(reach=-1.0)], "PGD: reach is -1.0; expected more than 0$"),
+        ([PGD(loss="dlr")], "PGD: loss is 'dlr'; expected a function"),
+    ],
+)
+def test_a_suite_that_cannot_be_meant_is_refused(suite, says):
+    with pytest.raises(UsageError, match=says):
+        holdfast.assess(network(), (X, Y), "linf:0.1", suite)
+
+
+def test_settings_may_come_from_numpy():
+    attacks = [PGD(steps=np.int64(2), reach=np.float32(2))]
+    assert len(holdfast.assess(network(), (X, Y), "linf:0.1", attacks, n=np.int64(3)).evidence) == 3
+
+
+@pytest.mark.parametrize("n", [True, "5", 2.0])
+def test_numbers_of_examples_are_whole(n):
+    with pytest.raises(UsageError, match="n is .*; expected a whole number"):
+        holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, n=n)
+
+
 def test_a_result_is_shown_in_a_line_and_offers_its_metrics():
     result = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS)
     assert repr(result).startswith("<Result: No gate; ")
@@ -331,5 +364,7 @@ def test_the_doctor_sees_what_the_caller_has():
 
 
 def test_a_list_of_names_is_no_list_of_attacks():
-    with pytest.raises(UsageError, match="suite holds 'pgd'; expected the name of one suite, or attacks"):
+    with pytest.raises(
+        UsageError, match="suite holds 'pgd'; expected the name of one suite, or a list of attacks"
+    ):
         holdfast.assess(network(), (X, Y), "linf:0.1", ["pgd"])

@@ -4,7 +4,7 @@ They take what a caller has in hand (a network, a function or an address; tensor
 normalise it once; below them every parameter has one type.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from holdfast.attacks.protocol import Attack
 from holdfast.checkup import Finding, examine
 from holdfast.config import ordering
+from holdfast.config.attacks import checked
 from holdfast.config.settings import DEFAULT_SUITE, AssessSettings, check
 from holdfast.config.starting import DEMO_COMMAND, demo_settings, init, validate
 from holdfast.core.batch import Data
@@ -198,14 +199,20 @@ def _order(
     return ordering.order(settings, attacks=attacks, baseline=_evidence(baseline), device=device)
 
 
-def _attacks(suite: Sequence[Attack]) -> tuple[Attack, ...]:
+def _attacks(suite: object) -> tuple[Attack, ...]:
+    expected = (
+        "expected the name of one suite, or a list of attacks such as [holdfast.attacks.PGD(steps=100)]"
+    )
+    if not isinstance(suite, Iterable) or not tuple(suite):
+        raise UsageError(f"suite is {suite!r}; {expected}")
     for attack in suite:
-        if not isinstance(attack, Attack):
+        if isinstance(attack, type):
             raise UsageError(
-                f"suite holds {attack!r}; expected the name of one suite, or attacks such as "
-                f"holdfast.attacks.PGD(steps=100)"
+                f"suite holds the class {attack.__name__}; give an attack of it: {attack.__name__}()"
             )
-    return tuple(suite)
+        if not isinstance(attack, Attack):
+            raise UsageError(f"suite holds {attack!r}; {expected}")
+    return tuple(checked(attack) for attack in suite)
 
 
 def _subject(model: ModelLike, settings: AssessSettings) -> Subject:

@@ -1,7 +1,7 @@
 """Attacks by name: `{use: PGD, steps: 100}` becomes the dataclass, every setting checked."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from importlib.metadata import entry_points
 from typing import Any, get_origin, get_type_hints
 
@@ -69,6 +69,26 @@ def build(spec: Mapping[str, Any], where: str) -> Attack:
     return attack
 
 
+def checked(attack: Attack) -> Attack:
+    """The attack, if each of its settings is what a configuration might say; `UsageError` names the first that is not.
+
+    What is no dataclass, or has settings of types of its own, is taken as it is.
+    """
+    cls: Any = type(attack)
+    if not is_dataclass(cls):
+        return attack
+    hints = get_type_hints(cls, include_extras=True)
+    for f in fields(cls):
+        value, where = getattr(attack, f.name), f"{cls.__name__}: {f.name}"
+        if isinstance(value, Attack):
+            checked(value)
+        elif get_origin(hints[f.name]) is Callable and not callable(value):
+            raise UsageError(f"{where} is {value!r}; expected a function, such as one of holdfast.ops.losses")
+        elif _is_number(hints[f.name]):
+            _validated(hints[f.name], value.item() if hasattr(value, "item") else value, where, strict=True)
+    return attack
+
+
 def functions(hint: Any) -> dict[str, Callable[..., Any]]:
     """What a configuration may name for a setting that is a function: the losses, or the schedules."""
     return {function.__name__: function for function in _FUNCTIONS.get(hint, ())}
@@ -84,10 +104,14 @@ def _setting(hint: Any, value: Any, where: str) -> Any:
         return named[str(value)]
     if isinstance(value, str) and _is_number(hint):
         value = number(value, where)
+    return _validated(hint, value, where, strict=isinstance(value, bool) and _is_number(hint))
+
+
+def _validated(hint: Any, value: Any, where: str, *, strict: bool) -> Any:
     try:
-        return TypeAdapter(
-            hint, config=ConfigDict(arbitrary_types_allowed=True, strict=False)
-        ).validate_python(value)
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(
+            value, strict=strict
+        )
     except ValidationError as error:
         inside = place(error)
         raise UsageError(f"{where}{'.' if inside else ''}{inside} {complaint(error)}") from None
@@ -95,4 +119,6 @@ def _setting(hint: Any, value: Any, where: str) -> Any:
 
 def _is_number(hint: Any) -> bool:
     schema = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).core_schema
+    if schema["type"] == "nullable":
+        schema = schema["schema"]
     return schema["type"] in ("float", "int")

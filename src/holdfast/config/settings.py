@@ -6,12 +6,14 @@ The same names everywhere: a key of the YAML file, a flag of the command line, a
 import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from operator import index
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, SupportsIndex, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from annotated_types import Ge
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
 
 from holdfast.config.grammar import nearest, number, numbers, pairs, parse_threat, seconds
 from holdfast.config.naming import ATTACKS, MEMBERS, VARIANTS, chosen
@@ -55,6 +57,11 @@ def _duration(value: object) -> object:
     return value
 
 
+def _whole(value: object) -> object:
+    """A whole number as Python has it, whoever made it; text, truth values and 2.0 are none."""
+    return index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else value
+
+
 def _names(value: object) -> object:
     """Names, of which one entry may hold several, as in `pgd,apgd-t`: a comma is in none."""
     if isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value):
@@ -74,6 +81,9 @@ def _accepted(value: object) -> object:
 
 
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_fractions)]
+Whole = Annotated[StrictInt, Ge(0), BeforeValidator(_whole)]
+Positive = Annotated[StrictInt, Ge(1), BeforeValidator(_whole)]
+Classes = Annotated[StrictInt, Ge(2), BeforeValidator(_whole)]
 Names = Annotated[list[str], BeforeValidator(_names)]
 
 
@@ -101,12 +111,12 @@ class AssessSettings(BaseModel):
         None, description="subtracted from the input inside the model, one number a channel"
     )
     std: Numbers | None = Field(None, description="divides the input inside the model, one number a channel")
-    classes: int | None = Field(None, ge=2, description="number of classes, to be checked")
+    classes: Classes | None = Field(None, description="number of classes, to be checked")
     split: str | None = Field(None, description="train or test, or a value of a table's split column")
     label: str | None = Field(None, description="label column of a table")
     drop: list[str] = Field(default_factory=list, description="columns of a table that are no features")
-    n: int | None = Field(None, ge=1, description="use the first N examples")
-    sample: int | None = Field(None, ge=1, description="use a seeded sample of N examples")
+    n: Positive | None = Field(None, description="use the first N examples")
+    sample: Positive | None = Field(None, description="use a seeded sample of N examples")
     threat: Annotated[str, BeforeValidator(_threat)] = Field(
         "linf:8/255", description="what the adversary may do, as in linf:8/255,queries=1000"
     )
@@ -132,8 +142,8 @@ class AssessSettings(BaseModel):
     time_budget: Annotated[str | None, BeforeValidator(_duration)] = Field(
         None, description="stop attacking after this long, as in 10min"
     )
-    batch_size: int | None = Field(None, ge=1, description="examples that go through the model at once")
-    seed: int = Field(0, ge=0, description="seed of every random draw")
+    batch_size: Positive | None = Field(None, description="examples that go through the model at once")
+    seed: Whole = Field(0, description="seed of every random draw")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
     trust_code: bool = Field(False, description="let model files run code that they bring along")
     output: list[str] = Field(
@@ -249,6 +259,9 @@ def check(
     for key in content:
         if key not in known:
             raise UsageError(f"{prefix}unknown key {key!r}{nearest(str(key), known)}")
+    if isinstance(content.get("suite"), (list, dict)):
+        way_out = "list attacks of your own under attacks:, as in [{use: PGD, steps: 100}]"
+        raise UsageError(f"{prefix}suite is {content['suite']!r}; expected the name of one, or {way_out}")
     try:
         settings = AssessSettings.model_validate(dict(content))
     except ValidationError as error:

@@ -6,7 +6,7 @@ Torch-free but for the settings of attacks that a configuration lists.
 import json
 from pathlib import Path
 
-from holdfast.config.settings import AssessSettings, check, read
+from holdfast.config.settings import AssessSettings, check, load, read
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.reports.write import check as check_place
 
@@ -73,6 +73,10 @@ def init(
 
 def validate(path: str | Path = "holdfast.yaml") -> AssessSettings:
     """The settings in a configuration, every key, threat, gate, suite, attack and report checked; nothing is run."""
+    if not load(Path(path)):
+        raise UsageError(
+            f"{path} holds no key; expected some such as model: and data:, as holdfast init writes"
+        )
     settings = read(Path(path), {})
     for output in settings.output:
         if output != "-":
