@@ -145,6 +145,12 @@ def test_an_honest_network_raises_nothing(net):
         assert doubt.name == "transfer" or doubt.n > 0
 
 
+def test_losses_that_break_alike_are_not_played_off(net):
+    hardly = ThreatModel(Linf(1e-6))
+    (found,) = (doubt for doubt in findings(net, threat=hardly).doubts if doubt.name == "loss-spread")
+    assert found.says == "with each of its untargeted losses PGD-20 breaks 0.0 %"
+
+
 @pytest.mark.parametrize("bias", [1e3, -1e3])
 def test_logits_that_share_an_offset_raise_nothing(net, bias):
     assert raised(Changed(net, after=Function(lambda logits: logits + bias)), only=CHEAP) == set()

@@ -379,6 +379,8 @@ def test_a_model_that_draws_does_so_from_the_run_s_seed_and_puts_torch_s_state_b
         evidence = measure(model, [batch], [Doing(leave)], THREAT, seed=9)
         found.append(evidence["right_probability"])
     assert torch.equal(*found)
+    votes = found[0].double() * 20
+    assert torch.equal(votes, votes.round()) and votes.unique().numel() > 2  # shares without rounding
     assert "right_probability" not in measure(MODEL, [BATCH], [], THREAT)
 
 

@@ -130,6 +130,7 @@ def test_every_output_says_the_same(first, tmp_path):
         text = path.read_text(encoding="utf-8")
         assert "6.5" in text
         assert "30" in text
+        assert suffix == ".json" or text.count("6.2e−06") == 2
     assert json.loads((tmp_path / "compared.json").read_text()) == content
     shown = comparison.text(content, colour=False)
     assert content["headline"] in shown

@@ -75,11 +75,9 @@ def checked(attack: Attack) -> Attack:
     What is no dataclass, or has settings of types of its own, is taken as it is.
     """
     cls: Any = type(attack)
-    if not is_dataclass(cls):
-        return attack
     hints = get_type_hints(cls, include_extras=True)
-    for f in fields(cls):
-        value, where = getattr(attack, f.name), f"{cls.__name__}: {f.name}"
+    for f in fields(cls) if is_dataclass(cls) else ():
+        value, where = getattr(attack, f.name), f"{type(attack).__name__}: {f.name}"
         if isinstance(value, Attack):
             checked(value)
         elif get_origin(hints[f.name]) is Callable and not callable(value):

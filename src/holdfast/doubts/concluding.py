@@ -267,6 +267,8 @@ def _loss_spread(case: _Case) -> Doubt:
         f"of PGD-20's losses {best} breaks {_share(rivals[best])} and {worst} {_share(losses[worst])} "
         f"(exact McNemar p = {test.p:.2g})"
     )
+    if best == worst:
+        says = f"with each of its untargeted losses PGD-20 breaks {_share(losses[worst])}"
     spread = (test.only_first - test.only_second) / n
     return _judged("loss-spread", spread, at.LOSS_SPREAD, n, says, more=test.p < at.P_BY_RIVAL)
 

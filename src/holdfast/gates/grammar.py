@@ -20,6 +20,9 @@ Relation = Literal[">=", "<="]
 FORM = 'write METRIC >= NUMBER or METRIC <= NUMBER, as in "robust_accuracy >= 0.40"'
 """The way out of a gate that cannot be read."""
 
+VERSUS = 'against a baseline write METRIC <= NUMBER vs baseline, as in "regression <= 0.01 vs baseline"'
+"""The way out of one that compares two runs."""
+
 _PARTS = re.compile(
     r"\s*(?P<metric>[A-Za-z][\w-]*)\s*(?:@\s*(?P<eps>[^\s<>=]+))?\s*(?P<relation>[<>=!]+)\s*(?P<bound>\S+)\s*(?P<rest>.*?)\s*"
 )
@@ -43,7 +46,8 @@ def parse(text: str) -> Claim:
     """The claim that a gate makes; `UsageError` shows what is wrong with it and how to write it."""
     parts = _PARTS.fullmatch(text)
     if parts is None:
-        raise UsageError(f"gate {text!r} cannot be read; {FORM}")
+        form = VERSUS if "baseline" in text.split() else FORM
+        raise UsageError(f"gate {text!r} cannot be read; {form}")
     metric = _metric(parts["metric"], text)
     eps = None if parts["eps"] is None else _number(parts["eps"], text)
     if eps is not None and metric not in AT_EPS:
@@ -130,9 +134,7 @@ def _versus(metric: str, rest: str, text: str) -> Literal["baseline"] | None:
     words = rest.split()
     if words == ["vs", "baseline"]:
         if metric not in PAIRED:
-            raise UsageError(
-                f"gate {text!r}: {metric} is measured on one run; against a baseline there are {_list(PAIRED)}"
-            )
+            raise UsageError(f"gate {text!r}: {metric} is measured on one run; {VERSUS}, of {_list(PAIRED)}")
         return "baseline"
     if words == ["of", "static"]:
         raise UsageError(f"gate {text!r}: 'of static' comes with rotate, which this version does not have")

@@ -251,7 +251,7 @@ def _judged(target: Target, batch: Batch, x: Inputs) -> tuple[Logits, Tensor, Te
         return logits, right, right
 
     def share() -> Tensor:
-        return torch.stack([(margin(target.logits(x), batch) > 0).float() for _ in range(VOTES)]).mean(0)
+        return torch.stack([(margin(target.logits(x), batch) > 0).double() for _ in range(VOTES)]).mean(0)
 
     return logits, share(), share()
 

@@ -105,7 +105,9 @@ def labels(
     if lenient:
         return y
     if len(y) and y.min() < 0:
-        raise TargetError(f"the labels of {name} hold {y.min()}; classes count from 0")
+        raise TargetError(
+            f"the labels of {name} hold {y.min()}; classes count from 0: drop rows without one, or number them anew"
+        )
     if classes is not None and len(y) and y.max() >= classes:
         off_by_one = "; they seem to count from 1: subtract 1" if y.min() == 1 and y.max() == classes else ""
         raise TargetError(

@@ -34,7 +34,8 @@ class Npz:
                 }
         except _DAMAGE as error:
             raise TargetError(
-                f"{str(path)!r} is no .npz archive, or is damaged or truncated: {error}"
+                f"{str(path)!r} is no .npz archive, or is damaged or truncated: {error}; "
+                "download it again, or write it with numpy.savez"
             ) from error
         total = sum(self._sizes.values())
         if total > MAX_BYTES:

@@ -163,7 +163,9 @@ def _decoded(path: Path, mode: str) -> NDArray[np.uint8]:
                 else np.asarray(image.convert(mode))
             )
         except (OSError, ValueError, SyntaxError) as error:
-            raise TargetError(f"image {str(path)!r} is damaged or truncated: {error}") from error
+            raise TargetError(
+                f"image {str(path)!r} is damaged or truncated: {error}; replace or remove it"
+            ) from error
     pixels = np.rint(pixels).astype(np.uint8) if pixels.dtype != np.uint8 else pixels
     if mode == "RGB" and pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=2)

@@ -76,7 +76,9 @@ def read_onnx(path: Path) -> OnnxFile:
     try:
         proto = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's own error class is not part of what onnx promises
-        raise TargetError(f"{str(path)!r} is no ONNX model, or is damaged or truncated: {error}") from error
+        raise TargetError(
+            f"{str(path)!r} is no ONNX model, or is damaged or truncated: {error}; export it again"
+        ) from error
     n_nodes = len(proto.graph.node) + sum(len(function.node) for function in proto.functions)
     if not n_nodes or n_nodes > MAX_NODES:
         raise TargetError(
