@@ -128,8 +128,7 @@ def conclude(
         cost = _cost(by_stage[stage.name], seconds.get(stage.name, Seconds()), randomised=randomised)
         total += cost
         if stage.kind == "attack":
-            before = standing - int(gone.sum())
-            gone |= by_stage[stage.name]["success"]
+            before, gone = standing - int(gone.sum()), gone | by_stage[stage.name]["success"]
             records.append(_record(stage, before, standing - int(gone.sum()), cost))
     return Evidence(
         columns,
