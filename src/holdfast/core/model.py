@@ -86,6 +86,7 @@ class Batches:
 _TRIED = (*range(1, 13), 16, 20, 25, 32, 50, 64, 100, 128, 200, 256)
 """numbers of rows that a network is asked for before it is said to take none"""
 
+_CALLS_NUMPY = "call numpy() on Tensor that requires grad"
 _NO_GRADIENT = (
     "No gradient passes through numpy, so let the attacks see scores alone: "
     'a threat such as "linf:8/255,access=scores" and the suite "black-box"'
@@ -145,22 +146,16 @@ class Classifier(nn.Module):
         return x
 
     def forward(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits (n, classes)."""
+        """Logits (n, classes), in the type of `x`."""
         try:
-            inputs = self.preprocess(x)
-            if self.rewrites and inputs is x:
-                inputs = x.clone()
+            inputs = self.preprocess(x.clone() if self.rewrites else x)
             logits = self.net(inputs) if self.batches is None else self.batches.through(self.net, inputs)
         except (torch.OutOfMemoryError, MemoryError, HoldfastError):
             raise
         except Exception as error:
             if out_of_memory(error):
                 raise
-            advice = (
-                _NO_GRADIENT
-                if "call numpy() on Tensor that requires grad" in str(error)
-                else self._advice(len(x))
-            )
+            advice = _NO_GRADIENT if _CALLS_NUMPY in str(error) else self._advice(len(x))
             said = f"{type(error).__name__} on inputs of shape {tuple(x.shape)}: {str(error).rstrip('.')}"
             raise TargetError(f"the model raised {said}. {advice}") from error
         self._took = len(x)
