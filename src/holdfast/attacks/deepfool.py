@@ -24,6 +24,8 @@ from holdfast.ops.closest import Closest, firmly_broken, leeway
 from holdfast.ops.norms import expect_norm, free
 from holdfast.ops.rows import spread
 
+_BACK = 5  # forwards of the way back, which is about as long as the overshoot
+
 
 @dataclass(frozen=True)
 class DeepFool:
@@ -62,7 +64,7 @@ class DeepFool:
             if step >= self.steps // 2:
                 grads = torch.stack([free(grad, x, model.bounds) for grad in grads.unbind(1)], 1)
             x = self._across(norm, model.bounds, x, grads, margins[stands])
-        return to_boundary(model, batch, closest.x, norm)
+        return to_boundary(model, batch, closest.x, norm, forwards=_BACK)
 
     def _rivals(self, logits: Logits, batch: Batch) -> Labels:
         """The classes that each example may be pushed into, likeliest first."""

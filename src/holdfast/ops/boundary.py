@@ -20,36 +20,40 @@ Shrink = Callable[[PerExample], Inputs]
 """The points within a radius of the clean ones that are likeliest to stay broken."""
 
 
-def to_boundary(model: Model, batch: Batch, x_adv: Inputs, norm: Norm) -> Inputs:
+def to_boundary(
+    model: Model, batch: Batch, x_adv: Inputs, norm: Norm, *, forwards: int = _FORWARDS
+) -> Inputs:
     """The points of `x_adv`, pulled towards `batch.x` while the model stays broken, then projected onto `norm`.
 
     A point that does not firmly break the model is not pulled, and one that is pulled still breaks it by more than
-    rounding. Under L0 changes are undone instead, least useful first. Cost: at most ten forwards (under L0 the first
-    of them with a backward) of the examples that differ from the clean ones.
+    rounding. Under L0 changes are undone instead, least useful first. Cost: at most `forwards` of them (under L0 the
+    first with a backward) of the examples that differ from the clean ones.
     """
     moved = (norm.distance(x_adv, batch.x) > 0).nonzero()[:, 0]
     result = x_adv.clone()
     if len(moved):
         some, far = batch.take(moved), x_adv[moved]
         result[moved] = (
-            _fewest(model, some, far, norm) if isinstance(norm, L0) else _nearest(model, some, far, norm)
+            _fewest(model, some, far, norm, forwards)
+            if isinstance(norm, L0)
+            else _nearest(model, some, far, norm, forwards)
         )
     return norm.project(result, batch.x, model.bounds)
 
 
-def _nearest(model: Model, batch: Batch, far: Inputs, norm: Norm) -> Inputs:
+def _nearest(model: Model, batch: Batch, far: Inputs, norm: Norm, forwards: int) -> Inputs:
     """Shrink the ball around the clean input."""
     result = far.clone()
     with torch.no_grad():
         firm = firmly_broken(model(far, batch.ids), batch)
     left, held = batch.take(firm), far[firm]
     result[firm] = _bisected(
-        model, left, held, norm, lambda radius: norm.within(held, left.x, model.bounds, radius), _FORWARDS - 1
+        model, left, held, norm, lambda radius: norm.within(held, left.x, model.bounds, radius), forwards - 1
     )
     return result
 
 
-def _fewest(model: Model, batch: Batch, far: Inputs, norm: L0) -> Inputs:
+def _fewest(model: Model, batch: Batch, far: Inputs, norm: L0, forwards: int) -> Inputs:
     """Undo changes, those first that the gradient calls least useful; what stays changed goes to the box's side."""
     result = far.clone()
     grad, logits = gradient(model, batch.at(far), margin_loss)
@@ -69,7 +73,7 @@ def _fewest(model: Model, batch: Batch, far: Inputs, norm: L0) -> Inputs:
         held,
         norm,
         lambda radius: torch.where(norm.largest(gain, radius), held, left.x),
-        _FORWARDS - 2,
+        forwards - 2,
     )
     return result
 
