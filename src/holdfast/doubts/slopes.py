@@ -8,8 +8,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, Mask, PerExample
+from holdfast.ops.ascent import gradient
 from holdfast.ops.logits import scale
-from holdfast.ops.losses import Loss, cross_entropy, margin_loss
+from holdfast.ops.losses import cross_entropy, margin_loss
 
 REACH = 0.05
 """Length of the step in multiples of eps: less than half of one step of PGD-20."""
@@ -27,23 +28,11 @@ def gradients(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> di
     points = (batch.x, threat.constraint.sample(batch, model.bounds, rng.at("point")))
     dead, ratios = torch.ones_like(batch.y, dtype=torch.bool), []
     for x in points:
-        grad, logits = _raw_gradient(model, batch.at(x), margin_loss)
+        grad, logits = gradient(model, batch.at(x), margin_loss, raw=True)
         dead &= _is_dead(grad)
         ratios.append(_ratio(model, batch.at(x), threat, grad.nan_to_num(0.0, 0.0, 0.0), logits))
-    flat = _is_dead(_raw_gradient(model, batch, cross_entropy)[0]) & ~dead
+    flat = _is_dead(gradient(model, batch, cross_entropy, raw=True)[0]) & ~dead
     return {"dead": dead, "flat": flat, "ratio": torch.stack(ratios, dim=1)}
-
-
-def _raw_gradient(model: Model, batch: Batch, loss: Loss) -> tuple[Inputs, Logits]:
-    """As `ops.ascent.gradient`, but NaN and infinity are left in it."""
-    x = batch.x.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = model(x, batch.ids)
-        height = loss(logits, batch).sum()
-        if not height.requires_grad:
-            return torch.zeros_like(x), logits.detach()
-        (grad,) = torch.autograd.grad(height, x, materialize_grads=True)
-    return grad, logits.detach()
 
 
 def _is_dead(grad: Inputs) -> Mask:

@@ -29,17 +29,18 @@ def cosine(step: int, steps: int) -> float:
     return 1.0 + math.cos(math.pi * step / steps)
 
 
-def gradient(model: Model, batch: Batch, loss: Loss) -> tuple[Inputs, Logits]:
+def gradient(model: Model, batch: Batch, loss: Loss, *, raw: bool = False) -> tuple[Inputs, Logits]:
     """Gradient of the summed loss with respect to `batch.x`, and the logits there: one forward, one backward.
 
-    Zero where the model cuts the graph, as a comparison or a rounding to integers does, and in place of NaN.
+    Zero where the model cuts the graph, as a comparison or a rounding to integers does, and in place of NaN and
+    infinity, which only `raw` leaves in it.
     """
     x = batch.x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x, batch.ids)
         if not logits.requires_grad:
             return torch.zeros_like(x), logits
-        return input_gradient(loss(logits, batch), x), logits.detach()
+        return input_gradient(loss(logits, batch), x, raw=raw), logits.detach()
 
 
 def ascend(
