@@ -1,6 +1,5 @@
 """The names of attacks, known without torch, so that a misspelt one is answered at once."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Final
@@ -71,9 +70,7 @@ def attack_named(name: str) -> str:
             f"{variant} is the name that suites give to {of} with settings of its own; "
             f"name {of} (see holdfast attacks {of})"
         )
-    folded = _folded(known)
-    close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
-    raise UsageError(f"there is no attack {name!r}{nearest(folded[close[0]] if close else name, known)}")
+    raise UsageError(f"there is no attack {name!r}{nearest(name, known)}")
 
 
 def attack_meant(name: str) -> str:
