@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from holdfast.core.errors import UsageError
+from holdfast.core.names import threat_text
 from holdfast.core.spelling import suggestion
 
 Norm = Literal["linf", "l2", "l1", "l0"]
@@ -33,10 +34,7 @@ class ThreatSpec:
 
     def __str__(self) -> str:
         size = "" if math.isinf(self.eps) else f":{self.eps:.6g}" + ("px" if self.pixels else "")
-        goal = "" if self.goal is None else f",goal=targeted:{self.goal}"
-        access = "" if self.access == "gradients" else f",access={self.access}"
-        queries = "" if self.queries is None else f",queries={self.queries}"
-        return self.norm + size + goal + access + queries
+        return threat_text(self.norm + size, self.goal, self.access, self.queries)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,8 +1,16 @@
-"""How the name of an attack is written where only small letters, digits and hyphens may stand."""
+"""How attacks and threats are written: without torch, for those that must answer before it is imported."""
 
 import re
 
 
 def slug(name: str) -> str:
-    """`APGD-CE (large eps)` as `apgd-ce-large-eps`."""
+    """`APGD-CE (large eps)` as `apgd-ce-large-eps`, where only small letters, digits and hyphens may stand."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def threat_text(change: str, goal: int | None, access: str, queries: int | None) -> str:
+    """A threat as the command line takes it, given what may change (`linf:0.1`): what is usual goes without saying."""
+    aim = "" if goal is None else f",goal=targeted:{goal}"
+    seen = "" if access == "gradients" else f",access={access}"
+    spent = "" if queries is None else f",queries={queries}"
+    return f"{change}{aim}{seen}{spent}"

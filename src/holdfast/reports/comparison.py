@@ -8,6 +8,7 @@ from torch import Tensor
 
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
+from holdfast.core.names import threat_text
 from holdfast.core.types import Mask
 from holdfast.metrics.columns import Absent, robust
 from holdfast.metrics.paired import Pairs, clean_accuracy_drop, pairs, regression
@@ -92,10 +93,7 @@ def caution(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
 
 def _threat(threat: Mapping[str, Any]) -> str:
     """The threat as the command line takes it."""
-    goal = "" if threat["goal"] is None else f",goal=targeted:{threat['goal']}"
-    access = "" if threat["access"] == "gradients" else f",access={threat['access']}"
-    queries = "" if threat["queries"] is None else f",queries={threat['queries']}"
-    return f"{threat['constraint']}{goal}{access}{queries}"
+    return threat_text(threat["constraint"], threat["goal"], threat["access"], threat["queries"])
 
 
 def headline(content: Mapping[str, Any]) -> str:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from holdfast.core.names import threat_text
+
 MOST = 4
 """Differences that are named; the others are counted."""
 _FIRST = ("threat", "suite", "seed")
@@ -33,10 +35,8 @@ def _threat(threat: Mapping[str, Any]) -> str:
     """The threat as the command line takes it."""
     eps = float(threat["eps"])
     size = "" if eps == float("inf") else f":{eps:.6g}" + ("px" if threat["per"] == "pixel" else "")
-    goal = "" if threat["goal"] is None else f",goal=targeted:{threat['goal']}"
-    access = "" if threat["access"] == "gradients" else f",access={threat['access']}"
-    queries = "" if threat["queries"] is None else f",queries={threat['queries']}"
-    return f"{str(threat['norm']).lower()}{size}{goal}{access}{queries}"
+    change = f"{str(threat['norm']).lower()}{size}"
+    return threat_text(change, threat["goal"], threat["access"], threat["queries"])
 
 
 def _stages(known: Sequence[Mapping[str, Any]], wanted: Sequence[Mapping[str, Any]]) -> Iterator[str]:
