@@ -14,6 +14,5 @@ def input_gradient(value: PerExample, x: Inputs, *, again: bool = False, raw: bo
     if not value.requires_grad:
         return torch.zeros_like(x)
     (grad,) = torch.autograd.grad(value.sum(), x, retain_graph=again, materialize_grads=True)
-    return (
-        grad if raw else grad.nan_to_num(0.0, 0.0, 0.0)
-    )  # not in place: the gradient of a sum is one number, expanded
+    # not in place: the gradient of a sum is one number, expanded
+    return grad if raw else grad.nan_to_num(0.0, 0.0, 0.0)
