@@ -1,8 +1,12 @@
-"""`standard` against the reference's committed verdicts, example by example on the same images."""
+"""`standard` against the reference's committed verdicts, example by example on the same images.
+
+Seed 0 here and seed 0 there have nothing in common, so every run of ours is held against every run of the reference.
+"""
 
 import json
-from itertools import permutations
-from statistics import mean, median
+import math
+from itertools import permutations, product
+from statistics import mean, median, pstdev
 from typing import Any
 
 import torch
@@ -26,15 +30,12 @@ def measured() -> Outcome:
         except Absent as why:
             notes.append(f"{name}: {why}")
             continue
-        missed = mean(_missed(r, o) for r, o in zip(theirs, mine, strict=True))
-        own = mean(_missed(a, b) for a, b in permutations(theirs, 2)) if len(theirs) > 1 else 0.0
-        if len(theirs) == 1:
-            notes.append(
-                f"{name}: one seed, so the reference's own seed-to-seed rate is not known and counts as 0"
-            )
-        beaten = mean(_missed(o, r) for r, o in zip(theirs, mine, strict=True))
-        table.append({"setting": name, **cells, "missed, points": missed, "reference's own, points": own,
-                      "only ours broke, points": beaten})  # fmt: skip
+        missed, own = _rate(theirs, mine), _own_rate(theirs)
+        table.append({
+            "setting": name, "seeds": len(theirs), **cells, "missed, points": missed, "reference's own, points": own,
+            "only ours broke, points": _rate(mine, theirs),
+            **({"standard error of the excess": _jackknifed(theirs, mine)} if len(theirs) > 2 else {}),
+        })  # fmt: skip
         claims.append(
             Claim(f"{name}: missed beyond the reference's own rate, points <= 0.1", missed - own, 0.1)
         )
@@ -88,6 +89,23 @@ def _verdicts(case: Case, sha256: str) -> dict[str, Any]:
             f"run `python -m benchmarks.reference_verdicts --only {case.network} --again`"
         )
     return known
+
+
+def _rate(broke: list[torch.Tensor], missed: list[torch.Tensor]) -> float:
+    """Points of examples that one run of `broke` breaks and one of `missed` does not, over all pairs."""
+    return mean(_missed(a, b) for a, b in product(broke, missed))
+
+
+def _own_rate(theirs: list[torch.Tensor]) -> float:
+    """The same between the reference's own runs."""
+    return mean(_missed(a, b) for a, b in permutations(theirs, 2))
+
+
+def _jackknifed(theirs: list[torch.Tensor], mine: list[torch.Tensor]) -> float:
+    """Standard error, over the seeds, of the rate beyond the reference's own."""
+    n = len(theirs)
+    kept = [(theirs[:k] + theirs[k + 1 :], mine[:k] + mine[k + 1 :]) for k in range(n)]
+    return math.sqrt(n - 1) * pstdev(_rate(r, o) - _own_rate(r) for r, o in kept)
 
 
 def _missed(reference: torch.Tensor, other: torch.Tensor) -> float:
