@@ -17,6 +17,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf, Norm
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
+from holdfast.core.rows import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Mask, PerExample, Positive, Steps
 from holdfast.ops.ascent import gradient
@@ -24,7 +25,6 @@ from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.losses import margin_loss
 from holdfast.ops.norms import expect_norm, farthest, free, gap, length
-from holdfast.ops.rows import spread
 
 _TINY, _TINIEST = 1e-12, 1e-30
 _DEARER = 4.0  # times the last price, while none was enough

@@ -16,6 +16,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
+from holdfast.core.rows import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Steps
 from holdfast.ops.ascent import gradient
@@ -23,7 +24,6 @@ from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.losses import Loss, cross_entropy, margin_loss
 from holdfast.ops.norms import expect_norm, farthest, free, gap
-from holdfast.ops.rows import spread
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf, Norm
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Model
+from holdfast.core.rows import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Labels, Logits, PerExample, Positive, Steps
 from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, firmly_broken, leeway
 from holdfast.ops.norms import expect_norm, free
-from holdfast.ops.rows import spread
 
 _BACK = 5  # forwards of the way back, which is about as long as the overshoot
 

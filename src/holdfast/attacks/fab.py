@@ -16,6 +16,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
+from holdfast.core.rows import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import (
     Access,
@@ -35,7 +36,6 @@ from holdfast.ops.closest import Closest, leeway
 from holdfast.ops.halfspace import Flat, plane, to_plane
 from holdfast.ops.losses import likeliest, margin
 from holdfast.ops.norms import expect_norm, farthest
-from holdfast.ops.rows import spread
 from holdfast.ops.starts import unit_noise
 
 

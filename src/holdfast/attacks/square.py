@@ -14,12 +14,12 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Model
+from holdfast.core.rows import pick
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Steps
 from holdfast.ops.best import Best
 from holdfast.ops.losses import margin
 from holdfast.ops.norms import expect_norm
-from holdfast.ops.rows import pick
 from holdfast.ops.squares import Corners, Heaps, Proposals, share
 
 _BLOCK = 64  # steps whose windows are drawn together, so that few examples cost few operations

@@ -17,6 +17,7 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
+from holdfast.core.rows import spread
 from holdfast.core.types import Inputs, Mask, NonNegative, PerExample
 
 _TINY = 1e-12
@@ -87,11 +88,6 @@ def extent(constraint: Constraint, x: Inputs, bounds: Bounds) -> float:
     return float(constraint.distance(high.expand(corner), low.expand(corner)).max())
 
 
-def _rows(values: Tensor, like: Tensor) -> Tensor:
-    """One number an example, shaped to broadcast against the inputs."""
-    return values.view(-1, *[1] * (like.dim() - 1))
-
-
 def _eps(constraint: Constraint, like: Tensor) -> PerExample:
     """The constraint's radius, once an example."""
     return like.new_full((len(like),), constraint.eps)
@@ -119,7 +115,7 @@ class Linf:
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
         """Clamp to each example's cube and the box."""
-        reach = _rows(radius, x)
+        reach = spread(radius, x)
         return bounds.clamp(torch.minimum(torch.maximum(x_adv, x - reach), x + reach))
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
@@ -187,8 +183,8 @@ class L2:
         """The gradient over its length; zero where it is zero."""
         # by its largest entry first, for squares of very small or large gradients leave float32
         largest = gradient.flatten(1).abs().amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
-        scaled = gradient / _rows(largest, gradient)
-        return scaled / _rows(scaled.flatten(1).norm(dim=1).clamp_min(_TINY), gradient)
+        scaled = gradient / spread(largest, gradient)
+        return scaled / spread(scaled.flatten(1).norm(dim=1).clamp_min(_TINY), gradient)
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
         """Uniform in the ball, then projected onto the box too."""
@@ -197,7 +193,7 @@ class L2:
         radius = rng.at("radius").uniform(batch.ids, 1, dtype=batch.x.dtype)[:, 0] ** (
             1 / max(shape.numel(), 1)
         )
-        step = direction * _rows(
+        step = direction * spread(
             self.eps * radius / direction.flatten(1).norm(dim=1).clamp_min(_TINY), direction
         )
         return self.project(batch.x + step, batch.x, bounds)
@@ -241,7 +237,7 @@ class L1:
             total = self.distance(inside.double(), clean.double())
             if (total <= eps).all():
                 break
-            moved = moved * _rows((eps / total.clamp_min(_TINY)).clamp_max(1).to(moved.dtype), moved)
+            moved = moved * spread((eps / total.clamp_min(_TINY)).clamp_max(1).to(moved.dtype), moved)
             inside = bounds.clamp(clean + moved * delta.sign())
         result = clamped.clone()
         result[outside] = inside
@@ -342,7 +338,7 @@ class L0:
         56 for 72 of 100, CIFAR-10 at 10 values 12 for 15 of 40).
         """
         mean = gradient.flatten(1).abs().mean(1).clamp_min(_TINY)
-        return gradient * _rows(2 * bounds.width / (mean * max(self.eps, 1)), gradient)
+        return gradient * spread(2 * bounds.width / (mean * max(self.eps, 1)), gradient)
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
         """As many random values or pixels as allowed, each uniform in the box."""
@@ -360,4 +356,4 @@ class L0:
 
 
 def _expand(mask: Mask, like: Tensor) -> Tensor:
-    return _rows(mask, like).expand_as(like)
+    return spread(mask, like).expand_as(like)

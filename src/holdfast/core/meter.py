@@ -8,6 +8,7 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import allowed, extent
 from holdfast.core.errors import BudgetSpent, UsageError
+from holdfast.core.lookup import Lookup
 from holdfast.core.model import Bounds, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Labels, Logits, PerExample
@@ -52,8 +53,7 @@ class Metered:
 
     def __init__(self, model: Model, batch: Batch, threat: ThreatModel) -> None:
         self._model, self._batch, self._threat = model, batch, threat
-        self._order = batch.ids.argsort()
-        self._sorted = batch.ids[self._order]
+        self._lookup = Lookup(batch.ids)
         self._queries = torch.zeros(len(batch), dtype=torch.int64, device=batch.ids.device)
         self._first = torch.zeros_like(self._queries)
         self._backwards = torch.zeros_like(self._queries)
@@ -61,7 +61,7 @@ class Metered:
         self._gradient_seen = False
         self._found: dict[int, Tensor] = {}
         self._last_ids: Ids | None = None
-        self._last_places = (self._order, self._order, batch.y)
+        self._last_places = (self._queries, self._queries, batch.y)
         self._last_clean: Inputs | None = None
         self._near = threat.constraint.eps * (1 + 1e-3) + 1e-6 * max(1.0, self._extent())
 
@@ -134,22 +134,11 @@ class Metered:
                 f"{len(x)} inputs came with {len(ids)} ids; pass the ids of their rows: model(x, batch.ids)"
             )
         if ids is not self._last_ids:
-            rows = self._order[self._found_at(ids)]
+            rows = self._lookup.rows(ids)
             judge = self._batch.y if self._batch.target is None else self._batch.target
             self._last_ids, self._last_places = ids, (rows, torch.ones_like(rows), judge[rows])
             self._last_clean = None
         return self._last_places
-
-    def _found_at(self, ids: Ids) -> Tensor:
-        """Where the ids stand among those of the batch, which must be theirs."""
-        at = torch.searchsorted(self._sorted, ids).clamp_max(max(len(self._sorted) - 1, 0))
-        strange = ids[self._sorted[at] != ids] if len(self._sorted) else ids
-        if len(strange):
-            raise UsageError(
-                f"the id {int(strange[0])} is of no example that is attacked; pass the ids of the rows: "
-                "model(x, batch.ids)"
-            )
-        return at
 
     def _watch(self, x: Inputs, logits: Logits, rows: Tensor, wanted: Labels) -> None:
         """Note the first query that breaks each example with an allowed input."""

@@ -19,6 +19,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Constraint, Linf, extent
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns
+from holdfast.core.lookup import Lookup
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Logits, Mask, PerExample, Rows
@@ -104,11 +105,10 @@ def _towards_runner_up(model: Model, batch: Batch, threat: ThreatModel, rng: Dra
     """Climb towards the likeliest wrong class of the clean input; any wrong class counts."""
     with torch.no_grad():
         target = runner_up(model(batch.x, batch.ids), batch.y, 1)
-    order = batch.ids.argsort()
-    ids = batch.ids[order]
+    lookup = Lookup(batch.ids)
 
     def loss(logits: Logits, some: Batch) -> PerExample:
-        aimed = target[order[torch.searchsorted(ids, some.ids)]]
+        aimed = target[lookup.rows(some.ids)]
         return cross_entropy(logits, some.towards(aimed))
 
     return fallen(climbed(model, batch, threat, rng, loss))

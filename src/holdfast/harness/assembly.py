@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence
+from holdfast.core.lookup import Lookup
 from holdfast.core.types import Ids, Rows
 from holdfast.harness.plan import Outline, Step
 from holdfast.harness.stages import GALLERY, NORMS
@@ -195,9 +196,7 @@ def speaking(attacks: Sequence[Columns], kind: str, *, smallest: bool) -> Rows:
 
 def _distances(columns: Columns, kind: str) -> Tensor:
     """The distances of the inputs that an attack kept."""
-    order = columns["id"].argsort()
-    rows = order[torch.searchsorted(columns["id"][order], columns[f"{kind}.id"])]
-    return columns["distance"][rows]
+    return columns["distance"][Lookup(columns["id"]).rows(columns[f"{kind}.id"])]
 
 
 def first_of_each(ids: Ids) -> Rows:

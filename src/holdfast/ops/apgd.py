@@ -13,11 +13,11 @@ import torch
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Constraint, Linf
 from holdfast.core.model import Bounds, Model
+from holdfast.core.rows import pick, spread
 from holdfast.core.types import Inputs, Labels, Mask, PerExample
 from holdfast.ops.best import Best
 from holdfast.ops.gradients import input_gradient
 from holdfast.ops.losses import Loss, margin
-from holdfast.ops.rows import pick, spread
 
 _MOMENTUM = 0.75
 # gaps between checkpoints, as shares of the steps: the first, how much shorter each is, the shortest; that of L1

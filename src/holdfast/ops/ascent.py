@@ -9,11 +9,11 @@ import torch
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
 from holdfast.core.model import Model
+from holdfast.core.rows import spread
 from holdfast.core.types import Inputs, Logits, PerExample
 from holdfast.ops.best import Best
 from holdfast.ops.gradients import input_gradient
 from holdfast.ops.losses import Loss, margin
-from holdfast.ops.rows import spread
 
 Schedule = Callable[[int, int], float]
 """`schedule(step, steps)`: what the step size is multiplied with."""

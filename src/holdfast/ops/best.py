@@ -3,8 +3,9 @@
 import torch
 
 from holdfast.core.batch import Batch
+from holdfast.core.lookup import Lookup
+from holdfast.core.rows import pick
 from holdfast.core.types import Inputs, Mask, PerExample, Rows
-from holdfast.ops.rows import pick
 
 
 class Best:
@@ -12,8 +13,7 @@ class Best:
 
     def __init__(self, batch: Batch) -> None:
         self._ids = batch.ids
-        self._order = batch.ids.argsort()
-        self._sorted = batch.ids[self._order]
+        self._lookup = Lookup(batch.ids)
         self.x: Inputs = batch.x.clone()
         """the best point of each example; the clean one until something lower was offered"""
         self.margin: PerExample = torch.full_like(batch.x.flatten(1)[:, 0], torch.inf)
@@ -33,7 +33,7 @@ class Best:
                 -torch.inf, torch.inf, -torch.inf
             )
             return lower
-        rows = self._order[torch.searchsorted(self._sorted, some.ids)]
+        rows = self._lookup.rows(some.ids)
         lower = ~(margin >= self.margin[rows])
         self.x[rows[lower]] = x[lower]
         self.margin[rows[lower]] = margin[lower].nan_to_num(-torch.inf, torch.inf, -torch.inf)

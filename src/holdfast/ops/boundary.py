@@ -7,11 +7,11 @@ import torch
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, Norm
 from holdfast.core.model import Model
+from holdfast.core.rows import pick
 from holdfast.core.types import Inputs, PerExample
 from holdfast.ops.ascent import gradient
 from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.losses import margin_loss
-from holdfast.ops.rows import pick
 
 _FORWARDS = 10
 _FIRST = 15 / 16  # a good attack ends within a few percent of the boundary: look there before halving

@@ -3,10 +3,11 @@
 import torch
 
 from holdfast.core.batch import Batch
+from holdfast.core.lookup import Lookup
+from holdfast.core.rows import spread
 from holdfast.core.types import Inputs, Logits, Mask, PerExample, Rows
 from holdfast.ops.logits import scale
 from holdfast.ops.losses import margin
-from holdfast.ops.rows import spread
 
 
 def leeway(logits: Logits) -> PerExample:
@@ -24,8 +25,7 @@ class Closest:
 
     def __init__(self, batch: Batch) -> None:
         self._ids = batch.ids
-        self._order = batch.ids.argsort()
-        self._sorted = batch.ids[self._order]
+        self._lookup = Lookup(batch.ids)
         self.x: Inputs = batch.x.clone()
         """the closest broken point of each example"""
         self.distance: PerExample = torch.full_like(batch.x.flatten(1)[:, 0], torch.inf)
@@ -38,7 +38,7 @@ class Closest:
 
     def rows(self, some: Batch) -> Rows:
         """Where `some` examples stand in the whole batch."""
-        return self._order[torch.searchsorted(self._sorted, some.ids)]
+        return self._lookup.rows(some.ids)
 
     def offer(self, some: Batch, x: Inputs, distance: PerExample, broken: Mask) -> Mask:
         """Take the broken points that are closer than what is known; who got closer."""

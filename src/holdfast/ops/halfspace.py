@@ -12,10 +12,10 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.model import Bounds, Model
+from holdfast.core.rows import spread
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.gradients import input_gradient
 from holdfast.ops.losses import margin
-from holdfast.ops.rows import spread
 
 _TINY, _HUGE = 1e-30, 1e30
 _CLOSE = 1e-5  # share of the way that may be missing: the sums' rounding in float32, far below any overshoot

@@ -17,8 +17,8 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
+from holdfast.core.rows import spread
 from holdfast.core.types import Inputs, Mask
-from holdfast.ops.rows import spread
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # after these of 10,000 steps the share halves
 _SCHEDULED = 10_000

@@ -1,0 +1,27 @@
+"""Where examples stand among others, found by their ids."""
+
+import torch
+
+from holdfast.core.errors import UsageError
+from holdfast.core.types import Ids, Rows
+
+
+class Lookup:
+    """Finds rows of a batch by id, whatever their order."""
+
+    def __init__(self, ids: Ids) -> None:
+        self._sorted, self._order = ids.sort()
+
+    def rows(self, ids: Ids) -> Rows:
+        """The row of each id; `UsageError` names the first that is of no example here."""
+        if not len(self._sorted):
+            at, known = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        else:
+            at = torch.searchsorted(self._sorted, ids).clamp_max_(len(self._sorted) - 1)
+            known = self._sorted[at] == ids
+        if not known.all():
+            raise UsageError(
+                f"the id {int(ids[~known][0])} is of no example that is attacked; pass the ids of the rows: "
+                "model(x, batch.ids)"
+            )
+        return self._order[at]
