@@ -14,7 +14,6 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Model
-from holdfast.core.rows import pick
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Steps
 from holdfast.ops.best import Best
@@ -51,8 +50,7 @@ class Square:
         self, model: Model, left: Batch, norm: Linf | L2 | L1, best: Best, queries: int, rng: Draws
     ) -> None:
         proposals, ids = _proposals(left, norm, model.bounds), left.ids
-        x = proposals.start(rng.at("start"))
-        height = margin(model(x, ids), left)
+        height = margin(model(proposals.start(rng.at("start")), ids), left)
         for step in range(queries):
             at = step % _BLOCK
             if at == 0:
@@ -64,20 +62,19 @@ class Square:
                     rng.at("block", step // _BLOCK).uniform(left.ids, _BLOCK, proposals.per_step), shares
                 )
             if not float(height.min()) > 0:  # a NaN among them makes the least a NaN
-                best.offer(left, x, height)
+                best.offer(left, proposals.x, height)
                 standing = height > 0
-                left, x, height = left.take(standing), x[standing], height[standing]
+                left, height = left.take(standing), height[standing]
                 if not len(left):
                     return
                 proposals.take(standing)
             if step == queries - 1:
                 break
-            tried = proposals.propose(at, x)
-            margins = margin(model(tried, left.ids), left)
+            margins = margin(model(proposals.propose(at), left.ids), left)
             lower = ~(margins >= height)
-            x = pick(lower, tried, x)
+            proposals.keep(lower)
             height = torch.where(lower, margins, height)
-        best.offer(left, x, height)
+        best.offer(left, proposals.x, height)
 
 
 def _proposals(batch: Batch, norm: Linf | L2 | L1, bounds: Bounds) -> Proposals:

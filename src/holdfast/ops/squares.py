@@ -17,7 +17,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
-from holdfast.core.rows import spread
+from holdfast.core.rows import pick, spread
 from holdfast.core.types import Inputs, Mask
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # after these of 10,000 steps the share halves
@@ -68,10 +68,12 @@ def _heap(rows: int, columns: int, norm: L2 | L1) -> Tensor:
 
 
 class Proposals(Protocol):
-    """The points that are tried: a first one, then one a step, each from the best so far."""
+    """The best points so far, and what is tried from them: all at first, then one change a step."""
 
     per_step: int
     """uniform numbers that a step takes for each example"""
+    x: Inputs
+    """the best points so far; between `propose` and `keep`, those that are tried"""
 
     def start(self, rng: Draws) -> Inputs:
         """The first points."""
@@ -79,62 +81,92 @@ class Proposals(Protocol):
     def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
         """Prepare a block of steps from `draws` (n, steps, per_step) and the share that the window covers in each."""
 
-    def propose(self, step: int, x: Inputs) -> Inputs:
-        """The points to try at a step of the block, from the best so far."""
+    def propose(self, step: int) -> Inputs:
+        """The points to try at a step of the block."""
+
+    def keep(self, better: Mask) -> None:
+        """Go on from what was tried where it is better, else from what was best before."""
 
     def take(self, rows: Mask) -> None:
         """Go on with some of the examples."""
 
 
+class _Windows:
+    """Where the pixels of a block's windows lie in images laid out in rows."""
+
+    def __init__(self, draws: Tensor, sizes: Sequence[tuple[int, int]], height: int, width: int) -> None:
+        room = torch.tensor([(height - a + 1, width - b + 1) for a, b in sizes], device=draws.device)
+        corner = (draws * room).long()
+        self._first = (corner[..., 0] * width + corner[..., 1]).t().contiguous()
+        self._sizes = sizes
+        self._offsets = {size: _offsets(size, width).to(draws.device) for size in set(sizes)}
+
+    def places(self, step: int) -> Tensor:
+        """Of a step's windows (n, 1, pixels)."""
+        return (self._first[step][:, None] + self._offsets[self._sizes[step]])[:, None]
+
+    def take(self, rows: Mask) -> None:
+        """Go on with some of the examples."""
+        self._first = self._first[:, rows]
+
+
+def _offsets(size: tuple[int, int], width: int) -> Tensor:
+    """Places of a window's pixels relative to its corner."""
+    return (torch.arange(size[0])[:, None] * width + torch.arange(size[1])).flatten()
+
+
 class Corners:
-    """For Linf: every window goes to a corner of the cube, the same for all pixels of a channel."""
+    """For Linf: every window goes to a corner of the cube, the same for all pixels of a channel.
+
+    What is tried is written over the best points, for most windows are a few pixels, and taken back where it fails.
+    """
 
     def __init__(self, batch: Batch, norm: Linf, bounds: Bounds) -> None:
-        self._ids, self._shape = batch.ids, batch.x.shape[1:]
-        self._channels, self._height, self._width = as_image(self._shape)
+        self._ids = batch.ids
+        self._channels, self._height, self._width = as_image(batch.x.shape[1:])
         self.per_step = 2 + self._channels
-        self._low, self._high = (
-            norm.project(batch.x + side * norm.eps, batch.x, bounds).reshape(
-                len(batch), *as_image(self._shape)
-            )
-            for side in (-1, 1)
+        low, high = (norm.project(batch.x + side * norm.eps, batch.x, bounds) for side in (-1, 1))
+        self._corners = torch.cat(
+            [side.reshape(len(batch), self._channels, -1) for side in (low, high)], dim=2
         )
+        self.x = low
 
     def start(self, rng: Draws) -> Inputs:
         """Stripes: a sign for each column of each channel."""
         up = rng.uniform(self._ids, self._channels, 1, self._width) < 0.5
-        return torch.where(up, self._high, self._low).view(-1, *self._shape)
+        low, high = self._corners.view(*self._corners.shape[:2], 2, self._height, self._width).unbind(2)
+        self.x = torch.where(up, high, low).view_as(self.x)
+        return self.x
 
     def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
         """Where the windows of a block lie, and the corners that they go to."""
         sizes = [window(p, self._height, self._width, odd=False) for p in shares]
-        down = _as_weight(_within(draws[..., 0], [rows for rows, _ in sizes], self._height), self._low)
-        across = _as_weight(_within(draws[..., 1], [columns for _, columns in sizes], self._width), self._low)
-        self._down, self._across = down[:, :, None, :, None], across[:, :, None, None, :]
-        self._up = _as_weight(draws[..., 2:] < 0.5, self._low).transpose(0, 1)[..., None, None]
+        self._windows = _Windows(draws[..., :2], sizes, self._height, self._width)
+        up = (draws[..., 2:] < 0.5).transpose(0, 1)[..., None]
+        self._side = up * (self._height * self._width)  # the high corners lie behind the low ones
 
-    def propose(self, step: int, x: Inputs) -> Inputs:
+    def propose(self, step: int) -> Inputs:
         """Each window of the step at its corner."""
-        # weights of exactly 0 and 1: `lerp` then picks one end, and is quicker than `where`
-        corner = torch.lerp(self._low, self._high, self._up[step])
-        return torch.lerp(x.view_as(corner), corner, self._down[step] * self._across[step]).view_as(x)
+        places = self._windows.places(step)
+        new = self._corners.gather(2, places + self._side[step])
+        self._at = places.expand_as(new)
+        self._tried, self._before = new, self._pixels.gather(2, self._at)
+        self._pixels.scatter_(2, self._at, new)
+        return self.x
+
+    @property
+    def _pixels(self) -> Tensor:
+        return self.x.view(len(self.x), self._channels, -1)
+
+    def keep(self, better: Mask) -> None:
+        """The windows of the others as they were."""
+        self._pixels.scatter_(2, self._at, torch.where(spread(better, self._at), self._tried, self._before))
 
     def take(self, rows: Mask) -> None:
         """Go on with some of the examples."""
-        self._ids, self._low, self._high = self._ids[rows], self._low[rows], self._high[rows]
-        self._down, self._across, self._up = self._down[:, rows], self._across[:, rows], self._up[:, rows]
-
-
-def _as_weight(mask: Tensor, like: Tensor) -> Tensor:
-    return mask.to(like.dtype)
-
-
-def _within(u: Tensor, lengths: Sequence[int], extent: int) -> Tensor:
-    """Which of `extent` positions lie in a random interval: (n, steps) uniforms to a mask (steps, n, extent)."""
-    length = torch.tensor(lengths, device=u.device)
-    first = (u * (extent - length + 1)).long().t()[..., None]
-    position = torch.arange(extent, device=u.device)
-    return (position >= first) & (position < first + length[:, None, None])
+        self._ids, self._corners, self.x = self._ids[rows], self._corners[rows], self.x[rows]
+        self._windows.take(rows)
+        self._side = self._side[:, rows]
 
 
 class Heaps:
@@ -145,7 +177,8 @@ class Heaps:
         self._image = self._channels, self._height, self._width = as_image(batch.x.shape[1:])
         self._ball = norm.resized(norm.eps * (1 - 1e-6))  # room for rounding
         self.per_step = 5 + self._channels
-        self._patterns: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._patterns: dict[tuple[int, int], Tensor] = {}
+        self.x = batch.x
 
     def start(self, rng: Draws) -> Inputs:
         """A grid of at least five by five heaps, each with its sign and orientation."""
@@ -163,28 +196,34 @@ class Heaps:
             delta = delta * spread(
                 self._ball.eps / self._norm.distance(delta, torch.zeros_like(delta)), delta
             )
-        return self._ball.project(self._clean + delta.view_as(self._clean), self._clean, self._bounds)
+        self.x = self._ball.project(self._clean + delta.view_as(self._clean), self._clean, self._bounds)
+        return self.x
 
     def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
         """Where both windows of each step of a block lie, and the signs and orientations of the heaps."""
         self._sizes = [window(p, self._height, self._width, odd=True) for p in shares]
-        room = torch.tensor(
-            [(self._height - a + 1, self._width - b + 1) for a, b in self._sizes], device=draws.device
-        )
-        corners = [(draws[..., k : k + 2] * room).long() for k in (0, 2)]
         self._first, self._second = (
-            (at[..., 0] * self._width + at[..., 1]).t().contiguous() for at in corners
+            _Windows(draws[..., k : k + 2], self._sizes, self._height, self._width) for k in (0, 2)
         )
         self._turned = (draws[..., 4] < 0.5).t().contiguous()
         self._signs = (1 - 2 * (draws[..., 5:] < 0.5).to(self._clean.dtype)).transpose(0, 1).contiguous()
 
-    def propose(self, step: int, x: Inputs) -> Inputs:
+    def propose(self, step: int) -> Inputs:
         """One window emptied, and what both held spent on a heap in the other."""
-        n, size = len(x), self._sizes[step]
+        self._before = self.x
+        self.x = self._moved(step, self.x)
+        return self.x
+
+    def keep(self, better: Mask) -> None:
+        """The best of before where what was tried is not better."""
+        self.x = pick(better, self.x, self._before)
+
+    def _moved(self, step: int, x: Inputs) -> Inputs:
+        n, fill = len(x), self._pattern(self._sizes[step])
         delta = (x - self._clean).reshape(n, self._channels, -1)
-        fill, offsets = self._pattern(size)
-        first = (self._first[step][:, None] + offsets)[:, None].expand(n, self._channels, -1)
-        second = (self._second[step][:, None] + offsets)[:, None].expand(n, self._channels, -1)
+        first, second = (
+            windows.places(step).expand(n, self._channels, -1) for windows in (self._first, self._second)
+        )
         old = delta.gather(2, first)
         heap = (
             torch.where(self._turned[step][:, None], fill[1], fill[0])[:, None] * self._signs[step][..., None]
@@ -212,21 +251,19 @@ class Heaps:
         left = (self._norm.eps**2 - (used**2).sum(1, keepdim=True)).clamp_min(0) / self._channels
         return (left + (used**2 - kept**2).clamp_min(0)).sqrt()
 
-    def _pattern(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Both orientations (2, pixels) and the places of a window's pixels relative to its corner."""
+    def _pattern(self, size: tuple[int, int]) -> Tensor:
+        """Both orientations (2, pixels) of what fills a window."""
         if size not in self._patterns:
-            rows, columns = size
-            upright = pattern(rows, columns, self._norm, self._clean)
-            lying = pattern(columns, rows, self._norm, self._clean).t()
-            down, across = torch.arange(rows)[:, None], torch.arange(columns)
-            offsets = (down * self._width + across).flatten().to(self._clean.device)
-            self._patterns[size] = torch.stack((upright, lying)).flatten(1), offsets
+            upright = pattern(*size, self._norm, self._clean)
+            lying = pattern(*size[::-1], self._norm, self._clean).t()
+            self._patterns[size] = torch.stack((upright, lying)).flatten(1)
         return self._patterns[size]
 
     def take(self, rows: Mask) -> None:
         """Go on with some of the examples."""
-        self._ids, self._clean = self._ids[rows], self._clean[rows]
-        self._first, self._second = self._first[:, rows], self._second[:, rows]
+        self._ids, self._clean, self.x = self._ids[rows], self._clean[rows], self.x[rows]
+        self._first.take(rows)
+        self._second.take(rows)
         self._turned, self._signs = self._turned[:, rows], self._signs[:, rows]
 
 
