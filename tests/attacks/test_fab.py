@@ -31,12 +31,12 @@ def test_the_way_to_the_plane_is_the_shortest_in_the_box(norm, seed, bias):
     oracle = LinearOracle(torch.stack((normal, 0 * normal)), torch.tensor([bias, 0.0], dtype=torch.float64))
     height = x @ normal + bias
     exact = oracle.distance(x, (height < 0).long(), norm())
-    step = to_plane(x[None], normal.expand(7, 9), height[None], norm(), Bounds())[0]
+    (step,), (length,) = to_plane(x[None], normal.expand(7, 9), height[None], norm(), Bounds())
     assert ((x + step >= -1e-12) & (x + step <= 1 + 1e-12)).all()
     room = torch.where(normal * height[:, None] > 0, x, 1 - x)
     reached = (normal.abs() * room).sum(1) > height.abs()
     assert (reached == (exact < math.inf)).all()
-    length = norm().distance(x + step, x)
+    torch.testing.assert_close(length, norm().distance(x + step, x))
     torch.testing.assert_close(length[reached], exact[reached], rtol=1e-4, atol=1e-9)
     end = (x + step) @ normal + bias
     assert (end[reached].abs() <= 2e-5 * height[reached].abs() + 1e-9).all()

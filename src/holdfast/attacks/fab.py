@@ -116,19 +116,13 @@ class FAB:
     def _step(
         self, x: Inputs, clean: Inputs, height: PerExample, normal: Inputs, norm: Flat, model: Model
     ) -> Inputs:
-        from_clean = height + (normal * (clean - x)).flatten(1).sum(1)
-        way = to_plane(torch.stack((x, clean)), normal, torch.stack((height, from_clean)), norm, model.bounds)
-        near, far = (_length(step, norm).clamp_min(1e-8) for step in way)
+        from_clean = height + torch.linalg.vecdot(normal.flatten(1), (clean - x).flatten(1))
+        points = torch.stack((x, clean))
+        way, length = to_plane(points, normal, torch.stack((height, from_clean)), norm, model.bounds)
+        near, far = length.clamp_min(1e-8)
         alpha = spread((near / (near + far)).clamp_max(self.alpha_max), x)
-        step, back = torch.add(x, way[0], alpha=self.eta), torch.add(clean, way[1], alpha=self.eta)
+        step, back = points.add_(way, alpha=self.eta)
         return model.bounds.clamp(torch.lerp(step, back, alpha))
-
-
-def _length(step: Inputs, norm: Flat) -> PerExample:
-    size = step.flatten(1)
-    if isinstance(norm, L2):
-        return (size**2).sum(1).sqrt()
-    return size.abs().amax(1) if isinstance(norm, Linf) else size.abs().sum(1)
 
 
 def _keep(closest: Closest, batch: Batch, x: Inputs, logits: Logits, norm: Flat) -> Mask:

@@ -153,6 +153,8 @@ class Metered:
         # exact only where it can matter: a minimum-norm attack breaks its examples outside the ball many times
         pair = (x, clean) if len(at) == len(x) else (x[at], clean[at])
         at = at[constraint.distance(*pair) <= self._near]
+        if not len(at):
+            return
         at = at[allowed(constraint, x[at], clean[at], self.bounds)]
         self._first[rows[at]] = self._queries[rows[at]]
         if self._threat.queries is not None:

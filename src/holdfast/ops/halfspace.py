@@ -24,8 +24,10 @@ Flat = Linf | L2 | L1
 """The norms whose projections are known here."""
 
 
-def to_plane(points: Tensor, normal: Inputs, height: Tensor, norm: Flat, bounds: Bounds) -> Tensor:
-    """The step from each of `points` (k, n, *features) onto the plane with `normal` (n, *features).
+def to_plane(
+    points: Tensor, normal: Inputs, height: Tensor, norm: Flat, bounds: Bounds
+) -> tuple[Tensor, Tensor]:
+    """The step from each of `points` (k, n, *features) onto the plane with `normal` (n, *features); its length (k, n).
 
     `height` (k, n) is the value of the affine function whose zeros are the plane at each point. Where the box does not
     reach the plane, the step goes to its corner nearest to it. The box must be finite.
@@ -42,7 +44,16 @@ def to_plane(points: Tensor, normal: Inputs, height: Tensor, norm: Flat, bounds:
         size = _one_by_one(weight, room, rise)
     else:
         size = _together(weight, room, rise, weight if isinstance(norm, L2) else None)
-    return size.view_as(points).mul_(way)
+    step = size.view_as(points).mul_(way)
+    return step, _length(step.flatten(2), norm)
+
+
+def _length(step: Tensor, norm: Flat) -> Tensor:
+    """Of steps (k, n, features)."""
+    if isinstance(norm, L2):
+        squared: Tensor = torch.linalg.vecdot(step, step)
+        return squared.sqrt()
+    return torch.maximum(step.amax(2), -step.amin(2)) if isinstance(norm, Linf) else step.abs().sum(2)
 
 
 def _dual_size(gradient: Inputs, norm: Flat) -> PerExample:
