@@ -30,6 +30,7 @@ def needy(path, mode): return nn.Linear(1, 1)
 def adds(width): return nn.Linear(width + 1, 1)
 def raises(): raise ValueError("the weights are on another planet")
 def exits(): raise SystemExit("bye")
+def a_class(): return nn.Linear
 def number(): return 7
 def odd(sizes: list[int]): return nn.Linear(1, 1)
 constant = 5
@@ -79,10 +80,21 @@ def test_the_digest_follows_code_weights_and_named_files(code: Path) -> None:
         ("net", {"deep": "maybe"}, UsageError, "takes deep as bool; 'maybe'"),
         ("odd", {"sizes": "1"}, UsageError, "str, int, float, bool or Path"),
         ("needy", {"mode": "a"}, UsageError, "--model-args path=…"),
-        ("adds", {"width": "3"}, TargetError, r"raised TypeError: .* \(width came as text; annotate int"),
-        ("raises", {}, TargetError, "raised ValueError: the weights are on another planet"),
-        ("exits", {}, TargetError, "raised SystemExit: bye"),
-        ("number", {}, TargetError, "returned a int; a torch.nn.Module"),
+        (
+            "adds",
+            {"width": "3"},
+            TargetError,
+            r"raised TypeError in line .*: .* \(width came as text; annotate int",
+        ),
+        (
+            "raises",
+            {},
+            TargetError,
+            r"raised ValueError in line \d+ of own.py: the weights are on another planet",
+        ),
+        ("exits", {}, TargetError, r"raised SystemExit in line \d+ of own.py: bye"),
+        ("number", {}, TargetError, "returned a int; a torch.nn.Module or a function"),
+        ("a_class", {}, TargetError, "returned the class Linear; a torch.nn.Module or a function"),
     ],
 )
 def test_what_is_wrong_with_a_factory_is_said(
@@ -92,9 +104,27 @@ def test_what_is_wrong_with_a_factory_is_said(
         open_model(f"{code}:{factory}", model_args=arguments)
 
 
+def test_a_network_or_a_function_will_do(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import torch\nready = torch.nn.Linear(4, 3)\n"
+        "def doubled(k: float = 2):\n    return lambda x: torch.stack((x[:, 0], k * x[:, 1]), 1)\n"
+    )
+    x = torch.rand(2, 4)
+    ready = open_model(f"{path}:ready").model
+    torch.testing.assert_close(ready(x), ready.net(x))
+    opened = open_model(f"{path}:doubled", model_args={"k": "3"})
+    torch.testing.assert_close(opened.model(x), torch.stack((x[:, 0], 3 * x[:, 1]), 1))
+    assert opened.digest == open_model(f"{path}:doubled", model_args={"k": "3"}).digest
+    assert opened.digest != open_model(f"{path}:doubled").digest
+    torch.save({"w": x}, tmp_path / "w.pt")
+    with pytest.raises(TargetError, match="returned a function, which takes no weights"):
+        open_model(str(tmp_path / "w.pt"), arch=f"{path}:doubled")
+
+
 def test_code_that_does_not_import_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("import a_module_that_is_not_there\n")
-    with pytest.raises(TargetError, match="a_module_that_is_not_there"):
+    with pytest.raises(TargetError, match="in line 1 of bad.py: .*a_module_that_is_not_there"):
         open_model(f"{tmp_path / 'bad.py'}:net")
     with pytest.raises(TargetError, match=r"does not exist \(did you mean 'bad.py'"):
         open_model(f"{tmp_path / 'bda.py'}:net")

@@ -5,11 +5,13 @@ import hashlib
 import importlib.util
 import inspect
 import sys
+import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -21,9 +23,9 @@ _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 @dataclass(frozen=True)
 class Built:
-    """A network from a factory, and the digests of the code and of the files that its arguments named."""
+    """A network or a function from a factory; digests of the code and of the files that its arguments named."""
 
-    net: nn.Module
+    net: nn.Module | Callable[..., Any]
     files: dict[str, str]
 
 
@@ -58,11 +60,13 @@ def build(
             f" ({', '.join(strings)} came as text; annotate int or float to have numbers)" if strings else ""
         )
         said = hint if isinstance(error, TypeError) else ""
-        raise TargetError(f"{address} raised {type(error).__name__}: {error}{said}") from error
-    if not isinstance(net, nn.Module):
         raise TargetError(
-            f"{address} returned {_described(net)}; a torch.nn.Module was expected. "
-            "Return the network itself, with its weights loaded and in eval mode"
+            f"{address} raised {type(error).__name__}{_place(error, files)}: {error}{said}"
+        ) from error
+    if isinstance(net, type) or not callable(net):
+        raise TargetError(
+            f"{address} returned {_described(net)}; a torch.nn.Module or a function from inputs to logits was "
+            "expected. Return the network itself, with its weights loaded and in eval mode"
         )
     named = {text: sha256_of_file(Path(text)) for text in arguments.values() if _is_file(text)}
     return Built(net, {**files, **named})
@@ -130,8 +134,21 @@ def _import(path: Path) -> types.ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise TargetError(f"importing {str(path)!r} raised {type(error).__name__}: {error}") from error
+        raise TargetError(
+            f"importing {str(path)!r} raised {type(error).__name__}{_place(error, [str(path)])}: {error}"
+        ) from error
     return module
+
+
+def _place(error: BaseException, files: Iterable[str]) -> str:
+    """The last line of the user's own files that an error came through; empty where it came through none."""
+    own = {str(Path(name).resolve()) for name in files}
+    lines = [
+        f" in line {frame.lineno} of {Path(frame.filename).name}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if str(Path(frame.filename).resolve()) in own
+    ]
+    return lines[-1] if lines else ""
 
 
 def _factory(module: types.ModuleType, name: str, path: Path) -> Callable[..., object]:
@@ -141,6 +158,8 @@ def _factory(module: types.ModuleType, name: str, path: Path) -> Callable[..., o
         own = [n for n in known if vars(module)[n].__module__ == module.__name__]
         offered = nearest(name, known) or (f"; it defines {', '.join(own[:8])}" if own else "")
         raise UsageError(f"{str(path)!r} has no factory {name!r}{offered}")
+    if isinstance(found, nn.Module):
+        return lambda: found  # the network itself
     if not callable(found):
         raise UsageError(
             f"{name} in {str(path)!r} is {_described(found)}; a function that returns a network was expected"
@@ -167,4 +186,6 @@ def _is_file(text: str) -> bool:
 
 
 def _described(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     return "None" if value is None else f"a {type(value).__name__}"

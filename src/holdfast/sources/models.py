@@ -15,6 +15,7 @@ from holdfast.core.types import Access
 from holdfast.sources.exported import open_program
 from holdfast.sources.factories import Built, build, build_from_file, names_code
 from holdfast.sources.files import nearest, sha256_of_file
+from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.weights import fit_weights, read_state_dict
 
 BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled"
@@ -160,7 +161,8 @@ def _open_code(opening: _Opening) -> OpenedModel:
         )
     built = build_from_file(opening.address, opening.arguments)
     # The code may read weights that no argument names, so the tensors themselves are digested too.
-    files = {**built.files, f"{opening.address} state": sha256_of_state(built.net)}
+    whole = sha256_of_state(built.net) if isinstance(built.net, nn.Module) else digest_in_hand(built.net)
+    files = {**built.files, f"{opening.address} state": whole}
     return OpenedModel(opening.declared.wrap(built.net), opening.address, "code", files)
 
 
@@ -176,6 +178,10 @@ def sha256_of_state(net: nn.Module) -> str:
 def _open_state_dict(opening: _Opening, path: Path) -> OpenedModel:
     weights, metadata = read_state_dict(path)
     built, known = _architecture(opening, metadata)
+    if not isinstance(built.net, nn.Module):
+        raise TargetError(
+            f"--arch {opening.arch} returned a function, which takes no weights; return a torch.nn.Module"
+        )
     notes = fit_weights(built.net, weights, repr(opening.address))
     files = {**built.files, opening.address: sha256_of_file(path)}
     model = opening.declared.filled(known).wrap(built.net.eval())
