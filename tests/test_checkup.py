@@ -70,3 +70,13 @@ def test_a_table_is_told_to_scale_its_features() -> None:
     x = torch.arange(40.0).view(20, 2)
     found = said(holdfast.doctor(lambda x: x, (x, torch.ones(20, dtype=torch.long))))
     assert found["range"] == ("problem", "scale the features as in training, or use --bounds 0,39")
+
+
+def test_a_model_that_writes_into_its_input_is_told_so() -> None:
+    digits = open_data("mnist-mini").read(0, 40)
+
+    def model(x):
+        return x.sub_(0.5).flatten(1)[:, :10]
+
+    found = said(holdfast.doctor(model, (digits.x, digits.y)))
+    assert found["in place"] == ("warning", "write x = x - mean in it, not x -= mean")

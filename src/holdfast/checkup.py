@@ -14,7 +14,7 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError
-from holdfast.core.model import Classifier, fitted
+from holdfast.core.model import IN_PLACE, Classifier, fitted
 from holdfast.ops.losses import margin_loss
 from holdfast.ops.prepare import in_training
 from holdfast.sources.arrays import Arrays
@@ -99,6 +99,8 @@ def _found(model: Classifier, batch: Batch, left_in_training: tuple[str, ...]) -
         yield Finding(
             "batches", "warning", model.batches.says, "let it take any number of rows, to be quicker"
         )
+    if model.rewrites:
+        yield Finding("in place", "warning", IN_PLACE, "write x = x - mean in it, not x -= mean")
     known = _ask(model, batch.x[:1]).shape[1]
     yield from (*_range(model, batch.x), *_labels_outside(batch.y, known))
     batch = _brought_inside(model, batch, known)

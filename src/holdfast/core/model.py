@@ -86,6 +86,9 @@ class Batches:
 _TRIED = (*range(1, 13), 16, 20, 25, 32, 50, 64, 100, 128, 200, 256)
 """numbers of rows that a network is asked for before it is said to take none"""
 
+IN_PLACE = "the model changes its input in place, so it is given a copy each time"
+"""what is said of a `Classifier` with `rewrites`"""
+
 _CALLS_NUMPY = "call numpy() on Tensor that requires grad"
 _NO_GRADIENT = (
     "No gradient passes through numpy, so let the attacks see scores alone: "

@@ -9,7 +9,7 @@ import torch
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError
-from holdfast.core.model import Classifier, Model, fitted, out_of_memory
+from holdfast.core.model import IN_PLACE, Classifier, Model, fitted, out_of_memory
 from holdfast.core.types import Inputs, Logits
 from holdfast.ops.logits import change
 from holdfast.ops.prepare import in_training, quickened
@@ -75,7 +75,7 @@ def _looked_at(model: Classifier, sample: Batch, left_in_training: tuple[str, ..
     quick, notes = (model, ()) if randomised else quickened(model, sample.x)
     filling = () if model.batches is None else (model.batches.says,)
     if model.rewrites:
-        filling = (*filling, "the model changes its input in place, so it is given a copy each time")
+        filling = (*filling, IN_PLACE)
     notes = (*notes, *filling, *_remarks(once, randomised=randomised))
     return Target(model, quick, randomised, once.shape[1], notes, left_in_training)
 
