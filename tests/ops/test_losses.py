@@ -14,7 +14,6 @@ from holdfast.ops.losses import (
     margin,
     margin_loss,
     probability_margin,
-    runner_up,
 )
 
 
@@ -99,8 +98,6 @@ def test_the_likeliest_wrong_classes_by_hand():
     logits, y = torch.tensor([[1.0, 4.0, 3.0, 2.0], [9.0, 0.0, 5.0, 5.0]]), torch.tensor([1, 0])
     assert likeliest(logits, y, 2).tolist() == [[2, 3], [2, 3]]
     assert likeliest(logits, y, 9).tolist() == [[2, 3, 0], [2, 3, 1]]
-    assert runner_up(logits, y, 1).tolist() == [2, 2]
-    assert runner_up(logits, y, 3).tolist() == [0, 1]
 
 
 def test_cross_entropy_is_that_of_the_label():

@@ -10,8 +10,6 @@ checkpoint counts the step from the start as a rise only if it was one.
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
 from holdfast.core.draws import Draws
@@ -20,7 +18,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Count, Fraction, Inputs, Labels, PerExample, Restarts, Steps
 from holdfast.ops.apgd import Climb
 from holdfast.ops.best import Best
-from holdfast.ops.losses import Loss, cross_entropy, likeliest
+from holdfast.ops.losses import Loss, aims, cross_entropy
 from holdfast.ops.starts import surface
 
 # before the stage at eps itself: radius in multiples of eps, share of the steps
@@ -50,7 +48,7 @@ class APGD:
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         best = Best(batch)
-        for rank, aim in enumerate(self._aims(model, batch)):
+        for rank, aim in enumerate(aims(model, batch, self.targets)):
             for restart in range(self.restarts):
                 rows = best.standing
                 if not len(rows):
@@ -61,13 +59,6 @@ class APGD:
                 )
                 best.offer(left, *found)
         return best.x
-
-    def _aims(self, model: Model, batch: Batch) -> list[Labels | None]:
-        """What the loss goes for, run by run; None is the goal itself."""
-        if not self.targets or batch.target is not None or not len(batch):
-            return [None]
-        with torch.no_grad():
-            return list(likeliest(model(batch.x, batch.ids), batch.y, self.targets).unbind(1))
 
     def _run(
         self, model: Model, batch: Batch, aim: Labels | None, constraint: Constraint, rng: Draws

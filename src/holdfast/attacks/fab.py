@@ -34,7 +34,7 @@ from holdfast.core.types import (
 from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, leeway
 from holdfast.ops.halfspace import Flat, plane, to_plane
-from holdfast.ops.losses import likeliest, margin
+from holdfast.ops.losses import aims, margin
 from holdfast.ops.norms import expect_norm, farthest
 from holdfast.ops.starts import unit_noise
 
@@ -62,7 +62,7 @@ class FAB:
         norm, closest = expect_norm(threat.constraint, self, Linf, L2, L1), Closest(batch)
         assert isinstance(norm, (Linf, L2, L1))
         enough = norm.eps if norm.eps < math.inf else 0.0
-        for rank, aim in enumerate(self._aims(model, batch)):
+        for rank, aim in enumerate(aims(model, batch, self.targets)):
             for restart in range(self.restarts):
                 rows = (closest.distance > enough).nonzero()[:, 0]
                 if not len(rows):
@@ -79,12 +79,6 @@ class FAB:
         if len(far):
             closest.x[far] = to_boundary(model, batch.take(far), closest.x[far], norm)
         return closest.x
-
-    def _aims(self, model: Model, batch: Batch) -> list[Labels | None]:
-        if not self.targets or batch.target is not None or not len(batch):
-            return [None]
-        with torch.no_grad():
-            return list(likeliest(model(batch.x, batch.ids), batch.y, self.targets).unbind(1))
 
     def _run(
         self,

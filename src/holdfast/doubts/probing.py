@@ -27,7 +27,7 @@ from holdfast.doubts.slopes import gradients
 from holdfast.doubts.steadiness import steadiness
 from holdfast.doubts.thresholds import FRESH_ROWS, NOISE_DRAWS, SAMPLE
 from holdfast.ops.ascent import ascend
-from holdfast.ops.losses import Loss, cross_entropy, margin, margin_loss, probability_margin, runner_up
+from holdfast.ops.losses import Loss, cross_entropy, likeliest, margin, margin_loss, probability_margin
 
 Run = Callable[[Model, Batch, ThreatModel, Draws], dict[str, Tensor]]
 """Columns of the batch; attacks return `broken` and the lowest `margin`."""
@@ -104,7 +104,7 @@ def _margin_twice(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -
 def _towards_runner_up(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
     """Climb towards the likeliest wrong class of the clean input; any wrong class counts."""
     with torch.no_grad():
-        target = runner_up(model(batch.x, batch.ids), batch.y, 1)
+        target = likeliest(model(batch.x, batch.ids), batch.y, 1)[:, 0]
     lookup = Lookup(batch.ids)
 
     def loss(logits: Logits, some: Batch) -> PerExample:

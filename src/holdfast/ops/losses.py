@@ -11,17 +11,18 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.meter import margin
+from holdfast.core.model import Model
 from holdfast.core.types import Labels, Logits, PerExample
 
 __all__ = [
     "Loss",
+    "aims",
     "cross_entropy",
     "dlr",
     "likeliest",
     "margin",
     "margin_loss",
     "probability_margin",
-    "runner_up",
 ]
 
 Loss = Callable[[Logits, Batch], PerExample]
@@ -66,13 +67,18 @@ def dlr(logits: Logits, batch: Batch) -> PerExample:
     return -(own - aimed) / (ordered[:, -1] - 0.5 * (ordered[:, -3] + ordered[:, -4]) + _TINY)
 
 
-def runner_up(logits: Logits, y: Labels, rank: int) -> Labels:
-    """The wrong class with the `rank`-th largest logit (1 is the likeliest)."""
-    others = logits.scatter(1, y[:, None], -torch.inf)
-    return others.argsort(dim=1, descending=True, stable=True)[:, rank - 1]
-
-
 def likeliest(logits: Logits, y: Labels, k: int) -> Tensor:
     """The (up to) k wrong classes with the largest logits, likeliest first: int64 (n, min(k, classes - 1))."""
     others = logits.scatter(1, y[:, None], -torch.inf)
     return others.argsort(dim=1, descending=True, stable=True)[:, : min(k, logits.shape[1] - 1)]
+
+
+def aims(model: Model, batch: Batch, k: int) -> list[Labels | None]:
+    """What the runs of a targeted form go for: the `likeliest` wrong classes in turn; one forward.
+
+    None is the goal itself, where k is 0, the batch has targets of its own, or there is no example.
+    """
+    if not k or batch.target is not None or not len(batch):
+        return [None]
+    with torch.no_grad():
+        return list(likeliest(model(batch.x, batch.ids), batch.y, k).unbind(1))
