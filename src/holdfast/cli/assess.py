@@ -7,7 +7,6 @@ import click
 
 from holdfast.cli.early import (
     refuse_missing_file,
-    refuse_no_run,
     refuse_reports,
     refuse_unknown_data,
     refuse_unknown_model,
@@ -15,6 +14,7 @@ from holdfast.cli.early import (
 from holdfast.cli.options import Voice, offered, spoken
 from holdfast.config.settings import SUITES, AssessSettings, read
 from holdfast.core.errors import UsageError
+from holdfast.store.files import refuse_no_run
 
 _CONFIG = "holdfast.yaml"
 """What `holdfast init` writes."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import holdfast
 from holdfast.config.grammar import nearest
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import UsageError
 from holdfast.sources.files import existing
 
 _FILES = (".pt", ".pth", ".th", ".pt2", ".onnx", ".safetensors", ".npz", ".csv", ".gz", ".parquet", ".py")
@@ -53,15 +53,6 @@ def refuse_reports(outputs: Iterable[str], suffixes: Collection[str] | None = No
     for output in outputs:
         if output != "-":
             check(Path(output), WRITERS.keys() if suffixes is None else suffixes)
-
-
-def refuse_no_run(*folders: Path) -> None:
-    """Raise `TargetError` for a folder that holds no run."""
-    for folder in folders:
-        if not (folder / "run.json").is_file():
-            raise TargetError(
-                f"{str(folder)!r} is no run folder, for it has no run.json; list them with holdfast runs"
-            )
 
 
 def _bundled(pattern: str) -> list[str]:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import click
 
-from holdfast.cli.early import refuse_no_run, refuse_reports
+from holdfast.cli.early import refuse_reports
 from holdfast.cli.options import Voice, spoken
+from holdfast.store.files import refuse_no_run
 
 
 @click.command(short_help="write the reports of a finished run again")

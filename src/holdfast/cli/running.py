@@ -25,7 +25,7 @@ from holdfast.runs.index import new_folder
 from holdfast.runs.order import Progress, Step, silent
 from holdfast.runs.result import Result
 from holdfast.runs.signals import stoppable
-from holdfast.store.folder import MANIFEST
+from holdfast.store.files import MANIFEST
 
 _TRIED = 8  # examples that a dry run measures before it multiplies
 _STDOUT = "-"

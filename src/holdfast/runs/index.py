@@ -13,7 +13,8 @@ from holdfast.harness import Seconds
 from holdfast.runs.assembling import DOUBTS, adversarial, counted, evidence_of
 from holdfast.runs.result import Result, about_of
 from holdfast.runs.written import VERDICT, judgement_from_json
-from holdfast.store.folder import MANIFEST, read_about, read_manifest, read_stage, recorded_document
+from holdfast.store.files import MANIFEST
+from holdfast.store.folder import read_about, read_manifest, read_stage, recorded_document
 from holdfast.store.ledger import spent_in
 from holdfast.store.records import Chain, read_chain
 

@@ -11,6 +11,18 @@ from holdfast.core.errors import TargetError
 PART = ".part"
 """How the name of a file ends while it is being written; whoever owns the folder may delete such files."""
 
+MANIFEST = "run.json"
+"""What every run folder holds."""
+
+
+def refuse_no_run(*folders: Path) -> None:
+    """Raise `TargetError` for a folder that holds no run."""
+    for folder in folders:
+        if not (folder / MANIFEST).is_file():
+            raise TargetError(
+                f"{str(folder)!r} is no run folder, for it has no {MANIFEST}; list them with holdfast runs"
+            )
+
 
 @contextmanager
 def usable(path: Path) -> Iterator[None]:

@@ -17,13 +17,20 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Columns
 from holdfast.store import columns as column_files
 from holdfast.store.differences import differences
-from holdfast.store.files import PART, clear_parts, flush_folder, usable, write_atomically
+from holdfast.store.files import (
+    MANIFEST,
+    PART,
+    clear_parts,
+    flush_folder,
+    refuse_no_run,
+    usable,
+    write_atomically,
+)
 from holdfast.store.ledger import NAME as LEDGER
 from holdfast.store.ledger import Ledger
 from holdfast.store.records import Chain, document, read_chain, read_document
 
 SCHEMA_VERSION = 1
-MANIFEST = "run.json"
 ABOUT = "about.json"
 SPLITS = "splits.json"
 SAMENESS = ("config", "data", "model", "code")
@@ -173,10 +180,7 @@ def planned(path: Path) -> dict[str, Any] | None:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """`run.json`; `TargetError` where there is none or another version wrote it."""
-    if not (path / MANIFEST).is_file():
-        raise TargetError(
-            f"{str(path)!r} is no run folder, for it has no {MANIFEST}; list them with holdfast runs"
-        )
+    refuse_no_run(path)
     manifest = read_document(path / MANIFEST)
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise TargetError(

@@ -7,8 +7,8 @@ from typing import Any
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
 from holdfast.store import columns as column_files
-from holdfast.store.files import usable
-from holdfast.store.folder import MANIFEST, SPLITS, read_manifest, read_splits
+from holdfast.store.files import MANIFEST, usable
+from holdfast.store.folder import SPLITS, read_manifest, read_splits
 from holdfast.store.records import Chain, read_chain
 
 
