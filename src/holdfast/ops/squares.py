@@ -73,7 +73,7 @@ class Proposals(Protocol):
     per_step: int
     """uniform numbers that a step takes for each example"""
     x: Inputs
-    """the best points so far; between `propose` and `keep`, those that are tried"""
+    """the best points so far"""
 
     def start(self, rng: Draws) -> Inputs:
         """The first points."""
@@ -118,7 +118,7 @@ def _offsets(size: tuple[int, int], width: int) -> Tensor:
 class Corners:
     """For Linf: every window goes to a corner of the cube, the same for all pixels of a channel.
 
-    What is tried is written over the best points, for most windows are a few pixels, and taken back where it fails.
+    Windows are read and written by their places, for most are a few pixels.
     """
 
     def __init__(self, batch: Batch, norm: Linf, bounds: Bounds) -> None:
@@ -136,7 +136,7 @@ class Corners:
         up = rng.uniform(self._ids, self._channels, 1, self._width) < 0.5
         low, high = self._corners.view(*self._corners.shape[:2], 2, self._height, self._width).unbind(2)
         self.x = torch.where(up, high, low).view_as(self.x)
-        return self.x
+        return self.x.clone()  # what a model was given stays as it was
 
     def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
         """Where the windows of a block lie, and the corners that they go to."""
@@ -148,19 +148,18 @@ class Corners:
     def propose(self, step: int) -> Inputs:
         """Each window of the step at its corner."""
         places = self._windows.places(step)
-        new = self._corners.gather(2, places + self._side[step])
-        self._at = places.expand_as(new)
-        self._tried, self._before = new, self._pixels.gather(2, self._at)
-        self._pixels.scatter_(2, self._at, new)
-        return self.x
+        self._new = self._corners.gather(2, places + self._side[step])
+        self._at = places.expand_as(self._new)
+        return self._pixels.scatter(2, self._at, self._new).view_as(self.x)
 
     @property
     def _pixels(self) -> Tensor:
         return self.x.view(len(self.x), self._channels, -1)
 
     def keep(self, better: Mask) -> None:
-        """The windows of the others as they were."""
-        self._pixels.scatter_(2, self._at, torch.where(spread(better, self._at), self._tried, self._before))
+        """The better windows, written over the best points."""
+        old = self._pixels.gather(2, self._at)
+        self._pixels.scatter_(2, self._at, torch.where(spread(better, old), self._new, old))
 
     def take(self, rows: Mask) -> None:
         """Go on with some of the examples."""
@@ -210,13 +209,12 @@ class Heaps:
 
     def propose(self, step: int) -> Inputs:
         """One window emptied, and what both held spent on a heap in the other."""
-        self._before = self.x
-        self.x = self._moved(step, self.x)
-        return self.x
+        self._tried = self._moved(step, self.x)
+        return self._tried
 
     def keep(self, better: Mask) -> None:
-        """The best of before where what was tried is not better."""
-        self.x = pick(better, self.x, self._before)
+        """What was tried where it is better."""
+        self.x = pick(better, self._tried, self.x)
 
     def _moved(self, step: int, x: Inputs) -> Inputs:
         n, fill = len(x), self._pattern(self._sizes[step])

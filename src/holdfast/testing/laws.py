@@ -233,12 +233,17 @@ def leaves_the_model_alone(case: Case) -> None:
 
 
 def leaves_its_arguments_alone(case: Case) -> None:
-    """Inputs, labels and ids are not edited in place."""
+    """Inputs, labels and ids are not edited in place, nor is what the model was asked before: it may remember."""
     model, batch, threat = problem(case)
     x, y, ids = batch.x.clone(), batch.y.clone(), batch.ids.clone()
-    run(case, model, batch, threat)
+    asked: list[tuple[Tensor, Tensor]] = []
+    with model.register_forward_pre_hook(
+        lambda _, given: asked.append((given[0], given[0].detach().clone()))
+    ):
+        run(case, model, batch, threat)
     untouched = torch.equal(x, batch.x) and torch.equal(y, batch.y) and torch.equal(ids, batch.ids)
     assert untouched, f"{case}: edited its arguments"
+    assert all(torch.equal(*pair) for pair in asked), f"{case}: edited what it had asked the model"
 
 
 def declares_what_it_must_see(case: Case) -> None:
