@@ -7,6 +7,7 @@ the second half of the steps features that the box holds no longer count; a step
 the largest gradient; and it ends with a bisection to the boundary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,9 +23,10 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Labels, Logits, PerExample, Positive, Steps
 from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, firmly_broken, leeway
+from holdfast.ops.gradients import input_gradient
 from holdfast.ops.norms import expect_norm, free
 
-_BACK = 5  # forwards of the way back, which is about as long as the overshoot
+_BACK = 4  # forwards of the way back, which is about as long as the overshoot
 
 
 @dataclass(frozen=True)
@@ -43,27 +45,23 @@ class DeepFool:
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm = expect_norm(threat.constraint, self, Linf, L2, L1)
         closest, left, x = Closest(batch), batch, batch.x
+        with torch.no_grad():
+            logits = model(x, batch.ids)
+        rivals = self._rivals(logits, batch)
         for step in range(self.steps + 1):
-            x = x.detach().requires_grad_()
-            with torch.enable_grad():
-                logits = model(x, left.ids)
-                if step == 0:
-                    rivals = self._rivals(logits.detach(), left)
-                gaps = logits.gather(1, rivals) - _leading(logits, left)[:, None]
-            broken = firmly_broken(logits.detach(), left)
-            closest.offer(left, x.detach(), norm.distance(x.detach(), left.x), broken)
-            if step == self.steps or broken.all() or not logits.requires_grad:
+            broken = firmly_broken(logits, left)
+            closest.offer(left, x, norm.distance(x, left.x), broken)
+            left, x, rivals = left.take(~broken), x[~broken], rivals[~broken]
+            if step == self.steps or not len(left):
                 break
-            grads = torch.stack(
-                [torch.autograd.grad(g.sum(), x, retain_graph=True)[0] for g in gaps.unbind(1)], 1
-            )
-            margins = gaps.detach().abs() + leeway(logits.detach())[:, None]
-            stands = ~broken
-            left, rivals = left.take(stands), rivals[stands]
-            x, grads = x.detach()[stands], grads[stands]
+            margins, grads = _planes(model, left, x, rivals)
+            if not grads:
+                break
             if step >= self.steps // 2:
-                grads = torch.stack([free(grad, x, model.bounds) for grad in grads.unbind(1)], 1)
-            x = self._across(norm, model.bounds, x, grads, margins[stands])
+                grads = [free(grad, x, model.bounds) for grad in grads]
+            x = self._across(norm, model.bounds, x, grads, margins)
+            with torch.no_grad():  # judged before the next gradients: a broken example costs none of them
+                logits = model(x, left.ids)
         return to_boundary(model, batch, closest.x, norm, forwards=_BACK)
 
     def _rivals(self, logits: Logits, batch: Batch) -> Labels:
@@ -73,16 +71,29 @@ class DeepFool:
         others = logits.scatter(1, batch.y[:, None], -torch.inf)
         return others.topk(min(self.candidates, logits.shape[1] - 1), dim=1).indices
 
-    def _across(self, norm: Norm, bounds: Bounds, x: Inputs, grads: Tensor, margins: Tensor) -> Inputs:
+    def _across(
+        self, norm: Norm, bounds: Bounds, x: Inputs, grads: Sequence[Inputs], margins: Tensor
+    ) -> Inputs:
         """`x` moved just beyond the nearest of the linear boundaries with these normals and heights."""
         best, shift = torch.full_like(margins[:, 0], torch.inf), torch.zeros_like(x)
-        for grad, margin in zip(grads.unbind(1), margins.unbind(1), strict=True):
+        for grad, margin in zip(grads, margins.unbind(1), strict=True):
             direction = norm.steepest(grad, x, bounds)
             distance = margin / (grad * direction).flatten(1).sum(1).clamp_min(1e-30)
             nearer = distance < best
             best = torch.where(nearer, distance, best)
             shift = torch.where(spread(nearer, x), spread(distance, x) * direction, shift)
         return bounds.clamp(x + (1 + self.overshoot) * shift)
+
+
+def _planes(model: Model, batch: Batch, x: Inputs, rivals: Labels) -> tuple[Tensor, list[Inputs]]:
+    """How far below the leading logit each rival is at `x` (n, rivals); the gradient of each gap, if there is any."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(x, batch.ids)
+        gaps = logits.gather(1, rivals) - _leading(logits, batch)[:, None]
+    margins = gaps.detach().abs() + leeway(logits.detach())[:, None]
+    each = gaps.unbind(1) if logits.requires_grad else ()
+    return margins, [input_gradient(gap, x, again=True) for gap in each]
 
 
 def _leading(logits: Logits, batch: Batch) -> PerExample:

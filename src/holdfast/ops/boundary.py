@@ -25,32 +25,26 @@ def to_boundary(
 ) -> Inputs:
     """The points of `x_adv`, pulled towards `batch.x` while the model stays broken, then projected onto `norm`.
 
-    A point that does not firmly break the model is not pulled, and one that is pulled still breaks it by more than
-    rounding. Under L0 changes are undone instead, least useful first. Cost: at most `forwards` of them (under L0 the
-    first with a backward) of the examples that differ from the clean ones.
+    A point moves only to one that breaks the model by more than rounding. Under L0 changes are undone instead, least
+    useful first. Cost: at most `forwards` of them (under L0 the first with a backward) of the examples that differ from
+    the clean ones.
     """
     moved = (norm.distance(x_adv, batch.x) > 0).nonzero()[:, 0]
     result = x_adv.clone()
     if len(moved):
         some, far = batch.take(moved), x_adv[moved]
-        result[moved] = (
-            _fewest(model, some, far, norm, forwards)
-            if isinstance(norm, L0)
-            else _nearest(model, some, far, norm, forwards)
-        )
+        if isinstance(norm, L0):
+            result[moved] = _fewest(model, some, far, norm, forwards)
+        else:  # shrink the ball around the clean input
+            result[moved] = _bisected(
+                model,
+                some,
+                far,
+                norm,
+                lambda radius: norm.within(far, some.x, model.bounds, radius),
+                forwards,
+            )
     return norm.project(result, batch.x, model.bounds)
-
-
-def _nearest(model: Model, batch: Batch, far: Inputs, norm: Norm, forwards: int) -> Inputs:
-    """Shrink the ball around the clean input."""
-    result = far.clone()
-    with torch.no_grad():
-        firm = firmly_broken(model(far, batch.ids), batch)
-    left, held = batch.take(firm), far[firm]
-    result[firm] = _bisected(
-        model, left, held, norm, lambda radius: norm.within(held, left.x, model.bounds, radius), forwards - 1
-    )
-    return result
 
 
 def _fewest(model: Model, batch: Batch, far: Inputs, norm: L0, forwards: int) -> Inputs:
