@@ -9,6 +9,7 @@ import torch
 from benchmarks import networks, record
 from benchmarks.__main__ import ROWS
 from benchmarks.absent import Absent
+from benchmarks.rows import standard
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -49,3 +50,16 @@ def test_a_note_is_written_once(monkeypatch, tmp_path):
     at = record.write("row", "what", record.Outcome([], [claim], {}, notes=["absent", "slow", "absent"]))
     assert json.loads(at.with_suffix(".json").read_text())["notes"] == ["absent", "slow"]
     assert at.read_text().count("- absent") == 1
+
+
+def test_the_rate_beyond_the_references_own_is_over_all_pairs_of_runs():
+    def runs(*broken):
+        return [torch.tensor([c == "." for c in code]) for code in broken]
+
+    theirs, mine = runs("xx..", "x..."), runs("x...", "x..x")
+    assert standard._rate(theirs, mine) == 12.5  # one of four, in two of the four pairs
+    assert standard._own_rate(theirs) == 12.5
+    assert standard._own_rate(theirs[:1]) == 0.0
+    same = runs("xx..", "xx..", "xx..")
+    assert standard._jackknifed(same, same) == 0.0
+    assert standard._jackknifed([*theirs, *theirs[:1]], [*mine, *mine[:1]]) > 0
