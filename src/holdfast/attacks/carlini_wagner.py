@@ -38,9 +38,9 @@ class CarliniWagner:
     """prices that are tried for each example"""
     steps: Steps = 100
     """gradient steps for each of them"""
-    reach: Positive = 2.0
+    reach: Positive = 1.0
     """path length of one coordinate in the first run, in units of the first-order distance to the boundary"""
-    growth: Positive = 8.0
+    growth: Positive = 16.0
     """how many times as far the last run goes"""
 
     needs: ClassVar[Access] = "gradients"
