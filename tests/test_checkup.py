@@ -78,5 +78,18 @@ def test_a_model_that_writes_into_its_input_is_told_so() -> None:
     def model(x):
         return x.sub_(0.5).flatten(1)[:, :10]
 
-    found = said(holdfast.doctor(model, (digits.x, digits.y)))
+    inputs = digits.x.clone()
+    found = said(holdfast.doctor(model, (inputs, digits.y)))
+    assert torch.equal(inputs, digits.x)
+    assert "randomness" not in said(holdfast.doctor(model, (inputs, digits.y), mean=[0.1], std=[0.3]))
     assert found["in place"] == ("warning", "write x = x - mean in it, not x -= mean")
+
+
+def test_a_weak_model_on_a_few_examples_is_not_accused_of_shifted_labels() -> None:
+    def always(x):
+        return torch.nn.functional.one_hot(torch.full((len(x),), 2), 4).float() + 0 * x[:, :1]
+
+    y = torch.tensor([1, 3, 3, 0, 0])
+    assert "labels" not in said(holdfast.doctor(always, (torch.rand(5, 4), y)))
+    many = torch.cat([y] * 10)
+    assert said(holdfast.doctor(always, (torch.rand(50, 4), many)))["labels"][0] == "problem"

@@ -26,7 +26,7 @@ _SAMPLE = 256  # examples that are looked at
 _MISFITS = 16  # examples outside the bounds or the classes that are added to them
 _CHUNK = 4096
 _ROUNDING = 1e-6
-_BETTER = 0.15  # an alternative is named when it is right on this much more of them
+_BETTER, _MORE = 0.15, 5  # an alternative is named when it is right on this much more of them, and on so many
 _NORMALISATIONS = {
     "MNIST's": ((0.1307,), (0.3081,)),
     "CIFAR-10's": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -59,6 +59,11 @@ class Patient:
     def accuracy(self) -> float:
         """Share of the sample that is classified correctly."""
         return _accuracy(self.logits, self.batch.y)
+
+    def beaten_by(self, other: float) -> bool:
+        """Whether an alternative is right so much more often that the model cannot be merely weak."""
+        more = other - self.accuracy
+        return more > _BETTER and more * len(self.batch) > _MORE - 0.5
 
 
 def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
@@ -162,7 +167,7 @@ def _from_one(y: Tensor, classes: int) -> bool:
 
 def _ask(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(x)
+        return model(x.clone())  # a network may write into what it is given
 
 
 def _accuracy(logits: Tensor, y: Tensor) -> float:
@@ -216,7 +221,7 @@ def _scale(patient: Patient) -> Iterator[Finding]:
         (1 / 255.0, "the network divides by 255 itself, or was given numbers to 255: --bounds 0,255"),
     ):
         better = _accuracy(_ask(patient.model, patient.batch.x * factor), patient.batch.y)
-        if better > patient.accuracy + _BETTER:
+        if patient.beaten_by(better):
             text = f"accuracy is {patient.accuracy:.0%}, but {better:.0%} with inputs times {factor:.4g}"
             yield Finding("scale", "problem", text, way_out)
 
@@ -229,20 +234,20 @@ def _normalisation(patient: Patient) -> Iterator[Finding]:
     if model.mean is not None or model.std is not None:
         bare = Classifier(model.net, bounds=model.bounds, batches=model.batches)
         without = _accuracy(_ask(bare, batch.x), batch.y)
-        if without > patient.accuracy + _BETTER:
+        if patient.beaten_by(without):
             text = f"accuracy is {patient.accuracy:.0%}, but {without:.0%} without --mean and --std"
             yield Finding(
                 "normalisation", "problem", text, "the network normalises by itself; leave them out"
             )
         return
-    best, best_name = patient.accuracy + _BETTER, ""
+    best, best_name = patient.accuracy, ""
     for name, (mean, std) in _NORMALISATIONS.items():
         if len(mean) not in (1, batch.x.shape[1]):
             continue
         accuracy = _accuracy(
             _ask(Classifier(model.net, mean=mean, std=std, batches=model.batches), batch.x), batch.y
         )
-        if accuracy > best:
+        if accuracy > best and patient.beaten_by(accuracy):
             best, best_name = accuracy, name
     if best_name:
         flags = " ".join(
@@ -264,7 +269,7 @@ def _labels(patient: Patient) -> Iterator[Finding]:
     y, classes = patient.batch.y, patient.logits.shape[1]
     for shift in (-1, 1):
         better = _accuracy(patient.logits, (y + shift) % classes)
-        if better > patient.accuracy + _BETTER:
+        if patient.beaten_by(better):
             text = f"accuracy is {patient.accuracy:.0%}, but {better:.0%} with labels {shift:+d}"
             yield Finding("labels", "problem", text, "the labels are off by one; correct them in the data")
     if len(y) > 1 and bool((y == y[0]).all()):

@@ -123,3 +123,17 @@ def test_a_constraint_without_planes_is_refused_by_name():
     model, batch = linear_problem(6)
     with pytest.raises(UsageError, match="FAB.*Linf or L2 or L1.*L0"):
         FAB()(model, batch, ThreatModel(L0(3)), rng=RNG)
+
+
+@pytest.mark.parametrize("norm", [Linf, L2, L1])
+def test_a_point_on_the_plane_is_not_drawn_back(norm):
+    """What counts is how near the point is, beside how near the clean one."""
+    clean = torch.full((1, 9), 0.5, dtype=torch.float64)
+    normal = torch.ones(1, 9, dtype=torch.float64)
+    x = clean.clone()
+    x[0, 0] = 0.9
+    model = network(shape=(9,))
+    on_it = FAB()._step(x, clean, torch.zeros(1, dtype=torch.float64), normal, norm(), model)
+    torch.testing.assert_close(on_it, x, rtol=0, atol=1e-6)
+    beside = FAB()._step(x, clean, torch.full((1,), 0.4, dtype=torch.float64), normal, norm(), model)
+    assert (beside - x).abs().max() > 0.01

@@ -70,6 +70,7 @@ REFUSED = [
     ("accept_doubts: {noise: ' '}", "say why: --accept-doubt noise=REASON"),
     ("output: [report.pdf]", "has the suffix '.pdf'"),
     ("time_budget: 5 weeks", "expected a duration"),
+    ("std: [0.5, 0]", r"std is \[0.5, 0.0\]; every number must be positive"),
     ("threat: linf:-1", "eps is -1"),
     ("threat: l0:1.5", "must be whole"),
     ("threat: l0:infpx", "must be whole"),
@@ -94,6 +95,20 @@ def test_a_slip_in_set_is_a_usage_error():
         read(None, {}, ["gates=[robust_accuracy >= 0.5]", "gates.\u00b2=1"])
     with pytest.raises(UsageError, match=r"no '5' to set"):
         read(None, {}, ["gates=[robust_accuracy >= 0.5]", "gates.5.x=1"])
+
+
+def test_what_excludes_each_other_is_refused_among_flags_and_replaced_in_the_file(tmp_path):
+    path = tmp_path / "holdfast.yaml"
+    path.write_text("sample: 5\nattacks: [{use: PGD}]\n")
+    found = read(path, {"suite": "quick"}, ["n=3"])
+    assert (found.n, found.sample, found.suite, found.attacks) == (3, None, "quick", None)
+    with pytest.raises(UsageError, match="not both"):
+        read(path, {"n": 3}, ["sample=5"])
+    with pytest.raises(UsageError, match="not both|attacks"):
+        read(path, {"suite": "quick"}, ["attacks.0.steps=4"])
+    path.write_text("sample: many\n")
+    with pytest.raises(UsageError, match="holdfast.yaml: sample is 'many'"):
+        read(path, {"n": 3})
 
 
 def test_a_slip_is_named_as_it_was_given(tmp_path):

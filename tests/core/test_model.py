@@ -46,6 +46,7 @@ def test_one_logit_becomes_two_classes():
         (lambda x: x, r"returned torch.float32 of shape \(3, 2, 4, 4\) for 3 inputs; .* \(3, classes\)"),
         (lambda x: x.flatten(1)[:2], r"of shape \(2, 32\) for 3 inputs"),
         (lambda x: x.flatten(1).long(), "returned torch.int64"),
+        (lambda x: x.flatten(1).argmax(1), r"returned torch.int64 of shape \(3,\)"),
         (lambda x: x.view(7, -1), "raised RuntimeError on inputs of shape .* Check the shape"),
     ],
 )
@@ -153,6 +154,16 @@ def test_a_model_that_changes_its_input_is_given_a_copy():
         leaf = X.clone().requires_grad_()
         assert torch.autograd.grad(model(leaf).sum(), leaf)[0].abs().sum() > 0
     torch.testing.assert_close(found, X.clamp(0.2, 0.8).flatten(1))
+    for writes in (lambda x: x.data.mul_(0.5), lambda x: x.numpy().__imul__(0.5)):
+
+        def unseen(x, writes=writes):
+            writes(x)
+            return x.flatten(1)
+
+        model, x = Classifier(unseen), X.clone()
+        with fitted(model, X):
+            model(x)
+        assert torch.equal(x, X)
     first = Classifier(nn.Sequential(nn.ReLU(inplace=True), nn.Flatten()))
     with fitted(first, X):
         leaf = X.clone().requires_grad_()

@@ -10,6 +10,7 @@ from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Batches, Bounds, Classifier
+from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.models import Declared, bundled_models, open_model
 
 CODE = """
@@ -31,6 +32,10 @@ def adds(width): return nn.Linear(width + 1, 1)
 def raises(): raise ValueError("the weights are on another planet")
 def exits(): raise SystemExit("bye")
 def a_class(): return nn.Linear
+def a_factory(): return number
+def silent(): assert False
+async def waits(): return 7
+def model(x): return x
 def number(): return 7
 def odd(sizes: list[int]): return nn.Linear(1, 1)
 constant = 5
@@ -73,7 +78,7 @@ def test_the_digest_follows_code_weights_and_named_files(code: Path) -> None:
     [
         ("nett", {}, UsageError, r"no factory 'nett' \(did you mean 'net'"),
         ("zzz", {}, UsageError, "it defines net, needy"),
-        ("constant", {}, UsageError, "a int; a function"),
+        ("constant", {}, UsageError, "a int; a network or a function"),
         ("net", {"widht": "3"}, UsageError, r"no argument 'widht' \(did you mean 'width'"),
         ("net", {"width": "3.5"}, UsageError, "takes width as an int; '3.5' is none"),
         ("net", {"scale": "big"}, UsageError, "takes scale as a float"),
@@ -94,6 +99,15 @@ def test_the_digest_follows_code_weights_and_named_files(code: Path) -> None:
         ),
         ("exits", {}, TargetError, r"raised SystemExit in line \d+ of own.py: bye"),
         ("number", {}, TargetError, "returned a int; a torch.nn.Module or a function"),
+        ("a_factory", {}, TargetError, "returned a function that takes no inputs; a torch.nn.Module"),
+        ("silent", {}, TargetError, r"raised AssertionError in line \d+ of own.py$"),
+        ("waits", {}, TargetError, "returned a coroutine; a torch.nn.Module"),
+        (
+            "model",
+            {},
+            UsageError,
+            r"needs x; .* If model is the model itself, .*: def make\(\): return model",
+        ),
         ("a_class", {}, TargetError, "returned the class Linear; a torch.nn.Module or a function"),
     ],
 )
@@ -120,6 +134,30 @@ def test_a_network_or_a_function_will_do(tmp_path: Path) -> None:
     torch.save({"w": x}, tmp_path / "w.pt")
     with pytest.raises(TargetError, match="returned a function, which takes no weights"):
         open_model(str(tmp_path / "w.pt"), arch=f"{path}:doubled")
+
+
+def test_a_function_is_the_same_wherever_its_file_lies(tmp_path: Path) -> None:
+    code = (
+        "import torch\nclass Net:\n    def __init__(self, k): self.k = k\n"
+        "    def __call__(self, x): return self.k * x\n"
+        "def own(): return Net(2.0)\ndef closure():\n    net = Net(2.0)\n    return lambda x: net(x)\n"
+    )
+    digests = set()
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own.py").write_text(code)
+        names = ("own", "closure")
+        digests.add(
+            tuple(digest_in_hand(open_model(f"{tmp_path}/{folder}/own.py:{n}").model.net) for n in names)
+        )
+    assert len(digests) == 1
+
+
+def test_an_error_in_a_neighbour_is_placed_there(tmp_path: Path) -> None:
+    (tmp_path / "neighbour_that_fails.py").write_text("def fail():\n    raise ValueError('no weights')\n")
+    (tmp_path / "own.py").write_text("import neighbour_that_fails\ndef net(): neighbour_that_fails.fail()\n")
+    with pytest.raises(TargetError, match="in line 2 of neighbour_that_fails.py: no weights"):
+        open_model(f"{tmp_path / 'own.py'}:net")
 
 
 def test_code_that_does_not_import_is_named(tmp_path: Path) -> None:

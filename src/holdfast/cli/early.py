@@ -29,8 +29,8 @@ def refuse_unknown_model(address: str) -> None:
     known = _bundled("*.safetensors")
     if _is_word(address) and address not in known:
         raise UsageError(
-            f"there is no bundled model {address!r}{nearest(address, known)}; "
-            "give one of those, file.py:factory, or a .safetensors, .pt, .pt2 or .onnx file"
+            f"there is no bundled model {address!r}{_offered(address, known)} "
+            "give file.py:factory, or a .safetensors, .pt, .pt2 or .onnx file"
         )
 
 
@@ -41,8 +41,8 @@ def refuse_unknown_data(address: str) -> None:
     known = [*_bundled("*.npz"), *CATALOGUE]
     if _is_word(address) and address not in known:
         raise UsageError(
-            f"there is no data set {address!r}{nearest(address, known)}; "
-            "give one of those, an .npz, .csv or .parquet file, or a folder of class folders"
+            f"there is no data set {address!r}{_offered(address, known)} "
+            "give an .npz, .csv or .parquet file, or a folder of class folders"
         )
 
 
@@ -53,6 +53,11 @@ def refuse_reports(outputs: Iterable[str], suffixes: Collection[str] | None = No
     for output in outputs:
         if output != "-":
             check(Path(output), WRITERS.keys() if suffixes is None else suffixes)
+
+
+def _offered(address: str, known: Iterable[str]) -> str:
+    offer = nearest(address, known)
+    return f"{offer} Or" if offer.endswith("?") else f"{offer}; or"
 
 
 def _bundled(pattern: str) -> list[str]:

@@ -25,7 +25,6 @@ from holdfast.runs.index import new_folder
 from holdfast.runs.order import Progress, Step, silent
 from holdfast.runs.result import Result
 from holdfast.runs.signals import stoppable
-from holdfast.store.files import MANIFEST
 
 _TRIED = 8  # examples that a dry run measures before it multiplies
 _STDOUT = "-"
@@ -39,7 +38,7 @@ def assess_and_report(
     if dry_run:
         return _dry_run(settings, voice)
     folder = Path(run) if run else new_folder("assess", digest(as_bytes(canonical(settings))))
-    if resume and not (folder / MANIFEST).is_file():
+    if resume and not (folder.is_dir() and any(folder.iterdir())):
         voice.say(
             f"note: {str(folder)!r} holds no run to go on with, so a new one begins (see holdfast runs)"
         )

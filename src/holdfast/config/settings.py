@@ -152,7 +152,7 @@ class AssessSettings(BaseModel):
 
 
 _RIVALS = (("n", "sample"), ("sample", "n"), ("suite", "attacks"), ("attacks", "suite"))
-"""Pairs that exclude each other: a flag of one takes the place of the file's other."""
+"""Pairs that exclude each other: a flag (or a `--set`) of one takes the place of the file's other."""
 
 
 def read(
@@ -167,15 +167,15 @@ def read(
     `flags` are the names under which a person gave the overrides, for messages.
     """
     content = {} if path is None else load(path)
-    for key, value in pairs(sets, "--set").items():
-        put(content, key, _parsed(value, f"--set {key}"))
     given = {key: value for key, value in overrides.items() if value is not None}
-    for key, rival in _RIVALS:
-        if key in given and rival not in given:
-            content.pop(rival, None)
-    content |= given
     spoken = {key.partition(".")[0]: f"--set {key.partition('.')[0]}" for key in pairs(sets, "--set")}
     spoken |= {key: flags.get(key, key) for key in given}
+    for key, rival in _RIVALS:
+        if key in spoken and rival in content and rival not in spoken:
+            check({rival: content.pop(rival)}, str(path))
+    for key, value in pairs(sets, "--set").items():
+        put(content, key, _parsed(value, f"--set {key}"))
+    content |= given
     settings = check(content, "" if path is None else str(path), spoken)
     _refuse_attacks(settings)
     return settings
@@ -272,6 +272,9 @@ def check(
         raise UsageError(f"{prefix}give a suite or a list of attacks, not both")
     if settings.n is not None and settings.sample is not None:
         raise UsageError(f"{prefix}give n (the first N) or sample (a random N), not both")
+    if settings.std is not None and not all(number > 0 for number in settings.std):
+        way_out = "every number must be positive, as in 0.2470,0.2435,0.2616"
+        raise UsageError(f"{spoken.get('std', f'{prefix}std')} is {list(settings.std)}; {way_out}")
     if not settings.bounds[0] < settings.bounds[1] or not all(map(math.isfinite, settings.bounds)):
         raise UsageError(
             f"{prefix}bounds are {settings.bounds}; give two numbers, the lower first, as in 0,1"

@@ -2,7 +2,6 @@
 
 import torch
 
-from holdfast.core.errors import UsageError
 from holdfast.core.types import Ids, Rows
 
 
@@ -13,15 +12,12 @@ class Lookup:
         self._sorted, self._order = ids.sort()
 
     def rows(self, ids: Ids) -> Rows:
-        """The row of each id; `UsageError` names the first that is of no example here."""
+        """The row of each id; `KeyError` with the first that is not here."""
         if not len(self._sorted):
             at, known = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
         else:
-            at = torch.searchsorted(self._sorted, ids).clamp_max_(len(self._sorted) - 1)
+            at = torch.searchsorted(self._sorted, ids.contiguous()).clamp_max_(len(self._sorted) - 1)
             known = self._sorted[at] == ids
         if not known.all():
-            raise UsageError(
-                f"the id {int(ids[~known][0])} is of no example that is attacked; pass the ids of the rows: "
-                "model(x, batch.ids)"
-            )
+            raise KeyError(int(ids[~known][0]))
         return self._order[at]

@@ -61,7 +61,7 @@ class Metered:
         self._gradient_seen = False
         self._found: dict[int, Tensor] = {}
         self._last_ids: Ids | None = None
-        self._last_places = (self._queries, self._queries, batch.y)
+        self._last_places: tuple[Tensor, Tensor, Labels]
         self._last_clean: Inputs | None = None
         self._near = threat.constraint.eps * (1 + 1e-3) + 1e-6 * max(1.0, self._extent())
 
@@ -134,7 +134,13 @@ class Metered:
                 f"{len(x)} inputs came with {len(ids)} ids; pass the ids of their rows: model(x, batch.ids)"
             )
         if ids is not self._last_ids:
-            rows = self._lookup.rows(ids)
+            try:
+                rows = self._lookup.rows(ids)
+            except KeyError as strange:
+                raise UsageError(
+                    f"the id {strange} is of no example that is attacked; pass the ids of the rows: "
+                    "model(x, batch.ids)"
+                ) from None
             judge = self._batch.y if self._batch.target is None else self._batch.target
             self._last_ids, self._last_places = ids, (rows, torch.ones_like(rows), judge[rows])
             self._last_clean = None

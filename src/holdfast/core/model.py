@@ -136,9 +136,10 @@ class Classifier(nn.Module):
     def _advice(self, n: int) -> str:
         if self._took is None:
             return "Check the shape, the data type and --mean/--std"
+        took = "1 example" if self._took == 1 else f"{self._took} examples"
         if n > self._took:
-            return f"It took {self._took} examples before: if it takes no more at once, give --batch-size {self._took}"
-        return f"It took {self._took} examples before, so look at where it failed now, with --debug"
+            return f"It took {took} before: if it takes no more at once, give --batch-size {self._took}"
+        return f"It took {took} before, so look at where it failed now, with --debug"
 
     def preprocess(self, x: Inputs) -> Inputs:
         """`(x - mean) / std`, channel by channel."""
@@ -171,15 +172,14 @@ class Classifier(nn.Module):
             raise TargetError(
                 f"the model returned a {name}; it must return one tensor of logits (n, classes). {way_out}"
             )
-        if logits.dim() == 2 and logits.shape[1] == 1:
-            logits = logits[:, 0]
-        if logits.dim() == 1 and len(logits) == len(x):
-            logits = torch.stack((torch.zeros_like(logits), logits), dim=1)
-        if logits.dim() != 2 or len(logits) != len(x) or not logits.is_floating_point():
+        if logits.dim() not in (1, 2) or len(logits) != len(x) or not logits.is_floating_point():
             raise TargetError(
                 f"the model returned {logits.dtype} of shape {tuple(logits.shape)} for {len(x)} inputs; "
                 f"it must return float logits of shape ({len(x)}, classes)"
             )
+        if logits.dim() == 1 or logits.shape[1] == 1:
+            logits = logits.reshape(len(x))
+            logits = torch.stack((torch.zeros_like(logits), logits), dim=1)
         if self.classes is not None and logits.shape[1] != self.classes:
             raise TargetError(
                 f"the model returned {logits.shape[1]} classes, but {self.classes} were declared; "
@@ -203,13 +203,14 @@ def fitted(model: Classifier, x: Inputs) -> Iterator[None]:
 def _rewrites(model: Classifier, x: Inputs) -> bool:
     """Whether the model changes its input in place."""
     rows = x[torch.arange(1 if model.batches is None else model.batches.size, device=x.device) % len(x)]
-    version = rows._version
+    version, before = rows._version, rows.clone()
     try:
         with torch.no_grad():
             model(rows)
     except (TargetError, RuntimeError, MemoryError):  # said by whoever asks next
         return False
-    return rows._version != version
+    # numpy and `.data` write without a new version, and an operation in place may leave the values as they are
+    return rows._version != version or not torch.equal(rows.nan_to_num(), before.nan_to_num())
 
 
 def _batches(model: Classifier, x: Inputs) -> Batches | None:

@@ -99,7 +99,8 @@ def labels(
         )
     if y.dtype.kind not in "iub":
         raise TargetError(
-            f"the labels of {name} are {y.dtype}; whole numbers (int64) were expected, as y.astype('int64')"
+            f"the labels of {name} are {y.dtype}; whole numbers (int64) were expected, "
+            + ("as y.astype('int64')" if y.dtype.kind == "f" else "as np.unique(y, return_inverse=True)[1]")
         )
     y = y.astype(np.int64)
     if lenient:

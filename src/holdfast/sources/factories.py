@@ -17,6 +17,7 @@ from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.files import nearest, readable_file, sha256_of_file
+from holdfast.sources.inhand import LOADED
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -60,10 +61,10 @@ def build(
             f" ({', '.join(strings)} came as text; annotate int or float to have numbers)" if strings else ""
         )
         said = hint if isinstance(error, TypeError) else ""
-        raise TargetError(
-            f"{address} raised {type(error).__name__}{_place(error, files)}: {error}{said}"
-        ) from error
-    if isinstance(net, type) or not callable(net):
+        raise TargetError(f"{address} raised {_told(error, files)}{said}") from error
+    if isinstance(net, type) or not callable(net) or _takes_nothing(net):
+        if inspect.iscoroutine(net):
+            net.close()
         raise TargetError(
             f"{address} returned {_described(net)}; a torch.nn.Module or a function from inputs to logits was "
             "expected. Return the network itself, with its weights loaded and in eval mode"
@@ -89,7 +90,11 @@ def converted_arguments(
     missing = [n for n, p in by_name.items() if p.default is p.empty and n not in arguments]
     if missing:
         wanted = " ".join(f"--model-args {name}=…" for name in missing)
-        raise UsageError(f"{address} needs {', '.join(missing)}; give {wanted}")
+        name = address.rpartition(":")[2]
+        raise UsageError(
+            f"{address} needs {', '.join(missing)}; give {wanted}. If {name} is the model itself, name a function "
+            f"that returns it: def make(): return {name}"
+        )
     return {
         name: _convert(text, by_name[name].annotation if name in by_name else str, name, address)
         for name, text in arguments.items()
@@ -124,7 +129,7 @@ def _convert(text: str, annotation: object, name: str, address: str) -> object:
 
 
 def _import(path: Path) -> types.ModuleType:
-    name = f"holdfast_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    name = f"{LOADED}{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise TargetError(f"code file {str(path)!r} cannot be imported; a file ending in .py was expected")
@@ -134,37 +139,53 @@ def _import(path: Path) -> types.ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise TargetError(
-            f"importing {str(path)!r} raised {type(error).__name__}{_place(error, [str(path)])}: {error}"
-        ) from error
+        raise TargetError(f"importing {str(path)!r} raised {_told(error, [str(path)])}") from error
     return module
 
 
-def _place(error: BaseException, files: Iterable[str]) -> str:
-    """The last line of the user's own files that an error came through; empty where it came through none."""
-    own = {str(Path(name).resolve()) for name in files}
+def _told(error: BaseException, files: Iterable[str]) -> str:
+    """What was raised, in which line of the user's files and their neighbours, and what it says of itself."""
+    own = {Path(name).resolve().parent for name in files}
     lines = [
         f" in line {frame.lineno} of {Path(frame.filename).name}"
         for frame in traceback.extract_tb(error.__traceback__)
-        if str(Path(frame.filename).resolve()) in own
+        if Path(frame.filename).resolve().parent in own
     ]
-    return lines[-1] if lines else ""
+    words = f": {error}" if str(error) else ""
+    return f"{type(error).__name__}{lines[-1] if lines else ''}{words}"
+
+
+def _takes_nothing(function: Callable[..., object]) -> bool:
+    """Whether it is a function that cannot be called with inputs, such as another factory."""
+    if isinstance(function, nn.Module):
+        return False
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return True
+    except ValueError:  # no signature is known, as of some built-in functions
+        return False
+    return False
 
 
 def _factory(module: types.ModuleType, name: str, path: Path) -> Callable[..., object]:
     found = vars(module).get(name)
     if found is None:
         known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        own = [n for n in known if vars(module)[n].__module__ == module.__name__]
+        own = [n for n in known if _is_own(vars(module)[n], module)]
         offered = nearest(name, known) or (f"; it defines {', '.join(own[:8])}" if own else "")
         raise UsageError(f"{str(path)!r} has no factory {name!r}{offered}")
     if isinstance(found, nn.Module):
         return lambda: found  # the network itself
     if not callable(found):
         raise UsageError(
-            f"{name} in {str(path)!r} is {_described(found)}; a function that returns a network was expected"
+            f"{name} in {str(path)!r} is {_described(found)}; a network or a function that returns one was expected"
         )
     return typing.cast(Callable[..., object], found)
+
+
+def _is_own(value: object, module: types.ModuleType) -> bool:
+    return isinstance(value, nn.Module) or getattr(value, "__module__", None) == module.__name__
 
 
 @contextlib.contextmanager
@@ -188,4 +209,6 @@ def _is_file(text: str) -> bool:
 def _described(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
+    if callable(value) and not isinstance(value, nn.Module):
+        return "a function that takes no inputs"
     return "None" if value is None else f"a {type(value).__name__}"

@@ -19,6 +19,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 _FOLLOWED = (FunctionType, MethodType, partial, nn.Module, type)
 _NOT_THEIRS = frozenset({"torch", "numpy", *sys.stdlib_module_names})
 """Packages whose code is known by its name: a run names the versions, and a resume needs the same."""
+LOADED = "holdfast_user_"
+"""How the modules begin that are made of files a user names: the rest of their name is where the file lies."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -155,7 +157,7 @@ def _attributes(holder: Any, found: _Found) -> Iterator[bytes]:
 
 def _class(cls: type, found: _Found) -> Iterator[bytes]:
     """The methods and settings of a class, and of those that it builds upon."""
-    yield f"{cls.__module__}.{cls.__qualname__}".encode()
+    yield f"{'' if cls.__module__.startswith(LOADED) else cls.__module__}.{cls.__qualname__}".encode()
     if _not_theirs(cls.__module__):
         return
     yield b" ".join(found.met(base) for base in cls.__bases__)
