@@ -93,3 +93,11 @@ def test_a_weak_model_on_a_few_examples_is_not_accused_of_shifted_labels() -> No
     assert "labels" not in said(holdfast.doctor(always, (torch.rand(5, 4), y)))
     many = torch.cat([y] * 10)
     assert said(holdfast.doctor(always, (torch.rand(50, 4), many)))["labels"][0] == "problem"
+
+
+def test_what_is_no_better_than_chance_is_no_alternative() -> None:
+    def guess(x):
+        return torch.nn.functional.one_hot((x[:, 0] > 0).long(), 2).float() + 0 * x[:, :1]
+
+    x = torch.linspace(0.1, 0.9, 40)[:, None].repeat(1, 3)  # all above zero until a half is taken away
+    assert "normalisation" not in said(holdfast.doctor(guess, (x, torch.zeros(40, dtype=torch.long))))

@@ -61,8 +61,8 @@ class Patient:
         return _accuracy(self.logits, self.batch.y)
 
     def beaten_by(self, other: float) -> bool:
-        """Whether an alternative is right so much more often that the model cannot be merely weak."""
-        more = other - self.accuracy
+        """Whether an alternative is right so much more often, than chance too, that the model cannot be merely weak."""
+        more = other - max(self.accuracy, 1 / self.logits.shape[1])
         return more > _BETTER and more * len(self.batch) > _MORE - 0.5
 
 
