@@ -24,6 +24,7 @@ from holdfast.core.types import Access, Inputs, Labels, Logits, PerExample, Posi
 from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, firmly_broken, leeway
 from holdfast.ops.gradients import input_gradient
+from holdfast.ops.losses import likeliest
 from holdfast.ops.norms import expect_norm, free
 
 _BACK = 4  # forwards of the way back, which is about as long as the overshoot
@@ -68,8 +69,7 @@ class DeepFool:
         """The classes that each example may be pushed into, likeliest first."""
         if batch.target is not None:
             return batch.target[:, None]
-        others = logits.scatter(1, batch.y[:, None], -torch.inf)
-        return others.topk(min(self.candidates, logits.shape[1] - 1), dim=1).indices
+        return likeliest(logits, batch.y, self.candidates)
 
     def _across(
         self, norm: Norm, bounds: Bounds, x: Inputs, grads: Sequence[Inputs], margins: Tensor
