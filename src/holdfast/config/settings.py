@@ -168,12 +168,13 @@ def read(
     """
     content = {} if path is None else load(path)
     given = {key: value for key, value in overrides.items() if value is not None}
-    spoken = {key.partition(".")[0]: f"--set {key.partition('.')[0]}" for key in pairs(sets, "--set")}
+    put_in = pairs(sets, "--set")
+    spoken = {key.partition(".")[0]: f"--set {key.partition('.')[0]}" for key in put_in}
     spoken |= {key: flags.get(key, key) for key in given}
     for key, rival in _RIVALS:
         if key in spoken and rival in content and rival not in spoken:
             check({rival: content.pop(rival)}, str(path))
-    for key, value in pairs(sets, "--set").items():
+    for key, value in put_in.items():
         put(content, key, _parsed(value, f"--set {key}"))
     content |= given
     settings = check(content, "" if path is None else str(path), spoken)
