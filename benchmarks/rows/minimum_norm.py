@@ -125,7 +125,7 @@ def _claims(
             claims.append(
                 Claim(f"{called}: median / adv-lib's <= 1.005", mine["median"] / theirs["median"], 1.005)
             )
-    if contest.name == "DeepFool L2" and theirs:
+    if contest.name.startswith("DeepFool") and theirs:
         claims.append(Claim(f"{called}: cost / adv-lib's <= 1", ratio(seconds, "holdfast", "adv-lib"), 1.0))
     if contest.name.startswith("C&W"):
         same = (

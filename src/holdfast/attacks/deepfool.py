@@ -2,9 +2,9 @@
 
 Moosavi-Dezfooli et al., "DeepFool: A Simple and Accurate Method to Fool Deep Neural Networks", CVPR 2016,
 arXiv:1511.04599. Differs from the paper: the classes are ranked once, at the clean input; with a target, the only
-boundary is the one between the target and the class that leads; every step overshoots and ends inside the box, and in
-the second half of the steps features that the box holds no longer count; a step under L1 is shared by the features with
-the largest gradient; and it ends with a bisection to the boundary.
+boundary is the one between the target and the class that leads; every step overshoots the whole way walked and ends
+inside the box, and in the second half of the steps features that the box holds no longer count; a step under L1 is
+shared by the features with the largest gradient; and it ends with a bisection, which takes the overshoot back.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,6 @@ from holdfast.ops.gradients import input_gradient
 from holdfast.ops.losses import likeliest
 from holdfast.ops.norms import expect_norm, free
 
-_BACK = 4  # forwards of the way back, which is about as long as the overshoot
-
 
 @dataclass(frozen=True)
 class DeepFool:
@@ -39,7 +37,7 @@ class DeepFool:
     candidates: Steps = 9
     """how many of the likeliest other classes are looked at"""
     overshoot: Positive = 0.02
-    """share by which a step goes beyond the linear boundary"""
+    """share of the whole way by which a step goes beyond the linear boundary"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -60,10 +58,10 @@ class DeepFool:
                 break
             if step >= self.steps // 2:
                 grads = [free(grad, x, model.bounds) for grad in grads]
-            x = self._across(norm, model.bounds, x, grads, margins)
+            x = self._across(norm, model.bounds, left, x, grads, margins)
             with torch.no_grad():  # judged before the next gradients: a broken example costs none of them
                 logits = model(x, left.ids)
-        return to_boundary(model, batch, closest.x, norm, forwards=_BACK)
+        return to_boundary(model, batch, closest.x, norm)
 
     def _rivals(self, logits: Logits, batch: Batch) -> Labels:
         """The classes that each example may be pushed into, likeliest first."""
@@ -72,17 +70,18 @@ class DeepFool:
         return likeliest(logits, batch.y, self.candidates)
 
     def _across(
-        self, norm: Norm, bounds: Bounds, x: Inputs, grads: Sequence[Inputs], margins: Tensor
+        self, norm: Norm, bounds: Bounds, batch: Batch, x: Inputs, grads: Sequence[Inputs], margins: Tensor
     ) -> Inputs:
         """`x` moved just beyond the nearest of the linear boundaries with these normals and heights."""
         best, shift = torch.full_like(margins[:, 0], torch.inf), torch.zeros_like(x)
+        beyond = self.overshoot * norm.distance(x, batch.x)
         for grad, margin in zip(grads, margins.unbind(1), strict=True):
             direction = norm.steepest(grad, x, bounds)
             distance = margin / (grad * direction).flatten(1).sum(1).clamp_min(1e-30)
-            nearer = distance < best
+            nearer, length = distance < best, (1 + self.overshoot) * distance + beyond
             best = torch.where(nearer, distance, best)
-            shift = torch.where(spread(nearer, x), spread(distance, x) * direction, shift)
-        return bounds.clamp(x + (1 + self.overshoot) * shift)
+            shift = torch.where(spread(nearer, x), spread(length, x) * direction, shift)
+        return bounds.clamp(x + shift)
 
 
 def _planes(model: Model, batch: Batch, x: Inputs, rivals: Labels) -> tuple[Tensor, list[Inputs]]:

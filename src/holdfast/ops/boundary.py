@@ -1,6 +1,7 @@
 """The last step of every minimum-norm attack: from a broken point back towards the clean one, up to the boundary."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -20,13 +21,11 @@ Shrink = Callable[[PerExample], Inputs]
 """The points within a radius of the clean ones that are likeliest to stay broken."""
 
 
-def to_boundary(
-    model: Model, batch: Batch, x_adv: Inputs, norm: Norm, *, forwards: int = _FORWARDS
-) -> Inputs:
+def to_boundary(model: Model, batch: Batch, x_adv: Inputs, norm: Norm) -> Inputs:
     """The points of `x_adv`, pulled towards `batch.x` while the model stays broken, then projected onto `norm`.
 
     A point moves only to one that breaks the model by more than rounding. Under L0 changes are undone instead, least
-    useful first. Cost: at most `forwards` of them (under L0 the first with a backward) of the examples that differ from
+    useful first. Cost: at most ten forwards (under L0 the first with a backward) of the examples that differ from
     the clean ones.
     """
     moved = (norm.distance(x_adv, batch.x) > 0).nonzero()[:, 0]
@@ -34,20 +33,14 @@ def to_boundary(
     if len(moved):
         some, far = batch.take(moved), x_adv[moved]
         if isinstance(norm, L0):
-            result[moved] = _fewest(model, some, far, norm, forwards)
+            result[moved] = _fewest(model, some, far, norm)
         else:  # shrink the ball around the clean input
-            result[moved] = _bisected(
-                model,
-                some,
-                far,
-                norm,
-                lambda radius: norm.within(far, some.x, model.bounds, radius),
-                forwards,
-            )
+            shrunk = partial(norm.within, far, some.x, model.bounds)
+            result[moved] = _bisected(model, some, far, norm, shrunk, _FORWARDS)
     return norm.project(result, batch.x, model.bounds)
 
 
-def _fewest(model: Model, batch: Batch, far: Inputs, norm: L0, forwards: int) -> Inputs:
+def _fewest(model: Model, batch: Batch, far: Inputs, norm: L0) -> Inputs:
     """Undo changes, those first that the gradient calls least useful; what stays changed goes to the box's side."""
     result = far.clone()
     grad, logits = gradient(model, batch.at(far), margin_loss)
@@ -67,7 +60,7 @@ def _fewest(model: Model, batch: Batch, far: Inputs, norm: L0, forwards: int) ->
         held,
         norm,
         lambda radius: torch.where(norm.largest(gain, radius), held, left.x),
-        forwards - 2,
+        _FORWARDS - 2,
     )
     return result
 
