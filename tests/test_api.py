@@ -112,6 +112,8 @@ def test_a_named_suite_brings_what_a_list_does_not():
 def test_only_and_skip_choose_from_the_suite():
     only = holdfast.assess(network(), (X, Y), "linf:0.1", "quick", only=["apgd-t"], doubts=False)
     assert [record.name for record in only.attacks] == ["APGD-T"]
+    assert only.evidence.suite == "quick@1 without PGD"
+    assert "nothing was doubted: the doubts were switched off" in only.evidence.notes
     skip = holdfast.assess(network(), (X, Y), "linf:0.1", "quick", skip=["apgd-t"], doubts=False)
     assert [record.name for record in skip.attacks] == ["PGD"]
     with pytest.raises(UsageError, match="this suite has no attack 'apgd-q'; did you mean 'apgd-t'"):
@@ -361,6 +363,46 @@ def test_words_for_an_address_are_refused_for_data_in_hand(verb, words, said):
 def test_the_doctor_sees_what_the_caller_has():
     findings = holdfast.doctor(lambda x: network()(x).softmax(1), (X, Y))
     assert any(finding.level != "good" and "probabilit" in finding.says for finding in findings)
+
+
+def test_attacks_may_come_from_a_generator():
+    wanted = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS).evidence["success"]
+    found = holdfast.assess(network(), (X, Y), "linf:0.1", (attack for attack in ATTACKS)).evidence["success"]
+    assert torch.equal(found, wanted)
+
+
+def test_inputs_of_half_a_word_are_widened_and_a_network_of_them_is_told_how():
+    half = X.half()
+    found = holdfast.assess(network(), (half, Y), "linf:0.1", ATTACKS).evidence["success"]
+    assert torch.equal(
+        found, holdfast.assess(network(), (half.float(), Y), "linf:0.1", ATTACKS).evidence["success"]
+    )
+    narrow = network().bfloat16()
+    with pytest.raises(
+        TargetError, match=r"weights are bfloat16 and the inputs float32: give net.float\(\), or a funct"
+    ):
+        holdfast.assess(narrow, (X.bfloat16(), Y), "linf:0.1", ATTACKS)
+    holdfast.assess(lambda x: narrow(x.to(torch.bfloat16)).float(), (X.bfloat16(), Y), "linf:0.1", ATTACKS)
+
+
+@pytest.mark.parametrize(
+    "threat, width, slight",
+    [
+        ("linf:8/255", 255, True), ("linf:8", 255, False), ("linf:1/255", 1, False),
+        ("l2:0.1", 255, True), ("l2:0.5", 1, False), ("l1:1", 255, True), ("l1:1", 1, False), ("l0:1", 255, False),
+    ],
+)  # fmt: skip
+def test_an_eps_for_another_box_is_pointed_out(threat, width, slight):
+    net = network()
+    result = holdfast.assess(
+        lambda x: net(x / width),
+        (X * width, Y),
+        threat,
+        [FGSM()] if "l0" not in threat else [PGD(steps=2)],
+        bounds=(0, width),
+    )
+    said = [note for note in result.evidence.notes if "eps counts in the units of the inputs" in note]
+    assert bool(said) == slight
 
 
 def test_a_list_of_names_is_no_list_of_attacks():

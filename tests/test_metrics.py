@@ -101,7 +101,9 @@ def test_a_wrong_example_is_never_robust_whatever_its_success_says():
 
 def test_robust_accuracy_of_a_randomised_model_is_the_mean_chance_of_being_right():
     chance = torch.linspace(0, 1, 60)
-    assert shares.robust_accuracy(evidence(right_probability=chance)).value == pytest.approx(0.5)
+    run = evidence(right_probability=chance)
+    assert shares.robust_accuracy(run).value == pytest.approx(0.5)
+    assert shares.robust_accuracy(run, eps=EPS) == shares.robust_accuracy(run)
 
 
 def test_worst_class_is_the_smallest_and_its_interval_holds_for_all_classes_together():

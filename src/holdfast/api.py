@@ -203,16 +203,17 @@ def _attacks(suite: object) -> tuple[Attack, ...]:
     expected = (
         "expected the name of one suite, or a list of attacks such as [holdfast.attacks.PGD(steps=100)]"
     )
-    if not isinstance(suite, Iterable) or not tuple(suite):
+    attacks = tuple(suite) if isinstance(suite, Iterable) else ()
+    if not attacks:
         raise UsageError(f"suite is {suite!r}; {expected}")
-    for attack in suite:
+    for attack in attacks:
         if isinstance(attack, type):
             raise UsageError(
                 f"suite holds the class {attack.__name__}; give an attack of it: {attack.__name__}()"
             )
         if not isinstance(attack, Attack):
             raise UsageError(f"suite holds {attack!r}; {expected}")
-    return tuple(checked(attack) for attack in suite)
+    return tuple(checked(attack) for attack in attacks)
 
 
 def _subject(model: ModelLike, settings: AssessSettings) -> Subject:

@@ -66,6 +66,12 @@ def test_a_subset_in_any_order_draws_what_it_would_inside_the_whole(key, rows):
         assert torch.equal(draw(ids)[some], draw(ids[some]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_draws_of_half_a_word_are_finite_and_below_one(dtype):
+    u, v = Draws(1).uniform(IDS, 25, dtype=dtype), Draws(1).normal(IDS, 25, dtype=dtype)
+    assert u.dtype == v.dtype == dtype and u.min() >= 0 and u.max() < 1 and v.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype, digits", [(torch.float32, 24), (torch.float64, 53)])
 def test_uniform_fills_the_interval_evenly(dtype, digits):
     u = Draws(1).uniform(IDS, 25, dtype=dtype)

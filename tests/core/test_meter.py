@@ -166,3 +166,12 @@ def test_a_tie_and_no_number_are_successes_as_they_are_to_the_judge(logits, targ
     meter(tried)
     assert meter.spent.first_success.tolist() == [1, 1]
     assert torch.equal(meter.found(), tried)
+
+
+def test_without_an_eps_the_closest_success_is_kept():
+    meter, _, _ = metered(queries=3, eps=float("inf"))
+    for change in (0.8, 0.3, 0.6):
+        meter(X + change * torch.tensor([-1.0, 1.0]))
+    wide = torch.tensor([0.6, 0.3, 0.3, 0.3])[:, None]
+    assert torch.allclose(meter.found(), X + wide * torch.tensor([-1.0, 1.0]))
+    assert meter.spent.first_success.tolist() == [1, 2, 2, 2]  # 0.8 leaves the box on three of them

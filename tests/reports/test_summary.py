@@ -121,9 +121,10 @@ def test_headline_is_one_plain_sentence():
         "41.5 % of 1,000 images survive every attack tried (95 % interval 38.4–44.6 %); "
         "the gate asked for at least 50 %: fail."
     )
-    probed = made.summarised(made.evidence(broken_by_probes=3))["headline"]
+    probed = made.summarised(made.evidence(broken_elsewhere=3))["headline"]
     assert (
-        "every attack tried (95 % interval 38.4–44.6 %); probes of the doubts broke 3 of them; no" in probed
+        "every attack tried (95 % interval 38.4–44.6 %); passes outside the suite broke 3 of them; no"
+        in probed
     )
     assert made.summarised(evidence, "robust_accuracy >= 0.4")["headline"].endswith("at least 40 %: unclear.")
     doubted = made.summarised(evidence, "robust_accuracy >= 0.3")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from holdfast.attacks import APGD, DDN, PGD
+from holdfast.attacks import APGD, DDN, FMN, PGD
 from holdfast.core.constraints import L0, L1, L2, Linf, extent
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Evidence
@@ -42,7 +42,7 @@ def same(one: Evidence, other: Evidence):
         "notes",
         "cost",
         "doubts_cost",
-        "broken_by_probes",
+        "broken_elsewhere",
     ):
         assert getattr(one, name) == getattr(other, name), name
 
@@ -121,6 +121,17 @@ def test_time_that_ran_out_is_told_and_doubted(tmp_path):
     again = assess(subject(), data(), asked, run=tmp_path / "run", resume=True)
     assert again.exit_code == 4
     same(again.evidence, result.evidence)
+
+
+def test_a_finished_run_that_is_told_again_without_its_gates_keeps_its_verdict(tmp_path):
+    failed = assess(subject(), data(), order(FAST, gates=("robust_accuracy >= 0.99",)), run=tmp_path / "run")
+    again = assess(subject(), data(), order(FAST, gates=()), run=tmp_path / "run", resume=True)
+    assert again.exit_code == failed.exit_code == open_run(tmp_path / "run").exit_code == 1
+    assert again.gates == failed.gates
+    other = assess(
+        subject(), data(), order(FAST, gates=("clean_accuracy >= 0.1",)), run=tmp_path / "run", resume=True
+    )
+    assert other.exit_code == open_run(tmp_path / "run").exit_code == 0
 
 
 def test_time_that_runs_out_midway_keeps_what_was_found(monkeypatch):
@@ -448,10 +459,25 @@ def test_every_successful_input_is_kept_where_asked(tmp_path):
 def test_what_the_probes_broke_is_counted_once_each_and_told(tmp_path):
     weak = order(Member("PGD", PGD(steps=1, reach=0.1)), doubts="all")
     result = assess(subject(), data(), weak, run=tmp_path / "run")
-    broken = result.evidence.broken_by_probes
+    broken = result.evidence.broken_elsewhere
     assert 0 < broken <= int((result.evidence["correct"] & ~result.evidence["success"]).sum())
-    assert f"probes of the doubts broke {broken} of them" in str(result)
-    assert open_run(tmp_path / "run").evidence.broken_by_probes == broken
+    assert f"passes outside the suite broke {broken} of them" in str(result)
+    assert open_run(tmp_path / "run").evidence.broken_elsewhere == broken
+
+
+def test_what_the_curve_and_the_fixed_pass_broke_is_told_too():
+    """A found example is a proof, also where it is in no verdict; a list of attacks is doubted for it as well."""
+    weak, smallest = Member("PGD", PGD(steps=1, reach=0.1)), Member("FMN", FMN(steps=20))
+    told = assess(subject(), data(), order(weak, suite="", curve=(smallest,), attacked=False))
+    of_the_curve = int(
+        (told.evidence["correct"] & ~told.evidence["success"] & (told.evidence["distance"] <= 0.06)).sum()
+    )
+    assert told.evidence.broken_elsewhere == of_the_curve > 0
+    doubt = next(d for d in told.doubts if d.name == "not-exhausted")
+    assert (doubt.state, doubt.statistic) == ("raised", of_the_curve)
+    fixed = assess(subject(), data(), order(weak, attacked=True, doubts="none"))
+    assert fixed.evidence.broken_elsewhere > 0
+    assert any("broken by the fixed pass ids" in note for note in fixed.evidence.notes)
 
 
 def test_the_smallest_changes_are_kept_and_leave_the_shares_after_each_attack(tmp_path):

@@ -358,6 +358,16 @@ def test_tables_are_numbers_and_a_label(tmp_path: Path, name: str) -> None:
     assert len(open_data(table(tmp_path / name, ROWS), label="kind", split="train")) == 1
 
 
+@pytest.mark.parametrize("odd", ["1.5", "nan"])
+def test_a_label_that_is_no_whole_number_among_numbers_is_shown(tmp_path: Path, odd: str) -> None:
+    with pytest.raises(
+        TargetError, match=rf"the label of row 2 of .* is {odd}; whole numbers from 0 on, or names"
+    ):
+        open_data(
+            table(tmp_path / "t.csv", [["a", "y"], ["0.5", "0"], ["0.2", "1"], ["0.1", odd]]), label="y"
+        )
+
+
 def test_parquet_is_read_as_csv_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

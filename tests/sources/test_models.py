@@ -153,6 +153,12 @@ def test_a_function_is_the_same_wherever_its_file_lies(tmp_path: Path) -> None:
     assert len(digests) == 1
 
 
+def test_a_line_that_is_no_python_is_named(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("import torch\n\ndef net(:\n")
+    with pytest.raises(TargetError, match="raised SyntaxError in line 3 of own.py: invalid syntax"):
+        open_model(f"{tmp_path / 'own.py'}:net")
+
+
 def test_an_error_in_a_neighbour_is_placed_there(tmp_path: Path) -> None:
     (tmp_path / "neighbour_that_fails.py").write_text("def fail():\n    raise ValueError('no weights')\n")
     (tmp_path / "own.py").write_text("import neighbour_that_fails\ndef net(): neighbour_that_fails.fail()\n")

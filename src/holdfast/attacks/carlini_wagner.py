@@ -2,9 +2,9 @@
 
 Carlini & Wagner, "Towards Evaluating the Robustness of Neural Networks", S&P 2017, arXiv:1608.04644. Differs from the
 paper: the box is kept by projection (their first option) instead of tanh, whose slope vanishes on black and white
-pixels; the search starts from the first-order distance to the boundary instead of one constant for all; every run goes
-further than the one before, which leads out of the first one's minimum; under Linf the search brackets the size tau
-beyond which changes are charged; and it ends with a bisection to the boundary.
+pixels; the search starts from the first-order distance to the boundary instead of one constant for all; Adam's steps
+fall along a cosine; every run goes further than the one before, which leads out of the first one's minimum; under Linf
+the search brackets the size tau beyond which changes are charged; and it ends with a bisection to the boundary.
 """
 
 import math

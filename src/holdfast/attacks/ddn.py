@@ -2,8 +2,8 @@
 
 Rony et al., "Decoupling Direction and Norm for Efficient Gradient-Based L2 Adversarial Attacks and Defenses",
 CVPR 2019, arXiv:1811.09600. Differs from the paper: the first radius and the step size are in units of the first-order
-distance to the boundary instead of pixels, gradients leave out what the box stops, nothing is rounded to 256 levels,
-and it ends with a bisection to the boundary.
+distance to the boundary instead of pixels, the radius grows three times as fast until the first success, gradients
+leave out what the box stops, nothing is rounded to 256 levels, and it ends with a bisection to the boundary.
 """
 
 import math

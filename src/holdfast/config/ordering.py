@@ -150,8 +150,12 @@ def plan(settings: AssessSettings, attacks: Sequence[Attack] | None = None) -> P
         name, smallest = str(composed), composed.smallest
     _refuse_endless(threat, settings, smallest=smallest)
     probing: DoubtsWanted = "all" if name else "free"
+    selected = _selected(members, settings.only, settings.skip)
+    left_out = [member.name for member in members if member not in selected]
+    if name and left_out:
+        name += f" without {', '.join(left_out)}"
     return Plan(
-        _selected(members, settings.only, settings.skip),
+        selected,
         threat,
         settings.seed,
         name,

@@ -74,7 +74,7 @@ class Draws:
 
     def uniform(self, ids: Ids, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uniform on [0, 1), with as many random bits as the type's significand holds."""
-        digits = 53 if dtype == torch.float64 else 24
+        digits = 1 - round(math.log2(torch.finfo(dtype).eps))
         mantissa = (self.bits(ids, *shape) >> (64 - digits)) & ((1 << digits) - 1)
         return mantissa.to(dtype).mul_(2.0**-digits)
 

@@ -96,8 +96,8 @@ class Evidence:
     cost: Cost = Cost()
     """all of it: clean pass, attacks, the fixed pass, doubts"""
     doubts_cost: Cost = Cost()
-    broken_by_probes: int = 0
-    """examples that stood after every attack and that a probe of the doubts broke"""
+    broken_elsewhere: int = 0
+    """examples that stood after every attack, and that a probe of the doubts, the fixed pass or the curve broke"""
     gallery: Columns = field(default_factory=dict)
     """a few broken examples for people to look at: `id` (k), `x` and `x_adv` (k, *features)"""
 

@@ -47,8 +47,8 @@ class Metered:
     """A `Model` for one attack on one batch.
 
     A call books one query on each row's id and raises `BudgetSpent` before the model is asked if any of them has none
-    left; the first success of each example is kept, so that an attack cut short loses nothing. Under "labels" the
-    logits are one-hot; under "labels" and "scores" no gradient passes.
+    left; the first success of each example is kept, without an eps the closest, so that an attack cut short loses
+    nothing. Under "labels" the logits are one-hot; under "labels" and "scores" no gradient passes.
     """
 
     def __init__(self, model: Model, batch: Batch, threat: ThreatModel) -> None:
@@ -59,7 +59,8 @@ class Metered:
         self._backwards = torch.zeros_like(self._queries)
         self._dead = torch.zeros_like(self._queries, dtype=torch.bool)
         self._gradient_seen = False
-        self._found: dict[int, Tensor] = {}
+        self._found: dict[int, tuple[float, Tensor]] = {}
+        self._smallest = threat.constraint.eps == torch.inf
         self._last_ids: Ids | None = None
         self._last_places: tuple[Tensor, Tensor, Labels]
         self._last_clean: Inputs | None = None
@@ -79,9 +80,9 @@ class Metered:
         return Spent(self._queries.clone(), self._first.clone(), self._backwards.clone(), self._dead.clone())
 
     def found(self) -> Inputs:
-        """The first successful input of each example under a budget, else its clean one."""
+        """The first success of each example under a budget, without an eps the closest; else its clean input."""
         x = self._batch.x.clone()
-        for row, x_adv in self._found.items():
+        for row, (_, x_adv) in self._found.items():
             x[row] = x_adv
         return x
 
@@ -149,20 +150,33 @@ class Metered:
     def _watch(self, x: Inputs, logits: Logits, rows: Tensor, wanted: Labels) -> None:
         """Note the first query that breaks each example with an allowed input."""
         lead = _lead(logits, wanted)
-        broken = ~(lead > 0) if self._batch.target is None else ~(lead < 0)
+        height = lead if self._batch.target is None else -lead
+        broken = ~(height > 0)
         if not broken.any():
             return
-        at = (broken & (self._first[rows] == 0)).nonzero()[:, 0]
+        keeps, news = self._threat.queries is not None, broken & (self._first[rows] == 0)
+        if keeps and self._smallest:  # a closer one takes its place if it is no matter of rounding
+            news |= height < -100 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
+        at = news.nonzero()[:, 0]
         if self._last_clean is None:
             self._last_clean = self._batch.x[rows]
         constraint, clean = self._threat.constraint, self._last_clean
         # exact only where it can matter: a minimum-norm attack breaks its examples outside the ball many times
         pair = (x, clean) if len(at) == len(x) else (x[at], clean[at])
-        at = at[constraint.distance(*pair) <= self._near]
+        distance = constraint.distance(*pair)
+        at, distance = at[distance <= self._near], distance[distance <= self._near]
         if not len(at):
             return
-        at = at[allowed(constraint, x[at], clean[at], self.bounds)]
-        self._first[rows[at]] = self._queries[rows[at]]
-        if self._threat.queries is not None:
-            for k in at.tolist():
-                self._found.setdefault(int(rows[k]), x[k].clone())
+        legal = allowed(constraint, x[at], clean[at], self.bounds)
+        at, distance = at[legal], distance[legal]
+        new = at[self._first[rows[at]] == 0]
+        self._first[rows[new]] = self._queries[rows[new]]
+        if keeps:
+            self._keep(x, rows, at, distance)
+
+    def _keep(self, x: Inputs, rows: Tensor, at: Tensor, distance: Tensor) -> None:
+        """Remember the successful rows `at` of `x`, the first of each example or, without an eps, the closest."""
+        for k, row, far in zip(at.tolist(), rows[at].tolist(), distance.tolist(), strict=True):
+            known = self._found.get(row)
+            if known is None or (self._smallest and far < known[0]):
+                self._found[row] = far, x[k].clone()

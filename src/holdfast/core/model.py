@@ -133,7 +133,14 @@ class Classifier(nn.Module):
                 f"std is {list(std)}; every entry must be positive, as in --std 0.2470,0.2435,0.2616"
             )
 
-    def _advice(self, n: int) -> str:
+    def _advice(self, x: Inputs) -> str:
+        n, weight = len(x), next(self.parameters(), x)
+        if weight.is_floating_point() and weight.dtype != x.dtype:
+            short = str(weight.dtype).removeprefix("torch.")
+            return (
+                f"Its weights are {short} and the inputs {str(x.dtype).removeprefix('torch.')}: give net.float(), or a "
+                f"function that converts, such as lambda x: net(x.to(torch.{short})).float()"
+            )
         if self._took is None:
             return "Check the shape, the data type and --mean/--std"
         took = "1 example" if self._took == 1 else f"{self._took} examples"
@@ -159,7 +166,7 @@ class Classifier(nn.Module):
         except Exception as error:
             if out_of_memory(error):
                 raise
-            advice = _NO_GRADIENT if _CALLS_NUMPY in str(error) else self._advice(len(x))
+            advice = _NO_GRADIENT if _CALLS_NUMPY in str(error) else self._advice(x)
             said = f"{type(error).__name__} on inputs of shape {tuple(x.shape)}: {str(error).rstrip('.')}"
             raise TargetError(f"the model raised {said}. {advice}") from error
         self._took = len(x)

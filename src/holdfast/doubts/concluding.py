@@ -13,6 +13,8 @@ from holdfast.doubts.names import DOUBTS, FREE
 from holdfast.doubts.probing import PROBES, SEARCHES, Found, probes_for, probing_threat, standing
 from holdfast.ops.statistics import clopper_pearson, mcnemar
 
+NO_PASSES: Mapping[str, Mask] = {}
+
 
 @dataclass(frozen=True)
 class Circumstances:
@@ -29,35 +31,38 @@ class Circumstances:
 
 @dataclass(frozen=True)
 class Findings:
-    """The doubts in the order of `names.DOUBTS`, and the standing examples that a probe broke."""
+    """The doubts in the order of `names.DOUBTS`, and the standing examples that were broken outside the verdict."""
 
     doubts: tuple[Doubt, ...]
     fallen: Mapping[str, Ids] = field(default_factory=dict)
-    """by probe, the ids of the standing examples that it broke"""
+    """by probe or pass, the ids of the standing examples that it broke"""
 
 
-def conclude(found: Found, columns: Columns, circumstances: Circumstances) -> Findings:
+def conclude(
+    found: Found, columns: Columns, circumstances: Circumstances, passes: Mapping[str, Mask] = NO_PASSES
+) -> Findings:
     """The state of every doubt, given the columns of the evidence with the clean `nan` and `is_probability`.
 
-    A list of attacks (no suite) gets the free doubts only.
+    `passes` say which examples (n) other passes than the probes broke. A list of attacks (no suite) gets the free
+    doubts only, and `not-exhausted` where a pass speaks for it.
     """
-    fallen = broken_by_probes(found, columns, circumstances.threat)
+    fallen = broken_elsewhere(found, columns, circumstances.threat, passes)
     case = _Case(found, columns, circumstances, fallen)
-    names = DOUBTS if circumstances.suite else FREE
+    names = DOUBTS if circumstances.suite else (*FREE, *(("not-exhausted",) if fallen else ()))
     return Findings(tuple(_CONCLUSIONS[name](case) for name in DOUBTS if name in names), fallen)
 
 
-def broken_by_probes(found: Found, columns: Columns, threat: ThreatModel) -> dict[str, Ids]:
-    """Ids of the standing examples that each probe broke inside the threat model; probes without any are left out."""
+def broken_elsewhere(
+    found: Found, columns: Columns, threat: ThreatModel, passes: Mapping[str, Mask]
+) -> dict[str, Ids]:
+    """Ids of the standing examples that each probe or pass broke inside the threat model; without those of none."""
     held = standing(columns, threat)
     breaking = {probe.name for probe in PROBES if probe.breaks} | {"again"}
-    fallen = {}
+    gone = {name: (broken & held).nonzero()[:, 0] for name, broken in passes.items()}
     for name, probed in found.items():
         if name in breaking:
-            gone = probed.rows[probed.columns["broken"] & held[probed.rows]]
-            if len(gone):
-                fallen[name] = columns["id"][gone]
-    return fallen
+            gone[name] = probed.rows[probed.columns["broken"] & held[probed.rows]]
+    return {name: columns["id"][rows] for name, rows in gone.items() if len(rows)}
 
 
 @dataclass(frozen=True)
@@ -172,18 +177,21 @@ def _noise(case: _Case) -> Doubt:
 def _not_exhausted(case: _Case) -> Doubt:
     name, again = "not-exhausted", case.broken("again")
     others = {probe: ids for probe, ids in case.fallen.items() if probe != "again"}
-    if again is None and not any(probe in case.found for probe in _BREAKING):
+    if again is None and not others and not any(probe in case.found for probe in _BREAKING):
         return case.absent(name, "again")
-    by_probes = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *others.values()])).numel()
+    elsewhere = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *others.values()])).numel()
     fresh, tried = (0, 0) if again is None else (int(again.sum()), len(again))
-    says = (
-        f"a fresh pass of the suite breaks {fresh} of the {tried} standing examples closest to the boundary"
-    )
-    if by_probes:
-        says += f"; probes break {by_probes} standing examples ({', '.join(sorted(others))})"
-    if by_probes:
-        return _judged(name, float(by_probes), 0.0, tried, says)
-    return _judged(name, float(fresh), float(at.FRESH_BROKEN - 1), tried, says)
+    says = []
+    if again is not None:
+        says.append(
+            f"a fresh pass of the suite breaks {fresh} of the {tried} standing examples closest to the boundary"
+        )
+    if elsewhere:
+        says.append(
+            f"probes and other passes break {elsewhere} standing examples ({', '.join(sorted(others))})"
+        )
+        return _judged(name, float(elsewhere), 0.0, tried, "; ".join(says))
+    return _judged(name, float(fresh), float(at.FRESH_BROKEN - 1), tried, "; ".join(says))
 
 
 _BREAKING = tuple(probe.name for probe in PROBES if probe.breaks)

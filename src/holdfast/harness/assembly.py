@@ -32,7 +32,7 @@ class Context:
     notes: tuple[str, ...] = ()
     doubts: tuple[Doubt, ...] = ()
     doubts_cost: Cost = Cost()
-    broken_by_probes: int = 0
+    broken_elsewhere: int = 0
 
 
 def join(shards: Sequence[Columns]) -> dict[str, Tensor]:
@@ -143,7 +143,7 @@ def conclude(
         notes=context.notes,
         cost=total + context.doubts_cost,
         doubts_cost=context.doubts_cost,
-        broken_by_probes=context.broken_by_probes,
+        broken_elsewhere=context.broken_elsewhere,
         gallery=_gallery(plan, by_stage),
     )
 

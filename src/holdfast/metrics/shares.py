@@ -25,8 +25,9 @@ def clean_error_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
 
 
 def right_probability(evidence: Evidence, eps: float | None = None) -> PerExample | None:
-    """Of a randomised model, the chance that each example is right under the worst case; else None."""
-    return evidence["right_probability"].double() if eps is None and "right_probability" in evidence else None
+    """Of a randomised model, the chance that each example is right under the worst case; None at another eps."""
+    own = eps is None or eps == evidence.threat.constraint.eps
+    return evidence["right_probability"].double() if own and "right_probability" in evidence else None
 
 
 def robust_accuracy(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:

@@ -91,7 +91,7 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
         "curves": accuracy_curves(evidence, confidence),
         "per_class": per_class(evidence, classes, confidence),
         "examples": examples(evidence, classes, [record.name for record in evidence.attacks]),
-        "broken_by_probes": evidence.broken_by_probes,
+        "broken_elsewhere": evidence.broken_elsewhere,
         "notes": list(evidence.notes),
     }
 

@@ -97,7 +97,7 @@ def measured(summary: Mapping[str, Any]) -> str:
     tail = f"({100 * summary['confidence']:.0f} % interval {sure})"
     if metric == "robust_accuracy":
         verb = "survives" if estimate["n"] == 1 else "survive"
-        return f"{rate} {of} {verb} every attack tried {tail}{_probed(summary)}"
+        return f"{rate} {of} {verb} every attack tried {tail}{_elsewhere(summary)}"
     if metric == "targeted_success_rate":
         return f"{rate} {of} could be turned into class {summary['threat']['goal']} {tail}"
     if metric == "robust_margin":
@@ -105,10 +105,10 @@ def measured(summary: Mapping[str, Any]) -> str:
     return f"{rate} {of} are right without any attack {tail}"
 
 
-def _probed(summary: Mapping[str, Any]) -> str:
-    """What the probes of the doubts did to those that survive, which the share counts as standing."""
-    n = summary["broken_by_probes"]
-    return f"; probes of the doubts broke {count(n)} of them" if n else ""
+def _elsewhere(summary: Mapping[str, Any]) -> str:
+    """What passes outside the verdict did to those that survive, which the share counts as standing."""
+    n = summary["broken_elsewhere"]
+    return f"; passes outside the suite broke {count(n)} of them" if n else ""
 
 
 def asked(gate: Mapping[str, Any]) -> str:

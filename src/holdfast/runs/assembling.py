@@ -37,7 +37,7 @@ def evidence_of(
         notes=(*manifest["notes"], *asked["notes"]),
         doubts=tuple(doubt_from_json(doubt) for doubt in asked["doubts"]),
         doubts_cost=Cost(cost["forwards"], cost["backwards"], cost["queries"], spent.cpu, spent.wall),
-        broken_by_probes=len({id_ for ids in asked["fallen"].values() for id_ in ids}),
+        broken_elsewhere=len({id_ for ids in asked["fallen"].values() for id_ in ids}),
     )
     outline = outline_from_json(manifest["config"])
     return conclude(outline, by_stage, seconds, context, randomised=manifest["model"]["randomised"])

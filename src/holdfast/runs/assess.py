@@ -22,14 +22,27 @@ from holdfast.reports.numbers import strict
 from holdfast.runs import probes
 from holdfast.runs.assembling import DOUBTS, adversarial, evidence_of
 from holdfast.runs.course import Course, Watch, shards_of
-from holdfast.runs.entry import batch_size_for, enough_threads, refuse_batch, refuse_data, refuse_threat
+from holdfast.runs.entry import (
+    batch_size_for,
+    enough_threads,
+    refuse_batch,
+    refuse_data,
+    refuse_threat,
+    slight,
+)
 from holdfast.runs.foresight import refuse_gates
 from holdfast.runs.identity import code_digest, hardware, versions
 from holdfast.runs.keeping import InFolder, InMemory, Keeper
 from holdfast.runs.order import Order, Progress, Subject, silent
 from holdfast.runs.result import Result, about_of
 from holdfast.runs.signals import Stopper, stoppable
-from holdfast.runs.written import VERDICT, doubt_to_json, outline_to_json, verdict_to_json
+from holdfast.runs.written import (
+    VERDICT,
+    doubt_to_json,
+    judgement_from_json,
+    outline_to_json,
+    verdict_to_json,
+)
 from holdfast.store.folder import RunFolder, Split, opened, planned
 
 VERB = "assess"
@@ -149,7 +162,7 @@ class _Making:
             "data": strict(
                 {"name": self.data.name, "digest": self.data.digest, "n": n, "classes": self.data.classes}
             ),
-            "notes": [*self.subject.notes, *getattr(self.data, "notes", ()), *self.target.notes],
+            "notes": self.notes(),
             "versions": versions(),
             "hardware": hardware(self.device),
             "seed": plan.seed,
@@ -161,6 +174,11 @@ class _Making:
                 "stages": [*(stage.name for stage in plan.stages()), DOUBTS],
             },
         }
+
+    def notes(self) -> list[str]:
+        """What a reader must know of model, data and threat before the numbers."""
+        small = slight(self.plan.threat.constraint, self.target.bare.bounds, self.features)
+        return [*self.subject.notes, *getattr(self.data, "notes", ()), *self.target.notes, *small]
 
     def about(self) -> dict[str, Any]:
         """What may differ between two equal runs."""
@@ -174,15 +192,19 @@ class _Making:
     ) -> Result:
         """Everything measured, judged, and, where there is a folder, recorded."""
         evidence, found = self.measured(keeper, stopper, manifest)
-        order, doubts = self.order, Doubts(evidence.doubts, self.order.accepted)
-        gates = tuple(judge(claim, evidence, doubts, baseline=order.baseline) for claim in order.gates)
+        known, order = keeper.document(VERDICT), self.order
+        if known is not None and not order.gates and not order.accepted:  # told again, as it was
+            gates, accepted = tuple(map(judgement_from_json, known["gates"])), known["accepted_doubts"]
+        else:
+            doubts, accepted = Doubts(evidence.doubts, order.accepted), order.accepted
+            gates = tuple(judge(claim, evidence, doubts, baseline=order.baseline) for claim in order.gates)
         with stopper.finishing():
-            keeper.record(VERDICT, verdict_to_json(gates, order.accepted))
+            keeper.record(VERDICT, verdict_to_json(gates, accepted))
         if folder is None:
             about, place = about_of(manifest, self.about(), None, None), None
         else:
             about, place = about_of(manifest, folder.about(), folder.path, folder.chain.head), folder.path
-        return Result(evidence, gates, order.accepted, about, place, found, order.baseline)
+        return Result(evidence, gates, accepted, about, place, found, order.baseline)
 
     def measured(
         self, keeper: Keeper, stopper: Stopper, manifest: Mapping[str, Any]
@@ -209,7 +231,12 @@ class _Making:
         if asked is None:
             keeper.begin(DOUBTS, 0)
             watch = Watch(lambda seconds, last: keeper.spend(DOUBTS, 0, seconds, done=last))
-            asked = _written(probes.ask(course, by_stage, missed, watch), missed, keeper.splits())
+            unasked = (
+                ["nothing was doubted: the doubts were switched off"] if self.plan.doubts == "none" else []
+            )
+            asked = _written(
+                probes.ask(course, by_stage, missed, watch), [*missed, *unasked], keeper.splits()
+            )
             with stopper.finishing():
                 keeper.record(DOUBTS, asked)
                 watch.tick(done=True)
@@ -217,7 +244,7 @@ class _Making:
         return evidence, adversarial(by_stage, names, smallest=self.plan.smallest)
 
 
-def _written(asked: probes.Asked, missed: Sequence[str], splits: Sequence[Split]) -> dict[str, Any]:
+def _written(asked: probes.Asked, remarks: Sequence[str], splits: Sequence[Split]) -> dict[str, Any]:
     """The document of the doubts, with what else a reader must know of the course of the run."""
     fallen = {name: ids.tolist() for name, ids in asked.findings.fallen.items()}
     broken = "; ".join(f"{name} ids {_listed(ids)}" for name, ids in fallen.items())
@@ -225,9 +252,9 @@ def _written(asked: probes.Asked, missed: Sequence[str], splits: Sequence[Split]
         "doubts": [doubt_to_json(doubt) for doubt in asked.findings.doubts],
         "fallen": fallen,
         "notes": [
-            *missed,
+            *remarks,
             *_halved(splits),
-            *([f"probes broke examples that stood: {broken}"] if broken else []),
+            *([f"outside the verdict, examples that stood were broken by {broken}"] if broken else []),
         ],
         "cost": {name: getattr(asked.cost, name) for name in ("forwards", "backwards", "queries")},
     }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.core.batch import Batch, Data
-from holdfast.core.constraints import extent
+from holdfast.core.constraints import L1, L2, Constraint, Linf, extent
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.threat import ThreatModel
@@ -64,6 +64,16 @@ def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) 
         raise UsageError(
             f"goal=targeted:{threat.goal} is no class of this model; it has {classes} (0 to {classes - 1})"
         )
+
+
+def slight(constraint: Constraint, bounds: Bounds, features: int) -> tuple[str, ...]:
+    """What is worth saying of an eps that moves no picture of 256 levels: most likely it was meant for another box."""
+    eps, width = constraint.eps, bounds.width
+    levels = {Linf: 1.0, L2: math.sqrt(features), L1: float(features)}.get(type(constraint), 0.0)
+    if not 0 < eps < 0.1 * levels * width / 255:
+        return ()
+    said = f"eps {eps:.3g} is less than a tenth of one step between 256 levels of the bounds, which are {width:g} wide"
+    return (f"{said}: eps counts in the units of the inputs",)
 
 
 def refuse_batch(batch: Batch, bounds: Bounds, classes: int, name: str) -> None:

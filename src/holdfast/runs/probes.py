@@ -11,7 +11,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns, Cost, Doubt
 from holdfast.core.model import Bounds, Model
 from holdfast.core.types import Ids, Inputs, Logits, Mask
-from holdfast.doubts.concluding import Circumstances, Findings, conclude
+from holdfast.doubts.concluding import Circumstances, Findings, broken_elsewhere, conclude
 from holdfast.doubts.probing import Probe, Probed, probes_for, probing_threat, rows_for
 from holdfast.harness import assemble, in_pieces
 from holdfast.runs.assembling import DOUBTS
@@ -58,21 +58,37 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], 
 
     Where time ran out nothing is probed, and `missed` says what the suite did not do.
     """
-    plan = course.plan
-    if plan.doubts == "none":
-        return Asked(Findings(()))
+    plan, passes = course.plan, _passes(course, by_stage)
     is_probability = by_stage["clean"]["is_probability"]
     columns = {**assemble(plan.outline(course.target.classes), by_stage), "is_probability": is_probability}
+    if plan.doubts == "none":
+        return Asked(Findings((), broken_elsewhere({}, columns, plan.threat, passes)))
     wanted = plan.suite if plan.doubts == "all" else ""
     circumstances = Circumstances(plan.threat, wanted, course.target.in_training, _first_gradients(by_stage))
     if not wanted:
-        return Asked(conclude({}, columns, circumstances))
+        return Asked(conclude({}, columns, circumstances, passes))
     if missed:
-        return Asked(_unfinished(conclude({}, columns, circumstances), missed))
+        return Asked(_unfinished(conclude({}, columns, circumstances, passes), missed))
     counted = Counted(course.target.quick)
     found = dict(_probed(course, counted, columns, watch))
     cost = Cost(counted.forwards, counted.backwards, counted.forwards)
-    return Asked(conclude(found, columns, circumstances), cost)
+    return Asked(conclude(found, columns, circumstances, passes), cost)
+
+
+def _passes(course: Course, by_stage: Mapping[str, Columns]) -> dict[str, Mask]:
+    """What the passes that are in no verdict broke inside the threat model: the fixed one and those of the curve.
+
+    The fixed one looks once, which proves nothing of a randomised model.
+    """
+    broke = {}
+    for stage in course.plan.stages():
+        if stage.name not in by_stage:
+            continue
+        if stage.kind == "curve" and stage.member is not None:
+            broke[f"{stage.member.name} of the curve"] = by_stage[stage.name]["success"]
+        elif stage.kind == "attacked" and not course.target.randomised:
+            broke["the fixed pass"] = by_stage[stage.name]["success"]
+    return broke
 
 
 def _first_gradients(by_stage: Mapping[str, Columns]) -> Mask | None:

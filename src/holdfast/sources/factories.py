@@ -146,6 +146,8 @@ def _import(path: Path) -> types.ModuleType:
 def _told(error: BaseException, files: Iterable[str]) -> str:
     """What was raised, in which line of the user's files and their neighbours, and what it says of itself."""
     own = {Path(name).resolve().parent for name in files}
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).resolve().parent in own:
+        return f"{type(error).__name__} in line {error.lineno} of {Path(error.filename).name}: {error.msg}"
     lines = [
         f" in line {frame.lineno} of {Path(frame.filename).name}"
         for frame in traceback.extract_tb(error.__traceback__)

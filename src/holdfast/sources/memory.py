@@ -24,8 +24,8 @@ def as_data(
 ) -> Data:
     """A data set from `(x, y)`, from a loader or a dataset of pairs, or the data set that was given.
 
-    Tensors keep their layout and float type; numpy arrays are read as an `.npz` would be. A loader is read once, into
-    memory. `lenient` takes values outside the bounds and labels outside the classes.
+    Tensors keep their layout, float32 and float64; numpy arrays are read as an `.npz` would be. A loader is
+    read once, into memory. `lenient` takes values outside the bounds and labels outside the classes.
     """
     if y is None:
         if isinstance(x, Data):
@@ -85,7 +85,7 @@ def _gathered(pairs: object) -> tuple[object, object]:
 def _array(values: object, what: str) -> Array:
     if isinstance(values, Tensor):
         values = values.detach().cpu()
-        return np.asarray(values.float() if values.dtype == torch.bfloat16 else values)
+        return np.asarray(values.float() if values.dtype in (torch.bfloat16, torch.float16) else values)
     try:
         array = np.asarray(values)
     except ValueError as error:

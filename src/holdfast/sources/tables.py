@@ -180,6 +180,11 @@ def _encoded(
     whole = {value: _whole(value) for value in values}
     if all(number is not None and number >= 0 for number in whole.values()):
         return np.array([whole[cell] for cell in column], dtype=np.int64), None, ()
+    if all(_number(value) is not None for value in values) and None in whole.values():
+        row = next(i for i, cell in enumerate(column) if whole[cell] is None)
+        raise TargetError(
+            f"the label of row {row} of {name} is {column[row]}; whole numbers from 0 on, or names, were expected"
+        )
     index = {value: i for i, value in enumerate(values)}
     shown = ", ".join(f"{value}={i}" for value, i in itertools.islice(index.items(), 6))
     notes = (f"labels were encoded in sorted order: {shown}{' …' if len(index) > 6 else ''}",)
@@ -187,11 +192,15 @@ def _encoded(
 
 
 def _whole(text: str) -> int | None:
+    number = _number(text)
+    return int(number) if number is not None and number.is_integer() else None
+
+
+def _number(text: str) -> float | None:
     try:
-        number = float(text)
+        return float(text)
     except ValueError:
         return None
-    return int(number) if number.is_integer() else None
 
 
 def _numbers(table: Table, features: list[str], rows: NDArray[np.int64]) -> NDArray[np.float32]:
