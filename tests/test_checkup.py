@@ -101,3 +101,50 @@ def test_what_is_no_better_than_chance_is_no_alternative() -> None:
 
     x = torch.linspace(0.1, 0.9, 40)[:, None].repeat(1, 3)  # all above zero until a half is taken away
     assert "normalisation" not in said(holdfast.doctor(guess, (x, torch.zeros(40, dtype=torch.long))))
+
+
+def normalised(x: torch.Tensor) -> torch.Tensor:
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (x - mean[:, None, None]) / std[:, None, None]
+
+
+def colourful(x: torch.Tensor) -> torch.Tensor:
+    weight = torch.randn(10, 48, generator=torch.Generator().manual_seed(1))
+    return torch.tanh(normalised(x).flatten(1)) @ weight.T
+
+
+def test_normalising_twice_is_named_on_either_side() -> None:
+    x = torch.rand(200, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    y = colourful(x).argmax(1)
+    before = said(holdfast.doctor(colourful, (normalised(x), y), bounds=(-3, 3)))
+    inside = said(holdfast.doctor(lambda x: colourful(normalised(x)), (x, y)))
+    for found in (before, inside):
+        assert found["normalisation"][0] == "problem" and found["normalisation"][1].startswith(
+            "it is done twice"
+        )
+    missing = said(
+        holdfast.doctor(
+            lambda x: (
+                torch.tanh(x.flatten(1)) @ torch.randn(10, 48, generator=torch.Generator().manual_seed(1)).T
+            ),
+            (x, y),
+        )
+    )
+    assert missing["normalisation"] == (
+        "problem",
+        "declare it: --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225",
+    )
+    assert "normalisation" not in said(holdfast.doctor(colourful, (x, y)))
+
+
+def test_no_alternative_is_believed_where_outputs_change_between_calls() -> None:
+    x = torch.rand(200, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    y, calls = colourful(x).argmax(1), []
+
+    def turning(z: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return colourful(z) * (1 if len(calls) % 2 else -1)
+
+    found = said(holdfast.doctor(turning, (x, y)))
+    assert found["randomness"][0] == "warning"
+    assert not {"normalisation", "labels", "scale"} & set(found)

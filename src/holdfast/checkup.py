@@ -7,6 +7,7 @@ often than what was declared, so that a merely weak model is not accused.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -33,6 +34,8 @@ _NORMALISATIONS = {
     "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "the half-half": ((0.5,), (0.5,)),
 }
+_STEADY = 1e-4  # share of the largest logit by which rounding may move an output
+_TWICE = "it is done twice, by the network and before it: give the data as they were, or leave one of the steps out"
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,25 @@ class Patient:
     in_training: tuple[str, ...]
     logits: Tensor
 
+    @cached_property
+    def moved(self) -> float:
+        """How far the outputs change when the model is asked again, as a share of the largest logit."""
+        return self.change(_ask(self.model, self.batch.x))
+
+    def change(self, logits: Tensor) -> float:
+        """The largest difference to the outputs, as a share of the largest of them."""
+        scale = self.logits.nan_to_num().abs().max().clamp_min(1e-12)
+        return float((logits - self.logits).nan_to_num().abs().max() / scale)
+
     @property
     def accuracy(self) -> float:
         """Share of the sample that is classified correctly."""
         return _accuracy(self.logits, self.batch.y)
 
     def beaten_by(self, other: float) -> bool:
-        """Whether an alternative is right so much more often, than chance too, that the model cannot be merely weak."""
+        """Whether an alternative is right so much more often, than chance too, that the model is not weak or noisy."""
+        if self.moved > _STEADY:
+            return False
         more = other - max(self.accuracy, 1 / self.logits.shape[1])
         return more > _BETTER and more * len(self.batch) > _MORE - 0.5
 
@@ -236,26 +251,25 @@ def _normalisation(patient: Patient) -> Iterator[Finding]:
         without = _accuracy(_ask(bare, batch.x), batch.y)
         if patient.beaten_by(without):
             text = f"accuracy is {patient.accuracy:.0%}, but {without:.0%} without --mean and --std"
-            yield Finding(
-                "normalisation", "problem", text, "the network normalises by itself; leave them out"
-            )
+            yield Finding("normalisation", "problem", text, "the network does so itself; leave them out")
         return
-    best, best_name = patient.accuracy, ""
+    best, found = patient.accuracy, None
     for name, (mean, std) in _NORMALISATIONS.items():
         if len(mean) not in (1, batch.x.shape[1]):
             continue
-        accuracy = _accuracy(
-            _ask(Classifier(model.net, mean=mean, std=std, batches=model.batches), batch.x), batch.y
-        )
-        if accuracy > best and patient.beaten_by(accuracy):
-            best, best_name = accuracy, name
-    if best_name:
-        flags = " ".join(
-            f"--{flag} {','.join(map(str, values))}"
-            for flag, values in zip(("mean", "std"), _NORMALISATIONS[best_name], strict=True)
-        )
-        text = f"accuracy is {patient.accuracy:.0%}, but {best:.0%} with {best_name} normalisation"
-        yield Finding("normalisation", "problem", text, f"declare it: {flags}")
+        flags = f"--mean {','.join(map(str, mean))} --std {','.join(map(str, std))}"
+        undone = [-m / s for m, s in zip(mean, std, strict=True)], [1 / s for s in std]
+        for shift, scale, text, way_out in (
+            (mean, std, f"with {name} normalisation", f"declare it: {flags}"),
+            (*undone, f"with {name} normalisation undone", _TWICE),
+        ):
+            changed = Classifier(model.net, mean=shift, std=scale, batches=model.batches)
+            accuracy = _accuracy(_ask(changed, batch.x), batch.y)
+            if accuracy > best and patient.beaten_by(accuracy):
+                best, found = accuracy, (text, way_out)
+    if found is not None:
+        text = f"accuracy is {patient.accuracy:.0%}, but {best:.0%} {found[0]}"
+        yield Finding("normalisation", "problem", text, found[1])
 
 
 def _labels_outside(y: Tensor, classes: int) -> Iterator[Finding]:
@@ -327,20 +341,16 @@ def _steadiness(patient: Patient) -> Iterator[Finding]:
         yield Finding(
             "mode", "problem", f"layers are in train mode: {names}", "call model.eval() in the factory"
         )
-    again = _ask(patient.model, patient.batch.x)
-    scale = patient.logits.nan_to_num().abs().max().clamp_min(1e-12)
-    change = float((again - patient.logits).nan_to_num().abs().max() / scale)
-    if change > 1e-4:
+    if patient.moved > _STEADY:
         yield Finding(
             "randomness",
             "warning",
-            f"two calls on the same inputs differ by {change:.2g} of the largest logit",
+            f"two calls on the same inputs differ by {patient.moved:.2g} of the largest logit",
             "if that is no defence, a dropout is on; if it is, use --suite rand",
         )
         return
-    backwards = _ask(patient.model, patient.batch.x.flip(0)).flip(0)
-    change = float((backwards - patient.logits).nan_to_num().abs().max() / scale)
-    if change > 1e-4:
+    change = patient.change(_ask(patient.model, patient.batch.x.flip(0)).flip(0))
+    if change > _STEADY:
         text = f"outputs depend on the other inputs in the batch (by {change:.2g} of the largest logit)"
         yield Finding(
             "state", "problem", text, "is a batch norm using batch statistics, or does the model remember?"
@@ -351,7 +361,8 @@ def _steadiness(patient: Patient) -> Iterator[Finding]:
 
 def _gradients(patient: Patient) -> Iterator[Finding]:
     if patient.model.access != "gradients":
-        yield Finding("gradients", "warning", "the model gives scores only", "use --suite black-box")
+        why = f", for {patient.model.hides}" if patient.model.hides else ""
+        yield Finding("gradients", "warning", f"the model gives scores only{why}", "use --suite black-box")
         return
     x = patient.batch.x.clone().requires_grad_()
     logits = patient.model(x)

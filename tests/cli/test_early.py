@@ -1,5 +1,8 @@
 """What the command line refuses before torch is there: in the words of the floors below."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,3 +27,18 @@ def test_the_nearest_file_is_offered(tmp_path: Path) -> None:
 @pytest.mark.parametrize("address", [None, "mnist-cnn", "https://host/model.pt", "."])
 def test_what_is_there_or_no_file_is_left_to_the_floors_below(address) -> None:
     refuse_missing_file(address)
+
+
+@pytest.mark.parametrize("set_by_the_user, stands", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_while_they_wait_and_torch_is_told_in_time(set_by_the_user, stands) -> None:
+    code = (
+        "import atexit, os, sys; from holdfast.cli import main; "
+        "atexit.register(lambda: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)); main(['--version'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if set_by_the_user:
+        environment["OMP_WAIT_POLICY"] = set_by_the_user
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == f"{stands} False"

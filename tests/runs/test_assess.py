@@ -128,10 +128,22 @@ def test_a_finished_run_that_is_told_again_without_its_gates_keeps_its_verdict(t
     again = assess(subject(), data(), order(FAST, gates=()), run=tmp_path / "run", resume=True)
     assert again.exit_code == failed.exit_code == open_run(tmp_path / "run").exit_code == 1
     assert again.gates == failed.gates
+    answered = order(FAST, gates=(), accepted={"not-exhausted": "seen"})
+    assert assess(subject(), data(), answered, run=tmp_path / "run", resume=True).exit_code == 1
+    kept = open_run(tmp_path / "run")
+    assert (kept.exit_code, dict(kept.accepted_doubts)) == (1, {"not-exhausted": "seen"})
     other = assess(
         subject(), data(), order(FAST, gates=("clean_accuracy >= 0.1",)), run=tmp_path / "run", resume=True
     )
     assert other.exit_code == open_run(tmp_path / "run").exit_code == 0
+
+
+def test_a_run_whose_model_or_threat_was_altered_is_not_reported(tmp_path):
+    assess(subject(), data(), order(FAST), run=tmp_path / "run")
+    named = tmp_path / "run" / "run.json"
+    named.write_text(named.read_text().replace("0.06", "0.6"))
+    with pytest.raises(TargetError, match="run.json' is not what the chain recorded; restore it from a copy"):
+        open_run(tmp_path / "run")
 
 
 def test_time_that_runs_out_midway_keeps_what_was_found(monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+import holdfast
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.models import open_model
 
@@ -527,6 +528,13 @@ def test_an_unknown_operator_is_named_and_served_without_gradients(tmp_path: Pat
     opened = open_model(write(tmp_path / "m.onnx", nodes, {"w": floats(5, 3) + 1}, shape=(N, 5)))
     assert opened.access == "scores"
     assert "Atan, Sinh cannot be imported" in opened.notes[0]
+    data = (np.random.default_rng(0).random((4, 5), np.float32), np.zeros(4, np.int64))
+    with pytest.raises(
+        UsageError, match="PGD needs gradients, but only scores can be seen here, for the operators Atan, Si"
+    ):
+        holdfast.assess(str(tmp_path / "m.onnx"), data, "linf:0.1", "quick")
+    gradients = next(f for f in holdfast.doctor(str(tmp_path / "m.onnx"), data) if f.check == "gradients")
+    assert gradients.text == "the model gives scores only, for the operators Atan, Sinh cannot be imported"
     x = torch.rand(4, 5, requires_grad=True)
     assert opened.model(x).shape == (4, 3)
     assert not opened.model(x).requires_grad

@@ -1,6 +1,7 @@
 """The entry point: a group whose commands are loaded when they are called, and one place where errors become words."""
 
 import importlib
+import os
 import signal
 import sys
 import traceback
@@ -67,6 +68,8 @@ def verbs() -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     words = list(sys.argv[1:] if args is None else args)
+    # read when torch is imported: threads that spin while they wait cost five times the run where a core is busy
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, Stopper())
     outlive_readers()
     try:

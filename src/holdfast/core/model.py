@@ -100,9 +100,9 @@ class Classifier(nn.Module):
     """A network with its bounds and its preprocessing: `net((x - mean) / std)`.
 
     `mean` and `std` hold one number a channel (or a feature, for tables). `access` is the most that the target can
-    give: a file served through a runtime without gradients has "scores". `batches` are those that the network takes,
-    where it refuses some. Raises `TargetError` when the network does not return a float tensor (n, classes). One logit
-    an example becomes two classes, (0, z).
+    give: a file served through a runtime without gradients has "scores", and `hides` says why. `batches` are those that
+    the network takes, where it refuses some. Raises `TargetError` when the network does not return a float tensor
+    (n, classes). One logit an example becomes two classes, (0, z).
     """
 
     def __init__(
@@ -123,6 +123,7 @@ class Classifier(nn.Module):
         self.access: Access = access
         self.batches = batches
         self.rewrites = False
+        self.hides = ""
         self._took: int | None = None
         self.mean: Tensor | None
         self.std: Tensor | None

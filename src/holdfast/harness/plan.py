@@ -136,14 +136,15 @@ def few_classes(plain: Mapping[str, Any], classes: int, *, aimed: bool) -> tuple
     return tuple(notes)
 
 
-def refuse_what_is_hidden(plan: Plan, target: Access) -> Plan:
-    """The plan with the access that the target can give at most; `UsageError` if an attack needs more."""
+def refuse_what_is_hidden(plan: Plan, target: Access, why: str = "") -> Plan:
+    """The plan with the access that the target can give at most; `UsageError` if an attack needs more, saying `why`."""
     least: Access = min(plan.threat.access, target, key=ACCESS_ORDER.index)
     seen = replace(plan, threat=replace(plan.threat, access=least))
     for member in (*seen.members, *seen.curve):
         if not seen.threat.gives(member.attack.needs):
+            reason = f", for {why}" if why and least == target else ""
             raise UsageError(
-                f"{member.name} needs {member.attack.needs}, but only {least} can be seen here; "
+                f"{member.name} needs {member.attack.needs}, but only {least} can be seen here{reason}; "
                 f"{_way_out(member, seen, target)}"
             )
     return seen

@@ -16,7 +16,7 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.model import Classifier
-from holdfast.gates.judging import Doubts, judge
+from holdfast.gates.judging import Doubts, Judgement, judge
 from holdfast.harness import LOOKED_AT, Plan, Target, prepared, refuse_what_is_hidden
 from holdfast.reports.numbers import strict
 from holdfast.runs import probes
@@ -71,10 +71,9 @@ def assess(
         enough_threads(target.bare, sample.x),
     ):
         _refuse(target, sample, order, data)
-        plan = refuse_what_is_hidden(order.plan, subject.model.access)
+        plan = refuse_what_is_hidden(order.plan, subject.model.access, subject.model.hides)
         refuse_gates(order.gates, plan, target, sample)
-        features = sample.x[0].numel()
-        made = _Making(subject, data, order, plan, target, device, features, progress)
+        made = _Making(subject, data, order, plan, target, device, tuple(sample.x.shape[1:]), progress)
         if run is None:
             return made.result(InMemory(), Stopper(), made.manifest(None), None)
         with stoppable(way_out(order.command, run)) as stopper:
@@ -130,7 +129,7 @@ class _Making:
     plan: Plan
     target: Target
     device: torch.device
-    features: int
+    shape: tuple[int, ...]
     progress: Progress
 
     def manifest(self, known: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -146,7 +145,7 @@ class _Making:
             "time_budget_s": order.time_budget_s,
         }
         randomised, n = self.target.randomised, len(self.data)
-        size = order.batch_size or batch_size_for(self.features, order.device)
+        size = order.batch_size or batch_size_for(math.prod(self.shape), order.device)
         if known is not None:
             size = known["plan"]["batch_size"]
         return {
@@ -159,9 +158,7 @@ class _Making:
             },
             "config": config,
             "model": strict({**self.subject.card, "randomised": randomised}),
-            "data": strict(
-                {"name": self.data.name, "digest": self.data.digest, "n": n, "classes": self.data.classes}
-            ),
+            "data": self.data_card(),
             "notes": self.notes(),
             "versions": versions(),
             "hardware": hardware(self.device),
@@ -175,9 +172,16 @@ class _Making:
             },
         }
 
+    def data_card(self) -> dict[str, Any]:
+        """What identifies the examples, and what one of them is like."""
+        data = self.data
+        known = {"name": data.name, "digest": data.digest, "n": len(data), "shape": self.shape}
+        content: dict[str, Any] = strict({**known, "classes": data.classes})
+        return content
+
     def notes(self) -> list[str]:
         """What a reader must know of model, data and threat before the numbers."""
-        small = slight(self.plan.threat.constraint, self.target.bare.bounds, self.features)
+        small = slight(self.plan.threat.constraint, self.target.bare.bounds, math.prod(self.shape))
         return [*self.subject.notes, *getattr(self.data, "notes", ()), *self.target.notes, *small]
 
     def about(self) -> dict[str, Any]:
@@ -192,19 +196,28 @@ class _Making:
     ) -> Result:
         """Everything measured, judged, and, where there is a folder, recorded."""
         evidence, found = self.measured(keeper, stopper, manifest)
-        known, order = keeper.document(VERDICT), self.order
-        if known is not None and not order.gates and not order.accepted:  # told again, as it was
-            gates, accepted = tuple(map(judgement_from_json, known["gates"])), known["accepted_doubts"]
-        else:
-            doubts, accepted = Doubts(evidence.doubts, order.accepted), order.accepted
-            gates = tuple(judge(claim, evidence, doubts, baseline=order.baseline) for claim in order.gates)
+        gates, accepted = self.judged(evidence, keeper.document(VERDICT))
         with stopper.finishing():
             keeper.record(VERDICT, verdict_to_json(gates, accepted))
         if folder is None:
             about, place = about_of(manifest, self.about(), None, None), None
         else:
             about, place = about_of(manifest, folder.about(), folder.path, folder.chain.head), folder.path
-        return Result(evidence, gates, accepted, about, place, found, order.baseline)
+        return Result(evidence, gates, accepted, about, place, found, self.order.baseline)
+
+    def judged(
+        self, evidence: Evidence, known: Mapping[str, Any] | None
+    ) -> tuple[tuple[Judgement, ...], Mapping[str, str]]:
+        """The gates on the evidence, and the doubts that were answered for; what is not asked anew is as `known`."""
+        order, claims, accepted = self.order, self.order.gates, self.order.accepted
+        if known is not None:
+            before = tuple(map(judgement_from_json, known["gates"]))
+            if not claims and not accepted:
+                return before, known["accepted_doubts"]
+            claims = claims or tuple(judgement.claim for judgement in before)
+            accepted = accepted or known["accepted_doubts"]
+        doubts = Doubts(evidence.doubts, accepted)
+        return tuple(judge(claim, evidence, doubts, baseline=order.baseline) for claim in claims), accepted
 
     def measured(
         self, keeper: Keeper, stopper: Stopper, manifest: Mapping[str, Any]
@@ -247,7 +260,7 @@ class _Making:
 def _written(asked: probes.Asked, remarks: Sequence[str], splits: Sequence[Split]) -> dict[str, Any]:
     """The document of the doubts, with what else a reader must know of the course of the run."""
     fallen = {name: ids.tolist() for name, ids in asked.findings.fallen.items()}
-    broken = "; ".join(f"{name} ids {_listed(ids)}" for name, ids in fallen.items())
+    broken = "; ".join(f"{_FRESH.get(name, name)} ids {_listed(ids)}" for name, ids in fallen.items())
     return {
         "doubts": [doubt_to_json(doubt) for doubt in asked.findings.doubts],
         "fallen": fallen,
@@ -258,6 +271,9 @@ def _written(asked: probes.Asked, remarks: Sequence[str], splits: Sequence[Split
         ],
         "cost": {name: getattr(asked.cost, name) for name in ("forwards", "backwards", "queries")},
     }
+
+
+_FRESH = {"again": "a fresh pass of the suite"}
 
 
 def _halved(splits: Sequence[Split]) -> list[str]:

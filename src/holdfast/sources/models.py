@@ -254,4 +254,5 @@ def _open_onnx(opening: _Opening, path: Path) -> OpenedModel:
 
     graph = open_onnx(path)
     model = opening.declared.filled(Declared(classes=graph.classes)).wrap(graph.net, access=graph.access)
+    model.hides = graph.hides
     return OpenedModel(model, opening.address, "onnx", graph.files, graph.notes)

@@ -268,12 +268,11 @@ def _refuse_another(path: Path, known: Mapping[str, Any], wanted: Mapping[str, A
 def _started(path: Path) -> Chain:
     """The chain, whose first record names the manifest."""
     chain = read_chain(path, mend=True)
-    with usable(path):
-        found = digest((path / MANIFEST).read_bytes())
     if not chain.links:
+        with usable(path):
+            found = digest((path / MANIFEST).read_bytes())
         chain.add({"kind": "run", "file": MANIFEST, "digest": found})
-    elif chain.links[0].content.get("digest") != found:
-        raise TargetError(f"{str(path / MANIFEST)!r} is not what the chain recorded; restore it from a copy")
+    recorded_document(path, chain, "run")
     return chain
 
 

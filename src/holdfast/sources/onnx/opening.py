@@ -28,6 +28,8 @@ class OnnxModel:
 
     net: nn.Module
     access: Access
+    hides: str
+    """why it gives no gradients, where it gives none"""
     classes: int
     files: Mapping[str, str]
     notes: tuple[str, ...]
@@ -87,23 +89,22 @@ def open_onnx(path: Path) -> OnnxModel:
     file = read_onnx(path)
     output, classes, notes = _chosen_output(file, path)
     unknown = unknown_operators(file)
+    access: Access
     try:
         if unknown:
             raise Unsupported(f"the operators {', '.join(unknown)}")
         net, said = _imported(file, output)
         _compare(net, file, output, path)
-        access: Access = "gradients"
+        access, hides = "gradients", ""
         notes += said
     except Unsupported as reason:
-        net, access = Runtime(file, output), "scores"
-        notes += (
-            f"{reason} cannot be imported; served through onnxruntime, scores only and without gradients",
-        )
+        net, access, hides = Runtime(file, output), "scores", f"{reason} cannot be imported"
+        notes += (f"{hides}; served through onnxruntime, scores only and without gradients",)
     shape = file.input.shape
     if len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3):
         net = ChannelsLast(net)
         notes += ("the model takes its channels last; inputs are transposed for it",)
-    return OnnxModel(net, access, classes, file.files, notes)
+    return OnnxModel(net, access, hides, classes, file.files, notes)
 
 
 def _imported(file: OnnxFile, output: str) -> tuple[nn.Module, tuple[str, ...]]:
