@@ -22,7 +22,7 @@ REFUSED = [
     ("a: [", "no YAML"),
     ("model: !!python/object/apply:os.getcwd []", "no YAML"),
     ("- model", "holds a list"),
-    ("n: 1\nn: 2", "'n' stands twice"),
+    ("n: 1\nn: 2", "holdfast.yaml: 'n' stands twice"),
     ("thret: linf:0.1", "did you mean 'threat'"),
     ("n: 0", "holdfast.yaml: n is 0; expected at least 1$"),
     ("n: abc", "n is 'abc'; expected a whole number$"),

@@ -347,6 +347,15 @@ def table(path: Path, rows: list[list[str]]) -> str:
     return str(path)
 
 
+def test_folders_inside_class_folders_are_pointed_out(tmp_path: Path) -> None:
+    for name in ("0", "1"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (4, 4)).save(tmp_path / name / "a.png")
+    assert not open_data(str(tmp_path)).notes
+    (tmp_path / "1" / "more").mkdir()
+    assert open_data(str(tmp_path)).notes == ("folders inside class folders are not read: 1/more",)
+
+
 @pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
 def test_tables_are_numbers_and_a_label(tmp_path: Path, name: str) -> None:
     data = open_data(table(tmp_path / name, ROWS), label="kind")

@@ -211,6 +211,8 @@ def load(path: Path) -> dict[str, Any]:
 def _parsed(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a safe loader)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
         said = " ".join(str(error).split())
         raise UsageError(f"{where} is no YAML: {said}; write KEY: VALUE, with text in quotes") from error

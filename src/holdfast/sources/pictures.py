@@ -81,7 +81,7 @@ def open_folder(
     chosen = [turns[row] for row in rows]
     paths = tuple(path for path, _ in chosen)
     mode, said = _measured(paths)
-    notes = (*_numbered(names), *said)
+    notes = (*_numbered(names), *said, *_nested(root, names))
     empty = [name for name, column in zip(names, columns, strict=True) if not column]
     if empty:
         counted = "1 class folder holds" if len(empty) == 1 else f"{len(empty)} class folders hold"
@@ -102,6 +102,15 @@ def _numbered(names: Sequence[str]) -> tuple[str, ...]:
         return ()
     shown = ", ".join(f"{name}={y}" for y, name in enumerate(names[:6]))
     return (f"class folders were numbered in sorted order: {shown}{' …' if len(names) > 6 else ''}",)
+
+
+def _nested(root: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Folders inside class folders, which are not looked into."""
+    inner = [f"{name}/{entry.name}" for name in names for entry in (root / name).iterdir() if entry.is_dir()]
+    if not inner:
+        return ()
+    shown = ", ".join(sorted(inner)[:3]) + (" …" if len(inner) > 3 else "")
+    return (f"folders inside class folders are not read: {shown}",)
 
 
 def _split_folder(folder: Path, split: str | None) -> Path:
