@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -115,6 +116,22 @@ def _sparse(steps: int, step_size: float) -> Reference:
     return run
 
 
+def _rays(queries: int) -> Reference:
+    def run(model: nn.Module, x: Tensor, y: Tensor, case: Comparison) -> Tensor:
+        def labels(some: Tensor) -> Tensor:
+            with torch.no_grad():
+                found: Tensor = model(some).argmax(1)
+            return found
+
+        attack = peer("RayS").RayS(types.SimpleNamespace(predict_label=labels), epsilon=0.0)
+        with mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor):  # it knows no other device
+            attack.attack_hard_label(x, y, query_limit=queries)
+        out: Tensor = attack.x_final
+        return out
+
+    return run
+
+
 def _predictions(model: nn.Module, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         logits = model(torch.from_numpy(x).permute(0, 3, 1, 2).float())
@@ -205,6 +222,10 @@ COMPARISONS = [
         Comparison(f"square-{norm.lower()}", norm, eps, {"queries": 1000}, {"AutoAttack": square()}, seeds=(0, 1, 2),
                    network=UNDEFENDED, n=100)
         for norm, eps in (("Linf", 0.15), ("L2", 2.0), ("L1", 15.0))
+    ),
+    *(
+        minimal(f"rays-{queries}", "Linf", settings={"queries": queries}, references={"RayS": _rays(queries)})
+        for queries in (300, 1000, 3000)
     ),
     minimal(
         "deepfool-l2", "L2", settings={"steps": 50},

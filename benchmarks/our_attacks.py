@@ -1,6 +1,19 @@
 """Our attack for each comparison of `attack_cases`, at the settings that stand there."""
 
-from holdfast.attacks import APGD, BIM, DDN, FAB, FGSM, FMN, PGD, CarliniWagner, DeepFool, MomentumPGD, Square
+from holdfast.attacks import (
+    APGD,
+    BIM,
+    DDN,
+    FAB,
+    FGSM,
+    FMN,
+    PGD,
+    CarliniWagner,
+    DeepFool,
+    MomentumPGD,
+    RayS,
+    Square,
+)
 from holdfast.attacks.protocol import Attack
 from holdfast.ops.losses import cross_entropy, dlr
 
@@ -26,6 +39,8 @@ def ours_for(name: str) -> dict[str, Attack]:
         return {"holdfast": FAB(steps=100, targets=9 if rest.startswith("t-") else 0)}
     if kind == "square":
         return {"holdfast": Square(queries=1000)}
+    if kind == "rays":
+        return {"holdfast": RayS(queries=int(rest))}
     if kind == "deepfool":
         return {"holdfast": DeepFool(steps=50)}
     if name == "cw-l2":

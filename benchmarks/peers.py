@@ -1,9 +1,10 @@
 """Where the peers are: importable packages, and checkouts of those that live in git only.
 
 `use(folder)` puts checkouts on the import path: the folder may hold `auto-attack` (fra31/auto-attack), `adv-lib`
-(jeromerony/adversarial-library) and `sparse-imperceivable-attacks` (fra31/sparse-imperceivable-attacks). adv-lib
-imports torchvision and visdom at the top of modules that the attacks compared here never use (perceptual distances and
-live plots), so without them two empty stand-ins take their place; torchattacks is installed with `--no-deps`.
+(jeromerony/adversarial-library), `sparse-imperceivable-attacks` (fra31/sparse-imperceivable-attacks) and `RayS`
+(uclaml/RayS). adv-lib imports torchvision and visdom at the top of modules that the attacks compared here never use
+(perceptual distances and live plots), so without them two empty stand-ins take their place; RayS gets one for its
+progress bar, which wants a terminal; torchattacks is installed with `--no-deps`.
 """
 
 import importlib
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ CHECKOUTS = {
     "autoattack": "auto-attack",
     "adv_lib": "adv-lib",
     "pgd_attacks_pt": "sparse-imperceivable-attacks",
+    "RayS": "RayS",
 }
 DISTRIBUTIONS = {
     "foolbox": "foolbox",
@@ -31,6 +33,8 @@ DISTRIBUTIONS = {
     "cleverhans": "cleverhans",
     "torchattacks": "torchattacks",
 }
+_BAR = "pgbar"
+_UNUSED = {"adv_lib": ("torchvision", "visdom"), "RayS": (_BAR,)}
 _commits: dict[str, str] = {}
 
 
@@ -56,7 +60,7 @@ def peer(module: str) -> ModuleType:
     """The imported module of a peer, or `Absent` with the way to get it."""
     top = module.partition(".")[0]
     try:
-        with warnings.catch_warnings(), _stand_ins(top == "adv_lib"):
+        with warnings.catch_warnings(), _stand_ins(_UNUSED.get(top, ())):
             warnings.simplefilter("ignore")
             return importlib.import_module(module)
     except ImportError as e:
@@ -79,13 +83,13 @@ def version(module: str) -> str:
 
 
 @contextmanager
-def _stand_ins(wanted: bool) -> Iterator[None]:
-    """Empty torchvision and visdom while adv-lib is imported, where they are not installed."""
+def _stand_ins(wanted: Iterable[str]) -> Iterator[None]:
+    """Empty modules while a peer is imported that never uses them here, where they are not installed."""
     lent = []
-    for name in ("torchvision", "visdom") if wanted else ():
-        if name not in sys.modules and importlib.util.find_spec(name) is None:
+    for name in wanted:
+        if name == _BAR or (name not in sys.modules and importlib.util.find_spec(name) is None):
             sys.modules[name] = types.ModuleType(name)
-            sys.modules[name].__dict__["models"] = None
+            sys.modules[name].__dict__.update(models=None, progress_bar=lambda *_, **__: None)
             lent.append(name)
     try:
         yield

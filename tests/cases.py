@@ -11,6 +11,7 @@ from holdfast.attacks import (
     CarliniWagner,
     DeepFool,
     MomentumPGD,
+    RayS,
     Square,
 )
 from holdfast.core.constraints import L0, L1, L2, Linf
@@ -40,6 +41,7 @@ ATTACKS = [
     Case(Square(queries=150), Linf, slack=0.9, many=0.6),
     Case(Square(queries=150), L2, slack=0.6, many=0.45),
     Case(Square(queries=300), L1, slack=0.75, many=0.5),
+    Case(RayS(queries=400), Linf, slack=0.9, many=0.6, smallest=True),
     Case(DeepFool(), Linf, many=0.6, smallest=True),
     Case(DeepFool(), L2, many=0.85, smallest=True),
     Case(DeepFool(), L1, many=0.75, smallest=True),

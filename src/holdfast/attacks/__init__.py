@@ -10,6 +10,7 @@ from holdfast.attacks.fgsm import FGSM
 from holdfast.attacks.fmn import FMN
 from holdfast.attacks.momentum_pgd import MomentumPGD
 from holdfast.attacks.pgd import PGD
+from holdfast.attacks.rays import RayS
 from holdfast.attacks.square import Square
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "CarliniWagner",
     "DeepFool",
     "MomentumPGD",
+    "RayS",
     "Square",
 ]

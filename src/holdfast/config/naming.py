@@ -19,6 +19,7 @@ ATTACKS: Final = (
     "FGSM",
     "FMN",
     "PGD",
+    "RayS",
     "CarliniWagner",
     "DeepFool",
     "MomentumPGD",

@@ -1,0 +1,109 @@
+"""RayS: the ray of signs along which the boundary is nearest, from labels alone.
+
+Chen & Gu, "RayS: a ray searching method for hard-label adversarial attack", KDD 2020, arXiv:2006.12792.
+Differs from the paper: while nothing is broken rays are tried at the corners of the box; the search along a ray gallops
+down from the radius known, for most flips gain little, and ends at a share of it; after single features the blocks
+begin anew with the whole input; and an example leaves once it is broken inside a finite eps.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import Linf
+from holdfast.core.draws import Draws
+from holdfast.core.model import Bounds, Model
+from holdfast.core.rows import spread
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs, Mask, Positive, Rows, Steps
+from holdfast.ops.closest import Closest, firmly_broken
+from holdfast.ops.norms import expect_norm
+
+
+@dataclass(frozen=True)
+class RayS:
+    """Flip the signs of ever smaller blocks, and keep each flip that brings the boundary nearer."""
+
+    queries: Steps = 5000
+    """forwards for each example, at most; the threat model's budget where that is less"""
+    precision: Positive = 0.001
+    """share of the radius at which the search along a ray ends"""
+
+    needs: ClassVar[Access] = "labels"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        norm, closest = expect_norm(threat.constraint, self, Linf), Closest(batch)
+        enough = norm.eps if norm.eps < math.inf else 0.0
+        left, rays, x = batch, _Rays(batch, model.bounds, self.precision), batch.x
+        with torch.no_grad():
+            for query in range(min(self.queries, threat.queries or self.queries)):
+                if not len(left):
+                    break
+                broken = firmly_broken(model(x, left.ids), left)
+                closest.offer(left, x, norm.distance(x, left.x), broken)
+                if query:
+                    rays.learn(broken)
+                stays = closest.distance[closest.rows(left)] > enough
+                if not stays.all():
+                    left = left.take(stays)
+                    rays.take(stays)
+                x = rays.points(left.x)
+        return norm.project(closest.x, batch.x, model.bounds)
+
+
+_STATE = ("_best", "_radius", "_trial", "_probe", "_low", "_high", "_stride", "_blocks", "_block")
+
+
+class _Rays:
+    """The best ray of each example, and the one on trial: where it breaks the model, and up to where it does not."""
+
+    def __init__(self, batch: Batch, bounds: Bounds, precision: float) -> None:
+        self._bounds, self._precision = bounds, precision
+        self._best = torch.ones_like(batch.x).flatten(1)
+        self._radius = torch.full_like(batch.x.flatten(1)[:, 0], torch.inf)
+        self._trial = self._best.clone()
+        self._probe = torch.full_like(self._radius, bounds.width)
+        self._low, self._high = torch.zeros_like(self._radius), self._radius.clone()
+        self._stride = self._probe / 2
+        self._blocks, self._block = torch.ones_like(batch.ids), torch.full_like(batch.ids, -1)
+
+    def take(self, rows: Mask) -> None:
+        """Go on with some examples."""
+        for name in _STATE:
+            setattr(self, name, getattr(self, name)[rows])
+
+    def points(self, clean: Inputs) -> Inputs:
+        """Where each example is asked next."""
+        return self._bounds.clamp(clean + spread(self._probe, clean) * self._trial.view_as(clean))
+
+    def learn(self, broken: Mask) -> None:
+        """Take the answers in: search on along the ray, or turn to the next one."""
+        searching = self._high < torch.inf
+        self._low = torch.where(searching & ~broken, self._probe, self._low)
+        self._high = torch.where(broken, self._probe, self._high)
+        found = (self._high < torch.inf) & (self._high - self._low <= self._precision * self._high)
+        self._best[found] = self._trial[found]
+        self._radius = torch.where(found, self._high, self._radius)
+        gallop = torch.maximum(self._high - self._stride, self._high / 2)
+        self._probe = torch.where(self._low > 0, (self._low + self._high) / 2, gallop)
+        self._stride = 2 * self._stride
+        self._turn((found | ~(searching | broken)).nonzero()[:, 0])
+
+    def _turn(self, rows: Rows) -> None:
+        """Put the best ray on trial with the next block flipped, as far out as the best breaks the model."""
+        features = self._best.shape[1]
+        blocks, block = self._blocks[rows], self._block[rows] + 1
+        size = -(-features // blocks)
+        finer = block * size >= features
+        blocks = torch.where(finer, torch.where(blocks < features, 2 * blocks, 1), blocks)
+        block = torch.where(finer, 0, block)
+        self._blocks[rows], self._block[rows] = blocks, block
+        place = torch.arange(features, device=rows.device) // (-(-features // blocks))[:, None]
+        self._trial[rows] = torch.where(place == block[:, None], -self._best[rows], self._best[rows])
+        known, width = self._radius[rows], self._bounds.width
+        self._probe[rows] = torch.where(known < torch.inf, known, width)
+        self._stride[rows] = torch.where(known < torch.inf, self._precision * known, width / 2)
+        self._low[rows], self._high[rows] = 0.0, torch.inf
