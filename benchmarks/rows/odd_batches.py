@@ -11,7 +11,7 @@ from benchmarks.absent import Absent
 from benchmarks.networks import images, network
 from benchmarks.peers import peer
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.attacks import APGD, DDN, FAB, FMN, PGD, DeepFool, Square
+from holdfast.attacks import APGD, DDN, FAB, FMN, PGD, DeepFool, RayS, Square
 from holdfast.attacks.protocol import Attack
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
@@ -25,6 +25,7 @@ ATTACKS: tuple[Attack, ...] = (
     APGD(steps=5, loss=cross_entropy),
     APGD(steps=5, loss=dlr, targets=3),
     FAB(steps=5, targets=3),
+    RayS(queries=20),
     Square(queries=20),
     DDN(steps=5),
     FMN(steps=5),
