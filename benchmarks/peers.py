@@ -50,10 +50,14 @@ def use(checkouts: Path | None) -> None:
         at = checkouts / sub
         if (at / name).is_dir() or (at / f"{name}.py").is_file():
             sys.path.insert(0, str(at))
-            git = subprocess.run(
-                ["git", "-C", str(at), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-            )
-            _commits[name] = git.stdout.strip()[:12] or "no commit known"
+            _commits[name] = commit(at)
+
+
+def commit(checkout: Path) -> str:
+    """The commit that a folder is checked out at."""
+    asked = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    return said.strip()[:12] or "no commit known"
 
 
 def peer(module: str) -> ModuleType:

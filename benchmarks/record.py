@@ -70,7 +70,12 @@ def hardware() -> Cells:
 def versions() -> Cells:
     """Of the interpreter, torch, and every peer that was named."""
     named = {name: peers.version(name) for name in (*peers.DISTRIBUTIONS, *peers.CHECKOUTS)}
-    return {"python": platform.python_version(), "torch": torch.__version__, "holdfast": _commit(), **named}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "holdfast": peers.commit(Path(__file__).resolve().parent),
+        **named,
+    }
 
 
 def write(row: str, what: str, outcome: Outcome) -> Path:
@@ -127,10 +132,3 @@ def _cell(value: object) -> str:
 
 def _read(path: str) -> str:
     return Path(path).read_text() if Path(path).is_file() else ""
-
-
-def _commit() -> str:
-    """The commit of this checkout, without asking git for more than a file."""
-    git = Path(__file__).resolve().parents[1] / ".git"
-    ref = _read(str(git / "HEAD")).strip()
-    return (_read(str(git / ref.removeprefix("ref: "))).strip() or ref)[:12] or "unknown"
