@@ -227,10 +227,13 @@ def _range(model: Classifier, x: Tensor) -> Iterator[Finding]:
         yield Finding("range", "good", f"{seen}, inside the bounds")
 
 
+def _units(patient: Patient) -> Iterator[Finding]:
+    """What the numbers mean to the network: a normalisation that is missing or done twice, else another scale."""
+    yield from tuple(_normalisation(patient)) or _scale(patient)
+
+
 def _scale(patient: Patient) -> Iterator[Finding]:
-    """Inputs 255 times too small or too large for what the network was trained on, where no normalisation says it."""
-    if any(finding.level == "problem" for finding in _normalisation(patient)):
-        return
+    """Inputs 255 times too small or too large for what the network was trained on."""
     for factor, way_out in (
         (255.0, "the network was trained on 0..255: multiply by 255 inside it, as with --std 0.00392157"),
         (1 / 255.0, "the network divides by 255 itself, or was given numbers to 255: --bounds 0,255"),
@@ -253,7 +256,7 @@ def _normalisation(patient: Patient) -> Iterator[Finding]:
             text = f"accuracy is {patient.accuracy:.0%}, but {without:.0%} without --mean and --std"
             yield Finding("normalisation", "problem", text, "the network does so itself; leave them out")
         return
-    best, found = patient.accuracy, None
+    best, found = patient.accuracy, tuple[Finding, ...]()
     for name, (mean, std) in _NORMALISATIONS.items():
         if len(mean) not in (1, batch.x.shape[1]):
             continue
@@ -266,10 +269,9 @@ def _normalisation(patient: Patient) -> Iterator[Finding]:
             changed = Classifier(model.net, mean=shift, std=scale, batches=model.batches)
             accuracy = _accuracy(_ask(changed, batch.x), batch.y)
             if accuracy > best and patient.beaten_by(accuracy):
-                best, found = accuracy, (text, way_out)
-    if found is not None:
-        text = f"accuracy is {patient.accuracy:.0%}, but {best:.0%} {found[0]}"
-        yield Finding("normalisation", "problem", text, found[1])
+                says = f"accuracy is {patient.accuracy:.0%}, but {accuracy:.0%} {text}"
+                best, found = accuracy, (Finding("normalisation", "problem", says, way_out),)
+    yield from found
 
 
 def _labels_outside(y: Tensor, classes: int) -> Iterator[Finding]:
@@ -392,8 +394,7 @@ _CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
     _outputs,
     _labels,
     _accuracy_at_all,
-    _scale,
-    _normalisation,
+    _units,
     _steadiness,
     _gradients,
 )
