@@ -14,7 +14,7 @@ from holdfast.runs.assembling import DOUBTS, adversarial, counted, evidence_of
 from holdfast.runs.result import Result, about_of
 from holdfast.runs.written import VERDICT, judgement_from_json
 from holdfast.store.files import MANIFEST
-from holdfast.store.folder import read_about, read_manifest, read_stage, recorded_document
+from holdfast.store.folder import read_about, read_manifest, read_stage, recorded_document, refuse_altered
 from holdfast.store.ledger import spent_in
 from holdfast.store.records import Chain, read_chain
 
@@ -52,7 +52,7 @@ def new_folder(verb: str, digest: str, *, parent: Path = RUNS, now: datetime | N
 def open_run(path: Path) -> Result:
     """The result that a finished run left; `TargetError` where there is none, it is not finished, or was changed."""
     manifest, chain = read_manifest(path), read_chain(path, mend=False)
-    recorded_document(path, chain, "run")  # the model and the threat that it names are those of the numbers
+    refuse_altered(path, chain)  # the model and the threat that it names are those of the numbers
     decided = recorded_document(path, chain, VERDICT)
     if decided is None:
         raise TargetError(f"the run in {str(path)!r} is not finished; go on with it by --run {path} --resume")

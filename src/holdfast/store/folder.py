@@ -269,11 +269,20 @@ def _started(path: Path) -> Chain:
     """The chain, whose first record names the manifest."""
     chain = read_chain(path, mend=True)
     if not chain.links:
-        with usable(path):
-            found = digest((path / MANIFEST).read_bytes())
-        chain.add({"kind": "run", "file": MANIFEST, "digest": found})
-    recorded_document(path, chain, "run")
+        chain.add({"kind": "run", "file": MANIFEST, "digest": _digest_of(path / MANIFEST)})
+    refuse_altered(path, chain)
     return chain
+
+
+def refuse_altered(path: Path, chain: Chain) -> None:
+    """`TargetError` where the manifest is not the one that the first record of the chain names."""
+    if chain.links and chain.links[0].content.get("digest") != _digest_of(path / MANIFEST):
+        raise TargetError(f"{str(path / MANIFEST)!r} is not what the chain recorded; restore it from a copy")
+
+
+def _digest_of(file: Path) -> str:
+    with usable(file):
+        return digest(file.read_bytes())
 
 
 def _shard_path(folder: Path, shard: int) -> Path:
