@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
@@ -54,9 +55,6 @@ class RayS:
         return norm.project(closest.x, batch.x, model.bounds)
 
 
-_STATE = ("_best", "_radius", "_trial", "_probe", "_low", "_high", "_stride", "_blocks", "_block")
-
-
 class _Rays:
     """The best ray of each example, and the one on trial: where it breaks the model, and up to where it does not."""
 
@@ -72,8 +70,9 @@ class _Rays:
 
     def take(self, rows: Mask) -> None:
         """Go on with some examples."""
-        for name in _STATE:
-            setattr(self, name, getattr(self, name)[rows])
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):  # one entry an example each
+                setattr(self, name, value[rows])
 
     def points(self, clean: Inputs) -> Inputs:
         """Where each example is asked next."""
