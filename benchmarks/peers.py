@@ -3,21 +3,21 @@
 `use(folder)` puts checkouts on the import path: the folder may hold `auto-attack` (fra31/auto-attack), `adv-lib`
 (jeromerony/adversarial-library), `sparse-imperceivable-attacks` (fra31/sparse-imperceivable-attacks) and `RayS`
 (uclaml/RayS). adv-lib imports torchvision and visdom at the top of modules that the attacks compared here never use
-(perceptual distances and live plots), so without them two empty stand-ins take their place; RayS gets one for its
+(perceptual distances and live plots), so two empty stand-ins take their place; RayS gets one for its
 progress bar, which wants a terminal; torchattacks is installed with `--no-deps`.
 """
 
 import importlib
 import importlib.metadata
-import importlib.util
 import subprocess
 import sys
 import types
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from benchmarks.absent import Absent
 
@@ -33,8 +33,11 @@ DISTRIBUTIONS = {
     "cleverhans": "cleverhans",
     "torchattacks": "torchattacks",
 }
-_BAR = "pgbar"
-_UNUSED = {"adv_lib": ("torchvision", "visdom"), "RayS": (_BAR,)}
+_UNUSED = {
+    "adv_lib": {"torchvision": {"models": None}, "visdom": {}},
+    "RayS": {"pgbar": {"progress_bar": lambda *_, **__: None}},
+}
+"""Modules that a peer imports and never needs here, and what it takes from them by name."""
 _commits: dict[str, str] = {}
 
 
@@ -64,7 +67,7 @@ def peer(module: str) -> ModuleType:
     """The imported module of a peer, or `Absent` with the way to get it."""
     top = module.partition(".")[0]
     try:
-        with warnings.catch_warnings(), _stand_ins(_UNUSED.get(top, ())):
+        with warnings.catch_warnings(), _stand_ins(_UNUSED.get(top, {})):
             warnings.simplefilter("ignore")
             return importlib.import_module(module)
     except ImportError as e:
@@ -87,14 +90,12 @@ def version(module: str) -> str:
 
 
 @contextmanager
-def _stand_ins(wanted: Iterable[str]) -> Iterator[None]:
-    """Empty modules while a peer is imported that never uses them here, where they are not installed."""
-    lent = []
-    for name in wanted:
-        if name == _BAR or (name not in sys.modules and importlib.util.find_spec(name) is None):
-            sys.modules[name] = types.ModuleType(name)
-            sys.modules[name].__dict__.update(models=None, progress_bar=lambda *_, **__: None)
-            lent.append(name)
+def _stand_ins(wanted: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Modules with these names in them and nothing else, while a peer is imported, unless they are imported already."""
+    lent = [name for name in wanted if name not in sys.modules]
+    for name in lent:
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(wanted[name])
     try:
         yield
     finally:
