@@ -4,8 +4,8 @@
     python -m benchmarks.compare_attacks ours [--only NAME]
 
 Both sides see the same images of the same network at the same settings; each run is judged here, by the bare
-network on the returned inputs, never by the attack. Written to `benchmarks/references/attacks.json`: share
-of examples that end misclassified inside the constraint (those wrong when clean count), for a minimum norm the
+network on the returned inputs, never by the attack. Written to `benchmarks/references/attacks/`, a file each:
+share of examples that end misclassified inside the constraint (those wrong when clean count), for a minimum norm the
 median distance over all with inf kept, forwards and backwards per image, CPU seconds of one thread.
 """
 
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from benchmarks import peers
 from benchmarks.absent import Absent
-from benchmarks.attack_cases import COMPARISONS, Comparison
+from benchmarks.comparisons import COMPARISONS, Comparison
 from benchmarks.meter import Counted, cpu_seconds
 from benchmarks.networks import images, network
 
-FILE = Path(__file__).parent / "references" / "attacks.json"
+FOLDER = Path(__file__).parent / "references" / "attacks"
 ORDERS = {"Linf": float("inf"), "L2": 2, "L1": 1, "L0": 0}
 
 
@@ -93,12 +93,11 @@ def _reference_side(case: Comparison) -> dict[str, Any]:
 
 def _our_side(case: Comparison) -> dict[str, Any]:
     from benchmarks import ours
-    from benchmarks.our_attacks import ours_for
 
     net = network(case.network)
     x, y = images(net.data, case.n)
     sides: dict[str, Any] = {}
-    for who, attack in ours_for(case.name).items():
+    for who, attack in case.ours.items():
         rows = []
         for seed in case.seeds:
             found = ours.assessed(net.module, x, y, [attack], case.norm, case.eps, seed=seed)
@@ -141,20 +140,20 @@ def main() -> None:
 
 
 def _keep(case: Comparison, side: str, found: dict[str, Any]) -> None:
-    """Put one side of one comparison into the file, which holds both."""
-    whole: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"made": {}, "attacks": {}}
+    """Put one side of one comparison into its file, which holds both."""
+    file = FOLDER / f"{case.name}.json"
+    whole: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     versions = {name: peers.version(name) for name in (*peers.DISTRIBUTIONS, *peers.CHECKOUTS)}
-    whole["made"][side] = {
+    made = {
         "command": f"python -m benchmarks.compare_attacks {side}" + " --peers FOLDER" * (side == "reference"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": {"torch": torch.__version__, "python": platform.python_version()}
         | (versions if side == "reference" else {}),
         "threads": 1,
     }
-    entry = whole["attacks"].setdefault(case.name, {})
-    entry["setting"] = setting(case, network(case.network).sha256)
-    entry["references" if side == "reference" else "ours"] = found
-    FILE.write_text(json.dumps(whole, indent=1) + "\n")
+    whole["setting"] = setting(case, network(case.network).sha256)
+    whole[side] = {"made": made, "rows": found}
+    file.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 if __name__ == "__main__":

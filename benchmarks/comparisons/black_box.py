@@ -1,0 +1,26 @@
+"""Attacks that see scores or labels alone."""
+
+from functools import partial
+
+from benchmarks.comparisons.comparison import UNDEFENDED, Comparison
+from benchmarks.comparisons.running import autoattack, rays
+from holdfast.attacks import RayS, Square
+
+square = partial(autoattack, "square.SquareAttack", n_queries=1000, p_init=0.8, resc_schedule=True)
+
+COMPARISONS = [
+    *(
+        Comparison(
+            f"square-{norm.lower()}", norm, eps, {"queries": 1000}, {"holdfast": Square(queries=1000)},
+            {"AutoAttack": square()}, seeds=(0, 1, 2), network=UNDEFENDED, n=100,
+        )
+        for norm, eps in (("Linf", 0.15), ("L2", 2.0), ("L1", 15.0))
+    ),
+    *(
+        Comparison(
+            f"rays-{queries}", "Linf", None, {"queries": queries}, {"holdfast": RayS(queries=queries)},
+            {"RayS": rays(queries)}, network=UNDEFENDED, n=100,
+        )
+        for queries in (300, 1000, 3000)
+    ),
+]  # fmt: skip
