@@ -2,16 +2,21 @@
 
 from holdfast.attacks.apgd import APGD
 from holdfast.attacks.bim import BIM
+from holdfast.attacks.boundary import Boundary
 from holdfast.attacks.carlini_wagner import CarliniWagner
 from holdfast.attacks.ddn import DDN
 from holdfast.attacks.deepfool import DeepFool
 from holdfast.attacks.fab import FAB
 from holdfast.attacks.fgsm import FGSM
 from holdfast.attacks.fmn import FMN
+from holdfast.attacks.geoda import GeoDA
+from holdfast.attacks.hop_skip_jump import HopSkipJump
 from holdfast.attacks.momentum_pgd import MomentumPGD
 from holdfast.attacks.pgd import PGD
 from holdfast.attacks.rays import RayS
+from holdfast.attacks.sign_opt import SignOPT
 from holdfast.attacks.square import Square
+from holdfast.attacks.surfree import SurFree
 
 __all__ = [
     "APGD",
@@ -21,9 +26,14 @@ __all__ = [
     "FGSM",
     "FMN",
     "PGD",
+    "Boundary",
     "CarliniWagner",
     "DeepFool",
+    "GeoDA",
+    "HopSkipJump",
     "MomentumPGD",
     "RayS",
+    "SignOPT",
     "Square",
+    "SurFree",
 ]

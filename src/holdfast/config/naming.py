@@ -20,10 +20,15 @@ ATTACKS: Final = (
     "FMN",
     "PGD",
     "RayS",
+    "Boundary",
     "CarliniWagner",
     "DeepFool",
+    "GeoDA",
+    "HopSkipJump",
     "MomentumPGD",
+    "SignOPT",
     "Square",
+    "SurFree",
 )
 """What `holdfast.attacks` exports; a test keeps the two in step."""
 

@@ -1,0 +1,72 @@
+"""Boundary Attack: a random walk along the boundary that comes nearer to the clean input.
+
+Brendel, Rauber & Bethge, "Decision-Based Adversarial Attacks: Reliable Attacks Against Black-Box Machine Learning
+Models", ICLR 2018, arXiv:1712.04248. Differs from the paper: steps are drawn at low frequencies where the inputs are
+images; their sizes change with every answer, so that half of those around and a quarter of those inwards are yes, and
+not by windows of answers; and the nearest of several starts is taken.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L2
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.rows import spread
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Fraction, Inputs, Mask, PerExample, Positive, Steps
+from holdfast.ops.decisions import Decisions
+from holdfast.ops.normals import across
+from holdfast.ops.norms import expect_norm
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Step at random on the sphere around the clean input, then towards it, and stay where the model is broken."""
+
+    queries: Steps = 5000
+    """forwards for each example, at most; the threat model's budget where that is less"""
+    around: Positive = 0.1
+    """length of the first step on the sphere, as a share of its radius"""
+    inwards: Positive = 0.01
+    """length of the first step towards the clean input, as a share of the radius"""
+    adaptation: Positive = 1.2
+    """factor by which a step grows after a yes; it shrinks so that half of those around and a quarter inwards are one"""
+    frequencies: Fraction = 0.5
+    """share of an image's frequencies, lowest first, that the steps are made of; 1 is plain noise"""
+
+    needs: ClassVar[Access] = "labels"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        norm = expect_norm(threat.constraint, self, L2)
+        decisions = Decisions(model, batch, norm, min(self.queries, threat.queries or self.queries))
+        around = torch.full_like(decisions.closest.distance, self.around)
+        inwards = torch.full_like(around, self.inwards)
+        walk = torch.full_like(batch.x, torch.nan)
+        with torch.no_grad():
+            for step, some in decisions.steps(rng):
+                rows = decisions.closest.rows(some)
+                x = walk[rows] if step else decisions.known(some)[0]
+                sphere = _around(some, x, model, around[rows], rng.at(step), self.frequencies)
+                stays = decisions.ask(some, sphere)
+                near = sphere + spread(inwards[rows], x) * (some.x - sphere)
+                comes = decisions.ask(some, near, stays)
+                x = torch.where(spread(stays, x), sphere, x)
+                walk[rows] = torch.where(spread(comes, x), near, x)
+                around[rows] *= self._factor(stays, 1)
+                inwards[rows] *= torch.where(stays, self._factor(comes, 3), 1)
+        return decisions.found()
+
+    def _factor(self, yes: Mask, odds: int) -> PerExample:
+        """What keeps a size where one answer in `1 + odds` is yes."""
+        return self.adaptation ** torch.where(yes, 1.0, -1 / odds)
+
+
+def _around(some: Batch, x: Inputs, model: Model, size: PerExample, rng: Draws, share: float) -> Inputs:
+    """`x` moved by a share of its distance in a random direction, and back onto the sphere."""
+    ray, beside = across(some, x, model.bounds, rng, share=share)
+    radius = L2().distance(x, some.x) / (1 + size**2).sqrt()
+    return model.bounds.clamp(some.x + spread(radius, x) * (ray + spread(size, x) * beside))

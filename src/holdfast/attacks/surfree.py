@@ -1,0 +1,79 @@
+"""SurFree: turn the ray from the clean input in random planes, along circles on which every angle comes nearer.
+
+Maho, Furon & Le Merrer, "SurFree: a fast surrogate-free black-box attack", CVPR 2021, arXiv:2011.12807.
+Differs from the paper: a direction is at a right angle to the ray alone, not to a hundred directions before it; one
+halving looks for the largest angle, up to twice the one that helped; and the nearest of several starts is taken.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L2
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.rows import spread
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Fraction, Inputs, Mask, PerExample, Positive, Steps
+from holdfast.ops.decisions import Decisions
+from holdfast.ops.normals import across
+from holdfast.ops.norms import expect_norm
+
+
+@dataclass(frozen=True)
+class SurFree:
+    """Turn the ray in a random plane, one way or the other, and stay where the model is still broken."""
+
+    queries: Steps = 5000
+    """forwards for each example, at most; the threat model's budget where that is less"""
+    angle: Positive = 30.0
+    """the first angle, in degrees"""
+    rho: Fraction = 0.95
+    """factor on the angle where neither way helps; the angle is divided by it where one does"""
+    halvings: Steps = 1
+    """angles tried between one that helps and one that does not"""
+    frequencies: Fraction = 0.5
+    """share of an image's frequencies, lowest first, that the planes are made of; 1 is plain noise"""
+
+    needs: ClassVar[Access] = "labels"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        norm = expect_norm(threat.constraint, self, L2)
+        decisions = Decisions(model, batch, norm, min(self.queries, threat.queries or self.queries))
+        angle = torch.full_like(decisions.closest.distance, self.angle).deg2rad()
+        with torch.no_grad():
+            for step, some in decisions.steps(rng):
+                rows, (x, distance) = decisions.closest.rows(some), decisions.known(some)
+                ray, beside = across(some, x, model.bounds, rng.at(step), share=self.frequencies)
+                circle = _Circle(some.x, spread(distance, x) * ray, spread(distance, x) * beside)
+                helped = self._turn(decisions, some, circle, angle[rows])
+                angle[rows] = torch.where(helped, angle[rows] / self.rho, angle[rows] * self.rho)
+        return decisions.found()
+
+    def _turn(self, decisions: Decisions, some: Batch, circle: "_Circle", angle: PerExample) -> Mask:
+        """Try an angle both ways, then larger ones the way that helped; whom it helped."""
+        ahead = decisions.ask(some, decisions.bounds.clamp(circle.at(angle)))
+        helped = ahead | decisions.ask(some, decisions.bounds.clamp(circle.at(-angle)), ~ahead)
+        best = torch.where(ahead, angle, -angle)
+        beyond = 2 * best
+        for _ in range(self.halvings):
+            middle = (best + beyond) / 2
+            broken = decisions.ask(some, decisions.bounds.clamp(circle.at(middle)), helped)
+            best, beyond = torch.where(broken, middle, best), torch.where(broken, beyond, middle)
+        return helped
+
+
+@dataclass(frozen=True)
+class _Circle:
+    """The circle through the clean input and the tip of the ray, in the plane of the ray and of what lies across."""
+
+    clean: Inputs
+    ray: Inputs
+    beside: Inputs
+
+    def at(self, angle: PerExample) -> Inputs:
+        """Where a ray at this angle meets the circle: nearer by the cosine."""
+        cosine, sine = spread(angle.cos(), self.ray), spread(angle.sin(), self.ray)
+        return self.clean + cosine * (cosine * self.ray + sine * self.beside)

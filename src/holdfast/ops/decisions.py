@@ -1,0 +1,143 @@
+"""What attacks that see labels alone share: queries counted for each example, starts, and the search for the boundary."""
+
+import math
+from collections.abc import Iterator
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import Norm
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.types import Inputs, Mask, PerExample
+from holdfast.ops.closest import Closest, firmly_broken
+
+ROWS = 256
+"""Points that the model is asked for at once: many more leave the caches and cost several times as much."""
+_STARTS = 10  # starts that compete, as many as a start costs to follow up
+_TRIED = 100  # starts that an example without one is given
+_RIVAL = 0.9  # share of the distance known at which a start must break the model to take the place of the one before
+_NEARER = 0.999  # the same for a step: what is gained must be worth the search
+_PRECISION = (
+    0.005  # share of the radius at which the search for the boundary ends: 0.02 ends 10 % farther away
+)
+_STRIDE = 0.02  # share of the radius that the search steps inwards first; it is doubled until the model holds
+
+
+class Decisions:
+    """Asks whether the model gives in, a set number of times for each example, and keeps the closest point that did.
+
+    An example is open while it has queries left and is not broken inside a finite eps.
+    """
+
+    def __init__(self, model: Model, batch: Batch, norm: Norm, queries: int) -> None:
+        self._model, self._norm = model, norm
+        self._enough = norm.eps if norm.eps < math.inf else 0.0
+        self._left = torch.full_like(batch.ids, queries)
+        self.batch, self.bounds = batch, model.bounds
+        self.closest = Closest(batch)
+
+    def found(self) -> Inputs:
+        """The closest broken point of each example inside the ball; the clean input where there is none."""
+        return self._norm.project(self.closest.x, self.batch.x, self.bounds)
+
+    def _start(self, rng: Draws) -> None:
+        """Ask about the clean inputs, then look for starts: the nearest of a few, or the first of many that breaks.
+
+        An example that none breaks stays as it is.
+        """
+        self.ask(self.batch, self.batch.x)
+        for k, points in enumerate(_starts(self.batch, self.bounds.like(self.batch.x), rng)):
+            some = self.batch.take(self.open(self.batch) & ((k < _STARTS) | ~self.closest.found))
+            if not len(some):
+                return
+            self.improve(some, points[self.closest.rows(some)], share=_RIVAL)
+
+    def open(self, some: Batch) -> Mask:
+        """Which of `some` examples may be asked about."""
+        rows = self.closest.rows(some)
+        return (self._left[rows] > 0) & (self.closest.distance[rows] > self._enough)
+
+    def left(self, some: Batch) -> Tensor:
+        """How many queries each has left: int64 (n)."""
+        return self._left[self.closest.rows(some)]
+
+    def steps(self, rng: Draws) -> Iterator[tuple[int, Batch]]:
+        """Look for starts; then count the steps, each with the examples that are broken and open, until none is."""
+        self._start(rng.at("start"))
+        for step in count():
+            some = self.batch.take(self.closest.found & self.open(self.batch))
+            if not len(some):
+                return
+            yield step, some
+
+    def known(self, some: Batch) -> tuple[Inputs, PerExample]:
+        """The closest broken points of `some` examples, and how far away they are."""
+        rows = self.closest.rows(some)
+        return self.closest.x[rows], self.closest.distance[rows]
+
+    def ask(self, some: Batch, x: Inputs, who: Mask | None = None) -> Mask:
+        """Whether the model gives in at `x`: asked for those that are open (and in `who`), False for the others."""
+        asked = self.open(some) if who is None else who & self.open(some)
+        broken, _ = self.ask_many(some, x[:, None], asked.long())
+        return broken[:, 0]
+
+    def ask_many(self, some: Batch, x: Tensor, wanted: Tensor) -> tuple[Mask, Mask]:
+        """Whether the model gives in at the first `wanted` (n) points `x` (n, k, *features) of each; which were asked.
+
+        Both (n, k). An example that has fewer queries left is asked about as many points.
+        """
+        n, k = x.shape[:2]
+        wanted = wanted.minimum(self.left(some)) * self.open(some)
+        asked = torch.arange(k, device=x.device) < wanted[:, None]
+        self._left[self.closest.rows(some)] -= asked.sum(1)
+        points, broken = x.flatten(0, 1), torch.zeros_like(asked).flatten()
+        away = x.new_full((n * k,), torch.inf)
+        for part in asked.flatten().nonzero()[:, 0].split(ROWS):
+            few = some.take(part // k)
+            broken[part] = firmly_broken(self._model(points[part], few.ids), few)
+            away[part] = self._norm.distance(points[part], few.x)
+        distance, nearest = away.where(broken, torch.inf).view(n, k).min(1)
+        chosen = x[torch.arange(n, device=x.device), nearest]
+        self.closest.offer(some, chosen, distance, distance < torch.inf)
+        return broken.view(n, k), asked
+
+    def improve(self, some: Batch, far: Inputs, *, share: float = _NEARER) -> Mask:
+        """Whose points `far`, drawn in to a share of the distance known, break the model: these are drawn in more.
+
+        Where no distance is known the points are asked about as they are. One query where the answer is no.
+        """
+        radius = (share * self.known(some)[1]).minimum(self._norm.distance(far, some.x))
+        broken = self.ask(some, self._drawn_in(some, far, radius))
+        self._search(some, far, radius, broken)
+        return broken
+
+    def _drawn_in(self, some: Batch, far: Inputs, radius: PerExample) -> Inputs:
+        """The points `far`, moved towards the clean inputs until they are within a radius."""
+        return self._norm.within(far, some.x, self.bounds, radius)
+
+    def _search(self, some: Batch, far: Inputs, radius: PerExample, who: Mask) -> None:
+        """Find the boundary inwards of the points within `radius`, which break the model: gallop, then halve."""
+        high, low, stride = radius, torch.zeros_like(radius), _STRIDE * radius
+        while True:
+            searched = who & (high - low > _PRECISION * high) & self.open(some)
+            if not searched.any():
+                return
+            gallop = torch.maximum(high - stride, high / 2)
+            probe = torch.where(low > 0, (low + high) / 2, gallop)
+            broken = self.ask(some, self._drawn_in(some, far, probe), searched)
+            high = torch.where(searched & broken, probe, high)
+            low = torch.where(searched & ~broken, probe, low)
+            stride = 2 * stride
+
+
+def _starts(batch: Batch, box: tuple[Tensor, Tensor], rng: Draws) -> Iterator[Inputs]:
+    """Grey, the inputs turned round, then noise: uniform in the box and on its corners in turn."""
+    low, high = box
+    yield ((low + high) / 2).expand_as(batch.x)
+    yield low + high - batch.x
+    for k in range(_TRIED):
+        noise = rng.at("start", k).uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
+        yield low + (noise.round() if k % 2 else noise) * (high - low)
