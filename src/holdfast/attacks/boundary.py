@@ -1,7 +1,7 @@
 """Boundary Attack: a random walk along the boundary that comes nearer to the clean input.
 
 Brendel, Rauber & Bethge, "Decision-Based Adversarial Attacks: Reliable Attacks Against Black-Box Machine Learning
-Models", ICLR 2018, arXiv:1712.04248. Differs from the paper: steps are drawn at low frequencies where the inputs are
+Models", ICLR 2018, arXiv:1712.04248. Differs from the paper: steps are half of low frequency where the inputs are
 images; their sizes change with every answer, so that half of those around and a quarter of those inwards are yes, and
 not by windows of answers; and the nearest of several starts is taken.
 """
@@ -19,7 +19,7 @@ from holdfast.core.rows import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Mask, PerExample, Positive, Steps
 from holdfast.ops.decisions import Decisions
-from holdfast.ops.normals import across
+from holdfast.ops.directions import across
 from holdfast.ops.norms import expect_norm
 
 
@@ -34,9 +34,9 @@ class Boundary:
     inwards: Positive = 0.01
     """length of the first step towards the clean input, as a share of the radius"""
     adaptation: Positive = 1.2
-    """factor by which a step grows after a yes; it shrinks so that half of those around and a quarter inwards are one"""
+    """factor of a step after a yes; it shrinks so that half the steps around and a quarter inwards are one"""
     frequencies: Fraction = 0.5
-    """share of an image's frequencies, lowest first, that the steps are made of; 1 is plain noise"""
+    """share of an image's frequencies, lowest first, that half of each step is made of; 1 is noise alone"""
 
     needs: ClassVar[Access] = "labels"
 

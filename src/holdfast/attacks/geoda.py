@@ -36,7 +36,7 @@ class GeoDA:
     radius: Positive = 0.1
     """how far from the boundary they lie, as a share of the distance to the clean input"""
     frequencies: Fraction = 0.5
-    """share of an image's frequencies, lowest first, that the draws are made of; 1 is plain noise"""
+    """share of an image's frequencies, lowest first, that half of each draw is made of; 1 is noise alone"""
 
     needs: ClassVar[Access] = "labels"
 

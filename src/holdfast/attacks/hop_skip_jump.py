@@ -2,7 +2,7 @@
 
 Chen, Jordan & Wainwright, "HopSkipJumpAttack: A Query-Efficient Decision-Based Attack", IEEE S&P 2020,
 arXiv:1904.02144. Differs from the paper: a normal is estimated from points at a tenth of the distance, many times as
-far out, drawn at low frequencies where the inputs are images; earlier normals count with a weight that fades; a jump is
+far out, half of low frequency where the inputs are images; earlier normals count with a weight that fades; a jump is
 judged where it is nearer than what is known, and the boundary searched from there; and the nearest of several starts
 is taken.
 """
@@ -37,7 +37,7 @@ class HopSkipJump:
     radius: Positive = 0.1
     """how far from the boundary they lie, as a share of the distance to the clean input"""
     frequencies: Fraction = 0.5
-    """share of an image's frequencies, lowest first, that the draws are made of; 1 is plain noise"""
+    """share of an image's frequencies, lowest first, that half of each draw is made of; 1 is noise alone"""
     memory: Fraction = 0.7
     """weight that earlier normals keep from step to step"""
 

@@ -1,7 +1,7 @@
 """Sign-OPT: turn the ray from the clean input to where the boundary along it is nearer, by the signs of derivatives.
 
 Cheng et al., "Sign-OPT: A Query-Efficient Hard-label Adversarial Attack", ICLR 2020, arXiv:1909.10773.
-Differs from the paper: directions are drawn at low frequencies where the inputs are images, and turn the ray a hundred
+Differs from the paper: directions are half of low frequency where the inputs are images, and turn the ray a hundred
 times as far; the mean sign is taken off; a step is judged at the distance known, before its own is searched; and the
 nearest of several starts is taken.
 """
@@ -38,7 +38,7 @@ class SignOPT:
     step_size: Positive = 0.2
     """how far the ray turns first, as a share of its length; then as far as helped last"""
     frequencies: Fraction = 0.5
-    """share of an image's frequencies, lowest first, that the directions are made of; 1 is plain noise"""
+    """share of an image's frequencies, lowest first, that half of each direction is made of; 1 is noise alone"""
 
     needs: ClassVar[Access] = "labels"
 

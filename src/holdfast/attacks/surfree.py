@@ -18,7 +18,7 @@ from holdfast.core.rows import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Mask, PerExample, Positive, Steps
 from holdfast.ops.decisions import Decisions
-from holdfast.ops.normals import across
+from holdfast.ops.directions import across
 from holdfast.ops.norms import expect_norm
 
 
@@ -35,7 +35,7 @@ class SurFree:
     halvings: Steps = 1
     """angles tried between one that helps and one that does not"""
     frequencies: Fraction = 0.5
-    """share of an image's frequencies, lowest first, that the planes are made of; 1 is plain noise"""
+    """share of an image's frequencies, lowest first, that half of each direction is made of; 1 is noise alone"""
 
     needs: ClassVar[Access] = "labels"
 

@@ -1,4 +1,4 @@
-"""What attacks that see labels alone share: queries counted for each example, starts, and the search for the boundary."""
+"""What attacks that see labels alone share: queries counted for each example, starts, the search for the boundary."""
 
 import math
 from collections.abc import Iterator
@@ -13,11 +13,12 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.types import Inputs, Mask, PerExample
 from holdfast.ops.closest import Closest, firmly_broken
+from holdfast.ops.directions import waves
 
 ROWS = 256
 """Points that the model is asked for at once: many more leave the caches and cost several times as much."""
 _STARTS = 10  # starts that compete, as many as a start costs to follow up
-_TRIED = 100  # starts that an example without one is given
+_SLOW = 0.15  # share of the frequencies that the waves among the starts are made of
 _RIVAL = 0.9  # share of the distance known at which a start must break the model to take the place of the one before
 _NEARER = 0.999  # the same for a step: what is gained must be worth the search
 _PRECISION = (
@@ -44,9 +45,9 @@ class Decisions:
         return self._norm.project(self.closest.x, self.batch.x, self.bounds)
 
     def _start(self, rng: Draws) -> None:
-        """Ask about the clean inputs, then look for starts: the nearest of a few, or the first of many that breaks.
+        """Ask about the clean inputs, then look for starts: the nearest of a few, or the first of all that breaks.
 
-        An example that none breaks stays as it is.
+        They are tried as long as there are queries; an example that none breaks stays as it is.
         """
         self.ask(self.batch, self.batch.x)
         for k, points in enumerate(_starts(self.batch, self.bounds.like(self.batch.x), rng)):
@@ -95,7 +96,7 @@ class Decisions:
         self._left[self.closest.rows(some)] -= asked.sum(1)
         points, broken = x.flatten(0, 1), torch.zeros_like(asked).flatten()
         away = x.new_full((n * k,), torch.inf)
-        for part in asked.flatten().nonzero()[:, 0].split(ROWS):
+        for part in asked.flatten().nonzero()[:, 0].split(ROWS):  # type: ignore[no-untyped-call]
             few = some.take(part // k)
             broken[part] = firmly_broken(self._model(points[part], few.ids), few)
             away[part] = self._norm.distance(points[part], few.x)
@@ -134,10 +135,13 @@ class Decisions:
 
 
 def _starts(batch: Batch, box: tuple[Tensor, Tensor], rng: Draws) -> Iterator[Inputs]:
-    """Grey, the inputs turned round, then noise: uniform in the box and on its corners in turn."""
-    low, high = box
-    yield ((low + high) / 2).expand_as(batch.x)
-    yield low + high - batch.x
-    for k in range(_TRIED):
-        noise = rng.at("start", k).uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
-        yield low + (noise.round() if k % 2 else noise) * (high - low)
+    """Grey, the inputs turned round, black, white; then noise without end: uniform, at the corners, slow waves."""
+    low, high = (side.expand_as(batch.x) for side in box)
+    yield from ((low + high) / 2, low + high - batch.x, low, high)
+    shape, dtype = batch.x.shape[1:], batch.x.dtype
+    for k in count():
+        noise = rng.at(k).uniform(batch.ids, *shape, dtype=dtype)
+        yield low + noise * (high - low)
+        yield low + noise.round() * (high - low)
+        slow = waves(rng.at(k), batch.ids, 1, shape, _SLOW, dtype)[:, 0] * math.sqrt(shape.numel())
+        yield low + ((1 + slow) / 2).clamp(0, 1) * (high - low)

@@ -1,0 +1,67 @@
+"""Random directions made of signs, half of each of them slow waves where the inputs are images.
+
+Low frequencies move the boundaries of networks most, per length (Guo et al., "Low Frequency Adversarial Perturbation",
+UAI 2019, arXiv:1809.08758), but not of all: hence the other half, which is plain noise.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L2
+from holdfast.core.draws import Draws
+from holdfast.core.model import Bounds
+from holdfast.core.rows import spread
+from holdfast.core.types import Ids, Inputs
+
+
+def directions(rng: Draws, ids: Ids, k: int, shape: torch.Size, share: float, dtype: torch.dtype) -> Tensor:
+    """`k` random directions for each example (n, k, *shape), of length one but for rounding and overlap.
+
+    Of images the lowest `share` of the frequencies along height and width has half the energy, and plain noise the
+    other half.
+    """
+    noise = _signs(rng.at("noise"), ids, k, *shape, dtype=dtype) / math.sqrt(shape.numel())
+    if len(shape) != 3 or share >= 1:
+        return noise
+    return (noise + waves(rng.at("waves"), ids, k, shape, share, dtype)) / math.sqrt(2)
+
+
+def waves(rng: Draws, ids: Ids, k: int, shape: torch.Size, share: float, dtype: torch.dtype) -> Tensor:
+    """`k` directions of length one for each example (n, k, *shape) from the lowest `share` of an image's frequencies.
+
+    The waves are those of the orthonormal DCT-II, each with a random sign. What is no image has signs alone.
+    """
+    if len(shape) != 3:
+        return _signs(rng, ids, k, *shape, dtype=dtype) / math.sqrt(shape.numel())
+    rows, columns = (_waves(size, share, ids.device, dtype) for size in shape[1:])
+    signs = _signs(rng, ids, k, shape[0], len(rows), len(columns), dtype=dtype)
+    return rows.T @ (signs @ columns) / math.sqrt(signs[0, 0].numel())
+
+
+def across(some: Batch, x: Inputs, bounds: Bounds, rng: Draws, *, share: float) -> tuple[Inputs, Inputs]:
+    """The direction from each clean input to `x`, and a random one at a right angle to it; both of length one."""
+    ray = L2().steepest(x - some.x, x, bounds)
+    drawn = directions(rng, some.ids, 1, x.shape[1:], share, x.dtype)[:, 0]
+    beside = drawn - spread((drawn * ray).flatten(1).sum(1), x) * ray
+    return ray, L2().steepest(beside, x, bounds)
+
+
+def _signs(rng: Draws, ids: Ids, *shape: int, dtype: torch.dtype) -> Tensor:
+    """-1 or +1 with equal chance (n, *shape), from every bit of a word: many times as quick as `Draws.signs`."""
+    size = math.prod(shape)
+    octets = rng.bits(ids, -(-size // 64)).view(torch.uint8)
+    places = torch.arange(8, device=ids.device)
+    table = ((torch.arange(256, device=ids.device)[:, None] >> places & 1) * 2 - 1).to(dtype)
+    return table[octets.long()].flatten(1)[:, :size].reshape(len(ids), *shape)
+
+
+def _waves(size: int, share: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The slowest waves of the orthonormal DCT-II, one a row."""
+    wave = torch.arange(max(1, round(share * size)), device=device, dtype=dtype)[:, None]
+    place = torch.arange(size, device=device, dtype=dtype) + 0.5
+    waves = torch.cos(math.pi / size * wave * place) * math.sqrt(2 / size)
+    waves[0] /= math.sqrt(2)
+    return waves
