@@ -11,7 +11,7 @@ from torch import nn
 from holdfast.attacks import DDN, PGD, Square
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L0, L2, Linf
+from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.model import Batches, Classifier
 from holdfast.core.threat import ThreatModel
@@ -270,7 +270,14 @@ def test_an_attack_that_needs_more_than_can_be_seen_is_refused_by_name():
             "gradients",
             "--skip pgd --skip ddn, or choose --suite black-box, or let the attacker see more, as in access=gradients$",
         ),
-        ([PGD()], ThreatModel(L0(3)), "scores", "use linf, l2 or l1$"),
+        ([PGD()], ThreatModel(L0(3)), "scores", "under l0 that needs less; use linf, l2 or l1$"),
+        (
+            [Square()],
+            ThreatModel(L2(0.1)),
+            "labels",
+            "--suite black-box and say access=labels in the threat$",
+        ),
+        ([Square()], ThreatModel(L1(0.1)), "labels", "under l1 that needs less; use linf or l2$"),
     ],
 )
 def test_the_way_out_of_what_is_hidden_helps(members, threat, target, says):

@@ -11,7 +11,21 @@ from benchmarks.absent import Absent
 from benchmarks.networks import images, network
 from benchmarks.peers import peer
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.attacks import APGD, DDN, FAB, FMN, PGD, DeepFool, RayS, Square
+from holdfast.attacks import (
+    APGD,
+    DDN,
+    FAB,
+    FMN,
+    PGD,
+    Boundary,
+    DeepFool,
+    GeoDA,
+    HopSkipJump,
+    RayS,
+    SignOPT,
+    Square,
+    SurFree,
+)
 from holdfast.attacks.protocol import Attack
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
@@ -26,6 +40,11 @@ ATTACKS: tuple[Attack, ...] = (
     APGD(steps=5, loss=dlr, targets=3),
     FAB(steps=5, targets=3),
     RayS(queries=20),
+    HopSkipJump(queries=20),
+    Boundary(queries=20),
+    GeoDA(queries=20),
+    SignOPT(queries=20),
+    SurFree(queries=20),
     Square(queries=20),
     DDN(steps=5),
     FMN(steps=5),
@@ -82,7 +101,9 @@ def _said(run: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> str:
 
 def _ours(module: nn.Module, attack: Attack, x: Tensor, y: Tensor) -> Tensor:
     """The attack itself, below the harness, which would not hand it an empty batch."""
-    threat = ThreatModel(ours.constraint("L2" if isinstance(attack, DDN) else "Linf", EPS))
+    threat = ThreatModel(
+        ours.constraint("L2" if isinstance(attack, (DDN, Boundary, SignOPT, SurFree)) else "Linf", EPS)
+    )
     found: Tensor = attack(Classifier(module), ours.batch(x, y), threat, rng=Draws(0))
     return found
 

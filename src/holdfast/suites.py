@@ -3,16 +3,18 @@
 `standard` is the composition of AutoAttack standard (Croce & Hein, "Reliable evaluation of adversarial robustness with
 an ensemble of diverse parameter-free attacks", ICML 2020, arXiv:2003.01690; for L1 "Mind the box", ICML 2021,
 arXiv:2103.01208), `rand` that of its version for randomised models, so that the numbers may stand beside published
-ones. There is no AutoAttack for L0; there `standard` is projected gradient descent and FMN.
+ones. There is no AutoAttack for L0; there `standard` is projected gradient descent and FMN. `black-box` asks of a
+target what its threat lets it give: scores, or labels alone.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from holdfast.attacks import APGD, DDN, FAB, FMN, PGD, DeepFool, Square
+from holdfast.attacks import APGD, DDN, FAB, FMN, PGD, DeepFool, HopSkipJump, RayS, Square, SurFree
 from holdfast.attacks.protocol import Attack
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.errors import UsageError
+from holdfast.core.types import Access
 from holdfast.ops.losses import cross_entropy, dlr
 
 Named = tuple[tuple[str, Attack], ...]
@@ -33,11 +35,15 @@ class Suite:
         return f"{self.name}@{self.version}"
 
 
-def suite(name: str, constraint: Constraint) -> Suite:
-    """The suite of that name for a constraint; raises `UsageError` if there is none."""
+def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Suite:
+    """The suite of that name for a constraint; raises `UsageError` if there is none.
+
+    Where labels alone can be seen, `black-box` is made of attacks that need no more.
+    """
     if name not in COMPOSED:
         raise UsageError(f"there is no suite {name!r}; there are {', '.join(COMPOSED)}")
-    return Suite(name, 1, COMPOSED[name](constraint), smallest=name == "minimum-norm")
+    compose = labels_only if name == "black-box" and access == "labels" else COMPOSED[name]
+    return Suite(name, 1, compose(constraint), smallest=name == "minimum-norm")
 
 
 def curve(constraint: Constraint) -> Named:
@@ -82,6 +88,18 @@ def _black_box(constraint: Constraint) -> Named:
     if isinstance(constraint, L0):
         raise UsageError("the suite 'black-box' has no attack under l0 yet; use linf, l2 or l1")
     return (("Square", Square(queries=5000)),)
+
+
+def labels_only(constraint: Constraint) -> Named:
+    """What `black-box` is where labels alone can be seen."""
+    if isinstance(constraint, Linf):
+        return (("RayS", RayS(queries=5000)),)
+    if isinstance(constraint, L2):
+        return (("HopSkipJump", HopSkipJump(queries=5000)), ("SurFree", SurFree(queries=5000)))
+    norm = type(constraint).__name__.lower()
+    raise UsageError(
+        f"the suite 'black-box' has no attack under {norm} that needs labels alone; use linf or l2"
+    )
 
 
 def _minimum_norm(constraint: Constraint) -> Named:

@@ -7,14 +7,14 @@ import pytest
 from holdfast import attacks
 from holdfast.config.attacks import build
 from holdfast.config.grammar import number, pairs, parse_threat, seconds
-from holdfast.config.naming import ATTACKS, MEMBERS, VARIANTS, attack_meant
+from holdfast.config.naming import ATTACKS, LABELS_ONLY, MEMBERS, VARIANTS, attack_meant, members
 from holdfast.config.settings import SUITES, check, read
 from holdfast.config.starting import validate
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.ops.ascent import cosine
 from holdfast.ops.losses import dlr
-from holdfast.suites import COMPOSED
+from holdfast.suites import COMPOSED, labels_only
 
 REFUSED = [
     ("? [a]\n: b", "no key"),
@@ -175,6 +175,17 @@ def test_the_members_of_a_suite_are_known_by_their_names():
         assert set(by_norm) == set(constraints) - ({"l0"} if suite == "black-box" else set())
         for norm, names in by_norm.items():
             assert names == tuple(name for name, _ in COMPOSED[suite](constraints[norm]))
+    assert {
+        norm: tuple(name for name, _ in labels_only(constraints[norm])) for norm in LABELS_ONLY
+    } == LABELS_ONLY
+
+
+def test_a_suite_shows_the_attacks_of_labels_alone_only_to_threats_that_see_no_more():
+    seeing = {access: parse_threat(f"l2:1,access={access}") for access in ("labels", "scores")}
+    assert members("black-box", seeing["labels"]) == ("HopSkipJump", "SurFree")
+    assert members("black-box", seeing["scores"]) == ("Square",)
+    assert members("quick", seeing["labels"]) == ("PGD", "APGD-T")
+    assert members("black-box", parse_threat("l1:1,access=labels")) == ()
 
 
 @pytest.mark.parametrize(

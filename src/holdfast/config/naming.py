@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Final
 
-from holdfast.config.grammar import Norm, nearest
+from holdfast.config.grammar import Norm, ThreatSpec, nearest
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug
 
@@ -50,6 +50,15 @@ MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
     },
 }
 """What each suite calls its attacks under each norm; a test keeps it in step with `holdfast.suites`."""
+
+LABELS_ONLY: Final[Mapping[Norm, tuple[str, ...]]] = {"linf": ("RayS",), "l2": ("HopSkipJump", "SurFree")}
+"""The same for `black-box` where labels alone can be seen."""
+
+
+def members(suite: str, threat: ThreatSpec) -> tuple[str, ...]:
+    """What a suite calls its attacks under a threat; empty where it has none."""
+    by_norm = LABELS_ONLY if suite == "black-box" and threat.access == "labels" else MEMBERS[suite]
+    return by_norm.get(threat.norm, ())
 
 
 def chosen(names: Sequence[str], only: Sequence[str], skip: Sequence[str]) -> set[str]:

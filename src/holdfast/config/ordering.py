@@ -145,7 +145,7 @@ def plan(settings: AssessSettings, attacks: Sequence[Attack] | None = None) -> P
     if attacks is not None:
         members, name, smallest = labelled(attacks), "", threat.constraint.eps == float("inf")
     else:
-        composed = suite(settings.suite or DEFAULT_SUITE, threat.constraint)
+        composed = suite(settings.suite or DEFAULT_SUITE, threat.constraint, threat.access)
         members = tuple(Member(*named) for named in composed.attacks)
         name, smallest = str(composed), composed.smallest
     _refuse_endless(threat, settings, smallest=smallest)

@@ -16,7 +16,7 @@ from annotated_types import Ge
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
 
 from holdfast.config.grammar import nearest, number, numbers, pairs, parse_threat, seconds
-from holdfast.config.naming import ATTACKS, MEMBERS, VARIANTS, chosen
+from holdfast.config.naming import ATTACKS, VARIANTS, chosen, members
 from holdfast.config.wording import complaint, place
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.doubts.names import DOUBTS
@@ -187,7 +187,7 @@ def _refuse_attacks(settings: AssessSettings) -> None:
     if settings.attacks is not None:
         names = tuple(str(spec.get("use")) for spec in settings.attacks)
     else:
-        names = MEMBERS[settings.suite or DEFAULT_SUITE].get(parse_threat(settings.threat).norm, ())
+        names = members(settings.suite or DEFAULT_SUITE, parse_threat(settings.threat))
     if names and set(names) <= {*ATTACKS, *VARIANTS}:
         chosen(names, settings.only, settings.skip)
 

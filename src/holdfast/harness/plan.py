@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from holdfast.attacks import PGD
 from holdfast.attacks.protocol import Attack
-from holdfast.core.constraints import L0
+from holdfast.core.constraints import L0, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug
 from holdfast.core.threat import ThreatModel
@@ -160,6 +160,10 @@ def _way_out(member: Member, plan: Plan, target: Access) -> str:
         ways.append(f"leave it out with {' '.join(f'--skip {slug(each.name)}' for each in hidden)}")
     if threat.gives("scores") and not isinstance(threat.constraint, L0):
         ways.append("choose --suite black-box")
+    elif threat.access == "labels" and isinstance(threat.constraint, (Linf, L2)):
+        ways.append("choose --suite black-box and say access=labels in the threat")
     if replace(threat, access=target).gives(member.attack.needs):
         ways.append(f"let the attacker see more, as in access={member.attack.needs}")
-    return ", or ".join(ways) or "there is no attack under l0 that needs less; use linf, l2 or l1"
+    norm = type(threat.constraint).__name__.lower()
+    fewer = "linf, l2 or l1" if threat.gives("scores") else "linf or l2"
+    return ", or ".join(ways) or f"there is no attack under {norm} that needs less; use {fewer}"
