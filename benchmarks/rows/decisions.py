@@ -1,0 +1,153 @@
+"""Attacks on labels alone at 1,000 queries, beside Foolbox, CleverHans, ART and the authors of SurFree."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import ours
+from benchmarks.absent import Absent
+from benchmarks.compare_attacks import distances
+from benchmarks.comparisons.asking import art, cleverhans, foolbox, surfree
+from benchmarks.comparisons.comparison import Comparison, Reference
+from benchmarks.meter import Counted, cpu_seconds
+from benchmarks.networks import Network, images, network
+from benchmarks.record import Cells, Claim, Outcome
+from holdfast.attacks import Boundary, GeoDA, HopSkipJump, SignOPT, SurFree
+from holdfast.attacks.protocol import Attack
+
+WHAT = (
+    "attacks on labels alone at 1,000 queries: median distance over all (inf kept) and CPU time, same images"
+)
+QUERIES, SEEDS = 1000, (0,)
+NETWORKS = ("mnist_badnet", "cifar_cnn_a_adv")
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One of our attacks and the peers that have it; their steps are the most that stay within the budget."""
+
+    name: str
+    norm: str
+    attack: Attack
+    peers: dict[str, Reference]
+    n: int
+
+
+def _contests(data: str) -> tuple[Contest, ...]:
+    """The peers' steps are the most that keep the mean of an image's queries within the budget, on other images."""
+    steps, draws = (9, 35) if data == "mnist" else (10, 36)
+    return (
+        *(
+            Contest(
+                f"HopSkipJump {norm}", norm, HopSkipJump(queries=QUERIES),
+                {"CleverHans": cleverhans(num_iterations=steps, initial_num_evals=draws, gamma=30.0),
+                 "Foolbox": foolbox("HopSkipJumpAttack", steps=10, initial_gradient_eval_steps=36, gamma=30.0)},
+                n,
+            )
+            for norm, n in (("L2", 200), ("Linf", 100))
+        ),
+        Contest(
+            "HopSkipJump L2, few", "L2", HopSkipJump(queries=QUERIES),
+            {"ART": art("HopSkipJump", norm=2, max_iter=13, init_eval=30, max_eval=1000)}, 50,
+        ),
+        Contest("SurFree", "L2", SurFree(queries=QUERIES), {"its authors": surfree(QUERIES)}, 50),
+        Contest(
+            "GeoDA", "L2", GeoDA(queries=QUERIES),
+            {"ART": art("GeoDA", norm=2, max_iter=QUERIES, sub_dim=14 if data == "mnist" else 16)}, 50,
+        ),
+        Contest(
+            "SignOPT", "L2", SignOPT(queries=QUERIES),
+            {"ART": art("SignOPTAttack", targeted=False, query_limit=QUERIES, k=60)}, 50,
+        ),
+        Contest(
+            "Boundary", "L2", Boundary(queries=QUERIES),
+            {"Foolbox": foolbox("BoundaryAttack", steps=800),
+             "ART": art("BoundaryAttack", targeted=False, max_iter=30, num_trial=20)}, 50,
+        ),
+    )  # fmt: skip
+
+
+def measured() -> Outcome:
+    table: list[Cells] = []
+    claims: list[Claim] = []
+    detail: Cells = {}
+    notes = ["only images that the network has right; the peers' settings were chosen on others"]
+    for name in NETWORKS:
+        try:
+            net = network(name)
+            contests = _contests(net.data)
+            x, y = _right(net, max(contest.n for contest in contests))
+        except Absent as why:
+            notes.append(f"{name}: {why}")
+            continue
+        for contest in contests:
+            cells = [{"network": name, **cell} for cell in _one(contest, net.module, x, y, detail, notes)]
+            table += cells
+            claims += _claims(f"{name} {contest.name}", cells)
+            print(*cells, sep="\n", flush=True)
+    return Outcome(table, claims, {"queries": QUERIES, "networks": NETWORKS, "seed": 0}, detail, notes)
+
+
+def _right(net: Network, n: int) -> tuple[Tensor, Tensor]:
+    """The first `n` test images that the network has right: some peers cannot start from others."""
+    x, y = images(net.data, 2 * n)
+    with torch.no_grad():
+        right = net.module(x).argmax(1) == y
+    return x[right][:n], y[right][:n]
+
+
+def _one(
+    contest: Contest, module: nn.Module, x: Tensor, y: Tensor, detail: Cells, notes: list[str]
+) -> list[Cells]:
+    x, y = x[: contest.n], y[: contest.n]
+    found = ours.assessed(module, x, y, [contest.attack], contest.norm, None)
+    away, spent = ours.distance(found, contest.norm), found.cost
+    cells = [
+        _cell(contest, "holdfast", away, float(found["queries"].max()), spent.forwards / len(x), spent.cpu_s)
+    ]
+    case = Comparison(contest.name, contest.norm, None, {}, {}, {})
+    for who, run in contest.peers.items():
+        counted, returned = Counted(module), []
+        torch.manual_seed(0)
+        try:
+            seconds = cpu_seconds(lambda r=run, c=counted, o=returned: o.append(r(c, x.clone(), y, case)))  # type: ignore[misc]
+        except Absent as why:
+            notes.append(f"{who}: {why}")
+            continue
+        except Exception as error:  # noqa: BLE001 - a peer that raises is a result of its own
+            notes.append(f"{contest.name} by {who} raises {type(error).__name__}: {error}"[:200])
+            continue
+        away = _judged(module, x, y, returned[0], contest.norm)
+        cells.append(_cell(contest, who, away, None, counted.forwards / len(x), seconds))
+    detail[f"{contest.name} {len(detail)}"] = cells
+    return cells
+
+
+def _cell(
+    contest: Contest, who: str, away: Tensor, most: float | None, forwards: float, seconds: float
+) -> Cells:
+    return {
+        "attack": contest.name, "n": len(away), "who": who,
+        "success": away.isfinite().double().mean().item(),
+        "median": away.double().quantile(0.5, interpolation="lower").item(),
+        "queries / image": forwards, "CPU s": seconds, **({} if most is None else {"most queries": most}),
+    }  # fmt: skip
+
+
+def _judged(module: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, norm: str) -> Tensor:
+    """The distance of each returned input that the bare network has wrong, inside the box; else inf."""
+    with torch.no_grad():
+        wrong = module(x_adv).argmax(1) != y
+    legal = ((x_adv >= -1e-6) & (x_adv <= 1 + 1e-6)).flatten(1).all(1)
+    return torch.where(wrong & legal, distances(x_adv, x, norm), torch.inf)
+
+
+def _claims(called: str, cells: list[Cells]) -> list[Claim]:
+    mine, theirs = cells[0], cells[1:]
+    claims = [Claim(f"{called}: queries of an image <= 1000", mine["most queries"], QUERIES)]
+    if theirs:
+        best = min(theirs, key=lambda cell: cell["median"])
+        claims.append(Claim(f"{called}: median / the best peer's <= 1", mine["median"] / best["median"], 1.0))
+        claims.append(Claim(f"{called}: CPU / the best peer's <= 0.5", mine["CPU s"] / best["CPU s"], 0.5))
+    return claims
