@@ -36,20 +36,19 @@ class Contest:
 
 def _contests(data: str) -> tuple[Contest, ...]:
     """The peers' steps are the most that keep the mean of an image's queries within the budget, on other images."""
-    steps, draws = (9, 35) if data == "mnist" else (10, 36)
     return (
         *(
             Contest(
                 f"HopSkipJump {norm}", norm, HopSkipJump(queries=QUERIES),
-                {"CleverHans": cleverhans(num_iterations=steps, initial_num_evals=draws, gamma=30.0),
-                 "Foolbox": foolbox("HopSkipJumpAttack", steps=10, initial_gradient_eval_steps=36, gamma=30.0)},
+                {"CleverHans": cleverhans(num_iterations=10, initial_num_evals=36, gamma=30.0),
+                 "Foolbox": foolbox("HopSkipJumpAttack", steps=steps, initial_gradient_eval_steps=36, gamma=30.0)},
                 n,
             )
-            for norm, n in (("L2", 200), ("Linf", 100))
+            for norm, steps, n in (("L2", 10, 200), ("Linf", 9, 100))
         ),
         Contest(
             "HopSkipJump L2, few", "L2", HopSkipJump(queries=QUERIES),
-            {"ART": art("HopSkipJump", norm=2, max_iter=13, init_eval=30, max_eval=1000)}, 50,
+            {"ART": art("HopSkipJump", norm=2, max_iter=11, init_eval=30, max_eval=1000)}, 50,
         ),
         Contest("SurFree", "L2", SurFree(queries=QUERIES), {"its authors": surfree(QUERIES)}, 50),
         Contest(

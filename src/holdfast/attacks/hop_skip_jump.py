@@ -2,7 +2,7 @@
 
 Chen, Jordan & Wainwright, "HopSkipJumpAttack: A Query-Efficient Decision-Based Attack", IEEE S&P 2020,
 arXiv:1904.02144. Differs from the paper: a normal is estimated from points at a tenth of the distance, many times as
-far out, half of low frequency where the inputs are images; earlier normals count with a weight that fades; a jump is
+far out and half of low frequency where the inputs are images; earlier normals count with a weight that fades; a jump is
 judged where it is nearer than what is known, and the boundary searched from there; and the nearest of several starts
 is taken.
 """
