@@ -12,6 +12,8 @@ from holdfast.attacks import (
     DeepFool,
     MomentumPGD,
     RayS,
+    SimBA,
+    SparseRS,
     Square,
 )
 from holdfast.core.constraints import L0, L1, L2, Linf
@@ -42,6 +44,11 @@ ATTACKS = [
     Case(Square(queries=150), L2, slack=0.6, many=0.45),
     Case(Square(queries=300), L1, slack=0.75, many=0.5),
     Case(RayS(queries=400), Linf, slack=0.9, many=0.6, smallest=True),
+    Case(SimBA(queries=150), Linf, many=0.6),
+    Case(SimBA(queries=150), L2, slack=0.75, many=0.5),
+    Case(SimBA(queries=150, basis="cosines"), Linf, slack=0.8, many=0.5),
+    Case(SimBA(queries=150, basis="cosines"), L2, slack=0.75, many=0.5),
+    Case(SparseRS(queries=150), L0, many=0.95),
     Case(DeepFool(), Linf, many=0.6, smallest=True),
     Case(DeepFool(), L2, many=0.85, smallest=True),
     Case(DeepFool(), L1, many=0.75, smallest=True),

@@ -11,6 +11,8 @@ from holdfast.attacks.fmn import FMN
 from holdfast.attacks.momentum_pgd import MomentumPGD
 from holdfast.attacks.pgd import PGD
 from holdfast.attacks.rays import RayS
+from holdfast.attacks.simba import SimBA
+from holdfast.attacks.sparse_rs import SparseRS
 from holdfast.attacks.square import Square
 
 __all__ = [
@@ -25,5 +27,7 @@ __all__ = [
     "DeepFool",
     "MomentumPGD",
     "RayS",
+    "SimBA",
+    "SparseRS",
     "Square",
 ]

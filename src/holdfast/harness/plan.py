@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from holdfast.attacks import PGD
 from holdfast.attacks.protocol import Attack
-from holdfast.core.constraints import L0
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug
 from holdfast.core.threat import ThreatModel
@@ -158,7 +157,7 @@ def _way_out(member: Member, plan: Plan, target: Access) -> str:
         ways.append("leave --curve out")
     elif len(hidden) < len(plan.members):
         ways.append(f"leave it out with {' '.join(f'--skip {slug(each.name)}' for each in hidden)}")
-    if threat.gives("scores") and not isinstance(threat.constraint, L0):
+    if threat.gives("scores"):
         ways.append("choose --suite black-box")
     if replace(threat, access=target).gives(member.attack.needs):
         ways.append(f"let the attacker see more, as in access={member.attack.needs}")
