@@ -9,10 +9,12 @@ from holdfast.attacks.fab import FAB
 from holdfast.attacks.fgsm import FGSM
 from holdfast.attacks.fmn import FMN
 from holdfast.attacks.momentum_pgd import MomentumPGD
+from holdfast.attacks.nes import NES
 from holdfast.attacks.pgd import PGD
 from holdfast.attacks.rays import RayS
 from holdfast.attacks.simba import SimBA
 from holdfast.attacks.sparse_rs import SparseRS
+from holdfast.attacks.spsa import SPSA
 from holdfast.attacks.square import Square
 
 __all__ = [
@@ -22,7 +24,9 @@ __all__ = [
     "FAB",
     "FGSM",
     "FMN",
+    "NES",
     "PGD",
+    "SPSA",
     "CarliniWagner",
     "DeepFool",
     "MomentumPGD",
