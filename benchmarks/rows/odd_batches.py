@@ -11,7 +11,22 @@ from benchmarks.absent import Absent
 from benchmarks.networks import images, network
 from benchmarks.peers import peer
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.attacks import APGD, DDN, FAB, FMN, PGD, DeepFool, RayS, Square
+from holdfast.attacks import (
+    APGD,
+    DDN,
+    FAB,
+    FMN,
+    NES,
+    PGD,
+    SPSA,
+    ZOO,
+    Bandits,
+    DeepFool,
+    RayS,
+    SimBA,
+    SparseRS,
+    Square,
+)
 from holdfast.attacks.protocol import Attack
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
@@ -27,6 +42,12 @@ ATTACKS: tuple[Attack, ...] = (
     FAB(steps=5, targets=3),
     RayS(queries=20),
     Square(queries=20),
+    SimBA(queries=20),
+    NES(queries=20, pairs=3),
+    SPSA(queries=20, pairs=3),
+    Bandits(queries=20),
+    ZOO(queries=20, coordinates=4),
+    SparseRS(queries=20),
     DDN(steps=5),
     FMN(steps=5),
     DeepFool(steps=5),
@@ -82,7 +103,8 @@ def _said(run: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> str:
 
 def _ours(module: nn.Module, attack: Attack, x: Tensor, y: Tensor) -> Tensor:
     """The attack itself, below the harness, which would not hand it an empty batch."""
-    threat = ThreatModel(ours.constraint("L2" if isinstance(attack, DDN) else "Linf", EPS))
+    norm = "L0" if isinstance(attack, SparseRS) else "L2" if isinstance(attack, (DDN, ZOO)) else "Linf"
+    threat = ThreatModel(ours.constraint(norm, 2 if norm == "L0" else EPS))
     found: Tensor = attack(Classifier(module), ours.batch(x, y), threat, rng=Draws(0))
     return found
 

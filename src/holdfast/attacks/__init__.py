@@ -1,6 +1,7 @@
 """The catalogue of attacks: `__all__` is what a suite, a config file and the command line may name."""
 
 from holdfast.attacks.apgd import APGD
+from holdfast.attacks.bandits import Bandits
 from holdfast.attacks.bim import BIM
 from holdfast.attacks.carlini_wagner import CarliniWagner
 from holdfast.attacks.ddn import DDN
@@ -16,6 +17,7 @@ from holdfast.attacks.simba import SimBA
 from holdfast.attacks.sparse_rs import SparseRS
 from holdfast.attacks.spsa import SPSA
 from holdfast.attacks.square import Square
+from holdfast.attacks.zoo import ZOO
 
 __all__ = [
     "APGD",
@@ -27,6 +29,8 @@ __all__ = [
     "NES",
     "PGD",
     "SPSA",
+    "ZOO",
+    "Bandits",
     "CarliniWagner",
     "DeepFool",
     "MomentumPGD",

@@ -22,6 +22,7 @@ from holdfast.core.types import Access, Fraction, Inputs, Mask, Steps
 from holdfast.ops.best import Best
 from holdfast.ops.losses import margin
 from holdfast.ops.norms import expect_norm
+from holdfast.ops.sampling import distinct
 
 _BLOCK = 64  # steps that are drawn together, so that few examples cost few operations
 _FALLS = (0, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # after these of 10,000 steps the share falls to a
@@ -104,8 +105,8 @@ class _Places:
         """Some of the places that change are given back, as many others get a corner's colour."""
         n, rest = self._exchanged(share), self._order.shape[1] - self._k
         draws = self._draws[:, step]
-        self._out = _distinct(draws[:, : n + 1], self._k)
-        self._in = self._k + _distinct(draws[:, n + 1 : 2 * n + 2], rest) if rest else self._out
+        self._out = distinct(draws[:, : n + 1], self._k)
+        self._in = self._k + distinct(draws[:, n + 1 : 2 * n + 2], rest) if rest else self._out
         old, new = (
             self._order.gather(1, at)[:, None].expand(-1, self._channels, -1) for at in (self._out, self._in)
         )
@@ -140,10 +141,3 @@ class _Places:
         units, clean = self._clean.shape[2], self._clean.gather(2, at)
         same = (self._sides.gather(2, at + up * units) == clean).all(1, keepdim=True)
         return self._sides.gather(2, at + (up ^ same) * units)
-
-
-def _distinct(draws: Tensor, m: int) -> Tensor:
-    """As many different positions below `m` as there are draws but one, which turns them round."""
-    n = draws.shape[1] - 1
-    apart = (draws[:, :-1] * (m - n + 1)).long().sort(1).values + torch.arange(n, device=draws.device)
-    return (apart + (draws[:, -1:] * m).long()) % m

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import Constraint, allowed
+from holdfast.core.constraints import Constraint, Norm, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.rows import spread
 from holdfast.core.types import Ids, Inputs, PerExample, Rows
 from holdfast.ops.ascent import cosine
 from holdfast.ops.best import Best
+from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.losses import margin
 
 _ROWS = 512
@@ -124,6 +125,31 @@ def _pairs(queries: int, pairs: int) -> Iterator[int]:
         n = min(pairs, (left - 1) // 2)
         yield n
         left -= 2 * n + 1
+
+
+def coordinate_slopes(
+    model: Model, left: Batch, x: Inputs, at: Tensor, norm: Norm, closest: Closest, h: float
+) -> Tensor:  # fmt: skip
+    """The margin's slopes (n, k) at `x` along the coordinates `at`, by points `h` to either side, cut by the box.
+
+    Those that break the model are offered to `closest`. Cost: two forwards a coordinate.
+    """
+    found, n = [], torch.arange(len(left), device=x.device)
+    for part in at.split(max(1, _ROWS // (2 * len(left))), dim=1):  # type: ignore[no-untyped-call]
+        k = part.shape[1]
+        step = x.new_zeros(*part.shape, x[0].numel()).scatter_(2, part[..., None], h)
+        rows = n.repeat_interleave(2 * k)
+        moved = torch.cat((step, -step), 1).view(-1, *x.shape[1:])
+        whole, asked = left.take(rows), model.bounds.clamp(x[rows] + moved)
+        logits = model(asked, whole.ids)
+        points = asked.view(len(n), 2 * k, *x.shape[1:])
+        far = torch.where(firmly_broken(logits, whole), norm.distance(asked, whole.x), torch.inf)
+        near, which = far.view(-1, 2 * k).min(1)
+        closest.offer(left, points[n, which], near, near < torch.inf)
+        one, other = points.flatten(2).gather(2, part.repeat(1, 2)[..., None])[..., 0].chunk(2, 1)
+        high, low = margin(logits, whole).view(-1, 2 * k).chunk(2, 1)
+        found.append(((high - low) / (one - other).clamp_min(h / 2)).nan_to_num(0.0, 0.0, 0.0))
+    return torch.cat(found, 1)
 
 
 def _repeated(target: Tensor | None, n: int) -> Tensor | None:
