@@ -29,6 +29,7 @@ ROWS = {
     "pgd-strength": "pgd_strength",
     "minimum-norm": "minimum_norm",
     "square": "square",
+    "scores": "scores",
     "standard": "standard",
     "standard-cost": "standard_cost",
     "doubts": "doubts",

@@ -61,18 +61,15 @@ class SparseRS:
                 places.take(standing)
             if step == queries:
                 break
-            if step % _BLOCK == 1:
-                places.plan(rng.at("block", step // _BLOCK), self._share(step, queries))
-            margins = margin(
-                model(places.propose(step % _BLOCK - 1, self._share(step, queries)), left.ids), left
-            )
+            block, at = divmod(step - 1, _BLOCK)
+            share = self.alpha_init / _PARTS[bisect_left(_FALLS, step * 10_000 // queries)]
+            if at == 0:
+                places.plan(rng.at("block", block), share)
+            margins = margin(model(places.propose(at, share), left.ids), left)
             lower = ~(margins >= height)
             places.keep(lower)
             height = torch.where(lower, margins, height)
         best.offer(left, places.x, height)
-
-    def _share(self, step: int, queries: int) -> float:
-        return self.alpha_init / _PARTS[bisect_left(_FALLS, step * 10_000 // queries)]
 
 
 class _Places:
