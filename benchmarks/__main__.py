@@ -30,6 +30,7 @@ ROWS = {
     "minimum-norm": "minimum_norm",
     "square": "square",
     "decisions": "decisions",
+    "scores": "scores",
     "standard": "standard",
     "standard-cost": "standard_cost",
     "doubts": "doubts",

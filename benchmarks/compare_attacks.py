@@ -37,14 +37,22 @@ def distances(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
     return torch.linalg.vector_norm(delta, ORDERS[norm], dim=1)
 
 
-def judged(module: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, case: Comparison) -> dict[str, Any]:
-    """What the bare network says of the returned inputs; inputs outside the box or the ball are no success."""
+def verdicts(
+    module: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, case: Comparison
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Who is wrong when clean, who is wrong after, and whose returned input is inside the box and the ball."""
     with torch.no_grad():
         clean_wrong, wrong = module(x).argmax(1) != y, module(x_adv.float()).argmax(1) != y
-    away = distances(x_adv, x, case.norm)
     legal = ((x_adv >= -1e-6) & (x_adv <= 1 + 1e-6)).flatten(1).all(1) & ~x_adv.isnan().flatten(1).any(1)
     if case.eps is not None:
-        legal &= away <= case.eps * (1 + 1e-5) + 1e-6
+        legal &= distances(x_adv, x, case.norm) <= case.eps * (1 + 1e-5) + 1e-6
+    return clean_wrong, wrong, legal
+
+
+def judged(module: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, case: Comparison) -> dict[str, Any]:
+    """What the bare network says of the returned inputs; inputs outside the box or the ball are no success."""
+    clean_wrong, wrong, legal = verdicts(module, x, y, x_adv, case)
+    away = distances(x_adv, x, case.norm)
     success = (wrong & legal) | clean_wrong
     least = torch.where(clean_wrong, 0.0, torch.where(success, away, torch.inf))
     row: dict[str, Any] = {"success": round(success.double().mean().item(), 4)}

@@ -270,7 +270,7 @@ def test_an_attack_that_needs_more_than_can_be_seen_is_refused_by_name():
             "gradients",
             "--skip pgd --skip ddn, or choose --suite black-box, or let the attacker see more, as in access=gradients$",
         ),
-        ([PGD()], ThreatModel(L0(3)), "scores", "under l0 that needs less; use linf, l2 or l1$"),
+        ([PGD()], ThreatModel(L0(3)), "scores", "choose --suite black-box$"),
         (
             [Square()],
             ThreatModel(L2(0.1)),

@@ -16,13 +16,19 @@ from holdfast.attacks import (
     DDN,
     FAB,
     FMN,
+    NES,
     PGD,
+    SPSA,
+    ZOO,
+    Bandits,
     Boundary,
     DeepFool,
     GeoDA,
     HopSkipJump,
     RayS,
     SignOPT,
+    SimBA,
+    SparseRS,
     Square,
     SurFree,
 )
@@ -46,6 +52,12 @@ ATTACKS: tuple[Attack, ...] = (
     SignOPT(queries=20),
     SurFree(queries=20),
     Square(queries=20),
+    SimBA(queries=20),
+    NES(queries=20, pairs=3),
+    SPSA(queries=20, pairs=3),
+    Bandits(queries=20),
+    ZOO(queries=20, coordinates=4),
+    SparseRS(queries=20),
     DDN(steps=5),
     FMN(steps=5),
     DeepFool(steps=5),
@@ -101,9 +113,9 @@ def _said(run: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> str:
 
 def _ours(module: nn.Module, attack: Attack, x: Tensor, y: Tensor) -> Tensor:
     """The attack itself, below the harness, which would not hand it an empty batch."""
-    threat = ThreatModel(
-        ours.constraint("L2" if isinstance(attack, (DDN, Boundary, SignOPT, SurFree)) else "Linf", EPS)
-    )
+    smallest = (DDN, ZOO, Boundary, SignOPT, SurFree)
+    norm = "L0" if isinstance(attack, SparseRS) else "L2" if isinstance(attack, smallest) else "Linf"
+    threat = ThreatModel(ours.constraint(norm, 2 if norm == "L0" else EPS))
     found: Tensor = attack(Classifier(module), ours.batch(x, y), threat, rng=Draws(0))
     return found
 

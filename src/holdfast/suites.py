@@ -3,14 +3,14 @@
 `standard` is the composition of AutoAttack standard (Croce & Hein, "Reliable evaluation of adversarial robustness with
 an ensemble of diverse parameter-free attacks", ICML 2020, arXiv:2003.01690; for L1 "Mind the box", ICML 2021,
 arXiv:2103.01208), `rand` that of its version for randomised models, so that the numbers may stand beside published
-ones. There is no AutoAttack for L0; there `standard` is projected gradient descent and FMN. `black-box` asks of a
-target what its threat lets it give: scores, or labels alone.
+ones. There is no AutoAttack for L0; there `standard` is projected gradient descent, FMN and Sparse-RS. `black-box` asks
+of a target what its threat lets it give: scores, or labels alone.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from holdfast.attacks import APGD, DDN, FAB, FMN, PGD, DeepFool, HopSkipJump, RayS, Square, SurFree
+from holdfast.attacks import APGD, DDN, FAB, FMN, PGD, DeepFool, HopSkipJump, RayS, SparseRS, Square, SurFree
 from holdfast.attacks.protocol import Attack
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.errors import UsageError
@@ -67,6 +67,7 @@ def _standard(constraint: Constraint) -> Named:
             ("PGD", thorough),
             ("PGD-CE", PGD(steps=100, restarts=2, loss=cross_entropy)),
             ("FMN", FMN(steps=200)),
+            ("SparseRS", SparseRS(queries=5000)),
         )
     sparse = isinstance(constraint, L1)
     return (
@@ -86,7 +87,7 @@ def _rand(constraint: Constraint) -> Named:
 
 def _black_box(constraint: Constraint) -> Named:
     if isinstance(constraint, L0):
-        raise UsageError("the suite 'black-box' has no attack under l0 yet; use linf, l2 or l1")
+        return (("SparseRS", SparseRS(queries=5000)),)
     return (("Square", Square(queries=5000)),)
 
 

@@ -1,6 +1,7 @@
 """The catalogue of attacks: `__all__` is what a suite, a config file and the command line may name."""
 
 from holdfast.attacks.apgd import APGD
+from holdfast.attacks.bandits import Bandits
 from holdfast.attacks.bim import BIM
 from holdfast.attacks.boundary import Boundary
 from holdfast.attacks.carlini_wagner import CarliniWagner
@@ -12,11 +13,16 @@ from holdfast.attacks.fmn import FMN
 from holdfast.attacks.geoda import GeoDA
 from holdfast.attacks.hop_skip_jump import HopSkipJump
 from holdfast.attacks.momentum_pgd import MomentumPGD
+from holdfast.attacks.nes import NES
 from holdfast.attacks.pgd import PGD
 from holdfast.attacks.rays import RayS
 from holdfast.attacks.sign_opt import SignOPT
+from holdfast.attacks.simba import SimBA
+from holdfast.attacks.sparse_rs import SparseRS
+from holdfast.attacks.spsa import SPSA
 from holdfast.attacks.square import Square
 from holdfast.attacks.surfree import SurFree
+from holdfast.attacks.zoo import ZOO
 
 __all__ = [
     "APGD",
@@ -25,7 +31,11 @@ __all__ = [
     "FAB",
     "FGSM",
     "FMN",
+    "NES",
     "PGD",
+    "SPSA",
+    "ZOO",
+    "Bandits",
     "Boundary",
     "CarliniWagner",
     "DeepFool",
@@ -34,6 +44,8 @@ __all__ = [
     "MomentumPGD",
     "RayS",
     "SignOPT",
+    "SimBA",
+    "SparseRS",
     "Square",
     "SurFree",
 ]

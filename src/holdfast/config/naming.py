@@ -18,8 +18,12 @@ ATTACKS: Final = (
     "FAB",
     "FGSM",
     "FMN",
+    "NES",
     "PGD",
+    "SPSA",
+    "ZOO",
     "RayS",
+    "Bandits",
     "Boundary",
     "CarliniWagner",
     "DeepFool",
@@ -27,6 +31,8 @@ ATTACKS: Final = (
     "HopSkipJump",
     "MomentumPGD",
     "SignOPT",
+    "SimBA",
+    "SparseRS",
     "Square",
     "SurFree",
 )
@@ -36,12 +42,18 @@ VARIANTS: Final = {"APGD-CE": "APGD", "APGD-DLR": "APGD", "APGD-T": "APGD", "FAB
 """Names that suites and their tables give to an attack with settings of its own, and that attack."""
 
 _QUICK = ("PGD", "APGD-T")
+_BLACK_BOX = ("Square",)
 _STANDARD = ("APGD-CE", "APGD-T", "FAB-T", "Square")
 MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
     "quick": {"linf": _QUICK, "l2": _QUICK, "l1": ("PGD",), "l0": ("PGD",)},
-    "standard": {"linf": _STANDARD, "l2": _STANDARD, "l1": _STANDARD, "l0": ("PGD", "PGD-CE", "FMN")},
+    "standard": {
+        "linf": _STANDARD,
+        "l2": _STANDARD,
+        "l1": _STANDARD,
+        "l0": ("PGD", "PGD-CE", "FMN", "SparseRS"),
+    },
     "rand": dict.fromkeys(("linf", "l2", "l1", "l0"), ("APGD-CE", "APGD-DLR")),
-    "black-box": dict.fromkeys(("linf", "l2", "l1"), ("Square",)),
+    "black-box": {"linf": _BLACK_BOX, "l2": _BLACK_BOX, "l1": _BLACK_BOX, "l0": ("SparseRS",)},
     "minimum-norm": {
         "linf": ("DeepFool", "FMN"),
         "l2": ("DeepFool", "DDN", "FMN"),

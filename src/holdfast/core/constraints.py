@@ -293,7 +293,7 @@ class L0:
     eps: NonNegative = math.inf
     per: Literal["value", "pixel"] = "value"
 
-    def _grouped(self, values: Tensor) -> Tensor:
+    def grouped(self, values: Tensor) -> Tensor:
         """Values of an input (n, *features) as (n, units, values in a unit)."""
         if self.per == "pixel" and values.dim() == 4:
             return values.flatten(2).transpose(1, 2)
@@ -307,7 +307,7 @@ class L0:
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """How many values or pixels differ."""
-        return (self._grouped(x_adv) != self._grouped(x)).any(2).sum(1).to(x.dtype)
+        return (self.grouped(x_adv) != self.grouped(x)).any(2).sum(1).to(x.dtype)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """The nearest point of ball and box: see `within`."""
@@ -324,7 +324,7 @@ class L0:
 
     def largest(self, gain: Tensor, radius: PerExample) -> Tensor:
         """Where the `radius` values or pixels with the largest summed gain are, as a mask of the inputs' shape."""
-        units = self._grouped(gain).sum(2)
+        units = self.grouped(gain).sum(2)
         most = radius.clamp(0, units.shape[1]).long()
         order = units.topk(int(most.max()), dim=1).indices
         kept = torch.zeros_like(units, dtype=torch.bool)
@@ -344,7 +344,7 @@ class L0:
         """As many random values or pixels as allowed, each uniform in the box."""
         u = rng.at("value").uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
         low, high = bounds.like(batch.x)
-        units = self._grouped(batch.x).shape[1]
+        units = self.grouped(batch.x).shape[1]
         order = rng.at("place").uniform(batch.ids, units)
         kept = torch.zeros_like(order, dtype=torch.bool)
         kept.scatter_(1, order.topk(min(int(min(self.eps, units)), units), dim=1).indices, True)

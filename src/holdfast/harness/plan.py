@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from holdfast.attacks import PGD
 from holdfast.attacks.protocol import Attack
-from holdfast.core.constraints import L0, L2, Linf
+from holdfast.core.constraints import L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug
 from holdfast.core.threat import ThreatModel
@@ -158,12 +158,11 @@ def _way_out(member: Member, plan: Plan, target: Access) -> str:
         ways.append("leave --curve out")
     elif len(hidden) < len(plan.members):
         ways.append(f"leave it out with {' '.join(f'--skip {slug(each.name)}' for each in hidden)}")
-    if threat.gives("scores") and not isinstance(threat.constraint, L0):
+    if threat.gives("scores"):
         ways.append("choose --suite black-box")
     elif threat.access == "labels" and isinstance(threat.constraint, (Linf, L2)):
         ways.append("choose --suite black-box and say access=labels in the threat")
     if replace(threat, access=target).gives(member.attack.needs):
         ways.append(f"let the attacker see more, as in access={member.attack.needs}")
     norm = type(threat.constraint).__name__.lower()
-    fewer = "linf, l2 or l1" if threat.gives("scores") else "linf or l2"
-    return ", or ".join(ways) or f"there is no attack under {norm} that needs less; use {fewer}"
+    return ", or ".join(ways) or f"there is no attack under {norm} that needs less; use linf or l2"

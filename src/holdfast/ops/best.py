@@ -24,6 +24,10 @@ class Best:
         """Positions of the examples that nothing has broken yet."""
         return (self.margin > 0).nonzero()[:, 0]
 
+    def rows(self, some: Batch) -> Rows:
+        """Where `some` examples stand in the whole batch."""
+        return self._lookup.rows(some.ids)
+
     def offer(self, some: Batch, x: Inputs, margin: PerExample) -> Mask:
         """Take the points of `some` examples that are lower than what is known (NaN is lowest); who got lower."""
         if some.ids is self._ids:

@@ -1,0 +1,127 @@
+"""Bandits: a running guess of the gradient, bettered by two queries a step, from scores alone.
+
+Ilyas, Engstrom & Madry, "Prior convictions: black-box adversarial attacks with bandits and priors", ICLR 2019,
+arXiv:1807.07978. The guess carries over from step to step (time prior) and is the same within a tile (data prior).
+Differs from the paper: watches the margin instead of the cross-entropy, differences are measured in their own running
+mean, so that no rate depends on the logits' scale, and every tenth point is judged, at a query of its own.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L2, Linf, Norm
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.rows import spread
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs, Positive, Rows, Steps
+from holdfast.ops.best import Best
+from holdfast.ops.estimates import gaussian, look
+from holdfast.ops.norms import expect_norm, length
+from holdfast.ops.squares import as_image
+
+_JUDGED = 10  # steps from one look at the point itself to the next
+
+
+@dataclass(frozen=True)
+class Bandits:
+    """Look to both sides of the guessed gradient, better the guess, and step along it."""
+
+    queries: Steps = 5000
+    """forwards for each example, at most; the threat model's budget where that is less"""
+    step_size: Positive = 0.1
+    """length of one step in multiples of eps"""
+    exploration: Positive = 1.0
+    """length of the random part of what is asked; the guess is at most one in each tile, under L2 of any length"""
+    rate: Positive = 0.1
+    """how much one pair of queries changes the guess"""
+    fd_eta: Positive = 0.1
+    """Euclidean distance of the points asked from the current one, in widths of the box"""
+    tile: Steps = 2
+    """side of the tiles of an image in pixels; other inputs have none"""
+
+    needs: ClassVar[Access] = "scores"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        norm, best = expect_norm(threat.constraint, self, Linf, L2), Best(batch)
+        if len(batch):
+            with torch.no_grad():
+                self._climb(model, batch, norm, best, min(self.queries, threat.queries or self.queries), rng)
+        return best.x
+
+    def _climb(self, model: Model, left: Batch, norm: Norm, best: Best, queries: int, rng: Draws) -> None:
+        x, guess = left.x, _Guess(left, norm, self)
+        step, away = 0, self.fd_eta * model.bounds.width
+        while queries:
+            judged = step % _JUDGED == 0 or queries < 3
+            if judged:
+                look(model, left, [x], norm, best)
+            queries -= judged
+            if queries < 2:
+                return
+            one, other = (model.bounds.clamp(x + away * q) for q in guess.sides(rng.at("step", step)))
+            higher, lower = look(model, left, [one, other], norm, best)
+            queries -= 2
+            guess.learn(lower - higher)
+            standing = (best.margin[best.rows(left)] > 0).nonzero()[:, 0]
+            if not len(standing):
+                return
+            if len(standing) < len(left):
+                left, x = left.take(standing), x[standing]
+                guess.take(standing)
+            climb = norm.steepest(guess.gradient, x, model.bounds)
+            x = norm.project(x + self.step_size * norm.eps * climb, left.x, model.bounds)
+            step += 1
+
+
+class _Guess:
+    """The guessed gradient of each example, one number a tile; under Linf as log odds, for they stay within one."""
+
+    def __init__(self, batch: Batch, norm: Norm, attack: Bandits) -> None:
+        self._attack, self._odds, self._shape = attack, isinstance(norm, Linf), batch.x.shape[1:]
+        self._image = channels, height, width = as_image(self._shape)
+        self._side = attack.tile if len(self._shape) >= 3 else 1
+        self._ids = batch.ids
+        self._tiles = batch.x.new_zeros(
+            len(batch), channels, -(-height // self._side), -(-width // self._side)
+        )
+        self._mean, self._seen = batch.x.new_zeros(len(batch)), 0
+
+    @property
+    def gradient(self) -> Inputs:
+        """The guess, in the shape of the inputs."""
+        return self._spread(self._prior)
+
+    def sides(self, rng: Draws) -> tuple[Inputs, Inputs]:
+        """Two directions of length one: the guess with a random part added, and with it taken away."""
+        self._noise = gaussian(rng, self._ids, self._tiles) / self._tiles[0].numel() ** 0.5
+        random = self._attack.exploration * self._noise
+        return self._unit(self._prior + random), self._unit(self._prior - random)
+
+    def learn(self, fall: torch.Tensor) -> None:
+        """Turn the guess towards the side where the margin is lower by `fall`."""
+        fall = fall.nan_to_num(0.0, 0.0, 0.0)
+        self._seen += 1
+        self._mean = self._mean + (fall.abs() - self._mean) / min(self._seen, 10)
+        size = fall / self._mean.clamp_min(torch.finfo(fall.dtype).tiny)
+        self._tiles = self._tiles + self._attack.rate * spread(size, self._tiles) * self._noise
+
+    def take(self, rows: Rows) -> None:
+        """Go on with some of the examples."""
+        self._ids, self._tiles, self._mean = self._ids[rows], self._tiles[rows], self._mean[rows]
+
+    @property
+    def _prior(self) -> torch.Tensor:
+        return self._tiles.tanh() if self._odds else self._tiles
+
+    def _unit(self, tiles: torch.Tensor) -> Inputs:
+        wide = self._spread(tiles)
+        return wide / spread(length(wide).clamp_min(torch.finfo(wide.dtype).tiny), wide)
+
+    def _spread(self, tiles: torch.Tensor) -> Inputs:
+        _, height, width = self._image
+        wide = tiles.repeat_interleave(self._side, 2).repeat_interleave(self._side, 3)
+        return wide[:, :, :height, :width].reshape(-1, *self._shape)

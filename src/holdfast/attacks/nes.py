@@ -1,0 +1,68 @@
+"""NES: gradient ascent on estimates from antithetic Gaussian draws.
+
+Ilyas, Engstrom, Athalye & Lin, "Black-box adversarial attacks with limited queries and information", ICML 2018,
+arXiv:1804.08598.
+Differs from the paper: climbs the margin instead of the cross-entropy, the step size falls along a cosine and not when
+the loss stalls, and steps are the steepest of whatever constraint there is.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Fraction, Inputs, Positive, Rows, Steps
+from holdfast.ops.estimates import climb, gaussian
+
+
+@dataclass(frozen=True)
+class NES:
+    """Climb the margin along gradients that are estimated from pairs of points."""
+
+    queries: Steps = 5000
+    """forwards for each example, at most; the threat model's budget where that is less"""
+    pairs: Steps = 25
+    """pairs of points from which one gradient is estimated"""
+    sigma: Positive = 0.001
+    """standard deviation of the points about the current one, in widths of the box"""
+    momentum: Fraction = 0.9
+    """share of the earlier estimates that is kept"""
+    reach: Positive = 20.0
+    """path length in multiples of eps"""
+
+    needs: ClassVar[Access] = "scores"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        if not len(batch):
+            return batch.x.clone()
+        with torch.no_grad():
+            return climb(
+                model,
+                batch,
+                threat.constraint,
+                gaussian,
+                _Momentum(self.momentum),
+                queries=min(self.queries, threat.queries or self.queries),
+                pairs=self.pairs,
+                size=self.sigma * model.bounds.width,
+                reach=self.reach,
+                rng=rng,
+            )
+
+
+class _Momentum:
+    """The running sum of the estimates."""
+
+    def __init__(self, kept: float) -> None:
+        self._kept, self._sum = kept, torch.zeros(())
+
+    def __call__(self, gradient: Inputs) -> Inputs:
+        self._sum = self._kept * self._sum.to(gradient) + gradient
+        return self._sum
+
+    def take(self, rows: Rows) -> None:
+        self._sum = self._sum[rows] if self._sum.dim() else self._sum

@@ -1,0 +1,145 @@
+"""SimBA: one direction of an orthonormal basis after the other, from scores alone.
+
+Guo, Gardner, You, Wilson & Weinberger, "Simple black-box adversarial attacks", ICML 2019, arXiv:1905.07121.
+Differs from the paper: lowers the margin and not the label's probability; each step is projected onto ball and box, and
+one that leaves the point where it is costs no query; cosines are taken from low to high in eighths of the frequencies.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L2, Linf, Norm
+from holdfast.core.draws import Draws
+from holdfast.core.model import Bounds, Model
+from holdfast.core.rows import spread
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs, Mask, Positive, Steps
+from holdfast.ops.best import Best
+from holdfast.ops.losses import margin
+from holdfast.ops.norms import expect_norm
+from holdfast.ops.squares import as_image
+
+_SKIPS = 8  # directions passed over for one query, where neither sign moves the point
+_RINGS = 8  # the paper's low frequencies are the first eighth of each side
+
+Basis = Literal["pixels", "cosines"]
+
+
+@dataclass(frozen=True)
+class SimBA:
+    """Step along a direction, or against it, and keep each step that lowers the margin."""
+
+    queries: Steps = 5000
+    """forwards for each example, at most; the threat model's budget where that is less"""
+    basis: Basis = "pixels"
+    """directions: single values (`pixels`), or waves over each channel, long ones first (`cosines`)"""
+    step_size: Positive = 0.2
+    """length of one step in multiples of eps; under Linf pixels go from side to side of the cube"""
+
+    needs: ClassVar[Access] = "scores"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        norm, best = expect_norm(threat.constraint, self, Linf, L2), Best(batch)
+        queries = min(self.queries, threat.queries or self.queries)
+        left, walk = batch, _Walk(batch, norm, self, model.bounds, queries, rng)
+        height, x = torch.full_like(best.margin, torch.inf), batch.x
+        with torch.no_grad():
+            for query in range(queries if len(batch) else 0):
+                margins = margin(model(x, left.ids), left)
+                lower = ~(margins >= height)
+                walk.learn(x, lower, first=not query)
+                height = torch.where(lower, margins, height)
+                if not float(height.min()) > 0:  # a NaN among them makes the least a NaN
+                    best.offer(left, walk.x, height)
+                    standing = height > 0
+                    left, height = left.take(standing), height[standing]
+                    if not len(left):
+                        return best.x
+                    walk.take(standing)
+                x = walk.propose()
+        best.offer(left, walk.x, height)
+        return best.x
+
+
+class _Walk:
+    """Where each example stands, and which direction of the basis is tried next with which sign."""
+
+    def __init__(
+        self, batch: Batch, norm: Norm, attack: SimBA, bounds: Bounds, queries: int, rng: Draws
+    ) -> None:
+        self.x, self._clean, self._norm, self._bounds = batch.x, batch.x, norm, bounds
+        self._image = channels, height, width = as_image(batch.x.shape[1:])
+        waves = attack.basis == "cosines"
+        basis = _cosines if waves else _values
+        rows, columns = (basis(side, batch.x) for side in (height, width))
+        if isinstance(norm, Linf):
+            rows, columns = (side / side.abs().amax(1, keepdim=True) for side in (rows, columns))
+        self._rows, self._columns = rows, columns
+        turn = rng.at("order").uniform(batch.ids, channels * height * width)
+        if waves:
+            down, across = (
+                torch.arange(side, device=turn.device) * _RINGS // side for side in (height, width)
+            )
+            turn = turn + torch.maximum(down[:, None], across).flatten().repeat(channels)
+        self._order = turn.argsort(1)[:, :queries].clone()
+        self._at, self._sign = torch.zeros_like(batch.ids), torch.ones_like(batch.x.flatten(1)[:, 0])
+        self._length = norm.eps * (2 if isinstance(norm, Linf) and not waves else attack.step_size)
+
+    def propose(self) -> Inputs:
+        """The next point of each example that is not where it stands."""
+        x = self._moved()
+        for _ in range(_SKIPS):
+            still = (x == self.x).flatten(1).all(1)
+            if not still.any():
+                break
+            self._turn(still)
+            x = self._moved()
+        return x
+
+    def learn(self, x: Inputs, lower: Mask, *, first: bool) -> None:
+        """Stay at what was asked where that is lower, and turn to the next direction or sign."""
+        if first:
+            return
+        self.x = torch.where(spread(lower, x), x, self.x)
+        self._sign = torch.where(lower, -1, self._sign)  # the other sign needs no look
+        self._turn(torch.ones_like(lower))
+
+    def take(self, rows: Mask) -> None:
+        """Go on with some of the examples."""
+        self.x, self._clean = self.x[rows], self._clean[rows]
+        self._order, self._at, self._sign = self._order[rows], self._at[rows], self._sign[rows]
+
+    def _turn(self, rows: Mask) -> None:
+        """From plus to minus, from minus to the next direction, after the last one to the first."""
+        self._at = torch.where(rows & (self._sign < 0), (self._at + 1) % self._order.shape[1], self._at)
+        self._sign = torch.where(rows, -self._sign, self._sign)
+
+    def _moved(self) -> Inputs:
+        _, height, width = self._image
+        at = self._order.gather(1, self._at[:, None])[:, 0]
+        channel, row, column = at // (height * width), at // width % height, at % width
+        wave = (
+            (self._length * self._sign)[:, None, None]
+            * self._rows[row][:, :, None]
+            * self._columns[column][:, None]
+        )
+        step = torch.zeros(len(at), *self._image, dtype=wave.dtype, device=wave.device)
+        step[torch.arange(len(at)), channel] = wave
+        return self._norm.project(self.x + step.view_as(self.x), self._clean, self._bounds)
+
+
+def _values(side: int, like: Tensor) -> Tensor:
+    return torch.eye(side, dtype=like.dtype, device=like.device)
+
+
+def _cosines(side: int, like: Tensor) -> Tensor:
+    """Rows of the orthonormal discrete cosine transform, the slowest wave first."""
+    k = torch.arange(side, dtype=torch.float64)
+    waves = torch.cos(math.pi / side * k[:, None] * (k + 0.5)) * math.sqrt(2 / side)
+    waves[0] /= math.sqrt(2)
+    return waves.to(like.device, like.dtype)

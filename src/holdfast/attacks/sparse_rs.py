@@ -1,0 +1,140 @@
+"""Sparse-RS: random search over which few values or pixels change, from scores alone.
+
+Croce, Andriushchenko, Singh, Flammarion & Hein, "Sparse-RS: a versatile framework for query-efficient sparse black-box
+adversarial attacks", AAAI 2022, arXiv:2006.12834.
+Differs from the paper: each example exchanges places of its own; a new colour is never the clean one, however many are
+exchanged; and targets too are searched by the margin.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L0
+from holdfast.core.draws import Draws
+from holdfast.core.model import Bounds, Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Fraction, Inputs, Mask, Steps
+from holdfast.ops.best import Best
+from holdfast.ops.losses import margin
+from holdfast.ops.norms import expect_norm
+from holdfast.ops.sampling import distinct
+
+_BLOCK = 64  # steps that are drawn together, so that few examples cost few operations
+_FALLS = (0, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # after these of 10,000 steps the share falls to a
+_PARTS = (1, 2, 4, 5, 6, 8, 10, 12, 15, 20)  # part of alpha_init
+
+
+@dataclass(frozen=True)
+class SparseRS:
+    """Exchange some of the changed places for others, with colours from the corners of the box, where that helps."""
+
+    queries: Steps = 5000
+    """forwards for each example, at most; the threat model's budget where that is less"""
+    alpha_init: Fraction = 0.3
+    """share of the changed places that is exchanged at first; it falls over the queries there are"""
+
+    needs: ClassVar[Access] = "scores"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        norm, best = expect_norm(threat.constraint, self, L0), Best(batch)
+        assert isinstance(norm, L0)
+        if len(batch) and norm.eps >= 1:
+            with torch.no_grad():
+                self._search(model, batch, norm, best, min(self.queries, threat.queries or self.queries), rng)
+        return best.x
+
+    def _search(self, model: Model, left: Batch, norm: L0, best: Best, queries: int, rng: Draws) -> None:
+        places = _Places(left, norm, model.bounds, rng.at("start"))
+        height = margin(model(places.x.clone(), left.ids), left)
+        for step in range(1, queries + 1):
+            if not float(height.min()) > 0:  # a NaN among them makes the least a NaN
+                best.offer(left, places.x, height)
+                standing = height > 0
+                left, height = left.take(standing), height[standing]
+                if not len(left):
+                    return
+                places.take(standing)
+            if step == queries:
+                break
+            block, at = divmod(step - 1, _BLOCK)
+            share = self.alpha_init / _PARTS[bisect_left(_FALLS, step * 10_000 // queries)]
+            if at == 0:
+                places.plan(rng.at("block", block), share)
+            margins = margin(model(places.propose(at, share), left.ids), left)
+            lower = ~(margins >= height)
+            places.keep(lower)
+            height = torch.where(lower, margins, height)
+        best.offer(left, places.x, height)
+
+
+class _Places:
+    """The places in an order whose first `k` are those that change, and the best point of each example."""
+
+    def __init__(self, batch: Batch, norm: L0, bounds: Bounds, rng: Draws) -> None:
+        self._channels = norm.grouped(batch.x).shape[2]
+        self._clean = self._laid(batch.x)
+        low, high = (self._laid(side.expand_as(batch.x)) for side in bounds.like(batch.x))
+        self._sides = torch.cat((low, high), dim=2)
+        units = self._clean.shape[2]
+        self._k = int(min(norm.eps, units))
+        self._ids, self._shape = batch.ids, batch.x.shape[1:]
+        self._order = rng.at("place").uniform(batch.ids, units).argsort(1)
+        first = self._order[:, None, : self._k].expand(-1, self._channels, -1)
+        up = rng.at("colour").uniform(batch.ids, self._channels, self._k) < 0.5
+        self._best = self._clean.scatter(2, first, self._colours(first, up))
+
+    @property
+    def x(self) -> Inputs:
+        """The best point of each example."""
+        return self._best.view(-1, *self._shape)
+
+    def plan(self, rng: Draws, share: float) -> None:
+        """Draw for a block of steps that exchange at most this share."""
+        n = self._exchanged(share)
+        self._draws = rng.uniform(self._ids, _BLOCK, 2 * (n + 1) + n * self._channels)
+
+    def propose(self, step: int, share: float) -> Inputs:
+        """Some of the places that change are given back, as many others get a corner's colour."""
+        n, rest = self._exchanged(share), self._order.shape[1] - self._k
+        draws = self._draws[:, step]
+        self._out = distinct(draws[:, : n + 1], self._k)
+        self._in = self._k + distinct(draws[:, n + 1 : 2 * n + 2], rest) if rest else self._out
+        old, new = (
+            self._order.gather(1, at)[:, None].expand(-1, self._channels, -1) for at in (self._out, self._in)
+        )
+        up = draws[:, 2 * n + 2 :][:, : n * self._channels].reshape(-1, self._channels, n) < 0.5
+        back = self._best.scatter(2, old, self._clean.gather(2, old))
+        self._tried = back.scatter_(2, new, self._colours(new, up))
+        return self._tried.view(-1, *self._shape)
+
+    def keep(self, better: Mask) -> None:
+        """Go on from what was tried where it is better."""
+        rows = better.nonzero()[:, 0]
+        self._best[rows] = self._tried[rows]
+        out, into, order = self._out[rows], self._in[rows], self._order[rows]
+        swapped = order.scatter(1, out, order.gather(1, into)).scatter_(1, into, order.gather(1, out))
+        self._order[rows] = swapped
+
+    def take(self, rows: Mask) -> None:
+        """Go on with some of the examples."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):  # one entry an example each
+                setattr(self, name, value[rows])
+
+    def _exchanged(self, share: float) -> int:
+        return min(max(int(share * self._k), 1), self._order.shape[1] - self._k or 1)
+
+    def _laid(self, x: Inputs) -> Tensor:
+        """Inputs as (n, values in a place, places)."""
+        return x.reshape(len(x), self._channels, -1)
+
+    def _colours(self, at: Tensor, up: Tensor) -> Tensor:
+        """Corners of the box; the opposite one where that would be the clean value in every channel."""
+        units, clean = self._clean.shape[2], self._clean.gather(2, at)
+        same = (self._sides.gather(2, at + up * units) == clean).all(1, keepdim=True)
+        return self._sides.gather(2, at + (up ^ same) * units)

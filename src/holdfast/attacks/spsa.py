@@ -1,0 +1,70 @@
+"""SPSA: Adam on gradient estimates from simultaneous perturbations by random signs.
+
+Uesato, O'Donoghue, van den Oord & Kohli, "Adversarial risk and the dangers of evaluating against weak attacks",
+ICML 2018, arXiv:1802.05666; the estimate is that of Spall 1992.
+Differs from the paper: the step size falls along a cosine, and Adam's direction is followed by the steepest step of
+whatever constraint there is.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs, Positive, Rows, Steps
+from holdfast.ops.estimates import climb, rademacher
+
+
+@dataclass(frozen=True)
+class SPSA:
+    """Climb the margin with Adam along gradients that are estimated from pairs of points."""
+
+    queries: Steps = 5000
+    """forwards for each example, at most; the threat model's budget where that is less"""
+    pairs: Steps = 25
+    """pairs of points from which one gradient is estimated"""
+    delta: Positive = 0.01
+    """how far each value moves to either side, in widths of the box"""
+    reach: Positive = 20.0
+    """path length in multiples of eps"""
+
+    needs: ClassVar[Access] = "scores"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        if not len(batch):
+            return batch.x.clone()
+        with torch.no_grad():
+            return climb(
+                model,
+                batch,
+                threat.constraint,
+                rademacher,
+                _Adam(),
+                queries=min(self.queries, threat.queries or self.queries),
+                pairs=self.pairs,
+                size=self.delta * model.bounds.width,
+                reach=self.reach,
+                rng=rng,
+            )
+
+
+class _Adam:
+    """Kingma & Ba 2015, with their constants."""
+
+    def __init__(self) -> None:
+        self._steps, self._mean, self._square = 0, torch.zeros(()), torch.zeros(())
+
+    def __call__(self, gradient: Inputs) -> Inputs:
+        self._steps += 1
+        self._mean = 0.9 * self._mean.to(gradient) + 0.1 * gradient
+        self._square = 0.999 * self._square.to(gradient) + 0.001 * gradient**2
+        mean, square = self._mean / (1 - 0.9**self._steps), self._square / (1 - 0.999**self._steps)
+        return mean / square.sqrt().clamp_min(torch.finfo(square.dtype).tiny)
+
+    def take(self, rows: Rows) -> None:
+        if self._steps:
+            self._mean, self._square = self._mean[rows], self._square[rows]

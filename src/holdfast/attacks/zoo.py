@@ -1,0 +1,128 @@
+"""ZOO: the attack of Carlini & Wagner coordinate by coordinate, from scores alone; the first of its kind, and slow.
+
+Chen, Zhang, Sharma, Yi & Hsieh, "ZOO: zeroth order optimization based black-box attacks to deep neural networks without
+training substitute models", AISec 2017, arXiv:1708.03999.
+Differs from the paper: coordinates are drawn evenly, without a hierarchy of smaller images; the price of the margin
+starts at 10; it ends with a bisection to the boundary; and an example leaves once it is broken inside a finite eps.
+With the thousands of queries usual today few coordinates move at all: kept for comparison with older results.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L2, Norm
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs, Mask, PerExample, Positive, Rows, Steps
+from holdfast.ops.boundary import to_boundary
+from holdfast.ops.closest import Closest, firmly_broken
+from holdfast.ops.estimates import coordinate_slopes
+from holdfast.ops.norms import expect_norm
+from holdfast.ops.sampling import distinct
+
+_H = 1e-4  # the paper's step to either side, in widths of the box
+_PRICE, _DEARER = 10.0, 10.0
+_CLOSING = 10  # forwards of the last bisection, where the smallest change is asked
+
+
+@dataclass(frozen=True)
+class ZOO:
+    """Minimise the squared change plus a price times the margin, with Adam on a few coordinates at a time."""
+
+    queries: Steps = 20_000
+    """forwards for each example, at most; the threat model's budget where that is less"""
+    searches: Steps = 2
+    """prices of the margin that are tried in turn"""
+    coordinates: Steps = 128
+    """coordinates of one step, two queries each"""
+    lr: Positive = 0.1
+    """how far one step moves a coordinate, about, in widths of the box"""
+
+    needs: ClassVar[Access] = "scores"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        norm, closest = expect_norm(threat.constraint, self, L2), Closest(batch)
+        queries, left = min(self.queries, threat.queries or self.queries), batch
+        closing = norm.eps == torch.inf and queries > _CLOSING
+        queries -= _CLOSING * closing
+        searches = min(self.searches, queries)
+        price, low = (torch.full_like(closest.distance, value) for value in (_PRICE, 0.0))
+        high = torch.full_like(price, torch.inf)
+        with torch.no_grad():
+            for k in range(searches if len(batch) else 0):
+                solved = self._descend(
+                    model, left, norm, price, closest, queries // searches, rng.at("search", k)
+                )
+                low, high = torch.where(solved, low, price), torch.where(solved, price, high)
+                price = torch.where(high < torch.inf, (low + high) / 2, _DEARER * price)
+                stays = (closest.distance[closest.rows(left)] > _enough(norm)).nonzero()[:, 0]
+                left, price, low, high = left.take(stays), price[stays], low[stays], high[stays]
+                if not len(left):
+                    break
+        if closing:
+            return to_boundary(model, batch, closest.x, norm)
+        return norm.project(closest.x, batch.x, model.bounds)
+
+    def _descend(
+        self, model: Model, batch: Batch, norm: Norm, price: PerExample, closest: Closest, queries: int, rng: Draws
+    ) -> Mask:  # fmt: skip
+        """One run from the clean input at a price; says for whom it was enough."""
+        left, adam, step = batch, _Adam(batch), 0
+        solved, rows = (
+            torch.zeros_like(price, dtype=torch.bool),
+            torch.arange(len(batch), device=price.device),
+        )
+        while queries and len(left):
+            logits = model(adam.x, left.ids)
+            broken, distance = firmly_broken(logits, left), norm.distance(adam.x, left.x)
+            closest.offer(left, adam.x, distance, broken)
+            solved[rows] |= broken
+            n = min(self.coordinates, left.x[0].numel(), (queries - 1) // 2)
+            queries -= 1 + 2 * n
+            if not n:
+                break
+            at = distinct(rng.at("step", step).uniform(left.ids, n + 1), left.x[0].numel())
+            slopes = coordinate_slopes(model, left, adam.x, at, norm, closest, _H * model.bounds.width)
+            delta = (adam.x - left.x).flatten(1).gather(1, at)
+            down = 2 * delta + (price[rows] * ~broken)[:, None] * slopes
+            adam.step(at, down, self.lr * model.bounds.width)
+            adam.x = model.bounds.clamp(adam.x)
+            stays = (closest.distance[closest.rows(left)] > _enough(norm)).nonzero()[:, 0]
+            if len(stays) < len(left):
+                left, rows = left.take(stays), rows[stays]
+                adam.take(stays)
+            step += 1
+        return solved
+
+
+class _Adam:
+    """Adam with a count of its own for each coordinate."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.x, flat = batch.x, batch.x.flatten(1)
+        self._mean, self._square, self._count = (torch.zeros_like(flat) for _ in range(3))
+
+    def step(self, at: Tensor, down: Tensor, lr: float) -> None:
+        """Move the coordinates `at` (n, k) against their slopes."""
+        mean = 0.9 * self._mean.gather(1, at) + 0.1 * down
+        square = 0.999 * self._square.gather(1, at) + 0.001 * down**2
+        count = self._count.gather(1, at) + 1
+        for kept, new in ((self._mean, mean), (self._square, square), (self._count, count)):
+            kept.scatter_(1, at, new)
+        size = (square / (1 - 0.999**count)).sqrt().clamp_min(torch.finfo(square.dtype).tiny)
+        self.x = self.x.flatten(1).scatter_add(1, at, -lr * mean / (1 - 0.9**count) / size).view_as(self.x)
+
+    def take(self, rows: Rows) -> None:
+        """Go on with some of the examples."""
+        self.x, self._mean, self._square, self._count = (
+            value[rows] for value in (self.x, self._mean, self._square, self._count)
+        )
+
+
+def _enough(norm: Norm) -> float:
+    return norm.eps if norm.eps < torch.inf else 0.0

@@ -1,0 +1,156 @@
+"""Gradients estimated from scores alone: the margin at pairs of points that lie opposite each other, and climbing them.
+
+A point asked on the way counts too where it breaks the model inside the constraint.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import Constraint, Norm, allowed
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.rows import spread
+from holdfast.core.types import Ids, Inputs, PerExample, Rows
+from holdfast.ops.ascent import cosine
+from holdfast.ops.best import Best
+from holdfast.ops.closest import Closest, firmly_broken
+from holdfast.ops.losses import margin
+
+_ROWS = 512
+"""rows of one forward, where a pair of points for each example is fewer"""
+
+Noise = Callable[[Draws, Ids, Inputs], Inputs]
+"""`noise(rng, ids, like)`: a random direction for each example."""
+
+
+class Steering(Protocol):
+    """What turns the estimates of one example after the other step into the direction of its next step."""
+
+    def __call__(self, gradient: Inputs) -> Inputs:
+        """The direction to climb, after this estimate too."""
+
+    def take(self, rows: Rows) -> None:
+        """Go on with some of the examples."""
+
+
+def gaussian(rng: Draws, ids: Ids, like: Inputs) -> Inputs:
+    """Standard normal values, two of each 64 random bits (Box and Muller)."""
+    n = like[0].numel()
+    words = rng.bits(ids, -(-n // 2))
+    u, v = (((words >> shift) & 0xFFFFFF).to(like.dtype) * 2.0**-24 for shift in (0, 32))
+    length, angle = (-2 * torch.log1p(-u)).sqrt_(), 2 * math.pi * v
+    return torch.cat((length * angle.cos(), length * angle.sin()), dim=1)[:, :n].view_as(like)
+
+
+def rademacher(rng: Draws, ids: Ids, like: Inputs) -> Inputs:
+    """Signs, 64 of each 64 random bits."""
+    n = like[0].numel()
+    words = rng.bits(ids, -(-n // 64), 1) >> torch.arange(64, device=ids.device)
+    return (words & 1).flatten(1)[:, :n].to(like.dtype).mul_(2).sub_(1).view_as(like)
+
+
+def slope(
+    model: Model, left: Batch, x: Inputs, constraint: Constraint, best: Best, noise: Noise,
+    *, pairs: int, size: float, rng: Draws,
+) -> Inputs:  # fmt: skip
+    """The direction in which the margin falls from `x`, up to its length, by `pairs` of points `size` to either side.
+
+    Points are cut by the box, and the difference counts along the line between them. Cost: two forwards a pair.
+    """
+    total, at_once = torch.zeros_like(x), max(1, _ROWS // (2 * len(left)))
+    for first in range(0, pairs, at_once):
+        lines = []
+        for pair in range(first, min(first + at_once, pairs)):
+            step = size * noise(rng.at("pair", pair), left.ids, x)
+            lines += [model.bounds.clamp(x + step), model.bounds.clamp(x - step)]
+        heights = look(model, left, lines, constraint, best)
+        for k in range(0, len(lines), 2):
+            fall = (heights[k + 1] - heights[k]).nan_to_num(0.0, 0.0, 0.0)
+            total += spread(fall, x) * (lines[k] - lines[k + 1])
+    return total
+
+
+def look(
+    model: Model, left: Batch, points: list[Inputs], constraint: Constraint, best: Best
+) -> list[PerExample]:
+    """The margins of several points of each example; those that break the model inside the constraint are kept."""
+    n = len(points)
+    whole = Batch(torch.cat(points), left.y.repeat(n), left.ids.repeat(n), _repeated(left.target, n))
+    heights = margin(model(whole.x, whole.ids), whole).view(n, -1).unbind()
+    for x, height in zip(points, heights, strict=True):
+        rows = (~(height > 0)).nonzero()[:, 0]
+        if len(rows):
+            rows = rows[allowed(constraint, x[rows], left.x[rows], model.bounds)]
+            best.offer(left.take(rows), x[rows], height[rows])
+    return list(heights)
+
+
+def climb(
+    model: Model, batch: Batch, constraint: Constraint, noise: Noise, steering: Steering,
+    *, queries: int, pairs: int, size: float, reach: float, rng: Draws,
+) -> Inputs:  # fmt: skip
+    """The best points on the way up from the clean ones, steps falling along a cosine to a path of `reach` eps.
+
+    Cost: at most `queries` forwards, one to judge each point and two a pair; the last step takes the pairs left to it.
+    """
+    best, left, x = Best(batch), batch, batch.x
+    steps = list(_pairs(queries, pairs))
+    for step, most in enumerate([*steps, 0]):
+        best.offer(left, x, margin(model(x, left.ids), left))
+        if most:
+            grad = slope(
+                model, left, x, constraint, best, noise, pairs=most, size=size, rng=rng.at("step", step)
+            )
+        standing = (best.margin[best.rows(left)] > 0).nonzero()[:, 0]
+        if not len(standing) or not most:
+            break
+        if len(standing) < len(left):
+            left, x, grad = left.take(standing), x[standing], grad[standing]
+            steering.take(standing)
+        length = reach * constraint.eps / len(steps) * cosine(step, len(steps))
+        direction = constraint.steepest(steering(grad), x, model.bounds)
+        x = constraint.project(x + length * direction, left.x, model.bounds)
+    return best.x
+
+
+def _pairs(queries: int, pairs: int) -> Iterator[int]:
+    """How many pairs each step takes, when a look at its end costs one query more, and one at the start."""
+    left = queries - 1
+    while left >= 3:
+        n = min(pairs, (left - 1) // 2)
+        yield n
+        left -= 2 * n + 1
+
+
+def coordinate_slopes(
+    model: Model, left: Batch, x: Inputs, at: Tensor, norm: Norm, closest: Closest, h: float
+) -> Tensor:  # fmt: skip
+    """The margin's slopes (n, k) at `x` along the coordinates `at`, by points `h` to either side, cut by the box.
+
+    Those that break the model are offered to `closest`. Cost: two forwards a coordinate.
+    """
+    found, n = [], torch.arange(len(left), device=x.device)
+    for part in at.split(max(1, _ROWS // (2 * len(left))), dim=1):  # type: ignore[no-untyped-call]
+        k = part.shape[1]
+        step = x.new_zeros(*part.shape, x[0].numel()).scatter_(2, part[..., None], h)
+        rows = n.repeat_interleave(2 * k)
+        moved = torch.cat((step, -step), 1).view(-1, *x.shape[1:])
+        whole, asked = left.take(rows), model.bounds.clamp(x[rows] + moved)
+        logits = model(asked, whole.ids)
+        points = asked.view(len(n), 2 * k, *x.shape[1:])
+        far = torch.where(firmly_broken(logits, whole), norm.distance(asked, whole.x), torch.inf)
+        near, which = far.view(-1, 2 * k).min(1)
+        closest.offer(left, points[n, which], near, near < torch.inf)
+        one, other = points.flatten(2).gather(2, part.repeat(1, 2)[..., None])[..., 0].chunk(2, 1)
+        high, low = margin(logits, whole).view(-1, 2 * k).chunk(2, 1)
+        found.append(((high - low) / (one - other).clamp_min(h / 2)).nan_to_num(0.0, 0.0, 0.0))
+    return torch.cat(found, 1)
+
+
+def _repeated(target: Tensor | None, n: int) -> Tensor | None:
+    return None if target is None else target.repeat(n)
