@@ -11,7 +11,8 @@ from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.harness import measure
+from holdfast.harness import Member, Plan, measure, measured
+from holdfast.suites import suite
 
 NORMS: dict[str, type[Linf] | type[L2] | type[L1] | type[L0]] = {"Linf": Linf, "L2": L2, "L1": L1, "L0": L0}
 
@@ -48,3 +49,13 @@ def distance(evidence: Evidence, norm: str) -> Tensor:
 def median_distance(evidence: Evidence, norm: str) -> float:
     """Median over all examples with inf kept; the lower of the two middle ones, as torch's own median."""
     return distance(evidence, norm).double().quantile(0.5, interpolation="lower").item()
+
+
+def by_suite(
+    net: nn.Module, x: Tensor, y: Tensor, name: str, norm: str, eps: float, *, seed: int = 0, size: int = 256
+) -> Evidence:
+    """The evidence of a named suite, waves and all, without the fixed pass and the doubts of a run."""
+    composed = suite(name, constraint(norm, eps))
+    members = tuple(Member(each, attack, composed.waves.get(each, 0)) for each, attack in composed.attacks)
+    plan = Plan(members, ThreatModel(constraint(norm, eps)), seed)
+    return measured(Classifier(net), [batch(x, y)], plan, batch_size=size)

@@ -21,12 +21,14 @@ from holdfast.harness import (
     Plan,
     Room,
     conclude,
+    due,
     in_pieces,
     join,
     labelled,
     measure,
     prepared,
     refuse_what_is_hidden,
+    run_clean,
     run_stage,
     settings,
 )
@@ -76,7 +78,11 @@ def concluded(plan, model, batch, room=256):
     with prepared(model, batch.take(torch.arange(1))) as target:
         columns = {}
         for stage in plan.stages():
-            columns[stage.name] = run_stage(stage, plan, target, batch, columns, Room(room))
+            if stage.kind == "clean":
+                columns["clean"] = run_clean(plan, target, batch, Room(room))
+                continue
+            chosen = due(stage, plan, columns)
+            columns[stage.name] = run_stage(stage, plan, target, batch, columns["clean"], chosen, Room(room))
         by_stage = {name: join([values]) for name, values in columns.items()}
         return conclude(plan.outline(target.classes), by_stage, {}, Context(), randomised=target.randomised)
 

@@ -7,10 +7,23 @@ ones. There is no AutoAttack for L0; there `standard` is projected gradient desc
 of a target what its threat lets it give: scores, or labels alone.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from holdfast.attacks import APGD, DDN, FAB, FMN, PGD, DeepFool, HopSkipJump, RayS, SparseRS, Square, SurFree
+from holdfast.attacks import (
+    APGD,
+    DDN,
+    FAB,
+    FMN,
+    PGD,
+    DeepFool,
+    HopSkipJump,
+    RayS,
+    Relay,
+    SparseRS,
+    Square,
+    SurFree,
+)
 from holdfast.attacks.protocol import Attack
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.errors import UsageError
@@ -28,6 +41,8 @@ class Suite:
     name: str
     version: int
     attacks: Named
+    waves: Mapping[str, int] = field(default_factory=dict)
+    """of attacks that begin with the examples nearest to falling: how often those that stand are halved for that"""
     smallest: bool = False
     """asks for the smallest change of every example, instead of for any change within eps"""
 
@@ -43,7 +58,7 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
     if name not in COMPOSED:
         raise UsageError(f"there is no suite {name!r}; there are {', '.join(COMPOSED)}")
     compose = labels_only if name == "black-box" and access == "labels" else COMPOSED[name]
-    return Suite(name, 1, compose(constraint), smallest=name == "minimum-norm")
+    return Suite(name, 1, compose(constraint), WAVES.get(name, {}), smallest=name == "minimum-norm")
 
 
 def curve(constraint: Constraint) -> Named:
@@ -58,6 +73,18 @@ def _quick(constraint: Constraint) -> Named:
         return (("PGD", PGD(steps=50, restarts=2)),)
     sprint = PGD(steps=20, reach=10, restarts=3)
     return (("PGD", sprint), ("APGD-T", APGD(loss=dlr, steps=20, targets=3)))
+
+
+def _fast(constraint: Constraint) -> Named:
+    if isinstance(constraint, L0):
+        return (("PGD", PGD(steps=100, restarts=2)), ("SparseRS", SparseRS(queries=5000)))
+    relay = Relay() if isinstance(constraint, Linf) else Relay(searches=6, rounds=0, queries=100)
+    return (
+        ("Sprint", Relay(searches=0, rounds=0)),
+        ("Relay", relay),
+        ("Square", Square(queries=2000)),
+        ("APGD-T", APGD(loss=dlr, steps=100, targets=3)),
+    )
 
 
 def _standard(constraint: Constraint) -> Named:
@@ -113,9 +140,13 @@ def _minimum_norm(constraint: Constraint) -> Named:
 
 COMPOSED: dict[str, Callable[[Constraint], Named]] = {
     "quick": _quick,
+    "fast": _fast,
     "standard": _standard,
     "rand": _rand,
     "black-box": _black_box,
     "minimum-norm": _minimum_norm,
 }
 """Every suite by its name."""
+
+WAVES: Mapping[str, Mapping[str, int]] = {"fast": {"Relay": 4, "Square": 5, "APGD-T": 5, "SparseRS": 4}}
+"""The attacks of a suite that go in waves; see `Suite.waves`."""

@@ -16,6 +16,7 @@ from holdfast.attacks.momentum_pgd import MomentumPGD
 from holdfast.attacks.nes import NES
 from holdfast.attacks.pgd import PGD
 from holdfast.attacks.rays import RayS
+from holdfast.attacks.relay import Relay
 from holdfast.attacks.sign_opt import SignOPT
 from holdfast.attacks.simba import SimBA
 from holdfast.attacks.sparse_rs import SparseRS
@@ -43,6 +44,7 @@ __all__ = [
     "HopSkipJump",
     "MomentumPGD",
     "RayS",
+    "Relay",
     "SignOPT",
     "SimBA",
     "SparseRS",

@@ -23,6 +23,7 @@ ATTACKS: Final = (
     "SPSA",
     "ZOO",
     "RayS",
+    "Relay",
     "Bandits",
     "Boundary",
     "CarliniWagner",
@@ -38,14 +39,23 @@ ATTACKS: Final = (
 )
 """What `holdfast.attacks` exports; a test keeps the two in step."""
 
-VARIANTS: Final = {"APGD-CE": "APGD", "APGD-DLR": "APGD", "APGD-T": "APGD", "FAB-T": "FAB", "PGD-CE": "PGD"}
+VARIANTS: Final = {
+    "APGD-CE": "APGD",
+    "APGD-DLR": "APGD",
+    "APGD-T": "APGD",
+    "FAB-T": "FAB",
+    "PGD-CE": "PGD",
+    "Sprint": "Relay",
+}
 """Names that suites and their tables give to an attack with settings of its own, and that attack."""
 
 _QUICK = ("PGD", "APGD-T")
 _BLACK_BOX = ("Square",)
+_FAST = ("Sprint", "Relay", "Square", "APGD-T")
 _STANDARD = ("APGD-CE", "APGD-T", "FAB-T", "Square")
 MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
     "quick": {"linf": _QUICK, "l2": _QUICK, "l1": ("PGD",), "l0": ("PGD",)},
+    "fast": {"linf": _FAST, "l2": _FAST, "l1": _FAST, "l0": ("PGD", "SparseRS")},
     "standard": {
         "linf": _STANDARD,
         "l2": _STANDARD,

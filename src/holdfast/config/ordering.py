@@ -146,7 +146,9 @@ def plan(settings: AssessSettings, attacks: Sequence[Attack] | None = None) -> P
         members, name, smallest = labelled(attacks), "", threat.constraint.eps == float("inf")
     else:
         composed = suite(settings.suite or DEFAULT_SUITE, threat.constraint, threat.access)
-        members = tuple(Member(*named) for named in composed.attacks)
+        members = tuple(
+            Member(name, attack, composed.waves.get(name, 0)) for name, attack in composed.attacks
+        )
         name, smallest = str(composed), composed.smallest
     _refuse_endless(threat, settings, smallest=smallest)
     probing: DoubtsWanted = "all" if name else "free"

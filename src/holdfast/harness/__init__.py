@@ -6,7 +6,7 @@ the work. `measure` is the caller that keeps everything in memory.
 """
 
 from holdfast.harness.assembly import Context, Seconds, assemble, conclude, join, speaking
-from holdfast.harness.measure import measure
+from holdfast.harness.measure import measure, measured
 from holdfast.harness.plan import (
     Member,
     Outline,
@@ -17,8 +17,9 @@ from holdfast.harness.plan import (
     refuse_what_is_hidden,
     settings,
 )
-from holdfast.harness.stages import Room, in_pieces, run_stage, unattacked
+from holdfast.harness.stages import Room, in_pieces, run_clean, run_stage, unattacked
 from holdfast.harness.target import LOOKED_AT, Target, prepared
+from holdfast.harness.waves import broken, due
 
 __all__ = [
     "LOOKED_AT",
@@ -32,13 +33,17 @@ __all__ = [
     "Step",
     "Target",
     "assemble",
+    "broken",
     "conclude",
+    "due",
     "in_pieces",
     "join",
     "labelled",
     "measure",
+    "measured",
     "prepared",
     "refuse_what_is_hidden",
+    "run_clean",
     "run_stage",
     "settings",
     "speaking",

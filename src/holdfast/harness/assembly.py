@@ -10,9 +10,10 @@ from torch import Tensor
 from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence
 from holdfast.core.lookup import Lookup
 from holdfast.core.types import Ids, Rows
-from holdfast.harness.plan import Outline, Step
+from holdfast.harness.plan import Outline
 from holdfast.harness.stages import GALLERY, NORMS
 from holdfast.harness.target import VOTES
+from holdfast.harness.waves import gathered, remark
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def join(shards: Sequence[Columns]) -> dict[str, Tensor]:
 
 def assemble(plan: Outline, by_stage: Mapping[str, Columns]) -> dict[str, Tensor]:
     """The columns of the evidence (see `Evidence`): the clean ones, and the worst case over the attacks."""
+    by_stage = gathered(plan.steps, by_stage)
     clean = by_stage["clean"]
     columns = {name: values for name, values in clean.items() if not name.startswith(("right", "is_prob"))}
     attacks = [by_stage[s.name] for s in plan.steps if s.kind == "attack" and s.name in by_stage]
@@ -119,23 +121,12 @@ def conclude(
         del columns["right_probability"]
     if plan.threat.goal is None:
         del columns["eligible"]
-    records: list[AttackRecord] = []
-    total = _clean_cost(by_stage["clean"], seconds.get("clean", Seconds()), randomised=randomised)
-    standing = int((by_stage["clean"]["correct"] & by_stage["clean"]["eligible"]).sum())
-    gone = torch.zeros(len(columns["id"]), dtype=torch.bool)
-    for stage in plan.steps[1:]:
-        if stage.name not in by_stage:
-            continue
-        cost = _cost(by_stage[stage.name], seconds.get(stage.name, Seconds()), randomised=randomised)
-        total += cost
-        if stage.kind == "attack":
-            before, gone = standing - int(gone.sum()), gone | by_stage[stage.name]["success"]
-            records.append(_record(stage, before, standing - int(gone.sum()), cost))
+    records, total = _told(plan, by_stage, seconds, randomised=randomised)
     return Evidence(
         columns,
         plan.threat,
         plan.suite,
-        tuple(records),
+        records,
         plan.seed,
         doubts=context.doubts,
         model=context.model,
@@ -144,12 +135,32 @@ def conclude(
         cost=total + context.doubts_cost,
         doubts_cost=context.doubts_cost,
         broken_elsewhere=context.broken_elsewhere,
-        gallery=_gallery(plan, by_stage),
+        gallery=_gallery(plan, gathered(plan.steps, by_stage)),
     )
 
 
-def _record(step: Step, before: int, after: int, cost: Cost) -> AttackRecord:
-    return AttackRecord(step.name, step.attack, step.settings, before, after, cost, step.notes)
+def _told(
+    plan: Outline, by_stage: Mapping[str, Columns], seconds: Mapping[str, Seconds], *, randomised: bool
+) -> tuple[tuple[AttackRecord, ...], Cost]:
+    """The attacks in their order, waves as one; and what all stages cost."""
+    clean, records = by_stage["clean"], []
+    standing = clean["correct"] & clean["eligible"]
+    total = _clean_cost(clean, seconds.get("clean", Seconds()), randomised=randomised)
+    for stage in plan.steps[1:]:
+        names = [s.name for s in plan.steps if stage.name in (s.name, s.wave_of) and s.name in by_stage]
+        if stage.wave_of or not names:
+            continue
+        waves = [by_stage[name] for name in names]
+        spent = zip(waves, (seconds.get(name, Seconds()) for name in names), strict=True)
+        cost = sum((_cost(*each, randomised=randomised) for each in spent), Cost())
+        total += cost
+        if stage.kind == "attack":
+            left = standing & ~torch.stack([columns["success"] for columns in waves]).any(0)
+            before, after = int(standing.sum()), int(left.sum())
+            notes = (*stage.notes, *remark(stage.attack, waves, before))
+            records.append(AttackRecord(stage.name, stage.attack, stage.settings, before, after, cost, notes))
+            standing = left
+    return tuple(records), total
 
 
 def _clean_cost(columns: Columns, seconds: Seconds, *, randomised: bool) -> Cost:

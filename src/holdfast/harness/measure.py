@@ -1,7 +1,7 @@
 """`measure`: all stages on all examples, in memory."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -12,9 +12,10 @@ from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.harness.assembly import Context, Seconds, conclude, join
-from holdfast.harness.plan import Plan, labelled, refuse_what_is_hidden
-from holdfast.harness.stages import Room, run_stage
-from holdfast.harness.target import LOOKED_AT, prepared
+from holdfast.harness.plan import Plan, Stage, labelled, refuse_what_is_hidden
+from holdfast.harness.stages import Room, run_clean, run_stage
+from holdfast.harness.target import LOOKED_AT, Target, prepared
+from holdfast.harness.waves import due
 
 
 def measure(
@@ -26,23 +27,46 @@ def measure(
     seed: int = 0,
     batch_size: int = 256,
 ) -> Evidence:
-    """What a list of attacks does to `model` on some batches, whose ids must differ.
+    """What a list of attacks does to `model`: see `measured`."""
+    return measured(model, batches, Plan(labelled(attacks), threat, seed), batch_size=batch_size)
+
+
+def measured(model: Classifier, batches: Sequence[Batch], plan: Plan, *, batch_size: int = 256) -> Evidence:
+    """What the attacks of a plan do to `model` on some batches, whose ids must differ.
 
     The model is measured in eval mode and comes back as it was. Raises `UsageError` when an attack needs more access
     than the threat model allows, `TargetError` when there is nothing to measure or the model is unusable.
     """
     if not sum(map(len, batches)):
         raise TargetError("there are no examples to measure; expected at least one")
-    plan = refuse_what_is_hidden(Plan(labelled(attacks), threat, seed), model.access)
+    plan = refuse_what_is_hidden(plan, model.access)
     first = next(batch for batch in batches if len(batch))
     with prepared(model, first.take(torch.arange(min(len(first), LOOKED_AT)))) as target:
-        shards: list[dict[str, Columns]] = [{} for _ in batches]
+        by_stage: dict[str, Columns] = {}
         seconds: dict[str, Seconds] = {}
         for stage in plan.stages():
             cpu, wall = time.process_time(), time.perf_counter()
-            for batch, prior in zip(batches, shards, strict=True):
-                prior[stage.name] = run_stage(stage, plan, target, batch, prior, Room(batch_size))
+            by_stage[stage.name] = join(_shards(stage, plan, target, batches, by_stage, batch_size))
             seconds[stage.name] = Seconds(time.process_time() - cpu, time.perf_counter() - wall)
-        by_stage = {stage.name: join([prior[stage.name] for prior in shards]) for stage in plan.stages()}
         outline, context = plan.outline(target.classes), Context(notes=target.notes)
         return conclude(outline, by_stage, seconds, context, randomised=target.randomised)
+
+
+def _shards(
+    stage: Stage,
+    plan: Plan,
+    target: Target,
+    batches: Sequence[Batch],
+    by_stage: Mapping[str, Columns],
+    batch_size: int,
+) -> list[Columns]:
+    """Columns of one stage on each of the batches."""
+    if stage.kind == "clean":
+        return [run_clean(plan, target, batch, Room(batch_size)) for batch in batches]
+    chosen, shards, start = due(stage, plan, by_stage), [], 0
+    for batch in batches:
+        rows = slice(start, start + len(batch))
+        clean = {name: values[rows] for name, values in by_stage["clean"].items()}
+        shards.append(run_stage(stage, plan, target, batch, clean, chosen[rows], Room(batch_size)))
+        start += len(batch)
+    return shards

@@ -24,6 +24,8 @@ class Member:
 
     name: str
     attack: Attack
+    waves: int = 0
+    """how often the examples that stand are halved to get those that it begins with; 0 is all of them at once"""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Stage:
     name: str
     kind: Kind
     member: Member | None = None
+    earlier: tuple[str, ...] = ()
+    """the names of the earlier waves of the same attack"""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Step:
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """what a reader must know of it"""
+    wave_of: str = ""
+    """the name of the first wave of the same attack, where this is a later one"""
 
 
 @dataclass(frozen=True)
@@ -82,12 +88,19 @@ class Plan:
 
     def stages(self) -> tuple[Stage, ...]:
         """The steps in order."""
-        attacks = [Stage(f"{k}-{slug(m.name)}", "attack", m) for k, m in enumerate(self.members, 1)]
+        attacks = [
+            stage for k, m in enumerate(self.members, 1) for stage in self._waves(f"{k}-{slug(m.name)}", m)
+        ]
         fixed = (
             [Stage("attacked", "attacked", FIXED)] if self.attacked and self.threat.gives("gradients") else []
         )
         curve = [Stage(f"curve-{k}-{slug(m.name)}", "curve", m) for k, m in enumerate(self.curve, 1)]
         return (Stage("clean", "clean"), *attacks, *fixed, *curve)
+
+    def _waves(self, name: str, member: Member) -> list[Stage]:
+        later = 0 if self.full or self.smallest else member.waves
+        names = (name, *(f"{name}-wave-{wave + 2}" for wave in range(later)))
+        return [Stage(each, "attack", member, names[:k]) for k, each in enumerate(names)]
 
     def outline(self, classes: int) -> Outline:
         """The plan in plain values, for a model of so many classes."""
@@ -100,7 +113,12 @@ class Plan:
         plain = settings(stage.member.attack)
         aimed = self.threat.goal is not None
         return Step(
-            stage.name, stage.kind, stage.member.name, plain, few_classes(plain, classes, aimed=aimed)
+            stage.name,
+            stage.kind,
+            stage.member.name,
+            plain,
+            few_classes(plain, classes, aimed=aimed),
+            "".join(stage.earlier[:1]),
         )
 
 

@@ -39,27 +39,26 @@ class Room:
     """told how many examples were just finished"""
 
 
+def run_clean(plan: Plan, target: Target, batch: Batch, room: Room) -> Columns:
+    """Columns of the first stage: what the model says of the clean inputs."""
+    rng = Draws(plan.seed).at("stage", "clean")
+    return in_pieces(lambda piece: _clean(plan, target, piece, rng), batch, room)
+
+
 def run_stage(
-    stage: Stage, plan: Plan, target: Target, batch: Batch, prior: Mapping[str, Columns], room: Room
+    stage: Stage, plan: Plan, target: Target, batch: Batch, clean: Columns, chosen: Mask, room: Room
 ) -> Columns:
-    """Columns of one stage on `batch`, given those of the stages before it on the same examples.
+    """Columns of one stage after the clean one, on those of `batch` that are `due`; `clean` is what that one left.
 
     Keys that start with `gallery.` or `adversarial.` hold some of the examples only, named by their `id`.
     """
     rng = Draws(plan.seed).at("stage", stage.name)
-    if stage.kind == "clean":
-        return in_pieces(lambda piece: _clean(plan, target, piece, rng), batch, room)
     assert stage.member is not None
     attack, threat = stage.member.attack, plan.threat
-    clean = prior["clean"]
-    eligible = clean["correct"] & clean["eligible"]
     if stage.kind == "attacked":
         return in_pieces(lambda piece: _attacked(attack, threat, target, piece, rng), batch, room)
     if stage.kind == "curve" or plan.smallest:
         threat = ThreatModel(threat.constraint.resized(torch.inf), threat.goal, threat.access, threat.queries)
-        chosen = eligible
-    else:
-        chosen = eligible if plan.full else eligible & ~broken(prior)
     columns = unattacked(clean)
     room.progress(int((~chosen).sum()))
     if not chosen.any():
@@ -74,15 +73,6 @@ def run_stage(
     return columns
 
 
-def broken(prior: Mapping[str, Columns]) -> Mask:
-    """Which examples an earlier attack of the suite has broken already."""
-    gone = torch.zeros_like(prior["clean"]["correct"])
-    for name, columns in prior.items():
-        if name[0].isdigit():
-            gone |= columns["success"]
-    return gone
-
-
 def unattacked(clean: Columns) -> dict[str, Tensor]:
     """The columns of examples that an attack leaves alone: at distance 0 where the clean input is wrong, else inf."""
     n = len(clean["id"])
@@ -95,6 +85,7 @@ def unattacked(clean: Columns) -> dict[str, Tensor]:
         "prediction": clean["prediction"].clone(),
         "right": clean["right"].clone(),
         "right_fresh": clean["right"].clone(),
+        "height": clean["margin"].clone(),
         "distance": distance.clone(),
         **{f"distance_{norm}": distance.clone() for norm in NORMS},
         "queries": zeros.clone(),
@@ -192,6 +183,7 @@ def _attack(
         "prediction": logits.argmax(1),
         "right": right,
         "right_fresh": right_fresh,
+        "height": margin(logits, batch),
         "distance": torch.where(found, distance, far).float(),
         **{
             f"distance_{name}": torch.where(found, norm.distance(x_adv, batch.x), far).float()

@@ -10,7 +10,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
 from holdfast.core.model import Model
 from holdfast.core.rows import spread
-from holdfast.core.types import Inputs, Logits, PerExample
+from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.best import Best
 from holdfast.ops.gradients import input_gradient
 from holdfast.ops.losses import Loss, margin
@@ -56,18 +56,20 @@ def ascend(
     momentum: float = 0.0,
     drop: bool = True,
     keep: Literal["best", "last"] = "best",
+    aim: Labels | None = None,
 ) -> tuple[Inputs, PerExample]:
     """Climb `loss` from `start`; returns the point of lowest margin on each path and that margin.
 
     Every point is judged by the logits of its own gradient pass, the last one by one more forward; with `drop`, an
     example leaves once it is broken. `keep="last"` returns the end of the path, drops nobody and spends no extra
     forward (the margin is then that of the last point judged): for training and for examples made to transfer.
+    `aim` is a class that the loss goes for while any misclassification wins.
     Cost: `steps` forwards and backwards, and one forward with `keep="best"`.
     """
     best, left, x = Best(batch), batch, start.detach()
     direction = torch.zeros_like(x) if momentum else None
     for step in range(steps):
-        grad, logits = gradient(model, left.at(x), loss)
+        grad, logits = gradient(model, left.at(x) if aim is None else left.at(x).towards(aim), loss)
         height = margin(logits, left)
         if keep == "best":
             best.offer(left, x, height)
@@ -77,6 +79,7 @@ def ascend(
                     return best.x, best.margin
                 left, x, grad = left.take(standing), x[standing], grad[standing]
                 direction = None if direction is None else direction[standing]
+                aim = None if aim is None else aim[standing]
         if direction is not None:
             direction = momentum * direction + grad / _mean_size(grad)
             grad = direction

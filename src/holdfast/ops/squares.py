@@ -16,12 +16,15 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
-from holdfast.core.model import Bounds
+from holdfast.core.model import Bounds, Model
 from holdfast.core.rows import pick, spread
 from holdfast.core.types import Inputs, Mask
+from holdfast.ops.best import Best
+from holdfast.ops.losses import margin
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # after these of 10,000 steps the share halves
 _SCHEDULED = 10_000
+_BLOCK = 64  # steps whose windows are drawn together, so that few examples cost few operations
 
 
 def share(p_init: float, step: int, steps: int | None) -> float:
@@ -281,3 +284,39 @@ def _tiled(heap: Tensor, down: Tensor, across: Tensor) -> Tensor:
     j = (torch.arange(len(across)) - first_column) % columns
     inside = (down >= 0)[:, None] & (across >= 0)
     return torch.where(inside.to(heap.device), heap[i[:, None], j], 0)
+
+
+def search(
+    model: Model, left: Batch, proposals: Proposals, best: Best, shares: Sequence[float], rng: Draws
+) -> None:
+    """Try a window a query, from the points that `proposals` holds, and keep each that lowers the margin.
+
+    `shares` are the pixels that the window of each query covers, but the first, which looks at where the search begins.
+    `best` is offered where each example ends; a broken one leaves. Cost: a forward for each of `shares`.
+    """
+    height = margin(model(proposals.x.clone(), left.ids), left)  # what a model was given stays as it was
+    for step in range(len(shares)):
+        at = step % _BLOCK
+        if at == 0:
+            block = shares[step : step + _BLOCK]
+            draws = rng.at("block", step // _BLOCK).uniform(left.ids, _BLOCK, proposals.per_step)
+            proposals.plan(draws[:, : len(block)], block)
+        if not float(height.min()) > 0:  # a NaN among them makes the least a NaN
+            best.offer(left, proposals.x, height)
+            standing = height > 0
+            left, height = left.take(standing), height[standing]
+            if not len(left):
+                return
+            proposals.take(standing)
+        if step == len(shares) - 1:
+            break
+        margins = margin(model(proposals.propose(at), left.ids), left)
+        lower = ~(margins >= height)
+        proposals.keep(lower)
+        height = torch.where(lower, margins, height)
+    best.offer(left, proposals.x, height)
+
+
+def proposals_for(batch: Batch, norm: Linf | L2 | L1, bounds: Bounds) -> Proposals:
+    """What is tried under a norm."""
+    return Corners(batch, norm, bounds) if isinstance(norm, Linf) else Heaps(batch, norm, bounds)

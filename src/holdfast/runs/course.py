@@ -10,8 +10,20 @@ from torch import Tensor
 from holdfast.core.batch import Batch, Data
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Bounds, Model
-from holdfast.core.types import Ids, Inputs, Logits
-from holdfast.harness import Plan, Room, Seconds, Stage, Target, join, run_stage
+from holdfast.core.types import Ids, Inputs, Logits, Mask
+from holdfast.harness import (
+    Plan,
+    Room,
+    Seconds,
+    Stage,
+    Target,
+    broken,
+    due,
+    join,
+    run_clean,
+    run_stage,
+    unattacked,
+)
 from holdfast.runs.assembling import counted, is_of_rows
 from holdfast.runs.entry import refuse_batch
 from holdfast.runs.keeping import Keeper
@@ -91,7 +103,7 @@ class Course:
             columns = counted(stage.kind, kept, by_stage)
             if columns is not None:
                 by_stage[stage.name] = columns
-            if kept.reached is not None:
+            if kept.reached is not None and not any(name_of(stage) == name_of(other) for other, _ in cut):
                 cut.append((stage, len(kept.columns["id"])))
         return by_stage, missed(cut, len(self.data), self.plan)
 
@@ -125,15 +137,18 @@ class Course:
 
     def _measured(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Kept:
         done = self.keeper.shards(stage.name)
+        chosen = None if stage.kind == "clean" else due(stage, self.plan, by_stage)
         for shard, (start, stop) in enumerate(self.shards):
             self._tell(stage, done, by_stage)
             if shard in done:
                 continue
+            if chosen is not None and not chosen[start:stop].any():
+                done[shard] = unattacked(_rows(by_stage["clean"], start, stop))
+                continue
             if stage.kind != "clean" and time.perf_counter() >= self.deadline:
                 break
-            prior = {name: _rows(columns, start, stop) for name, columns in by_stage.items()}
             try:
-                done[shard] = self._shard(stage, shard, prior, done, by_stage)
+                done[shard] = self._shard(stage, shard, chosen, done, by_stage)
             except OutOfTime:
                 break
         self._tell(stage, done, by_stage)
@@ -148,7 +163,7 @@ class Course:
         self,
         stage: Stage,
         shard: int,
-        prior: Mapping[str, Columns],
+        chosen: Mask | None,
         done: Mapping[int, Columns],
         by_stage: Mapping[str, Columns],
     ) -> Columns:
@@ -167,7 +182,12 @@ class Course:
         room.progress = progress
         timed = replace(self.target, quick=Timed(self.target.quick, self.deadline))
         try:
-            columns = run_stage(stage, self.plan, timed, batch, prior, room)
+            if chosen is None:
+                columns = run_clean(self.plan, timed, batch, room)
+            else:
+                rows = self.shards[shard]
+                clean = _rows(by_stage["clean"], *rows)
+                columns = run_stage(stage, self.plan, timed, batch, clean, chosen[slice(*rows)], room)
         except OutOfTime:
             watch.tick(least=0.0)
             raise
@@ -187,10 +207,7 @@ class Course:
         self.tell(stage.name, finished + more, len(self.data), standing, seen)
 
     def _standing(self, stage: Stage, done: Mapping[int, Columns], by_stage: Mapping[str, Columns]) -> int:
-        left = by_stage["clean"]["correct"] & by_stage["clean"]["eligible"]
-        for name, columns in by_stage.items():
-            if name[0].isdigit():
-                left = left & ~columns["success"]
+        left = by_stage["clean"]["correct"] & by_stage["clean"]["eligible"] & ~broken(by_stage)
         if stage.kind != "attack":
             return int(left.sum())
         fallen = 0

@@ -8,7 +8,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import Doubts, judge
-from holdfast.harness import Context, Plan, Room, Stage, Target, conclude, run_stage, unattacked
+from holdfast.harness import Context, Plan, Room, Stage, Target, conclude, run_clean, unattacked
 
 
 def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Batch) -> None:
@@ -29,7 +29,7 @@ def _as_if_broken(plan: Plan, target: Target, sample: Batch) -> Evidence:
     by_stage: dict[str, Columns] = {}
     for stage in plan.stages():
         if stage.kind == "clean":
-            by_stage[stage.name] = run_stage(stage, plan, target, sample, {}, Room(len(sample)))
+            by_stage[stage.name] = run_clean(plan, target, sample, Room(len(sample)))
         else:
             by_stage[stage.name] = _made_up(stage, by_stage["clean"])
     outline = plan.outline(target.classes)

@@ -31,6 +31,7 @@ def outline_to_json(outline: Outline) -> Json:
                 "attack": s.attack,
                 "settings": strict(s.settings),
                 "notes": list(s.notes),
+                "wave_of": s.wave_of,
             }
             for s in outline.steps
         ],
@@ -53,7 +54,9 @@ def outline_from_json(content: Mapping[str, Any]) -> Outline:
     threat = content["threat"]
     return Outline(
         tuple(
-            OutlineStep(s["name"], s["kind"], s["attack"], s["settings"], tuple(s["notes"]))
+            OutlineStep(
+                s["name"], s["kind"], s["attack"], s["settings"], tuple(s["notes"]), s.get("wave_of", "")
+            )
             for s in content["stages"]
         ),
         ThreatModel(_constraint(threat), threat["goal"], threat["access"], threat["queries"]),

@@ -44,10 +44,13 @@ class Case:
     """the same with more classes, where what climbs the likeliest class may end farther away than the nearest"""
     smallest: bool = False
     """whether it looks for the smallest change, and so works without an eps"""
+    variant: str = ""
+    """what tells it from another line of the same attack"""
 
     def __repr__(self) -> str:
         kind = self.norm.func if isinstance(self.norm, partial) else self.norm
-        return f"{type(self.attack).__name__}-{getattr(kind, '__name__', kind)}"
+        named = "-".join(filter(None, (type(self.attack).__name__, self.variant)))
+        return f"{named}-{getattr(kind, '__name__', kind)}"
 
     @property
     def counts(self) -> bool:

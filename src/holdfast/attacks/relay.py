@@ -1,0 +1,124 @@
+"""Relay: gradient steps and random search that hand their best point on to each other.
+
+Our own. Short runs of gradient descent on the margin from random starts; the same towards the classes whose boundary
+looks nearest (Melamed et al., "MALT powers up adversarial attacks", NeurIPS 2024, arXiv:2407.02240); then from where a
+short Square Attack ends (Andriushchenko et al., ECCV 2020, arXiv:1912.00049); then, in turn, its small windows from the
+best point so far, and gradient steps from there. Each of the two breaks what the other alone cannot.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L1, L2, Constraint, Linf
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Count, Fraction, Inputs, Labels, Positive, Steps
+from holdfast.ops.ascent import ascend, cosine
+from holdfast.ops.best import Best
+from holdfast.ops.losses import margin_loss
+from holdfast.ops.nearest import nearest
+from holdfast.ops.norms import expect_norm
+from holdfast.ops.squares import proposals_for, search, share
+
+_FROM_BEST = 0.6  # a run from a point that is good already goes on with this share of the path length
+
+
+@dataclass(frozen=True)
+class Relay:
+    """Descend the margin, search on with windows from there, descend again: each from the other's best point."""
+
+    steps: Steps = 20
+    """gradient steps of one run"""
+    reach: Positive = 10.0
+    """path length of one run, in multiples of eps"""
+    restarts: Count = 2
+    """runs from random starts"""
+    targets: Count = 2
+    """runs that each aim at one class, the nearest first"""
+    searches: Count = 2
+    """runs from where windows end that start afresh"""
+    rounds: Count = 2
+    """runs from where windows end that start from the best point so far"""
+    queries: Steps = 200
+    """windows that are tried before a run"""
+    p_init: Fraction = 0.8
+    """share of the pixels that the first windows of a fresh start cover"""
+    p_best: Fraction = 0.05
+    """the same from the best point so far"""
+
+    needs: ClassVar[Access] = "gradients"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        constraint, best = threat.constraint, Best(batch)
+        for restart in range(self.restarts):
+            left = batch.take(best.standing)
+            start = constraint.sample(left, model.bounds, rng.at("restart", restart))
+            self._run(model, left, start, constraint, best)
+        self._aim(model, batch, constraint, best, rng)
+        for number in range(self.searches):
+            left = batch.take(best.standing)
+            found = Best(left)
+            self._search(model, left, constraint, found, rng.at("search", number), self.p_init)
+            best.offer(left, found.x, found.margin)
+            self._refine(model, left, constraint, best, found)
+        for number in range(self.rounds):
+            self._search(model, batch, constraint, best, rng.at("round", number), self.p_best)
+            self._refine(model, batch, constraint, best, best)
+        return best.x
+
+    def _aim(self, model: Model, batch: Batch, constraint: Constraint, best: Best, rng: Draws) -> None:
+        rows = best.standing
+        if not self.targets or batch.target is not None or not len(rows):
+            return
+        aims = nearest(model, batch.take(rows), constraint, self.targets)
+        for rank, aim in enumerate(aims.unbind(1)):
+            still = best.margin[rows] > 0
+            left = batch.take(rows[still])
+            start = constraint.sample(left, model.bounds, rng.at("target", rank))
+            self._run(model, left, start, constraint, best, aim=aim[still])
+
+    def _run(
+        self,
+        model: Model,
+        left: Batch,
+        start: Inputs,
+        constraint: Constraint,
+        best: Best,
+        *,
+        aim: Labels | None = None,
+        reach: float | None = None,
+    ) -> None:
+        """Gradient steps from `start`, towards a class if there is an `aim`."""
+        if not len(left):
+            return
+        size = (reach or self.reach) * constraint.eps / self.steps
+        run = partial(ascend, steps=self.steps, step_size=size, schedule=cosine, aim=aim)
+        best.offer(left, *run(model, left, start, margin_loss, constraint))
+
+    def _refine(self, model: Model, batch: Batch, constraint: Constraint, best: Best, found: Best) -> None:
+        """Gradient steps from the points that were `found` for `batch`."""
+        rows, reach = found.standing, _FROM_BEST * self.reach
+        self._run(model, batch.take(rows), found.x[rows], constraint, best, reach=reach)
+
+    def _search(
+        self, model: Model, batch: Batch, constraint: Constraint, best: Best, rng: Draws, p_init: float
+    ) -> None:
+        """Windows from the best points; from a fresh start where there is none yet."""
+        norm, rows = expect_norm(constraint, self, Linf, L2, L1), best.standing
+        assert isinstance(norm, (Linf, L2, L1))
+        if not len(rows):
+            return
+        left = batch.take(rows)
+        proposals = proposals_for(left, norm, model.bounds)
+        if best.margin.isinf().all():
+            proposals.start(rng.at("start"))
+        else:
+            proposals.x = best.x[rows]
+        shares = [share(p_init, step, None) for step in range(self.queries)]
+        with torch.no_grad():
+            search(model, left, proposals, best, shares, rng)

@@ -1,0 +1,107 @@
+"""Which examples a stage is run on, decided over all of them at once; and the waves of an attack told as one.
+
+An attack that goes in waves begins with the examples that came nearest to falling and goes on while that pays: the
+first wave is 1 / 2^waves of those that stand, each later one as many as all before it, and a wave that breaks nothing
+is the last.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from holdfast.core.evidence import Columns
+from holdfast.core.types import Mask, PerExample
+from holdfast.harness.plan import Plan, Stage, Step
+
+LEAST = 32
+"""Examples of a wave: fewer would prove little where they break nothing."""
+
+_CONFIDENCE = 0.95
+
+
+def due(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask:
+    """The examples that a stage after the clean one is run on, of all of them."""
+    clean = by_stage["clean"]
+    eligible = clean["correct"] & clean["eligible"]
+    if stage.kind == "attacked":
+        return torch.ones_like(eligible)
+    if stage.kind == "curve" or plan.smallest or plan.full:
+        return eligible
+    standing = eligible & ~broken(by_stage)
+    if stage.member is None or not stage.member.waves:
+        return standing
+    earlier = [by_stage[name] for name in stage.earlier]
+    if earlier and not earlier[-1]["success"].any():
+        return torch.zeros_like(standing)
+    tried = torch.stack([torch.zeros_like(standing), *(columns["ran"] for columns in earlier)]).any(0)
+    began = int((standing & ~tried).sum() + tried.sum())
+    share = math.ceil(began / 2 ** (stage.member.waves - max(len(earlier) - 1, 0)))
+    last = len(earlier) == stage.member.waves
+    return _lowest(standing & ~tried, _heights(plan, by_stage), began if last else max(share, LEAST))
+
+
+def _heights(plan: Plan, by_stage: Mapping[str, Columns]) -> PerExample:
+    """The lowest margin that each example was brought to; before any attack the clean one, if that is the goal's."""
+    clean = by_stage["clean"]["margin"]
+    lowest = clean if plan.threat.goal is None else torch.full_like(clean, torch.inf)
+    for name, columns in by_stage.items():
+        if name[0].isdigit():
+            lowest = torch.where(columns["ran"], torch.minimum(lowest, columns["height"]), lowest)
+    return lowest
+
+
+def _lowest(among: Mask, heights: PerExample, n: int) -> Mask:
+    """The `n` of lowest height; of equals, those that come first."""
+    rows = among.nonzero()[:, 0]
+    chosen = torch.zeros_like(among)
+    chosen[rows[heights[rows].argsort(stable=True)[:n]]] = True
+    return chosen
+
+
+def broken(by_stage: Mapping[str, Columns]) -> Mask:
+    """Which examples an attack of the suite has broken already."""
+    gone = torch.zeros_like(by_stage["clean"]["correct"])
+    for name, columns in by_stage.items():
+        if name[0].isdigit():
+            gone |= columns["success"]
+    return gone
+
+
+def gathered(steps: Sequence[Step], by_stage: Mapping[str, Columns]) -> dict[str, Columns]:
+    """The columns of each stage, those of the waves of one attack joined under the name of the first."""
+    joined = dict(by_stage)
+    for step in steps:
+        if not step.wave_of or step.name not in by_stage:
+            continue
+        first, wave = joined[step.wave_of], joined.pop(step.name)
+        joined[step.wave_of] = {
+            name: _either(name, first, wave, wave["ran"]) for name in dict.fromkeys((*first, *wave))
+        }
+    return joined
+
+
+def _either(name: str, first: Columns, wave: Columns, ran: Mask) -> torch.Tensor:
+    """One column of both: each example's own, or all that were kept to look at."""
+    if name not in wave or name not in first:
+        return wave[name] if name in wave else first[name]
+    if len(first[name]) == len(ran) and not name.startswith(("gallery.", "adversarial.")):
+        return torch.where(ran, wave[name], first[name])
+    return torch.cat((first[name], wave[name]))
+
+
+def remark(attack: str, waves: Sequence[Columns], standing: int) -> tuple[str, ...]:
+    """What must be said of an attack that stopped before it came to all that stood: at what risk."""
+    if len(waves) == 1:
+        return ()
+    ran = [int(columns["ran"].sum()) for columns in waves]
+    left, last = standing - sum(ran), max(k for k, n in enumerate(ran) if n) if any(ran) else 0
+    if left <= 0 or not any(ran) or waves[last]["success"].any():
+        return ()
+    most = 1 - (1 - _CONFIDENCE) ** (1 / ran[last])
+    said = (
+        f"{attack} was run on {sum(ran):,} of the {standing:,} that stood, lowest margins first. The last "
+        f"{ran[last]:,} of them all held, so with 95 % confidence it would break at most {most:.1%} of the other "
+        f"{left:,}, if none of those is likelier to fall"
+    )
+    return (said,)
