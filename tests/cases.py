@@ -7,11 +7,13 @@ from holdfast.attacks import (
     FAB,
     FGSM,
     FMN,
+    PDPGD,
     PGD,
     CarliniWagner,
     DeepFool,
     MomentumPGD,
     RayS,
+    SigmaZero,
     Square,
 )
 from holdfast.core.constraints import L0, L1, L2, Linf
@@ -52,4 +54,10 @@ ATTACKS = [
     Case(FMN(steps=40), L2, many=0.5, smallest=True),
     Case(FMN(steps=40), L1, many=0.45, smallest=True),
     Case(FMN(steps=40), L0, many=0.95, smallest=True),
+    # Adam's steps know little of a line: after 100 of them 0.8 under L2, 0.9 under L1
+    Case(PDPGD(steps=40), Linf, many=0.5, smallest=True),
+    Case(PDPGD(steps=40), L2, slack=0.7, many=0.5, smallest=True),
+    Case(PDPGD(steps=40), L1, slack=0.6, many=0.4, smallest=True),
+    Case(PDPGD(steps=40), L0, many=0.95, smallest=True),
+    Case(SigmaZero(steps=40), L0, many=0.95, smallest=True),
 ]

@@ -1,8 +1,8 @@
 """Every attack of the catalogue beside a reference implementation, at equal settings."""
 
-from benchmarks.comparisons import black_box, gradients, smallest
+from benchmarks.comparisons import black_box, gradients, smallest, sparse
 from benchmarks.comparisons.comparison import Comparison
 
-COMPARISONS = [*gradients.COMPARISONS, *black_box.COMPARISONS, *smallest.COMPARISONS]
+COMPARISONS = [*gradients.COMPARISONS, *black_box.COMPARISONS, *smallest.COMPARISONS, *sparse.COMPARISONS]
 
 __all__ = ["COMPARISONS", "Comparison"]

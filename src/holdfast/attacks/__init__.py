@@ -9,8 +9,10 @@ from holdfast.attacks.fab import FAB
 from holdfast.attacks.fgsm import FGSM
 from holdfast.attacks.fmn import FMN
 from holdfast.attacks.momentum_pgd import MomentumPGD
+from holdfast.attacks.pdpgd import PDPGD
 from holdfast.attacks.pgd import PGD
 from holdfast.attacks.rays import RayS
+from holdfast.attacks.sigma_zero import SigmaZero
 from holdfast.attacks.square import Square
 
 __all__ = [
@@ -20,10 +22,12 @@ __all__ = [
     "FAB",
     "FGSM",
     "FMN",
+    "PDPGD",
     "PGD",
     "CarliniWagner",
     "DeepFool",
     "MomentumPGD",
     "RayS",
+    "SigmaZero",
     "Square",
 ]

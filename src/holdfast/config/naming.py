@@ -18,11 +18,13 @@ ATTACKS: Final = (
     "FAB",
     "FGSM",
     "FMN",
+    "PDPGD",
     "PGD",
-    "RayS",
     "CarliniWagner",
     "DeepFool",
     "MomentumPGD",
+    "RayS",
+    "SigmaZero",
     "Square",
 )
 """What `holdfast.attacks` exports; a test keeps the two in step."""
