@@ -1,12 +1,15 @@
 """Every attack under every norm it is made for; each line runs every law of `holdfast.testing.laws`."""
 
 from holdfast.attacks import (
+    ALMA,
     APGD,
     BIM,
     DDN,
+    EAD,
     FAB,
     FGSM,
     FMN,
+    JSMA,
     PDPGD,
     PGD,
     CarliniWagner,
@@ -15,6 +18,7 @@ from holdfast.attacks import (
     RayS,
     SigmaZero,
     Square,
+    SuperDeepFool,
 )
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.testing.laws import Case
@@ -59,5 +63,10 @@ ATTACKS = [
     Case(PDPGD(steps=40), L2, slack=0.7, many=0.5, smallest=True),
     Case(PDPGD(steps=40), L1, slack=0.6, many=0.4, smallest=True),
     Case(PDPGD(steps=40), L0, many=0.95, smallest=True),
+    Case(ALMA(steps=40), L2, many=0.7, smallest=True),
+    Case(ALMA(steps=40), L1, slack=0.9, many=0.5, smallest=True),
+    Case(SuperDeepFool(steps=20), L2, many=0.85, smallest=True),
+    Case(EAD(searches=4, steps=20), L1, slack=0.75, many=0.4, smallest=True),
+    Case(JSMA(), L0, many=0.95, smallest=True),
     Case(SigmaZero(steps=40), L0, many=0.95, smallest=True),
 ]

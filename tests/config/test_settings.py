@@ -189,7 +189,7 @@ def test_an_attack_is_found_as_people_write_it(name, attack):
     ("name", "said"),
     [
         ("pgdd", "did you mean 'PGD'"),
-        ("zzz", "there are APGD"),
+        ("zzz", "there are ALMA"),
         ("deepfol", "'DeepFool'"),
         ("pgd", "did you mean 'PGD'"),
         ("apgd-t", "APGD-T is the name that suites give to APGD"),

@@ -1,27 +1,34 @@
 """The catalogue of attacks: `__all__` is what a suite, a config file and the command line may name."""
 
+from holdfast.attacks.alma import ALMA
 from holdfast.attacks.apgd import APGD
 from holdfast.attacks.bim import BIM
 from holdfast.attacks.carlini_wagner import CarliniWagner
 from holdfast.attacks.ddn import DDN
 from holdfast.attacks.deepfool import DeepFool
+from holdfast.attacks.ead import EAD
 from holdfast.attacks.fab import FAB
 from holdfast.attacks.fgsm import FGSM
 from holdfast.attacks.fmn import FMN
+from holdfast.attacks.jsma import JSMA
 from holdfast.attacks.momentum_pgd import MomentumPGD
 from holdfast.attacks.pdpgd import PDPGD
 from holdfast.attacks.pgd import PGD
 from holdfast.attacks.rays import RayS
 from holdfast.attacks.sigma_zero import SigmaZero
 from holdfast.attacks.square import Square
+from holdfast.attacks.super_deepfool import SuperDeepFool
 
 __all__ = [
+    "ALMA",
     "APGD",
     "BIM",
     "DDN",
+    "EAD",
     "FAB",
     "FGSM",
     "FMN",
+    "JSMA",
     "PDPGD",
     "PGD",
     "CarliniWagner",
@@ -30,4 +37,5 @@ __all__ = [
     "RayS",
     "SigmaZero",
     "Square",
+    "SuperDeepFool",
 ]

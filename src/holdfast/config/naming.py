@@ -12,12 +12,15 @@ GROUP: Final = "holdfast.attacks"
 """Entry-point group under which other packages add attacks."""
 
 ATTACKS: Final = (
+    "ALMA",
     "APGD",
     "BIM",
     "DDN",
+    "EAD",
     "FAB",
     "FGSM",
     "FMN",
+    "JSMA",
     "PDPGD",
     "PGD",
     "CarliniWagner",
@@ -26,6 +29,7 @@ ATTACKS: Final = (
     "RayS",
     "SigmaZero",
     "Square",
+    "SuperDeepFool",
 )
 """What `holdfast.attacks` exports; a test keeps the two in step."""
 
