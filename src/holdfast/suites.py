@@ -3,13 +3,14 @@
 `standard` is the composition of AutoAttack standard (Croce & Hein, "Reliable evaluation of adversarial robustness with
 an ensemble of diverse parameter-free attacks", ICML 2020, arXiv:2003.01690; for L1 "Mind the box", ICML 2021,
 arXiv:2103.01208), `rand` that of its version for randomised models, so that the numbers may stand beside published
-ones. There is no AutoAttack for L0; there `standard` is projected gradient descent and FMN.
+ones. There is no AutoAttack for L0; there `standard` is projected gradient descent, PDPGD and
+SigmaZero.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from holdfast.attacks import APGD, DDN, FAB, FMN, PGD, DeepFool, Square
+from holdfast.attacks import ALMA, APGD, FAB, FMN, PDPGD, PGD, DeepFool, SigmaZero, Square
 from holdfast.attacks.protocol import Attack
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.errors import UsageError
@@ -42,9 +43,9 @@ def suite(name: str, constraint: Constraint) -> Suite:
 
 def curve(constraint: Constraint) -> Named:
     """The minimum-norm attacks that accuracy against eps is read from."""
-    if isinstance(constraint, L2):
-        return (("DDN", DDN(steps=100)),)
-    return (("FMN", FMN(steps=100)),)
+    if isinstance(constraint, Linf):
+        return (("FMN", FMN(steps=100)),)
+    return (("ALMA", ALMA(steps=100)),) if isinstance(constraint, L2) else (("PDPGD", PDPGD(steps=100)),)
 
 
 def _quick(constraint: Constraint) -> Named:
@@ -60,7 +61,8 @@ def _standard(constraint: Constraint) -> Named:
         return (
             ("PGD", thorough),
             ("PGD-CE", PGD(steps=100, restarts=2, loss=cross_entropy)),
-            ("FMN", FMN(steps=200)),
+            ("PDPGD", PDPGD(steps=100)),
+            ("SigmaZero", SigmaZero(steps=100)),
         )
     sparse = isinstance(constraint, L1)
     return (
@@ -86,10 +88,12 @@ def _black_box(constraint: Constraint) -> Named:
 
 def _minimum_norm(constraint: Constraint) -> Named:
     if isinstance(constraint, L2):
-        return (("DeepFool", DeepFool()), ("DDN", DDN(steps=100)), ("FMN", FMN(steps=100)))
-    if isinstance(constraint, Linf):
-        return (("DeepFool", DeepFool()), ("FMN", FMN(steps=100)))
-    return (("FMN", FMN(steps=200)),)
+        return (("DeepFool", DeepFool()), ("ALMA", ALMA(steps=100)), ("PDPGD", PDPGD(steps=100)))
+    if isinstance(constraint, L1):
+        return (("ALMA", ALMA(steps=100)), ("PDPGD", PDPGD(steps=200)))
+    if isinstance(constraint, L0):
+        return (("PDPGD", PDPGD(steps=100)), ("SigmaZero", SigmaZero(steps=200)))
+    return (("DeepFool", DeepFool()), ("FMN", FMN(steps=100)))
 
 
 COMPOSED: dict[str, Callable[[Constraint], Named]] = {

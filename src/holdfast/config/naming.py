@@ -40,14 +40,19 @@ _QUICK = ("PGD", "APGD-T")
 _STANDARD = ("APGD-CE", "APGD-T", "FAB-T", "Square")
 MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
     "quick": {"linf": _QUICK, "l2": _QUICK, "l1": ("PGD",), "l0": ("PGD",)},
-    "standard": {"linf": _STANDARD, "l2": _STANDARD, "l1": _STANDARD, "l0": ("PGD", "PGD-CE", "FMN")},
+    "standard": {
+        "linf": _STANDARD,
+        "l2": _STANDARD,
+        "l1": _STANDARD,
+        "l0": ("PGD", "PGD-CE", "PDPGD", "SigmaZero"),
+    },
     "rand": dict.fromkeys(("linf", "l2", "l1", "l0"), ("APGD-CE", "APGD-DLR")),
     "black-box": dict.fromkeys(("linf", "l2", "l1"), ("Square",)),
     "minimum-norm": {
         "linf": ("DeepFool", "FMN"),
-        "l2": ("DeepFool", "DDN", "FMN"),
-        "l1": ("FMN",),
-        "l0": ("FMN",),
+        "l2": ("DeepFool", "ALMA", "PDPGD"),
+        "l1": ("ALMA", "PDPGD"),
+        "l0": ("PDPGD", "SigmaZero"),
     },
 }
 """What each suite calls its attacks under each norm; a test keeps it in step with `holdfast.suites`."""
