@@ -11,7 +11,7 @@ from benchmarks.absent import Absent
 from benchmarks.networks import images, network
 from benchmarks.peers import peer
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.attacks import APGD, DDN, FAB, FMN, PGD, DeepFool, RayS, Square
+from holdfast.attacks import APGD, DDN, FAB, FMN, PDPGD, PGD, DeepFool, RayS, Square
 from holdfast.attacks.protocol import Attack
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
@@ -29,6 +29,7 @@ ATTACKS: tuple[Attack, ...] = (
     Square(queries=20),
     DDN(steps=5),
     FMN(steps=5),
+    PDPGD(steps=5),
     DeepFool(steps=5),
 )
 
