@@ -125,7 +125,7 @@ def test_only_and_skip_choose_from_the_suite():
 def test_without_an_eps_only_the_smallest_change_can_be_asked_for():
     with pytest.raises(UsageError, match="l2 has no eps, .* choose --suite minimum-norm"):
         holdfast.assess(network(), (X, Y), "l2")
-    found = holdfast.assess(network(), (X, Y), "l2", "minimum-norm", doubts=False, only=["ddn"])
+    found = holdfast.assess(network(), (X, Y), "l2", "minimum-norm", doubts=False, only=["alma"])
     exact = found.evidence["distance"]
     assert exact.isfinite().all() and (exact > 0).all()
     assert found.metrics["robust_margin"].value == pytest.approx(float(exact.median()), rel=0.3)
@@ -173,6 +173,20 @@ def test_a_result_is_shown_in_a_line_and_offers_its_metrics():
         result.metrics["robust_acuracy"]
     assert "this run has clean_accuracy, " in str(unknown.value)
     assert result.metrics.get("robust_acuracy") is None
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1", "l0"])
+def test_the_smallest_changes_joined_bring_the_margin_the_radius_and_accuracy_at_every_eps(norm):
+    found = holdfast.assess(network(), (X, Y), norm, "minimum-norm", doubts=False)
+    each = [values for name, values in found.evidence.columns.items() if name.endswith(".distance")]
+    joined = found.evidence["distance"]
+    assert len(each) > 1
+    assert torch.equal(joined, torch.stack(each).amin(0))
+    assert found.metrics["robust_margin"].value == pytest.approx(joined.double().median().item(), rel=0.5)
+    eps = joined[joined.isfinite()].median().item()
+    share = (joined > eps).double().mean().item()
+    assert found.gate(f"robust_accuracy@{eps!r} <= 1").estimate.value == pytest.approx(share)
+    assert found.metrics["adversarial_radius"].value > 0
 
 
 def test_a_curve_adds_accuracy_against_eps():

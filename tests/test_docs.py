@@ -60,8 +60,8 @@ def test_an_attack_sees_and_costs_what_its_row_says(row):
     assert cited
     assert set(cited) <= set(re.findall(r"arXiv:(\d{4}\.\d{4,5})", inspect.getmodule(type(attack)).__doc__))
     batch = open_data("mnist-mini", n=2).read(0, 2)
-    smallest = {"L2": L2(1e-6), "L0": L0(1)}.get(row["norms"].split(",")[0], Linf(1e-6))
-    threat = ThreatModel(smallest)
+    norm = NORMS.get(row["norms"].split(",")[0], Linf)
+    threat = ThreatModel(norm(1e-6))
     evidence = measure(open_model("mnist-cnn-hardened").model, [batch], [attack], threat)
     assert evidence["correct"].all()
     said = tuple(map(int, re.findall(r"\d+", row["asks of each"])))

@@ -52,6 +52,20 @@ def advlib(attack: str, **settings: Any) -> Reference:
     return run
 
 
+def art(attack: str, **settings: Any) -> Reference:
+    """One evasion attack of ART, without a target."""
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, case: Comparison) -> Tensor:
+        estimators, evasion = peer("art.estimators.classification"), peer("art.attacks.evasion")
+        loss = torch.nn.CrossEntropyLoss()
+        wrapped = estimators.PyTorchClassifier(
+            model, loss, tuple(x.shape[1:]), 10, clip_values=(0.0, 1.0), device_type="cpu"
+        )
+        return torch.from_numpy(getattr(evasion, attack)(wrapped, **settings).generate(x.numpy()))
+
+    return run
+
+
 def autoattack(part: str, **settings: Any) -> Reference:
     """One attack of the reference AutoAttack; `part` is `module.Class`."""
 

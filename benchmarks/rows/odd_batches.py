@@ -17,6 +17,7 @@ from holdfast.attacks import (
     FAB,
     FMN,
     NES,
+    PDPGD,
     PGD,
     SPSA,
     ZOO,
@@ -60,6 +61,7 @@ ATTACKS: tuple[Attack, ...] = (
     SparseRS(queries=20),
     DDN(steps=5),
     FMN(steps=5),
+    PDPGD(steps=5),
     DeepFool(steps=5),
 )
 

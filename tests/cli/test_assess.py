@@ -97,7 +97,7 @@ def test_a_suite_without_an_eps_shows_what_each_attack_found(capsys):
     assert run([*words, "--run", "r"]) == 0
     shown = capsys.readouterr().out
     assert all(heading in shown for heading in ("found", "median", ": the smallest changes found"))
-    for name in ("DeepFool", "DDN", "FMN"):
+    for name in ("DeepFool", "ALMA", "PDPGD"):
         assert f" {name} " in shown
         (line,) = (line for line in shown.splitlines() if line.startswith(f" {name} "))
         assert line.split()[1:4] == ["20", "100.0", "%"]

@@ -57,7 +57,7 @@ REFUSED = [
     ("suite: quick\nattacks: [{use: PGD}]", "not both"),
     ("attacks: []", r"attacks is \[\]; expected at least 1 entry$"),
     ("attacks: [{steps: 3}]", "needs a name"),
-    ("attacks: [{use: PDG}]", "did you mean 'PGD'"),
+    ("attacks: [{use: PGDD}]", "did you mean 'PGD'"),
     ("attacks: [{use: PGD, stepz: 3}]", "did you mean 'steps'"),
     ("attacks: [{use: PGD, steps: 0}]", "attacks.0: steps is 0; expected at least 1$"),
     ("attacks: [{use: PGD, steps: [1]}]", r"steps is \[1\]; expected a whole number$"),
@@ -199,7 +199,7 @@ def test_an_attack_is_found_as_people_write_it(name, attack):
     ("name", "said"),
     [
         ("pgdd", "did you mean 'PGD'"),
-        ("zzz", "there are APGD"),
+        ("zzz", "there are ALMA"),
         ("deepfol", "'DeepFool'"),
         ("pgd", "did you mean 'PGD'"),
         ("apgd-t", "APGD-T is the name that suites give to APGD"),

@@ -1,5 +1,6 @@
 """The catalogue of attacks: `__all__` is what a suite, a config file and the command line may name."""
 
+from holdfast.attacks.alma import ALMA
 from holdfast.attacks.apgd import APGD
 from holdfast.attacks.bandits import Bandits
 from holdfast.attacks.bim import BIM
@@ -7,32 +8,41 @@ from holdfast.attacks.boundary import Boundary
 from holdfast.attacks.carlini_wagner import CarliniWagner
 from holdfast.attacks.ddn import DDN
 from holdfast.attacks.deepfool import DeepFool
+from holdfast.attacks.ead import EAD
 from holdfast.attacks.fab import FAB
 from holdfast.attacks.fgsm import FGSM
 from holdfast.attacks.fmn import FMN
 from holdfast.attacks.geoda import GeoDA
 from holdfast.attacks.hop_skip_jump import HopSkipJump
+from holdfast.attacks.jsma import JSMA
 from holdfast.attacks.momentum_pgd import MomentumPGD
 from holdfast.attacks.nes import NES
+from holdfast.attacks.pdpgd import PDPGD
 from holdfast.attacks.pgd import PGD
 from holdfast.attacks.rays import RayS
 from holdfast.attacks.relay import Relay
+from holdfast.attacks.sigma_zero import SigmaZero
 from holdfast.attacks.sign_opt import SignOPT
 from holdfast.attacks.simba import SimBA
 from holdfast.attacks.sparse_rs import SparseRS
 from holdfast.attacks.spsa import SPSA
 from holdfast.attacks.square import Square
+from holdfast.attacks.super_deepfool import SuperDeepFool
 from holdfast.attacks.surfree import SurFree
 from holdfast.attacks.zoo import ZOO
 
 __all__ = [
+    "ALMA",
     "APGD",
     "BIM",
     "DDN",
+    "EAD",
     "FAB",
     "FGSM",
     "FMN",
+    "JSMA",
     "NES",
+    "PDPGD",
     "PGD",
     "SPSA",
     "ZOO",
@@ -45,9 +55,11 @@ __all__ = [
     "MomentumPGD",
     "RayS",
     "Relay",
+    "SigmaZero",
     "SignOPT",
     "SimBA",
     "SparseRS",
     "Square",
+    "SuperDeepFool",
     "SurFree",
 ]

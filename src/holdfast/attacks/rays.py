@@ -6,7 +6,6 @@ down from the radius known, for most flips gain little, and ends at a share of i
 begin anew with the whole input; and an example leaves once it is broken inside a finite eps.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,7 +36,6 @@ class RayS:
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm, closest = expect_norm(threat.constraint, self, Linf), Closest(batch)
-        enough = norm.eps if norm.eps < math.inf else 0.0
         left, rays, x = batch, _Rays(batch, model.bounds, self.precision), batch.x
         with torch.no_grad():
             for query in range(min(self.queries, threat.queries or self.queries)):
@@ -47,7 +45,7 @@ class RayS:
                 closest.offer(left, x, norm.distance(x, left.x), broken)
                 if query:
                     rays.learn(broken)
-                stays = closest.distance[closest.rows(left)] > enough
+                stays = closest.far(left, norm.eps)
                 if not stays.all():
                     left = left.take(stays)
                     rays.take(stays)

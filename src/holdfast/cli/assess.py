@@ -12,7 +12,7 @@ from holdfast.cli.early import (
     refuse_unknown_model,
 )
 from holdfast.cli.options import Voice, offered, spoken
-from holdfast.config.settings import SUITES, AssessSettings, read
+from holdfast.config.settings import DEFAULT_SUITE, SUITES, AssessSettings, read
 from holdfast.core.errors import UsageError
 from holdfast.store.files import refuse_no_run
 
@@ -28,7 +28,7 @@ ATTACKING = (
         "-s",
         type=str,
         metavar="S",
-        help=f"Named attacks: {', '.join(SUITES)} (default: standard).",
+        help=f"Named attacks: {', '.join(SUITES)} (default: {DEFAULT_SUITE}).",
     ),
     click.option(
         "--gate",

@@ -12,18 +12,20 @@ GROUP: Final = "holdfast.attacks"
 """Entry-point group under which other packages add attacks."""
 
 ATTACKS: Final = (
+    "ALMA",
     "APGD",
     "BIM",
     "DDN",
+    "EAD",
     "FAB",
     "FGSM",
     "FMN",
+    "JSMA",
     "NES",
+    "PDPGD",
     "PGD",
     "SPSA",
     "ZOO",
-    "RayS",
-    "Relay",
     "Bandits",
     "Boundary",
     "CarliniWagner",
@@ -31,10 +33,14 @@ ATTACKS: Final = (
     "GeoDA",
     "HopSkipJump",
     "MomentumPGD",
+    "RayS",
+    "Relay",
+    "SigmaZero",
     "SignOPT",
     "SimBA",
     "SparseRS",
     "Square",
+    "SuperDeepFool",
     "SurFree",
 )
 """What `holdfast.attacks` exports; a test keeps the two in step."""
@@ -60,15 +66,15 @@ MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
         "linf": _STANDARD,
         "l2": _STANDARD,
         "l1": _STANDARD,
-        "l0": ("PGD", "PGD-CE", "FMN", "SparseRS"),
+        "l0": ("PGD", "PGD-CE", "PDPGD", "SigmaZero", "SparseRS"),
     },
     "rand": dict.fromkeys(("linf", "l2", "l1", "l0"), ("APGD-CE", "APGD-DLR")),
     "black-box": {"linf": _BLACK_BOX, "l2": _BLACK_BOX, "l1": _BLACK_BOX, "l0": ("SparseRS",)},
     "minimum-norm": {
         "linf": ("DeepFool", "FMN"),
-        "l2": ("DeepFool", "DDN", "FMN"),
-        "l1": ("FMN",),
-        "l0": ("FMN",),
+        "l2": ("DeepFool", "ALMA", "PDPGD"),
+        "l1": ("ALMA", "PDPGD"),
+        "l0": ("PDPGD", "SigmaZero"),
     },
 }
 """What each suite calls its attacks under each norm; a test keeps it in step with `holdfast.suites`."""

@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 SuiteName = Literal["quick", "fast", "standard", "rand", "black-box", "minimum-norm"]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
 """What `--suite` takes; `holdfast.suites` composes them, and a test keeps the two in step."""
-DEFAULT_SUITE: SuiteName = "standard"
+DEFAULT_SUITE: SuiteName = "fast"
 
 
 def _fractions(value: object) -> object:
@@ -121,7 +121,7 @@ class AssessSettings(BaseModel):
         "linf:8/255", description="what the adversary may do, as in linf:8/255,queries=1000"
     )
     suite: SuiteName | None = Field(
-        None, description="a named list of attacks; standard, unless attacks are listed"
+        None, description="a named list of attacks; fast, unless attacks are listed"
     )
     attacks: list[dict[str, Any]] | None = Field(
         None, min_length=1, description="attacks of your own, each `use: NAME` with its settings"

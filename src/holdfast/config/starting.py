@@ -20,7 +20,7 @@ data: {data}          # a bundled or catalogue name, .npz, .csv, .parquet, or a 
 n: 200                   # the first 200 examples; leave out for all of them
 
 threat: "linf:0.2"       # what an attacker may change: linf, l2, l1 or l0, and how much of it
-suite: standard          # quick takes seconds; standard is the composition of AutoAttack
+suite: fast              # for every day; standard is the composition of AutoAttack
 gates:
   - "clean_accuracy >= 0.95"
   - "robust_accuracy >= 0.50"

@@ -331,6 +331,12 @@ class L0:
         kept.scatter_(1, order, torch.arange(order.shape[1], device=gain.device) < most[:, None])
         return self._ungrouped(kept, gain)
 
+    def summed(self, values: Tensor) -> Tensor:
+        """For each value the sum over what counts as one with it: itself, or all channels of its pixel."""
+        if self.per == "pixel" and values.dim() == 4:
+            return values.sum(1, keepdim=True).expand_as(values)
+        return values
+
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """The gradient, scaled so that a step of eps moves a value by twice the box's width on average.
 

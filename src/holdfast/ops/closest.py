@@ -39,6 +39,10 @@ class Closest:
         """Where `some` examples stand in the whole batch."""
         return self._lookup.rows(some.ids)
 
+    def far(self, some: Batch, eps: float) -> Mask:
+        """Which of `some` examples are not broken inside a finite eps yet; without an eps, not where they are clean."""
+        return self.distance[self.rows(some)] > (eps if eps < torch.inf else 0.0)
+
     def offer(self, some: Batch, x: Inputs, distance: PerExample, broken: Mask) -> Mask:
         """Take the broken points that are closer than what is known; who got closer."""
         rows = slice(None) if some.ids is self._ids else self.rows(some)

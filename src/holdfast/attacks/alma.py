@@ -1,0 +1,120 @@
+"""ALMA: augmented Lagrangian method for adversarial attacks.
+
+Rony et al., "Augmented Lagrangian Adversarial Attacks", ICCV 2021, arXiv:2011.11857; penalty P2, and RMSProp with
+momentum. Differs from the paper: distances and the first step are in units of the first-order distance to the boundary,
+and it ends with a bisection to the boundary.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L1, L2, Norm
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.rows import spread
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Fraction, Inputs, Logits, Mask, PerExample, Positive, Steps
+from holdfast.ops.ascent import gradient
+from holdfast.ops.boundary import to_boundary
+from holdfast.ops.closest import Closest, firmly_broken
+from holdfast.ops.losses import dlr, margin_loss
+from holdfast.ops.norms import expect_norm, farthest, gap, length
+
+_TINY, _TINIEST = 1e-12, 1e-15
+_TOLERANCE = 1e-4  # how far beyond the boundary the constraint lies, in units of DLR
+_IMPROVED, _TIGHTER, _CHECKED = 0.95, 1.2, 10  # the paper's tau, gamma and M
+
+
+@dataclass(frozen=True)
+class ALMA:
+    """Minimise the distance under the constraint of being broken, with a penalty whose multiplier is learned."""
+
+    steps: Steps = 100
+    """gradient steps"""
+    reach: Positive = 2.0
+    """length of the first step in first-order distances"""
+    fall: Fraction = 0.01
+    """share of the step size that is left in the end; it falls from the first success on"""
+    memory: Fraction = 0.5
+    """weight of the past in the running means of multiplier, squared gradient and momentum; 0.9 for 1,000 steps"""
+
+    needs: ClassVar[Access] = "gradients"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        norm = expect_norm(threat.constraint, self, L2, L1)
+        closest, x = Closest(batch), batch.x
+        grad, logits = gradient(model, batch, margin_loss)
+        first = gap(norm, grad, logits, batch, model.bounds).minimum(farthest(norm, x, model.bounds))
+        first = first.clamp_min(_TINY)
+        worth = _height(logits, batch).abs() / first
+        penalty, descent = _Penalty(first, self.memory), _Descent(x, self.memory)
+        since = torch.full_like(first, self.steps)
+        for step in range(self.steps):
+            grad, logits = gradient(model, batch.at(x), dlr)
+            broken = firmly_broken(logits, batch)
+            closest.offer(batch, x, norm.distance(x, batch.x), broken)
+            since = torch.where(broken & (since == self.steps), step, since)
+            slope = penalty.slope(step, _height(logits, batch), closest.found)
+            down = spread(worth, x) * _outward(norm, x - batch.x) - spread(slope, x) * grad
+            way = descent.direction(down)
+            if step == 0:
+                size = self.reach * first / norm.distance(way, torch.zeros_like(x)).clamp_min(_TINY)
+            fall = self.fall ** ((step - since).clamp_min(0) / (self.steps - since).clamp_min(1))
+            x = model.bounds.clamp(x - spread(size * fall, x) * way)
+        return to_boundary(model, batch, closest.x, norm)
+
+
+class _Penalty:
+    """The paper's P2: multiplier mu and strength rho of each example, as its constraint's height teaches them."""
+
+    def __init__(self, like: PerExample, memory: float) -> None:
+        self._memory = memory
+        self._mu, self._rho, self._last = torch.ones_like(like), torch.ones_like(like), like
+
+    def slope(self, step: int, height: PerExample, found: Mask) -> PerExample:
+        """What the penalty's value changes by with the height, after this step's lesson."""
+        if step:
+            self._mu = torch.lerp(self._derivative(height), self._mu, self._memory).clamp(1e-6, 1e12)
+        if step % _CHECKED == 0:
+            stuck = ~found & ~(height < _IMPROVED * self._last)
+            self._rho = torch.where(stuck, _TIGHTER * self._rho, self._rho) if step else self._rho
+            self._last = height
+        return self._derivative(height)
+
+    def _derivative(self, height: PerExample) -> PerExample:
+        above = self._mu * (1 + 2 * self._rho * height) + (self._rho * height) ** 2 / 2
+        below = self._mu / (1 - self._rho * height.clamp_max(0)) ** 2
+        return torch.where(height >= 0, above, below)
+
+
+class _Descent:
+    """RMSProp with momentum."""
+
+    def __init__(self, like: Inputs, memory: float) -> None:
+        self._memory = memory
+        self._momentum, self._square = torch.zeros_like(like), torch.zeros_like(like)
+        self._fresh = True
+
+    def direction(self, down: Inputs) -> Inputs:
+        """What to step against, after one more gradient; the first square is the mean over all values."""
+        if self._fresh:
+            self._square = spread(down.flatten(1).square().mean(1), down).expand_as(down)
+            self._fresh = False
+        self._square = torch.lerp(down**2, self._square, self._memory)
+        self._momentum = self._memory * self._momentum + down / (self._square.sqrt() + _TINIEST)
+        return self._momentum
+
+
+def _height(logits: Logits, batch: Batch) -> PerExample:
+    """How far the constraint is from holding."""
+    return (_TOLERANCE - dlr(logits, batch)).nan_to_num(-1.0, 1.0, -1.0)
+
+
+def _outward(norm: Norm, delta: Inputs) -> Inputs:
+    """Gradient of the distance; zero at the clean input."""
+    if isinstance(norm, L1):
+        return delta.sign()
+    return delta / spread(length(delta).clamp_min(_TINY), delta)

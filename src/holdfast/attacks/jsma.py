@@ -1,0 +1,57 @@
+"""JSMA: move the few values that the saliency map calls most useful to the end of the box.
+
+Papernot et al., "The Limitations of Deep Learning in Adversarial Settings", EuroS&P 2016, arXiv:1511.07528; historic:
+`SigmaZero` finds a fraction of the changes. On probabilities, which add up to one, the other classes' derivatives are
+minus the target's, so the best pair of the paper's map is that of the two largest derivatives: no pairs are searched.
+Differs from the paper: without a target the label's probability is lowered, and values move either way, as in Wiyatno &
+Xu, "Maximal Jacobian-based Saliency Map Attack", 2018, arXiv:1808.07945; and it ends by undoing the changes that are
+not needed.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L0
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs, Positive, Steps
+from holdfast.ops.ascent import gradient
+from holdfast.ops.boundary import to_boundary
+from holdfast.ops.closest import Closest, firmly_broken
+from holdfast.ops.losses import cross_entropy
+from holdfast.ops.norms import expect_norm, free
+
+
+@dataclass(frozen=True)
+class JSMA:
+    """Push the two most salient values, again and again, until the model breaks."""
+
+    steps: Steps = 100
+    """steps at most; an example stops at its first success"""
+    values: Steps = 2
+    """values (or pixels) that a step moves"""
+    theta: Positive = 1.0
+    """how far it moves them, as a share of the box's edge"""
+
+    needs: ClassVar[Access] = "gradients"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        norm = expect_norm(threat.constraint, self, L0)
+        assert isinstance(norm, L0)
+        closest, left, x = Closest(batch), batch, batch.x
+        low, high = model.bounds.like(x)
+        for step in range(self.steps + 1):
+            grad, logits = gradient(model, left.at(x), cross_entropy)
+            broken = firmly_broken(logits, left)
+            closest.offer(left, x, norm.distance(x, left.x), broken)
+            left, x, grad = left.take(~broken), x[~broken], free(grad, x, model.bounds)[~broken]
+            if step == self.steps or not len(left):
+                break
+            moved = model.bounds.clamp(x + self.theta * (high - low) * grad.sign())
+            salient = norm.largest(grad * (moved - x), torch.full_like(x.flatten(1)[:, 0], self.values))
+            x = torch.where(salient, moved, x)
+        return to_boundary(model, batch, closest.x, norm)

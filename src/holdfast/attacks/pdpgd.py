@@ -1,0 +1,95 @@
+"""PDPGD: primal-dual proximal gradient descent.
+
+Matyasko & Chau, "PDPGD: Primal-Dual Proximal Gradient Descent Adversarial Attack", 2021, arXiv:2106.01538.
+Differs from the paper: steps and the first price are in units of the first-order distance to the boundary, steps fall
+to a tenth instead of a hundredth, the pace of the price depends on the number of steps, the proximal step in Adam's
+metric is solved exactly, an example leaves once it is broken inside a finite eps, and it ends with a bisection to the
+boundary (L0: undoing changes).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L0, L1, L2, Linf, Norm
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.rows import spread
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Fraction, Inputs, Logits, PerExample, Positive, Steps
+from holdfast.ops.adam import Adam
+from holdfast.ops.ascent import gradient
+from holdfast.ops.boundary import to_boundary
+from holdfast.ops.closest import Closest, firmly_broken
+from holdfast.ops.losses import margin, margin_loss
+from holdfast.ops.norms import expect_norm, farthest, gap
+from holdfast.ops.proximal import shrunk
+
+_TINY = 1e-30
+_LARGEST = -math.log(1e-6)  # the paper's bound on the logarithm of a price
+
+
+@dataclass(frozen=True)
+class PDPGD:
+    """Descend on the margin, shrink the change at a price, and raise the price while the model is broken."""
+
+    steps: Steps = 100
+    """gradient steps"""
+    step_size: Positive = 1.0
+    """first step of a value in first-order Linf distances; L1, L0: in the mean of that and the box's edge"""
+    fall: Fraction = 0.1
+    """share of the step size that is left in the end"""
+    price: Positive = 0.001
+    """what size costs at first, as a share of the margin's slope"""
+    dual_reach: Positive = 20.0
+    """the first step of the logarithm of the price, times the steps; it falls to a tenth along a line"""
+    memory: Fraction = 0.5
+    """weight of the past in the running mean of the prices"""
+
+    needs: ClassVar[Access] = "gradients"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        norm = expect_norm(threat.constraint, self, Linf, L2, L1, L0)
+        closest, left, x, adam = Closest(batch), batch, batch.x, Adam(batch.x)
+        unit, slope = _scales(model, batch, norm)
+        weight = -math.log(self.price) - slope.log()
+        share = weight.sigmoid()
+        for step in range(self.steps):
+            grad, logits = gradient(model, left.at(x), _soft_margin)
+            broken = firmly_broken(logits, left)
+            closest.offer(left, x, norm.distance(x, left.x), broken)
+            stays = closest.far(left, norm.eps)
+            if not stays.all():
+                left, x, grad, broken = left.take(stays), x[stays], grad[stays], broken[stays]
+                unit, weight, share = unit[stays], weight[stays], share[stays]
+                adam.take(stays)
+                if not len(left):
+                    break
+            mean, scale = adam.seen(-grad)
+            size = self.step_size * self.fall ** (step / self.steps) * unit
+            x = model.bounds.clamp(x - spread(size, x) * mean / scale)
+            price = spread((1 - share) / share * size, x) / scale
+            x = model.bounds.clamp(left.x + shrunk(norm, x - left.x, price))
+            dual = self.dual_reach / self.steps * (1 - 0.9 * step / self.steps)
+            weight = (weight + dual * torch.where(broken, -1.0, 1.0)).clamp(-_LARGEST, _LARGEST)
+            share = torch.lerp(weight.sigmoid(), share, self.memory)
+        return to_boundary(model, batch, closest.x, norm)
+
+
+def _scales(model: Model, batch: Batch, norm: Norm) -> tuple[PerExample, PerExample]:
+    """The unit of a value's steps, and the margin that one unit of the norm is worth at the clean input."""
+    grad, logits = gradient(model, batch, margin_loss)
+    limit, width = farthest(norm, batch.x, model.bounds), model.bounds.width
+    unit = gap(Linf(), grad, logits, batch, model.bounds).clamp_max(width)
+    sparse = isinstance(norm, (L1, L0))  # few values change, but those by much
+    first = limit if isinstance(norm, L0) else gap(norm, grad, logits, batch, model.bounds).minimum(limit)
+    slope = margin(logits, batch).abs() / first.clamp_min(_TINY)
+    return (unit * width).sqrt() if sparse else unit, slope.nan_to_num(1.0, 1.0, 1.0).clamp(1e-4, 1e4)
+
+
+def _soft_margin(logits: Logits, batch: Batch) -> PerExample:
+    return -F.softplus(margin(logits, batch))

@@ -1,0 +1,79 @@
+"""Sigma-zero: the fewest changed values, by gradient descent on a smooth count of them.
+
+Cinà et al., "σ-zero: Gradient-based Optimization of ℓ0-norm Adversarial Examples", ICLR 2025, arXiv:2402.01879.
+Differs from the paper: lengths are shares of the box's edges, under `10px` the channels of a pixel count once, an
+example leaves once it is broken inside a finite eps, and it ends by undoing the changes that are not needed.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L0
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.rows import spread
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Fraction, Inputs, Positive, Steps
+from holdfast.ops.adam import Adam
+from holdfast.ops.ascent import gradient
+from holdfast.ops.boundary import to_boundary
+from holdfast.ops.closest import Closest, firmly_broken
+from holdfast.ops.losses import margin_loss
+from holdfast.ops.norms import expect_norm
+
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class SigmaZero:
+    """Descend on the margin plus a smooth count of changes, and drop changes below a threshold that adapts."""
+
+    steps: Steps = 200
+    """gradient steps"""
+    step_size: Positive = 1.0
+    """length of the first step of a value, as a share of the box's edge; it falls to a tenth along a cosine"""
+    sigma: Positive = 0.001
+    """squared change that counts as half of one"""
+    threshold: Fraction = 0.3
+    """the first share of the box's edge below which a change is dropped"""
+    pace: Positive = 0.01
+    """how fast the threshold rises while the model is broken and falls while not, in step sizes"""
+
+    needs: ClassVar[Access] = "gradients"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        norm = expect_norm(threat.constraint, self, L0)
+        assert isinstance(norm, L0)
+        low, high = model.bounds.like(batch.x)
+        edge = (high - low).clamp_min(_TINY)
+        closest, left, x, size = Closest(batch), batch, batch.x, self.step_size
+        adam, threshold = Adam(x), torch.full_like(closest.distance, self.threshold)
+        for step in range(self.steps):
+            grad, logits = gradient(model, left.at(x), margin_loss)
+            broken = firmly_broken(logits, left)
+            closest.offer(left, x, norm.distance(x, left.x), broken)
+            stays = closest.far(left, norm.eps)
+            if not stays.all():
+                left, x, grad, broken = left.take(stays), x[stays], grad[stays], broken[stays]
+                threshold = threshold[stays]
+                adam.take(stays)
+                if not len(left):
+                    break
+            down = self._slope(norm, (x - left.x) / edge) - edge * grad * spread(~broken, x)
+            mean, scale = adam.seen(down / spread(down.flatten(1).abs().amax(1).clamp_min(_TINY), x))
+            x = model.bounds.clamp(x - size * edge * mean / scale)
+            size = self.step_size * (0.1 + 0.9 * (1 + math.cos(math.pi * step / self.steps)) / 2)
+            threshold = (threshold + self.pace * size * torch.where(broken, 1.0, -1.0)).clamp(0, 1)
+            small = norm.summed(((x - left.x) / edge) ** 2).sqrt() < spread(threshold, x)
+            x = torch.where(small, left.x, x)
+        return to_boundary(model, batch, closest.x, norm)
+
+    def _slope(self, norm: L0, delta: Inputs) -> Inputs:
+        """Gradient of the share of values that are changed, counted smoothly."""
+        square = norm.summed(delta**2)
+        units = norm.distance(torch.ones_like(delta), torch.zeros_like(delta))
+        return 2 * self.sigma * delta / ((square + self.sigma) ** 2 * spread(units, delta))

@@ -1,0 +1,29 @@
+"""Adam's memory of gradients: a running mean, and the scale of each coordinate."""
+
+import torch
+
+from holdfast.core.types import Inputs
+
+_TINY = 1e-12
+
+
+class Adam:
+    """Kingma & Ba, "Adam: a method for stochastic optimization", ICLR 2015, arXiv:1412.6980, for inputs."""
+
+    def __init__(self, like: Inputs, fade: float = 0.9, fade_square: float = 0.999) -> None:
+        self._fades = fade, fade_square
+        self._mean, self._square = torch.zeros_like(like), torch.zeros_like(like)
+        self._steps = 0
+
+    def take(self, rows: torch.Tensor) -> None:
+        """Go on with some examples."""
+        self._mean, self._square = self._mean[rows], self._square[rows]
+
+    def seen(self, grad: Inputs) -> tuple[Inputs, Inputs]:
+        """The mean gradient after one more, and the scale that it is to be divided by, both without their bias."""
+        self._steps += 1
+        mean, square = self._fades
+        self._mean = torch.lerp(grad, self._mean, mean)
+        self._square = torch.lerp(grad**2, self._square, square)
+        unbiased = self._square / (1 - square**self._steps)
+        return self._mean / (1 - mean**self._steps), unbiased.sqrt() + _TINY

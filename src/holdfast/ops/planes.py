@@ -1,0 +1,65 @@
+"""The class boundaries around a point, each taken for a plane, and the step across the nearest.
+
+Moosavi-Dezfooli et al., "DeepFool: A Simple and Accurate Method to Fool Deep Neural Networks", CVPR 2016,
+arXiv:1511.04599.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import Norm
+from holdfast.core.model import Bounds, Model
+from holdfast.core.rows import spread
+from holdfast.core.types import Inputs, Logits, PerExample
+from holdfast.ops.closest import leeway
+from holdfast.ops.gradients import input_gradient
+from holdfast.ops.losses import likeliest
+
+
+def rivals_of(logits: Logits, batch: Batch, k: int) -> Tensor:
+    """The (up to) k classes that each example may be pushed into, likeliest first: int64 (n, k)."""
+    if batch.target is not None:
+        return batch.target[:, None]
+    return likeliest(logits, batch.y, k)
+
+
+def across(
+    norm: Norm,
+    bounds: Bounds,
+    batch: Batch,
+    x: Inputs,
+    grads: Sequence[Inputs],
+    margins: Tensor,
+    overshoot: float,
+) -> Inputs:
+    """`x` moved just beyond the nearest of the linear boundaries with these normals and heights."""
+    best, shift = torch.full_like(margins[:, 0], torch.inf), torch.zeros_like(x)
+    beyond = overshoot * norm.distance(x, batch.x)
+    for grad, margin in zip(grads, margins.unbind(1), strict=True):
+        direction = norm.steepest(grad, x, bounds)
+        distance = margin / (grad * direction).flatten(1).sum(1).clamp_min(1e-30)
+        nearer, length = distance < best, (1 + overshoot) * distance + beyond
+        best = torch.where(nearer, distance, best)
+        shift = torch.where(spread(nearer, x), spread(length, x) * direction, shift)
+    return bounds.clamp(x + shift)
+
+
+def planes(model: Model, batch: Batch, x: Inputs, rivals: Tensor) -> tuple[Tensor, list[Inputs]]:
+    """How far below the leading logit each rival is at `x` (n, rivals); the gradient of each gap, if there is any."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(x, batch.ids)
+        gaps = logits.gather(1, rivals) - _leading(logits, batch)[:, None]
+    margins = gaps.detach().abs() + leeway(logits.detach())[:, None]
+    each = gaps.unbind(1) if logits.requires_grad else ()
+    return margins, [input_gradient(gap, x, again=True) for gap in each]
+
+
+def _leading(logits: Logits, batch: Batch) -> PerExample:
+    """The logit to be overtaken: the label's, or with a target the largest other one."""
+    if batch.target is None:
+        return logits.gather(1, batch.y[:, None])[:, 0]
+    return logits.scatter(1, batch.target[:, None], -torch.inf).amax(1)
