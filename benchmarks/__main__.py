@@ -31,6 +31,8 @@ ROWS = {
     "square": "square",
     "decisions": "decisions",
     "scores": "scores",
+    "fast-choice": "fast_choice",
+    "fast": "fast",
     "standard": "standard",
     "standard-cost": "standard_cost",
     "doubts": "doubts",

@@ -61,7 +61,7 @@ def test_an_attack_sees_and_costs_what_its_row_says(row):
     assert set(cited) <= set(re.findall(r"arXiv:(\d{4}\.\d{4,5})", inspect.getmodule(type(attack)).__doc__))
     batch = open_data("mnist-mini", n=2).read(0, 2)
     norm = NORMS.get(row["norms"].split(",")[0], Linf)
-    threat = ThreatModel(norm(1e-6))
+    threat = ThreatModel(norm(1 if norm is L0 else 1e-6))
     evidence = measure(open_model("mnist-cnn-hardened").model, [batch], [attack], threat)
     assert evidence["correct"].all()
     said = tuple(map(int, re.findall(r"\d+", row["asks of each"])))

@@ -1,0 +1,33 @@
+"""The networks and images that `fast` was chosen on: trained by `controls.py`, and images that they have not seen."""
+
+from torch import Tensor, nn
+
+from benchmarks.controls import HONEST, IMAGES, trained
+from benchmarks.networks import images
+from benchmarks.record import Outcome
+from benchmarks.rows.fast import CIFAR, MNIST, Setting, compared
+
+WHAT = "`fast` against `standard` on the networks that it was chosen on"
+SEEDS = (0, 1)
+SETTINGS = (
+    Setting("mnist-pgd-0.3", "Linf", 0.3, 1000, MNIST, SEEDS),
+    Setting("mnist-trades-0.2", "Linf", 0.2, 1000, MNIST, SEEDS),
+    Setting("mnist-pgd-0.2-batch-norm", "Linf", 0.2, 1000, MNIST, SEEDS),
+    Setting("mnist-pgd-0.1", "Linf", 0.1, 1000, MNIST, SEEDS),
+    Setting("fashion-pgd-0.05", "Linf", 0.05, 500, MNIST, SEEDS),
+    Setting("cifar-pgd", "Linf", 2 / 255, 500, CIFAR, SEEDS),
+    Setting("mnist-pgd-0.3", "L2", 1.5, 500, MNIST, SEEDS),
+    Setting("mnist-trades-0.2", "L2", 1.5, 500, MNIST, SEEDS),
+    Setting("cifar-pgd", "L2", 0.25, 500, CIFAR, SEEDS),
+    Setting("mnist-pgd-0.3", "L1", 8.0, 300, MNIST, SEEDS),
+    Setting("cifar-pgd", "L1", 5.0, 300, CIFAR, SEEDS),
+)
+
+
+def measured() -> Outcome:
+    return compared(SETTINGS, _opened)
+
+
+def _opened(setting: Setting) -> tuple[nn.Module, Tensor, Tensor]:
+    control = next(control for control in HONEST if control.name == setting.network)
+    return trained(control).requires_grad_(False), *images(control.data, setting.n, "train", 2 * IMAGES)
