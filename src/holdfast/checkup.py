@@ -364,7 +364,9 @@ def _steadiness(patient: Patient) -> Iterator[Finding]:
 def _gradients(patient: Patient) -> Iterator[Finding]:
     if patient.model.access != "gradients":
         why = f", for {patient.model.hides}" if patient.model.hides else ""
-        yield Finding("gradients", "warning", f"the model gives scores only{why}", "use --suite black-box")
+        labels = patient.model.access == "labels"
+        way_out = "list attacks on labels, such as {use: RayS}" if labels else "use --suite black-box"
+        yield Finding("gradients", "warning", f"the model gives {patient.model.access} only{why}", way_out)
         return
     x = patient.batch.x.clone().requires_grad_()
     logits = patient.model(x)

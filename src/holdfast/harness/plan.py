@@ -161,4 +161,5 @@ def _way_out(member: Member, plan: Plan, target: Access) -> str:
         ways.append("choose --suite black-box")
     if replace(threat, access=target).gives(member.attack.needs):
         ways.append(f"let the attacker see more, as in access={member.attack.needs}")
-    return ", or ".join(ways) or "there is no attack under l0 that needs less; use linf, l2 or l1"
+    fewest = "no suite needs less: list attacks on labels of your own, such as {use: RayS} under linf"
+    return ", or ".join(ways) or fewest

@@ -1,0 +1,300 @@
+"""Requests to a server that a user named: to allowed hosts only, over one connection, again where they fail in passing.
+
+Stands on the standard library alone, so that an address can be refused before torch is imported.
+"""
+
+import json
+import os
+import re
+import socket
+import ssl
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+from holdfast.core.errors import TargetError, TargetLost, UsageError
+
+SCHEMES = {"http": 80, "https": 443}
+LONGEST_WAIT_S = 60.0
+"""A target that asks to be left alone for longer ends the run, which resumes later."""
+_FIRST_WAIT_S, _LAST_WAIT_S = 0.5, 30.0
+_MOST_BYTES = 1 << 28
+"""Far more than the scores of a thousand rows for each of ten thousand classes."""
+_CHUNK = 1 << 16
+_PASSING = frozenset({408, 425, 429})
+_OF_THE_INPUT = frozenset({400, 413, 415, 422})
+_FRAMING = frozenset({"host", "connection", "content-length", "transfer-encoding"})
+_HEADER = re.compile(r"\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)\s*:\s*(.*?)\s*")
+_VARIABLE = re.compile(r"env:([A-Za-z_][A-Za-z0-9_]*)")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """How a model behind HTTP is asked."""
+
+    hosts: tuple[str, ...] = ()
+    """hosts that may be asked, each `HOST` or `HOST:PORT`"""
+    headers: tuple[str, ...] = ()
+    """sent with every request, each `NAME: env:VARIABLE`"""
+    request: str | None = None
+    """JSON of a request with `$x` for its rows; None asks by the Open Inference Protocol"""
+    response: str | None = None
+    """where the answer holds what is wanted: a path such as `predictions`, or the name of an output"""
+    labels: bool = False
+    """the answer holds one class a row and no scores"""
+    max_rows: int = 64
+    """rows of one request at most"""
+    timeout_s: float = 30.0
+    """longest silence, and longest whole answer, of one request"""
+    retries: int = 5
+    """how often a request that failed in passing is sent again"""
+    sleep: Callable[[float], None] = time.sleep
+    now: Callable[[], float] = time.monotonic
+
+
+def header_variable(text: str) -> tuple[str, str]:
+    """Name of a header and of the environment variable that holds its value; a value written out is refused."""
+    form = "give 'NAME: env:VARIABLE', as in --header 'Authorization: env:MODEL_TOKEN'"
+    found = _HEADER.fullmatch(text)
+    if found is None:
+        raise UsageError(f"a header has no name; {form}")
+    variable = _VARIABLE.fullmatch(found[2])
+    if variable is None:
+        raise UsageError(
+            f"header {found[1]} has its value written out, which would end up in the evidence; put it into an "
+            f"environment variable and {form}"
+        )
+    if found[1].lower() in _FRAMING:
+        raise UsageError(f"header {found[1]} is set by the connection itself; leave it out")
+    return found[1], variable[1]
+
+
+def allowed_address(address: str, hosts: Iterable[str]) -> SplitResult:
+    """The parts of an address whose host is among those allowed; `UsageError` with the way out for all others."""
+    try:
+        parts = urlsplit(address)
+        port = parts.port or SCHEMES.get(parts.scheme)
+    except ValueError as error:
+        raise UsageError(f"{address!r} is no URL ({error}); give one such as {_EXAMPLE}") from error
+    if "@" in parts.netloc:
+        raise UsageError(
+            "the address holds a user name or a password, which would end up in the evidence; leave it out, and give "
+            "--header 'Authorization: env:VARIABLE'"
+        )
+    if parts.scheme not in SCHEMES or not parts.hostname or re.search(r"[\x00-\x20\x7f]", address):
+        raise UsageError(f"{address!r} is no address of a server; give one such as {_EXAMPLE}")
+    if not any(_same_host(host, parts.hostname, port) for host in hosts):
+        named = ", ".join(hosts)
+        but = f"; only {named} {'is' if ',' not in named else 'are'} allowed" if named else ""
+        raise UsageError(
+            f"{address!r} is a server, which nothing is sent to unless its host is allowed{but}; if you may attack it, "
+            f"add --allow-host {parts.netloc}"
+        )
+    return parts
+
+
+_EXAMPLE = "http://localhost:8000/v2/models/NAME"
+
+
+def _same_host(host: str, hostname: str, port: int | None) -> bool:
+    try:
+        allowed = urlsplit(f"//{host}")
+        wanted = allowed.port
+    except ValueError:
+        allowed, wanted = None, None
+    if allowed is None or not allowed.hostname or allowed.netloc != host:
+        raise UsageError(f"--allow-host {host} is no host; give HOST or HOST:PORT, as in localhost:8000")
+    return allowed.hostname == hostname.lower() and wanted in (None, port)
+
+
+@dataclass
+class _InPassing(Exception):
+    """A failure that another attempt may not meet."""
+
+    what: str
+    wait_s: float | None = None
+    """how long the target asks to be left alone"""
+    at_once: bool = False
+    """the connection had been idle and was closed meanwhile, as servers do"""
+
+
+class Client:
+    """One server; a request that fails in passing is sent again, ever later, and counted in `again`.
+
+    Raises `TargetLost` when that does not help, and `TargetError` where the server refuses the content of a request.
+    Redirects are not followed, proxies not used.
+    """
+
+    def __init__(self, parts: SplitResult, remote: Remote) -> None:
+        self._connection: HTTPConnection | None = None
+        self.again: Counter[str] = Counter()
+        self._parts, self._remote = parts, remote
+        self._headers = {
+            name: _value(name, variable) for name, variable in map(header_variable, remote.headers)
+        }
+        self._met = False
+
+    def __del__(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    def ask(self, path: str, body: bytes | None = None) -> Any:
+        """What the server answers, read as JSON: to `body` if there is one, else to a mere look."""
+        for attempt in range(self._remote.retries + 1):
+            try:
+                found = self._once(path, body)
+            except _InPassing as failure:
+                self._wait(failure, attempt)
+            else:
+                return found
+        raise AssertionError("the last attempt returns or raises")
+
+    def _wait(self, failure: _InPassing, attempt: int) -> None:
+        wait = max(failure.wait_s or 0.0, min(_LAST_WAIT_S, _FIRST_WAIT_S * 2**attempt))
+        if attempt == self._remote.retries:
+            times = "once" if attempt == 0 else f"{attempt + 1} times"
+            way_out = "--http-timeout and --http-retries wait longer, --http-max-rows asks less at once"
+            raise TargetLost(f"{self._where}: {failure.what} (asked {times}); check the server; {way_out}")
+        if wait > LONGEST_WAIT_S:
+            raise TargetLost(f"{self._where}: {failure.what}, and it asks to be left alone for {wait:,.0f} s")
+        self.again[failure.what] += 1
+        self._remote.sleep(0.0 if failure.at_once and attempt == 0 else wait)
+
+    @property
+    def _where(self) -> str:
+        return f"{self._parts.scheme}://{self._parts.netloc}"
+
+    def _once(self, path: str, body: bytes | None) -> Any:
+        kept, self._connection = self._connection, None
+        connection = kept or self._connected()
+        whole = False
+        try:
+            headers = {"Accept": "application/json", "Accept-Encoding": "identity", **self._headers}
+            if body is not None:
+                headers["Content-Type"] = "application/json"
+            connection.request("GET" if body is None else "POST", path, body, headers)
+            answer = connection.getresponse()
+            self._met = True
+            content = self._content(answer)
+            answer.close()
+            whole = not answer.will_close
+        except ssl.SSLCertVerificationError as error:
+            way_out = "SSL_CERT_FILE may name the authority that signed it"
+            raise TargetLost(
+                f"{self._where} has no certificate that holds: {error.verify_message}; {way_out}"
+            ) from error
+        except TimeoutError as error:
+            raise _InPassing(f"no answer within {self._remote.timeout_s:g} s") from error
+        except (HTTPException, OSError) as error:
+            if not self._met and isinstance(error, (ConnectionRefusedError, socket.gaierror)):
+                way_out = "check the address, and that the server runs"
+                raise TargetLost(f"{self._where} cannot be reached ({_said(error)}); {way_out}") from error
+            raise _InPassing(f"the connection failed ({_said(error)})", at_once=kept is not None) from error
+        finally:
+            if whole:
+                self._connection = connection
+            else:
+                connection.close()
+        return self._read(answer, content)
+
+    def _connected(self) -> HTTPConnection:
+        kind = HTTPSConnection if self._parts.scheme == "https" else HTTPConnection
+        assert self._parts.hostname is not None
+        return kind(self._parts.hostname, self._parts.port, timeout=self._remote.timeout_s)
+
+    def _content(self, answer: HTTPResponse) -> bytes:
+        """The whole body, unless it takes too long or is too much."""
+        deadline, pieces, size = self._remote.now() + self._remote.timeout_s, [], 0
+        while piece := answer.read1(_CHUNK):
+            pieces.append(piece)
+            size += len(piece)
+            if size > _MOST_BYTES:
+                raise TargetLost(
+                    f"{self._where} answers with more than {_MOST_BYTES >> 20} MiB; scores were expected"
+                )
+            if self._remote.now() > deadline:
+                raise TimeoutError
+        if answer.length:
+            raise ConnectionError(f"cut off {answer.length} bytes before its end")
+        return b"".join(pieces)
+
+    def _read(self, answer: HTTPResponse, content: bytes) -> Any:
+        status = answer.status
+        said = f"{status} {_phrase(status)}"
+        if 200 <= status < 300:
+            try:
+                return json.loads(content)
+            except (ValueError, RecursionError) as error:
+                raise _InPassing(f"the answer is no JSON{self._excerpt(content)}") from error
+        if status in _PASSING or status >= 500:
+            raise _InPassing(said, _retry_after(answer.getheader("Retry-After")))
+        if 300 <= status < 400:
+            there = f" to {answer.getheader('Location', '')[:200]!r}"
+            raise TargetLost(
+                f"{self._where} answers {said}{there}; redirects are not followed: give that address itself, and "
+                "--allow-host for its host"
+            )
+        words = f"{self._where} answers {said}{self._excerpt(content)}"
+        if status in _OF_THE_INPUT:
+            fewer = "; ask for fewer rows at once with --http-max-rows" if status == 413 else ""
+            raise TargetError(
+                words + (fewer or "; check that the data have the shape and type that the model takes")
+            )
+        keys = {401: _KEY, 403: _KEY, 404: "check the model's name and version in the address"}
+        raise TargetLost(f"{words}; {keys.get(status, 'check the address')}")
+
+    def _excerpt(self, content: bytes) -> str:
+        """The beginning of an answer, without a secret that it may repeat."""
+        text = content[:2000].decode("utf-8", "replace")
+        for value in self._headers.values():
+            for secret in (value, *value.split()):
+                text = text.replace(secret, "…") if len(secret) > 3 else text
+        text = " ".join(text.split())
+        return f": {text[:200]!r}" if text else ""
+
+
+_KEY = "it may want a key: --header 'Authorization: env:VARIABLE'"
+
+
+def _value(name: str, variable: str) -> str:
+    value = os.environ.get(variable)
+    if not value:
+        raise UsageError(
+            f"header {name} comes from {variable}, which is not set; export {variable} before the command"
+        )
+    if not value.isprintable() or not value.isascii():
+        raise UsageError(
+            f"{variable} holds characters that no header may; header {name} takes plain ASCII on one line"
+        )
+    return value
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "(a status of its own)"
+
+
+def _retry_after(text: str | None) -> float | None:
+    """Seconds to wait, from a number or a date."""
+    if text is None:
+        return None
+    if re.fullmatch(r"\s*\d{1,9}\s*", text):
+        return float(text)
+    try:
+        at = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
