@@ -88,7 +88,7 @@ def allowed_address(address: str, hosts: Iterable[str]) -> SplitResult:
             "the address holds a user name or a password, which would end up in the evidence; leave it out, and give "
             "--header 'Authorization: env:VARIABLE'"
         )
-    if parts.scheme not in SCHEMES or not parts.hostname or re.search(r"[\x00-\x20\x7f]", address):
+    if parts.scheme not in SCHEMES or not parts.hostname or re.search(r"[^\x21-\x7e]", address):
         raise UsageError(f"{address!r} is no address of a server; give one such as {_EXAMPLE}")
     if not any(_same_host(host, parts.hostname, port) for host in hosts):
         named = ", ".join(hosts)
@@ -114,11 +114,14 @@ def _same_host(host: str, hostname: str, port: int | None) -> bool:
     return allowed.hostname == hostname.lower() and wanted in (None, port)
 
 
-@dataclass
+@dataclass(eq=False)
 class _InPassing(Exception):
     """A failure that another attempt may not meet."""
 
     what: str
+    """its kind, to be counted by"""
+    detail: str = ""
+    """what the answer said, for the message of the last attempt"""
     wait_s: float | None = None
     """how long the target asks to be left alone"""
     at_once: bool = False
@@ -161,7 +164,9 @@ class Client:
         if attempt == self._remote.retries:
             times = "once" if attempt == 0 else f"{attempt + 1} times"
             way_out = "--http-timeout and --http-retries wait longer, --http-max-rows asks less at once"
-            raise TargetLost(f"{self._where}: {failure.what} (asked {times}); check the server; {way_out}")
+            raise TargetLost(
+                f"{self._where}: {failure.what}{failure.detail} (asked {times}); check the server; {way_out}"
+            )
         if wait > LONGEST_WAIT_S:
             raise TargetLost(f"{self._where}: {failure.what}, and it asks to be left alone for {wait:,.0f} s")
         self.again[failure.what] += 1
@@ -232,11 +237,11 @@ class Client:
             try:
                 return json.loads(content)
             except (ValueError, RecursionError) as error:
-                raise _InPassing(f"the answer is no JSON{self._excerpt(content)}") from error
+                raise _InPassing("the answer is no JSON", self._excerpt(content)) from error
         if status in _PASSING or status >= 500:
-            raise _InPassing(said, _retry_after(answer.getheader("Retry-After")))
+            raise _InPassing(said, self._excerpt(content), _retry_after(answer.getheader("Retry-After")))
         if 300 <= status < 400:
-            there = f" to {answer.getheader('Location', '')[:200]!r}"
+            there = f" to {self._clean(answer.getheader('Location', ''))!r}"
             raise TargetLost(
                 f"{self._where} answers {said}{there}; redirects are not followed: give that address itself, and "
                 "--allow-host for its host"
@@ -251,13 +256,16 @@ class Client:
         raise TargetLost(f"{words}; {keys.get(status, 'check the address')}")
 
     def _excerpt(self, content: bytes) -> str:
-        """The beginning of an answer, without a secret that it may repeat."""
-        text = content[:2000].decode("utf-8", "replace")
+        """The beginning of an answer."""
+        text = self._clean(content[:2000].decode("utf-8", "replace"))
+        return f": {text!r}" if text else ""
+
+    def _clean(self, text: str) -> str:
+        """A line of a text, without the secrets that it may repeat."""
         for value in self._headers.values():
             for secret in (value, *value.split()):
                 text = text.replace(secret, "…") if len(secret) > 3 else text
-        text = " ".join(text.split())
-        return f": {text[:200]!r}" if text else ""
+        return " ".join(text.split())[:200]
 
 
 _KEY = "it may want a key: --header 'Authorization: env:VARIABLE'"

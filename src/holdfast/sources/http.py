@@ -165,7 +165,7 @@ def _metadata(answer: Any) -> dict[str, Any]:
     """Of what a server says of a model, what names it and its tensors."""
     if not isinstance(answer, Mapping):
         raise TargetLost("the server describes the model by no JSON object; is it an Open Inference server?")
-    known = {key: answer.get(key) for key in ("name", "versions", "platform")}
+    known = {key: str(answer.get(key)) for key in ("name", "versions", "platform")}
     return {**known, "inputs": _tensors(answer, "inputs"), "outputs": _tensors(answer, "outputs")}
 
 
@@ -180,7 +180,7 @@ def _tensors(answer: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
             }
             for t in found
         ]
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise TargetLost(f"the server describes the {key} of the model in no form that is known") from error
 
 

@@ -60,8 +60,8 @@ class Shaped:
             raise TargetLost(f"the answer has no output {self.output or ''!r}; it has {has}")
         shape, values = mine[0].get("shape"), _numbers(mine[0].get("data"))
         try:
-            return values.reshape(tuple(map(int, shape or ())))
-        except (TypeError, ValueError) as error:
+            return values if shape is None else values.reshape(tuple(map(int, shape)))
+        except (TypeError, ValueError, OverflowError) as error:
             raise TargetLost(
                 f"the answer holds {values.size} values in the shape {shape!r}; they do not fit"
             ) from error
@@ -82,12 +82,13 @@ class Template:
         mark = _ROWS_CHANNELS_LAST if _ROWS_CHANNELS_LAST in request else _ROWS
         before, _, after = request.partition(mark)
         form = """give JSON with $x for the rows, as in '{"instances": $x}', or $x_last for channels last"""
-        if request.count("$x") != 1 or (before.endswith('"') and after.startswith('"')):
-            raise UsageError(f"--http-request is {request!r}; {form}, once and without quotes of its own")
         try:
-            json.loads(f"{before}[]{after}")
+            if request.count("$x") != 1:
+                raise ValueError("$x stands in it once")
+            json.loads(f'{before}"rows"{after}')  # the quotes break it where $x stands in quotes already
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"--http-request is {request!r}, which is no JSON ({error}); {form}") from error
+            said = "its place is outside of quotes" if '"$x' in request else error
+            raise UsageError(f"--http-request is {request!r}; {form} ({said})") from error
         return cls(before, after, mark == _ROWS_CHANNELS_LAST, path)
 
     def body(self, x: Tensor) -> bytes:
