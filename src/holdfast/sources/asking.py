@@ -201,7 +201,9 @@ class Client:
             if not self._met and isinstance(error, (ConnectionRefusedError, socket.gaierror)):
                 way_out = "check the address, and that the server runs"
                 raise TargetLost(f"{self._where} cannot be reached ({_said(error)}); {way_out}") from error
-            raise _InPassing(f"the connection failed ({_said(error)})", at_once=kept is not None) from error
+            raise _InPassing(
+                "the connection failed", f" ({_said(error)})", at_once=kept is not None
+            ) from error
         finally:
             if whole:
                 self._connection = connection
