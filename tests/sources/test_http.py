@@ -134,6 +134,13 @@ def test_a_connection_that_was_closed_while_idle_is_opened_at_once():
         assert waits == [0.0]
 
 
+def test_an_answer_that_was_cut_is_no_idle_connection():
+    with Server([None, "cut"]) as server:
+        found, waits = opened(server, max_rows=12)
+        np.testing.assert_allclose(asked(found), network(X), rtol=1e-6)
+        assert waits == [0.5]
+
+
 def test_waits_grow_to_a_bound_and_the_last_failure_is_told():
     with Server([503] * 20) as server:
         found, waits = opened(server, retries=8)

@@ -179,14 +179,14 @@ class Client:
     def _once(self, path: str, body: bytes | None) -> Any:
         kept, self._connection = self._connection, None
         connection = kept or self._connected()
-        whole = False
+        began = whole = False
         try:
             headers = {"Accept": "application/json", "Accept-Encoding": "identity", **self._headers}
             if body is not None:
                 headers["Content-Type"] = "application/json"
             connection.request("GET" if body is None else "POST", path, body, headers)
             answer = connection.getresponse()
-            self._met = True
+            self._met = began = True
             content = self._content(answer)
             answer.close()
             whole = not answer.will_close
@@ -201,9 +201,8 @@ class Client:
             if not self._met and isinstance(error, (ConnectionRefusedError, socket.gaierror)):
                 way_out = "check the address, and that the server runs"
                 raise TargetLost(f"{self._where} cannot be reached ({_said(error)}); {way_out}") from error
-            raise _InPassing(
-                "the connection failed", f" ({_said(error)})", at_once=kept is not None
-            ) from error
+            idle = kept is not None and not began
+            raise _InPassing("the connection failed", f" ({_said(error)})", at_once=idle) from error
         finally:
             if whole:
                 self._connection = connection
