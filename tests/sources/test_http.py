@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from holdfast.core.errors import TargetError, TargetLost, UsageError
-from holdfast.sources.asking import LONGEST_WAIT_S, Remote, allowed_address, header_variable
+from holdfast.sources.asking import LONGEST_WAIT_S
 from holdfast.sources.models import open_model
+from holdfast.sources.remote import Remote, allowed_address, header_variable
 from servers import CLASSES, FEATURES, Server, examples, network
 
 X, Y = examples()

@@ -48,7 +48,7 @@ def refuse_unknown_data(address: str) -> None:
 
 def refuse_foreign_server(address: str, hosts: Iterable[str]) -> None:
     """Raise `UsageError` for the URL of a server that was not allowed."""
-    from holdfast.sources.asking import SCHEMES, allowed_address
+    from holdfast.sources.remote import SCHEMES, allowed_address
 
     if address.partition(":")[0] in SCHEMES:
         allowed_address(address, hosts)

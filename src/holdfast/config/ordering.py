@@ -25,10 +25,10 @@ from holdfast.harness import Member, Plan, labelled
 from holdfast.harness.plan import DoubtsWanted
 from holdfast.reports.numbers import strict
 from holdfast.runs.order import Order, Subject
-from holdfast.sources.asking import Remote
 from holdfast.sources.data import open_data
 from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.models import Declared, open_model
+from holdfast.sources.remote import Remote
 from holdfast.suites import curve, suite
 
 _USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}

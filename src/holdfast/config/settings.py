@@ -21,7 +21,7 @@ from holdfast.config.wording import complaint, place
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.doubts.names import DOUBTS
 from holdfast.gates.grammar import parse as parse_gate
-from holdfast.sources.asking import header_variable
+from holdfast.sources.remote import header_variable
 
 SCHEMA_VERSION = 1
 

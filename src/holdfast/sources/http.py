@@ -17,9 +17,10 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, TargetLost, UsageError
 from holdfast.core.model import Batches
 from holdfast.core.types import Access
-from holdfast.sources.asking import Client, Remote, allowed_address
+from holdfast.sources.asking import Client
 from holdfast.sources.files import nearest
 from holdfast.sources.payloads import Shaped, Template, Values
+from holdfast.sources.remote import Remote, allowed_address
 
 _MODEL = re.compile(r"(?P<model>.*/v2/models/[^/]+(?:/versions/[^/]+)?)(?:/infer)?/?")
 _FLOATS = frozenset({"FP16", "BF16", "FP32", "FP64"})

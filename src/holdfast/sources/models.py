@@ -12,11 +12,11 @@ from torch import nn
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Batches, Bounds, Classifier
 from holdfast.core.types import Access
-from holdfast.sources.asking import SCHEMES, Remote
 from holdfast.sources.exported import open_program
 from holdfast.sources.factories import Built, build, build_from_file, names_code
 from holdfast.sources.files import nearest, sha256_of_file
 from holdfast.sources.inhand import digest_in_hand
+from holdfast.sources.remote import SCHEMES, Remote
 from holdfast.sources.weights import fit_weights, read_state_dict
 
 BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled"
