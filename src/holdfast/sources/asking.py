@@ -23,6 +23,8 @@ _FIRST_WAIT_S, _LAST_WAIT_S = 0.5, 30.0
 _MOST_BYTES = 1 << 28
 """Far more than the scores of a thousand rows for each of ten thousand classes."""
 _CHUNK = 1 << 16
+_NOBODY = (ConnectionRefusedError, socket.gaierror, ssl.SSLError)
+"""What says at the first request that no such server is there."""
 _PASSING = frozenset({408, 425, 429})
 _OF_THE_INPUT = frozenset({400, 413, 415, 422})
 
@@ -111,7 +113,7 @@ class Client:
         except TimeoutError as error:
             raise _InPassing(f"no answer within {self._remote.timeout_s:g} s") from error
         except (HTTPException, OSError) as error:
-            if not self._met and isinstance(error, (ConnectionRefusedError, socket.gaierror)):
+            if not self._met and isinstance(error, _NOBODY):
                 way_out = "check the address, and that the server runs"
                 raise TargetLost(f"{self._where} cannot be reached ({_said(error)}); {way_out}") from error
             idle = kept is not None and not began
