@@ -20,7 +20,8 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 NETWORKS = ("mnist-cnn", "mnist-cnn-hardened")
 
 # Functions that are one algorithm and read worse in pieces (docstrings do not count): "file:function" -> lines.
-LONG_FUNCTIONS: dict[str, int] = {}
+# A twin has an argument for each setting.
+LONG_FUNCTIONS: dict[str, int] = {"api.py:assess": 48}
 
 
 def python(*arguments):

@@ -354,9 +354,8 @@ def _steadiness(patient: Patient) -> Iterator[Finding]:
     change = patient.change(_ask(patient.model, patient.batch.x.flip(0)).flip(0))
     if change > _STEADY:
         text = f"outputs depend on the other inputs in the batch (by {change:.2g} of the largest logit)"
-        yield Finding(
-            "state", "problem", text, "is a batch norm using batch statistics, or does the model remember?"
-        )
+        way_out = "is a batch norm using batch statistics, or does the model remember?"
+        yield Finding("state", "problem", text, way_out)
     else:
         yield Finding("steadiness", "good", "the same inputs get the same outputs, in any order")
 
@@ -364,7 +363,8 @@ def _steadiness(patient: Patient) -> Iterator[Finding]:
 def _gradients(patient: Patient) -> Iterator[Finding]:
     if patient.model.access != "gradients":
         why = f", for {patient.model.hides}" if patient.model.hides else ""
-        yield Finding("gradients", "warning", f"the model gives scores only{why}", "use --suite black-box")
+        text, way_out = f"the model gives {patient.model.access} only{why}", "use --suite black-box, or RayS"
+        yield Finding("gradients", "warning", text, way_out)
         return
     x = patient.batch.x.clone().requires_grad_()
     logits = patient.model(x)

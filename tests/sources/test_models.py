@@ -240,7 +240,7 @@ def test_damaged_safetensors_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "address, message",
     [
-        ("https://host/v2/models/m", "next release"),
+        ("https://host/v2/models/m", "add --allow-host host"),
         ("hf:owner/name", r"holdfast\[hub\]"),
         ("timm:resnet18", r"holdfast\[hub\]"),
         ("rotating:pool", "later release"),

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from holdfast.cli.early import (
+    refuse_foreign_server,
     refuse_missing_file,
     refuse_reports,
     refuse_unknown_data,
@@ -86,6 +87,34 @@ TARGET = (
     click.option("--mean", metavar="M,…", help="Subtracted inside the model, one number a channel."),
     click.option("--std", metavar="S,…", help="Divides inside the model, one number a channel."),
     click.option("--classes", type=int, metavar="N", help="Number of classes, to be checked."),
+    click.option(
+        "--allow-host",
+        "allow_hosts",
+        multiple=True,
+        metavar="HOST[:PORT]",
+        help="A server that the model's URL may name.",
+    ),
+    click.option(
+        "--header",
+        "headers",
+        multiple=True,
+        metavar="'NAME: env:VAR'",
+        help="Sent to the server, its value from an environment variable.",
+    ),
+    click.option(
+        "--http-request",
+        metavar="JSON",
+        help="""How the server is asked, $x being the rows: '{"instances": $x}'.""",
+    ),
+    click.option(
+        "--http-response", metavar="PATH", help="Where the answer holds the scores, as in predictions."
+    ),
+    click.option(
+        "--http-labels", is_flag=True, default=None, help="The answer holds class numbers, without scores."
+    ),
+    click.option("--http-max-rows", type=int, metavar="N", help="Rows of one request (default: 64)."),
+    click.option("--http-timeout", metavar="T", help="How long the server may take (default: 30s)."),
+    click.option("--http-retries", type=int, metavar="N", help="Retries of a request (default: 5)."),
     click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 (default: auto)."),
     click.option(
         "--trust-code", is_flag=True, default=None, help="Let files run code that they bring along."
@@ -109,7 +138,7 @@ def settings_from(flags: dict[str, Any]) -> AssessSettings:
     config, sets = flags.pop("config"), flags.pop("sets")
     for key, flag in (("model_args", "--model-args"), ("accept_doubts", "--accept-doubt")):
         flags[key] = pairs(flags.get(key, ()), flag) or None
-    for key in ("gates", "only", "skip", "drop", "output"):
+    for key in ("gates", "only", "skip", "drop", "allow_hosts", "headers", "output"):
         flags[key] = list(flags.get(key, ())) or None
     if flags.get("suite") is not None and flags["suite"] not in SUITES:
         from holdfast.config.grammar import nearest
@@ -118,6 +147,8 @@ def settings_from(flags: dict[str, Any]) -> AssessSettings:
     settings = read(Path(config) if config else None, flags, sets, flags=_flag_names())
     if config and not settings.trust_code:
         _refuse_code_of_config(settings, flags)
+    if config:
+        _refuse_hosts_of_config(settings, flags)
     _refuse_targets(settings, config)
     refuse_reports(settings.output)
     return settings
@@ -142,6 +173,7 @@ def _refuse_targets(settings: AssessSettings, config: str | None) -> None:
         if getattr(settings, name) is None:
             raise UsageError(f"{name.upper()} is missing ({meaning}); try {example}")
     refuse_unknown_model(str(settings.model))
+    refuse_foreign_server(str(settings.model), settings.allow_hosts)
     refuse_unknown_data(str(settings.data))
     if settings.baseline is not None:
         refuse_no_run(Path(settings.baseline))
@@ -157,12 +189,22 @@ def _refuse_code_of_config(settings: AssessSettings, flags: dict[str, Any]) -> N
             )
 
 
+def _refuse_hosts_of_config(settings: AssessSettings, flags: dict[str, Any]) -> None:
+    """A file that somebody else wrote sends nothing, let alone what is in the environment, to a host that it chose."""
+    for host in settings.allow_hosts:
+        if host not in (flags.get("allow_hosts") or ()):
+            raise UsageError(
+                f"the configuration allows the host {host}; a file allows none by itself: say it on the command line "
+                f"too, with --allow-host {host}"
+            )
+
+
 _HELP = """\
 How robust is MODEL on DATA, honestly: the worst case over a suite of attacks, with intervals and doubts.
 
 \b
-MODEL  a bundled name (mnist-cnn, mnist-cnn-hardened), file.py:factory, or a
-       .safetensors, .pt, .pt2 or .onnx file
+MODEL  a bundled name (mnist-cnn, mnist-cnn-hardened), file.py:factory, a
+       .safetensors, .pt, .pt2 or .onnx file, or a URL with --allow-host
 DATA   a bundled name (mnist-mini), a catalogue name (see holdfast data), an .npz,
        .csv or .parquet file, or a folder with one folder of images a class
 """  # the escape is click's: the paragraph below it keeps its lines

@@ -30,7 +30,7 @@ def refuse_unknown_model(address: str) -> None:
     if _is_word(address) and address not in known:
         raise UsageError(
             f"there is no bundled model {address!r}{_offered(address, known)} "
-            "give file.py:factory, or a .safetensors, .pt, .pt2 or .onnx file"
+            "give file.py:factory, a .safetensors, .pt, .pt2 or .onnx file, or a URL"
         )
 
 
@@ -44,6 +44,14 @@ def refuse_unknown_data(address: str) -> None:
             f"there is no data set {address!r}{_offered(address, known)} "
             "give an .npz, .csv or .parquet file, or a folder of class folders"
         )
+
+
+def refuse_foreign_server(address: str, hosts: Iterable[str]) -> None:
+    """Raise `UsageError` for the URL of a server that was not allowed."""
+    from holdfast.sources.remote import SCHEMES, allowed_address
+
+    if address.partition(":")[0] in SCHEMES:
+        allowed_address(address, hosts)
 
 
 def refuse_reports(outputs: Iterable[str], suffixes: Collection[str] | None = None) -> None:

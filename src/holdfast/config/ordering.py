@@ -1,6 +1,7 @@
 """From settings to what a run takes: the model opened, the data opened, and the order."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from holdfast.runs.order import Order, Subject
 from holdfast.sources.data import open_data
 from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.models import Declared, open_model
+from holdfast.sources.remote import Remote
 from holdfast.suites import curve, suite
 
 _USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
@@ -36,6 +38,20 @@ def declared(settings: AssessSettings) -> Declared:
     """What the settings say of the model's input and output; the default bounds are not said."""
     bounds = Bounds(*settings.bounds) if "bounds" in settings.model_fields_set else None
     return Declared(bounds, settings.mean, settings.std, settings.classes)
+
+
+def remote(settings: AssessSettings) -> Remote:
+    """How the settings say that a model behind HTTP is asked."""
+    return Remote(
+        tuple(settings.allow_hosts),
+        tuple(settings.headers),
+        settings.http_request,
+        settings.http_response,
+        settings.http_labels,
+        settings.http_max_rows,
+        seconds(settings.http_timeout, "http_timeout"),
+        settings.http_retries,
+    )
 
 
 def opened_subject(settings: AssessSettings) -> Subject:
@@ -52,9 +68,10 @@ def opened_subject(settings: AssessSettings) -> Subject:
         std=said.std,
         classes=said.classes,
         trust_code=settings.trust_code,
+        remote=remote(settings),
     )
     card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
-    return _subject(opened.model, card, opened.notes)
+    return replace(_subject(opened.model, card, opened.notes), remarks=opened.remarks)
 
 
 def given_subject(net: nn.Module | Any, settings: AssessSettings) -> Subject:

@@ -21,6 +21,7 @@ from holdfast.config.wording import complaint, place
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.doubts.names import DOUBTS
 from holdfast.gates.grammar import parse as parse_gate
+from holdfast.sources.remote import header_variable
 
 SCHEMA_VERSION = 1
 
@@ -54,6 +55,18 @@ def _gate(value: object) -> object:
 def _duration(value: object) -> object:
     if isinstance(value, str):
         seconds(value, "time_budget")
+    return value
+
+
+def _timeout(value: object) -> object:
+    if isinstance(value, str):
+        seconds(value, "http_timeout")
+    return value
+
+
+def _header(value: object) -> object:
+    if isinstance(value, str):
+        header_variable(value)
     return value
 
 
@@ -94,7 +107,8 @@ class AssessSettings(BaseModel):
 
     schema_version: Literal[1] = Field(1, description="version of this file's format")
     model: str | None = Field(
-        None, description="a bundled name, file.py:factory, or a .safetensors, .pt, .pt2 or .onnx file"
+        None,
+        description="a bundled name, file.py:factory, a .safetensors, .pt, .pt2 or .onnx file, or a URL",
     )
     data: str | None = Field(
         None,
@@ -112,6 +126,27 @@ class AssessSettings(BaseModel):
     )
     std: Numbers | None = Field(None, description="divides the input inside the model, one number a channel")
     classes: Classes | None = Field(None, description="number of classes, to be checked")
+    allow_hosts: Names = Field(
+        default_factory=list, description="servers that a URL may name, each HOST or HOST:PORT"
+    )
+    headers: list[Annotated[str, BeforeValidator(_header)]] = Field(
+        default_factory=list, description="sent to the server, each `NAME: env:VARIABLE`"
+    )
+    http_request: str | None = Field(
+        None,
+        description="JSON that asks a server, $x being the rows ($x_last channels last); "
+        "without it the Open Inference Protocol",
+    )
+    http_response: str | None = Field(
+        None,
+        description="where its answer holds the scores, as in predictions or rows.*.scores; else an output's name",
+    )
+    http_labels: bool = Field(False, description="the answer holds one class number a row, and no scores")
+    http_max_rows: Positive = Field(64, description="rows of one request to a server at most")
+    http_timeout: Annotated[str, BeforeValidator(_timeout)] = Field(
+        "30s", description="how long a server may take to answer"
+    )
+    http_retries: Whole = Field(5, description="how often a request that failed in passing is sent again")
     split: str | None = Field(None, description="train or test, or a value of a table's split column")
     label: str | None = Field(None, description="label column of a table")
     drop: list[str] = Field(default_factory=list, description="columns of a table that are no features")

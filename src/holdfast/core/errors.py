@@ -24,6 +24,10 @@ class TargetError(HoldfastError):
     exit_code: ClassVar[int] = 3
 
 
+class TargetLost(TargetError):
+    """A target that cannot be asked any more, whatever the input; a run that was under way can be resumed later."""
+
+
 class BudgetSpent(HoldfastError):
     """Raised by the metered model at the query that would exceed the budget; caught by the harness."""
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from holdfast.core.errors import HoldfastError, TargetError
+from holdfast.core.errors import HoldfastError, TargetError, TargetLost
 from holdfast.core.types import Access, Ids, Inputs, Logits
 
 
@@ -215,6 +215,8 @@ def _rewrites(model: Classifier, x: Inputs) -> bool:
     try:
         with torch.no_grad():
             model(rows)
+    except TargetLost:
+        raise
     except (TargetError, RuntimeError, MemoryError):  # said by whoever asks next
         return False
     # numpy and `.data` write without a new version, and an operation in place may leave the values as they are
@@ -234,6 +236,8 @@ def _takes(model: Classifier, x: Inputs, n: int) -> bool:
     try:
         with torch.no_grad():
             model(x[torch.arange(n, device=x.device) % len(x)])
+    except TargetLost:
+        raise
     except TargetError:
         return False
     except (RuntimeError, MemoryError) as error:

@@ -124,7 +124,10 @@ def _zero_gradient(case: _Case) -> Doubt:
 
 
 def _probabilities(case: _Case) -> Doubt:
-    rows = case.columns["is_probability"]
+    rows, threat = case.columns["is_probability"], case.circumstances.threat
+    if not threat.gives("scores"):
+        says = f"the threat model allows {threat.access} only, whatever the scores are"
+        return Doubt("probabilities", "not applicable", says=says)
     says = f"{int(rows.sum())} of {len(rows)} rows of the output are probabilities: they sum to 1 and none is negative"
     state: DoubtState = "raised" if bool(rows.all()) else "clear"
     return Doubt("probabilities", state, float(rows.double().mean()), 1.0, len(rows), says)

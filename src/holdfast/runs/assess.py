@@ -14,6 +14,7 @@ import torch
 
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
+from holdfast.core.errors import TargetLost
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.model import Classifier
 from holdfast.gates.judging import Doubts, Judgement, judge
@@ -78,7 +79,8 @@ def assess(
             return made.result(InMemory(), Stopper(), made.manifest(None), None)
         with stoppable(way_out(order.command, run)) as stopper:
             manifest = made.manifest(planned(run))
-            with opened(run, manifest, made.about(), resume=resume) as folder:
+            again = way_out(order.command, run)
+            with opened(run, manifest, made.about(), resume=resume) as folder, _resumable(again):
                 return made.result(InFolder(folder), stopper, folder.manifest, folder)
 
 
@@ -88,6 +90,15 @@ def way_out(command: str, run: Path) -> str:
     if command:
         again = f"{repeatable(command)} {shlex.join(['--run', str(run), '--resume'])}"
     return f"what was finished is kept, go on with: {again}"
+
+
+@contextmanager
+def _resumable(way_out: str) -> Iterator[None]:
+    """Says how to go on where the target was lost on the way."""
+    try:
+        yield
+    except TargetLost as error:
+        raise TargetLost(f"{error}; {way_out}") from error
 
 
 def repeatable(command: str) -> str:
@@ -248,7 +259,9 @@ class _Making:
                 ["nothing was doubted: the doubts were switched off"] if self.plan.doubts == "none" else []
             )
             asked = _written(
-                probes.ask(course, by_stage, missed, watch), [*missed, *unasked], keeper.splits()
+                probes.ask(course, by_stage, missed, watch),
+                [*missed, *unasked, *self.subject.remarks()],
+                keeper.splits(),
             )
             with stopper.finishing():
                 keeper.record(DOUBTS, asked)

@@ -23,6 +23,8 @@ class Subject:
     card: Mapping[str, Any] = field(default_factory=dict)
     """`name`, `how` it was opened, `digest`, `parameters`, `bounds` and the like"""
     notes: tuple[str, ...] = ()
+    remarks: Callable[[], tuple[str, ...]] = tuple
+    """what is to be said of it when everything was measured"""
 
 
 @dataclass(frozen=True)

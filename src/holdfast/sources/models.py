@@ -16,11 +16,12 @@ from holdfast.sources.exported import open_program
 from holdfast.sources.factories import Built, build, build_from_file, names_code
 from holdfast.sources.files import nearest, sha256_of_file
 from holdfast.sources.inhand import digest_in_hand
+from holdfast.sources.remote import SCHEMES, Remote
 from holdfast.sources.weights import fit_weights, read_state_dict
 
 BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled"
 STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".model", ".ckpt", ".bin")
-_FORMS = "a bundled name, file.py:factory, .safetensors or .pt with --arch, .onnx, .pt2"
+_FORMS = "a bundled name, file.py:factory, .safetensors or .pt with --arch, .onnx, .pt2, or a URL with --allow-host"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class OpenedModel:
     """SHA-256 of every file that was read, by its path as given"""
     notes: tuple[str, ...] = ()
     """said in the report"""
+    remarks: Callable[[], tuple[str, ...]] = tuple
+    """what is to be said when everything was measured"""
 
     @property
     def access(self) -> Access:
@@ -102,6 +105,7 @@ class _Opening:
     arguments: Mapping[str, str] = field(default_factory=dict)
     declared: Declared = field(default_factory=Declared)
     trust_code: bool = False
+    remote: Remote = field(default_factory=Remote)
 
 
 def open_model(
@@ -114,11 +118,13 @@ def open_model(
     std: Sequence[float] | None = None,
     classes: int | None = None,
     trust_code: bool = False,
+    remote: Remote | None = None,
 ) -> OpenedModel:
     """Open the model at an address; raises `UsageError` or `TargetError` with the way out."""
-    opening = _Opening(
-        address, arch, dict(model_args or {}), Declared(bounds, mean, std, classes), trust_code
-    )
+    declared = Declared(bounds, mean, std, classes)
+    opening = _Opening(address, arch, dict(model_args or {}), declared, trust_code, remote or Remote())
+    if address.partition(":")[0] in SCHEMES:
+        return _open_http(opening)
     _refuse_remote(address)
     if names_code(address):
         return _open_code(opening)
@@ -141,10 +147,6 @@ def bundled_models() -> dict[str, Path]:
 
 def _refuse_remote(address: str) -> None:
     scheme = address.partition(":")[0]
-    if scheme in ("http", "https"):
-        raise UsageError(
-            f"{address!r} is a URL; models behind an Open Inference server come with the next release"
-        )
     if scheme in ("hf", "timm"):
         raise UsageError(
             f'{address!r} needs pip install "holdfast[hub]", which comes with a later release. Until then build the '
@@ -256,3 +258,14 @@ def _open_onnx(opening: _Opening, path: Path) -> OpenedModel:
     model = opening.declared.filled(Declared(classes=graph.classes)).wrap(graph.net, access=graph.access)
     model.hides = graph.hides
     return OpenedModel(model, opening.address, "onnx", graph.files, graph.notes)
+
+
+def _open_http(opening: _Opening) -> OpenedModel:
+    from holdfast.sources.http import open_http  # late: few models are behind a server
+
+    served = open_http(opening.address, opening.remote, opening.declared.classes)
+    declared = opening.declared.filled(Declared(classes=served.classes))
+    model = declared.wrap(served.net, access=served.access, batches=served.batches)
+    model.hides = served.hides
+    files = {opening.address: served.digest}
+    return OpenedModel(model, opening.address, "http", files, served.notes, served.net.remarks)

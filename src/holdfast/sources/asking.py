@@ -1,0 +1,224 @@
+"""Requests to a server that a user named: over one connection, and again where they fail in passing."""
+
+import json
+import os
+import re
+import socket
+import ssl
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from typing import Any
+from urllib.parse import SplitResult
+
+from holdfast.core.errors import TargetError, TargetLost, UsageError
+from holdfast.sources.remote import Remote, header_variable
+
+LONGEST_WAIT_S = 60.0
+"""A target that asks to be left alone for longer ends the run, which resumes later."""
+_FIRST_WAIT_S, _LAST_WAIT_S = 0.5, 30.0
+_MOST_BYTES = 1 << 28
+"""Far more than the scores of a thousand rows for each of ten thousand classes."""
+_CHUNK = 1 << 16
+_NOBODY = (ConnectionRefusedError, socket.gaierror, ssl.SSLError)
+"""What says at the first request that no such server is there."""
+_PASSING = frozenset({408, 425, 429})
+_OF_THE_INPUT = frozenset({400, 413, 415, 422})
+
+
+@dataclass(eq=False)
+class _InPassing(Exception):
+    """A failure that another attempt may not meet."""
+
+    what: str
+    """its kind, to be counted by"""
+    detail: str = ""
+    """what the answer said, for the message of the last attempt"""
+    wait_s: float | None = None
+    """how long the target asks to be left alone"""
+    at_once: bool = False
+    """the connection had been idle and was closed meanwhile, as servers do"""
+
+
+class Client:
+    """One server; a request that fails in passing is sent again, ever later, and counted in `again`.
+
+    Raises `TargetLost` when that does not help, and `TargetError` where the server refuses the content of a request.
+    Redirects are not followed, proxies not used.
+    """
+
+    def __init__(self, parts: SplitResult, remote: Remote) -> None:
+        self._connection: HTTPConnection | None = None
+        self.again: Counter[str] = Counter()
+        self._parts, self._remote = parts, remote
+        self._headers = {
+            name: _value(name, variable) for name, variable in map(header_variable, remote.headers)
+        }
+        self._met = False
+
+    def __del__(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    def ask(self, path: str, body: bytes | None = None) -> Any:
+        """What the server answers, read as JSON: to `body` if there is one, else to a mere look."""
+        for attempt in range(self._remote.retries + 1):
+            try:
+                found = self._once(path, body)
+            except _InPassing as failure:
+                self._wait(failure, attempt)
+            else:
+                return found
+        raise AssertionError("the last attempt returns or raises")
+
+    def _wait(self, failure: _InPassing, attempt: int) -> None:
+        wait = max(failure.wait_s or 0.0, min(_LAST_WAIT_S, _FIRST_WAIT_S * 2**attempt))
+        if attempt == self._remote.retries:
+            times = "once" if attempt == 0 else f"{attempt + 1} times"
+            way_out = "--http-timeout and --http-retries wait longer, --http-max-rows asks less at once"
+            raise TargetLost(
+                f"{self._where}: {failure.what}{failure.detail} (asked {times}); check the server; {way_out}"
+            )
+        if wait > LONGEST_WAIT_S:
+            raise TargetLost(f"{self._where}: {failure.what}, and it asks to be left alone for {wait:,.0f} s")
+        self.again[failure.what] += 1
+        self._remote.sleep(0.0 if failure.at_once and attempt == 0 else wait)
+
+    @property
+    def _where(self) -> str:
+        return f"{self._parts.scheme}://{self._parts.netloc}"
+
+    def _once(self, path: str, body: bytes | None) -> Any:
+        kept, self._connection = self._connection, None
+        connection = kept or self._connected()
+        began = whole = False
+        try:
+            headers = {"Accept": "application/json", "Accept-Encoding": "identity", **self._headers}
+            if body is not None:
+                headers["Content-Type"] = "application/json"
+            connection.request("GET" if body is None else "POST", path, body, headers)
+            answer = connection.getresponse()
+            self._met = began = True
+            content = self._content(answer)
+            answer.close()
+            whole = not answer.will_close
+        except ssl.SSLCertVerificationError as error:
+            way_out = "SSL_CERT_FILE may name the authority that signed it"
+            raise TargetLost(
+                f"{self._where} has no certificate that holds: {error.verify_message}; {way_out}"
+            ) from error
+        except TimeoutError as error:
+            raise _InPassing(f"no answer within {self._remote.timeout_s:g} s") from error
+        except (HTTPException, OSError) as error:
+            if not self._met and isinstance(error, _NOBODY):
+                way_out = "check the address, and that the server runs"
+                raise TargetLost(f"{self._where} cannot be reached ({_said(error)}); {way_out}") from error
+            idle = kept is not None and not began
+            raise _InPassing("the connection failed", f" ({_said(error)})", at_once=idle) from error
+        finally:
+            if whole:
+                self._connection = connection
+            else:
+                connection.close()
+        return self._read(answer, content)
+
+    def _connected(self) -> HTTPConnection:
+        kind = HTTPSConnection if self._parts.scheme == "https" else HTTPConnection
+        assert self._parts.hostname is not None
+        return kind(self._parts.hostname, self._parts.port, timeout=self._remote.timeout_s)
+
+    def _content(self, answer: HTTPResponse) -> bytes:
+        """The whole body, unless it takes too long or is too much."""
+        deadline, pieces, size = self._remote.now() + self._remote.timeout_s, [], 0
+        while piece := answer.read1(_CHUNK):
+            pieces.append(piece)
+            size += len(piece)
+            if size > _MOST_BYTES:
+                raise TargetLost(
+                    f"{self._where} answers with more than {_MOST_BYTES >> 20} MiB; scores were expected"
+                )
+            if self._remote.now() > deadline:
+                raise TimeoutError
+        if answer.length:
+            raise ConnectionError(f"cut off {answer.length} bytes before its end")
+        return b"".join(pieces)
+
+    def _read(self, answer: HTTPResponse, content: bytes) -> Any:
+        status = answer.status
+        said = f"{status} {_phrase(status)}"
+        if 200 <= status < 300:
+            try:
+                return json.loads(content)
+            except (ValueError, RecursionError) as error:
+                raise _InPassing("the answer is no JSON", self._excerpt(content)) from error
+        if status in _PASSING or status >= 500:
+            raise _InPassing(said, self._excerpt(content), _retry_after(answer.getheader("Retry-After")))
+        if 300 <= status < 400:
+            there = f" to {self._clean(answer.getheader('Location', ''))!r}"
+            raise TargetLost(
+                f"{self._where} answers {said}{there}; redirects are not followed: give that address itself, and "
+                "--allow-host for its host"
+            )
+        words = f"{self._where} answers {said}{self._excerpt(content)}"
+        if status in _OF_THE_INPUT:
+            fewer = "; ask for fewer rows at once with --http-max-rows" if status == 413 else ""
+            raise TargetError(
+                words + (fewer or "; check that the data have the shape and type that the model takes")
+            )
+        keys = {401: _KEY, 403: _KEY, 404: "check the model's name and version in the address"}
+        raise TargetLost(f"{words}; {keys.get(status, 'check the address')}")
+
+    def _excerpt(self, content: bytes) -> str:
+        """The beginning of an answer."""
+        text = self._clean(content[:2000].decode("utf-8", "replace"))
+        return f": {text!r}" if text else ""
+
+    def _clean(self, text: str) -> str:
+        """A line of a text, without the secrets that it may repeat."""
+        for value in self._headers.values():
+            for secret in (value, *value.split()):
+                text = text.replace(secret, "…") if len(secret) > 3 else text
+        return " ".join(text.split())[:200]
+
+
+_KEY = "it may want a key: --header 'Authorization: env:VARIABLE'"
+
+
+def _value(name: str, variable: str) -> str:
+    value = os.environ.get(variable)
+    if not value:
+        raise UsageError(
+            f"header {name} comes from {variable}, which is not set; export {variable} before the command"
+        )
+    if not value.isprintable() or not value.isascii():
+        raise UsageError(
+            f"{variable} holds characters that no header may; header {name} takes plain ASCII on one line"
+        )
+    return value
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "(a status of its own)"
+
+
+def _retry_after(text: str | None) -> float | None:
+    """Seconds to wait, from a number or a date."""
+    if text is None:
+        return None
+    if re.fullmatch(r"\s*\d{1,9}\s*", text):
+        return float(text)
+    try:
+        at = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

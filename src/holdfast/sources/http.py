@@ -1,0 +1,232 @@
+"""A classifier behind HTTP: by the Open Inference Protocol v2, or by a JSON template of the user's own.
+
+KServe, "Open Inference Protocol (V2 Inference Protocol)", REST: `GET /v2/models/NAME[/versions/V]` says what the model
+takes and returns, `POST …/infer` asks it. Scores or labels come back, never gradients.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.core.chain import canonical, digest
+from holdfast.core.errors import TargetError, TargetLost, UsageError
+from holdfast.core.model import Batches
+from holdfast.core.types import Access
+from holdfast.sources.asking import Client
+from holdfast.sources.files import nearest
+from holdfast.sources.payloads import Shaped, Template, Values
+from holdfast.sources.remote import Remote, allowed_address
+
+_MODEL = re.compile(r"(?P<model>.*/v2/models/[^/]+(?:/versions/[^/]+)?)(?:/infer)?/?")
+_FLOATS = frozenset({"FP16", "BF16", "FP32", "FP64"})
+_WHOLE = frozenset(f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64))
+_UNNAMED = "input-0"
+"""what an input is called that the metadata do not name; servers that name none ignore it"""
+
+
+class Served:
+    """Asks a server for the scores of a batch, or for one-hot labels, in requests of at most `max_rows` rows."""
+
+    def __init__(
+        self, client: Client, path: str, form: Shaped | Template, *, max_rows: int, labels: int | None
+    ) -> None:
+        self._client, self._path, self._form = client, path, form
+        self._max_rows, self._labels = max_rows, labels
+        self._classes: int | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits (n, classes) on the device of `x`."""
+        rows = x.detach().cpu()
+        parts = (
+            [self._part(part) for part in torch.split(rows, self._max_rows)]
+            if len(rows)
+            else [torch.empty(0, self._classes or 2)]
+        )
+        return torch.cat(parts).to(x.device, x.dtype)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Served":
+        """Itself: a connection cannot be copied."""
+        return self
+
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader must know of how the asking went."""
+        again = self._client.again
+        if not again:
+            return ()
+        kinds = ", ".join(f"{what} {n:,}" for what, n in sorted(again.items()))
+        said = f"the target failed in passing, and {again.total():,} requests were sent again ({kinds})"
+        return (f"{said}: queries count what the attacks asked, each once",)
+
+    def _part(self, x: Tensor) -> Tensor:
+        values = self._form.found(self._client.ask(self._path, self._form.body(x)))
+        if len(values.shape) == 0 or len(values) != len(x):
+            shape = f"shape {values.shape}" if values.shape else "one number"
+            raise TargetError(f"the answer to {len(x)} rows has {shape}; one entry for each row was expected")
+        if not np.isfinite(values).all():
+            raise TargetError(
+                "the answer holds NaN, infinity or null; a finite number for each class was expected"
+            )
+        return self._one_hot(values, x) if self._labels is not None else self._scores(values, x)
+
+    def _scores(self, values: Values, x: Tensor) -> Tensor:
+        if values.ndim == 1 and values.dtype.kind in "iu" and self._classes is None:
+            raise TargetLost(
+                "the answer holds one whole number a row; if those are classes, say --http-labels and --classes N, "
+                "else say with --http-response where the scores are"
+            )
+        wide = values.reshape(len(values), -1)
+        if values.ndim > 2 or not wide.shape[1]:
+            raise TargetError(
+                f"the answer has shape {values.shape}; one row of scores for each of {len(x)} was expected"
+            )
+        if self._classes not in (None, wide.shape[1]):
+            raise TargetError(
+                f"the answer has {wide.shape[1]} scores a row, where earlier ones had {self._classes}"
+            )
+        self._classes = wide.shape[1]
+        return torch.from_numpy(wide.astype(np.float64))
+
+    def _one_hot(self, values: Values, x: Tensor) -> Tensor:
+        assert self._labels is not None
+        flat = values.reshape(len(values), -1)
+        if flat.shape[1] != 1:
+            raise TargetError(
+                f"the answer has shape {values.shape}; one class for each of {len(x)} rows was expected"
+            )
+        classes = flat[:, 0]
+        strange = (classes != classes.round()) | (classes < 0) | (classes >= self._labels)
+        if strange.any():
+            raise TargetError(
+                f"the answer holds the class {classes[strange][0]:g}; whole numbers from 0 to {self._labels - 1} were "
+                "expected, so check --classes"
+            )
+        return torch.nn.functional.one_hot(torch.from_numpy(classes.astype(np.int64)), self._labels)
+
+
+@dataclass(frozen=True)
+class HttpModel:
+    """A model behind HTTP, and what is to be said of it."""
+
+    net: Served
+    access: Access
+    hides: str
+    classes: int | None
+    batches: Batches | None
+    digest: str
+    """of its address, of what its server says of it and of how it is asked: more cannot be digested"""
+    notes: tuple[str, ...]
+
+
+def open_http(address: str, remote: Remote, classes: int | None) -> HttpModel:
+    """Get to know the model at an address; `UsageError` unless its host is allowed."""
+    parts = allowed_address(address, remote.hosts)
+    if parts.fragment:
+        raise UsageError(f"{address!r} has a fragment, which no server is sent; leave #{parts.fragment} out")
+    client, query = Client(parts, remote), f"?{parts.query}" if parts.query else ""
+    if remote.request is not None:
+        path = (parts.path or "/") + query
+        form: Shaped | Template = Template.of(remote.request, remote.response)
+        known: dict[str, Any] = {}
+        labels, n_classes, said = remote.labels, None, tuple[str, ...]()
+    else:
+        named = _MODEL.fullmatch(parts.path)
+        if named is None:
+            raise UsageError(
+                f"{address!r} names no model of the Open Inference Protocol, as .../v2/models/NAME does; for another "
+                """service say how it is asked, as in --http-request '{"instances": $x}' --http-response predictions"""
+            )
+        known = _metadata(client.ask(named["model"] + query))
+        form, labels, n_classes, said = _shaped(known, remote)
+        path = f"{named['model']}/infer{query}"
+    if labels and classes is None:
+        raise UsageError("a model that answers with labels does not say how many there are; give --classes N")
+    size = form.shape[0] if isinstance(form, Shaped) and form.shape else -1
+    identity = [address, known, remote.request, remote.response, labels]
+    what = "labels" if labels else "scores"
+    return HttpModel(
+        Served(client, path, form, max_rows=max(remote.max_rows, size), labels=classes if labels else None),
+        "labels" if labels else "scores",
+        f"the model answers over HTTP with {what} alone",
+        n_classes,
+        Batches(size) if size > 0 else None,
+        digest(canonical(identity)),
+        (
+            f"the model answers over HTTP at {address}: its weights cannot be digested, and it may change",
+            *said,
+        ),
+    )
+
+
+def _metadata(answer: Any) -> dict[str, Any]:
+    """Of what a server says of a model, what names it and its tensors."""
+    if not isinstance(answer, Mapping):
+        raise TargetLost("the server describes the model by no JSON object; is it an Open Inference server?")
+    known = {key: str(answer.get(key)) for key in ("name", "versions", "platform")}
+    return {**known, "inputs": _tensors(answer, "inputs"), "outputs": _tensors(answer, "outputs")}
+
+
+def _tensors(answer: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    found = answer.get(key) or []
+    try:
+        return [
+            {
+                "name": str(t["name"]),
+                "datatype": str(t["datatype"]),
+                "shape": [int(size) for size in t["shape"]],
+            }
+            for t in found
+        ]
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        raise TargetLost(f"the server describes the {key} of the model in no form that is known") from error
+
+
+def _shaped(known: Mapping[str, Any], remote: Remote) -> tuple[Shaped, bool, int | None, tuple[str, ...]]:
+    """How the model is asked, whether it answers with labels, with how many classes, and what is to be said of it."""
+    inputs, output = known["inputs"], _output(known["outputs"], remote)
+    front = "put a function in front of it with file.py:factory"
+    if len(inputs) > 1:
+        names = ", ".join(each["name"] for each in inputs)
+        raise TargetError(f"the model takes the inputs {names}; one was expected: {front}")
+    labels = remote.labels or (output is not None and output["datatype"] in _WHOLE)
+    classes, said = None, []
+    if output is not None and not labels and len(output["shape"]) == 2 and output["shape"][1] > 0:
+        classes = max(output["shape"][1], 2)
+    if output is not None and len(known["outputs"]) > 1:
+        listed = ", ".join(each["name"] for each in known["outputs"])
+        said.append(f"of the outputs {listed}, {output['name']} was taken")
+    if not inputs:
+        said.append(f"the server names no input of the model; it is sent {_UNNAMED} as FP32")
+    mine: dict[str, Any] = inputs[0] if inputs else {"name": _UNNAMED, "datatype": "FP32", "shape": None}
+    if mine["datatype"] not in ("FP32", "FP64"):
+        raise TargetError(f"the model takes {mine['datatype']}; FP32 or FP64 was expected: {front}")
+    shape = tuple(mine["shape"]) if mine["shape"] else None
+    name = remote.response if output is None else output["name"]
+    form = Shaped(mine["name"], mine["datatype"], shape, name)
+    if form.channels_last:
+        said.append("the model takes its channels last; inputs are transposed for it")
+    return form, labels, classes, tuple(said)
+
+
+def _output(outputs: list[dict[str, Any]], remote: Remote) -> dict[str, Any] | None:
+    """The output that is asked for: the one named, else the first of scores, else the first of labels."""
+    if not outputs:
+        return None
+    names = [each["name"] for each in outputs]
+    if remote.response is not None:
+        if remote.response not in names:
+            raise UsageError(
+                f"the model has no output {remote.response!r}{nearest(remote.response, names)}; "
+                f"it has {', '.join(names)}"
+            )
+        return outputs[names.index(remote.response)]
+    kinds = (_WHOLE,) if remote.labels else (_FLOATS, _WHOLE)
+    fitting = [each for kind in (*kinds, _FLOATS) for each in outputs if each["datatype"] in kind]
+    if not fitting:
+        listed = ", ".join(f"{each['name']} ({each['datatype']})" for each in outputs)
+        raise TargetError(f"the model returns {listed}; scores (FP32) or class numbers (INT64) were expected")
+    return fitting[0]

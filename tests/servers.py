@@ -1,0 +1,177 @@
+"""A small network behind a real server on this machine, that counts what it is asked and fails as it is told."""
+
+import contextlib
+import json
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+
+FEATURES, CLASSES = 6, 3
+FLOATS = ("FP32", [-1, FEATURES], "FP32", [-1, CLASSES])
+
+
+def network(x):
+    """Scores of rows (n, features), with a kink so that no attack is trivial."""
+    g = np.random.default_rng(5)
+    first, last = g.normal(size=(FEATURES, 8)), g.normal(size=(8, CLASSES))
+    return np.maximum((np.asarray(x, dtype=np.float64).reshape(len(x), -1) - 0.5) @ first, 0) @ last
+
+
+def examples(n=24, seed=0):
+    """Inputs and the labels that the network gives them, two of them wrong."""
+    x = np.random.default_rng(seed).uniform(0.1, 0.9, size=(n, FEATURES)).astype(np.float32)
+    y = network(x).argmax(1)
+    y[:2] = (y[:2] + 1) % CLASSES
+    return x, y
+
+
+class Server:
+    """Serves the network as `/v2/models/small`, as `/predict` and as `/classify`; `script` holds what goes wrong next.
+
+    Each entry of the script is spent on one POST: a status, a status with headers, or the name of a method of `_Fails`.
+    """
+
+    def __init__(self, script=(), *, metadata=None, port=0, dies_after=None):
+        self.script, self.dies_after = list(script), dies_after
+        tensors = metadata or FLOATS
+        self.metadata = {
+            "name": "small",
+            "platform": "numpy",
+            "inputs": [{"name": "x", "datatype": tensors[0], "shape": tensors[1]}],
+            "outputs": [{"name": "scores", "datatype": tensors[2], "shape": tensors[3]}],
+        }
+        self.whole = tensors[2] == "INT64"
+        self.rows, self.sizes, self.bodies, self.headers, self.connections = [], [], [], [], 0
+        self.release = threading.Event()
+        handler = type("Handler", (_Handler,), {"served": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # a client that hung up
+        self.port = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.005,), daemon=True)
+        self._thread.start()
+
+    @property
+    def host(self):
+        return f"127.0.0.1:{self.port}"
+
+    def url(self, path="/v2/models/small"):
+        return f"http://{self.host}{path}"
+
+    def asked(self, x, radius):
+        """How often each example of `x` was asked for, by the clean input that a row is near; the rest under None."""
+        seen = Counter()
+        for row in self.rows:
+            far = np.abs(x - np.asarray(row)).max(1)
+            seen[int(far.argmin()) if far.min() <= radius * 1.001 else None] += 1
+        return seen
+
+    def stop(self):
+        self.release.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+
+    def setup(self):
+        super().setup()
+        self.served.connections += 1
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.served.headers.append(dict(self.headers))
+        if "/v2/models/small" not in self.path:
+            return self.say(404, {"error": "unknown model"})
+        return self.say(200, self.served.metadata)
+
+    def do_POST(self):
+        served = self.served
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        served.headers.append(dict(self.headers))
+        if served.dies_after is not None and len(served.sizes) >= served.dies_after:
+            self.close_connection = True
+            return None
+        trouble = served.script.pop(0) if served.script else None
+        if trouble is None:
+            return self.say(200, self.answer(body))
+        if isinstance(trouble, int):
+            return self.say(trouble, {"error": f"refused {self.headers.get('Authorization')}"})
+        if isinstance(trouble, tuple):
+            return self.say(trouble[0], {"error": "busy"}, trouble[1])
+        return getattr(self, trouble)(body)
+
+    def answer(self, body):
+        rows = body["instances"] if "instances" in body else self.flat(body["inputs"][0])
+        self.served.rows += np.asarray(rows).reshape(len(rows), -1).tolist()
+        self.served.sizes.append(len(rows))
+        self.served.bodies.append(body)
+        scores = network(rows)
+        if self.path == "/predict":
+            return {"predictions": [{"scores": row} for row in scores.tolist()]}
+        if self.path == "/classify":
+            return {"classes": scores.argmax(1).tolist()}
+        found = scores.argmax(1) if self.served.whole else scores
+        tensor = {"name": "scores", "shape": list(found.shape), "data": found.flatten().tolist()}
+        return {"model_name": "small", "outputs": [tensor]}
+
+    @staticmethod
+    def flat(tensor):
+        return np.reshape(tensor["data"], tensor["shape"])
+
+    def say(self, status, content, headers=None):
+        self.send(status, json.dumps(content).encode(), headers or {})
+
+    def send(self, status, data, headers=None, *, length=None):
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data) if length is None else length))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(data)
+            self.wfile.flush()
+
+    def cut(self, body):
+        self.send(200, b'{"outputs": [', length=1000)
+        self.close_connection = True
+
+    def hang_up(self, body):
+        self.close_connection = True
+
+    def slow(self, body):
+        self.served.release.wait(5)
+        self.close_connection = True
+
+    def garbage(self, body):
+        self.send(200, b"<html>the proxy says hello</html>")
+
+    def nested(self, body):
+        self.send(200, b"[" * 100_000)
+
+    def fewer(self, body):
+        self.changed(body, lambda found: found[:-1])
+
+    def more_classes(self, body):
+        self.changed(body, lambda found: np.concatenate((found, found[:, :1]), 1))
+
+    def not_a_number(self, body):
+        self.changed(body, lambda found: np.where(found == found.max(), np.nan, found))
+
+    def changed(self, body, change):
+        found = change(network(self.flat(body["inputs"][0])))
+        tensor = {"name": "scores", "shape": list(found.shape), "data": found.flatten().tolist()}
+        self.say(200, {"outputs": [tensor]})

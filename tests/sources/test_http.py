@@ -1,0 +1,356 @@
+"""Models behind HTTP: what is sent and read, what is refused, what is tried again, and what is never sent at all."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from holdfast.core.errors import TargetError, TargetLost, UsageError
+from holdfast.sources.asking import LONGEST_WAIT_S
+from holdfast.sources.models import open_model
+from holdfast.sources.remote import Remote, allowed_address, header_variable
+from servers import CLASSES, FEATURES, Server, examples, network
+
+X, Y = examples()
+
+
+@pytest.fixture
+def server():
+    with Server() as started:
+        yield started
+
+
+def opened(server, path="/v2/models/small", *, classes=None, **changes):
+    """The model and the waits that it made, none of which was slept."""
+    waits = []
+    remote = Remote(hosts=("127.0.0.1",), timeout_s=2.0, sleep=waits.append)
+    return open_model(server.url(path), classes=classes, remote=replace(remote, **changes)), waits
+
+
+def asked(found, x=X):
+    return found.model(torch.from_numpy(x)).numpy()
+
+
+TEMPLATE = {"request": '{"instances": $x}', "response": "predictions.*.scores"}
+LABELS = {"request": '{"instances": $x}', "response": "classes", "labels": True}
+
+
+def test_the_protocol_brings_the_scores_of_the_network(server):
+    found, waits = opened(server)
+    np.testing.assert_allclose(asked(found), network(X), rtol=1e-6)
+    assert (found.access, found.how, found.model.classes) == ("scores", "http", CLASSES)
+    assert server.bodies[0]["inputs"][0]["datatype"] == "FP32"
+    assert server.bodies[0]["outputs"] == [{"name": "scores"}]
+    assert np.array_equal(np.asarray(server.rows, dtype=np.float32), X)  # to the last bit
+    assert "may change" in found.notes[0]
+    assert (waits, found.remarks()) == ([], ())
+
+
+@pytest.mark.parametrize(
+    "path", ["/v2/models/small/", "/v2/models/small/infer", "/v2/models/small/versions/3"]
+)
+def test_an_address_may_name_a_version_or_the_verb(server, path):
+    np.testing.assert_allclose(asked(opened(server, path)[0]), network(X), rtol=1e-6)
+
+
+def test_a_template_brings_scores_and_labels(server):
+    np.testing.assert_allclose(asked(opened(server, "/predict", **TEMPLATE)[0]), network(X), rtol=1e-6)
+    found, _ = opened(server, "/classify", classes=CLASSES, **LABELS)
+    assert np.array_equal(asked(found), np.eye(CLASSES)[network(X).argmax(1)])
+    assert found.access == "labels"
+    assert "labels alone" in found.model.hides
+
+
+def test_whole_numbers_from_the_protocol_are_labels():
+    with Server(metadata=("FP32", [-1, FEATURES], "INT64", [-1])) as server:
+        found, _ = opened(server, classes=CLASSES)
+        assert found.access == "labels"
+        assert np.array_equal(asked(found).argmax(1), network(X).argmax(1))
+        with pytest.raises(UsageError, match="--classes N"):
+            opened(server)
+
+
+def test_scores_that_are_classes_are_named(server):
+    with pytest.raises(TargetLost, match="--http-labels"):
+        asked(opened(server, "/classify", **{**LABELS, "labels": False})[0])
+    with pytest.raises(TargetError, match="holds the class 2; whole numbers from 0 to 1"):
+        asked(opened(server, "/classify", classes=2, **LABELS)[0])
+
+
+def test_rows_are_shared_out_over_requests_on_one_connection(server):
+    asked(opened(server, max_rows=10)[0])
+    assert server.sizes == [10, 10, 4]
+    assert server.connections == 1
+
+
+def test_channels_go_last_where_the_server_wants_them():
+    images = np.random.default_rng(0).random((2, 1, 2, 3), dtype=np.float32)
+    last = np.moveaxis(images, 1, -1).tolist()
+    with Server(metadata=("FP32", [-1, 2, 3, 1], "FP32", [-1, CLASSES])) as server:
+        found, _ = opened(server)
+        asked(found, images)
+        assert server.bodies[0]["inputs"][0]["shape"] == [2, 2, 3, 1]
+        assert "transposed" in found.notes[1]
+        asked(opened(server, "/predict", **{**TEMPLATE, "request": '{"instances": $x_last}'})[0], images)
+        assert server.bodies[1]["instances"] == last
+        with pytest.raises(TargetError, match=r"takes inputs of shape \(2, 3, 1\) and was given \(6,\)"):
+            asked(found)
+
+
+def test_a_fixed_batch_is_filled_up():
+    with Server(metadata=("FP32", [5, FEATURES], "FP32", [5, CLASSES])) as server:
+        found, _ = opened(server, max_rows=3)
+        np.testing.assert_allclose(asked(found, X[:7]), network(X[:7]), rtol=1e-6)
+        assert server.sizes == [5, 5]
+
+
+IN_PASSING = {
+    "rate": ([(429, {"Retry-After": "7"})], [7.0], "429 Too Many Requests 1"),
+    "down": ([503, 503], [0.5, 1.0], "503 Service Unavailable 2"),
+    "internal": ([500], [0.5], "500 Internal Server Error 1"),
+    "cut": (["cut"], [0.5], "the connection failed"),
+    "garbage": (["garbage"], [0.5], "the answer is no JSON 1"),
+    "nested": (["nested"], [0.5], "the answer is no JSON"),
+    "slow": (["slow"], [0.5], "no answer within 0.05 s 1"),
+}
+
+
+@pytest.mark.parametrize("script, waits, said", IN_PASSING.values(), ids=IN_PASSING)
+def test_what_fails_in_passing_is_asked_again_and_noted(script, waits, said):
+    with Server(script) as server:
+        timeout_s = 0.05 if script == ["slow"] else 2.0
+        found, waited = opened(server, "/predict", **TEMPLATE, timeout_s=timeout_s)
+        np.testing.assert_allclose(asked(found), network(X), rtol=1e-6)
+        assert waited == waits
+        (remark,) = found.remarks()
+        assert said in remark
+        assert f"{len(script)} requests were sent again" in remark
+
+
+def test_a_connection_that_was_closed_while_idle_is_opened_at_once():
+    with Server([None, "hang_up"]) as server:
+        found, waits = opened(server, max_rows=12)
+        np.testing.assert_allclose(asked(found), network(X), rtol=1e-6)
+        assert waits == [0.0]
+
+
+def test_an_answer_that_was_cut_is_no_idle_connection():
+    with Server([None, "cut"]) as server:
+        found, waits = opened(server, max_rows=12)
+        np.testing.assert_allclose(asked(found), network(X), rtol=1e-6)
+        assert waits == [0.5]
+
+
+def test_waits_grow_to_a_bound_and_the_last_failure_is_told():
+    with Server([503] * 20) as server:
+        found, waits = opened(server, retries=8)
+        with pytest.raises(TargetLost, match=r"503 Service Unavailable: .* \(asked 9 times\)"):
+            asked(found)
+        assert waits == [0.5, 1, 2, 4, 8, 16, 30, 30]
+
+
+LOST = {
+    "patience": ((429, {"Retry-After": "3600"}), r"asks to be left alone for 3,600 s"),
+    "key": (401, "--header 'Authorization: env:VARIABLE'"),
+    "elsewhere": (
+        (307, {"Location": "http://elsewhere/x"}),
+        "to 'http://elsewhere/x'; redirects are not followed",
+    ),
+    "gone": (404, "check the model's name"),
+}
+
+
+@pytest.mark.parametrize("trouble, said", LOST.values(), ids=LOST)
+def test_what_will_not_pass_is_not_asked_again(trouble, said):
+    with Server([trouble, trouble]) as server:
+        found, waits = opened(server)
+        with pytest.raises(TargetLost, match=said):
+            asked(found)
+        assert (waits, len(server.script)) == ([], 1)
+
+
+def test_what_is_no_json_is_shown_in_the_end():
+    with Server(["garbage"] * 2) as server, pytest.raises(TargetLost, match="no JSON: '<html>the proxy"):
+        asked(opened(server, retries=1)[0])
+
+
+def test_a_date_says_how_long_to_wait():
+    past = {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}
+    with Server([(503, past), (503, {"Retry-After": "soon"})]) as server:
+        found, waits = opened(server)
+        asked(found)
+        assert waits == [0.5, 1.0]
+    with Server([(503, {"Retry-After": "Wed, 21 Oct 2215 07:28:00 GMT"})]) as server:
+        found, waits = opened(server)
+        with pytest.raises(TargetLost, match="left alone"):
+            asked(found)
+    assert LONGEST_WAIT_S == 60
+
+
+BAD = {
+    "fewer": "the answer to 24 rows has shape (23, 3)",
+    "not_a_number": "NaN, infinity or null",
+    "more_classes": "has 4 scores a row, where earlier ones had 3",
+}
+
+
+@pytest.mark.parametrize("trouble, said", BAD.items(), ids=BAD)
+def test_answers_that_do_not_fit_the_rows_are_refused(trouble, said):
+    with Server([None, trouble]) as server:
+        found, waits = opened(server)
+        asked(found)
+        with pytest.raises(TargetError) as refused:
+            asked(found)
+        assert said in str(refused.value)
+        assert waits == []
+
+
+def test_a_server_that_is_not_there_is_said_at_once(server):
+    server.stop()
+    waits = []
+    with pytest.raises(TargetLost, match=r"cannot be reached \(ConnectionRefusedError"):
+        open_model(server.url(), remote=Remote(hosts=("127.0.0.1",), sleep=waits.append))
+    assert waits == []
+
+
+def test_an_answer_that_drips_is_cut_off(server):
+    clock = iter(range(0, 10_000, 3))
+    with pytest.raises(TargetLost, match="no answer within 2 s"):
+        opened(server, now=lambda: next(clock), retries=0)
+
+
+@pytest.mark.parametrize(
+    "address, hosts",
+    [
+        ("http://localhost:8000/x", ("localhost",)),
+        ("http://LOCALHOST:8000/x", ("localhost:8000",)),
+        ("https://host/x", ("other", "host:443")),
+        ("http://[::1]:8000/x", ("[::1]:8000",)),
+    ],
+)
+def test_hosts_that_are_allowed(address, hosts):
+    assert allowed_address(address, hosts).path == "/x"
+
+
+@pytest.mark.parametrize(
+    "address, hosts, said",
+    [
+        ("http://host/x", (), "add --allow-host host"),
+        ("http://host:81/x", ("host:80",), "only host:80 is allowed"),
+        ("http://host.evil/x", ("host", "evil"), "only host, evil are allowed"),
+        ("http://host:x/", ("host",), "no URL"),
+        ("ftp://host/x", ("host",), "no address of a server"),
+        ("http:///x", ("host",), "no address of a server"),
+        ("http://host/a b", ("host",), "no address of a server"),
+        ("http://host/ä", ("host",), "no address of a server"),
+        ("http://host/a", ("http://host",), "is no host"),
+    ],
+)
+def test_hosts_that_are_refused(address, hosts, said):
+    with pytest.raises(UsageError) as refused:
+        allowed_address(address, hosts)
+    assert said in str(refused.value)
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated():
+    with pytest.raises(UsageError) as refused:
+        allowed_address("http://me:hunter2@host/x", ("host",))
+    assert "hunter2" not in str(refused.value)
+    with pytest.raises(UsageError) as refused:
+        header_variable("Authorization: Bearer hunter2")
+    assert "hunter2" not in str(refused.value)
+    assert "environment variable" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Authorization", "Bad Name: env:X", "Host: env:X", "A: env:", "A: env:1"]
+)
+def test_headers_that_are_refused(text):
+    with pytest.raises(UsageError):
+        header_variable(text)
+
+
+def test_a_header_is_sent_from_the_environment_and_never_repeated(monkeypatch):
+    header = "Authorization: env:HOLDFAST_TEST_TOKEN"
+    with Server([401]) as server:
+        with pytest.raises(UsageError, match="HOLDFAST_TEST_TOKEN, which is not set"):
+            opened(server, headers=(header,))
+        assert server.headers == []
+        monkeypatch.setenv("HOLDFAST_TEST_TOKEN", "Bearer hunter2hunter2")
+        found, _ = opened(server, headers=(header,))
+        with pytest.raises(TargetLost) as refused:
+            asked(found)
+        assert "refused …" in str(refused.value)
+        assert "hunter2" not in str(refused.value)
+        asked(found)
+        assert {sent["Authorization"] for sent in server.headers} == {"Bearer hunter2hunter2"}
+        monkeypatch.setenv("HOLDFAST_TEST_TOKEN", "one\r\nX: two")
+        with pytest.raises(UsageError, match="plain ASCII"):
+            opened(server, headers=(header,))
+
+
+def test_nothing_is_sent_that_was_not_given(server):
+    asked(opened(server)[0])
+    usual = {"Host", "Accept", "Accept-Encoding", "Content-Type", "Content-Length"}
+    assert {name for sent in server.headers for name in sent} == usual
+
+
+@pytest.mark.parametrize(
+    "request_, said",
+    [
+        ('{"instances": []}', "with $x for the rows"),
+        ('{"instances": "$x"}', "outside of quotes"),
+        ('{"instances": "no $x"}', "Expecting"),
+        ('{"a": $x, "b": $x}', "once"),
+        ('{"a": $x', "Expecting"),
+    ],
+)
+def test_templates_that_are_refused(server, request_, said):
+    with pytest.raises(UsageError) as refused:
+        opened(server, "/predict", request=request_)
+    assert said in str(refused.value)
+
+
+def test_a_path_that_leads_nowhere_says_what_is_there(server):
+    with pytest.raises(TargetLost, match="has no 'scores', but the keys predictions"):
+        asked(opened(server, "/predict", request='{"instances": $x}', response="scores")[0])
+    with pytest.raises(TargetLost, match="where numbers were expected"):
+        asked(opened(server, "/predict", request='{"instances": $x}', response="predictions")[0])
+
+
+def test_other_addresses_and_models_are_refused(server):
+    with pytest.raises(UsageError, match="--http-request"):
+        opened(server, "/predict")
+    with pytest.raises(TargetLost, match="answers 404 Not Found: .*unknown model"):
+        opened(server, "/v2/models/other")
+    with pytest.raises(UsageError, match="did you mean 'scores'"):
+        opened(server, response="score")
+    for tensors, said in (
+        (("UINT8", [-1, 6], "FP32", [-1, 3]), "UINT8"),
+        (("FP32", [-1], "BYTES", [-1]), "BYTES"),
+    ):
+        with Server(metadata=tensors) as other, pytest.raises(TargetError, match=said):
+            opened(other)
+    server.metadata["inputs"] *= 2
+    with pytest.raises(TargetError, match="takes the inputs x, x"):
+        opened(server)
+    server.metadata["inputs"] = [{"name": "x"}]
+    with pytest.raises(TargetLost, match="no form that is known"):
+        opened(server)
+
+
+def test_a_server_that_describes_nothing_is_asked_all_the_same(server):
+    server.metadata.update(inputs=[], outputs=None)
+    found, _ = opened(server)
+    np.testing.assert_allclose(asked(found), network(X), rtol=1e-6)
+    assert "input-0" in found.notes[1]
+
+
+def test_the_digest_is_of_what_decides_the_answers(server, monkeypatch):
+    monkeypatch.setenv("HOLDFAST_TEST_TOKEN", "x" * 9)
+    first = opened(server)[0].digest
+    assert opened(server, headers=("A: env:HOLDFAST_TEST_TOKEN",), max_rows=3)[0].digest == first
+    template = opened(server, "/predict", **TEMPLATE)[0].digest
+    server.metadata["versions"] = ["2"]
+    assert len({first, template, opened(server)[0].digest}) == 3
