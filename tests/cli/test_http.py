@@ -104,7 +104,7 @@ def test_labels_are_attacked_by_what_needs_no_more(capsys):
         assert run(words(server, *BLACK_BOX, *labels, path="/classify")) == 2
         said = capsys.readouterr().err
         assert "Square needs scores, but only labels can be seen here" in said
-        assert "RayS" in said
+        assert "choose --suite black-box and say access=labels in the threat" in said
         assert (
             run(words(server, *labels, "-c", "h.yaml", "-q", "-o", "-", path="/classify", queries=200)) == 0
         )
