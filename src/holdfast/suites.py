@@ -3,15 +3,18 @@
 `standard` is the composition of AutoAttack standard (Croce & Hein, "Reliable evaluation of adversarial robustness with
 an ensemble of diverse parameter-free attacks", ICML 2020, arXiv:2003.01690; for L1 "Mind the box", ICML 2021,
 arXiv:2103.01208), `rand` that of its version for randomised models, so that the numbers may stand beside published
-ones. There is no AutoAttack for L0; there `standard` is projected gradient descent, FMN and Sparse-RS.
+ones. There is no AutoAttack for L0; there `standard` is projected gradient descent, FMN and Sparse-RS. Under
+common corruptions `standard` is `corruptions`, the fifteen of Hendrycks & Dietterich.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from holdfast.attacks import APGD, DDN, FAB, FMN, PGD, DeepFool, SparseRS, Square
+from holdfast.attacks import APGD, DDN, FAB, FMN, PGD, Corruption, DeepFool, SparseRS, Square
+from holdfast.attacks.corruption import COUNTED
 from holdfast.attacks.protocol import Attack
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
 from holdfast.ops.losses import cross_entropy, dlr
 
@@ -37,6 +40,15 @@ def suite(name: str, constraint: Constraint) -> Suite:
     """The suite of that name for a constraint; raises `UsageError` if there is none."""
     if name not in COMPOSED:
         raise UsageError(f"there is no suite {name!r}; there are {', '.join(COMPOSED)}")
+    if isinstance(constraint, Corruptions):
+        if name not in ("standard", "corruptions"):
+            raise UsageError(f"there is no suite {name!r} of common corruptions; choose --suite corruptions")
+        name = "corruptions"
+    elif name == "corruptions":
+        norm = type(constraint).__name__.lower()
+        raise UsageError(
+            f"the suite corruptions has nothing under {norm}; choose a threat such as corruptions:3"
+        )
     return Suite(name, 1, COMPOSED[name](constraint), smallest=name == "minimum-norm")
 
 
@@ -93,11 +105,16 @@ def _minimum_norm(constraint: Constraint) -> Named:
     return (("FMN", FMN(steps=200)),)
 
 
+def _corruptions(constraint: Constraint) -> Named:
+    return tuple((name, Corruption(name)) for name in COUNTED)
+
+
 COMPOSED: dict[str, Callable[[Constraint], Named]] = {
     "quick": _quick,
     "standard": _standard,
     "rand": _rand,
     "black-box": _black_box,
     "minimum-norm": _minimum_norm,
+    "corruptions": _corruptions,
 }
 """Every suite by its name."""

@@ -4,6 +4,7 @@ from holdfast.attacks.apgd import APGD
 from holdfast.attacks.bandits import Bandits
 from holdfast.attacks.bim import BIM
 from holdfast.attacks.carlini_wagner import CarliniWagner
+from holdfast.attacks.corruption import Corruption
 from holdfast.attacks.ddn import DDN
 from holdfast.attacks.deepfool import DeepFool
 from holdfast.attacks.fab import FAB
@@ -32,6 +33,7 @@ __all__ = [
     "ZOO",
     "Bandits",
     "CarliniWagner",
+    "Corruption",
     "DeepFool",
     "MomentumPGD",
     "RayS",

@@ -7,6 +7,7 @@ from typing import Final
 from holdfast.config.grammar import Norm, nearest
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug
+from holdfast.metrics.names import CORRUPTIONS
 
 GROUP: Final = "holdfast.attacks"
 """Entry-point group under which other packages add attacks."""
@@ -25,6 +26,7 @@ ATTACKS: Final = (
     "RayS",
     "Bandits",
     "CarliniWagner",
+    "Corruption",
     "DeepFool",
     "MomentumPGD",
     "SimBA",
@@ -33,7 +35,14 @@ ATTACKS: Final = (
 )
 """What `holdfast.attacks` exports; a test keeps the two in step."""
 
-VARIANTS: Final = {"APGD-CE": "APGD", "APGD-DLR": "APGD", "APGD-T": "APGD", "FAB-T": "FAB", "PGD-CE": "PGD"}
+VARIANTS: Final = {
+    "APGD-CE": "APGD",
+    "APGD-DLR": "APGD",
+    "APGD-T": "APGD",
+    "FAB-T": "FAB",
+    "PGD-CE": "PGD",
+    **dict.fromkeys(CORRUPTIONS, "Corruption"),
+}
 """Names that suites and their tables give to an attack with settings of its own, and that attack."""
 
 _QUICK = ("PGD", "APGD-T")
@@ -46,6 +55,7 @@ MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
         "l2": _STANDARD,
         "l1": _STANDARD,
         "l0": ("PGD", "PGD-CE", "FMN", "SparseRS"),
+        "corruptions": CORRUPTIONS,
     },
     "rand": dict.fromkeys(("linf", "l2", "l1", "l0"), ("APGD-CE", "APGD-DLR")),
     "black-box": {"linf": _BLACK_BOX, "l2": _BLACK_BOX, "l1": _BLACK_BOX, "l0": ("SparseRS",)},
@@ -55,6 +65,7 @@ MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
         "l1": ("FMN",),
         "l0": ("FMN",),
     },
+    "corruptions": {"corruptions": CORRUPTIONS},
 }
 """What each suite calls its attacks under each norm; a test keeps it in step with `holdfast.suites`."""
 

@@ -24,7 +24,7 @@ from holdfast.gates.grammar import parse as parse_gate
 
 SCHEMA_VERSION = 1
 
-SuiteName = Literal["quick", "standard", "rand", "black-box", "minimum-norm"]
+SuiteName = Literal["quick", "standard", "rand", "black-box", "minimum-norm", "corruptions"]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
 """What `--suite` takes; `holdfast.suites` composes them, and a test keeps the two in step."""
 DEFAULT_SUITE: SuiteName = "standard"

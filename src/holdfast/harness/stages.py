@@ -10,6 +10,7 @@ from torch import Tensor
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
+from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent, HoldfastError
 from holdfast.core.evidence import Columns
@@ -60,6 +61,9 @@ def run_stage(
         chosen = eligible
     else:
         chosen = eligible if plan.full else eligible & ~broken(prior)
+    corrupting = isinstance(threat.constraint, Corruptions)
+    if corrupting:
+        chosen = torch.ones_like(eligible)  # what is wrong on a clean image may be right on a corrupted one
     columns = unattacked(clean)
     room.progress(int((~chosen).sum()))
     if not chosen.any():
@@ -71,6 +75,8 @@ def run_stage(
             columns[name] = values
         else:
             columns[name][chosen] = values
+    if corrupting:
+        columns["success"] &= eligible
     return columns
 
 
