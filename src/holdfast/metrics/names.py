@@ -93,3 +93,6 @@ SHARES: Final = AT_EPS | {
 
 PAIRED: Final = frozenset({"regression", "clean_accuracy_drop", "relative_corruption_error"})
 """Metrics between two runs of the same examples, as in `regression <= 0.01 vs baseline`."""
+
+DIFFERENCES: Final = PAIRED - {"relative_corruption_error"}
+"""Those of them that lie from -1 to 1."""

@@ -17,7 +17,7 @@ VERDICTS = {
 }
 """A sign and a word for each verdict, so that colour never speaks alone."""
 
-_NUMBERS = ("perturbation", "distance", "margin", "radius", "entropy")
+_NUMBERS = ("perturbation", "distance", "margin", "radius", "entropy", "relative")
 """Words in the names of metrics that are sizes rather than shares."""
 
 _ACCESS = {
