@@ -63,7 +63,7 @@ def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) 
             f"give an eps in the units of the inputs, as in {norm}:{farthest / 32:.3g}, or the model's --bounds"
         )
     if isinstance(threat.constraint, Corruptions):
-        refuse_no_images("corruptions", x)
+        refuse_no_images(x)
     if threat.goal is not None and not 0 <= threat.goal < classes:
         raise UsageError(
             f"goal=targeted:{threat.goal} is no class of this model; it has {classes} (0 to {classes - 1})"

@@ -63,7 +63,7 @@ def corrupted(
     Constants are those of CIFAR-10-C where the shorter side is at most 64 pixels, those of ImageNet-C beyond. Raises
     `UsageError` for what is no image.
     """
-    refuse_no_images(name, x)
+    refuse_no_images(x)
     if not len(x):
         return x.clone()
     low, high = (bounds or Bounds()).like(x)
@@ -74,11 +74,11 @@ def corrupted(
     return (low + width * found).clamp(low, high)
 
 
-def refuse_no_images(name: str, x: Inputs) -> None:
+def refuse_no_images(x: Inputs) -> None:
     """`UsageError` for inputs that are no images, such as rows of a table."""
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         shape = "x".join(map(str, x.shape[1:]))
         raise UsageError(
-            f"{name} need images of 1 or 3 channels (channels x height x width), and these inputs are {shape}; "
-            f"choose a threat such as linf:8/255"
+            f"common corruptions need images of 1 or 3 channels (channels x height x width), "
+            f"and these inputs are {shape}; choose a threat such as linf:8/255"
         )
