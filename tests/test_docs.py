@@ -10,6 +10,7 @@ from holdfast import attacks
 from holdfast.cli.app import _COMMANDS
 from holdfast.config.settings import AssessSettings
 from holdfast.core.constraints import L0, L1, L2, Linf
+from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.doubts.names import DOUBTS
@@ -60,8 +61,9 @@ def test_an_attack_sees_and_costs_what_its_row_says(row):
     assert cited
     assert set(cited) <= set(re.findall(r"arXiv:(\d{4}\.\d{4,5})", inspect.getmodule(type(attack)).__doc__))
     batch = open_data("mnist-mini", n=2).read(0, 2)
-    norm = NORMS.get(row["norms"].split(",")[0], Linf)
-    threat = ThreatModel(norm(1 if norm is L0 else 1e-6))
+    kind = row["norms"].split(",")[0]
+    smallest = {"images": Corruptions(1), "L0": L0(1)}.get(kind) or NORMS.get(kind, Linf)(1e-6)
+    threat = ThreatModel(smallest)
     evidence = measure(open_model("mnist-cnn-hardened").model, [batch], [attack], threat)
     assert evidence["correct"].all()
     said = tuple(map(int, re.findall(r"\d+", row["asks of each"])))

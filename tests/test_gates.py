@@ -13,7 +13,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Doubt
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import AtLeast, AtMost, Doubts, exit_code, judge
-from holdfast.metrics.names import AT_EPS, METRICS, PAIRED, SHARES
+from holdfast.metrics.names import AT_EPS, DIFFERENCES, METRICS, PAIRED, SHARES
 from test_metrics import evidence
 
 NONE = Doubts()
@@ -80,7 +80,7 @@ def test_a_gate_that_cannot_be_meant_is_refused_with_a_way_out(text, says):
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_metric_without_a_largest_value_may_be_gated_above_one(metric):
     text = f"{metric} <= 40{' vs baseline' if metric in PAIRED else ''}"
-    if metric in SHARES | PAIRED:
+    if metric in SHARES | DIFFERENCES:
         with pytest.raises(UsageError, match="did you mean 0.40"):
             parse(text)
     else:

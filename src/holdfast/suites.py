@@ -7,7 +7,8 @@ examples nearest to falling and stop when a wave of them all hold (docs/decision
 an ensemble of diverse parameter-free attacks", ICML 2020, arXiv:2003.01690; for L1 "Mind the box", ICML 2021,
 arXiv:2103.01208), `rand` that of its version for randomised models, so that the numbers may stand beside published
 ones. There is no AutoAttack for L0; there `standard` is projected gradient descent, PDPGD, SigmaZero and Sparse-RS.
-`black-box` asks of a target what its threat lets it give: scores, or labels alone.
+`black-box` asks of a target what its threat lets it give: scores, or labels alone. Under common
+corruptions `fast` and `standard` are `corruptions`, the fifteen of Hendrycks & Dietterich.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from holdfast.attacks import (
     FMN,
     PDPGD,
     PGD,
+    Corruption,
     DeepFool,
     HopSkipJump,
     RayS,
@@ -29,8 +31,10 @@ from holdfast.attacks import (
     Square,
     SurFree,
 )
+from holdfast.attacks.corruption import COUNTED
 from holdfast.attacks.protocol import Attack
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
 from holdfast.core.types import Access
 from holdfast.ops.losses import cross_entropy, dlr
@@ -62,6 +66,15 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
     """
     if name not in COMPOSED:
         raise UsageError(f"there is no suite {name!r}; there are {', '.join(COMPOSED)}")
+    if isinstance(constraint, Corruptions):
+        if name not in ("fast", "standard", "corruptions"):
+            raise UsageError(f"there is no suite {name!r} of common corruptions; choose --suite corruptions")
+        name = "corruptions"
+    elif name == "corruptions":
+        norm = type(constraint).__name__.lower()
+        raise UsageError(
+            f"the suite corruptions has nothing under {norm}; choose a threat such as corruptions:3"
+        )
     compose = labels_only if name == "black-box" and access == "labels" else COMPOSED[name]
     return Suite(name, 1, compose(constraint), WAVES.get(name, {}), smallest=name == "minimum-norm")
 
@@ -146,6 +159,10 @@ def _minimum_norm(constraint: Constraint) -> Named:
     return (("DeepFool", DeepFool()), ("FMN", FMN(steps=100)))
 
 
+def _corruptions(constraint: Constraint) -> Named:
+    return tuple((name, Corruption(name)) for name in COUNTED)
+
+
 COMPOSED: dict[str, Callable[[Constraint], Named]] = {
     "quick": _quick,
     "fast": _fast,
@@ -153,6 +170,7 @@ COMPOSED: dict[str, Callable[[Constraint], Named]] = {
     "rand": _rand,
     "black-box": _black_box,
     "minimum-norm": _minimum_norm,
+    "corruptions": _corruptions,
 }
 """Every suite by its name."""
 

@@ -44,6 +44,64 @@ def test_a_gate_that_fails_ends_with_1_and_writes_every_report(capsys):
     assert robust == pytest.approx(content["metrics"]["robust_accuracy"]["value"])
 
 
+def test_common_corruptions_are_measured_one_by_one(capsys):
+    flags = ["-n", "60", "--threat", "corruptions:3"]
+    assert run(["assess", "mnist-cnn", "mnist-mini", *flags, "--run", "first", "-o", "x.json"]) == 0
+    said = capsys.readouterr()
+    assert "corruptions@1" in said.out
+    assert "Mean corruption error" in said.out
+    content = json.loads(Path("x.json").read_text())
+    metrics = {name: estimate["value"] for name, estimate in content["metrics"].items()}
+    each = [metrics[f"{attack['name']}_accuracy"] for attack in content["attacks"]]
+    assert len(each) == 15
+    assert metrics["mean_corruption_error"] == pytest.approx(1 - sum(each) / 15)
+    assert metrics["worst_corruption"] == pytest.approx(min(each))
+    assert metrics["robust_accuracy"] <= min(each)
+    assert content["threat"]["constraint"] == "corruptions:3"
+    assert run(["verify", "first"]) == 0
+    assert run(["report", "first", "-o", "again.json"]) == 0
+    assert json.loads(Path("again.json").read_text())["metrics"] == content["metrics"]
+
+
+def test_corruptions_beside_a_baseline_are_relative_to_it(capsys):
+    data = ["mnist-mini", "-n", "60", "--threat", "corruptions:5", "--only", "frost,fog"]
+    assert run(["assess", "mnist-cnn", *data, "--run", "first"]) == 0
+    gate = ["--baseline", "first", "--gate", "relative_corruption_error <= 1.5 vs baseline"]
+    assert run(["assess", "mnist-cnn", *data, *gate, "-o", "y.json"]) in (0, 4)
+    content = json.loads(Path("y.json").read_text())
+    assert content["metrics"]["relative_corruption_error"]["value"] == pytest.approx(1.0)
+    other = ["mnist-cnn", "mnist-mini", "-n", "60", "--threat", "corruptions:5", "--only", "frost"]
+    assert run(["assess", *other, "--baseline", "first", "-o", "z.json"]) == 0
+    assert "relative_corruption_error" not in json.loads(Path("z.json").read_text())["metrics"]
+    capsys.readouterr()
+    assert run(["assess", *other, *gate]) == 2
+    assert "with the same corruptions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--threat", "corruptions:9"], "severity of 1 to 5"),
+        (["--threat", "corruptions"], "severity of 1 to 5"),
+        (["--threat", "corruptions:3,goal=targeted:1"], "aim at no class"),
+        (["--threat", "corruptions:3", "--suite", "quick"], "choose --suite corruptions"),
+        (["--threat", "linf:0.1", "--suite", "corruptions"], "a threat such as corruptions:3"),
+        (["--threat", "corruptions:3", "--curve"], "leave --curve out"),
+    ],
+)
+def test_what_no_corruption_can_be_is_one_clear_error(flags, said, capsys):
+    assert run(["assess", "mnist-cnn", "mnist-mini", "-n", "4", *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_table_cannot_be_corrupted(capsys):
+    Path("net.py").write_text("import torch\n\ndef make():\n    return torch.nn.Linear(3, 2)\n")
+    Path("t.csv").write_text("a,b,c,y\n0.1,0.2,0.3,0\n0.4,0.5,0.6,1\n")
+    words = ["assess", "net.py:make", "t.csv", "--label", "y", "--threat", "corruptions:3"]
+    assert run(words) == 2
+    assert "need images of 1 or 3 channels" in capsys.readouterr().err
+
+
 def test_a_hardened_model_passes(capsys):
     code = run(["assess", "mnist-cnn-hardened", "mnist-mini", *QUICK, "--gate", "robust_accuracy >= 0.5"])
     assert code == 0

@@ -11,10 +11,11 @@ from holdfast.config.naming import ATTACKS, LABELS_ONLY, MEMBERS, VARIANTS, atta
 from holdfast.config.settings import SUITES, check, read
 from holdfast.config.starting import validate
 from holdfast.core.constraints import L0, L1, L2, Linf
+from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
 from holdfast.ops.ascent import cosine
 from holdfast.ops.losses import dlr
-from holdfast.suites import COMPOSED, labels_only
+from holdfast.suites import COMPOSED, labels_only, suite
 
 REFUSED = [
     ("? [a]\n: b", "no key"),
@@ -157,7 +158,7 @@ def test_every_suite_that_may_be_named_is_composed():
 
 def test_the_attacks_that_may_be_named_are_those_that_there_are():
     assert set(ATTACKS) == set(attacks.__all__)
-    constraints = (Linf(0.1), L2(1.0), L1(1.0), L0(1))
+    constraints = (Linf(0.1), L2(1.0), L1(1.0), L0(1), Corruptions(3))
     members = [
         member
         for suite, composed in COMPOSED.items()
@@ -168,12 +169,22 @@ def test_the_attacks_that_may_be_named_are_those_that_there_are():
 
 
 def test_the_members_of_a_suite_are_known_by_their_names():
-    constraints = {"linf": Linf(0.1), "l2": L2(1.0), "l1": L1(1.0), "l0": L0(1)}
+    constraints = {
+        "linf": Linf(0.1),
+        "l2": L2(1.0),
+        "l1": L1(1.0),
+        "l0": L0(1),
+        "corruptions": Corruptions(3),
+    }
     assert set(MEMBERS) == set(COMPOSED)
-    for suite, by_norm in MEMBERS.items():
-        assert set(by_norm) == set(constraints)
-        for norm, names in by_norm.items():
-            assert names == tuple(name for name, _ in COMPOSED[suite](constraints[norm]))
+    for name, by_norm in MEMBERS.items():
+        for norm, constraint in constraints.items():
+            if norm in by_norm:
+                assert by_norm[norm] == tuple(member for member, _ in suite(name, constraint).attacks)
+            else:
+                assert "corruptions" in (name, norm)
+                with pytest.raises(UsageError, match="corruptions"):
+                    suite(name, constraint)
     assert {
         norm: tuple(name for name, _ in labels_only(constraints[norm])) for norm in LABELS_ONLY
     } == LABELS_ONLY

@@ -6,6 +6,7 @@ from holdfast.attacks.bandits import Bandits
 from holdfast.attacks.bim import BIM
 from holdfast.attacks.boundary import Boundary
 from holdfast.attacks.carlini_wagner import CarliniWagner
+from holdfast.attacks.corruption import Corruption
 from holdfast.attacks.ddn import DDN
 from holdfast.attacks.deepfool import DeepFool
 from holdfast.attacks.ead import EAD
@@ -49,6 +50,7 @@ __all__ = [
     "Bandits",
     "Boundary",
     "CarliniWagner",
+    "Corruption",
     "DeepFool",
     "GeoDA",
     "HopSkipJump",

@@ -13,6 +13,7 @@ from holdfast.config.grammar import ThreatSpec, nearest, number
 from holdfast.config.naming import GROUP, attack_named
 from holdfast.config.wording import complaint, place
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.ascent import Schedule, cosine, flat
@@ -26,6 +27,8 @@ _FUNCTIONS: dict[Any, tuple[Callable[..., Any], ...]] = {
 
 def threat_model(spec: ThreatSpec) -> ThreatModel:
     """The threat model that a threat string describes."""
+    if spec.norm == "corruptions":
+        return ThreatModel(Corruptions(int(spec.eps)), None, spec.access, spec.queries)
     constraints: dict[str, Constraint] = {
         "linf": Linf(spec.eps),
         "l2": L2(spec.eps),

@@ -1,7 +1,8 @@
 """What flags may say, parsed without torch, so that a slip of the pen is answered at once.
 
-Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`; a threat is `linf:8/255`, followed by any of
-`goal=targeted:K`, `access=none|labels|scores|gradients` and `queries=N`, separated by commas or spaces.
+Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`; a threat is `linf:8/255` or `corruptions:3`,
+followed by any of `goal=targeted:K`, `access=none|labels|scores|gradients` and `queries=N`, separated by commas or
+spaces.
 """
 
 import math
@@ -14,10 +15,10 @@ from holdfast.core.errors import UsageError
 from holdfast.core.names import threat_text
 from holdfast.core.spelling import suggestion
 
-Norm = Literal["linf", "l2", "l1", "l0"]
+Norm = Literal["linf", "l2", "l1", "l0", "corruptions"]
 Sees = Literal["none", "labels", "scores", "gradients"]
 
-_LATER = {"patch": "adversarial patches", "spatial": "spatial attacks", "corruptions": "common corruptions"}
+_LATER = {"patch": "adversarial patches", "spatial": "spatial attacks"}
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 
@@ -93,8 +94,10 @@ def _constraint(word: str) -> ThreatSpec:
     if kind not in get_args(Norm):
         raise UsageError(f"the threat {word!r} names no known norm{nearest(kind, get_args(Norm))}")
     norm: Norm = kind  # type: ignore[assignment]
-    if not colon:
+    if not colon and norm != "corruptions":
         return ThreatSpec(norm)
+    if norm == "corruptions":
+        return ThreatSpec(norm, _severity(size, word))
     pixels = norm == "l0" and size.endswith("px")
     eps = number(size.removesuffix("px") if pixels else size, f"eps in {word!r}")
     if eps < 0:
@@ -104,6 +107,12 @@ def _constraint(word: str) -> ThreatSpec:
             f"eps is {eps:g} in {word!r}; l0 counts values, so it must be whole, as in l0:10 or l0:10px"
         )
     return ThreatSpec(norm, eps, pixels)
+
+
+def _severity(text: str, word: str) -> float:
+    if text not in ("1", "2", "3", "4", "5"):
+        raise UsageError(f"the threat {word!r} has no severity of 1 to 5; write one, as in corruptions:3")
+    return float(text)
 
 
 def _condition(spec: ThreatSpec, word: str) -> ThreatSpec:
@@ -123,6 +132,8 @@ def _condition(spec: ThreatSpec, word: str) -> ThreatSpec:
     aimed = re.fullmatch(r"targeted:([0-9]{1,18})", value)
     if value == "untargeted":
         return replace(spec, goal=None)
+    if spec.norm == "corruptions":
+        raise UsageError(f"corruptions aim at no class; leave {word!r} out")
     if aimed is None:
         raise UsageError(f"the goal is {value!r}; expected untargeted or targeted:K with a class number K")
     return replace(spec, goal=int(aimed[1]))

@@ -7,6 +7,7 @@ from typing import Final
 from holdfast.config.grammar import Norm, ThreatSpec, nearest
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug
+from holdfast.metrics.names import CORRUPTIONS
 
 GROUP: Final = "holdfast.attacks"
 """Entry-point group under which other packages add attacks."""
@@ -29,6 +30,7 @@ ATTACKS: Final = (
     "Bandits",
     "Boundary",
     "CarliniWagner",
+    "Corruption",
     "DeepFool",
     "GeoDA",
     "HopSkipJump",
@@ -52,6 +54,7 @@ VARIANTS: Final = {
     "FAB-T": "FAB",
     "PGD-CE": "PGD",
     "Sprint": "Relay",
+    **dict.fromkeys(CORRUPTIONS, "Corruption"),
 }
 """Names that suites and their tables give to an attack with settings of its own, and that attack."""
 
@@ -61,12 +64,13 @@ _FAST = ("Sprint", "Relay", "Square", "APGD-T")
 _STANDARD = ("APGD-CE", "APGD-T", "FAB-T", "Square")
 MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
     "quick": {"linf": _QUICK, "l2": _QUICK, "l1": ("PGD",), "l0": ("PGD",)},
-    "fast": {"linf": _FAST, "l2": _FAST, "l1": _FAST, "l0": ("PGD", "SparseRS")},
+    "fast": {"linf": _FAST, "l2": _FAST, "l1": _FAST, "l0": ("PGD", "SparseRS"), "corruptions": CORRUPTIONS},
     "standard": {
         "linf": _STANDARD,
         "l2": _STANDARD,
         "l1": _STANDARD,
         "l0": ("PGD", "PGD-CE", "PDPGD", "SigmaZero", "SparseRS"),
+        "corruptions": CORRUPTIONS,
     },
     "rand": dict.fromkeys(("linf", "l2", "l1", "l0"), ("APGD-CE", "APGD-DLR")),
     "black-box": {"linf": _BLACK_BOX, "l2": _BLACK_BOX, "l1": _BLACK_BOX, "l0": ("SparseRS",)},
@@ -76,6 +80,7 @@ MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
         "l1": ("ALMA", "PDPGD"),
         "l0": ("PDPGD", "SigmaZero"),
     },
+    "corruptions": {"corruptions": CORRUPTIONS},
 }
 """What each suite calls its attacks under each norm; a test keeps it in step with `holdfast.suites`."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from holdfast.attacks import Corruption
 from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import build, threat_model
 from holdfast.config.grammar import parse_threat, seconds
@@ -15,6 +16,7 @@ from holdfast.config.settings import DEFAULT_SUITE, AssessSettings
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import Constraint
+from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Bounds, Classifier
@@ -168,7 +170,9 @@ def plan(settings: AssessSettings, attacks: Sequence[Attack] | None = None) -> P
         )
         name, smallest = str(composed), composed.smallest
     _refuse_endless(threat, settings, smallest=smallest)
-    probing: DoubtsWanted = "all" if name else "free"
+    corrupting = isinstance(threat.constraint, Corruptions)
+    _refuse_strangers(members, settings, corrupting=corrupting)
+    probing: DoubtsWanted = "all" if name and not corrupting else "free"
     selected = _selected(members, settings.only, settings.skip)
     left_out = [member.name for member in members if member not in selected]
     if name and left_out:
@@ -179,9 +183,9 @@ def plan(settings: AssessSettings, attacks: Sequence[Attack] | None = None) -> P
         settings.seed,
         name,
         smallest=smallest,
-        attacked=bool(name) and not smallest,
+        attacked=bool(name) and not smallest and not corrupting,
         curve=_curve(threat.constraint) if settings.curve and not smallest else (),
-        full=settings.full,
+        full=settings.full or corrupting,
         keep_adversarial=settings.save_adversarial,
         doubts=probing if settings.doubts else "none",
     )
@@ -199,6 +203,23 @@ def _refuse_endless(threat: ThreatModel, settings: AssessSettings, *, smallest: 
             f"{settings.threat} has no eps, so it asks for the smallest change: choose --suite minimum-norm, "
             f"or give an eps, as in {norm}:{_USUAL[norm]}"
         )
+
+
+def _refuse_strangers(members: Sequence[Member], settings: AssessSettings, *, corrupting: bool) -> None:
+    """Corruptions run under a threat of corruptions, and nothing else does."""
+    for member in members:
+        if isinstance(member.attack, Corruption) and not corrupting:
+            raise UsageError(
+                f"{member.name} is a common corruption, and the threat is {settings.threat}; "
+                f"choose a threat such as corruptions:3, or another suite"
+            )
+        if corrupting and not isinstance(member.attack, Corruption):
+            raise UsageError(
+                f"{member.name} is no common corruption, and the threat is {settings.threat}; "
+                f"leave it out, or choose a threat such as linf:8/255"
+            )
+    if corrupting and settings.curve:
+        raise UsageError(f"{settings.threat} has no eps to draw a curve over; leave --curve out")
 
 
 def _selected(members: tuple[Member, ...], only: Sequence[str], skip: Sequence[str]) -> tuple[Member, ...]:

@@ -25,7 +25,7 @@ from holdfast.sources.remote import header_variable
 
 SCHEMA_VERSION = 1
 
-SuiteName = Literal["quick", "fast", "standard", "rand", "black-box", "minimum-norm"]
+SuiteName = Literal["quick", "fast", "standard", "rand", "black-box", "minimum-norm", "corruptions"]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
 """What `--suite` takes; `holdfast.suites` composes them, and a test keeps the two in step."""
 DEFAULT_SUITE: SuiteName = "fast"

@@ -13,7 +13,7 @@ from typing import Literal
 
 from holdfast.core.errors import UsageError
 from holdfast.core.spelling import suggestion
-from holdfast.metrics.names import AT_EPS, METRICS, PAIRED, SHARES
+from holdfast.metrics.names import AT_EPS, DIFFERENCES, METRICS, PAIRED, SHARES
 
 Relation = Literal[">=", "<="]
 
@@ -97,7 +97,7 @@ def _percentage(written: str, rest: str = "") -> str | None:
 
 def _bound(metric: str, bound: float, text: str) -> float:
     """The bound, if the metric can come near it."""
-    lowest = 0 if metric in SHARES else -1 if metric in PAIRED else -math.inf
+    lowest = 0 if metric in SHARES else -1 if metric in DIFFERENCES else -math.inf
     if lowest == -math.inf or lowest <= bound <= 1:
         return bound
     kind = "share" if metric in SHARES else "difference of shares"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.core.corruptions import Corruptions
 from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence
 from holdfast.core.lookup import Lookup
 from holdfast.core.types import Ids, Rows
@@ -58,6 +59,12 @@ def assemble(plan: Outline, by_stage: Mapping[str, Columns]) -> dict[str, Tensor
     if plan.smallest:
         columns |= {
             f"{s.name}.distance": by_stage[s.name]["distance"]
+            for s in plan.steps
+            if s.kind == "attack" and s.name in by_stage
+        }
+    if isinstance(plan.threat.constraint, Corruptions):
+        columns |= {
+            f"{s.settings['name']}.right": by_stage[s.name]["right"] > 0.5
             for s in plan.steps
             if s.kind == "attack" and s.name in by_stage
         }

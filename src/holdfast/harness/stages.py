@@ -10,6 +10,7 @@ from torch import Tensor
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
+from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent, HoldfastError
 from holdfast.core.evidence import Columns
@@ -70,6 +71,8 @@ def run_stage(
             columns[name] = values
         else:
             columns[name][chosen] = values
+    if isinstance(threat.constraint, Corruptions):
+        columns["success"] &= clean["correct"] & clean["eligible"]
     return columns
 
 

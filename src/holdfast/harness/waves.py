@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from holdfast.core.corruptions import Corruptions
 from holdfast.core.evidence import Columns
 from holdfast.core.types import Mask, PerExample
 from holdfast.harness.plan import Plan, Stage, Step
@@ -24,8 +25,8 @@ def due(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask:
     """The examples that a stage after the clean one is run on, of all of them."""
     clean = by_stage["clean"]
     eligible = clean["correct"] & clean["eligible"]
-    if stage.kind == "attacked":
-        return torch.ones_like(eligible)
+    if stage.kind == "attacked" or isinstance(plan.threat.constraint, Corruptions):
+        return torch.ones_like(eligible)  # what is wrong on a clean image may be right on a corrupted one
     if stage.kind == "curve" or plan.smallest or plan.full:
         return eligible
     standing = eligible & ~broken(by_stage)

@@ -7,7 +7,7 @@ from typing import Protocol
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
-from holdfast.metrics import attacked, paired, perturbations, shares
+from holdfast.metrics import attacked, corruptions, paired, perturbations, shares
 from holdfast.metrics.columns import Absent
 from holdfast.metrics.names import METRICS
 
@@ -32,6 +32,9 @@ PLAIN: Mapping[str, Metric] = {
     "defensive_margin": attacked.defensive_margin,
     "calibration_error": attacked.calibration_error,
     "attacked_calibration_error": partial(attacked.calibration_error, of="attacked"),
+    "mean_corruption_error": corruptions.mean_corruption_error,
+    "worst_corruption": corruptions.worst_corruption,
+    **corruptions.ACCURACIES,
 }
 """Metrics of one run."""
 
@@ -56,6 +59,7 @@ BY_EPS: Mapping[str, AtEps] = {
 PAIRED: Mapping[str, Callable[[Evidence, Evidence, float], Estimate]] = {
     "regression": paired.regression,
     "clean_accuracy_drop": paired.clean_accuracy_drop,
+    "relative_corruption_error": corruptions.relative_corruption_error,
 }
 """Metrics between a run and its baseline."""
 

@@ -2,6 +2,25 @@
 
 from typing import Final
 
+CORRUPTIONS: Final = (
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+)
+"""The common corruptions that are measured, as their paper calls them."""
+
 METRICS: Final[dict[str, str]] = {
     "clean_accuracy": "share of examples classified correctly unattacked",
     "clean_error_rate": "one minus the clean accuracy",
@@ -33,6 +52,10 @@ METRICS: Final[dict[str, str]] = {
     "defensive_margin": "mean drop of the margin in probability from clean to attacked input",
     "calibration_error": "expected calibration error, unattacked",
     "attacked_calibration_error": "expected calibration error on attacked inputs",
+    "mean_corruption_error": "mean error rate over the common corruptions",
+    "worst_corruption": "smallest accuracy over the common corruptions, with Bonferroni's correction",
+    **{f"{name}_accuracy": f"share correct under {name.replace('_', ' ')}" for name in CORRUPTIONS},
+    "relative_corruption_error": "mean over the common corruptions of the error rate over the baseline's",
     "regression": "robust accuracy of the baseline minus this one, on the same examples",
     "clean_accuracy_drop": "clean accuracy of the baseline minus this one, on the same examples",
 }
@@ -51,6 +74,9 @@ AT_EPS: Final = frozenset(
 """Metrics that may be asked at another eps, as in `robust_accuracy@4/255`."""
 
 SHARES: Final = AT_EPS | {
+    *(f"{name}_accuracy" for name in CORRUPTIONS),
+    "mean_corruption_error",
+    "worst_corruption",
     "clean_accuracy",
     "clean_error_rate",
     "targeted_success_rate",
@@ -65,5 +91,8 @@ SHARES: Final = AT_EPS | {
 }
 """Metrics that lie from 0 to 1, so that a gate such as `robust_accuracy >= 40` is refused."""
 
-PAIRED: Final = frozenset({"regression", "clean_accuracy_drop"})
+PAIRED: Final = frozenset({"regression", "clean_accuracy_drop", "relative_corruption_error"})
 """Metrics between two runs of the same examples, as in `regression <= 0.01 vs baseline`."""
+
+DIFFERENCES: Final = PAIRED - {"relative_corruption_error"}
+"""Those of them that lie from -1 to 1."""

@@ -25,6 +25,9 @@ FIRST = frozenset(
         "targeted_success_rate",
         "robust_margin",
         "adversarial_radius",
+        "mean_corruption_error",
+        "worst_corruption",
+        "relative_corruption_error",
         "regression",
         "clean_accuracy_drop",
     )

@@ -17,7 +17,7 @@ VERDICTS = {
 }
 """A sign and a word for each verdict, so that colour never speaks alone."""
 
-_NUMBERS = ("perturbation", "distance", "margin", "radius", "entropy")
+_NUMBERS = ("perturbation", "distance", "margin", "radius", "entropy", "relative")
 """Words in the names of metrics that are sizes rather than shares."""
 
 _ACCESS = {
@@ -31,6 +31,7 @@ _BALLS = {
     "Linf": "may change every value of an input by at most {eps}",
     "L2": "may change an input by a Euclidean length of at most {eps}",
     "L1": "may change an input by absolute changes that add up to at most {eps}",
+    "Corruptions": "is the weather, the lens or the file: each common corruption once, at severity {eps} of 5",
     "L0": "may change at most {eps} values of an input, each as far as the box allows",
 }
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from holdfast.core.batch import Batch, Data
 from holdfast.core.constraints import L1, L2, Constraint, Linf, extent
+from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.threat import ThreatModel
+from holdfast.ops.corruptions import refuse_no_images
 from holdfast.ops.prepare import multiply_adds
 
 _VALUES = 1 << 20
@@ -60,6 +62,8 @@ def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) 
             f"eps is {eps:g}, but no two inputs inside the bounds are further apart than {farthest:g} in {norm}; "
             f"give an eps in the units of the inputs, as in {norm}:{farthest / 32:.3g}, or the model's --bounds"
         )
+    if isinstance(threat.constraint, Corruptions):
+        refuse_no_images(x)
     if threat.goal is not None and not 0 <= threat.goal < classes:
         raise UsageError(
             f"goal=targeted:{threat.goal} is no class of this model; it has {classes} (0 to {classes - 1})"

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import TargetError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Doubt
@@ -70,6 +71,8 @@ def _constraint(threat: Mapping[str, Any]) -> Constraint:
     eps = number(threat["eps"])
     if threat["norm"] == "L0":
         return L0(eps, threat["per"])
+    if threat["norm"] == "Corruptions":
+        return Corruptions(int(eps))
     norms: dict[str, type[Linf | L2 | L1]] = {"Linf": Linf, "L2": L2, "L1": L1}
     if threat["norm"] not in norms:
         raise TargetError(

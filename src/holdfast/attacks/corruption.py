@@ -1,0 +1,62 @@
+"""Corruption: one common corruption, such as fog or JPEG compression, which nobody aims at the model.
+
+Hendrycks & Dietterich, "Benchmarking neural network robustness to common corruptions and perturbations", ICLR 2019,
+arXiv:1903.12261. Differs from the published data sets: see `holdfast.ops.corruptions`.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from holdfast.core.batch import Batch
+from holdfast.core.corruptions import Corruptions
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs
+from holdfast.ops.corruptions import corrupted
+
+Name = Literal[
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+    "speckle_noise",
+    "gaussian_blur",
+    "spatter",
+    "saturate",
+]
+
+
+COUNTED: tuple[Name, ...] = get_args(Name)[:15]
+"""Those that the mean corruption error is taken over, and that the suite runs."""
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """Corrupt each image once, at the severity that the threat model names, without a look at the model."""
+
+    name: Name = "gaussian_noise"
+    """the corruption, as its paper calls it; the last four are not in the suite"""
+
+    needs: ClassVar[Access] = "none"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        constraint = threat.constraint
+        if not isinstance(constraint, Corruptions):
+            raise UsageError(
+                f"{self.name} is a common corruption; the threat model is {constraint}. "
+                f"Choose a threat such as corruptions:3"
+            )
+        return corrupted(self.name, batch.x, constraint.severity, batch.ids, rng, model.bounds)

@@ -1,0 +1,80 @@
+"""How often the model is right under common corruptions.
+
+Hendrycks & Dietterich, ICLR 2019, arXiv:1903.12261. Differs from the paper: at the one severity of the run, where the
+paper takes the mean over five.
+"""
+
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Evidence
+from holdfast.core.types import PerExample
+from holdfast.metrics.columns import Absent, column
+from holdfast.metrics.names import CORRUPTIONS
+from holdfast.metrics.paired import pairs
+from holdfast.ops.statistics import Support, bonferroni, bootstrap, complement, mean, proportion
+
+_WAY_OUT: Final = "give a threat such as corruptions:3"
+
+
+def _run(evidence: Evidence) -> list[str]:
+    """The corruptions of the run that are counted."""
+    return [name for name in CORRUPTIONS if f"{name}.right" in evidence]
+
+
+def _right(evidence: Evidence) -> Tensor:
+    """Whether each example is right (corruptions, n) under each of them."""
+    names = _run(evidence)
+    if not names:
+        raise Absent(f"this run measured none of the fifteen common corruptions; {_WAY_OUT}")
+    return torch.stack([evidence[f"{name}.right"] for name in names])
+
+
+def corrupted_accuracy(evidence: Evidence, confidence: float = 0.95, *, name: str) -> Estimate:
+    """Share of all examples classified correctly under one corruption."""
+    return proportion(column(evidence, f"{name}.right", _WAY_OUT), confidence)
+
+
+def mean_corruption_error(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+    """Mean over the corruptions of the error rate."""
+    return complement(mean(_right(evidence).double().mean(0), confidence))
+
+
+def worst_corruption(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+    """The smallest accuracy over the corruptions; their intervals hold together (Bonferroni)."""
+    right = _right(evidence)
+    each = [proportion(row, bonferroni(confidence, len(right))) for row in right]
+    worst = min(each, key=lambda estimate: estimate.value)
+    return Estimate(worst.value, min(e.low for e in each), min(e.high for e in each), worst.n)
+
+
+def relative_corruption_error(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
+    """Mean over the corruptions of the error rate over that of the baseline, on the shared examples."""
+    shared = pairs(evidence, baseline)
+    after, before = ~_right(evidence)[:, shared.first], ~_right(baseline)[:, shared.second]
+    if _run(evidence) != _run(baseline):
+        raise Absent(
+            "relative_corruption_error needs a baseline with the same corruptions; assess both alike"
+        )
+    if not before.any(1).all():
+        spotless = [name for name, wrong in zip(_run(baseline), before, strict=True) if not wrong.any()]
+        raise Absent(
+            f"the baseline errs on no example under {', '.join(spotless)}, and no error is a multiple of none; "
+            f"raise the severity, take more examples, or leave them out with --skip"
+        )
+    both = torch.stack((after, before)).double()
+
+    def statistic(rows: Tensor) -> PerExample:
+        errors = both[:, :, rows].mean(-1)
+        # a resample in which the baseline never errs counts half an error
+        return (errors[0] / errors[1].clamp_min(0.5 / rows.shape[1])).mean(0)
+
+    return bootstrap(statistic, len(shared), confidence, support=Support(0.0, float(2 * len(shared))))
+
+
+ACCURACIES = {f"{name}_accuracy": partial(corrupted_accuracy, name=name) for name in CORRUPTIONS}
+"""One accuracy a corruption, by the names of the catalogue."""

@@ -1,0 +1,84 @@
+"""Common corruptions: what weather, lenses and files do to images, at five severities.
+
+Hendrycks & Dietterich, "Benchmarking neural network robustness to common corruptions and perturbations", ICLR 2019,
+arXiv:1903.12261, and the code published with it. Differs from the published code: images are not rounded to 256 levels
+afterwards (but for JPEG); frost is drawn, not cropped from photographs; images of any size and of one channel are
+taken, grey ones without their colours.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import torch
+
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Bounds
+from holdfast.core.types import Ids, Inputs
+from holdfast.ops.corruptions.blur import defocus_blur, gaussian_blur, glass_blur, motion_blur, zoom_blur
+from holdfast.ops.corruptions.colour import brightness, contrast, saturate
+from holdfast.ops.corruptions.constants import LARGE, LARGE_FROM, SMALL, Constants
+from holdfast.ops.corruptions.digital import elastic_transform, pixelate
+from holdfast.ops.corruptions.jpeg import jpeg_compression
+from holdfast.ops.corruptions.noise import gaussian_noise, impulse_noise, shot_noise, speckle_noise
+from holdfast.ops.corruptions.spatter import spatter
+from holdfast.ops.corruptions.weather import fog, frost, snow
+
+Operator = Callable[[Inputs, Constants, Ids, Draws], Inputs]
+"""Images in [0, 1], the constants of a severity, ids and draws: corrupted images in [0, 1]."""
+
+STANDARD: Final[Mapping[str, Operator]] = {
+    "gaussian_noise": gaussian_noise,
+    "shot_noise": shot_noise,
+    "impulse_noise": impulse_noise,
+    "defocus_blur": defocus_blur,
+    "glass_blur": glass_blur,
+    "motion_blur": motion_blur,
+    "zoom_blur": zoom_blur,
+    "snow": snow,
+    "frost": frost,
+    "fog": fog,
+    "brightness": brightness,
+    "contrast": contrast,
+    "elastic_transform": elastic_transform,
+    "pixelate": pixelate,
+    "jpeg_compression": jpeg_compression,
+}
+"""The fifteen that the mean corruption error is taken over."""
+
+EXTRA: Final[Mapping[str, Operator]] = {
+    "speckle_noise": speckle_noise,
+    "gaussian_blur": gaussian_blur,
+    "spatter": spatter,
+    "saturate": saturate,
+}
+"""Four more, meant for validation."""
+
+
+def corrupted(
+    name: str, x: Inputs, severity: int, ids: Ids, rng: Draws, bounds: Bounds | None = None
+) -> Inputs:
+    """The images of `x` (n, 1 or 3, height, width) with one corruption, inside the box.
+
+    Constants are those of CIFAR-10-C where the shorter side is at most 64 pixels, those of ImageNet-C beyond. Raises
+    `UsageError` for what is no image.
+    """
+    refuse_no_images(x)
+    if not len(x):
+        return x.clone()
+    low, high = (bounds or Bounds()).like(x)
+    width = (high - low).clamp_min(torch.finfo(x.dtype).tiny)
+    constants = (LARGE if min(x.shape[2:]) >= LARGE_FROM else SMALL)[name][severity - 1]
+    operator = (STANDARD if name in STANDARD else EXTRA)[name]
+    found = operator(((x - low) / width).clamp(0, 1), constants, ids, rng.at("corruption", name))
+    return (low + width * found).clamp(low, high)
+
+
+def refuse_no_images(x: Inputs) -> None:
+    """`UsageError` for inputs that are no images, such as rows of a table."""
+    if x.dim() != 4 or x.shape[1] not in (1, 3):
+        shape = "x".join(map(str, x.shape[1:]))
+        raise UsageError(
+            f"common corruptions need images of 1 or 3 channels (channels x height x width), "
+            f"and these inputs are {shape}; choose a threat such as linf:8/255"
+        )

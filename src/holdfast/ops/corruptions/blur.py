@@ -1,0 +1,76 @@
+"""Blur: defocus, glass, motion, zoom and Gaussian. Images lie in [0, 1]."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from holdfast.core.draws import Draws
+from holdfast.core.types import Ids, Inputs
+from holdfast.ops.corruptions.constants import Constants
+from holdfast.ops.corruptions.filters import clamped, disk, filtered, gaussian, moved, zoomed
+
+
+def gaussian_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
+    """Gaussian of sigma `c`."""
+    return clamped(gaussian(x, c[0]))
+
+
+def defocus_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
+    """The mean over a disk of a radius whose rim is softened by a sigma."""
+    return clamped(filtered(x, disk(*c)))
+
+
+def motion_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
+    """Half a Gaussian of a radius and a sigma along a line within 45 degrees of the horizontal."""
+    radius, sigma = c
+    return clamped(
+        moved(x, radius, sigma, degrees=90 * rng.at("angle").uniform(ids, dtype=torch.float64) - 45)
+    )
+
+
+def zoom_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
+    """The mean of the image and of its zooms by 1, 1 + step and on, below a last factor."""
+    last, step = c
+    n_zooms, apart = math.ceil((last - 1) / step), (1 + step) - 1
+    total = x.clone()
+    for k in range(n_zooms):
+        total += zoomed(x, 1 + k * apart)
+    return clamped(total / (n_zooms + 1))
+
+
+def glass_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
+    """Blurred, its pixels moved about within `reach`, `rounds` times, and blurred again.
+
+    Pixels take what stands elsewhere and leave it there, one after the other from the last: the published code means
+    to swap them, but writes the first before it reads it.
+    """
+    sigma, reach, rounds = c[0], int(c[1]), int(c[2])
+    flat = gaussian(x, sigma).flatten(2)
+    for turn in range(rounds):
+        source = _scattered(x, reach, ids, rng.at("round", turn))
+        flat = flat.gather(2, source[:, None].expand_as(flat))
+    return clamped(gaussian(flat.view_as(x), sigma))
+
+
+def _scattered(x: Inputs, reach: int, ids: Ids, rng: Draws) -> Tensor:
+    """For each pixel (n, height * width) the one it takes its value from, all moves of a round done.
+
+    A pixel that takes from one which was done before takes what that one took: chains, followed by doubling.
+    """
+    height, width = x.shape[2:]
+    here = torch.arange(height * width, device=x.device)
+    row, column = here // width, here % width
+    moves = (row > reach) & (row <= height - reach) & (column > reach) & (column <= width - reach)
+    shift = rng.integers(ids, 2 * reach, 2, height * width) - reach
+    there = (row + shift[:, 1]) * width + column + shift[:, 0]
+    there = torch.where(moves, there, here)
+    done = (there > here) & moves[there]
+    # the second half of the line stands for the pixels as they were before the round
+    ends = (here + len(here)).expand_as(there)
+    follow = torch.cat((torch.where(done, there, there + len(here)), ends), dim=1)
+    while True:
+        further = follow.gather(1, follow)
+        if torch.equal(further, follow):
+            return follow[:, : len(here)] - len(here)
+        follow = further

@@ -1,0 +1,48 @@
+"""Light and colour: brightness, contrast and saturation. Images lie in [0, 1]."""
+
+import torch
+from torch import Tensor
+
+from holdfast.core.draws import Draws
+from holdfast.core.types import Ids, Inputs
+from holdfast.ops.corruptions.constants import Constants
+from holdfast.ops.corruptions.filters import clamped
+
+_GREY = (0.299, 0.587, 0.114)
+
+
+def grey(x: Inputs) -> Tensor:
+    """The light of each pixel (n, 1, height, width), as ITU-R BT.601 weighs the colours."""
+    if x.shape[1] == 1:
+        return x
+    return (x * x.new_tensor(_GREY)[:, None, None]).sum(1, keepdim=True)
+
+
+def paint(red: float, green: float, blue: float, x: Inputs) -> Tensor:
+    """A colour that spreads over images like `x`; its light where they are grey."""
+    colour = x.new_tensor((red, green, blue))[:, None, None]
+    return colour if x.shape[1] == 3 else grey(colour[None])[0]
+
+
+def brightness(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
+    """`c` more of the value of hue, saturation and value."""
+    value = x.amax(1, keepdim=True)
+    brighter = (value + c[0]).clamp_max(1)
+    return torch.where(value > 0, x * (brighter / value.clamp_min(torch.finfo(x.dtype).tiny)), brighter)
+
+
+def saturate(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
+    """The saturation times one number and plus another; what has no hue counts as red. Grey images have none."""
+    if x.shape[1] == 1:
+        return x
+    value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    tiny = torch.finfo(x.dtype).tiny
+    strength = ((value - low) / value.clamp_min(tiny) * c[0] + c[1]).clamp(0, 1)
+    depth = torch.where(value > low, (value - x) / (value - low).clamp_min(tiny), 1 - paint(1, 0, 0, x))
+    return clamped(value * (1 - strength * depth))
+
+
+def contrast(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
+    """What differs from the mean of its channel, times `c`."""
+    mean = x.mean((2, 3), keepdim=True)
+    return clamped((x - mean) * c[0] + mean)

@@ -1,0 +1,72 @@
+"""What lenses and files do: elastic transform and pixelation. Images lie in [0, 1]."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from holdfast.core.draws import Draws
+from holdfast.core.types import Ids, Inputs
+from holdfast.ops.corruptions.constants import Constants
+from holdfast.ops.corruptions.filters import along, clamped, gaussian, sampled
+
+
+def pixelate(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
+    """Shrunk to a share `c` of each side and back, by boxes."""
+    down = [_boxes(side, max(1, int(side * c[0])), x) for side in x.shape[2:]]
+    up = [_boxes(len(matrix), side, x) for matrix, side in zip(down, x.shape[2:], strict=True)]
+    return clamped(along(along(x, *down), *up))
+
+
+def _boxes(size: int, wanted: int, like: Tensor) -> Tensor:
+    """A line of `size` pixels as one of `wanted`: each the mean of the whole pixels whose middles its box covers."""
+    scale = size / wanted
+    middle = (torch.arange(wanted, dtype=torch.float64) + 0.5) * scale
+    offset = (torch.arange(size) + 0.5 - middle[:, None]) / max(scale, 1.0)
+    covered = ((offset > -0.5) & (offset <= 0.5)).double()
+    return (covered / covered.sum(1, keepdim=True)).to(like)
+
+
+def elastic_transform(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
+    """A random affine map near the identity, then a smooth random shift of every pixel.
+
+    The constants are shares of the shorter side: of the shift, of its smoothness and of the affine map.
+    """
+    height, width = x.shape[2:]
+    shift, smooth, turn = (min(height, width) * share for share in c)
+    rows, columns = (torch.arange(side, device=x.device, dtype=torch.float64) for side in (height, width))
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    back = _affine(x, turn, ids, rng.at("corners"))
+    places = torch.stack((column, row, torch.ones_like(row)), dim=-1)
+    from_column, from_row = torch.einsum("npk,hwk->pnhw", back, places)
+    warped = sampled(x, from_row, from_column, "mirror")
+    wide = torch.float64
+    right, down = (
+        shift
+        * gaussian(
+            2 * rng.at(name).uniform(ids, 1, height, width, dtype=wide) - 1,
+            smooth,
+            edge="symmetric",
+            reach=3.0,
+        )[:, 0]
+        for name in ("right", "down")
+    )
+    return clamped(sampled(warped, row + down, column + right, "symmetric"))
+
+
+def _affine(x: Inputs, turn: float, ids: Ids, rng: Draws) -> Tensor:
+    """The maps (n, 2, 3) from places (column, row, 1) of the result to those of the image.
+
+    Three corners of a square in the middle go up to `turn` pixels astray in each direction.
+    """
+    height, width = x.shape[2:]
+    column, row, side = width // 2, height // 2, math.floor(min(height, width) / 3)
+    before = torch.tensor(
+        [[column + side, row + side], [column + side, row - side], [column - side, row - side]],
+        dtype=torch.float64,
+        device=x.device,
+    )
+    after = before + turn * (2 * rng.uniform(ids, 3, 2, dtype=torch.float64) - 1)
+    after = torch.cat((after, torch.ones_like(after[..., :1])), dim=-1)
+    back: Tensor = torch.linalg.solve(after, before.expand(len(x), 3, 2))
+    return back.mT

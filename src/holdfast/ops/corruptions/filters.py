@@ -1,0 +1,111 @@
+"""Filters, zooms and warps of images (n, channels, height, width), with the edges that published code gives them."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.types import Inputs, PerExample
+
+Edge = Literal["edge", "mirror", "symmetric"]
+"""How an image goes on beyond its border: `aaa|abc`, `cb|abc` or `cba|abc`."""
+
+
+def folded(index: Tensor, size: int, edge: Edge) -> Tensor:
+    """Positions on an endless line as positions inside 0 to `size` - 1."""
+    if edge == "edge":
+        return index.clamp(0, size - 1)
+    last = 2 * size - 1 if edge == "symmetric" else 2 * size - 2
+    index = index % max(last + (edge == "symmetric"), 1)
+    return torch.minimum(index, last - index).clamp_min(0)
+
+
+def along(x: Inputs, rows: Tensor, columns: Tensor) -> Tensor:
+    """One linear map for the rows of each image, another for its columns."""
+    mapped: Tensor = rows @ x @ columns.T
+    return mapped
+
+
+def gaussian(x: Inputs, sigma: float, *, edge: Edge = "edge", reach: float = 4.0) -> Inputs:
+    """Gaussian blur, its bell cut off at `reach` times sigma."""
+    radius = int(reach * sigma + 0.5)
+    if radius == 0:
+        return x
+    places = torch.arange(-radius, radius + 1, device=x.device)
+    taps = torch.exp(-0.5 * (places.to(x) / sigma) ** 2)
+    taps = taps / taps.sum()
+
+    def blurs(size: int) -> Tensor:
+        """The blur of a line of so many pixels as a matrix."""
+        ends = folded(torch.arange(size, device=x.device)[:, None] + places, size, edge)
+        return x.new_zeros(size, size).scatter_add_(1, ends, taps.expand(size, -1))
+
+    return along(x, blurs(x.shape[2]), blurs(x.shape[3]))
+
+
+def filtered(x: Inputs, kernel: Tensor, edge: Edge = "mirror") -> Inputs:
+    """Correlation of every channel with one kernel of odd sides."""
+    n, channels, height, width = x.shape
+    above, left = kernel.shape[0] // 2, kernel.shape[1] // 2
+    rows = folded(torch.arange(-above, height + above, device=x.device), height, edge)
+    columns = folded(torch.arange(-left, width + left, device=x.device), width, edge)
+    wide = x[:, :, rows][:, :, :, columns].reshape(n * channels, 1, len(rows), len(columns))
+    return F.conv2d(wide, kernel.to(x)[None, None]).view(x.shape)
+
+
+def disk(radius: float, alias: float) -> Tensor:
+    """A disk as a kernel that sums to one, its rim softened by a Gaussian of sigma `alias` over 3 or 5 pixels."""
+    half, soft = (8, 1) if radius <= 8 else (math.floor(radius), 2)
+    line = torch.arange(-half, half + 1, dtype=torch.float64)
+    inside = (line[:, None] ** 2 + line**2 <= radius**2).double()
+    taps = torch.exp(-0.5 * (torch.arange(-soft, soft + 1).double() / alias) ** 2)
+    taps = taps / taps.sum()
+    return filtered((inside / inside.sum())[None, None], taps[:, None] * taps)[0, 0]
+
+
+def zoomed(x: Inputs, factor: float) -> Inputs:
+    """The middle of each image, drawn to the size of the whole: bilinear, corner on corner."""
+    size = x.shape[2:]
+    cut = [math.ceil(side / factor) for side in size]
+    top, left = ((side - short) // 2 for side, short in zip(size, cut, strict=True))
+    middle = x[:, :, top : top + cut[0], left : left + cut[1]]
+    drawn = [round(short * factor) for short in cut]
+    middle = F.interpolate(middle, size=drawn, mode="bilinear", align_corners=True)
+    top, left = ((side - short) // 2 for side, short in zip(drawn, size, strict=True))
+    return middle[:, :, top : top + size[0], left : left + size[1]]
+
+
+def moved(x: Inputs, radius: float, sigma: float, *, degrees: PerExample) -> Inputs:
+    """Motion blur: half a Gaussian of sigma over 2 `radius` + 1 pixels, along one angle an image."""
+    width, angle = 2 * math.ceil(radius) + 1, torch.deg2rad(degrees.double())
+    taps = torch.exp(-0.5 * (torch.arange(width).double() / sigma) ** 2)
+    rows, columns = (torch.arange(side, device=x.device) for side in x.shape[2:])
+    image = torch.arange(len(x), device=x.device)[:, None, None]
+    total = torch.zeros_like(x)
+    for step, share in enumerate((taps / taps.sum()).tolist()):
+        down, right = (torch.ceil(step * part - 0.5).long()[:, None] for part in (angle.sin(), angle.cos()))
+        row, column = folded(rows + down, len(rows), "edge"), folded(columns + right, len(columns), "edge")
+        total += share * x[image, :, row[:, :, None], column[:, None, :]].movedim(3, 1)
+    return total
+
+
+def sampled(x: Inputs, row: Tensor, column: Tensor, edge: Edge) -> Inputs:
+    """Each image at fractional places (n, height, width), bilinear."""
+    height, width = x.shape[2:]
+    image = torch.arange(len(x), device=x.device)[:, None, None]
+    top, left = row.floor(), column.floor()
+    down, right = (row - top)[:, None].to(x), (column - left)[:, None].to(x)
+
+    def at(below: int, beside: int) -> Inputs:
+        i, j = folded(top.long() + below, height, edge), folded(left.long() + beside, width, edge)
+        return x[image, :, i, j].movedim(3, 1)
+
+    upper = (1 - right) * at(0, 0) + right * at(0, 1)
+    return (1 - down) * upper + down * ((1 - right) * at(1, 0) + right * at(1, 1))
+
+
+def clamped(x: Inputs) -> Inputs:
+    """The image cut to [0, 1]."""
+    return x.clamp(0, 1)
