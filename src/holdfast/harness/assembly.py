@@ -142,7 +142,7 @@ def conclude(
         cost=total + context.doubts_cost,
         doubts_cost=context.doubts_cost,
         broken_elsewhere=context.broken_elsewhere,
-        gallery=_gallery(plan, gathered(plan.steps, by_stage)),
+        gallery=_gallery(plan, by_stage),
     )
 
 

@@ -23,7 +23,7 @@ def directions(rng: Draws, ids: Ids, k: int, shape: torch.Size, share: float, dt
     Of images the lowest `share` of the frequencies along height and width has half the energy, and plain noise the
     other half.
     """
-    noise = _signs(rng.at("noise"), ids, k, *shape, dtype=dtype) / math.sqrt(shape.numel())
+    noise = signs(rng.at("noise"), ids, k, *shape, dtype=dtype) / math.sqrt(shape.numel())
     if len(shape) != 3 or share >= 1:
         return noise
     return (noise + waves(rng.at("waves"), ids, k, shape, share, dtype)) / math.sqrt(2)
@@ -35,10 +35,10 @@ def waves(rng: Draws, ids: Ids, k: int, shape: torch.Size, share: float, dtype: 
     The waves are those of the orthonormal DCT-II, each with a random sign. What is no image has signs alone.
     """
     if len(shape) != 3:
-        return _signs(rng, ids, k, *shape, dtype=dtype) / math.sqrt(shape.numel())
+        return signs(rng, ids, k, *shape, dtype=dtype) / math.sqrt(shape.numel())
     rows, columns = (_waves(size, share, ids.device, dtype) for size in shape[1:])
-    signs = _signs(rng, ids, k, shape[0], len(rows), len(columns), dtype=dtype)
-    return rows.T @ (signs @ columns) / math.sqrt(signs[0, 0].numel())
+    drawn = signs(rng, ids, k, shape[0], len(rows), len(columns), dtype=dtype)
+    return rows.T @ (drawn @ columns) / math.sqrt(drawn[0, 0].numel())
 
 
 def across(some: Batch, x: Inputs, bounds: Bounds, rng: Draws, *, share: float) -> tuple[Inputs, Inputs]:
@@ -49,7 +49,7 @@ def across(some: Batch, x: Inputs, bounds: Bounds, rng: Draws, *, share: float) 
     return ray, L2().steepest(beside, x, bounds)
 
 
-def _signs(rng: Draws, ids: Ids, *shape: int, dtype: torch.dtype) -> Tensor:
+def signs(rng: Draws, ids: Ids, *shape: int, dtype: torch.dtype) -> Tensor:
     """-1 or +1 with equal chance (n, *shape), from every bit of a word: many times as quick as `Draws.signs`."""
     size = math.prod(shape)
     octets = rng.bits(ids, -(-size // 64)).view(torch.uint8)

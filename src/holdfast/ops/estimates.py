@@ -19,6 +19,7 @@ from holdfast.core.types import Ids, Inputs, PerExample, Rows
 from holdfast.ops.ascent import cosine
 from holdfast.ops.best import Best
 from holdfast.ops.closest import Closest, firmly_broken
+from holdfast.ops.directions import signs
 from holdfast.ops.losses import margin
 
 _ROWS = 512
@@ -49,9 +50,7 @@ def gaussian(rng: Draws, ids: Ids, like: Inputs) -> Inputs:
 
 def rademacher(rng: Draws, ids: Ids, like: Inputs) -> Inputs:
     """Signs, 64 of each 64 random bits."""
-    n = like[0].numel()
-    words = rng.bits(ids, -(-n // 64), 1) >> torch.arange(64, device=ids.device)
-    return (words & 1).flatten(1)[:, :n].to(like.dtype).mul_(2).sub_(1).view_as(like)
+    return signs(rng, ids, *like.shape[1:], dtype=like.dtype)
 
 
 def slope(
