@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from holdfast.attacks import NES, SPSA, ZOO, Bandits, SimBA, SparseRS
-from holdfast.attacks.simba import _cosines
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L2, Linf, allowed
 from holdfast.core.draws import Draws
@@ -12,6 +11,7 @@ from holdfast.core.meter import Metered
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.best import Best
+from holdfast.ops.cosines import cosines
 from holdfast.ops.estimates import gaussian, rademacher, slope
 from holdfast.ops.sampling import distinct
 from holdfast.testing.fakes import Constant, examples, labelled, network
@@ -63,7 +63,7 @@ def test_a_point_that_is_asked_on_the_way_counts_inside_the_ball_alone():
 
 
 def test_cosines_are_orthonormal_and_begin_with_the_mean():
-    waves = _cosines(9, torch.zeros((), dtype=torch.float64))
+    waves = cosines(9, torch.zeros((), dtype=torch.float64))
     torch.testing.assert_close(waves @ waves.T, torch.eye(9).double())
     assert (waves[0] == waves[0, 0]).all()
 

@@ -5,7 +5,6 @@ Differs from the paper: lowers the margin and not the label's probability; each 
 one that leaves the point where it is costs no query; cosines are taken from low to high in eighths of the frequencies.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -20,6 +19,7 @@ from holdfast.core.rows import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Mask, Positive, Steps
 from holdfast.ops.best import Best
+from holdfast.ops.cosines import cosines
 from holdfast.ops.losses import margin
 from holdfast.ops.norms import expect_norm
 from holdfast.ops.squares import as_image
@@ -75,7 +75,7 @@ class _Walk:
         self.x, self._clean, self._norm, self._bounds = batch.x, batch.x, norm, bounds
         self._image = channels, height, width = as_image(batch.x.shape[1:])
         waves = attack.basis == "cosines"
-        basis = _cosines if waves else _values
+        basis = cosines if waves else _values
         rows, columns = (basis(side, batch.x) for side in (height, width))
         if isinstance(norm, Linf):
             rows, columns = (side / side.abs().amax(1, keepdim=True) for side in (rows, columns))
@@ -135,11 +135,3 @@ class _Walk:
 
 def _values(side: int, like: Tensor) -> Tensor:
     return torch.eye(side, dtype=like.dtype, device=like.device)
-
-
-def _cosines(side: int, like: Tensor) -> Tensor:
-    """Rows of the orthonormal discrete cosine transform, the slowest wave first."""
-    k = torch.arange(side, dtype=torch.float64)
-    waves = torch.cos(math.pi / side * k[:, None] * (k + 0.5)) * math.sqrt(2 / side)
-    waves[0] /= math.sqrt(2)
-    return waves.to(like.device, like.dtype)

@@ -5,8 +5,6 @@ library: the cosine transforms are exact where it rounds in fixed point, so that
 other way: less than one level of 256 on average over an image, up to 20 in a few values.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +13,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.types import Ids, Inputs
 from holdfast.ops.corruptions.constants import Constants
 from holdfast.ops.corruptions.filters import folded
+from holdfast.ops.cosines import cosines
 
 _LIGHT = (
     (16, 11, 10, 16, 24, 40, 51, 61),
@@ -76,21 +75,13 @@ def _coded(levels: Inputs, table: tuple[tuple[int, ...], ...], quality: float) -
     wide = _filled(levels, 8)
     n, channels, tall, broad = wide.shape
     blocks = (wide - 128).view(n, channels, tall // 8, 8, broad // 8, 8).transpose(3, 4)
-    cosines, steps = _cosines(levels), _steps(table, quality, levels)
-    share = cosines @ blocks @ cosines.T / steps
+    waves, steps = cosines(8, levels), _steps(table, quality, levels)
+    share = waves @ blocks @ waves.T / steps
     kept = (share.abs() + 0.5 + _ROUNDING).floor() * share.sign() * steps
-    back = (cosines.T @ kept @ cosines).transpose(3, 4).reshape(n, channels, tall, broad)
+    back = (waves.T @ kept @ waves).transpose(3, 4).reshape(n, channels, tall, broad)
     return (back + 128).round().clamp(0, 255)[:, :, :height, :width]
 
 
 def _steps(table: tuple[tuple[int, ...], ...], quality: float, like: Tensor) -> Tensor:
     percent = int(5000 / quality) if quality < 50 else int(200 - 2 * quality)
     return ((like.new_tensor(table) * percent + 50) / 100).floor().clamp(1, 255)
-
-
-def _cosines(like: Tensor) -> Tensor:
-    """The orthonormal cosine transform of eight values."""
-    k = torch.arange(8, dtype=torch.float64)
-    matrix = torch.cos(math.pi / 8 * k[:, None] * (k + 0.5)) / 2
-    matrix[0] /= math.sqrt(2)
-    return matrix.to(like)
