@@ -1,8 +1,9 @@
 """Measure side by side and write dated records: `make bench`, or
 
-    python -m benchmarks [--only ROW]... [--peers FOLDER] [--list]
+    python -m benchmarks [--only ROW]... [--peers FOLDER] [--afresh] [--list]
 
-A row whose peer or network is absent is skipped, and the reason is printed.
+A row whose peer or network is absent is skipped, and the reason is printed. The parts of a long row are kept in
+`benchmarks/cache/parts` as they are done, so that it goes on where it was stopped.
 """
 
 import argparse
@@ -17,7 +18,7 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import torch
 
-from benchmarks import peers, record
+from benchmarks import parts, peers, record
 from benchmarks.absent import Absent
 
 ROWS = {
@@ -51,6 +52,7 @@ def main() -> int:
     )
     parser.add_argument("--only", action="append", metavar="ROW", choices=ROWS, help="a row; may be repeated")
     parser.add_argument("--peers", type=Path, help="folder of checkouts; see benchmarks/peers.py")
+    parser.add_argument("--afresh", action="store_true", help="measure parts that are kept again")
     parser.add_argument("--list", action="store_true", help="print the rows and what each shows")
     chosen = parser.parse_args()
     if chosen.list:
@@ -66,6 +68,8 @@ def main() -> int:
         return 2
     for name in chosen.only or ROWS:
         row = _module(name)
+        if chosen.afresh:
+            parts.forget(name)
         try:
             outcome: record.Outcome = row.measured()
         except Absent as why:

@@ -110,16 +110,18 @@ def test_a_named_suite_brings_what_a_list_does_not():
 
 
 def test_only_and_skip_choose_from_the_suite():
-    only = holdfast.assess(network(), (X, Y), "linf:0.1", "quick", only=["apgd-t"], doubts=False)
-    assert [record.name for record in only.attacks] == ["APGD-T"]
-    assert only.evidence.suite == "quick@1 without PGD"
+    only = holdfast.assess(network(), (X, Y), "linf:0.1", "fast", only=["sprint", "apgd-t"], doubts=False)
+    assert [record.name for record in only.attacks] == ["Sprint", "APGD-T"]
+    assert only.evidence.suite == "fast@1 without Relay, Square"
     assert "nothing was doubted: the doubts were switched off" in only.evidence.notes
-    skip = holdfast.assess(network(), (X, Y), "linf:0.1", "quick", skip=["apgd-t"], doubts=False)
-    assert [record.name for record in skip.attacks] == ["PGD"]
+    skip = holdfast.assess(
+        network(), (X, Y), "linf:0.1", "fast", skip=["relay", "square", "apgd-t"], doubts=False
+    )
+    assert [record.name for record in skip.attacks] == ["Sprint"]
     with pytest.raises(UsageError, match="this suite has no attack 'apgd-q'; did you mean 'apgd-t'"):
-        holdfast.assess(network(), (X, Y), "linf:0.1", "quick", only=["apgd-q"])
-    with pytest.raises(UsageError, match="no attack is left; this suite has pgd, apgd-t"):
-        holdfast.assess(network(), (X, Y), "linf:0.1", "quick", skip=["pgd", "apgd-t"])
+        holdfast.assess(network(), (X, Y), "linf:0.1", "fast", only=["apgd-q"])
+    with pytest.raises(UsageError, match="no attack is left; this suite has sprint"):
+        holdfast.assess(network(), (X, Y), "linf:0.1", "quick", skip=["sprint"])
 
 
 def test_without_an_eps_only_the_smallest_change_can_be_asked_for():

@@ -25,7 +25,7 @@ SETTINGS = (
 
 
 def measured() -> Outcome:
-    return compared(SETTINGS, _opened)
+    return compared("fast-choice", SETTINGS, _opened)
 
 
 def _opened(setting: Setting) -> tuple[nn.Module, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Named lists of attacks, versioned: the same name and version are the same attacks with the same settings.
 
 `fast` is our own, for every day: what breaks most for its cost comes first, and the later attacks begin with the
-examples nearest to falling and stop when a wave of them all hold (docs/decisions/0007).
+examples nearest to falling and stop when a wave of them all hold (docs/decisions/0007). `quick` is how it begins.
 
 `standard` is the composition of AutoAttack standard (Croce & Hein, "Reliable evaluation of adversarial robustness with
 an ensemble of diverse parameter-free attacks", ICML 2020, arXiv:2003.01690; for L1 "Mind the box", ICML 2021,
@@ -86,11 +86,14 @@ def curve(constraint: Constraint) -> Named:
     return (("ALMA", ALMA(steps=100)),) if isinstance(constraint, L2) else (("PDPGD", PDPGD(steps=100)),)
 
 
+SPRINT = Relay(searches=0, rounds=0)
+"""A few short runs of gradients, from random starts and towards the nearest classes: how `fast` begins, and `quick`."""
+
+
 def _quick(constraint: Constraint) -> Named:
-    if not isinstance(constraint, (Linf, L2)):
+    if isinstance(constraint, L0):
         return (("PGD", PGD(steps=50, restarts=2)),)
-    sprint = PGD(steps=20, reach=10, restarts=3)
-    return (("PGD", sprint), ("APGD-T", APGD(loss=dlr, steps=20, targets=3)))
+    return (("Sprint", SPRINT),)
 
 
 def _fast(constraint: Constraint) -> Named:
@@ -98,7 +101,7 @@ def _fast(constraint: Constraint) -> Named:
         return (("PGD", PGD(steps=100, restarts=2)), ("SparseRS", SparseRS(queries=5000)))
     relay = Relay() if isinstance(constraint, Linf) else Relay(searches=5, rounds=0, queries=100)
     return (
-        ("Sprint", Relay(searches=0, rounds=0)),
+        ("Sprint", SPRINT),
         ("Relay", relay),
         ("Square", Square(queries=1000)),
         ("APGD-T", APGD(loss=dlr, steps=100, targets=3)),

@@ -22,6 +22,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 QUICK = ["-n", "40", "--threat", "linf:0.2", "--suite", "quick", "--no-doubts"]
+FAST = ["-n", "40", "--threat", "linf:0.2", "--suite", "fast", "--no-doubts"]
 
 
 def test_a_gate_that_fails_ends_with_1_and_writes_every_report(capsys):
@@ -32,7 +33,7 @@ def test_a_gate_that_fails_ends_with_1_and_writes_every_report(capsys):
     assert code == 1
     assert "fail" in said.err
     assert "holdfast-runs/" in said.err
-    assert "APGD-T" in said.out
+    assert "Sprint" in said.out
     assert all(Path(name).stat().st_size > 100 for name in outputs)
     content = json.loads(Path("r.json").read_text())
     assert content["exit_code"] == 1
@@ -168,16 +169,16 @@ def test_time_that_ran_out_is_told_by_attack_with_its_meaning(capsys):
     assert run(words) == 0
     said = capsys.readouterr()
     meaning = "a longer run may break more, so robust accuracy is an upper bound"
-    assert f"note: time ran out: PGD and APGD-T finished none; {meaning}" in said.err
-    assert [line.split()[1:3] for line in said.out.splitlines() if "PGD" in line] == [["not", "run"]] * 2
-    assert Path("r.html").read_text().count("not run</td>") == 2
+    assert f"note: time ran out: Sprint finished none; {meaning}" in said.err
+    assert [line.split()[1:3] for line in said.out.splitlines() if " Sprint " in line] == [["not", "run"]]
+    assert Path("r.html").read_text().count("not run</td>") == 1
 
 
 def test_time_that_ran_out_is_told_once_where_a_doubt_tells_it(capsys):
     asked = [word for word in QUICK if word != "--no-doubts"]
     assert run(["assess", "mnist-cnn", "mnist-mini", *asked, "--time-budget", "0.001s"]) == 0
     said = capsys.readouterr().err
-    assert said.count("time ran out: PGD and APGD-T finished none") == 1
+    assert said.count("time ran out: Sprint finished none") == 1
     assert "doubt not-exhausted open: time ran out" in said
 
 
@@ -262,11 +263,11 @@ def test_the_configuration_is_the_flags(capsys):
 
 
 def test_only_and_skip_choose_by_name(capsys):
-    assert run(["assess", "mnist-cnn", "mnist-mini", *QUICK, "--skip", "apgd-t", "-o", "-"]) == 0
-    assert [attack["name"] for attack in json.loads(capsys.readouterr().out)["attacks"]] == ["PGD"]
-    assert run(["assess", "mnist-cnn", "mnist-mini", *QUICK, "--only", "Apgd-T", "-o", "-"]) == 0
+    assert run(["assess", "mnist-cnn", "mnist-mini", *FAST, "--skip", "square,apgd-t,relay", "-o", "-"]) == 0
+    assert [attack["name"] for attack in json.loads(capsys.readouterr().out)["attacks"]] == ["Sprint"]
+    assert run(["assess", "mnist-cnn", "mnist-mini", *FAST, "--only", "Apgd-T", "-o", "-"]) == 0
     assert [attack["name"] for attack in json.loads(capsys.readouterr().out)["attacks"]] == ["APGD-T"]
-    assert run(["assess", "mnist-cnn", "mnist-mini", *QUICK, "--only", "apgdt"]) == 2
+    assert run(["assess", "mnist-cnn", "mnist-mini", *FAST, "--only", "apgdt"]) == 2
     assert "apgd-t" in capsys.readouterr().err
 
 

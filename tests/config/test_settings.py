@@ -29,7 +29,7 @@ REFUSED = [
     ("n: abc", "n is 'abc'; expected a whole number$"),
     ("only: [apgd-q]", "this suite has no attack 'apgd-q'; did you mean 'apgd-t'"),
     ("attacks: [{use: PGD}]\nskip: [fmn]", "this suite has no attack 'fmn'; there are pgd"),
-    ("suite: quick\nskip: [pgd, APGD-T]", "no attack is left; this suite has pgd, apgd-t"),
+    ("suite: rand\nskip: [apgd-ce, APGD-DLR]", "no attack is left; this suite has apgd-ce, apgd-dlr"),
     ("n: 1.5", "n is 1.5; expected a whole number$"),
     ("n: 2.0", "n is 2.0; expected a whole number$"),
     ("n: true", "n is True; expected a whole number$"),
@@ -144,7 +144,7 @@ def test_attacks_may_be_named_with_commas():
     settings = read(None, {"suite": "standard", "skip": ["apgd-ce, apgd-t", "fab-t"]})
     assert settings.skip == ["apgd-ce", "apgd-t", "fab-t"]
     with pytest.raises(UsageError, match="no attack is left"):
-        read(None, {"suite": "quick", "skip": ["pgd,apgd-t"]})
+        read(None, {"suite": "rand", "skip": ["apgd-ce,apgd-dlr"]})
 
 
 def test_functions_are_named():
@@ -194,7 +194,7 @@ def test_a_suite_shows_the_attacks_of_labels_alone_only_to_threats_that_see_no_m
     seeing = {access: parse_threat(f"l2:1,access={access}") for access in ("labels", "scores")}
     assert members("black-box", seeing["labels"]) == ("HopSkipJump", "SurFree")
     assert members("black-box", seeing["scores"]) == ("Square",)
-    assert members("quick", seeing["labels"]) == ("PGD", "APGD-T")
+    assert members("quick", seeing["labels"]) == ("Sprint",)
     assert members("black-box", parse_threat("l1:1,access=labels")) == ()
 
 

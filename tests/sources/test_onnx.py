@@ -530,7 +530,8 @@ def test_an_unknown_operator_is_named_and_served_without_gradients(tmp_path: Pat
     assert "Atan, Sinh cannot be imported" in opened.notes[0]
     data = (np.random.default_rng(0).random((4, 5), np.float32), np.zeros(4, np.int64))
     with pytest.raises(
-        UsageError, match="PGD needs gradients, but only scores can be seen here, for the operators Atan, Si"
+        UsageError,
+        match="Sprint needs gradients, but only scores can be seen here, for the operators Atan, Si",
     ):
         holdfast.assess(str(tmp_path / "m.onnx"), data, "linf:0.1", "quick")
     gradients = next(f for f in holdfast.doctor(str(tmp_path / "m.onnx"), data) if f.check == "gradients")

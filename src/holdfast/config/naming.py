@@ -58,12 +58,11 @@ VARIANTS: Final = {
 }
 """Names that suites and their tables give to an attack with settings of its own, and that attack."""
 
-_QUICK = ("PGD", "APGD-T")
 _BLACK_BOX = ("Square",)
 _FAST = ("Sprint", "Relay", "Square", "APGD-T")
 _STANDARD = ("APGD-CE", "APGD-T", "FAB-T", "Square")
 MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
-    "quick": {"linf": _QUICK, "l2": _QUICK, "l1": ("PGD",), "l0": ("PGD",)},
+    "quick": {"linf": ("Sprint",), "l2": ("Sprint",), "l1": ("Sprint",), "l0": ("PGD",)},
     "fast": {"linf": _FAST, "l2": _FAST, "l1": _FAST, "l0": ("PGD", "SparseRS"), "corruptions": CORRUPTIONS},
     "standard": {
         "linf": _STANDARD,
