@@ -6,6 +6,7 @@ normalise it once; below them every parameter has one type.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def assess(
     save_adversarial: bool = False,
     time_budget: str | None = None,
     batch_size: int | None = None,
+    workers: int | None = None,
     device: str = "auto",
     run: str | Path | None = None,
     resume: bool = False,
@@ -101,10 +103,12 @@ def assess(
     With `run` everything is kept in that folder, and `resume` goes on with it. A network in hand stays on its device.
     """
     settings = _settings("assess()", locals())
-    subject, place = _subject(model, settings), None if run is None else Path(run)
+    opening, place = partial(_brought, model, data, settings), None if run is None else Path(run)
+    subject, given = opening()
     order = _order(suite, baseline, settings, _device(model, subject, settings))
-    given = _data(data, settings, subject.model)
-    return assessing.assess(subject, given, order, run=place, resume=resume, progress=progress)
+    return assessing.assess(
+        subject, given, order, run=place, resume=resume, progress=progress, opening=opening
+    )
 
 
 def carry_out(
@@ -118,9 +122,9 @@ def carry_out(
     """`assess` as the command line and a configuration file ask for it; `command` is how to repeat it."""
     baseline = _evidence(settings.baseline)
     order = ordering.order(settings, baseline=baseline, command=command)
-    subject = ordering.opened_subject(settings)
-    data = ordering.opened_data(settings, subject.model)
-    return assessing.assess(subject, data, order, run=run, resume=resume, progress=progress)
+    opening = partial(ordering.opened, settings)
+    subject, data = opening()
+    return assessing.assess(subject, data, order, run=run, resume=resume, progress=progress, opening=opening)
 
 
 def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -> Result:
@@ -136,9 +140,8 @@ def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -
 
 def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
     """The run on its first `n` examples, kept nowhere, and how many examples it would have in all."""
-    order = replace(ordering.order(settings, baseline=_evidence(settings.baseline)), gates=())
-    subject = ordering.opened_subject(settings)
-    data = ordering.opened_data(settings, subject.model)
+    order = replace(ordering.order(settings, baseline=_evidence(settings.baseline)), gates=(), workers=None)
+    subject, data = ordering.opened(settings)
     few = selected(data, n=min(n, len(data)), sample=None, seed=settings.seed)
     return assessing.assess(subject, few, order), len(data)
 
@@ -230,6 +233,11 @@ def _attacks(suite: object) -> tuple[Attack, ...]:
         if not isinstance(attack, Attack):
             raise UsageError(f"suite holds {attack!r}; {expected}")
     return tuple(checked(attack) for attack in attacks)
+
+
+def _brought(model: ModelLike, data: DataLike, settings: AssessSettings) -> tuple[Subject, Data]:
+    subject = _subject(model, settings)
+    return subject, _data(data, settings, subject.model)
 
 
 def _subject(model: ModelLike, settings: AssessSettings) -> Subject:

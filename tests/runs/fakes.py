@@ -44,7 +44,11 @@ def plan(*members, **changes):
 
 
 def order(*members, gates=("robust_accuracy >= 0.1",), batch_size=None, shard_size=15, **changes):
-    fields = {name: changes.pop(name) for name in ("time_budget_s", "accepted", "command") if name in changes}
+    fields = {
+        name: changes.pop(name)
+        for name in ("time_budget_s", "accepted", "command", "workers")
+        if name in changes
+    }
     claims = tuple(map(parse, gates))
     return Order(plan(*members, **changes), claims, batch_size=batch_size, shard_size=shard_size, **fields)
 

@@ -56,6 +56,9 @@ ATTACKING = (
     ),
     click.option("--seed", type=int, metavar="N", help="Seed of every random draw (default: 0)."),
     click.option("--batch-size", type=int, metavar="N", help="Examples that go through the model at once."),
+    click.option(
+        "--workers", type=int, metavar="N", help="Processes that share the work, each on one thread."
+    ),
     click.option("--time-budget", metavar="T", help="Stop attacking after this long, as in 10min."),
     click.option(
         "--save-adversarial",

@@ -130,6 +130,12 @@ def opened_data(settings: AssessSettings, model: Classifier, *, lenient: bool = 
     )
 
 
+def opened(settings: AssessSettings) -> tuple[Subject, Data]:
+    """The model and the examples at the addresses that the settings name."""
+    subject = opened_subject(settings)
+    return subject, opened_data(settings, subject.model)
+
+
 def order(
     settings: AssessSettings,
     *,
@@ -151,6 +157,7 @@ def order(
         settings.accept_doubts,
         settings.batch_size,
         time_budget_s=None if settings.time_budget is None else seconds(settings.time_budget, "time_budget"),
+        workers=settings.workers,
         device=device_of(settings.device) if device is None else device,
         command=command,
     )

@@ -178,6 +178,9 @@ class AssessSettings(BaseModel):
         None, description="stop attacking after this long, as in 10min"
     )
     batch_size: Positive | None = Field(None, description="examples that go through the model at once")
+    workers: Positive | None = Field(
+        None, description="processes that share the work out among them, each on one thread"
+    )
     seed: Whole = Field(0, description="seed of every random draw")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
     trust_code: bool = Field(False, description="let model files run code that they bring along")

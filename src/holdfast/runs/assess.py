@@ -2,11 +2,13 @@
 
 import math
 import shlex
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,14 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetLost
 from holdfast.core.evidence import Columns, Evidence
-from holdfast.core.model import Classifier
 from holdfast.gates.judging import Doubts, Judgement, judge
-from holdfast.harness import LOOKED_AT, Plan, Target, prepared, refuse_what_is_hidden
+from holdfast.harness import Plan, Target, refuse_what_is_hidden
 from holdfast.reports.numbers import strict
 from holdfast.runs import probes
 from holdfast.runs.assembling import DOUBTS, adversarial, evidence_of
-from holdfast.runs.course import Course, Watch, shards_of
+from holdfast.runs.course import Alone, Course, Watch, shards_of
 from holdfast.runs.entry import (
     batch_size_for,
-    enough_threads,
     refuse_batch,
     refuse_data,
     refuse_threat,
@@ -34,9 +34,12 @@ from holdfast.runs.entry import (
 from holdfast.runs.foresight import refuse_gates
 from holdfast.runs.identity import code_digest, hardware, versions
 from holdfast.runs.keeping import InFolder, InMemory, Keeper
-from holdfast.runs.order import Order, Progress, Subject, silent
+from holdfast.runs.order import Opening, Order, Progress, Subject, silent
+from holdfast.runs.preparing import model_digest, readied
 from holdfast.runs.result import Result, about_of
 from holdfast.runs.signals import Stopper, stoppable
+from holdfast.runs.team import Team, gathered
+from holdfast.runs.worker import Job
 from holdfast.runs.written import (
     VERDICT,
     doubt_to_json,
@@ -57,31 +60,38 @@ def assess(
     run: Path | None = None,
     resume: bool = False,
     progress: Progress = silent,
+    opening: Opening | None = None,
 ) -> Result:
     """Measure how robust a model is, and judge it.
 
     With `run` everything is kept in that folder, and a run that was killed there goes on by `resume`; a finished one is
-    told again. Raises `UsageError`, `TargetError`, or `Interrupted` with the way to go on.
+    told again. Workers open model and data by `opening`; without it they are handed the two given here. Raises
+    `UsageError`, `TargetError`, or `Interrupted` with the way to go on.
     """
     refuse_data(data)
     device = torch.device(order.device)
-    sample = data.read(0, min(LOOKED_AT, len(data))).to(device)
-    with (
-        _placed(subject.model, device),
-        prepared(subject.model, sample) as target,
-        enough_threads(target.bare, sample.x),
-    ):
+    with readied(subject, data, device) as (target, sample):
         _refuse(target, sample, order, data)
         plan = refuse_what_is_hidden(order.plan, subject.model.access, subject.model.hides)
         refuse_gates(order.gates, plan, target, sample)
-        made = _Making(subject, data, order, plan, target, device, tuple(sample.x.shape[1:]), progress)
+        shape, opening = tuple(sample.x.shape[1:]), opening or partial(_as_given, subject, data)
+        made = _Making(subject, data, order, plan, target, device, shape, progress, opening)
+        if run is None and order.workers is None:
+            return made.result(made.manifest(None), Stopper())
         if run is None:
-            return made.result(InMemory(), Stopper(), made.manifest(None), None)
+            with tempfile.TemporaryDirectory(prefix="holdfast-") as place:
+                manifest = made.manifest(None)
+                with opened(Path(place), manifest, made.about(), resume=False) as folder:
+                    return made.result(manifest, Stopper(), folder, lasting=False)
         with stoppable(way_out(order.command, run)) as stopper:
             manifest = made.manifest(planned(run))
             again = way_out(order.command, run)
             with opened(run, manifest, made.about(), resume=resume) as folder, _resumable(again):
-                return made.result(InFolder(folder), stopper, folder.manifest, folder)
+                return made.result(folder.manifest, stopper, folder)
+
+
+def _as_given(subject: Subject, data: Data) -> tuple[Subject, Data]:
+    return subject, data
 
 
 def way_out(command: str, run: Path) -> str:
@@ -118,18 +128,6 @@ def _refuse(target: Target, sample: Batch, order: Order, data: Data) -> None:
     refuse_threat(order.plan.threat, target.bare.bounds, sample.x, target.classes)
 
 
-@contextmanager
-def _placed(model: Classifier, device: torch.device) -> Iterator[None]:
-    """The model on a device for a while."""
-    parameter = next(model.parameters(), None)
-    before = parameter.device if parameter is not None else device
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(before)
-
-
 @dataclass(frozen=True)
 class _Making:
     """What one process knows of the run before it begins."""
@@ -142,6 +140,7 @@ class _Making:
     device: torch.device
     shape: tuple[int, ...]
     progress: Progress
+    opening: Opening
 
     def manifest(self, known: Mapping[str, Any] | None) -> dict[str, Any]:
         """What `run.json` says. The batch size of a run that goes on is the one it began with."""
@@ -155,7 +154,7 @@ class _Making:
             "shard_size": order.shard_size,
             "time_budget_s": order.time_budget_s,
         }
-        randomised, n = self.target.randomised, len(self.data)
+        small = order.time_budget_s is not None or order.workers is not None
         size = order.batch_size or batch_size_for(math.prod(self.shape), order.device)
         if known is not None:
             size = known["plan"]["batch_size"]
@@ -163,12 +162,12 @@ class _Making:
             "verb": VERB,
             "digests": {
                 "config": digest(canonical(config)),
-                "model": digest(canonical([self.subject.digest, randomised])),
+                "model": model_digest(self.subject, self.target),
                 "data": self.data.digest,
                 "code": code_digest(),
             },
             "config": config,
-            "model": strict({**self.subject.card, "randomised": randomised}),
+            "model": strict({**self.subject.card, "randomised": self.target.randomised}),
             "data": self.data_card(),
             "notes": self.notes(),
             "versions": versions(),
@@ -176,7 +175,7 @@ class _Making:
             "seed": plan.seed,
             "plan": {
                 "shards": shards_of(
-                    n, min(order.shard_size, size) if order.time_budget_s else order.shard_size
+                    len(self.data), min(order.shard_size, size) if small else order.shard_size
                 ),
                 "batch_size": size,
                 "stages": [*(stage.name for stage in plan.stages()), DOUBTS],
@@ -203,14 +202,21 @@ class _Making:
         }
 
     def result(
-        self, keeper: Keeper, stopper: Stopper, manifest: Mapping[str, Any], folder: RunFolder | None
+        self,
+        manifest: Mapping[str, Any],
+        stopper: Stopper,
+        folder: RunFolder | None = None,
+        *,
+        lasting: bool = True,
     ) -> Result:
-        """Everything measured, judged, and, where there is a folder, recorded."""
-        evidence, found = self.measured(keeper, stopper, manifest)
+        """Everything measured, judged, and, where there is a folder, recorded; it may be one that does not last."""
+        keeper: Keeper = InMemory() if folder is None else InFolder(folder)
+        with self.team(manifest, folder) as team:
+            evidence, found = self.measured(keeper, stopper, manifest, team)
         gates, accepted = self.judged(evidence, keeper.document(VERDICT))
         with stopper.finishing():
             keeper.record(VERDICT, verdict_to_json(gates, accepted))
-        if folder is None:
+        if folder is None or not lasting:
             about, place = about_of(manifest, self.about(), None, None), None
         else:
             about, place = about_of(manifest, folder.about(), folder.path, folder.chain.head), folder.path
@@ -230,8 +236,21 @@ class _Making:
         doubts = Doubts(evidence.doubts, accepted)
         return tuple(judge(claim, evidence, doubts, baseline=order.baseline) for claim in claims), accepted
 
+    @contextmanager
+    def team(self, manifest: Mapping[str, Any], folder: RunFolder | None) -> Iterator[Team | None]:
+        """The workers that were ordered, who work in the folder; None if this process is to work alone."""
+        if folder is None or self.order.workers is None:
+            yield None
+            return
+        digests = {what: manifest["digests"][what] for what in ("model", "data")}
+        owner = folder.ledger.owner
+        assert owner is not None
+        job = Job(self.opening, digests, self.plan, self.order.device, folder.path, owner)
+        with gathered(folder, job, self.order.workers) as team:
+            yield team
+
     def measured(
-        self, keeper: Keeper, stopper: Stopper, manifest: Mapping[str, Any]
+        self, keeper: Keeper, stopper: Stopper, manifest: Mapping[str, Any], team: Team | None
     ) -> tuple[Evidence, Columns]:
         """The evidence and the successful inputs: what was kept of earlier attempts, and the rest measured now."""
         names = tuple(manifest["plan"]["stages"])
@@ -249,8 +268,10 @@ class _Making:
             self.progress,
             time.perf_counter() + budget - before,
             names,
+            team or Alone(),
         )
         by_stage, missed = course.run()
+        said = () if team is None else team.dismissed()
         asked = keeper.document(DOUBTS)
         if asked is None:
             keeper.begin(DOUBTS, 0)
@@ -260,7 +281,7 @@ class _Making:
             )
             asked = _written(
                 probes.ask(course, by_stage, missed, watch),
-                [*missed, *unasked, *self.subject.remarks()],
+                [*missed, *unasked, *said, *self.subject.remarks()],
                 keeper.splits(),
             )
             with stopper.finishing():

@@ -1,8 +1,9 @@
 """The stages of a run, shard by shard, and the time that each takes."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -51,6 +52,46 @@ class Watch:
             self._cpu, self._wall = cpu, wall
 
 
+class Hands(Protocol):
+    """Who measures the shards of a stage: this process, or others."""
+
+    def measure(
+        self,
+        course: "Course",
+        stage: Stage,
+        left: Sequence[int],
+        by_stage: Mapping[str, Columns],
+        said: Callable[[int], None],
+    ) -> Iterator[tuple[int, Columns]]:
+        """Each shard of `left` when it is finished, and no more where time runs out.
+
+        `said` is told how many examples of shards that are not finished are done.
+        """
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The process of the run itself, shard after shard."""
+
+    def measure(
+        self,
+        course: "Course",
+        stage: Stage,
+        left: Sequence[int],
+        by_stage: Mapping[str, Columns],
+        said: Callable[[int], None],
+    ) -> Iterator[tuple[int, Columns]]:
+        """Each shard in turn."""
+        chosen = course.due(stage, by_stage)
+        for shard in left:
+            if stage.kind != "clean" and time.perf_counter() >= course.deadline:
+                return
+            try:
+                yield shard, course.shard(stage, shard, chosen, by_stage, said)
+            except OutOfTime:
+                return
+
+
 class OutOfTime(Exception):
     """The deadline has passed in the middle of a shard, which is left as if it had not begun."""
 
@@ -92,6 +133,7 @@ class Course:
     """`time.perf_counter()` after which no attack asks the model again"""
     order: tuple[str, ...]
     """stages by name, and what follows them"""
+    hands: Hands = field(default_factory=Alone)
     _last: dict[tuple[int, int], Batch] = field(default_factory=dict)
 
     def run(self) -> tuple[dict[str, Columns], tuple[str, ...]]:
@@ -108,14 +150,16 @@ class Course:
         return by_stage, missed(cut, len(self.data), self.plan)
 
     def room(self, stage: str, shard: int) -> Room:
-        """The batch size that earlier work left, and what is known of this work from an earlier attempt."""
+        """The batch size that earlier stages left, and what is known of this work from an earlier attempt.
+
+        Other shards of the stage do not count: which of them were measured before depends on who measured them.
+        """
         size, known = self.batch_size, {}
-        place = (self.order.index(stage), shard)
+        place = self.order.index(stage)
         for split in self.keeper.splits():
-            where = (self.order.index(split["stage"]), split["shard"])
-            if where < place:
+            if self.order.index(split["stage"]) < place:
                 size = min(size, split["size"])
-            elif where == place:
+            elif (split["stage"], split["shard"]) == (stage, shard):
                 known[split["at"]] = split["size"]
 
         def halved(row: int, size: int) -> None:
@@ -137,21 +181,19 @@ class Course:
 
     def _measured(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Kept:
         done = self.keeper.shards(stage.name)
-        chosen = None if stage.kind == "clean" else due(stage, self.plan, by_stage)
+        chosen = self.due(stage, by_stage)
         for shard, (start, stop) in enumerate(self.shards):
-            self._tell(stage, done, by_stage)
-            if shard in done:
-                continue
-            if chosen is not None and not chosen[start:stop].any():
+            if chosen is not None and shard not in done and not chosen[start:stop].any():
                 done[shard] = unattacked(_rows(by_stage["clean"], start, stop))
-                continue
-            if stage.kind != "clean" and time.perf_counter() >= self.deadline:
-                break
-            try:
-                done[shard] = self._shard(stage, shard, chosen, done, by_stage)
-            except OutOfTime:
-                break
-        self._tell(stage, done, by_stage)
+        left = [shard for shard in range(len(self.shards)) if shard not in done]
+
+        def said(finished: int) -> None:
+            self._tell(stage, done, by_stage, finished)
+
+        said(0)
+        for shard, columns in self.hands.measure(self, stage, left, by_stage, said) if left else ():
+            done[shard] = columns
+            said(0)
         reached = next((k for k in range(len(self.shards)) if k not in done), None)
         whole = [done[shard] for shard in sorted(done) if reached is None or shard < reached]
         columns = join(whole) if whole else {"id": torch.empty(0, dtype=torch.int64)}
@@ -159,14 +201,19 @@ class Course:
             self.keeper.complete(stage.name, columns, reached)
         return Kept(columns, reached)
 
-    def _shard(
+    def due(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Mask | None:
+        """The examples that a stage is run on; None means all, none of which was asked before."""
+        return None if stage.kind == "clean" else due(stage, self.plan, by_stage)
+
+    def shard(
         self,
         stage: Stage,
         shard: int,
         chosen: Mask | None,
-        done: Mapping[int, Columns],
         by_stage: Mapping[str, Columns],
+        said: Callable[[int], None],
     ) -> Columns:
+        """Measure one shard, and keep it; `OutOfTime` where time ran out before it was finished."""
         self.keeper.begin(stage.name, shard)
         watch = Watch(lambda seconds, last: self.keeper.spend(stage.name, shard, seconds, done=last))
         batch, room, finished = self.read(*self.shards[shard]), self.room(stage.name, shard), 0
@@ -177,7 +224,7 @@ class Course:
             nonlocal finished
             finished += n
             watch.tick()
-            self._tell(stage, done, by_stage, finished)
+            said(finished)
 
         room.progress = progress
         timed = replace(self.target, quick=Timed(self.target.quick, self.deadline))

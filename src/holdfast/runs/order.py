@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from holdfast.core.batch import Data
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.gates.grammar import Claim
@@ -27,6 +28,10 @@ class Subject:
     """what is to be said of it when everything was measured"""
 
 
+Opening = Callable[[], tuple[Subject, Data]]
+"""Opens the model and the data, in another process if need be."""
+
+
 @dataclass(frozen=True)
 class Order:
     """What is measured and judged."""
@@ -42,6 +47,8 @@ class Order:
     shard_size: int = SHARD_SIZE
     time_budget_s: float | None = None
     """attacks stop after this long, over all attempts; shards are then batches, so that little of the last is lost"""
+    workers: int | None = None
+    """processes that share the shards out among them, each on one thread; shards are then batches"""
     device: str = "cpu"
     command: str = ""
     """how to repeat it"""

@@ -28,6 +28,7 @@ from holdfast.store.files import (
 )
 from holdfast.store.ledger import NAME as LEDGER
 from holdfast.store.ledger import Ledger
+from holdfast.store.processes import Owner
 from holdfast.store.records import Chain, document, read_chain, read_document
 
 SCHEMA_VERSION = 1
@@ -54,7 +55,10 @@ class RunFolder:
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], chain: Chain, ledger: Ledger) -> None:
         self.path, self.manifest, self.chain, self.ledger = path, manifest, chain, ledger
-        self._splits: list[Split] = read_splits(path)
+
+    def look_again(self) -> None:
+        """See what another process that works on the run has recorded since."""
+        self.chain = read_chain(self.path, mend=False)
 
     def stage(self, name: str) -> Stage | None:
         """A complete stage; None where it is not."""
@@ -82,15 +86,19 @@ class RunFolder:
         folder = self.path / stage
         with usable(folder):
             if not folder.is_dir():
-                folder.mkdir()
+                folder.mkdir(exist_ok=True)  # another worker may come first
                 flush_folder(self.path)
         column_files.write(_shard_path(folder, shard), columns, {"stage": stage, "shard": shard})
+
+    def shard(self, stage: str, shard: int) -> Columns:
+        """One finished shard of a stage that is not complete."""
+        return column_files.read(_shard_path(self.path / stage, shard)).columns
 
     def complete(self, stage: str, columns: Columns, reached: int | None = None) -> None:
         """Write the joined stage, record it, and only then drop its shards."""
         self.ledger.refuse_lost()
         path = self.path / f"{stage}{column_files.SUFFIX}"
-        splits = [split for split in self._splits if split["stage"] == stage]
+        splits = [split for split in self.splits() if split["stage"] == stage]
         rows = len(columns["id"])
         found = column_files.write(path, columns, {"stage": stage, "rows": rows})
         record = {"kind": "stage", "name": stage, "file": path.name, "digest": found, "rows": rows}
@@ -134,17 +142,15 @@ class RunFolder:
 
     def splits(self) -> tuple[Split, ...]:
         """Where memory ran out, in order."""
-        return tuple(self._splits)
+        return tuple(read_splits(self.path))
 
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
         """Record that memory ran out, before going on."""
-        self.ledger.refuse_lost()
         split = {"stage": stage, "shard": shard, "at": at, "size": size}
-        if split in self._splits:
-            return
-        with usable(self.path / SPLITS):
-            write_atomically(self.path / SPLITS, document([*self._splits, split]))
-        self._splits.append(split)
+        with self.ledger.alone(), usable(self.path / SPLITS):
+            known = self.splits()
+            if split not in known:
+                write_atomically(self.path / SPLITS, document(_in_order([*known, split])))
 
 
 @contextmanager
@@ -171,6 +177,17 @@ def opened(
         yield RunFolder(path, _settled(path, wanted, about), _started(path), ledger)
     finally:
         ledger.close(release=held)
+
+
+@contextmanager
+def joined(path: Path, owner: Owner) -> Iterator[RunFolder]:
+    """Work on a run under the lease that another process of this machine holds."""
+    ledger = Ledger(path)
+    try:
+        ledger.serve(owner)
+        yield RunFolder(path, read_manifest(path), read_chain(path, mend=False), ledger)
+    finally:
+        ledger.close(release=False)
 
 
 def planned(path: Path) -> dict[str, Any] | None:
@@ -296,6 +313,12 @@ def _shard_of(path: Path) -> int:
             f"{str(path)!r} is no shard of this run, whose names are like 00012{column_files.SUFFIX}; remove it"
         )
     return int(path.stem)
+
+
+def _in_order(splits: Sequence[Split]) -> list[Split]:
+    """By stage, shard and row, whoever came first."""
+    stages = list(dict.fromkeys(split["stage"] for split in splits))
+    return sorted(splits, key=lambda s: (stages.index(s["stage"]), s["shard"], s["at"], -s["size"]))
 
 
 def read_splits(path: Path) -> list[Split]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Literal
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store.processes import Owner
@@ -28,7 +29,28 @@ CREATE TABLE IF NOT EXISTS lease (
 CREATE TABLE IF NOT EXISTS shards (
     stage TEXT, shard INTEGER, attempts INTEGER DEFAULT 0, cpu_s REAL DEFAULT 0, wall_s REAL DEFAULT 0,
     done INTEGER DEFAULT 0, PRIMARY KEY (stage, shard));
+CREATE TABLE IF NOT EXISTS tasks (
+    stage TEXT, shard INTEGER, until REAL, state TEXT, worker INTEGER, rows INTEGER DEFAULT 0,
+    PRIMARY KEY (stage, shard));
 """
+
+
+TaskState = Literal["due", "taken", "done", "late"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A shard that workers share out among them; `late` is one that time did not allow."""
+
+    stage: str
+    shard: int
+    until: float
+    """seconds since the epoch after which nothing is asked of the model any more"""
+    state: TaskState
+    worker: int | None
+    """its process, once it is taken"""
+    rows: int
+    """examples of it that are finished"""
 
 
 @dataclass(frozen=True)
@@ -109,6 +131,16 @@ class Ledger:
         self._owner = me
         _HERE.add(self._path.resolve())
 
+    def serve(self, owner: Owner) -> None:
+        """Work under the lease that another process of this machine holds, for as long as it does."""
+        self._owner = owner
+        self.refuse_lost()
+
+    @property
+    def owner(self) -> Owner | None:
+        """The process under whose lease this one works."""
+        return self._owner
+
     @property
     def _me(self) -> tuple[str, int, str] | tuple[None, None, None]:
         return (None,) * 3 if self._owner is None else astuple(self._owner)
@@ -130,6 +162,13 @@ class Ledger:
                 f"{str(self._path.parent)!r} is held by {whose} and no longer by this process, which writes nothing "
                 f"more; go on with --resume when no other process works on it, or name another folder with --run DIR"
             )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process of the run writes to the index meanwhile."""
+        with self._transaction():
+            self.refuse_lost()
+            yield
 
     def begin(self, stage: str, shard: int) -> None:
         """Count an attempt at a shard."""
@@ -163,6 +202,58 @@ class Ledger:
                 "INSERT INTO shards (stage, shard, done) VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET done = 1",
                 [(stage, shard) for shard in shards],
             )
+
+    def post(self, stage: str, shards: Iterable[int], until: float) -> None:
+        """Offer shards to the workers, in place of what was offered before; their time is booked from now on."""
+        offered = [(stage, shard) for shard in shards]
+        with self._transaction():
+            self._database.execute("DELETE FROM tasks")
+            self._database.executemany(
+                "INSERT INTO tasks (stage, shard, until, state) VALUES (?, ?, ?, 'due')",
+                [(*each, until) for each in offered],
+            )
+            self._database.executemany("INSERT OR IGNORE INTO shards (stage, shard) VALUES (?, ?)", offered)
+
+    def claim(self, worker: int) -> Task | None:
+        """The first shard that nobody has, now this worker's; None if there is none."""
+        with self._transaction():
+            self.refuse_lost()
+            row = self._database.execute(
+                "UPDATE tasks SET state = 'taken', worker = ?, rows = 0 WHERE (stage, shard) IN "
+                "(SELECT stage, shard FROM tasks WHERE state = 'due' ORDER BY shard LIMIT 1) "
+                "RETURNING stage, shard, until, state, worker, rows",
+                (worker,),
+            ).fetchone()
+        return None if row is None else Task(*row)
+
+    def tell(self, task: Task, *, rows: int = 0, state: TaskState = "taken") -> None:
+        """How far a worker has come with what it took."""
+        with self._transaction():
+            self._database.execute(
+                "UPDATE tasks SET rows = rows + ?, state = ? WHERE stage = ? AND shard = ? AND worker = ?",
+                (rows, state, task.stage, task.shard, task.worker),
+            )
+
+    def tasks(self) -> tuple[Task, ...]:
+        """What was offered, and how far each has come."""
+        with self._reported():
+            rows = self._database.execute(
+                "SELECT stage, shard, until, state, worker, rows FROM tasks"
+            ).fetchall()
+        return tuple(Task(*row) for row in rows)
+
+    def give_up(self, worker: int) -> None:
+        """Offer what a dead worker had taken again."""
+        with self._transaction():
+            self._database.execute(
+                "UPDATE tasks SET state = 'due', worker = NULL WHERE worker = ? AND state = 'taken'",
+                (worker,),
+            )
+
+    def withdraw(self) -> None:
+        """Offer nothing more; what is taken is let finish."""
+        with self._transaction():
+            self._database.execute("UPDATE tasks SET state = 'late' WHERE state = 'due'")
 
     def spent(self, stage: str) -> Spent:
         """Time and attempts of one stage."""

@@ -1,0 +1,165 @@
+"""Processes that measure the shards of a run: started when there is work for them, replaced when they die.
+
+The process that holds the run decides what each stage is run on, posts its shards in the index of the run, and waits;
+`worker.py` is what the others do. A shard that was taken by one that died is offered again.
+"""
+
+import json
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from holdfast.core.errors import HoldfastError, TargetError, TargetLost, UsageError
+from holdfast.core.evidence import Columns
+from holdfast.harness import Stage
+from holdfast.runs.course import Course, Watch
+from holdfast.runs.worker import Job, unshared
+from holdfast.store.folder import RunFolder
+
+_DEATHS = 3
+"""A shard, or a start, that ends so many workers is not tried again."""
+_LOOKS_AGAIN_S = 0.05
+_PATIENCE_S = 10.0
+"""How long a worker may take to end when there is nothing more to do."""
+_ERRORS: Mapping[str, type[HoldfastError]] = {
+    error.__name__: error for error in (HoldfastError, TargetError, TargetLost, UsageError)
+}
+
+Process = subprocess.Popen[str]
+
+
+@dataclass
+class Team:
+    """At most `size` workers on one run folder."""
+
+    folder: RunFolder
+    job: Path
+    size: int
+    _crew: list[Process] = field(default_factory=list)
+    _worked: set[int] = field(default_factory=set)
+    _deaths: Counter[tuple[str, int]] = field(default_factory=Counter)
+
+    def measure(
+        self,
+        course: Course,
+        stage: Stage,
+        left: Sequence[int],
+        by_stage: Mapping[str, Columns],
+        said: Callable[[int], None],
+    ) -> Iterator[tuple[int, Columns]]:
+        """Each shard when a worker has finished it."""
+        ledger, waiting = self.folder.ledger, set(left)
+        ledger.post(stage.name, left, time.time() + course.deadline - time.perf_counter())
+        watch = Watch(lambda seconds, _: ledger.spend(stage.name, left[0], 0.0, seconds.wall, done=False))
+        while waiting:
+            self._look_after(min(self.size, len(waiting)))
+            if stage.kind != "clean" and time.perf_counter() >= course.deadline:
+                ledger.withdraw()
+            tasks = ledger.tasks()
+            for task in tasks:
+                if task.worker is not None:
+                    self._worked.add(task.worker)
+                if task.state == "done" and task.shard in waiting:
+                    waiting.remove(task.shard)
+                    yield task.shard, self.folder.shard(stage.name, task.shard)
+            said(sum(task.rows for task in tasks if task.state == "taken"))
+            watch.tick()
+            if all(task.state in ("done", "late") for task in tasks):
+                break
+            time.sleep(_LOOKS_AGAIN_S)
+        watch.tick(done=True)
+
+    def _look_after(self, wanted: int) -> None:
+        """Replace those that died, and start those that are missing."""
+        for process in [each for each in self._crew if each.poll() is not None]:
+            self._crew.remove(process)
+            self._bury(process)
+        while len(self._crew) < wanted:
+            command = [sys.executable, "-m", "holdfast.runs.worker", str(self.job)]
+            # a session of its own: Ctrl-C is for the process that holds the run, which ends the others
+            self._crew.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,
+                )
+            )
+
+    def _bury(self, process: Process) -> None:
+        """Raise what a worker ended with, or count its death and offer what it had taken again."""
+        said = _last_word(process)
+        if "error" in said:
+            raise _ERRORS.get(said["error"], HoldfastError)(said["message"])
+        taken = [
+            task for task in self.folder.ledger.tasks() if (task.worker, task.state) == (process.pid, "taken")
+        ]
+        for stage, shard in [(task.stage, task.shard) for task in taken] or [("", -1)]:
+            self._deaths[stage, shard] += 1
+            if self._deaths[stage, shard] >= _DEATHS:
+                where = f"on shard {shard} of {stage}" if taken else "before it had begun"
+                raise TargetError(
+                    f"a worker died {_DEATHS} times {where}, the last time with status {process.returncode}; if memory "
+                    f"ran out, take fewer --workers or a smaller --batch-size"
+                )
+        self.folder.ledger.give_up(process.pid)
+
+    def dismissed(self) -> tuple[str, ...]:
+        """What the workers have to say of the model, after which they end by themselves."""
+        asked = [process for process in self._crew if process.pid in self._worked]
+        for process in asked:
+            assert process.stdin is not None
+            process.stdin.close()
+        said: list[str] = []
+        for process in asked:
+            with suppress(subprocess.TimeoutExpired):  # it is ended with the others
+                process.wait(_PATIENCE_S)
+                said += _last_word(process).get("remarks", ())
+        return tuple(said)
+
+    def end(self) -> None:
+        """Leave no worker behind."""
+        for process in self._crew:
+            process.kill()
+        for process in self._crew:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                pipe.close()
+        self._crew.clear()
+
+
+def _last_word(process: Process) -> dict[str, Any]:
+    """What a worker that has ended printed; nothing where it was killed."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.close()
+    with process.stdout:
+        text = process.stdout.read()
+    said: dict[str, Any] = json.loads(text) if text.endswith("}\n") else {}
+    return said
+
+
+@contextmanager
+def gathered(folder: RunFolder, job: Job, size: int) -> Iterator[Team]:
+    """Workers for a while; none is left behind, whatever happens."""
+    with tempfile.TemporaryDirectory(prefix="holdfast-") as place:
+        path = Path(place) / "job"
+        try:
+            path.write_bytes(pickle.dumps(sys.path) + pickle.dumps(job))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise unshared(error) from error
+        team = Team(folder, path, size)
+        try:
+            yield team
+        finally:
+            team.end()

@@ -1,0 +1,204 @@
+"""A process that measures shards of a run under the lease of another, which posts them; `team.py` is that other one.
+
+    python -m holdfast.runs.worker JOB
+
+It ends when its input ends, which happens however the other process does.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from holdfast.core.batch import Data
+from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.evidence import Columns
+from holdfast.harness import Plan, Seconds, Target
+from holdfast.runs.assembling import counted
+from holdfast.runs.course import Course, OutOfTime
+from holdfast.runs.keeping import InFolder
+from holdfast.runs.order import Opening, silent
+from holdfast.runs.preparing import model_digest, readied
+from holdfast.runs.signals import Stopper
+from holdfast.store.folder import RunFolder, joined
+from holdfast.store.ledger import Task
+from holdfast.store.processes import Owner
+
+_LOOKS_AGAIN_S = 0.02
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker must know."""
+
+    opening: Opening
+    """opens the model and the data"""
+    digests: Mapping[str, str]
+    """of the model and the data, as the run knows them"""
+    plan: Plan
+    device: str
+    run: Path
+    owner: Owner
+    """who holds the lease"""
+
+
+@dataclass(frozen=True)
+class _Shared(InFolder):
+    """A folder whose wall time the process that waits books, once for all workers."""
+
+    def spend(self, stage: str, shard: int, seconds: Seconds, *, done: bool) -> None:
+        """Add to the CPU time of a shard."""
+        super().spend(stage, shard, Seconds(seconds.cpu, 0.0), done=done)
+
+
+@dataclass
+class Lifeline:
+    """Ends the process when its input ends: at once inside a shard, else after the last word."""
+
+    busy: bool = False
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while os.read(0, 4096):
+            pass
+        self._ended.set()
+        if self.busy:
+            os._exit(1)
+
+    def holds(self) -> bool:
+        """Whether there is still somebody to work for; waits a little."""
+        return not self._ended.wait(_LOOKS_AGAIN_S)
+
+
+def main(path: str) -> int:
+    """Work off what is posted; what went wrong is said on the standard output, as JSON."""
+    with _report() as say:
+        lifeline = Lifeline()
+        try:
+            say({"remarks": serve(_job(Path(path)), lifeline)})
+        except HoldfastError as error:
+            say({"error": type(error).__name__, "message": str(error)})
+        except Exception:  # noqa: BLE001 - the other process raises it
+            say({"error": "HoldfastError", "message": f"a worker failed:\n{traceback.format_exc()}"})
+        else:
+            return 0
+    return 1
+
+
+@contextmanager
+def _report() -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Says something on what was the standard output; what a model prints goes to standard error."""
+    with os.fdopen(os.dup(1), "w") as pipe:
+        os.dup2(2, 1)
+
+        def say(content: Mapping[str, Any], to: TextIO = pipe) -> None:
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps(content), file=to, flush=True)
+
+        yield say
+
+
+def _job(path: Path) -> Job:
+    with path.open("rb") as file:
+        sys.path[:] = pickle.load(file)  # noqa: S301 - written by the process that started this one
+        try:
+            job: Job = pickle.load(file)  # noqa: S301
+        except Exception as error:
+            raise unshared(error) from error
+    return job
+
+
+def unshared(error: Exception) -> UsageError:
+    """What is said of a model or of data that cannot be handed to another process."""
+    return UsageError(
+        f"a worker cannot take the model, the data or an attack over ({type(error).__name__}: {error}); define them in "
+        f"a file that can be imported, or give addresses such as file.py:factory, or leave workers out"
+    )
+
+
+def serve(job: Job, lifeline: Lifeline) -> tuple[str, ...]:
+    """Measure what is posted until nobody is there to work for; what is to be said of the model then."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    subject, data = job.opening()
+    with (
+        readied(subject, data, torch.device(job.device)) as (target, _),
+        joined(job.run, job.owner) as folder,
+    ):
+        found = {"model": model_digest(subject, target), "data": data.digest}
+        for what, known in job.digests.items():
+            if found[what] != known:
+                raise TargetError(
+                    f"the {what} changed while a worker opened it; repeat the run with --resume"
+                )
+        course = _course(job, target, data, folder)
+        by_stage: dict[str, Columns] = {}
+        while lifeline.holds():
+            while (task := folder.ledger.claim(os.getpid())) is not None:
+                lifeline.busy = True
+                _measure(course, task, by_stage, folder)
+                lifeline.busy = False
+    return subject.remarks()
+
+
+def _course(job: Job, target: Target, data: Data, folder: RunFolder) -> Course:
+    plan = folder.manifest["plan"]
+    return Course(
+        job.plan,
+        target,
+        data,
+        torch.device(job.device),
+        tuple((start, stop) for start, stop in plan["shards"]),
+        plan["batch_size"],
+        _Shared(folder),
+        Stopper(),
+        silent,
+        math.inf,
+        tuple(plan["stages"]),
+    )
+
+
+def _measure(course: Course, task: Task, by_stage: dict[str, Columns], folder: RunFolder) -> None:
+    """One shard; `by_stage` comes to hold every stage before it."""
+    stages = course.plan.stages()
+    place = next(k for k, stage in enumerate(stages) if stage.name == task.stage)
+    folder.look_again()
+    for earlier in stages[:place]:
+        if earlier.name not in by_stage:
+            kept = folder.stage(earlier.name)
+            columns = None if kept is None else counted(earlier.kind, kept, by_stage)
+            if columns is not None:
+                by_stage[earlier.name] = columns
+    rows = 0
+
+    def said(finished: int) -> None:
+        nonlocal rows
+        folder.ledger.tell(task, rows=finished - rows)
+        rows = finished
+
+    stage, course = stages[place], replace(course, deadline=time.perf_counter() + task.until - time.time())
+    try:
+        course.shard(stage, task.shard, course.due(stage, by_stage), by_stage, said)
+    except OutOfTime:
+        folder.ledger.tell(task, state="late")
+    else:
+        folder.ledger.tell(task, state="done")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

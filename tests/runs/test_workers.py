@@ -1,0 +1,184 @@
+"""Whoever measures the shards, and however often one of them dies, the bytes are the same."""
+
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import holdfast
+from holdfast.attacks import PGD
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.harness import Member
+from holdfast.ops import ascent, losses
+from holdfast.runs.assess import assess
+from holdfast.store.verify import verify
+from runs.fakes import data, network, order, settled, subject
+
+
+def asked(**changes):
+    """The fakes' order; its functions are those that their modules have now, which watch shapes."""
+    first = PGD(steps=3, loss=losses.cross_entropy, schedule=ascent.flat)
+    again = PGD(steps=6, restarts=2, loss=losses.margin_loss, schedule=ascent.flat)
+    return order(Member("PGD", first), Member("PGD-again", again), **changes)
+
+
+class InWorkers(torch.nn.Module):
+    """The fake network, which does something inside an attack, in a process other than the one it was made in."""
+
+    def __init__(self, mark: Path, times: int = 1) -> None:
+        super().__init__()
+        self.net, self.mark, self.times, self.home = network(), mark, times, os.getpid()
+
+    def forward(self, x):
+        marks = list(self.mark.parent.glob(f"{self.mark.name}-*"))
+        attacked = any(frame.function == "run_stage" for frame in inspect.stack(0))
+        if os.getpid() != self.home and attacked and len(marks) < self.times:
+            self.mark.with_name(f"{self.mark.name}-{os.getpid()}").touch()
+            self.act()
+        return self.net(x)
+
+
+class Deadly(InWorkers):
+    """Kills the process that asks."""
+
+    def act(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Broken(InWorkers):
+    """Raises."""
+
+    def act(self):
+        raise ValueError("no such thing")
+
+
+class Greedy(InWorkers):
+    """Runs out of memory in the middle of an attack."""
+
+    def act(self):
+        raise torch.OutOfMemoryError("out of memory")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A run by one worker."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    assess(subject(), data(), asked(doubts="all", workers=1), run=run)
+    return run
+
+
+def test_any_number_of_workers_leaves_the_same_bytes(one, tmp_path):
+    result = assess(subject(), data(), asked(doubts="all", workers=3), run=tmp_path / "run")
+    assert settled(tmp_path / "run") == settled(one)
+    alone = assess(subject(), data(), asked(doubts="all"))
+    for name, values in alone.evidence.columns.items():
+        assert torch.equal(values, result.evidence[name]), name
+    assert result.cost.queries == alone.cost.queries
+    assert all(record.cost.cpu_s > 0 and record.cost.wall_s > 0 for record in result.attacks)
+
+
+def test_without_a_folder_nothing_is_left(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    result = assess(subject(), data(), asked(workers=2))
+    assert result.folder is None
+    assert "folder" not in result.about
+    assert torch.equal(result.evidence["success"], assess(subject(), data(), asked()).evidence["success"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_is_killed_is_replaced(one, tmp_path):
+    run = tmp_path / "run"
+    assess(subject(Deadly(tmp_path / "killed")), data(), asked(doubts="all", workers=2), run=run)
+    assert list(tmp_path.glob("killed-*"))
+    assert settled(run) == settled(one)
+
+
+def test_a_shard_that_kills_every_worker_ends_the_run_with_the_way_out(tmp_path):
+    deadly = subject(Deadly(tmp_path / "killed", times=99))
+    with pytest.raises(
+        TargetError, match="a worker died 3 times on shard 0 of 1-pgd, .* status -9; .*--batch-size"
+    ):
+        assess(deadly, data(), asked(workers=1), run=tmp_path / "run")
+
+
+def test_what_a_worker_raises_is_said_by_the_run(tmp_path):
+    with pytest.raises(TargetError, match="the model raised ValueError .*: no such thing"):
+        assess(subject(Broken(tmp_path / "raised", times=99)), data(), asked(workers=2), run=tmp_path / "run")
+
+
+def test_a_split_in_a_worker_is_recorded(tmp_path):
+    run = tmp_path / "run"
+    result = assess(subject(Greedy(tmp_path / "spent")), data(), asked(workers=2), run=run)
+    assert any("memory ran out" in note for note in result.evidence.notes)
+    (split,) = json.loads((run / "splits.json").read_text())
+    assert split["stage"] == "1-pgd"
+    assert 0 < split["size"] < 15
+    assert verify(run).complete
+
+
+def test_a_model_that_no_other_process_can_take_over_is_refused():
+    class Local(torch.nn.Module):
+        def forward(self, x):
+            return x
+
+    x, y = torch.rand(4, 3), torch.zeros(4, dtype=torch.int64)
+    attack = PGD(steps=3, loss=losses.margin_loss, schedule=ascent.flat)
+    with pytest.raises(
+        UsageError, match="a worker cannot take the model.*Local.*file.py:factory, or leave workers"
+    ):
+        holdfast.assess(Local(), (x, y), "linf:0.1", [attack], workers=2)
+
+
+def test_time_that_ran_out_is_told(tmp_path):
+    result = assess(subject(), data(), asked(workers=2, time_budget_s=1e-9), run=tmp_path / "run")
+    assert any("time ran out: PGD and PGD-again finished none" in note for note in result.evidence.notes)
+
+
+def test_a_changed_model_is_refused_by_the_worker(tmp_path):
+    opening = partial(_another, data())
+    with pytest.raises(TargetError, match="the model changed while a worker opened it"):
+        assess(subject(), data(), asked(workers=1), opening=opening, run=tmp_path / "run")
+
+
+def _another(examples):
+    return subject(network(1), "b" * 64), examples
+
+
+@pytest.mark.slow
+def test_killed_with_its_workers_at_work_it_goes_on_with_another_number(tmp_path):
+    words = [
+        "assess",
+        "mnist-cnn-hardened",
+        "mnist-mini",
+        "-n",
+        "600",
+        "-t",
+        "linf:0.2",
+        "-s",
+        "quick",
+        "--no-doubts",
+    ]
+    command = [sys.executable, "-m", "holdfast", *words]
+    run = tmp_path / "run"
+    first = subprocess.Popen([*command, "--run", str(run), "--workers", "2", "-q"])
+    deadline = time.monotonic() + 120
+    while not (run / "1-sprint").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    done = subprocess.run([*command, "--run", str(run), "--workers", "1", "--resume", "-q"], check=False)
+    assert done.returncode == 0
+    whole = tmp_path / "whole"
+    assert (
+        subprocess.run([*command, "--run", str(whole), "--workers", "1", "-q"], check=False).returncode == 0
+    )
+    assert settled(run) == settled(whole)
