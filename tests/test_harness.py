@@ -281,7 +281,7 @@ def test_an_attack_that_needs_more_than_can_be_seen_is_refused_by_name():
             [Square()],
             ThreatModel(L2(0.1)),
             "labels",
-            "--suite black-box and say access=labels in the threat$",
+            "choose --suite black-box$",
         ),
         ([Square()], ThreatModel(L1(0.1)), "labels", "under l1 that needs less; use linf or l2$"),
     ],

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from benchmarks import ours
 from benchmarks.compare_attacks import distances
 from benchmarks.meter import Counted, cpu_seconds, naive_floor
 from benchmarks.networks import present
+from benchmarks.parts import part
 from benchmarks.peers import peer
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.side_by_side import FLOOR, ratio, timed
@@ -80,21 +81,22 @@ def measured() -> Outcome:
     claims: list[Claim] = []
     detail, notes = {}, []
     for net, x, y, n in present(SETTINGS, N, notes):
-        found: dict[str, Tensor] = {}
+        found: dict[str, list[float]] = {}
         for contest in CONTESTS:
-            many = n if contest.dear else N
-            cells, seconds, absent = _one(contest, net.module, x[:many], y[:many], found)
-            table += [{"network": net.name, "n": many, **c} for c in cells]
-            claims += _claims(net.name, contest, cells, seconds, found)
-            detail[f"{net.name} {contest.name}"] = seconds
-            notes += [f"{who}: {why}" for who, why in absent.items()]
+            many, called = n if contest.dear else N, f"{net.name} {contest.name}"
+            kept = part("minimum-norm", called, partial(_one, contest, net.module, x[:many], y[:many]))
+            one = kept["measured"]
+            found[contest.name] = one["away"]
+            table += [{"network": net.name, "n": many, **c} for c in one["cells"]]
+            claims += _claims(net.name, contest, one["cells"], one["seconds"], found)
+            detail[called] = kept
+            notes += [f"{who}: {why}" for who, why in one["absent"].items()]
     settings = {"networks, and n of the dear attacks": SETTINGS, "n": N, "rounds": _ROUNDS, "seed": 0}
     return Outcome(table, claims, settings, detail, notes)
 
 
-def _one(
-    contest: Contest, module: nn.Module, x: Tensor, y: Tensor, distances_found: dict[str, Tensor]
-) -> tuple[list[Cells], dict[str, list[float]], dict[str, str]]:
+def _one(contest: Contest, module: nn.Module, x: Tensor, y: Tensor) -> Cells:
+    """`cells` of the table, `seconds` by round, who was `absent`, and how far `away` ours found each example."""
     found: list[Evidence] = []
     returned: list[Tensor] = []
     contestants: dict[str, Callable[[], object]] = {
@@ -107,9 +109,8 @@ def _one(
     rounds = min(max(round(_SECONDS / evidence.cost.cpu_s), _ROUNDS[0]), _ROUNDS[1])
     seconds, absent = timed(contestants, rounds)
     away = ours.distance(evidence, contest.norm)
-    distances_found[contest.name], found_share = away, away.isfinite().double().mean().item()
     cells: list[Cells] = [
-        {"attack": contest.name, "who": "holdfast", "success": found_share,
+        {"attack": contest.name, "who": "holdfast", "success": away.isfinite().double().mean().item(),
          "median": ours.median_distance(evidence, contest.norm), "forwards / image": evidence.cost.forwards / len(x),
          "backwards / image": evidence.cost.backwards / len(x), "cost / floor": ratio(seconds, "holdfast"),
          "CPU s": median(seconds["holdfast"])}
@@ -123,7 +124,7 @@ def _one(
              "forwards / image": counted.forwards / len(x), "backwards / image": counted.backwards / len(x),
              "cost / floor": ratio(seconds, "adv-lib"), "CPU s": median(seconds["adv-lib"])}
         )  # fmt: skip
-    return cells, seconds, absent
+    return {"cells": cells, "seconds": seconds, "absent": absent, "away": away.tolist()}
 
 
 def _claims(
@@ -131,7 +132,7 @@ def _claims(
     contest: Contest,
     cells: list[Cells],
     seconds: dict[str, list[float]],
-    found: dict[str, Tensor],
+    found: dict[str, list[float]],
 ) -> list[Claim]:
     mine, theirs = cells[0], cells[1] if len(cells) > 1 else None
     called = f"{name} {contest.name}"
@@ -151,9 +152,7 @@ def _claims(
         share = mine["median"] / theirs["median"]
         claims.append(Claim(f"{called}: median / adv-lib's <= {most}", share, most))
     if contest.name.startswith("C&W"):
-        same = (
-            found["DDN 100"][: len(found[contest.name])].double().quantile(0.5, interpolation="lower").item()
-        )
+        same = median_low(found["DDN 100"][: len(found[contest.name])])
         claims.append(Claim(f"{called}: median / DDN 100's <= 1.02", mine["median"] / same, 1.02))
     return claims
 

@@ -105,7 +105,7 @@ def assess(
     settings = _settings("assess()", locals())
     opening, place = partial(_brought, model, data, settings), None if run is None else Path(run)
     subject, given = opening()
-    order = _order(suite, baseline, settings, _device(model, subject, settings))
+    order = _order(suite, baseline, settings, subject, _device(model, subject, settings))
     return assessing.assess(
         subject, given, order, run=place, resume=resume, progress=progress, opening=opening
     )
@@ -120,10 +120,10 @@ def carry_out(
     command: str = "",
 ) -> Result:
     """`assess` as the command line and a configuration file ask for it; `command` is how to repeat it."""
-    baseline = _evidence(settings.baseline)
-    order = ordering.order(settings, baseline=baseline, command=command)
     opening = partial(ordering.opened, settings)
     subject, data = opening()
+    baseline, target = _evidence(settings.baseline), subject.model.access
+    order = ordering.order(settings, baseline=baseline, target=target, command=command)
     return assessing.assess(subject, data, order, run=run, resume=resume, progress=progress, opening=opening)
 
 
@@ -140,8 +140,9 @@ def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -
 
 def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
     """The run on its first `n` examples, kept nowhere, and how many examples it would have in all."""
-    order = replace(ordering.order(settings, baseline=_evidence(settings.baseline)), gates=(), workers=None)
     subject, data = ordering.opened(settings)
+    asked = ordering.order(settings, baseline=_evidence(settings.baseline), target=subject.model.access)
+    order = replace(asked, gates=(), workers=None)
     few = selected(data, n=min(n, len(data)), sample=None, seed=settings.seed)
     return assessing.assess(subject, few, order), len(data)
 
@@ -212,10 +213,17 @@ def _order(
     suite: str | Sequence[Attack],
     baseline: Result | Evidence | str | Path | None,
     settings: AssessSettings,
+    subject: Subject,
     device: str | None,
 ) -> Order:
     attacks = None if isinstance(suite, str) else _attacks(suite)
-    return ordering.order(settings, attacks=attacks, baseline=_evidence(baseline), device=device)
+    return ordering.order(
+        settings,
+        attacks=attacks,
+        baseline=_evidence(baseline),
+        device=device,
+        target=subject.model.access,
+    )
 
 
 def _attacks(suite: object) -> tuple[Attack, ...]:

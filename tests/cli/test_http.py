@@ -101,10 +101,12 @@ def test_labels_are_attacked_by_what_needs_no_more(capsys):
         "3",
     )
     with Server() as server:
-        assert run(words(server, *BLACK_BOX, *labels, path="/classify")) == 2
+        assert run(words(server, *labels, path="/classify")) == 2
         said = capsys.readouterr().err
-        assert "Square needs scores, but only labels can be seen here" in said
-        assert "choose --suite black-box and say access=labels in the threat" in said
+        assert "Sprint needs gradients, but only labels can be seen here" in said
+        assert "choose --suite black-box" in said
+        assert run(words(server, *BLACK_BOX, *labels, "-q", "-o", "-", path="/classify", queries=50)) == 0
+        assert [attack["name"] for attack in json.loads(capsys.readouterr().out)["attacks"]] == ["RayS"]
         assert (
             run(words(server, *labels, "-c", "h.yaml", "-q", "-o", "-", path="/classify", queries=200)) == 0
         )

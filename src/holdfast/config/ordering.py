@@ -22,6 +22,7 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.names import slug
 from holdfast.core.threat import ThreatModel
+from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.harness import Member, Plan, labelled
 from holdfast.harness.plan import DoubtsWanted
@@ -142,16 +143,20 @@ def order(
     attacks: Sequence[Attack] | None = None,
     baseline: Evidence | None = None,
     device: str | None = None,
+    target: Access = "gradients",
     command: str = "",
 ) -> Order:
-    """What the settings ask for; `attacks` takes the place of a suite, `device` of the one in the settings."""
+    """What the settings ask for; `attacks` takes the place of a suite, `device` of the one in the settings.
+
+    `target` is the most that the model can give.
+    """
     claims = tuple(parse_gate(gate) for gate in settings.gates)
     if baseline is None and any(claim.versus for claim in claims):
         raise UsageError(
             f"gate {next(c.text for c in claims if c.versus)!r} compares with a run; name it: --baseline RUN"
         )
     return Order(
-        plan(settings, attacks),
+        plan(settings, attacks, target),
         claims,
         baseline,
         settings.accept_doubts,
@@ -163,15 +168,18 @@ def order(
     )
 
 
-def plan(settings: AssessSettings, attacks: Sequence[Attack] | None = None) -> Plan:
-    """The attacks in their order under the threat model."""
+def plan(
+    settings: AssessSettings, attacks: Sequence[Attack] | None = None, target: Access = "gradients"
+) -> Plan:
+    """The attacks in their order under the threat model; a suite goes by what the threat and the target let see."""
     threat = threat_model(parse_threat(settings.threat))
     if attacks is None and settings.attacks is not None:
         attacks = [build(spec, f"attacks.{k}") for k, spec in enumerate(settings.attacks)]
     if attacks is not None:
         members, name, smallest = labelled(attacks), "", threat.constraint.eps == float("inf")
     else:
-        composed = suite(settings.suite or DEFAULT_SUITE, threat.constraint, threat.access)
+        seen: Access = min(threat.access, target, key=ACCESS_ORDER.index)
+        composed = suite(settings.suite or DEFAULT_SUITE, threat.constraint, seen)
         members = tuple(
             Member(name, attack, composed.waves.get(name, 0)) for name, attack in composed.attacks
         )

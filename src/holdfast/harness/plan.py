@@ -176,10 +176,8 @@ def _way_out(member: Member, plan: Plan, target: Access) -> str:
         ways.append("leave --curve out")
     elif len(hidden) < len(plan.members):
         ways.append(f"leave it out with {' '.join(f'--skip {slug(each.name)}' for each in hidden)}")
-    if threat.gives("scores"):
+    if threat.gives("scores") or (threat.gives("labels") and isinstance(threat.constraint, (Linf, L2))):
         ways.append("choose --suite black-box")
-    elif threat.access == "labels" and isinstance(threat.constraint, (Linf, L2)):
-        ways.append("choose --suite black-box and say access=labels in the threat")
     if replace(threat, access=target).gives(member.attack.needs):
         ways.append(f"let the attacker see more, as in access={member.attack.needs}")
     norm = type(threat.constraint).__name__.lower()
