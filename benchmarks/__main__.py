@@ -34,6 +34,7 @@ ROWS = {
     "scores": "scores",
     "fast-choice": "fast_choice",
     "fast": "fast",
+    "trades": "trades",
     "standard": "standard",
     "standard-cost": "standard_cost",
     "doubts": "doubts",
