@@ -14,10 +14,12 @@ from holdfast.attacks.fab import FAB
 from holdfast.attacks.fgsm import FGSM
 from holdfast.attacks.fmn import FMN
 from holdfast.attacks.geoda import GeoDA
+from holdfast.attacks.grid_search import GridSearch
 from holdfast.attacks.hop_skip_jump import HopSkipJump
 from holdfast.attacks.jsma import JSMA
 from holdfast.attacks.momentum_pgd import MomentumPGD
 from holdfast.attacks.nes import NES
+from holdfast.attacks.patch_attack import PatchAttack
 from holdfast.attacks.pdpgd import PDPGD
 from holdfast.attacks.pgd import PGD
 from holdfast.attacks.rays import RayS
@@ -30,6 +32,7 @@ from holdfast.attacks.spsa import SPSA
 from holdfast.attacks.square import Square
 from holdfast.attacks.super_deepfool import SuperDeepFool
 from holdfast.attacks.surfree import SurFree
+from holdfast.attacks.transform_pgd import TransformPGD
 from holdfast.attacks.zoo import ZOO
 
 __all__ = [
@@ -53,8 +56,10 @@ __all__ = [
     "Corruption",
     "DeepFool",
     "GeoDA",
+    "GridSearch",
     "HopSkipJump",
     "MomentumPGD",
+    "PatchAttack",
     "RayS",
     "Relay",
     "SigmaZero",
@@ -64,4 +69,5 @@ __all__ = [
     "Square",
     "SuperDeepFool",
     "SurFree",
+    "TransformPGD",
 ]

@@ -15,7 +15,7 @@ from holdfast.config.naming import chosen
 from holdfast.config.settings import DEFAULT_SUITE, AssessSettings
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
-from holdfast.core.constraints import Constraint
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
@@ -171,8 +171,11 @@ def plan(settings: AssessSettings, attacks: Sequence[Attack] | None = None) -> P
         name, smallest = str(composed), composed.smallest
     _refuse_endless(threat, settings, smallest=smallest)
     corrupting = isinstance(threat.constraint, Corruptions)
+    in_ball = isinstance(threat.constraint, (Linf, L2, L1, L0))
     _refuse_strangers(members, settings, corrupting=corrupting)
-    probing: DoubtsWanted = "all" if name and not corrupting else "free"
+    if settings.curve and not in_ball:
+        raise UsageError(f"{settings.threat} has no eps to draw a curve over; leave --curve out")
+    probing: DoubtsWanted = "all" if name and in_ball else "free"
     selected = _selected(members, settings.only, settings.skip)
     left_out = [member.name for member in members if member not in selected]
     if name and left_out:
@@ -183,7 +186,7 @@ def plan(settings: AssessSettings, attacks: Sequence[Attack] | None = None) -> P
         settings.seed,
         name,
         smallest=smallest,
-        attacked=bool(name) and not smallest and not corrupting,
+        attacked=bool(name) and not smallest and in_ball,
         curve=_curve(threat.constraint) if settings.curve and not smallest else (),
         full=settings.full or corrupting,
         keep_adversarial=settings.save_adversarial,
@@ -218,8 +221,6 @@ def _refuse_strangers(members: Sequence[Member], settings: AssessSettings, *, co
                 f"{member.name} is no common corruption, and the threat is {settings.threat}; "
                 f"leave it out, or choose a threat such as linf:8/255"
             )
-    if corrupting and settings.curve:
-        raise UsageError(f"{settings.threat} has no eps to draw a curve over; leave --curve out")
 
 
 def _selected(members: tuple[Member, ...], only: Sequence[str], skip: Sequence[str]) -> tuple[Member, ...]:
