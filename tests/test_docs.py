@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from holdfast import attacks
+from holdfast.attacks.protocol import Learned
 from holdfast.cli.app import _COMMANDS
 from holdfast.config.settings import AssessSettings
 from holdfast.core.constraints import L0, L1, L2, Linf
@@ -62,6 +63,9 @@ def test_an_attack_sees_and_costs_what_its_row_says(row):
     cited = re.findall(r"arxiv\.org/abs/(\d{4}\.\d{4,5})", row["source"])
     assert cited
     assert set(cited) <= set(re.findall(r"arXiv:(\d{4}\.\d{4,5})", inspect.getmodule(type(attack)).__doc__))
+    if row["asks of each"] == "learned":
+        assert isinstance(attack, Learned)
+        return
     batch = open_data("mnist-mini", n=2).read(0, 2)
     kind = row["norms"].split(",")[0]
     limited = {"images": Corruptions(1), "L0": L0(1), "patch": Patch(1, 1), "spatial": Spatial(0.001, 0.001)}

@@ -1,5 +1,6 @@
 """The catalogue of attacks: `__all__` is what a suite, a config file and the command line may name."""
 
+from holdfast.attacks.adversarial_patch import AdversarialPatch
 from holdfast.attacks.alma import ALMA
 from holdfast.attacks.apgd import APGD
 from holdfast.attacks.bandits import Bandits
@@ -33,6 +34,7 @@ from holdfast.attacks.square import Square
 from holdfast.attacks.super_deepfool import SuperDeepFool
 from holdfast.attacks.surfree import SurFree
 from holdfast.attacks.transform_pgd import TransformPGD
+from holdfast.attacks.universal import Universal
 from holdfast.attacks.zoo import ZOO
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "PGD",
     "SPSA",
     "ZOO",
+    "AdversarialPatch",
     "Bandits",
     "Boundary",
     "CarliniWagner",
@@ -70,4 +73,5 @@ __all__ = [
     "SuperDeepFool",
     "SurFree",
     "TransformPGD",
+    "Universal",
 ]

@@ -25,6 +25,15 @@ LIMITS: Final[Mapping[str, Mapping[str, float]]] = {
 }
 """What may be done to images under a threat, and the most that may be asked for."""
 
+SEEN: Final[Mapping[str, float]] = {
+    **LIMITS["spatial"],
+    "perspective": 0.5,
+    **LIMITS["colour"],
+    "blur": 10.0,
+    "noise": 1.0,
+}
+"""What an input may be seen through at random, and the most of it."""
+
 _AS_IN = {"spatial": "spatial:rotate=30,shift=3", "colour": "colour:hue=18,saturation=0.3,brightness=0.2"}
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
@@ -132,11 +141,29 @@ def _limited(spec: ThreatSpec, word: str) -> ThreatSpec:
         said = f"the limit {word!r}" if word else "no limits"
         known = f"expected any of {', '.join(most)}, as in {_AS_IN[spec.norm]}"
         raise UsageError(f"the threat {spec.norm} has {said}; {known}")
-    far = number(value, f"{key} in {spec.norm}")
-    if not 0 < far <= most[key] or math.isinf(far):
-        limit = "" if math.isinf(most[key]) else f" and at most {most[key]:g}"
-        raise UsageError(f"{key} is {value}; it must be more than 0{limit}, as in {_AS_IN[spec.norm]}")
+    far = _far(key, value, most[key], _AS_IN[spec.norm])
     return replace(spec, limits={**spec.limits, key: far})
+
+
+def parse_transform(text: str) -> Mapping[str, float]:
+    """Limits such as `rotate=15,scale=0.1,brightness=0.2`, by their names."""
+    limits: dict[str, float] = {}
+    for word in re.split(r"[,\s]+", text.strip()):
+        key, equals, value = word.partition("=")
+        if not equals or key not in SEEN:
+            known = f"expected any of {', '.join(SEEN)}, as in rotate=15,scale=0.1,brightness=0.2"
+            raise UsageError(f"transform has {word!r}; {known}")
+        limits[key] = _far(key, value, SEEN[key], "rotate=15,scale=0.1,brightness=0.2")
+    return limits
+
+
+def _far(key: str, value: str, most: float, example: str) -> float:
+    """How far one limit goes."""
+    far = number(value, key)
+    if not 0 < far <= most or math.isinf(far):
+        limit = "" if math.isinf(most) else f" and at most {most:g}"
+        raise UsageError(f"{key} is {value}; it must be more than 0{limit}, as in {example}")
+    return far
 
 
 def _patch(size: str, word: str) -> Mapping[str, float | str]:

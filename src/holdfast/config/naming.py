@@ -27,6 +27,7 @@ ATTACKS: Final = (
     "PGD",
     "SPSA",
     "ZOO",
+    "AdversarialPatch",
     "Bandits",
     "Boundary",
     "CarliniWagner",
@@ -47,6 +48,7 @@ ATTACKS: Final = (
     "SuperDeepFool",
     "SurFree",
     "TransformPGD",
+    "Universal",
 )
 """What `holdfast.attacks` exports; a test keeps the two in step."""
 

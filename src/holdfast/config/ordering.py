@@ -2,22 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from holdfast.attacks import Corruption
-from holdfast.attacks.protocol import Attack
+from holdfast.attacks.protocol import Attack, Learned
 from holdfast.config.attacks import build, threat_model
-from holdfast.config.grammar import parse_threat, seconds
+from holdfast.config.grammar import parse_threat, parse_transform, seconds
 from holdfast.config.naming import chosen
 from holdfast.config.settings import DEFAULT_SUITE, AssessSettings
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.corruptions import Corruptions
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.names import slug
@@ -25,6 +26,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.harness import Member, Plan, labelled
 from holdfast.harness.plan import DoubtsWanted
+from holdfast.ops.expectation import seen_through
 from holdfast.reports.numbers import strict
 from holdfast.runs.order import Order, Subject
 from holdfast.sources.data import open_data
@@ -73,7 +75,8 @@ def opened_subject(settings: AssessSettings) -> Subject:
         remote=remote(settings),
     )
     card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
-    return replace(_subject(opened.model, card, opened.notes), remarks=opened.remarks)
+    model, seen, notes = _seen(opened.model, settings)
+    return replace(_subject(model, card | seen, (*opened.notes, *notes)), remarks=opened.remarks)
 
 
 def given_subject(net: nn.Module | Any, settings: AssessSettings) -> Subject:
@@ -89,7 +92,18 @@ def given_subject(net: nn.Module | Any, settings: AssessSettings) -> Subject:
         )
     known = [str(getattr(kind, "__module__", "")), name, digest_in_hand(inner)]
     card = {"name": name, "how": "python", "digest": digest(canonical(known))}
-    return _subject(model, card, notes)
+    model, seen, through = _seen(model, settings)
+    return _subject(model, card | seen, (*notes, *through))
+
+
+def _seen(model: Classifier, settings: AssessSettings) -> tuple[Classifier, dict[str, Any], tuple[str, ...]]:
+    """The model behind the transformations that the settings name, and what card and notes say of them."""
+    if settings.transform is None:
+        return model, {}, ()
+    limits = parse_transform(settings.transform)
+    listed = ", ".join(f"{name} {far:g}" for name, far in limits.items())
+    said = f"the model sees every input through random changes, either way up to {listed}"
+    return seen_through(model, limits), {"seen_through": limits}, (said,)
 
 
 def _subject(model: Classifier, card: Mapping[str, Any], notes: tuple[str, ...]) -> Subject:
@@ -102,7 +116,7 @@ def _subject(model: Classifier, card: Mapping[str, Any], notes: tuple[str, ...])
             "access": model.access,
         }
     )
-    known = digest(canonical([card["digest"], said]))
+    known = digest(canonical([card["digest"], said, card.get("seen_through")]))
     shown = {**said, "bounds": [_end(model.bounds.low, min), _end(model.bounds.high, max)]}
     parameters = sum(weight.numel() for weight in model.parameters())
     return Subject(model, known, {**card, "parameters": parameters, **shown}, notes)
@@ -128,6 +142,29 @@ def opened_data(settings: AssessSettings, model: Classifier, *, lenient: bool = 
         bounds=model.bounds,
         lenient=lenient,
     )
+
+
+def opened_fit(
+    settings: AssessSettings, model: Classifier, plan: Plan, *, in_hand: bool = False
+) -> Data | None:
+    """The examples that attacks are learned on, where one is: those named, else the train split of the data."""
+    address = settings.fit or (None if in_hand else settings.data)
+    if address is None or not any(isinstance(member.attack, Learned) for member in plan.members):
+        return None
+    elsewhere = settings.fit not in (None, settings.data)
+    if not elsewhere and settings.split == "train":
+        raise UsageError(
+            f"attacks are learned on the train split of {address!r}, which is judged; name others with --fit DATA"
+        )
+    wanted = partial(open_data, address, label=settings.label, drop=tuple(settings.drop))
+    try:
+        return wanted(split="train", classes=model.classes, bounds=model.bounds)
+    except (UsageError, TargetError) as error:
+        if elsewhere:
+            return wanted(classes=model.classes, bounds=model.bounds)
+        raise UsageError(
+            f"{address!r} has no train split to learn attacks on ({error}); name other examples with --fit DATA"
+        ) from error
 
 
 def order(

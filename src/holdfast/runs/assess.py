@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from holdfast.attacks.protocol import Learned
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetLost
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.model import Classifier
 from holdfast.gates.judging import Doubts, Judgement, judge
-from holdfast.harness import LOOKED_AT, Plan, Target, prepared, refuse_what_is_hidden
+from holdfast.harness import LOOKED_AT, Plan, Target, prepared, refuse_unfitted, refuse_what_is_hidden
 from holdfast.reports.numbers import strict
 from holdfast.runs import probes
 from holdfast.runs.assembling import DOUBTS, adversarial, evidence_of
@@ -73,6 +74,7 @@ def assess(
     ):
         _refuse(target, sample, order, data)
         plan = refuse_what_is_hidden(order.plan, subject.model.access, subject.model.hides)
+        refuse_unfitted(plan, fit=order.fit is not None)
         refuse_gates(order.gates, plan, target, sample)
         made = _Making(subject, data, order, plan, target, device, tuple(sample.x.shape[1:]), progress)
         if run is None:
@@ -154,6 +156,7 @@ class _Making:
             "batch_size": order.batch_size,
             "shard_size": order.shard_size,
             "time_budget_s": order.time_budget_s,
+            "fit": None if order.fit is None else order.fit.digest,
         }
         randomised, n = self.target.randomised, len(self.data)
         size = order.batch_size or batch_size_for(math.prod(self.shape), order.device)
@@ -182,6 +185,15 @@ class _Making:
                 "stages": [*(stage.name for stage in plan.stages()), DOUBTS],
             },
         }
+
+    def fit(self) -> Batch | None:
+        """What attacks are learned on: as many examples as one of them asks for."""
+        wanted = [m.attack.examples for m in self.plan.members if isinstance(m.attack, Learned)]
+        if not wanted or self.order.fit is None:
+            return None
+        batch = self.order.fit.read(0, min(max(wanted), len(self.order.fit)))
+        refuse_batch(batch, self.target.bare.bounds, self.target.classes, self.order.fit.name)
+        return batch
 
     def data_card(self) -> dict[str, Any]:
         """What identifies the examples, and what one of them is like."""
@@ -249,6 +261,7 @@ class _Making:
             self.progress,
             time.perf_counter() + budget - before,
             names,
+            self.fit(),
         )
         by_stage, missed = course.run()
         asked = keeper.document(DOUBTS)

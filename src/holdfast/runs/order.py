@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from holdfast.core.batch import Data
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.gates.grammar import Claim
@@ -40,6 +41,8 @@ class Order:
     batch_size: int | None = None
     """examples that go through the model at once; None goes by the size of the input"""
     shard_size: int = SHARD_SIZE
+    fit: Data | None = None
+    """examples that are not judged, for attacks that are learned"""
     time_budget_s: float | None = None
     """attacks stop after this long, over all attempts; shards are then batches, so that little of the last is lost"""
     device: str = "cpu"
