@@ -20,8 +20,10 @@ from holdfast.attacks import (
     CarliniWagner,
     DeepFool,
     GeoDA,
+    GridSearch,
     HopSkipJump,
     MomentumPGD,
+    PatchAttack,
     RayS,
     Relay,
     SigmaZero,
@@ -31,8 +33,11 @@ from holdfast.attacks import (
     Square,
     SuperDeepFool,
     SurFree,
+    TransformPGD,
 )
 from holdfast.core.constraints import L0, L1, L2, Linf
+from holdfast.core.patches import Patch
+from holdfast.core.transformations import Colour, Spatial
 from holdfast.testing.laws import Case
 
 # How near each comes to the exact distance, with a margin below the worst of 40 examples on each of 16 linear models;
@@ -106,4 +111,35 @@ ATTACKS = [
     Case(EAD(searches=4, steps=20), L1, slack=0.75, many=0.4, smallest=True),
     Case(JSMA(), L0, many=0.95, smallest=True),
     Case(SigmaZero(steps=40), L0, many=0.95, smallest=True),
+]
+
+
+def patch(eps):
+    """A patch has no radius."""
+    return Patch(2, 2)
+
+
+def centred(eps):
+    """In the middle of the image."""
+    return Patch(2, 2, "centre", 1)
+
+
+def spatial(eps):
+    """Turns, shifts and scales."""
+    return Spatial(rotate=60, shift=1, scale=0.2)
+
+
+def colour(eps):
+    """Colours and brightness."""
+    return Colour(hue=90, saturation=0.5, brightness=0.3, contrast=0.5)
+
+
+LIMITED = [
+    Case(PatchAttack(steps=10, places=2), patch),
+    Case(PatchAttack(steps=10, places=2), centred),
+    Case(PGD(steps=10), patch),
+    Case(TransformPGD(steps=5, restarts=3), spatial),
+    Case(TransformPGD(steps=5, restarts=3), colour),
+    Case(GridSearch(turns=5, values=3), spatial),
+    Case(GridSearch(values=3), colour),
 ]

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 
 from holdfast import attacks
+from holdfast.attacks.protocol import Learned
 from holdfast.cli.app import _COMMANDS
 from holdfast.config.settings import AssessSettings
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
+from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
+from holdfast.core.transformations import Spatial
 from holdfast.doubts.names import DOUBTS
 from holdfast.harness import measure
 from holdfast.metrics.names import METRICS
@@ -60,9 +63,13 @@ def test_an_attack_sees_and_costs_what_its_row_says(row):
     cited = re.findall(r"arxiv\.org/abs/(\d{4}\.\d{4,5})", row["source"])
     assert cited
     assert set(cited) <= set(re.findall(r"arXiv:(\d{4}\.\d{4,5})", inspect.getmodule(type(attack)).__doc__))
+    if row["asks of each"] == "learned":
+        assert isinstance(attack, Learned)
+        return
     batch = open_data("mnist-mini", n=2).read(0, 2)
     kind = row["norms"].split(",")[0]
-    smallest = {"images": Corruptions(1), "L0": L0(1)}.get(kind) or NORMS.get(kind, Linf)(1e-6)
+    limited = {"images": Corruptions(1), "L0": L0(1), "patch": Patch(1, 1), "spatial": Spatial(0.001, 0.001)}
+    smallest = limited.get(kind) or NORMS.get(kind, Linf)(1e-6)
     threat = ThreatModel(smallest)
     evidence = measure(open_model("mnist-cnn-hardened").model, [batch], [attack], threat)
     assert evidence["correct"].all()

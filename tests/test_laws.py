@@ -18,6 +18,12 @@ def test_law(case, law):
     law(case)
 
 
+@pytest.mark.parametrize("law", laws.LIMITED_LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("case", cases.LIMITED, ids=repr)
+def test_law_of_what_is_no_ball(case, law):
+    law(case)
+
+
 @pytest.mark.parametrize(
     "weaker, stronger, norms",
     [
@@ -36,10 +42,9 @@ def test_more_never_loses(weaker, stronger, norms):
 
 
 def test_every_attack_of_the_catalogue_has_its_cases():
-    in_balls = {type(case.attack).__name__ for case in cases.ATTACKS}
-    assert in_balls == set(attacks.__all__) - {
-        "Corruption"
-    }  # which has no ball, and laws of its own in tests/ops
+    ruled = {type(case.attack).__name__ for case in (*cases.ATTACKS, *cases.LIMITED)}
+    elsewhere = {"AdversarialPatch", "Corruption", "Universal"}  # in tests/attacks
+    assert ruled == set(attacks.__all__) - elsewhere
 
 
 @pytest.mark.parametrize(

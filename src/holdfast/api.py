@@ -67,6 +67,8 @@ def assess(
     n: int | None = None,
     sample: int | None = None,
     split: str | None = None,
+    fit: DataLike | None = None,
+    transform: str | None = None,
     label: str | None = None,
     drop: Sequence[str] = (),
     bounds: Numbers | None = None,
@@ -106,6 +108,7 @@ def assess(
     opening, place = partial(_brought, model, data, settings), None if run is None else Path(run)
     subject, given = opening()
     order = _order(suite, baseline, settings, subject, _device(model, subject, settings))
+    order = replace(order, fit=_fit(fit, data, settings, subject.model, order))
     return assessing.assess(
         subject, given, order, run=place, resume=resume, progress=progress, opening=opening
     )
@@ -124,6 +127,7 @@ def carry_out(
     subject, data = opening()
     baseline, target = _evidence(settings.baseline), subject.model.access
     order = ordering.order(settings, baseline=baseline, target=target, command=command)
+    order = replace(order, fit=ordering.opened_fit(settings, subject.model, order.plan))
     return assessing.assess(subject, data, order, run=run, resume=resume, progress=progress, opening=opening)
 
 
@@ -142,7 +146,8 @@ def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
     """The run on its first `n` examples, kept nowhere, and how many examples it would have in all."""
     subject, data = ordering.opened(settings)
     asked = ordering.order(settings, baseline=_evidence(settings.baseline), target=subject.model.access)
-    order = replace(asked, gates=(), workers=None)
+    fit = ordering.opened_fit(settings, subject.model, asked.plan)
+    order = replace(asked, gates=(), workers=None, fit=fit)
     few = selected(data, n=min(n, len(data)), sample=None, seed=settings.seed)
     return assessing.assess(subject, few, order), len(data)
 
@@ -201,7 +206,7 @@ def verify(run: str | Path) -> Verified:
 def _settings(where: str, arguments: Mapping[str, Any]) -> AssessSettings:
     """The arguments that are settings, checked as those of a file are; what a caller holds in hand is no setting."""
     said = {name: arguments[name] for name in AssessSettings.model_fields if arguments.get(name) is not None}
-    for name in ("model", "data", "suite", "baseline"):
+    for name in ("model", "data", "fit", "suite", "baseline"):
         if isinstance(said.get(name), str | Path):
             said[name] = str(said[name])
         else:
@@ -264,6 +269,15 @@ def _data(data: DataLike, settings: AssessSettings, model: Classifier, *, lenien
     _refuse_address_words(settings)
     given = as_data(data, classes=model.classes, bounds=model.bounds, lenient=lenient)
     return selected(given, n=settings.n, sample=settings.sample, seed=settings.seed)
+
+
+def _fit(
+    fit: DataLike | None, data: DataLike, settings: AssessSettings, model: Classifier, order: Order
+) -> Data | None:
+    """What attacks are learned on, as an address or in hand."""
+    if fit is None or isinstance(fit, str | Path):
+        return ordering.opened_fit(settings, model, order.plan, in_hand=not isinstance(data, str | Path))
+    return as_data(fit, classes=model.classes, bounds=model.bounds)
 
 
 def _refuse_address_words(settings: AssessSettings) -> None:

@@ -23,17 +23,20 @@ from holdfast.attacks import (
     PGD,
     Corruption,
     DeepFool,
+    GridSearch,
     HopSkipJump,
+    PatchAttack,
     RayS,
     Relay,
     SigmaZero,
     SparseRS,
     Square,
     SurFree,
+    TransformPGD,
 )
 from holdfast.attacks.corruption import COUNTED
 from holdfast.attacks.protocol import Attack
-from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
 from holdfast.core.types import Access
@@ -70,6 +73,13 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
         if name not in ("fast", "standard", "corruptions"):
             raise UsageError(f"there is no suite {name!r} of common corruptions; choose --suite corruptions")
         name = "corruptions"
+    elif isinstance(constraint, Limited):
+        composed = LIMITED[type(constraint).__name__.lower()]
+        if name not in composed:
+            raise UsageError(
+                f"there is no suite {name!r} under {constraint}; there are {', '.join(sorted(composed))}"
+            )
+        return Suite(name, 1, composed[name])
     elif name == "corruptions":
         norm = type(constraint).__name__.lower()
         raise UsageError(
@@ -77,6 +87,25 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
         )
     compose = labels_only if name == "black-box" and access == "labels" else COMPOSED[name]
     return Suite(name, 1, compose(constraint), WAVES.get(name, {}), smallest=name == "minimum-norm")
+
+
+_TRANSFORMED: Mapping[str, Named] = {
+    "quick": (("TransformPGD", TransformPGD()),),
+    **dict.fromkeys(("fast", "standard"), (("TransformPGD", TransformPGD()), ("GridSearch", GridSearch()))),
+    "black-box": (("GridSearch", GridSearch()),),
+}
+LIMITED: Mapping[str, Mapping[str, Named]] = {
+    "patch": {
+        "quick": (("PatchAttack", PatchAttack(places=2)),),
+        **dict.fromkeys(
+            ("fast", "standard"),
+            (("PatchAttack", PatchAttack(steps=100)), ("PGD", PGD(steps=100, restarts=2))),
+        ),
+    },
+    "spatial": _TRANSFORMED,
+    "colour": _TRANSFORMED,
+}
+"""The suites under threats that are no balls."""
 
 
 def curve(constraint: Constraint) -> Named:

@@ -13,6 +13,8 @@ from holdfast.config.starting import validate
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
+from holdfast.core.patches import Patch
+from holdfast.core.transformations import Colour, Spatial
 from holdfast.ops.ascent import cosine
 from holdfast.ops.losses import dlr
 from holdfast.suites import COMPOSED, labels_only, suite
@@ -175,6 +177,9 @@ def test_the_members_of_a_suite_are_known_by_their_names():
         "l1": L1(1.0),
         "l0": L0(1),
         "corruptions": Corruptions(3),
+        "patch": Patch(5, 5),
+        "spatial": Spatial(rotate=30),
+        "colour": Colour(hue=18),
     }
     assert set(MEMBERS) == set(COMPOSED)
     for name, by_norm in MEMBERS.items():
@@ -182,8 +187,9 @@ def test_the_members_of_a_suite_are_known_by_their_names():
             if norm in by_norm:
                 assert by_norm[norm] == tuple(member for member, _ in suite(name, constraint).attacks)
             else:
-                assert "corruptions" in (name, norm)
-                with pytest.raises(UsageError, match="corruptions"):
+                with pytest.raises(
+                    UsageError, match="corruptions" if "corruptions" in (name, norm) else norm
+                ):
                     suite(name, constraint)
     assert {
         norm: tuple(name for name, _ in labels_only(constraints[norm])) for norm in LABELS_ONLY

@@ -1,5 +1,6 @@
 """The catalogue of attacks: `__all__` is what a suite, a config file and the command line may name."""
 
+from holdfast.attacks.adversarial_patch import AdversarialPatch
 from holdfast.attacks.alma import ALMA
 from holdfast.attacks.apgd import APGD
 from holdfast.attacks.bandits import Bandits
@@ -14,10 +15,12 @@ from holdfast.attacks.fab import FAB
 from holdfast.attacks.fgsm import FGSM
 from holdfast.attacks.fmn import FMN
 from holdfast.attacks.geoda import GeoDA
+from holdfast.attacks.grid_search import GridSearch
 from holdfast.attacks.hop_skip_jump import HopSkipJump
 from holdfast.attacks.jsma import JSMA
 from holdfast.attacks.momentum_pgd import MomentumPGD
 from holdfast.attacks.nes import NES
+from holdfast.attacks.patch_attack import PatchAttack
 from holdfast.attacks.pdpgd import PDPGD
 from holdfast.attacks.pgd import PGD
 from holdfast.attacks.rays import RayS
@@ -30,6 +33,8 @@ from holdfast.attacks.spsa import SPSA
 from holdfast.attacks.square import Square
 from holdfast.attacks.super_deepfool import SuperDeepFool
 from holdfast.attacks.surfree import SurFree
+from holdfast.attacks.transform_pgd import TransformPGD
+from holdfast.attacks.universal import Universal
 from holdfast.attacks.zoo import ZOO
 
 __all__ = [
@@ -47,14 +52,17 @@ __all__ = [
     "PGD",
     "SPSA",
     "ZOO",
+    "AdversarialPatch",
     "Bandits",
     "Boundary",
     "CarliniWagner",
     "Corruption",
     "DeepFool",
     "GeoDA",
+    "GridSearch",
     "HopSkipJump",
     "MomentumPGD",
+    "PatchAttack",
     "RayS",
     "Relay",
     "SigmaZero",
@@ -64,4 +72,6 @@ __all__ = [
     "Square",
     "SuperDeepFool",
     "SurFree",
+    "TransformPGD",
+    "Universal",
 ]

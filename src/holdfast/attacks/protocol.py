@@ -2,6 +2,8 @@
 
 from typing import ClassVar, Protocol, runtime_checkable
 
+from torch import Tensor
+
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
@@ -17,3 +19,21 @@ class Attack(Protocol):
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         """Perturbed inputs (n, *features), inside the constraint where it has an eps."""
+
+
+@runtime_checkable
+class Learned(Attack, Protocol):
+    """An attack that is learned once, on examples that are never judged, and then the same for every example.
+
+    Its own call refuses; `fitted` gives the attack that what was learned makes.
+    """
+
+    @property
+    def examples(self) -> int:
+        """How many examples it is learned on at most."""
+
+    def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
+        """What is learned, as a batch of one."""
+
+    def fitted(self, learned: Tensor) -> Attack:
+        """The attack that does it to every example."""

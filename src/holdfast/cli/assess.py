@@ -49,6 +49,12 @@ ATTACKING = (
     ),
     click.option("--only", multiple=True, metavar="ATTACK", help="Run only these attacks of the suite."),
     click.option("--skip", multiple=True, metavar="ATTACK", help="Leave these attacks out."),
+    click.option(
+        "--transform",
+        metavar="T",
+        help="Random changes that inputs are seen through, as in rotate=15,blur=1.",
+    ),
+    click.option("--fit", metavar="DATA", help="Examples to learn attacks on (default: the train split)."),
     click.option("--curve/--no-curve", default=None, help="Also measure accuracy against eps."),
     click.option("--full", is_flag=True, default=None, help="Run every attack on every example."),
     click.option(

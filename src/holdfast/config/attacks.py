@@ -15,7 +15,9 @@ from holdfast.config.wording import complaint, place
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
+from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
+from holdfast.core.transformations import Colour, Spatial
 from holdfast.ops.ascent import Schedule, cosine, flat
 from holdfast.ops.losses import Loss, cross_entropy, dlr, margin_loss, probability_margin
 
@@ -23,12 +25,15 @@ _FUNCTIONS: dict[Any, tuple[Callable[..., Any], ...]] = {
     Loss: (cross_entropy, dlr, margin_loss, probability_margin),
     Schedule: (cosine, flat),
 }
+_LIMITED: dict[str, Callable[..., Constraint]] = {"patch": Patch, "spatial": Spatial, "colour": Colour}
 
 
 def threat_model(spec: ThreatSpec) -> ThreatModel:
     """The threat model that a threat string describes."""
     if spec.norm == "corruptions":
         return ThreatModel(Corruptions(int(spec.eps)), None, spec.access, spec.queries)
+    if spec.norm in _LIMITED:
+        return ThreatModel(_LIMITED[spec.norm](**spec.limits), spec.goal, spec.access, spec.queries)
     constraints: dict[str, Constraint] = {
         "linf": Linf(spec.eps),
         "l2": L2(spec.eps),

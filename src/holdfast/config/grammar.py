@@ -1,24 +1,40 @@
 """What flags may say, parsed without torch, so that a slip of the pen is answered at once.
 
-Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`; a threat is `linf:8/255` or `corruptions:3`,
-followed by any of `goal=targeted:K`, `access=none|labels|scores|gradients` and `queries=N`, separated by commas or
-spaces.
+Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`; a threat is `linf:8/255`, `corruptions:3`,
+`patch:5x5,at=centre`, `spatial:rotate=30,shift=3` or `colour:hue=18,saturation=0.3`, followed by any of
+`goal=targeted:K`, `access=none|labels|scores|gradients` and `queries=N`, separated by commas or spaces.
 """
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Final, Literal, get_args
 
 from holdfast.core.errors import UsageError
-from holdfast.core.names import threat_text
+from holdfast.core.names import limits_text, threat_text
 from holdfast.core.spelling import suggestion
 
-Norm = Literal["linf", "l2", "l1", "l0", "corruptions"]
+Norm = Literal["linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour"]
 Sees = Literal["none", "labels", "scores", "gradients"]
 
-_LATER = {"patch": "adversarial patches", "spatial": "spatial attacks"}
+LIMITS: Final[Mapping[str, Mapping[str, float]]] = {
+    "spatial": {"rotate": 180.0, "shift": math.inf, "scale": 0.9},
+    "colour": {"hue": 180.0, "saturation": 1.0, "brightness": 1.0, "contrast": 1.0},
+}
+"""What may be done to images under a threat, and the most that may be asked for."""
+
+SEEN: Final[Mapping[str, float]] = {
+    **LIMITS["spatial"],
+    "perspective": 0.5,
+    **LIMITS["colour"],
+    "blur": 10.0,
+    "noise": 1.0,
+}
+"""What an input may be seen through at random, and the most of it."""
+
+_AS_IN = {"spatial": "spatial:rotate=30,shift=3", "colour": "colour:hue=18,saturation=0.3,brightness=0.2"}
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 
@@ -29,11 +45,15 @@ class ThreatSpec:
     norm: Norm
     eps: float = math.inf
     pixels: bool = False
+    limits: Mapping[str, float | str] = field(default_factory=lambda: MappingProxyType({}))
+    """of a threat that is no ball: what its constraint is made with"""
     goal: int | None = None
     access: Sees = "gradients"
     queries: int | None = None
 
     def __str__(self) -> str:
+        if self.limits:
+            return threat_text(limits_text(self.norm, self.limits), self.goal, self.access, self.queries)
         size = "" if math.isinf(self.eps) else f":{self.eps:.6g}" + ("px" if self.pixels else "")
         return threat_text(self.norm + size, self.goal, self.access, self.queries)
 
@@ -80,20 +100,22 @@ def parse_threat(text: str) -> ThreatSpec:
         raise UsageError("the threat is empty; expected a norm and a size, such as linf:8/255")
     spec = _constraint(words[0])
     for word in words[1:]:
-        spec = _condition(spec, word)
+        key = word.partition("=")[0]
+        own = key in LIMITS.get(spec.norm, ()) or (spec.norm == "patch" and key in ("at", "jitter"))
+        spec = _limited(spec, word) if own else _condition(spec, word)
     return spec
 
 
 def _constraint(word: str) -> ThreatSpec:
     name, colon, size = word.partition(":")
     kind = name.lower()
-    if kind in _LATER:
-        raise UsageError(
-            f"the threat {word!r} needs {_LATER[kind]}, which this version does not have; use linf, l2, l1 or l0"
-        )
     if kind not in get_args(Norm):
         raise UsageError(f"the threat {word!r} names no known norm{nearest(kind, get_args(Norm))}")
     norm: Norm = kind  # type: ignore[assignment]
+    if norm in LIMITS:
+        return _limited(ThreatSpec(norm, 1.0), size)
+    if norm == "patch":
+        return ThreatSpec(norm, 1.0, limits=_patch(size, word))
     if not colon and norm != "corruptions":
         return ThreatSpec(norm)
     if norm == "corruptions":
@@ -107,6 +129,63 @@ def _constraint(word: str) -> ThreatSpec:
             f"eps is {eps:g} in {word!r}; l0 counts values, so it must be whole, as in l0:10 or l0:10px"
         )
     return ThreatSpec(norm, eps, pixels)
+
+
+def _limited(spec: ThreatSpec, word: str) -> ThreatSpec:
+    """With one more limit, such as `rotate=30`."""
+    key, equals, value = word.partition("=")
+    if spec.norm == "patch":
+        return replace(spec, limits={**spec.limits, key: _placed(key, value)})
+    most = LIMITS[spec.norm]
+    if not equals or key not in most:
+        said = f"the limit {word!r}" if word else "no limits"
+        known = f"expected any of {', '.join(most)}, as in {_AS_IN[spec.norm]}"
+        raise UsageError(f"the threat {spec.norm} has {said}; {known}")
+    far = _far(key, value, most[key], _AS_IN[spec.norm])
+    return replace(spec, limits={**spec.limits, key: far})
+
+
+def parse_transform(text: str) -> Mapping[str, float]:
+    """Limits such as `rotate=15,scale=0.1,brightness=0.2`, by their names."""
+    limits: dict[str, float] = {}
+    for word in re.split(r"[,\s]+", text.strip()):
+        key, equals, value = word.partition("=")
+        if not equals or key not in SEEN:
+            known = f"expected any of {', '.join(SEEN)}, as in rotate=15,scale=0.1,brightness=0.2"
+            raise UsageError(f"transform has {word!r}; {known}")
+        limits[key] = _far(key, value, SEEN[key], "rotate=15,scale=0.1,brightness=0.2")
+    return limits
+
+
+def _far(key: str, value: str, most: float, example: str) -> float:
+    """How far one limit goes."""
+    far = number(value, key)
+    if not 0 < far <= most or math.isinf(far):
+        limit = "" if math.isinf(most) else f" and at most {most:g}"
+        raise UsageError(f"{key} is {value}; it must be more than 0{limit}, as in {example}")
+    return far
+
+
+def _patch(size: str, word: str) -> Mapping[str, float | str]:
+    found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
+    if found is None:
+        raise UsageError(
+            f"the threat {word!r} has no size in pixels; write height and width, as in patch:5x5 or "
+            f"patch:8x8,at=centre"
+        )
+    return {"height": int(found[1]), "width": int(found[2]), "at": "anywhere", "jitter": 0}
+
+
+def _placed(key: str, value: str) -> float | str:
+    if key == "jitter":
+        if not re.fullmatch(r"[0-9]{1,4}", value):
+            raise UsageError(f"jitter is {value!r}; expected a number of pixels, as in jitter=3")
+        return int(value)
+    if not re.fullmatch(r"anywhere|centre|[0-9]{1,5}:[0-9]{1,5}", value):
+        raise UsageError(
+            f"at is {value!r}; expected anywhere, centre, or ROW:COLUMN of the upper left corner, as in at=3:4"
+        )
+    return value
 
 
 def _severity(text: str, word: str) -> float:

@@ -27,14 +27,17 @@ ATTACKS: Final = (
     "PGD",
     "SPSA",
     "ZOO",
+    "AdversarialPatch",
     "Bandits",
     "Boundary",
     "CarliniWagner",
     "Corruption",
     "DeepFool",
     "GeoDA",
+    "GridSearch",
     "HopSkipJump",
     "MomentumPGD",
+    "PatchAttack",
     "RayS",
     "Relay",
     "SigmaZero",
@@ -44,6 +47,8 @@ ATTACKS: Final = (
     "Square",
     "SuperDeepFool",
     "SurFree",
+    "TransformPGD",
+    "Universal",
 )
 """What `holdfast.attacks` exports; a test keeps the two in step."""
 
@@ -60,19 +65,45 @@ VARIANTS: Final = {
 
 _BLACK_BOX = ("Square",)
 _FAST = ("Sprint", "Relay", "Square", "APGD-T")
+_LIMITED: Final[Mapping[Norm, tuple[str, ...]]] = {
+    "patch": ("PatchAttack", "PGD"),
+    "spatial": ("TransformPGD", "GridSearch"),
+    "colour": ("TransformPGD", "GridSearch"),
+}
 _STANDARD = ("APGD-CE", "APGD-T", "FAB-T", "Square")
 MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
-    "quick": {"linf": ("Sprint",), "l2": ("Sprint",), "l1": ("Sprint",), "l0": ("PGD",)},
-    "fast": {"linf": _FAST, "l2": _FAST, "l1": _FAST, "l0": ("PGD", "SparseRS"), "corruptions": CORRUPTIONS},
+    "quick": {
+        **dict.fromkeys(("linf", "l2", "l1"), ("Sprint",)),
+        "l0": ("PGD",),
+        "patch": ("PatchAttack",),
+        "spatial": ("TransformPGD",),
+        "colour": ("TransformPGD",),
+    },
+    "fast": {
+        "linf": _FAST,
+        "l2": _FAST,
+        "l1": _FAST,
+        "l0": ("PGD", "SparseRS"),
+        "corruptions": CORRUPTIONS,
+        **_LIMITED,
+    },
     "standard": {
         "linf": _STANDARD,
         "l2": _STANDARD,
         "l1": _STANDARD,
         "l0": ("PGD", "PGD-CE", "PDPGD", "SigmaZero", "SparseRS"),
         "corruptions": CORRUPTIONS,
+        **_LIMITED,
     },
     "rand": dict.fromkeys(("linf", "l2", "l1", "l0"), ("APGD-CE", "APGD-DLR")),
-    "black-box": {"linf": _BLACK_BOX, "l2": _BLACK_BOX, "l1": _BLACK_BOX, "l0": ("SparseRS",)},
+    "black-box": {
+        "linf": _BLACK_BOX,
+        "l2": _BLACK_BOX,
+        "l1": _BLACK_BOX,
+        "l0": ("SparseRS",),
+        "spatial": ("GridSearch",),
+        "colour": ("GridSearch",),
+    },
     "minimum-norm": {
         "linf": ("DeepFool", "FMN"),
         "l2": ("DeepFool", "ALMA", "PDPGD"),

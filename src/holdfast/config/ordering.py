@@ -2,22 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from holdfast.attacks import Corruption
-from holdfast.attacks.protocol import Attack
+from holdfast.attacks.protocol import Attack, Learned
 from holdfast.config.attacks import build, threat_model
-from holdfast.config.grammar import parse_threat, seconds
+from holdfast.config.grammar import parse_threat, parse_transform, seconds
 from holdfast.config.naming import chosen
 from holdfast.config.settings import DEFAULT_SUITE, AssessSettings
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
-from holdfast.core.constraints import Constraint
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.corruptions import Corruptions
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.names import slug
@@ -26,6 +27,7 @@ from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.harness import Member, Plan, labelled
 from holdfast.harness.plan import DoubtsWanted
+from holdfast.ops.expectation import seen_through
 from holdfast.reports.numbers import strict
 from holdfast.runs.order import Order, Subject
 from holdfast.sources.data import open_data
@@ -74,7 +76,8 @@ def opened_subject(settings: AssessSettings) -> Subject:
         remote=remote(settings),
     )
     card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
-    return replace(_subject(opened.model, card, opened.notes), remarks=opened.remarks)
+    model, seen, notes = _seen(opened.model, settings)
+    return replace(_subject(model, card | seen, (*opened.notes, *notes)), remarks=opened.remarks)
 
 
 def given_subject(net: nn.Module | Any, settings: AssessSettings) -> Subject:
@@ -90,7 +93,18 @@ def given_subject(net: nn.Module | Any, settings: AssessSettings) -> Subject:
         )
     known = [str(getattr(kind, "__module__", "")), name, digest_in_hand(inner)]
     card = {"name": name, "how": "python", "digest": digest(canonical(known))}
-    return _subject(model, card, notes)
+    model, seen, through = _seen(model, settings)
+    return _subject(model, card | seen, (*notes, *through))
+
+
+def _seen(model: Classifier, settings: AssessSettings) -> tuple[Classifier, dict[str, Any], tuple[str, ...]]:
+    """The model behind the transformations that the settings name, and what card and notes say of them."""
+    if settings.transform is None:
+        return model, {}, ()
+    limits = parse_transform(settings.transform)
+    listed = ", ".join(f"{name} {far:g}" for name, far in limits.items())
+    said = f"the model sees every input through random changes, either way up to {listed}"
+    return seen_through(model, limits), {"seen_through": limits}, (said,)
 
 
 def _subject(model: Classifier, card: Mapping[str, Any], notes: tuple[str, ...]) -> Subject:
@@ -103,7 +117,7 @@ def _subject(model: Classifier, card: Mapping[str, Any], notes: tuple[str, ...])
             "access": model.access,
         }
     )
-    known = digest(canonical([card["digest"], said]))
+    known = digest(canonical([card["digest"], said, card.get("seen_through")]))
     shown = {**said, "bounds": [_end(model.bounds.low, min), _end(model.bounds.high, max)]}
     parameters = sum(weight.numel() for weight in model.parameters())
     return Subject(model, known, {**card, "parameters": parameters, **shown}, notes)
@@ -135,6 +149,29 @@ def opened(settings: AssessSettings) -> tuple[Subject, Data]:
     """The model and the examples at the addresses that the settings name."""
     subject = opened_subject(settings)
     return subject, opened_data(settings, subject.model)
+
+
+def opened_fit(
+    settings: AssessSettings, model: Classifier, plan: Plan, *, in_hand: bool = False
+) -> Data | None:
+    """The examples that attacks are learned on, where one is: those named, else the train split of the data."""
+    address = settings.fit or (None if in_hand else settings.data)
+    if address is None or not any(isinstance(member.attack, Learned) for member in plan.members):
+        return None
+    elsewhere = settings.fit not in (None, settings.data)
+    if not elsewhere and settings.split == "train":
+        raise UsageError(
+            f"attacks are learned on the train split of {address!r}, which is judged; name others with --fit DATA"
+        )
+    wanted = partial(open_data, address, label=settings.label, drop=tuple(settings.drop))
+    try:
+        return wanted(split="train", classes=model.classes, bounds=model.bounds)
+    except (UsageError, TargetError) as error:
+        if elsewhere:
+            return wanted(classes=model.classes, bounds=model.bounds)
+        raise UsageError(
+            f"{address!r} has no train split to learn attacks on ({error}); name other examples with --fit DATA"
+        ) from error
 
 
 def order(
@@ -186,8 +223,11 @@ def plan(
         name, smallest = str(composed), composed.smallest
     _refuse_endless(threat, settings, smallest=smallest)
     corrupting = isinstance(threat.constraint, Corruptions)
+    in_ball = isinstance(threat.constraint, (Linf, L2, L1, L0))
     _refuse_strangers(members, settings, corrupting=corrupting)
-    probing: DoubtsWanted = "all" if name and not corrupting else "free"
+    if settings.curve and not in_ball:
+        raise UsageError(f"{settings.threat} has no eps to draw a curve over; leave --curve out")
+    probing: DoubtsWanted = "all" if name and in_ball else "free"
     selected = _selected(members, settings.only, settings.skip)
     left_out = [member.name for member in members if member not in selected]
     if name and left_out:
@@ -198,7 +238,7 @@ def plan(
         settings.seed,
         name,
         smallest=smallest,
-        attacked=bool(name) and not smallest and not corrupting,
+        attacked=bool(name) and not smallest and in_ball,
         curve=_curve(threat.constraint) if settings.curve and not smallest else (),
         full=settings.full or corrupting,
         keep_adversarial=settings.save_adversarial,
@@ -233,8 +273,6 @@ def _refuse_strangers(members: Sequence[Member], settings: AssessSettings, *, co
                 f"{member.name} is no common corruption, and the threat is {settings.threat}; "
                 f"leave it out, or choose a threat such as linf:8/255"
             )
-    if corrupting and settings.curve:
-        raise UsageError(f"{settings.threat} has no eps to draw a curve over; leave --curve out")
 
 
 def _selected(members: tuple[Member, ...], only: Sequence[str], skip: Sequence[str]) -> tuple[Member, ...]:

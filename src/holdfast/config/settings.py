@@ -15,7 +15,7 @@ import yaml
 from annotated_types import Ge
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
 
-from holdfast.config.grammar import nearest, number, numbers, pairs, parse_threat, seconds
+from holdfast.config.grammar import nearest, number, numbers, pairs, parse_threat, parse_transform, seconds
 from holdfast.config.naming import ATTACKS, VARIANTS, chosen, members
 from holdfast.config.wording import complaint, place
 from holdfast.core.errors import TargetError, UsageError
@@ -43,6 +43,12 @@ def _fractions(value: object) -> object:
 def _threat(value: object) -> object:
     if isinstance(value, str):
         parse_threat(value)
+    return value
+
+
+def _transform(value: object) -> object:
+    if isinstance(value, str):
+        parse_transform(value)
     return value
 
 
@@ -150,6 +156,13 @@ class AssessSettings(BaseModel):
     split: str | None = Field(None, description="train or test, or a value of a table's split column")
     label: str | None = Field(None, description="label column of a table")
     drop: list[str] = Field(default_factory=list, description="columns of a table that are no features")
+    fit: str | None = Field(
+        None, description="other examples, for attacks that are learned: an address, else the train split"
+    )
+    transform: Annotated[str | None, BeforeValidator(_transform)] = Field(
+        None,
+        description="random changes that inputs are seen through, as in rotate=15,scale=0.1,brightness=0.2",
+    )
     n: Positive | None = Field(None, description="use the first N examples")
     sample: Positive | None = Field(None, description="use a seeded sample of N examples")
     threat: Annotated[str, BeforeValidator(_threat)] = Field(

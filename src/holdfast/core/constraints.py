@@ -8,6 +8,7 @@ largest gains (Croce & Hein, "Sparse and imperceivable adversarial attacks", ICC
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -59,6 +60,15 @@ class Norm(Constraint, Protocol):
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
         """`project`, with a radius for each example in place of eps."""
+
+
+@runtime_checkable
+class Limited(Constraint, Protocol):
+    """A constraint that is no ball: what it was made with says how far it goes, and `eps` is all of it."""
+
+    @property
+    def limits(self) -> Mapping[str, float | str]:
+        """The arguments that make the same constraint, but those that allow nothing."""
 
 
 def allowed(constraint: Constraint, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Mask:

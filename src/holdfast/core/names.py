@@ -1,6 +1,7 @@
 """How attacks and threats are written: without torch, for those that must answer before it is imported."""
 
 import re
+from collections.abc import Mapping
 
 
 def slug(name: str) -> str:
@@ -14,3 +15,12 @@ def threat_text(change: str, goal: int | None, access: str, queries: int | None)
     seen = "" if access == "gradients" else f",access={access}"
     spent = "" if queries is None else f",queries={queries}"
     return f"{change}{aim}{seen}{spent}"
+
+
+def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
+    """What may change and how far: `spatial:rotate=30,shift=3`, `patch:8x8,at=centre,jitter=3`."""
+    words = [f"{name}={far if isinstance(far, str) else f'{far:.6g}'}" for name, far in limits.items()]
+    if kind == "patch":
+        words[:2] = [f"{limits['height']}x{limits['width']}"]
+        words = [word for word in words if word not in ("at=anywhere", "jitter=0")]
+    return f"{kind}:{','.join(words)}"

@@ -14,10 +14,11 @@ from holdfast.harness.plan import (
     Stage,
     Step,
     labelled,
+    refuse_unfitted,
     refuse_what_is_hidden,
     settings,
 )
-from holdfast.harness.stages import Room, in_pieces, run_clean, run_stage, unattacked
+from holdfast.harness.stages import Room, in_pieces, ready, run_clean, run_fit, run_stage, unattacked
 from holdfast.harness.target import LOOKED_AT, Target, prepared
 from holdfast.harness.waves import broken, due
 
@@ -42,8 +43,11 @@ __all__ = [
     "measure",
     "measured",
     "prepared",
+    "ready",
+    "refuse_unfitted",
     "refuse_what_is_hidden",
     "run_clean",
+    "run_fit",
     "run_stage",
     "settings",
     "speaking",

@@ -11,7 +11,7 @@ from holdfast.core.corruptions import Corruptions
 from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence
 from holdfast.core.lookup import Lookup
 from holdfast.core.types import Ids, Rows
-from holdfast.harness.plan import Outline
+from holdfast.harness.plan import Outline, fit_of
 from holdfast.harness.stages import GALLERY, NORMS
 from holdfast.harness.target import VOTES
 from holdfast.harness.waves import gathered, remark
@@ -155,19 +155,30 @@ def _told(
     total = _clean_cost(clean, seconds.get("clean", Seconds()), randomised=randomised)
     for stage in plan.steps[1:]:
         names = [s.name for s in plan.steps if stage.name in (s.name, s.wave_of) and s.name in by_stage]
-        if stage.wave_of or not names:
+        if stage.wave_of or stage.kind == "fit" or not names:
             continue
         waves = [by_stage[name] for name in names]
         spent = zip(waves, (seconds.get(name, Seconds()) for name in names), strict=True)
         cost = sum((_cost(*each, randomised=randomised) for each in spent), Cost())
+        learned = fit_of(stage.name)
+        if learned in by_stage:
+            cost += _cost(by_stage[learned], seconds.get(learned, Seconds()), randomised=False)
         total += cost
         if stage.kind == "attack":
             left = standing & ~torch.stack([columns["success"] for columns in waves]).any(0)
             before, after = int(standing.sum()), int(left.sum())
-            notes = (*stage.notes, *remark(stage.attack, waves, before))
+            notes = (*stage.notes, *_learned(by_stage.get(learned)), *remark(stage.attack, waves, before))
             records.append(AttackRecord(stage.name, stage.attack, stage.settings, before, after, cost, notes))
             standing = left
     return tuple(records), total
+
+
+def _learned(columns: Columns | None) -> tuple[str, ...]:
+    """On how many examples an attack was learned, and at what cost."""
+    if columns is None:
+        return ()
+    said = f"learned on {len(columns['id']):,} examples that are not judged"
+    return (f"{said}, with {int(columns['queries'].sum()):,} queries",)
 
 
 def _clean_cost(columns: Columns, seconds: Seconds, *, randomised: bool) -> Cost:

@@ -12,8 +12,8 @@ from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.harness.assembly import Context, Seconds, conclude, join
-from holdfast.harness.plan import Plan, Stage, labelled, refuse_what_is_hidden
-from holdfast.harness.stages import Room, run_clean, run_stage
+from holdfast.harness.plan import Plan, Stage, labelled, refuse_unfitted, refuse_what_is_hidden
+from holdfast.harness.stages import Room, ready, run_clean, run_fit, run_stage
 from holdfast.harness.target import LOOKED_AT, Target, prepared
 from holdfast.harness.waves import due
 
@@ -26,27 +26,41 @@ def measure(
     *,
     seed: int = 0,
     batch_size: int = 256,
+    fit: Batch | None = None,
 ) -> Evidence:
     """What a list of attacks does to `model`: see `measured`."""
-    return measured(model, batches, Plan(labelled(attacks), threat, seed), batch_size=batch_size)
+    return measured(model, batches, Plan(labelled(attacks), threat, seed), batch_size=batch_size, fit=fit)
 
 
-def measured(model: Classifier, batches: Sequence[Batch], plan: Plan, *, batch_size: int = 256) -> Evidence:
+def measured(
+    model: Classifier,
+    batches: Sequence[Batch],
+    plan: Plan,
+    *,
+    batch_size: int = 256,
+    fit: Batch | None = None,
+) -> Evidence:
     """What the attacks of a plan do to `model` on some batches, whose ids must differ.
 
-    The model is measured in eval mode and comes back as it was. Raises `UsageError` when an attack needs more access
-    than the threat model allows, `TargetError` when there is nothing to measure or the model is unusable.
+    `fit` holds other examples, for attacks that are learned. The model is measured in eval mode and comes back as it
+    was. Raises `UsageError` when an attack needs more access than the threat model allows, `TargetError` when there is
+    nothing to measure or the model is unusable.
     """
     if not sum(map(len, batches)):
         raise TargetError("there are no examples to measure; expected at least one")
     plan = refuse_what_is_hidden(plan, model.access)
+    refuse_unfitted(plan, fit=fit is not None)
     first = next(batch for batch in batches if len(batch))
     with prepared(model, first.take(torch.arange(min(len(first), LOOKED_AT)))) as target:
         by_stage: dict[str, Columns] = {}
         seconds: dict[str, Seconds] = {}
         for stage in plan.stages():
             cpu, wall = time.process_time(), time.perf_counter()
-            by_stage[stage.name] = join(_shards(stage, plan, target, batches, by_stage, batch_size))
+            if stage.kind == "fit" and fit is not None:
+                by_stage[stage.name] = run_fit(stage, plan, target, fit, by_stage["clean"])
+            else:
+                shards = _shards(ready(stage, by_stage), plan, target, batches, by_stage, batch_size)
+                by_stage[stage.name] = join(shards)
             seconds[stage.name] = Seconds(time.process_time() - cpu, time.perf_counter() - wall)
         outline, context = plan.outline(target.classes), Context(notes=target.notes)
         return conclude(outline, by_stage, seconds, context, randomised=target.randomised)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from holdfast.attacks import PGD
-from holdfast.attacks.protocol import Attack
+from holdfast.attacks.protocol import Attack, Learned
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug
@@ -14,7 +14,7 @@ from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.ops.ascent import flat
 from holdfast.ops.losses import cross_entropy
 
-Kind = Literal["clean", "attack", "attacked", "curve"]
+Kind = Literal["clean", "fit", "attack", "attacked", "curve"]
 DoubtsWanted = Literal["all", "free", "none"]
 
 
@@ -100,7 +100,8 @@ class Plan:
     def _waves(self, name: str, member: Member) -> list[Stage]:
         later = 0 if self.full or self.smallest else member.waves
         names = (name, *(f"{name}-wave-{wave + 2}" for wave in range(later)))
-        return [Stage(each, "attack", member, names[:k]) for k, each in enumerate(names)]
+        fit = [Stage(fit_of(name), "fit", member)] if isinstance(member.attack, Learned) else []
+        return [*fit, *(Stage(each, "attack", member, names[:k]) for k, each in enumerate(names))]
 
     def outline(self, classes: int) -> Outline:
         """The plan in plain values, for a model of so many classes."""
@@ -120,6 +121,11 @@ class Plan:
             few_classes(plain, classes, aimed=aimed),
             "".join(stage.earlier[:1]),
         )
+
+
+def fit_of(stage: str) -> str:
+    """The name of the stage that an attack is learned in, by the name of its own."""
+    return f"fit-{stage}"
 
 
 FIXED = Member("PGD-40", PGD(steps=40, reach=2.5, loss=cross_entropy, schedule=flat, drop=False))
@@ -152,6 +158,27 @@ def few_classes(plain: Mapping[str, Any], classes: int, *, aimed: bool) -> tuple
     if targets >= classes:
         notes.append(f"{targets} targets were asked for; with {classes} classes there are {classes - 1}")
     return tuple(notes)
+
+
+def refuse_unfitted(plan: Plan, *, fit: bool) -> None:
+    """`UsageError` where an attack must be learned, and there is nothing to `fit` it on, or its queries are counted."""
+    for member in plan.members:
+        if not isinstance(member.attack, Learned):
+            continue
+        if plan.smallest:
+            raise UsageError(
+                f"{member.name} is learned for one eps; give one, as in linf:0.2, or leave it out"
+            )
+        if plan.threat.queries is not None:
+            raise UsageError(
+                f"{member.name} is learned with as many queries as it takes, and asks none afterwards; "
+                f"leave queries={plan.threat.queries} out, or leave it out"
+            )
+        if not fit:
+            raise UsageError(
+                f"{member.name} is learned first, on examples that are not judged; name some with --fit DATA "
+                f"(in Python fit=…), or leave it out"
+            )
 
 
 def refuse_what_is_hidden(plan: Plan, target: Access, why: str = "") -> Plan:

@@ -2,23 +2,23 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from holdfast.attacks.protocol import Attack
+from holdfast.attacks.protocol import Attack, Learned
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
-from holdfast.core.errors import BudgetSpent, HoldfastError
+from holdfast.core.errors import BudgetSpent, HoldfastError, UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.meter import Metered, Spent, margin
 from holdfast.core.model import out_of_memory
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, Mask
-from holdfast.harness.plan import Plan, Stage
+from holdfast.harness.plan import Plan, Stage, fit_of
 from holdfast.harness.target import VOTES, Target, no_memory
 
 GALLERY = 12
@@ -74,6 +74,48 @@ def run_stage(
     if isinstance(threat.constraint, Corruptions):
         columns["success"] &= clean["correct"] & clean["eligible"]
     return columns
+
+
+def run_fit(stage: Stage, plan: Plan, target: Target, batch: Batch, clean: Columns) -> Columns:
+    """Columns of a stage that learns an attack on `batch`, but for those of its examples that are judged.
+
+    `learned.x` is what was learned; the others say what that asked of the model.
+    """
+    assert stage.member is not None
+    attack, rng = stage.member.attack, Draws(plan.seed).at("stage", stage.name)
+    assert isinstance(attack, Learned)
+    judged = {row.numpy().tobytes() for row in clean["digest"]}
+    apart = [row.numpy().tobytes() not in judged for row in _digests(batch)]
+    rows = torch.tensor(apart, device=batch.ids.device).nonzero()[: attack.examples, 0]
+    batch = _aimed(batch.take(rows), plan.threat)
+    if batch.target is not None:
+        batch = batch.take(batch.y != batch.target)
+    if not len(batch):
+        raise UsageError(
+            f"there is no example to learn {stage.member.name} on that is not judged; name others with --fit DATA"
+        )
+    meter = Metered(target.quick, batch, plan.threat)
+    with target.repeatable(rng):
+        learned = attack.fit(meter, batch, plan.threat, rng=rng)
+    columns = {
+        "id": batch.ids,
+        "ran": torch.zeros_like(batch.ids, dtype=torch.bool),
+        "queries": meter.spent.queries,
+        "backwards": meter.spent.backwards,
+        "learned.x": learned.detach(),
+    }
+    return {name: values.cpu() for name, values in columns.items()}
+
+
+def ready(stage: Stage, by_stage: Mapping[str, Columns]) -> Stage:
+    """The stage with what was learned for its attack; the same where nothing had to be."""
+    first = (*stage.earlier, stage.name)[0]
+    if stage.kind != "attack" or stage.member is None or fit_of(first) not in by_stage:
+        return stage
+    attack = stage.member.attack
+    assert isinstance(attack, Learned)
+    fitted = attack.fitted(by_stage[fit_of(first)]["learned.x"])
+    return replace(stage, member=replace(stage.member, attack=fitted))
 
 
 def unattacked(clean: Columns) -> dict[str, Tensor]:

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from holdfast.core.constraints import L0
+from holdfast.core.constraints import L0, Limited
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence
+from holdfast.core.names import limits_text
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask
 from holdfast.gates.judging import Judgement, exit_code, overall
@@ -227,12 +228,14 @@ def _threat(threat: ThreatModel) -> Json:
     constraint = threat.constraint
     norm, per = type(constraint).__name__, constraint.per if isinstance(constraint, L0) else None
     unit = "px" if per == "pixel" else ""
+    limits = dict(constraint.limits) if isinstance(constraint, Limited) else {}
+    sized = norm.lower() + (f":{size(constraint.eps)}{unit}" if math.isfinite(constraint.eps) else "")
     return {
-        "constraint": norm.lower()
-        + (f":{size(constraint.eps)}{unit}" if math.isfinite(constraint.eps) else ""),
+        "constraint": limits_text(norm.lower(), limits) if limits else sized,
         "norm": norm,
         "eps": strict(constraint.eps),
         "per": per,
+        "limits": limits,
         "goal": threat.goal,
         "access": threat.access,
         "queries": threat.queries,

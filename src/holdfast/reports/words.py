@@ -36,6 +36,18 @@ _BALLS = {
 }
 
 
+_CHANGES = {
+    "rotate": "turn an image by at most {} degrees either way",
+    "shift": "shift it by at most {} pixels along each side",
+    "scale": "make it larger or smaller by a share of at most {}",
+    "hue": "turn colours by at most {} degrees of their circle",
+    "saturation": "make them stronger or paler by a share of at most {}",
+    "brightness": "make an image brighter or darker by at most {} of the box's width",
+    "contrast": "raise or lower its contrast by a share of at most {}",
+}
+"""What each limit of a threat that transforms images lets the adversary do."""
+
+
 def label(metric: str) -> str:
     """The metric as a heading."""
     words = metric.replace("_", " ").capitalize()
@@ -189,11 +201,25 @@ def _brief(gate: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     return text.removesuffix(f" {_spoken(metric)}") if metric else text
 
 
+def _limited(kind: str, limits: Mapping[str, Any]) -> str:
+    """What may change under a threat that is no ball."""
+    if kind == "Patch":
+        at = {"anywhere": "anywhere", "centre": "in its centre"}.get(limits["at"], f"at {limits['at']}")
+        around = f", within {limits['jitter']} pixels of that" if limits["jitter"] else ""
+        return (
+            f"may replace {limits['height']}x{limits['width']} pixels of an image by anything, {at}{around}"
+        )
+    done = [_CHANGES[name].format(size(far)) for name, far in limits.items()]
+    return f"may {', and '.join(done)}"
+
+
 def threat_in_words(threat: Mapping[str, Any]) -> list[str]:
     """What the adversary is assumed to do, one sentence each."""
     eps = number(threat["eps"])
     ball = _BALLS.get(threat["norm"], "may change an input within " + threat["constraint"])
-    if eps == float("inf"):
+    if threat["limits"]:
+        change = _limited(threat["norm"], threat["limits"])
+    elif eps == float("inf"):
         change = f"looks for the smallest change in {threat['norm']} that breaks the model, however large"
     else:
         change = ball.format(eps=size(eps) if threat["norm"] != "L0" else count(eps))

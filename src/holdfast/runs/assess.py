@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from holdfast.attacks.protocol import Learned
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetLost
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.gates.judging import Doubts, Judgement, judge
-from holdfast.harness import Plan, Target, refuse_what_is_hidden
+from holdfast.harness import Plan, Target, refuse_unfitted, refuse_what_is_hidden
 from holdfast.reports.numbers import strict
 from holdfast.runs import probes
 from holdfast.runs.assembling import DOUBTS, adversarial, evidence_of
@@ -73,6 +74,7 @@ def assess(
     with readied(subject, data, device) as (target, sample):
         _refuse(target, sample, order, data)
         plan = refuse_what_is_hidden(order.plan, subject.model.access, subject.model.hides)
+        refuse_unfitted(plan, fit=order.fit is not None)
         refuse_gates(order.gates, plan, target, sample)
         shape, opening = tuple(sample.x.shape[1:]), opening or partial(_as_given, subject, data)
         made = _Making(subject, data, order, plan, target, device, shape, progress, opening)
@@ -153,6 +155,7 @@ class _Making:
             "batch_size": order.batch_size,
             "shard_size": order.shard_size,
             "time_budget_s": order.time_budget_s,
+            "fit": None if order.fit is None else order.fit.digest,
         }
         small = order.time_budget_s is not None or order.workers is not None
         size = order.batch_size or batch_size_for(math.prod(self.shape), order.device)
@@ -181,6 +184,15 @@ class _Making:
                 "stages": [*(stage.name for stage in plan.stages()), DOUBTS],
             },
         }
+
+    def fit(self) -> Batch | None:
+        """What attacks are learned on: as many examples as one of them asks for."""
+        wanted = [m.attack.examples for m in self.plan.members if isinstance(m.attack, Learned)]
+        if not wanted or self.order.fit is None:
+            return None
+        batch = self.order.fit.read(0, min(max(wanted), len(self.order.fit)))
+        refuse_batch(batch, self.target.bare.bounds, self.target.classes, self.order.fit.name)
+        return batch
 
     def data_card(self) -> dict[str, Any]:
         """What identifies the examples, and what one of them is like."""
@@ -269,6 +281,7 @@ class _Making:
             time.perf_counter() + budget - before,
             names,
             team or Alone(),
+            self.fit(),
         )
         by_stage, missed = course.run()
         said = () if team is None else team.dismissed()

@@ -21,7 +21,9 @@ from holdfast.harness import (
     broken,
     due,
     join,
+    ready,
     run_clean,
+    run_fit,
     run_stage,
     unattacked,
 )
@@ -134,6 +136,8 @@ class Course:
     order: tuple[str, ...]
     """stages by name, and what follows them"""
     hands: Hands = field(default_factory=Alone)
+    fit: Batch | None = None
+    """what some attacks are learned on"""
     _last: dict[tuple[int, int], Batch] = field(default_factory=dict)
 
     def run(self) -> tuple[dict[str, Columns], tuple[str, ...]]:
@@ -141,11 +145,13 @@ class Course:
         by_stage: dict[str, Columns] = {}
         cut: list[tuple[Stage, int]] = []
         for stage in self.plan.stages():
-            kept = self.keeper.stage(stage.name) or self._measured(stage, by_stage)
+            measured = self._learned if stage.kind == "fit" else self._measured
+            kept = self.keeper.stage(stage.name) or measured(ready(stage, by_stage), by_stage)
             columns = counted(stage.kind, kept, by_stage)
             if columns is not None:
                 by_stage[stage.name] = columns
-            if kept.reached is not None and not any(name_of(stage) == name_of(other) for other, _ in cut):
+            cut_short = kept.reached is not None and stage.kind != "fit"  # then its attack is, too
+            if cut_short and not any(name_of(stage) == name_of(other) for other, _ in cut):
                 cut.append((stage, len(kept.columns["id"])))
         return by_stage, missed(cut, len(self.data), self.plan)
 
@@ -178,6 +184,26 @@ class Course:
     def tell(self, stage: str, done: int, of: int, standing: int, seen: int) -> None:
         """Say how far a stage has come."""
         self.progress(Step(stage, self.order.index(stage) + 1, len(self.order), done, of, standing, seen))
+
+    def _learned(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Kept:
+        """What an attack learns, all at once: a run that is killed here learns it anew."""
+        assert self.fit is not None
+        standing = int(
+            (by_stage["clean"]["correct"] & by_stage["clean"]["eligible"] & ~broken(by_stage)).sum()
+        )
+        self.tell(stage.name, 0, len(self.fit), standing, len(self.data))
+        self.keeper.begin(stage.name, 0)
+        watch = Watch(lambda seconds, last: self.keeper.spend(stage.name, 0, seconds, done=last))
+        columns: Columns = {"id": torch.empty(0, dtype=torch.int64)}
+        timed, reached = replace(self.target, quick=Timed(self.target.quick, self.deadline)), None
+        try:
+            columns = run_fit(stage, self.plan, timed, self.fit.to(self.device), by_stage["clean"])
+        except OutOfTime:
+            reached = 0
+        with self.stopper.finishing():
+            self.keeper.complete(stage.name, columns, reached)
+            watch.tick(done=True)
+        return Kept(columns, reached)
 
     def _measured(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Kept:
         done = self.keeper.shards(stage.name)

@@ -13,9 +13,12 @@ from holdfast.core.constraints import L1, L2, Constraint, Linf, extent
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
+from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
+from holdfast.core.transformations import Colour, Spatial
 from holdfast.ops.corruptions import refuse_no_images
 from holdfast.ops.prepare import multiply_adds
+from holdfast.ops.transformations import refuse_unfit
 
 _VALUES = 1 << 20
 """Input values of one batch on a CPU: 256 small images, a handful of large ones."""
@@ -55,6 +58,10 @@ def refuse_data(data: Data) -> None:
 
 def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) -> None:
     """An eps beyond the box would mean any input at all; a goal must be a class."""
+    if isinstance(threat.constraint, (Spatial, Colour)):
+        refuse_unfit(x, threat.constraint.limits)
+    if isinstance(threat.constraint, Patch):
+        threat.constraint.places(x.shape[1:])
     eps, farthest = threat.constraint.eps, extent(threat.constraint, x, bounds)
     if math.isfinite(eps) and eps > farthest * (1 + 1e-6):
         norm = type(threat.constraint).__name__.lower()

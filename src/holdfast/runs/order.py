@@ -45,6 +45,8 @@ class Order:
     batch_size: int | None = None
     """examples that go through the model at once; None goes by the size of the input"""
     shard_size: int = SHARD_SIZE
+    fit: Data | None = None
+    """examples that are not judged, for attacks that are learned"""
     time_budget_s: float | None = None
     """attacks stop after this long, over all attempts; shards are then batches, so that little of the last is lost"""
     workers: int | None = None

@@ -25,7 +25,7 @@ import torch
 from holdfast.core.batch import Data
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.evidence import Columns
-from holdfast.harness import Plan, Seconds, Target
+from holdfast.harness import Plan, Seconds, Target, ready
 from holdfast.runs.assembling import counted
 from holdfast.runs.course import Course, OutOfTime
 from holdfast.runs.keeping import InFolder
@@ -191,7 +191,8 @@ def _measure(course: Course, task: Task, by_stage: dict[str, Columns], folder: R
         folder.ledger.tell(task, rows=finished - rows)
         rows = finished
 
-    stage, course = stages[place], replace(course, deadline=time.perf_counter() + task.until - time.time())
+    stage = ready(stages[place], by_stage)
+    course = replace(course, deadline=time.perf_counter() + task.until - time.time())
     try:
         course.shard(stage, task.shard, course.due(stage, by_stage), by_stage, said)
     except OutOfTime:

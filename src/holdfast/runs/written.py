@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import TargetError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Doubt
+from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
+from holdfast.core.transformations import Colour, Spatial
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Judgement, exit_code
 from holdfast.harness import Outline
@@ -40,6 +42,7 @@ def outline_to_json(outline: Outline) -> Json:
             "norm": type(constraint).__name__,
             "eps": strict(float(constraint.eps)),
             "per": constraint.per if isinstance(constraint, L0) else None,
+            "limits": dict(constraint.limits) if isinstance(constraint, Limited) else {},
             "goal": outline.threat.goal,
             "access": outline.threat.access,
             "queries": outline.threat.queries,
@@ -73,6 +76,13 @@ def _constraint(threat: Mapping[str, Any]) -> Constraint:
         return L0(eps, threat["per"])
     if threat["norm"] == "Corruptions":
         return Corruptions(int(eps))
+    limited: dict[str, type[Patch | Spatial | Colour]] = {
+        "Patch": Patch,
+        "Spatial": Spatial,
+        "Colour": Colour,
+    }
+    if threat["norm"] in limited:
+        return limited[threat["norm"]](**threat["limits"])
     norms: dict[str, type[Linf | L2 | L1]] = {"Linf": Linf, "L2": L2, "L1": L1}
     if threat["norm"] not in norms:
         raise TargetError(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from holdfast.core.names import threat_text
+from holdfast.core.names import limits_text, threat_text
 
 MOST = 4
 """Differences that are named; the others are counted."""
@@ -35,7 +35,8 @@ def _threat(threat: Mapping[str, Any]) -> str:
     """The threat as the command line takes it."""
     eps = float(threat["eps"])
     size = "" if eps == float("inf") else f":{eps:.6g}" + ("px" if threat["per"] == "pixel" else "")
-    change = f"{str(threat['norm']).lower()}{size}"
+    kind = str(threat["norm"]).lower()
+    change = limits_text(kind, threat["limits"]) if threat.get("limits") else f"{kind}{size}"
     return threat_text(change, threat["goal"], threat["access"], threat["queries"])
 
 

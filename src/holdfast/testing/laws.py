@@ -358,6 +358,20 @@ ATTACK_LAWS: tuple[Callable[[Case], None], ...] = (
 )
 """Every law, for `parametrize`."""
 
+LIMITED_LAWS = tuple(
+    law
+    for law in ATTACK_LAWS
+    if law
+    not in (
+        agrees_with_the_oracle,
+        eps_zero_changes_nothing,
+        takes_inputs_of_any_shape,
+        reaches_targets,
+        breaks_an_undefended_network,
+    )
+)
+"""Those that hold under threats that are no balls, such as patches: they have no radius, and are for images."""
+
 
 def more_never_loses(weaker: Attack, stronger: Attack, norm: Kind) -> None:
     """Whatever the weaker setting of an attack breaks, the stronger breaks too: restarts and budgets only add."""

@@ -1,0 +1,53 @@
+"""Grid search: every combination of turns and shifts, or of colours, at even distances.
+
+Engstrom et al., "Exploring the Landscape of Spatial Robustness", ICML 2019, arXiv:1712.02779, where it breaks far more
+than gradients do. Differs from the paper: what changes most is tried first, an example leaves once it is broken, and
+colours, brightness and contrast are searched alike.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.transformations import Transformations
+from holdfast.core.types import Access, Inputs, Steps
+from holdfast.ops.best import Best
+from holdfast.ops.losses import margin
+from holdfast.ops.transformations import expect_transformations, reached
+
+
+@dataclass(frozen=True)
+class GridSearch:
+    """Try every point of a grid over what the threat allows: rotations, shifts, scales, or colours."""
+
+    turns: Steps = 31
+    """angles between the two limits of `rotate`"""
+    values: Steps = 5
+    """values between the two limits of everything else"""
+
+    needs: ClassVar[Access] = "scores"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        constraint, best = expect_transformations(threat.constraint, self), Best(batch)
+        points = self._points(constraint)
+        with torch.no_grad():
+            for point in points[: threat.queries]:
+                left = batch.take(best.standing)
+                if not len(left):
+                    break
+                place = left.x.new_tensor(point).expand(len(left), -1)
+                x = reached(left.x, place, constraint, model.bounds)
+                best.offer(left, x, margin(model(x, left.ids), left))
+        return best.x
+
+    def _points(self, constraint: Transformations) -> list[tuple[float, ...]]:
+        """The whole grid in shares of the limits, what is farthest from the clean image first."""
+        counts = (self.turns if axis == "rotate" else self.values for axis in constraint.axes)
+        sides = (torch.linspace(-1, 1, count).tolist() if count > 1 else [1.0] for count in counts)
+        return sorted(itertools.product(*sides), key=lambda point: -sum(map(abs, point)))

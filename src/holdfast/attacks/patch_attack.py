@@ -1,0 +1,86 @@
+"""PatchAttack: gradient ascent inside a rectangle, at the places of an image that the model leans on most.
+
+Karmon et al., "LaVAN: Localized and Visible Adversarial Noise", ICML 2018, arXiv:1801.02608. Differs from the paper:
+each image has a patch of its own, at places chosen by the size of the gradient inside them instead of tried one by one;
+the margin is climbed by the gradient's sign, in steps that fall along a cosine.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.patches import Corners, Patch
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs, Positive, Rows, Steps
+from holdfast.ops.ascent import cosine, gradient
+from holdfast.ops.best import Best
+from holdfast.ops.losses import Loss, margin, margin_loss
+from holdfast.ops.patches import expect_patch
+
+
+@dataclass(frozen=True)
+class PatchAttack:
+    """Fill a rectangle of each image with what breaks the model, and try several places for it."""
+
+    steps: Steps = 40
+    """gradient steps at one place"""
+    places: Steps = 5
+    """places that are tried, where the threat leaves a choice; each works only on the examples still standing"""
+    reach: Positive = 10.0
+    """path length at one place, in multiples of the box's width"""
+    loss: Loss = margin_loss
+    """what is climbed: `margin_loss`, `cross_entropy`, `dlr`, `probability_margin`"""
+
+    needs: ClassVar[Access] = "gradients"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        patch, best = expect_patch(threat.constraint, self), Best(batch)
+        if not len(batch):
+            return best.x
+        grad, logits = gradient(model, batch, self.loss)
+        best.offer(batch, batch.x, margin(logits, batch))
+        weights = patch.sums(grad.abs().sum(1), batch.x.shape[1:])
+        for place in range(self.places):
+            standing = best.standing
+            corners = _heaviest(patch, weights, standing, batch.x.shape[1:])
+            left = batch.take(standing)
+            if not len(left) or (place and not weights[standing].flatten(1).amax(1).max() >= 0):
+                break
+            self._fill(model, left, patch.mask(left.x, corners), best, rng.at("place", place))
+        return best.x
+
+    def _fill(self, model: Model, left: Batch, inside: Tensor, best: Best, rng: Draws) -> None:
+        """Climb from noise inside the rectangle; an example leaves once it is broken."""
+        low, high = model.bounds.like(left.x)
+        noise = rng.uniform(left.ids, *left.x.shape[1:], dtype=left.x.dtype)
+        x = torch.where(inside, low + noise * (high - low), left.x)
+        for step in range(self.steps):
+            grad, logits = gradient(model, left.at(x), self.loss)
+            height = margin(logits, left)
+            best.offer(left, x, height)
+            stands = height > 0
+            left, x, grad, inside = left.take(stands), x[stands], grad[stands], inside[stands]
+            if not len(left):
+                return
+            size = self.reach / self.steps * cosine(step, self.steps)
+            x = torch.where(inside, model.bounds.clamp(x + size * (high - low) * grad.sign()), left.x)
+        with torch.no_grad():
+            best.offer(left, x, margin(model(x, left.ids), left))
+
+
+def _heaviest(patch: Patch, weights: Tensor, rows: Rows, shape: torch.Size) -> Corners:
+    """The place of most weight for some examples, taken off `weights` with its neighbours within half a patch."""
+    down, right = patch.places(shape)
+    top = weights[rows].flatten(1).argmax(1)
+    row, column = top // len(right), top % len(right)
+    y, x = torch.arange(len(down), device=rows.device), torch.arange(len(right), device=rows.device)
+    near_y = 2 * (y - row[:, None]).abs() < patch.height
+    near_x = 2 * (x - column[:, None]).abs() < patch.width
+    near = near_y[:, :, None] & near_x[:, None, :]
+    weights[rows] = weights[rows].masked_fill(near, -1.0)
+    return row + down.start, column + right.start

@@ -1,0 +1,68 @@
+"""TransformPGD: gradient ascent on how far an image is turned, shifted, scaled or recoloured.
+
+Engstrom et al., "Exploring the Landscape of Spatial Robustness", ICML 2019, arXiv:1712.02779 (their first-order
+method), and Hsiung et al., "Towards Compositional Adversarial Robustness", CVPR 2023, arXiv:2202.04235, for colours.
+Differs from the papers: the margin is climbed, in steps that fall along a cosine, over all axes at once, from random
+starts; colours turn and fade in YIQ instead of HSV, which keeps the brightness and has a gradient everywhere.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.transformations import Transformations
+from holdfast.core.types import Access, Inputs, Positive, Restarts, Steps
+from holdfast.ops.ascent import cosine
+from holdfast.ops.best import Best
+from holdfast.ops.gradients import input_gradient
+from holdfast.ops.losses import margin
+from holdfast.ops.transformations import expect_transformations, reached
+
+
+@dataclass(frozen=True)
+class TransformPGD:
+    """Climb from random turns, shifts, scales or colours, within what the threat allows."""
+
+    steps: Steps = 20
+    """gradient steps of one restart"""
+    restarts: Restarts = 10
+    """starts, the first from the clean image; each works only on the examples still standing"""
+    step_size: Positive = 0.1
+    """mean length of a step along each axis, as a share of its limit"""
+
+    needs: ClassVar[Access] = "gradients"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        constraint, best = expect_transformations(threat.constraint, self), Best(batch)
+        for restart in range(self.restarts):
+            left = batch.take(best.standing)
+            if not len(left):
+                break
+            start = (
+                2 * rng.at("restart", restart).uniform(left.ids, len(constraint.axes), dtype=left.x.dtype) - 1
+            )
+            start = start if restart else torch.zeros_like(start)
+            self._climb(model, left, start, constraint, best)
+        return best.x
+
+    def _climb(
+        self, model: Model, left: Batch, place: torch.Tensor, constraint: Transformations, best: Best
+    ) -> None:
+        """One path; every point of it is offered, and an example leaves once it is broken."""
+        for step in range(self.steps + 1):
+            place = place.detach().requires_grad_(step < self.steps)
+            with torch.set_grad_enabled(step < self.steps):
+                x = reached(left.x, place, constraint, model.bounds)
+                height = margin(model(x, left.ids), left)
+            best.offer(left, x.detach(), height.detach())
+            standing = height.detach() > 0
+            if step == self.steps or not standing.any():
+                return
+            uphill = -input_gradient(height, place).sign()
+            place = (place + self.step_size * cosine(step, self.steps) * uphill).clamp(-1, 1)[standing]
+            left = left.take(standing)

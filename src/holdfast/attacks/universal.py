@@ -1,0 +1,55 @@
+"""Universal: one perturbation for all inputs, learned on examples that are not judged.
+
+Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, arXiv:1610.08401; this is the stochastic
+gradient method of Shafahi et al., "Universal Adversarial Training", AAAI 2020, arXiv:1811.11304. Differs from the
+paper: the steps fall along a cosine.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L2, Linf
+from holdfast.core.draws import Draws
+from holdfast.core.model import Bounds, Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs, Positive, Steps
+from holdfast.ops.ascent import cosine, gradient
+from holdfast.ops.learned import Added, some, truncated, unfitted
+from holdfast.ops.norms import expect_norm
+
+
+@dataclass(frozen=True)
+class Universal:
+    """Learn one change that breaks the model on as many inputs as it can, and add it to each."""
+
+    examples: Steps = 1000
+    """examples of the fit split that it is learned on, at most"""
+    steps: Steps = 300
+    """gradient steps, each on some of them"""
+    batch: Steps = 100
+    """examples of one step"""
+    step_size: Positive = 0.2
+    """mean length of a step, in multiples of eps"""
+
+    needs: ClassVar[Access] = "gradients"
+
+    def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
+        norm = expect_norm(threat.constraint, self, Linf, L2)
+        delta, everywhere = torch.zeros_like(batch.x[:1]), Bounds(-torch.inf, torch.inf)
+        for step in range(self.steps):
+            few = some(batch, self.batch, rng, step)
+            grad, _ = gradient(model, few.at(model.bounds.clamp(few.x + delta)), truncated)
+            uphill = norm.steepest(grad.sum(0, keepdim=True), delta, everywhere)
+            size = self.step_size * norm.eps * cosine(step, self.steps)
+            delta = norm.project(delta + size * uphill, torch.zeros_like(delta), everywhere)
+        return delta
+
+    def fitted(self, learned: Tensor) -> Added:
+        return Added(learned)
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        raise unfitted(self)

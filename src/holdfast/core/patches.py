@@ -1,0 +1,131 @@
+"""A rectangle of an image as what may change: the threat that is written `patch:5x5`.
+
+Brown et al., "Adversarial Patch", 2017, arXiv:1712.09665; Karmon et al., "LaVAN: Localized and Visible Adversarial
+Noise", ICML 2018, arXiv:1801.02608.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Bounds
+from holdfast.core.names import limits_text
+from holdfast.core.types import Count, Ids, Inputs, PerExample, Steps
+
+Corners = tuple[Tensor, Tensor]
+"""Row and column of the upper left corner of a rectangle, for each example: int64 (n)."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One rectangle of an image, whose values may become anything inside the box.
+
+    `at` is the row and column of its upper left corner, `centre`, or `anywhere`, which leaves the choice to the
+    attacker; with `jitter` it lies somewhere within so many pixels of that place.
+    """
+
+    height: Steps = 5
+    width: Steps = 5
+    at: str = "anywhere"
+    """`anywhere`, `centre` or `ROW:COLUMN`"""
+    jitter: Count = 0
+    """pixels, along each side"""
+
+    @property
+    def eps(self) -> float:
+        """All of what is allowed."""
+        return 1.0
+
+    @property
+    def limits(self) -> Mapping[str, int | str]:
+        """What `Patch` was made with."""
+        return {"height": self.height, "width": self.width, "at": self.at, "jitter": self.jitter}
+
+    def places(self, shape: torch.Size) -> tuple[range, range]:
+        """The rows and columns where its upper left corner may lie, in images (channels, height, width).
+
+        `UsageError` where it has no room.
+        """
+        if len(shape) != 3:
+            raise UsageError(
+                f"{self} needs images (n, channels, height, width); the inputs have shape {tuple(shape)}"
+            )
+        rows, columns = shape[1] - self.height, shape[2] - self.width
+        free = range(rows + 1), range(columns + 1)
+        if self.at == "anywhere" and free[0] and free[1]:
+            return free
+        row, column = (rows // 2, columns // 2) if ":" not in self.at else map(int, self.at.split(":"))
+        if row not in free[0] or column not in free[1]:
+            raise UsageError(
+                f"{self} does not fit into images of {shape[1]}x{shape[2]}; give a smaller one, or another place"
+            )
+        reach = self.jitter
+        return (
+            range(max(0, row - reach), min(rows, row + reach) + 1),
+            range(max(0, column - reach), min(columns, column + reach) + 1),
+        )
+
+    def drawn(self, ids: Ids, shape: torch.Size, rng: Draws) -> Corners:
+        """A random place for each example."""
+        rows, columns = self.places(shape)
+        down = rng.at("row").integers(ids, len(rows)) + rows.start
+        return down, rng.at("column").integers(ids, len(columns)) + columns.start
+
+    def mask(self, x: Inputs, corners: Corners) -> Tensor:
+        """Whether each pixel lies inside the rectangle, bool (n, 1, height, width)."""
+        down = torch.arange(x.shape[2], device=x.device) - corners[0][:, None]
+        right = torch.arange(x.shape[3], device=x.device) - corners[1][:, None]
+        inside = ((down >= 0) & (down < self.height))[:, :, None] & ((right >= 0) & (right < self.width))[
+            :, None, :
+        ]
+        return inside[:, None]
+
+    def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
+        """0 where nothing changed, 1 where one rectangle covers all that did, else infinity."""
+        changed = (x_adv != x).any(1).to(x)
+        missed = changed.flatten(1).sum(1) - self.sums(changed, x.shape[1:]).flatten(1).amax(1)
+        anything = changed.flatten(1).any(1).to(x)
+        return torch.where(missed > 0.5, torch.inf, anything)
+
+    def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """The change inside the rectangle that holds most of it, and the box."""
+        clamped = bounds.clamp(x_adv)
+        size = self.sums(((clamped - x) ** 2).sum(1), x.shape[1:])
+        best = size.flatten(1).argmax(1)
+        rows, columns = self.places(x.shape[1:])
+        corners = (best // len(columns) + rows.start, best % len(columns) + columns.start)
+        return torch.where(self.mask(x, corners), clamped, x)
+
+    def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """The sign of the gradient, as long as the box is wide."""
+        low, high = bounds.like(x)
+        return gradient.sign() * (high - low)
+
+    def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
+        """Uniform noise in a rectangle at a random place."""
+        low, high = bounds.like(batch.x)
+        u = rng.at("value").uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
+        inside = self.mask(batch.x, self.drawn(batch.ids, batch.x.shape[1:], rng))
+        return torch.where(inside, low + u * (high - low), batch.x)
+
+    def resized(self, eps: float) -> "Patch":
+        """The same: a patch is there, or it is not."""
+        return self
+
+    def sums(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """The sum of (n, height, width) over the rectangle at each place, (n, rows, columns)."""
+        rows, columns = self.places(shape)
+        inside = values[
+            :, None, rows.start : rows.stop + self.height - 1, columns.start : columns.stop + self.width - 1
+        ]
+        size = (self.height, self.width)
+        return F.avg_pool2d(inside, size, stride=1)[:, 0] * (self.height * self.width)
+
+    def __str__(self) -> str:
+        return limits_text("patch", self.limits)

@@ -1,0 +1,29 @@
+"""What attacks under the threat of a patch share."""
+
+import torch
+from torch import Tensor
+
+from holdfast.core.constraints import Constraint
+from holdfast.core.errors import UsageError
+from holdfast.core.patches import Corners, Patch
+from holdfast.core.types import Inputs
+
+
+def expect_patch(constraint: Constraint, attack: object) -> Patch:
+    """The constraint, if it is a patch; `UsageError` otherwise."""
+    if isinstance(constraint, Patch):
+        return constraint
+    raise UsageError(
+        f"{type(attack).__name__} fills a rectangle of an image; the threat model is {constraint}. "
+        f"Choose a threat such as patch:5x5, or leave the attack out with --skip"
+    )
+
+
+def pasted(x: Inputs, filling: Tensor, corners: Corners) -> Inputs:
+    """Images with `filling` (1, channels, height, width) laid over each at its own corner; differentiable in it."""
+    height, width = filling.shape[2:]
+    rows = corners[0][:, None, None] + torch.arange(height, device=x.device)[:, None]
+    columns = corners[1][:, None, None] + torch.arange(width, device=x.device)
+    each = torch.arange(len(x), device=x.device)[:, None, None]
+    laid = filling.permute(0, 2, 3, 1).expand(len(x), -1, -1, -1)
+    return x.permute(0, 2, 3, 1).index_put((each, rows, columns), laid).permute(0, 3, 1, 2)

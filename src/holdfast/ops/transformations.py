@@ -1,0 +1,137 @@
+"""Images turned, shifted, scaled, blurred and recoloured: batched, differentiable, by an amount for each example.
+
+Turns, shifts and scales are one affine map with bilinear interpolation; what comes in from outside is the box's lower
+side, as in Engstrom et al., arXiv:1712.02779. Colours turn and fade in the chroma plane of YIQ, where both are linear.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.constraints import Constraint
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Bounds
+from holdfast.core.rows import spread
+from holdfast.core.transformations import Colour, Spatial, Transformations
+from holdfast.core.types import Inputs, PerExample
+
+Amounts = Mapping[str, PerExample]
+"""How far along each axis, for each example."""
+
+_SPATIAL = ("rotate", "shift_x", "shift_y", "scale", "perspective_x", "perspective_y")
+_COLOURED = ("hue", "saturation")
+_TO_YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
+
+
+def transformed(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
+    """Images `x` (n, channels, height, width) transformed; where all amounts are zero, unchanged to the bit.
+
+    `rotate` and `hue` are in degrees, `shift_x` and `shift_y` in pixels (right and down), `scale`, `saturation` and
+    `contrast` what is added to a factor of one, `brightness` a share of the box's width, `blur` the standard deviation
+    of a Gaussian in pixels (its sign is ignored), `perspective_x` and `perspective_y` by how much the right or the
+    lower side is nearer than the middle.
+    """
+    if not amounts:
+        return x
+    out = x
+    if any(name in amounts for name in _SPATIAL):
+        out = _warped(out, amounts, bounds)
+    if "blur" in amounts:
+        out = _blurred(out, amounts["blur"])
+    if any(name in amounts for name in (*_COLOURED, "brightness", "contrast")):
+        out = _recoloured(out, amounts, bounds)
+    still = torch.stack([amount == 0 for amount in amounts.values()]).all(0)
+    return torch.where(spread(still, x), x, bounds.clamp(out))
+
+
+def expect_transformations(constraint: Constraint, attack: object) -> Transformations:
+    """The constraint, if images are transformed under it; `UsageError` otherwise."""
+    if isinstance(constraint, (Spatial, Colour)):
+        return constraint
+    raise UsageError(
+        f"{type(attack).__name__} turns, shifts or recolours images; the threat model is {constraint}. "
+        f"Choose a threat such as spatial:rotate=30,shift=3 or colour:hue=18,saturation=0.3"
+    )
+
+
+def reached(x: Inputs, place: Tensor, constraint: Transformations, bounds: Bounds) -> Inputs:
+    """Images transformed by `place` (n, axes), -1 to 1 along each: a share of the axis's limit."""
+    amounts = {axis: far * place[:, k] for k, (axis, far) in enumerate(constraint.axes.items())}
+    return transformed(x, amounts, bounds)
+
+
+def refuse_unfit(x: Inputs, names: Mapping[str, float]) -> None:
+    """`UsageError` where inputs like `x` cannot be transformed so."""
+    if x.dim() != 4:
+        raise UsageError(
+            f"a change of {', '.join(names)} takes images (channels, height, width); the inputs "
+            f"have shape {tuple(x.shape[1:])}"
+        )
+    coloured = [name for name in _COLOURED if name in names]
+    if coloured and x.shape[1] != 3:
+        raise UsageError(
+            f"a change of {' and '.join(coloured)} takes three channels, red, green and blue; the "
+            f"inputs have {x.shape[1]}, so "
+            f"leave them out, as in colour:brightness=0.2,contrast=0.3"
+        )
+
+
+def _warped(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
+    """One homography, read backwards: where each pixel comes from."""
+    height, width = x.shape[2:]
+    none = x.new_zeros(len(x))
+    turn = torch.deg2rad(amounts.get("rotate", none))
+    zoom = 1 + amounts.get("scale", none)
+    rows = torch.arange(height, device=x.device, dtype=x.dtype) - (height - 1) / 2
+    columns = torch.arange(width, device=x.device, dtype=x.dtype) - (width - 1) / 2
+    down = rows[None, :, None] - amounts.get("shift_y", none)[:, None, None]
+    right = columns[None, None, :] - amounts.get("shift_x", none)[:, None, None]
+    cos, sin = ((side / zoom)[:, None, None] for side in (turn.cos(), turn.sin()))
+    from_right, from_down = cos * right + sin * down, cos * down - sin * right
+    nearer = (
+        1
+        + amounts.get("perspective_x", none)[:, None, None] * from_right * 2 / width
+        + amounts.get("perspective_y", none)[:, None, None] * from_down * 2 / height
+    )
+    grid = torch.stack((from_right * 2 / width / nearer, from_down * 2 / height / nearer), dim=-1)
+    low, _ = bounds.like(x)
+    return F.grid_sample(x - low, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + low
+
+
+def _blurred(x: Inputs, sigma: PerExample) -> Inputs:
+    """A Gaussian along rows, then along columns; its width differs from example to example."""
+    reach = min(4, x.shape[2] - 1, x.shape[3] - 1)
+    offsets = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
+    kernel = torch.exp(-(offsets**2) / (2 * sigma.abs().clamp_min(1e-3)[:, None] ** 2))
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    n, channels, height, width = x.shape
+    weight = kernel.repeat_interleave(channels, 0)[:, None]
+    flat = F.pad(x.reshape(1, n * channels, height, width), (reach,) * 4, mode="replicate")
+    once = F.conv2d(flat, weight[:, :, None], groups=n * channels)
+    return F.conv2d(once, weight[..., None], groups=n * channels).view_as(x)
+
+
+def _recoloured(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
+    if any(name in amounts for name in _COLOURED):
+        x = _chroma(x, amounts)
+    if "contrast" in amounts:
+        mean = x.flatten(1).mean(1)
+        x = spread(mean, x) + spread(1 + amounts["contrast"], x) * (x - spread(mean, x))
+    if "brightness" in amounts:
+        x = x + bounds.width * spread(amounts["brightness"], x)
+    return x
+
+
+def _chroma(x: Inputs, amounts: Amounts) -> Inputs:
+    """Turn and stretch the two colour channels of YIQ, which leaves the brightness as it is."""
+    none = x.new_zeros(len(x))
+    turn = torch.deg2rad(amounts.get("hue", none))
+    stretch = 1 + amounts.get("saturation", none)
+    cos, sin = stretch * turn.cos(), stretch * turn.sin()
+    zero, one = torch.zeros_like(cos), torch.ones_like(cos)
+    inside = torch.stack((one, zero, zero, zero, cos, -sin, zero, sin, cos), dim=1).view(-1, 3, 3)
+    to_yiq = torch.tensor(_TO_YIQ, device=x.device, dtype=x.dtype)
+    mixed = torch.linalg.inv(to_yiq) @ inside @ to_yiq
+    return torch.einsum("nij,njhw->nihw", mixed, x)
