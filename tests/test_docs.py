@@ -63,7 +63,7 @@ def test_an_attack_sees_and_costs_what_its_row_says(row):
     batch = open_data("mnist-mini", n=2).read(0, 2)
     kind = row["norms"].split(",")[0]
     smallest = {"images": Corruptions(1), "L0": L0(1)}.get(kind) or NORMS.get(kind, Linf)(1e-6)
-    threat = ThreatModel(smallest)
+    threat = ThreatModel(smallest, surrogates=(open_model("mnist-cnn").model,))
     evidence = measure(open_model("mnist-cnn-hardened").model, [batch], [attack], threat)
     assert evidence["correct"].all()
     said = tuple(map(int, re.findall(r"\d+", row["asks of each"])))

@@ -15,7 +15,7 @@ from holdfast.attacks.protocol import Attack
 from holdfast.checkup import Finding, examine
 from holdfast.config import ordering
 from holdfast.config.attacks import checked
-from holdfast.config.settings import DEFAULT_SUITE, AssessSettings, check
+from holdfast.config.settings import AssessSettings, check
 from holdfast.config.starting import DEMO_COMMAND, demo_settings, init, validate
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
@@ -57,8 +57,9 @@ def assess(
     model: ModelLike,
     data: DataLike,
     threat: str = "linf:8/255",
-    suite: str | Sequence[Attack] = DEFAULT_SUITE,
+    suite: str | Sequence[Attack] | None = None,
     *,
+    surrogates: Sequence[ModelLike] = (),
     gates: Sequence[str] = (),
     baseline: Result | Evidence | str | Path | None = None,
     accept_doubts: Mapping[str, str] | None = None,
@@ -98,11 +99,14 @@ def assess(
 ) -> Result:
     """How robust a model is, honestly: the worst case over a suite of attacks, with intervals and doubts.
 
-    With `run` everything is kept in that folder, and `resume` goes on with it. A network in hand stays on its device.
+    Without a `suite` it is `fast`, or `transfer` where the threat says access=none. `surrogates` are models of the
+    attacker's own. With `run` everything is kept in that folder, and `resume` goes on with it. A network in hand stays
+    on its device.
     """
     settings = _settings("assess()", locals())
     subject, place = _subject(model, settings), None if run is None else Path(run)
     order = _order(suite, baseline, settings, _device(model, subject, settings))
+    order = replace(order, surrogates=_surrogates(surrogates, settings, subject.model))
     given = _data(data, settings, subject.model)
     return assessing.assess(subject, given, order, run=place, resume=resume, progress=progress)
 
@@ -119,6 +123,7 @@ def carry_out(
     baseline = _evidence(settings.baseline)
     order = ordering.order(settings, baseline=baseline, command=command)
     subject = ordering.opened_subject(settings)
+    order = replace(order, surrogates=ordering.opened_surrogates(settings, subject.model))
     data = ordering.opened_data(settings, subject.model)
     return assessing.assess(subject, data, order, run=run, resume=resume, progress=progress)
 
@@ -138,6 +143,7 @@ def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
     """The run on its first `n` examples, kept nowhere, and how many examples it would have in all."""
     order = replace(ordering.order(settings, baseline=_evidence(settings.baseline)), gates=())
     subject = ordering.opened_subject(settings)
+    order = replace(order, surrogates=ordering.opened_surrogates(settings, subject.model))
     data = ordering.opened_data(settings, subject.model)
     few = selected(data, n=min(n, len(data)), sample=None, seed=settings.seed)
     return assessing.assess(subject, few, order), len(data)
@@ -202,16 +208,17 @@ def _settings(where: str, arguments: Mapping[str, Any]) -> AssessSettings:
             said[name] = str(said[name])
         else:
             said.pop(name, None)
+    said.pop("surrogates", None)
     return check(said, where)
 
 
 def _order(
-    suite: str | Sequence[Attack],
+    suite: str | Sequence[Attack] | None,
     baseline: Result | Evidence | str | Path | None,
     settings: AssessSettings,
     device: str | None,
 ) -> Order:
-    attacks = None if isinstance(suite, str) else _attacks(suite)
+    attacks = None if suite is None or isinstance(suite, str) else _attacks(suite)
     return ordering.order(settings, attacks=attacks, baseline=_evidence(baseline), device=device)
 
 
@@ -240,6 +247,26 @@ def _subject(model: ModelLike, settings: AssessSettings) -> Subject:
             f"model is a {type(model).__name__}; expected a network, a function from inputs to logits, or an address"
         )
     return ordering.given_subject(model, settings)
+
+
+def _surrogates(given: object, settings: AssessSettings, target: Classifier) -> tuple[Subject, ...]:
+    """Models in hand, and addresses as the command line takes them."""
+    if not isinstance(given, list | tuple):
+        raise UsageError(
+            f"surrogates is a {type(given).__name__}; give a list of models, as in surrogates=[net]"
+        )
+    subjects = []
+    for each in given:
+        if isinstance(each, str | Path):
+            said = check({"surrogates": [str(each)]}, "assess()").surrogates[0]
+            subjects.append(ordering.opened_surrogate(said, settings, target))
+        elif callable(each):
+            subjects.append(ordering.given_surrogate(each, target))
+        else:
+            raise UsageError(
+                f"surrogates holds a {type(each).__name__}; give networks, functions or addresses"
+            )
+    return tuple(subjects)
 
 
 def _data(data: DataLike, settings: AssessSettings, model: Classifier, *, lenient: bool = False) -> Data:

@@ -30,6 +30,7 @@ from holdfast.attacks.spsa import SPSA
 from holdfast.attacks.square import Square
 from holdfast.attacks.super_deepfool import SuperDeepFool
 from holdfast.attacks.surfree import SurFree
+from holdfast.attacks.transfer import Transfer
 from holdfast.attacks.zoo import ZOO
 
 __all__ = [
@@ -64,4 +65,5 @@ __all__ = [
     "Square",
     "SuperDeepFool",
     "SurFree",
+    "Transfer",
 ]

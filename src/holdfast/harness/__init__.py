@@ -17,7 +17,7 @@ from holdfast.harness.plan import (
     refuse_what_is_hidden,
     settings,
 )
-from holdfast.harness.stages import Room, in_pieces, run_clean, run_stage, unattacked
+from holdfast.harness.stages import Room, in_pieces, makers, run_clean, run_stage, unattacked
 from holdfast.harness.target import LOOKED_AT, Target, prepared
 from holdfast.harness.waves import broken, due
 
@@ -39,6 +39,7 @@ __all__ = [
     "in_pieces",
     "join",
     "labelled",
+    "makers",
     "measure",
     "measured",
     "prepared",

@@ -4,7 +4,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,6 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetLost
 from holdfast.core.evidence import Columns, Evidence
-from holdfast.core.model import Classifier
 from holdfast.gates.judging import Doubts, Judgement, judge
 from holdfast.harness import LOOKED_AT, Plan, Target, prepared, refuse_what_is_hidden
 from holdfast.reports.numbers import strict
@@ -36,6 +35,7 @@ from holdfast.runs.identity import code_digest, hardware, versions
 from holdfast.runs.keeping import InFolder, InMemory, Keeper
 from holdfast.runs.order import Order, Progress, Subject, silent
 from holdfast.runs.result import Result, about_of
+from holdfast.runs.seconding import placed, with_surrogates
 from holdfast.runs.signals import Stopper, stoppable
 from holdfast.runs.written import (
     VERDICT,
@@ -67,12 +67,17 @@ def assess(
     device = torch.device(order.device)
     sample = data.read(0, min(LOOKED_AT, len(data))).to(device)
     with (
-        _placed(subject.model, device),
+        placed(subject.model, device),
         prepared(subject.model, sample) as target,
         enough_threads(target.bare, sample.x),
+        ExitStack() as stack,
     ):
         _refuse(target, sample, order, data)
-        plan = refuse_what_is_hidden(order.plan, subject.model.access, subject.model.hides)
+        plan = refuse_what_is_hidden(
+            with_surrogates(order.plan, stack, order.surrogates, sample, target),
+            subject.model.access,
+            subject.model.hides,
+        )
         refuse_gates(order.gates, plan, target, sample)
         made = _Making(subject, data, order, plan, target, device, tuple(sample.x.shape[1:]), progress)
         if run is None:
@@ -118,18 +123,6 @@ def _refuse(target: Target, sample: Batch, order: Order, data: Data) -> None:
     refuse_threat(order.plan.threat, target.bare.bounds, sample.x, target.classes)
 
 
-@contextmanager
-def _placed(model: Classifier, device: torch.device) -> Iterator[None]:
-    """The model on a device for a while."""
-    parameter = next(model.parameters(), None)
-    before = parameter.device if parameter is not None else device
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(before)
-
-
 @dataclass(frozen=True)
 class _Making:
     """What one process knows of the run before it begins."""
@@ -145,7 +138,7 @@ class _Making:
 
     def manifest(self, known: Mapping[str, Any] | None) -> dict[str, Any]:
         """What `run.json` says. The batch size of a run that goes on is the one it began with."""
-        order, plan = self.order, self.plan
+        order, plan, held = self.order, self.plan, [_known(each) for each in self.order.surrogates]
         config = {
             **outline_to_json(plan.outline(self.target.classes)),
             "full": plan.full,
@@ -154,6 +147,7 @@ class _Making:
             "batch_size": order.batch_size,
             "shard_size": order.shard_size,
             "time_budget_s": order.time_budget_s,
+            "surrogates": {f"{place} {one['name']}": one["digest"] for place, one in enumerate(held, 1)},
         }
         randomised, n = self.target.randomised, len(self.data)
         size = order.batch_size or batch_size_for(math.prod(self.shape), order.device)
@@ -169,6 +163,7 @@ class _Making:
             },
             "config": config,
             "model": strict({**self.subject.card, "randomised": randomised}),
+            "surrogates": held,
             "data": self.data_card(),
             "notes": self.notes(),
             "versions": versions(),
@@ -268,6 +263,12 @@ class _Making:
                 watch.tick(done=True)
         evidence = evidence_of(manifest, by_stage, asked, {name: keeper.spent(name) for name in names})
         return evidence, adversarial(by_stage, names, smallest=self.plan.smallest)
+
+
+def _known(surrogate: Subject) -> dict[str, str]:
+    """What identifies a model that the attacker holds."""
+    name, how = (str(surrogate.card.get(key, "")) for key in ("name", "how"))
+    return {"name": name, "how": how, "digest": surrogate.digest}
 
 
 def _written(asked: probes.Asked, remarks: Sequence[str], splits: Sequence[Split]) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class Order:
     time_budget_s: float | None = None
     """attacks stop after this long, over all attempts; shards are then batches, so that little of the last is lost"""
     device: str = "cpu"
+    surrogates: tuple[Subject, ...] = ()
+    """models that the attacker holds of its own"""
     command: str = ""
     """how to repeat it"""
 
