@@ -33,6 +33,7 @@ from holdfast.attacks import (
     Square,
     SuperDeepFool,
     SurFree,
+    Transfer,
     TransformPGD,
 )
 from holdfast.core.constraints import L0, L1, L2, Linf
@@ -111,6 +112,17 @@ ATTACKS = [
     Case(EAD(searches=4, steps=20), L1, slack=0.75, many=0.4, smallest=True),
     Case(JSMA(), L0, many=0.95, smallest=True),
     Case(SigmaZero(steps=40), L0, many=0.95, smallest=True),
+    # the model is its own surrogate
+    Case(Transfer(neighbours=1), Linf),
+    Case(Transfer(neighbours=1), L2),
+    Case(Transfer(neighbours=1), L1, slack=0.9, many=0.25),
+    Case(Transfer(neighbours=1), L0),
+    Case(
+        Transfer(steps=4, ahead=True, diversity=0.5, halvings=1, neighbours=0),
+        Linf,
+        variant="copies",
+        many=0.3,
+    ),
 ]
 
 

@@ -70,7 +70,7 @@ def test_an_attack_sees_and_costs_what_its_row_says(row):
     kind = row["norms"].split(",")[0]
     limited = {"images": Corruptions(1), "L0": L0(1), "patch": Patch(1, 1), "spatial": Spatial(0.001, 0.001)}
     smallest = limited.get(kind) or NORMS.get(kind, Linf)(1e-6)
-    threat = ThreatModel(smallest)
+    threat = ThreatModel(smallest, surrogates=(open_model("mnist-cnn").model,))
     evidence = measure(open_model("mnist-cnn-hardened").model, [batch], [attack], threat)
     assert evidence["correct"].all()
     said = tuple(map(int, re.findall(r"\d+", row["asks of each"])))

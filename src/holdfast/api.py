@@ -16,7 +16,7 @@ from holdfast.attacks.protocol import Attack
 from holdfast.checkup import Finding, examine
 from holdfast.config import ordering
 from holdfast.config.attacks import checked
-from holdfast.config.settings import DEFAULT_SUITE, AssessSettings, check
+from holdfast.config.settings import AssessSettings, check
 from holdfast.config.starting import DEMO_COMMAND, demo_settings, init, validate
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
@@ -58,8 +58,9 @@ def assess(
     model: ModelLike,
     data: DataLike,
     threat: str = "linf:8/255",
-    suite: str | Sequence[Attack] = DEFAULT_SUITE,
+    suite: str | Sequence[Attack] | None = None,
     *,
+    surrogates: Sequence[ModelLike] = (),
     gates: Sequence[str] = (),
     baseline: Result | Evidence | str | Path | None = None,
     accept_doubts: Mapping[str, str] | None = None,
@@ -102,13 +103,16 @@ def assess(
 ) -> Result:
     """How robust a model is, honestly: the worst case over a suite of attacks, with intervals and doubts.
 
-    With `run` everything is kept in that folder, and `resume` goes on with it. A network in hand stays on its device.
+    Without a `suite` it is `fast`, or `transfer` where the threat says access=none. `surrogates` are models of the
+    attacker's own. With `run` everything is kept in that folder, and `resume` goes on with it. A network in hand stays
+    on its device.
     """
     settings = _settings("assess()", locals())
-    opening, place = partial(_brought, model, data, settings), None if run is None else Path(run)
-    subject, given = opening()
+    opening = partial(_brought, model, data, surrogates, settings)
+    subject, given, seconds = opening()
     order = _order(suite, baseline, settings, subject, _device(model, subject, settings))
-    order = replace(order, fit=_fit(fit, data, settings, subject.model, order))
+    learned = _fit(fit, data, settings, subject.model, order)
+    order, place = replace(order, fit=learned, surrogates=seconds), None if run is None else Path(run)
     return assessing.assess(
         subject, given, order, run=place, resume=resume, progress=progress, opening=opening
     )
@@ -124,10 +128,11 @@ def carry_out(
 ) -> Result:
     """`assess` as the command line and a configuration file ask for it; `command` is how to repeat it."""
     opening = partial(ordering.opened, settings)
-    subject, data = opening()
+    subject, data, surrogates = opening()
     baseline, target = _evidence(settings.baseline), subject.model.access
     order = ordering.order(settings, baseline=baseline, target=target, command=command)
-    order = replace(order, fit=ordering.opened_fit(settings, subject.model, order.plan))
+    fit = ordering.opened_fit(settings, subject.model, order.plan)
+    order = replace(order, fit=fit, surrogates=surrogates)
     return assessing.assess(subject, data, order, run=run, resume=resume, progress=progress, opening=opening)
 
 
@@ -144,10 +149,10 @@ def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -
 
 def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
     """The run on its first `n` examples, kept nowhere, and how many examples it would have in all."""
-    subject, data = ordering.opened(settings)
+    subject, data, surrogates = ordering.opened(settings)
     asked = ordering.order(settings, baseline=_evidence(settings.baseline), target=subject.model.access)
     fit = ordering.opened_fit(settings, subject.model, asked.plan)
-    order = replace(asked, gates=(), workers=None, fit=fit)
+    order = replace(asked, gates=(), workers=None, fit=fit, surrogates=surrogates)
     few = selected(data, n=min(n, len(data)), sample=None, seed=settings.seed)
     return assessing.assess(subject, few, order), len(data)
 
@@ -211,17 +216,18 @@ def _settings(where: str, arguments: Mapping[str, Any]) -> AssessSettings:
             said[name] = str(said[name])
         else:
             said.pop(name, None)
+    said.pop("surrogates", None)
     return check(said, where)
 
 
 def _order(
-    suite: str | Sequence[Attack],
+    suite: str | Sequence[Attack] | None,
     baseline: Result | Evidence | str | Path | None,
     settings: AssessSettings,
     subject: Subject,
     device: str | None,
 ) -> Order:
-    attacks = None if isinstance(suite, str) else _attacks(suite)
+    attacks = None if suite is None or isinstance(suite, str) else _attacks(suite)
     return ordering.order(
         settings,
         attacks=attacks,
@@ -248,9 +254,12 @@ def _attacks(suite: object) -> tuple[Attack, ...]:
     return tuple(checked(attack) for attack in attacks)
 
 
-def _brought(model: ModelLike, data: DataLike, settings: AssessSettings) -> tuple[Subject, Data]:
+def _brought(
+    model: ModelLike, data: DataLike, surrogates: object, settings: AssessSettings
+) -> tuple[Subject, Data, tuple[Subject, ...]]:
     subject = _subject(model, settings)
-    return subject, _data(data, settings, subject.model)
+    seconds = _surrogates(surrogates, settings, subject.model)
+    return subject, _data(data, settings, subject.model), seconds
 
 
 def _subject(model: ModelLike, settings: AssessSettings) -> Subject:
@@ -261,6 +270,26 @@ def _subject(model: ModelLike, settings: AssessSettings) -> Subject:
             f"model is a {type(model).__name__}; expected a network, a function from inputs to logits, or an address"
         )
     return ordering.given_subject(model, settings)
+
+
+def _surrogates(given: object, settings: AssessSettings, target: Classifier) -> tuple[Subject, ...]:
+    """Models in hand, and addresses as the command line takes them."""
+    if not isinstance(given, list | tuple):
+        raise UsageError(
+            f"surrogates is a {type(given).__name__}; give a list of models, as in surrogates=[net]"
+        )
+    subjects = []
+    for each in given:
+        if isinstance(each, str | Path):
+            said = check({"surrogates": [str(each)]}, "assess()").surrogates[0]
+            subjects.append(ordering.opened_surrogate(said, settings, target))
+        elif callable(each):
+            subjects.append(ordering.given_surrogate(each, target))
+        else:
+            raise UsageError(
+                f"surrogates holds a {type(each).__name__}; give networks, functions or addresses"
+            )
+    return tuple(subjects)
 
 
 def _data(data: DataLike, settings: AssessSettings, model: Classifier, *, lenient: bool = False) -> Data:

@@ -7,7 +7,8 @@ examples nearest to falling and stop when a wave of them all hold (docs/decision
 an ensemble of diverse parameter-free attacks", ICML 2020, arXiv:2003.01690; for L1 "Mind the box", ICML 2021,
 arXiv:2103.01208), `rand` that of its version for randomised models, so that the numbers may stand beside published
 ones. There is no AutoAttack for L0; there `standard` is projected gradient descent, PDPGD, SigmaZero and Sparse-RS.
-`black-box` asks of a target what its threat lets it give: scores, or labels alone. Under common
+`black-box` asks of a target what its threat lets it give: scores, or labels alone; `transfer` asks nothing of it, and
+makes its examples on surrogates. Under common
 corruptions `fast` and `standard` are `corruptions`, the fifteen of Hendrycks & Dietterich.
 """
 
@@ -32,6 +33,7 @@ from holdfast.attacks import (
     SparseRS,
     Square,
     SurFree,
+    Transfer,
     TransformPGD,
 )
 from holdfast.attacks.corruption import COUNTED
@@ -195,6 +197,21 @@ def _corruptions(constraint: Constraint) -> Named:
     return tuple((name, Corruption(name)) for name in COUNTED)
 
 
+PUBLISHED: Mapping[str, Attack] = {
+    "MI-FGSM": Transfer(reach=1, diversity=0, shifts=0, neighbours=0),
+    "NI-FGSM": Transfer(reach=1, diversity=0, shifts=0, neighbours=0, ahead=True),
+    "DI-FGSM": Transfer(reach=1, diversity=0.5, shifts=0, neighbours=0, momentum=0),
+    "TI-FGSM": Transfer(reach=1, diversity=0, shifts=7, neighbours=0, momentum=0),
+    "SI-NI-FGSM": Transfer(reach=1, diversity=0, shifts=0, neighbours=0, ahead=True, halvings=4),
+    "VMI-FGSM": Transfer(reach=1, diversity=0, shifts=0),
+}
+"""Transfer at the settings of papers, but for the neighbours of VMI, which are 20 there."""
+
+
+def _transfer(constraint: Constraint) -> Named:
+    return (("Transfer", Transfer()), *PUBLISHED.items())
+
+
 COMPOSED: dict[str, Callable[[Constraint], Named]] = {
     "quick": _quick,
     "fast": _fast,
@@ -203,6 +220,7 @@ COMPOSED: dict[str, Callable[[Constraint], Named]] = {
     "black-box": _black_box,
     "minimum-norm": _minimum_norm,
     "corruptions": _corruptions,
+    "transfer": _transfer,
 }
 """Every suite by its name."""
 

@@ -33,6 +33,7 @@ from holdfast.attacks.spsa import SPSA
 from holdfast.attacks.square import Square
 from holdfast.attacks.super_deepfool import SuperDeepFool
 from holdfast.attacks.surfree import SurFree
+from holdfast.attacks.transfer import Transfer
 from holdfast.attacks.transform_pgd import TransformPGD
 from holdfast.attacks.universal import Universal
 from holdfast.attacks.zoo import ZOO
@@ -72,6 +73,7 @@ __all__ = [
     "Square",
     "SuperDeepFool",
     "SurFree",
+    "Transfer",
     "TransformPGD",
     "Universal",
 ]

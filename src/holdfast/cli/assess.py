@@ -32,6 +32,13 @@ ATTACKING = (
         help=f"Named attacks: {', '.join(SUITES)} (default: {DEFAULT_SUITE}).",
     ),
     click.option(
+        "--surrogate",
+        "surrogates",
+        multiple=True,
+        metavar="MODEL[,K=V]",
+        help="A model of the attacker's own, to make examples on.",
+    ),
+    click.option(
         "--gate",
         "-g",
         "gates",
@@ -140,14 +147,17 @@ SETTING = (
 
 def settings_from(flags: dict[str, Any]) -> AssessSettings:
     """The settings that a command line asks for; a missing file is said before a missing flag."""
-    for address in (flags.get("model"), flags.get("data"), flags.get("config"), flags.get("baseline")):
+    from holdfast.config.grammar import pairs, parse_surrogate
+
+    held = (str(parse_surrogate(each)["model"]) for each in flags.get("surrogates", ()))
+    named = (flags.get("model"), flags.get("data"), flags.get("config"), flags.get("baseline"))
+    for address in (*named, *held):
         refuse_missing_file(address)
-    from holdfast.config.grammar import pairs
 
     config, sets = flags.pop("config"), flags.pop("sets")
     for key, flag in (("model_args", "--model-args"), ("accept_doubts", "--accept-doubt")):
         flags[key] = pairs(flags.get(key, ()), flag) or None
-    for key in ("gates", "only", "skip", "drop", "allow_hosts", "headers", "output"):
+    for key in ("gates", "only", "skip", "drop", "allow_hosts", "headers", "output", "surrogates"):
         flags[key] = list(flags.get(key, ())) or None
     if flags.get("suite") is not None and flags["suite"] not in SUITES:
         from holdfast.config.grammar import nearest
@@ -181,7 +191,8 @@ def _refuse_targets(settings: AssessSettings, config: str | None) -> None:
     for name, meaning in (("model", "what is to be assessed"), ("data", "examples to assess it on")):
         if getattr(settings, name) is None:
             raise UsageError(f"{name.upper()} is missing ({meaning}); try {example}")
-    refuse_unknown_model(str(settings.model))
+    for address in (str(settings.model), *(each.model for each in settings.surrogates)):
+        refuse_unknown_model(address)
     refuse_foreign_server(str(settings.model), settings.allow_hosts)
     refuse_unknown_data(str(settings.data))
     if settings.baseline is not None:
@@ -196,6 +207,14 @@ def _refuse_code_of_config(settings: AssessSettings, flags: dict[str, Any]) -> N
                 f"the configuration names code ({name}: {value}); a file runs none by itself: "
                 f"say it on the command line too, or add --trust-code"
             )
+    if not flags.get("surrogates"):
+        for place, each in enumerate(settings.surrogates):
+            for value in (each.model, each.arch):
+                if value and ".py:" in value:
+                    raise UsageError(
+                        f"the configuration names code (surrogates.{place}: {value}); a file runs none by itself: "
+                        f"say it on the command line too, with --surrogate {each.model}, or add --trust-code"
+                    )
 
 
 def _refuse_hosts_of_config(settings: AssessSettings, flags: dict[str, Any]) -> None:

@@ -218,6 +218,24 @@ def _condition(spec: ThreatSpec, word: str) -> ThreatSpec:
     return replace(spec, goal=int(aimed[1]))
 
 
+def parse_surrogate(text: str) -> dict[str, object]:
+    """`weights.pt,arch=net.py:build,mean=0.5,std=0.25` as keys; what is no other key is an argument of the factory."""
+    address, *conditions = re.split(r",(?=[A-Za-z_]\w*=)", text.strip())
+    if not address:
+        raise UsageError(
+            f"the surrogate {text!r} has no address; expected one as of a model, as in mnist-cnn or net.py:build"
+        )
+    found: dict[str, object] = {"model": address}
+    arguments: dict[str, str] = {}
+    for condition in conditions:
+        key, _, value = condition.partition("=")
+        into = found if key in ("arch", "mean", "std") else arguments
+        if key in into:
+            raise UsageError(f"the surrogate {text!r} says {key} twice; keep one")
+        into[key] = value
+    return {**found, "model_args": arguments} if arguments else found
+
+
 def pairs(items: Iterable[str], flag: str) -> dict[str, str]:
     """`k=v` strings as a dictionary."""
     found: dict[str, str] = {}

@@ -47,10 +47,21 @@ ATTACKS: Final = (
     "Square",
     "SuperDeepFool",
     "SurFree",
+    "Transfer",
     "TransformPGD",
     "Universal",
 )
 """What `holdfast.attacks` exports; a test keeps the two in step."""
+
+PUBLISHED: Final = (
+    "MI-FGSM",
+    "NI-FGSM",
+    "DI-FGSM",
+    "TI-FGSM",
+    "SI-NI-FGSM",
+    "VMI-FGSM",
+)
+"""Settings of Transfer that their papers gave names to; docs/reference/attacks.md says which are which."""
 
 VARIANTS: Final = {
     "APGD-CE": "APGD",
@@ -59,10 +70,12 @@ VARIANTS: Final = {
     "FAB-T": "FAB",
     "PGD-CE": "PGD",
     "Sprint": "Relay",
+    **dict.fromkeys(PUBLISHED, "Transfer"),
     **dict.fromkeys(CORRUPTIONS, "Corruption"),
 }
 """Names that suites and their tables give to an attack with settings of its own, and that attack."""
 
+_TRANSFER = ("Transfer", *PUBLISHED)
 _BLACK_BOX = ("Square",)
 _FAST = ("Sprint", "Relay", "Square", "APGD-T")
 _LIMITED: Final[Mapping[Norm, tuple[str, ...]]] = {
@@ -111,6 +124,7 @@ MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
         "l0": ("PDPGD", "SigmaZero"),
     },
     "corruptions": {"corruptions": CORRUPTIONS},
+    "transfer": dict.fromkeys(("linf", "l2", "l1", "l0"), _TRANSFER),
 }
 """What each suite calls its attacks under each norm; a test keeps it in step with `holdfast.suites`."""
 

@@ -13,7 +13,7 @@ from holdfast.attacks.protocol import Attack, Learned
 from holdfast.config.attacks import build, threat_model
 from holdfast.config.grammar import parse_threat, parse_transform, seconds
 from holdfast.config.naming import chosen
-from holdfast.config.settings import DEFAULT_SUITE, AssessSettings
+from holdfast.config.settings import AssessSettings, SurrogateSettings, usual_suite
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
@@ -33,7 +33,7 @@ from holdfast.runs.order import Order, Subject
 from holdfast.sources.data import open_data
 from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.models import Declared, open_model
-from holdfast.sources.remote import Remote
+from holdfast.sources.remote import SCHEMES, Remote
 from holdfast.suites import curve, suite
 
 _USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
@@ -76,13 +76,60 @@ def opened_subject(settings: AssessSettings) -> Subject:
         remote=remote(settings),
     )
     card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
-    model, seen, notes = _seen(opened.model, settings)
+    model, seen, notes = _seen(opened.model, settings.transform)
     return replace(_subject(model, card | seen, (*opened.notes, *notes)), remarks=opened.remarks)
+
+
+def opened_surrogate(said: SurrogateSettings, settings: AssessSettings, target: Classifier) -> Subject:
+    """A model at an address of its own, to make examples on for `target`."""
+    if said.model.partition(":")[0] in SCHEMES:
+        raise UsageError(
+            f"the surrogate {said.model} is behind a server, and examples are made from gradients; give its weights"
+        )
+    opened = open_model(
+        said.model,
+        arch=said.arch,
+        model_args=said.model_args,
+        mean=said.mean,
+        std=said.std,
+        trust_code=settings.trust_code,
+    )
+    card = {"name": opened.name, "how": opened.how, "digest": opened.digest}
+    return _same_box(_subject(opened.model, card, opened.notes), target)
+
+
+def opened_surrogates(settings: AssessSettings, target: Classifier) -> tuple[Subject, ...]:
+    """Those that the settings name."""
+    return tuple(opened_surrogate(said, settings, target) for said in settings.surrogates)
+
+
+def given_surrogate(net: nn.Module | Any, target: Classifier) -> Subject:
+    """One that a Python caller holds; its preprocessing is its own."""
+    return _same_box(_held(net, Declared()), target)
+
+
+def _same_box(surrogate: Subject, target: Classifier) -> Subject:
+    """Refuses a surrogate that says that its inputs lie elsewhere; most say nothing, which is 0 to 1."""
+    own, other = (_ends(model.bounds) for model in (surrogate.model, target))
+    if own not in (other, _ends(Bounds())):
+        raise UsageError(
+            f"the surrogate {surrogate.card['name']} takes inputs from {own[0]:g} to {own[1]:g}, the model from "
+            f"{other[0]:g} to {other[1]:g}; wrap it in a factory that rescales them"
+        )
+    return surrogate
+
+
+def _ends(bounds: Bounds) -> tuple[float, float]:
+    return _end(bounds.low, min), _end(bounds.high, max)
 
 
 def given_subject(net: nn.Module | Any, settings: AssessSettings) -> Subject:
     """A model that a Python caller holds: known by its weights and its code, and by what it refers to."""
-    model = declared(settings).wrap(net)
+    return _held(net, declared(settings), settings.transform)
+
+
+def _held(net: nn.Module | Any, said: Declared, transform: str | None = None) -> Subject:
+    model = said.wrap(net)
     inner = model.net
     kind = type(inner) if isinstance(inner, nn.Module) else inner
     name = getattr(kind, "__qualname__", type(inner).__name__)
@@ -93,15 +140,15 @@ def given_subject(net: nn.Module | Any, settings: AssessSettings) -> Subject:
         )
     known = [str(getattr(kind, "__module__", "")), name, digest_in_hand(inner)]
     card = {"name": name, "how": "python", "digest": digest(canonical(known))}
-    model, seen, through = _seen(model, settings)
+    model, seen, through = _seen(model, transform)
     return _subject(model, card | seen, (*notes, *through))
 
 
-def _seen(model: Classifier, settings: AssessSettings) -> tuple[Classifier, dict[str, Any], tuple[str, ...]]:
-    """The model behind the transformations that the settings name, and what card and notes say of them."""
-    if settings.transform is None:
+def _seen(model: Classifier, transform: str | None) -> tuple[Classifier, dict[str, Any], tuple[str, ...]]:
+    """The model behind the transformations that are named, and what card and notes say of them."""
+    if transform is None:
         return model, {}, ()
-    limits = parse_transform(settings.transform)
+    limits = parse_transform(transform)
     listed = ", ".join(f"{name} {far:g}" for name, far in limits.items())
     said = f"the model sees every input through random changes, either way up to {listed}"
     return seen_through(model, limits), {"seen_through": limits}, (said,)
@@ -118,7 +165,7 @@ def _subject(model: Classifier, card: Mapping[str, Any], notes: tuple[str, ...])
         }
     )
     known = digest(canonical([card["digest"], said, card.get("seen_through")]))
-    shown = {**said, "bounds": [_end(model.bounds.low, min), _end(model.bounds.high, max)]}
+    shown = {**said, "bounds": list(_ends(model.bounds))}
     parameters = sum(weight.numel() for weight in model.parameters())
     return Subject(model, known, {**card, "parameters": parameters, **shown}, notes)
 
@@ -145,10 +192,11 @@ def opened_data(settings: AssessSettings, model: Classifier, *, lenient: bool = 
     )
 
 
-def opened(settings: AssessSettings) -> tuple[Subject, Data]:
-    """The model and the examples at the addresses that the settings name."""
+def opened(settings: AssessSettings) -> tuple[Subject, Data, tuple[Subject, ...]]:
+    """The model, the examples and the surrogates at the addresses that the settings name."""
     subject = opened_subject(settings)
-    return subject, opened_data(settings, subject.model)
+    surrogates = opened_surrogates(settings, subject.model)
+    return subject, opened_data(settings, subject.model), surrogates
 
 
 def opened_fit(
@@ -216,7 +264,8 @@ def plan(
         members, name, smallest = labelled(attacks), "", threat.constraint.eps == float("inf")
     else:
         seen: Access = min(threat.access, target, key=ACCESS_ORDER.index)
-        composed = suite(settings.suite or DEFAULT_SUITE, threat.constraint, seen)
+        named = settings.suite or usual_suite(parse_threat(settings.threat))
+        composed = suite(named, threat.constraint, seen)
         members = tuple(
             Member(name, attack, composed.waves.get(name, 0)) for name, attack in composed.attacks
         )

@@ -21,16 +21,21 @@ def schema() -> dict[str, Any]:
         "attack": {"oneOf": [_attack(n, c) for n, c in attack_names().items()]},
     }
     properties = content["properties"]
+    properties["surrogates"]["items"] = {"anyOf": [{"type": "string"}, properties["surrogates"]["items"]]}
     properties["attacks"] = {
         **properties["attacks"],
         "anyOf": [{"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/attack"}}, {"type": "null"}],
     }
-    for key in ("bounds", "mean", "std"):
+    held = content["$defs"]["SurrogateSettings"]["properties"]
+    for place, key in (
+        (properties, "bounds"),
+        *((p, k) for p in (properties, held) for k in ("mean", "std")),
+    ):
         numbers = {"type": "array", "items": {"type": ["number", "string"]}}
         absent = [] if key == "bounds" else [{"type": "null"}]
-        properties[key]["anyOf"] = [numbers, {"type": "string"}, *absent]
+        place[key]["anyOf"] = [numbers, {"type": "string"}, *absent]
         for old in ("type", "items", "minItems", "maxItems", "prefixItems"):
-            properties[key].pop(old, None)
+            place[key].pop(old, None)
     return content
 
 

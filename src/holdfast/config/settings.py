@@ -15,7 +15,17 @@ import yaml
 from annotated_types import Ge
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
 
-from holdfast.config.grammar import nearest, number, numbers, pairs, parse_threat, parse_transform, seconds
+from holdfast.config.grammar import (
+    ThreatSpec,
+    nearest,
+    number,
+    numbers,
+    pairs,
+    parse_surrogate,
+    parse_threat,
+    parse_transform,
+    seconds,
+)
 from holdfast.config.naming import ATTACKS, VARIANTS, chosen, members
 from holdfast.config.wording import complaint, place
 from holdfast.core.errors import TargetError, UsageError
@@ -25,10 +35,18 @@ from holdfast.sources.remote import header_variable
 
 SCHEMA_VERSION = 1
 
-SuiteName = Literal["quick", "fast", "standard", "rand", "black-box", "minimum-norm", "corruptions"]
+SuiteName = Literal[
+    "quick", "fast", "standard", "rand", "black-box", "minimum-norm", "corruptions", "transfer"
+]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
 """What `--suite` takes; `holdfast.suites` composes them, and a test keeps the two in step."""
 DEFAULT_SUITE: SuiteName = "fast"
+
+
+def usual_suite(threat: ThreatSpec) -> SuiteName:
+    """What is run where neither a suite nor attacks are named: `transfer` against a model that nobody may ask."""
+    blind = threat.access == "none" and threat.norm != "corruptions"
+    return "transfer" if blind else DEFAULT_SUITE
 
 
 def _fractions(value: object) -> object:
@@ -99,11 +117,27 @@ def _accepted(value: object) -> object:
     return value
 
 
+def _surrogate(value: object) -> object:
+    return parse_surrogate(value) if isinstance(value, str) else value
+
+
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_fractions)]
 Whole = Annotated[StrictInt, Ge(0), BeforeValidator(_whole)]
 Positive = Annotated[StrictInt, Ge(1), BeforeValidator(_whole)]
 Classes = Annotated[StrictInt, Ge(2), BeforeValidator(_whole)]
 Names = Annotated[list[str], BeforeValidator(_names)]
+
+
+class SurrogateSettings(BaseModel):
+    """A model that the attacker holds of its own, with an input like that of the model under test."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
+
+    model: str = Field(description="an address, as of the model under test")
+    arch: str | None = Field(None, description="architecture of a state dict")
+    model_args: dict[str, str] = Field(default_factory=dict, description="arguments of the factory")
+    mean: Numbers | None = Field(None, description="subtracted from the input inside the surrogate")
+    std: Numbers | None = Field(None, description="divides the input inside the surrogate")
 
 
 class AssessSettings(BaseModel):
@@ -168,8 +202,13 @@ class AssessSettings(BaseModel):
     threat: Annotated[str, BeforeValidator(_threat)] = Field(
         "linf:8/255", description="what the adversary may do, as in linf:8/255,queries=1000"
     )
+    surrogates: list[Annotated[SurrogateSettings, BeforeValidator(_surrogate)]] = Field(
+        default_factory=list,
+        description="models of the attacker's own, each an address or `model: ADDRESS` with arch, mean, std",
+    )
     suite: SuiteName | None = Field(
-        None, description="a named list of attacks; fast, unless attacks are listed"
+        None,
+        description="a named list of attacks; fast, unless attacks are listed (transfer where access is none)",
     )
     attacks: list[dict[str, Any]] | None = Field(
         None, min_length=1, description="attacks of your own, each `use: NAME` with its settings"
@@ -238,7 +277,8 @@ def _refuse_attacks(settings: AssessSettings) -> None:
     if settings.attacks is not None:
         names = tuple(str(spec.get("use")) for spec in settings.attacks)
     else:
-        names = members(settings.suite or DEFAULT_SUITE, parse_threat(settings.threat))
+        threat = parse_threat(settings.threat)
+        names = members(settings.suite or usual_suite(threat), threat)
     if names and set(names) <= {*ATTACKS, *VARIANTS}:
         chosen(names, settings.only, settings.skip)
 

@@ -11,6 +11,9 @@ from holdfast.core.threat import ThreatModel
 Columns = Mapping[str, Tensor]
 """Named columns, one row an example."""
 
+PARTIAL = ("gallery.", "adversarial.", "transfer.")
+"""How columns of a stage begin that hold some of its examples only, named by an `id` of their own."""
+
 DoubtState = Literal["clear", "raised", "not measured", "not applicable"]
 
 
@@ -100,6 +103,14 @@ class Evidence:
     """examples that stood after every attack, and that a probe of the doubts, the fixed pass or the curve broke"""
     gallery: Columns = field(default_factory=dict)
     """a few broken examples for people to look at: `id` (k), `x` and `x_adv` (k, *features)"""
+    surrogates: tuple[Mapping[str, Any], ...] = ()
+    """`name`, `how` and `digest` of each model that the attacker held of its own"""
+    transfer: Columns = field(default_factory=dict)
+    """of the transfer matrix: `id` (k), who was `right` (k, models) and then `wrong` (k, makers, models)
+
+    The models are the target and each surrogate. The makers of examples are the same, the target only where its
+    gradients may be seen; and where there are several surrogates, all of them together.
+    """
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from holdfast.core.constraints import Constraint, Linf
 from holdfast.core.errors import UsageError
+from holdfast.core.model import Model
 from holdfast.core.types import ACCESS_ORDER, Access
 
 
@@ -12,13 +13,14 @@ class ThreatModel:
     """Everything that is assumed of the adversary, and nothing of the algorithm.
 
     `goal` is None for any wrong class, or the class to be reached. `queries` is the most that one attack may ask of
-    the model for one example; None is no limit.
+    the model for one example; None is no limit. `surrogates` are models of the adversary's own, to be asked freely.
     """
 
     constraint: Constraint = field(default_factory=lambda: Linf(8 / 255))
     goal: int | None = None
     access: Access = "gradients"
     queries: int | None = None
+    surrogates: tuple[Model, ...] = ()
 
     def __post_init__(self) -> None:
         eps = self.constraint.eps

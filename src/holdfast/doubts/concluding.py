@@ -201,7 +201,12 @@ _BREAKING = tuple(probe.name for probe in PROBES if probe.breaks)
 
 
 def _transfer(case: _Case) -> Doubt:
-    return Doubt("transfer", "not measured", says="no surrogate was declared")
+    if not case.circumstances.threat.surrogates:
+        return Doubt(
+            "transfer", "not measured", says="no surrogate was declared; name one with --surrogate MODEL"
+        )
+    made = "what was made on the surrogates alone"
+    return _rival(case, "transfer", ("transfer", made), ("margin", "PGD on the margin, twice 20 steps,"))
 
 
 def _whole_box(case: _Case) -> Doubt:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from holdfast.attacks import Square
+from holdfast.attacks import Square, Transfer
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Constraint, Linf, extent
@@ -28,6 +28,7 @@ from holdfast.doubts.steadiness import steadiness
 from holdfast.doubts.thresholds import FRESH_ROWS, NOISE_DRAWS, SAMPLE
 from holdfast.ops.ascent import ascend
 from holdfast.ops.losses import Loss, cross_entropy, likeliest, margin, margin_loss, probability_margin
+from holdfast.ops.sampling import sample_rows
 
 Run = Callable[[Model, Batch, ThreatModel, Draws], dict[str, Tensor]]
 """Columns of the batch; attacks return `broken` and the lowest `margin`."""
@@ -151,6 +152,11 @@ def _black_box(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> d
     return fallen(_judged(Square(queries=SEARCHES), model, batch, threat, rng.at("search")))
 
 
+def _transferred(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
+    """Examples made on the surrogates; this model is asked to judge them and no more."""
+    return fallen(_judged(Transfer(), model, batch, threat, rng.at("transfer")))
+
+
 def again(attacks: tuple[Attack, ...]) -> Probe:
     """A fresh pass of the suite over the standing examples closest to the boundary."""
 
@@ -179,6 +185,7 @@ PROBES: tuple[Probe, ...] = (
     Probe("whole-box", "gradients", _whole_box, breaks=False),
     Probe("noise", "labels", _noise, on="standing"),
     Probe("search", "scores", _black_box),
+    Probe("transfer", "none", _transferred),
 )
 """Everything but the fresh pass, which `again` makes of a suite's attacks."""
 
@@ -192,6 +199,8 @@ def probes_for(threat: ThreatModel, attacks: tuple[Attack, ...] = ()) -> tuple[P
         probes = tuple(probe for probe in probes if probe.name != "search")
     if threat.goal is not None:
         probes = tuple(probe for probe in probes if probe.name != "runner-up")
+    if not threat.surrogates:
+        probes = tuple(probe for probe in probes if probe.name != "transfer")
     return tuple(probe for probe in probes if threat.gives(probe.needs))
 
 
@@ -223,20 +232,13 @@ def rows_for(probe: Probe, columns: Columns, threat: ThreatModel, rng: Draws) ->
     """Which examples a probe runs on, in source order; drawn by their ids, so that shards do not matter."""
     if probe.on == "correct":
         among = columns["correct"] & columns.get("eligible", torch.ones_like(columns["correct"]))
-        return sample_rows(columns, among, rng)
+        return sample_rows(columns, among, rng, SAMPLE)
     held = standing(columns, threat)
     if probe.on == "standing":
-        return sample_rows(columns, held, rng)
+        return sample_rows(columns, held, rng, SAMPLE)
     closeness = columns.get("attacked_probability_margin", columns["margin"]).double().nan_to_num(nan=-1.0)
     rows = held.nonzero()[:, 0]
     return rows[closeness[rows].argsort(stable=True)[:FRESH_ROWS]].sort().values
-
-
-def sample_rows(columns: Columns, among: Mask, rng: Draws, n: int = SAMPLE) -> Rows:
-    """At most `n` of the marked rows."""
-    rows = among.nonzero()[:, 0]
-    order = rng.at("sample").uniform(columns["id"][rows], 1, dtype=torch.float64)[:, 0].argsort(stable=True)
-    return rows[order[:n]].sort().values
 
 
 @dataclass(frozen=True)

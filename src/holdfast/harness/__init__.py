@@ -18,7 +18,7 @@ from holdfast.harness.plan import (
     refuse_what_is_hidden,
     settings,
 )
-from holdfast.harness.stages import Room, in_pieces, ready, run_clean, run_fit, run_stage, unattacked
+from holdfast.harness.stages import Room, in_pieces, makers, ready, run_clean, run_fit, run_stage, unattacked
 from holdfast.harness.target import LOOKED_AT, Target, prepared
 from holdfast.harness.waves import broken, due
 
@@ -40,6 +40,7 @@ __all__ = [
     "in_pieces",
     "join",
     "labelled",
+    "makers",
     "measure",
     "measured",
     "prepared",

@@ -35,6 +35,7 @@ class Context:
     doubts: tuple[Doubt, ...] = ()
     doubts_cost: Cost = Cost()
     broken_elsewhere: int = 0
+    surrogates: tuple[Mapping[str, Any], ...] = ()
 
 
 def join(shards: Sequence[Columns]) -> dict[str, Tensor]:
@@ -143,6 +144,12 @@ def conclude(
         doubts_cost=context.doubts_cost,
         broken_elsewhere=context.broken_elsewhere,
         gallery=_gallery(plan, by_stage),
+        surrogates=context.surrogates,
+        transfer={
+            name: by_stage["transfer"][f"transfer.{name}"]
+            for name in ("id", "right", "wrong")
+            if "transfer.id" in by_stage.get("transfer", {})
+        },
     )
 
 
@@ -194,7 +201,10 @@ def _looks(*, randomised: bool) -> int:
 def _cost(columns: Columns, seconds: Seconds, *, randomised: bool) -> Cost:
     queries = int(columns["queries"].sum())
     judged = int(columns["ran"].sum()) if "ran" in columns else len(columns["id"])
-    judged *= _looks(randomised=randomised and "right" in columns)
+    if "transfer.wrong" in columns:  # once clean, and what each maker made
+        judged *= 1 + columns["transfer.wrong"].shape[1]
+    else:
+        judged *= _looks(randomised=randomised and "right" in columns)
     return Cost(queries + judged, int(columns["backwards"].sum()), queries, seconds.cpu, seconds.wall)
 
 

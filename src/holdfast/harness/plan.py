@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from holdfast.attacks import PGD
+from holdfast.attacks import PGD, Transfer
 from holdfast.attacks.protocol import Attack, Learned
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.errors import UsageError
@@ -14,7 +14,7 @@ from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.ops.ascent import flat
 from holdfast.ops.losses import cross_entropy
 
-Kind = Literal["clean", "fit", "attack", "attacked", "curve"]
+Kind = Literal["clean", "fit", "attack", "attacked", "curve", "transfer"]
 DoubtsWanted = Literal["all", "free", "none"]
 
 
@@ -80,6 +80,8 @@ class Plan:
     """run the fixed PGD-40 pass that entropy, margin, F1 and calibration are read from"""
     curve: tuple[Member, ...] = ()
     """minimum-norm attacks on every example, for accuracy against eps"""
+    matrix: bool = False
+    """measure how examples made on the model and on each surrogate turn the others"""
     full: bool = False
     """run every attack on every example, standing or not"""
     keep_adversarial: bool = False
@@ -95,7 +97,8 @@ class Plan:
             [Stage("attacked", "attacked", FIXED)] if self.attacked and self.threat.gives("gradients") else []
         )
         curve = [Stage(f"curve-{k}-{slug(m.name)}", "curve", m) for k, m in enumerate(self.curve, 1)]
-        return (Stage("clean", "clean"), *attacks, *fixed, *curve)
+        matrix = [Stage("transfer", "transfer", MATRIX)] if self.matrix else []
+        return (Stage("clean", "clean"), *attacks, *fixed, *curve, *matrix)
 
     def _waves(self, name: str, member: Member) -> list[Stage]:
         later = 0 if self.full or self.smallest else member.waves
@@ -130,6 +133,9 @@ def fit_of(stage: str) -> str:
 
 FIXED = Member("PGD-40", PGD(steps=40, reach=2.5, loss=cross_entropy, schedule=flat, drop=False))
 """The pass that does not depend on the suite's order: every example, never dropped."""
+
+MATRIX = Member("Transfer", Transfer(neighbours=0))
+"""What makes the examples of the transfer matrix."""
 
 
 def labelled(attacks: Iterable[Attack]) -> tuple[Member, ...]:
@@ -186,6 +192,11 @@ def refuse_what_is_hidden(plan: Plan, target: Access, why: str = "") -> Plan:
     least: Access = min(plan.threat.access, target, key=ACCESS_ORDER.index)
     seen = replace(plan, threat=replace(plan.threat, access=least))
     for member in (*seen.members, *seen.curve):
+        if isinstance(member.attack, Transfer) and not seen.threat.surrogates:
+            raise UsageError(
+                f"{member.name} makes its examples on surrogates, and there is none; name a model of the same classes "
+                f"with --surrogate MODEL, as often as you have one"
+            )
         if not seen.threat.gives(member.attack.needs):
             reason = f", for {why}" if why and least == target else ""
             raise UsageError(

@@ -13,9 +13,9 @@ from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent, HoldfastError, UsageError
-from holdfast.core.evidence import Columns
+from holdfast.core.evidence import PARTIAL, Columns
 from holdfast.core.meter import Metered, Spent, margin
-from holdfast.core.model import out_of_memory
+from holdfast.core.model import Model, out_of_memory
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, Mask
 from holdfast.harness.plan import Plan, Stage, fit_of
@@ -51,7 +51,7 @@ def run_stage(
 ) -> Columns:
     """Columns of one stage after the clean one, on those of `batch` that are `due`; `clean` is what that one left.
 
-    Keys that start with `gallery.` or `adversarial.` hold some of the examples only, named by their `id`.
+    Keys that start with one of `PARTIAL` hold some of the examples only, named by their `id`.
     """
     rng = Draws(plan.seed).at("stage", stage.name)
     assert stage.member is not None
@@ -65,9 +65,12 @@ def run_stage(
     if not chosen.any():
         return columns
     left = batch.take(chosen)
-    found = in_pieces(lambda piece: _attack(attack, threat, plan, target, piece, rng), left, room)
+    if stage.kind == "transfer":
+        found = in_pieces(lambda piece: _transferred(attack, threat, target, piece, rng), left, room)
+    else:
+        found = in_pieces(lambda piece: _attack(attack, threat, plan, target, piece, rng), left, room)
     for name, values in found.items():
-        if name.startswith(("gallery.", "adversarial.")):
+        if name.startswith(PARTIAL):
             columns[name] = values
         else:
             columns[name][chosen] = values
@@ -245,6 +248,42 @@ def _attack(
     if plan.keep_adversarial:
         columns |= {"adversarial.id": batch.ids[kept], "adversarial.x": x_adv[kept]}
     return {name: values.cpu() for name, values in columns.items()}
+
+
+def _transferred(
+    attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
+) -> dict[str, Tensor]:
+    """What examples made on the target and on each surrogate do to all of them; see `Evidence.transfer`."""
+    batch, threat = _aimed(batch, threat), replace(threat, queries=None)
+    metered = Metered(target.quick, batch, threat)
+
+    def holds(x: Inputs) -> Tensor:
+        with torch.no_grad():
+            others = [model(x, batch.ids) for model in threat.surrogates]
+        return torch.stack([margin(logits, batch) > 0 for logits in (target.logits(x), *others)], 1)
+
+    wrong = []
+    with target.repeatable(rng.at(int(batch.ids[0]))):
+        right = holds(batch.x)
+        for models in makers(metered, threat):
+            x_adv, _ = _found(attack, replace(threat, surrogates=models), target, batch, rng)
+            wrong.append(~holds(x_adv))
+    columns = {
+        "id": batch.ids,
+        "ran": torch.ones_like(batch.ids, dtype=torch.bool),
+        "queries": metered.spent.queries,
+        "backwards": metered.spent.backwards,
+        "transfer.id": batch.ids,
+        "transfer.right": right,
+        "transfer.wrong": torch.stack(wrong, 1),
+    }
+    return {name: values.cpu() for name, values in columns.items()}
+
+
+def makers(target: Model, threat: ThreatModel) -> list[tuple[Model, ...]]:
+    """What the examples of the transfer matrix are made on: the target if it may be seen, each surrogate, and all."""
+    own, each = [(target,)] if threat.gives("gradients") else [], [(model,) for model in threat.surrogates]
+    return [*own, *each, *([threat.surrogates] if len(each) > 1 else [])]
 
 
 def _aimed(batch: Batch, threat: ThreatModel) -> Batch:

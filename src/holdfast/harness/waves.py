@@ -11,10 +11,14 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from holdfast.core.corruptions import Corruptions
-from holdfast.core.evidence import Columns
+from holdfast.core.draws import Draws
+from holdfast.core.evidence import PARTIAL, Columns
 from holdfast.core.types import Mask, PerExample
 from holdfast.harness.plan import Plan, Stage, Step
+from holdfast.ops.sampling import sample_rows
 
+MATRIX_ROWS = 500
+"""Examples of the transfer matrix, at most: a share is then known to within 4.5 points."""
 LEAST = 32
 """Examples of a wave: fewer would prove little where they break nothing."""
 
@@ -27,6 +31,11 @@ def due(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask:
     eligible = clean["correct"] & clean["eligible"]
     if stage.kind == "attacked" or isinstance(plan.threat.constraint, Corruptions):
         return torch.ones_like(eligible)  # what is wrong on a clean image may be right on a corrupted one
+    if stage.kind == "transfer":
+        chosen = torch.zeros_like(eligible)
+        among = torch.ones_like(eligible) if plan.threat.goal is None else clean["y"] != plan.threat.goal
+        chosen[sample_rows(clean, among, Draws(plan.seed).at("stage", stage.name), MATRIX_ROWS)] = True
+        return chosen
     if stage.kind == "curve" or plan.smallest or plan.full:
         return eligible
     standing = eligible & ~broken(by_stage)
@@ -86,7 +95,7 @@ def _either(name: str, first: Columns, wave: Columns, ran: Mask) -> torch.Tensor
     """One column of both: each example's own, or all that were kept to look at."""
     if name not in wave or name not in first:
         return wave[name] if name in wave else first[name]
-    if len(first[name]) == len(ran) and not name.startswith(("gallery.", "adversarial.")):
+    if len(first[name]) == len(ran) and not name.startswith(PARTIAL):
         return torch.where(ran, wave[name], first[name])
     return torch.cat((first[name], wave[name]))
 

@@ -10,6 +10,7 @@ from holdfast.core.evidence import Evidence
 from holdfast.metrics import attacked, corruptions, paired, perturbations, shares
 from holdfast.metrics.columns import Absent
 from holdfast.metrics.names import METRICS
+from holdfast.metrics.transfer import transfer_success
 
 Metric = Callable[[Evidence, float], Estimate]
 """`metric(evidence, confidence)`"""
@@ -18,6 +19,7 @@ PLAIN: Mapping[str, Metric] = {
     "clean_accuracy": shares.clean_accuracy,
     "clean_error_rate": shares.clean_error_rate,
     "targeted_success_rate": shares.targeted_success_rate,
+    "transfer_success": transfer_success,
     **perturbations.PERTURBATIONS,
     "robust_margin": perturbations.robust_margin,
     "adversarial_radius": perturbations.adversarial_radius,

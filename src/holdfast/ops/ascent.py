@@ -9,10 +9,9 @@ import torch
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
 from holdfast.core.model import Model
-from holdfast.core.rows import spread
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.best import Best
-from holdfast.ops.gradients import input_gradient
+from holdfast.ops.gradients import input_gradient, levelled
 from holdfast.ops.losses import Loss, margin
 
 Schedule = Callable[[int, int], float]
@@ -81,7 +80,7 @@ def ascend(
                 direction = None if direction is None else direction[standing]
                 aim = None if aim is None else aim[standing]
         if direction is not None:
-            direction = momentum * direction + grad / _mean_size(grad)
+            direction = momentum * direction + levelled(grad)
             grad = direction
         climb = constraint.steepest(grad, x, model.bounds)
         moved = torch.add(x, climb, alpha=step_size * schedule(step, steps))
@@ -91,9 +90,3 @@ def ascend(
     with torch.no_grad():
         best.offer(left, x, margin(model(x, left.ids), left))
     return best.x, best.margin
-
-
-def _mean_size(grad: Inputs) -> Inputs:
-    """Mean absolute gradient of each example, as in Dong et al. 2018, up to a constant."""
-    size = grad.flatten(1).abs().mean(1).clamp_min(1e-12)
-    return spread(size, grad)

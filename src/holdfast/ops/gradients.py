@@ -2,6 +2,7 @@
 
 import torch
 
+from holdfast.core.rows import spread
 from holdfast.core.types import Inputs, PerExample
 
 
@@ -16,3 +17,8 @@ def input_gradient(value: PerExample, x: Inputs, *, again: bool = False, raw: bo
     (grad,) = torch.autograd.grad(value.sum(), x, retain_graph=again, materialize_grads=True)
     # not in place: the gradient of a sum is one number, expanded
     return grad if raw else grad.nan_to_num(0.0, 0.0, 0.0)
+
+
+def levelled(grad: Inputs) -> Inputs:
+    """Each example's gradient over its mean absolute value, as in Dong et al. 2018, up to a constant."""
+    return grad / spread(grad.flatten(1).abs().mean(1).clamp_min(1e-12), grad)

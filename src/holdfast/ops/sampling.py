@@ -1,7 +1,11 @@
-"""Random choices that need few random numbers."""
+"""Random choices: of positions, with few random numbers, and of examples, whatever shards they lie in."""
 
 import torch
 from torch import Tensor
+
+from holdfast.core.draws import Draws
+from holdfast.core.evidence import Columns
+from holdfast.core.types import Mask, Rows
 
 
 def distinct(draws: Tensor, m: int) -> Tensor:
@@ -12,3 +16,10 @@ def distinct(draws: Tensor, m: int) -> Tensor:
     k = draws.shape[1] - 1
     apart = (draws[:, :-1] * (m - k + 1)).long().sort(1).values + torch.arange(k, device=draws.device)
     return (apart + (draws[:, -1:] * m).long()) % m
+
+
+def sample_rows(columns: Columns, among: Mask, rng: Draws, n: int) -> Rows:
+    """At most `n` of the marked rows, in their order."""
+    rows = among.nonzero()[:, 0]
+    order = rng.at("sample").uniform(columns["id"][rows], 1, dtype=torch.float64)[:, 0].argsort(stable=True)
+    return rows[order[:n]].sort().values

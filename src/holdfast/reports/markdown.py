@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from holdfast.reports import transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, row
 from holdfast.reports.numbers import count
 from holdfast.reports.words import VERDICTS, interval, label, printable, shown
@@ -26,6 +27,7 @@ def document(summary: Mapping[str, Any]) -> str:
         lines += table(("gate", "measured", "interval", "verdict"), map(_gate, summary["gates"]))
     if summary["attacks"]:
         lines += _attacks(summary)
+    lines += _transfer(summary)
     lines += _doubts(summary)
     lines += ["<details><summary>All metrics</summary>", ""]
     lines += table(
@@ -67,6 +69,17 @@ def _attacks(summary: Mapping[str, Any]) -> list[str]:
         "",
         *table(headings, [[escaped(cells[heading]) for heading in headings] for cells in rows]),
     ]
+
+
+def _transfer(summary: Mapping[str, Any]) -> list[str]:
+    found = summary["transfer"]
+    if found is None:
+        return []
+    headings, *rows = (
+        [escaped(each) for each in row] for row in (transfer.headings(found), *transfer.cells(found))
+    )
+    title = transfer.title(found, summary["noun"]).removeprefix("transfer: ")
+    return ["### Transfer", "", f"{escaped(title.capitalize())}.", "", *table(headings, rows)]
 
 
 def _metric(name: str, estimate: Mapping[str, Any]) -> list[str]:

@@ -29,6 +29,7 @@ from holdfast.reports.curves import (
 )
 from holdfast.reports.gallery import examples, is_image
 from holdfast.reports.numbers import size, strict
+from holdfast.reports.transfer import transfer
 from holdfast.reports.words import headline, open_doubts, threat_in_words, why
 
 Json = dict[str, Any]
@@ -91,6 +92,7 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
         "doubts_cost": _cost(evidence.doubts_cost),
         "curves": accuracy_curves(evidence, confidence),
         "per_class": per_class(evidence, classes, confidence),
+        "transfer": transfer(evidence, confidence),
         "examples": examples(evidence, classes, [record.name for record in evidence.attacks]),
         "broken_elsewhere": evidence.broken_elsewhere,
         "notes": list(evidence.notes),

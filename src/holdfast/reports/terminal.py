@@ -4,6 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from holdfast.reports import transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, row, title
 from holdfast.reports.numbers import count, percent
 from holdfast.reports.words import VERDICTS, asked, interval, label, printable, shown
@@ -23,6 +24,7 @@ FIRST = frozenset(
         "worst_class",
         "attack_success_rate",
         "targeted_success_rate",
+        "transfer_success",
         "robust_margin",
         "adversarial_radius",
         "mean_corruption_error",
@@ -68,6 +70,7 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
     parts = [
         attack_table(summary, narrow=width is not None and width < _WIDE),
         metric_table(summary, brief=brief),
+        *transfer_table(summary),
     ]
     text = "\n".join(as_string(part, colour=colour, width=width) for part in parts if part.row_count)
     return text + _doubts(summary["doubts"])
@@ -115,6 +118,19 @@ def metric_table(summary: Mapping[str, Any], *, brief: bool = False) -> "Table":
             count(estimate["n"]),
         )
     return table
+
+
+def transfer_table(summary: Mapping[str, Any]) -> "list[Table]":
+    """What examples made on each model do to the others; nothing where no surrogate was given."""
+    found = summary["transfer"]
+    if found is None:
+        return []
+    table = grid(
+        transfer.title(found, summary["noun"]), [printable(each) for each in transfer.headings(found)]
+    )
+    for told in transfer.cells(found):
+        table.add_row(*map(cell, told))
+    return [table]
 
 
 def grid(title: str, headings: Sequence[str]) -> "Table":

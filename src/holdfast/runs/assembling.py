@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.core.evidence import Columns, Cost, Evidence
+from holdfast.core.evidence import PARTIAL, Columns, Cost, Evidence
 from holdfast.harness import Context, Seconds, conclude, speaking, unattacked
 from holdfast.runs.written import doubt_from_json, outline_from_json
 from holdfast.store.folder import Stage
@@ -37,6 +37,7 @@ def evidence_of(
         notes=(*manifest["notes"], *asked["notes"]),
         doubts=tuple(doubt_from_json(doubt) for doubt in asked["doubts"]),
         doubts_cost=Cost(cost["forwards"], cost["backwards"], cost["queries"], spent.cpu, spent.wall),
+        surrogates=tuple(manifest.get("surrogates", ())),
         broken_elsewhere=len({id_ for ids in asked["fallen"].values() for id_ in ids}),
     )
     outline = outline_from_json(manifest["config"])
@@ -45,7 +46,7 @@ def evidence_of(
 
 def is_of_rows(column: str) -> bool:
     """Whether a column has one row an example."""
-    return not column.startswith(("gallery.", "adversarial."))
+    return not column.startswith(PARTIAL)
 
 
 def adversarial(

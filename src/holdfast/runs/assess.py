@@ -5,8 +5,8 @@ import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from holdfast.runs.keeping import InFolder, InMemory, Keeper
 from holdfast.runs.order import Opening, Order, Progress, Subject, silent
 from holdfast.runs.preparing import model_digest, readied
 from holdfast.runs.result import Result, about_of
+from holdfast.runs.seconding import with_surrogates
 from holdfast.runs.signals import Stopper, stoppable
 from holdfast.runs.team import Team, gathered
 from holdfast.runs.worker import Job
@@ -71,12 +72,16 @@ def assess(
     """
     refuse_data(data)
     device = torch.device(order.device)
-    with readied(subject, data, device) as (target, sample):
+    with readied(subject, data, device) as (target, sample), ExitStack() as stack:
         _refuse(target, sample, order, data)
-        plan = refuse_what_is_hidden(order.plan, subject.model.access, subject.model.hides)
+        held = with_surrogates(order.plan, stack, order.surrogates, sample, target)
+        plan = refuse_what_is_hidden(held, subject.model.access, subject.model.hides)
         refuse_unfitted(plan, fit=order.fit is not None)
         refuse_gates(order.gates, plan, target, sample)
-        shape, opening = tuple(sample.x.shape[1:]), opening or partial(_as_given, subject, data)
+        shape, opening = (
+            tuple(sample.x.shape[1:]),
+            opening or partial(_as_given, subject, data, order.surrogates),
+        )
         made = _Making(subject, data, order, plan, target, device, shape, progress, opening)
         if run is None and order.workers is None:
             return made.result(made.manifest(None), Stopper())
@@ -92,8 +97,10 @@ def assess(
                 return made.result(folder.manifest, stopper, folder)
 
 
-def _as_given(subject: Subject, data: Data) -> tuple[Subject, Data]:
-    return subject, data
+def _as_given(
+    subject: Subject, data: Data, surrogates: tuple[Subject, ...]
+) -> tuple[Subject, Data, tuple[Subject, ...]]:
+    return subject, data, surrogates
 
 
 def way_out(command: str, run: Path) -> str:
@@ -146,7 +153,7 @@ class _Making:
 
     def manifest(self, known: Mapping[str, Any] | None) -> dict[str, Any]:
         """What `run.json` says. The batch size of a run that goes on is the one it began with."""
-        order, plan = self.order, self.plan
+        order, plan, held = self.order, self.plan, [_known(each) for each in self.order.surrogates]
         config = {
             **outline_to_json(plan.outline(self.target.classes)),
             "full": plan.full,
@@ -156,6 +163,7 @@ class _Making:
             "shard_size": order.shard_size,
             "time_budget_s": order.time_budget_s,
             "fit": None if order.fit is None else order.fit.digest,
+            "surrogates": {f"{place} {one['name']}": one["digest"] for place, one in enumerate(held, 1)},
         }
         small = order.time_budget_s is not None or order.workers is not None
         size = order.batch_size or batch_size_for(math.prod(self.shape), order.device)
@@ -171,6 +179,7 @@ class _Making:
             },
             "config": config,
             "model": strict({**self.subject.card, "randomised": self.target.randomised}),
+            "surrogates": held,
             "data": self.data_card(),
             "notes": self.notes(),
             "versions": versions(),
@@ -255,9 +264,11 @@ class _Making:
             yield None
             return
         digests = {what: manifest["digests"][what] for what in ("model", "data")}
+        digests["surrogates"] = [surrogate.digest for surrogate in self.order.surrogates]
+        plan = replace(self.plan, threat=replace(self.plan.threat, surrogates=()))
         owner = folder.ledger.owner
         assert owner is not None
-        job = Job(self.opening, digests, self.plan, self.order.device, folder.path, owner)
+        job = Job(self.opening, digests, plan, self.order.device, folder.path, owner)
         with gathered(folder, job, self.order.workers) as team:
             yield team
 
@@ -302,6 +313,12 @@ class _Making:
                 watch.tick(done=True)
         evidence = evidence_of(manifest, by_stage, asked, {name: keeper.spent(name) for name in names})
         return evidence, adversarial(by_stage, names, smallest=self.plan.smallest)
+
+
+def _known(surrogate: Subject) -> dict[str, str]:
+    """What identifies a model that the attacker holds."""
+    name, how = (str(surrogate.card.get(key, "")) for key in ("name", "how"))
+    return {"name": name, "how": how, "digest": surrogate.digest}
 
 
 def _written(asked: probes.Asked, remarks: Sequence[str], splits: Sequence[Split]) -> dict[str, Any]:

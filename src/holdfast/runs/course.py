@@ -303,8 +303,11 @@ def missed(cut: Sequence[tuple[Stage, int]], of: int, plan: Plan) -> tuple[str, 
             lost = "entropy, margin, precision and calibration under attack are"
             if stage.kind == "curve":
                 lost = "its distances are"
+            elif stage.kind == "transfer":
+                lost = "the transfer matrix is"
+            on = "its sample" if stage.kind == "transfer" else "every example"
             said.append(
-                f"time ran out: the pass of {name_of(stage)} on every example was not finished, so {lost} left out"
+                f"time ran out: the pass of {name_of(stage)} on {on} was not finished, so {lost} left out"
             )
     return tuple(said)
 

@@ -6,9 +6,10 @@ import torch
 
 from holdfast.core.batch import Batch
 from holdfast.core.evidence import Columns, Evidence
+from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import Doubts, judge
-from holdfast.harness import Context, Plan, Room, Stage, Target, conclude, run_clean, unattacked
+from holdfast.harness import Context, Plan, Room, Stage, Target, conclude, makers, run_clean, unattacked
 
 
 def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Batch) -> None:
@@ -32,6 +33,8 @@ def _as_if_broken(plan: Plan, target: Target, sample: Batch) -> Evidence:
             by_stage[stage.name] = run_clean(plan, target, sample, Room(len(sample)))
         else:
             by_stage[stage.name] = _made_up(stage, by_stage["clean"])
+    if "transfer" in by_stage:
+        by_stage["transfer"] = {**by_stage["transfer"], **_turned(by_stage["clean"], plan.threat, target)}
     outline = plan.outline(target.classes)
     return conclude(outline, by_stage, {}, Context(), randomised=target.randomised)
 
@@ -42,3 +45,10 @@ def _made_up(stage: Stage, clean: Columns) -> Mapping[str, torch.Tensor]:
         return {**alone, **{name: values for name, values in clean.items() if name != "correct"}}
     near = {name: torch.zeros_like(values) for name, values in alone.items() if name.startswith("distance")}
     return {**alone, **near, "success": clean["correct"].clone()}
+
+
+def _turned(clean: Columns, threat: ThreatModel, target: Target) -> dict[str, torch.Tensor]:
+    """A transfer matrix in which every model is right where this one is, and every example turns them all."""
+    models, right = 1 + len(threat.surrogates), clean["correct"][:, None]
+    wrong = right[:, None].expand(-1, len(makers(target.quick, threat)), models)
+    return {"transfer.id": clean["id"], "transfer.right": right.expand(-1, models), "transfer.wrong": wrong}

@@ -28,8 +28,8 @@ class Subject:
     """what is to be said of it when everything was measured"""
 
 
-Opening = Callable[[], tuple[Subject, Data]]
-"""Opens the model and the data, in another process if need be."""
+Opening = Callable[[], tuple[Subject, Data, tuple[Subject, ...]]]
+"""Opens the model, the data and the surrogates, in another process if need be."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Order:
     workers: int | None = None
     """processes that share the shards out among them, each on one thread; shards are then batches"""
     device: str = "cpu"
+    surrogates: tuple[Subject, ...] = ()
+    """models that the attacker holds of its own"""
     command: str = ""
     """how to repeat it"""
 

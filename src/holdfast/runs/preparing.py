@@ -18,7 +18,7 @@ def readied(subject: Subject, data: Data, device: torch.device) -> Iterator[tupl
     """The model on its device in eval mode, with the examples that it was looked at with; then as it was."""
     sample = data.read(0, min(LOOKED_AT, len(data))).to(device)
     with (
-        _placed(subject.model, device),
+        placed(subject.model, device),
         prepared(subject.model, sample) as target,
         enough_threads(target.bare, sample.x),
     ):
@@ -31,7 +31,7 @@ def model_digest(subject: Subject, target: Target) -> str:
 
 
 @contextmanager
-def _placed(model: Classifier, device: torch.device) -> Iterator[None]:
+def placed(model: Classifier, device: torch.device) -> Iterator[None]:
     """The model on a device for a while."""
     parameter = next(model.parameters(), None)
     before = parameter.device if parameter is not None else device

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,6 +31,7 @@ from holdfast.runs.course import Course, OutOfTime
 from holdfast.runs.keeping import InFolder
 from holdfast.runs.order import Opening, silent
 from holdfast.runs.preparing import model_digest, readied
+from holdfast.runs.seconding import with_surrogates
 from holdfast.runs.signals import Stopper
 from holdfast.store.folder import RunFolder, joined
 from holdfast.store.ledger import Task
@@ -44,10 +45,11 @@ class Job:
     """What a worker must know."""
 
     opening: Opening
-    """opens the model and the data"""
-    digests: Mapping[str, str]
-    """of the model and the data, as the run knows them"""
+    """opens the model, the data and the surrogates"""
+    digests: Mapping[str, Any]
+    """of these, as the run knows them"""
     plan: Plan
+    """without the surrogates, which the worker makes ready itself"""
     device: str
     run: Path
     owner: Owner
@@ -135,18 +137,24 @@ def serve(job: Job, lifeline: Lifeline) -> tuple[str, ...]:
     """Measure what is posted until nobody is there to work for; what is to be said of the model then."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    subject, data = job.opening()
+    subject, data, surrogates = job.opening()
     with (
-        readied(subject, data, torch.device(job.device)) as (target, _),
+        readied(subject, data, torch.device(job.device)) as (target, sample),
         joined(job.run, job.owner) as folder,
+        ExitStack() as stack,
     ):
-        found = {"model": model_digest(subject, target), "data": data.digest}
+        plan = with_surrogates(job.plan, stack, surrogates, sample, target)
+        found = {
+            "model": model_digest(subject, target),
+            "data": data.digest,
+            "surrogates": [surrogate.digest for surrogate in surrogates],
+        }
         for what, known in job.digests.items():
             if found[what] != known:
                 raise TargetError(
                     f"the {what} changed while a worker opened it; repeat the run with --resume"
                 )
-        course = _course(job, target, data, folder)
+        course = _course(job, plan, target, data, folder)
         by_stage: dict[str, Columns] = {}
         while lifeline.holds():
             while (task := folder.ledger.claim(os.getpid())) is not None:
@@ -156,20 +164,20 @@ def serve(job: Job, lifeline: Lifeline) -> tuple[str, ...]:
     return subject.remarks()
 
 
-def _course(job: Job, target: Target, data: Data, folder: RunFolder) -> Course:
-    plan = folder.manifest["plan"]
+def _course(job: Job, plan: Plan, target: Target, data: Data, folder: RunFolder) -> Course:
+    shared = folder.manifest["plan"]
     return Course(
-        job.plan,
+        plan,
         target,
         data,
         torch.device(job.device),
-        tuple((start, stop) for start, stop in plan["shards"]),
-        plan["batch_size"],
+        tuple((start, stop) for start, stop in shared["shards"]),
+        shared["batch_size"],
         _Shared(folder),
         Stopper(),
         silent,
         math.inf,
-        tuple(plan["stages"]),
+        tuple(shared["stages"]),
     )
 
 

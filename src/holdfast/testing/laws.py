@@ -70,7 +70,8 @@ class Case:
 def run(
     case: Case, model: Model, batch: Batch, threat: ThreatModel, *, seed: int = 0
 ) -> tuple[Inputs, Spent]:
-    """The attack through a metered model, as the harness runs it."""
+    """The attack through a metered model, as the harness runs it; the model is its own surrogate."""
+    threat = replace(threat, surrogates=(model,))
     metered = Metered(model, batch, threat)
     try:
         x_adv = case.attack(metered, batch, threat, rng=Draws(seed))
@@ -129,7 +130,7 @@ def agrees_with_the_oracle(case: Case) -> None:
         exact = model.distance(batch.x, batch.y, case.norm(1.0))
         enough = case.enough(exact, classes)
         eps = float((enough if case.counts else exact).median())
-        threat = ThreatModel(case.norm(eps), access=case.attack.needs)
+        threat = ThreatModel(case.norm(eps), access=case.attack.needs, surrogates=(model,))
         success = measure(model.classifier(), [batch], [case.attack], threat, seed=seed)["success"]
         beyond = success & (exact > 1.001 * eps)
         assert not beyond.any(), (

@@ -1,0 +1,65 @@
+"""The transfer matrix as the summary keeps it and as tables show it."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+from holdfast.core.evidence import Evidence
+from holdfast.metrics.columns import Absent
+from holdfast.metrics.transfer import matrix, models
+from holdfast.reports.curves import estimate
+from holdfast.reports.numbers import count, percent
+from holdfast.reports.words import interval
+
+Json = dict[str, Any]
+
+METRIC = "transfer_success"
+
+
+def transfer(evidence: Evidence, confidence: float) -> Json | None:
+    """The models, and for each maker of examples what they did to all of them; None where nothing was measured."""
+    try:
+        rows = matrix(evidence, confidence)
+    except Absent:
+        return None
+    return {
+        "models": list(_short(models(evidence))),
+        "n": len(evidence.transfer["id"]),
+        "rows": [
+            {
+                "made_on": row.maker if row.of is None else _short(models(evidence))[row.of],
+                "own": row.of,
+                "shares": [None if share is None else estimate(share) for share in row.shares],
+            }
+            for row in rows
+        ],
+    }
+
+
+def title(found: Mapping[str, Any], noun: str) -> str:
+    """What the table says."""
+    return f"transfer: of the {count(found['n'])} {noun} those that a model has right and that turn it wrong"
+
+
+def headings(found: Mapping[str, Any]) -> list[str]:
+    """Of the columns."""
+    return ["made on", *(f"on {name}" for name in found["models"])]
+
+
+def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Each row as text: who made the examples, then shares with their intervals."""
+    for row in found["rows"]:
+        yield [row["made_on"], *(_cell(share) for share in row["shares"])]
+
+
+def _cell(share: Mapping[str, Any] | None) -> str:
+    return "–" if share is None else f"{percent(share['value'])} ({interval(METRIC, share)})"
+
+
+def _short(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names without their folders, told apart by a number where they are the same."""
+    last = [PurePath(name).name or name for name in names]
+    return tuple(
+        f"{name} {last[: place + 1].count(name)}" if last.count(name) > 1 else name
+        for place, name in enumerate(last)
+    )

@@ -1,0 +1,47 @@
+"""The models beside the one under test: on its device and prepared alike, and refused where they cannot stand in."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from holdfast.core.batch import Batch
+from holdfast.core.corruptions import Corruptions
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.harness import Plan, Target, prepared
+from holdfast.runs.order import Subject
+from holdfast.runs.preparing import placed
+
+
+def with_surrogates(
+    plan: Plan, stack: ExitStack, surrogates: Sequence[Subject], sample: Batch, target: Target
+) -> Plan:
+    """The plan with models that the attacker may ask, ready for as long as the `stack` is open."""
+    if not surrogates:
+        return plan
+    if isinstance(plan.threat.constraint, Corruptions):
+        raise UsageError("nothing is made on a surrogate under common corruptions; leave --surrogate out")
+    ready = tuple(_ready(one, stack, sample, target).quick for one in surrogates)
+    return replace(plan, threat=replace(plan.threat, surrogates=ready), matrix=not plan.smallest)
+
+
+def _ready(surrogate: Subject, stack: ExitStack, sample: Batch, target: Target) -> Target:
+    name = surrogate.card.get("name", "")
+    if surrogate.model.access != "gradients":
+        raise UsageError(
+            f"the surrogate {name} gives {surrogate.model.access} only, and examples are made from gradients; "
+            "name a model that torch can differentiate"
+        )
+    stack.enter_context(placed(surrogate.model, sample.x.device))
+    try:
+        found = stack.enter_context(prepared(surrogate.model, sample))
+    except TargetError as error:
+        shape = tuple(sample.x.shape[1:])
+        raise TargetError(
+            f"the surrogate {name} does not take the model's inputs {shape}: {error}"
+        ) from error
+    if found.classes != target.classes:
+        raise TargetError(
+            f"the surrogate {name} has {found.classes} classes, the model {target.classes}; "
+            "name one that was trained on the same classes"
+        )
+    return found
