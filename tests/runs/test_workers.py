@@ -150,7 +150,7 @@ def test_a_changed_model_is_refused_by_the_worker(tmp_path):
 
 
 def _another(examples):
-    return subject(network(1), "b" * 64), examples
+    return subject(network(1), "b" * 64), examples, ()
 
 
 @pytest.mark.slow

@@ -153,18 +153,7 @@ class _Making:
 
     def manifest(self, known: Mapping[str, Any] | None) -> dict[str, Any]:
         """What `run.json` says. The batch size of a run that goes on is the one it began with."""
-        order, plan, held = self.order, self.plan, [_known(each) for each in self.order.surrogates]
-        config = {
-            **outline_to_json(plan.outline(self.target.classes)),
-            "full": plan.full,
-            "keep_adversarial": plan.keep_adversarial,
-            "doubts": plan.doubts,
-            "batch_size": order.batch_size,
-            "shard_size": order.shard_size,
-            "time_budget_s": order.time_budget_s,
-            "fit": None if order.fit is None else order.fit.digest,
-            "surrogates": {f"{place} {one['name']}": one["digest"] for place, one in enumerate(held, 1)},
-        }
+        order, plan, config = self.order, self.plan, self.config()
         small = order.time_budget_s is not None or order.workers is not None
         size = order.batch_size or batch_size_for(math.prod(self.shape), order.device)
         if known is not None:
@@ -179,7 +168,7 @@ class _Making:
             },
             "config": config,
             "model": strict({**self.subject.card, "randomised": self.target.randomised}),
-            "surrogates": held,
+            "surrogates": [_known(surrogate) for surrogate in order.surrogates],
             "data": self.data_card(),
             "notes": self.notes(),
             "versions": versions(),
@@ -192,6 +181,22 @@ class _Making:
                 "batch_size": size,
                 "stages": [*(stage.name for stage in plan.stages()), DOUBTS],
             },
+        }
+
+    def config(self) -> dict[str, Any]:
+        """What is asked of the run, and changes a number."""
+        order, plan = self.order, self.plan
+        held = [_known(surrogate) for surrogate in order.surrogates]
+        return {
+            **outline_to_json(plan.outline(self.target.classes)),
+            "full": plan.full,
+            "keep_adversarial": plan.keep_adversarial,
+            "doubts": plan.doubts,
+            "batch_size": order.batch_size,
+            "shard_size": order.shard_size,
+            "time_budget_s": order.time_budget_s,
+            "fit": None if order.fit is None else order.fit.digest,
+            "surrogates": {f"{place} {one['name']}": one["digest"] for place, one in enumerate(held, 1)},
         }
 
     def fit(self) -> Batch | None:
