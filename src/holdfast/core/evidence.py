@@ -11,7 +11,7 @@ from holdfast.core.threat import ThreatModel
 Columns = Mapping[str, Tensor]
 """Named columns, one row an example."""
 
-DoubtState = Literal["clear", "raised", "not measured", "not applicable"]
+DoubtState = Literal["clear", "raised", "answered", "not measured", "not applicable"]
 
 
 @dataclass(frozen=True)
