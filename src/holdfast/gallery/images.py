@@ -16,9 +16,9 @@ from holdfast.ops.corruptions.jpeg import jpeg_compression
 BITS = 4
 QUALITY = 75
 CODE = 16
-SMALLEST = 24
+SMALLEST = 25
 RIPPLE, PERIOD = 0.004, 0.001
-DESCENTS, WEIGHT, STEP = 8, 0.02, 0.2
+DESCENTS, WEIGHT, STEP = 6, 0.02, 0.2
 
 
 class Rounded(nn.Module):

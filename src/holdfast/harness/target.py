@@ -8,7 +8,7 @@ import torch
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import IN_PLACE, Classifier, Model, fitted, out_of_memory
 from holdfast.core.through import View
 from holdfast.core.types import Inputs, Logits
@@ -92,7 +92,13 @@ def _looked_at(model: Classifier, sample: Batch, left_in_training: tuple[str, ..
 
 
 def _gone_round(target: Target, sample: Batch) -> Target:
-    found = masking(target.bare, sample.x)
+    try:
+        found = masking(target.bare, sample.x)
+    except UsageError:
+        raise
+    except Exception:  # noqa: BLE001  a network may refuse it in any way
+        said = "the stages of the model cannot be looked at one by one, so adaptive attacks go round none"
+        return replace(target, notes=(*target.notes, said))
     if not found:
         return target
     return replace(target, view=View(target.bare, found.ways, found.steps), masking=found)

@@ -1,4 +1,4 @@
-"""The gallery measured: what PGD says of each masked model, what adaptive attacks leave, and which doubts are raised."""
+"""The gallery measured: what PGD says of each masked model, what adaptive attacks leave, and the doubts raised."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.doubts.answering import arms
 from holdfast.gallery import ITEMS, Item, undefended
 from holdfast.harness import Member, Plan
-from holdfast.harness.plan import FIXED
+from holdfast.harness.plan import FIXED, DoubtsWanted
 from holdfast.runs.assess import assess
 from holdfast.runs.order import Order, Subject
 from holdfast.runs.result import Result
@@ -64,7 +64,7 @@ def exhibits(
             members = tuple(Member(*named) for named in suite(SOUND, Linf(item.eps)).attacks)
             sound[item.eps] = measured(twin, data, item.eps, members, seed=seed)
         naive = measured(model, data, item.eps, (FIXED,), seed=seed)
-        adaptive = measured(model, data, item.eps, (FIXED,), seed=seed, adaptive=True)
+        adaptive = measured(model, data, item.eps, (FIXED,), seed=seed, doubts="all", adaptive=True)
         ran = adaptive.attacks[1:]
         yield Exhibit(
             item.name,
@@ -88,16 +88,23 @@ def raised(result: Result) -> tuple[str, ...]:
 
 
 def measured(
-    net: nn.Module, data: Data, eps: float, members: tuple[Member, ...], *, seed: int, adaptive: bool = False
+    net: nn.Module,
+    data: Data,
+    eps: float,
+    members: tuple[Member, ...],
+    *,
+    seed: int = 0,
+    doubts: DoubtsWanted = "none",
+    adaptive: bool = False,
 ) -> Result:
-    """One network under some attacks; with `adaptive` its doubts too, and the attacks that they call for."""
-    threat = ThreatModel(Linf(eps))
+    """One network under some attacks, and with `adaptive` under those that its doubts call for."""
+    called_for = arms(Linf(eps)) if adaptive else ()
     plan = Plan(
         members,
-        threat,
+        ThreatModel(Linf(eps)),
         seed,
         NAIVE,
-        doubts="all" if adaptive else "none",
-        adaptive=tuple(Member(arm.name, arm.attack) for arm in arms(threat.constraint)) if adaptive else (),
+        doubts=doubts,
+        adaptive=tuple(Member(arm.name, arm.attack) for arm in called_for),
     )
     return assess(Subject(Classifier(net), digest(canonical([]))), data, Order(plan))
