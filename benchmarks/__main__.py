@@ -38,6 +38,7 @@ ROWS = {
     "standard": "standard",
     "standard-cost": "standard_cost",
     "doubts": "doubts",
+    "gallery": "gallery",
 }
 """Name of a row and its module, in the order they run: cheap ones first."""
 

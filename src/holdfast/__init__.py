@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from holdfast.core.evidence import Evidence
     from holdfast.core.model import Bounds, Classifier
     from holdfast.core.threat import ThreatModel
+    from holdfast.core.through import through
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "doctor",
     "init",
     "report",
+    "through",
     "validate",
     "verify",
 ]
@@ -56,6 +58,7 @@ _HOMES = {
     "doctor": "holdfast.api",
     "init": "holdfast.config.starting",
     "report": "holdfast.api",
+    "through": "holdfast.core.through",
     "validate": "holdfast.config.starting",
     "verify": "holdfast.api",
 }

@@ -16,22 +16,31 @@ from holdfast.attacks.protocol import Attack
 from holdfast.checkup import Finding, examine
 from holdfast.config import ordering
 from holdfast.config.attacks import checked
+from holdfast.config.grammar import nearest
 from holdfast.config.settings import AssessSettings, check
-from holdfast.config.starting import DEMO_COMMAND, demo_settings, init, validate
+from holdfast.config.starting import DEMO_COMMAND, DIGITS, demo_settings, init, validate
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
+from holdfast.gallery import ITEMS
 from holdfast.reports.write import check as check_place
 from holdfast.runs import assess as assessing
 from holdfast.runs.comparison import Comparison
+from holdfast.runs.exhibition import Exhibit, exhibits
 from holdfast.runs.index import open_run
 from holdfast.runs.order import Order, Progress, Subject, silent
 from holdfast.runs.result import Result
 from holdfast.runs.selection import selected
+from holdfast.sources.data import open_data
 from holdfast.sources.memory import as_data
 from holdfast.store.verify import Verified
 from holdfast.store.verify import verify as verify_folder
+
+
+def _nobody(name: str) -> None:
+    """Watches nothing."""
+
 
 __all__ = [
     "assess",
@@ -39,6 +48,7 @@ __all__ = [
     "compare",
     "demo",
     "doctor",
+    "exhibition",
     "init",
     "look_over",
     "rehearse",
@@ -92,6 +102,7 @@ def assess(
     curve: bool = False,
     full: bool = False,
     doubts: bool = True,
+    adaptive: bool = False,
     save_adversarial: bool = False,
     time_budget: str | None = None,
     batch_size: int | None = None,
@@ -145,6 +156,23 @@ def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -
     for place in places:
         result.write(place)
     return result
+
+
+def exhibition(
+    *, n: int = 500, only: Sequence[str] = (), shown: Callable[[str], None] = _nobody
+) -> tuple[Exhibit, ...]:
+    """The gallery of masked models, each built and measured on the first `n` bundled digits; `shown` hears its name.
+
+    `only` names some of them.
+    """
+    known = [item.name for item in ITEMS]
+    for name in only:
+        if name not in known:
+            raise UsageError(f"there is no {name!r} in the gallery{nearest(name, known)}")
+    items = [item for item in ITEMS if not only or item.name in only]
+    training = open_data(DIGITS, split="train")
+    digits = training.read(0, len(training))
+    return tuple(exhibits(digits, open_data(DIGITS, n=n), items, shown=lambda item: shown(item.name)))
 
 
 def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:

@@ -43,6 +43,8 @@ class APGD:
     """start in balls of 3 and 2 eps (0.3 of the steps each) before the ball itself, as the L1 paper does"""
     draws: Steps = 1
     """forwards that a gradient is averaged over, for a model that draws at random"""
+    sure: Fraction = 0.5
+    """share of these that must be wrong before an example leaves"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -65,7 +67,7 @@ class APGD:
     ) -> tuple[Inputs, PerExample]:
         stages = _STAGES if self.shrink else ()
         balls = [constraint.resized(factor * constraint.eps) for factor, _ in stages]
-        climb = Climb(self.loss, self.steps, self.rho, self.draws, fresh=not stages)
+        climb = Climb(self.loss, self.steps, self.rho, self.draws, self.sure, fresh=not stages)
         x, steps = surface(batch, [*balls, constraint][0], model.bounds, rng), self.steps
         for ball, (_, share) in zip(balls, stages, strict=True):
             spent = int(share * self.steps)

@@ -67,6 +67,11 @@ ATTACKING = (
     click.option(
         "--doubts/--no-doubts", default=None, help="Probe for reasons to doubt the number (default: on)."
     ),
+    click.option(
+        "--adaptive/--no-adaptive",
+        default=None,
+        help="Attack once more in the ways that raised doubts call for.",
+    ),
     click.option("--seed", type=int, metavar="N", help="Seed of every random draw (default: 0)."),
     click.option("--batch-size", type=int, metavar="N", help="Examples that go through the model at once."),
     click.option(

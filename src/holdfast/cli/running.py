@@ -5,21 +5,24 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from holdfast.api import carry_out, demo, rehearse
+from holdfast.api import carry_out, demo, exhibition, rehearse
 from holdfast.cli.options import Voice
 from holdfast.config.settings import AssessSettings, canonical
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
+from holdfast.reports.exhibits import exhibit_table
 from holdfast.reports.markdown import document
 from holdfast.reports.notes import spoken
 from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.words import printable
+from holdfast.reports.write import EXHIBIT_SUFFIXES, check, write_exhibits
 from holdfast.runs.assess import way_out
 from holdfast.runs.index import new_folder
 from holdfast.runs.order import Progress, Step, silent
@@ -151,6 +154,26 @@ def _dry_run(settings: AssessSettings, voice: Voice) -> int:
         f"(measured on the first {len(trial.evidence)})"
     )
     voice.say("nothing was kept")
+    return 0
+
+
+def run_gallery(place: Path | None, voice: Voice) -> int:
+    """Measure the gallery and show it as a table, and as JSON in `place`; 0 when it ran."""
+    if place is not None:
+        check(place, EXHIBIT_SUFFIXES)
+    voice.say(
+        "building masked models on real digits and attacking each, as it comes and in the ways that doubts call for"
+    )
+    found = [asdict(exhibit) for exhibit in exhibition(shown=lambda name: voice.say(f"  {name}"))]
+    colour = sys.stdout.isatty() and not voice.plain
+    if not voice.quiet:
+        click.echo(exhibit_table(found, colour=colour, width=voice.console().width), nl=False)
+    voice.say(
+        "naive: PGD-40 on the cross-entropy; twin: the same network without the defence, under suite standard"
+    )
+    if place is not None:
+        write_exhibits(found, place)
+        voice.say(f"report: {place}")
     return 0
 
 

@@ -13,7 +13,7 @@ from holdfast.attacks.protocol import Attack, Learned
 from holdfast.config.attacks import build, threat_model
 from holdfast.config.grammar import parse_threat, parse_transform, seconds
 from holdfast.config.naming import chosen
-from holdfast.config.settings import AssessSettings, SurrogateSettings, usual_suite
+from holdfast.config.settings import DEFAULT_SUITE, AssessSettings, SurrogateSettings, usual_suite
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
@@ -24,6 +24,7 @@ from holdfast.core.model import Bounds, Classifier
 from holdfast.core.names import slug
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import ACCESS_ORDER, Access
+from holdfast.doubts.answering import arms
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.harness import Member, Plan, labelled
 from holdfast.harness.plan import DoubtsWanted
@@ -292,7 +293,25 @@ def plan(
         full=settings.full or corrupting,
         keep_adversarial=settings.save_adversarial,
         doubts=probing if settings.doubts else "none",
+        adaptive=_adaptive(threat, settings, smallest=smallest, corrupting=corrupting),
     )
+
+
+def _adaptive(
+    threat: ThreatModel, settings: AssessSettings, *, smallest: bool, corrupting: bool
+) -> tuple[Member, ...]:
+    """What raised doubts may call for."""
+    if not settings.adaptive:
+        return ()
+    if not settings.doubts:
+        raise UsageError("adaptive attacks are chosen by the doubts that are raised; leave --no-doubts out")
+    if smallest or corrupting:
+        raise UsageError(
+            f"adaptive attacks need an eps and attacks within it, and this asks for "
+            f"{'the smallest change' if smallest else settings.threat}; leave --adaptive out, or choose a threat such "
+            f"as linf:8/255 and a suite such as {DEFAULT_SUITE}"
+        )
+    return tuple(Member(arm.name, arm.attack) for arm in arms(threat.constraint))
 
 
 def _curve(constraint: Constraint) -> tuple[Member, ...]:

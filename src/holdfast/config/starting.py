@@ -34,9 +34,10 @@ output: [report.html, junit.xml]
 seed: 0
 """
 
+DIGITS = "mnist-mini"
 DEMO = {
     "model": "mnist-cnn",
-    "data": "mnist-mini",
+    "data": DIGITS,
     "n": 200,
     "threat": "linf:0.1",
     "suite": "standard",

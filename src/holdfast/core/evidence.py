@@ -14,7 +14,7 @@ Columns = Mapping[str, Tensor]
 PARTIAL = ("gallery.", "adversarial.", "transfer.")
 """How columns of a stage begin that hold some of its examples only, named by an `id` of their own."""
 
-DoubtState = Literal["clear", "raised", "not measured", "not applicable"]
+DoubtState = Literal["clear", "raised", "answered", "not measured", "not applicable"]
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ class Context:
     doubts_cost: Cost = Cost()
     broken_elsewhere: int = 0
     surrogates: tuple[Mapping[str, Any], ...] = ()
+    remarks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """what is to be said of a stage, by its name, beside what its plan says"""
 
 
 def join(shards: Sequence[Columns]) -> dict[str, Tensor]:
@@ -129,7 +131,7 @@ def conclude(
         del columns["right_probability"]
     if plan.threat.goal is None:
         del columns["eligible"]
-    records, total = _told(plan, by_stage, seconds, randomised=randomised)
+    records, total = _told(plan, by_stage, seconds, context.remarks, randomised=randomised)
     return Evidence(
         columns,
         plan.threat,
@@ -154,7 +156,12 @@ def conclude(
 
 
 def _told(
-    plan: Outline, by_stage: Mapping[str, Columns], seconds: Mapping[str, Seconds], *, randomised: bool
+    plan: Outline,
+    by_stage: Mapping[str, Columns],
+    seconds: Mapping[str, Seconds],
+    remarks: Mapping[str, tuple[str, ...]],
+    *,
+    randomised: bool,
 ) -> tuple[tuple[AttackRecord, ...], Cost]:
     """The attacks in their order, waves as one; and what all stages cost."""
     clean, records = by_stage["clean"], []
@@ -174,7 +181,12 @@ def _told(
         if stage.kind == "attack":
             left = standing & ~torch.stack([columns["success"] for columns in waves]).any(0)
             before, after = int(standing.sum()), int(left.sum())
-            notes = (*stage.notes, *_learned(by_stage.get(learned)), *remark(stage.attack, waves, before))
+            notes = (
+                *stage.notes,
+                *_learned(by_stage.get(learned)),
+                *remark(stage.attack, waves, before),
+                *remarks.get(stage.name, ()),
+            )
             records.append(AttackRecord(stage.name, stage.attack, stage.settings, before, after, cost, notes))
             standing = left
     return tuple(records), total

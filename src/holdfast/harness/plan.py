@@ -37,6 +37,8 @@ class Stage:
     member: Member | None = None
     earlier: tuple[str, ...] = ()
     """the names of the earlier waves of the same attack"""
+    adaptive: bool = False
+    """run after the doubts were asked, if one calls for it, by an attacker who goes round what masks gradients"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Step:
     """what a reader must know of it"""
     wave_of: str = ""
     """the name of the first wave of the same attack, where this is a later one"""
+    adaptive: bool = False
+    """run only where a raised doubt called for it"""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class Plan:
     keep_adversarial: bool = False
     """keep every successful input, and not only a few to look at"""
     doubts: DoubtsWanted = "free"
+    adaptive: tuple[Member, ...] = ()
+    """what raised doubts may call for, on the examples that the attacks before left standing"""
 
     def stages(self) -> tuple[Stage, ...]:
         """The steps in order."""
@@ -98,7 +104,11 @@ class Plan:
         )
         curve = [Stage(f"curve-{k}-{slug(m.name)}", "curve", m) for k, m in enumerate(self.curve, 1)]
         matrix = [Stage("transfer", "transfer", MATRIX)] if self.matrix else []
-        return (Stage("clean", "clean"), *attacks, *fixed, *curve, *matrix)
+        arms = [
+            Stage(f"{k}-{slug(m.name)}", "attack", m, adaptive=True)
+            for k, m in enumerate(self.adaptive, len(self.members) + 1)
+        ]
+        return (Stage("clean", "clean"), *attacks, *fixed, *curve, *matrix, *arms)
 
     def _waves(self, name: str, member: Member) -> list[Stage]:
         later = 0 if self.full or self.smallest else member.waves
@@ -123,6 +133,7 @@ class Plan:
             plain,
             few_classes(plain, classes, aimed=aimed),
             "".join(stage.earlier[:1]),
+            stage.adaptive,
         )
 
 
@@ -191,6 +202,7 @@ def refuse_what_is_hidden(plan: Plan, target: Access, why: str = "") -> Plan:
     """The plan with the access that the target can give at most; `UsageError` if an attack needs more, saying `why`."""
     least: Access = min(plan.threat.access, target, key=ACCESS_ORDER.index)
     seen = replace(plan, threat=replace(plan.threat, access=least))
+    seen = replace(seen, adaptive=tuple(m for m in plan.adaptive if seen.threat.gives(m.attack.needs)))
     for member in (*seen.members, *seen.curve):
         if isinstance(member.attack, Transfer) and not seen.threat.surrogates:
             raise UsageError(

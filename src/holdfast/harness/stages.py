@@ -56,6 +56,7 @@ def run_stage(
     rng = Draws(plan.seed).at("stage", stage.name)
     assert stage.member is not None
     attack, threat = stage.member.attack, plan.threat
+    target = replace(target, quick=target.view) if stage.adaptive else target
     if stage.kind == "attacked":
         return in_pieces(lambda piece: _attacked(attack, threat, target, piece, rng), batch, room)
     if stage.kind == "curve" or plan.smallest:

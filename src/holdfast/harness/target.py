@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import IN_PLACE, Classifier, Model, fitted, out_of_memory
+from holdfast.core.through import View
 from holdfast.core.types import Inputs, Logits
 from holdfast.ops.logits import change
+from holdfast.ops.masking import Masking, masking
 from holdfast.ops.prepare import in_training, quickened
 
 LOOKED_AT = 8
@@ -24,15 +26,20 @@ _SAME = 1e-4  # two forwards that differ by more than this share of the largest 
 
 @dataclass(frozen=True)
 class Target:
-    """`bare` judges; `quick` is a frozen copy that computes the same, and that the attacks ask."""
+    """`bare` judges; `quick` is a frozen copy that computes the same, and that the attacks ask.
+
+    `view` is what adaptive attacks ask: the same outputs, with gradients that go round what `masking` found.
+    """
 
     bare: Classifier
     quick: Model
+    view: Model
     randomised: bool
     classes: int
     notes: tuple[str, ...] = ()
     in_training: tuple[str, ...] = ()
     """dropout and batch norm that were found in train mode; they were measured in eval mode"""
+    masking: Masking = Masking()
 
     def logits(self, x: Inputs) -> Logits:
         """What the bare model says, without a gradient."""
@@ -52,8 +59,11 @@ class Target:
 
 
 @contextmanager
-def prepared(model: Classifier, sample: Batch) -> Iterator[Target]:
-    """The target for the time of a measurement; the model is put back as it was afterwards."""
+def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Iterator[Target]:
+    """The target for the time of a measurement; the model is put back as it was afterwards.
+
+    With `adaptive`, its stages are looked at one by one for what masks the gradient.
+    """
     # a frozen script has no mode
     modes = [(module, getattr(module, "training", False)) for module in model.modules()]
     weights = [(weight, weight.requires_grad) for weight in model.parameters()]
@@ -61,7 +71,8 @@ def prepared(model: Classifier, sample: Batch) -> Iterator[Target]:
     try:
         model.eval().requires_grad_(False)
         with fitted(model, sample.x):
-            yield _looked_at(model, sample, left_in_training)
+            target = _looked_at(model, sample, left_in_training)
+            yield _gone_round(target, sample) if adaptive and model.access == "gradients" else target
     finally:
         for module, training in modes:
             module.training = training
@@ -77,7 +88,20 @@ def _looked_at(model: Classifier, sample: Batch, left_in_training: tuple[str, ..
     if model.rewrites:
         filling = (*filling, IN_PLACE)
     notes = (*notes, *filling, *_remarks(once, randomised=randomised))
-    return Target(model, quick, randomised, once.shape[1], notes, left_in_training)
+    return Target(model, quick, quick, randomised, once.shape[1], notes, left_in_training)
+
+
+def _gone_round(target: Target, sample: Batch) -> Target:
+    try:
+        found = masking(target.bare, sample.x)
+    except UsageError:
+        raise
+    except Exception:  # noqa: BLE001  a network may refuse it in any way
+        said = "the stages of the model cannot be looked at one by one, so adaptive attacks go round none"
+        return replace(target, notes=(*target.notes, said))
+    if not found:
+        return target
+    return replace(target, view=View(target.bare, found.ways, found.steps), masking=found)
 
 
 def no_memory(n: int, error: BaseException) -> TargetError:

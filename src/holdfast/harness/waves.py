@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
@@ -21,6 +22,9 @@ MATRIX_ROWS = 500
 """Examples of the transfer matrix, at most: a share is then known to within 4.5 points."""
 LEAST = 32
 """Examples of a wave: fewer would prove little where they break nothing."""
+
+AT_TIMES = 0.05
+"""Adaptive attacks go on with an example that is broken but right in more than this share of the draws."""
 
 _CONFIDENCE = 0.95
 
@@ -39,6 +43,8 @@ def due(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask:
     if stage.kind == "curve" or plan.smallest or plan.full:
         return eligible
     standing = eligible & ~broken(by_stage)
+    if stage.adaptive:
+        return standing | eligible & (_chance(by_stage) > AT_TIMES)
     if stage.member is None or not stage.member.waves:
         return standing
     earlier = [by_stage[name] for name in stage.earlier]
@@ -58,6 +64,15 @@ def _heights(plan: Plan, by_stage: Mapping[str, Columns]) -> PerExample:
     for name, columns in by_stage.items():
         if name[0].isdigit():
             lowest = torch.where(columns["ran"], torch.minimum(lowest, columns["height"]), lowest)
+    return lowest
+
+
+def _chance(by_stage: Mapping[str, Columns]) -> Tensor:
+    """Of a model that draws at random, the lowest share of draws in which each example is right; of others 0 or 1."""
+    lowest = by_stage["clean"]["right"]
+    for name, columns in by_stage.items():
+        if name[0].isdigit():
+            lowest = torch.where(columns["ran"], torch.minimum(lowest, columns["right"]), lowest)
     return lowest
 
 
@@ -91,7 +106,7 @@ def gathered(steps: Sequence[Step], by_stage: Mapping[str, Columns]) -> dict[str
     return joined
 
 
-def _either(name: str, first: Columns, wave: Columns, ran: Mask) -> torch.Tensor:
+def _either(name: str, first: Columns, wave: Columns, ran: Mask) -> Tensor:
     """One column of both: each example's own, or all that were kept to look at."""
     if name not in wave or name not in first:
         return wave[name] if name in wave else first[name]

@@ -178,7 +178,9 @@ class Climb:
     rho: float = 0.75
     """share of the steps since the last checkpoint that must have raised the loss, else the step size halves"""
     draws: int = 1
-    """forwards that a gradient is averaged over; a point is broken if more than half of them are wrong"""
+    """forwards that a gradient is averaged over"""
+    sure: float = 0.5
+    """a point is broken if more than this share of them is wrong"""
     fresh: bool = True
     """the start is noise, so that under L1 how many features it changed says nothing"""
 
@@ -237,8 +239,9 @@ class Climb:
             return looks[0]
         grad = torch.stack([look.grad for look in looks]).mean(0)
         height = torch.stack([look.loss for look in looks]).mean(0)
-        majority = torch.stack([look.margin for look in looks]).sort(dim=0)[0][self.draws // 2]
-        return _Point(x, grad, height, majority)
+        rank = min(int(self.sure * self.draws), self.draws - 1)
+        margins = torch.stack([look.margin for look in looks]).sort(dim=0)[0]
+        return _Point(x, grad, height, margins[rank])
 
     def _draw(self, model: Model, batch: Batch, aim: Labels | None, x: Inputs, *, climbs: bool) -> _Point:
         seen = x.detach().requires_grad_(climbs)

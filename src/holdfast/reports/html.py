@@ -66,7 +66,7 @@ def fragment(summary: Mapping[str, Any]) -> str:
     )
 
 
-_STATES = ("raised", "not measured", "clear", "not applicable")
+_STATES = ("raised", "answered", "not measured", "clear", "not applicable")
 
 
 def render(template: str, **content: Any) -> str:

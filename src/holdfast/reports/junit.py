@@ -83,7 +83,7 @@ def _gate(gate: Mapping[str, Any]) -> ET.Element:
 
 def _doubt(doubt: Mapping[str, Any], accepted: Mapping[str, str]) -> ET.Element:
     name, state, says = doubt["name"], doubt["state"], doubt["says"] or doubt["title"]
-    if state == "clear":
+    if state in ("clear", "answered"):
         return _case("doubts", name, says)
     if state == "raised" and name in accepted:
         return _case("doubts", name, f"accepted by a person, because {accepted[name]}. Found: {says}")

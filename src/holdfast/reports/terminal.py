@@ -35,7 +35,7 @@ FIRST = frozenset(
     )
 )
 """Metrics that a terminal shows unless it is asked for all."""
-_STATES = {"raised": "▲", "clear": "✓", "not measured": "○", "not applicable": "–"}
+_STATES = {"raised": "▲", "clear": "✓", "answered": "◆", "not measured": "○", "not applicable": "–"}
 
 
 def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -62,6 +62,8 @@ WRITERS: Mapping[str, Callable[[Summary, "Columns", TextIO], None]] = {
 """What each suffix brings."""
 
 
+EXHIBIT_SUFFIXES = (".json",)
+"""What the gallery can be written as."""
 COMPARISON_SUFFIXES = (".html", ".json", ".md")
 """What a comparison can be written as."""
 
@@ -99,6 +101,14 @@ def write_comparison(content: Summary, path: Path) -> None:
     suffix = _known(path, COMPARISON_SUFFIXES)
     with _explained(path), replacing(path) as file:
         file.write(render[suffix](content))
+
+
+def write_exhibits(found: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write the gallery, measured, in the same way."""
+    from holdfast.reports.exhibits import exhibits_to_json
+
+    with _explained(path), replacing(path) as file:
+        file.write(exhibits_to_json(found))
 
 
 @contextlib.contextmanager

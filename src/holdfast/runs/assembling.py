@@ -1,18 +1,22 @@
 """From what a run kept to its evidence: the same for a run that just ended and for one that is read back."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from holdfast.core.evidence import PARTIAL, Columns, Cost, Evidence
-from holdfast.harness import Context, Seconds, conclude, speaking, unattacked
+from holdfast.doubts.answering import answered
+from holdfast.harness import Context, Outline, Seconds, broken, conclude, speaking, unattacked
 from holdfast.runs.written import doubt_from_json, outline_from_json
 from holdfast.store.folder import Stage
 
 DOUBTS = "doubts"
 """The document, the draws and the time of the probes are named after this."""
+ADAPTIVE = "adaptive"
+"""The document that says which adaptive attacks ran, and why."""
 
 
 def counted(kind: str, stage: Stage, by_stage: Mapping[str, Columns]) -> Columns | None:
@@ -27,8 +31,9 @@ def evidence_of(
     by_stage: Mapping[str, Columns],
     asked: Mapping[str, Any],
     seconds: Mapping[str, Seconds],
+    adapted: Mapping[str, Any] | None = None,
 ) -> Evidence:
-    """The evidence, given `run.json`, the columns, the document of the doubts and the times."""
+    """The evidence, given `run.json`, the columns, the documents of the doubts and of the adaptive run, the times."""
     spent = seconds.get(DOUBTS, Seconds())
     cost = asked["cost"]
     context = Context(
@@ -41,7 +46,46 @@ def evidence_of(
         broken_elsewhere=len({id_ for ids in asked["fallen"].values() for id_ in ids}),
     )
     outline = outline_from_json(manifest["config"])
+    if adapted is not None:
+        context = _adapted(context, outline, by_stage, asked, adapted)
     return conclude(outline, by_stage, seconds, context, randomised=manifest["model"]["randomised"])
+
+
+def _adapted(
+    context: Context,
+    outline: Outline,
+    by_stage: Mapping[str, Columns],
+    asked: Mapping[str, Any],
+    adapted: Mapping[str, Any],
+) -> Context:
+    """The context after the adaptive run: doubts that it answered, and what it says of itself."""
+    because = {arm: tuple(names) for arm, names in adapted["because"].items()}
+    places = {step.attack: step.name for step in outline.steps if step.adaptive and step.name in by_stage}
+    ran = {} if adapted["missed"] else {arm: by_stage[name] for arm, name in places.items()}
+    clean = by_stage["clean"]
+    standing = clean["correct"] & clean["eligible"] & ~broken(by_stage)
+    fallen = {id_ for ids in asked["fallen"].values() for id_ in ids}
+    left = fallen & set(clean["id"][standing].tolist())
+    return replace(
+        context,
+        doubts=answered(context.doubts, ran, because, fell=bool(left)),
+        notes=(*context.notes, *adapted["missed"], *adapted["notes"]),
+        broken_elsewhere=len(left),
+        remarks={
+            name: (f"run because of {listed(because[arm])}", *_round(adapted, arm))
+            for arm, name in places.items()
+        },
+    )
+
+
+def _round(adapted: Mapping[str, Any], arm: str) -> tuple[str, ...]:
+    ways = adapted["ways"] if arm != "Search" else []
+    return (f"its gradient goes round {listed(ways)}",) if ways else ()
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def is_of_rows(column: str) -> bool:

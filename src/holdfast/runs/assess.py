@@ -19,11 +19,12 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetLost
 from holdfast.core.evidence import Columns, Evidence
+from holdfast.doubts.answering import arms, called
 from holdfast.gates.judging import Doubts, Judgement, judge
 from holdfast.harness import Plan, Target, refuse_unfitted, refuse_what_is_hidden
 from holdfast.reports.numbers import strict
 from holdfast.runs import probes
-from holdfast.runs.assembling import DOUBTS, adversarial, evidence_of
+from holdfast.runs.assembling import ADAPTIVE, DOUBTS, adversarial, evidence_of
 from holdfast.runs.course import Alone, Course, Watch, shards_of
 from holdfast.runs.entry import (
     batch_size_for,
@@ -44,6 +45,7 @@ from holdfast.runs.team import Team, gathered
 from holdfast.runs.worker import Job
 from holdfast.runs.written import (
     VERDICT,
+    doubt_from_json,
     doubt_to_json,
     judgement_from_json,
     outline_to_json,
@@ -72,7 +74,8 @@ def assess(
     """
     refuse_data(data)
     device = torch.device(order.device)
-    with readied(subject, data, device) as (target, sample), ExitStack() as stack:
+    adaptive = bool(order.plan.adaptive)
+    with readied(subject, data, device, adaptive=adaptive) as (target, sample), ExitStack() as stack:
         _refuse(target, sample, order, data)
         held = with_surrogates(order.plan, stack, order.surrogates, sample, target)
         plan = refuse_what_is_hidden(held, subject.model.access, subject.model.hides)
@@ -179,7 +182,7 @@ class _Making:
                     len(self.data), min(order.shard_size, size) if small else order.shard_size
                 ),
                 "batch_size": size,
-                "stages": [*(stage.name for stage in plan.stages()), DOUBTS],
+                "stages": _stage_names(plan),
             },
         }
 
@@ -316,8 +319,38 @@ class _Making:
             with stopper.finishing():
                 keeper.record(DOUBTS, asked)
                 watch.tick(done=True)
-        evidence = evidence_of(manifest, by_stage, asked, {name: keeper.spent(name) for name in names})
+        adapted = self._adapted(course, by_stage, asked) if self.plan.adaptive else None
+        spent = {name: keeper.spent(name) for name in names}
+        evidence = evidence_of(manifest, by_stage, asked, spent, adapted)
         return evidence, adversarial(by_stage, names, smallest=self.plan.smallest)
+
+    def _adapted(
+        self, course: Course, by_stage: dict[str, Columns], asked: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Run the adaptive attacks that the doubts call for, and say which those are and why."""
+        doubts = tuple(map(doubt_from_json, asked["doubts"]))
+        members = {member.name for member in self.plan.adaptive}
+        known = [arm for arm in arms(self.plan.threat.constraint) if arm.name in members]
+        because = called(known, doubts)
+        missed = course.adapt(by_stage, because)
+        said = course.keeper.document(ADAPTIVE)
+        if said is None:
+            said = {
+                "because": {arm: list(names) for arm, names in because.items()},
+                "ways": list(self.target.masking.says),
+                "missed": list(missed),
+                "notes": [] if because else ["no doubt called for an adaptive attack, so none was run"],
+            }
+            with course.stopper.finishing():
+                course.keeper.record(ADAPTIVE, said)
+        return said
+
+
+def _stage_names(plan: Plan) -> list[str]:
+    """Everything that takes time, in its order."""
+    stages = plan.stages()
+    before = [stage.name for stage in stages if not stage.adaptive]
+    return [*before, DOUBTS, *(stage.name for stage in stages if stage.adaptive)]
 
 
 def _known(surrogate: Subject) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The stages of a run, shard by shard, and the time that each takes."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -27,7 +27,7 @@ from holdfast.harness import (
     run_stage,
     unattacked,
 )
-from holdfast.runs.assembling import counted, is_of_rows
+from holdfast.runs.assembling import counted, is_of_rows, listed
 from holdfast.runs.entry import refuse_batch
 from holdfast.runs.keeping import Keeper
 from holdfast.runs.order import Progress, Step
@@ -141,10 +141,18 @@ class Course:
     _last: dict[tuple[int, int], Batch] = field(default_factory=dict)
 
     def run(self) -> tuple[dict[str, Columns], tuple[str, ...]]:
-        """Columns by stage, and in words what time did not allow."""
+        """Columns by stage, and in words what time did not allow; the adaptive stages are none of them."""
         by_stage: dict[str, Columns] = {}
+        return by_stage, self._through([s for s in self.plan.stages() if not s.adaptive], by_stage)
+
+    def adapt(self, by_stage: dict[str, Columns], called: Container[str]) -> tuple[str, ...]:
+        """Add the columns of the adaptive attacks that are called for, by their names; what time did not allow."""
+        stages = [s for s in self.plan.stages() if s.adaptive and name_of(s) in called]
+        return self._through(stages, by_stage)
+
+    def _through(self, stages: Sequence[Stage], by_stage: dict[str, Columns]) -> tuple[str, ...]:
         cut: list[tuple[Stage, int]] = []
-        for stage in self.plan.stages():
+        for stage in stages:
             measured = self._learned if stage.kind == "fit" else self._measured
             kept = self.keeper.stage(stage.name) or measured(ready(stage, by_stage), by_stage)
             columns = counted(stage.kind, kept, by_stage)
@@ -153,7 +161,7 @@ class Course:
             cut_short = kept.reached is not None and stage.kind != "fit"  # then its attack is, too
             if cut_short and not any(name_of(stage) == name_of(other) for other, _ in cut):
                 cut.append((stage, len(kept.columns["id"])))
-        return by_stage, missed(cut, len(self.data), self.plan)
+        return missed(cut, len(self.data), self.plan)
 
     def room(self, stage: str, shard: int) -> Room:
         """The batch size that earlier stages left, and what is known of this work from an earlier attempt.
@@ -253,7 +261,11 @@ class Course:
             said(finished)
 
         room.progress = progress
-        timed = replace(self.target, quick=Timed(self.target.quick, self.deadline))
+        timed = replace(
+            self.target,
+            quick=Timed(self.target.quick, self.deadline),
+            view=Timed(self.target.view, self.deadline),
+        )
         try:
             if chosen is None:
                 columns = run_clean(self.plan, timed, batch, room)
@@ -323,11 +335,6 @@ def _meaning(plan: Plan) -> str:
 def name_of(stage: Stage) -> str:
     """What the suite calls the attack of a stage."""
     return stage.name if stage.member is None else stage.member.name
-
-
-def listed(names: Sequence[str]) -> str:
-    """`a, b and c`."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def shards_of(n: int, size: int) -> tuple[tuple[int, int], ...]:

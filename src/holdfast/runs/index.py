@@ -10,7 +10,7 @@ from typing import Any
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.harness import Seconds
-from holdfast.runs.assembling import DOUBTS, adversarial, counted, evidence_of
+from holdfast.runs.assembling import ADAPTIVE, DOUBTS, adversarial, counted, evidence_of
 from holdfast.runs.result import Result, about_of
 from holdfast.runs.written import VERDICT, judgement_from_json
 from holdfast.store.files import MANIFEST
@@ -113,4 +113,5 @@ def _evidence(path: Path, manifest: dict[str, Any], by_stage: dict[str, Columns]
     if asked is None:
         raise TargetError(f"the run in {str(path)!r} has a verdict and no {DOUBTS}; restore it from a copy")
     seconds = {name: Seconds(spent.cpu_s, spent.wall_s) for name, spent in spent_in(path).items()}
-    return evidence_of(manifest, by_stage, asked, seconds)
+    adapted = recorded_document(path, chain, ADAPTIVE)
+    return evidence_of(manifest, by_stage, asked, seconds, adapted)

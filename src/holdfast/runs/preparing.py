@@ -14,12 +14,17 @@ from holdfast.runs.order import Subject
 
 
 @contextmanager
-def readied(subject: Subject, data: Data, device: torch.device) -> Iterator[tuple[Target, Batch]]:
-    """The model on its device in eval mode, with the examples that it was looked at with; then as it was."""
+def readied(
+    subject: Subject, data: Data, device: torch.device, *, adaptive: bool = False
+) -> Iterator[tuple[Target, Batch]]:
+    """The model on its device in eval mode, with the examples that it was looked at with; then as it was.
+
+    `adaptive` looks for what hides its gradient, too.
+    """
     sample = data.read(0, min(LOOKED_AT, len(data))).to(device)
     with (
         placed(subject.model, device),
-        prepared(subject.model, sample) as target,
+        prepared(subject.model, sample, adaptive=adaptive) as target,
         enough_threads(target.bare, sample.x),
     ):
         yield target, sample

@@ -124,6 +124,7 @@ class Team:
             with suppress(subprocess.TimeoutExpired):  # it is ended with the others
                 process.wait(_PATIENCE_S)
                 said += _last_word(process).get("remarks", ())
+                self._crew.remove(process)
         return tuple(said)
 
     def end(self) -> None:

@@ -138,8 +138,9 @@ def serve(job: Job, lifeline: Lifeline) -> tuple[str, ...]:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     subject, data, surrogates = job.opening()
+    device, adaptive = torch.device(job.device), bool(job.plan.adaptive)
     with (
-        readied(subject, data, torch.device(job.device)) as (target, sample),
+        readied(subject, data, device, adaptive=adaptive) as (target, sample),
         joined(job.run, job.owner) as folder,
         ExitStack() as stack,
     ):

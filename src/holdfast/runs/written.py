@@ -35,6 +35,7 @@ def outline_to_json(outline: Outline) -> Json:
                 "settings": strict(s.settings),
                 "notes": list(s.notes),
                 "wave_of": s.wave_of,
+                "adaptive": s.adaptive,
             }
             for s in outline.steps
         ],
@@ -59,7 +60,13 @@ def outline_from_json(content: Mapping[str, Any]) -> Outline:
     return Outline(
         tuple(
             OutlineStep(
-                s["name"], s["kind"], s["attack"], s["settings"], tuple(s["notes"]), s.get("wave_of", "")
+                s["name"],
+                s["kind"],
+                s["attack"],
+                s["settings"],
+                tuple(s["notes"]),
+                s.get("wave_of", ""),
+                s.get("adaptive", False),
             )
             for s in content["stages"]
         ),

@@ -1,0 +1,157 @@
+"""Ways round a stage that gives no honest gradient: the forward is the stage's own, the backward is a stand-in's.
+
+BPDA: Athalye, Carlini & Wagner, "Obfuscated gradients give a false sense of security: circumventing defenses to
+adversarial examples", ICML 2018, arXiv:1802.00420. Differs from the paper: the attacked network is not rewritten.
+A stand-in lies beside the stage and is used by adaptive attacks alone, so that the same object is attacked as it is and
+by somebody who knows it; it is judged as it is in both cases.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Bounds, Model
+from holdfast.core.types import Ids, Inputs, Logits
+
+StandIn = Callable[[Tensor], Tensor]
+"""Differentiable, from the input of a stage to something shaped like its output."""
+
+
+class Through(nn.Module):
+    """A stage and what an attacker who knows it differentiates instead; see `through`."""
+
+    def __init__(
+        self, stage: nn.Module | Callable[[Tensor], Tensor], backward: StandIn | None = None
+    ) -> None:
+        super().__init__()
+        self.stage, self.backward = stage, backward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The stage itself, gradient and all."""
+        passed: Tensor = self.stage(x)
+        return passed
+
+
+def through(stage: nn.Module | Callable[[Tensor], Tensor], backward: StandIn | None = None) -> Through:
+    """The stage, for use inside a network, with a stand-in that adaptive attacks differentiate: see `--adaptive`.
+
+    `backward` takes what the stage takes and returns something of the same shape as what the stage returns; without it
+    the gradient passes unchanged, which needs a stage that keeps the shape. Nothing else sees the stand-in.
+    """
+    if not callable(stage) or not (backward is None or callable(backward)):
+        raise UsageError(
+            f"through() was given {stage!r} and {backward!r}; expected a network or a function, and for backward "
+            f"another one, or nothing"
+        )
+    return Through(stage, backward)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A module of a network, and what is differentiated in its place; None is the identity."""
+
+    name: str
+    module: nn.Module
+    stand_in: StandIn | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """A model as an attacker sees it who knows it: the same outputs, with gradients that take other ways."""
+
+    model: Model
+    ways: Sequence[Way] = ()
+    steps: bool = False
+    """roundings pass their gradient on, wherever they stand"""
+
+    @property
+    def bounds(self) -> Bounds:
+        """The box of the model."""
+        return self.model.bounds
+
+    def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
+        """What the model says."""
+        with detoured(self.ways, steps=self.steps):
+            return self.model(x, ids)
+
+
+@contextmanager
+def detoured(ways: Sequence[Way], *, steps: bool = False) -> Iterator["Straight"]:
+    """Within it, gradients of the modules of `ways` are those of their stand-ins; with `steps` roundings pass them on.
+
+    What is yielded counts the roundings.
+    """
+    hooks = [way.module.register_forward_hook(_hook(way)) for way in ways]
+    straight = Straight()
+    try:
+        if steps:
+            with straight:
+                yield straight
+        else:
+            yield straight
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _hook(way: Way) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
+    def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        x: Tensor = inputs[0]
+        stand_in = x if way.stand_in is None else way.stand_in(x)
+        if stand_in.shape != output.shape:
+            raise UsageError(
+                f"the stand-in of {way.name} gives {tuple(stand_in.shape)} where the stage gives "
+                f"{tuple(output.shape)}; name one that keeps the shape: through(stage, backward=...)"
+            )
+        return instead(output, stand_in)
+
+    return hook
+
+
+def instead(value: Tensor, stand_in: Tensor) -> Tensor:
+    """`value`, exactly, with the gradient of `stand_in`."""
+    out: Tensor = _Instead.apply(value.detach(), stand_in)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Instead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, stand_in: Tensor) -> Tensor:  # noqa: ANN401
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # noqa: ANN401
+        return None, grad
+
+
+_STEPS = {torch.round, torch.floor, torch.ceil, torch.trunc, torch.fix} | {
+    Tensor.round, Tensor.floor, Tensor.ceil, Tensor.trunc, Tensor.fix
+}  # fmt: skip
+
+
+class Straight(TorchFunctionMode):
+    """Within it, roundings pass their gradient on unchanged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passed = 0
+        """gradients that were passed on"""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: Any = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        value = func(*args, **(kwargs or {}))
+        if func in _STEPS and args and args[0].requires_grad:
+            self.passed += 1
+            return instead(value, args[0])
+        return value

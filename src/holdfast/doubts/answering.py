@@ -1,0 +1,115 @@
+"""Adaptive attacks: which of them a raised doubt calls for, and which doubts their run has answered.
+
+As Tramer et al., "On adaptive attacks to adversarial example defenses", NeurIPS 2020, arXiv:2002.08347, found
+necessary: an attack is chosen by what makes the naive one fail. Each runs on the examples that all before it left
+standing, its gradients going round the stages that mask them (`core.through`). What it breaks is part of the verdict.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from holdfast.attacks import APGD, PGD, SparseRS, Square
+from holdfast.attacks.protocol import Attack
+from holdfast.core.constraints import L0, Constraint
+from holdfast.core.evidence import Columns, Doubt
+from holdfast.doubts.thresholds import ZERO_GRADIENTS
+from holdfast.ops.losses import dlr, margin_loss
+
+DRAWS = 20
+"""Forwards that EOT averages a gradient over."""
+SURE = 0.95
+"""Share of the draws that must be wrong before EOT lets an example go: a majority would leave it right at times."""
+MISLEADING = (
+    "zero-gradient", "probabilities", "scale", "one-step", "black-box", "noise", "not-exhausted", "whole-box",
+    "loss-spread", "shattered",
+)  # fmt: skip
+"""Doubts that say that a gradient was zero, wrong, or not followed far enough."""
+BLIND = ("zero-gradient", "one-step", "black-box", "noise", "not-exhausted", "whole-box", "shattered")
+"""Those of them that a search without gradients speaks to as well."""
+RANDOM = ("randomness",)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An adaptive attack and the doubts that call for it."""
+
+    name: str
+    attack: Attack
+    doubts: tuple[str, ...]
+
+
+def arms(constraint: Constraint) -> tuple[Arm, ...]:
+    """The adaptive attacks under a constraint, in their order: the gradient round what masks it, then by search.
+
+    Expectation over transformation (Athalye et al., "Synthesizing robust adversarial examples", ICML 2018,
+    arXiv:1707.07397) needs steps that bear an average, which L0 has none of.
+    """
+    if isinstance(constraint, L0):
+        return (
+            Arm("BPDA", PGD(steps=100, restarts=5), MISLEADING),
+            Arm("Search", SparseRS(queries=10_000), BLIND),
+        )
+    return (
+        Arm("EOT", APGD(loss=margin_loss, steps=100, draws=DRAWS, sure=SURE), RANDOM),
+        Arm("BPDA", APGD(loss=margin_loss, steps=100, restarts=2), MISLEADING),
+        Arm("BPDA-T", APGD(loss=dlr, steps=100, targets=9), MISLEADING),
+        Arm("Search", Square(queries=5000), BLIND),
+    )
+
+
+def called(known: Sequence[Arm], doubts: Sequence[Doubt]) -> dict[str, tuple[str, ...]]:
+    """The arms that raised doubts call for, each with their names.
+
+    A model that draws at random has EOT alone follow its gradient: what breaks one draw is no proof.
+    """
+    raised = [doubt.name for doubt in doubts if doubt.state == "raised"]
+    averaged = any(arm.name == "EOT" for arm in known) and "randomness" in raised
+    found: dict[str, tuple[str, ...]] = {}
+    for arm in known:
+        if averaged and arm.name == "EOT":
+            found[arm.name] = tuple(name for name in raised if name in (*RANDOM, *MISLEADING))
+        elif not (averaged and arm.name.startswith("BPDA")):
+            because = tuple(name for name in raised if name in arm.doubts)
+            found |= {arm.name: because} if because else {}
+    return found
+
+
+def answered(
+    doubts: Sequence[Doubt], ran: Mapping[str, Columns], because: Mapping[str, tuple[str, ...]], *, fell: bool
+) -> tuple[Doubt, ...]:
+    """The doubts after the adaptive run, given the columns of each arm that was called and `because` of what.
+
+    A doubt is answered once every arm that it called for has run on all that stood. Not so while the gradient of the
+    arm itself is dead, and `not-exhausted` not while an example stands that a probe broke, which `fell` says.
+    """
+    return tuple(_answered(doubt, ran, because, fell=fell) for doubt in doubts)
+
+
+def _answered(
+    doubt: Doubt, ran: Mapping[str, Columns], because: Mapping[str, tuple[str, ...]], *, fell: bool
+) -> Doubt:
+    called_for = [arm for arm, names in because.items() if doubt.name in names]
+    if doubt.state != "raised" or not called_for or not set(called_for) <= set(ran):
+        return doubt
+    if doubt.name in ("zero-gradient", "whole-box") and _dead(ran, called_for):
+        return replace(doubt, says=f"{doubt.says}; the adaptive attacks found no way round it")
+    if doubt.name == "not-exhausted" and fell:
+        return doubt
+    tried = torch.stack([ran[arm]["ran"] for arm in called_for]).any(0)
+    broke = torch.stack([ran[arm]["success"] for arm in called_for]).any(0)
+    says = (
+        f"answered by {' and '.join(called_for)}, which broke {int(broke.sum()):,} of the {int(tried.sum()):,} "
+        f"examples that they were run on"
+    )
+    return replace(doubt, state="answered", says="; ".join(filter(None, (doubt.says, says))))
+
+
+def _dead(ran: Mapping[str, Columns], arms: Sequence[str]) -> bool:
+    """Whether the first gradient of those arms that ask for one was zero or NaN for more than a few examples."""
+    for arm in arms:
+        asked = ran[arm]["dead"] | (ran[arm]["backwards"] > 0)
+        if asked.any():
+            return float(ran[arm]["dead"][asked].double().mean()) > ZERO_GRADIENTS
+    return True

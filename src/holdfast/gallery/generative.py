@@ -1,0 +1,72 @@
+"""Projections onto what a generator can draw."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast.core.batch import Batch
+from holdfast.core.through import through
+from holdfast.gallery.item import Item
+from holdfast.gallery.training import trained
+
+LATENT, HIDDEN = 32, 128
+DESCENTS, STEP = 5, 0.2
+
+
+class Autoencoder(nn.Module):
+    """A generator of digits, and an encoder that guesses where in its latent space a digit lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Flatten(), nn.Linear(784, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, LATENT)
+        )
+        self.generator = nn.Sequential(
+            nn.Linear(LATENT, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 784), nn.Sigmoid()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The digit as the generator draws it from the encoder's guess."""
+        drawn: Tensor = self.generator(self.encoder(x))
+        return drawn.view_as(x)
+
+
+class Projected(nn.Module):
+    """The nearest digit that the generator can draw, by descent in its latent space from the encoder's guess."""
+
+    def __init__(self, pair: Autoencoder) -> None:
+        super().__init__()
+        self.pair = pair
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The image of the generator, cut off from the graph."""
+        seen = x.detach()
+        z = self.pair.encoder(seen)
+        for _ in range(DESCENTS):
+            z = z.detach().requires_grad_()
+            with torch.enable_grad():
+                away = (self.pair.generator(z).view_as(seen) - seen).square().sum()
+                (grad,) = torch.autograd.grad(away, z)
+            z = z.detach() - STEP * F.normalize(grad, dim=1)
+        drawn: Tensor = self.pair.generator(z)
+        return drawn.view_as(seen).detach()
+
+
+def projected(digits: Batch, twin: nn.Module) -> nn.Module:
+    """The twin behind a projection. The autoencoder is its stand-in: the same guess, without the descent."""
+
+    def far(net: nn.Module, batch: Batch) -> Tensor:
+        return 100 * F.mse_loss(net(batch.x), batch.x)
+
+    pair = trained(Autoencoder, digits, far, epochs=10)
+    assert isinstance(pair, Autoencoder)
+    return nn.Sequential(through(Projected(pair), pair), twin)
+
+
+ITEMS = (
+    Item(
+        "defense-gan",
+        "Samangouei et al., Defense-GAN: protecting classifiers using generative models, ICLR 2018, arXiv:1805.06605",
+        projected,
+    ),
+)

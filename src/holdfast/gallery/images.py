@@ -1,0 +1,131 @@
+"""Changes of the image before the network sees it, whose gradient is zero, is noise, or is of one draw only."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.through import through
+from holdfast.gallery.item import Item
+from holdfast.gallery.training import network, trained
+from holdfast.ops.corruptions.jpeg import jpeg_compression
+
+BITS = 4
+QUALITY = 75
+CODE = 16
+SMALLEST = 25
+RIPPLE, PERIOD = 0.004, 0.001
+DESCENTS, WEIGHT, STEP = 6, 0.02, 0.2
+
+
+class Rounded(nn.Module):
+    """Rounds pixels to `bits` bits; 8 of them change nothing that an image file holds."""
+
+    def __init__(self, bits: int = 8) -> None:
+        super().__init__()
+        self.levels = 2**bits - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The nearest of the levels."""
+        rounded: Tensor = (x * self.levels).round() / self.levels
+        return rounded
+
+
+class Compressed(nn.Module):
+    """Written as JPEG and read again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The image as a reader of the file sees it."""
+        rows = torch.arange(len(x), device=x.device)
+        return jpeg_compression(x, (QUALITY,), rows, Draws(0))
+
+
+class Thermometer(nn.Module):
+    """A pixel as so many switches, one for each level that it exceeds: one channel becomes `CODE`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros and ones."""
+        return (x > _levels(x)).to(x.dtype)
+
+
+def slope(x: Tensor) -> Tensor:
+    """The stand-in of Athalye et al. for a thermometer code: each switch rises with the pixel above its level."""
+    return (x - _levels(x)).clamp(0, 1)
+
+
+def _levels(x: Tensor) -> Tensor:
+    return (torch.arange(CODE, device=x.device, dtype=x.dtype) / CODE).view(1, -1, 1, 1)
+
+
+class Shattered(nn.Module):
+    """Adds a ripple too small to see and far too steep to follow: the gradient has the sign of chance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The rippled image."""
+        return x + RIPPLE * torch.sin(2 * math.pi / PERIOD * x)
+
+
+class Resized(nn.Module):
+    """Shrinks the image by chance and puts it somewhere in the frame, in whole levels of 256 as image libraries do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Another place and size at each call, the same for the whole batch."""
+        side = x.shape[-1]
+        small = int(torch.randint(SMALLEST, side + 1, ()))
+        room = side - small
+        left, top = int(torch.randint(room + 1, ())), int(torch.randint(room + 1, ()))
+        shrunk = F.interpolate(x, size=(small, small), mode="bilinear", align_corners=False)
+        return (255 * F.pad(shrunk, (left, room - left, top, room - top))).round() / 255
+
+
+class Denoised(nn.Module):
+    """Descends on distance plus total variation inside the forward, and returns where that ends."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The image smoothed, cut off from the graph."""
+        seen, z = x.detach(), x.detach()
+        for _ in range(DESCENTS):
+            z = z.detach().requires_grad_()
+            with torch.enable_grad():
+                (grad,) = torch.autograd.grad(0.5 * (z - seen).square().sum() + WEIGHT * _variation(z), z)
+            z = z.detach() - STEP * grad
+        return z.clamp(0, 1)
+
+
+def _variation(x: Tensor) -> Tensor:
+    down, right = x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
+    return (down.square() + 1e-3).sqrt().sum() + (right.square() + 1e-3).sqrt().sum()
+
+
+def coded(digits: Batch, twin: nn.Module) -> nn.Module:
+    """The network trained on thermometer codes."""
+    return trained(lambda: nn.Sequential(through(Thermometer(), slope), network(CODE)), digits)
+
+
+_ATHALYE = "Athalye et al., Obfuscated gradients give a false sense of security, ICML 2018, arXiv:1802.00420"
+_GUO = "Guo et al., Countering adversarial images using input transformations, ICLR 2018, arXiv:1711.00117"
+
+ITEMS = (
+    Item("zero-gradient", _ATHALYE, lambda digits, twin: nn.Sequential(Rounded(), twin)),
+    Item(
+        "bit-depth",
+        "Xu et al., Feature squeezing: detecting adversarial examples, NDSS 2018, arXiv:1704.01155",
+        lambda digits, twin: nn.Sequential(Rounded(BITS), twin),
+    ),
+    Item("jpeg", _GUO, lambda digits, twin: nn.Sequential(Compressed(), twin)),
+    Item(
+        "thermometer",
+        "Buckman et al., Thermometer encoding: one hot way to resist adversarial examples, ICLR 2018",
+        coded,
+    ),
+    Item("shattered", _ATHALYE, lambda digits, twin: nn.Sequential(Shattered(), twin)),
+    Item(
+        "resize-and-pad",
+        "Xie et al., Mitigating adversarial effects through randomization, ICLR 2018, arXiv:1711.01991",
+        lambda digits, twin: nn.Sequential(Resized(), twin),
+    ),
+    Item("total-variation", _GUO, lambda digits, twin: nn.Sequential(Denoised(), twin)),
+)

@@ -1,0 +1,57 @@
+"""Logits that the softmax flattens: the cross-entropy has no gradient left, though the margin has one."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast.core.batch import Batch
+from holdfast.gallery.item import Item
+from holdfast.gallery.training import network, trained
+
+TEMPERATURE = 100.0
+SHARPNESS = 30.0
+
+
+class Times(nn.Module):
+    """Multiplies."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`factor * x`."""
+        return self.factor * x
+
+
+def distilled(digits: Batch, twin: nn.Module) -> nn.Module:
+    """A student of a teacher, both at temperature 100, which is left out afterwards."""
+
+    def hot(net: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(net(batch.x) / TEMPERATURE, batch.y)
+
+    teacher = trained(network, digits, hot, epochs=10, lr=2e-2)
+
+    def taught(net: nn.Module, batch: Batch) -> Tensor:
+        soft = (teacher(batch.x) / TEMPERATURE).softmax(1)
+        return F.cross_entropy(net(batch.x) / TEMPERATURE, soft)
+
+    return trained(network, digits, taught, epochs=10, lr=2e-2, seed=1)
+
+
+def saturated(digits: Batch, twin: nn.Module) -> nn.Module:
+    """The probabilities of a softmax so sharp that most of them are 0 and 1 in float32."""
+    return nn.Sequential(twin, Times(SHARPNESS), nn.Softmax(1))
+
+
+ITEMS = (
+    Item(
+        "distillation",
+        "Papernot et al., Distillation as a defense to adversarial perturbations, S&P 2016, arXiv:1511.04508",
+        distilled,
+    ),
+    Item(
+        "saturated-softmax",
+        "Carlini & Wagner, Defensive distillation is not robust to adversarial examples, 2016, arXiv:1607.04311",
+        saturated,
+    ),
+)

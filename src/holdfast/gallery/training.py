@@ -1,0 +1,62 @@
+"""Small networks trained in a second or two on a few thousand digits."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast.core.batch import Batch
+
+BATCH = 100
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""What is descended, on some of the digits."""
+
+
+def network(channels: int = 1, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Two convolutions and two linear layers for images of 28 x 28; `act` follows the convolutions."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 4, 2, 1),
+        act(),
+        nn.Conv2d(16, 32, 4, 2, 1),
+        act(),
+        nn.Flatten(),
+        nn.Linear(32 * 7 * 7, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def cross_entropy(net: nn.Module, batch: Batch) -> Tensor:
+    """The ordinary loss."""
+    return F.cross_entropy(net(batch.x), batch.y)
+
+
+def trained(
+    build: Callable[[], nn.Module],
+    digits: Batch,
+    loss: Loss = cross_entropy,
+    *,
+    epochs: int = 6,
+    lr: float = 4e-3,
+    seed: int = 0,
+) -> nn.Module:
+    """What `build` makes after some epochs of Adam, frozen and in eval mode; torch's own draws stay as they were."""
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(seed)
+        net = build().train()
+        steps = epochs * -(-len(digits) // BATCH)
+        adam = torch.optim.Adam(net.parameters(), lr)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(adam, lr, steps)
+        for _ in range(epochs):
+            for rows in torch.split(torch.randperm(len(digits)), BATCH):
+                adam.zero_grad()
+                loss(net, digits.take(rows)).backward()  # type: ignore[no-untyped-call]
+                adam.step()
+                cycle.step()
+    return net.eval().requires_grad_(False)
+
+
+def undefended(digits: Batch) -> nn.Module:
+    """The twin of every item: the same network without the defence."""
+    return trained(network, digits)

@@ -1,0 +1,126 @@
+"""Which stages of a network mask its gradient: each module by itself, on the inputs that it meets in the network."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.through import Straight, Through, Way, detoured
+
+_MOVES = 0.01
+"""Step along the gradient, as a share of the inputs' own root mean square."""
+_HONEST = (0.5, 2.0)
+"""Between what measured over predicted change must lie, by its median, as for the doubt `shattered`."""
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What a network puts in the way of gradients, and how an attacker goes round it."""
+
+    ways: tuple[Way, ...] = ()
+    steps: bool = False
+    """roundings outside of any module stand in the way"""
+
+    def __bool__(self) -> bool:
+        return bool(self.ways) or self.steps
+
+    @property
+    def says(self) -> tuple[str, ...]:
+        """The detours in words."""
+        declared = "the stand-in that it declares"
+        said = [
+            f"{way.name or 'the network'} ({type(_stage(way.module)).__name__}) by "
+            f"{'the identity' if way.stand_in is None else declared}"
+            for way in self.ways
+        ]
+        return (*said, *(["every rounding by the identity"] if self.steps else []))
+
+
+def masking(net: nn.Module, x: Tensor) -> Masking:
+    """The stages of `net` that declare a stand-in, and those that keep the shape and let no honest gradient pass.
+
+    Roundings come first: what is left of a stage without them is more like it than the identity. Seen on inputs like
+    `x`: three forwards of the network, and of each module that keeps the shape three forwards and a backward.
+    """
+    modules = dict(net.named_modules())
+    declared = [Way(name, m, m.backward) for name, m in modules.items() if isinstance(m, Through)]
+    inside = {m for way in declared for m in way.module.modules()}
+    with detoured(declared, steps=True) as straight:
+        _slope(net, x)
+    steps, found = straight.passed > 0, list[Way]()
+    for name, (given, gave) in sorted(_met(net, x).items(), key=lambda met: -met[0].count(".")):
+        module = modules[name]
+        if module in inside or given.shape != gave.shape:
+            continue
+        passed = any(way.module in set(module.modules()) for way in (*declared, *found))
+        with detoured((*declared, *found), steps=steps) as straight:
+            if _masks(module, given, straight, slopes=not passed):
+                found.append(Way(name, module))
+    order = {name: place for place, name in enumerate(modules)}
+    return Masking(tuple(sorted((*declared, *found), key=lambda way: order[way.name])), steps)
+
+
+def _met(net: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """What each module was first given and gave, of those that take and return one tensor of floats."""
+    met: dict[str, tuple[Tensor, Tensor]] = {}
+    names = {module: name for name, module in net.named_modules()}
+
+    def note(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        floats = [v for v in (*inputs, output) if isinstance(v, Tensor) and v.is_floating_point()]
+        if len(inputs) == 1 and len(floats) == 2:
+            met.setdefault(names[module], (floats[0].detach().clone(), floats[1].detach()))
+
+    handles = [module.register_forward_hook(note) for module in names]
+    try:
+        with torch.no_grad():
+            net(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return met
+
+
+def _masks(module: nn.Module, x: Tensor, straight: Straight, *, slopes: bool) -> bool:
+    """Whether a module's gradient is zero for most examples, or with `slopes` says nothing of a small step."""
+    slope, weights = _slope(module, x)
+    dead = _dead(slope)
+    if 2 * int(dead.sum()) > len(x):
+        return True
+    if straight.passed or not slopes:  # a stand-in inside predicts no small step, nor should it
+        return False
+    step = _MOVES * x.square().mean().sqrt() * slope.sign()
+    predicted = (step * slope).flatten(1).sum(1)
+    change = (weights * (_seeded(module, x + step) - _seeded(module, x))).flatten(1).sum(1)
+    ratio = (change / predicted)[~dead]
+    return not _HONEST[0] <= float(ratio.median()) <= _HONEST[1]
+
+
+def _dead(slope: Tensor) -> Tensor:
+    wide = slope.flatten(1)
+    return (wide == 0).all(1) | ~wide.isfinite().all(1)
+
+
+def _slope(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of a fixed mixture of a module's outputs, and the mixture; zero where the module cuts the graph."""
+    leaf = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        output = _seeded(module, leaf, grad=True)
+        weights = torch.cos(torch.arange(output[0].numel(), device=x.device, dtype=x.dtype)).view_as(
+            output[:1]
+        )
+        if not output.requires_grad:
+            return torch.zeros_like(x), weights
+        (slope,) = torch.autograd.grad((weights * output).sum(), leaf, materialize_grads=True)
+    return slope, weights
+
+
+def _seeded(module: nn.Module, x: Tensor, *, grad: bool = False) -> Tensor:
+    """What a module gives, its draws the same at every call."""
+    with torch.random.fork_rng(), torch.set_grad_enabled(grad):
+        torch.manual_seed(0)
+        output: Tensor = module(x.clone())  # it may work in place
+        return output
+
+
+def _stage(module: nn.Module) -> object:
+    return module.stage if isinstance(module, Through) else module

@@ -1,0 +1,32 @@
+"""The gallery as a table and as JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from holdfast.reports.numbers import percent
+from holdfast.reports.terminal import as_string, grid
+
+COLUMNS = {
+    "masked model": "name",
+    "naive": "naive_robust_accuracy",
+    "twin": "twin_robust_accuracy",
+    "adaptive": "adaptive_robust_accuracy",
+}
+
+
+def exhibit_table(found: Sequence[Mapping[str, Any]], *, colour: bool, width: int | None = None) -> str:
+    """Robust accuracies of each item, and the doubts that gave it away."""
+    first = found[0]
+    title = f"robust accuracy of {first['n']} digits under linf:{first['eps']:g}"
+    table = grid(title, (*COLUMNS, "doubts raised by the naive number"))
+    table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
+    for item in found:
+        name, *shares = (item[key] for key in COLUMNS.values())
+        table.add_row(name, *map(percent, shares), ", ".join(item["doubts"]))
+    return as_string(table, colour=colour, width=width)
+
+
+def exhibits_to_json(found: Sequence[Mapping[str, Any]]) -> str:
+    """`{"gallery": [...]}`, an entry an item."""
+    return json.dumps({"gallery": list(found)}, indent=2) + "\n"

@@ -1,0 +1,110 @@
+"""The gallery measured: what PGD says of each masked model, what adaptive attacks leave, and the doubts raised."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from holdfast.core.batch import Batch, Data
+from holdfast.core.chain import canonical, digest
+from holdfast.core.constraints import Linf
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.doubts.answering import arms
+from holdfast.gallery import ITEMS, Item, undefended
+from holdfast.harness import Member, Plan
+from holdfast.harness.plan import FIXED, DoubtsWanted
+from holdfast.runs.assess import assess
+from holdfast.runs.order import Order, Subject
+from holdfast.runs.result import Result
+from holdfast.suites import suite
+
+NAIVE = "naive@1"
+"""PGD-40 on the cross-entropy, through autograd as it is: what a paper that fools itself reports."""
+SOUND = "standard"
+"""The suite that the undefended twin is measured under."""
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """An item of the gallery, measured."""
+
+    name: str
+    source: str
+    eps: float
+    clean_accuracy: float
+    naive_robust_accuracy: float
+    twin_robust_accuracy: float
+    adaptive_robust_accuracy: float
+    doubts: tuple[str, ...]
+    """raised by the naive evaluation"""
+    adaptive: tuple[str, ...]
+    """the adaptive attacks that were run"""
+    ways: tuple[str, ...]
+    """what they went round, and how"""
+    n: int
+    cpu_s: float
+    """of both evaluations"""
+
+
+def exhibits(
+    training: Batch,
+    data: Data,
+    items: Sequence[Item] = ITEMS,
+    *,
+    seed: int = 0,
+    shown: Callable[[Item], None] = lambda item: None,
+) -> Iterator[Exhibit]:
+    """Each item, built on the training digits and measured on `data`; `shown` is told which comes next."""
+    twin, sound = undefended(training), dict[float, Result]()
+    for item in items:
+        shown(item)
+        model = item.build(training, twin)
+        if item.eps not in sound:
+            members = tuple(Member(*named) for named in suite(SOUND, Linf(item.eps)).attacks)
+            sound[item.eps] = measured(twin, data, item.eps, members, seed=seed)
+        naive = measured(model, data, item.eps, (FIXED,), seed=seed)
+        adaptive = measured(model, data, item.eps, (FIXED,), seed=seed, doubts="all", adaptive=True)
+        ran = adaptive.attacks[1:]
+        yield Exhibit(
+            item.name,
+            item.source,
+            item.eps,
+            naive.metrics["clean_accuracy"].value,
+            naive.metrics["robust_accuracy"].value,
+            sound[item.eps].metrics["robust_accuracy"].value,
+            adaptive.metrics["robust_accuracy"].value,
+            raised(adaptive),
+            tuple(record.name for record in ran),
+            tuple(note for record in ran[:1] for note in record.notes[1:]),
+            len(data),
+            naive.cost.cpu_s + adaptive.cost.cpu_s,
+        )
+
+
+def raised(result: Result) -> tuple[str, ...]:
+    """The doubts that were raised, answered or not."""
+    return tuple(doubt.name for doubt in result.doubts if doubt.state in ("raised", "answered"))
+
+
+def measured(
+    net: nn.Module,
+    data: Data,
+    eps: float,
+    members: tuple[Member, ...],
+    *,
+    seed: int = 0,
+    doubts: DoubtsWanted = "none",
+    adaptive: bool = False,
+) -> Result:
+    """One network under some attacks, and with `adaptive` under those that its doubts call for."""
+    called_for = arms(Linf(eps)) if adaptive else ()
+    plan = Plan(
+        members,
+        ThreatModel(Linf(eps)),
+        seed,
+        NAIVE,
+        doubts=doubts,
+        adaptive=tuple(Member(arm.name, arm.attack) for arm in called_for),
+    )
+    return assess(Subject(Classifier(net), digest(canonical([]))), data, Order(plan))

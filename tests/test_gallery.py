@@ -1,0 +1,98 @@
+"""The gallery: every item is built from its name, masks, is given away by a doubt, and falls to who knows it."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from holdfast.api import exhibition
+from holdfast.cli import running
+from holdfast.cli.app import verbs
+from holdfast.core.errors import UsageError
+from holdfast.gallery import EPS, ITEMS, undefended
+from holdfast.runs.exhibition import Exhibit
+from holdfast.sources.data import open_data
+
+KEYS = {
+    "name",
+    "eps",
+    "naive_robust_accuracy",
+    "twin_robust_accuracy",
+    "adaptive_robust_accuracy",
+    "doubts",
+}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    training = open_data("mnist-mini", split="train")
+    return training.read(0, len(training))
+
+
+@pytest.fixture(scope="module")
+def twin(digits):
+    return undefended(digits)
+
+
+@pytest.mark.parametrize("item", ITEMS, ids=lambda item: item.name)
+def test_an_item_reads_digits_and_names_its_paper(item, digits, twin):
+    before = torch.random.get_rng_state()
+    net = item.build(digits, twin)
+    assert (torch.random.get_rng_state() == before).all()
+    assert not any(module.training for module in net.modules())
+    test = open_data("mnist-mini", n=200).read(0, 200)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert (net(test.x).argmax(1) == test.y).float().mean() > 0.85
+    assert "20" in item.source
+
+
+def test_names_are_told_apart():
+    assert len({item.name for item in ITEMS}) == len(ITEMS) == 12
+
+
+def test_an_item_is_measured_both_ways():
+    (found,) = exhibition(n=60, only=("bit-depth",))
+    assert found.naive_robust_accuracy > 0.9
+    assert found.adaptive_robust_accuracy < 0.15
+    assert "zero-gradient" in found.doubts
+    assert found.adaptive[0] == "BPDA"
+    assert found.ways == ("its gradient goes round every rounding by the identity",)
+
+
+def test_a_name_that_is_not_shown_is_answered_with_the_nearest():
+    with pytest.raises(UsageError, match="bit-depth"):
+        exhibition(only=("bit-dept",))
+
+
+@pytest.mark.slow
+def test_every_item_is_given_away_and_falls():
+    for item in exhibition(n=200):
+        assert set(item.doubts) - {"not-exhausted"}, item.name
+        assert item.naive_robust_accuracy - item.adaptive_robust_accuracy >= 0.2, item.name
+        assert item.adaptive_robust_accuracy <= item.twin_robust_accuracy + 0.06, item.name
+
+
+def shown(name="bit-depth", **changes):
+    return Exhibit(
+        name, "Xu", EPS, 0.97, 0.96, 0.03, 0.04, ("zero-gradient", "noise"), ("BPDA",), (), 500, 9.0
+    )
+
+
+def test_the_table_and_the_file_say_the_same(monkeypatch, tmp_path):
+    monkeypatch.setattr(running, "exhibition", lambda shown: (shown("bit-depth"), globals()["shown"]())[1:])
+    place = tmp_path / "g.json"
+    done = CliRunner().invoke(verbs, ["demo", "--gallery", "-o", str(place)])
+    assert done.exit_code == 0, done.output
+    for word in ("bit-depth", "96.0 %", "3.0 %", "4.0 %", "zero-gradient, noise"):
+        assert word in done.output
+    (entry,) = json.loads(place.read_text())["gallery"]
+    assert set(entry) >= KEYS
+    assert entry["doubts"] == ["zero-gradient", "noise"]
+
+
+def test_the_gallery_is_written_as_json_alone(tmp_path):
+    done = CliRunner().invoke(verbs, ["demo", "--gallery", "-o", str(tmp_path / "folder")])
+    assert isinstance(done.exception, UsageError)
+    assert ".json" in str(done.exception)
