@@ -35,6 +35,8 @@ ROWS = {
     "fast": "fast",
     "standard": "standard",
     "standard-cost": "standard_cost",
+    "patches": "patches",
+    "transformations": "transformations",
     "doubts": "doubts",
 }
 """Name of a row and its module, in the order they run: cheap ones first."""
