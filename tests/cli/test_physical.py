@@ -106,10 +106,13 @@ def test_a_model_seen_through_random_changes_is_one_that_draws(capsys):
         (["--threat", "linf:0.1", "--set", "attacks=[{use: GridSearch}]"], "such as spatial:rotate=30"),
         (["--threat", "spatial:rotate=30", "--set", "attacks=[{use: PGD}]"], "choose GridSearch or TransformPGD"),
         (["--threat", "patch:5x5", "--set", "attacks=[{use: Square}]"], "Choose another threat"),
+        (["--fit", "mnist-mini"], "none of the attacks is learned"),
+        (["--threat", "linf:0.1", "--set", "attacks=[{use: Universal}]", "--fit", "other.npz"], "of the same kind"),
         (["--transform", "rot=3"], "expected any of rotate, shift"),
         (["--transform", "noise=3"], "at most 1"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_one_clear_error(flags, said, capsys):
+    np.savez("other.npz", x=np.zeros((4, 1, 8, 8), np.float32), y=np.arange(4))
     assert run(["assess", "mnist-cnn", "mnist-mini", "-n", "4", *flags]) == 2
     assert said in capsys.readouterr().err
