@@ -37,6 +37,8 @@ ROWS = {
     "trades": "trades",
     "standard": "standard",
     "standard-cost": "standard_cost",
+    "patches": "patches",
+    "transformations": "transformations",
     "doubts": "doubts",
     "gallery": "gallery",
 }

@@ -46,11 +46,11 @@ class PatchAttack:
         best.offer(batch, batch.x, margin(logits, batch))
         weights = patch.sums(grad.abs().sum(1), batch.x.shape[1:])
         for place in range(self.places):
-            standing = best.standing
-            corners = _heaviest(patch, weights, standing, batch.x.shape[1:])
-            left = batch.take(standing)
-            if not len(left) or (place and not weights[standing].flatten(1).amax(1).max() >= 0):
+            rows = best.standing
+            rows = rows[weights[rows].flatten(1).amax(1) >= 0]  # whoever has a place left
+            if not len(rows):
                 break
+            left, corners = batch.take(rows), _heaviest(patch, weights, rows, batch.x.shape[1:])
             self._fill(model, left, patch.mask(left.x, corners), best, rng.at("place", place))
         return best.x
 

@@ -205,7 +205,8 @@ def opened_fit(
 ) -> Data | None:
     """The examples that attacks are learned on, where one is: those named, else the train split of the data."""
     address = settings.fit or (None if in_hand else settings.data)
-    if address is None or not any(isinstance(member.attack, Learned) for member in plan.members):
+    learned = any(isinstance(member.attack, Learned) for member in plan.members)
+    if address is None or not (learned or settings.fit):
         return None
     elsewhere = settings.fit not in (None, settings.data)
     if not elsewhere and settings.split == "train":

@@ -178,7 +178,12 @@ def few_classes(plain: Mapping[str, Any], classes: int, *, aimed: bool) -> tuple
 
 
 def refuse_unfitted(plan: Plan, *, fit: bool) -> None:
-    """`UsageError` where an attack must be learned, and there is nothing to `fit` it on, or its queries are counted."""
+    """`UsageError` where an attack must be learned and cannot be, or where there is something to `fit` for none."""
+    if fit and not any(isinstance(member.attack, Learned) for member in plan.members):
+        raise UsageError(
+            "there are examples to learn attacks on, and none of the attacks is learned; leave --fit out, or list one, "
+            "as in attacks: [{use: AdversarialPatch}]"
+        )
     for member in plan.members:
         if not isinstance(member.attack, Learned):
             continue

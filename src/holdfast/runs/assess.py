@@ -17,7 +17,7 @@ import torch
 from holdfast.attacks.protocol import Learned
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
-from holdfast.core.errors import TargetLost
+from holdfast.core.errors import TargetLost, UsageError
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.doubts.answering import arms, called
 from holdfast.gates.judging import Doubts, Judgement, judge
@@ -208,6 +208,11 @@ class _Making:
         if not wanted or self.order.fit is None:
             return None
         batch = self.order.fit.read(0, min(max(wanted), len(self.order.fit)))
+        if batch.x.shape[1:] != self.shape:
+            raise UsageError(
+                f"inputs of {self.order.fit.name}, to learn attacks on, have shape {tuple(batch.x.shape[1:])}, and "
+                f"those of {self.data.name} {self.shape}; name examples of the same kind with --fit DATA"
+            )
         refuse_batch(batch, self.target.bare.bounds, self.target.classes, self.order.fit.name)
         return batch
 

@@ -1,0 +1,118 @@
+"""Patches, turns, colours, what is learned and what is seen through: from the command line to the reports."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from holdfast.cli.app import run
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def assessed(*flags):
+    assert run(["assess", *flags, "--run", "first", "-o", "x.json", "-o", "x.html"]) == 0
+    assert run(["verify", "first"]) == 0
+    assert run(["report", "first", "-o", "again.json"]) == 0
+    content = json.loads(Path("x.json").read_text())
+    again = json.loads(Path("again.json").read_text())
+    assert {name: again[name] for name in ("metrics", "threat")} == {
+        name: content[name] for name in ("metrics", "threat")
+    }
+    return content
+
+
+@pytest.mark.parametrize(
+    ("threat", "attacks", "says"),
+    [
+        ("patch:7x7", ["PatchAttack"], "It may replace 7x7 pixels of an image by anything, anywhere"),
+        ("patch:7x7,at=centre,jitter=2", ["PatchAttack"], "in its centre, within 2 pixels of that"),
+        (
+            "spatial:rotate=30,shift=3",
+            ["TransformPGD"],
+            "may turn an image by at most 30 degrees either way, and",
+        ),
+        ("colour:brightness=0.4", ["TransformPGD"], "brighter or darker by at most 0.4"),
+    ],
+)
+def test_a_threat_that_is_no_ball(threat, attacks, says):
+    content = assessed("mnist-cnn", "mnist-mini", "-n", "20", "--threat", threat, "-s", "quick")
+    assert content["threat"]["constraint"] == threat
+    assert says in content["threat"]["says"][0]
+    assert [attack["name"] for attack in content["attacks"]] == attacks
+    assert content["metrics"]["robust_accuracy"]["value"] < 1
+    assert all(
+        doubt["name"] in ("zero-gradient", "probabilities", "state", "nan") for doubt in content["doubts"]
+    )
+
+
+def test_a_patch_is_learned_once_and_its_cost_is_told():
+    patch = ["--set", "attacks=[{use: AdversarialPatch, steps: 30, batch: 50, examples: 200}]"]
+    content = assessed("mnist-cnn", "mnist-mini", "-n", "50", "--threat", "patch:9x9,at=centre", *patch)
+    (attack,) = content["attacks"]
+    assert "learned on 200 examples that are not judged, with 1,500 queries" in attack["notes"]
+    assert content["cost"]["queries"] == 50 + 1500
+    assert content["metrics"]["robust_accuracy"]["value"] < 0.95
+    assert Path("first/fit-1-adversarialpatch.safetensors").exists()
+    before = Path("first/1-adversarialpatch.safetensors").read_bytes()
+    Path("first").rename("second")
+    assert run(["assess", "mnist-cnn", "mnist-mini", "-n", "50", "--threat", "patch:9x9,at=centre", *patch,
+                "--run", "third"]) == 0  # fmt: skip
+    assert Path("third/1-adversarialpatch.safetensors").read_bytes() == before
+
+
+def test_what_is_learned_needs_other_examples(capsys):
+    x, y = np.random.default_rng(0).random((8, 1, 28, 28), np.float32), np.arange(8)
+    np.savez("only.npz", x=x, y=y)
+    learned = ["--threat", "linf:0.2", "--set", "attacks=[{use: Universal}]"]
+    assert run(["assess", "mnist-cnn", "only.npz", *learned]) == 2
+    assert "--fit DATA" in capsys.readouterr().err
+    assert run(["assess", "mnist-cnn", "only.npz", *learned, "--fit", "only.npz"]) == 2
+    assert run(["assess", "mnist-cnn", "mnist-mini", "-n", "8", *learned, "--split", "train"]) == 2
+    assert "which is judged" in capsys.readouterr().err
+    short = ["--threat", "linf:0.2", "--set", "attacks=[{use: Universal, steps: 2}]"]
+    assert run(["assess", "mnist-cnn", "only.npz", *short, "--fit", "mnist-mini"]) == 0
+
+
+def test_a_model_seen_through_random_changes_is_one_that_draws(capsys):
+    seen = ["--transform", "rotate=20,brightness=0.2", "--threat", "linf:0.1", "-s", "quick", "--no-doubts"]
+    content = assessed("mnist-cnn", "mnist-mini", "-n", "10", *seen)
+    assert content["model"]["seen_through"] == {"rotate": 20.0, "brightness": 0.2}
+    assert any("either way up to rotate 20, brightness 0.2" in note for note in content["notes"])
+    assert any("draws at random" in note for note in content["notes"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--threat", "patch"], "as in patch:5x5"),
+        (["--threat", "patch:0x5"], "as in patch:5x5"),
+        (["--threat", "patch:5x5,at=3"], "ROW:COLUMN"),
+        (["--threat", "patch:5x5,jitter=-1"], "number of pixels"),
+        (["--threat", "patch:29x5"], "does not fit into images of 28x28"),
+        (["--threat", "spatial"], "expected any of rotate, shift, scale"),
+        (["--threat", "spatial:hue=3"], "expected any of rotate, shift, scale"),
+        (["--threat", "spatial:rotate=0"], "more than 0 and at most 180"),
+        (["--threat", "colour:hue=10"], "three channels"),
+        (["--threat", "patch:5x5", "--curve"], "leave --curve out"),
+        (["--threat", "patch:5x5", "--suite", "minimum-norm"], "there are fast, quick, standard"),
+        (["--threat", "linf:0.1", "--set", "attacks=[{use: GridSearch}]"], "such as spatial:rotate=30"),
+        (["--threat", "spatial:rotate=30", "--set", "attacks=[{use: PGD}]"], "choose GridSearch or TransformPGD"),
+        (["--threat", "patch:5x5", "--set", "attacks=[{use: Square}]"], "Choose another threat"),
+        (["--fit", "mnist-mini"], "none of the attacks is learned"),
+        (["--threat", "linf:0.1", "--set", "attacks=[{use: Universal}]", "--fit", "other.npz"], "of the same kind"),
+        (["--transform", "rot=3"], "expected any of rotate, shift"),
+        (["--transform", "noise=3"], "at most 1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_one_clear_error(flags, said, capsys):
+    np.savez("other.npz", x=np.zeros((4, 1, 8, 8), np.float32), y=np.arange(4))
+    assert run(["assess", "mnist-cnn", "mnist-mini", "-n", "4", *flags]) == 2
+    assert said in capsys.readouterr().err

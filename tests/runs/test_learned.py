@@ -1,0 +1,49 @@
+"""What an attack learns is a stage of the run: kept, found again, and cut off by time."""
+
+from dataclasses import replace
+
+import pytest
+
+from holdfast.attacks import Universal
+from holdfast.core.errors import UsageError
+from holdfast.harness import Member
+from holdfast.runs.assess import assess
+from runs.fakes import FAST, data, order, settled, subject
+
+LEARNED = Member("Universal", Universal(examples=30, steps=10, batch=10))
+
+
+def wanted(**changes):
+    return replace(order(FAST, LEARNED, attacked=False, **changes), fit=data(60, seed=2))
+
+
+def test_is_learned_once_and_found_again(tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assess(subject(), data(), wanted(), run=whole)
+
+    def fails(stage, *_):
+        raise MemoryError(stage.name)
+
+    with monkeypatch.context() as patch:
+        real = __import__("holdfast.runs.course", fromlist=["run_stage"]).run_stage
+        patch.setattr(
+            "holdfast.runs.course.run_stage",
+            lambda stage, *rest: fails(stage) if stage.name == "2-universal" else real(stage, *rest),
+        )
+        with pytest.raises(MemoryError):
+            assess(subject(), data(), wanted(), run=cut)
+    monkeypatch.setattr("holdfast.runs.course.run_fit", fails)
+    assess(subject(), data(), wanted(), run=cut, resume=True)
+    assert settled(cut) == settled(whole)
+
+
+def test_other_examples_are_another_run(tmp_path):
+    run = tmp_path / "run"
+    assess(subject(), data(), wanted(), run=run)
+    with pytest.raises(UsageError, match="config"):
+        assess(subject(), data(), replace(wanted(), fit=data(60, seed=3)), run=run, resume=True)
+
+
+def test_is_left_out_where_time_runs_out(tmp_path):
+    result = assess(subject(), data(), wanted(time_budget_s=1e-9), run=tmp_path / "run")
+    assert any("Universal" in note and "finished none" in note for note in result.evidence.notes)
