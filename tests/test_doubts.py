@@ -1,6 +1,7 @@
 """Doubts: none on honest networks, the right ones on masked ones, within the budget of their probes."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -266,6 +267,18 @@ def test_a_gradient_that_lies_is_shattered(net):
     """Ripples far shorter than any step: steep everywhere, and going nowhere."""
     ripples = Function(lambda x: x + 0.005 * torch.sin(4000 * x))
     assert "shattered" in raised(Changed(net, before=ripples), only={"gradients"})
+
+
+def test_the_same_weights_without_what_hides_them_raise_transfer(net):
+    stairs = Changed(net, before=Function(lambda x: torch.floor(12 * x) / 12))
+    bare = Classifier(net).eval().requires_grad_(False)
+    only = {"transfer", "margin"}
+    assert "transfer" in raised(stairs, threat=replace(THREAT, surrogates=(bare,)), only=only)
+    result = findings(net, threat=replace(THREAT, surrogates=(bare,)), only=only)
+    (found,) = (doubt for doubt in result.doubts if doubt.name == "transfer")
+    assert found.state == "clear"
+    assert found.n > 0
+    assert "made on the surrogates" in found.says
 
 
 def test_a_network_that_cuts_the_graph_has_a_zero_gradient(net):
