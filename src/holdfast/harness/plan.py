@@ -191,6 +191,8 @@ def _way_out(member: Member, plan: Plan, target: Access) -> str:
         ways.append("choose --suite black-box")
     elif threat.access == "labels" and isinstance(threat.constraint, (Linf, L2)):
         ways.append("choose --suite black-box and say access=labels in the threat")
+    elif threat.access == "none":
+        ways.append("choose --suite transfer, which makes its examples on a --surrogate MODEL")
     if replace(threat, access=target).gives(member.attack.needs):
         ways.append(f"let the attacker see more, as in access={member.attack.needs}")
     norm = type(threat.constraint).__name__.lower()

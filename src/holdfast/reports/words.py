@@ -212,5 +212,9 @@ def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str,
         f"It aims for {aim}.",
         f"It {_ACCESS[threat['access']]}.",
         f"It may spend {budget}.",
-        *([f"It holds models of its own: {', '.join(card['name'] for card in surrogates)}."] if surrogates else []),
+        *(
+            [f"It holds models of its own: {', '.join(card['name'] for card in surrogates)}."]
+            if surrogates
+            else []
+        ),
     ]
