@@ -160,6 +160,15 @@ def test_who_has_other_classes_or_other_inputs_is_refused(net, error, said):
         assess(subject(), data(), with_surrogates(other(net=net)))
 
 
+def test_who_draws_at_random_is_refused():
+    class Noisy(torch.nn.Module):
+        def forward(self, x):
+            return network(1)(x + 0.1 * torch.randn_like(x))
+
+    with pytest.raises(UsageError, match="other draws at random"):
+        assess(subject(), data(), with_surrogates(other(net=Noisy())))
+
+
 def test_who_gives_no_gradients_is_refused():
     served = Subject(Classifier(network(1), access="scores"), "b" * 64, {"name": "served"})
     with pytest.raises(UsageError, match="served gives scores only"):
