@@ -426,3 +426,38 @@ def test_a_list_of_names_is_no_list_of_attacks():
         UsageError, match="suite holds 'pgd'; expected the name of one suite, or a list of attacks"
     ):
         holdfast.assess(network(), (X, Y), "linf:0.1", ["pgd"])
+
+
+def test_surrogates_are_models_in_hand_or_addresses(tmp_path):
+    net, alike = network(), network()
+    found = holdfast.assess(net, (X, Y), "linf:0.1,access=none", surrogates=[alike], doubts=False)
+    assert found.evidence.suite == "transfer@1"
+    assert [card["name"] for card in found.evidence.surrogates] == ["Sequential"]
+    assert "transfer_success" in found.metrics
+    path = tmp_path / "nets.py"
+    path.write_text(
+        "import torch\n\n\ndef build(classes: int):\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, classes))\n"
+    )
+    both = [Classifier(alike, mean=[0.5], std=[0.25]), f"{path}:build,classes=3"]
+    found = holdfast.assess(net, (X, Y), "linf:0.1", ATTACKS, surrogates=both)
+    assert found.summary()["transfer"]["models"][1:] == ["Sequential 2", "nets.py:build"]
+    assert len(found.summary()["transfer"]["rows"]) == 4
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("mnist-cnn", "surrogates is a str; give a list of models"),
+        ([5], "surrogates holds a int"),
+        (["mnist-cn"], "did you mean 'mnist-cnn'"),
+        (
+            [Classifier(network(), bounds=Bounds(-2.0, 2.0))],
+            "takes inputs from -2 to 2, the model from 0 to 1",
+        ),
+    ],
+    ids=["text", "number", "misspelt", "bounds"],
+)
+def test_what_is_no_surrogate_is_refused(given, said):
+    with pytest.raises(UsageError, match=said):
+        holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, surrogates=given)

@@ -268,6 +268,17 @@ def test_a_gradient_that_lies_is_shattered(net):
     assert "shattered" in raised(Changed(net, before=ripples), only={"gradients"})
 
 
+def test_the_same_weights_without_what_hides_them_raise_transfer(net):
+    ripples = Changed(net, before=Function(lambda x: x + 0.005 * torch.sin(4000 * x)))
+    held = ThreatModel(Linf(0.08), surrogates=(Classifier(net).eval().requires_grad_(False),))
+    only = {"transfer", "margin"}
+    assert "transfer" in raised(ripples, threat=held, only=only)
+    (found,) = (doubt for doubt in findings(net, threat=held, only=only).doubts if doubt.name == "transfer")
+    assert found.state == "clear"
+    assert found.n > 0
+    assert "made on the surrogates" in found.says
+
+
 def test_a_network_that_cuts_the_graph_has_a_zero_gradient(net):
     """A comparison leaves nothing to differentiate, not even zeros."""
     assert "zero-gradient" in raised(

@@ -62,6 +62,14 @@ def fine():
     return Net(lambda logits, x: logits)
 
 
+def seven():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 7))
+
+
+def colours():
+    return nn.Sequential(nn.Conv2d(3, 1, 28), nn.Flatten(), nn.Linear(1, 10))
+
+
 def not_for_one():
     return Net(picky)
 
@@ -111,6 +119,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("bad.yaml").write_text("model: mnist-cnn\nthret: linf:0.1\n")
     Path("deep.yaml").write_text("model: mnist-cnn\ndata: mnist-mini\nattacks: [{use: PGD, stepz: 5}]\n")
     Path("code.yaml").write_text("model: m.py:fine\ndata: mnist-mini\n")
+    Path("surrogate.yaml").write_text("model: mnist-cnn\ndata: mnist-mini\nsurrogates: ['m.py:fine']\n")
     Path("file").write_text("in the way")
     return tmp_path
 
@@ -182,6 +191,16 @@ CASES = [
     ([*ASSESS[:-1], "lin:0.1"], 2, "linf"),
     ([*ASSESS[:-1], "linf:0.1,goal=targeted:10"], 2, "9"),
     ([*ASSESS[:-1], "linf:0.1,access=scores"], 2, "black-box"),
+    ([*ASSESS[:-1], "linf:0.1,access=none"], 2, "--surrogate"),
+    ([*ASSESS, "--surrogate", "mnist-cn"], 2, "mnist-cnn"),
+    ([*ASSESS[:-4], "-t", "corruptions:3", "--surrogate", "mnist-cnn"], 2, "leave --surrogate out"),
+    ([*ASSESS, "--surrogate", "nowhere.pt,arch=cnn"], 3, "nowhere.pt"),
+    ([*ASSESS, "--surrogate", "good.npz"], 2, "good.npz"),
+    ([*ASSESS, "--surrogate", "http://localhost:1/v2/models/m"], 2, "weights"),
+    ([*ASSESS, "--surrogate", "m.py:seven"], 3, "7 classes"),
+    ([*ASSESS, "--surrogate", "m.py:colours"], 3, "inputs (1, 28, 28)"),
+    ([*ASSESS, "--surrogate", "m.py:fine,mean=0.5,mean=0.1"], 2, "twice"),
+    (["assess", "--config", "surrogate.yaml"], 2, "--trust-code"),
     ([*ASSESS, "-o", "report.pdf"], 2, ".html"),
     ([*ASSESS, "--batch-size", "0"], 2, "--batch-size is 0; expected at least 1"),
     (["assess", "mnist-cnn", "mnist-mini", "-n", "0"], 2, "-n is 0; expected at least 1"),

@@ -6,9 +6,9 @@ import pytest
 
 from holdfast import attacks
 from holdfast.config.attacks import build
-from holdfast.config.grammar import number, pairs, parse_threat, seconds
+from holdfast.config.grammar import number, pairs, parse_surrogate, parse_threat, seconds
 from holdfast.config.naming import ATTACKS, LABELS_ONLY, MEMBERS, VARIANTS, attack_meant, members
-from holdfast.config.settings import SUITES, check, read
+from holdfast.config.settings import SUITES, check, read, usual_suite
 from holdfast.config.starting import validate
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
@@ -56,6 +56,11 @@ REFUSED = [
     ("bounds: [1, 0]", "the lower first"),
     ("bounds: [0, .inf]", "the lower first"),
     ("mean: 0.5,x", "expected a number"),
+    ("surrogates: [{arch: cnn}]", "surrogates.0.model"),
+    ("surrogates: [{model: a, archs: cnn}]", "archs"),
+    ("surrogates: [',arch=cnn']", "has no address"),
+    ("surrogates: ['a.pt,mean=0.5,mean=0.5']", "mean twice"),
+    ("surrogates: ['a.pt,mean=x']", "expected a number"),
     ("suite: quik", "suite is 'quik'; did you mean 'quick'"),
     ("suite: quick\nattacks: [{use: PGD}]", "not both"),
     ("attacks: []", r"attacks is \[\]; expected at least 1 entry$"),
@@ -237,3 +242,26 @@ def test_the_grammar_reads_what_it_writes():
         8 / 255,
         {"a": "b=c"},
     )
+
+
+def test_a_surrogate_is_an_address_with_what_else_is_to_be_said():
+    assert parse_surrogate("mnist-cnn") == {"model": "mnist-cnn"}
+    written = "a,b/net.pt,arch=net.py:build,mean=0.5,0.4,0.3,width=8,name=x"
+    plain = {
+        "model": "a,b/net.pt",
+        "arch": "net.py:build",
+        "mean": (0.5, 0.4, 0.3),
+        "std": None,
+        "model_args": {"width": "8", "name": "x"},
+    }
+    read_as = check({"surrogates": [written]}, "").surrogates
+    assert [each.model_dump() for each in read_as] == [plain]
+    assert check({"surrogates": [plain]}, "").surrogates == read_as
+
+
+@pytest.mark.parametrize(
+    "threat, name",
+    [("linf:0.1", "fast"), ("linf:0.1,access=none", "transfer"), ("corruptions:3,access=none", "fast")],
+)
+def test_a_model_that_nobody_may_ask_is_attacked_by_transfer(threat, name):
+    assert usual_suite(parse_threat(threat)) == name

@@ -300,3 +300,47 @@ def test_every_metric_has_a_label_and_a_kind():
     assert words.is_share("worst_class")
     assert not words.is_share("mean_perturbation_l2")
     assert words.label("mean_perturbation_linf") == "Mean perturbation Linf"
+
+
+def _transferred():
+    g = torch.Generator().manual_seed(0)
+    right = torch.rand(300, 3, generator=g) < 0.9
+    right[:, 2] = False
+    wrong = torch.rand(300, 4, 3, generator=g) < torch.tensor([0.9, 0.3, 0.5, 0.6])[:, None]
+    cards = (
+        {"name": "nets/<b>.pt", "how": "pt", "digest": "ef" * 32},
+        {"name": "c", "how": "code", "digest": "12" * 32},
+    )
+    transfer = {"id": torch.arange(300), "right": right, "wrong": wrong}
+    return made.evidence(surrogates=cards, transfer=transfer)
+
+
+def test_the_transfer_matrix_is_in_every_report():
+    content = _check(made.summarised(_transferred()))
+    found = content["transfer"]
+    assert found["models"] == ["mnist-cnn-hardened", "<b>.pt", "c"]
+    assert [(row["made_on"], row["own"]) for row in found["rows"]] == [
+        ("mnist-cnn-hardened", 0),
+        ("<b>.pt", 1),
+        ("c", 2),
+        ("all surrogates", None),
+    ]
+    assert all(row["shares"][2] is None for row in found["rows"])
+    share = found["rows"][1]["shares"][0]
+    html = page(content)
+    assert f"heat-{round(10 * share['value'])}" in html
+    assert html.count("own") >= 2
+    assert "&lt;b&gt;.pt" in html
+    assert "<b>.pt" not in html
+    said = f"{percent(share['value'])} ({words.interval('transfer_success', share)})"
+    assert said in terminal.tables(content, colour=False)
+    assert said in markdown.document(content)
+    assert any("models of its own: nets/" in sentence for sentence in content["threat"]["says"])
+
+
+def test_without_surrogates_there_is_no_matrix():
+    content = _check(made.summarised(made.evidence()))
+    assert content["transfer"] is None
+    assert content["surrogates"] == []
+    assert "What transfers" not in page(content)
+    assert "transfer:" not in terminal.tables(content, colour=False)

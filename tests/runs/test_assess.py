@@ -27,7 +27,7 @@ def uniform(*shape):
 
 
 def same(one: Evidence, other: Evidence):
-    for name in ("columns", "gallery"):
+    for name in ("columns", "gallery", "transfer"):
         mine, theirs = getattr(one, name), getattr(other, name)
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
@@ -43,6 +43,7 @@ def same(one: Evidence, other: Evidence):
         "cost",
         "doubts_cost",
         "broken_elsewhere",
+        "surrogates",
     ):
         assert getattr(one, name) == getattr(other, name), name
 

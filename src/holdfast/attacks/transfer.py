@@ -40,9 +40,9 @@ class Transfer:
     """share of the direction that the next step keeps (MI)"""
     ahead: bool = False
     """take gradients where the momentum leads next (NI)"""
-    diversity: Fraction = 1.0
+    diversity: Fraction = 0.5
     """chance of an image to be shown smaller and elsewhere (DI)"""
-    shifts: Count = 2
+    shifts: Count = 0
     """pixels by which the image may be thought moved (TI)"""
     halvings: Count = 0
     """copies, each of half the last one's brightness, whose gradients count too (SI)"""

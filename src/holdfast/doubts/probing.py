@@ -153,7 +153,7 @@ def _black_box(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> d
 
 
 def _transferred(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
-    """Examples made on the surrogates; this model is asked to judge them and no more."""
+    """Examples made on the surrogates, to be compared with what this model's own gradients do."""
     return fallen(_judged(Transfer(), model, batch, threat, rng.at("transfer")))
 
 
@@ -185,7 +185,7 @@ PROBES: tuple[Probe, ...] = (
     Probe("whole-box", "gradients", _whole_box, breaks=False),
     Probe("noise", "labels", _noise, on="standing"),
     Probe("search", "scores", _black_box),
-    Probe("transfer", "none", _transferred),
+    Probe("transfer", "gradients", _transferred),
 )
 """Everything but the fresh pass, which `again` makes of a suite's attacks."""
 

@@ -233,6 +233,8 @@ def _way_out(member: Member, plan: Plan, target: Access) -> str:
         ways.append(f"leave it out with {' '.join(f'--skip {slug(each.name)}' for each in hidden)}")
     if threat.gives("scores") or (threat.gives("labels") and isinstance(threat.constraint, (Linf, L2))):
         ways.append("choose --suite black-box")
+    elif threat.access == "none":
+        ways.append("choose --suite transfer, which makes its examples on a --surrogate MODEL")
     if replace(threat, access=target).gives(member.attack.needs):
         ways.append(f"let the attacker see more, as in access={member.attack.needs}")
     norm = type(threat.constraint).__name__.lower()

@@ -71,7 +71,7 @@ def summary(
     }
     doubts = open_doubts(content)
     content["gates"] = [gate | {"says": why(gate, doubts)} for gate in content["gates"]]
-    content["threat"]["says"] = threat_in_words(content["threat"])
+    content["threat"]["says"] = threat_in_words(content["threat"], content["surrogates"])
     content["headline"] = headline(content)
     written: Json = strict(content)
     return written
@@ -92,6 +92,7 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
         "doubts_cost": _cost(evidence.doubts_cost),
         "curves": accuracy_curves(evidence, confidence),
         "per_class": per_class(evidence, classes, confidence),
+        "surrogates": [_bounded(card) for card in evidence.surrogates],
         "transfer": transfer(evidence, confidence),
         "examples": examples(evidence, classes, [record.name for record in evidence.attacks]),
         "broken_elsewhere": evidence.broken_elsewhere,

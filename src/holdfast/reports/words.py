@@ -213,7 +213,7 @@ def _limited(kind: str, limits: Mapping[str, Any]) -> str:
     return f"may {', and '.join(done)}"
 
 
-def threat_in_words(threat: Mapping[str, Any]) -> list[str]:
+def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the adversary is assumed to do, one sentence each."""
     eps = number(threat["eps"])
     ball = _BALLS.get(threat["norm"], "may change an input within " + threat["constraint"])
@@ -238,4 +238,9 @@ def threat_in_words(threat: Mapping[str, Any]) -> list[str]:
         f"It aims for {aim}.",
         f"It {_ACCESS[threat['access']]}.",
         f"It may spend {budget}.",
+        *(
+            [f"It holds models of its own: {', '.join(card['name'] for card in surrogates)}."]
+            if surrogates
+            else []
+        ),
     ]

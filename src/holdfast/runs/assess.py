@@ -226,7 +226,12 @@ class _Making:
     def notes(self) -> list[str]:
         """What a reader must know of model, data and threat before the numbers."""
         small = slight(self.plan.threat.constraint, self.target.bare.bounds, math.prod(self.shape))
-        return [*self.subject.notes, *getattr(self.data, "notes", ()), *self.target.notes, *small]
+        held = [
+            f"the surrogate {one.card.get('name', '')}: {note}"
+            for one in self.order.surrogates
+            for note in one.notes
+        ]
+        return [*self.subject.notes, *held, *getattr(self.data, "notes", ()), *self.target.notes, *small]
 
     def about(self) -> dict[str, Any]:
         """What may differ between two equal runs."""

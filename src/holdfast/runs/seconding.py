@@ -44,4 +44,9 @@ def _ready(surrogate: Subject, stack: ExitStack, sample: Batch, target: Target) 
             f"the surrogate {name} has {found.classes} classes, the model {target.classes}; "
             "name one that was trained on the same classes"
         )
+    if found.randomised:
+        raise UsageError(
+            f"the surrogate {name} draws at random, so what is made on it could not be made again; "
+            "wrap it in a factory that fixes its draws"
+        )
     return found
