@@ -58,7 +58,9 @@ def measured() -> Outcome:
     }
     detail: Cells = {"ways": {item.name: item.ways for item in found}, "honest": honest}
     assert len(found) == len(ITEMS)
-    notes = [f"all evaluations of the masked models took {sum(item.cpu_s for item in found):.0f} s of CPU time"]
+    notes = [
+        f"all evaluations of the masked models took {sum(item.cpu_s for item in found):.0f} s of CPU time"
+    ]
     return Outcome(table, claims, config, detail, notes)
 
 

@@ -58,6 +58,9 @@ def test_a_masked_model_falls_to_what_its_doubts_call_for():
     said = next(doubt.says for doubt in adaptive.doubts if doubt.name == "zero-gradient")
     assert "answered by BPDA and Search, which broke" in said
     assert (adaptive.evidence["broken_by"] == 1).any()
+    assert any(note.startswith("outside the verdict") for note in naive.evidence.notes)
+    left = [note for note in adaptive.evidence.notes if note.startswith("outside the verdict")]
+    assert bool(left) == (adaptive.evidence.broken_elsewhere > 0)
 
 
 def test_an_answered_doubt_lets_a_gate_pass():

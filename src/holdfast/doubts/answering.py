@@ -52,7 +52,7 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
             Arm("Search", SparseRS(queries=10_000), BLIND),
         )
     return (
-        Arm("EOT", APGD(loss=margin_loss, steps=100, draws=DRAWS, sure=SURE), RANDOM),
+        Arm("EOT", APGD(loss=margin_loss, steps=100, restarts=2, draws=DRAWS, sure=SURE), RANDOM),
         Arm("BPDA", APGD(loss=margin_loss, steps=100, restarts=2), MISLEADING),
         Arm("BPDA-T", APGD(loss=dlr, steps=100, targets=9), MISLEADING),
         Arm("Search", Square(queries=5000), BLIND),

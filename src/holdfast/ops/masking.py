@@ -9,6 +9,8 @@ from holdfast.core.through import Straight, Through, Way, detoured
 
 _MOVES = 0.01
 """Step along the gradient, as a share of the inputs' own root mean square."""
+_LEAST = 1e-3
+"""What counts as that where all inputs are zero."""
 _HONEST = (0.5, 2.0)
 """Between what measured over predicted change must lie, by its median, as for the doubt `shattered`."""
 
@@ -19,7 +21,7 @@ class Masking:
 
     ways: tuple[Way, ...] = ()
     steps: bool = False
-    """roundings outside of any module stand in the way"""
+    """roundings stand in the way, inside of modules or between them"""
 
     def __bool__(self) -> bool:
         return bool(self.ways) or self.steps
@@ -88,7 +90,7 @@ def _masks(module: nn.Module, x: Tensor, straight: Straight, *, slopes: bool) ->
         return True
     if straight.passed or not slopes:  # a stand-in inside predicts no small step, nor should it
         return False
-    step = _MOVES * x.square().mean().sqrt() * slope.sign()
+    step = _MOVES * x.square().mean().sqrt().clamp_min(_LEAST) * slope.sign()
     predicted = (step * slope).flatten(1).sum(1)
     change = (weights * (_seeded(module, x + step) - _seeded(module, x))).flatten(1).sum(1)
     ratio = (change / predicted)[~dead]
