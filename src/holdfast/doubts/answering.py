@@ -20,7 +20,7 @@ from holdfast.ops.losses import dlr, margin_loss
 DRAWS = 20
 """Forwards that EOT averages a gradient over."""
 SURE = 0.95
-"""Share of the draws that must be wrong before EOT lets an example go: a majority would leave it right at times."""
+"""EOT lets an example go once more than this share of the draws is wrong: a majority would leave it right at times."""
 MISLEADING = (
     "zero-gradient", "probabilities", "scale", "one-step", "black-box", "noise", "not-exhausted", "whole-box",
     "loss-spread", "shattered",

@@ -31,7 +31,7 @@ class Masking:
         """The detours in words."""
         declared = "the stand-in that it declares"
         said = [
-            f"{way.name or 'the network'} ({type(_stage(way.module)).__name__}) by "
+            f"{way.name or 'the network'} ({_kind(way.module)}) by "
             f"{'the identity' if way.stand_in is None else declared}"
             for way in self.ways
         ]
@@ -124,5 +124,7 @@ def _seeded(module: nn.Module, x: Tensor, *, grad: bool = False) -> Tensor:
         return output
 
 
-def _stage(module: nn.Module) -> object:
-    return module.stage if isinstance(module, Through) else module
+def _kind(module: nn.Module) -> str:
+    """What a stage is called in code."""
+    stage = module.stage if isinstance(module, Through) else module
+    return str(getattr(stage, "__name__", type(stage).__name__))
