@@ -122,6 +122,12 @@ def test_every_arm_is_called_by_some_doubt(constraint):
     assert called(known, RAISED[2:]) == {}
 
 
+def test_a_random_model_is_attacked_on_average_whatever_cleared_its_randomness():
+    averaged = (Doubt("randomness", "clear", 0.2, 1e-4), Doubt("zero-gradient", "raised"))
+    assert called(arms(Linf(0.1)), averaged) == {"EOT": ("zero-gradient",), "Search": ("zero-gradient",)}
+    assert called(arms(Linf(0.1)), averaged[:1]) == {}
+
+
 def ran(n=4, *, dead=False, broke=2):
     rows = torch.arange(n)
     return {
