@@ -37,11 +37,6 @@ from holdfast.sources.memory import as_data
 from holdfast.store.verify import Verified
 from holdfast.store.verify import verify as verify_folder
 
-
-def _nobody(name: str) -> None:
-    """Watches nothing."""
-
-
 __all__ = [
     "assess",
     "carry_out",
@@ -159,7 +154,7 @@ def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -
 
 
 def exhibition(
-    *, n: int = 500, only: Sequence[str] = (), shown: Callable[[str], None] = _nobody
+    *, n: int = 500, only: Sequence[str] = (), shown: Callable[[str], None] = lambda name: None
 ) -> tuple[Exhibit, ...]:
     """The gallery of masked models, each built and measured on the first `n` bundled digits; `shown` hears its name.
 

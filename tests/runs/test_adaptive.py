@@ -58,6 +58,9 @@ def test_a_masked_model_falls_to_what_its_doubts_call_for():
     said = next(doubt.says for doubt in adaptive.doubts if doubt.name == "zero-gradient")
     assert "answered by BPDA and Search, which broke" in said
     assert (adaptive.evidence["broken_by"] == 1).any()
+    assert any(note.startswith("outside the verdict") for note in naive.evidence.notes)
+    left = [note for note in adaptive.evidence.notes if note.startswith("outside the verdict")]
+    assert bool(left) == (adaptive.evidence.broken_elsewhere > 0)
 
 
 def test_an_answered_doubt_lets_a_gate_pass():
@@ -117,6 +120,12 @@ def test_every_arm_is_called_by_some_doubt(constraint):
     assert set(by_doubts) == {arm.name for arm in known}
     assert called(known, ()) == {}
     assert called(known, RAISED[2:]) == {}
+
+
+def test_a_random_model_is_attacked_on_average_whatever_cleared_its_randomness():
+    averaged = (Doubt("randomness", "clear", 0.2, 1e-4), Doubt("zero-gradient", "raised"))
+    assert called(arms(Linf(0.1)), averaged) == {"EOT": ("zero-gradient",), "Search": ("zero-gradient",)}
+    assert called(arms(Linf(0.1)), averaged[:1]) == {}
 
 
 def ran(n=4, *, dead=False, broke=2):

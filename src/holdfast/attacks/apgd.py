@@ -44,7 +44,7 @@ class APGD:
     draws: Steps = 1
     """forwards that a gradient is averaged over, for a model that draws at random"""
     sure: Fraction = 0.5
-    """share of these that must be wrong before an example leaves"""
+    """an example leaves once more than this share of them is wrong"""
 
     needs: ClassVar[Access] = "gradients"
 

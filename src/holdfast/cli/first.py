@@ -44,7 +44,7 @@ def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
     "--output",
     "place",
     type=click.Path(path_type=Path),
-    help="Folder of the report (default: holdfast-demo); with --gallery a .json file.",
+    help="Folder of the report (default: holdfast-demo); with --gallery a .json file, or -.",
 )
 @click.option("--gallery", is_flag=True, help="Show masked models instead, and what gives them away.")
 @spoken

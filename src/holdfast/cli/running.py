@@ -17,7 +17,7 @@ from holdfast.config.settings import AssessSettings, canonical
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
-from holdfast.reports.exhibits import exhibit_table
+from holdfast.reports.exhibits import exhibit_table, exhibits_to_json
 from holdfast.reports.markdown import document
 from holdfast.reports.notes import spoken
 from holdfast.reports.terminal import tables, verdict
@@ -159,19 +159,22 @@ def _dry_run(settings: AssessSettings, voice: Voice) -> int:
 
 def run_gallery(place: Path | None, voice: Voice) -> int:
     """Measure the gallery and show it as a table, and as JSON in `place`; 0 when it ran."""
-    if place is not None:
+    as_json = str(place) == _STDOUT
+    if place is not None and not as_json:
         check(place, EXHIBIT_SUFFIXES)
     voice.say(
         "building masked models on real digits and attacking each, as it comes and in the ways that doubts call for"
     )
     found = [asdict(exhibit) for exhibit in exhibition(shown=lambda name: voice.say(f"  {name}"))]
     colour = sys.stdout.isatty() and not voice.plain
-    if not voice.quiet:
+    if as_json:
+        click.echo(exhibits_to_json(found), nl=False)
+    elif not voice.quiet:
         click.echo(exhibit_table(found, colour=colour, width=voice.console().width), nl=False)
     voice.say(
         "naive: PGD-40 on the cross-entropy; twin: the same network without the defence, under suite standard"
     )
-    if place is not None:
+    if place is not None and not as_json:
         write_exhibits(found, place)
         voice.say(f"report: {place}")
     return 0

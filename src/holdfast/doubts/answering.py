@@ -20,7 +20,7 @@ from holdfast.ops.losses import dlr, margin_loss
 DRAWS = 20
 """Forwards that EOT averages a gradient over."""
 SURE = 0.95
-"""Share of the draws that must be wrong before EOT lets an example go: a majority would leave it right at times."""
+"""EOT lets an example go once more than this share of the draws is wrong: a majority would leave it right at times."""
 MISLEADING = (
     "zero-gradient", "probabilities", "scale", "one-step", "black-box", "noise", "not-exhausted", "whole-box",
     "loss-spread", "shattered",
@@ -52,7 +52,7 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
             Arm("Search", SparseRS(queries=10_000), BLIND),
         )
     return (
-        Arm("EOT", APGD(loss=margin_loss, steps=100, draws=DRAWS, sure=SURE), RANDOM),
+        Arm("EOT", APGD(loss=margin_loss, steps=100, restarts=2, draws=DRAWS, sure=SURE), RANDOM),
         Arm("BPDA", APGD(loss=margin_loss, steps=100, restarts=2), MISLEADING),
         Arm("BPDA-T", APGD(loss=dlr, steps=100, targets=9), MISLEADING),
         Arm("Search", Square(queries=5000), BLIND),
@@ -65,15 +65,21 @@ def called(known: Sequence[Arm], doubts: Sequence[Doubt]) -> dict[str, tuple[str
     A model that draws at random has EOT alone follow its gradient: what breaks one draw is no proof.
     """
     raised = [doubt.name for doubt in doubts if doubt.state == "raised"]
-    averaged = any(arm.name == "EOT" for arm in known) and "randomness" in raised
+    averaged = any(arm.name == "EOT" for arm in known) and any(map(_random, doubts))
     found: dict[str, tuple[str, ...]] = {}
     for arm in known:
-        if averaged and arm.name == "EOT":
-            found[arm.name] = tuple(name for name in raised if name in (*RANDOM, *MISLEADING))
-        elif not (averaged and arm.name.startswith("BPDA")):
-            because = tuple(name for name in raised if name in arm.doubts)
-            found |= {arm.name: because} if because else {}
+        if averaged and arm.name.startswith("BPDA"):
+            continue
+        speaks = (*RANDOM, *MISLEADING) if averaged and arm.name == "EOT" else arm.doubts
+        because = tuple(name for name in raised if name in speaks)
+        found |= {arm.name: because} if because else {}
     return found
+
+
+def _random(doubt: Doubt) -> bool:
+    """Whether the doubt says that the model draws at random, though a suite that averages has cleared it."""
+    moved = doubt.statistic is not None and doubt.threshold is not None and doubt.statistic > doubt.threshold
+    return doubt.name == "randomness" and (doubt.state == "raised" or moved)
 
 
 def answered(

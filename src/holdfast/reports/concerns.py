@@ -17,8 +17,8 @@ CONCERNS = {
         "Gradients vanish",
         "The attacks follow the model's gradient; where it is zero or not a number they stand still, and the model "
         "looks stronger than it is.",
-        "Attack through the part that swallows the gradient (a differentiable stand-in, BPDA), or rely on attacks "
-        "that need none (suite black-box).",
+        "Add --adaptive, which attacks round the part that swallows the gradient (BPDA) and by search; declare a "
+        "stand-in for that part with holdfast.through where it changes the shape.",
     ),
     "probabilities": Concern(
         "The model returns probabilities",
@@ -40,7 +40,7 @@ CONCERNS = {
         "Blind search beats gradients",
         "An attack that never sees a gradient breaks more than one that does, so the gradients are not telling the "
         "truth.",
-        "Raise the query budget of the black-box attack, and look for the part of the model that masks gradients.",
+        "Add --adaptive, and look for the part of the model that masks gradients.",
     ),
     "noise": Concern(
         "Random noise breaks what attacks did not",
@@ -67,7 +67,7 @@ CONCERNS = {
     "randomness": Concern(
         "The answer changes between calls",
         "The same input gets different outputs, so one lucky draw counts as robustness.",
-        "Use suite rand, which averages over draws, or switch the randomness off.",
+        "Use --adaptive or suite rand, which average over draws, or switch the randomness off.",
     ),
     "state": Concern(
         "The answer depends on more than the input",
@@ -83,7 +83,7 @@ CONCERNS = {
     "shattered": Concern(
         "The gradient predicts nothing",
         "Moving a little along the gradient changes the output by much more or much less than the gradient says.",
-        "Smooth the model for the attack (averaging over noise), or use attacks without gradients.",
+        "Add --adaptive, which goes round the part that shatters the gradient and searches without it.",
     ),
     "nan": Concern(
         "Some outputs are not a number",

@@ -15,6 +15,8 @@ from holdfast.store.folder import Stage
 
 DOUBTS = "doubts"
 """The document, the draws and the time of the probes are named after this."""
+OUTSIDE = "outside the verdict, examples that stood were broken by"
+"""How the note begins that names what probes and other passes broke."""
 ADAPTIVE = "adaptive"
 """The document that says which adaptive attacks ran, and why."""
 
@@ -69,7 +71,11 @@ def _adapted(
     return replace(
         context,
         doubts=answered(context.doubts, ran, because, fell=bool(left)),
-        notes=(*context.notes, *adapted["missed"], *adapted["notes"]),
+        notes=(
+            *(note for note in context.notes if left or not note.startswith(OUTSIDE)),
+            *adapted["missed"],
+            *adapted["notes"],
+        ),
         broken_elsewhere=len(left),
         remarks={
             name: (f"run because of {listed(because[arm])}", *_round(adapted, arm))

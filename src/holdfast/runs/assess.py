@@ -24,7 +24,7 @@ from holdfast.gates.judging import Doubts, Judgement, judge
 from holdfast.harness import Plan, Target, refuse_unfitted, refuse_what_is_hidden
 from holdfast.reports.numbers import strict
 from holdfast.runs import probes
-from holdfast.runs.assembling import ADAPTIVE, DOUBTS, adversarial, evidence_of
+from holdfast.runs.assembling import ADAPTIVE, DOUBTS, OUTSIDE, adversarial, evidence_of
 from holdfast.runs.course import Alone, Course, Watch, shards_of
 from holdfast.runs.entry import (
     batch_size_for,
@@ -379,7 +379,7 @@ def _written(asked: probes.Asked, remarks: Sequence[str], splits: Sequence[Split
         "notes": [
             *remarks,
             *_halved(splits),
-            *([f"outside the verdict, examples that stood were broken by {broken}"] if broken else []),
+            *([f"{OUTSIDE} {broken}"] if broken else []),
         ],
         "cost": {name: getattr(asked.cost, name) for name in ("forwards", "backwards", "queries")},
     }
