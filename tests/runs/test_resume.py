@@ -21,7 +21,8 @@ from holdfast.core.constraints import Linf
 from holdfast.core.errors import Interrupted, TargetError, UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.harness import Member
-from holdfast.runs.assess import assess, repeatable
+from holdfast.runs.assess import assess
+from holdfast.runs.repeating import repeatable
 from holdfast.store.verify import verify
 from runs.fakes import FAST, THOROUGH, data, network, order, settled, subject
 
@@ -177,7 +178,7 @@ def test_the_refusal_names_each_leaf_as_a_person_would_write_it(whole, asked, sa
 
 
 def test_other_code_is_refused(whole, monkeypatch):
-    monkeypatch.setattr("holdfast.runs.assess.code_digest", lambda: "c" * 64)
+    monkeypatch.setattr("holdfast.runs.making.code_digest", lambda: "c" * 64)
     with pytest.raises(UsageError, match="a run of another code"):
         assess(subject(), data(), order(), run=whole, resume=True)
 

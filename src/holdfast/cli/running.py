@@ -23,9 +23,9 @@ from holdfast.reports.notes import spoken
 from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.words import printable
 from holdfast.reports.write import EXHIBIT_SUFFIXES, check, write_exhibits
-from holdfast.runs.assess import way_out
 from holdfast.runs.index import new_folder
 from holdfast.runs.order import Progress, Step, silent
+from holdfast.runs.repeating import way_out
 from holdfast.runs.result import Result
 from holdfast.runs.signals import stoppable
 

@@ -1,59 +1,28 @@
-"""The assess verb as a resumable run: measure stage by stage, ask the doubts, make the evidence, judge the gates."""
+"""The assess verb: what cannot be measured is refused at the door, the rest is made in a folder or in memory."""
 
-import math
-import shlex
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from holdfast.attacks.protocol import Learned
 from holdfast.core.batch import Batch, Data
-from holdfast.core.chain import canonical, digest
-from holdfast.core.errors import TargetLost, UsageError
-from holdfast.core.evidence import Columns, Evidence
-from holdfast.doubts.answering import arms, called
-from holdfast.gates.judging import Doubts, Judgement, judge
-from holdfast.harness import Plan, Target, refuse_unfitted, refuse_what_is_hidden
-from holdfast.reports.numbers import strict
-from holdfast.runs import probes
-from holdfast.runs.assembling import ADAPTIVE, DOUBTS, OUTSIDE, adversarial, evidence_of
-from holdfast.runs.course import Alone, Course, Watch, shards_of
+from holdfast.harness import Target, refuse_unfitted, refuse_what_is_hidden
 from holdfast.runs.entry import (
-    batch_size_for,
     refuse_batch,
     refuse_data,
     refuse_threat,
-    slight,
 )
 from holdfast.runs.foresight import refuse_gates
-from holdfast.runs.identity import code_digest, hardware, versions
-from holdfast.runs.keeping import InFolder, InMemory, Keeper
+from holdfast.runs.making import Making
 from holdfast.runs.order import Opening, Order, Progress, Subject, silent
-from holdfast.runs.preparing import model_digest, readied
-from holdfast.runs.result import Result, about_of
+from holdfast.runs.preparing import readied
+from holdfast.runs.repeating import resumable, way_out
+from holdfast.runs.result import Result
 from holdfast.runs.seconding import with_surrogates
 from holdfast.runs.signals import Stopper, stoppable
-from holdfast.runs.team import Team, gathered
-from holdfast.runs.worker import Job
-from holdfast.runs.written import (
-    VERDICT,
-    doubt_from_json,
-    doubt_to_json,
-    judgement_from_json,
-    outline_to_json,
-    verdict_to_json,
-)
-from holdfast.store.folder import RunFolder, Split, opened, planned
-
-VERB = "assess"
+from holdfast.store.folder import opened, planned
 
 
 def assess(
@@ -81,11 +50,9 @@ def assess(
         plan = refuse_what_is_hidden(held, subject.model.access, subject.model.hides)
         refuse_unfitted(plan, fit=order.fit is not None)
         refuse_gates(order.gates, plan, target, sample)
-        shape, opening = (
-            tuple(sample.x.shape[1:]),
-            opening or partial(_as_given, subject, data, order.surrogates),
-        )
-        made = _Making(subject, data, order, plan, target, device, shape, progress, opening)
+        shape = tuple(sample.x.shape[1:])
+        opening = opening or partial(_as_given, subject, data, order.surrogates)
+        made = Making(subject, data, order, plan, target, device, shape, progress, opening)
         if run is None and order.workers is None:
             return made.result(made.manifest(None), Stopper())
         if run is None:
@@ -96,7 +63,7 @@ def assess(
         with stoppable(way_out(order.command, run)) as stopper:
             manifest = made.manifest(planned(run))
             again = way_out(order.command, run)
-            with opened(run, manifest, made.about(), resume=resume) as folder, _resumable(again):
+            with opened(run, manifest, made.about(), resume=resume) as folder, resumable(again):
                 return made.result(folder.manifest, stopper, folder)
 
 
@@ -106,297 +73,7 @@ def _as_given(
     return subject, data, surrogates
 
 
-def way_out(command: str, run: Path) -> str:
-    """How to go on with a run that was stopped; without a command line, by the arguments of Python."""
-    again = f"run={str(run)!r}, resume=True"
-    if command:
-        again = f"{repeatable(command)} {shlex.join(['--run', str(run), '--resume'])}"
-    return f"what was finished is kept, go on with: {again}"
-
-
-@contextmanager
-def _resumable(way_out: str) -> Iterator[None]:
-    """Says how to go on where the target was lost on the way."""
-    try:
-        yield
-    except TargetLost as error:
-        raise TargetLost(f"{error}; {way_out}") from error
-
-
-def repeatable(command: str) -> str:
-    """A command line without `--run DIR` and `--resume`, which say where and not what."""
-    words, kept = iter(shlex.split(command)), []
-    for word in words:
-        if word == "--run":
-            next(words, None)
-        elif word != "--resume" and not word.startswith("--run="):
-            kept.append(word)
-    return shlex.join(kept)
-
-
 def _refuse(target: Target, sample: Batch, order: Order, data: Data) -> None:
     """What cannot be measured is said before anything is."""
     refuse_batch(sample, target.bare.bounds, target.classes, data.name)
     refuse_threat(order.plan.threat, target.bare.bounds, sample.x, target.classes)
-
-
-@dataclass(frozen=True)
-class _Making:
-    """What one process knows of the run before it begins."""
-
-    subject: Subject
-    data: Data
-    order: Order
-    plan: Plan
-    target: Target
-    device: torch.device
-    shape: tuple[int, ...]
-    progress: Progress
-    opening: Opening
-
-    def manifest(self, known: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What `run.json` says. The batch size of a run that goes on is the one it began with."""
-        order, plan, config = self.order, self.plan, self.config()
-        small = order.time_budget_s is not None or order.workers is not None
-        size = order.batch_size or batch_size_for(math.prod(self.shape), order.device)
-        if known is not None:
-            size = known["plan"]["batch_size"]
-        return {
-            "verb": VERB,
-            "digests": {
-                "config": digest(canonical(config)),
-                "model": model_digest(self.subject, self.target),
-                "data": self.data.digest,
-                "code": code_digest(),
-            },
-            "config": config,
-            "model": strict({**self.subject.card, "randomised": self.target.randomised}),
-            "surrogates": [_known(surrogate) for surrogate in order.surrogates],
-            "data": self.data_card(),
-            "notes": self.notes(),
-            "versions": versions(),
-            "hardware": hardware(self.device),
-            "seed": plan.seed,
-            "plan": {
-                "shards": shards_of(
-                    len(self.data), min(order.shard_size, size) if small else order.shard_size
-                ),
-                "batch_size": size,
-                "stages": _stage_names(plan),
-            },
-        }
-
-    def config(self) -> dict[str, Any]:
-        """What is asked of the run, and changes a number."""
-        order, plan = self.order, self.plan
-        held = [_known(surrogate) for surrogate in order.surrogates]
-        return {
-            **outline_to_json(plan.outline(self.target.classes)),
-            "full": plan.full,
-            "keep_adversarial": plan.keep_adversarial,
-            "doubts": plan.doubts,
-            "batch_size": order.batch_size,
-            "shard_size": order.shard_size,
-            "time_budget_s": order.time_budget_s,
-            "fit": None if order.fit is None else order.fit.digest,
-            "surrogates": {f"{place} {one['name']}": one["digest"] for place, one in enumerate(held, 1)},
-        }
-
-    def fit(self) -> Batch | None:
-        """What attacks are learned on: as many examples as one of them asks for."""
-        wanted = [m.attack.examples for m in self.plan.members if isinstance(m.attack, Learned)]
-        if not wanted or self.order.fit is None:
-            return None
-        batch = self.order.fit.read(0, min(max(wanted), len(self.order.fit)))
-        if batch.x.shape[1:] != self.shape:
-            raise UsageError(
-                f"inputs of {self.order.fit.name}, to learn attacks on, have shape {tuple(batch.x.shape[1:])}, and "
-                f"those of {self.data.name} {self.shape}; name examples of the same kind with --fit DATA"
-            )
-        refuse_batch(batch, self.target.bare.bounds, self.target.classes, self.order.fit.name)
-        return batch
-
-    def data_card(self) -> dict[str, Any]:
-        """What identifies the examples, and what one of them is like."""
-        data = self.data
-        known = {"name": data.name, "digest": data.digest, "n": len(data), "shape": self.shape}
-        content: dict[str, Any] = strict({**known, "classes": data.classes})
-        return content
-
-    def notes(self) -> list[str]:
-        """What a reader must know of model, data and threat before the numbers."""
-        small = slight(self.plan.threat.constraint, self.target.bare.bounds, math.prod(self.shape))
-        held = [
-            f"the surrogate {one.card.get('name', '')}: {note}"
-            for one in self.order.surrogates
-            for note in one.notes
-        ]
-        return [*self.subject.notes, *held, *getattr(self.data, "notes", ()), *self.target.notes, *small]
-
-    def about(self) -> dict[str, Any]:
-        """What may differ between two equal runs."""
-        return {
-            "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "command": repeatable(self.order.command),
-        }
-
-    def result(
-        self,
-        manifest: Mapping[str, Any],
-        stopper: Stopper,
-        folder: RunFolder | None = None,
-        *,
-        lasting: bool = True,
-    ) -> Result:
-        """Everything measured, judged, and, where there is a folder, recorded; it may be one that does not last."""
-        keeper: Keeper = InMemory() if folder is None else InFolder(folder)
-        with self.team(manifest, folder) as team:
-            evidence, found = self.measured(keeper, stopper, manifest, team)
-        gates, accepted = self.judged(evidence, keeper.document(VERDICT))
-        with stopper.finishing():
-            keeper.record(VERDICT, verdict_to_json(gates, accepted))
-        if folder is None or not lasting:
-            about, place = about_of(manifest, self.about(), None, None), None
-        else:
-            about, place = about_of(manifest, folder.about(), folder.path, folder.chain.head), folder.path
-        return Result(evidence, gates, accepted, about, place, found, self.order.baseline)
-
-    def judged(
-        self, evidence: Evidence, known: Mapping[str, Any] | None
-    ) -> tuple[tuple[Judgement, ...], Mapping[str, str]]:
-        """The gates on the evidence, and the doubts that were answered for; what is not asked anew is as `known`."""
-        order, claims, accepted = self.order, self.order.gates, self.order.accepted
-        if known is not None:
-            before = tuple(map(judgement_from_json, known["gates"]))
-            if not claims and not accepted:
-                return before, known["accepted_doubts"]
-            claims = claims or tuple(judgement.claim for judgement in before)
-            accepted = accepted or known["accepted_doubts"]
-        doubts = Doubts(evidence.doubts, accepted)
-        return tuple(judge(claim, evidence, doubts, baseline=order.baseline) for claim in claims), accepted
-
-    @contextmanager
-    def team(self, manifest: Mapping[str, Any], folder: RunFolder | None) -> Iterator[Team | None]:
-        """The workers that were ordered, who work in the folder; None if this process is to work alone."""
-        if folder is None or self.order.workers is None:
-            yield None
-            return
-        digests = {what: manifest["digests"][what] for what in ("model", "data")}
-        digests["surrogates"] = [surrogate.digest for surrogate in self.order.surrogates]
-        plan = replace(self.plan, threat=replace(self.plan.threat, surrogates=()))
-        owner = folder.ledger.owner
-        assert owner is not None
-        job = Job(self.opening, digests, plan, self.order.device, folder.path, owner)
-        with gathered(folder, job, self.order.workers) as team:
-            yield team
-
-    def measured(
-        self, keeper: Keeper, stopper: Stopper, manifest: Mapping[str, Any], team: Team | None
-    ) -> tuple[Evidence, Columns]:
-        """The evidence and the successful inputs: what was kept of earlier attempts, and the rest measured now."""
-        names = tuple(manifest["plan"]["stages"])
-        before = sum(keeper.spent(name).wall for name in names)
-        budget = math.inf if self.order.time_budget_s is None else self.order.time_budget_s
-        course = Course(
-            self.plan,
-            self.target,
-            self.data,
-            self.device,
-            tuple((start, stop) for start, stop in manifest["plan"]["shards"]),
-            manifest["plan"]["batch_size"],
-            keeper,
-            stopper,
-            self.progress,
-            time.perf_counter() + budget - before,
-            names,
-            team or Alone(),
-            self.fit(),
-        )
-        by_stage, missed = course.run()
-        said = () if team is None else team.dismissed()
-        asked = keeper.document(DOUBTS)
-        if asked is None:
-            keeper.begin(DOUBTS, 0)
-            watch = Watch(lambda seconds, last: keeper.spend(DOUBTS, 0, seconds, done=last))
-            unasked = (
-                ["nothing was doubted: the doubts were switched off"] if self.plan.doubts == "none" else []
-            )
-            asked = _written(
-                probes.ask(course, by_stage, missed, watch),
-                [*missed, *unasked, *said, *self.subject.remarks()],
-                keeper.splits(),
-            )
-            with stopper.finishing():
-                keeper.record(DOUBTS, asked)
-                watch.tick(done=True)
-        adapted = self._adapted(course, by_stage, asked) if self.plan.adaptive else None
-        spent = {name: keeper.spent(name) for name in names}
-        evidence = evidence_of(manifest, by_stage, asked, spent, adapted)
-        return evidence, adversarial(by_stage, names, smallest=self.plan.smallest)
-
-    def _adapted(
-        self, course: Course, by_stage: dict[str, Columns], asked: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
-        """Run the adaptive attacks that the doubts call for, and say which those are and why."""
-        doubts = tuple(map(doubt_from_json, asked["doubts"]))
-        members = {member.name for member in self.plan.adaptive}
-        known = [arm for arm in arms(self.plan.threat.constraint) if arm.name in members]
-        because = called(known, doubts)
-        missed = course.adapt(by_stage, because)
-        said = course.keeper.document(ADAPTIVE)
-        if said is None:
-            said = {
-                "because": {arm: list(names) for arm, names in because.items()},
-                "ways": list(self.target.masking.says),
-                "missed": list(missed),
-                "notes": [] if because else ["no doubt called for an adaptive attack, so none was run"],
-            }
-            with course.stopper.finishing():
-                course.keeper.record(ADAPTIVE, said)
-        return said
-
-
-def _stage_names(plan: Plan) -> list[str]:
-    """Everything that takes time, in its order."""
-    stages = plan.stages()
-    before = [stage.name for stage in stages if not stage.adaptive]
-    return [*before, DOUBTS, *(stage.name for stage in stages if stage.adaptive)]
-
-
-def _known(surrogate: Subject) -> dict[str, str]:
-    """What identifies a model that the attacker holds."""
-    name, how = (str(surrogate.card.get(key, "")) for key in ("name", "how"))
-    return {"name": name, "how": how, "digest": surrogate.digest}
-
-
-def _written(asked: probes.Asked, remarks: Sequence[str], splits: Sequence[Split]) -> dict[str, Any]:
-    """The document of the doubts, with what else a reader must know of the course of the run."""
-    fallen = {name: ids.tolist() for name, ids in asked.findings.fallen.items()}
-    broken = "; ".join(f"{_FRESH.get(name, name)} ids {_listed(ids)}" for name, ids in fallen.items())
-    return {
-        "doubts": [doubt_to_json(doubt) for doubt in asked.findings.doubts],
-        "fallen": fallen,
-        "notes": [
-            *remarks,
-            *_halved(splits),
-            *([f"{OUTSIDE} {broken}"] if broken else []),
-        ],
-        "cost": {name: getattr(asked.cost, name) for name in ("forwards", "backwards", "queries")},
-    }
-
-
-_FRESH = {"again": "a fresh pass of the suite"}
-
-
-def _halved(splits: Sequence[Split]) -> list[str]:
-    if not splits:
-        return []
-    size = min(split["size"] for split in splits)
-    return [
-        f"memory ran out, and the run went on with {size} examples at a time; --batch-size {size} starts with that"
-    ]
-
-
-def _listed(ids: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ids[:10]))
-    return shown if len(ids) <= 10 else f"{shown} and {len(ids) - 10} more"

@@ -1,0 +1,311 @@
+"""One assessment as a process makes it: the manifest, stage after stage, the doubts, the evidence, the verdict."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from holdfast.attacks.protocol import Learned
+from holdfast.core.batch import Batch, Data
+from holdfast.core.chain import canonical, digest
+from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Columns, Evidence
+from holdfast.doubts.answering import arms, called
+from holdfast.gates.judging import Doubts, Judgement, judge
+from holdfast.harness import Plan, Target
+from holdfast.reports.numbers import strict
+from holdfast.runs import probes
+from holdfast.runs.assembling import ADAPTIVE, DOUBTS, OUTSIDE, adversarial, evidence_of
+from holdfast.runs.course import Alone, Course, Watch, shards_of
+from holdfast.runs.entry import (
+    batch_size_for,
+    refuse_batch,
+    slight,
+)
+from holdfast.runs.identity import code_digest, hardware, versions
+from holdfast.runs.keeping import InFolder, InMemory, Keeper
+from holdfast.runs.order import Opening, Order, Progress, Subject
+from holdfast.runs.preparing import model_digest
+from holdfast.runs.repeating import repeatable
+from holdfast.runs.result import Result, about_of
+from holdfast.runs.signals import Stopper
+from holdfast.runs.team import Team, gathered
+from holdfast.runs.worker import Job
+from holdfast.runs.written import (
+    VERDICT,
+    doubt_from_json,
+    doubt_to_json,
+    judgement_from_json,
+    outline_to_json,
+    verdict_to_json,
+)
+from holdfast.store.folder import RunFolder, Split
+
+VERB = "assess"
+
+
+@dataclass(frozen=True)
+class Making:
+    """What one process knows of the run before it begins."""
+
+    subject: Subject
+    data: Data
+    order: Order
+    plan: Plan
+    target: Target
+    device: torch.device
+    shape: tuple[int, ...]
+    progress: Progress
+    opening: Opening
+
+    def manifest(self, known: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What `run.json` says. The batch size of a run that goes on is the one it began with."""
+        order, plan, config = self.order, self.plan, self.config()
+        small = order.time_budget_s is not None or order.workers is not None
+        size = order.batch_size or batch_size_for(math.prod(self.shape), order.device)
+        if known is not None:
+            size = known["plan"]["batch_size"]
+        return {
+            "verb": VERB,
+            "digests": {
+                "config": digest(canonical(config)),
+                "model": model_digest(self.subject, self.target),
+                "data": self.data.digest,
+                "code": code_digest(),
+            },
+            "config": config,
+            "model": strict({**self.subject.card, "randomised": self.target.randomised}),
+            "surrogates": [_known(surrogate) for surrogate in order.surrogates],
+            "data": self.data_card(),
+            "notes": self.notes(),
+            "versions": versions(),
+            "hardware": hardware(self.device),
+            "seed": plan.seed,
+            "plan": {
+                "shards": shards_of(
+                    len(self.data), min(order.shard_size, size) if small else order.shard_size
+                ),
+                "batch_size": size,
+                "stages": _stage_names(plan),
+            },
+        }
+
+    def config(self) -> dict[str, Any]:
+        """What is asked of the run, and changes a number."""
+        order, plan = self.order, self.plan
+        held = [_known(surrogate) for surrogate in order.surrogates]
+        return {
+            **outline_to_json(plan.outline(self.target.classes)),
+            "full": plan.full,
+            "keep_adversarial": plan.keep_adversarial,
+            "doubts": plan.doubts,
+            "batch_size": order.batch_size,
+            "shard_size": order.shard_size,
+            "time_budget_s": order.time_budget_s,
+            "fit": None if order.fit is None else order.fit.digest,
+            "surrogates": {f"{place} {one['name']}": one["digest"] for place, one in enumerate(held, 1)},
+        }
+
+    def fit(self) -> Batch | None:
+        """What attacks are learned on: as many examples as one of them asks for."""
+        wanted = [m.attack.examples for m in self.plan.members if isinstance(m.attack, Learned)]
+        if not wanted or self.order.fit is None:
+            return None
+        batch = self.order.fit.read(0, min(max(wanted), len(self.order.fit)))
+        if batch.x.shape[1:] != self.shape:
+            raise UsageError(
+                f"inputs of {self.order.fit.name}, to learn attacks on, have shape {tuple(batch.x.shape[1:])}, and "
+                f"those of {self.data.name} {self.shape}; name examples of the same kind with --fit DATA"
+            )
+        refuse_batch(batch, self.target.bare.bounds, self.target.classes, self.order.fit.name)
+        return batch
+
+    def data_card(self) -> dict[str, Any]:
+        """What identifies the examples, and what one of them is like."""
+        data = self.data
+        known = {"name": data.name, "digest": data.digest, "n": len(data), "shape": self.shape}
+        content: dict[str, Any] = strict({**known, "classes": data.classes})
+        return content
+
+    def notes(self) -> list[str]:
+        """What a reader must know of model, data and threat before the numbers."""
+        small = slight(self.plan.threat.constraint, self.target.bare.bounds, math.prod(self.shape))
+        held = [
+            f"the surrogate {one.card.get('name', '')}: {note}"
+            for one in self.order.surrogates
+            for note in one.notes
+        ]
+        return [*self.subject.notes, *held, *getattr(self.data, "notes", ()), *self.target.notes, *small]
+
+    def about(self) -> dict[str, Any]:
+        """What may differ between two equal runs."""
+        return {
+            "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "command": repeatable(self.order.command),
+        }
+
+    def result(
+        self,
+        manifest: Mapping[str, Any],
+        stopper: Stopper,
+        folder: RunFolder | None = None,
+        *,
+        lasting: bool = True,
+    ) -> Result:
+        """Everything measured, judged, and, where there is a folder, recorded; it may be one that does not last."""
+        keeper: Keeper = InMemory() if folder is None else InFolder(folder)
+        with self.team(manifest, folder) as team:
+            evidence, found = self.measured(keeper, stopper, manifest, team)
+        gates, accepted = self.judged(evidence, keeper.document(VERDICT))
+        with stopper.finishing():
+            keeper.record(VERDICT, verdict_to_json(gates, accepted))
+        if folder is None or not lasting:
+            about, place = about_of(manifest, self.about(), None, None), None
+        else:
+            about, place = about_of(manifest, folder.about(), folder.path, folder.chain.head), folder.path
+        return Result(evidence, gates, accepted, about, place, found, self.order.baseline)
+
+    def judged(
+        self, evidence: Evidence, known: Mapping[str, Any] | None
+    ) -> tuple[tuple[Judgement, ...], Mapping[str, str]]:
+        """The gates on the evidence, and the doubts that were answered for; what is not asked anew is as `known`."""
+        order, claims, accepted = self.order, self.order.gates, self.order.accepted
+        if known is not None:
+            before = tuple(map(judgement_from_json, known["gates"]))
+            if not claims and not accepted:
+                return before, known["accepted_doubts"]
+            claims = claims or tuple(judgement.claim for judgement in before)
+            accepted = accepted or known["accepted_doubts"]
+        doubts = Doubts(evidence.doubts, accepted)
+        return tuple(judge(claim, evidence, doubts, baseline=order.baseline) for claim in claims), accepted
+
+    @contextmanager
+    def team(self, manifest: Mapping[str, Any], folder: RunFolder | None) -> Iterator[Team | None]:
+        """The workers that were ordered, who work in the folder; None if this process is to work alone."""
+        if folder is None or self.order.workers is None:
+            yield None
+            return
+        digests = {what: manifest["digests"][what] for what in ("model", "data")}
+        digests["surrogates"] = [surrogate.digest for surrogate in self.order.surrogates]
+        plan = replace(self.plan, threat=replace(self.plan.threat, surrogates=()))
+        owner = folder.ledger.owner
+        assert owner is not None
+        job = Job(self.opening, digests, plan, self.order.device, folder.path, owner)
+        with gathered(folder, job, self.order.workers) as team:
+            yield team
+
+    def measured(
+        self, keeper: Keeper, stopper: Stopper, manifest: Mapping[str, Any], team: Team | None
+    ) -> tuple[Evidence, Columns]:
+        """The evidence and the successful inputs: what was kept of earlier attempts, and the rest measured now."""
+        names = tuple(manifest["plan"]["stages"])
+        before = sum(keeper.spent(name).wall for name in names)
+        budget = math.inf if self.order.time_budget_s is None else self.order.time_budget_s
+        course = Course(
+            self.plan,
+            self.target,
+            self.data,
+            self.device,
+            tuple((start, stop) for start, stop in manifest["plan"]["shards"]),
+            manifest["plan"]["batch_size"],
+            keeper,
+            stopper,
+            self.progress,
+            time.perf_counter() + budget - before,
+            names,
+            team or Alone(),
+            self.fit(),
+        )
+        by_stage, missed = course.run()
+        said = () if team is None else team.dismissed()
+        asked = keeper.document(DOUBTS)
+        if asked is None:
+            keeper.begin(DOUBTS, 0)
+            watch = Watch(lambda seconds, last: keeper.spend(DOUBTS, 0, seconds, done=last))
+            unasked = (
+                ["nothing was doubted: the doubts were switched off"] if self.plan.doubts == "none" else []
+            )
+            asked = _written(
+                probes.ask(course, by_stage, missed, watch),
+                [*missed, *unasked, *said, *self.subject.remarks()],
+                keeper.splits(),
+            )
+            with stopper.finishing():
+                keeper.record(DOUBTS, asked)
+                watch.tick(done=True)
+        adapted = self._adapted(course, by_stage, asked) if self.plan.adaptive else None
+        spent = {name: keeper.spent(name) for name in names}
+        evidence = evidence_of(manifest, by_stage, asked, spent, adapted)
+        return evidence, adversarial(by_stage, names, smallest=self.plan.smallest)
+
+    def _adapted(
+        self, course: Course, by_stage: dict[str, Columns], asked: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Run the adaptive attacks that the doubts call for, and say which those are and why."""
+        doubts = tuple(map(doubt_from_json, asked["doubts"]))
+        members = {member.name for member in self.plan.adaptive}
+        known = [arm for arm in arms(self.plan.threat.constraint) if arm.name in members]
+        because = called(known, doubts)
+        missed = course.adapt(by_stage, because)
+        said = course.keeper.document(ADAPTIVE)
+        if said is None:
+            said = {
+                "because": {arm: list(names) for arm, names in because.items()},
+                "ways": list(self.target.masking.says),
+                "missed": list(missed),
+                "notes": [] if because else ["no doubt called for an adaptive attack, so none was run"],
+            }
+            with course.stopper.finishing():
+                course.keeper.record(ADAPTIVE, said)
+        return said
+
+
+def _stage_names(plan: Plan) -> list[str]:
+    """Everything that takes time, in its order."""
+    stages = plan.stages()
+    before = [stage.name for stage in stages if not stage.adaptive]
+    return [*before, DOUBTS, *(stage.name for stage in stages if stage.adaptive)]
+
+
+def _known(surrogate: Subject) -> dict[str, str]:
+    """What identifies a model that the attacker holds."""
+    name, how = (str(surrogate.card.get(key, "")) for key in ("name", "how"))
+    return {"name": name, "how": how, "digest": surrogate.digest}
+
+
+def _written(asked: probes.Asked, remarks: Sequence[str], splits: Sequence[Split]) -> dict[str, Any]:
+    """The document of the doubts, with what else a reader must know of the course of the run."""
+    fallen = {name: ids.tolist() for name, ids in asked.findings.fallen.items()}
+    broken = "; ".join(f"{_FRESH.get(name, name)} ids {_listed(ids)}" for name, ids in fallen.items())
+    return {
+        "doubts": [doubt_to_json(doubt) for doubt in asked.findings.doubts],
+        "fallen": fallen,
+        "notes": [
+            *remarks,
+            *_halved(splits),
+            *([f"{OUTSIDE} {broken}"] if broken else []),
+        ],
+        "cost": {name: getattr(asked.cost, name) for name in ("forwards", "backwards", "queries")},
+    }
+
+
+_FRESH = {"again": "a fresh pass of the suite"}
+
+
+def _halved(splits: Sequence[Split]) -> list[str]:
+    if not splits:
+        return []
+    size = min(split["size"] for split in splits)
+    return [
+        f"memory ran out, and the run went on with {size} examples at a time; --batch-size {size} starts with that"
+    ]
+
+
+def _listed(ids: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ids[:10]))
+    return shown if len(ids) <= 10 else f"{shown} and {len(ids) - 10} more"

@@ -1,0 +1,36 @@
+"""How a run is repeated, and how one goes on that was stopped."""
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from holdfast.core.errors import TargetLost
+
+
+def way_out(command: str, run: Path) -> str:
+    """How to go on with a run that was stopped; without a command line, by the arguments of Python."""
+    again = f"run={str(run)!r}, resume=True"
+    if command:
+        again = f"{repeatable(command)} {shlex.join(['--run', str(run), '--resume'])}"
+    return f"what was finished is kept, go on with: {again}"
+
+
+@contextmanager
+def resumable(way_out: str) -> Iterator[None]:
+    """Says how to go on where the target was lost on the way."""
+    try:
+        yield
+    except TargetLost as error:
+        raise TargetLost(f"{error}; {way_out}") from error
+
+
+def repeatable(command: str) -> str:
+    """A command line without `--run DIR` and `--resume`, which say where and not what."""
+    words, kept = iter(shlex.split(command)), []
+    for word in words:
+        if word == "--run":
+            next(words, None)
+        elif word != "--resume" and not word.startswith("--run="):
+            kept.append(word)
+    return shlex.join(kept)
