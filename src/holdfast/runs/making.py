@@ -223,25 +223,29 @@ class Making:
         )
         by_stage, missed = course.run()
         said = () if team is None else team.dismissed()
-        asked = keeper.document(DOUBTS)
-        if asked is None:
-            keeper.begin(DOUBTS, 0)
-            watch = Watch(lambda seconds, last: keeper.spend(DOUBTS, 0, seconds, done=last))
-            unasked = (
-                ["nothing was doubted: the doubts were switched off"] if self.plan.doubts == "none" else []
-            )
-            asked = _written(
-                probes.ask(course, by_stage, missed, watch),
-                [*missed, *unasked, *said, *self.subject.remarks()],
-                keeper.splits(),
-            )
-            with stopper.finishing():
-                keeper.record(DOUBTS, asked)
-                watch.tick(done=True)
+        asked = keeper.document(DOUBTS) or self._asked(course, by_stage, missed, said)
         adapted = self._adapted(course, by_stage, asked) if self.plan.adaptive else None
         spent = {name: keeper.spent(name) for name in names}
         evidence = evidence_of(manifest, by_stage, asked, spent, adapted)
         return evidence, adversarial(by_stage, names, smallest=self.plan.smallest)
+
+    def _asked(
+        self, course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], said: Sequence[str]
+    ) -> Mapping[str, Any]:
+        """The doubts, asked and recorded, with what time did not allow and what was `said` of the model."""
+        keeper, off = course.keeper, self.plan.doubts == "none"
+        keeper.begin(DOUBTS, 0)
+        watch = Watch(lambda seconds, last: keeper.spend(DOUBTS, 0, seconds, done=last))
+        unasked = ["nothing was doubted: the doubts were switched off"] if off else []
+        asked = _written(
+            probes.ask(course, by_stage, missed, watch),
+            [*missed, *unasked, *said, *self.subject.remarks()],
+            keeper.splits(),
+        )
+        with course.stopper.finishing():
+            keeper.record(DOUBTS, asked)
+            watch.tick(done=True)
+        return asked
 
     def _adapted(
         self, course: Course, by_stage: dict[str, Columns], asked: Mapping[str, Any]
