@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -83,6 +84,15 @@ def test_any_number_of_workers_leaves_the_same_bytes(one, tmp_path):
         assert torch.equal(values, result.evidence[name]), name
     assert result.cost.queries == alone.cost.queries
     assert all(record.cost.cpu_s > 0 and record.cost.wall_s > 0 for record in result.attacks)
+
+
+def test_every_worker_makes_the_surrogates_ready(tmp_path):
+    seconds = (subject(network(1), "c" * 64),)
+    for workers in (1, 2):
+        wanted = replace(asked(workers=workers), surrogates=seconds)
+        result = assess(subject(), data(), wanted, run=tmp_path / str(workers))
+        assert "transfer_success" in result.metrics
+    assert settled(tmp_path / "1") == settled(tmp_path / "2")
 
 
 def test_without_a_folder_nothing_is_left(monkeypatch, tmp_path):
