@@ -156,6 +156,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.served.release.wait(5)
         self.close_connection = True
 
+    def patience(self, body):
+        self.pour(b"", b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def trailers(self, body):
+        self.pour(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"A: b\r\n")
+
+    def pour(self, first, again):
+        """A megabyte and more of what never comes to an end."""
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.wfile.write(first + again * (2**20 // len(again)))
+            self.wfile.flush()
+
     def garbage(self, body):
         self.send(200, b"<html>the proxy says hello</html>")
 

@@ -220,6 +220,15 @@ def test_an_answer_that_drips_is_cut_off(server):
         opened(server, now=lambda: next(clock), retries=0)
 
 
+@pytest.mark.parametrize("trouble", ["patience", "trailers"])
+def test_an_answer_that_never_ends_around_its_body_is_cut_off(trouble):
+    clock = iter(range(10_000))
+    with Server([trouble]) as server:
+        found, _ = opened(server, "/predict", **TEMPLATE, timeout_s=20.0, now=lambda: next(clock), retries=0)
+        with pytest.raises(TargetLost, match="no answer within 20 s"):
+            asked(found)
+
+
 @pytest.mark.parametrize(
     "address, hosts",
     [

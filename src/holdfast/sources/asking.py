@@ -3,19 +3,24 @@
 import json
 import os
 import re
-import socket
 import ssl
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from typing import Any
+from io import BufferedReader, RawIOBase
+from socket import SocketIO, gaierror, socket
+from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult
 
 from holdfast.core.errors import TargetError, TargetLost, UsageError
 from holdfast.sources.remote import Remote, header_variable
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 LONGEST_WAIT_S = 60.0
 """A target that asks to be left alone for longer ends the run, which resumes later."""
@@ -23,7 +28,7 @@ _FIRST_WAIT_S, _LAST_WAIT_S = 0.5, 30.0
 _MOST_BYTES = 1 << 28
 """Far more than the scores of a thousand rows for each of ten thousand classes."""
 _CHUNK = 1 << 16
-_NOBODY = (ConnectionRefusedError, socket.gaierror, ssl.SSLError)
+_NOBODY = (ConnectionRefusedError, gaierror, ssl.SSLError)
 """What says at the first request that no such server is there."""
 _PASSING = frozenset({408, 425, 429})
 _OF_THE_INPUT = frozenset({400, 413, 415, 422})
@@ -41,6 +46,25 @@ class _InPassing(Exception):
     """how long the target asks to be left alone"""
     at_once: bool = False
     """the connection had been idle and was closed meanwhile, as servers do"""
+
+
+class _Within(RawIOBase):
+    """What a socket receives until it is `late`, however little comes at a time."""
+
+    def __init__(self, raw: SocketIO, late: Callable[[], bool]) -> None:
+        self._raw, self._late = raw, late
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer") -> int | None:
+        if self._late():
+            raise TimeoutError
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 class Client:
@@ -128,11 +152,21 @@ class Client:
     def _connected(self) -> HTTPConnection:
         kind = HTTPSConnection if self._parts.scheme == "https" else HTTPConnection
         assert self._parts.hostname is not None
-        return kind(self._parts.hostname, self._parts.port, timeout=self._remote.timeout_s)
+        connection = kind(self._parts.hostname, self._parts.port, timeout=self._remote.timeout_s)
+        connection.response_class = self._answer  # type: ignore[assignment]
+        return connection
+
+    def _answer(self, sock: socket, method: str | None) -> HTTPResponse:
+        """An answer whose head, body and all between must have come within the time that one answer has."""
+        answer, deadline = HTTPResponse(sock, method=method), self._remote.now() + self._remote.timeout_s
+        answer.fp.close()
+        raw = _Within(sock.makefile("rb", buffering=0), lambda: self._remote.now() > deadline)
+        answer.fp = BufferedReader(raw)
+        return answer
 
     def _content(self, answer: HTTPResponse) -> bytes:
-        """The whole body, unless it takes too long or is too much."""
-        deadline, pieces, size = self._remote.now() + self._remote.timeout_s, [], 0
+        """The whole body, unless it is too much."""
+        pieces, size = [], 0
         while piece := answer.read1(_CHUNK):
             pieces.append(piece)
             size += len(piece)
@@ -140,8 +174,6 @@ class Client:
                 raise TargetLost(
                     f"{self._where} answers with more than {_MOST_BYTES >> 20} MiB; scores were expected"
                 )
-            if self._remote.now() > deadline:
-                raise TimeoutError
         if answer.length:
             raise ConnectionError(f"cut off {answer.length} bytes before its end")
         return b"".join(pieces)
