@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from holdfast.core.errors import TargetError, TargetLost, UsageError
-from holdfast.sources.asking import LONGEST_WAIT_S
+from holdfast.sources.asking import LONGEST_WAIT_S, Client
 from holdfast.sources.models import open_model
 from holdfast.sources.remote import Remote, allowed_address, header_variable
 from servers import CLASSES, FEATURES, Server, examples, network
@@ -242,6 +242,16 @@ def test_hosts_that_are_allowed(address, hosts):
     assert allowed_address(address, hosts).path == "/x"
 
 
+@pytest.mark.parametrize("address", ["http://[::1]/x", "http://[::1:1]/x"])
+def test_an_ipv6_address_is_no_port(address, monkeypatch):
+    asked = []
+    monkeypatch.setattr("socket.create_connection", lambda where, *_: asked.append(where) or 1 / 0)
+    parts = allowed_address(address, (address[7:-2],))
+    with pytest.raises(ZeroDivisionError):
+        Client(parts, Remote(retries=0)).ask("/x")
+    assert asked == [(parts.hostname, 80)]
+
+
 @pytest.mark.parametrize(
     "address, hosts, said",
     [
@@ -249,6 +259,8 @@ def test_hosts_that_are_allowed(address, hosts):
         ("http://host:81/x", ("host:80",), "only host:80 is allowed"),
         ("http://host.evil/x", ("host", "evil"), "only host, evil are allowed"),
         ("http://host:x/", ("host",), "no URL"),
+        ("http://a..b/x", ("a..b",), "no URL"),
+        (f"http://{'a' * 64}/x", ("a" * 64,), "no URL"),
         ("ftp://host/x", ("host",), "no address of a server"),
         ("http:///x", ("host",), "no address of a server"),
         ("http://host/a b", ("host",), "no address of a server"),

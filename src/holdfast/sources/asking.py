@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult
 
 from holdfast.core.errors import TargetError, TargetLost, UsageError
-from holdfast.sources.remote import Remote, header_variable
+from holdfast.sources.remote import SCHEMES, Remote, header_variable
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -152,7 +152,9 @@ class Client:
     def _connected(self) -> HTTPConnection:
         kind = HTTPSConnection if self._parts.scheme == "https" else HTTPConnection
         assert self._parts.hostname is not None
-        connection = kind(self._parts.hostname, self._parts.port, timeout=self._remote.timeout_s)
+        # given no port, `kind` takes what follows the last colon of an IPv6 address for one
+        port = self._parts.port or SCHEMES[self._parts.scheme]
+        connection = kind(self._parts.hostname, port, timeout=self._remote.timeout_s)
         connection.response_class = self._answer  # type: ignore[assignment]
         return connection
 
