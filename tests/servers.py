@@ -162,6 +162,19 @@ class _Handler(BaseHTTPRequestHandler):
     def trailers(self, body):
         self.pour(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"A: b\r\n")
 
+    def repeats(self, body):
+        self.say(200, {"error": f"who is {self.headers['Authorization']}?"})
+
+    def repeats_quoted(self, body):
+        self.send(500, json.dumps(self.headers["Authorization"]).replace("/", r"\/").encode())
+
+    def repeats_at_the_end(self, body):
+        self.say(200, {"error": "x" * 48 + self.headers["Authorization"]})
+
+    def repeats_at_once(self, body):
+        self.wfile.write(f"{self.headers['Authorization']}\r\n\r\n".encode())
+        self.close_connection = True
+
     def pour(self, first, again):
         """A megabyte and more of what never comes to an end."""
         self.close_connection = True

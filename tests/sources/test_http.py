@@ -311,6 +311,17 @@ def test_a_header_is_sent_from_the_environment_and_never_repeated(monkeypatch):
             opened(server, headers=(header,))
 
 
+@pytest.mark.parametrize("trouble", ["repeats", "repeats_quoted", "repeats_at_the_end", "repeats_at_once"])
+def test_a_header_is_repeated_in_no_message(trouble, monkeypatch):
+    monkeypatch.setenv("HOLDFAST_TEST_TOKEN", 'Bearer hun"ter/2/hunter2')
+    with Server([trouble]) as server:
+        headers = ("Authorization: env:HOLDFAST_TEST_TOKEN",)
+        found, _ = opened(server, "/predict", request='{"instances": $x}', headers=headers, retries=0)
+        with pytest.raises(TargetLost, match="…") as refused:
+            asked(found)
+    assert "hun" not in str(refused.value)
+
+
 def test_nothing_is_sent_that_was_not_given(server):
     asked(opened(server)[0])
     usual = {"Host", "Accept", "Accept-Encoding", "Content-Type", "Content-Length"}

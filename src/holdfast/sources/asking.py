@@ -141,7 +141,9 @@ class Client:
                 way_out = "check the address, and that the server runs"
                 raise TargetLost(f"{self._where} cannot be reached ({_said(error)}); {way_out}") from error
             idle = kept is not None and not began
-            raise _InPassing("the connection failed", f" ({_said(error)})", at_once=idle) from error
+            raise _InPassing(
+                "the connection failed", f" ({self._clean(_said(error))})", at_once=idle
+            ) from error
         finally:
             if whole:
                 self._connection = connection
@@ -212,12 +214,21 @@ class Client:
 
     def _clean(self, text: str) -> str:
         """A line of a text, without the secrets that it may repeat."""
-        for value in self._headers.values():
-            for secret in (value, *value.split()):
-                text = text.replace(secret, "…") if len(secret) > 3 else text
-        return " ".join(text.split())[:200]
+        return " ".join(self.masked(text).split())[:200]
+
+    def masked(self, text: str) -> str:
+        """A text without the secrets that it may repeat, plain or as JSON writes them, or cut after a few letters."""
+        written = [form for value in self._headers.values() for form in _forms(value)]
+        begins = re.compile("|".join(re.escape(form[:_LETTERS]) for form in written))
+        pieces, start = [], 0
+        while written and (found := begins.search(text, start)):
+            at = found.start()
+            pieces += [text[start:at], "…"]
+            start = at + max(_shared(text[at:], form) for form in written)
+        return "".join((*pieces, text[start:]))
 
 
+_LETTERS = 4  # shorter ones are no secrets, and stand in many words
 _KEY = "it may want a key: --header 'Authorization: env:VARIABLE'"
 
 
@@ -232,6 +243,19 @@ def _value(name: str, variable: str) -> str:
             f"{variable} holds characters that no header may; header {name} takes plain ASCII on one line"
         )
     return value
+
+
+def _forms(value: str) -> list[str]:
+    """How a text may repeat a header's value or a word of it: plain, or as one JSON or another writes it."""
+    secrets = [secret for secret in (value, *value.split()) if len(secret) >= _LETTERS]
+    quoted = [json.dumps(secret)[1:-1] for secret in secrets]
+    return [*secrets, *quoted, *(each.replace("/", r"\/") for each in quoted)]
+
+
+def _shared(text: str, other: str) -> int:
+    """How many letters two texts begin with alike."""
+    differ = (k for k, (one, two) in enumerate(zip(text, other, strict=False)) if one != two)
+    return next(differ, min(len(text), len(other)))
 
 
 def _said(error: BaseException) -> str:
