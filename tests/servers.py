@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -100,6 +101,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         served = self.served
+        if served.script == ["refuse_unread"]:
+            self.say(413, {"error": "too long"})
+            self.connection.shutdown(socket.SHUT_WR)
+            self.close_connection = True
+            return None
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         served.headers.append(dict(self.headers))
         if served.dies_after is not None and len(served.sizes) >= served.dies_after:

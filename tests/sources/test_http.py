@@ -206,6 +206,14 @@ def test_answers_that_do_not_fit_the_rows_are_refused(trouble, said):
         assert waits == []
 
 
+def test_a_refusal_before_the_end_of_a_large_request_is_heard():
+    with Server(["refuse_unread"]) as server:
+        remote = Remote(hosts=("127.0.0.1",), retries=0)
+        client = Client(allowed_address(server.url(), remote.hosts), remote)
+        with pytest.raises(TargetError, match="413 .*--http-max-rows"):
+            client.ask("/predict", b"1" * 10**7)
+
+
 def test_a_server_that_is_not_there_is_said_at_once(server):
     server.stop()
     waits = []

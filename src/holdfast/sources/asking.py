@@ -6,6 +6,7 @@ import re
 import ssl
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -123,7 +124,10 @@ class Client:
             headers = {"Accept": "application/json", "Accept-Encoding": "identity", **self._headers}
             if body is not None:
                 headers["Content-Type"] = "application/json"
-            connection.request("GET" if body is None else "POST", path, body, headers)
+            with suppress(
+                BrokenPipeError
+            ):  # who refuses a large body answers before the end of it, and hangs up
+                connection.request("GET" if body is None else "POST", path, body, headers)
             answer = connection.getresponse()
             self._met = began = True
             content = self._content(answer)
