@@ -168,6 +168,9 @@ class _Handler(BaseHTTPRequestHandler):
     def trailers(self, body):
         self.pour(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"A: b\r\n")
 
+    def orders(self, body):
+        self.say(200, {"\x1b]0;owned\x07" + "long" * 1000: 1})
+
     def repeats(self, body):
         self.say(200, {"error": f"who is {self.headers['Authorization']}?"})
 

@@ -134,5 +134,8 @@ def _plain(error: click.ClickException) -> str:
 def _said(message: str, code: int, *, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    click.echo(f"holdfast: {message}", err=True)
+    from holdfast.reports.words import printable  # the help does without
+
+    said = "\n".join(printable(line) for line in message.splitlines())  # servers and files may have worded it
+    click.echo(f"holdfast: {said}", err=True)
     return code
