@@ -1,4 +1,4 @@
-"""How attacks and threats are written: without torch, for those that must answer before it is imported."""
+"""How attacks, threats and the words of others are written: without torch, for what must answer before it is there."""
 
 import re
 
@@ -14,3 +14,9 @@ def threat_text(change: str, goal: int | None, access: str, queries: int | None)
     seen = "" if access == "gradients" else f",access={access}"
     spent = "" if queries is None else f",queries={queries}"
     return f"{change}{aim}{seen}{spent}"
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which terminals would obey and XML refuses; line breaks become spaces."""
+    spaced = re.sub(r"\s+", " ", text)
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in spaced)
