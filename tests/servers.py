@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -100,6 +101,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         served = self.served
+        if served.script == ["refuse_unread"]:
+            self.say(413, {"error": "too long"})
+            self.connection.shutdown(socket.SHUT_WR)
+            self.close_connection = True
+            return None
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         served.headers.append(dict(self.headers))
         if served.dies_after is not None and len(served.sizes) >= served.dies_after:
@@ -155,6 +161,35 @@ class _Handler(BaseHTTPRequestHandler):
     def slow(self, body):
         self.served.release.wait(5)
         self.close_connection = True
+
+    def patience(self, body):
+        self.pour(b"", b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def trailers(self, body):
+        self.pour(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"A: b\r\n")
+
+    def orders(self, body):
+        self.say(200, {"\x1b]0;owned\x07" + "long" * 1000: 1})
+
+    def repeats(self, body):
+        self.say(200, {"error": f"who is {self.headers['Authorization']}?"})
+
+    def repeats_quoted(self, body):
+        self.send(500, json.dumps(self.headers["Authorization"]).replace("/", r"\/").encode())
+
+    def repeats_at_the_end(self, body):
+        self.say(200, {"error": "x" * 48 + self.headers["Authorization"]})
+
+    def repeats_at_once(self, body):
+        self.wfile.write(f"{self.headers['Authorization']}\r\n\r\n".encode())
+        self.close_connection = True
+
+    def pour(self, first, again):
+        """A megabyte and more of what never comes to an end."""
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.wfile.write(first + again * (2**20 // len(again)))
+            self.wfile.flush()
 
     def garbage(self, body):
         self.send(200, b"<html>the proxy says hello</html>")

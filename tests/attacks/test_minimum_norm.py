@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from holdfast.attacks import DDN, FMN, CarliniWagner, DeepFool
+import cases
+from holdfast.attacks import DDN, FAB, FMN, CarliniWagner, DeepFool
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Linf, allowed
 from holdfast.core.draws import Draws
@@ -15,7 +16,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.testing.fakes import examples, labelled, network
-from holdfast.testing.laws import broken
+from holdfast.testing.laws import broken, problem, run
 from holdfast.testing.linear import linear_problem
 
 ATTACKS = [
@@ -25,6 +26,8 @@ ATTACKS = [
     (FMN(steps=20), Linf),
     (FMN(steps=20), L1),
 ]
+
+WITHIN_EPS = [case for case in cases.ATTACKS if not (case.smallest or isinstance(case.attack, FAB))]
 
 
 def name(value):
@@ -147,3 +150,11 @@ def test_the_scale_of_the_inputs_does_not_matter(scale):
     for attack in (DDN(steps=30), FMN(steps=40), DeepFool()):
         found = L2().distance(attack(model, batch, ThreatModel(L2()), rng=Draws(0)), batch.x)
         assert (found <= 1.05 * exact).all(), attack
+
+
+@pytest.mark.parametrize("case", WITHIN_EPS, ids=repr)
+def test_what_looks_for_no_smallest_change_says_so_where_there_is_no_eps(case):
+    model, batch, _ = problem(case)
+    threat = ThreatModel(case.norm(torch.inf), access=case.attack.needs, queries=50)
+    with pytest.raises(UsageError, match="has no eps"):
+        run(case, model, batch, threat)

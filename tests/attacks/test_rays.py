@@ -3,9 +3,11 @@
 import torch
 
 from holdfast.attacks import RayS
+from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.meter import Metered
+from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.testing.fakes import examples, labelled, network
 from holdfast.testing.linear import linear_problem
@@ -52,6 +54,18 @@ def test_an_example_leaves_once_it_is_broken_inside_eps():
     RayS(queries=500)(metered, batch, wide, rng=RNG)
     assert (metered.spent.first_success > 0).all()
     assert torch.equal(metered.spent.queries, metered.spent.first_success)
+
+
+def test_signs_are_drawn_anew_where_no_block_breaks_the_model():
+    weights = torch.tensor([1.0, -1.0] * 6)
+    model = Classifier(
+        lambda x: (x - 0.5) @ torch.stack((weights, 0 * weights), 1) + torch.tensor([1.5, 0.0])
+    )
+    batch = Batch(torch.full((5, 12), 0.5), torch.zeros(5, dtype=torch.int64), torch.arange(5))
+    x_adv = RayS(queries=400)(Metered(model, batch, FREE), batch, FREE, rng=RNG)
+    assert (model(x_adv).argmax(1) == 1).all()
+    some = batch.take(torch.tensor([3, 1]))
+    assert torch.equal(RayS(queries=400)(Metered(model, some, FREE), some, FREE, rng=RNG), x_adv[[3, 1]])
 
 
 def test_a_search_that_ends_early_moves_on_sooner():

@@ -36,6 +36,15 @@ def words(server, *more, path="/v2/models/small", queries=60):
 BLACK_BOX = ("--suite", "black-box", "--no-doubts", "-q")
 
 
+def test_what_a_server_says_gives_the_terminal_no_orders(capsys):
+    with Server(["orders"]) as server:
+        template = ("--http-request", '{"instances": $x}', "--http-response", "predictions")
+        assert run(words(server, *BLACK_BOX, *template, path="/predict")) == 3
+    said = capsys.readouterr().err
+    assert "has no 'predictions', but the keys \ufffd]0;owned\ufffdlong" in said
+    assert len(said) < 300
+
+
 def rows(path):
     return list(csv.DictReader(Path(path).read_text().splitlines()))
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from holdfast.attacks import Boundary
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import Linf
+from holdfast.core.constraints import L2, Linf
+from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent, UsageError
 from holdfast.core.meter import Metered, margin
 from holdfast.core.model import Bounds, Classifier
@@ -108,6 +110,21 @@ def test_what_the_access_does_not_allow_is_hidden(access):
     assert logits.requires_grad == (access == "gradients")
     expected = torch.tensor([[1.0, 0.0]] * 4) if access == "labels" else X
     assert torch.equal(logits.detach(), expected)
+
+
+def test_no_label_is_made_of_nan():
+    class Lost(Identity):
+        def __call__(self, x, ids=None):
+            return x.masked_fill(x[:, :1] < 0.5, torch.nan)
+
+    batch = Batch(X, torch.zeros(4).long(), IDS)
+    threat = ThreatModel(L2(0.8), access="labels")
+    meter = Metered(Lost(), batch, threat)
+    logits = meter(torch.cat((X[:3], X[3:] - 0.4)))
+    assert logits[:3].tolist() == [[1.0, 0.0]] * 3 and logits[3].isnan().all()
+    assert meter.spent.first_success.tolist() == [0, 0, 0, 1]
+    x_adv = Boundary(queries=50)(Metered(Lost(), batch, threat), batch, threat, rng=Draws(0))
+    assert not (margin(Lost()(x_adv), batch) > 0).any()
 
 
 def test_a_gradient_is_booked_on_the_rows_it_was_taken_for():

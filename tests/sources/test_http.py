@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from holdfast.core.errors import TargetError, TargetLost, UsageError
-from holdfast.sources.asking import LONGEST_WAIT_S
+from holdfast.sources.asking import LONGEST_WAIT_S, Client
 from holdfast.sources.models import open_model
 from holdfast.sources.remote import Remote, allowed_address, header_variable
 from servers import CLASSES, FEATURES, Server, examples, network
@@ -206,6 +206,14 @@ def test_answers_that_do_not_fit_the_rows_are_refused(trouble, said):
         assert waits == []
 
 
+def test_a_refusal_before_the_end_of_a_large_request_is_heard():
+    with Server(["refuse_unread"]) as server:
+        remote = Remote(hosts=("127.0.0.1",), retries=0)
+        client = Client(allowed_address(server.url(), remote.hosts), remote)
+        with pytest.raises(TargetError, match="413 .*--http-max-rows"):
+            client.ask("/predict", b"1" * 10**7)
+
+
 def test_a_server_that_is_not_there_is_said_at_once(server):
     server.stop()
     waits = []
@@ -218,6 +226,15 @@ def test_an_answer_that_drips_is_cut_off(server):
     clock = iter(range(0, 10_000, 3))
     with pytest.raises(TargetLost, match="no answer within 2 s"):
         opened(server, now=lambda: next(clock), retries=0)
+
+
+@pytest.mark.parametrize("trouble", ["patience", "trailers"])
+def test_an_answer_that_never_ends_around_its_body_is_cut_off(trouble):
+    clock = iter(range(10_000))
+    with Server([trouble]) as server:
+        found, _ = opened(server, "/predict", **TEMPLATE, timeout_s=20.0, now=lambda: next(clock), retries=0)
+        with pytest.raises(TargetLost, match="no answer within 20 s"):
+            asked(found)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +250,16 @@ def test_hosts_that_are_allowed(address, hosts):
     assert allowed_address(address, hosts).path == "/x"
 
 
+@pytest.mark.parametrize("address", ["http://[::1]/x", "http://[::1:1]/x"])
+def test_an_ipv6_address_is_no_port(address, monkeypatch):
+    asked = []
+    monkeypatch.setattr("socket.create_connection", lambda where, *_: asked.append(where) or 1 / 0)
+    parts = allowed_address(address, (address[7:-2],))
+    with pytest.raises(ZeroDivisionError):
+        Client(parts, Remote(retries=0)).ask("/x")
+    assert asked == [(parts.hostname, 80)]
+
+
 @pytest.mark.parametrize(
     "address, hosts, said",
     [
@@ -240,6 +267,8 @@ def test_hosts_that_are_allowed(address, hosts):
         ("http://host:81/x", ("host:80",), "only host:80 is allowed"),
         ("http://host.evil/x", ("host", "evil"), "only host, evil are allowed"),
         ("http://host:x/", ("host",), "no URL"),
+        ("http://a..b/x", ("a..b",), "no URL"),
+        (f"http://{'a' * 64}/x", ("a" * 64,), "no URL"),
         ("ftp://host/x", ("host",), "no address of a server"),
         ("http:///x", ("host",), "no address of a server"),
         ("http://host/a b", ("host",), "no address of a server"),
@@ -288,6 +317,17 @@ def test_a_header_is_sent_from_the_environment_and_never_repeated(monkeypatch):
         monkeypatch.setenv("HOLDFAST_TEST_TOKEN", "one\r\nX: two")
         with pytest.raises(UsageError, match="plain ASCII"):
             opened(server, headers=(header,))
+
+
+@pytest.mark.parametrize("trouble", ["repeats", "repeats_quoted", "repeats_at_the_end", "repeats_at_once"])
+def test_a_header_is_repeated_in_no_message(trouble, monkeypatch):
+    monkeypatch.setenv("HOLDFAST_TEST_TOKEN", 'Bearer hun"ter/2/hunter2')
+    with Server([trouble]) as server:
+        headers = ("Authorization: env:HOLDFAST_TEST_TOKEN",)
+        found, _ = opened(server, "/predict", request='{"instances": $x}', headers=headers, retries=0)
+        with pytest.raises(TargetLost, match="…") as refused:
+            asked(found)
+    assert "hun" not in str(refused.value)
 
 
 def test_nothing_is_sent_that_was_not_given(server):

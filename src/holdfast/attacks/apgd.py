@@ -19,6 +19,7 @@ from holdfast.core.types import Access, Count, Fraction, Inputs, Labels, PerExam
 from holdfast.ops.apgd import Climb
 from holdfast.ops.best import Best
 from holdfast.ops.losses import Loss, aims, cross_entropy
+from holdfast.ops.norms import expect_eps
 from holdfast.ops.starts import surface
 
 # before the stage at eps itself: radius in multiples of eps, share of the steps
@@ -49,6 +50,7 @@ class APGD:
     needs: ClassVar[Access] = "gradients"
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        constraint = expect_eps(threat.constraint, self)
         best = Best(batch)
         for rank, aim in enumerate(aims(model, batch, self.targets)):
             for restart in range(self.restarts):
@@ -56,9 +58,7 @@ class APGD:
                 if not len(rows):
                     return best.x
                 left, aimed = batch.take(rows), None if aim is None else aim[rows]
-                found = self._run(
-                    model, left, aimed, threat.constraint, rng.at("target", rank, "restart", restart)
-                )
+                found = self._run(model, left, aimed, constraint, rng.at("target", rank, "restart", restart))
                 best.offer(left, *found)
         return best.x
 

@@ -20,7 +20,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Rows, Steps
 from holdfast.ops.best import Best
 from holdfast.ops.estimates import gaussian, look
-from holdfast.ops.norms import expect_norm, length
+from holdfast.ops.norms import expect_eps, expect_norm, length
 from holdfast.ops.squares import as_image
 
 _JUDGED = 10  # steps from one look at the point itself to the next
@@ -46,7 +46,7 @@ class Bandits:
     needs: ClassVar[Access] = "scores"
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        norm, best = expect_norm(threat.constraint, self, Linf, L2), Best(batch)
+        norm, best = expect_norm(expect_eps(threat.constraint, self), self, Linf, L2), Best(batch)
         if len(batch):
             with torch.no_grad():
                 self._climb(model, batch, norm, best, min(self.queries, threat.queries or self.queries), rng)

@@ -14,6 +14,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Steps
 from holdfast.ops.ascent import ascend
 from holdfast.ops.losses import Loss, cross_entropy
+from holdfast.ops.norms import expect_eps
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class BIM:
     needs: ClassVar[Access] = "gradients"
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        constraint = threat.constraint
+        constraint = expect_eps(threat.constraint, self)
         step_size = self.reach * constraint.eps / self.steps
         x_adv, _ = ascend(model, batch, batch.x, self.loss, constraint, steps=self.steps, step_size=step_size)
         return x_adv

@@ -14,6 +14,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs
 from holdfast.ops.ascent import ascend
 from holdfast.ops.losses import Loss, cross_entropy
+from holdfast.ops.norms import expect_eps
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,6 @@ class FGSM:
     needs: ClassVar[Access] = "gradients"
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        constraint = threat.constraint
+        constraint = expect_eps(threat.constraint, self)
         x_adv, _ = ascend(model, batch, batch.x, self.loss, constraint, steps=1, step_size=constraint.eps)
         return x_adv

@@ -14,6 +14,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.ascent import ascend
 from holdfast.ops.losses import Loss, cross_entropy
+from holdfast.ops.norms import expect_eps
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class MomentumPGD:
     needs: ClassVar[Access] = "gradients"
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        constraint = threat.constraint
+        constraint = expect_eps(threat.constraint, self)
         x_adv, _ = ascend(
             model,
             batch,

@@ -17,6 +17,7 @@ from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Positive, Rows, Steps
 from holdfast.ops.estimates import climb, gaussian
+from holdfast.ops.norms import expect_eps
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class NES:
             return climb(
                 model,
                 batch,
-                threat.constraint,
+                expect_eps(threat.constraint, self),
                 gaussian,
                 _Momentum(self.momentum),
                 queries=min(self.queries, threat.queries or self.queries),

@@ -17,6 +17,7 @@ from holdfast.core.types import Access, Inputs, Positive, Restarts, Steps
 from holdfast.ops.ascent import Schedule, ascend, cosine
 from holdfast.ops.best import Best
 from holdfast.ops.losses import Loss, margin_loss
+from holdfast.ops.norms import expect_eps
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class PGD:
     needs: ClassVar[Access] = "gradients"
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        constraint, best = threat.constraint, Best(batch)
+        constraint, best = expect_eps(threat.constraint, self), Best(batch)
         for restart in range(self.restarts):
             left = batch.take(best.standing)
             if not len(left):

@@ -1,7 +1,8 @@
 """RayS: the ray of signs along which the boundary is nearest, from labels alone.
 
 Chen & Gu, "RayS: a ray searching method for hard-label adversarial attack", KDD 2020, arXiv:2006.12792.
-Differs from the paper: while nothing is broken rays are tried at the corners of the box; the search along a ray gallops
+Differs from the paper: while nothing is broken rays are tried at the corners of the box, and after blocks of a
+sixteenth their signs are drawn anew; the search along a ray gallops
 down from the radius known, for most flips gain little, and ends at a share of it; after single features the blocks
 begin anew with the whole input; and an example leaves once it is broken inside a finite eps.
 """
@@ -20,7 +21,11 @@ from holdfast.core.rows import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Mask, Positive, Rows, Steps
 from holdfast.ops.closest import Closest, firmly_broken
+from holdfast.ops.directions import waves
 from holdfast.ops.norms import expect_norm
+
+_COARSE = 16  # blocks that are flipped at most while nothing is broken: finer ones give much the same corner
+_SLOW = 0.15  # share of an image's frequencies that every other of the fresh signs are made of
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class RayS:
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm, closest = expect_norm(threat.constraint, self, Linf), Closest(batch)
-        left, rays, x = batch, _Rays(batch, model.bounds, self.precision), batch.x
+        left, rays, x = batch, _Rays(batch, model.bounds, self.precision, rng), batch.x
         with torch.no_grad():
             for query in range(min(self.queries, threat.queries or self.queries)):
                 if not len(left):
@@ -56,8 +61,9 @@ class RayS:
 class _Rays:
     """The best ray of each example, and the one on trial: where it breaks the model, and up to where it does not."""
 
-    def __init__(self, batch: Batch, bounds: Bounds, precision: float) -> None:
+    def __init__(self, batch: Batch, bounds: Bounds, precision: float, rng: Draws) -> None:
         self._bounds, self._precision = bounds, precision
+        self._rng, self._ids, self._shape, self._anew = rng, batch.ids, batch.x.shape[1:], 0
         self._best = torch.ones_like(batch.x).flatten(1)
         self._radius = torch.full_like(batch.x.flatten(1)[:, 0], torch.inf)
         self._trial = self._best.clone()
@@ -94,9 +100,11 @@ class _Rays:
         features = self._best.shape[1]
         blocks, block = self._blocks[rows], self._block[rows] + 1
         size = -(-features // blocks)
-        finer = block * size >= features
-        blocks = torch.where(finer, torch.where(blocks < features, 2 * blocks, 1), blocks)
+        finer, unknown = block * size >= features, self._radius[rows] == torch.inf
+        finest = finer & (blocks >= torch.where(unknown, min(_COARSE, features), features))
+        blocks = torch.where(finest, 1, torch.where(finer, 2 * blocks, blocks))
         block = torch.where(finer, 0, block)
+        self._draw(rows[finest & unknown])
         self._blocks[rows], self._block[rows] = blocks, block
         place = torch.arange(features, device=rows.device) // (-(-features // blocks))[:, None]
         self._trial[rows] = torch.where(place == block[:, None], -self._best[rows], self._best[rows])
@@ -104,3 +112,12 @@ class _Rays:
         self._probe[rows] = torch.where(known < torch.inf, known, width)
         self._stride[rows] = torch.where(known < torch.inf, self._precision * known, width / 2)
         self._low[rows], self._high[rows] = 0.0, torch.inf
+
+    def _draw(self, rows: Rows) -> None:
+        """Fresh signs for the examples that nothing has broken, which are all at the same ray: slow waves on images."""
+        if len(rows):
+            self._anew += 1
+            slow = waves(
+                self._rng.at("anew", self._anew), self._ids[rows], 1, self._shape, _SLOW, self._best.dtype
+            )
+            self._best[rows] = torch.where(slow >= 0, 1.0, -1.0).to(slow).flatten(1)

@@ -22,7 +22,7 @@ from holdfast.ops.ascent import ascend, cosine
 from holdfast.ops.best import Best
 from holdfast.ops.losses import margin_loss
 from holdfast.ops.nearest import nearest
-from holdfast.ops.norms import expect_norm
+from holdfast.ops.norms import expect_eps, expect_norm
 from holdfast.ops.squares import proposals_for, search, share
 
 _FROM_BEST = 0.6  # a run from a point that is good already goes on with this share of the path length
@@ -54,7 +54,7 @@ class Relay:
     needs: ClassVar[Access] = "gradients"
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        constraint, best = threat.constraint, Best(batch)
+        constraint, best = expect_eps(threat.constraint, self), Best(batch)
         for restart in range(self.restarts):
             left = batch.take(best.standing)
             start = constraint.sample(left, model.bounds, rng.at("restart", restart))

@@ -21,7 +21,7 @@ from holdfast.core.types import Access, Inputs, Mask, Positive, Steps
 from holdfast.ops.best import Best
 from holdfast.ops.cosines import cosines
 from holdfast.ops.losses import margin
-from holdfast.ops.norms import expect_norm
+from holdfast.ops.norms import expect_eps, expect_norm
 from holdfast.ops.squares import as_image
 
 _SKIPS = 8  # directions passed over for one query, where neither sign moves the point
@@ -44,7 +44,7 @@ class SimBA:
     needs: ClassVar[Access] = "scores"
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        norm, best = expect_norm(threat.constraint, self, Linf, L2), Best(batch)
+        norm, best = expect_norm(expect_eps(threat.constraint, self), self, Linf, L2), Best(batch)
         queries = min(self.queries, threat.queries or self.queries)
         left, walk = batch, _Walk(batch, norm, self, model.bounds, queries, rng)
         height, x = torch.full_like(best.margin, torch.inf), batch.x

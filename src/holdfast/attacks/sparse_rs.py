@@ -21,7 +21,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Mask, Steps
 from holdfast.ops.best import Best
 from holdfast.ops.losses import margin
-from holdfast.ops.norms import expect_norm
+from holdfast.ops.norms import expect_eps, expect_norm
 from holdfast.ops.sampling import distinct
 
 _BLOCK = 64  # steps that are drawn together, so that few examples cost few operations
@@ -41,7 +41,7 @@ class SparseRS:
     needs: ClassVar[Access] = "scores"
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        norm, best = expect_norm(threat.constraint, self, L0), Best(batch)
+        norm, best = expect_norm(expect_eps(threat.constraint, self), self, L0), Best(batch)
         assert isinstance(norm, L0)
         if len(batch) and norm.eps >= 1:
             with torch.no_grad():

@@ -17,6 +17,7 @@ from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Rows, Steps
 from holdfast.ops.estimates import climb, rademacher
+from holdfast.ops.norms import expect_eps
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class SPSA:
             return climb(
                 model,
                 batch,
-                threat.constraint,
+                expect_eps(threat.constraint, self),
                 rademacher,
                 _Adam(),
                 queries=min(self.queries, threat.queries or self.queries),

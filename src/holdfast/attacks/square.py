@@ -17,7 +17,7 @@ from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Steps
 from holdfast.ops.best import Best
-from holdfast.ops.norms import expect_norm
+from holdfast.ops.norms import expect_eps, expect_norm
 from holdfast.ops.squares import proposals_for, search, share
 
 
@@ -35,7 +35,7 @@ class Square:
     needs: ClassVar[Access] = "scores"
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        norm = expect_norm(threat.constraint, self, Linf, L2, L1)
+        norm = expect_norm(expect_eps(threat.constraint, self), self, Linf, L2, L1)
         assert isinstance(norm, (Linf, L2, L1))
         best, queries = Best(batch), min(self.queries, threat.queries or self.queries)
         if len(batch):

@@ -13,6 +13,7 @@ from holdfast import __version__
 from holdfast.cli.lasting import outlive_readers
 from holdfast.cli.once import Group
 from holdfast.core.errors import HoldfastError, Interrupted, UsageError
+from holdfast.core.names import printable
 from holdfast.runs.signals import Stopped, Stopper
 
 _COMMANDS = {
@@ -134,5 +135,6 @@ def _plain(error: click.ClickException) -> str:
 def _said(message: str, code: int, *, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    click.echo(f"holdfast: {message}", err=True)
+    said = "\n".join(printable(line) for line in message.splitlines())  # servers and files may have worded it
+    click.echo(f"holdfast: {said}", err=True)
     return code

@@ -17,11 +17,11 @@ from holdfast.config.settings import AssessSettings, canonical
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
+from holdfast.core.names import printable
 from holdfast.reports.exhibits import exhibit_table, exhibits_to_json
 from holdfast.reports.markdown import document
 from holdfast.reports.notes import spoken
 from holdfast.reports.terminal import tables, verdict
-from holdfast.reports.words import printable
 from holdfast.reports.write import EXHIBIT_SUFFIXES, check, write_exhibits
 from holdfast.runs.index import new_folder
 from holdfast.runs.order import Progress, Step, silent

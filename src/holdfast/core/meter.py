@@ -48,7 +48,8 @@ class Metered:
 
     A call books one query on each row's id and raises `BudgetSpent` before the model is asked if any of them has none
     left; the first success of each example is kept, without an eps the closest, so that an attack cut short loses
-    nothing. Under "labels" the logits are one-hot; under "labels" and "scores" no gradient passes.
+    nothing. Under "labels" the logits are one-hot, or NaN where the model's are; under both "labels" and "scores" no
+    gradient passes.
     """
 
     def __init__(self, model: Model, batch: Batch, threat: ThreatModel) -> None:
@@ -105,7 +106,10 @@ class Metered:
                 logits = self._model(x, ids)
         self._watch(x.detach(), logits.detach(), rows, wanted)
         if self._threat.access == "labels":
-            return torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).to(logits.dtype)
+            labels = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).to(logits.dtype)
+            return labels.masked_fill(
+                logits.isnan().any(1, keepdim=True), torch.nan
+            )  # no label: that is broken
         return logits
 
     def _watch_gradient(self, x: Inputs, logits: Logits, rows: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""How attacks and threats are written: without torch, for those that must answer before it is imported."""
+"""How attacks, threats and the words of others are written: without torch, for what must answer before it is there."""
 
 import re
 from collections.abc import Mapping
@@ -24,3 +24,9 @@ def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
         words[:2] = [f"{limits['height']}x{limits['width']}"]
         words = [word for word in words if word not in ("at=anywhere", "jitter=0")]
     return f"{kind}:{','.join(words)}"
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which terminals would obey and XML refuses; line breaks become spaces."""
+    spaced = re.sub(r"\s+", " ", text)
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in spaced)

@@ -115,6 +115,15 @@ def _either(name: str, first: Columns, wave: Columns, ran: Mask) -> Tensor:
     return torch.cat((first[name], wave[name]))
 
 
+def most_left(held: int, waves: int) -> float:
+    """The largest share of the others that would fall, where `held` all held in one of so many `waves`.
+
+    With 95 % confidence: each wave may be the one that holds by luck, so each has its part of the other 5 %.
+    """
+    most: float = 1 - ((1 - _CONFIDENCE) / waves) ** (1 / held)
+    return most
+
+
 def remark(attack: str, waves: Sequence[Columns], standing: int) -> tuple[str, ...]:
     """What must be said of an attack that stopped before it came to all that stood: at what risk."""
     if len(waves) == 1:
@@ -123,7 +132,7 @@ def remark(attack: str, waves: Sequence[Columns], standing: int) -> tuple[str, .
     left, last = standing - sum(ran), max(k for k, n in enumerate(ran) if n) if any(ran) else 0
     if left <= 0 or not any(ran) or waves[last]["success"].any():
         return ()
-    most = 1 - (1 - _CONFIDENCE) ** (1 / ran[last])
+    most = most_left(ran[last], len(waves))
     said = (
         f"{attack} was run on {sum(ran):,} of the {standing:,} that stood, lowest margins first. The last "
         f"{ran[last]:,} of them all held, so with 95 % confidence it would break at most {most:.1%} of the other "

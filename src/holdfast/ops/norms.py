@@ -23,6 +23,17 @@ def expect_norm(constraint: Constraint, attack: object, *kinds: type[Norm]) -> N
     )
 
 
+def expect_eps(constraint: Constraint, attack: object) -> Constraint:
+    """The constraint, if it has an eps; `UsageError` otherwise, for an attack that looks for no smallest change."""
+    if constraint.eps < torch.inf:
+        return constraint
+    norm = type(constraint).__name__.lower()
+    raise UsageError(
+        f"{type(attack).__name__} looks for any change within eps, and the threat model {norm} has no eps. "
+        f"Give one, or leave the attack out with --skip"
+    )
+
+
 def farthest(norm: Norm, x: Inputs, bounds: Bounds) -> PerExample:
     """Distance from each input to the corner of the box that is farthest from it."""
     low, high = bounds.like(x)

@@ -7,6 +7,7 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from holdfast.core.names import printable
 from holdfast.reports import attacks, charts, notes, numbers, words
 from holdfast.reports.terminal import FIRST
 
@@ -132,7 +133,7 @@ def _environment() -> "Environment":
 
 def _shown(value: Any) -> Any:
     """Strings of users without control characters and marks that turn the direction of writing; ours as they are."""
-    return words.printable(value) if type(value) is str else value
+    return printable(value) if type(value) is str else value
 
 
 def _picture(address: str) -> str:

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree as ET
 
+from holdfast.core.names import printable
 from holdfast.reports.numbers import number
-from holdfast.reports.words import interval, printable, shown
+from holdfast.reports.words import interval, shown
 
 
 def document(summary: Mapping[str, Any]) -> str:

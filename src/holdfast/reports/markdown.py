@@ -4,10 +4,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from holdfast.core.names import printable
 from holdfast.reports import transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, row
 from holdfast.reports.numbers import count
-from holdfast.reports.words import VERDICTS, interval, label, printable, shown
+from holdfast.reports.words import VERDICTS, interval, label, shown
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$@&#])")
 

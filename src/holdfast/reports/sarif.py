@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from holdfast.core.names import printable
 from holdfast.reports.concerns import CONCERNS
-from holdfast.reports.words import interval, printable, shown
+from holdfast.reports.words import interval, shown
 
 Json = dict[str, Any]
 

@@ -4,10 +4,11 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from holdfast.core.names import printable
 from holdfast.reports import transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, row, title
 from holdfast.reports.numbers import count, percent
-from holdfast.reports.words import VERDICTS, asked, interval, label, printable, shown
+from holdfast.reports.words import VERDICTS, asked, interval, label, shown
 
 if TYPE_CHECKING:
     from rich.table import Table

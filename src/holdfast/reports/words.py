@@ -77,12 +77,6 @@ def interval(metric: str, estimate: Mapping[str, Any]) -> str:
     return f"{low.removesuffix(' %')}–{high}" if high.endswith(" %") else f"{low} to {high}"
 
 
-def printable(text: str) -> str:
-    """The text without control characters, which terminals would obey and XML refuses; line breaks become spaces."""
-    spaced = re.sub(r"\s+", " ", text)
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in spaced)
-
-
 def amount(n: int, noun: str) -> str:
     """`1,000 images`, `1 image`."""
     return f"{count(n)} {noun.removesuffix('s') if n == 1 else noun}"

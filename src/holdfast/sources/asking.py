@@ -3,19 +3,25 @@
 import json
 import os
 import re
-import socket
 import ssl
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from typing import Any
+from io import BufferedReader, RawIOBase
+from socket import SocketIO, gaierror, socket
+from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult
 
 from holdfast.core.errors import TargetError, TargetLost, UsageError
-from holdfast.sources.remote import Remote, header_variable
+from holdfast.sources.remote import SCHEMES, Remote, header_variable
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 LONGEST_WAIT_S = 60.0
 """A target that asks to be left alone for longer ends the run, which resumes later."""
@@ -23,7 +29,7 @@ _FIRST_WAIT_S, _LAST_WAIT_S = 0.5, 30.0
 _MOST_BYTES = 1 << 28
 """Far more than the scores of a thousand rows for each of ten thousand classes."""
 _CHUNK = 1 << 16
-_NOBODY = (ConnectionRefusedError, socket.gaierror, ssl.SSLError)
+_NOBODY = (ConnectionRefusedError, gaierror, ssl.SSLError)
 """What says at the first request that no such server is there."""
 _PASSING = frozenset({408, 425, 429})
 _OF_THE_INPUT = frozenset({400, 413, 415, 422})
@@ -41,6 +47,25 @@ class _InPassing(Exception):
     """how long the target asks to be left alone"""
     at_once: bool = False
     """the connection had been idle and was closed meanwhile, as servers do"""
+
+
+class _Within(RawIOBase):
+    """What a socket receives until it is `late`, however little comes at a time."""
+
+    def __init__(self, raw: SocketIO, late: Callable[[], bool]) -> None:
+        self._raw, self._late = raw, late
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer") -> int | None:
+        if self._late():
+            raise TimeoutError
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 class Client:
@@ -99,7 +124,10 @@ class Client:
             headers = {"Accept": "application/json", "Accept-Encoding": "identity", **self._headers}
             if body is not None:
                 headers["Content-Type"] = "application/json"
-            connection.request("GET" if body is None else "POST", path, body, headers)
+            with suppress(
+                BrokenPipeError
+            ):  # who refuses a large body answers before the end of it, and hangs up
+                connection.request("GET" if body is None else "POST", path, body, headers)
             answer = connection.getresponse()
             self._met = began = True
             content = self._content(answer)
@@ -117,7 +145,9 @@ class Client:
                 way_out = "check the address, and that the server runs"
                 raise TargetLost(f"{self._where} cannot be reached ({_said(error)}); {way_out}") from error
             idle = kept is not None and not began
-            raise _InPassing("the connection failed", f" ({_said(error)})", at_once=idle) from error
+            raise _InPassing(
+                "the connection failed", f" ({self._clean(_said(error))})", at_once=idle
+            ) from error
         finally:
             if whole:
                 self._connection = connection
@@ -128,11 +158,23 @@ class Client:
     def _connected(self) -> HTTPConnection:
         kind = HTTPSConnection if self._parts.scheme == "https" else HTTPConnection
         assert self._parts.hostname is not None
-        return kind(self._parts.hostname, self._parts.port, timeout=self._remote.timeout_s)
+        # given no port, `kind` takes what follows the last colon of an IPv6 address for one
+        port = self._parts.port or SCHEMES[self._parts.scheme]
+        connection = kind(self._parts.hostname, port, timeout=self._remote.timeout_s)
+        connection.response_class = self._answer  # type: ignore[assignment]
+        return connection
+
+    def _answer(self, sock: socket, method: str | None) -> HTTPResponse:
+        """An answer whose head, body and all between must have come within the time that one answer has."""
+        answer, deadline = HTTPResponse(sock, method=method), self._remote.now() + self._remote.timeout_s
+        answer.fp.close()
+        raw = _Within(sock.makefile("rb", buffering=0), lambda: self._remote.now() > deadline)
+        answer.fp = BufferedReader(raw)
+        return answer
 
     def _content(self, answer: HTTPResponse) -> bytes:
-        """The whole body, unless it takes too long or is too much."""
-        deadline, pieces, size = self._remote.now() + self._remote.timeout_s, [], 0
+        """The whole body, unless it is too much."""
+        pieces, size = [], 0
         while piece := answer.read1(_CHUNK):
             pieces.append(piece)
             size += len(piece)
@@ -140,8 +182,6 @@ class Client:
                 raise TargetLost(
                     f"{self._where} answers with more than {_MOST_BYTES >> 20} MiB; scores were expected"
                 )
-            if self._remote.now() > deadline:
-                raise TimeoutError
         if answer.length:
             raise ConnectionError(f"cut off {answer.length} bytes before its end")
         return b"".join(pieces)
@@ -178,12 +218,21 @@ class Client:
 
     def _clean(self, text: str) -> str:
         """A line of a text, without the secrets that it may repeat."""
-        for value in self._headers.values():
-            for secret in (value, *value.split()):
-                text = text.replace(secret, "…") if len(secret) > 3 else text
-        return " ".join(text.split())[:200]
+        return " ".join(self.masked(text).split())[:200]
+
+    def masked(self, text: str) -> str:
+        """A text without the secrets that it may repeat, plain or as JSON writes them, or cut after a few letters."""
+        written = [form for value in self._headers.values() for form in _forms(value)]
+        begins = re.compile("|".join(re.escape(form[:_LETTERS]) for form in written))
+        pieces, start = [], 0
+        while written and (found := begins.search(text, start)):
+            at = found.start()
+            pieces += [text[start:at], "…"]
+            start = at + max(_shared(text[at:], form) for form in written)
+        return "".join((*pieces, text[start:]))
 
 
+_LETTERS = 4  # shorter ones are no secrets, and stand in many words
 _KEY = "it may want a key: --header 'Authorization: env:VARIABLE'"
 
 
@@ -198,6 +247,19 @@ def _value(name: str, variable: str) -> str:
             f"{variable} holds characters that no header may; header {name} takes plain ASCII on one line"
         )
     return value
+
+
+def _forms(value: str) -> list[str]:
+    """How a text may repeat a header's value or a word of it: plain, or as one JSON or another writes it."""
+    secrets = [secret for secret in (value, *value.split()) if len(secret) >= _LETTERS]
+    quoted = [json.dumps(secret)[1:-1] for secret in secrets]
+    return [*secrets, *quoted, *(each.replace("/", r"\/") for each in quoted)]
+
+
+def _shared(text: str, other: str) -> int:
+    """How many letters two texts begin with alike."""
+    differ = (k for k, (one, two) in enumerate(zip(text, other, strict=False)) if one != two)
+    return next(differ, min(len(text), len(other)))
 
 
 def _said(error: BaseException) -> str:

@@ -63,7 +63,11 @@ class Served:
         return (f"{said}: queries count what the attacks asked, each once",)
 
     def _part(self, x: Tensor) -> Tensor:
-        values = self._form.found(self._client.ask(self._path, self._form.body(x)))
+        answer = self._client.ask(self._path, self._form.body(x))
+        try:
+            values = self._form.found(answer)
+        except TargetLost as error:
+            raise TargetLost(self._client.masked(str(error))) from None
         if len(values.shape) == 0 or len(values) != len(x):
             shape = f"shape {values.shape}" if values.shape else "one number"
             raise TargetError(f"the answer to {len(x)} rows has {shape}; one entry for each row was expected")

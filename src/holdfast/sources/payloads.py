@@ -117,7 +117,7 @@ def _step(found: Any, path: list[str]) -> Any:
     if isinstance(found, Mapping) and key in found:
         return _step(found[key], rest)
     has = (
-        f"the keys {', '.join(map(str, list(found)[:8]))}"
+        f"the keys {', '.join(str(each)[:40] for each in list(found)[:8])}"
         if isinstance(found, Mapping)
         else f"a {_kind(found)}"
     )

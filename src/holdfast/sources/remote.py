@@ -65,6 +65,7 @@ def allowed_address(address: str, hosts: Iterable[str]) -> SplitResult:
     try:
         parts = urlsplit(address)
         port = parts.port or SCHEMES.get(parts.scheme)
+        (parts.hostname or "").encode("idna")  # as the connection will
     except ValueError as error:
         raise UsageError(f"{address!r} is no URL ({error}); give one such as {_EXAMPLE}") from error
     if "@" in parts.netloc:
