@@ -3,7 +3,7 @@
     python -m benchmarks.traffic_signs        # half a CPU minute; writes benchmarks/cache/traffic_signs.safetensors
 
 It is right for about 89 % of the test split, whose tracks are not those of the train split. `build` is its
-architecture, to be named as `--arch benchmarks/traffic_signs.py:build`.
+architecture, for a command line that begins with `PYTHONPATH=.`: `--arch benchmarks/traffic_signs.py:build`.
 """
 
 import argparse

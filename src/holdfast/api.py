@@ -329,7 +329,8 @@ def _fit(
     """What attacks are learned on, as an address or in hand."""
     if fit is None or isinstance(fit, str | Path):
         return ordering.opened_fit(settings, model, order.plan, in_hand=not isinstance(data, str | Path))
-    return as_data(fit, classes=model.classes, bounds=model.bounds)
+    given = as_data(fit, classes=model.classes, bounds=model.bounds)
+    return selected(given, n=None, sample=ordering.examples_to_fit(order.plan) or 1, seed=settings.seed)
 
 
 def _refuse_address_words(settings: AssessSettings) -> None:

@@ -38,6 +38,7 @@ class AdversarialPatch:
     needs: ClassVar[Access] = "gradients"
 
     def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
+        """The filling of the patch, as a batch of one."""
         patch = expect_patch(threat.constraint, self)
         low, high = (
             side.expand(batch.x[:1].shape).mean((2, 3), keepdim=True) for side in model.bounds.like(batch.x)
@@ -54,6 +55,7 @@ class AdversarialPatch:
         return filling.detach()
 
     def fitted(self, learned: Tensor) -> Pasted:
+        """The attack that pastes it into every image."""
         return Pasted(learned)
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:

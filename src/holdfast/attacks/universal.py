@@ -38,6 +38,7 @@ class Universal:
     needs: ClassVar[Access] = "gradients"
 
     def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
+        """The change, as a batch of one."""
         norm = expect_norm(threat.constraint, self, Linf, L2)
         delta, everywhere = torch.zeros_like(batch.x[:1]), Bounds(-torch.inf, torch.inf)
         for step in range(self.steps):
@@ -49,6 +50,7 @@ class Universal:
         return delta
 
     def fitted(self, learned: Tensor) -> Added:
+        """The attack that adds it to every input."""
         return Added(learned)
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:

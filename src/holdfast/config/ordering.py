@@ -200,20 +200,31 @@ def opened(settings: AssessSettings) -> tuple[Subject, Data, tuple[Subject, ...]
     return subject, opened_data(settings, subject.model), surrogates
 
 
+def examples_to_fit(plan: Plan) -> int:
+    """How many examples attacks are learned on at most; 0 where none is. Files are often in the order of classes."""
+    return max((m.attack.examples for m in plan.members if isinstance(m.attack, Learned)), default=0)
+
+
 def opened_fit(
     settings: AssessSettings, model: Classifier, plan: Plan, *, in_hand: bool = False
 ) -> Data | None:
     """The examples that attacks are learned on, where one is: those named, else the train split of the data."""
     address = settings.fit or (None if in_hand else settings.data)
-    learned = any(isinstance(member.attack, Learned) for member in plan.members)
-    if address is None or not (learned or settings.fit):
+    if address is None or not (examples_to_fit(plan) or settings.fit):
         return None
     elsewhere = settings.fit not in (None, settings.data)
     if not elsewhere and settings.split == "train":
         raise UsageError(
             f"attacks are learned on the train split of {address!r}, which is judged; name others with --fit DATA"
         )
-    wanted = partial(open_data, address, label=settings.label, drop=tuple(settings.drop))
+    wanted = partial(
+        open_data,
+        address,
+        label=settings.label,
+        drop=tuple(settings.drop),
+        sample=examples_to_fit(plan) or 1,
+        seed=settings.seed,
+    )
     try:
         return wanted(split="train", classes=model.classes, bounds=model.bounds)
     except (UsageError, TargetError) as error:

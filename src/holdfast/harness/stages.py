@@ -90,10 +90,10 @@ def run_fit(stage: Stage, plan: Plan, target: Target, batch: Batch, clean: Colum
     assert isinstance(attack, Learned)
     judged = {row.numpy().tobytes() for row in clean["digest"]}
     apart = [row.numpy().tobytes() not in judged for row in _digests(batch)]
-    rows = torch.tensor(apart, device=batch.ids.device).nonzero()[: attack.examples, 0]
-    batch = _aimed(batch.take(rows), plan.threat)
+    batch = _aimed(batch.take(torch.tensor(apart, device=batch.ids.device)), plan.threat)
     if batch.target is not None:
         batch = batch.take(batch.y != batch.target)
+    batch = batch.take(rng.at("examples").bits(batch.ids).argsort()[: attack.examples])
     if not len(batch):
         raise UsageError(
             f"there is no example to learn {stage.member.name} on that is not judged; name others with --fit DATA"
