@@ -60,6 +60,11 @@ class Transfer:
             raise UsageError(
                 "Transfer makes its examples on surrogates, and the threat model has none; name one: --surrogate MODEL"
             )
+        if threat.constraint.eps == torch.inf:
+            raise UsageError(
+                f"Transfer goes as far as eps lets it, and there is none; give one, as in linf:8/255 (the threat model is "
+                f"{threat.constraint})"
+            )
         constraint, source = threat.constraint, Ensemble(threat.surrogates, model.bounds)
         size = self.reach * constraint.eps / self.steps
         x, direction, correction = batch.x, torch.zeros_like(batch.x), torch.zeros_like(batch.x)
@@ -87,10 +92,8 @@ class Transfer:
 
     def _nearby(self, source: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> Inputs:
         """The mean gradient over random points around."""
-        total, ball = (
-            torch.zeros_like(batch.x),
-            threat.constraint.resized(self.around * threat.constraint.eps),
-        )
+        total = torch.zeros_like(batch.x)
+        ball = threat.constraint.resized(self.around * threat.constraint.eps)
         for k in range(self.neighbours):
             place = rng.at("neighbour", k)
             total += self._gradient(source, batch.at(ball.sample(batch, source.bounds, place)), place)
