@@ -62,8 +62,8 @@ class Transfer:
             )
         if threat.constraint.eps == torch.inf:
             raise UsageError(
-                f"Transfer goes as far as eps lets it, and there is none; give one, as in linf:8/255 (the threat model is "
-                f"{threat.constraint})"
+                "Transfer goes as far as eps lets it, and there is none; give one, as in linf:8/255 "
+                f"(the threat model is {threat.constraint})"
             )
         constraint, source = threat.constraint, Ensemble(threat.surrogates, model.bounds)
         size = self.reach * constraint.eps / self.steps
