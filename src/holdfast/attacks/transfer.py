@@ -18,7 +18,7 @@ import torch
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
-from holdfast.core.model import Model
+from holdfast.core.model import Bounds, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Count, Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.ascent import gradient
@@ -91,10 +91,11 @@ class Transfer:
         return total / (1 + self.halvings)
 
     def _nearby(self, source: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> Inputs:
-        """The mean gradient over random points around."""
-        total = torch.zeros_like(batch.x)
+        """The mean gradient over random points around, which may lie beyond the box, as in the paper."""
+        origin, room = batch.at(torch.zeros_like(batch.x)), Bounds(-source.bounds.width, source.bounds.width)
         ball = threat.constraint.resized(self.around * threat.constraint.eps)
+        total = torch.zeros_like(batch.x)
         for k in range(self.neighbours):
             place = rng.at("neighbour", k)
-            total += self._gradient(source, batch.at(ball.sample(batch, source.bounds, place)), place)
+            total += self._gradient(source, batch.at(batch.x + ball.sample(origin, room, place)), place)
         return total / self.neighbours
