@@ -32,6 +32,7 @@ ROWS = {
     "square": "square",
     "decisions": "decisions",
     "scores": "scores",
+    "transfer": "transfer",
     "fast-choice": "fast_choice",
     "fast": "fast",
     "trades": "trades",

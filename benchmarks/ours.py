@@ -9,7 +9,7 @@ from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.evidence import Evidence
-from holdfast.core.model import Classifier
+from holdfast.core.model import Classifier, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.harness import Member, Plan, measure, measured
 from holdfast.suites import suite
@@ -29,10 +29,10 @@ def batch(x: Tensor, y: Tensor) -> Batch:
 
 def assessed(
     net: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[Attack], norm: str, eps: float | None, *,
-    seed: int = 0, queries: int | None = None, size: int = 256,
+    seed: int = 0, queries: int | None = None, size: int = 256, surrogates: tuple[Model, ...] = (),
 ) -> Evidence:  # fmt: skip
     """The evidence of a list of attacks with the free doubts, exactly as the harness gathers it."""
-    threat = ThreatModel(constraint(norm, eps), queries=queries)
+    threat = ThreatModel(constraint(norm, eps), queries=queries, surrogates=surrogates)
     return measure(Classifier(net), [batch(x, y)], attacks, threat, seed=seed, batch_size=size)
 
 

@@ -112,6 +112,11 @@ def test_examples_of_a_like_model_turn_the_target(attack, norm):
     assert turned > (target(noise).argmax(1) != batch.y).double().mean() + 0.1
 
 
+def test_without_an_eps_it_has_nowhere_to_stop():
+    with pytest.raises(UsageError, match="eps"):
+        made(Transfer(), examples(0, n=2), [network(0)], Linf())
+
+
 def test_without_a_surrogate_it_says_how_to_name_one():
     with pytest.raises(UsageError, match="--surrogate"):
         made(Transfer(), examples(0, n=2), [])

@@ -18,7 +18,7 @@ import torch
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
-from holdfast.core.model import Model
+from holdfast.core.model import Bounds, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Count, Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.ascent import gradient
@@ -60,6 +60,11 @@ class Transfer:
             raise UsageError(
                 "Transfer makes its examples on surrogates, and the threat model has none; name one: --surrogate MODEL"
             )
+        if threat.constraint.eps == torch.inf:
+            raise UsageError(
+                "Transfer goes as far as eps lets it, and there is none; give one, as in linf:8/255 "
+                f"(the threat model is {threat.constraint})"
+            )
         constraint, source = threat.constraint, Ensemble(threat.surrogates, model.bounds)
         size = self.reach * constraint.eps / self.steps
         x, direction, correction = batch.x, torch.zeros_like(batch.x), torch.zeros_like(batch.x)
@@ -86,12 +91,11 @@ class Transfer:
         return total / (1 + self.halvings)
 
     def _nearby(self, source: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> Inputs:
-        """The mean gradient over random points around."""
-        total, ball = (
-            torch.zeros_like(batch.x),
-            threat.constraint.resized(self.around * threat.constraint.eps),
-        )
+        """The mean gradient over random points around, which may lie beyond the box, as in the paper."""
+        origin, room = batch.at(torch.zeros_like(batch.x)), Bounds(-source.bounds.width, source.bounds.width)
+        ball = threat.constraint.resized(self.around * threat.constraint.eps)
+        total = torch.zeros_like(batch.x)
         for k in range(self.neighbours):
             place = rng.at("neighbour", k)
-            total += self._gradient(source, batch.at(ball.sample(batch, source.bounds, place)), place)
+            total += self._gradient(source, batch.at(batch.x + ball.sample(origin, room, place)), place)
         return total / self.neighbours

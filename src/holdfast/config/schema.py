@@ -17,7 +17,7 @@ def schema() -> dict[str, Any]:
     content["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     content["title"] = "holdfast.yaml"
     content["$defs"] = {
-        **content.get("$defs", {}),
+        **content.pop("$defs"),
         "attack": {"oneOf": [_attack(n, c) for n, c in attack_names().items()]},
     }
     properties = content["properties"]

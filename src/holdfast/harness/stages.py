@@ -60,7 +60,7 @@ def run_stage(
     if stage.kind == "attacked":
         return in_pieces(lambda piece: _attacked(attack, threat, target, piece, rng), batch, room)
     if stage.kind == "curve" or plan.smallest:
-        threat = ThreatModel(threat.constraint.resized(torch.inf), threat.goal, threat.access, threat.queries)
+        threat = replace(threat, constraint=threat.constraint.resized(torch.inf))
     columns = unattacked(clean)
     room.progress(int((~chosen).sum()))
     if not chosen.any():
