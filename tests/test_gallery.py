@@ -70,7 +70,7 @@ def test_every_item_is_given_away_and_falls():
     for item in exhibition(n=200):
         assert set(item.doubts) - {"not-exhausted"}, item.name
         assert item.naive_robust_accuracy - item.adaptive_robust_accuracy >= 0.2, item.name
-        assert item.adaptive_robust_accuracy <= item.twin_robust_accuracy + 0.06, item.name
+        assert item.adaptive_robust_accuracy <= item.twin_robust_accuracy + 0.08, item.name
 
 
 def shown(name="bit-depth", **changes):

@@ -138,21 +138,34 @@ def ran(n=4, *, dead=False, broke=2):
 def test_a_doubt_is_answered_by_all_that_it_called_for():
     because = {"BPDA": ("zero-gradient",), "Search": ("zero-gradient",)}
     doubts = (Doubt("zero-gradient", "raised", says="no gradient"),)
-    both = answered(doubts, {"BPDA": ran(), "Search": ran(broke=3)}, because, fell=False)[0]
+    both = answered(doubts, {"BPDA": ran(), "Search": ran(broke=3)}, because, went_round=True, fell=False)[0]
     assert both.state == "answered"
     assert both.says == (
         "no gradient; answered by BPDA and Search, which broke 3 of the 4 examples that they were run on"
     )
-    assert answered(doubts, {"BPDA": ran()}, because, fell=False) == doubts
-    found_none = answered(doubts, {"BPDA": ran(dead=True), "Search": ran()}, because, fell=False)[0]
+    assert answered(doubts, {"BPDA": ran()}, because, went_round=True, fell=False) == doubts
+    found_none = answered(
+        doubts, {"BPDA": ran(dead=True), "Search": ran()}, because, went_round=True, fell=False
+    )[0]
     assert found_none.state == "raised"
     assert "found no way round it" in found_none.says
 
 
+def test_a_shattered_gradient_is_answered_round_it_or_on_average_alone():
+    doubts = (Doubt("shattered", "raised", says="ripples"),)
+    for arm, went_round, state in (
+        ("BPDA", True, "answered"),
+        ("BPDA", False, "raised"),
+        ("EOT", False, "answered"),
+    ):
+        (told,) = answered(doubts, {arm: ran()}, {arm: ("shattered",)}, went_round=went_round, fell=False)
+        assert told.state == state
+
+
 def test_a_suite_is_not_exhausted_while_a_probe_knows_better():
     doubts, because = (Doubt("not-exhausted", "raised"),), {"Search": ("not-exhausted",)}
-    assert answered(doubts, {"Search": ran()}, because, fell=True) == doubts
-    assert answered(doubts, {"Search": ran()}, because, fell=False)[0].state == "answered"
+    assert answered(doubts, {"Search": ran()}, because, went_round=True, fell=True) == doubts
+    assert answered(doubts, {"Search": ran()}, because, went_round=True, fell=False)[0].state == "answered"
 
 
 @pytest.mark.parametrize(

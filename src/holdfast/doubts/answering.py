@@ -83,26 +83,35 @@ def _random(doubt: Doubt) -> bool:
 
 
 def answered(
-    doubts: Sequence[Doubt], ran: Mapping[str, Columns], because: Mapping[str, tuple[str, ...]], *, fell: bool
+    doubts: Sequence[Doubt],
+    ran: Mapping[str, Columns],
+    because: Mapping[str, tuple[str, ...]],
+    *,
+    went_round: bool,
+    fell: bool,
 ) -> tuple[Doubt, ...]:
     """The doubts after the adaptive run, given the columns of each arm that was called and `because` of what.
 
-    A doubt is answered once every arm that it called for has run on all that stood. Not so while the gradient of the
-    arm itself is dead, and `not-exhausted` not while an example stands that a probe broke, which `fell` says.
+    A doubt is answered once every arm that it called for has run on all that stood. Not so where no way round was
+    found: while the gradient of the arm itself is dead, or is shattered and was neither averaged nor taken round a
+    stage, which `went_round` says. `not-exhausted` is not while an example stands that a probe broke: `fell`.
     """
-    return tuple(_answered(doubt, ran, because, fell=fell) for doubt in doubts)
+
+    def told(doubt: Doubt) -> Doubt:
+        called_for = [arm for arm, names in because.items() if doubt.name in names]
+        if doubt.state != "raised" or not called_for or not set(called_for) <= set(ran):
+            return doubt
+        dead = doubt.name in ("zero-gradient", "whole-box") and _dead(ran, called_for)
+        if dead or (doubt.name == "shattered" and not went_round and "EOT" not in called_for):
+            return replace(doubt, says=f"{doubt.says}; the adaptive attacks found no way round it")
+        if doubt.name == "not-exhausted" and fell:
+            return doubt
+        return _answered(doubt, ran, called_for)
+
+    return tuple(map(told, doubts))
 
 
-def _answered(
-    doubt: Doubt, ran: Mapping[str, Columns], because: Mapping[str, tuple[str, ...]], *, fell: bool
-) -> Doubt:
-    called_for = [arm for arm, names in because.items() if doubt.name in names]
-    if doubt.state != "raised" or not called_for or not set(called_for) <= set(ran):
-        return doubt
-    if doubt.name in ("zero-gradient", "whole-box") and _dead(ran, called_for):
-        return replace(doubt, says=f"{doubt.says}; the adaptive attacks found no way round it")
-    if doubt.name == "not-exhausted" and fell:
-        return doubt
+def _answered(doubt: Doubt, ran: Mapping[str, Columns], called_for: Sequence[str]) -> Doubt:
     tried = torch.stack([ran[arm]["ran"] for arm in called_for]).any(0)
     broke = torch.stack([ran[arm]["success"] for arm in called_for]).any(0)
     says = (

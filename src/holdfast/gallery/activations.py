@@ -12,7 +12,7 @@ from holdfast.gallery.training import network, trained
 
 WINNERS = 0.05
 SOFTNESS = 0.1
-SAMPLES = 0.25
+SAMPLES = 0.28
 
 
 def winners(h: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def _adapted(
     left = fallen & set(clean["id"][standing].tolist())
     return replace(
         context,
-        doubts=answered(context.doubts, ran, because, fell=bool(left)),
+        doubts=answered(context.doubts, ran, because, went_round=bool(adapted["ways"]), fell=bool(left)),
         notes=(
             *(note for note in context.notes if left or not note.startswith(OUTSIDE)),
             *adapted["missed"],
