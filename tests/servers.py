@@ -206,6 +206,12 @@ class _Handler(BaseHTTPRequestHandler):
     def not_a_number(self, body):
         self.changed(body, lambda found: np.where(found == found.max(), np.nan, found))
 
+    def too_large(self, body):
+        self.changed(body, lambda found: np.where(found == found.max(), 1e300, found))
+
+    def booleans(self, body):
+        self.changed(body, lambda found: found > 0)
+
     def changed(self, body, change):
         found = change(network(self.flat(body["inputs"][0])))
         tensor = {"name": "scores", "shape": list(found.shape), "data": found.flatten().tolist()}

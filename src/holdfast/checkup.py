@@ -15,7 +15,7 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError
-from holdfast.core.model import IN_PLACE, Classifier, fitted
+from holdfast.core.model import EVERY, IN_PLACE, Classifier, fitted
 from holdfast.ops.losses import margin_loss
 from holdfast.ops.prepare import in_training
 from holdfast.sources.arrays import Arrays
@@ -115,7 +115,7 @@ def _found(model: Classifier, batch: Batch, left_in_training: tuple[str, ...]) -
     if wrong_layout is not None:
         yield wrong_layout
         return
-    if model.batches is not None:
+    if model.batches is not None and model.batches != EVERY:
         yield Finding(
             "batches", "warning", model.batches.says, "let it take any number of rows, to be quicker"
         )

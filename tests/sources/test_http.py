@@ -190,7 +190,8 @@ def test_a_date_says_how_long_to_wait():
 
 BAD = {
     "fewer": "the answer to 24 rows has shape (23, 3)",
-    "not_a_number": "NaN, infinity or null",
+    "too_large": "an infinite score, or one too large for float32",
+    "booleans": "where numbers were expected",
     "more_classes": "has 4 scores a row, where earlier ones had 3",
 }
 
@@ -204,6 +205,15 @@ def test_answers_that_do_not_fit_the_rows_are_refused(trouble, said):
             asked(found)
         assert said in str(refused.value)
         assert waits == []
+
+
+def test_what_is_no_number_is_broken_as_of_any_other_model():
+    with Server([None, "not_a_number"]) as server:
+        found, _ = opened(server)
+        asked(found)
+        scores = asked(found)
+    assert np.isnan(scores).any()
+    assert not np.isnan(scores).all()
 
 
 def test_a_refusal_before_the_end_of_a_large_request_is_heard():

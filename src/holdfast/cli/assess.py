@@ -223,12 +223,18 @@ def _refuse_code_of_config(settings: AssessSettings, flags: dict[str, Any]) -> N
 
 
 def _refuse_hosts_of_config(settings: AssessSettings, flags: dict[str, Any]) -> None:
-    """A file that somebody else wrote sends nothing, let alone what is in the environment, to a host that it chose."""
+    """A file that somebody else wrote chooses neither a host nor what of the environment is sent to one."""
     for host in settings.allow_hosts:
         if host not in (flags.get("allow_hosts") or ()):
             raise UsageError(
                 f"the configuration allows the host {host}; a file allows none by itself: say it on the command line "
                 f"too, with --allow-host {host}"
+            )
+    for header in settings.headers:
+        if header not in (flags.get("headers") or ()):
+            raise UsageError(
+                f"the configuration sends the header {header}; a file sends nothing of the environment by itself: say "
+                f"it on the command line too, with --header '{header}'"
             )
 
 

@@ -42,7 +42,7 @@ class Corruptions:
 
     def resized(self, eps: float) -> "Corruptions":
         """The severity nearest to `eps`."""
-        return Corruptions(int(min(max(eps, 1), 5)))
+        return Corruptions(round(min(max(eps, 1), 5)))
 
     def _refusal(self) -> UsageError:
         return UsageError(

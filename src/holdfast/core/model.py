@@ -83,6 +83,9 @@ class Batches:
         return torch.cat(outputs)[: len(x)]
 
 
+EVERY = Batches(1, multiples=True)
+"""Those of a model that is known to take any number of rows, so that it is not asked which."""
+
 _TRIED = (*range(1, 13), 16, 20, 25, 32, 50, 64, 100, 128, 200, 256)
 """numbers of rows that a network is asked for before it is said to take none"""
 

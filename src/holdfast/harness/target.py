@@ -9,7 +9,7 @@ import torch
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.model import IN_PLACE, Classifier, Model, fitted, out_of_memory
+from holdfast.core.model import EVERY, IN_PLACE, Classifier, Model, fitted, out_of_memory
 from holdfast.core.through import View
 from holdfast.core.types import Inputs, Logits
 from holdfast.ops.logits import change
@@ -84,7 +84,7 @@ def _looked_at(model: Classifier, sample: Batch, left_in_training: tuple[str, ..
     once, again = _first(model, sample), _first(model, sample)
     randomised = bool((change(once, again) > _SAME).any())
     quick, notes = (model, ()) if randomised else quickened(model, sample.x)
-    filling = () if model.batches is None else (model.batches.says,)
+    filling = () if model.batches is None or model.batches == EVERY else (model.batches.says,)
     if model.rewrites:
         filling = (*filling, IN_PLACE)
     notes = (*notes, *filling, *_remarks(once, randomised=randomised))

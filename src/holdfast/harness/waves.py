@@ -1,8 +1,8 @@
 """Which examples a stage is run on, decided over all of them at once; and the waves of an attack told as one.
 
 An attack that goes in waves begins with the examples that came nearest to falling and goes on while that pays: the
-first wave is 1 / 2^waves of those that stand, each later one as many as all before it, and a wave that breaks nothing
-is the last.
+first wave is 1 / 2^waves of those that stand, each later one twice its forerunner but for the second, which is as large
+as the first, none has fewer than `LEAST`, and a wave that breaks nothing is the last.
 """
 
 import math

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 LONGEST_WAIT_S = 60.0
 """A target that asks to be left alone for longer ends the run, which resumes later."""
 _FIRST_WAIT_S, _LAST_WAIT_S = 0.5, 30.0
-_MOST_BYTES = 1 << 28
-"""Far more than the scores of a thousand rows for each of ten thousand classes."""
+_MOST_BYTES = 1 << 26
+"""The scores of some hundred rows for each of ten thousand classes, written out; a request has 64 rows unless told."""
 _CHUNK = 1 << 16
 _NOBODY = (ConnectionRefusedError, gaierror, ssl.SSLError)
 """What says at the first request that no such server is there."""

@@ -71,11 +71,9 @@ class Served:
         if len(values.shape) == 0 or len(values) != len(x):
             shape = f"shape {values.shape}" if values.shape else "one number"
             raise TargetError(f"the answer to {len(x)} rows has {shape}; one entry for each row was expected")
-        if not np.isfinite(values).all():
-            raise TargetError(
-                "the answer holds NaN, infinity or null; a finite number for each class was expected"
-            )
-        return self._one_hot(values, x) if self._labels is not None else self._scores(values, x)
+        if self._labels is not None:
+            return self._one_hot(values, x)
+        return self._scores(values, x)
 
     def _scores(self, values: Values, x: Tensor) -> Tensor:
         if values.ndim == 1 and values.dtype.kind in "iu" and self._classes is None:
@@ -93,7 +91,13 @@ class Served:
                 f"the answer has {wide.shape[1]} scores a row, where earlier ones had {self._classes}"
             )
         self._classes = wide.shape[1]
-        return torch.from_numpy(wide.astype(np.float64))
+        scores = torch.from_numpy(wide.astype(np.float64))
+        if scores.to(x.dtype).isinf().any():
+            raise TargetError(
+                f"the answer holds an infinite score, or one too large for {str(x.dtype).removeprefix('torch.')}; "
+                "a number for each class was expected"
+            )
+        return scores
 
     def _one_hot(self, values: Values, x: Tensor) -> Tensor:
         assert self._labels is not None
@@ -103,7 +107,9 @@ class Served:
                 f"the answer has shape {values.shape}; one class for each of {len(x)} rows was expected"
             )
         classes = flat[:, 0]
-        strange = (classes != classes.round()) | (classes < 0) | (classes >= self._labels)
+        strange = (
+            ~np.isfinite(classes) | (classes != classes.round()) | (classes < 0) | (classes >= self._labels)
+        )
         if strange.any():
             raise TargetError(
                 f"the answer holds the class {classes[strange][0]:g}; whole numbers from 0 to {self._labels - 1} were "

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.model import Batches, Bounds, Classifier
+from holdfast.core.model import EVERY, Batches, Bounds, Classifier
 from holdfast.core.types import Access
 from holdfast.sources.exported import open_program
 from holdfast.sources.factories import Built, build, build_from_file, names_code
@@ -265,7 +265,7 @@ def _open_http(opening: _Opening) -> OpenedModel:
 
     served = open_http(opening.address, opening.remote, opening.declared.classes)
     declared = opening.declared.filled(Declared(classes=served.classes))
-    model = declared.wrap(served.net, access=served.access, batches=served.batches)
+    model = declared.wrap(served.net, access=served.access, batches=served.batches or EVERY)
     model.hides = served.hides
     files = {opening.address: served.digest}
     return OpenedModel(model, opening.address, "http", files, served.notes, served.net.remarks)

@@ -132,6 +132,8 @@ def _numbers(found: Any) -> Values:
     """Whole numbers as they are, all others as floats; null becomes NaN."""
     try:
         values = np.asarray(found)
+        if values.dtype.kind in "bUS":  # answers such as true and "0.5" are no scores
+            raise TypeError(values.dtype)
         return values if values.dtype.kind in "iu" else values.astype(np.float64)
     except (TypeError, ValueError, OverflowError) as error:
         shown = json.dumps(found)[:80]
