@@ -1,4 +1,7 @@
-"""Turns and shifts beside Foolbox's at the same grid, and one change for all images beside ART's on the same data."""
+"""Turns and shifts beside Foolbox's at the same grid, and one change for all images beside ART's on the same data.
+
+Foolbox shifts in the frame of the turned image, the paper and we in that of the clean one: as sets the grids differ.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial
