@@ -130,13 +130,17 @@ def _quick(constraint: Constraint) -> Named:
 def _fast(constraint: Constraint) -> Named:
     if isinstance(constraint, L0):
         return (("PGD", PGD(steps=100, restarts=2)), ("SparseRS", SparseRS(queries=5000)))
+    last = (("Square", Square(queries=1000)), ("APGD-T", APGD(loss=dlr, steps=100, targets=3)))
+    if isinstance(constraint, L2):
+        return (
+            ("Sprint", SPRINT),
+            ("ALMA", ALMA(steps=60)),
+            ("FAB-T", FAB(steps=100, targets=2)),
+            ("Relay", Relay(restarts=0, targets=0, searches=3, rounds=0, queries=100)),
+            *last,
+        )
     relay = Relay() if isinstance(constraint, Linf) else Relay(searches=5, rounds=0, queries=100)
-    return (
-        ("Sprint", SPRINT),
-        ("Relay", relay),
-        ("Square", Square(queries=1000)),
-        ("APGD-T", APGD(loss=dlr, steps=100, targets=3)),
-    )
+    return (("Sprint", SPRINT), ("Relay", relay), *last)
 
 
 def _standard(constraint: Constraint) -> Named:
@@ -224,5 +228,7 @@ COMPOSED: dict[str, Callable[[Constraint], Named]] = {
 }
 """Every suite by its name."""
 
-WAVES: Mapping[str, Mapping[str, int]] = {"fast": {"Relay": 4, "Square": 5, "APGD-T": 5, "SparseRS": 4}}
+WAVES: Mapping[str, Mapping[str, int]] = {
+    "fast": {"ALMA": 4, "FAB-T": 4, "Relay": 4, "Square": 5, "APGD-T": 5, "SparseRS": 4}
+}
 """The attacks of a suite that go in waves; see `Suite.waves`."""
