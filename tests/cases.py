@@ -19,6 +19,7 @@ from holdfast.attacks import (
     Boundary,
     CarliniWagner,
     DeepFool,
+    Flow,
     GeoDA,
     GridSearch,
     HopSkipJump,
@@ -141,6 +142,11 @@ def spatial(eps):
     return Spatial(rotate=60, shift=1, scale=0.2)
 
 
+def flow(eps):
+    """Pixels out of their places."""
+    return Spatial(flow=0.7)
+
+
 def colour(eps):
     """Colours and brightness."""
     return Colour(hue=90, saturation=0.5, brightness=0.3, contrast=0.5)
@@ -153,5 +159,6 @@ LIMITED = [
     Case(TransformPGD(steps=5, restarts=3), spatial),
     Case(TransformPGD(steps=5, restarts=3), colour),
     Case(GridSearch(turns=5, values=3), spatial),
+    Case(Flow(steps=8, restarts=2), flow),
     Case(GridSearch(values=3), colour),
 ]

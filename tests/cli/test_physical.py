@@ -40,6 +40,11 @@ def assessed(*flags):
             ["TransformPGD"],
             "may turn an image by at most 30 degrees either way, and",
         ),
+        (
+            "spatial:flow=0.7",
+            ["Flow"],
+            "may bend an image, each pixel moved by at most 0.7 pixels in any direction",
+        ),
         ("colour:brightness=0.4", ["TransformPGD"], "brighter or darker by at most 0.4"),
     ],
 )
@@ -102,6 +107,11 @@ def test_a_model_seen_through_random_changes_is_one_that_draws(capsys):
         (["--threat", "patch:29x5"], "does not fit into images of 28x28"),
         (["--threat", "spatial"], "expected any of rotate, shift, scale"),
         (["--threat", "spatial:hue=3"], "expected any of rotate, shift, scale"),
+        (["--threat", "spatial:flow=1,rotate=3"], "ask for each alone, as in spatial:flow=1"),
+        (["--threat", "spatial:flow=1", "--set", "attacks=[{use: GridSearch}]"], "the threat model is spatial:flow=1"),
+        (["--threat", "spatial:flow=1", "--set", "attacks=[{use: PGD}]"], "choose Flow"),
+        (["--threat", "spatial:rotate=9", "--set", "attacks=[{use: Flow}]"], "such as spatial:flow=1.5"),
+        (["--transform", "flow=1"], "expected any of rotate, shift"),
         (["--threat", "spatial:rotate=0"], "more than 0 and at most 180"),
         (["--threat", "colour:hue=10"], "three channels"),
         (["--threat", "patch:5x5", "--curve"], "leave --curve out"),

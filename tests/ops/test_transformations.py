@@ -8,7 +8,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.transformations import Colour, Spatial
 from holdfast.ops.expectation import seen_through
-from holdfast.ops.transformations import reached, refuse_unfit, transformed
+from holdfast.ops.transformations import flowed, reached, refuse_unfit, transformed
 from holdfast.testing.fakes import examples, network
 
 BOX = Bounds()
@@ -80,6 +80,24 @@ def test_has_the_gradient_that_differences_show(constraint):
         high, low = (reached(inner, place + sign * step, constraint, BOX) for sign in (1, -1))
         slope = (high.square() - low.square()).flatten(1).sum(1) / 2e-6
         torch.testing.assert_close(grad[:, axis], slope, atol=1e-3, rtol=1e-3)
+
+
+def test_a_flow_takes_each_pixel_from_where_it_points_and_no_farther_than_the_side():
+    flow = torch.zeros(3, 2, 8, 8, dtype=X.dtype)
+    assert torch.equal(flowed(X, flow, BOX), X)
+    flow[:, 0, :, 2], flow[:, 1, :, 3], flow[:, 0, :, 7] = 2, -1, 3
+    bent = flowed(X, flow, BOX)
+    torch.testing.assert_close(bent[..., 2], X[..., 4])
+    torch.testing.assert_close(bent[:, :, 1:, 3], X[:, :, :-1, 3])
+    torch.testing.assert_close(bent[:, :, 0, 3], X[:, :, 0, 3])
+    torch.testing.assert_close(bent[..., 7], X[..., 7])
+    assert torch.equal(bent[..., 4:7], X[..., 4:7])
+
+
+def test_a_flow_has_a_gradient_where_nothing_moves_yet():
+    flow = torch.zeros(3, 2, 8, 8, dtype=X.dtype, requires_grad=True)
+    (grad,) = torch.autograd.grad(flowed(X, flow, BOX).square().sum(), flow)
+    assert (grad != 0).flatten(1).any(1).all()
 
 
 def test_is_refused_where_there_is_no_image_or_no_colour():

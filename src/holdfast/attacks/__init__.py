@@ -13,6 +13,7 @@ from holdfast.attacks.deepfool import DeepFool
 from holdfast.attacks.ead import EAD
 from holdfast.attacks.fab import FAB
 from holdfast.attacks.fgsm import FGSM
+from holdfast.attacks.flow import Flow
 from holdfast.attacks.fmn import FMN
 from holdfast.attacks.geoda import GeoDA
 from holdfast.attacks.grid_search import GridSearch
@@ -59,6 +60,7 @@ __all__ = [
     "CarliniWagner",
     "Corruption",
     "DeepFool",
+    "Flow",
     "GeoDA",
     "GridSearch",
     "HopSkipJump",

@@ -1,8 +1,8 @@
 """What flags may say, parsed without torch, so that a slip of the pen is answered at once.
 
 Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`; a threat is `linf:8/255`, `corruptions:3`,
-`patch:5x5,at=centre`, `spatial:rotate=30,shift=3` or `colour:hue=18,saturation=0.3`, followed by any of
-`goal=targeted:K`, `access=none|labels|scores|gradients` and `queries=N`, separated by commas or spaces.
+`patch:5x5,at=centre`, `spatial:rotate=30,shift=3`, `spatial:flow=1.5` or `colour:hue=18,saturation=0.3`, followed by
+any of `goal=targeted:K`, `access=none|labels|scores|gradients` and `queries=N`, separated by commas or spaces.
 """
 
 import math
@@ -19,14 +19,15 @@ from holdfast.core.spelling import suggestion
 Norm = Literal["linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour"]
 Sees = Literal["none", "labels", "scores", "gradients"]
 
+_MOVED = {"rotate": 180.0, "shift": math.inf, "scale": 0.9}
 LIMITS: Final[Mapping[str, Mapping[str, float]]] = {
-    "spatial": {"rotate": 180.0, "shift": math.inf, "scale": 0.9},
+    "spatial": {**_MOVED, "flow": math.inf},
     "colour": {"hue": 180.0, "saturation": 1.0, "brightness": 1.0, "contrast": 1.0},
 }
 """What may be done to images under a threat, and the most that may be asked for."""
 
 SEEN: Final[Mapping[str, float]] = {
-    **LIMITS["spatial"],
+    **_MOVED,
     "perspective": 0.5,
     **LIMITS["colour"],
     "blur": 10.0,

@@ -40,6 +40,7 @@ _CHANGES = {
     "rotate": "turn an image by at most {} degrees either way",
     "shift": "shift it by at most {} pixels along each side",
     "scale": "make it larger or smaller by a share of at most {}",
+    "flow": "bend an image, each pixel moved by at most {} pixels in any direction",
     "hue": "turn colours by at most {} degrees of their circle",
     "saturation": "make them stronger or paler by a share of at most {}",
     "brightness": "make an image brighter or darker by at most {} of the box's width",
