@@ -48,40 +48,38 @@ class Flow:
             left = batch.take(best.standing)
             if not len(left):
                 break
-            shape = (2, *left.x.shape[2:])
-            start = 2 * rng.at("restart", restart).uniform(left.ids, *shape, dtype=left.x.dtype) - 1
-            self._bend(
-                model, left, far * _shortened(start if restart else torch.zeros_like(start)), far, best
-            )
+            u = rng.at("restart", restart).uniform(left.ids, 2, *left.x.shape[2:], dtype=left.x.dtype)
+            self._bend(model, left, _shortened(2 * u - 1) if restart else torch.zeros_like(u), far, best)
         return best.x
 
-    def _bend(self, model: Model, left: Batch, flow: Tensor, far: float, best: Best) -> None:
-        """One path; every point of it is offered, and an example leaves once it is broken."""
-        direction = torch.zeros_like(flow)
+    def _bend(self, model: Model, left: Batch, place: Tensor, far: float, best: Best) -> None:
+        """One path in shares of the limit; every point is offered, and an example leaves once it is broken."""
+        direction = torch.zeros_like(place)
         for step in range(self.steps + 1):
-            flow = flow.detach().requires_grad_(step < self.steps)
+            place = place.detach().requires_grad_(step < self.steps)
             with torch.set_grad_enabled(step < self.steps):
-                x = flowed(left.x, flow, model.bounds)
+                x = flowed(left.x, far * place, model.bounds)
                 height = margin(model(x, left.ids), left)
+                objective = height + self.smoothness * _variation(far * place)
             best.offer(left, x.detach(), height.detach())
             standing = height.detach() > 0
             if step == self.steps or not standing.any():
                 return
-            with torch.enable_grad():
-                objective = height + self.smoothness * _variation(flow)
-            direction = _MOMENTUM * direction + levelled(input_gradient(objective, flow))
-            unit = direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True).clamp_min(_TINY)
-            moved = flow.detach() / far - self.step_size * cosine(step, self.steps) * unit
-            left, flow, direction = (
-                left.take(standing),
-                far * _shortened(moved)[standing],
-                direction[standing],
-            )
+            direction = _MOMENTUM * direction + levelled(input_gradient(objective, place))
+            unit = direction / _length(direction).clamp_min(_TINY)
+            size = self.step_size * cosine(step, self.steps)
+            place = _shortened(place.detach() - size * unit)[standing]
+            left, direction = left.take(standing), direction[standing]
 
 
-def _shortened(flow: Tensor) -> Tensor:
+def _length(field: Tensor) -> Tensor:
+    """Of the vector at each pixel, (n, 1, height, width)."""
+    return field.square().sum(1, keepdim=True).sqrt()
+
+
+def _shortened(place: Tensor) -> Tensor:
     """Each pixel's displacement, cut to a length of one."""
-    return flow / torch.linalg.vector_norm(flow, dim=1, keepdim=True).clamp_min(1)
+    return place / _length(place).clamp_min(1)
 
 
 def _variation(flow: Tensor) -> PerExample:
