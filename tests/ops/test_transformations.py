@@ -82,6 +82,15 @@ def test_has_the_gradient_that_differences_show(constraint):
         torch.testing.assert_close(grad[:, axis], slope, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("constraint", [Spatial(30, 2, 0.2), Colour(90, 0.5, 0.2, 0.5)])
+def test_has_a_gradient_where_nothing_changes_yet(constraint):
+    place = torch.zeros(3, len(constraint.axes), dtype=X.dtype, requires_grad=True)
+    image = reached(X, place, constraint, BOX)
+    assert torch.equal(image, X)
+    (grad,) = torch.autograd.grad(image.square().sum(), place)
+    assert (grad != 0).all()
+
+
 def test_a_flow_takes_each_pixel_from_where_it_points_and_no_farther_than_the_side():
     flow = torch.zeros(3, 2, 8, 8, dtype=X.dtype)
     assert torch.equal(flowed(X, flow, BOX), X)

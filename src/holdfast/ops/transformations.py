@@ -26,7 +26,8 @@ _TO_YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -
 
 
 def transformed(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
-    """Images `x` (n, channels, height, width) transformed; where all amounts are zero, unchanged to the bit.
+    """Images `x` (n, channels, height, width) transformed; where all amounts are zero, unchanged to the bit,
+    with a gradient all the same.
 
     `rotate` and `hue` are in degrees, `shift_x` and `shift_y` in pixels (right and down), `scale`, `saturation` and
     `contrast` what is added to a factor of one, `brightness` a share of the box's width, `blur` the standard deviation
@@ -43,7 +44,7 @@ def transformed(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
     if any(name in amounts for name in (*_COLOURED, "brightness", "contrast")):
         out = _recoloured(out, amounts, bounds)
     still = torch.stack([amount == 0 for amount in amounts.values()]).all(0)
-    return torch.where(spread(still, x), x, bounds.clamp(out))
+    return torch.where(spread(still, x), x + (out - out.detach()), bounds.clamp(out))
 
 
 def expect_transformations(constraint: Constraint, attack: object) -> Transformations:
