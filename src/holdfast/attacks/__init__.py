@@ -37,6 +37,7 @@ from holdfast.attacks.surfree import SurFree
 from holdfast.attacks.transfer import Transfer
 from holdfast.attacks.transform_pgd import TransformPGD
 from holdfast.attacks.universal import Universal
+from holdfast.attacks.universal_deepfool import UniversalDeepFool
 from holdfast.attacks.zoo import ZOO
 
 __all__ = [
@@ -78,4 +79,5 @@ __all__ = [
     "Transfer",
     "TransformPGD",
     "Universal",
+    "UniversalDeepFool",
 ]

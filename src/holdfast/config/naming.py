@@ -51,6 +51,7 @@ ATTACKS: Final = (
     "Transfer",
     "TransformPGD",
     "Universal",
+    "UniversalDeepFool",
 )
 """What `holdfast.attacks` exports; a test keeps the two in step."""
 
