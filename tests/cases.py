@@ -132,6 +132,11 @@ def patch(eps):
     return Patch(2, 2)
 
 
+def confined(eps):
+    """Away from the image's sides."""
+    return Patch(2, 2, within="1:1-3:3")
+
+
 def centred(eps):
     """In the middle of the image."""
     return Patch(2, 2, "centre", 1)
@@ -155,6 +160,7 @@ def colour(eps):
 LIMITED = [
     Case(PatchAttack(steps=10, places=2), patch),
     Case(PatchAttack(steps=10, places=2), centred),
+    Case(PatchAttack(steps=10, places=2), confined),
     Case(PGD(steps=10), patch),
     Case(TransformPGD(steps=5, restarts=3), spatial),
     Case(TransformPGD(steps=5, restarts=3), colour),

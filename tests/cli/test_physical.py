@@ -36,6 +36,11 @@ def assessed(*flags):
         ("patch:7x7", ["PatchAttack"], "It may replace 7x7 pixels of an image by anything, anywhere"),
         ("patch:7x7,at=centre,jitter=2", ["PatchAttack"], "in its centre, within 2 pixels of that"),
         (
+            "patch:7x7,within=4:4-23:23",
+            ["PatchAttack"],
+            "anywhere, inside the rectangle from pixel 4:4 to 23:23",
+        ),
+        (
             "spatial:rotate=30,shift=3",
             ["TransformPGD"],
             "may turn an image by at most 30 degrees either way, and",
@@ -104,6 +109,8 @@ def test_a_model_seen_through_random_changes_is_one_that_draws(capsys):
         (["--threat", "patch:0x5"], "as in patch:5x5"),
         (["--threat", "patch:5x5,at=3"], "ROW:COLUMN"),
         (["--threat", "patch:5x5,jitter=-1"], "number of pixels"),
+        (["--threat", "patch:5x5,within=4:4"], "as in within=4:4-23:23"),
+        (["--threat", "patch:5x5,within=4:4-28:28"], "does not fit into images of 28x28"),
         (["--threat", "patch:29x5"], "does not fit into images of 28x28"),
         (["--threat", "spatial"], "expected any of rotate, shift, scale"),
         (["--threat", "spatial:hue=3"], "expected any of rotate, shift, scale"),

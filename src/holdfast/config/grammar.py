@@ -102,7 +102,7 @@ def parse_threat(text: str) -> ThreatSpec:
     spec = _constraint(words[0])
     for word in words[1:]:
         key = word.partition("=")[0]
-        own = key in LIMITS.get(spec.norm, ()) or (spec.norm == "patch" and key in ("at", "jitter"))
+        own = key in LIMITS.get(spec.norm, ()) or (spec.norm == "patch" and key in ("at", "jitter", "within"))
         spec = _limited(spec, word) if own else _condition(spec, word)
     return spec
 
@@ -182,6 +182,13 @@ def _placed(key: str, value: str) -> float | str:
         if not re.fullmatch(r"[0-9]{1,4}", value):
             raise UsageError(f"jitter is {value!r}; expected a number of pixels, as in jitter=3")
         return int(value)
+    if key == "within":
+        if not re.fullmatch(r"[0-9]{1,5}:[0-9]{1,5}-[0-9]{1,5}:[0-9]{1,5}", value):
+            raise UsageError(
+                f"within is {value!r}; expected ROW:COLUMN-ROW:COLUMN, the first and the last pixel that the patch "
+                f"may cover, as in within=4:4-23:23"
+            )
+        return value
     if not re.fullmatch(r"anywhere|centre|[0-9]{1,5}:[0-9]{1,5}", value):
         raise UsageError(
             f"at is {value!r}; expected anywhere, centre, or ROW:COLUMN of the upper left corner, as in at=3:4"

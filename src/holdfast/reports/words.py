@@ -201,6 +201,8 @@ def _limited(kind: str, limits: Mapping[str, Any]) -> str:
     if kind == "Patch":
         at = {"anywhere": "anywhere", "centre": "in its centre"}.get(limits["at"], f"at {limits['at']}")
         around = f", within {limits['jitter']} pixels of that" if limits["jitter"] else ""
+        if "within" in limits:
+            around += ", inside the rectangle from pixel {} to {}".format(*limits["within"].split("-"))
         return (
             f"may replace {limits['height']}x{limits['width']} pixels of an image by anything, {at}{around}"
         )
