@@ -116,6 +116,11 @@ def test_is_refused_where_there_is_no_image_or_no_colour():
         refuse_unfit(torch.zeros(2, 1, 5, 5), {"hue": 3.0})
 
 
+def test_no_threat_bends_and_moves_at_once():
+    with pytest.raises(UsageError, match="as in spatial:flow=1.5"):
+        Spatial(shift=1, flow=1.5)
+
+
 def test_a_model_seen_through_changes_draws_anew_each_time_and_stays_differentiable():
     model = network(shape=(3, 8, 8))
     behind = seen_through(model, {"rotate": 20.0, "shift": 1.0, "blur": 1.0, "noise": 0.1, "brightness": 0.2})

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Final, Literal, get_args
 
 from holdfast.core.errors import UsageError
-from holdfast.core.names import limits_text, threat_text
+from holdfast.core.names import limits_text, refuse_mixed, threat_text
 from holdfast.core.spelling import suggestion
 
 Norm = Literal["linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour"]
@@ -104,6 +104,7 @@ def parse_threat(text: str) -> ThreatSpec:
         key = word.partition("=")[0]
         own = key in LIMITS.get(spec.norm, ()) or (spec.norm == "patch" and key in ("at", "jitter", "within"))
         spec = _limited(spec, word) if own else _condition(spec, word)
+    refuse_mixed(spec.limits)
     return spec
 
 

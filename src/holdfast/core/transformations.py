@@ -12,7 +12,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
-from holdfast.core.names import limits_text
+from holdfast.core.names import limits_text, refuse_mixed
 from holdfast.core.types import Fraction, Inputs, NonNegative, PerExample
 
 
@@ -34,11 +34,7 @@ class Spatial:
     """pixels that each pixel may come from, in any direction; alone, since no attack searches both at once"""
 
     def __post_init__(self) -> None:
-        if self.flow and (self.rotate or self.shift or self.scale):
-            raise UsageError(
-                f"{self} bends and moves images at once, which no attack does; ask for each alone, as in "
-                f"spatial:flow={self.flow:g}"
-            )
+        refuse_mixed(self.limits)
 
     @property
     def eps(self) -> float:
