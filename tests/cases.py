@@ -19,6 +19,7 @@ from holdfast.attacks import (
     Boundary,
     CarliniWagner,
     DeepFool,
+    Flow,
     GeoDA,
     GridSearch,
     HopSkipJump,
@@ -131,6 +132,11 @@ def patch(eps):
     return Patch(2, 2)
 
 
+def confined(eps):
+    """Away from the image's sides."""
+    return Patch(2, 2, within="1:1-3:3")
+
+
 def centred(eps):
     """In the middle of the image."""
     return Patch(2, 2, "centre", 1)
@@ -141,6 +147,11 @@ def spatial(eps):
     return Spatial(rotate=60, shift=1, scale=0.2)
 
 
+def flow(eps):
+    """Pixels out of their places."""
+    return Spatial(flow=0.7)
+
+
 def colour(eps):
     """Colours and brightness."""
     return Colour(hue=90, saturation=0.5, brightness=0.3, contrast=0.5)
@@ -149,9 +160,11 @@ def colour(eps):
 LIMITED = [
     Case(PatchAttack(steps=10, places=2), patch),
     Case(PatchAttack(steps=10, places=2), centred),
+    Case(PatchAttack(steps=10, places=2), confined),
     Case(PGD(steps=10), patch),
     Case(TransformPGD(steps=5, restarts=3), spatial),
     Case(TransformPGD(steps=5, restarts=3), colour),
     Case(GridSearch(turns=5, values=3), spatial),
+    Case(Flow(steps=8, restarts=2), flow),
     Case(GridSearch(values=3), colour),
 ]

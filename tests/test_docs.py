@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from holdfast import attacks
+from holdfast.attacks import Flow
 from holdfast.attacks.protocol import Learned
 from holdfast.cli.app import _COMMANDS
 from holdfast.config.settings import AssessSettings
@@ -69,6 +70,7 @@ def test_an_attack_sees_and_costs_what_its_row_says(row):
     batch = open_data("mnist-mini", n=2).read(0, 2)
     kind = row["norms"].split(",")[0]
     limited = {"images": Corruptions(1), "L0": L0(1), "patch": Patch(1, 1), "spatial": Spatial(0.001, 0.001)}
+    limited["spatial"] = Spatial(flow=1e-6) if isinstance(attack, Flow) else limited["spatial"]
     smallest = limited.get(kind) or NORMS.get(kind, Linf)(1e-6)
     threat = ThreatModel(smallest, surrogates=(open_model("mnist-cnn").model,))
     evidence = measure(open_model("mnist-cnn-hardened").model, [batch], [attack], threat)

@@ -24,6 +24,7 @@ from holdfast.attacks import (
     PGD,
     Corruption,
     DeepFool,
+    Flow,
     GridSearch,
     HopSkipJump,
     PatchAttack,
@@ -76,7 +77,7 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
             raise UsageError(f"there is no suite {name!r} of common corruptions; choose --suite corruptions")
         name = "corruptions"
     elif isinstance(constraint, Limited):
-        composed = LIMITED[type(constraint).__name__.lower()]
+        composed = LIMITED["flow" if "flow" in constraint.limits else type(constraint).__name__.lower()]
         if name not in composed:
             raise UsageError(
                 f"there is no suite {name!r} under {constraint}; there are {', '.join(sorted(composed))}"
@@ -105,6 +106,10 @@ LIMITED: Mapping[str, Mapping[str, Named]] = {
         ),
     },
     "spatial": _TRANSFORMED,
+    "flow": {
+        "quick": (("Flow", Flow(restarts=2)),),
+        **dict.fromkeys(("fast", "standard"), (("Flow", Flow()),)),
+    },
     "colour": _TRANSFORMED,
 }
 """The suites under threats that are no balls."""

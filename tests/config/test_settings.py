@@ -7,7 +7,7 @@ import pytest
 from holdfast import attacks
 from holdfast.config.attacks import build
 from holdfast.config.grammar import number, pairs, parse_surrogate, parse_threat, seconds
-from holdfast.config.naming import ATTACKS, LABELS_ONLY, MEMBERS, VARIANTS, attack_meant, members
+from holdfast.config.naming import ATTACKS, FLOW, LABELS_ONLY, MEMBERS, VARIANTS, attack_meant, members
 from holdfast.config.settings import SUITES, check, read, usual_suite
 from holdfast.config.starting import validate
 from holdfast.core.constraints import L0, L1, L2, Linf
@@ -187,6 +187,11 @@ def test_the_members_of_a_suite_are_known_by_their_names():
         "colour": Colour(hue=18),
     }
     assert set(MEMBERS) == set(COMPOSED)
+    for name in FLOW:
+        bent = members(name, parse_threat("spatial:flow=1.5"))
+        assert bent == tuple(member for member, _ in suite(name, Spatial(flow=1.5)).attacks)
+    with pytest.raises(UsageError, match="there are fast, quick, standard"):
+        suite("black-box", Spatial(flow=1.5))
     for name, by_norm in MEMBERS.items():
         for norm, constraint in constraints.items():
             if norm in by_norm:

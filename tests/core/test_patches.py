@@ -13,13 +13,15 @@ from holdfast.testing import geometry
 from holdfast.testing.fakes import examples
 
 BATCH = examples(0, n=6, shape=(3, 7, 9))
-ANYWHERE, CENTRE, CORNER, NEAR = (
+ANYWHERE, CENTRE, CORNER, NEAR, CONFINED, INNER = (
     Patch(3, 2),
     Patch(3, 2, "centre"),
     Patch(3, 2, "0:7"),
     Patch(3, 2, "centre", 1),
+    Patch(3, 2, within="1:2-5:6"),
+    Patch(3, 2, "centre", 4, within="1:2-4:6"),
 )
-ALL = pytest.mark.parametrize("patch", [ANYWHERE, CENTRE, CORNER, NEAR], ids=str)
+ALL = pytest.mark.parametrize("patch", [ANYWHERE, CENTRE, CORNER, NEAR, CONFINED, INNER], ids=str)
 
 
 def changed(row, column, height=3, width=2):
@@ -42,6 +44,12 @@ def changed(row, column, height=3, width=2):
         (ANYWHERE, (0, 0, 4, 2), False),
         (ANYWHERE, (0, 0, 3, 3), False),
         (CENTRE, (3, 4, 1, 1), True),
+        (CONFINED, (1, 2), True),
+        (CONFINED, (3, 5), True),
+        (CONFINED, (0, 2), False),
+        (CONFINED, (3, 6), False),
+        (INNER, (2, 2), True),
+        (INNER, (3, 2), False),
     ],
 )
 def test_allows_what_one_rectangle_in_its_place_covers(patch, place, fits):
@@ -50,7 +58,11 @@ def test_allows_what_one_rectangle_in_its_place_covers(patch, place, fits):
     assert (patch.distance(BATCH.x, BATCH.x) == 0).all()
 
 
-@pytest.mark.parametrize("patch", [Patch(1, 1), Patch(2, 1, "centre"), Patch(1, 2, "centre", 1)], ids=str)
+@pytest.mark.parametrize(
+    "patch",
+    [Patch(1, 1), Patch(2, 1, "centre"), Patch(1, 2, "centre", 1), Patch(1, 1, within="0:0-1:1")],
+    ids=str,
+)
 @pytest.mark.parametrize("law", [geometry.projects_inside, geometry.projects_once, geometry.samples_inside])
 def test_geometry(patch, law):
     law(patch, 0)
@@ -67,6 +79,11 @@ def test_does_not_fit():
         Patch(8, 2).places(BATCH.x.shape[1:])
     with pytest.raises(UsageError, match="does not fit"):
         Patch(3, 2, "5:0").places(BATCH.x.shape[1:])
+    for within in ("0:0-7:3", "0:0-3:9", "2:2-3:4", "5:5-2:2"):
+        with pytest.raises(UsageError, match=f"within={within} does not fit into images of 7x9"):
+            Patch(3, 2, within=within).places(BATCH.x.shape[1:])
+    with pytest.raises(UsageError, match="does not fit"):
+        Patch(3, 2, "0:0", within="1:1-5:5").places(BATCH.x.shape[1:])
     with pytest.raises(UsageError, match="needs images"):
         Patch(3, 2).places(torch.Size((5,)))
 

@@ -8,7 +8,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.transformations import Colour, Spatial
 from holdfast.ops.expectation import seen_through
-from holdfast.ops.transformations import reached, refuse_unfit, transformed
+from holdfast.ops.transformations import flowed, reached, refuse_unfit, transformed
 from holdfast.testing.fakes import examples, network
 
 BOX = Bounds()
@@ -82,11 +82,43 @@ def test_has_the_gradient_that_differences_show(constraint):
         torch.testing.assert_close(grad[:, axis], slope, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("constraint", [Spatial(30, 2, 0.2), Colour(90, 0.5, 0.2, 0.5)])
+def test_has_a_gradient_where_nothing_changes_yet(constraint):
+    place = torch.zeros(3, len(constraint.axes), dtype=X.dtype, requires_grad=True)
+    image = reached(X, place, constraint, BOX)
+    assert torch.equal(image, X)
+    (grad,) = torch.autograd.grad(image.square().sum(), place)
+    assert (grad != 0).all()
+
+
+def test_a_flow_takes_each_pixel_from_where_it_points_and_no_farther_than_the_side():
+    flow = torch.zeros(3, 2, 8, 8, dtype=X.dtype)
+    assert torch.equal(flowed(X, flow, BOX), X)
+    flow[:, 0, :, 2], flow[:, 1, :, 3], flow[:, 0, :, 7] = 2, -1, 3
+    bent = flowed(X, flow, BOX)
+    torch.testing.assert_close(bent[..., 2], X[..., 4])
+    torch.testing.assert_close(bent[:, :, 1:, 3], X[:, :, :-1, 3])
+    torch.testing.assert_close(bent[:, :, 0, 3], X[:, :, 0, 3])
+    torch.testing.assert_close(bent[..., 7], X[..., 7])
+    assert torch.equal(bent[..., 4:7], X[..., 4:7])
+
+
+def test_a_flow_has_a_gradient_where_nothing_moves_yet():
+    flow = torch.zeros(3, 2, 8, 8, dtype=X.dtype, requires_grad=True)
+    (grad,) = torch.autograd.grad(flowed(X, flow, BOX).square().sum(), flow)
+    assert (grad != 0).flatten(1).any(1).all()
+
+
 def test_is_refused_where_there_is_no_image_or_no_colour():
     with pytest.raises(UsageError, match="takes images"):
         refuse_unfit(torch.zeros(2, 5), {"rotate": 3.0})
     with pytest.raises(UsageError, match="three channels"):
         refuse_unfit(torch.zeros(2, 1, 5, 5), {"hue": 3.0})
+
+
+def test_no_threat_bends_and_moves_at_once():
+    with pytest.raises(UsageError, match="as in spatial:flow=1.5"):
+        Spatial(shift=1, flow=1.5)
 
 
 def test_a_model_seen_through_changes_draws_anew_each_time_and_stays_differentiable():

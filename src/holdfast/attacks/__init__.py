@@ -13,6 +13,7 @@ from holdfast.attacks.deepfool import DeepFool
 from holdfast.attacks.ead import EAD
 from holdfast.attacks.fab import FAB
 from holdfast.attacks.fgsm import FGSM
+from holdfast.attacks.flow import Flow
 from holdfast.attacks.fmn import FMN
 from holdfast.attacks.geoda import GeoDA
 from holdfast.attacks.grid_search import GridSearch
@@ -36,6 +37,7 @@ from holdfast.attacks.surfree import SurFree
 from holdfast.attacks.transfer import Transfer
 from holdfast.attacks.transform_pgd import TransformPGD
 from holdfast.attacks.universal import Universal
+from holdfast.attacks.universal_deepfool import UniversalDeepFool
 from holdfast.attacks.zoo import ZOO
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "CarliniWagner",
     "Corruption",
     "DeepFool",
+    "Flow",
     "GeoDA",
     "GridSearch",
     "HopSkipJump",
@@ -76,4 +79,5 @@ __all__ = [
     "Transfer",
     "TransformPGD",
     "Universal",
+    "UniversalDeepFool",
 ]

@@ -1,8 +1,8 @@
 """What flags may say, parsed without torch, so that a slip of the pen is answered at once.
 
 Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`; a threat is `linf:8/255`, `corruptions:3`,
-`patch:5x5,at=centre`, `spatial:rotate=30,shift=3` or `colour:hue=18,saturation=0.3`, followed by any of
-`goal=targeted:K`, `access=none|labels|scores|gradients` and `queries=N`, separated by commas or spaces.
+`patch:5x5,at=centre`, `spatial:rotate=30,shift=3`, `spatial:flow=1.5` or `colour:hue=18,saturation=0.3`, followed by
+any of `goal=targeted:K`, `access=none|labels|scores|gradients` and `queries=N`, separated by commas or spaces.
 """
 
 import math
@@ -13,20 +13,21 @@ from types import MappingProxyType
 from typing import Final, Literal, get_args
 
 from holdfast.core.errors import UsageError
-from holdfast.core.names import limits_text, threat_text
+from holdfast.core.names import limits_text, refuse_mixed, threat_text
 from holdfast.core.spelling import suggestion
 
 Norm = Literal["linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour"]
 Sees = Literal["none", "labels", "scores", "gradients"]
 
+_MOVED = {"rotate": 180.0, "shift": math.inf, "scale": 0.9}
 LIMITS: Final[Mapping[str, Mapping[str, float]]] = {
-    "spatial": {"rotate": 180.0, "shift": math.inf, "scale": 0.9},
+    "spatial": {**_MOVED, "flow": math.inf},
     "colour": {"hue": 180.0, "saturation": 1.0, "brightness": 1.0, "contrast": 1.0},
 }
 """What may be done to images under a threat, and the most that may be asked for."""
 
 SEEN: Final[Mapping[str, float]] = {
-    **LIMITS["spatial"],
+    **_MOVED,
     "perspective": 0.5,
     **LIMITS["colour"],
     "blur": 10.0,
@@ -101,8 +102,9 @@ def parse_threat(text: str) -> ThreatSpec:
     spec = _constraint(words[0])
     for word in words[1:]:
         key = word.partition("=")[0]
-        own = key in LIMITS.get(spec.norm, ()) or (spec.norm == "patch" and key in ("at", "jitter"))
+        own = key in LIMITS.get(spec.norm, ()) or (spec.norm == "patch" and key in ("at", "jitter", "within"))
         spec = _limited(spec, word) if own else _condition(spec, word)
+    refuse_mixed(spec.limits)
     return spec
 
 
@@ -181,6 +183,13 @@ def _placed(key: str, value: str) -> float | str:
         if not re.fullmatch(r"[0-9]{1,4}", value):
             raise UsageError(f"jitter is {value!r}; expected a number of pixels, as in jitter=3")
         return int(value)
+    if key == "within":
+        if not re.fullmatch(r"[0-9]{1,5}:[0-9]{1,5}-[0-9]{1,5}:[0-9]{1,5}", value):
+            raise UsageError(
+                f"within is {value!r}; expected ROW:COLUMN-ROW:COLUMN, the first and the last pixel that the patch "
+                f"may cover, as in within=4:4-23:23"
+            )
+        return value
     if not re.fullmatch(r"anywhere|centre|[0-9]{1,5}:[0-9]{1,5}", value):
         raise UsageError(
             f"at is {value!r}; expected anywhere, centre, or ROW:COLUMN of the upper left corner, as in at=3:4"

@@ -33,6 +33,7 @@ ATTACKS: Final = (
     "CarliniWagner",
     "Corruption",
     "DeepFool",
+    "Flow",
     "GeoDA",
     "GridSearch",
     "HopSkipJump",
@@ -50,6 +51,7 @@ ATTACKS: Final = (
     "Transfer",
     "TransformPGD",
     "Universal",
+    "UniversalDeepFool",
 )
 """What `holdfast.attacks` exports; a test keeps the two in step."""
 
@@ -128,12 +130,17 @@ MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
 }
 """What each suite calls its attacks under each norm; a test keeps it in step with `holdfast.suites`."""
 
+FLOW: Final = dict.fromkeys(("quick", "fast", "standard"), ("Flow",))
+"""The same for images that are bent, as under `spatial:flow=1.5`."""
+
 LABELS_ONLY: Final[Mapping[Norm, tuple[str, ...]]] = {"linf": ("RayS",), "l2": ("HopSkipJump", "SurFree")}
 """The same for `black-box` where labels alone can be seen."""
 
 
 def members(suite: str, threat: ThreatSpec) -> tuple[str, ...]:
     """What a suite calls its attacks under a threat; empty where it has none."""
+    if "flow" in threat.limits:
+        return FLOW.get(suite, ())
     by_norm = LABELS_ONLY if suite == "black-box" and threat.access == "labels" else MEMBERS[suite]
     return by_norm.get(threat.norm, ())
 

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Mapping
 
+from holdfast.core.errors import UsageError
+
 
 def slug(name: str) -> str:
     """`APGD-CE (large eps)` as `apgd-ce-large-eps`, where only small letters, digits and hyphens may stand."""
@@ -24,6 +26,15 @@ def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
         words[:2] = [f"{limits['height']}x{limits['width']}"]
         words = [word for word in words if word not in ("at=anywhere", "jitter=0")]
     return f"{kind}:{','.join(words)}"
+
+
+def refuse_mixed(limits: Mapping[str, float | str]) -> None:
+    """`UsageError` where images may be bent and also moved as wholes."""
+    if "flow" in limits and len(limits) > 1:
+        raise UsageError(
+            f"{limits_text('spatial', limits)} bends and moves images at once, which no attack does; ask for each "
+            f"alone, as in {limits_text('spatial', {'flow': limits['flow']})}"
+        )
 
 
 def printable(text: str) -> str:

@@ -4,6 +4,7 @@ Brown et al., "Adversarial Patch", 2017, arXiv:1712.09665; Karmon et al., "LaVAN
 Noise", ICML 2018, arXiv:1801.02608.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,7 +28,8 @@ class Patch:
     """One rectangle of an image, whose values may become anything inside the box.
 
     `at` is the row and column of its upper left corner, `centre`, or `anywhere`, which leaves the choice to the
-    attacker; with `jitter` it lies somewhere within so many pixels of that place.
+    attacker; with `jitter` it lies somewhere within so many pixels of that place. It never leaves the rectangle
+    `within`, if there is one: `anywhere` is anywhere in there, and `centre` its centre.
     """
 
     height: Steps = 5
@@ -36,6 +38,8 @@ class Patch:
     """`anywhere`, `centre` or `ROW:COLUMN`"""
     jitter: Count = 0
     """pixels, along each side"""
+    within: str = ""
+    """`ROW:COLUMN-ROW:COLUMN`, the first and the last pixel that the patch may cover; without it, the whole image"""
 
     @property
     def eps(self) -> float:
@@ -45,7 +49,8 @@ class Patch:
     @property
     def limits(self) -> Mapping[str, int | str]:
         """What `Patch` was made with."""
-        return {"height": self.height, "width": self.width, "at": self.at, "jitter": self.jitter}
+        confined = {"within": self.within} if self.within else {}
+        return {"height": self.height, "width": self.width, "at": self.at, "jitter": self.jitter, **confined}
 
     def places(self, shape: torch.Size) -> tuple[range, range]:
         """The rows and columns where its upper left corner may lie, in images (channels, height, width).
@@ -56,20 +61,21 @@ class Patch:
             raise UsageError(
                 f"{self} needs images (n, channels, height, width); the inputs have shape {tuple(shape)}"
             )
-        rows, columns = shape[1] - self.height, shape[2] - self.width
-        free = range(rows + 1), range(columns + 1)
-        if self.at == "anywhere" and free[0] and free[1]:
-            return free
-        row, column = (rows // 2, columns // 2) if ":" not in self.at else map(int, self.at.split(":"))
-        if row not in free[0] or column not in free[1]:
+        top, left, bottom, right = 0, 0, shape[1] - 1, shape[2] - 1
+        if self.within:
+            top, left, bottom, right = map(int, re.split("[:-]", self.within))
+        rows, columns = range(top, bottom - self.height + 2), range(left, right - self.width + 2)
+        row, column = rows.start + (len(rows) - 1) // 2, columns.start + (len(columns) - 1) // 2
+        if ":" in self.at:
+            row, column = map(int, self.at.split(":"))
+        outside = bottom >= shape[1] or right >= shape[2]
+        if outside or row not in rows or column not in columns:
             raise UsageError(
                 f"{self} does not fit into images of {shape[1]}x{shape[2]}; give a smaller one, or another place"
             )
-        reach = self.jitter
-        return (
-            range(max(0, row - reach), min(rows, row + reach) + 1),
-            range(max(0, column - reach), min(columns, column + reach) + 1),
-        )
+        if self.at == "anywhere":
+            return rows, columns
+        return _near(row, self.jitter, rows), _near(column, self.jitter, columns)
 
     def drawn(self, ids: Ids, shape: torch.Size, rng: Draws) -> Corners:
         """A random place for each example."""
@@ -129,3 +135,8 @@ class Patch:
 
     def __str__(self) -> str:
         return limits_text("patch", self.limits)
+
+
+def _near(middle: int, reach: int, free: range) -> range:
+    """What is free at most `reach` away."""
+    return range(max(free.start, middle - reach), min(free.stop - 1, middle + reach) + 1)

@@ -1,7 +1,8 @@
 """Transformations of images as what may change: the threats that are written `spatial:rotate=30` and `colour:hue=18`.
 
-Engstrom et al., "Exploring the Landscape of Spatial Robustness", ICML 2019, arXiv:1712.02779, for the first; Hsiung et
-al., "Towards Compositional Adversarial Robustness", CVPR 2023, arXiv:2202.04235, for the second.
+Engstrom et al., "Exploring the Landscape of Spatial Robustness", ICML 2019, arXiv:1712.02779, for the first, and Xiao
+et al., "Spatially Transformed Adversarial Examples", ICLR 2018, arXiv:1801.02612, for its flow; Hsiung et al., "Towards
+Compositional Adversarial Robustness", CVPR 2023, arXiv:2202.04235, for the second.
 """
 
 from collections.abc import Mapping
@@ -11,13 +12,13 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
-from holdfast.core.names import limits_text
+from holdfast.core.names import limits_text, refuse_mixed
 from holdfast.core.types import Fraction, Inputs, NonNegative, PerExample
 
 
 @dataclass(frozen=True)
 class Spatial:
-    """Images turned, shifted and scaled, each by no more than its limit.
+    """Images turned, shifted and scaled, or bent, each by no more than its limit.
 
     There is no ball: any image inside the box counts as allowed, since only attacks that transform run under it, which
     draw on these limits alone, and every other attack is refused.
@@ -29,6 +30,11 @@ class Spatial:
     """pixels, along each side and either way"""
     scale: Fraction = 0.0
     """share by which an image may grow or shrink"""
+    flow: NonNegative = 0.0
+    """pixels that each pixel may come from, in any direction; alone, since no attack searches both at once"""
+
+    def __post_init__(self) -> None:
+        refuse_mixed(self.limits)
 
     @property
     def eps(self) -> float:
@@ -64,7 +70,7 @@ class Spatial:
 
     def resized(self, eps: float) -> "Spatial":
         """Every limit times `eps`."""
-        return Spatial(self.rotate * eps, self.shift * eps, min(self.scale * eps, 1.0))
+        return Spatial(self.rotate * eps, self.shift * eps, min(self.scale * eps, 1.0), self.flow * eps)
 
     def __str__(self) -> str:
         return limits_text("spatial", self.limits)
@@ -137,7 +143,8 @@ def _changed(x_adv: Inputs, x: Inputs) -> PerExample:
 
 
 def _refusal(constraint: Transformations) -> UsageError:
+    suited = "Flow" if "flow" in constraint.limits else "GridSearch or TransformPGD"
     return UsageError(
         f"under {constraint} images are transformed as wholes, and this attack changes values one by one; "
-        f"choose GridSearch or TransformPGD, or a threat such as linf:8/255"
+        f"choose {suited}, or a threat such as linf:8/255"
     )

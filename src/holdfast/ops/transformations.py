@@ -26,7 +26,8 @@ _TO_YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -
 
 
 def transformed(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
-    """Images `x` (n, channels, height, width) transformed; where all amounts are zero, unchanged to the bit.
+    """Images `x` (n, channels, height, width) transformed; where all amounts are zero, unchanged to the bit,
+    with a gradient all the same.
 
     `rotate` and `hue` are in degrees, `shift_x` and `shift_y` in pixels (right and down), `scale`, `saturation` and
     `contrast` what is added to a factor of one, `brightness` a share of the box's width, `blur` the standard deviation
@@ -43,17 +44,41 @@ def transformed(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
     if any(name in amounts for name in (*_COLOURED, "brightness", "contrast")):
         out = _recoloured(out, amounts, bounds)
     still = torch.stack([amount == 0 for amount in amounts.values()]).all(0)
-    return torch.where(spread(still, x), x, bounds.clamp(out))
+    return torch.where(spread(still, x), x + (out - out.detach()), bounds.clamp(out))
 
 
 def expect_transformations(constraint: Constraint, attack: object) -> Transformations:
     """The constraint, if images are transformed under it; `UsageError` otherwise."""
-    if isinstance(constraint, (Spatial, Colour)):
+    if isinstance(constraint, (Spatial, Colour)) and "flow" not in constraint.limits:
         return constraint
     raise UsageError(
         f"{type(attack).__name__} turns, shifts or recolours images; the threat model is {constraint}. "
         f"Choose a threat such as spatial:rotate=30,shift=3 or colour:hue=18,saturation=0.3"
     )
+
+
+def expect_flow(constraint: Constraint, attack: object) -> float:
+    """How far each pixel may move, if images are bent under the constraint; `UsageError` otherwise."""
+    if isinstance(constraint, Spatial) and constraint.flow:
+        return constraint.flow
+    raise UsageError(
+        f"{type(attack).__name__} bends images; the threat model is {constraint}. "
+        f"Choose a threat such as spatial:flow=1.5"
+    )
+
+
+def flowed(x: Inputs, flow: Tensor, bounds: Bounds) -> Inputs:
+    """Images whose every pixel comes from so many pixels right and down of its place, `flow` (n, 2, height, width).
+
+    Beyond a side lies what is on it. A pixel that stays is unchanged to the bit, and has a gradient.
+    """
+    height, width = x.shape[2:]
+    rows = torch.arange(height, device=x.device, dtype=x.dtype)[:, None] + flow[:, 1]
+    columns = torch.arange(width, device=x.device, dtype=x.dtype) + flow[:, 0]
+    grid = torch.stack(((2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1), dim=-1)
+    out = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    still = (flow == 0).all(1, keepdim=True)
+    return torch.where(still, x + (out - out.detach()), bounds.clamp(out))
 
 
 def reached(x: Inputs, place: Tensor, constraint: Transformations, bounds: Bounds) -> Inputs:

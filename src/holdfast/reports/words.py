@@ -40,6 +40,7 @@ _CHANGES = {
     "rotate": "turn an image by at most {} degrees either way",
     "shift": "shift it by at most {} pixels along each side",
     "scale": "make it larger or smaller by a share of at most {}",
+    "flow": "bend an image, each pixel moved by at most {} pixels in any direction",
     "hue": "turn colours by at most {} degrees of their circle",
     "saturation": "make them stronger or paler by a share of at most {}",
     "brightness": "make an image brighter or darker by at most {} of the box's width",
@@ -200,6 +201,8 @@ def _limited(kind: str, limits: Mapping[str, Any]) -> str:
     if kind == "Patch":
         at = {"anywhere": "anywhere", "centre": "in its centre"}.get(limits["at"], f"at {limits['at']}")
         around = f", within {limits['jitter']} pixels of that" if limits["jitter"] else ""
+        if "within" in limits:
+            around += ", inside the rectangle from pixel {} to {}".format(*limits["within"].split("-"))
         return (
             f"may replace {limits['height']}x{limits['width']} pixels of an image by anything, {at}{around}"
         )

@@ -1,0 +1,90 @@
+"""Flow: bend an image, each pixel taken from somewhere near its place.
+
+Xiao et al., "Spatially Transformed Adversarial Examples", ICLR 2018, arXiv:1801.02612 (stAdv). Differs from the paper:
+no pixel comes from farther than the threat allows, which the paper leaves to the weight of the flow's total variation;
+instead of L-BFGS, every pixel takes steps of one length, with momentum, that fall along a cosine; and an example leaves
+at its first success.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs, NonNegative, PerExample, Positive, Restarts, Steps
+from holdfast.ops.ascent import cosine
+from holdfast.ops.best import Best
+from holdfast.ops.gradients import input_gradient, levelled
+from holdfast.ops.losses import margin
+from holdfast.ops.transformations import expect_flow, flowed
+
+_TINY = 1e-8  # under the root of a flow that is the same all over, whose gradient would be NaN
+_MOMENTUM = 0.75  # as APGD's (arXiv:2003.01690)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Move the pixels of an image, as smoothly as breaks the model, none farther than the threat allows."""
+
+    steps: Steps = 50
+    """gradient steps of one restart"""
+    restarts: Restarts = 5
+    """starts, the first from the clean image; each works only on the examples still standing"""
+    step_size: Positive = 0.8
+    """mean length of each pixel's step, as a share of the threat's limit"""
+    smoothness: NonNegative = 0.01
+    """weight of the flow's total variation, in pixels, beside the margin; the paper's is 0.05"""
+
+    needs: ClassVar[Access] = "gradients"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        far, best = expect_flow(threat.constraint, self), Best(batch)
+        for restart in range(self.restarts):
+            left = batch.take(best.standing)
+            if not len(left):
+                break
+            u = rng.at("restart", restart).uniform(left.ids, 2, *left.x.shape[2:], dtype=left.x.dtype)
+            self._bend(model, left, _shortened(2 * u - 1) if restart else torch.zeros_like(u), far, best)
+        return best.x
+
+    def _bend(self, model: Model, left: Batch, place: Tensor, far: float, best: Best) -> None:
+        """One path in shares of the limit; every point is offered, and an example leaves once it is broken."""
+        direction = torch.zeros_like(place)
+        for step in range(self.steps + 1):
+            place = place.detach().requires_grad_(step < self.steps)
+            with torch.set_grad_enabled(step < self.steps):
+                x = flowed(left.x, far * place, model.bounds)
+                height = margin(model(x, left.ids), left)
+                objective = height + self.smoothness * _variation(far * place)
+            best.offer(left, x.detach(), height.detach())
+            standing = height.detach() > 0
+            if step == self.steps or not standing.any():
+                return
+            direction = _MOMENTUM * direction + levelled(input_gradient(objective, place))
+            unit = direction / _length(direction).clamp_min(_TINY)
+            size = self.step_size * cosine(step, self.steps)
+            place = _shortened(place.detach() - size * unit)[standing]
+            left, direction = left.take(standing), direction[standing]
+
+
+def _length(field: Tensor) -> Tensor:
+    """Of the vector at each pixel, (n, 1, height, width)."""
+    return field.square().sum(1, keepdim=True).sqrt()
+
+
+def _shortened(place: Tensor) -> Tensor:
+    """Each pixel's displacement, cut to a length of one."""
+    return place / _length(place).clamp_min(1)
+
+
+def _variation(flow: Tensor) -> PerExample:
+    """How differently neighbours move: the lengths of the differences along rows and columns, summed."""
+    total = flow.new_zeros(len(flow))
+    for side in (2, 3):
+        total = total + (flow.diff(dim=side).square().sum(1) + _TINY).sqrt().flatten(1).sum(1)
+    return total
