@@ -1,4 +1,4 @@
-"""The networks and images that `fast` was chosen on: trained by `controls.py`, and images that they have not seen."""
+"""The networks and images that `fast` was chosen on: by `controls.py` and `sibling.py`, and images not seen by them."""
 
 from torch import Tensor, nn
 
@@ -6,6 +6,7 @@ from benchmarks.controls import HONEST, IMAGES, trained
 from benchmarks.networks import images
 from benchmarks.record import Outcome
 from benchmarks.rows.fast import CIFAR, MNIST, Setting, compared
+from benchmarks.sibling import HOW, SEEN, sibling
 
 WHAT = "`fast` against `standard` on the networks that it was chosen on"
 SEEDS = (0, 1)
@@ -16,6 +17,9 @@ SETTINGS = (
     Setting("mnist-pgd-0.1", "Linf", 0.1, 1000, MNIST, SEEDS),
     Setting("fashion-pgd-0.05", "Linf", 0.05, 500, MNIST, SEEDS),
     Setting("cifar-pgd", "Linf", 2 / 255, 500, CIFAR, SEEDS),
+    Setting(HOW.name, "Linf", 0.2, 500, MNIST, SEEDS),
+    Setting(HOW.name, "L2", 1.5, 500, MNIST, SEEDS),
+    Setting(HOW.name, "L2", 2.0, 500, MNIST, SEEDS),
     Setting("mnist-pgd-0.3", "L2", 1.5, 500, MNIST, SEEDS),
     Setting("mnist-trades-0.2", "L2", 1.5, 500, MNIST, SEEDS),
     Setting("cifar-pgd", "L2", 0.25, 500, CIFAR, SEEDS),
@@ -29,5 +33,7 @@ def measured() -> Outcome:
 
 
 def _opened(setting: Setting) -> tuple[nn.Module, Tensor, Tensor]:
+    if setting.network == HOW.name:
+        return sibling(), *images("mnist", setting.n, "train", SEEN)
     control = next(control for control in HONEST if control.name == setting.network)
     return trained(control).requires_grad_(False), *images(control.data, setting.n, "train", 2 * IMAGES)

@@ -138,6 +138,7 @@ def _fast(constraint: Constraint) -> Named:
     relay = Relay() if isinstance(constraint, Linf) else Relay(searches=5, rounds=0, queries=100)
     return (
         ("Sprint", SPRINT),
+        *((("ALMA", ALMA(steps=100)),) if isinstance(constraint, L2) else ()),
         ("Relay", relay),
         ("Square", Square(queries=1000)),
         ("APGD-T", APGD(loss=dlr, steps=100, targets=3)),
@@ -229,5 +230,7 @@ COMPOSED: dict[str, Callable[[Constraint], Named]] = {
 }
 """Every suite by its name."""
 
-WAVES: Mapping[str, Mapping[str, int]] = {"fast": {"Relay": 4, "Square": 5, "APGD-T": 5, "SparseRS": 4}}
+WAVES: Mapping[str, Mapping[str, int]] = {
+    "fast": {"ALMA": 4, "Relay": 4, "Square": 5, "APGD-T": 5, "SparseRS": 4}
+}
 """The attacks of a suite that go in waves; see `Suite.waves`."""

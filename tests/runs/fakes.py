@@ -2,7 +2,7 @@
 
 import torch
 
-from holdfast.attacks import PGD
+from holdfast.attacks import FMN, PGD
 from holdfast.core.constraints import Linf
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
@@ -14,6 +14,7 @@ from holdfast.sources.memory import as_data
 
 N, FEATURES, CLASSES = 40, 12, 4
 FAST = Member("PGD", PGD(steps=3, loss=cross_entropy))
+SMALLEST = Member("FMN", FMN(steps=10))
 THOROUGH = Member("PGD-again", PGD(steps=6, restarts=2))
 
 

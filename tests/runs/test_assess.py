@@ -19,7 +19,7 @@ from holdfast.runs.assess import assess
 from holdfast.runs.index import new_folder, open_run, runs_in
 from holdfast.runs.order import Subject
 from holdfast.sources.memory import as_data
-from runs.fakes import CLASSES, FAST, FEATURES, THOROUGH, N, data, network, order, subject
+from runs.fakes import CLASSES, FAST, FEATURES, SMALLEST, THOROUGH, N, data, network, order, subject
 
 
 def uniform(*shape):
@@ -54,9 +54,9 @@ def same(one: Evidence, other: Evidence):
         order(doubts="all"),
         order(FAST, suite="", attacked=False),
         order(threat=ThreatModel(Linf(0.06), goal=1), attacked=False),
-        order(threat=ThreatModel(L2(math.inf)), smallest=True, attacked=False),
+        order(SMALLEST, threat=ThreatModel(L2(math.inf)), smallest=True, attacked=False),
         order(threat=ThreatModel(L0(2, "value"), access="gradients", queries=50)),
-        order(doubts="none", curve=(FAST,), full=True, keep_adversarial=True),
+        order(doubts="none", curve=(SMALLEST,), full=True, keep_adversarial=True),
         order(time_budget_s=1e-9),
     ],
     ids=["suite", "list", "targeted", "smallest", "budget", "full", "no-time"],
@@ -451,10 +451,10 @@ def test_a_gate_that_nothing_will_answer_is_refused_before_anything_is_measured(
 
 
 def test_every_metric_that_a_run_brings_may_be_gated():
-    asked = order(curve=(FAST,))
+    asked = order(curve=(SMALLEST,))
     brought = assess(subject(), data(), asked).metrics
     gates = tuple(f"{name} >= 0" for name in brought)
-    assert len(assess(subject(), data(), order(curve=(FAST,), gates=gates)).gates) == len(brought) > 20
+    assert len(assess(subject(), data(), order(curve=(SMALLEST,), gates=gates)).gates) == len(brought) > 20
 
 
 def test_every_successful_input_is_kept_where_asked(tmp_path):

@@ -19,7 +19,7 @@ from holdfast.metrics.transfer import ALL, matrix
 from holdfast.runs.assess import assess
 from holdfast.runs.index import open_run
 from holdfast.runs.order import Subject
-from runs.fakes import CLASSES, FAST, FEATURES, N, data, network, order, settled, subject
+from runs.fakes import CLASSES, FAST, FEATURES, SMALLEST, N, data, network, order, settled, subject
 
 BLIND = ThreatModel(Linf(0.06), access="none")
 GIVEN = Member("Transfer", Transfer(steps=3, neighbours=0))
@@ -137,7 +137,9 @@ def test_under_a_goal_only_the_target_class_counts():
 
 def test_the_smallest_changes_have_no_matrix_and_the_doubt_all_the_same():
     threat = ThreatModel(L2(math.inf))
-    asked = with_surrogates(other(), threat=threat, smallest=True, attacked=False, doubts="all", gates=())
+    asked = with_surrogates(
+        other(), members=(SMALLEST,), threat=threat, smallest=True, attacked=False, doubts="all", gates=()
+    )
     found = assess(subject(), data(), asked)
     assert not found.evidence.transfer
     assert {doubt.name: doubt.state for doubt in found.doubts}["transfer"] == "clear"

@@ -25,6 +25,7 @@ from holdfast.ops.ascent import gradient
 from holdfast.ops.ensemble import Ensemble
 from holdfast.ops.gradients import levelled
 from holdfast.ops.losses import Loss, cross_entropy
+from holdfast.ops.norms import expect_eps
 from holdfast.ops.views import Viewed, shifted
 
 
@@ -60,12 +61,8 @@ class Transfer:
             raise UsageError(
                 "Transfer makes its examples on surrogates, and the threat model has none; name one: --surrogate MODEL"
             )
-        if threat.constraint.eps == torch.inf:
-            raise UsageError(
-                "Transfer goes as far as eps lets it, and there is none; give one, as in linf:8/255 "
-                f"(the threat model is {threat.constraint})"
-            )
-        constraint, source = threat.constraint, Ensemble(threat.surrogates, model.bounds)
+        constraint = expect_eps(threat.constraint, self)
+        source = Ensemble(threat.surrogates, model.bounds)
         size = self.reach * constraint.eps / self.steps
         x, direction, correction = batch.x, torch.zeros_like(batch.x), torch.zeros_like(batch.x)
         for step in range(self.steps):

@@ -96,7 +96,7 @@ MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
     },
     "fast": {
         "linf": _FAST,
-        "l2": _FAST,
+        "l2": ("Sprint", "ALMA", *_FAST[1:]),
         "l1": _FAST,
         "l0": ("PGD", "SparseRS"),
         "corruptions": CORRUPTIONS,
