@@ -59,7 +59,7 @@ def _shared(name: str, file: str) -> tuple[nn.Module, Path]:
     models = folder("HOLDFAST_MODELS", "models")
     path, builders = models / file, models / "architectures.py"
     if not path.is_file() or not builders.is_file():
-        raise Absent(f"{file} and architectures.py are not in {models}; set HOLDFAST_MODELS to their folder")
+        raise Absent(f"{file} and architectures.py are not at hand; HOLDFAST_MODELS names their folder")
     spec = importlib.util.spec_from_file_location("shared_architectures", builders)
     assert spec is not None and spec.loader is not None
     architectures = importlib.util.module_from_spec(spec)
