@@ -140,8 +140,8 @@ def _fast(constraint: Constraint) -> Named:
         return (
             ("Sprint", SPRINT),
             ("ALMA", ALMA(steps=60)),
-            ("FAB-T", FAB(steps=100, targets=2)),
-            ("Relay", Relay(restarts=0, targets=0, searches=3, rounds=0, queries=100)),
+            ("FAB-T", FAB(steps=100, targets=3)),
+            ("Relay", Relay(restarts=0, targets=0, searches=2, rounds=0, queries=100)),
             *last,
         )
     relay = Relay() if isinstance(constraint, Linf) else Relay(searches=5, rounds=0, queries=100)
@@ -234,6 +234,6 @@ COMPOSED: dict[str, Callable[[Constraint], Named]] = {
 """Every suite by its name."""
 
 WAVES: Mapping[str, Mapping[str, int]] = {
-    "fast": {"ALMA": 4, "FAB-T": 4, "Relay": 4, "Square": 5, "APGD-T": 5, "SparseRS": 4}
+    "fast": {"ALMA": 4, "FAB-T": 2, "Relay": 4, "Square": 5, "APGD-T": 5, "SparseRS": 4}
 }
 """The attacks of a suite that go in waves; see `Suite.waves`."""
