@@ -49,8 +49,8 @@ def guarded(net: Net, detector: Net, threshold: float, *, scale: float = 1.0) ->
     """The network with a detector before it: an input whose score is above the threshold is rejected.
 
     `detector` takes what `net` takes and returns one score an input, higher for a stranger. `scale` is how much of the
-    score an attack weighs like one logit; it changes no verdict. The result must be the outermost network, so that it
-    is measured as one that rejects.
+    score an attack weighs like one logit: it changes no input's verdict, but how far gradients lead, so try several and
+    believe the lowest robust accuracy. The result must be the outermost network, to be measured as one that rejects.
     """
     if not callable(net) or not callable(detector):
         raise UsageError(
