@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from holdfast.core.constraints import L0, L1, L2, Linf
     from holdfast.core.draws import Draws
     from holdfast.core.evidence import Evidence
+    from holdfast.core.guard import guarded
     from holdfast.core.model import Bounds, Classifier
     from holdfast.core.threat import ThreatModel
     from holdfast.core.through import through
@@ -34,6 +35,7 @@ __all__ = [
     "compare",
     "demo",
     "doctor",
+    "guarded",
     "init",
     "report",
     "through",
@@ -56,6 +58,7 @@ _HOMES = {
     "compare": "holdfast.api",
     "demo": "holdfast.api",
     "doctor": "holdfast.api",
+    "guarded": "holdfast.core.guard",
     "init": "holdfast.config.starting",
     "report": "holdfast.api",
     "through": "holdfast.core.through",

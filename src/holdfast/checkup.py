@@ -121,7 +121,7 @@ def _found(model: Classifier, batch: Batch, left_in_training: tuple[str, ...]) -
         )
     if model.rewrites:
         yield Finding("in place", "warning", IN_PLACE, "write x = x - mean in it, not x -= mean")
-    known = _ask(model, batch.x[:1]).shape[1]
+    known = _ask(model, batch.x[:1]).shape[1] - model.rejects
     yield from (*_range(model, batch.x), *_labels_outside(batch.y, known))
     batch = _brought_inside(model, batch, known)
     patient = Patient(model, batch, left_in_training, _ask(model, batch.x))
@@ -282,7 +282,7 @@ def _labels_outside(y: Tensor, classes: int) -> Iterator[Finding]:
 
 
 def _labels(patient: Patient) -> Iterator[Finding]:
-    y, classes = patient.batch.y, patient.logits.shape[1]
+    y, classes = patient.batch.y, patient.logits.shape[1] - patient.model.rejects
     for shift in (-1, 1):
         better = _accuracy(patient.logits, (y + shift) % classes)
         if patient.beaten_by(better):

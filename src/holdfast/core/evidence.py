@@ -82,7 +82,8 @@ class Evidence:
     `attacked_prediction`, `attacked_confidence`, `attacked_entropy`, `attacked_probability_margin`; of minimum-norm
     attacks `distance`, the smallest over all successes in the threat's own norm, and `STAGE.distance`, that of one
     attack by the name of its stage, such as `1-fmn.distance`. Under a targeted goal `eligible` marks the examples that
-    count, and `success` means that the target was reached. For a randomised model `right_probability` is the share of
+    count, and `success` means that the target was reached. Of a model that rejects, `rejected` says which clean inputs,
+    and a rejected one is predicted as -1. For a randomised model `right_probability` is the share of
     fresh draws that were right under the worst case.
     """
 

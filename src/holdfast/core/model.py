@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.core.errors import HoldfastError, TargetError, TargetLost
+from holdfast.core.guard import Guarded, of_classes
 from holdfast.core.types import Access, Ids, Inputs, Logits
 
 
@@ -105,7 +106,8 @@ class Classifier(nn.Module):
     `mean` and `std` hold one number a channel (or a feature, for tables). `access` is the most that the target can
     give: a file served through a runtime without gradients has "scores", and `hides` says why. `batches` are those that
     the network takes, where it refuses some. Raises `TargetError` when the network does not return a float tensor
-    (n, classes). One logit an example becomes two classes, (0, z).
+    (n, classes). One logit an example becomes two classes, (0, z). What `guarded` returned `rejects`: its last logit is
+    none of the classes.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class Classifier(nn.Module):
         self.access: Access = access
         self.batches = batches
         self.rewrites = False
+        self.rejects = isinstance(net, Guarded)
         self.hides = ""
         self._took: int | None = None
         self.mean: Tensor | None
@@ -188,12 +191,11 @@ class Classifier(nn.Module):
                 f"the model returned {logits.dtype} of shape {tuple(logits.shape)} for {len(x)} inputs; "
                 f"it must return float logits of shape ({len(x)}, classes)"
             )
-        if logits.dim() == 1 or logits.shape[1] == 1:
-            logits = logits.reshape(len(x))
-            logits = torch.stack((torch.zeros_like(logits), logits), dim=1)
-        if self.classes is not None and logits.shape[1] != self.classes:
+        logits = of_classes(logits)
+        classes = logits.shape[1] - self.rejects
+        if self.classes is not None and classes != self.classes:
             raise TargetError(
-                f"the model returned {logits.shape[1]} classes, but {self.classes} were declared; "
+                f"the model returned {classes} classes, but {self.classes} were declared; "
                 f"correct --classes or the model's last layer"
             )
         return logits.to(x.dtype)

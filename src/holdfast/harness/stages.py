@@ -98,7 +98,7 @@ def run_fit(stage: Stage, plan: Plan, target: Target, batch: Batch, clean: Colum
         raise UsageError(
             f"there is no example to learn {stage.member.name} on that is not judged; name others with --fit DATA"
         )
-    meter = Metered(target.quick, batch, plan.threat)
+    meter = Metered(target.asked(target.quick, batch), batch, plan.threat)
     with target.repeatable(rng):
         learned = attack.fit(meter, batch, plan.threat, rng=rng)
     columns = {
@@ -168,10 +168,11 @@ def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Ro
 
 def _clean(plan: Plan, target: Target, batch: Batch, rng: Draws) -> dict[str, Tensor]:
     with target.repeatable(rng.at(int(batch.ids[0]))):
-        logits, right, _ = _judged(target, batch, batch.x)
-    probabilities = logits.softmax(1)
+        logits, right, _ = _judged(target, batch, batch.x, lambda logits: logits)
+    known = logits[:, : target.classes]
+    probabilities = known.softmax(1)
     height = margin(logits, batch.towards(None))
-    prediction = logits.argmax(1)
+    prediction = target.predicted(logits)
     eligible = torch.ones_like(prediction, dtype=torch.bool)
     if plan.threat.goal is not None:
         eligible = (batch.y != plan.threat.goal) & (prediction != plan.threat.goal)
@@ -188,8 +189,10 @@ def _clean(plan: Plan, target: Target, batch: Batch, rng: Draws) -> dict[str, Te
         "right": right,
         "eligible": eligible,
         "nan": logits.isnan().any(1),
-        "is_probability": ((logits.sum(1) - 1).abs() < 1e-4) & (logits >= 0).all(1),
+        "is_probability": ((known.sum(1) - 1).abs() < 1e-4) & (known >= 0).all(1),
     }
+    if target.rejects:
+        columns["rejected"] = target.rejected(logits)
     return {name: values.cpu() for name, values in columns.items()}
 
 
@@ -200,14 +203,14 @@ def _attacked(
     with target.repeatable(rng.at(int(batch.ids[0]))):
         x_adv, spent = _found(attack, threat, target, batch, rng)
         logits = target.logits(x_adv)
-    probabilities = logits.softmax(1)
+    probabilities = logits[:, : target.classes].softmax(1)
     columns = {
         "id": batch.ids,
-        "prediction": logits.argmax(1),
+        "prediction": target.predicted(logits),
         "confidence": probabilities.amax(1),
         "entropy": torch.special.entr(probabilities).sum(1),
         "probability_margin": margin(probabilities, batch.towards(None)),
-        "success": ~(margin(logits, batch) > 0),
+        "success": ~(margin(target.held(logits, batch.y), batch) > 0),
         "queries": spent.queries,
         "backwards": spent.backwards,
     }
@@ -220,7 +223,9 @@ def _attack(
     batch = _aimed(batch, threat)
     with target.repeatable(rng.at(int(batch.ids[0]))):
         x_adv, spent = _found(attack, threat, target, batch, rng)
-        logits, right, right_fresh = _judged(target, batch, x_adv)
+        logits, right, right_fresh = _judged(
+            target, batch, x_adv, lambda logits: target.held(logits, batch.y)
+        )
     found = ~(right > 0.5)
     distance = plan.threat.constraint.distance(x_adv, batch.x)
     success = found & allowed(plan.threat.constraint, x_adv, batch.x, target.bare.bounds)
@@ -229,10 +234,10 @@ def _attack(
         "id": batch.ids,
         "ran": torch.ones_like(success),
         "success": success,
-        "prediction": logits.argmax(1),
+        "prediction": target.predicted(logits),
         "right": right,
         "right_fresh": right_fresh,
-        "height": margin(logits, batch),
+        "height": margin(target.held(logits, batch.y), batch),
         "distance": torch.where(found, distance, far).float(),
         **{
             f"distance_{name}": torch.where(found, norm.distance(x_adv, batch.x), far).float()
@@ -256,19 +261,19 @@ def _transferred(
 ) -> dict[str, Tensor]:
     """What examples made on the target and on each surrogate do to all of them; see `Evidence.transfer`."""
     batch, threat = _aimed(batch, threat), replace(threat, queries=None)
-    metered = Metered(target.quick, batch, threat)
+    metered = Metered(target.asked(target.quick, batch), batch, threat)
 
-    def holds(x: Inputs) -> Tensor:
+    def holds(x: Inputs, own: Logits) -> Tensor:
         with torch.no_grad():
             others = [model(x, batch.ids) for model in threat.surrogates]
-        return torch.stack([margin(logits, batch) > 0 for logits in (target.logits(x), *others)], 1)
+        return torch.stack([margin(logits, batch) > 0 for logits in (own, *others)], 1)
 
     wrong = []
     with target.repeatable(rng.at(int(batch.ids[0]))):
-        right = holds(batch.x)
+        right = holds(batch.x, target.logits(batch.x))
         for models in makers(metered, threat):
             x_adv, _ = _found(attack, replace(threat, surrogates=models), target, batch, rng)
-            wrong.append(~holds(x_adv))
+            wrong.append(~holds(x_adv, target.held(target.logits(x_adv), batch.y)))
     columns = {
         "id": batch.ids,
         "ran": torch.ones_like(batch.ids, dtype=torch.bool),
@@ -295,7 +300,7 @@ def _found(
     attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
 ) -> tuple[Inputs, Spent]:
     """What the attack returned, checked to be an allowed input; what it had found when its budget ran out."""
-    meter = Metered(target.quick, batch, threat)
+    meter = Metered(target.asked(target.quick, batch), batch, threat)
     try:
         x_adv = attack(meter, batch, threat, rng=rng)
     except BudgetSpent:
@@ -317,18 +322,25 @@ def _found(
     return x_adv.detach(), meter.spent
 
 
-def _judged(target: Target, batch: Batch, x: Inputs) -> tuple[Logits, Tensor, Tensor]:
+def _judged(
+    target: Target, batch: Batch, x: Inputs, seen: Callable[[Logits], Tensor]
+) -> tuple[Logits, Tensor, Tensor]:
     """Logits of the bare model, the share of draws in which it holds, and that share over fresh draws.
 
-    A model that is not randomised is asked once; under a tie or a NaN it does not hold.
+    `seen` makes of its logits those that it is judged by. A model that is not randomised is asked once; under a tie or
+    a NaN it does not hold.
     """
+
+    def holds(logits: Logits) -> Mask:
+        return margin(seen(logits), batch) > 0
+
     logits = target.logits(x)
     if not target.randomised:
-        right = (margin(logits, batch) > 0).float()
+        right = holds(logits).float()
         return logits, right, right
 
     def share() -> Tensor:
-        return torch.stack([(margin(target.logits(x), batch) > 0).double() for _ in range(VOTES)]).mean(0)
+        return torch.stack([holds(target.logits(x)).double() for _ in range(VOTES)]).mean(0)
 
     return logits, share(), share()
 

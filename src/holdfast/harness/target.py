@@ -3,15 +3,19 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.model import EVERY, IN_PLACE, Classifier, Model, fitted, out_of_memory
+from holdfast.core.guard import held, refuse_inner
+from holdfast.core.lookup import Lookup
+from holdfast.core.model import EVERY, IN_PLACE, Bounds, Classifier, Model, fitted, out_of_memory
 from holdfast.core.through import View
-from holdfast.core.types import Inputs, Logits
+from holdfast.core.types import Ids, Inputs, Labels, Logits, Mask
 from holdfast.ops.logits import change
 from holdfast.ops.masking import Masking, masking
 from holdfast.ops.prepare import in_training, quickened
@@ -21,7 +25,35 @@ LOOKED_AT = 8
 VOTES = 20
 """Draws of a randomised model that decide whether an example stands; as many fresh ones judge it."""
 
+REJECTS = (
+    "the model rejects what its detector takes for a stranger: an example stands if its clean input is accepted and "
+    "right and no attacked input is accepted and wrong; the attacks see network and detector as one"
+)
+"""What is said of a model that rejects."""
+
 _SAME = 1e-4  # two forwards that differ by more than this share of the largest logit are a randomised model
+
+
+@dataclass(frozen=True)
+class Held:
+    """A model that rejects, as an attack on a batch meets it: a classifier that a rejected input does not break."""
+
+    model: Model
+    batch: Batch
+
+    @property
+    def bounds(self) -> Bounds:
+        """The box of the model underneath."""
+        return self.model.bounds
+
+    @cached_property
+    def _lookup(self) -> Lookup:
+        return Lookup(self.batch.ids)
+
+    def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
+        """Logits of the classes; see `held`."""
+        y = self.batch.y if ids is None else self.batch.y[self._lookup.rows(ids)]
+        return held(self.model(x, ids), y)
 
 
 @dataclass(frozen=True)
@@ -41,11 +73,33 @@ class Target:
     """dropout and batch norm that were found in train mode; they were measured in eval mode"""
     masking: Masking = Masking()
 
+    @property
+    def rejects(self) -> bool:
+        """Whether the last logit is that of "rejected", which is none of the `classes`."""
+        return self.bare.rejects
+
     def logits(self, x: Inputs) -> Logits:
         """What the bare model says, without a gradient."""
         with torch.no_grad():
             logits: Logits = self.bare(x)
         return logits
+
+    def asked(self, model: Model, batch: Batch) -> Model:
+        """`model`, one of those above, as attacks on a batch ask it: what it rejects does not break an example."""
+        return Held(model, batch) if self.rejects else model
+
+    def held(self, logits: Logits, y: Labels) -> Tensor:
+        """Logits of the model by which an attacked input is judged."""
+        return held(logits, y) if self.rejects else logits
+
+    def predicted(self, logits: Logits) -> Labels:
+        """The likeliest class; -1 where the input is rejected."""
+        best = logits[:, : self.classes].argmax(1)
+        return torch.where(self.rejected(logits), -1, best) if self.rejects else best
+
+    def rejected(self, logits: Logits) -> Mask:
+        """Which inputs a model that rejects does not accept."""
+        return logits[:, -1] > logits[:, :-1].amax(1)
 
     @contextmanager
     def repeatable(self, rng: Draws) -> Iterator[None]:
@@ -68,6 +122,7 @@ def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Ite
     modes = [(module, getattr(module, "training", False)) for module in model.modules()]
     weights = [(weight, weight.requires_grad) for weight in model.parameters()]
     left_in_training = in_training(model)
+    refuse_inner(model, outermost=model.rejects)
     try:
         model.eval().requires_grad_(False)
         with fitted(model, sample.x):
@@ -87,8 +142,14 @@ def _looked_at(model: Classifier, sample: Batch, left_in_training: tuple[str, ..
     filling = () if model.batches is None or model.batches == EVERY else (model.batches.says,)
     if model.rewrites:
         filling = (*filling, IN_PLACE)
-    notes = (*notes, *filling, *_remarks(once, randomised=randomised))
-    return Target(model, quick, quick, randomised, once.shape[1], notes, left_in_training)
+    known = once[:, :-1] if model.rejects else once
+    notes = (
+        *notes,
+        *filling,
+        *_remarks(known, randomised=randomised),
+        *((REJECTS,) if model.rejects else ()),
+    )
+    return Target(model, quick, quick, randomised, known.shape[1], notes, left_in_training)
 
 
 def _gone_round(target: Target, sample: Batch) -> Target:

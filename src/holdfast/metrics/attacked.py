@@ -74,12 +74,17 @@ def _f1(counts: Counts) -> Tensor:
 
 
 def _macro(evidence: Evidence, score: Score, of: Input, confidence: float) -> Estimate:
-    """Unweighted mean over the classes that are labelled or predicted; a class never predicted scores 0."""
+    """Unweighted mean over the classes that are labelled or predicted; a class never predicted scores 0.
+
+    What is rejected (-1) is a prediction of no class.
+    """
     y, prediction = evidence["y"], _values(evidence, "prediction", of)
+    first = int((prediction < 0).any())
 
     def statistic(rows: Tensor) -> PerExample:
         table = _confusions(y, prediction, rows)
-        counts = Counts(table.diagonal(dim1=1, dim2=2), table.sum(1), table.sum(2))
+        every = (table.diagonal(dim1=1, dim2=2), table.sum(1), table.sum(2))
+        counts = Counts(*(each[:, first:] for each in every))
         occurs = counts.labelled + counts.predicted > 0
         return (score(counts) * occurs).sum(1) / occurs.sum(1)
 
@@ -132,11 +137,14 @@ def calibration_error(evidence: Evidence, confidence: float = 0.95, *, of: Input
     """Expected calibration error: mean gap between confidence and accuracy over bins of confidence.
 
     It is biased upwards in small samples, and a resample adds to the bias; the interval is corrected for the latter.
+    Of a model that rejects it is that of the inputs that it accepts.
     """
-    sure = _values(evidence, "confidence", of).double()
-    right = (_values(evidence, "prediction", of) == evidence["y"]).double()
-    known = ~sure.isnan()
+    sure, prediction = _values(evidence, "confidence", of).double(), _values(evidence, "prediction", of)
+    right = (prediction == evidence["y"]).double()
     _numbers(sure, "calibration_error")
+    known = ~sure.isnan() & (prediction >= 0)
+    if not known.any():
+        raise Absent("calibration_error is of the accepted inputs, and none is accepted")
     sure, right = sure[known], right[known]
     bin_of = (sure * BINS).ceil().long().clamp(1, BINS) - 1
     gap = right - sure

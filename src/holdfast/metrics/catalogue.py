@@ -18,6 +18,7 @@ Metric = Callable[[Evidence, float], Estimate]
 PLAIN: Mapping[str, Metric] = {
     "clean_accuracy": shares.clean_accuracy,
     "clean_error_rate": shares.clean_error_rate,
+    "rejection_rate": shares.rejection_rate,
     "targeted_success_rate": shares.targeted_success_rate,
     "transfer_success": transfer_success,
     **perturbations.PERTURBATIONS,

@@ -24,6 +24,7 @@ CORRUPTIONS: Final = (
 METRICS: Final[dict[str, str]] = {
     "clean_accuracy": "share of examples classified correctly unattacked",
     "clean_error_rate": "one minus the clean accuracy",
+    "rejection_rate": "share of unattacked inputs that a model with a detector rejects",
     "robust_accuracy": "share correct both unattacked and under the worst case over the suite, of all examples",
     "robust_error_rate": "one minus the robust accuracy",
     "robustness_score": "harmonic mean of clean and robust accuracy",
@@ -80,6 +81,7 @@ SHARES: Final = AT_EPS | {
     "worst_corruption",
     "clean_accuracy",
     "clean_error_rate",
+    "rejection_rate",
     "targeted_success_rate",
     "transfer_success",
     "precision",

@@ -24,6 +24,12 @@ def clean_error_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
     return complement(clean_accuracy(evidence, confidence))
 
 
+def rejection_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+    """Share of unattacked inputs that a model with a detector rejects."""
+    way_out = "the model accepts every input; give it a detector with holdfast.guarded"
+    return proportion(column(evidence, "rejected", way_out), confidence)
+
+
 def right_probability(evidence: Evidence, eps: float | None = None) -> PerExample | None:
     """Of a randomised model, the chance that each example is right under the worst case; None at another eps."""
     own = eps is None or eps == evidence.threat.constraint.eps

@@ -48,5 +48,5 @@ def seen_through(model: Classifier, limits: Mapping[str, float]) -> Classifier:
     behind = Classifier(
         Transformed(model, limits), bounds=model.bounds, classes=model.classes, access=model.access
     )
-    behind.hides, behind.batches = model.hides, model.batches
+    behind.hides, behind.batches, behind.rejects = model.hides, model.batches, model.rejects
     return behind

@@ -20,6 +20,7 @@ _WIDE = 78
 FIRST = frozenset(
     (
         "clean_accuracy",
+        "rejection_rate",
         "robust_accuracy",
         "robustness_score",
         "worst_class",

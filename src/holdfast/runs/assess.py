@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from holdfast.core.batch import Batch, Data
+from holdfast.core.corruptions import Corruptions
+from holdfast.core.errors import UsageError
 from holdfast.harness import Target, refuse_unfitted, refuse_what_is_hidden
 from holdfast.runs.entry import (
     refuse_batch,
@@ -76,4 +78,9 @@ def _as_given(
 def _refuse(target: Target, sample: Batch, order: Order, data: Data) -> None:
     """What cannot be measured is said before anything is."""
     refuse_batch(sample, target.bare.bounds, target.classes, data.name)
+    if target.rejects and isinstance(order.plan.threat.constraint, Corruptions):
+        raise UsageError(
+            "common corruptions are drawn, not chosen against a detector, and this model rejects; "
+            "measure the network without its detector, or give a norm, as in --threat linf:8/255"
+        )
     refuse_threat(order.plan.threat, target.bare.bounds, sample.x, target.classes)

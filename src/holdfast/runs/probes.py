@@ -120,8 +120,9 @@ def _probed(course: Course, model: Model, columns: Columns, watch: Watch) -> Ite
         def run(piece: Batch, probe: Probe = probe) -> dict[str, Tensor]:
             if within.goal is not None:
                 piece = piece.towards(torch.full_like(piece.y, within.goal))
+            asked = course.target.asked(model, piece)
             with course.target.repeatable(rng.at(probe.name, int(piece.ids[0]))):
-                return {name: values.cpu() for name, values in probe.run(model, piece, within, rng).items()}
+                return {name: values.cpu() for name, values in probe.run(asked, piece, within, rng).items()}
 
         yield probe.name, Probed(rows, in_pieces(run, batch, course.room(DOUBTS, place)))
         watch.tick()

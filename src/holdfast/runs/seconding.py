@@ -44,6 +44,11 @@ def _ready(surrogate: Subject, stack: ExitStack, sample: Batch, target: Target) 
             f"the surrogate {name} has {found.classes} classes, the model {target.classes}; "
             "name one that was trained on the same classes"
         )
+    if found.rejects:
+        raise UsageError(
+            f"the surrogate {name} rejects inputs, and examples are made on a network alone; "
+            "name the one without its detector"
+        )
     if found.randomised:
         raise UsageError(
             f"the surrogate {name} draws at random, so what is made on it could not be made again; "

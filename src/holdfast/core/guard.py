@@ -1,0 +1,84 @@
+"""A guarded model: a network and a detector, which rejects the inputs that it takes for strangers.
+
+It is one network with one class more, "rejected", so that whoever attacks it attacks the pair. Tramèr, "Detecting
+adversarial examples is (nearly) as hard as classifying them", ICML 2022, arXiv:2107.11630, for what robust means of it:
+the clean input is accepted and right, and no attacked input is accepted and wrong.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.types import Inputs, Labels, Logits
+
+Net = nn.Module | Callable[[Tensor], Tensor]
+
+
+class Guarded(nn.Module):
+    """A network and a detector, with a logit for "rejected" after those of the classes; see `guarded`."""
+
+    def __init__(self, net: Net, detector: Net, threshold: float, scale: float) -> None:
+        super().__init__()
+        self.net, self.detector = net, detector
+        self.threshold: Tensor
+        self.scale: Tensor
+        # in the state, so that a run knows its model by them
+        self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
+
+    def forward(self, x: Inputs) -> Tensor:
+        """The logits of the classes, and the largest of them plus `(score - threshold) / scale`."""
+        logits = self.net(x)
+        if not isinstance(logits, Tensor) or logits.dim() not in (1, 2) or len(logits) != len(x):
+            return logits  # for the `Classifier` to name
+        logits = of_classes(logits)
+        score = self.detector(x)
+        if not isinstance(score, Tensor) or score.shape not in ((len(x),), (len(x), 1)):
+            got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            raise TargetError(
+                f"the detector returned {got} for {len(x)} inputs; it must return one score an input, ({len(x)},)"
+            )
+        beyond = (score.reshape(len(x)) - self.threshold.to(score.dtype)) / self.scale.to(score.dtype)
+        rejected = logits.amax(1) + beyond.to(logits.dtype)
+        return torch.cat((logits, rejected[:, None]), dim=1)
+
+
+def guarded(net: Net, detector: Net, threshold: float, *, scale: float = 1.0) -> Guarded:
+    """The network with a detector before it: an input whose score is above the threshold is rejected.
+
+    `detector` takes what `net` takes and returns one score an input, higher for a stranger. `scale` is how much of the
+    score an attack weighs like one logit: it changes no input's verdict, but how far gradients lead, so try several and
+    believe the lowest robust accuracy. The result must be the outermost network, to be measured as one that rejects.
+    """
+    if not callable(net) or not callable(detector):
+        raise UsageError(
+            f"guarded() was given {net!r} and {detector!r}; expected a network and a detector, functions or modules"
+        )
+    if not scale > 0:
+        raise UsageError(f"scale is {scale}; expected a positive number, such as how far the scores spread")
+    return Guarded(net, detector, threshold, scale)
+
+
+def of_classes(logits: Tensor) -> Tensor:
+    """Logits (n, classes); one logit an example, z, becomes two classes, (0, z)."""
+    if logits.dim() == 2 and logits.shape[1] != 1:
+        return logits
+    logits = logits.reshape(len(logits))
+    return torch.stack((torch.zeros_like(logits), logits), dim=1)
+
+
+def refuse_inner(model: nn.Module, *, outermost: bool) -> None:
+    """A guarded network inside another network, whose last logit would be read as a class."""
+    if sum(isinstance(module, Guarded) for module in model.modules()) > outermost:
+        raise TargetError(
+            "a guarded network lies inside another, where its last logit would be read as a class; "
+            "guard the whole of it: guarded(nn.Sequential(...), detector, threshold)"
+        )
+
+
+def held(logits: Logits, y: Labels) -> Tensor:
+    """Logits (n, classes) of the classes alone; a rejected input counts for its label."""
+    own = torch.maximum(logits.gather(1, y[:, None]), logits[:, -1:])
+    return logits[:, :-1].scatter(1, y[:, None], own)
