@@ -254,8 +254,8 @@ def believes_the_attack(monkeypatch):
     """The harness takes whatever comes back from an attack for a success."""
     judged = stages._judged
 
-    def believing(target, batch, x):
-        logits, right, fresh = judged(target, batch, x)
+    def believing(target, batch, x, seen):
+        logits, right, fresh = judged(target, batch, x, seen)
         return (logits, right, fresh) if x is batch.x else (logits, right * 0, fresh * 0)
 
     monkeypatch.setattr(stages, "_judged", believing)
