@@ -8,16 +8,14 @@ Compositional Adversarial Robustness", CVPR 2023, arXiv:2202.04235, for the seco
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from holdfast.core.batch import Batch
-from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
-from holdfast.core.model import Bounds
 from holdfast.core.names import limits_text, refuse_mixed
 from holdfast.core.types import Fraction, Inputs, NonNegative, PerExample
+from holdfast.core.wholes import Whole
 
 
 @dataclass(frozen=True)
-class Spatial:
+class Spatial(Whole):
     """Images turned, shifted and scaled, or bent, each by no more than its limit.
 
     There is no ball: any image inside the box counts as allowed, since only attacks that transform run under it, which
@@ -56,17 +54,9 @@ class Spatial:
         """1 where anything changed, else 0."""
         return _changed(x_adv, x)
 
-    def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Refused: what is no transformation has no nearest one."""
-        raise _refusal(self)
-
-    def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Refused: pixels follow no gradient here."""
-        raise _refusal(self)
-
-    def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """Refused: there is no ball to draw from."""
-        raise _refusal(self)
+    def refusal(self) -> UsageError:
+        """Names the attacks that transform."""
+        return _refusal(self)
 
     def resized(self, eps: float) -> "Spatial":
         """Every limit times `eps`."""
@@ -77,7 +67,7 @@ class Spatial:
 
 
 @dataclass(frozen=True)
-class Colour:
+class Colour(Whole):
     """Images with other colours, brighter or darker, each by no more than its limit; allowed as under `Spatial`."""
 
     hue: NonNegative = 0.0
@@ -108,17 +98,9 @@ class Colour:
         """1 where anything changed, else 0."""
         return _changed(x_adv, x)
 
-    def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Refused: what is no transformation has no nearest one."""
-        raise _refusal(self)
-
-    def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Refused: pixels follow no gradient here."""
-        raise _refusal(self)
-
-    def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """Refused: there is no ball to draw from."""
-        raise _refusal(self)
+    def refusal(self) -> UsageError:
+        """Names the attacks that transform."""
+        return _refusal(self)
 
     def resized(self, eps: float) -> "Colour":
         """Every limit times `eps`."""
