@@ -110,8 +110,8 @@ def assess(
     """How robust a model is, honestly: the worst case over a suite of attacks, with intervals and doubts.
 
     Without a `suite` it is `fast`, or `transfer` where the threat says access=none. `surrogates` are models of the
-    attacker's own, a `Classifier` where their preprocessing is to be said. With `run` everything is kept in that
-    folder, and `resume` goes on with it. A network in hand stays on its device.
+    attacker's own, a `Classifier` where their preprocessing is to be said, `holdfast.skipped` for skip gradients. With
+    `run` everything is kept in that folder, and `resume` goes on with it. A network in hand stays on its device.
     """
     settings = _settings("assess()", locals())
     opening = partial(_brought, model, data, surrogates, settings)

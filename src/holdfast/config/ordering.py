@@ -22,6 +22,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.names import slug
+from holdfast.core.skipped import DECAY, skipped
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.doubts.answering import arms
@@ -96,7 +97,15 @@ def opened_surrogate(said: SurrogateSettings, settings: AssessSettings, target: 
         trust_code=settings.trust_code,
     )
     card = {"name": opened.name, "how": opened.how, "digest": opened.digest}
-    return _same_box(_subject(opened.model, card, opened.notes), target)
+    notes = opened.notes
+    if said.skip is not None:
+        share = DECAY if said.decay is None else said.decay
+        net = skipped(opened.model.net, said.skip, decay=share)
+        opened.model.net = net
+        card["digest"] = digest(canonical([opened.digest, said.skip, share]))
+        found = f"{said.skip}, {len(net.branches)} of its modules"
+        notes += (f"{share:g} of the gradient goes back through {found}",)
+    return _same_box(_subject(opened.model, card, notes), target)
 
 
 def opened_surrogates(settings: AssessSettings, target: Classifier) -> tuple[Subject, ...]:
