@@ -27,7 +27,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.doubts.answering import arms
 from holdfast.gates.grammar import parse as parse_gate
-from holdfast.harness import Member, Plan, labelled
+from holdfast.harness import MATRIX_ROWS, Member, Plan, labelled
 from holdfast.harness.plan import DoubtsWanted
 from holdfast.ops.expectation import seen_through
 from holdfast.reports.numbers import strict
@@ -242,6 +242,23 @@ def opened_fit(
         raise UsageError(
             f"{address!r} has no train split to learn attacks on ({error}); name other examples with --fit DATA"
         ) from error
+
+
+def opened_across(settings: AssessSettings, model: Classifier) -> tuple[Data, ...]:
+    """The data sets that changes are carried to and from; their labels are not asked, so classes do not matter."""
+    return tuple(opened_other(address, settings, model) for address in settings.across)
+
+
+def opened_other(address: str, settings: AssessSettings, model: Classifier) -> Data:
+    """One of them: a seeded sample, of which no more is needed."""
+    return open_data(
+        address,
+        label=settings.label,
+        drop=tuple(settings.drop),
+        sample=MATRIX_ROWS,
+        seed=settings.seed,
+        bounds=model.bounds,
+    )
 
 
 def order(

@@ -205,6 +205,10 @@ class AssessSettings(BaseModel):
     fit: str | None = Field(
         None, description="other examples, for attacks that are learned: an address, else the train split"
     )
+    across: list[str] = Field(
+        default_factory=list,
+        description="other data sets of inputs of the same shape, which changes are carried to and from",
+    )
     transform: Annotated[str | None, BeforeValidator(_transform)] = Field(
         None,
         description="random changes that inputs are seen through, as in rotate=15,scale=0.1,brightness=0.2",

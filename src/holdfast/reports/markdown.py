@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from holdfast.core.names import printable
-from holdfast.reports import transfer
+from holdfast.reports import across, transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, row
 from holdfast.reports.numbers import count
 from holdfast.reports.words import VERDICTS, interval, label, shown
@@ -29,6 +29,7 @@ def document(summary: Mapping[str, Any]) -> str:
     if summary["attacks"]:
         lines += _attacks(summary)
     lines += _transfer(summary)
+    lines += _across(summary)
     lines += _doubts(summary)
     lines += ["<details><summary>All metrics</summary>", ""]
     lines += table(
@@ -81,6 +82,17 @@ def _transfer(summary: Mapping[str, Any]) -> list[str]:
     )
     title = transfer.title(found, summary["noun"]).removeprefix("transfer: ")
     return ["### Transfer", "", f"{escaped(title.capitalize())}.", "", *table(headings, rows)]
+
+
+def _across(summary: Mapping[str, Any]) -> list[str]:
+    found = summary["across"]
+    if found is None:
+        return []
+    headings, *rows = (
+        [escaped(each) for each in row] for row in (across.headings(found), *across.cells(found))
+    )
+    title = across.title(found, summary["noun"]).removeprefix("across data: ")
+    return ["### Across data", "", f"{escaped(title.capitalize())}.", "", *table(headings, rows)]
 
 
 def _metric(name: str, estimate: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import printable
-from holdfast.reports import transfer
+from holdfast.reports import across, transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, row, title
 from holdfast.reports.numbers import count, percent
 from holdfast.reports.words import VERDICTS, asked, interval, label, shown
@@ -73,6 +73,7 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
         attack_table(summary, narrow=width is not None and width < _WIDE),
         metric_table(summary, brief=brief),
         *transfer_table(summary),
+        *across_table(summary),
     ]
     text = "\n".join(as_string(part, colour=colour, width=width) for part in parts if part.row_count)
     return text + _doubts(summary["doubts"])
@@ -131,6 +132,17 @@ def transfer_table(summary: Mapping[str, Any]) -> "list[Table]":
         transfer.title(found, summary["noun"]), [printable(each) for each in transfer.headings(found)]
     )
     for told in transfer.cells(found):
+        table.add_row(*map(cell, told))
+    return [table]
+
+
+def across_table(summary: Mapping[str, Any]) -> "list[Table]":
+    """What changes made on each data set do to the others; nothing where no other was given."""
+    found = summary["across"]
+    if found is None:
+        return []
+    table = grid(across.title(found, summary["noun"]), [printable(each) for each in across.headings(found)])
+    for told in across.cells(found):
         table.add_row(*map(cell, told))
     return [table]
 
