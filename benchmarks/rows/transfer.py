@@ -21,7 +21,7 @@ from holdfast.core.skipped import skipped
 WHAT = "transfer attacks and torchattacks' between two CIFAR-10 networks: success paired on the same images"
 NETWORKS, N, EPS, STEPS, SEED = ("cifar_cnn_a_adv", "cifar_resnet20"), 500, 8 / 255, 10, 0
 ALPHA = 2 / 255
-PLAIN = {"diversity": 0.0, "neighbours": 0}
+PLAIN = {"reach": 2.5, "neighbours": 0}
 
 METHODS = {
     "MI": (Transfer(**PLAIN), torchattacks("MIFGSM", alpha=ALPHA, steps=STEPS)),
@@ -38,10 +38,13 @@ METHODS = {
         Transfer(**PLAIN | {"ahead": True, "halvings": 4}),
         torchattacks("SINIFGSM", alpha=ALPHA, steps=STEPS),
     ),
-    "VMI": (Transfer(**PLAIN | {"neighbours": 5}), torchattacks("VMIFGSM", alpha=ALPHA, steps=STEPS)),
+    "VMI": (
+        Transfer(**PLAIN | {"neighbours": 5, "around": 1.5}),
+        torchattacks("VMIFGSM", alpha=ALPHA, steps=STEPS),
+    ),
 }
 """Each at the settings of the peer: its steps, step size, copies, neighbours, kernel and chance."""
-BEST = "MI, DI and VMI"
+BEST = "far MI and VMI"
 RESIDUAL, BRANCHES, DECAY = "cifar_resnet20", "*.bn2", 0.5
 SKIPS = "SGM with MI"
 """MI again, with less of the gradient through the branches of the residual network."""

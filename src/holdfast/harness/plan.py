@@ -148,7 +148,7 @@ def fit_of(stage: str) -> str:
 FIXED = Member("PGD-40", PGD(steps=40, reach=2.5, loss=cross_entropy, schedule=flat, drop=False))
 """The pass that does not depend on the suite's order: every example, never dropped."""
 
-MATRIX = Member("Transfer", Transfer(neighbours=0))
+MATRIX = Member("Transfer", Transfer(reach=2.5, diversity=0.5, neighbours=0))
 """What makes the examples of the transfer matrix, and the changes that are carried across data sets."""
 
 
