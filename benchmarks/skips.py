@@ -10,7 +10,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.comparisons.comparison import Comparison, Reference
 from benchmarks.peers import peer
 
 
@@ -41,12 +40,8 @@ def spelt(module: nn.Module) -> nn.Module:
     return twin.eval()
 
 
-def hooked(attack: Reference, source: nn.Module, gamma: float) -> Reference:
-    """An attack on the source with the authors' hooks; the network it is given is asked nothing."""
-
-    def run(model: nn.Module, x: Tensor, y: Tensor, case: Comparison) -> Tensor:
-        twin = spelt(source)
-        peer("utils_sgm").register_hook_for_resnet(twin, arch="resnet18", gamma=gamma)
-        return attack(twin, x, y, case)
-
-    return run
+def hooked(module: nn.Module, gamma: float) -> nn.Module:
+    """The same network with ReLU modules and the authors' hooks."""
+    twin = spelt(module)
+    peer("utils_sgm").register_hook_for_resnet(twin, arch="resnet18", gamma=gamma)
+    return twin

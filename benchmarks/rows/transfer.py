@@ -79,9 +79,9 @@ def _way(source: Network, target: Network, x: Tensor, y: Tensor, found: Found) -
     if source.name == RESIDUAL:
         attack, peer = METHODS["MI"]
         bent = replace(source, module=skipped(source.module, BRANCHES, decay=DECAY))
-        hooks = hooked(peer, source.module, DECAY)
+        theirs = replace(source, module=hooked(source.module, DECAY))
         told.append((SKIPS, "holdfast", _ours(attack, bent, target, x, y)))
-        told.append((SKIPS, "the authors' hooks", _theirs(hooks, source, target, x, y)))
+        told.append((SKIPS, "the authors' hooks", _theirs(peer, theirs, target, x, y)))
     way, rows = f"{source.name} to {target.name}", []
     for name, who, (turned, cells) in told:
         found.setdefault(name, ([], []))[who != "holdfast"].append(turned[right])
