@@ -2,10 +2,11 @@
 
 `use(folder)` puts checkouts on the import path: the folder may hold `auto-attack` (fra31/auto-attack), `adv-lib`
 (jeromerony/adversarial-library), `sparse-imperceivable-attacks` (fra31/sparse-imperceivable-attacks), `RayS`
-(uclaml/RayS), `SurFree` (t-maho/SurFree), `sparse-rs` (fra31/sparse-rs) and `blackbox-bandits`
-(MadryLab/blackbox-bandits). adv-lib imports torchvision and visdom at the top of modules that the attacks compared here
-never use (perceptual distances and live plots), so two empty stand-ins take their place; RayS gets one for its progress
-bar, which wants a terminal; torchattacks is installed with `--no-deps`.
+(uclaml/RayS), `SurFree` (t-maho/SurFree), `sparse-rs` (fra31/sparse-rs), `blackbox-bandits`
+(MadryLab/blackbox-bandits) and `skip-connections-matter` (csdongxian/skip-connections-matter). adv-lib imports
+torchvision and visdom at the top of modules that the attacks compared here never use (perceptual distances and live
+plots), so two empty stand-ins take their place; RayS gets one for its progress bar, which wants a terminal;
+torchattacks is installed with `--no-deps`.
 """
 
 import importlib
@@ -30,6 +31,7 @@ CHECKOUTS = {
     "surfree": "SurFree",
     "rs_attacks": "sparse-rs",
     "main": "blackbox-bandits/src",
+    "utils_sgm": "skip-connections-matter",
 }
 DISTRIBUTIONS = {
     "foolbox": "foolbox",

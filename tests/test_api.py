@@ -445,6 +445,35 @@ def test_surrogates_are_models_in_hand_or_addresses(tmp_path):
     assert len(found.summary()["transfer"]["rows"]) == 4
 
 
+def test_data_to_carry_changes_to_is_in_hand_or_an_address(tmp_path):
+    net = network()
+    np.savez(tmp_path / "more.npz", x=X.flip(0).numpy(), y=np.full(len(X), 77))
+    others = [(X**2, Y + 50), tmp_path / "more.npz"]
+    found = holdfast.assess(net, (X, Y), "linf:0.1", ATTACKS, across=others).summary()
+    assert found["across"]["data"] == ["data in memory 1", "data in memory 2", "more.npz"]
+    with pytest.raises(UsageError, match="across is a tuple; give a list of data sets"):
+        holdfast.assess(net, (X, Y), "linf:0.1", ATTACKS, across=(X, Y))
+
+
+def test_the_skip_gradients_of_a_surrogate_are_part_of_the_run(tmp_path):
+    net, alike = network(), network()
+    last = next(name for name, _ in reversed(list(alike.named_modules())))
+    given = [alike, holdfast.skipped(alike, last), holdfast.skipped(alike, last, decay=0.2)]
+    path = tmp_path / "nets.py"
+    path.write_text(
+        "import torch\n\n\ndef build():\n    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))\n"
+    )
+    given += [f"{path}:build{more}" for more in ("", ",skip=1", ",skip=1,decay=0.2", ",skip=[1]")]
+    found = holdfast.assess(net, (X, Y), "linf:0.1", ATTACKS, surrogates=given)
+    assert len({card["digest"] for card in found.evidence.surrogates}) == len(given)
+    assert any(
+        "0.2 of the gradient goes back through 1, 1 of its modules" in note for note in found.evidence.notes
+    )
+    with pytest.raises(UsageError, match=r"called 'bn\*'; it has \*"):
+        holdfast.assess(net, (X, Y), "linf:0.1", ATTACKS, surrogates=[f"{path}:build,skip=bn*"])
+
+
 @pytest.mark.parametrize(
     "given, said",
     [

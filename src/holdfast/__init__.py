@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from holdfast.core.evidence import Evidence
     from holdfast.core.guard import guarded
     from holdfast.core.model import Bounds, Classifier
+    from holdfast.core.skipped import skipped
     from holdfast.core.threat import ThreatModel
     from holdfast.core.through import through
 
@@ -38,6 +39,7 @@ __all__ = [
     "guarded",
     "init",
     "report",
+    "skipped",
     "through",
     "validate",
     "verify",
@@ -61,6 +63,7 @@ _HOMES = {
     "guarded": "holdfast.core.guard",
     "init": "holdfast.config.starting",
     "report": "holdfast.api",
+    "skipped": "holdfast.core.skipped",
     "through": "holdfast.core.through",
     "validate": "holdfast.config.starting",
     "verify": "holdfast.api",

@@ -74,6 +74,7 @@ def assess(
     sample: int | None = None,
     split: str | None = None,
     fit: DataLike | None = None,
+    across: Sequence[DataLike] = (),
     transform: str | None = None,
     label: str | None = None,
     drop: Sequence[str] = (),
@@ -110,15 +111,18 @@ def assess(
     """How robust a model is, honestly: the worst case over a suite of attacks, with intervals and doubts.
 
     Without a `suite` it is `fast`, or `transfer` where the threat says access=none. `surrogates` are models of the
-    attacker's own, a `Classifier` where their preprocessing is to be said. With `run` everything is kept in that
-    folder, and `resume` goes on with it. A network in hand stays on its device.
+    attacker's own, a `Classifier` where their preprocessing is to be said, `holdfast.skipped` for skip gradients.
+    `across` lists other data of the same shape, which changes are carried to and from. With `run` everything is kept in
+    that folder, and `resume` goes on with it. A network in hand stays on its device.
     """
     settings = _settings("assess()", locals())
     opening = partial(_brought, model, data, surrogates, settings)
     subject, given, seconds = opening()
     order = _order(suite, baseline, settings, subject, _device(model, subject, settings))
     learned = _fit(fit, data, settings, subject.model, order)
-    order, place = replace(order, fit=learned, surrogates=seconds), None if run is None else Path(run)
+    others = _others(across, settings, subject.model)
+    order = replace(order, fit=learned, surrogates=seconds, across=others)
+    place = None if run is None else Path(run)
     return assessing.assess(
         subject, given, order, run=place, resume=resume, progress=progress, opening=opening
     )
@@ -138,7 +142,8 @@ def carry_out(
     baseline, target = _evidence(settings.baseline), subject.model.access
     order = ordering.order(settings, baseline=baseline, target=target, command=command)
     fit = ordering.opened_fit(settings, subject.model, order.plan)
-    order = replace(order, fit=fit, surrogates=surrogates)
+    across = ordering.opened_across(settings, subject.model)
+    order = replace(order, fit=fit, surrogates=surrogates, across=across)
     return assessing.assess(subject, data, order, run=run, resume=resume, progress=progress, opening=opening)
 
 
@@ -175,7 +180,8 @@ def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
     subject, data, surrogates = ordering.opened(settings)
     asked = ordering.order(settings, baseline=_evidence(settings.baseline), target=subject.model.access)
     fit = ordering.opened_fit(settings, subject.model, asked.plan)
-    order = replace(asked, gates=(), workers=None, fit=fit, surrogates=surrogates)
+    across = ordering.opened_across(settings, subject.model)
+    order = replace(asked, gates=(), workers=None, fit=fit, surrogates=surrogates, across=across)
     few = selected(data, n=min(n, len(data)), sample=None, seed=settings.seed)
     return assessing.assess(subject, few, order), len(data)
 
@@ -239,7 +245,8 @@ def _settings(where: str, arguments: Mapping[str, Any]) -> AssessSettings:
             said[name] = str(said[name])
         else:
             said.pop(name, None)
-    said.pop("surrogates", None)
+    for name in ("surrogates", "across"):
+        said.pop(name, None)
     return check(said, where)
 
 
@@ -331,6 +338,22 @@ def _fit(
         return ordering.opened_fit(settings, model, order.plan, in_hand=not isinstance(data, str | Path))
     given = as_data(fit, classes=model.classes, bounds=model.bounds)
     return selected(given, n=None, sample=ordering.examples_to_fit(order.plan) or 1, seed=settings.seed)
+
+
+def _others(given: object, settings: AssessSettings, model: Classifier) -> tuple[Data, ...]:
+    """Data sets that changes are carried to and from, as addresses or in hand."""
+    if isinstance(given, tuple) and not given:
+        return ()
+    if not isinstance(given, list):
+        raise UsageError(
+            f"across is a {type(given).__name__}; give a list of data sets, as in across=['mnist-mini']"
+        )
+    return tuple(
+        ordering.opened_other(str(each), settings, model)
+        if isinstance(each, str | Path)
+        else as_data(each, bounds=model.bounds)
+        for each in given
+    )
 
 
 def _refuse_address_words(settings: AssessSettings) -> None:

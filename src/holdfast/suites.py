@@ -209,12 +209,12 @@ def _corruptions(constraint: Constraint) -> Named:
 
 
 PUBLISHED: Mapping[str, Attack] = {
-    "MI-FGSM": Transfer(reach=1, diversity=0, neighbours=0),
-    "NI-FGSM": Transfer(reach=1, diversity=0, neighbours=0, ahead=True),
-    "DI-FGSM": Transfer(reach=1, neighbours=0, momentum=0),
-    "TI-FGSM": Transfer(reach=1, diversity=0, shifts=7, neighbours=0, momentum=0),
-    "SI-NI-FGSM": Transfer(reach=1, diversity=0, neighbours=0, ahead=True, halvings=4),
-    "VMI-FGSM": Transfer(reach=1, diversity=0),
+    "MI-FGSM": Transfer(reach=1, neighbours=0),
+    "NI-FGSM": Transfer(reach=1, neighbours=0, ahead=True),
+    "DI-FGSM": Transfer(reach=1, diversity=0.5, neighbours=0, momentum=0),
+    "TI-FGSM": Transfer(reach=1, shifts=7, neighbours=0, momentum=0),
+    "SI-NI-FGSM": Transfer(reach=1, neighbours=0, ahead=True, halvings=4),
+    "VMI-FGSM": Transfer(reach=1, neighbours=5, around=1.5),
 }
 """Transfer at the settings of papers, but for the neighbours of VMI, which are 20 there."""
 

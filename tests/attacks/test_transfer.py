@@ -19,7 +19,7 @@ from holdfast.testing.fakes import examples, labelled, network
 from holdfast.testing.linear import linear_problem
 
 RNG, BOX = Draws(4), Bounds()
-PLAIN = {"diversity": 0.0, "shifts": 0, "neighbours": 0}
+PLAIN = {"reach": 2.5, "neighbours": 0}
 
 
 class Silent:

@@ -61,6 +61,8 @@ REFUSED = [
     ("surrogates: [',arch=cnn']", "has no address"),
     ("surrogates: ['a.pt,mean=0.5,mean=0.5']", "mean twice"),
     ("surrogates: ['a.pt,mean=x']", "expected a number"),
+    ("surrogates: ['a.pt,decay=0.2']", "decay=0.2 and names no branches"),
+    ("surrogates: ['a.pt,skip=b,decay=2']", "surrogates.0.decay"),
     ("suite: quik", "suite is 'quik'; did you mean 'quick'"),
     ("suite: quick\nattacks: [{use: PGD}]", "not both"),
     ("attacks: []", r"attacks is \[\]; expected at least 1 entry$"),
@@ -251,12 +253,14 @@ def test_the_grammar_reads_what_it_writes():
 
 def test_a_surrogate_is_an_address_with_what_else_is_to_be_said():
     assert parse_surrogate("mnist-cnn") == {"model": "mnist-cnn"}
-    written = "a,b/net.pt,arch=net.py:build,mean=0.5,0.4,0.3,width=8,name=x"
+    written = "a,b/net.pt,arch=net.py:build,mean=0.5,0.4,0.3,width=8,name=x,skip=layer*.bn2,decay=0.2"
     plain = {
         "model": "a,b/net.pt",
         "arch": "net.py:build",
         "mean": (0.5, 0.4, 0.3),
         "std": None,
+        "skip": "layer*.bn2",
+        "decay": 0.2,
         "model_args": {"width": "8", "name": "x"},
     }
     read_as = check({"surrogates": [written]}, "").surrogates

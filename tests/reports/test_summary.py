@@ -338,6 +338,32 @@ def test_the_transfer_matrix_is_in_every_report():
     assert any("models of its own: nets/" in sentence for sentence in content["threat"]["says"])
 
 
+def test_what_carries_across_data_is_in_every_report():
+    g = torch.Generator().manual_seed(0)
+    turned = torch.rand(200, 2, 2, generator=g) < torch.tensor([[0.9, 0.3], [0.1, 0.8]])
+    others = ({"name": "sets/<b>.npz", "digest": "ef" * 32, "n": 300},)
+    evidence = made.evidence(others=others, across={"turned": turned, "control": turned.flip(2)})
+    content = _check(made.summarised(evidence))
+    found = content["across"]
+    assert (found["data"][1], found["n"], content["others"][0]["n"]) == ("<b>.npz", 200, 300)
+    assert [row["made_on"] for row in found["rows"]] == found["data"]
+    share, control = (found["rows"][0][name][1] for name in ("shares", "controls"))
+    assert share["value"] == pytest.approx(turned[:, 0, 1].double().mean().item())
+    html = page(content)
+    assert "What carries across data" in html
+    assert f"heat-{round(10 * share['value'])}" in html
+    assert "<b>.npz" not in html
+    said = f"{percent(share['value'])} ({words.interval('transfer_success', share)}), mixed {percent(control['value'])}"
+    assert said in terminal.tables(content, colour=False)
+    assert said in markdown.document(content)
+
+
+def test_without_other_data_nothing_is_said_of_it():
+    content = _check(made.summarised(made.evidence()))
+    assert (content["across"], content["others"]) == (None, [])
+    assert "across data" not in page(content) + terminal.tables(content, colour=False)
+
+
 def test_without_surrogates_there_is_no_matrix():
     content = _check(made.summarised(made.evidence()))
     assert content["transfer"] is None

@@ -35,13 +35,13 @@ class Transfer:
 
     steps: Steps = 10
     """steps, each of (1 + neighbours) (1 + halvings) gradients of every surrogate"""
-    reach: Positive = 2.5
+    reach: Positive = 6.0
     """path length, in multiples of eps"""
     momentum: NonNegative = 1.0
     """share of the direction that the next step keeps (MI)"""
     ahead: bool = False
     """take gradients where the momentum leads next (NI)"""
-    diversity: Fraction = 0.5
+    diversity: Fraction = 0.0
     """chance of an image to be shown smaller and elsewhere (DI)"""
     shifts: Count = 0
     """pixels by which the image may be thought moved (TI)"""
@@ -49,7 +49,7 @@ class Transfer:
     """copies, each of half the last one's brightness, whose gradients count too (SI)"""
     neighbours: Count = 5
     """points around, whose gradients say how much that of the point varies (VMI)"""
-    around: Positive = 1.5
+    around: Positive = 5.0
     """how far neighbours lie, in multiples of eps"""
     loss: Loss = cross_entropy
     """what is climbed"""

@@ -62,6 +62,12 @@ ATTACKING = (
         help="Random changes that inputs are seen through, as in rotate=15,blur=1.",
     ),
     click.option("--fit", metavar="DATA", help="Examples to learn attacks on (default: the train split)."),
+    click.option(
+        "--across",
+        multiple=True,
+        metavar="DATA",
+        help="Other data to carry changes to and from, and see what they turn.",
+    ),
     click.option("--curve/--no-curve", default=None, help="Also measure accuracy against eps."),
     click.option("--full", is_flag=True, default=None, help="Run every attack on every example."),
     click.option(
@@ -156,13 +162,13 @@ def settings_from(flags: dict[str, Any]) -> AssessSettings:
 
     held = (str(parse_surrogate(each)["model"]) for each in flags.get("surrogates", ()))
     named = (flags.get("model"), flags.get("data"), flags.get("config"), flags.get("baseline"))
-    for address in (*named, *held):
+    for address in (*named, *held, *flags.get("across", ())):
         refuse_missing_file(address)
 
     config, sets = flags.pop("config"), flags.pop("sets")
     for key, flag in (("model_args", "--model-args"), ("accept_doubts", "--accept-doubt")):
         flags[key] = pairs(flags.get(key, ()), flag) or None
-    for key in ("gates", "only", "skip", "drop", "allow_hosts", "headers", "output", "surrogates"):
+    for key in ("gates", "only", "skip", "drop", "allow_hosts", "headers", "output", "surrogates", "across"):
         flags[key] = list(flags.get(key, ())) or None
     if flags.get("suite") is not None and flags["suite"] not in SUITES:
         from holdfast.config.grammar import nearest
@@ -199,7 +205,8 @@ def _refuse_targets(settings: AssessSettings, config: str | None) -> None:
     for address in (str(settings.model), *(each.model for each in settings.surrogates)):
         refuse_unknown_model(address)
     refuse_foreign_server(str(settings.model), settings.allow_hosts)
-    refuse_unknown_data(str(settings.data))
+    for address in (str(settings.data), *settings.across):
+        refuse_unknown_data(address)
     if settings.baseline is not None:
         refuse_no_run(Path(settings.baseline))
 

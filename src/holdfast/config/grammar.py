@@ -238,7 +238,7 @@ def parse_surrogate(text: str) -> dict[str, object]:
     arguments: dict[str, str] = {}
     for condition in conditions:
         key, _, value = condition.partition("=")
-        into = found if key in ("arch", "mean", "std") else arguments
+        into = found if key in ("arch", "mean", "std", "skip", "decay") else arguments
         if key in into:
             raise UsageError(f"the surrogate {text!r} says {key} twice; keep one")
         into[key] = value

@@ -22,11 +22,12 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.names import slug
+from holdfast.core.skipped import DECAY, skipped
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.doubts.answering import arms
 from holdfast.gates.grammar import parse as parse_gate
-from holdfast.harness import Member, Plan, labelled
+from holdfast.harness import MATRIX_ROWS, Member, Plan, labelled
 from holdfast.harness.plan import DoubtsWanted
 from holdfast.ops.expectation import seen_through
 from holdfast.reports.numbers import strict
@@ -96,7 +97,15 @@ def opened_surrogate(said: SurrogateSettings, settings: AssessSettings, target: 
         trust_code=settings.trust_code,
     )
     card = {"name": opened.name, "how": opened.how, "digest": opened.digest}
-    return _same_box(_subject(opened.model, card, opened.notes), target)
+    notes = opened.notes
+    if said.skip is not None:
+        share = DECAY if said.decay is None else said.decay
+        net = skipped(opened.model.net, said.skip, decay=share)
+        opened.model.net = net
+        card["digest"] = digest(canonical([opened.digest, said.skip, share]))
+        found = f"{said.skip}, {len(net.branches)} of its modules"
+        notes += (f"{share:g} of the gradient goes back through {found}",)
+    return _same_box(_subject(opened.model, card, notes), target)
 
 
 def opened_surrogates(settings: AssessSettings, target: Classifier) -> tuple[Subject, ...]:
@@ -233,6 +242,23 @@ def opened_fit(
         raise UsageError(
             f"{address!r} has no train split to learn attacks on ({error}); name other examples with --fit DATA"
         ) from error
+
+
+def opened_across(settings: AssessSettings, model: Classifier) -> tuple[Data, ...]:
+    """The data sets that changes are carried to and from; their labels are not asked, so classes do not matter."""
+    return tuple(opened_other(address, settings, model) for address in settings.across)
+
+
+def opened_other(address: str, settings: AssessSettings, model: Classifier) -> Data:
+    """One of them: a seeded sample, of which no more is needed."""
+    return open_data(
+        address,
+        label=settings.label,
+        drop=tuple(settings.drop),
+        sample=MATRIX_ROWS,
+        seed=settings.seed,
+        bounds=model.bounds,
+    )
 
 
 def order(

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, SupportsIndex, get_args
 
 import yaml
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
 
 from holdfast.config.grammar import (
@@ -118,7 +118,13 @@ def _accepted(value: object) -> object:
 
 
 def _surrogate(value: object) -> object:
-    return parse_surrogate(value) if isinstance(value, str) else value
+    said = parse_surrogate(value) if isinstance(value, str) else value
+    if isinstance(said, Mapping) and said.get("decay") is not None and said.get("skip") is None:
+        raise UsageError(
+            f"the surrogate {said.get('model')} has decay={said['decay']} and names no branches for it; name the last "
+            "module of each, as in skip=layer*.*.bn2, or leave decay out"
+        )
+    return said
 
 
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_fractions)]
@@ -138,6 +144,12 @@ class SurrogateSettings(BaseModel):
     model_args: dict[str, str] = Field(default_factory=dict, description="arguments of the factory")
     mean: Numbers | None = Field(None, description="subtracted from the input inside the surrogate")
     std: Numbers | None = Field(None, description="divides the input inside the surrogate")
+    skip: str | None = Field(
+        None, description="skip gradients: the last modules of residual branches, as in layer*.*.bn2"
+    )
+    decay: Annotated[float, Ge(0), Le(1)] | None = Field(
+        None, description="share of the gradient that those branches keep; 0.5 where none is given"
+    )
 
 
 class AssessSettings(BaseModel):
@@ -193,6 +205,10 @@ class AssessSettings(BaseModel):
     fit: str | None = Field(
         None, description="other examples, for attacks that are learned: an address, else the train split"
     )
+    across: list[str] = Field(
+        default_factory=list,
+        description="other data sets of inputs of the same shape, which changes are carried to and from",
+    )
     transform: Annotated[str | None, BeforeValidator(_transform)] = Field(
         None,
         description="random changes that inputs are seen through, as in rotate=15,scale=0.1,brightness=0.2",
@@ -204,7 +220,7 @@ class AssessSettings(BaseModel):
     )
     surrogates: list[Annotated[SurrogateSettings, BeforeValidator(_surrogate)]] = Field(
         default_factory=list,
-        description="models of the attacker's own, each an address or `model: ADDRESS` with arch, mean, std",
+        description="models of the attacker's own, each an address or `model: ADDRESS` with arch, mean, std, skip",
     )
     suite: SuiteName | None = Field(
         None,

@@ -11,7 +11,7 @@ from holdfast.core.threat import ThreatModel
 Columns = Mapping[str, Tensor]
 """Named columns, one row an example."""
 
-PARTIAL = ("gallery.", "adversarial.", "transfer.")
+PARTIAL = ("gallery.", "adversarial.", "transfer.", "across.")
 """How columns of a stage begin that hold some of its examples only, named by an `id` of their own."""
 
 DoubtState = Literal["clear", "raised", "answered", "not measured", "not applicable"]
@@ -111,6 +111,13 @@ class Evidence:
 
     The models are the target and each surrogate. The makers of examples are the same, the target only where its
     gradients may be seen; and where there are several surrogates, all of them together.
+    """
+    others: tuple[Mapping[str, Any], ...] = ()
+    """`name`, `digest` and `n` of each data set that changes were carried to and from"""
+    across: Columns = field(default_factory=dict)
+    """what changes carried across data sets `turned`, and their `control`: (k, made on, put on)
+
+    The data sets are that of the run and then the others, each by as many inputs.
     """
 
     def __getitem__(self, name: str) -> Tensor:

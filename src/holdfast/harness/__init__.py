@@ -6,6 +6,7 @@ the work. `measure` is the caller that keeps everything in memory.
 """
 
 from holdfast.harness.assembly import Context, Seconds, assemble, conclude, join, speaking
+from holdfast.harness.carrying import paired, run_across
 from holdfast.harness.measure import measure, measured
 from holdfast.harness.plan import (
     Member,
@@ -20,10 +21,11 @@ from holdfast.harness.plan import (
 )
 from holdfast.harness.stages import Room, in_pieces, makers, ready, run_clean, run_fit, run_stage, unattacked
 from holdfast.harness.target import LOOKED_AT, Target, prepared
-from holdfast.harness.waves import broken, due
+from holdfast.harness.waves import MATRIX_ROWS, broken, due
 
 __all__ = [
     "LOOKED_AT",
+    "MATRIX_ROWS",
     "Context",
     "Member",
     "Outline",
@@ -43,10 +45,12 @@ __all__ = [
     "makers",
     "measure",
     "measured",
+    "paired",
     "prepared",
     "ready",
     "refuse_unfitted",
     "refuse_what_is_hidden",
+    "run_across",
     "run_clean",
     "run_fit",
     "run_stage",

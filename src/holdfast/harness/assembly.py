@@ -36,6 +36,7 @@ class Context:
     doubts_cost: Cost = Cost()
     broken_elsewhere: int = 0
     surrogates: tuple[Mapping[str, Any], ...] = ()
+    others: tuple[Mapping[str, Any], ...] = ()
     remarks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """what is to be said of a stage, by its name, beside what its plan says"""
 
@@ -152,6 +153,12 @@ def conclude(
             for name in ("id", "right", "wrong")
             if "transfer.id" in by_stage.get("transfer", {})
         },
+        others=context.others,
+        across={
+            name: by_stage["across"][f"across.{name}"]
+            for name in ("turned", "control")
+            if "across.turned" in by_stage.get("across", {})
+        },
     )
 
 
@@ -215,6 +222,9 @@ def _cost(columns: Columns, seconds: Seconds, *, randomised: bool) -> Cost:
     judged = int(columns["ran"].sum()) if "ran" in columns else len(columns["id"])
     if "transfer.wrong" in columns:  # once clean, and what each maker made
         judged *= 1 + columns["transfer.wrong"].shape[1]
+    elif "across.turned" in columns:  # each data set once clean, then with each change and its control
+        sets = columns["across.turned"].shape[1]
+        judged *= sets * (1 + 2 * sets)
     else:
         judged *= _looks(randomised=randomised and "right" in columns)
     return Cost(queries + judged, int(columns["backwards"].sum()), queries, seconds.cpu, seconds.wall)

@@ -14,7 +14,7 @@ from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.ops.ascent import flat
 from holdfast.ops.losses import cross_entropy
 
-Kind = Literal["clean", "fit", "attack", "attacked", "curve", "transfer"]
+Kind = Literal["clean", "fit", "attack", "attacked", "curve", "transfer", "across"]
 DoubtsWanted = Literal["all", "free", "none"]
 
 
@@ -86,6 +86,8 @@ class Plan:
     """minimum-norm attacks on every example, for accuracy against eps"""
     matrix: bool = False
     """measure how examples made on the model and on each surrogate turn the others"""
+    across: bool = False
+    """measure how changes made on the data turn inputs of other data sets, and theirs those of the data"""
     full: bool = False
     """run every attack on every example, standing or not"""
     keep_adversarial: bool = False
@@ -104,11 +106,12 @@ class Plan:
         )
         curve = [Stage(f"curve-{k}-{slug(m.name)}", "curve", m) for k, m in enumerate(self.curve, 1)]
         matrix = [Stage("transfer", "transfer", MATRIX)] if self.matrix else []
+        across = [Stage("across", "across", MATRIX)] if self.across else []
         arms = [
             Stage(f"{k}-{slug(m.name)}", "attack", m, adaptive=True)
             for k, m in enumerate(self.adaptive, len(self.members) + 1)
         ]
-        return (Stage("clean", "clean"), *attacks, *fixed, *curve, *matrix, *arms)
+        return (Stage("clean", "clean"), *attacks, *fixed, *curve, *matrix, *across, *arms)
 
     def _waves(self, name: str, member: Member) -> list[Stage]:
         later = 0 if self.full or self.smallest else member.waves
@@ -145,8 +148,8 @@ def fit_of(stage: str) -> str:
 FIXED = Member("PGD-40", PGD(steps=40, reach=2.5, loss=cross_entropy, schedule=flat, drop=False))
 """The pass that does not depend on the suite's order: every example, never dropped."""
 
-MATRIX = Member("Transfer", Transfer(neighbours=0))
-"""What makes the examples of the transfer matrix."""
+MATRIX = Member("Transfer", Transfer(reach=2.5, diversity=0.5, neighbours=0))
+"""What makes the examples of the transfer matrix, and the changes that are carried across data sets."""
 
 
 def labelled(attacks: Iterable[Attack]) -> tuple[Member, ...]:

@@ -201,7 +201,7 @@ def _attacked(
 ) -> dict[str, Tensor]:
     batch = _aimed(batch, threat)
     with target.repeatable(rng.at(int(batch.ids[0]))):
-        x_adv, spent = _found(attack, threat, target, batch, rng)
+        x_adv, spent = returned(attack, threat, target, batch, rng)
         logits = target.logits(x_adv)
     probabilities = logits[:, : target.classes].softmax(1)
     columns = {
@@ -222,7 +222,7 @@ def _attack(
 ) -> dict[str, Tensor]:
     batch = _aimed(batch, threat)
     with target.repeatable(rng.at(int(batch.ids[0]))):
-        x_adv, spent = _found(attack, threat, target, batch, rng)
+        x_adv, spent = returned(attack, threat, target, batch, rng)
         logits, right, right_fresh = _judged(
             target, batch, x_adv, lambda logits: target.held(logits, batch.y)
         )
@@ -272,7 +272,7 @@ def _transferred(
     with target.repeatable(rng.at(int(batch.ids[0]))):
         right = holds(batch.x, target.logits(batch.x))
         for models in makers(metered, threat):
-            x_adv, _ = _found(attack, replace(threat, surrogates=models), target, batch, rng)
+            x_adv, _ = returned(attack, replace(threat, surrogates=models), target, batch, rng)
             wrong.append(~holds(x_adv, target.held(target.logits(x_adv), batch.y)))
     columns = {
         "id": batch.ids,
@@ -296,7 +296,7 @@ def _aimed(batch: Batch, threat: ThreatModel) -> Batch:
     return batch if threat.goal is None else batch.towards(torch.full_like(batch.y, threat.goal))
 
 
-def _found(
+def returned(
     attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
 ) -> tuple[Inputs, Spent]:
     """What the attack returned, checked to be an allowed input; what it had found when its budget ran out."""

@@ -19,7 +19,7 @@ from holdfast.harness.plan import Plan, Stage, Step
 from holdfast.ops.sampling import sample_rows
 
 MATRIX_ROWS = 500
-"""Examples of the transfer matrix, at most: a share is then known to within 4.5 points."""
+"""Examples of the transfer matrix, and of each data set carried across, at most: a share is known to 4.5 points."""
 LEAST = 32
 """Examples of a wave: fewer would prove little where they break nothing."""
 

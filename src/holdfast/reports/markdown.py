@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from holdfast.core.names import printable
-from holdfast.reports import transfer
+from holdfast.reports import across, transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, row
 from holdfast.reports.numbers import count
 from holdfast.reports.words import VERDICTS, interval, label, shown
@@ -28,7 +28,7 @@ def document(summary: Mapping[str, Any]) -> str:
         lines += table(("gate", "measured", "interval", "verdict"), map(_gate, summary["gates"]))
     if summary["attacks"]:
         lines += _attacks(summary)
-    lines += _transfer(summary)
+    lines += _matrices(summary)
     lines += _doubts(summary)
     lines += ["<details><summary>All metrics</summary>", ""]
     lines += table(
@@ -72,15 +72,25 @@ def _attacks(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _transfer(summary: Mapping[str, Any]) -> list[str]:
-    found = summary["transfer"]
-    if found is None:
-        return []
-    headings, *rows = (
-        [escaped(each) for each in row] for row in (transfer.headings(found), *transfer.cells(found))
-    )
-    title = transfer.title(found, summary["noun"]).removeprefix("transfer: ")
-    return ["### Transfer", "", f"{escaped(title.capitalize())}.", "", *table(headings, rows)]
+def _matrices(summary: Mapping[str, Any]) -> list[str]:
+    """What examples made on each model do to the others, and changes made on each data set."""
+    lines = []
+    for name, words in (("transfer", transfer), ("across", across)):
+        found = summary[name]
+        if found is None:
+            continue
+        headings, *rows = (
+            [escaped(each) for each in row] for row in (words.headings(found), *words.cells(found))
+        )
+        heading, _, says = words.title(found, summary["noun"]).partition(": ")
+        lines += [
+            f"### {heading.capitalize()}",
+            "",
+            f"{escaped(says.capitalize())}.",
+            "",
+            *table(headings, rows),
+        ]
+    return lines
 
 
 def _metric(name: str, estimate: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from holdfast.core.types import Mask
 from holdfast.gates.judging import Judgement, exit_code, overall
 from holdfast.metrics.columns import within
 from holdfast.ops.statistics import median, proportion
+from holdfast.reports.across import across
 from holdfast.reports.concerns import concern
 from holdfast.reports.curves import (
     accuracy_curves,
@@ -94,6 +95,8 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
         "per_class": per_class(evidence, classes, confidence),
         "surrogates": [_bounded(card) for card in evidence.surrogates],
         "transfer": transfer(evidence, confidence),
+        "others": [_bounded(card) for card in evidence.others],
+        "across": across(evidence, confidence),
         "examples": examples(evidence, classes, [record.name for record in evidence.attacks]),
         "broken_elsewhere": evidence.broken_elsewhere,
         "notes": list(evidence.notes),

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import printable
-from holdfast.reports import transfer
+from holdfast.reports import across, transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, row, title
 from holdfast.reports.numbers import count, percent
 from holdfast.reports.words import VERDICTS, asked, interval, label, shown
@@ -72,7 +72,7 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
     parts = [
         attack_table(summary, narrow=width is not None and width < _WIDE),
         metric_table(summary, brief=brief),
-        *transfer_table(summary),
+        *matrices(summary),
     ]
     text = "\n".join(as_string(part, colour=colour, width=width) for part in parts if part.row_count)
     return text + _doubts(summary["doubts"])
@@ -122,17 +122,18 @@ def metric_table(summary: Mapping[str, Any], *, brief: bool = False) -> "Table":
     return table
 
 
-def transfer_table(summary: Mapping[str, Any]) -> "list[Table]":
-    """What examples made on each model do to the others; nothing where no surrogate was given."""
-    found = summary["transfer"]
-    if found is None:
-        return []
-    table = grid(
-        transfer.title(found, summary["noun"]), [printable(each) for each in transfer.headings(found)]
-    )
-    for told in transfer.cells(found):
-        table.add_row(*map(cell, told))
-    return [table]
+def matrices(summary: Mapping[str, Any]) -> "list[Table]":
+    """What examples made on each model do to the others, and changes made on each data set; those that there are."""
+    tables = []
+    for name, words in (("transfer", transfer), ("across", across)):
+        found = summary[name]
+        if found is None:
+            continue
+        table = grid(words.title(found, summary["noun"]), [printable(each) for each in words.headings(found)])
+        for told in words.cells(found):
+            table.add_row(*map(cell, told))
+        tables.append(table)
+    return tables
 
 
 def grid(title: str, headings: Sequence[str]) -> "Table":

@@ -23,11 +23,11 @@ def transfer(evidence: Evidence, confidence: float) -> Json | None:
     except Absent:
         return None
     return {
-        "models": list(_short(models(evidence))),
+        "models": list(told_apart(models(evidence))),
         "n": len(evidence.transfer["id"]),
         "rows": [
             {
-                "made_on": row.maker if row.of is None else _short(models(evidence))[row.of],
+                "made_on": row.maker if row.of is None else told_apart(models(evidence))[row.of],
                 "own": row.of,
                 "shares": [None if share is None else estimate(share) for share in row.shares],
             }
@@ -56,7 +56,7 @@ def _cell(share: Mapping[str, Any] | None) -> str:
     return "–" if share is None else f"{percent(share['value'])} ({interval(METRIC, share)})"
 
 
-def _short(names: tuple[str, ...]) -> tuple[str, ...]:
+def told_apart(names: tuple[str, ...]) -> tuple[str, ...]:
     """Names without their folders, told apart by a number where they are the same."""
     last = [PurePath(name).name or name for name in names]
     return tuple(

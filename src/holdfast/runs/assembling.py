@@ -45,6 +45,7 @@ def evidence_of(
         doubts=tuple(doubt_from_json(doubt) for doubt in asked["doubts"]),
         doubts_cost=Cost(cost["forwards"], cost["backwards"], cost["queries"], spent.cpu, spent.wall),
         surrogates=tuple(manifest.get("surrogates", ())),
+        others=tuple(manifest.get("others", ())),
         broken_elsewhere=len({id_ for ids in asked["fallen"].values() for id_ in ids}),
     )
     outline = outline_from_json(manifest["config"])

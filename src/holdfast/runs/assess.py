@@ -11,6 +11,7 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
 from holdfast.harness import Target, refuse_unfitted, refuse_what_is_hidden
+from holdfast.runs.carrying import with_others
 from holdfast.runs.entry import (
     refuse_batch,
     refuse_data,
@@ -49,6 +50,7 @@ def assess(
     with readied(subject, data, device, adaptive=adaptive) as (target, sample), ExitStack() as stack:
         _refuse(target, sample, order, data)
         held = with_surrogates(order.plan, stack, order.surrogates, sample, target)
+        held = with_others(held, order.across, sample, target)
         plan = refuse_what_is_hidden(held, subject.model.access, subject.model.hides)
         refuse_unfitted(plan, fit=order.fit is not None)
         refuse_gates(order.gates, plan, target, sample)

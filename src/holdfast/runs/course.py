@@ -22,6 +22,7 @@ from holdfast.harness import (
     due,
     join,
     ready,
+    run_across,
     run_clean,
     run_fit,
     run_stage,
@@ -138,6 +139,8 @@ class Course:
     hands: Hands = field(default_factory=Alone)
     fit: Batch | None = None
     """what some attacks are learned on"""
+    across: tuple[Batch, ...] = ()
+    """the inputs that changes are made for and put on, of each data set as many"""
     _last: dict[tuple[int, int], Batch] = field(default_factory=dict)
 
     def run(self) -> tuple[dict[str, Columns], tuple[str, ...]]:
@@ -153,7 +156,7 @@ class Course:
     def _through(self, stages: Sequence[Stage], by_stage: dict[str, Columns]) -> tuple[str, ...]:
         cut: list[tuple[Stage, int]] = []
         for stage in stages:
-            measured = self._learned if stage.kind == "fit" else self._measured
+            measured = self._at_once if stage.kind in ("fit", "across") else self._measured
             kept = self.keeper.stage(stage.name) or measured(ready(stage, by_stage), by_stage)
             columns = counted(stage.kind, kept, by_stage)
             if columns is not None:
@@ -193,19 +196,24 @@ class Course:
         """Say how far a stage has come."""
         self.progress(Step(stage, self.order.index(stage) + 1, len(self.order), done, of, standing, seen))
 
-    def _learned(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Kept:
-        """What an attack learns, all at once: a run that is killed here learns it anew."""
-        assert self.fit is not None
+    def _at_once(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Kept:
+        """What an attack learns, or what is carried across data sets: a run that is killed here does it anew."""
+        of = len(self.across[0] if self.fit is None or stage.kind == "across" else self.fit)
         standing = int(
             (by_stage["clean"]["correct"] & by_stage["clean"]["eligible"] & ~broken(by_stage)).sum()
         )
-        self.tell(stage.name, 0, len(self.fit), standing, len(self.data))
+        self.tell(stage.name, 0, of, standing, len(self.data))
         self.keeper.begin(stage.name, 0)
         watch = Watch(lambda seconds, last: self.keeper.spend(stage.name, 0, seconds, done=last))
         columns: Columns = {"id": torch.empty(0, dtype=torch.int64)}
         timed, reached = replace(self.target, quick=Timed(self.target.quick, self.deadline)), None
         try:
-            columns = run_fit(stage, self.plan, timed, self.fit.to(self.device), by_stage["clean"])
+            if stage.kind == "fit":
+                assert self.fit is not None
+                columns = run_fit(stage, self.plan, timed, self.fit.to(self.device), by_stage["clean"])
+            else:
+                sets = [each.to(self.device) for each in self.across]
+                columns = run_across(stage, self.plan, timed, sets, self.room(stage.name, 0))
         except OutOfTime:
             reached = 0
         with self.stopper.finishing():
@@ -317,7 +325,9 @@ def missed(cut: Sequence[tuple[Stage, int]], of: int, plan: Plan) -> tuple[str, 
                 lost = "its distances are"
             elif stage.kind == "transfer":
                 lost = "the transfer matrix is"
-            on = "its sample" if stage.kind == "transfer" else "every example"
+            elif stage.kind == "across":
+                lost = "what was to be carried across data sets is"
+            on = "its sample" if stage.kind in ("transfer", "across") else "every example"
             said.append(
                 f"time ran out: the pass of {name_of(stage)} on {on} was not finished, so {lost} left out"
             )

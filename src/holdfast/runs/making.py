@@ -17,7 +17,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.doubts.answering import arms, called
 from holdfast.gates.judging import Doubts, Judgement, judge
-from holdfast.harness import Plan, Target
+from holdfast.harness import MATRIX_ROWS, Plan, Target, paired
 from holdfast.reports.numbers import strict
 from holdfast.runs import probes
 from holdfast.runs.assembling import ADAPTIVE, DOUBTS, OUTSIDE, adversarial, evidence_of
@@ -33,6 +33,7 @@ from holdfast.runs.order import Opening, Order, Progress, Subject
 from holdfast.runs.preparing import model_digest
 from holdfast.runs.repeating import repeatable
 from holdfast.runs.result import Result, about_of
+from holdfast.runs.selection import selected
 from holdfast.runs.signals import Stopper
 from holdfast.runs.team import Team, gathered
 from holdfast.runs.worker import Job
@@ -81,6 +82,7 @@ class Making:
             "config": config,
             "model": strict({**self.subject.card, "randomised": self.target.randomised}),
             "surrogates": [_known(surrogate) for surrogate in order.surrogates],
+            "others": [{"name": each.name, "digest": each.digest, "n": len(each)} for each in order.across],
             "data": self.data_card(),
             "notes": self.notes(),
             "versions": versions(),
@@ -109,6 +111,7 @@ class Making:
             "time_budget_s": order.time_budget_s,
             "fit": None if order.fit is None else order.fit.digest,
             "surrogates": {f"{place} {one['name']}": one["digest"] for place, one in enumerate(held, 1)},
+            "across": {f"{place} {one.name}": one.digest for place, one in enumerate(order.across, 1)},
         }
 
     def fit(self) -> Batch | None:
@@ -124,6 +127,15 @@ class Making:
             )
         refuse_batch(batch, self.target.bare.bounds, self.target.classes, self.order.fit.name)
         return batch
+
+    def across(self) -> tuple[Batch, ...]:
+        """As many inputs of each data set, a seeded sample, in the order in which they are paired."""
+        if not self.plan.across:
+            return ()
+        sets, seed = (self.data, *self.order.across), self.plan.seed
+        n = min(MATRIX_ROWS, *map(len, sets))
+        drawn = (selected(each, n=None, sample=n, seed=seed).read(0, n) for each in sets)
+        return tuple(paired(batch, seed, place) for place, batch in enumerate(drawn))
 
     def data_card(self) -> dict[str, Any]:
         """What identifies the examples, and what one of them is like."""
@@ -220,6 +232,7 @@ class Making:
             names,
             team or Alone(),
             self.fit(),
+            self.across(),
         )
         by_stage, missed = course.run()
         said = () if team is None else team.dismissed()

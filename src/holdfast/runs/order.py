@@ -47,6 +47,8 @@ class Order:
     shard_size: int = SHARD_SIZE
     fit: Data | None = None
     """examples that are not judged, for attacks that are learned"""
+    across: tuple[Data, ...] = ()
+    """other data sets, which changes are carried to and from"""
     time_budget_s: float | None = None
     """attacks stop after this long, over all attempts; shards are then batches, so that little of the last is lost"""
     workers: int | None = None

@@ -1,0 +1,83 @@
+"""Changes carried across data sets: made for inputs of one, put on inputs of each.
+
+Labels are asked nowhere: an input turns where the model no longer says of it what it says of the clean one, so that the
+classes of another data set need not be the model's. Beside each change goes its control, the same change with
+its pixels in another order: as far in every norm, and in no direction.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.evidence import Columns
+from holdfast.core.meter import Metered, margin
+from holdfast.core.types import Inputs, Mask
+from holdfast.harness.plan import Plan, Stage
+from holdfast.harness.stages import Room, in_pieces, returned
+from holdfast.harness.target import Target
+
+_IMAGE = 4
+
+
+def run_across(stage: Stage, plan: Plan, target: Target, sets: Sequence[Batch], room: Room) -> Columns:
+    """Columns of the stage that carries changes between `sets`, equally many inputs of each data set, paired by row.
+
+    `across.turned` and `across.control` (n, made on, put on) say which pairs turned; the others, what that asked.
+    """
+    pairs = replace(sets[0], ids=torch.arange(len(sets[0]), device=sets[0].ids.device))
+    return in_pieces(
+        lambda piece: _carried(stage, plan, target, [each.take(piece.ids) for each in sets]), pairs, room
+    )
+
+
+def paired(batch: Batch, seed: int, place: int) -> Batch:
+    """The batch in the order in which it is paired with those of other data sets, whatever order it came in."""
+    rng = Draws(seed).at("across", place)
+    return batch.take(rng.uniform(batch.ids, 1, dtype=torch.float64)[:, 0].argsort(stable=True))
+
+
+def _carried(stage: Stage, plan: Plan, target: Target, sets: Sequence[Batch]) -> dict[str, Tensor]:
+    assert stage.member is not None
+    rng, threat = Draws(plan.seed).at("stage", stage.name), replace(plan.threat, queries=None)
+    project, bounds = threat.constraint.project, target.bare.bounds
+    turned: list[Tensor] = []
+    control: list[Tensor] = []
+    queries = backwards = torch.zeros_like(sets[0].ids)
+    with target.repeatable(rng.at(int(sets[0].ids[0]))):
+        sets = [replace(each, y=target.logits(each.x)[:, : target.classes].argmax(1)) for each in sets]
+        for place, each in enumerate(sets):
+            own = Metered(target.asked(target.quick, each), each, threat)
+            makers = (own,) if threat.gives("gradients") else threat.surrogates
+            x_adv, _ = returned(
+                stage.member.attack, replace(threat, surrogates=makers), target, each, rng.at(place)
+            )
+            change = x_adv - each.x
+            mixed = _mixed(change, each, rng.at("control", place))
+            for delta, kept in ((change, turned), (mixed, control)):
+                moved = [(on, project(on.x + delta, on.x, bounds)) for on in sets]
+                kept.append(torch.stack([_turned(target, on, x) for on, x in moved], 1))
+            queries, backwards = queries + own.spent.queries, backwards + own.spent.backwards
+    columns = {
+        "id": sets[0].ids,
+        "ran": torch.ones_like(sets[0].ids, dtype=torch.bool),
+        "queries": queries,
+        "backwards": backwards,
+        "across.turned": torch.stack(turned, 1),
+        "across.control": torch.stack(control, 1),
+    }
+    return {name: values.cpu() for name, values in columns.items()}
+
+
+def _mixed(change: Inputs, batch: Batch, rng: Draws) -> Inputs:
+    """Each change with its places in an order drawn for it; the channels of a pixel stay together."""
+    spread = change.flatten(2) if change.dim() == _IMAGE else change.flatten(1)[:, None]
+    order = rng.uniform(batch.ids, spread.shape[2]).argsort(1)
+    return spread.gather(2, order[:, None].expand_as(spread)).view_as(change)
+
+
+def _turned(target: Target, batch: Batch, x: Inputs) -> Mask:
+    return ~(margin(target.held(target.logits(x), batch.y), batch) > 0)

@@ -1,0 +1,57 @@
+"""What was carried across data sets, as the summary keeps it and as tables show it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from holdfast.core.evidence import Evidence
+from holdfast.metrics.across import across as carried
+from holdfast.metrics.across import sets
+from holdfast.metrics.columns import Absent
+from holdfast.reports.curves import estimate
+from holdfast.reports.numbers import count, percent
+from holdfast.reports.transfer import METRIC, told_apart
+from holdfast.reports.words import interval
+
+Json = dict[str, Any]
+
+
+def across(evidence: Evidence, confidence: float) -> Json | None:
+    """The data sets, and for the changes made on each what they did to all; None where nothing was measured."""
+    try:
+        rows = carried(evidence, confidence)
+    except Absent:
+        return None
+    names = told_apart(sets(evidence))
+    return {
+        "data": list(names),
+        "n": len(evidence.across["turned"]),
+        "rows": [
+            {
+                "made_on": name,
+                "shares": [estimate(share) for share in row.turned],
+                "controls": [estimate(share) for share in row.control],
+            }
+            for name, row in zip(names, rows, strict=True)
+        ],
+    }
+
+
+def title(found: Mapping[str, Any], noun: str) -> str:
+    """What the table says."""
+    return f"across data: of {count(found['n'])} {noun} of each those that the changes turn, and turn in mixed order"
+
+
+def headings(found: Mapping[str, Any]) -> list[str]:
+    """Of the columns."""
+    return ["made on", *(f"put on {name}" for name in found["data"])]
+
+
+def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Each row as text: what the changes were made on, then shares with their intervals and their controls."""
+    for row in found["rows"]:
+        pairs = zip(row["shares"], row["controls"], strict=True)
+        yield [row["made_on"], *(_cell(share, control) for share, control in pairs)]
+
+
+def _cell(share: Mapping[str, Any], control: Mapping[str, Any]) -> str:
+    return f"{percent(share['value'])} ({interval(METRIC, share)}), mixed {percent(control['value'])}"
