@@ -40,6 +40,9 @@ ROWS = {
     "standard-cost": "standard_cost",
     "patches": "patches",
     "transformations": "transformations",
+    "bends": "bends",
+    "image-patches": "image_patches",
+    "colours": "colours",
     "doubts": "doubts",
     "gallery": "gallery",
 }

@@ -3,14 +3,17 @@
 `use(folder)` puts checkouts on the import path: the folder may hold `auto-attack` (fra31/auto-attack), `adv-lib`
 (jeromerony/adversarial-library), `sparse-imperceivable-attacks` (fra31/sparse-imperceivable-attacks), `RayS`
 (uclaml/RayS), `SurFree` (t-maho/SurFree), `sparse-rs` (fra31/sparse-rs), `blackbox-bandits`
-(MadryLab/blackbox-bandits) and `skip-connections-matter` (csdongxian/skip-connections-matter). adv-lib imports
-torchvision and visdom at the top of modules that the attacks compared here never use (perceptual distances and live
-plots), so two empty stand-ins take their place; RayS gets one for its progress bar, which wants a terminal;
-torchattacks is installed with `--no-deps`.
+(MadryLab/blackbox-bandits), `advertorch` (BorealisAI/advertorch), `Adversarial-Patch-Training`
+(sukrutrao/Adversarial-Patch-Training) and `skip-connections-matter` (csdongxian/skip-connections-matter). adv-lib
+imports torchvision and visdom at the top of modules that the attacks compared here never use (perceptual distances and
+live plots), so empty stand-ins take their place, as they do for advertorch's pictures and for the log files of
+Adversarial-Patch-Training; RayS gets one for its progress bar, which wants a terminal; torchattacks is installed with
+`--no-deps`.
 """
 
 import importlib
 import importlib.metadata
+import itertools
 import subprocess
 import sys
 import types
@@ -18,7 +21,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from benchmarks.absent import Absent
@@ -32,6 +35,8 @@ CHECKOUTS = {
     "rs_attacks": "sparse-rs",
     "main": "blackbox-bandits/src",
     "utils_sgm": "skip-connections-matter",
+    "advertorch": "advertorch",
+    "attacks": "Adversarial-Patch-Training",
 }
 DISTRIBUTIONS = {
     "foolbox": "foolbox",
@@ -39,9 +44,14 @@ DISTRIBUTIONS = {
     "cleverhans": "cleverhans",
     "torchattacks": "torchattacks",
 }
-_UNUSED = {
+_TENSORBOARD = tuple(
+    itertools.accumulate(("tensorboard", "backend", "event_processing", "event_accumulator"), "{}.{}".format)
+)
+_UNUSED: dict[str, dict[str, dict[str, Any]]] = {
     "adv_lib": {"torchvision": {"models": None}, "visdom": {}},
     "RayS": {"pgbar": {"progress_bar": lambda *_, **__: None}},
+    "advertorch": {"torchvision": {"transforms": SimpleNamespace(ToPILImage=object, ToTensor=object)}},
+    "attacks": {name: {} for name in ("h5py", *_TENSORBOARD)},
 }
 """Modules that a peer imports and never needs here, and what it takes from them by name."""
 _commits: dict[str, str] = {}

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import ROWS
 from holdfast import attacks
 from holdfast.attacks import Flow
 from holdfast.attacks.protocol import Learned
 from holdfast.cli.app import _COMMANDS
+from holdfast.config.naming import ATTACKS as NAMES
 from holdfast.config.settings import AssessSettings
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
@@ -55,6 +57,21 @@ def test_every_page_is_in_the_navigation():
 
 def test_every_attack_has_a_row():
     assert sorted(row["attack"].strip("`") for row in ATTACKS) == sorted(attacks.__all__)
+
+
+def test_every_attack_is_compared_and_every_reference_belongs_to_one():
+    compared = rows("reference/attacks.md", "compared")
+    assert [row["compared"].strip("`") for row in compared] == list(NAMES)
+    references = ROOT / "benchmarks/references/attacks"
+    found = set()
+    for row in compared:
+        measured, files = (re.findall("`([^`]+)`", row[column]) for column in ("rows", "files"))
+        assert set(measured) <= set(ROWS)
+        matching = {name: {path.resolve() for path in references.glob(f"{name}.json")} for name in files}
+        assert measured or files, row["compared"]
+        assert all(matching.values()), row["compared"]
+        found.update(*matching.values())
+    assert not set(references.glob("*.json")) - found
 
 
 @pytest.mark.parametrize("row", ATTACKS, ids=lambda row: row["attack"].strip("`"))

@@ -52,6 +52,16 @@ def advlib(attack: str, **settings: Any) -> Reference:
     return run
 
 
+def advertorch(attack: str, **settings: Any) -> Reference:
+    def run(model: nn.Module, x: Tensor, y: Tensor, case: Comparison) -> Tensor:
+        out: Tensor = getattr(peer("advertorch.attacks"), attack)(model, eps=case.eps, **settings).perturb(
+            x, y
+        )
+        return out
+
+    return run
+
+
 def art(attack: str, **settings: Any) -> Reference:
     """One evasion attack of ART, without a target."""
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.absent import Absent
 from benchmarks.comparisons.comparison import UNDEFENDED, Comparison, Reference
-from benchmarks.comparisons.running import cleverhans, torchattacks
+from benchmarks.comparisons.running import advertorch, cleverhans, torchattacks
 from benchmarks.peers import peer
 from holdfast.attacks import NES, SPSA, ZOO, Bandits, SimBA, SparseRS
 
@@ -147,6 +147,11 @@ COMPARISONS = [
             network=name, n=200, seeds=(0, 1, 2),
         )
         for suffix, name, eps in (("mnist", UNDEFENDED, 0.1), ("cifar", "cifar_cnn_a_adv", 4 / 255))
+    ),
+    Comparison(
+        "nes", "Linf", 0.1, {"queries": 1000}, {"holdfast": NES(queries=1000)},
+        {"advertorch": advertorch("NESAttack", nb_samples=PAIRS, nb_iter=STEPS, eps_iter=0.1 / 5)},
+        network=UNDEFENDED, n=200, seeds=(0, 1, 2),
     ),
     *(
         Comparison(

@@ -13,6 +13,7 @@ from benchmarks.comparisons.asking import art, cleverhans, foolbox, surfree
 from benchmarks.comparisons.comparison import Comparison, Reference
 from benchmarks.meter import Counted, cpu_seconds
 from benchmarks.networks import Network, images, network
+from benchmarks.paired import ahead
 from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.attacks import Boundary, GeoDA, HopSkipJump, SignOPT, SurFree
@@ -153,7 +154,8 @@ def _claims(called: str, cells: list[Cells], away: dict[str, list[float]]) -> li
         best = min(theirs, key=lambda cell: cell["median"])
         claims.append(Claim(f"{called}: median / the best peer's <= 1", mine["median"] / best["median"], 1.0))
         claims.append(Claim(f"{called}: CPU / the best peer's <= 0.5", mine["CPU s"] / best["CPU s"], 0.5))
-        gain = _gain(away["holdfast"], away[best["who"]], best["median"])
+        near = {who: torch.tensor(far, dtype=torch.float64) <= best["median"] for who, far in away.items()}
+        gain = ahead(near["holdfast"], near[best["who"]])
         claims.append(
             Claim(
                 f"{called}: success at the best peer's median, gain / standard error >= -1",
@@ -163,9 +165,3 @@ def _claims(called: str, cells: list[Cells], away: dict[str, list[float]]) -> li
             )
         )
     return claims
-
-
-def _gain(mine: list[float], theirs: list[float], eps: float) -> float:
-    """How many more examples we break within eps, in standard errors of the paired difference."""
-    pairs = [(a <= eps) - (b <= eps) for a, b in zip(mine, theirs, strict=True)]
-    return sum(pairs) / max(sum(map(abs, pairs)), 1) ** 0.5

@@ -99,10 +99,10 @@ _TRANSFORMED: Mapping[str, Named] = {
 }
 LIMITED: Mapping[str, Mapping[str, Named]] = {
     "patch": {
-        "quick": (("PatchAttack", PatchAttack(places=2)),),
+        "quick": (("PatchAttack", PatchAttack(places=8)),),
         **dict.fromkeys(
             ("fast", "standard"),
-            (("PatchAttack", PatchAttack(steps=100)), ("PGD", PGD(steps=100, restarts=2))),
+            (("PatchAttack", PatchAttack(places=50)), ("PGD", PGD(steps=100, restarts=2))),
         ),
     },
     "spatial": _TRANSFORMED,

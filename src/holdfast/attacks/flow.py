@@ -2,8 +2,9 @@
 
 Xiao et al., "Spatially Transformed Adversarial Examples", ICLR 2018, arXiv:1801.02612 (stAdv). Differs from the paper:
 no pixel comes from farther than the threat allows, which the paper leaves to the weight of the flow's total variation;
-instead of L-BFGS, every pixel takes steps of one length, with momentum, that fall along a cosine; and an example leaves
-at its first success.
+the first start is as far as allowed, where an image's slopes on either side of each pixel point; instead of L-BFGS,
+every pixel takes steps of one length, with momentum, that fall along a cosine; and an example leaves at its first
+success.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from holdfast.ops.losses import margin
 from holdfast.ops.transformations import expect_flow, flowed
 
 _TINY = 1e-8  # under the root of a flow that is the same all over, whose gradient would be NaN
+_NEAR = 1e-3  # pixels beside its own place, where a pixel's slope is that on one side of it
 _MOMENTUM = 0.75  # as APGD's (arXiv:2003.01690)
 
 
@@ -34,10 +36,10 @@ class Flow:
     steps: Steps = 50
     """gradient steps of one restart"""
     restarts: Restarts = 5
-    """starts, the first from the clean image; each works only on the examples still standing"""
+    """starts, all but the first at random; each works only on the examples still standing"""
     step_size: Positive = 0.8
     """mean length of each pixel's step, as a share of the threat's limit"""
-    smoothness: NonNegative = 0.01
+    smoothness: NonNegative = 0.001
     """weight of the flow's total variation, in pixels, beside the margin; the paper's is 0.05"""
 
     needs: ClassVar[Access] = "gradients"
@@ -49,7 +51,8 @@ class Flow:
             if not len(left):
                 break
             u = rng.at("restart", restart).uniform(left.ids, 2, *left.x.shape[2:], dtype=left.x.dtype)
-            self._bend(model, left, _shortened(2 * u - 1) if restart else torch.zeros_like(u), far, best)
+            start = _shortened(2 * u - 1) if restart else _downhill(model, left, u)
+            self._bend(model, left, start, far, best)
         return best.x
 
     def _bend(self, model: Model, left: Batch, place: Tensor, far: float, best: Best) -> None:
@@ -70,6 +73,17 @@ class Flow:
             size = self.step_size * cosine(step, self.steps)
             place = _shortened(place.detach() - size * unit)[standing]
             left, direction = left.take(standing), direction[standing]
+
+
+def _downhill(model: Model, batch: Batch, like: Tensor) -> Tensor:
+    """Each pixel moved by one, down the margin: an image's slope to the left of it is not that to its right."""
+    ahead, behind = (
+        input_gradient(margin(model(flowed(batch.x, place, model.bounds), batch.ids), batch), place)
+        for place in (torch.full_like(like, side).requires_grad_() for side in (_NEAR, -_NEAR))
+    )
+    forth, back = (-ahead).clamp_min(0), behind.clamp_min(0)
+    way = levelled(torch.where(forth > back, forth, -back))
+    return way / _length(way).clamp_min(_TINY)
 
 
 def _length(field: Tensor) -> Tensor:

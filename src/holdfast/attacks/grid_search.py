@@ -6,6 +6,7 @@ colours, brightness and contrast are searched alike.
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,9 +28,9 @@ class GridSearch:
     """Try every point of a grid over what the threat allows: rotations, shifts, scales, or colours."""
 
     turns: Steps = 31
-    """angles between the two limits of `rotate`"""
+    """angles between the two limits of `rotate`, and round the whole circle of `hue`"""
     values: Steps = 5
-    """values between the two limits of everything else"""
+    """values between the two limits of everything else, and hues at least"""
 
     needs: ClassVar[Access] = "scores"
 
@@ -48,6 +49,8 @@ class GridSearch:
 
     def _points(self, constraint: Transformations) -> list[tuple[float, ...]]:
         """The whole grid in shares of the limits, what is farthest from the clean image first."""
-        counts = (self.turns if axis == "rotate" else self.values for axis in constraint.axes)
-        sides = (torch.linspace(-1, 1, count).tolist() if count > 1 else [1.0] for count in counts)
+        hues = max(self.values, math.ceil(self.turns * min(constraint.axes.get("hue", 0.0) / 180, 1)))
+        counts = {"rotate": self.turns, "hue": hues}
+        lengths = (counts.get(axis, self.values) for axis in constraint.axes)
+        sides = (torch.linspace(-1, 1, length).tolist() if length > 1 else [1.0] for length in lengths)
         return sorted(itertools.product(*sides), key=lambda point: -sum(map(abs, point)))

@@ -2,7 +2,8 @@
 
 Karmon et al., "LaVAN: Localized and Visible Adversarial Noise", ICML 2018, arXiv:1801.02608. Differs from the paper:
 each image has a patch of its own, at places chosen by the size of the gradient inside them instead of tried one by one;
-the margin is climbed by the gradient's sign, in steps that fall along a cosine.
+the margin is climbed by the gradient's sign, in few steps that fall along a cosine, for more places break more than
+longer climbs.
 """
 
 from dataclasses import dataclass
@@ -27,12 +28,13 @@ from holdfast.ops.patches import expect_patch
 class PatchAttack:
     """Fill a rectangle of each image with what breaks the model, and try several places for it."""
 
-    steps: Steps = 40
-    """gradient steps at one place"""
-    places: Steps = 5
-    """places that are tried, where the threat leaves a choice; each works only on the examples still standing"""
-    reach: Positive = 10.0
-    """path length at one place, in multiples of the box's width"""
+    steps: Steps = 10
+    """gradient steps of one start"""
+    places: Steps = 20
+    """starts, each at the next place, and round again from other noise where the threat leaves fewer; each works only
+    on the examples still standing"""
+    reach: Positive = 2.5
+    """path length of one start, in multiples of the box's width"""
     loss: Loss = margin_loss
     """what is climbed: `margin_loss`, `cross_entropy`, `dlr`, `probability_margin`"""
 
@@ -45,11 +47,13 @@ class PatchAttack:
         grad, logits = gradient(model, batch, self.loss)
         best.offer(batch, batch.x, margin(logits, batch))
         weights = patch.sums(grad.abs().sum(1), batch.x.shape[1:])
+        unused = weights.clone()
         for place in range(self.places):
             rows = best.standing
-            rows = rows[weights[rows].flatten(1).amax(1) >= 0]  # whoever has a place left
             if not len(rows):
                 break
+            done = rows[weights[rows].flatten(1).amax(1) < 0]
+            weights[done] = unused[done]
             left, corners = batch.take(rows), _heaviest(patch, weights, rows, batch.x.shape[1:])
             self._fill(model, left, patch.mask(left.x, corners), best, rng.at("place", place))
         return best.x
