@@ -40,6 +40,7 @@ ROWS = {
     "standard-cost": "standard_cost",
     "patches": "patches",
     "transformations": "transformations",
+    "detectors": "detectors",
     "doubts": "doubts",
     "gallery": "gallery",
 }

@@ -10,7 +10,7 @@ import torch
 from holdfast.core.batch import Batch, Data
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
-from holdfast.harness import Target, refuse_unfitted, refuse_what_is_hidden
+from holdfast.harness import Target, on_detector, refuse_unfitted, refuse_what_is_hidden
 from holdfast.runs.entry import (
     refuse_batch,
     refuse_data,
@@ -49,7 +49,8 @@ def assess(
     with readied(subject, data, device, adaptive=adaptive) as (target, sample), ExitStack() as stack:
         _refuse(target, sample, order, data)
         held = with_surrogates(order.plan, stack, order.surrogates, sample, target)
-        plan = refuse_what_is_hidden(held, subject.model.access, subject.model.hides)
+        seen = refuse_what_is_hidden(held, subject.model.access, subject.model.hides)
+        plan = on_detector(seen, rejects=target.rejects)
         refuse_unfitted(plan, fit=order.fit is not None)
         refuse_gates(order.gates, plan, target, sample)
         shape = tuple(sample.x.shape[1:])
