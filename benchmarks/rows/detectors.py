@@ -23,7 +23,7 @@ from holdfast.runs.result import Result
 WHAT = "detectors joined to a network: AUROC, true positives and robust accuracy with rejection, by who knows or not"
 N, EPS, FITTED, CALIBRATED, FALSE_POSITIVES, SEED = 500, 0.3, 2000, 1000, 0.05, 0
 BANDWIDTH = 4.0
-"""Of the kernels, in units of the features, at which held-out digits lie as near to a class as its own."""
+"""Of the kernels, in units of the features."""
 
 
 class Squeezing(nn.Module):
