@@ -43,6 +43,7 @@ ROWS = {
     "bends": "bends",
     "image-patches": "image_patches",
     "colours": "colours",
+    "detectors": "detectors",
     "doubts": "doubts",
     "gallery": "gallery",
 }

@@ -15,7 +15,7 @@ from holdfast.metrics.catalogue import BY_EPS, PAIRED, PLAIN, estimate, estimate
 from holdfast.metrics.columns import Absent
 from holdfast.metrics.corruptions import ACCURACIES
 from holdfast.metrics.curves import POINTS, accuracy_against_eps, accuracy_against_queries
-from holdfast.metrics.names import AT_EPS, METRICS
+from holdfast.metrics.names import AT_EPS, DETECTION, METRICS
 from holdfast.metrics.names import PAIRED as PAIRED_NAMES
 
 EPS = 0.25
@@ -73,7 +73,7 @@ def test_every_value_lies_in_its_interval_and_names_its_n():
     run = evidence(distance=torch.linspace(0, 1, 60))
     found = estimates(run, baseline=evidence(seed=1))
     corrupted = {*ACCURACIES, "mean_corruption_error", "worst_corruption", "relative_corruption_error"}
-    others = {"rejection_rate", "targeted_success_rate", "transfer_success"}
+    others = {*DETECTION, "rejection_rate", "targeted_success_rate", "transfer_success"}
     assert set(found) == set(METRICS) - others - corrupted
     for name, seen in found.items():
         assert seen.low <= seen.value <= seen.high, name

@@ -76,7 +76,7 @@ ATTACKING = (
     click.option(
         "--adaptive/--no-adaptive",
         default=None,
-        help="Attack once more in the ways that raised doubts call for.",
+        help="Attack once more in the ways that raised doubts or a detector call for.",
     ),
     click.option("--seed", type=int, metavar="N", help="Seed of every random draw (default: 0)."),
     click.option("--batch-size", type=int, metavar="N", help="Examples that go through the model at once."),

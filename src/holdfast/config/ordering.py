@@ -25,10 +25,9 @@ from holdfast.core.names import slug
 from holdfast.core.skipped import DECAY, skipped
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import ACCESS_ORDER, Access
-from holdfast.doubts.answering import arms
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.harness import MATRIX_ROWS, Member, Plan, labelled
-from holdfast.harness.plan import DoubtsWanted
+from holdfast.harness.plan import DoubtsWanted, adaptive_members
 from holdfast.ops.expectation import seen_through
 from holdfast.reports.numbers import strict
 from holdfast.runs.order import Order, Subject
@@ -349,7 +348,7 @@ def _adaptive(
             f"{'the smallest change' if smallest else settings.threat}; leave --adaptive out, or choose a threat such "
             f"as linf:8/255 and a suite such as {DEFAULT_SUITE}"
         )
-    return tuple(Member(arm.name, arm.attack) for arm in arms(threat.constraint))
+    return adaptive_members(threat.constraint)
 
 
 def _curve(constraint: Constraint) -> tuple[Member, ...]:

@@ -242,7 +242,8 @@ class AssessSettings(BaseModel):
     full: bool = Field(False, description="run every attack on every example, standing or not")
     doubts: bool = Field(True, description="probe for reasons why the number may flatter the model")
     adaptive: bool = Field(
-        False, description="attack once more in the ways that raised doubts call for (BPDA, EOT, search)"
+        False,
+        description="attack once more in the ways that raised doubts or a detector call for (BPDA, EOT, search)",
     )
     save_adversarial: bool = Field(False, description="keep every successful input in the run folder")
     time_budget: Annotated[str | None, BeforeValidator(_duration)] = Field(

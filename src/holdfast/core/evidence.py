@@ -83,7 +83,10 @@ class Evidence:
     attacks `distance`, the smallest over all successes in the threat's own norm, and `STAGE.distance`, that of one
     attack by the name of its stage, such as `1-fmn.distance`. Under a targeted goal `eligible` marks the examples that
     count, and `success` means that the target was reached. Of a model that rejects, `rejected` says which clean inputs,
-    and a rejected one is predicted as -1. For a randomised model `right_probability` is the share of
+    and a rejected one is predicted as -1; `score` is how far the detector's score is above the threshold, in its scale,
+    and `class_margin` the margin of the network alone; `oblivious_score` and `aware_score` are the scores of attacked
+    inputs that the network alone has wrong, of who knows of no detector and the lowest of who does (inf where there is
+    none). For a randomised model `right_probability` is the share of
     fresh draws that were right under the worst case.
     """
 

@@ -6,12 +6,13 @@ the clean input is accepted and right, and no attacked input is accepted and wro
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.types import Inputs, Labels, Logits
+from holdfast.core.types import Inputs, Labels, Logits, PerExample
 
 Net = nn.Module | Callable[[Tensor], Tensor]
 
@@ -49,8 +50,8 @@ def guarded(net: Net, detector: Net, threshold: float, *, scale: float = 1.0) ->
     """The network with a detector before it: an input whose score is above the threshold is rejected.
 
     `detector` takes what `net` takes and returns one score an input, higher for a stranger. `scale` is how much of the
-    score an attack weighs like one logit: it changes no input's verdict, but how far gradients lead, so try several and
-    believe the lowest robust accuracy. The result must be the outermost network, to be measured as one that rejects.
+    score an attack weighs like one logit: it changes no input's verdict, but how far gradients lead; adaptive attacks
+    find weights themselves. The result must be the outermost network, to be measured as one that rejects.
     """
     if not callable(net) or not callable(detector):
         raise UsageError(
@@ -78,7 +79,37 @@ def refuse_inner(model: nn.Module, *, outermost: bool) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Aim:
+    """How an attack takes the detector of a guarded model: what its score weighs, and beyond which one it rejects."""
+
+    weight: float = 1.0
+    """what the distance of the score to the threshold is multiplied by"""
+    beyond: float = 0.0
+    """the threshold, as `score` counts; infinite for an attack that knows of no detector"""
+    softness: float = 0.0
+    """over how many logits the gradient goes from the label's to that of the detector; 0 follows the larger alone"""
+
+
+def score(logits: Logits) -> PerExample:
+    """How far the detector's score is above the threshold, in its scale; where it is NaN nothing is rejected."""
+    beyond: PerExample = logits[:, -1] - logits[:, :-1].amax(1)
+    return beyond.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def taken(logits: Logits, aim: Aim) -> Logits:
+    """Logits of a guarded model of another scale and threshold; what the classes say stays."""
+    most = logits[:, :-1].amax(1, keepdim=True)
+    return torch.cat((logits[:, :-1], most + aim.weight * (logits[:, -1:] - most - aim.beyond)), dim=1)
+
+
 def held(logits: Logits, y: Labels) -> Tensor:
     """Logits (n, classes) of the classes alone; a rejected input counts for its label."""
     own = torch.maximum(logits.gather(1, y[:, None]), logits[:, -1:])
     return logits[:, :-1].scatter(1, y[:, None], own)
+
+
+def softly_held(logits: Logits, y: Labels, softness: float) -> Tensor:
+    """As `held`, with a smooth maximum over so many logits: its gradient leads along the edge of what is accepted."""
+    own = torch.stack((logits.gather(1, y[:, None]), logits[:, -1:])) / softness
+    return logits[:, :-1].scatter(1, y[:, None], softness * own.logsumexp(0))

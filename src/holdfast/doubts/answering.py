@@ -29,6 +29,12 @@ MISLEADING = (
 BLIND = ("zero-gradient", "one-step", "black-box", "noise", "not-exhausted", "whole-box", "shattered")
 """Those of them that a search without gradients speaks to as well."""
 RANDOM = ("randomness",)
+DETECTOR = "a detector"
+"""What stands beside the doubts that call for the attacks on a network and its detector."""
+EVEN = 0.3
+"""What the detector's score weighs, in multiples of what balances its spread with the margins of the classes."""
+WEIGHTS = {"Pair": EVEN, "Pair-light": EVEN / 10, "Pair-heavy": EVEN * 10}
+"""The same of each of those attacks."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Arm:
     name: str
     attack: Attack
     doubts: tuple[str, ...]
+    weight: float | None = None
+    """of a detector's score, in multiples of what balances it with the classes: run on every model that has one"""
 
 
 def arms(constraint: Constraint) -> tuple[Arm, ...]:
@@ -46,12 +54,16 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
     Expectation over transformation (Athalye et al., "Synthesizing robust adversarial examples", ICML 2018,
     arXiv:1707.07397) needs steps that bear an average, which L0 has none of.
     """
+    pair = PGD(steps=100, restarts=8)
+    on_pair = tuple(Arm(name, pair, MISLEADING, weight) for name, weight in WEIGHTS.items())
     if isinstance(constraint, L0):
         return (
+            *on_pair,
             Arm("BPDA", PGD(steps=100, restarts=5), MISLEADING),
             Arm("Search", SparseRS(queries=10_000), BLIND),
         )
     return (
+        *on_pair,
         Arm("EOT", APGD(loss=margin_loss, steps=100, restarts=2, draws=DRAWS, sure=SURE), RANDOM),
         Arm("BPDA", APGD(loss=margin_loss, steps=100, restarts=2), MISLEADING),
         Arm("BPDA-T", APGD(loss=dlr, steps=100, targets=9), MISLEADING),
@@ -68,10 +80,12 @@ def called(known: Sequence[Arm], doubts: Sequence[Doubt]) -> dict[str, tuple[str
     averaged = any(arm.name == "EOT" for arm in known) and any(map(_random, doubts))
     found: dict[str, tuple[str, ...]] = {}
     for arm in known:
-        if averaged and arm.name.startswith("BPDA"):
+        if averaged and (arm.name.startswith("BPDA") or arm.weight):
             continue
         speaks = (*RANDOM, *MISLEADING) if averaged and arm.name == "EOT" else arm.doubts
         because = tuple(name for name in raised if name in speaks)
+        if arm.weight:
+            because = (DETECTOR, *because)
         found |= {arm.name: because} if because else {}
     return found
 

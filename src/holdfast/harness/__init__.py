@@ -7,6 +7,7 @@ the work. `measure` is the caller that keeps everything in memory.
 
 from holdfast.harness.assembly import Context, Seconds, assemble, conclude, join, speaking
 from holdfast.harness.carrying import paired, run_across
+from holdfast.harness.detecting import on_detector
 from holdfast.harness.measure import measure, measured
 from holdfast.harness.plan import (
     Member,
@@ -45,6 +46,7 @@ __all__ = [
     "makers",
     "measure",
     "measured",
+    "on_detector",
     "paired",
     "prepared",
     "ready",

@@ -11,6 +11,7 @@ from holdfast.core.corruptions import Corruptions
 from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence
 from holdfast.core.lookup import Lookup
 from holdfast.core.types import Ids, Rows
+from holdfast.harness.detecting import PASSES, lowest
 from holdfast.harness.plan import Outline, fit_of
 from holdfast.harness.stages import GALLERY, NORMS
 from holdfast.harness.target import VOTES
@@ -72,6 +73,11 @@ def assemble(plan: Outline, by_stage: Mapping[str, Columns]) -> dict[str, Tensor
             for s in plan.steps
             if s.kind == "attack" and s.name in by_stage
         }
+    if set(PASSES) <= set(by_stage):
+        columns["oblivious_score"] = by_stage[PASSES[0]]["score"]
+        # what an attack broke was wrong, and no further than the threshold
+        known = torch.where(columns["success"], 0.0, torch.inf)
+        columns["aware_score"] = torch.minimum(lowest(by_stage), known)
     fixed = by_stage.get("attacked")
     if fixed is not None:
         names = ("prediction", "confidence", "entropy", "probability_margin")

@@ -6,16 +6,28 @@ from typing import Any, Literal
 
 from holdfast.attacks import PGD, Transfer
 from holdfast.attacks.protocol import Attack, Learned
-from holdfast.core.constraints import L2, Linf
+from holdfast.core.constraints import L2, Constraint, Linf
 from holdfast.core.errors import UsageError
+from holdfast.core.guard import Aim
 from holdfast.core.names import slug
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import ACCESS_ORDER, Access
+from holdfast.doubts.answering import EVEN, arms
 from holdfast.ops.ascent import flat
 from holdfast.ops.losses import cross_entropy
 
-Kind = Literal["clean", "fit", "attack", "attacked", "curve", "transfer", "across"]
+Kind = Literal["clean", "fit", "attack", "attacked", "detection", "curve", "transfer", "across"]
 DoubtsWanted = Literal["all", "free", "none"]
+
+
+@dataclass(frozen=True)
+class Against:
+    """How an attack takes the detector of a model that rejects, in terms of what it says of the clean inputs."""
+
+    weight: float
+    """of the score, in multiples of what balances its spread with the margins of the classes; 0 leaves it out"""
+    rejecting: float | None = None
+    """aim at the threshold that rejects this share of the clean inputs; None is the model's own"""
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,8 @@ class Member:
     attack: Attack
     waves: int = 0
     """how often the examples that stand are halved to get those that it begins with; 0 is all of them at once"""
+    against: Against | None = None
+    """how it takes a detector; None takes it as it is"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,8 @@ class Stage:
     """the names of the earlier waves of the same attack"""
     adaptive: bool = False
     """run after the doubts were asked, if one calls for it, by an attacker who goes round what masks gradients"""
+    aim: Aim = Aim()
+    """how it takes a detector"""
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,8 @@ class Plan:
     """ask every attack for its smallest change on every example, instead of for any change within eps"""
     attacked: bool = False
     """run the fixed PGD-40 pass that entropy, margin, F1 and calibration are read from"""
+    detection: bool = False
+    """run the passes that show what the detector of a model that rejects is worth"""
     curve: tuple[Member, ...] = ()
     """minimum-norm attacks on every example, for accuracy against eps"""
     matrix: bool = False
@@ -104,6 +122,7 @@ class Plan:
         fixed = (
             [Stage("attacked", "attacked", FIXED)] if self.attacked and self.threat.gives("gradients") else []
         )
+        detection = [Stage(slug(m.name), "detection", m) for m in DETECTION if self.detection]
         curve = [Stage(f"curve-{k}-{slug(m.name)}", "curve", m) for k, m in enumerate(self.curve, 1)]
         matrix = [Stage("transfer", "transfer", MATRIX)] if self.matrix else []
         across = [Stage("across", "across", MATRIX)] if self.across else []
@@ -111,7 +130,7 @@ class Plan:
             Stage(f"{k}-{slug(m.name)}", "attack", m, adaptive=True)
             for k, m in enumerate(self.adaptive, len(self.members) + 1)
         ]
-        return (Stage("clean", "clean"), *attacks, *fixed, *curve, *matrix, *across, *arms)
+        return (Stage("clean", "clean"), *attacks, *fixed, *detection, *curve, *matrix, *across, *arms)
 
     def _waves(self, name: str, member: Member) -> list[Stage]:
         later = 0 if self.full or self.smallest else member.waves
@@ -134,10 +153,18 @@ class Plan:
             stage.kind,
             stage.member.name,
             plain,
-            few_classes(plain, classes, aimed=aimed),
+            (*few_classes(plain, classes, aimed=aimed), *_weighed(stage.member.against)),
             "".join(stage.earlier[:1]),
             stage.adaptive,
         )
+
+
+def adaptive_members(constraint: Constraint) -> tuple[Member, ...]:
+    """All that doubts, or a detector, may call for under a constraint."""
+    return tuple(
+        Member(arm.name, arm.attack, against=None if arm.weight is None else Against(arm.weight))
+        for arm in arms(constraint)
+    )
 
 
 def fit_of(stage: str) -> str:
@@ -147,6 +174,19 @@ def fit_of(stage: str) -> str:
 
 FIXED = Member("PGD-40", PGD(steps=40, reach=2.5, loss=cross_entropy, schedule=flat, drop=False))
 """The pass that does not depend on the suite's order: every example, never dropped."""
+
+FALSE_POSITIVES = (0.5, 0.05, 0.01)
+"""Rates at which a detector is attacked, the lowest threshold first: what gets below it is below the others."""
+
+AWARE = PGD(restarts=3)
+"""What goes against network and detector at once."""
+
+DETECTION = (
+    Member("Oblivious", FIXED.attack, against=Against(0.0)),
+    *(Member(f"Aware-{100 * rate:g}", AWARE, against=Against(EVEN, rate)) for rate in FALSE_POSITIVES),
+    Member("Aware", AWARE, against=Against(EVEN)),
+)
+"""The passes on a model that rejects: of who knows of no detector, then at each threshold of who does."""
 
 MATRIX = Member("Transfer", Transfer(reach=2.5, diversity=0.5, neighbours=0))
 """What makes the examples of the transfer matrix, and the changes that are carried across data sets."""
@@ -178,6 +218,13 @@ def few_classes(plain: Mapping[str, Any], classes: int, *, aimed: bool) -> tuple
     if targets >= classes:
         notes.append(f"{targets} targets were asked for; with {classes} classes there are {classes - 1}")
     return tuple(notes)
+
+
+def _weighed(against: Against | None) -> tuple[str, ...]:
+    """How much an attack makes of a detector, in words."""
+    if against is None or not against.weight:
+        return ()
+    return (f"the detector's score weighs {against.weight:g} times what balances it with the classes",)
 
 
 def refuse_unfitted(plan: Plan, *, fit: bool) -> None:

@@ -14,11 +14,13 @@ from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent, HoldfastError, UsageError
 from holdfast.core.evidence import PARTIAL, Columns
+from holdfast.core.guard import score
 from holdfast.core.meter import Metered, Spent, margin
 from holdfast.core.model import Model, out_of_memory
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, Mask
-from holdfast.harness.plan import Plan, Stage, fit_of
+from holdfast.harness.detecting import aim_of
+from holdfast.harness.plan import Kind, Plan, Stage, fit_of
 from holdfast.harness.target import VOTES, Target, no_memory
 
 GALLERY = 12
@@ -56,17 +58,20 @@ def run_stage(
     rng = Draws(plan.seed).at("stage", stage.name)
     assert stage.member is not None
     attack, threat = stage.member.attack, plan.threat
-    target = replace(target, quick=target.view) if stage.adaptive else target
+    knows = stage.adaptive or stage.kind == "detection"
+    target = replace(target, quick=target.view if knows else target.quick, aim=stage.aim)
     if stage.kind == "attacked":
         return in_pieces(lambda piece: _attacked(attack, threat, target, piece, rng), batch, room)
     if stage.kind == "curve" or plan.smallest:
         threat = replace(threat, constraint=threat.constraint.resized(torch.inf))
-    columns = unattacked(clean)
+    columns = unattacked(clean, stage.kind)
     room.progress(int((~chosen).sum()))
     if not chosen.any():
         return columns
     left = batch.take(chosen)
-    if stage.kind == "transfer":
+    if stage.kind == "detection":
+        found = in_pieces(lambda piece: _against(attack, threat, target, piece, rng), left, room)
+    elif stage.kind == "transfer":
         found = in_pieces(lambda piece: _transferred(attack, threat, target, piece, rng), left, room)
     else:
         found = in_pieces(lambda piece: _attack(attack, threat, plan, target, piece, rng), left, room)
@@ -112,7 +117,9 @@ def run_fit(stage: Stage, plan: Plan, target: Target, batch: Batch, clean: Colum
 
 
 def ready(stage: Stage, by_stage: Mapping[str, Columns]) -> Stage:
-    """The stage with what was learned for its attack; the same where nothing had to be."""
+    """The stage with what was learned for its attack, and of a detector; the same where nothing had to be."""
+    if stage.member is not None and stage.member.against is not None:
+        return replace(stage, aim=aim_of(stage.member.against, by_stage["clean"]))
     first = (*stage.earlier, stage.name)[0]
     if stage.kind != "attack" or stage.member is None or fit_of(first) not in by_stage:
         return stage
@@ -122,8 +129,11 @@ def ready(stage: Stage, by_stage: Mapping[str, Columns]) -> Stage:
     return replace(stage, member=replace(stage.member, attack=fitted))
 
 
-def unattacked(clean: Columns) -> dict[str, Tensor]:
-    """The columns of examples that an attack leaves alone: at distance 0 where the clean input is wrong, else inf."""
+def unattacked(clean: Columns, kind: Kind = "attack") -> dict[str, Tensor]:
+    """The columns of examples that an attack leaves alone: at distance 0 where the clean input is wrong, else inf.
+
+    `score` is that of an input which the network has wrong, and inf where there is none.
+    """
     n = len(clean["id"])
     zeros = torch.zeros(n, dtype=torch.int64)
     distance = torch.where(clean["correct"], torch.inf, 0.0).float()
@@ -141,6 +151,7 @@ def unattacked(clean: Columns) -> dict[str, Tensor]:
         "first_success": zeros.clone(),
         "backwards": zeros.clone(),
         "dead": torch.zeros(n, dtype=torch.bool),
+        **({"score": torch.full_like(clean["margin"], torch.inf)} if kind == "detection" else {}),
     }
 
 
@@ -193,6 +204,7 @@ def _clean(plan: Plan, target: Target, batch: Batch, rng: Draws) -> dict[str, Te
     }
     if target.rejects:
         columns["rejected"] = target.rejected(logits)
+        columns["score"], columns["class_margin"] = score(logits), margin(known, batch.towards(None))
     return {name: values.cpu() for name, values in columns.items()}
 
 
@@ -210,6 +222,25 @@ def _attacked(
         "confidence": probabilities.amax(1),
         "entropy": torch.special.entr(probabilities).sum(1),
         "probability_margin": margin(probabilities, batch.towards(None)),
+        "success": ~(margin(target.held(logits, batch.y), batch) > 0),
+        "queries": spent.queries,
+        "backwards": spent.backwards,
+    }
+    return {name: values.cpu() for name, values in columns.items()}
+
+
+def _against(
+    attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
+) -> dict[str, Tensor]:
+    """What the detector says of the attacked inputs that the network alone has wrong."""
+    with target.repeatable(rng.at(int(batch.ids[0]))):
+        x_adv, spent = _found(attack, threat, target, batch, rng)
+        logits = target.logits(x_adv)
+    wrong = ~(margin(logits[:, : target.classes], batch) > 0)
+    columns = {
+        "id": batch.ids,
+        "ran": torch.ones_like(wrong),
+        "score": torch.where(wrong, score(logits), torch.inf),
         "success": ~(margin(target.held(logits, batch.y), batch) > 0),
         "queries": spent.queries,
         "backwards": spent.backwards,

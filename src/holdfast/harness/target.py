@@ -11,10 +11,10 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.guard import held, refuse_inner
+from holdfast.core.guard import Aim, held, refuse_inner, softly_held, taken
 from holdfast.core.lookup import Lookup
 from holdfast.core.model import EVERY, IN_PLACE, Bounds, Classifier, Model, fitted, out_of_memory
-from holdfast.core.through import View
+from holdfast.core.through import View, instead
 from holdfast.core.types import Ids, Inputs, Labels, Logits, Mask
 from holdfast.ops.logits import change
 from holdfast.ops.masking import Masking, masking
@@ -40,6 +40,7 @@ class Held:
 
     model: Model
     batch: Batch
+    aim: Aim = Aim()
 
     @property
     def bounds(self) -> Bounds:
@@ -53,7 +54,12 @@ class Held:
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
         """Logits of the classes; see `held`."""
         y = self.batch.y if ids is None else self.batch.y[self._lookup.rows(ids)]
-        return held(self.model(x, ids), y)
+        logits = self.model(x, ids)
+        if self.aim == Aim():
+            return held(logits, y)
+        seen = taken(logits, self.aim)
+        exact = held(seen, y)
+        return instead(exact, softly_held(seen, y, self.aim.softness)) if self.aim.softness else exact
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class Target:
     in_training: tuple[str, ...] = ()
     """dropout and batch norm that were found in train mode; they were measured in eval mode"""
     masking: Masking = Masking()
+    aim: Aim = Aim()
+    """how the attacks take the detector of a model that rejects"""
 
     @property
     def rejects(self) -> bool:
@@ -86,7 +94,7 @@ class Target:
 
     def asked(self, model: Model, batch: Batch) -> Model:
         """`model`, one of those above, as attacks on a batch ask it: what it rejects does not break an example."""
-        return Held(model, batch) if self.rejects else model
+        return Held(model, batch, self.aim) if self.rejects else model
 
     def held(self, logits: Logits, y: Labels) -> Tensor:
         """Logits of the model by which an attacked input is judged."""

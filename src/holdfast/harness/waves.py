@@ -15,6 +15,7 @@ from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import PARTIAL, Columns
 from holdfast.core.types import Mask, PerExample
+from holdfast.harness.detecting import undetected
 from holdfast.harness.plan import Plan, Stage, Step
 from holdfast.ops.sampling import sample_rows
 
@@ -35,6 +36,8 @@ def due(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask:
     eligible = clean["correct"] & clean["eligible"]
     if stage.kind == "attacked" or isinstance(plan.threat.constraint, Corruptions):
         return torch.ones_like(eligible)  # what is wrong on a clean image may be right on a corrupted one
+    if stage.kind == "detection":
+        return undetected(stage.aim, by_stage)
     if stage.kind == "transfer":
         chosen = torch.zeros_like(eligible)
         among = torch.ones_like(eligible) if plan.threat.goal is None else clean["y"] != plan.threat.goal

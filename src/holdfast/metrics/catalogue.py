@@ -7,7 +7,7 @@ from typing import Protocol
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
-from holdfast.metrics import attacked, corruptions, paired, perturbations, shares
+from holdfast.metrics import attacked, corruptions, detection, paired, perturbations, shares
 from holdfast.metrics.columns import Absent
 from holdfast.metrics.names import METRICS
 from holdfast.metrics.transfer import transfer_success
@@ -19,6 +19,16 @@ PLAIN: Mapping[str, Metric] = {
     "clean_accuracy": shares.clean_accuracy,
     "clean_error_rate": shares.clean_error_rate,
     "rejection_rate": shares.rejection_rate,
+    "detection_auroc": detection.auroc,
+    "detection_rate_at_5_percent": partial(detection.rate, false_positives=0.05),
+    "detection_rate_at_1_percent": partial(detection.rate, false_positives=0.01),
+    "oblivious_detection_auroc": partial(detection.auroc, of="oblivious"),
+    "oblivious_detection_rate_at_5_percent": partial(detection.rate, false_positives=0.05, of="oblivious"),
+    "oblivious_detection_rate_at_1_percent": partial(detection.rate, false_positives=0.01, of="oblivious"),
+    "accepted_right_at_5_percent": partial(detection.accepted_right, false_positives=0.05),
+    "accepted_right_at_1_percent": partial(detection.accepted_right, false_positives=0.01),
+    "accepted_wrong_at_5_percent": partial(detection.accepted_wrong, false_positives=0.05),
+    "accepted_wrong_at_1_percent": partial(detection.accepted_wrong, false_positives=0.01),
     "targeted_success_rate": shares.targeted_success_rate,
     "transfer_success": transfer_success,
     **perturbations.PERTURBATIONS,

@@ -21,10 +21,37 @@ CORRUPTIONS: Final = (
 )
 """The common corruptions that are measured, as their paper calls them."""
 
+DETECTION: Final[dict[str, str]] = {
+    "detection_auroc": "chance that an attacked input scores above a clean one, by who knows the detector",
+    **{
+        f"detection_rate_at_{percent}_percent": "share of attacked inputs, by who knows the detector, that it rejects "
+        f"where it rejects {percent} % of the clean ones"
+        for percent in (5, 1)
+    },
+    "oblivious_detection_auroc": "the same chance, by who does not know the detector",
+    **{
+        f"oblivious_detection_rate_at_{percent}_percent": f"share of attacked inputs, by who does not know the "
+        f"detector, that it rejects where it rejects {percent} % of the clean ones"
+        for percent in (5, 1)
+    },
+    **{
+        f"accepted_right_at_{percent}_percent": f"share accepted and right, and under attack never accepted and wrong, "
+        f"where {percent} % of the clean inputs are rejected"
+        for percent in (5, 1)
+    },
+    **{
+        f"accepted_wrong_at_{percent}_percent": f"share accepted and wrong, clean or attacked, where {percent} % of "
+        f"the clean inputs are rejected"
+        for percent in (5, 1)
+    },
+}
+"""What the detector of a model that rejects is worth."""
+
 METRICS: Final[dict[str, str]] = {
     "clean_accuracy": "share of examples classified correctly unattacked",
     "clean_error_rate": "one minus the clean accuracy",
     "rejection_rate": "share of unattacked inputs that a model with a detector rejects",
+    **DETECTION,
     "robust_accuracy": "share correct both unattacked and under the worst case over the suite, of all examples",
     "robust_error_rate": "one minus the robust accuracy",
     "robustness_score": "harmonic mean of clean and robust accuracy",
@@ -82,6 +109,7 @@ SHARES: Final = AT_EPS | {
     "clean_accuracy",
     "clean_error_rate",
     "rejection_rate",
+    *DETECTION,
     "targeted_success_rate",
     "transfer_success",
     "precision",

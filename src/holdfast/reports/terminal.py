@@ -21,6 +21,9 @@ FIRST = frozenset(
     (
         "clean_accuracy",
         "rejection_rate",
+        "detection_auroc",
+        "detection_rate_at_5_percent",
+        "oblivious_detection_rate_at_5_percent",
         "robust_accuracy",
         "robustness_score",
         "worst_class",

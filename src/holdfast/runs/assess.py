@@ -10,7 +10,7 @@ import torch
 from holdfast.core.batch import Batch, Data
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
-from holdfast.harness import Target, refuse_unfitted, refuse_what_is_hidden
+from holdfast.harness import Target, on_detector, refuse_unfitted, refuse_what_is_hidden
 from holdfast.runs.carrying import with_others
 from holdfast.runs.entry import (
     refuse_batch,
@@ -51,7 +51,8 @@ def assess(
         _refuse(target, sample, order, data)
         held = with_surrogates(order.plan, stack, order.surrogates, sample, target)
         held = with_others(held, order.across, sample, target)
-        plan = refuse_what_is_hidden(held, subject.model.access, subject.model.hides)
+        seen = refuse_what_is_hidden(held, subject.model.access, subject.model.hides)
+        plan = on_detector(seen, rejects=target.rejects)
         refuse_unfitted(plan, fit=order.fit is not None)
         refuse_gates(order.gates, plan, target, sample)
         shape = tuple(sample.x.shape[1:])

@@ -226,7 +226,7 @@ class Course:
         chosen = self.due(stage, by_stage)
         for shard, (start, stop) in enumerate(self.shards):
             if chosen is not None and shard not in done and not chosen[start:stop].any():
-                done[shard] = unattacked(_rows(by_stage["clean"], start, stop))
+                done[shard] = unattacked(_rows(by_stage["clean"], start, stop), stage.kind)
         left = [shard for shard in range(len(self.shards)) if shard not in done]
 
         def said(finished: int) -> None:
@@ -323,6 +323,8 @@ def missed(cut: Sequence[tuple[Stage, int]], of: int, plan: Plan) -> tuple[str, 
             lost = "entropy, margin, precision and calibration under attack are"
             if stage.kind == "curve":
                 lost = "its distances are"
+            elif stage.kind == "detection":
+                lost = "what the detector is worth is"
             elif stage.kind == "transfer":
                 lost = "the transfer matrix is"
             elif stage.kind == "across":

@@ -10,10 +10,9 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import Linf
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.doubts.answering import arms
 from holdfast.gallery import ITEMS, Item, undefended
 from holdfast.harness import Member, Plan
-from holdfast.harness.plan import FIXED, DoubtsWanted
+from holdfast.harness.plan import FIXED, DoubtsWanted, adaptive_members
 from holdfast.runs.assess import assess
 from holdfast.runs.order import Order, Subject
 from holdfast.runs.result import Result
@@ -98,13 +97,12 @@ def measured(
     adaptive: bool = False,
 ) -> Result:
     """One network under some attacks, and with `adaptive` under those that its doubts call for."""
-    called_for = arms(Linf(eps)) if adaptive else ()
     plan = Plan(
         members,
         ThreatModel(Linf(eps)),
         seed,
         NAIVE,
         doubts=doubts,
-        adaptive=tuple(Member(arm.name, arm.attack) for arm in called_for),
+        adaptive=adaptive_members(Linf(eps)) if adaptive else (),
     )
     return assess(Subject(Classifier(net), digest(canonical([]))), data, Order(plan))

@@ -40,10 +40,14 @@ def _as_if_broken(plan: Plan, target: Target, sample: Batch) -> Evidence:
 
 
 def _made_up(stage: Stage, clean: Columns) -> Mapping[str, torch.Tensor]:
-    alone = unattacked(clean)
+    alone = unattacked(clean, stage.kind)
     if stage.kind == "attacked":
         return {**alone, **{name: values for name, values in clean.items() if name != "correct"}}
-    near = {name: torch.zeros_like(values) for name, values in alone.items() if name.startswith("distance")}
+    near = {
+        name: torch.zeros_like(values)
+        for name, values in alone.items()
+        if name.startswith("distance") or name == "score"
+    }
     return {**alone, **near, "success": clean["correct"].clone()}
 
 

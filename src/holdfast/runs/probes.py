@@ -18,6 +18,9 @@ from holdfast.runs.assembling import DOUBTS
 from holdfast.runs.course import Course, Watch
 from holdfast.runs.selection import gathered
 
+ON_DETECTOR = "the passes on the detector"
+"""What is said to have broken an example that stood where one of them did."""
+
 
 @dataclass
 class Counted:
@@ -76,9 +79,9 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], 
 
 
 def _passes(course: Course, by_stage: Mapping[str, Columns]) -> dict[str, Mask]:
-    """What the passes that are in no verdict broke inside the threat model: the fixed one and those of the curve.
+    """What the passes that are in no verdict broke inside the threat model: the fixed ones and those of the curve.
 
-    The fixed one looks once, which proves nothing of a randomised model.
+    The fixed ones look once, which proves nothing of a randomised model.
     """
     broke = {}
     for stage in course.plan.stages():
@@ -88,6 +91,9 @@ def _passes(course: Course, by_stage: Mapping[str, Columns]) -> dict[str, Mask]:
             broke[f"{stage.member.name} of the curve"] = by_stage[stage.name]["success"]
         elif stage.kind == "attacked" and not course.target.randomised:
             broke["the fixed pass"] = by_stage[stage.name]["success"]
+        elif stage.kind == "detection" and not course.target.randomised:
+            fell = by_stage[stage.name]["success"]
+            broke[ON_DETECTOR] = broke.get(ON_DETECTOR, torch.zeros_like(fell)) | fell
     return broke
 
 

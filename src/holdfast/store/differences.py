@@ -42,7 +42,12 @@ def _threat(threat: Mapping[str, Any]) -> str:
 
 def _stages(known: Sequence[Mapping[str, Any]], wanted: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Other attacks by their names; of the same attacks, the settings that differ."""
-    for kind, what in (("attack", "attacks"), ("curve", "curve"), ("attacked", "fixed pass")):
+    for kind, what in (
+        ("attack", "attacks"),
+        ("curve", "curve"),
+        ("attacked", "fixed pass"),
+        ("detection", "passes on the detector"),
+    ):
         sides = [[stage for stage in stages if stage["kind"] == kind] for stages in (known, wanted)]
         before, after = ([stage["attack"] for stage in side] for side in sides)
         if before != after:

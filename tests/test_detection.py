@@ -1,0 +1,202 @@
+"""What a detector is worth: the numbers against closed forms, the passes that they come from, the adaptive attacks."""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from holdfast.attacks import PGD
+from holdfast.core.constraints import L0, Linf
+from holdfast.core.errors import UsageError
+from holdfast.core.guard import Aim, guarded, held, score, softly_held, taken
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.harness.detecting import PASSES
+from holdfast.harness.plan import Against, Member, adaptive_members
+from holdfast.harness.target import Held
+from holdfast.metrics.catalogue import estimate
+from holdfast.metrics.columns import Absent
+from holdfast.metrics.names import DETECTION
+from holdfast.ops.detection import auroc, balance, median_width, threshold
+from holdfast.runs.assess import assess
+from holdfast.sources.memory import as_data
+from runs.fakes import FAST, data, order, settled, subject
+from test_guard import LIMIT, offset, pair, problem, sides
+
+EPS = 0.2
+
+
+def assessed(model, batch, **changes):
+    changes = {"threat": ThreatModel(Linf(EPS)), "gates": (), **changes}
+    plan = order(FAST, **changes)
+    return assess(subject(model), as_data(batch.x, batch.y), plan)
+
+
+def reach(batch):
+    """The lowest score, above the threshold, of an input within reach that the network alone has wrong; else inf."""
+    x, y = batch.x, batch.y
+    low, high = (x - EPS).clamp(0, 1), (x + EPS).clamp(0, 1)
+    nearest, farthest = torch.where(y == 0, 0.5, low[:, 0]), torch.where(y == 0, high[:, 0], 0.5)
+    gap = torch.maximum(low[:, 1] - farthest, nearest - high[:, 1]).clamp_min(0)
+    return torch.where(nearest < farthest, gap - LIMIT, torch.inf)
+
+
+def test_no_pass_wins_within_the_closed_form_and_thresholds_are_reached():
+    model, batch, _, _ = problem()
+    found = assessed(model, batch).evidence
+    truth, aware = reach(batch), found["aware_score"].double()
+    assert (aware >= truth - 1e-9).all()
+    assert (found["oblivious_score"] >= aware).all()
+    for rate in (0.5, 0.05, 0.01):
+        limit = threshold(found["score"], rate)
+        assert ((aware <= limit) != (truth <= limit)).sum() <= 1
+    assert (found["class_margin"] > 0).all()
+
+
+def test_the_numbers_are_those_of_the_scores():
+    model, batch, _, _ = problem()
+    found = assessed(model, batch).evidence
+    clean, aware = found["score"], found["aware_score"]
+    limit = clean.sort().values[-1 - int(0.05 * len(clean))]
+    turned = aware < math.inf
+    assert estimate("detection_rate_at_5_percent", found).value == pytest.approx(
+        float((aware[turned] > limit).double().mean())
+    )
+    assert estimate("detection_rate_at_5_percent", found).n == turned.sum() < len(clean)
+    right = (clean <= limit) & (aware > limit)
+    assert estimate("accepted_right_at_5_percent", found).value == pytest.approx(float(right.double().mean()))
+    wrong = estimate("accepted_wrong_at_5_percent", found)
+    assert wrong.value == pytest.approx(float((aware <= limit).double().mean()))
+    for name in DETECTION:
+        number = estimate(name, found)
+        assert 0 <= number.low <= number.value <= number.high <= 1
+    assert (
+        estimate("detection_auroc", found).value <= estimate("oblivious_detection_auroc", found).value + 1e-12
+    )
+
+
+def test_the_area_counts_pairs_and_ties_half():
+    g = torch.Generator().manual_seed(0)
+    clean, attacked = torch.randint(0, 6, (25,), generator=g), torch.randint(2, 8, (25,), generator=g)
+    above = (attacked[:, None] > clean).double() + 0.5 * (attacked[:, None] == clean)
+    assert auroc(clean.double(), attacked.double()).value == pytest.approx(float(above.mean()))
+    same = torch.full((9,), -torch.inf)
+    assert auroc(same, same).value == 0.5
+
+
+def test_a_threshold_is_exceeded_by_no_larger_a_share():
+    scores = torch.tensor([3.0, 1.0, 2.0, 2.0, -torch.inf, 5.0, 4.0, 0.0, 9.0, 7.0])
+    assert [threshold(scores, rate) for rate in (0.0, 0.05, 0.1, 0.29, 0.5)] == [9.0, 9.0, 7.0, 5.0, 2.0]
+    assert median_width(torch.tensor([-3.0, 3.0, 1.0])) == 3.0
+    assert median_width(torch.tensor([math.nan, 3.0])) == 0.0
+    assert balance(2 * torch.arange(8.0), 3.0) == pytest.approx(3 / 8)
+    assert (
+        balance(torch.ones(8), 1.0) == balance(torch.ones(1), 1.0) == balance(torch.arange(8.0), 0.0) == 1.0
+    )
+
+
+def test_another_scale_and_threshold_change_what_is_rejected_alone():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 4.5], [1.0, math.nan, 4.0]])
+    assert score(logits).tolist() == [-1.0, 1.5, -math.inf]
+    moved = taken(logits[:2], Aim(weight=2.0, beyond=1.0))
+    assert moved.tolist() == [[1.0, 3.0, -1.0], [1.0, 3.0, 4.0]]
+    unaware = held(taken(logits[:2], Aim(beyond=math.inf)), torch.tensor([0, 0]))
+    assert torch.equal(unaware, logits[:2, :2])
+
+
+def test_a_soft_gradient_changes_no_logit():
+    model, batch, _, _ = problem()
+    x = batch.x.clone().requires_grad_()
+    sharp = Held(Classifier(model), batch, Aim(2.0))(x)
+    soft = Held(Classifier(model), batch, Aim(2.0, softness=0.5))(x)
+    assert torch.equal(sharp, soft)
+    slopes = [torch.autograd.grad(each.sum(), x, retain_graph=True)[0] for each in (sharp, soft)]
+    assert (slopes[0][:, 1] == 0).any()
+    assert (slopes[1][:, 1] != 0).all()  # it leads along the detector's score before that rejects
+    tiny = softly_held(model(batch.x), batch.y, 1e-6)
+    torch.testing.assert_close(tiny, held(model(batch.x), batch.y), atol=1e-5, rtol=0)
+
+
+def test_what_a_pass_on_the_detector_breaks_is_a_doubt():
+    """A scale at which the suite sees the score as a wall, so that it stands where the passes do not."""
+    _, batch, _, _ = problem()
+    steep = guarded(sides, offset, LIMIT, scale=1e-4)
+    found = assessed(steep, batch)
+    doubt = next(doubt for doubt in found.doubts if doubt.name == "not-exhausted")
+    assert doubt.state == "raised"
+    assert "the passes on the detector" in doubt.says
+
+
+def test_the_adaptive_run_tries_several_weights_and_only_on_a_detector():
+    _, batch, _, stands = problem()
+    steep = guarded(sides, offset, LIMIT, scale=1e-4)
+    short = PGD(steps=20, restarts=2)
+    arms = tuple(replace(member, attack=short) for member in adaptive_members(Linf(EPS)) if member.against)
+    naive, adaptive = (assessed(steep, batch, adaptive=each) for each in ((), arms))
+    assert [record.name for record in adaptive.attacks] == ["PGD", "Pair", "Pair-light", "Pair-heavy"]
+    assert adaptive.attacks[1].notes[0].startswith("the detector's score weighs 0.3 times")
+    assert adaptive.attacks[1].notes[1].startswith("run because of a detector")
+    left = [int((run.evidence["correct"] & ~run.evidence["success"]).sum()) for run in (naive, adaptive)]
+    assert left[1] < left[0]
+    assert left[1] <= int(stands.sum()) + 1
+    bare = assessed(sides, batch, adaptive=arms)
+    assert [record.name for record in bare.attacks] == ["PGD"]
+    assert {member.name for member in adaptive_members(L0(2)) if member.against} == {m.name for m in arms}
+
+
+def test_nothing_is_measured_of_who_has_no_detector_or_another_goal():
+    model, batch, _, _ = problem()
+    bare = assessed(sides, batch)
+    aimed = assessed(model, batch, threat=ThreatModel(Linf(EPS), goal=1))
+    blind = assessed(model, batch, threat=ThreatModel(Linf(EPS), access="gradients"), attacked=False)
+    for run in (bare, aimed, blind):
+        assert not set(DETECTION) & set(run.metrics)
+        with pytest.raises(Absent, match="guarded"):
+            estimate("detection_auroc", run.evidence)
+    with pytest.raises(UsageError, match="guarded"):
+        assessed(sides, batch, gates=("detection_auroc >= 0.9",))
+    gated = assessed(model, batch, gates=("detection_auroc >= 0.999",))
+    assert gated.gates[0].verdict == "fail"
+
+
+def test_a_pair_without_a_say_is_no_detector():
+    _, batch, _, _ = problem()
+    found = assessed(guarded(sides, lambda x: torch.zeros(len(x), dtype=x.dtype), LIMIT), batch).evidence
+    assert estimate("detection_auroc", found).value == 0.5
+    wrong = estimate("accepted_wrong_at_1_percent", found).value
+    assert wrong == pytest.approx(estimate("robust_error_rate", found).value)
+
+
+def test_a_resumed_run_keeps_its_passes_on_the_detector(tmp_path):
+    def stop(step):
+        if step.stage == PASSES[2] and step.done:
+            raise KeyboardInterrupt
+
+    asked = order(FAST, adaptive=(Member("Pair", PGD(steps=5), against=Against(0.3)),))
+    whole = assess(subject(pair()), data(), asked, run=tmp_path / "whole")
+    assert {"aware_score", "oblivious_score"} <= set(whole.evidence.columns)
+    with pytest.raises(KeyboardInterrupt):
+        assess(subject(pair()), data(), asked, run=tmp_path / "cut", progress=stop)
+    assess(subject(pair()), data(), asked, run=tmp_path / "cut", resume=True)
+    assert settled(tmp_path / "cut") == settled(tmp_path / "whole")
+
+
+def test_batches_make_no_difference():
+    first, second = (
+        assess(subject(pair()), data(), order(FAST, batch_size=size, shard_size=size)) for size in (7, 40)
+    )
+    for name in ("aware_score", "oblivious_score", "score"):
+        torch.testing.assert_close(first.evidence[name], second.evidence[name])
+
+
+@pytest.mark.slow
+def test_the_example_of_the_documentation_prints_what_it_says(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "concepts" / "adaptive.md").read_text(encoding="utf-8")
+    code, printed = re.search(
+        r"```python\n(import holdfast\n.*?)```\n\n```text\n(.*?)```", page, re.DOTALL
+    ).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == printed
