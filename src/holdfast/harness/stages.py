@@ -234,7 +234,7 @@ def _against(
 ) -> dict[str, Tensor]:
     """What the detector says of the attacked inputs that the network alone has wrong."""
     with target.repeatable(rng.at(int(batch.ids[0]))):
-        x_adv, spent = _found(attack, threat, target, batch, rng)
+        x_adv, spent = returned(attack, threat, target, batch, rng)
         logits = target.logits(x_adv)
     wrong = ~(margin(logits[:, : target.classes], batch) > 0)
     columns = {
