@@ -4,10 +4,10 @@
 (jeromerony/adversarial-library), `sparse-imperceivable-attacks` (fra31/sparse-imperceivable-attacks), `RayS`
 (uclaml/RayS), `SurFree` (t-maho/SurFree), `sparse-rs` (fra31/sparse-rs), `blackbox-bandits`
 (MadryLab/blackbox-bandits), `advertorch` (BorealisAI/advertorch) and `Adversarial-Patch-Training`
-(sukrutrao/Adversarial-Patch-Training). adv-lib imports torchvision and visdom at the top of modules that the attacks
-compared here never use (perceptual distances and live plots), so empty stand-ins take their place, as they do for
-advertorch's pictures and for the log files of Adversarial-Patch-Training; RayS gets one for its progress bar, which
-wants a terminal; torchattacks is installed with `--no-deps`.
+(sukrutrao/Adversarial-Patch-Training, licensed for research alone). adv-lib imports torchvision and visdom at the top
+of modules that the attacks compared here never use (perceptual distances and live plots), so empty stand-ins take their
+place, as they do for advertorch's pictures and for the log files of Adversarial-Patch-Training; RayS gets one for its
+progress bar, which wants a terminal; torchattacks is installed with `--no-deps`.
 """
 
 import importlib
