@@ -4,11 +4,11 @@
 (jeromerony/adversarial-library), `sparse-imperceivable-attacks` (fra31/sparse-imperceivable-attacks), `RayS`
 (uclaml/RayS), `SurFree` (t-maho/SurFree), `sparse-rs` (fra31/sparse-rs), `blackbox-bandits`
 (MadryLab/blackbox-bandits), `advertorch` (BorealisAI/advertorch), `Adversarial-Patch-Training`
-(sukrutrao/Adversarial-Patch-Training) and `skip-connections-matter` (csdongxian/skip-connections-matter). adv-lib
-imports torchvision and visdom at the top of modules that the attacks compared here never use (perceptual distances and
-live plots), so empty stand-ins take their place, as they do for advertorch's pictures and for the log files of
-Adversarial-Patch-Training; RayS gets one for its progress bar, which wants a terminal; torchattacks is installed with
-`--no-deps`.
+(sukrutrao/Adversarial-Patch-Training, licensed for research alone) and `skip-connections-matter`
+(csdongxian/skip-connections-matter). adv-lib imports torchvision and visdom at the top of modules that the attacks
+compared here never use (perceptual distances and live plots), so empty stand-ins take their place, as they do for
+advertorch's pictures and for the log files of Adversarial-Patch-Training; RayS gets one for its progress bar, which
+wants a terminal; torchattacks is installed with `--no-deps`.
 """
 
 import importlib
