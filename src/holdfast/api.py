@@ -120,8 +120,7 @@ def assess(
     subject, given, seconds = opening()
     order = _order(suite, baseline, settings, subject, _device(model, subject, settings))
     learned = _fit(fit, data, settings, subject.model, order)
-    others = _others(across, settings, subject.model)
-    order = replace(order, fit=learned, surrogates=seconds, across=others)
+    order = replace(order, fit=learned, surrogates=seconds, across=_others(across, settings, subject.model))
     place = None if run is None else Path(run)
     return assessing.assess(
         subject, given, order, run=place, resume=resume, progress=progress, opening=opening

@@ -102,8 +102,9 @@ def opened_surrogate(said: SurrogateSettings, settings: AssessSettings, target: 
         net = skipped(opened.model.net, said.skip, decay=share)
         opened.model.net = net
         card["digest"] = digest(canonical([opened.digest, said.skip, share]))
-        found = f"{said.skip}, {len(net.branches)} of its modules"
-        notes += (f"{share:g} of the gradient goes back through {found}",)
+        notes += (
+            f"{share:g} of the gradient goes back through {said.skip}, {len(net.branches)} of its modules",
+        )
     return _same_box(_subject(opened.model, card, notes), target)
 
 
@@ -250,13 +251,9 @@ def opened_across(settings: AssessSettings, model: Classifier) -> tuple[Data, ..
 
 def opened_other(address: str, settings: AssessSettings, model: Classifier) -> Data:
     """One of them: a seeded sample, of which no more is needed."""
+    drop, seed = tuple(settings.drop), settings.seed
     return open_data(
-        address,
-        label=settings.label,
-        drop=tuple(settings.drop),
-        sample=MATRIX_ROWS,
-        seed=settings.seed,
-        bounds=model.bounds,
+        address, label=settings.label, drop=drop, sample=MATRIX_ROWS, seed=seed, bounds=model.bounds
     )
 
 

@@ -147,9 +147,7 @@ class SurrogateSettings(BaseModel):
     skip: str | None = Field(
         None, description="skip gradients: the last modules of residual branches, as in layer*.*.bn2"
     )
-    decay: Annotated[float, Ge(0), Le(1)] | None = Field(
-        None, description="share of the gradient that those branches keep; 0.5 where none is given"
-    )
+    decay: Annotated[float, Ge(0), Le(1)] | None = Field(None, description="share of it that they keep (0.5)")
 
 
 class AssessSettings(BaseModel):
@@ -207,7 +205,7 @@ class AssessSettings(BaseModel):
     )
     across: list[str] = Field(
         default_factory=list,
-        description="other data sets of inputs of the same shape, which changes are carried to and from",
+        description="other data of the same shape, which changes are carried to and from",
     )
     transform: Annotated[str | None, BeforeValidator(_transform)] = Field(
         None,

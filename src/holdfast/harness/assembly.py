@@ -154,18 +154,16 @@ def conclude(
         broken_elsewhere=context.broken_elsewhere,
         gallery=_gallery(plan, by_stage),
         surrogates=context.surrogates,
-        transfer={
-            name: by_stage["transfer"][f"transfer.{name}"]
-            for name in ("id", "right", "wrong")
-            if "transfer.id" in by_stage.get("transfer", {})
-        },
+        transfer=_sampled(by_stage, "transfer", ("id", "right", "wrong")),
         others=context.others,
-        across={
-            name: by_stage["across"][f"across.{name}"]
-            for name in ("turned", "control")
-            if "across.turned" in by_stage.get("across", {})
-        },
+        across=_sampled(by_stage, "across", ("turned", "control")),
     )
+
+
+def _sampled(by_stage: Mapping[str, Columns], stage: str, names: Sequence[str]) -> dict[str, Tensor]:
+    """What a stage says of its sample; nothing where it was not run or not finished."""
+    columns = by_stage.get(stage, {})
+    return {name: columns[f"{stage}.{name}"] for name in names if f"{stage}.{name}" in columns}
 
 
 def _told(
