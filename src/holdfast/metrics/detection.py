@@ -43,8 +43,8 @@ def rate(
     evidence: Evidence, confidence: float = 0.95, *, false_positives: float, of: Attacker = "aware"
 ) -> Estimate:
     """Share of attacked inputs rejected at the threshold that rejects so many of the clean ones."""
-    limit = detection.threshold(evidence["score"], false_positives) if "score" in evidence else 0.0
-    return proportion(_fooled(evidence, of)[1] > limit, confidence)
+    attacked = _fooled(evidence, of)[1]
+    return proportion(attacked > detection.threshold(evidence["score"], false_positives), confidence)
 
 
 def accepted_right(evidence: Evidence, confidence: float = 0.95, *, false_positives: float) -> Estimate:
