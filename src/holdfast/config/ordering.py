@@ -13,7 +13,8 @@ from holdfast.attacks.protocol import Attack, Learned
 from holdfast.config.attacks import build, threat_model
 from holdfast.config.grammar import parse_threat, parse_transform, seconds
 from holdfast.config.naming import chosen
-from holdfast.config.settings import DEFAULT_SUITE, AssessSettings, SurrogateSettings, usual_suite
+from holdfast.config.settings import DEFAULT_SUITE, AssessSettings, usual_suite
+from holdfast.config.values import SurrogateSettings
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf

@@ -6,32 +6,23 @@ The same names everywhere: a key of the YAML file, a flag of the command line, a
 import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from operator import index
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, SupportsIndex, get_args
+from typing import Any, Literal, get_args
 
 import yaml
-from annotated_types import Ge, Le
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from holdfast.config import values
 from holdfast.config.grammar import (
     ThreatSpec,
     nearest,
-    number,
-    numbers,
     pairs,
-    parse_surrogate,
     parse_threat,
-    parse_transform,
-    seconds,
 )
 from holdfast.config.naming import ATTACKS, VARIANTS, chosen, members
 from holdfast.config.wording import complaint, place
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.doubts.names import DOUBTS
-from holdfast.gates.grammar import parse as parse_gate
-from holdfast.sources.remote import header_variable
 
 SCHEMA_VERSION = 1
 
@@ -47,107 +38,6 @@ def usual_suite(threat: ThreatSpec) -> SuiteName:
     """What is run where neither a suite nor attacks are named: `transfer` against a model that nobody may ask."""
     blind = threat.access == "none" and threat.norm != "corruptions"
     return "transfer" if blind else DEFAULT_SUITE
-
-
-def _fractions(value: object) -> object:
-    """Numbers, as a list or as `0.1,8/255`."""
-    if isinstance(value, str):
-        return numbers(value, "a list of numbers")
-    if isinstance(value, (list, tuple)):
-        return [number(v, "a list of numbers") if isinstance(v, str) else v for v in value]
-    return value
-
-
-def _threat(value: object) -> object:
-    if isinstance(value, str):
-        parse_threat(value)
-    return value
-
-
-def _transform(value: object) -> object:
-    if isinstance(value, str):
-        parse_transform(value)
-    return value
-
-
-def _gate(value: object) -> object:
-    if isinstance(value, str):
-        parse_gate(value)
-    return value
-
-
-def _duration(value: object) -> object:
-    if isinstance(value, str):
-        seconds(value, "time_budget")
-    return value
-
-
-def _timeout(value: object) -> object:
-    if isinstance(value, str):
-        seconds(value, "http_timeout")
-    return value
-
-
-def _header(value: object) -> object:
-    if isinstance(value, str):
-        header_variable(value)
-    return value
-
-
-def _whole(value: object) -> object:
-    """A whole number as Python has it, whoever made it; text, truth values and 2.0 are none."""
-    return index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else value
-
-
-def _names(value: object) -> object:
-    """Names, of which one entry may hold several, as in `pgd,apgd-t`: a comma is in none."""
-    if isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value):
-        return [name.strip() for entry in value for name in entry.split(",") if name.strip()]
-    return value
-
-
-def _accepted(value: object) -> object:
-    for name, reason in value.items() if isinstance(value, Mapping) else ():
-        if name not in DOUBTS:
-            raise UsageError(f"there is no doubt {name!r}{nearest(str(name), DOUBTS)}")
-        if reason is None or not str(reason).strip():
-            raise UsageError(
-                f"the doubt {name} is accepted without a reason; say why: --accept-doubt {name}=REASON"
-            )
-    return value
-
-
-def _surrogate(value: object) -> object:
-    said = parse_surrogate(value) if isinstance(value, str) else value
-    if isinstance(said, Mapping) and said.get("decay") is not None and said.get("skip") is None:
-        raise UsageError(
-            f"the surrogate {said.get('model')} has decay={said['decay']} and names no branches for it; name the last "
-            "module of each, as in skip=layer*.*.bn2, or leave decay out"
-        )
-    return said
-
-
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_fractions)]
-Whole = Annotated[StrictInt, Ge(0), BeforeValidator(_whole)]
-Positive = Annotated[StrictInt, Ge(1), BeforeValidator(_whole)]
-Classes = Annotated[StrictInt, Ge(2), BeforeValidator(_whole)]
-Names = Annotated[list[str], BeforeValidator(_names)]
-
-
-class SurrogateSettings(BaseModel):
-    """A model that the attacker holds of its own, with an input like that of the model under test."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
-
-    model: str = Field(description="an address, as of the model under test")
-    arch: str | None = Field(None, description="architecture of a state dict")
-    model_args: dict[str, str] = Field(default_factory=dict, description="arguments of the factory")
-    mean: Numbers | None = Field(None, description="subtracted from the input inside the surrogate")
-    std: Numbers | None = Field(None, description="divides the input inside the surrogate")
-    skip: str | None = Field(
-        None, description="skip gradients: the last modules of residual branches, as in layer*.*.bn2"
-    )
-    decay: Annotated[float, Ge(0), Le(1)] | None = Field(None, description="share of it that they keep (0.5)")
 
 
 class AssessSettings(BaseModel):
@@ -168,18 +58,20 @@ class AssessSettings(BaseModel):
         None, description="architecture of a state dict: a catalogue name or file.py:factory"
     )
     model_args: dict[str, str] = Field(default_factory=dict, description="arguments of the factory")
-    bounds: Numbers = Field(
+    bounds: values.Numbers = Field(
         (0.0, 1.0), description="lowest and highest legal input", min_length=2, max_length=2
     )
-    mean: Numbers | None = Field(
+    mean: values.Numbers | None = Field(
         None, description="subtracted from the input inside the model, one number a channel"
     )
-    std: Numbers | None = Field(None, description="divides the input inside the model, one number a channel")
-    classes: Classes | None = Field(None, description="number of classes, to be checked")
-    allow_hosts: Names = Field(
+    std: values.Numbers | None = Field(
+        None, description="divides the input inside the model, one number a channel"
+    )
+    classes: values.Classes | None = Field(None, description="number of classes, to be checked")
+    allow_hosts: values.Names = Field(
         default_factory=list, description="servers that a URL may name, each HOST or HOST:PORT"
     )
-    headers: list[Annotated[str, BeforeValidator(_header)]] = Field(
+    headers: list[values.Header] = Field(
         default_factory=list, description="sent to the server, each `NAME: env:VARIABLE`"
     )
     http_request: str | None = Field(
@@ -192,11 +84,11 @@ class AssessSettings(BaseModel):
         description="where its answer holds the scores, as in predictions or rows.*.scores; else an output's name",
     )
     http_labels: bool = Field(False, description="the answer holds one class number a row, and no scores")
-    http_max_rows: Positive = Field(64, description="rows of one request to a server at most")
-    http_timeout: Annotated[str, BeforeValidator(_timeout)] = Field(
-        "30s", description="how long a server may take to answer"
+    http_max_rows: values.Positive = Field(64, description="rows of one request to a server at most")
+    http_timeout: values.Timeout = Field("30s", description="how long a server may take to answer")
+    http_retries: values.Whole = Field(
+        5, description="how often a request that failed in passing is sent again"
     )
-    http_retries: Whole = Field(5, description="how often a request that failed in passing is sent again")
     split: str | None = Field(None, description="train or test, or a value of a table's split column")
     label: str | None = Field(None, description="label column of a table")
     drop: list[str] = Field(default_factory=list, description="columns of a table that are no features")
@@ -207,16 +99,16 @@ class AssessSettings(BaseModel):
         default_factory=list,
         description="other data of the same shape, which changes are carried to and from",
     )
-    transform: Annotated[str | None, BeforeValidator(_transform)] = Field(
+    transform: values.Transform | None = Field(
         None,
         description="random changes that inputs are seen through, as in rotate=15,scale=0.1,brightness=0.2",
     )
-    n: Positive | None = Field(None, description="use the first N examples")
-    sample: Positive | None = Field(None, description="use a seeded sample of N examples")
-    threat: Annotated[str, BeforeValidator(_threat)] = Field(
+    n: values.Positive | None = Field(None, description="use the first N examples")
+    sample: values.Positive | None = Field(None, description="use a seeded sample of N examples")
+    threat: values.Threat = Field(
         "linf:8/255", description="what the adversary may do, as in linf:8/255,queries=1000"
     )
-    surrogates: list[Annotated[SurrogateSettings, BeforeValidator(_surrogate)]] = Field(
+    surrogates: list[values.Surrogate] = Field(
         default_factory=list,
         description="models of the attacker's own, each an address or `model: ADDRESS` with arch, mean, std, skip",
     )
@@ -227,13 +119,13 @@ class AssessSettings(BaseModel):
     attacks: list[dict[str, Any]] | None = Field(
         None, min_length=1, description="attacks of your own, each `use: NAME` with its settings"
     )
-    only: Names = Field(default_factory=list, description="attacks of the suite to run, by name")
-    skip: Names = Field(default_factory=list, description="attacks of the suite to leave out, by name")
-    gates: list[Annotated[str, BeforeValidator(_gate)]] = Field(
+    only: values.Names = Field(default_factory=list, description="attacks of the suite to run, by name")
+    skip: values.Names = Field(default_factory=list, description="attacks of the suite to leave out, by name")
+    gates: list[values.Gate] = Field(
         default_factory=list, description='claims to be judged, as in "robust_accuracy >= 0.40"'
     )
     baseline: str | None = Field(None, description="run folder that `vs baseline` gates compare with")
-    accept_doubts: Annotated[dict[str, str], BeforeValidator(_accepted)] = Field(
+    accept_doubts: values.Reasons = Field(
         default_factory=dict, description="doubts that a person answers for, each with a reason"
     )
     curve: bool = Field(False, description="also measure accuracy against eps, with minimum-norm attacks")
@@ -244,14 +136,14 @@ class AssessSettings(BaseModel):
         description="attack once more in the ways that raised doubts or a detector call for (BPDA, EOT, search)",
     )
     save_adversarial: bool = Field(False, description="keep every successful input in the run folder")
-    time_budget: Annotated[str | None, BeforeValidator(_duration)] = Field(
+    time_budget: values.Duration | None = Field(
         None, description="stop attacking after this long, as in 10min"
     )
-    batch_size: Positive | None = Field(None, description="examples that go through the model at once")
-    workers: Positive | None = Field(
+    batch_size: values.Positive | None = Field(None, description="examples that go through the model at once")
+    workers: values.Positive | None = Field(
         None, description="processes that share the work out among them, each on one thread"
     )
-    seed: Whole = Field(0, description="seed of every random draw")
+    seed: values.Whole = Field(0, description="seed of every random draw")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
     trust_code: bool = Field(False, description="let model files run code that they bring along")
     output: list[str] = Field(

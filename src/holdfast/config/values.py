@@ -1,0 +1,133 @@
+"""Values of settings as they are written in files and on the command line, and the types that read them."""
+
+from collections.abc import Mapping
+from operator import index
+from typing import Annotated, SupportsIndex
+
+from annotated_types import Ge, Le
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
+
+from holdfast.config.grammar import (
+    nearest,
+    number,
+    numbers,
+    parse_surrogate,
+    parse_threat,
+    parse_transform,
+    seconds,
+)
+from holdfast.core.errors import UsageError
+from holdfast.doubts.names import DOUBTS
+from holdfast.gates.grammar import parse as parse_gate
+from holdfast.sources.remote import header_variable
+
+
+def _fractions(value: object) -> object:
+    """Numbers, as a list or as `0.1,8/255`."""
+    if isinstance(value, str):
+        return numbers(value, "a list of numbers")
+    if isinstance(value, (list, tuple)):
+        return [number(v, "a list of numbers") if isinstance(v, str) else v for v in value]
+    return value
+
+
+def _threat(value: object) -> object:
+    if isinstance(value, str):
+        parse_threat(value)
+    return value
+
+
+def _transform(value: object) -> object:
+    if isinstance(value, str):
+        parse_transform(value)
+    return value
+
+
+def _gate(value: object) -> object:
+    if isinstance(value, str):
+        parse_gate(value)
+    return value
+
+
+def _duration(value: object) -> object:
+    if isinstance(value, str):
+        seconds(value, "time_budget")
+    return value
+
+
+def _timeout(value: object) -> object:
+    if isinstance(value, str):
+        seconds(value, "http_timeout")
+    return value
+
+
+def _header(value: object) -> object:
+    if isinstance(value, str):
+        header_variable(value)
+    return value
+
+
+def _whole(value: object) -> object:
+    """A whole number as Python has it, whoever made it; text, truth values and 2.0 are none."""
+    return index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else value
+
+
+def _names(value: object) -> object:
+    """Names, of which one entry may hold several, as in `pgd,apgd-t`: a comma is in none."""
+    if isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value):
+        return [name.strip() for entry in value for name in entry.split(",") if name.strip()]
+    return value
+
+
+def _accepted(value: object) -> object:
+    for name, reason in value.items() if isinstance(value, Mapping) else ():
+        if name not in DOUBTS:
+            raise UsageError(f"there is no doubt {name!r}{nearest(str(name), DOUBTS)}")
+        if reason is None or not str(reason).strip():
+            raise UsageError(
+                f"the doubt {name} is accepted without a reason; say why: --accept-doubt {name}=REASON"
+            )
+    return value
+
+
+def _surrogate(value: object) -> object:
+    said = parse_surrogate(value) if isinstance(value, str) else value
+    if isinstance(said, Mapping) and said.get("decay") is not None and said.get("skip") is None:
+        raise UsageError(
+            f"the surrogate {said.get('model')} has decay={said['decay']} and names no branches for it; name the last "
+            "module of each, as in skip=layer*.*.bn2, or leave decay out"
+        )
+    return said
+
+
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_fractions)]
+Whole = Annotated[StrictInt, Ge(0), BeforeValidator(_whole)]
+Positive = Annotated[StrictInt, Ge(1), BeforeValidator(_whole)]
+Classes = Annotated[StrictInt, Ge(2), BeforeValidator(_whole)]
+Names = Annotated[list[str], BeforeValidator(_names)]
+Threat = Annotated[str, BeforeValidator(_threat)]
+Transform = Annotated[str, BeforeValidator(_transform)]
+Gate = Annotated[str, BeforeValidator(_gate)]
+Duration = Annotated[str, BeforeValidator(_duration)]
+Timeout = Annotated[str, BeforeValidator(_timeout)]
+Header = Annotated[str, BeforeValidator(_header)]
+Reasons = Annotated[dict[str, str], BeforeValidator(_accepted)]
+
+
+class SurrogateSettings(BaseModel):
+    """A model that the attacker holds of its own, with an input like that of the model under test."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
+
+    model: str = Field(description="an address, as of the model under test")
+    arch: str | None = Field(None, description="architecture of a state dict")
+    model_args: dict[str, str] = Field(default_factory=dict, description="arguments of the factory")
+    mean: Numbers | None = Field(None, description="subtracted from the input inside the surrogate")
+    std: Numbers | None = Field(None, description="divides the input inside the surrogate")
+    skip: str | None = Field(
+        None, description="skip gradients: the last modules of residual branches, as in layer*.*.bn2"
+    )
+    decay: Annotated[float, Ge(0), Le(1)] | None = Field(None, description="share of it that they keep (0.5)")
+
+
+Surrogate = Annotated[SurrogateSettings, BeforeValidator(_surrogate)]
