@@ -66,8 +66,6 @@ PUBLISHED: Final = (
 """Settings of Transfer that their papers gave names to; docs/reference/attacks.md says which are which."""
 
 VARIANTS: Final = {
-    "ALMA-far": "ALMA",
-    "ALMA-near": "ALMA",
     "APGD-CE": "APGD",
     "APGD-DLR": "APGD",
     "APGD-T": "APGD",
@@ -98,7 +96,7 @@ MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
     },
     "fast": {
         "linf": _FAST,
-        "l2": ("Sprint", "ALMA", "ALMA-near", "ALMA-far", "FAB-T", *_FAST[1:]),
+        "l2": ("Sprint", "ALMA", "FAB-T", *_FAST[1:]),
         "l1": _FAST,
         "l0": ("PGD", "SparseRS"),
         "corruptions": CORRUPTIONS,
