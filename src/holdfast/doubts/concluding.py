@@ -35,6 +35,8 @@ class Circumstances:
     """layers that were in train mode; they were measured in eval mode"""
     first_gradient_dead: Mask | None = None
     """of a list of attacks: whose gradient was zero or NaN in the first pass; None where nothing watched it"""
+    blind: bool = False
+    """whether no gradient of a detector's score reaches an input"""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,9 @@ def _zero_gradient(case: _Case) -> Doubt:
         )
     else:
         return case.absent(name, "gradients")
+    if case.circumstances.blind:
+        says += "; no gradient of the detector's score reaches any input, so attacks cannot calm it by one"
+        return Doubt(name, "raised", 1.0, at.ZERO_GRADIENTS, len(dead), says)
     return _judged(name, float(dead.double().mean()), at.ZERO_GRADIENTS, len(dead), says)
 
 

@@ -274,6 +274,7 @@ class Making:
             said = {
                 "because": {arm: list(names) for arm, names in because.items()},
                 "ways": list(self.target.masking.says),
+                "blind": self.target.blind_view,
                 "missed": list(missed),
                 "notes": [] if because else ["no doubt called for an adaptive attack, so none was run"],
             }
