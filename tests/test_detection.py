@@ -86,6 +86,14 @@ def test_a_detector_with_a_gradient_raises_none():
     assert {doubt.name: doubt.state for doubt in found.doubts}["zero-gradient"] == "clear"
 
 
+def test_a_stage_that_gives_no_floats_has_no_gradient_to_stand_in_for():
+    _, batch, _, _ = problem()
+    whole = through(lambda x: offset(x) > LIMIT, backward=offset)
+    arms = (Member("BPDA", PGD(steps=10)),)
+    with pytest.raises(UsageError, match=r"the stage net.detector gives torch.bool, .* as in .float\(\)"):
+        assessed(guarded(sides, whole, 0.5), batch, doubts="all", adaptive=arms)
+
+
 def test_the_numbers_are_those_of_the_scores():
     model, batch, _, _ = problem()
     found = assessed(model, batch).evidence
