@@ -14,6 +14,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.guard import Aim, guarded, held, score, softly_held, taken
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.core.through import through
 from holdfast.harness.detecting import PASSES
 from holdfast.harness.plan import Against, Member, adaptive_members
 from holdfast.harness.target import Held
@@ -54,6 +55,43 @@ def test_no_pass_wins_within_the_closed_form_and_thresholds_are_reached():
         limit = threshold(found["score"], rate)
         assert ((aware <= limit) != (truth <= limit)).sum() <= 1
     assert (found["class_margin"] > 0).all()
+
+
+class Sign(torch.nn.Module):
+    """Yes or no, as floats."""
+
+    def forward(self, x):
+        return (offset(x) > LIMIT).to(x.dtype)
+
+
+SLOPE = {"plain": Sign(), "declared": through(Sign(), backward=lambda x: offset(x) - LIMIT + 0.5)}
+
+
+@pytest.mark.parametrize("kind", SLOPE)
+def test_a_detector_without_a_gradient_raises_a_doubt_that_only_a_way_round_it_answers(kind):
+    _, batch, _, stands = problem()
+    model, arms = guarded(sides, SLOPE[kind], 0.5), (Member("BPDA", PGD(steps=10)),)
+    blind, known = (assessed(model, batch, doubts="all", adaptive=chosen) for chosen in ((), arms))
+    doubts = [{doubt.name: doubt for doubt in found.doubts}["zero-gradient"] for found in (blind, known)]
+    assert doubts[0].state == "raised"
+    assert "no gradient of the detector's score reaches any input" in doubts[0].says
+    assert doubts[1].state == ("answered" if kind == "declared" else "raised")
+    left = int((known.evidence["correct"] & ~known.evidence["success"]).sum())
+    assert left >= stands.sum()
+
+
+def test_a_detector_with_a_gradient_raises_none():
+    model, batch, _, _ = problem()
+    found = assessed(model, batch, doubts="all")
+    assert {doubt.name: doubt.state for doubt in found.doubts}["zero-gradient"] == "clear"
+
+
+def test_a_stage_that_gives_no_floats_has_no_gradient_to_stand_in_for():
+    _, batch, _, _ = problem()
+    whole = through(lambda x: offset(x) > LIMIT, backward=offset)
+    arms = (Member("BPDA", PGD(steps=10)),)
+    with pytest.raises(UsageError, match=r"the stage net.detector gives torch.bool, .* as in .float\(\)"):
+        assessed(guarded(sides, whole, 0.5), batch, doubts="all", adaptive=arms)
 
 
 def test_the_numbers_are_those_of_the_scores():

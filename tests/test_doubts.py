@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from holdfast.attacks import PGD
+from holdfast.attacks import PGD, Square
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L2, Linf
 from holdfast.core.draws import Draws
@@ -116,7 +116,7 @@ def probe_all(model, batch, columns, threat=THREAT, suite=SUITE, *, only=None, s
             some = batch.take(rows)
             if within.goal is not None:
                 some = some.towards(torch.full_like(some.y, within.goal))
-            meter = Metered(model, some, within)
+            meter = Metered(model, some, dataclasses.replace(within, queries=None))
             found[probe.name] = Probed(rows, probe.run(meter, some, within, rng))
             spent[probe.name] = meter.spent
     return found, spent
@@ -318,6 +318,19 @@ def test_probes_stay_within_their_budget(net):
     assert 100 < backwards <= thresholds.BACKWARDS
     assert int(spent["search"].queries.max()) <= 1001
     assert len(spent["again"].queries) <= thresholds.FRESH_ROWS
+
+
+@pytest.mark.parametrize("attack", [Square(queries=1000), PGD(steps=40, restarts=3)])
+def test_what_breaks_a_standing_example_keeps_to_the_budget_of_the_threat(net, attack):
+    model, batch = Classifier(net), patterns(80, seed=2)
+    threat = ThreatModel(Linf(0.01), access=attack.needs, queries=30)
+    columns = evidence_columns(model, batch, threat, (attack,))
+    found, spent = probe_all(model, batch, columns, threat, (attack,))
+    judged = 1
+    for name in ("noise", "search", "again"):
+        assert 0 < int(spent[name].queries.max()) <= threat.queries + judged
+    said = {d.name: d.says for d in conclude(found, columns, Circumstances(threat, "black-box@1")).doubts}
+    assert said["noise"].startswith("30 random draws")
 
 
 def test_probes_draw_by_example_and_not_by_batch(net):

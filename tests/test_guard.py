@@ -115,6 +115,20 @@ def test_a_goal_is_to_be_accepted_as_a_class():
     assert (evidence["adversarial_prediction"][evidence["success"]] == 1).all()
 
 
+@pytest.mark.parametrize("threshold, scale", [(0.5, 1.0), (0.5, 0.25), (-0.5, 4.0)])
+def test_a_detector_may_say_yes_or_no_or_count(threshold, scale):
+    _, batch, accepted, _ = problem()
+
+    def whole(x):
+        return (offset(x) >= LIMIT).long() - int(threshold < 0)
+
+    assert guarded(sides, whole, torch.tensor(threshold)).threshold == threshold
+    for detector in (whole, lambda x: whole(x) > threshold):
+        model = Classifier(guarded(sides, detector, threshold if detector is whole else 0.5, scale=scale))
+        evidence = measure(model, [batch], [FGSM()], ThreatModel(Linf(0.2)))
+        assert torch.equal(evidence["rejected"], ~accepted)
+
+
 def test_a_rejected_input_counts_for_its_label():
     y = torch.tensor([0, 0, 0, 1])
     logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 4.0], [1.0, 3.0, math.nan], [1.0, 3.0, 4.0]])
@@ -230,6 +244,11 @@ def test_what_cannot_be_meant_is_refused():
         guarded(sides, 3.0, LIMIT)
     with pytest.raises(UsageError, match="scale is 0"):
         guarded(sides, offset, LIMIT, scale=0)
+    with pytest.raises(UsageError, match="scale is inf"):
+        guarded(sides, offset, LIMIT, scale=math.inf)
+    for threshold in (math.nan, "half", torch.zeros(3)):
+        with pytest.raises(UsageError, match="threshold is .*; expected a number"):
+            guarded(sides, offset, threshold)
     _, batch, _, _ = problem()
     with pytest.raises(TargetError, match=r"the detector returned \(40, 2\) for 40 inputs"):
         Classifier(guarded(sides, lambda x: x, LIMIT))(batch.x)

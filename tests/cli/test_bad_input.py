@@ -119,7 +119,9 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("bad.yaml").write_text("model: mnist-cnn\nthret: linf:0.1\n")
     Path("deep.yaml").write_text("model: mnist-cnn\ndata: mnist-mini\nattacks: [{use: PGD, stepz: 5}]\n")
     Path("code.yaml").write_text("model: m.py:fine\ndata: mnist-mini\n")
-    Path("surrogate.yaml").write_text("model: mnist-cnn\ndata: mnist-mini\nsurrogates: ['m.py:fine']\n")
+    Path("surrogate.yaml").write_text(
+        "model: mnist-cnn\ndata: mnist-mini\nsurrogates: ['m.py:fine,skip=bn*']\n"
+    )
     Path("file").write_text("in the way")
     return tmp_path
 
@@ -178,6 +180,7 @@ CASES = [
     ([*ASSESS, "--config", "bad.yaml"], 2, "threat"),
     (["assess", "--config", "deep.yaml"], 2, "steps"),
     (["assess", "--config", "code.yaml"], 2, "--trust-code"),
+    (["assess", "mnist-cnn", ""], 2, "the address of the data is ''"),
     ([*ASSESS, "--set", "thret=linf:0.1"], 2, "threat"),
     ([*ASSESS, "--set", "seed=["], 2, "yaml"),
     ([*ASSESS, "--accept-doubt", "noize=I know"], 2, "noise"),
@@ -204,7 +207,11 @@ CASES = [
     ([*ASSESS, "--surrogate", "m.py:seven"], 3, "7 classes"),
     ([*ASSESS, "--surrogate", "m.py:colours"], 3, "inputs (1, 28, 28)"),
     ([*ASSESS, "--surrogate", "m.py:fine,mean=0.5,mean=0.1"], 2, "twice"),
-    (["assess", "--config", "surrogate.yaml"], 2, "--trust-code"),
+    (
+        ["assess", "--config", "surrogate.yaml"],
+        2,
+        "with --surrogate 'm.py:fine,skip=bn*', or add --trust-code",
+    ),
     ([*ASSESS, "-o", "report.pdf"], 2, ".html"),
     ([*ASSESS, "--batch-size", "0"], 2, "--batch-size is 0; expected at least 1"),
     (["assess", "mnist-cnn", "mnist-mini", "-n", "0"], 2, "-n is 0; expected at least 1"),

@@ -103,3 +103,18 @@ def test_the_end_of_a_branch_is_a_tensor():
     net = nn.Sequential(nn.LSTM(4, 2, dtype=torch.float64))
     with pytest.raises(UsageError, match="module 0 returns a tuple"):
         Classifier(holdfast.skipped(net, "0"))(X)
+
+
+def test_a_branch_that_the_network_never_calls_is_refused():
+    net = blocks()
+    net.aside = nn.ReLU()
+    net.forward = lambda x: x + net[0].branch(x)
+    assert holdfast.skipped(net, "*.branch")(X).shape == X.shape
+    with pytest.raises(UsageError, match=r"never calls aside, as an exported program"):
+        Classifier(holdfast.skipped(net, "aside"))(X)
+
+
+def test_an_exported_program_has_names_and_no_branches():
+    program = torch.export.export(blocks(), (X,)).module()
+    with pytest.raises(UsageError, match=r"never calls 0.branch, 1.branch"):
+        Classifier(holdfast.skipped(program, "*.branch"))(X)

@@ -43,6 +43,13 @@ def shares(result):
     return [[share.value for share in (*row.turned, *row.control)] for row in across(result.evidence)]
 
 
+def test_other_data_may_be_of_another_type_than_the_model_takes():
+    batch = elsewhere().read(0, N)
+    other = as_data(batch.x.float(), batch.y, name="elsewhere 5")
+    found = assess(subject(), data(), carrying(other))
+    assert found.evidence.across["turned"].shape == (N, 2, 2)
+
+
 def test_a_change_turns_what_the_model_says_another_thing_of_once_it_bears_it():
     model, bounds = Classifier(network()), Bounds()
     found = assess(subject(), data(), carrying(elsewhere(n=N)))

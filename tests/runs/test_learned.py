@@ -8,6 +8,7 @@ from holdfast.attacks import Universal
 from holdfast.core.errors import UsageError
 from holdfast.harness import Member
 from holdfast.runs.assess import assess
+from holdfast.sources.memory import as_data
 from runs.fakes import FAST, data, order, settled, subject
 
 LEARNED = Member("Universal", Universal(examples=30, steps=10, batch=10))
@@ -47,3 +48,9 @@ def test_other_examples_are_another_run(tmp_path):
 def test_is_left_out_where_time_runs_out(tmp_path):
     result = assess(subject(), data(), wanted(time_budget_s=1e-9), run=tmp_path / "run")
     assert any("Universal" in note and "finished none" in note for note in result.evidence.notes)
+
+
+def test_may_be_learned_on_examples_of_another_type_than_the_model_takes():
+    batch = data(60, seed=2).read(0, 60)
+    found = assess(subject(), data(), replace(wanted(), fit=as_data(batch.x.float(), batch.y)))
+    assert [record.name for record in found.attacks][-1] == "Universal"

@@ -162,6 +162,15 @@ def test_who_has_other_classes_or_other_inputs_is_refused(net, error, said):
         assess(subject(), data(), with_surrogates(other(net=net)))
 
 
+def test_who_returns_nan_is_refused():
+    class Void(torch.nn.Module):
+        def forward(self, x):
+            return network(1)(x) / 0 * 0
+
+    with pytest.raises(TargetError, match=r"other returns NaN for 8 of the first 8 examples"):
+        assess(subject(), data(), with_surrogates(other(net=Void())))
+
+
 def test_who_draws_at_random_is_refused():
     class Noisy(torch.nn.Module):
         def forward(self, x):

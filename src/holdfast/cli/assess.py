@@ -1,6 +1,7 @@
 """`holdfast assess MODEL DATA`."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -13,7 +14,7 @@ from holdfast.cli.early import (
     refuse_unknown_model,
 )
 from holdfast.cli.options import Voice, offered, spoken
-from holdfast.config.settings import DEFAULT_SUITE, SUITES, AssessSettings, read
+from holdfast.config.settings import DEFAULT_SUITE, SUITES, AssessSettings, SurrogateSettings, read
 from holdfast.core.errors import UsageError
 from holdfast.store.files import refuse_no_run
 
@@ -223,10 +224,21 @@ def _refuse_code_of_config(settings: AssessSettings, flags: dict[str, Any]) -> N
         for place, each in enumerate(settings.surrogates):
             for value in (each.model, each.arch):
                 if value and ".py:" in value:
+                    flags_of_all = " ".join(
+                        f"--surrogate {quote(_spelled(one))}" for one in settings.surrogates
+                    )
                     raise UsageError(
                         f"the configuration names code (surrogates.{place}: {value}); a file runs none by itself: "
-                        f"say it on the command line too, with --surrogate {each.model}, or add --trust-code"
+                        f"say it on the command line too, with {flags_of_all}, or add --trust-code"
                     )
+
+
+def _spelled(surrogate: SurrogateSettings) -> str:
+    """All that is said of a surrogate, as `--surrogate` takes it; a flag takes the place of the file's whole list."""
+    said = surrogate.model_dump(exclude={"model", "model_args"}, exclude_none=True)
+    numbers = {key: ",".join(map(str, v)) for key, v in said.items() if isinstance(v, tuple)}
+    words = {**said, **numbers, **surrogate.model_args}
+    return ",".join((surrogate.model, *(f"{key}={value}" for key, value in words.items())))
 
 
 def _refuse_hosts_of_config(settings: AssessSettings, flags: dict[str, Any]) -> None:

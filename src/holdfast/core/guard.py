@@ -5,6 +5,7 @@ adversarial examples is (nearly) as hard as classifying them", ICML 2022, arXiv:
 the clean input is accepted and right, and no attacked input is accepted and wrong.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ class Guarded(nn.Module):
             raise TargetError(
                 f"the detector returned {got} for {len(x)} inputs; it must return one score an input, ({len(x)},)"
             )
+        score = score if score.is_floating_point() else score.to(self.threshold.dtype)
         beyond = (score.reshape(len(x)) - self.threshold.to(score.dtype)) / self.scale.to(score.dtype)
         rejected = logits.amax(1) + beyond.to(logits.dtype)
         return torch.cat((logits, rejected[:, None]), dim=1)
@@ -57,9 +59,22 @@ def guarded(net: Net, detector: Net, threshold: float, *, scale: float = 1.0) ->
         raise UsageError(
             f"guarded() was given {net!r} and {detector!r}; expected a network and a detector, functions or modules"
         )
-    if not scale > 0:
-        raise UsageError(f"scale is {scale}; expected a positive number, such as how far the scores spread")
-    return Guarded(net, detector, threshold, scale)
+    limit, weight = _number(threshold), _number(scale)
+    if math.isnan(limit):
+        raise UsageError(
+            f"threshold is {threshold!r}; expected a number, such as a quantile of clean inputs' scores"
+        )
+    if not 0 < weight < math.inf:
+        raise UsageError(f"scale is {scale!r}; expected a positive number, such as how far the scores spread")
+    return Guarded(net, detector, limit, weight)
+
+
+def _number(value: float) -> float:
+    """A single number, which a tensor may hold; NaN where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
 
 
 def of_classes(logits: Tensor) -> Tensor:

@@ -30,8 +30,9 @@ class Skipped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the network says, to the bit; it bears its hooks for this call alone."""
+        called: set[str] = set()
         hooks = [
-            self.net.get_submodule(name).register_forward_hook(_hook(name, self.decay))
+            self.net.get_submodule(name).register_forward_hook(_hook(name, self.decay, called))
             for name in self.branches
         ]
         try:
@@ -39,6 +40,11 @@ class Skipped(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
+        if not called:
+            raise UsageError(
+                f"the network never calls {', '.join(self.branches[:_SHOWN])}, as an exported program calls none of "
+                "its modules; name modules that it calls, or leave skip gradients out"
+            )
         return logits
 
 
@@ -68,8 +74,9 @@ def skipped(net: nn.Module | Callable[[Tensor], Tensor], branches: str, *, decay
     return Skipped(net, found, decay)
 
 
-def _hook(name: str, decay: float) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
+def _hook(name: str, decay: float, called: set[str]) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
     def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        called.add(name)
         if not isinstance(output, Tensor):
             raise UsageError(
                 f"the module {name} returns a {type(output).__name__}; name one that returns a tensor as the end of a "

@@ -109,6 +109,11 @@ def _hook(way: Way) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
                 f"the stand-in of {way.name} gives {tuple(stand_in.shape)} where the stage gives "
                 f"{tuple(output.shape)}; name one that keeps the shape: through(stage, backward=...)"
             )
+        if way.stand_in is not None and not output.is_floating_point():
+            raise UsageError(
+                f"the stage {way.name} gives {output.dtype}, which has no gradient to be stood in for; let it give "
+                "floats, as in .float()"
+            )
         return instead(output, stand_in)
 
     return hook

@@ -103,19 +103,21 @@ def answered(
     *,
     went_round: bool,
     fell: bool,
+    blind: bool = False,
 ) -> tuple[Doubt, ...]:
     """The doubts after the adaptive run, given the columns of each arm that was called and `because` of what.
 
     A doubt is answered once every arm that it called for has run on all that stood. Not so where no way round was
-    found: while the gradient of the arm itself is dead, or is shattered and was neither averaged nor taken round a
-    stage, which `went_round` says. `not-exhausted` is not while an example stands that a probe broke: `fell`.
+    found: while the gradient of the arm itself is dead, or to a detector is (`blind`), or is shattered and was neither
+    averaged nor taken round a stage, which `went_round` says. `not-exhausted` is not while an example stands that a
+    probe broke: `fell`.
     """
 
     def told(doubt: Doubt) -> Doubt:
         called_for = [arm for arm, names in because.items() if doubt.name in names]
         if doubt.state != "raised" or not called_for or not set(called_for) <= set(ran):
             return doubt
-        dead = doubt.name in ("zero-gradient", "whole-box") and _dead(ran, called_for)
+        dead = doubt.name in ("zero-gradient", "whole-box") and (blind or _dead(ran, called_for))
         if dead or (doubt.name == "shattered" and not went_round and "EOT" not in called_for):
             return replace(doubt, says=f"{doubt.says}; the adaptive attacks found no way round it")
         if doubt.name == "not-exhausted" and fell:

@@ -10,7 +10,15 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Mask, PerExample
 from holdfast.doubts import thresholds as at
 from holdfast.doubts.names import DOUBTS, FREE
-from holdfast.doubts.probing import PROBES, SEARCHES, Found, probes_for, probing_threat, standing
+from holdfast.doubts.probing import (
+    PROBES,
+    SEARCHES,
+    Found,
+    probes_for,
+    probing_threat,
+    standing,
+    within_budget,
+)
 from holdfast.ops.statistics import clopper_pearson, mcnemar
 
 NO_PASSES: Mapping[str, Mask] = {}
@@ -27,6 +35,8 @@ class Circumstances:
     """layers that were in train mode; they were measured in eval mode"""
     first_gradient_dead: Mask | None = None
     """of a list of attacks: whose gradient was zero or NaN in the first pass; None where nothing watched it"""
+    blind: bool = False
+    """whether no gradient of a detector's score reaches an input"""
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,9 @@ def _zero_gradient(case: _Case) -> Doubt:
         )
     else:
         return case.absent(name, "gradients")
+    if case.circumstances.blind:
+        says += "; no gradient of the detector's score reaches any input, so attacks cannot calm it by one"
+        return Doubt(name, "raised", 1.0, at.ZERO_GRADIENTS, len(dead), says)
     return _judged(name, float(dead.double().mean()), at.ZERO_GRADIENTS, len(dead), says)
 
 
@@ -165,7 +178,7 @@ def _one_step(case: _Case) -> Doubt:
 
 
 def _black_box(case: _Case) -> Doubt:
-    blind = f"Square with {SEARCHES:,} queries"
+    blind = f"Square with {within_budget(SEARCHES, case.circumstances.threat):,} queries"
     return _rival(case, "black-box", ("search", blind), ("margin", "PGD on the margin, twice 20 steps,"))
 
 
@@ -173,7 +186,8 @@ def _noise(case: _Case) -> Doubt:
     gone = case.broken("noise")
     if gone is None:
         return case.absent("noise", "noise")
-    says = f"{at.NOISE_DRAWS} random draws break {int(gone.sum())} of {len(gone)} standing examples"
+    draws = within_budget(at.NOISE_DRAWS, case.circumstances.threat)
+    says = f"{draws} random draws break {int(gone.sum())} of {len(gone)} standing examples"
     return _judged("noise", float(gone.double().mean()), at.NOISE, len(gone), says)
 
 

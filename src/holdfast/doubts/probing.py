@@ -18,8 +18,10 @@ from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Constraint, Linf, extent
 from holdfast.core.draws import Draws
+from holdfast.core.errors import BudgetSpent
 from holdfast.core.evidence import Columns
 from holdfast.core.lookup import Lookup
+from holdfast.core.meter import Metered
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Logits, Mask, PerExample, Rows
@@ -126,7 +128,7 @@ def _noise(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[
     """Random draws, by turns inside the ball and on its surface; without a gradient."""
     lowest = torch.full_like(batch.x.flatten(1)[:, 0], torch.inf)
     with torch.no_grad():
-        for draw in range(NOISE_DRAWS):
+        for draw in range(within_budget(NOISE_DRAWS, threat)):
             x = _drawn(model, batch, threat.constraint, rng.at("noise", draw), surface=draw % 2 == 1)
             height = margin(model(x, batch.ids), batch).nan_to_num(nan=-torch.inf)
             lowest = torch.minimum(lowest, height)
@@ -142,7 +144,11 @@ def _drawn(model: Model, batch: Batch, constraint: Constraint, rng: Draws, *, su
 
 
 def _judged(attack: Attack, model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> PerExample:
-    x_adv = attack(model, batch, threat, rng=rng)
+    meter = Metered(model, batch, threat)
+    try:
+        x_adv = attack(meter, batch, threat, rng=rng)
+    except BudgetSpent:
+        x_adv = meter.found()
     with torch.no_grad():
         return margin(model(x_adv, batch.ids), batch).nan_to_num(nan=-torch.inf)
 
@@ -205,7 +211,7 @@ def probes_for(threat: ThreatModel, attacks: tuple[Attack, ...] = ()) -> tuple[P
 
 
 def probing_threat(threat: ThreatModel, columns: Columns) -> ThreatModel:
-    """The threat model that probes work under: no query budget, and an eps.
+    """The threat model that probes work under: one with an eps.
 
     A minimum-norm run has none; its probes work at the median of the distances that it found.
     """
@@ -213,7 +219,12 @@ def probing_threat(threat: ThreatModel, columns: Columns) -> ThreatModel:
     if constraint.eps == torch.inf:
         found = columns["distance"][columns["correct"] & columns["distance"].isfinite()]
         constraint = constraint.resized(float(found.median()) if len(found) else 0.0)
-    return replace(threat, constraint=constraint, queries=None)
+    return replace(threat, constraint=constraint)
+
+
+def within_budget(n: int, threat: ThreatModel) -> int:
+    """So many queries, or what the threat model allows if that is fewer."""
+    return n if threat.queries is None else min(n, threat.queries)
 
 
 def standing(columns: Columns, threat: ThreatModel) -> Mask:

@@ -11,7 +11,7 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.guard import Aim, held, refuse_inner, softly_held, taken
+from holdfast.core.guard import Aim, held, refuse_inner, score, softly_held, taken
 from holdfast.core.lookup import Lookup
 from holdfast.core.model import EVERY, IN_PLACE, Bounds, Classifier, Model, fitted, out_of_memory
 from holdfast.core.through import View, instead
@@ -80,6 +80,10 @@ class Target:
     masking: Masking = Masking()
     aim: Aim = Aim()
     """how the attacks take the detector of a model that rejects"""
+    blind: bool = False
+    """whether no gradient of that detector's score reaches an input: it rounds, or answers yes or no"""
+    blind_view: bool = False
+    """the same of `view`"""
 
     @property
     def rejects(self) -> bool:
@@ -157,7 +161,30 @@ def _looked_at(model: Classifier, sample: Batch, left_in_training: tuple[str, ..
         *_remarks(known, randomised=randomised),
         *((REJECTS,) if model.rejects else ()),
     )
-    return Target(model, quick, quick, randomised, known.shape[1], notes, left_in_training)
+    blind = model.rejects and model.access == "gradients" and _blind(quick, sample)
+    found = Target(model, quick, quick, randomised, known.shape[1], notes, left_in_training)
+    return replace(found, blind=blind, blind_view=blind)
+
+
+def _blind(model: Model, sample: Batch) -> bool:
+    """Whether no gradient of a detector's score reaches any of the inputs, nor any on the way from them to noise.
+
+    A score may well be flat at clean inputs, or far from them.
+    """
+    noise = Draws(0).at("detector").uniform(sample.ids, *sample.x.shape[1:], dtype=sample.x.dtype)
+    for share in (0.0, 0.1, 0.3, 1.0):
+        low, high = model.bounds.like(sample.x)
+        x = (sample.x + share * (low + noise * (high - low) - sample.x)).requires_grad_()
+        try:
+            with torch.enable_grad():
+                found = score(model(x))
+        except TargetError:  # said by the first attack that asks for a gradient
+            return True
+        if found.requires_grad:
+            (grad,) = torch.autograd.grad(found.sum(), x, materialize_grads=True)
+            if grad.any():
+                return False
+    return True
 
 
 def _gone_round(target: Target, sample: Batch) -> Target:
@@ -170,7 +197,8 @@ def _gone_round(target: Target, sample: Batch) -> Target:
         return replace(target, notes=(*target.notes, said))
     if not found:
         return target
-    return replace(target, view=View(target.bare, found.ways, found.steps), masking=found)
+    view = View(target.bare, found.ways, found.steps)
+    return replace(target, view=view, masking=found, blind_view=target.blind and _blind(view, sample))
 
 
 def no_memory(n: int, error: BaseException) -> TargetError:

@@ -71,7 +71,14 @@ def _adapted(
     left = fallen & set(clean["id"][standing].tolist())
     return replace(
         context,
-        doubts=answered(context.doubts, ran, because, went_round=bool(adapted["ways"]), fell=bool(left)),
+        doubts=answered(
+            context.doubts,
+            ran,
+            because,
+            went_round=bool(adapted["ways"]),
+            fell=bool(left),
+            blind=adapted["blind"],
+        ),
         notes=(
             *(note for note in context.notes if left or not note.startswith(OUTSIDE)),
             *adapted["missed"],

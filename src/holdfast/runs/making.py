@@ -126,7 +126,7 @@ class Making:
                 f"those of {self.data.name} {self.shape}; name examples of the same kind with --fit DATA"
             )
         refuse_batch(batch, self.target.bare.bounds, self.target.classes, self.order.fit.name)
-        return batch
+        return self._typed(batch)
 
     def across(self) -> tuple[Batch, ...]:
         """As many inputs of each data set, a seeded sample, in the order in which they are paired."""
@@ -135,7 +135,11 @@ class Making:
         sets, seed = (self.data, *self.order.across), self.plan.seed
         n = min(MATRIX_ROWS, *map(len, sets))
         drawn = (selected(each, n=None, sample=n, seed=seed).read(0, n) for each in sets)
-        return tuple(paired(batch, seed, place) for place, batch in enumerate(drawn))
+        return tuple(paired(self._typed(batch), seed, place) for place, batch in enumerate(drawn))
+
+    def _typed(self, batch: Batch) -> Batch:
+        """Inputs of other data in the type of those of the run, which the model takes."""
+        return batch.at(batch.x.to(self.data.read(0, 1).x.dtype))
 
     def data_card(self) -> dict[str, Any]:
         """What identifies the examples, and what one of them is like."""
@@ -274,6 +278,7 @@ class Making:
             said = {
                 "because": {arm: list(names) for arm, names in because.items()},
                 "ways": list(self.target.masking.says),
+                "blind": self.target.blind_view,
                 "missed": list(missed),
                 "notes": [] if because else ["no doubt called for an adaptive attack, so none was run"],
             }

@@ -67,7 +67,10 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], 
     if plan.doubts == "none":
         return Asked(Findings((), broken_elsewhere({}, columns, plan.threat, passes)))
     wanted = plan.suite if plan.doubts == "all" else ""
-    circumstances = Circumstances(plan.threat, wanted, course.target.in_training, _first_gradients(by_stage))
+    target = course.target
+    circumstances = Circumstances(
+        plan.threat, wanted, target.in_training, _first_gradients(by_stage), target.blind
+    )
     if not wanted:
         return Asked(conclude({}, columns, circumstances, passes))
     if missed:

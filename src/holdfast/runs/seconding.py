@@ -54,4 +54,10 @@ def _ready(surrogate: Subject, stack: ExitStack, sample: Batch, target: Target) 
             f"the surrogate {name} draws at random, so what is made on it could not be made again; "
             "wrap it in a factory that fixes its draws"
         )
+    lost = int(found.logits(sample.x).isnan().any(1).sum())
+    if lost:
+        raise TargetError(
+            f"the surrogate {name} returns NaN for {lost} of the first {len(sample)} examples, and NaN leads nowhere; "
+            f"look for a division or a logarithm of zero with holdfast doctor"
+        )
     return found

@@ -135,6 +135,8 @@ def _open_archive(archive: Npz, names: tuple[str, ...] | None, address: str, wan
 
 
 def _located(address: str) -> _Place:
+    if not address.strip():
+        raise UsageError(f"the address of the data is {address!r}, which names nothing; give {_FORMS}")
     bundled = bundled_data()
     if address in bundled:
         return _Place(bundled[address])
