@@ -14,7 +14,8 @@ from holdfast.cli.early import (
     refuse_unknown_model,
 )
 from holdfast.cli.options import Voice, offered, spoken
-from holdfast.config.settings import DEFAULT_SUITE, SUITES, AssessSettings, SurrogateSettings, read
+from holdfast.config.settings import DEFAULT_SUITE, SUITES, AssessSettings, read
+from holdfast.config.values import SurrogateSettings
 from holdfast.core.errors import UsageError
 from holdfast.store.files import refuse_no_run
 
