@@ -55,6 +55,7 @@ _UNUSED: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Modules that a peer imports and never needs here, and what it takes from them by name."""
 _commits: dict[str, str] = {}
+_places: dict[str, str] = {}
 
 
 def use(checkouts: Path | None) -> None:
@@ -69,7 +70,7 @@ def use(checkouts: Path | None) -> None:
         at = checkouts / sub
         if (at / name).is_dir() or (at / f"{name}.py").is_file():
             sys.path.insert(0, str(at))
-            _commits[name] = commit(at)
+            _commits[name], _places[name] = commit(at), str(at)
 
 
 def commit(checkout: Path) -> str:
@@ -83,7 +84,7 @@ def peer(module: str) -> ModuleType:
     """The imported module of a peer, or `Absent` with the way to get it."""
     top = module.partition(".")[0]
     try:
-        with warnings.catch_warnings(), _stand_ins(_UNUSED.get(top, {})):
+        with warnings.catch_warnings(), _alone(top), _stand_ins(_UNUSED.get(top, {})):
             warnings.simplefilter("ignore")
             return importlib.import_module(module)
     except ImportError as e:
@@ -103,6 +104,20 @@ def version(module: str) -> str:
         return importlib.metadata.version(DISTRIBUTIONS.get(module, module))
     except importlib.metadata.PackageNotFoundError:
         return "absent"
+
+
+@contextmanager
+def _alone(top: str) -> Iterator[None]:
+    """No checkout on the path but its own, while a peer is imported: several have modules of the same name."""
+    others = {place for name, place in _places.items() if name != top} if top in _places else set()
+    kept = sys.path[:]
+    sys.path[:] = [place for place in kept if place not in others]
+    for name in [name for name in sys.modules if others and name.partition(".")[0] == "utils"]:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        sys.path[:] = kept
 
 
 @contextmanager
