@@ -1,6 +1,6 @@
 """Values of settings as they are written in files and on the command line, and the types that read them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from operator import index
 from typing import Annotated, SupportsIndex
 
@@ -31,40 +31,15 @@ def _fractions(value: object) -> object:
     return value
 
 
-def _threat(value: object) -> object:
-    if isinstance(value, str):
-        parse_threat(value)
-    return value
+def _read_by(parse: Callable[[str], object]) -> BeforeValidator:
+    """Text is checked by its parser and stays as it is; whatever is none is left to the type."""
 
+    def checked(value: object) -> object:
+        if isinstance(value, str):
+            parse(value)
+        return value
 
-def _transform(value: object) -> object:
-    if isinstance(value, str):
-        parse_transform(value)
-    return value
-
-
-def _gate(value: object) -> object:
-    if isinstance(value, str):
-        parse_gate(value)
-    return value
-
-
-def _duration(value: object) -> object:
-    if isinstance(value, str):
-        seconds(value, "time_budget")
-    return value
-
-
-def _timeout(value: object) -> object:
-    if isinstance(value, str):
-        seconds(value, "http_timeout")
-    return value
-
-
-def _header(value: object) -> object:
-    if isinstance(value, str):
-        header_variable(value)
-    return value
+    return BeforeValidator(checked)
 
 
 def _whole(value: object) -> object:
@@ -105,12 +80,12 @@ Whole = Annotated[StrictInt, Ge(0), BeforeValidator(_whole)]
 Positive = Annotated[StrictInt, Ge(1), BeforeValidator(_whole)]
 Classes = Annotated[StrictInt, Ge(2), BeforeValidator(_whole)]
 Names = Annotated[list[str], BeforeValidator(_names)]
-Threat = Annotated[str, BeforeValidator(_threat)]
-Transform = Annotated[str, BeforeValidator(_transform)]
-Gate = Annotated[str, BeforeValidator(_gate)]
-Duration = Annotated[str, BeforeValidator(_duration)]
-Timeout = Annotated[str, BeforeValidator(_timeout)]
-Header = Annotated[str, BeforeValidator(_header)]
+Threat = Annotated[str, _read_by(parse_threat)]
+Transform = Annotated[str, _read_by(parse_transform)]
+Gate = Annotated[str, _read_by(parse_gate)]
+Duration = Annotated[str, _read_by(lambda text: seconds(text, "time_budget"))]
+Timeout = Annotated[str, _read_by(lambda text: seconds(text, "http_timeout"))]
+Header = Annotated[str, _read_by(header_variable)]
 Reasons = Annotated[dict[str, str], BeforeValidator(_accepted)]
 
 
