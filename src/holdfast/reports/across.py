@@ -9,8 +9,7 @@ from holdfast.metrics.across import sets
 from holdfast.metrics.columns import Absent
 from holdfast.reports.curves import estimate
 from holdfast.reports.numbers import count, percent
-from holdfast.reports.transfer import METRIC, told_apart
-from holdfast.reports.words import interval
+from holdfast.reports.transfer import shown, told_apart
 
 Json = dict[str, Any]
 
@@ -50,8 +49,7 @@ def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
     """Each row as text: what the changes were made on, then shares with their intervals and their controls."""
     for row in found["rows"]:
         pairs = zip(row["shares"], row["controls"], strict=True)
-        yield [row["made_on"], *(_cell(share, control) for share, control in pairs)]
-
-
-def _cell(share: Mapping[str, Any], control: Mapping[str, Any]) -> str:
-    return f"{percent(share['value'])} ({interval(METRIC, share)}), mixed {percent(control['value'])}"
+        yield [
+            row["made_on"],
+            *(f"{shown(share)}, mixed {percent(control['value'])}" for share, control in pairs),
+        ]

@@ -22,12 +22,13 @@ def transfer(evidence: Evidence, confidence: float) -> Json | None:
         rows = matrix(evidence, confidence)
     except Absent:
         return None
+    names = told_apart(models(evidence))
     return {
-        "models": list(told_apart(models(evidence))),
+        "models": list(names),
         "n": len(evidence.transfer["id"]),
         "rows": [
             {
-                "made_on": row.maker if row.of is None else told_apart(models(evidence))[row.of],
+                "made_on": row.maker if row.of is None else names[row.of],
                 "own": row.of,
                 "shares": [None if share is None else estimate(share) for share in row.shares],
             }
@@ -49,11 +50,12 @@ def headings(found: Mapping[str, Any]) -> list[str]:
 def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
     """Each row as text: who made the examples, then shares with their intervals."""
     for row in found["rows"]:
-        yield [row["made_on"], *(_cell(share) for share in row["shares"])]
+        yield [row["made_on"], *("–" if share is None else shown(share) for share in row["shares"])]
 
 
-def _cell(share: Mapping[str, Any] | None) -> str:
-    return "–" if share is None else f"{percent(share['value'])} ({interval(METRIC, share)})"
+def shown(share: Mapping[str, Any]) -> str:
+    """A share with its interval."""
+    return f"{percent(share['value'])} ({interval(METRIC, share)})"
 
 
 def told_apart(names: tuple[str, ...]) -> tuple[str, ...]:
