@@ -13,7 +13,7 @@ corruptions `fast` and `standard` are `corruptions`, the fifteen of Hendrycks & 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from holdfast.attacks import (
     ALMA,
@@ -136,16 +136,19 @@ def _fast(constraint: Constraint) -> Named:
     if isinstance(constraint, L0):
         return (("PGD", PGD(steps=100, restarts=2)), ("SparseRS", SparseRS(queries=5000)))
     last = (("Square", Square(queries=1000)), ("APGD-T", APGD(loss=dlr, steps=100, targets=3)))
-    if isinstance(constraint, L2):
-        return (
-            ("Sprint", SPRINT),
-            ("ALMA", ALMA(steps=60)),
-            ("FAB-T", FAB(steps=100, targets=3)),
-            ("Relay", Relay(restarts=0, targets=0, searches=2, rounds=0, queries=100)),
-            *last,
-        )
-    relay = Relay() if isinstance(constraint, Linf) else Relay(searches=5, rounds=0, queries=100)
-    return (("Sprint", SPRINT), ("Relay", relay), *last)
+    if isinstance(constraint, Linf):
+        return (("Sprint", SPRINT), ("FMN", FMN(steps=60)), ("Relay", Relay()), *last)
+    if isinstance(constraint, L1):
+        return (("Sprint", SPRINT), ("Relay", Relay(searches=5, rounds=0, queries=100)), *last)
+    return (
+        ("Sprint", replace(SPRINT, restarts=1, targets=1)),
+        ("ALMA", ALMA(steps=60, refine=20)),
+        ("FAB-T", FAB(steps=100, targets=5, eta=1.6, patience=10, refine=20)),
+        ("ALMA-2", ALMA(steps=60, reach=4, refine=20)),
+        ("PDPGD", PDPGD(steps=50, refine=20)),
+        ("Relay", replace(SPRINT, restarts=0, targets=0, searches=2, queries=100)),
+        *last,
+    )
 
 
 def _standard(constraint: Constraint) -> Named:
@@ -234,6 +237,10 @@ COMPOSED: dict[str, Callable[[Constraint], Named]] = {
 """Every suite by its name."""
 
 WAVES: Mapping[str, Mapping[str, int]] = {
-    "fast": {"ALMA": 4, "FAB-T": 2, "Relay": 4, "Square": 5, "APGD-T": 5, "SparseRS": 4}
+    "fast": {
+        **dict.fromkeys(("ALMA", "FAB-T", "ALMA-2"), 3),
+        **dict.fromkeys(("FMN", "PDPGD", "Relay", "SparseRS"), 4),
+        **dict.fromkeys(("Square", "APGD-T"), 5),
+    }
 }
 """The attacks of a suite that go in waves; see `Suite.waves`."""

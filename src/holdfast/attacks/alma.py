@@ -16,7 +16,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.rows import spread
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Access, Fraction, Inputs, Logits, Mask, PerExample, Positive, Steps
+from holdfast.core.types import Access, Count, Fraction, Inputs, Logits, Mask, PerExample, Positive, Steps
 from holdfast.ops.ascent import gradient
 from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, firmly_broken
@@ -40,6 +40,8 @@ class ALMA:
     """share of the step size that is left in the end; it falls from the first success on"""
     memory: Fraction = 0.5
     """weight of the past in the running means of multiplier, squared gradient and momentum; 0.9 for 1,000 steps"""
+    refine: Count = 0
+    """gradient steps inside a finite ball, from the projections of what ends beyond it"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -64,7 +66,7 @@ class ALMA:
                 size = self.reach * first / norm.distance(way, torch.zeros_like(x)).clamp_min(_TINY)
             fall = self.fall ** ((step - since).clamp_min(0) / (self.steps - since).clamp_min(1))
             x = model.bounds.clamp(x - spread(size * fall, x) * way)
-        return to_boundary(model, batch, closest.x, norm)
+        return to_boundary(model, batch, closest.x, norm, self.refine)
 
 
 class _Penalty:

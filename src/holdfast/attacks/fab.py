@@ -55,6 +55,10 @@ class FAB:
     """how far a step goes, in multiples of the way to the plane"""
     beta: Fraction = 0.9
     """share of its distance that a broken point keeps before the next step"""
+    patience: Count = 0
+    """steps after which a run looks back: one that would stay beyond eps if it fell twice as far again ends; 0 never"""
+    refine: Count = 0
+    """gradient steps inside a finite ball, from the projections of what ends beyond it"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -77,7 +81,7 @@ class FAB:
                 self._run(model, left, aimed, x, norm, closest, enough)
         far = (closest.found & (closest.distance > enough)).nonzero()[:, 0]
         if len(far):
-            closest.x[far] = to_boundary(model, batch.take(far), closest.x[far], norm)
+            closest.x[far] = to_boundary(model, batch.take(far), closest.x[far], norm, self.refine)
         return closest.x
 
     def _run(
@@ -90,21 +94,24 @@ class FAB:
         closest: Closest,
         enough: float,
     ) -> None:
-        found = Closest(left)
-        for _ in range(self.steps):
+        found, before = Closest(left), torch.full_like(closest.distance[: len(left)], math.inf)
+        for step in range(self.steps):
             height, normal, logits = plane(model, left.at(x), aim, norm)
-            broken = _keep(found, left, x, logits, norm)
+            _keep(found, left, x, logits, norm)
             x = self._step(x, left.x, height, normal, norm, model)
             with torch.no_grad():
                 beyond = _keep(found, left, x, model(x, left.ids), norm)
             x = torch.lerp(left.x, x, spread(torch.where(beyond, self.beta, 1.0).to(x.dtype), x))
-            if (broken | beyond).any() and (found.distance <= enough).any():
+            stays = found.distance > enough
+            if self.patience and enough and (step + 1) % self.patience == 0:
+                stays &= found.distance * (found.distance / before) ** 2 <= enough
+                before = found.distance.clone()
+            if not stays.all():
                 closest.offer(left, found.x, found.distance, found.found)
-                stays = found.distance > enough
                 left, x, aim = left.take(stays), x[stays], None if aim is None else aim[stays]
                 if not len(left):
                     return
-                found = Closest(left)
+                found, before = found.take(left), before[stays]
         closest.offer(left, found.x, found.distance, found.found)
 
     def _step(

@@ -20,7 +20,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.rows import spread
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Access, Fraction, Inputs, Logits, PerExample, Positive, Steps
+from holdfast.core.types import Access, Count, Fraction, Inputs, Logits, PerExample, Positive, Steps
 from holdfast.ops.adam import Adam
 from holdfast.ops.ascent import gradient
 from holdfast.ops.boundary import to_boundary
@@ -49,6 +49,8 @@ class PDPGD:
     """the first step of the logarithm of the price, times the steps; it falls to a tenth along a line"""
     memory: Fraction = 0.5
     """weight of the past in the running mean of the prices"""
+    refine: Count = 0
+    """gradient steps inside a finite ball, from the projections of what ends beyond it"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -77,7 +79,7 @@ class PDPGD:
             dual = self.dual_reach / self.steps * (1 - 0.9 * step / self.steps)
             weight = (weight + dual * torch.where(broken, -1.0, 1.0)).clamp(-_LARGEST, _LARGEST)
             share = torch.lerp(weight.sigmoid(), share, self.memory)
-        return to_boundary(model, batch, closest.x, norm)
+        return to_boundary(model, batch, closest.x, norm, self.refine)
 
 
 def _scales(model: Model, batch: Batch, norm: Norm) -> tuple[PerExample, PerExample]:

@@ -1,5 +1,9 @@
-"""The last step of every minimum-norm attack: from a broken point back towards the clean one, up to the boundary."""
+"""The last step of every minimum-norm attack: from a broken point back towards the clean one, up to the boundary.
 
+Or, where only a ball counts and the broken point lies beyond it, on from the nearest point inside (our own).
+"""
+
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -10,24 +14,29 @@ from holdfast.core.constraints import L0, Norm
 from holdfast.core.model import Model
 from holdfast.core.rows import pick
 from holdfast.core.types import Inputs, PerExample
-from holdfast.ops.ascent import gradient
+from holdfast.ops.ascent import ascend, cosine, gradient
 from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.losses import margin_loss
 
 _FORWARDS = 10
+_REACH = 5.0  # path length of the descent inside the ball, in multiples of eps
 _FIRST = 15 / 16  # a good attack ends within a few percent of the boundary: look there before halving
 
 Shrink = Callable[[PerExample], Inputs]
 """The points within a radius of the clean ones that are likeliest to stay broken."""
 
 
-def to_boundary(model: Model, batch: Batch, x_adv: Inputs, norm: Norm) -> Inputs:
+def to_boundary(model: Model, batch: Batch, x_adv: Inputs, norm: Norm, refine: int = 0) -> Inputs:
     """The points of `x_adv`, pulled towards `batch.x` while the model stays broken, then projected onto `norm`.
 
     A point moves only to one that breaks the model by more than rounding. Under L0 changes are undone instead, least
     useful first. Cost: at most ten forwards (under L0 the first with a backward) of the examples that differ from
     the clean ones.
+    With `refine` and a finite eps no point is pulled: those beyond it are projected first and then descend the margin
+    inside the ball, by as many gradient steps and a forward.
     """
+    if refine and norm.eps < math.inf:
+        return _refined(model, batch, x_adv, norm, refine)
     moved = (norm.distance(x_adv, batch.x) > 0).nonzero()[:, 0]
     result = x_adv.clone()
     if len(moved):
@@ -38,6 +47,16 @@ def to_boundary(model: Model, batch: Batch, x_adv: Inputs, norm: Norm) -> Inputs
             shrunk = partial(norm.within, far, some.x, model.bounds)
             result[moved] = _bisected(model, some, far, norm, shrunk, _FORWARDS)
     return norm.project(result, batch.x, model.bounds)
+
+
+def _refined(model: Model, batch: Batch, x_adv: Inputs, norm: Norm, steps: int) -> Inputs:
+    """The points of `x_adv` inside the ball, and what gradient steps make of the projections of the others."""
+    beyond = (norm.distance(x_adv, batch.x) > norm.eps).nonzero()[:, 0]
+    result = norm.project(x_adv, batch.x, model.bounds)
+    if len(beyond):
+        run = partial(ascend, steps=steps, step_size=_REACH * norm.eps / steps, schedule=cosine)
+        result[beyond], _ = run(model, batch.take(beyond), result[beyond], margin_loss, norm)
+    return result
 
 
 def _fewest(model: Model, batch: Batch, far: Inputs, norm: L0) -> Inputs:

@@ -39,6 +39,12 @@ class Closest:
         """Where `some` examples stand in the whole batch."""
         return self._lookup.rows(some.ids)
 
+    def take(self, some: Batch) -> "Closest":
+        """What is kept of `some` examples, on its own."""
+        rows, own = self.rows(some), Closest(some)
+        own.x, own.distance = self.x[rows], self.distance[rows]
+        return own
+
     def far(self, some: Batch, eps: float) -> Mask:
         """Which of `some` examples are not broken inside a finite eps yet; without an eps, not where they are clean."""
         return self.distance[self.rows(some)] > (eps if eps < torch.inf else 0.0)
