@@ -65,6 +65,7 @@ ATTACKS = [
     Case(FAB(steps=10), Linf, many=0.95),
     Case(FAB(steps=10), L2, many=0.95),
     Case(FAB(steps=10), L1, many=0.95),
+    Case(FAB(steps=20, patience=5, refine=5), L2, many=0.95),
     # random search: under L2 300 queries are no nearer and 600 at 0.69, under L1 150 are at 0.41 and 300 at 0.81
     Case(Square(queries=150), Linf, slack=0.9, many=0.6),
     Case(Square(queries=150), L2, slack=0.6, many=0.45),
@@ -106,8 +107,10 @@ ATTACKS = [
     Case(PDPGD(steps=40), Linf, many=0.5, smallest=True),
     Case(PDPGD(steps=40), L2, slack=0.7, many=0.5, smallest=True),
     Case(PDPGD(steps=40), L1, slack=0.6, many=0.4, smallest=True),
+    Case(PDPGD(steps=40, refine=5), L2, slack=0.7, many=0.5, smallest=True),
     Case(PDPGD(steps=40), L0, many=0.95, smallest=True),
     Case(ALMA(steps=40), L2, many=0.7, smallest=True),
+    Case(ALMA(steps=40, refine=5), L2, many=0.7, smallest=True),
     Case(ALMA(steps=40), L1, slack=0.9, many=0.5, smallest=True),
     Case(SuperDeepFool(steps=20), L2, many=0.85, smallest=True),
     Case(EAD(searches=4, steps=20), L1, slack=0.75, many=0.4, smallest=True),

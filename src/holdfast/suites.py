@@ -137,18 +137,16 @@ def _fast(constraint: Constraint) -> Named:
         return (("PGD", PGD(steps=100, restarts=2)), ("SparseRS", SparseRS(queries=5000)))
     last = (("Square", Square(queries=1000)), ("APGD-T", APGD(loss=dlr, steps=100, targets=3)))
     if isinstance(constraint, Linf):
-        return (("Sprint", SPRINT), ("FMN", FMN(steps=60)), ("Relay", Relay()), *last)
+        return (("Sprint", SPRINT), ("Relay", Relay()), *last)
+    begin = ("Sprint", replace(SPRINT, restarts=1, targets=1))
+    planes = ("FAB-T", FAB(steps=100, targets=4, eta=1.6, patience=10, refine=20))
+    longer = ("ALMA-2", ALMA(steps=60, reach=4, refine=20))
+    relay = ("Relay", replace(SPRINT, restarts=0, targets=0, searches=2, queries=100))
     if isinstance(constraint, L1):
-        return (("Sprint", SPRINT), ("Relay", Relay(searches=5, rounds=0, queries=100)), *last)
-    return (
-        ("Sprint", replace(SPRINT, restarts=1, targets=1)),
-        ("ALMA", ALMA(steps=60, refine=20)),
-        ("FAB-T", FAB(steps=100, targets=5, eta=1.6, patience=10, refine=20)),
-        ("ALMA-2", ALMA(steps=60, reach=4, refine=20)),
-        ("PDPGD", PDPGD(steps=50, refine=20)),
-        ("Relay", replace(SPRINT, restarts=0, targets=0, searches=2, queries=100)),
-        *last,
-    )
+        return (begin, ("PDPGD", PDPGD(steps=100, refine=20)), planes, longer, relay, *last)
+    first, proximal = ("ALMA", ALMA(steps=60, refine=20)), ("PDPGD", PDPGD(steps=50, refine=20))
+    short = (("Square", Square(queries=500)), ("APGD-T", APGD(loss=dlr, steps=50, targets=3)))
+    return (begin, first, planes, longer, proximal, relay, *short)
 
 
 def _standard(constraint: Constraint) -> Named:
@@ -239,7 +237,7 @@ COMPOSED: dict[str, Callable[[Constraint], Named]] = {
 WAVES: Mapping[str, Mapping[str, int]] = {
     "fast": {
         **dict.fromkeys(("ALMA", "FAB-T", "ALMA-2"), 3),
-        **dict.fromkeys(("FMN", "PDPGD", "Relay", "SparseRS"), 4),
+        **dict.fromkeys(("PDPGD", "Relay", "SparseRS"), 4),
         **dict.fromkeys(("Square", "APGD-T"), 5),
     }
 }

@@ -82,6 +82,28 @@ def test_an_example_broken_inside_eps_leaves():
     assert (spent.queries <= spent.first_success + 1).all()
 
 
+def test_a_run_that_will_not_come_inside_eps_ends_after_two_looks_back():
+    model, batch = linear_problem(4)
+    exact = model.distance(batch.x, batch.y, L2())
+    eps = exact.median().item()
+    spent, results = [], []
+    for attack in (FAB(steps=60, targets=1), FAB(steps=60, targets=1, patience=10)):
+        metered = Metered(model, batch, ThreatModel(L2(eps)))
+        results.append(attack(metered, batch, ThreatModel(L2(eps)), rng=RNG))
+        spent.append(metered.spent.backwards)
+    full, short = spent
+    standing = full == 60
+    assert standing.any() and (~standing).any()
+    assert (short[standing] <= 20).all()
+    assert torch.equal(short[~standing], full[~standing])
+    assert torch.equal(results[0][~standing], results[1][~standing])
+    everything = [
+        attack(model, batch, ThreatModel(L2()), rng=RNG)
+        for attack in (FAB(steps=30), FAB(steps=30, patience=5))
+    ]
+    assert torch.equal(*everything)
+
+
 def test_already_wrong_means_distance_zero_at_once():
     model, batch = linear_problem(5)
     wrong = batch.__class__(batch.x, (batch.y + 1) % 3, batch.ids)

@@ -71,6 +71,29 @@ def test_the_way_back_ends_at_the_boundary_of_a_line():
     assert ((near - exact) <= direction.norm(dim=1) / 2**8).all()
 
 
+@pytest.mark.parametrize("norm", [Linf, L2, L1])
+def test_what_ends_beyond_a_ball_is_brought_down_inside_it(norm):
+    model, batch = linear_problem(2, classes=2)
+    exact = model.distance(batch.x, batch.y, norm())
+    within = norm(exact[exact < math.inf].median().item())
+    far = far_points(model, batch)
+    beyond = within.distance(far, batch.x) > within.eps
+    metered = Metered(model, batch, ThreatModel(within))
+    near = to_boundary(metered, batch, far, within, refine=30)
+    assert allowed(within, near, batch.x, model.bounds).all()
+    assert broken(model, batch, near)[beyond & (exact < 0.9 * within.eps)].all()
+    assert not broken(model, batch, near)[exact > 1.001 * within.eps].any()
+    assert not broken(model, batch, within.project(far, batch.x, model.bounds))[beyond].all()
+    assert (metered.spent.queries <= 31).all() and (metered.spent.queries[~beyond] == 0).all()
+
+
+def test_without_a_ball_there_is_nothing_to_bring_down():
+    model = network()
+    batch = labelled(model, examples())
+    far = far_points(model, batch)
+    assert torch.equal(to_boundary(model, batch, far, L2(), refine=10), to_boundary(model, batch, far, L2()))
+
+
 def test_what_does_not_break_the_model_is_not_pulled():
     model = network()
     batch = labelled(model, examples())

@@ -2,7 +2,7 @@
 
 Rony et al., "Augmented Lagrangian Adversarial Attacks", ICCV 2021, arXiv:2011.11857; penalty P2, and RMSProp with
 momentum. Differs from the paper: distances and the first step are in units of the first-order distance to the boundary,
-and it ends with a bisection to the boundary.
+and it ends with a bisection to the boundary or, with `refine` (our own), with steps inside the ball.
 """
 
 from dataclasses import dataclass

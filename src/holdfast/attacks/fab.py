@@ -3,7 +3,8 @@
 Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML 2020,
 arXiv:1907.02044; aiming at the likeliest classes in turn: arXiv:2003.01690.
 Differs from the paper: the points at which gradients are taken are judged too, an example leaves once it is broken
-inside a finite eps, and the closest broken point is brought to the boundary by a bisection of the ball.
+inside a finite eps, and the closest broken point is brought to the boundary by a bisection of the ball. `patience` and
+`refine` are our own, and off unless asked for.
 """
 
 import math
@@ -56,7 +57,7 @@ class FAB:
     beta: Fraction = 0.9
     """share of its distance that a broken point keeps before the next step"""
     patience: Count = 0
-    """steps after which a run looks back: one that would stay beyond eps if it fell twice as far again ends; 0 never"""
+    """steps after which a run looks back: one that would stay beyond eps if it fell by as large a share again ends; 0 never"""
     refine: Count = 0
     """gradient steps inside a finite ball, from the projections of what ends beyond it"""
 
@@ -104,7 +105,7 @@ class FAB:
             x = torch.lerp(left.x, x, spread(torch.where(beyond, self.beta, 1.0).to(x.dtype), x))
             stays = found.distance > enough
             if self.patience and enough and (step + 1) % self.patience == 0:
-                stays &= found.distance * (found.distance / before) ** 2 <= enough
+                stays &= found.distance * (found.distance / before) <= enough
                 before = found.distance.clone()
             if not stays.all():
                 closest.offer(left, found.x, found.distance, found.found)

@@ -4,7 +4,7 @@ Matyasko & Chau, "PDPGD: Primal-Dual Proximal Gradient Descent Adversarial Attac
 Differs from the paper: steps and the first price are in units of the first-order distance to the boundary, steps fall
 to a tenth instead of a hundredth, the pace of the price depends on the number of steps, the proximal step in Adam's
 metric is solved exactly, an example leaves once it is broken inside a finite eps, and it ends with a bisection to the
-boundary (L0: undoing changes).
+boundary (L0: undoing changes) or, with `refine` (our own), with steps inside the ball.
 """
 
 import math
