@@ -199,7 +199,7 @@ class L2:
 
 
 def _l2_share(delta: Tensor, most: Tensor, eps: PerExample) -> PerExample:
-    """The t <= 1 at which `t * delta`, held coordinate by coordinate where `most` is, is `eps` long; `most` is longer.
+    """The t <= 1 at which `t * delta`, each coordinate held at that of `most`, is `eps` long; `most` itself is longer.
 
     The square of the length is concave in that of t: the line through two points below the root meets that of `eps`
     below the root again, so the secants rise to it.

@@ -11,12 +11,11 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import Norm
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
-from holdfast.core.types import Inputs, Mask, PerExample, Rows
+from holdfast.core.types import Inputs, Logits, Mask, PerExample, Rows
 from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.directions import waves
 
-ROWS = 128
-"""Points that the model is asked for at once: many more leave the caches, and some networks take half as long again."""
+_ROWS = 96  # half of this to twice as much is as quick, and far more slow, on four networks of 28 to 32 pixels a side
 _STARTS = 10  # starts that compete, as many as a start costs to follow up
 _SLOW = 0.15  # share of the frequencies that the waves among the starts are made of
 _RIVAL = 0.9  # share of the distance known at which a start must break the model to take the place of the one before
@@ -95,15 +94,21 @@ class Decisions:
         asked = torch.arange(k, device=x.device) < wanted[:, None]
         self._left[self.closest.rows(some)] -= asked.sum(1)
         points, broken = x.flatten(0, 1), torch.zeros_like(asked).flatten()
-        for part in asked.flatten().nonzero()[:, 0].split(ROWS):  # type: ignore[no-untyped-call]
-            few = _of(some, part // k, points if len(part) == len(points) else points.index_select(0, part))
-            broken[part] = firmly_broken(self._model(few.x, few.ids), few)
+        at = asked.flatten().nonzero()[:, 0]
+        if len(at):
+            few = _of(some, at // k, points if len(at) == len(points) else points.index_select(0, at))
+            broken[at] = firmly_broken(self._answers(few), few)
         away, hits = x.new_full((n * k,), torch.inf), broken.nonzero()[:, 0]
         away[hits] = self._norm.distance(points.index_select(0, hits), some.x.index_select(0, hits // k))
         distance, nearest = away.view(n, k).min(1)
         chosen = points.index_select(0, nearest + k * torch.arange(n, device=x.device))
         self.closest.offer(some, chosen, distance, distance < torch.inf)
         return broken.view(n, k), asked
+
+    def _answers(self, few: Batch) -> Logits:
+        """What the model says; on a CPU asked for few rows at once, for many leave the caches."""
+        rows = _ROWS if few.x.device.type == "cpu" else len(few)
+        return torch.cat([self._model(part.x, part.ids) for part in few.split(rows)])
 
     def improve(self, some: Batch, far: Inputs, *, share: float = _NEARER) -> Mask:
         """Whose points `far`, drawn in to a share of the distance known, break the model: these are drawn in more.
