@@ -34,7 +34,7 @@ def normal(
             points = decisions.bounds.clamp(torch.addcmul(at, spread(reach, u), u))
             broken, done = decisions.ask_many(few, points, most)
             told = torch.stack(((2 * broken.long() - 1) * done, done), 1).to(x.dtype)
-            total += told @ points.sub_(at).flatten(2)
+            total += told @ (points - at).flatten(2)
             asked += told.sum(2)
     mean = counts[:, 0] / counts[:, 1].clamp_min(1)
     towards = sums[:, 0] - torch.where(mean.abs() < 1, mean, 0)[:, None] * sums[:, 1]
