@@ -59,9 +59,13 @@ class HopSkipJump:
 
 
 def _jump(decisions: Decisions, some: Batch, x: Inputs, normal: Inputs, size: PerExample) -> None:
-    """Go `size` along the normal; half as far where that is not nearer in the end, and so on."""
+    """Go `size` along the normal; half as far where that is not nearer, and so on; then back to the boundary."""
+    far, radius, left = x.clone(), torch.zeros_like(size), torch.arange(len(some), device=x.device)
     for _ in range(_JUMPS):
-        fails = ~decisions.improve(some, x + spread(size, x) * normal)
-        some, x, normal, size = some.take(fails), x[fails], normal[fails], size[fails] / 2
-        if not len(some):
-            return
+        tried = torch.addcmul(x[left], spread(size[left], x), normal[left])
+        broken, within = decisions.nearer(some.take(left), tried)
+        far[left[broken]], radius[left[broken]] = tried[broken], within[broken]
+        left, size = left[~broken], size / 2
+        if not len(left):
+            break
+    decisions.search(some, far, radius)

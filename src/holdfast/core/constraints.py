@@ -22,6 +22,7 @@ from holdfast.core.rows import spread
 from holdfast.core.types import Inputs, Mask, NonNegative, PerExample
 
 _TINY = 1e-12
+_ROUNDING = 16  # of the last place: how near a squared length comes to the one that it is to have
 _ROUNDINGS = (
     3  # times that an L1 point is drawn in again because its float32 coordinates were rounded outwards
 )
@@ -158,36 +159,20 @@ class L2:
         return self.within(x_adv, x, bounds, _eps(self, x))
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
-        """`clamp(x + t (x_adv - x))` with the largest t <= 1 that reaches no further.
-
-        The length grows with t, and each coordinate stops at the box; solving for t with the stopped coordinates held
-        gives a lower bound of the root that stops more of them, so the iteration rises to the exact root.
-        """
+        """`clamp(x + t (x_adv - x))` with the t <= 1 that reaches as far as the radius."""
         clamped = bounds.clamp(x_adv)
-        outside = self.distance(clamped, x) > radius
-        if not outside.any():
+        outside = (self.distance(clamped, x) > radius).nonzero()[:, 0]
+        if not len(outside):
             return clamped
-        delta, eps = (x_adv - x)[outside], radius[outside]
-        size = delta.abs().flatten(1)
-        room = _room(delta, x[outside], bounds).flatten(1)
-        t = eps / size.norm(dim=1).clamp_min(_TINY)
-        for _ in range(size.shape[1]):
-            stopped = t[:, None] * size >= room
-            left = (eps**2 - (room**2 * stopped).sum(1)).clamp_min(0)
-            free = (size**2 * ~stopped).sum(1)
-            risen = torch.where(free > 0, (left / free.clamp_min(_TINY**2)).sqrt(), t).clamp_max(1)
-            rising = risen > t * (1 + 1e-6)
-            if not rising.any():
-                break
-            t = torch.where(
-                rising, risen, t
-            )  # a row that is done stays as it is, whatever its neighbours need
-        moved = torch.minimum(t[:, None] * size, room)
-        shrink = (eps / moved.norm(dim=1).clamp_min(_TINY)).clamp_max(1)  # rounding only
-        moved = (moved * shrink[:, None]).view_as(delta) * delta.sign()
-        result = clamped.clone()
-        result[outside] = bounds.clamp(x[outside] + moved)
-        return result
+        every, most = len(outside) == len(x), clamped
+        if not every:
+            x_adv, x, radius, most = x_adv[outside], x[outside], radius[outside], clamped[outside]
+        delta = x_adv - x
+        t = _l2_share(delta.flatten(1), (most - x).flatten(1), radius)
+        moved = bounds.clamp(torch.addcmul(x, spread(t, x), delta)).sub_(x)
+        shrink = (radius / moved.flatten(1).norm(dim=1).clamp_min(_TINY)).clamp_max(1)  # rounding only
+        inside = bounds.clamp(torch.addcmul(x, spread(shrink, x), moved))
+        return inside if every else clamped.index_copy(0, outside, inside)
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """The gradient over its length; zero where it is zero."""
@@ -211,6 +196,27 @@ class L2:
     def resized(self, eps: float) -> "L2":
         """The same norm with another radius."""
         return L2(eps)
+
+
+def _l2_share(delta: Tensor, most: Tensor, eps: PerExample) -> PerExample:
+    """The t <= 1 at which `t * delta`, each coordinate held at that of `most`, is `eps` long; `most` itself is longer.
+
+    The square of the length is concave in that of t: the line through two points below the root meets that of `eps`
+    below the root again, so the secants rise to it.
+    """
+    size, room, goal = delta.square(), most.square(), eps.square()
+    before, short, t = torch.zeros_like(eps), torch.zeros_like(eps), goal / size.sum(1).clamp_min(_TINY**2)
+    near = _ROUNDING * torch.finfo(eps.dtype).eps * goal
+    for _ in range(size.shape[1]):
+        long = (t[:, None] * size).clamp_max_(room).sum(1)
+        rising = (goal - long > near) & (long > short)
+        if not rising.any():
+            break
+        risen = (t + (goal - long) * (t - before) / (long - short)).clamp_max(1)
+        # a row that is done stays as it is, whatever its neighbours need
+        before, short = torch.where(rising, t, before), torch.where(rising, long, short)
+        t = torch.where(rising, risen, t)
+    return t.sqrt()
 
 
 @dataclass(frozen=True)

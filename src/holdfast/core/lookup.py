@@ -6,13 +6,19 @@ from holdfast.core.types import Ids, Rows
 
 
 class Lookup:
-    """Finds rows of a batch by id, whatever their order."""
+    """Finds rows of a batch by id, whatever their order; the same ids asked for again are not looked up again."""
 
     def __init__(self, ids: Ids) -> None:
         self._sorted, self._order = ids.sort()
+        self._last: tuple[Ids, Rows] | None = None
 
     def rows(self, ids: Ids) -> Rows:
         """The row of each id; `KeyError` with the first that is not here."""
+        if self._last is None or self._last[0] is not ids:
+            self._last = ids, self._found(ids)
+        return self._last[1]
+
+    def _found(self, ids: Ids) -> Rows:
         if not len(self._sorted):
             at, known = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
         else:

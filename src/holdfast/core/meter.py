@@ -153,15 +153,20 @@ class Metered:
 
     def _watch(self, x: Inputs, logits: Logits, rows: Tensor, wanted: Labels) -> None:
         """Note the first query that breaks each example with an allowed input."""
+        keeps, unbroken = self._threat.queries is not None, self._first[rows] == 0
+        if not keeps and not unbroken.any():
+            return
         lead = _lead(logits, wanted)
         height = lead if self._batch.target is None else -lead
         broken = ~(height > 0)
         if not broken.any():
             return
-        keeps, news = self._threat.queries is not None, broken & (self._first[rows] == 0)
+        news = broken & unbroken
         if keeps and self._smallest:  # a closer one takes its place if it is no matter of rounding
             news |= height < -100 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
         at = news.nonzero()[:, 0]
+        if not len(at):
+            return
         if self._last_clean is None:
             self._last_clean = self._batch.x[rows]
         constraint, clean = self._threat.constraint, self._last_clean

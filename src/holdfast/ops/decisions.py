@@ -11,12 +11,11 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import Norm
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
-from holdfast.core.types import Inputs, Mask, PerExample
+from holdfast.core.types import Inputs, Logits, Mask, PerExample, Rows
 from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.directions import waves
 
-ROWS = 256
-"""Points that the model is asked for at once: many more leave the caches and cost several times as much."""
+_ROWS = 96  # half of this to twice as much is as quick, and far more slow, on four networks of 28 to 32 pixels a side
 _STARTS = 10  # starts that compete, as many as a start costs to follow up
 _SLOW = 0.15  # share of the frequencies that the waves among the starts are made of
 _RIVAL = 0.9  # share of the distance known at which a start must break the model to take the place of the one before
@@ -77,7 +76,7 @@ class Decisions:
     def known(self, some: Batch) -> tuple[Inputs, PerExample]:
         """The closest broken points of `some` examples, and how far away they are."""
         rows = self.closest.rows(some)
-        return self.closest.x[rows], self.closest.distance[rows]
+        return self.closest.x.index_select(0, rows), self.closest.distance[rows]
 
     def ask(self, some: Batch, x: Inputs, who: Mask | None = None) -> Mask:
         """Whether the model gives in at `x`: asked for those that are open (and in `who`), False for the others."""
@@ -95,43 +94,63 @@ class Decisions:
         asked = torch.arange(k, device=x.device) < wanted[:, None]
         self._left[self.closest.rows(some)] -= asked.sum(1)
         points, broken = x.flatten(0, 1), torch.zeros_like(asked).flatten()
-        away = x.new_full((n * k,), torch.inf)
-        for part in asked.flatten().nonzero()[:, 0].split(ROWS):  # type: ignore[no-untyped-call]
-            few = some.take(part // k)
-            broken[part] = firmly_broken(self._model(points[part], few.ids), few)
-            away[part] = self._norm.distance(points[part], few.x)
-        distance, nearest = away.where(broken, torch.inf).view(n, k).min(1)
-        chosen = x[torch.arange(n, device=x.device), nearest]
+        at = asked.flatten().nonzero()[:, 0]
+        if len(at):
+            few = _of(some, at // k, points if len(at) == len(points) else points.index_select(0, at))
+            broken[at] = firmly_broken(self._answers(few), few)
+        away, hits = x.new_full((n * k,), torch.inf), broken.nonzero()[:, 0]
+        away[hits] = self._norm.distance(points.index_select(0, hits), some.x.index_select(0, hits // k))
+        distance, nearest = away.view(n, k).min(1)
+        chosen = points.index_select(0, nearest + k * torch.arange(n, device=x.device))
         self.closest.offer(some, chosen, distance, distance < torch.inf)
         return broken.view(n, k), asked
+
+    def _answers(self, few: Batch) -> Logits:
+        """What the model says; on a CPU asked for few rows at once, for many leave the caches."""
+        rows = _ROWS if few.x.device.type == "cpu" else len(few)
+        return torch.cat([self._model(part.x, part.ids) for part in few.split(rows)])
 
     def improve(self, some: Batch, far: Inputs, *, share: float = _NEARER) -> Mask:
         """Whose points `far`, drawn in to a share of the distance known, break the model: these are drawn in more.
 
         Where no distance is known the points are asked about as they are. One query where the answer is no.
         """
-        radius = (share * self.known(some)[1]).minimum(self._norm.distance(far, some.x))
-        broken = self.ask(some, self._drawn_in(some, far, radius))
-        self._search(some, far, radius, broken)
+        broken, radius = self.nearer(some, far, share=share)
+        self.search(some, far, radius * broken)
         return broken
+
+    def nearer(self, some: Batch, far: Inputs, *, share: float = _NEARER) -> tuple[Mask, PerExample]:
+        """Whose points `far`, drawn in to a share of the distance known, break the model; and how far that is."""
+        known = self.closest.distance[self.closest.rows(some)]
+        radius = (share * known).minimum(self._norm.distance(far, some.x))
+        return self.ask(some, self._drawn_in(some, far, radius)), radius
 
     def _drawn_in(self, some: Batch, far: Inputs, radius: PerExample) -> Inputs:
         """The points `far`, moved towards the clean inputs until they are within a radius."""
         return self._norm.within(far, some.x, self.bounds, radius)
 
-    def _search(self, some: Batch, far: Inputs, radius: PerExample, who: Mask) -> None:
-        """Find the boundary inwards of the points within `radius`, which break the model: gallop, then halve."""
+    def search(self, some: Batch, far: Inputs, radius: PerExample) -> None:
+        """Find the boundary inwards of the points within `radius`, which break the model: gallop, then halve.
+
+        A radius of 0 leaves an example out.
+        """
         high, low, stride = radius, torch.zeros_like(radius), _STRIDE * radius
         while True:
-            searched = who & (high - low > _PRECISION * high) & self.open(some)
-            if not searched.any():
+            left = ((high - low > _PRECISION * high) & self.open(some)).nonzero()[:, 0]
+            if not len(left):
                 return
-            gallop = torch.maximum(high - stride, high / 2)
-            probe = torch.where(low > 0, (low + high) / 2, gallop)
-            broken = self.ask(some, self._drawn_in(some, far, probe), searched)
-            high = torch.where(searched & broken, probe, high)
-            low = torch.where(searched & ~broken, probe, low)
+            if len(left) < len(some):
+                some, far = some.take(left), far.index_select(0, left)
+                high, low, stride = high[left], low[left], stride[left]
+            probe = torch.where(low > 0, (low + high) / 2, torch.maximum(high - stride, high / 2))
+            broken = self.ask(some, self._drawn_in(some, far, probe))
+            high, low = torch.where(broken, probe, high), torch.where(broken, low, probe)
             stride = 2 * stride
+
+
+def _of(some: Batch, rows: Rows, x: Inputs) -> Batch:
+    """Inputs `x`, each of the example that it is asked for."""
+    return Batch(x, some.y[rows], some.ids[rows], None if some.target is None else some.target[rows])
 
 
 def _starts(batch: Batch, box: tuple[Tensor, Tensor], rng: Draws) -> Iterator[Inputs]:

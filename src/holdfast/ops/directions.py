@@ -7,6 +7,7 @@ UAI 2019, arXiv:1809.08758), but not of all: hence the other half, which is plai
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -23,10 +24,10 @@ def directions(rng: Draws, ids: Ids, k: int, shape: torch.Size, share: float, dt
     Of images the lowest `share` of the frequencies along height and width has half the energy, and plain noise the
     other half.
     """
-    noise = signs(rng.at("noise"), ids, k, *shape, dtype=dtype) / math.sqrt(shape.numel())
+    noise = signs(rng.at("noise"), ids, k, *shape, dtype=dtype)
     if len(shape) != 3 or share >= 1:
-        return noise
-    return (noise + waves(rng.at("waves"), ids, k, shape, share, dtype)) / math.sqrt(2)
+        return noise.div_(math.sqrt(shape.numel()))
+    return _mixed(noise, rng.at("waves"), ids, share, math.sqrt(0.5))
 
 
 def waves(rng: Draws, ids: Ids, k: int, shape: torch.Size, share: float, dtype: torch.dtype) -> Tensor:
@@ -35,10 +36,19 @@ def waves(rng: Draws, ids: Ids, k: int, shape: torch.Size, share: float, dtype: 
     The waves are those of the orthonormal DCT-II, each with a random sign. What is no image has signs alone.
     """
     if len(shape) != 3:
-        return signs(rng, ids, k, *shape, dtype=dtype) / math.sqrt(shape.numel())
-    rows, columns = (_waves(size, share, ids.device, dtype) for size in shape[1:])
-    drawn = signs(rng, ids, k, shape[0], len(rows), len(columns), dtype=dtype)
-    return rows.T @ (drawn @ columns) / math.sqrt(drawn[0, 0].numel())
+        return signs(rng, ids, k, *shape, dtype=dtype).div_(math.sqrt(shape.numel()))
+    nothing = torch.zeros(len(ids), k, *shape, dtype=dtype, device=ids.device)
+    return _mixed(nothing, rng, ids, share, 1.0)
+
+
+def _mixed(noise: Tensor, rng: Draws, ids: Ids, share: float, weight: float) -> Tensor:
+    """Signs (n, k, *shape), which may be written over, plus waves, each of the length `weight`, in one pass."""
+    _, k, channels, height, width = noise.shape
+    rows, columns = (_waves(size, share, ids.device, noise.dtype) for size in (height, width))
+    drawn = signs(rng, ids, k, channels, len(rows), len(columns), dtype=noise.dtype)
+    own, theirs = (weight / math.sqrt(values[0, 0].numel()) for values in (noise, drawn))
+    flat, half = noise.flatten(0, 2), (drawn @ columns).flatten(0, 2)
+    return flat.baddbmm_(rows.T.expand(len(flat), -1, -1), half, beta=own, alpha=theirs).view_as(noise)
 
 
 def across(some: Batch, x: Inputs, bounds: Bounds, rng: Draws, *, share: float) -> tuple[Inputs, Inputs]:
@@ -55,7 +65,7 @@ def signs(rng: Draws, ids: Ids, *shape: int, dtype: torch.dtype) -> Tensor:
     octets = rng.bits(ids, -(-size // 64)).view(torch.uint8)
     places = torch.arange(8, device=ids.device)
     table = ((torch.arange(256, device=ids.device)[:, None] >> places & 1) * 2 - 1).to(dtype)
-    return table[octets.long()].flatten(1)[:, :size].reshape(len(ids), *shape)
+    return F.embedding(octets.int(), table).flatten(1)[:, :size].reshape(len(ids), *shape)
 
 
 def _waves(size: int, share: float, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -10,9 +10,10 @@ from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
 from holdfast.core.rows import spread
 from holdfast.core.types import Inputs, PerExample
-from holdfast.ops.decisions import ROWS, Decisions
+from holdfast.ops.decisions import Decisions
 from holdfast.ops.directions import directions
 
+_POINTS = 512  # points that are made at once, so that they stay in the caches
 _RESERVE = 10  # queries that an estimate leaves for the step that follows it
 
 
@@ -21,17 +22,20 @@ def normal(
 ) -> Inputs:
     """The direction, of length one, in which the model gives in around `x`; zero where nothing can be asked.
 
-    From `draws` points at a distance of `radius`, a few examples at a time, so that the points stay in the caches.
+    From `draws` points at a distance of `radius`, few at a time.
     """
-    total = torch.zeros_like(x)
     wanted = (decisions.left(some) - _RESERVE).clamp(0, draws)
-    for part in torch.arange(len(some), device=x.device).split(max(1, ROWS // draws)):  # type: ignore[no-untyped-call]
-        few, at = some.take(part), x[part, None]
-        u = directions(rng, few.ids, draws, x.shape[1:], share, x.dtype)
-        points = decisions.bounds.clamp(at + spread(radius[part], u) * u)
-        broken, asked = decisions.ask_many(few, points, wanted[part])
-        answers = (2 * broken.to(x.dtype) - 1) * asked
-        mean = answers.sum(1, keepdim=True) / asked.sum(1, keepdim=True).clamp_min(1)
-        weights = torch.where(mean.abs() < 1, (answers - mean) * asked, answers)
-        total[part] = torch.einsum("nk,nkf->nf", weights, (points - at).flatten(2)).view_as(at[:, 0])
-    return L2().steepest(total, x, decisions.bounds)
+    sums, counts = x.new_zeros(len(some), 2, x[0].numel()), x.new_zeros(len(some), 2)
+    for first in range(0, int(wanted.max()), _POINTS):
+        k = min(_POINTS, int(wanted.max()) - first)
+        each = (v.split(_POINTS // k) for v in (x[:, None], radius, wanted - first, sums, counts))  # type: ignore[no-untyped-call]
+        for few, at, reach, most, total, asked in zip(some.split(_POINTS // k), *each, strict=True):
+            u = directions(rng.at(first), few.ids, k, x.shape[1:], share, x.dtype)
+            points = decisions.bounds.clamp(torch.addcmul(at, spread(reach, u), u))
+            broken, done = decisions.ask_many(few, points, most)
+            told = torch.stack(((2 * broken.long() - 1) * done, done), 1).to(x.dtype)
+            total += told @ (points - at).flatten(2)
+            asked += told.sum(2)
+    mean = counts[:, 0] / counts[:, 1].clamp_min(1)
+    towards = sums[:, 0] - torch.where(mean.abs() < 1, mean, 0)[:, None] * sums[:, 1]
+    return L2().steepest(towards.view_as(x), x, decisions.bounds)
