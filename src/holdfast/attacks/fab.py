@@ -57,7 +57,7 @@ class FAB:
     beta: Fraction = 0.9
     """share of its distance that a broken point keeps before the next step"""
     patience: Count = 0
-    """steps after which a run looks back: one that would stay beyond eps if it fell by as large a share again ends; 0 never"""
+    """steps between looks back: a run ends that would stay beyond eps if it fell by as large a share again; 0: none"""
     refine: Count = 0
     """gradient steps inside a finite ball, from the projections of what ends beyond it"""
 
