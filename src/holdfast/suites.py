@@ -123,7 +123,10 @@ def curve(constraint: Constraint) -> Named:
 
 
 SPRINT = Relay(searches=0, rounds=0)
-"""A few short runs of gradients, from random starts and towards the nearest classes: how `fast` begins, and `quick`."""
+"""A few short runs of gradients, from random starts and towards the nearest classes: how `fast` begins, and `quick`.
+
+Under L2 and L1 `fast` begins with one start and one class, for more follows there from outside of the ball.
+"""
 
 
 def _quick(constraint: Constraint) -> Named:

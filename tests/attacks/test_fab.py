@@ -104,6 +104,16 @@ def test_a_run_that_will_not_come_inside_eps_ends_after_two_looks_back():
     assert torch.equal(*everything)
 
 
+def test_a_run_that_is_not_broken_at_a_look_ends():
+    model, batch = linear_problem(4)
+    threat = ThreatModel(L2(1e9))
+    steady = LinearOracle(model.weight, torch.tensor([100.0, 0.0, 0.0]).to(model.weight))
+    zeros = batch.__class__(batch.x, torch.zeros_like(batch.y), batch.ids)
+    metered = Metered(steady, zeros, threat)
+    FAB(steps=50, targets=1, patience=10)(metered, zeros, threat, rng=RNG)
+    assert (metered.spent.backwards == 10).all()
+
+
 def test_already_wrong_means_distance_zero_at_once():
     model, batch = linear_problem(5)
     wrong = batch.__class__(batch.x, (batch.y + 1) % 3, batch.ids)

@@ -135,3 +135,27 @@ def test_thousands_of_roundings_do_not_add_up_to_more_than_is_allowed():
     far = x + draws.at("step").normal(ids, *shape[1:])
     for eps in (1e-3, 3.0, 12.0):
         assert allowed(L1(eps), L1(eps).project(far, x, Bounds()), x, Bounds()).all()
+
+
+@pytest.mark.parametrize("features", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_l2_ball_is_reached_whatever_the_scales_of_a_few_features(features, dtype):
+    draw = torch.Generator().manual_seed(features)
+    x = torch.rand(2000, features, generator=draw, dtype=torch.float64).to(dtype)
+    scales = 10 ** (torch.rand(2000, features, generator=draw, dtype=torch.float64) * 6 - 3)
+    steps = torch.randn(2000, features, generator=draw, dtype=torch.float64) * scales
+    moved, radius = x + steps.to(dtype), torch.rand(2000, generator=draw, dtype=torch.float64).to(dtype)
+    far = L2().distance(Bounds().clamp(moved), x)
+    reached = L2().distance(L2().within(moved, x, Bounds(), radius), x)
+    torch.testing.assert_close(reached, far.minimum(radius), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("eps, high", [(1e-3, 1.0), (300.0, 255.0)])
+def test_an_l2_ball_holds_in_half_precision(eps, high):
+    draw = torch.Generator().manual_seed(1)
+    x = (torch.rand(20, 100, generator=draw) * high).half()
+    moved = (x + high * torch.randn(20, 100, generator=draw)).half()
+    found = L2(eps).project(moved, x, Bounds(0.0, high))
+    assert found.isfinite().all()
+    reached = (found.double() - x.double()).norm(dim=1)
+    assert (reached <= 1.1 * eps).all() and reached.mean() > 0.3 * eps

@@ -41,7 +41,7 @@ class ALMA:
     memory: Fraction = 0.5
     """weight of the past in the running means of multiplier, squared gradient and momentum; 0.9 for 1,000 steps"""
     refine: Count = 0
-    """gradient steps inside a finite ball, from the projections of what ends beyond it"""
+    """gradient steps inside a finite ball, from the projections of what ends beyond it; the rest stays where it is"""
 
     needs: ClassVar[Access] = "gradients"
 

@@ -57,9 +57,10 @@ class FAB:
     beta: Fraction = 0.9
     """share of its distance that a broken point keeps before the next step"""
     patience: Count = 0
-    """steps between looks back: a run ends that would stay beyond eps if it fell by as large a share again; 0: none"""
+    """steps between looks: a run ends that is not broken yet, or would stay beyond eps if it fell by as large a share
+    again as since the look before; 0 for no looks"""
     refine: Count = 0
-    """gradient steps inside a finite ball, from the projections of what ends beyond it"""
+    """gradient steps inside a finite ball, from the projections of what ends beyond it; the rest stays where it is"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -105,7 +106,7 @@ class FAB:
             x = torch.lerp(left.x, x, spread(torch.where(beyond, self.beta, 1.0).to(x.dtype), x))
             stays = found.distance > enough
             if self.patience and enough and (step + 1) % self.patience == 0:
-                stays &= found.distance * (found.distance / before) <= enough
+                stays &= found.found & (found.distance**2 <= enough * before)
                 before = found.distance.clone()
             if not stays.all():
                 closest.offer(left, found.x, found.distance, found.found)

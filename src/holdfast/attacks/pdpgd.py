@@ -50,7 +50,7 @@ class PDPGD:
     memory: Fraction = 0.5
     """weight of the past in the running mean of the prices"""
     refine: Count = 0
-    """gradient steps inside a finite ball, from the projections of what ends beyond it"""
+    """gradient steps inside a finite ball, from the projections of what ends beyond it; the rest stays where it is"""
 
     needs: ClassVar[Access] = "gradients"
 

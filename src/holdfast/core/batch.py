@@ -27,7 +27,7 @@ class Batch:
 
     def take(self, rows: Tensor) -> "Batch":
         """The batch of some rows (positions or a mask), ids and targets kept."""
-        rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+        rows = (rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows).to(self.x.device)
         target = None if self.target is None else self.target[rows]
         x = self.x.index_select(0, rows)  # three times as quick as `x[rows]` on a CPU
         return Batch(x, self.y[rows], self.ids[rows], target)

@@ -23,6 +23,7 @@ from holdfast.core.types import Inputs, Mask, NonNegative, PerExample
 
 _TINY = 1e-12
 _ROUNDING = 16  # of the last place: how near a squared length comes to the one that it is to have
+_CLOSE = 1e-3  # squared lengths whose difference is a smaller share of the one wanted tell no slope
 _ROUNDINGS = (
     3  # times that an L1 point is drawn in again because its float32 coordinates were rounded outwards
 )
@@ -159,7 +160,7 @@ class L2:
         return self.within(x_adv, x, bounds, _eps(self, x))
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
-        """`clamp(x + t (x_adv - x))` with the t <= 1 that reaches as far as the radius."""
+        """`clamp(x + t (x_adv - x))` with the largest t <= 1 that reaches no further than the radius."""
         clamped = bounds.clamp(x_adv)
         outside = (self.distance(clamped, x) > radius).nonzero()[:, 0]
         if not len(outside):
@@ -168,7 +169,9 @@ class L2:
         if not every:
             x_adv, x, radius, most = x_adv[outside], x[outside], radius[outside], clamped[outside]
         delta = x_adv - x
-        t = _l2_share(delta.flatten(1), (most - x).flatten(1), radius)
+        wide = torch.promote_types(delta.dtype, torch.float32)  # squares leave the range of half precision
+        flat, reach = delta.flatten(1).to(wide), (most - x).flatten(1).to(wide)
+        t = _l2_share(flat, reach, radius.to(wide)).to(delta.dtype)
         moved = bounds.clamp(torch.addcmul(x, spread(t, x), delta)).sub_(x)
         shrink = (radius / moved.flatten(1).norm(dim=1).clamp_min(_TINY)).clamp_max(1)  # rounding only
         inside = bounds.clamp(torch.addcmul(x, spread(shrink, x), moved))
@@ -201,22 +204,28 @@ class L2:
 def _l2_share(delta: Tensor, most: Tensor, eps: PerExample) -> PerExample:
     """The t <= 1 at which `t * delta`, each coordinate held at that of `most`, is `eps` long; `most` itself is longer.
 
-    The square of the length is concave in that of t: the line through two points below the root meets that of `eps`
-    below the root again, so the secants rise to it.
+    The square of the length is concave in that of t and bends where a coordinate stops. So the line through two points
+    below the root meets the square of `eps` below the root again, and so does the tangent, which needs no difference.
     """
     size, room, goal = delta.square(), most.square(), eps.square()
-    before, short, t = torch.zeros_like(eps), torch.zeros_like(eps), goal / size.sum(1).clamp_min(_TINY**2)
+    before, short = torch.zeros_like(eps), torch.zeros_like(eps)
+    squared = goal / size.sum(1).clamp_min(_TINY**2)
     near = _ROUNDING * torch.finfo(eps.dtype).eps * goal
-    for _ in range(size.shape[1]):
-        long = (t[:, None] * size).clamp_max_(room).sum(1)
-        rising = (goal - long > near) & (long > short)
+    for _ in range(2 * size.shape[1] + 2):
+        reached = squared[:, None] * size
+        long = reached.clamp_max(room).sum(1)
+        rising = goal - long > near
         if not rising.any():
             break
-        risen = (t + (goal - long) * (t - before) / (long - short)).clamp_max(1)
+        slope, close = (long - short) / (squared - before), long - short < _CLOSE * goal
+        if (rising & close).any():  # a difference of rounded sums
+            slope = torch.where(close, (size * (reached < room)).sum(1), slope)
+        risen = (squared + (goal - long) / slope.clamp_min(_TINY**2)).clamp_max(1)
+        rising &= risen > squared
         # a row that is done stays as it is, whatever its neighbours need
-        before, short = torch.where(rising, t, before), torch.where(rising, long, short)
-        t = torch.where(rising, risen, t)
-    return t.sqrt()
+        before, short = torch.where(rising, squared, before), torch.where(rising, long, short)
+        squared = torch.where(rising, risen, squared)
+    return squared.sqrt()
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ class Metered:
             return
         legal = allowed(constraint, x[at], clean[at], self.bounds)
         at, distance = at[legal], distance[legal]
-        new = at[self._first[rows[at]] == 0]
+        new = at[unbroken[at]]
         self._first[rows[new]] = self._queries[rows[new]]
         if keeps:
             self._keep(x, rows, at, distance)

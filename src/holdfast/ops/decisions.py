@@ -15,7 +15,9 @@ from holdfast.core.types import Inputs, Logits, Mask, PerExample, Rows
 from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.directions import waves
 
-_ROWS = 96  # half of this to twice as much is as quick, and far more slow, on four networks of 28 to 32 pixels a side
+_ROWS = (
+    96  # on four networks of 28 to 32 pixels a side half or twice as many are as quick, far more are slower
+)
 _STARTS = 10  # starts that compete, as many as a start costs to follow up
 _SLOW = 0.15  # share of the frequencies that the waves among the starts are made of
 _RIVAL = 0.9  # share of the distance known at which a start must break the model to take the place of the one before
