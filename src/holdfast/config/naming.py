@@ -66,6 +66,7 @@ PUBLISHED: Final = (
 """Settings of Transfer that their papers gave names to; docs/reference/attacks.md says which are which."""
 
 VARIANTS: Final = {
+    "ALMA-2": "ALMA",
     "APGD-CE": "APGD",
     "APGD-DLR": "APGD",
     "APGD-T": "APGD",
@@ -96,8 +97,8 @@ MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
     },
     "fast": {
         "linf": _FAST,
-        "l2": ("Sprint", "ALMA", "FAB-T", *_FAST[1:]),
-        "l1": _FAST,
+        "l2": ("Sprint", "ALMA", "FAB-T", "ALMA-2", "PDPGD", *_FAST[1:]),
+        "l1": ("Sprint", "PDPGD", "FAB-T", "ALMA-2", *_FAST[1:]),
         "l0": ("PGD", "SparseRS"),
         "corruptions": CORRUPTIONS,
         **_LIMITED,
