@@ -108,6 +108,8 @@ ATTACKS = [
     Case(PDPGD(steps=40), Linf, many=0.5, smallest=True),
     Case(PDPGD(steps=40), L2, slack=0.7, many=0.5, smallest=True),
     Case(PDPGD(steps=40), L1, slack=0.6, many=0.4, smallest=True),
+    Case(PDPGD(steps=40, refine=5), Linf, many=0.5, smallest=True, variant="refined"),
+    Case(PDPGD(steps=40, refine=5), L0, many=0.95, smallest=True, variant="refined"),
     Case(PDPGD(steps=40, refine=5), L2, slack=0.7, many=0.5, smallest=True, variant="refined"),
     Case(PDPGD(steps=40, refine=5), L1, slack=0.6, many=0.4, smallest=True, variant="refined"),
     Case(PDPGD(steps=40), L0, many=0.95, smallest=True),
