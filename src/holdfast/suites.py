@@ -123,9 +123,9 @@ def curve(constraint: Constraint) -> Named:
 
 
 SPRINT = Relay(searches=0, rounds=0)
-"""A few short runs of gradients, from random starts and towards the nearest classes: how `fast` begins, and `quick`.
+"""A few short runs of gradients, from random starts and towards the nearest classes: `quick`, and how `fast` begins.
 
-Under L2 and L1 `fast` begins with one start and one class, for more follows there from outside of the ball.
+There with one start, and under L2 and L1 with one class: more follows.
 """
 
 
@@ -138,18 +138,21 @@ def _quick(constraint: Constraint) -> Named:
 def _fast(constraint: Constraint) -> Named:
     if isinstance(constraint, L0):
         return (("PGD", PGD(steps=100, restarts=2)), ("SparseRS", SparseRS(queries=5000)))
-    last = (("Square", Square(queries=1000)), ("APGD-T", APGD(loss=dlr, steps=100, targets=3)))
+    last = (("Square", Square(queries=500)), ("APGD-T", APGD(loss=dlr, steps=50, targets=3)))
     if isinstance(constraint, Linf):
-        return (("Sprint", SPRINT), ("Relay", Relay()), *last)
+        begin = ("Sprint", replace(SPRINT, restarts=1))
+        relay = Relay(restarts=1, targets=3, searches=2, rounds=2, queries=150)
+        longer = replace(relay, searches=3, rounds=3)
+        return (begin, ("FMN", FMN(steps=60)), ("Relay", relay), ("Relay-2", longer), *last)
     begin = ("Sprint", replace(SPRINT, restarts=1, targets=1))
     planes = ("FAB-T", FAB(steps=100, targets=4, eta=1.6, patience=10, refine=20))
-    longer = ("ALMA-2", ALMA(steps=60, reach=4, refine=20))
-    relay = ("Relay", replace(SPRINT, restarts=0, targets=0, searches=2, queries=100))
+    again = ("ALMA-2", ALMA(steps=60, reach=4, refine=20))
+    windows = ("Relay", replace(SPRINT, restarts=0, targets=0, searches=2, queries=100))
     if isinstance(constraint, L1):
-        return (begin, ("PDPGD", PDPGD(steps=100, refine=20)), planes, longer, relay, *last)
+        last = (("Square", Square(queries=1000)), ("APGD-T", APGD(loss=dlr, steps=100, targets=3)))
+        return (begin, ("PDPGD", PDPGD(steps=100, refine=20)), planes, again, windows, *last)
     first, proximal = ("ALMA", ALMA(steps=60, refine=20)), ("PDPGD", PDPGD(steps=50, refine=20))
-    short = (("Square", Square(queries=500)), ("APGD-T", APGD(loss=dlr, steps=50, targets=3)))
-    return (begin, first, planes, longer, proximal, relay, *short)
+    return (begin, first, planes, again, proximal, windows, *last)
 
 
 def _standard(constraint: Constraint) -> Named:
@@ -240,8 +243,8 @@ COMPOSED: dict[str, Callable[[Constraint], Named]] = {
 WAVES: Mapping[str, Mapping[str, int]] = {
     "fast": {
         **dict.fromkeys(("ALMA", "FAB-T", "ALMA-2"), 3),
-        **dict.fromkeys(("PDPGD", "Relay", "SparseRS"), 4),
-        **dict.fromkeys(("Square", "APGD-T"), 5),
+        **dict.fromkeys(("FMN", "PDPGD", "Relay-2", "SparseRS"), 4),
+        **dict.fromkeys(("Relay", "Square", "APGD-T"), 5),
     }
 }
 """The attacks of a suite that go in waves; see `Suite.waves`."""

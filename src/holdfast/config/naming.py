@@ -72,6 +72,7 @@ VARIANTS: Final = {
     "APGD-T": "APGD",
     "FAB-T": "FAB",
     "PGD-CE": "PGD",
+    "Relay-2": "Relay",
     "Sprint": "Relay",
     **dict.fromkeys(PUBLISHED, "Transfer"),
     **dict.fromkeys(CORRUPTIONS, "Corruption"),
@@ -80,7 +81,7 @@ VARIANTS: Final = {
 
 _TRANSFER = ("Transfer", *PUBLISHED)
 _BLACK_BOX = ("Square",)
-_FAST = ("Sprint", "Relay", "Square", "APGD-T")
+_LAST = ("Square", "APGD-T")
 _LIMITED: Final[Mapping[Norm, tuple[str, ...]]] = {
     "patch": ("PatchAttack", "PGD"),
     "spatial": ("TransformPGD", "GridSearch"),
@@ -96,9 +97,9 @@ MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
         "colour": ("TransformPGD",),
     },
     "fast": {
-        "linf": _FAST,
-        "l2": ("Sprint", "ALMA", "FAB-T", "ALMA-2", "PDPGD", *_FAST[1:]),
-        "l1": ("Sprint", "PDPGD", "FAB-T", "ALMA-2", *_FAST[1:]),
+        "linf": ("Sprint", "FMN", "Relay", "Relay-2", *_LAST),
+        "l2": ("Sprint", "ALMA", "FAB-T", "ALMA-2", "PDPGD", "Relay", *_LAST),
+        "l1": ("Sprint", "PDPGD", "FAB-T", "ALMA-2", "Relay", *_LAST),
         "l0": ("PGD", "SparseRS"),
         "corruptions": CORRUPTIONS,
         **_LIMITED,
