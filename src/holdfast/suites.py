@@ -125,7 +125,7 @@ def curve(constraint: Constraint) -> Named:
 SPRINT = Relay(searches=0, rounds=0)
 """A few short runs of gradients, from random starts and towards the nearest classes: `quick`, and how `fast` begins.
 
-There with one start, and under L2 and L1 with one class: more follows.
+There with one start, and under L2 and L1 towards no class: more follows.
 """
 
 
@@ -144,10 +144,10 @@ def _fast(constraint: Constraint) -> Named:
         relay = Relay(restarts=1, targets=3, searches=2, rounds=2, queries=150)
         longer = replace(relay, searches=3, rounds=3)
         return (begin, ("FMN", FMN(steps=60)), ("Relay", relay), ("Relay-2", longer), *last)
-    begin = ("Sprint", replace(SPRINT, restarts=1, targets=1))
-    planes = ("FAB-T", FAB(steps=100, targets=4, eta=1.6, patience=10, refine=20))
+    begin = ("Sprint", replace(SPRINT, restarts=1, targets=0))
+    planes = ("FAB-T", FAB(steps=60, targets=5, eta=1.6, patience=10, refine=20))
     again = ("ALMA-2", ALMA(steps=60, reach=4, refine=20))
-    windows = ("Relay", replace(SPRINT, restarts=0, targets=0, searches=2, queries=100))
+    windows = ("Relay", Relay(restarts=0, targets=0, searches=2, rounds=0, queries=100))
     if isinstance(constraint, L1):
         last = (("Square", Square(queries=1000)), ("APGD-T", APGD(loss=dlr, steps=100, targets=3)))
         return (begin, ("PDPGD", PDPGD(steps=100, refine=20)), planes, again, windows, *last)

@@ -8,7 +8,7 @@ inside a finite eps, and the closest broken point is brought to the boundary by 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -20,24 +20,17 @@ from holdfast.core.model import Model
 from holdfast.core.rows import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import (
-    Access,
-    Count,
-    Fraction,
-    Inputs,
-    Labels,
-    Logits,
-    Mask,
-    PerExample,
-    Positive,
-    Restarts,
-    Steps,
-)
+    Access, Count, Fraction, Inputs, Labels, Logits, Mask, PerExample, Positive, Restarts, Steps,
+)  # fmt: skip
 from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, leeway
 from holdfast.ops.halfspace import Flat, plane, to_plane
 from holdfast.ops.losses import aims, margin
 from holdfast.ops.norms import expect_norm, farthest
 from holdfast.ops.starts import unit_noise
+
+_NEAR = 1.35  # of what came no nearer than this many eps, few come inside
+_FINER, _CLOSER = 1.3, 0.8  # eta and beta from there
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,8 @@ class FAB:
     """steps between looks: a run ends that is not broken yet, or would stay beyond eps if it fell by as large a share
     again as since the look before; 0 for no looks"""
     refine: Count = 0
-    """gradient steps inside a finite ball, from the projections of what ends beyond it; the rest stays where it is"""
+    """gradient steps inside a finite ball, from the projections of what ends beyond it; what ends near to it goes on
+    from there first, towards its class, in up to twice as many finer steps"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -81,10 +75,25 @@ class FAB:
                     noise = unit_noise(left, norm, rng.at("target", rank, "restart", restart))
                     x = model.bounds.clamp(x + 0.5 * spread(reach, x) * noise)
                 self._run(model, left, aimed, x, norm, closest, enough)
+        if self.refine:
+            self._again(model, batch, norm, closest, enough)
         far = (closest.found & (closest.distance > enough)).nonzero()[:, 0]
         if len(far):
             closest.x[far] = to_boundary(model, batch.take(far), closest.x[far], norm, self.refine)
         return closest.x
+
+    def _again(self, model: Model, batch: Batch, norm: Flat, closest: Closest, enough: float) -> None:
+        """One more run for what came near to the ball, from there and towards the class that it is taken for."""
+        beyond = closest.found & (closest.distance > enough) & (closest.distance < _NEAR * enough)
+        rows = beyond.nonzero()[:, 0]
+        if not len(rows):
+            return
+        left, x, aim = batch.take(rows), closest.x[rows], None
+        if batch.target is None:
+            with torch.no_grad():
+                aim = model(x, left.ids).argmax(1)
+        finer = replace(self, steps=2 * self.refine, eta=min(self.eta, _FINER), beta=_CLOSER)
+        finer._run(model, left, aim, x, norm, closest, enough)
 
     def _run(
         self,
