@@ -152,7 +152,8 @@ def _fast(constraint: Constraint) -> Named:
         last = (("Square", Square(queries=1000)), ("APGD-T", APGD(loss=dlr, steps=100, targets=3)))
         return (begin, ("PDPGD", PDPGD(steps=100, refine=20)), planes, again, windows, *last)
     first, proximal = ("ALMA", ALMA(steps=60, refine=20)), ("PDPGD", PDPGD(steps=50, refine=20))
-    return (begin, first, planes, again, proximal, windows, *last)
+    finer = ("FAB-T-2", FAB(steps=45, targets=4, eta=1.3, patience=15, refine=20))
+    return (begin, first, planes, again, proximal, finer, windows, *last)
 
 
 def _standard(constraint: Constraint) -> Named:
@@ -242,7 +243,7 @@ COMPOSED: dict[str, Callable[[Constraint], Named]] = {
 
 WAVES: Mapping[str, Mapping[str, int]] = {
     "fast": {
-        **dict.fromkeys(("ALMA", "FAB-T", "ALMA-2"), 3),
+        **dict.fromkeys(("ALMA", "FAB-T", "ALMA-2", "FAB-T-2"), 3),
         **dict.fromkeys(("FMN", "PDPGD", "Relay-2", "SparseRS"), 4),
         **dict.fromkeys(("Relay", "Square", "APGD-T"), 5),
     }

@@ -20,7 +20,17 @@ from holdfast.core.model import Model
 from holdfast.core.rows import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import (
-    Access, Count, Fraction, Inputs, Labels, Logits, Mask, PerExample, Positive, Restarts, Steps,
+    Access,
+    Count,
+    Fraction,
+    Inputs,
+    Labels,
+    Logits,
+    Mask,
+    PerExample,
+    Positive,
+    Restarts,
+    Steps,
 )  # fmt: skip
 from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, leeway
@@ -69,42 +79,34 @@ class FAB:
                     break
                 left, aimed, x = batch.take(rows), None if aim is None else aim[rows], batch.x[rows]
                 if restart:
-                    reach = (
-                        closest.distance[rows].clamp_max(norm.eps).minimum(farthest(norm, x, model.bounds))
-                    )
+                    room = farthest(norm, x, model.bounds).clamp_max(norm.eps)
+                    reach = closest.distance[rows].minimum(room)
                     noise = unit_noise(left, norm, rng.at("target", rank, "restart", restart))
                     x = model.bounds.clamp(x + 0.5 * spread(reach, x) * noise)
-                self._run(model, left, aimed, x, norm, closest, enough)
+                self._run(model, left, aimed, x, norm, closest)
         if self.refine:
-            self._again(model, batch, norm, closest, enough)
+            self._again(model, batch, norm, closest)
         far = (closest.found & (closest.distance > enough)).nonzero()[:, 0]
         if len(far):
             closest.x[far] = to_boundary(model, batch.take(far), closest.x[far], norm, self.refine)
         return closest.x
 
-    def _again(self, model: Model, batch: Batch, norm: Flat, closest: Closest, enough: float) -> None:
+    def _again(self, model: Model, batch: Batch, norm: Flat, closest: Closest) -> None:
         """One more run for what came near to the ball, from there and towards the class that it is taken for."""
-        beyond = closest.found & (closest.distance > enough) & (closest.distance < _NEAR * enough)
-        rows = beyond.nonzero()[:, 0]
+        far = closest.distance
+        rows = ((far > norm.eps) & (far < _NEAR * norm.eps)).nonzero()[:, 0]
         if not len(rows):
             return
-        left, x, aim = batch.take(rows), closest.x[rows], None
-        if batch.target is None:
-            with torch.no_grad():
-                aim = model(x, left.ids).argmax(1)
+        left, x = batch.take(rows), closest.x[rows]
+        with torch.no_grad():
+            aim = model(x, left.ids).argmax(1) if batch.target is None else None
         finer = replace(self, steps=2 * self.refine, eta=min(self.eta, _FINER), beta=_CLOSER)
-        finer._run(model, left, aim, x, norm, closest, enough)
+        finer._run(model, left, aim, x, norm, closest)
 
     def _run(
-        self,
-        model: Model,
-        left: Batch,
-        aim: Labels | None,
-        x: Inputs,
-        norm: Flat,
-        closest: Closest,
-        enough: float,
+        self, model: Model, left: Batch, aim: Labels | None, x: Inputs, norm: Flat, closest: Closest
     ) -> None:
+        enough = norm.eps if norm.eps < math.inf else 0.0
         found, before = Closest(left), torch.full_like(closest.distance[: len(left)], math.inf)
         for step in range(self.steps):
             height, normal, logits = plane(model, left.at(x), aim, norm)

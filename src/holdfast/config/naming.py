@@ -71,6 +71,7 @@ VARIANTS: Final = {
     "APGD-DLR": "APGD",
     "APGD-T": "APGD",
     "FAB-T": "FAB",
+    "FAB-T-2": "FAB",
     "PGD-CE": "PGD",
     "Relay-2": "Relay",
     "Sprint": "Relay",
@@ -98,7 +99,7 @@ MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
     },
     "fast": {
         "linf": ("Sprint", "FMN", "Relay", "Relay-2", *_LAST),
-        "l2": ("Sprint", "ALMA", "FAB-T", "ALMA-2", "PDPGD", "Relay", *_LAST),
+        "l2": ("Sprint", "ALMA", "FAB-T", "ALMA-2", "PDPGD", "FAB-T-2", "Relay", *_LAST),
         "l1": ("Sprint", "PDPGD", "FAB-T", "ALMA-2", "Relay", *_LAST),
         "l0": ("PGD", "SparseRS"),
         "corruptions": CORRUPTIONS,
