@@ -18,9 +18,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Count, Fraction, Inputs, Labels, Positive, Steps
-from holdfast.ops.ascent import ascend, cosine
+from holdfast.ops.ascent import descend
 from holdfast.ops.best import Best
-from holdfast.ops.losses import margin_loss
 from holdfast.ops.nearest import nearest
 from holdfast.ops.norms import expect_eps, expect_norm
 from holdfast.ops.squares import proposals_for, search, share
@@ -94,11 +93,9 @@ class Relay:
         reach: float | None = None,
     ) -> None:
         """Gradient steps from `start`, towards a class if there is an `aim`."""
-        if not len(left):
-            return
-        size = (reach or self.reach) * constraint.eps / self.steps
-        run = partial(ascend, steps=self.steps, step_size=size, schedule=cosine, aim=aim)
-        best.offer(left, *run(model, left, start, margin_loss, constraint))
+        if len(left):
+            run = partial(descend, steps=self.steps, reach=reach or self.reach, aim=aim)
+            best.offer(left, *run(model, left, start, constraint))
 
     def _refine(self, model: Model, batch: Batch, constraint: Constraint, best: Best, found: Best) -> None:
         """Gradient steps from the points that were `found` for `batch`."""

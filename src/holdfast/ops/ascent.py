@@ -12,7 +12,7 @@ from holdfast.core.model import Model
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.best import Best
 from holdfast.ops.gradients import input_gradient, levelled
-from holdfast.ops.losses import Loss, margin
+from holdfast.ops.losses import Loss, margin, margin_loss
 
 Schedule = Callable[[int, int], float]
 """`schedule(step, steps)`: what the step size is multiplied with."""
@@ -90,3 +90,20 @@ def ascend(
     with torch.no_grad():
         best.offer(left, x, margin(model(x, left.ids), left))
     return best.x, best.margin
+
+
+def descend(
+    model: Model,
+    batch: Batch,
+    start: Inputs,
+    constraint: Constraint,
+    *,
+    steps: int,
+    reach: float,
+    aim: Labels | None = None,
+) -> tuple[Inputs, PerExample]:
+    """Descend the margin from `start` on a path of `reach` times eps, its steps along a cosine; else as `ascend`."""
+    size = reach * constraint.eps / steps
+    return ascend(
+        model, batch, start, margin_loss, constraint, steps=steps, step_size=size, schedule=cosine, aim=aim
+    )

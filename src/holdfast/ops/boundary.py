@@ -14,7 +14,7 @@ from holdfast.core.constraints import L0, Norm
 from holdfast.core.model import Model
 from holdfast.core.rows import pick
 from holdfast.core.types import Inputs, PerExample
-from holdfast.ops.ascent import ascend, cosine, gradient
+from holdfast.ops.ascent import descend, gradient
 from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.losses import margin_loss
 
@@ -54,8 +54,8 @@ def _refined(model: Model, batch: Batch, x_adv: Inputs, norm: Norm, steps: int) 
     beyond = (norm.distance(x_adv, batch.x) > norm.eps).nonzero()[:, 0]
     result = norm.project(x_adv, batch.x, model.bounds)
     if len(beyond):
-        run = partial(ascend, steps=steps, step_size=_REACH * norm.eps / steps, schedule=cosine)
-        result[beyond], _ = run(model, batch.take(beyond), result[beyond], margin_loss, norm)
+        some = batch.take(beyond)
+        result[beyond], _ = descend(model, some, result[beyond], norm, steps=steps, reach=_REACH)
     return result
 
 
