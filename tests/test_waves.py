@@ -82,6 +82,8 @@ def test_waves_are_one_attack_in_the_evidence_and_say_what_they_left():
     assert record.cost.forwards == N // 4
     assert set(evidence["broken_by"].tolist()) == {-1, 0}
     (said,) = record.notes
+    assert record.residual is not None
+    assert (record.residual.untried, round(record.residual.at_most, 3)) == (N - N // 4, 0.027)
     assert said == (
         f"Nearest was run on {N // 4} of the {N:,} that stood, lowest margins first. The last {N // 8} of them all "
         f"held, so with 95 % confidence it would break at most 2.7% of the other {N - N // 4}, if none of those is "
@@ -103,7 +105,7 @@ def test_what_is_said_of_the_rest_is_wrong_one_time_in_twenty_at_most(sizes):
 
 def test_an_attack_that_came_to_all_leaves_nothing_to_say():
     evidence, _, _ = run(N // 2 + 1)
-    assert evidence.attacks[0].notes == ()
+    assert (evidence.attacks[0].notes, evidence.attacks[0].residual) == ((), None)
 
 
 def test_under_full_every_example_is_asked_at_once():

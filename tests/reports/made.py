@@ -7,7 +7,7 @@ import torch
 
 from holdfast.core.constraints import Linf
 from holdfast.core.estimate import Estimate
-from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence
+from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence, Residual
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Judgement, judge
@@ -70,8 +70,9 @@ def evidence(
         left = standing - int((broken_by == place).sum())
         settings = {"steps": 100, "restarts": 1, "loss": name.lower(), "eot": None}
         notes = ("DLR needs three classes; the margin stands in for it",) if name == "APGD-T" else ()
+        risk = Residual(left - 32, 0.089) if name == "Square" and left > 32 else None
         attacks.append(
-            AttackRecord(f"{place + 1}-{name.lower()}", name, settings, standing, left, cost, notes)
+            AttackRecord(f"{place + 1}-{name.lower()}", name, settings, standing, left, cost, notes, risk)
         )
         standing = left
     shape = (1, 28, 28) if image else (12,)

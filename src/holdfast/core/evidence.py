@@ -55,6 +55,16 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """What an attack in waves left alone, because the last wave all held."""
+
+    untried: int
+    """examples that stood and that it was not run on"""
+    at_most: float
+    """share of them that it would break at most, with 95 % confidence, if none is likelier to fall than those tried"""
+
+
+@dataclass(frozen=True)
 class AttackRecord:
     """One attack of a suite: its settings, how many stood before and after it, and what it cost."""
 
@@ -68,6 +78,8 @@ class AttackRecord:
     cost: Cost
     notes: tuple[str, ...] = ()
     """what a reader must know, such as a loss that was replaced because there are too few classes"""
+    residual: Residual | None = None
+    """what it left alone and at what risk; None where it was run on all that stood"""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from holdfast.harness.detecting import PASSES, lowest
 from holdfast.harness.plan import Outline, fit_of
 from holdfast.harness.stages import GALLERY, NORMS
 from holdfast.harness.target import VOTES
-from holdfast.harness.waves import gathered, remark
+from holdfast.harness.waves import gathered, remark, residual
 
 
 @dataclass(frozen=True)
@@ -192,13 +192,15 @@ def _told(
         if stage.kind == "attack":
             left = standing & ~torch.stack([columns["success"] for columns in waves]).any(0)
             before, after = int(standing.sum()), int(left.sum())
+            risk = residual(waves, before) if len(waves) > 1 else None
             notes = (
                 *stage.notes,
                 *_learned(by_stage.get(learned)),
-                *remark(stage.attack, waves, before),
+                *remark(stage.attack, waves, risk),
                 *remarks.get(stage.name, ()),
             )
-            records.append(AttackRecord(stage.name, stage.attack, stage.settings, before, after, cost, notes))
+            told = (stage.name, stage.attack, stage.settings, before, after, cost, notes, risk)
+            records.append(AttackRecord(*told))
             standing = left
     return tuple(records), total
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
-from holdfast.core.evidence import PARTIAL, Columns
+from holdfast.core.evidence import PARTIAL, Columns, Residual
 from holdfast.core.types import Mask, PerExample
 from holdfast.harness.detecting import undetected
 from holdfast.harness.plan import Plan, Stage, Step
@@ -127,18 +127,24 @@ def most_left(held: int, waves: int) -> float:
     return most
 
 
-def remark(attack: str, waves: Sequence[Columns], standing: int) -> tuple[str, ...]:
+def residual(waves: Sequence[Columns], standing: int) -> Residual | None:
+    """What an attack left alone of those that stood, and at what risk; None where it tried them all."""
+    ran = [int(columns["ran"].sum()) for columns in waves]
+    left, last = standing - sum(ran), max((k for k, n in enumerate(ran) if n), default=0)
+    if left <= 0 or not ran[last] or waves[last]["success"].any():
+        return None
+    return Residual(left, most_left(ran[last], len(waves)))
+
+
+def remark(attack: str, waves: Sequence[Columns], risk: Residual | None) -> tuple[str, ...]:
     """What must be said of an attack that stopped before it came to all that stood: at what risk."""
-    if len(waves) == 1:
+    if risk is None:
         return ()
     ran = [int(columns["ran"].sum()) for columns in waves]
-    left, last = standing - sum(ran), max(k for k, n in enumerate(ran) if n) if any(ran) else 0
-    if left <= 0 or not any(ran) or waves[last]["success"].any():
-        return ()
-    most = most_left(ran[last], len(waves))
+    tried, last = sum(ran), next(n for n in reversed(ran) if n)
     said = (
-        f"{attack} was run on {sum(ran):,} of the {standing:,} that stood, lowest margins first. The last "
-        f"{ran[last]:,} of them all held, so with 95 % confidence it would break at most {most:.1%} of the other "
-        f"{left:,}, if none of those is likelier to fall"
+        f"{attack} was run on {tried:,} of the {tried + risk.untried:,} that stood, lowest margins first. The last "
+        f"{last:,} of them all held, so with 95 % confidence it would break at most {risk.at_most:.1%} of the other "
+        f"{risk.untried:,}, if none of those is likelier to fall"
     )
     return (said,)

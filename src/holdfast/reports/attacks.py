@@ -54,3 +54,14 @@ def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
         "share": percent(after["value"]) if after else "–",
         "interval": interval("robust_accuracy", after) if after else "–",
     }
+
+
+def risks(summary: Mapping[str, Any]) -> str:
+    """One line of what attacks left alone and at what risk; empty where all were run on all that stood."""
+    left = [attack for attack in summary["attacks"] if attack["residual"]]
+    each = (
+        f"{attack['name']} {count(attack['residual']['untried'])} ({percent(attack['residual']['at_most'])})"
+        for attack in left
+    )
+    said = "left untried because the nearest all held, and the most of them that would fall (95 %)"
+    return f"{said}: {', '.join(each)}" if left else ""

@@ -6,9 +6,9 @@ from typing import Any
 
 from holdfast.core.names import printable
 from holdfast.reports import across, transfer
-from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, row
+from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, risks, row
 from holdfast.reports.numbers import count
-from holdfast.reports.words import VERDICTS, interval, label, shown
+from holdfast.reports.words import VERDICTS, capitalized, interval, label, shown
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$@&#])")
 
@@ -63,12 +63,13 @@ def _gate(gate: Mapping[str, Any]) -> list[str]:
 def _attacks(summary: Mapping[str, Any]) -> list[str]:
     distance = by_distance(summary)
     headings = SMALLEST if distance else STANDING
-    rows = [row(attack, distance=distance) for attack in summary["attacks"]]
+    rows, untried = [row(attack, distance=distance) for attack in summary["attacks"]], risks(summary)
     title = f"### {'Smallest change' if distance else 'Worst case'}, attack by attack"
     return [
         title,
         "",
         *table(headings, [[escaped(cells[heading]) for heading in headings] for cells in rows]),
+        *([f"{escaped(capitalized(untried))}.", ""] if untried else []),
     ]
 
 

@@ -7,6 +7,7 @@ finite stands there as one of the strings "inf", "-inf" and "nan".
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
@@ -202,6 +203,7 @@ def _attack(record: AttackRecord, after: Json | None) -> Json:
         "robust_accuracy": after,
         **_cost(record.cost),
         "notes": list(record.notes),
+        "residual": record.residual and asdict(record.residual),
     }
 
 

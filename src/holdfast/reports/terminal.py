@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import printable
 from holdfast.reports import across, transfer
-from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, row, title
+from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, risks, row, title
 from holdfast.reports.numbers import count, percent
 from holdfast.reports.words import VERDICTS, asked, interval, label, shown
 
@@ -77,7 +77,11 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
         metric_table(summary, brief=brief),
         *matrices(summary),
     ]
-    text = "\n".join(as_string(part, colour=colour, width=width) for part in parts if part.row_count)
+    told = [as_string(part, colour=colour, width=width) for part in parts if part.row_count]
+    untried = as_string(cell(risks(summary)), colour=colour, width=width)
+    if untried:
+        told[0] = f"{told[0].rstrip()}\n\n{untried}\n\n"
+    text = "\n".join(told)
     return text + _doubts(summary["doubts"])
 
 
