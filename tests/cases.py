@@ -65,6 +65,7 @@ ATTACKS = [
     Case(FAB(steps=10), Linf, many=0.95),
     Case(FAB(steps=10), L2, many=0.95),
     Case(FAB(steps=10), L1, many=0.95),
+    Case(FAB(steps=20, patience=5, refine=5), Linf, many=0.95, variant="refined"),
     Case(FAB(steps=20, patience=5, refine=5), L2, many=0.95, variant="refined"),
     Case(FAB(steps=20, patience=5, refine=5), L1, many=0.95, variant="refined"),
     # random search: under L2 300 queries are no nearer and 600 at 0.69, under L1 150 are at 0.41 and 300 at 0.81

@@ -114,6 +114,37 @@ def test_a_run_that_is_not_broken_at_a_look_ends():
     assert (metered.spent.backwards == 10).all()
 
 
+def test_what_ends_near_to_the_ball_goes_on_from_there(monkeypatch):
+    model = network(rippled=True)
+    batch, threat = labelled(model, examples(n=200)), ThreatModel(L1(0.2))
+    attack = FAB(steps=3, targets=1, eta=1.6, refine=2)
+
+    def broken():
+        return int((margin(model(attack(model, batch, threat, rng=RNG)), batch) <= 0).sum())
+
+    found = broken()
+    monkeypatch.setattr(FAB, "_from_near", lambda *_: None)
+    assert found > broken()
+
+
+def test_going_on_is_for_what_is_near_alone_and_keeps_to_its_steps():
+    model, batch = linear_problem(4)
+    exact = model.distance(batch.x, batch.y, L2())
+    threat = ThreatModel(L2(exact.median().item()))
+    beyond = exact / threat.constraint.eps
+    spent = []
+    for refine in (0, 6):
+        metered = Metered(model, batch, threat)
+        FAB(steps=10, targets=1, refine=refine)(metered, batch, threat, rng=RNG)
+        spent.append(metered.spent.backwards)
+    more = spent[1] - spent[0]
+    near, far = (beyond > 1.01) & (beyond < 1.3), beyond > 1.4
+    assert near.any() and far.any()
+    assert (more[near] == 12 + 6).all()  # twice the steps from there, and inside the ball
+    assert (more[far] == 6).all()
+    assert torch.equal(*(FAB(refine=refine)(model, batch, ThreatModel(L2()), rng=RNG) for refine in (0, 6)))
+
+
 def test_already_wrong_means_distance_zero_at_once():
     model, batch = linear_problem(5)
     wrong = batch.__class__(batch.x, (batch.y + 1) % 3, batch.ids)

@@ -31,7 +31,7 @@ from holdfast.core.types import (
     Positive,
     Restarts,
     Steps,
-)  # fmt: skip
+)
 from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, leeway
 from holdfast.ops.halfspace import Flat, plane, to_plane
@@ -39,8 +39,8 @@ from holdfast.ops.losses import aims, margin
 from holdfast.ops.norms import expect_norm, farthest
 from holdfast.ops.starts import unit_noise
 
-_NEAR = 1.35  # of what came no nearer than this many eps, few come inside
-_FINER, _CLOSER = 1.3, 0.8  # eta and beta from there
+_NEAR = 1.35  # multiple of eps: of what came no nearer, few come inside (docs/decisions/0007)
+_NEAR_ETA, _NEAR_BETA = 1.3, 0.8  # the most of each from there
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class FAB:
     """steps between looks: a run ends that is not broken yet, or would stay beyond eps if it fell by as large a share
     again as since the look before; 0 for no looks"""
     refine: Count = 0
-    """gradient steps inside a finite ball, from the projections of what ends beyond it; what ends near to it goes on
-    from there first, towards its class, in up to twice as many finer steps"""
+    """gradient steps inside a finite ball, from the projections of what ends beyond it; what ends within 1.35 eps first
+    takes up to twice as many steps of a run from there, towards the likeliest wrong class"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -85,23 +85,23 @@ class FAB:
                     x = model.bounds.clamp(x + 0.5 * spread(reach, x) * noise)
                 self._run(model, left, aimed, x, norm, closest)
         if self.refine:
-            self._again(model, batch, norm, closest)
+            self._from_near(model, batch, norm, closest)
         far = (closest.found & (closest.distance > enough)).nonzero()[:, 0]
         if len(far):
             closest.x[far] = to_boundary(model, batch.take(far), closest.x[far], norm, self.refine)
         return closest.x
 
-    def _again(self, model: Model, batch: Batch, norm: Flat, closest: Closest) -> None:
-        """One more run for what came near to the ball, from there and towards the class that it is taken for."""
+    def _from_near(self, model: Model, batch: Batch, norm: Flat, closest: Closest) -> None:
+        """One more run for what came near to the ball, from there and towards the likeliest wrong class."""
         far = closest.distance
         rows = ((far > norm.eps) & (far < _NEAR * norm.eps)).nonzero()[:, 0]
         if not len(rows):
             return
         left, x = batch.take(rows), closest.x[rows]
-        with torch.no_grad():
-            aim = model(x, left.ids).argmax(1) if batch.target is None else None
-        finer = replace(self, steps=2 * self.refine, eta=min(self.eta, _FINER), beta=_CLOSER)
-        finer._run(model, left, aim, x, norm, closest)
+        eta, beta = min(self.eta, _NEAR_ETA), min(self.beta, _NEAR_BETA)
+        shorter = replace(self, steps=2 * self.refine, eta=eta, beta=beta)
+        (aim,) = aims(model, left.at(x), 1)
+        shorter._run(model, left, aim, x, norm, closest)
 
     def _run(
         self, model: Model, left: Batch, aim: Labels | None, x: Inputs, norm: Flat, closest: Closest
