@@ -1,7 +1,8 @@
 """Named lists of attacks, versioned: the same name and version are the same attacks with the same settings.
 
 `fast` is our own, for every day: what breaks most for its cost comes first, and the later attacks begin with the
-examples nearest to falling and stop when a wave of them all hold (docs/decisions/0007). `quick` is how it begins.
+examples nearest to falling and stop when a wave of them all hold (docs/decisions/0007). `quick` is its first attack,
+for longer.
 
 `standard` is the composition of AutoAttack standard (Croce & Hein, "Reliable evaluation of adversarial robustness with
 an ensemble of diverse parameter-free attacks", ICML 2020, arXiv:2003.01690; for L1 "Mind the box", ICML 2021,
@@ -123,9 +124,9 @@ def curve(constraint: Constraint) -> Named:
 
 
 SPRINT = Relay(searches=0, rounds=0)
-"""A few short runs of gradients, from random starts and towards the nearest classes: `quick`, and how `fast` begins.
+"""A few short runs of gradients, from random starts and towards the nearest classes: two of each in `quick`.
 
-There with one start, and under L2 and L1 towards no class: more follows.
+`fast` takes one start, and under L2 and L1 no class, for more follows.
 """
 
 
@@ -146,14 +147,14 @@ def _fast(constraint: Constraint) -> Named:
         return (begin, ("FMN", FMN(steps=60)), ("Relay", relay), ("Relay-2", longer), *last)
     begin = ("Sprint", replace(SPRINT, restarts=1, targets=0))
     planes = ("FAB-T", FAB(steps=60, targets=5, eta=1.6, patience=10, refine=20))
-    again = ("ALMA-2", ALMA(steps=60, reach=4, refine=20))
+    wider = ("ALMA-2", ALMA(steps=60, reach=4, refine=20))
     windows = ("Relay", Relay(restarts=0, targets=0, searches=2, rounds=0, queries=100))
     if isinstance(constraint, L1):
-        last = (("Square", Square(queries=1000)), ("APGD-T", APGD(loss=dlr, steps=100, targets=3)))
-        return (begin, ("PDPGD", PDPGD(steps=100, refine=20)), planes, again, windows, *last)
+        check = (("Square", Square(queries=1000)), ("APGD-T", APGD(loss=dlr, steps=100, targets=3)))
+        return (begin, ("PDPGD", PDPGD(steps=100, refine=20)), planes, wider, windows, *check)
     first, proximal = ("ALMA", ALMA(steps=60, refine=20)), ("PDPGD", PDPGD(steps=50, refine=20))
     finer = ("FAB-T-2", FAB(steps=45, targets=4, eta=1.3, patience=15, refine=20))
-    return (begin, first, planes, again, proximal, finer, windows, *last)
+    return (begin, first, planes, wider, proximal, finer, windows, *last)
 
 
 def _standard(constraint: Constraint) -> Named:

@@ -17,7 +17,7 @@ from holdfast.core.patches import Patch
 from holdfast.core.transformations import Colour, Spatial
 from holdfast.ops.ascent import cosine
 from holdfast.ops.losses import dlr
-from holdfast.suites import COMPOSED, labels_only, suite
+from holdfast.suites import COMPOSED, WAVES, labels_only, suite
 
 REFUSED = [
     ("? [a]\n: b", "no key"),
@@ -175,6 +175,12 @@ def test_the_attacks_that_may_be_named_are_those_that_there_are():
         for member in composed(constraint)
     ]
     assert {name: type(attack).__name__ for name, attack in members if name not in ATTACKS} == VARIANTS
+
+
+def test_all_attacks_of_fast_but_the_first_go_in_waves():
+    for name, waves in WAVES.items():
+        composed = [COMPOSED[name](constraint) for constraint in (Linf(0.1), L2(1.0), L1(1.0), L0(1))]
+        assert set(waves) == {member for first, *others in composed for member, _ in others}
 
 
 def test_the_members_of_a_suite_are_known_by_their_names():
