@@ -244,8 +244,8 @@ COMPOSED: dict[str, Callable[[Constraint], Named]] = {
 
 WAVES: Mapping[str, Mapping[str, int]] = {
     "fast": {
-        **dict.fromkeys(("ALMA", "FAB-T", "ALMA-2", "FAB-T-2"), 3),
-        **dict.fromkeys(("FMN", "PDPGD", "Relay-2", "SparseRS"), 4),
+        **dict.fromkeys(("ALMA", "ALMA-2"), 3),
+        **dict.fromkeys(("FMN", "FAB-T", "FAB-T-2", "PDPGD", "Relay-2", "SparseRS"), 4),
         **dict.fromkeys(("Relay", "Square", "APGD-T"), 5),
     }
 }
