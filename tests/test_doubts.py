@@ -333,6 +333,28 @@ def test_what_breaks_a_standing_example_keeps_to_the_budget_of_the_threat(net, a
     assert said["noise"].startswith("30 random draws")
 
 
+@pytest.mark.parametrize(("queries", "counted"), [(1, False), (2, True), (20, True), (None, True)])
+def test_a_probe_that_asks_more_than_the_budget_says_nothing_against_the_suite(net, queries, counted):
+    model, batch = Classifier(net), patterns(80, seed=2)
+    threat = ThreatModel(Linf(0.3), queries=queries)
+    columns = evidence_columns(
+        model, batch, dataclasses.replace(threat, queries=1), (PGD(steps=1, reach=0.01),)
+    )
+    found, _ = probe_all(model, batch, columns, threat, (PGD(steps=1, reach=0.01),))
+    assert found["one-step"].columns["broken"].any() and found["margin"].columns["broken"].any()
+    fallen = conclude(found, columns, Circumstances(threat, "quick@1")).fallen
+    assert ("one-step" in fallen) is counted
+    assert ("margin" in fallen) is (queries is None)
+
+
+def test_probes_say_how_much_they_ask(net):
+    model, batch = Classifier(net), patterns(80, seed=2)
+    columns = evidence_columns(model, batch, ThreatModel(Linf(0.01)))
+    _, spent = probe_all(model, batch, columns, ThreatModel(Linf(0.01)))
+    said = {probe.name: probe.queries for probe in PROBES if probe.queries}
+    assert said == {name: int(spent[name].queries.max()) for name in said}
+
+
 def test_probes_draw_by_example_and_not_by_batch(net):
     model, batch = Classifier(net.double()), patterns(40, seed=2)
     try:

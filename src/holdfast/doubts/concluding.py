@@ -65,9 +65,15 @@ def conclude(
 def broken_elsewhere(
     found: Found, columns: Columns, threat: ThreatModel, passes: Mapping[str, Mask]
 ) -> dict[str, Ids]:
-    """Ids of the standing examples that each probe or pass broke inside the threat model; without those of none."""
+    """Ids of the standing examples that each probe or pass broke inside the threat model; without those of none.
+
+    A probe that asks more than the threat's budget proves nothing.
+    """
     held = standing(columns, threat)
-    breaking = {probe.name for probe in PROBES if probe.breaks} | {"again"}
+    may = [
+        probe for probe in PROBES if probe.breaks and within_budget(probe.queries, threat) == probe.queries
+    ]
+    breaking = {probe.name for probe in may} | {"again"}
     gone = {name: (broken & held).nonzero()[:, 0] for name, broken in passes.items()}
     for name, probed in found.items():
         if name in breaking:

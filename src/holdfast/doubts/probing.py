@@ -56,6 +56,8 @@ class Probe:
     """a sample of the correct examples, of those that stand, or those that stand with the lowest margin"""
     breaks: bool = True
     """whether its inputs obey the threat model, so that breaking a standing example speaks against the suite"""
+    queries: int = 0
+    """the most that it asks of an example; 0 where it keeps to the budget of the threat"""
 
 
 def fallen(margin: PerExample) -> dict[str, Tensor]:
@@ -182,12 +184,12 @@ def again(attacks: tuple[Attack, ...]) -> Probe:
 PROBES: tuple[Probe, ...] = (
     Probe("steadiness", "none", steadiness, breaks=False),
     Probe("gradients", "gradients", gradients, breaks=False),
-    Probe("cross-entropy", "gradients", _by(cross_entropy)),
-    Probe("small-cross-entropy", "gradients", _by(small_cross_entropy)),
-    Probe("one-step", "gradients", _one_step),
-    Probe("margin", "gradients", _margin_twice),
-    Probe("probability-margin", "gradients", _by(probability_margin)),
-    Probe("runner-up", "gradients", _towards_runner_up),
+    Probe("cross-entropy", "gradients", _by(cross_entropy), queries=STEPS + 1),
+    Probe("small-cross-entropy", "gradients", _by(small_cross_entropy), queries=STEPS + 1),
+    Probe("one-step", "gradients", _one_step, queries=2),
+    Probe("margin", "gradients", _margin_twice, queries=2 * (STEPS + 1)),
+    Probe("probability-margin", "gradients", _by(probability_margin), queries=STEPS + 1),
+    Probe("runner-up", "gradients", _towards_runner_up, queries=STEPS + 2),
     Probe("whole-box", "gradients", _whole_box, breaks=False),
     Probe("noise", "labels", _noise, on="standing"),
     Probe("search", "scores", _black_box),

@@ -84,18 +84,20 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], 
 def _passes(course: Course, by_stage: Mapping[str, Columns]) -> dict[str, Mask]:
     """What the passes that are in no verdict broke inside the threat model: the fixed ones and those of the curve.
 
-    The fixed ones look once, which proves nothing of a randomised model.
+    The fixed ones look once, which proves nothing of a randomised model; nor does what takes more than the budget.
     """
-    broke = {}
+    broke, budget = {}, course.plan.threat.queries
     for stage in course.plan.stages():
-        if stage.name not in by_stage:
+        if stage.name not in by_stage or stage.kind not in ("curve", "attacked", "detection"):
             continue
+        fell = by_stage[stage.name]["success"]
+        if budget is not None:
+            fell = fell & (by_stage[stage.name]["queries"] <= budget)
         if stage.kind == "curve" and stage.member is not None:
-            broke[f"{stage.member.name} of the curve"] = by_stage[stage.name]["success"]
+            broke[f"{stage.member.name} of the curve"] = fell
         elif stage.kind == "attacked" and not course.target.randomised:
-            broke["the fixed pass"] = by_stage[stage.name]["success"]
+            broke["the fixed pass"] = fell
         elif stage.kind == "detection" and not course.target.randomised:
-            fell = by_stage[stage.name]["success"]
             broke[ON_DETECTOR] = broke.get(ON_DETECTOR, torch.zeros_like(fell)) | fell
     return broke
 
