@@ -186,6 +186,16 @@ def test_who_gives_no_gradients_is_refused():
         assess(subject(), data(), with_surrogates(served))
 
 
+@pytest.mark.parametrize("cut", [torch.Tensor.detach, lambda x: (8 * x).round() / 8])
+def test_who_loses_every_gradient_on_the_way_is_refused(cut):
+    class Cut(torch.nn.Module):
+        def forward(self, x):
+            return network(1)(cut(x))
+
+    with pytest.raises(UsageError, match="other passes no gradient back"):
+        assess(subject(), data(), with_surrogates(other(net=Cut())))
+
+
 def test_without_a_surrogate_transfer_is_refused():
     with pytest.raises(UsageError, match="--surrogate"):
         assess(subject(), data(), order(GIVEN, threat=BLIND, attacked=False))

@@ -8,8 +8,13 @@ from holdfast.core.batch import Batch
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.harness import Plan, Target, prepared
+from holdfast.ops.ascent import gradient
+from holdfast.ops.losses import margin_loss
 from holdfast.runs.order import Subject
 from holdfast.runs.preparing import placed
+
+_LOOKED_AT = 32
+"""examples whose gradient a surrogate must not all lose"""
 
 
 def with_surrogates(
@@ -60,4 +65,16 @@ def _ready(surrogate: Subject, stack: ExitStack, sample: Batch, target: Target) 
             f"the surrogate {name} returns NaN for {lost} of the first {len(sample)} examples, and NaN leads nowhere; "
             f"look for a division or a logarithm of zero with holdfast doctor"
         )
+    _refuse_flat(name, found, sample)
     return found
+
+
+def _refuse_flat(name: str, found: Target, sample: Batch) -> None:
+    """Examples cannot be made on a model that lets no gradient through."""
+    few = next(iter(sample.split(_LOOKED_AT)))
+    slope, _ = gradient(found.bare, few, margin_loss)
+    if not slope.any():
+        raise UsageError(
+            f"the surrogate {name} passes no gradient back to any of the first {len(few)} examples, and examples are "
+            "made from gradients; take out what cuts them (detach, no_grad, rounding), or name another model"
+        )
