@@ -169,9 +169,11 @@ def test_terminal_says_the_same_without_colour(failing, accepted):
 
 def test_what_an_attack_left_untried_is_said_with_its_risk(failing):
     square = failing["attacks"][-1]
-    said = f"would fall (95 %): Square {square['residual']['untried']} (8.9 %)"
+    said = (
+        f"would fall of them, if none is likelier to (95 %): Square {square['residual']['untried']} (8.9 %)"
+    )
     plain = terminal.tables(failing, colour=False)
-    assert f"\n\nleft untried because the nearest all held, and the most of them that {said}\n\n" in plain
+    assert f"\n\nleft untried because the nearest all held, and the most that {said}\n\n" in plain
     assert f"{said}." in markdown.document(failing)
     tried = {**failing, "attacks": [{**attack, "residual": None} for attack in failing["attacks"]]}
     assert "untried" not in terminal.tables(tried, colour=False) + markdown.document(tried)

@@ -144,7 +144,7 @@ def remark(attack: str, waves: Sequence[Columns], risk: Residual | None) -> tupl
     tried, last = sum(ran), next(n for n in reversed(ran) if n)
     said = (
         f"{attack} was run on {tried:,} of the {tried + risk.untried:,} that stood, lowest margins first. The last "
-        f"{last:,} of them all held, so with 95 % confidence it would break at most {risk.at_most:.1%} of the other "
-        f"{risk.untried:,}, if none of those is likelier to fall"
+        f"{last:,} of them all held, so with 95 % confidence it would break at most {100 * risk.at_most:.1f} % of the "
+        f"other {risk.untried:,}, if none of those is likelier to fall"
     )
     return (said,)

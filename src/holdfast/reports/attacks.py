@@ -63,5 +63,5 @@ def risks(summary: Mapping[str, Any]) -> str:
         f"{attack['name']} {count(attack['residual']['untried'])} ({percent(attack['residual']['at_most'])})"
         for attack in left
     )
-    said = "left untried because the nearest all held, and the most of them that would fall (95 %)"
-    return f"{said}: {', '.join(each)}" if left else ""
+    sure = "the most that would fall of them, if none is likelier to (95 %)"
+    return f"left untried because the nearest all held, and {sure}: {', '.join(each)}" if left else ""
