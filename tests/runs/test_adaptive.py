@@ -72,6 +72,20 @@ def test_an_answered_doubt_lets_a_gate_pass():
     assert set(states(adaptive).values()) <= {"clear", "answered", "not measured"}
 
 
+def test_under_l2_an_answer_stands_on_a_search_for_the_smallest_change():
+    """Where climbing inside the ball leaves four of five standing."""
+    by_suite = {
+        suite: holdfast.assess(
+            "mnist-cnn-hardened", "mnist-mini", n=10, threat="l2:2", suite=suite, adaptive=suite == "quick"
+        )
+        for suite in ("quick", "fast")
+    }
+    adaptive, fast = by_suite["quick"], by_suite["fast"]
+    assert {"BPDA-ALMA", "BPDA-FAB"} <= {record.name for record in adaptive.attacks}
+    assert "answered" in states(adaptive).values()
+    assert adaptive.metrics["robust_accuracy"].value <= fast.metrics["robust_accuracy"].value
+
+
 def test_an_honest_model_has_no_adaptive_attack():
     result = assess(subject(), data(), adaptive_order(threat=holdfast.ThreatModel(Linf(1e-3))))
     assert [record.name for record in result.attacks] == ["PGD"]
