@@ -147,6 +147,22 @@ def test_a_run_whose_server_dies_resumes_to_what_an_undisturbed_one_finds(capsys
     assert rows("cut.csv") == rows("whole.csv")
 
 
+def test_a_run_whose_server_refuses_an_input_goes_on_once_that_is_mended(capsys):
+    refused = (*BLACK_BOX, "--run", "cut")
+    with Server() as server:
+        port = server.port
+        assert run(words(server, *BLACK_BOX)) == 0
+        sent = len(server.sizes)
+    with Server([None] * (sent - 20) + [400], port=port) as server:
+        assert run(words(server, *refused)) == 3
+    said = capsys.readouterr().err
+    assert "answers 400 Bad Request" in said
+    assert "what was finished is kept, go on with: holdfast" in said
+    with Server(port=port) as server:
+        assert run([*words(server, *refused), "--resume"]) == 0
+        assert 0 < len(server.sizes) < sent
+
+
 def test_what_was_sent_again_stands_in_the_notes(capsys, monkeypatch):
     monkeypatch.setattr("holdfast.sources.asking._FIRST_WAIT_S", 0.001)
     with Server([None] * 12 + [(429, {"Retry-After": "0"}), 503]) as server:

@@ -28,6 +28,10 @@ class TargetLost(TargetError):
     """A target that cannot be asked any more, whatever the input; a run that was under way can be resumed later."""
 
 
+class TargetRefused(TargetError):
+    """A target that refused an input, or answered it by nothing that can be used; mended, a run goes on with it."""
+
+
 class BudgetSpent(HoldfastError):
     """Raised by the metered model at the query that would exceed the budget; caught by the harness."""
 

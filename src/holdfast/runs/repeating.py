@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from holdfast.core.errors import TargetLost
+from holdfast.core.errors import TargetLost, TargetRefused
 
 
 def way_out(command: str, run: Path) -> str:
@@ -18,11 +18,11 @@ def way_out(command: str, run: Path) -> str:
 
 @contextmanager
 def resumable(way_out: str) -> Iterator[None]:
-    """Says how to go on where the target was lost on the way."""
+    """Says how to go on where the target was lost on the way, or refused an input."""
     try:
         yield
-    except TargetLost as error:
-        raise TargetLost(f"{error}; {way_out}") from error
+    except (TargetLost, TargetRefused) as error:
+        raise type(error)(f"{error}; {way_out}") from error
 
 
 def repeatable(command: str) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from holdfast.core.errors import HoldfastError, TargetError, TargetLost, UsageError
+from holdfast.core.errors import HoldfastError, TargetError, TargetLost, TargetRefused, UsageError
 from holdfast.core.evidence import Columns
 from holdfast.harness import Stage
 from holdfast.runs.course import Course, Watch
@@ -30,7 +30,7 @@ _LOOKS_AGAIN_S = 0.05
 _PATIENCE_S = 10.0
 """How long a worker may take to end when there is nothing more to do."""
 _ERRORS: Mapping[str, type[HoldfastError]] = {
-    error.__name__: error for error in (HoldfastError, TargetError, TargetLost, UsageError)
+    error.__name__: error for error in (HoldfastError, TargetError, TargetLost, TargetRefused, UsageError)
 }
 
 Process = subprocess.Popen[str]

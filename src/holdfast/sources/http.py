@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
-from holdfast.core.errors import TargetError, TargetLost, UsageError
+from holdfast.core.errors import TargetError, TargetLost, TargetRefused, UsageError
 from holdfast.core.model import Batches
 from holdfast.core.types import Access
 from holdfast.sources.asking import Client
@@ -70,7 +70,9 @@ class Served:
             raise TargetLost(self._client.masked(str(error))) from None
         if len(values.shape) == 0 or len(values) != len(x):
             shape = f"shape {values.shape}" if values.shape else "one number"
-            raise TargetError(f"the answer to {len(x)} rows has {shape}; one entry for each row was expected")
+            raise TargetRefused(
+                f"the answer to {len(x)} rows has {shape}; one entry for each row was expected"
+            )
         if self._labels is not None:
             return self._one_hot(values, x)
         return self._scores(values, x)
@@ -83,17 +85,17 @@ class Served:
             )
         wide = values.reshape(len(values), -1)
         if values.ndim > 2 or not wide.shape[1]:
-            raise TargetError(
+            raise TargetRefused(
                 f"the answer has shape {values.shape}; one row of scores for each of {len(x)} was expected"
             )
         if self._classes not in (None, wide.shape[1]):
-            raise TargetError(
+            raise TargetRefused(
                 f"the answer has {wide.shape[1]} scores a row, where earlier ones had {self._classes}"
             )
         self._classes = wide.shape[1]
         scores = torch.from_numpy(wide.astype(np.float64))
         if scores.to(x.dtype).isinf().any():
-            raise TargetError(
+            raise TargetRefused(
                 f"the answer holds an infinite score, or one too large for {str(x.dtype).removeprefix('torch.')}; "
                 "a number for each class was expected"
             )
@@ -103,7 +105,7 @@ class Served:
         assert self._labels is not None
         flat = values.reshape(len(values), -1)
         if flat.shape[1] != 1:
-            raise TargetError(
+            raise TargetRefused(
                 f"the answer has shape {values.shape}; one class for each of {len(x)} rows was expected"
             )
         classes = flat[:, 0]
@@ -111,7 +113,7 @@ class Served:
             ~np.isfinite(classes) | (classes != classes.round()) | (classes < 0) | (classes >= self._labels)
         )
         if strange.any():
-            raise TargetError(
+            raise TargetRefused(
                 f"the answer holds the class {classes[strange][0]:g}; whole numbers from 0 to {self._labels - 1} were "
                 "expected, so check --classes"
             )
