@@ -140,6 +140,13 @@ def test_headline_is_one_plain_sentence():
     assert alike["headline"].endswith("; both gates fail.")
     assert made.summarised(evidence)["headline"].endswith("no gate was set.")
     assert "could be turned into class 3" in made.summarised(_targeted())["headline"]
+    targeted = _targeted()
+    smallest = dataclasses.replace(
+        targeted,
+        columns=dict(targeted.columns) | {"distance_linf": targeted["distance"]},
+        threat=ThreatModel(Linf(math.inf), goal=3),
+    )
+    assert "turn into class 3 within an Linf change of 0." in made.summarised(smallest)["headline"]
     assert "break within an L2 change of 0.253" in made.summarised(_minimum_norm())["headline"]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from holdfast.reports.numbers import count, number, percent, plain, seconds
-from holdfast.reports.words import interval
+from holdfast.reports.words import amount, interval
 
 STANDING = ("attack", "broke", "standing", "share", "time", "interval", "queries")
 SMALLEST = ("attack", "found", "share", "median", "time", "interval", "queries")
@@ -21,7 +21,7 @@ def title(summary: Mapping[str, Any]) -> str:
     """What the table is of: `1,000 images, linf:0.2, standard@1`."""
     suite = f", {summary['suite']}" if summary["suite"] else ""
     found = ": the smallest changes found" if by_distance(summary) else ""
-    return f"{summary['n']:,} {summary['noun']}, {summary['threat']['constraint']}{suite}{found}"
+    return f"{amount(summary['n'], summary['noun'])}, {summary['threat']['constraint']}{suite}{found}"
 
 
 def left_out(attack: Mapping[str, Any]) -> bool:

@@ -109,10 +109,21 @@ def measured(summary: Mapping[str, Any]) -> str:
         verb = "survives" if estimate["n"] == 1 else "survive"
         return f"{rate} {of} {verb} every attack tried {tail}{_elsewhere(summary)}"
     if metric == "targeted_success_rate":
+        if number(summary["threat"]["eps"]) == float("inf"):
+            return _smallest_towards(summary, of)
         return f"{rate} {of} could be turned into class {summary['threat']['goal']} {tail}"
     if metric == "robust_margin":
         return f"Half {of} break within an {summary['threat']['norm']} change of {rate} {tail}"
     return f"{rate} {of} are right without any attack {tail}"
+
+
+def _smallest_towards(summary: Mapping[str, Any], of: str) -> str:
+    """How small a change makes half of the examples the target: without an eps, a large enough one turns any."""
+    norm, goal = summary["threat"]["norm"], summary["threat"]["goal"]
+    metric = f"perturbation_{norm.lower()}"
+    estimate = summary["metrics"][metric]
+    tail = f"({100 * summary['confidence']:.0f} % interval {interval(metric, estimate)})"
+    return f"Half {of} turn into class {goal} within an {norm} change of {shown(metric, estimate['value'])} {tail}"
 
 
 def _elsewhere(summary: Mapping[str, Any]) -> str:
