@@ -80,6 +80,11 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
     elif isinstance(constraint, Limited):
         composed = LIMITED["flow" if "flow" in constraint.limits else type(constraint).__name__.lower()]
         if name not in composed:
+            if name == "transfer":
+                raise UsageError(
+                    f"under {constraint} images are transformed as wholes, and nothing is made on a surrogate; let the "
+                    "attacker see the model, as in access=gradients, or choose a threat such as linf:8/255"
+                )
             raise UsageError(
                 f"there is no suite {name!r} under {constraint}; there are {', '.join(sorted(composed))}"
             )
@@ -93,6 +98,19 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
     return Suite(name, 1, compose(constraint), WAVES.get(name, {}), smallest=name == "minimum-norm")
 
 
+PUBLISHED: Mapping[str, Attack] = {
+    "MI-FGSM": Transfer(reach=1, neighbours=0),
+    "NI-FGSM": Transfer(reach=1, neighbours=0, ahead=True),
+    "DI-FGSM": Transfer(reach=1, diversity=0.5, neighbours=0, momentum=0),
+    "TI-FGSM": Transfer(reach=1, shifts=7, neighbours=0, momentum=0),
+    "SI-NI-FGSM": Transfer(reach=1, neighbours=0, ahead=True, halvings=4),
+    "VMI-FGSM": Transfer(reach=1, neighbours=5, around=1.5),
+}
+"""Transfer at the settings of papers, but for the neighbours of VMI, which are 20 there."""
+
+TRANSFER: Named = (("Transfer", Transfer()), *PUBLISHED.items())
+"""What makes its examples on surrogates: ours, then what the papers printed."""
+
 _TRANSFORMED: Mapping[str, Named] = {
     "quick": (("TransformPGD", TransformPGD()),),
     **dict.fromkeys(("fast", "standard"), (("TransformPGD", TransformPGD()), ("GridSearch", GridSearch()))),
@@ -105,6 +123,7 @@ LIMITED: Mapping[str, Mapping[str, Named]] = {
             ("fast", "standard"),
             (("PatchAttack", PatchAttack(places=50)), ("PGD", PGD(steps=100, restarts=2))),
         ),
+        "transfer": TRANSFER,
     },
     "spatial": _TRANSFORMED,
     "flow": {
@@ -215,19 +234,8 @@ def _corruptions(constraint: Constraint) -> Named:
     return tuple((name, Corruption(name)) for name in COUNTED)
 
 
-PUBLISHED: Mapping[str, Attack] = {
-    "MI-FGSM": Transfer(reach=1, neighbours=0),
-    "NI-FGSM": Transfer(reach=1, neighbours=0, ahead=True),
-    "DI-FGSM": Transfer(reach=1, diversity=0.5, neighbours=0, momentum=0),
-    "TI-FGSM": Transfer(reach=1, shifts=7, neighbours=0, momentum=0),
-    "SI-NI-FGSM": Transfer(reach=1, neighbours=0, ahead=True, halvings=4),
-    "VMI-FGSM": Transfer(reach=1, neighbours=5, around=1.5),
-}
-"""Transfer at the settings of papers, but for the neighbours of VMI, which are 20 there."""
-
-
 def _transfer(constraint: Constraint) -> Named:
-    return (("Transfer", Transfer()), *PUBLISHED.items())
+    return TRANSFER
 
 
 COMPOSED: dict[str, Callable[[Constraint], Named]] = {

@@ -30,6 +30,7 @@ REFUSED = [
     ("n: 0", "holdfast.yaml: n is 0; expected at least 1$"),
     ("n: abc", "n is 'abc'; expected a whole number$"),
     ("only: [apgd-q]", "this suite has no attack 'apgd-q'; did you mean 'apgd-t'"),
+    ("only: [alma-2]", "this suite has no attack 'alma-2'; there are sprint, fmn, relay"),
     ("attacks: [{use: PGD}]\nskip: [fmn]", "this suite has no attack 'fmn'; there are pgd"),
     ("suite: rand\nskip: [apgd-ce, APGD-DLR]", "no attack is left; this suite has apgd-ce, apgd-dlr"),
     ("n: 1.5", "n is 1.5; expected a whole number$"),

@@ -129,7 +129,7 @@ MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
         "l0": ("PDPGD", "SigmaZero"),
     },
     "corruptions": {"corruptions": CORRUPTIONS},
-    "transfer": dict.fromkeys(("linf", "l2", "l1", "l0"), _TRANSFER),
+    "transfer": dict.fromkeys(("linf", "l2", "l1", "l0", "patch"), _TRANSFER),
 }
 """What each suite calls its attacks under each norm; a test keeps it in step with `holdfast.suites`."""
 
@@ -153,7 +153,11 @@ def chosen(names: Sequence[str], only: Sequence[str], skip: Sequence[str]) -> se
     known = dict.fromkeys(slug(name) for name in names)
     for wanted in (*only, *skip):
         if slug(wanted) not in known:
-            raise UsageError(f"this suite has no attack {wanted!r}{nearest(slug(wanted), known)}")
+            others = map(slug, (*ATTACKS, *VARIANTS))
+            hint = (
+                f"; there are {', '.join(known)}" if slug(wanted) in others else nearest(slug(wanted), known)
+            )
+            raise UsageError(f"this suite has no attack {wanted!r}{hint}")
     left = ({slug(name) for name in only} or set(known)) - {slug(name) for name in skip}
     if not left:
         raise UsageError(f"no attack is left; this suite has {', '.join(known)}")

@@ -6,11 +6,13 @@ from typing import Any, Literal
 
 from holdfast.attacks import PGD, Transfer
 from holdfast.attacks.protocol import Attack, Learned
-from holdfast.core.constraints import L2, Constraint, Linf
+from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.guard import Aim
 from holdfast.core.names import slug
+from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
+from holdfast.core.transformations import Transformations
 from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.doubts.answering import EVEN, arms
 from holdfast.ops.ascent import flat
@@ -273,6 +275,15 @@ def refuse_what_is_hidden(plan: Plan, target: Access, why: str = "") -> Plan:
     return seen
 
 
+def _searched(threat: ThreatModel) -> bool:
+    """Whether the suite `black-box` has an attack that needs no more than can be seen."""
+    constraint = threat.constraint
+    if isinstance(constraint, (Linf, L2)):
+        return threat.gives("labels")
+    bent = isinstance(constraint, Limited) and "flow" in constraint.limits
+    return threat.gives("scores") and not bent and not isinstance(constraint, Patch)
+
+
 def _way_out(member: Member, plan: Plan, target: Access) -> str:
     """What helps where an attack needs more than the threat model of the plan and the target allow."""
     threat, ways = plan.threat, []
@@ -281,11 +292,13 @@ def _way_out(member: Member, plan: Plan, target: Access) -> str:
         ways.append("leave --curve out")
     elif len(hidden) < len(plan.members):
         ways.append(f"leave it out with {' '.join(f'--skip {slug(each.name)}' for each in hidden)}")
-    if threat.gives("scores") or (threat.gives("labels") and isinstance(threat.constraint, (Linf, L2))):
+    if _searched(threat):
         ways.append("choose --suite black-box")
-    elif threat.access == "none":
+    elif threat.access == "none" and not isinstance(threat.constraint, Transformations):
         ways.append("choose --suite transfer, which makes its examples on a --surrogate MODEL")
     if replace(threat, access=target).gives(member.attack.needs):
         ways.append(f"let the attacker see more, as in access={member.attack.needs}")
     norm = type(threat.constraint).__name__.lower()
+    if threat.access == "labels" and isinstance(threat.constraint, (L1, L0)):
+        ways.append(f"use linf or l2, for there is no attack under {norm} that labels are enough for")
     return ", or ".join(ways) or f"there is no attack under {norm} that needs less; use linf or l2"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from holdfast.core.batch import Batch
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.transformations import Transformations
 from holdfast.harness import Plan, Target, prepared
 from holdfast.ops.ascent import gradient
 from holdfast.ops.losses import margin_loss
@@ -25,6 +26,11 @@ def with_surrogates(
         return plan
     if isinstance(plan.threat.constraint, Corruptions):
         raise UsageError("nothing is made on a surrogate under common corruptions; leave --surrogate out")
+    if isinstance(plan.threat.constraint, Transformations):
+        raise UsageError(
+            f"nothing is made on a surrogate under {plan.threat.constraint}, for images are transformed as wholes; "
+            "leave --surrogate out"
+        )
     ready = tuple(_ready(one, stack, sample, target).quick for one in surrogates)
     return replace(plan, threat=replace(plan.threat, surrogates=ready), matrix=not plan.smallest)
 
