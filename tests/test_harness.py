@@ -283,7 +283,12 @@ def test_an_attack_that_needs_more_than_can_be_seen_is_refused_by_name():
             "labels",
             "choose --suite black-box$",
         ),
-        ([Square()], ThreatModel(L1(0.1)), "labels", "under l1 that needs less; use linf or l2$"),
+        (
+            [Square()],
+            ThreatModel(L1(0.1)),
+            "labels",
+            "^Square .*; use linf or l2, for there is no attack under l1",
+        ),
     ],
 )
 def test_the_way_out_of_what_is_hidden_helps(members, threat, target, says):
