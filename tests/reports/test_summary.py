@@ -147,6 +147,8 @@ def test_headline_is_one_plain_sentence():
         threat=ThreatModel(Linf(math.inf), goal=3),
     )
     assert "turn into class 3 within an Linf change of 0." in made.summarised(smallest)["headline"]
+    gated = made.summarised(smallest, "targeted_success_rate <= 0.5")["headline"]
+    assert "at most 50 % targeted success rate" in gated
     assert "break within an L2 change of 0.253" in made.summarised(_minimum_norm())["headline"]
 
 

@@ -53,7 +53,7 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
 
     Expectation over transformation (Athalye et al., "Synthesizing robust adversarial examples", ICML 2018,
     arXiv:1707.07397) needs steps that bear an average, which L0 has none of. Under L2 and L1 a smallest change is
-    looked for too: there it breaks what climbing inside the ball leaves standing (docs/decisions/0007).
+    looked for too: there it breaks what climbing inside the ball leaves standing (docs/decisions/0008).
     """
     pair = PGD(steps=100, restarts=8)
     on_pair = tuple(Arm(name, pair, MISLEADING, weight) for name, weight in WEIGHTS.items())

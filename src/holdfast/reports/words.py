@@ -91,8 +91,10 @@ def capitalized(sentence: str) -> str:
 
 
 def main_metric(summary: Mapping[str, Any]) -> str | None:
-    """What the first sentence is about."""
-    wanted = ("robust_accuracy", "targeted_success_rate", "robust_margin", "clean_accuracy")
+    """What the first sentence is about; without an eps the size of a change, for a large enough one turns anything."""
+    wanted = ["robust_accuracy", "targeted_success_rate", "robust_margin", "clean_accuracy"]
+    if summary["threat"]["goal"] is not None and number(summary["threat"]["eps"]) == float("inf"):
+        wanted.insert(0, f"perturbation_{summary['threat']['norm'].lower()}")
     return next((name for name in wanted if name in summary["metrics"]), None)
 
 
@@ -109,21 +111,12 @@ def measured(summary: Mapping[str, Any]) -> str:
         verb = "survives" if estimate["n"] == 1 else "survive"
         return f"{rate} {of} {verb} every attack tried {tail}{_elsewhere(summary)}"
     if metric == "targeted_success_rate":
-        if number(summary["threat"]["eps"]) == float("inf"):
-            return _smallest_towards(summary, of)
         return f"{rate} {of} could be turned into class {summary['threat']['goal']} {tail}"
-    if metric == "robust_margin":
-        return f"Half {of} break within an {summary['threat']['norm']} change of {rate} {tail}"
+    if metric != "clean_accuracy":
+        goal = summary["threat"]["goal"]
+        fall = "break" if goal is None else f"turn into class {goal}"
+        return f"Half {of} {fall} within an {summary['threat']['norm']} change of {rate} {tail}"
     return f"{rate} {of} are right without any attack {tail}"
-
-
-def _smallest_towards(summary: Mapping[str, Any], of: str) -> str:
-    """How small a change makes half of the examples the target: without an eps, a large enough one turns any."""
-    norm, goal = summary["threat"]["norm"], summary["threat"]["goal"]
-    metric = f"perturbation_{norm.lower()}"
-    estimate = summary["metrics"][metric]
-    tail = f"({100 * summary['confidence']:.0f} % interval {interval(metric, estimate)})"
-    return f"Half {of} turn into class {goal} within an {norm} change of {shown(metric, estimate['value'])} {tail}"
 
 
 def _elsewhere(summary: Mapping[str, Any]) -> str:
