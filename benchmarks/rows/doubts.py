@@ -16,9 +16,9 @@ from holdfast.core.threat import ThreatModel
 from holdfast.doubts.probing import Probe, probes_for
 from holdfast.doubts.thresholds import BACKWARDS, FORWARDS, SAMPLE
 
-WHAT = "doubts: flags on honest networks under `standard` and `quick`, on masked ones, and the cost of the probes"
+WHAT = "doubts: flags on honest networks under three suites, on masked ones, and the cost of the probes"
 N = SAMPLE
-"""Images of each network: as many as the probes look at, with which `standard` on all takes 20 to 25 minutes."""
+"""Images of each network: as many as the probes look at, with which the suites on all take about an hour."""
 FEW = 12
 """Images of the two networks whose passes cost over ten times that of the others."""
 OTHERS = (
@@ -32,11 +32,10 @@ OTHERS = (
     ("mnist-cnn-hardened", 0.2, N),
 )
 """Honest networks of other people, and the bundled ones: radius, and how many images."""
-CLAIMED, BESIDE = "standard", "quick"
-"""The suite that must raise nothing on an honest network, and the one whose flags are told beside it.
-
-Masked networks are measured under the second: what hides must show even there.
-"""
+CLAIMED = ("standard", "fast")
+"""The suites that must raise nothing on an honest network."""
+BESIDE = "quick"
+"""The suite whose flags are told beside them, and under which masked networks must show what they hide."""
 APART = ("search", "again")
 """Probes with a budget of their own: `black-box`, and the fresh pass of `not-exhausted`."""
 Examples = tuple[Tensor, Tensor]
@@ -50,7 +49,7 @@ def measured() -> Outcome:
     cost, forwards, backwards = _cost(controls.trained(controls.HONEST[0]), 0.1)
     claims = [
         Claim("honest networks >= 20", len(honest), 20, least=True),
-        Claim(f"honest networks with a raised doubt under `{CLAIMED}` <= 0", len(said[CLAIMED]), 0),
+        *(Claim(f"honest networks with a raised doubt under `{s}` <= 0", len(said[s]), 0) for s in CLAIMED),
         Claim(
             f"masked networks without a raised doubt under `{BESIDE}` <= 0",
             sum(not says for says in hidden.values()),
@@ -60,7 +59,7 @@ def measured() -> Outcome:
         Claim(f"backwards of a sampled example <= {BACKWARDS}", backwards, BACKWARDS),
     ]
     config: Cells = {
-        "suites": (CLAIMED, BESIDE),
+        "suites": (*CLAIMED, BESIDE),
         "n": N,
         "n of large networks": FEW,
         "seed": 0,
@@ -73,10 +72,10 @@ def measured() -> Outcome:
 def _honest_rows(notes: list[str]) -> tuple[list[Cells], dict[str, dict[str, list[str]]]]:
     """A row of each honest network, and under each suite what is said of those that raise a doubt."""
     table: list[Cells] = []
-    said: dict[str, dict[str, list[str]]] = {CLAIMED: {}, BESIDE: {}}
+    said: dict[str, dict[str, list[str]]] = {suite: {} for suite in (*CLAIMED, BESIDE)}
     for name, net, data, eps in _honest(notes):
         row: Cells = {"network": name, "kind": "honest", "eps": eps, "n": len(data[1])}
-        for suite in (CLAIMED, BESIDE):
+        for suite in said:
             cells, says = _flags(net, data, eps, suite)
             row |= cells
             said[suite] |= {name: says} if says else {}
