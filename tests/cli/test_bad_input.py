@@ -356,6 +356,15 @@ def test_a_signal_before_the_settings_are_read_fits_the_command(more, said, monk
     assert capsys.readouterr().err.endswith(said)
 
 
+def test_a_signal_in_a_command_that_keeps_no_run_names_none(monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("holdfast.cli.running.exhibition", stopped)
+    assert run(["demo", "--gallery"]) == 130
+    assert capsys.readouterr().err.endswith("holdfast: stopped by SIGINT; start it again\n")
+
+
 def test_a_configuration_that_lies_here_is_offered(capsys):
     assert run(["init", "-q"]) == 0
     for command in ("assess", "doctor"):

@@ -114,15 +114,17 @@ def _stopped(error: BaseException, words: Sequence[str]) -> int:
     """What is said of a signal that came while no run was there to say it; click makes an `Abort` of it."""
     cause = error.__cause__ if isinstance(error, click.Abort) else error
     number = signal.Signals(cause.number if isinstance(cause, Stopped) else signal.SIGINT)
-    kept = f"a run keeps what it had finished (see holdfast runs); {_again(words)}"
-    return _said(f"stopped by {number.name}; {kept}", 128 + number, debug="--debug" in words)
+    return _said(f"stopped by {number.name}; {_again(words)}", 128 + number, debug="--debug" in words)
 
 
 def _again(words: Sequence[str]) -> str:
-    """How to go on with a command that was stopped."""
+    """How to go on with a command that was stopped; `assess` alone keeps a run."""
+    if "assess" not in words[:1]:
+        return "start it again"
+    kept = "a run keeps what it had finished (see holdfast runs)"
     if not any(word == "--run" or word.startswith("--run=") for word in words):
-        return "start again, or add --run DIR --resume"
-    return "repeat the command" if "--resume" in words else "repeat the command with --resume"
+        return f"{kept}; start again, or add --run DIR --resume"
+    return f"{kept}; repeat the command{'' if '--resume' in words else ' with --resume'}"
 
 
 def _plain(error: click.ClickException) -> str:
