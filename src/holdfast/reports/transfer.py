@@ -39,7 +39,8 @@ def transfer(evidence: Evidence, confidence: float) -> Json | None:
 
 def title(found: Mapping[str, Any], noun: str) -> str:
     """What the table says."""
-    return f"transfer: of the {count(found['n'])} {noun} those that a model has right and that turn it wrong"
+    share = f"of the {count(found['n'])} {noun} those that a model has right and that turn it wrong"
+    return f"transfer: by a pass apart from the suite, {share}"
 
 
 def headings(found: Mapping[str, Any]) -> list[str]:
