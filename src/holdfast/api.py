@@ -158,9 +158,9 @@ def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -
 
 
 def exhibition(
-    *, n: int = 500, only: Sequence[str] = (), shown: Callable[[str], None] = lambda name: None
+    *, n: int = 500, only: Sequence[str] = (), shown: Callable[[Exhibit], None] = lambda exhibit: None
 ) -> tuple[Exhibit, ...]:
-    """The gallery of masked models, each built and measured on the first `n` bundled digits; `shown` hears its name.
+    """The gallery of masked models, each built and measured on the first `n` bundled digits, and then `shown`.
 
     `only` names some of them.
     """
@@ -171,7 +171,11 @@ def exhibition(
     items = [item for item in ITEMS if not only or item.name in only]
     training = open_data(DIGITS, split="train")
     digits = training.read(0, len(training))
-    return tuple(exhibits(digits, open_data(DIGITS, n=n), items, shown=lambda item: shown(item.name)))
+    found = []
+    for exhibit in exhibits(digits, open_data(DIGITS, n=n), items):
+        shown(exhibit)
+        found.append(exhibit)
+    return tuple(found)
 
 
 def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:

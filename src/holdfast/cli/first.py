@@ -51,7 +51,7 @@ def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
 def demo(voice: Voice, place: Path | None, *, gallery: bool) -> int:
     """Assess a bundled model on real data: one gate that passes and one that fails, explained in a report.
 
-    With --gallery, build a dozen masked models (a few minutes): what PGD as it comes says of each, what is left
+    With --gallery, build a dozen masked models (four to ten minutes): what PGD as it comes says of each, what is left
     of it under an attacker who knows it, and the doubts that gave it away. Exits 0 when it ran, whatever gates say.
     """
     from holdfast.cli.running import run_demo, run_gallery

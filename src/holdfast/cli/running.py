@@ -21,8 +21,10 @@ from holdfast.core.names import printable
 from holdfast.reports.exhibits import exhibit_table, exhibits_to_json
 from holdfast.reports.markdown import document
 from holdfast.reports.notes import spoken
+from holdfast.reports.numbers import percent
 from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.write import EXHIBIT_SUFFIXES, check, write_exhibits
+from holdfast.runs.exhibition import Exhibit
 from holdfast.runs.index import new_folder
 from holdfast.runs.order import Progress, Step, silent
 from holdfast.runs.repeating import way_out
@@ -165,7 +167,12 @@ def run_gallery(place: Path | None, voice: Voice) -> int:
     voice.say(
         "building masked models on real digits and attacking each, as it comes and in the ways that doubts call for"
     )
-    found = [asdict(exhibit) for exhibit in exhibition(shown=lambda name: voice.say(f"  {name}"))]
+
+    def shown(exhibit: Exhibit) -> None:
+        naive, adaptive = percent(exhibit.naive_robust_accuracy), percent(exhibit.adaptive_robust_accuracy)
+        voice.say(f"  {exhibit.name}: {naive} stand as it comes, {adaptive} under who knows it")
+
+    found = [asdict(exhibit) for exhibit in exhibition(shown=shown)]
     colour = sys.stdout.isatty() and not voice.plain
     if as_json:
         click.echo(exhibits_to_json(found), nl=False)

@@ -1,6 +1,6 @@
 """The gallery measured: what PGD says of each masked model, what adaptive attacks leave, and the doubts raised."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -52,12 +52,10 @@ def exhibits(
     items: Sequence[Item] = ITEMS,
     *,
     seed: int = 0,
-    shown: Callable[[Item], None] = lambda item: None,
 ) -> Iterator[Exhibit]:
-    """Each item, built on the training digits and measured on `data`; `shown` is told which comes next."""
+    """Each item, built on the training digits and measured on `data`."""
     twin, sound = undefended(training), dict[float, Result]()
     for item in items:
-        shown(item)
         model = item.build(training, twin)
         if item.eps not in sound:
             members = tuple(Member(*named) for named in suite(SOUND, Linf(item.eps)).attacks)
