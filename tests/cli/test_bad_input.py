@@ -356,6 +356,15 @@ def test_a_signal_before_the_settings_are_read_fits_the_command(more, said, monk
     assert capsys.readouterr().err.endswith(said)
 
 
+def test_a_run_that_is_resumed_without_its_model_is_told_the_command_that_made_it(capsys):
+    assert run([*ASSESS, "--no-doubts", "--run", "r"]) == 0
+    capsys.readouterr()
+    assert run(["assess", "--run", "r", "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("holdfast: MODEL is missing")
+    assert "go on with: holdfast " in said and said.endswith(" --run r --resume\n")
+
+
 def test_a_signal_in_a_command_that_keeps_no_run_names_none(monkeypatch, capsys):
     def stopped(*_, **__):
         raise KeyboardInterrupt

@@ -213,6 +213,16 @@ def _refuse_targets(settings: AssessSettings, config: str | None) -> None:
         refuse_no_run(Path(settings.baseline))
 
 
+def _refuse_bare_resume(run: Path) -> None:
+    """A run that is resumed by its folder alone is told the command that made it."""
+    from holdfast.runs.repeating import way_out
+    from holdfast.store.folder import read_about
+
+    command = read_about(run).get("command")
+    if command:
+        raise UsageError(f"MODEL is missing; {way_out(command, run)}")
+
+
 def _refuse_code_of_config(settings: AssessSettings, flags: dict[str, Any]) -> None:
     for name in ("model", "arch"):
         value = getattr(settings, name)
@@ -283,6 +293,8 @@ DATA   a bundled name (mnist-mini), a catalogue name (see holdfast data), an .np
 @spoken
 def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flags: Any) -> int:
     """How robust is MODEL on DATA: run, resume or rehearse it."""
+    if resume and run is not None and flags["model"] is None and flags["config"] is None:
+        _refuse_bare_resume(Path(run))
     settings = settings_from(flags)
     if resume and run is None:
         raise UsageError("--resume goes on with a run; name its folder with --run DIR (see holdfast runs)")
