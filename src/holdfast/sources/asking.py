@@ -6,7 +6,7 @@ import re
 import ssl
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -128,10 +128,9 @@ class Client:
                 BrokenPipeError
             ):  # who refuses a large body answers before the end of it, and hangs up
                 connection.request("GET" if body is None else "POST", path, body, headers)
-            answer = connection.getresponse()
-            self._met = began = True
-            content = self._content(answer)
-            answer.close()
+            with closing(connection.getresponse()) as answer:
+                self._met = began = True
+                content = self._content(answer)
             whole = not answer.will_close
         except ssl.SSLCertVerificationError as error:
             way_out = "SSL_CERT_FILE may name the authority that signed it"
