@@ -20,12 +20,12 @@ class Bounds:
     low: float | Tensor = 0.0
     high: float | Tensor = 1.0
 
-    def clamp(self, x: Inputs) -> Inputs:
-        """The nearest point of the box."""
+    def clamp(self, x: Inputs, *, out: Tensor | None = None) -> Inputs:
+        """The nearest point of the box; in `out` if it is given, which may be `x`."""
         if isinstance(self.low, Tensor) or isinstance(self.high, Tensor):
             low, high = self.like(x)
-            return torch.clamp(x, low, high)
-        return torch.clamp(x, self.low, self.high)
+            return torch.clamp(x, low, high, out=out)
+        return torch.clamp(x, self.low, self.high, out=out)
 
     def like(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Both sides as tensors with the device and type of `x`, ready to broadcast against it."""

@@ -16,7 +16,7 @@ from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.directions import waves
 
 _ROWS = (
-    96  # on four networks of 28 to 32 pixels a side half or twice as many are as quick, far more are slower
+    128  # on four networks of 28 to 32 pixels a side half or twice as many are as quick, far more are slower
 )
 _STARTS = 10  # starts that compete, as many as a start costs to follow up
 _SLOW = 0.15  # share of the frequencies that the waves among the starts are made of

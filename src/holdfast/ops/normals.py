@@ -31,8 +31,8 @@ def normal(
         each = (v.split(_POINTS // k) for v in (x[:, None], radius, wanted - first, sums, counts))  # type: ignore[no-untyped-call]
         for few, at, reach, most, total, asked in zip(some.split(_POINTS // k), *each, strict=True):
             u = directions(rng.at(first), few.ids, k, x.shape[1:], share, x.dtype)
-            points = decisions.bounds.clamp(torch.addcmul(at, spread(reach, u), u))
-            broken, done = decisions.ask_many(few, points, most)
+            points = torch.addcmul(at, spread(reach, u), u, out=u)  # in place: fresh memory is what costs
+            broken, done = decisions.ask_many(few, decisions.bounds.clamp(points, out=points), most)
             told = torch.stack(((2 * broken.long() - 1) * done, done), 1).to(x.dtype)
             total += told @ (points - at).flatten(2)
             asked += told.sum(2)
