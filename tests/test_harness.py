@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.attacks import DDN, PGD, Square
+from holdfast.attacks import DDN, NES, PGD, Square
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Linf
@@ -311,12 +311,21 @@ def test_first_success_counts_the_queries_of_the_attacks_before():
     assert (evidence["first_success"] <= evidence["queries"]).all()
 
 
+def test_a_point_that_was_never_asked_about_falls_when_all_was_asked():
+    jump = Doing(lambda m, b, t, r: (m(b.x, b.ids), t.constraint.project(1 - b.x, b.x, m.bounds))[1])
+    evidence = measure(MODEL, [BATCH], [jump], ThreatModel(Linf(0.5)))
+    won = evidence["success"] & evidence["correct"]
+    assert won.any()
+    assert torch.equal(evidence["first_success"][won], evidence["queries"][won])
+
+
 # --- cutting up
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_batch_sizes_change_neither_draws_nor_verdicts(size):
-    attacks, threat = [Doing(noise), PGD(steps=8, restarts=2), Square(queries=40)], ThreatModel(Linf(0.03))
+    attacks = [Doing(noise), PGD(steps=8, restarts=2), Square(queries=40), NES(queries=60)]
+    threat = ThreatModel(Linf(0.03))
     whole = measure(MODEL, [BATCH], attacks, threat, seed=5)
     cut = measure(MODEL, list(BATCH.split(11)), attacks, threat, seed=5, batch_size=size)
     assert 0 < whole["success"].sum() < 30

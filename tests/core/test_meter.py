@@ -87,6 +87,15 @@ def test_the_first_success_is_the_query_that_broke_it_with_an_allowed_input():
     assert batch.x is X
 
 
+def test_a_success_among_many_rows_of_a_call_is_counted_to_its_own_row():
+    meter, _, _ = metered()
+    meter(X)
+    near = X + torch.tensor([-0.1, 0.1])  # breaks the last two
+    meter(torch.cat((X[2:], near[2:], near[2:], X[2:])), IDS[[2, 3, 2, 3, 3, 2, 2, 3]])
+    assert meter.spent.first_success.tolist() == [0, 0, 3, 3]
+    assert meter.spent.queries.tolist() == [1, 1, 5, 5]
+
+
 def test_an_input_outside_the_box_is_no_success():
     meter, _, _ = metered(eps=5.0)
     meter(X + torch.tensor([0.0, 3.0]))

@@ -90,7 +90,8 @@ class Evidence:
     `probability_margin`, `correct`; the worst case over the suite `success`, `broken_by` (index into `attacks` of the
     first that succeeded, in a minimum-norm run of the one that came closest; -1),
     `adversarial_prediction`, `distance_linf`, `distance_l2`, `distance_l1`, `distance_l0` (inf where nothing was found,
-    0 where the clean input is already wrong), `queries`, `first_success`; of the fixed PGD-40 pass
+    0 where the clean input is already wrong), `queries`, `first_success` (the query at which it fell, all of them where
+    what fell was never asked about itself); of the fixed PGD-40 pass
     `attacked_prediction`, `attacked_confidence`, `attacked_entropy`, `attacked_probability_margin`; of minimum-norm
     attacks `distance`, the smallest over all successes in the threat's own norm, and `STAGE.distance`, that of one
     attack by the name of its stage, such as `1-fmn.distance`. Under a targeted goal `eligible` marks the examples that

@@ -90,11 +90,10 @@ class Metered:
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
         """Logits of `x`, booked on `ids` (all examples of the batch in order, if None)."""
         rows, ones, wanted = self._places(x, ids)
-        if self._threat.queries is not None:
-            asked = self._queries.index_add(0, rows, ones)
-            if (asked > self._threat.queries).any():
-                raise BudgetSpent(f"{self._threat.queries} queries are spent")
-        self._queries.index_add_(0, rows, ones)
+        before, asked = self._queries, self._queries.index_add(0, rows, ones)
+        if self._threat.queries is not None and (asked > self._threat.queries).any():
+            raise BudgetSpent(f"{self._threat.queries} queries are spent")
+        self._queries = asked
         if self._threat.access == "gradients":
             logits = self._model(x, ids)
             if x.requires_grad and not self._gradient_seen:
@@ -104,7 +103,7 @@ class Metered:
         else:
             with torch.no_grad():
                 logits = self._model(x, ids)
-        self._watch(x.detach(), logits.detach(), rows, wanted)
+        self._watch(x.detach(), logits.detach(), rows, wanted, before)
         if self._threat.access == "labels":
             labels = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).to(logits.dtype)
             return labels.masked_fill(
@@ -151,8 +150,8 @@ class Metered:
             self._last_clean = None
         return self._last_places
 
-    def _watch(self, x: Inputs, logits: Logits, rows: Tensor, wanted: Labels) -> None:
-        """Note the first query that breaks each example with an allowed input."""
+    def _watch(self, x: Inputs, logits: Logits, rows: Tensor, wanted: Labels, before: Tensor) -> None:
+        """Note the first query that breaks each example with an allowed input; `before` this call it had so many."""
         keeps, unbroken = self._threat.queries is not None, self._first[rows] == 0
         if not keeps and not unbroken.any():
             return
@@ -179,7 +178,8 @@ class Metered:
         legal = allowed(constraint, x[at], clean[at], self.bounds)
         at, distance = at[legal], distance[legal]
         new = at[unbroken[at]]
-        self._first[rows[new]] = self._queries[rows[new]]
+        asked = (before[rows] + _occurrence(rows))[new]
+        self._first.scatter_reduce_(0, rows[new], asked, "amin", include_self=False)
         if keeps:
             self._keep(x, rows, at, distance)
 
@@ -189,3 +189,13 @@ class Metered:
             known = self._found.get(row)
             if known is None or (self._smallest and far < known[0]):
                 self._found[row] = far, x[k].clone()
+
+
+def _occurrence(rows: Tensor) -> Tensor:
+    """Of each number, how often it has come up in the list so far, from 1."""
+    order = rows.argsort(stable=True)
+    grouped = rows[order]
+    begins = torch.searchsorted(grouped, grouped)
+    found = torch.empty_like(rows)
+    found[order] = torch.arange(1, len(rows) + 1, device=rows.device) - begins
+    return found

@@ -98,7 +98,9 @@ def _worst_case(clean: Columns, attacks: Sequence[Columns], *, smallest: bool) -
     nearest = torch.full((n,), torch.inf)
     for k, columns in enumerate(attacks):
         new = columns["success"] & ~success
-        first = torch.where(new & (columns["first_success"] > 0), queries + columns["first_success"], first)
+        # a point that was put together from answers, and not asked about itself, is known when all was asked
+        fell = torch.where(columns["first_success"] > 0, columns["first_success"], columns["queries"])
+        first = torch.where(new, queries + fell, first)
         queries = queries + columns["queries"]
         if smallest:
             new = columns["success"] & (columns["distance"] < nearest)
