@@ -109,13 +109,22 @@ def _markdown(head: Cells, outcome: Outcome) -> str:
     lines = [f"# {head['what']}", "", f"`{head['command']}`, {head['made']}", ""]
     lines += [f"- {'met' if c.met else '**missed**'}: {c.text}: {c.value:.4g}" for c in outcome.claims]
     lines += ["", *as_table(outcome.table), ""]
-    lines += [f"- {note}" for note in _once(outcome.notes)]
+    lines += [f"- {note}" for note in (*_once(outcome.notes), *_when(outcome.detail))]
     machine = head["hardware"]
     lines += ["", "Settings: " + ", ".join(f"{k} {v}" for k, v in outcome.config.items()) + "."]
     lines += [f"Machine: {machine['processor']}, {machine['threads']} thread of {machine['cores']} cores."]
     return "\n".join(
         [*lines, "Versions: " + ", ".join(f"{k} {v}" for k, v in head["versions"].items()) + ".", ""]
     )
+
+
+def _when(detail: Cells) -> list[str]:
+    """Which parts of a row that takes hours were measured at which commit."""
+    parts: dict[str, list[str]] = {}
+    for name, kept in detail.items():
+        if isinstance(kept, dict) and {"made", "holdfast"} <= kept.keys():
+            parts.setdefault(kept["holdfast"], []).append(name)
+    return [f"measured at {commit}: {'; '.join(names)}" for commit, names in parts.items()]
 
 
 def as_table(rows: list[Cells]) -> list[str]:
