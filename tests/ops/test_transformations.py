@@ -119,6 +119,8 @@ def test_is_refused_where_there_is_no_image_or_no_colour():
 def test_no_threat_bends_and_moves_at_once():
     with pytest.raises(UsageError, match="as in spatial:flow=1.5"):
         Spatial(shift=1, flow=1.5)
+    with pytest.raises(UsageError, match="at most 0.9"):
+        Spatial(scale=1.0)
 
 
 def test_a_model_seen_through_changes_draws_anew_each_time_and_stays_differentiable():

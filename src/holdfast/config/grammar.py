@@ -13,13 +13,13 @@ from types import MappingProxyType
 from typing import Final, Literal, get_args
 
 from holdfast.core.errors import UsageError
-from holdfast.core.names import limits_text, refuse_mixed, threat_text
+from holdfast.core.names import MOST_SCALED, limits_text, refuse_mixed, threat_text
 from holdfast.core.spelling import suggestion
 
 Norm = Literal["linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour"]
 Sees = Literal["none", "labels", "scores", "gradients"]
 
-_MOVED = {"rotate": 180.0, "shift": math.inf, "scale": 0.9}
+_MOVED = {"rotate": 180.0, "shift": math.inf, "scale": MOST_SCALED}
 LIMITS: Final[Mapping[str, Mapping[str, float]]] = {
     "spatial": {**_MOVED, "flow": math.inf},
     "colour": {"hue": 180.0, "saturation": 1.0, "brightness": 1.0, "contrast": 1.0},

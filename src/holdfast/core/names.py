@@ -5,6 +5,9 @@ from collections.abc import Mapping
 
 from holdfast.core.errors import UsageError
 
+MOST_SCALED = 0.9
+"""Share by which an image may grow or shrink, at most: shrunk by all of it nothing would be left."""
+
 
 def slug(name: str) -> str:
     """`APGD-CE (large eps)` as `apgd-ce-large-eps`, where only small letters, digits and hyphens may stand."""

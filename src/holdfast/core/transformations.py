@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from holdfast.core.errors import UsageError
-from holdfast.core.names import limits_text, refuse_mixed
+from holdfast.core.names import MOST_SCALED, limits_text, refuse_mixed
 from holdfast.core.types import Fraction, Inputs, NonNegative, PerExample
 from holdfast.core.wholes import Whole
 
@@ -27,12 +27,16 @@ class Spatial(Whole):
     shift: NonNegative = 0.0
     """pixels, along each side and either way"""
     scale: Fraction = 0.0
-    """share by which an image may grow or shrink"""
+    """share by which an image may grow or shrink, at most 0.9"""
     flow: NonNegative = 0.0
     """pixels that each pixel may come from, in any direction; alone, since no attack searches both at once"""
 
     def __post_init__(self) -> None:
         refuse_mixed(self.limits)
+        if self.scale > MOST_SCALED:
+            raise UsageError(
+                f"scale={self.scale:g} leaves nothing of an image; expected at most {MOST_SCALED:g}"
+            )
 
     @property
     def eps(self) -> float:
@@ -60,7 +64,9 @@ class Spatial(Whole):
 
     def resized(self, eps: float) -> "Spatial":
         """Every limit times `eps`."""
-        return Spatial(self.rotate * eps, self.shift * eps, min(self.scale * eps, 1.0), self.flow * eps)
+        return Spatial(
+            self.rotate * eps, self.shift * eps, min(self.scale * eps, MOST_SCALED), self.flow * eps
+        )
 
     def __str__(self) -> str:
         return limits_text("spatial", self.limits)
