@@ -34,7 +34,7 @@ class Transfer:
     """Climb the surrogates' loss from the clean input, all steps whatever they say; the target is never asked."""
 
     steps: Steps = 10
-    """steps, each of (1 + neighbours) (1 + halvings) gradients of every surrogate"""
+    """steps, each of (1 + neighbours) (1 + halvings) gradients of every surrogate; the last goes without neighbours"""
     reach: Positive = 6.0
     """path length, in multiples of eps"""
     momentum: NonNegative = 1.0
@@ -72,7 +72,7 @@ class Transfer:
                 at = model.bounds.clamp(torch.add(x, lead, alpha=size * self.momentum))
             grad = self._gradient(source, batch.at(at), place)
             tuned = shifted(grad + correction, self.shifts)
-            if self.neighbours:
+            if self.neighbours and step + 1 < self.steps:  # for the step that follows
                 correction = self._nearby(source, batch.at(x), threat, place) - grad
             direction = self.momentum * direction + levelled(tuned)
             climb = constraint.steepest(direction, x, model.bounds)
