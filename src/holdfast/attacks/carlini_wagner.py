@@ -20,13 +20,14 @@ from holdfast.core.model import Model
 from holdfast.core.rows import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Mask, PerExample, Positive, Steps
+from holdfast.ops.adam import Adam
 from holdfast.ops.ascent import gradient
 from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.losses import margin_loss
 from holdfast.ops.norms import expect_norm, farthest, free, gap, length
 
-_TINY, _TINIEST = 1e-12, 1e-30
+_TINIEST = 1e-30
 _DEARER = 4.0  # times the last price, while none was enough
 
 
@@ -80,7 +81,7 @@ class CarliniWagner:
         """One run of Adam from the clean input; offers what breaks the model, and says where the price was enough."""
         x, solved, reach = batch.x, torch.zeros_like(price, dtype=torch.bool), spread(price, batch.x)
         push = spread(price if isinstance(norm, L2) else weight, x)
-        mean, square = torch.zeros_like(x), torch.zeros_like(x)
+        adam = Adam(x)
         for step in range(1, self.steps + 1):
             grad, logits = gradient(model, batch.at(x), margin_loss)
             broken, distance = firmly_broken(logits, batch), norm.distance(x, batch.x)
@@ -94,8 +95,6 @@ class CarliniWagner:
                     delta.sign() * (delta.abs() > reach),
                 )
             down = charge - push * grad * spread(~broken, x)
-            mean, square = 0.9 * mean + 0.1 * down, 0.999 * square + 0.001 * down**2
-            direction = mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + _TINY)
             cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
-            x = model.bounds.clamp(x - spread(lr * (0.01 + 0.99 * cosine), x) * direction)
+            x = model.bounds.clamp(x - spread(lr * (0.01 + 0.99 * cosine), x) * adam(down))
         return solved

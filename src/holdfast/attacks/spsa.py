@@ -15,7 +15,8 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Access, Inputs, Positive, Rows, Steps
+from holdfast.core.types import Access, Inputs, Positive, Steps
+from holdfast.ops.adam import Adam
 from holdfast.ops.estimates import climb, rademacher
 from holdfast.ops.norms import expect_eps
 
@@ -44,28 +45,10 @@ class SPSA:
                 batch,
                 expect_eps(threat.constraint, self),
                 rademacher,
-                _Adam(),
+                Adam(batch.x),
                 queries=min(self.queries, threat.queries or self.queries),
                 pairs=self.pairs,
                 size=self.delta * model.bounds.width,
                 reach=self.reach,
                 rng=rng,
             )
-
-
-class _Adam:
-    """Kingma & Ba 2015, with their constants."""
-
-    def __init__(self) -> None:
-        self._steps, self._mean, self._square = 0, torch.zeros(()), torch.zeros(())
-
-    def __call__(self, gradient: Inputs) -> Inputs:
-        self._steps += 1
-        self._mean = 0.9 * self._mean.to(gradient) + 0.1 * gradient
-        self._square = 0.999 * self._square.to(gradient) + 0.001 * gradient**2
-        mean, square = self._mean / (1 - 0.9**self._steps), self._square / (1 - 0.999**self._steps)
-        return mean / square.sqrt().clamp_min(torch.finfo(square.dtype).tiny)
-
-    def take(self, rows: Rows) -> None:
-        if self._steps:
-            self._mean, self._square = self._mean[rows], self._square[rows]

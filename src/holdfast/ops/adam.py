@@ -19,6 +19,11 @@ class Adam:
         """Go on with some examples."""
         self._mean, self._square = self._mean[rows], self._square[rows]
 
+    def __call__(self, gradient: Inputs) -> Inputs:
+        """The direction of the next step, after one more gradient."""
+        mean, scale = self.seen(gradient)
+        return mean / scale
+
     def seen(self, grad: Inputs) -> tuple[Inputs, Inputs]:
         """The mean gradient after one more, and the scale that it is to be divided by, both without their bias."""
         self._steps += 1
