@@ -296,6 +296,13 @@ def test_the_way_out_of_what_is_hidden_helps(members, threat, target, says):
         refuse_what_is_hidden(Plan(labelled(members), threat), target)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_inputs_of_half_a_word_are_refused(dtype):
+    few = Batch(BATCH.x.to(dtype), BATCH.y, BATCH.ids)
+    with pytest.raises(UsageError, match=f"{dtype}.*give them as float32"):
+        measure(MODEL, [few], [PGD(steps=2)], THREAT)
+
+
 def test_a_curve_that_cannot_be_drawn_is_left_out():
     plan = Plan(labelled([Square()]), THREAT, curve=labelled([PGD()]))
     with pytest.raises(UsageError, match="; leave --curve out, or choose"):

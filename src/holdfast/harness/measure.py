@@ -7,7 +7,7 @@ import torch
 
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
@@ -16,6 +16,8 @@ from holdfast.harness.plan import Plan, Stage, labelled, refuse_unfitted, refuse
 from holdfast.harness.stages import Room, ready, run_clean, run_fit, run_stage
 from holdfast.harness.target import LOOKED_AT, Target, prepared
 from holdfast.harness.waves import due
+
+_TYPES = (torch.float32, torch.float64)
 
 
 def measure(
@@ -43,11 +45,17 @@ def measured(
     """What the attacks of a plan do to `model` on some batches, whose ids must differ.
 
     `fit` holds other examples, for attacks that are learned. The model is measured in eval mode and comes back as it
-    was. Raises `UsageError` when an attack needs more access than the threat model allows, `TargetError` when there is
-    nothing to measure or the model is unusable.
+    was. Raises `UsageError` when an attack needs more access than the threat model allows or inputs are of less than
+    single precision, `TargetError` when there is nothing to measure or the model is unusable.
     """
     if not sum(map(len, batches)):
         raise TargetError("there are no examples to measure; expected at least one")
+    for batch in batches:
+        if batch.x.dtype not in _TYPES:
+            raise UsageError(
+                f"inputs are {batch.x.dtype}, in which attacks lose their steps to rounding; give them as float32, and "
+                "let the model cast them"
+            )
     plan = refuse_what_is_hidden(plan, model.access)
     refuse_unfitted(plan, fit=fit is not None)
     first = next(batch for batch in batches if len(batch))
