@@ -1,9 +1,9 @@
 """Sign-OPT: turn the ray from the clean input to where the boundary along it is nearer, by the signs of derivatives.
 
 Cheng et al., "Sign-OPT: A Query-Efficient Hard-label Adversarial Attack", ICLR 2020, arXiv:1909.10773.
-Differs from the paper: directions are half of low frequency where the inputs are images, and turn the ray a hundred
-times as far; the mean sign is taken off; a step is judged at the distance known, before its own is searched; and the
-nearest of several starts is taken.
+Differs from the paper: directions are half of low frequency where the inputs are images, turn the ray a hundred times
+as far, and are asked about beside its end, not brought back to its length; the mean sign is taken off; a step is judged
+at the distance known, before its own is searched; and the nearest of several starts is taken.
 """
 
 from dataclasses import dataclass

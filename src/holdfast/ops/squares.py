@@ -291,8 +291,8 @@ def search(
 ) -> None:
     """Try a window a query, from the points that `proposals` holds, and keep each that lowers the margin.
 
-    `shares` are the pixels that the window of each query covers, but the first, which looks at where the search begins.
-    `best` is offered where each example ends; a broken one leaves. Cost: a forward for each of `shares`.
+    `shares` are what the windows cover, one for each query; the last goes unused, since the first query looks at where
+    the search begins. `best` is offered where each example ends; a broken one leaves. Cost: a forward for each share.
     """
     height = margin(model(proposals.x.clone(), left.ids), left)  # what a model was given stays as it was
     for step in range(len(shares)):
