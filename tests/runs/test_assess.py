@@ -478,6 +478,28 @@ def test_what_the_probes_broke_is_counted_once_each_and_told(tmp_path):
     assert open_run(tmp_path / "run").evidence.broken_elsewhere == broken
 
 
+class Flipping(torch.nn.Module):
+    """A network that is wrong at every tenth look, whatever it is shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x):
+        logits = self.net(x)
+        return torch.where(torch.rand(len(x), 1) < 0.1, logits.roll(1, dims=1), logits)
+
+
+def test_an_unlucky_look_at_a_model_that_draws_breaks_nothing():
+    asked = order(Member("PGD", PGD(steps=3)), doubts="all")
+    tiny = replace(asked, plan=replace(asked.plan, threat=ThreatModel(Linf(1e-6))))
+    found = assess(subject(Flipping()), data(), tiny)
+    assert found.metrics["robust_accuracy"].value > 0.7
+    assert found.evidence.broken_elsewhere == 0
+    raised = {doubt.name for doubt in found.doubts if doubt.state == "raised"}
+    assert raised == {"randomness"}
+
+
 def test_what_the_curve_and_the_fixed_pass_broke_is_told_too():
     """A found example is a proof, also where it is in no verdict; a list of attacks is doubted for it as well."""
     weak, smallest = Member("PGD", PGD(steps=1, reach=0.1)), Member("FMN", FMN(steps=20))

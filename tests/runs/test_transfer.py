@@ -57,6 +57,17 @@ def test_the_matrix_is_what_was_made_on_each_and_shown_to_all():
     assert found.metrics["transfer_success"] == rows[-1].shares[0]
 
 
+def test_a_standing_example_that_the_matrix_turned_is_told_and_doubted():
+    weak = Member("Transfer", Transfer(steps=1, reach=0.05, neighbours=0))
+    asked = with_surrogates(other(), members=(weak,))
+    found = assess(subject(), data(), replace(asked, plan=replace(asked.plan, threat=BLIND, doubts="all")))
+    held, turned = found.evidence["correct"] & ~found.evidence["success"], torch.zeros(N, dtype=torch.bool)
+    turned[found.evidence.transfer["id"]] = found.evidence.transfer["wrong"][:, :, 0].any(1)
+    assert found.evidence.broken_elsewhere >= int((held & turned).sum()) > 0
+    doubt = next(doubt for doubt in found.doubts if doubt.name == "not-exhausted")
+    assert doubt.state == "raised" and "the transfer matrix" in doubt.says
+
+
 def test_a_run_keeps_its_matrix_and_tells_it_again(tmp_path):
     asked = with_surrogates(other(), doubts="all", gates=("transfer_success <= 0.99",))
     kept = assess(subject(), data(), asked, run=tmp_path / "run")

@@ -117,7 +117,7 @@ class Evidence:
     """all of it: clean pass, attacks, the fixed pass, doubts"""
     doubts_cost: Cost = Cost()
     broken_elsewhere: int = 0
-    """examples that stood after every attack, and that a probe of the doubts, the fixed pass or the curve broke"""
+    """examples that stood after every attack, and that a probe of the doubts or a pass outside the suite broke"""
     gallery: Columns = field(default_factory=dict)
     """a few broken examples for people to look at: `id` (k), `x` and `x_adv` (k, *features)"""
     surrogates: tuple[Mapping[str, Any], ...] = ()

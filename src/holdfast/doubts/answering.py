@@ -73,7 +73,7 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
         Arm("BPDA", APGD(loss=margin_loss, steps=100, restarts=2), MISLEADING),
         Arm("BPDA-T", APGD(loss=dlr, steps=100, targets=9), MISLEADING),
         *(() if isinstance(constraint, Linf) else nearest),
-        Arm("Search", Square(queries=5000), BLIND),
+        Arm("Search", Square(queries=5000), (*RANDOM, *BLIND)),
     )
 
 

@@ -37,6 +37,8 @@ class Circumstances:
     """of a list of attacks: whose gradient was zero or NaN in the first pass; None where nothing watched it"""
     blind: bool = False
     """whether no gradient of a detector's score reaches an input"""
+    randomised: bool = False
+    """whether the model draws at random, so that one look at an input proves nothing"""
 
 
 @dataclass(frozen=True)
@@ -56,22 +58,33 @@ def conclude(
     `passes` say which examples (n) other passes than the probes broke. A list of attacks (no suite) gets the free
     doubts only, and `not-exhausted` where a pass speaks for it.
     """
-    fallen = broken_elsewhere(found, columns, circumstances.threat, passes)
+    fallen = broken_elsewhere(
+        found, columns, circumstances.threat, passes, randomised=circumstances.randomised
+    )
     case = _Case(found, columns, circumstances, fallen)
     names = DOUBTS if circumstances.suite else (*FREE, *(("not-exhausted",) if fallen else ()))
     return Findings(tuple(_CONCLUSIONS[name](case) for name in DOUBTS if name in names), fallen)
 
 
 def broken_elsewhere(
-    found: Found, columns: Columns, threat: ThreatModel, passes: Mapping[str, Mask]
+    found: Found,
+    columns: Columns,
+    threat: ThreatModel,
+    passes: Mapping[str, Mask],
+    *,
+    randomised: bool = False,
 ) -> dict[str, Ids]:
     """Ids of the standing examples that each probe or pass broke inside the threat model; without those of none.
 
-    A probe that asks more than the threat's budget proves nothing.
+    A probe that asks more than the threat's budget proves nothing, nor does a look in passing at a `randomised` model.
     """
     held = standing(columns, threat)
     may = [
-        probe for probe in PROBES if probe.breaks and within_budget(probe.queries, threat) == probe.queries
+        probe
+        for probe in PROBES
+        if probe.breaks
+        and within_budget(probe.queries, threat) == probe.queries
+        and (probe.voted or not randomised)
     ]
     breaking = {probe.name for probe in may} | {"again"}
     gone = {name: (broken & held).nonzero()[:, 0] for name, broken in passes.items()}
@@ -99,11 +112,15 @@ class _Case:
             return Doubt(name, "not applicable", says="eps is 0, so no input may change")
         for probe in PROBES:
             if probe.name in probes and not threat.gives(probe.needs):
-                says = f"it needs {probe.needs}, and the threat model allows {threat.access} only"
+                says = f"it needs {probe.needs}, and the threat model allows {_seen(threat)}"
                 return Doubt(name, "not applicable", says=says)
         if not set(probes) <= {probe.name for probe in probes_for(within)} | {"again"}:
             return Doubt(name, "not applicable", says=f"there is no such attack under {within.constraint}")
         return Doubt(name, "not measured", says="no example was left to measure it on")
+
+
+def _seen(threat: ThreatModel) -> str:
+    return "nothing to be seen" if threat.access == "none" else f"{threat.access} only"
 
 
 def _judged(name: str, statistic: float, threshold: float, n: int, says: str, *, more: bool = True) -> Doubt:
@@ -145,7 +162,7 @@ def _zero_gradient(case: _Case) -> Doubt:
 def _probabilities(case: _Case) -> Doubt:
     rows, threat = case.columns["is_probability"], case.circumstances.threat
     if not threat.gives("scores"):
-        says = f"the threat model allows {threat.access} only, whatever the scores are"
+        says = f"the threat model allows {_seen(threat)}, whatever the scores are"
         return Doubt("probabilities", "not applicable", says=says)
     says = f"{int(rows.sum())} of {len(rows)} rows of the output are probabilities: they sum to 1 and none is negative"
     state: DoubtState = "raised" if bool(rows.all()) else "clear"
@@ -156,11 +173,13 @@ def _scale(case: _Case) -> Doubt:
     plain, small = case.broken("cross-entropy"), case.broken("small-cross-entropy")
     if plain is None or small is None:
         return case.absent("scale", "cross-entropy", "small-cross-entropy")
-    share, scaled = float(plain.double().mean()), float(small.double().mean())
+    test, n = mcnemar(small, plain), len(plain)
     says = (
-        f"PGD-20 on the cross-entropy breaks {_percent(share)}, with logits scaled to 1 % {_percent(scaled)}"
+        f"PGD-20 on the cross-entropy breaks {_share(plain)}, with logits scaled to 1 % {_share(small)} "
+        f"(exact McNemar p = {test.p:.2g})"
     )
-    return _judged("scale", scaled - share, at.POINTS_BY_SCALE, len(plain), says)
+    ahead = (test.only_first - test.only_second) / n
+    return _judged("scale", ahead, at.POINTS_BY_SCALE, n, says, more=test.p < at.P_BY_RIVAL)
 
 
 def _rival(case: _Case, name: str, weak: tuple[str, str], strong: tuple[str, str]) -> Doubt:
@@ -192,6 +211,9 @@ def _noise(case: _Case) -> Doubt:
     gone = case.broken("noise")
     if gone is None:
         return case.absent("noise", "noise")
+    if case.circumstances.randomised:
+        says = "the model draws at random, and one of many draws may be wrong whatever the input"
+        return Doubt("noise", "not applicable", says=says)
     draws = within_budget(at.NOISE_DRAWS, case.circumstances.threat)
     says = f"{draws} random draws break {int(gone.sum())} of {len(gone)} standing examples"
     return _judged("noise", float(gone.double().mean()), at.NOISE, len(gone), says)

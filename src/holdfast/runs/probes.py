@@ -69,7 +69,12 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], 
     wanted = plan.suite if plan.doubts == "all" else ""
     target = course.target
     circumstances = Circumstances(
-        plan.threat, wanted, target.in_training, _first_gradients(by_stage), target.blind
+        plan.threat,
+        wanted,
+        target.in_training,
+        _first_gradients(by_stage),
+        target.blind,
+        target.randomised,
     )
     if not wanted:
         return Asked(conclude({}, columns, circumstances, passes))
@@ -82,24 +87,36 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], 
 
 
 def _passes(course: Course, by_stage: Mapping[str, Columns]) -> dict[str, Mask]:
-    """What the passes that are in no verdict broke inside the threat model: the fixed ones and those of the curve.
+    """What passes that are in no verdict broke inside the threat model: fixed ones, the curve's, the transfer matrix.
 
-    The fixed ones look once, which proves nothing of a randomised model; nor does what takes more than the budget.
+    All but the curve's look once, which proves nothing of a randomised model; nor does what takes more than the budget.
     """
     broke, budget = {}, course.plan.threat.queries
     for stage in course.plan.stages():
-        if stage.name not in by_stage or stage.kind not in ("curve", "attacked", "detection"):
+        if stage.name not in by_stage or stage.kind not in ("curve", "attacked", "detection", "transfer"):
             continue
         fell = by_stage[stage.name]["success"]
+        if stage.kind == "transfer":
+            fell = _turned(by_stage[stage.name])
         if budget is not None:
             fell = fell & (by_stage[stage.name]["queries"] <= budget)
         if stage.kind == "curve" and stage.member is not None:
             broke[f"{stage.member.name} of the curve"] = fell
         elif stage.kind == "attacked" and not course.target.randomised:
             broke["the fixed pass"] = fell
+        elif stage.kind == "transfer" and not course.target.randomised:
+            broke["the transfer matrix"] = fell
         elif stage.kind == "detection" and not course.target.randomised:
             broke[ON_DETECTOR] = broke.get(ON_DETECTOR, torch.zeros_like(fell)) | fell
     return broke
+
+
+def _turned(columns: Columns) -> Mask:
+    """Which examples of the transfer matrix turned the target, whoever they were made on."""
+    fell = torch.zeros_like(columns["ran"])
+    if "transfer.wrong" in columns:
+        fell[columns["ran"]] = columns["transfer.wrong"][:, :, 0].any(1)
+    return fell
 
 
 def _first_gradients(by_stage: Mapping[str, Columns]) -> Mask | None:
