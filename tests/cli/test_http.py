@@ -145,6 +145,12 @@ def test_a_run_whose_server_dies_resumes_to_what_an_undisturbed_one_finds(capsys
         assert run([*words(server, *dying), "--resume"]) == 0
         assert len(server.rows) > 0
     assert rows("cut.csv") == rows("whole.csv")
+    notes = {}
+    for name in ("cut", "whole"):
+        capsys.readouterr()
+        assert run(["report", name, "-o", "-"]) == 0
+        notes[name] = " ".join(json.loads(capsys.readouterr().out)["notes"])
+    assert "begun again after a stop" in notes["cut"] and "begun again" not in notes["whole"]
 
 
 def test_a_run_whose_server_refuses_an_input_goes_on_once_that_is_mended(capsys):

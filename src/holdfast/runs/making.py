@@ -256,13 +256,22 @@ class Making:
         unasked = ["nothing was doubted: the doubts were switched off"] if off else []
         asked = _written(
             probes.ask(course, by_stage, missed, watch),
-            [*missed, *unasked, *said, *self.subject.remarks()],
+            [*missed, *unasked, *said, *self.subject.remarks(), *self._lost(keeper.begun_again())],
             keeper.splits(),
         )
         with course.stopper.finishing():
             keeper.record(DOUBTS, asked)
             watch.tick(done=True)
         return asked
+
+    def _lost(self, again: int) -> tuple[str, ...]:
+        """What a server was asked that stands in no column."""
+        if not again or self.subject.card.get("how") != "http":
+            return ()
+        shards = "a shard was" if again == 1 else f"{again:,} shards were"
+        return (
+            f"{shards} begun again after a stop; what the target was asked before is not among the queries",
+        )
 
     def _adapted(
         self, course: Course, by_stage: dict[str, Columns], asked: Mapping[str, Any]
