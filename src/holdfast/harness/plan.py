@@ -268,8 +268,9 @@ def refuse_what_is_hidden(plan: Plan, target: Access, why: str = "") -> Plan:
             )
         if not seen.threat.gives(member.attack.needs):
             reason = f", for {why}" if why and least == target else ""
+            seeable = "nothing" if least == "none" else f"only {least}"
             raise UsageError(
-                f"{member.name} needs {member.attack.needs}, but only {least} can be seen here{reason}; "
+                f"{member.name} needs {member.attack.needs}, but {seeable} can be seen here{reason}; "
                 f"{_way_out(member, seen, target)}"
             )
     return seen
@@ -292,7 +293,7 @@ def _way_out(member: Member, plan: Plan, target: Access) -> str:
         ways.append("leave --curve out")
     elif len(hidden) < len(plan.members):
         ways.append(f"leave it out with {' '.join(f'--skip {slug(each.name)}' for each in hidden)}")
-    if _searched(threat):
+    if _searched(threat) and not plan.suite.startswith("black-box@"):
         ways.append("choose --suite black-box")
     elif threat.access == "none" and not isinstance(threat.constraint, Transformations):
         ways.append("choose --suite transfer, which makes its examples on a --surrogate MODEL")

@@ -19,7 +19,7 @@ class Absent(UsageError):
 def column(evidence: Evidence, name: str, way_out: str) -> Tensor:
     """One column, or `Absent` with the way out."""
     if name not in evidence:
-        raise Absent(f"this run measured no {name}; {way_out}")
+        raise Absent(f"this run measured no {name.replace('_', ' ')}; {way_out}")
     return evidence[name]
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -105,12 +105,14 @@ def main(path: str) -> int:
 @contextmanager
 def _report() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Says something on what was the standard output; what a model prints goes to standard error."""
-    with os.fdopen(os.dup(1), "w") as pipe:
+    with os.fdopen(
+        os.dup(1), "wb", buffering=0
+    ) as pipe:  # a buffer would be written once more when it is closed
         os.dup2(2, 1)
 
-        def say(content: Mapping[str, Any], to: TextIO = pipe) -> None:
+        def say(content: Mapping[str, Any]) -> None:
             with contextlib.suppress(BrokenPipeError):
-                print(json.dumps(content), file=to, flush=True)
+                pipe.write(f"{json.dumps(content)}\n".encode())
 
         yield say
 
