@@ -1,4 +1,4 @@
-"""Attacks on labels alone at 1,000 queries, beside Foolbox, CleverHans, ART and the authors of SurFree."""
+"""Attacks on labels alone at 1,000 queries, beside Foolbox, CleverHans, ART and the authors of RayS and SurFree."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -11,12 +11,13 @@ from benchmarks.absent import Absent
 from benchmarks.compare_attacks import distances
 from benchmarks.comparisons.asking import art, cleverhans, foolbox, surfree
 from benchmarks.comparisons.comparison import Comparison, Reference
+from benchmarks.comparisons.running import rays
 from benchmarks.meter import Counted, cpu_seconds
 from benchmarks.networks import Network, images, network
 from benchmarks.paired import ahead
 from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.attacks import Boundary, GeoDA, HopSkipJump, SignOPT, SurFree
+from holdfast.attacks import Boundary, GeoDA, HopSkipJump, RayS, SignOPT, SurFree
 from holdfast.attacks.protocol import Attack
 
 WHAT = (
@@ -51,6 +52,7 @@ def _contests(data: str) -> tuple[Contest, ...]:
             {"CleverHans": cleverhans(num_iterations=10, initial_num_evals=36, gamma=30.0),
              "Foolbox": foolbox("HopSkipJumpAttack", steps=9, **jumps)},
         ),
+        Contest("RayS", "Linf", RayS(queries=QUERIES), {"its authors": rays(QUERIES)}),
         Contest("SurFree", "L2", SurFree(queries=QUERIES), {"its authors": surfree(QUERIES)}),
         Contest(
             "GeoDA", "L2", GeoDA(queries=QUERIES),

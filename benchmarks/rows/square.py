@@ -88,6 +88,10 @@ def measured() -> Outcome:
             claims.append(
                 Claim(f"{net.name}: success over torchattacks', points >= 0", ahead, 0.0, least=True)
             )
+            ratio = spent.cpu_s / next(
+                cells["CPU s"] for cells in table[::-1] if cells["who"] == "torchattacks"
+            )
+            claims.append(Claim(f"{net.name}: CPU over torchattacks' <= 0.5", ratio, 0.5))
         detail[net.name] = shares
     return Outcome(table, claims, {"n": N, "queries": QUERIES, "seeds": SEEDS}, detail, notes)
 
