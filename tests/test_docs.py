@@ -1,6 +1,7 @@
 """The documentation says of the catalogue what the code does: names, compositions, costs, keys, commands."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -53,6 +54,17 @@ ATTACKS = rows("reference/attacks.md", "attack")
 def test_every_page_is_in_the_navigation():
     listed = re.findall(r"[\w/.-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+def test_every_claim_that_a_record_misses_is_told():
+    records = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/records").glob("*.json"))]
+    latest = {record["row"]: record["claims"] for record in records}
+    missed = {row: sum(not claim["met"] for claim in claims) for row, claims in latest.items()}
+    told = {
+        row["row"].strip("`"): (int(row["missed"]), int(row["of"]))
+        for row in rows("reference/missed.md", "row")
+    }
+    assert told == {row: (n, len(latest[row])) for row, n in missed.items() if n}
 
 
 def test_every_attack_has_a_row():
