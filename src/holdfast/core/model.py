@@ -12,6 +12,9 @@ from holdfast.core.errors import HoldfastError, TargetError, TargetLost
 from holdfast.core.guard import Guarded, of_classes
 from holdfast.core.types import Access, Ids, Inputs, Logits
 
+VOTES = 20
+"""Draws of a randomised model that decide whether an example stands; as many fresh ones judge it."""
+
 
 @dataclass(frozen=True)
 class Bounds:

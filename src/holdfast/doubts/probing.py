@@ -22,7 +22,7 @@ from holdfast.core.errors import BudgetSpent
 from holdfast.core.evidence import Columns
 from holdfast.core.lookup import Lookup
 from holdfast.core.meter import Metered
-from holdfast.core.model import Model
+from holdfast.core.model import VOTES, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Logits, Mask, PerExample, Rows
 from holdfast.doubts.slopes import gradients
@@ -43,8 +43,6 @@ SMALL = 0.01
 """What `scale` multiplies the logits with."""
 SEARCHES = 1000
 """Queries of the black-box search."""
-VOTES = 20
-"""Looks at what a model that draws at random makes of an input."""
 
 
 @dataclass(frozen=True)

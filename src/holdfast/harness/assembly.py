@@ -10,11 +10,11 @@ from torch import Tensor
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence
 from holdfast.core.lookup import Lookup
+from holdfast.core.model import VOTES
 from holdfast.core.types import Ids, Rows
 from holdfast.harness.detecting import PASSES, lowest
 from holdfast.harness.plan import Outline, fit_of
 from holdfast.harness.stages import GALLERY, NORMS
-from holdfast.harness.target import VOTES
 from holdfast.harness.waves import gathered, remark, residual
 
 

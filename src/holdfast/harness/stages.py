@@ -16,12 +16,12 @@ from holdfast.core.errors import BudgetSpent, HoldfastError, UsageError
 from holdfast.core.evidence import PARTIAL, Columns
 from holdfast.core.guard import score
 from holdfast.core.meter import Metered, Spent, margin
-from holdfast.core.model import Model, out_of_memory
+from holdfast.core.model import VOTES, Model, out_of_memory
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, Mask
 from holdfast.harness.detecting import aim_of
 from holdfast.harness.plan import Kind, Plan, Stage, fit_of
-from holdfast.harness.target import VOTES, Target, no_memory
+from holdfast.harness.target import Target, no_memory
 
 GALLERY = 12
 """Broken examples that are kept for people to look at."""

@@ -13,7 +13,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.guard import Aim, held, refuse_inner, score, softly_held, taken
 from holdfast.core.lookup import Lookup
-from holdfast.core.model import EVERY, IN_PLACE, Bounds, Classifier, Model, fitted, out_of_memory
+from holdfast.core.model import EVERY, IN_PLACE, VOTES, Bounds, Classifier, Model, fitted, out_of_memory
 from holdfast.core.through import View, instead
 from holdfast.core.types import Ids, Inputs, Labels, Logits, Mask
 from holdfast.ops.logits import change
@@ -22,8 +22,6 @@ from holdfast.ops.prepare import in_training, quickened
 
 LOOKED_AT = 8
 """Examples that show, before anything is measured, whether the model draws at random and what makes it quick."""
-VOTES = 20
-"""Draws of a randomised model that decide whether an example stands; as many fresh ones judge it."""
 
 REJECTS = (
     "the model rejects what its detector takes for a stranger: an example stands if its clean input is accepted and "

@@ -95,11 +95,10 @@ def _passes(course: Course, by_stage: Mapping[str, Columns]) -> dict[str, Mask]:
     for stage in course.plan.stages():
         if stage.name not in by_stage or stage.kind not in ("curve", "attacked", "detection", "transfer"):
             continue
-        fell = by_stage[stage.name]["success"]
-        if stage.kind == "transfer":
-            fell = _turned(by_stage[stage.name])
+        columns = by_stage[stage.name]
+        fell = _turned(columns) if stage.kind == "transfer" else columns["success"]
         if budget is not None:
-            fell = fell & (by_stage[stage.name]["queries"] <= budget)
+            fell = fell & (columns["queries"] <= budget)
         if stage.kind == "curve" and stage.member is not None:
             broke[f"{stage.member.name} of the curve"] = fell
         elif stage.kind == "attacked" and not course.target.randomised:

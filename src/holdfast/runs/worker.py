@@ -105,9 +105,8 @@ def main(path: str) -> int:
 @contextmanager
 def _report() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Says something on what was the standard output; what a model prints goes to standard error."""
-    with os.fdopen(
-        os.dup(1), "wb", buffering=0
-    ) as pipe:  # a buffer would be written once more when it is closed
+    # without a buffer, which would be written once more when it is closed
+    with os.fdopen(os.dup(1), "wb", buffering=0) as pipe:
         os.dup2(2, 1)
 
         def say(content: Mapping[str, Any]) -> None:
