@@ -84,7 +84,7 @@ def broken_elsewhere(
         for probe in PROBES
         if probe.breaks
         and within_budget(probe.queries, threat) == probe.queries
-        and (probe.voted or not randomised)
+        and (probe.voted is not None or not randomised)
     ]
     breaking = {probe.name for probe in may} | {"again"}
     gone = {name: (broken & held).nonzero()[:, 0] for name, broken in passes.items()}

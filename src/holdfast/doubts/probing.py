@@ -8,6 +8,7 @@ from the same points.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -58,8 +59,8 @@ class Probe:
     """whether its inputs obey the threat model, so that breaking a standing example speaks against the suite"""
     queries: int = 0
     """the most that it asks of an example; 0 where it keeps to the budget of the threat"""
-    voted: bool = False
-    """whether what it ends with is looked at until draws at random do not matter, and not once on its way"""
+    voted: Run | None = None
+    """the same on a model that draws at random: most of the looks at where it ends decide; None where it has no end"""
 
 
 def fallen(margin: PerExample) -> dict[str, Tensor]:
@@ -147,48 +148,49 @@ def _drawn(model: Model, batch: Batch, constraint: Constraint, rng: Draws, *, su
     return constraint.project(batch.x + step, batch.x, model.bounds)
 
 
-def _judged(attack: Attack, model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> PerExample:
+def _judged(
+    attack: Attack, model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int
+) -> PerExample:
+    """The margin where the attack ends: not above zero where most of the `looks` say so."""
     meter = Metered(model, batch, threat)
     try:
         x_adv = attack(meter, batch, threat, rng=rng)
     except BudgetSpent:
         x_adv = meter.found()
 
-    def looks(many: int) -> Tensor:
-        with torch.no_grad():
-            seen = torch.stack([margin(model(x_adv, batch.ids), batch) for _ in range(many)])
-        return seen.nan_to_num(nan=-torch.inf)
-
-    twice = looks(2)
-    if torch.equal(*twice):
-        return twice[0]
-    return looks(VOTES).sort(0).values[VOTES // 2]  # not above zero where most are wrong
+    with torch.no_grad():
+        seen = torch.stack([margin(model(x_adv, batch.ids), batch) for _ in range(looks)])
+    return seen.nan_to_num(nan=-torch.inf).sort(0).values[looks // 2]
 
 
-def _black_box(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
+def _black_box(
+    model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int = 1
+) -> dict[str, Tensor]:
     """Square alone, from a cold start."""
-    return fallen(_judged(Square(queries=SEARCHES), model, batch, threat, rng.at("search")))
+    return fallen(_judged(Square(queries=SEARCHES), model, batch, threat, rng.at("search"), looks))
 
 
-def _transferred(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
+def _transferred(
+    model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int = 1
+) -> dict[str, Tensor]:
     """Examples made on the surrogates, to be compared with what this model's own gradients do."""
-    return fallen(_judged(Transfer(), model, batch, threat, rng.at("transfer")))
+    return fallen(_judged(Transfer(), model, batch, threat, rng.at("transfer"), looks))
 
 
 def again(attacks: tuple[Attack, ...]) -> Probe:
     """A fresh pass of the suite over the standing examples closest to the boundary."""
 
-    def run(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
+    def run(model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int = 1) -> dict[str, Tensor]:
         lowest = torch.full_like(batch.x.flatten(1)[:, 0], torch.inf)
         for place, attack in enumerate(attacks):
             left = (lowest > 0).nonzero()[:, 0]
             if not len(left):
                 break
-            height = _judged(attack, model, batch.take(left), threat, rng.at("again", place))
+            height = _judged(attack, model, batch.take(left), threat, rng.at("again", place), looks)
             lowest[left] = torch.minimum(lowest[left], height)
         return fallen(lowest)
 
-    return Probe("again", "none", run, on="closest", voted=True)
+    return Probe("again", "none", run, on="closest", voted=partial(run, looks=VOTES))
 
 
 PROBES: tuple[Probe, ...] = (
@@ -202,8 +204,8 @@ PROBES: tuple[Probe, ...] = (
     Probe("runner-up", "gradients", _towards_runner_up, queries=STEPS + 2),
     Probe("whole-box", "gradients", _whole_box, breaks=False),
     Probe("noise", "labels", _noise, on="standing"),
-    Probe("search", "scores", _black_box, voted=True),
-    Probe("transfer", "gradients", _transferred, voted=True),
+    Probe("search", "scores", _black_box, voted=partial(_black_box, looks=VOTES)),
+    Probe("transfer", "gradients", _transferred, voted=partial(_transferred, looks=VOTES)),
 )
 """Everything but the fresh pass, which `again` makes of a suite's attacks."""
 

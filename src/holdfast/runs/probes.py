@@ -12,7 +12,7 @@ from holdfast.core.evidence import Columns, Cost, Doubt
 from holdfast.core.model import Bounds, Model
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.doubts.concluding import Circumstances, Findings, broken_elsewhere, conclude
-from holdfast.doubts.probing import Probe, Probed, probes_for, probing_threat, rows_for
+from holdfast.doubts.probing import Probe, Probed, Run, probes_for, probing_threat, rows_for
 from holdfast.harness import assemble, in_pieces
 from holdfast.runs.assembling import DOUBTS
 from holdfast.runs.course import Course, Watch
@@ -101,11 +101,13 @@ def _passes(course: Course, by_stage: Mapping[str, Columns]) -> dict[str, Mask]:
             fell = fell & (columns["queries"] <= budget)
         if stage.kind == "curve" and stage.member is not None:
             broke[f"{stage.member.name} of the curve"] = fell
-        elif stage.kind == "attacked" and not course.target.randomised:
+        elif course.target.randomised:
+            continue
+        elif stage.kind == "attacked":
             broke["the fixed pass"] = fell
-        elif stage.kind == "transfer" and not course.target.randomised:
+        elif stage.kind == "transfer":
             broke["the transfer matrix"] = fell
-        elif stage.kind == "detection" and not course.target.randomised:
+        elif stage.kind == "detection":
             broke[ON_DETECTOR] = broke.get(ON_DETECTOR, torch.zeros_like(fell)) | fell
     return broke
 
@@ -144,12 +146,14 @@ def _probed(course: Course, model: Model, columns: Columns, watch: Watch) -> Ite
             examples[probe.on] = few.to(course.device)
         batch = examples[probe.on]
 
-        def run(piece: Batch, probe: Probe = probe) -> dict[str, Tensor]:
+        look = probe.voted if probe.voted is not None and course.target.randomised else probe.run
+
+        def run(piece: Batch, probe: Probe = probe, look: Run = look) -> dict[str, Tensor]:
             if within.goal is not None:
                 piece = piece.towards(torch.full_like(piece.y, within.goal))
             asked = course.target.asked(model, piece)
             with course.target.repeatable(rng.at(probe.name, int(piece.ids[0]))):
-                return {name: values.cpu() for name, values in probe.run(asked, piece, within, rng).items()}
+                return {name: values.cpu() for name, values in look(asked, piece, within, rng).items()}
 
         yield probe.name, Probed(rows, in_pieces(run, batch, course.room(DOUBTS, place)))
         watch.tick()
