@@ -442,6 +442,27 @@ def test_train_mode_is_named():
     assert model.training
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_a_model_that_seldom_draws_to_any_effect_is_seen_to_draw(seed):
+    class Seldom(nn.Module):
+        def forward(self, x):
+            logits = x.flatten(1)[:, :4]
+            return torch.where(torch.rand(len(x), 1) < 0.03, logits.roll(1, dims=1), logits)
+
+    torch.manual_seed(seed)
+    with prepared(Classifier(Seldom()), BATCH) as target:
+        assert target.randomised
+
+
+def test_a_model_that_draws_the_same_each_time_does_not_draw_at_random():
+    class Seeded(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :4] + torch.manual_seed(0).initial_seed() + torch.rand(4)
+
+    with prepared(Classifier(Seeded()), BATCH) as target:
+        assert not target.randomised
+
+
 # --- what is written down
 
 

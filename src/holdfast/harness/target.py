@@ -146,8 +146,10 @@ def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Ite
 
 
 def _looked_at(model: Classifier, sample: Batch, left_in_training: tuple[str, ...]) -> Target:
-    once, again = _first(model, sample), _first(model, sample)
-    randomised = bool((change(once, again) > _SAME).any())
+    before = _generator(sample.x.device)
+    once = _first(model, sample)
+    looks = 1 if torch.equal(before, _generator(sample.x.device)) else VOTES
+    randomised = any(bool((change(once, _first(model, sample)) > _SAME).any()) for _ in range(looks))
     quick, notes = (model, ()) if randomised else quickened(model, sample.x)
     filling = () if model.batches is None or model.batches == EVERY else (model.batches.says,)
     if model.rewrites:
@@ -204,6 +206,11 @@ def no_memory(n: int, error: BaseException) -> TargetError:
     many = "one example" if n == 1 else f"{n} examples"
     way_out = "give it a machine or a --device with more, or a smaller model"
     return TargetError(f"memory ran out with {many} at a time ({error}); {way_out}")
+
+
+def _generator(device: torch.device) -> Tensor:
+    """The state of torch's generator there; a forward that changes it has drawn, if seldom to any effect."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _first(model: Classifier, sample: Batch) -> Logits:
