@@ -60,6 +60,19 @@ class Constant(nn.Module):
         return self.logits.to(x.dtype).expand(len(x), -1) + 0 * x.flatten(1).sum(1, keepdim=True)
 
 
+class Gradientless(nn.Module):
+    """A network that answers and lets no gradient through, as a decorator of no gradients makes it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The network's logits, cut off from the inputs."""
+        logits: Tensor = self.net(x.detach())
+        return logits.detach()
+
+
 class NaNBeyond(nn.Module):
     """A network whose logits turn NaN once an input moves further than `reach` from those first seen as `clean`."""
 

@@ -25,7 +25,7 @@ from holdfast.core.model import Classifier, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Mask, PerExample
 from holdfast.harness import measure
-from holdfast.testing.fakes import SHAPE, Constant, NaNBeyond, examples, labelled, network
+from holdfast.testing.fakes import SHAPE, Constant, Gradientless, NaNBeyond, examples, labelled, network
 from holdfast.testing.linear import LinearOracle, linear_problem
 
 Kind = Callable[[float], Norm]
@@ -300,7 +300,7 @@ def survives_odd_batches(case: Case) -> None:
 
 
 def survives_odd_models(case: Case) -> None:
-    """A constant model, one that is NaN, and one that turns NaN on the way: finite points inside the constraint."""
+    """One that is constant, passes no gradient, is NaN or turns NaN on the way: finite points inside the constraint."""
     model, batch, threat = problem(case)
     logits = (3.0, 1.0, 1.0, 0.0)
     odd = {
@@ -308,10 +308,15 @@ def survives_odd_models(case: Case) -> None:
         "tied": Constant((1.0,) * 4),
         "NaN": Constant((float("nan"),) * 4),
         "NaN further out": NaNBeyond(model, batch.x, 0.02),
+        "gradientless": Gradientless(model),
     }
     for name, net in odd.items():
         bare = Classifier(net).eval()
-        given = batch if "further" in name else Batch(batch.x, torch.zeros_like(batch.y), batch.ids)
+        given = (
+            batch
+            if name in ("NaN further out", "gradientless")
+            else Batch(batch.x, torch.zeros_like(batch.y), batch.ids)
+        )
         x_adv, _ = run(case, bare, given, threat)
         assert x_adv.isfinite().all(), f"{case}: returns NaN from a {name} model"
         assert allowed(threat.constraint, x_adv, batch.x, bare.bounds).all(), f"{case}: outside, {name} model"
