@@ -134,7 +134,7 @@ COMPARISONS = [
         Comparison(
             f"simba-{basis}", "L2", 2.0, {"queries": 1000}, {"holdfast": SimBA(queries=1000, basis=basis)},
             {"ART": art("SimBA", probabilities=True, attack=kind, max_iter=500, epsilon=0.2, **more)},
-            network=UNDEFENDED, n=50, note="the paper's step, at two queries; beyond eps is no success",
+            network=UNDEFENDED, n=200, note="the paper's step, at two queries; beyond eps is no success",
         )
         for basis, kind, more in (("pixels", "px", {}), ("cosines", "dct", {"freq_dim": 14, "stride": 7}))
     ),
