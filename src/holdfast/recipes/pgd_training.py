@@ -1,0 +1,50 @@
+"""Adversarial training: the cross-entropy at the worst point that projected gradient steps find around each example.
+
+Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, arXiv:1706.06083: robust
+optimisation, the minimum over weights of the mean over examples of the maximum over the ball. Differs from the paper:
+the weights are averaged, and the learning rate goes in one cycle.
+"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import NonNegative, Positive, Steps
+from holdfast.ops.fit import Training, fit
+from holdfast.ops.inner import worst
+
+
+@dataclass(frozen=True)
+class PGDTraining:
+    """Train on what a short PGD makes of each batch."""
+
+    steps: Steps = 7
+    """gradient steps of the inner attack"""
+    reach: Positive = 2.5
+    """length of its path, in multiples of eps"""
+    clean: NonNegative = 0.0
+    """weight of the loss on the inputs as they are, beside that on the attacked ones"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self, model: Classifier, data: Batch, threat: ThreatModel, *, rng: Draws, after: Checkpoint | None = None
+    ) -> Iterator[Checkpoint]:
+        trained = deepcopy(model).train()
+
+        def loss(batch: Batch, rng: Draws) -> tuple[Tensor, Tensor]:
+            x_adv = worst(trained, batch, threat, rng, steps=self.steps, reach=self.reach)
+            logits = trained(x_adv)
+            value = F.cross_entropy(logits, batch.y)
+            if self.clean:
+                value = value + self.clean * F.cross_entropy(trained(batch.x), batch.y)
+            return value, (logits.argmax(1) == batch.y).sum()
+
+        return fit(trained, data, loss, self.training, rng=rng, after=after)
