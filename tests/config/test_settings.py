@@ -64,6 +64,7 @@ REFUSED = [
     ("surrogates: ['a.pt,mean=x']", "expected a number"),
     ("surrogates: ['a.pt,decay=0.2']", "decay=0.2 and names no branches"),
     ("surrogates: ['a.pt,skip=b,decay=2']", "surrogates.0.decay"),
+    ("surrogates: ['a.pt,skip=b,decay=half']", "decay is 'half'; expected a number or a fraction"),
     ("suite: quik", "suite is 'quik'; did you mean 'quick'"),
     ("suite: quick\nattacks: [{use: PGD}]", "not both"),
     ("attacks: []", r"attacks is \[\]; expected at least 1 entry$"),
@@ -260,7 +261,7 @@ def test_the_grammar_reads_what_it_writes():
 
 def test_a_surrogate_is_an_address_with_what_else_is_to_be_said():
     assert parse_surrogate("mnist-cnn") == {"model": "mnist-cnn"}
-    written = "a,b/net.pt,arch=net.py:build,mean=0.5,0.4,0.3,width=8,name=x,skip=layer*.bn2,decay=0.2"
+    written = "a,b/net.pt,arch=net.py:build,mean=0.5,0.4,0.3,width=8,name=x,skip=layer*.bn2,decay=1/5"
     plain = {
         "model": "a,b/net.pt",
         "arch": "net.py:build",

@@ -80,7 +80,9 @@ class _Rays:
 
     def points(self, clean: Inputs) -> Inputs:
         """Where each example is asked next."""
-        return self._bounds.clamp(clean + spread(self._probe, clean) * self._trial.view_as(clean))
+        return self._bounds.clamp(
+            torch.addcmul(clean, spread(self._probe, clean), self._trial.view_as(clean))
+        )
 
     def learn(self, broken: Mask) -> None:
         """Take the answers in: search on along the ray, or turn to the next one."""
@@ -106,8 +108,11 @@ class _Rays:
         block = torch.where(finer, 0, block)
         self._draw(rows[finest & unknown])
         self._blocks[rows], self._block[rows] = blocks, block
-        place = torch.arange(features, device=rows.device) // (-(-features // blocks))[:, None]
-        self._trial[rows] = torch.where(place == block[:, None], -self._best[rows], self._best[rows])
+        begin, place = block * -(-features // blocks), torch.arange(features, device=rows.device)
+        end = begin + -(-features // blocks)
+        flipped = (place >= begin[:, None]) & (place < end[:, None])
+        best = self._best[rows]
+        self._trial[rows] = torch.where(flipped, -best, best)
         known, width = self._radius[rows], self._bounds.width
         self._probe[rows] = torch.where(known < torch.inf, known, width)
         self._stride[rows] = torch.where(known < torch.inf, self._precision * known, width / 2)

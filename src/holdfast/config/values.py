@@ -31,6 +31,11 @@ def _fractions(value: object) -> object:
     return value
 
 
+def _share(value: object) -> object:
+    """A number, as `0.5` or `1/2`."""
+    return number(value, "decay") if isinstance(value, str) else value
+
+
 def _read_by(parse: Callable[[str], object]) -> BeforeValidator:
     """Text is checked by its parser and stays as it is; whatever is none is left to the type."""
 
@@ -102,7 +107,9 @@ class SurrogateSettings(BaseModel):
     skip: str | None = Field(
         None, description="skip gradients: the last modules of residual branches, as in layer*.*.bn2"
     )
-    decay: Annotated[float, Ge(0), Le(1)] | None = Field(None, description="share of it that they keep (0.5)")
+    decay: Annotated[float, Ge(0), Le(1), BeforeValidator(_share)] | None = Field(
+        None, description="share of it that they keep (0.5)"
+    )
 
 
 Surrogate = Annotated[SurrogateSettings, BeforeValidator(_surrogate)]
