@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from holdfast.attacks.protocol import Attack
 from holdfast.checkup import Finding, examine
-from holdfast.config import ordering
+from holdfast.config import hardening, ordering
 from holdfast.config.attacks import checked
 from holdfast.config.grammar import nearest
-from holdfast.config.settings import AssessSettings, check
+from holdfast.config.settings import AssessSettings, HardenSettings, check
 from holdfast.config.starting import DEMO_COMMAND, DIGITS, demo_settings, init, validate
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
@@ -28,6 +28,7 @@ from holdfast.reports.write import check as check_place
 from holdfast.runs import assess as assessing
 from holdfast.runs.comparison import Comparison
 from holdfast.runs.exhibition import Exhibit, exhibits
+from holdfast.runs.hardening import Hardened, harden
 from holdfast.runs.index import open_run
 from holdfast.runs.order import Order, Progress, Subject, silent
 from holdfast.runs.result import Result
@@ -146,6 +147,20 @@ def carry_out(
     return assessing.assess(subject, data, order, run=run, resume=resume, progress=progress, opening=opening)
 
 
+def carry_out_hardening(
+    settings: HardenSettings,
+    *,
+    run: Path,
+    resume: bool = False,
+    progress: Progress = silent,
+    command: str = "",
+) -> Hardened:
+    """`harden` as the command line and a configuration file ask for it; `command` is how to repeat it."""
+    subject, training, test = hardening.opened(settings)
+    wish = hardening.wish(settings, subject, command=command)
+    return harden(subject, training, test, wish, run=run, resume=resume, progress=progress)
+
+
 def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -> Result:
     """The main job on a bundled network and real data, offline: writes `report.html` and `report.json` in a folder."""
     places = [Path(folder) / name for name in ("report.html", "report.json")]
@@ -250,7 +265,7 @@ def _settings(where: str, arguments: Mapping[str, Any]) -> AssessSettings:
             said.pop(name, None)
     for name in ("surrogates", "across"):
         said.pop(name, None)
-    return check(said, where)
+    return check(said, where, kind=AssessSettings)
 
 
 def _order(
@@ -314,7 +329,7 @@ def _surrogates(given: object, settings: AssessSettings, target: Classifier) -> 
     subjects = []
     for each in given:
         if isinstance(each, str | Path):
-            said = check({"surrogates": [str(each)]}, "assess()").surrogates[0]
+            said = check({"surrogates": [str(each)]}, "assess()", kind=AssessSettings).surrogates[0]
             subjects.append(ordering.opened_surrogate(said, settings, target))
         elif callable(each):
             subjects.append(ordering.given_surrogate(each, target))

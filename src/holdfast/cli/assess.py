@@ -14,7 +14,7 @@ from holdfast.cli.early import (
     refuse_unknown_model,
 )
 from holdfast.cli.options import Voice, offered, spoken
-from holdfast.config.settings import DEFAULT_SUITE, SUITES, AssessSettings, read
+from holdfast.config.settings import DEFAULT_SUITE, SUITES, AssessSettings, S, read
 from holdfast.config.values import SurrogateSettings
 from holdfast.core.errors import UsageError
 from holdfast.store.files import refuse_no_run
@@ -158,7 +158,7 @@ SETTING = (
 """The configuration as a whole."""
 
 
-def settings_from(flags: dict[str, Any]) -> AssessSettings:
+def settings_from(flags: dict[str, Any], kind: type[S]) -> S:
     """The settings that a command line asks for; a missing file is said before a missing flag."""
     from holdfast.config.grammar import pairs, parse_surrogate
 
@@ -176,7 +176,7 @@ def settings_from(flags: dict[str, Any]) -> AssessSettings:
         from holdfast.config.grammar import nearest
 
         raise UsageError(f"there is no suite {flags['suite']!r}{nearest(flags['suite'], SUITES)}")
-    settings = read(Path(config) if config else None, flags, sets, flags=_flag_names())
+    settings = read(Path(config) if config else None, flags, sets, flags=_flag_names(), kind=kind)
     if config and not settings.trust_code:
         _refuse_code_of_config(settings, flags)
     if config:
@@ -295,7 +295,7 @@ def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flag
     """How robust is MODEL on DATA: run, resume or rehearse it."""
     if resume and run is not None and flags["model"] is None and flags["config"] is None:
         _refuse_bare_resume(Path(run))
-    settings = settings_from(flags)
+    settings = settings_from(flags, AssessSettings)
     if resume and run is None:
         raise UsageError("--resume goes on with a run; name its folder with --run DIR (see holdfast runs)")
     from holdfast.cli.running import assess_and_report

@@ -69,7 +69,7 @@ def build(spec: Mapping[str, Any], where: str) -> Attack:
             continue
         if key not in names:
             raise UsageError(f"{where}: {spec['use']} has no setting {key!r}{nearest(str(key), names)}")
-        settings[key] = _setting(hints[key], value, f"{where}: {key}")
+        settings[key] = setting(hints[key], value, f"{where}: {key}")
     missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in settings]
     if missing:
         raise UsageError(f"{where}: {spec['use']} needs {', '.join(missing)}")
@@ -100,7 +100,8 @@ def functions(hint: Any) -> dict[str, Callable[..., Any]]:
     return {function.__name__: function for function in _FUNCTIONS.get(hint, ())}
 
 
-def _setting(hint: Any, value: Any, where: str) -> Any:
+def setting(hint: Any, value: Any, where: str) -> Any:
+    """A value as a file or a flag says it, checked against the type of the setting; `where` names it."""
     if hint is Attack and isinstance(value, Mapping):
         return build(value, where)
     if get_origin(hint) is Callable:

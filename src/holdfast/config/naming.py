@@ -55,6 +55,9 @@ ATTACKS: Final = (
 )
 """What `holdfast.attacks` exports; a test keeps the two in step."""
 
+RECIPES: Final = {"pgd": "PGDTraining", "standard": "Standard", "trades": "TRADES"}
+"""What `--recipe` takes, and the class of `holdfast.recipes` that it names; a test keeps the two in step."""
+
 PUBLISHED: Final = (
     "MI-FGSM",
     "NI-FGSM",

@@ -78,7 +78,7 @@ def validate(path: str | Path = "holdfast.yaml") -> AssessSettings:
         raise UsageError(
             f"{path} holds no key; expected some such as model: and data:, as holdfast init writes"
         )
-    settings = read(Path(path), {})
+    settings = read(Path(path), {}, kind=AssessSettings)
     for output in settings.output:
         if output != "-":
             check_place(Path(output))
@@ -92,4 +92,4 @@ def validate(path: str | Path = "holdfast.yaml") -> AssessSettings:
 
 def demo_settings() -> AssessSettings:
     """The settings of `holdfast demo`."""
-    return check(DEMO, "the demo")
+    return check(DEMO, "the demo", kind=AssessSettings)

@@ -20,7 +20,9 @@ def augmented(batch: Batch, how: Augmentation, rng: Draws) -> Batch:
     if how == "none":
         return batch
     if batch.x.dim() != 4:
-        raise UsageError(f"augmentation {how!r} is for images, and inputs have shape {tuple(batch.x.shape[1:])}; use none")
+        raise UsageError(
+            f"augmentation {how!r} is for images, and inputs have shape {tuple(batch.x.shape[1:])}; use none"
+        )
     reach = _REACH[how]
     down, right = rng.at("shift").integers(batch.ids, 2 * reach + 1, 2).unbind(1)
     x = windows(batch.x, reach, down, right)

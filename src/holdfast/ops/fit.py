@@ -40,7 +40,7 @@ class Training:
     lr: Positive = 0.1
     """largest learning rate"""
     schedule: Rate = "cycle"
-    """of the rate: up for a third of the way and down to nothing, down along a cosine, by tenths at 1/2 and 3/4, flat"""
+    """of the rate: a cycle up and down, down along a cosine, by tenths at half and three quarters, or flat"""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     """of sgd"""
     weight_decay: NonNegative = 5e-4
@@ -81,7 +81,9 @@ def fit(
     """
     learned = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = _optimizer(learned, how)
-    average = {name: value.detach().clone() for name, value in model.state_dict().items()} if how.average else {}
+    average = (
+        {name: value.detach().clone() for name, value in model.state_dict().items()} if how.average else {}
+    )
     begun = 0
     if after is not None:
         begun = after.epoch
@@ -90,7 +92,7 @@ def fit(
     for epoch in range(begun, how.epochs):
         rows = rng.at("order", epoch).bits(data.ids).argsort()
         losses, right = [], torch.zeros((), device=data.x.device)
-        for step, some in enumerate(rows[: per_epoch * how.batch].split(how.batch)):
+        for step, some in enumerate(torch.split(rows[: per_epoch * how.batch], how.batch)):
             place = rng.at(epoch, step)
             lr = how.lr * rate(how.schedule, (epoch * per_epoch + step + 1) / (how.epochs * per_epoch + 1))
             for group in optimizer.param_groups:
@@ -106,7 +108,11 @@ def fit(
             right += hits
         seen = torch.stack(losses).double()
         _refuse_lost(seen, epoch)
-        told = {"loss": seen.mean().item(), "accuracy": right.item() / (per_epoch * min(how.batch, len(data))), "lr": lr}
+        told = {
+            "loss": seen.mean().item(),
+            "accuracy": right.item() / (per_epoch * min(how.batch, len(data))),
+            "lr": lr,
+        }
         yield Checkpoint(epoch + 1, how.epochs, _kept(model, average, optimizer), told)
 
 
@@ -121,7 +127,9 @@ def drawing(rng: Draws) -> Iterator[None]:
 def _optimizer(learned: list[nn.Parameter], how: Training) -> torch.optim.Optimizer:
     if how.optimizer == "sgd":
         nesterov = how.momentum > 0
-        return torch.optim.SGD(learned, how.lr, how.momentum, weight_decay=how.weight_decay, nesterov=nesterov)
+        return torch.optim.SGD(
+            learned, how.lr, how.momentum, weight_decay=how.weight_decay, nesterov=nesterov
+        )
     return torch.optim.AdamW(learned, how.lr, weight_decay=how.weight_decay)
 
 
@@ -148,7 +156,10 @@ def _kept(
         for name, value in memory.items():
             if isinstance(value, Tensor):
                 found[f"{MEMORY}{place}.{name}"] = value
-    return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in found.items()}
+    return {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in found.items()
+    }
 
 
 def _restore(

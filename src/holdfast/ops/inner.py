@@ -10,7 +10,14 @@ from holdfast.ops.losses import Loss, cross_entropy
 
 
 def worst(
-    model: Classifier, batch: Batch, threat: ThreatModel, rng: Draws, *, steps: int, reach: float, loss: Loss = cross_entropy
+    model: Classifier,
+    batch: Batch,
+    threat: ThreatModel,
+    rng: Draws,
+    *,
+    steps: int,
+    reach: float,
+    loss: Loss = cross_entropy,
 ) -> Inputs:
     """Where `steps` steps up the loss end that are `reach` times eps long together, from a random start.
 
@@ -21,7 +28,14 @@ def worst(
     start = constraint.sample(batch, model.bounds, rng.at("start"))
     model.eval()
     x_adv, _ = ascend(
-        model, batch, start, loss, constraint, steps=steps, step_size=reach * constraint.eps / steps, keep="last"
+        model,
+        batch,
+        start,
+        loss,
+        constraint,
+        steps=steps,
+        step_size=reach * constraint.eps / steps,
+        keep="last",
     )
     model.train()
     return x_adv

@@ -35,7 +35,13 @@ class PGDTraining:
     training: Training = field(default_factory=Training)
 
     def __call__(
-        self, model: Classifier, data: Batch, threat: ThreatModel, *, rng: Draws, after: Checkpoint | None = None
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         trained = deepcopy(model).train()
 

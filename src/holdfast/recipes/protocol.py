@@ -20,6 +20,12 @@ class Recipe(Protocol):
         """Epochs, batches, optimiser and the like."""
 
     def __call__(
-        self, model: Classifier, data: Batch, threat: ThreatModel, *, rng: Draws, after: Checkpoint | None = None
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         """A checkpoint after each epoch, the last with the new model; with `after` from the epoch after that one."""

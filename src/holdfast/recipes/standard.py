@@ -24,7 +24,13 @@ class Standard:
     training: Training = field(default_factory=Training)
 
     def __call__(
-        self, model: Classifier, data: Batch, threat: ThreatModel, *, rng: Draws, after: Checkpoint | None = None
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         trained = deepcopy(model).train()
 

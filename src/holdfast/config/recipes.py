@@ -1,0 +1,52 @@
+"""Recipes by name: `{use: trades, beta: 6}` becomes the dataclass, every setting checked."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+from holdfast import recipes as catalogue
+from holdfast.config.attacks import setting
+from holdfast.config.grammar import nearest
+from holdfast.config.naming import RECIPES
+from holdfast.core.errors import UsageError
+from holdfast.recipes.protocol import Recipe
+
+
+def build_recipe(spec: Mapping[str, Any]) -> Recipe:
+    """The recipe that `use:` names, with its settings checked against their types and ranges."""
+    name = str(spec["use"])
+    cls = getattr(catalogue, RECIPES[name])
+    said = {key: value for key, value in spec.items() if key != "use"}
+    recipe: Recipe = _built(cls, said, f"recipe {name}")
+    return recipe
+
+
+def _built(cls: type[Any], said: Mapping[str, Any], where: str) -> Any:
+    hints = get_type_hints(cls, include_extras=True)
+    names = [f.name for f in fields(cls)]
+    values: dict[str, Any] = {}
+    for key, value in said.items():
+        if key not in names:
+            raise UsageError(f"{where} has no setting {key!r}{nearest(str(key), names)}")
+        hint = hints[key]
+        if is_dataclass(hint) and isinstance(hint, type):
+            if not isinstance(value, Mapping):
+                raise UsageError(
+                    f"{where}: {key} is {value!r}; set one of its parts, as in --set recipe.{key}.epochs=10"
+                )
+            values[key] = _built(hint, value, f"{where}: {key}")
+        else:
+            values[key] = setting(hint, value, f"{where}: {key}")
+    return cls(**values)
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """Every setting of a recipe as plain values, those of its parts nested."""
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        return getattr(value, "__name__", value) if callable(value) else value
+
+    found: dict[str, Any] = plain(recipe)
+    return found

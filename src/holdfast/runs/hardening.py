@@ -1,0 +1,265 @@
+"""The harden verb: measure, train a new model within a budget, choose it on held-out examples, and measure again."""
+
+import hashlib
+import time
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.attacks import PGD
+from holdfast.core.batch import Batch, Data
+from holdfast.core.chain import canonical, digest
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.ops.losses import margin
+from holdfast.recipes.protocol import Recipe
+from holdfast.reports.numbers import strict
+from holdfast.runs import training
+from holdfast.runs.assess import assess
+from holdfast.runs.identity import code_digest, hardware, versions
+from holdfast.runs.order import Order, Progress, Subject, silent
+from holdfast.runs.pace import pace, within
+from holdfast.runs.repeating import repeatable, way_out
+from holdfast.runs.result import Result
+from holdfast.runs.signals import Stopper, stoppable
+from holdfast.runs.training import BEST, LAST, Point
+from holdfast.store.folder import opened, planned
+
+LOOK = PGD(steps=20)
+"""What chooses the checkpoint: more steps than training takes, and another loss."""
+_HELD_OUT, _LEAST_HELD_OUT = 1_000, 50
+_EVERY = 10  # at most one training example in so many is held out
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a hardening is asked for."""
+
+    recipe: Recipe
+    recipe_name: str
+    settings: Mapping[str, Any]
+    """of the recipe, as plain values"""
+    threat: ThreatModel
+    judge: Order
+    """how the model is measured before and after"""
+    budget_s: float | None = None
+    """wall time of the training, its looks at held-out examples included; None goes by the recipe's epochs"""
+    seed: int = 0
+    device: str = "cpu"
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Hardened:
+    """A new model, how it was made, and what it is worth beside the one it was made from."""
+
+    model: Classifier
+    before: Result
+    after: Result
+    curve: tuple[Point, ...]
+    chosen: Point
+    """the epoch that was best on the held-out examples"""
+    made: Mapping[str, Any] = field(default_factory=dict)
+    """recipe, its settings, plan, seed, and what it took"""
+    folder: Path | None = None
+
+    def __str__(self) -> str:
+        one, other = (each.metrics for each in (self.before, self.after))
+        names = ("clean_accuracy", "robust_accuracy")
+        said = [f"{name} {one[name].value:.1%} → {other[name].value:.1%}" for name in names]
+        return f"{self.made['recipe']}: {', '.join(said)} (epoch {self.chosen.epoch} of {self.made['plan']['epochs']})"
+
+
+def split_of(data: Batch, seed: int) -> tuple[Batch, Batch]:
+    """Training examples and held-out ones; which are held out depends on the seed alone."""
+    n = min(_HELD_OUT, len(data) // _EVERY)
+    if n < _LEAST_HELD_OUT:
+        raise UsageError(
+            f"{len(data)} training examples leave {n} to choose the checkpoint by; at least "
+            f"{_LEAST_HELD_OUT * _EVERY} are needed"
+        )
+    order = Draws(seed).at("held out").bits(data.ids).argsort()
+    held, rest = order[:n].sort().values, order[n:].sort().values
+    return data.take(rest), data.take(held)
+
+
+def looked_at(model: Classifier, held: Batch, threat: ThreatModel) -> tuple[float, float]:
+    """Accuracy on the held-out examples, and under the attack that chooses."""
+    was = model.training
+    model.eval()
+    right, stands = 0, 0
+    for some in held.split(256):
+        with torch.no_grad():
+            correct = margin(model(some.x), some) > 0
+        right += int(correct.sum())
+        left = some.take(correct)
+        if len(left):
+            x_adv = LOOK(model, left, threat, rng=Draws(0).at("look"))
+            with torch.no_grad():
+                stands += int((margin(model(x_adv), left) > 0).sum())
+    model.train(was)
+    return right / len(held), stands / len(held)
+
+
+def harden(
+    subject: Subject,
+    data: Batch,
+    test: Data,
+    wish: Wish,
+    *,
+    run: Path,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> Hardened:
+    """Train a copy of the model that holds under the threat, in a folder that a stopped run goes on in."""
+    _refuse_untrainable(subject.model)
+    device = torch.device(wish.device)
+    rest, held = (part.to(device) for part in split_of(data, wish.seed))
+    model = deepcopy(subject.model).to(device)
+    known = planned(run)
+    plan = known["plan"] if known else _plan(wish, model, rest, held)
+    manifest = _manifest(subject, data, test, wish, plan, device)
+    again = way_out(wish.command, run)
+    with stoppable(again) as stopper, opened(run, manifest, _about(wish), resume=resume) as folder:
+        judge = replace(wish.judge, device=wish.device)
+        before = assess(subject, test, judge, run=run / "before", resume=True, progress=progress)
+        curve = _trained(folder.path / "checkpoints", plan["epochs"], wish, model, rest, held, stopper)
+        best = training.kept(folder.path / "checkpoints", BEST)
+        assert best is not None
+        new = deepcopy(subject.model)
+        best.checkpoint.put_into(new)
+        name = f"{subject.card.get('name', 'model')}, {wish.recipe_name}"
+        hardened = replace(
+            subject, model=new.eval(), digest=_digest(best.checkpoint), card={**subject.card, "name": name}
+        )
+        after = assess(hardened, test, judge, run=run / "after", resume=True, progress=progress)
+        made = {"recipe": wish.recipe_name, "settings": wish.settings, "plan": plan, "seed": wish.seed}
+        with stopper.finishing():
+            folder.record("training", {"curve": [point.to_json() for point in curve], **strict(made)})
+    return Hardened(new, before, after, curve, best.curve[-1], made, run)
+
+
+def _refuse_untrainable(model: Classifier) -> None:
+    if not isinstance(model.net, nn.Module) or not any(True for _ in model.parameters()):
+        raise TargetError("the model has no parameters to train; give a network, as in net.py:make")
+    if model.access != "gradients":
+        raise TargetError(
+            f"the model gives {model.access} and no gradients, so it cannot be trained; {model.hides}"
+        )
+    frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    if len(frozen) == sum(1 for _ in model.parameters()):
+        raise UsageError(
+            f"all {len(frozen)} parameters are frozen; set requires_grad where the factory builds it"
+        )
+
+
+def _plan(wish: Wish, model: Classifier, rest: Batch, held: Batch) -> dict[str, Any]:
+    """Epochs, and the pace that they were planned by."""
+    epochs = wish.recipe.training.epochs
+    if wish.budget_s is None:
+        return {"epochs": epochs, "stages": _STAGES}
+    found = pace(wish.recipe, model, rest, wish.threat, lambda net: looked_at(net, held, wish.threat))
+    return {
+        "epochs": within(wish.budget_s, found),
+        "budget_s": wish.budget_s,
+        "update_s": found.update,
+        "epoch_s": found.epoch,
+        "stages": _STAGES,
+    }
+
+
+def _trained(
+    place: Path, epochs: int, wish: Wish, model: Classifier, rest: Batch, held: Batch, stopper: Stopper
+) -> tuple[Point, ...]:
+    """The curve over all epochs; the checkpoints of the last and of the best are in their files."""
+    recipe: Any = replace(wish.recipe, training=replace(wish.recipe.training, epochs=epochs))  # type: ignore[type-var]
+    last = training.kept(place, LAST)
+    curve = () if last is None else last.curve
+    highest = max((_score(point) for point in curve), default=(-1.0, -1.0))
+    shown = deepcopy(model)
+    cpu, wall = time.process_time(), time.perf_counter()
+    after = None if last is None else last.checkpoint
+    for checkpoint in recipe(model, rest, wish.threat, rng=Draws(wish.seed), after=after):
+        checkpoint.put_into(shown)
+        clean, robust = looked_at(shown, held, wish.threat)
+        now = time.process_time(), time.perf_counter()
+        measured = dict(checkpoint.measured)
+        point = Point(
+            checkpoint.epoch, **measured, clean=clean, robust=robust, cpu_s=now[0] - cpu, wall_s=now[1] - wall
+        )
+        cpu, wall = now
+        curve = (*curve, point)
+        with stopper.finishing():
+            if _score(point) > highest:
+                highest = _score(point)
+                training.keep(place, BEST, checkpoint, curve)
+            training.keep(place, LAST, checkpoint, curve)
+    return curve
+
+
+def _score(point: Point) -> tuple[float, float]:
+    return point.robust, point.clean
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 over the new weights, in hex."""
+    sha = hashlib.sha256()
+    for name, value in sorted(checkpoint.tensors.items()):
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        sha.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+_STAGES = ["before", "training", "after"]
+
+
+def _manifest(
+    subject: Subject, data: Batch, test: Data, wish: Wish, plan: Mapping[str, Any], device: torch.device
+) -> dict[str, Any]:
+    constraint = wish.threat.constraint
+    config = strict(
+        {
+            "recipe": wish.recipe_name,
+            "settings": wish.settings,
+            "threat": {"norm": type(constraint).__name__, "eps": constraint.eps},
+            "suite": wish.recipe_name,
+            "budget_s": wish.budget_s,
+            "seed": wish.seed,
+        }
+    )
+    return {
+        "verb": "harden",
+        "digests": {
+            "config": digest(canonical(config)),
+            "model": subject.digest,
+            "data": digest(canonical([test.digest, digest_of(data)])),
+            "code": code_digest(),
+        },
+        "config": config,
+        "model": strict(dict(subject.card)),
+        "data": {"name": test.name, "n": len(test)},
+        "versions": versions(),
+        "hardware": hardware(device),
+        "seed": wish.seed,
+        "plan": dict(plan),
+    }
+
+
+def digest_of(data: Batch) -> str:
+    """SHA-256 over inputs and labels, in hex."""
+    sha = hashlib.sha256(data.x.cpu().contiguous().numpy().tobytes())
+    sha.update(data.y.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _about(wish: Wish) -> dict[str, Any]:
+    return {"created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "command": repeatable(wish.command)}
