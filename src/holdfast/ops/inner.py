@@ -2,7 +2,7 @@
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
+from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.ops.ascent import ascend
@@ -10,7 +10,7 @@ from holdfast.ops.losses import Loss, cross_entropy
 
 
 def worst(
-    model: Classifier,
+    model: Model,
     batch: Batch,
     threat: ThreatModel,
     rng: Draws,
@@ -21,21 +21,9 @@ def worst(
 ) -> Inputs:
     """Where `steps` steps up the loss end that are `reach` times eps long together, from a random start.
 
-    Batch norm uses its running statistics meanwhile and does not update them, as in the code of TRADES: the model
-    comes back in train mode. Cost: as many forwards and backwards.
+    Cost: as many forwards and backwards.
     """
     constraint = threat.constraint
     start = constraint.sample(batch, model.bounds, rng.at("start"))
-    model.eval()
-    x_adv, _ = ascend(
-        model,
-        batch,
-        start,
-        loss,
-        constraint,
-        steps=steps,
-        step_size=reach * constraint.eps / steps,
-        keep="last",
-    )
-    model.train()
-    return x_adv
+    size = reach * constraint.eps / steps
+    return ascend(model, batch, start, loss, constraint, steps=steps, step_size=size, keep="last")[0]

@@ -20,6 +20,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import NonNegative, Positive, Steps
 from holdfast.ops.fit import Training, fit
 from holdfast.ops.inner import worst
+from holdfast.ops.twin import twin
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class PGDTraining:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         trained = deepcopy(model).train()
+        frozen = twin(trained)
 
         def loss(batch: Batch, rng: Draws) -> tuple[Tensor, Tensor]:
-            x_adv = worst(trained, batch, threat, rng, steps=self.steps, reach=self.reach)
+            x_adv = worst(frozen, batch, threat, rng, steps=self.steps, reach=self.reach)
             logits = trained(x_adv)
             value = F.cross_entropy(logits, batch.y)
             if self.clean:

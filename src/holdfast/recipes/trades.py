@@ -20,6 +20,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Logits, NonNegative, PerExample, Positive, Steps
 from holdfast.ops.fit import Training, fit
 from holdfast.ops.inner import worst
+from holdfast.ops.twin import twin
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class TRADES:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         trained = deepcopy(model).train()
+        frozen = twin(trained)
 
         def loss(batch: Batch, rng: Draws) -> tuple[Tensor, Tensor]:
             clean = trained(batch.x)
@@ -52,7 +54,7 @@ class TRADES:
             def apart(logits: Logits, _: Batch) -> PerExample:
                 return divergence(logits, target)
 
-            x_adv = worst(trained, batch, threat, rng, steps=self.steps, reach=self.reach, loss=apart)
+            x_adv = worst(frozen, batch, threat, rng, steps=self.steps, reach=self.reach, loss=apart)
             attacked = trained(x_adv)
             value = F.cross_entropy(clean, batch.y) + self.beta * divergence(attacked, clean).mean()
             return value, (attacked.argmax(1) == batch.y).sum()
