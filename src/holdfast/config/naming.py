@@ -55,8 +55,24 @@ ATTACKS: Final = (
 )
 """What `holdfast.attacks` exports; a test keeps the two in step."""
 
-RECIPES: Final = {"pgd": "PGDTraining", "standard": "Standard", "trades": "TRADES"}
+RECIPES: Final = {
+    "fgsm": "SingleStep",
+    "fgsm-rs": "SingleStep",
+    "ikl": "IKL",
+    "mart": "MART",
+    "n-fgsm": "SingleStep",
+    "pgd": "PGDTraining",
+    "score": "SCORE",
+    "standard": "Standard",
+    "trades": "TRADES",
+}
 """What `--recipe` takes, and the class of `holdfast.recipes` that it names; a test keeps the two in step."""
+
+PRESETS: Final[Mapping[str, Mapping[str, float | bool]]] = {
+    "fgsm": {"noise": 0.0, "step": 1.0, "clip": True},
+    "fgsm-rs": {"noise": 1.0, "step": 1.25, "clip": True},
+}
+"""Settings that make a recipe what its name says, where the defaults of its class are another's."""
 
 PUBLISHED: Final = (
     "MI-FGSM",

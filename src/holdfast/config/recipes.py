@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 from holdfast import recipes as catalogue
 from holdfast.config.attacks import setting
 from holdfast.config.grammar import nearest
-from holdfast.config.naming import RECIPES
+from holdfast.config.naming import PRESETS, RECIPES
 from holdfast.core.errors import UsageError
 from holdfast.recipes.protocol import Recipe
 
@@ -16,7 +16,7 @@ def build_recipe(spec: Mapping[str, Any]) -> Recipe:
     """The recipe that `use:` names, with its settings checked against their types and ranges."""
     name = str(spec["use"])
     cls = getattr(catalogue, RECIPES[name])
-    said = {key: value for key, value in spec.items() if key != "use"}
+    said = {**PRESETS.get(name, {}), **{key: value for key, value in spec.items() if key != "use"}}
     recipe: Recipe = _built(cls, said, f"recipe {name}")
     return recipe
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from holdfast.core.model import Classifier
 
-WEIGHTS, AVERAGE, MEMORY = "weights.", "average.", "memory."
-"""How the names of tensors begin: the network as it is trained, its running average, what the optimiser remembers."""
+WEIGHTS, AVERAGE, MEMORY, STATE = "weights.", "average.", "memory.", "state."
+"""How the names of tensors begin: the network as it is trained, its running average, what the optimiser remembers, and
+what the recipe does."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Checkpoint:
     of: int
     """epochs in all"""
     tensors: Mapping[str, Tensor]
-    """by name, each a copy: `weights.…`, `average.…` where the weights are averaged, and `memory.…`"""
+    """by name, each a copy: `weights.…`, `average.…` where the weights are averaged, `memory.…` and `state.…`"""
     measured: Mapping[str, float]
     """what the epoch says of itself: `loss` and `accuracy` on what was trained on, and the learning rate `lr`"""
 

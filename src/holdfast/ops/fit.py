@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import torch
@@ -16,7 +17,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from holdfast.core.batch import Batch
-from holdfast.core.checkpoint import AVERAGE, MEMORY, WEIGHTS, Checkpoint
+from holdfast.core.checkpoint import AVERAGE, MEMORY, STATE, WEIGHTS, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError
 from holdfast.core.types import NonNegative, Positive, Steps
@@ -74,10 +75,12 @@ def fit(
     *,
     rng: Draws,
     after: Checkpoint | None = None,
+    state: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Iterator[Checkpoint]:
     """Train the weights of `model` in place, and yield a checkpoint after each epoch.
 
-    With `after` it goes on where that stands. Raises `HoldfastError` where the loss is no number any more.
+    With `after` it goes on where that stands; `state` are tensors that the loss changes in place and must find again.
+    Raises `HoldfastError` where the loss is no number any more.
     """
     learned = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = _optimizer(learned, how)
@@ -87,7 +90,7 @@ def fit(
     begun = 0
     if after is not None:
         begun = after.epoch
-        _restore(after, model, average, optimizer)
+        _restore(after, model, average, optimizer, state)
     per_epoch = updates(len(data), how.batch)
     for epoch in range(begun, how.epochs):
         rows = rng.at("order", epoch).bits(data.ids).argsort()
@@ -113,7 +116,7 @@ def fit(
             "accuracy": right.item() / (per_epoch * min(how.batch, len(data))),
             "lr": lr,
         }
-        yield Checkpoint(epoch + 1, how.epochs, _kept(model, average, optimizer), told)
+        yield Checkpoint(epoch + 1, how.epochs, _kept(model, average, optimizer, state), told)
 
 
 @contextmanager
@@ -147,11 +150,15 @@ def _averaged(average: dict[str, Tensor], model: nn.Module, keep: float, step: i
 
 
 def _kept(
-    model: nn.Module, average: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+    model: nn.Module,
+    average: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Copies of all that the training needs to go on, on the CPU."""
     found = {WEIGHTS + name: value for name, value in model.state_dict().items()}
     found |= {AVERAGE + name: value for name, value in average.items()}
+    found |= {STATE + name: value for name, value in state.items()}
     for place, memory in optimizer.state_dict()["state"].items():
         for name, value in memory.items():
             if isinstance(value, Tensor):
@@ -163,19 +170,24 @@ def _kept(
 
 
 def _restore(
-    after: Checkpoint, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer
+    after: Checkpoint,
+    model: nn.Module,
+    average: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Tensor],
 ) -> None:
     def begins(first: str) -> dict[str, Tensor]:
         return {name.removeprefix(first): t for name, t in after.tensors.items() if name.startswith(first)}
 
     model.load_state_dict(begins(WEIGHTS))
-    for name, value in begins(AVERAGE).items():
-        average[name].copy_(value)
-    state: dict[int, dict[str, Tensor]] = {}
+    for known, first in ((average, AVERAGE), (state, STATE)):
+        for name, value in begins(first).items():
+            known[name].copy_(value)
+    memory: dict[int, dict[str, Tensor]] = {}
     for name, value in begins(MEMORY).items():
         place, _, key = name.partition(".")
-        state.setdefault(int(place), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        memory.setdefault(int(place), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": memory})
 
 
 def _refuse_lost(losses: Tensor, epoch: int) -> None:

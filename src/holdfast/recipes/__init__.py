@@ -1,7 +1,11 @@
 """The catalogue of recipes: each trains a new model that is harder to break; `__all__` is what may be named."""
 
+from holdfast.recipes.ikl import IKL
+from holdfast.recipes.mart import MART
 from holdfast.recipes.pgd_training import PGDTraining
+from holdfast.recipes.score import SCORE
+from holdfast.recipes.single_step import SingleStep
 from holdfast.recipes.standard import Standard
 from holdfast.recipes.trades import TRADES
 
-__all__ = ["TRADES", "PGDTraining", "Standard"]
+__all__ = ["IKL", "MART", "SCORE", "TRADES", "PGDTraining", "SingleStep", "Standard"]

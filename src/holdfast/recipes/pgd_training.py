@@ -6,7 +6,6 @@ the weights are averaged, and the learning rate goes in one cycle.
 """
 
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch.nn.functional as F
@@ -18,9 +17,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import NonNegative, Positive, Steps
-from holdfast.ops.fit import Training, fit
-from holdfast.ops.inner import worst
-from holdfast.ops.twin import twin
+from holdfast.ops.fit import Training
+from holdfast.ops.learner import Learner, hits, trained
 
 
 @dataclass(frozen=True)
@@ -44,15 +42,13 @@ class PGDTraining:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        trained = deepcopy(model).train()
-        frozen = twin(trained)
+        return trained(self.loss, model, data, threat, self.training, rng=rng, after=after)
 
-        def loss(batch: Batch, rng: Draws) -> tuple[Tensor, Tensor]:
-            x_adv = worst(frozen, batch, threat, rng, steps=self.steps, reach=self.reach)
-            logits = trained(x_adv)
-            value = F.cross_entropy(logits, batch.y)
-            if self.clean:
-                value = value + self.clean * F.cross_entropy(trained(batch.x), batch.y)
-            return value, (logits.argmax(1) == batch.y).sum()
-
-        return fit(trained, data, loss, self.training, rng=rng, after=after)
+    def loss(self, learner: Learner, batch: Batch, rng: Draws) -> tuple[Tensor, Tensor]:
+        """The cross-entropy at the end of the path, and that of the clean inputs where it has a weight."""
+        x_adv = learner.worst(batch, rng, steps=self.steps, reach=self.reach)
+        logits = learner.net(x_adv)
+        value = F.cross_entropy(logits, batch.y)
+        if self.clean:
+            value = value + self.clean * F.cross_entropy(learner.net(batch.x), batch.y)
+        return value, hits(logits, batch.y)

@@ -6,7 +6,6 @@ averaged, and the learning rate goes in one cycle.
 """
 
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch.nn.functional as F
@@ -17,10 +16,10 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Logits, NonNegative, PerExample, Positive, Steps
-from holdfast.ops.fit import Training, fit
-from holdfast.ops.inner import worst
-from holdfast.ops.twin import twin
+from holdfast.core.types import NonNegative, Positive, Steps
+from holdfast.ops.divergences import kullback_leibler
+from holdfast.ops.fit import Training
+from holdfast.ops.learner import Learner, hits, trained
 
 
 @dataclass(frozen=True)
@@ -44,24 +43,15 @@ class TRADES:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        trained = deepcopy(model).train()
-        frozen = twin(trained)
+        return trained(self.loss, model, data, threat, self.training, rng=rng, after=after)
 
-        def loss(batch: Batch, rng: Draws) -> tuple[Tensor, Tensor]:
-            clean = trained(batch.x)
-            target = clean.detach()
-
-            def apart(logits: Logits, _: Batch) -> PerExample:
-                return divergence(logits, target)
-
-            x_adv = worst(frozen, batch, threat, rng, steps=self.steps, reach=self.reach, loss=apart)
-            attacked = trained(x_adv)
-            value = F.cross_entropy(clean, batch.y) + self.beta * divergence(attacked, clean).mean()
-            return value, (attacked.argmax(1) == batch.y).sum()
-
-        return fit(trained, data, loss, self.training, rng=rng, after=after)
-
-
-def divergence(logits: Logits, clean: Logits) -> PerExample:
-    """Kullback-Leibler divergence of the attacked prediction from the clean one, in nats."""
-    return F.kl_div(logits.log_softmax(1), clean.log_softmax(1), reduction="none", log_target=True).sum(1)
+    def loss(self, learner: Learner, batch: Batch, rng: Draws) -> tuple[Tensor, Tensor]:
+        """The clean cross-entropy, and the divergence at the end of a path up that divergence."""
+        clean = learner.net(batch.x)
+        target = clean.detach()
+        x_adv = learner.worst(
+            batch, rng, steps=self.steps, reach=self.reach, loss=lambda z, _: kullback_leibler(z, target)
+        )
+        logits = learner.net(x_adv)
+        robust = kullback_leibler(logits, clean).mean()
+        return F.cross_entropy(clean, batch.y) + self.beta * robust, hits(logits, batch.y)

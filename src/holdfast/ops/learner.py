@@ -1,0 +1,78 @@
+"""What a recipe's loss meets: the network that learns, its frozen twin, and the threat."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, Labels, Logits
+from holdfast.ops.ascent import ascend
+from holdfast.ops.fit import Training, fit
+from holdfast.ops.losses import Loss, cross_entropy
+from holdfast.ops.twin import twin
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The network that learns, in train mode, and what is attacked in its place."""
+
+    net: Classifier
+    frozen: Classifier
+    """the same weights, in eval mode, for attacks"""
+    threat: ThreatModel
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """what the loss remembers from update to update"""
+
+    def worst(
+        self, batch: Batch, rng: Draws, *, steps: int, reach: float, loss: Loss = cross_entropy
+    ) -> Inputs:
+        """Where `steps` steps up the loss end that are `reach` times eps long together, from a random start.
+
+        Cost: as many forwards and backwards.
+        """
+        constraint = self.threat.constraint
+        start = constraint.sample(batch, self.frozen.bounds, rng.at("start"))
+        size = reach * constraint.eps / steps
+        return ascend(self.frozen, batch, start, loss, constraint, steps=steps, step_size=size, keep="last")[
+            0
+        ]
+
+
+LossOf = Callable[[Learner, Batch, Draws], tuple[Tensor, Tensor]]
+"""The mean loss of a batch, and how many of its examples were right as they were trained on."""
+
+
+def trained(
+    loss: LossOf,
+    model: Classifier,
+    data: Batch,
+    threat: ThreatModel,
+    how: Training,
+    *,
+    rng: Draws,
+    after: Checkpoint | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> Iterator[Checkpoint]:
+    """Train a copy of the model by a loss; the model itself stays as it is."""
+    net = deepcopy(model).train()
+    learner = Learner(net, twin(net), threat, state or {})
+    return fit(
+        net,
+        data,
+        lambda batch, place: loss(learner, batch, place),
+        how,
+        rng=rng,
+        after=after,
+        state=learner.state,
+    )
+
+
+def hits(logits: Logits, y: Labels) -> Tensor:
+    """How many are right."""
+    return (logits.argmax(1) == y).sum()
