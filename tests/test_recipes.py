@@ -8,7 +8,16 @@ from holdfast.config.naming import RECIPES
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.threat import ThreatModel
-from holdfast.recipes import IKL, MART, SCORE, TRADES, PGDTraining, SingleStep, Standard
+from holdfast.recipes import (
+    IKL,
+    MART,
+    SCORE,
+    TRADES,
+    GradientRegularisation,
+    PGDTraining,
+    SingleStep,
+    Standard,
+)
 from holdfast.testing import fakes
 from holdfast.testing.recipes import RECIPE_LAWS, SHORT, same
 
@@ -20,6 +29,8 @@ CASES = [
     TRADES(steps=2),
     MART(steps=2),
     IKL(steps=2),
+    GradientRegularisation(),
+    GradientRegularisation(method="finite-difference"),
     SingleStep(),
     SingleStep(noise=0.0, clip=True),
     SCORE(steps=2, forgiven=0.01, label_smoothing=0.1),
@@ -38,7 +49,14 @@ def test_the_catalogue_is_what_may_be_named_and_every_recipe_has_its_cases():
 
 
 @pytest.mark.parametrize(
-    "recipe", [PGDTraining(training=SHORT), TRADES(training=SHORT), SingleStep(training=SHORT)], ids=repr
+    "recipe",
+    [
+        PGDTraining(training=SHORT),
+        TRADES(training=SHORT),
+        SingleStep(training=SHORT),
+        GradientRegularisation(training=SHORT),
+    ],
+    ids=repr,
 )
 def test_at_eps_0_it_is_ordinary_training(recipe):
     model, data = fakes.network(1).requires_grad_(), fakes.labelled(fakes.network(), fakes.examples(n=26))

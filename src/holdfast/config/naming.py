@@ -58,6 +58,7 @@ ATTACKS: Final = (
 RECIPES: Final = {
     "fgsm": "SingleStep",
     "fgsm-rs": "SingleStep",
+    "gradient-regularisation": "GradientRegularisation",
     "ikl": "IKL",
     "mart": "MART",
     "n-fgsm": "SingleStep",

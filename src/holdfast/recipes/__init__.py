@@ -1,5 +1,6 @@
 """The catalogue of recipes: each trains a new model that is harder to break; `__all__` is what may be named."""
 
+from holdfast.recipes.gradient_regularisation import GradientRegularisation
 from holdfast.recipes.ikl import IKL
 from holdfast.recipes.mart import MART
 from holdfast.recipes.pgd_training import PGDTraining
@@ -8,4 +9,13 @@ from holdfast.recipes.single_step import SingleStep
 from holdfast.recipes.standard import Standard
 from holdfast.recipes.trades import TRADES
 
-__all__ = ["IKL", "MART", "SCORE", "TRADES", "PGDTraining", "SingleStep", "Standard"]
+__all__ = [
+    "IKL",
+    "MART",
+    "SCORE",
+    "TRADES",
+    "GradientRegularisation",
+    "PGDTraining",
+    "SingleStep",
+    "Standard",
+]

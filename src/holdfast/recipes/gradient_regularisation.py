@@ -1,0 +1,74 @@
+"""Gradient regularisation: a loss whose slope in the input is small, measured in the norm dual to the threat's.
+
+Drucker & Le Cun, "Improving generalization performance using double backpropagation", IEEE Transactions on Neural
+Networks 3(6), 1992; for robustness Ross & Doshi-Velez, "Improving the Adversarial Robustness and Interpretability of
+Deep Neural Networks by Regularizing Their Input Gradients", AAAI 2018, arXiv:1711.09404; in the dual norm, and by a
+finite difference in place of the second backward, Finlay & Oberman, "Scaleable input gradient regularization for
+adversarial robustness", arXiv:1905.11468. Differs from them: the penalty is the norm itself times eps, the first-order
+loss of an attack, instead of its square. It holds at small eps; at large ones the slope at the input says little.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import NonNegative, PerExample, Positive
+from holdfast.ops.fit import Training
+from holdfast.ops.learner import Learner, hits, trained
+
+
+@dataclass(frozen=True)
+class GradientRegularisation:
+    """Cross-entropy plus `weight` times what a step of length eps adds to it to first order; no attack is made."""
+
+    weight: NonNegative = 3.0
+    """weight of the penalty; at 1 the sum is the loss after the step, to first order"""
+    method: Literal["double-backprop", "finite-difference"] = "double-backprop"
+    """a backward through the backward, or the loss a little further up"""
+    reach: Positive = 0.1
+    """length of the finite difference, in multiples of eps"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        return trained(self.loss, model, data, threat, self.training, rng=rng, after=after)
+
+    def loss(self, learner: Learner, batch: Batch, rng: Draws) -> tuple[Tensor, Tensor]:
+        """The cross-entropy and the slope."""
+        x = batch.x.detach().requires_grad_()
+        logits = learner.net(x)
+        each = F.cross_entropy(logits, batch.y, reduction="none")
+        again = self.method == "double-backprop"
+        (grad,) = torch.autograd.grad(each.sum(), x, create_graph=again, retain_graph=True)
+        eps, climb = learner.threat.constraint.eps, self._climb(learner, batch, grad.detach())
+        if again:
+            rise = eps * (grad * climb).flatten(1).sum(1)
+        else:
+            rise = self._further(learner, batch, climb, each) / self.reach
+        return (each + self.weight * rise).mean(), hits(logits, batch.y)
+
+    def _climb(self, learner: Learner, batch: Batch, grad: Tensor) -> Tensor:
+        """The direction of length one in which the loss rises most."""
+        return learner.threat.constraint.steepest(grad, batch.x, learner.net.bounds)
+
+    def _further(self, learner: Learner, batch: Batch, climb: Tensor, each: PerExample) -> PerExample:
+        """What a short step adds to the loss."""
+        far = self.reach * learner.threat.constraint.eps
+        moved = learner.net(torch.add(batch.x, climb, alpha=far))
+        return F.cross_entropy(moved, batch.y, reduction="none") - each
