@@ -11,6 +11,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.ops.augment import augmented, windows
 from holdfast.ops.fit import Training, fit, rate, updates
+from holdfast.ops.perturbed import perturbed
 
 HOW = Training(epochs=2, batch=4, lr=0.1, schedule="flat", average=0.0, momentum=0.0, weight_decay=0.0)
 
@@ -28,9 +29,13 @@ def data(n=12):
     return Batch(x, (x[:, 0] > x[:, 1]).long(), torch.arange(n))
 
 
+def clean(batch, rng):
+    return batch.x
+
+
 def of(net):
-    def loss(batch, rng):
-        logits = net(batch.x)
+    def loss(batch, x):
+        logits = net(x)
         return F.cross_entropy(logits, batch.y), (logits.argmax(1) == batch.y).sum()
 
     return loss
@@ -38,7 +43,7 @@ def of(net):
 
 def test_one_update_of_everything_is_gradient_descent():
     net, other, all_of_it = linear(), linear(), data()
-    list(fit(net, all_of_it, of(net), replace(HOW, epochs=1, batch=12), rng=Draws(0)))
+    list(fit(net, all_of_it, clean, of(net), replace(HOW, epochs=1, batch=12), rng=Draws(0)))
     F.cross_entropy(other(all_of_it.x), all_of_it.y).backward()
     torch.testing.assert_close(net.weight, other.weight - 0.1 * other.weight.grad)
 
@@ -47,11 +52,11 @@ def test_every_example_is_seen_once_an_epoch_in_an_order_of_its_own():
     seen = []
     net = linear()
 
-    def loss(batch, rng):
+    def loss(batch, x):
         seen.append(batch.ids)
-        return of(net)(batch, rng)
+        return of(net)(batch, x)
 
-    list(fit(net, data(), loss, HOW, rng=Draws(0)))
+    list(fit(net, data(), clean, loss, HOW, rng=Draws(0)))
     first, second = torch.cat(seen[:3]), torch.cat(seen[3:])
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(12))
     assert first.tolist() != second.tolist()
@@ -60,7 +65,7 @@ def test_every_example_is_seen_once_an_epoch_in_an_order_of_its_own():
 def test_what_does_not_fill_a_batch_waits_and_few_examples_are_one_batch():
     assert [updates(n, 4) for n in (1, 3, 4, 7, 8)] == [1, 1, 1, 1, 2]
     net = linear()
-    (last,) = fit(net, data(3), of(net), replace(HOW, epochs=1), rng=Draws(0))
+    (last,) = fit(net, data(3), clean, of(net), replace(HOW, epochs=1), rng=Draws(0))
     assert last.measured["accuracy"] in (0.0, 1 / 3, 2 / 3, 1.0)
 
 
@@ -74,7 +79,7 @@ def test_rates_stay_within_their_height(schedule):
 
 def test_the_average_lies_between_the_weights_on_the_way():
     net = linear()
-    *_, last = fit(net, data(), of(net), replace(HOW, epochs=20, average=0.9), rng=Draws(0))
+    *_, last = fit(net, data(), clean, of(net), replace(HOW, epochs=20, average=0.9), rng=Draws(0))
     begun, ended = linear().weight, last.tensors["weights.weight"]
     mean = last.tensors["average.weight"]
     assert last.averaged
@@ -85,12 +90,12 @@ def test_the_average_lies_between_the_weights_on_the_way():
 def test_a_loss_that_is_lost_says_where():
     net = linear()
 
-    def loss(batch, rng):
-        value, right = of(net)(batch, rng)
+    def loss(batch, x):
+        value, right = of(net)(batch, x)
         return value * (float("nan") if 7 in batch.ids else 1), right
 
     with pytest.raises(HoldfastError, match=r"no number any more from update [123] of epoch 1"):
-        list(fit(net, data(), loss, HOW, rng=Draws(0)))
+        list(fit(net, data(), clean, loss, HOW, rng=Draws(0)))
 
 
 def test_windows_are_the_images_moved():
@@ -112,3 +117,23 @@ def test_augmentation_is_for_images_and_goes_by_the_place():
     assert augmented(images, "none", Draws(0)) is images
     with pytest.raises(UsageError, match="is for images"):
         augmented(data(), "shift", Draws(0))
+
+
+def test_a_step_is_taken_at_weights_that_were_moved_up_the_loss_and_come_back():
+    net, other, all_of_it = linear(), linear(), data()
+    how = replace(HOW, epochs=1, batch=12, awp=0.3)
+    list(fit(net, all_of_it, clean, of(net), how, rng=Draws(0)))
+    grad = torch.autograd.grad(F.cross_entropy(other(all_of_it.x), all_of_it.y), other.weight)[0]
+    moved = linear()
+    with torch.no_grad():
+        moved.weight += 0.3 * other.weight.norm() / grad.norm() * grad
+    F.cross_entropy(moved(all_of_it.x), all_of_it.y).backward()
+    torch.testing.assert_close(net.weight, other.weight - 0.1 * moved.weight.grad)
+    torch.testing.assert_close(net.bias, other.bias - 0.1 * moved.bias.grad)
+
+
+def test_weight_perturbation_leaves_running_statistics_to_the_real_pass():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).double()
+    with perturbed(net, lambda: net(data().x).square().sum(), 0.1):
+        assert int(net[1].num_batches_tracked) == 0
+        assert (net[1].running_mean == 0).all()

@@ -1,8 +1,9 @@
 """The loop under every recipe: batches, updates of the weights, their average, and a checkpoint after each epoch.
 
-What a recipe adds is a loss: `loss(batch, rng)`, the mean over a batch whose graph reaches the weights. Everything that
-is drawn (the order of the examples, the augmentation, the starts of attacks, dropout) is a function of the seed, the
-epoch and the step, so a training that is stopped after an epoch goes on to the same weights.
+What a recipe adds is `inner`, which changes the inputs of a batch for the worse, and `loss`, the mean over a batch and
+what `inner` made of it, whose graph reaches the weights. Everything that is drawn (the order of the examples, the
+augmentation, the starts of attacks, dropout) is a function of the seed, the epoch and the step, so a training that is
+stopped after an epoch goes on to the same weights.
 """
 
 import math
@@ -20,11 +21,14 @@ from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import AVERAGE, MEMORY, STATE, WEIGHTS, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError
-from holdfast.core.types import NonNegative, Positive, Steps
+from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.ops.augment import Augmentation, augmented
+from holdfast.ops.perturbed import perturbed
 
-TrainingLoss = Callable[[Batch, Draws], tuple[Tensor, Tensor]]
-"""The mean loss of a batch, and how many of its examples were right as they were trained on."""
+Inner = Callable[[Batch, Draws], Inputs]
+"""The inputs that a batch is trained on."""
+TrainingLoss = Callable[[Batch, Inputs], tuple[Tensor, Tensor]]
+"""The mean loss of a batch and its changed inputs, and how many of its examples were right there."""
 
 Rate = Literal["cycle", "cosine", "steps", "flat"]
 
@@ -47,6 +51,8 @@ class Training:
     weight_decay: NonNegative = 5e-4
     average: Annotated[float, Ge(0), Lt(1)] = 0.999
     """how much of the running average of the weights an update leaves; 0 keeps none"""
+    awp: NonNegative = 0.0
+    """adversarial weight perturbation: share of each weight tensor's norm that it is moved up the loss; 0 for none"""
     augment: Augmentation = "none"
     """what changes the training images: nothing, a shift by up to two pixels, or a shift by four and a flip"""
 
@@ -70,6 +76,7 @@ def updates(n: int, batch: int) -> int:
 def fit(
     model: nn.Module,
     data: Batch,
+    inner: Inner,
     loss: TrainingLoss,
     how: Training,
     *,
@@ -102,9 +109,11 @@ def fit(
                 group["lr"] = lr
             batch = augmented(data.take(some), how.augment, place)
             with torch.enable_grad(), drawing(place):
-                value, hits = loss(batch, place)
+                x_adv = inner(batch, place)
                 optimizer.zero_grad(set_to_none=True)
-                value.backward()  # type: ignore[no-untyped-call]
+                with perturbed(model, lambda: loss(batch, x_adv)[0], how.awp):  # noqa: B023  called at once
+                    value, hits = loss(batch, x_adv)
+                    value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             _averaged(average, model, how.average, epoch * per_epoch + step)
             losses.append(value.detach())

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -11,7 +13,7 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, Labels, Logits
+from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.ascent import ascend
 from holdfast.ops.fit import Training, fit
 from holdfast.ops.losses import Loss, cross_entropy
@@ -43,12 +45,29 @@ class Learner:
             0
         ]
 
+    def apart(
+        self,
+        batch: Batch,
+        rng: Draws,
+        distance: Callable[[Logits, Logits], PerExample],
+        *,
+        steps: int,
+        reach: float,
+    ) -> Inputs:
+        """The same up a `distance` from the clean prediction; one forward more."""
+        with torch.no_grad():
+            clean = self.frozen(batch.x)
+        return self.worst(batch, rng, steps=steps, reach=reach, loss=lambda z, _: distance(z, clean))
 
-LossOf = Callable[[Learner, Batch, Draws], tuple[Tensor, Tensor]]
-"""The mean loss of a batch, and how many of its examples were right as they were trained on."""
+
+InnerOf = Callable[[Learner, Batch, Draws], Inputs]
+"""The inputs that a batch is trained on."""
+LossOf = Callable[[Learner, Batch, Inputs], tuple[Tensor, Tensor]]
+"""The mean loss of a batch and its changed inputs, and how many of its examples were right there."""
 
 
 def trained(
+    inner: InnerOf,
     loss: LossOf,
     model: Classifier,
     data: Batch,
@@ -59,18 +78,16 @@ def trained(
     after: Checkpoint | None = None,
     state: dict[str, Tensor] | None = None,
 ) -> Iterator[Checkpoint]:
-    """Train a copy of the model by a loss; the model itself stays as it is."""
+    """Train a copy of the model by a loss on inputs that `inner` made; the model itself stays as it is."""
     net = deepcopy(model).train()
     learner = Learner(net, twin(net), threat, state or {})
-    return fit(
-        net,
-        data,
-        lambda batch, place: loss(learner, batch, place),
-        how,
-        rng=rng,
-        after=after,
-        state=learner.state,
-    )
+    made, measured = partial(inner, learner), partial(loss, learner)
+    return fit(net, data, made, measured, how, rng=rng, after=after, state=learner.state)
+
+
+def as_it_is(learner: Learner, batch: Batch, rng: Draws) -> Inputs:
+    """No attack."""
+    return batch.x
 
 
 def hits(logits: Logits, y: Labels) -> Tensor:

@@ -21,9 +21,9 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import NonNegative, PerExample, Positive
+from holdfast.core.types import Inputs, NonNegative, PerExample, Positive
 from holdfast.ops.fit import Training
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.learner import Learner, as_it_is, hits, trained
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class GradientRegularisation:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        return trained(self.loss, model, data, threat, self.training, rng=rng, after=after)
+        return trained(as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after)
 
-    def loss(self, learner: Learner, batch: Batch, rng: Draws) -> tuple[Tensor, Tensor]:
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy and the slope."""
-        x = batch.x.detach().requires_grad_()
+        x = x_adv.detach().requires_grad_()
         logits = learner.net(x)
         each = F.cross_entropy(logits, batch.y, reduction="none")
         again = self.method == "double-backprop"

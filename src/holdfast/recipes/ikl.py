@@ -20,7 +20,7 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Labels, Logits, NonNegative, Positive, Steps
+from holdfast.core.types import Inputs, Labels, Logits, NonNegative, Positive, Steps
 from holdfast.ops.divergences import kullback_leibler, weighted_gaps
 from holdfast.ops.fit import Training
 from holdfast.ops.learner import Learner, hits, trained
@@ -56,16 +56,18 @@ class IKL:
         means = {
             "means": torch.full((classes, classes), 1 / classes, device=data.x.device, dtype=data.x.dtype)
         }
-        return trained(self.loss, model, data, threat, self.training, rng=rng, after=after, state=means)
-
-    def loss(self, learner: Learner, batch: Batch, rng: Draws) -> tuple[Tensor, Tensor]:
-        """All three terms, the last two at the end of a path up the divergence."""
-        clean = learner.net(batch.x)
-        target = clean.detach()
-        x_adv = learner.worst(
-            batch, rng, steps=self.steps, reach=self.reach, loss=lambda z, _: kullback_leibler(z, target)
+        return trained(
+            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, state=means
         )
-        logits = learner.net(x_adv)
+
+    def inner(self, learner: Learner, batch: Batch, rng: Draws) -> Inputs:
+        """The end of a path up the divergence from the clean prediction."""
+        return learner.apart(batch, rng, kullback_leibler, steps=self.steps, reach=self.reach)
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """All three terms."""
+        clean, logits = learner.net(batch.x), learner.net(x_adv)
+        target = clean.detach()
         means = learner.state["means"]
         weight = means[batch.y]  # a copy: what follows changes the means
         self._seen(means, target, batch.y)

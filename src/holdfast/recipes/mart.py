@@ -17,7 +17,7 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import NonNegative, Positive, Steps
+from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.ops.divergences import kullback_leibler
 from holdfast.ops.fit import Training
 from holdfast.ops.learner import Learner, hits, trained
@@ -46,11 +46,14 @@ class MART:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        return trained(self.loss, model, data, threat, self.training, rng=rng, after=after)
+        return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
 
-    def loss(self, learner: Learner, batch: Batch, rng: Draws) -> tuple[Tensor, Tensor]:
-        """Both terms, at the end of a path up the cross-entropy."""
-        x_adv = learner.worst(batch, rng, steps=self.steps, reach=self.reach)
+    def inner(self, learner: Learner, batch: Batch, rng: Draws) -> Inputs:
+        """The end of a path up the cross-entropy."""
+        return learner.worst(batch, rng, steps=self.steps, reach=self.reach)
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """Both terms."""
         clean, logits = learner.net(batch.x), learner.net(x_adv)
         own = batch.y[:, None]
         rival = logits.softmax(1).scatter(1, own, 0.0).amax(1)

@@ -16,7 +16,7 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import NonNegative, Positive, Steps
+from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.ops.fit import Training
 from holdfast.ops.learner import Learner, hits, trained
 
@@ -42,11 +42,14 @@ class PGDTraining:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        return trained(self.loss, model, data, threat, self.training, rng=rng, after=after)
+        return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
 
-    def loss(self, learner: Learner, batch: Batch, rng: Draws) -> tuple[Tensor, Tensor]:
-        """The cross-entropy at the end of the path, and that of the clean inputs where it has a weight."""
-        x_adv = learner.worst(batch, rng, steps=self.steps, reach=self.reach)
+    def inner(self, learner: Learner, batch: Batch, rng: Draws) -> Inputs:
+        """The end of a path up the cross-entropy."""
+        return learner.worst(batch, rng, steps=self.steps, reach=self.reach)
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """The cross-entropy there, and that of the clean inputs where it has a weight."""
         logits = learner.net(x_adv)
         value = F.cross_entropy(logits, batch.y)
         if self.clean:

@@ -16,7 +16,7 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Fraction, NonNegative, Positive, Steps
+from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.divergences import squared_error
 from holdfast.ops.fit import Training
 from holdfast.ops.learner import Learner, hits, trained
@@ -47,16 +47,15 @@ class SCORE:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        return trained(self.loss, model, data, threat, self.training, rng=rng, after=after)
+        return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
 
-    def loss(self, learner: Learner, batch: Batch, rng: Draws) -> tuple[Tensor, Tensor]:
-        """Both squared errors, the second at the end of a path up it."""
-        clean = learner.net(batch.x)
-        target = clean.detach()
-        x_adv = learner.worst(
-            batch, rng, steps=self.steps, reach=self.reach, loss=lambda z, _: squared_error(z, target)
-        )
-        logits = learner.net(x_adv)
+    def inner(self, learner: Learner, batch: Batch, rng: Draws) -> Inputs:
+        """The end of a path up the squared distance from the clean prediction."""
+        return learner.apart(batch, rng, squared_error, steps=self.steps, reach=self.reach)
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """Both squared errors."""
+        clean, logits = learner.net(batch.x), learner.net(x_adv)
         label = F.one_hot(batch.y, clean.shape[1]).to(clean)
         label = torch.lerp(label, torch.full_like(label, 1 / clean.shape[1]), self.label_smoothing)
         error = (clean.softmax(1) - label).square().sum(1)

@@ -48,14 +48,10 @@ class SingleStep:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        return trained(self.loss, model, data, threat, self.training, rng=rng, after=after)
+        return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
 
-    def loss(self, learner: Learner, batch: Batch, rng: Draws) -> tuple[Tensor, Tensor]:
-        """The cross-entropy after the step."""
-        logits = learner.net(self._stepped(learner, batch, rng))
-        return F.cross_entropy(logits, batch.y), hits(logits, batch.y)
-
-    def _stepped(self, learner: Learner, batch: Batch, rng: Draws) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, rng: Draws) -> Inputs:
+        """Where the step ends."""
         constraint, bounds = learner.threat.constraint, learner.frozen.bounds
         assert isinstance(constraint, (Linf, L2, L1))
         x = batch.x
@@ -65,3 +61,8 @@ class SingleStep:
         climb = constraint.steepest(grad, x, bounds)
         moved = torch.add(x, climb, alpha=self.step * constraint.eps)
         return constraint.project(moved, batch.x, bounds) if self.clip else bounds.clamp(moved)
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """The cross-entropy there."""
+        logits = learner.net(x_adv)
+        return F.cross_entropy(logits, batch.y), hits(logits, batch.y)

@@ -11,9 +11,9 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Fraction
+from holdfast.core.types import Fraction, Inputs
 from holdfast.ops.fit import Training
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.learner import Learner, as_it_is, hits, trained
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Standard:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        return trained(self.loss, model, data, threat, self.training, rng=rng, after=after)
+        return trained(as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after)
 
-    def loss(self, learner: Learner, batch: Batch, rng: Draws) -> tuple[Tensor, Tensor]:
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy, its labels smoothed."""
-        logits = learner.net(batch.x)
+        logits = learner.net(x_adv)
         value = F.cross_entropy(logits, batch.y, label_smoothing=self.label_smoothing)
         return value, hits(logits, batch.y)

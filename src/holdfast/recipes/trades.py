@@ -16,7 +16,7 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import NonNegative, Positive, Steps
+from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.ops.divergences import kullback_leibler
 from holdfast.ops.fit import Training
 from holdfast.ops.learner import Learner, hits, trained
@@ -43,15 +43,14 @@ class TRADES:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        return trained(self.loss, model, data, threat, self.training, rng=rng, after=after)
+        return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
 
-    def loss(self, learner: Learner, batch: Batch, rng: Draws) -> tuple[Tensor, Tensor]:
-        """The clean cross-entropy, and the divergence at the end of a path up that divergence."""
-        clean = learner.net(batch.x)
-        target = clean.detach()
-        x_adv = learner.worst(
-            batch, rng, steps=self.steps, reach=self.reach, loss=lambda z, _: kullback_leibler(z, target)
-        )
-        logits = learner.net(x_adv)
+    def inner(self, learner: Learner, batch: Batch, rng: Draws) -> Inputs:
+        """The end of a path up the divergence from the clean prediction."""
+        return learner.apart(batch, rng, kullback_leibler, steps=self.steps, reach=self.reach)
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """The clean cross-entropy, and the divergence."""
+        clean, logits = learner.net(batch.x), learner.net(x_adv)
         robust = kullback_leibler(logits, clean).mean()
         return F.cross_entropy(clean, batch.y) + self.beta * robust, hits(logits, batch.y)
