@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from holdfast.cli.early import (
+    is_folder,
     refuse_foreign_server,
     refuse_missing_file,
     refuse_reports,
@@ -14,7 +15,7 @@ from holdfast.cli.early import (
     refuse_unknown_model,
 )
 from holdfast.cli.options import Voice, offered, spoken
-from holdfast.config.settings import DEFAULT_SUITE, SUITES, AssessSettings, S, read
+from holdfast.config.settings import DEFAULT_SUITE, SUITES, AssessSettings, HardenSettings, S, read
 from holdfast.config.values import SurrogateSettings
 from holdfast.core.errors import UsageError
 from holdfast.store.files import refuse_no_run
@@ -182,7 +183,8 @@ def settings_from(flags: dict[str, Any], kind: type[S]) -> S:
     if config:
         _refuse_hosts_of_config(settings, flags)
     _refuse_targets(settings, config)
-    refuse_reports(settings.output)
+    made = isinstance(settings, HardenSettings)
+    refuse_reports(output for output in settings.output if not (made and is_folder(output)))
     return settings
 
 

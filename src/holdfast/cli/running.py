@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from holdfast.api import carry_out, carry_out_hardening, demo, exhibition, rehearse
+from holdfast.cli.early import is_folder
 from holdfast.cli.options import Voice
 from holdfast.config.settings import AssessSettings, HardenSettings, canonical
 from holdfast.core.chain import canonical as as_bytes
@@ -60,6 +61,13 @@ def harden_and_report(settings: HardenSettings, voice: Voice, *, run: str | None
     folder = Path(run) if run else new_folder("harden", digest(as_bytes(canonical(settings))))
     with stoppable(way_out(command, folder)), watched(voice) as progress:
         found = carry_out_hardening(settings, run=folder, resume=resume, progress=progress, command=command)
+    for output in settings.output:
+        if is_folder(output):
+            voice.say(f"model: {found.write(output)}")
+        elif output != _STDOUT:
+            voice.say(f"report: {found.after.write(output)}")
+    if _STDOUT in settings.output:
+        click.echo(found.after.to_json())
     voice.say(str(found))
     voice.say(f"run: {folder}")
     return found.after.exit_code

@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.names import threat_text
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.losses import margin
 from holdfast.recipes.protocol import Recipe
-from holdfast.reports.numbers import strict
+from holdfast.reports.card import document as as_markdown
+from holdfast.reports.card import judged
+from holdfast.reports.numbers import percent, strict
 from holdfast.runs import training
 from holdfast.runs.assess import assess
 from holdfast.runs.identity import code_digest, hardware, versions
@@ -32,7 +35,10 @@ from holdfast.runs.repeating import repeatable, way_out
 from holdfast.runs.result import Result
 from holdfast.runs.signals import Stopper, stoppable
 from holdfast.runs.training import BEST, LAST, Point
+from holdfast.sources.weights import written
+from holdfast.store.files import usable, write_atomically
 from holdfast.store.folder import opened, planned
+from holdfast.store.records import document
 
 LOOK = PGD(steps=20)
 """What chooses the checkpoint: more steps than training takes, and another loss."""
@@ -66,17 +72,30 @@ class Hardened:
     before: Result
     after: Result
     curve: tuple[Point, ...]
-    chosen: Point
-    """the epoch that was best on the held-out examples"""
-    made: Mapping[str, Any] = field(default_factory=dict)
-    """recipe, its settings, plan, seed, and what it took"""
+    card: Mapping[str, Any]
+    """recipe, settings, plan, both measurements, cost and versions, in the types of strict JSON"""
+    weights: bytes
+    """the new model as a safetensors file"""
     folder: Path | None = None
 
+    def write(self, folder: str | Path) -> Path:
+        """Write `model.safetensors`, `card.md` and `card.json` into a folder, which is made where it is missing."""
+        place = Path(folder)
+        with usable(place):
+            place.mkdir(parents=True, exist_ok=True)
+            write_atomically(place / "model.safetensors", self.weights)
+            write_atomically(place / "card.json", document(self.card))
+            write_atomically(place / "card.md", as_markdown(self.card).encode())
+        return place
+
     def __str__(self) -> str:
-        one, other = (each.metrics for each in (self.before, self.after))
-        names = ("clean_accuracy", "robust_accuracy")
-        said = [f"{name} {one[name].value:.1%} → {other[name].value:.1%}" for name in names]
-        return f"{self.made['recipe']}: {', '.join(said)} (epoch {self.chosen.epoch} of {self.made['plan']['epochs']})"
+        sides = [self.card[side]["metrics"] for side in ("before", "after")]
+        said = [
+            f"{name} {percent(sides[0][name]['value'])} → {percent(sides[1][name]['value'])}"
+            for name in sides[0]
+        ]
+        epoch = f"epoch {self.card['chosen']['epoch']} of {self.card['plan']['epochs']}"
+        return f"{self.card['recipe']}: {', '.join(said)} ({epoch})"
 
 
 def split_of(data: Batch, seed: int) -> tuple[Batch, Batch]:
@@ -142,10 +161,57 @@ def harden(
             subject, model=new.eval(), digest=_digest(best.checkpoint), card={**subject.card, "name": name}
         )
         after = assess(hardened, test, judge, run=run / "after", resume=True, progress=progress)
-        made = {"recipe": wish.recipe_name, "settings": wish.settings, "plan": plan, "seed": wish.seed}
+        assert isinstance(new.net, nn.Module)  # anything else was refused
+        weights = written(new.net, _described(subject, manifest))
+        card = _card(wish, manifest, hardened, (before, after), curve, best.curve[-1])
         with stopper.finishing():
-            folder.record("training", {"curve": [point.to_json() for point in curve], **strict(made)})
-    return Hardened(new, before, after, curve, best.curve[-1], made, run)
+            folder.record("card", card)
+    return Hardened(new, before, after, curve, card, weights, run)
+
+
+def _described(subject: Subject, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the weights file says of itself: how it is opened, and the digest of what made it."""
+    known = {key: subject.card[key] for key in ("architecture", "arguments") if key in subject.card}
+    said = {
+        key: subject.card[key]
+        for key in ("bounds", "mean", "std", "classes")
+        if subject.card.get(key) is not None
+    }
+    return {**known, **said, "training": digest(canonical([manifest["digests"], manifest["plan"]]))}
+
+
+def _card(
+    wish: Wish,
+    manifest: Mapping[str, Any],
+    hardened: Subject,
+    sides: tuple[Result, Result],
+    curve: tuple[Point, ...],
+    chosen: Point,
+) -> dict[str, Any]:
+    summaries = [side.summary() for side in sides]
+    arch = "" if "architecture" in hardened.card else " --arch file.py:factory"
+    found: dict[str, Any] = strict(
+        {
+            "name": hardened.card["name"],
+            "recipe": wish.recipe_name,
+            "settings": wish.settings,
+            "threat": threat_text(str(wish.threat.constraint), None, "gradients", None),
+            "plan": manifest["plan"],
+            "seed": wish.seed,
+            "before": judged(summaries[0]),
+            "after": judged(summaries[1]),
+            "chosen": chosen.to_json(),
+            "curve": [point.to_json() for point in curve],
+            "cost": {name: sum(getattr(point, name) for point in curve) for name in ("cpu_s", "wall_s")},
+            "model": dict(hardened.card),
+            "data": manifest["data"],
+            "versions": manifest["versions"],
+            "hardware": manifest["hardware"],
+            "command": repeatable(wish.command),
+            "opened_by": f"holdfast assess model.safetensors {manifest['data']['name']}{arch}",
+        }
+    )
+    return found
 
 
 def _refuse_untrainable(model: Classifier) -> None:
