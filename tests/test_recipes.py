@@ -9,6 +9,7 @@ from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes import (
+    ATTA,
     IKL,
     MART,
     SCORE,
@@ -28,6 +29,7 @@ CASES = [
     PGDTraining(steps=2, clean=0.5),
     TRADES(steps=2),
     MART(steps=2),
+    ATTA(refresh=2),
     IKL(steps=2),
     GradientRegularisation(),
     GradientRegularisation(method="finite-difference"),

@@ -29,7 +29,7 @@ def data(n=12):
     return Batch(x, (x[:, 0] > x[:, 1]).long(), torch.arange(n))
 
 
-def clean(batch, rng):
+def clean(batch, turn):
     return batch.x
 
 

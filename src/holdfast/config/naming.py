@@ -56,6 +56,7 @@ ATTACKS: Final = (
 """What `holdfast.attacks` exports; a test keeps the two in step."""
 
 RECIPES: Final = {
+    "atta": "ATTA",
     "fgsm": "SingleStep",
     "fgsm-rs": "SingleStep",
     "gradient-regularisation": "GradientRegularisation",

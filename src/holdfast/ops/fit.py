@@ -25,7 +25,19 @@ from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.ops.augment import Augmentation, augmented
 from holdfast.ops.perturbed import perturbed
 
-Inner = Callable[[Batch, Draws], Inputs]
+
+@dataclass(frozen=True)
+class Turn:
+    """An update: what is drawn for it, and how far the training has come."""
+
+    rng: Draws
+    epoch: int
+    """epochs that are done"""
+    done: float
+    """share of all updates that are done"""
+
+
+Inner = Callable[[Batch, Turn], Inputs]
 """The inputs that a batch is trained on."""
 TrainingLoss = Callable[[Batch, Inputs], tuple[Tensor, Tensor]]
 """The mean loss of a batch and its changed inputs, and how many of its examples were right there."""
@@ -103,19 +115,19 @@ def fit(
         rows = rng.at("order", epoch).bits(data.ids).argsort()
         losses, right = [], torch.zeros((), device=data.x.device)
         for step, some in enumerate(torch.split(rows[: per_epoch * how.batch], how.batch)):
-            place = rng.at(epoch, step)
-            lr = how.lr * rate(how.schedule, (epoch * per_epoch + step + 1) / (how.epochs * per_epoch + 1))
+            place, before = rng.at(epoch, step), epoch * per_epoch + step
+            lr = how.lr * rate(how.schedule, (before + 1) / (how.epochs * per_epoch + 1))
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = augmented(data.take(some), how.augment, place)
             with torch.enable_grad(), drawing(place):
-                x_adv = inner(batch, place)
+                x_adv = inner(batch, Turn(place, epoch, before / (how.epochs * per_epoch)))
                 optimizer.zero_grad(set_to_none=True)
                 with perturbed(model, lambda: loss(batch, x_adv)[0], how.awp):  # noqa: B023  called at once
                     value, hits = loss(batch, x_adv)
                     value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            _averaged(average, model, how.average, epoch * per_epoch + step)
+            _averaged(average, model, how.average, before)
             losses.append(value.detach())
             right += hits
         seen = torch.stack(losses).double()

@@ -15,7 +15,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.ascent import ascend
-from holdfast.ops.fit import Training, fit
+from holdfast.ops.fit import Training, Turn, fit
 from holdfast.ops.losses import Loss, cross_entropy
 from holdfast.ops.twin import twin
 
@@ -60,7 +60,7 @@ class Learner:
         return self.worst(batch, rng, steps=steps, reach=reach, loss=lambda z, _: distance(z, clean))
 
 
-InnerOf = Callable[[Learner, Batch, Draws], Inputs]
+InnerOf = Callable[[Learner, Batch, Turn], Inputs]
 """The inputs that a batch is trained on."""
 LossOf = Callable[[Learner, Batch, Inputs], tuple[Tensor, Tensor]]
 """The mean loss of a batch and its changed inputs, and how many of its examples were right there."""
@@ -85,7 +85,7 @@ def trained(
     return fit(net, data, made, measured, how, rng=rng, after=after, state=learner.state)
 
 
-def as_it_is(learner: Learner, batch: Batch, rng: Draws) -> Inputs:
+def as_it_is(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
     """No attack."""
     return batch.x
 

@@ -1,5 +1,6 @@
 """The catalogue of recipes: each trains a new model that is harder to break; `__all__` is what may be named."""
 
+from holdfast.recipes.atta import ATTA
 from holdfast.recipes.gradient_regularisation import GradientRegularisation
 from holdfast.recipes.ikl import IKL
 from holdfast.recipes.mart import MART
@@ -10,6 +11,7 @@ from holdfast.recipes.standard import Standard
 from holdfast.recipes.trades import TRADES
 
 __all__ = [
+    "ATTA",
     "IKL",
     "MART",
     "SCORE",

@@ -22,7 +22,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Logits, NonNegative, Positive, Steps
 from holdfast.ops.divergences import kullback_leibler, weighted_gaps
-from holdfast.ops.fit import Training
+from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, hits, trained
 
 
@@ -60,9 +60,9 @@ class IKL:
             self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, state=means
         )
 
-    def inner(self, learner: Learner, batch: Batch, rng: Draws) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """The end of a path up the divergence from the clean prediction."""
-        return learner.apart(batch, rng, kullback_leibler, steps=self.steps, reach=self.reach)
+        return learner.apart(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """All three terms."""

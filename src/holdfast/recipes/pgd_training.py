@@ -17,7 +17,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
-from holdfast.ops.fit import Training
+from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, hits, trained
 
 
@@ -44,9 +44,9 @@ class PGDTraining:
     ) -> Iterator[Checkpoint]:
         return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
 
-    def inner(self, learner: Learner, batch: Batch, rng: Draws) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """The end of a path up the cross-entropy."""
-        return learner.worst(batch, rng, steps=self.steps, reach=self.reach)
+        return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there, and that of the clean inputs where it has a weight."""

@@ -18,7 +18,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.divergences import squared_error
-from holdfast.ops.fit import Training
+from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, hits, trained
 
 
@@ -49,9 +49,9 @@ class SCORE:
     ) -> Iterator[Checkpoint]:
         return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
 
-    def inner(self, learner: Learner, batch: Batch, rng: Draws) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """The end of a path up the squared distance from the clean prediction."""
-        return learner.apart(batch, rng, squared_error, steps=self.steps, reach=self.reach)
+        return learner.apart(batch, turn.rng, squared_error, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Both squared errors."""

@@ -22,7 +22,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive
 from holdfast.ops.ascent import gradient
-from holdfast.ops.fit import Training
+from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, hits, trained
 from holdfast.ops.losses import cross_entropy
 
@@ -50,13 +50,13 @@ class SingleStep:
     ) -> Iterator[Checkpoint]:
         return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
 
-    def inner(self, learner: Learner, batch: Batch, rng: Draws) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Where the step ends."""
         constraint, bounds = learner.threat.constraint, learner.frozen.bounds
         assert isinstance(constraint, (Linf, L2, L1))
         x = batch.x
         if self.noise:
-            x = constraint.resized(self.noise * constraint.eps).sample(batch, bounds, rng.at("start"))
+            x = constraint.resized(self.noise * constraint.eps).sample(batch, bounds, turn.rng.at("start"))
         grad, _ = gradient(learner.frozen, batch.at(x), cross_entropy)
         climb = constraint.steepest(grad, x, bounds)
         moved = torch.add(x, climb, alpha=self.step * constraint.eps)
