@@ -1,19 +1,27 @@
 """Every law on every recipe, and what each recipe is at eps 0."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from holdfast import recipes
 from holdfast.config.naming import RECIPES
+from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.ops.learner import Learner
+from holdfast.ops.overfitting import RAISED, OverfittingGuard
 from holdfast.recipes import (
     ATTA,
+    HAT,
     IKL,
     MART,
     SCORE,
     TRADES,
+    EnsembleTraining,
     GradientRegularisation,
     PGDTraining,
     SingleStep,
@@ -30,6 +38,8 @@ CASES = [
     TRADES(steps=2),
     MART(steps=2),
     ATTA(refresh=2),
+    EnsembleTraining(steps=2),
+    HAT(steps=2),
     IKL(steps=2),
     GradientRegularisation(),
     GradientRegularisation(method="finite-difference"),
@@ -68,3 +78,45 @@ def test_at_eps_0_it_is_ordinary_training(recipe):
     for name, value in one.tensors.items():
         torch.testing.assert_close(value, other.tensors[name], rtol=1e-9, atol=1e-12)
     assert not same(one, list(Standard(training=SHORT)(model, data, threat, rng=Draws(1)))[-1])
+
+
+def test_the_guard_undoes_the_last_updates_and_adds_a_step(monkeypatch):
+    model, data = fakes.network(1).requires_grad_(), fakes.labelled(fakes.network(), fakes.examples(n=900))
+    recipe, looks = SingleStep(training=replace(SHORT, epochs=2, batch=4)), []
+
+    def right(self, steps):
+        looks.append(
+            (steps, int(self.learner.state[RAISED]), self.learner.net.net[1].weight.detach().clone())
+        )
+        overfitted = 5 <= len(looks) <= 6  # the third look: one step holds, ten do not
+        return 0.9 if steps == 1 or not overfitted else 0.1
+
+    monkeypatch.setattr(OverfittingGuard, "_right", right)
+    found = list(recipe(model, data, ThreatModel(Linf(0.05)), rng=Draws(0)))
+    assert [int(checkpoint.tensors["state.raised"]) for checkpoint in found][-1] == 1
+    before, objected, again = looks[2], looks[4], looks[6]
+    assert (before[1], objected[1], again[1]) == (0, 0, 1)
+    assert not torch.equal(objected[2], again[2])
+
+
+def test_a_network_that_overfits_to_one_step_is_found():
+    class Kinked(torch.nn.Module):
+        """Right at the input and one step away along the gradient, wrong in between."""
+
+        def forward(self, x):
+            moved = (x - 0.5).abs().flatten(1).mean(1)
+            inside = (moved > 0.01) & (moved < 0.09)
+            height = torch.where(inside, -moved, 1 - moved)
+            return torch.stack((height, torch.zeros_like(height)), 1)
+
+    net = Classifier(Kinked())
+    held = Batch(torch.full((40, 6), 0.5), torch.zeros(40, dtype=torch.int64), torch.arange(40))
+    learner = Learner(net, net, ThreatModel(Linf(0.1)), {RAISED: torch.zeros((), dtype=torch.int64)})
+    guard = OverfittingGuard(learner, held)
+    assert guard._right(1) > guard._right(10) + 0.25
+    assert not guard.holds()
+    assert int(learner.state[RAISED]) == 1
+    for _ in range(5):
+        guard.holds()
+    assert int(learner.state[RAISED]) == 3
+    assert guard.holds()

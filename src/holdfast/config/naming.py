@@ -57,9 +57,11 @@ ATTACKS: Final = (
 
 RECIPES: Final = {
     "atta": "ATTA",
+    "ensemble": "EnsembleTraining",
     "fgsm": "SingleStep",
     "fgsm-rs": "SingleStep",
     "gradient-regularisation": "GradientRegularisation",
+    "hat": "HAT",
     "ikl": "IKL",
     "mart": "MART",
     "n-fgsm": "SingleStep",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import torch
 from annotated_types import Ge, Lt
@@ -85,6 +85,17 @@ def updates(n: int, batch: int) -> int:
     return max(n // batch, 1)
 
 
+class Guard(Protocol):
+    """Looks at the network every few updates, and says when what was learned since must be learned anew."""
+
+    @property
+    def every(self) -> int:
+        """Updates between looks."""
+
+    def holds(self) -> bool:
+        """Whether all is well; where it is not, it has changed what follows, and will hold after a few times."""
+
+
 def fit(
     model: nn.Module,
     data: Batch,
@@ -95,49 +106,120 @@ def fit(
     rng: Draws,
     after: Checkpoint | None = None,
     state: Mapping[str, Tensor] = MappingProxyType({}),
+    guard: Guard | None = None,
 ) -> Iterator[Checkpoint]:
     """Train the weights of `model` in place, and yield a checkpoint after each epoch.
 
-    With `after` it goes on where that stands; `state` are tensors that the loss changes in place and must find again.
-    Raises `HoldfastError` where the loss is no number any more.
+    With `after` it goes on where that stands; `state` are tensors that the loss changes in place and must find again,
+    but for what a `guard` changes in them: that stays when it has the last updates undone. Raises `HoldfastError` where
+    the loss is no number any more.
     """
-    learned = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = _optimizer(learned, how)
-    average = (
-        {name: value.detach().clone() for name, value in model.state_dict().items()} if how.average else {}
-    )
+    loop = _Loop(model, data, inner, loss, how, rng, state)
     begun = 0
     if after is not None:
         begun = after.epoch
-        _restore(after, model, average, optimizer, state)
-    per_epoch = updates(len(data), how.batch)
+        loop.restore({name: value.to(data.x.device) for name, value in after.tensors.items()}, state)
     for epoch in range(begun, how.epochs):
-        rows = rng.at("order", epoch).bits(data.ids).argsort()
-        losses, right = [], torch.zeros((), device=data.x.device)
-        for step, some in enumerate(torch.split(rows[: per_epoch * how.batch], how.batch)):
-            place, before = rng.at(epoch, step), epoch * per_epoch + step
-            lr = how.lr * rate(how.schedule, (before + 1) / (how.epochs * per_epoch + 1))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            batch = augmented(data.take(some), how.augment, place)
-            with torch.enable_grad(), drawing(place):
-                x_adv = inner(batch, Turn(place, epoch, before / (how.epochs * per_epoch)))
-                optimizer.zero_grad(set_to_none=True)
-                with perturbed(model, lambda: loss(batch, x_adv)[0], how.awp):  # noqa: B023  called at once
-                    value, hits = loss(batch, x_adv)
-                    value.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            _averaged(average, model, how.average, before)
-            losses.append(value.detach())
-            right += hits
+        told = loop.epoch(epoch, guard)
+        tensors = {name: _copy(value.cpu()) for name, value in loop.tensors().items()}
+        yield Checkpoint(epoch + 1, how.epochs, tensors, told)
+
+
+class _Loop:
+    """The network, its average and its optimiser on their way."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Batch,
+        inner: Inner,
+        loss: TrainingLoss,
+        how: Training,
+        rng: Draws,
+        state: Mapping[str, Tensor],
+    ) -> None:
+        self._model, self._data, self._inner, self._loss = model, data, inner, loss
+        self._how, self._rng, self._state = how, rng, state
+        learned = [weight for weight in model.parameters() if weight.requires_grad]
+        self._optimizer = _optimizer(learned, how)
+        now = model.state_dict() if how.average else {}
+        self._average = {name: value.detach().clone() for name, value in now.items()}
+        self._updates = updates(len(data), how.batch)
+
+    def epoch(self, epoch: int, guard: Guard | None) -> dict[str, float]:
+        """All updates of one epoch, and what it says of itself."""
+        rows = self._rng.at("order", epoch).bits(self._data.ids).argsort()
+        batches = list(enumerate(torch.split(rows[: self._updates * self._how.batch], self._how.batch)))
+        every = self._updates if guard is None else guard.every
+        losses, right = [], torch.zeros((), device=rows.device)
+        for begin in range(0, self._updates, every):
+            some, before = batches[begin : begin + every], {} if guard is None else self._snapshot()
+            done = [self._update(epoch, step, few) for step, few in some]
+            while guard is not None and not guard.holds():
+                self.restore(before)
+                done = [self._update(epoch, step, few) for step, few in some]
+            losses += [value for value, _ in done]
+            right += sum(hits for _, hits in done)
         seen = torch.stack(losses).double()
         _refuse_lost(seen, epoch)
-        told = {
-            "loss": seen.mean().item(),
-            "accuracy": right.item() / (per_epoch * min(how.batch, len(data))),
-            "lr": lr,
-        }
-        yield Checkpoint(epoch + 1, how.epochs, _kept(model, average, optimizer, state), told)
+        examples = self._updates * min(self._how.batch, len(self._data))
+        lr = self._optimizer.param_groups[0]["lr"]
+        return {"loss": seen.mean().item(), "accuracy": right.item() / examples, "lr": lr}
+
+    def _update(self, epoch: int, step: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """One update: its loss, and how many examples were right."""
+        how, place, before = self._how, self._rng.at(epoch, step), epoch * self._updates + step
+        whole = how.epochs * self._updates
+        for group in self._optimizer.param_groups:
+            group["lr"] = how.lr * rate(how.schedule, (before + 1) / (whole + 1))
+        batch = augmented(self._data.take(rows), how.augment, place)
+        with torch.enable_grad(), drawing(place):
+            x_adv = self._inner(batch, Turn(place, epoch, before / whole))
+            self._optimizer.zero_grad(set_to_none=True)
+            with perturbed(self._model, lambda: self._loss(batch, x_adv)[0], how.awp):
+                value, hits = self._loss(batch, x_adv)
+                value.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        _averaged(self._average, self._model, how.average, before)
+        return value.detach(), hits
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the training needs to go on, as it is now and will be changed."""
+        found = {WEIGHTS + name: value for name, value in self._model.state_dict().items()}
+        found |= {AVERAGE + name: value for name, value in self._average.items()}
+        found |= {STATE + name: value for name, value in self._state.items()}
+        for place, memory in self._optimizer.state_dict()["state"].items():
+            for name, value in memory.items():
+                if isinstance(value, Tensor):
+                    found[f"{MEMORY}{place}.{name}"] = value
+        return found
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {name: _copy(value) for name, value in self.tensors().items()}
+
+    def restore(
+        self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        """Go back to what `tensors` says; of what the loss remembers, `state` alone."""
+
+        def begins(first: str) -> dict[str, Tensor]:
+            return {name.removeprefix(first): t for name, t in tensors.items() if name.startswith(first)}
+
+        self._model.load_state_dict(begins(WEIGHTS))
+        for name, value in begins(AVERAGE).items():
+            self._average[name].copy_(value)
+        for name, value in begins(STATE).items():
+            if name in state:
+                state[name].copy_(value)
+        memory: dict[int, dict[str, Tensor]] = {}
+        for name, value in begins(MEMORY).items():
+            place, _, key = name.partition(".")
+            memory.setdefault(int(place), {})[key] = _copy(value)
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": memory})
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.detach().clone(memory_format=torch.contiguous_format)
 
 
 @contextmanager
@@ -168,47 +250,6 @@ def _averaged(average: dict[str, Tensor], model: nn.Module, keep: float, step: i
             average[name].lerp_(value, share)
         else:
             average[name].copy_(value)
-
-
-def _kept(
-    model: nn.Module,
-    average: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """Copies of all that the training needs to go on, on the CPU."""
-    found = {WEIGHTS + name: value for name, value in model.state_dict().items()}
-    found |= {AVERAGE + name: value for name, value in average.items()}
-    found |= {STATE + name: value for name, value in state.items()}
-    for place, memory in optimizer.state_dict()["state"].items():
-        for name, value in memory.items():
-            if isinstance(value, Tensor):
-                found[f"{MEMORY}{place}.{name}"] = value
-    return {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in found.items()
-    }
-
-
-def _restore(
-    after: Checkpoint,
-    model: nn.Module,
-    average: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Tensor],
-) -> None:
-    def begins(first: str) -> dict[str, Tensor]:
-        return {name.removeprefix(first): t for name, t in after.tensors.items() if name.startswith(first)}
-
-    model.load_state_dict(begins(WEIGHTS))
-    for known, first in ((average, AVERAGE), (state, STATE)):
-        for name, value in begins(first).items():
-            known[name].copy_(value)
-    memory: dict[int, dict[str, Tensor]] = {}
-    for name, value in begins(MEMORY).items():
-        place, _, key = name.partition(".")
-        memory.setdefault(int(place), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": memory})
 
 
 def _refuse_lost(losses: Tensor, epoch: int) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
+from holdfast.core.model import Classifier, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.ascent import ascend
-from holdfast.ops.fit import Training, Turn, fit
+from holdfast.ops.fit import Guard, Training, Turn, fit
 from holdfast.ops.losses import Loss, cross_entropy
 from holdfast.ops.twin import twin
 
@@ -32,18 +32,23 @@ class Learner:
     """what the loss remembers from update to update"""
 
     def worst(
-        self, batch: Batch, rng: Draws, *, steps: int, reach: float, loss: Loss = cross_entropy
+        self,
+        batch: Batch,
+        rng: Draws,
+        *,
+        steps: int,
+        reach: float,
+        loss: Loss = cross_entropy,
+        on: Model | None = None,
     ) -> Inputs:
         """Where `steps` steps up the loss end that are `reach` times eps long together, from a random start.
 
-        Cost: as many forwards and backwards.
+        `on` is the model that is attacked, if it is another. Cost: as many forwards and backwards of it.
         """
-        constraint = self.threat.constraint
-        start = constraint.sample(batch, self.frozen.bounds, rng.at("start"))
+        constraint, model = self.threat.constraint, self.frozen if on is None else on
+        start = constraint.sample(batch, model.bounds, rng.at("start"))
         size = reach * constraint.eps / steps
-        return ascend(self.frozen, batch, start, loss, constraint, steps=steps, step_size=size, keep="last")[
-            0
-        ]
+        return ascend(model, batch, start, loss, constraint, steps=steps, step_size=size, keep="last")[0]
 
     def apart(
         self,
@@ -77,12 +82,14 @@ def trained(
     rng: Draws,
     after: Checkpoint | None = None,
     state: dict[str, Tensor] | None = None,
+    guard: Callable[[Learner], Guard] | None = None,
 ) -> Iterator[Checkpoint]:
     """Train a copy of the model by a loss on inputs that `inner` made; the model itself stays as it is."""
     net = deepcopy(model).train()
     learner = Learner(net, twin(net), threat, state or {})
     made, measured = partial(inner, learner), partial(loss, learner)
-    return fit(net, data, made, measured, how, rng=rng, after=after, state=learner.state)
+    watched = None if guard is None else guard(learner)
+    return fit(net, data, made, measured, how, rng=rng, after=after, state=learner.state, guard=watched)
 
 
 def as_it_is(learner: Learner, batch: Batch, turn: Turn) -> Inputs:

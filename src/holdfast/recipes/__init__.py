@@ -1,7 +1,9 @@
 """The catalogue of recipes: each trains a new model that is harder to break; `__all__` is what may be named."""
 
 from holdfast.recipes.atta import ATTA
+from holdfast.recipes.ensemble import EnsembleTraining
 from holdfast.recipes.gradient_regularisation import GradientRegularisation
+from holdfast.recipes.hat import HAT
 from holdfast.recipes.ikl import IKL
 from holdfast.recipes.mart import MART
 from holdfast.recipes.pgd_training import PGDTraining
@@ -12,10 +14,12 @@ from holdfast.recipes.trades import TRADES
 
 __all__ = [
     "ATTA",
+    "HAT",
     "IKL",
     "MART",
     "SCORE",
     "TRADES",
+    "EnsembleTraining",
     "GradientRegularisation",
     "PGDTraining",
     "SingleStep",

@@ -9,6 +9,7 @@ into the ball. Differs from the papers: any norm, the weights are averaged, and 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from holdfast.ops.ascent import gradient
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, hits, trained
 from holdfast.ops.losses import cross_entropy
+from holdfast.ops.overfitting import HELD, RAISED, OverfittingGuard
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class SingleStep:
     """size of the step, in multiples of eps"""
     clip: bool = False
     """whether the end is brought back into the ball"""
+    guard: bool = True
+    """whether catastrophic overfitting is watched for, on 256 examples that are not trained on: if ten steps break far
+    more than one, the last updates are undone, and another step is added"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -48,19 +53,36 @@ class SingleStep:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
+        first = rng.at("guarded").bits(data.ids).argsort()
+        n = HELD if self.guard and len(data) > 2 * HELD else 0
+        held, rest = data.take(first[:n]), data.take(first[n:].sort().values)
+        state = {RAISED: torch.zeros((), dtype=torch.int64, device=data.x.device)}
+        return trained(
+            self.inner,
+            self.loss,
+            model,
+            rest,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            state=state,
+            guard=partial(OverfittingGuard, held=held) if n else None,
+        )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Where the step ends."""
+        """Where the step ends, or the steps that the guard has asked for, which share its length."""
         constraint, bounds = learner.threat.constraint, learner.frozen.bounds
         assert isinstance(constraint, (Linf, L2, L1))
-        x = batch.x
+        x, steps = batch.x, 1 + int(learner.state[RAISED])
         if self.noise:
             x = constraint.resized(self.noise * constraint.eps).sample(batch, bounds, turn.rng.at("start"))
-        grad, _ = gradient(learner.frozen, batch.at(x), cross_entropy)
-        climb = constraint.steepest(grad, x, bounds)
-        moved = torch.add(x, climb, alpha=self.step * constraint.eps)
-        return constraint.project(moved, batch.x, bounds) if self.clip else bounds.clamp(moved)
+        for _ in range(steps):
+            grad, _ = gradient(learner.frozen, batch.at(x), cross_entropy)
+            climb = constraint.steepest(grad, x, bounds)
+            moved = torch.add(x, climb, alpha=self.step * constraint.eps / steps)
+            x = constraint.project(moved, batch.x, bounds) if self.clip else bounds.clamp(moved)
+        return x
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there."""

@@ -20,7 +20,11 @@ SHORT = Training(epochs=3, batch=8, lr=0.05, schedule="cosine", average=0.9)
 
 
 def _problem(seed: int = 0) -> tuple[Classifier, Batch]:
-    teacher, student = network(seed), network(seed + 1)
+    """Examples labelled by one network, and another that agrees on most of them."""
+    teacher, student, stranger = network(seed), network(seed), network(seed + 1)
+    with torch.no_grad():
+        for weight, other in zip(student.parameters(), stranger.parameters(), strict=True):
+            weight.lerp_(other, 0.3)
     return student.requires_grad_(), labelled(teacher, examples(seed, n=26))
 
 
@@ -28,7 +32,11 @@ def _run(
     recipe: Recipe, model: Classifier, data: Batch, eps: float, seed: int = 0, after: Checkpoint | None = None
 ) -> list[Checkpoint]:
     short: Any = replace(recipe, training=SHORT)  # type: ignore[type-var]  # every recipe is a dataclass
-    return list(short(model, data, ThreatModel(Linf(eps)), rng=Draws(seed), after=after))
+    return list(short(model, data, _threat(eps), rng=Draws(seed), after=after))
+
+
+def _threat(eps: float) -> ThreatModel:
+    return ThreatModel(Linf(eps), surrogates=(network(5),))
 
 
 def same(one: Checkpoint, other: Checkpoint) -> bool:
@@ -87,7 +95,7 @@ def learns(recipe: Recipe) -> None:
     model, data = _problem()
     longer = replace(SHORT, epochs=30)
     short: Any = replace(recipe, training=longer)  # type: ignore[type-var]
-    found = list(short(model, data, ThreatModel(Linf(0.01)), rng=Draws(0)))
+    found = list(short(model, data, _threat(0.01), rng=Draws(0)))
     assert found[-1].measured["loss"] < found[0].measured["loss"]
     with torch.no_grad():
         before = (model(data.x).argmax(1) == data.y).sum()
