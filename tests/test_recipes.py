@@ -75,8 +75,8 @@ def test_at_eps_0_it_is_ordinary_training(recipe):
     threat = ThreatModel(Linf(0.0))
     one = list(recipe(model, data, threat, rng=Draws(0)))[-1]
     other = list(Standard(training=SHORT)(model, data, threat, rng=Draws(0)))[-1]
-    for name, value in one.tensors.items():
-        torch.testing.assert_close(value, other.tensors[name], rtol=1e-9, atol=1e-12)
+    for name, value in other.tensors.items():
+        torch.testing.assert_close(value, one.tensors[name], rtol=1e-9, atol=1e-12)
     assert not same(one, list(Standard(training=SHORT)(model, data, threat, rng=Draws(1)))[-1])
 
 
@@ -101,16 +101,15 @@ def test_the_guard_undoes_the_last_updates_and_adds_a_step(monkeypatch):
 
 def test_a_network_that_overfits_to_one_step_is_found():
     class Kinked(torch.nn.Module):
-        """Right at the input and one step away along the gradient, wrong in between."""
+        """Wrong where the mean has risen by half of eps, and right again at the end of a whole step."""
 
         def forward(self, x):
-            moved = (x - 0.5).abs().flatten(1).mean(1)
-            inside = (moved > 0.01) & (moved < 0.09)
-            height = torch.where(inside, -moved, 1 - moved)
+            risen = (x - 0.5).flatten(1).mean(1)
+            height = 400 * (risen - 0.05) ** 2 - 0.09
             return torch.stack((height, torch.zeros_like(height)), 1)
 
     net = Classifier(Kinked())
-    held = Batch(torch.full((40, 6), 0.5), torch.zeros(40, dtype=torch.int64), torch.arange(40))
+    held = Batch(torch.full((40, 24), 0.5), torch.zeros(40, dtype=torch.int64), torch.arange(40))
     learner = Learner(net, net, ThreatModel(Linf(0.1)), {RAISED: torch.zeros((), dtype=torch.int64)})
     guard = OverfittingGuard(learner, held)
     assert guard._right(1) > guard._right(10) + 0.25

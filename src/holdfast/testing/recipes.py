@@ -35,8 +35,11 @@ def _run(
     return list(short(model, data, _threat(eps), rng=Draws(seed), after=after))
 
 
+_SURROGATE = network(5)
+
+
 def _threat(eps: float) -> ThreatModel:
-    return ThreatModel(Linf(eps), surrogates=(network(5),))
+    return ThreatModel(Linf(eps), surrogates=(_SURROGATE,))
 
 
 def same(one: Checkpoint, other: Checkpoint) -> bool:
