@@ -84,6 +84,9 @@ def test_every_attack_is_compared_and_every_reference_belongs_to_one():
         assert all(matching.values()), row["compared"]
         found.update(*matching.values())
     assert not set(references.glob("*.json")) - found
+    for path in references.glob("*.json"):
+        sides = json.loads(path.read_text())
+        assert all(sides[side]["rows"] for side in ("ours", "reference")), path.name
 
 
 @pytest.mark.parametrize("row", ATTACKS, ids=lambda row: row["attack"].strip("`"))

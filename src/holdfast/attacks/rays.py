@@ -108,10 +108,9 @@ class _Rays:
         block = torch.where(finer, 0, block)
         self._draw(rows[finest & unknown])
         self._blocks[rows], self._block[rows] = blocks, block
-        begin, place = block * -(-features // blocks), torch.arange(features, device=rows.device)
-        end = begin + -(-features // blocks)
-        flipped = (place >= begin[:, None]) & (place < end[:, None])
-        best = self._best[rows]
+        size = -(-features // blocks)
+        begin, place = (block * size)[:, None], torch.arange(features, device=rows.device)
+        flipped, best = (place >= begin) & (place < begin + size[:, None]), self._best[rows]
         self._trial[rows] = torch.where(flipped, -best, best)
         known, width = self._radius[rows], self._bounds.width
         self._probe[rows] = torch.where(known < torch.inf, known, width)

@@ -80,10 +80,8 @@ class SuperDeepFool:
         return to_boundary(model, batch, closest.x, norm)
 
     def _across(self, model: Model, batch: Batch, x: Inputs, rivals: Tensor, norm: Norm) -> Inputs:
-        """One step of DeepFool, by what the box leaves free; none where the model passes no gradient."""
+        """One step of DeepFool, by what the box leaves free."""
         margins, grads = planes(model, batch, x, rivals)
-        if not grads:
-            return x
         grads = [free(grad, x, model.bounds) for grad in grads]
         return across(norm, model.bounds, batch, x, grads, margins, self.overshoot)
 

@@ -71,8 +71,6 @@ class UniversalDeepFool:
         if not len(left):
             return none, 0
         margins, grads = planes(model, left, left.x, rivals_of(logits[stands], left, self.candidates))
-        if not grads:
-            return none, len(left)
         moved = across(_PLAIN, _EVERYWHERE, left, left.x, grads, margins, self.overshoot)
         return (moved - left.x).mean(0, keepdim=True), len(left)
 

@@ -146,9 +146,9 @@ def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Ite
 
 
 def _looked_at(model: Classifier, sample: Batch, left_in_training: tuple[str, ...]) -> Target:
-    before = _generator(sample.x.device)
+    before = _generators(sample.x.device)
     once = _first(model, sample)
-    looks = 1 if torch.equal(before, _generator(sample.x.device)) else VOTES
+    looks = 1 if torch.equal(before, _generators(sample.x.device)) else VOTES
     randomised = any(bool((change(once, _first(model, sample)) > _SAME).any()) for _ in range(looks))
     quick, notes = (model, ()) if randomised else quickened(model, sample.x)
     filling = () if model.batches is None or model.batches == EVERY else (model.batches.says,)
@@ -208,9 +208,10 @@ def no_memory(n: int, error: BaseException) -> TargetError:
     return TargetError(f"memory ran out with {many} at a time ({error}); {way_out}")
 
 
-def _generator(device: torch.device) -> Tensor:
-    """The state of torch's generator there; a forward that changes it has drawn, if seldom to any effect."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+def _generators(device: torch.device) -> Tensor:
+    """The states of torch's generators; a forward that changes them has drawn, if seldom to any effect."""
+    here = [torch.get_rng_state()]
+    return torch.cat([*here, torch.cuda.get_rng_state(device)] if device.type == "cuda" else here)
 
 
 def _first(model: Classifier, sample: Batch) -> Logits:

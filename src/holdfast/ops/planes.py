@@ -35,7 +35,9 @@ def across(
     margins: Tensor,
     overshoot: float,
 ) -> Inputs:
-    """`x` moved just beyond the nearest of the linear boundaries with these normals and heights."""
+    """`x` moved just beyond the nearest of the linear boundaries with these normals and heights; `x` without any."""
+    if not grads:
+        return x
     best, shift = torch.full_like(margins[:, 0], torch.inf), torch.zeros_like(x)
     beyond = overshoot * norm.distance(x, batch.x)
     for grad, margin in zip(grads, margins.unbind(1), strict=True):
