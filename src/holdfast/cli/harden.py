@@ -14,7 +14,8 @@ TRAINING = (
     click.option(
         "--recipe",
         metavar="R",
-        help=f"How to train: {', '.join(RECIPES)} (default: pgd); its settings by --set recipe.NAME=VALUE.",
+        help=f"How to train: auto (the default, which chooses), {', '.join(RECIPES)}; "
+        "its settings by --set recipe.NAME=VALUE.",
     ),
     click.option("--budget", metavar="T", help="Time for the training, as in 10min; judging comes on top."),
 )

@@ -59,17 +59,18 @@ def harden_and_report(settings: HardenSettings, voice: Voice, *, run: str | None
     """The harden verb: train or go on, say what it brought, write the new model; its exit code."""
     command = shlex.join(["holdfast", *sys.argv[1:]])
     folder = Path(run) if run else new_folder("harden", digest(as_bytes(canonical(settings))))
-    with stoppable(way_out(command, folder)), watched(voice) as progress:
-        found = carry_out_hardening(settings, run=folder, resume=resume, progress=progress, command=command)
-    for output in settings.output:
-        if is_folder(output):
-            voice.say(f"model: {found.write(output)}")
-        elif output != _STDOUT:
-            voice.say(f"report: {found.after.write(output)}")
-    if _STDOUT in settings.output:
-        click.echo(found.after.to_json())
-    voice.say(str(found))
-    voice.say(f"run: {folder}")
+    with stoppable(way_out(command, folder)):
+        with watched(voice) as progress:
+            found = carry_out_hardening(
+                settings, run=folder, resume=resume, progress=progress, told=voice.say, command=command
+            )
+        for output in settings.output:
+            if is_folder(output):
+                voice.say(f"model: {found.write(output)}")
+        tell(found.after, [o for o in settings.output if not is_folder(o)], voice, folder=folder)
+    for note in found.notes:
+        voice.say(f"note: {printable(note)}")
+    click.echo(str(found), err=True)
     return found.after.exit_code
 
 

@@ -55,6 +55,9 @@ ATTACKS: Final = (
 )
 """What `holdfast.attacks` exports; a test keeps the two in step."""
 
+AUTO: Final = "auto"
+"""What `--recipe` takes where the recipe is to be chosen."""
+
 RECIPES: Final = {
     "atta": "ATTA",
     "ensemble": "EnsembleTraining",

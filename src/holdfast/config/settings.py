@@ -155,8 +155,8 @@ class HardenSettings(AssessSettings):
     """Everything that `holdfast harden` can be told: how to train, and how the model is judged before and after."""
 
     recipe: values.RecipeSpec = Field(
-        default_factory=lambda: {"use": "pgd"},
-        description="how to train: a name, or `use: NAME` with its settings",
+        default_factory=lambda: {"use": "auto"},
+        description="how to train: a name, `auto` to have it chosen, or `use: NAME` with its settings",
     )
     budget: values.Duration | None = Field(
         None, description="time for the training, as in 10min; without it the epochs of the recipe"

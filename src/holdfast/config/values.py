@@ -16,7 +16,7 @@ from holdfast.config.grammar import (
     parse_transform,
     seconds,
 )
-from holdfast.config.naming import RECIPES
+from holdfast.config.naming import AUTO, RECIPES
 from holdfast.core.errors import UsageError
 from holdfast.doubts.names import DOUBTS
 from holdfast.gates.grammar import parse as parse_gate
@@ -116,9 +116,9 @@ class SurrogateSettings(BaseModel):
 def _recipe(value: object) -> object:
     said = {"use": value} if isinstance(value, str) else value
     if isinstance(said, Mapping):
-        name = str(said.get("use", "pgd"))
-        if name.lower() not in RECIPES:
-            raise UsageError(f"there is no recipe {name!r}{nearest(name.lower(), RECIPES)}")
+        name = str(said.get("use", AUTO))
+        if name.lower() not in {*RECIPES, AUTO}:
+            raise UsageError(f"there is no recipe {name!r}{nearest(name.lower(), [*RECIPES, AUTO])}")
         return {**said, "use": name.lower()}
     return said
 

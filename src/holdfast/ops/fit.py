@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import AVERAGE, MEMORY, STATE, WEIGHTS, Checkpoint
 from holdfast.core.draws import Draws
-from holdfast.core.errors import HoldfastError
+from holdfast.core.errors import LostLoss
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.ops.augment import Augmentation, augmented
 from holdfast.ops.perturbed import perturbed
@@ -53,8 +53,9 @@ class Training:
     """passes over the training data; a time budget sets it"""
     batch: Steps = 128
     """examples of one update"""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: Positive = 0.1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw holds for networks without batch norm, too; with it, sgd at a rate of 0.1 is customary"""
+    lr: Positive = 3e-3
     """largest learning rate"""
     schedule: Rate = "cycle"
     """of the rate: a cycle up and down, down along a cosine, by tenths at half and three quarters, or flat"""
@@ -111,8 +112,8 @@ def fit(
     """Train the weights of `model` in place, and yield a checkpoint after each epoch.
 
     With `after` it goes on where that stands; `state` are tensors that the loss changes in place and must find again,
-    but for what a `guard` changes in them: that stays when it has the last updates undone. Raises `HoldfastError` where
-    the loss is no number any more.
+    but for what a `guard` changes in them: that stays when it has the last updates undone. Raises `LostLoss` where the
+    loss is no number any more.
     """
     loop = _Loop(model, data, inner, loss, how, rng, state)
     begun = 0
@@ -255,7 +256,7 @@ def _averaged(average: dict[str, Tensor], model: nn.Module, keep: float, step: i
 def _refuse_lost(losses: Tensor, epoch: int) -> None:
     lost = (~losses.isfinite()).nonzero()
     if len(lost):
-        raise HoldfastError(
-            f"the loss is no number any more from update {int(lost[0]) + 1} of epoch {epoch + 1} on; the last "
-            f"checkpoint still stands: go on from it with a smaller learning rate, as in --set recipe.training.lr=0.01"
+        raise LostLoss(
+            f"the loss is no number any more from update {int(lost[0]) + 1} of epoch {epoch + 1} on; train with a "
+            f"smaller learning rate, as in --set recipe.training.lr=0.01"
         )

@@ -26,7 +26,7 @@ def document(card: Mapping[str, Any]) -> str:
     """The card as Markdown."""
     before, after, held = card["before"], card["after"], card["chosen"]
     lines = [f"# {escaped(card['name'])}", ""]
-    lines += [f"Hardened for {escaped(card['threat'])} by the recipe `{card['recipe']}`.", ""]
+    lines += [f"Hardened for {escaped(card['threat'])} by the recipe `{card['recipe']}`, {_why(card)}.", ""]
     lines += table(
         (f"on {after['n']:,} test examples, suite {after['suite']}", "before", "after"),
         (
@@ -35,19 +35,25 @@ def document(card: Mapping[str, Any]) -> str:
         ),
     )
     lines.append(
-        f"The checkpoint is that of epoch {held['epoch']} of {card['plan']['epochs']}, the best on held-out training "
+        f"The checkpoint is that of epoch {held['epoch']} of {card['epochs']}, the best on held-out training "
         f"data: {percent(held['clean'])} clean, {percent(held['robust'])} under a PGD of 20 steps, which flatters.\n"
     )
+    lines += ["![accuracy over the epochs](curve.svg)", ""]
     for side, said in (("before", before), ("after", after)):
         lines += [f"- doubt {side}, `{doubt['name']}`: {escaped(doubt['says'])}" for doubt in said["doubts"]]
     if not after["doubts"]:
         lines += ["- no doubt was raised against the numbers after"]
+    lines += [f"- {escaped(note)}" for note in card["notes"]]
     lines += ["", "Open it:", "", f"    {card['opened_by']}", ""]
     lines += ["Made by:", "", f"    {card['command'] or 'holdfast.harden(...)'}", ""]
     seconds = f"{plain(card['cost']['wall_s'])} s ({plain(card['cost']['cpu_s'])} s of CPU time)"
     lines += [f"Training took {seconds} on {escaped(card['hardware'])}, seed {card['seed']}.", ""]
     lines += ["Settings:", "", *(f"    {line}" for line in _settings(card["settings"]))]
     return "\n".join(lines) + "\n"
+
+
+def _why(card: Mapping[str, Any]) -> str:
+    return escaped(card["why"]) if card["asked"] == card["recipe"] else f"chosen: {escaped(card['why'])}"
 
 
 def _measured(name: str, estimate: Mapping[str, Any]) -> str:

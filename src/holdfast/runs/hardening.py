@@ -1,8 +1,9 @@
 """The harden verb: measure, train a new model within a budget, choose it on held-out examples, and measure again."""
 
-import hashlib
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -12,48 +13,43 @@ from typing import Any
 import torch
 from torch import nn
 
-from holdfast.attacks import PGD
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.model import Classifier
+from holdfast.core.errors import LostLoss, TargetError
+from holdfast.core.model import out_of_memory
 from holdfast.core.names import threat_text
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.losses import margin
-from holdfast.recipes.protocol import Recipe
-from holdfast.reports.card import document as as_markdown
 from holdfast.reports.card import judged
-from holdfast.reports.numbers import percent, strict
+from holdfast.reports.numbers import strict
 from holdfast.runs import training
 from holdfast.runs.assess import assess
+from holdfast.runs.candidates import Candidate, attempts
+from holdfast.runs.hardened import MODEL, Hardened, described, digest_of_weights
+from holdfast.runs.held_out import digest_of, looked_at, refuse_classes, split_of, without_judged
 from holdfast.runs.identity import code_digest, hardware, versions
-from holdfast.runs.order import Order, Progress, Subject, silent
-from holdfast.runs.pace import pace, within
+from holdfast.runs.order import Order, Progress, Step, Subject, silent
 from holdfast.runs.repeating import repeatable, way_out
 from holdfast.runs.result import Result
 from holdfast.runs.signals import Stopper, stoppable
+from holdfast.runs.trainable import copy_of, refuse_untrainable
 from holdfast.runs.training import BEST, LAST, Point
 from holdfast.sources.weights import written
-from holdfast.store.files import usable, write_atomically
-from holdfast.store.folder import opened, planned
-from holdfast.store.records import document
+from holdfast.store.files import CHECKPOINTS, usable, write_atomically
+from holdfast.store.folder import RunFolder, opened, planned
 
-LOOK = PGD(steps=20)
-"""What chooses the checkpoint: more steps than training takes, and another loss."""
-_HELD_OUT, _LEAST_HELD_OUT = 1_000, 50
-_EVERY = 10  # at most one training example in so many is held out
+_STAGES = ["before", "training", "after"]
 
 
 @dataclass(frozen=True)
 class Wish:
     """What a hardening is asked for."""
 
-    recipe: Recipe
-    recipe_name: str
-    settings: Mapping[str, Any]
-    """of the recipe, as plain values"""
+    name: str
+    """of the recipe, as it was asked for"""
+    candidates: tuple[Candidate, ...]
+    """the recipe, or those to choose from, the quickest first"""
     threat: ThreatModel
     judge: Order
     """how the model is measured before and after"""
@@ -64,69 +60,12 @@ class Wish:
     command: str = ""
 
 
-@dataclass(frozen=True)
-class Hardened:
-    """A new model, how it was made, and what it is worth beside the one it was made from."""
-
-    model: Classifier
-    before: Result
-    after: Result
-    curve: tuple[Point, ...]
-    card: Mapping[str, Any]
-    """recipe, settings, plan, both measurements, cost and versions, in the types of strict JSON"""
-    weights: bytes
-    """the new model as a safetensors file"""
-    folder: Path | None = None
-
-    def write(self, folder: str | Path) -> Path:
-        """Write `model.safetensors`, `card.md` and `card.json` into a folder, which is made where it is missing."""
-        place = Path(folder)
-        with usable(place):
-            place.mkdir(parents=True, exist_ok=True)
-            write_atomically(place / "model.safetensors", self.weights)
-            write_atomically(place / "card.json", document(self.card))
-            write_atomically(place / "card.md", as_markdown(self.card).encode())
-        return place
-
-    def __str__(self) -> str:
-        sides = [self.card[side]["metrics"] for side in ("before", "after")]
-        said = [
-            f"{name} {percent(sides[0][name]['value'])} → {percent(sides[1][name]['value'])}"
-            for name in sides[0]
-        ]
-        epoch = f"epoch {self.card['chosen']['epoch']} of {self.card['plan']['epochs']}"
-        return f"{self.card['recipe']}: {', '.join(said)} ({epoch})"
+Told = Callable[[str], None]
+"""Hears what is about to be done."""
 
 
-def split_of(data: Batch, seed: int) -> tuple[Batch, Batch]:
-    """Training examples and held-out ones; which are held out depends on the seed alone."""
-    n = min(_HELD_OUT, len(data) // _EVERY)
-    if n < _LEAST_HELD_OUT:
-        raise UsageError(
-            f"{len(data)} training examples leave {n} to choose the checkpoint by; at least "
-            f"{_LEAST_HELD_OUT * _EVERY} are needed"
-        )
-    order = Draws(seed).at("held out").bits(data.ids).argsort()
-    held, rest = order[:n].sort().values, order[n:].sort().values
-    return data.take(rest), data.take(held)
-
-
-def looked_at(model: Classifier, held: Batch, threat: ThreatModel) -> tuple[float, float]:
-    """Accuracy on the held-out examples, and under the attack that chooses."""
-    was = model.training
-    model.eval()
-    right, stands = 0, 0
-    for some in held.split(256):
-        with torch.no_grad():
-            correct = margin(model(some.x), some) > 0
-        right += int(correct.sum())
-        left = some.take(correct)
-        if len(left):
-            x_adv = LOOK(model, left, threat, rng=Draws(0).at("look"))
-            with torch.no_grad():
-                stands += int((margin(model(x_adv), left) > 0).sum())
-    model.train(was)
-    return right / len(held), stands / len(held)
+def unheard(said: str) -> None:
+    """Nobody listens."""
 
 
 def harden(
@@ -135,66 +74,233 @@ def harden(
     test: Data,
     wish: Wish,
     *,
-    run: Path,
+    run: Path | None = None,
     resume: bool = False,
     progress: Progress = silent,
+    told: Told = unheard,
 ) -> Hardened:
-    """Train a copy of the model that holds under the threat, in a folder that a stopped run goes on in."""
-    _refuse_untrainable(subject.model)
-    device = torch.device(wish.device)
-    rest, held = (part.to(device) for part in split_of(data, wish.seed))
-    model = deepcopy(subject.model).to(device)
-    known = planned(run)
-    plan = known["plan"] if known else _plan(wish, model, rest, held)
-    manifest = _manifest(subject, data, test, wish, plan, device)
-    again = way_out(wish.command, run)
-    with stoppable(again) as stopper, opened(run, manifest, _about(wish), resume=resume) as folder:
-        judge = replace(wish.judge, device=wish.device)
-        before = assess(subject, test, judge, run=run / "before", resume=True, progress=progress)
-        curve = _trained(folder.path / "checkpoints", plan["epochs"], wish, model, rest, held, stopper)
-        best = training.kept(folder.path / "checkpoints", BEST)
-        assert best is not None
-        new = deepcopy(subject.model)
-        best.checkpoint.put_into(new)
-        name = f"{subject.card.get('name', 'model')}, {wish.recipe_name}"
-        hardened = replace(
-            subject, model=new.eval(), digest=_digest(best.checkpoint), card={**subject.card, "name": name}
+    """Train a copy of the model that holds under the threat, in a folder that a stopped run goes on in.
+
+    Without `run` nothing is kept but what is returned. Raises `UsageError`, `TargetError`, or `Interrupted` with the
+    way to go on.
+    """
+    refuse_untrainable(subject.model)
+    refuse_classes(data, subject.model.classes)
+    fresh, said = without_judged(data, test)
+    with ExitStack() as stack:
+        place = run
+        if place is None:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
+        job = _Job(subject, fresh, test, wish, place, progress, told, said)
+        found = job.done(resume=resume)
+    if run is not None:
+        return found
+    before, after = (replace(side, folder=None) for side in (found.before, found.after))
+    return replace(found, before=before, after=after, folder=None)
+
+
+class _Job:
+    """One hardening in its folder."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        data: Batch,
+        test: Data,
+        wish: Wish,
+        run: Path,
+        progress: Progress,
+        told: Told,
+        said: str,
+    ) -> None:
+        device = torch.device(wish.device)
+        self.rest, self.held = (part.to(device) for part in split_of(data, wish.seed))
+        self.subject, self.test, self.wish, self.run = subject, test, wish, run
+        self.progress, self.told = progress, told
+        self.model = copy_of(subject.model).to(device)
+        self.notes = [said] if said else []
+        known = planned(run)
+        self.plan = known["plan"] if known else self._planned()
+        digests = [test.digest, digest_of(data)]
+        self.manifest = _manifest(subject, digests, test, wish, self.plan, device)
+        self.judge = replace(wish.judge, device=wish.device)
+
+    def _planned(self) -> dict[str, Any]:
+        wish = self.wish
+        tried = attempts(
+            wish.candidates,
+            wish.budget_s,
+            self.model,
+            self.rest,
+            wish.threat,
+            lambda: looked_at(self.model, self.held, wish.threat),
         )
-        after = assess(hardened, test, judge, run=run / "after", resume=True, progress=progress)
-        assert isinstance(new.net, nn.Module)  # anything else was refused
-        weights = written(new.net, _described(subject, manifest))
-        card = _card(wish, manifest, hardened, (before, after), curve, best.curve[-1])
-        with stopper.finishing():
-            folder.record("card", card)
-    return Hardened(new, before, after, curve, card, weights, run)
+        return {"attempts": tried, "budget_s": wish.budget_s, "stages": _STAGES}
+
+    def done(self, *, resume: bool) -> Hardened:
+        """All that is not done yet, and the new model."""
+        again = way_out(self.wish.command, self.run)
+        with (
+            stoppable(again) as stopper,
+            opened(self.run, self.manifest, _about(self.wish), resume=resume) as folder,
+        ):
+            before = self._judged(self.subject, "before")
+            folder.record("before", _head(before))
+            for k, attempt in enumerate(self.plan["attempts"]):
+                self.told(_announced(attempt, self.plan["budget_s"], len(self.test)))
+                found = self._attempt(k, attempt, before, stopper)
+                if not found.card["after"]["doubts"]:
+                    break
+            with stopper.finishing():
+                self._kept(folder, found)
+        return found
+
+    def _attempt(self, k: int, attempt: Mapping[str, Any], before: Result, stopper: Stopper) -> Hardened:
+        candidate = next(one for one in self.wish.candidates if one.name == attempt["recipe"])
+        place = self.run / _numbered(CHECKPOINTS, k)
+        curve = self._trained(place, candidate, attempt["epochs"], stopper)
+        best = training.kept(place, BEST)
+        assert best is not None
+        new = self._new_model(best.checkpoint, candidate)
+        after = self._judged(new, _numbered("after", k))
+        assert isinstance(new.model.net, nn.Module)  # anything else was refused
+        weights = written(new.model.net, described(self.subject, self.manifest))
+        card = _card(self, candidate, attempt, new, (before, after), curve, best.curve[-1])
+        return Hardened(new.model, before, after, curve, card, weights, self.run)
+
+    def _new_model(self, checkpoint: Checkpoint, candidate: Candidate) -> Subject:
+        new = deepcopy(self.subject.model)
+        checkpoint.put_into(new)
+        name = f"{self.subject.card.get('name', 'model')}, {candidate.name}"
+        card = {**self.subject.card, "name": name}
+        return replace(self.subject, model=new.eval(), digest=digest_of_weights(checkpoint), card=card)
+
+    def _judged(self, subject: Subject, place: str) -> Result:
+        return assess(
+            subject, self.test, self.judge, run=self.run / place, resume=True, progress=self.progress
+        )
+
+    def _trained(self, place: Path, candidate: Candidate, epochs: int, stopper: Stopper) -> tuple[Point, ...]:
+        """The curve over all epochs; the checkpoints of the last and of the best are in their files."""
+        last = training.kept(place, LAST)
+        batch = candidate.recipe.training.batch if last is None else last.curve[-1].batch
+        while True:
+            try:
+                return self._course(place, candidate, epochs, batch, stopper)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                batch //= 2
+                if not batch:
+                    raise TargetError("memory ran out for a batch of one example") from error
+                self.notes += [f"memory ran out: batches of {batch} from there on, and the rate scaled"]
+            except LostLoss as error:
+                raise LostLoss(f"{error}; {self._rescued(place, candidate)}") from error
+
+    def _course(
+        self, place: Path, candidate: Candidate, epochs: int, batch: int, stopper: Stopper
+    ) -> tuple[Point, ...]:
+        """From the last checkpoint on, with batches of that size."""
+        how = candidate.recipe.training
+        how = replace(how, epochs=epochs, batch=batch, lr=how.lr * batch / how.batch)
+        recipe: Any = replace(candidate.recipe, training=how)  # type: ignore[type-var]
+        last = training.kept(place, LAST)
+        curve = () if last is None else last.curve
+        highest = max((_score(point) for point in curve), default=(-1.0, -1.0))
+        shown = deepcopy(self.model)
+        cpu, wall = time.process_time(), time.perf_counter()
+        after = None if last is None else last.checkpoint
+        for checkpoint in recipe(
+            self.model, self.rest, self.wish.threat, rng=Draws(self.wish.seed), after=after
+        ):
+            checkpoint.put_into(shown)
+            clean, robust = looked_at(shown, self.held, self.wish.threat)
+            now = time.process_time(), time.perf_counter()
+            spent = {"cpu_s": now[0] - cpu, "wall_s": now[1] - wall}
+            measured = dict(checkpoint.measured)
+            point = Point(checkpoint.epoch, **measured, batch=batch, clean=clean, robust=robust, **spent)
+            cpu, wall = now
+            curve = (*curve, point)
+            with stopper.finishing():
+                if _score(point) > highest:
+                    highest = _score(point)
+                    training.keep(place, BEST, checkpoint, curve)
+                training.keep(place, LAST, checkpoint, curve)
+            self.progress(_step(candidate, point, epochs, len(self.held)))
+        return curve
+
+    def _rescued(self, place: Path, candidate: Candidate) -> str:
+        """The best model so far, where there is one, written where it can be opened; and how that is said."""
+        best = training.kept(place, BEST)
+        if best is None:
+            return "no epoch had been finished"
+        net = self._new_model(best.checkpoint, candidate).model.net
+        assert isinstance(net, nn.Module)
+        path = self.run / MODEL
+        with usable(path):
+            write_atomically(path, written(net, described(self.subject, self.manifest)))
+        return f"the best of the {len(best.curve)} epochs before is in {str(path)!r}"
+
+    def _kept(self, folder: RunFolder, found: Hardened) -> None:
+        """The new model in the run's folder, and what was found in its chain."""
+        folder.keep("model", MODEL, found.weights)
+        folder.record("training", {"chosen": found.card["chosen"], "weights": digest(found.weights)})
+        place = found.after.folder
+        assert place is not None
+        folder.record(place.name, _head(found.after))
+        folder.record("card", found.card)
+        folder.record("verdict", {"exit_code": found.after.exit_code, "judged": place.name})
 
 
-def _described(subject: Subject, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What the weights file says of itself: how it is opened, and the digest of what made it."""
-    known = {key: subject.card[key] for key in ("architecture", "arguments") if key in subject.card}
-    said = {
-        key: subject.card[key]
-        for key in ("bounds", "mean", "std", "classes")
-        if subject.card.get(key) is not None
-    }
-    return {**known, **said, "training": digest(canonical([manifest["digests"], manifest["plan"]]))}
+def _announced(attempt: Mapping[str, Any], budget_s: float | None, n: int) -> str:
+    """What is about to be trained, and that judging is not part of its budget."""
+    of = (
+        "" if budget_s is None else f" of about {attempt['epoch_s']:.1f} s, within a budget of {budget_s:g} s"
+    )
+    return (
+        f"training by {attempt['recipe']} ({attempt['why']}): {attempt['epochs']} epoch{'s' * (attempt['epochs'] != 1)}{of}; judging {n:,} test "
+        f"examples before and after comes on top"
+    )
+
+
+def _numbered(name: str, k: int) -> str:
+    return name if k == 0 else f"{name}-{k + 1}"
+
+
+def _head(result: Result) -> dict[str, Any]:
+    """What ties a measurement of its own folder to this run."""
+    return {"chain": result.about["hashes"]["chain"]}
+
+
+def _step(candidate: Candidate, point: Point, epochs: int, held: int) -> Step:
+    standing = round(point.robust * held)
+    return Step(f"training {candidate.name}", 2, len(_STAGES), point.epoch, epochs, standing, held)
+
+
+def _score(point: Point) -> tuple[float, float]:
+    return point.robust, point.clean
 
 
 def _card(
-    wish: Wish,
-    manifest: Mapping[str, Any],
-    hardened: Subject,
+    job: _Job,
+    candidate: Candidate,
+    attempt: Mapping[str, Any],
+    new: Subject,
     sides: tuple[Result, Result],
     curve: tuple[Point, ...],
     chosen: Point,
 ) -> dict[str, Any]:
+    wish, manifest = job.wish, job.manifest
     summaries = [side.summary() for side in sides]
-    arch = "" if "architecture" in hardened.card else " --arch file.py:factory"
+    arch = "" if "architecture" in new.card else " --arch file.py:factory"
     found: dict[str, Any] = strict(
         {
-            "name": hardened.card["name"],
-            "recipe": wish.recipe_name,
-            "settings": wish.settings,
+            "name": new.card["name"],
+            "recipe": candidate.name,
+            "asked": wish.name,
+            "why": attempt["why"],
+            "epochs": attempt["epochs"],
+            "settings": candidate.settings,
             "threat": threat_text(str(wish.threat.constraint), None, "gradients", None),
             "plan": manifest["plan"],
             "seed": wish.seed,
@@ -202,102 +308,34 @@ def _card(
             "after": judged(summaries[1]),
             "chosen": chosen.to_json(),
             "curve": [point.to_json() for point in curve],
+            "notes": job.notes,
             "cost": {name: sum(getattr(point, name) for point in curve) for name in ("cpu_s", "wall_s")},
-            "model": dict(hardened.card),
+            "model": dict(new.card),
             "data": manifest["data"],
             "versions": manifest["versions"],
             "hardware": manifest["hardware"],
             "command": repeatable(wish.command),
-            "opened_by": f"holdfast assess model.safetensors {manifest['data']['name']}{arch}",
+            "opened_by": f"holdfast assess {MODEL} {manifest['data']['name']}{arch}",
         }
     )
     return found
 
 
-def _refuse_untrainable(model: Classifier) -> None:
-    if not isinstance(model.net, nn.Module) or not any(True for _ in model.parameters()):
-        raise TargetError("the model has no parameters to train; give a network, as in net.py:make")
-    if model.access != "gradients":
-        raise TargetError(
-            f"the model gives {model.access} and no gradients, so it cannot be trained; {model.hides}"
-        )
-    frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
-    if len(frozen) == sum(1 for _ in model.parameters()):
-        raise UsageError(
-            f"all {len(frozen)} parameters are frozen; set requires_grad where the factory builds it"
-        )
-
-
-def _plan(wish: Wish, model: Classifier, rest: Batch, held: Batch) -> dict[str, Any]:
-    """Epochs, and the pace that they were planned by."""
-    epochs = wish.recipe.training.epochs
-    if wish.budget_s is None:
-        return {"epochs": epochs, "stages": _STAGES}
-    found = pace(wish.recipe, model, rest, wish.threat, lambda net: looked_at(net, held, wish.threat))
-    return {
-        "epochs": within(wish.budget_s, found),
-        "budget_s": wish.budget_s,
-        "update_s": found.update,
-        "epoch_s": found.epoch,
-        "stages": _STAGES,
-    }
-
-
-def _trained(
-    place: Path, epochs: int, wish: Wish, model: Classifier, rest: Batch, held: Batch, stopper: Stopper
-) -> tuple[Point, ...]:
-    """The curve over all epochs; the checkpoints of the last and of the best are in their files."""
-    recipe: Any = replace(wish.recipe, training=replace(wish.recipe.training, epochs=epochs))  # type: ignore[type-var]
-    last = training.kept(place, LAST)
-    curve = () if last is None else last.curve
-    highest = max((_score(point) for point in curve), default=(-1.0, -1.0))
-    shown = deepcopy(model)
-    cpu, wall = time.process_time(), time.perf_counter()
-    after = None if last is None else last.checkpoint
-    for checkpoint in recipe(model, rest, wish.threat, rng=Draws(wish.seed), after=after):
-        checkpoint.put_into(shown)
-        clean, robust = looked_at(shown, held, wish.threat)
-        now = time.process_time(), time.perf_counter()
-        measured = dict(checkpoint.measured)
-        point = Point(
-            checkpoint.epoch, **measured, clean=clean, robust=robust, cpu_s=now[0] - cpu, wall_s=now[1] - wall
-        )
-        cpu, wall = now
-        curve = (*curve, point)
-        with stopper.finishing():
-            if _score(point) > highest:
-                highest = _score(point)
-                training.keep(place, BEST, checkpoint, curve)
-            training.keep(place, LAST, checkpoint, curve)
-    return curve
-
-
-def _score(point: Point) -> tuple[float, float]:
-    return point.robust, point.clean
-
-
-def _digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 over the new weights, in hex."""
-    sha = hashlib.sha256()
-    for name, value in sorted(checkpoint.tensors.items()):
-        sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        sha.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
-
-
-_STAGES = ["before", "training", "after"]
-
-
 def _manifest(
-    subject: Subject, data: Batch, test: Data, wish: Wish, plan: Mapping[str, Any], device: torch.device
+    subject: Subject,
+    digests: list[str],
+    test: Data,
+    wish: Wish,
+    plan: Mapping[str, Any],
+    device: torch.device,
 ) -> dict[str, Any]:
     constraint = wish.threat.constraint
     config = strict(
         {
-            "recipe": wish.recipe_name,
-            "settings": wish.settings,
+            "recipe": wish.name,
+            "settings": {one.name: one.settings for one in wish.candidates},
             "threat": {"norm": type(constraint).__name__, "eps": constraint.eps},
-            "suite": wish.recipe_name,
+            "suite": wish.judge.plan.suite,
             "budget_s": wish.budget_s,
             "seed": wish.seed,
         }
@@ -307,7 +345,7 @@ def _manifest(
         "digests": {
             "config": digest(canonical(config)),
             "model": subject.digest,
-            "data": digest(canonical([test.digest, digest_of(data)])),
+            "data": digest(canonical(digests)),
             "code": code_digest(),
         },
         "config": config,
@@ -318,13 +356,6 @@ def _manifest(
         "seed": wish.seed,
         "plan": dict(plan),
     }
-
-
-def digest_of(data: Batch) -> str:
-    """SHA-256 over inputs and labels, in hex."""
-    sha = hashlib.sha256(data.x.cpu().contiguous().numpy().tobytes())
-    sha.update(data.y.cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
 
 
 def _about(wish: Wish) -> dict[str, Any]:

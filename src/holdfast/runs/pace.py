@@ -1,7 +1,7 @@
 """How long a recipe takes on this machine, and what fits into a budget of time."""
 
+import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,13 +9,14 @@ import torch
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import updates
 from holdfast.recipes.protocol import Recipe
 
 _WARM, _TIMED = 3, 12  # updates: the first ones choose kernels and fill caches
+_MORE, _SOON = 50, 15.0  # so many updates are timed where they take less than so many seconds
+_STILL = 1e-9  # a learning rate at which no loss is lost
 _SPARE = 0.95  # of the budget is planned, for a machine is not equally quick all the time
 
 
@@ -28,11 +29,9 @@ class Pace:
     """the updates of one epoch, and the look at the held-out examples after it"""
 
 
-def pace(
-    recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel, looks: Callable[[Classifier], object]
-) -> Pace:
-    """Measured on a few updates of a copy, whose weights are dropped, and on one look at the held-out examples."""
-    few = replace(recipe.training, epochs=1)
+def pace(recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel, look_s: float) -> Pace:
+    """Measured on a few updates of a copy, whose weights are dropped; a look at held-out examples takes `look_s`."""
+    few = replace(recipe.training, epochs=1, lr=_STILL)
     size = min(recipe.training.batch, len(data))
 
     def taken(n: int) -> float:
@@ -44,17 +43,21 @@ def pace(
 
     taken(_WARM)
     update = taken(_TIMED)
-    begun = time.perf_counter()
-    looks(model)
-    return Pace(update, update * updates(len(data), size) + time.perf_counter() - begun)
+    if update * _MORE < _SOON:
+        update = taken(_MORE)
+    return Pace(update, update * updates(len(data), size) + look_s)
 
 
-def within(budget_s: float, found: Pace) -> int:
-    """Epochs that fit into a budget; `UsageError` where not even one does."""
-    epochs = int(_SPARE * budget_s / found.epoch)
-    if epochs < 1:
-        raise UsageError(
-            f"a budget of {budget_s:g} s is too small: one epoch takes about {found.epoch:.0f} s on this machine; "
-            f"give --budget {max(1, round(found.epoch / _SPARE / 60 + 0.5))}min or more, or fewer steps"
-        )
-    return epochs
+def fitting(budget_s: float, found: Pace) -> int:
+    """Epochs that fit into a budget; 0 where not even one does."""
+    return int(_SPARE * budget_s / found.epoch)
+
+
+def too_small(budget_s: float, found: Pace) -> str:
+    """Why no epoch fits, and what would do."""
+    least = math.ceil(found.epoch / _SPARE)
+    asked = f"{least}s" if least < 120 else f"{math.ceil(least / 60)}min"
+    return (
+        f"a budget of {budget_s:g} s is too small: one epoch takes about {found.epoch:.0f} s on this machine; give "
+        f"--budget {asked} or more, or fewer steps"
+    )

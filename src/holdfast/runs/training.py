@@ -28,6 +28,8 @@ class Point:
     """share of what was trained on that was right"""
     lr: float
     """the last learning rate"""
+    batch: int
+    """examples of an update"""
     clean: float
     """accuracy on the held-out examples"""
     robust: float
