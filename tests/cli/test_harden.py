@@ -23,7 +23,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-SHORT = ["--set", "recipe.training.epochs=2", "--set", "recipe.training.lr=0.01"]
+SHORT = ["--set", "recipe.training.epochs=2"]
 JUDGED = ["-n", "40", "--suite", "quick", "--no-doubts"]
 PGD = [
     "harden",
@@ -46,6 +46,7 @@ def test_a_new_model_is_made_judged_and_opened_by_its_path(capsys):
     assert sorted(path.name for path in Path("hardened").iterdir()) == [
         "card.json",
         "card.md",
+        "curve.svg",
         "model.safetensors",
     ]
     card = json.loads(Path("hardened/card.json").read_text())

@@ -13,7 +13,9 @@ from holdfast.ops.augment import augmented, windows
 from holdfast.ops.fit import Training, fit, rate, updates
 from holdfast.ops.perturbed import perturbed
 
-HOW = Training(epochs=2, batch=4, lr=0.1, schedule="flat", average=0.0, momentum=0.0, weight_decay=0.0)
+HOW = Training(
+    epochs=2, batch=4, optimizer="sgd", lr=0.1, schedule="flat", average=0.0, momentum=0.0, weight_decay=0.0
+)
 
 
 def linear():

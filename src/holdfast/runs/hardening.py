@@ -257,9 +257,10 @@ def _announced(attempt: Mapping[str, Any], budget_s: float | None, n: int) -> st
     of = (
         "" if budget_s is None else f" of about {attempt['epoch_s']:.1f} s, within a budget of {budget_s:g} s"
     )
+    epochs = "1 epoch" if attempt["epochs"] == 1 else f"{attempt['epochs']} epochs"
     return (
-        f"training by {attempt['recipe']} ({attempt['why']}): {attempt['epochs']} epoch{'s' * (attempt['epochs'] != 1)}{of}; judging {n:,} test "
-        f"examples before and after comes on top"
+        f"training by {attempt['recipe']} ({attempt['why']}): {epochs}{of}; judging {n:,} test examples before and "
+        f"after comes on top"
     )
 
 

@@ -91,7 +91,10 @@ def refuse_classes(data: Batch, classes: int | None) -> None:
     """`TargetError` where the labels are of one class alone, or a class of the model has none."""
     found = torch.unique(data.y)
     if len(found) < 2:
-        raise TargetError(f"all {len(data)} training labels are {int(found[0])}; two classes are needed")
+        held = (
+            f"all {len(data)} training labels are {int(found[0])}" if len(data) else "no examples to train on"
+        )
+        raise TargetError(f"{held}; two classes are needed")
     lacking = sorted(set(range(classes or 0)) - set(found.tolist()))
     if lacking:
         raise TargetError(

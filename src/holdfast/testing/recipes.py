@@ -15,7 +15,7 @@ from holdfast.ops.fit import Training
 from holdfast.recipes.protocol import Recipe
 from holdfast.testing.fakes import examples, labelled, network
 
-SHORT = Training(epochs=3, batch=8, lr=0.05, schedule="cosine", average=0.9)
+SHORT = Training(epochs=3, batch=8, optimizer="sgd", lr=0.05, schedule="cosine", average=0.9)
 """Enough to see the weights move, in a fraction of a second."""
 
 
