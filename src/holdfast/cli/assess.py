@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from holdfast.cli.early import (
-    is_folder,
     refuse_foreign_server,
     refuse_missing_file,
     refuse_reports,
@@ -161,7 +160,7 @@ SETTING = (
 
 def settings_from(flags: dict[str, Any], kind: type[S]) -> S:
     """The settings that a command line asks for; a missing file is said before a missing flag."""
-    from holdfast.config.grammar import pairs, parse_surrogate
+    from holdfast.config.grammar import is_folder, pairs, parse_surrogate
 
     held = (str(parse_surrogate(each)["model"]) for each in flags.get("surrogates", ()))
     named = (flags.get("model"), flags.get("data"), flags.get("config"), flags.get("baseline"))

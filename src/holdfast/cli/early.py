@@ -63,11 +63,6 @@ def refuse_reports(outputs: Iterable[str], suffixes: Collection[str] | None = No
             check(Path(output), WRITERS.keys() if suffixes is None else suffixes)
 
 
-def is_folder(output: str) -> bool:
-    """Whether an output names a folder, which it does by the slash at its end."""
-    return output.endswith(("/", "\\"))
-
-
 def _offered(address: str, known: Iterable[str]) -> str:
     offer = nearest(address, known)
     return f"{offer} Or" if offer.endswith("?") else f"{offer}; or"

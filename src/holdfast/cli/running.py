@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from holdfast.api import carry_out, carry_out_hardening, demo, exhibition, rehearse
-from holdfast.cli.early import is_folder
 from holdfast.cli.options import Voice
+from holdfast.config.grammar import is_folder
 from holdfast.config.settings import AssessSettings, HardenSettings, canonical
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest

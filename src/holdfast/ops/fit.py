@@ -62,6 +62,7 @@ class Training:
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     """of sgd"""
     weight_decay: NonNegative = 5e-4
+    """share of each weight that a step at a rate of 1 takes away"""
     average: Annotated[float, Ge(0), Lt(1)] = 0.999
     """how much of the running average of the weights an update leaves; 0 keeps none"""
     awp: NonNegative = 0.0
