@@ -1,4 +1,4 @@
-"""Models that `holdfast.harden` makes for a row, each in a run of its own in the cache, gone on with where it stopped."""
+"""Models that `holdfast.harden` makes for a row, each in a run of its own in the cache, which goes on."""
 
 from pathlib import Path
 from typing import Any
