@@ -83,3 +83,18 @@ def digest_of_weights(checkpoint: Checkpoint) -> str:
         sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         sha.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def timeless(card: Mapping[str, Any]) -> dict[str, Any]:
+    """A card without what differs between two equal runs: how long each thing took."""
+    points = [_timeless_point(point) for point in card["curve"]]
+    kept = {name: value for name, value in card.items() if name != "cost"}
+    return {
+        **kept,
+        "curve": points,
+        "chosen": _timeless_point(card["chosen"]),
+    }
+
+
+def _timeless_point(point: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in point.items() if name not in {"cpu_s", "wall_s"}}

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from holdfast.reports.numbers import strict
 from holdfast.runs import training
 from holdfast.runs.assess import assess
 from holdfast.runs.candidates import Candidate, attempts
-from holdfast.runs.hardened import MODEL, Hardened, described, digest_of_weights
+from holdfast.runs.hardened import MODEL, Hardened, described, digest_of_weights, timeless
 from holdfast.runs.held_out import digest_of, looked_at, refuse_classes, split_of, without_judged
 from holdfast.runs.identity import code_digest, hardware, versions
 from holdfast.runs.order import Order, Progress, Step, Subject, silent
@@ -144,7 +145,7 @@ class _Job:
             stoppable(again) as stopper,
             opened(self.run, self.manifest, _about(self.wish), resume=resume) as folder,
         ):
-            before = self._judged(self.subject, "before")
+            before = self._judged(self.subject, "before", replace(self.judge, gates=()))
             folder.record("before", _head(before))
             for k, attempt in enumerate(self.plan["attempts"]):
                 self.told(_announced(attempt, self.plan["budget_s"], len(self.test)))
@@ -162,7 +163,7 @@ class _Job:
         best = training.kept(place, BEST)
         assert best is not None
         new = self._new_model(best.checkpoint, candidate)
-        after = self._judged(new, _numbered("after", k))
+        after = self._judged(new, _numbered("after", k), self.judge)
         assert isinstance(new.model.net, nn.Module)  # anything else was refused
         weights = written(new.model.net, described(self.subject, self.manifest))
         card = _card(self, candidate, attempt, new, (before, after), curve, best.curve[-1])
@@ -175,10 +176,8 @@ class _Job:
         card = {**self.subject.card, "name": name}
         return replace(self.subject, model=new.eval(), digest=digest_of_weights(checkpoint), card=card)
 
-    def _judged(self, subject: Subject, place: str) -> Result:
-        return assess(
-            subject, self.test, self.judge, run=self.run / place, resume=True, progress=self.progress
-        )
+    def _judged(self, subject: Subject, place: str, judge: Order) -> Result:
+        return assess(subject, self.test, judge, run=self.run / place, resume=True, progress=self.progress)
 
     def _trained(self, place: Path, candidate: Candidate, epochs: int, stopper: Stopper) -> tuple[Point, ...]:
         """The curve over all epochs; the checkpoints of the last and of the best are in their files."""
@@ -193,7 +192,6 @@ class _Job:
                 batch //= 2
                 if not batch:
                     raise TargetError("memory ran out for a batch of one example") from error
-                self.notes += [f"memory ran out: batches of {batch} from there on, and the rate scaled"]
             except LostLoss as error:
                 raise LostLoss(f"{error}; {self._rescued(place, candidate)}") from error
 
@@ -244,11 +242,11 @@ class _Job:
     def _kept(self, folder: RunFolder, found: Hardened) -> None:
         """The new model in the run's folder, and what was found in its chain."""
         folder.keep("model", MODEL, found.weights)
-        folder.record("training", {"chosen": found.card["chosen"], "weights": digest(found.weights)})
+        folder.record("training", {"chosen": found.card["chosen"]["epoch"], "weights": digest(found.weights)})
         place = found.after.folder
         assert place is not None
         folder.record(place.name, _head(found.after))
-        folder.record("card", found.card)
+        folder.record("card", timeless(found.card))
         folder.record("verdict", {"exit_code": found.after.exit_code, "judged": place.name})
 
 
@@ -309,7 +307,7 @@ def _card(
             "after": judged(summaries[1]),
             "chosen": chosen.to_json(),
             "curve": [point.to_json() for point in curve],
-            "notes": job.notes,
+            "notes": [*job.notes, *_shrunk(curve, candidate)],
             "cost": {name: sum(getattr(point, name) for point in curve) for name in ("cpu_s", "wall_s")},
             "model": dict(new.card),
             "data": manifest["data"],
@@ -320,6 +318,16 @@ def _card(
         }
     )
     return found
+
+
+def _shrunk(curve: tuple[Point, ...], candidate: Candidate) -> list[str]:
+    """Where memory ran out, and what was done about it."""
+    sizes = [candidate.recipe.training.batch, *(point.batch for point in curve)]
+    return [
+        f"memory ran out in epoch {epoch}: batches of {now} in place of {before} from there on, the rate scaled alike"
+        for epoch, (before, now) in enumerate(pairwise(sizes), 1)
+        if now != before
+    ]
 
 
 def _manifest(
