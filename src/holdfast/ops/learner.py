@@ -93,17 +93,7 @@ def trained(
     A recipe says here that its loss is `linear` in the label (up to what has no gradient), so that labels may be mixed,
     and that it learns from `unlabelled` examples; what it does not say is refused, before the first update.
     """
-    if how.cutmix and not linear:
-        raise UsageError(
-            f"cutmix is {how.cutmix:g}, and the loss of this recipe is not linear in the label, so labels cannot be "
-            f"mixed in it; leave recipe.training.cutmix out, or choose --recipe pgd or trades"
-        )
-    n = int((data.y == UNLABELLED).sum())
-    if n and not unlabelled:
-        raise UsageError(
-            f"{n:,} of {len(data):,} training examples have no label, and this recipe learns from labels alone; leave "
-            f"them out, or choose --recipe vat"
-        )
+    _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled)
     net = deepcopy(model).train()
     learner = Learner(net, twin(net, how.attack_statistics), threat, state or {})
     made, measured = partial(inner, learner), partial(loss, learner)
@@ -120,6 +110,21 @@ def trained(
         guard=watched,
         replays=replays,
     )
+
+
+def _refuse_foreign(data: Batch, how: Training, *, linear: bool, unlabelled: bool) -> None:
+    """Refuse what the loss of a recipe cannot learn from."""
+    if how.cutmix and not linear:
+        raise UsageError(
+            f"cutmix is {how.cutmix:g}, and the loss of this recipe is not linear in the label, so labels cannot be "
+            f"mixed in it; leave recipe.training.cutmix out, or choose --recipe pgd or trades"
+        )
+    n = int((data.y == UNLABELLED).sum())
+    if n and not unlabelled:
+        raise UsageError(
+            f"{n:,} of {len(data):,} training examples have no label, and this recipe learns from labels alone; leave "
+            f"them out, or choose --recipe vat"
+        )
 
 
 def as_it_is(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
