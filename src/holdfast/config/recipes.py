@@ -8,6 +8,7 @@ from holdfast import recipes as catalogue
 from holdfast.config.attacks import setting
 from holdfast.config.grammar import nearest
 from holdfast.config.naming import PRESETS, RECIPES
+from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.recipes.protocol import Recipe
 
@@ -44,6 +45,11 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     """Every setting of a recipe as plain values, those of its parts nested."""
 
     def plain(value: Any) -> Any:
+        if isinstance(value, (Linf, L2, L1, L0)):
+            pixels = "px" if isinstance(value, L0) and value.per == "pixel" else ""
+            return f"{type(value).__name__.lower()}:{value.eps!r}{pixels}"
+        if isinstance(value, tuple):
+            return [plain(one) for one in value]
         if is_dataclass(value) and not isinstance(value, type):
             return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
         return getattr(value, "__name__", value) if callable(value) else value
