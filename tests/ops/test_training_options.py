@@ -63,7 +63,7 @@ def images(n=26):
 
 
 def test_swa_is_the_mean_of_the_ends_of_the_last_epochs():
-    net, how = linear(), replace(HOW, averaging="swa", last=0.5)
+    net, how = linear(), replace(HOW, averaging="swa", tail=0.5)
     found = list(fit(net, data(), clean, of(net), how, rng=Draws(0)))
     ends = torch.stack([checkpoint.tensors["weights.weight"] for checkpoint in found])
     for epoch in range(4):
@@ -76,7 +76,7 @@ def test_swa_is_the_mean_of_the_ends_of_the_last_epochs():
 @pytest.mark.parametrize(
     "option",
     [
-        {"averaging": "swa", "last": 1.0},
+        {"averaging": "swa", "tail": 1.0},
         {"averaging": "none"},
         {"cutmix": 0.7},
         {"cutmix": 1.0, "augment": "crop-flip", "awp": 0.01},

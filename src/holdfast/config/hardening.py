@@ -7,7 +7,7 @@ from holdfast.config.attacks import threat_model
 from holdfast.config.grammar import parse_threat, seconds
 from holdfast.config.recipes import build_recipe, settings_of
 from holdfast.config.settings import HardenSettings
-from holdfast.core.batch import Batch, Data
+from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.runs.hardening import Wish
 from holdfast.runs.order import Subject
@@ -45,7 +45,21 @@ def _training(settings: HardenSettings, subject: Subject) -> Batch:
         raise TargetError(
             f"all {len(batch)} training labels of {address} are {int(batch.y[0])}; two classes are needed"
         )
-    return batch
+    return batch if settings.unlabelled is None else _with_unlabelled(batch, settings.unlabelled, settings)
+
+
+def _with_unlabelled(batch: Batch, address: str, settings: HardenSettings) -> Batch:
+    """The train split at an address behind the labelled examples, its labels taken off."""
+    data = open_data(address, split="train", label=settings.label, drop=tuple(settings.drop))
+    more = data.read(0, len(data))
+    if more.x.shape[1:] != batch.x.shape[1:]:
+        raise UsageError(
+            f"unlabelled examples of {address} have shape {tuple(more.x.shape[1:])}, and the labelled ones "
+            f"{tuple(batch.x.shape[1:])}; give examples of the same kind"
+        )
+    ids = more.ids + batch.ids.max() + 1  # no two examples share one
+    y = torch.cat((batch.y, torch.full_like(more.y, UNLABELLED)))
+    return Batch(torch.cat((batch.x, more.x.to(batch.x))), y, torch.cat((batch.ids, ids)))
 
 
 def wish(settings: HardenSettings, subject: Subject, *, command: str = "") -> Wish:

@@ -21,7 +21,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import AVERAGE, MEMORY, STATE, WEIGHTS, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError
-from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
+from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.augment import Augmentation, augmented, cut_and_mixed
 from holdfast.ops.averages import ema, swa
 from holdfast.ops.perturbed import perturbed
@@ -53,6 +53,9 @@ class Training:
 
     epochs: Steps = 30
     """passes over the training data; a time budget sets it"""
+    patience: Count = 0
+    """of a run of `harden`: epochs without a better robust accuracy on held-out examples after which it stops; 0 for
+    none"""
     batch: Steps = 128
     """examples of one update"""
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -68,7 +71,7 @@ class Training:
     epochs (SWA; give it a rate that does not fall to nothing, as `flat` is), or the weights themselves"""
     average: Annotated[float, Ge(0), Lt(1)] = 0.999
     """of ema: how much of the average an update leaves"""
-    last: Fraction = 0.25
+    tail: Fraction = 0.25
     """of swa: share of the epochs, the last ones, whose ends it is the mean of"""
     awp: NonNegative = 0.0
     """adversarial weight perturbation: share of each weight tensor's norm that it is moved up the loss; 0 for none"""
@@ -179,7 +182,7 @@ class _Loop:
         seen = torch.stack(losses).double()
         _refuse_lost(seen, epoch)
         if how.averaging == "swa":
-            swa(self._average, self._model, epoch - how.epochs + max(round(how.last * how.epochs), 1))
+            swa(self._average, self._model, epoch - how.epochs + max(round(how.tail * how.epochs), 1))
         known = replays * int((self._data.y[rows] >= 0).sum())
         lr = self._optimizer.param_groups[0]["lr"]
         return {"loss": seen.mean().item(), "accuracy": right.item() / max(known, 1), "lr": lr}

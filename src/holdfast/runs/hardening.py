@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from holdfast.attacks import PGD
-from holdfast.core.batch import Batch, Data
+from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
@@ -99,14 +99,17 @@ class Hardened:
 
 
 def split_of(data: Batch, seed: int) -> tuple[Batch, Batch]:
-    """Training examples and held-out ones; which are held out depends on the seed alone."""
-    n = min(_HELD_OUT, len(data) // _EVERY)
+    """Training examples and held-out ones, all with labels; which are held out depends on the seed alone."""
+    known = data.y != UNLABELLED
+    labelled = int(known.sum())
+    n = min(_HELD_OUT, labelled // _EVERY)
     if n < _LEAST_HELD_OUT:
         raise UsageError(
-            f"{len(data)} training examples leave {n} to choose the checkpoint by; at least "
+            f"{labelled} training examples leave {n} to choose the checkpoint by; at least "
             f"{_LEAST_HELD_OUT * _EVERY} are needed"
         )
     order = Draws(seed).at("held out").bits(data.ids).argsort()
+    order = torch.cat((order[known[order]], order[~known[order]]))
     held, rest = order[:n].sort().values, order[n:].sort().values
     return data.take(rest), data.take(held)
 
@@ -144,6 +147,9 @@ def harden(
     device = torch.device(wish.device)
     rest, held = (part.to(device) for part in split_of(data, wish.seed))
     model = deepcopy(subject.model).to(device)
+    wish.recipe(
+        model, rest, wish.threat, rng=Draws(wish.seed)
+    )  # refuses what it cannot learn from; trains nothing
     known = planned(run)
     plan = known["plan"] if known else _plan(wish, model, rest, held)
     manifest = _manifest(subject, data, test, wish, plan, device)
@@ -254,6 +260,8 @@ def _trained(
     shown = deepcopy(model)
     cpu, wall = time.process_time(), time.perf_counter()
     after = None if last is None else last.checkpoint
+    if _stale(curve, wish.recipe.training.patience):
+        return curve
     for checkpoint in recipe(model, rest, wish.threat, rng=Draws(wish.seed), after=after):
         checkpoint.put_into(shown)
         clean, robust = looked_at(shown, held, wish.threat)
@@ -269,7 +277,15 @@ def _trained(
                 highest = _score(point)
                 training.keep(place, BEST, checkpoint, curve)
             training.keep(place, LAST, checkpoint, curve)
+        if _stale(curve, wish.recipe.training.patience):
+            break
     return curve
+
+
+def _stale(curve: tuple[Point, ...], patience: int) -> bool:
+    """Whether so many epochs have passed since the held-out robust accuracy was last better than ever; never for 0."""
+    heights = [point.robust for point in curve]
+    return bool(patience and heights) and len(heights) - 1 - heights.index(max(heights)) >= patience
 
 
 def _score(point: Point) -> tuple[float, float]:
