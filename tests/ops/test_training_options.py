@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from holdfast.core.batch import UNLABELLED, Batch
-from holdfast.core.constraints import Linf
+from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
@@ -16,7 +16,19 @@ from holdfast.ops.augment import cut_and_mixed
 from holdfast.ops.fit import Training, fit
 from holdfast.ops.learner import hits
 from holdfast.ops.twin import twin
-from holdfast.recipes import IKL, MART, GradientRegularisation, PGDTraining, Standard
+from holdfast.recipes import (
+    IKL,
+    MART,
+    SCORE,
+    TRADES,
+    CurriculumTraining,
+    FreeTraining,
+    GradientRegularisation,
+    MultiNormTraining,
+    PGDTraining,
+    SingleStep,
+    Standard,
+)
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT, same
 
@@ -128,6 +140,28 @@ def test_the_loss_of_a_mixed_batch_is_that_of_soft_labels():
     soft = torch.lerp(F.one_hot(other.y, 4).double(), F.one_hot(batch.y, 4).double(), share)
     fresh = normed()
     assert found.measured["loss"] == pytest.approx(F.cross_entropy(fresh(x), soft).item())
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Standard(label_smoothing=0.1),
+        TRADES(steps=2, label_smoothing=0.1),
+        SCORE(steps=2),
+        SingleStep(),
+        CurriculumTraining(steps=2),
+        FreeTraining(replays=2),
+        MultiNormTraining(others=(L2(0.1),), method="average", steps=2),
+    ],
+    ids=repr,
+)
+def test_losses_that_mix_labels_do_so_and_learn(recipe):
+    model, some = fakes.network(1).requires_grad_(), images()
+    how = replace(SHORT, epochs=20, cutmix=0.5)
+    begun, *_, ended = replace(recipe, training=how)(model, some, THREAT, rng=Draws(0))
+    assert ended.measured["loss"] < begun.measured["loss"]
+    plain = list(replace(recipe, training=replace(how, cutmix=0.0))(model, some, THREAT, rng=Draws(0)))[-1]
+    assert not same(ended, plain)
 
 
 @pytest.mark.parametrize("recipe", [MART(), IKL(), GradientRegularisation()], ids=repr)

@@ -1,4 +1,9 @@
-"""The network as the attack inside training meets it: the weights of the moment, and nothing that learns."""
+"""The network as the attack inside training meets it: the weights of the moment, and nothing that learns.
+
+Whose statistics batch norm should go by then is open: Xie et al., "Adversarial Examples Improve Image Recognition",
+CVPR 2020, arXiv:1911.09665, find those of clean and attacked inputs apart enough to keep both. Here an attack goes by
+the running ones, which are what the model will be attacked with, or by those of its own batch.
+"""
 
 from copy import deepcopy
 from typing import Literal
