@@ -11,6 +11,7 @@ from holdfast.config.settings import HardenSettings
 from holdfast.core.batch import UNLABELLED
 from holdfast.core.constraints import Linf
 from holdfast.core.errors import UsageError
+from holdfast.core.model import Bounds
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes import Standard
 from holdfast.runs.hardening import _trained, split_of
@@ -43,14 +44,14 @@ def test_unlabelled_examples_come_behind_with_ids_of_their_own(tmp_path, monkeyp
     file = tmp_path / "more.npz"
     np.savez(file, x_train=images, y_train=np.zeros(30, "int64"), x_test=images, y_test=np.zeros(30, "int64"))
     data = fakes.labelled(fakes.network(), fakes.examples(n=26))
-    both = _with_unlabelled(data, str(file), HardenSettings())
+    both = _with_unlabelled(data, str(file), HardenSettings(), Bounds())
     assert len(both) == len(set(both.ids.tolist())) == 56
     assert torch.equal(both.y[:26], data.y)
     assert (both.y[26:] == UNLABELLED).all()
     torch.testing.assert_close(both.x[26:], torch.from_numpy(images).double())
     other = fakes.labelled(fakes.network(shape=(5,)), fakes.examples(n=26, shape=(5,)))
     with pytest.raises(UsageError, match=r"have shape \(3, 4, 4\), and the labelled ones \(5,\)"):
-        _with_unlabelled(other, str(file), HardenSettings())
+        _with_unlabelled(other, str(file), HardenSettings(), Bounds())
 
 
 def test_patience_ends_a_training_that_gets_no_better_and_going_on_ends_it_at_once(tmp_path):

@@ -9,6 +9,7 @@ from holdfast.config.recipes import build_recipe, settings_of
 from holdfast.config.settings import HardenSettings
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Bounds
 from holdfast.runs.hardening import Wish
 from holdfast.runs.order import Subject
 from holdfast.sources.data import open_data
@@ -45,12 +46,14 @@ def _training(settings: HardenSettings, subject: Subject) -> Batch:
         raise TargetError(
             f"all {len(batch)} training labels of {address} are {int(batch.y[0])}; two classes are needed"
         )
-    return batch if settings.unlabelled is None else _with_unlabelled(batch, settings.unlabelled, settings)
+    if settings.unlabelled is None:
+        return batch
+    return _with_unlabelled(batch, settings.unlabelled, settings, subject.model.bounds)
 
 
-def _with_unlabelled(batch: Batch, address: str, settings: HardenSettings) -> Batch:
+def _with_unlabelled(batch: Batch, address: str, settings: HardenSettings, bounds: Bounds) -> Batch:
     """The train split at an address behind the labelled examples, its labels taken off."""
-    data = open_data(address, split="train", label=settings.label, drop=tuple(settings.drop))
+    data = open_data(address, split="train", label=settings.label, drop=tuple(settings.drop), bounds=bounds)
     more = data.read(0, len(data))
     if more.x.shape[1:] != batch.x.shape[1:]:
         raise UsageError(

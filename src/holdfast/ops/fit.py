@@ -17,7 +17,7 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.checkpoint import AVERAGE, MEMORY, STATE, WEIGHTS, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError
@@ -183,7 +183,7 @@ class _Loop:
         _refuse_lost(seen, epoch)
         if how.averaging == "swa":
             swa(self._average, self._model, epoch - how.epochs + max(round(how.tail * how.epochs), 1))
-        known = replays * int((self._data.y[rows] >= 0).sum())
+        known = replays * int((self._data.y[rows] != UNLABELLED).sum())
         lr = self._optimizer.param_groups[0]["lr"]
         return {"loss": seen.mean().item(), "accuracy": right.item() / max(known, 1), "lr": lr}
 

@@ -147,9 +147,8 @@ def harden(
     device = torch.device(wish.device)
     rest, held = (part.to(device) for part in split_of(data, wish.seed))
     model = deepcopy(subject.model).to(device)
-    wish.recipe(
-        model, rest, wish.threat, rng=Draws(wish.seed)
-    )  # refuses what it cannot learn from; trains nothing
+    # it refuses here what it cannot learn from, before anything is measured; nothing is trained until it is iterated
+    wish.recipe(model, rest, wish.threat, rng=Draws(wish.seed))
     known = planned(run)
     plan = known["plan"] if known else _plan(wish, model, rest, held)
     manifest = _manifest(subject, data, test, wish, plan, device)
