@@ -1,5 +1,7 @@
 """Settings of recipes as files and flags say them."""
 
+from dataclasses import replace
+
 import pytest
 
 from holdfast.config.grammar import pairs
@@ -7,7 +9,7 @@ from holdfast.config.recipes import build_recipe, settings_of
 from holdfast.config.settings import HardenSettings, read
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import UsageError
-from holdfast.recipes import TRADES, MultiNormTraining
+from holdfast.recipes import TRADES, VAT, MultiNormTraining
 
 
 def told(*sets):
@@ -66,3 +68,9 @@ def test_options_of_the_loop_are_set():
     recipe = build_recipe({**sets, "training": {"averaging": "swa", "tail": "1/2", "patience": 3}})
     assert recipe == TRADES(label_smoothing=0.1, training=recipe.training)
     assert (recipe.training.averaging, recipe.training.tail, recipe.training.patience) == ("swa", 0.5, 3)
+
+
+def test_what_nobody_says_of_a_part_stays_as_its_recipe_has_it():
+    recipe = build_recipe({"use": "vat", "training": {"epochs": 3}})
+    assert recipe.training == replace(VAT().training, epochs=3)
+    assert recipe.training.lr == 0.02
