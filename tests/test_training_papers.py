@@ -155,7 +155,7 @@ def test_several_norms_end_under_the_one_that_hurts_most(method, scale):
     rises = [0.1 * scale * W.abs().sum(), 0.3 * W.norm(), 0.9 * W.abs().max()]
     recipe = MultiNormTraining(others=others, method=method, steps=20, reach=2.5)
     some = data()
-    x_adv = recipe.inner(learner(linear(), constraint), some, turn())
+    x_adv = recipe.inner(learner(linear(), constraint), some, turn(1.0))
     rise = (x_adv - some.x) @ W
     torch.testing.assert_close(rise, torch.full_like(rise, max(rises)), rtol=1e-3, atol=0)
     inside = [c.distance(x_adv, some.x) <= c.eps * (1 + 1e-9) for c in (constraint, *others)]
@@ -165,13 +165,24 @@ def test_several_norms_end_under_the_one_that_hurts_most(method, scale):
 def test_the_average_trains_on_the_end_of_every_attack():
     recipe, net, some = MultiNormTraining(others=OTHERS, method="average", steps=20), linear(), data()
     held = learner(net, Linf(0.1))
-    x_adv = recipe.inner(held, some, turn())
+    x_adv = recipe.inner(held, some, turn(1.0))
     assert len(x_adv) == 3 * len(some)
     value, right = recipe.loss(held, some, x_adv)
     each = [F.cross_entropy(net(part), some.y) for part in x_adv.split(len(some))]
     assert value.item() == pytest.approx(sum(each).item() / 3)
     assert int(right) == int((((x_adv @ W).view(3, -1)) < 0).all(0).sum())
     assert math.isfinite(value.item())
+
+
+def test_the_balls_of_several_norms_grow_until_they_are_whole():
+    recipe, some = MultiNormTraining(others=OTHERS, steps=20, warmup=0.5), data()
+    rises = [
+        (recipe.inner(learner(linear(), Linf(0.1)), some, turn(done)) - some.x) @ W
+        for done in (0.0, 0.25, 0.5)
+    ]
+    whole = torch.full_like(rises[0], 0.9 * W.abs().max())
+    for rise, share in zip(rises, (0.0, 0.5, 1.0), strict=True):
+        torch.testing.assert_close(rise, share * whole, rtol=1e-3, atol=1e-9)
 
 
 def test_one_norm_alone_is_refused():

@@ -3,8 +3,8 @@
 Tramèr & Boneh, "Adversarial Training and Robustness for Multiple Perturbations", NeurIPS 2019, arXiv:1904.13000 (`max`
 and `average`). Maini et al., "Adversarial Robustness Against the Union of Multiple Perturbation Models", ICML 2020,
 arXiv:1909.04068 (`msd`, multi steepest descent): each step is tried under every norm, and the worst is taken. Differs
-from the papers: every attack of `max` and `average` has the same number of steps, the weights are averaged, and the
-learning rate goes in one cycle.
+from the papers: every attack of `max` and `average` has the same number of steps, the balls grow at first, the weights
+are averaged, and the learning rate goes in one cycle.
 """
 
 from collections.abc import Iterator
@@ -23,11 +23,13 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.rows import spread
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, PerExample, Positive, Steps
+from holdfast.core.types import Fraction, Inputs, PerExample, Positive, Steps
 from holdfast.ops.ascent import gradient
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, trained
 from holdfast.ops.losses import cross_entropy
+
+_RATE = 0.02  # a network that was never hardened loses all it knows to the worst of several norms at the usual 0.1
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class MultiNormTraining:
     """gradient steps of each inner attack"""
     reach: Positive = 2.5
     """length of its path, in multiples of eps"""
-    training: Training = field(default_factory=Training)
+    warmup: Fraction = 0.5
+    """share of the training over which the balls grow, at an even rate"""
+    training: Training = field(default_factory=lambda: Training(lr=_RATE))
 
     def __call__(
         self,
@@ -64,7 +68,8 @@ class MultiNormTraining:
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """The worst points found; with `average` those of one constraint after those of another."""
-        constraints = (learner.threat.constraint, *self.others)
+        grown = 1.0 if turn.done >= self.warmup else turn.done / self.warmup
+        constraints = [c.resized(grown * c.eps) for c in (learner.threat.constraint, *self.others)]
         if self.method == "msd":
             return self._steepest_of_all(learner, batch, constraints)
         ends = []
@@ -73,7 +78,7 @@ class MultiNormTraining:
             ends.append(under.worst(batch, turn.rng, steps=self.steps, reach=self.reach))
         return torch.cat(ends) if self.method == "average" else _worst(learner, batch, ends)
 
-    def _steepest_of_all(self, learner: Learner, batch: Batch, constraints: tuple[Constraint, ...]) -> Inputs:
+    def _steepest_of_all(self, learner: Learner, batch: Batch, constraints: list[Constraint]) -> Inputs:
         """From the inputs themselves, each step under the constraint that brings the loss furthest up."""
         model, x_adv = learner.frozen, batch.x
         for _ in range(self.steps):
