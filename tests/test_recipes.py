@@ -8,7 +8,7 @@ import torch
 from holdfast import recipes
 from holdfast.config.naming import RECIPES
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import Linf
+from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
@@ -21,8 +21,12 @@ from holdfast.recipes import (
     MART,
     SCORE,
     TRADES,
+    VAT,
+    CurriculumTraining,
     EnsembleTraining,
+    FreeTraining,
     GradientRegularisation,
+    MultiNormTraining,
     PGDTraining,
     SingleStep,
     Standard,
@@ -46,6 +50,13 @@ CASES = [
     SingleStep(),
     SingleStep(noise=0.0, clip=True),
     SCORE(steps=2, forgiven=0.01, label_smoothing=0.1),
+    CurriculumTraining(steps=3),
+    FreeTraining(replays=3),
+    MultiNormTraining(others=(L2(0.2), L1(0.5)), steps=2),
+    MultiNormTraining(others=(L2(0.2), L1(0.5)), method="average", steps=2),
+    MultiNormTraining(others=(L2(0.2), L1(0.5)), method="max", steps=2),
+    VAT(),
+    VAT(iterations=2),
 ]
 
 
@@ -67,6 +78,10 @@ def test_the_catalogue_is_what_may_be_named_and_every_recipe_has_its_cases():
         TRADES(training=SHORT),
         SingleStep(training=SHORT),
         GradientRegularisation(training=SHORT),
+        CurriculumTraining(training=SHORT),
+        FreeTraining(replays=1, training=SHORT),
+        MultiNormTraining(others=(L2(0.0),), training=SHORT),
+        VAT(training=SHORT),
     ],
     ids=repr,
 )

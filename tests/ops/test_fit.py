@@ -14,7 +14,14 @@ from holdfast.ops.fit import Training, fit, rate, updates
 from holdfast.ops.perturbed import perturbed
 
 HOW = Training(
-    epochs=2, batch=4, optimizer="sgd", lr=0.1, schedule="flat", average=0.0, momentum=0.0, weight_decay=0.0
+    epochs=2,
+    batch=4,
+    optimizer="sgd",
+    lr=0.1,
+    schedule="flat",
+    averaging="none",
+    momentum=0.0,
+    weight_decay=0.0,
 )
 
 
@@ -81,7 +88,9 @@ def test_rates_stay_within_their_height(schedule):
 
 def test_the_average_lies_between_the_weights_on_the_way():
     net = linear()
-    *_, last = fit(net, data(), clean, of(net), replace(HOW, epochs=20, average=0.9), rng=Draws(0))
+    *_, last = fit(
+        net, data(), clean, of(net), replace(HOW, epochs=20, averaging="ema", average=0.9), rng=Draws(0)
+    )
     begun, ended = linear().weight, last.tensors["weights.weight"]
     mean = last.tensors["average.weight"]
     assert last.averaged

@@ -18,6 +18,11 @@ TRAINING = (
         "its settings by --set recipe.NAME=VALUE.",
     ),
     click.option("--budget", metavar="T", help="Time for the training, as in 10min; judging comes on top."),
+    click.option(
+        "--unlabelled",
+        metavar="DATA",
+        help="Examples to train on without their labels, beside the others (vat).",
+    ),
 )
 _HELP = """\
 Train a new model that is harder to break than MODEL, on the train split of DATA, and judge both on its test split.

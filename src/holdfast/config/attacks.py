@@ -1,5 +1,6 @@
 """Attacks by name: `{use: PGD, steps: 100}` becomes the dataclass, every setting checked."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from importlib.metadata import entry_points
@@ -9,7 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from holdfast import attacks as catalogue
 from holdfast.attacks.protocol import Attack
-from holdfast.config.grammar import ThreatSpec, nearest, number
+from holdfast.config.grammar import ThreatSpec, nearest, number, parse_threat
 from holdfast.config.naming import GROUP, attack_named
 from holdfast.config.wording import complaint, place
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
@@ -41,6 +42,21 @@ def threat_model(spec: ThreatSpec) -> ThreatModel:
         "l0": L0(spec.eps, "pixel" if spec.pixels else "value"),
     }
     return ThreatModel(constraints[spec.norm], spec.goal, spec.access, spec.queries)
+
+
+def constraints(value: Any, where: str) -> tuple[Constraint, ...]:
+    """Norms with their sizes, as a list of threats or as `l2:1.5,l1:10`."""
+    words = value.split(",") if isinstance(value, str) else value
+    if not isinstance(words, (list, tuple)) or not all(isinstance(word, (str, Constraint)) for word in words):
+        raise UsageError(f"{where} is {value!r}; expected norms and sizes, as in l2:1.5,l1:10")
+    return tuple(word if isinstance(word, Constraint) else _ball(word, where) for word in words)
+
+
+def _ball(word: str, where: str) -> Constraint:
+    found = threat_model(parse_threat(word)).constraint
+    if not isinstance(found, (Linf, L2, L1, L0)) or math.isinf(found.eps):
+        raise UsageError(f"{where} has {word.strip()!r}; expected a norm and a size, as in l2:1.5")
+    return found
 
 
 def attack_names() -> dict[str, type[Any]]:
@@ -104,6 +120,8 @@ def setting(hint: Any, value: Any, where: str) -> Any:
     """A value as a file or a flag says it, checked against the type of the setting; `where` names it."""
     if hint is Attack and isinstance(value, Mapping):
         return build(value, where)
+    if hint == tuple[Constraint, ...]:
+        return constraints(value, where)
     if get_origin(hint) is Callable:
         named = functions(hint)
         if str(value) not in named:

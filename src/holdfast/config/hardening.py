@@ -5,17 +5,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from holdfast.config import brought, ordering
 from holdfast.config.attacks import threat_model
 from holdfast.config.grammar import parse_threat, seconds
 from holdfast.config.naming import AUTO, PRESETS, RECIPES
 from holdfast.config.recipes import candidates, settings_of
 from holdfast.config.settings import HardenSettings
-from holdfast.core.batch import Batch, Data
+from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Evidence
-from holdfast.core.model import Classifier
+from holdfast.core.model import Bounds, Classifier
 from holdfast.recipes.protocol import Recipe
 from holdfast.runs.candidates import Candidate
 from holdfast.runs.hardening import Wish
@@ -88,7 +90,24 @@ def _opened_training(settings: HardenSettings, model: Classifier) -> Batch:
             raise UsageError(
                 f"{address!r} has no train split to train on ({error}); name other examples with --fit DATA"
             ) from error
-    return data.read(0, len(data))
+    batch = data.read(0, len(data))
+    if settings.unlabelled is None:
+        return batch
+    return _with_unlabelled(batch, settings.unlabelled, settings, model.bounds)
+
+
+def _with_unlabelled(batch: Batch, address: str, settings: HardenSettings, bounds: Bounds) -> Batch:
+    """The train split at an address behind the labelled examples, its labels taken off."""
+    data = open_data(address, split="train", label=settings.label, drop=tuple(settings.drop), bounds=bounds)
+    more = data.read(0, len(data))
+    if more.x.shape[1:] != batch.x.shape[1:]:
+        raise UsageError(
+            f"unlabelled examples of {address} have shape {tuple(more.x.shape[1:])}, and the labelled ones "
+            f"{tuple(batch.x.shape[1:])}; give examples of the same kind"
+        )
+    ids = more.ids + batch.ids.max() + 1  # no two examples share one
+    y = torch.cat((batch.y, torch.full_like(more.y, UNLABELLED)))
+    return Batch(torch.cat((batch.x, more.x.to(batch.x))), y, torch.cat((batch.ids, ids)))
 
 
 def wish(

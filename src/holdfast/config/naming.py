@@ -60,18 +60,22 @@ AUTO: Final = "auto"
 
 RECIPES: Final = {
     "atta": "ATTA",
+    "curriculum": "CurriculumTraining",
     "ensemble": "EnsembleTraining",
     "fgsm": "SingleStep",
     "fgsm-rs": "SingleStep",
+    "free": "FreeTraining",
     "gradient-regularisation": "GradientRegularisation",
     "hat": "HAT",
     "ikl": "IKL",
     "mart": "MART",
+    "multi-norm": "MultiNormTraining",
     "n-fgsm": "SingleStep",
     "pgd": "PGDTraining",
     "score": "SCORE",
     "standard": "Standard",
     "trades": "TRADES",
+    "vat": "VAT",
 }
 """What `--recipe` takes, and the class of `holdfast.recipes` that it names; a test keeps the two in step."""
 

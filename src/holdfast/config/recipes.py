@@ -1,7 +1,7 @@
 """Recipes by name: `{use: trades, beta: 6}` becomes the dataclass, every setting checked."""
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
 from torch import nn
@@ -10,7 +10,7 @@ from holdfast import recipes as catalogue
 from holdfast.config.attacks import setting
 from holdfast.config.grammar import nearest
 from holdfast.config.naming import AUTO, PRESETS, RECIPES
-from holdfast.core.constraints import L1, L2, Linf
+from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes.protocol import Recipe
@@ -66,33 +66,41 @@ def build_recipe(spec: Mapping[str, Any]) -> Recipe:
     name = str(spec["use"])
     cls = getattr(catalogue, RECIPES[name])
     said = {**PRESETS.get(name, {}), **{key: value for key, value in spec.items() if key != "use"}}
-    recipe: Recipe = _built(cls, said, f"recipe {name}")
+    recipe: Recipe = cls(**_checked(cls, said, f"recipe {name}"))
     return recipe
 
 
-def _built(cls: type[Any], said: Mapping[str, Any], where: str) -> Any:
+def _checked(cls: type[Any], said: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings that are said, each as the type of its field; a part keeps what its recipe sets and nobody says."""
     hints = get_type_hints(cls, include_extras=True)
-    names = [f.name for f in fields(cls)]
+    parts = {f.name: f.default_factory for f in fields(cls)}
     values: dict[str, Any] = {}
     for key, value in said.items():
-        if key not in names:
-            raise UsageError(f"{where} has no setting {key!r}{nearest(str(key), names)}")
+        if key not in parts:
+            raise UsageError(f"{where} has no setting {key!r}{nearest(str(key), parts)}")
         hint = hints[key]
         if is_dataclass(hint) and isinstance(hint, type):
             if not isinstance(value, Mapping):
                 raise UsageError(
                     f"{where}: {key} is {value!r}; set one of its parts, as in --set recipe.{key}.epochs=10"
                 )
-            values[key] = _built(hint, value, f"{where}: {key}")
+            part = parts[key]
+            assert part is not MISSING
+            values[key] = replace(part(), **_checked(hint, value, f"{where}: {key}"))
         else:
             values[key] = setting(hint, value, f"{where}: {key}")
-    return cls(**values)
+    return values
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """Every setting of a recipe as plain values, those of its parts nested."""
 
     def plain(value: Any) -> Any:
+        if isinstance(value, (Linf, L2, L1, L0)):
+            pixels = "px" if isinstance(value, L0) and value.per == "pixel" else ""
+            return f"{type(value).__name__.lower()}:{value.eps!r}{pixels}"
+        if isinstance(value, tuple):
+            return [plain(one) for one in value]
         if is_dataclass(value) and not isinstance(value, type):
             return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
         return getattr(value, "__name__", value) if callable(value) else value

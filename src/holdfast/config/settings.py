@@ -161,6 +161,10 @@ class HardenSettings(AssessSettings):
     budget: values.Duration | None = Field(
         None, description="time for the training, as in 10min; without it the epochs of the recipe"
     )
+    unlabelled: str | None = Field(
+        None,
+        description="other examples whose labels are not looked at, for vat: an address with a train split",
+    )
 
 
 _RIVALS = (("n", "sample"), ("sample", "n"), ("suite", "attacks"), ("attacks", "suite"))

@@ -1,5 +1,11 @@
-"""Changes to training images that leave their class alone, over a whole batch at once and on its device."""
+"""Changes to training images that leave their class alone or mix it, over a whole batch at once and on its device.
 
+Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019,
+arXiv:1905.04899; with adversarial training Rebuffi et al., "Data Augmentation Can Improve Robustness", NeurIPS 2021,
+arXiv:2111.05328. Differs from the papers: attacks go for the label that has the larger share of a mixed image.
+"""
+
+import math
 from typing import Literal
 
 import torch
@@ -40,3 +46,35 @@ def windows(x: Inputs, reach: int, down: Tensor, right: Tensor) -> Inputs:
     columns = right[:, None] + torch.arange(width, device=x.device)
     each = torch.arange(len(x), device=x.device)[:, None, None]
     return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def cut_and_mixed(batch: Batch, chance: float, rng: Draws) -> tuple[Batch, Batch, float]:
+    """Images that each have a box of another one, with the labels that own more of them, and with the other labels.
+
+    The number is the share of the first labels. The box, its place and its size are those of the whole batch, and with
+    a probability of 1 - `chance` it is left as it is, with a share of 1.
+    """
+    if not chance:
+        return batch, batch, 1.0
+    if batch.x.dim() != 4:
+        raise UsageError(
+            f"cutmix is for images, and inputs have shape {tuple(batch.x.shape[1:])}; leave recipe.training.cutmix out"
+        )
+    whole = torch.zeros(1, dtype=torch.int64, device=batch.x.device)
+    wanted, area, down, right = rng.at("cutmix").uniform(whole, 4, dtype=torch.float64)[0].tolist()
+    if wanted >= chance:
+        return batch, batch, 1.0
+    rows, columns = (_cut(size, at, area) for size, at in zip(batch.x.shape[2:], (down, right), strict=True))
+    partner = batch.take(rng.at("partner").bits(batch.ids).argsort())
+    x = batch.x.clone()
+    x[:, :, rows, columns] = partner.x[:, :, rows, columns]
+    height, width = x.shape[2:]
+    other = (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
+    own, strange = batch.at(x), batch.at(x).labelled(partner.y)
+    return (own, strange, 1 - other) if other <= 0.5 else (strange, own, other)
+
+
+def _cut(size: int, centre: float, area: float) -> slice:
+    """Where a box lies along one side: its length the root of its area, and what reaches beyond the image cut off."""
+    at, half = int(centre * size), int(size * math.sqrt(area)) // 2
+    return slice(max(at - half, 0), min(at + half, size))

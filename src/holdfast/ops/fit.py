@@ -17,13 +17,15 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.checkpoint import AVERAGE, MEMORY, STATE, WEIGHTS, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss
-from holdfast.core.types import Inputs, NonNegative, Positive, Steps
-from holdfast.ops.augment import Augmentation, augmented
+from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Steps
+from holdfast.ops.augment import Augmentation, augmented, cut_and_mixed
+from holdfast.ops.averages import ema, swa
 from holdfast.ops.perturbed import perturbed
+from holdfast.ops.twin import Statistics
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class Training:
 
     epochs: Steps = 30
     """passes over the training data; a time budget sets it"""
+    patience: Count = 0
+    """of a run of `harden`: epochs without a better robust accuracy on held-out examples after which it stops; 0 for
+    none"""
     batch: Steps = 128
     """examples of one update"""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -63,12 +68,22 @@ class Training:
     """of sgd"""
     weight_decay: NonNegative = 5e-4
     """share of each weight that a step at a rate of 1 takes away"""
+    averaging: Literal["ema", "swa", "none"] = "ema"
+    """what the new model is: a running average of the weights (EMA), the plain mean of those at the ends of the last
+    epochs (SWA; give it a rate that does not fall to nothing, as `flat` is), or the weights themselves"""
     average: Annotated[float, Ge(0), Lt(1)] = 0.999
-    """how much of the running average of the weights an update leaves; 0 keeps none"""
+    """of ema: how much of the average an update leaves"""
+    tail: Fraction = 0.25
+    """of swa: share of the epochs, the last ones, whose ends it is the mean of"""
     awp: NonNegative = 0.0
     """adversarial weight perturbation: share of each weight tensor's norm that it is moved up the loss; 0 for none"""
+    attack_statistics: Statistics = "running"
+    """what batch norm goes by while the network is attacked: its running statistics, as in eval mode, or those of the
+    attacked batch, as in train mode; neither is changed by it"""
     augment: Augmentation = "none"
     """what changes the training images: nothing, a shift by up to two pixels, or a shift by four and a flip"""
+    cutmix: Fraction = 0.0
+    """share of the batches whose images each get a box of another one, and of its label the box's share"""
 
 
 def rate(schedule: Rate, done: float) -> float:
@@ -109,14 +124,15 @@ def fit(
     after: Checkpoint | None = None,
     state: Mapping[str, Tensor] = MappingProxyType({}),
     guard: Guard | None = None,
+    replays: int = 1,
 ) -> Iterator[Checkpoint]:
     """Train the weights of `model` in place, and yield a checkpoint after each epoch.
 
     With `after` it goes on where that stands; `state` are tensors that the loss changes in place and must find again,
-    but for what a `guard` changes in them: that stays when it has the last updates undone. Raises `LostLoss` where the
-    loss is no number any more.
+    but for what a `guard` changes in them: that stays when it has the last updates undone. Each batch is good for
+    `replays` updates in a row. Raises `LostLoss` where the loss is no number any more.
     """
-    loop = _Loop(model, data, inner, loss, how, rng, state)
+    loop = _Loop(model, data, inner, loss, how, rng, state, replays)
     begun = 0
     if after is not None:
         begun = after.epoch
@@ -139,19 +155,22 @@ class _Loop:
         how: Training,
         rng: Draws,
         state: Mapping[str, Tensor],
+        replays: int,
     ) -> None:
         self._model, self._data, self._inner, self._loss = model, data, inner, loss
-        self._how, self._rng, self._state = how, rng, state
+        self._how, self._rng, self._state, self._replays = how, rng, state, replays
         learned = [weight for weight in model.parameters() if weight.requires_grad]
         self._optimizer = _optimizer(learned, how)
-        now = model.state_dict() if how.average else {}
+        now = {} if how.averaging == "none" else model.state_dict()
         self._average = {name: value.detach().clone() for name, value in now.items()}
-        self._updates = updates(len(data), how.batch)
+        self._updates = updates(len(data), how.batch) * replays
 
     def epoch(self, epoch: int, guard: Guard | None) -> dict[str, float]:
         """All updates of one epoch, and what it says of itself."""
+        how, replays = self._how, self._replays
         rows = self._rng.at("order", epoch).bits(self._data.ids).argsort()
-        batches = list(enumerate(torch.split(rows[: self._updates * self._how.batch], self._how.batch)))
+        rows = rows[: self._updates // replays * how.batch]
+        batches = list(enumerate(few for few in torch.split(rows, how.batch) for _ in range(replays)))
         every = self._updates if guard is None else guard.every
         losses, right = [], torch.zeros((), device=rows.device)
         for begin in range(0, self._updates, every):
@@ -164,9 +183,11 @@ class _Loop:
             right += sum(hits for _, hits in done)
         seen = torch.stack(losses).double()
         _refuse_lost(seen, epoch)
-        examples = self._updates * min(self._how.batch, len(self._data))
+        if how.averaging == "swa":
+            swa(self._average, self._model, epoch - how.epochs + max(round(how.tail * how.epochs), 1))
+        known = replays * int((self._data.y[rows] != UNLABELLED).sum())
         lr = self._optimizer.param_groups[0]["lr"]
-        return {"loss": seen.mean().item(), "accuracy": right.item() / examples, "lr": lr}
+        return {"loss": seen.mean().item(), "accuracy": right.item() / max(known, 1), "lr": lr}
 
     def _update(self, epoch: int, step: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """One update: its loss, and how many examples were right."""
@@ -174,15 +195,23 @@ class _Loop:
         whole = how.epochs * self._updates
         for group in self._optimizer.param_groups:
             group["lr"] = how.lr * rate(how.schedule, (before + 1) / (whole + 1))
-        batch = augmented(self._data.take(rows), how.augment, place)
+        seen = self._rng.at(epoch, step - step % self._replays)  # a batch that is replayed looks the same
+        batch = augmented(self._data.take(rows), how.augment, seen)
+        batch, other, share = cut_and_mixed(batch, how.cutmix, seen)
+
+        def measured() -> tuple[Tensor, Tensor]:
+            value, hits = self._loss(batch, x_adv)
+            return value if share == 1 else torch.lerp(self._loss(other, x_adv)[0], value, share), hits
+
         with torch.enable_grad(), drawing(place):
             x_adv = self._inner(batch, Turn(place, epoch, before / whole))
             self._optimizer.zero_grad(set_to_none=True)
-            with perturbed(self._model, lambda: self._loss(batch, x_adv)[0], how.awp):
-                value, hits = self._loss(batch, x_adv)
+            with perturbed(self._model, lambda: measured()[0], how.awp):
+                value, hits = measured()
                 value.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
-        _averaged(self._average, self._model, how.average, before)
+        if how.averaging == "ema":
+            ema(self._average, self._model, how.average, before)
         return value.detach(), hits
 
     def tensors(self) -> dict[str, Tensor]:
@@ -239,19 +268,6 @@ def _optimizer(learned: list[nn.Parameter], how: Training) -> torch.optim.Optimi
             learned, how.lr, how.momentum, weight_decay=how.weight_decay, nesterov=nesterov
         )
     return torch.optim.AdamW(learned, how.lr, weight_decay=how.weight_decay)
-
-
-@torch.no_grad()
-def _averaged(average: dict[str, Tensor], model: nn.Module, keep: float, step: int) -> None:
-    """Move the average towards the weights; of the first updates it is the plain mean, so that no start lingers."""
-    if not average:
-        return
-    share = 1 - min(keep, (step + 1) / (step + 10))
-    for name, value in model.state_dict().items():
-        if value.is_floating_point():
-            average[name].lerp_(value, share)
-        else:
-            average[name].copy_(value)
 
 
 def _refuse_lost(losses: Tensor, epoch: int) -> None:

@@ -8,9 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
@@ -83,13 +84,47 @@ def trained(
     after: Checkpoint | None = None,
     state: dict[str, Tensor] | None = None,
     guard: Callable[[Learner], Guard] | None = None,
+    replays: int = 1,
+    linear: bool = False,
+    unlabelled: bool = False,
 ) -> Iterator[Checkpoint]:
-    """Train a copy of the model by a loss on inputs that `inner` made; the model itself stays as it is."""
+    """Train a copy of the model by a loss on inputs that `inner` made; the model itself stays as it is.
+
+    A recipe says here that its loss is `linear` in the label (up to what has no gradient), so that labels may be mixed,
+    and that it learns from `unlabelled` examples; what it does not say is refused, before the first update.
+    """
+    _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled)
     net = deepcopy(model).train()
-    learner = Learner(net, twin(net), threat, state or {})
+    learner = Learner(net, twin(net, how.attack_statistics), threat, state or {})
     made, measured = partial(inner, learner), partial(loss, learner)
     watched = None if guard is None else guard(learner)
-    return fit(net, data, made, measured, how, rng=rng, after=after, state=learner.state, guard=watched)
+    return fit(
+        net,
+        data,
+        made,
+        measured,
+        how,
+        rng=rng,
+        after=after,
+        state=learner.state,
+        guard=watched,
+        replays=replays,
+    )
+
+
+def _refuse_foreign(data: Batch, how: Training, *, linear: bool, unlabelled: bool) -> None:
+    """Refuse what the loss of a recipe cannot learn from."""
+    if how.cutmix and not linear:
+        raise UsageError(
+            f"cutmix is {how.cutmix:g}, and the loss of this recipe is not linear in the label, so labels cannot be "
+            f"mixed in it; leave recipe.training.cutmix out, or choose --recipe pgd or trades"
+        )
+    n = int((data.y == UNLABELLED).sum())
+    if n and not unlabelled:
+        raise UsageError(
+            f"{n:,} of {len(data):,} training examples have no label, and this recipe learns from labels alone; leave "
+            f"them out, or choose --recipe vat"
+        )
 
 
 def as_it_is(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
@@ -98,5 +133,5 @@ def as_it_is(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
 
 
 def hits(logits: Logits, y: Labels) -> Tensor:
-    """How many are right."""
+    """How many are right; what has no label never is."""
     return (logits.argmax(1) == y).sum()

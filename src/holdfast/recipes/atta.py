@@ -53,10 +53,11 @@ class ATTA:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        if self.training.augment != "none":
+        if self.training.augment != "none" or self.training.cutmix:
             raise UsageError(
-                f"atta keeps what it changed of each image, and augment={self.training.augment} would move the image "
-                f"away from it; leave augment out, or choose --recipe pgd"
+                f"atta keeps what it changed of each image, and augment={self.training.augment} with "
+                f"cutmix={self.training.cutmix:g} would move the image away from it; leave both out, or choose "
+                f"--recipe pgd"
             )
         kept = {
             "kept": torch.zeros_like(data.x, dtype=torch.float16)

@@ -49,7 +49,9 @@ class EnsembleTraining:
                 "ensemble makes attacks on other networks beside this one, and none is given; name one or more with "
                 "--surrogate MODEL, or choose --recipe pgd"
             )
-        return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
+        return trained(
+            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+        )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """The end of a path up the cross-entropy of one of the networks."""

@@ -58,7 +58,9 @@ class HAT:
         def loss(learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
             return self.loss(learner, batch, x_adv, helper)
 
-        return trained(self.inner, loss, model, data, threat, self.training, rng=rng, after=after)
+        return trained(
+            self.inner, loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+        )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """The end of a path up the divergence from the clean prediction."""

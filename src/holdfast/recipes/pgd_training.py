@@ -7,6 +7,7 @@ the weights are averaged, and the learning rate goes in one cycle.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +17,7 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, NonNegative, Positive, Steps
+from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, hits, trained
 
@@ -31,6 +32,8 @@ class PGDTraining:
     """length of its path, in multiples of eps"""
     clean: NonNegative = 0.0
     """weight of the loss on the inputs as they are, beside that on the attacked ones"""
+    label_smoothing: Fraction = 0.0
+    """share of each label that is spread over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -42,7 +45,9 @@ class PGDTraining:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
+        return trained(
+            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+        )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """The end of a path up the cross-entropy."""
@@ -51,7 +56,8 @@ class PGDTraining:
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there, and that of the clean inputs where it has a weight."""
         logits = learner.net(x_adv)
-        value = F.cross_entropy(logits, batch.y)
+        taught = partial(F.cross_entropy, target=batch.y, label_smoothing=self.label_smoothing)
+        value = taught(logits)
         if self.clean:
-            value = value + self.clean * F.cross_entropy(learner.net(batch.x), batch.y)
+            value = value + self.clean * taught(learner.net(batch.x))
         return value, hits(logits, batch.y)

@@ -47,7 +47,9 @@ class SCORE:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
+        return trained(
+            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+        )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """The end of a path up the squared distance from the clean prediction."""

@@ -68,6 +68,7 @@ class SingleStep:
             after=after,
             state=state,
             guard=partial(OverfittingGuard, held=held) if n else None,
+            linear=True,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:

@@ -33,7 +33,9 @@ class Standard:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        return trained(as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after)
+        return trained(
+            as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+        )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy, its labels smoothed."""

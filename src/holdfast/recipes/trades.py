@@ -16,7 +16,7 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, NonNegative, Positive, Steps
+from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.divergences import kullback_leibler
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, hits, trained
@@ -32,6 +32,8 @@ class TRADES:
     """gradient steps of the inner attack"""
     reach: Positive = 2.5
     """length of its path, in multiples of eps"""
+    label_smoothing: Fraction = 0.0
+    """share of each label that is spread over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -43,7 +45,9 @@ class TRADES:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
+        return trained(
+            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+        )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """The end of a path up the divergence from the clean prediction."""
@@ -53,4 +57,5 @@ class TRADES:
         """The clean cross-entropy, and the divergence."""
         clean, logits = learner.net(batch.x), learner.net(x_adv)
         robust = kullback_leibler(logits, clean).mean()
-        return F.cross_entropy(clean, batch.y) + self.beta * robust, hits(logits, batch.y)
+        taught = F.cross_entropy(clean, batch.y, label_smoothing=self.label_smoothing)
+        return taught + self.beta * robust, hits(logits, batch.y)

@@ -119,6 +119,8 @@ class _Job:
         self.subject, self.test, self.wish, self.run = subject, test, wish, run
         self.progress, self.told = progress, told
         self.model = copy_of(subject.model).to(device)
+        for one in wish.candidates:  # what it cannot learn from is refused here; nothing is trained yet
+            one.recipe(self.model, self.rest, wish.threat, rng=Draws(wish.seed))
         self.notes = [said] if said else []
         known = planned(run)
         self.plan = known["plan"] if known else self._planned()
@@ -204,6 +206,8 @@ class _Job:
         recipe: Any = replace(candidate.recipe, training=how)  # type: ignore[type-var]
         last = training.kept(place, LAST)
         curve = () if last is None else last.curve
+        if _stale(curve, how.patience):
+            return curve
         highest = max((_score(point) for point in curve), default=(-1.0, -1.0))
         shown = deepcopy(self.model)
         cpu, wall = time.process_time(), time.perf_counter()
@@ -225,6 +229,8 @@ class _Job:
                     training.keep(place, BEST, checkpoint, curve)
                 training.keep(place, LAST, checkpoint, curve)
             self.progress(_step(candidate, point, epochs, len(self.held)))
+            if _stale(curve, how.patience):
+                break
         return curve
 
     def _rescued(self, place: Path, candidate: Candidate) -> str:
@@ -278,6 +284,12 @@ def _step(candidate: Candidate, point: Point, epochs: int, held: int) -> Step:
 
 def _score(point: Point) -> tuple[float, float]:
     return point.robust, point.clean
+
+
+def _stale(curve: tuple[Point, ...], patience: int) -> bool:
+    """Whether so many epochs have passed since the held-out robust accuracy was last better than ever; never for 0."""
+    heights = [point.robust for point in curve]
+    return bool(patience and heights) and len(heights) - 1 - heights.index(max(heights)) >= patience
 
 
 def _card(

@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 from holdfast.attacks import PGD
-from holdfast.core.batch import Batch, Data
+from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
@@ -20,14 +20,17 @@ _NAMED = 3  # duplicates that are named
 
 
 def split_of(data: Batch, seed: int) -> tuple[Batch, Batch]:
-    """Training examples and held-out ones; which are held out depends on the seed alone."""
-    n = min(_HELD_OUT, len(data) // _EVERY)
+    """Training examples and held-out ones, all with labels; which are held out depends on the seed alone."""
+    known = data.y != UNLABELLED
+    labelled = int(known.sum())
+    n = min(_HELD_OUT, labelled // _EVERY)
     if n < _LEAST_HELD_OUT:
         raise UsageError(
-            f"{len(data)} training examples leave {n} to choose the checkpoint by; at least "
+            f"{labelled} training examples leave {n} to choose the checkpoint by; at least "
             f"{_LEAST_HELD_OUT * _EVERY} are needed"
         )
     order = Draws(seed).at("held out").bits(data.ids).argsort()
+    order = torch.cat((order[known[order]], order[~known[order]]))
     held, rest = order[:n].sort().values, order[n:].sort().values
     return data.take(rest), data.take(held)
 
@@ -89,7 +92,7 @@ def digest_of(data: Batch) -> str:
 
 def refuse_classes(data: Batch, classes: int | None) -> None:
     """`TargetError` where the labels are of one class alone, or a class of the model has none."""
-    found = torch.unique(data.y)
+    found = torch.unique(data.y[data.y != UNLABELLED])
     if len(found) < 2:
         held = (
             f"all {len(data)} training labels are {int(found[0])}" if len(data) else "no examples to train on"
