@@ -16,13 +16,18 @@ from holdfast.ops.learner import Learner
 from holdfast.ops.overfitting import RAISED, OverfittingGuard
 from holdfast.recipes import (
     ATTA,
+    CURE,
     HAT,
     IKL,
+    LLR,
     MART,
     SCORE,
     TRADES,
     EnsembleTraining,
     GradientRegularisation,
+    JacobianRegularisation,
+    LipschitzConstraint,
+    MarginTraining,
     PGDTraining,
     SingleStep,
     Standard,
@@ -46,6 +51,12 @@ CASES = [
     SingleStep(),
     SingleStep(noise=0.0, clip=True),
     SCORE(steps=2, forgiven=0.01, label_smoothing=0.1),
+    JacobianRegularisation(projections=2),
+    CURE(),
+    LLR(),
+    LipschitzConstraint(),
+    LipschitzConstraint(gain=5.0, weight=0.0),
+    MarginTraining(),
 ]
 
 

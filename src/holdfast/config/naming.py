@@ -57,12 +57,17 @@ ATTACKS: Final = (
 
 RECIPES: Final = {
     "atta": "ATTA",
+    "cure": "CURE",
     "ensemble": "EnsembleTraining",
     "fgsm": "SingleStep",
     "fgsm-rs": "SingleStep",
     "gradient-regularisation": "GradientRegularisation",
     "hat": "HAT",
     "ikl": "IKL",
+    "jacobian": "JacobianRegularisation",
+    "lipschitz": "LipschitzConstraint",
+    "llr": "LLR",
+    "margin": "MarginTraining",
     "mart": "MART",
     "n-fgsm": "SingleStep",
     "pgd": "PGDTraining",

@@ -107,14 +107,16 @@ def fit(
     after: Checkpoint | None = None,
     state: Mapping[str, Tensor] = MappingProxyType({}),
     guard: Guard | None = None,
+    settle: Callable[[], None] | None = None,
 ) -> Iterator[Checkpoint]:
     """Train the weights of `model` in place, and yield a checkpoint after each epoch.
 
-    With `after` it goes on where that stands; `state` are tensors that the loss changes in place and must find again,
-    but for what a `guard` changes in them: that stays when it has the last updates undone. Raises `HoldfastError` where
-    the loss is no number any more.
+    `settle` is called after each update, before the average sees it, and may change the weights too. With `after` it
+    goes on where that stands; `state` are tensors that the loss or `settle` change in place and must find again, but
+    for what a `guard` changes in them: that stays when it has the last updates undone. Raises `HoldfastError` where the
+    loss is no number any more.
     """
-    loop = _Loop(model, data, inner, loss, how, rng, state)
+    loop = _Loop(model, data, inner, loss, how, rng, state, settle)
     begun = 0
     if after is not None:
         begun = after.epoch
@@ -137,9 +139,10 @@ class _Loop:
         how: Training,
         rng: Draws,
         state: Mapping[str, Tensor],
+        settle: Callable[[], None] | None,
     ) -> None:
         self._model, self._data, self._inner, self._loss = model, data, inner, loss
-        self._how, self._rng, self._state = how, rng, state
+        self._how, self._rng, self._state, self._settle = how, rng, state, settle
         learned = [weight for weight in model.parameters() if weight.requires_grad]
         self._optimizer = _optimizer(learned, how)
         now = model.state_dict() if how.average else {}
@@ -180,6 +183,8 @@ class _Loop:
                 value, hits = self._loss(batch, x_adv)
                 value.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
+        if self._settle is not None:
+            self._settle()
         _averaged(self._average, self._model, how.average, before)
         return value.detach(), hits
 

@@ -83,13 +83,27 @@ def trained(
     after: Checkpoint | None = None,
     state: dict[str, Tensor] | None = None,
     guard: Callable[[Learner], Guard] | None = None,
+    settle: Callable[[Learner], Callable[[], None]] | None = None,
 ) -> Iterator[Checkpoint]:
-    """Train a copy of the model by a loss on inputs that `inner` made; the model itself stays as it is."""
+    """Train a copy of the model by a loss on inputs that `inner` made; the model itself stays as it is.
+
+    `guard` and `settle` make of the learner what `fit` takes by these names.
+    """
     net = deepcopy(model).train()
     learner = Learner(net, twin(net), threat, state or {})
     made, measured = partial(inner, learner), partial(loss, learner)
-    watched = None if guard is None else guard(learner)
-    return fit(net, data, made, measured, how, rng=rng, after=after, state=learner.state, guard=watched)
+    return fit(
+        net,
+        data,
+        made,
+        measured,
+        how,
+        rng=rng,
+        after=after,
+        state=learner.state,
+        guard=None if guard is None else guard(learner),
+        settle=None if settle is None else settle(learner),
+    )
 
 
 def as_it_is(learner: Learner, batch: Batch, turn: Turn) -> Inputs:

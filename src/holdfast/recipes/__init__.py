@@ -1,10 +1,15 @@
 """The catalogue of recipes: each trains a new model that is harder to break; `__all__` is what may be named."""
 
 from holdfast.recipes.atta import ATTA
+from holdfast.recipes.cure import CURE
 from holdfast.recipes.ensemble import EnsembleTraining
 from holdfast.recipes.gradient_regularisation import GradientRegularisation
 from holdfast.recipes.hat import HAT
 from holdfast.recipes.ikl import IKL
+from holdfast.recipes.jacobian import JacobianRegularisation
+from holdfast.recipes.lipschitz import LipschitzConstraint
+from holdfast.recipes.llr import LLR
+from holdfast.recipes.margin import MarginTraining
 from holdfast.recipes.mart import MART
 from holdfast.recipes.pgd_training import PGDTraining
 from holdfast.recipes.score import SCORE
@@ -14,13 +19,18 @@ from holdfast.recipes.trades import TRADES
 
 __all__ = [
     "ATTA",
+    "CURE",
     "HAT",
     "IKL",
+    "LLR",
     "MART",
     "SCORE",
     "TRADES",
     "EnsembleTraining",
     "GradientRegularisation",
+    "JacobianRegularisation",
+    "LipschitzConstraint",
+    "MarginTraining",
     "PGDTraining",
     "SingleStep",
     "Standard",
