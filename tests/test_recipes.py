@@ -78,6 +78,9 @@ def test_the_catalogue_is_what_may_be_named_and_every_recipe_has_its_cases():
         TRADES(training=SHORT),
         SingleStep(training=SHORT),
         GradientRegularisation(training=SHORT),
+        CURE(training=SHORT),
+        LLR(training=SHORT),
+        LipschitzConstraint(gain=100.0, training=SHORT),
     ],
     ids=repr,
 )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L2, Linf
+from holdfast.core.constraints import L0, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
@@ -56,7 +56,7 @@ def two_classes(batch):
 
 
 def penalty(recipe, learner, batch):
-    x_adv = recipe.inner(learner, batch, TURN) if hasattr(recipe, "inner") else batch.x
+    x_adv = batch.x if isinstance(recipe, CURE) else recipe.inner(learner, batch, TURN)
     whole, _ = recipe.loss(learner, batch, x_adv)
     return (whole - F.cross_entropy(learner.net(batch.x), batch.y)).item(), x_adv
 
@@ -147,7 +147,5 @@ def test_under_l2_it_goes_on_exactly_for_what_the_power_iteration_knows_is_kept(
 
 
 def test_a_threat_without_gains_is_refused():
-    from holdfast.core.constraints import L0
-
     with pytest.raises(UsageError, match="the gain of a layer is known under linf, l2 and l1"):
         list(LipschitzConstraint()(fakes.network(), data(), ThreatModel(L0(2.0)), rng=Draws(0)))

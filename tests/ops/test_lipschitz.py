@@ -25,6 +25,8 @@ from holdfast.ops.lipschitz import (
 )
 from holdfast.recipes import MarginTraining
 from holdfast.sources.architectures import ARCHITECTURES
+from holdfast.sources.models import open_model
+from holdfast.sources.weights import written
 
 NETWORKS = sorted(name for name in ARCHITECTURES if name.startswith("lipschitz"))
 LINEAR = [
@@ -104,13 +106,13 @@ def test_values_and_gradients_are_finite_for_any_weights(made, shape, size):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_stretches_nothing_and_its_weights_make_it_again(name):
+def test_a_network_stretches_nothing_and_is_opened_by_its_path(name, tmp_path):
     torch.manual_seed(0)
-    net, other = (ARCHITECTURES[name](side=8, width=8, hidden=12, classes=4) for _ in range(2))
-    x = torch.rand(2, 1, 8, 8)
+    said = {"side": 8, "width": 8, "hidden": 12, "classes": 4}
+    net, x, path = ARCHITECTURES[name](**said), torch.rand(2, 1, 8, 8), tmp_path / "net.safetensors"
     assert norm_of(net, x[0]) <= 1 + 1e-5
-    other.load_state_dict(net.state_dict())
-    assert torch.equal(net(x), other(x))
+    path.write_bytes(written(net, {"architecture": name, "arguments": said}))
+    assert torch.equal(open_model(str(path)).model(x), net(x))
     with pytest.raises(ValueError, match="a side of 7 cannot be halved"):
         ARCHITECTURES[name](side=14)
 

@@ -27,21 +27,20 @@ _SLACK = 1e-4  # share of a radius: a hundred layers, each as much as 1e-6 beyon
 
 
 def overlaps(kernel: Tensor) -> Tensor:
-    """For each output channel of a kernel (out, in, k, k), the summed sizes of its products with all, at all shifts.
+    """For each two output channels of an odd kernel (out, in, k, k), the summed sizes of their products at all shifts.
 
-    As a diagonal it is at least the convolution times its transpose, whatever the size of the image.
+    The sums of its rows, as a diagonal, are at least the convolution times its transpose, whatever the image's size;
+    so are those of the matrix with its columns times any positive numbers and its rows divided by them.
     """
-    k = kernel.shape[2]
-    products = F.conv2d(kernel, kernel, padding=k - 1)
-    sums: Tensor = products.abs().sum((1, 2, 3))
+    sums: Tensor = F.conv2d(kernel, kernel, padding=kernel.shape[2] - 1).abs().sum((2, 3))
     return sums
 
 
 def almost_orthogonal(kernel: Tensor) -> Tensor:
     """The kernel rescaled, input by input or output by output, so that its convolution has a norm of at most one."""
     if kernel.shape[0] <= kernel.shape[1]:
-        return kernel * torch.rsqrt(overlaps(kernel) + _GUARD).view(-1, 1, 1, 1)
-    return kernel * torch.rsqrt(overlaps(kernel.transpose(0, 1)) + _GUARD).view(1, -1, 1, 1)
+        return kernel * torch.rsqrt(overlaps(kernel).sum(1) + _GUARD).view(-1, 1, 1, 1)
+    return kernel * torch.rsqrt(overlaps(kernel.transpose(0, 1)).sum(1) + _GUARD).view(1, -1, 1, 1)
 
 
 class AOLConv2d(nn.Module):
@@ -87,8 +86,7 @@ class SLLConv2d(nn.Module):
         """Maps of the same shape."""
         kernel, half = self.weight, self.weight.shape[2] // 2
         q = self.scale.clamp(-_REACH, _REACH).exp()
-        products = F.conv2d(kernel, kernel, padding=2 * half).abs().sum((2, 3))
-        heights = products @ q / q + _GUARD
+        heights = overlaps(kernel) @ q / q + _GUARD
         hidden = F.relu(F.conv2d(x, kernel, self.bias, padding=half))
         back = F.conv_transpose2d(hidden / heights.view(1, -1, 1, 1), kernel, padding=half)
         return x - 2 * back
