@@ -2,9 +2,9 @@
 
 Gouk et al., "Regularisation of Neural Networks by Enforcing Lipschitz Continuity", Machine Learning 110, 2021,
 arXiv:1804.04368, for the constraint; Finlay & Oberman, "Scaleable input gradient regularization for adversarial
-robustness", arXiv:1905.11468, for the slope. Differs from the papers: both together; the weight of the slope grows at first;
-and what `ops/gains.py` says. The bound of a whole network is the product over its layers and as a certificate far too
-loose: see `ops/lipschitz.py` for layers that are made for one.
+robustness", arXiv:1905.11468, for the slope. Differs from the papers: both together; the weight of the slope grows at
+first; and what `ops/gains.py` says. The bound of a whole network is the product over its layers and as a certificate
+far too loose: see `ops/lipschitz.py` for layers that are made for one.
 """
 
 from collections.abc import Iterator
