@@ -16,8 +16,10 @@ from holdfast.ops.learner import Learner
 from holdfast.ops.overfitting import RAISED, OverfittingGuard
 from holdfast.recipes import (
     ATTA,
+    CURE,
     HAT,
     IKL,
+    LLR,
     MART,
     SCORE,
     TRADES,
@@ -26,6 +28,9 @@ from holdfast.recipes import (
     EnsembleTraining,
     FreeTraining,
     GradientRegularisation,
+    JacobianRegularisation,
+    LipschitzConstraint,
+    MarginTraining,
     MultiNormTraining,
     PGDTraining,
     SingleStep,
@@ -57,6 +62,12 @@ CASES = [
     MultiNormTraining(others=(L2(0.2), L1(0.5)), method="max", steps=2),
     VAT(),
     VAT(iterations=2),
+    JacobianRegularisation(projections=2),
+    CURE(),
+    LLR(),
+    LipschitzConstraint(),
+    LipschitzConstraint(gain=5.0, weight=0.0),
+    MarginTraining(),
 ]
 
 
@@ -82,6 +93,9 @@ def test_the_catalogue_is_what_may_be_named_and_every_recipe_has_its_cases():
         FreeTraining(replays=1, training=SHORT),
         MultiNormTraining(others=(L2(0.0),), training=SHORT),
         VAT(training=SHORT),
+        CURE(training=SHORT),
+        LLR(training=SHORT),
+        LipschitzConstraint(gain=100.0, training=SHORT),
     ],
     ids=repr,
 )

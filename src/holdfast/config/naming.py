@@ -60,6 +60,7 @@ AUTO: Final = "auto"
 
 RECIPES: Final = {
     "atta": "ATTA",
+    "cure": "CURE",
     "curriculum": "CurriculumTraining",
     "ensemble": "EnsembleTraining",
     "fgsm": "SingleStep",
@@ -68,6 +69,10 @@ RECIPES: Final = {
     "gradient-regularisation": "GradientRegularisation",
     "hat": "HAT",
     "ikl": "IKL",
+    "jacobian": "JacobianRegularisation",
+    "lipschitz": "LipschitzConstraint",
+    "llr": "LLR",
+    "margin": "MarginTraining",
     "mart": "MART",
     "multi-norm": "MultiNormTraining",
     "n-fgsm": "SingleStep",

@@ -125,14 +125,16 @@ def fit(
     state: Mapping[str, Tensor] = MappingProxyType({}),
     guard: Guard | None = None,
     replays: int = 1,
+    settle: Callable[[], None] | None = None,
 ) -> Iterator[Checkpoint]:
     """Train the weights of `model` in place, and yield a checkpoint after each epoch.
 
-    With `after` it goes on where that stands; `state` are tensors that the loss changes in place and must find again,
-    but for what a `guard` changes in them: that stays when it has the last updates undone. Each batch is good for
-    `replays` updates in a row. Raises `LostLoss` where the loss is no number any more.
+    `settle` is called after each update, before the average sees it, and may change the weights too. With `after` it
+    goes on where that stands; `state` are tensors that the loss or `settle` change in place and must find again, but
+    for what a `guard` changes in them: that stays when it has the last updates undone. Each batch is good for `replays`
+    updates in a row. Raises `LostLoss` where the loss is no number any more.
     """
-    loop = _Loop(model, data, inner, loss, how, rng, state, replays)
+    loop = _Loop(model, data, inner, loss, how, rng, state, replays, settle)
     begun = 0
     if after is not None:
         begun = after.epoch
@@ -156,9 +158,11 @@ class _Loop:
         rng: Draws,
         state: Mapping[str, Tensor],
         replays: int,
+        settle: Callable[[], None] | None,
     ) -> None:
         self._model, self._data, self._inner, self._loss = model, data, inner, loss
-        self._how, self._rng, self._state, self._replays = how, rng, state, replays
+        self._how, self._rng, self._state = how, rng, state
+        self._replays, self._settle = replays, settle
         learned = [weight for weight in model.parameters() if weight.requires_grad]
         self._optimizer = _optimizer(learned, how)
         now = {} if how.averaging == "none" else model.state_dict()
@@ -210,6 +214,8 @@ class _Loop:
                 value, hits = measured()
                 value.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
+        if self._settle is not None:
+            self._settle()
         if how.averaging == "ema":
             ema(self._average, self._model, how.average, before)
         return value.detach(), hits

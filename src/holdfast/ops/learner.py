@@ -85,19 +85,20 @@ def trained(
     state: dict[str, Tensor] | None = None,
     guard: Callable[[Learner], Guard] | None = None,
     replays: int = 1,
+    settle: Callable[[Learner], Callable[[], None]] | None = None,
     linear: bool = False,
     unlabelled: bool = False,
 ) -> Iterator[Checkpoint]:
     """Train a copy of the model by a loss on inputs that `inner` made; the model itself stays as it is.
 
-    A recipe says here that its loss is `linear` in the label (up to what has no gradient), so that labels may be mixed,
-    and that it learns from `unlabelled` examples; what it does not say is refused, before the first update.
+    `guard` and `settle` make of the learner what `fit` takes by these names. A recipe says here that its loss is
+    `linear` in the label (up to what has no gradient), so that labels may be mixed, and that it learns from `unlabelled`
+    examples; what it does not say is refused, before the first update.
     """
     _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled)
     net = deepcopy(model).train()
     learner = Learner(net, twin(net, how.attack_statistics), threat, state or {})
     made, measured = partial(inner, learner), partial(loss, learner)
-    watched = None if guard is None else guard(learner)
     return fit(
         net,
         data,
@@ -107,8 +108,9 @@ def trained(
         rng=rng,
         after=after,
         state=learner.state,
-        guard=watched,
+        guard=None if guard is None else guard(learner),
         replays=replays,
+        settle=None if settle is None else settle(learner),
     )
 
 

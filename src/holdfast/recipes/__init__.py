@@ -1,12 +1,17 @@
 """The catalogue of recipes: each trains a new model that is harder to break; `__all__` is what may be named."""
 
 from holdfast.recipes.atta import ATTA
+from holdfast.recipes.cure import CURE
 from holdfast.recipes.curriculum import CurriculumTraining
 from holdfast.recipes.ensemble import EnsembleTraining
 from holdfast.recipes.free import FreeTraining
 from holdfast.recipes.gradient_regularisation import GradientRegularisation
 from holdfast.recipes.hat import HAT
 from holdfast.recipes.ikl import IKL
+from holdfast.recipes.jacobian import JacobianRegularisation
+from holdfast.recipes.lipschitz import LipschitzConstraint
+from holdfast.recipes.llr import LLR
+from holdfast.recipes.margin import MarginTraining
 from holdfast.recipes.mart import MART
 from holdfast.recipes.multi_norm import MultiNormTraining
 from holdfast.recipes.pgd_training import PGDTraining
@@ -18,8 +23,10 @@ from holdfast.recipes.vat import VAT
 
 __all__ = [
     "ATTA",
+    "CURE",
     "HAT",
     "IKL",
+    "LLR",
     "MART",
     "SCORE",
     "TRADES",
@@ -28,6 +35,9 @@ __all__ = [
     "EnsembleTraining",
     "FreeTraining",
     "GradientRegularisation",
+    "JacobianRegularisation",
+    "LipschitzConstraint",
+    "MarginTraining",
     "MultiNormTraining",
     "PGDTraining",
     "SingleStep",

@@ -23,6 +23,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, PerExample, Positive
 from holdfast.ops.fit import Training
+from holdfast.ops.gradients import rise
 from holdfast.ops.learner import Learner, as_it_is, hits, trained
 
 
@@ -54,21 +55,16 @@ class GradientRegularisation:
         x = x_adv.detach().requires_grad_()
         logits = learner.net(x)
         each = F.cross_entropy(logits, batch.y, reduction="none")
-        again = self.method == "double-backprop"
-        (grad,) = torch.autograd.grad(each.sum(), x, create_graph=again, retain_graph=True)
-        eps, climb = learner.threat.constraint.eps, self._climb(learner, batch, grad.detach())
-        if again:
-            rise = eps * (grad * climb).flatten(1).sum(1)
+        if self.method == "double-backprop":
+            added = rise(each, x, learner.threat.constraint, learner.net.bounds)
         else:
-            rise = self._further(learner, batch, climb, each) / self.reach
-        return (each + self.weight * rise).mean(), hits(logits, batch.y)
+            added = self._further(learner, batch, x, each) / self.reach
+        return (each + self.weight * added).mean(), hits(logits, batch.y)
 
-    def _climb(self, learner: Learner, batch: Batch, grad: Tensor) -> Tensor:
-        """The direction of length one in which the loss rises most."""
-        return learner.threat.constraint.steepest(grad, batch.x, learner.net.bounds)
-
-    def _further(self, learner: Learner, batch: Batch, climb: Tensor, each: PerExample) -> PerExample:
+    def _further(self, learner: Learner, batch: Batch, x: Inputs, each: PerExample) -> PerExample:
         """What a short step adds to the loss."""
-        far = self.reach * learner.threat.constraint.eps
-        moved = learner.net(torch.add(batch.x, climb, alpha=far))
+        constraint = learner.threat.constraint
+        (grad,) = torch.autograd.grad(each.sum(), x, retain_graph=True)
+        climb = constraint.steepest(grad, batch.x, learner.net.bounds)
+        moved = learner.net(torch.add(batch.x, climb, alpha=self.reach * constraint.eps))
         return F.cross_entropy(moved, batch.y, reduction="none") - each
