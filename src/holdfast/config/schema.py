@@ -11,6 +11,7 @@ from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import attack_names, functions
 from holdfast.config.naming import AUTO, PRESETS, RECIPES
 from holdfast.config.settings import HardenSettings
+from holdfast.core.constraints import Constraint
 from holdfast.ops.fit import Training
 
 
@@ -75,7 +76,7 @@ def _settings(cls: type[Any], preset: Mapping[str, Any]) -> dict[str, Any]:
         properties[f.name] = _settings(hint, {}) if nested else _setting(hint)
         if f.default is not MISSING:
             usual = preset.get(f.name, f.default)
-            properties[f.name]["default"] = getattr(usual, "__name__", usual)
+            properties[f.name]["default"] = getattr(usual, "__name__", usual) if usual != () else []
     needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
     return {"type": "object", "properties": properties, "required": needed, "additionalProperties": False}
 
@@ -83,6 +84,8 @@ def _settings(cls: type[Any], preset: Mapping[str, Any]) -> dict[str, Any]:
 def _setting(hint: Any) -> dict[str, Any]:
     if hint is Attack:
         return {"$ref": "#/$defs/attack"}
+    if hint == tuple[Constraint, ...]:  # each as in a threat
+        return {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
     if get_origin(hint) is Callable:
         return {"enum": sorted(functions(hint))}
     content: dict[str, Any] = TypeAdapter(hint).json_schema()

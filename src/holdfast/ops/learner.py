@@ -92,8 +92,8 @@ def trained(
     """Train a copy of the model by a loss on inputs that `inner` made; the model itself stays as it is.
 
     `guard` and `settle` make of the learner what `fit` takes by these names. A recipe says here that its loss is
-    `linear` in the label (up to what has no gradient), so that labels may be mixed, and that it learns from `unlabelled`
-    examples; what it does not say is refused, before the first update.
+    `linear` in the label (up to what has no gradient), so that labels may be mixed, and that it learns from
+    `unlabelled` examples; what it does not say is refused, before the first update.
     """
     _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled)
     net = deepcopy(model).train()
