@@ -88,6 +88,14 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch
     assert any(step.stage == "training PGDTraining" for step in steps)
 
 
+def test_patience_ends_a_training_that_gets_no_better_and_going_on_ends_it_at_once(tmp_path):
+    patient = PGDTraining(steps=1, training=replace(HOW, epochs=9, lr=1e-9, patience=2))
+    found = harden(trainable(), training(), fakes.data(), wish(patient), run=tmp_path / "r")
+    assert [point.epoch for point in found.curve] == [1, 2, 3]
+    again = harden(trainable(), training(), fakes.data(), wish(patient), run=tmp_path / "r", resume=True)
+    assert again.curve == found.curve
+
+
 def test_another_recipe_or_seed_is_another_run(tmp_path):
     harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
     other = replace(wish(), seed=1)

@@ -1,7 +1,4 @@
-"""What the run around a training does: whom it holds out, and when it stops."""
-
-from dataclasses import replace
-from types import SimpleNamespace
+"""Whom a training holds out, and what it learns from beside the labelled examples."""
 
 import pytest
 import torch
@@ -9,15 +6,10 @@ import torch
 from holdfast.config.hardening import _with_unlabelled
 from holdfast.config.settings import HardenSettings
 from holdfast.core.batch import UNLABELLED
-from holdfast.core.constraints import Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
-from holdfast.core.threat import ThreatModel
-from holdfast.recipes import Standard
-from holdfast.runs.hardening import _trained, split_of
-from holdfast.runs.signals import stoppable
+from holdfast.runs.held_out import split_of
 from holdfast.testing import fakes
-from holdfast.testing.recipes import SHORT
 
 
 def blank(n, every):
@@ -52,16 +44,3 @@ def test_unlabelled_examples_come_behind_with_ids_of_their_own(tmp_path, monkeyp
     other = fakes.labelled(fakes.network(shape=(5,)), fakes.examples(n=26, shape=(5,)))
     with pytest.raises(UsageError, match=r"have shape \(3, 4, 4\), and the labelled ones \(5,\)"):
         _with_unlabelled(other, str(file), HardenSettings(), Bounds())
-
-
-def test_patience_ends_a_training_that_gets_no_better_and_going_on_ends_it_at_once(tmp_path):
-    model, data = fakes.network(1).requires_grad_(), fakes.labelled(fakes.network(), fakes.examples(n=60))
-    patient = replace(SHORT, lr=1e-9, patience=2)
-    wish = SimpleNamespace(recipe=Standard(training=patient), threat=ThreatModel(Linf(0.01)), seed=0)
-    with stoppable("again") as stopper:
-        curve = _trained(tmp_path, 9, wish, model, data, data, stopper)
-        assert [point.epoch for point in curve] == [1, 2, 3]
-        assert _trained(tmp_path, 9, wish, model, data, data, stopper) == curve
-        wish.recipe = Standard(training=replace(patient, patience=0))
-        whole = _trained(tmp_path, 9, wish, model, data, data, stopper)
-    assert [point.epoch for point in whole] == list(range(1, 10))
