@@ -30,7 +30,8 @@ def test_vat_learns_from_examples_without_labels_and_counts_the_others():
 def test_a_run_says_under_which_norms_it_trained():
     others = ["--recipe", "multi-norm", "--set", "recipe.others=l2:1.5,l1:10", "--set", "recipe.steps=1"]
     assert run([*HARDEN, *SHORT, *others, "--run", "r"]) == 0
-    assert json.loads(Path("r/run.json").read_text())["config"]["settings"]["multi-norm"]["others"] == [
+    config = json.loads(Path("r/run.json").read_text())["config"]
+    assert config["settings"]["multi-norm"]["others"] == [
         "l2:1.5",
         "l1:10.0",
     ]
