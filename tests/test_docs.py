@@ -3,9 +3,11 @@
 import inspect
 import json
 import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.__main__ import ROWS
 from holdfast import attacks
@@ -13,19 +15,25 @@ from holdfast.attacks import Flow
 from holdfast.attacks.protocol import Learned
 from holdfast.cli.app import _COMMANDS
 from holdfast.config.naming import ATTACKS as NAMES
-from holdfast.config.settings import AssessSettings
+from holdfast.config.naming import RECIPES as CLASSES
+from holdfast.config.recipes import build_recipe
+from holdfast.config.settings import HardenSettings
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
+from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Spatial
 from holdfast.doubts.names import DOUBTS
 from holdfast.harness import measure
 from holdfast.metrics.names import METRICS
+from holdfast.ops.fit import Training
 from holdfast.sources.data import open_data
 from holdfast.sources.models import bundled_models, open_model
 from holdfast.suites import COMPOSED, suite
+from holdfast.testing import fakes
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -49,6 +57,7 @@ def rows(page, first):
 
 
 ATTACKS = rows("reference/attacks.md", "attack")
+RECIPES = rows("reference/recipes.md", "recipe")
 
 
 def test_every_page_is_in_the_navigation():
@@ -141,11 +150,60 @@ def test_every_suite_metric_doubt_command_and_bundled_model_is_told():
 
 def test_every_key_of_the_configuration_is_told_as_the_editor_tells_it():
     told = {row["key"].strip("`"): row["says"] for row in rows("reference/configuration.md", "key")}
-    assert told == {name: field.description for name, field in AssessSettings.model_fields.items()}
+    assert told == {name: field.description for name, field in HardenSettings.model_fields.items()}
 
 
 def test_the_flags_of_the_configuration_page_exist():
-    shown = (ROOT / "tests" / "cli" / "help" / "assess.txt").read_text(encoding="utf-8")
+    shown = (ROOT / "tests" / "cli" / "help" / "harden.txt").read_text(encoding="utf-8")
+    shown += (ROOT / "tests" / "cli" / "help" / "assess.txt").read_text(encoding="utf-8")
     for row in rows("reference/configuration.md", "key"):
         for flag in re.findall(r"`(-[\w-]+)`", row["flag"]):
             assert re.search(rf"(?<![\w-]){flag}\b", shown), flag
+
+
+class Counting(torch.nn.Module):
+    """Counts the examples that it is asked for, its copies' too."""
+
+    asked = 0
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        Counting.asked += len(x)
+        return self.net(x)
+
+
+def test_every_recipe_has_a_row():
+    assert sorted(row["recipe"].strip("`") for row in RECIPES) == sorted(CLASSES)
+
+
+@pytest.mark.parametrize("row", RECIPES, ids=lambda row: row["recipe"].strip("`"))
+def test_a_recipe_costs_and_cites_what_its_row_says(row):
+    name = row["recipe"].strip("`")
+    recipe = build_recipe({"use": name, **({"others": "l2:1"} if name == "multi-norm" else {})})
+    assert row["class"].strip("`") == type(recipe).__name__
+    cited = re.findall(r"arxiv\.org/abs/(\d{4}\.\d{4,5})", row["source"])
+    assert set(cited) <= set(re.findall(r"arXiv:(\d{4}\.\d{4,5})", inspect.getmodule(type(recipe)).__doc__))
+    data = fakes.labelled(fakes.network(), fakes.examples(n=24))
+    threat = ThreatModel(Linf(0.05), surrogates=(Classifier(Counting(fakes.network(5).net)),))
+
+    def asked(epochs):
+        guarded = {"guard": False} if hasattr(recipe, "guard") else {}
+        short = replace(recipe, training=Training(epochs=epochs, batch=8), **guarded)
+        Counting.asked = 0
+        model = Classifier(Counting(fakes.network().net)).requires_grad_()
+        list(short(model, data, threat, rng=Draws(0)))
+        return Counting.asked
+
+    forwards = (asked(3) - asked(1)) / (2 * len(data))
+    if row["forwards"].startswith("at most "):
+        assert 1 < forwards <= int(row["forwards"].removeprefix("at most "))
+    else:
+        assert forwards == int(row["forwards"])
+
+
+def test_every_setting_of_a_training_is_told():
+    told = {row["setting"].strip("`"): row["default"] for row in rows("reference/recipes.md", "setting")}
+    assert told == {field.name: str(field.default) for field in fields(Training)}

@@ -6,7 +6,7 @@ Nothing is imported before it is asked for: `import holdfast` costs a few millis
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.api import assess, compare, demo, doctor, report, verify
+    from holdfast.api import assess, compare, demo, doctor, harden, report, verify
     from holdfast.config.starting import init, validate
     from holdfast.core.batch import Batch
     from holdfast.core.constraints import L0, L1, L2, Linf
@@ -37,6 +37,7 @@ __all__ = [
     "demo",
     "doctor",
     "guarded",
+    "harden",
     "init",
     "report",
     "skipped",
@@ -61,6 +62,7 @@ _HOMES = {
     "demo": "holdfast.api",
     "doctor": "holdfast.api",
     "guarded": "holdfast.core.guard",
+    "harden": "holdfast.api",
     "init": "holdfast.config.starting",
     "report": "holdfast.api",
     "skipped": "holdfast.core.skipped",

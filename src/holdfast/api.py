@@ -4,36 +4,48 @@ They take what a caller has in hand (a network, a function or an address; tensor
 normalise it once; below them every parameter has one type.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from holdfast.attacks.protocol import Attack
 from holdfast.checkup import Finding, examine
-from holdfast.config import ordering
-from holdfast.config.attacks import checked
+from holdfast.config import hardening, ordering
+from holdfast.config.brought import (
+    DataLike,
+    ModelLike,
+    Numbers,
+    attacks_of,
+    brought,
+    data_of,
+    device_of,
+    fit_of,
+    others_of,
+    settings_said,
+    subject_of,
+    surrogates_of,
+)
 from holdfast.config.grammar import nearest
-from holdfast.config.settings import AssessSettings, check
+from holdfast.config.settings import AssessSettings, HardenSettings
 from holdfast.config.starting import DEMO_COMMAND, DIGITS, demo_settings, init, validate
-from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
-from holdfast.core.model import Classifier
 from holdfast.gallery import ITEMS
+from holdfast.recipes.protocol import Recipe
 from holdfast.reports.write import check as check_place
 from holdfast.runs import assess as assessing
+from holdfast.runs import hardening as hardens
 from holdfast.runs.comparison import Comparison
 from holdfast.runs.exhibition import Exhibit, exhibits
+from holdfast.runs.hardened import Hardened
+from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.index import open_run
 from holdfast.runs.order import Order, Progress, Subject, silent
 from holdfast.runs.result import Result
 from holdfast.runs.selection import selected
 from holdfast.sources.data import open_data
-from holdfast.sources.memory import as_data
 from holdfast.store.verify import Verified
 from holdfast.store.verify import verify as verify_folder
 
@@ -44,6 +56,7 @@ __all__ = [
     "demo",
     "doctor",
     "exhibition",
+    "harden",
     "init",
     "look_over",
     "rehearse",
@@ -51,12 +64,6 @@ __all__ = [
     "validate",
     "verify",
 ]
-
-Numbers = Sequence[float]
-ModelLike = nn.Module | Callable[[Tensor], Tensor] | str | Path
-"""A network, a function from inputs to logits, or an address as on the command line."""
-DataLike = Any
-"""`(x, y)` as tensors or arrays, a loader or dataset of pairs, a `Data`, or an address."""
 
 
 def assess(
@@ -115,12 +122,12 @@ def assess(
     `across` lists other data of the same shape, which changes are carried to and from. With `run` everything is kept in
     that folder, and `resume` goes on with it. A network in hand stays on its device.
     """
-    settings = _settings("assess()", locals())
-    opening = partial(_brought, model, data, surrogates, settings)
+    settings = settings_said("assess()", locals(), AssessSettings)
+    opening = partial(brought, model, data, surrogates, settings)
     subject, given, seconds = opening()
-    order = _order(suite, baseline, settings, subject, _device(model, subject, settings))
-    learned = _fit(fit, data, settings, subject.model, order)
-    order = replace(order, fit=learned, surrogates=seconds, across=_others(across, settings, subject.model))
+    order = _order(suite, baseline, settings, subject, device_of(model, subject, settings))
+    learned = fit_of(fit, data, settings, subject.model, order)
+    order = replace(order, fit=learned, surrogates=seconds, across=others_of(across, settings, subject.model))
     place = None if run is None else Path(run)
     return assessing.assess(
         subject, given, order, run=place, resume=resume, progress=progress, opening=opening
@@ -144,6 +151,85 @@ def carry_out(
     across = ordering.opened_across(settings, subject.model)
     order = replace(order, fit=fit, surrogates=surrogates, across=across)
     return assessing.assess(subject, data, order, run=run, resume=resume, progress=progress, opening=opening)
+
+
+def harden(
+    model: ModelLike,
+    data: DataLike,
+    threat: str = "linf:8/255",
+    recipe: Recipe | str | Mapping[str, Any] = "auto",
+    *,
+    budget: str | None = None,
+    fit: DataLike | None = None,
+    suite: str | None = None,
+    surrogates: Sequence[ModelLike] = (),
+    gates: Sequence[str] = (),
+    baseline: Result | Evidence | str | Path | None = None,
+    accept_doubts: Mapping[str, str] | None = None,
+    seed: int = 0,
+    n: int | None = None,
+    sample: int | None = None,
+    split: str | None = None,
+    label: str | None = None,
+    drop: Sequence[str] = (),
+    bounds: Numbers | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+    classes: int | None = None,
+    arch: str | None = None,
+    model_args: Mapping[str, str] | None = None,
+    trust_code: bool = False,
+    doubts: bool = True,
+    adaptive: bool = False,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    run: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> Hardened:
+    """A new model that is harder to break, and what both are worth; the one that is given is never changed.
+
+    `data` is an address whose train split is trained on and whose test split judges; in hand it judges what is trained
+    on `fit`, and without `fit` a tenth of it is kept aside to judge. `budget` is time for the training, as in "10min".
+    With `run` everything is kept in that folder, and `resume` goes on with it.
+    """
+    settings = settings_said("harden()", locals(), HardenSettings)
+    subject = subject_of(model, settings)
+    training, test = hardening.brought_data(data, fit, settings, subject.model)
+    wish = hardening.wish(
+        settings,
+        subject,
+        recipe=None if isinstance(recipe, str | Mapping) else recipe,
+        surrogates=surrogates_of(surrogates, settings, subject.model),
+        baseline=_evidence(baseline),
+        shape=tuple(training.x.shape[1:]),
+        device=device_of(model, subject, settings),
+    )
+    place = None if run is None else Path(run)
+    return hardens.harden(subject, training, test, wish, run=place, resume=resume, progress=progress)
+
+
+def carry_out_hardening(
+    settings: HardenSettings,
+    *,
+    run: Path,
+    resume: bool = False,
+    progress: Progress = silent,
+    told: Told = unheard,
+    command: str = "",
+) -> Hardened:
+    """`harden` as the command line and a configuration file ask for it; `command` is how to repeat it."""
+    subject, training, test = hardening.opened(settings)
+    wish = hardening.wish(
+        settings,
+        subject,
+        surrogates=ordering.opened_surrogates(settings, subject.model),
+        baseline=_evidence(settings.baseline),
+        shape=tuple(training.x.shape[1:]),
+        command=command,
+    )
+    return hardens.harden(subject, training, test, wish, run=run, resume=resume, progress=progress, told=told)
 
 
 def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -> Result:
@@ -214,9 +300,9 @@ def doctor(
     trust_code: bool = False,
 ) -> tuple[Finding, ...]:
     """The usual mistakes between a model and its data, found in seconds."""
-    settings = _settings("doctor()", locals())
-    subject = _subject(model, settings)
-    return examine(subject.model, _data(data, settings, subject.model, lenient=True))
+    settings = settings_said("doctor()", locals(), AssessSettings)
+    subject = subject_of(model, settings)
+    return examine(subject.model, data_of(data, settings, subject.model, lenient=True))
 
 
 def look_over(settings: AssessSettings) -> tuple[Finding, ...]:
@@ -240,19 +326,6 @@ def verify(run: str | Path) -> Verified:
     return verify_folder(Path(run))
 
 
-def _settings(where: str, arguments: Mapping[str, Any]) -> AssessSettings:
-    """The arguments that are settings, checked as those of a file are; what a caller holds in hand is no setting."""
-    said = {name: arguments[name] for name in AssessSettings.model_fields if arguments.get(name) is not None}
-    for name in ("model", "data", "fit", "suite", "baseline"):
-        if isinstance(said.get(name), str | Path):
-            said[name] = str(said[name])
-        else:
-            said.pop(name, None)
-    for name in ("surrogates", "across"):
-        said.pop(name, None)
-    return check(said, where)
-
-
 def _order(
     suite: str | Sequence[Attack] | None,
     baseline: Result | Evidence | str | Path | None,
@@ -260,7 +333,7 @@ def _order(
     subject: Subject,
     device: str | None,
 ) -> Order:
-    attacks = None if suite is None or isinstance(suite, str) else _attacks(suite)
+    attacks = None if suite is None or isinstance(suite, str) else attacks_of(suite)
     return ordering.order(
         settings,
         attacks=attacks,
@@ -268,113 +341,6 @@ def _order(
         device=device,
         target=subject.model.access,
     )
-
-
-def _attacks(suite: object) -> tuple[Attack, ...]:
-    expected = (
-        "expected the name of one suite, or a list of attacks such as [holdfast.attacks.PGD(steps=100)]"
-    )
-    attacks = tuple(suite) if isinstance(suite, Iterable) else ()
-    if not attacks:
-        raise UsageError(f"suite is {suite!r}; {expected}")
-    for attack in attacks:
-        if isinstance(attack, type):
-            raise UsageError(
-                f"suite holds the class {attack.__name__}; give an attack of it: {attack.__name__}()"
-            )
-        if not isinstance(attack, Attack):
-            raise UsageError(f"suite holds {attack!r}; {expected}")
-    return tuple(checked(attack) for attack in attacks)
-
-
-def _brought(
-    model: ModelLike, data: DataLike, surrogates: object, settings: AssessSettings
-) -> tuple[Subject, Data, tuple[Subject, ...]]:
-    subject = _subject(model, settings)
-    seconds = _surrogates(surrogates, settings, subject.model)
-    return subject, _data(data, settings, subject.model), seconds
-
-
-def _subject(model: ModelLike, settings: AssessSettings) -> Subject:
-    if isinstance(model, str | Path):
-        return ordering.opened_subject(settings)
-    if not callable(model):
-        raise UsageError(
-            f"model is a {type(model).__name__}; expected a network, a function from inputs to logits, or an address"
-        )
-    return ordering.given_subject(model, settings)
-
-
-def _surrogates(given: object, settings: AssessSettings, target: Classifier) -> tuple[Subject, ...]:
-    """Models in hand, and addresses as the command line takes them."""
-    if not isinstance(given, list | tuple):
-        raise UsageError(
-            f"surrogates is a {type(given).__name__}; give a list of models, as in surrogates=[net]"
-        )
-    subjects = []
-    for each in given:
-        if isinstance(each, str | Path):
-            said = check({"surrogates": [str(each)]}, "assess()").surrogates[0]
-            subjects.append(ordering.opened_surrogate(said, settings, target))
-        elif callable(each):
-            subjects.append(ordering.given_surrogate(each, target))
-        else:
-            raise UsageError(
-                f"surrogates holds a {type(each).__name__}; give networks, functions or addresses"
-            )
-    return tuple(subjects)
-
-
-def _data(data: DataLike, settings: AssessSettings, model: Classifier, *, lenient: bool = False) -> Data:
-    if isinstance(data, str | Path):
-        return ordering.opened_data(settings, model, lenient=lenient)
-    _refuse_address_words(settings)
-    given = as_data(data, classes=model.classes, bounds=model.bounds, lenient=lenient)
-    return selected(given, n=settings.n, sample=settings.sample, seed=settings.seed)
-
-
-def _fit(
-    fit: DataLike | None, data: DataLike, settings: AssessSettings, model: Classifier, order: Order
-) -> Data | None:
-    """What attacks are learned on, as an address or in hand."""
-    if fit is None or isinstance(fit, str | Path):
-        return ordering.opened_fit(settings, model, order.plan, in_hand=not isinstance(data, str | Path))
-    given = as_data(fit, classes=model.classes, bounds=model.bounds)
-    return selected(given, n=None, sample=ordering.examples_to_fit(order.plan) or 1, seed=settings.seed)
-
-
-def _others(given: object, settings: AssessSettings, model: Classifier) -> tuple[Data, ...]:
-    """Data sets that changes are carried to and from, as addresses or in hand."""
-    if isinstance(given, tuple) and not given:
-        return ()
-    if not isinstance(given, list):
-        raise UsageError(
-            f"across is a {type(given).__name__}; give a list of data sets, as in across=['mnist-mini']"
-        )
-    return tuple(
-        ordering.opened_other(str(each), settings, model)
-        if isinstance(each, str | Path)
-        else as_data(each, bounds=model.bounds)
-        for each in given
-    )
-
-
-def _refuse_address_words(settings: AssessSettings) -> None:
-    """What picks from a file or a catalogue has nothing to pick from in data that a caller holds."""
-    said = [f"{name}={value!r}" for name in ("split", "label", "drop") if (value := getattr(settings, name))]
-    if said:
-        raise UsageError(
-            f"{', '.join(said)} cannot be meant for data in hand: it is for an address, such as table.csv; "
-            f"choose the rows and columns before, and leave it out"
-        )
-
-
-def _device(model: ModelLike, subject: Subject, settings: AssessSettings) -> str | None:
-    """Where a caller's own network is, unless it is told where to go."""
-    weight = next(subject.model.parameters(), None)
-    if isinstance(model, str | Path) or settings.device != "auto" or weight is None:
-        return None
-    return str(weight.device)
 
 
 def _evidence(run: Result | Evidence | str | Path | None) -> Evidence | None:

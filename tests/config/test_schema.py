@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from holdfast import attacks
+from holdfast.config.naming import AUTO, RECIPES
 from holdfast.config.schema import schema
-from holdfast.config.settings import AssessSettings
+from holdfast.config.settings import HardenSettings
 from holdfast.config.starting import DEMO, init, validate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,12 +39,14 @@ def test_stored_copy_is_in_step():
     )
 
 
-def test_it_is_a_schema_and_holds_every_key_and_attack():
+def test_it_is_a_schema_and_holds_every_key_attack_and_recipe():
     content = schema()
     jsonschema.Draft202012Validator.check_schema(content)
-    assert set(content["properties"]) == set(AssessSettings.model_fields)
+    assert set(content["properties"]) == set(HardenSettings.model_fields)
     tags = [attack["properties"]["use"]["const"] for attack in content["$defs"]["attack"]["oneOf"]]
     assert sorted(tags) == sorted(attacks.__all__)
+    recipes = [recipe["properties"]["use"]["const"] for recipe in content["$defs"]["recipe"]["oneOf"]]
+    assert recipes == [AUTO, *RECIPES]
 
 
 def test_it_accepts_what_init_writes_and_what_the_demo_runs(tmp_path):

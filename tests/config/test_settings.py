@@ -1,14 +1,16 @@
 """The configuration file: what cannot be meant is said in one sentence, whatever is wrong with it."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from holdfast import attacks
+from holdfast.config import settings
 from holdfast.config.attacks import build
 from holdfast.config.grammar import number, pairs, parse_surrogate, parse_threat, seconds
 from holdfast.config.naming import ATTACKS, FLOW, LABELS_ONLY, MEMBERS, VARIANTS, attack_meant, members
-from holdfast.config.settings import SUITES, check, read, usual_suite
+from holdfast.config.settings import SUITES, AssessSettings, usual_suite
 from holdfast.config.starting import validate
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
@@ -90,6 +92,8 @@ REFUSED = [
     ("threat: 'linf:0.1,goal=targeted:\u0663'", "expected untargeted or targeted:K"),
     (f"threat: 'linf:0.1,queries={'9' * 5000}'", "expected a whole number of at least 1"),
 ]
+
+read, check = (partial(wants, kind=AssessSettings) for wants in (settings.read, settings.check))
 
 
 @pytest.mark.parametrize(("text", "said"), REFUSED)

@@ -22,6 +22,7 @@ _COMMANDS = {
         "assess",
         "how robust is a model, honestly: worst case over a suite, with intervals and doubts",
     ),
+    "harden": ("harden", "train a new model that is harder to break, within a budget of time"),
     "compare": ("report", "what changed between two runs of the same examples"),
     "report": ("report", "write the reports of a finished run again"),
     "verify": ("report", "check that a run's evidence is whole and unchanged"),

@@ -14,7 +14,7 @@ from holdfast.cli.early import (
     refuse_unknown_model,
 )
 from holdfast.cli.options import Voice, offered, spoken
-from holdfast.config.settings import DEFAULT_SUITE, SUITES, AssessSettings, read
+from holdfast.config.settings import DEFAULT_SUITE, SUITES, AssessSettings, HardenSettings, S, read
 from holdfast.config.values import SurrogateSettings
 from holdfast.core.errors import UsageError
 from holdfast.store.files import refuse_no_run
@@ -158,9 +158,9 @@ SETTING = (
 """The configuration as a whole."""
 
 
-def settings_from(flags: dict[str, Any]) -> AssessSettings:
+def settings_from(flags: dict[str, Any], kind: type[S]) -> S:
     """The settings that a command line asks for; a missing file is said before a missing flag."""
-    from holdfast.config.grammar import pairs, parse_surrogate
+    from holdfast.config.grammar import is_folder, pairs, parse_surrogate
 
     held = (str(parse_surrogate(each)["model"]) for each in flags.get("surrogates", ()))
     named = (flags.get("model"), flags.get("data"), flags.get("config"), flags.get("baseline"))
@@ -176,13 +176,14 @@ def settings_from(flags: dict[str, Any]) -> AssessSettings:
         from holdfast.config.grammar import nearest
 
         raise UsageError(f"there is no suite {flags['suite']!r}{nearest(flags['suite'], SUITES)}")
-    settings = read(Path(config) if config else None, flags, sets, flags=_flag_names())
+    settings = read(Path(config) if config else None, flags, sets, flags=_flag_names(), kind=kind)
     if config and not settings.trust_code:
         _refuse_code_of_config(settings, flags)
     if config:
         _refuse_hosts_of_config(settings, flags)
     _refuse_targets(settings, config)
-    refuse_reports(settings.output)
+    made = isinstance(settings, HardenSettings)
+    refuse_reports(output for output in settings.output if not (made and is_folder(output)))
     return settings
 
 
@@ -295,7 +296,7 @@ def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flag
     """How robust is MODEL on DATA: run, resume or rehearse it."""
     if resume and run is not None and flags["model"] is None and flags["config"] is None:
         _refuse_bare_resume(Path(run))
-    settings = settings_from(flags)
+    settings = settings_from(flags, AssessSettings)
     if resume and run is None:
         raise UsageError("--resume goes on with a run; name its folder with --run DIR (see holdfast runs)")
     from holdfast.cli.running import assess_and_report

@@ -6,6 +6,7 @@ import click
 
 from holdfast.cli.assess import SETTING, TARGET, settings_from
 from holdfast.cli.options import Voice, offered, spoken
+from holdfast.config.settings import AssessSettings
 
 _SIGNS = {"problem": ("x", "red"), "warning": ("!", "yellow"), "good": ("+", "green")}
 
@@ -20,7 +21,7 @@ def doctor(voice: Voice, **flags: Any) -> int:
 
     Exits 0 when there is nothing that must be mended, 3 when there is.
     """
-    settings = settings_from(flags)
+    settings = settings_from(flags, AssessSettings)
     from rich.text import Text
 
     from holdfast.api import look_over

@@ -11,9 +11,10 @@ from typing import Any
 
 import click
 
-from holdfast.api import carry_out, demo, exhibition, rehearse
+from holdfast.api import carry_out, carry_out_hardening, demo, exhibition, rehearse
 from holdfast.cli.options import Voice
-from holdfast.config.settings import AssessSettings, canonical
+from holdfast.config.grammar import is_folder
+from holdfast.config.settings import AssessSettings, HardenSettings, canonical
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
@@ -52,6 +53,25 @@ def assess_and_report(
             result = carry_out(settings, run=folder, resume=resume, progress=progress, command=command)
         tell(result, settings.output, voice, folder=folder)
     return result.exit_code
+
+
+def harden_and_report(settings: HardenSettings, voice: Voice, *, run: str | None, resume: bool) -> int:
+    """The harden verb: train or go on, say what it brought, write the new model; its exit code."""
+    command = shlex.join(["holdfast", *sys.argv[1:]])
+    folder = Path(run) if run else new_folder("harden", digest(as_bytes(canonical(settings))))
+    with stoppable(way_out(command, folder)):
+        with watched(voice) as progress:
+            found = carry_out_hardening(
+                settings, run=folder, resume=resume, progress=progress, told=voice.say, command=command
+            )
+        for output in settings.output:
+            if is_folder(output):
+                voice.say(f"model: {found.write(output)}")
+        tell(found.after, [o for o in settings.output if not is_folder(o)], voice, folder=folder)
+    for note in found.notes:
+        voice.say(f"note: {printable(note)}")
+    click.echo(str(found), err=True)
+    return found.after.exit_code
 
 
 def tell(result: Result, outputs: Sequence[str], voice: Voice, *, folder: Path | None = None) -> None:

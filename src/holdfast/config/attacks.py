@@ -1,5 +1,6 @@
 """Attacks by name: `{use: PGD, steps: 100}` becomes the dataclass, every setting checked."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from importlib.metadata import entry_points
@@ -9,7 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from holdfast import attacks as catalogue
 from holdfast.attacks.protocol import Attack
-from holdfast.config.grammar import ThreatSpec, nearest, number
+from holdfast.config.grammar import ThreatSpec, nearest, number, parse_threat
 from holdfast.config.naming import GROUP, attack_named
 from holdfast.config.wording import complaint, place
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
@@ -43,6 +44,21 @@ def threat_model(spec: ThreatSpec) -> ThreatModel:
     return ThreatModel(constraints[spec.norm], spec.goal, spec.access, spec.queries)
 
 
+def constraints(value: Any, where: str) -> tuple[Constraint, ...]:
+    """Norms with their sizes, as a list of threats or as `l2:1.5,l1:10`."""
+    words = value.split(",") if isinstance(value, str) else value
+    if not isinstance(words, (list, tuple)) or not all(isinstance(word, (str, Constraint)) for word in words):
+        raise UsageError(f"{where} is {value!r}; expected norms and sizes, as in l2:1.5,l1:10")
+    return tuple(word if isinstance(word, Constraint) else _ball(word, where) for word in words)
+
+
+def _ball(word: str, where: str) -> Constraint:
+    found = threat_model(parse_threat(word)).constraint
+    if not isinstance(found, (Linf, L2, L1, L0)) or math.isinf(found.eps):
+        raise UsageError(f"{where} has {word.strip()!r}; expected a norm and a size, as in l2:1.5")
+    return found
+
+
 def attack_names() -> dict[str, type[Any]]:
     """The catalogue, and what other packages add under the entry-point group `holdfast.attacks`."""
     own = {name: getattr(catalogue, name) for name in catalogue.__all__}
@@ -69,7 +85,7 @@ def build(spec: Mapping[str, Any], where: str) -> Attack:
             continue
         if key not in names:
             raise UsageError(f"{where}: {spec['use']} has no setting {key!r}{nearest(str(key), names)}")
-        settings[key] = _setting(hints[key], value, f"{where}: {key}")
+        settings[key] = setting(hints[key], value, f"{where}: {key}")
     missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in settings]
     if missing:
         raise UsageError(f"{where}: {spec['use']} needs {', '.join(missing)}")
@@ -100,9 +116,12 @@ def functions(hint: Any) -> dict[str, Callable[..., Any]]:
     return {function.__name__: function for function in _FUNCTIONS.get(hint, ())}
 
 
-def _setting(hint: Any, value: Any, where: str) -> Any:
+def setting(hint: Any, value: Any, where: str) -> Any:
+    """A value as a file or a flag says it, checked against the type of the setting; `where` names it."""
     if hint is Attack and isinstance(value, Mapping):
         return build(value, where)
+    if hint == tuple[Constraint, ...]:
+        return constraints(value, where)
     if get_origin(hint) is Callable:
         named = functions(hint)
         if str(value) not in named:

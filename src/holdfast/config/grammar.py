@@ -254,3 +254,8 @@ def pairs(items: Iterable[str], flag: str) -> dict[str, str]:
             raise UsageError(f"{flag} got {item!r}; expected NAME=VALUE")
         found[key.strip()] = value
     return found
+
+
+def is_folder(output: str) -> bool:
+    """Whether an output names a folder, which it does by the slash at its end."""
+    return output.endswith(("/", "\\"))

@@ -55,6 +55,41 @@ ATTACKS: Final = (
 )
 """What `holdfast.attacks` exports; a test keeps the two in step."""
 
+AUTO: Final = "auto"
+"""What `--recipe` takes where the recipe is to be chosen."""
+
+RECIPES: Final = {
+    "atta": "ATTA",
+    "cure": "CURE",
+    "curriculum": "CurriculumTraining",
+    "ensemble": "EnsembleTraining",
+    "fgsm": "SingleStep",
+    "fgsm-rs": "SingleStep",
+    "free": "FreeTraining",
+    "gradient-regularisation": "GradientRegularisation",
+    "hat": "HAT",
+    "ikl": "IKL",
+    "jacobian": "JacobianRegularisation",
+    "lipschitz": "LipschitzConstraint",
+    "llr": "LLR",
+    "margin": "MarginTraining",
+    "mart": "MART",
+    "multi-norm": "MultiNormTraining",
+    "n-fgsm": "SingleStep",
+    "pgd": "PGDTraining",
+    "score": "SCORE",
+    "standard": "Standard",
+    "trades": "TRADES",
+    "vat": "VAT",
+}
+"""What `--recipe` takes, and the class of `holdfast.recipes` that it names; a test keeps the two in step."""
+
+PRESETS: Final[Mapping[str, Mapping[str, float | bool]]] = {
+    "fgsm": {"noise": 0.0, "step": 1.0, "clip": True},
+    "fgsm-rs": {"noise": 1.0, "step": 1.25, "clip": True},
+}
+"""Settings that make a recipe what its name says, where the defaults of its class are another's."""
+
 PUBLISHED: Final = (
     "MI-FGSM",
     "NI-FGSM",

@@ -78,6 +78,7 @@ def opened_subject(settings: AssessSettings) -> Subject:
         remote=remote(settings),
     )
     card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
+    card |= opened.architecture
     model, seen, notes = _seen(opened.model, settings.transform)
     return replace(_subject(model, card | seen, (*opened.notes, *notes)), remarks=opened.remarks)
 

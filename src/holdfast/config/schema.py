@@ -1,27 +1,38 @@
-"""The JSON Schema of the YAML file, for editors: the settings, and every attack under its `use:` tag."""
+"""The JSON Schema of the YAML file, for editors: the settings, and every attack and recipe under its `use:` tag."""
 
-from collections.abc import Callable
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
+from holdfast import recipes
 from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import attack_names, functions
-from holdfast.config.settings import AssessSettings
+from holdfast.config.naming import AUTO, PRESETS, RECIPES
+from holdfast.config.settings import HardenSettings
+from holdfast.core.constraints import Constraint
+from holdfast.ops.fit import Training
 
 
 def schema() -> dict[str, Any]:
     """The published schema; `holdfast validate --schema` prints it, a test keeps the stored copy in step."""
-    content = AssessSettings.model_json_schema()
+    content = HardenSettings.model_json_schema()
     content["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     content["title"] = "holdfast.yaml"
     content["$defs"] = {
         **content.pop("$defs"),
-        "attack": {"oneOf": [_attack(n, c) for n, c in attack_names().items()]},
+        "attack": {"oneOf": [_tagged(n, c, {}) for n, c in attack_names().items()]},
+        "recipe": {"oneOf": [_recipe(name) for name in (AUTO, *RECIPES)]},
     }
     properties = content["properties"]
     properties["surrogates"]["items"] = {"anyOf": [{"type": "string"}, properties["surrogates"]["items"]]}
+    names = {"enum": [AUTO, *RECIPES]}
+    properties["recipe"] = {
+        "description": properties["recipe"]["description"],
+        "anyOf": [names, {"$ref": "#/$defs/recipe"}],
+        "default": AUTO,
+    }
     properties["attacks"] = {
         **properties["attacks"],
         "anyOf": [{"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/attack"}}, {"type": "null"}],
@@ -39,28 +50,42 @@ def schema() -> dict[str, Any]:
     return content
 
 
-def _attack(name: str, cls: type[Any]) -> dict[str, Any]:
-    hints = get_type_hints(cls, include_extras=True)
-    properties: dict[str, Any] = {"use": {"const": name}}
-    for f in fields(cls):
-        properties[f.name] = _setting(hints[f.name])
-        if f.default is not MISSING:
-            properties[f.name]["default"] = getattr(f.default, "__name__", f.default)
-    needed = ["use", *(f.name for f in fields(cls) if f.default is MISSING)]
+def _recipe(name: str) -> dict[str, Any]:
+    if name == AUTO:
+        training = _settings(Training, {})
+        properties = {"use": {"const": AUTO}, "training": training}
+        return {"type": "object", "title": AUTO, "properties": properties, "additionalProperties": False}
+    return _tagged(name, getattr(recipes, RECIPES[name]), PRESETS.get(name, {}))
+
+
+def _tagged(name: str, cls: type[Any], preset: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a catalogued dataclass under its `use:` tag, with the defaults that the name stands for."""
+    content = _settings(cls, preset)
     about = (cls.__doc__ or "").strip().splitlines()[0]
-    return {
-        "type": "object",
-        "title": name,
-        "description": about,
-        "properties": properties,
-        "required": needed,
-        "additionalProperties": False,
-    }
+    properties = {"use": {"const": name}, **content["properties"]}
+    needed = ["use", *content["required"]]
+    return {"title": name, "description": about, **content, "properties": properties, "required": needed}
+
+
+def _settings(cls: type[Any], preset: Mapping[str, Any]) -> dict[str, Any]:
+    hints = get_type_hints(cls, include_extras=True)
+    properties: dict[str, Any] = {}
+    for f in fields(cls):
+        hint = hints[f.name]
+        nested = is_dataclass(hint) and isinstance(hint, type)
+        properties[f.name] = _settings(hint, {}) if nested else _setting(hint)
+        if f.default is not MISSING:
+            usual = preset.get(f.name, f.default)
+            properties[f.name]["default"] = getattr(usual, "__name__", usual) if usual != () else []
+    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    return {"type": "object", "properties": properties, "required": needed, "additionalProperties": False}
 
 
 def _setting(hint: Any) -> dict[str, Any]:
     if hint is Attack:
         return {"$ref": "#/$defs/attack"}
+    if hint == tuple[Constraint, ...]:  # each as in a threat
+        return {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
     if get_origin(hint) is Callable:
         return {"enum": sorted(functions(hint))}
     content: dict[str, Any] = TypeAdapter(hint).json_schema()

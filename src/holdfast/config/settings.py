@@ -8,7 +8,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -151,8 +151,27 @@ class AssessSettings(BaseModel):
     )
 
 
+class HardenSettings(AssessSettings):
+    """Everything that `holdfast harden` can be told: how to train, and how the model is judged before and after."""
+
+    recipe: values.RecipeSpec = Field(
+        default_factory=lambda: {"use": "auto"},
+        description="how to train: a name, `auto` to have it chosen, or `use: NAME` with its settings",
+    )
+    budget: values.Duration | None = Field(
+        None, description="time for the training, as in 10min; without it the epochs of the recipe"
+    )
+    unlabelled: str | None = Field(
+        None,
+        description="other examples whose labels are not looked at, for vat: an address with a train split",
+    )
+
+
 _RIVALS = (("n", "sample"), ("sample", "n"), ("suite", "attacks"), ("attacks", "suite"))
 """Pairs that exclude each other: a flag (or a `--set`) of one takes the place of the file's other."""
+
+
+S = TypeVar("S", bound=AssessSettings)
 
 
 def read(
@@ -161,7 +180,8 @@ def read(
     sets: Sequence[str] = (),
     *,
     flags: Mapping[str, str] = MappingProxyType({}),
-) -> AssessSettings:
+    kind: type[S],
+) -> S:
     """Settings from a YAML file, `--set a.b=c` and overrides, each stronger than the one before; checked.
 
     `flags` are the names under which a person gave the overrides, for messages.
@@ -173,11 +193,11 @@ def read(
     spoken |= {key: flags.get(key, key) for key in given}
     for key, rival in _RIVALS:
         if key in spoken and rival in content and rival not in spoken:
-            check({rival: content.pop(rival)}, str(path))
+            check({rival: content.pop(rival)}, str(path), kind=kind)
     for key, value in put_in.items():
         put(content, key, _parsed(value, f"--set {key}"))
     content |= given
-    settings = check(content, "" if path is None else str(path), spoken)
+    settings = check(content, "" if path is None else str(path), spoken, kind=kind)
     _refuse_attacks(settings)
     return settings
 
@@ -252,13 +272,17 @@ def put(content: dict[str, Any], path: str, value: Any) -> None:
 
 
 def check(
-    content: Mapping[str, Any], where: str, spoken: Mapping[str, str] = MappingProxyType({})
-) -> AssessSettings:
+    content: Mapping[str, Any],
+    where: str,
+    spoken: Mapping[str, str] = MappingProxyType({}),
+    *,
+    kind: type[S],
+) -> S:
     """The settings; `UsageError` names the first key that is wrong, with the nearest valid name.
 
     The message begins with `where` the content comes from, but for the keys that a person gave as `spoken`.
     """
-    known = AssessSettings.model_fields
+    known = kind.model_fields
     prefix = f"{where}: " if where else ""
     for key in content:
         if key not in known:
@@ -267,7 +291,7 @@ def check(
         way_out = "list attacks of your own under attacks:, as in [{use: PGD, steps: 100}]"
         raise UsageError(f"{prefix}suite is {content['suite']!r}; expected the name of one, or {way_out}")
     try:
-        settings = AssessSettings.model_validate(dict(content))
+        settings = kind.model_validate(dict(content))
     except ValidationError as error:
         key, dot, rest = place(error).partition(".")
         named = f"{spoken.get(key, prefix + key)}{dot}{rest}"

@@ -6,7 +6,9 @@ Torch-free but for the settings of attacks that a configuration lists.
 import json
 from pathlib import Path
 
-from holdfast.config.settings import AssessSettings, check, load, read
+from holdfast.config.grammar import is_folder
+from holdfast.config.naming import AUTO
+from holdfast.config.settings import AssessSettings, HardenSettings, check, load, read
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.reports.write import check as check_place
 
@@ -72,16 +74,20 @@ def init(
     return place
 
 
-def validate(path: str | Path = "holdfast.yaml") -> AssessSettings:
+def validate(path: str | Path = "holdfast.yaml") -> HardenSettings:
     """The settings in a configuration, every key, threat, gate, suite, attack and report checked; nothing is run."""
     if not load(Path(path)):
         raise UsageError(
             f"{path} holds no key; expected some such as model: and data:, as holdfast init writes"
         )
-    settings = read(Path(path), {})
+    settings = read(Path(path), {}, kind=HardenSettings)
     for output in settings.output:
-        if output != "-":
+        if output != "-" and not is_folder(output):
             check_place(Path(output))
+    if settings.recipe["use"] != AUTO:
+        from holdfast.config.recipes import build_recipe
+
+        build_recipe(settings.recipe)
     if settings.attacks is not None:
         from holdfast.config.attacks import build
 
@@ -92,4 +98,4 @@ def validate(path: str | Path = "holdfast.yaml") -> AssessSettings:
 
 def demo_settings() -> AssessSettings:
     """The settings of `holdfast demo`."""
-    return check(DEMO, "the demo")
+    return check(DEMO, "the demo", kind=AssessSettings)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from operator import index
-from typing import Annotated, SupportsIndex
+from typing import Annotated, Any, SupportsIndex
 
 from annotated_types import Ge, Le
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
@@ -16,6 +16,7 @@ from holdfast.config.grammar import (
     parse_transform,
     seconds,
 )
+from holdfast.config.naming import AUTO, RECIPES
 from holdfast.core.errors import UsageError
 from holdfast.doubts.names import DOUBTS
 from holdfast.gates.grammar import parse as parse_gate
@@ -112,4 +113,15 @@ class SurrogateSettings(BaseModel):
     )
 
 
+def _recipe(value: object) -> object:
+    said = {"use": value} if isinstance(value, str) else value
+    if isinstance(said, Mapping):
+        name = str(said.get("use", AUTO))
+        if name.lower() not in {*RECIPES, AUTO}:
+            raise UsageError(f"there is no recipe {name!r}{nearest(name.lower(), [*RECIPES, AUTO])}")
+        return {**said, "use": name.lower()}
+    return said
+
+
+RecipeSpec = Annotated[dict[str, Any], BeforeValidator(_recipe)]
 Surrogate = Annotated[SurrogateSettings, BeforeValidator(_surrogate)]

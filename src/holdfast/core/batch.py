@@ -9,12 +9,16 @@ from torch import Tensor
 
 from holdfast.core.types import Ids, Inputs, Labels
 
+UNLABELLED = -1
+"""The label of a training example that has none."""
+
 
 @dataclass(frozen=True)
 class Batch:
     """Examples `x` (n, *features), labels `y` (n), and `ids` (n), the source row of each.
 
-    `target` (n) is the class that a targeted attack aims for; None means that any other class will do.
+    `target` (n) is the class that a targeted attack aims for; None means that any other class will do. In training data
+    a label may be `UNLABELLED`.
     """
 
     x: Inputs
@@ -35,6 +39,10 @@ class Batch:
     def at(self, x: Inputs) -> "Batch":
         """The same examples with other inputs."""
         return replace(self, x=x)
+
+    def labelled(self, y: Labels) -> "Batch":
+        """The same examples with other labels."""
+        return replace(self, y=y)
 
     def towards(self, target: Labels | None) -> "Batch":
         """The same examples with a class to aim for."""

@@ -32,6 +32,10 @@ class TargetRefused(TargetError):
     """A target that refused an input, or answered it by nothing that can be used; mended, a run goes on with it."""
 
 
+class LostLoss(TargetError):
+    """A training whose loss is no number any more."""
+
+
 class BudgetSpent(HoldfastError):
     """Raised by the metered model at the query that would exceed the budget; caught by the harness."""
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from holdfast.core.constraints import Constraint
+from holdfast.core.model import Bounds
 from holdfast.core.rows import spread
 from holdfast.core.types import Inputs, PerExample
 
@@ -22,3 +24,14 @@ def input_gradient(value: PerExample, x: Inputs, *, again: bool = False, raw: bo
 def levelled(grad: Inputs) -> Inputs:
     """Each example's gradient over its mean absolute value, as in Dong et al. 2018, up to a constant."""
     return grad / spread(grad.flatten(1).abs().mean(1).clamp_min(1e-12), grad)
+
+
+def rise(value: PerExample, x: Inputs, constraint: Constraint, bounds: Bounds) -> PerExample:
+    """What a step of length eps adds to `value` to first order: eps times the slope in the dual norm.
+
+    It has a graph of its own, so that it may be a penalty. Cost: one backward, and another where it is differentiated.
+    """
+    (grad,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    climb = constraint.steepest(grad.detach(), x.detach(), bounds)
+    added: PerExample = constraint.eps * (grad * climb).flatten(1).sum(1)
+    return added

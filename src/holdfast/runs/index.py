@@ -50,12 +50,17 @@ def new_folder(verb: str, digest: str, *, parent: Path = RUNS, now: datetime | N
 
 
 def open_run(path: Path) -> Result:
-    """The result that a finished run left; `TargetError` where there is none, it is not finished, or was changed."""
+    """The result that a finished run left; of a hardening, that of the new model.
+
+    `TargetError` where there is none, it is not finished, or was changed.
+    """
     manifest, chain = read_manifest(path), read_chain(path, mend=False)
     refuse_altered(path, chain)  # the model and the threat that it names are those of the numbers
     decided = recorded_document(path, chain, VERDICT)
     if decided is None:
         raise TargetError(f"the run in {str(path)!r} is not finished; go on with it by --run {path} --resume")
+    if "judged" in decided:
+        return open_run(path / decided["judged"])
     about = about_of(manifest, read_about(path), path, chain.head)
     gates = tuple(judgement_from_json(gate) for gate in decided["gates"])
     by_stage = _stages(path, manifest, chain)
@@ -82,7 +87,7 @@ def _entry(path: Path) -> Entry:
     manifest, chain = read_manifest(path), read_chain(path, mend=False)
     threat, decided = manifest["config"]["threat"], recorded_document(path, chain, VERDICT)
     eps = threat["eps"]
-    done = sum(link.content["kind"] in {"stage", DOUBTS} for link in chain.links)
+    done = sum(link.content["kind"] in {"stage", DOUBTS, *manifest["plan"]["stages"]} for link in chain.links)
     return Entry(
         path,
         manifest["verb"],

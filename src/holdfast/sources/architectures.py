@@ -10,6 +10,9 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
+from holdfast.ops.cayley import CayleyConv2d, CayleyLinear
+from holdfast.ops.lipschitz import AOLConv2d, AOLLinear, MaxMin, SLLConv2d, Widened
+
 
 def mlp(features: int = 784, classes: int = 10, width: int = 128, depth: int = 2) -> nn.Module:
     """Fully connected layers with ReLUs: `depth` hidden ones of `width` units; inputs are flattened."""
@@ -89,7 +92,71 @@ def resnet(channels: int = 3, classes: int = 10, width: int = 16, blocks: int = 
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
 
 
+def lipschitz_aol(
+    channels: int = 1, side: int = 28, classes: int = 10, width: int = 32, depth: int = 2, hidden: int = 256
+) -> nn.Module:
+    """Almost-orthogonal layers, with a certified radius: two convolutions a stage, which halves the image."""
+    return _lipschitz(AOLConv2d, AOLLinear, channels, side, classes, width, depth, hidden)
+
+
+def lipschitz_cayley(
+    channels: int = 1, side: int = 28, classes: int = 10, width: int = 16, depth: int = 2, hidden: int = 128
+) -> nn.Module:
+    """Orthogonal layers, with a certified radius: as `lipschitz-aol`, and some times as slow."""
+    return _lipschitz(CayleyConv2d, CayleyLinear, channels, side, classes, width, depth, hidden)
+
+
+def lipschitz_sll(
+    channels: int = 1, side: int = 28, classes: int = 10, width: int = 32, depth: int = 2, hidden: int = 256
+) -> nn.Module:
+    """Residual layers that stretch nothing, with a certified radius: two a stage, which halves the image."""
+    layers: list[nn.Module] = [Widened(max(width // 4, channels))]
+    now = max(width // 4, channels)
+    for _ in range(depth):
+        now, side = 4 * now, _halved(side)
+        layers += [nn.PixelUnshuffle(2), SLLConv2d(now, now), SLLConv2d(now, now)]
+    return nn.Sequential(*layers, nn.Flatten(), *_head(AOLLinear, now * side * side, hidden, classes))
+
+
+def _lipschitz(
+    conv: Callable[[int, int], nn.Module],
+    linear: Callable[[int, int], nn.Module],
+    channels: int,
+    side: int,
+    classes: int,
+    width: int,
+    depth: int,
+    hidden: int,
+) -> nn.Module:
+    layers: list[nn.Module] = []
+    for stage in range(depth):
+        wide, side = width << stage, _halved(side)
+        layers += [nn.PixelUnshuffle(2), conv(4 * channels, wide), MaxMin(), conv(wide, wide), MaxMin()]
+        channels = wide
+    return nn.Sequential(*layers, nn.Flatten(), *_head(linear, channels * side * side, hidden, classes))
+
+
+def _head(
+    linear: Callable[[int, int], nn.Module], features: int, hidden: int, classes: int
+) -> tuple[nn.Module, ...]:
+    return linear(features, hidden), MaxMin(), linear(hidden, hidden), MaxMin(), linear(hidden, classes)
+
+
+def _halved(side: int) -> int:
+    if side % 2:
+        raise ValueError(f"a side of {side} cannot be halved; give a side that can, or a smaller depth")
+    return side // 2
+
+
 ARCHITECTURES: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
-    {"cnn": cnn, "mlp": mlp, "mnist-cnn": mnist_cnn, "resnet": resnet}
+    {
+        "cnn": cnn,
+        "lipschitz-aol": lipschitz_aol,
+        "lipschitz-cayley": lipschitz_cayley,
+        "lipschitz-sll": lipschitz_sll,
+        "mlp": mlp,
+        "mnist-cnn": mnist_cnn,
+        "resnet": resnet,
+    }
 )
 """Name to factory: the only networks that a weights file may ask for."""

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class OpenedModel:
     """said in the report"""
     remarks: Callable[[], tuple[str, ...]] = tuple
     """what is to be said when everything was measured"""
+    architecture: Mapping[str, Any] = field(default_factory=dict)
+    """`architecture` and `arguments`, where it is one of the catalogue: what a weights file may say of itself"""
 
     @property
     def access(self) -> Access:
@@ -187,7 +189,19 @@ def _open_state_dict(opening: _Opening, path: Path) -> OpenedModel:
     notes = fit_weights(built.net, weights, repr(opening.address))
     files = {**built.files, opening.address: sha256_of_file(path)}
     model = opening.declared.filled(known).wrap(built.net.eval())
-    return OpenedModel(model, opening.address, path.suffix.removeprefix("."), files, notes)
+    kind = path.suffix.removeprefix(".")
+    return OpenedModel(
+        model, opening.address, kind, files, notes, architecture=_catalogued(opening, metadata)
+    )
+
+
+def _catalogued(opening: _Opening, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a weights file of the same network may say of itself; nothing of code."""
+    if opening.arch is not None and names_code(opening.arch):
+        return {}
+    said = {name: int(value) for name, value in opening.arguments.items()}
+    arguments = said or ({} if opening.arch is not None else metadata.get("arguments", {}))
+    return {"architecture": opening.arch or metadata["architecture"], "arguments": arguments}
 
 
 def _architecture(opening: _Opening, metadata: Mapping[str, Any]) -> tuple[Built, Declared]:
@@ -238,7 +252,7 @@ def _open_bundled(opening: _Opening) -> OpenedModel:
         raise UsageError(f"there is no bundled model {name!r}{nearest(name, bundled)}; give {_FORMS}")
     opened = _open_state_dict(opening, bundled[name])
     files = {f"bundled:{name}": sha256_of_file(bundled[name])}
-    return OpenedModel(opened.model, name, "bundled", files, opened.notes)
+    return replace(opened, name=name, how="bundled", files=files)
 
 
 def _open_exported(opening: _Opening, path: Path) -> OpenedModel:

@@ -40,6 +40,12 @@ def read_state_dict(path: Path) -> tuple[Weights, dict[str, Any]]:
     return Weights(tensors), metadata
 
 
+def written(net: nn.Module, described: Mapping[str, Any]) -> bytes:
+    """A safetensors file of the network's weights; `described` is the metadata that it is opened by."""
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in net.state_dict().items()}
+    return safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(described, sort_keys=True)})
+
+
 def fit_weights(net: nn.Module, weights: Weights, source: str) -> tuple[str, ...]:
     """Load the tensors into the network, in place, and return what had to be done; names what does not fit."""
     wanted = net.state_dict()

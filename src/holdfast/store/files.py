@@ -13,6 +13,8 @@ PART = ".part"
 
 MANIFEST = "run.json"
 """What every run folder holds."""
+CHECKPOINTS = "checkpoints"
+"""Begins the name of a folder that a training goes on from."""
 
 
 def refuse_no_run(*folders: Path) -> None:

@@ -121,8 +121,12 @@ class RunFolder:
 
     def record(self, kind: str, content: Mapping[str, Any]) -> None:
         """Write a document and record its digest; the same document again changes nothing."""
+        self.keep(kind, f"{kind}.json", document(content))
+
+    def keep(self, kind: str, name: str, data: bytes) -> None:
+        """Write a file and record its digest; the same content again changes nothing."""
         self.ledger.refuse_lost()
-        data, path = document(content), self.path / f"{kind}.json"
+        path = self.path / name
         known = self.chain.last(kind)
         if (
             known is not None

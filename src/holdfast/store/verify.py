@@ -7,9 +7,9 @@ from typing import Any
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
 from holdfast.store import columns as column_files
-from holdfast.store.files import MANIFEST, usable
+from holdfast.store.files import CHECKPOINTS, MANIFEST, usable
 from holdfast.store.folder import SPLITS, read_manifest, read_splits
-from holdfast.store.records import Chain, read_chain
+from holdfast.store.records import Chain, read_chain, read_document
 
 
 @dataclass(frozen=True)
@@ -75,5 +75,16 @@ def _check_strays(path: Path, recorded: dict[str, Any]) -> None:
     for file in sorted(path.glob(f"*{column_files.SUFFIX}")):
         if file.name not in recorded and not (path / file.stem).is_dir():
             raise TargetError(f"{str(file)!r} is in no record of the chain; remove it, or restore the chain")
-    for file in sorted(path.glob(f"*/*{column_files.SUFFIX}")):
-        column_files.read(file)
+    for folder in sorted(each for each in path.iterdir() if each.is_dir()):
+        if (folder / MANIFEST).is_file():
+            _check_within(path, folder, recorded)
+        elif not folder.name.startswith(CHECKPOINTS):  # what a training goes on from is no evidence
+            for file in sorted(folder.glob(f"*{column_files.SUFFIX}")):
+                column_files.read(file)
+
+
+def _check_within(path: Path, folder: Path, recorded: dict[str, Any]) -> None:
+    """A run within a run holds by itself, and is the one that the outer chain knows."""
+    head, name = verify(folder).head, f"{folder.name}.json"
+    if name in recorded and read_document(path / name).get("chain") != head:
+        raise TargetError(f"{str(folder)!r} is not the run that {name!r} names; restore it from a copy")

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from holdfast.api import DataLike, ModelLike
     from holdfast.attacks.protocol import Attack
+    from holdfast.config.brought import DataLike, ModelLike
     from holdfast.gates.judging import Judgement
     from holdfast.runs.result import Result
 

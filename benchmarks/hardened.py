@@ -1,0 +1,65 @@
+"""Models that `holdfast.harden` makes for a row, each in a run of its own in the cache, which goes on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import holdfast
+from benchmarks.absent import Absent
+from benchmarks.networks import CACHE, folder
+from benchmarks.parts import part
+from benchmarks.record import Cells
+
+FOLDER = CACHE / "hardened"
+N = 1_000
+
+
+def dataset(name: str) -> Path:
+    """The file of a data set, which must be there."""
+    path = folder("HOLDFAST_DATA", "data") / f"{name}.npz"
+    if not path.is_file():
+        raise Absent(f"{path.name} is not at hand; HOLDFAST_DATA names its folder")
+    return path
+
+
+def made(
+    row: str, name: str, model: str, data: str, threat: str, recipe: str | dict[str, Any], budget: str, *,
+    suite: str, seed: int = 0, threads: int = 1, surrogates: tuple[str, ...] = (),
+) -> Cells:  # fmt: skip
+    """The card of a part: the model judged before and after on the first 1,000 test images."""
+
+    def measured() -> Cells:
+        address = dataset(data)
+        torch.set_num_threads(threads)
+        try:
+            found = holdfast.harden(
+                model, address, threat, recipe, budget=budget, suite=suite, n=N, seed=seed,
+                surrogates=surrogates, device="cpu", run=FOLDER / row / name, resume=True,
+            )  # fmt: skip
+        finally:
+            torch.set_num_threads(1)
+        return dict(found.card)
+
+    return part(row, name, measured)
+
+
+def shares(card: Cells) -> Cells:
+    """Clean and robust accuracy of a card in %, each with its interval."""
+
+    def said(name: str) -> str:
+        found = card["after"]["metrics"][name]
+        value, low, high = (100 * found[key] for key in ("value", "low", "high"))
+        return f"{value:.1f} ({low:.1f}–{high:.1f})"
+
+    return {"clean, %": said("clean_accuracy"), "robust, %": said("robust_accuracy"), "n": card["after"]["n"]}
+
+
+def percent(card: Cells, name: str) -> float:
+    """A share of the new model, in %."""
+    return 100 * float(card["after"]["metrics"][name]["value"])
+
+
+def spent(card: Cells) -> Cells:
+    """What the training took."""
+    return {"epochs": card["epochs"], "wall s": card["cost"]["wall_s"], "CPU s": card["cost"]["cpu_s"]}

@@ -1,0 +1,60 @@
+"""`holdfast harden MODEL DATA --recipe R`."""
+
+from typing import Any
+
+import click
+
+from holdfast.cli.assess import ATTACKING, SETTING, TARGET, settings_from
+from holdfast.cli.options import Voice, offered, spoken
+from holdfast.config.naming import RECIPES
+from holdfast.config.settings import HardenSettings
+from holdfast.core.errors import UsageError
+
+TRAINING = (
+    click.option(
+        "--recipe",
+        metavar="R",
+        help=f"How to train: auto (the default, which chooses), {', '.join(RECIPES)}; "
+        "its settings by --set recipe.NAME=VALUE.",
+    ),
+    click.option("--budget", metavar="T", help="Time for the training, as in 10min; judging comes on top."),
+    click.option(
+        "--unlabelled",
+        metavar="DATA",
+        help="Examples to train on without their labels, beside the others (vat).",
+    ),
+)
+_HELP = """\
+Train a new model that is harder to break than MODEL, on the train split of DATA, and judge both on its test split.
+
+\b
+MODEL  a network with weights or without: a bundled name, file.py:factory, or a
+       .safetensors or .pt file
+DATA   a catalogue name (see holdfast data), an .npz with x_train and y_train,
+       or a folder or table with a train split
+"""  # the escape is click's: the paragraph below it keeps its lines
+_JUDGING = ("threat", "suite", "gates", "seed", "doubts", "batch_size", "output")
+
+
+@click.command(short_help="a new model that is harder to break", help=_HELP)
+@click.argument("model", required=False)
+@click.argument("data", required=False)
+@click.option(
+    "--run", "run", metavar="DIR", help="Run folder (default: holdfast-runs/<time>-harden-<digest>)."
+)
+@click.option(
+    "--resume", is_flag=True, help="Go on with the run in --run, or report it again if it is finished."
+)
+@offered(*TRAINING, *ATTACKING, *TARGET, *SETTING)
+@spoken
+def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
+    """Train a new model: run or resume it."""
+    recipe = flags.pop("recipe")
+    if recipe is not None:
+        flags["sets"] = (f"recipe.use={recipe}", *flags["sets"])
+    settings = settings_from(flags, HardenSettings)
+    if resume and run is None:
+        raise UsageError("--resume goes on with a run; name its folder with --run DIR (see holdfast runs)")
+    from holdfast.cli.running import harden_and_report
+
+    return harden_and_report(settings, voice, run=run, resume=resume)

@@ -1,0 +1,151 @@
+"""From the settings of a hardening to what its run takes: the model, training and test examples, and the wish."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from holdfast.config import brought, ordering
+from holdfast.config.attacks import threat_model
+from holdfast.config.grammar import parse_threat, seconds
+from holdfast.config.naming import AUTO, PRESETS, RECIPES
+from holdfast.config.recipes import candidates, settings_of
+from holdfast.config.settings import HardenSettings
+from holdfast.core.batch import UNLABELLED, Batch, Data
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.evidence import Evidence
+from holdfast.core.model import Bounds, Classifier
+from holdfast.recipes.protocol import Recipe
+from holdfast.runs.candidates import Candidate
+from holdfast.runs.hardening import Wish
+from holdfast.runs.order import Subject
+from holdfast.sources.data import open_data
+from holdfast.sources.memory import as_data
+
+JUDGED = 1_000
+"""Test examples that the model is judged on before and after, where nobody says how many."""
+USUAL_BUDGET = "10min"
+"""Of `auto`, where none is given."""
+_ASIDE = 10  # of data in hand, one in so many judges
+
+
+def opened(settings: HardenSettings) -> tuple[Subject, Batch, Data]:
+    """The model, the whole train split, and the examples to judge on."""
+    subject = ordering.opened_subject(settings)
+    return subject, _opened_training(settings, subject.model), _opened_judged(settings, subject.model)
+
+
+def brought_data(
+    data: brought.DataLike, fit: brought.DataLike | None, settings: HardenSettings, model: Classifier
+) -> tuple[Batch, Data]:
+    """Training examples and those to judge on; of data in hand without `fit` a tenth, drawn by the seed, judges."""
+    if fit is None and not isinstance(data, str | Path):
+        return _parted(brought.data_of(data, settings, model), settings.seed, model)
+    in_hand = not isinstance(data, str | Path)
+    judged = brought.data_of(data, _few(settings), model) if in_hand else _opened_judged(settings, model)
+    if fit is None or isinstance(fit, str | Path):
+        return _opened_training(settings, model), judged
+    trained = as_data(fit, classes=model.classes, bounds=model.bounds)
+    return trained.read(0, len(trained)), judged
+
+
+def _parted(data: Data, seed: int, model: Classifier) -> tuple[Batch, Data]:
+    whole = data.read(0, len(data))
+    order = Draws(seed).at("judged").bits(whole.ids).argsort()
+    n = min(JUDGED, len(whole) // _ASIDE)
+    aside, rest = (whole.take(rows.sort().values) for rows in (order[:n], order[n:]))
+    return rest, as_data(aside.x, aside.y, classes=model.classes, bounds=model.bounds)
+
+
+def _few(settings: HardenSettings) -> HardenSettings:
+    return settings if settings.n or settings.sample else settings.model_copy(update={"n": JUDGED})
+
+
+def _opened_judged(settings: HardenSettings, model: Classifier) -> Data:
+    return ordering.opened_data(_few(settings), model)
+
+
+def _opened_training(settings: HardenSettings, model: Classifier) -> Batch:
+    """The train split of what `fit` names, all of it where it has none, or of the data."""
+    address = settings.fit or settings.data
+    if address is None:
+        raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
+    wanted = partial(
+        open_data,
+        address,
+        label=settings.label,
+        drop=tuple(settings.drop),
+        classes=model.classes,
+        bounds=model.bounds,
+    )
+    try:
+        data = wanted(split="train")
+    except (UsageError, TargetError) as error:
+        if settings.fit not in (None, settings.data):
+            data = wanted()
+        else:
+            raise UsageError(
+                f"{address!r} has no train split to train on ({error}); name other examples with --fit DATA"
+            ) from error
+    batch = data.read(0, len(data))
+    if settings.unlabelled is None:
+        return batch
+    return _with_unlabelled(batch, settings.unlabelled, settings, model.bounds)
+
+
+def _with_unlabelled(batch: Batch, address: str, settings: HardenSettings, bounds: Bounds) -> Batch:
+    """The train split at an address behind the labelled examples, its labels taken off."""
+    data = open_data(address, split="train", label=settings.label, drop=tuple(settings.drop), bounds=bounds)
+    more = data.read(0, len(data))
+    if more.x.shape[1:] != batch.x.shape[1:]:
+        raise UsageError(
+            f"unlabelled examples of {address} have shape {tuple(more.x.shape[1:])}, and the labelled ones "
+            f"{tuple(batch.x.shape[1:])}; give examples of the same kind"
+        )
+    ids = more.ids + batch.ids.max() + 1  # no two examples share one
+    y = torch.cat((batch.y, torch.full_like(more.y, UNLABELLED)))
+    return Batch(torch.cat((batch.x, more.x.to(batch.x))), y, torch.cat((batch.ids, ids)))
+
+
+def wish(
+    settings: HardenSettings,
+    subject: Subject,
+    *,
+    recipe: Recipe | None = None,
+    surrogates: Sequence[Subject] = (),
+    baseline: Evidence | None = None,
+    shape: tuple[int, ...],
+    device: str | None = None,
+    command: str = "",
+) -> Wish:
+    """What the settings ask for; `recipe` is one in hand, and `shape` that of an input."""
+    order = ordering.order(
+        settings, baseline=baseline, device=device, target=subject.model.access, command=command
+    )
+    judge = replace(order, surrogates=tuple(surrogates))
+    threat = threat_model(parse_threat(settings.threat))
+    threat = replace(threat, surrogates=tuple(held.model for held in surrogates))
+    name = str(settings.recipe["use"]) if recipe is None else name_of(recipe)
+    budget = settings.budget or (USUAL_BUDGET if name == AUTO and recipe is None else None)
+    chosen = (
+        candidates(settings.recipe, threat, subject.model, shape)
+        if recipe is None
+        else (Candidate(name, recipe, settings_of(recipe)),)
+    )
+    budget_s = None if budget is None else seconds(budget, "budget")
+    return Wish(name, chosen, threat, judge, budget_s, settings.seed, judge.device, command)
+
+
+def name_of(recipe: object) -> str:
+    """What a recipe in hand is called on the command line; its class, where it is no one of ours."""
+    if isinstance(recipe, type):
+        raise UsageError(f"recipe is the class {recipe.__name__}; give a recipe of it: {recipe.__name__}()")
+    if not isinstance(recipe, Recipe):
+        raise UsageError(
+            f"recipe is {recipe!r}; expected the name of one, or a recipe such as holdfast.recipes.TRADES(beta=6)"
+        )
+    names = [name for name, cls in RECIPES.items() if cls == type(recipe).__name__ and name not in PRESETS]
+    return names[0] if names else type(recipe).__name__

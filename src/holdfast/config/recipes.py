@@ -1,0 +1,109 @@
+"""Recipes by name: `{use: trades, beta: 6}` becomes the dataclass, every setting checked."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass, replace
+from typing import Any, get_type_hints
+
+from torch import nn
+
+from holdfast import recipes as catalogue
+from holdfast.config.attacks import setting
+from holdfast.config.grammar import nearest
+from holdfast.config.naming import AUTO, PRESETS, RECIPES
+from holdfast.core.constraints import L0, L1, L2, Linf
+from holdfast.core.errors import UsageError
+from holdfast.core.threat import ThreatModel
+from holdfast.recipes.protocol import Recipe
+from holdfast.runs.candidates import Candidate
+
+
+def candidates(
+    spec: Mapping[str, Any], threat: ThreatModel, model: nn.Module, shape: tuple[int, ...]
+) -> tuple[Candidate, ...]:
+    """The recipe that `use:` names; of `auto` those to choose from for inputs of that shape, the quickest first."""
+    constraint = threat.constraint
+    if not isinstance(constraint, (Linf, L2, L1)):
+        raise UsageError(
+            f"recipes make a model hold under linf, l2 and l1, and the threat is {constraint}; choose one of those, "
+            f"as in --threat linf:8/255"
+        )
+    if spec["use"] != AUTO:
+        return (_candidate(spec),)
+    told = {key: value for key, value in spec.items() if key != "use"}
+    others = [key for key in told if key != "training"]
+    if others:
+        raise UsageError(
+            f"recipe auto chooses among several, so it has no setting {others[0]!r}; name the recipe that has it, or "
+            f"set what all have, as in --set recipe.training.batch=64"
+        )
+    return tuple(
+        _candidate({"use": name, **more, "training": {**training, **told.get("training", {})}}, least)
+        for name, least, more, training in _ladder(shape, model)
+    )
+
+
+def _ladder(
+    shape: tuple[int, ...], model: nn.Module
+) -> tuple[tuple[str, int, dict[str, Any], dict[str, Any]], ...]:
+    """Name, the fewest epochs under which a weaker one does better, settings, and those of the training."""
+    photographs = len(shape) == 3 and shape[0] == 3
+    steady = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    how: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1} if steady else {}
+    if len(shape) == 3 and not photographs:
+        return ("n-fgsm", 1, {}, how), ("atta", 10, {}, how), ("trades", 60, {}, how)
+    if photographs:
+        how["augment"] = "crop-flip"
+    return ("n-fgsm", 1, {}, how), ("pgd", 10, {}, how), ("trades", 30, {}, {**how, "awp": 0.005})
+
+
+def _candidate(spec: Mapping[str, Any], least: int = 1) -> Candidate:
+    recipe = build_recipe(spec)
+    return Candidate(str(spec["use"]), recipe, settings_of(recipe), least)
+
+
+def build_recipe(spec: Mapping[str, Any]) -> Recipe:
+    """The recipe that `use:` names, with its settings checked against their types and ranges."""
+    name = str(spec["use"])
+    cls = getattr(catalogue, RECIPES[name])
+    said = {**PRESETS.get(name, {}), **{key: value for key, value in spec.items() if key != "use"}}
+    recipe: Recipe = cls(**_checked(cls, said, f"recipe {name}"))
+    return recipe
+
+
+def _checked(cls: type[Any], said: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings that are said, each as the type of its field; a part keeps what its recipe sets and nobody says."""
+    hints = get_type_hints(cls, include_extras=True)
+    parts = {f.name: f.default_factory for f in fields(cls)}
+    values: dict[str, Any] = {}
+    for key, value in said.items():
+        if key not in parts:
+            raise UsageError(f"{where} has no setting {key!r}{nearest(str(key), parts)}")
+        hint = hints[key]
+        if is_dataclass(hint) and isinstance(hint, type):
+            if not isinstance(value, Mapping):
+                raise UsageError(
+                    f"{where}: {key} is {value!r}; set one of its parts, as in --set recipe.{key}.epochs=10"
+                )
+            part = parts[key]
+            assert part is not MISSING
+            values[key] = replace(part(), **_checked(hint, value, f"{where}: {key}"))
+        else:
+            values[key] = setting(hint, value, f"{where}: {key}")
+    return values
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """Every setting of a recipe as plain values, those of its parts nested."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (Linf, L2, L1, L0)):
+            pixels = "px" if isinstance(value, L0) and value.per == "pixel" else ""
+            return f"{type(value).__name__.lower()}:{value.eps!r}{pixels}"
+        if isinstance(value, tuple):
+            return [plain(one) for one in value]
+        if is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        return getattr(value, "__name__", value) if callable(value) else value
+
+    found: dict[str, Any] = plain(recipe)
+    return found

@@ -1,0 +1,80 @@
+"""Changes to training images that leave their class alone or mix it, over a whole batch at once and on its device.
+
+Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019,
+arXiv:1905.04899; with adversarial training Rebuffi et al., "Data Augmentation Can Improve Robustness", NeurIPS 2021,
+arXiv:2111.05328. Differs from the papers: attacks go for the label that has the larger share of a mixed image.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.types import Inputs
+
+Augmentation = Literal["none", "shift", "crop-flip"]
+_REACH = {"shift": 2, "crop-flip": 4}  # pixels: customary for digits, and for photographs of 32 x 32
+
+
+def augmented(batch: Batch, how: Augmentation, rng: Draws) -> Batch:
+    """The batch with other images of the same classes; `how` is "none", or inputs must be (n, channels, h, w)."""
+    if how == "none":
+        return batch
+    if batch.x.dim() != 4:
+        raise UsageError(
+            f"augmentation {how!r} is for images, and inputs have shape {tuple(batch.x.shape[1:])}; use none"
+        )
+    reach = _REACH[how]
+    down, right = rng.at("shift").integers(batch.ids, 2 * reach + 1, 2).unbind(1)
+    x = windows(batch.x, reach, down, right)
+    if how == "crop-flip":
+        turned = rng.at("flip").bits(batch.ids) < 0
+        x = torch.where(turned[:, None, None, None], x.flip(3), x)
+    return batch.at(x)
+
+
+def windows(x: Inputs, reach: int, down: Tensor, right: Tensor) -> Inputs:
+    """Images (n, channels, h, w) padded with `reach` zeros a side, each seen through a window from `down`, `right`."""
+    height, width = x.shape[2:]
+    padded = F.pad(x, (reach,) * 4)
+    rows = down[:, None] + torch.arange(height, device=x.device)
+    columns = right[:, None] + torch.arange(width, device=x.device)
+    each = torch.arange(len(x), device=x.device)[:, None, None]
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def cut_and_mixed(batch: Batch, chance: float, rng: Draws) -> tuple[Batch, Batch, float]:
+    """Images that each have a box of another one, with the labels that own more of them, and with the other labels.
+
+    The number is the share of the first labels. The box, its place and its size are those of the whole batch, and with
+    a probability of 1 - `chance` it is left as it is, with a share of 1.
+    """
+    if not chance:
+        return batch, batch, 1.0
+    if batch.x.dim() != 4:
+        raise UsageError(
+            f"cutmix is for images, and inputs have shape {tuple(batch.x.shape[1:])}; leave recipe.training.cutmix out"
+        )
+    whole = torch.zeros(1, dtype=torch.int64, device=batch.x.device)
+    wanted, area, down, right = rng.at("cutmix").uniform(whole, 4, dtype=torch.float64)[0].tolist()
+    if wanted >= chance:
+        return batch, batch, 1.0
+    rows, columns = (_cut(size, at, area) for size, at in zip(batch.x.shape[2:], (down, right), strict=True))
+    partner = batch.take(rng.at("partner").bits(batch.ids).argsort())
+    x = batch.x.clone()
+    x[:, :, rows, columns] = partner.x[:, :, rows, columns]
+    height, width = x.shape[2:]
+    other = (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
+    own, strange = batch.at(x), batch.at(x).labelled(partner.y)
+    return (own, strange, 1 - other) if other <= 0.5 else (strange, own, other)
+
+
+def _cut(size: int, centre: float, area: float) -> slice:
+    """Where a box lies along one side: its length the root of its area, and what reaches beyond the image cut off."""
+    at, half = int(centre * size), int(size * math.sqrt(area)) // 2
+    return slice(max(at - half, 0), min(at + half, size))

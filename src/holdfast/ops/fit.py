@@ -1,0 +1,285 @@
+"""The loop under every recipe: batches, updates of the weights, their average, and a checkpoint after each epoch.
+
+What a recipe adds is `inner`, which changes the inputs of a batch for the worse, and `loss`, the mean over a batch and
+what `inner` made of it, whose graph reaches the weights. Everything that is drawn (the order of the examples, the
+augmentation, the starts of attacks, dropout) is a function of the seed, the epoch and the step, so a training that is
+stopped after an epoch goes on to the same weights.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Annotated, Literal, Protocol
+
+import torch
+from annotated_types import Ge, Lt
+from torch import Tensor, nn
+
+from holdfast.core.batch import UNLABELLED, Batch
+from holdfast.core.checkpoint import AVERAGE, MEMORY, STATE, WEIGHTS, Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.errors import LostLoss
+from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Steps
+from holdfast.ops.augment import Augmentation, augmented, cut_and_mixed
+from holdfast.ops.averages import ema, swa
+from holdfast.ops.perturbed import perturbed
+from holdfast.ops.twin import Statistics
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An update: what is drawn for it, and how far the training has come."""
+
+    rng: Draws
+    epoch: int
+    """epochs that are done"""
+    done: float
+    """share of all updates that are done"""
+
+
+Inner = Callable[[Batch, Turn], Inputs]
+"""The inputs that a batch is trained on."""
+TrainingLoss = Callable[[Batch, Inputs], tuple[Tensor, Tensor]]
+"""The mean loss of a batch and its changed inputs, and how many of its examples were right there."""
+
+Rate = Literal["cycle", "cosine", "steps", "flat"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the loop is told, whatever the loss."""
+
+    epochs: Steps = 30
+    """passes over the training data; a time budget sets it"""
+    patience: Count = 0
+    """of a run of `harden`: epochs without a better robust accuracy on held-out examples after which it stops; 0 for
+    none"""
+    batch: Steps = 128
+    """examples of one update"""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw holds for networks without batch norm, too; with it, sgd at a rate of 0.1 is customary"""
+    lr: Positive = 3e-3
+    """largest learning rate"""
+    schedule: Rate = "cycle"
+    """of the rate: a cycle up and down, down along a cosine, by tenths at half and three quarters, or flat"""
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """of sgd"""
+    weight_decay: NonNegative = 5e-4
+    """share of each weight that a step at a rate of 1 takes away"""
+    averaging: Literal["ema", "swa", "none"] = "ema"
+    """what the new model is: a running average of the weights (EMA), the plain mean of those at the ends of the last
+    epochs (SWA; give it a rate that does not fall to nothing, as `flat` is), or the weights themselves"""
+    average: Annotated[float, Ge(0), Lt(1)] = 0.999
+    """of ema: how much of the average an update leaves"""
+    tail: Fraction = 0.25
+    """of swa: share of the epochs, the last ones, whose ends it is the mean of"""
+    awp: NonNegative = 0.0
+    """adversarial weight perturbation: share of each weight tensor's norm that it is moved up the loss; 0 for none"""
+    attack_statistics: Statistics = "running"
+    """what batch norm goes by while the network is attacked: its running statistics, as in eval mode, or those of the
+    attacked batch, as in train mode; neither is changed by it"""
+    augment: Augmentation = "none"
+    """what changes the training images: nothing, a shift by up to two pixels, or a shift by four and a flip"""
+    cutmix: Fraction = 0.0
+    """share of the batches whose images each get a box of another one, and of its label the box's share"""
+
+
+def rate(schedule: Rate, done: float) -> float:
+    """What the learning rate is multiplied with after a share `done` of the training."""
+    if schedule == "cycle":
+        return done / 0.3 if done < 0.3 else (1 - done) / 0.7
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == "steps":
+        return 1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01
+    return 1.0
+
+
+def updates(n: int, batch: int) -> int:
+    """Updates of one epoch: what is left over after whole batches waits for another epoch, but for a single batch."""
+    return max(n // batch, 1)
+
+
+class Guard(Protocol):
+    """Looks at the network every few updates, and says when what was learned since must be learned anew."""
+
+    @property
+    def every(self) -> int:
+        """Updates between looks."""
+
+    def holds(self) -> bool:
+        """Whether all is well; where it is not, it has changed what follows, and will hold after a few times."""
+
+
+def fit(
+    model: nn.Module,
+    data: Batch,
+    inner: Inner,
+    loss: TrainingLoss,
+    how: Training,
+    *,
+    rng: Draws,
+    after: Checkpoint | None = None,
+    state: Mapping[str, Tensor] = MappingProxyType({}),
+    guard: Guard | None = None,
+    replays: int = 1,
+    settle: Callable[[], None] | None = None,
+) -> Iterator[Checkpoint]:
+    """Train the weights of `model` in place, and yield a checkpoint after each epoch.
+
+    `settle` is called after each update, before the average sees it, and may change the weights too. With `after` it
+    goes on where that stands; `state` are tensors that the loss or `settle` change in place and must find again, but
+    for what a `guard` changes in them: that stays when it has the last updates undone. Each batch is good for `replays`
+    updates in a row. Raises `LostLoss` where the loss is no number any more.
+    """
+    loop = _Loop(model, data, inner, loss, how, rng, state, replays, settle)
+    begun = 0
+    if after is not None:
+        begun = after.epoch
+        loop.restore({name: value.to(data.x.device) for name, value in after.tensors.items()}, state)
+    for epoch in range(begun, how.epochs):
+        told = loop.epoch(epoch, guard)
+        tensors = {name: _copy(value.cpu()) for name, value in loop.tensors().items()}
+        yield Checkpoint(epoch + 1, how.epochs, tensors, told)
+
+
+class _Loop:
+    """The network, its average and its optimiser on their way."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Batch,
+        inner: Inner,
+        loss: TrainingLoss,
+        how: Training,
+        rng: Draws,
+        state: Mapping[str, Tensor],
+        replays: int,
+        settle: Callable[[], None] | None,
+    ) -> None:
+        self._model, self._data, self._inner, self._loss = model, data, inner, loss
+        self._how, self._rng, self._state = how, rng, state
+        self._replays, self._settle = replays, settle
+        learned = [weight for weight in model.parameters() if weight.requires_grad]
+        self._optimizer = _optimizer(learned, how)
+        now = {} if how.averaging == "none" else model.state_dict()
+        self._average = {name: value.detach().clone() for name, value in now.items()}
+        self._updates = updates(len(data), how.batch) * replays
+
+    def epoch(self, epoch: int, guard: Guard | None) -> dict[str, float]:
+        """All updates of one epoch, and what it says of itself."""
+        how, replays = self._how, self._replays
+        rows = self._rng.at("order", epoch).bits(self._data.ids).argsort()
+        rows = rows[: self._updates // replays * how.batch]
+        batches = list(enumerate(few for few in torch.split(rows, how.batch) for _ in range(replays)))
+        every = self._updates if guard is None else guard.every
+        losses, right = [], torch.zeros((), device=rows.device)
+        for begin in range(0, self._updates, every):
+            some, before = batches[begin : begin + every], {} if guard is None else self._snapshot()
+            done = [self._update(epoch, step, few) for step, few in some]
+            while guard is not None and not guard.holds():
+                self.restore(before)
+                done = [self._update(epoch, step, few) for step, few in some]
+            losses += [value for value, _ in done]
+            right += sum(hits for _, hits in done)
+        seen = torch.stack(losses).double()
+        _refuse_lost(seen, epoch)
+        if how.averaging == "swa":
+            swa(self._average, self._model, epoch - how.epochs + max(round(how.tail * how.epochs), 1))
+        known = replays * int((self._data.y[rows] != UNLABELLED).sum())
+        lr = self._optimizer.param_groups[0]["lr"]
+        return {"loss": seen.mean().item(), "accuracy": right.item() / max(known, 1), "lr": lr}
+
+    def _update(self, epoch: int, step: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """One update: its loss, and how many examples were right."""
+        how, place, before = self._how, self._rng.at(epoch, step), epoch * self._updates + step
+        whole = how.epochs * self._updates
+        for group in self._optimizer.param_groups:
+            group["lr"] = how.lr * rate(how.schedule, (before + 1) / (whole + 1))
+        seen = self._rng.at(epoch, step - step % self._replays)  # a batch that is replayed looks the same
+        batch = augmented(self._data.take(rows), how.augment, seen)
+        batch, other, share = cut_and_mixed(batch, how.cutmix, seen)
+
+        def measured() -> tuple[Tensor, Tensor]:
+            value, hits = self._loss(batch, x_adv)
+            return value if share == 1 else torch.lerp(self._loss(other, x_adv)[0], value, share), hits
+
+        with torch.enable_grad(), drawing(place):
+            x_adv = self._inner(batch, Turn(place, epoch, before / whole))
+            self._optimizer.zero_grad(set_to_none=True)
+            with perturbed(self._model, lambda: measured()[0], how.awp):
+                value, hits = measured()
+                value.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        if self._settle is not None:
+            self._settle()
+        if how.averaging == "ema":
+            ema(self._average, self._model, how.average, before)
+        return value.detach(), hits
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the training needs to go on, as it is now and will be changed."""
+        found = {WEIGHTS + name: value for name, value in self._model.state_dict().items()}
+        found |= {AVERAGE + name: value for name, value in self._average.items()}
+        found |= {STATE + name: value for name, value in self._state.items()}
+        for place, memory in self._optimizer.state_dict()["state"].items():
+            for name, value in memory.items():
+                if isinstance(value, Tensor):
+                    found[f"{MEMORY}{place}.{name}"] = value
+        return found
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {name: _copy(value) for name, value in self.tensors().items()}
+
+    def restore(
+        self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        """Go back to what `tensors` says; of what the loss remembers, `state` alone."""
+
+        def begins(first: str) -> dict[str, Tensor]:
+            return {name.removeprefix(first): t for name, t in tensors.items() if name.startswith(first)}
+
+        self._model.load_state_dict(begins(WEIGHTS))
+        for name, value in begins(AVERAGE).items():
+            self._average[name].copy_(value)
+        for name, value in begins(STATE).items():
+            if name in state:
+                state[name].copy_(value)
+        memory: dict[int, dict[str, Tensor]] = {}
+        for name, value in begins(MEMORY).items():
+            place, _, key = name.partition(".")
+            memory.setdefault(int(place), {})[key] = _copy(value)
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": memory})
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def drawing(rng: Draws) -> Iterator[None]:
+    """Within it torch's own generators, which dropout asks, draw what the place says; they are put back afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(rng.at("torch").key >> 1)
+        yield
+
+
+def _optimizer(learned: list[nn.Parameter], how: Training) -> torch.optim.Optimizer:
+    if how.optimizer == "sgd":
+        nesterov = how.momentum > 0
+        return torch.optim.SGD(
+            learned, how.lr, how.momentum, weight_decay=how.weight_decay, nesterov=nesterov
+        )
+    return torch.optim.AdamW(learned, how.lr, weight_decay=how.weight_decay)
+
+
+def _refuse_lost(losses: Tensor, epoch: int) -> None:
+    lost = (~losses.isfinite()).nonzero()
+    if len(lost):
+        raise LostLoss(
+            f"the loss is no number any more from update {int(lost[0]) + 1} of epoch {epoch + 1} on; train with a "
+            f"smaller learning rate, as in --set recipe.training.lr=0.01"
+        )

@@ -1,0 +1,161 @@
+"""How far the layers of a network stretch a change of their input, and layers that are held to a bound on it.
+
+Gouk et al., "Regularisation of Neural Networks by Enforcing Lipschitz Continuity", Machine Learning 110, 2021,
+arXiv:1804.04368: after each update the weights go back to where the layer's gain is within a bound, in the norm of
+the threat. The gain is that of the convolution itself at the size of its input, strides and padding included, and not
+that of its kernel as a matrix. Differs from the paper: under Linf, where the gain is that of one output, only outputs
+beyond the bound shrink; and the power iteration under L2 goes on where the last update left it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.constraints import L1, L2, Constraint, Linf
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.types import Inputs
+
+Order = Literal["linf", "l2", "l1"]
+"""The norm in which changes of inputs and outputs are measured."""
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+"""What has a gain here; everything else in a network is left as it is."""
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+_TINY = 1e-12
+_ROUNDS = 100  # of a power iteration that starts anywhere: within 1 % on kernels of trained networks
+
+
+def order_of(constraint: Constraint) -> Order:
+    """The norm of a constraint; `UsageError` where it has none."""
+    for kind, order in ((Linf, "linf"), (L2, "l2"), (L1, "l1")):
+        if isinstance(constraint, kind):
+            return order  # type: ignore[return-value]  # mypy widens the pairs to str
+    raise UsageError(
+        f"the gain of a layer is known under linf, l2 and l1; the threat model is {constraint}. Choose such a threat, "
+        f"or another recipe, as in --recipe pgd"
+    )
+
+
+def layers(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
+    """Each layer that has a gain, with the shape of its input when the network sees the first of `x`; one forward.
+
+    The network is in eval mode, so that none of its running statistics move.
+    """
+    found: dict[str, tuple[Layer, torch.Size]] = {}
+
+    def noting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            assert isinstance(layer, Layer)
+            found.setdefault(name, (layer, inputs[0].shape))
+
+        return note
+
+    named = [(name, layer) for name, layer in net.named_modules() if _has_gain(layer)]
+    hooks = [layer.register_forward_pre_hook(noting(name)) for name, layer in named]
+    try:
+        with torch.no_grad():
+            net(x[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _has_gain(layer: nn.Module) -> bool:
+    if isinstance(layer, _NORMS):
+        return layer.affine and layer.track_running_stats
+    return isinstance(layer, Layer)
+
+
+def gains(net: nn.Module, x: Inputs, constraint: Constraint) -> dict[str, float]:
+    """The gain of each layer by its name: exact under Linf and L1, from below by 100 rounds under L2."""
+    order, found = order_of(constraint), {}
+    for name, (layer, shape) in layers(net, x).items():
+        towards = _anywhere(shape, layer.weight, Draws(0).at(name))
+        found[name] = gain(layer, shape, order, towards, rounds=_ROUNDS).max().item()
+    return found
+
+
+def gain(layer: Layer, shape: torch.Size, order: Order, towards: Tensor, *, rounds: int) -> Tensor:
+    """By how much outputs move at most when an input of that shape moves by one: a number, or one an output.
+
+    Under L2 `towards` is the change that the power iteration begins with, and is left where it ends.
+    """
+    with torch.no_grad():
+        if isinstance(layer, _NORMS):
+            assert layer.running_var is not None
+            each: Tensor = layer.weight.abs() * torch.rsqrt(layer.running_var + layer.eps)
+            return each
+        weight = layer.weight.abs()
+        if order == "linf":
+            moved = _applied(layer, weight, torch.ones(shape).to(weight))
+            return (
+                moved.flatten(0, -2).amax(0) if isinstance(layer, nn.Linear) else moved[0].flatten(1).amax(1)
+            )
+        if order == "l1":
+            return _returned(layer, weight, shape, torch.ones_like).amax()
+        for _ in range(rounds):
+            back = _returned(layer, layer.weight, shape, lambda zero: _applied(layer, layer.weight, towards))
+            towards.copy_(back / back.norm().clamp_min(_TINY))
+        most: Tensor = _applied(layer, layer.weight, towards).norm() / towards.norm().clamp_min(_TINY)
+        return most
+
+
+def _applied(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """The layer with other weights and no bias."""
+    others = {"weight": weight}
+    if layer.bias is not None:
+        others["bias"] = torch.zeros_like(layer.bias)  # type: ignore[arg-type]
+    moved: Tensor = torch.func.functional_call(layer, others, (x,))
+    return moved
+
+
+def _returned(
+    layer: nn.Module, weight: Tensor, shape: torch.Size, made: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What the transposed layer makes of the outputs that `made` gives."""
+    with torch.enable_grad():
+        x = torch.zeros(shape).to(weight).requires_grad_()
+        out = _applied(layer, weight, x)
+        (back,) = torch.autograd.grad(out, x, made(out.detach()))
+    found: Tensor = back.detach()
+    return found
+
+
+def _anywhere(shape: torch.Size, like: Tensor, rng: Draws) -> Tensor:
+    one = torch.zeros(1, dtype=torch.int64, device=like.device)
+    drawn = rng.normal(one, shape.numel(), dtype=like.dtype).view(shape)
+    unit: Tensor = drawn / drawn.norm()
+    return unit
+
+
+def directions(net: nn.Module, x: Inputs, order: Order, rng: Draws) -> dict[str, Tensor]:
+    """What `Confined` remembers between updates: under L2 the change that each layer stretches most."""
+    if order != "l2":
+        return {}
+    found = layers(net, x).items()
+    return {f"towards.{name}": _anywhere(shape, layer.weight, rng.at(name)) for name, (layer, shape) in found}
+
+
+@dataclass(frozen=True)
+class Confined:
+    """Brings the layers of a network back within a gain; called after each update."""
+
+    layers: Mapping[str, tuple[Layer, torch.Size]]
+    order: Order
+    most: float
+    state: Mapping[str, Tensor]
+    """see `directions`; changed in place"""
+
+    def __call__(self) -> None:
+        """Shrink what is beyond the bound; the rest stays to the last bit."""
+        with torch.no_grad():
+            for name, (layer, shape) in self.layers.items():
+                towards = self.state.get(f"towards.{name}", layer.weight)
+                found = gain(layer, shape, self.order, towards, rounds=1)
+                share = (self.most / found.clamp_min(_TINY)).clamp_max(1)
+                layer.weight.mul_(share.view(-1, *[1] * (layer.weight.dim() - 1)) if share.dim() else share)

@@ -1,0 +1,139 @@
+"""What a recipe's loss meets: the network that learns, its frozen twin, and the threat."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import UNLABELLED, Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier, Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, Labels, Logits, PerExample
+from holdfast.ops.ascent import ascend
+from holdfast.ops.fit import Guard, Training, Turn, fit
+from holdfast.ops.losses import Loss, cross_entropy
+from holdfast.ops.twin import twin
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The network that learns, in train mode, and what is attacked in its place."""
+
+    net: Classifier
+    frozen: Classifier
+    """the same weights, in eval mode, for attacks"""
+    threat: ThreatModel
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """what the loss remembers from update to update"""
+
+    def worst(
+        self,
+        batch: Batch,
+        rng: Draws,
+        *,
+        steps: int,
+        reach: float,
+        loss: Loss = cross_entropy,
+        on: Model | None = None,
+    ) -> Inputs:
+        """Where `steps` steps up the loss end that are `reach` times eps long together, from a random start.
+
+        `on` is the model that is attacked, if it is another. Cost: as many forwards and backwards of it.
+        """
+        constraint, model = self.threat.constraint, self.frozen if on is None else on
+        start = constraint.sample(batch, model.bounds, rng.at("start"))
+        size = reach * constraint.eps / steps
+        return ascend(model, batch, start, loss, constraint, steps=steps, step_size=size, keep="last")[0]
+
+    def apart(
+        self,
+        batch: Batch,
+        rng: Draws,
+        distance: Callable[[Logits, Logits], PerExample],
+        *,
+        steps: int,
+        reach: float,
+    ) -> Inputs:
+        """The same up a `distance` from the clean prediction; one forward more."""
+        with torch.no_grad():
+            clean = self.frozen(batch.x)
+        return self.worst(batch, rng, steps=steps, reach=reach, loss=lambda z, _: distance(z, clean))
+
+
+InnerOf = Callable[[Learner, Batch, Turn], Inputs]
+"""The inputs that a batch is trained on."""
+LossOf = Callable[[Learner, Batch, Inputs], tuple[Tensor, Tensor]]
+"""The mean loss of a batch and its changed inputs, and how many of its examples were right there."""
+
+
+def trained(
+    inner: InnerOf,
+    loss: LossOf,
+    model: Classifier,
+    data: Batch,
+    threat: ThreatModel,
+    how: Training,
+    *,
+    rng: Draws,
+    after: Checkpoint | None = None,
+    state: dict[str, Tensor] | None = None,
+    guard: Callable[[Learner], Guard] | None = None,
+    replays: int = 1,
+    settle: Callable[[Learner], Callable[[], None]] | None = None,
+    linear: bool = False,
+    unlabelled: bool = False,
+) -> Iterator[Checkpoint]:
+    """Train a copy of the model by a loss on inputs that `inner` made; the model itself stays as it is.
+
+    `guard` and `settle` make of the learner what `fit` takes by these names. A recipe says here that its loss is
+    `linear` in the label (up to what has no gradient), so that labels may be mixed, and that it learns from
+    `unlabelled` examples; what it does not say is refused, before the first update.
+    """
+    _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled)
+    net = deepcopy(model).train()
+    learner = Learner(net, twin(net, how.attack_statistics), threat, state or {})
+    made, measured = partial(inner, learner), partial(loss, learner)
+    return fit(
+        net,
+        data,
+        made,
+        measured,
+        how,
+        rng=rng,
+        after=after,
+        state=learner.state,
+        guard=None if guard is None else guard(learner),
+        replays=replays,
+        settle=None if settle is None else settle(learner),
+    )
+
+
+def _refuse_foreign(data: Batch, how: Training, *, linear: bool, unlabelled: bool) -> None:
+    """Refuse what the loss of a recipe cannot learn from."""
+    if how.cutmix and not linear:
+        raise UsageError(
+            f"cutmix is {how.cutmix:g}, and the loss of this recipe is not linear in the label, so labels cannot be "
+            f"mixed in it; leave recipe.training.cutmix out, or choose --recipe pgd or trades"
+        )
+    n = int((data.y == UNLABELLED).sum())
+    if n and not unlabelled:
+        raise UsageError(
+            f"{n:,} of {len(data):,} training examples have no label, and this recipe learns from labels alone; leave "
+            f"them out, or choose --recipe vat"
+        )
+
+
+def as_it_is(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    """No attack."""
+    return batch.x
+
+
+def hits(logits: Logits, y: Labels) -> Tensor:
+    """How many are right; what has no label never is."""
+    return (logits.argmax(1) == y).sum()

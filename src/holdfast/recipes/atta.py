@@ -1,0 +1,102 @@
+"""ATTA: adversarial training whose attacks go on, epoch after epoch, from where those of the epoch before ended.
+
+Zheng et al., "Efficient Adversarial Training With Transferable Adversarial Examples", CVPR 2020, arXiv:1912.11969: what
+fooled the network an epoch ago nearly fools it now, so two steps an epoch do the work of ten. Differs from the paper:
+the ball grows at first, images are not augmented (their changes would have to be moved with them), the weights are
+averaged, and the learning rate goes in one cycle.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.constraints import L1, L2, Linf
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.lookup import Lookup
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Rows, Steps
+from holdfast.ops.ascent import ascend
+from holdfast.ops.fit import Training, Turn
+from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.losses import cross_entropy
+
+
+@dataclass(frozen=True)
+class ATTA:
+    """Train on examples that are kept from epoch to epoch and made a little worse each time."""
+
+    steps: Steps = 2
+    """gradient steps on each kept example in each epoch"""
+    step: Positive = 0.33
+    """size of one, in multiples of eps"""
+    refresh: Steps = 10
+    """epochs after which the kept examples start again from noise"""
+    warmup: Fraction = 0.25
+    """share of the training over which the ball grows"""
+    clean: NonNegative = 0.25
+    """weight of the loss on the inputs as they are, beside that on the attacked ones"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        if self.training.augment != "none" or self.training.cutmix:
+            raise UsageError(
+                f"atta keeps what it changed of each image, and augment={self.training.augment} with "
+                f"cutmix={self.training.cutmix:g} would move the image away from it; leave both out, or choose "
+                f"--recipe pgd"
+            )
+        kept = {
+            "kept": torch.zeros_like(data.x, dtype=torch.float16)
+        }  # a change to within a thousandth of itself
+        where = Lookup(data.ids)
+
+        def inner(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+            return self.inner(learner, batch, turn, where.rows(batch.ids))
+
+        return trained(inner, self.loss, model, data, threat, self.training, rng=rng, after=after, state=kept)
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn, rows: Rows) -> Inputs:
+        """A few more steps up the cross-entropy from what is kept, which the end of them becomes."""
+        whole, bounds, kept = learner.threat.constraint, learner.frozen.bounds, learner.state["kept"]
+        assert isinstance(whole, (Linf, L2, L1))
+        grown = 1.0 if turn.done >= self.warmup else turn.done / self.warmup
+        constraint = whole.resized(grown * whole.eps)
+        if turn.epoch % self.refresh:
+            start = constraint.project(batch.x + kept[rows].to(batch.x), batch.x, bounds)
+        else:
+            start = constraint.sample(batch, bounds, turn.rng.at("start"))
+        size = self.step * whole.eps
+        x_adv, _ = ascend(
+            learner.frozen,
+            batch,
+            start,
+            cross_entropy,
+            constraint,
+            steps=self.steps,
+            step_size=size,
+            keep="last",
+        )
+        kept[rows] = (x_adv - batch.x).to(kept)
+        return x_adv
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """The cross-entropy there, and that of the clean inputs."""
+        logits = learner.net(x_adv)
+        value = F.cross_entropy(logits, batch.y)
+        if self.clean:
+            value = value + self.clean * F.cross_entropy(learner.net(batch.x), batch.y)
+        return value, hits(logits, batch.y)

@@ -1,0 +1,66 @@
+"""CURE: curvature regularisation, a slope of the loss that stays what it is a little further up.
+
+Moosavi-Dezfooli et al., "Robustness via Curvature Regularization, and Vice Versa", CVPR 2019, arXiv:1811.09716. Differs
+from the paper: the finite difference is a step of `reach` times eps up the loss in the norm of the threat (under Linf
+the paper's direction, the sign of the gradient) instead of one of a fixed length; the step is of that length from the
+first update on; the weights are averaged, and the learning rate goes in one cycle.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, Labels, NonNegative, Positive
+from holdfast.ops.fit import Training
+from holdfast.ops.learner import Learner, as_it_is, hits, trained
+
+
+@dataclass(frozen=True)
+class CURE:
+    """Cross-entropy plus `weight` times the squared change of its gradient over a step; no attack is made."""
+
+    weight: NonNegative = 4.0
+    """weight of the penalty"""
+    reach: Positive = 1.0
+    """length of the step, in multiples of eps"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        return trained(as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after)
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """The cross-entropy and the change of its gradient."""
+        constraint = learner.threat.constraint
+        value, grad, right = _sloped(learner, x_adv, batch.y)
+        climb = constraint.steepest(grad.detach(), batch.x, learner.net.bounds)
+        # The paper steps out of the box, too: there the curvature is that of the same function.
+        _, further, _ = _sloped(
+            learner, torch.add(batch.x, climb, alpha=self.reach * constraint.eps), batch.y
+        )
+        bend = (further - grad).square().flatten(1).sum(1)
+        return value + self.weight * bend.mean(), right
+
+
+def _sloped(learner: Learner, x: Inputs, y: Labels) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean cross-entropy, each example's gradient of its own, and how many are right."""
+    x = x.detach().requires_grad_()
+    logits = learner.net(x)
+    each = F.cross_entropy(logits, y, reduction="none")
+    (grad,) = torch.autograd.grad(each.sum(), x, create_graph=True)
+    return each.mean(), grad, hits(logits, y)

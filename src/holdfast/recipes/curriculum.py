@@ -1,0 +1,76 @@
+"""Curriculum adversarial training, in its friendly form: attacks that stop soon after they succeed, later and later.
+
+Zhang et al., "Attacks Which Do Not Kill Training Make Adversarial Learning Stronger", ICML 2020, arXiv:2002.11242
+(friendly adversarial training, FAT): of all points that fool the network, train on those that fool it least. That
+training should begin with weak attacks is from Cai et al., "Curriculum Adversarial Training", IJCAI 2018,
+arXiv:1805.04807, who raise the number of steps. Differs from the papers: how many steps follow a success grows evenly
+over the training instead of at chosen epochs; the weights are averaged, and the learning rate goes in one cycle.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Count, Inputs, Positive, Steps
+from holdfast.ops.ascent import gradient
+from holdfast.ops.fit import Training, Turn
+from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.losses import cross_entropy
+
+
+@dataclass(frozen=True)
+class CurriculumTraining:
+    """Train on what a short PGD makes of each batch, each example left where it was first wrong or a little further."""
+
+    beyond: Count = 3
+    """steps that follow an example's first error by the end of the training; 0 at its beginning"""
+    steps: Steps = 10
+    """gradient steps of the inner attack at most"""
+    reach: Positive = 2.5
+    """length of all of them, in multiples of eps"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        return trained(
+            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+        )
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+        """Steps up the cross-entropy, of each example as many as it needs to be wrong and those allowed beyond."""
+        constraint, model = learner.threat.constraint, learner.frozen
+        x_adv = constraint.sample(batch, model.bounds, turn.rng.at("start"))
+        going = torch.arange(len(batch), device=batch.x.device)
+        more = torch.full_like(going, int((self.beyond + 1) * turn.done))
+        for _ in range(self.steps):
+            few, x = batch.take(going), x_adv[going]
+            grad, logits = gradient(model, few.at(x), cross_entropy)
+            wrong = logits.argmax(1) != few.y
+            goes = ~wrong | (more > 0)
+            if not goes.any():
+                break
+            going, more, few, x = going[goes], (more - wrong.long())[goes], few.take(goes), x[goes]
+            climb = constraint.steepest(grad[goes], x, model.bounds)
+            moved = torch.add(x, climb, alpha=self.reach * constraint.eps / self.steps)
+            x_adv = x_adv.index_copy(0, going, constraint.project(moved, few.x, model.bounds))
+        return x_adv
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """The cross-entropy there."""
+        logits = learner.net(x_adv)
+        return F.cross_entropy(logits, batch.y), hits(logits, batch.y)

@@ -1,0 +1,70 @@
+"""Ensemble adversarial training: attacks on fixed networks of one's own beside attacks on the network that learns.
+
+Tramèr et al., "Ensemble Adversarial Training: Attacks and Defenses", ICLR 2018, arXiv:1705.07204. Examples made on
+other networks do not weaken as this one learns to mislead its own gradient. Differs from the paper: several steps in
+place of one, the weights are averaged, and the learning rate goes in one cycle. It is a defence against transfer.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, NonNegative, Positive, Steps
+from holdfast.ops.fit import Training, Turn
+from holdfast.ops.learner import Learner, hits, trained
+
+
+@dataclass(frozen=True)
+class EnsembleTraining:
+    """Train on attacks made on the network itself and on each of the surrogates, a batch each in random order."""
+
+    steps: Steps = 7
+    """gradient steps of the inner attack"""
+    reach: Positive = 2.5
+    """length of its path, in multiples of eps"""
+    clean: NonNegative = 0.5
+    """weight of the loss on the inputs as they are, beside that on the attacked ones"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        if not threat.surrogates:
+            raise UsageError(
+                "ensemble makes attacks on other networks beside this one, and none is given; name one or more with "
+                "--surrogate MODEL, or choose --recipe pgd"
+            )
+        return trained(
+            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+        )
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+        """The end of a path up the cross-entropy of one of the networks."""
+        held = learner.threat.surrogates
+        one = torch.zeros(1, dtype=torch.int64, device=batch.x.device)
+        chosen = int(turn.rng.at("whose").integers(one, len(held) + 1)[0])
+        attacked = held[chosen - 1] if chosen else None
+        return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach, on=attacked)
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """The cross-entropy there, and that of the clean inputs."""
+        logits = learner.net(x_adv)
+        value = F.cross_entropy(logits, batch.y)
+        if self.clean:
+            value = value + self.clean * F.cross_entropy(learner.net(batch.x), batch.y)
+        return value, hits(logits, batch.y)

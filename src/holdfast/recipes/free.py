@@ -1,0 +1,81 @@
+"""Free adversarial training: the backward that updates the weights moves the perturbation too.
+
+Shafahi et al., "Adversarial Training for Free!", NeurIPS 2019, arXiv:1904.12843: each batch is replayed a few times,
+and the perturbation goes on from replay to replay and from batch to batch, so that an update costs one forward and one
+backward, as in ordinary training. Differs from the paper: any norm, the weights are averaged, the learning rate goes in
+one cycle, and a pass over the data counts as one epoch however often its batches are replayed.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Bounds, Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, Positive, Steps
+from holdfast.ops.fit import Training, Turn
+from holdfast.ops.learner import Learner, hits, trained
+
+_DELTA = "delta"
+_EVERYWHERE = Bounds(-math.inf, math.inf)  # the perturbation outlives the images whose box would cut it
+
+
+@dataclass(frozen=True)
+class FreeTraining:
+    """Train on each batch several times over, while its perturbation climbs the gradient that falls off anyway."""
+
+    replays: Steps = 8
+    """updates on each batch in a row"""
+    step: Positive = 1.0
+    """how far the perturbation moves with each, in multiples of eps"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        delta = {_DELTA: torch.zeros_like(data.x[: self.training.batch])}
+        return trained(
+            self.inner,
+            self.loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            state=delta,
+            replays=self.replays,
+            linear=True,
+        )
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+        """The inputs with the perturbation as it is; the backward that meets them moves it."""
+        x_adv = learner.net.bounds.clamp(batch.x + learner.state[_DELTA]).requires_grad_()
+        x_adv.register_hook(partial(self._moved, learner, x_adv.detach()))  # type: ignore[no-untyped-call]
+        return x_adv
+
+    def _moved(self, learner: Learner, x_adv: Inputs, grad: Inputs) -> None:
+        """Let the perturbation climb the gradient, inside its ball."""
+        constraint, delta = learner.threat.constraint, learner.state[_DELTA]
+        climb = constraint.steepest(grad, x_adv, learner.net.bounds)
+        moved = torch.add(delta, climb, alpha=self.step * constraint.eps)
+        delta.copy_(constraint.project(moved, torch.zeros_like(delta), _EVERYWHERE))
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """The cross-entropy there."""
+        logits = learner.net(x_adv)
+        return F.cross_entropy(logits, batch.y), hits(logits, batch.y)

@@ -1,0 +1,70 @@
+"""Gradient regularisation: a loss whose slope in the input is small, measured in the norm dual to the threat's.
+
+Drucker & Le Cun, "Improving generalization performance using double backpropagation", IEEE Transactions on Neural
+Networks 3(6), 1992; for robustness Ross & Doshi-Velez, "Improving the Adversarial Robustness and Interpretability of
+Deep Neural Networks by Regularizing Their Input Gradients", AAAI 2018, arXiv:1711.09404; in the dual norm, and by a
+finite difference in place of the second backward, Finlay & Oberman, "Scaleable input gradient regularization for
+adversarial robustness", arXiv:1905.11468. Differs from them: the penalty is the norm itself times eps, the first-order
+loss of an attack, instead of its square. It holds at small eps; at large ones the slope at the input says little.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, NonNegative, PerExample, Positive
+from holdfast.ops.fit import Training
+from holdfast.ops.gradients import rise
+from holdfast.ops.learner import Learner, as_it_is, hits, trained
+
+
+@dataclass(frozen=True)
+class GradientRegularisation:
+    """Cross-entropy plus `weight` times what a step of length eps adds to it to first order; no attack is made."""
+
+    weight: NonNegative = 3.0
+    """weight of the penalty; at 1 the sum is the loss after the step, to first order"""
+    method: Literal["double-backprop", "finite-difference"] = "double-backprop"
+    """a backward through the backward, or the loss a little further up"""
+    reach: Positive = 0.1
+    """length of the finite difference, in multiples of eps"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        return trained(as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after)
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """The cross-entropy and the slope."""
+        x = x_adv.detach().requires_grad_()
+        logits = learner.net(x)
+        each = F.cross_entropy(logits, batch.y, reduction="none")
+        if self.method == "double-backprop":
+            added = rise(each, x, learner.threat.constraint, learner.net.bounds)
+        else:
+            added = self._further(learner, batch, x, each) / self.reach
+        return (each + self.weight * added).mean(), hits(logits, batch.y)
+
+    def _further(self, learner: Learner, batch: Batch, x: Inputs, each: PerExample) -> PerExample:
+        """What a short step adds to the loss."""
+        constraint = learner.threat.constraint
+        (grad,) = torch.autograd.grad(each.sum(), x, retain_graph=True)
+        climb = constraint.steepest(grad, batch.x, learner.net.bounds)
+        moved = learner.net(torch.add(batch.x, climb, alpha=self.reach * constraint.eps))
+        return F.cross_entropy(moved, batch.y, reduction="none") - each

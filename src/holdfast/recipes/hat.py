@@ -1,0 +1,91 @@
+"""HAT: TRADES, and beyond the ball the answers of a network that was never hardened, which cuts needless margins.
+
+Rade & Moosavi-Dezfooli, "Reducing Excessive Margin to Achieve a Better Accuracy vs. Robustness Trade-off", ICLR 2022
+(helper-based adversarial training). Differs from the paper: the network that is given to be hardened is the helper, the
+weights are averaged, and the learning rate goes in one cycle.
+"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, NonNegative, Positive, Steps
+from holdfast.ops.divergences import kullback_leibler
+from holdfast.ops.fit import Training, Turn
+from holdfast.ops.learner import Learner, hits, trained
+
+_SEEN, _KNOWS = 1_000, 0.5  # a helper that has fewer than half of the first examples right is no help
+
+
+@dataclass(frozen=True)
+class HAT:
+    """TRADES plus the cross-entropy, beyond the attack, of what the model that is hardened says there."""
+
+    beta: NonNegative = 2.5
+    """weight of the divergence"""
+    gamma: NonNegative = 0.5
+    """weight of the helper's answers"""
+    beyond: Positive = 2.0
+    """where those are learned: the attack's change times this"""
+    steps: Steps = 10
+    """gradient steps of the inner attack"""
+    reach: Positive = 2.5
+    """length of its path, in multiples of eps"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        helper = deepcopy(model).eval().requires_grad_(False)
+        _refuse_untaught(helper, data)
+
+        def loss(learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+            return self.loss(learner, batch, x_adv, helper)
+
+        return trained(
+            self.inner, loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+        )
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+        """The end of a path up the divergence from the clean prediction."""
+        return learner.apart(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
+
+    def loss(
+        self, learner: Learner, batch: Batch, x_adv: Inputs, helper: Classifier
+    ) -> tuple[Tensor, Tensor]:
+        """The clean cross-entropy, the divergence, and the helper's answer further out."""
+        with torch.no_grad():
+            says = helper(x_adv).argmax(1)
+        further = torch.lerp(batch.x, x_adv, self.beyond)
+        clean, logits, outside = learner.net(batch.x), learner.net(x_adv), learner.net(further)
+        robust = kullback_leibler(logits, clean).mean()
+        helped = F.cross_entropy(outside, says)
+        value = F.cross_entropy(clean, batch.y) + self.beta * robust + self.gamma * helped
+        return value, hits(logits, batch.y)
+
+
+def _refuse_untaught(helper: Classifier, data: Batch) -> None:
+    few = data.take(torch.arange(min(_SEEN, len(data)), device=data.x.device))
+    with torch.no_grad():
+        right = (helper(few.x).argmax(1) == few.y).double().mean().item()
+    if right < _KNOWS:
+        raise UsageError(
+            f"hat learns from the model that is given, which has {right:.0%} of {len(few):,} training examples right; "
+            f"train it first, with --recipe standard, or choose --recipe trades"
+        )

@@ -1,0 +1,83 @@
+"""IKL: the two parts of TRADES' divergence told apart, and the first one felt by the clean prediction too.
+
+Cui et al., "Decoupled Kullback-Leibler Divergence Loss", NeurIPS 2024, arXiv:2305.13948: the divergence has the
+gradients of a weighted squared error of the logits' gaps and of a cross-entropy with soft labels. Differs from the
+paper: the mean predictions that weigh the gaps are running means instead of those of the epoch before, the weights are
+averaged, and the learning rate goes in one cycle.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Gt, Lt
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, Labels, Logits, NonNegative, Positive, Steps
+from holdfast.ops.divergences import kullback_leibler, weighted_gaps
+from holdfast.ops.fit import Training, Turn
+from holdfast.ops.learner import Learner, hits, trained
+
+
+@dataclass(frozen=True)
+class IKL:
+    """Clean cross-entropy, gaps of the logits that stay as they are, and the clean prediction as a label."""
+
+    alpha: NonNegative = 1.0
+    """weight of the cross-entropy with the clean prediction as a label"""
+    beta: NonNegative = 15.0
+    """weight of the gaps between logits"""
+    keep: Annotated[float, Gt(0), Lt(1)] = 0.99
+    """how much of the mean prediction of a class a batch leaves"""
+    steps: Steps = 10
+    """gradient steps of the inner attack"""
+    reach: Positive = 2.5
+    """length of its path, in multiples of eps"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        with torch.no_grad():
+            classes = model(data.x[:1]).shape[1]
+        means = {
+            "means": torch.full((classes, classes), 1 / classes, device=data.x.device, dtype=data.x.dtype)
+        }
+        return trained(
+            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, state=means
+        )
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+        """The end of a path up the divergence from the clean prediction."""
+        return learner.apart(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """All three terms."""
+        clean, logits = learner.net(batch.x), learner.net(x_adv)
+        target = clean.detach()
+        means = learner.state["means"]
+        weight = means[batch.y]  # a copy: what follows changes the means
+        self._seen(means, target, batch.y)
+        gaps = weighted_gaps(logits, clean, weight).mean()
+        soft = F.cross_entropy(logits, target.softmax(1))
+        return F.cross_entropy(clean, batch.y) + self.beta * gaps + self.alpha * soft, hits(logits, batch.y)
+
+    def _seen(self, means: Tensor, clean: Logits, y: Labels) -> None:
+        """Move the mean prediction of each class in the batch towards what the batch says."""
+        member = F.one_hot(y, len(means)).to(means)
+        count = member.sum(0)[:, None]
+        now = member.t() @ clean.softmax(1).to(means) / count.clamp_min(1)
+        means.copy_(torch.where(count > 0, torch.lerp(now, means, self.keep), means))

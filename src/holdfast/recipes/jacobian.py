@@ -1,0 +1,72 @@
+"""Jacobian regularisation: logits that move little whichever way the input moves.
+
+Hoffman, Roberts & Yaida, "Robust Learning with Jacobian Regularization", arXiv:1908.02729, 2019. Differs from the
+paper: the weights are averaged, and the learning rate goes in one cycle. It knows neither eps nor norm, and what it
+gains is modest.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, Logits, NonNegative, PerExample, Steps
+from holdfast.ops.fit import Training, Turn
+from holdfast.ops.learner import Learner, hits, trained
+
+_PLACE = "place"  # of the state: where the projections of an update are drawn, the same however often it is measured
+
+
+@dataclass(frozen=True)
+class JacobianRegularisation:
+    """Cross-entropy plus half of `weight` times the squared Frobenius norm of the logits' Jacobian."""
+
+    weight: NonNegative = 0.01
+    """weight of the penalty"""
+    projections: Steps = 1
+    """random directions of the logits that it is estimated from, a backward through a backward for each"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        place = {_PLACE: torch.zeros((), dtype=torch.int64)}
+        return trained(
+            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, state=place
+        )
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+        """No attack."""
+        learner.state[_PLACE].fill_(turn.rng.key >> 1)
+        return batch.x
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """The cross-entropy and the penalty."""
+        x = x_adv.detach().requires_grad_()
+        logits = learner.net(x)
+        squared = self.penalty(logits, x, batch, Draws(int(learner.state[_PLACE]))).mean()
+        return F.cross_entropy(logits, batch.y) + self.weight / 2 * squared, hits(logits, batch.y)
+
+    def penalty(self, logits: Logits, x: Inputs, batch: Batch, rng: Draws) -> PerExample:
+        """The squared norm of each example's Jacobian, right on average over the directions."""
+        classes = logits.shape[1]
+        towards = rng.normal(batch.ids, self.projections, classes, dtype=logits.dtype)
+        towards = towards / towards.norm(dim=2, keepdim=True)
+        found = torch.zeros_like(logits[:, 0])
+        for unit in towards.unbind(1):
+            (grad,) = torch.autograd.grad((logits * unit).sum(), x, create_graph=True)
+            found = found + grad.square().flatten(1).sum(1)
+        return classes / self.projections * found

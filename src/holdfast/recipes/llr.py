@@ -1,0 +1,76 @@
+"""LLR: local linearity regularisation, a loss that is nearly linear in the whole ball, and nearly level.
+
+Qin et al., "Adversarial Robustness through Local Linearization", NeurIPS 2019, arXiv:1907.02610. Differs from the
+paper: the search climbs by the threat's steepest steps instead of Adam's, the weights are averaged, and the learning
+rate goes in one cycle.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.rows import spread
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, NonNegative, Positive, Steps
+from holdfast.ops.ascent import gradient
+from holdfast.ops.fit import Training, Turn
+from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.losses import cross_entropy
+
+
+@dataclass(frozen=True)
+class LLR:
+    """Cross-entropy plus how far the loss bends away from its tangent at worst, and how steep it is there."""
+
+    bend: NonNegative = 4.0
+    """weight of the distance between the loss and its tangent, where that is largest"""
+    slope: NonNegative = 3.0
+    """weight of what the tangent itself says of that point"""
+    steps: Steps = 2
+    """gradient steps of the search for it"""
+    reach: Positive = 2.5
+    """length of its path, in multiples of eps"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+        """The end of a path away from the tangent, up or down."""
+        constraint, net, bounds = learner.threat.constraint, learner.frozen, learner.frozen.bounds
+        tangent, logits = gradient(net, batch, cross_entropy)
+        level = cross_entropy(logits, batch)
+        x = constraint.sample(batch, bounds, turn.rng.at("start"))
+        for _ in range(self.steps):
+            grad, logits = gradient(net, batch.at(x), cross_entropy)
+            apart = cross_entropy(logits, batch) - level - (tangent * (x - batch.x)).flatten(1).sum(1)
+            climb = constraint.steepest(spread(apart.sign(), x) * (grad - tangent), x, bounds)
+            moved = torch.add(x, climb, alpha=self.reach * constraint.eps / self.steps)
+            x = constraint.project(moved, batch.x, bounds)
+        return x
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """The cross-entropy, the distance from its tangent at the end of the path, and the tangent's height there."""
+        x = batch.x.detach().requires_grad_()
+        logits = learner.net(x)
+        each = F.cross_entropy(logits, batch.y, reduction="none")
+        (grad,) = torch.autograd.grad(each.sum(), x, create_graph=True)
+        risen = (grad * (x_adv - batch.x)).flatten(1).sum(1)
+        there = F.cross_entropy(learner.net(x_adv), batch.y, reduction="none")
+        apart = (there - each - risen).abs()
+        return (each + self.bend * apart + self.slope * risen.abs()).mean(), hits(logits, batch.y)

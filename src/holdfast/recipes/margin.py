@@ -1,0 +1,56 @@
+"""Margin training: logits that lie apart by what a ball needs, for networks whose Lipschitz constant is one.
+
+Prach & Lampert, "Almost-Orthogonal Layers for Efficient General-Purpose Lipschitz Networks", ECCV 2022,
+arXiv:2208.03160. Differs from the paper: the offset is in multiples of the margin that certifies the ball of the
+threat, instead of the square root of two whatever the ball; the weights are averaged, and the learning rate goes in one
+cycle. Any network can be trained so; only one of the layers in `ops/lipschitz.py` has its certificate.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.constraints import Linf
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, NonNegative, Positive
+from holdfast.ops.fit import Training
+from holdfast.ops.learner import Learner, as_it_is, hits, trained
+
+
+@dataclass(frozen=True)
+class MarginTraining:
+    """Cross-entropy after an offset is taken off the true class's logit; no attack is made."""
+
+    offset: NonNegative = 2.0
+    """what is taken off, in multiples of the margin that certifies the ball: eps times the square root of two"""
+    temperature: Positive = 0.25
+    """what the logits are divided by, and the loss multiplied with"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        return trained(as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after)
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """The cross-entropy of the lowered logits."""
+        logits, constraint = learner.net(x_adv), learner.threat.constraint
+        eps = constraint.eps
+        if isinstance(constraint, Linf):
+            eps *= math.sqrt(batch.x[0].numel())  # of the Euclidean ball around the cube
+        own = F.one_hot(batch.y, logits.shape[1]).to(logits)
+        lowered = (logits - self.offset * math.sqrt(2) * eps * own) / self.temperature
+        return self.temperature * F.cross_entropy(lowered, batch.y), hits(logits, batch.y)

@@ -1,0 +1,112 @@
+"""Adversarial training against several norms at once: the worst of all attacks, all of them, or one through all balls.
+
+Tramèr & Boneh, "Adversarial Training and Robustness for Multiple Perturbations", NeurIPS 2019, arXiv:1904.13000 (`max`
+and `average`). Maini et al., "Adversarial Robustness Against the Union of Multiple Perturbation Models", ICML 2020,
+arXiv:1909.04068 (`msd`, multi steepest descent): each step is tried under every norm, and the worst is taken. Differs
+from the papers: every attack of `max` and `average` has the same number of steps, the balls grow at first, the weights
+are averaged, and the learning rate goes in one cycle.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.constraints import Constraint
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.rows import spread
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Fraction, Inputs, PerExample, Positive, Steps
+from holdfast.ops.ascent import gradient
+from holdfast.ops.fit import Training, Turn
+from holdfast.ops.learner import Learner, trained
+from holdfast.ops.losses import cross_entropy
+
+
+@dataclass(frozen=True)
+class MultiNormTraining:
+    """Train on attacks under the threat's constraint and under others beside it."""
+
+    others: tuple[Constraint, ...] = ()
+    """what else may be changed, each as in a threat: l2:1.5,l1:10"""
+    method: Literal["max", "average", "msd"] = "msd"
+    """the worst of the attacks on each example, all of them, or one whose every step is the worst of all norms"""
+    steps: Steps = 10
+    """gradient steps of each inner attack"""
+    reach: Positive = 2.5
+    """length of its path, in multiples of eps"""
+    warmup: Fraction = 0.5
+    """share of the training over which the balls grow, at an even rate"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        if not self.others:
+            raise UsageError(
+                f"multi-norm trains under more than {threat.constraint}, and others is empty; name them with "
+                f"--set recipe.others=l2:1.5,l1:10, or choose --recipe pgd"
+            )
+        return trained(
+            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+        )
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+        """The worst points found; with `average` those of one constraint after those of another."""
+        grown = 1.0 if turn.done >= self.warmup else turn.done / self.warmup
+        constraints = [c.resized(grown * c.eps) for c in (learner.threat.constraint, *self.others)]
+        if self.method == "msd":
+            return self._steepest_of_all(learner, batch, constraints)
+        ends = []
+        for constraint in constraints:
+            under = replace(learner, threat=replace(learner.threat, constraint=constraint))
+            ends.append(under.worst(batch, turn.rng, steps=self.steps, reach=self.reach))
+        return torch.cat(ends) if self.method == "average" else _worst(learner, batch, ends)
+
+    def _steepest_of_all(self, learner: Learner, batch: Batch, constraints: list[Constraint]) -> Inputs:
+        """From the inputs themselves, each step under the constraint that brings the loss furthest up."""
+        model, x_adv = learner.frozen, batch.x
+        for _ in range(self.steps):
+            grad, _ = gradient(model, batch.at(x_adv), cross_entropy)
+            tried = []
+            for constraint in constraints:
+                climb = constraint.steepest(grad, x_adv, model.bounds)
+                moved = torch.add(x_adv, climb, alpha=self.reach * constraint.eps / self.steps)
+                tried.append(constraint.project(moved, batch.x, model.bounds))
+            x_adv = _worst(learner, batch, tried)
+        return x_adv
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """The mean cross-entropy over all points; right is what is right at each of its own."""
+        logits, n = learner.net(x_adv), len(x_adv) // len(batch)
+        y = batch.y.repeat(n)
+        right = (logits.argmax(1) == y).view(n, -1).all(0).sum()
+        return F.cross_entropy(logits, y), right
+
+
+def _worst(learner: Learner, batch: Batch, tried: list[Inputs]) -> Inputs:
+    """Of each example the point with the largest loss; a forward each."""
+
+    def height(x: Inputs) -> PerExample:
+        with torch.no_grad():
+            return cross_entropy(learner.frozen(x), batch)
+
+    worst, highest = tried[0], height(tried[0])
+    for x in tried[1:]:
+        now = height(x)
+        worst = torch.where(spread(now > highest, x), x, worst)
+        highest = torch.maximum(now, highest)
+    return worst

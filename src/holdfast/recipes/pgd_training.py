@@ -1,0 +1,63 @@
+"""Adversarial training: the cross-entropy at the worst point that projected gradient steps find around each example.
+
+Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, arXiv:1706.06083: robust
+optimisation, the minimum over weights of the mean over examples of the maximum over the ball. Differs from the paper:
+the weights are averaged, and the learning rate goes in one cycle.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
+from holdfast.ops.fit import Training, Turn
+from holdfast.ops.learner import Learner, hits, trained
+
+
+@dataclass(frozen=True)
+class PGDTraining:
+    """Train on what a short PGD makes of each batch."""
+
+    steps: Steps = 7
+    """gradient steps of the inner attack"""
+    reach: Positive = 2.5
+    """length of its path, in multiples of eps"""
+    clean: NonNegative = 0.0
+    """weight of the loss on the inputs as they are, beside that on the attacked ones"""
+    label_smoothing: Fraction = 0.0
+    """share of each label that is spread over all classes"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        return trained(
+            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+        )
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+        """The end of a path up the cross-entropy."""
+        return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """The cross-entropy there, and that of the clean inputs where it has a weight."""
+        logits = learner.net(x_adv)
+        taught = partial(F.cross_entropy, target=batch.y, label_smoothing=self.label_smoothing)
+        value = taught(logits)
+        if self.clean:
+            value = value + self.clean * taught(learner.net(batch.x))
+        return value, hits(logits, batch.y)

@@ -1,0 +1,31 @@
+"""What every recipe is: settings, and a call that trains a copy of a model and yields a checkpoint after each epoch."""
+
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.ops.fit import Training
+
+
+@runtime_checkable
+class Recipe(Protocol):
+    """A frozen dataclass whose fields are the settings; the model that it is given is never changed."""
+
+    @property
+    def training(self) -> Training:
+        """Epochs, batches, optimiser and the like."""
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        """A checkpoint after each epoch, the last with the new model; with `after` from the epoch after that one."""

@@ -1,0 +1,65 @@
+"""SCORE: TRADES with a distance of predictions in place of a divergence, which asks for no more than is there.
+
+Pang et al., "Robustness and Accuracy Could Be Reconcilable by (Proper) Definition", ICML 2022, arXiv:2202.10103.
+Differs from the paper: the weights are averaged, and the learning rate goes in one cycle.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
+from holdfast.ops.divergences import squared_error
+from holdfast.ops.fit import Training, Turn
+from holdfast.ops.learner import Learner, hits, trained
+
+
+@dataclass(frozen=True)
+class SCORE:
+    """Squared errors: of the clean prediction from the label, and of the attacked one from the clean one."""
+
+    beta: NonNegative = 4.0
+    """weight of the robust term"""
+    forgiven: NonNegative = 0.0
+    """a distance that costs nothing: labels are not certain either"""
+    label_smoothing: Fraction = 0.0
+    """share of each label that is spread over all classes"""
+    steps: Steps = 10
+    """gradient steps of the inner attack"""
+    reach: Positive = 2.5
+    """length of its path, in multiples of eps"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        return trained(
+            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+        )
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+        """The end of a path up the squared distance from the clean prediction."""
+        return learner.apart(batch, turn.rng, squared_error, steps=self.steps, reach=self.reach)
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """Both squared errors."""
+        clean, logits = learner.net(batch.x), learner.net(x_adv)
+        label = F.one_hot(batch.y, clean.shape[1]).to(clean)
+        label = torch.lerp(label, torch.full_like(label, 1 / clean.shape[1]), self.label_smoothing)
+        error = (clean.softmax(1) - label).square().sum(1)
+        robust = (squared_error(logits, clean) - self.forgiven).clamp_min(0)
+        return (error + self.beta * robust).mean(), hits(logits, batch.y)

@@ -1,0 +1,91 @@
+"""Adversarial training with a single gradient step: FGSM, FGSM-RS and N-FGSM, which differ in start and clipping.
+
+Goodfellow et al., "Explaining and Harnessing Adversarial Examples", ICLR 2015, arXiv:1412.6572: from the input itself.
+Wong et al., "Fast is Better than Free: Revisiting Adversarial Training", ICLR 2020, arXiv:2001.03994 (FGSM-RS): from a
+random point of the ball, a step of 1.25 eps. De Jorge et al., "Make Some Noise: Reliable and Efficient Single-Step
+Adversarial Training", NeurIPS 2022, arXiv:2202.01181 (N-FGSM): from noise of twice eps, and the end is not brought back
+into the ball. Differs from the papers: any norm, the weights are averaged, and the learning rate goes in one cycle.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.constraints import L1, L2, Linf
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, NonNegative, Positive
+from holdfast.ops.ascent import gradient
+from holdfast.ops.fit import Training, Turn
+from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.losses import cross_entropy
+from holdfast.ops.overfitting import HELD, RAISED, OverfittingGuard
+
+
+@dataclass(frozen=True)
+class SingleStep:
+    """Train on what one step makes of each batch: two passes an update."""
+
+    noise: NonNegative = 2.0
+    """size of the ball that the start is drawn from, in multiples of eps"""
+    step: Positive = 1.0
+    """size of the step, in multiples of eps"""
+    clip: bool = False
+    """whether the end is brought back into the ball"""
+    guard: bool = True
+    """whether catastrophic overfitting is watched for, on 256 examples that are not trained on: if ten steps break far
+    more than one, the last updates are undone, and another step is added"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        first = rng.at("guarded").bits(data.ids).argsort()
+        n = HELD if self.guard and len(data) > 2 * HELD else 0
+        held, rest = data.take(first[:n]), data.take(first[n:].sort().values)
+        state = {RAISED: torch.zeros((), dtype=torch.int64, device=data.x.device)}
+        return trained(
+            self.inner,
+            self.loss,
+            model,
+            rest,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            state=state,
+            guard=partial(OverfittingGuard, held=held) if n else None,
+            linear=True,
+        )
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+        """Where the step ends, or the steps that the guard has asked for, which share its length."""
+        constraint, bounds = learner.threat.constraint, learner.frozen.bounds
+        assert isinstance(constraint, (Linf, L2, L1))
+        x, steps = batch.x, 1 + int(learner.state[RAISED])
+        if self.noise:
+            x = constraint.resized(self.noise * constraint.eps).sample(batch, bounds, turn.rng.at("start"))
+        for _ in range(steps):
+            grad, _ = gradient(learner.frozen, batch.at(x), cross_entropy)
+            climb = constraint.steepest(grad, x, bounds)
+            moved = torch.add(x, climb, alpha=self.step * constraint.eps / steps)
+            x = constraint.project(moved, batch.x, bounds) if self.clip else bounds.clamp(moved)
+        return x
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """The cross-entropy there."""
+        logits = learner.net(x_adv)
+        return F.cross_entropy(logits, batch.y), hits(logits, batch.y)

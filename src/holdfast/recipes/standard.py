@@ -1,0 +1,44 @@
+"""Ordinary training: the cross-entropy of the labels, which is what every recipe is compared with."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Fraction, Inputs
+from holdfast.ops.fit import Training
+from holdfast.ops.learner import Learner, as_it_is, hits, trained
+
+
+@dataclass(frozen=True)
+class Standard:
+    """Train on the examples as they are; nothing is made harder to break."""
+
+    label_smoothing: Fraction = 0.0
+    """share of each label that is spread over all classes"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        return trained(
+            as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+        )
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """The cross-entropy, its labels smoothed."""
+        logits = learner.net(x_adv)
+        value = F.cross_entropy(logits, batch.y, label_smoothing=self.label_smoothing)
+        return value, hits(logits, batch.y)

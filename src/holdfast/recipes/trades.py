@@ -1,0 +1,61 @@
+"""TRADES: clean accuracy, and how little the output changes around it, weighed against each other.
+
+Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", ICML 2019, arXiv:1901.08573.
+Differs from the paper: the inner attack starts anywhere in the ball instead of at a tiny Gaussian, the weights are
+averaged, and the learning rate goes in one cycle.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
+from holdfast.ops.divergences import kullback_leibler
+from holdfast.ops.fit import Training, Turn
+from holdfast.ops.learner import Learner, hits, trained
+
+
+@dataclass(frozen=True)
+class TRADES:
+    """Cross-entropy on clean inputs plus `beta` times the worst divergence of the outputs around them."""
+
+    beta: NonNegative = 6.0
+    """weight of the robust term; 0 is ordinary training"""
+    steps: Steps = 10
+    """gradient steps of the inner attack"""
+    reach: Positive = 2.5
+    """length of its path, in multiples of eps"""
+    label_smoothing: Fraction = 0.0
+    """share of each label that is spread over all classes"""
+    training: Training = field(default_factory=Training)
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        return trained(
+            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+        )
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+        """The end of a path up the divergence from the clean prediction."""
+        return learner.apart(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """The clean cross-entropy, and the divergence."""
+        clean, logits = learner.net(batch.x), learner.net(x_adv)
+        robust = kullback_leibler(logits, clean).mean()
+        taught = F.cross_entropy(clean, batch.y, label_smoothing=self.label_smoothing)
+        return taught + self.beta * robust, hits(logits, batch.y)

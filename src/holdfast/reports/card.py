@@ -1,0 +1,70 @@
+"""The card of a hardened model: what it is worth beside the one it was made from, and how it was made."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from holdfast.reports.markdown import escaped, table
+from holdfast.reports.numbers import percent, plain
+from holdfast.reports.words import capitalized, interval, label, shown
+
+_SHOWN = ("clean_accuracy", "robust_accuracy")
+
+
+def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card keeps of an assessment."""
+    raised = [doubt for doubt in summary["doubts"] if doubt["state"] == "raised"]
+    return {
+        "headline": summary["headline"],
+        "suite": summary["suite"],
+        "n": summary["n"],
+        "metrics": {name: summary["metrics"][name] for name in _SHOWN},
+        "doubts": [{"name": doubt["name"], "says": doubt["says"]} for doubt in raised],
+    }
+
+
+def document(card: Mapping[str, Any]) -> str:
+    """The card as Markdown."""
+    before, after, held = card["before"], card["after"], card["chosen"]
+    lines = [f"# {escaped(card['name'])}", ""]
+    lines += [f"Hardened for {escaped(card['threat'])} by the recipe `{card['recipe']}`, {_why(card)}.", ""]
+    lines += table(
+        (f"on {after['n']:,} test examples, suite {after['suite']}", "before", "after"),
+        (
+            (capitalized(label(name)), *(_measured(name, side["metrics"][name]) for side in (before, after)))
+            for name in _SHOWN
+        ),
+    )
+    lines.append(
+        f"The checkpoint is that of epoch {held['epoch']} of {card['epochs']}, the best on held-out training "
+        f"data: {percent(held['clean'])} clean, {percent(held['robust'])} under a PGD of 20 steps, which flatters.\n"
+    )
+    lines += ["![accuracy over the epochs](curve.svg)", ""]
+    for side, said in (("before", before), ("after", after)):
+        lines += [f"- doubt {side}, `{doubt['name']}`: {escaped(doubt['says'])}" for doubt in said["doubts"]]
+    if not after["doubts"]:
+        lines += ["- no doubt was raised against the numbers after"]
+    lines += [f"- {escaped(note)}" for note in card["notes"]]
+    lines += ["", "Open it:", "", f"    {card['opened_by']}", ""]
+    lines += ["Made by:", "", f"    {card['command'] or 'holdfast.harden(...)'}", ""]
+    seconds = f"{plain(card['cost']['wall_s'])} s ({plain(card['cost']['cpu_s'])} s of CPU time)"
+    lines += [f"Training took {seconds} on {escaped(card['hardware'])}, seed {card['seed']}.", ""]
+    lines += ["Settings:", "", *(f"    {line}" for line in _settings(card["settings"]))]
+    return "\n".join(lines) + "\n"
+
+
+def _why(card: Mapping[str, Any]) -> str:
+    return escaped(card["why"]) if card["asked"] == card["recipe"] else f"chosen: {escaped(card['why'])}"
+
+
+def _measured(name: str, estimate: Mapping[str, Any]) -> str:
+    return f"{shown(name, estimate['value'])} ({interval(name, estimate)})"
+
+
+def _settings(said: Mapping[str, Any], before: str = "") -> list[str]:
+    lines = []
+    for name, value in said.items():
+        if isinstance(value, Mapping):
+            lines += _settings(value, f"{before}{name}.")
+        else:
+            lines.append(f"{before}{name}: {value}")
+    return lines

@@ -1,0 +1,100 @@
+"""A new model as a hardening leaves it: its weights, its card, and what it is worth beside the one it was made from."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.core.chain import canonical, digest
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.model import Classifier
+from holdfast.reports.card import document as as_markdown
+from holdfast.reports.numbers import percent
+from holdfast.reports.training import curve_svg
+from holdfast.runs.order import Subject
+from holdfast.runs.result import Result
+from holdfast.runs.training import Point
+from holdfast.store.files import usable, write_atomically
+from holdfast.store.records import document
+
+MODEL = "model.safetensors"
+"""File of the new model, in the run's folder and wherever it is written to."""
+
+
+@dataclass(frozen=True)
+class Hardened:
+    """A new model, how it was made, and what it is worth beside the one it was made from."""
+
+    model: Classifier
+    before: Result
+    after: Result
+    curve: tuple[Point, ...]
+    """each epoch of the training that made it"""
+    card: Mapping[str, Any]
+    """recipe, settings, plan, both measurements, cost and versions, in the types of strict JSON"""
+    weights: bytes
+    """the new model as a safetensors file"""
+    folder: Path | None = None
+
+    def write(self, folder: str | Path) -> Path:
+        """Write `model.safetensors`, `card.md`, `card.json` and `curve.svg` into a folder, made where it is missing."""
+        place = Path(folder)
+        with usable(place):
+            place.mkdir(parents=True, exist_ok=True)
+            write_atomically(place / MODEL, self.weights)
+            write_atomically(place / "card.json", document(self.card))
+            write_atomically(place / "card.md", as_markdown(self.card).encode())
+            write_atomically(place / "curve.svg", curve_svg(self.card["curve"]).encode())
+        return place
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of the training beside its numbers."""
+        return tuple(self.card["notes"])
+
+    def __str__(self) -> str:
+        before, after = (self.card[side]["metrics"] for side in ("before", "after"))
+        said = [
+            f"{name} {percent(estimate['value'])} → {percent(after[name]['value'])}"
+            for name, estimate in before.items()
+        ]
+        epoch = f"epoch {self.card['chosen']['epoch']} of {self.card['epochs']}"
+        return f"{self.card['recipe']}: {', '.join(said)} ({epoch})"
+
+
+def described(subject: Subject, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the weights file says of itself: how it is opened, and the digest of what made it."""
+    known = {key: subject.card[key] for key in ("architecture", "arguments") if key in subject.card}
+    said = {
+        key: subject.card[key]
+        for key in ("bounds", "mean", "std", "classes")
+        if subject.card.get(key) is not None
+    }
+    return {**known, **said, "training": digest(canonical([manifest["digests"], manifest["plan"]]))}
+
+
+def digest_of_weights(checkpoint: Checkpoint) -> str:
+    """SHA-256 over the tensors, in hex."""
+    sha = hashlib.sha256()
+    for name, value in sorted(checkpoint.tensors.items()):
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        sha.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def timeless(card: Mapping[str, Any]) -> dict[str, Any]:
+    """A card without what differs between two equal runs: how long each thing took."""
+    points = [_timeless_point(point) for point in card["curve"]]
+    kept = {name: value for name, value in card.items() if name != "cost"}
+    return {
+        **kept,
+        "curve": points,
+        "chosen": _timeless_point(card["chosen"]),
+    }
+
+
+def _timeless_point(point: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in point.items() if name not in {"cpu_s", "wall_s"}}

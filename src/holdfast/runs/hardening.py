@@ -1,0 +1,383 @@
+"""The harden verb: measure, train a new model within a budget, choose it on held-out examples, and measure again."""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.core.batch import Batch, Data
+from holdfast.core.chain import canonical, digest
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.errors import LostLoss, TargetError
+from holdfast.core.model import out_of_memory
+from holdfast.core.names import threat_text
+from holdfast.core.threat import ThreatModel
+from holdfast.reports.card import judged
+from holdfast.reports.numbers import strict
+from holdfast.runs import training
+from holdfast.runs.assess import assess
+from holdfast.runs.candidates import Candidate, attempts
+from holdfast.runs.hardened import MODEL, Hardened, described, digest_of_weights, timeless
+from holdfast.runs.held_out import digest_of, looked_at, refuse_classes, split_of, without_judged
+from holdfast.runs.identity import code_digest, hardware, versions
+from holdfast.runs.order import Order, Progress, Step, Subject, silent
+from holdfast.runs.repeating import repeatable, way_out
+from holdfast.runs.result import Result
+from holdfast.runs.signals import Stopper, stoppable
+from holdfast.runs.trainable import copy_of, refuse_untrainable
+from holdfast.runs.training import BEST, LAST, Point
+from holdfast.sources.weights import written
+from holdfast.store.files import CHECKPOINTS, usable, write_atomically
+from holdfast.store.folder import RunFolder, opened, planned
+
+_STAGES = ["before", "training", "after"]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a hardening is asked for."""
+
+    name: str
+    """of the recipe, as it was asked for"""
+    candidates: tuple[Candidate, ...]
+    """the recipe, or those to choose from, the quickest first"""
+    threat: ThreatModel
+    judge: Order
+    """how the model is measured before and after"""
+    budget_s: float | None = None
+    """wall time of the training, its looks at held-out examples included; None goes by the recipe's epochs"""
+    seed: int = 0
+    device: str = "cpu"
+    command: str = ""
+
+
+Told = Callable[[str], None]
+"""Hears what is about to be done."""
+
+
+def unheard(said: str) -> None:
+    """Nobody listens."""
+
+
+def harden(
+    subject: Subject,
+    data: Batch,
+    test: Data,
+    wish: Wish,
+    *,
+    run: Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+    told: Told = unheard,
+) -> Hardened:
+    """Train a copy of the model that holds under the threat, in a folder that a stopped run goes on in.
+
+    Without `run` nothing is kept but what is returned. Raises `UsageError`, `TargetError`, or `Interrupted` with the
+    way to go on.
+    """
+    refuse_untrainable(subject.model)
+    refuse_classes(data, subject.model.classes)
+    fresh, said = without_judged(data, test)
+    with ExitStack() as stack:
+        place = run
+        if place is None:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
+        job = _Job(subject, fresh, test, wish, place, progress, told, said)
+        found = job.done(resume=resume)
+    if run is not None:
+        return found
+    before, after = (replace(side, folder=None) for side in (found.before, found.after))
+    return replace(found, before=before, after=after, folder=None)
+
+
+class _Job:
+    """One hardening in its folder."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        data: Batch,
+        test: Data,
+        wish: Wish,
+        run: Path,
+        progress: Progress,
+        told: Told,
+        said: str,
+    ) -> None:
+        device = torch.device(wish.device)
+        self.rest, self.held = (part.to(device) for part in split_of(data, wish.seed))
+        self.subject, self.test, self.wish, self.run = subject, test, wish, run
+        self.progress, self.told = progress, told
+        self.model = copy_of(subject.model).to(device)
+        for one in wish.candidates:  # what it cannot learn from is refused here; nothing is trained yet
+            one.recipe(self.model, self.rest, wish.threat, rng=Draws(wish.seed))
+        self.notes = [said] if said else []
+        known = planned(run)
+        self.plan = known["plan"] if known else self._planned()
+        digests = [test.digest, digest_of(data)]
+        self.manifest = _manifest(subject, digests, test, wish, self.plan, device)
+        self.judge = replace(wish.judge, device=wish.device)
+
+    def _planned(self) -> dict[str, Any]:
+        wish = self.wish
+        tried = attempts(
+            wish.candidates,
+            wish.budget_s,
+            self.model,
+            self.rest,
+            wish.threat,
+            lambda: looked_at(self.model, self.held, wish.threat),
+        )
+        return {"attempts": tried, "budget_s": wish.budget_s, "stages": _STAGES}
+
+    def done(self, *, resume: bool) -> Hardened:
+        """All that is not done yet, and the new model."""
+        again = way_out(self.wish.command, self.run)
+        with (
+            stoppable(again) as stopper,
+            opened(self.run, self.manifest, _about(self.wish), resume=resume) as folder,
+        ):
+            before = self._judged(self.subject, "before", replace(self.judge, gates=()))
+            folder.record("before", _head(before))
+            for k, attempt in enumerate(self.plan["attempts"]):
+                self.told(_announced(attempt, self.plan["budget_s"], len(self.test)))
+                found = self._attempt(k, attempt, before, stopper)
+                if not found.card["after"]["doubts"]:
+                    break
+            with stopper.finishing():
+                self._kept(folder, found)
+        return found
+
+    def _attempt(self, k: int, attempt: Mapping[str, Any], before: Result, stopper: Stopper) -> Hardened:
+        candidate = next(one for one in self.wish.candidates if one.name == attempt["recipe"])
+        place = self.run / _numbered(CHECKPOINTS, k)
+        curve = self._trained(place, candidate, attempt["epochs"], stopper)
+        best = training.kept(place, BEST)
+        assert best is not None
+        new = self._new_model(best.checkpoint, candidate)
+        after = self._judged(new, _numbered("after", k), self.judge)
+        assert isinstance(new.model.net, nn.Module)  # anything else was refused
+        weights = written(new.model.net, described(self.subject, self.manifest))
+        card = _card(self, candidate, attempt, new, (before, after), curve, best.curve[-1])
+        return Hardened(new.model, before, after, curve, card, weights, self.run)
+
+    def _new_model(self, checkpoint: Checkpoint, candidate: Candidate) -> Subject:
+        new = deepcopy(self.subject.model)
+        checkpoint.put_into(new)
+        name = f"{self.subject.card.get('name', 'model')}, {candidate.name}"
+        card = {**self.subject.card, "name": name}
+        return replace(self.subject, model=new.eval(), digest=digest_of_weights(checkpoint), card=card)
+
+    def _judged(self, subject: Subject, place: str, judge: Order) -> Result:
+        return assess(subject, self.test, judge, run=self.run / place, resume=True, progress=self.progress)
+
+    def _trained(self, place: Path, candidate: Candidate, epochs: int, stopper: Stopper) -> tuple[Point, ...]:
+        """The curve over all epochs; the checkpoints of the last and of the best are in their files."""
+        last = training.kept(place, LAST)
+        batch = candidate.recipe.training.batch if last is None else last.curve[-1].batch
+        while True:
+            try:
+                return self._course(place, candidate, epochs, batch, stopper)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                batch //= 2
+                if not batch:
+                    raise TargetError("memory ran out for a batch of one example") from error
+            except LostLoss as error:
+                raise LostLoss(f"{error}; {self._rescued(place, candidate)}") from error
+
+    def _course(
+        self, place: Path, candidate: Candidate, epochs: int, batch: int, stopper: Stopper
+    ) -> tuple[Point, ...]:
+        """From the last checkpoint on, with batches of that size."""
+        how = candidate.recipe.training
+        how = replace(how, epochs=epochs, batch=batch, lr=how.lr * batch / how.batch)
+        recipe: Any = replace(candidate.recipe, training=how)  # type: ignore[type-var]
+        last = training.kept(place, LAST)
+        curve = () if last is None else last.curve
+        if _stale(curve, how.patience):
+            return curve
+        highest = max((_score(point) for point in curve), default=(-1.0, -1.0))
+        shown = deepcopy(self.model)
+        cpu, wall = time.process_time(), time.perf_counter()
+        after = None if last is None else last.checkpoint
+        for checkpoint in recipe(
+            self.model, self.rest, self.wish.threat, rng=Draws(self.wish.seed), after=after
+        ):
+            checkpoint.put_into(shown)
+            clean, robust = looked_at(shown, self.held, self.wish.threat)
+            now = time.process_time(), time.perf_counter()
+            spent = {"cpu_s": now[0] - cpu, "wall_s": now[1] - wall}
+            measured = dict(checkpoint.measured)
+            point = Point(checkpoint.epoch, **measured, batch=batch, clean=clean, robust=robust, **spent)
+            cpu, wall = now
+            curve = (*curve, point)
+            with stopper.finishing():
+                if _score(point) > highest:
+                    highest = _score(point)
+                    training.keep(place, BEST, checkpoint, curve)
+                training.keep(place, LAST, checkpoint, curve)
+            self.progress(_step(candidate, point, epochs, len(self.held)))
+            if _stale(curve, how.patience):
+                break
+        return curve
+
+    def _rescued(self, place: Path, candidate: Candidate) -> str:
+        """The best model so far, where there is one, written where it can be opened; and how that is said."""
+        best = training.kept(place, BEST)
+        if best is None:
+            return "no epoch had been finished"
+        net = self._new_model(best.checkpoint, candidate).model.net
+        assert isinstance(net, nn.Module)
+        path = self.run / MODEL
+        with usable(path):
+            write_atomically(path, written(net, described(self.subject, self.manifest)))
+        return f"the best of the {len(best.curve)} epochs before is in {str(path)!r}"
+
+    def _kept(self, folder: RunFolder, found: Hardened) -> None:
+        """The new model in the run's folder, and what was found in its chain."""
+        folder.keep("model", MODEL, found.weights)
+        folder.record("training", {"chosen": found.card["chosen"]["epoch"], "weights": digest(found.weights)})
+        place = found.after.folder
+        assert place is not None
+        folder.record(place.name, _head(found.after))
+        folder.record("card", timeless(found.card))
+        folder.record("verdict", {"exit_code": found.after.exit_code, "judged": place.name})
+
+
+def _announced(attempt: Mapping[str, Any], budget_s: float | None, n: int) -> str:
+    """What is about to be trained, and that judging is not part of its budget."""
+    of = (
+        "" if budget_s is None else f" of about {attempt['epoch_s']:.1f} s, within a budget of {budget_s:g} s"
+    )
+    epochs = "1 epoch" if attempt["epochs"] == 1 else f"{attempt['epochs']} epochs"
+    return (
+        f"training by {attempt['recipe']} ({attempt['why']}): {epochs}{of}; judging {n:,} test examples before and "
+        f"after comes on top"
+    )
+
+
+def _numbered(name: str, k: int) -> str:
+    return name if k == 0 else f"{name}-{k + 1}"
+
+
+def _head(result: Result) -> dict[str, Any]:
+    """What ties a measurement of its own folder to this run."""
+    return {"chain": result.about["hashes"]["chain"]}
+
+
+def _step(candidate: Candidate, point: Point, epochs: int, held: int) -> Step:
+    standing = round(point.robust * held)
+    return Step(f"training {candidate.name}", 2, len(_STAGES), point.epoch, epochs, standing, held)
+
+
+def _score(point: Point) -> tuple[float, float]:
+    return point.robust, point.clean
+
+
+def _stale(curve: tuple[Point, ...], patience: int) -> bool:
+    """Whether so many epochs have passed since the held-out robust accuracy was last better than ever; never for 0."""
+    heights = [point.robust for point in curve]
+    return bool(patience and heights) and len(heights) - 1 - heights.index(max(heights)) >= patience
+
+
+def _card(
+    job: _Job,
+    candidate: Candidate,
+    attempt: Mapping[str, Any],
+    new: Subject,
+    sides: tuple[Result, Result],
+    curve: tuple[Point, ...],
+    chosen: Point,
+) -> dict[str, Any]:
+    wish, manifest = job.wish, job.manifest
+    summaries = [side.summary() for side in sides]
+    arch = "" if "architecture" in new.card else " --arch file.py:factory"
+    found: dict[str, Any] = strict(
+        {
+            "name": new.card["name"],
+            "recipe": candidate.name,
+            "asked": wish.name,
+            "why": attempt["why"],
+            "epochs": attempt["epochs"],
+            "settings": candidate.settings,
+            "threat": threat_text(str(wish.threat.constraint), None, "gradients", None),
+            "plan": manifest["plan"],
+            "seed": wish.seed,
+            "before": judged(summaries[0]),
+            "after": judged(summaries[1]),
+            "chosen": chosen.to_json(),
+            "curve": [point.to_json() for point in curve],
+            "notes": [*job.notes, *_shrunk(curve, candidate)],
+            "cost": {name: sum(getattr(point, name) for point in curve) for name in ("cpu_s", "wall_s")},
+            "model": dict(new.card),
+            "data": manifest["data"],
+            "versions": manifest["versions"],
+            "hardware": manifest["hardware"],
+            "command": repeatable(wish.command),
+            "opened_by": f"holdfast assess {MODEL} {manifest['data']['name']}{arch}",
+        }
+    )
+    return found
+
+
+def _shrunk(curve: tuple[Point, ...], candidate: Candidate) -> list[str]:
+    """Where memory ran out, and what was done about it."""
+    sizes = [candidate.recipe.training.batch, *(point.batch for point in curve)]
+    return [
+        f"memory ran out in epoch {epoch}: batches of {now} in place of {before} from there on, the rate scaled alike"
+        for epoch, (before, now) in enumerate(pairwise(sizes), 1)
+        if now != before
+    ]
+
+
+def _manifest(
+    subject: Subject,
+    digests: list[str],
+    test: Data,
+    wish: Wish,
+    plan: Mapping[str, Any],
+    device: torch.device,
+) -> dict[str, Any]:
+    constraint = wish.threat.constraint
+    config = strict(
+        {
+            "recipe": wish.name,
+            "settings": {one.name: one.settings for one in wish.candidates},
+            "threat": {"norm": type(constraint).__name__, "eps": constraint.eps},
+            "suite": wish.judge.plan.suite,
+            "budget_s": wish.budget_s,
+            "seed": wish.seed,
+        }
+    )
+    return {
+        "verb": "harden",
+        "digests": {
+            "config": digest(canonical(config)),
+            "model": subject.digest,
+            "data": digest(canonical(digests)),
+            "code": code_digest(),
+        },
+        "config": config,
+        "model": strict(dict(subject.card)),
+        "data": {"name": test.name, "n": len(test)},
+        "versions": versions(),
+        "hardware": hardware(device),
+        "seed": wish.seed,
+        "plan": dict(plan),
+    }
+
+
+def _about(wish: Wish) -> dict[str, Any]:
+    return {"created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "command": repeatable(wish.command)}

@@ -1,0 +1,106 @@
+"""What a training must not learn from: examples that choose its checkpoint, and those that judge it."""
+
+import hashlib
+
+import torch
+
+from holdfast.attacks import PGD
+from holdfast.core.batch import UNLABELLED, Batch, Data
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.ops.losses import margin
+
+LOOK = PGD(steps=20)
+"""What chooses the checkpoint: more steps than training takes, and another loss."""
+_HELD_OUT, _LEAST_HELD_OUT = 1_000, 50
+_EVERY = 10  # at most one training example in so many is held out
+_NAMED = 3  # duplicates that are named
+
+
+def split_of(data: Batch, seed: int) -> tuple[Batch, Batch]:
+    """Training examples and held-out ones, all with labels; which are held out depends on the seed alone."""
+    known = data.y != UNLABELLED
+    labelled = int(known.sum())
+    n = min(_HELD_OUT, labelled // _EVERY)
+    if n < _LEAST_HELD_OUT:
+        raise UsageError(
+            f"{labelled} training examples leave {n} to choose the checkpoint by; at least "
+            f"{_LEAST_HELD_OUT * _EVERY} are needed"
+        )
+    order = Draws(seed).at("held out").bits(data.ids).argsort()
+    order = torch.cat((order[known[order]], order[~known[order]]))
+    held, rest = order[:n].sort().values, order[n:].sort().values
+    return data.take(rest), data.take(held)
+
+
+def looked_at(model: Classifier, held: Batch, threat: ThreatModel) -> tuple[float, float]:
+    """Accuracy on the held-out examples, and under the attack that chooses."""
+    was = model.training
+    model.eval()
+    right, stands = 0, 0
+    for some in held.split(256):
+        with torch.no_grad():
+            correct = margin(model(some.x), some) > 0
+        right += int(correct.sum())
+        left = some.take(correct)
+        if len(left):
+            x_adv = LOOK(model, left, threat, rng=Draws(0).at("look"))
+            with torch.no_grad():
+                stands += int((margin(model(x_adv), left) > 0).sum())
+    model.train(was)
+    return right / len(held), stands / len(held)
+
+
+def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
+    """The training examples that are not judged as well, and what is to be said of those that are.
+
+    Only inputs that are equal to the last bit are found.
+    """
+    judged: dict[bytes, int] = {}
+    for begin in range(0, len(test), 1_000):
+        some = test.read(begin, min(begin + 1_000, len(test)))
+        judged |= dict(zip(_names(some), some.ids.tolist(), strict=True))
+    names = _names(data)
+    fresh = torch.tensor([name not in judged for name in names])
+    twice = [
+        (row, judged[name]) for row, name in zip(data.ids.tolist(), names, strict=True) if name in judged
+    ]
+    if not twice:
+        return data, ""
+    named = ", ".join(f"{row} is test example {other}" for row, other in twice[:_NAMED])
+    more = f" and {len(twice) - _NAMED:,} more" if len(twice) > _NAMED else ""
+    said = f"{len(twice):,} of {len(data):,} training examples are judged as well: training example {named}{more}"
+    if len(twice) == len(data):
+        raise UsageError(f"{said}; judge on other examples, or name others to train on with --fit DATA")
+    return data.take(fresh), f"{said}; they are left out of the training"
+
+
+def _names(data: Batch) -> list[bytes]:
+    """What tells each input from others: a hash of its bytes."""
+    rows = data.x.detach().cpu().contiguous().flatten(1).numpy()
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
+
+
+def digest_of(data: Batch) -> str:
+    """SHA-256 over inputs and labels, in hex."""
+    sha = hashlib.sha256(data.x.cpu().contiguous().numpy().tobytes())
+    sha.update(data.y.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def refuse_classes(data: Batch, classes: int | None) -> None:
+    """`TargetError` where the labels are of one class alone, or a class of the model has none."""
+    found = torch.unique(data.y[data.y != UNLABELLED])
+    if len(found) < 2:
+        held = (
+            f"all {len(data)} training labels are {int(found[0])}" if len(data) else "no examples to train on"
+        )
+        raise TargetError(f"{held}; two classes are needed")
+    lacking = sorted(set(range(classes or 0)) - set(found.tolist()))
+    if lacking:
+        raise TargetError(
+            f"no training example is of class {', '.join(map(str, lacking))}, of the {classes} that the model tells "
+            f"apart; add some, or give a model of {classes - len(lacking) if classes else 0} classes"
+        )

@@ -1,0 +1,63 @@
+"""How long a recipe takes on this machine, and what fits into a budget of time."""
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.ops.fit import updates
+from holdfast.recipes.protocol import Recipe
+
+_WARM, _TIMED = 3, 12  # updates: the first ones choose kernels and fill caches
+_MORE, _SOON = 50, 15.0  # so many updates are timed where they take less than so many seconds
+_STILL = 1e-9  # a learning rate at which no loss is lost
+_SPARE = 0.95  # of the budget is planned, for a machine is not equally quick all the time
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of wall time on this machine."""
+
+    update: float
+    epoch: float
+    """the updates of one epoch, and the look at the held-out examples after it"""
+
+
+def pace(recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel, look_s: float) -> Pace:
+    """Measured on a few updates of a copy, whose weights are dropped; a look at held-out examples takes `look_s`."""
+    few = replace(recipe.training, epochs=1, lr=_STILL)
+    size = min(recipe.training.batch, len(data))
+
+    def taken(n: int) -> float:
+        rows = torch.arange(min(n * size, len(data)), device=data.x.device)
+        short: Any = replace(recipe, training=few)  # type: ignore[type-var]  # every recipe is a dataclass
+        begun = time.perf_counter()
+        list(short(model, data.take(rows), threat, rng=Draws(0)))
+        return (time.perf_counter() - begun) / updates(len(rows), size)
+
+    taken(_WARM)
+    update = taken(_TIMED)
+    if update * _MORE < _SOON:
+        update = taken(_MORE)
+    return Pace(update, update * updates(len(data), size) + look_s)
+
+
+def fitting(budget_s: float, found: Pace) -> int:
+    """Epochs that fit into a budget; 0 where not even one does."""
+    return int(_SPARE * budget_s / found.epoch)
+
+
+def too_small(budget_s: float, found: Pace) -> str:
+    """Why no epoch fits, and what would do."""
+    least = math.ceil(found.epoch / _SPARE)
+    asked = f"{least}s" if least < 120 else f"{math.ceil(least / 60)}min"
+    return (
+        f"a budget of {budget_s:g} s is too small: one epoch takes about {found.epoch:.0f} s on this machine; give "
+        f"--budget {asked} or more, or fewer steps"
+    )

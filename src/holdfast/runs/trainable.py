@@ -1,0 +1,41 @@
+"""Whether a model can be trained at all."""
+
+from copy import deepcopy
+
+from torch import nn
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Classifier
+
+
+def refuse_untrainable(model: Classifier) -> None:
+    """`TargetError` for what is no network or gives no gradients, `UsageError` where all its parameters are frozen."""
+    if not isinstance(model.net, nn.Module) or not any(True for _ in model.parameters()):
+        raise TargetError("the model has no parameters to train; give a network, as in net.py:make")
+    if model.access != "gradients":
+        raise TargetError(
+            f"the model gives {model.access} and no gradients, so it cannot be trained; {model.hides}"
+        )
+    frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    if len(frozen) == sum(1 for _ in model.parameters()):
+        raise UsageError(
+            f"all {len(frozen)} parameters are frozen; set requires_grad where the factory builds it"
+        )
+
+
+def copy_of(model: Classifier) -> Classifier:
+    """A copy to train; `TargetError` where a layer does not copy, or its copy shares its weights."""
+    try:
+        copied = deepcopy(model)
+    except Exception as error:  # whatever a layer of the user's raises
+        raise TargetError(
+            f"the model cannot be copied, and the one that is given is never changed: {type(error).__name__}: {error}; "
+            f"give its layers what copy.deepcopy asks, such as __deepcopy__"
+        ) from error
+    own = {weight.data_ptr() for weight in model.parameters()}
+    if any(weight.data_ptr() in own for weight in copied.parameters()):
+        raise TargetError(
+            "a copy of the model shares its weights, and the one that is given is never changed; let its "
+            "__deepcopy__ copy them"
+        )
+    return copied

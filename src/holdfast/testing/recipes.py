@@ -1,0 +1,116 @@
+"""Laws that every recipe obeys, for `parametrize`; a recipe of another package runs them too."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import WEIGHTS, Checkpoint
+from holdfast.core.constraints import Linf
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.ops.fit import Training
+from holdfast.recipes.protocol import Recipe
+from holdfast.testing.fakes import examples, labelled, network
+
+SHORT = Training(epochs=3, batch=8, optimizer="sgd", lr=0.05, schedule="cosine", average=0.9)
+"""Enough to see the weights move, in a fraction of a second."""
+
+
+def _problem(seed: int = 0) -> tuple[Classifier, Batch]:
+    """Examples labelled by one network, and another that agrees on most of them."""
+    teacher, student, stranger = network(seed), network(seed), network(seed + 1)
+    with torch.no_grad():
+        for weight, other in zip(student.parameters(), stranger.parameters(), strict=True):
+            weight.lerp_(other, 0.3)
+    return student.requires_grad_(), labelled(teacher, examples(seed, n=26))
+
+
+def _run(
+    recipe: Recipe, model: Classifier, data: Batch, eps: float, seed: int = 0, after: Checkpoint | None = None
+) -> list[Checkpoint]:
+    short: Any = replace(recipe, training=SHORT)  # type: ignore[type-var]  # every recipe is a dataclass
+    return list(short(model, data, _threat(eps), rng=Draws(seed), after=after))
+
+
+_SURROGATE = network(5)
+
+
+def _threat(eps: float) -> ThreatModel:
+    return ThreatModel(Linf(eps), surrogates=(_SURROGATE,))
+
+
+def same(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two checkpoints are equal to the last bit."""
+    names = one.tensors.keys() == other.tensors.keys()
+    return names and all(torch.equal(value, other.tensors[name]) for name, value in one.tensors.items())
+
+
+def leaves_the_model_alone(recipe: Recipe) -> None:
+    """Weights, modes and `requires_grad` of the given model stay, and the new one differs."""
+    model, data = _problem()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = data.x.clone(), data.y.clone()
+    last = _run(recipe, model, data, 0.05)[-1]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model.training and all(weight.requires_grad for weight in model.parameters())
+    assert all(weight.grad is None for weight in model.parameters())
+    assert torch.equal(data.x, x) and torch.equal(data.y, y)
+    assert any(not torch.equal(last.tensors[WEIGHTS + name], value) for name, value in before.items())
+
+
+def repeats_itself(recipe: Recipe) -> None:
+    """The same seed gives the same weights, another seed others."""
+    model, data = _problem()
+    one, again, other = (_run(recipe, model, data, 0.05, seed)[-1] for seed in (0, 0, 1))
+    assert same(one, again)
+    assert not same(one, other)
+
+
+def goes_on_exactly(recipe: Recipe) -> None:
+    """After any checkpoint the rest comes out to the last bit as in a training that nothing stopped."""
+    model, data = _problem()
+    whole = _run(recipe, model, data, 0.05)
+    assert [checkpoint.epoch for checkpoint in whole] == [1, 2, 3]
+    for stopped in whole[:-1]:
+        rest = _run(recipe, model, data, 0.05, after=stopped)
+        assert [checkpoint.epoch for checkpoint in rest] == list(range(stopped.epoch + 1, 4))
+        assert all(same(one, other) for one, other in zip(rest, whole[stopped.epoch :], strict=True))
+
+
+def draws_from_its_own_seed(recipe: Recipe) -> None:
+    """Torch's own generator neither decides anything nor is moved."""
+    model, data = _problem()
+    torch.manual_seed(1)
+    one = _run(recipe, model, data, 0.05)[-1]
+    state = torch.random.get_rng_state()
+    torch.manual_seed(2)
+    other = _run(recipe, model, data, 0.05)[-1]
+    assert same(one, other)
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def learns(recipe: Recipe) -> None:
+    """The loss falls from the first epoch to the last, and the new model agrees with more of the labels."""
+    model, data = _problem()
+    longer = replace(SHORT, epochs=30)
+    short: Any = replace(recipe, training=longer)  # type: ignore[type-var]
+    found = list(short(model, data, _threat(0.01), rng=Draws(0)))
+    assert found[-1].measured["loss"] < found[0].measured["loss"]
+    with torch.no_grad():
+        before = (model(data.x).argmax(1) == data.y).sum()
+        found[-1].put_into(model)
+        assert (model(data.x).argmax(1) == data.y).sum() > before
+
+
+RECIPE_LAWS = (
+    leaves_the_model_alone,
+    repeats_itself,
+    goes_on_exactly,
+    draws_from_its_own_seed,
+    learns,
+)
+"""Every law of recipes."""

@@ -1,0 +1,79 @@
+"""Settings of recipes as files and flags say them."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from holdfast.config.grammar import pairs
+from holdfast.config.recipes import _checked, build_recipe, settings_of
+from holdfast.config.settings import HardenSettings, read
+from holdfast.core.constraints import L0, L1, L2, Linf
+from holdfast.core.errors import UsageError
+from holdfast.ops.fit import Training
+from holdfast.recipes import TRADES, MultiNormTraining
+
+
+def told(*sets):
+    return build_recipe(read(None, {}, ["recipe.use=multi-norm", *sets], kind=HardenSettings).recipe)
+
+
+def test_constraints_are_named_as_threats_are_in_a_flag_and_in_a_list(tmp_path):
+    expected = MultiNormTraining(others=(L2(1.5), L1(10.0)), method="max")
+    assert told("recipe.others=l2:1.5,l1:10", "recipe.method=max") == expected
+    file = tmp_path / "holdfast.yaml"
+    file.write_text("recipe: {use: multi-norm, method: max, others: ['l2:3/2', 'l1:10']}\n")
+    assert build_recipe(read(file, {}, kind=HardenSettings).recipe) == expected
+    assert told("recipe.others=l2:1.5").others == (L2(1.5),)
+    assert told("recipe.others=[linf:8/255, l0:3px]").others == (Linf(8 / 255), L0(3, "pixel"))
+
+
+def test_settings_are_said_as_they_are_read():
+    recipe = MultiNormTraining(others=(L2(1.5), Linf(8 / 255), L0(3, "pixel")))
+    said = settings_of(recipe)
+    assert said["others"][0] == "l2:1.5"
+    assert build_recipe({"use": "multi-norm", **said}) == recipe
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        ("l3:1", "names no known norm"),
+        ("l2", "others has 'l2'; expected a norm and a size"),
+        ("l2:-1", "it must be 0"),
+        ("corruptions:3", "expected a norm and a size"),
+        ("3", "others is 3; expected norms and sizes"),
+        ("{l2: 1}", "expected norms and sizes"),
+    ],
+)
+def test_what_is_no_constraint_is_refused(value, said):
+    with pytest.raises(UsageError, match=said):
+        told(f"recipe.others={value}")
+
+
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ("averaging=sma", "averaging"),
+        ("cutmix=2", "cutmix"),
+        ("patience=-1", "patience"),
+        ("attack_statistics=train", "attack_statistics"),
+    ],
+)
+def test_options_of_the_loop_are_checked(setting, said):
+    with pytest.raises(UsageError, match=said):
+        told("recipe.others=l2:1", f"recipe.training.{setting}")
+
+
+def test_options_of_the_loop_are_set():
+    sets = pairs(["use=trades", "label_smoothing=0.1"], "--set")
+    recipe = build_recipe({**sets, "training": {"averaging": "swa", "tail": "1/2", "patience": 3}})
+    assert recipe == TRADES(label_smoothing=0.1, training=recipe.training)
+    assert (recipe.training.averaging, recipe.training.tail, recipe.training.patience) == ("swa", 0.5, 3)
+
+
+def test_what_nobody_says_of_a_part_stays_as_its_recipe_has_it():
+    @dataclass(frozen=True)
+    class Slow:
+        training: Training = field(default_factory=lambda: Training(lr=0.02))
+
+    assert _checked(Slow, {"training": {"epochs": 3}}, "slow") == {"training": Training(epochs=3, lr=0.02)}

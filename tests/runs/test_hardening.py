@@ -1,0 +1,322 @@
+"""What a hardening refuses, what it goes on after, and how it chooses."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+
+import holdfast
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import Linf
+from holdfast.core.errors import Interrupted, LostLoss, TargetError, UsageError
+from holdfast.core.threat import ThreatModel
+from holdfast.ops.fit import Training
+from holdfast.recipes import PGDTraining, SingleStep, Standard
+from holdfast.runs import hardening
+from holdfast.runs.candidates import Candidate, attempts
+from holdfast.runs.hardened import Hardened
+from holdfast.runs.hardening import Wish, harden
+from holdfast.runs.held_out import split_of, without_judged
+from holdfast.runs.index import open_run, runs_in
+from holdfast.sources.memory import as_data
+from holdfast.store.verify import verify
+from runs import fakes
+
+HOW = Training(epochs=3, batch=64, lr=0.01)
+RECIPE = PGDTraining(steps=2, training=HOW)
+THREAT = ThreatModel(Linf(0.06))
+
+
+def training(n=600, seed=5):
+    x = torch.rand(n, fakes.FEATURES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return Batch(x, fakes.network()(x).argmax(1), torch.arange(n))
+
+
+def trainable(seed=1):
+    return fakes.subject(fakes.network(seed).requires_grad_(), digest=f"{seed}" * 64)
+
+
+def wish(recipe=RECIPE, *more, **changes):
+    candidates = tuple(Candidate(type(one).__name__, one, {}) for one in (recipe, *more))
+    return Wish("pgd", candidates, THREAT, fakes.order(gates=()), **changes)
+
+
+def test_the_new_model_is_measured_and_the_given_one_stays(tmp_path):
+    subject = trainable()
+    before = copy.deepcopy(subject.model.state_dict())
+    found = harden(subject, training(), fakes.data(), wish(), run=tmp_path / "r")
+    assert all(torch.equal(value, before[name]) for name, value in subject.model.state_dict().items())
+    robust = [side.metrics["robust_accuracy"].value for side in (found.before, found.after)]
+    assert robust[1] > robust[0]
+    assert [point.epoch for point in found.curve] == [1, 2, 3]
+    assert open_run(tmp_path / "r").metrics["robust_accuracy"].value == robust[1]
+    assert verify(tmp_path / "r").complete
+    assert [(entry.verb, entry.finished) for entry in runs_in(tmp_path)] == [("harden", True)]
+    place = found.write(tmp_path / "made")
+    assert json.loads((place / "card.json").read_text())["chosen"]["epoch"] == found.card["chosen"]["epoch"]
+    assert (place / "curve.svg").read_text().startswith("<svg")
+
+
+def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = harden(trainable(), training(), fakes.data(), wish())
+    assert found.folder is None and found.after.folder is None
+    assert found.after.metrics["robust_accuracy"].n == fakes.N
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    whole = harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "whole")
+    steps = []
+
+    def stop(step):
+        steps.append(step)
+        if step.stage.startswith("training") and step.done == 2:
+            raise Interrupted("stopped", 2)
+
+    with pytest.raises(Interrupted):
+        harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", progress=stop)
+    with pytest.raises(UsageError, match="not finished|holds a run already"):
+        harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
+    again = harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", resume=True)
+    assert again.weights == whole.weights
+    for name in ("run.json", "card.json", "chain.jsonl", "model.safetensors"):
+        assert (tmp_path / "r" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert any(step.stage == "training PGDTraining" for step in steps)
+
+
+def test_patience_ends_a_training_that_gets_no_better_and_going_on_ends_it_at_once(tmp_path):
+    patient = PGDTraining(steps=1, training=replace(HOW, epochs=9, lr=1e-9, patience=2))
+    found = harden(trainable(), training(), fakes.data(), wish(patient), run=tmp_path / "r")
+    assert [point.epoch for point in found.curve] == [1, 2, 3]
+    again = harden(trainable(), training(), fakes.data(), wish(patient), run=tmp_path / "r", resume=True)
+    assert again.curve == found.curve
+
+
+def test_another_recipe_or_seed_is_another_run(tmp_path):
+    harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
+    other = replace(wish(), seed=1)
+    with pytest.raises(UsageError, match="another config"):
+        harden(trainable(), training(), fakes.data(), other, run=tmp_path / "r", resume=True)
+
+
+def test_a_file_of_the_nested_run_that_was_changed_is_found(tmp_path):
+    harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
+    (tmp_path / "r/after/verdict.json").write_text("{}")
+    with pytest.raises(TargetError, match=r"verdict\.json"):
+        verify(tmp_path / "r")
+
+
+def test_another_run_in_the_place_of_the_nested_one_is_found(tmp_path):
+    harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
+    (tmp_path / "r/after").rename(tmp_path / "r/aside")
+    (tmp_path / "r/before").rename(tmp_path / "r/after")
+    with pytest.raises(TargetError, match=r"not the run that 'after\.json' names"):
+        verify(tmp_path / "r")
+
+
+def test_training_examples_that_are_judged_are_left_out_and_named(tmp_path):
+    data, test = training(), fakes.data()
+    judged = test.read(0, len(test))
+    both = Batch(torch.cat((data.x, judged.x[3:8])), torch.cat((data.y, judged.y[3:8])), torch.arange(605))
+    kept, said = without_judged(both, test)
+    assert torch.equal(kept.x, data.x)
+    assert "5 of 605" in said and "600 is test example 3" in said and "and 2 more" in said
+    assert without_judged(data, test) == (data, "")
+    found = harden(trainable(), both, test, wish())
+    assert found.notes == (said,)
+    with pytest.raises(UsageError, match="judge on other examples"):
+        without_judged(judged, test)
+
+
+def test_too_few_examples_to_choose_by_are_refused():
+    with pytest.raises(UsageError, match="499 training examples leave 49 .* at least 500"):
+        split_of(training(499), 0)
+
+
+def test_a_class_without_examples_is_named():
+    data, subject = training(), trainable()
+    subject.model.classes = fakes.CLASSES
+    with pytest.raises(TargetError, match="no training example is of class 1, 2, of the 4"):
+        harden(subject, data.take(data.y != 2), fakes.data(), wish())
+    with pytest.raises(TargetError, match="training labels are 0; two classes"):
+        harden(trainable(), data.take(data.y == 0), fakes.data(), wish())
+
+
+class Untouchable(torch.nn.Linear):
+    def __deepcopy__(self, memo):
+        raise TypeError("no copies")
+
+
+class Sharing(torch.nn.Linear):
+    def __deepcopy__(self, memo):
+        return self
+
+
+@pytest.mark.parametrize(
+    "layer, said", [(Untouchable, "cannot be copied.*no copies"), (Sharing, "shares its weights")]
+)
+def test_layers_that_do_not_copy_are_refused(layer, said):
+    net = torch.nn.Sequential(layer(fakes.FEATURES, fakes.CLASSES).double())
+    with pytest.raises(TargetError, match=said):
+        harden(fakes.subject(net), training(), fakes.data(), wish())
+
+
+def test_what_cannot_be_trained_is_refused():
+    frozen = fakes.subject(fakes.network().requires_grad_(False))
+    with pytest.raises(UsageError, match="all 4 parameters are frozen"):
+        harden(frozen, training(), fakes.data(), wish())
+    with pytest.raises(TargetError, match="no parameters to train"):
+        harden(fakes.subject(torch.nn.Flatten()), training(), fakes.data(), wish())
+
+
+class Greedy(torch.nn.Sequential):
+    """Runs out of memory for more examples than this."""
+
+    def forward(self, x):
+        if self.training and len(x) > 20:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(x)
+
+
+def test_where_memory_runs_out_batches_are_halved_and_the_training_goes_on():
+    net = Greedy(*fakes.network(1)).requires_grad_()
+    found = harden(fakes.subject(net), training(), fakes.data(), wish())
+    assert {point.batch for point in found.curve} == {16}
+    (said,) = found.notes
+    assert said.startswith("memory ran out in epoch 1: batches of 16 in place of 64")
+    assert found.curve[0].lr == pytest.approx(hardening_rate(found))
+
+
+def hardening_rate(found: Hardened) -> float:
+    """The last rate of the first epoch of three of a cycle, for batches of a quarter of the size."""
+    done = 540 // 16 / (3 * (540 // 16) + 1)
+    return 0.01 / 4 * (1 - done) / 0.7
+
+
+class Exploding(torch.nn.Sequential):
+    """No number any more after so many forwards in train mode."""
+
+    seen, most = 0, 12
+
+    def forward(self, x):
+        if self.training:
+            type(self).seen += 1
+        return super().forward(x) * (float("nan") if self.training and self.seen > self.most else 1.0)
+
+
+@pytest.mark.parametrize(
+    "most, said", [(12, "the best of the 1 epochs before is in"), (3, "no epoch had been")]
+)
+def test_where_the_loss_is_no_number_the_best_model_so_far_is_kept(tmp_path, monkeypatch, most, said):
+    monkeypatch.setattr(Exploding, "seen", 0)
+    monkeypatch.setattr(Exploding, "most", most)
+    net = Exploding(*fakes.network(1)).requires_grad_()
+    with pytest.raises(LostLoss, match=f"update [0-9]+ of epoch {1 + (most > 8)} on.*{said}"):
+        harden(fakes.subject(net), training(), fakes.data(), wish(), run=tmp_path / "r")
+    made = tmp_path / "r/model.safetensors"
+    assert made.exists() == (most > 8)
+    if made.exists():
+        assert safetensors.torch.load_file(made).keys() == net.state_dict().keys()
+
+
+def test_a_stronger_recipe_follows_where_doubts_object(monkeypatch, tmp_path):
+    plan = [
+        {"recipe": name, "epochs": 2, "why": "tried", "epoch_s": 1.0}
+        for name in ("SingleStep", "PGDTraining")
+    ]
+    judged = hardening.judged
+
+    def objecting(summary):
+        objects = summary["model"]["name"].endswith("SingleStep")
+        doubts = [{"name": "one-step", "says": "a single step beats twenty"}] if objects else []
+        return {**judged(summary), "doubts": doubts}
+
+    monkeypatch.setattr(hardening, "attempts", lambda *rest: plan)
+    monkeypatch.setattr(hardening, "judged", objecting)
+    asked, told, run = wish(SingleStep(training=HOW), RECIPE, budget_s=60.0), [], tmp_path / "r"
+    found = harden(trainable(), training(), fakes.data(), asked, run=run, told=told.append)
+    assert found.card["recipe"] == "PGDTraining"
+    assert [line.split(" (")[0] for line in told] == ["training by SingleStep", "training by PGDTraining"]
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == [
+        "after",
+        "after-2",
+        "before",
+        "checkpoints",
+        "checkpoints-2",
+    ]
+    assert verify(run).complete
+    assert open_run(run).about["folder"] == str(run / "after-2")
+    again = harden(trainable(), training(), fakes.data(), asked, run=run, resume=True)
+    assert again.weights == found.weights
+
+
+def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_after_it(monkeypatch):
+    from holdfast.runs import candidates
+    from holdfast.runs.pace import Pace
+
+    seconds = {"Standard": 1.0, "SingleStep": 3.0, "PGDTraining": 8.0}
+    monkeypatch.setattr(candidates, "pace", lambda recipe, *rest: Pace(0.1, seconds[type(recipe).__name__]))
+    ladder = tuple(
+        Candidate(type(one).__name__, one, {}, least)
+        for one, least in ((Standard(), 1), (SingleStep(), 10), (RECIPE, 12))
+    )
+
+    def tried(budget_s):
+        return [
+            (attempt["recipe"], attempt["epochs"])
+            for attempt in attempts(ladder, budget_s, None, None, None, lambda: None)
+        ]
+
+    assert tried(200.0) == [("PGDTraining", 23)]
+    assert tried(60.0) == [("SingleStep", 19), ("PGDTraining", 7)]
+    assert tried(10.0) == [("Standard", 9), ("SingleStep", 3), ("PGDTraining", 1)]
+    with pytest.raises(UsageError, match="one epoch takes about 1 s .* --budget 2s"):
+        tried(0.5)
+
+
+def test_the_twin_takes_data_in_hand_and_keeps_a_tenth_aside():
+    data = training(1_000)
+    net = fakes.network(1).requires_grad_()
+    found = holdfast.harden(
+        net, (data.x, data.y), threat="linf:0.06", recipe=RECIPE, suite="quick", doubts=False
+    )
+    assert found.after.metrics["robust_accuracy"].n == 100
+    assert found.card["recipe"] == "pgd"
+    assert found.card["settings"]["steps"] == 2
+    test = fakes.data().read(0, fakes.N)
+    found = holdfast.harden(
+        net,
+        (test.x, test.y),
+        threat="linf:0.06",
+        recipe={"use": "pgd", "steps": 1, "training": {"epochs": 1}},
+        fit=(data.x, data.y),
+        suite="quick",
+        doubts=False,
+    )
+    assert found.after.metrics["robust_accuracy"].n == fakes.N
+    assert "epoch 1 of 1" in str(found)
+
+
+@pytest.mark.parametrize(
+    "recipe, said",
+    [(PGDTraining, "give a recipe of it: PGDTraining()"), (3, "recipe is 3; expected the name")],
+)
+def test_what_is_no_recipe_is_refused(recipe, said):
+    data = training()
+    with pytest.raises(UsageError) as error:
+        holdfast.harden(fakes.network(), (data.x, data.y), threat="linf:0.06", recipe=recipe)
+    assert said in str(error.value)
+
+
+def test_threats_that_no_recipe_is_for_are_refused():
+    data = training()
+    with pytest.raises(UsageError, match="recipes make a model hold under linf, l2 and l1"):
+        holdfast.harden(fakes.network(), as_data(data.x, data.y), threat="l0:3")
+    with pytest.raises(UsageError, match="recipe auto chooses among several, so it has no setting 'beta'"):
+        holdfast.harden(
+            fakes.network(), (data.x, data.y), threat="linf:0.06", recipe={"use": "auto", "beta": 2}
+        )

@@ -1,0 +1,150 @@
+"""Every law on every recipe, and what each recipe is at eps 0."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from holdfast import recipes
+from holdfast.config.naming import RECIPES
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L1, L2, Linf
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.ops.learner import Learner
+from holdfast.ops.overfitting import RAISED, OverfittingGuard
+from holdfast.recipes import (
+    ATTA,
+    CURE,
+    HAT,
+    IKL,
+    LLR,
+    MART,
+    SCORE,
+    TRADES,
+    VAT,
+    CurriculumTraining,
+    EnsembleTraining,
+    FreeTraining,
+    GradientRegularisation,
+    JacobianRegularisation,
+    LipschitzConstraint,
+    MarginTraining,
+    MultiNormTraining,
+    PGDTraining,
+    SingleStep,
+    Standard,
+)
+from holdfast.testing import fakes
+from holdfast.testing.recipes import RECIPE_LAWS, SHORT, same
+
+CASES = [
+    Standard(),
+    Standard(label_smoothing=0.1),
+    PGDTraining(steps=2),
+    PGDTraining(steps=2, clean=0.5),
+    TRADES(steps=2),
+    MART(steps=2),
+    ATTA(refresh=2),
+    EnsembleTraining(steps=2),
+    HAT(steps=2),
+    IKL(steps=2),
+    GradientRegularisation(),
+    GradientRegularisation(method="finite-difference"),
+    SingleStep(),
+    SingleStep(noise=0.0, clip=True),
+    SCORE(steps=2, forgiven=0.01, label_smoothing=0.1),
+    CurriculumTraining(steps=3),
+    FreeTraining(replays=3),
+    MultiNormTraining(others=(L2(0.2), L1(0.5)), steps=2),
+    MultiNormTraining(others=(L2(0.2), L1(0.5)), method="average", steps=2),
+    MultiNormTraining(others=(L2(0.2), L1(0.5)), method="max", steps=2),
+    VAT(),
+    VAT(iterations=2),
+    JacobianRegularisation(projections=2),
+    CURE(),
+    LLR(),
+    LipschitzConstraint(),
+    LipschitzConstraint(gain=5.0, weight=0.0),
+    MarginTraining(),
+]
+
+
+@pytest.mark.parametrize("law", RECIPE_LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("recipe", CASES, ids=repr)
+def test_law(recipe, law):
+    law(recipe)
+
+
+def test_the_catalogue_is_what_may_be_named_and_every_recipe_has_its_cases():
+    assert set(RECIPES.values()) == set(recipes.__all__)
+    assert {type(case).__name__ for case in CASES} == set(recipes.__all__)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        PGDTraining(training=SHORT),
+        TRADES(training=SHORT),
+        SingleStep(training=SHORT),
+        GradientRegularisation(training=SHORT),
+        CurriculumTraining(training=SHORT),
+        FreeTraining(replays=1, training=SHORT),
+        MultiNormTraining(others=(L2(0.0),), training=SHORT),
+        VAT(training=SHORT),
+        CURE(training=SHORT),
+        LLR(training=SHORT),
+        LipschitzConstraint(gain=100.0, training=SHORT),
+    ],
+    ids=repr,
+)
+def test_at_eps_0_it_is_ordinary_training(recipe):
+    model, data = fakes.network(1).requires_grad_(), fakes.labelled(fakes.network(), fakes.examples(n=26))
+    threat = ThreatModel(Linf(0.0))
+    one = list(recipe(model, data, threat, rng=Draws(0)))[-1]
+    other = list(Standard(training=SHORT)(model, data, threat, rng=Draws(0)))[-1]
+    for name, value in other.tensors.items():
+        torch.testing.assert_close(value, one.tensors[name], rtol=1e-9, atol=1e-12)
+    assert not same(one, list(Standard(training=SHORT)(model, data, threat, rng=Draws(1)))[-1])
+
+
+def test_the_guard_undoes_the_last_updates_and_adds_a_step(monkeypatch):
+    model, data = fakes.network(1).requires_grad_(), fakes.labelled(fakes.network(), fakes.examples(n=900))
+    recipe, looks = SingleStep(training=replace(SHORT, epochs=2, batch=4)), []
+
+    def right(self, steps):
+        looks.append(
+            (steps, int(self.learner.state[RAISED]), self.learner.net.net[1].weight.detach().clone())
+        )
+        overfitted = 5 <= len(looks) <= 6  # the third look: one step holds, ten do not
+        return 0.9 if steps == 1 or not overfitted else 0.1
+
+    monkeypatch.setattr(OverfittingGuard, "_right", right)
+    found = list(recipe(model, data, ThreatModel(Linf(0.05)), rng=Draws(0)))
+    assert [int(checkpoint.tensors["state.raised"]) for checkpoint in found][-1] == 1
+    before, objected, again = looks[2], looks[4], looks[6]
+    assert (before[1], objected[1], again[1]) == (0, 0, 1)
+    assert not torch.equal(objected[2], again[2])
+
+
+def test_a_network_that_overfits_to_one_step_is_found():
+    class Kinked(torch.nn.Module):
+        """Wrong where the mean has risen by half of eps, and right again at the end of a whole step."""
+
+        def forward(self, x):
+            risen = (x - 0.5).flatten(1).mean(1)
+            height = 400 * (risen - 0.05) ** 2 - 0.09
+            return torch.stack((height, torch.zeros_like(height)), 1)
+
+    net = Classifier(Kinked())
+    held = Batch(torch.full((40, 24), 0.5), torch.zeros(40, dtype=torch.int64), torch.arange(40))
+    learner = Learner(net, net, ThreatModel(Linf(0.1)), {RAISED: torch.zeros((), dtype=torch.int64)})
+    guard = OverfittingGuard(learner, held)
+    assert guard._right(1) > guard._right(10) + 0.25
+    assert not guard.holds()
+    assert int(learner.state[RAISED]) == 1
+    for _ in range(5):
+        guard.holds()
+    assert int(learner.state[RAISED]) == 3
+    assert guard.holds()

@@ -1,0 +1,190 @@
+"""What a recipe's paper says happens does happen, in closed form where a linear network has one."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from holdfast.core.batch import UNLABELLED, Batch
+from holdfast.core.constraints import L1, L2, Linf
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Bounds, Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.ops.fit import Training, Turn
+from holdfast.ops.learner import Learner
+from holdfast.ops.twin import twin
+from holdfast.recipes import VAT, CurriculumTraining, FreeTraining, MultiNormTraining
+from holdfast.testing import fakes
+from holdfast.testing.recipes import SHORT
+
+STILL = Training(
+    epochs=1, batch=4, lr=1e-9, schedule="flat", averaging="none", momentum=0.0, weight_decay=0.0
+)
+WIDE = Bounds(-10.0, 10.0)
+
+
+def linear(offset=0.0):
+    """Two classes; the second's logit less the first's is (3, -1, 2) x + offset."""
+    net = torch.nn.Linear(3, 2).double()
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[0.0, 0.0, 0.0], [3.0, -1.0, 2.0]]))
+        net.bias.copy_(torch.tensor([0.0, offset]))
+    return Classifier(net, bounds=WIDE)
+
+
+W = torch.tensor([3.0, -1.0, 2.0], dtype=torch.float64)
+
+
+def data(n=8, label=0):
+    x = torch.rand(n, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return Batch(x, torch.full((n,), label), torch.arange(n))
+
+
+def learner(net, constraint):
+    return Learner(net, twin(net), ThreatModel(constraint))
+
+
+def turn(done=0.0):
+    return Turn(Draws(0), 0, done)
+
+
+@pytest.mark.parametrize(
+    "constraint, expected", [(Linf(0.2), 0.2 * W.sign()), (L2(0.2), 0.2 * W / W.norm())], ids=repr
+)
+def test_free_moves_the_perturbation_to_where_the_gradient_points(constraint, expected):
+    recipe = FreeTraining(replays=2, training=STILL)
+    (found,) = recipe(linear(), data(), ThreatModel(constraint), rng=Draws(0))
+    torch.testing.assert_close(found.tensors["state.delta"], expected.expand(4, 3))
+
+
+def test_free_costs_a_forward_and_a_backward_an_update_and_makes_no_attack():
+    passes = []
+
+    class Counted(torch.nn.Linear):
+        def forward(self, x):
+            out = super().forward(x)
+            passes.append("forward")
+            if out.requires_grad:
+                out.register_hook(lambda grad: passes.append("backward"))
+            return out
+
+    net = Classifier(Counted(3, 2).double(), bounds=WIDE)
+    list(
+        FreeTraining(replays=5, training=replace(STILL, epochs=2))(
+            net, data(), ThreatModel(Linf(0.1)), rng=Draws(0)
+        )
+    )
+    assert passes == ["forward", "backward"] * (2 * 2 * 5)
+
+
+def test_free_learns_what_holds_under_its_perturbation():
+    model, some = fakes.network(1).requires_grad_(), fakes.labelled(fakes.network(), fakes.examples(n=64))
+    how = replace(SHORT, epochs=20, batch=16)
+    *_, last = FreeTraining(replays=4, training=how)(model, some, ThreatModel(Linf(0.03)), rng=Draws(0))
+    assert last.measured["accuracy"] > 0.8
+
+
+@pytest.mark.parametrize(
+    "constraint, expected", [(Linf(0.2), 0.2 * W.sign()), (L2(0.2), 0.2 * W / W.norm())], ids=repr
+)
+def test_the_virtual_adversarial_direction_of_a_linear_network_is_its_weight_either_way(constraint, expected):
+    some = data().labelled(torch.full((8,), UNLABELLED))
+    moved = VAT().inner(learner(linear(-2.0), constraint), some, turn()) - some.x
+    towards = (moved @ W).sign()
+    assert {-1.0, 1.0} == set(towards.tolist())  # it knows no label: random directions decide
+    torch.testing.assert_close(moved, towards[:, None] * expected)
+
+
+def test_virtual_adversarial_training_learns_from_examples_without_labels():
+    some = fakes.labelled(fakes.network(), fakes.examples(n=26))
+    blank = some.labelled(torch.where(torch.arange(26) < 13, some.y, UNLABELLED))
+    net, threat = fakes.network(1).requires_grad_(), ThreatModel(L2(0.5))
+    held = Learner(net, twin(net), threat)
+    x_adv = VAT().inner(held, blank, turn())
+    value, right = VAT(weight=0.0).loss(held, blank, x_adv)
+    few = some.take(torch.arange(13))
+    torch.testing.assert_close(value, F.cross_entropy(net(few.x), few.y))
+    assert int(right) == int((net(x_adv[:13]).argmax(1) == few.y).sum())
+    none = blank.labelled(torch.full((26,), UNLABELLED))
+    smooth, right = VAT().loss(held, none, x_adv)
+    assert smooth > 0
+    assert int(right) == 0
+    assert torch.autograd.grad(smooth, net.net[1].weight)[0].abs().sum() > 0
+    *_, last = VAT(training=replace(SHORT, epochs=20))(net, blank, threat, rng=Draws(0))
+    assert last.measured["loss"] < smooth + value
+
+
+@pytest.mark.parametrize("beyond", [0, 1, 3])
+def test_a_friendly_attack_ends_as_many_steps_beyond_the_boundary_as_are_allowed(beyond):
+    net, eps, steps = linear(-4.0), 0.5, 20
+    size = 2.5 * eps / steps * W.abs().sum()  # what a step adds to the difference of the logits
+    recipe = CurriculumTraining(beyond=beyond, steps=steps)
+    some = data(200)
+    x_adv = recipe.inner(learner(net, Linf(eps)), some, turn(done=1 - 1e-9))
+    over = x_adv @ W - 4.0
+    most = some.x @ W - 4.0 + eps * W.abs().sum()
+    start = Linf(eps).sample(some, WIDE, Draws(0).at("start")) @ W - 4.0
+    crosses = (start < 0) & (most > (beyond + 1) * size)
+    assert crosses.sum() > 20
+    # a coordinate at its bound moves no further, so a step adds at most its size
+    assert (over[crosses] > 0).all()
+    assert (over[crosses] <= (beyond + 1) * size).all()
+    assert (over[most < 0] < 0).all()
+    torch.testing.assert_close(over[most < 0], most[most < 0])
+
+
+def test_a_curriculum_begins_with_the_first_error_and_ends_with_all_steps_beyond():
+    net, some, recipe = linear(-4.0), data(100), CurriculumTraining(beyond=3, steps=20)
+    ends = [recipe.inner(learner(net, Linf(0.5)), some, turn(done)) @ W for done in (0.0, 0.3, 0.6, 0.9)]
+    for before, after in pairwise(ends):
+        assert (after >= before - 1e-12).all()
+        assert (after > before).sum() > 20
+
+
+OTHERS = (L2(0.3), L1(0.9))
+
+
+@pytest.mark.parametrize("method", ["max", "msd"])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
+def test_several_norms_end_under_the_one_that_hurts_most(method, scale):
+    constraint, others = Linf(0.1 * scale), OTHERS
+    rises = [0.1 * scale * W.abs().sum(), 0.3 * W.norm(), 0.9 * W.abs().max()]
+    recipe = MultiNormTraining(others=others, method=method, steps=20, reach=2.5)
+    some = data()
+    x_adv = recipe.inner(learner(linear(), constraint), some, turn(1.0))
+    rise = (x_adv - some.x) @ W
+    torch.testing.assert_close(rise, torch.full_like(rise, max(rises)), rtol=1e-3, atol=0)
+    inside = [c.distance(x_adv, some.x) <= c.eps * (1 + 1e-9) for c in (constraint, *others)]
+    assert torch.stack(inside).any(0).all()
+
+
+def test_the_average_trains_on_the_end_of_every_attack():
+    recipe, net, some = MultiNormTraining(others=OTHERS, method="average", steps=20), linear(), data()
+    held = learner(net, Linf(0.1))
+    x_adv = recipe.inner(held, some, turn(1.0))
+    assert len(x_adv) == 3 * len(some)
+    value, right = recipe.loss(held, some, x_adv)
+    each = [F.cross_entropy(net(part), some.y) for part in x_adv.split(len(some))]
+    assert value.item() == pytest.approx(sum(each).item() / 3)
+    assert int(right) == int((((x_adv @ W).view(3, -1)) < 0).all(0).sum())
+    assert math.isfinite(value.item())
+
+
+def test_the_balls_of_several_norms_grow_until_they_are_whole():
+    recipe, some = MultiNormTraining(others=OTHERS, steps=20, warmup=0.5), data()
+    rises = [
+        (recipe.inner(learner(linear(), Linf(0.1)), some, turn(done)) - some.x) @ W
+        for done in (0.0, 0.25, 0.5)
+    ]
+    whole = torch.full_like(rises[0], 0.9 * W.abs().max())
+    for rise, share in zip(rises, (0.0, 0.5, 1.0), strict=True):
+        torch.testing.assert_close(rise, share * whole, rtol=1e-3, atol=1e-9)
+
+
+def test_one_norm_alone_is_refused():
+    with pytest.raises(UsageError, match=r"others is empty; name them with --set recipe\.others"):
+        MultiNormTraining()(linear(), data(), ThreatModel(Linf(0.1)), rng=Draws(0))
