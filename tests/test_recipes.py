@@ -12,7 +12,7 @@ from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.learner import Learner
+from holdfast.ops.learner import Learner, trained
 from holdfast.ops.overfitting import RAISED, OverfittingGuard
 from holdfast.recipes import (
     ATTA,
@@ -148,3 +148,20 @@ def test_a_network_that_overfits_to_one_step_is_found():
         guard.holds()
     assert int(learner.state[RAISED]) == 3
     assert guard.holds()
+
+
+def test_eps_grows_at_first_for_attack_and_loss_alike():
+    seen, model = [], fakes.network(1).requires_grad_()
+    data = fakes.labelled(fakes.network(), fakes.examples(n=32))
+
+    def inner(learner, batch, turn):
+        seen.append(learner.threat.constraint.eps)
+        return batch.x
+
+    def loss(learner, batch, x_adv):
+        seen.append(learner.threat.constraint.eps)
+        return Standard().loss(learner, batch, x_adv)
+
+    how = replace(SHORT, epochs=2, warmup=0.5)  # four updates each
+    list(trained(inner, loss, model, data, ThreatModel(Linf(0.08)), how, rng=Draws(0)))
+    assert seen[::2] == seen[1::2] == pytest.approx([0.0, 0.02, 0.04, 0.06, 0.08, 0.08, 0.08, 0.08])

@@ -49,7 +49,7 @@ def learner(net, constraint):
 
 
 def turn(done=0.0):
-    return Turn(Draws(0), 0, done)
+    return Turn(Draws(0), 0, done, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -175,10 +175,11 @@ def test_the_average_trains_on_the_end_of_every_attack():
 
 
 def test_the_balls_of_several_norms_grow_until_they_are_whole():
-    recipe, some = MultiNormTraining(others=OTHERS, steps=20, warmup=0.5), data()
+    recipe, some = MultiNormTraining(others=OTHERS, steps=20), data()
     rises = [
-        (recipe.inner(learner(linear(), Linf(0.1)), some, turn(done)) - some.x) @ W
-        for done in (0.0, 0.25, 0.5)
+        (recipe.inner(learner(linear(), Linf(0.1 * grown)), some, replace(turn(0.0), grown=grown)) - some.x)
+        @ W
+        for grown in (0.0, 0.5, 1.0)
     ]
     whole = torch.full_like(rises[0], 0.9 * W.abs().max())
     for rise, share in zip(rises, (0.0, 0.5, 1.0), strict=True):

@@ -15,7 +15,7 @@ from holdfast.config.recipes import candidates, settings_of
 from holdfast.config.settings import HardenSettings
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.draws import Draws
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Bounds, Classifier
 from holdfast.recipes.protocol import Recipe
@@ -83,7 +83,7 @@ def _opened_training(settings: HardenSettings, model: Classifier) -> Batch:
     )
     try:
         data = wanted(split="train")
-    except (UsageError, TargetError) as error:
+    except UsageError as error:
         if settings.fit not in (None, settings.data):
             data = wanted()
         else:

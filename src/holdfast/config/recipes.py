@@ -50,7 +50,7 @@ def _ladder(
     steady = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     how: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1} if steady else {}
     if len(shape) == 3 and not photographs:
-        return ("n-fgsm", 1, {}, how), ("atta", 10, {}, how), ("trades", 60, {}, how)
+        return ("fgsm-rs", 1, {}, how), ("atta", 10, {}, how), ("trades", 60, {}, how)
     if photographs:
         how["augment"] = "crop-flip"
     return ("n-fgsm", 1, {}, how), ("pgd", 10, {}, how), ("trades", 30, {}, {**how, "awp": 0.005})

@@ -37,6 +37,8 @@ class Turn:
     """epochs that are done"""
     done: float
     """share of all updates that are done"""
+    grown: float
+    """what eps is multiplied with: it grows at first"""
 
 
 Inner = Callable[[Batch, Turn], Inputs]
@@ -75,6 +77,9 @@ class Training:
     """of ema: how much of the average an update leaves"""
     tail: Fraction = 0.25
     """of swa: share of the epochs, the last ones, whose ends it is the mean of"""
+    warmup: Fraction = 0.25
+    """share of the training over which eps grows at an even rate: attacked at its full size at once, a network may
+    forget all it knows"""
     awp: NonNegative = 0.0
     """adversarial weight perturbation: share of each weight tensor's norm that it is moved up the loss; 0 for none"""
     attack_statistics: Statistics = "running"
@@ -95,6 +100,10 @@ def rate(schedule: Rate, done: float) -> float:
     if schedule == "steps":
         return 1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01
     return 1.0
+
+
+def _grown(warmup: float, done: float) -> float:
+    return 1.0 if done >= warmup else done / warmup
 
 
 def updates(n: int, batch: int) -> int:
@@ -208,7 +217,7 @@ class _Loop:
             return value if share == 1 else torch.lerp(self._loss(other, x_adv)[0], value, share), hits
 
         with torch.enable_grad(), drawing(place):
-            x_adv = self._inner(batch, Turn(place, epoch, before / whole))
+            x_adv = self._inner(batch, Turn(place, epoch, before / whole, _grown(how.warmup, before / whole)))
             self._optimizer.zero_grad(set_to_none=True)
             with perturbed(self._model, lambda: measured()[0], how.awp):
                 value, hits = measured()

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +19,9 @@ from holdfast.ops.fit import Guard, Training, Turn, fit
 from holdfast.ops.losses import Loss, cross_entropy
 from holdfast.ops.twin import twin
 
+GROWN = "grown"
+"""Name of the state that says how far eps has grown."""
+
 
 @dataclass(frozen=True)
 class Learner:
@@ -31,6 +33,14 @@ class Learner:
     threat: ThreatModel
     state: dict[str, Tensor] = field(default_factory=dict)
     """what the loss remembers from update to update"""
+
+    @property
+    def now(self) -> "Learner":
+        """The same under the threat as far as it has grown."""
+        whole, grown = self.threat.constraint, float(self.state.get(GROWN, 1.0))
+        if grown == 1:
+            return self
+        return replace(self, threat=replace(self.threat, constraint=whole.resized(grown * whole.eps)))
 
     def worst(
         self,
@@ -91,14 +101,23 @@ def trained(
 ) -> Iterator[Checkpoint]:
     """Train a copy of the model by a loss on inputs that `inner` made; the model itself stays as it is.
 
-    `guard` and `settle` make of the learner what `fit` takes by these names. A recipe says here that its loss is
-    `linear` in the label (up to what has no gradient), so that labels may be mixed, and that it learns from
-    `unlabelled` examples; what it does not say is refused, before the first update.
+    `inner` and `loss` meet the threat as far as it has grown. `guard` and `settle` make of the learner what `fit` takes
+    by these names. A recipe says here that its loss is `linear` in the label (up to what has no gradient), so that
+    labels may be mixed, and that it learns from `unlabelled` examples; what it does not say is refused, before the
+    first update.
     """
     _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled)
     net = deepcopy(model).train()
-    learner = Learner(net, twin(net, how.attack_statistics), threat, state or {})
-    made, measured = partial(inner, learner), partial(loss, learner)
+    known = {GROWN: torch.zeros((), device=data.x.device), **(state or {})}
+    learner = Learner(net, twin(net, how.attack_statistics), threat, known)
+
+    def made(batch: Batch, turn: Turn) -> Inputs:
+        learner.state[GROWN].fill_(turn.grown)
+        return inner(learner.now, batch, turn)
+
+    def measured(batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        return loss(learner.now, batch, x_adv)
+
     return fit(
         net,
         data,

@@ -42,6 +42,6 @@ class OverfittingGuard:
     def _right(self, steps: int) -> float:
         """Share that is right after so many steps, 2.5 eps long together if there are more than one."""
         reach = 1.0 if steps == 1 else 2.5
-        x: Inputs = self.learner.worst(self.held, Draws(0).at("guard"), steps=steps, reach=reach)
+        x: Inputs = self.learner.now.worst(self.held, Draws(0).at("guard"), steps=steps, reach=reach)
         with torch.no_grad():
             return float((self.learner.frozen(x).argmax(1) == self.held.y).double().mean())

@@ -21,7 +21,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.lookup import Lookup
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Rows, Steps
+from holdfast.core.types import Inputs, NonNegative, Positive, Rows, Steps
 from holdfast.ops.ascent import ascend
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, hits, trained
@@ -38,8 +38,6 @@ class ATTA:
     """size of one, in multiples of eps"""
     refresh: Steps = 10
     """epochs after which the kept examples start again from noise"""
-    warmup: Fraction = 0.25
-    """share of the training over which the ball grows"""
     clean: NonNegative = 0.25
     """weight of the loss on the inputs as they are, beside that on the attacked ones"""
     training: Training = field(default_factory=Training)
@@ -71,15 +69,13 @@ class ATTA:
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn, rows: Rows) -> Inputs:
         """A few more steps up the cross-entropy from what is kept, which the end of them becomes."""
-        whole, bounds, kept = learner.threat.constraint, learner.frozen.bounds, learner.state["kept"]
-        assert isinstance(whole, (Linf, L2, L1))
-        grown = 1.0 if turn.done >= self.warmup else turn.done / self.warmup
-        constraint = whole.resized(grown * whole.eps)
+        constraint, bounds, kept = learner.threat.constraint, learner.frozen.bounds, learner.state["kept"]
+        assert isinstance(constraint, (Linf, L2, L1))
         if turn.epoch % self.refresh:
             start = constraint.project(batch.x + kept[rows].to(batch.x), batch.x, bounds)
         else:
             start = constraint.sample(batch, bounds, turn.rng.at("start"))
-        size = self.step * whole.eps
+        size = self.step * constraint.eps
         x_adv, _ = ascend(
             learner.frozen,
             batch,

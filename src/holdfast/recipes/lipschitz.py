@@ -2,15 +2,14 @@
 
 Gouk et al., "Regularisation of Neural Networks by Enforcing Lipschitz Continuity", Machine Learning 110, 2021,
 arXiv:1804.04368, for the constraint; Finlay & Oberman, "Scaleable input gradient regularization for adversarial
-robustness", arXiv:1905.11468, for the slope. Differs from the papers: both together; the weight of the slope grows at
-first; and what `ops/gains.py` says. The bound of a whole network is the product over its layers and as a certificate
-far too loose: see `ops/lipschitz.py` for layers that are made for one.
+robustness", arXiv:1905.11468, for the slope. Differs from the papers: both together, and what `ops/gains.py` says. The
+bound of a whole network is the product over its layers and as a certificate far too loose: see `ops/lipschitz.py` for
+layers that are made for one.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,13 +18,11 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Fraction, Inputs, NonNegative, Positive
-from holdfast.ops.fit import Training, Turn
+from holdfast.core.types import Inputs, NonNegative, Positive
+from holdfast.ops.fit import Training
 from holdfast.ops.gains import Confined, directions, layers, order_of
 from holdfast.ops.gradients import rise
-from holdfast.ops.learner import Learner, hits, trained
-
-_GROWN = "grown"  # of the state: the share of the weight that counts in an update
+from holdfast.ops.learner import Learner, as_it_is, hits, trained
 
 
 @dataclass(frozen=True)
@@ -36,8 +33,6 @@ class LipschitzConstraint:
     """by how much each layer may stretch a change, in the norm of the threat"""
     weight: NonNegative = 3.0
     """weight of what a step of length eps adds to the loss to first order; 0 leaves the constraint alone"""
-    warmup: Fraction = 0.3
-    """share of the training over which the weight grows: at its full size at once, it flattens a network for good"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -56,7 +51,7 @@ class LipschitzConstraint:
             return Confined(sizes, order, self.gain, learner.state)
 
         return trained(
-            self.inner,
+            as_it_is,
             self.loss,
             model,
             data,
@@ -64,14 +59,9 @@ class LipschitzConstraint:
             self.training,
             rng=rng,
             after=after,
-            state={_GROWN: torch.zeros(()), **directions(model, data.x, order, rng.at("gain"))},
+            state=directions(model, data.x, order, rng.at("gain")),
             settle=confined,
         )
-
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """No attack."""
-        learner.state[_GROWN].fill_(1.0 if turn.done >= self.warmup else turn.done / self.warmup)
-        return batch.x
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy and the slope."""
@@ -80,6 +70,6 @@ class LipschitzConstraint:
         each = F.cross_entropy(logits, batch.y, reduction="none")
         value = each.mean()
         if self.weight:
-            weight = self.weight * float(learner.state[_GROWN])
-            value = value + weight * rise(each, x, learner.threat.constraint, learner.net.bounds).mean()
+            slope = rise(each, x, learner.threat.constraint, learner.net.bounds)
+            value = value + self.weight * slope.mean()
         return value, hits(logits, batch.y)

@@ -23,7 +23,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.rows import spread
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Fraction, Inputs, PerExample, Positive, Steps
+from holdfast.core.types import Inputs, PerExample, Positive, Steps
 from holdfast.ops.ascent import gradient
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, trained
@@ -42,9 +42,7 @@ class MultiNormTraining:
     """gradient steps of each inner attack"""
     reach: Positive = 2.5
     """length of its path, in multiples of eps"""
-    warmup: Fraction = 0.5
-    """share of the training over which the balls grow, at an even rate"""
-    training: Training = field(default_factory=Training)
+    training: Training = field(default_factory=lambda: Training(warmup=0.5))
 
     def __call__(
         self,
@@ -66,8 +64,7 @@ class MultiNormTraining:
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """The worst points found; with `average` those of one constraint after those of another."""
-        grown = 1.0 if turn.done >= self.warmup else turn.done / self.warmup
-        constraints = [c.resized(grown * c.eps) for c in (learner.threat.constraint, *self.others)]
+        constraints = [learner.threat.constraint, *(c.resized(turn.grown * c.eps) for c in self.others)]
         if self.method == "msd":
             return self._steepest_of_all(learner, batch, constraints)
         ends = []
