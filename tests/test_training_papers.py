@@ -17,7 +17,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner
 from holdfast.ops.twin import twin
-from holdfast.recipes import VAT, CurriculumTraining, FreeTraining, MultiNormTraining
+from holdfast.recipes import MART, VAT, CurriculumTraining, FreeTraining, MultiNormTraining
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT
 
@@ -189,3 +189,12 @@ def test_the_balls_of_several_norms_grow_until_they_are_whole():
 def test_one_norm_alone_is_refused():
     with pytest.raises(UsageError, match=r"others is empty; name them with --set recipe\.others"):
         MultiNormTraining()(linear(), data(), ThreatModel(Linf(0.1)), rng=Draws(0))
+
+
+def test_mart_stays_a_number_where_the_rival_is_certain():
+    net, some = linear().float(), data()
+    some = replace(some, x=some.x.float())
+    with torch.no_grad():
+        net.net.weight.mul_(1e4)
+    value, _ = MART().loss(learner(net, Linf(0.1)), some, some.x)
+    assert value.isfinite()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +37,8 @@ def measured() -> Outcome:
         net = two_conv_two_fc(channels, side)
         contestants: dict[str, Callable[[], object]] = {
             FLOOR: partial(_bare, net, x, y, eps),
-            "holdfast": partial(_holdfast, net, x, y, eps, 0.999),
-            "holdfast, weights not averaged": partial(_holdfast, net, x, y, eps, 0.0),
+            "holdfast": partial(_holdfast, net, x, y, eps, "ema"),
+            "holdfast, weights not averaged": partial(_holdfast, net, x, y, eps, "none"),
             "torchattacks in a loop": partial(_torchattacks, net, x, y, eps),
             "ART": partial(_art, net, x, y, eps),
         }
@@ -70,8 +71,8 @@ def _update(net: nn.Module, optimizer: torch.optim.Optimizer, x_adv: Tensor, lab
     optimizer.step()
 
 
-def _holdfast(net: nn.Module, x: Tensor, y: Tensor, eps: float, average: float) -> None:
-    how = Training(epochs=1, batch=BATCH, lr=LR, average=average)
+def _holdfast(net: nn.Module, x: Tensor, y: Tensor, eps: float, averaging: Literal["ema", "none"]) -> None:
+    how = Training(epochs=1, batch=BATCH, lr=LR, averaging=averaging)
     threat = ThreatModel(ours.constraint("Linf", eps))
     list(PGDTraining(steps=STEPS, training=how)(Classifier(net), ours.batch(x, y), threat, rng=Draws(0)))
 

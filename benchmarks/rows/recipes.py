@@ -8,6 +8,8 @@ WHAT = "every recipe on the bundled network, MNIST linf:0.3, three minutes each 
 MODEL, DATA, THREAT, BUDGET = "mnist-cnn", "mnist", "linf:0.3", "3min"
 BEST, SEEDS = 3, (0, 1, 2)
 SURROGATES = {"ensemble": ("mnist-cnn",)}
+MORE = {"multi-norm": {"others": "l2:1.5,l1:10"}}
+"""What a recipe cannot do without."""
 
 
 def measured() -> Outcome:
@@ -34,8 +36,9 @@ def measured() -> Outcome:
 def _made(name: str, suite: str, seed: int) -> Cells:
     part = f"{name} {suite} seed {seed}"
     surrogates = SURROGATES.get(name, ())
+    recipe = {"use": name, **MORE.get(name, {})}
     return made(
-        "recipes", part, MODEL, DATA, THREAT, name, BUDGET, suite=suite, seed=seed, surrogates=surrogates
+        "recipes", part, MODEL, DATA, THREAT, recipe, BUDGET, suite=suite, seed=seed, surrogates=surrogates
     )
 
 

@@ -161,6 +161,7 @@ def harden(
     *,
     budget: str | None = None,
     fit: DataLike | None = None,
+    unlabelled: str | Path | None = None,
     suite: str | None = None,
     surrogates: Sequence[ModelLike] = (),
     gates: Sequence[str] = (),

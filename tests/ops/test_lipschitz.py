@@ -164,3 +164,24 @@ def test_no_attack_succeeds_within_the_certified_radius(name, std):
             broken = model(x_adv).argmax(1) != seen.y
         assert broken.any()
         assert (L2().distance(x_adv, seen.x)[broken] >= radius[seen.ids][broken]).all()
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 5, 8])
+def test_a_cayley_convolution_without_weights_is_the_identity_at_every_size(side):
+    layer = CayleyConv2d(3, 3)
+    with torch.no_grad():
+        layer.weight.zero_()
+    x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x), x)
+
+
+def test_a_cayley_convolution_sees_what_is_around_each_pixel():
+    layer = CayleyConv2d(1, 1)
+    with torch.no_grad():
+        layer.weight.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
+    x = torch.zeros(1, 1, 64, 64, dtype=torch.float64)
+    x[0, 0, 32, 32] = 1
+    out = layer.double()(x)[0, 0].detach().square()
+    rows = torch.arange(64, dtype=torch.float64)
+    assert abs(float((out.sum(1) * rows).sum() / out.sum()) - 32) < 0.5
+    assert abs(float((out.sum(0) * rows).sum() / out.sum()) - 32) < 1

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ import holdfast
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.errors import Interrupted, LostLoss, TargetError, UsageError
+from holdfast.core.evidence import Doubt
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training
 from holdfast.recipes import PGDTraining, SingleStep, Standard
@@ -89,11 +91,13 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch
 
 
 def test_patience_ends_a_training_that_gets_no_better_and_going_on_ends_it_at_once(tmp_path):
-    patient = PGDTraining(steps=1, training=replace(HOW, epochs=9, lr=1e-9, patience=2))
+    patient = PGDTraining(steps=1, training=replace(HOW, epochs=9, lr=1e-9, patience=2, warmup=0))
     found = harden(trainable(), training(), fakes.data(), wish(patient), run=tmp_path / "r")
     assert [point.epoch for point in found.curve] == [1, 2, 3]
     again = harden(trainable(), training(), fakes.data(), wish(patient), run=tmp_path / "r", resume=True)
     assert again.curve == found.curve
+    grows = replace(patient, training=replace(patient.training, warmup=0.5))
+    assert len(harden(trainable(), training(), fakes.data(), wish(grows)).curve) == 7
 
 
 def test_another_recipe_or_seed_is_another_run(tmp_path):
@@ -101,6 +105,21 @@ def test_another_recipe_or_seed_is_another_run(tmp_path):
     other = replace(wish(), seed=1)
     with pytest.raises(UsageError, match="another config"):
         harden(trainable(), training(), fakes.data(), other, run=tmp_path / "r", resume=True)
+
+
+def test_a_nested_run_that_is_gone_is_missed(tmp_path):
+    harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
+    (tmp_path / "r/after").rename(tmp_path / "elsewhere")
+    with pytest.raises(TargetError, match=r"after' is gone, though 'after\.json' names its chain"):
+        verify(tmp_path / "r")
+
+
+def test_going_on_with_a_finished_run_by_another_command_changes_nothing(tmp_path):
+    harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
+    chain = (tmp_path / "r/chain.jsonl").read_bytes()
+    other = wish(command="holdfast harden net.py:make data -o elsewhere/")
+    harden(trainable(), training(), fakes.data(), other, run=tmp_path / "r", resume=True)
+    assert (tmp_path / "r/chain.jsonl").read_bytes() == chain
 
 
 def test_a_file_of_the_nested_run_that_was_changed_is_found(tmp_path):
@@ -112,8 +131,8 @@ def test_a_file_of_the_nested_run_that_was_changed_is_found(tmp_path):
 
 def test_another_run_in_the_place_of_the_nested_one_is_found(tmp_path):
     harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
-    (tmp_path / "r/after").rename(tmp_path / "r/aside")
-    (tmp_path / "r/before").rename(tmp_path / "r/after")
+    shutil.rmtree(tmp_path / "r/after")
+    shutil.copytree(tmp_path / "r/before", tmp_path / "r/after")
     with pytest.raises(TargetError, match=r"not the run that 'after\.json' names"):
         verify(tmp_path / "r")
 
@@ -228,28 +247,34 @@ def test_a_stronger_recipe_follows_where_doubts_object(monkeypatch, tmp_path):
         {"recipe": name, "epochs": 2, "why": "tried", "epoch_s": 1.0}
         for name in ("SingleStep", "PGDTraining")
     ]
-    judged = hardening.judged
+    assessed, looked_at = hardening.assess, []
 
-    def objecting(summary):
-        objects = summary["model"]["name"].endswith("SingleStep")
-        doubts = [{"name": "one-step", "says": "a single step beats twenty"}] if objects else []
-        return {**judged(summary), "doubts": doubts}
+    def objecting(subject, data, *rest, run, **more):
+        found = assessed(subject, data, *rest, run=run, **more)
+        if not run.name.startswith("checked"):
+            return found
+        looked_at.append(len(data))
+        doubts = (Doubt("one-step", "raised", says="a single step beats twenty"),)
+        return replace(found, evidence=replace(found.evidence, doubts=doubts))
 
     monkeypatch.setattr(hardening, "attempts", lambda *rest: plan)
-    monkeypatch.setattr(hardening, "judged", objecting)
+    monkeypatch.setattr(hardening, "assess", objecting)
     asked, told, run = wish(SingleStep(training=HOW), RECIPE, budget_s=60.0), [], tmp_path / "r"
     found = harden(trainable(), training(), fakes.data(), asked, run=run, told=told.append)
     assert found.card["recipe"] == "PGDTraining"
     assert [line.split(" (")[0] for line in told] == ["training by SingleStep", "training by PGDTraining"]
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == [
         "after",
-        "after-2",
         "before",
+        "checked",
         "checkpoints",
         "checkpoints-2",
     ]
     assert verify(run).complete
-    assert open_run(run).about["folder"] == str(run / "after-2")
+    assert looked_at == [60]  # of the training data, and not those that judge
+    assert found.card["tried"] == ["SingleStep", "PGDTraining"]
+    assert found.card["cost"]["wall_s"] > sum(point.wall_s for point in found.curve)
+    assert open_run(run).about["folder"] == str(run / "after")
     again = harden(trainable(), training(), fakes.data(), asked, run=run, resume=True)
     assert again.weights == found.weights
 
@@ -316,6 +341,8 @@ def test_threats_that_no_recipe_is_for_are_refused():
     data = training()
     with pytest.raises(UsageError, match="recipes make a model hold under linf, l2 and l1"):
         holdfast.harden(fakes.network(), as_data(data.x, data.y), threat="l0:3")
+    with pytest.raises(UsageError, match="the goal is 1; leave goal= out"):
+        holdfast.harden(fakes.network(), (data.x, data.y), threat="linf:0.06,goal=targeted:1")
     with pytest.raises(UsageError, match="recipe auto chooses among several, so it has no setting 'beta'"):
         holdfast.harden(
             fakes.network(), (data.x, data.y), threat="linf:0.06", recipe={"use": "auto", "beta": 2}

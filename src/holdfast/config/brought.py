@@ -27,7 +27,7 @@ DataLike = Any
 def settings_said(where: str, arguments: Mapping[str, Any], kind: type[S]) -> S:
     """The arguments that are settings, checked as those of a file are; what a caller holds in hand is no setting."""
     said = {name: arguments[name] for name in kind.model_fields if arguments.get(name) is not None}
-    for name in ("model", "data", "fit", "suite", "baseline"):
+    for name in ("model", "data", "fit", "unlabelled", "suite", "baseline"):
         if isinstance(said.get(name), str | Path):
             said[name] = str(said[name])
         else:

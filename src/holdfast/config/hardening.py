@@ -18,6 +18,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Bounds, Classifier
+from holdfast.ops.fit import drawing
 from holdfast.recipes.protocol import Recipe
 from holdfast.runs.candidates import Candidate
 from holdfast.runs.hardening import Wish
@@ -33,8 +34,12 @@ _ASIDE = 10  # of data in hand, one in so many judges
 
 
 def opened(settings: HardenSettings) -> tuple[Subject, Batch, Data]:
-    """The model, the whole train split, and the examples to judge on."""
-    subject = ordering.opened_subject(settings)
+    """The model, the whole train split, and the examples to judge on.
+
+    Weights that a factory draws are those of the seed, so that a run can go on with them.
+    """
+    with drawing(Draws(settings.seed).at("model")):
+        subject = ordering.opened_subject(settings)
     return subject, _opened_training(settings, subject.model), _opened_judged(settings, subject.model)
 
 
@@ -43,19 +48,27 @@ def brought_data(
 ) -> tuple[Batch, Data]:
     """Training examples and those to judge on; of data in hand without `fit` a tenth, drawn by the seed, judges."""
     if fit is None and not isinstance(data, str | Path):
-        return _parted(brought.data_of(data, settings, model), settings.seed, model)
+        everything = settings.model_copy(update={"n": None, "sample": None})
+        return _parted(brought.data_of(data, everything, model), settings, model)
     in_hand = not isinstance(data, str | Path)
     judged = brought.data_of(data, _few(settings), model) if in_hand else _opened_judged(settings, model)
     if fit is None or isinstance(fit, str | Path):
         return _opened_training(settings, model), judged
     trained = as_data(fit, classes=model.classes, bounds=model.bounds)
-    return trained.read(0, len(trained)), judged
+    batch = trained.read(0, len(trained))
+    if settings.unlabelled is not None:
+        batch = _with_unlabelled(batch, settings.unlabelled, settings, model.bounds)
+    return batch, judged
 
 
-def _parted(data: Data, seed: int, model: Classifier) -> tuple[Batch, Data]:
+def _parted(data: Data, settings: HardenSettings, model: Classifier) -> tuple[Batch, Data]:
     whole = data.read(0, len(data))
-    order = Draws(seed).at("judged").bits(whole.ids).argsort()
-    n = min(JUDGED, len(whole) // _ASIDE)
+    order = Draws(settings.seed).at("judged").bits(whole.ids).argsort()
+    n = settings.n or settings.sample or min(JUDGED, len(whole) // _ASIDE)
+    if n >= len(whole):
+        raise UsageError(
+            f"{n} of {len(whole)} examples are to judge, which leaves none to train on; give fewer"
+        )
     aside, rest = (whole.take(rows.sort().values) for rows in (order[:n], order[n:]))
     return rest, as_data(aside.x, aside.y, classes=model.classes, bounds=model.bounds)
 
@@ -122,6 +135,10 @@ def wish(
     command: str = "",
 ) -> Wish:
     """What the settings ask for; `recipe` is one in hand, and `shape` that of an input."""
+    if settings.across:
+        raise UsageError(
+            "across is for assess: a hardening carries nothing to other data; leave --across out"
+        )
     order = ordering.order(
         settings, baseline=baseline, device=device, target=subject.model.access, command=command
     )

@@ -27,6 +27,11 @@ def candidates(
             f"recipes make a model hold under linf, l2 and l1, and the threat is {constraint}; choose one of those, "
             f"as in --threat linf:8/255"
         )
+    if threat.goal is not None:
+        raise UsageError(
+            f"recipes make a model hold against any other class, and the goal is {threat.goal}; leave goal= out, and "
+            f"assess the new model under it"
+        )
     if spec["use"] != AUTO:
         return (_candidate(spec),)
     told = {key: value for key, value in spec.items() if key != "use"}

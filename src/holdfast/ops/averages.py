@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def ema(average: dict[str, Tensor], model: nn.Module, keep: float, step: int) -> None:
-    """Move the average towards the weights; of the first updates it is the plain mean, so that no start lingers."""
+    """Move the average towards the weights, faster at first, so that no start lingers."""
     _moved(average, model, 1 - min(keep, (step + 1) / (step + 10)))
 
 

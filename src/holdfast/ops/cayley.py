@@ -57,9 +57,12 @@ class CayleyConv2d(nn.Module):
             x = F.pad(x, (half, half, half, half))  # smaller than the kernel
         whole = x.shape[2:]
         waves = torch.fft.rfft2(x.to(torch.promote_types(x.dtype, torch.float32)))
-        kernels = torch.fft.rfft2(self.weight.to(torch.float64), s=whole).conj()
+        placed = F.pad(
+            self.weight.to(torch.float64), (0, whole[1] - 2 * half - 1, 0, whole[0] - 2 * half - 1)
+        )
+        kernels = torch.fft.rfft2(torch.roll(placed, (-half, -half), (2, 3))).conj()
         turned = orthogonal(kernels.permute(2, 3, 0, 1)).to(waves.dtype)
         moved = torch.einsum("hwoi,nihw->nohw", turned, waves)
-        back = torch.fft.irfft2(moved, s=whole).to(x.dtype) + self.bias.view(1, -1, 1, 1)
-        centred: Tensor = torch.roll(back, (half, half), (2, 3))
-        return centred[:, :, : size[0], : size[1]]
+        back: Tensor = torch.fft.irfft2(moved, s=whole).to(x.dtype) + self.bias.view(1, -1, 1, 1)
+        first = half if whole != size else 0
+        return back[:, :, first : first + size[0], first : first + size[1]]

@@ -195,7 +195,7 @@ class _Loop:
             losses += [value for value, _ in done]
             right += sum(hits for _, hits in done)
         seen = torch.stack(losses).double()
-        _refuse_lost(seen, epoch)
+        _refuse_lost(seen, epoch, how.lr)
         if how.averaging == "swa":
             swa(self._average, self._model, epoch - how.epochs + max(round(how.tail * how.epochs), 1))
         known = replays * int((self._data.y[rows] != UNLABELLED).sum())
@@ -255,7 +255,9 @@ class _Loop:
         for name, value in begins(AVERAGE).items():
             self._average[name].copy_(value)
         for name, value in begins(STATE).items():
-            if name in state:
+            if (
+                name in state and state[name].shape == value.shape
+            ):  # after memory ran out, a batch has another
                 state[name].copy_(value)
         memory: dict[int, dict[str, Tensor]] = {}
         for name, value in begins(MEMORY).items():
@@ -285,10 +287,10 @@ def _optimizer(learned: list[nn.Parameter], how: Training) -> torch.optim.Optimi
     return torch.optim.AdamW(learned, how.lr, weight_decay=how.weight_decay)
 
 
-def _refuse_lost(losses: Tensor, epoch: int) -> None:
+def _refuse_lost(losses: Tensor, epoch: int, lr: float) -> None:
     lost = (~losses.isfinite()).nonzero()
     if len(lost):
         raise LostLoss(
             f"the loss is no number any more from update {int(lost[0]) + 1} of epoch {epoch + 1} on; train with a "
-            f"smaller learning rate, as in --set recipe.training.lr=0.01"
+            f"smaller learning rate, as in --set recipe.training.lr={lr / 10:g}"
         )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -110,19 +111,11 @@ def trained(
     net = deepcopy(model).train()
     known = {GROWN: torch.zeros((), device=data.x.device), **(state or {})}
     learner = Learner(net, twin(net, how.attack_statistics), threat, known)
-
-    def made(batch: Batch, turn: Turn) -> Inputs:
-        learner.state[GROWN].fill_(turn.grown)
-        return inner(learner.now, batch, turn)
-
-    def measured(batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        return loss(learner.now, batch, x_adv)
-
     return fit(
         net,
         data,
-        made,
-        measured,
+        partial(_made, inner, learner),
+        partial(_measured, loss, learner),
         how,
         rng=rng,
         after=after,
@@ -131,6 +124,15 @@ def trained(
         replays=replays,
         settle=None if settle is None else settle(learner),
     )
+
+
+def _made(inner: InnerOf, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    learner.state[GROWN].fill_(turn.grown)
+    return inner(learner.now, batch, turn)
+
+
+def _measured(loss: LossOf, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+    return loss(learner.now, batch, x_adv)
 
 
 def _refuse_foreign(data: Batch, how: Training, *, linear: bool, unlabelled: bool) -> None:

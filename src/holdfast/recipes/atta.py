@@ -1,9 +1,9 @@
 """ATTA: adversarial training whose attacks go on, epoch after epoch, from where those of the epoch before ended.
 
 Zheng et al., "Efficient Adversarial Training With Transferable Adversarial Examples", CVPR 2020, arXiv:1912.11969: what
-fooled the network an epoch ago nearly fools it now, so two steps an epoch do the work of ten. Differs from the paper:
-the ball grows at first, images are not augmented (their changes would have to be moved with them), the weights are
-averaged, and the learning rate goes in one cycle.
+fooled the network an epoch ago nearly fools it now, so two steps an epoch do the work of ten. Differs from the paper: a
+loss on clean inputs has a weight beside the other, images are not augmented (their changes would have to be moved with
+them), eps grows at first, the weights are averaged, and the learning rate goes in one cycle.
 """
 
 from collections.abc import Iterator

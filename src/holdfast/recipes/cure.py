@@ -2,8 +2,8 @@
 
 Moosavi-Dezfooli et al., "Robustness via Curvature Regularization, and Vice Versa", CVPR 2019, arXiv:1811.09716. Differs
 from the paper: the finite difference is a step of `reach` times eps up the loss in the norm of the threat (under Linf
-the paper's direction, the sign of the gradient) instead of one of a fixed length; the step is of that length from the
-first update on; the weights are averaged, and the learning rate goes in one cycle.
+the paper's direction, the sign of the gradient) instead of one of a fixed length; eps grows at first, the weights are
+averaged, and the learning rate goes in one cycle.
 """
 
 from collections.abc import Iterator

@@ -4,7 +4,8 @@ Zhang et al., "Attacks Which Do Not Kill Training Make Adversarial Learning Stro
 (friendly adversarial training, FAT): of all points that fool the network, train on those that fool it least. That
 training should begin with weak attacks is from Cai et al., "Curriculum Adversarial Training", IJCAI 2018,
 arXiv:1805.04807, who raise the number of steps. Differs from the papers: how many steps follow a success grows evenly
-over the training instead of at chosen epochs; the weights are averaged, and the learning rate goes in one cycle.
+over the training instead of at chosen epochs; eps grows at first, the weights are averaged, and the learning rate goes
+in one cycle.
 """
 
 from collections.abc import Iterator

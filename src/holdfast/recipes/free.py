@@ -2,8 +2,8 @@
 
 Shafahi et al., "Adversarial Training for Free!", NeurIPS 2019, arXiv:1904.12843: each batch is replayed a few times,
 and the perturbation goes on from replay to replay and from batch to batch, so that an update costs one forward and one
-backward, as in ordinary training. Differs from the paper: any norm, the weights are averaged, the learning rate goes in
-one cycle, and a pass over the data counts as one epoch however often its batches are replayed.
+backward, as in ordinary training. Differs from the paper: any norm, eps grows at first, the weights are averaged, the
+learning rate goes in one cycle, and a pass over the data counts as one epoch however often its batches are replayed.
 """
 
 import math

@@ -5,7 +5,8 @@ Networks 3(6), 1992; for robustness Ross & Doshi-Velez, "Improving the Adversari
 Deep Neural Networks by Regularizing Their Input Gradients", AAAI 2018, arXiv:1711.09404; in the dual norm, and by a
 finite difference in place of the second backward, Finlay & Oberman, "Scaleable input gradient regularization for
 adversarial robustness", arXiv:1905.11468. Differs from them: the penalty is the norm itself times eps, the first-order
-loss of an attack, instead of its square. It holds at small eps; at large ones the slope at the input says little.
+loss of an attack, instead of its square, and eps grows at first. It holds at small eps; at large ones the slope at the
+input says little.
 """
 
 from collections.abc import Iterator

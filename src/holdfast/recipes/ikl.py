@@ -2,11 +2,12 @@
 
 Cui et al., "Decoupled Kullback-Leibler Divergence Loss", NeurIPS 2024, arXiv:2305.13948: the divergence has the
 gradients of a weighted squared error of the logits' gaps and of a cross-entropy with soft labels. Differs from the
-paper: the mean predictions that weigh the gaps are running means instead of those of the epoch before, the weights are
-averaged, and the learning rate goes in one cycle.
+paper: the mean predictions that weigh the gaps are running means instead of those of the epoch before, eps grows at
+first, the weights are averaged, and the learning rate goes in one cycle.
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -52,7 +53,7 @@ class IKL:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         with torch.no_grad():
-            classes = model(data.x[:1]).shape[1]
+            classes = deepcopy(model).eval()(data.x[:1]).shape[1]
         means = {
             "means": torch.full((classes, classes), 1 / classes, device=data.x.device, dtype=data.x.dtype)
         }

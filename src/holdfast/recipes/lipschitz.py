@@ -2,12 +2,13 @@
 
 Gouk et al., "Regularisation of Neural Networks by Enforcing Lipschitz Continuity", Machine Learning 110, 2021,
 arXiv:1804.04368, for the constraint; Finlay & Oberman, "Scaleable input gradient regularization for adversarial
-robustness", arXiv:1905.11468, for the slope. Differs from the papers: both together, and what `ops/gains.py` says. The
-bound of a whole network is the product over its layers and as a certificate far too loose: see `ops/lipschitz.py` for
-layers that are made for one.
+robustness", arXiv:1905.11468, for the slope. Differs from the papers: both together, an eps that grows at first, and
+what `ops/gains.py` says. The bound of a whole network is the product over its layers and as a certificate far too
+loose: see `ops/lipschitz.py` for layers that are made for one.
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch.nn.functional as F
@@ -30,7 +31,8 @@ class LipschitzConstraint:
     """Cross-entropy plus `weight` times its slope, with layers whose gain is at most `gain`; no attack is made."""
 
     gain: Positive = 10.0
-    """by how much each layer may stretch a change, in the norm of the threat"""
+    """by how much each layer may stretch a change, in the norm of the threat; under L2 as far as
+    power iteration sees"""
     weight: NonNegative = 3.0
     """weight of what a step of length eps adds to the loss to first order; 0 leaves the constraint alone"""
     training: Training = field(default_factory=Training)
@@ -59,7 +61,7 @@ class LipschitzConstraint:
             self.training,
             rng=rng,
             after=after,
-            state=directions(model, data.x, order, rng.at("gain")),
+            state=directions(deepcopy(model).eval(), data.x, order, rng.at("gain")),
             settle=confined,
         )
 

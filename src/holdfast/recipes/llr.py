@@ -1,8 +1,8 @@
 """LLR: local linearity regularisation, a loss that is nearly linear in the whole ball, and nearly level.
 
 Qin et al., "Adversarial Robustness through Local Linearization", NeurIPS 2019, arXiv:1907.02610. Differs from the
-paper: the search climbs by the threat's steepest steps instead of Adam's, the weights are averaged, and the learning
-rate goes in one cycle.
+paper: the search climbs by the threat's steepest steps instead of Adam's, eps grows at first, the weights are averaged,
+and the learning rate goes in one cycle.
 """
 
 from collections.abc import Iterator

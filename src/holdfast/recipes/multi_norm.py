@@ -3,8 +3,8 @@
 Tramèr & Boneh, "Adversarial Training and Robustness for Multiple Perturbations", NeurIPS 2019, arXiv:1904.13000 (`max`
 and `average`). Maini et al., "Adversarial Robustness Against the Union of Multiple Perturbation Models", ICML 2020,
 arXiv:1909.04068 (`msd`, multi steepest descent): each step is tried under every norm, and the worst is taken. Differs
-from the papers: every attack of `max` and `average` has the same number of steps, the balls grow at first, the weights
-are averaged, and the learning rate goes in one cycle.
+from the papers: every attack of `max` and `average` has the same number of steps, eps grows at first, the weights are
+averaged, and the learning rate goes in one cycle.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """SCORE: TRADES with a distance of predictions in place of a divergence, which asks for no more than is there.
 
 Pang et al., "Robustness and Accuracy Could Be Reconcilable by (Proper) Definition", ICML 2022, arXiv:2202.10103.
-Differs from the paper: the weights are averaged, and the learning rate goes in one cycle.
+Differs from the paper: eps grows at first, the weights are averaged, and the learning rate goes in one cycle.
 """
 
 from collections.abc import Iterator

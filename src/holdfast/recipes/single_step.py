@@ -4,7 +4,8 @@ Goodfellow et al., "Explaining and Harnessing Adversarial Examples", ICLR 2015, 
 Wong et al., "Fast is Better than Free: Revisiting Adversarial Training", ICLR 2020, arXiv:2001.03994 (FGSM-RS): from a
 random point of the ball, a step of 1.25 eps. De Jorge et al., "Make Some Noise: Reliable and Efficient Single-Step
 Adversarial Training", NeurIPS 2022, arXiv:2202.01181 (N-FGSM): from noise of twice eps, and the end is not brought back
-into the ball. Differs from the papers: any norm, the weights are averaged, and the learning rate goes in one cycle.
+into the ball. Differs from the papers: any norm, eps grows at first, the weights are averaged, and the learning rate
+goes in one cycle.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """TRADES: clean accuracy, and how little the output changes around it, weighed against each other.
 
-Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", ICML 2019, arXiv:1901.08573.
-Differs from the paper: the inner attack starts anywhere in the ball instead of at a tiny Gaussian, the weights are
-averaged, and the learning rate goes in one cycle.
+Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", ICML 2019, arXiv:1901.08573. Differs
+from the paper: the inner attack starts anywhere in the ball instead of at a tiny Gaussian, eps grows at first, the
+weights are averaged, and the learning rate goes in one cycle.
 """
 
 from collections.abc import Iterator

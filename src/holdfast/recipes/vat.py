@@ -5,7 +5,7 @@ TPAMI 41(8), 2018, arXiv:1704.03976. The direction in which the prediction chang
 divergence's Hessian, found by power iteration from a random direction. Differs from the paper: under a norm that is not
 L2 each iteration goes to that norm's steepest direction, which climbs the same quadratic form over the norm's own ball;
 the finite difference is a share of eps and not 1e-6, which float32 rounds away; labelled and unlabelled examples share
-their batches; the weights are averaged, and the learning rate goes in one cycle.
+their batches; eps grows at first, the weights are averaged, and the learning rate goes in one cycle.
 """
 
 from collections.abc import Iterator

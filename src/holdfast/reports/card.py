@@ -13,12 +13,15 @@ _SHOWN = ("clean_accuracy", "robust_accuracy")
 def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
     """What a card keeps of an assessment."""
     raised = [doubt for doubt in summary["doubts"] if doubt["state"] == "raised"]
+    looked = [doubt for doubt in summary["doubts"] if doubt["state"] in {"raised", "clear"}]
     return {
         "headline": summary["headline"],
         "suite": summary["suite"],
         "n": summary["n"],
         "metrics": {name: summary["metrics"][name] for name in _SHOWN},
         "doubts": [{"name": doubt["name"], "says": doubt["says"]} for doubt in raised],
+        "doubts_probed": len(looked),
+        "accepted_doubts": dict(summary["accepted_doubts"]),
     }
 
 
@@ -27,6 +30,7 @@ def document(card: Mapping[str, Any]) -> str:
     before, after, held = card["before"], card["after"], card["chosen"]
     lines = [f"# {escaped(card['name'])}", ""]
     lines += [f"Hardened for {escaped(card['threat'])} by the recipe `{card['recipe']}`, {_why(card)}.", ""]
+    lines += [f"Judged under {escaped(card['judged_under'])}.", ""]
     lines += table(
         (f"on {after['n']:,} test examples, suite {after['suite']}", "before", "after"),
         (
@@ -41,8 +45,11 @@ def document(card: Mapping[str, Any]) -> str:
     lines += ["![accuracy over the epochs](curve.svg)", ""]
     for side, said in (("before", before), ("after", after)):
         lines += [f"- doubt {side}, `{doubt['name']}`: {escaped(doubt['says'])}" for doubt in said["doubts"]]
+    lines += [f"- accepted, `{name}`: {escaped(why)}" for name, why in after["accepted_doubts"].items()]
     if not after["doubts"]:
-        lines += ["- no doubt was raised against the numbers after"]
+        probed = after["doubts_probed"]
+        said = f"none of {probed} doubts that were probed was raised" if probed else "no doubt was probed"
+        lines += [f"- {said} against the numbers after"]
     lines += [f"- {escaped(note)}" for note in card["notes"]]
     lines += ["", "Open it:", "", f"    {card['opened_by']}", ""]
     lines += ["Made by:", "", f"    {card['command'] or 'holdfast.harden(...)'}", ""]

@@ -1,8 +1,9 @@
 """A new model as a hardening leaves it: its weights, its card, and what it is worth beside the one it was made from."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.model import Classifier
 from holdfast.reports.card import document as as_markdown
-from holdfast.reports.numbers import percent
+from holdfast.reports.card import judged
+from holdfast.reports.numbers import percent, strict
 from holdfast.reports.training import curve_svg
+from holdfast.runs.candidates import Candidate
 from holdfast.runs.order import Subject
 from holdfast.runs.result import Result
 from holdfast.runs.training import Point
@@ -65,6 +68,19 @@ class Hardened:
         return f"{self.card['recipe']}: {', '.join(said)} ({epoch})"
 
 
+@dataclass(frozen=True)
+class Made:
+    """A model that was trained by one of the candidates."""
+
+    candidate: Candidate
+    attempt: Mapping[str, Any]
+    subject: Subject
+    curve: tuple[Point, ...]
+    chosen: Point
+    raised: int
+    """how often its guard asked for more steps"""
+
+
 def described(subject: Subject, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What the weights file says of itself: how it is opened, and the digest of what made it."""
     known = {key: subject.card[key] for key in ("architecture", "arguments") if key in subject.card}
@@ -86,9 +102,9 @@ def digest_of_weights(checkpoint: Checkpoint) -> str:
 
 
 def timeless(card: Mapping[str, Any]) -> dict[str, Any]:
-    """A card without what differs between two equal runs: how long each thing took."""
+    """A card without what may differ between two equal runs: how long each thing took, and by which command."""
     points = [_timeless_point(point) for point in card["curve"]]
-    kept = {name: value for name, value in card.items() if name != "cost"}
+    kept = {name: value for name, value in card.items() if name not in {"cost", "command"}}
     return {
         **kept,
         "curve": points,
@@ -98,3 +114,63 @@ def timeless(card: Mapping[str, Any]) -> dict[str, Any]:
 
 def _timeless_point(point: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in point.items() if name not in {"cpu_s", "wall_s"}}
+
+
+def card_of(
+    made: Sequence[Made], sides: tuple[Result, Result], manifest: Mapping[str, Any], said: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The card of the last of the models that were made; `said` is what it tells of the wish."""
+    last = made[-1]
+    curves = [point for each in made for point in each.curve]
+    found: dict[str, Any] = strict(
+        {
+            **said,
+            "name": last.subject.card["name"],
+            "recipe": last.candidate.name,
+            "why": last.attempt["why"],
+            "epochs": last.attempt["epochs"],
+            "settings": last.candidate.settings,
+            "plan": manifest["plan"],
+            "tried": [each.candidate.name for each in made],
+            "before": judged(sides[0].summary()),
+            "after": judged(sides[1].summary()),
+            "chosen": last.chosen.to_json(),
+            "curve": [point.to_json() for point in last.curve],
+            "notes": [*said["notes"], *(note for each in made for note in _noted(each))],
+            "cost": {name: sum(getattr(point, name) for point in curves) for name in ("cpu_s", "wall_s")},
+            "model": dict(last.subject.card),
+            "data": manifest["data"],
+            "versions": manifest["versions"],
+            "hardware": manifest["hardware"],
+            "opened_by": _opened_by(last.subject.card, manifest["data"]["name"]),
+        }
+    )
+    return found
+
+
+def _opened_by(card: Mapping[str, Any], data: str) -> str:
+    """The command that opens the new model; in capitals what only the caller can say."""
+    name = str(card["name"]).rpartition(", ")[0]
+    arch = "" if "architecture" in card else f" --arch {name if '.py:' in name else 'FILE.py:FACTORY'}"
+    return f"holdfast assess {MODEL} {'DATA' if ' ' in data else data}{arch}"
+
+
+def _noted(made: Made) -> list[str]:
+    """What is to be said of a training: where memory ran out, and how often its guard objected."""
+    notes = _shrunk(made.curve, made.candidate)
+    if made.raised:
+        times = "once" if made.raised == 1 else f"{made.raised} times"
+        notes += [
+            f"{made.candidate.name}: a single step was overfitted to, so the guard asked for another one {times}"
+        ]
+    return notes
+
+
+def _shrunk(curve: tuple[Point, ...], candidate: Candidate) -> list[str]:
+    """Where memory ran out, and what was done about it."""
+    sizes = [candidate.recipe.training.batch, *(point.batch for point in curve)]
+    return [
+        f"memory ran out in epoch {epoch}: batches of {now} in place of {before} from there on, the rate scaled alike"
+        for epoch, (before, now) in enumerate(pairwise(sizes), 1)
+        if now != before
+    ]

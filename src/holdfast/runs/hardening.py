@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,20 @@ from torch import nn
 
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
-from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.checkpoint import STATE, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss, TargetError
 from holdfast.core.model import out_of_memory
 from holdfast.core.names import threat_text
 from holdfast.core.threat import ThreatModel
-from holdfast.reports.card import judged
+from holdfast.ops.fit import Training
+from holdfast.ops.overfitting import RAISED
 from holdfast.reports.numbers import strict
 from holdfast.runs import training
 from holdfast.runs.assess import assess
 from holdfast.runs.candidates import Candidate, attempts
-from holdfast.runs.hardened import MODEL, Hardened, described, digest_of_weights, timeless
-from holdfast.runs.held_out import digest_of, looked_at, refuse_classes, split_of, without_judged
+from holdfast.runs.hardened import MODEL, Hardened, Made, card_of, described, digest_of_weights, timeless
+from holdfast.runs.held_out import digest_of, harmless, looked_at, refuse_classes, split_of, without_judged
 from holdfast.runs.identity import code_digest, hardware, versions
 from holdfast.runs.order import Order, Progress, Step, Subject, silent
 from holdfast.runs.repeating import repeatable, way_out
@@ -36,6 +36,7 @@ from holdfast.runs.result import Result
 from holdfast.runs.signals import Stopper, stoppable
 from holdfast.runs.trainable import copy_of, refuse_untrainable
 from holdfast.runs.training import BEST, LAST, Point
+from holdfast.sources.memory import as_data
 from holdfast.sources.weights import written
 from holdfast.store.files import CHECKPOINTS, usable, write_atomically
 from holdfast.store.folder import RunFolder, opened, planned
@@ -116,6 +117,11 @@ class _Job:
     ) -> None:
         device = torch.device(wish.device)
         self.rest, self.held = (part.to(device) for part in split_of(data, wish.seed))
+        around = tuple(
+            deepcopy(model).to(device) if isinstance(model, nn.Module) else model
+            for model in wish.threat.surrogates
+        )
+        wish = replace(wish, threat=replace(wish.threat, surrogates=around))
         self.subject, self.test, self.wish, self.run = subject, test, wish, run
         self.progress, self.told = progress, told
         self.model = copy_of(subject.model).to(device)
@@ -136,7 +142,7 @@ class _Job:
             self.model,
             self.rest,
             wish.threat,
-            lambda: looked_at(self.model, self.held, wish.threat),
+            lambda: looked_at(self.model, self.held, harmless(wish.threat)),
         )
         return {"attempts": tried, "budget_s": wish.budget_s, "stages": _STAGES}
 
@@ -147,29 +153,61 @@ class _Job:
             stoppable(again) as stopper,
             opened(self.run, self.manifest, _about(self.wish), resume=resume) as folder,
         ):
-            before = self._judged(self.subject, "before", replace(self.judge, gates=()))
+            before = self._judged(self.subject, self.test, "before", replace(self.judge, gates=()))
             folder.record("before", _head(before))
-            for k, attempt in enumerate(self.plan["attempts"]):
-                self.told(_announced(attempt, self.plan["budget_s"], len(self.test)))
-                found = self._attempt(k, attempt, before, stopper)
-                if not found.card["after"]["doubts"]:
-                    break
+            made = self._made(folder, stopper)
+            after = self._judged(made[-1].subject, self.test, "after", self.judge)
+            net = made[-1].subject.model.net
+            assert isinstance(net, nn.Module)  # anything else was refused
+            weights = written(net, described(self.subject, self.manifest))
+            card = card_of(made, (before, after), self.manifest, self._said())
+            found = Hardened(made[-1].subject.model, before, after, made[-1].curve, card, weights, self.run)
             with stopper.finishing():
-                self._kept(folder, found)
+                _keep(folder, found)
         return found
 
-    def _attempt(self, k: int, attempt: Mapping[str, Any], before: Result, stopper: Stopper) -> Hardened:
+    def _said(self) -> dict[str, Any]:
+        """What the card tells of the wish."""
+        wish, judged = self.wish, self.wish.judge.plan.threat
+        return {
+            "asked": wish.name,
+            "threat": threat_text(str(wish.threat.constraint), None, "gradients", None),
+            "judged_under": threat_text(str(judged.constraint), judged.goal, judged.access, judged.queries),
+            "seed": wish.seed,
+            "notes": self.notes,
+            "command": repeatable(wish.command),
+        }
+
+    def _made(self, folder: RunFolder, stopper: Stopper) -> list[Made]:
+        """What was trained, one after another until nothing is doubted on held-out examples; the last one stands."""
+        made: list[Made] = []
+        held, tried = self.held.to(torch.device("cpu")), self.plan["attempts"]
+        examples = as_data(
+            held.x, held.y, classes=self.subject.model.classes, bounds=self.subject.model.bounds
+        )
+        for k, attempt in enumerate(tried):
+            self.told(_announced(attempt, self.plan["budget_s"], len(self.test)))
+            made.append(self._attempt(k, attempt, stopper))
+            if k + 1 == len(tried):
+                break
+            judge = replace(self.judge, gates=(), baseline=None)
+            found = self._judged(made[-1].subject, examples, _numbered("checked", k), judge)
+            folder.record(_numbered("checked", k), _head(found))
+            if not {doubt.name for doubt in found.doubts if doubt.state == "raised"} - set(
+                self.judge.accepted
+            ):
+                break
+        return made
+
+    def _attempt(self, k: int, attempt: Mapping[str, Any], stopper: Stopper) -> Made:
         candidate = next(one for one in self.wish.candidates if one.name == attempt["recipe"])
         place = self.run / _numbered(CHECKPOINTS, k)
         curve = self._trained(place, candidate, attempt["epochs"], stopper)
         best = training.kept(place, BEST)
         assert best is not None
         new = self._new_model(best.checkpoint, candidate)
-        after = self._judged(new, _numbered("after", k), self.judge)
-        assert isinstance(new.model.net, nn.Module)  # anything else was refused
-        weights = written(new.model.net, described(self.subject, self.manifest))
-        card = _card(self, candidate, attempt, new, (before, after), curve, best.curve[-1])
-        return Hardened(new.model, before, after, curve, card, weights, self.run)
+        raised = best.checkpoint.tensors.get(STATE + RAISED)
+        return Made(candidate, attempt, new, curve, best.curve[-1], 0 if raised is None else int(raised))
 
     def _new_model(self, checkpoint: Checkpoint, candidate: Candidate) -> Subject:
         new = deepcopy(self.subject.model)
@@ -178,8 +216,8 @@ class _Job:
         card = {**self.subject.card, "name": name}
         return replace(self.subject, model=new.eval(), digest=digest_of_weights(checkpoint), card=card)
 
-    def _judged(self, subject: Subject, place: str, judge: Order) -> Result:
-        return assess(subject, self.test, judge, run=self.run / place, resume=True, progress=self.progress)
+    def _judged(self, subject: Subject, data: Data, place: str, judge: Order) -> Result:
+        return assess(subject, data, judge, run=self.run / place, resume=True, progress=self.progress)
 
     def _trained(self, place: Path, candidate: Candidate, epochs: int, stopper: Stopper) -> tuple[Point, ...]:
         """The curve over all epochs; the checkpoints of the last and of the best are in their files."""
@@ -206,7 +244,7 @@ class _Job:
         recipe: Any = replace(candidate.recipe, training=how)  # type: ignore[type-var]
         last = training.kept(place, LAST)
         curve = () if last is None else last.curve
-        if _stale(curve, how.patience):
+        if _stale(curve, how):
             return curve
         highest = max((_score(point) for point in curve), default=(-1.0, -1.0))
         shown = deepcopy(self.model)
@@ -229,31 +267,30 @@ class _Job:
                     training.keep(place, BEST, checkpoint, curve)
                 training.keep(place, LAST, checkpoint, curve)
             self.progress(_step(candidate, point, epochs, len(self.held)))
-            if _stale(curve, how.patience):
+            if _stale(curve, how):
                 break
         return curve
 
     def _rescued(self, place: Path, candidate: Candidate) -> str:
         """The best model so far, where there is one, written where it can be opened; and how that is said."""
-        best = training.kept(place, BEST)
-        if best is None:
+        best, last = training.kept(place, BEST), training.kept(place, LAST)
+        if best is None or last is None:
             return "no epoch had been finished"
         net = self._new_model(best.checkpoint, candidate).model.net
         assert isinstance(net, nn.Module)
         path = self.run / MODEL
         with usable(path):
             write_atomically(path, written(net, described(self.subject, self.manifest)))
-        return f"the best of the {len(best.curve)} epochs before is in {str(path)!r}"
+        return f"the best of the {len(last.curve)} epochs before is in {str(path)!r}"
 
-    def _kept(self, folder: RunFolder, found: Hardened) -> None:
-        """The new model in the run's folder, and what was found in its chain."""
-        folder.keep("model", MODEL, found.weights)
-        folder.record("training", {"chosen": found.card["chosen"]["epoch"], "weights": digest(found.weights)})
-        place = found.after.folder
-        assert place is not None
-        folder.record(place.name, _head(found.after))
-        folder.record("card", timeless(found.card))
-        folder.record("verdict", {"exit_code": found.after.exit_code, "judged": place.name})
+
+def _keep(folder: RunFolder, found: Hardened) -> None:
+    """The new model in the run's folder, and what was found in its chain."""
+    folder.keep("model", MODEL, found.weights)
+    folder.record("training", {"chosen": found.card["chosen"]["epoch"], "weights": digest(found.weights)})
+    folder.record("after", _head(found.after))
+    folder.record("card", timeless(found.card))
+    folder.record("verdict", {"exit_code": found.after.exit_code, "judged": "after"})
 
 
 def _announced(attempt: Mapping[str, Any], budget_s: float | None, n: int) -> str:
@@ -286,60 +323,13 @@ def _score(point: Point) -> tuple[float, float]:
     return point.robust, point.clean
 
 
-def _stale(curve: tuple[Point, ...], patience: int) -> bool:
-    """Whether so many epochs have passed since the held-out robust accuracy was last better than ever; never for 0."""
-    heights = [point.robust for point in curve]
+def _stale(curve: tuple[Point, ...], how: Training) -> bool:
+    """Whether as many epochs as its patience have passed since the held-out robust accuracy was last better than ever.
+
+    Those in which eps still grew do not count.
+    """
+    heights, patience = [point.robust for point in curve][int(how.warmup * how.epochs) :], how.patience
     return bool(patience and heights) and len(heights) - 1 - heights.index(max(heights)) >= patience
-
-
-def _card(
-    job: _Job,
-    candidate: Candidate,
-    attempt: Mapping[str, Any],
-    new: Subject,
-    sides: tuple[Result, Result],
-    curve: tuple[Point, ...],
-    chosen: Point,
-) -> dict[str, Any]:
-    wish, manifest = job.wish, job.manifest
-    summaries = [side.summary() for side in sides]
-    arch = "" if "architecture" in new.card else " --arch file.py:factory"
-    found: dict[str, Any] = strict(
-        {
-            "name": new.card["name"],
-            "recipe": candidate.name,
-            "asked": wish.name,
-            "why": attempt["why"],
-            "epochs": attempt["epochs"],
-            "settings": candidate.settings,
-            "threat": threat_text(str(wish.threat.constraint), None, "gradients", None),
-            "plan": manifest["plan"],
-            "seed": wish.seed,
-            "before": judged(summaries[0]),
-            "after": judged(summaries[1]),
-            "chosen": chosen.to_json(),
-            "curve": [point.to_json() for point in curve],
-            "notes": [*job.notes, *_shrunk(curve, candidate)],
-            "cost": {name: sum(getattr(point, name) for point in curve) for name in ("cpu_s", "wall_s")},
-            "model": dict(new.card),
-            "data": manifest["data"],
-            "versions": manifest["versions"],
-            "hardware": manifest["hardware"],
-            "command": repeatable(wish.command),
-            "opened_by": f"holdfast assess {MODEL} {manifest['data']['name']}{arch}",
-        }
-    )
-    return found
-
-
-def _shrunk(curve: tuple[Point, ...], candidate: Candidate) -> list[str]:
-    """Where memory ran out, and what was done about it."""
-    sizes = [candidate.recipe.training.batch, *(point.batch for point in curve)]
-    return [
-        f"memory ran out in epoch {epoch}: batches of {now} in place of {before} from there on, the rate scaled alike"
-        for epoch, (before, now) in enumerate(pairwise(sizes), 1)
-        if now != before
-    ]
 
 
 def _manifest(

@@ -75,6 +75,12 @@ def _check_strays(path: Path, recorded: dict[str, Any]) -> None:
     for file in sorted(path.glob(f"*{column_files.SUFFIX}")):
         if file.name not in recorded and not (path / file.stem).is_dir():
             raise TargetError(f"{str(file)!r} is in no record of the chain; remove it, or restore the chain")
+    for name in recorded:
+        within = path / Path(name).stem
+        if name.endswith(".json") and "chain" in read_document(path / name) and not within.is_dir():
+            raise TargetError(
+                f"{str(within)!r} is gone, though {name!r} names its chain; restore it from a copy"
+            )
     for folder in sorted(each for each in path.iterdir() if each.is_dir()):
         if (folder / MANIFEST).is_file():
             _check_within(path, folder, recorded)
