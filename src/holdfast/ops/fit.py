@@ -24,6 +24,7 @@ from holdfast.core.errors import LostLoss
 from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.augment import Augmentation, augmented, cut_and_mixed
 from holdfast.ops.averages import ema, swa
+from holdfast.ops.computing import Layout, Precision, computing, laid_out
 from holdfast.ops.perturbed import perturbed
 from holdfast.ops.twin import Statistics
 
@@ -89,6 +90,12 @@ class Training:
     """what changes the training images: nothing, a shift by up to two pixels, or a shift by four and a flip"""
     cutmix: Fraction = 0.0
     """share of the batches whose images each get a box of another one, and of its label the box's share"""
+    precision: Precision = "auto"
+    """of products while training: float32, bfloat16, or the latter on a GPU that has it and the former elsewhere"""
+    layout: Layout = "auto"
+    """of images in memory: channels-first, channels-last, or the latter on a GPU and the former elsewhere"""
+    compiled: bool = False
+    """whether torch compiles the network: minutes at first, quicker updates then; not for a loss that holds a slope"""
 
 
 def rate(schedule: Rate, done: float) -> float:
@@ -211,13 +218,17 @@ class _Loop:
         seen = self._rng.at(epoch, step - step % self._replays)  # a batch that is replayed looks the same
         batch = augmented(self._data.take(rows), how.augment, seen)
         batch, other, share = cut_and_mixed(batch, how.cutmix, seen)
+        batch = batch.at(laid_out(batch.x, how.layout))
 
         def measured() -> tuple[Tensor, Tensor]:
-            value, hits = self._loss(batch, x_adv)
-            return value if share == 1 else torch.lerp(self._loss(other, x_adv)[0], value, share), hits
+            with computing(how.precision, rows.device):
+                value, hits = self._loss(batch, x_adv)
+                return value if share == 1 else torch.lerp(self._loss(other, x_adv)[0], value, share), hits
 
         with torch.enable_grad(), drawing(place):
-            x_adv = self._inner(batch, Turn(place, epoch, before / whole, _grown(how.warmup, before / whole)))
+            turn = Turn(place, epoch, before / whole, _grown(how.warmup, before / whole))
+            with computing(how.precision, rows.device):
+                x_adv = self._inner(batch, turn)
             self._optimizer.zero_grad(set_to_none=True)
             with perturbed(self._model, lambda: measured()[0], how.awp):
                 value, hits = measured()

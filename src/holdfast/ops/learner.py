@@ -16,6 +16,7 @@ from holdfast.core.model import Classifier, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.ascent import ascend
+from holdfast.ops.computing import lay_out
 from holdfast.ops.fit import Guard, Training, Turn, fit
 from holdfast.ops.losses import Loss, cross_entropy
 from holdfast.ops.twin import twin
@@ -99,18 +100,23 @@ def trained(
     settle: Callable[[Learner], Callable[[], None]] | None = None,
     linear: bool = False,
     unlabelled: bool = False,
+    slope: bool = False,
 ) -> Iterator[Checkpoint]:
     """Train a copy of the model by a loss on inputs that `inner` made; the model itself stays as it is.
 
     `inner` and `loss` meet the threat as far as it has grown. `guard` and `settle` make of the learner what `fit` takes
     by these names. A recipe says here that its loss is `linear` in the label (up to what has no gradient), so that
-    labels may be mixed, and that it learns from `unlabelled` examples; what it does not say is refused, before the
-    first update.
+    labels may be mixed, that it learns from `unlabelled` examples, and that it holds a `slope`, which is differentiated
+    again; what does not go with that is refused, before the first update.
     """
-    _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled)
+    _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled, slope=slope)
     net = deepcopy(model).train()
+    lay_out(net, how.layout)
     known = {GROWN: torch.zeros((), device=data.x.device), **(state or {})}
     learner = Learner(net, twin(net, how.attack_statistics), threat, known)
+    if how.compiled:
+        for one in (learner.net, learner.frozen):
+            one.net.compile()  # type: ignore[union-attr]  # what is trained is a module
     return fit(
         net,
         data,
@@ -135,8 +141,13 @@ def _measured(loss: LossOf, learner: Learner, batch: Batch, x_adv: Inputs) -> tu
     return loss(learner.now, batch, x_adv)
 
 
-def _refuse_foreign(data: Batch, how: Training, *, linear: bool, unlabelled: bool) -> None:
+def _refuse_foreign(data: Batch, how: Training, *, linear: bool, unlabelled: bool, slope: bool) -> None:
     """Refuse what the loss of a recipe cannot learn from."""
+    if how.compiled and slope:
+        raise UsageError(
+            "compiled is true, and the loss of this recipe holds a slope, which torch cannot differentiate again in a "
+            "compiled network; leave recipe.training.compiled out"
+        )
     if how.cutmix and not linear:
         raise UsageError(
             f"cutmix is {how.cutmix:g}, and the loss of this recipe is not linear in the label, so labels cannot be "

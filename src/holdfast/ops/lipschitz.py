@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from holdfast.core.model import Classifier
 from holdfast.core.types import Logits, PerExample
 from holdfast.ops.closest import leeway
+from holdfast.ops.computing import exactly
 
 _GUARD = 1e-6  # added to what is divided by: a row of zeros stays one, with a finite gradient
 _REACH = 8.0  # of the logarithms of SLL's weights, whose ratios then stay within float32
@@ -32,7 +33,8 @@ def overlaps(kernel: Tensor) -> Tensor:
     The sums of its rows, as a diagonal, are at least the convolution times its transpose, whatever the image's size;
     so are those of the matrix with its columns times any positive numbers and its rows divided by them.
     """
-    sums: Tensor = F.conv2d(kernel, kernel, padding=kernel.shape[2] - 1).abs().sum((2, 3))
+    with exactly(kernel):
+        sums: Tensor = F.conv2d(kernel, kernel, padding=kernel.shape[2] - 1).abs().sum((2, 3))
     return sums
 
 
@@ -86,7 +88,8 @@ class SLLConv2d(nn.Module):
         """Maps of the same shape."""
         kernel, half = self.weight, self.weight.shape[2] // 2
         q = self.scale.clamp(-_REACH, _REACH).exp()
-        heights = overlaps(kernel) @ q / q + _GUARD
+        with exactly(kernel):
+            heights = overlaps(kernel) @ q / q + _GUARD
         hidden = F.relu(F.conv2d(x, kernel, self.bias, padding=half))
         back = F.conv_transpose2d(hidden / heights.view(1, -1, 1, 1), kernel, padding=half)
         return x - 2 * back

@@ -35,7 +35,8 @@ def twin(model: Classifier, statistics: Statistics = "running") -> Classifier:
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, value in (*copied.named_parameters(), *copied.named_buffers()):
         _share(value, own[name])
-    quicken_stems(copied)
+    if next(copied.parameters()).device.type == "cpu":
+        quicken_stems(copied)
     return copied
 
 

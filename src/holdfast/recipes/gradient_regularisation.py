@@ -49,7 +49,17 @@ class GradientRegularisation:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        return trained(as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after)
+        return trained(
+            as_it_is,
+            self.loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            slope=self.method == "double-backprop",
+        )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy and the slope."""

@@ -45,7 +45,16 @@ class JacobianRegularisation:
     ) -> Iterator[Checkpoint]:
         place = {_PLACE: torch.zeros((), dtype=torch.int64)}
         return trained(
-            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, state=place
+            self.inner,
+            self.loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            state=place,
+            slope=True,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:

@@ -63,6 +63,7 @@ class LipschitzConstraint:
             after=after,
             state=directions(deepcopy(model).eval(), data.x, order, rng.at("gain")),
             settle=confined,
+            slope=self.weight > 0,
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
