@@ -26,6 +26,7 @@ from holdfast.ops.augment import Augmentation, augmented, cut_and_mixed
 from holdfast.ops.averages import ema, swa
 from holdfast.ops.computing import Layout, Precision, computing, laid_out
 from holdfast.ops.perturbed import perturbed
+from holdfast.ops.together import average, processes, share, worth
 from holdfast.ops.twin import Statistics
 
 
@@ -179,8 +180,8 @@ class _Loop:
         self._model, self._data, self._inner, self._loss = model, data, inner, loss
         self._how, self._rng, self._state = how, rng, state
         self._replays, self._settle = replays, settle
-        learned = [weight for weight in model.parameters() if weight.requires_grad]
-        self._optimizer = _optimizer(learned, how)
+        self._learned = [weight for weight in model.parameters() if weight.requires_grad]
+        self._optimizer = _optimizer(self._learned, how)
         now = {} if how.averaging == "none" else model.state_dict()
         self._average = {name: value.detach().clone() for name, value in now.items()}
         self._updates = updates(len(data), how.batch) * replays
@@ -202,12 +203,13 @@ class _Loop:
             losses += [value for value, _ in done]
             right += sum(hits for _, hits in done)
         seen = torch.stack(losses).double()
+        average((seen, right))
         _refuse_lost(seen, epoch, how.lr)
         if how.averaging == "swa":
             swa(self._average, self._model, epoch - how.epochs + max(round(how.tail * how.epochs), 1))
         known = replays * int((self._data.y[rows] != UNLABELLED).sum())
         lr = self._optimizer.param_groups[0]["lr"]
-        return {"loss": seen.mean().item(), "accuracy": right.item() / max(known, 1), "lr": lr}
+        return {"loss": seen.mean().item(), "accuracy": processes() * right.item() / max(known, 1), "lr": lr}
 
     def _update(self, epoch: int, step: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """One update: its loss, and how many examples were right."""
@@ -217,13 +219,18 @@ class _Loop:
             group["lr"] = how.lr * rate(how.schedule, (before + 1) / (whole + 1))
         seen = self._rng.at(epoch, step - step % self._replays)  # a batch that is replayed looks the same
         batch = augmented(self._data.take(rows), how.augment, seen)
-        batch, other, share = cut_and_mixed(batch, how.cutmix, seen)
+        batch, other, own = cut_and_mixed(batch, how.cutmix, seen)
+        part = 1.0
+        if processes() > 1:
+            mine = share(torch.arange(len(rows), device=rows.device))
+            batch, other, part = batch.take(mine), other.take(mine), worth(len(mine), len(rows))
         batch = batch.at(laid_out(batch.x, how.layout))
 
         def measured() -> tuple[Tensor, Tensor]:
             with computing(how.precision, rows.device):
                 value, hits = self._loss(batch, x_adv)
-                return value if share == 1 else torch.lerp(self._loss(other, x_adv)[0], value, share), hits
+                value = value if own == 1 else torch.lerp(self._loss(other, x_adv)[0], value, own)
+            return part * value, hits
 
         with torch.enable_grad(), drawing(place):
             turn = Turn(place, epoch, before / whole, _grown(how.warmup, before / whole))
@@ -233,7 +240,9 @@ class _Loop:
             with perturbed(self._model, lambda: measured()[0], how.awp):
                 value, hits = measured()
                 value.backward()  # type: ignore[no-untyped-call]
+        average(weight.grad for weight in self._learned)
         self._optimizer.step()
+        average((*self._model.buffers(), *self._state.values()))
         if self._settle is not None:
             self._settle()
         if how.averaging == "ema":

@@ -19,6 +19,7 @@ from holdfast.ops.ascent import ascend
 from holdfast.ops.computing import lay_out
 from holdfast.ops.fit import Guard, Training, Turn, fit
 from holdfast.ops.losses import Loss, cross_entropy
+from holdfast.ops.together import processes
 from holdfast.ops.twin import twin
 
 GROWN = "grown"
@@ -101,15 +102,17 @@ def trained(
     linear: bool = False,
     unlabelled: bool = False,
     slope: bool = False,
+    alone: bool = False,
 ) -> Iterator[Checkpoint]:
     """Train a copy of the model by a loss on inputs that `inner` made; the model itself stays as it is.
 
     `inner` and `loss` meet the threat as far as it has grown. `guard` and `settle` make of the learner what `fit` takes
     by these names. A recipe says here that its loss is `linear` in the label (up to what has no gradient), so that
-    labels may be mixed, that it learns from `unlabelled` examples, and that it holds a `slope`, which is differentiated
-    again; what does not go with that is refused, before the first update.
+    labels may be mixed, that it learns from `unlabelled` examples, that it holds a `slope`, which is differentiated
+    again, and that it trains `alone`, in one process, for what it remembers belongs to examples; what does not go with
+    that is refused, before the first update.
     """
-    _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled, slope=slope)
+    _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled, slope=slope, alone=alone)
     net = deepcopy(model).train()
     lay_out(net, how.layout)
     known = {GROWN: torch.zeros((), device=data.x.device), **(state or {})}
@@ -141,8 +144,15 @@ def _measured(loss: LossOf, learner: Learner, batch: Batch, x_adv: Inputs) -> tu
     return loss(learner.now, batch, x_adv)
 
 
-def _refuse_foreign(data: Batch, how: Training, *, linear: bool, unlabelled: bool, slope: bool) -> None:
-    """Refuse what the loss of a recipe cannot learn from."""
+def _refuse_foreign(
+    data: Batch, how: Training, *, linear: bool, unlabelled: bool, slope: bool, alone: bool
+) -> None:
+    """Refuse what the loss of a recipe cannot learn from, and how."""
+    if alone and processes() > 1:
+        raise UsageError(
+            f"this recipe remembers what it did to each example, and {processes()} processes share the examples; start "
+            f"one process, or choose --recipe pgd"
+        )
     if how.compiled and slope:
         raise UsageError(
             "compiled is true, and the loss of this recipe holds a slope, which torch cannot differentiate again in a "

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from holdfast.ops.together import average
+
 _TINY = 1e-12
 
 
@@ -26,6 +28,7 @@ def perturbed(model: nn.Module, loss: Callable[[], Tensor], share: float) -> Ite
     moved = [weight for weight in model.parameters() if weight.requires_grad and weight.dim() > 1]
     statistics = [buffer.clone() for buffer in model.buffers()]
     grads = torch.autograd.grad(loss(), moved, allow_unused=True)
+    average(grads)
     before = [weight.detach().clone() for weight in moved]
     with torch.no_grad():
         for buffer, value in zip(model.buffers(), statistics, strict=True):

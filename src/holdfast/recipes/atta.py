@@ -65,7 +65,9 @@ class ATTA:
         def inner(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
             return self.inner(learner, batch, turn, where.rows(batch.ids))
 
-        return trained(inner, self.loss, model, data, threat, self.training, rng=rng, after=after, state=kept)
+        return trained(
+            inner, self.loss, model, data, threat, self.training, rng=rng, after=after, state=kept, alone=True
+        )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn, rows: Rows) -> Inputs:
         """A few more steps up the cross-entropy from what is kept, which the end of them becomes."""

@@ -60,6 +60,7 @@ class FreeTraining:
             state=delta,
             replays=self.replays,
             linear=True,
+            alone=True,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:

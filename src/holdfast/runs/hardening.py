@@ -1,7 +1,6 @@
 """The harden verb: measure, train a new model within a budget, choose it on held-out examples, and measure again."""
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
@@ -10,27 +9,28 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import nn
 
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.checkpoint import STATE, Checkpoint
-from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss, TargetError
-from holdfast.core.model import out_of_memory
+from holdfast.core.model import Classifier, out_of_memory
 from holdfast.core.names import threat_text
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.fit import Training
+from holdfast.ops import together
 from holdfast.ops.overfitting import RAISED
 from holdfast.reports.numbers import strict
 from holdfast.runs import training
 from holdfast.runs.assess import assess
 from holdfast.runs.candidates import Candidate, attempts
+from holdfast.runs.epochs import NOTHING, STAGES, Course, Trainer
 from holdfast.runs.hardened import MODEL, Hardened, Made, card_of, described, digest_of_weights, timeless
 from holdfast.runs.held_out import digest_of, harmless, looked_at, refuse_classes, split_of, without_judged
 from holdfast.runs.identity import code_digest, hardware, versions
-from holdfast.runs.order import Order, Progress, Step, Subject, silent
+from holdfast.runs.order import Order, Progress, Subject, silent
 from holdfast.runs.repeating import repeatable, way_out
 from holdfast.runs.result import Result
 from holdfast.runs.signals import Stopper, stoppable
@@ -40,8 +40,6 @@ from holdfast.sources.memory import as_data
 from holdfast.sources.weights import written
 from holdfast.store.files import CHECKPOINTS, usable, write_atomically
 from holdfast.store.folder import RunFolder, opened, planned
-
-_STAGES = ["before", "training", "after"]
 
 
 @dataclass(frozen=True)
@@ -83,18 +81,20 @@ def harden(
 ) -> Hardened:
     """Train a copy of the model that holds under the threat, in a folder that a stopped run goes on in.
 
-    Without `run` nothing is kept but what is returned. Raises `UsageError`, `TargetError`, or `Interrupted` with the
-    way to go on.
+    Without `run` nothing is kept but what is returned. Under torchrun its processes train together, the first of them
+    judges and writes, and all return the same. Raises `UsageError`, `TargetError`, or `Interrupted` with the way to go
+    on.
     """
     refuse_untrainable(subject.model)
     refuse_classes(data, subject.model.classes)
     fresh, said = without_judged(data, test)
     with ExitStack() as stack:
+        stack.enter_context(together.joined(torch.device(wish.device)))
         place = run
         if place is None:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
         job = _Job(subject, fresh, test, wish, place, progress, told, said)
-        found = job.done(resume=resume)
+        found = job.done(resume=resume) if together.first() else job.followed()
     if run is not None:
         return found
     before, after = (replace(side, folder=None) for side in (found.before, found.after))
@@ -125,11 +125,12 @@ class _Job:
         self.subject, self.test, self.wish, self.run = subject, test, wish, run
         self.progress, self.told = progress, told
         self.model = copy_of(subject.model).to(device)
+        self.trainer = Trainer(self.model, self.rest, self.held, wish.threat, wish.seed)
         for one in wish.candidates:  # what it cannot learn from is refused here; nothing is trained yet
-            one.recipe(self.model, self.rest, wish.threat, rng=Draws(wish.seed))
+            self.trainer.begun(one.recipe, None)
         self.notes = [said] if said else []
-        known = planned(run)
-        self.plan = known["plan"] if known else self._planned()
+        known = together.told(planned(run))
+        self.plan = together.told(known["plan"] if known else self._planned())
         digests = [test.digest, digest_of(data)]
         self.manifest = _manifest(subject, digests, test, wish, self.plan, device)
         self.judge = replace(wish.judge, device=wish.device)
@@ -144,7 +145,7 @@ class _Job:
             wish.threat,
             lambda: looked_at(self.model, self.held, harmless(wish.threat)),
         )
-        return {"attempts": tried, "budget_s": wish.budget_s, "stages": _STAGES}
+        return {"attempts": tried, "budget_s": wish.budget_s, "stages": STAGES}
 
     def done(self, *, resume: bool) -> Hardened:
         """All that is not done yet, and the new model."""
@@ -164,7 +165,16 @@ class _Job:
             found = Hardened(made[-1].subject.model, before, after, made[-1].curve, card, weights, self.run)
             with stopper.finishing():
                 _keep(folder, found)
+        together.told(replace(found, model=NOTHING))  # which a factory may have made; its weights are in it
         return found
+
+    def followed(self) -> Hardened:
+        """What a process does that is not the first: it trains along until the new model is done."""
+        while True:
+            heard: Course | Hardened = together.told(NOTHING)
+            if isinstance(heard, Hardened):
+                return replace(heard, model=self._opened(heard.weights))
+            self.trainer.follow(self._candidate(heard.name), heard)
 
     def _said(self) -> dict[str, Any]:
         """What the card tells of the wish."""
@@ -200,7 +210,7 @@ class _Job:
         return made
 
     def _attempt(self, k: int, attempt: Mapping[str, Any], stopper: Stopper) -> Made:
-        candidate = next(one for one in self.wish.candidates if one.name == attempt["recipe"])
+        candidate = self._candidate(attempt["recipe"])
         place = self.run / _numbered(CHECKPOINTS, k)
         curve = self._trained(place, candidate, attempt["epochs"], stopper)
         best = training.kept(place, BEST)
@@ -208,6 +218,16 @@ class _Job:
         new = self._new_model(best.checkpoint, candidate)
         raised = best.checkpoint.tensors.get(STATE + RAISED)
         return Made(candidate, attempt, new, curve, best.curve[-1], 0 if raised is None else int(raised))
+
+    def _candidate(self, name: str) -> Candidate:
+        return next(one for one in self.wish.candidates if one.name == name)
+
+    def _opened(self, weights: bytes) -> Classifier:
+        """The new model of its file."""
+        model = deepcopy(self.subject.model)
+        assert isinstance(model.net, nn.Module)
+        model.net.load_state_dict(safetensors.torch.load(weights))
+        return model.eval()
 
     def _new_model(self, checkpoint: Checkpoint, candidate: Candidate) -> Subject:
         new = deepcopy(self.subject.model)
@@ -225,51 +245,20 @@ class _Job:
         batch = candidate.recipe.training.batch if last is None else last.curve[-1].batch
         while True:
             try:
-                return self._course(place, candidate, epochs, batch, stopper)
+                return self.trainer.course(place, candidate, epochs, batch, stopper, self.progress)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
+                if together.processes() > 1:
+                    raise TargetError(
+                        f"memory ran out for a batch of {batch} on {together.processes()} processes; go on with a "
+                        f"smaller one in a new run, as in --set recipe.training.batch={batch // 2}"
+                    ) from error
                 batch //= 2
                 if not batch:
                     raise TargetError("memory ran out for a batch of one example") from error
             except LostLoss as error:
                 raise LostLoss(f"{error}; {self._rescued(place, candidate)}") from error
-
-    def _course(
-        self, place: Path, candidate: Candidate, epochs: int, batch: int, stopper: Stopper
-    ) -> tuple[Point, ...]:
-        """From the last checkpoint on, with batches of that size."""
-        how = candidate.recipe.training
-        how = replace(how, epochs=epochs, batch=batch, lr=how.lr * batch / how.batch)
-        recipe: Any = replace(candidate.recipe, training=how)  # type: ignore[type-var]
-        last = training.kept(place, LAST)
-        curve = () if last is None else last.curve
-        if _stale(curve, how):
-            return curve
-        highest = max((_score(point) for point in curve), default=(-1.0, -1.0))
-        shown = deepcopy(self.model)
-        cpu, wall = time.process_time(), time.perf_counter()
-        after = None if last is None else last.checkpoint
-        for checkpoint in recipe(
-            self.model, self.rest, self.wish.threat, rng=Draws(self.wish.seed), after=after
-        ):
-            checkpoint.put_into(shown)
-            clean, robust = looked_at(shown, self.held, self.wish.threat)
-            now = time.process_time(), time.perf_counter()
-            spent = {"cpu_s": now[0] - cpu, "wall_s": now[1] - wall}
-            measured = dict(checkpoint.measured)
-            point = Point(checkpoint.epoch, **measured, batch=batch, clean=clean, robust=robust, **spent)
-            cpu, wall = now
-            curve = (*curve, point)
-            with stopper.finishing():
-                if _score(point) > highest:
-                    highest = _score(point)
-                    training.keep(place, BEST, checkpoint, curve)
-                training.keep(place, LAST, checkpoint, curve)
-            self.progress(_step(candidate, point, epochs, len(self.held)))
-            if _stale(curve, how):
-                break
-        return curve
 
     def _rescued(self, place: Path, candidate: Candidate) -> str:
         """The best model so far, where there is one, written where it can be opened; and how that is said."""
@@ -314,24 +303,6 @@ def _head(result: Result) -> dict[str, Any]:
     return {"chain": result.about["hashes"]["chain"]}
 
 
-def _step(candidate: Candidate, point: Point, epochs: int, held: int) -> Step:
-    standing = round(point.robust * held)
-    return Step(f"training {candidate.name}", 2, len(_STAGES), point.epoch, epochs, standing, held)
-
-
-def _score(point: Point) -> tuple[float, float]:
-    return point.robust, point.clean
-
-
-def _stale(curve: tuple[Point, ...], how: Training) -> bool:
-    """Whether as many epochs as its patience have passed since the held-out robust accuracy was last better than ever.
-
-    Those in which eps still grew do not count.
-    """
-    heights, patience = [point.robust for point in curve][int(how.warmup * how.epochs) :], how.patience
-    return bool(patience and heights) and len(heights) - 1 - heights.index(max(heights)) >= patience
-
-
 def _manifest(
     subject: Subject,
     digests: list[str],
@@ -340,7 +311,7 @@ def _manifest(
     plan: Mapping[str, Any],
     device: torch.device,
 ) -> dict[str, Any]:
-    constraint = wish.threat.constraint
+    constraint, many = wish.threat.constraint, together.processes()
     config = strict(
         {
             "recipe": wish.name,
@@ -363,7 +334,7 @@ def _manifest(
         "model": strict(dict(subject.card)),
         "data": {"name": test.name, "n": len(test)},
         "versions": versions(),
-        "hardware": hardware(device),
+        "hardware": hardware(device) + (f"; {many} processes" if many > 1 else ""),
         "seed": wish.seed,
         "plan": dict(plan),
     }

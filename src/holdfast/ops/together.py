@@ -1,0 +1,91 @@
+"""Several processes that train one network: each takes its share of every batch, and the gradients are averaged.
+
+They are those that torchrun starts, and talk through torch.distributed. What is drawn belongs to an example and not to
+a process, so that any number of them trains the weights of one, up to the order of sums; but for batch norm, whose
+statistics are those of a share, and are averaged.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from holdfast.core.errors import UsageError
+
+T = TypeVar("T")
+_PATIENT = timedelta(days=7)  # the others wait while the first judges
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Within it the processes that torchrun started know each other; without torchrun, or another group, nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available() or dist.is_initialized():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def processes() -> int:
+    """How many train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def first() -> bool:
+    """Whether this is the one that judges and writes, of those that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def told(value: T) -> T:
+    """The value of the first process, in all of them."""
+    if processes() == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held)
+    return held[0]
+
+
+def share(rows: Tensor) -> Tensor:
+    """The part of the rows of a batch that falls to this process."""
+    n = processes()
+    if n == 1:
+        return rows
+    if len(rows) < n:
+        raise UsageError(
+            f"a batch of {len(rows)} is too small for {n} processes; give a larger one, as in "
+            f"--set recipe.training.batch={n * 32}, or start fewer"
+        )
+    return rows[dist.get_rank() :: n]
+
+
+def worth(mine: int, all_of_them: int) -> float:
+    """What the mean over a share is multiplied with, so that the mean over the processes is that over all rows."""
+    return mine * processes() / all_of_them
+
+
+@torch.no_grad()
+def average(values: Iterable[Tensor | None]) -> None:
+    """Make each tensor the mean over the processes, in place; what holds no fractions is left as it is."""
+    if processes() == 1:
+        return
+    fractions = [value for value in values if value is not None and value.is_floating_point()]
+    if not fractions:
+        return
+    whole = torch.cat(
+        [value.flatten().to(torch.promote_types(value.dtype, torch.float32)) for value in fractions]
+    )
+    dist.all_reduce(whole)
+    whole /= processes()
+    means = torch.split(whole, [value.numel() for value in fractions])
+    for value, mean in zip(fractions, means, strict=True):
+        value.copy_(mean.view_as(value))

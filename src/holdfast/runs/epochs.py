@@ -1,0 +1,121 @@
+"""The epochs of one training: each looked at on held-out examples, written down, and the best one kept."""
+
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.errors import LostLoss
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.ops import together
+from holdfast.ops.fit import Training
+from holdfast.recipes.protocol import Recipe
+from holdfast.runs import training
+from holdfast.runs.candidates import Candidate
+from holdfast.runs.held_out import looked_at
+from holdfast.runs.order import Progress, Step
+from holdfast.runs.signals import Stopper
+from holdfast.runs.training import BEST, LAST, Point
+
+STAGES = ["before", "training", "after"]
+"""Of a hardening."""
+NOTHING: Any = None
+"""What a process says that only hears the first."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What the first process tells the others before it trains."""
+
+    name: str
+    """of the candidate"""
+    how: Training
+    after: Checkpoint | None
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What is trained, on which examples, and which others choose the checkpoint."""
+
+    model: Classifier
+    rest: Batch
+    held: Batch
+    threat: ThreatModel
+    seed: int
+
+    def begun(self, recipe: Recipe, after: Checkpoint | None) -> Iterator[Checkpoint]:
+        """The checkpoints of a recipe; nothing is trained before the first is asked for."""
+        return recipe(self.model, self.rest, self.threat, rng=Draws(self.seed), after=after)
+
+    def course(
+        self, place: Path, candidate: Candidate, epochs: int, batch: int, stopper: Stopper, progress: Progress
+    ) -> tuple[Point, ...]:
+        """The curve, from the last checkpoint on, with batches of that size."""
+        how = candidate.recipe.training
+        how = replace(how, epochs=epochs, batch=batch, lr=how.lr * batch / how.batch)
+        last = training.kept(place, LAST)
+        curve = () if last is None else last.curve
+        if _stale(curve, how):
+            return curve
+        highest = max((_score(point) for point in curve), default=(-1.0, -1.0))
+        shown = deepcopy(self.model)
+        after = None if last is None else last.checkpoint
+        together.told(Course(candidate.name, how, after))
+        cpu, wall = time.process_time(), time.perf_counter()
+        for checkpoint in self.begun(_with(candidate, how), after):
+            checkpoint.put_into(shown)
+            clean, robust = looked_at(shown, self.held, self.threat)
+            now = time.process_time(), time.perf_counter()
+            spent = {"cpu_s": now[0] - cpu, "wall_s": now[1] - wall}
+            measured = dict(checkpoint.measured)
+            point = Point(checkpoint.epoch, **measured, batch=batch, clean=clean, robust=robust, **spent)
+            cpu, wall = now
+            curve = (*curve, point)
+            with stopper.finishing():
+                if _score(point) > highest:
+                    highest = _score(point)
+                    training.keep(place, BEST, checkpoint, curve)
+                training.keep(place, LAST, checkpoint, curve)
+            progress(_step(candidate, point, epochs, len(self.held)))
+            if not together.told(not _stale(curve, how)):
+                break
+        return curve
+
+    def follow(self, candidate: Candidate, heard: Course) -> None:
+        """Train along with the first process."""
+        try:
+            for _ in self.begun(_with(candidate, heard.how), heard.after):
+                if not together.told(NOTHING):
+                    break
+        except LostLoss:
+            return  # which the first process says
+
+
+def _with(candidate: Candidate, how: Training) -> Recipe:
+    recipe: Any = candidate.recipe
+    changed: Recipe = replace(recipe, training=how)
+    return changed
+
+
+def _step(candidate: Candidate, point: Point, epochs: int, held: int) -> Step:
+    standing = round(point.robust * held)
+    return Step(f"training {candidate.name}", 2, len(STAGES), point.epoch, epochs, standing, held)
+
+
+def _score(point: Point) -> tuple[float, float]:
+    return point.robust, point.clean
+
+
+def _stale(curve: tuple[Point, ...], how: Training) -> bool:
+    """Whether as many epochs as its patience have passed since the held-out robust accuracy was last better than ever.
+
+    Those in which eps still grew do not count.
+    """
+    heights, patience = [point.robust for point in curve][int(how.warmup * how.epochs) :], how.patience
+    return bool(patience and heights) and len(heights) - 1 - heights.index(max(heights)) >= patience

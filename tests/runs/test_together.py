@@ -1,0 +1,99 @@
+"""Several processes that train one network: the weights of one process, and what only one of them does."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+SCRIPT = """
+import os, sys
+import torch, holdfast
+from holdfast.ops.fit import Training
+from holdfast.recipes import ATTA, IKL, PGDTraining, SingleStep, TRADES
+
+def examples(n, seed):
+    x = torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return x, (x[:, 0, :3].sum((1, 2)) > x[:, 0, 3:].sum((1, 2))).long()
+
+def make():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(64, 2))
+
+def how(**more):
+    return Training(epochs=3, batch=25, **more)
+
+recipes = {
+    "mixed": PGDTraining(steps=2, training=how(awp=0.01, cutmix=0.5)),
+    "trades": TRADES(steps=2, training=how(averaging="swa", augment="shift")),
+    "guarded": SingleStep(training=how(averaging="none")),
+    "means": IKL(steps=2, training=how()),
+    "lost": PGDTraining(steps=1, training=how(lr=1e30, optimizer="sgd")),
+    "kept": ATTA(training=how()),
+    "one": PGDTraining(training=Training(epochs=1, batch=1)),
+}
+folder, name = sys.argv[1:]
+made = holdfast.harden(
+    make(), examples(32, 1), "linf:0.05", recipes[name], fit=examples(700, 0), suite="quick",
+    run=f"{folder}/{name}", resume=True,
+)
+rank = os.environ.get("RANK", "0")
+torch.save(dict(made.model.state_dict()), f"{folder}/{name}-{rank}.pt")
+print(rank, made.after.metrics["robust_accuracy"].value)
+"""
+TOGETHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def ran(tmp_path, name, *, together):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    begin = TOGETHER if together else (sys.executable,)
+    place = tmp_path / ("two" if together else "one")
+    place.mkdir(exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*begin, str(script), str(place), name],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    return done, place
+
+
+SLOW = pytest.mark.slow  # each starts torch three times or more
+
+
+@pytest.mark.parametrize(
+    "name", ["mixed", *(pytest.param(name, marks=SLOW) for name in ("trades", "guarded", "means"))]
+)
+def test_two_processes_train_the_weights_of_one(tmp_path, name):
+    _, alone = ran(tmp_path, name, together=False)
+    done, both = ran(tmp_path, name, together=True)
+    assert done.returncode == 0, done.stderr
+    one, first, second = (torch.load(path) for path in (alone / f"{name}-0.pt", *sorted(both.glob("*.pt"))))
+    for key, value in one.items():
+        torch.testing.assert_close(first[key], value, atol=1e-4, rtol=1e-3)
+        assert torch.equal(first[key], second[key])
+    said = {line.split(" ", 1)[1] for line in done.stdout.splitlines()}
+    assert len(said) == 1  # the same measurement
+    assert "2 processes" in json.loads((both / name / "run.json").read_text())["hardware"]
+    again, _ = ran(tmp_path, name, together=True)
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lost", "the loss is no number any more"),
+        pytest.param("kept", "2 processes share the examples", marks=SLOW),
+        pytest.param("one", "a batch of 1 is too small for 2 processes", marks=SLOW),
+    ],
+)
+def test_what_two_processes_cannot_do_is_said(tmp_path, name, said):
+    done, _ = ran(tmp_path, name, together=True)
+    assert done.returncode != 0
+    assert said in done.stderr
