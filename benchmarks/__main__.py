@@ -36,6 +36,7 @@ ROWS = {
     "harden-cost": "harden_cost",
     "recipes": "recipes",
     "hardening": "hardening",
+    "cifar-hardening": "cifar_hardening",
     "fast-choice": "fast_choice",
     "fast": "fast",
     "trades": "trades",

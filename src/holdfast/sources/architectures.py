@@ -72,11 +72,14 @@ class Residual(nn.Module):
         return y
 
 
-def resnet(channels: int = 3, classes: int = 10, width: int = 16, blocks: int = 1) -> nn.Module:
-    """Residual network for images of about 32 x 32: three stages of `blocks` blocks, width doubled at each.
+def resnet(
+    channels: int = 3, classes: int = 10, width: int = 16, blocks: int = 1, stages: int = 3
+) -> nn.Module:
+    """Residual network for images of about 32 x 32: `stages` of `blocks` blocks, width doubled at each.
 
     He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv:1512.03385. Differs from the paper:
-    shortcuts that change shape are projections.
+    shortcuts that change shape are projections. With a width of 64, two blocks and four stages it is what is called
+    ResNet-18 on CIFAR-10.
     """
     layers: list[nn.Module] = [
         nn.Conv2d(channels, width, 3, 1, 1, bias=False),
@@ -84,7 +87,7 @@ def resnet(channels: int = 3, classes: int = 10, width: int = 16, blocks: int = 
         nn.ReLU(),
     ]
     before = width
-    for stage in range(3):
+    for stage in range(stages):
         wide = width << stage
         for block in range(blocks):
             layers.append(Residual(before, wide, 2 if stage and not block else 1))

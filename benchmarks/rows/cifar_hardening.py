@@ -1,0 +1,89 @@
+"""What `holdfast harden` makes of CIFAR-10: ResNet-18 on an accelerator, a small residual network without one.
+
+Each training goes on where it was stopped, so that the row may be run in pieces.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import holdfast
+from benchmarks.hardened import FOLDER, percent, shares, spent
+from benchmarks.networks import images
+from benchmarks.parts import part
+from benchmarks.record import Cells, Claim, Outcome
+from holdfast.sources.architectures import ARCHITECTURES
+
+WHAT = "CIFAR-10 hardened within minutes: ResNet-18 on an accelerator, a small network without one; `fast`"
+RESNET18 = {"width": 64, "blocks": 2, "stages": 4}
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+HOW: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "augment": "crop-flip"}
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Track:
+    """A threat, how it is trained, and what must be left, in %; without claims it only shows what was reached."""
+
+    name: str
+    threat: str
+    budget: str
+    recipe: dict[str, Any]
+    clean: float = 0.0
+    robust: float = 0.0
+    arguments: dict[str, int] = field(default_factory=lambda: dict(RESNET18))
+    n: int = 10_000
+
+
+def _recipe(use: str, **training: Any) -> dict[str, Any]:
+    return {"use": use, "training": {**HOW, **training}}
+
+
+ACCELERATED = (
+    Track("linf 8/255, 2 minutes", "linf:8/255", "2min", _recipe("n-fgsm"), 80.0, 44.0),
+    Track("linf 8/255, 13 minutes", "linf:8/255", "13min", _recipe("trades", awp=0.005), 80.0, 50.0),
+    Track("l2 0.5, 13 minutes", "l2:0.5", "13min", _recipe("pgd", awp=0.005), 88.0, 67.0),
+)
+UNACCELERATED = (
+    Track(
+        "linf 8/255, small network on a CPU, 10 minutes",
+        "linf:8/255",
+        "10min",
+        _recipe("n-fgsm"),
+        arguments={"width": 16, "blocks": 1},
+        n=1_000,
+    ),
+)
+
+
+def measured() -> Outcome:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    table: list[Cells] = []
+    claims: list[Claim] = []
+    detail: Cells = {}
+    tracks = ACCELERATED if device == "cuda" else UNACCELERATED
+    for track in tracks:
+        kept = detail[track.name] = part(
+            "cifar-hardening", track.name, lambda track=track: _made(track, device)
+        )
+        card = kept["measured"]
+        table.append({"track": track.name, "recipe": card["recipe"], **shares(card), **spent(card)})
+        found = percent(card, "clean_accuracy"), percent(card, "robust_accuracy")
+        for what, value, least in zip(("clean", "fast"), found, (track.clean, track.robust), strict=True):
+            claims.append(Claim(f"{track.name}: {what}, % >= {least:g}", value, least, least=True))
+    notes = [] if device == "cuda" else ["no accelerator: the tracks with ResNet-18 are left out"]
+    config: Cells = {"tracks": [vars(track) for track in tracks], "seed": SEED, "device": device}
+    return Outcome(table, claims, config, detail, notes)
+
+
+def _made(track: Track, device: str) -> Cells:
+    """The card of a network that begins with the weights of the seed."""
+    torch.manual_seed(SEED)
+    net = ARCHITECTURES["resnet"](**track.arguments)
+    found = holdfast.harden(
+        net, images("cifar10", track.n), track.threat, track.recipe,
+        fit=images("cifar10", 50_000, split="train"), budget=track.budget, suite="fast", seed=SEED,
+        mean=MEAN, std=STD, classes=10, device=device, run=FOLDER / "cifar-hardening" / track.name, resume=True,
+    )  # fmt: skip
+    return dict(found.card)
