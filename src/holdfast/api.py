@@ -204,7 +204,7 @@ def harden(
         recipe=None if isinstance(recipe, str | Mapping) else recipe,
         surrogates=surrogates_of(surrogates, settings, subject.model),
         baseline=_evidence(baseline),
-        shape=tuple(training.x.shape[1:]),
+        training=training,
         device=device_of(model, subject, settings),
     )
     place = None if run is None else Path(run)
@@ -227,7 +227,7 @@ def carry_out_hardening(
         subject,
         surrogates=ordering.opened_surrogates(settings, subject.model),
         baseline=_evidence(settings.baseline),
-        shape=tuple(training.x.shape[1:]),
+        training=training,
         command=command,
     )
     return hardens.harden(subject, training, test, wish, run=run, resume=resume, progress=progress, told=told)

@@ -121,3 +121,11 @@ def test_what_cannot_be_is_refused(capsys, words, said):
 def test_an_eps_beyond_the_box_is_refused(capsys):
     assert run(["harden", "mnist-cnn", "mnist-mini", "--threat", "linf:2", *JUDGED]) == 2
     assert "no two inputs inside the bounds are further apart" in capsys.readouterr().err
+
+
+def test_attacks_that_are_learned_learn_on_the_training_examples():
+    learned = ["-n", "20", "--no-doubts", "--set", "attacks=[{use: Universal, steps: 2}]"]
+    assert run([*PGD, *learned, "--set", "recipe.training.epochs=1", "--run", "r"]) == 0
+    assert run(["report", "r", "-o", "r.json"]) == 0
+    (attack,) = json.loads(Path("r.json").read_text())["attacks"]
+    assert attack["forwards"] > 20  # more than the judged examples ask for

@@ -22,6 +22,7 @@ from holdfast.store.files import refuse_no_run
 _CONFIG = "holdfast.yaml"
 """What `holdfast init` writes."""
 
+FIT = click.option("--fit", metavar="DATA", help="Examples to learn attacks on (default: the train split).")
 ATTACKING = (
     click.option(
         "--threat", "-t", metavar="T", help="What the adversary may do, as in linf:8/255,queries=1000."
@@ -63,7 +64,6 @@ ATTACKING = (
         metavar="T",
         help="Random changes that inputs are seen through, as in rotate=15,blur=1.",
     ),
-    click.option("--fit", metavar="DATA", help="Examples to learn attacks on (default: the train split)."),
     click.option(
         "--across",
         multiple=True,
@@ -290,7 +290,7 @@ DATA   a bundled name (mnist-mini), a catalogue name (see holdfast data), an .np
     "--resume", is_flag=True, help="Go on with the run in --run, or report it again if it is finished."
 )
 @click.option("--dry-run", is_flag=True, help="Print what it would cost, and stop.")
-@offered(*ATTACKING, *TARGET, *SETTING)
+@offered(*ATTACKING, FIT, *TARGET, *SETTING)
 @spoken
 def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flags: Any) -> int:
     """How robust is MODEL on DATA: run, resume or rehearse it."""

@@ -18,6 +18,7 @@ TRAINING = (
         "its settings by --set recipe.NAME=VALUE.",
     ),
     click.option("--budget", metavar="T", help="Time for the training, as in 10min; judging comes on top."),
+    click.option("--fit", metavar="DATA", help="Examples to train on (default: the train split)."),
     click.option(
         "--unlabelled",
         metavar="DATA",

@@ -165,6 +165,7 @@ class HardenSettings(AssessSettings):
         None,
         description="other examples whose labels are not looked at, for vat: an address with a train split",
     )
+    fit: str | None = Field(None, description="other examples to train on: an address, else the train split")
 
 
 _RIVALS = (("n", "sample"), ("sample", "n"), ("suite", "attacks"), ("attacks", "suite"))
