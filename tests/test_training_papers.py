@@ -17,7 +17,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner
 from holdfast.ops.twin import twin
-from holdfast.recipes import MART, VAT, CurriculumTraining, FreeTraining, MultiNormTraining
+from holdfast.recipes import IKL, MART, VAT, CurriculumTraining, FreeTraining, MultiNormTraining
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT
 
@@ -198,3 +198,13 @@ def test_mart_stays_a_number_where_the_rival_is_certain():
         net.net.weight.mul_(1e4)
     value, _ = MART().loss(learner(net, Linf(0.1)), some, some.x)
     assert value.isfinite()
+
+
+def test_the_mean_predictions_of_ikl_move_once_an_update_however_often_the_loss_is_asked():
+    net = fakes.network(1).requires_grad_()
+    some = fakes.labelled(fakes.network(), fakes.examples(n=24))
+    recipes = (IKL(steps=1, training=replace(STILL, awp=share)) for share in (0.0, 1e-9))
+    once, twice = (list(recipe(net, some, ThreatModel(L2(0.5)), rng=Draws(0))) for recipe in recipes)
+    means = once[-1].tensors["state.means"]
+    assert (means - means[0, 0]).abs().max() > 1e-3
+    torch.testing.assert_close(twice[-1].tensors["state.means"], means)

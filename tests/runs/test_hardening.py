@@ -236,7 +236,7 @@ def test_where_the_loss_is_no_number_the_best_model_so_far_is_kept(tmp_path, mon
     net = Exploding(*fakes.network(1)).requires_grad_()
     with pytest.raises(LostLoss, match=f"update [0-9]+ of epoch {1 + (most > 8)} on.*{said}"):
         harden(fakes.subject(net), training(), fakes.data(), wish(), run=tmp_path / "r")
-    made = tmp_path / "r/model.safetensors"
+    made = tmp_path / "r/checkpoints/model.safetensors"
     assert made.exists() == (most > 8)
     if made.exists():
         assert safetensors.torch.load_file(made).keys() == net.state_dict().keys()

@@ -6,7 +6,7 @@ paper: the mean predictions that weigh the gaps are running means instead of tho
 first, the weights are averaged, and the learning rate goes in one cycle.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -54,11 +54,18 @@ class IKL:
     ) -> Iterator[Checkpoint]:
         with torch.no_grad():
             classes = deepcopy(model).eval()(data.x[:1]).shape[1]
-        means = {
-            "means": torch.full((classes, classes), 1 / classes, device=data.x.device, dtype=data.x.dtype)
-        }
+        means = torch.full((classes, classes), 1 / classes, device=data.x.device, dtype=data.x.dtype)
         return trained(
-            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, state=means
+            self.inner,
+            self.loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            state={"means": means, "seen": means.clone()},
+            settle=_settled,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
@@ -70,15 +77,23 @@ class IKL:
         clean, logits = learner.net(batch.x), learner.net(x_adv)
         target = clean.detach()
         means = learner.state["means"]
-        weight = means[batch.y]  # a copy: what follows changes the means
-        self._seen(means, target, batch.y)
-        gaps = weighted_gaps(logits, clean, weight).mean()
+        learner.state["seen"].copy_(self._seen(means, target, batch.y))
+        gaps = weighted_gaps(logits, clean, means[batch.y]).mean()
         soft = F.cross_entropy(logits, target.softmax(1))
         return F.cross_entropy(clean, batch.y) + self.beta * gaps + self.alpha * soft, hits(logits, batch.y)
 
-    def _seen(self, means: Tensor, clean: Logits, y: Labels) -> None:
-        """Move the mean prediction of each class in the batch towards what the batch says."""
+    def _seen(self, means: Tensor, clean: Logits, y: Labels) -> Tensor:
+        """The mean prediction of each class in the batch moved towards what the batch says."""
         member = F.one_hot(y, len(means)).to(means)
         count = member.sum(0)[:, None]
         now = member.t() @ clean.softmax(1).to(means) / count.clamp_min(1)
-        means.copy_(torch.where(count > 0, torch.lerp(now, means, self.keep), means))
+        return torch.where(count > 0, torch.lerp(now, means, self.keep), means)
+
+
+def _settled(learner: Learner) -> Callable[[], None]:
+    """The means follow once an update, however often its loss was asked for."""
+
+    def follow() -> None:
+        learner.state["means"].copy_(learner.state["seen"])
+
+    return follow

@@ -267,7 +267,7 @@ class _Job:
             return "no epoch had been finished"
         net = self._new_model(best.checkpoint, candidate).model.net
         assert isinstance(net, nn.Module)
-        path = self.run / MODEL
+        path = place / MODEL
         with usable(path):
             write_atomically(path, written(net, described(self.subject, self.manifest)))
         return f"the best of the {len(last.curve)} epochs before is in {str(path)!r}"
