@@ -35,6 +35,7 @@ ROWS = {
     "transfer": "transfer",
     "harden-cost": "harden_cost",
     "recipes": "recipes",
+    "seed-tables": "seed_tables",
     "hardening": "hardening",
     "cifar-hardening": "cifar_hardening",
     "fast-choice": "fast_choice",

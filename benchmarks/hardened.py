@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import holdfast
 from benchmarks.absent import Absent
@@ -24,8 +25,8 @@ def dataset(name: str) -> Path:
 
 
 def made(
-    row: str, name: str, model: str, data: str, threat: str, recipe: str | dict[str, Any], budget: str, *,
-    suite: str, seed: int = 0, threads: int = 1, surrogates: tuple[str, ...] = (),
+    row: str, name: str, model: str | nn.Module, data: str, threat: str, recipe: str | dict[str, Any], budget: str, *,
+    suite: str, seed: int = 0, threads: int = 1, **more: Any,
 ) -> Cells:  # fmt: skip
     """The card of a part: the model judged before and after on the first 1,000 test images."""
 
@@ -34,8 +35,8 @@ def made(
         torch.set_num_threads(threads)
         try:
             found = holdfast.harden(
-                model, address, threat, recipe, budget=budget, suite=suite, n=N, seed=seed,
-                surrogates=surrogates, device="cpu", run=FOLDER / row / name, resume=True,
+                model, address, threat, recipe, budget=budget, suite=suite, n=N, seed=seed, device="cpu",
+                run=FOLDER / row / name, resume=True, **more,
             )  # fmt: skip
         finally:
             torch.set_num_threads(1)
