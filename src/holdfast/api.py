@@ -161,7 +161,7 @@ def harden(
     *,
     budget: str | None = None,
     fit: DataLike | None = None,
-    unlabelled: str | Path | None = None,
+    unlabelled: DataLike | None = None,
     suite: str | None = None,
     surrogates: Sequence[ModelLike] = (),
     gates: Sequence[str] = (),
@@ -192,12 +192,13 @@ def harden(
     """A new model that is harder to break, and what both are worth; the one that is given is never changed.
 
     `data` is an address whose train split is trained on and whose test split judges; in hand it judges what is trained
-    on `fit`, and without `fit` a tenth of it is kept aside to judge. `budget` is time for the training, as in "10min".
+    on `fit`, and without `fit` a tenth of it is kept aside to judge. `unlabelled` are more inputs to train on, at an
+    address or in hand, for recipes that learn without labels. `budget` is time for the training, as in "10min".
     With `run` everything is kept in that folder, and `resume` goes on with it.
     """
     settings = settings_said("harden()", locals(), HardenSettings)
     subject = subject_of(model, settings)
-    training, test = hardening.brought_data(data, fit, settings, subject.model)
+    training, test = hardening.brought_data(data, fit, unlabelled, settings, subject.model)
     wish = hardening.wish(
         settings,
         subject,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import holdfast
 from holdfast.config.hardening import _with_unlabelled
 from holdfast.config.settings import HardenSettings
 from holdfast.core.batch import UNLABELLED
@@ -41,6 +42,32 @@ def test_unlabelled_examples_come_behind_with_ids_of_their_own(tmp_path, monkeyp
     assert torch.equal(both.y[:26], data.y)
     assert (both.y[26:] == UNLABELLED).all()
     torch.testing.assert_close(both.x[26:], torch.from_numpy(images).double())
+    for given in (images, torch.from_numpy(images), (images, np.ones(30, "int64"))):
+        again = _with_unlabelled(data, given, HardenSettings(), Bounds())
+        assert torch.equal(again.x, both.x) and torch.equal(again.y, both.y)
     other = fakes.labelled(fakes.network(shape=(5,)), fakes.examples(n=26, shape=(5,)))
     with pytest.raises(UsageError, match=r"have shape \(3, 4, 4\), and the labelled ones \(5,\)"):
         _with_unlabelled(other, str(file), HardenSettings(), Bounds())
+
+
+def test_unlabelled_examples_in_hand_are_trained_on_beside_data_in_hand():
+    data = fakes.labelled(fakes.network(), fakes.examples(n=660))
+    seen = holdfast.harden(
+        fakes.network(1).requires_grad_(),
+        (data.x, data.y),
+        "linf:0.1",
+        {"use": "vat", "training": {"epochs": 1}},
+        unlabelled=data.x[:32] * 0.5,
+        suite="quick",
+        doubts=False,
+    )
+    assert seen.card["recipe"] == "vat"
+    with pytest.raises(UsageError, match="32 of 567 training examples have no label"):
+        holdfast.harden(
+            fakes.network(1).requires_grad_(),
+            (data.x, data.y),
+            "linf:0.1",
+            "pgd",
+            unlabelled=data.x[:32] * 0.5,
+            suite="quick",
+        )

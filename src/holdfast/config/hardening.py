@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from holdfast.config import brought, ordering
@@ -41,25 +42,33 @@ def opened(settings: HardenSettings) -> tuple[Subject, Batch, Data]:
     """
     with drawing(Draws(settings.seed).at("model")):
         subject = ordering.opened_subject(settings)
-    return subject, _opened_training(settings, subject.model), _opened_judged(settings, subject.model)
+    model = subject.model
+    training = _with_unlabelled(
+        _opened_training(settings, model), settings.unlabelled, settings, model.bounds
+    )
+    return subject, training, _opened_judged(settings, model)
 
 
 def brought_data(
-    data: brought.DataLike, fit: brought.DataLike | None, settings: HardenSettings, model: Classifier
+    data: brought.DataLike,
+    fit: brought.DataLike | None,
+    unlabelled: brought.DataLike | None,
+    settings: HardenSettings,
+    model: Classifier,
 ) -> tuple[Batch, Data]:
     """Training examples and those to judge on; of data in hand without `fit` a tenth, drawn by the seed, judges."""
-    if fit is None and not isinstance(data, str | Path):
-        everything = settings.model_copy(update={"n": None, "sample": None})
-        return _parted(brought.data_of(data, everything, model), settings, model)
     in_hand = not isinstance(data, str | Path)
-    judged = brought.data_of(data, _few(settings), model) if in_hand else _opened_judged(settings, model)
-    if fit is None or isinstance(fit, str | Path):
-        return _opened_training(settings, model), judged
-    trained = as_data(fit, classes=model.classes, bounds=model.bounds)
-    batch = trained.read(0, len(trained))
-    if settings.unlabelled is not None:
-        batch = _with_unlabelled(batch, settings.unlabelled, settings, model.bounds)
-    return batch, judged
+    if fit is None and in_hand:
+        everything = settings.model_copy(update={"n": None, "sample": None})
+        training, judged = _parted(brought.data_of(data, everything, model), settings, model)
+    else:
+        judged = brought.data_of(data, _few(settings), model) if in_hand else _opened_judged(settings, model)
+        if fit is None or isinstance(fit, str | Path):
+            training = _opened_training(settings, model)
+        else:
+            given = as_data(fit, classes=model.classes, bounds=model.bounds)
+            training = given.read(0, len(given))
+    return _with_unlabelled(training, unlabelled, settings, model.bounds), judged
 
 
 def _parted(data: Data, settings: HardenSettings, model: Classifier) -> tuple[Batch, Data]:
@@ -104,19 +113,26 @@ def _opened_training(settings: HardenSettings, model: Classifier) -> Batch:
             raise UsageError(
                 f"{address!r} has no train split to train on ({error}); name other examples with --fit DATA"
             ) from error
-    batch = data.read(0, len(data))
-    if settings.unlabelled is None:
+    return data.read(0, len(data))
+
+
+def _with_unlabelled(
+    batch: Batch, given: brought.DataLike | None, settings: HardenSettings, bounds: Bounds
+) -> Batch:
+    """More examples behind the labelled ones, their labels taken off: a train split, or inputs in hand."""
+    if given is None:
         return batch
-    return _with_unlabelled(batch, settings.unlabelled, settings, model.bounds)
-
-
-def _with_unlabelled(batch: Batch, address: str, settings: HardenSettings, bounds: Bounds) -> Batch:
-    """The train split at an address behind the labelled examples, its labels taken off."""
-    data = open_data(address, split="train", label=settings.label, drop=tuple(settings.drop), bounds=bounds)
+    if isinstance(given, str | Path):
+        label, drop = settings.label, tuple(settings.drop)
+        data: Data = open_data(str(given), split="train", label=label, drop=drop, bounds=bounds)
+    elif isinstance(given, torch.Tensor | np.ndarray):
+        data = as_data(given, np.zeros(len(given), dtype=np.int64), bounds=bounds)
+    else:
+        data = as_data(given, bounds=bounds)
     more = data.read(0, len(data))
     if more.x.shape[1:] != batch.x.shape[1:]:
         raise UsageError(
-            f"unlabelled examples of {address} have shape {tuple(more.x.shape[1:])}, and the labelled ones "
+            f"unlabelled examples have shape {tuple(more.x.shape[1:])}, and the labelled ones "
             f"{tuple(batch.x.shape[1:])}; give examples of the same kind"
         )
     ids = more.ids + batch.ids.max() + 1  # no two examples share one
