@@ -93,7 +93,8 @@ class AssessSettings(BaseModel):
     label: str | None = Field(None, description="label column of a table")
     drop: list[str] = Field(default_factory=list, description="columns of a table that are no features")
     fit: str | None = Field(
-        None, description="other examples, for attacks that are learned: an address, else the train split"
+        None,
+        description="other examples to learn attacks on, or to train on in harden: an address, else the train split",
     )
     across: list[str] = Field(
         default_factory=list,
@@ -165,7 +166,6 @@ class HardenSettings(AssessSettings):
         None,
         description="other examples whose labels are not looked at, for vat: an address with a train split",
     )
-    fit: str | None = Field(None, description="other examples to train on: an address, else the train split")
 
 
 _RIVALS = (("n", "sample"), ("sample", "n"), ("suite", "attacks"), ("attacks", "suite"))
