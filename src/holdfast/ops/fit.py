@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import Annotated, Literal, Protocol
 
@@ -242,7 +243,7 @@ class _Loop:
                 value.backward()  # type: ignore[no-untyped-call]
         average(weight.grad for weight in self._learned)
         self._optimizer.step()
-        average((*self._model.buffers(), *self._state.values()))
+        average(chain(self._model.buffers(), self._state.values()))
         if self._settle is not None:
             self._settle()
         if how.averaging == "ema":

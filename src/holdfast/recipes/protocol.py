@@ -1,7 +1,8 @@
 """What every recipe is: settings, and a call that trains a copy of a model and yields a checkpoint after each epoch."""
 
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
@@ -29,3 +30,10 @@ class Recipe(Protocol):
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         """A checkpoint after each epoch, the last with the new model; with `after` from the epoch after that one."""
+
+
+def trained_as(recipe: Recipe, how: Training) -> Recipe:
+    """The recipe with other epochs, batches, optimiser and the like."""
+    settings: Any = recipe  # every recipe is a dataclass
+    changed: Recipe = replace(settings, training=how)
+    return changed

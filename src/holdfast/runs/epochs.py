@@ -15,7 +15,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops import together
 from holdfast.ops.fit import Training
-from holdfast.recipes.protocol import Recipe
+from holdfast.recipes.protocol import Recipe, trained_as
 from holdfast.runs import training
 from holdfast.runs.candidates import Candidate
 from holdfast.runs.held_out import looked_at
@@ -68,7 +68,7 @@ class Trainer:
         after = None if last is None else last.checkpoint
         together.told(Course(candidate.name, how, after))
         cpu, wall = time.process_time(), time.perf_counter()
-        for checkpoint in self.begun(_with(candidate, how), after):
+        for checkpoint in self.begun(trained_as(candidate.recipe, how), after):
             checkpoint.put_into(shown)
             clean, robust = looked_at(shown, self.held, self.threat)
             now = time.process_time(), time.perf_counter()
@@ -90,17 +90,11 @@ class Trainer:
     def follow(self, candidate: Candidate, heard: Course) -> None:
         """Train along with the first process."""
         try:
-            for _ in self.begun(_with(candidate, heard.how), heard.after):
+            for _ in self.begun(trained_as(candidate.recipe, heard.how), heard.after):
                 if not together.told(NOTHING):
                     break
         except LostLoss:
             return  # which the first process says
-
-
-def _with(candidate: Candidate, how: Training) -> Recipe:
-    recipe: Any = candidate.recipe
-    changed: Recipe = replace(recipe, training=how)
-    return changed
 
 
 def _step(candidate: Candidate, point: Point, epochs: int, held: int) -> Step:

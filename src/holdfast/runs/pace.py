@@ -3,7 +3,6 @@
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import updates
-from holdfast.recipes.protocol import Recipe
+from holdfast.recipes.protocol import Recipe, trained_as
 
 _WARM, _TIMED = 3, 12  # updates: the first ones choose kernels and fill caches
 _MORE, _SOON = 50, 15.0  # so many updates are timed where they take less than so many seconds
@@ -36,9 +35,8 @@ def pace(recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel, lo
 
     def taken(n: int) -> float:
         rows = torch.arange(min(n * size, len(data)), device=data.x.device)
-        short: Any = replace(recipe, training=few)  # type: ignore[type-var]  # every recipe is a dataclass
         begun = time.perf_counter()
-        list(short(model, data.take(rows), threat, rng=Draws(0)))
+        list(trained_as(recipe, few)(model, data.take(rows), threat, rng=Draws(0)))
         return (time.perf_counter() - begun) / updates(len(rows), size)
 
     taken(_WARM)

@@ -1,7 +1,6 @@
 """Laws that every recipe obeys, for `parametrize`; a recipe of another package runs them too."""
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training
-from holdfast.recipes.protocol import Recipe
+from holdfast.recipes.protocol import Recipe, trained_as
 from holdfast.testing.fakes import examples, labelled, network
 
 SHORT = Training(epochs=3, batch=8, optimizer="sgd", lr=0.05, schedule="cosine", average=0.9)
@@ -31,8 +30,7 @@ def _problem(seed: int = 0) -> tuple[Classifier, Batch]:
 def _run(
     recipe: Recipe, model: Classifier, data: Batch, eps: float, seed: int = 0, after: Checkpoint | None = None
 ) -> list[Checkpoint]:
-    short: Any = replace(recipe, training=SHORT)  # type: ignore[type-var]  # every recipe is a dataclass
-    return list(short(model, data, _threat(eps), rng=Draws(seed), after=after))
+    return list(trained_as(recipe, SHORT)(model, data, _threat(eps), rng=Draws(seed), after=after))
 
 
 _SURROGATE = network(5)
@@ -97,8 +95,7 @@ def learns(recipe: Recipe) -> None:
     """The loss falls from the first epoch to the last, and the new model agrees with more of the labels."""
     model, data = _problem()
     longer = replace(SHORT, epochs=30)
-    short: Any = replace(recipe, training=longer)  # type: ignore[type-var]
-    found = list(short(model, data, _threat(0.01), rng=Draws(0)))
+    found = list(trained_as(recipe, longer)(model, data, _threat(0.01), rng=Draws(0)))
     assert found[-1].measured["loss"] < found[0].measured["loss"]
     with torch.no_grad():
         before = (model(data.x).argmax(1) == data.y).sum()
