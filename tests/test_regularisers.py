@@ -15,12 +15,12 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Turn
-from holdfast.ops.gains import gains
 from holdfast.ops.learner import Learner
 from holdfast.ops.twin import twin
 from holdfast.recipes import CURE, LLR, JacobianRegularisation, LipschitzConstraint, MarginTraining
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT
+from matrices import gains
 
 EPS, TURN = 0.2, Turn(Draws(3), 0, 0.0, 1.0)
 

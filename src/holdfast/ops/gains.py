@@ -26,7 +26,6 @@ Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.BatchNorm1d | nn.Batc
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 _TINY = 1e-12
-_ROUNDS = 100  # of a power iteration that starts anywhere: within 1 % on kernels of trained networks
 
 
 def order_of(constraint: Constraint) -> Order:
@@ -71,19 +70,11 @@ def _has_gain(layer: nn.Module) -> bool:
     return isinstance(layer, Layer)
 
 
-def gains(net: nn.Module, x: Inputs, constraint: Constraint) -> dict[str, float]:
-    """The gain of each layer by its name: exact under Linf and L1, from below by 100 rounds under L2."""
-    order, found = order_of(constraint), {}
-    for name, (layer, shape) in layers(net, x).items():
-        towards = _anywhere(shape, layer.weight, Draws(0).at(name))
-        found[name] = gain(layer, shape, order, towards, rounds=_ROUNDS).max().item()
-    return found
-
-
-def gain(layer: Layer, shape: torch.Size, order: Order, towards: Tensor, *, rounds: int) -> Tensor:
+def gain(layer: Layer, shape: torch.Size, order: Order, towards: Tensor) -> Tensor:
     """By how much outputs move at most when an input of that shape moves by one: a number, or one an output.
 
-    Under L2 `towards` is the change that the power iteration begins with, and is left where it ends.
+    Under L2, where it is told from below, `towards` is what a round of the power iteration turns to the change that
+    the layer stretches most.
     """
     with torch.no_grad():
         if isinstance(layer, _NORMS):
@@ -98,9 +89,8 @@ def gain(layer: Layer, shape: torch.Size, order: Order, towards: Tensor, *, roun
             )
         if order == "l1":
             return _returned(layer, weight, shape, torch.ones_like).amax()
-        for _ in range(rounds):
-            back = _returned(layer, layer.weight, shape, lambda zero: _applied(layer, layer.weight, towards))
-            towards.copy_(back / back.norm().clamp_min(_TINY))
+        back = _returned(layer, layer.weight, shape, lambda zero: _applied(layer, layer.weight, towards))
+        towards.copy_(back / back.norm().clamp_min(_TINY))
         most: Tensor = _applied(layer, layer.weight, towards).norm() / towards.norm().clamp_min(_TINY)
         return most
 
@@ -156,6 +146,6 @@ class Confined:
         with torch.no_grad():
             for name, (layer, shape) in self.layers.items():
                 towards = self.state.get(f"towards.{name}", layer.weight)
-                found = gain(layer, shape, self.order, towards, rounds=1)
+                found = gain(layer, shape, self.order, towards)
                 share = (self.most / found.clamp_min(_TINY)).clamp_max(1)
                 layer.weight.mul_(share.view(-1, *[1] * (layer.weight.dim() - 1)) if share.dim() else share)
