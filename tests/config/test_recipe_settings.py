@@ -3,12 +3,14 @@
 from dataclasses import dataclass, field
 
 import pytest
+from torch import nn
 
 from holdfast.config.grammar import pairs
-from holdfast.config.recipes import _checked, build_recipe, settings_of
+from holdfast.config.recipes import _checked, build_recipe, candidates, settings_of
 from holdfast.config.settings import HardenSettings, read
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import UsageError
+from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training
 from holdfast.recipes import TRADES, MultiNormTraining
 
@@ -77,3 +79,22 @@ def test_what_nobody_says_of_a_part_stays_as_its_recipe_has_it():
         training: Training = field(default_factory=lambda: Training(lr=0.02))
 
     assert _checked(Slow, {"training": {"epochs": 3}}, "slow") == {"training": Training(epochs=3, lr=0.02)}
+
+
+@pytest.mark.parametrize(
+    "shape, processes, names",
+    [
+        ((1, 28, 28), "1", ["fgsm-rs", "atta", "trades"]),
+        (
+            (1, 28, 28),
+            "2",
+            ["fgsm-rs", "pgd", "trades"],
+        ),  # what is kept of each example is kept by one process
+        ((3, 32, 32), "2", ["n-fgsm", "pgd", "trades"]),
+        ((20,), "1", ["n-fgsm", "pgd", "trades"]),
+    ],
+)
+def test_auto_chooses_among_recipes_that_the_processes_can_train(shape, processes, names, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    found = candidates({"use": "auto"}, ThreatModel(Linf(0.1)), nn.Linear(1, 1), shape)
+    assert [one.name for one in found] == names

@@ -46,22 +46,26 @@ print(rank, made.after.metrics["robust_accuracy"].value)
 TOGETHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
+def started(*words, cwd=None):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [str(word) for word in words],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        cwd=cwd,
+    )
+
+
 def ran(tmp_path, name, *, together):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     begin = TOGETHER if together else (sys.executable,)
     place = tmp_path / ("two" if together else "one")
     place.mkdir(exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*begin, str(script), str(place), name],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    return done, place
+    return started(*begin, script, place, name), place
 
 
 SLOW = pytest.mark.slow  # each starts torch three times or more
@@ -97,3 +101,26 @@ def test_what_two_processes_cannot_do_is_said(tmp_path, name, said):
     done, _ = ran(tmp_path, name, together=True)
     assert done.returncode != 0
     assert said in done.stderr
+
+
+@SLOW
+def test_what_one_process_refuses_is_no_internal_error_of_the_other(tmp_path):
+    words = ["harden", "mnist-cnn", "mnist-mini", "-t", "linf:5", "--recipe", "fgsm-rs", "--run", "run"]
+    done = started(*TOGETHER, "-m", "--", "holdfast", *words, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "no two inputs inside the bounds are further apart" in done.stderr
+    assert "internal error" not in done.stderr
+
+
+@SLOW
+def test_the_command_line_trains_in_two_processes_and_one_of_them_speaks(tmp_path):
+    asked = "harden mnist-cnn mnist-mini -t linf:0.1 --recipe fgsm-rs --suite quick -n 50 --run run -o made/"
+    words = [*asked.split(), "-o", "report.json", "--set", "recipe.training.epochs=2"]
+    done = started(*TOGETHER, "-m", "--", "holdfast", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Robust accuracy") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "made", "report.json"}
+    assert (tmp_path / "made" / "model.safetensors").is_file()
+    again = started(*TOGETHER, "-m", "--", "holdfast", *words, "--resume", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("Robust accuracy") == 1

@@ -13,6 +13,7 @@ from holdfast.config.naming import AUTO, PRESETS, RECIPES
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.threat import ThreatModel
+from holdfast.ops.together import started
 from holdfast.recipes.protocol import Recipe
 from holdfast.runs.candidates import Candidate
 
@@ -55,7 +56,8 @@ def _ladder(
     steady = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     how: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1} if steady else {}
     if len(shape) == 3 and not photographs:
-        return ("fgsm-rs", 1, {}, how), ("atta", 10, {}, how), ("trades", 60, {}, how)
+        middle = "atta" if started() == 1 else "pgd"  # atta remembers each example, in one process
+        return ("fgsm-rs", 1, {}, how), (middle, 10, {}, how), ("trades", 60, {}, how)
     if photographs:
         how["augment"] = "crop-flip"
     return ("n-fgsm", 1, {}, how), ("pgd", 10, {}, how), ("trades", 30, {}, {**how, "awp": 0.005})

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 
 T = TypeVar("T")
 _PATIENT = timedelta(days=7)  # the others wait while the first judges
@@ -24,7 +24,7 @@ _PATIENT = timedelta(days=7)  # the others wait while the first judges
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
     """Within it the processes that torchrun started know each other; without torchrun, or another group, nothing."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available() or dist.is_initialized():
+    if started() == 1 or not dist.is_available() or dist.is_initialized():
         yield
         return
     if device.type == "cuda":
@@ -34,6 +34,11 @@ def joined(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def started() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def processes() -> int:
@@ -51,8 +56,20 @@ def told(value: T) -> T:
     if processes() == 1:
         return value
     held = [value]
-    dist.broadcast_object_list(held)
+    with _heard():
+        dist.broadcast_object_list(held)
     return held[0]
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Within it the loss of another process is no error of this one."""
+    try:
+        yield
+    except RuntimeError as error:  # which is all that gloo and NCCL raise
+        raise TargetError(
+            "another process of this training has ended, and its own message says why"
+        ) from error
 
 
 def share(rows: Tensor) -> Tensor:
@@ -84,7 +101,8 @@ def average(values: Iterable[Tensor | None]) -> None:
     whole = torch.cat(
         [value.flatten().to(torch.promote_types(value.dtype, torch.float32)) for value in fractions]
     )
-    dist.all_reduce(whole)
+    with _heard():
+        dist.all_reduce(whole)
     whole /= processes()
     means = torch.split(whole, [value.numel() for value in fractions])
     for value, mean in zip(fractions, means, strict=True):
