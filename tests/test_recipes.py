@@ -150,7 +150,8 @@ def test_a_network_that_overfits_to_one_step_is_found():
     assert guard.holds()
 
 
-def test_eps_grows_at_first_for_attack_and_loss_alike():
+@pytest.mark.parametrize("overshoot", [1.0, 1.25])
+def test_eps_grows_at_first_for_attack_and_loss_alike(overshoot):
     seen, model = [], fakes.network(1).requires_grad_()
     data = fakes.labelled(fakes.network(), fakes.examples(n=32))
 
@@ -162,6 +163,7 @@ def test_eps_grows_at_first_for_attack_and_loss_alike():
         seen.append(learner.threat.constraint.eps)
         return Standard().loss(learner, batch, x_adv)
 
-    how = replace(SHORT, epochs=2, warmup=0.5)  # four updates each
+    how = replace(SHORT, epochs=2, warmup=0.5, overshoot=overshoot)  # four updates each
     list(trained(inner, loss, model, data, ThreatModel(Linf(0.08)), how, rng=Draws(0)))
-    assert seen[::2] == seen[1::2] == pytest.approx([0.0, 0.02, 0.04, 0.06, 0.08, 0.08, 0.08, 0.08])
+    eps = [overshoot * value for value in (0.0, 0.02, 0.04, 0.06, 0.08, 0.08, 0.08, 0.08)]
+    assert seen[::2] == seen[1::2] == pytest.approx(eps)

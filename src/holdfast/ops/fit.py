@@ -41,7 +41,7 @@ class Turn:
     done: float
     """share of all updates that are done"""
     grown: float
-    """what eps is multiplied with: it grows at first"""
+    """what eps is multiplied with: it grows at first, and may go beyond"""
 
 
 Inner = Callable[[Batch, Turn], Inputs]
@@ -83,6 +83,9 @@ class Training:
     warmup: Fraction = 0.25
     """share of the training over which eps grows at an even rate: attacked at its full size at once, a network may
     forget all it knows"""
+    overshoot: Positive = 1.0
+    """what the eps of the threat is multiplied with in training: a little more than is asked may leave more at what is
+    asked, at the price of clean accuracy"""
     awp: NonNegative = 0.0
     """adversarial weight perturbation: share of each weight tensor's norm that it is moved up the loss; 0 for none"""
     attack_statistics: Statistics = "running"
@@ -111,8 +114,8 @@ def rate(schedule: Rate, done: float) -> float:
     return 1.0
 
 
-def _grown(warmup: float, done: float) -> float:
-    return 1.0 if done >= warmup else done / warmup
+def _grown(how: Training, done: float) -> float:
+    return how.overshoot * (1.0 if done >= how.warmup else done / how.warmup)
 
 
 def updates(n: int, batch: int) -> int:
@@ -234,7 +237,7 @@ class _Loop:
             return part * value, hits
 
         with torch.enable_grad(), drawing(place):
-            turn = Turn(place, epoch, before / whole, _grown(how.warmup, before / whole))
+            turn = Turn(place, epoch, before / whole, _grown(how, before / whole))
             with computing(how.precision, rows.device):
                 x_adv = self._inner(batch, turn)
             self._optimizer.zero_grad(set_to_none=True)
