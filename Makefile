@@ -71,7 +71,7 @@ bench: $(BENCH)
 	.venv-bench/bin/python -m benchmarks $(if $(PEERS),--peers $(PEERS))
 
 bundled: $(RUN)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bundled.py $(FROM)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bundled $(FROM)
 
 data: $(RUN)
 	@test -n '$(FROM)' || { echo 'say where the data sets are: make data FROM=folder' >&2; exit 2; }

@@ -1,7 +1,7 @@
 """The networks and images that the measurements use.
 
 Files come from the folders named by `HOLDFAST_MODELS` and `HOLDFAST_DATA` (by default `../shared/models`
-and `../shared/data` beside the repository), from the package's bundle, or from `single_step.py`.
+and `../shared/data` beside the repository), from the package's bundle, from `references/`, or from `single_step.py`.
 Nothing here imports holdfast, so that a peer's environment can use it as it is.
 """
 
@@ -23,6 +23,7 @@ from benchmarks.absent import Absent
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "benchmarks" / "cache"
+REFERENCES = ROOT / "benchmarks" / "references"
 BUNDLED = ROOT / "src" / "holdfast" / "bundled"
 
 
@@ -79,15 +80,12 @@ def _single_step() -> tuple[nn.Module, Path]:
     return module, path
 
 
-def _bundled(name: str) -> tuple[nn.Module, Path]:
-    path = BUNDLED / f"{name}.safetensors"
-    if not path.is_file():
-        raise Absent(f"{path.name} is not bundled yet; run `make bundled`")
+def _of_ours(path: Path) -> tuple[nn.Module, Path]:
     try:
         from holdfast.sources.models import open_model
     except ImportError as e:
-        raise Absent(f"{name} needs holdfast importable ({e})") from e
-    return open_model(name).model, path
+        raise Absent(f"{path.name} needs holdfast importable ({e})") from e
+    return open_model(str(path)).model, path
 
 
 SOURCES: dict[str, tuple[str, Callable[[], tuple[nn.Module, Path]]]] = {
@@ -98,8 +96,9 @@ SOURCES: dict[str, tuple[str, Callable[[], tuple[nn.Module, Path]]]] = {
     "mnist_kw01": ("mnist", lambda: _shared("mnist_kw01", "mnist_kw01.pth")),
     "mnist_badnet": ("mnist", lambda: _shared("mnist_badnet", "mnist_badnet.pth")),
     "single_step": ("mnist", _single_step),
-    "mnist-cnn": ("mnist", lambda: _bundled("mnist-cnn")),
-    "mnist-cnn-hardened": ("mnist", lambda: _bundled("mnist-cnn-hardened")),
+    "mnist-cnn": ("mnist", lambda: _of_ours(BUNDLED / "mnist-cnn.safetensors")),
+    "mnist-cnn-hardened": ("mnist", lambda: _of_ours(BUNDLED / "mnist-cnn-hardened.safetensors")),
+    "hardened-by-hand": ("mnist", lambda: _of_ours(REFERENCES / "hardened-by-hand.safetensors")),
 }
 
 

@@ -51,7 +51,7 @@ CASES = [
     *_seeds("cifar_cnn_a_adv", "Linf", 2 / 255, 200, 6),
     *_seeds("mnist_cnn_a_adv", "Linf", 0.3, 200, 6),
     *_seeds("single_step", "Linf", 0.3, 200, 6),
-    *_seeds("mnist-cnn-hardened", "Linf", 0.2, 200, 6),
+    *_seeds("hardened-by-hand", "Linf", 0.2, 200, 6),
     *_seeds("mnist_cnn_a_adv", "L2", 2.0, 100, 6),
     *_seeds("mnist_cnn_a_adv", "L1", 10.0, 100, 6),
     *_seeds("mnist_trades_smallcnn", "Linf", 0.3, 1000, 1),  # the reference takes more than an hour

@@ -30,8 +30,9 @@ OTHERS = (
     ("cifar_resnet20", 0.5 / 255, FEW),
     ("mnist-cnn", 0.1, N),
     ("mnist-cnn-hardened", 0.2, N),
+    ("hardened-by-hand", 0.2, N),
 )
-"""Honest networks of other people, and the bundled ones: radius, and how many images."""
+"""Honest networks of other people, the bundled ones, and one that was bundled once: radius, and how many images."""
 CLAIMED = ("standard", "fast")
 """The suites that must raise nothing on an honest network."""
 BESIDE = "quick"

@@ -1,6 +1,6 @@
 """`fast` and `quick` against `standard` on images that had no part in choosing them.
 
-Nor had the networks, but for the bundled hardened one under L2: its training images did (docs/decisions/0007-fast.md).
+Nor had the networks, but for `hardened-by-hand` under L2: its training images did (docs/decisions/0007-fast.md).
 Every seed of one suite is held against every seed of the other, example by example on the same images. CPU times are of
 the attacks alone, both suites in turn in one process. `fast_choice` is the same on the networks that chose.
 """
@@ -41,9 +41,9 @@ Opening = Callable[[Setting], tuple[nn.Module, Tensor, Tensor]]
 MNIST, CIFAR = 0.2, 0.05
 SETTINGS = (
     Setting("single_step", "Linf", 0.3, 1000, MNIST, quick=True),
-    Setting("mnist-cnn-hardened", "Linf", 0.2, 1000, MNIST, quick=True),
+    Setting("hardened-by-hand", "Linf", 0.2, 1000, MNIST, quick=True),
     Setting("single_step", "L2", 1.5, 1000, MNIST),
-    Setting("mnist-cnn-hardened", "L2", 1.5, 1000, MNIST),
+    Setting("hardened-by-hand", "L2", 1.5, 1000, MNIST),
     Setting("mnist_cnn_a_adv", "Linf", 0.3, 1000, MNIST, quick=True),
     Setting("mnist_cnn_a_adv", "L2", 2.0, 1000, MNIST),
     Setting("cifar_cnn_a_adv", "Linf", 2 / 255, 1000, CIFAR, quick=True),

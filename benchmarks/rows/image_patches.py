@@ -20,7 +20,7 @@ from holdfast.attacks import PatchAttack
 from holdfast.core.patches import Patch
 
 WHAT = "a patch for each image, beside Rao et al.'s at as many gradients and Sparse-RS: broken on the same images"
-SETTINGS = (("cifar_cnn_a_adv", 4), ("mnist-cnn-hardened", 5))
+SETTINGS = (("cifar_cnn_a_adv", 4), ("hardened-by-hand", 5))
 """Networks and sides of the square, where not all are broken."""
 N, STEPS, STARTS, QUERIES, SEED = 200, 100, 2, 3000, 0
 STEP_SIZE, STRIDE = 0.05, 2

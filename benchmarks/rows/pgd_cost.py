@@ -15,7 +15,7 @@ from holdfast.ops.losses import cross_entropy
 
 WHAT = "PGD-40 as a list of attacks (free doubts only): CPU time over the naive floor, n = 200, one thread"
 STEPS, N, ROUNDS = 40, 200, 5
-SETTINGS = (("mnist_cnn_a_adv", 0.3), ("cifar_cnn_a_adv", 2 / 255), ("mnist-cnn-hardened", 0.2))
+SETTINGS = (("mnist_cnn_a_adv", 0.3), ("cifar_cnn_a_adv", 2 / 255), ("hardened-by-hand", 0.2))
 
 
 def measured() -> Outcome:

@@ -11,7 +11,7 @@ from holdfast.attacks import PGD
 
 WHAT = "PGD-40 with broken examples dropped: CPU time over the naive floor where a tenth is breakable"
 STEPS, N, ROUNDS = 40, 200, 7
-SETTINGS = (("mnist_cnn_a_adv", 0.3), ("single_step", 0.3), ("mnist-cnn-hardened", 0.2))
+SETTINGS = (("mnist_cnn_a_adv", 0.3), ("single_step", 0.3), ("hardened-by-hand", 0.2))
 
 
 def measured() -> Outcome:

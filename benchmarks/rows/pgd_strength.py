@@ -19,7 +19,7 @@ SETTINGS = (
     ("single_step", 0.3),
     ("mnist_cnn_a_adv", 0.3),
     ("cifar_cnn_a_adv", 2 / 255),
-    ("mnist-cnn-hardened", 0.2),
+    ("hardened-by-hand", 0.2),
 )
 REFERENCE = "AutoAttack APGD-CE"
 

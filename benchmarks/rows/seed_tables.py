@@ -18,7 +18,7 @@ from holdfast.sources.architectures import ARCHITECTURES
 
 WHAT = "three kinds of hardening and none, MNIST linf:0.1, three seeds: accuracy, error, norms, success rates"
 ROW, THREAT, BUDGET, SEEDS = "seed-tables", "linf:0.1", "2min", (0, 1, 2)
-NET: dict[str, Any] = {"mean": 0.1307, "std": 0.3081, "classes": 10}
+NET: dict[str, Any] = {"mean": [0.1307], "std": [0.3081], "classes": 10}
 MODELS = {
     "undefended": "standard",
     "gradient regularisation and Lipschitz constraints": "lipschitz",

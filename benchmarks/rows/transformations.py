@@ -24,7 +24,7 @@ from holdfast.core.transformations import Spatial
 from holdfast.harness import measure
 
 WHAT = "turns and shifts, and universal changes: accuracy left, beside Foolbox's and ART's"
-NETS = ("mnist-cnn", "mnist-cnn-hardened")
+NETS = ("mnist-cnn", "hardened-by-hand")
 N, TURNS, SHIFTS, ROTATE, SHIFT, SEED = 200, 15, 5, 30.0, 3.0, 0
 FIT, EPS, ROUNDS = 200, 0.2, 3
 """Of universal changes: examples to learn on, eps, and rounds of ART's, each of which costs more than all of ours."""
