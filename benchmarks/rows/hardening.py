@@ -24,11 +24,11 @@ class Track:
     recipe: str | dict[str, Any] = "auto"
 
 
+BEYOND = {"use": "atta", "clean": 0.0, "training": {"overshoot": 1.2}}
+"""Where clean accuracy may be given for more that holds."""
 TRACKS = (
-    Track("MNIST linf 0.3", "mnist", "linf:0.3", "10min", 98.5, 90.5),
-    Track(
-        "MNIST linf 0.1 without attacks", "mnist", "linf:0.1", "10min", 98.0, 87.0, "gradient-regularisation"
-    ),
+    Track("MNIST linf 0.3", "mnist", "linf:0.3", "10min", 98.5, 90.5, BEYOND),
+    Track("MNIST linf 0.1 without attacks", "mnist", "linf:0.1", "10min", 98.0, 87.0, "lipschitz"),
     Track("Fashion-MNIST linf 0.1", "fashion_mnist", "linf:0.1", "15min", 86.0, 75.0),
 )
 

@@ -3,7 +3,8 @@
 Zheng et al., "Efficient Adversarial Training With Transferable Adversarial Examples", CVPR 2020, arXiv:1912.11969: what
 fooled the network an epoch ago nearly fools it now, so two steps an epoch do the work of ten. Differs from the paper: a
 loss on clean inputs has a weight beside the other, images are not augmented (their changes would have to be moved with
-them), eps grows at first, the weights are averaged, and the learning rate goes in one cycle.
+them), eps grows at first, the weights are averaged, the learning rate goes in one cycle, and the kept examples never
+start anew: attacks of two steps from noise are so weak that the network forgets what it held against.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.lookup import Lookup
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, NonNegative, Positive, Rows, Steps
+from holdfast.core.types import Count, Inputs, NonNegative, Positive, Rows, Steps
 from holdfast.ops.ascent import ascend
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, hits, trained
@@ -36,8 +37,8 @@ class ATTA:
     """gradient steps on each kept example in each epoch"""
     step: Positive = 0.33
     """size of one, in multiples of eps"""
-    refresh: Steps = 10
-    """epochs after which the kept examples start again from noise"""
+    refresh: Count = 0
+    """epochs after which the kept examples start again from noise; 0 for never"""
     clean: NonNegative = 0.25
     """weight of the loss on the inputs as they are, beside that on the attacked ones"""
     training: Training = field(default_factory=Training)
@@ -73,10 +74,11 @@ class ATTA:
         """A few more steps up the cross-entropy from what is kept, which the end of them becomes."""
         constraint, bounds, kept = learner.threat.constraint, learner.frozen.bounds, learner.state["kept"]
         assert isinstance(constraint, (Linf, L2, L1))
-        if turn.epoch % self.refresh:
-            start = constraint.project(batch.x + kept[rows].to(batch.x), batch.x, bounds)
-        else:
+        anew = turn.epoch % self.refresh == 0 if self.refresh else turn.epoch == 0
+        if anew:
             start = constraint.sample(batch, bounds, turn.rng.at("start"))
+        else:
+            start = constraint.project(batch.x + kept[rows].to(batch.x), batch.x, bounds)
         size = self.step * constraint.eps
         x_adv, _ = ascend(
             learner.frozen,

@@ -33,7 +33,7 @@ class LipschitzConstraint:
     gain: Positive = 10.0
     """by how much each layer may stretch a change, in the norm of the threat; under L2 as far as
     power iteration sees"""
-    weight: NonNegative = 3.0
+    weight: NonNegative = 6.0
     """weight of what a step of length eps adds to the loss to first order; 0 leaves the constraint alone"""
     training: Training = field(default_factory=Training)
 
