@@ -33,7 +33,7 @@ from holdfast.sources.architectures import ARCHITECTURES
 BUNDLED = Path(__file__).parents[1] / "src" / "holdfast" / "bundled"
 UNDEFENDED, HARDENED = "mnist-cnn", "mnist-cnn-hardened"
 SEED, THREAT, N = 0, "linf:0.3", 1_000
-RECIPE = ATTA(training=Training(epochs=40))
+RECIPE = ATTA(clean=0.0, training=Training(epochs=30, overshoot=1.2))
 
 
 @dataclass(frozen=True)
