@@ -65,8 +65,6 @@ HARDENED = Training(
     name="hardened-by-hand", eps=0.3, steps=2, step_size=0.1, epochs=30, warmup=8, refresh=10, lr=3e-3,
     weight_decay=1e-4, shift=0, clean_weight=0.25,
 )  # fmt: skip
-
-
 SIBLING = Training(
     name="hardened-sibling", eps=0.25, steps=2, step_size=0.08, epochs=8, warmup=3, refresh=4, lr=3e-3,
     weight_decay=1e-4, shift=0, clean_weight=0.25, seed=1,
