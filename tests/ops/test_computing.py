@@ -14,11 +14,14 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.cayley import CayleyConv2d
-from holdfast.ops.computing import computing
+from holdfast.ops.computing import computing, laid_out, lay_out
 from holdfast.ops.fit import Training
 from holdfast.ops.lipschitz import AOLConv2d, SLLConv2d, almost_orthogonal
 from holdfast.recipes import CURE, LLR, GradientRegularisation, LipschitzConstraint, PGDTraining
 
+COMPILING = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # its compiler uses what torch deprecates
 THREAT = ThreatModel(Linf(0.1))
 HOW = Training(epochs=2, batch=16)
 CPU = torch.device("cpu")
@@ -58,13 +61,32 @@ def apart(one, other):
 
 
 def test_channels_last_changes_what_rounding_does():
+    net, x = classifier(), laid_out(images().x, "channels-last")
+    net(x)
+    lay_out(net, "channels-last")
+    for found in (x, net.net[0].weight):
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert not found.is_contiguous()
     assert apart(checkpoints(layout="channels-last"), checkpoints()) < 1e-3
 
 
+@COMPILING
+def test_the_compiler_gets_the_whole_network_that_learns_and_the_one_that_is_attacked(monkeypatch):
+    graphs = []
+
+    def plain(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=plain))
+    assert apart(checkpoints(compiled=True), checkpoints()) < 1e-3
+    calls = [" ".join(str(node.target) for node in graph.graph.nodes) for graph in graphs]
+    assert len(calls) >= 2
+    assert all("linear" in call and "relu" in call.lower() for call in calls)
+
+
 @pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning"
-)  # torch's compiler still imports what torch deprecates
+@COMPILING
 @pytest.mark.skipif(which("c++") is None, reason="torch compiles for CPUs with c++, which is not installed")
 def test_a_compiler_changes_what_rounding_does():
     assert apart(checkpoints(compiled=True), checkpoints()) < 1e-3
@@ -93,7 +115,13 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_bytes_whatever_it_comput
 @pytest.mark.parametrize("layer", [AOLConv2d, SLLConv2d, CayleyConv2d])
 def test_layers_that_stretch_nothing_train_in_sixteen_bits(layer):
     narrow, wide = (checkpoints(layer, precision=precision) for precision in ("bfloat16", "float32"))
-    assert apart(narrow, wide) < 0.5
+    assert 1e-5 < apart(narrow, wide) < 0.5
+    model = classifier(layer)
+    model(images().x)
+    narrow[-1].put_into(model)
+    stem, x = model.double().eval().net[0], images(1).x.double() - 0.5
+    slope = torch.autograd.functional.jacobian(stem, x)
+    assert 0.5 < torch.linalg.matrix_norm(slope.reshape(-1, x.numel()), 2) <= 1 + 1e-6
 
 
 def test_what_bounds_a_gain_is_not_rounded_to_sixteen_bits():

@@ -210,6 +210,25 @@ def test_where_memory_runs_out_batches_are_halved_and_the_training_goes_on():
     assert found.curve[0].lr == pytest.approx(hardening_rate(found))
 
 
+def test_where_memory_runs_out_a_budget_is_planned_by_what_it_holds():
+    net = Greedy(*fakes.network(1)).requires_grad_()
+    found = harden(fakes.subject(net), training(), fakes.data(), wish(budget_s=2.0))
+    assert {point.batch for point in found.curve} == {16}
+
+
+def test_where_memory_runs_out_for_a_single_example_it_is_said():
+    class Full(Greedy):
+        def forward(self, x):
+            if self.training:
+                raise torch.OutOfMemoryError("out of memory")
+            return super().forward(x)
+
+    net = Full(*fakes.network(1)).requires_grad_()
+    for budget_s in (None, 2.0):
+        with pytest.raises(TargetError, match="memory ran out for a batch of one example"):
+            harden(fakes.subject(net), training(), fakes.data(), wish(budget_s=budget_s))
+
+
 def hardening_rate(found: Hardened) -> float:
     """The last rate of the first epoch of three of a cycle, for batches of a quarter of the size."""
     done = 540 // 16 / (3 * (540 // 16) + 1)
@@ -240,6 +259,15 @@ def test_where_the_loss_is_no_number_the_best_model_so_far_is_kept(tmp_path, mon
     assert made.exists() == (most > 8)
     if made.exists():
         assert safetensors.torch.load_file(made).keys() == net.state_dict().keys()
+
+
+def test_what_a_lost_loss_leaves_of_a_run_that_is_not_kept_is_promised_nowhere(monkeypatch):
+    monkeypatch.setattr(Exploding, "seen", 0)
+    net = Exploding(*fakes.network(1)).requires_grad_()
+    with pytest.raises(
+        LostLoss, match=r"a run that is kept \(run=folder\) would have the best of the 1 epochs before"
+    ):
+        harden(fakes.subject(net), training(), fakes.data(), wish())
 
 
 def test_a_stronger_recipe_follows_where_doubts_object(monkeypatch, tmp_path):

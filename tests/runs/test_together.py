@@ -12,14 +12,14 @@ SCRIPT = """
 import os, sys
 import torch, holdfast
 from holdfast.ops.fit import Training
-from holdfast.recipes import ATTA, IKL, PGDTraining, SingleStep, TRADES
+from holdfast.recipes import ATTA, IKL, PGDTraining, SingleStep, TRADES, VAT
 
 def examples(n, seed):
     x = torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(seed))
     return x, (x[:, 0, :3].sum((1, 2)) > x[:, 0, 3:].sum((1, 2))).long()
 
 def make():
-    torch.manual_seed(0)
+    torch.manual_seed(int(os.environ.get("RANK", "0")))  # that of the first process counts
     return torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(64, 2))
 
 def how(**more):
@@ -33,21 +33,31 @@ recipes = {
     "lost": PGDTraining(steps=1, training=how(lr=1e30, optimizer="sgd")),
     "kept": ATTA(training=how()),
     "one": PGDTraining(training=Training(epochs=1, batch=1)),
+    "budget": PGDTraining(steps=1, training=how()),
+    "unknown": VAT(training=how()),
+    "other": PGDTraining(steps=1, training=how()),
+    "stopped": PGDTraining(steps=2, training=how()),
 }
 folder, name = sys.argv[1:]
-made = holdfast.harden(
-    make(), examples(32, 1), "linf:0.05", recipes[name], fit=examples(700, 0), suite="quick",
-    run=f"{folder}/{name}", resume=True,
-)
 rank = os.environ.get("RANK", "0")
+if os.environ.get("STOP") and rank == "0":  # as a first process that is killed after an epoch
+    from holdfast.runs import epochs
+    epochs._step = lambda *_: os._exit(9)
+more = {"budget": "20s"} if name == "budget" else {}
+if name == "unknown":
+    more["unlabelled"] = examples(300, 3)[0]
+made = holdfast.harden(
+    make(), examples(32, 1), "linf:0.05", recipes[name], fit=examples(700, int(rank) if name == "other" else 0),
+    suite="quick", run=f"{folder}/{name}", resume=True, **more,
+)
 torch.save(dict(made.model.state_dict()), f"{folder}/{name}-{rank}.pt")
 print(rank, made.after.metrics["robust_accuracy"].value)
 """
 TOGETHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def started(*words, cwd=None):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def started(*words, cwd=None, **more):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
     return subprocess.run(
         [str(word) for word in words],
         check=False,
@@ -59,13 +69,13 @@ def started(*words, cwd=None):
     )
 
 
-def ran(tmp_path, name, *, together):
+def ran(tmp_path, name, *, together, **more):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     begin = TOGETHER if together else (sys.executable,)
     place = tmp_path / ("two" if together else "one")
     place.mkdir(exist_ok=True)
-    return started(*begin, script, place, name), place
+    return started(*begin, script, place, name, **more), place
 
 
 SLOW = pytest.mark.slow  # each starts torch three times or more
@@ -93,14 +103,37 @@ def test_two_processes_train_the_weights_of_one(tmp_path, name):
     ("name", "said"),
     [
         ("lost", "the loss is no number any more"),
-        pytest.param("kept", "2 processes share the examples", marks=SLOW),
+        pytest.param("kept", "2 processes share them", marks=SLOW),
         pytest.param("one", "a batch of 1 is too small for 2 processes", marks=SLOW),
+        pytest.param("unknown", "2 processes share them", marks=SLOW),
+        pytest.param("other", "this process holds other data than the first", marks=SLOW),
     ],
 )
 def test_what_two_processes_cannot_do_is_said(tmp_path, name, said):
     done, _ = ran(tmp_path, name, together=True)
     assert done.returncode != 0
     assert said in done.stderr
+
+
+@SLOW
+def test_two_processes_go_on_to_the_weights_of_an_uninterrupted_training(tmp_path):
+    stopped, place = ran(tmp_path, "stopped", together=True, STOP="1")
+    assert stopped.returncode != 0
+    assert not list(place.glob("*.pt"))
+    assert (place / "stopped" / "checkpoints" / "last.safetensors").is_file()
+    on, _ = ran(tmp_path, "stopped", together=True)
+    assert on.returncode == 0, on.stderr
+    _, alone = ran(tmp_path, "stopped", together=False)
+    one, *both = (torch.load(path) for path in (alone / "stopped-0.pt", *sorted(place.glob("*.pt"))))
+    for key, value in one.items():
+        for other in both:
+            torch.testing.assert_close(other[key], value, atol=1e-4, rtol=1e-3)
+
+
+@SLOW
+def test_two_processes_plan_alike(tmp_path):
+    done, _ = ran(tmp_path, "budget", together=True)
+    assert done.returncode == 0, done.stderr
 
 
 @SLOW

@@ -19,7 +19,6 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Bounds, Classifier
-from holdfast.harness import Plan
 from holdfast.ops.fit import drawing
 from holdfast.recipes.protocol import Recipe
 from holdfast.runs.candidates import Candidate
@@ -159,9 +158,7 @@ def wish(
     order = ordering.order(
         settings, baseline=baseline, device=device, target=subject.model.access, command=command
     )
-    judge = replace(
-        order, surrogates=tuple(surrogates), fit=_to_fit(training, order.plan, settings.seed, subject.model)
-    )
+    judge = replace(order, surrogates=tuple(surrogates))
     threat = threat_model(parse_threat(settings.threat))
     threat = replace(threat, surrogates=tuple(held.model for held in surrogates))
     name = str(settings.recipe["use"]) if recipe is None else name_of(recipe)
@@ -172,17 +169,8 @@ def wish(
         else (Candidate(name, recipe, settings_of(recipe)),)
     )
     budget_s = None if budget is None else seconds(budget, "budget")
-    return Wish(name, chosen, threat, judge, budget_s, settings.seed, judge.device, command)
-
-
-def _to_fit(training: Batch, plan: Plan, seed: int, model: Classifier) -> Data | None:
-    """A sample of the training examples, where an attack of the plan is learned."""
-    n = ordering.examples_to_fit(plan)
-    if not n:
-        return None
-    known = training.take(training.y != UNLABELLED)
-    some = known.take(Draws(seed).at("learned on").bits(known.ids).argsort()[:n])
-    return as_data(some.x, some.y, classes=model.classes, bounds=model.bounds)
+    learn = ordering.examples_to_fit(order.plan)
+    return Wish(name, chosen, threat, judge, budget_s, settings.seed, judge.device, command, learn)
 
 
 def name_of(recipe: object) -> str:

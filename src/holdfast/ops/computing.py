@@ -24,7 +24,7 @@ def computing(precision: Precision, device: torch.device) -> Iterator[None]:
     To be entered for each pass anew, for weights that are changed in place are cast anew only then.
     """
     if precision == "auto":
-        narrow = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        narrow = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         narrow = precision == "bfloat16"
     with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
@@ -36,6 +36,20 @@ def exactly(x: Tensor) -> Iterator[None]:
     """Within it, products keep the precision of what they are given, for weights whose bound counts every rounding."""
     with torch.autocast(x.device.type, enabled=False):
         yield
+
+
+def have_compiled(net: nn.Module) -> None:
+    """Let torch compile the forward of a network, in place; its tensors keep their names.
+
+    Through a function of our own, for torch compiles no forward of its own modules, such as a `Sequential`, by itself.
+    """
+    forward = net.forward
+
+    def through(x: Tensor) -> Tensor:
+        logits: Tensor = forward(x)
+        return logits
+
+    net.forward = torch.compile(through)
 
 
 def _last(layout: Layout, device: torch.device) -> bool:

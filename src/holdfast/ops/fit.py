@@ -27,7 +27,7 @@ from holdfast.ops.augment import Augmentation, augmented, cut_and_mixed
 from holdfast.ops.averages import ema, swa
 from holdfast.ops.computing import Layout, Precision, computing, laid_out
 from holdfast.ops.perturbed import perturbed
-from holdfast.ops.together import average, processes, share, worth
+from holdfast.ops.together import average, processes, rank, share, worth
 from holdfast.ops.twin import Statistics
 
 
@@ -224,8 +224,9 @@ class _Loop:
         seen = self._rng.at(epoch, step - step % self._replays)  # a batch that is replayed looks the same
         batch = augmented(self._data.take(rows), how.augment, seen)
         batch, other, own = cut_and_mixed(batch, how.cutmix, seen)
-        part = 1.0
+        part, masks = 1.0, place
         if processes() > 1:
+            masks = place.at("share", rank())  # other examples, other draws of dropout
             mine = share(torch.arange(len(rows), device=rows.device))
             batch, other, part = batch.take(mine), other.take(mine), worth(len(mine), len(rows))
         batch = batch.at(laid_out(batch.x, how.layout))
@@ -236,7 +237,7 @@ class _Loop:
                 value = value if own == 1 else torch.lerp(self._loss(other, x_adv)[0], value, own)
             return part * value, hits
 
-        with torch.enable_grad(), drawing(place):
+        with torch.enable_grad(), drawing(masks, rows.device):
             turn = Turn(place, epoch, before / whole, _grown(how, before / whole))
             with computing(how.precision, rows.device):
                 x_adv = self._inner(batch, turn)
@@ -295,9 +296,12 @@ def _copy(value: Tensor) -> Tensor:
 
 
 @contextmanager
-def drawing(rng: Draws) -> Iterator[None]:
-    """Within it torch's own generators, which dropout asks, draw what the place says; they are put back afterwards."""
-    with torch.random.fork_rng():
+def drawing(rng: Draws, device: torch.device | None = None) -> Iterator[None]:
+    """Within it torch's own generators, which dropout asks, draw what the place says; they are put back afterwards.
+
+    Of GPUs' generators that of `device` alone, where it is given.
+    """
+    with torch.random.fork_rng(None if device is None else [device] if device.type == "cuda" else []):
         torch.manual_seed(rng.at("torch").key >> 1)
         yield
 

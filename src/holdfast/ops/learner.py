@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.checkpoint import Checkpoint
@@ -16,7 +16,7 @@ from holdfast.core.model import Classifier, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.ascent import ascend
-from holdfast.ops.computing import lay_out
+from holdfast.ops.computing import have_compiled, lay_out
 from holdfast.ops.fit import Guard, Training, Turn, fit
 from holdfast.ops.losses import Loss, cross_entropy
 from holdfast.ops.together import processes
@@ -109,8 +109,8 @@ def trained(
     `inner` and `loss` meet the threat as far as it has grown. `guard` and `settle` make of the learner what `fit` takes
     by these names. A recipe says here that its loss is `linear` in the label (up to what has no gradient), so that
     labels may be mixed, that it learns from `unlabelled` examples, that it holds a `slope`, which is differentiated
-    again, and that it trains `alone`, in one process, for what it remembers belongs to examples; what does not go with
-    that is refused, before the first update.
+    again, and that it trains `alone`, in one process, for what it knows of examples is in no share of them; what does
+    not go with that is refused, before the first update.
     """
     _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled, slope=slope, alone=alone)
     net = deepcopy(model).train()
@@ -119,7 +119,8 @@ def trained(
     learner = Learner(net, twin(net, how.attack_statistics), threat, known)
     if how.compiled:
         for one in (learner.net, learner.frozen):
-            one.net.compile()  # type: ignore[union-attr]  # what is trained is a module
+            assert isinstance(one.net, nn.Module)  # anything else has no weights to train
+            have_compiled(one.net)
     return fit(
         net,
         data,
@@ -150,8 +151,8 @@ def _refuse_foreign(
     """Refuse what the loss of a recipe cannot learn from, and how."""
     if alone and processes() > 1:
         raise UsageError(
-            f"this recipe remembers what it did to each example, and {processes()} processes share the examples; start "
-            f"one process, or choose --recipe pgd"
+            f"this recipe needs all examples in one place, and {processes()} processes share them; start one process, "
+            f"or choose --recipe pgd"
         )
     if how.compiled and slope:
         raise UsageError(

@@ -2,7 +2,7 @@
 
 They are those that torchrun starts, and talk through torch.distributed. What is drawn belongs to an example and not to
 a process, so that any number of them trains the weights of one, up to the order of sums; but for batch norm, whose
-statistics are those of a share, and are averaged.
+statistics are those of a share, and are averaged, and for dropout, which each process draws on its own.
 """
 
 import os
@@ -23,12 +23,17 @@ _PATIENT = timedelta(days=7)  # the others wait while the first judges
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Within it the processes that torchrun started know each other; without torchrun, or another group, nothing."""
+    """Within it the processes that torchrun started know each other; alone, or in a group that is there, nothing."""
     if started() == 1 or not dist.is_available() or dist.is_initialized():
         yield
         return
+    if "RANK" not in os.environ:
+        raise UsageError(
+            f"WORLD_SIZE is {started()} and RANK is not set, so nobody knows which process this is; start them with "
+            f"torchrun, or unset WORLD_SIZE"
+        )
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_local())
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENT)
     try:
         yield
@@ -46,9 +51,25 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Which of them this is."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
 def first() -> bool:
-    """Whether this is the one that judges and writes, of those that torchrun started."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this is the one that judges and writes."""
+    return rank() == 0
+
+
+def own(device: torch.device) -> torch.device:
+    """The GPU of this process, where torchrun started several; any other device as it is."""
+    return torch.device("cuda", _local()) if device.type == "cuda" and started() > 1 else device
+
+
+def _local() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def told(value: T) -> T:
@@ -68,7 +89,7 @@ def _heard() -> Iterator[None]:
         yield
     except RuntimeError as error:  # which is all that gloo and NCCL raise
         raise TargetError(
-            "another process of this training has ended, and its own message says why"
+            f"this process no longer hears the others: {error}. Where one of them has ended, its own message says why"
         ) from error
 
 
@@ -82,7 +103,7 @@ def share(rows: Tensor) -> Tensor:
             f"a batch of {len(rows)} is too small for {n} processes; give a larger one, as in "
             f"--set recipe.training.batch={n * 32}, or start fewer"
         )
-    return rows[dist.get_rank() :: n]
+    return rows[rank() :: n]
 
 
 def worth(mine: int, all_of_them: int) -> float:

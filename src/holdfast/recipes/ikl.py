@@ -25,6 +25,7 @@ from holdfast.core.types import Inputs, Labels, Logits, NonNegative, Positive, S
 from holdfast.ops.divergences import kullback_leibler, weighted_gaps
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.together import average
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ class IKL:
     def _seen(self, means: Tensor, clean: Logits, y: Labels) -> Tensor:
         """The mean prediction of each class in the batch moved towards what the batch says."""
         member = F.one_hot(y, len(means)).to(means)
-        count = member.sum(0)[:, None]
-        now = member.t() @ clean.softmax(1).to(means) / count.clamp_min(1)
+        said, count = member.t() @ clean.softmax(1).to(means), member.sum(0)[:, None]
+        average((said, count))  # of the shares of a batch
+        now = said / torch.where(count > 0, count, 1)
         return torch.where(count > 0, torch.lerp(now, means, self.keep), means)
 
 

@@ -58,6 +58,7 @@ class VAT:
             rng=rng,
             after=after,
             unlabelled=True,
+            alone=bool((data.y == UNLABELLED).any()),  # a share would know its own labels alone
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:

@@ -9,6 +9,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.ops.together import told
 from holdfast.recipes.protocol import Recipe
 from holdfast.runs.pace import Pace, fitting, pace, too_small
 
@@ -45,7 +46,7 @@ def attempts(
         ]
     begun = time.perf_counter()
     looks()
-    look_s = time.perf_counter() - begun
+    look_s = told(time.perf_counter() - begun)
     paces = [pace(one.recipe, model, data, threat, look_s) for one in candidates]
     if len(candidates) == 1:
         return [_attempt(candidates[0], paces[0], _within(budget_s, paces[0]), "asked for")]

@@ -20,6 +20,7 @@ from holdfast.runs import training
 from holdfast.runs.candidates import Candidate
 from holdfast.runs.held_out import looked_at
 from holdfast.runs.order import Progress, Step
+from holdfast.runs.pace import smaller
 from holdfast.runs.signals import Stopper
 from holdfast.runs.training import BEST, LAST, Point
 
@@ -95,6 +96,8 @@ class Trainer:
                     break
         except LostLoss:
             return  # which the first process says
+        except (RuntimeError, MemoryError) as error:
+            smaller(heard.how.batch, error)
 
 
 def _step(candidate: Candidate, point: Point, epochs: int, held: int) -> Step:

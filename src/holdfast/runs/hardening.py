@@ -13,11 +13,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from holdfast.core.batch import Batch, Data
+from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.checkpoint import STATE, Checkpoint
-from holdfast.core.errors import LostLoss, TargetError
-from holdfast.core.model import Classifier, out_of_memory
+from holdfast.core.draws import Draws
+from holdfast.core.errors import LostLoss, UsageError
+from holdfast.core.model import Classifier
 from holdfast.core.names import threat_text
 from holdfast.core.threat import ThreatModel
 from holdfast.ops import together
@@ -31,6 +32,7 @@ from holdfast.runs.hardened import MODEL, Hardened, Made, card_of, described, di
 from holdfast.runs.held_out import digest_of, harmless, looked_at, refuse_classes, split_of, without_judged
 from holdfast.runs.identity import code_digest, hardware, versions
 from holdfast.runs.order import Order, Progress, Subject, silent
+from holdfast.runs.pace import smaller
 from holdfast.runs.repeating import repeatable, way_out
 from holdfast.runs.result import Result
 from holdfast.runs.signals import Stopper, stoppable
@@ -58,6 +60,8 @@ class Wish:
     seed: int = 0
     device: str = "cpu"
     command: str = ""
+    examples: int = 0
+    """training examples that attacks of the judge are learned on, where some are"""
 
 
 Told = Callable[[str], None]
@@ -93,7 +97,7 @@ def harden(
         place = run
         if place is None:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
-        job = _Job(subject, fresh, test, wish, place, progress, told, said)
+        job = _Job(subject, fresh, test, wish, place, progress, told, said, kept=run is not None)
         found = job.done(resume=resume) if together.first() else job.followed()
     if run is not None:
         return found
@@ -114,8 +118,10 @@ class _Job:
         progress: Progress,
         told: Told,
         said: str,
+        *,
+        kept: bool,
     ) -> None:
-        device = torch.device(wish.device)
+        device = together.own(torch.device(wish.device))
         self.rest, self.held = (part.to(device) for part in split_of(data, wish.seed))
         around = tuple(
             deepcopy(model).to(device) if isinstance(model, nn.Module) else model
@@ -123,17 +129,37 @@ class _Job:
         )
         wish = replace(wish, threat=replace(wish.threat, surrogates=around))
         self.subject, self.test, self.wish, self.run = subject, test, wish, run
-        self.progress, self.told = progress, told
+        self.progress, self.told, self.kept = progress, told, kept
         self.model = copy_of(subject.model).to(device)
+        digests = [test.digest, digest_of(data)]
+        self._as_the_first(digests)
         self.trainer = Trainer(self.model, self.rest, self.held, wish.threat, wish.seed)
         for one in wish.candidates:  # what it cannot learn from is refused here; nothing is trained yet
             self.trainer.begun(one.recipe, None)
         self.notes = [said] if said else []
         known = together.told(planned(run))
         self.plan = together.told(known["plan"] if known else self._planned())
-        digests = [test.digest, digest_of(data)]
         self.manifest = _manifest(subject, digests, test, wish, self.plan, device)
-        self.judge = replace(wish.judge, device=wish.device)
+        self.judge = replace(wish.judge, device=str(device), fit=self._to_learn_on())
+
+    def _as_the_first(self, digests: list[str]) -> None:
+        """Begin with the weights of the first process, and on the same data."""
+        if together.told(digests) != digests:
+            raise UsageError(
+                "this process holds other data than the first; give all the same, in the same order, as from one file"
+            )
+        weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(together.told(weights))
+
+    def _to_learn_on(self) -> Data | None:
+        """Training examples for attacks that are learned: none that is judged, nor chooses."""
+        n, model = self.wish.examples, self.subject.model
+        if not n:
+            return None
+        known = self.rest.take(self.rest.y != UNLABELLED)
+        some = known.take(Draws(self.wish.seed).at("learned on").bits(known.ids).argsort()[:n])
+        some = some.to(torch.device("cpu"))
+        return as_data(some.x, some.y, classes=model.classes, bounds=model.bounds)
 
     def _planned(self) -> dict[str, Any]:
         wish = self.wish
@@ -247,16 +273,7 @@ class _Job:
             try:
                 return self.trainer.course(place, candidate, epochs, batch, stopper, self.progress)
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                if together.processes() > 1:
-                    raise TargetError(
-                        f"memory ran out for a batch of {batch} on {together.processes()} processes; go on with a "
-                        f"smaller one in a new run, as in --set recipe.training.batch={batch // 2}"
-                    ) from error
-                batch //= 2
-                if not batch:
-                    raise TargetError("memory ran out for a batch of one example") from error
+                batch = smaller(batch, error)
             except LostLoss as error:
                 raise LostLoss(f"{error}; {self._rescued(place, candidate)}") from error
 
@@ -265,6 +282,10 @@ class _Job:
         best, last = training.kept(place, BEST), training.kept(place, LAST)
         if best is None or last is None:
             return "no epoch had been finished"
+        if not self.kept:
+            return (
+                f"a run that is kept (run=folder) would have the best of the {len(last.curve)} epochs before"
+            )
         net = self._new_model(best.checkpoint, candidate).model.net
         assert isinstance(net, nn.Module)
         path = place / MODEL

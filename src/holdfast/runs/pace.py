@@ -8,9 +8,11 @@ import torch
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
+from holdfast.core.errors import TargetError
+from holdfast.core.model import Classifier, out_of_memory
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import updates
+from holdfast.ops.together import processes, told
 from holdfast.recipes.protocol import Recipe, trained_as
 
 _WARM, _TIMED = 3, 12  # updates: the first ones choose kernels and fill caches
@@ -29,15 +31,42 @@ class Pace:
 
 
 def pace(recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel, look_s: float) -> Pace:
-    """Measured on a few updates of a copy, whose weights are dropped; a look at held-out examples takes `look_s`."""
-    few = replace(recipe.training, epochs=1, lr=_STILL)
+    """Measured on a few updates of a copy, whose weights are dropped; a look at held-out examples takes `look_s`.
+
+    Where memory runs out, with as small batches as it holds.
+    """
     size = min(recipe.training.batch, len(data))
+    while True:
+        try:
+            return _paced(recipe, size, model, data, threat, look_s)
+        except (RuntimeError, MemoryError) as error:
+            size = smaller(size, error)
+
+
+def smaller(batch: int, error: BaseException) -> int:
+    """Half of a batch that memory ran out for; raises whatever else went wrong, and what no half mends."""
+    if not out_of_memory(error):
+        raise error
+    if processes() > 1:
+        raise TargetError(
+            f"memory ran out for a batch of {batch} on {processes()} processes; go on with a smaller one in a new run, "
+            f"as in --set recipe.training.batch={batch // 2}"
+        ) from error
+    if batch == 1:
+        raise TargetError("memory ran out for a batch of one example") from error
+    return batch // 2
+
+
+def _paced(
+    recipe: Recipe, size: int, model: Classifier, data: Batch, threat: ThreatModel, look_s: float
+) -> Pace:
+    few = replace(recipe.training, epochs=1, lr=_STILL, batch=size)
 
     def taken(n: int) -> float:
         rows = torch.arange(min(n * size, len(data)), device=data.x.device)
         begun = time.perf_counter()
         list(trained_as(recipe, few)(model, data.take(rows), threat, rng=Draws(0)))
-        return (time.perf_counter() - begun) / updates(len(rows), size)
+        return told((time.perf_counter() - begun) / updates(len(rows), size))  # all processes decide alike
 
     taken(_WARM)
     update = taken(_TIMED)
