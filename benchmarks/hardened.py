@@ -63,4 +63,7 @@ def percent(card: Cells, name: str) -> float:
 
 def spent(card: Cells) -> Cells:
     """What the training took."""
-    return {"epochs": card["epochs"], "wall s": card["cost"]["wall_s"], "CPU s": card["cost"]["cpu_s"]}
+    cost = card["cost"]
+    return {
+        "epochs": card["epochs"], "passes": cost["forwards"], "wall s": cost["wall_s"], "CPU s": cost["cpu_s"]
+    }  # fmt: skip

@@ -16,8 +16,10 @@ from holdfast.core.errors import Interrupted, LostLoss, TargetError, UsageError
 from holdfast.core.evidence import Doubt
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training
+from holdfast.ops.learner import GROWN
+from holdfast.ops.overfitting import RAISED, OverfittingGuard
 from holdfast.recipes import PGDTraining, SingleStep, Standard
-from holdfast.runs import hardening
+from holdfast.runs import candidates, hardening
 from holdfast.runs.candidates import Candidate, attempts
 from holdfast.runs.hardened import Hardened
 from holdfast.runs.hardening import Wish, harden
@@ -98,6 +100,34 @@ def test_patience_ends_a_training_that_gets_no_better_and_going_on_ends_it_at_on
     assert again.curve == found.curve
     grows = replace(patient, training=replace(patient.training, warmup=0.5))
     assert len(harden(trainable(), training(), fakes.data(), wish(grows)).curve) == 7
+
+
+def test_where_the_guard_makes_updates_dearer_fewer_fit_into_the_budget(tmp_path, monkeypatch):
+    """As soon as eps is whole, which is in the second of six epochs, a single step is overfitted to."""
+    recipe = SingleStep(training=replace(HOW, epochs=6))
+
+    def right(guard, steps):
+        state = guard.learner.state
+        return 0.1 if steps > 1 and not int(state[RAISED]) and float(state[GROWN]) == 1 else 0.9
+
+    monkeypatch.setattr(OverfittingGuard, "_right", right)
+    monkeypatch.setattr(candidates, "fitting", lambda budget_s, found: 6)
+    asked = wish(recipe, budget_s=100.0)
+
+    def stop(step):
+        if step.stage.startswith("training") and step.done == 2:
+            raise Interrupted("stopped", 2)
+
+    with pytest.raises(Interrupted):
+        harden(trainable(), training(n=1200), fakes.data(), asked, run=tmp_path / "r", progress=stop)
+    found = harden(trainable(), training(n=1200), fakes.data(), asked, run=tmp_path / "r", resume=True)
+    assert [point.dearer for point in found.curve] == [1.0, 1.5, 1.5, 1.5]
+    assert found.card["epochs"] == 4
+    assert "asked for another one once; 4 of 6 epochs were left of the budget" in found.notes[-1]
+    whole = harden(trainable(), training(n=1200), fakes.data(), asked)
+    one, other = (safetensors.torch.load(each.weights) for each in (whole, found))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert len(harden(trainable(), training(n=1200), fakes.data(), wish(recipe)).curve) == 6
 
 
 def test_another_recipe_or_seed_is_another_run(tmp_path):

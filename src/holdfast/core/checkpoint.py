@@ -26,7 +26,8 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     """by name, each a copy: `weights.…`, `average.…` where the weights are averaged, `memory.…` and `state.…`"""
     measured: Mapping[str, float]
-    """what the epoch says of itself: `loss` and `accuracy` on what was trained on, and the learning rate `lr`"""
+    """what the epoch says of itself: `loss` and `accuracy` on what was trained on, the learning rate `lr`, the
+    `forwards` of an example through the network that is trained, and how many times `dearer` an update has become"""
 
     @property
     def averaged(self) -> bool:

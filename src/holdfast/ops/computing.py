@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from holdfast.core.model import Classifier
+
 Precision = Literal["auto", "float32", "bfloat16"]
 """Of convolutions and matrix products: auto is bfloat16 on a GPU that has it, float32 elsewhere."""
 Layout = Literal["auto", "channels-first", "channels-last"]
@@ -38,11 +40,13 @@ def exactly(x: Tensor) -> Iterator[None]:
         yield
 
 
-def have_compiled(net: nn.Module) -> None:
-    """Let torch compile the forward of a network, in place; its tensors keep their names.
+def have_compiled(model: Classifier) -> None:
+    """Let torch compile the forward of a model's network, in place; its tensors keep their names.
 
     Through a function of our own, for torch compiles no forward of its own modules, such as a `Sequential`, by itself.
     """
+    net = model.net
+    assert isinstance(net, nn.Module)  # anything else has no weights to train
     forward = net.forward
 
     def through(x: Tensor) -> Tensor:

@@ -130,6 +130,10 @@ class Guard(Protocol):
     def every(self) -> int:
         """Updates between looks."""
 
+    @property
+    def dearer(self) -> float:
+        """Passes of an update by now, in multiples of those of the first one."""
+
     def holds(self) -> bool:
         """Whether all is well; where it is not, it has changed what follows, and will hold after a few times."""
 
@@ -213,7 +217,9 @@ class _Loop:
             swa(self._average, self._model, epoch - how.epochs + max(round(how.tail * how.epochs), 1))
         known = replays * int((self._data.y[rows] != UNLABELLED).sum())
         lr = self._optimizer.param_groups[0]["lr"]
-        return {"loss": seen.mean().item(), "accuracy": processes() * right.item() / max(known, 1), "lr": lr}
+        accuracy = processes() * right.item() / max(known, 1)
+        dearer = 1.0 if guard is None else guard.dearer
+        return {"loss": seen.mean().item(), "accuracy": accuracy, "lr": lr, "dearer": dearer}
 
     def _update(self, epoch: int, step: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """One update: its loss, and how many examples were right."""

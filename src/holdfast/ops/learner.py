@@ -117,11 +117,9 @@ def trained(
     lay_out(net, how.layout)
     known = {GROWN: torch.zeros((), device=data.x.device), **(state or {})}
     learner = Learner(net, twin(net, how.attack_statistics), threat, known)
-    if how.compiled:
-        for one in (learner.net, learner.frozen):
-            assert isinstance(one.net, nn.Module)  # anything else has no weights to train
-            have_compiled(one.net)
-    return fit(
+    for one in (learner.net, learner.frozen) if how.compiled else ():
+        have_compiled(one)
+    found = fit(
         net,
         data,
         partial(_made, inner, learner),
@@ -134,6 +132,23 @@ def trained(
         replays=replays,
         settle=None if settle is None else settle(learner),
     )
+    return _counted(found, learner, len(data))
+
+
+def _counted(found: Iterator[Checkpoint], learner: Learner, n: int) -> Iterator[Checkpoint]:
+    """The same checkpoints, each with the `forwards` of its epoch: how often an example went through the network."""
+    rows = 0
+
+    def count(_: nn.Module, inputs: tuple[Inputs, ...]) -> None:
+        nonlocal rows
+        rows += len(inputs[0])
+
+    for one in (learner.net, learner.frozen):
+        one.register_forward_pre_hook(count)
+    for checkpoint in found:
+        forwards = processes() * rows / n
+        rows = 0
+        yield replace(checkpoint, measured={**checkpoint.measured, "forwards": forwards})
 
 
 def _made(inner: InnerOf, learner: Learner, batch: Batch, turn: Turn) -> Inputs:

@@ -32,6 +32,11 @@ class OverfittingGuard:
     every: int = 50
     """updates between looks"""
 
+    @property
+    def dearer(self) -> float:
+        """Passes of an update by now, in multiples of the two that a single step takes."""
+        return 1 + int(self.learner.state[RAISED]) / 2
+
     def holds(self) -> bool:
         """Whether ten steps break little more than one; if not, more steps are asked for from here on."""
         raised = self.learner.state[RAISED]

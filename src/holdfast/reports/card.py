@@ -53,8 +53,10 @@ def document(card: Mapping[str, Any]) -> str:
     lines += [f"- {escaped(note)}" for note in card["notes"]]
     lines += ["", "Open it:", "", f"    {card['opened_by']}", ""]
     lines += ["Made by:", "", f"    {card['command'] or 'holdfast.harden(...)'}", ""]
-    seconds = f"{plain(card['cost']['wall_s'])} s ({plain(card['cost']['cpu_s'])} s of CPU time)"
-    lines += [f"Training took {seconds} on {escaped(card['hardware'])}, seed {card['seed']}.", ""]
+    cost = card["cost"]
+    seconds = f"{plain(cost['wall_s'])} s ({plain(cost['cpu_s'])} s of CPU time)"
+    passes = f"each example went {plain(cost['forwards'])} times through the network"
+    lines += [f"Training took {seconds} on {escaped(card['hardware'])}, seed {card['seed']}; {passes}.", ""]
     lines += ["Settings:", "", *(f"    {line}" for line in _settings(card["settings"]))]
     return "\n".join(lines) + "\n"
 

@@ -1,7 +1,7 @@
 """The epochs of one training: each looked at on held-out examples, written down, and the best one kept."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,8 @@ from holdfast.runs.training import BEST, LAST, Point
 
 STAGES = ["before", "training", "after"]
 """Of a hardening."""
+Whole = Callable[[Sequence[Point]], int]
+"""How many epochs a training has in all, as far as its curve lets it."""
 NOTHING: Any = None
 """What a process says that only hears the first."""
 
@@ -55,14 +57,37 @@ class Trainer:
         return recipe(self.model, self.rest, self.threat, rng=Draws(self.seed), after=after)
 
     def course(
-        self, place: Path, candidate: Candidate, epochs: int, batch: int, stopper: Stopper, progress: Progress
+        self,
+        place: Path,
+        candidate: Candidate,
+        whole: Whole,
+        batch: int,
+        stopper: Stopper,
+        progress: Progress,
     ) -> tuple[Point, ...]:
-        """The curve, from the last checkpoint on, with batches of that size."""
+        """The curve, from the last checkpoint on, with batches of that size; `whole` says how many epochs it has."""
         how = candidate.recipe.training
-        how = replace(how, epochs=epochs, batch=batch, lr=how.lr * batch / how.batch)
+        how = replace(how, batch=batch, lr=how.lr * batch / how.batch)
+        while True:
+            last = training.kept(place, LAST)
+            how = replace(how, epochs=whole(() if last is None else last.curve))
+            curve = self._some(place, candidate, how, whole, stopper, progress)
+            if _stale(curve, how) or len(curve) >= whole(curve):
+                return curve
+
+    def _some(
+        self,
+        place: Path,
+        candidate: Candidate,
+        how: Training,
+        whole: Whole,
+        stopper: Stopper,
+        progress: Progress,
+    ) -> tuple[Point, ...]:
+        """The curve as far as the training may go on like that."""
         last = training.kept(place, LAST)
         curve = () if last is None else last.curve
-        if _stale(curve, how):
+        if _stale(curve, how) or len(curve) >= how.epochs:
             return curve
         highest = max((_score(point) for point in curve), default=(-1.0, -1.0))
         shown = deepcopy(self.model)
@@ -75,7 +100,7 @@ class Trainer:
             now = time.process_time(), time.perf_counter()
             spent = {"cpu_s": now[0] - cpu, "wall_s": now[1] - wall}
             measured = dict(checkpoint.measured)
-            point = Point(checkpoint.epoch, **measured, batch=batch, clean=clean, robust=robust, **spent)
+            point = Point(checkpoint.epoch, **measured, batch=how.batch, clean=clean, robust=robust, **spent)
             cpu, wall = now
             curve = (*curve, point)
             with stopper.finishing():
@@ -83,8 +108,8 @@ class Trainer:
                     highest = _score(point)
                     training.keep(place, BEST, checkpoint, curve)
                 training.keep(place, LAST, checkpoint, curve)
-            progress(_step(candidate, point, epochs, len(self.held)))
-            if not together.told(not _stale(curve, how)):
+            progress(_step(candidate, point, whole(curve), len(self.held)))
+            if not together.told(not _stale(curve, how) and whole(curve) == how.epochs):
                 break
         return curve
 

@@ -74,6 +74,8 @@ class Made:
 
     candidate: Candidate
     attempt: Mapping[str, Any]
+    epochs: int
+    """in all: those planned, or as many as were left when updates became dearer"""
     subject: Subject
     curve: tuple[Point, ...]
     chosen: Point
@@ -128,7 +130,7 @@ def card_of(
             "name": last.subject.card["name"],
             "recipe": last.candidate.name,
             "why": last.attempt["why"],
-            "epochs": last.attempt["epochs"],
+            "epochs": last.epochs,
             "settings": last.candidate.settings,
             "plan": manifest["plan"],
             "tried": [each.candidate.name for each in made],
@@ -137,7 +139,10 @@ def card_of(
             "chosen": last.chosen.to_json(),
             "curve": [point.to_json() for point in last.curve],
             "notes": [*said["notes"], *(note for each in made for note in _noted(each))],
-            "cost": {name: sum(getattr(point, name) for point in curves) for name in ("cpu_s", "wall_s")},
+            "cost": {
+                name: sum(getattr(point, name) for point in curves)
+                for name in ("forwards", "cpu_s", "wall_s")
+            },
             "model": dict(last.subject.card),
             "data": manifest["data"],
             "versions": manifest["versions"],
@@ -160,8 +165,12 @@ def _noted(made: Made) -> list[str]:
     notes = _shrunk(made.curve, made.candidate)
     if made.raised:
         times = "once" if made.raised == 1 else f"{made.raised} times"
+        planned = made.attempt["epochs"]
+        fewer = (
+            f"; {made.epochs} of {planned} epochs were left of the budget" if made.epochs < planned else ""
+        )
         notes += [
-            f"{made.candidate.name}: a single step was overfitted to, so the guard asked for another one {times}"
+            f"{made.candidate.name}: a single step was overfitted to, so the guard asked for another one {times}{fewer}"
         ]
     return notes
 

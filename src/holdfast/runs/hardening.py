@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ from holdfast.reports.numbers import strict
 from holdfast.runs import training
 from holdfast.runs.assess import assess
 from holdfast.runs.candidates import Candidate, attempts
-from holdfast.runs.epochs import NOTHING, STAGES, Course, Trainer
+from holdfast.runs.epochs import NOTHING, STAGES, Course, Trainer, Whole
 from holdfast.runs.hardened import MODEL, Hardened, Made, card_of, described, digest_of_weights, timeless
 from holdfast.runs.held_out import digest_of, harmless, looked_at, refuse_classes, split_of, without_judged
 from holdfast.runs.identity import code_digest, hardware, versions
 from holdfast.runs.order import Order, Progress, Subject, silent
-from holdfast.runs.pace import smaller
+from holdfast.runs.pace import left, smaller
 from holdfast.runs.repeating import repeatable, way_out
 from holdfast.runs.result import Result
 from holdfast.runs.signals import Stopper, stoppable
@@ -238,12 +239,15 @@ class _Job:
     def _attempt(self, k: int, attempt: Mapping[str, Any], stopper: Stopper) -> Made:
         candidate = self._candidate(attempt["recipe"])
         place = self.run / _numbered(CHECKPOINTS, k)
-        curve = self._trained(place, candidate, attempt["epochs"], stopper)
+        planned = attempt["epochs"]
+        whole = partial(left, planned) if self.plan["budget_s"] is not None else lambda _: planned
+        curve = self._trained(place, candidate, whole, stopper)
         best = training.kept(place, BEST)
         assert best is not None
         new = self._new_model(best.checkpoint, candidate)
-        raised = best.checkpoint.tensors.get(STATE + RAISED)
-        return Made(candidate, attempt, new, curve, best.curve[-1], 0 if raised is None else int(raised))
+        state = best.checkpoint.tensors.get(STATE + RAISED)
+        raised = 0 if state is None else int(state)
+        return Made(candidate, attempt, whole(curve), new, curve, best.curve[-1], raised)
 
     def _candidate(self, name: str) -> Candidate:
         return next(one for one in self.wish.candidates if one.name == name)
@@ -265,13 +269,15 @@ class _Job:
     def _judged(self, subject: Subject, data: Data, place: str, judge: Order) -> Result:
         return assess(subject, data, judge, run=self.run / place, resume=True, progress=self.progress)
 
-    def _trained(self, place: Path, candidate: Candidate, epochs: int, stopper: Stopper) -> tuple[Point, ...]:
+    def _trained(
+        self, place: Path, candidate: Candidate, whole: Whole, stopper: Stopper
+    ) -> tuple[Point, ...]:
         """The curve over all epochs; the checkpoints of the last and of the best are in their files."""
         last = training.kept(place, LAST)
         batch = candidate.recipe.training.batch if last is None else last.curve[-1].batch
         while True:
             try:
-                return self.trainer.course(place, candidate, epochs, batch, stopper, self.progress)
+                return self.trainer.course(place, candidate, whole, batch, stopper, self.progress)
             except (RuntimeError, MemoryError) as error:
                 batch = smaller(batch, error)
             except LostLoss as error:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import updates
 from holdfast.ops.together import processes, told
 from holdfast.recipes.protocol import Recipe, trained_as
+from holdfast.runs.training import Point
 
 _WARM, _TIMED = 3, 12  # updates: the first ones choose kernels and fill caches
 _MORE, _SOON = 50, 15.0  # so many updates are timed where they take less than so many seconds
@@ -78,6 +80,16 @@ def _paced(
 def fitting(budget_s: float, found: Pace) -> int:
     """Epochs that fit into a budget; 0 where not even one does."""
     return int(_SPARE * budget_s / found.epoch)
+
+
+def left(epochs: int, curve: Sequence[Point]) -> int:
+    """Epochs in all, of so many that were planned, where updates have become dearer on the way."""
+    cost = 1.0
+    for point in curve:
+        if point.dearer != cost:
+            epochs = point.epoch + int((epochs - point.epoch) * cost / point.dearer)
+            cost = point.dearer
+    return epochs
 
 
 def too_small(budget_s: float, found: Pace) -> str:

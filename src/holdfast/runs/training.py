@@ -28,6 +28,10 @@ class Point:
     """share of what was trained on that was right"""
     lr: float
     """the last learning rate"""
+    forwards: float
+    """of an example through the network that is trained"""
+    dearer: float
+    """passes of an update at its end, in multiples of those of the first one"""
     batch: int
     """examples of an update"""
     clean: float
