@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -300,41 +301,69 @@ def test_what_a_lost_loss_leaves_of_a_run_that_is_not_kept_is_promised_nowhere(m
         harden(fakes.subject(net), training(), fakes.data(), wish())
 
 
-def test_a_stronger_recipe_follows_where_doubts_object(monkeypatch, tmp_path):
+@pytest.fixture
+def objecting(monkeypatch):
+    """Two recipes to try, and doubts that are raised against held-out examples, by the folder of the assessment."""
     plan = [
         {"recipe": name, "epochs": 2, "why": "tried", "epoch_s": 1.0}
         for name in ("SingleStep", "PGDTraining")
     ]
-    assessed, looked_at = hardening.assess, []
+    assessed, doubted, looked_at = hardening.assess, {}, []
 
     def objecting(subject, data, *rest, run, **more):
         found = assessed(subject, data, *rest, run=run, **more)
         if not run.name.startswith("checked"):
             return found
         looked_at.append(len(data))
-        doubts = (Doubt("one-step", "raised", says="a single step beats twenty"),)
-        return replace(found, evidence=replace(found.evidence, doubts=doubts))
+        robust = found.metrics["robust_accuracy"]
+        name, value = doubted.get(run.name, (None, robust.value))
+        doubts = () if name is None else (Doubt(name, "raised", says="a single step beats twenty"),)
+        return SimpleNamespace(
+            metrics={"robust_accuracy": replace(robust, value=value)}, doubts=doubts, about=found.about
+        )
 
     monkeypatch.setattr(hardening, "attempts", lambda *rest: plan)
     monkeypatch.setattr(hardening, "assess", objecting)
-    asked, told, run = wish(SingleStep(training=HOW), RECIPE, budget_s=60.0), [], tmp_path / "r"
-    found = harden(trainable(), training(), fakes.data(), asked, run=run, told=told.append)
+    return doubted, looked_at
+
+
+BOTH = wish(SingleStep(training=HOW), RECIPE, budget_s=60.0)
+
+
+def test_a_stronger_recipe_follows_where_doubts_object(objecting, tmp_path):
+    doubted, looked_at = objecting
+    doubted["checked"] = ("one-step", 0.9)
+    told, run = [], tmp_path / "r"
+    found = harden(trainable(), training(), fakes.data(), BOTH, run=run, told=told.append)
     assert found.card["recipe"] == "PGDTraining"
     assert [line.split(" (")[0] for line in told] == ["training by SingleStep", "training by PGDTraining"]
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == [
         "after",
         "before",
         "checked",
+        "checked-2",
         "checkpoints",
         "checkpoints-2",
     ]
     assert verify(run).complete
-    assert looked_at == [60]  # of the training data, and not those that judge
+    assert looked_at == [60, 60]  # of the training data, and not those that judge
     assert found.card["tried"] == ["SingleStep", "PGDTraining"]
+    assert "on held-out examples PGDTraining holds best" in found.notes[-1]
     assert found.card["cost"]["wall_s"] > sum(point.wall_s for point in found.curve)
     assert open_run(run).about["folder"] == str(run / "after")
-    again = harden(trainable(), training(), fakes.data(), asked, run=run, resume=True)
+    again = harden(trainable(), training(), fakes.data(), BOTH, run=run, resume=True)
     assert again.weights == found.weights
+
+
+@pytest.mark.parametrize(("values", "stands"), [((0.9, 0.4), "SingleStep"), ((0.4, 0.9), "PGDTraining")])
+def test_of_what_doubts_object_to_what_holds_best_stands(objecting, values, stands):
+    objecting[0].update(zip(("checked", "checked-2"), (("one-step", value) for value in values), strict=True))
+    assert harden(trainable(), training(), fakes.data(), BOTH).card["recipe"] == stands
+
+
+def test_a_suite_that_is_too_weak_is_no_objection(objecting):
+    objecting[0]["checked"] = ("not-exhausted", 0.4)
+    assert harden(trainable(), training(), fakes.data(), BOTH).card["tried"] == ["SingleStep"]
 
 
 def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_after_it(monkeypatch):

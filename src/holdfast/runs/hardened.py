@@ -119,35 +119,45 @@ def _timeless_point(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def card_of(
-    made: Sequence[Made], sides: tuple[Result, Result], manifest: Mapping[str, Any], said: Mapping[str, Any]
+    made: Sequence[Made],
+    best: Made,
+    sides: tuple[Result, Result],
+    manifest: Mapping[str, Any],
+    said: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The card of the last of the models that were made; `said` is what it tells of the wish."""
-    last = made[-1]
+    """The card of the best of the models that were made; `said` is what it tells of the wish."""
     curves = [point for each in made for point in each.curve]
+    tried = [each.candidate.name for each in made]
+    notes = [*said["notes"], *(note for each in made for note in _noted(each))]
+    if len(tried) > 1:
+        notes.append(
+            f"doubts objected, so one followed another: {', '.join(tried)}; on held-out examples {best.candidate.name} "
+            f"holds best"
+        )
     found: dict[str, Any] = strict(
         {
             **said,
-            "name": last.subject.card["name"],
-            "recipe": last.candidate.name,
-            "why": last.attempt["why"],
-            "epochs": last.epochs,
-            "settings": last.candidate.settings,
+            "name": best.subject.card["name"],
+            "recipe": best.candidate.name,
+            "why": best.attempt["why"],
+            "epochs": best.epochs,
+            "settings": best.candidate.settings,
             "plan": manifest["plan"],
-            "tried": [each.candidate.name for each in made],
+            "tried": tried,
             "before": judged(sides[0].summary()),
             "after": judged(sides[1].summary()),
-            "chosen": last.chosen.to_json(),
-            "curve": [point.to_json() for point in last.curve],
-            "notes": [*said["notes"], *(note for each in made for note in _noted(each))],
+            "chosen": best.chosen.to_json(),
+            "curve": [point.to_json() for point in best.curve],
+            "notes": notes,
             "cost": {
                 name: sum(getattr(point, name) for point in curves)
                 for name in ("forwards", "cpu_s", "wall_s")
             },
-            "model": dict(last.subject.card),
+            "model": dict(best.subject.card),
             "data": manifest["data"],
             "versions": manifest["versions"],
             "hardware": manifest["hardware"],
-            "opened_by": _opened_by(last.subject.card, manifest["data"]["name"]),
+            "opened_by": _opened_by(best.subject.card, manifest["data"]["name"]),
         }
     )
     return found

@@ -65,6 +65,7 @@ class Wish:
     """training examples that attacks of the judge are learned on, where some are"""
 
 
+_NO_OBJECTION = "not-exhausted"  # which says that the suite is too weak, and no other training mends that
 Told = Callable[[str], None]
 """Hears what is about to be done."""
 
@@ -183,13 +184,13 @@ class _Job:
         ):
             before = self._judged(self.subject, self.test, "before", replace(self.judge, gates=()))
             folder.record("before", _head(before))
-            made = self._made(folder, stopper)
-            after = self._judged(made[-1].subject, self.test, "after", self.judge)
-            net = made[-1].subject.model.net
+            made, best = self._made(folder, stopper)
+            after = self._judged(best.subject, self.test, "after", self.judge)
+            net = best.subject.model.net
             assert isinstance(net, nn.Module)  # anything else was refused
             weights = written(net, described(self.subject, self.manifest))
-            card = card_of(made, (before, after), self.manifest, self._said())
-            found = Hardened(made[-1].subject.model, before, after, made[-1].curve, card, weights, self.run)
+            card = card_of(made, best, (before, after), self.manifest, self._said())
+            found = Hardened(best.subject.model, before, after, best.curve, card, weights, self.run)
             with stopper.finishing():
                 _keep(folder, found)
         together.told(replace(found, model=NOTHING))  # which a factory may have made; its weights are in it
@@ -215,9 +216,13 @@ class _Job:
             "command": repeatable(wish.command),
         }
 
-    def _made(self, folder: RunFolder, stopper: Stopper) -> list[Made]:
-        """What was trained, one after another until nothing is doubted on held-out examples; the last one stands."""
+    def _made(self, folder: RunFolder, stopper: Stopper) -> tuple[list[Made], Made]:
+        """What was trained, one after another until the suite objects no more, and which of it holds best.
+
+        Both on held-out examples; what it objects to holds less than all that it does not.
+        """
         made: list[Made] = []
+        heights: list[tuple[bool, float]] = []
         held, tried = self.held.to(torch.device("cpu")), self.plan["attempts"]
         examples = as_data(
             held.x, held.y, classes=self.subject.model.classes, bounds=self.subject.model.bounds
@@ -225,16 +230,17 @@ class _Job:
         for k, attempt in enumerate(tried):
             self.told(_announced(attempt, self.plan["budget_s"], len(self.test)))
             made.append(self._attempt(k, attempt, stopper))
-            if k + 1 == len(tried):
-                break
+            if len(tried) == 1:
+                return made, made[0]
             judge = replace(self.judge, gates=(), baseline=None)
             found = self._judged(made[-1].subject, examples, _numbered("checked", k), judge)
             folder.record(_numbered("checked", k), _head(found))
-            if not {doubt.name for doubt in found.doubts if doubt.state == "raised"} - set(
-                self.judge.accepted
-            ):
+            raised = {doubt.name for doubt in found.doubts if doubt.state == "raised"}
+            fair = not raised - {_NO_OBJECTION, *self.judge.accepted}
+            heights.append((fair, found.metrics["robust_accuracy"].value))
+            if fair:
                 break
-        return made
+        return made, made[heights.index(max(heights))]
 
     def _attempt(self, k: int, attempt: Mapping[str, Any], stopper: Stopper) -> Made:
         candidate = self._candidate(attempt["recipe"])
