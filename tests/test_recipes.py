@@ -12,6 +12,7 @@ from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.ops import learner
 from holdfast.ops.learner import Learner, trained
 from holdfast.ops.overfitting import RAISED, OverfittingGuard
 from holdfast.recipes import (
@@ -107,6 +108,30 @@ def test_at_eps_0_it_is_ordinary_training(recipe):
     for name, value in other.tensors.items():
         torch.testing.assert_close(value, one.tensors[name], rtol=1e-9, atol=1e-12)
     assert not same(one, list(Standard(training=SHORT)(model, data, threat, rng=Draws(1)))[-1])
+
+
+@pytest.mark.parametrize("recipe", CASES, ids=repr)
+def test_at_eps_0_its_loss_is_its_own_on_the_inputs_as_they_are(recipe, monkeypatch):
+    model, data = fakes.network(1).requires_grad_(), fakes.labelled(fakes.network(), fakes.examples(n=26))
+    threat = ThreatModel(Linf(0.0), surrogates=(fakes.network(2),))
+    short = replace(recipe, training=SHORT)
+    if isinstance(recipe, HAT):
+        model = fakes.network().requires_grad_()
+    if isinstance(recipe, MultiNormTraining):
+        short = replace(short, others=(L2(0.0), L1(0.0)))
+    seen, measured = [], learner._measured
+
+    def measuring(loss, learner, batch, x_adv):
+        seen.append((batch.x, x_adv))
+        return measured(loss, learner, batch, x_adv)
+
+    monkeypatch.setattr(learner, "_measured", measuring)
+    list(short(model, data, threat, rng=Draws(0)))
+    assert len(seen) >= 2
+    for x, x_adv in seen:
+        torch.testing.assert_close(
+            x_adv, x.repeat(len(x_adv) // len(x), 1, 1, 1).view_as(x_adv), rtol=0, atol=0
+        )
 
 
 def test_the_guard_undoes_the_last_updates_and_adds_a_step(monkeypatch):

@@ -126,6 +126,16 @@ def test_margin_training_takes_off_what_the_ball_needs(constraint, length):
     assert value.item() == pytest.approx(exact.item())
 
 
+def test_margin_training_knows_that_preprocessing_stretches():
+    batch, plain = data(classes=3), linear(torch.eye(3, 4, dtype=torch.float64))
+    scaled = Classifier(plain.net, bounds=plain.bounds, std=[0.5])
+    ratio = Batch(0.5 * batch.x, batch.y, batch.ids)  # which the network sees as the others are
+    recipe = MarginTraining()
+    one, _ = recipe.loss(learner(scaled, L2(EPS / 2)), ratio, ratio.x)
+    other, _ = recipe.loss(learner(plain, L2(EPS)), batch, batch.x)
+    assert one.item() == pytest.approx(other.item())
+
+
 def test_the_slope_of_a_lipschitz_constraint_is_the_gradient_in_the_dual_norm():
     batch = data()
     model, w, _, slope = two_classes(batch)
@@ -154,6 +164,29 @@ def test_under_l2_it_goes_on_exactly_for_what_the_power_iteration_knows_is_kept(
     *_, again = recipe(model, batch, threat, rng=Draws(0), after=first)
     assert any(name.startswith("state.towards.") for name in last.tensors)
     assert all(torch.equal(value, again.tensors[name]) for name, value in last.tensors.items())
+
+
+def test_spectral_normalisation_bounds_the_gain_under_l2_whatever_the_threat():
+    model, batch = fakes.network(1).requires_grad_(), fakes.labelled(fakes.network(), fakes.examples(n=26))
+    recipe = LipschitzConstraint(gain=1.5, norm="l2", training=replace(SHORT, epochs=20))
+    *_, last = recipe(model, batch, ThreatModel(Linf(0.05)), rng=Draws(0))
+    last.put_into(model)
+    assert max(gains(model, batch.x, L2(1.0)).values()) <= 1.5 * 1.01
+    assert max(gains(model, batch.x, Linf(1.0)).values()) > 2
+
+
+def test_frozen_layers_and_the_statistics_of_a_batch_are_left_to_a_lipschitz_constraint_as_they_are():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)
+    ).double()
+    net[1].requires_grad_(False).weight.mul_(20)
+    model, batch = Classifier(net).eval(), fakes.labelled(fakes.network(), fakes.examples(n=26))
+    recipe = LipschitzConstraint(gain=0.5, training=replace(SHORT, attack_statistics="batch"))
+    before = net[1].weight.clone()
+    *_, last = recipe(model, batch, ThreatModel(Linf(0.05)), rng=Draws(0))
+    assert torch.equal(last.tensors["weights.net.1.weight"], before)
+    assert last.tensors["weights.net.4.weight"].abs().sum(1).max() <= 0.5 * (1 + 1e-9)
 
 
 def test_a_threat_without_gains_is_refused():

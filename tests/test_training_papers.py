@@ -17,7 +17,20 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner
 from holdfast.ops.twin import twin
-from holdfast.recipes import IKL, MART, VAT, CurriculumTraining, FreeTraining, MultiNormTraining
+from holdfast.recipes import (
+    ATTA,
+    HAT,
+    IKL,
+    MART,
+    SCORE,
+    TRADES,
+    VAT,
+    CurriculumTraining,
+    EnsembleTraining,
+    FreeTraining,
+    GradientRegularisation,
+    MultiNormTraining,
+)
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT
 
@@ -208,3 +221,89 @@ def test_the_mean_predictions_of_ikl_move_once_an_update_however_often_the_loss_
     means = once[-1].tensors["state.means"]
     assert (means - means[0, 0]).abs().max() > 1e-3
     torch.testing.assert_close(twice[-1].tensors["state.means"], means)
+
+
+EPS = Linf(0.2)
+NEAR = torch.tensor([0.1, 0.05, -0.2], dtype=torch.float64)
+"""From the inputs to where an attack may have ended."""
+
+
+def divergence(logits, clean):
+    p, q = clean.softmax(1), logits.softmax(1)
+    return (p * (p / q).log()).sum(1)
+
+
+def test_trades_is_the_clean_loss_and_the_divergence_from_the_clean_prediction():
+    net, some = linear(-2.0), data()
+    near = some.x + NEAR
+    found, right = TRADES(beta=3.0).loss(learner(net, EPS), some, near)
+    exact = F.cross_entropy(net(some.x), some.y) + 3 * divergence(net(near), net(some.x)).mean()
+    assert found.item() == pytest.approx(exact.item())
+    assert int(right) == int((net(near).argmax(1) == some.y).sum())
+
+
+def test_score_forgives_a_distance_and_squares_the_rest():
+    net, some = linear(-2.0), data()
+    near = some.x + NEAR
+    p, q = net(some.x).softmax(1), net(near).softmax(1)
+    label = 0.8 * F.one_hot(some.y, 2) + 0.1
+    apart = (p - q).square().sum(1)
+    exact = ((p - label).square().sum(1) + 5 * (apart - 0.002).clamp_min(0)).mean()
+    assert (apart > 0.002).any() and (apart < 0.002).any()
+    found, _ = SCORE(beta=5.0, forgiven=0.002, label_smoothing=0.2).loss(learner(net, EPS), some, near)
+    assert found.item() == pytest.approx(exact.item())
+
+
+def test_hat_asks_its_helper_at_the_attack_what_is_right_beyond_it():
+    net, helper, some = linear(-2.0), linear(0.5), data()
+    near = some.x + NEAR
+    recipe = HAT(beta=2.0, gamma=0.7, beyond=3.0)
+    found, _ = recipe.loss(learner(net, EPS), some, near, helper)
+    says = (near @ W + 0.5 > 0).long()
+    assert (says != some.y).any()
+    exact = (
+        F.cross_entropy(net(some.x), some.y)
+        + 2 * divergence(net(near), net(some.x)).mean()
+        + 0.7 * F.cross_entropy(net(some.x + 3 * NEAR), says)
+    )
+    assert found.item() == pytest.approx(exact.item())
+
+
+def test_atta_goes_on_where_it_was_in_the_epoch_before():
+    recipe, some, net = ATTA(steps=1, step=0.4), data(), linear()
+    held = Learner(net, twin(net), ThreatModel(EPS), {"kept": torch.zeros(8, 3, dtype=torch.float16)})
+    rows, corner = torch.arange(8), (0.2 * W.sign()).expand(8, 3)
+    moved = [recipe.inner(held, some, replace(turn(), epoch=epoch), rows) - some.x for epoch in range(6)]
+    short = [(corner - change).abs().amax().item() for change in moved]
+    assert short[0] > 0.2  # it began anywhere in the ball
+    for before, after in pairwise(short):
+        assert after == pytest.approx(max(before - 0.4 * 0.2, 0), abs=1e-3)  # kept in sixteen bits
+    assert short[-1] == pytest.approx(0, abs=1e-3)
+
+
+def test_an_ensemble_is_attacked_in_turn_and_learns_from_every_one():
+    net, some = linear(), data()
+    other = linear()
+    with torch.no_grad():
+        other.net.weight.neg_()
+    held = replace(learner(net, EPS), threat=ThreatModel(EPS, surrogates=(other,)))
+    recipe, ends = EnsembleTraining(steps=20), set()
+    for epoch in range(20):
+        moved = recipe.inner(held, some, replace(turn(), rng=Draws(epoch))) - some.x
+        (sign,) = {tuple(one.sign().tolist()) for one in moved}
+        torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.2))
+        ends.add(sign)
+    assert ends == {tuple(W.sign().tolist()), tuple((-W).sign().tolist())}
+
+
+@pytest.mark.parametrize(
+    "constraint, length", [(EPS, W.abs().sum()), (L2(0.2), W.norm())], ids=["linf", "l2"]
+)
+@pytest.mark.parametrize("method", ["double-backprop", "finite-difference"])
+def test_the_gradient_penalty_is_the_rise_of_the_loss_in_the_dual_norm(constraint, length, method):
+    net, some = linear(-2.0), data()
+    recipe = GradientRegularisation(weight=3.0, method=method, reach=1e-6)
+    found, _ = recipe.loss(learner(net, constraint), some, some.x)
+    slope = (some.x @ W - 2.0).sigmoid() * length
+    exact = F.cross_entropy(net(some.x), some.y) + 3 * 0.2 * slope.mean()
+    assert found.item() == pytest.approx(exact.item(), rel=1e-5)

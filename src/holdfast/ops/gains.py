@@ -42,8 +42,9 @@ def order_of(constraint: Constraint) -> Order:
 def layers(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
     """Each layer that has a gain, with the shape of its input when the network sees the first of `x`; one forward.
 
-    The network is in eval mode, so that none of its running statistics move.
+    The network is in eval mode meanwhile, so that none of its running statistics move.
     """
+    training = net.training
     found: dict[str, tuple[Layer, torch.Size]] = {}
 
     def noting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -57,8 +58,9 @@ def layers(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
     hooks = [layer.register_forward_pre_hook(noting(name)) for name, layer in named]
     try:
         with torch.no_grad():
-            net(x[:1])
+            net.eval()(x[:1])
     finally:
+        net.train(training)
         for hook in hooks:
             hook.remove()
     return found

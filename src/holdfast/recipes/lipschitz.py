@@ -1,15 +1,17 @@
 """Lipschitz constraint: layers that never stretch a change by more than a bound, and with it a small slope of the loss.
 
 Gouk et al., "Regularisation of Neural Networks by Enforcing Lipschitz Continuity", Machine Learning 110, 2021,
-arXiv:1804.04368, for the constraint; Finlay & Oberman, "Scaleable input gradient regularization for adversarial
-robustness", arXiv:1905.11468, for the slope. Differs from the papers: both together, an eps that grows at first, and
-what `ops/gains.py` says. The bound of a whole network is the product over its layers and as a certificate far too
-loose: see `ops/lipschitz.py` for layers that are made for one.
+arXiv:1804.04368, for the constraint, which under L2 is a spectral normalisation (Miyato et al., "Spectral Normalization
+for Generative Adversarial Networks", ICLR 2018, arXiv:1802.05957) that shrinks and never stretches; Finlay & Oberman,
+"Scaleable input gradient regularization for adversarial robustness", arXiv:1905.11468, for the slope. Differs from the
+papers: both together, an eps that grows at first, and what `ops/gains.py` says. The bound of a whole network is the
+product over its layers and as a certificate far too loose: see `ops/lipschitz.py` for layers that are made for one.
 """
 
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,8 +33,10 @@ class LipschitzConstraint:
     """Cross-entropy plus `weight` times its slope, with layers whose gain is at most `gain`; no attack is made."""
 
     gain: Positive = 10.0
-    """by how much each layer may stretch a change, in the norm of the threat; under L2 as far as
-    power iteration sees"""
+    """by how much each layer may stretch a change; under L2 as far as power iteration sees"""
+    norm: Literal["threat", "l2"] = "threat"
+    """in which norm: that of the threat, or l2 whatever the threat, which is spectral normalisation with a bound of
+    its own"""
     weight: NonNegative = 6.0
     """weight of what a step of length eps adds to the loss to first order; 0 leaves the constraint alone"""
     training: Training = field(default_factory=Training)
@@ -46,11 +50,12 @@ class LipschitzConstraint:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        order = order_of(threat.constraint)
+        order = order_of(threat.constraint) if self.norm == "threat" else "l2"
 
         def confined(learner: Learner) -> Confined:
-            sizes = layers(learner.frozen, data.x)  # its weights are those of the network that learns
-            return Confined(sizes, order, self.gain, learner.state)
+            found = layers(learner.net, data.x).items()
+            learned = {name: layer for name, layer in found if layer[0].weight.requires_grad}
+            return Confined(learned, order, self.gain, learner.state)
 
         return trained(
             as_it_is,

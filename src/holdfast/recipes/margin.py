@@ -23,6 +23,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive
 from holdfast.ops.fit import Training
 from holdfast.ops.learner import Learner, as_it_is, hits, trained
+from holdfast.ops.lipschitz import input_constant
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class MarginTraining:
     """Cross-entropy after an offset is taken off the true class's logit; no attack is made."""
 
     offset: NonNegative = 2.0
-    """what is taken off, in multiples of the margin that certifies the ball: eps times the square root of two"""
+    """what is taken off, in multiples of the margin that certifies the ball: eps times the square root of two, over the
+    smallest std of the preprocessing"""
     temperature: Positive = 0.25
     """what the logits are divided by, and the loss multiplied with"""
     training: Training = field(default_factory=Training)
@@ -49,7 +51,9 @@ class MarginTraining:
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy of the lowered logits."""
         logits, constraint = learner.net(x_adv), learner.threat.constraint
-        eps = constraint.eps
+        eps = constraint.eps * input_constant(
+            learner.net
+        )  # behind the preprocessing the ball is that much larger
         if isinstance(constraint, Linf):
             eps *= math.sqrt(batch.x[0].numel())  # of the Euclidean ball around the cube
         own = F.one_hot(batch.y, logits.shape[1]).to(logits)
