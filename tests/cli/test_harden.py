@@ -122,6 +122,45 @@ def test_an_eps_beyond_the_box_is_refused(capsys):
     assert run(["harden", "mnist-cnn", "mnist-mini", "--threat", "linf:2", *JUDGED]) == 2
     assert "no two inputs inside the bounds are further apart" in capsys.readouterr().err
 
+    assert run([*PGD[:4], "linf:2", *JUDGED, "--budget", "1min", "--run", "r"]) == 2
+    assert not Path("r").exists()  # where the run that is meant goes
+    words = ["--recipe", "multi-norm", "--set", "recipe.others=l2:900", "--run", "r"]
+    assert run([*PGD[:4], "linf:0.1", *JUDGED, *words]) == 2
+    assert "in l2" in capsys.readouterr().err
+
+
+CODE = """
+import torch
+
+def make(width="8"):
+    torch.manual_seed(0)
+    layers = (torch.nn.Flatten(), torch.nn.Linear(784, int(width)), torch.nn.ReLU(), torch.nn.Linear(int(width), 10))
+    return torch.nn.Sequential(*layers)
+"""
+
+
+def test_the_command_on_the_card_opens_and_judges_what_was_made(capsys):
+    Path("net.py").write_text(CODE)
+    words = ["--threat", "linf:0.05", "--recipe", "standard", "--mean", "0.1307", "--std", "0.3081"]
+    made = ["--model-args", "width=12", *SHORT, *JUDGED, "-o", "hardened/"]
+    assert run(["harden", "net.py:make", "mnist-mini", *words, *made]) == 0
+    card = json.loads(Path("hardened/card.json").read_text())
+    assert card["after"]["metrics"]["clean_accuracy"]["value"] > 0.5
+    first, *opening = card["opened_by"].split()
+    assert first == "holdfast" and card["opened_by"] in Path("hardened/card.md").read_text()
+    opening[1] = f"hardened/{opening[1]}"
+    assert run([*opening, *JUDGED, "-o", "again.json"]) == 0
+    again = json.loads(Path("again.json").read_text())
+    for name, estimate in card["after"]["metrics"].items():
+        assert again["metrics"][name]["value"] == estimate["value"]
+
+
+def test_labels_that_are_no_classes_are_refused_before_anything_is_timed(capsys):
+    Path("net.py").write_text(CODE.replace("10)", "4)"))
+    words = ["--threat", "linf:0.05", "--budget", "1min", *JUDGED]
+    assert run(["harden", "net.py:make", "mnist-mini", *words]) == 3
+    assert "run from 0 to 9, but the model has 4 classes" in capsys.readouterr().err
+
 
 def test_attacks_that_are_learned_learn_on_the_training_examples():
     learned = ["-n", "20", "--no-doubts", "--set", "attacks=[{use: Universal, steps: 2}]"]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from importlib.metadata import entry_points
-from typing import Any, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -98,17 +98,23 @@ def checked(attack: Attack) -> Attack:
 
     What is no dataclass, or has settings of types of its own, is taken as it is.
     """
-    cls: Any = type(attack)
-    hints = get_type_hints(cls, include_extras=True)
-    for f in fields(cls) if is_dataclass(cls) else ():
-        value, where = getattr(attack, f.name), f"{type(attack).__name__}: {f.name}"
+    refuse_settings(attack, type(attack).__name__)
+    return attack
+
+
+def refuse_settings(held: Any, name: str) -> None:
+    """`UsageError` for the first setting of a dataclass, or of its parts, that no configuration might say."""
+    hints = get_type_hints(type(held), include_extras=True)
+    for f in fields(held) if is_dataclass(held) else ():
+        value, where, hint = getattr(held, f.name), f"{name}: {f.name}", hints[f.name]
         if isinstance(value, Attack):
             checked(value)
-        elif get_origin(hints[f.name]) is Callable and not callable(value):
+        elif isinstance(hint, type) and is_dataclass(hint) and isinstance(value, hint):
+            refuse_settings(value, where)
+        elif get_origin(hint) is Callable and not callable(value):
             raise UsageError(f"{where} is {value!r}; expected a function, such as one of holdfast.ops.losses")
-        elif _is_number(hints[f.name]):
-            _validated(hints[f.name], value.item() if hasattr(value, "item") else value, where, strict=True)
-    return attack
+        elif get_origin(hint) is Literal or hint is bool or _is_number(hint):
+            _validated(hint, value.item() if hasattr(value, "item") else value, where, strict=True)
 
 
 def functions(hint: Any) -> dict[str, Callable[..., Any]]:

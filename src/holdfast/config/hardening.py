@@ -1,5 +1,6 @@
 """From the settings of a hardening to what its run takes: the model, training and test examples, and the wish."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from holdfast.config import brought, ordering
-from holdfast.config.attacks import threat_model
+from holdfast.config.attacks import refuse_settings, threat_model
 from holdfast.config.grammar import parse_threat, seconds
 from holdfast.config.naming import AUTO, PRESETS, RECIPES
 from holdfast.config.recipes import candidates, settings_of
@@ -162,6 +163,8 @@ def wish(
     threat = threat_model(parse_threat(settings.threat))
     threat = replace(threat, surrogates=tuple(held.model for held in surrogates))
     name = str(settings.recipe["use"]) if recipe is None else name_of(recipe)
+    if recipe is not None:
+        refuse_settings(recipe, type(recipe).__name__)
     budget = settings.budget or (USUAL_BUDGET if name == AUTO and recipe is None else None)
     chosen = (
         candidates(settings.recipe, threat, subject.model, tuple(training.x.shape[1:]))
@@ -170,7 +173,19 @@ def wish(
     )
     budget_s = None if budget is None else seconds(budget, "budget")
     learn = ordering.examples_to_fit(order.plan)
-    return Wish(name, chosen, threat, judge, budget_s, settings.seed, judge.device, command, learn)
+    opens = _opens(settings, subject)
+    return Wish(name, chosen, threat, judge, budget_s, settings.seed, judge.device, command, learn, opens)
+
+
+def _opens(settings: HardenSettings, subject: Subject) -> str:
+    """Flags that the new model is opened and judged with, where its file does not say it all."""
+    words = ["--threat", settings.threat]
+    if "architecture" not in subject.card:
+        code = next((said for said in (settings.arch, settings.model) if said and ".py:" in said), None)
+        words += ["--arch", code or "FILE.py:FACTORY"]
+        for key, value in settings.model_args.items():
+            words += ["--model-args", f"{key}={value}"]
+    return shlex.join(words)
 
 
 def name_of(recipe: object) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from holdfast.reports.markdown import escaped, table
-from holdfast.reports.numbers import percent, plain
+from holdfast.reports.numbers import plain
 from holdfast.reports.words import capitalized, interval, label, shown
 
 _SHOWN = ("clean_accuracy", "robust_accuracy")
@@ -31,16 +31,18 @@ def document(card: Mapping[str, Any]) -> str:
     lines = [f"# {escaped(card['name'])}", ""]
     lines += [f"Hardened for {escaped(card['threat'])} by the recipe `{card['recipe']}`, {_why(card)}.", ""]
     lines += [f"Judged under {escaped(card['judged_under'])}.", ""]
-    lines += table(
-        (f"on {after['n']:,} test examples, suite {after['suite']}", "before", "after"),
-        (
-            (capitalized(label(name)), *(_measured(name, side["metrics"][name]) for side in (before, after)))
-            for name in _SHOWN
-        ),
+    lines += _sides(
+        f"on {after['n']:,} test examples, suite {after['suite']}", before["metrics"], after["metrics"]
     )
-    lines.append(
-        f"The checkpoint is that of epoch {held['epoch']} of {card['epochs']}, the best on held-out training "
-        f"data: {percent(held['clean'])} clean, {percent(held['robust'])} under a PGD of 20 steps, which flatters.\n"
+    looked = card["held_out"]
+    lines += [
+        f"The checkpoint is that of epoch {held['epoch']} of {card['epochs']}, the best where it was chosen:",
+        "",
+    ]
+    lines += _sides(
+        f"on {looked['n']:,} held-out training examples, a PGD of 20 steps, which flatters",
+        looked["before"],
+        looked["after"],
     )
     lines += ["![accuracy over the epochs](curve.svg)", ""]
     for side, said in (("before", before), ("after", after)):
@@ -59,6 +61,15 @@ def document(card: Mapping[str, Any]) -> str:
     lines += [f"Training took {seconds} on {escaped(card['hardware'])}, seed {card['seed']}; {passes}.", ""]
     lines += ["Settings:", "", *(f"    {line}" for line in _settings(card["settings"]))]
     return "\n".join(lines) + "\n"
+
+
+def _sides(head: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """A table of both models."""
+    rows = (
+        (capitalized(label(name)), *(_measured(name, side[name]) for side in (before, after)))
+        for name in _SHOWN
+    )
+    return table((head, "before", "after"), rows)
 
 
 def _why(card: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import torch
 from holdfast.core.chain import canonical, digest
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.model import Classifier
+from holdfast.ops.statistics import proportion
 from holdfast.reports.card import document as as_markdown
 from holdfast.reports.card import judged
 from holdfast.reports.numbers import percent, strict
@@ -128,12 +129,6 @@ def card_of(
     """The card of the best of the models that were made; `said` is what it tells of the wish."""
     curves = [point for each in made for point in each.curve]
     tried = [each.candidate.name for each in made]
-    notes = [*said["notes"], *(note for each in made for note in _noted(each))]
-    if len(tried) > 1:
-        notes.append(
-            f"doubts objected, so one followed another: {', '.join(tried)}; on held-out examples {best.candidate.name} "
-            f"holds best"
-        )
     found: dict[str, Any] = strict(
         {
             **said,
@@ -147,8 +142,13 @@ def card_of(
             "before": judged(sides[0].summary()),
             "after": judged(sides[1].summary()),
             "chosen": best.chosen.to_json(),
+            "held_out": _looked(best.chosen, **said["held_out"]),
             "curve": [point.to_json() for point in best.curve],
-            "notes": notes,
+            "notes": [
+                *said["notes"],
+                *(note for each in made for note in _noted(each)),
+                *_followed(tried, best),
+            ],
             "cost": {
                 name: sum(getattr(point, name) for point in curves)
                 for name in ("forwards", "cpu_s", "wall_s")
@@ -157,17 +157,35 @@ def card_of(
             "data": manifest["data"],
             "versions": manifest["versions"],
             "hardware": manifest["hardware"],
-            "opened_by": _opened_by(best.subject.card, manifest["data"]["name"]),
         }
     )
     return found
 
 
-def _opened_by(card: Mapping[str, Any], data: str) -> str:
+def _looked(chosen: Point, n: int, before: tuple[float, float]) -> dict[str, Any]:
+    """Both models on the examples that chose the checkpoint, with intervals."""
+
+    def told(*shares: float) -> dict[str, Any]:
+        masks = (torch.arange(n) < round(share * n) for share in shares)
+        names = ("clean_accuracy", "robust_accuracy")
+        return {name: vars(proportion(mask)) for name, mask in zip(names, masks, strict=True)}
+
+    return {"n": n, "before": told(*before), "after": told(chosen.clean, chosen.robust)}
+
+
+def opened_by(opens: str, data: str) -> str:
     """The command that opens the new model; in capitals what only the caller can say."""
-    name = str(card["name"]).rpartition(", ")[0]
-    arch = "" if "architecture" in card else f" --arch {name if '.py:' in name else 'FILE.py:FACTORY'}"
-    return f"holdfast assess {MODEL} {'DATA' if ' ' in data else data}{arch}"
+    return f"holdfast assess {MODEL} {'DATA' if ' ' in data else data} {opens}".rstrip()
+
+
+def _followed(tried: Sequence[str], best: Made) -> list[str]:
+    """Why there is more than one training."""
+    if len(tried) == 1:
+        return []
+    others = ", ".join(tried)
+    return [
+        f"doubts objected, so one followed another: {others}; on held-out examples {best.candidate.name} holds best"
+    ]
 
 
 def _noted(made: Made) -> list[str]:

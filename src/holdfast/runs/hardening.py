@@ -28,16 +28,27 @@ from holdfast.reports.numbers import strict
 from holdfast.runs import training
 from holdfast.runs.assess import assess
 from holdfast.runs.candidates import Candidate, attempts
+from holdfast.runs.entry import refuse_batch, refuse_data, refuse_threat
 from holdfast.runs.epochs import NOTHING, STAGES, Course, Trainer, Whole
-from holdfast.runs.hardened import MODEL, Hardened, Made, card_of, described, digest_of_weights, timeless
+from holdfast.runs.hardened import (
+    MODEL,
+    Hardened,
+    Made,
+    card_of,
+    described,
+    digest_of_weights,
+    opened_by,
+    timeless,
+)
 from holdfast.runs.held_out import digest_of, harmless, looked_at, refuse_classes, split_of, without_judged
 from holdfast.runs.identity import code_digest, hardware, versions
 from holdfast.runs.order import Order, Progress, Subject, silent
 from holdfast.runs.pace import left, smaller
+from holdfast.runs.preparing import readied
 from holdfast.runs.repeating import repeatable, way_out
 from holdfast.runs.result import Result
 from holdfast.runs.signals import Stopper, stoppable
-from holdfast.runs.trainable import copy_of, refuse_untrainable
+from holdfast.runs.trainable import copy_of, refuse_untrainable, threats_of
 from holdfast.runs.training import BEST, LAST, Point
 from holdfast.sources.memory import as_data
 from holdfast.sources.weights import written
@@ -63,6 +74,8 @@ class Wish:
     command: str = ""
     examples: int = 0
     """training examples that attacks of the judge are learned on, where some are"""
+    opens: str = ""
+    """flags that the new model is opened with, beside its file and the data"""
 
 
 _NO_OBJECTION = "not-exhausted"  # which says that the suite is too weak, and no other training mends that
@@ -92,7 +105,13 @@ def harden(
     on.
     """
     refuse_untrainable(subject.model)
-    refuse_classes(data, subject.model.classes)
+    refuse_data(test)
+    with readied(subject, test, torch.device(wish.device)) as (target, sample):
+        bounds = target.bare.bounds
+        refuse_batch(data.take(data.y != UNLABELLED), bounds, target.classes, "the training data")
+        refuse_classes(data, target.classes)
+        for threat in threats_of(wish.threat, [one.recipe for one in wish.candidates]):
+            refuse_threat(threat, bounds, sample.x, target.classes)
     fresh, said = without_judged(data, test)
     with ExitStack() as stack:
         stack.enter_context(together.joined(torch.device(wish.device)))
@@ -126,7 +145,7 @@ class _Job:
         device = together.own(torch.device(wish.device))
         self.rest, self.held = (part.to(device) for part in split_of(data, wish.seed))
         around = tuple(
-            deepcopy(model).to(device) if isinstance(model, nn.Module) else model
+            deepcopy(model).to(device).eval().requires_grad_(False) if isinstance(model, nn.Module) else model
             for model in wish.threat.surrogates
         )
         wish = replace(wish, threat=replace(wish.threat, surrogates=around))
@@ -183,13 +202,14 @@ class _Job:
             opened(self.run, self.manifest, _about(self.wish), resume=resume) as folder,
         ):
             before = self._judged(self.subject, self.test, "before", replace(self.judge, gates=()))
+            looked = looked_at(self.model, self.held, self.wish.threat)
             folder.record("before", _head(before))
             made, best = self._made(folder, stopper)
             after = self._judged(best.subject, self.test, "after", self.judge)
             net = best.subject.model.net
             assert isinstance(net, nn.Module)  # anything else was refused
             weights = written(net, described(self.subject, self.manifest))
-            card = card_of(made, best, (before, after), self.manifest, self._said())
+            card = card_of(made, best, (before, after), self.manifest, self._said(looked))
             found = Hardened(best.subject.model, before, after, best.curve, card, weights, self.run)
             with stopper.finishing():
                 _keep(folder, found)
@@ -204,8 +224,8 @@ class _Job:
                 return replace(heard, model=self._opened(heard.weights))
             self.trainer.follow(self._candidate(heard.name), heard)
 
-    def _said(self) -> dict[str, Any]:
-        """What the card tells of the wish."""
+    def _said(self, looked: tuple[float, float]) -> dict[str, Any]:
+        """What the card tells of the wish, and of the given model on held-out examples."""
         wish, judged = self.wish, self.wish.judge.plan.threat
         return {
             "asked": wish.name,
@@ -214,6 +234,8 @@ class _Job:
             "seed": wish.seed,
             "notes": self.notes,
             "command": repeatable(wish.command),
+            "opened_by": opened_by(wish.opens, str(self.manifest["data"]["name"])),
+            "held_out": {"n": len(self.held), "before": looked},
         }
 
     def _made(self, folder: RunFolder, stopper: Stopper) -> tuple[list[Made], Made]:
@@ -248,10 +270,10 @@ class _Job:
         planned = attempt["epochs"]
         whole = partial(left, planned) if self.plan["budget_s"] is not None else lambda _: planned
         curve = self._trained(place, candidate, whole, stopper)
-        best = training.kept(place, BEST)
-        assert best is not None
+        best, last = training.kept(place, BEST), training.kept(place, LAST)
+        assert best is not None and last is not None
         new = self._new_model(best.checkpoint, candidate)
-        state = best.checkpoint.tensors.get(STATE + RAISED)
+        state = last.checkpoint.tensors.get(STATE + RAISED)
         raised = 0 if state is None else int(state)
         return Made(candidate, attempt, whole(curve), new, curve, best.curve[-1], raised)
 

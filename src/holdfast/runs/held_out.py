@@ -28,7 +28,7 @@ def split_of(data: Batch, seed: int) -> tuple[Batch, Batch]:
     if n < _LEAST_HELD_OUT:
         raise UsageError(
             f"{labelled} training examples leave {n} to choose the checkpoint by; at least "
-            f"{_LEAST_HELD_OUT * _EVERY} are needed"
+            f"{_LEAST_HELD_OUT * _EVERY} are needed; name more examples with --fit DATA"
         )
     order = Draws(seed).at("held out").bits(data.ids).argsort()
     order = torch.cat((order[known[order]], order[~known[order]]))
@@ -103,7 +103,9 @@ def refuse_classes(data: Batch, classes: int | None) -> None:
         held = (
             f"all {len(data)} training labels are {int(found[0])}" if len(data) else "no examples to train on"
         )
-        raise TargetError(f"{held}; two classes are needed")
+        raise TargetError(
+            f"{held}; two classes are needed: check the label column, or name others with --fit DATA"
+        )
     lacking = sorted(set(range(classes or 0)) - set(found.tolist()))
     if lacking:
         raise TargetError(

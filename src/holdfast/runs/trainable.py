@@ -1,11 +1,16 @@
-"""Whether a model can be trained at all."""
+"""Whether a model can be trained at all, and what it is trained for."""
 
+from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 
 from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.recipes import MultiNormTraining
+from holdfast.recipes.protocol import Recipe
 
 
 def refuse_untrainable(model: Classifier) -> None:
@@ -39,3 +44,9 @@ def copy_of(model: Classifier) -> Classifier:
             "__deepcopy__ copy them"
         )
     return copied
+
+
+def threats_of(threat: ThreatModel, recipes: Sequence[Recipe]) -> list[ThreatModel]:
+    """The threat, and the same under the other norms that the recipes train for."""
+    others = [norm for recipe in recipes if isinstance(recipe, MultiNormTraining) for norm in recipe.others]
+    return [threat, *(replace(threat, constraint=norm) for norm in others)]

@@ -209,7 +209,7 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any]) -> tuple[Built
     from holdfast.sources.architectures import ARCHITECTURES  # late: nothing else needs the catalogue
 
     if opening.arch is not None and names_code(opening.arch):
-        return build_from_file(opening.arch, opening.arguments), Declared()
+        return build_from_file(opening.arch, opening.arguments), _known(metadata)
     name = opening.arch or metadata.get("architecture")
     if name is None:
         raise UsageError(
