@@ -187,9 +187,10 @@ def test_a_recipe_costs_and_cites_what_its_row_says(row):
     cited = re.findall(r"arxiv\.org/abs/(\d{4}\.\d{4,5})", row["source"])
     assert set(cited) <= set(re.findall(r"arXiv:(\d{4}\.\d{4,5})", inspect.getmodule(type(recipe)).__doc__))
     data = fakes.labelled(fakes.network(), fakes.examples(n=24))
-    threat = ThreatModel(Linf(0.05), surrogates=(Classifier(Counting(fakes.network(5).net)),))
+    surrogates = (Classifier(Counting(fakes.network(5).net)),)
 
-    def asked(epochs):
+    def asked(epochs, eps=0.05):
+        threat = ThreatModel(Linf(eps), surrogates=surrogates)
         guarded = {"guard": False} if hasattr(recipe, "guard") else {}
         short = replace(recipe, training=Training(epochs=epochs, batch=8), **guarded)
         Counting.asked = 0
@@ -202,8 +203,10 @@ def test_a_recipe_costs_and_cites_what_its_row_says(row):
     forwards = (asked(3) - asked(1)) / (2 * len(data))
     if row["forwards"].startswith("at most "):
         assert 1 < forwards <= int(row["forwards"].removeprefix("at most "))
+        assert asked(1, 0.0) >= asked(1)
     else:
         assert forwards == int(row["forwards"])
+        assert asked(1, 0.0) == asked(1)  # by which a budget is planned
 
 
 def test_every_setting_of_a_training_is_told():

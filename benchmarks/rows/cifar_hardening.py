@@ -88,7 +88,7 @@ def _made(track: Track, device: str) -> Cells:
     net = ARCHITECTURES["resnet"](**track.arguments)
     found = holdfast.harden(
         net, images("cifar10", track.n), track.threat, track.recipe,
-        fit=images("cifar10", 50_000, split="train"), budget=track.budget, suite="fast", seed=SEED,
+        fit=images("cifar10", 50_000, split="train"), budget=track.budget, suite="fast", n=track.n, seed=SEED,
         mean=MEAN, std=STD, classes=10, device=device, run=FOLDER / "cifar-hardening" / track.name, resume=True,
     )  # fmt: skip
     return dict(found.card)

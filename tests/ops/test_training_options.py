@@ -85,6 +85,15 @@ def test_swa_is_the_mean_of_the_ends_of_the_last_epochs():
         )
 
 
+def test_swa_is_that_mean_where_fewer_epochs_are_left_than_were_planned():
+    net, how = linear(), replace(HOW, averaging="swa", tail=0.5)
+    first = list(fit(net, data(), clean, of(net), how, rng=Draws(0)))[:5]
+    fewer = replace(how, epochs=6)
+    (last,) = fit(net, data(), clean, of(net), fewer, rng=Draws(0), after=first[-1])
+    ends = [first[-1].tensors["weights.weight"], last.tensors["weights.weight"]]
+    torch.testing.assert_close(last.tensors["average.weight"], sum(ends) / 2, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     "option",
     [

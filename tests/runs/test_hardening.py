@@ -13,8 +13,10 @@ import torch
 import holdfast
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
+from holdfast.core.draws import Draws
 from holdfast.core.errors import Interrupted, LostLoss, TargetError, UsageError
 from holdfast.core.evidence import Doubt
+from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training
 from holdfast.ops.learner import GROWN
@@ -26,6 +28,7 @@ from holdfast.runs.hardened import Hardened
 from holdfast.runs.hardening import Wish, harden
 from holdfast.runs.held_out import split_of, without_judged
 from holdfast.runs.index import open_run, runs_in
+from holdfast.runs.pace import pace
 from holdfast.sources.memory import as_data
 from holdfast.store.verify import verify
 from runs import fakes
@@ -37,7 +40,9 @@ THREAT = ThreatModel(Linf(0.06))
 
 def training(n=600, seed=5):
     x = torch.rand(n, fakes.FEATURES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return Batch(x, fakes.network()(x).argmax(1), torch.arange(n))
+    y = fakes.network()(x).argmax(1)
+    y[:12] = torch.arange(12) % fakes.CLASSES  # of each class a few
+    return Batch(x, y, torch.arange(n))
 
 
 def trainable(seed=1):
@@ -189,8 +194,7 @@ def test_too_few_examples_to_choose_by_are_refused():
 
 def test_a_class_without_examples_is_named():
     data, subject = training(), trainable()
-    subject.model.classes = fakes.CLASSES
-    with pytest.raises(TargetError, match="no training example is of class 1, 2, of the 4"):
+    with pytest.raises(TargetError, match="no training example is of class 2, of the 4"):
         harden(subject, data.take(data.y != 2), fakes.data(), wish())
     with pytest.raises(TargetError, match="training labels are 0; two classes"):
         harden(trainable(), data.take(data.y == 0), fakes.data(), wish())
@@ -422,6 +426,61 @@ def test_what_is_no_recipe_is_refused(recipe, said):
     with pytest.raises(UsageError) as error:
         holdfast.harden(fakes.network(), (data.x, data.y), threat="linf:0.06", recipe=recipe)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "recipe, said",
+    [
+        (PGDTraining(steps=0), "PGDTraining: steps is 0"),
+        (PGDTraining(training=Training(averaging="EMA")), "PGDTraining: training: averaging is 'EMA'"),
+        (PGDTraining(training=Training(optimizer="SGD")), "PGDTraining: training: optimizer is 'SGD'"),
+        (PGDTraining(training=Training(batch=2.5)), "PGDTraining: training: batch is 2.5"),
+    ],
+)
+def test_a_recipe_in_hand_has_settings_that_a_file_might_have(recipe, said):
+    data = training()
+    with pytest.raises(UsageError) as error:
+        holdfast.harden(fakes.network(), (data.x, data.y), threat="linf:0.06", recipe=recipe)
+    assert said in str(error.value)
+
+
+def test_surrogates_are_in_eval_mode_and_frozen_whatever_they_were():
+    seen = []
+
+    class Looking(Standard):
+        def __call__(self, model, data, threat, **rest):
+            seen.extend(threat.surrogates)
+            return super().__call__(model, data, threat, **rest)
+
+    other = Classifier(fakes.network(3)).train()
+    asked = wish(Looking(training=HOW))
+    harden(
+        trainable(),
+        training(),
+        fakes.data(),
+        replace(asked, threat=ThreatModel(Linf(0.06), surrogates=(other,))),
+    )
+    assert seen and not any(held.training for held in seen)
+    assert not any(weight.requires_grad for held in seen for weight in held.parameters())
+    assert other.training and all(weight.requires_grad for weight in other.parameters())
+
+
+def test_a_pace_is_that_of_a_training_whose_guard_has_no_objection(monkeypatch):
+    """Ten steps break all as soon as anything may be changed, as they do of a network that is not hardened yet."""
+    recipe, threat = SingleStep(training=replace(HOW, epochs=1, batch=8)), ThreatModel(Linf(0.3))
+    model, data = trainable().model, training(n=1200)
+
+    def right(guard, steps):
+        return 0.1 if steps > 1 and guard.learner.now.threat.constraint.eps else 0.9
+
+    monkeypatch.setattr(OverfittingGuard, "_right", right)
+    (whole,) = recipe(model, data, threat, rng=Draws(0))
+    assert whole.measured["dearer"] > 1
+    held, holds = [], OverfittingGuard.holds
+    monkeypatch.setattr(OverfittingGuard, "holds", lambda guard: held.append(holds(guard)) or held[-1])
+    found = pace(recipe, model, data, threat, look_s=2.0)
+    assert held and all(held)
+    assert found.epoch > 2.0 + 150 * found.update
 
 
 def test_threats_that_no_recipe_is_for_are_refused():

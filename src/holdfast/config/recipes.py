@@ -44,22 +44,25 @@ def candidates(
         )
     return tuple(
         _candidate({"use": name, **more, "training": {**training, **told.get("training", {})}}, least)
-        for name, least, more, training in _ladder(shape, model)
+        for name, least, more, training in _ladder(shape, model, told.get("training", {}))
     )
 
 
 def _ladder(
-    shape: tuple[int, ...], model: nn.Module
+    shape: tuple[int, ...], model: nn.Module, told: Mapping[str, Any]
 ) -> tuple[tuple[str, int, dict[str, Any], dict[str, Any]], ...]:
     """Name, the fewest epochs under which a weaker one does better, settings, and those of the training."""
     photographs = len(shape) == 3 and shape[0] == 3
     steady = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     how: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1} if steady else {}
     if len(shape) == 3 and not photographs:
-        middle = "atta" if started() == 1 else "pgd"  # atta remembers each example, in one process
+        moved = told.get("augment", "none") != "none" or told.get("cutmix", 0)
+        middle = (
+            "pgd" if moved or started() > 1 else "atta"
+        )  # which remembers each example as it is, in one process
         return ("fgsm-rs", 1, {}, how), (middle, 10, {}, how), ("trades", 60, {}, how)
     if photographs:
-        how["augment"] = "crop-flip"
+        how["augment"] = "shift"  # in a mirror a traffic sign has another meaning
     return ("n-fgsm", 1, {}, how), ("pgd", 10, {}, how), ("trades", 30, {}, {**how, "awp": 0.005})
 
 

@@ -18,8 +18,8 @@ def ema(average: dict[str, Tensor], model: nn.Module, keep: float, step: int) ->
 
 
 def swa(average: dict[str, Tensor], model: nn.Module, place: int) -> None:
-    """Make the average the plain mean of `place` weights before and those of now; before the first, those of now."""
-    _moved(average, model, 1 / (1 + max(place, 0)))
+    """Make the average the plain mean of `place` weights before and those of now."""
+    _moved(average, model, 1 / (1 + place))
 
 
 @torch.no_grad()

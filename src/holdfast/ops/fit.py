@@ -103,6 +103,9 @@ class Training:
     """whether torch compiles the network: minutes at first, quicker updates then; not for a loss that holds a slope"""
 
 
+_ENDS = "ends"  # state of swa: of how many epochs the average holds the ends
+
+
 def rate(schedule: Rate, done: float) -> float:
     """What the learning rate is multiplied with after a share `done` of the training."""
     if schedule == "cycle":
@@ -159,6 +162,8 @@ def fit(
     for what a `guard` changes in them: that stays when it has the last updates undone. Each batch is good for `replays`
     updates in a row. Raises `LostLoss` where the loss is no number any more.
     """
+    if how.averaging == "swa":
+        state = {**state, _ENDS: torch.zeros((), dtype=torch.int64, device=data.x.device)}
     loop = _Loop(model, data, inner, loss, how, rng, state, replays, settle)
     begun = 0
     if after is not None:
@@ -214,7 +219,9 @@ class _Loop:
         average((seen, right))
         _refuse_lost(seen, epoch, how.lr)
         if how.averaging == "swa":
-            swa(self._average, self._model, epoch - how.epochs + max(round(how.tail * how.epochs), 1))
+            ends = self._state[_ENDS]
+            swa(self._average, self._model, int(ends))
+            ends.add_(epoch >= how.epochs - max(round(how.tail * how.epochs), 1))
         known = replays * int((self._data.y[rows] != UNLABELLED).sum())
         lr = self._optimizer.param_groups[0]["lr"]
         accuracy = processes() * right.item() / max(known, 1)

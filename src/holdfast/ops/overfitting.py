@@ -16,7 +16,7 @@ from holdfast.ops.together import told
 
 RAISED = "raised"
 """Name of the state that counts how often the guard has asked for more steps."""
-HELD = 256
+HELD = 128
 """Training examples that it looks at, and that nothing is trained on."""
 _STEPS = 10
 _APART = 0.25  # of the examples: between one step and ten lie 5 to 10 points on networks that hold, and 50 on others
@@ -29,7 +29,7 @@ class OverfittingGuard:
 
     learner: Learner
     held: Batch
-    every: int = 50
+    every: int = 100
     """updates between looks"""
 
     @property
