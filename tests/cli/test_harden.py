@@ -111,6 +111,7 @@ def test_a_training_that_is_killed_again_and_again_comes_to_the_same_weights():
         (["--set", "recipe.beta=-1", "--recipe", "trades"], "beta"),
         (["--budget", "1s"], "one epoch takes about"),
         (["--budget", "soon"], "expected a duration"),
+        (["--transform", "rotate=15"], "assess the new model with it"),
     ],
 )
 def test_what_cannot_be_is_refused(capsys, words, said):
@@ -153,6 +154,36 @@ def test_the_command_on_the_card_opens_and_judges_what_was_made(capsys):
     again = json.loads(Path("again.json").read_text())
     for name, estimate in card["after"]["metrics"].items():
         assert again["metrics"][name]["value"] == estimate["value"]
+
+
+def test_the_command_opens_what_was_made_of_a_classifier_that_a_factory_declares(capsys):
+    declared = CODE.replace("return torch", "from holdfast import Bounds, Classifier\n    net = torch")
+    Path("net.py").write_text(
+        f"{declared}    return Classifier(net, bounds=Bounds(0, 1), mean=[0.5], std=[0.25])\n"
+    )
+    words = ["--threat", "linf:0.05", "--recipe", "standard", *SHORT, *JUDGED, "-o", "hardened/"]
+    assert run(["harden", "net.py:make", "mnist-mini", *words]) == 0
+    card = json.loads(Path("hardened/card.json").read_text())
+    _, verb, file, *opening = card["opened_by"].split()
+    assert run([verb, f"hardened/{file}", *opening, *JUDGED, "-o", "again.json"]) == 0
+    again = json.loads(Path("again.json").read_text())
+    for name, estimate in card["after"]["metrics"].items():
+        assert again["metrics"][name]["value"] == estimate["value"]
+
+
+def test_the_command_names_the_columns_of_a_table(capsys):
+    Path("net.py").write_text("import torch\n\ndef make():\n    return torch.nn.Linear(2, 2)\n")
+    draws = torch.rand(700, 2, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [
+        f"{k},{a:.6f},{b:.6f},{int(a > b)},{'test' if k < 100 else 'train'}" for k, (a, b) in enumerate(draws)
+    ]
+    Path("t.csv").write_text("\n".join(["id,a,b,y,split", *rows]) + "\n")
+    words = ["--threat", "linf:0.01", "--recipe", "standard", *SHORT, *JUDGED, "-o", "hardened/"]
+    assert run(["harden", "net.py:make", "t.csv", "--label", "y", "--drop", "id", *words]) == 0
+    card = json.loads(Path("hardened/card.json").read_text())
+    assert card["opened_by"].endswith("--label y --drop id")
+    _, verb, file, *opening = card["opened_by"].split()
+    assert run([verb, f"hardened/{file}", *opening, *JUDGED]) == 0
 
 
 def test_labels_that_are_no_classes_are_refused_before_anything_is_timed(capsys):

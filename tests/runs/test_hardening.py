@@ -3,7 +3,7 @@
 import copy
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,14 +11,14 @@ import safetensors.torch
 import torch
 
 import holdfast
-from holdfast.core.batch import Batch
+from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Interrupted, LostLoss, TargetError, UsageError
 from holdfast.core.evidence import Doubt
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.fit import Training
+from holdfast.ops.fit import Training, fit
 from holdfast.ops.learner import GROWN
 from holdfast.ops.overfitting import RAISED, OverfittingGuard
 from holdfast.recipes import PGDTraining, SingleStep, Standard
@@ -26,9 +26,9 @@ from holdfast.runs import candidates, hardening
 from holdfast.runs.candidates import Candidate, attempts
 from holdfast.runs.hardened import Hardened
 from holdfast.runs.hardening import Wish, harden
-from holdfast.runs.held_out import split_of, without_judged
+from holdfast.runs.held_out import harmless, looked_at, split_of, without_judged
 from holdfast.runs.index import open_run, runs_in
-from holdfast.runs.pace import pace
+from holdfast.runs.pace import as_it_says, pace
 from holdfast.sources.memory import as_data
 from holdfast.store.verify import verify
 from runs import fakes
@@ -352,7 +352,7 @@ def test_a_stronger_recipe_follows_where_doubts_object(objecting, tmp_path):
     assert verify(run).complete
     assert looked_at == [60, 60]  # of the training data, and not those that judge
     assert found.card["tried"] == ["SingleStep", "PGDTraining"]
-    assert "on held-out examples PGDTraining holds best" in found.notes[-1]
+    assert found.notes[-1].endswith("one followed another: SingleStep, PGDTraining; PGDTraining stands")
     assert found.card["cost"]["wall_s"] > sum(point.wall_s for point in found.curve)
     assert open_run(run).about["folder"] == str(run / "after")
     again = harden(trainable(), training(), fakes.data(), BOTH, run=run, resume=True)
@@ -435,6 +435,8 @@ def test_what_is_no_recipe_is_refused(recipe, said):
         (PGDTraining(training=Training(averaging="EMA")), "PGDTraining: training: averaging is 'EMA'"),
         (PGDTraining(training=Training(optimizer="SGD")), "PGDTraining: training: optimizer is 'SGD'"),
         (PGDTraining(training=Training(batch=2.5)), "PGDTraining: training: batch is 2.5"),
+        (PGDTraining(training={"epochs": 3}), "training is {'epochs': 3}; expected a Training"),
+        (PGDTraining(training=None), "training is None; expected a Training"),
     ],
 )
 def test_a_recipe_in_hand_has_settings_that_a_file_might_have(recipe, said):
@@ -442,6 +444,37 @@ def test_a_recipe_in_hand_has_settings_that_a_file_might_have(recipe, said):
     with pytest.raises(UsageError) as error:
         holdfast.harden(fakes.network(), (data.x, data.y), threat="linf:0.06", recipe=recipe)
     assert said in str(error.value)
+
+
+@dataclass(frozen=True)
+class Bare:
+    """A recipe of somebody's own around the loop, which counts no passes."""
+
+    training: Training = HOW
+
+    def __call__(self, model, data, threat, *, rng, after=None):
+        net = copy.deepcopy(model).train()
+
+        def loss(batch, x_adv):
+            logits = net(x_adv)
+            return torch.nn.functional.cross_entropy(logits, batch.y), (logits.argmax(1) == batch.y).sum()
+
+        return fit(net, data, lambda batch, _: batch.x, loss, self.training, rng=rng, after=after)
+
+
+def test_a_recipe_of_ones_own_needs_to_count_nothing(tmp_path):
+    found = harden(trainable(), training(), fakes.data(), wish(Bare()))
+    assert [point.forwards for point in found.curve] == [0.0, 0.0, 0.0]
+    assert "through the network" not in (found.write(tmp_path / "made") / "card.md").read_text()
+
+
+def test_a_look_at_a_network_that_knows_nothing_yet_is_timed_as_one_at_a_network_that_holds():
+    model, data = trainable().model, training()
+    data = data.labelled((model(data.x).argmax(1) + 1) % fakes.CLASSES)
+    assert looked_at(model, data, harmless(THREAT)) == (0.0, 0.0)
+    assert looked_at(model, as_it_says(model, data), harmless(THREAT)) == (1.0, 1.0)
+    unknown = as_it_says(model, data.labelled(torch.where(data.ids < 9, UNLABELLED, data.y)))
+    assert (unknown.y[:9] == UNLABELLED).all() and (unknown.y[9:] >= 0).all()
 
 
 def test_surrogates_are_in_eval_mode_and_frozen_whatever_they_were():

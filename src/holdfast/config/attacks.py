@@ -109,7 +109,9 @@ def refuse_settings(held: Any, name: str) -> None:
         value, where, hint = getattr(held, f.name), f"{name}: {f.name}", hints[f.name]
         if isinstance(value, Attack):
             checked(value)
-        elif isinstance(hint, type) and is_dataclass(hint) and isinstance(value, hint):
+        elif isinstance(hint, type) and is_dataclass(hint):
+            if not isinstance(value, hint):
+                raise UsageError(f"{where} is {value!r}; expected a {hint.__name__}, as {hint.__name__}()")
             refuse_settings(value, where)
         elif get_origin(hint) is Callable and not callable(value):
             raise UsageError(f"{where} is {value!r}; expected a function, such as one of holdfast.ops.losses")

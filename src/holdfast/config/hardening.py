@@ -156,6 +156,11 @@ def wish(
         raise UsageError(
             "across is for assess: a hardening carries nothing to other data; leave --across out"
         )
+    if settings.transform:
+        raise UsageError(
+            f"weights that were trained behind {settings.transform} would be of no network alone; leave --transform "
+            f"out, and assess the new model with it"
+        )
     order = ordering.order(
         settings, baseline=baseline, device=device, target=subject.model.access, command=command
     )
@@ -185,6 +190,10 @@ def _opens(settings: HardenSettings, subject: Subject) -> str:
         words += ["--arch", code or "FILE.py:FACTORY"]
         for key, value in settings.model_args.items():
             words += ["--model-args", f"{key}={value}"]
+    for flag, said in (("--split", settings.split), ("--label", settings.label)):
+        words += [flag, said] if said else []
+    for column in settings.drop:
+        words += ["--drop", column]
     return shlex.join(words)
 
 

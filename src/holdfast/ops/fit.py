@@ -312,10 +312,17 @@ def _copy(value: Tensor) -> Tensor:
 def drawing(rng: Draws, device: torch.device | None = None) -> Iterator[None]:
     """Within it torch's own generators, which dropout asks, draw what the place says; they are put back afterwards.
 
-    Of GPUs' generators that of `device` alone, where it is given.
+    Of GPUs' generators that of `device` alone, where it is given; the others are left alone.
     """
+    key = rng.at("torch").key >> 1
     with torch.random.fork_rng(None if device is None else [device] if device.type == "cuda" else []):
-        torch.manual_seed(rng.at("torch").key >> 1)
+        if device is None:
+            torch.manual_seed(key)
+        else:
+            torch.default_generator.manual_seed(key)
+        if device is not None and device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(key)
         yield
 
 

@@ -1,8 +1,8 @@
 """How far the layers of a network stretch a change of their input, and layers that are held to a bound on it.
 
 Gouk et al., "Regularisation of Neural Networks by Enforcing Lipschitz Continuity", Machine Learning 110, 2021,
-arXiv:1804.04368: after each update the weights go back to where the layer's gain is within a bound, in the norm of
-the threat. The gain is that of the convolution itself at the size of its input, strides and padding included, and not
+arXiv:1804.04368: after each update the weights go back to where the layer's gain is within a bound, in a norm that
+is named. The gain is that of the convolution itself at the size of its input, strides and padding included, and not
 that of its kernel as a matrix. Differs from the paper: under Linf, where the gain is that of one output, only outputs
 beyond the bound shrink; and the power iteration under L2 goes on where the last update left it.
 """

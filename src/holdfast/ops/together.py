@@ -42,7 +42,9 @@ def joined(device: torch.device) -> Iterator[None]:
 
 
 def started() -> int:
-    """How many processes torchrun started; 1 without it."""
+    """How many processes there are, by the group that is there or else by torchrun; 1 without them."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -41,8 +41,8 @@ class SingleStep:
     clip: bool = False
     """whether the end is brought back into the ball"""
     guard: bool = True
-    """whether catastrophic overfitting is watched for, on 128 examples that are not trained on, where there are twice
-    as many and more: if ten steps break far more than one, the last updates are undone, and another step is added,
+    """whether catastrophic overfitting is watched for, on 128 examples that are not trained on, where there are more
+    than twice as many: if ten steps break far more than one, the last updates are undone, and another step is added,
     three times at most"""
     training: Training = field(default_factory=Training)
 

@@ -57,8 +57,10 @@ def document(card: Mapping[str, Any]) -> str:
     lines += ["Made by:", "", f"    {card['command'] or 'holdfast.harden(...)'}", ""]
     cost = card["cost"]
     seconds = f"{plain(cost['wall_s'])} s ({plain(cost['cpu_s'])} s of CPU time)"
-    passes = f"each example went {plain(cost['forwards'])} times through the network"
-    lines += [f"Training took {seconds} on {escaped(card['hardware'])}, seed {card['seed']}; {passes}.", ""]
+    passes = (
+        f"; each example went {plain(cost['forwards'])} times through the network" if cost["forwards"] else ""
+    )
+    lines += [f"Training took {seconds} on {escaped(card['hardware'])}, seed {card['seed']}{passes}.", ""]
     lines += ["Settings:", "", *(f"    {line}" for line in _settings(card["settings"]))]
     return "\n".join(lines) + "\n"
 

@@ -84,3 +84,15 @@ def _attempt(candidate: Candidate, found: Pace, epochs: int, why: str) -> dict[s
         "update_s": found.update,
         "epoch_s": found.epoch,
     }
+
+
+def announced(attempt: Mapping[str, Any], budget_s: float | None, n: int) -> str:
+    """What is about to be trained, and that judging is not part of its budget."""
+    of = (
+        "" if budget_s is None else f" of about {attempt['epoch_s']:.1f} s, within a budget of {budget_s:g} s"
+    )
+    epochs = "1 epoch" if attempt["epochs"] == 1 else f"{attempt['epochs']} epochs"
+    return (
+        f"training by {attempt['recipe']} ({attempt['why']}): {epochs}{of}; judging {n:,} test examples before and "
+        f"after comes on top"
+    )

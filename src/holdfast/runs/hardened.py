@@ -182,10 +182,7 @@ def _followed(tried: Sequence[str], best: Made) -> list[str]:
     """Why there is more than one training."""
     if len(tried) == 1:
         return []
-    others = ", ".join(tried)
-    return [
-        f"doubts objected, so one followed another: {others}; on held-out examples {best.candidate.name} holds best"
-    ]
+    return [f"doubts objected, so one followed another: {', '.join(tried)}; {best.candidate.name} stands"]
 
 
 def _noted(made: Made) -> list[str]:

@@ -27,7 +27,7 @@ from holdfast.ops.overfitting import RAISED
 from holdfast.reports.numbers import strict
 from holdfast.runs import training
 from holdfast.runs.assess import assess
-from holdfast.runs.candidates import Candidate, attempts
+from holdfast.runs.candidates import Candidate, announced, attempts
 from holdfast.runs.entry import refuse_batch, refuse_data, refuse_threat
 from holdfast.runs.epochs import NOTHING, STAGES, Course, Trainer, Whole
 from holdfast.runs.hardened import (
@@ -43,7 +43,7 @@ from holdfast.runs.hardened import (
 from holdfast.runs.held_out import digest_of, harmless, looked_at, refuse_classes, split_of, without_judged
 from holdfast.runs.identity import code_digest, hardware, versions
 from holdfast.runs.order import Order, Progress, Subject, silent
-from holdfast.runs.pace import left, smaller
+from holdfast.runs.pace import as_it_says, left, smaller
 from holdfast.runs.preparing import readied
 from holdfast.runs.repeating import repeatable, way_out
 from holdfast.runs.result import Result
@@ -78,6 +78,7 @@ class Wish:
     """flags that the new model is opened with, beside its file and the data"""
 
 
+_CHECKED = 4_096  # training examples that are looked at together
 _NO_OBJECTION = "not-exhausted"  # which says that the suite is too weak, and no other training mends that
 Told = Callable[[str], None]
 """Hears what is about to be done."""
@@ -106,9 +107,10 @@ def harden(
     """
     refuse_untrainable(subject.model)
     refuse_data(test)
-    with readied(subject, test, torch.device(wish.device)) as (target, sample):
+    with readied(subject, test, together.own(torch.device(wish.device))) as (target, sample):
         bounds = target.bare.bounds
-        refuse_batch(data.take(data.y != UNLABELLED), bounds, target.classes, "the training data")
+        for some in data.split(_CHECKED):
+            refuse_batch(some.take(some.y != UNLABELLED), bounds, target.classes, "the training data")
         refuse_classes(data, target.classes)
         for threat in threats_of(wish.threat, [one.recipe for one in wish.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
@@ -190,7 +192,7 @@ class _Job:
             self.model,
             self.rest,
             wish.threat,
-            lambda: looked_at(self.model, self.held, harmless(wish.threat)),
+            lambda: looked_at(self.model, as_it_says(self.model, self.held), harmless(wish.threat)),
         )
         return {"attempts": tried, "budget_s": wish.budget_s, "stages": STAGES}
 
@@ -250,7 +252,7 @@ class _Job:
             held.x, held.y, classes=self.subject.model.classes, bounds=self.subject.model.bounds
         )
         for k, attempt in enumerate(tried):
-            self.told(_announced(attempt, self.plan["budget_s"], len(self.test)))
+            self.told(announced(attempt, self.plan["budget_s"], len(self.test)))
             made.append(self._attempt(k, attempt, stopper))
             if len(tried) == 1:
                 return made, made[0]
@@ -335,18 +337,6 @@ def _keep(folder: RunFolder, found: Hardened) -> None:
     folder.record("after", _head(found.after))
     folder.record("card", timeless(found.card))
     folder.record("verdict", {"exit_code": found.after.exit_code, "judged": "after"})
-
-
-def _announced(attempt: Mapping[str, Any], budget_s: float | None, n: int) -> str:
-    """What is about to be trained, and that judging is not part of its budget."""
-    of = (
-        "" if budget_s is None else f" of about {attempt['epoch_s']:.1f} s, within a budget of {budget_s:g} s"
-    )
-    epochs = "1 epoch" if attempt["epochs"] == 1 else f"{attempt['epochs']} epochs"
-    return (
-        f"training by {attempt['recipe']} ({attempt['why']}): {epochs}{of}; judging {n:,} test examples before and "
-        f"after comes on top"
-    )
 
 
 def _numbered(name: str, k: int) -> str:

@@ -55,7 +55,7 @@ def looked_at(model: Classifier, held: Batch, threat: ThreatModel) -> tuple[floa
 
 
 def harmless(threat: ThreatModel) -> ThreatModel:
-    """The same without anything that may be changed: a look under it takes as long as one at a model that holds."""
+    """The same without anything that may be changed: what is right stays right, as it does of a model that holds."""
     return replace(threat, constraint=threat.constraint.resized(0.0))
 
 

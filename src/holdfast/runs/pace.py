@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError
@@ -21,8 +21,12 @@ from holdfast.recipes.protocol import Recipe, trained_as
 from holdfast.runs.held_out import harmless
 from holdfast.runs.training import BEST, LAST, Point, keep
 
-_WARM, _TIMED = 3, 12  # updates: the first ones choose kernels and fill caches
-_MORE, _SOON = 50, 15.0  # so many updates are timed where they take less than so many seconds
+_WARM, _WATCHED = (
+    3,
+    512,
+)  # updates of the shorter trial, and examples: guards watch where there are more than 256
+_TIMED = 9  # updates that the longer one has more
+_MORE, _SOON = 50, 15.0  # so many where they take less than so many seconds
 _STILL = 1e-9  # a learning rate at which no loss is lost
 _SPARE = 0.95  # of the budget is planned, for a machine is not equally quick all the time
 
@@ -65,34 +69,57 @@ def smaller(batch: int, error: BaseException) -> int:
     return batch // 2
 
 
+@dataclass(frozen=True)
+class _Trial:
+    seconds: float
+    updates: int
+    last: Checkpoint
+
+
 def _paced(
     recipe: Recipe, size: int, model: Classifier, data: Batch, threat: ThreatModel, look_s: float
 ) -> Pace:
-    """From two trials of different length, so that what a training costs once is in neither's difference.
+    """From two trials of different length: what both pay once, a guard's look included, an epoch pays once.
 
-    With nothing that may be changed: passes take as long, and no guard has anything to object to.
+    With nothing that may be changed, and nothing wrong: passes take as long as they do at a model that holds, and no
+    guard has anything to object to.
     """
-    few = replace(recipe.training, epochs=1, lr=_STILL, batch=size)
+    how = recipe.training
+    few = replace(how, epochs=1, lr=_STILL, batch=size)
+    least = max(_WARM * size, _WATCHED)
+    rows = torch.arange(min(least + _MORE * size, len(data)), device=data.x.device)
+    seen = as_it_says(model, data.take(rows))
 
-    def taken(n: int) -> tuple[float, int, Checkpoint]:
-        rows = torch.arange(min(n * size, len(data)), device=data.x.device)
+    def taken(more: int) -> _Trial:
+        some = seen.take(rows[: least + more * size])
         begun = time.perf_counter()
-        *_, last = trained_as(recipe, few)(model, data.take(rows), harmless(threat), rng=Draws(0))
-        return told(time.perf_counter() - begun), updates(len(rows), size), last  # all processes decide alike
+        *_, last = trained_as(recipe, few)(model, some, harmless(threat), rng=Draws(0))
+        return _Trial(told(time.perf_counter() - begun), updates(len(some), size), last)  # all decide alike
 
-    taken(_WARM)
-    short = taken(_WARM)
+    taken(0)  # chooses kernels and fills caches
+    short = taken(0)
     update = _apart(short, taken(_TIMED))
     if update * _MORE < _SOON:
         update = _apart(short, taken(_MORE))
-    return Pace(update, update * updates(len(data), size) + look_s + _kept_s(short[2]))
+    once = 0.0 if how.compiled else max(short.seconds - short.updates * update, 0.0)
+    return Pace(update, update * updates(len(data), size) + once + look_s + _kept_s(short.last))
 
 
-def _apart(short: tuple[float, int, Checkpoint], long: tuple[float, int, Checkpoint]) -> float:
+def as_it_says(model: Classifier, data: Batch) -> Batch:
+    """The same with the model's own predictions for labels, where there are labels."""
+    was = model.training
+    model.eval()
+    with torch.no_grad():
+        says = torch.cat([model(some.x).argmax(1) for some in data.split(256)])
+    model.train(was)
+    return data.labelled(torch.where(data.y == UNLABELLED, data.y, says))
+
+
+def _apart(short: _Trial, long: _Trial) -> float:
     """Seconds of one update."""
-    if long[1] == short[1]:
-        return long[0] / long[1]
-    return max(long[0] - short[0], 0.0) / (long[1] - short[1])
+    if long.updates == short.updates:
+        return long.seconds / long.updates
+    return max(long.seconds - short.seconds, 0.0) / (long.updates - short.updates)
 
 
 def _kept_s(checkpoint: Checkpoint) -> float:

@@ -28,10 +28,6 @@ class Point:
     """share of what was trained on that was right"""
     lr: float
     """the last learning rate"""
-    forwards: float
-    """of an example through the network that is trained"""
-    dearer: float
-    """passes of an update at its end, in multiples of those of the first one"""
     batch: int
     """examples of an update"""
     clean: float
@@ -40,6 +36,10 @@ class Point:
     """the same under the attack that chooses the checkpoint"""
     cpu_s: float
     wall_s: float
+    forwards: float = 0.0
+    """of an example through the network that is trained; 0 where the recipe does not count them"""
+    dearer: float = 1.0
+    """passes of an update at its end, in multiples of those of the first one"""
 
     def to_json(self) -> dict[str, Any]:
         """As it is written down."""

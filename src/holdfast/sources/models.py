@@ -186,7 +186,9 @@ def _open_state_dict(opening: _Opening, path: Path) -> OpenedModel:
         raise TargetError(
             f"--arch {opening.arch} returned a function, which takes no weights; return a torch.nn.Module"
         )
-    notes = fit_weights(built.net, weights, repr(opening.address))
+    net = built.net.net if isinstance(built.net, Classifier) else built.net
+    assert isinstance(net, nn.Module)  # a factory of code makes nothing else that takes weights
+    notes = fit_weights(net, weights, repr(opening.address))
     files = {**built.files, opening.address: sha256_of_file(path)}
     model = opening.declared.filled(known).wrap(built.net.eval())
     kind = path.suffix.removeprefix(".")
@@ -209,7 +211,8 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any]) -> tuple[Built
     from holdfast.sources.architectures import ARCHITECTURES  # late: nothing else needs the catalogue
 
     if opening.arch is not None and names_code(opening.arch):
-        return build_from_file(opening.arch, opening.arguments), _known(metadata)
+        built = build_from_file(opening.arch, opening.arguments)
+        return built, Declared() if isinstance(built.net, Classifier) else _known(metadata)
     name = opening.arch or metadata.get("architecture")
     if name is None:
         raise UsageError(
