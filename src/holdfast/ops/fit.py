@@ -320,9 +320,9 @@ def drawing(rng: Draws, device: torch.device | None = None) -> Iterator[None]:
             torch.manual_seed(key)
         else:
             torch.default_generator.manual_seed(key)
-        if device is not None and device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(key)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(key)
         yield
 
 

@@ -43,21 +43,21 @@ def joined(device: torch.device) -> Iterator[None]:
 
 def started() -> int:
     """How many processes there are, by the group that is there or else by torchrun; 1 without them."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if _grouped() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def processes() -> int:
     """How many train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _grouped() else 1
 
 
 def rank() -> int:
     """Which of them this is."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank()
-    return int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if _grouped() else int(os.environ.get("RANK", "0"))
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def first() -> bool:

@@ -51,9 +51,7 @@ class MarginTraining:
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy of the lowered logits."""
         logits, constraint = learner.net(x_adv), learner.threat.constraint
-        eps = constraint.eps * input_constant(
-            learner.net
-        )  # behind the preprocessing the ball is that much larger
+        eps = constraint.eps * input_constant(learner.net)  # of the ball behind the preprocessing
         if isinstance(constraint, Linf):
             eps *= math.sqrt(batch.x[0].numel())  # of the Euclidean ball around the cube
         own = F.one_hot(batch.y, logits.shape[1]).to(logits)

@@ -22,7 +22,7 @@ from holdfast.runs.held_out import looked_at
 from holdfast.runs.order import Progress, Step
 from holdfast.runs.pace import smaller
 from holdfast.runs.signals import Stopper
-from holdfast.runs.training import BEST, LAST, Point
+from holdfast.runs.training import BEST, LAST, Kept, Point
 
 STAGES = ["before", "training", "after"]
 """Of a hardening."""
@@ -71,7 +71,7 @@ class Trainer:
         while True:
             last = training.kept(place, LAST)
             how = replace(how, epochs=whole(() if last is None else last.curve))
-            curve = self._some(place, candidate, how, whole, stopper, progress)
+            curve = self._some(place, candidate, how, last, whole, stopper, progress)
             if _stale(curve, how) or len(curve) >= whole(curve):
                 return curve
 
@@ -80,12 +80,12 @@ class Trainer:
         place: Path,
         candidate: Candidate,
         how: Training,
+        last: Kept | None,
         whole: Whole,
         stopper: Stopper,
         progress: Progress,
     ) -> tuple[Point, ...]:
         """The curve as far as the training may go on like that."""
-        last = training.kept(place, LAST)
         curve = () if last is None else last.curve
         if _stale(curve, how) or len(curve) >= how.epochs:
             return curve

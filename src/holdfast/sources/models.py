@@ -182,15 +182,15 @@ def sha256_of_state(net: nn.Module) -> str:
 def _open_state_dict(opening: _Opening, path: Path) -> OpenedModel:
     weights, metadata = read_state_dict(path)
     built, known = _architecture(opening, metadata)
-    if not isinstance(built.net, nn.Module):
+    net = built.net.net if isinstance(built.net, Classifier) else built.net
+    if not isinstance(net, nn.Module):
         raise TargetError(
             f"--arch {opening.arch} returned a function, which takes no weights; return a torch.nn.Module"
         )
-    net = built.net.net if isinstance(built.net, Classifier) else built.net
-    assert isinstance(net, nn.Module)  # a factory of code makes nothing else that takes weights
     notes = fit_weights(net, weights, repr(opening.address))
     files = {**built.files, opening.address: sha256_of_file(path)}
-    model = opening.declared.filled(known).wrap(built.net.eval())
+    net.eval()
+    model = opening.declared.filled(known).wrap(built.net)
     kind = path.suffix.removeprefix(".")
     return OpenedModel(
         model, opening.address, kind, files, notes, architecture=_catalogued(opening, metadata)
