@@ -102,7 +102,7 @@ def test_a_training_that_is_killed_again_and_again_comes_to_the_same_weights():
         (["--set", "recipe.betas=3", "--recipe", "trades"], "has no setting 'betas'"),
         (["--set", "recipe.beta=-1", "--recipe", "trades"], "beta"),
         (["--budget", "1s"], "one epoch takes about"),
-        (["--budget", "soon"], "expected a duration"),
+        (["--budget", "soon"], "holdfast: budget is 'soon'; expected a duration"),
         (["--transform", "rotate=15"], "assess the new model with it"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 
 import holdfast
+from holdfast.config.recipes import settings_of
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
@@ -136,11 +138,21 @@ def test_where_the_guard_makes_updates_dearer_fewer_fit_into_the_budget(tmp_path
     assert len(harden(trainable(), training(n=1200), fakes.data(), wish(recipe)).curve) == 6
 
 
-def test_another_recipe_or_seed_is_another_run(tmp_path):
-    harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
-    other = replace(wish(), seed=1)
-    with pytest.raises(UsageError, match="another config"):
-        harden(trainable(), training(), fakes.data(), other, run=tmp_path / "r", resume=True)
+def test_another_recipe_seed_or_threat_is_another_run_and_only_that_is_said(tmp_path):
+    def asked(name, recipe, eps=0.06, seed=0):
+        one = Candidate(name, recipe, settings_of(recipe))
+        threat = ThreatModel(Linf(eps))
+        return replace(wish(), name=name, candidates=(one,), threat=threat, seed=seed)
+
+    harden(trainable(), training(), fakes.data(), asked("pgd", RECIPE), run=tmp_path / "r")
+    for other, said in (
+        (asked("pgd", RECIPE, seed=1), "(seed: 0 → 1)"),
+        (asked("standard", Standard(training=HOW)), "(recipe: pgd → standard)"),
+        (asked("pgd", replace(RECIPE, steps=3)), "(settings.pgd.steps: 2 → 3)"),
+        (asked("pgd", RECIPE, eps=0.05), "(threat: linf:0.06 → linf:0.05)"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(f"another config {said}")):
+            harden(trainable(), training(), fakes.data(), other, run=tmp_path / "r", resume=True)
 
 
 def test_a_nested_run_that_is_gone_is_missed(tmp_path):

@@ -137,7 +137,7 @@ class AssessSettings(BaseModel):
         description="attack once more in the ways that raised doubts or a detector call for (BPDA, EOT, search)",
     )
     save_adversarial: bool = Field(False, description="keep every successful input in the run folder")
-    time_budget: values.Duration | None = Field(
+    time_budget: values.TimeBudget | None = Field(
         None, description="stop attacking after this long, as in 10min"
     )
     batch_size: values.Positive | None = Field(None, description="examples that go through the model at once")
@@ -159,7 +159,7 @@ class HardenSettings(AssessSettings):
         default_factory=lambda: {"use": "auto"},
         description="how to train: a name, `auto` to have it chosen, or `use: NAME` with its settings",
     )
-    budget: values.Duration | None = Field(
+    budget: values.Budget | None = Field(
         None, description="time for the training, as in 10min; without it the epochs of the recipe"
     )
     unlabelled: str | None = Field(

@@ -23,10 +23,13 @@ def _of(name: str, known: Any, wanted: Any) -> Iterator[str]:
     try:
         if name == "threat":
             known, wanted = _threat(known), _threat(wanted)
+        elif name == "settings":  # by the name of a recipe, and `recipe` says which it is
+            both = known.keys() & wanted.keys()
+            known, wanted = ({recipe: side[recipe] for recipe in both} for side in (known, wanted))
         elif name == "stages":
             yield from _stages(known, wanted)
             return
-    except (KeyError, TypeError, ValueError):  # another version wrote it otherwise
+    except (AttributeError, KeyError, TypeError, ValueError):  # another version wrote it otherwise
         pass
     yield from _changes(known, wanted, name)
 
@@ -34,10 +37,10 @@ def _of(name: str, known: Any, wanted: Any) -> Iterator[str]:
 def _threat(threat: Mapping[str, Any]) -> str:
     """The threat as the command line takes it."""
     eps = float(threat["eps"])
-    size = "" if eps == float("inf") else f":{eps:.6g}" + ("px" if threat["per"] == "pixel" else "")
+    size = "" if eps == float("inf") else f":{eps:.6g}" + ("px" if threat.get("per") == "pixel" else "")
     kind = str(threat["norm"]).lower()
     change = limits_text(kind, threat["limits"]) if threat.get("limits") else f"{kind}{size}"
-    return threat_text(change, threat["goal"], threat["access"], threat["queries"])
+    return threat_text(change, threat.get("goal"), threat.get("access", "gradients"), threat.get("queries"))
 
 
 def _stages(known: Sequence[Mapping[str, Any]], wanted: Sequence[Mapping[str, Any]]) -> Iterator[str]:
