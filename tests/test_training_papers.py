@@ -14,6 +14,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.ops.augment import augmented, moves
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner
 from holdfast.ops.twin import twin
@@ -279,6 +280,29 @@ def test_atta_goes_on_where_it_was_in_the_epoch_before():
     for before, after in pairwise(short):
         assert after == pytest.approx(max(before - 0.4 * 0.2, 0), abs=1e-3)  # kept in sixteen bits
     assert short[-1] == pytest.approx(0, abs=1e-3)
+
+
+def test_atta_moves_what_it_keeps_along_with_the_image_and_back():
+    flat = torch.nn.Linear(2 * 9 * 8, 2)
+    with torch.no_grad():
+        flat.weight.copy_(torch.tensor([[0.0], [1.0]]).expand(2, 144))  # every value up, for the label 0
+    net = Classifier(torch.nn.Sequential(torch.nn.Flatten(), flat), bounds=WIDE)
+    draws, place = torch.Generator().manual_seed(0), Draws(7)
+    some = Batch(torch.rand(6, 2, 9, 8, generator=draws), torch.zeros(6, dtype=torch.int64), torch.arange(6))
+    before = (0.2 * (2 * torch.rand(6, 2, 9, 8, generator=draws) - 1)).half()
+    held = Learner(net, twin(net), ThreatModel(EPS), {"kept": before.clone()})
+    recipe = ATTA(steps=1, step=0.4, training=Training(augment="crop-flip"))
+    moved, seen = moves(some, "crop-flip", place), augmented(some, "crop-flip", place)
+    x_adv = recipe.inner(held, seen, Turn(place, 3, 0.5, 1.0), torch.arange(6))
+    further = (before.float() + 0.4 * 0.2).clamp(max=0.2)
+    in_sight = moved.back(torch.ones_like(some.x), torch.zeros_like(some.x)).bool()
+    assert 0.3 < in_sight.float().mean() < 1
+    torch.testing.assert_close(
+        held.state["kept"].float(), torch.where(in_sight, further, before.float()), atol=2e-4, rtol=0
+    )
+    came_in = ~moved.of(torch.ones_like(some.x)).bool()  # with no change at first
+    expected = torch.where(came_in, 0.4 * 0.2, moved.of(further))
+    torch.testing.assert_close(x_adv - seen.x, expected, atol=2e-4, rtol=0)
 
 
 def test_an_ensemble_is_attacked_in_turn_and_learns_from_every_one():

@@ -43,7 +43,10 @@ def test_a_run_says_under_which_norms_it_trained():
         (["--recipe", "pgd", "--unlabelled", "mnist-mini"], "learns from labels alone"),
         (["--recipe", "multi-norm"], "name them with --set recipe.others=l2:1.5,l1:10"),
         (["--recipe", "mart", "--set", "recipe.training.cutmix=0.5"], "not linear in the label"),
-        (["--recipe", "atta", "--set", "recipe.training.cutmix=0.5"], "leave both out"),
+        (
+            ["--recipe", "atta", "--set", "recipe.training.cutmix=0.5"],
+            "put a part of another one in its place",
+        ),
     ],
 )
 def test_what_a_recipe_cannot_take_is_refused_before_anything_is_measured(capsys, words, said):

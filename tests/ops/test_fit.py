@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError, UsageError
-from holdfast.ops.augment import augmented, windows
+from holdfast.ops.augment import Moves, augmented, moves, windows
 from holdfast.ops.fit import Training, fit, rate, updates
 from holdfast.ops.perturbed import perturbed
 
@@ -128,6 +128,39 @@ def test_augmentation_is_for_images_and_goes_by_the_place():
     assert augmented(images, "none", Draws(0)) is images
     with pytest.raises(UsageError, match="is for images"):
         augmented(data(), "shift", Draws(0))
+
+
+def test_what_was_moved_goes_back_but_for_what_went_out_of_sight():
+    x, unseen = torch.rand(3, 2, 5, 4), torch.rand(3, 2, 5, 4)
+    moved = Moves(2, torch.tensor([2, 0, 3]), torch.tensor([2, 4, 1]), torch.tensor([True, False, True]))
+    found = moved.back(moved.of(x), unseen)
+    assert torch.equal(found[0], x[0])
+    assert torch.equal(
+        found[1, :, :3, 2:], x[1, :, :3, 2:]
+    )  # two rows below and two columns to the left are gone
+    assert torch.equal(found[1, :, 3:], unseen[1, :, 3:]) and torch.equal(
+        found[1, :, :, :2], unseen[1, :, :, :2]
+    )
+    assert torch.equal(found[2, :, 1:, :3], x[2, :, 1:, :3])
+    assert torch.equal(found[2, :, :1], unseen[2, :, :1]) and torch.equal(
+        found[2, :, :, 3:], unseen[2, :, :, 3:]
+    )
+
+
+@pytest.mark.parametrize("replays", [1, 2])
+def test_how_images_were_moved_is_drawn_at_the_place_of_the_first_update(replays):
+    images = Batch(torch.rand(6, 1, 8, 8), torch.arange(6) % 2, torch.arange(6))
+    net, places = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2)), []
+
+    def inner(batch, turn):
+        places.append(turn.rng)
+        drawn = moves(images.take(batch.ids), "crop-flip", places[-1 - (len(places) - 1) % replays])
+        assert torch.equal(batch.x, drawn.of(images.x[batch.ids]))
+        return batch.x
+
+    how = replace(HOW, epochs=2, batch=3, augment="crop-flip")
+    list(fit(net, images, inner, of(net), how, rng=Draws(0), replays=replays))
+    assert len(places) == 4 * replays
 
 
 def test_a_step_is_taken_at_weights_that_were_moved_up_the_loss_and_come_back():

@@ -56,10 +56,8 @@ def _ladder(
     steady = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     how: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1} if steady else {}
     if len(shape) == 3 and not photographs:
-        moved = told.get("augment", "none") != "none" or told.get("cutmix", 0)
-        middle = (
-            "pgd" if moved or started() > 1 else "atta"
-        )  # which remembers each example as it is, in one process
+        mixed = told.get("cutmix", 0)
+        middle = "pgd" if mixed or started() > 1 else "atta"  # which remembers each example, in one process
         return ("fgsm-rs", 1, {}, how), (middle, 10, {}, how), ("trades", 60, {}, how)
     if photographs:
         how["augment"] = "shift"  # in a mirror a traffic sign has another meaning

@@ -6,6 +6,7 @@ arXiv:2111.05328. Differs from the papers: attacks go for the label that has the
 """
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,21 +22,51 @@ Augmentation = Literal["none", "shift", "crop-flip"]
 _REACH = {"shift": 2, "crop-flip": 4}  # pixels: customary for digits, and for photographs of 32 x 32
 
 
-def augmented(batch: Batch, how: Augmentation, rng: Draws) -> Batch:
-    """The batch with other images of the same classes; `how` is "none", or inputs must be (n, channels, h, w)."""
+@dataclass(frozen=True)
+class Moves:
+    """How each image of a batch (n, channels, h, w) is moved."""
+
+    reach: int
+    """pixels that one is moved at most"""
+    down: Tensor
+    """(n,) where the window on the padded image begins: `reach` where it stays"""
+    right: Tensor
+    """(n,) likewise"""
+    mirrored: Tensor
+    """(n,) whether its sides change places afterwards"""
+
+    def of(self, x: Inputs) -> Inputs:
+        """The images so moved, with zeros where nothing was."""
+        return self._mirror(windows(x, self.reach, self.down, self.right))
+
+    def back(self, x: Inputs, unseen: Inputs) -> Inputs:
+        """What was moved where it came from, and of `unseen` what had been moved out of sight."""
+        down, right = 2 * self.reach - self.down, 2 * self.reach - self.right
+        seen = windows(torch.ones_like(x), self.reach, down, right).bool()
+        return torch.where(seen, windows(self._mirror(x), self.reach, down, right), unseen)
+
+    def _mirror(self, x: Inputs) -> Inputs:
+        return torch.where(self.mirrored[:, None, None, None], x.flip(3), x)
+
+
+def moves(batch: Batch, how: Augmentation, rng: Draws) -> Moves | None:
+    """What is drawn for each image; None where `how` is "none", and otherwise inputs must be (n, channels, h, w)."""
     if how == "none":
-        return batch
+        return None
     if batch.x.dim() != 4:
         raise UsageError(
             f"augmentation {how!r} is for images, and inputs have shape {tuple(batch.x.shape[1:])}; use none"
         )
     reach = _REACH[how]
     down, right = rng.at("shift").integers(batch.ids, 2 * reach + 1, 2).unbind(1)
-    x = windows(batch.x, reach, down, right)
-    if how == "crop-flip":
-        turned = rng.at("flip").bits(batch.ids) < 0
-        x = torch.where(turned[:, None, None, None], x.flip(3), x)
-    return batch.at(x)
+    turned = rng.at("flip").bits(batch.ids) < 0
+    return Moves(reach, down, right, turned if how == "crop-flip" else torch.zeros_like(turned))
+
+
+def augmented(batch: Batch, how: Augmentation, rng: Draws) -> Batch:
+    """The batch with other images of the same classes."""
+    drawn = moves(batch, how, rng)
+    return batch if drawn is None else batch.at(drawn.of(batch.x))
 
 
 def windows(x: Inputs, reach: int, down: Tensor, right: Tensor) -> Inputs:

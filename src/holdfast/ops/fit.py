@@ -36,6 +36,7 @@ class Turn:
     """An update: what is drawn for it, and how far the training has come."""
 
     rng: Draws
+    """its place; how the images of a batch were moved is drawn there, too"""
     epoch: int
     """epochs that are done"""
     done: float

@@ -1,9 +1,9 @@
 """ATTA: adversarial training whose attacks go on, epoch after epoch, from where those of the epoch before ended.
 
 Zheng et al., "Efficient Adversarial Training With Transferable Adversarial Examples", CVPR 2020, arXiv:1912.11969: what
-fooled the network an epoch ago nearly fools it now, so two steps an epoch do the work of ten. Differs from the paper: a
-loss on clean inputs has a weight beside the other, images are not augmented (their changes would have to be moved with
-them), eps grows at first, the weights are averaged, the learning rate goes in one cycle, and the kept examples never
+fooled the network an epoch ago nearly fools it now, so two steps an epoch do the work of ten. Where images are moved,
+what is kept of them is moved along, and back. Differs from the paper: a loss on clean inputs has a weight beside the
+other, eps grows at first, the weights are averaged, the learning rate goes in one cycle, and the kept examples never
 start anew: attacks of two steps from noise are so weak that the network forgets what it held against.
 """
 
@@ -24,6 +24,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Count, Inputs, NonNegative, Positive, Rows, Steps
 from holdfast.ops.ascent import ascend
+from holdfast.ops.augment import moves
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, hits, trained
 from holdfast.ops.losses import cross_entropy
@@ -52,11 +53,10 @@ class ATTA:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        if self.training.augment != "none" or self.training.cutmix:
+        if self.training.cutmix:
             raise UsageError(
-                f"atta keeps what it changed of each image, and augment={self.training.augment} with "
-                f"cutmix={self.training.cutmix:g} would move the image away from it; leave both out, or choose "
-                f"--recipe pgd"
+                f"atta keeps what it changed of each image, and cutmix={self.training.cutmix:g} would put a part of "
+                f"another one in its place; leave it out, or choose --recipe pgd"
             )
         kept = {
             "kept": torch.zeros_like(data.x, dtype=torch.float16)
@@ -74,12 +74,13 @@ class ATTA:
         """A few more steps up the cross-entropy from what is kept, which the end of them becomes."""
         constraint, bounds, kept = learner.threat.constraint, learner.frozen.bounds, learner.state["kept"]
         assert isinstance(constraint, (Linf, L2, L1))
+        moved, change = moves(batch, self.training.augment, turn.rng), kept[rows].to(batch.x)
         anew = turn.epoch % self.refresh == 0 if self.refresh else turn.epoch == 0
         if anew:
             start = constraint.sample(batch, bounds, turn.rng.at("start"))
         else:
-            start = constraint.project(batch.x + kept[rows].to(batch.x), batch.x, bounds)
-        size = self.step * constraint.eps
+            there = change if moved is None else moved.of(change)
+            start = constraint.project(batch.x + there, batch.x, bounds)
         x_adv, _ = ascend(
             learner.frozen,
             batch,
@@ -87,10 +88,11 @@ class ATTA:
             cross_entropy,
             constraint,
             steps=self.steps,
-            step_size=size,
+            step_size=self.step * constraint.eps,
             keep="last",
         )
-        kept[rows] = (x_adv - batch.x).to(kept)
+        made = x_adv - batch.x
+        kept[rows] = (made if moved is None else moved.back(made, change)).to(kept)
         return x_adv
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
