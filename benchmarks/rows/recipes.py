@@ -4,7 +4,7 @@ from benchmarks.hardened import made, percent, shares, spent
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.config.naming import RECIPES
 
-WHAT = "every recipe on the bundled network, MNIST linf:0.3, three minutes each on one thread: clean, robust, time"
+WHAT = "every recipe on the bundled network, MNIST linf:0.3, three minutes each on two threads: clean, robust, time"
 MODEL, DATA, THREAT, BUDGET = "mnist-cnn", "mnist", "linf:0.3", "3min"
 BEST, SEEDS = 3, (0, 1, 2)
 SURROGATES = {"ensemble": ("mnist-cnn",)}
@@ -38,8 +38,9 @@ def _made(name: str, suite: str, seed: int) -> Cells:
     surrogates = SURROGATES.get(name, ())
     recipe = {"use": name, **MORE.get(name, {})}
     return made(
-        "recipes", part, MODEL, DATA, THREAT, recipe, BUDGET, suite=suite, seed=seed, surrogates=surrogates
-    )
+        "recipes", part, MODEL, DATA, THREAT, recipe, BUDGET, suite=suite, seed=seed, threads=2,
+        surrogates=surrogates,
+    )  # fmt: skip
 
 
 def _row(card: Cells) -> Cells:
