@@ -107,5 +107,9 @@ def test_auto_mirrors_nothing_and_takes_a_recipe_that_can_mix_images_where_they_
         )
 
     assert {one.recipe.training.augment for one in chosen((3, 32, 32))} == {"shift"}
-    for training, middle in ({"cutmix": 0.5}, "pgd"), ({"augment": "shift"}, "atta"):
+    for training, middle in (
+        ({"cutmix": 0.5}, "pgd"),
+        ({"augment": "shift"}, "atta"),
+        ({"augment": "none"}, "atta"),
+    ):
         assert [one.name for one in chosen((1, 28, 28), **training)] == ["fgsm-rs", middle, "trades"]

@@ -32,8 +32,8 @@ class Moves:
     """(n,) where the window on the padded image begins: `reach` where it stays"""
     right: Tensor
     """(n,) likewise"""
-    mirrored: Tensor
-    """(n,) whether its sides change places afterwards"""
+    mirrored: Tensor | None
+    """(n,) whether its sides change places afterwards; None where no image's do"""
 
     def of(self, x: Inputs) -> Inputs:
         """The images so moved, with zeros where nothing was."""
@@ -46,7 +46,7 @@ class Moves:
         return torch.where(seen, windows(self._mirror(x), self.reach, down, right), unseen)
 
     def _mirror(self, x: Inputs) -> Inputs:
-        return torch.where(self.mirrored[:, None, None, None], x.flip(3), x)
+        return x if self.mirrored is None else torch.where(self.mirrored[:, None, None, None], x.flip(3), x)
 
 
 def moves(batch: Batch, how: Augmentation, rng: Draws) -> Moves | None:
@@ -59,8 +59,7 @@ def moves(batch: Batch, how: Augmentation, rng: Draws) -> Moves | None:
         )
     reach = _REACH[how]
     down, right = rng.at("shift").integers(batch.ids, 2 * reach + 1, 2).unbind(1)
-    turned = rng.at("flip").bits(batch.ids) < 0
-    return Moves(reach, down, right, turned if how == "crop-flip" else torch.zeros_like(turned))
+    return Moves(reach, down, right, rng.at("flip").bits(batch.ids) < 0 if how == "crop-flip" else None)
 
 
 def augmented(batch: Batch, how: Augmentation, rng: Draws) -> Batch:
