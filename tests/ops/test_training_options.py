@@ -95,6 +95,28 @@ def test_swa_is_that_mean_where_fewer_epochs_are_left_than_were_planned():
 
 
 @pytest.mark.parametrize(
+    ("said", "each"),
+    [
+        ({"optimizer": "adamw"}, 0.1),
+        ({"optimizer": "sgd"}, 5e-4),
+        ({"optimizer": "adamw", "weight_decay": 0.0}, 0.0),
+        ({"optimizer": "sgd", "weight_decay": 0.2}, 0.2),
+    ],
+    ids=str,
+)
+def test_a_weight_without_a_slope_decays_by_what_its_optimizer_is_used_to_or_what_is_said(said, each):
+    def level(batch, x):
+        logits = 0 * net(x)
+        return logits.sum(), hits(logits, batch.y)
+
+    net = linear()
+    how = replace(HOW, **{"weight_decay": None, **said})
+    *_, last = fit(net, data(), clean, level, how, rng=Draws(0))
+    left = torch.full_like(net.weight, 0.1 * (1 - HOW.lr * each) ** (3 * HOW.epochs))
+    torch.testing.assert_close(last.tensors["weights.weight"], left, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
     "option",
     [
         {"averaging": "swa", "tail": 1.0},

@@ -72,8 +72,8 @@ class Training:
     """of the rate: a cycle up and down, down along a cosine, by tenths at half and three quarters, or flat"""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     """of sgd"""
-    weight_decay: NonNegative = 5e-4
-    """share of each weight that a step at a rate of 1 takes away"""
+    weight_decay: NonNegative | None = None
+    """share of each weight that a step at a rate of 1 takes away; None for 0.1 with adamw, 0.0005 with sgd"""
     averaging: Literal["ema", "swa", "none"] = "ema"
     """what the new model is: a running average of the weights (EMA), the plain mean of those at the ends of the last
     epochs (SWA; give it a rate that does not fall to nothing, as `flat` is), or the weights themselves"""
@@ -104,6 +104,7 @@ class Training:
     """whether torch compiles the network: minutes at first, quicker updates then; not for a loss that holds a slope"""
 
 
+_DECAYS = {"adamw": 0.1, "sgd": 5e-4}  # at their usual rates and momentum nearly the same share of a weight
 _ENDS = "ends"  # state of swa: of how many epochs the average holds the ends
 
 
@@ -328,12 +329,10 @@ def drawing(rng: Draws, device: torch.device | None = None) -> Iterator[None]:
 
 
 def _optimizer(learned: list[nn.Parameter], how: Training) -> torch.optim.Optimizer:
+    decay = _DECAYS[how.optimizer] if how.weight_decay is None else how.weight_decay
     if how.optimizer == "sgd":
-        nesterov = how.momentum > 0
-        return torch.optim.SGD(
-            learned, how.lr, how.momentum, weight_decay=how.weight_decay, nesterov=nesterov
-        )
-    return torch.optim.AdamW(learned, how.lr, weight_decay=how.weight_decay)
+        return torch.optim.SGD(learned, how.lr, how.momentum, weight_decay=decay, nesterov=how.momentum > 0)
+    return torch.optim.AdamW(learned, how.lr, weight_decay=decay)
 
 
 def _refuse_lost(losses: Tensor, epoch: int, lr: float) -> None:
