@@ -35,6 +35,7 @@ ROWS = {
     "transfer": "transfer",
     "harden-cost": "harden_cost",
     "recipes": "recipes",
+    "best-recipes": "best_recipes",
     "seed-tables": "seed_tables",
     "hardening": "hardening",
     "cifar-hardening": "cifar_hardening",

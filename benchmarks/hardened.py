@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import holdfast
 from benchmarks.absent import Absent
@@ -14,6 +14,7 @@ from benchmarks.record import Cells
 
 FOLDER = CACHE / "hardened"
 N = 1_000
+Examples = tuple[Tensor, Tensor]
 
 
 def dataset(name: str) -> Path:
@@ -25,17 +26,17 @@ def dataset(name: str) -> Path:
 
 
 def made(
-    row: str, name: str, model: str | nn.Module, data: str, threat: str, recipe: str | dict[str, Any], budget: str, *,
-    suite: str, seed: int = 0, threads: int = 1, **more: Any,
+    row: str, name: str, model: str | nn.Module, data: str | Examples, threat: str, recipe: str | dict[str, Any],
+    budget: str, *, suite: str, n: int = N, seed: int = 0, threads: int = 1, device: str = "cpu", **more: Any,
 ) -> Cells:  # fmt: skip
-    """The card of a part: the model judged before and after on the first 1,000 test images."""
+    """The card of a part: the model judged before and after on the first `n` test images."""
 
     def measured() -> Cells:
-        address = dataset(data)
+        known = dataset(data) if isinstance(data, str) else data
         torch.set_num_threads(threads)
         try:
             found = holdfast.harden(
-                model, address, threat, recipe, budget=budget, suite=suite, n=N, seed=seed, device="cpu",
+                model, known, threat, recipe, budget=budget, suite=suite, n=n, seed=seed, device=device,
                 run=FOLDER / row / name, resume=True, **more,
             )  # fmt: skip
         finally:

@@ -101,6 +101,15 @@ def write(row: str, what: str, outcome: Outcome) -> Path:
     return path.with_suffix(".md")
 
 
+def newest(row: str) -> Cells:
+    """The newest record of a row, as `write` wrote it."""
+    kept = sorted(FOLDER.glob(f"????-??-??-{row}.json"))
+    if not kept:
+        raise Absent(f"there is no record of {row}; make it first, by --only {row}")
+    found: Cells = json.loads(kept[-1].read_text())
+    return found
+
+
 def _once(notes: list[str]) -> list[str]:
     return list(dict.fromkeys(notes))
 

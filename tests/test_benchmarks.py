@@ -52,6 +52,15 @@ def test_a_note_is_written_once(monkeypatch, tmp_path):
     assert at.read_text().count("- absent") == 1
 
 
+def test_a_row_may_stand_on_the_newest_record_of_another(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "FOLDER", tmp_path)
+    with pytest.raises(Absent, match="^there is no record of row; make it first, by --only row$"):
+        record.newest("row")
+    for name in ("2026-01-02-row", "2026-01-10-row", "2026-02-01-best-row"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"made": name}))
+    assert record.newest("row") == {"made": "2026-01-10-row"}
+
+
 def test_the_rate_beyond_the_references_own_is_over_all_pairs_of_runs():
     def runs(*broken):
         return [torch.tensor([c == "." for c in code]) for code in broken]

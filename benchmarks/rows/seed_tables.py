@@ -17,7 +17,7 @@ from benchmarks.record import Cells, Claim, Outcome
 from holdfast.sources.architectures import ARCHITECTURES
 
 WHAT = "three kinds of hardening and none, MNIST linf:0.1, three seeds: accuracy, error, norms, success rates"
-ROW, THREAT, BUDGET, SEEDS = "seed-tables", "linf:0.1", "2min", (0, 1, 2)
+ROW, THREAT, BUDGET, SEEDS, THREADS = "seed-tables", "linf:0.1", "2min", (0, 1, 2), 2
 NET: dict[str, Any] = {"mean": [0.1307], "std": [0.3081], "classes": 10}
 MODELS = {
     "undefended": "standard",
@@ -51,7 +51,14 @@ def measured() -> Outcome:
         Claim("best of the models: clean, % >= 95.2", best["clean accuracy, %"], 95.2, least=True),
         Claim("the same: adversarial, % >= 90.6", best["adversarial accuracy, %"], 90.6, least=True),
     ]  # fmt: skip
-    config: Cells = {"threat": THREAT, "budget": BUDGET, "seeds": SEEDS, "recipes": MODELS, "norms of": SEEN}
+    config: Cells = {
+        "threat": THREAT,
+        "budget": BUDGET,
+        "seeds": SEEDS,
+        "recipes": MODELS,
+        "norms of": SEEN,
+        "threads": THREADS,
+    }
     return Outcome(table, claims, config, detail)
 
 
@@ -59,8 +66,9 @@ def _made(recipe: str, seed: int) -> Cells:
     torch.manual_seed(seed)
     net = ARCHITECTURES["mnist-cnn"]()
     return made(
-        ROW, f"{recipe} seed {seed}", net, "mnist", THREAT, recipe, BUDGET, suite="standard", seed=seed, **NET
-    )
+        ROW, f"{recipe} seed {seed}", net, "mnist", THREAT, recipe, BUDGET, suite="standard", seed=seed,
+        threads=THREADS, **NET,
+    )  # fmt: skip
 
 
 def _norms(recipe: str, seed: int) -> Cells:
