@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -308,13 +309,33 @@ def test_where_the_loss_is_no_number_the_best_model_so_far_is_kept(tmp_path, mon
         assert safetensors.torch.load_file(made).keys() == net.state_dict().keys()
 
 
-def test_what_a_lost_loss_leaves_of_a_run_that_is_not_kept_is_promised_nowhere(monkeypatch):
+def test_a_lost_loss_keeps_what_was_trained_where_nobody_named_a_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(Exploding, "seen", 0)
     net = Exploding(*fakes.network(1)).requires_grad_()
-    with pytest.raises(
-        LostLoss, match=r"a run that is kept \(run=folder\) would have the best of the 1 epochs before"
-    ):
+    with pytest.raises(LostLoss, match="the best of the 1 epochs before is in") as caught:
         harden(fakes.subject(net), training(), fakes.data(), wish())
+    (made,) = tmp_path.glob("holdfast-*/run/checkpoints/model.safetensors")
+    assert repr(str(made)) in str(caught.value)
+
+
+def test_a_run_that_nobody_asked_to_keep_stays_until_it_is_done(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def fail(step):
+        if step.stage.startswith("training") and step.done == 2:
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="^the disk is gone$") as caught:
+        harden(trainable(), training(), fakes.data(), wish(), progress=fail)
+    (run,) = tmp_path.glob("holdfast-*/run")
+    assert caught.value.__notes__ == [f"what was finished is kept, go on with: run={str(run)!r}, resume=True"]
+    found = harden(trainable(), training(), fakes.data(), wish(), run=run, resume=True)
+    shutil.rmtree(run.parent)
+    assert harden(trainable(), training(), fakes.data(), wish()).weights == found.weights
+    with pytest.raises(UsageError):
+        harden(trainable(), training(n=100), fakes.data(), wish())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The harden verb: measure, train a new model within a budget, choose it on held-out examples, and measure again."""
 
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
@@ -45,7 +44,7 @@ from holdfast.runs.identity import code_digest, hardware, versions
 from holdfast.runs.order import Order, Progress, Subject, silent
 from holdfast.runs.pace import as_it_says, left, smaller
 from holdfast.runs.preparing import readied
-from holdfast.runs.repeating import repeatable, way_out
+from holdfast.runs.repeating import lent, repeatable, way_out
 from holdfast.runs.result import Result
 from holdfast.runs.signals import Stopper, stoppable
 from holdfast.runs.trainable import copy_of, refuse_untrainable, threats_of
@@ -101,9 +100,9 @@ def harden(
 ) -> Hardened:
     """Train a copy of the model that holds under the threat, in a folder that a stopped run goes on in.
 
-    Without `run` nothing is kept but what is returned. Under torchrun its processes train together, the first of them
-    judges and writes, and all return the same. Raises `UsageError`, `TargetError`, or `Interrupted` with the way to go
-    on.
+    Without `run` nothing is kept but what is returned; what is stopped stays where its error says. Under torchrun its
+    processes train together, the first of them judges and writes, and all return the same. Raises `UsageError`,
+    `TargetError`, or `Interrupted` with the way to go on.
     """
     refuse_untrainable(subject.model)
     refuse_data(test)
@@ -117,10 +116,8 @@ def harden(
     fresh, said = without_judged(data, test)
     with ExitStack() as stack:
         stack.enter_context(together.joined(torch.device(wish.device)))
-        place = run
-        if place is None:
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
-        job = _Job(subject, fresh, test, wish, place, progress, told, said, kept=run is not None)
+        place = stack.enter_context(lent()) if run is None else run
+        job = _Job(subject, fresh, test, wish, place, progress, told, said)
         found = job.done(resume=resume) if together.first() else job.followed()
     if run is not None:
         return found
@@ -141,8 +138,6 @@ class _Job:
         progress: Progress,
         told: Told,
         said: str,
-        *,
-        kept: bool,
     ) -> None:
         device = together.own(torch.device(wish.device))
         self.rest, self.held = (part.to(device) for part in split_of(data, wish.seed))
@@ -152,7 +147,7 @@ class _Job:
         )
         wish = replace(wish, threat=replace(wish.threat, surrogates=around))
         self.subject, self.test, self.wish, self.run = subject, test, wish, run
-        self.progress, self.told, self.kept = progress, told, kept
+        self.progress, self.told = progress, told
         self.model = copy_of(subject.model).to(device)
         digests = [test.digest, digest_of(data)]
         self._as_the_first(digests)
@@ -318,10 +313,6 @@ class _Job:
         best, last = training.kept(place, BEST), training.kept(place, LAST)
         if best is None or last is None:
             return "no epoch had been finished"
-        if not self.kept:
-            return (
-                f"a run that is kept (run=folder) would have the best of the {len(last.curve)} epochs before"
-            )
         net = self._new_model(best.checkpoint, candidate).model.net
         assert isinstance(net, nn.Module)
         path = place / MODEL

@@ -1,11 +1,14 @@
 """How a run is repeated, and how one goes on that was stopped."""
 
 import shlex
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from holdfast.core.errors import TargetLost, TargetRefused
+from holdfast.store.folder import planned
 
 
 def way_out(command: str, run: Path) -> str:
@@ -23,6 +26,22 @@ def resumable(way_out: str) -> Iterator[None]:
         yield
     except (TargetLost, TargetRefused) as error:
         raise type(error)(f"{error}; {way_out}") from error
+
+
+@contextmanager
+def lent() -> Iterator[Path]:
+    """A folder for a run that nobody asked to keep: gone when it is done, and there to go on with if it is not."""
+    place = Path(tempfile.mkdtemp(prefix="holdfast-"))
+    run = place / "run"
+    try:
+        yield run
+    except BaseException as error:
+        if planned(run) is None:
+            shutil.rmtree(place)
+        elif str(run) not in str(error):
+            error.add_note(way_out("", run))
+        raise
+    shutil.rmtree(place)
 
 
 def repeatable(command: str) -> str:
