@@ -39,7 +39,7 @@ class LipschitzConstraint:
     its own"""
     weight: NonNegative = 6.0
     """weight of what a step of length eps adds to the loss to first order; 0 leaves the constraint alone"""
-    training: Training = field(default_factory=Training)
+    training: Training = field(default_factory=lambda: Training(weight_decay=5e-4))
 
     def __call__(
         self,
