@@ -34,7 +34,7 @@ from holdfast.sources.weights import written
 BUNDLED = Path(__file__).parents[1] / "src" / "holdfast" / "bundled"
 UNDEFENDED, HARDENED = "mnist-cnn", "mnist-cnn-hardened"
 SEED, THREAT, N = 0, "linf:0.3", 1_000
-RECIPE = ATTA(clean=0.0, training=Training(epochs=30, overshoot=1.2))
+RECIPE = ATTA(steps=4, step=0.25, clean=0.0, training=Training(epochs=20, overshoot=1.2))
 
 
 @dataclass(frozen=True)
