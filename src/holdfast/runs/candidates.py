@@ -47,7 +47,7 @@ def attempts(
     begun = time.perf_counter()
     looks()
     look_s = told(time.perf_counter() - begun)
-    paces = [pace(one.recipe, model, data, threat, look_s) for one in candidates]
+    paces = [pace(one.recipe, model, data, threat, budget_s, look_s) for one in candidates]
     if len(candidates) == 1:
         return [_attempt(candidates[0], paces[0], _within(budget_s, paces[0]), "asked for")]
     fit = [fitting(budget_s, found) for found in paces]

@@ -21,12 +21,10 @@ from holdfast.recipes.protocol import Recipe, trained_as
 from holdfast.runs.held_out import harmless
 from holdfast.runs.training import BEST, LAST, Point, keep
 
-_WARM, _WATCHED = (
-    3,
-    512,
-)  # updates of the shorter trial, and examples: guards watch where there are more than 256
-_TIMED = 9  # updates that the longer one has more
-_MORE, _SOON = 50, 15.0  # so many where they take less than so many seconds
+_WARM = 3  # updates of the shorter trial
+_WATCHED = 512  # and its examples at least: guards watch where there are more than 256
+_TIMED, _MOST = 9, 400  # updates that the longer one has more: at first, and where they are quick
+_TRIED = 0.02  # of the budget is spent on those
 _STILL = 1e-9  # a learning rate at which no loss is lost
 _SPARE = 0.95  # of the budget is planned, for a machine is not equally quick all the time
 
@@ -40,15 +38,17 @@ class Pace:
     """the updates of one epoch, the look at the held-out examples after it, and the writing of its checkpoint"""
 
 
-def pace(recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel, look_s: float) -> Pace:
-    """Measured on a few updates of a copy, whose weights are dropped; a look at held-out examples takes `look_s`.
+def pace(
+    recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel, budget_s: float, look_s: float
+) -> Pace:
+    """Measured on updates of a copy, whose weights are dropped; a look at held-out examples takes `look_s`.
 
     Where memory runs out, with as small batches as it holds.
     """
     size = min(recipe.training.batch, len(data))
     while True:
         try:
-            return _paced(recipe, size, model, data, threat, look_s)
+            return _paced(recipe, size, model, data, threat, budget_s, look_s)
         except (RuntimeError, MemoryError) as error:
             size = smaller(size, error)
 
@@ -77,7 +77,13 @@ class _Trial:
 
 
 def _paced(
-    recipe: Recipe, size: int, model: Classifier, data: Batch, threat: ThreatModel, look_s: float
+    recipe: Recipe,
+    size: int,
+    model: Classifier,
+    data: Batch,
+    threat: ThreatModel,
+    budget_s: float,
+    look_s: float,
 ) -> Pace:
     """From two trials of different length: what both pay once, a guard's look included, an epoch pays once.
 
@@ -87,11 +93,10 @@ def _paced(
     how = recipe.training
     few = replace(how, epochs=1, lr=_STILL, batch=size)
     least = max(_WARM * size, _WATCHED)
-    rows = torch.arange(min(least + _MORE * size, len(data)), device=data.x.device)
-    seen = as_it_says(model, data.take(rows))
+    rows = torch.arange(len(data), device=data.x.device)
 
     def taken(more: int) -> _Trial:
-        some = seen.take(rows[: least + more * size])
+        some = as_it_says(model, data.take(rows[: least + more * size]))
         begun = time.perf_counter()
         *_, last = trained_as(recipe, few)(model, some, harmless(threat), rng=Draws(0))
         return _Trial(told(time.perf_counter() - begun), updates(len(some), size), last)  # all decide alike
@@ -99,8 +104,9 @@ def _paced(
     taken(0)  # chooses kernels and fills caches
     short = taken(0)
     update = _apart(short, taken(_TIMED))
-    if update * _MORE < _SOON:
-        update = _apart(short, taken(_MORE))
+    more = min(int(_TRIED * budget_s / max(update, 1e-9)), _MOST)
+    if more > _TIMED:
+        update = _apart(short, taken(more))
     once = 0.0 if how.compiled else max(short.seconds - short.updates * update, 0.0)
     return Pace(update, update * updates(len(data), size) + once + look_s + _kept_s(short.last))
 
