@@ -1,5 +1,6 @@
 """Models that `holdfast.harden` makes for a row, each in a run of its own in the cache, which goes on."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def made(
             )  # fmt: skip
         finally:
             torch.set_num_threads(1)
-        return dict(found.card)
+        there = folder("HOLDFAST_DATA", "data")  # which is another one elsewhere
+        card: Cells = json.loads(json.dumps(found.card).replace(f"{there}/", ""))
+        return card
 
     return part(row, name, measured)
 
