@@ -1,5 +1,6 @@
 """The recipes that the record of `recipes` shows to leave most, trained thrice and judged by `standard`."""
 
+from heapq import nlargest
 from statistics import mean
 
 from benchmarks.hardened import percent
@@ -12,9 +13,7 @@ ROW, BEST, SEEDS = "best-recipes", 3, (0, 1, 2)
 
 def measured() -> Outcome:
     first = newest("recipes")["detail"]
-    names = sorted(first, key=lambda name: percent(first[name]["measured"], "robust_accuracy"), reverse=True)[
-        :BEST
-    ]
+    names = nlargest(BEST, first, key=lambda name: percent(first[name]["measured"], "robust_accuracy"))
     detail: Cells = {}
     table = []
     claims = []
