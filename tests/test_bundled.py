@@ -76,6 +76,14 @@ def test_hardening_holds_where_the_standard_network_breaks(digits):
     assert share["mnist-cnn-hardened"] > 0.9
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("eps", [0.1, 0.2, 0.3])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_doubt_is_raised_against_a_bundled_network(name, eps):
+    found = holdfast.assess(name, "mnist-mini", f"linf:{eps}", "fast", n=64)
+    assert [doubt.name for doubt in found.doubts if doubt.state == "raised"] == []
+
+
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_a_catalogue_network_takes_its_inputs_and_knows_its_classes(name):
     net = ARCHITECTURES[name]().eval()

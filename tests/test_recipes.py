@@ -13,6 +13,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops import learner
+from holdfast.ops.fit import _Loop
 from holdfast.ops.learner import Learner, trained
 from holdfast.ops.overfitting import RAISED, OverfittingGuard
 from holdfast.recipes import (
@@ -145,12 +146,23 @@ def test_the_guard_undoes_the_last_updates_and_adds_a_step(monkeypatch):
         overfitted = 5 <= len(looks) <= 6  # the third look: one step holds, ten do not
         return 0.9 if steps == 1 or not overfitted else 0.1
 
+    updated, begins = _Loop._update, []
+
+    def update(self, epoch, step, rows):
+        begins.append((epoch, step, self.tensors()["weights.net.1.weight"].clone()))
+        return updated(self, epoch, step, rows)
+
     monkeypatch.setattr(OverfittingGuard, "_right", right)
+    monkeypatch.setattr(_Loop, "_update", update)
     found = list(recipe(model, data, ThreatModel(Linf(0.05)), rng=Draws(0)))
     assert [int(checkpoint.tensors["state.raised"]) for checkpoint in found][-1] == 1
     before, objected, again = looks[2], looks[4], looks[6]
     assert (before[1], objected[1], again[1]) == (0, 0, 1)
     assert not torch.equal(objected[2], again[2])
+    first, second = ([begin for begin in begins if begin[:2] == twice] for twice in ((1, 0), (1, 1)))
+    assert len(first) == len(second) == 2
+    assert torch.equal(first[0][2], first[1][2])  # anew from where the updates that it undid began
+    assert not torch.equal(second[0][2], second[1][2])
 
 
 def test_a_network_that_overfits_to_one_step_is_found():

@@ -197,8 +197,7 @@ def harden(
     With `run` everything is kept in that folder, and `resume` goes on with it.
     """
     settings = settings_said("harden()", locals(), HardenSettings)
-    subject = subject_of(model, settings)
-    training, test = hardening.brought_data(data, fit, unlabelled, settings, subject.model)
+    subject, training, test, whole = hardening.brought_all(model, data, fit, unlabelled, settings)
     wish = hardening.wish(
         settings,
         subject,
@@ -206,6 +205,7 @@ def harden(
         surrogates=surrogates_of(surrogates, settings, subject.model),
         baseline=_evidence(baseline),
         training=training,
+        apart=whole,
         device=device_of(model, subject, settings),
     )
     place = None if run is None else Path(run)
@@ -222,13 +222,14 @@ def carry_out_hardening(
     command: str = "",
 ) -> Hardened:
     """`harden` as the command line and a configuration file ask for it; `command` is how to repeat it."""
-    subject, training, test = hardening.opened(settings)
+    subject, training, test, whole = hardening.opened(settings)
     wish = hardening.wish(
         settings,
         subject,
         surrogates=ordering.opened_surrogates(settings, subject.model),
         baseline=_evidence(settings.baseline),
         training=training,
+        apart=whole,
         command=command,
     )
     return hardens.harden(subject, training, test, wish, run=run, resume=resume, progress=progress, told=told)

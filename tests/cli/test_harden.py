@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 
+from benchmarks.rows.resume import killed
 from holdfast.cli.app import run
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -79,20 +79,24 @@ def test_a_run_that_is_told_again_is_the_same(capsys):
 
 
 @pytest.mark.slow
-def test_a_training_that_is_killed_again_and_again_comes_to_the_same_weights():
-    words = [sys.executable, "-m", "holdfast", *PGD, "--set", "recipe.training.epochs=6", *JUDGED]
-    subprocess.run([*words, "--run", "whole"], check=True, capture_output=True)
-    for _ in range(10):
-        started = subprocess.Popen([*words, "--run", "killed", "--resume"], stderr=subprocess.DEVNULL)
-        time.sleep(6)
-        started.send_signal(signal.SIGKILL)
-        started.wait()
-    subprocess.run([*words, "--run", "killed", "--resume"], check=True, capture_output=True)
-    one, other = (
-        safetensors.torch.load_file(f"{place}/checkpoints/last.safetensors") for place in ("whole", "killed")
-    )
-    assert one.keys() == other.keys()
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+def test_a_training_that_is_killed_again_and_again_comes_to_the_same_weights(tmp_path):
+    words = [*PGD, "--set", "recipe.training.epochs=6", *JUDGED]
+    found = killed(words, tmp_path, 4)
+    assert found["kills"] == 4  # each within a training that was not done
+    assert found["tensors that differ"] == found["files of the new model that differ"] == 0
+
+
+def test_a_signal_while_the_model_is_judged_says_how_to_go_on_with_the_whole_run():
+    words = [*PGD, "-n", "1000", "--suite", "standard", "--run", "r"]
+    started = subprocess.Popen([sys.executable, "-m", "holdfast", *words], stderr=subprocess.PIPE, text=True)
+    while started.poll() is None and not list(Path("r/before").glob("*.json")):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate()
+    assert started.returncode == 130
+    assert said.strip().endswith("--run r --resume")
+    assert "go on with: holdfast harden mnist-cnn mnist-mini" in said
 
 
 @pytest.mark.parametrize(
@@ -102,6 +106,14 @@ def test_a_training_that_is_killed_again_and_again_comes_to_the_same_weights():
         (["--set", "recipe.betas=3", "--recipe", "trades"], "has no setting 'betas'"),
         (["--set", "recipe.beta=-1", "--recipe", "trades"], "beta"),
         (["--budget", "1s"], "one epoch takes about"),
+        (
+            ["--set", "recipe.training.epochs=1"],
+            "is 1, and the budget of recipe auto is 10min, which sets them",
+        ),
+        (
+            ["--recipe", "pgd", "--budget", "1min", "--set", "recipe.training.epochs=1"],
+            "and the budget is 1min, which",
+        ),
         (["--budget", "soon"], "holdfast: budget is 'soon'; expected a duration"),
         (["--transform", "rotate=15"], "assess the new model with it"),
     ],

@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -29,7 +30,8 @@ from holdfast.runs import candidates, hardening
 from holdfast.runs.candidates import Candidate, attempts
 from holdfast.runs.hardened import Hardened
 from holdfast.runs.hardening import Wish, harden
-from holdfast.runs.held_out import harmless, looked_at, split_of, without_judged
+from holdfast.runs.held_out import harmless, looked_at, split_of, without_held, without_judged
+from holdfast.runs.identity import code_digest
 from holdfast.runs.index import open_run, runs_in
 from holdfast.runs.pace import as_it_says, pace
 from holdfast.sources.memory import as_data
@@ -156,6 +158,36 @@ def test_another_recipe_seed_or_threat_is_another_run_and_only_that_is_said(tmp_
             harden(trainable(), training(), fakes.data(), other, run=tmp_path / "r", resume=True)
 
 
+def test_a_run_that_goes_on_elsewhere_says_where_each_part_of_it_was_trained(tmp_path, monkeypatch):
+    def stop(step):
+        if step.stage.startswith("training") and step.done == 2:
+            raise Interrupted("stopped", 2)
+
+    with pytest.raises(Interrupted):
+        harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", progress=stop)
+    here = json.loads((tmp_path / "r/run.json").read_text())["hardware"]
+    monkeypatch.setattr(hardening, "hardware", lambda *on: "another machine")
+    found = harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", resume=True)
+    assert found.card["hardware"] == f"{here}, then another machine"
+    assert [point.hardware for point in found.curve] == [here, here, "another machine"]
+    chain = (tmp_path / "r/chain.jsonl").read_bytes()
+    monkeypatch.setattr(hardening, "hardware", lambda *on: "a third one")
+    again = harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", resume=True)
+    assert again.card == found.card
+    assert (tmp_path / "r/chain.jsonl").read_bytes() == chain
+
+
+def test_code_that_decides_what_is_learned_is_part_of_what_makes_two_runs_the_same(tmp_path, monkeypatch):
+    package = shutil.copytree(Path(holdfast.__file__).parent, tmp_path / "holdfast")
+    monkeypatch.setattr(holdfast, "__file__", str(package / "__init__.py"))
+    digests = {code_digest.__wrapped__()}
+    for name in ("recipes/trades.py", "runs/pace.py", "ops/fit.py"):
+        with (package / name).open("a") as file:
+            file.write("# another one\n")
+        digests.add(code_digest.__wrapped__())
+    assert len(digests) == 4
+
+
 def test_a_nested_run_that_is_gone_is_missed(tmp_path):
     harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
     (tmp_path / "r/after").rename(tmp_path / "elsewhere")
@@ -196,8 +228,25 @@ def test_training_examples_that_are_judged_are_left_out_and_named(tmp_path):
     assert without_judged(data, test) == (data, "")
     found = harden(trainable(), both, test, wish())
     assert found.notes == (said,)
+    few = as_data(judged.x[:3], judged.y[:3])
+    assert harden(trainable(), both, few, wish(apart=test)).notes == (said,)
+    assert harden(trainable(), both, few, wish()).notes == ()
     with pytest.raises(UsageError, match="judge on other examples"):
         without_judged(judged, test)
+
+
+def test_training_examples_that_equal_those_that_choose_are_left_out():
+    data = training()
+    _, held = split_of(data, 0)
+    more = Batch(torch.cat((data.x, held.x[:7])), torch.full((607,), UNLABELLED), torch.arange(607))
+    more.y[:600] = data.y
+    rest, held = split_of(more, 0)
+    fresh, said = without_held(rest, held)
+    assert said.startswith("7 training examples equal one of the 60 that choose the checkpoint")
+    assert set(fresh.ids.tolist()) == set(range(600)) - set(held.ids.tolist())
+    assert harden(trainable(), more, fakes.data(), wish()).notes == (said,)
+    with pytest.raises(UsageError, match="none is left to train on"):
+        without_held(held, held)
 
 
 def test_too_few_examples_to_choose_by_are_refused():
@@ -240,6 +289,16 @@ def test_what_cannot_be_trained_is_refused():
         harden(fakes.subject(torch.nn.Flatten()), training(), fakes.data(), wish())
 
 
+def test_what_is_frozen_stays_and_is_named():
+    subject = trainable()
+    subject.model.net[1].weight.requires_grad_(False)
+    before = subject.model.net[1].weight.clone()
+    found = harden(subject, training(), fakes.data(), wish())
+    assert found.notes == ("1 of 4 parameters are frozen and stay what they are: net.1.weight",)
+    assert torch.equal(found.model.net[1].weight, before)
+    assert not torch.equal(found.model.net[1].bias, subject.model.net[1].bias)
+
+
 class Greedy(torch.nn.Sequential):
     """Runs out of memory for more examples than this."""
 
@@ -256,6 +315,32 @@ def test_where_memory_runs_out_batches_are_halved_and_the_training_goes_on():
     (said,) = found.notes
     assert said.startswith("memory ran out in epoch 1: batches of 16 in place of 64")
     assert found.curve[0].lr == pytest.approx(hardening_rate(found))
+
+
+def test_batches_that_were_halved_stay_so_when_the_run_is_stopped_in_the_same_epoch(tmp_path):
+    """As where another process has left by then, and there would be room again."""
+
+    class Crowded(torch.nn.Sequential):
+        most, seen = 64, 0
+
+        def forward(self, x):
+            type(self).seen += self.training
+            if self.training and len(x) > self.most and self.seen > 20:
+                raise torch.OutOfMemoryError("out of memory")
+            if self.stop and self.seen == self.stop:
+                raise Interrupted("stopped", 2)
+            return super().forward(x)
+
+    def asked(most, stop=0, **more):
+        Crowded.most, Crowded.seen, Crowded.stop = most, 0, stop
+        net = Crowded(*fakes.network(1)).requires_grad_()
+        return harden(fakes.subject(net), training(), fakes.data(), wish(), **more)
+
+    whole = asked(16)
+    with pytest.raises(Interrupted):
+        asked(16, stop=40, run=tmp_path / "r")
+    assert asked(64, run=tmp_path / "r", resume=True).weights == whole.weights
+    assert [point.batch for point in whole.curve] == [64, 64, 16]
 
 
 def test_where_memory_runs_out_a_budget_is_planned_by_what_it_holds():
@@ -356,10 +441,13 @@ def objecting(monkeypatch):
         name, value = doubted.get(run.name, (None, robust.value))
         doubts = () if name is None else (Doubt(name, "raised", says="a single step beats twenty"),)
         return SimpleNamespace(
-            metrics={"robust_accuracy": replace(robust, value=value)}, doubts=doubts, about=found.about
+            metrics={"robust_accuracy": replace(robust, value=value)},
+            doubts=doubts,
+            about=found.about,
+            accepted_doubts=found.accepted_doubts,
         )
 
-    monkeypatch.setattr(hardening, "attempts", lambda *rest: plan)
+    monkeypatch.setattr(hardening, "attempts", lambda *rest: (plan, 0.0))
     monkeypatch.setattr(hardening, "assess", objecting)
     return doubted, looked_at
 
@@ -373,7 +461,8 @@ def test_a_stronger_recipe_follows_where_doubts_object(objecting, tmp_path):
     told, run = [], tmp_path / "r"
     found = harden(trainable(), training(), fakes.data(), BOTH, run=run, told=told.append)
     assert found.card["recipe"] == "PGDTraining"
-    assert [line.split(" (")[0] for line in told] == ["training by SingleStep", "training by PGDTraining"]
+    assert told[0].startswith("timing updates of SingleStep, PGDTraining")
+    assert [line.split(" (")[0] for line in told[1:]] == ["training by SingleStep", "training by PGDTraining"]
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == [
         "after",
         "before",
@@ -398,6 +487,15 @@ def test_of_what_doubts_object_to_what_holds_best_stands(objecting, values, stan
     assert harden(trainable(), training(), fakes.data(), BOTH).card["recipe"] == stands
 
 
+def test_a_doubt_that_was_accepted_stays_so_when_the_run_goes_on(objecting, tmp_path):
+    objecting[0]["checked"] = ("one-step", 0.4)
+    accepting = replace(BOTH, judge=replace(BOTH.judge, accepted={"one-step": "as it is known to be"}))
+    found = harden(trainable(), training(), fakes.data(), accepting, run=tmp_path / "r")
+    assert found.card["tried"] == ["SingleStep"]
+    again = harden(trainable(), training(), fakes.data(), BOTH, run=tmp_path / "r", resume=True)
+    assert again.card["tried"] == ["SingleStep"] and again.weights == found.weights
+
+
 def test_a_suite_that_is_too_weak_is_no_objection(objecting):
     objecting[0]["checked"] = ("not-exhausted", 0.4)
     assert harden(trainable(), training(), fakes.data(), BOTH).card["tried"] == ["SingleStep"]
@@ -407,8 +505,16 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
     from holdfast.runs import candidates
     from holdfast.runs.pace import Pace
 
-    seconds = {"Standard": 1.0, "SingleStep": 3.0, "PGDTraining": 8.0}
-    monkeypatch.setattr(candidates, "pace", lambda recipe, *rest: Pace(0.1, seconds[type(recipe).__name__]))
+    seconds, timed = {"Standard": 1.0, "SingleStep": 3.0, "PGDTraining": 8.0}, []
+
+    def timing(recipe, *rest):
+        timed.append(type(recipe).__name__)
+        clock[0] += 10.0 if late else 0.0
+        return Pace(0.1, seconds[timed[-1]])
+
+    clock, late = [0.0], False
+    monkeypatch.setattr(candidates, "pace", timing)
+    monkeypatch.setattr(candidates.time, "perf_counter", lambda: clock[0])
     ladder = tuple(
         Candidate(type(one).__name__, one, {}, least)
         for one, least in ((Standard(), 1), (SingleStep(), 10), (RECIPE, 12))
@@ -417,14 +523,19 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
     def tried(budget_s):
         return [
             (attempt["recipe"], attempt["epochs"])
-            for attempt in attempts(ladder, budget_s, None, None, None, lambda: None)
+            for attempt in attempts(ladder, budget_s, None, None, None, lambda: None)[0]
         ]
 
     assert tried(200.0) == [("PGDTraining", 23)]
     assert tried(60.0) == [("SingleStep", 19), ("PGDTraining", 7)]
     assert tried(10.0) == [("Standard", 9), ("SingleStep", 3), ("PGDTraining", 1)]
+    assert tried(5.0) == [("Standard", 4), ("SingleStep", 1)]
+    timed.clear()
     with pytest.raises(UsageError, match="one epoch takes about 1 s .* --budget 2s"):
         tried(0.5)
+    assert timed == ["Standard"]  # what is stronger takes longer
+    late = True
+    assert tried(90.0) == [("SingleStep", 19), ("PGDTraining", 7)]  # thirty seconds of it are spent on timing
 
 
 def test_the_twin_takes_data_in_hand_and_keeps_a_tenth_aside():
@@ -448,6 +559,23 @@ def test_the_twin_takes_data_in_hand_and_keeps_a_tenth_aside():
     )
     assert found.after.metrics["robust_accuracy"].n == fakes.N
     assert "epoch 1 of 1" in str(found)
+
+
+def test_a_factory_of_the_twin_draws_the_weights_of_the_seed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = f"torch.nn.Linear({fakes.FEATURES}, {fakes.CLASSES}).double()"
+    Path("net.py").write_text(f"import torch\n\ndef make():\n    return {net}\n")
+    data = training(1_000)
+    one, other = (
+        holdfast.harden(
+            "net.py:make", (data.x, data.y), threat="linf:0.06", suite="quick", doubts=False, trust_code=True,
+            recipe={"use": "fgsm-rs", "training": {"epochs": 1}},
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    assert one.weights == other.weights
+    settings = one.card["settings"]["training"]
+    assert (settings["epochs"], settings["weight_decay"]) == (1, 0.1)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,12 @@ def test_a_kill_at_any_call_to_the_disk_changes_no_byte(tmp_path):
     assert killed(tmp_path, "calls", 1)["calls"] > 40
 
 
+@forks
+@pytest.mark.slow
+def test_a_hardening_that_is_killed_at_a_call_to_the_disk_comes_to_the_same_bytes(tmp_path):
+    assert killed(tmp_path, "hardening", 13)["calls"] > 100
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An uninterrupted run."""

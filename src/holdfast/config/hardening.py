@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,40 +36,46 @@ USUAL_BUDGET = "10min"
 _ASIDE = 10  # of data in hand, one in so many judges
 
 
-def opened(settings: HardenSettings) -> tuple[Subject, Batch, Data]:
-    """The model, the whole train split, and the examples to judge on.
-
-    Weights that a factory draws are those of the seed, so that a run can go on with them.
-    """
-    with drawing(Draws(settings.seed).at("model")):
+def opened(settings: HardenSettings) -> tuple[Subject, Batch, Data, Data]:
+    """The model, the whole train split, the examples to judge on, and all that those are taken from."""
+    with _weights_of(settings):
         subject = ordering.opened_subject(settings)
     model = subject.model
     training = _with_unlabelled(
         _opened_training(settings, model), settings.unlabelled, settings, model.bounds
     )
-    return subject, training, _opened_judged(settings, model)
+    judged = ordering.opened_data(_few(settings), model)
+    return subject, training, judged, ordering.opened_data(_all(settings), model)
 
 
-def brought_data(
+def brought_all(
+    model: brought.ModelLike,
     data: brought.DataLike,
     fit: brought.DataLike | None,
     unlabelled: brought.DataLike | None,
     settings: HardenSettings,
-    model: Classifier,
-) -> tuple[Batch, Data]:
-    """Training examples and those to judge on; of data in hand without `fit` a tenth, drawn by the seed, judges."""
-    in_hand = not isinstance(data, str | Path)
-    if fit is None and in_hand:
-        everything = settings.model_copy(update={"n": None, "sample": None})
-        training, judged = _parted(brought.data_of(data, everything, model), settings, model)
+) -> tuple[Subject, Batch, Data, Data]:
+    """The same of what is in hand; of data without `fit` a tenth, drawn by the seed, judges."""
+    with _weights_of(settings):
+        subject = brought.subject_of(model, settings)
+    own = subject.model
+    if fit is None and not isinstance(data, str | Path):
+        training, judged = _parted(brought.data_of(data, _all(settings), own), settings, own)
+        whole = judged
     else:
-        judged = brought.data_of(data, _few(settings), model) if in_hand else _opened_judged(settings, model)
+        judged = brought.data_of(data, _few(settings), own)
+        whole = brought.data_of(data, _all(settings), own)
         if fit is None or isinstance(fit, str | Path):
-            training = _opened_training(settings, model)
+            training = _opened_training(settings, own)
         else:
-            given = as_data(fit, classes=model.classes, bounds=model.bounds)
+            given = as_data(fit, classes=own.classes, bounds=own.bounds)
             training = given.read(0, len(given))
-    return _with_unlabelled(training, unlabelled, settings, model.bounds), judged
+    return subject, _with_unlabelled(training, unlabelled, settings, own.bounds), judged, whole
+
+
+def _weights_of(settings: HardenSettings) -> AbstractContextManager[None]:
+    """Within it a factory draws the weights of the seed, so that a run can go on with them."""
+    return drawing(Draws(settings.seed).at("model"))
 
 
 def _parted(data: Data, settings: HardenSettings, model: Classifier) -> tuple[Batch, Data]:
@@ -87,8 +94,8 @@ def _few(settings: HardenSettings) -> HardenSettings:
     return settings if settings.n or settings.sample else settings.model_copy(update={"n": JUDGED})
 
 
-def _opened_judged(settings: HardenSettings, model: Classifier) -> Data:
-    return ordering.opened_data(_few(settings), model)
+def _all(settings: HardenSettings) -> HardenSettings:
+    return settings.model_copy(update={"n": None, "sample": None})
 
 
 def _opened_training(settings: HardenSettings, model: Classifier) -> Batch:
@@ -148,10 +155,14 @@ def wish(
     surrogates: Sequence[Subject] = (),
     baseline: Evidence | None = None,
     training: Batch,
+    apart: Data,
     device: str | None = None,
     command: str = "",
 ) -> Wish:
-    """What the settings ask for; `recipe` is one in hand. Attacks that are learned learn on training examples."""
+    """What the settings ask for; `recipe` is one in hand, and `apart` what nothing is learned from.
+
+    Attacks that are learned learn on training examples.
+    """
     if settings.across:
         raise UsageError(
             "across is for assess: a hardening carries nothing to other data; leave --across out"
@@ -170,16 +181,31 @@ def wish(
     name = str(settings.recipe["use"]) if recipe is None else name_of(recipe)
     if recipe is not None:
         refuse_settings(recipe, type(recipe).__name__)
-    budget = settings.budget or (USUAL_BUDGET if name == AUTO and recipe is None else None)
     chosen = (
         candidates(settings.recipe, threat, subject.model, tuple(training.x.shape[1:]))
         if recipe is None
         else (Candidate(name, recipe, settings_of(recipe)),)
     )
-    budget_s = None if budget is None else seconds(budget, "budget")
-    learn = ordering.examples_to_fit(order.plan)
+    budget_s, learn = _budget_s(settings, recipe), ordering.examples_to_fit(order.plan)
     opens = _opens(settings, subject)
-    return Wish(name, chosen, threat, judge, budget_s, settings.seed, judge.device, command, learn, opens)
+    return Wish(
+        name, chosen, threat, judge, budget_s, settings.seed, judge.device, command, learn, apart, opens
+    )
+
+
+def _budget_s(settings: HardenSettings, recipe: Recipe | None) -> float | None:
+    """Seconds; `UsageError` where epochs are asked for beside a budget, which says how many there are."""
+    auto = recipe is None and settings.recipe["use"] == AUTO
+    budget = settings.budget or (USUAL_BUDGET if auto else None)
+    if budget is None:
+        return None
+    epochs = settings.recipe.get("training", {}).get("epochs") if recipe is None else None
+    if epochs is not None:
+        raise UsageError(
+            f"recipe.training.epochs is {epochs}, and the budget {'of recipe auto ' if auto else ''}is {budget}, which "
+            f"sets them; give one of both{', and with epochs a recipe, as in --recipe pgd' if auto else ''}"
+        )
+    return seconds(budget, "budget")
 
 
 def _opens(settings: HardenSettings, subject: Subject) -> str:

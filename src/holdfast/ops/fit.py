@@ -103,6 +103,11 @@ class Training:
     compiled: bool = False
     """whether torch compiles the network: minutes at first, quicker updates then; not for a loss that holds a slope"""
 
+    @property
+    def decay(self) -> float:
+        """The weight decay, where the optimiser decides it, too."""
+        return _DECAYS[self.optimizer] if self.weight_decay is None else self.weight_decay
+
 
 _DECAYS = {"adamw": 0.1, "sgd": 5e-4}  # at their usual rates and momentum nearly the same share of a weight
 _ENDS = "ends"  # state of swa: of how many epochs the average holds the ends
@@ -329,10 +334,11 @@ def drawing(rng: Draws, device: torch.device | None = None) -> Iterator[None]:
 
 
 def _optimizer(learned: list[nn.Parameter], how: Training) -> torch.optim.Optimizer:
-    decay = _DECAYS[how.optimizer] if how.weight_decay is None else how.weight_decay
     if how.optimizer == "sgd":
-        return torch.optim.SGD(learned, how.lr, how.momentum, weight_decay=decay, nesterov=how.momentum > 0)
-    return torch.optim.AdamW(learned, how.lr, weight_decay=decay)
+        return torch.optim.SGD(
+            learned, how.lr, how.momentum, weight_decay=how.decay, nesterov=how.momentum > 0
+        )
+    return torch.optim.AdamW(learned, how.lr, weight_decay=how.decay)
 
 
 def _refuse_lost(losses: Tensor, epoch: int, lr: float) -> None:

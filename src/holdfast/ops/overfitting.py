@@ -16,11 +16,12 @@ from holdfast.ops.together import told
 
 RAISED = "raised"
 """Name of the state that counts how often the guard has asked for more steps."""
+MOST_RAISED = 3
+"""How often it may ask for more; whether that was enough is for others to judge."""
 HELD = 128
 """Training examples that it looks at, and that nothing is trained on."""
 _STEPS = 10
 _APART = 0.25  # of the examples: between one step and ten lie 5 to 10 points on networks that hold, and 50 on others
-_MOST = 3
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class OverfittingGuard:
     def holds(self) -> bool:
         """Whether ten steps break little more than one; if not, more steps are asked for from here on."""
         raised = self.learner.state[RAISED]
-        if int(raised) >= _MOST or told(self._right(1) - self._right(_STEPS) <= _APART):
+        if int(raised) >= MOST_RAISED or told(self._right(1) - self._right(_STEPS) <= _APART):
             return True
         raised.add_(1)
         return False

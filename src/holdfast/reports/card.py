@@ -60,6 +60,8 @@ def document(card: Mapping[str, Any]) -> str:
     passes = (
         f"; each example went {plain(cost['forwards'])} times through the network" if cost["forwards"] else ""
     )
+    if cost["planning_s"]:
+        seconds += f", beside {plain(cost['planning_s'])} s for the plan,"
     lines += [f"Training took {seconds} on {escaped(card['hardware'])}, seed {card['seed']}{passes}.", ""]
     lines += ["Settings:", "", *(f"    {line}" for line in _settings(card["settings"]))]
     return "\n".join(lines) + "\n"

@@ -37,12 +37,14 @@ def assess(
     resume: bool = False,
     progress: Progress = silent,
     opening: Opening | None = None,
+    again: str = "",
 ) -> Result:
     """Measure how robust a model is, and judge it.
 
     With `run` everything is kept in that folder, and a run that was killed there goes on by `resume`; a finished one is
-    told again. Workers open model and data by `opening`; without it they are handed the two given here. Raises
-    `UsageError`, `TargetError`, or `Interrupted` with the way to go on.
+    told again. `again` says how to go on with a run that this one is a part of. Workers open model and data by
+    `opening`; without it they are handed the two given here. Raises `UsageError`, `TargetError`, or `Interrupted` with
+    the way to go on.
     """
     refuse_data(data)
     device = torch.device(order.device)
@@ -65,9 +67,9 @@ def assess(
                 manifest = made.manifest(None)
                 with opened(Path(place), manifest, made.about(), resume=False) as folder:
                     return made.result(manifest, Stopper(), folder, lasting=False)
-        with stoppable(way_out(order.command, run)) as stopper:
+        again = again or way_out(order.command, run)
+        with stoppable(again) as stopper:
             manifest = made.manifest(planned(run))
-            again = way_out(order.command, run)
             with opened(run, manifest, made.about(), resume=resume) as folder, resumable(again):
                 return made.result(folder.manifest, stopper, folder)
 

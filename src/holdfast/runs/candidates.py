@@ -33,47 +33,45 @@ def attempts(
     data: Batch,
     threat: ThreatModel,
     looks: Callable[[], object],
-) -> list[dict[str, Any]]:
-    """What is trained, in the order in which it is tried, with the epochs that fit and why it was chosen.
+) -> tuple[list[dict[str, Any]], float]:
+    """What is trained, in the order in which it is tried, and the seconds that it took to say so.
 
     `candidates` go from the quickest to the strongest. The first attempt is the strongest that has its epochs within
-    the budget; those after it are stronger, for the case that doubts object. `looks` is one look at held-out examples.
+    what is left of the budget; those after it are stronger, and fit, for the case that doubts object. `looks` is one
+    look at held-out examples.
     """
     if budget_s is None:
-        return [
+        asked = [
             {"recipe": one.name, "epochs": one.recipe.training.epochs, "why": "asked for"}
             for one in candidates
         ]
+        return asked, 0.0
     begun = time.perf_counter()
     looks()
     look_s = told(time.perf_counter() - begun)
-    paces = [pace(one.recipe, model, data, threat, budget_s, look_s) for one in candidates]
+    paces: list[Pace] = []
+    for one in candidates:
+        paces.append(pace(one.recipe, model, data, threat, budget_s, look_s))
+        if fitting(budget_s, paces[-1]) < 1:
+            break  # what is stronger takes longer yet
+    spent_s = told(time.perf_counter() - begun)
+    fit = [fitting(budget_s - spent_s, found) for found in paces]
+    if fit[0] < 1:
+        raise UsageError(too_small(budget_s, paces[0], spent_s))
     if len(candidates) == 1:
-        return [_attempt(candidates[0], paces[0], _within(budget_s, paces[0]), "asked for")]
-    fit = [fitting(budget_s, found) for found in paces]
-    able = [k for k, one in enumerate(candidates) if fit[k] >= one.least]
-    first = max(able, default=0)
-    _within(budget_s, paces[first])
-    stronger = [
-        f"{one.name} would have {fit[k]} and wants {one.least}"
-        for k, one in enumerate(candidates)
-        if k > first
-    ]
-    why = (
-        f"the strongest that has its epochs within the budget: {'; '.join([f'{fit[first]} fit', *stronger])}"
-    )
+        return [_attempt(candidates[0], paces[0], fit[0], "asked for")], spent_s
+    known = list(zip(candidates, fit, strict=False))
+    first = max((k for k, (one, epochs) in enumerate(known) if epochs >= one.least), default=0)
+    stronger = [f"{one.name} would have {epochs} and wants {one.least}" for one, epochs in known[first + 1 :]]
+    told_of = "; ".join([f"{fit[first]} fit", *stronger])
+    why = f"the strongest that has its epochs within the budget: {told_of}"
     tried = [_attempt(candidates[first], paces[first], fit[first], why)]
-    return tried + [
-        _attempt(candidates[k], paces[k], max(fit[k], 1), "doubts object to the one before")
-        for k in range(first + 1, len(candidates))
+    tried += [
+        _attempt(one, found, epochs, "doubts object to the one before")
+        for (one, epochs), found in zip(known[first + 1 :], paces[first + 1 :], strict=True)
+        if epochs
     ]
-
-
-def _within(budget_s: float, found: Pace) -> int:
-    epochs = fitting(budget_s, found)
-    if epochs < 1:
-        raise UsageError(too_small(budget_s, found))
-    return epochs
+    return tried, spent_s
 
 
 def _attempt(candidate: Candidate, found: Pace, epochs: int, why: str) -> dict[str, Any]:
@@ -93,6 +91,6 @@ def announced(attempt: Mapping[str, Any], budget_s: float | None, n: int) -> str
     )
     epochs = "1 epoch" if attempt["epochs"] == 1 else f"{attempt['epochs']} epochs"
     return (
-        f"training by {attempt['recipe']} ({attempt['why']}): {epochs}{of}; judging {n:,} test examples before and "
-        f"after comes on top"
+        f"training by {attempt['recipe']} ({attempt['why']}): {epochs}{of}; judging the new model on {n:,} test "
+        f"examples comes on top"
     )

@@ -51,6 +51,8 @@ class Trainer:
     held: Batch
     threat: ThreatModel
     seed: int
+    machine: str
+    """what it is trained on, in one line"""
 
     def begun(self, recipe: Recipe, after: Checkpoint | None) -> Iterator[Checkpoint]:
         """The checkpoints of a recipe; nothing is trained before the first is asked for."""
@@ -98,9 +100,10 @@ class Trainer:
             checkpoint.put_into(shown)
             clean, robust = looked_at(shown, self.held, self.threat)
             now = time.process_time(), time.perf_counter()
-            spent = {"cpu_s": now[0] - cpu, "wall_s": now[1] - wall}
-            measured = dict(checkpoint.measured)
-            point = Point(checkpoint.epoch, **measured, batch=how.batch, clean=clean, robust=robust, **spent)
+            point = Point(
+                checkpoint.epoch, **dict(checkpoint.measured), batch=how.batch, clean=clean, robust=robust,
+                cpu_s=now[0] - cpu, wall_s=now[1] - wall, hardware=self.machine,
+            )  # fmt: skip
             cpu, wall = now
             curve = (*curve, point)
             with stopper.finishing():

@@ -12,6 +12,7 @@ import torch
 from holdfast.core.chain import canonical, digest
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.model import Classifier
+from holdfast.ops.overfitting import MOST_RAISED
 from holdfast.ops.statistics import proportion
 from holdfast.reports.card import document as as_markdown
 from holdfast.reports.card import judged
@@ -127,7 +128,6 @@ def card_of(
     said: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The card of the best of the models that were made; `said` is what it tells of the wish."""
-    curves = [point for each in made for point in each.curve]
     tried = [each.candidate.name for each in made]
     found: dict[str, Any] = strict(
         {
@@ -136,7 +136,7 @@ def card_of(
             "recipe": best.candidate.name,
             "why": best.attempt["why"],
             "epochs": best.epochs,
-            "settings": best.candidate.settings,
+            "settings": _as_trained(best),
             "plan": manifest["plan"],
             "tried": tried,
             "before": judged(sides[0].summary()),
@@ -149,17 +149,29 @@ def card_of(
                 *(note for each in made for note in _noted(each)),
                 *_followed(tried, best),
             ],
-            "cost": {
-                name: sum(getattr(point, name) for point in curves)
-                for name in ("forwards", "cpu_s", "wall_s")
-            },
+            "cost": _cost(made, manifest["plan"]),
             "model": dict(best.subject.card),
             "data": manifest["data"],
             "versions": manifest["versions"],
-            "hardware": manifest["hardware"],
+            "hardware": ", then ".join(dict.fromkeys(point.hardware for point in best.curve)),
         }
     )
     return found
+
+
+def _cost(made: Sequence[Made], plan: Mapping[str, Any]) -> dict[str, float]:
+    """Of all trainings, and the time that their plan took."""
+    points = [point for each in made for point in each.curve]
+    spent = {name: sum(getattr(point, name) for point in points) for name in ("forwards", "cpu_s", "wall_s")}
+    return {**spent, "planning_s": plan["planning_s"]}
+
+
+def _as_trained(made: Made) -> dict[str, Any]:
+    """The settings of its recipe with what the plan and the defaults have decided of them."""
+    how = made.candidate.recipe.training
+    decided = {"epochs": made.attempt["epochs"], "weight_decay": how.decay}
+    settings = made.candidate.settings
+    return {**settings, "training": {**settings.get("training", {}), **decided}}
 
 
 def _looked(chosen: Point, n: int, before: tuple[float, float]) -> dict[str, Any]:
@@ -190,13 +202,13 @@ def _noted(made: Made) -> list[str]:
     notes = _shrunk(made.curve, made.candidate)
     if made.raised:
         times = "once" if made.raised == 1 else f"{made.raised} times"
+        most = ", which is as often as it may" if made.raised == MOST_RAISED else ""
         planned = made.attempt["epochs"]
         fewer = (
             f"; {made.epochs} of {planned} epochs were left of the budget" if made.epochs < planned else ""
         )
-        notes += [
-            f"{made.candidate.name}: a single step was overfitted to, so the guard asked for another one {times}{fewer}"
-        ]
+        said = f"a single step was overfitted to, so the guard asked for another one {times}{most}{fewer}"
+        notes.append(f"{made.candidate.name}: {said}")
     return notes
 
 

@@ -39,7 +39,15 @@ from holdfast.runs.hardened import (
     opened_by,
     timeless,
 )
-from holdfast.runs.held_out import digest_of, harmless, looked_at, refuse_classes, split_of, without_judged
+from holdfast.runs.held_out import (
+    digest_of,
+    harmless,
+    looked_at,
+    refuse_classes,
+    split_of,
+    without_held,
+    without_judged,
+)
 from holdfast.runs.identity import code_digest, hardware, versions
 from holdfast.runs.order import Order, Progress, Subject, silent
 from holdfast.runs.pace import as_it_says, left, smaller
@@ -47,7 +55,7 @@ from holdfast.runs.preparing import readied
 from holdfast.runs.repeating import lent, repeatable, way_out
 from holdfast.runs.result import Result
 from holdfast.runs.signals import Stopper, stoppable
-from holdfast.runs.trainable import copy_of, refuse_untrainable, threats_of
+from holdfast.runs.trainable import copy_of, refuse_untrainable, stays, threats_of
 from holdfast.runs.training import BEST, LAST, Point
 from holdfast.sources.memory import as_data
 from holdfast.sources.weights import written
@@ -73,6 +81,8 @@ class Wish:
     command: str = ""
     examples: int = 0
     """training examples that attacks of the judge are learned on, where some are"""
+    apart: Data | None = None
+    """what nothing is learned from: all that the judged examples are taken from; None for those alone"""
     opens: str = ""
     """flags that the new model is opened with, beside its file and the data"""
 
@@ -99,7 +109,6 @@ def harden(
     told: Told = unheard,
 ) -> Hardened:
     """Train a copy of the model that holds under the threat, in a folder that a stopped run goes on in.
-
     Without `run` nothing is kept but what is returned; what is stopped stays where its error says. Under torchrun its
     processes train together, the first of them judges and writes, and all return the same. Raises `UsageError`,
     `TargetError`, or `Interrupted` with the way to go on.
@@ -113,7 +122,7 @@ def harden(
         refuse_classes(data, target.classes)
         for threat in threats_of(wish.threat, [one.recipe for one in wish.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
-    fresh, said = without_judged(data, test)
+    fresh, said = without_judged(data, wish.apart or test)
     with ExitStack() as stack:
         stack.enter_context(together.joined(torch.device(wish.device)))
         place = stack.enter_context(lent()) if run is None else run
@@ -140,24 +149,28 @@ class _Job:
         said: str,
     ) -> None:
         device = together.own(torch.device(wish.device))
-        self.rest, self.held = (part.to(device) for part in split_of(data, wish.seed))
+        rest, held = split_of(data, wish.seed)
+        rest, twice = without_held(rest, held)
+        self.rest, self.held = rest.to(device), held.to(device)
         around = tuple(
             deepcopy(model).to(device).eval().requires_grad_(False) if isinstance(model, nn.Module) else model
             for model in wish.threat.surrogates
         )
         wish = replace(wish, threat=replace(wish.threat, surrogates=around))
         self.subject, self.test, self.wish, self.run = subject, test, wish, run
+        self.again = way_out(wish.command, run)
         self.progress, self.told = progress, told
         self.model = copy_of(subject.model).to(device)
         digests = [test.digest, digest_of(data)]
         self._as_the_first(digests)
-        self.trainer = Trainer(self.model, self.rest, self.held, wish.threat, wish.seed)
+        machine = hardware(device, together.processes())
+        self.trainer = Trainer(self.model, self.rest, self.held, wish.threat, wish.seed, machine)
         for one in wish.candidates:  # what it cannot learn from is refused here; nothing is trained yet
             self.trainer.begun(one.recipe, None)
-        self.notes = [said] if said else []
+        self.notes = [note for note in (said, twice, stays(self.model)) if note]
         known = together.told(planned(run))
         self.plan = together.told(known["plan"] if known else self._planned())
-        self.manifest = _manifest(subject, digests, test, wish, self.plan, device)
+        self.manifest = _manifest(subject, digests, test, wish, self.plan, machine)
         self.judge = replace(wish.judge, device=str(device), fit=self._to_learn_on())
 
     def _as_the_first(self, digests: list[str]) -> None:
@@ -181,7 +194,10 @@ class _Job:
 
     def _planned(self) -> dict[str, Any]:
         wish = self.wish
-        tried = attempts(
+        if wish.budget_s is not None:
+            names = ", ".join(one.name for one in wish.candidates)
+            self.told(f"timing updates of {names} on this machine, for a budget of {wish.budget_s:g} s")
+        tried, spent_s = attempts(
             wish.candidates,
             wish.budget_s,
             self.model,
@@ -189,13 +205,12 @@ class _Job:
             wish.threat,
             lambda: looked_at(self.model, as_it_says(self.model, self.held), harmless(wish.threat)),
         )
-        return {"attempts": tried, "budget_s": wish.budget_s, "stages": STAGES}
+        return {"attempts": tried, "budget_s": wish.budget_s, "planning_s": spent_s, "stages": STAGES}
 
     def done(self, *, resume: bool) -> Hardened:
         """All that is not done yet, and the new model."""
-        again = way_out(self.wish.command, self.run)
         with (
-            stoppable(again) as stopper,
+            stoppable(self.again) as stopper,
             opened(self.run, self.manifest, _about(self.wish), resume=resume) as folder,
         ):
             before = self._judged(self.subject, self.test, "before", replace(self.judge, gates=()))
@@ -206,7 +221,7 @@ class _Job:
             net = best.subject.model.net
             assert isinstance(net, nn.Module)  # anything else was refused
             weights = written(net, described(self.subject, self.manifest))
-            card = card_of(made, best, (before, after), self.manifest, self._said(looked))
+            card = card_of(made, best, (before, after), folder.manifest, self._said(looked))
             found = Hardened(best.subject.model, before, after, best.curve, card, weights, self.run)
             with stopper.finishing():
                 _keep(folder, found)
@@ -255,7 +270,7 @@ class _Job:
             found = self._judged(made[-1].subject, examples, _numbered("checked", k), judge)
             folder.record(_numbered("checked", k), _head(found))
             raised = {doubt.name for doubt in found.doubts if doubt.state == "raised"}
-            fair = not raised - {_NO_OBJECTION, *self.judge.accepted}
+            fair = not raised - {_NO_OBJECTION, *found.accepted_doubts}
             heights.append((fair, found.metrics["robust_accuracy"].value))
             if fair:
                 break
@@ -292,19 +307,22 @@ class _Job:
         return replace(self.subject, model=new.eval(), digest=digest_of_weights(checkpoint), card=card)
 
     def _judged(self, subject: Subject, data: Data, place: str, judge: Order) -> Result:
-        return assess(subject, data, judge, run=self.run / place, resume=True, progress=self.progress)
+        return assess(
+            subject, data, judge, run=self.run / place, resume=True, progress=self.progress, again=self.again
+        )
 
     def _trained(
         self, place: Path, candidate: Candidate, whole: Whole, stopper: Stopper
     ) -> tuple[Point, ...]:
         """The curve over all epochs; the checkpoints of the last and of the best are in their files."""
-        last = training.kept(place, LAST)
-        batch = candidate.recipe.training.batch if last is None else last.curve[-1].batch
+        batch = training.kept_batch(place) or candidate.recipe.training.batch
         while True:
             try:
                 return self.trainer.course(place, candidate, whole, batch, stopper, self.progress)
             except (RuntimeError, MemoryError) as error:
                 batch = smaller(batch, error)
+                with stopper.finishing():
+                    training.keep_batch(place, batch)
             except LostLoss as error:
                 raise LostLoss(f"{error}; {self._rescued(place, candidate)}") from error
 
@@ -345,9 +363,9 @@ def _manifest(
     test: Data,
     wish: Wish,
     plan: Mapping[str, Any],
-    device: torch.device,
+    machine: str,
 ) -> dict[str, Any]:
-    constraint, many = wish.threat.constraint, together.processes()
+    constraint = wish.threat.constraint
     config = strict(
         {
             "recipe": wish.name,
@@ -370,7 +388,7 @@ def _manifest(
         "model": strict(dict(subject.card)),
         "data": {"name": test.name, "n": len(test)},
         "versions": versions(),
-        "hardware": hardware(device) + (f"; {many} processes" if many > 1 else ""),
+        "hardware": machine,
         "seed": wish.seed,
         "plan": dict(plan),
     }

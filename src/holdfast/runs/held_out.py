@@ -1,6 +1,7 @@
 """What a training must not learn from: examples that choose its checkpoint, and those that judge it."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -60,7 +61,7 @@ def harmless(threat: ThreatModel) -> ThreatModel:
 
 
 def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
-    """The training examples that are not judged as well, and what is to be said of those that are.
+    """The training examples that are no test examples, and what is to be said of those that are.
 
     Only inputs that are equal to the last bit are found.
     """
@@ -68,19 +69,34 @@ def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
     for begin in range(0, len(test), 1_000):
         some = test.read(begin, min(begin + 1_000, len(test)))
         judged |= dict(zip(_names(some), some.ids.tolist(), strict=True))
-    names = _names(data)
-    fresh = torch.tensor([name not in judged for name in names])
-    twice = [
-        (row, judged[name]) for row, name in zip(data.ids.tolist(), names, strict=True) if name in judged
-    ]
+    fresh, twice = _apart(data, judged)
     if not twice:
         return data, ""
     named = ", ".join(f"{row} is test example {other}" for row, other in twice[:_NAMED])
     more = f" and {len(twice) - _NAMED:,} more" if len(twice) > _NAMED else ""
-    said = f"{len(twice):,} of {len(data):,} training examples are judged as well: training example {named}{more}"
-    if len(twice) == len(data):
+    said = f"{len(twice):,} of {len(data):,} training examples are test examples, too: training example {named}{more}"
+    if not len(fresh):
         raise UsageError(f"{said}; judge on other examples, or name others to train on with --fit DATA")
-    return data.take(fresh), f"{said}; they are left out of the training"
+    return fresh, f"{said}; they are left out of the training"
+
+
+def without_held(rest: Batch, held: Batch) -> tuple[Batch, str]:
+    """The training examples that equal none which chooses the checkpoint, and what is to be said of those that do."""
+    fresh, twice = _apart(rest, dict(zip(_names(held), held.ids.tolist(), strict=True)))
+    if not twice:
+        return rest, ""
+    said = f"{len(twice):,} training examples equal one of the {len(held):,} that choose the checkpoint"
+    if not len(fresh):
+        raise UsageError(f"all {said}, so that none is left to train on; name others with --fit DATA")
+    return fresh, f"{said}; they are left out of the training"
+
+
+def _apart(data: Batch, others: Mapping[bytes, int]) -> tuple[Batch, list[tuple[int, int]]]:
+    """The examples whose inputs are none of `others`, and the ids of those that are, each with its twin's."""
+    names = _names(data)
+    fresh = torch.tensor([name not in others for name in names], device=data.x.device)
+    rows = zip(data.ids.tolist(), names, strict=True)
+    return data.take(fresh), [(row, others[name]) for row, name in rows if name in others]
 
 
 def _names(data: Batch) -> list[bytes]:

@@ -11,7 +11,7 @@ import torch
 
 import holdfast
 
-_DECIDING = ("core", "ops", "attacks", "sources", "suites.py", "doubts", "harness", "runs")
+_DECIDING = ("core", "ops", "attacks", "sources", "suites.py", "doubts", "harness", "recipes", "runs")
 """Floors whose code decides what is measured; a better report does not stop a run from being resumed."""
 
 
@@ -38,10 +38,11 @@ def versions() -> dict[str, str]:
     }
 
 
-def hardware(device: torch.device) -> str:
-    """The machine in one line, without its name."""
+def hardware(device: torch.device, processes: int = 1) -> str:
+    """The machine in one line, without its name, and on how many processes."""
     threads = torch.get_num_threads()
     cores = f"{os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, {platform.machine()}"
+    many = f"; {processes} processes" if processes > 1 else ""
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}; {cores}"
-    return f"{cores}, no accelerator" if device.type == "cpu" else f"{device.type}; {cores}"
+        return f"{torch.cuda.get_device_name(device)}; {cores}{many}"
+    return f"{cores}, no accelerator{many}" if device.type == "cpu" else f"{device.type}; {cores}{many}"

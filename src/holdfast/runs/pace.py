@@ -139,7 +139,7 @@ def _kept_s(checkpoint: Checkpoint) -> float:
 
 def fitting(budget_s: float, found: Pace) -> int:
     """Epochs that fit into a budget; 0 where not even one does."""
-    return int(_SPARE * budget_s / found.epoch)
+    return max(int(_SPARE * budget_s / found.epoch), 0)
 
 
 def left(epochs: int, curve: Sequence[Point]) -> int:
@@ -152,9 +152,9 @@ def left(epochs: int, curve: Sequence[Point]) -> int:
     return epochs
 
 
-def too_small(budget_s: float, found: Pace) -> str:
-    """Why no epoch fits, and what would do."""
-    least = math.ceil(found.epoch / _SPARE)
+def too_small(budget_s: float, found: Pace, spent_s: float) -> str:
+    """Why no epoch fits beside the seconds that were spent on finding out, and what would do."""
+    least = math.ceil(found.epoch / _SPARE + spent_s)
     asked = f"{least}s" if least < 120 else f"{math.ceil(least / 60)}min"
     return (
         f"a budget of {budget_s:g} s is too small: one epoch takes about {found.epoch:.0f} s on this machine; give "

@@ -12,6 +12,8 @@ from holdfast.core.threat import ThreatModel
 from holdfast.recipes import MultiNormTraining
 from holdfast.recipes.protocol import Recipe
 
+_NAMED = 3  # frozen parameters that are named
+
 
 def refuse_untrainable(model: Classifier) -> None:
     """`TargetError` for what is no network or gives no gradients, `UsageError` where all its parameters are frozen."""
@@ -21,11 +23,23 @@ def refuse_untrainable(model: Classifier) -> None:
         raise TargetError(
             f"the model gives {model.access} and no gradients, so it cannot be trained; {model.hides}"
         )
-    frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    frozen = _frozen(model)
     if len(frozen) == sum(1 for _ in model.parameters()):
         raise UsageError(
             f"all {len(frozen)} parameters are frozen; set requires_grad where the factory builds it"
         )
+
+
+def stays(model: Classifier) -> str:
+    """What is to be said of parameters that are frozen, beside others that are not."""
+    frozen = _frozen(model)
+    named = ", ".join(frozen[:_NAMED]) + (", …" if len(frozen) > _NAMED else "")
+    whole = sum(1 for _ in model.parameters())
+    return f"{len(frozen)} of {whole} parameters are frozen and stay what they are: {named}" if frozen else ""
+
+
+def _frozen(model: Classifier) -> list[str]:
+    return [name for name, weight in model.named_parameters() if not weight.requires_grad]
 
 
 def copy_of(model: Classifier) -> Classifier:

@@ -12,8 +12,10 @@ import safetensors.torch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.errors import TargetError
 from holdfast.store.files import usable, write_atomically
+from holdfast.store.records import document
 
 LAST, BEST = "last.safetensors", "best.safetensors"
+_BATCH = "batch.json"  # there once memory has run out
 _KEY = "holdfast"
 
 
@@ -40,6 +42,8 @@ class Point:
     """of an example through the network that is trained; 0 where the recipe does not count them"""
     dearer: float = 1.0
     """passes of an update at its end, in multiples of those of the first one"""
+    hardware: str = ""
+    """what it was trained on, in one line"""
 
     def to_json(self) -> dict[str, Any]:
         """As it is written down."""
@@ -66,6 +70,19 @@ def keep(folder: Path, name: str, checkpoint: Checkpoint, curve: tuple[Point, ..
     with usable(folder):
         folder.mkdir(exist_ok=True)
         write_atomically(folder / name, safetensors.torch.save(dict(checkpoint.tensors), metadata))
+
+
+def keep_batch(folder: Path, batch: int) -> None:
+    """Write down how many examples an update has from here on."""
+    with usable(folder):
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / _BATCH, document({"batch": batch}))
+
+
+def kept_batch(folder: Path) -> int | None:
+    """What `keep_batch` wrote last; None where memory has never run out."""
+    path = folder / _BATCH
+    return int(json.loads(path.read_text())["batch"]) if path.is_file() else None
 
 
 def kept(folder: Path, name: str) -> Kept | None:
