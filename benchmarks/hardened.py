@@ -1,6 +1,7 @@
 """Models that `holdfast.harden` makes for a row, each in a run of its own in the cache, which goes on."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,10 @@ from torch import Tensor, nn
 
 import holdfast
 from benchmarks.absent import Absent
-from benchmarks.networks import CACHE, folder
-from benchmarks.parts import part
+from benchmarks.networks import folder
+from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells
 
-FOLDER = CACHE / "hardened"
 N = 1_000
 Examples = tuple[Tensor, Tensor]
 
@@ -38,7 +38,7 @@ def made(
         try:
             found = holdfast.harden(
                 model, known, threat, recipe, budget=budget, suite=suite, n=n, seed=seed, device=device,
-                run=FOLDER / row / name, resume=True, **more,
+                run=RUNS / row / name, resume=True, **more,
             )  # fmt: skip
         finally:
             torch.set_num_threads(1)
@@ -51,13 +51,18 @@ def made(
 
 def shares(card: Cells) -> Cells:
     """Clean and robust accuracy of a card in %, each with its interval."""
+    metrics = card["after"]["metrics"]
+    return {
+        "clean, %": interval(metrics["clean_accuracy"]),
+        "robust, %": interval(metrics["robust_accuracy"]),
+        "n": card["after"]["n"],
+    }
 
-    def said(name: str) -> str:
-        found = card["after"]["metrics"][name]
-        value, low, high = (100 * found[key] for key in ("value", "low", "high"))
-        return f"{value:.1f} ({low:.1f}–{high:.1f})"
 
-    return {"clean, %": said("clean_accuracy"), "robust, %": said("robust_accuracy"), "n": card["after"]["n"]}
+def interval(share: Mapping[str, float]) -> str:
+    """A share in %, with its interval."""
+    value, low, high = (100 * share[key] for key in ("value", "low", "high"))
+    return f"{value:.1f} ({low:.1f}–{high:.1f})"
 
 
 def percent(card: Cells, name: str) -> float:
@@ -66,8 +71,9 @@ def percent(card: Cells, name: str) -> float:
 
 
 def spent(card: Cells) -> Cells:
-    """What the training took."""
+    """What the training took, and before it the plan."""
     cost = card["cost"]
     return {
-        "epochs": card["epochs"], "passes": cost["forwards"], "wall s": cost["wall_s"], "CPU s": cost["cpu_s"]
+        "epochs": card["epochs"], "passes": cost["forwards"], "wall s": cost["wall_s"],
+        "planning s": cost["planning_s"], "CPU s": cost["cpu_s"],
     }  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import peers
 from benchmarks.networks import CACHE
 
-FOLDER = CACHE / "parts"
+FOLDER, RUNS = CACHE / "parts", CACHE / "hardened"
 
 
 def part(row: str, name: str, measure: Callable[[], Any]) -> dict[str, Any]:
@@ -34,5 +34,6 @@ def part(row: str, name: str, measure: Callable[[], Any]) -> dict[str, Any]:
 
 
 def forget(row: str) -> None:
-    """Drop the parts of a row."""
-    shutil.rmtree(FOLDER / row, ignore_errors=True)
+    """Drop the parts of a row, and the runs that they came from."""
+    for place in (FOLDER, RUNS):
+        shutil.rmtree(place / row, ignore_errors=True)

@@ -24,11 +24,12 @@ def measured() -> Outcome:
     return Outcome(table, claims, {**CONFIG, "suite": "fast", "seed": 0, "threads": THREADS}, detail)
 
 
-def hardened(row: str, name: str, suite: str, seed: int) -> Cells:
-    """The card of the bundled network, hardened for three minutes by a recipe as it comes."""
+def hardened(row: str, name: str, suite: str, seed: int, **place: str) -> Cells:
+    """The card of the bundled network, hardened by a recipe as it comes; `place` is another threat or budget."""
+    config = {**CONFIG, **place}
     return made(
-        row, f"{name} seed {seed}", recipe={"use": name, **MORE.get(name, {})}, suite=suite, seed=seed,
-        threads=THREADS, surrogates=SURROGATES.get(name, ()), **CONFIG,
+        row, ", ".join((f"{name} seed {seed}", *place.values())), recipe={"use": name, **MORE.get(name, {})},
+        suite=suite, seed=seed, threads=THREADS, surrogates=SURROGATES.get(name, ()), **config,
     )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import holdfast
-from benchmarks.hardened import FOLDER, dataset, made, percent
-from benchmarks.parts import part
+from benchmarks.hardened import dataset, made, percent
+from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.sources.architectures import ARCHITECTURES
 
@@ -73,7 +73,7 @@ def _made(recipe: str, seed: int) -> Cells:
 
 def _norms(recipe: str, seed: int) -> Cells:
     """The median of the smallest changes that were found."""
-    weights = FOLDER / ROW / f"{recipe} seed {seed}" / "model.safetensors"
+    weights = RUNS / ROW / f"{recipe} seed {seed}" / "model.safetensors"
 
     def median(norm: str) -> float:
         found = holdfast.assess(
