@@ -255,6 +255,19 @@ def test_score_forgives_a_distance_and_squares_the_rest():
     assert found.item() == pytest.approx(exact.item())
 
 
+def test_ikl_weighs_gaps_by_class_means_at_a_temperature():
+    net, some = linear(-2.0), data()
+    near, even = some.x + NEAR, torch.full((2, 2), 0.5, dtype=torch.float64)
+    held = replace(learner(net, EPS), state={"means": even, "seen": even.clone()})
+    found, _ = IKL(alpha=3.0, beta=5.0, temperature=4.0, keep=0.9).loss(held, some, near)
+    gaps = 0.25 * 2 * 0.5**2 * (NEAR @ W) ** 2  # two pairs of classes, each of the weight of both
+    soft = F.cross_entropy(net(near), net(some.x).softmax(1))
+    exact = F.cross_entropy(net(some.x), some.y) + 5 * gaps + 3 * soft
+    assert found.item() == pytest.approx(exact.item())
+    own = 0.9 * 0.5 + 0.1 * (net(some.x) / 4).softmax(1).mean(0)  # no example is of the other class
+    torch.testing.assert_close(held.state["seen"], torch.stack((own, even[1])))
+
+
 def test_hat_asks_its_helper_at_the_attack_what_is_right_beyond_it():
     net, helper, some = linear(-2.0), linear(0.5), data()
     near = some.x + NEAR
