@@ -78,6 +78,26 @@ class Learner:
             clean = self.frozen(batch.x)
         return self.worst(batch, rng, steps=steps, reach=reach, loss=lambda z, _: distance(z, clean))
 
+    def again(self) -> Callable[[Inputs], Logits]:
+        """One more pass of what the next pass of `net` is, so that their difference is that of their inputs alone.
+
+        It draws what that pass draws, as dropout does, and begins with its buffers; what it gathers in them, as batch
+        norm does, is dropped. To be asked for before that pass, once for each pair. Cost: a copy of the buffers.
+        """
+        device = next(self.net.parameters()).device
+        buffers = {name: value.clone() for name, value in self.net.named_buffers()}
+        drawn = torch.get_rng_state()
+        drawn_there = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+        def passed(x: Inputs) -> Logits:
+            torch.set_rng_state(drawn)
+            if drawn_there is not None:
+                torch.cuda.set_rng_state(drawn_there, device)
+            logits: Logits = torch.func.functional_call(self.net, buffers, (x,))
+            return logits
+
+        return passed
+
 
 InnerOf = Callable[[Learner, Batch, Turn], Inputs]
 """The inputs that a batch is trained on."""

@@ -68,11 +68,11 @@ class LLR:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy, the distance from its tangent at the end of the path, and the tangent's height there."""
-        x = batch.x.detach().requires_grad_()
+        x, again = batch.x.detach().requires_grad_(), learner.again()
         logits = learner.net(x)
         each = F.cross_entropy(logits, batch.y, reduction="none")
         (grad,) = torch.autograd.grad(each.sum(), x, create_graph=True)
         risen = (grad * (x_adv - batch.x)).flatten(1).sum(1)
-        there = F.cross_entropy(learner.net(x_adv), batch.y, reduction="none")
+        there = F.cross_entropy(again(x_adv), batch.y, reduction="none")
         apart = (there - each - risen).abs()
         return (each + self.bend * apart + self.slope * risen.abs()).mean(), hits(logits, batch.y)
