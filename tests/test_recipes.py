@@ -123,6 +123,7 @@ def trains_as_usual(recipe, model):
     [
         GradientRegularisation(training=SHORT),
         GradientRegularisation(method="finite-difference", training=SHORT),
+        VAT(training=SHORT),
         CURE(training=SHORT),
         LLR(training=SHORT),
     ],

@@ -77,7 +77,8 @@ class VAT:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The mean cross-entropy of what has a label, and the mean divergence of all."""
-        clean, logits = learner.net(batch.x), learner.net(x_adv)
+        again = learner.again()
+        clean, logits = learner.net(batch.x), again(x_adv)
         known = (batch.y != UNLABELLED).sum().clamp_min(1)
         taught = F.cross_entropy(clean, batch.y, ignore_index=UNLABELLED, reduction="sum") / known
         smooth = kullback_leibler(logits, clean.detach()).mean()
