@@ -128,9 +128,9 @@ def trained(
 
     `inner` and `loss` meet the threat as far as it has grown. `guard` and `settle` make of the learner what `fit` takes
     by these names. A recipe says here that its loss is `linear` in the label (up to what has no gradient), so that
-    labels may be mixed, that it learns from `unlabelled` examples, that it holds a `slope`, which is differentiated
-    again, and that it trains `alone`, in one process, for what it knows of examples is in no share of them; what does
-    not go with that is refused, before the first update.
+    labels may be mixed, that it learns from `unlabelled` examples, that it holds a `slope`, for which a pass is gone
+    back through twice, and that it trains `alone`, in one process, for what it knows of examples is in no share of
+    them; what does not go with that is refused, before the first update.
     """
     _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled, slope=slope, alone=alone)
     net = deepcopy(model).train()
@@ -191,8 +191,8 @@ def _refuse_foreign(
         )
     if how.compiled and slope:
         raise UsageError(
-            "compiled is true, and the loss of this recipe holds a slope, which torch cannot differentiate again in a "
-            "compiled network; leave recipe.training.compiled out"
+            "compiled is true, and the loss of this recipe holds a slope, for which torch would go back through a "
+            "compiled network twice, and it cannot; leave recipe.training.compiled out"
         )
     if how.cutmix and not linear:
         raise UsageError(

@@ -50,15 +50,7 @@ class GradientRegularisation:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         return trained(
-            as_it_is,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            slope=self.method == "double-backprop",
+            as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after, slope=True
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
