@@ -75,6 +75,30 @@ def test_free_moves_the_perturbation_to_where_the_gradient_points(constraint, ex
     torch.testing.assert_close(found.tensors["state.delta"], expected.expand(4, 3))
 
 
+def test_free_spends_no_length_on_what_the_box_has_cut():
+    net = torch.nn.Linear(3, 2).double()
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[0.0, 0.0, 0.0], [-1.0, -1.0, 1.0]]))
+    dark = data(4).at(torch.zeros(4, 3, dtype=torch.float64))  # which two features of three should go below
+    recipe = FreeTraining(replays=30, training=STILL)
+    (found,) = recipe(Classifier(net), dark, ThreatModel(L2(0.3)), rng=Draws(0))
+    moved = found.tensors["state.delta"].clamp_min(0)
+    torch.testing.assert_close(moved, torch.tensor([0.0, 0.0, 0.3]).double().expand(4, 3))
+
+
+def test_a_perturbation_that_the_box_has_cut_comes_back():
+    net = torch.nn.Linear(3, 2).double()
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
+    dark = data(4).at(torch.zeros(4, 3, dtype=torch.float64))
+    state = {"delta": torch.full((4, 3), -0.3, dtype=torch.float64)}
+    held = replace(learner(Classifier(net), Linf(0.3)), state=state)
+    recipe = FreeTraining()
+    for _ in range(2):
+        recipe.loss(held, dark, recipe.inner(held, dark, turn()))[0].backward()
+    torch.testing.assert_close(state["delta"], torch.full((4, 3), 0.3, dtype=torch.float64))
+
+
 def test_free_costs_a_forward_and_a_backward_an_update_and_makes_no_attack():
     passes = []
 
