@@ -23,7 +23,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive
 from holdfast.ops.fit import Training
-from holdfast.ops.gains import Confined, directions, layers, order_of
+from holdfast.ops.gains import Confined, directions, learned, order_of
 from holdfast.ops.gradients import rise
 from holdfast.ops.learner import Learner, as_it_is, hits, trained
 
@@ -53,9 +53,7 @@ class LipschitzConstraint:
         order = order_of(threat.constraint) if self.norm == "threat" else "l2"
 
         def confined(learner: Learner) -> Confined:
-            found = layers(learner.net, data.x).items()
-            learned = {name: layer for name, layer in found if layer[0].weight.requires_grad}
-            return Confined(learned, order, self.gain, learner.state)
+            return Confined(learned(learner.net, data.x), order, self.gain, learner.state)
 
         return trained(
             as_it_is,
