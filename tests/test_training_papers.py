@@ -183,6 +183,28 @@ def test_a_curriculum_begins_with_the_first_error_and_ends_with_all_steps_beyond
         assert (after > before).sum() > 20
 
 
+def test_a_friendly_attack_goes_by_the_statistics_of_the_whole_batch_while_few_of_it_go():
+    norm = torch.nn.BatchNorm1d(3, affine=False).double()
+    net = Classifier(torch.nn.Sequential(norm, linear(1.0).net), bounds=WIDE).train()
+    some, constraint = data(), Linf(0.05)
+    recipe = CurriculumTraining(beyond=0, steps=4, training=Training(attack_statistics="batch"))
+    held = Learner(net, twin(net, "batch"), ThreatModel(constraint))
+    x, going, said = constraint.sample(some, WIDE, Draws(0).at("start")), torch.ones(8).bool(), []
+    for _ in range(4):
+        leaf = x.clone().requires_grad_()
+        logits = linear(1.0)((leaf - leaf.mean(0)) / (leaf.var(0, correction=0) + norm.eps).sqrt())
+        (grad,) = torch.autograd.grad(F.cross_entropy(logits, some.y, reduction="sum"), leaf)
+        said.append(logits.argmax(1))
+        going &= said[-1] == some.y
+        moved = constraint.project(x + 2.5 * 0.05 / 4 * grad.sign(), some.x, WIDE)
+        x = torch.where(going[:, None], moved, x)
+    assert 0 < int((said[0] == some.y).sum()) < len(some)
+    torch.testing.assert_close(recipe.inner(held, some, turn()), x)
+    one_right = some.labelled(torch.where(some.ids == 0, said[0], 1 - said[0]))
+    found = recipe.inner(held, one_right, turn())  # of which a single example goes on
+    assert found.isfinite().all()
+
+
 OTHERS = (L2(0.3), L1(0.9))
 
 

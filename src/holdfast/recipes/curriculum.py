@@ -20,7 +20,7 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Count, Inputs, Positive, Steps
+from holdfast.core.types import Count, Inputs, Logits, Positive, Rows, Steps
 from holdfast.ops.ascent import gradient
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, hits, trained
@@ -59,17 +59,24 @@ class CurriculumTraining:
         going = torch.arange(len(batch), device=batch.x.device)
         more = torch.full_like(going, int((self.beyond + 1) * turn.done))
         for _ in range(self.steps):
-            few, x = batch.take(going), x_adv[going]
-            grad, logits = gradient(model, few.at(x), cross_entropy)
-            wrong = logits.argmax(1) != few.y
+            grad, logits = self._slope(learner, batch.at(x_adv), going)
+            wrong = logits.argmax(1) != batch.y[going]
             goes = ~wrong | (more > 0)
             if not goes.any():
                 break
-            going, more, few, x = going[goes], (more - wrong.long())[goes], few.take(goes), x[goes]
+            going, more = going[goes], (more - wrong.long())[goes]
+            few, x = batch.take(going), x_adv[going]
             climb = constraint.steepest(grad[goes], x, model.bounds)
             moved = torch.add(x, climb, alpha=self.reach * constraint.eps / self.steps)
             x_adv = x_adv.index_copy(0, going, constraint.project(moved, few.x, model.bounds))
         return x_adv
+
+    def _slope(self, learner: Learner, batch: Batch, going: Rows) -> tuple[Inputs, Logits]:
+        """Gradients and logits of those that still go; all are forwarded where batch norm goes by their statistics."""
+        if self.training.attack_statistics == "batch":
+            grad, logits = gradient(learner.frozen, batch, cross_entropy)
+            return grad[going], logits[going]
+        return gradient(learner.frozen, batch.take(going), cross_entropy)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there."""
