@@ -143,17 +143,28 @@ def test_virtual_adversarial_training_learns_from_examples_without_labels():
     net, threat = fakes.network(1).requires_grad_(), ThreatModel(L2(0.5))
     held = Learner(net, twin(net), threat)
     x_adv = VAT().inner(held, blank, turn())
-    value, right = VAT(weight=0.0).loss(held, blank, x_adv)
+    value, right = VAT(weight=0.0).loss(held, blank, x_adv, labelled=0.5)
     few = some.take(torch.arange(13))
     torch.testing.assert_close(value, F.cross_entropy(net(few.x), few.y))
     assert int(right) == int((net(x_adv[:13]).argmax(1) == few.y).sum())
     none = blank.labelled(torch.full((26,), UNLABELLED))
-    smooth, right = VAT().loss(held, none, x_adv)
+    smooth, right = VAT().loss(held, none, x_adv, labelled=0.5)
     assert smooth > 0
     assert int(right) == 0
     assert torch.autograd.grad(smooth, net.net[1].weight)[0].abs().sum() > 0
     *_, last = VAT(training=replace(SHORT, epochs=20))(net, blank, threat, rng=Draws(0))
     assert last.measured["loss"] < smooth + value
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 26])
+def test_a_label_counts_as_much_however_seldom_labels_are(n):
+    some, net = fakes.labelled(fakes.network(), fakes.examples(n=26)), fakes.network(1).requires_grad_()
+    few = some.take(torch.arange(n))
+    part = some.labelled(torch.where(torch.arange(26) < n, some.y, UNLABELLED))
+    recipe = VAT(weight=0.0, training=replace(STILL, batch=2))
+    (found,) = recipe(net, part, ThreatModel(L2(0.5)), rng=Draws(0))
+    exact = F.cross_entropy(net(few.x), few.y).item() if n else 0.0
+    assert found.measured["loss"] == pytest.approx(exact, rel=1e-5)
 
 
 @pytest.mark.parametrize("beyond", [0, 1, 3])
