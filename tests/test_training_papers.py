@@ -233,6 +233,20 @@ def test_several_norms_end_under_the_one_that_hurts_most(method, scale):
     assert torch.stack(inside).any(0).all()
 
 
+def test_multi_steepest_descent_keeps_the_worst_point_of_its_path():
+    class Hill(torch.nn.Module):
+        """Highest six tenths of a step up from the middle, which the second step therefore leads back to."""
+
+        def forward(self, x):
+            height = -((x[:, 0] - 0.5 - 0.06) ** 2)
+            return torch.stack((torch.zeros_like(height), height), 1)
+
+    net, some = Classifier(Hill()), Batch(torch.full((2, 1), 0.5), torch.zeros(2).long(), torch.arange(2))
+    recipe = MultiNormTraining(others=(L2(0.1),), steps=2, reach=2.0)  # each step as long as eps
+    x_adv = recipe.inner(Learner(net, net, ThreatModel(Linf(0.1))), some, turn())
+    torch.testing.assert_close(x_adv, torch.full((2, 1), 0.6))
+
+
 def test_the_average_trains_on_the_end_of_every_attack():
     recipe, net, some = MultiNormTraining(others=OTHERS, method="average", steps=20), linear(), data()
     held = learner(net, Linf(0.1))
