@@ -2,8 +2,8 @@
 
 Tramèr et al., "Ensemble Adversarial Training: Attacks and Defenses", ICLR 2018, arXiv:1705.07204. Examples made on
 other networks do not weaken as this one learns to mislead its own gradient. Differs from the paper: several steps in
-place of one, eps grows at first, the weights are averaged, and the learning rate goes in one cycle. It is a defence
-against transfer.
+place of one, half the weight on clean inputs in place of the same, eps grows at first, the weights are averaged, and
+the learning rate goes in one cycle. It is a defence against transfer.
 """
 
 from collections.abc import Iterator

@@ -2,8 +2,9 @@
 
 Cui et al., "Decoupled Kullback-Leibler Divergence Loss", NeurIPS 2024, arXiv:2305.13948: the divergence has the
 gradients of a weighted squared error of the logits' gaps and of a cross-entropy with soft labels. Differs from the
-paper: the mean predictions that weigh the gaps are running means instead of those of the epoch before, eps grows at
-first, the weights are averaged, and the learning rate goes in one cycle.
+paper: the mean predictions that weigh the gaps are running means instead of those of the epoch before, the inner attack
+starts anywhere in the ball instead of at a tiny Gaussian, eps grows at first, the weights are averaged, and the
+learning rate goes in one cycle.
 """
 
 from collections.abc import Callable, Iterator
