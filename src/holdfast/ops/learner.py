@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.core.batch import UNLABELLED, Batch
@@ -210,6 +211,22 @@ def _refuse_foreign(
 def as_it_is(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
     """No attack."""
     return batch.x
+
+
+def taught(
+    learner: Learner, batch: Batch, x_adv: Inputs, *, clean: float = 0.0, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The cross-entropy at `x_adv`, plus `clean` times that of the inputs as they are, and how many are right there.
+
+    `smoothing` is the share of each label that is spread over all classes. Cost: a forward, and another where `clean`
+    is not 0.
+    """
+    told = partial(F.cross_entropy, target=batch.y, label_smoothing=smoothing)
+    logits = learner.net(x_adv)
+    value = told(logits)
+    if clean:
+        value = value + clean * told(learner.net(batch.x))
+    return value, hits(logits, batch.y)
 
 
 def hits(logits: Logits, y: Labels) -> Tensor:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -26,7 +25,7 @@ from holdfast.core.types import Count, Inputs, NonNegative, Positive, Rows, Step
 from holdfast.ops.ascent import ascend
 from holdfast.ops.augment import moves
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.learner import Learner, taught, trained
 from holdfast.ops.losses import cross_entropy
 
 
@@ -97,8 +96,4 @@ class ATTA:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there, and that of the clean inputs."""
-        logits = learner.net(x_adv)
-        value = F.cross_entropy(logits, batch.y)
-        if self.clean:
-            value = value + self.clean * F.cross_entropy(learner.net(batch.x), batch.y)
-        return value, hits(logits, batch.y)
+        return taught(learner, batch, x_adv, clean=self.clean)

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -23,7 +22,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Count, Inputs, Logits, Positive, Rows, Steps
 from holdfast.ops.ascent import gradient
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.learner import Learner, taught, trained
 from holdfast.ops.losses import cross_entropy
 
 
@@ -80,5 +79,4 @@ class CurriculumTraining:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there."""
-        logits = learner.net(x_adv)
-        return F.cross_entropy(logits, batch.y), hits(logits, batch.y)
+        return taught(learner, batch, x_adv)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -21,7 +20,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.learner import Learner, taught, trained
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,4 @@ class EnsembleTraining:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there, and that of the clean inputs."""
-        logits = learner.net(x_adv)
-        value = F.cross_entropy(logits, batch.y)
-        if self.clean:
-            value = value + self.clean * F.cross_entropy(learner.net(batch.x), batch.y)
-        return value, hits(logits, batch.y)
+        return taught(learner, batch, x_adv, clean=self.clean)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -23,7 +22,7 @@ from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Positive, Steps
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.learner import Learner, taught, trained
 
 _DELTA = "delta"
 _EVERYWHERE = Bounds(-math.inf, math.inf)  # the perturbation outlives the images whose box would cut it
@@ -81,5 +80,4 @@ class FreeTraining:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there."""
-        logits = learner.net(x_adv)
-        return F.cross_entropy(logits, batch.y), hits(logits, batch.y)
+        return taught(learner, batch, x_adv)

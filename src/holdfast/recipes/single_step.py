@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -25,7 +24,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive
 from holdfast.ops.ascent import gradient
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.learner import Learner, taught, trained
 from holdfast.ops.losses import cross_entropy
 from holdfast.ops.overfitting import HELD, RAISED, OverfittingGuard
 
@@ -89,5 +88,4 @@ class SingleStep:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there."""
-        logits = learner.net(x_adv)
-        return F.cross_entropy(logits, batch.y), hits(logits, batch.y)
+        return taught(learner, batch, x_adv)
