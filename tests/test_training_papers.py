@@ -31,6 +31,9 @@ from holdfast.recipes import (
     FreeTraining,
     GradientRegularisation,
     MultiNormTraining,
+    PGDTraining,
+    SingleStep,
+    Standard,
 )
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT
@@ -303,6 +306,29 @@ NEAR = torch.tensor([0.1, 0.05, -0.2], dtype=torch.float64)
 def divergence(logits, clean):
     p, q = clean.softmax(1), logits.softmax(1)
     return (p * (p / q).log()).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "clean"),
+    [
+        (PGDTraining(clean=0.7, label_smoothing=0.2), 0.7),
+        (PGDTraining(label_smoothing=0.2), 0.0),
+        (ATTA(clean=0.7, label_smoothing=0.2), 0.7),
+        (EnsembleTraining(clean=0.7, label_smoothing=0.2), 0.7),
+        (SingleStep(label_smoothing=0.2), 0.0),
+        (CurriculumTraining(label_smoothing=0.2), 0.0),
+        (FreeTraining(label_smoothing=0.2), 0.0),
+        (Standard(label_smoothing=0.2), 0.0),
+    ],
+    ids=repr,
+)
+def test_a_loss_on_attacked_inputs_smooths_its_labels_and_weighs_the_clean_ones(recipe, clean):
+    net, some = linear(-2.0), data()
+    near, soft = some.x + NEAR, 0.8 * F.one_hot(some.y, 2) + 0.1
+    found, right = recipe.loss(learner(net, EPS), some, near)
+    exact = F.cross_entropy(net(near), soft) + clean * F.cross_entropy(net(some.x), soft)
+    assert found.item() == pytest.approx(exact.item())
+    assert int(right) == int((net(near).argmax(1) == some.y).sum())
 
 
 def test_trades_is_the_clean_loss_and_the_divergence_from_the_clean_prediction():

@@ -19,7 +19,7 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Count, Inputs, Logits, Positive, Rows, Steps
+from holdfast.core.types import Count, Fraction, Inputs, Logits, Positive, Rows, Steps
 from holdfast.ops.ascent import gradient
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, taught, trained
@@ -36,6 +36,8 @@ class CurriculumTraining:
     """gradient steps of the inner attack at most"""
     reach: Positive = 2.5
     """length of all of them, in multiples of eps"""
+    label_smoothing: Fraction = 0.0
+    """share of each label that is spread over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -79,4 +81,4 @@ class CurriculumTraining:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there."""
-        return taught(learner, batch, x_adv)
+        return taught(learner, batch, x_adv, smoothing=self.label_smoothing)

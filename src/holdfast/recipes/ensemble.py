@@ -18,7 +18,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, NonNegative, Positive, Steps
+from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, taught, trained
 
@@ -33,6 +33,8 @@ class EnsembleTraining:
     """length of its path, in multiples of eps"""
     clean: NonNegative = 0.5
     """weight of the loss on the inputs as they are, beside that on the attacked ones"""
+    label_smoothing: Fraction = 0.0
+    """share of each label that is spread over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -63,4 +65,4 @@ class EnsembleTraining:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there, and that of the clean inputs."""
-        return taught(learner, batch, x_adv, clean=self.clean)
+        return taught(learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing)

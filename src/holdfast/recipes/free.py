@@ -20,7 +20,7 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, Positive, Steps
+from holdfast.core.types import Fraction, Inputs, Positive, Steps
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, taught, trained
 
@@ -36,6 +36,8 @@ class FreeTraining:
     """updates on each batch in a row"""
     step: Positive = 1.0
     """how far the perturbation moves with each, in multiples of eps"""
+    label_smoothing: Fraction = 0.0
+    """share of each label that is spread over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -80,4 +82,4 @@ class FreeTraining:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there."""
-        return taught(learner, batch, x_adv)
+        return taught(learner, batch, x_adv, smoothing=self.label_smoothing)
