@@ -24,7 +24,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, NonNegative, PerExample, Positive
 from holdfast.ops.fit import Training
-from holdfast.ops.gradients import rise
+from holdfast.ops.gradients import rise, sloped
 from holdfast.ops.learner import Learner, as_it_is, hits, trained
 
 
@@ -55,9 +55,8 @@ class GradientRegularisation:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy and the slope."""
-        x, again = x_adv.detach().requires_grad_(), learner.again()
-        logits = learner.net(x)
-        each = F.cross_entropy(logits, batch.y, reduction="none")
+        again = learner.again()
+        x, logits, each = sloped(learner.net, x_adv, batch.y)
         if self.method == "double-backprop":
             added = rise(each, x, learner.threat.constraint, learner.net.bounds)
         else:
