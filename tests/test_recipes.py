@@ -1,9 +1,11 @@
 """Every law on every recipe, and what each recipe is at eps 0."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from holdfast import recipes
 from holdfast.config.naming import RECIPES
@@ -102,13 +104,36 @@ def test_the_catalogue_is_what_may_be_named_and_every_recipe_has_its_cases():
     ids=repr,
 )
 def test_at_eps_0_it_is_ordinary_training(recipe):
-    model, data = fakes.network(1).requires_grad_(), fakes.labelled(fakes.network(), fakes.examples(n=26))
-    threat = ThreatModel(Linf(0.0))
+    trains_as_usual(recipe, fakes.network(1).requires_grad_())
+
+
+def trains_as_usual(recipe, model):
+    data, threat = fakes.labelled(fakes.network(), fakes.examples(n=26)), ThreatModel(Linf(0.0))
     one = list(recipe(model, data, threat, rng=Draws(0)))[-1]
     other = list(Standard(training=SHORT)(model, data, threat, rng=Draws(0)))[-1]
     for name, value in other.tensors.items():
         torch.testing.assert_close(value, one.tensors[name], rtol=1e-9, atol=1e-12)
     assert not same(one, list(Standard(training=SHORT)(model, data, threat, rng=Draws(1)))[-1])
+
+
+@pytest.mark.parametrize(
+    "layer", [partial(nn.Dropout, 0.5), partial(nn.BatchNorm1d, 16)], ids=["dropout", "batch-norm"]
+)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        GradientRegularisation(training=SHORT),
+        GradientRegularisation(method="finite-difference", training=SHORT),
+        VAT(training=SHORT),
+        CURE(training=SHORT),
+        LLR(training=SHORT),
+    ],
+    ids=repr,
+)
+def test_at_eps_0_two_passes_differ_in_nothing_and_leave_what_one_does(recipe, layer):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), layer(), nn.Tanh(), nn.Linear(16, 4))
+    trains_as_usual(recipe, Classifier(net.double()).eval())
 
 
 @pytest.mark.parametrize("recipe", CASES, ids=repr)

@@ -189,6 +189,13 @@ def test_frozen_layers_and_the_statistics_of_a_batch_are_left_to_a_lipschitz_con
     assert last.tensors["weights.net.4.weight"].abs().sum(1).max() <= 0.5 * (1 + 1e-9)
 
 
+def test_layers_that_keep_no_weight_are_refused_to_a_lipschitz_constraint():
+    weighed = nn.utils.parametrizations.weight_norm(nn.Linear(48, 4).double())
+    model, batch = Classifier(nn.Sequential(nn.Flatten(), weighed)).eval(), fakes.examples(n=26)
+    with pytest.raises(UsageError, match=r"the weight of net\.1 is computed from parametrizations"):
+        LipschitzConstraint(training=SHORT)(model, batch, ThreatModel(Linf(0.05)), rng=Draws(0))
+
+
 def test_a_threat_without_gains_is_refused():
     with pytest.raises(UsageError, match="the gain of a layer is known under linf, l2 and l1"):
         list(LipschitzConstraint()(fakes.network(), data(), ThreatModel(L0(2.0)), rng=Draws(0)))

@@ -31,6 +31,9 @@ from holdfast.recipes import (
     FreeTraining,
     GradientRegularisation,
     MultiNormTraining,
+    PGDTraining,
+    SingleStep,
+    Standard,
 )
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT
@@ -73,6 +76,30 @@ def test_free_moves_the_perturbation_to_where_the_gradient_points(constraint, ex
     recipe = FreeTraining(replays=2, training=STILL)
     (found,) = recipe(linear(), data(), ThreatModel(constraint), rng=Draws(0))
     torch.testing.assert_close(found.tensors["state.delta"], expected.expand(4, 3))
+
+
+def test_free_spends_no_length_on_what_the_box_has_cut():
+    net = torch.nn.Linear(3, 2).double()
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[0.0, 0.0, 0.0], [-1.0, -1.0, 1.0]]))
+    dark = data(4).at(torch.zeros(4, 3, dtype=torch.float64))  # which two features of three should go below
+    recipe = FreeTraining(replays=30, training=STILL)
+    (found,) = recipe(Classifier(net), dark, ThreatModel(L2(0.3)), rng=Draws(0))
+    moved = found.tensors["state.delta"].clamp_min(0)
+    torch.testing.assert_close(moved, torch.tensor([0.0, 0.0, 0.3]).double().expand(4, 3))
+
+
+def test_a_perturbation_that_the_box_has_cut_comes_back():
+    net = torch.nn.Linear(3, 2).double()
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
+    dark = data(4).at(torch.zeros(4, 3, dtype=torch.float64))
+    state = {"delta": torch.full((4, 3), -0.3, dtype=torch.float64)}
+    held = replace(learner(Classifier(net), Linf(0.3)), state=state)
+    recipe = FreeTraining()
+    for _ in range(2):
+        recipe.loss(held, dark, recipe.inner(held, dark, turn()))[0].backward()
+    torch.testing.assert_close(state["delta"], torch.full((4, 3), 0.3, dtype=torch.float64))
 
 
 def test_free_costs_a_forward_and_a_backward_an_update_and_makes_no_attack():
@@ -119,17 +146,28 @@ def test_virtual_adversarial_training_learns_from_examples_without_labels():
     net, threat = fakes.network(1).requires_grad_(), ThreatModel(L2(0.5))
     held = Learner(net, twin(net), threat)
     x_adv = VAT().inner(held, blank, turn())
-    value, right = VAT(weight=0.0).loss(held, blank, x_adv)
+    value, right = VAT(weight=0.0).loss(held, blank, x_adv, labelled=0.5)
     few = some.take(torch.arange(13))
     torch.testing.assert_close(value, F.cross_entropy(net(few.x), few.y))
     assert int(right) == int((net(x_adv[:13]).argmax(1) == few.y).sum())
     none = blank.labelled(torch.full((26,), UNLABELLED))
-    smooth, right = VAT().loss(held, none, x_adv)
+    smooth, right = VAT().loss(held, none, x_adv, labelled=0.5)
     assert smooth > 0
     assert int(right) == 0
     assert torch.autograd.grad(smooth, net.net[1].weight)[0].abs().sum() > 0
     *_, last = VAT(training=replace(SHORT, epochs=20))(net, blank, threat, rng=Draws(0))
     assert last.measured["loss"] < smooth + value
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 26])
+def test_a_label_counts_as_much_however_seldom_labels_are(n):
+    some, net = fakes.labelled(fakes.network(), fakes.examples(n=26)), fakes.network(1).requires_grad_()
+    few = some.take(torch.arange(n))
+    part = some.labelled(torch.where(torch.arange(26) < n, some.y, UNLABELLED))
+    recipe = VAT(weight=0.0, training=replace(STILL, batch=2))
+    (found,) = recipe(net, part, ThreatModel(L2(0.5)), rng=Draws(0))
+    exact = F.cross_entropy(net(few.x), few.y).item() if n else 0.0
+    assert found.measured["loss"] == pytest.approx(exact, rel=1e-5)
 
 
 @pytest.mark.parametrize("beyond", [0, 1, 3])
@@ -159,6 +197,28 @@ def test_a_curriculum_begins_with_the_first_error_and_ends_with_all_steps_beyond
         assert (after > before).sum() > 20
 
 
+def test_a_friendly_attack_goes_by_the_statistics_of_the_whole_batch_while_few_of_it_go():
+    norm = torch.nn.BatchNorm1d(3, affine=False).double()
+    net = Classifier(torch.nn.Sequential(norm, linear(1.0).net), bounds=WIDE).train()
+    some, constraint = data(), Linf(0.05)
+    recipe = CurriculumTraining(beyond=0, steps=4, training=Training(attack_statistics="batch"))
+    held = Learner(net, twin(net, "batch"), ThreatModel(constraint))
+    x, going, said = constraint.sample(some, WIDE, Draws(0).at("start")), torch.ones(8).bool(), []
+    for _ in range(4):
+        leaf = x.clone().requires_grad_()
+        logits = linear(1.0)((leaf - leaf.mean(0)) / (leaf.var(0, correction=0) + norm.eps).sqrt())
+        (grad,) = torch.autograd.grad(F.cross_entropy(logits, some.y, reduction="sum"), leaf)
+        said.append(logits.argmax(1))
+        going &= said[-1] == some.y
+        moved = constraint.project(x + 2.5 * 0.05 / 4 * grad.sign(), some.x, WIDE)
+        x = torch.where(going[:, None], moved, x)
+    assert 0 < int((said[0] == some.y).sum()) < len(some)
+    torch.testing.assert_close(recipe.inner(held, some, turn()), x)
+    one_right = some.labelled(torch.where(some.ids == 0, said[0], 1 - said[0]))
+    found = recipe.inner(held, one_right, turn())  # of which a single example goes on
+    assert found.isfinite().all()
+
+
 OTHERS = (L2(0.3), L1(0.9))
 
 
@@ -174,6 +234,20 @@ def test_several_norms_end_under_the_one_that_hurts_most(method, scale):
     torch.testing.assert_close(rise, torch.full_like(rise, max(rises)), rtol=1e-3, atol=0)
     inside = [c.distance(x_adv, some.x) <= c.eps * (1 + 1e-9) for c in (constraint, *others)]
     assert torch.stack(inside).any(0).all()
+
+
+def test_multi_steepest_descent_keeps_the_worst_point_of_its_path():
+    class Hill(torch.nn.Module):
+        """Highest six tenths of a step up from the middle, which the second step therefore leads back to."""
+
+        def forward(self, x):
+            height = -((x[:, 0] - 0.5 - 0.06) ** 2)
+            return torch.stack((torch.zeros_like(height), height), 1)
+
+    net, some = Classifier(Hill()), Batch(torch.full((2, 1), 0.5), torch.zeros(2).long(), torch.arange(2))
+    recipe = MultiNormTraining(others=(L2(0.1),), steps=2, reach=2.0)  # each step as long as eps
+    x_adv = recipe.inner(Learner(net, net, ThreatModel(Linf(0.1))), some, turn())
+    torch.testing.assert_close(x_adv, torch.full((2, 1), 0.6))
 
 
 def test_the_average_trains_on_the_end_of_every_attack():
@@ -234,6 +308,29 @@ def divergence(logits, clean):
     return (p * (p / q).log()).sum(1)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "clean"),
+    [
+        (PGDTraining(clean=0.7, label_smoothing=0.2), 0.7),
+        (PGDTraining(label_smoothing=0.2), 0.0),
+        (ATTA(clean=0.7, label_smoothing=0.2), 0.7),
+        (EnsembleTraining(clean=0.7, label_smoothing=0.2), 0.7),
+        (SingleStep(label_smoothing=0.2), 0.0),
+        (CurriculumTraining(label_smoothing=0.2), 0.0),
+        (FreeTraining(label_smoothing=0.2), 0.0),
+        (Standard(label_smoothing=0.2), 0.0),
+    ],
+    ids=repr,
+)
+def test_a_loss_on_attacked_inputs_smooths_its_labels_and_weighs_the_clean_ones(recipe, clean):
+    net, some = linear(-2.0), data()
+    near, soft = some.x + NEAR, 0.8 * F.one_hot(some.y, 2) + 0.1
+    found, right = recipe.loss(learner(net, EPS), some, near)
+    exact = F.cross_entropy(net(near), soft) + clean * F.cross_entropy(net(some.x), soft)
+    assert found.item() == pytest.approx(exact.item())
+    assert int(right) == int((net(near).argmax(1) == some.y).sum())
+
+
 def test_trades_is_the_clean_loss_and_the_divergence_from_the_clean_prediction():
     net, some = linear(-2.0), data()
     near = some.x + NEAR
@@ -253,6 +350,19 @@ def test_score_forgives_a_distance_and_squares_the_rest():
     assert (apart > 0.002).any() and (apart < 0.002).any()
     found, _ = SCORE(beta=5.0, forgiven=0.002, label_smoothing=0.2).loss(learner(net, EPS), some, near)
     assert found.item() == pytest.approx(exact.item())
+
+
+def test_ikl_weighs_gaps_by_class_means_at_a_temperature():
+    net, some = linear(-2.0), data()
+    near, even = some.x + NEAR, torch.full((2, 2), 0.5, dtype=torch.float64)
+    held = replace(learner(net, EPS), state={"means": even, "seen": even.clone()})
+    found, _ = IKL(alpha=3.0, beta=5.0, temperature=4.0, keep=0.9).loss(held, some, near)
+    gaps = 0.25 * 2 * 0.5**2 * (NEAR @ W) ** 2  # two pairs of classes, each of the weight of both
+    soft = F.cross_entropy(net(near), net(some.x).softmax(1))
+    exact = F.cross_entropy(net(some.x), some.y) + 5 * gaps + 3 * soft
+    assert found.item() == pytest.approx(exact.item())
+    own = 0.9 * 0.5 + 0.1 * (net(some.x) / 4).softmax(1).mean(0)  # no example is of the other class
+    torch.testing.assert_close(held.state["seen"], torch.stack((own, even[1])))
 
 
 def test_hat_asks_its_helper_at_the_attack_what_is_right_beyond_it():

@@ -132,8 +132,17 @@ def test_what_bounds_a_gain_is_not_rounded_to_sixteen_bits():
 
 
 @pytest.mark.parametrize(
-    "recipe", [GradientRegularisation, CURE, LLR, LipschitzConstraint], ids=lambda cls: cls.__name__
+    "recipe",
+    [
+        GradientRegularisation(),
+        GradientRegularisation(method="finite-difference"),
+        CURE(),
+        LLR(),
+        LipschitzConstraint(),
+    ],
+    ids=repr,
 )
 def test_a_loss_that_holds_a_slope_is_not_compiled(recipe):
+    compiling = replace(recipe, training=replace(HOW, compiled=True))
     with pytest.raises(UsageError, match="leave recipe.training.compiled out"):
-        recipe(training=replace(HOW, compiled=True))(classifier(), images(), THREAT, rng=Draws(0))
+        compiling(classifier(), images(), THREAT, rng=Draws(0))

@@ -8,7 +8,7 @@ from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
-from holdfast.ops.gains import Confined, directions, gain, layers, order_of
+from holdfast.ops.gains import Confined, directions, gain, layers, learned, order_of
 from matrices import gains
 
 LAYERS = [
@@ -83,6 +83,24 @@ def test_under_linf_only_outputs_beyond_the_bound_shrink():
         layer.weight.copy_(torch.tensor([[3.0, -1.0], [0.5, 0.25]]))
     Confined(layers(layer, torch.zeros(1, 2).double()), "linf", 2.0, {})()
     assert layer.weight.tolist() == [[1.5, -0.5], [0.5, 0.25]]
+
+
+@pytest.mark.parametrize(
+    "parametrised",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.orthogonal,
+        nn.utils.spectral_norm,  # whose layer has a hook in place of a parametrisation
+    ],
+)
+def test_a_weight_that_is_computed_anew_at_each_pass_is_named_and_not_held_to_a_bound(parametrised):
+    net, x = nn.Sequential(nn.Linear(3, 3), parametrised(nn.Linear(3, 3))), torch.zeros(1, 3)
+    with pytest.raises(UsageError, match=r"the weight of 1 is computed from .*remove_parametrizations"):
+        learned(net, x)
+    assert set(learned(net.requires_grad_(False), x)) == set()
+    net[0].requires_grad_(True)
+    assert set(learned(net, x)) == {"0"}
 
 
 def test_a_norm_without_gains_is_named():

@@ -14,7 +14,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.augment import cut_and_mixed
 from holdfast.ops.fit import Training, fit
-from holdfast.ops.learner import hits
+from holdfast.ops.learner import Learner, hits
 from holdfast.ops.twin import twin
 from holdfast.recipes import (
     IKL,
@@ -211,6 +211,20 @@ def test_attacks_go_by_statistics_of_their_own_batch_and_leave_none():
         assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
         torch.testing.assert_close(found, net(some.x))
         assert (twin(net)(some.x) - found).abs().max() > 0.01
+
+
+def test_another_pass_of_the_network_that_learns_is_the_same_function_and_leaves_nothing():
+    torch.manual_seed(0)
+    first = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(3, 5))
+    norm, drop = torch.nn.BatchNorm1d(5), torch.nn.Dropout(0.5)
+    net = Classifier(torch.nn.Sequential(first, norm, drop, torch.nn.Linear(5, 2)).double()).train()
+    held, x = Learner(net, net, THREAT), data().x
+    again = held.again()
+    one = net(x)
+    after = {name: value.clone() for name, value in net.state_dict().items()}
+    torch.testing.assert_close(again(x), one, rtol=0, atol=0)
+    assert all(torch.equal(value, after[name]) for name, value in net.state_dict().items())
+    assert int(norm.num_batches_tracked) == 1
 
 
 def test_a_replayed_batch_is_the_same_batch_in_updates_of_their_own():

@@ -72,6 +72,24 @@ def _has_gain(layer: nn.Module) -> bool:
     return isinstance(layer, Layer)
 
 
+def learned(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
+    """Those of `layers` whose weights are learned; `UsageError` where such a weight is no parameter of its layer.
+
+    A weight that is computed anew at each pass, as a parametrisation has it, would not keep what is done to it.
+    """
+    found = layers(net, x)
+    for name, (layer, _) in found.items():
+        own = dict(layer.named_parameters())
+        own.pop("bias", None)
+        if "weight" not in own and any(weight.requires_grad for weight in own.values()):
+            raise UsageError(
+                f"the weight of {name} is computed from {' and '.join(own)} at each pass, so it cannot be held to a "
+                f"gain; leave the parametrisation out, as torch.nn.utils.parametrize.remove_parametrizations does, or "
+                f"choose --recipe gradient-regularisation"
+            )
+    return {name: one for name, one in found.items() if one[0].weight.requires_grad}
+
+
 def gain(layer: Layer, shape: torch.Size, order: Order, towards: Tensor) -> Tensor:
     """By how much outputs move at most when an input of that shape moves by one: a number, or one an output.
 

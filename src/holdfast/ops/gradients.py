@@ -1,11 +1,14 @@
 """Gradients with respect to inputs, for attacks that must go on whatever the model returns."""
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 
 from holdfast.core.constraints import Constraint
 from holdfast.core.model import Bounds
 from holdfast.core.rows import spread
-from holdfast.core.types import Inputs, PerExample
+from holdfast.core.types import Inputs, Labels, Logits, PerExample
 
 
 def input_gradient(value: PerExample, x: Inputs, *, again: bool = False, raw: bool = False) -> Inputs:
@@ -24,6 +27,13 @@ def input_gradient(value: PerExample, x: Inputs, *, again: bool = False, raw: bo
 def levelled(grad: Inputs) -> Inputs:
     """Each example's gradient over its mean absolute value, as in Dong et al. 2018, up to a constant."""
     return grad / spread(grad.flatten(1).abs().mean(1).clamp_min(1e-12), grad)
+
+
+def sloped(net: Callable[[Inputs], Logits], x: Inputs, y: Labels) -> tuple[Inputs, Logits, PerExample]:
+    """A leaf at `x`, the logits there, and each example's cross-entropy, whose slope in the leaf may be taken."""
+    leaf = x.detach().requires_grad_()
+    logits = net(leaf)
+    return leaf, logits, F.cross_entropy(logits, y, reduction="none")
 
 
 def rise(value: PerExample, x: Inputs, constraint: Constraint, bounds: Bounds) -> PerExample:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.core.batch import UNLABELLED, Batch
@@ -78,6 +79,26 @@ class Learner:
             clean = self.frozen(batch.x)
         return self.worst(batch, rng, steps=steps, reach=reach, loss=lambda z, _: distance(z, clean))
 
+    def again(self) -> Callable[[Inputs], Logits]:
+        """One more pass of what the next pass of `net` is, so that their difference is that of their inputs alone.
+
+        It draws what that pass draws, as dropout does, and begins with its buffers; what it gathers in them, as batch
+        norm does, is dropped. To be asked for before that pass, once for each pair. Cost: a copy of the buffers.
+        """
+        device = next(self.net.parameters()).device
+        buffers = {name: value.clone() for name, value in self.net.named_buffers()}
+        drawn = torch.get_rng_state()
+        drawn_there = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+        def passed(x: Inputs) -> Logits:
+            torch.set_rng_state(drawn)
+            if drawn_there is not None:
+                torch.cuda.set_rng_state(drawn_there, device)
+            logits: Logits = torch.func.functional_call(self.net, buffers, (x,))
+            return logits
+
+        return passed
+
 
 InnerOf = Callable[[Learner, Batch, Turn], Inputs]
 """The inputs that a batch is trained on."""
@@ -108,9 +129,9 @@ def trained(
 
     `inner` and `loss` meet the threat as far as it has grown. `guard` and `settle` make of the learner what `fit` takes
     by these names. A recipe says here that its loss is `linear` in the label (up to what has no gradient), so that
-    labels may be mixed, that it learns from `unlabelled` examples, that it holds a `slope`, which is differentiated
-    again, and that it trains `alone`, in one process, for what it knows of examples is in no share of them; what does
-    not go with that is refused, before the first update.
+    labels may be mixed, that it learns from `unlabelled` examples, that it holds a `slope`, for which a pass is gone
+    back through twice, and that it trains `alone`, in one process, for what it knows of examples is in no share of
+    them; what does not go with that is refused, before the first update.
     """
     _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled, slope=slope, alone=alone)
     net = deepcopy(model).train()
@@ -171,8 +192,8 @@ def _refuse_foreign(
         )
     if how.compiled and slope:
         raise UsageError(
-            "compiled is true, and the loss of this recipe holds a slope, which torch cannot differentiate again in a "
-            "compiled network; leave recipe.training.compiled out"
+            "compiled is true, and the loss of this recipe holds a slope, for which torch would go back through a "
+            "compiled network twice, and it cannot; leave recipe.training.compiled out"
         )
     if how.cutmix and not linear:
         raise UsageError(
@@ -190,6 +211,22 @@ def _refuse_foreign(
 def as_it_is(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
     """No attack."""
     return batch.x
+
+
+def taught(
+    learner: Learner, batch: Batch, x_adv: Inputs, *, clean: float = 0.0, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The cross-entropy at `x_adv`, plus `clean` times that of the inputs as they are, and how many are right there.
+
+    `smoothing` is the share of each label that is spread over all classes. Cost: a forward, and another where `clean`
+    is not 0.
+    """
+    told = partial(F.cross_entropy, target=batch.y, label_smoothing=smoothing)
+    logits = learner.net(x_adv)
+    value = told(logits)
+    if clean:
+        value = value + clean * told(learner.net(batch.x))
+    return value, hits(logits, batch.y)
 
 
 def hits(logits: Logits, y: Labels) -> Tensor:

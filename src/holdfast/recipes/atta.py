@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -22,11 +21,11 @@ from holdfast.core.errors import UsageError
 from holdfast.core.lookup import Lookup
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Count, Inputs, NonNegative, Positive, Rows, Steps
+from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Rows, Steps
 from holdfast.ops.ascent import ascend
 from holdfast.ops.augment import moves
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.learner import Learner, taught, trained
 from holdfast.ops.losses import cross_entropy
 
 
@@ -42,6 +41,8 @@ class ATTA:
     """epochs after which the kept examples start again from noise; 0 for never"""
     clean: NonNegative = 0.25
     """weight of the loss on the inputs as they are, beside that on the attacked ones"""
+    label_smoothing: Fraction = 0.0
+    """share of each label that is spread over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -97,8 +98,4 @@ class ATTA:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there, and that of the clean inputs."""
-        logits = learner.net(x_adv)
-        value = F.cross_entropy(logits, batch.y)
-        if self.clean:
-            value = value + self.clean * F.cross_entropy(learner.net(batch.x), batch.y)
-        return value, hits(logits, batch.y)
+        return taught(learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing)

@@ -6,11 +6,10 @@ the paper's direction, the sign of the gradient) instead of one of a fixed lengt
 averaged, and the learning rate goes in one cycle.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -18,8 +17,9 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, Labels, NonNegative, Positive
+from holdfast.core.types import Inputs, Labels, Logits, NonNegative, Positive
 from holdfast.ops.fit import Training
+from holdfast.ops.gradients import sloped
 from holdfast.ops.learner import Learner, as_it_is, hits, trained
 
 
@@ -48,21 +48,17 @@ class CURE:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy and the change of its gradient."""
-        constraint = learner.threat.constraint
-        value, grad, right = _sloped(learner, x_adv, batch.y)
+        constraint, again = learner.threat.constraint, learner.again()
+        value, grad, right = _slope(learner.net, x_adv, batch.y)
         climb = constraint.steepest(grad.detach(), batch.x, learner.net.bounds)
         # The paper steps out of the box, too: there the curvature is that of the same function.
-        _, further, _ = _sloped(
-            learner, torch.add(batch.x, climb, alpha=self.reach * constraint.eps), batch.y
-        )
+        _, further, _ = _slope(again, torch.add(batch.x, climb, alpha=self.reach * constraint.eps), batch.y)
         bend = (further - grad).square().flatten(1).sum(1)
         return value + self.weight * bend.mean(), right
 
 
-def _sloped(learner: Learner, x: Inputs, y: Labels) -> tuple[Tensor, Tensor, Tensor]:
+def _slope(net: Callable[[Inputs], Logits], x: Inputs, y: Labels) -> tuple[Tensor, Tensor, Tensor]:
     """The mean cross-entropy, each example's gradient of its own, and how many are right."""
-    x = x.detach().requires_grad_()
-    logits = learner.net(x)
-    each = F.cross_entropy(logits, y, reduction="none")
+    x, logits, each = sloped(net, x, y)
     (grad,) = torch.autograd.grad(each.sum(), x, create_graph=True)
     return each.mean(), grad, hits(logits, y)

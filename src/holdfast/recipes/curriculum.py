@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -20,10 +19,10 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Count, Inputs, Positive, Steps
+from holdfast.core.types import Count, Fraction, Inputs, Logits, Positive, Rows, Steps
 from holdfast.ops.ascent import gradient
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.learner import Learner, taught, trained
 from holdfast.ops.losses import cross_entropy
 
 
@@ -37,6 +36,8 @@ class CurriculumTraining:
     """gradient steps of the inner attack at most"""
     reach: Positive = 2.5
     """length of all of them, in multiples of eps"""
+    label_smoothing: Fraction = 0.0
+    """share of each label that is spread over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -59,19 +60,25 @@ class CurriculumTraining:
         going = torch.arange(len(batch), device=batch.x.device)
         more = torch.full_like(going, int((self.beyond + 1) * turn.done))
         for _ in range(self.steps):
-            few, x = batch.take(going), x_adv[going]
-            grad, logits = gradient(model, few.at(x), cross_entropy)
-            wrong = logits.argmax(1) != few.y
+            grad, logits = self._slope(learner, batch.at(x_adv), going)
+            wrong = logits.argmax(1) != batch.y[going]
             goes = ~wrong | (more > 0)
             if not goes.any():
                 break
-            going, more, few, x = going[goes], (more - wrong.long())[goes], few.take(goes), x[goes]
+            going, more = going[goes], (more - wrong.long())[goes]
+            few, x = batch.take(going), x_adv[going]
             climb = constraint.steepest(grad[goes], x, model.bounds)
             moved = torch.add(x, climb, alpha=self.reach * constraint.eps / self.steps)
             x_adv = x_adv.index_copy(0, going, constraint.project(moved, few.x, model.bounds))
         return x_adv
 
+    def _slope(self, learner: Learner, batch: Batch, going: Rows) -> tuple[Inputs, Logits]:
+        """Gradients and logits of those that still go; all are forwarded where batch norm goes by their statistics."""
+        if self.training.attack_statistics == "batch":
+            grad, logits = gradient(learner.frozen, batch, cross_entropy)
+            return grad[going], logits[going]
+        return gradient(learner.frozen, batch.take(going), cross_entropy)
+
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there."""
-        logits = learner.net(x_adv)
-        return F.cross_entropy(logits, batch.y), hits(logits, batch.y)
+        return taught(learner, batch, x_adv, smoothing=self.label_smoothing)

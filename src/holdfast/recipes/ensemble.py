@@ -2,15 +2,14 @@
 
 Tramèr et al., "Ensemble Adversarial Training: Attacks and Defenses", ICLR 2018, arXiv:1705.07204. Examples made on
 other networks do not weaken as this one learns to mislead its own gradient. Differs from the paper: several steps in
-place of one, eps grows at first, the weights are averaged, and the learning rate goes in one cycle. It is a defence
-against transfer.
+place of one, half the weight on clean inputs in place of the same, eps grows at first, the weights are averaged, and
+the learning rate goes in one cycle. It is a defence against transfer.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -19,9 +18,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, NonNegative, Positive, Steps
+from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.learner import Learner, taught, trained
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,8 @@ class EnsembleTraining:
     """length of its path, in multiples of eps"""
     clean: NonNegative = 0.5
     """weight of the loss on the inputs as they are, beside that on the attacked ones"""
+    label_smoothing: Fraction = 0.0
+    """share of each label that is spread over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -64,8 +65,4 @@ class EnsembleTraining:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there, and that of the clean inputs."""
-        logits = learner.net(x_adv)
-        value = F.cross_entropy(logits, batch.y)
-        if self.clean:
-            value = value + self.clean * F.cross_entropy(learner.net(batch.x), batch.y)
-        return value, hits(logits, batch.y)
+        return taught(learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing)

@@ -3,7 +3,8 @@
 Shafahi et al., "Adversarial Training for Free!", NeurIPS 2019, arXiv:1904.12843: each batch is replayed a few times,
 and the perturbation goes on from replay to replay and from batch to batch, so that an update costs one forward and one
 backward, as in ordinary training. Differs from the paper: any norm, eps grows at first, the weights are averaged, the
-learning rate goes in one cycle, and a pass over the data counts as one epoch however often its batches are replayed.
+learning rate goes in one cycle, a pass over the data counts as one epoch however often its batches are replayed, and a
+feature that the box has cut keeps the gradient that leads back, which the paper's code drops with the other.
 """
 
 import math
@@ -12,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -20,9 +20,9 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, Positive, Steps
+from holdfast.core.types import Fraction, Inputs, Positive, Steps
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.learner import Learner, taught, trained
 
 _DELTA = "delta"
 _EVERYWHERE = Bounds(-math.inf, math.inf)  # the perturbation outlives the images whose box would cut it
@@ -36,6 +36,8 @@ class FreeTraining:
     """updates on each batch in a row"""
     step: Positive = 1.0
     """how far the perturbation moves with each, in multiples of eps"""
+    label_smoothing: Fraction = 0.0
+    """share of each label that is spread over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -65,18 +67,19 @@ class FreeTraining:
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """The inputs with the perturbation as it is; the backward that meets them moves it."""
-        x_adv = learner.net.bounds.clamp(batch.x + learner.state[_DELTA]).requires_grad_()
-        x_adv.register_hook(partial(self._moved, learner, x_adv.detach()))  # type: ignore[no-untyped-call]
+        whole = batch.x + learner.state[_DELTA]
+        x_adv = learner.net.bounds.clamp(whole).requires_grad_()
+        cut = whole - x_adv.detach()
+        x_adv.register_hook(partial(self._moved, learner, x_adv.detach(), cut))  # type: ignore[no-untyped-call]
         return x_adv
 
-    def _moved(self, learner: Learner, x_adv: Inputs, grad: Inputs) -> None:
-        """Let the perturbation climb the gradient, inside its ball."""
+    def _moved(self, learner: Learner, x_adv: Inputs, cut: Inputs, grad: Inputs) -> None:
+        """Let the perturbation climb the gradient, inside its ball, but not further into what the box has `cut`."""
         constraint, delta = learner.threat.constraint, learner.state[_DELTA]
-        climb = constraint.steepest(grad, x_adv, learner.net.bounds)
+        climb = constraint.steepest(grad.masked_fill(grad * cut > 0, 0), x_adv, learner.net.bounds)
         moved = torch.add(delta, climb, alpha=self.step * constraint.eps)
         delta.copy_(constraint.project(moved, torch.zeros_like(delta), _EVERYWHERE))
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there."""
-        logits = learner.net(x_adv)
-        return F.cross_entropy(logits, batch.y), hits(logits, batch.y)
+        return taught(learner, batch, x_adv, smoothing=self.label_smoothing)

@@ -9,7 +9,7 @@ loss of an attack, instead of its square, and eps grows at first. It holds at sm
 input says little.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,9 +22,9 @@ from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, NonNegative, PerExample, Positive
+from holdfast.core.types import Inputs, Logits, NonNegative, PerExample, Positive
 from holdfast.ops.fit import Training
-from holdfast.ops.gradients import rise
+from holdfast.ops.gradients import rise, sloped
 from holdfast.ops.learner import Learner, as_it_is, hits, trained
 
 
@@ -50,32 +50,25 @@ class GradientRegularisation:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         return trained(
-            as_it_is,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            slope=self.method == "double-backprop",
+            as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after, slope=True
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy and the slope."""
-        x = x_adv.detach().requires_grad_()
-        logits = learner.net(x)
-        each = F.cross_entropy(logits, batch.y, reduction="none")
+        again = learner.again()
+        x, logits, each = sloped(learner.net, x_adv, batch.y)
         if self.method == "double-backprop":
             added = rise(each, x, learner.threat.constraint, learner.net.bounds)
         else:
-            added = self._further(learner, batch, x, each) / self.reach
+            added = self._further(learner, batch, x, each, again) / self.reach
         return (each + self.weight * added).mean(), hits(logits, batch.y)
 
-    def _further(self, learner: Learner, batch: Batch, x: Inputs, each: PerExample) -> PerExample:
+    def _further(
+        self, learner: Learner, batch: Batch, x: Inputs, each: PerExample, again: Callable[[Inputs], Logits]
+    ) -> PerExample:
         """What a short step adds to the loss."""
         constraint = learner.threat.constraint
         (grad,) = torch.autograd.grad(each.sum(), x, retain_graph=True)
         climb = constraint.steepest(grad, batch.x, learner.net.bounds)
-        moved = learner.net(torch.add(batch.x, climb, alpha=self.reach * constraint.eps))
+        moved = again(torch.add(batch.x, climb, alpha=self.reach * constraint.eps))
         return F.cross_entropy(moved, batch.y, reduction="none") - each

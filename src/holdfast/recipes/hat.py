@@ -1,8 +1,9 @@
 """HAT: TRADES, and beyond the ball the answers of a network that was never hardened, which cuts needless margins.
 
 Rade & Moosavi-Dezfooli, "Reducing Excessive Margin to Achieve a Better Accuracy vs. Robustness Trade-off", ICLR 2022
-(helper-based adversarial training). Differs from the paper: the network that is given to be hardened is the helper, eps
-grows at first, the weights are averaged, and the learning rate goes in one cycle.
+(helper-based adversarial training). Differs from the paper: the network that is given to be hardened is the helper, the
+inner attack starts anywhere in the ball instead of at a tiny Gaussian, eps grows at first, the weights are averaged,
+and the learning rate goes in one cycle.
 """
 
 from collections.abc import Iterator

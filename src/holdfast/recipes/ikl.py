@@ -2,8 +2,9 @@
 
 Cui et al., "Decoupled Kullback-Leibler Divergence Loss", NeurIPS 2024, arXiv:2305.13948: the divergence has the
 gradients of a weighted squared error of the logits' gaps and of a cross-entropy with soft labels. Differs from the
-paper: the mean predictions that weigh the gaps are running means instead of those of the epoch before, eps grows at
-first, the weights are averaged, and the learning rate goes in one cycle.
+paper: the mean predictions that weigh the gaps are running means instead of those of the epoch before, the inner attack
+starts anywhere in the ball instead of at a tiny Gaussian, eps grows at first, the weights are averaged, and the
+learning rate goes in one cycle.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,10 +33,12 @@ from holdfast.ops.together import average
 class IKL:
     """Clean cross-entropy, gaps of the logits that stay as they are, and the clean prediction as a label."""
 
-    alpha: NonNegative = 1.0
+    alpha: NonNegative = 4.0
     """weight of the cross-entropy with the clean prediction as a label"""
-    beta: NonNegative = 15.0
+    beta: NonNegative = 20.0
     """weight of the gaps between logits"""
+    temperature: Positive = 4.0
+    """what the logits are divided by before they are the predictions whose class means weigh the gaps"""
     keep: Annotated[float, Gt(0), Lt(1)] = 0.99
     """how much of the mean prediction of a class a batch leaves"""
     steps: Steps = 10
@@ -86,7 +89,7 @@ class IKL:
     def _seen(self, means: Tensor, clean: Logits, y: Labels) -> Tensor:
         """The mean prediction of each class in the batch moved towards what the batch says."""
         member = F.one_hot(y, len(means)).to(means)
-        said, count = member.t() @ clean.softmax(1).to(means), member.sum(0)[:, None]
+        said, count = member.t() @ (clean / self.temperature).softmax(1).to(means), member.sum(0)[:, None]
         average((said, count))  # of the shares of a batch
         now = said / torch.where(count > 0, count, 1)
         return torch.where(count > 0, torch.lerp(now, means, self.keep), means)

@@ -13,7 +13,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -23,9 +22,9 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive
 from holdfast.ops.fit import Training
-from holdfast.ops.gains import Confined, directions, layers, order_of
-from holdfast.ops.gradients import rise
-from holdfast.ops.learner import Learner, as_it_is, hits, trained
+from holdfast.ops.gains import Confined, directions, learned, order_of
+from holdfast.ops.gradients import rise, sloped
+from holdfast.ops.learner import Learner, as_it_is, hits, taught, trained
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,7 @@ class LipschitzConstraint:
         order = order_of(threat.constraint) if self.norm == "threat" else "l2"
 
         def confined(learner: Learner) -> Confined:
-            found = layers(learner.net, data.x).items()
-            learned = {name: layer for name, layer in found if layer[0].weight.requires_grad}
-            return Confined(learned, order, self.gain, learner.state)
+            return Confined(learned(learner.net, data.x), order, self.gain, learner.state)
 
         return trained(
             as_it_is,
@@ -73,11 +70,8 @@ class LipschitzConstraint:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy and the slope."""
-        x = x_adv.detach().requires_grad_(self.weight > 0)
-        logits = learner.net(x)
-        each = F.cross_entropy(logits, batch.y, reduction="none")
-        value = each.mean()
-        if self.weight:
-            slope = rise(each, x, learner.threat.constraint, learner.net.bounds)
-            value = value + self.weight * slope.mean()
-        return value, hits(logits, batch.y)
+        if not self.weight:
+            return taught(learner, batch, x_adv)
+        x, logits, each = sloped(learner.net, x_adv, batch.y)
+        slope = rise(each, x, learner.threat.constraint, learner.net.bounds)
+        return each.mean() + self.weight * slope.mean(), hits(logits, batch.y)

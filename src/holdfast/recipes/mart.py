@@ -1,8 +1,9 @@
 """MART: errors count more, the clean ones most of all.
 
 Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR 2020. Differs from the
-paper: eps grows at first, the weights are averaged, and the learning rate goes in one cycle. Overestimated by PGD:
-under AutoAttack it is below plain adversarial training in the tables of others.
+paper: the inner attack starts anywhere in the ball instead of at a tiny Gaussian, eps grows at first, the weights are
+averaged, and the learning rate goes in one cycle. Overestimated by PGD: under AutoAttack it is below plain adversarial
+training in the tables of others.
 """
 
 from collections.abc import Iterator

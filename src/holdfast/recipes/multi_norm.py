@@ -71,11 +71,12 @@ class MultiNormTraining:
         for constraint in constraints:
             under = replace(learner, threat=replace(learner.threat, constraint=constraint))
             ends.append(under.worst(batch, turn.rng, steps=self.steps, reach=self.reach))
-        return torch.cat(ends) if self.method == "average" else _worst(learner, batch, ends)
+        return torch.cat(ends) if self.method == "average" else _worst(learner, batch, ends)[0]
 
     def _steepest_of_all(self, learner: Learner, batch: Batch, constraints: list[Constraint]) -> Inputs:
-        """From the inputs themselves, each step under the constraint that brings the loss furthest up."""
+        """The worst point of a path from the inputs, each step under the constraint that raises the loss most."""
         model, x_adv = learner.frozen, batch.x
+        worst, highest = x_adv, x_adv.new_full((len(x_adv),), -torch.inf)
         for _ in range(self.steps):
             grad, _ = gradient(model, batch.at(x_adv), cross_entropy)
             tried = []
@@ -83,8 +84,10 @@ class MultiNormTraining:
                 climb = constraint.steepest(grad, x_adv, model.bounds)
                 moved = torch.add(x_adv, climb, alpha=self.reach * constraint.eps / self.steps)
                 tried.append(constraint.project(moved, batch.x, model.bounds))
-            x_adv = _worst(learner, batch, tried)
-        return x_adv
+            x_adv, height = _worst(learner, batch, tried)
+            worst = torch.where(spread(height > highest, x_adv), x_adv, worst)
+            highest = torch.maximum(height, highest)
+        return worst
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The mean cross-entropy over all points; right is what is right at each of its own."""
@@ -94,8 +97,8 @@ class MultiNormTraining:
         return F.cross_entropy(logits, y), right
 
 
-def _worst(learner: Learner, batch: Batch, tried: list[Inputs]) -> Inputs:
-    """Of each example the point with the largest loss; a forward each."""
+def _worst(learner: Learner, batch: Batch, tried: list[Inputs]) -> tuple[Inputs, PerExample]:
+    """Of each example the point with the largest loss, and that loss; a forward each."""
 
     def height(x: Inputs) -> PerExample:
         with torch.no_grad():
@@ -106,4 +109,4 @@ def _worst(learner: Learner, batch: Batch, tried: list[Inputs]) -> Inputs:
         now = height(x)
         worst = torch.where(spread(now > highest, x), x, worst)
         highest = torch.maximum(now, highest)
-    return worst
+    return worst, highest

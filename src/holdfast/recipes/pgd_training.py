@@ -7,9 +7,7 @@ eps grows at first, the weights are averaged, and the learning rate goes in one 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -19,7 +17,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.learner import Learner, taught, trained
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,4 @@ class PGDTraining:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there, and that of the clean inputs where it has a weight."""
-        logits = learner.net(x_adv)
-        taught = partial(F.cross_entropy, target=batch.y, label_smoothing=self.label_smoothing)
-        value = taught(logits)
-        if self.clean:
-            value = value + self.clean * taught(learner.net(batch.x))
-        return value, hits(logits, batch.y)
+        return taught(learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing)

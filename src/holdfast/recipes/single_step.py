@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -22,10 +21,10 @@ from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, NonNegative, Positive
+from holdfast.core.types import Fraction, Inputs, NonNegative, Positive
 from holdfast.ops.ascent import gradient
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.learner import Learner, taught, trained
 from holdfast.ops.losses import cross_entropy
 from holdfast.ops.overfitting import HELD, RAISED, OverfittingGuard
 
@@ -44,6 +43,8 @@ class SingleStep:
     """whether catastrophic overfitting is watched for, on 128 examples that are not trained on, where there are more
     than twice as many: if ten steps break far more than one, the last updates are undone, and another step is added,
     three times at most"""
+    label_smoothing: Fraction = 0.0
+    """share of each label that is spread over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -89,5 +90,4 @@ class SingleStep:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy there."""
-        logits = learner.net(x_adv)
-        return F.cross_entropy(logits, batch.y), hits(logits, batch.y)
+        return taught(learner, batch, x_adv, smoothing=self.label_smoothing)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -13,7 +12,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs
 from holdfast.ops.fit import Training
-from holdfast.ops.learner import Learner, as_it_is, hits, trained
+from holdfast.ops.learner import Learner, as_it_is, taught, trained
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,4 @@ class Standard:
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """The cross-entropy, its labels smoothed."""
-        logits = learner.net(x_adv)
-        value = F.cross_entropy(logits, batch.y, label_smoothing=self.label_smoothing)
-        return value, hits(logits, batch.y)
+        return taught(learner, batch, x_adv, smoothing=self.label_smoothing)

@@ -27,7 +27,7 @@ class TRADES:
     """Cross-entropy on clean inputs plus `beta` times the worst divergence of the outputs around them."""
 
     beta: NonNegative = 6.0
-    """weight of the robust term; 0 is ordinary training"""
+    """weight of the robust term; at 0 the attack is made all the same, and batch norm gathers from what it made"""
     steps: Steps = 10
     """gradient steps of the inner attack"""
     reach: Positive = 2.5

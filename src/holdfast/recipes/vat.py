@@ -10,6 +10,7 @@ their batches; eps grows at first, the weights are averaged, and the learning ra
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +49,10 @@ class VAT:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
+        known = int((data.y != UNLABELLED).sum())
         return trained(
             self.inner,
-            self.loss,
+            partial(self.loss, labelled=max(known, 1) / len(data)),
             model,
             data,
             threat,
@@ -58,7 +60,7 @@ class VAT:
             rng=rng,
             after=after,
             unlabelled=True,
-            alone=bool((data.y == UNLABELLED).any()),  # a share would know its own labels alone
+            alone=known < len(data),  # a share would know its own labels alone
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
@@ -75,10 +77,16 @@ class VAT:
             near = model.bounds.clamp(torch.add(x, direction, alpha=self.reach * constraint.eps))
         return constraint.project(torch.add(x, direction, alpha=constraint.eps), x, model.bounds)
 
-    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The mean cross-entropy of what has a label, and the mean divergence of all."""
-        clean, logits = learner.net(batch.x), learner.net(x_adv)
-        known = (batch.y != UNLABELLED).sum().clamp_min(1)
-        taught = F.cross_entropy(clean, batch.y, ignore_index=UNLABELLED, reduction="sum") / known
+    def loss(
+        self, learner: Learner, batch: Batch, x_adv: Inputs, *, labelled: float
+    ) -> tuple[Tensor, Tensor]:
+        """The mean cross-entropy of what has a label, and the mean divergence of all.
+
+        `labelled` is the share of the data that has one: the first mean is right over many batches, not in each of
+        them, for there may be no label in most.
+        """
+        again = learner.again()
+        clean, logits = learner.net(batch.x), again(x_adv)
+        taught = F.cross_entropy(clean, batch.y, ignore_index=UNLABELLED, reduction="sum")
         smooth = kullback_leibler(logits, clean.detach()).mean()
-        return taught + self.weight * smooth, hits(logits, batch.y)
+        return taught / (labelled * len(batch)) + self.weight * smooth, hits(logits, batch.y)
