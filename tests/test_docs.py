@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import ROWS
+from benchmarks.record import newest
 from holdfast import attacks
 from holdfast.attacks import Flow
 from holdfast.attacks.protocol import Learned
@@ -177,6 +178,19 @@ class Counting(torch.nn.Module):
 
 def test_every_recipe_has_a_row():
     assert sorted(row["recipe"].strip("`") for row in RECIPES) == sorted(CLASSES)
+
+
+def test_every_recipe_has_a_record_and_the_page_tells_it():
+    recorded = newest("recipes")["table"]
+    assert sorted(row["recipe"] for row in recorded) == sorted(CLASSES)
+    columns = ("clean, %", "robust, %", "epochs", "doubts raised")
+    told = {row["trained by"].strip("`"): row for row in rows("reference/recipes.md", "trained by")}
+    assert {name: [row[column] for column in columns] for name, row in told.items()} == {
+        row["recipe"]: [str(row[column]) for column in columns] for row in recorded
+    }
+    assert {name: row["passes"] for name, row in told.items()} == {
+        row["recipe"]: f"{row['passes']:.1f}" for row in recorded
+    }
 
 
 @pytest.mark.parametrize("row", RECIPES, ids=lambda row: row["recipe"].strip("`"))
