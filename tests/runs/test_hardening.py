@@ -343,7 +343,8 @@ def test_batches_that_were_halved_stay_so_when_the_run_is_stopped_in_the_same_ep
     assert [point.batch for point in whole.curve] == [64, 64, 16]
 
 
-def test_where_memory_runs_out_a_budget_is_planned_by_what_it_holds():
+def test_where_memory_runs_out_a_budget_is_planned_by_what_it_holds(monkeypatch):
+    monkeypatch.setattr(candidates, "fitting", lambda budget_s, found: 2)
     net = Greedy(*fakes.network(1)).requires_grad_()
     found = harden(fakes.subject(net), training(), fakes.data(), wish(budget_s=2.0))
     assert {point.batch for point in found.curve} == {16}
