@@ -18,7 +18,7 @@ from holdfast.runs.training import LAST, Point, kept
 from holdfast.store.files import CHECKPOINTS
 
 WHAT = "hardenings that are killed ten times while they train, on a CPU: weights that differ from an uninterrupted run"
-KILLS, EPOCHS, SEED = 10, 12, 0
+KILLS, EPOCHS, SEED = 10, 24, 0
 COMMAND = "harden mnist-cnn mnist-mini --threat linf:0.1 --device cpu -n 40 --suite quick --no-doubts"
 RECIPES = {
     "fgsm-rs, its guard on": "--recipe fgsm-rs",
