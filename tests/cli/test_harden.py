@@ -80,7 +80,7 @@ def test_a_run_that_is_told_again_is_the_same(capsys):
 
 @pytest.mark.slow
 def test_a_training_that_is_killed_again_and_again_comes_to_the_same_weights(tmp_path):
-    words = [*PGD, "--set", "recipe.training.epochs=6", *JUDGED]
+    words = [*PGD, "--set", "recipe.training.epochs=16", *JUDGED]
     found = killed(words, tmp_path, 4)
     assert found["kills"] == 4  # each within a training that was not done
     assert found["tensors that differ"] == found["files of the new model that differ"] == 0
