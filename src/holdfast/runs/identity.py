@@ -42,7 +42,9 @@ def hardware(device: torch.device, processes: int = 1) -> str:
     """The machine in one line, without its name, and on how many processes."""
     threads = torch.get_num_threads()
     cores = f"{os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, {platform.machine()}"
-    many = f"; {processes} processes" if processes > 1 else ""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}; {cores}{many}"
-    return f"{cores}, no accelerator{many}" if device.type == "cpu" else f"{device.type}; {cores}{many}"
+    if device.type == "cpu":
+        found = f"{cores}, no accelerator"
+    else:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        found = f"{name}; {cores}"
+    return f"{found}; {processes} processes" if processes > 1 else found
