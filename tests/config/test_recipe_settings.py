@@ -10,7 +10,6 @@ from holdfast.config.recipes import _checked, build_recipe, candidates, settings
 from holdfast.config.settings import HardenSettings, read
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import UsageError
-from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training
 from holdfast.recipes import TRADES, MultiNormTraining
 
@@ -96,15 +95,13 @@ def test_what_nobody_says_of_a_part_stays_as_its_recipe_has_it():
 )
 def test_auto_chooses_among_recipes_that_the_processes_can_train(shape, processes, names, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", processes)
-    found = candidates({"use": "auto"}, ThreatModel(Linf(0.1)), nn.Linear(1, 1), shape)
+    found = candidates({"use": "auto"}, nn.Linear(1, 1), shape)
     assert [one.name for one in found] == names
 
 
 def test_auto_mirrors_nothing_and_takes_a_recipe_that_can_mix_images_where_they_are_mixed():
     def chosen(shape, **training):
-        return candidates(
-            {"use": "auto", "training": training}, ThreatModel(Linf(0.1)), nn.Linear(1, 1), shape
-        )
+        return candidates({"use": "auto", "training": training}, nn.Linear(1, 1), shape)
 
     assert {one.recipe.training.augment for one in chosen((3, 32, 32))} == {"shift"}
     for training, middle in (

@@ -10,7 +10,7 @@ from holdfast.config import settings
 from holdfast.config.attacks import build
 from holdfast.config.grammar import number, pairs, parse_surrogate, parse_threat, seconds
 from holdfast.config.naming import ATTACKS, FLOW, LABELS_ONLY, MEMBERS, VARIANTS, attack_meant, members
-from holdfast.config.settings import SUITES, AssessSettings, usual_suite
+from holdfast.config.settings import SUITES, AssessSettings, HardenSettings, usual_suite
 from holdfast.config.starting import validate
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
@@ -286,3 +286,15 @@ def test_a_surrogate_is_an_address_with_what_else_is_to_be_said():
 )
 def test_a_model_that_nobody_may_ask_is_attacked_by_transfer(threat, name):
     assert usual_suite(parse_threat(threat)) == name
+
+
+def test_one_file_serves_both_verbs_and_what_it_says_to_the_other_is_checked(tmp_path):
+    file = tmp_path / "holdfast.yaml"
+    file.write_text("model: mnist-cnn\ndata: mnist-mini\nrecipe: {use: trades, beta: 3}\nbudget: 5min\n")
+    assert settings.read(file, {}, kind=HardenSettings).recipe == {"use": "trades", "beta": 3}
+    assert read(file, {}).model == "mnist-cnn"
+    file.write_text("model: mnist-cnn\nbudget: soon\n")
+    with pytest.raises(UsageError, match="budget is 'soon'"):
+        read(file, {})
+    with pytest.raises(UsageError, match="unknown key 'budget'"):
+        read(None, {}, ["budget=5min"])

@@ -14,8 +14,10 @@ import safetensors.torch
 import torch
 
 import holdfast
+from holdfast.config.hardening import _usual_epochs
 from holdfast.config.recipes import settings_of
-from holdfast.core.batch import UNLABELLED, Batch
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Interrupted, LostLoss, TargetError, UsageError
@@ -25,15 +27,15 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training, fit
 from holdfast.ops.learner import GROWN
 from holdfast.ops.overfitting import RAISED, OverfittingGuard
-from holdfast.recipes import PGDTraining, SingleStep, Standard
+from holdfast.recipes import TRADES, PGDTraining, SingleStep, Standard
 from holdfast.runs import candidates, hardening
 from holdfast.runs.candidates import Candidate, attempts
 from holdfast.runs.hardened import Hardened
-from holdfast.runs.hardening import Wish, harden
-from holdfast.runs.held_out import harmless, looked_at, split_of, without_held, without_judged
+from holdfast.runs.hardening import harden
 from holdfast.runs.identity import code_digest
 from holdfast.runs.index import open_run, runs_in
-from holdfast.runs.pace import as_it_says, pace
+from holdfast.runs.pace import _grown, pace
+from holdfast.runs.wish import Wish
 from holdfast.sources.memory import as_data
 from holdfast.store.verify import verify
 from runs import fakes
@@ -218,50 +220,6 @@ def test_another_run_in_the_place_of_the_nested_one_is_found(tmp_path):
         verify(tmp_path / "r")
 
 
-def test_training_examples_that_are_judged_are_left_out_and_named(tmp_path):
-    data, test = training(), fakes.data()
-    judged = test.read(0, len(test))
-    both = Batch(torch.cat((data.x, judged.x[3:8])), torch.cat((data.y, judged.y[3:8])), torch.arange(605))
-    kept, said = without_judged(both, test)
-    assert torch.equal(kept.x, data.x)
-    assert "5 of 605" in said and "600 is test example 3" in said and "and 2 more" in said
-    assert without_judged(data, test) == (data, "")
-    found = harden(trainable(), both, test, wish())
-    assert found.notes == (said,)
-    few = as_data(judged.x[:3], judged.y[:3])
-    assert harden(trainable(), both, few, wish(apart=test)).notes == (said,)
-    assert harden(trainable(), both, few, wish()).notes == ()
-    with pytest.raises(UsageError, match="judge on other examples"):
-        without_judged(judged, test)
-
-
-def test_training_examples_that_equal_those_that_choose_are_left_out():
-    data = training()
-    _, held = split_of(data, 0)
-    more = Batch(torch.cat((data.x, held.x[:7])), torch.full((607,), UNLABELLED), torch.arange(607))
-    more.y[:600] = data.y
-    rest, held = split_of(more, 0)
-    fresh, said = without_held(rest, held)
-    assert said.startswith("7 training examples equal one of the 60 that choose the checkpoint")
-    assert set(fresh.ids.tolist()) == set(range(600)) - set(held.ids.tolist())
-    assert harden(trainable(), more, fakes.data(), wish()).notes == (said,)
-    with pytest.raises(UsageError, match="none is left to train on"):
-        without_held(held, held)
-
-
-def test_too_few_examples_to_choose_by_are_refused():
-    with pytest.raises(UsageError, match="499 training examples leave 49 .* at least 500"):
-        split_of(training(499), 0)
-
-
-def test_a_class_without_examples_is_named():
-    data, subject = training(), trainable()
-    with pytest.raises(TargetError, match="no training example is of class 2, of the 4"):
-        harden(subject, data.take(data.y != 2), fakes.data(), wish())
-    with pytest.raises(TargetError, match="training labels are 0; two classes"):
-        harden(trainable(), data.take(data.y == 0), fakes.data(), wish())
-
-
 class Untouchable(torch.nn.Linear):
     def __deepcopy__(self, memo):
         raise TypeError("no copies")
@@ -314,6 +272,8 @@ def test_where_memory_runs_out_batches_are_halved_and_the_training_goes_on():
     assert {point.batch for point in found.curve} == {16}
     (said,) = found.notes
     assert said.startswith("memory ran out in epoch 1: batches of 16 in place of 64")
+    settings = found.card["settings"]["training"]
+    assert (settings["batch"], settings["lr"]) == (16, pytest.approx(0.01 / 4))
     assert found.curve[0].lr == pytest.approx(hardening_rate(found))
 
 
@@ -532,7 +492,9 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
     assert tried(10.0) == [("Standard", 9), ("SingleStep", 3), ("PGDTraining", 1)]
     assert tried(5.0) == [("Standard", 4), ("SingleStep", 1)]
     timed.clear()
-    with pytest.raises(UsageError, match="one epoch takes about 1 s .* --budget 2s"):
+    with pytest.raises(
+        UsageError, match="one epoch takes about 1 s .*, and finding that out took 0 s; .* --budget 2s"
+    ):
         tried(0.5)
     assert timed == ["Standard"]  # what is stronger takes longer
     late = True
@@ -630,15 +592,6 @@ def test_a_recipe_of_ones_own_needs_to_count_nothing(tmp_path):
     assert "through the network" not in (found.write(tmp_path / "made") / "card.md").read_text()
 
 
-def test_a_look_at_a_network_that_knows_nothing_yet_is_timed_as_one_at_a_network_that_holds():
-    model, data = trainable().model, training()
-    data = data.labelled((model(data.x).argmax(1) + 1) % fakes.CLASSES)
-    assert looked_at(model, data, harmless(THREAT)) == (0.0, 0.0)
-    assert looked_at(model, as_it_says(model, data), harmless(THREAT)) == (1.0, 1.0)
-    unknown = as_it_says(model, data.labelled(torch.where(data.ids < 9, UNLABELLED, data.y)))
-    assert (unknown.y[:9] == UNLABELLED).all() and (unknown.y[9:] >= 0).all()
-
-
 def test_surrogates_are_in_eval_mode_and_frozen_whatever_they_were():
     seen = []
 
@@ -682,9 +635,83 @@ def test_threats_that_no_recipe_is_for_are_refused():
     data = training()
     with pytest.raises(UsageError, match="recipes make a model hold under linf, l2 and l1"):
         holdfast.harden(fakes.network(), as_data(data.x, data.y), threat="l0:3")
+    for recipe in ("pgd", RECIPE):
+        with pytest.raises(UsageError, match="and the threat is l0; choose"):
+            holdfast.harden(fakes.network(), as_data(data.x, data.y), threat="l0:3", recipe=recipe)
     with pytest.raises(UsageError, match="the goal is 1; leave goal= out"):
         holdfast.harden(fakes.network(), (data.x, data.y), threat="linf:0.06,goal=targeted:1")
     with pytest.raises(UsageError, match="recipe auto chooses among several, so it has no setting 'beta'"):
         holdfast.harden(
             fakes.network(), (data.x, data.y), threat="linf:0.06", recipe={"use": "auto", "beta": 2}
         )
+
+
+def test_a_folder_that_is_used_is_refused_before_anything_is_timed(tmp_path, monkeypatch):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/notes.txt").write_text("mine")
+    monkeypatch.setattr(hardening, "attempts", lambda *rest: pytest.fail("it was timed"))
+    with pytest.raises(UsageError, match="is no run folder"):
+        harden(trainable(), training(), fakes.data(), wish(budget_s=60.0), run=tmp_path / "r")
+
+
+def test_other_surrogates_are_another_run(tmp_path):
+    def asked(digest):
+        near = fakes.subject(fakes.network(2), digest=digest * 64)
+        asked = wish()
+        return replace(asked, judge=replace(asked.judge, surrogates=(near,)))
+
+    harden(trainable(), training(), fakes.data(), asked("b"), run=tmp_path / "r")
+    with pytest.raises(UsageError, match="another config .surrogates"):
+        harden(trainable(), training(), fakes.data(), asked("c"), run=tmp_path / "r", resume=True)
+
+
+def test_what_is_said_of_the_judging_is_on_the_card(tmp_path):
+    asked = wish()
+    judged = replace(asked, judge=replace(asked.judge, time_budget_s=1e-9))
+    found = harden(trainable(), training(), fakes.data(), judged)
+    said = [note for side in ("before", "after") for note in found.card[side]["notes"]]
+    assert [note for note in said if note.startswith("time ran out")]
+    text = (found.write(tmp_path / "made") / "card.md").read_text()
+    assert all(text.count(note) == 1 for note in said)
+
+
+class Counting(torch.nn.Sequential):
+    """Counts its passes in a buffer that no state dict holds."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.register_buffer("passes", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.passes += 1
+        return super().forward(x)
+
+
+def test_a_buffer_that_moves_and_that_no_state_dict_holds_is_named():
+    net = Counting(*fakes.network(1)).requires_grad_()
+    with pytest.raises(TargetError, match="buffer net.passes changes while the network is trained"):
+        harden(fakes.subject(net), training(), fakes.data(), wish())
+
+
+def test_what_a_recipe_remembers_of_each_example_is_written_as_long_as_it_will_be():
+    few = Checkpoint(
+        1, 1, {"state.changes": torch.ones(3, 5), "state.met": torch.ones(4), "weights.w": torch.ones(3)}, {}
+    )
+    grown = _grown(few, 3, 1000).tensors
+    assert {name: tuple(value.shape) for name, value in grown.items()} == {
+        "state.changes": (1000, 5),
+        "state.met": (4,),
+        "weights.w": (3,),
+    }
+
+
+def test_epochs_of_a_recipe_in_hand_and_a_budget_exclude_each_other():
+    data = training()
+    asked = {"threat": "linf:0.06", "budget": "1min"}
+    with pytest.raises(UsageError, match="recipe.training.epochs is 3, and the budget is 1min"):
+        holdfast.harden(fakes.network(), (data.x, data.y), recipe=RECIPE, **asked)
+    with pytest.raises(UsageError, match="recipe.training.epochs is 7"):
+        holdfast.harden(fakes.network(), (data.x, data.y), recipe=Bare(replace(HOW, epochs=7)), **asked)
+    assert _usual_epochs(TRADES(beta=3.0)) == 30
+    assert _usual_epochs(Bare()) == HOW.epochs

@@ -3,9 +3,10 @@
 import shlex
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,23 +15,23 @@ from holdfast.config import brought, ordering
 from holdfast.config.attacks import refuse_settings, threat_model
 from holdfast.config.grammar import parse_threat, seconds
 from holdfast.config.naming import AUTO, PRESETS, RECIPES
-from holdfast.config.recipes import candidates, settings_of
+from holdfast.config.recipes import candidates, refuse_unheld, settings_of
 from holdfast.config.settings import HardenSettings
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import NoSplit, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Bounds, Classifier
-from holdfast.ops.fit import drawing
+from holdfast.ops.fit import Training, drawing
 from holdfast.recipes.protocol import Recipe
 from holdfast.runs.candidates import Candidate
-from holdfast.runs.hardening import Wish
 from holdfast.runs.order import Subject
+from holdfast.runs.wish import Wish
 from holdfast.sources.data import open_data
 from holdfast.sources.memory import as_data
 
 JUDGED = 1_000
-"""Test examples that the model is judged on before and after, where nobody says how many."""
+"""Test examples, drawn by the seed, that the model is judged on before and after, where nobody says how many."""
 USUAL_BUDGET = "10min"
 """Of `auto`, where none is given."""
 _ASIDE = 10  # of data in hand, one in so many judges
@@ -91,7 +92,7 @@ def _parted(data: Data, settings: HardenSettings, model: Classifier) -> tuple[Ba
 
 
 def _few(settings: HardenSettings) -> HardenSettings:
-    return settings if settings.n or settings.sample else settings.model_copy(update={"n": JUDGED})
+    return settings if settings.n or settings.sample else settings.model_copy(update={"sample": JUDGED})
 
 
 def _all(settings: HardenSettings) -> HardenSettings:
@@ -113,13 +114,12 @@ def _opened_training(settings: HardenSettings, model: Classifier) -> Batch:
     )
     try:
         data = wanted(split="train")
-    except UsageError as error:
-        if settings.fit not in (None, settings.data):
-            data = wanted()
-        else:
+    except NoSplit as error:
+        if settings.fit in (None, settings.data):
             raise UsageError(
                 f"{address!r} has no train split to train on ({error}); name other examples with --fit DATA"
             ) from error
+        data = wanted()
     return data.read(0, len(data))
 
 
@@ -179,10 +179,11 @@ def wish(
     threat = threat_model(parse_threat(settings.threat))
     threat = replace(threat, surrogates=tuple(held.model for held in surrogates))
     name = str(settings.recipe["use"]) if recipe is None else name_of(recipe)
+    refuse_unheld(threat)
     if recipe is not None:
         refuse_settings(recipe, type(recipe).__name__)
     chosen = (
-        candidates(settings.recipe, threat, subject.model, tuple(training.x.shape[1:]))
+        candidates(settings.recipe, subject.model, tuple(training.x.shape[1:]))
         if recipe is None
         else (Candidate(name, recipe, settings_of(recipe)),)
     )
@@ -199,13 +200,24 @@ def _budget_s(settings: HardenSettings, recipe: Recipe | None) -> float | None:
     budget = settings.budget or (USUAL_BUDGET if auto else None)
     if budget is None:
         return None
-    epochs = settings.recipe.get("training", {}).get("epochs") if recipe is None else None
+    if recipe is None:
+        epochs = settings.recipe.get("training", {}).get("epochs")
+    else:
+        said = recipe.training.epochs
+        epochs = None if said == _usual_epochs(recipe) else said
     if epochs is not None:
         raise UsageError(
             f"recipe.training.epochs is {epochs}, and the budget {'of recipe auto ' if auto else ''}is {budget}, which "
             f"sets them; give one of both{', and with epochs a recipe, as in --recipe pgd' if auto else ''}"
         )
     return seconds(budget, "budget")
+
+
+def _usual_epochs(recipe: Any) -> int | None:
+    """The epochs of such a recipe that nobody told any; None where it has no usual ones."""
+    (said,) = (field for field in fields(recipe) if field.name == "training")
+    usual = said.default if said.default_factory is MISSING else said.default_factory()
+    return usual.epochs if isinstance(usual, Training) else None
 
 
 def _opens(settings: HardenSettings, subject: Subject) -> str:

@@ -18,21 +18,23 @@ from holdfast.recipes.protocol import Recipe
 from holdfast.runs.candidates import Candidate
 
 
-def candidates(
-    spec: Mapping[str, Any], threat: ThreatModel, model: nn.Module, shape: tuple[int, ...]
-) -> tuple[Candidate, ...]:
-    """The recipe that `use:` names; of `auto` those to choose from for inputs of that shape, the quickest first."""
+def refuse_unheld(threat: ThreatModel) -> None:
+    """`UsageError` for a threat that no recipe makes a model hold under."""
     constraint = threat.constraint
     if not isinstance(constraint, (Linf, L2, L1)):
         raise UsageError(
-            f"recipes make a model hold under linf, l2 and l1, and the threat is {constraint}; choose one of those, "
-            f"as in --threat linf:8/255"
+            f"recipes make a model hold under linf, l2 and l1, and the threat is {type(constraint).__name__.lower()}; "
+            f"choose one of those, as in --threat linf:8/255"
         )
     if threat.goal is not None:
         raise UsageError(
             f"recipes make a model hold against any other class, and the goal is {threat.goal}; leave goal= out, and "
             f"assess the new model under it"
         )
+
+
+def candidates(spec: Mapping[str, Any], model: nn.Module, shape: tuple[int, ...]) -> tuple[Candidate, ...]:
+    """The recipe that `use:` names; of `auto` those to choose from for inputs of that shape, the quickest first."""
     if spec["use"] != AUTO:
         return (_candidate(spec),)
     told = {key: value for key, value in spec.items() if key != "use"}

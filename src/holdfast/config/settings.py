@@ -185,9 +185,10 @@ def read(
 ) -> S:
     """Settings from a YAML file, `--set a.b=c` and overrides, each stronger than the one before; checked.
 
-    `flags` are the names under which a person gave the overrides, for messages.
+    The file may be one for all verbs: what is for another is checked and left out. `flags` are the names under which a
+    person gave the overrides, for messages.
     """
-    content = {} if path is None else load(path)
+    content = {} if path is None else _for(load(path), str(path), kind)
     given = {key: value for key, value in overrides.items() if value is not None}
     put_in = pairs(sets, "--set")
     spoken = {key.partition(".")[0]: f"--set {key.partition('.')[0]}" for key in put_in}
@@ -201,6 +202,17 @@ def read(
     settings = check(content, "" if path is None else str(path), spoken, kind=kind)
     _refuse_attacks(settings)
     return settings
+
+
+def _for(content: dict[str, Any], where: str, kind: type[S]) -> dict[str, Any]:
+    """What a file says to a verb, without what it says to another."""
+    others = {
+        key: content[key]
+        for key in content
+        if key in HardenSettings.model_fields and key not in kind.model_fields
+    }
+    check(others, where, kind=HardenSettings)
+    return {key: value for key, value in content.items() if key not in others}
 
 
 def _refuse_attacks(settings: AssessSettings) -> None:

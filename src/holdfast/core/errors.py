@@ -18,6 +18,10 @@ class UsageError(HoldfastError):
     exit_code: ClassVar[int] = 2
 
 
+class NoSplit(UsageError):
+    """A split that the data do not have."""
+
+
 class TargetError(HoldfastError):
     """A model, a data set or a disk that cannot be used (exit code 3)."""
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.checkpoint import AVERAGE, MEMORY, STATE, WEIGHTS, Checkpoint
 from holdfast.core.draws import Draws
-from holdfast.core.errors import LostLoss
+from holdfast.core.errors import LostLoss, TargetError
 from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.augment import Augmentation, augmented, cut_and_mixed
 from holdfast.ops.averages import ema, swa
@@ -167,7 +167,8 @@ def fit(
     `settle` is called after each update, before the average sees it, and may change the weights too. With `after` it
     goes on where that stands; `state` are tensors that the loss or `settle` change in place and must find again, but
     for what a `guard` changes in them: that stays when it has the last updates undone. Each batch is good for `replays`
-    updates in a row. Raises `LostLoss` where the loss is no number any more.
+    updates in a row. Raises `LostLoss` where the loss is no number any more, `TargetError` where a
+    buffer that is learned is in no state dict.
     """
     if how.averaging == "swa":
         state = {**state, _ENDS: torch.zeros((), dtype=torch.int64, device=data.x.device)}
@@ -176,8 +177,10 @@ def fit(
     if after is not None:
         begun = after.epoch
         loop.restore({name: value.to(data.x.device) for name, value in after.tensors.items()}, state)
+    passing = _passing(model)
     for epoch in range(begun, how.epochs):
         told = loop.epoch(epoch, guard)
+        _refuse_passing(model, passing)
         tensors = {name: _copy(value.cpu()) for name, value in loop.tensors().items()}
         yield Checkpoint(epoch + 1, how.epochs, tensors, told)
 
@@ -217,7 +220,7 @@ class _Loop:
         for begin in range(0, self._updates, every):
             some, before = batches[begin : begin + every], {} if guard is None else self._snapshot()
             done = [self._update(epoch, step, few) for step, few in some]
-            while guard is not None and not guard.holds():
+            while guard is not None and not self._held(guard, epoch, begin):
                 self.restore(before)
                 done = [self._update(epoch, step, few) for step, few in some]
             losses += [value for value, _ in done]
@@ -234,6 +237,11 @@ class _Loop:
         accuracy = processes() * right.item() / max(known, 1)
         dearer = 1.0 if guard is None else guard.dearer
         return {"loss": seen.mean().item(), "accuracy": accuracy, "lr": lr, "dearer": dearer}
+
+    def _held(self, guard: Guard, epoch: int, begin: int) -> bool:
+        """Whether all is well; a network that draws draws what the place says."""
+        with drawing(self._rng.at("guard", epoch, begin), self._data.x.device):
+            return guard.holds()
 
     def _update(self, epoch: int, step: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """One update: its loss, and how many examples were right."""
@@ -309,6 +317,23 @@ class _Loop:
             place, _, key = name.partition(".")
             memory.setdefault(int(place), {})[key] = _copy(value)
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": memory})
+
+
+def _passing(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers that no state dict holds."""
+    kept = model.state_dict().keys()
+    return {name: _copy(value) for name, value in model.named_buffers() if name not in kept}
+
+
+def _refuse_passing(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """`TargetError` where one of them has changed: it would be lost between two checkpoints, and to the new model."""
+    now = dict(model.named_buffers())
+    for name, value in before.items():
+        if not torch.equal(now[name], value):
+            raise TargetError(
+                f"the buffer {name} changes while the network is trained, and its state dict does not hold it, so that "
+                f"the new model would lack it; register it with persistent=True"
+            )
 
 
 def _copy(value: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from holdfast.reports.markdown import escaped, table
+from holdfast.reports.notes import spoken
 from holdfast.reports.numbers import plain
 from holdfast.reports.words import capitalized, interval, label, shown
 
@@ -21,6 +22,7 @@ def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
         "metrics": {name: summary["metrics"][name] for name in _SHOWN},
         "doubts": [{"name": doubt["name"], "says": doubt["says"]} for doubt in raised],
         "doubts_probed": len(looked),
+        "notes": spoken(summary),
         "accepted_doubts": dict(summary["accepted_doubts"]),
     }
 
@@ -53,6 +55,7 @@ def document(card: Mapping[str, Any]) -> str:
         said = f"none of {probed} doubts that were probed was raised" if probed else "no doubt was probed"
         lines += [f"- {said} against the numbers after"]
     lines += [f"- {escaped(note)}" for note in card["notes"]]
+    lines += [f"- {escaped(note)}" for note in _of_judging(card)]
     lines += ["", "Open it:", "", f"    {card['opened_by']}", ""]
     lines += ["Made by:", "", f"    {card['command'] or 'holdfast.harden(...)'}", ""]
     cost = card["cost"]
@@ -74,6 +77,21 @@ def _sides(head: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> li
         for name in _SHOWN
     )
     return table((head, "before", "after"), rows)
+
+
+def _of_judging(card: Mapping[str, Any]) -> list[str]:
+    """What was said of one assessment or of both, and not of the training."""
+    before, after = (
+        [note for note in card[side]["notes"] if note not in card["notes"]] for side in ("before", "after")
+    )
+    both = [f"judging: {note}" for note in before if note in after]
+    apart = (
+        (side, note)
+        for side, notes, others in (("before", before, after), ("after", after, before))
+        for note in notes
+        if note not in others
+    )
+    return [*both, *(f"judging {side}: {note}" for side, note in apart)]
 
 
 def _why(card: Mapping[str, Any]) -> str:

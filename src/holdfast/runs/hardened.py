@@ -167,9 +167,11 @@ def _cost(made: Sequence[Made], plan: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _as_trained(made: Made) -> dict[str, Any]:
-    """The settings of its recipe with what the plan and the defaults have decided of them."""
-    how = made.candidate.recipe.training
+    """The settings of its recipe with what the plan, the defaults and the memory have decided of them."""
+    how, last = made.candidate.recipe.training, made.curve[-1]
     decided = {"epochs": made.attempt["epochs"], "weight_decay": how.decay}
+    if last.batch != how.batch:  # memory ran out
+        decided |= {"batch": last.batch, "lr": how.lr * last.batch / how.batch}
     settings = made.candidate.settings
     return {**settings, "training": {**settings.get("training", {}), **decided}}
 

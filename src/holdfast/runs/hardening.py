@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,14 @@ import torch
 from torch import nn
 
 from holdfast.core.batch import UNLABELLED, Batch, Data
-from holdfast.core.chain import canonical, digest
+from holdfast.core.chain import digest
 from holdfast.core.checkpoint import STATE, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.names import threat_text
-from holdfast.core.threat import ThreatModel
 from holdfast.ops import together
 from holdfast.ops.overfitting import RAISED
-from holdfast.reports.numbers import strict
 from holdfast.runs import training
 from holdfast.runs.assess import assess
 from holdfast.runs.candidates import Candidate, announced, attempts
@@ -48,7 +45,7 @@ from holdfast.runs.held_out import (
     without_held,
     without_judged,
 )
-from holdfast.runs.identity import code_digest, hardware, versions
+from holdfast.runs.identity import hardware
 from holdfast.runs.order import Order, Progress, Subject, silent
 from holdfast.runs.pace import as_it_says, left, smaller
 from holdfast.runs.preparing import readied
@@ -57,35 +54,11 @@ from holdfast.runs.result import Result
 from holdfast.runs.signals import Stopper, stoppable
 from holdfast.runs.trainable import copy_of, refuse_untrainable, stays, threats_of
 from holdfast.runs.training import BEST, LAST, Point
+from holdfast.runs.wish import Wish, about, manifest_of
 from holdfast.sources.memory import as_data
 from holdfast.sources.weights import written
 from holdfast.store.files import CHECKPOINTS, usable, write_atomically
-from holdfast.store.folder import RunFolder, opened, planned
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a hardening is asked for."""
-
-    name: str
-    """of the recipe, as it was asked for"""
-    candidates: tuple[Candidate, ...]
-    """the recipe, or those to choose from, the quickest first"""
-    threat: ThreatModel
-    judge: Order
-    """how the model is measured before and after"""
-    budget_s: float | None = None
-    """wall time of the training, its looks at held-out examples included; None goes by the recipe's epochs"""
-    seed: int = 0
-    device: str = "cpu"
-    command: str = ""
-    examples: int = 0
-    """training examples that attacks of the judge are learned on, where some are"""
-    apart: Data | None = None
-    """what nothing is learned from: all that the judged examples are taken from; None for those alone"""
-    opens: str = ""
-    """flags that the new model is opened with, beside its file and the data"""
-
+from holdfast.store.folder import RunFolder, opened, planned, refuse_used
 
 _CHECKED = 4_096  # training examples that are looked at together
 _NO_OBJECTION = "not-exhausted"  # which says that the suite is too weak, and no other training mends that
@@ -113,25 +86,50 @@ def harden(
     processes train together, the first of them judges and writes, and all return the same. Raises `UsageError`,
     `TargetError`, or `Interrupted` with the way to go on.
     """
+    if run is not None:
+        refuse_used(run, resume=resume)
     refuse_untrainable(subject.model)
     refuse_data(test)
     with readied(subject, test, together.own(torch.device(wish.device))) as (target, sample):
         bounds = target.bare.bounds
         for some in data.split(_CHECKED):
             refuse_batch(some.take(some.y != UNLABELLED), bounds, target.classes, "the training data")
-        refuse_classes(data, target.classes)
+        examples = _parted(data, wish.apart or test, wish.seed, target.classes)
         for threat in threats_of(wish.threat, [one.recipe for one in wish.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
-    fresh, said = without_judged(data, wish.apart or test)
     with ExitStack() as stack:
         stack.enter_context(together.joined(torch.device(wish.device)))
         place = stack.enter_context(lent()) if run is None else run
-        job = _Job(subject, fresh, test, wish, place, progress, told, said)
+        job = _Job(subject, examples, test, wish, place, progress, told)
         found = job.done(resume=resume) if together.first() else job.followed()
     if run is not None:
         return found
     before, after = (replace(side, folder=None) for side in (found.before, found.after))
     return replace(found, before=before, after=after, folder=None)
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """What is trained on, and what chooses the checkpoint."""
+
+    rest: Batch
+    held: Batch
+    digest: str
+    """of both, in hex"""
+    notes: tuple[str, ...]
+    """which were left out, and why"""
+
+
+def _parted(data: Batch, apart: Data, seed: int, classes: int) -> _Examples:
+    """Training examples without those that judge; of each class some are left, or it is refused."""
+    refuse_classes(data, classes)
+    fresh, judged = without_judged(data, apart)
+    rest, held = split_of(fresh, seed)
+    rest, chosen_by = without_held(rest, held)
+    notes = tuple(note for note in (judged, chosen_by) if note)
+    if notes:
+        refuse_classes(rest, classes, after="; ".join(notes))
+    return _Examples(rest, held, digest_of(fresh), notes)
 
 
 class _Job:
@@ -140,18 +138,15 @@ class _Job:
     def __init__(
         self,
         subject: Subject,
-        data: Batch,
+        examples: _Examples,
         test: Data,
         wish: Wish,
         run: Path,
         progress: Progress,
         told: Told,
-        said: str,
     ) -> None:
         device = together.own(torch.device(wish.device))
-        rest, held = split_of(data, wish.seed)
-        rest, twice = without_held(rest, held)
-        self.rest, self.held = rest.to(device), held.to(device)
+        self.rest, self.held = examples.rest.to(device), examples.held.to(device)
         around = tuple(
             deepcopy(model).to(device).eval().requires_grad_(False) if isinstance(model, nn.Module) else model
             for model in wish.threat.surrogates
@@ -161,16 +156,16 @@ class _Job:
         self.again = way_out(wish.command, run)
         self.progress, self.told = progress, told
         self.model = copy_of(subject.model).to(device)
-        digests = [test.digest, digest_of(data)]
+        digests = [test.digest, examples.digest]
         self._as_the_first(digests)
         machine = hardware(device, together.processes())
         self.trainer = Trainer(self.model, self.rest, self.held, wish.threat, wish.seed, machine)
         for one in wish.candidates:  # what it cannot learn from is refused here; nothing is trained yet
             self.trainer.begun(one.recipe, None)
-        self.notes = [note for note in (said, twice, stays(self.model)) if note]
+        self.notes = [note for note in (*examples.notes, stays(self.model)) if note]
         known = together.told(planned(run))
         self.plan = together.told(known["plan"] if known else self._planned())
-        self.manifest = _manifest(subject, digests, test, wish, self.plan, machine)
+        self.manifest = manifest_of(subject, digests, test, wish, self.plan, machine)
         self.judge = replace(wish.judge, device=str(device), fit=self._to_learn_on())
 
     def _as_the_first(self, digests: list[str]) -> None:
@@ -211,7 +206,7 @@ class _Job:
         """All that is not done yet, and the new model."""
         with (
             stoppable(self.again) as stopper,
-            opened(self.run, self.manifest, _about(self.wish), resume=resume) as folder,
+            opened(self.run, self.manifest, about(self.wish), resume=resume) as folder,
         ):
             before = self._judged(self.subject, self.test, "before", replace(self.judge, gates=()))
             looked = looked_at(self.model, self.held, self.wish.threat)
@@ -355,44 +350,3 @@ def _numbered(name: str, k: int) -> str:
 def _head(result: Result) -> dict[str, Any]:
     """What ties a measurement of its own folder to this run."""
     return {"chain": result.about["hashes"]["chain"]}
-
-
-def _manifest(
-    subject: Subject,
-    digests: list[str],
-    test: Data,
-    wish: Wish,
-    plan: Mapping[str, Any],
-    machine: str,
-) -> dict[str, Any]:
-    constraint = wish.threat.constraint
-    config = strict(
-        {
-            "recipe": wish.name,
-            "settings": {one.name: one.settings for one in wish.candidates},
-            "threat": {"norm": type(constraint).__name__, "eps": constraint.eps},
-            "suite": wish.judge.plan.suite,
-            "budget_s": wish.budget_s,
-            "seed": wish.seed,
-        }
-    )
-    return {
-        "verb": "harden",
-        "digests": {
-            "config": digest(canonical(config)),
-            "model": subject.digest,
-            "data": digest(canonical(digests)),
-            "code": code_digest(),
-        },
-        "config": config,
-        "model": strict(dict(subject.card)),
-        "data": {"name": test.name, "n": len(test)},
-        "versions": versions(),
-        "hardware": machine,
-        "seed": wish.seed,
-        "plan": dict(plan),
-    }
-
-
-def _about(wish: Wish) -> dict[str, Any]:
-    return {"created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "command": repeatable(wish.command)}

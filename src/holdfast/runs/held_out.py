@@ -12,7 +12,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.ops.fit import drawing
 from holdfast.ops.losses import margin
+from holdfast.runs.pieces import in_pieces
 
 LOOK = PGD(steps=20)
 """What chooses the checkpoint: more steps than training takes, and another loss."""
@@ -22,35 +24,44 @@ _NAMED = 3  # duplicates that are named
 
 
 def split_of(data: Batch, seed: int) -> tuple[Batch, Batch]:
-    """Training examples and held-out ones, all with labels; which are held out depends on the seed alone."""
+    """Training examples and held-out ones, all with labels; which are held out depends on the seed alone.
+
+    Of each class one is left to train on.
+    """
     known = data.y != UNLABELLED
-    labelled = int(known.sum())
-    n = min(_HELD_OUT, labelled // _EVERY)
+    order = Draws(seed).at("held out").bits(data.ids).argsort()
+    order = order[known[order]]
+    last = {label: place for place, label in enumerate(data.y[order].tolist())}
+    spare = torch.ones_like(order, dtype=torch.bool)
+    spare[list(last.values())] = False
+    n = min(_HELD_OUT, len(order) // _EVERY, int(spare.sum()))
     if n < _LEAST_HELD_OUT:
         raise UsageError(
-            f"{labelled} training examples leave {n} to choose the checkpoint by; at least "
+            f"{len(order)} training examples leave {n} to choose the checkpoint by; at least "
             f"{_LEAST_HELD_OUT * _EVERY} are needed; name more examples with --fit DATA"
         )
-    order = Draws(seed).at("held out").bits(data.ids).argsort()
-    order = torch.cat((order[known[order]], order[~known[order]]))
-    held, rest = order[:n].sort().values, order[n:].sort().values
-    return data.take(rest), data.take(held)
+    held = torch.zeros_like(known)
+    held[order[spare][:n]] = True
+    return data.take(~held), data.take(held)
 
 
 def looked_at(model: Classifier, held: Batch, threat: ThreatModel) -> tuple[float, float]:
     """Accuracy on the held-out examples, and under the attack that chooses."""
     was = model.training
     model.eval()
-    right, stands = 0, 0
-    for some in held.split(256):
+
+    def seen(some: Batch) -> tuple[int, int]:
         with torch.no_grad():
             correct = margin(model(some.x), some) > 0
-        right += int(correct.sum())
-        left = some.take(correct)
+        left, stands = some.take(correct), 0
         if len(left):
             x_adv = LOOK(model, left, threat, rng=Draws(0).at("look"))
             with torch.no_grad():
-                stands += int((margin(model(x_adv), left) > 0).sum())
+                stands = int((margin(model(x_adv), left) > 0).sum())
+        return int(correct.sum()), stands
+
+    with drawing(Draws(0).at("look"), held.x.device):
+        right, stands = map(sum, zip(*in_pieces(held, seen), strict=True))
     model.train(was)
     return right / len(held), stands / len(held)
 
@@ -112,19 +123,21 @@ def digest_of(data: Batch) -> str:
     return sha.hexdigest()
 
 
-def refuse_classes(data: Batch, classes: int | None) -> None:
-    """`TargetError` where the labels are of one class alone, or a class of the model has none."""
-    found = torch.unique(data.y[data.y != UNLABELLED])
+def refuse_classes(data: Batch, classes: int, *, after: str = "") -> None:
+    """`TargetError` where the labels are of fewer than two classes, or a class of the model has none.
+
+    `after` is what was left out before.
+    """
+    found = torch.unique(data.y[data.y != UNLABELLED]).tolist()
+    before = f"{after}; " if after else ""
     if len(found) < 2:
-        held = (
-            f"all {len(data)} training labels are {int(found[0])}" if len(data) else "no examples to train on"
-        )
+        held = f"all training labels are {found[0]}" if found else "no training example has a label"
         raise TargetError(
-            f"{held}; two classes are needed: check the label column, or name others with --fit DATA"
+            f"{before}{held}; two classes are needed: check the label column, or name others with --fit DATA"
         )
-    lacking = sorted(set(range(classes or 0)) - set(found.tolist()))
+    lacking = sorted(set(range(classes)) - set(found))
     if lacking:
         raise TargetError(
-            f"no training example is of class {', '.join(map(str, lacking))}, of the {classes} that the model tells "
-            f"apart; add some, or give a model of {classes - len(lacking) if classes else 0} classes"
+            f"{before}no training example is of class {', '.join(map(str, lacking))}, of the {classes} that the model "
+            f"tells apart; add some, or give a model of {classes - len(lacking)} classes"
         )

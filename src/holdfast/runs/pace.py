@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 
 from holdfast.core.batch import UNLABELLED, Batch
-from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.checkpoint import STATE, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError
-from holdfast.core.model import Classifier, out_of_memory
+from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import updates
 from holdfast.ops.together import processes, told
 from holdfast.recipes.protocol import Recipe, trained_as
 from holdfast.runs.held_out import harmless
+from holdfast.runs.pieces import halved, in_pieces
 from holdfast.runs.training import BEST, LAST, Point, keep
 
 _WARM = 3  # updates of the shorter trial
@@ -55,24 +56,20 @@ def pace(
 
 def smaller(batch: int, error: BaseException) -> int:
     """Half of a batch that memory ran out for; raises whatever else went wrong, and what no half mends."""
-    if not out_of_memory(error):
-        raise error
+    half = halved(batch, error)
     if processes() > 1:
         raise TargetError(
             f"memory ran out for a batch of {batch} on {processes()} processes; go on with a smaller one in a new run, "
-            f"as in --set recipe.training.batch={batch // 2}"
+            f"as in --set recipe.training.batch={half}"
         ) from error
-    if batch == 1:
-        raise TargetError(
-            "memory ran out for a batch of one example; train a smaller network, or on another --device"
-        ) from error
-    return batch // 2
+    return half
 
 
 @dataclass(frozen=True)
 class _Trial:
     seconds: float
     updates: int
+    examples: int
     last: Checkpoint
 
 
@@ -99,7 +96,9 @@ def _paced(
         some = as_it_says(model, data.take(rows[: least + more * size]))
         begun = time.perf_counter()
         *_, last = trained_as(recipe, few)(model, some, harmless(threat), rng=Draws(0))
-        return _Trial(told(time.perf_counter() - begun), updates(len(some), size), last)  # all decide alike
+        return _Trial(
+            told(time.perf_counter() - begun), updates(len(some), size), len(some), last
+        )  # all decide alike
 
     taken(0)  # chooses kernels and fills caches
     short = taken(0)
@@ -108,7 +107,8 @@ def _paced(
     if more > _TIMED:
         update = _apart(short, taken(more))
     once = 0.0 if how.compiled else max(short.seconds - short.updates * update, 0.0)
-    return Pace(update, update * updates(len(data), size) + once + look_s + _kept_s(short.last))
+    kept_s = _kept_s(short.last, short.examples, len(data))
+    return Pace(update, update * updates(len(data), size) + once + look_s + kept_s)
 
 
 def as_it_says(model: Classifier, data: Batch) -> Batch:
@@ -116,7 +116,7 @@ def as_it_says(model: Classifier, data: Batch) -> Batch:
     was = model.training
     model.eval()
     with torch.no_grad():
-        says = torch.cat([model(some.x).argmax(1) for some in data.split(256)])
+        says = torch.cat(in_pieces(data, lambda some: model(some.x).argmax(1)))
     model.train(was)
     return data.labelled(torch.where(data.y == UNLABELLED, data.y, says))
 
@@ -128,13 +128,25 @@ def _apart(short: _Trial, long: _Trial) -> float:
     return max(long.seconds - short.seconds, 0.0) / (long.updates - short.updates)
 
 
-def _kept_s(checkpoint: Checkpoint) -> float:
-    """Seconds that it takes to write a checkpoint as the last one and as the best one."""
+def _kept_s(checkpoint: Checkpoint, few: int, many: int) -> float:
+    """Seconds that it takes to write it as the last one and as the best one, had it been trained on so many more."""
     with tempfile.TemporaryDirectory() as place:
+        whole = _grown(checkpoint, few, many)
         begun = time.perf_counter()
         for name in (LAST, BEST):
-            keep(Path(place), name, checkpoint, ())
+            keep(Path(place), name, whole, ())
         return told(time.perf_counter() - begun)
+
+
+def _grown(checkpoint: Checkpoint, few: int, many: int) -> Checkpoint:
+    """What it would be of `many` examples in place of `few`: what a recipe remembers of each is as much longer."""
+    tensors = {
+        name: value.new_zeros(many, *value.shape[1:])
+        if name.startswith(STATE) and value.shape[:1] == (few,)
+        else value
+        for name, value in checkpoint.tensors.items()
+    }
+    return replace(checkpoint, tensors=tensors)
 
 
 def fitting(budget_s: float, found: Pace) -> int:
@@ -157,6 +169,10 @@ def too_small(budget_s: float, found: Pace, spent_s: float) -> str:
     least = math.ceil(found.epoch / _SPARE + spent_s)
     asked = f"{least}s" if least < 120 else f"{math.ceil(least / 60)}min"
     return (
-        f"a budget of {budget_s:g} s is too small: one epoch takes about {found.epoch:.0f} s on this machine; give "
-        f"--budget {asked} or more, or fewer steps"
+        f"a budget of {budget_s:g} s is too small: one epoch takes about {_seconds(found.epoch)} on this machine, and "
+        f"finding that out took {_seconds(spent_s)}; give --budget {asked} or more, or fewer steps"
     )
+
+
+def _seconds(time: float) -> str:
+    return f"{time:.2g} s" if time < 10 else f"{time:.0f} s"

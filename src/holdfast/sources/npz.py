@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import NoSplit, TargetError
 from holdfast.sources.files import megabytes, nearest, readable_file
 
 MAX_BYTES = 16 * 2**30
@@ -127,12 +127,12 @@ def arrays_of_split(archive: Npz, split: str | None, name: str) -> tuple[str, st
 
 def _no_split(
     archive: Npz, split: str | None, pairs: Mapping[str, object], name: str
-) -> TargetError | UsageError:
+) -> TargetError | NoSplit:
     if split is not None and pairs:
         known = nearest(split, pairs)
-        return UsageError(f"{name!r} has no split {split!r}{known}; it has {', '.join(pairs)}")
+        return NoSplit(f"{name!r} has no split {split!r}{known}; it has {', '.join(pairs)}")
     holds = ", ".join(archive.names) or "nothing"
     if split is not None and "x" in archive.names:
         way_out = f"leave --split {split} out, or save x_{split}, y_{split} in it"
-        return UsageError(f"{name!r} holds {holds} and no split {split!r}; {way_out}")
+        return NoSplit(f"{name!r} holds {holds} and no split {split!r}; {way_out}")
     return TargetError(f"{name!r} has neither x_test, y_test nor x, y; it has {holds}")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from holdfast.core.batch import Batch
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import NoSplit, TargetError
 from holdfast.sources.arrays import selected_rows
 from holdfast.sources.files import nearest
 
@@ -124,7 +124,7 @@ def _split_folder(folder: Path, split: str | None) -> Path:
     if wanted is None:
         return folder
     if not (folder / wanted).is_dir():
-        raise UsageError(
+        raise NoSplit(
             f"{str(folder)!r} has no folder {wanted!r}{nearest(wanted, splits)}; leave --split out to read it all"
         )
     return folder / wanted

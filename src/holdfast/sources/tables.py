@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.sources.arrays import Arrays, from_numpy, selected_rows
 from holdfast.sources.files import megabytes, nearest, readable_file
@@ -157,13 +157,13 @@ def _rows_of_split(table: Table, split: str | None) -> NDArray[np.int64]:
     column = table.columns.get(SPLIT_COLUMN)
     if column is None:
         if split is not None:
-            raise UsageError(f"{str(table.path)!r} has no column {SPLIT_COLUMN!r}; leave --split {split} out")
+            raise NoSplit(f"{str(table.path)!r} has no column {SPLIT_COLUMN!r}; leave --split {split} out")
         return np.arange(len(table), dtype=np.int64)
     wanted = split or "test"
     rows = np.flatnonzero(np.array(column) == wanted).astype(np.int64)
     if not len(rows) and wanted not in column:
         found = sorted(set(column))
-        raise UsageError(
+        raise NoSplit(
             f"{str(table.path)!r} has no split {wanted!r}{nearest(wanted, found)}; it has {', '.join(found)}"
         )
     return rows

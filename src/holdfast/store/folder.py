@@ -167,7 +167,7 @@ def opened(
     may differ between two equal runs: when, by which command, on what. Raises `UsageError` where the folder is used,
     in use, or of another run; `TargetError` where it cannot be written.
     """
-    _refuse_used(path, resume=resume)
+    refuse_used(path, resume=resume)
     wanted: dict[str, Any] = json.loads(canonical({"schema_version": SCHEMA_VERSION, **manifest}))
     with usable(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -241,7 +241,8 @@ def recorded_document(path: Path, chain: Chain, kind: str) -> dict[str, Any] | N
     return read_document(file)
 
 
-def _refuse_used(path: Path, *, resume: bool) -> None:
+def refuse_used(path: Path, *, resume: bool) -> None:
+    """`UsageError` where a folder holds what is no run, or one that nobody asked to go on with."""
     with usable(path):
         if not path.is_dir():
             return
