@@ -180,18 +180,22 @@ def wish(
     threat = replace(threat, surrogates=tuple(held.model for held in surrogates))
     name = str(settings.recipe["use"]) if recipe is None else name_of(recipe)
     refuse_unheld(threat)
-    if recipe is not None:
-        refuse_settings(recipe, type(recipe).__name__)
     chosen = (
         candidates(settings.recipe, subject.model, tuple(training.x.shape[1:]))
         if recipe is None
-        else (Candidate(name, recipe, settings_of(recipe)),)
+        else (_candidate(name, recipe),)
     )
     budget_s, learn = _budget_s(settings, recipe), ordering.examples_to_fit(order.plan)
     opens = _opens(settings, subject)
     return Wish(
         name, chosen, threat, judge, budget_s, settings.seed, judge.device, command, learn, apart, opens
     )
+
+
+def _candidate(name: str, recipe: Recipe) -> Candidate:
+    """A recipe in hand, its settings checked as those of a file are."""
+    refuse_settings(recipe, type(recipe).__name__)
+    return Candidate(name, recipe, settings_of(recipe))
 
 
 def _budget_s(settings: HardenSettings, recipe: Recipe | None) -> float | None:
