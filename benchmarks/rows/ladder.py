@@ -3,8 +3,6 @@
 from benchmarks.hardened import percent
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rows.recipes import CONFIG, THREADS, cells, hardened
-from holdfast.config.attacks import threat_model
-from holdfast.config.grammar import parse_threat
 from holdfast.config.recipes import candidates
 from holdfast.sources.models import open_model
 
@@ -29,7 +27,7 @@ def measured() -> Outcome:
     for threat, budget in PLACES:
         left: dict[str, float] = {}
         chosen = ""
-        for one in candidates({"use": "auto"}, threat_model(parse_threat(threat)), model, (1, 28, 28)):
+        for one in candidates({"use": "auto"}, model, (1, 28, 28)):
             kept = hardened(ROW, one.name, SUITE, SEED, threat=threat, budget=budget)
             detail[f"{one.name}, {threat}, {budget}"] = kept
             card = kept["measured"]
