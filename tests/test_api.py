@@ -395,7 +395,7 @@ def test_inputs_of_half_a_word_are_widened_and_a_network_of_them_is_told_how():
     )
     narrow = network().bfloat16()
     with pytest.raises(
-        TargetError, match=r"weights are bfloat16 and the inputs float32: give net.float\(\), or a funct"
+        TargetError, match=r"weights are bfloat16 and the inputs float32: give net.float\(\), or a netw"
     ):
         holdfast.assess(narrow, (X.bfloat16(), Y), "linf:0.1", ATTACKS)
     holdfast.assess(lambda x: narrow(x.to(torch.bfloat16)).float(), (X.bfloat16(), Y), "linf:0.1", ATTACKS)
@@ -490,3 +490,9 @@ def test_the_skip_gradients_of_a_surrogate_are_part_of_the_run(tmp_path):
 def test_what_is_no_surrogate_is_refused(given, said):
     with pytest.raises(UsageError, match=said):
         holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, surrogates=given)
+
+
+def test_going_on_without_a_folder_is_refused():
+    for verb in (holdfast.assess, holdfast.harden):
+        with pytest.raises(UsageError, match="resume=True goes on with a run; name its folder"):
+            verb(network(), (X, Y), resume=True)

@@ -12,7 +12,7 @@ from holdfast.config.naming import RECIPES
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
+from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops import learner
 from holdfast.ops.fit import _Loop
@@ -229,3 +229,13 @@ def test_eps_grows_at_first_for_attack_and_loss_alike(overshoot):
     list(trained(inner, loss, model, data, ThreatModel(Linf(0.08)), how, rng=Draws(0)))
     eps = [overshoot * value for value in (0.0, 0.02, 0.04, 0.06, 0.08, 0.08, 0.08, 0.08)]
     assert seen[::2] == seen[1::2] == pytest.approx(eps)
+
+
+@pytest.mark.parametrize("eps", [0.3, 1e6])
+def test_atta_remembers_changes_of_any_size(eps):
+    """In half words, whose largest number is 65504."""
+    model = Classifier(fakes.network(1).net.requires_grad_(), bounds=Bounds(-1e7, 1e7))
+    *_, kept = ATTA(training=SHORT)(model, fakes.examples(40), ThreatModel(Linf(eps)), rng=Draws(0))
+    changes = kept.tensors["state.kept"]
+    assert changes.isfinite().all()
+    assert 0.5 <= float(changes.abs().max()) <= 1.001

@@ -11,13 +11,21 @@ from torch import nn
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L2, Linf
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Turn
 from holdfast.ops.learner import Learner
 from holdfast.ops.twin import twin
-from holdfast.recipes import CURE, LLR, JacobianRegularisation, LipschitzConstraint, MarginTraining
+from holdfast.recipes import (
+    CURE,
+    LLR,
+    GradientRegularisation,
+    JacobianRegularisation,
+    LipschitzConstraint,
+    MarginTraining,
+    Standard,
+)
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT
 from matrices import gains
@@ -199,3 +207,33 @@ def test_layers_that_keep_no_weight_are_refused_to_a_lipschitz_constraint():
 def test_a_threat_without_gains_is_refused():
     with pytest.raises(UsageError, match="the gain of a layer is known under linf, l2 and l1"):
         list(LipschitzConstraint()(fakes.network(), data(), ThreatModel(L0(2.0)), rng=Draws(0)))
+
+
+class Cut(nn.Module):
+    """Detaches its input."""
+
+    def forward(self, x):
+        return x.detach()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        GradientRegularisation(training=SHORT),
+        GradientRegularisation(method="finite-difference", training=SHORT),
+        JacobianRegularisation(training=SHORT),
+        CURE(training=SHORT),
+        LipschitzConstraint(training=SHORT),
+    ],
+    ids=lambda recipe: type(recipe).__name__,
+)
+def test_a_network_that_passes_no_gradient_to_its_input_is_refused_in_words(recipe):
+    net = Classifier(nn.Sequential(Cut(), nn.Linear(4, 2)).double(), bounds=Bounds(-100.0, 100.0))
+    with pytest.raises(TargetError, match="no gradient reaches the input of this network"):
+        next(recipe(net, data(), ThreatModel(Linf(EPS)), rng=Draws(0)))
+
+
+def test_a_network_whose_weights_get_no_gradient_is_refused_in_words():
+    net = Classifier(nn.Sequential(nn.Linear(4, 2), Cut()).double(), bounds=Bounds(-100.0, 100.0))
+    with pytest.raises(TargetError, match="no gradient of the loss reaches a weight"):
+        next(Standard(training=SHORT)(net, data(), ThreatModel(Linf(EPS)), rng=Draws(0)))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from holdfast.core.batch import UNLABELLED, Batch
-from holdfast.core.constraints import L1, L2, Linf
+from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
@@ -277,6 +277,10 @@ def test_the_balls_of_several_norms_grow_until_they_are_whole():
 def test_one_norm_alone_is_refused():
     with pytest.raises(UsageError, match=r"others is empty; name them with --set recipe\.others"):
         MultiNormTraining()(linear(), data(), ThreatModel(Linf(0.1)), rng=Draws(0))
+    with pytest.raises(
+        UsageError, match="trains under linf, l2 and l1, and others has l0; leave that one out"
+    ):
+        MultiNormTraining(others=(L2(0.1), L0(3)))(linear(), data(), ThreatModel(Linf(0.1)), rng=Draws(0))
 
 
 def test_mart_stays_a_number_where_the_rival_is_certain():
@@ -384,7 +388,7 @@ def test_atta_goes_on_where_it_was_in_the_epoch_before():
     recipe, some, net = ATTA(steps=1, step=0.4), data(), linear()
     held = Learner(net, twin(net), ThreatModel(EPS), {"kept": torch.zeros(8, 3, dtype=torch.float16)})
     rows, corner = torch.arange(8), (0.2 * W.sign()).expand(8, 3)
-    moved = [recipe.inner(held, some, replace(turn(), epoch=epoch), rows) - some.x for epoch in range(6)]
+    moved = [recipe.inner(held, some, replace(turn(), epoch=epoch), rows, 1.0) - some.x for epoch in range(6)]
     short = [(corner - change).abs().amax().item() for change in moved]
     assert short[0] > 0.2  # it began anywhere in the ball
     for before, after in pairwise(short):
@@ -403,7 +407,7 @@ def test_atta_moves_what_it_keeps_along_with_the_image_and_back():
     held = Learner(net, twin(net), ThreatModel(EPS), {"kept": before.clone()})
     recipe = ATTA(steps=1, step=0.4, training=Training(augment="crop-flip"))
     moved, seen = moves(some, "crop-flip", place), augmented(some, "crop-flip", place)
-    x_adv = recipe.inner(held, seen, Turn(place, 3, 0.5, 1.0), torch.arange(6))
+    x_adv = recipe.inner(held, seen, Turn(place, 3, 0.5, 1.0), torch.arange(6), 1.0)
     further = (before.float() + 0.4 * 0.2).clamp(max=0.2)
     in_sight = moved.back(torch.ones_like(some.x), torch.zeros_like(some.x)).bool()
     assert 0.3 < in_sight.float().mean() < 1

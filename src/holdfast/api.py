@@ -123,6 +123,7 @@ def assess(
     that folder, and `resume` goes on with it. A network in hand stays on its device.
     """
     settings = settings_said("assess()", locals(), AssessSettings)
+    _refuse_nowhere(run, resume=resume)
     opening = partial(brought, model, data, surrogates, settings)
     subject, given, seconds = opening()
     order = _order(suite, baseline, settings, subject, device_of(model, subject, settings))
@@ -132,6 +133,11 @@ def assess(
     return assessing.assess(
         subject, given, order, run=place, resume=resume, progress=progress, opening=opening
     )
+
+
+def _refuse_nowhere(run: str | Path | None, *, resume: bool) -> None:
+    if resume and run is None:
+        raise UsageError("resume=True goes on with a run; name its folder, as in run='runs/h1'")
 
 
 def carry_out(
@@ -197,6 +203,7 @@ def harden(
     With `run` everything is kept in that folder, and `resume` goes on with it.
     """
     settings = settings_said("harden()", locals(), HardenSettings)
+    _refuse_nowhere(run, resume=resume)
     subject, training, test, whole = hardening.brought_all(model, data, fit, unlabelled, settings)
     wish = hardening.wish(
         settings,

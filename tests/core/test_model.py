@@ -88,7 +88,15 @@ def test_wrong_numbers_are_named():
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+    ids=str,
 )
 def test_running_out_of_memory_stays_what_it_is(error):
     def greedy(x):
@@ -176,3 +184,11 @@ def test_logits_have_the_type_of_the_inputs(inside):
     assert model(X).dtype == X.dtype
     batch = Batch(X, torch.zeros(3, dtype=torch.int64), torch.arange(3))
     assert len(measure(model, [batch], [PGD(steps=3, restarts=2)], ThreatModel(Linf(0.1)))["success"]) == 3
+
+
+def test_a_network_that_does_not_know_its_shape_yet_is_refused_until_it_does():
+    net = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+    with pytest.raises(TargetError, match="parameter 1.weight has no shape yet"):
+        Classifier(net)
+    net(X)
+    assert Classifier(net)(X).shape == (len(X), 3)

@@ -22,7 +22,7 @@ from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Interrupted, LostLoss, TargetError, UsageError
 from holdfast.core.evidence import Doubt
-from holdfast.core.model import Classifier
+from holdfast.core.model import IN_PLACE, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training, fit
 from holdfast.ops.learner import GROWN
@@ -715,3 +715,53 @@ def test_epochs_of_a_recipe_in_hand_and_a_budget_exclude_each_other():
         holdfast.harden(fakes.network(), (data.x, data.y), recipe=Bare(replace(HOW, epochs=7)), **asked)
     assert _usual_epochs(TRADES(beta=3.0)) == 30
     assert _usual_epochs(Bare()) == HOW.epochs
+
+
+class Stateful(torch.nn.Sequential):
+    def get_extra_state(self):
+        return {"version": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_what_a_file_of_weights_cannot_hold_is_named():
+    net = Stateful(*fakes.network(1)).requires_grad_()
+    with pytest.raises(TargetError, match="net._extra_state in the state dict is no tensor"):
+        harden(fakes.subject(net), training(), fakes.data(), wish())
+
+
+def test_parameters_without_elements_share_nothing():
+    class Empty(torch.nn.Sequential):
+        def __init__(self, *layers):
+            super().__init__(*layers)
+            self.nothing = torch.nn.Parameter(torch.empty(0, dtype=torch.float64))
+
+    net = Empty(*fakes.network(1)).requires_grad_()
+    assert len(harden(fakes.subject(net), training(), fakes.data(), wish()).curve) == 3
+
+
+class Rewriting(torch.nn.Sequential):
+    """Changes its input in place."""
+
+    def forward(self, x):
+        return super().forward(x.mul_(2).sub_(0.5))
+
+
+class Straight(torch.nn.Sequential):
+    """The same without that."""
+
+    def forward(self, x):
+        return super().forward(x * 2 - 0.5)
+
+
+def test_a_network_that_changes_its_input_in_place_trains_on_copies(tmp_path):
+    def made(kind):
+        return harden(
+            fakes.subject(kind(*fakes.network(1)).requires_grad_()), training(), fakes.data(), wish()
+        )
+
+    found, other = made(Rewriting), made(Straight)
+    assert found.weights == other.weights
+    assert found.notes == (IN_PLACE,) and other.notes == ()
+    assert (found.write(tmp_path / "made") / "card.md").read_text().count(IN_PLACE) == 1

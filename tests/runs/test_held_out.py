@@ -201,3 +201,10 @@ def test_what_is_wrong_with_other_training_data_is_said_and_not_that_they_have_n
         brought_all(
             fakes.network(), str(whole), None, None, HardenSettings(data=str(whole), threat="linf:0.06")
         )
+
+
+def test_the_sign_of_a_zero_makes_no_other_example():
+    data, test = training(), fakes.data()
+    data.x[5], twin = 0.0, -torch.zeros(1, fakes.FEATURES, dtype=torch.float64)
+    fresh, said = without_judged(data, as_data(torch.cat((test.read(0, 1).x, twin)), torch.tensor([0, 1])))
+    assert "training example 5 is test example 1" in said and 5 not in fresh.ids.tolist()

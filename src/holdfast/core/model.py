@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from holdfast.core.errors import HoldfastError, TargetError, TargetLost
 from holdfast.core.guard import Guarded, of_classes
@@ -93,6 +94,9 @@ EVERY = Batches(1, multiples=True)
 _TRIED = (*range(1, 13), 16, 20, 25, 32, 50, 64, 100, 128, 200, 256)
 """numbers of rows that a network is asked for before it is said to take none"""
 
+_FULL = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+"""in what torch says where memory has run out: its own allocators, drivers, and libraries such as cuBLAS and cuDNN"""
+
 IN_PLACE = "the model changes its input in place, so it is given a copy each time"
 """what is said of a `Classifier` with `rewrites`"""
 
@@ -125,6 +129,7 @@ class Classifier(nn.Module):
         batches: Batches | None = None,
     ) -> None:
         super().__init__()
+        _refuse_lazy(net)
         self.net = net
         self.bounds = bounds or Bounds()
         self.classes = classes
@@ -149,7 +154,7 @@ class Classifier(nn.Module):
             short = str(weight.dtype).removeprefix("torch.")
             return (
                 f"Its weights are {short} and the inputs {str(x.dtype).removeprefix('torch.')}: give net.float(), or a "
-                f"function that converts, such as lambda x: net(x.to(torch.{short})).float()"
+                f"network whose forward converts, as in self.net(x.to(torch.{short})).float()"
             )
         if self._took is None:
             return "Check the shape, the data type and --mean/--std"
@@ -202,6 +207,17 @@ class Classifier(nn.Module):
                 f"correct --classes or the model's last layer"
             )
         return logits.to(x.dtype)
+
+
+def _refuse_lazy(net: object) -> None:
+    """`TargetError` where a network does not know yet what its parameters are."""
+    weights: dict[str, Any] = dict(net.named_parameters()) if isinstance(net, nn.Module) else {}
+    lazy = [name for name, weight in weights.items() if is_lazy(weight)]
+    if lazy:
+        raise TargetError(
+            f"the parameter {lazy[0]} has no shape yet, as of a lazy layer; pass a batch through the network before it "
+            f"is given, as in net(x[:1])"
+        )
 
 
 @contextmanager
@@ -268,4 +284,4 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on whatever device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _FULL)

@@ -272,6 +272,11 @@ class _Loop:
             self._optimizer.zero_grad(set_to_none=True)
             with perturbed(self._model, lambda: measured()[0], how.awp):
                 value, hits = measured()
+                if not value.requires_grad:
+                    raise TargetError(
+                        "no gradient of the loss reaches a weight of this network; take out what cuts it, such as "
+                        "detach(), argmax() or numpy"
+                    )
                 value.backward()  # type: ignore[no-untyped-call]
         average(weight.grad for weight in self._learned)
         self._optimizer.step()

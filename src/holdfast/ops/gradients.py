@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from holdfast.core.constraints import Constraint
+from holdfast.core.errors import TargetError
 from holdfast.core.model import Bounds
 from holdfast.core.rows import spread
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
@@ -36,13 +38,31 @@ def sloped(net: Callable[[Inputs], Logits], x: Inputs, y: Labels) -> tuple[Input
     return leaf, logits, F.cross_entropy(logits, y, reduction="none")
 
 
+def slope(value: Tensor, x: Inputs, *, graph: bool = True) -> Inputs:
+    """Gradient of the summed `value`, which a loss holds; with `graph` the loss may be differentiated through it.
+
+    Another gradient of the same pass may follow. Raises `TargetError` where `x` has no part in it. Cost: one backward.
+    """
+    grad: Inputs | None = None
+    if value.requires_grad:
+        (grad,) = torch.autograd.grad(
+            value.sum(), x, retain_graph=True, create_graph=graph, allow_unused=True
+        )
+    if grad is None:
+        raise TargetError(
+            "no gradient reaches the input of this network, and the recipe is to hold it; take out what cuts it, such "
+            "as detach(), argmax() or numpy, or choose --recipe standard"
+        )
+    return grad
+
+
 def rise(value: PerExample, x: Inputs, constraint: Constraint, bounds: Bounds) -> PerExample:
     """What a step of length eps adds to `value` to first order: eps times the slope in the dual norm.
 
     Under L1, whose steepest step goes over a hundredth of the features, the mean of as many of the largest slopes. It
     has a graph of its own, so that it may be a penalty. Cost: one backward, another where it is differentiated.
     """
-    (grad,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    grad = slope(value, x)
     climb = constraint.steepest(grad.detach(), x.detach(), bounds)
     added: PerExample = constraint.eps * (grad * climb).flatten(1).sum(1)
     return added

@@ -61,21 +61,21 @@ class ATTA:
             )
         kept = {
             "kept": torch.zeros_like(data.x, dtype=torch.float16)
-        }  # a change to within a thousandth of itself
-        where = Lookup(data.ids)
+        }  # each change, in multiples of eps, to within a thousandth of itself
+        where, unit = Lookup(data.ids), threat.constraint.eps or 1.0
 
         def inner(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-            return self.inner(learner, batch, turn, where.rows(batch.ids))
+            return self.inner(learner, batch, turn, where.rows(batch.ids), unit)
 
         return trained(
             inner, self.loss, model, data, threat, self.training, rng=rng, after=after, state=kept, alone=True
         )
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn, rows: Rows) -> Inputs:
-        """A few more steps up the cross-entropy from what is kept, which the end of them becomes."""
+    def inner(self, learner: Learner, batch: Batch, turn: Turn, rows: Rows, unit: float) -> Inputs:
+        """A few more steps up the cross-entropy from what is kept in units, which the end of them becomes."""
         constraint, bounds, kept = learner.threat.constraint, learner.frozen.bounds, learner.state["kept"]
         assert isinstance(constraint, (Linf, L2, L1))
-        moved, change = moves(batch, self.training.augment, turn.rng), kept[rows].to(batch.x)
+        moved, change = moves(batch, self.training.augment, turn.rng), kept[rows].to(batch.x) * unit
         anew = turn.epoch % self.refresh == 0 if self.refresh else turn.epoch == 0
         if anew:
             start = constraint.sample(batch, bounds, turn.rng.at("start"))
@@ -93,7 +93,7 @@ class ATTA:
             keep="last",
         )
         made = x_adv - batch.x
-        kept[rows] = (made if moved is None else moved.back(made, change)).to(kept)
+        kept[rows] = ((made if moved is None else moved.back(made, change)) / unit).to(kept)
         return x_adv
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:

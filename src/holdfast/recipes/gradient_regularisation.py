@@ -24,7 +24,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, NonNegative, PerExample, Positive
 from holdfast.ops.fit import Training
-from holdfast.ops.gradients import rise, sloped
+from holdfast.ops.gradients import rise, slope, sloped
 from holdfast.ops.learner import Learner, as_it_is, hits, trained
 
 
@@ -68,7 +68,6 @@ class GradientRegularisation:
     ) -> PerExample:
         """What a short step adds to the loss."""
         constraint = learner.threat.constraint
-        (grad,) = torch.autograd.grad(each.sum(), x, retain_graph=True)
-        climb = constraint.steepest(grad, batch.x, learner.net.bounds)
+        climb = constraint.steepest(slope(each, x, graph=False), batch.x, learner.net.bounds)
         moved = again(torch.add(batch.x, climb, alpha=self.reach * constraint.eps))
         return F.cross_entropy(moved, batch.y, reduction="none") - each

@@ -19,6 +19,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, NonNegative, PerExample, Steps
 from holdfast.ops.fit import Training, Turn
+from holdfast.ops.gradients import slope
 from holdfast.ops.learner import Learner, hits, trained
 
 _PLACE = "place"  # of the state: where the projections of an update are drawn, the same however often it is measured
@@ -76,6 +77,5 @@ class JacobianRegularisation:
         towards = towards / towards.norm(dim=2, keepdim=True)
         found = torch.zeros_like(logits[:, 0])
         for unit in towards.unbind(1):
-            (grad,) = torch.autograd.grad((logits * unit).sum(), x, create_graph=True)
-            found = found + grad.square().flatten(1).sum(1)
+            found = found + slope(logits * unit, x).square().flatten(1).sum(1)
         return classes / self.projections * found

@@ -21,7 +21,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.ops.ascent import gradient
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.gradients import sloped
+from holdfast.ops.gradients import slope, sloped
 from holdfast.ops.learner import Learner, hits, trained
 from holdfast.ops.losses import cross_entropy
 
@@ -71,8 +71,7 @@ class LLR:
         """The cross-entropy, the distance from its tangent at the end of the path, and the tangent's height there."""
         again = learner.again()
         x, logits, each = sloped(learner.net, batch.x, batch.y)
-        (grad,) = torch.autograd.grad(each.sum(), x, create_graph=True)
-        risen = (grad * (x_adv - batch.x)).flatten(1).sum(1)
+        risen = (slope(each, x) * (x_adv - batch.x)).flatten(1).sum(1)
         there = F.cross_entropy(again(x_adv), batch.y, reduction="none")
         apart = (there - each - risen).abs()
         return (each + self.bend * apart + self.slope * risen.abs()).mean(), hits(logits, batch.y)

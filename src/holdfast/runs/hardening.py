@@ -17,7 +17,7 @@ from holdfast.core.chain import digest
 from holdfast.core.checkpoint import STATE, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss, UsageError
-from holdfast.core.model import Classifier
+from holdfast.core.model import IN_PLACE, Classifier
 from holdfast.core.names import threat_text
 from holdfast.ops import together
 from holdfast.ops.overfitting import RAISED
@@ -94,13 +94,14 @@ def harden(
         bounds = target.bare.bounds
         for some in data.split(_CHECKED):
             refuse_batch(some.take(some.y != UNLABELLED), bounds, target.classes, "the training data")
+        rewrites = target.bare.rewrites
         examples = _parted(data, wish.apart or test, wish.seed, target.classes)
         for threat in threats_of(wish.threat, [one.recipe for one in wish.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
     with ExitStack() as stack:
         stack.enter_context(together.joined(torch.device(wish.device)))
         place = stack.enter_context(lent()) if run is None else run
-        job = _Job(subject, examples, test, wish, place, progress, told)
+        job = _Job(subject, examples, test, wish, place, progress, told, rewrites=rewrites)
         found = job.done(resume=resume) if together.first() else job.followed()
     if run is not None:
         return found
@@ -144,6 +145,8 @@ class _Job:
         run: Path,
         progress: Progress,
         told: Told,
+        *,
+        rewrites: bool,
     ) -> None:
         device = together.own(torch.device(wish.device))
         self.rest, self.held = examples.rest.to(device), examples.held.to(device)
@@ -156,13 +159,15 @@ class _Job:
         self.again = way_out(wish.command, run)
         self.progress, self.told = progress, told
         self.model = copy_of(subject.model).to(device)
+        self.model.rewrites = rewrites
         digests = [test.digest, examples.digest]
         self._as_the_first(digests)
         machine = hardware(device, together.processes())
         self.trainer = Trainer(self.model, self.rest, self.held, wish.threat, wish.seed, machine)
         for one in wish.candidates:  # what it cannot learn from is refused here; nothing is trained yet
             self.trainer.begun(one.recipe, None)
-        self.notes = [note for note in (*examples.notes, stays(self.model)) if note]
+        given = IN_PLACE if rewrites else ""
+        self.notes = [note for note in (*examples.notes, stays(self.model), given) if note]
         known = together.told(planned(run))
         self.plan = together.told(known["plan"] if known else self._planned())
         self.manifest = manifest_of(subject, digests, test, wish, self.plan, machine)

@@ -111,8 +111,8 @@ def _apart(data: Batch, others: Mapping[bytes, int]) -> tuple[Batch, list[tuple[
 
 
 def _names(data: Batch) -> list[bytes]:
-    """What tells each input from others: a hash of its bytes."""
-    rows = data.x.detach().cpu().contiguous().flatten(1).numpy()
+    """What tells each input from others: a hash of its bytes, a zero's sign left out."""
+    rows = data.x.detach().cpu().add(0.0).contiguous().flatten(1).numpy()
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
@@ -22,6 +22,12 @@ def refuse_untrainable(model: Classifier) -> None:
     if model.access != "gradients":
         raise TargetError(
             f"the model gives {model.access} and no gradients, so it cannot be trained; {model.hides}"
+        )
+    foreign = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if foreign:
+        raise TargetError(
+            f"{foreign[0]} in the state dict is no tensor, and no file of weights or checkpoint holds it; keep it in "
+            f"buffers, or leave get_extra_state out"
         )
     frozen = _frozen(model)
     if len(frozen) == sum(1 for _ in model.parameters()):
@@ -51,8 +57,10 @@ def copy_of(model: Classifier) -> Classifier:
             f"the model cannot be copied, and the one that is given is never changed: {type(error).__name__}: {error}; "
             f"give its layers what copy.deepcopy asks, such as __deepcopy__"
         ) from error
-    own = {weight.data_ptr() for weight in model.parameters()}
-    if any(weight.data_ptr() in own for weight in copied.parameters()):
+    own, other = (
+        {weight.data_ptr() for weight in each.parameters() if weight.numel()} for each in (model, copied)
+    )
+    if own & other:
         raise TargetError(
             "a copy of the model shares its weights, and the one that is given is never changed; let its "
             "__deepcopy__ copy them"
