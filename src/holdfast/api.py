@@ -123,21 +123,22 @@ def assess(
     that folder, and `resume` goes on with it. A network in hand stays on its device.
     """
     settings = settings_said("assess()", locals(), AssessSettings)
-    _refuse_nowhere(run, resume=resume)
+    place = _place(run, resume=resume)
     opening = partial(brought, model, data, surrogates, settings)
     subject, given, seconds = opening()
     order = _order(suite, baseline, settings, subject, device_of(model, subject, settings))
     learned = fit_of(fit, data, settings, subject.model, order)
     order = replace(order, fit=learned, surrogates=seconds, across=others_of(across, settings, subject.model))
-    place = None if run is None else Path(run)
     return assessing.assess(
         subject, given, order, run=place, resume=resume, progress=progress, opening=opening
     )
 
 
-def _refuse_nowhere(run: str | Path | None, *, resume: bool) -> None:
+def _place(run: str | Path | None, *, resume: bool) -> Path | None:
+    """The folder of a run, which must be named where one is to go on."""
     if resume and run is None:
         raise UsageError("resume=True goes on with a run; name its folder, as in run='runs/h1'")
+    return None if run is None else Path(run)
 
 
 def carry_out(
@@ -203,7 +204,7 @@ def harden(
     With `run` everything is kept in that folder, and `resume` goes on with it.
     """
     settings = settings_said("harden()", locals(), HardenSettings)
-    _refuse_nowhere(run, resume=resume)
+    place = _place(run, resume=resume)
     subject, training, test, whole = hardening.brought_all(model, data, fit, unlabelled, settings)
     wish = hardening.wish(
         settings,
@@ -215,7 +216,6 @@ def harden(
         apart=whole,
         device=device_of(model, subject, settings),
     )
-    place = None if run is None else Path(run)
     return hardens.harden(subject, training, test, wish, run=place, resume=resume, progress=progress)
 
 

@@ -272,11 +272,7 @@ class _Loop:
             self._optimizer.zero_grad(set_to_none=True)
             with perturbed(self._model, lambda: measured()[0], how.awp):
                 value, hits = measured()
-                if not value.requires_grad:
-                    raise TargetError(
-                        "no gradient of the loss reaches a weight of this network; take out what cuts it, such as "
-                        "detach(), argmax() or numpy"
-                    )
+                _refuse_cut(value)
                 value.backward()  # type: ignore[no-untyped-call]
         average(weight.grad for weight in self._learned)
         self._optimizer.step()
@@ -369,6 +365,14 @@ def _optimizer(learned: list[nn.Parameter], how: Training) -> torch.optim.Optimi
             learned, how.lr, how.momentum, weight_decay=how.decay, nesterov=how.momentum > 0
         )
     return torch.optim.AdamW(learned, how.lr, weight_decay=how.decay)
+
+
+def _refuse_cut(loss: Tensor) -> None:
+    if not loss.requires_grad:
+        raise TargetError(
+            "no gradient of the loss reaches a weight of this network; take out what cuts it, such as detach(), "
+            "argmax() or numpy"
+        )
 
 
 def _refuse_lost(losses: Tensor, epoch: int, lr: float) -> None:
