@@ -96,6 +96,18 @@ _TRIED = (*range(1, 13), 16, 20, 25, 32, 50, 64, 100, 128, 200, 256)
 IN_PLACE = "the model changes its input in place, so it is given a copy each time"
 """what is said of a `Classifier` with `rewrites`"""
 
+_NO_MEMORY = (
+    "out of memory",  # CUDA, HIP, XPU, MPS: the driver's or the allocator's
+    "can't allocate memory",  # DefaultCPUAllocator, and on Windows:
+    "not enough memory",
+    "bad_alloc",
+    "status_alloc_failed",  # cuBLAS, cuDNN to 8, cuSOLVER, cuSPARSE
+    "allocation_failed",  # cuDNN from 9: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+    "cufft_alloc_failed",
+    "out_of_device_memory",  # level zero, under XPU
+)
+"""how torch and the libraries under it say in a `RuntimeError`, in small letters, that memory ran out"""
+
 _CALLS_NUMPY = "call numpy() on Tensor that requires grad"
 _NO_GRADIENT = (
     "No gradient passes through numpy, so let the attacks see scores alone: "
@@ -268,4 +280,5 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on whatever device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in said for words in _NO_MEMORY)
