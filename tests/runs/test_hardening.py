@@ -235,6 +235,15 @@ def test_training_examples_that_are_judged_are_left_out_and_named(tmp_path):
         without_judged(judged, test)
 
 
+def test_a_zero_of_the_other_sign_is_the_same_input():
+    data = training()
+    data.x[3, 4:6] = torch.tensor([0.0, -0.0], dtype=torch.float64)
+    twin = as_data(data.x[3:4] * torch.ones(fakes.FEATURES).index_fill(0, torch.tensor([4, 5]), -1), data.y[3:4])
+    kept, said = without_judged(data, twin)
+    assert "1 of 600" in said and "3 is test example 0" in said
+    assert set(range(600)) - set(kept.ids.tolist()) == {3}
+
+
 def test_training_examples_that_equal_those_that_choose_are_left_out():
     data = training()
     _, held = split_of(data, 0)
