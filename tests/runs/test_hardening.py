@@ -34,6 +34,7 @@ from holdfast.runs.held_out import harmless, looked_at, split_of, without_held, 
 from holdfast.runs.identity import code_digest
 from holdfast.runs.index import open_run, runs_in
 from holdfast.runs.pace import as_it_says, pace
+from holdfast.runs.trainable import copy_of
 from holdfast.sources.memory import as_data
 from holdfast.store.verify import verify
 from runs import fakes
@@ -288,6 +289,19 @@ def test_layers_that_do_not_copy_are_refused(layer, said):
     net = torch.nn.Sequential(layer(fakes.FEATURES, fakes.CLASSES).double())
     with pytest.raises(TargetError, match=said):
         harden(fakes.subject(net), training(), fakes.data(), wish())
+
+
+class Hollow(torch.nn.Linear):
+    """With a parameter of no elements, as a layer of width 0 has it."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.none = torch.nn.Parameter(torch.zeros(0, 3))
+
+
+def test_parameters_without_elements_share_nothing():
+    net = torch.nn.Sequential(Hollow(fakes.FEATURES, fakes.CLASSES).double())
+    assert copy_of(Classifier(net)).net[0].none.shape == (0, 3)
 
 
 def test_what_cannot_be_trained_is_refused():

@@ -51,7 +51,7 @@ def copy_of(model: Classifier) -> Classifier:
             f"the model cannot be copied, and the one that is given is never changed: {type(error).__name__}: {error}; "
             f"give its layers what copy.deepcopy asks, such as __deepcopy__"
         ) from error
-    own = {weight.data_ptr() for weight in model.parameters()}
+    own = {weight.data_ptr() for weight in model.parameters() if weight.numel()}  # the others all lie at 0
     if any(weight.data_ptr() in own for weight in copied.parameters()):
         raise TargetError(
             "a copy of the model shares its weights, and the one that is given is never changed; let its "
