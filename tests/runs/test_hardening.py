@@ -312,6 +312,20 @@ def test_what_cannot_be_trained_is_refused():
         harden(fakes.subject(torch.nn.Flatten()), training(), fakes.data(), wish())
 
 
+class Noting(torch.nn.Linear):
+    def get_extra_state(self):
+        return {"seen": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_extra_state_that_is_no_tensor_is_refused():
+    net = torch.nn.Sequential(Noting(fakes.FEATURES, fakes.CLASSES).double())
+    with pytest.raises(TargetError, match=r"net\.0\._extra_state of the model is a dict.* register_buffer"):
+        harden(fakes.subject(net), training(), fakes.data(), wish())
+
+
 def test_what_is_frozen_stays_and_is_named():
     subject = trainable()
     subject.model.net[1].weight.requires_grad_(False)

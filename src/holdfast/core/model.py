@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from holdfast.core.errors import HoldfastError, TargetError, TargetLost
 from holdfast.core.guard import Guarded, of_classes
@@ -121,8 +122,8 @@ class Classifier(nn.Module):
     `mean` and `std` hold one number a channel (or a feature, for tables). `access` is the most that the target can
     give: a file served through a runtime without gradients has "scores", and `hides` says why. `batches` are those that
     the network takes, where it refuses some. Raises `TargetError` when the network does not return a float tensor
-    (n, classes). One logit an example becomes two classes, (0, z). What `guarded` returned `rejects`: its last logit is
-    none of the classes.
+    (n, classes), or has lazy layers that have met no input yet. One logit an example becomes two classes, (0, z). What
+    `guarded` returned `rejects`: its last logit is none of the classes.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self.net = net
+        refuse_lazy(self)
         self.bounds = bounds or Bounds()
         self.classes = classes
         self.access: Access = access
@@ -214,6 +216,16 @@ class Classifier(nn.Module):
                 f"correct --classes or the model's last layer"
             )
         return logits.to(x.dtype)
+
+
+def refuse_lazy(net: nn.Module) -> None:
+    """`TargetError` for lazy layers that have met no input yet: they have neither sizes nor weights."""
+    for name, value in (*net.named_parameters(), *net.named_buffers()):
+        if isinstance(value, (UninitializedParameter, UninitializedBuffer)):
+            raise TargetError(
+                f"{name} is {type(value).__name__}: a lazy layer has no weights before it meets an input; run a batch "
+                f"through the network before it is given, as in net(x[:2])"
+            )
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
@@ -16,13 +16,19 @@ _NAMED = 3  # frozen parameters that are named
 
 
 def refuse_untrainable(model: Classifier) -> None:
-    """`TargetError` for what is no network or gives no gradients, `UsageError` where all its parameters are frozen."""
+    """`TargetError` for what is no network, has no gradients or fits no checkpoint, `UsageError` for what is frozen."""
     if not isinstance(model.net, nn.Module) or not any(True for _ in model.parameters()):
         raise TargetError("the model has no parameters to train; give a network, as in net.py:make")
     if model.access != "gradients":
         raise TargetError(
             f"the model gives {model.access} and no gradients, so it cannot be trained; {model.hides}"
         )
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise TargetError(
+                f"{name} of the model is a {type(value).__name__}, and a checkpoint holds tensors alone; keep what "
+                f"get_extra_state returns in buffers, with register_buffer"
+            )
     frozen = _frozen(model)
     if len(frozen) == sum(1 for _ in model.parameters()):
         raise UsageError(
