@@ -20,12 +20,12 @@ from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Interrupted, LostLoss, TargetError, UsageError
 from holdfast.core.evidence import Doubt
-from holdfast.core.model import Classifier
+from holdfast.core.model import IN_PLACE, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training, fit
 from holdfast.ops.learner import GROWN
 from holdfast.ops.overfitting import RAISED, OverfittingGuard
-from holdfast.recipes import PGDTraining, SingleStep, Standard
+from holdfast.recipes import GradientRegularisation, PGDTraining, SingleStep, Standard
 from holdfast.runs import candidates, hardening
 from holdfast.runs.candidates import Candidate, attempts
 from holdfast.runs.hardened import Hardened
@@ -334,6 +334,32 @@ def test_what_is_frozen_stays_and_is_named():
     assert found.notes == ("1 of 4 parameters are frozen and stay what they are: net.1.weight",)
     assert torch.equal(found.model.net[1].weight, before)
     assert not torch.equal(found.model.net[1].bias, subject.model.net[1].bias)
+
+
+class Halving(torch.nn.Sequential):
+    """Halves its input, if only in train mode, and if in place the one that it is given."""
+
+    def __init__(self, *layers, inplace, always):
+        super().__init__(*layers)
+        self.inplace, self.always = inplace, always
+
+    def forward(self, x):
+        if self.always or self.training:
+            x = x.mul_(0.5) if self.inplace else x * 0.5
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize("recipe", [RECIPE, GradientRegularisation(training=HOW)], ids=lambda one: type(one).__name__)
+def test_a_model_that_changes_its_input_learns_from_copies(recipe, always):
+    data, found = training(), {}
+    before = data.x.clone()
+    for inplace in (True, False):
+        net = Halving(*fakes.network(1), inplace=inplace, always=always).requires_grad_()
+        found[inplace] = harden(fakes.subject(net), data, fakes.data(), wish(recipe))
+    assert torch.equal(data.x, before)
+    assert found[True].weights == found[False].weights
+    assert (found[True].notes, found[False].notes) == ((IN_PLACE,), ())
 
 
 class Greedy(torch.nn.Sequential):

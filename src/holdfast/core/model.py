@@ -234,25 +234,26 @@ def fitted(model: Classifier, x: Inputs) -> Iterator[None]:
     before = model.batches, model.rewrites
     try:
         model.batches = model.batches or _batches(model, x)
-        model.rewrites = model.rewrites or _rewrites(model, x)
+        n = 1 if model.batches is None else model.batches.size
+        model.rewrites = model.rewrites or rewrites(model, x[torch.arange(n, device=x.device) % len(x)])
         yield
     finally:
         model.batches, model.rewrites = before
 
 
-def _rewrites(model: Classifier, x: Inputs) -> bool:
-    """Whether the model changes its input in place."""
-    rows = x[torch.arange(1 if model.batches is None else model.batches.size, device=x.device) % len(x)]
-    version, before = rows._version, rows.clone()
+def rewrites(model: Classifier, x: Inputs) -> bool:
+    """Whether the model changes inputs like `x` in place; `x` itself is left as it is."""
+    rows = x.clone()
+    version = rows._version
     try:
         with torch.no_grad():
             model(rows)
     except TargetLost:
         raise
-    except (TargetError, RuntimeError, MemoryError):  # said by whoever asks next
-        return False
+    except (TargetError, RuntimeError, MemoryError):
+        pass  # said by whoever asks next
     # numpy and `.data` write without a new version, and an operation in place may leave the values as they are
-    return rows._version != version or not torch.equal(rows.nan_to_num(), before.nan_to_num())
+    return rows._version != version or not torch.equal(rows.nan_to_num(), x.nan_to_num())
 
 
 def _batches(model: Classifier, x: Inputs) -> Batches | None:

@@ -55,7 +55,7 @@ from holdfast.runs.preparing import readied
 from holdfast.runs.repeating import lent, repeatable, way_out
 from holdfast.runs.result import Result
 from holdfast.runs.signals import Stopper, stoppable
-from holdfast.runs.trainable import copy_of, refuse_untrainable, stays, threats_of
+from holdfast.runs.trainable import learner_of, refuse_untrainable, remarks, threats_of
 from holdfast.runs.training import BEST, LAST, Point
 from holdfast.sources.memory import as_data
 from holdfast.sources.weights import written
@@ -88,6 +88,7 @@ class Wish:
 
 
 _CHECKED = 4_096  # training examples that are looked at together
+_SEEN = 8  # examples that show whether the model changes its input in place
 _NO_OBJECTION = "not-exhausted"  # which says that the suite is too weak, and no other training mends that
 Told = Callable[[str], None]
 """Hears what is about to be done."""
@@ -160,14 +161,14 @@ class _Job:
         self.subject, self.test, self.wish, self.run = subject, test, wish, run
         self.again = way_out(wish.command, run)
         self.progress, self.told = progress, told
-        self.model = copy_of(subject.model).to(device)
+        self.model = learner_of(subject.model, self.held.x[:_SEEN])
         digests = [test.digest, digest_of(data)]
         self._as_the_first(digests)
         machine = hardware(device, together.processes())
         self.trainer = Trainer(self.model, self.rest, self.held, wish.threat, wish.seed, machine)
         for one in wish.candidates:  # what it cannot learn from is refused here; nothing is trained yet
             self.trainer.begun(one.recipe, None)
-        self.notes = [note for note in (said, twice, stays(self.model)) if note]
+        self.notes = [note for note in (said, twice, *remarks(self.model)) if note]
         known = together.told(planned(run))
         self.plan = together.told(known["plan"] if known else self._planned())
         self.manifest = _manifest(subject, digests, test, wish, self.plan, machine)

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.model import Classifier
+from holdfast.core.model import IN_PLACE, Classifier, rewrites
 from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs
+from holdfast.ops.fit import drawing
 from holdfast.recipes import MultiNormTraining
 from holdfast.recipes.protocol import Recipe
 
@@ -36,12 +39,13 @@ def refuse_untrainable(model: Classifier) -> None:
         )
 
 
-def stays(model: Classifier) -> str:
-    """What is to be said of parameters that are frozen, beside others that are not."""
+def remarks(model: Classifier) -> tuple[str, ...]:
+    """What is to be said of a model that is trained: parameters that are frozen beside others, inputs it changes."""
     frozen = _frozen(model)
     named = ", ".join(frozen[:_NAMED]) + (", …" if len(frozen) > _NAMED else "")
     whole = sum(1 for _ in model.parameters())
-    return f"{len(frozen)} of {whole} parameters are frozen and stay what they are: {named}" if frozen else ""
+    said = f"{len(frozen)} of {whole} parameters are frozen and stay what they are: {named}"
+    return (*((said,) if frozen else ()), *((IN_PLACE,) if model.rewrites else ()))
 
 
 def _frozen(model: Classifier) -> list[str]:
@@ -63,6 +67,17 @@ def copy_of(model: Classifier) -> Classifier:
             "a copy of the model shares its weights, and the one that is given is never changed; let its "
             "__deepcopy__ copy them"
         )
+    return copied
+
+
+def learner_of(model: Classifier, x: Inputs) -> Classifier:
+    """A copy to train, on the device of `x`; it is given copies where it changes inputs like `x` in place.
+
+    In either mode: dropout in place, for one, does so in train mode alone.
+    """
+    copied = copy_of(model).to(x.device)
+    with drawing(Draws(0).at("in place"), x.device):
+        copied.rewrites = any(rewrites(deepcopy(copied).train(mode), x) for mode in (False, True))
     return copied
 
 
