@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from holdfast.core.batch import UNLABELLED, Batch
-from holdfast.core.constraints import L1, L2, Linf
+from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.core.transformations import Spatial
 from holdfast.ops.augment import augmented, moves
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner
@@ -277,6 +278,13 @@ def test_the_balls_of_several_norms_grow_until_they_are_whole():
 def test_one_norm_alone_is_refused():
     with pytest.raises(UsageError, match=r"others is empty; name them with --set recipe\.others"):
         MultiNormTraining()(linear(), data(), ThreatModel(Linf(0.1)), rng=Draws(0))
+
+
+@pytest.mark.parametrize("other", [L0(3), Spatial(rotate=30.0), "l2:1"], ids=repr)
+def test_a_norm_without_gradient_steps_is_refused_beside_others(other):
+    with pytest.raises(UsageError) as error:
+        MultiNormTraining(others=(L2(1.0), other))
+    assert f"others holds {other!r}, and multi-norm trains under linf, l2 and l1" in str(error.value)
 
 
 def test_mart_stays_a_number_where_the_rival_is_certain():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.constraints import Constraint
+from holdfast.core.constraints import L1, L2, Constraint, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
@@ -43,6 +43,14 @@ class MultiNormTraining:
     reach: Positive = 2.5
     """length of its path, in multiples of eps"""
     training: Training = field(default_factory=lambda: Training(warmup=0.5))
+
+    def __post_init__(self) -> None:
+        foreign = [other for other in self.others if not isinstance(other, (Linf, L2, L1))]
+        if foreign:
+            raise UsageError(
+                f"others holds {foreign[0]!r}, and multi-norm trains under linf, l2 and l1; name those, as in "
+                f"--set recipe.others=l2:1.5,l1:10 or others=(L2(1.5), L1(10.0))"
+            )
 
     def __call__(
         self,
