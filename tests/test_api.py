@@ -49,6 +49,23 @@ def test_every_kind_of_model_is_measured_alike():
         holdfast.assess(5, (X, Y))
 
 
+@pytest.mark.parametrize(
+    "verb", [holdfast.assess, holdfast.harden, holdfast.doctor], ids=lambda v: v.__name__
+)
+def test_lazy_layers_that_have_met_no_input_are_refused(verb):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(CLASSES))
+    with pytest.raises(
+        TargetError,
+        match="net.1.weight is UninitializedParameter: .*; run a batch through the network before",
+    ):
+        verb(net, (X, Y))
+    net(X[:2])
+    assert holdfast.assess(net, (X, Y), "linf:0.1", ATTACKS).evidence["success"].shape == (N,)
+    counts = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyBatchNorm1d(affine=False))
+    with pytest.raises(TargetError, match="net.1.running_mean is UninitializedBuffer"):
+        verb(counts, (X, Y))
+
+
 def test_every_kind_of_data_is_measured_alike():
     wanted = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS).evidence
     kinds = [

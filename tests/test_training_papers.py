@@ -14,6 +14,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.core.transformations import Spatial
 from holdfast.ops.augment import augmented, moves
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner
@@ -281,6 +282,13 @@ def test_one_norm_alone_is_refused():
         UsageError, match="trains under linf, l2 and l1, and others has l0; leave that one out"
     ):
         MultiNormTraining(others=(L2(0.1), L0(3)))(linear(), data(), ThreatModel(Linf(0.1)), rng=Draws(0))
+
+
+@pytest.mark.parametrize("other", [L0(3), Spatial(rotate=30.0), "l2:1"], ids=repr)
+def test_a_norm_without_gradient_steps_is_refused_beside_others(other):
+    with pytest.raises(UsageError) as error:
+        MultiNormTraining(others=(L2(1.0), other))
+    assert f"others holds {other!r}, and multi-norm trains under linf, l2 and l1" in str(error.value)
 
 
 def test_mart_stays_a_number_where_the_rival_is_certain():

@@ -8,7 +8,7 @@ from torch import nn
 from holdfast.config.grammar import pairs
 from holdfast.config.recipes import _checked, build_recipe, candidates, settings_of
 from holdfast.config.settings import HardenSettings, read
-from holdfast.core.constraints import L0, L1, L2, Linf
+from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.ops.fit import Training
 from holdfast.recipes import TRADES, MultiNormTraining
@@ -25,11 +25,11 @@ def test_constraints_are_named_as_threats_are_in_a_flag_and_in_a_list(tmp_path):
     file.write_text("recipe: {use: multi-norm, method: max, others: ['l2:3/2', 'l1:10']}\n")
     assert build_recipe(read(file, {}, kind=HardenSettings).recipe) == expected
     assert told("recipe.others=l2:1.5").others == (L2(1.5),)
-    assert told("recipe.others=[linf:8/255, l0:3px]").others == (Linf(8 / 255), L0(3, "pixel"))
+    assert told("recipe.others=[linf:8/255, l1:3]").others == (Linf(8 / 255), L1(3.0))
 
 
 def test_settings_are_said_as_they_are_read():
-    recipe = MultiNormTraining(others=(L2(1.5), Linf(8 / 255), L0(3, "pixel")))
+    recipe = MultiNormTraining(others=(L2(1.5), Linf(8 / 255), L1(3.0)))
     said = settings_of(recipe)
     assert said["others"][0] == "l2:1.5"
     assert build_recipe({"use": "multi-norm", **said}) == recipe
@@ -41,6 +41,7 @@ def test_settings_are_said_as_they_are_read():
         ("l3:1", "names no known norm"),
         ("l2", "others has 'l2'; expected a norm and a size"),
         ("l2:-1", "it must be 0"),
+        ("l2:1,l0:3px", "others holds L0.* multi-norm trains under linf, l2 and l1; name those"),
         ("corruptions:3", "expected a norm and a size"),
         ("3", "others is 3; expected norms and sizes"),
         ("{l2: 1}", "expected norms and sizes"),

@@ -27,7 +27,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training, fit
 from holdfast.ops.learner import GROWN
 from holdfast.ops.overfitting import RAISED, OverfittingGuard
-from holdfast.recipes import TRADES, PGDTraining, SingleStep, Standard
+from holdfast.recipes import TRADES, GradientRegularisation, PGDTraining, SingleStep, Standard
 from holdfast.runs import candidates, hardening
 from holdfast.runs.candidates import Candidate, attempts
 from holdfast.runs.hardened import Hardened
@@ -35,6 +35,7 @@ from holdfast.runs.hardening import harden
 from holdfast.runs.identity import code_digest
 from holdfast.runs.index import open_run, runs_in
 from holdfast.runs.pace import _grown, pace
+from holdfast.runs.trainable import copy_of
 from holdfast.runs.wish import Wish
 from holdfast.sources.memory import as_data
 from holdfast.store.verify import verify
@@ -239,12 +240,39 @@ def test_layers_that_do_not_copy_are_refused(layer, said):
         harden(fakes.subject(net), training(), fakes.data(), wish())
 
 
+class Hollow(torch.nn.Linear):
+    """With a parameter of no elements, as a layer of width 0 has it."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.none = torch.nn.Parameter(torch.zeros(0, 3))
+
+
+def test_parameters_without_elements_share_nothing():
+    net = torch.nn.Sequential(Hollow(fakes.FEATURES, fakes.CLASSES).double())
+    assert copy_of(Classifier(net)).net[0].none.shape == (0, 3)
+
+
 def test_what_cannot_be_trained_is_refused():
     frozen = fakes.subject(fakes.network().requires_grad_(False))
     with pytest.raises(UsageError, match="all 4 parameters are frozen"):
         harden(frozen, training(), fakes.data(), wish())
     with pytest.raises(TargetError, match="no parameters to train"):
         harden(fakes.subject(torch.nn.Flatten()), training(), fakes.data(), wish())
+
+
+class Noting(torch.nn.Linear):
+    def get_extra_state(self):
+        return {"seen": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_extra_state_that_is_no_tensor_is_refused():
+    net = torch.nn.Sequential(Noting(fakes.FEATURES, fakes.CLASSES).double())
+    with pytest.raises(TargetError, match=r"net\.0\._extra_state of the model is a dict.* register_buffer"):
+        harden(fakes.subject(net), training(), fakes.data(), wish())
 
 
 def test_what_is_frozen_stays_and_is_named():
@@ -255,6 +283,35 @@ def test_what_is_frozen_stays_and_is_named():
     assert found.notes == ("1 of 4 parameters are frozen and stay what they are: net.1.weight",)
     assert torch.equal(found.model.net[1].weight, before)
     assert not torch.equal(found.model.net[1].bias, subject.model.net[1].bias)
+
+
+class Halving(torch.nn.Sequential):
+    """Halves its input, if only in train mode, and if in place the one that it is given."""
+
+    def __init__(self, *layers, inplace, always):
+        super().__init__(*layers)
+        self.inplace, self.always = inplace, always
+
+    def forward(self, x):
+        if self.always or self.training:
+            x = x.mul_(0.5) if self.inplace else x * 0.5
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize(
+    "recipe", [RECIPE, GradientRegularisation(training=HOW)], ids=lambda one: type(one).__name__
+)
+def test_a_model_that_changes_its_input_learns_from_copies(recipe, always, tmp_path):
+    data, found = training(), {}
+    before = data.x.clone()
+    for inplace in (True, False):
+        net = Halving(*fakes.network(1), inplace=inplace, always=always).requires_grad_()
+        found[inplace] = harden(fakes.subject(net), data, fakes.data(), wish(recipe))
+    assert torch.equal(data.x, before)
+    assert found[True].weights == found[False].weights
+    assert (found[True].notes, found[False].notes) == ((IN_PLACE,), ())
+    assert (found[True].write(tmp_path) / "card.md").read_text().count(IN_PLACE) == 1
 
 
 class Greedy(torch.nn.Sequential):
@@ -715,53 +772,3 @@ def test_epochs_of_a_recipe_in_hand_and_a_budget_exclude_each_other():
         holdfast.harden(fakes.network(), (data.x, data.y), recipe=Bare(replace(HOW, epochs=7)), **asked)
     assert _usual_epochs(TRADES(beta=3.0)) == 30
     assert _usual_epochs(Bare()) == HOW.epochs
-
-
-class Stateful(torch.nn.Sequential):
-    def get_extra_state(self):
-        return {"version": 3}
-
-    def set_extra_state(self, state):
-        pass
-
-
-def test_what_a_file_of_weights_cannot_hold_is_named():
-    net = Stateful(*fakes.network(1)).requires_grad_()
-    with pytest.raises(TargetError, match="net._extra_state in the state dict is no tensor"):
-        harden(fakes.subject(net), training(), fakes.data(), wish())
-
-
-def test_parameters_without_elements_share_nothing():
-    class Empty(torch.nn.Sequential):
-        def __init__(self, *layers):
-            super().__init__(*layers)
-            self.nothing = torch.nn.Parameter(torch.empty(0, dtype=torch.float64))
-
-    net = Empty(*fakes.network(1)).requires_grad_()
-    assert len(harden(fakes.subject(net), training(), fakes.data(), wish()).curve) == 3
-
-
-class Rewriting(torch.nn.Sequential):
-    """Changes its input in place."""
-
-    def forward(self, x):
-        return super().forward(x.mul_(2).sub_(0.5))
-
-
-class Straight(torch.nn.Sequential):
-    """The same without that."""
-
-    def forward(self, x):
-        return super().forward(x * 2 - 0.5)
-
-
-def test_a_network_that_changes_its_input_in_place_trains_on_copies(tmp_path):
-    def made(kind):
-        return harden(
-            fakes.subject(kind(*fakes.network(1)).requires_grad_()), training(), fakes.data(), wish()
-        )
-
-    found, other = made(Rewriting), made(Straight)
-    assert found.weights == other.weights
-    assert found.notes == (IN_PLACE,) and other.notes == ()
-    assert (found.write(tmp_path / "made") / "card.md").read_text().count(IN_PLACE) == 1

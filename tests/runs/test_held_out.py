@@ -203,8 +203,12 @@ def test_what_is_wrong_with_other_training_data_is_said_and_not_that_they_have_n
         )
 
 
-def test_the_sign_of_a_zero_makes_no_other_example():
-    data, test = training(), fakes.data()
-    data.x[5], twin = 0.0, -torch.zeros(1, fakes.FEATURES, dtype=torch.float64)
-    fresh, said = without_judged(data, as_data(torch.cat((test.read(0, 1).x, twin)), torch.tensor([0, 1])))
-    assert "training example 5 is test example 1" in said and 5 not in fresh.ids.tolist()
+def test_a_zero_of_the_other_sign_is_the_same_input():
+    data = training()
+    data.x[3, 4:6] = torch.tensor([0.0, -0.0], dtype=torch.float64)
+    twin = as_data(
+        data.x[3:4] * torch.ones(fakes.FEATURES).index_fill(0, torch.tensor([4, 5]), -1), data.y[3:4]
+    )
+    kept, said = without_judged(data, twin)
+    assert "1 of 600" in said and "3 is test example 0" in said
+    assert set(range(600)) - set(kept.ids.tolist()) == {3}

@@ -37,6 +37,7 @@ def silent(): assert False
 async def waits(): return 7
 def model(x): return x
 def number(): return 7
+def lazy(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
 def odd(sizes: list[int]): return nn.Linear(1, 1)
 constant = 5
 """
@@ -47,6 +48,14 @@ def code(tmp_path: Path) -> Path:
     path = tmp_path / "own.py"
     path.write_text(CODE)
     return path
+
+
+def test_lazy_layers_of_a_factory_are_refused_with_weights_and_without(code: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    safetensors.torch.save_file({"1.weight": torch.ones(3, 4), "1.bias": torch.ones(3)}, weights)
+    for address, arch in ((f"{code}:lazy", None), (str(weights), f"{code}:lazy")):
+        with pytest.raises(TargetError, match="weight is UninitializedParameter: .*; run a batch"):
+            open_model(address, arch=arch)
 
 
 def test_a_factory_gets_its_arguments_as_it_annotates_them(code: Path, tmp_path: Path) -> None:

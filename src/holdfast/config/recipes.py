@@ -10,7 +10,7 @@ from holdfast import recipes as catalogue
 from holdfast.config.attacks import setting
 from holdfast.config.grammar import nearest
 from holdfast.config.naming import AUTO, PRESETS, RECIPES
-from holdfast.core.constraints import L0, L1, L2, Linf
+from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.together import started
@@ -106,9 +106,8 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     """Every setting of a recipe as plain values, those of its parts nested."""
 
     def plain(value: Any) -> Any:
-        if isinstance(value, (Linf, L2, L1, L0)):
-            pixels = "px" if isinstance(value, L0) and value.per == "pixel" else ""
-            return f"{type(value).__name__.lower()}:{value.eps!r}{pixels}"
+        if isinstance(value, (Linf, L2, L1)):
+            return f"{type(value).__name__.lower()}:{value.eps!r}"
         if isinstance(value, tuple):
             return [plain(one) for one in value]
         if is_dataclass(value) and not isinstance(value, type):

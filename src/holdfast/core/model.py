@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from holdfast.core.errors import HoldfastError, TargetError, TargetLost
 from holdfast.core.guard import Guarded, of_classes
@@ -94,11 +94,20 @@ EVERY = Batches(1, multiples=True)
 _TRIED = (*range(1, 13), 16, 20, 25, 32, 50, 64, 100, 128, 200, 256)
 """numbers of rows that a network is asked for before it is said to take none"""
 
-_FULL = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
-"""in what torch says where memory has run out: its own allocators, drivers, and libraries such as cuBLAS and cuDNN"""
-
 IN_PLACE = "the model changes its input in place, so it is given a copy each time"
 """what is said of a `Classifier` with `rewrites`"""
+
+_NO_MEMORY = (
+    "out of memory",  # CUDA, HIP, XPU, MPS: the driver's or the allocator's
+    "can't allocate memory",  # DefaultCPUAllocator, and on Windows:
+    "not enough memory",
+    "bad_alloc",
+    "status_alloc_failed",  # cuBLAS, cuDNN to 8, cuSOLVER, cuSPARSE
+    "allocation_failed",  # cuDNN from 9: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+    "cufft_alloc_failed",
+    "out_of_device_memory",  # level zero, under XPU
+)
+"""how torch and the libraries under it say in a `RuntimeError`, in small letters, that memory ran out"""
 
 _CALLS_NUMPY = "call numpy() on Tensor that requires grad"
 _NO_GRADIENT = (
@@ -113,8 +122,8 @@ class Classifier(nn.Module):
     `mean` and `std` hold one number a channel (or a feature, for tables). `access` is the most that the target can
     give: a file served through a runtime without gradients has "scores", and `hides` says why. `batches` are those that
     the network takes, where it refuses some. Raises `TargetError` when the network does not return a float tensor
-    (n, classes). One logit an example becomes two classes, (0, z). What `guarded` returned `rejects`: its last logit is
-    none of the classes.
+    (n, classes), or has lazy layers that have met no input yet. One logit an example becomes two classes, (0, z). What
+    `guarded` returned `rejects`: its last logit is none of the classes.
     """
 
     def __init__(
@@ -129,8 +138,8 @@ class Classifier(nn.Module):
         batches: Batches | None = None,
     ) -> None:
         super().__init__()
-        _refuse_lazy(net)
         self.net = net
+        refuse_lazy(self)
         self.bounds = bounds or Bounds()
         self.classes = classes
         self.access: Access = access
@@ -209,15 +218,14 @@ class Classifier(nn.Module):
         return logits.to(x.dtype)
 
 
-def _refuse_lazy(net: object) -> None:
-    """`TargetError` where a network does not know yet what its parameters are."""
-    weights: dict[str, Any] = dict(net.named_parameters()) if isinstance(net, nn.Module) else {}
-    lazy = [name for name, weight in weights.items() if is_lazy(weight)]
-    if lazy:
-        raise TargetError(
-            f"the parameter {lazy[0]} has no shape yet, as of a lazy layer; pass a batch through the network before it "
-            f"is given, as in net(x[:1])"
-        )
+def refuse_lazy(net: nn.Module) -> None:
+    """`TargetError` for lazy layers that have met no input yet: they have neither sizes nor weights."""
+    for name, value in (*net.named_parameters(), *net.named_buffers()):
+        if isinstance(value, (UninitializedParameter, UninitializedBuffer)):
+            raise TargetError(
+                f"{name} is {type(value).__name__}: a lazy layer has no weights before it meets an input; run a batch "
+                f"through the network before it is given, as in net(x[:2])"
+            )
 
 
 @contextmanager
@@ -226,25 +234,26 @@ def fitted(model: Classifier, x: Inputs) -> Iterator[None]:
     before = model.batches, model.rewrites
     try:
         model.batches = model.batches or _batches(model, x)
-        model.rewrites = model.rewrites or _rewrites(model, x)
+        n = 1 if model.batches is None else model.batches.size
+        model.rewrites = model.rewrites or rewrites(model, x[torch.arange(n, device=x.device) % len(x)])
         yield
     finally:
         model.batches, model.rewrites = before
 
 
-def _rewrites(model: Classifier, x: Inputs) -> bool:
-    """Whether the model changes its input in place."""
-    rows = x[torch.arange(1 if model.batches is None else model.batches.size, device=x.device) % len(x)]
-    version, before = rows._version, rows.clone()
+def rewrites(model: Classifier, x: Inputs) -> bool:
+    """Whether the model changes inputs like `x` in place; `x` itself is left as it is."""
+    rows = x.clone()
+    version = rows._version
     try:
         with torch.no_grad():
             model(rows)
     except TargetLost:
         raise
-    except (TargetError, RuntimeError, MemoryError):  # said by whoever asks next
-        return False
+    except (TargetError, RuntimeError, MemoryError):
+        pass  # said by whoever asks next
     # numpy and `.data` write without a new version, and an operation in place may leave the values as they are
-    return rows._version != version or not torch.equal(rows.nan_to_num(), before.nan_to_num())
+    return rows._version != version or not torch.equal(rows.nan_to_num(), x.nan_to_num())
 
 
 def _batches(model: Classifier, x: Inputs) -> Batches | None:
@@ -284,4 +293,5 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on whatever device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _FULL)
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in said for words in _NO_MEMORY)

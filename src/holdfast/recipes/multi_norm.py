@@ -44,6 +44,14 @@ class MultiNormTraining:
     """length of its path, in multiples of eps"""
     training: Training = field(default_factory=lambda: Training(warmup=0.5))
 
+    def __post_init__(self) -> None:
+        foreign = [other for other in self.others if not isinstance(other, (Linf, L2, L1))]
+        if foreign:
+            raise UsageError(
+                f"others holds {foreign[0]!r}, and multi-norm trains under linf, l2 and l1; name those, as in "
+                f"--set recipe.others=l2:1.5,l1:10 or others=(L2(1.5), L1(10.0))"
+            )
+
     def __call__(
         self,
         model: Classifier,

@@ -17,7 +17,7 @@ from holdfast.core.chain import digest
 from holdfast.core.checkpoint import STATE, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss, UsageError
-from holdfast.core.model import IN_PLACE, Classifier
+from holdfast.core.model import Classifier
 from holdfast.core.names import threat_text
 from holdfast.ops import together
 from holdfast.ops.overfitting import RAISED
@@ -52,7 +52,7 @@ from holdfast.runs.preparing import readied
 from holdfast.runs.repeating import lent, repeatable, way_out
 from holdfast.runs.result import Result
 from holdfast.runs.signals import Stopper, stoppable
-from holdfast.runs.trainable import copy_of, refuse_untrainable, stays, threats_of
+from holdfast.runs.trainable import learner_of, refuse_untrainable, remarks, threats_of
 from holdfast.runs.training import BEST, LAST, Point
 from holdfast.runs.wish import Wish, about, manifest_of
 from holdfast.sources.memory import as_data
@@ -61,6 +61,7 @@ from holdfast.store.files import CHECKPOINTS, usable, write_atomically
 from holdfast.store.folder import RunFolder, opened, planned, refuse_used
 
 _CHECKED = 4_096  # training examples that are looked at together
+_SEEN = 8  # examples that show whether the model changes its input in place
 _NO_OBJECTION = "not-exhausted"  # which says that the suite is too weak, and no other training mends that
 Told = Callable[[str], None]
 """Hears what is about to be done."""
@@ -94,14 +95,13 @@ def harden(
         bounds = target.bare.bounds
         for some in data.split(_CHECKED):
             refuse_batch(some.take(some.y != UNLABELLED), bounds, target.classes, "the training data")
-        rewrites = target.bare.rewrites
         examples = _parted(data, wish.apart or test, wish.seed, target.classes)
         for threat in threats_of(wish.threat, [one.recipe for one in wish.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
     with ExitStack() as stack:
         stack.enter_context(together.joined(torch.device(wish.device)))
         place = stack.enter_context(lent()) if run is None else run
-        job = _Job(subject, examples, test, wish, place, progress, told, rewrites=rewrites)
+        job = _Job(subject, examples, test, wish, place, progress, told)
         found = job.done(resume=resume) if together.first() else job.followed()
     if run is not None:
         return found
@@ -145,8 +145,6 @@ class _Job:
         run: Path,
         progress: Progress,
         told: Told,
-        *,
-        rewrites: bool,
     ) -> None:
         device = together.own(torch.device(wish.device))
         self.rest, self.held = examples.rest.to(device), examples.held.to(device)
@@ -158,16 +156,14 @@ class _Job:
         self.subject, self.test, self.wish, self.run = subject, test, wish, run
         self.again = way_out(wish.command, run)
         self.progress, self.told = progress, told
-        self.model = copy_of(subject.model).to(device)
-        self.model.rewrites = rewrites
+        self.model = learner_of(subject.model, self.held.x[:_SEEN])
         digests = [test.digest, examples.digest]
         self._as_the_first(digests)
         machine = hardware(device, together.processes())
         self.trainer = Trainer(self.model, self.rest, self.held, wish.threat, wish.seed, machine)
         for one in wish.candidates:  # what it cannot learn from is refused here; nothing is trained yet
             self.trainer.begun(one.recipe, None)
-        given = IN_PLACE if rewrites else ""
-        self.notes = [note for note in (*examples.notes, stays(self.model), given) if note]
+        self.notes = [*examples.notes, *remarks(self.model)]
         known = together.told(planned(run))
         self.plan = together.told(known["plan"] if known else self._planned())
         self.manifest = manifest_of(subject, digests, test, wish, self.plan, machine)

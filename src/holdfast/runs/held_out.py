@@ -74,7 +74,7 @@ def harmless(threat: ThreatModel) -> ThreatModel:
 def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
     """The training examples that are no test examples, and what is to be said of those that are.
 
-    Only inputs that are equal to the last bit are found.
+    Only inputs that are equal in every value are found.
     """
     judged: dict[bytes, int] = {}
     for begin in range(0, len(test), 1_000):
@@ -111,9 +111,9 @@ def _apart(data: Batch, others: Mapping[bytes, int]) -> tuple[Batch, list[tuple[
 
 
 def _names(data: Batch) -> list[bytes]:
-    """What tells each input from others: a hash of its bytes, a zero's sign left out."""
-    rows = data.x.detach().cpu().add(0.0).contiguous().flatten(1).numpy()
-    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
+    """What tells each input from others: a hash of its bytes, in which -0 is 0."""
+    rows = data.x.detach().cpu().contiguous().flatten(1).numpy()
+    return [hashlib.blake2b((row + 0.0).tobytes(), digest_size=16).digest() for row in rows]
 
 
 def digest_of(data: Batch) -> str:

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.model import Classifier
+from holdfast.core.model import IN_PLACE, Classifier, rewrites
 from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs
+from holdfast.ops.fit import drawing
 from holdfast.recipes import MultiNormTraining
 from holdfast.recipes.protocol import Recipe
 
@@ -16,19 +19,19 @@ _NAMED = 3  # frozen parameters that are named
 
 
 def refuse_untrainable(model: Classifier) -> None:
-    """`TargetError` for what is no network or gives no gradients, `UsageError` where all its parameters are frozen."""
+    """`TargetError` for what is no network, has no gradients or fits no checkpoint, `UsageError` for what is frozen."""
     if not isinstance(model.net, nn.Module) or not any(True for _ in model.parameters()):
         raise TargetError("the model has no parameters to train; give a network, as in net.py:make")
     if model.access != "gradients":
         raise TargetError(
             f"the model gives {model.access} and no gradients, so it cannot be trained; {model.hides}"
         )
-    foreign = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
-    if foreign:
-        raise TargetError(
-            f"{foreign[0]} in the state dict is no tensor, and no file of weights or checkpoint holds it; keep it in "
-            f"buffers, or leave get_extra_state out"
-        )
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise TargetError(
+                f"{name} of the model is a {type(value).__name__}, and a checkpoint holds tensors alone; keep what "
+                f"get_extra_state returns in buffers, with register_buffer"
+            )
     frozen = _frozen(model)
     if len(frozen) == sum(1 for _ in model.parameters()):
         raise UsageError(
@@ -36,12 +39,13 @@ def refuse_untrainable(model: Classifier) -> None:
         )
 
 
-def stays(model: Classifier) -> str:
-    """What is to be said of parameters that are frozen, beside others that are not."""
+def remarks(model: Classifier) -> tuple[str, ...]:
+    """What is to be said of a model that is trained: parameters that are frozen beside others, inputs it changes."""
     frozen = _frozen(model)
     named = ", ".join(frozen[:_NAMED]) + (", …" if len(frozen) > _NAMED else "")
     whole = sum(1 for _ in model.parameters())
-    return f"{len(frozen)} of {whole} parameters are frozen and stay what they are: {named}" if frozen else ""
+    said = f"{len(frozen)} of {whole} parameters are frozen and stay what they are: {named}"
+    return (*((said,) if frozen else ()), *((IN_PLACE,) if model.rewrites else ()))
 
 
 def _frozen(model: Classifier) -> list[str]:
@@ -57,14 +61,23 @@ def copy_of(model: Classifier) -> Classifier:
             f"the model cannot be copied, and the one that is given is never changed: {type(error).__name__}: {error}; "
             f"give its layers what copy.deepcopy asks, such as __deepcopy__"
         ) from error
-    own, other = (
-        {weight.data_ptr() for weight in each.parameters() if weight.numel()} for each in (model, copied)
-    )
-    if own & other:
+    own = {weight.data_ptr() for weight in model.parameters() if weight.numel()}  # the others all lie at 0
+    if any(weight.data_ptr() in own for weight in copied.parameters()):
         raise TargetError(
             "a copy of the model shares its weights, and the one that is given is never changed; let its "
             "__deepcopy__ copy them"
         )
+    return copied
+
+
+def learner_of(model: Classifier, x: Inputs) -> Classifier:
+    """A copy to train, on the device of `x`; it is given copies where it changes inputs like `x` in place.
+
+    In either mode: dropout in place, for one, does so in train mode alone.
+    """
+    copied = copy_of(model).to(x.device)
+    with drawing(Draws(0).at("in place"), x.device):
+        copied.rewrites = any(rewrites(deepcopy(copied).train(mode), x) for mode in (False, True))
     return copied
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.model import EVERY, Batches, Bounds, Classifier
+from holdfast.core.model import EVERY, Batches, Bounds, Classifier, refuse_lazy
 from holdfast.core.types import Access
 from holdfast.sources.exported import open_program
 from holdfast.sources.factories import Built, build, build_from_file, names_code
@@ -164,10 +164,11 @@ def _open_code(opening: _Opening) -> OpenedModel:
             f"--arch {opening.arch} and the factory {opening.address} both name code; give one of them"
         )
     built = build_from_file(opening.address, opening.arguments)
+    model = opening.declared.wrap(built.net)
     # The code may read weights that no argument names, so the tensors themselves are digested too.
     whole = sha256_of_state(built.net) if isinstance(built.net, nn.Module) else digest_in_hand(built.net)
     files = {**built.files, f"{opening.address} state": whole}
-    return OpenedModel(opening.declared.wrap(built.net), opening.address, "code", files)
+    return OpenedModel(model, opening.address, "code", files)
 
 
 def sha256_of_state(net: nn.Module) -> str:
@@ -187,6 +188,7 @@ def _open_state_dict(opening: _Opening, path: Path) -> OpenedModel:
         raise TargetError(
             f"--arch {opening.arch} returned a function, which takes no weights; return a torch.nn.Module"
         )
+    refuse_lazy(net)
     notes = fit_weights(net, weights, repr(opening.address))
     files = {**built.files, opening.address: sha256_of_file(path)}
     net.eval()
