@@ -269,10 +269,13 @@ class Noting(torch.nn.Linear):
         pass
 
 
-def test_extra_state_that_is_no_tensor_is_refused():
+def test_extra_state_that_is_no_tensor_and_lazy_layers_are_refused():
     net = torch.nn.Sequential(Noting(fakes.FEATURES, fakes.CLASSES).double())
     with pytest.raises(TargetError, match=r"net\.0\._extra_state of the model is a dict.* register_buffer"):
         harden(fakes.subject(net), training(), fakes.data(), wish())
+    lazy = torch.nn.Sequential(torch.nn.LazyLinear(fakes.CLASSES).double())
+    with pytest.raises(TargetError, match=r"net\.0\.weight is UninitializedParameter"):
+        harden(fakes.subject(lazy), training(), fakes.data(), wish())
 
 
 def test_what_is_frozen_stays_and_is_named():

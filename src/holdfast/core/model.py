@@ -122,8 +122,8 @@ class Classifier(nn.Module):
     `mean` and `std` hold one number a channel (or a feature, for tables). `access` is the most that the target can
     give: a file served through a runtime without gradients has "scores", and `hides` says why. `batches` are those that
     the network takes, where it refuses some. Raises `TargetError` when the network does not return a float tensor
-    (n, classes), or has lazy layers that have met no input yet. One logit an example becomes two classes, (0, z). What
-    `guarded` returned `rejects`: its last logit is none of the classes.
+    (n, classes). One logit an example becomes two classes, (0, z). What `guarded` returned `rejects`: its last logit is
+    none of the classes.
     """
 
     def __init__(
@@ -139,7 +139,6 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self.net = net
-        refuse_lazy(self)
         self.bounds = bounds or Bounds()
         self.classes = classes
         self.access: Access = access

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.model import IN_PLACE, Classifier, rewrites
+from holdfast.core.model import IN_PLACE, Classifier, refuse_lazy, rewrites
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.ops.fit import drawing
@@ -26,6 +26,7 @@ def refuse_untrainable(model: Classifier) -> None:
         raise TargetError(
             f"the model gives {model.access} and no gradients, so it cannot be trained; {model.hides}"
         )
+    refuse_lazy(model)
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise TargetError(

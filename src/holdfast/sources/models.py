@@ -72,6 +72,8 @@ class Declared:
         """The network with bounds and preprocessing; a `Classifier` of a factory keeps what is not declared."""
         if isinstance(net, Classifier):
             return self.over(net).wrap(net.net, access=net.access, batches=net.batches)
+        if isinstance(net, nn.Module):
+            refuse_lazy(net)
         return Classifier(
             net,
             bounds=self.bounds,
