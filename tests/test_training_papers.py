@@ -278,10 +278,6 @@ def test_the_balls_of_several_norms_grow_until_they_are_whole():
 def test_one_norm_alone_is_refused():
     with pytest.raises(UsageError, match=r"others is empty; name them with --set recipe\.others"):
         MultiNormTraining()(linear(), data(), ThreatModel(Linf(0.1)), rng=Draws(0))
-    with pytest.raises(
-        UsageError, match="trains under linf, l2 and l1, and others has l0; leave that one out"
-    ):
-        MultiNormTraining(others=(L2(0.1), L0(3)))(linear(), data(), ThreatModel(Linf(0.1)), rng=Draws(0))
 
 
 @pytest.mark.parametrize("other", [L0(3), Spatial(rotate=30.0), "l2:1"], ids=repr)
