@@ -62,6 +62,8 @@ def test_a_new_model_is_made_judged_and_opened_by_its_path(capsys):
     card = json.loads(Path("hardened/card.json").read_text())
     assert card["recipe"] == "pgd"
     assert card["settings"]["steps"] == 2
+    told = Path("hardened/card.md").read_text()
+    assert "Hardened for linf:0.1 by" in told and "Judged under linf:0.1." in told
     assert (
         card["before"]["metrics"]["robust_accuracy"]["value"]
         < card["after"]["metrics"]["robust_accuracy"]["value"]

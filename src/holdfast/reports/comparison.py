@@ -8,14 +8,13 @@ from torch import Tensor
 
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
-from holdfast.core.names import threat_text
 from holdfast.core.types import Mask
 from holdfast.metrics.columns import Absent, robust
 from holdfast.metrics.paired import Pairs, clean_accuracy_drop, pairs, regression
 from holdfast.ops.statistics import mcnemar
 from holdfast.reports.curves import estimate
 from holdfast.reports.numbers import count, number, percent, plain, strict
-from holdfast.reports.words import capitalized, label
+from holdfast.reports.words import as_asked, capitalized, label
 
 Json = dict[str, Any]
 
@@ -82,18 +81,13 @@ def to_json(content: Mapping[str, Any]) -> str:
 
 def caution(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """What must be read before any number where the two runs assume different adversaries; else nothing."""
-    before, after = _threat(first), _threat(second)
+    before, after = as_asked(first), as_asked(second)
     if before == after:
         return ""
     return (
         f"The threat differs: {before} in the first run, {after} in the second; "
         "what changed may come from the adversary and not from the model."
     )
-
-
-def _threat(threat: Mapping[str, Any]) -> str:
-    """The threat as the command line takes it."""
-    return threat_text(threat["constraint"], threat["goal"], threat["access"], threat["queries"])
 
 
 def headline(content: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from holdfast.core.names import threat_text
 from holdfast.metrics.names import METRICS
 from holdfast.reports.numbers import count, number, percent, plain, size
 
@@ -247,3 +248,8 @@ def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str,
             else []
         ),
     ]
+
+
+def as_asked(threat: Mapping[str, Any]) -> str:
+    """The threat of a summary as the command line takes it."""
+    return threat_text(threat["constraint"], threat["goal"], threat["access"], threat["queries"])

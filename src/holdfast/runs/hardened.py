@@ -18,6 +18,7 @@ from holdfast.reports.card import document as as_markdown
 from holdfast.reports.card import judged
 from holdfast.reports.numbers import percent, strict
 from holdfast.reports.training import curve_svg
+from holdfast.reports.words import as_asked
 from holdfast.runs.candidates import Candidate
 from holdfast.runs.order import Subject
 from holdfast.runs.result import Result
@@ -133,6 +134,7 @@ def card_of(
         {
             **said,
             "name": best.subject.card["name"],
+            "judged_under": as_asked(sides[1].summary()["threat"]),
             "recipe": best.candidate.name,
             "why": best.attempt["why"],
             "epochs": best.epochs,

@@ -18,9 +18,9 @@ from holdfast.core.checkpoint import STATE, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.names import threat_text
 from holdfast.ops import together
 from holdfast.ops.overfitting import RAISED
+from holdfast.reports.numbers import size
 from holdfast.runs import training
 from holdfast.runs.assess import assess
 from holdfast.runs.candidates import Candidate, announced, attempts
@@ -234,11 +234,10 @@ class _Job:
 
     def _said(self, looked: tuple[float, float]) -> dict[str, Any]:
         """What the card tells of the wish, and of the given model on held-out examples."""
-        wish, judged = self.wish, self.wish.judge.plan.threat
+        wish, constraint = self.wish, self.wish.threat.constraint
         return {
             "asked": wish.name,
-            "threat": threat_text(str(wish.threat.constraint), None, "gradients", None),
-            "judged_under": threat_text(str(judged.constraint), judged.goal, judged.access, judged.queries),
+            "threat": f"{type(constraint).__name__.lower()}:{size(constraint.eps)}",
             "seed": wish.seed,
             "notes": self.notes,
             "command": repeatable(wish.command),
