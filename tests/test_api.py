@@ -256,6 +256,12 @@ def test_runs_are_kept_reported_verified_and_compared(tmp_path):
         holdfast.compare(a, other).summary()
 
 
+@pytest.mark.parametrize("verb", [holdfast.assess, holdfast.harden], ids=["assess", "harden"])
+def test_to_resume_needs_a_folder(verb):
+    with pytest.raises(UsageError, match="resume=True goes on with a run; name its folder, as in run="):
+        verb(network(), (X, Y), "linf:0.1", resume=True)
+
+
 def test_a_run_of_a_python_model_resumes_and_knows_it_by_its_weights(tmp_path):
     run = tmp_path / "run"
     first = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, run=run)
@@ -412,10 +418,16 @@ def test_inputs_of_half_a_word_are_widened_and_a_network_of_them_is_told_how():
     )
     narrow = network().bfloat16()
     with pytest.raises(
-        TargetError, match=r"weights are bfloat16 and the inputs float32: give net.float\(\), or a netw"
+        TargetError,
+        match=r"are bfloat16 and the inputs float32: give net\.to\(torch\.float32\), or .* x\.to\(torch\.bfloat16\)",
     ):
         holdfast.assess(narrow, (X.bfloat16(), Y), "linf:0.1", ATTACKS)
-    holdfast.assess(lambda x: narrow(x.to(torch.bfloat16)).float(), (X.bfloat16(), Y), "linf:0.1", ATTACKS)
+    holdfast.assess(lambda x: narrow(x.to(torch.bfloat16)), (X.bfloat16(), Y), "linf:0.1", ATTACKS)
+    with pytest.raises(
+        TargetError, match=r"are float32 and the inputs float64: give net\.to\(torch\.float64\)"
+    ):
+        holdfast.assess(network(), (X.double(), Y), "linf:0.1", ATTACKS)
+    holdfast.assess(network().to(torch.float64), (X.double(), Y), "linf:0.1", ATTACKS)
 
 
 @pytest.mark.parametrize(
@@ -507,9 +519,3 @@ def test_the_skip_gradients_of_a_surrogate_are_part_of_the_run(tmp_path):
 def test_what_is_no_surrogate_is_refused(given, said):
     with pytest.raises(UsageError, match=said):
         holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, surrogates=given)
-
-
-def test_going_on_without_a_folder_is_refused():
-    for verb in (holdfast.assess, holdfast.harden):
-        with pytest.raises(UsageError, match="resume=True goes on with a run; name its folder"):
-            verb(network(), (X, Y), resume=True)

@@ -584,6 +584,29 @@ def test_the_twin_takes_data_in_hand_and_keeps_a_tenth_aside():
     assert "epoch 1 of 1" in str(found)
 
 
+class Widening(torch.nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.to(torch.float64))
+
+
+def test_what_is_advised_to_weights_of_another_type_can_be_hardened():
+    data = training(1_000)
+    net = fakes.network(1).requires_grad_()
+
+    def hardened(given):
+        recipe = {"use": "pgd", "steps": 1, "training": {"epochs": 1}}
+        return holdfast.harden(
+            given, (data.x.float(), data.y), "linf:0.06", recipe, suite="quick", doubts=False
+        )
+
+    with pytest.raises(TargetError) as error:
+        hardened(net)
+    said = "give net.to(torch.float32), or a network whose forward begins with x = x.to(torch.float64)"
+    assert said in str(error.value)
+    for given in (Widening(*net), copy.deepcopy(net).to(torch.float32)):
+        assert hardened(given).model.net[1].weight.dtype == given[1].weight.dtype
+
+
 def test_a_factory_of_the_twin_draws_the_weights_of_the_seed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net = f"torch.nn.Linear({fakes.FEATURES}, {fakes.CLASSES}).double()"

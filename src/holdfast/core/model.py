@@ -159,10 +159,10 @@ class Classifier(nn.Module):
     def _advice(self, x: Inputs) -> str:
         n, weight = len(x), next(self.parameters(), x)
         if weight.is_floating_point() and weight.dtype != x.dtype:
-            short = str(weight.dtype).removeprefix("torch.")
+            own, given = (str(kind).removeprefix("torch.") for kind in (weight.dtype, x.dtype))
             return (
-                f"Its weights are {short} and the inputs {str(x.dtype).removeprefix('torch.')}: give net.float(), or a "
-                f"network whose forward converts, as in self.net(x.to(torch.{short})).float()"
+                f"Its weights are {own} and the inputs {given}: give net.to({x.dtype}), or a network whose forward "
+                f"begins with x = x.to({weight.dtype})"
             )
         if self._took is None:
             return "Check the shape, the data type and --mean/--std"
