@@ -61,7 +61,7 @@ class ATTA:
             )
         kept = {
             "kept": torch.zeros_like(data.x, dtype=torch.float16)
-        }  # each change, in multiples of eps, to within a thousandth of itself
+        }  # each change in multiples of the whole eps, to within a thousandth of itself
         where, unit = Lookup(data.ids), threat.constraint.eps or 1.0
 
         def inner(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
@@ -72,7 +72,7 @@ class ATTA:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn, rows: Rows, unit: float) -> Inputs:
-        """A few more steps up the cross-entropy from what is kept in units, which the end of them becomes."""
+        """A few more steps up the cross-entropy from what is kept, in multiples of `unit`, which their end becomes."""
         constraint, bounds, kept = learner.threat.constraint, learner.frozen.bounds, learner.state["kept"]
         assert isinstance(constraint, (Linf, L2, L1))
         moved, change = moves(batch, self.training.augment, turn.rng), kept[rows].to(batch.x) * unit

@@ -66,12 +66,6 @@ class MultiNormTraining:
                 f"multi-norm trains under more than {threat.constraint}, and others is empty; name them with "
                 f"--set recipe.others=l2:1.5,l1:10, or choose --recipe pgd"
             )
-        foreign = [norm for norm in self.others if not isinstance(norm, (Linf, L2, L1))]
-        if foreign:
-            raise UsageError(
-                f"multi-norm trains under linf, l2 and l1, and others has {type(foreign[0]).__name__.lower()}; leave "
-                f"that one out"
-            )
         return trained(
             self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
         )

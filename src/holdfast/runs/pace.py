@@ -96,9 +96,8 @@ def _paced(
         some = as_it_says(model, data.take(rows[: least + more * size]))
         begun = time.perf_counter()
         *_, last = trained_as(recipe, few)(model, some, harmless(threat), rng=Draws(0))
-        return _Trial(
-            told(time.perf_counter() - begun), updates(len(some), size), len(some), last
-        )  # all decide alike
+        seconds = told(time.perf_counter() - begun)  # all decide alike
+        return _Trial(seconds, updates(len(some), size), len(some), last)
 
     taken(0)  # chooses kernels and fills caches
     short = taken(0)
