@@ -13,6 +13,7 @@ from benchmarks.absent import Absent
 from benchmarks.networks import folder
 from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells
+from holdfast.sources.data import bundled_data
 
 N = 1_000
 Examples = tuple[Tensor, Tensor]
@@ -33,7 +34,7 @@ def made(
     """The card of a part: the model judged before and after on the first `n` test images."""
 
     def measured() -> Cells:
-        known = dataset(data) if isinstance(data, str) else data
+        known = dataset(data) if isinstance(data, str) and data not in bundled_data() else data
         torch.set_num_threads(threads)
         try:
             found = holdfast.harden(
