@@ -1,4 +1,4 @@
-"""What `auto` chooses between on images of one channel, by budget, threat and size of the data, and how well it does."""
+"""What `auto` chooses between on images of one channel, by budget, threat and size of the data; and how well."""
 
 from benchmarks.hardened import percent
 from benchmarks.record import Cells, Claim, Outcome
@@ -6,7 +6,7 @@ from benchmarks.rows.recipes import CONFIG, THREADS, cells, hardened
 from holdfast.config.recipes import candidates
 from holdfast.sources.models import open_model
 
-WHAT = "what `auto` chooses between, by budget (1 and 3 minutes), threat and size of the data: what each leaves"
+WHAT = "what `auto` chooses between, by budget (1 and 3 minutes), threat and size of data: what each leaves"
 ROW, SUITE, SEED = "ladder", "fast", 0
 PLACES = (
     ("mnist", "linf:0.3", "1min"),
