@@ -33,7 +33,7 @@ recipes = {
     "lost": PGDTraining(steps=1, training=how(lr=1e30, optimizer="sgd")),
     "kept": ATTA(training=how()),
     "one": PGDTraining(training=Training(epochs=1, batch=1)),
-    "budget": PGDTraining(steps=1, training=how()),
+    "budget": PGDTraining(steps=1, training=Training(batch=25)),  # whose epochs the plan sets
     "unknown": VAT(training=how()),
     "other": PGDTraining(steps=1, training=how()),
     "stopped": PGDTraining(steps=2, training=how()),
