@@ -27,7 +27,14 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training, fit
 from holdfast.ops.learner import GROWN
 from holdfast.ops.overfitting import RAISED, OverfittingGuard
-from holdfast.recipes import TRADES, GradientRegularisation, PGDTraining, SingleStep, Standard
+from holdfast.recipes import (
+    TRADES,
+    EnsembleTraining,
+    GradientRegularisation,
+    PGDTraining,
+    SingleStep,
+    Standard,
+)
 from holdfast.runs import candidates, hardening
 from holdfast.runs.candidates import Candidate, attempts
 from holdfast.runs.hardened import Hardened
@@ -315,6 +322,15 @@ def test_a_model_that_changes_its_input_learns_from_copies(recipe, always, tmp_p
     assert found[True].weights == found[False].weights
     assert (found[True].notes, found[False].notes) == ((IN_PLACE,), ())
     assert (found[True].write(tmp_path) / "card.md").read_text().count(IN_PLACE) == 1
+
+
+def test_surrogates_that_change_their_input_are_given_copies():
+    recipe, found = EnsembleTraining(steps=2, training=HOW), {}
+    for inplace in (True, False):
+        near = Classifier(Halving(*fakes.network(2), inplace=inplace, always=True))
+        asked = replace(wish(recipe), threat=ThreatModel(Linf(0.06), surrogates=(near,)))
+        found[inplace] = harden(trainable(), training(), fakes.data(), asked)
+    assert found[True].weights == found[False].weights
 
 
 class Greedy(torch.nn.Sequential):

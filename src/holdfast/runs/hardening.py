@@ -61,7 +61,7 @@ from holdfast.store.files import CHECKPOINTS, usable, write_atomically
 from holdfast.store.folder import RunFolder, opened, planned, refuse_used
 
 _CHECKED = 4_096  # training examples that are looked at together
-_SEEN = 8  # examples that show whether the model changes its input in place
+_SEEN = 8  # examples that show whether a network changes its input in place
 _NO_OBJECTION = "not-exhausted"  # which says that the suite is too weak, and no other training mends that
 Told = Callable[[str], None]
 """Hears what is about to be done."""
@@ -148,15 +148,16 @@ class _Job:
     ) -> None:
         device = together.own(torch.device(wish.device))
         self.rest, self.held = examples.rest.to(device), examples.held.to(device)
+        seen = self.held.x[:_SEEN]
         around = tuple(
-            deepcopy(model).to(device).eval().requires_grad_(False) if isinstance(model, nn.Module) else model
+            learner_of(model, seen).eval().requires_grad_(False) if isinstance(model, Classifier) else model
             for model in wish.threat.surrogates
         )
         wish = replace(wish, threat=replace(wish.threat, surrogates=around))
         self.subject, self.test, self.wish, self.run = subject, test, wish, run
         self.again = way_out(wish.command, run)
         self.progress, self.told = progress, told
-        self.model = learner_of(subject.model, self.held.x[:_SEEN])
+        self.model = learner_of(subject.model, seen)
         digests = [test.digest, examples.digest]
         self._as_the_first(digests)
         machine = hardware(device, together.processes())

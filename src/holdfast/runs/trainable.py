@@ -72,7 +72,7 @@ def copy_of(model: Classifier) -> Classifier:
 
 
 def learner_of(model: Classifier, x: Inputs) -> Classifier:
-    """A copy to train, on the device of `x`; it is given copies where it changes inputs like `x` in place.
+    """A copy to train or attack, on the device of `x`; it is given copies where it changes inputs like `x` in place.
 
     In either mode: dropout in place, for one, does so in train mode alone.
     """
