@@ -324,6 +324,19 @@ def test_a_model_that_changes_its_input_learns_from_copies(recipe, always, tmp_p
     assert (found[True].write(tmp_path) / "card.md").read_text().count(IN_PLACE) == 1
 
 
+class Rounding(torch.nn.Module):
+    def forward(self, x):
+        return (4 * x).round() / 4
+
+
+def test_a_model_that_passes_no_gradient_back_to_its_input_has_it_said_on_the_card():
+    said = "no gradient reaches any of the first 8 held-out examples"
+    for first, notes in ((Rounding(), 1), (torch.nn.Identity(), 0)):
+        net = torch.nn.Sequential(first, *fakes.network(1)).requires_grad_()
+        found = harden(fakes.subject(net), training(), fakes.data(), wish())
+        assert [note.startswith(said) for note in found.notes] == [True] * notes
+
+
 def test_surrogates_that_change_their_input_are_given_copies():
     recipe, found = EnsembleTraining(steps=2, training=HOW), {}
     for inplace in (True, False):

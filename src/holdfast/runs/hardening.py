@@ -164,7 +164,7 @@ class _Job:
         self.trainer = Trainer(self.model, self.rest, self.held, wish.threat, wish.seed, machine)
         for one in wish.candidates:  # what it cannot learn from is refused here; nothing is trained yet
             self.trainer.begun(one.recipe, None)
-        self.notes = [*examples.notes, *remarks(self.model)]
+        self.notes = [*examples.notes, *remarks(self.model, seen)]
         known = together.told(planned(run))
         self.plan = together.told(known["plan"] if known else self._planned())
         self.manifest = manifest_of(subject, digests, test, wish, self.plan, machine)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from holdfast.core.draws import Draws
@@ -12,6 +13,7 @@ from holdfast.core.model import IN_PLACE, Classifier, refuse_lazy, rewrites
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.ops.fit import drawing
+from holdfast.ops.gradients import input_gradient
 from holdfast.recipes import MultiNormTraining
 from holdfast.recipes.protocol import Recipe
 
@@ -40,13 +42,30 @@ def refuse_untrainable(model: Classifier) -> None:
         )
 
 
-def remarks(model: Classifier) -> tuple[str, ...]:
-    """What is to be said of a model that is trained: parameters that are frozen beside others, inputs it changes."""
+def remarks(model: Classifier, x: Inputs) -> tuple[str, ...]:
+    """What is to be said of a model that is trained on inputs like `x`.
+
+    Parameters that are frozen beside others, that it changes inputs, that it passes no gradient back to them.
+    """
     frozen = _frozen(model)
     named = ", ".join(frozen[:_NAMED]) + (", …" if len(frozen) > _NAMED else "")
     whole = sum(1 for _ in model.parameters())
     said = f"{len(frozen)} of {whole} parameters are frozen and stay what they are: {named}"
-    return (*((said,) if frozen else ()), *((IN_PLACE,) if model.rewrites else ()))
+    flat = (
+        f"no gradient reaches any of the first {len(x)} held-out examples, so an attack that follows it in training "
+        f"changes them at random; look for what cuts it (detach, no_grad, rounding) with holdfast doctor"
+    )
+    return tuple(
+        text for text, told in ((said, frozen), (IN_PLACE, model.rewrites), (flat, _flat(model, x))) if told
+    )
+
+
+def _flat(model: Classifier, x: Inputs) -> bool:
+    """Whether the model lets no gradient through to inputs."""
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad(), drawing(Draws(0).at("flat"), x.device):
+        top = deepcopy(model).eval()(leaf).amax(1)
+        return not input_gradient(top, leaf).any()
 
 
 def _frozen(model: Classifier) -> list[str]:
