@@ -29,7 +29,9 @@ OTHERS = (
     ("cifar_cnn_a_adv", 2 / 255, N),
     ("cifar_resnet20", 0.5 / 255, FEW),
     ("mnist-cnn", 0.1, N),
+    ("mnist-cnn-hardened", 0.1, N),
     ("mnist-cnn-hardened", 0.2, N),
+    ("mnist-cnn-hardened", 0.3, N),
     ("hardened-by-hand", 0.2, N),
 )
 """Honest networks of other people, the bundled ones, and one that was bundled once: radius, and how many images."""
@@ -79,7 +81,7 @@ def _honest_rows(notes: list[str]) -> tuple[list[Cells], dict[str, dict[str, lis
         for suite in said:
             cells, says = _flags(net, data, eps, suite)
             row |= cells
-            said[suite] |= {name: says} if says else {}
+            said[suite] |= {f"{name}, eps {eps:.3g}": says} if says else {}
         table.append(row)
     return table, said
 
