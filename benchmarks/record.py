@@ -128,11 +128,13 @@ def _markdown(head: Cells, outcome: Outcome) -> str:
 
 
 def _when(detail: Cells) -> list[str]:
-    """Which parts of a row that takes hours were measured at which commit."""
+    """Which parts of a row that takes hours were measured at which commit, where they were at several."""
     parts: dict[str, list[str]] = {}
     for name, kept in detail.items():
         if isinstance(kept, dict) and {"made", "holdfast"} <= kept.keys():
             parts.setdefault(kept["holdfast"], []).append(name)
+    if len(parts) == 1:
+        return [f"every part was measured at {commit}" for commit in parts]
     return [f"measured at {commit}: {'; '.join(names)}" for commit, names in parts.items()]
 
 

@@ -193,6 +193,24 @@ def test_every_recipe_has_a_record_and_the_page_tells_it():
     }
 
 
+def test_the_page_tells_the_tables_that_answer_the_published_ones():
+    told = rows("concepts/hardening.md", "model")
+    assert told == [
+        {
+            "model": row["model"],
+            "recipe": f"`{row['recipe']}`",
+            "clean, %": f"{row['clean accuracy, %']:.1f}",
+            "adversarial, %": f"{row['adversarial accuracy, %']:.1f}",
+            "of single seeds": row["of single seeds"],
+            "success rate, %": f"{row['success rate, %']:.1f}",
+            "smallest L2": f"{row['median smallest L2']:.2f}",
+            "smallest Linf": f"{row['median smallest Linf']:.3f}",
+            "doubts": str(row["doubts raised"]),
+        }
+        for row in newest("seed-tables")["table"]
+    ]
+
+
 @pytest.mark.parametrize("row", RECIPES, ids=lambda row: row["recipe"].strip("`"))
 def test_a_recipe_costs_and_cites_what_its_row_says(row):
     name = row["recipe"].strip("`")
