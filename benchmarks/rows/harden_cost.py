@@ -23,7 +23,7 @@ from holdfast.recipes import PGDTraining
 WHAT = (
     "adversarial training with PGD-7, batches of 128: CPU time over the bare loop of k + 1 passes, one thread"
 )
-STEPS, BATCH, UPDATES, ROUNDS = 7, 128, 8, 7
+STEPS, BATCH, UPDATES, ROUNDS = 7, 128, 8, 21
 SETTINGS = (("mnist", 1, 28, 0.3), ("cifar10", 3, 32, 8 / 255))
 LR = 1e-3
 
