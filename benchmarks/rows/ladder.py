@@ -4,6 +4,7 @@ from benchmarks.hardened import percent
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rows.recipes import CONFIG, THREADS, cells, hardened
 from holdfast.config.recipes import candidates
+from holdfast.core.errors import UsageError
 from holdfast.sources.models import open_model
 
 WHAT = "what `auto` chooses between, by budget (1 and 3 minutes), threat and size of data: what each leaves"
@@ -30,15 +31,19 @@ def measured() -> Outcome:
         left: dict[str, float] = {}
         chosen = ""
         for one in candidates({"use": "auto"}, model, (1, 28, 28)):
-            kept = hardened(ROW, one.name, SUITE, SEED, data=data, threat=threat, budget=budget)
+            place = {"data": data, "threat": threat, "budget": budget}
+            try:
+                kept = hardened(ROW, one.name, SUITE, SEED, **place)
+            except UsageError as refusal:  # not one epoch fits
+                detail[f"{one.name}, {data}, {threat}, {budget}"] = {"measured": None, "why": str(refusal)}
+                table.append({**place, "recipe": one.name, "epochs": 0})
+                continue
             detail[f"{one.name}, {data}, {threat}, {budget}"] = kept
             card = kept["measured"]
             left[one.name] = percent(card, "robust_accuracy")
             if not chosen or card["epochs"] >= one.least:
                 chosen = one.name
-            table.append(
-                {"data": data, "threat": threat, "budget": budget, "recipe": one.name, **cells(card)}
-            )
+            table.append({**place, "recipe": one.name, **cells(card)})
         claims.append(
             Claim(
                 f"{data}, {threat} in {budget}: points that {chosen} leaves less than the best <= {WORSE:g}",
