@@ -59,7 +59,8 @@ def _ladder(
     how: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1} if steady else {}
     if len(shape) == 3 and not photographs:
         mixed = told.get("cutmix", 0)
-        alone = not mixed and started() == 1  # atta remembers each example; from three epochs on it leaves more
+        alone = not mixed and started() == 1  # atta remembers each example
+        # from three epochs on it leaves more than what is quicker
         middle = ("atta", 3) if alone else ("pgd", 10)
         return ("fgsm-rs", 1, {}, how), (*middle, {}, how), ("trades", 60, {}, how)
     if photographs:
