@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from holdfast.config.hardening import _usual_epochs
 from holdfast.config.recipes import settings_of
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.constraints import Linf
+from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Interrupted, LostLoss, TargetError, UsageError
 from holdfast.core.evidence import Doubt
@@ -726,21 +727,58 @@ def test_surrogates_are_in_eval_mode_and_frozen_whatever_they_were():
 
 
 def test_a_pace_is_that_of_a_training_whose_guard_has_no_objection(monkeypatch):
-    """Ten steps break all as soon as anything may be changed, as they do of a network that is not hardened yet."""
+    """Ten steps break all as soon as much may be changed, as they do of a network that is not hardened yet."""
     recipe, threat = SingleStep(training=replace(HOW, epochs=1, batch=8)), ThreatModel(Linf(0.3))
     model, data = trainable().model, training(n=1200)
 
     def right(guard, steps):
-        return 0.1 if steps > 1 and guard.learner.now.threat.constraint.eps else 0.9
+        return 0.1 if steps > 1 and guard.learner.now.threat.constraint.eps > 0.01 else 0.9
 
     monkeypatch.setattr(OverfittingGuard, "_right", right)
     (whole,) = recipe(model, data, threat, rng=Draws(0))
     assert whole.measured["dearer"] > 1
     held, holds = [], OverfittingGuard.holds
     monkeypatch.setattr(OverfittingGuard, "holds", lambda guard: held.append(holds(guard)) or held[-1])
-    found = pace(recipe, model, data, threat, budget_s=10.0, look_s=2.0)
+    found = pace(recipe, model, data, threat, budget_s=10.0)
     assert held and all(held)
-    assert found.epoch > 2.0 + 150 * found.update
+    assert found.epoch > 150 * found.update
+
+
+@pytest.mark.parametrize("norm", [Linf, L2, L1])
+def test_timed_updates_project_as_those_of_the_training_do(norm):
+    """Within a ball of nothing a projection has less to do."""
+    seen: list[float] = []
+
+    class Looking(Standard):
+        def __call__(self, model, data, threat, **rest):
+            seen.append(threat.constraint.eps)
+            return super().__call__(model, data, threat, **rest)
+
+    pace(Looking(training=HOW), trainable().model, training(), ThreatModel(norm(0.06)), budget_s=10.0)
+    assert seen and all(0 < eps < 0.01 * 0.06 for eps in seen)
+
+
+def test_a_budget_that_is_out_of_the_question_is_refused_after_one_update():
+    class Slow(torch.nn.Sequential):
+        passes = 0
+
+        def forward(self, x):
+            Slow.passes += self.training
+            time.sleep(0.02 * self.training)
+            return super().forward(x)
+
+    net = Slow(*fakes.network(1)).requires_grad_()
+    subject, how = fakes.subject(net), replace(HOW, batch=8)
+
+    def asked(budget_s):
+        Slow.passes = 0
+        harden(subject, training(), fakes.data(), wish(Standard(training=how), budget_s=budget_s))
+
+    with pytest.raises(UsageError, match=r"one epoch takes about \d.* give --budget \d+s or more"):
+        asked(0.2)
+    assert Slow.passes <= 2  # another one sees whether it changes its input
+    asked(30.0)
+    assert Slow.passes > 100
 
 
 def test_threats_that_no_recipe_is_for_are_refused():

@@ -1,8 +1,8 @@
 """Recipes that may be trained by, and which of them a budget of time chooses."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from holdfast.core.batch import Batch
@@ -47,13 +47,7 @@ def attempts(
         ]
         return asked, 0.0
     begun = time.perf_counter()
-    looks()
-    look_s = told(time.perf_counter() - begun)
-    paces: list[Pace] = []
-    for one in candidates:
-        paces.append(pace(one.recipe, model, data, threat, budget_s, look_s))
-        if fitting(budget_s, paces[-1]) < 1:
-            break  # what is stronger takes longer yet
+    paces = list(_paces(candidates, budget_s, model, data, threat, looks))
     spent_s = told(time.perf_counter() - begun)
     fit = [fitting(budget_s - spent_s, found) for found in paces]
     if fit[0] < 1:
@@ -72,6 +66,32 @@ def attempts(
         if epochs
     ]
     return tried, spent_s
+
+
+def _paces(
+    candidates: Sequence[Candidate],
+    budget_s: float,
+    model: Classifier,
+    data: Batch,
+    threat: ThreatModel,
+    looks: Callable[[], object],
+) -> Iterator[Pace]:
+    """Those of the candidates, up to the first of which no epoch fits: what is stronger takes longer yet."""
+    look_s: float | None = None
+    for one in candidates:
+        found = pace(one.recipe, model, data, threat, budget_s)
+        if fitting(budget_s, found):
+            look_s = _seconds(looks) if look_s is None else look_s
+            found = replace(found, epoch=found.epoch + look_s)
+        yield found
+        if not fitting(budget_s, found):
+            return
+
+
+def _seconds(of: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    of()
+    return told(time.perf_counter() - begun)
 
 
 def _attempt(candidate: Candidate, found: Pace, epochs: int, why: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ LOOK = PGD(steps=20)
 """What chooses the checkpoint: more steps than training takes, and another loss."""
 _HELD_OUT, _LEAST_HELD_OUT = 1_000, 50
 _EVERY = 10  # at most one training example in so many is held out
+_HARMLESS = 0.001  # of eps
 _NAMED = 3  # duplicates that are named
 
 
@@ -67,8 +68,12 @@ def looked_at(model: Classifier, held: Batch, threat: ThreatModel) -> tuple[floa
 
 
 def harmless(threat: ThreatModel) -> ThreatModel:
-    """The same without anything that may be changed: what is right stays right, as it does of a model that holds."""
-    return replace(threat, constraint=threat.constraint.resized(0.0))
+    """The same with so little that may be changed that what is right stays right, as it does of a model that holds.
+
+    Not nothing, for then a projection has less to do.
+    """
+    whole = threat.constraint
+    return replace(threat, constraint=whole.resized(_HARMLESS * whole.eps))
 
 
 def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:

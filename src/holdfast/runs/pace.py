@@ -22,10 +22,11 @@ from holdfast.runs.held_out import harmless
 from holdfast.runs.pieces import halved, in_pieces
 from holdfast.runs.training import BEST, LAST, Point, keep
 
-_WARM = 3  # updates of the shorter trial
+_SHORT = 3  # updates of the shorter trial
 _WATCHED = 512  # and its examples at least: guards watch where there are more than 256
-_TIMED, _MOST = 9, 400  # updates that the longer one has more: at first, and where they are quick
+_LEAST, _MOST = 2, 400  # updates that the longer one has more
 _TRIED = 0.02  # of the budget is spent on those
+_HOPELESS = 2.0  # times the budget: what a first update, which may be slower, says that an epoch takes
 _STILL = 1e-9  # a learning rate at which no loss is lost
 _SPARE = 0.95  # of the budget is planned, for a machine is not equally quick all the time
 
@@ -36,20 +37,18 @@ class Pace:
 
     update: float
     epoch: float
-    """the updates of one epoch, the look at the held-out examples after it, and the writing of its checkpoint"""
+    """the updates of one epoch and the writing of its checkpoint, and once it is known, the look after it"""
 
 
-def pace(
-    recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel, budget_s: float, look_s: float
-) -> Pace:
-    """Measured on updates of a copy, whose weights are dropped; a look at held-out examples takes `look_s`.
+def pace(recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel, budget_s: float) -> Pace:
+    """Measured on updates of a copy, whose weights are dropped; nothing is looked at after them.
 
     Where memory runs out, with as small batches as it holds.
     """
     size = min(recipe.training.batch, len(data))
     while True:
         try:
-            return _paced(recipe, size, model, data, threat, budget_s, look_s)
+            return _paced(recipe, size, model, data, threat, budget_s)
         except (RuntimeError, MemoryError) as error:
             size = smaller(size, error)
 
@@ -72,42 +71,43 @@ class _Trial:
     examples: int
     last: Checkpoint
 
+    @property
+    def each(self) -> float:
+        """Seconds of an update, with its share of what is paid once."""
+        return self.seconds / self.updates
+
 
 def _paced(
-    recipe: Recipe,
-    size: int,
-    model: Classifier,
-    data: Batch,
-    threat: ThreatModel,
-    budget_s: float,
-    look_s: float,
+    recipe: Recipe, size: int, model: Classifier, data: Batch, threat: ThreatModel, budget_s: float
 ) -> Pace:
     """From two trials of different length: what both pay once, a guard's look included, an epoch pays once.
 
-    With nothing that may be changed, and nothing wrong: passes take as long as they do at a model that holds, and no
-    guard has anything to object to.
+    With next to nothing that may be changed, and nothing wrong: passes take as long as they do at a model that holds,
+    and no guard has anything to object to. Where an update takes long, the shorter trial says all, or the very first
+    one, if an epoch is out of the question.
     """
     how = recipe.training
     few = replace(how, epochs=1, lr=_STILL, batch=size)
-    least = max(_WARM * size, _WATCHED)
-    rows = torch.arange(len(data), device=data.x.device)
+    rows, least = torch.arange(len(data), device=data.x.device), max(_SHORT * size, _WATCHED)
+    all_of_it = updates(len(data), size)
 
-    def taken(more: int) -> _Trial:
-        some = as_it_says(model, data.take(rows[: least + more * size]))
+    def taken(n: int) -> _Trial:
+        some = as_it_says(model, data.take(rows[:n]))
         begun = time.perf_counter()
         *_, last = trained_as(recipe, few)(model, some, harmless(threat), rng=Draws(0))
         seconds = told(time.perf_counter() - begun)  # all decide alike
         return _Trial(seconds, updates(len(some), size), len(some), last)
 
-    taken(0)  # chooses kernels and fills caches
-    short = taken(0)
-    update = _apart(short, taken(_TIMED))
+    first = taken(size)  # chooses kernels and fills caches
+    if not how.compiled and first.each * all_of_it > _HOPELESS * budget_s:
+        return Pace(first.each, first.each * all_of_it)
+    short = taken(least)
+    update, once = short.each, 0.0
     more = min(int(_TRIED * budget_s / max(update, 1e-9)), _MOST)
-    if more > _TIMED:
-        update = _apart(short, taken(more))
-    once = 0.0 if how.compiled else max(short.seconds - short.updates * update, 0.0)
-    kept_s = _kept_s(short.last, short.examples, len(data))
-    return Pace(update, update * updates(len(data), size) + once + look_s + kept_s)
+    if more >= _LEAST:
+        update = _apart(short, taken(least + more * size))
+        once = 0.0 if how.compiled else max(short.seconds - short.updates * update, 0.0)
+    return Pace(update, update * all_of_it + once + _kept_s(short.last, short.examples, len(data)))
 
 
 def as_it_says(model: Classifier, data: Batch) -> Batch:
@@ -123,7 +123,7 @@ def as_it_says(model: Classifier, data: Batch) -> Batch:
 def _apart(short: _Trial, long: _Trial) -> float:
     """Seconds of one update."""
     if long.updates == short.updates:
-        return long.seconds / long.updates
+        return long.each
     return max(long.seconds - short.seconds, 0.0) / (long.updates - short.updates)
 
 
