@@ -155,8 +155,6 @@ def test_a_mixed_image_holds_a_box_of_another_and_the_label_goes_by_its_area():
     kept = [cut_and_mixed(batch, 0.3, Draws(0).at(place))[2] == 1 for place in range(200)]
     assert 0.6 < sum(kept) / 200 < 0.9
     assert cut_and_mixed(batch, 0.0, Draws(0))[0] is batch
-    with pytest.raises(UsageError, match="cutmix is for images"):
-        cut_and_mixed(data(), 1.0, Draws(0))
 
 
 def test_the_loss_of_a_mixed_batch_is_that_of_soft_labels():
@@ -200,6 +198,13 @@ def test_losses_that_cannot_mix_labels_refuse_them(recipe):
     mixing = replace(recipe, training=replace(SHORT, cutmix=0.5))
     with pytest.raises(UsageError, match=r"cutmix is 0\.5, .* not linear in the label"):
         mixing(normed(), images(), THREAT, rng=Draws(0))
+
+
+@pytest.mark.parametrize("how", [{"augment": "shift"}, {"augment": "crop-flip"}, {"cutmix": 0.5}])
+def test_what_changes_images_is_refused_of_other_inputs_before_the_first_update(how):
+    recipe = PGDTraining(training=replace(SHORT, **how))
+    with pytest.raises(UsageError, match=r"is for images, and inputs have shape \(3,\)"):
+        recipe(normed(), data(), THREAT, rng=Draws(0))
 
 
 def test_attacks_go_by_statistics_of_their_own_batch_and_leave_none():

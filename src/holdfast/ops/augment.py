@@ -49,14 +49,21 @@ class Moves:
         return x if self.mirrored is None else torch.where(self.mirrored[:, None, None, None], x.flip(3), x)
 
 
+def refuse_no_images(x: Inputs, how: Augmentation, cutmix: float) -> None:
+    """`UsageError` where what is asked for changes images, and inputs are none: no (n, channels, h, w)."""
+    shape = tuple(x.shape[1:])
+    if how != "none" and len(shape) != 3:
+        raise UsageError(f"augmentation {how!r} is for images, and inputs have shape {shape}; use none")
+    if cutmix and len(shape) != 3:
+        raise UsageError(
+            f"cutmix is for images, and inputs have shape {shape}; leave recipe.training.cutmix out"
+        )
+
+
 def moves(batch: Batch, how: Augmentation, rng: Draws) -> Moves | None:
-    """What is drawn for each image; None where `how` is "none", and otherwise inputs must be (n, channels, h, w)."""
+    """What is drawn for each image (n, channels, h, w); None where `how` is "none"."""
     if how == "none":
         return None
-    if batch.x.dim() != 4:
-        raise UsageError(
-            f"augmentation {how!r} is for images, and inputs have shape {tuple(batch.x.shape[1:])}; use none"
-        )
     reach = _REACH[how]
     down, right = rng.at("shift").integers(batch.ids, 2 * reach + 1, 2).unbind(1)
     return Moves(reach, down, right, rng.at("flip").bits(batch.ids) < 0 if how == "crop-flip" else None)
@@ -86,10 +93,6 @@ def cut_and_mixed(batch: Batch, chance: float, rng: Draws) -> tuple[Batch, Batch
     """
     if not chance:
         return batch, batch, 1.0
-    if batch.x.dim() != 4:
-        raise UsageError(
-            f"cutmix is for images, and inputs have shape {tuple(batch.x.shape[1:])}; leave recipe.training.cutmix out"
-        )
     whole = torch.zeros(1, dtype=torch.int64, device=batch.x.device)
     wanted, area, down, right = rng.at("cutmix").uniform(whole, 4, dtype=torch.float64)[0].tolist()
     if wanted >= chance:

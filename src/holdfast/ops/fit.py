@@ -316,6 +316,7 @@ class _Loop:
         memory: dict[int, dict[str, Tensor]] = {}
         for name, value in begins(MEMORY).items():
             place, _, key = name.partition(".")
+            value = value.cpu() if key == "step" else value  # where the optimiser reads it without waiting
             memory.setdefault(int(place), {})[key] = _copy(value)
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": memory})
 

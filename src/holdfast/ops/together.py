@@ -95,17 +95,20 @@ def _heard() -> Iterator[None]:
         ) from error
 
 
-def share(rows: Tensor) -> Tensor:
-    """The part of the rows of a batch that falls to this process."""
+def refuse_few(batch: int) -> None:
+    """`UsageError` where a batch of that size leaves a process without an example."""
     n = processes()
-    if n == 1:
-        return rows
-    if len(rows) < n:
+    if batch < n:
         raise UsageError(
-            f"a batch of {len(rows)} is too small for {n} processes; give a larger one, as in "
+            f"a batch of {batch} is too small for {n} processes; give a larger one, as in "
             f"--set recipe.training.batch={n * 32}, or start fewer"
         )
-    return rows[rank() :: n]
+
+
+def share(rows: Tensor) -> Tensor:
+    """The part of the rows of a batch that falls to this process."""
+    refuse_few(len(rows))
+    return rows[rank() :: processes()]
 
 
 def worth(mine: int, all_of_them: int) -> float:
