@@ -100,6 +100,18 @@ def test_auto_chooses_among_recipes_that_the_processes_can_train(shape, processe
     assert [one.name for one in found] == names
 
 
+def test_auto_takes_the_rate_of_sgd_for_batch_norm_unless_another_optimiser_is_named():
+    net = nn.Sequential(nn.BatchNorm1d(20))
+
+    def rates(**training):
+        found = candidates({"use": "auto", "training": training}, net, (20,))
+        return {(one.recipe.training.optimizer, one.recipe.training.lr) for one in found}
+
+    assert rates() == rates(optimizer="sgd") == {("sgd", 0.1)}
+    assert rates(optimizer="adamw") == {("adamw", 0.003)}
+    assert rates(lr=0.05) == {("sgd", 0.05)}
+
+
 def test_auto_mirrors_nothing_and_takes_a_recipe_that_can_mix_images_where_they_are_mixed():
     def chosen(shape, **training):
         return candidates({"use": "auto", "training": training}, nn.Linear(1, 1), shape)

@@ -56,7 +56,8 @@ def _ladder(
     """Name, the fewest epochs under which a weaker one does better, settings, and those of the training."""
     photographs = len(shape) == 3 and shape[0] == 3
     steady = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    how: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1} if steady else {}
+    adam = told.get("optimizer") == "adamw"
+    how: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1} if steady and not adam else {}
     if len(shape) == 3 and not photographs:
         mixed = told.get("cutmix", 0)
         alone = not mixed and started() == 1  # atta remembers each example
