@@ -351,9 +351,10 @@ def test_a_signal_before_the_settings_are_read_fits_the_command(more, said, monk
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("holdfast.cli.assess.settings_from", stopped)
-    assert run([*ASSESS, *more]) == 130
-    assert capsys.readouterr().err.endswith(said)
+    for verb in ("harden", "assess"):  # the former imports from the latter
+        monkeypatch.setattr(f"holdfast.cli.{verb}.settings_from", stopped)
+        assert run([verb, *ASSESS[1:], *more]) == 130
+        assert capsys.readouterr().err.endswith(said)
 
 
 def test_a_run_that_is_resumed_without_its_model_is_told_the_command_that_made_it(capsys):

@@ -118,6 +118,7 @@ def test_a_signal_while_the_model_is_judged_says_how_to_go_on_with_the_whole_run
         ),
         (["--budget", "soon"], "holdfast: budget is 'soon'; expected a duration"),
         (["--transform", "rotate=15"], "assess the new model with it"),
+        (["-o", "hardened"], "-o hardened has no suffix; write -o hardened/ for a folder"),
     ],
 )
 def test_what_cannot_be_is_refused(capsys, words, said):

@@ -119,8 +119,8 @@ def _stopped(error: BaseException, words: Sequence[str]) -> int:
 
 
 def _again(words: Sequence[str]) -> str:
-    """How to go on with a command that was stopped; `assess` alone keeps a run."""
-    if "assess" not in words[:1]:
+    """How to go on with a command that was stopped; two of them keep a run."""
+    if words[:1] not in (["assess"], ["harden"]):
         return "start it again"
     kept = "a run keeps what it had finished (see holdfast runs)"
     if not any(word == "--run" or word.startswith("--run=") for word in words):

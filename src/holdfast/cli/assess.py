@@ -183,7 +183,14 @@ def settings_from(flags: dict[str, Any], kind: type[S]) -> S:
         _refuse_hosts_of_config(settings, flags)
     _refuse_targets(settings, config)
     made = isinstance(settings, HardenSettings)
-    refuse_reports(output for output in settings.output if not (made and is_folder(output)))
+    files = [output for output in settings.output if not (made and is_folder(output))]
+    for output in files if made else ():
+        if output != "-" and not Path(output).suffix:
+            raise UsageError(
+                f"-o {output} has no suffix; write -o {output}/ for a folder that holds the new model, or "
+                f"-o {output}.html for a report"
+            )
+    refuse_reports(files)
     return settings
 
 

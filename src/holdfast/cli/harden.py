@@ -17,7 +17,9 @@ TRAINING = (
         help=f"How to train: auto (the default, which chooses), {', '.join(RECIPES)}; "
         "its settings by --set recipe.NAME=VALUE.",
     ),
-    click.option("--budget", metavar="T", help="Time for the training, as in 10min; judging comes on top."),
+    click.option(
+        "--budget", metavar="T", help="Time to plan the training for, as in 10min; judging comes on top."
+    ),
     click.option("--fit", metavar="DATA", help="Examples to train on (default: the train split)."),
     click.option(
         "--unlabelled",
