@@ -758,13 +758,15 @@ def test_timed_updates_project_as_those_of_the_training_do(norm):
     assert seen and all(0 < eps < 0.01 * 0.06 for eps in seen)
 
 
-def test_a_budget_that_is_out_of_the_question_is_refused_after_one_update():
+def test_a_budget_that_is_out_of_the_question_is_refused_after_two_updates():
+    """The first takes long, as it does where kernels are chosen, and says nothing."""
+
     class Slow(torch.nn.Sequential):
         passes = 0
 
         def forward(self, x):
             Slow.passes += self.training
-            time.sleep(0.02 * self.training)
+            time.sleep((0.02 if Slow.passes > 2 else 0.5) * self.training)
             return super().forward(x)
 
     net = Slow(*fakes.network(1)).requires_grad_()
@@ -776,8 +778,8 @@ def test_a_budget_that_is_out_of_the_question_is_refused_after_one_update():
 
     with pytest.raises(UsageError, match=r"one epoch takes about \d.* give --budget \d+s or more"):
         asked(0.2)
-    assert Slow.passes <= 2  # another one sees whether it changes its input
-    asked(30.0)
+    assert Slow.passes <= 3  # another one sees whether it changes its input
+    asked(10.0)
     assert Slow.passes > 100
 
 
