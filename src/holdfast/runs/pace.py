@@ -25,7 +25,7 @@ from holdfast.runs.training import BEST, LAST, Point, keep
 _SHORT = 3  # updates of the shorter trial
 _WATCHED = 512  # and its examples at least: guards watch where there are more than 256
 _LEAST, _MOST = 2, 400  # updates that the longer one has more
-_TRIED = 0.02  # of the budget is spent on those
+_TRIED = 0.01  # of the budget is spent on those
 _HOPELESS = 2.0  # budgets that an epoch takes, by a single update, which pays all that an epoch pays once
 _STILL = 1e-9  # a learning rate at which no loss is lost
 _SPARE = 0.95  # of the budget is planned, for a machine is not equally quick all the time
