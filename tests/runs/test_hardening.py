@@ -739,7 +739,7 @@ def test_a_pace_is_that_of_a_training_whose_guard_has_no_objection(monkeypatch):
     assert whole.measured["dearer"] > 1
     held, holds = [], OverfittingGuard.holds
     monkeypatch.setattr(OverfittingGuard, "holds", lambda guard: held.append(holds(guard)) or held[-1])
-    found = pace(recipe, model, data, threat, budget_s=10.0)
+    found = pace(recipe, model, data, threat, budget_s=1000.0)
     assert held and all(held)
     assert found.epoch > 150 * found.update
 

@@ -25,8 +25,7 @@ from holdfast.runs.training import BEST, LAST, Point, keep
 _SHORT = 3  # updates of the shorter trial
 _WATCHED = 512  # and its examples at least: guards watch where there are more than 256
 _LEAST, _MOST = 2, 400  # updates that the longer one has more
-_TRIED = 0.01  # of the budget is spent on those
-_HOPELESS = 2.0  # budgets that an epoch takes, by a single update, which pays all that an epoch pays once
+_TRIED = 0.01  # of the budget may be spent on either of those
 _STILL = 1e-9  # a learning rate at which no loss is lost
 _SPARE = 0.95  # of the budget is planned, for a machine is not equally quick all the time
 
@@ -83,8 +82,8 @@ def _paced(
     """From two trials of different length: what both pay once, a guard's look included, an epoch pays once.
 
     With next to nothing that may be changed, and nothing wrong: passes take as long as they do at a model that holds,
-    and no guard has anything to object to. Where an update takes long, the shorter trial says all, or a single update,
-    if an epoch is out of the question.
+    and no guard has anything to object to. Where an update takes long, a single one says all, and pays for itself what
+    an epoch pays once.
     """
     how = recipe.training
     few = replace(how, epochs=1, lr=_STILL, batch=size)
@@ -100,8 +99,9 @@ def _paced(
 
     taken(size)  # chooses kernels and fills caches
     single = taken(size)
-    if not how.compiled and single.each * all_of_it > _HOPELESS * budget_s:
-        return Pace(single.each, single.each * all_of_it)
+    if not how.compiled and updates(least, size) * single.seconds > _TRIED * budget_s:
+        kept_s = _kept_s(single.last, single.examples, len(data))
+        return Pace(single.seconds, single.seconds * all_of_it + kept_s)
     short = taken(least)
     update, once = short.each, 0.0
     more = min(int(_TRIED * budget_s / max(update, 1e-9)), _MOST)
