@@ -29,7 +29,7 @@ def dataset(name: str) -> Path:
 
 def made(
     row: str, name: str, model: str | nn.Module, data: str | Examples, threat: str, recipe: str | dict[str, Any],
-    budget: str, *, suite: str, n: int = N, seed: int = 0, threads: int = 1, device: str = "cpu", **more: Any,
+    budget: str | None, *, suite: str, n: int = N, seed: int = 0, threads: int = 1, device: str = "cpu", **more: Any,
 ) -> Cells:  # fmt: skip
     """The card of a part: the model judged before and after on the first `n` test images."""
 

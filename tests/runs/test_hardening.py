@@ -580,6 +580,8 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
     assert tried(200.0) == [("PGDTraining", 23)]
     assert tried(60.0) == [("SingleStep", 19), ("PGDTraining", 7)]
     assert tried(10.0) == [("Standard", 9), ("SingleStep", 3), ("PGDTraining", 1)]
+    (chosen, *_), _ = attempts(ladder, 5.0, None, None, None, lambda: None)
+    assert chosen["fits"] == {"Standard": 4, "SingleStep": 1, "PGDTraining": 0}
     assert tried(5.0) == [("Standard", 4), ("SingleStep", 1)]
     timed.clear()
     with pytest.raises(

@@ -38,7 +38,7 @@ def attempts(
 
     `candidates` go from the quickest to the strongest. The first attempt is the strongest that has its epochs within
     what is left of the budget; those after it are stronger, and fit, for the case that doubts object. `looks` is one
-    look at held-out examples.
+    look at held-out examples. Where one was chosen, `fits` are the epochs that each of those that were timed would have.
     """
     if budget_s is None:
         asked = [
@@ -60,6 +60,7 @@ def attempts(
     told_of = "; ".join([f"{fit[first]} fit", *stronger])
     why = f"the strongest that has its epochs within the budget: {told_of}"
     tried = [_attempt(candidates[first], paces[first], fit[first], why)]
+    tried[0]["fits"] = {one.name: epochs for one, epochs in known}
     tried += [
         _attempt(one, found, epochs, "doubts object to the one before")
         for (one, epochs), found in zip(known[first + 1 :], paces[first + 1 :], strict=True)
