@@ -38,7 +38,7 @@ def attempts(
 
     `candidates` go from the quickest to the strongest. The first attempt is the strongest that has its epochs within
     what is left of the budget; those after it are stronger, and fit, for the case that doubts object. `looks` is one
-    look at held-out examples. Where one was chosen, `fits` are the epochs that each of those that were timed would have.
+    look at held-out examples. Where one is chosen, `fits` are the epochs that each that was timed would have.
     """
     if budget_s is None:
         asked = [
