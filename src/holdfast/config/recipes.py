@@ -61,8 +61,8 @@ def _ladder(
     if len(shape) == 3 and not photographs:
         mixed = told.get("cutmix", 0)
         alone = not mixed and started() == 1  # atta remembers each example
-        # from three epochs on it leaves more than what is quicker
-        middle = ("atta", 3) if alone else ("pgd", 10)
+        # from two epochs on it leaves more than what is quicker
+        middle = ("atta", 2) if alone else ("pgd", 10)
         return ("fgsm-rs", 1, {}, how), (*middle, {}, how), ("trades", 60, {}, how)
     if photographs:
         how["augment"] = "shift"  # in a mirror a traffic sign has another meaning
