@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.errors import HoldfastError
+from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.ops.augment import Moves, augmented, moves, windows
 from holdfast.ops.fit import Training, fit, rate, updates
 from holdfast.ops.perturbed import perturbed
@@ -129,6 +129,8 @@ def test_augmentation_is_for_images_and_goes_by_the_place():
     assert not torch.equal(one, other)
     assert torch.equal(augmented(images.take(torch.tensor([4])), "crop-flip", Draws(0)).x, one[4:5])
     assert augmented(images, "none", Draws(0)) is images
+    with pytest.raises(UsageError, match="is for images"):
+        augmented(data(), "shift", Draws(0))
 
 
 def test_what_was_moved_goes_back_but_for_what_went_out_of_sight():

@@ -155,6 +155,8 @@ def test_a_mixed_image_holds_a_box_of_another_and_the_label_goes_by_its_area():
     kept = [cut_and_mixed(batch, 0.3, Draws(0).at(place))[2] == 1 for place in range(200)]
     assert 0.6 < sum(kept) / 200 < 0.9
     assert cut_and_mixed(batch, 0.0, Draws(0))[0] is batch
+    with pytest.raises(UsageError, match="cutmix is for images"):
+        cut_and_mixed(data(), 1.0, Draws(0))
 
 
 def test_the_loss_of_a_mixed_batch_is_that_of_soft_labels():

@@ -61,9 +61,10 @@ def refuse_no_images(x: Inputs, how: Augmentation, cutmix: float) -> None:
 
 
 def moves(batch: Batch, how: Augmentation, rng: Draws) -> Moves | None:
-    """What is drawn for each image (n, channels, h, w); None where `how` is "none"."""
+    """What is drawn for each image; None where `how` is "none", and otherwise inputs must be (n, channels, h, w)."""
     if how == "none":
         return None
+    refuse_no_images(batch.x, how, 0.0)
     reach = _REACH[how]
     down, right = rng.at("shift").integers(batch.ids, 2 * reach + 1, 2).unbind(1)
     return Moves(reach, down, right, rng.at("flip").bits(batch.ids) < 0 if how == "crop-flip" else None)
@@ -93,6 +94,7 @@ def cut_and_mixed(batch: Batch, chance: float, rng: Draws) -> tuple[Batch, Batch
     """
     if not chance:
         return batch, batch, 1.0
+    refuse_no_images(batch.x, "none", chance)
     whole = torch.zeros(1, dtype=torch.int64, device=batch.x.device)
     wanted, area, down, right = rng.at("cutmix").uniform(whole, 4, dtype=torch.float64)[0].tolist()
     if wanted >= chance:
