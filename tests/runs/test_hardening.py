@@ -571,6 +571,9 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
         for one, least in ((Standard(), 1), (SingleStep(), 10), (RECIPE, 12))
     )
 
+    def look():
+        clock[0] += 2.0
+
     def tried(budget_s):
         return [
             (attempt["recipe"], attempt["epochs"])
@@ -582,6 +585,8 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
     assert tried(10.0) == [("Standard", 9), ("SingleStep", 3), ("PGDTraining", 1)]
     (chosen, *_), _ = attempts(ladder, 5.0, None, None, None, lambda: None)
     assert chosen["fits"] == {"Standard": 4, "SingleStep": 1, "PGDTraining": 0}
+    (chosen, *_), spent_s = attempts(ladder, 60.0, None, None, None, look)
+    assert (chosen["epoch_s"], spent_s) == (3.0 + 2.0, 2.0)  # each epoch has a look, and the plan one for all
     assert tried(5.0) == [("Standard", 4), ("SingleStep", 1)]
     timed.clear()
     with pytest.raises(
