@@ -3,9 +3,13 @@
 from typing import Any
 
 from benchmarks.hardened import made, percent
+from benchmarks.parts import RUNS
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rows.recipes import CONFIG, THREADS, cells
 from holdfast.config.naming import AUTO
+from holdfast.runs.pace import left
+from holdfast.runs.training import LAST, kept
+from holdfast.store.files import CHECKPOINTS
 
 WHAT = "`auto` by budget, threat and size of data, and the others that it chooses between with the epochs of its plan"
 ROW, SUITE, SEED = "ladder", "fast", 0
@@ -27,23 +31,23 @@ def measured() -> Outcome:
     claims: list[Claim] = []
     detail: Cells = {}
     chosen = [_card({"use": AUTO}, *place) for place in PLACES]  # which are timed, and so not beside others
-    for place, kept in zip(PLACES, chosen, strict=True):
-        auto = kept["measured"]
+    for place, found in zip(PLACES, chosen, strict=True):
+        auto = found["measured"]
         plan = auto["plan"]["attempts"][0]
-        left = {AUTO: percent(auto, "robust_accuracy")}
-        detail[", ".join((AUTO, *place))] = kept
+        robust = {AUTO: percent(auto, "robust_accuracy")}
+        detail[", ".join((AUTO, *place))] = found
         table.append(_row(place, f"auto: {auto['recipe']}", auto))
         for name, epochs in plan["fits"].items():
             if not epochs or name == plan["recipe"] == auto["recipe"]:
                 continue
-            other = _card({"use": name, "training": {"epochs": epochs}}, *place)
+            other = _other(name, epochs, place)
             detail[", ".join((name, *place))] = other
-            left[name] = percent(other["measured"], "robust_accuracy")
+            robust[name] = percent(other["measured"], "robust_accuracy")
             table.append(_untimed(_row(place, name, other["measured"])))
         claims.append(
             Claim(
                 f"{', '.join(place[:2])} in {place[2]}: points that auto leaves less than the best <= {WORSE:g}",
-                max(left.values()) - left[AUTO],
+                max(robust.values()) - robust[AUTO],
                 WORSE,
             )
         )
@@ -55,17 +59,33 @@ def measured() -> Outcome:
         "threads": THREADS,
     }
     return Outcome(
-        table, claims, config, detail, ["one seed; the others have the epochs of its plan, and are not timed"]
+        table,
+        claims,
+        config,
+        detail,
+        ["one seed; the others have the epochs that its plan would leave them, and are not timed"],
     )
 
 
 def _card(recipe: dict[str, Any], data: str, threat: str, budget: str) -> Cells:
     epochs = recipe.get("training", {}).get("epochs")
-    name = f"{recipe['use']}, {data}, {threat}, {budget}"
     return made(
-        ROW, name if epochs is None else f"{name}, {epochs} epochs", CONFIG["model"], data, threat, recipe,
+        ROW, _name(recipe["use"], epochs, (data, threat, budget)), CONFIG["model"], data, threat, recipe,
         budget if epochs is None else None, suite=SUITE, seed=SEED, threads=THREADS,
     )  # fmt: skip
+
+
+def _name(use: str, epochs: int | None, place: tuple[str, str, str]) -> str:
+    return ", ".join((use, *place, *([] if epochs is None else [f"{epochs} epochs"])))
+
+
+def _other(use: str, epochs: int, place: tuple[str, str, str]) -> Cells:
+    """Trained for the epochs of the plan; where updates became dearer on the way, for as many as a budget leaves."""
+    card = _card({"use": use, "training": {"epochs": epochs}}, *place)
+    last = kept(RUNS / ROW / _name(use, epochs, place) / CHECKPOINTS, LAST)
+    assert last is not None
+    fewer = left(epochs, last.curve)
+    return card if fewer == epochs else _card({"use": use, "training": {"epochs": fewer}}, *place)
 
 
 def _untimed(row: Cells) -> Cells:
