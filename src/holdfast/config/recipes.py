@@ -61,7 +61,7 @@ def _ladder(
     if len(shape) == 3 and not photographs:
         mixed = told.get("cutmix", 0)
         alone = not mixed and started() == 1  # atta remembers each example
-        # from two epochs on it leaves more than what is quicker
+        # from two epochs on it leaves as much as what is quicker, or more
         middle = ("atta", 2) if alone else ("pgd", 10)
         return ("fgsm-rs", 1, {}, how), (*middle, {}, how), ("trades", 60, {}, how)
     if photographs:
