@@ -244,7 +244,7 @@ def test_every_attempt_at_a_shard_is_counted(tmp_path):
 
 
 def spent(run):
-    from holdfast.store.ledger import spent_in
+    from holdfast.store.leases import spent_in
 
     return spent_in(run)
 

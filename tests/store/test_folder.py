@@ -15,7 +15,7 @@ import torch
 from holdfast.core.chain import Link, canonical
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store.folder import opened
-from holdfast.store.ledger import FOREIGN_LEASE_S, Ledger, spent_in
+from holdfast.store.leases import FOREIGN_LEASE_S, Leases, spent_in
 from holdfast.store.processes import Owner, started
 from holdfast.store.verify import verify
 
@@ -193,9 +193,9 @@ def test_a_manifest_of_another_version_is_refused(whole, tmp_path):
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from holdfast.store.ledger import Ledger
-    ledger = Ledger(Path(sys.argv[1]))
-    ledger.take_lease()
+    from holdfast.store.leases import Leases
+    leases = Leases(Path(sys.argv[1]))
+    leases.take_lease()
     print("held", flush=True)
     time.sleep(60)
 """
@@ -206,7 +206,7 @@ def test_a_lease_of_a_living_process_holds_and_of_a_dead_one_does_not(tmp_path):
         [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path)], stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout.readline() == "held\n"
-        mine = Ledger(tmp_path)
+        mine = Leases(tmp_path)
         with pytest.raises(UsageError, match=f"is in use by process {holder.pid} on"):
             mine.take_lease()
         holder.send_signal(signal.SIGKILL)
@@ -220,7 +220,7 @@ def test_a_lease_of_a_living_process_holds_and_of_a_dead_one_does_not(tmp_path):
 def test_a_process_that_lost_its_lease_writes_nothing_more(tmp_path, other):
     run = tmp_path / "run"
     with opened(run, MANIFEST, {}, resume=False) as folder:
-        folder.ledger.begin("clean", 0)
+        folder.leases.begin("clean", 0)
         with sqlite3.connect(run / "state.sqlite") as database:
             database.execute("DELETE FROM lease")
             if other is not None:
@@ -228,8 +228,8 @@ def test_a_process_that_lost_its_lease_writes_nothing_more(tmp_path, other):
         database.close()
         before = sorted(path.name for path in run.rglob("*"))
         for write in (
-            lambda: folder.ledger.begin("clean", 1),
-            lambda: folder.ledger.spend("clean", 0, 1.0, 1.0, done=False),
+            lambda: folder.leases.begin("clean", 1),
+            lambda: folder.leases.spend("clean", 0, 1.0, 1.0, done=False),
             lambda: folder.keep_shard("clean", 0, SHARDS[0]),
             lambda: folder.complete("clean", SHARDS[0]),
             lambda: folder.record("doubts", {"doubts": []}),
@@ -270,28 +270,28 @@ def test_a_process_number_that_was_used_again_is_another_process():
 
 @pytest.mark.parametrize("age, free", [(FOREIGN_LEASE_S - 60, False), (FOREIGN_LEASE_S + 60, True)])
 def test_a_lease_of_another_host_ends_with_its_signs_of_life(tmp_path, age, free):
-    ledger = Ledger(tmp_path)
+    leases = Leases(tmp_path)
     with sqlite3.connect(tmp_path / "state.sqlite") as database:
         database.execute("INSERT INTO lease VALUES (1, 'elsewhere', 1, '', ?)", (time.time() - age,))
     database.close()
     if free:
-        ledger.take_lease()
+        leases.take_lease()
     else:
         with pytest.raises(UsageError, match="is in use by process 1 on elsewhere"):
-            ledger.take_lease()
-    ledger.close(release=free)
+            leases.take_lease()
+    leases.close(release=free)
 
 
 def test_time_of_every_attempt_is_added_up(tmp_path):
-    ledger = Ledger(tmp_path)
-    ledger.take_lease()
+    leases = Leases(tmp_path)
+    leases.take_lease()
     for _ in range(2):
-        ledger.begin("clean", 0)
-        ledger.spend("clean", 0, 1.5, 2.0, done=False)
-    ledger.spend("clean", 0, 0.5, 1.0, done=True)
-    assert ledger.spent("clean") == spent_in(tmp_path)["clean"]
-    assert (ledger.spent("clean").cpu_s, ledger.spent("clean").attempts) == (3.5, 2)
-    ledger.close(release=True)
+        leases.begin("clean", 0)
+        leases.spend("clean", 0, 1.5, 2.0, done=False)
+    leases.spend("clean", 0, 0.5, 1.0, done=True)
+    assert leases.spent("clean") == spent_in(tmp_path)["clean"]
+    assert (leases.spent("clean").cpu_s, leases.spent("clean").attempts) == (3.5, 2)
+    leases.close(release=True)
     assert [path.name for path in tmp_path.iterdir()] == ["state.sqlite"]
     assert spent_in(tmp_path)["clean"].wall_s == 5.0
     assert [path.name for path in tmp_path.iterdir()] == ["state.sqlite"]
@@ -300,9 +300,9 @@ def test_time_of_every_attempt_is_added_up(tmp_path):
 def test_the_index_says_what_lies_in_the_folder(tmp_path):
     with opened(tmp_path / "run", MANIFEST, {}, resume=False) as folder:
         for shard in (0, 1):
-            folder.ledger.begin("clean", shard)
+            folder.leases.begin("clean", shard)
             folder.keep_shard("clean", shard, SHARDS[shard])
-            folder.ledger.spend("clean", shard, 1, 1, done=True)
+            folder.leases.spend("clean", shard, 1, 1, done=True)
         (tmp_path / "run" / "clean" / "00000.safetensors").unlink()
         assert folder.shards("clean").keys() == {1}
     with sqlite3.connect(tmp_path / "run" / "state.sqlite") as database:
@@ -311,7 +311,7 @@ def test_the_index_says_what_lies_in_the_folder(tmp_path):
 
 
 def test_a_full_disk_under_the_state_is_said(tmp_path, monkeypatch):
-    ledger = Ledger(tmp_path)
+    leases = Leases(tmp_path)
 
     class Full:
         def execute(self, *_):
@@ -320,12 +320,12 @@ def test_a_full_disk_under_the_state_is_said(tmp_path, monkeypatch):
         def close(self):
             pass
 
-    real, ledger._database = ledger._database, Full()
+    real, leases._database = leases._database, Full()
     with pytest.raises(
         TargetError, match="state.sqlite' cannot be written: database or disk is full.*--resume"
     ):
-        ledger.begin("clean", 0)
-    ledger.close(release=True)
+        leases.begin("clean", 0)
+    leases.close(release=True)
     real.close()
 
 

@@ -15,7 +15,7 @@ from holdfast.runs.result import Result, about_of
 from holdfast.runs.written import VERDICT, judgement_from_json
 from holdfast.store.files import MANIFEST
 from holdfast.store.folder import read_about, read_manifest, read_stage, recorded_document, refuse_altered
-from holdfast.store.ledger import spent_in
+from holdfast.store.leases import spent_in
 from holdfast.store.records import Chain, read_chain
 
 RUNS = Path("holdfast-runs")

@@ -138,20 +138,20 @@ class InFolder:
 
     def begin(self, stage: str, shard: int) -> None:
         """Count an attempt."""
-        self.folder.ledger.begin(stage, shard)
+        self.folder.leases.begin(stage, shard)
 
     def spend(self, stage: str, shard: int, seconds: Seconds, *, done: bool) -> None:
         """Add to the time of a shard."""
-        self.folder.ledger.spend(stage, shard, seconds.cpu, seconds.wall, done=done)
+        self.folder.leases.spend(stage, shard, seconds.cpu, seconds.wall, done=done)
 
     def spent(self, stage: str) -> Seconds:
         """Time of a stage over all attempts."""
-        known = self.folder.ledger.spent(stage)
+        known = self.folder.leases.spent(stage)
         return Seconds(known.cpu_s, known.wall_s)
 
     def begun_again(self) -> int:
         """Attempts at a shard after one that was killed."""
-        return self.folder.ledger.begun_again()
+        return self.folder.leases.begun_again()
 
     def document(self, kind: str) -> Mapping[str, Any] | None:
         """What the chain names."""

@@ -209,7 +209,7 @@ class Making:
         digests = {what: manifest["digests"][what] for what in ("model", "data")}
         digests["surrogates"] = [surrogate.digest for surrogate in self.order.surrogates]
         plan = replace(self.plan, threat=replace(self.plan.threat, surrogates=()))
-        owner = folder.ledger.owner
+        owner = folder.leases.owner
         assert owner is not None
         job = Job(self.opening, digests, plan, self.order.device, folder.path, owner)
         with gathered(folder, job, self.order.workers) as team:

@@ -56,14 +56,14 @@ class Team:
         said: Callable[[int], None],
     ) -> Iterator[tuple[int, Columns]]:
         """Each shard when a worker has finished it."""
-        ledger, waiting = self.folder.ledger, set(left)
-        ledger.post(stage.name, left, time.time() + course.deadline - time.perf_counter())
-        watch = Watch(lambda seconds, _: ledger.spend(stage.name, left[0], 0.0, seconds.wall, done=False))
+        leases, waiting = self.folder.leases, set(left)
+        leases.post(stage.name, left, time.time() + course.deadline - time.perf_counter())
+        watch = Watch(lambda seconds, _: leases.spend(stage.name, left[0], 0.0, seconds.wall, done=False))
         while waiting:
             self._look_after(min(self.size, len(waiting)))
             if stage.kind != "clean" and time.perf_counter() >= course.deadline:
-                ledger.withdraw()
-            tasks = ledger.tasks()
+                leases.withdraw()
+            tasks = leases.tasks()
             for task in tasks:
                 if task.worker is not None:
                     self._worked.add(task.worker)
@@ -101,7 +101,7 @@ class Team:
         if "error" in said:
             raise _ERRORS.get(said["error"], HoldfastError)(said["message"])
         taken = [
-            task for task in self.folder.ledger.tasks() if (task.worker, task.state) == (process.pid, "taken")
+            task for task in self.folder.leases.tasks() if (task.worker, task.state) == (process.pid, "taken")
         ]
         for stage, shard in [(task.stage, task.shard) for task in taken] or [("", -1)]:
             self._deaths[stage, shard] += 1
@@ -111,7 +111,7 @@ class Team:
                     f"a worker died {_DEATHS} times {where}, the last time with status {process.returncode}; if memory "
                     f"ran out, take fewer --workers or a smaller --batch-size"
                 )
-        self.folder.ledger.give_up(process.pid)
+        self.folder.leases.give_up(process.pid)
 
     def dismissed(self) -> tuple[str, ...]:
         """What the workers have to say of the model, after which they end by themselves."""

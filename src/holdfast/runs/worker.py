@@ -34,7 +34,7 @@ from holdfast.runs.preparing import model_digest, readied
 from holdfast.runs.seconding import with_surrogates
 from holdfast.runs.signals import Stopper
 from holdfast.store.folder import RunFolder, joined
-from holdfast.store.ledger import Task
+from holdfast.store.leases import Task
 from holdfast.store.processes import Owner
 
 _LOOKS_AGAIN_S = 0.02
@@ -159,7 +159,7 @@ def serve(job: Job, lifeline: Lifeline) -> tuple[str, ...]:
         course = _course(job, plan, target, data, folder)
         by_stage: dict[str, Columns] = {}
         while lifeline.holds():
-            while (task := folder.ledger.claim(os.getpid())) is not None:
+            while (task := folder.leases.claim(os.getpid())) is not None:
                 lifeline.busy = True
                 _measure(course, task, by_stage, folder)
                 lifeline.busy = False
@@ -198,7 +198,7 @@ def _measure(course: Course, task: Task, by_stage: dict[str, Columns], folder: R
 
     def said(finished: int) -> None:
         nonlocal rows
-        folder.ledger.tell(task, rows=finished - rows)
+        folder.leases.tell(task, rows=finished - rows)
         rows = finished
 
     stage = ready(stages[place], by_stage)
@@ -206,9 +206,9 @@ def _measure(course: Course, task: Task, by_stage: dict[str, Columns], folder: R
     try:
         course.shard(stage, task.shard, course.due(stage, by_stage), by_stage, said)
     except OutOfTime:
-        folder.ledger.tell(task, state="late")
+        folder.leases.tell(task, state="late")
     else:
-        folder.ledger.tell(task, state="done")
+        folder.leases.tell(task, state="done")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: column files, the hash chain, and the ledger of leases and time. Nothing here computes."""
+"""What runs and pools of weights leave on disk: columns, hash chains, leases. Nothing here computes."""

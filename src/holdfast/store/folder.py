@@ -26,8 +26,8 @@ from holdfast.store.files import (
     usable,
     write_atomically,
 )
-from holdfast.store.ledger import NAME as LEDGER
-from holdfast.store.ledger import Ledger
+from holdfast.store.leases import NAME as STATE
+from holdfast.store.leases import Leases
 from holdfast.store.processes import Owner
 from holdfast.store.records import Chain, document, read_chain, read_document
 
@@ -53,8 +53,8 @@ class Stage:
 class RunFolder:
     """One process's hold on a run folder."""
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any], chain: Chain, ledger: Ledger) -> None:
-        self.path, self.manifest, self.chain, self.ledger = path, manifest, chain, ledger
+    def __init__(self, path: Path, manifest: Mapping[str, Any], chain: Chain, leases: Leases) -> None:
+        self.path, self.manifest, self.chain, self.leases = path, manifest, chain, leases
 
     def look_again(self) -> None:
         """See what another process that works on the run has recorded since."""
@@ -77,12 +77,12 @@ class RunFolder:
                     found[shard] = column_files.read(path).columns
                 except TargetError:
                     path.unlink()
-        self.ledger.reconcile(stage, found)
+        self.leases.reconcile(stage, found)
         return found
 
     def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
         """Write one finished shard."""
-        self.ledger.refuse_lost()
+        self.leases.refuse_lost()
         folder = self.path / stage
         with usable(folder):
             if not folder.is_dir():
@@ -96,7 +96,7 @@ class RunFolder:
 
     def complete(self, stage: str, columns: Columns, reached: int | None = None) -> None:
         """Write the joined stage, record it, and only then drop its shards."""
-        self.ledger.refuse_lost()
+        self.leases.refuse_lost()
         path = self.path / f"{stage}{column_files.SUFFIX}"
         splits = [split for split in self.splits() if split["stage"] == stage]
         rows = len(columns["id"])
@@ -125,7 +125,7 @@ class RunFolder:
 
     def keep(self, kind: str, name: str, data: bytes) -> None:
         """Write a file and record its digest; the same content again changes nothing."""
-        self.ledger.refuse_lost()
+        self.leases.refuse_lost()
         path = self.path / name
         known = self.chain.last(kind)
         if (
@@ -151,7 +151,7 @@ class RunFolder:
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
         """Record that memory ran out, before going on."""
         split = {"stage": stage, "shard": shard, "at": at, "size": size}
-        with self.ledger.alone(), usable(self.path / SPLITS):
+        with self.leases.alone(), usable(self.path / SPLITS):
             known = self.splits()
             if split not in known:
                 write_atomically(self.path / SPLITS, document(_in_order([*known, split])))
@@ -171,27 +171,27 @@ def opened(
     wanted: dict[str, Any] = json.loads(canonical({"schema_version": SCHEMA_VERSION, **manifest}))
     with usable(path):
         path.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(path)
+    leases = Leases(path)
     held = False
     try:
-        ledger.take_lease()
+        leases.take_lease()
         held = True
         with usable(path):
             clear_parts(path)
-        yield RunFolder(path, _settled(path, wanted, about), _started(path), ledger)
+        yield RunFolder(path, _settled(path, wanted, about), _started(path), leases)
     finally:
-        ledger.close(release=held)
+        leases.close(release=held)
 
 
 @contextmanager
 def joined(path: Path, owner: Owner) -> Iterator[RunFolder]:
     """Work on a run under the lease that another process of this machine holds."""
-    ledger = Ledger(path)
+    leases = Leases(path)
     try:
-        ledger.serve(owner)
-        yield RunFolder(path, read_manifest(path), read_chain(path, mend=False), ledger)
+        leases.serve(owner)
+        yield RunFolder(path, read_manifest(path), read_chain(path, mend=False), leases)
     finally:
-        ledger.close(release=False)
+        leases.close(release=False)
 
 
 def planned(path: Path) -> dict[str, Any] | None:
@@ -247,9 +247,7 @@ def refuse_used(path: Path, *, resume: bool) -> None:
         if not path.is_dir():
             return
         names = sorted(entry.name for entry in path.iterdir())
-    ours = [
-        n for n in names if n == ABOUT or n.startswith(LEDGER) or (n.startswith(".") and n.endswith(PART))
-    ]
+    ours = [n for n in names if n == ABOUT or n.startswith(STATE) or (n.startswith(".") and n.endswith(PART))]
     if len(ours) == len(names):
         return
     if MANIFEST not in names:

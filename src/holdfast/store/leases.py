@@ -62,7 +62,7 @@ class Spent:
     attempts: int = 0
 
 
-class Ledger:
+class Leases:
     """The open database of one run folder."""
 
     def __init__(self, folder: Path) -> None:
