@@ -33,7 +33,7 @@ from holdfast.config.starting import DEMO_COMMAND, DIGITS, demo_settings, init, 
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.gallery import ITEMS
-from holdfast.recipes.protocol import Recipe
+from holdfast.ops.recipe import Recipe
 from holdfast.reports.write import check as check_place
 from holdfast.runs import assess as assessing
 from holdfast.runs import hardening as hardens

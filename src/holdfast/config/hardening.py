@@ -23,7 +23,7 @@ from holdfast.core.errors import NoSplit, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Bounds, Classifier
 from holdfast.ops.fit import Training, drawing
-from holdfast.recipes.protocol import Recipe
+from holdfast.ops.recipe import Recipe
 from holdfast.runs.candidates import Candidate
 from holdfast.runs.order import Subject
 from holdfast.runs.wish import Wish

@@ -1,7 +1,7 @@
 """Recipes by name: `{use: trades, beta: 6}` becomes the dataclass, every setting checked."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
 from torch import nn
@@ -13,8 +13,8 @@ from holdfast.config.naming import AUTO, PRESETS, RECIPES
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.threat import ThreatModel
+from holdfast.ops.recipe import Recipe
 from holdfast.ops.together import started
-from holdfast.recipes.protocol import Recipe
 from holdfast.runs.candidates import Candidate
 
 
@@ -83,10 +83,15 @@ def build_recipe(spec: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
+def written_fields(cls: type[Any]) -> list[Field[Any]]:
+    """The fields that a file may set."""
+    return [f for f in fields(cls) if f.metadata.get("written", True)]
+
+
 def _checked(cls: type[Any], said: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The settings that are said, each as the type of its field; a part keeps what its recipe sets and nobody says."""
     hints = get_type_hints(cls, include_extras=True)
-    parts = {f.name: f.default_factory for f in fields(cls)}
+    parts = {f.name: f.default_factory for f in written_fields(cls)}
     values: dict[str, Any] = {}
     for key, value in said.items():
         if key not in parts:
@@ -114,7 +119,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
         if isinstance(value, tuple):
             return [plain(one) for one in value]
         if is_dataclass(value) and not isinstance(value, type):
-            return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+            return {f.name: plain(getattr(value, f.name)) for f in written_fields(type(value))}
         return getattr(value, "__name__", value) if callable(value) else value
 
     found: dict[str, Any] = plain(recipe)

@@ -9,8 +9,8 @@ from holdfast.core.batch import Batch
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.ops.recipe import Recipe
 from holdfast.ops.together import told
-from holdfast.recipes.protocol import Recipe
 from holdfast.runs.pace import Pace, fitting, pace, too_small
 
 

@@ -15,7 +15,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops import together
 from holdfast.ops.fit import Training
-from holdfast.recipes.protocol import Recipe, trained_as
+from holdfast.ops.recipe import Recipe, trained_as
 from holdfast.runs import training
 from holdfast.runs.candidates import Candidate
 from holdfast.runs.held_out import looked_at

@@ -14,8 +14,8 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.ops.fit import drawing
 from holdfast.ops.gradients import input_gradient
+from holdfast.ops.recipe import Recipe
 from holdfast.recipes import MultiNormTraining
-from holdfast.recipes.protocol import Recipe
 
 _NAMED = 3  # frozen parameters that are named
 

@@ -11,7 +11,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training
-from holdfast.recipes.protocol import Recipe, trained_as
+from holdfast.ops.recipe import Recipe, trained_as
 from holdfast.testing.fakes import examples, labelled, network
 
 SHORT = Training(epochs=3, batch=8, optimizer="sgd", lr=0.05, schedule="cosine", average=0.9)
