@@ -3,7 +3,7 @@
 import inspect
 import json
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from holdfast.attacks.protocol import Learned
 from holdfast.cli.app import _COMMANDS
 from holdfast.config.naming import ATTACKS as NAMES
 from holdfast.config.naming import RECIPES as CLASSES
-from holdfast.config.recipes import build_recipe
+from holdfast.config.recipes import build_recipe, written_fields
 from holdfast.config.settings import HardenSettings
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
@@ -247,4 +247,4 @@ def test_a_recipe_costs_and_cites_what_its_row_says(row):
 
 def test_every_setting_of_a_training_is_told():
     told = {row["setting"].strip("`"): row["default"] for row in rows("reference/recipes.md", "setting")}
-    assert told == {field.name: str(field.default) for field in fields(Training)}
+    assert told == {field.name: str(field.default) for field in written_fields(Training)}

@@ -1,7 +1,7 @@
 """The JSON Schema of the YAML file, for editors: the settings, and every attack and recipe under its `use:` tag."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, is_dataclass
 from typing import Any, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
@@ -10,6 +10,7 @@ from holdfast import recipes
 from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import attack_names, functions
 from holdfast.config.naming import AUTO, PRESETS, RECIPES
+from holdfast.config.recipes import written_fields
 from holdfast.config.settings import HardenSettings
 from holdfast.core.constraints import Constraint
 from holdfast.ops.fit import Training
@@ -70,14 +71,14 @@ def _tagged(name: str, cls: type[Any], preset: Mapping[str, Any]) -> dict[str, A
 def _settings(cls: type[Any], preset: Mapping[str, Any]) -> dict[str, Any]:
     hints = get_type_hints(cls, include_extras=True)
     properties: dict[str, Any] = {}
-    for f in fields(cls):
+    for f in written_fields(cls):
         hint = hints[f.name]
         nested = is_dataclass(hint) and isinstance(hint, type)
         properties[f.name] = _settings(hint, {}) if nested else _setting(hint)
         if f.default is not MISSING:
             usual = preset.get(f.name, f.default)
             properties[f.name]["default"] = getattr(usual, "__name__", usual) if usual != () else []
-    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    needed = [f.name for f in written_fields(cls) if f.default is MISSING and f.default_factory is MISSING]
     return {"type": "object", "properties": properties, "required": needed, "additionalProperties": False}
 
 

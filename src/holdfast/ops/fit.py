@@ -9,7 +9,7 @@ stopped after an epoch goes on to the same weights.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from types import MappingProxyType
 from typing import Annotated, Literal, Protocol
@@ -26,6 +26,7 @@ from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, 
 from holdfast.ops.augment import Augmentation, augmented, cut_and_mixed
 from holdfast.ops.averages import ema, swa
 from holdfast.ops.computing import Layout, Precision, computing, laid_out
+from holdfast.ops.immunity import Immunity
 from holdfast.ops.perturbed import perturbed
 from holdfast.ops.together import average, processes, rank, share, worth
 from holdfast.ops.twin import Statistics
@@ -49,6 +50,9 @@ Inner = Callable[[Batch, Turn], Inputs]
 """The inputs that a batch is trained on."""
 TrainingLoss = Callable[[Batch, Inputs], tuple[Tensor, Tensor]]
 """The mean loss of a batch and its changed inputs, and how many of its examples were right there."""
+
+UNWRITTEN = MappingProxyType({"written": False})
+"""Metadata of a field that is no setting: it is given in Python alone."""
 
 Rate = Literal["cycle", "cosine", "steps", "flat"]
 
@@ -102,6 +106,8 @@ class Training:
     """of images in memory: channels-first, channels-last, or the latter on a GPU and the former elsewhere"""
     compiled: bool = False
     """whether torch compiles the network: minutes at first, quicker updates then; not for a loss that holds a slope"""
+    immunity: Immunity | None = field(default=None, metadata=UNWRITTEN)
+    """examples made on other networks, whose loss is added to that of the recipe; no file can hold them"""
 
     @property
     def decay(self) -> float:
@@ -263,6 +269,8 @@ class _Loop:
             with computing(how.precision, rows.device):
                 value, hits = self._loss(batch, x_adv)
                 value = value if own == 1 else torch.lerp(self._loss(other, x_adv)[0], value, own)
+                if how.immunity is not None:
+                    value = value + how.immunity(self._model, place)
             return part * value, hits
 
         with torch.enable_grad(), drawing(masks, rows.device):
