@@ -1,0 +1,175 @@
+"""A codec of parameter sets: exact principal components, then an autoencoder that noise makes robust.
+
+The autoencoder is that of Generate to Defend, after Wang et al., "Neural Network Diffusion", arXiv:2402.13144: noise is
+added to what is encoded and to what is decoded, and the squared error is minimised. Differs from both: it works on
+coordinates inside the span of the collection, where nothing is lost, and not on the parameters themselves; and latents
+are standardised one by one, without which a diffusion over them fails.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast.core.draws import Draws
+from holdfast.core.errors import LostLoss
+from holdfast.core.types import NonNegative, Positive, Steps
+from holdfast.ops.fit import drawing
+from holdfast.rotation.members import Members
+from holdfast.rotation.span import Span, span
+
+_TINY = 1e-6
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A fitted codec: sets of parameters to latents whose dimensions have mean 0 and deviation 1, and back."""
+
+    span: Span
+    scale: float
+    """deviation of the coordinates, which the networks see divided by it"""
+    encoder: nn.Module
+    decoder: nn.Module
+    mean: Tensor
+    """of the latents, (dims)"""
+    deviation: Tensor
+    """of the latents, (dims)"""
+    lost: float
+    """share of the variance inside the span that the round trip loses"""
+
+    @property
+    def dims(self) -> int:
+        """Dimensions of a latent."""
+        return len(self.mean)
+
+    @torch.no_grad()
+    def encoded(self, members: Members) -> Tensor:
+        """Latents (n, dims)."""
+        raw: Tensor = self.encoder((self.span.coordinates(members) / self.scale).float())
+        return (raw - self.mean) / self.deviation
+
+    def coordinates(self, latents: Tensor) -> Tensor:
+        """Coordinates in the span (n, rank), through which a gradient reaches the latents."""
+        raw: Tensor = self.decoder(latents * self.deviation + self.mean)
+        return raw * self.scale
+
+    @torch.no_grad()
+    def decoded(self, latents: Tensor) -> dict[str, Tensor]:
+        """Sets, each tensor (n, *shape)."""
+        return self.span.sets(self.coordinates(latents))
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Learn to describe each set of a collection by a few numbers."""
+
+    rank: Steps = 64
+    """directions of the span that are kept, at most"""
+    dims: Steps = 32
+    """of the latents"""
+    hidden: Steps = 256
+    """units of the layer between"""
+    parameter_noise: NonNegative = 0.05
+    """deviation of what is added to the parameters, in that of their coordinates"""
+    latent_noise: NonNegative = 0.1
+    """deviation of what is added to the latents, in theirs"""
+    steps: Steps = 800
+    """updates"""
+    batch: Steps = 64
+    """sets of one update"""
+    lr: Positive = 2e-3
+    """largest learning rate; it falls along a cosine"""
+
+    def __call__(self, members: Members, *, rng: Draws) -> Embedding:
+        """Fit it. Raises `UsageError` for fewer than two sets, `LostLoss` where training diverges."""
+        inside = span(members, self.rank)
+        coordinates = inside.coordinates(members)
+        scale = float(coordinates.std())
+        points = (coordinates / scale).float()
+        encoder, decoder = self._networks(inside.rank, points.device, rng)
+        self._fit(encoder, decoder, points, rng.at("fit"))
+        with torch.no_grad():
+            raw = encoder(points)
+            lost = (F.mse_loss(decoder(raw), points) / points.var(unbiased=False)).item()
+        deviation = raw.std(0) + _TINY
+        for network in (encoder, decoder):
+            network.eval().requires_grad_(False)
+        return Embedding(inside, scale, encoder, decoder, raw.mean(0), deviation, lost)
+
+    def _networks(self, rank: int, device: torch.device, rng: Draws) -> tuple[nn.Module, nn.Module]:
+        with drawing(rng.at("begin")):
+            return (
+                layers(rank, self.hidden, self.dims).to(device),
+                layers(self.dims, self.hidden, rank).to(device),
+            )
+
+    def _fit(self, encoder: nn.Module, decoder: nn.Module, points: Tensor, rng: Draws) -> None:
+        learned = [*encoder.parameters(), *decoder.parameters()]
+        optimizer = torch.optim.AdamW(learned, self.lr, weight_decay=1e-4)
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        slots = torch.arange(self.batch, device=points.device)
+        for step in range(self.steps):
+            place = rng.at(step)
+            some = points[place.integers(slots, len(points))]
+            shaken = some + self.parameter_noise * place.at("parameters").normal(slots, points.shape[1])
+            raw = encoder(shaken)
+            spread = self.latent_noise * raw.detach().std()
+            loss = F.mse_loss(decoder(raw + spread * place.at("latents").normal(slots, self.dims)), some)
+            stepped(optimizer, loss, f"the codec, in update {step + 1}", self.lr)
+            falling.step()
+
+
+def stepped(optimizer: torch.optim.Optimizer, loss: Tensor, where: str, lr: float) -> None:
+    """One update; `LostLoss` where the loss is no number."""
+    if not bool(loss.isfinite()):
+        raise LostLoss(f"the loss of {where} is no number any more; train with a smaller rate than {lr:g}")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+def layers(*widths: int) -> nn.Sequential:
+    """Linear layers of these widths with SiLUs between them."""
+    found: list[nn.Module] = []
+    for wide, next_wide in pairwise(widths):
+        found += [nn.Linear(wide, next_wide), nn.SiLU()]
+    return nn.Sequential(*found[:-1])
+
+
+def packed(embedding: Embedding) -> dict[str, Tensor]:
+    """All tensors of a fitted codec by name, to be kept."""
+    found = {f"mean.{name}": value for name, value in embedding.span.mean.items()}
+    found |= {f"directions.{name}": value for name, value in embedding.span.directions.items()}
+    found |= {f"encoder.{name}": value for name, value in embedding.encoder.state_dict().items()}
+    found |= {f"decoder.{name}": value for name, value in embedding.decoder.state_dict().items()}
+    told = torch.tensor([embedding.scale, embedding.lost, embedding.span.kept], dtype=torch.float64)
+    return {**found, "latent.mean": embedding.mean, "latent.deviation": embedding.deviation, "told": told}
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> Embedding:
+    """The fitted codec that was kept."""
+
+    def part(first: str) -> dict[str, Tensor]:
+        return {name.removeprefix(first): t for name, t in tensors.items() if name.startswith(first)}
+
+    def network(first: str) -> nn.Module:
+        state = part(first)
+        begin, end = state["0.weight"], state["2.weight"]
+        found = layers(begin.shape[1], begin.shape[0], end.shape[0])
+        found.load_state_dict(state)
+        return found.eval().requires_grad_(False)
+
+    scale, lost, kept = tensors["told"].tolist()
+    inside = Span(part("mean."), part("directions."), kept)
+    return Embedding(
+        inside,
+        scale,
+        network("encoder."),
+        network("decoder."),
+        tensors["latent.mean"],
+        tensors["latent.deviation"],
+        lost,
+    )

@@ -1,0 +1,271 @@
+"""Collecting parameter sets of one architecture, by any recipe, from which others are generated.
+
+Sets of one training run are neighbours, and an attack on one breaks the others; sets of independent runs are strangers.
+`basins` has both: a few runs, each with a short tail of checkpoints at a small constant rate.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Positive, Steps
+from holdfast.ops.fit import drawing
+from holdfast.ops.recipe import Recipe, trained_as
+from holdfast.rotation.members import Members, rotated, weights_of
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every set is trained with."""
+
+    model: Classifier
+    """whose architecture they share; it stays as it is"""
+    data: Batch
+    """training data"""
+    threat: ThreatModel
+    recipe: Recipe
+    """by which each run is trained from its beginning"""
+    tail: Recipe
+    """by which checkpoints follow one another closely; its epochs, rate, warm-up and averaging give way"""
+
+
+class Source(Protocol):
+    """Where parameter sets come from."""
+
+    @property
+    def runs(self) -> int:
+        """Training runs, each of which can be made by itself."""
+
+    def __call__(self, task: Task, run: int, *, rng: Draws) -> Iterator[Classifier]:
+        """The models of one run, whose parameters are its sets, in order."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Checkpoints of one run, as the published recipe has it: one basin, so rotating among them protects nothing."""
+
+    sets: Steps = 200
+    """checkpoints"""
+    every: Steps = 4
+    """updates between them"""
+    lr: Positive = 1e-3
+    """constant rate at which they follow one another"""
+
+    @property
+    def runs(self) -> int:
+        """One."""
+        return 1
+
+    def __call__(self, task: Task, run: int, *, rng: Draws) -> Iterator[Classifier]:
+        base = trained_anew(task, rng.at("run", run))
+        yield from tail(base, task, self.sets, self.every, self.lr, rng.at("tail", run))
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The ends of independent runs."""
+
+    seeds: Steps = 18
+    """runs"""
+
+    @property
+    def runs(self) -> int:
+        """As many as sets."""
+        return self.seeds
+
+    def __call__(self, task: Task, run: int, *, rng: Draws) -> Iterator[Classifier]:
+        yield trained_anew(task, rng.at("run", run))
+
+
+@dataclass(frozen=True)
+class Basins:
+    """A few independent runs, each with a short tail of checkpoints."""
+
+    seeds: Steps = 8
+    """runs"""
+    sets: Steps = 25
+    """checkpoints of each"""
+    every: Steps = 4
+    """updates between them"""
+    lr: Positive = 1e-3
+    """constant rate at which they follow one another"""
+
+    @property
+    def runs(self) -> int:
+        """As many as seeds."""
+        return self.seeds
+
+    def __call__(self, task: Task, run: int, *, rng: Draws) -> Iterator[Classifier]:
+        base = trained_anew(task, rng.at("run", run))
+        yield from tail(base, task, self.sets, self.every, self.lr, rng.at("tail", run))
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some parameters of the given model alone, trained on in several ways: for networks too large to make whole.
+
+    They leave the features in place, and with them the attack.
+    """
+
+    names: tuple[str, ...]
+    """how the names of the parameters begin that are swapped, as in ("net.8.",)"""
+    sets: Steps = 20
+    """trainings"""
+    updates: Steps = 150
+    """of each"""
+    lr: Positive = 1e-3
+    """constant rate"""
+
+    @property
+    def runs(self) -> int:
+        """As many as sets."""
+        return self.sets
+
+    def __call__(self, task: Task, run: int, *, rng: Draws) -> Iterator[Classifier]:
+        model = deepcopy(task.model)
+        chosen = self.chosen(model)
+        for name, value in model.net.named_parameters():  # type: ignore[union-attr]
+            value.requires_grad_(name in chosen)
+        yield from tail(model, task, 1, self.updates, self.lr, rng.at("run", run))
+
+    def chosen(self, model: Classifier) -> list[str]:
+        """Names of what is swapped; `UsageError` where none begins so."""
+        known = rotated(model)
+        found = [name for name in known if name.startswith(self.names)]
+        if not found:
+            raise UsageError(
+                f"no parameter's name begins with {' or '.join(map(repr, self.names))}; the model has "
+                f"{', '.join(known[:12])}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The given model, each matrix of it kicked by a random one of low rank, and trained on."""
+
+    rank: Steps = 4
+    """of what is added"""
+    kick: Positive = 1.0
+    """its size, in that of the matrix"""
+    sets: Steps = 20
+    """trainings"""
+    updates: Steps = 100
+    """of each"""
+    lr: Positive = 1e-3
+    """constant rate"""
+
+    @property
+    def runs(self) -> int:
+        """As many as sets."""
+        return self.sets
+
+    def __call__(self, task: Task, run: int, *, rng: Draws) -> Iterator[Classifier]:
+        model, place = deepcopy(task.model), rng.at("kick", run)
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Linear) and min(layer.weight.shape) > self.rank:
+                _kicked(layer, self.rank, self.kick, place.at(name))
+        yield from tail(model, task, 1, self.updates, self.lr, rng.at("run", run))
+
+
+def collect(
+    source: Source,
+    task: Task,
+    *,
+    rng: Draws,
+    said: Callable[[int, int], None] = lambda run, of: None,
+) -> Members:
+    """All sets of a source, side by side; `said` hears of each run that is done. Raises `UsageError`, `TargetError`."""
+    sets, basins = [], []
+    for run in range(source.runs):
+        for model in source(task, run, rng=rng):
+            sets.append(weights_of(model, swapped(source, task.model)))
+            basins.append(run)
+        said(run + 1, source.runs)
+    return Members.of(sets, basins)
+
+
+def swapped(source: Source, model: Classifier) -> Sequence[str]:
+    """Names of the parameters that a source's sets have."""
+    return source.chosen(model) if isinstance(source, Subset) else rotated(model)
+
+
+def trained_anew(task: Task, rng: Draws) -> Classifier:
+    """A model of the task's architecture that begins at weights drawn for the place."""
+    begun = begun_anew(task.model, rng.at("begin"))
+    return last_of(task.recipe, begun, task.data, task.threat, rng.at("training"))
+
+
+def begun_anew(model: Classifier, rng: Draws) -> Classifier:
+    """A copy with fresh weights, drawn by each layer's own rule; `TargetError` for a layer that has none."""
+    new = deepcopy(model).requires_grad_()
+    with drawing(rng):
+        for name, layer in new.named_modules():
+            if not [*layer.parameters(recurse=False), *layer.buffers(recurse=False)] or layer is new:
+                continue
+            begin = getattr(layer, "reset_parameters", None)
+            if not callable(begin):
+                raise TargetError(
+                    f"{name} is {type(layer).__name__}, which cannot draw its weights anew; give it a method "
+                    f"reset_parameters(), or collect with --source trajectory"
+                )
+            begin()
+    return new
+
+
+def tail(base: Classifier, task: Task, sets: int, every: int, lr: float, rng: Draws) -> Iterator[Classifier]:
+    """`sets` models, each `every` updates after the one before, at a constant rate, on batches drawn for the place."""
+    how = replace(
+        task.tail.training,
+        epochs=sets,
+        lr=lr,
+        schedule="flat",
+        warmup=0.0,
+        averaging="none",
+        weight_decay=0.0,
+        optimizer="adamw",
+    )
+    recipe = trained_as(task.tail, how)
+    after: Checkpoint | None = None
+    for place in range(sets):
+        some = rows_of(task.data, every * how.batch, rng.at("batches", place))
+        after = next(iter(recipe(base, some, task.threat, rng=rng.at("training"), after=after)))
+        new = deepcopy(base)
+        after.put_into(new)
+        yield new.eval()
+
+
+def last_of(recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel, rng: Draws) -> Classifier:
+    """The new model that a recipe ends with, in eval mode."""
+    new = deepcopy(model)
+    checkpoint: Checkpoint | None = None
+    for checkpoint in recipe(model, data, threat, rng=rng):  # noqa: B007
+        pass
+    assert checkpoint is not None
+    checkpoint.put_into(new)
+    return new.eval()
+
+
+def rows_of(data: Batch, n: int, rng: Draws) -> Batch:
+    """At most `n` of the examples, drawn for the place."""
+    return data.take(rng.bits(data.ids).argsort()[:n])
+
+
+@torch.no_grad()
+def _kicked(layer: nn.Linear, rank: int, size: float, rng: Draws) -> None:
+    """Add a random matrix of that rank and of so many times the norm of the layer's own."""
+    out, features = layer.weight.shape
+    tall = rng.at("tall").normal(torch.arange(out), rank).to(layer.weight)
+    wide = rng.at("wide").normal(torch.arange(rank), features).to(layer.weight)
+    added = tall @ wide
+    layer.weight += size * layer.weight.norm() / added.norm() * added

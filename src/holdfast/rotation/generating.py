@@ -1,0 +1,182 @@
+"""Latent diffusion over parameter sets: Generate to Defend, as published and with its regulariser's sign mended.
+
+The document adds `lambda ||generated - original||_1` to a loss that is minimised, which pulls what is generated towards
+the originals (`printed`). With its sign turned (`away`) it pushes away without end. `hinge` pushes a set away from the
+nearest of the collection, and only up to a margin. What each is worth is measured: distance between weights is not
+distance for an attack, so none is the default. Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion
+Models", CVPR 2022, arXiv:2112.10752, for diffusion over latents; Wang et al., "Neural Network Diffusion",
+arXiv:2402.13144, for that of parameters. Differs from the latter: a residual perceptron in place of a convolution over
+a latent that has no order.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast.core.draws import Draws
+from holdfast.core.types import NonNegative, Positive, Steps
+from holdfast.ops.diffusion import Diffusion
+from holdfast.ops.fit import drawing
+from holdfast.rotation import codec
+from holdfast.rotation.codec import Embedding, stepped
+from holdfast.rotation.distances import apart
+from holdfast.rotation.members import Members
+
+Regulariser = Literal["off", "printed", "away", "hinge"]
+Sampler = Literal["ddpm", "ddim"]
+
+UNKNOWN = -1
+"""Number of the run of a set that is of none."""
+_FREQUENCIES = 16
+_POOL, _COLUMNS, _ROWS = (
+    16_384,
+    512,
+    24,
+)  # numbers that distances are told by, those of one update, and its sets
+
+
+class Denoiser(nn.Module):
+    """Tells the noise in latents (n, dims): a residual perceptron that is told how many steps it was added for."""
+
+    def __init__(self, dims: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(dims + 2 * _FREQUENCIES, width)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.last = nn.Linear(width, dims)
+
+    def forward(self, latents: Tensor, step: Tensor) -> Tensor:
+        """The noise (n, dims) after the steps (n)."""
+        falling = torch.exp(-0.5 * torch.arange(_FREQUENCIES, device=latents.device, dtype=latents.dtype))
+        angle = step.to(latents.dtype)[:, None] * falling
+        hidden = F.silu(self.first(torch.cat((latents, angle.sin(), angle.cos()), 1)))
+        for block in self.blocks:
+            hidden = hidden + F.silu(block(hidden))
+        noise: Tensor = self.last(hidden)
+        return noise
+
+
+@dataclass(frozen=True)
+class Generator:
+    """What draws fresh parameter sets. It is a secret: who holds it holds the collection."""
+
+    embedding: Embedding
+    denoiser: nn.Module
+    diffusion: Diffusion
+
+    def drawn(self, n: int, rng: Draws, sampler: Sampler = "ddpm") -> Members:
+        """`n` fresh sets. The same place draws the same sets, so one that is to stay secret needs a secret place."""
+        ids = torch.arange(n, device=self.embedding.mean.device)
+        draw = self.diffusion.ddpm if sampler == "ddpm" else self.diffusion.ddim
+        latents = draw(self.denoiser, ids, self.embedding.dims, rng)
+        return Members(self.embedding.decoded(latents), torch.full((n,), UNKNOWN))
+
+    def mean(self) -> dict[str, Tensor]:
+        """The set at the middle of the latents: over one run as good as any draw, over several no model."""
+        middle = torch.zeros(1, self.embedding.dims, device=self.embedding.mean.device)
+        return Members(self.embedding.decoded(middle), torch.full((1,), UNKNOWN)).one(0)
+
+
+@dataclass(frozen=True)
+class LatentDiffusion:
+    """Learn the distribution of the latents of a collection, and so of parameter sets."""
+
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    width: Steps = 384
+    """of the denoiser's layers"""
+    depth: Steps = 3
+    """of its residual blocks"""
+    steps: Steps = 1_500
+    """updates"""
+    batch: Steps = 64
+    """latents of one update"""
+    lr: Positive = 1e-3
+    """largest learning rate; it falls along a cosine"""
+    regulariser: Regulariser = "off"
+    """what is added for the L1 distance to the collection: nothing; the distance to the set that is being restored, as
+    the document prints it; minus that; or a hinge on the distance to the nearest set"""
+    weight: NonNegative = 1.0
+    """of the regulariser (lambda)"""
+    margin: Positive = 0.3
+    """of the hinge: the distance that is enough, in that between the runs of the collection"""
+
+    def __call__(self, embedding: Embedding, members: Members, *, rng: Draws) -> Generator:
+        """Fit it to the collection that the codec was fitted to. Raises `LostLoss` where training diverges."""
+        latents = embedding.encoded(members)
+        with drawing(rng.at("begin")):
+            denoiser = Denoiser(embedding.dims, self.width, self.depth).to(latents.device)
+        far = None if self.regulariser == "off" else _Far(embedding, members, rng.at("pool"))
+        optimizer = torch.optim.AdamW(denoiser.parameters(), self.lr)
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        slots = torch.arange(self.batch, device=latents.device)
+        for update in range(self.steps):
+            place = rng.at(update)
+            rows = place.at("rows").integers(slots, len(latents))
+            step = place.at("steps").integers(slots, self.diffusion.steps)
+            clean, noise = latents[rows], place.at("noise").normal(slots, embedding.dims)
+            noised = self.diffusion.noised(clean, noise, step)
+            told = denoiser(noised, step)
+            loss = F.mse_loss(told, noise)
+            if far is not None:
+                few = slice(_ROWS)
+                restored = self.diffusion.cleaned(noised[few], told[few], step[few])
+                pushed = self._pushed(far, restored, rows[few], place)
+                loss = loss + self.weight * (self.diffusion.weight(step[few], latents) * pushed).mean()
+            stepped(optimizer, loss, f"the diffusion, in update {update + 1}", self.lr)
+            falling.step()
+        return Generator(embedding, denoiser.eval().requires_grad_(False), self.diffusion)
+
+    def _pushed(self, far: "_Far", restored: Tensor, rows: Tensor, rng: Draws) -> Tensor:
+        """What the regulariser adds for each restored latent (n)."""
+        distances = far(restored, rng)
+        if self.regulariser == "hinge":
+            return F.relu(self.margin - distances.min(1).values)
+        own = distances.gather(1, rows[:, None])[:, 0]
+        return own if self.regulariser == "printed" else -own
+
+
+class _Far:
+    """L1 distances of decoded latents to the collection, in that between its runs, told by some of the numbers."""
+
+    def __init__(self, embedding: Embedding, members: Members, rng: Draws) -> None:
+        place = torch.zeros(1, dtype=torch.int64, device=embedding.mean.device)
+        n = min(_POOL, embedding.span.parameters)
+        columns = (rng.uniform(place, n, dtype=torch.float64)[0] * embedding.span.parameters).long()
+        span, known = embedding.span, members.tensors.values()
+        at = span.at(torch.eye(span.rank, device=place.device), columns).float()
+        self._mean = span.at(torch.zeros(1, span.rank, device=place.device), columns).float()
+        self._directions = at - self._mean
+        self._known = torch.cat([value.flatten(1) for value in known], 1)[:, columns].float()
+        self._embedding, self._unit = embedding, apart(members)
+
+    def __call__(self, latents: Tensor, rng: Draws) -> Tensor:
+        """(n, sets of the collection); the gradient reaches the latents."""
+        place = torch.zeros(1, dtype=torch.int64, device=latents.device)
+        few = rng.at("columns").integers(place, self._known.shape[1], _COLUMNS)[0]
+        sets = self._mean[:, few] + self._embedding.coordinates(latents) @ self._directions[:, few]
+        return torch.cdist(sets, self._known[:, few], p=1) / len(few) / self._unit
+
+
+def packed(generator: Generator) -> dict[str, Tensor]:
+    """All tensors of a generator by name, to be kept."""
+    found = {f"codec.{name}": value for name, value in codec.packed(generator.embedding).items()}
+    found |= {f"denoiser.{name}": value for name, value in generator.denoiser.state_dict().items()}
+    told = torch.tensor([generator.diffusion.steps, generator.diffusion.clamp], dtype=torch.float64)
+    return {**found, "diffusion": told}
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> Generator:
+    """The generator that was kept."""
+
+    def part(first: str) -> dict[str, Tensor]:
+        return {name.removeprefix(first): t for name, t in tensors.items() if name.startswith(first)}
+
+    embedding, state = codec.unpacked(part("codec.")), part("denoiser.")
+    width, depth = len(state["first.bias"]), sum(name.endswith(".bias") for name in state) - 2
+    denoiser = Denoiser(embedding.dims, width, depth)
+    denoiser.load_state_dict(state)
+    steps, clamp = tensors["diffusion"].tolist()
+    return Generator(embedding, denoiser.eval().requires_grad_(False), Diffusion(int(steps), clamp))

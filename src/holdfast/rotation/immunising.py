@@ -1,0 +1,142 @@
+"""Immunising: training a fresh parameter set not to break under what an attacker can make on sets that leaked.
+
+Examples that transfer are made on the exposed sets by momentum PGD (Dong et al., "Boosting Adversarial Attacks with
+Momentum", CVPR 2018, arXiv:1710.06081), from training inputs alone, and their loss is added to that of half an epoch of
+an ordinary recipe (Tramèr et al., "Ensemble Adversarial Training", ICLR 2018, arXiv:1705.07204). Differs from the
+latter: it is aimed at what leaked, by networks of the same architecture, and made once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import Constraint
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Fraction, NonNegative, Positive, Steps
+from holdfast.ops.ascent import ascend
+from holdfast.ops.immunity import Immunity
+from holdfast.ops.losses import cross_entropy
+from holdfast.ops.recipe import Recipe, trained_as
+from holdfast.rotation.collecting import last_of, rows_of
+
+_AT_ONCE = 1_000
+
+
+@dataclass(frozen=True)
+class Crafting:
+    """How examples that transfer are made of training inputs."""
+
+    examples: Steps = 6_000
+    """training inputs, at most; each goes to one of the exposed sets"""
+    overshoot: Positive = 1.25
+    """size of the ball, in multiples of eps"""
+    steps: Steps = 6
+    """gradient steps, none of which stops at success"""
+    reach: Positive = 2.5
+    """path length, in multiples of that size"""
+    momentum: NonNegative = 0.9
+    """share of the direction that the next step keeps"""
+
+    def __call__(
+        self, exposed: Sequence[Classifier], data: Batch, threat: ThreatModel, *, rng: Draws
+    ) -> Batch:
+        """The changed inputs with the labels they had. Cost: `steps` forwards and backwards of each example."""
+        if not exposed:
+            raise UsageError(
+                "no exposed parameter set was given to immunise against; name what leaked, or what serves now"
+            )
+        some = rows_of(data, self.examples, rng.at("inputs"))
+        constraint = threat.constraint.resized(self.overshoot * threat.constraint.eps)
+        made = [
+            self._made(model, few, constraint, rng.at("start"))
+            for place, model in enumerate(exposed)
+            for few in some.take(torch.arange(place, len(some), len(exposed))).split(_AT_ONCE)
+        ]
+        return Batch(*(torch.cat([getattr(batch, name) for batch in made]) for name in ("x", "y", "ids")))
+
+    def _made(self, model: Classifier, few: Batch, constraint: Constraint, rng: Draws) -> Batch:
+        x_adv, _ = ascend(
+            model,
+            few,
+            constraint.sample(few, model.bounds, rng),
+            cross_entropy,
+            constraint,
+            steps=self.steps,
+            step_size=self.reach * constraint.eps / self.steps,
+            momentum=self.momentum,
+            keep="last",
+        )
+        return few.at(x_adv)
+
+
+@dataclass(frozen=True)
+class Immunise:
+    """Train a set for part of an epoch on what a recipe trains on, and on examples made on exposed sets."""
+
+    share: Fraction = 0.5
+    """of the training data, of which there is one epoch"""
+    weight: Positive = 0.5
+    """of the loss of those examples beside that of the recipe"""
+    batch: Steps = 64
+    """of those examples in each update"""
+    lr: Positive = 1e-3
+    """largest learning rate; it goes in one cycle"""
+    crafting: Crafting = Crafting()
+
+    def __call__(
+        self,
+        model: Classifier,
+        exposed: Sequence[Classifier],
+        recipe: Recipe,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+    ) -> Classifier:
+        """A new model that was trained on from `model`, whose parameters stay as they are.
+
+        `exposed` are models with the sets that an attacker may hold, `recipe` any recipe; its own number of epochs,
+        rate, warm-up and averaging give way. `data` is training data, and nothing that judges.
+        """
+        examples = self.crafting(exposed, data, threat, rng=rng.at("crafting"))
+        how = replace(
+            recipe.training,
+            epochs=1,
+            lr=self.lr,
+            schedule="cycle",
+            warmup=0.0,
+            averaging="none",
+            weight_decay=0.0,
+            immunity=Immunity(examples, self.weight, self.batch),
+        )
+        some = rows_of(data, max(round(self.share * len(data)), 1), rng.at("data"))
+        return last_of(trained_as(recipe, how), model, some, threat, rng.at("training"))
+
+
+def chain(
+    model: Classifier,
+    rotations: int,
+    immunise: Immunise,
+    recipe: Recipe,
+    data: Batch,
+    threat: ThreatModel,
+    *,
+    remembered: int = 4,
+    rng: Draws,
+) -> list[Classifier]:
+    """The model and what `rotations` steps make of it, each immunised against the last `remembered` before it.
+
+    On models that were hardened, each step hardens them further: examples of many steps that were made on past selves
+    do what more of the same training does not. On others it is adversarial training in instalments, and no better.
+    """
+    line = [model]
+    for step in range(rotations):
+        line.append(
+            immunise(line[-1], line[-remembered:], recipe, data, threat, rng=rng.at("rotation", step))
+        )
+    return line

@@ -1,0 +1,101 @@
+"""The span of a collection: exact principal components of parameter sets of any size.
+
+Turk & Pentland, "Eigenfaces for Recognition", Journal of Cognitive Neuroscience 3(1), 1991: the components of few long
+vectors follow from the Gram matrix of the vectors, n x n, which is summed up tensor by tensor, so that no matrix of all
+parameters is ever held beside the collection.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.core.errors import UsageError
+from holdfast.core.types import Steps
+from holdfast.rotation.members import Members
+
+_NOTHING = 1e-10  # share of the largest eigenvalue below which a direction is rounding
+_ROUNDING = 1e-12  # share of the sets' own size below which all of their differences are
+_AT_ONCE = 1 << 18  # columns that are held in double precision
+
+
+@dataclass(frozen=True)
+class Span:
+    """A mean set and directions: a set is the mean and so much of each direction."""
+
+    mean: dict[str, Tensor]
+    directions: dict[str, Tensor]
+    """each tensor (rank, *shape); together the rows are orthonormal"""
+    kept: float
+    """share of the collection's variance that lies along them"""
+
+    @property
+    def rank(self) -> int:
+        """How many directions there are."""
+        return len(next(iter(self.directions.values())))
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers one set has."""
+        return sum(value.numel() for value in self.mean.values())
+
+    def coordinates(self, members: Members) -> Tensor:
+        """How much of each direction is in each set, (n, rank), float64."""
+        found = torch.zeros(len(members), self.rank, dtype=torch.float64)
+        for name, value in members.tensors.items():
+            pieces = zip(_pieces(value - self.mean[name]), _pieces(self.directions[name]), strict=True)
+            for some, rows in pieces:
+                found += (some @ rows.T).cpu()
+        return found.to(value.device)
+
+    def sets(self, coordinates: Tensor) -> dict[str, Tensor]:
+        """The sets at coordinates (n, rank), each tensor (n, *shape)."""
+        return {
+            name: mean + torch.einsum("nr,r...->n...", coordinates.to(mean), self.directions[name])
+            for name, mean in self.mean.items()
+        }
+
+    def at(self, coordinates: Tensor, columns: Tensor) -> Tensor:
+        """The numbers of the given `columns` (k) of the sets at coordinates (n, rank), as all are in a row: (n, k)."""
+        rows = torch.cat([value.flatten(1) for value in self.directions.values()], 1)[:, columns]
+        mean = torch.cat([value.flatten() for value in self.mean.values()])[columns]
+        return mean + coordinates.to(rows) @ rows
+
+
+def span(members: Members, rank: Steps | None = None) -> Span:
+    """The `rank` directions in which the sets differ most; all of them by default.
+
+    Exact: the round trip of a collection through its whole span is the collection, up to rounding.
+    """
+    if len(members) < 2:
+        raise UsageError(
+            f"the collection holds {len(members)} parameter set, and one has nothing to differ from; collect at least "
+            f"two, as in --source basins"
+        )
+    mean = {name: value.mean(0) for name, value in members.tensors.items()}
+    gram, size = torch.zeros(len(members), len(members), dtype=torch.float64), 0.0
+    for name, value in members.tensors.items():
+        size += float(value.double().square().sum())
+        for some in _pieces(value - mean[name]):
+            gram += (some @ some.T).cpu()
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    if values[0] <= _ROUNDING * size:
+        raise UsageError(
+            "all parameter sets of the collection are the same; collect sets of different trainings"
+        )
+    within = int((values > _NOTHING * values[0]).sum())
+    kept = within if rank is None else min(rank, within)
+    mixes = vectors[:, :kept] / values[:kept].sqrt()
+    directions = {}
+    for name, value in members.tensors.items():
+        pieces = [mixes.T.to(some.device) @ some for some in _pieces(value - mean[name])]
+        directions[name] = torch.cat(pieces, 1).to(value).view(kept, *value.shape[1:])
+    return Span(mean, directions, float(values[:kept].sum() / values.sum()))
+
+
+def _pieces(rows: Tensor) -> Iterator[Tensor]:
+    """Some columns after others, in double precision."""
+    for some in torch.split(rows.flatten(1), _AT_ONCE, 1):
+        yield some.double()

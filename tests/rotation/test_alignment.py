@@ -1,0 +1,46 @@
+"""Alignment: another order of the units is the same network, and one that was shuffled is found again."""
+
+import pytest
+import torch
+from torch import nn
+
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError
+from holdfast.core.model import Classifier
+from holdfast.rotation import Members, all_aligned, put, weights_of
+from holdfast.rotation.alignment import aligned, hidden, permuted
+from rotation.problem import examples, network
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_an_order_changes_no_output_and_is_found_again(norm):
+    model, data = network(norm=norm), examples()
+    layers = hidden(model)
+    assert [layer.units for layer in layers] == [6, 8, 12]
+    orders = [torch.randperm(layer.units, generator=torch.Generator().manual_seed(1)) for layer in layers]
+    known = weights_of(model)
+    shuffled = permuted(known, layers, orders)
+    assert not torch.equal(shuffled["0.weight"], known["0.weight"])
+    whole, other = put(model, known, data), put(model, shuffled, data)
+    torch.testing.assert_close(other(data.x), whole(data.x), atol=1e-5, rtol=0)
+    back = aligned(shuffled, known, layers, rng=Draws(0))
+    for name, value in known.items():
+        assert torch.equal(back[name], value), name
+
+
+def test_aligning_strangers_brings_them_nearer_and_changes_no_output():
+    one, other = network(1), network(2)
+    members = Members.of([weights_of(one), weights_of(other)], [0, 1])
+    found = all_aligned(members, one, rng=Draws(0))
+
+    def apart(sets):
+        return sum((value[0] - value[1]).square().sum() for value in sets.tensors.values())
+
+    assert apart(found) < apart(members)
+    data = examples()
+    torch.testing.assert_close(put(one, found.one(1))(data.x), other(data.x), atol=1e-5, rtol=0)
+
+
+def test_what_is_no_sequence_is_refused():
+    with pytest.raises(TargetError, match=r"1 is Softmax, and alignment knows sequences"):
+        hidden(Classifier(nn.Sequential(nn.Linear(4, 4), nn.Softmax(1), nn.Linear(4, 2))))
