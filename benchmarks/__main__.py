@@ -34,6 +34,7 @@ ROWS = {
     "scores": "scores",
     "transfer": "transfer",
     "resume": "resume",
+    "swaps": "swaps",
     "harden-cost": "harden_cost",
     "recipes": "recipes",
     "regularisers": "regularisers",
