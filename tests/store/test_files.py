@@ -3,11 +3,20 @@
 import errno
 import itertools
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
 from holdfast.core.errors import TargetError
-from holdfast.store.files import append, clear_parts, usable, write_atomically
+from holdfast.store.files import (
+    PRIVATE,
+    append,
+    clear_parts,
+    refusal_in_pool,
+    usable,
+    write_atomically,
+)
 
 
 def failing(monkeypatch, at, code=errno.ENOSPC):
@@ -57,6 +66,45 @@ def test_a_failed_append_leaves_the_file_as_it_was(tmp_path, monkeypatch, at):
     assert path.read_bytes() == b"one\ntwo\n"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="modes are of POSIX")
+@pytest.mark.parametrize("write", [write_atomically, append])
+def test_a_secret_is_its_owners_alone_from_its_first_byte_on(tmp_path, monkeypatch, write):
+    secret, plain, seen = tmp_path / "secret", tmp_path / "plain", []
+    secret.write_bytes(b"old")
+    secret.chmod(0o644)
+    (tmp_path / ".secret.part").write_bytes(b"left by a kill")
+    (tmp_path / ".secret.part").chmod(0o666)
+    real = os.write
+
+    def watched(handle, data):
+        seen.append(os.fstat(handle).st_mode & 0o777)
+        return real(handle, data)
+
+    monkeypatch.setattr(os, "write", watched)
+    write(secret, b"new", PRIVATE)
+    assert seen == [0o600] and secret.stat().st_mode & 0o777 == 0o600
+    umask = os.umask(0o022)
+    try:
+        write(plain, b"new")
+    finally:
+        os.umask(umask)
+    assert plain.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    "code, says",
+    [
+        (errno.ENOSPC, "the disk is full: '/some/pool' .*; the pool is as it was"),
+        (errno.EACCES, "'/some/pool' may not be used .*as the user who began it"),
+        (errno.EIO, "'/some/pool' cannot be used: Input/output error; .*restore it from a copy"),
+    ],
+)
+def test_an_error_of_the_system_in_a_pool_names_no_flag_of_a_run(code, says):
+    with pytest.raises(TargetError, match=says) as caught, usable(Path("/some/pool"), refusal_in_pool):
+        raise OSError(code, os.strerror(code))
+    assert "--" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "code, says",
     [
@@ -72,8 +120,6 @@ def test_a_failed_append_leaves_the_file_as_it_was(tmp_path, monkeypatch, at):
     ],
 )
 def test_an_error_of_the_system_names_the_path_and_the_way_out(tmp_path, code, says):
-    from pathlib import Path
-
     def refused():
         raise OSError(code, os.strerror(code))
 

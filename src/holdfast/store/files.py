@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,6 +13,11 @@ PART = ".part"
 
 MANIFEST = "run.json"
 """What every run folder holds."""
+PRIVATE = 0o600
+"""The mode of a secret: a file that only its owner may read."""
+_OPEN = 0o666
+"""The mode of any other file, less what the umask takes away."""
+
 CHECKPOINTS = "checkpoints"
 """Begins the name of a folder that a training goes on from."""
 
@@ -24,15 +29,6 @@ def refuse_no_run(*folders: Path) -> None:
             raise TargetError(
                 f"{str(folder)!r} is no run folder, for it has no {MANIFEST}; list them with holdfast runs"
             )
-
-
-@contextmanager
-def usable(path: Path) -> Iterator[None]:
-    """Turns an error of the operating system into one that names the path and the way out."""
-    try:
-        yield
-    except OSError as error:
-        raise TargetError(refusal(path, error)) from error
 
 
 def refusal(path: Path, error: OSError) -> str:
@@ -50,11 +46,36 @@ def refusal(path: Path, error: OSError) -> str:
     return f"{shown} cannot be used: {error.strerror or error}; check the disk, or name another folder with --run DIR"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file, on the disk when this returns. Raises `OSError`; the old content then still stands."""
+def refusal_in_pool(path: Path, error: OSError) -> str:
+    """Why a file of a pool of weights cannot be used, and what to do about it."""
+    shown = repr(str(path))
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full: {shown} could not be written. Free some space and try again; the pool is as it was"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"{shown} may not be used ({error.strerror}); work on the pool as the user who began it, who alone may "
+            f"read and write its files"
+        )
+    return f"{shown} cannot be used: {error.strerror or error}; check the path and the disk, or restore it from a copy"
+
+
+@contextmanager
+def usable(path: Path, told: Callable[[Path, OSError], str] = refusal) -> Iterator[None]:
+    """Turns an error of the operating system into one that names the path and the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise TargetError(told(path, error)) from error
+
+
+def write_atomically(path: Path, content: bytes, mode: int = _OPEN) -> None:
+    """Write a whole file, on the disk when this returns. Raises `OSError`; the old content then still stands.
+
+    With a `mode` of its own, as `PRIVATE`, the file has it before it holds a byte, whatever the old one had.
+    """
     part = path.with_name(f".{path.name}{PART}")
     try:
-        _write(part, content, os.O_TRUNC)
+        _write(part, content, os.O_TRUNC, mode)
         part.replace(path)
     except BaseException:
         with suppress(OSError):
@@ -63,11 +84,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     flush_folder(path.parent)
 
 
-def append(path: Path, content: bytes) -> None:
-    """Add to the end of a file, on the disk when this returns; a torn end is the reader's to drop."""
+def append(path: Path, content: bytes, mode: int = _OPEN) -> None:
+    """Add to the end of a file, on the disk when this returns; a torn end is the reader's to drop.
+
+    With a `mode` of its own, as `PRIVATE`, the file has it before it holds a byte more.
+    """
     before = path.stat().st_size if path.exists() else 0
     try:
-        _write(path, content, os.O_APPEND)
+        _write(path, content, os.O_APPEND, mode)
     except BaseException:
         with suppress(OSError):
             os.truncate(path, before)
@@ -93,9 +117,11 @@ def clear_parts(folder: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _write(path: Path, content: bytes, flag: int) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | flag | getattr(os, "O_BINARY", 0), 0o666)
+def _write(path: Path, content: bytes, flag: int, mode: int) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | flag | getattr(os, "O_BINARY", 0), mode)
     try:
+        if mode != _OPEN:  # the file may have been there, and open to others
+            path.chmod(mode)
         view = memoryview(content)
         while view:
             view = view[os.write(handle, view) :]
