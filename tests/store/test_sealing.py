@@ -1,0 +1,147 @@
+"""Sealed files: they open under their own name with their own key, and anything else is told apart and said."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.store import sealing
+from holdfast.store.sealing import KEY_VARIABLE, Seal, begun_seal, found_seal, key_file
+
+SEAL, OTHER = Seal(bytes(range(32))), Seal(bytes(32))
+HEX = "0123456789abcdefABCDEF0123456789" * 2
+
+
+@given(data=st.binary(max_size=200), name=st.text(max_size=20))
+def test_what_is_sealed_opens_and_shows_nothing(data, name):
+    sealed = SEAL.seal(data, name)
+    assert SEAL.open(sealed, name) == data
+    assert len(data) < 4 or data not in sealed
+    assert SEAL.seal(data, name) != sealed
+
+
+@given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_a_changed_bit_is_noticed(place, bit):
+    data = bytearray(SEAL.seal(b"some weights", "a"))
+    data[place % len(data)] ^= 1 << bit
+    with pytest.raises(TargetError, match="'a' .*restore|'a' .*Install"):
+        SEAL.open(bytes(data), "a")
+
+
+@given(cut=st.integers(0, 10**6))
+def test_a_file_that_is_cut_short_is_noticed(cut):
+    data = SEAL.seal(b"some weights", "a")
+    with pytest.raises(TargetError, match="'a' .*cut short.*restore"):
+        SEAL.open(data[: cut % len(data)], "a")
+
+
+def test_a_file_opens_under_its_own_name_only():
+    with pytest.raises(TargetError, match="'b' .*stands in the place of another file"):
+        SEAL.open(SEAL.seal(b"some weights", "a"), "b")
+
+
+def test_another_key_is_told_from_a_corrupt_file(tmp_path):
+    with pytest.raises(
+        TargetError,
+        match=f"{re.escape(str(tmp_path / 'x'))}' was sealed with key {OTHER.id}, .* is {SEAL.id}",
+    ):
+        SEAL.open(OTHER.seal(b"", "x"), "x", tmp_path / "x")
+
+
+def test_a_file_of_another_version_or_kind_is_refused(monkeypatch):
+    with pytest.raises(TargetError, match="'x' is no sealed file"):
+        SEAL.open(b"PK\x03\x04 a zip, for once" * 5, "x")
+    monkeypatch.setattr(sealing, "_VERSION", 2)
+    newer = SEAL.seal(b"", "x")
+    monkeypatch.undo()
+    with pytest.raises(TargetError, match="version 2; this version reads 1"):
+        SEAL.open(newer, "x")
+
+
+def test_what_one_file_cannot_hold_is_refused(monkeypatch):
+    monkeypatch.setattr(sealing, "_MOST_BYTES", 3)
+    assert SEAL.open(SEAL.seal(b"123", "x"), "x") == b"123"
+    with pytest.raises(UsageError, match="'x' has 4 bytes; at most 3"):
+        SEAL.seal(b"1234", "x")
+
+
+def test_no_error_and_no_text_shows_a_key():
+    assert "01" not in repr(Seal(b"01" * 16))
+    assert len(SEAL.id) == 16 and SEAL.id not in SEAL.key.hex()
+    with pytest.raises(UsageError, match="a key of 16 bytes was given; AES-256 takes 32"):
+        Seal(b"0" * 16)
+
+
+def test_a_key_file_is_made_once_beside_the_folder_for_its_owner_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    seal = begun_seal(folder)
+    assert key_file(folder) == tmp_path / "pool.key" and seal.source == str(tmp_path / "pool.key")
+    assert key_file(folder).stat().st_mode & 0o777 == 0o600
+    assert begun_seal(folder) == found_seal(folder) == seal
+    (tmp_path / "link").symlink_to(folder)
+    assert found_seal(tmp_path / "link").key == seal.key
+    other = tmp_path / "other"
+    other.mkdir()
+    assert begun_seal(other).key != seal.key
+
+
+def test_the_environment_comes_before_the_key_file(tmp_path, monkeypatch):
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    monkeypatch.setenv(KEY_VARIABLE, HEX)
+    assert begun_seal(folder) == found_seal(folder) == Seal(bytes.fromhex(HEX), KEY_VARIABLE)
+    assert not key_file(folder).exists()
+
+
+@pytest.mark.parametrize("text", ["", "abc", HEX[:-1] + "g", HEX[:-2] + " 1", HEX + "00"])
+def test_an_environment_without_a_key_in_it_is_refused_and_not_shown(tmp_path, monkeypatch, text):
+    monkeypatch.setenv(KEY_VARIABLE, text)
+    for ask in (begun_seal, found_seal):
+        with pytest.raises(UsageError, match=f"{KEY_VARIABLE} holds {len(text)} .*64 hex digits") as caught:
+            ask(tmp_path)
+        assert not text or text not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes are of POSIX")
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620])
+def test_a_key_file_that_lies_open_is_refused(tmp_path, monkeypatch, mode):
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    begun_seal(folder)
+    key_file(folder).chmod(mode)
+    for ask in (begun_seal, found_seal):
+        with pytest.raises(TargetError, match=f"pool.key' has mode {mode:04o}.*chmod 600"):
+            ask(folder)
+
+
+def test_a_key_that_is_gone_or_damaged_is_said(tmp_path, monkeypatch):
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    with pytest.raises(TargetError, match=f"{KEY_VARIABLE} is not set, and .*pool.key' does not exist"):
+        found_seal(folder)
+    begun_seal(folder)
+    key_file(folder).write_text("short\n")
+    with pytest.raises(TargetError, match="pool.key' holds 5 characters .*64 hex digits were expected"):
+        found_seal(folder)
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch):
+    sealed = SEAL.seal(b"", "x")
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers.aead", None)
+    for ask in (sealing.refuse_unready, lambda: SEAL.seal(b"", "x"), lambda: SEAL.open(sealed, "x")):
+        with pytest.raises(UsageError, match=r'pip install "holdfast\[crypto\]"'):
+            ask()
+
+
+def test_importing_the_store_asks_for_no_library():
+    code = "import sys; import holdfast.store.sealing; print(any(m.startswith('cryptography') for m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
