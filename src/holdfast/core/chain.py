@@ -35,9 +35,11 @@ class Link:
         return digest(canonical({"previous": self.previous, "content": self.content}))
 
 
-def broken_at(links: Iterable[Link]) -> int | None:
-    """Position of the first record that does not follow from the one before it; None if the chain holds."""
-    previous = GENESIS
+def broken_at(links: Iterable[Link], previous: str = GENESIS) -> int | None:
+    """Position of the first record that does not follow from the one before it; None if the chain holds.
+
+    The first must follow from `previous`, the digest of what went before these links.
+    """
     for position, link in enumerate(links):
         if link.previous != previous:
             return position

@@ -1,7 +1,7 @@
-"""The hash chain of a run on disk: `chain.jsonl`, one record a line, and the JSON documents beside it."""
+"""A hash chain on disk, one record a line: that of a run is `chain.jsonl`, with JSON documents beside it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,8 @@ class Chain:
     def add(self, content: Mapping[str, Any]) -> None:
         """Append a record."""
         link = Link(self.head, content)
-        line = canonical({"previous": link.previous, "content": link.content, "digest": link.digest}) + b"\n"
         with usable(self._path):
-            append(self._path, line)
+            append(self._path, line_of(link))
         self._links.append(link)
 
 
@@ -61,31 +60,54 @@ def read_chain(folder: Path, *, mend: bool) -> Chain:
         raise TargetError(
             f"the last record of {str(path)!r} was cut short; go on with --resume, which drops it"
         )
-    links = [_link(path, number, line) for number, line in enumerate(whole.splitlines(), 1)]
-    position = broken_at(links)
+    return Chain(path, read_links(path, whole, _refuse_outside))
+
+
+def line_of(link: Link) -> bytes:
+    """A record as a line of its file."""
+    return canonical({"previous": link.previous, "content": link.content, "digest": link.digest}) + b"\n"
+
+
+def read_links(
+    path: Path,
+    lines: bytes,
+    check: Callable[[Mapping[str, Any]], None],
+    *,
+    previous: str = GENESIS,
+    first: int = 1,
+    noun: str = "record",
+    way_out: str = "restore it from a copy",
+) -> list[Link]:
+    """The records in whole lines of a file, the `first` of which follows from `previous`.
+
+    `check` raises a `ValueError`, `KeyError` or `TypeError` for content that nobody would have written. Raises
+    `TargetError` naming the first record that does not hold.
+    """
+    links = []
+    for number, line in enumerate(lines.splitlines(), first):
+        try:
+            record = json.loads(line)
+            link = Link(record["previous"], record["content"])
+            check(link.content)
+            holds = link.digest == record["digest"] and isinstance(link.content["kind"], str)
+        except (ValueError, KeyError, TypeError):
+            holds = False
+        if not holds:
+            raise TargetError(f"{noun} {number} of {str(path)!r} was changed after it was written; {way_out}")
+        links.append(link)
+    position = broken_at(links, previous)
     if position is not None:
         raise TargetError(
-            f"record {position + 1} of {str(path)!r} does not follow from the one before it; restore it from a copy"
+            f"{noun} {first + position} of {str(path)!r} does not follow from the one before it; {way_out}"
         )
-    return Chain(path, links)
+    return links
 
 
-def _link(path: Path, number: int, line: bytes) -> Link:
-    try:
-        record = json.loads(line)
-        link = Link(record["previous"], record["content"])
-        named = str(
-            link.content["file"]
-        )  # a run may come from elsewhere: its records name files of its own folder
-        plain = named == Path(named).name != ".."
-        holds = plain and link.digest == record["digest"] and isinstance(link.content["kind"], str)
-    except (ValueError, KeyError, TypeError):
-        holds = False
-    if not holds:
-        raise TargetError(
-            f"record {number} of {str(path)!r} was changed after it was written; restore it from a copy"
-        )
-    return link
+def _refuse_outside(content: Mapping[str, Any]) -> None:
+    """A run may come from elsewhere: its records name files of its own folder."""
+    named = str(content["file"])
+    if not named == Path(named).name != "..":
+        raise ValueError(named)
 
 
 def document(content: object) -> bytes:

@@ -1,0 +1,37 @@
+"""A lock between processes and threads, held for moments: whoever dies lets go of it at once."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from holdfast.core.errors import TargetError
+from holdfast.store.files import PRIVATE
+
+WAIT_S = 60.0
+"""How long to wait for another; what is done under a lock takes far less."""
+
+
+@contextmanager
+def locked(path: Path, wait_s: float = WAIT_S) -> Iterator[None]:
+    """Nobody else is inside this lock meanwhile.
+
+    The file is an SQLite database that stays empty: its locks hold on every system, and between the threads of one
+    process too, where those of the system itself are lost when any of them closes the file.
+    """
+    try:
+        new = not path.exists()
+        database = sqlite3.connect(path, timeout=wait_s, isolation_level=None)
+        try:
+            if new:
+                path.chmod(PRIVATE)
+            database.execute("BEGIN IMMEDIATE")
+        except BaseException:
+            database.close()
+            raise
+    except (sqlite3.Error, OSError) as error:
+        raise TargetError(
+            f"{str(path)!r} cannot be locked: {error}; wait for the process that works there, or see who may write it"
+        ) from error
+    with closing(database):  # which ends the transaction, in which nothing was written
+        yield

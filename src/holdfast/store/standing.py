@@ -1,0 +1,264 @@
+"""Where every parameter set of a pool stands, as the entries of its ledger say, taken one after another.
+
+A set is a candidate, then admitted or refused; an admitted one serves, and then is retired. That it is exposed, so that
+an attacker may hold it, is no state but a mark beside it: an exposed set that serves goes on until the next swap.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from holdfast.core.errors import UsageError
+
+State = Literal["candidate", "admitted", "refused", "serving", "retired"]
+
+_BEFORE: Mapping[str, tuple[State, ...]] = {
+    "admitted": ("candidate",),
+    "refused": ("candidate",),
+    "serving": ("admitted",),
+    "retired": ("admitted", "serving"),
+    "exposed": ("candidate", "admitted", "serving", "retired"),
+    "deleted": ("candidate", "refused", "retired"),
+}
+"""The states in which a set may be when an entry of a kind is made."""
+
+_FIELDS: Mapping[str, Mapping[str, type]] = {
+    "begun": {"manifest": str},
+    "candidate": {"set": str, "digest": str, "bases": list, "why": str},
+    **{kind: {"set": str, "why": str} for kind in _BEFORE},
+    "serving": {"set": str, "why": str, "epoch": int, "retires": list},
+    "answers": {"epoch": int, "answers": dict},
+}
+"""What an entry of a kind says, beside when."""
+
+_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}")
+"""A set's name is part of a file's."""
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """A set that an attacker may hold."""
+
+    name: str
+    why: str
+    at: str
+    """when the ledger heard of it, in UTC"""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One parameter set."""
+
+    name: str
+    digest: str
+    """SHA-256 of its weights, in hex"""
+    bases: tuple[str, ...]
+    """the sets that it was made from"""
+    state: State
+    since: str
+    """when it came into that state, in UTC"""
+    why: str
+    entry: int
+    """number of the entry that brought it there"""
+    exposed: Exposure | None = None
+    deleted: bool = False
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The set that answers now."""
+
+    name: str
+    epoch: int
+    """1 for the first set that served"""
+    since: str
+
+
+@dataclass(frozen=True)
+class Term:
+    """One set's time of service."""
+
+    name: str
+    epoch: int
+    since: str
+    until: str | None
+    """None while it lasts"""
+    answers: Mapping[str, int]
+    """how many each principal was given"""
+
+
+def well_formed(entry: Mapping[str, Any]) -> None:
+    """Raise a `ValueError`, `KeyError` or `TypeError` for what is no entry of a ledger."""
+    for name, kind in {"at": str, **_FIELDS[entry["kind"]]}.items():
+        if not isinstance(entry[name], kind):
+            raise TypeError(f"{name} is {entry[name]!r}; a {kind.__name__} was expected")
+    named = [entry["set"]] if "set" in entry else []
+    for name in [*named, *entry.get("bases", ()), *entry.get("retires", ())]:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a set: letters, digits, '.', '_' and '-' were expected")
+    for principal, count in entry.get("answers", {}).items():
+        if not (isinstance(principal, str) and type(count) is int and count > 0):
+            raise ValueError(
+                f"{principal!r} was given {count!r} answers; a name and a positive number were expected"
+            )
+
+
+class Standing:
+    """What the entries so far come to."""
+
+    def __init__(self) -> None:
+        self.manifest: str | None = None
+        """digest of the manifest of the pool whose ledger this is; None for a ledger alone"""
+        self.members: dict[str, Member] = {}
+        """by name, in the order of arrival"""
+        self._terms: list[Term] = []
+        self._answers: list[dict[str, int]] = []
+        self._exposures: list[Exposure] = []
+        self._entries = 0
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """All times of service, the present one last."""
+        return tuple(
+            replace(term, answers=dict(given)) for term, given in zip(self._terms, self._answers, strict=True)
+        )
+
+    @property
+    def serving(self) -> Serving | None:
+        """The set that answers now; None before the first, and after one that was retired without another."""
+        if not self._terms or self._terms[-1].until is not None:
+            return None
+        last = self._terms[-1]
+        return Serving(last.name, last.epoch, last.since)
+
+    @property
+    def epoch(self) -> int:
+        """How often a set began to serve."""
+        return len(self._terms)
+
+    @property
+    def exposed(self) -> tuple[Exposure, ...]:
+        """The sets that an attacker may hold, each once, in the order in which it was heard of."""
+        return tuple(self._exposures)
+
+    @property
+    def ahead(self) -> tuple[str, ...]:
+        """The admitted sets that wait to serve, those admitted first in front; an exposed one never serves again."""
+        waiting = [m for m in self.members.values() if m.state == "admitted" and m.exposed is None]
+        return tuple(member.name for member in sorted(waiting, key=lambda member: member.entry))
+
+    @property
+    def unlisted(self) -> tuple[str, ...]:
+        """Bases of sets that serve or may still, which are neither exposed nor deleted: a theft that nothing guards."""
+        live = [m for m in self.members.values() if m.state in ("candidate", "admitted", "serving")]
+        bases = dict.fromkeys(base for member in live for base in member.bases)
+        known = (self.members[base] for base in bases)
+        return tuple(member.name for member in known if member.exposed is None and not member.deleted)
+
+    def refuse_illegal(self, entry: Mapping[str, Any]) -> None:
+        """Raise `UsageError` for a well-formed entry that cannot follow those before it."""
+        kind = entry["kind"]
+        if kind == "begun":
+            if self._entries:
+                raise UsageError("a ledger is begun once, by its first entry")
+        elif kind == "answers":
+            if not 1 <= entry["epoch"] <= self.epoch:
+                raise UsageError(
+                    f"answers of epoch {entry['epoch']} were given; there were {self.epoch} epochs"
+                )
+        elif kind == "candidate":
+            if entry["set"] in self.members:
+                raise UsageError(
+                    f"{entry['set']!r} is in the ledger already, as {self.members[entry['set']].state}"
+                )
+            for base in entry["bases"]:
+                self.member(base)
+        else:
+            self._refuse_step(entry)
+
+    def _refuse_step(self, entry: Mapping[str, Any]) -> None:
+        kind, member = entry["kind"], self.member(entry["set"])
+        if member.state not in _BEFORE[kind]:
+            allowed = " or ".join(_BEFORE[kind])
+            raise UsageError(f"{member.name!r} is {member.state}; only what is {allowed} can become {kind}")
+        if member.deleted and kind != "exposed":
+            raise UsageError(f"{member.name!r} was deleted; it cannot become {kind}")
+        if kind in ("serving", "deleted") and member.exposed is not None:
+            raise UsageError(
+                f"{member.name!r} is exposed since {member.exposed.at} ({member.exposed.why}); "
+                + (
+                    "serve another set"
+                    if kind == "serving"
+                    else "what comes must be tested against it, so keep it"
+                )
+            )
+        if kind == "serving":
+            now = [] if self.serving is None else [self.serving.name]
+            if entry["epoch"] != self.epoch + 1 or entry["retires"] != now:
+                raise UsageError(
+                    f"epoch {entry['epoch']} retires {entry['retires']}; epoch {self.epoch + 1} retiring {now} was "
+                    f"expected"
+                )
+
+    def member(self, name: str) -> Member:
+        """A set by name; `UsageError`, with the names near it, where there is none."""
+        if name not in self.members:
+            raise UsageError(f"{name!r} is no set of this ledger; {_offer(name, self.members)}")
+        return self.members[name]
+
+    def take(self, entry: Mapping[str, Any]) -> None:
+        """Go on by a legal entry."""
+        kind, at, self._entries = entry["kind"], entry["at"], self._entries + 1
+        if kind == "begun":
+            self.manifest = entry["manifest"]
+        elif kind == "answers":
+            given = self._answers[entry["epoch"] - 1]
+            for principal, count in entry["answers"].items():
+                given[principal] = given.get(principal, 0) + count
+        elif kind == "candidate":
+            self.members[entry["set"]] = Member(
+                entry["set"],
+                entry["digest"],
+                tuple(entry["bases"]),
+                "candidate",
+                at,
+                entry["why"],
+                self._entries,
+            )
+        elif kind == "exposed":
+            self._expose(Exposure(entry["set"], entry["why"], at))
+        elif kind == "deleted":
+            self.members[entry["set"]] = replace(self.members[entry["set"]], deleted=True)
+        else:
+            self._step(kind, entry)
+
+    def _step(self, state: State, entry: Mapping[str, Any]) -> None:
+        name, at, why = entry["set"], entry["at"], entry["why"]
+        if self.serving is not None and (state == "serving" or name == self.serving.name):
+            self._terms[-1] = replace(self._terms[-1], until=at)
+        reached: dict[str, State] = {name: state}
+        reached |= dict.fromkeys(entry.get("retires", ()), "retired")
+        for each, new in reached.items():
+            known = self.members[each]
+            self.members[each] = replace(known, state=new, since=at, why=why, entry=self._entries)
+        if state == "serving":
+            self._terms.append(Term(name, entry["epoch"], at, None, {}))
+            self._answers.append({})
+
+    def _expose(self, exposure: Exposure) -> None:
+        member = self.members[exposure.name]
+        if member.exposed is None:
+            self.members[exposure.name] = replace(member, exposed=exposure)
+            self._exposures.append(exposure)
+
+
+def _offer(name: str, known: Collection[str]) -> str:
+    """The known names near one that is not."""
+    if not known:
+        return "it has none yet"
+    near = [each for each in known if name and each.startswith(name[:4])] or get_close_matches(
+        name, known, 3, 0.5
+    )
+    return f"near it: {', '.join(near[:3])}" if near else f"it has {', '.join(list(known)[-3:])}, say"
