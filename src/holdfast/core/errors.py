@@ -40,6 +40,12 @@ class LostLoss(TargetError):
     """A training whose loss is no number any more."""
 
 
+class Inconclusive(HoldfastError):
+    """What was measured does not allow what was asked; what stood before still stands (exit code 4)."""
+
+    exit_code: ClassVar[int] = 4
+
+
 class BudgetSpent(HoldfastError):
     """Raised by the metered model at the query that would exceed the budget; caught by the harness."""
 

@@ -38,8 +38,8 @@ class ColumnFile:
 
 def encode(columns: Columns, about: Mapping[str, Any]) -> bytes:
     """The bytes of a column file: a pure function of the columns and what is said about them."""
-    tensors = {name: columns[name].detach().cpu().contiguous().clone() for name in sorted(columns)}
-    said = {"schema_version": _VERSION, "about": dict(about), "columns": _content(tensors)}
+    tensors = {name: values.clone() for name, values in sorted(_plain(columns).items())}
+    said = {"schema_version": _VERSION, "about": dict(about), "columns": content_digest(tensors)}
     return save(tensors, metadata={_KEY: canonical(said).decode()})
 
 
@@ -58,7 +58,7 @@ def decode(data: bytes, name: str) -> ColumnFile:
         raise TargetError(
             f"{name!r} has schema version {version}; this version reads {_VERSION}. Install the holdfast that wrote it"
         )
-    if _content(tensors) != expected:
+    if content_digest(tensors) != expected:
         raise TargetError(f"{name!r} was changed after it was written; restore it from a copy")
     return ColumnFile(tensors, about, digest(data))
 
@@ -78,10 +78,14 @@ def read(path: Path) -> ColumnFile:
     return decode(data, str(path))
 
 
-def _content(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and values."""
+def content_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 in hex over names, types, shapes and values."""
     sha = hashlib.sha256()
-    for name, values in sorted(tensors.items()):
+    for name, values in sorted(_plain(tensors).items()):
         sha.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
         sha.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values.detach().cpu().contiguous() for name, values in tensors.items()}

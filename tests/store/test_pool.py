@@ -1,0 +1,413 @@
+"""Pools of parameter sets: sealed, swapped by one entry, refused when anything does not hold, whole after any kill."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from holdfast.core.errors import Inconclusive, TargetError, UsageError
+from holdfast.store import Pool
+from holdfast.store.pool import stands
+from holdfast.store.sealing import KEY_VARIABLE, key_file
+from store.lives import begun, weights
+
+HERE = Path(__file__).resolve().parent
+KEY = "5a" * 32
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+
+
+@pytest.fixture
+def pool(tmp_path):
+    """Set 0 serves, 1 and 2 wait."""
+    return begun(tmp_path / "pool", 2)
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def file_of(pool, name):
+    return pool.path / "sets" / f"{name}.sealed"
+
+
+def test_what_is_added_is_had_again_by_whoever_holds_the_key(pool):
+    name = pool.add(weights(5), {"seed": 5}, bases=[pool.serving.name])
+    for held in (pool, Pool.held(pool.path)):
+        assert same(held.weights(name), weights(5)) and held.about(name) == {"seed": 5}
+        assert held.ledger.member(name).bases == (pool.serving.name,)
+        assert held.manifest["about"] == {"of": "a test"}
+
+
+def test_the_same_weights_are_one_set_whatever_is_said_of_them(pool):
+    name, entries = pool.ahead[0], pool.ledger.entries
+    before = file_of(pool, name).read_bytes()
+    assert pool.add(weights(1), {"another": "story"}) == name
+    assert pool.ledger.entries == entries and file_of(pool, name).read_bytes() == before
+    assert pool.about(name) == {"k": 1}
+    assert pool.add(weights(6), {}) != name
+
+
+def test_nothing_on_the_disk_shows_the_weights_or_is_open_to_others(pool):
+    pool.keep("generator", {"g": torch.full((64,), 3.5)}, {})
+    plain = torch.full((8,), 1.0).numpy().tobytes()
+    files = [path for path in pool.path.rglob("*") if path.is_file()]
+    assert len(files) == 3 + 1 + 3
+    for path in files:
+        assert plain[:16] not in path.read_bytes() and b"safetensors" not in path.read_bytes()
+        assert os.name == "nt" or path.stat().st_mode & 0o777 == 0o600
+    for folder in (pool.path, pool.path / "sets"):
+        assert os.name == "nt" or folder.stat().st_mode & 0o777 == 0o700
+    assert KEY not in repr(vars(pool))
+
+
+def test_a_swap_is_one_entry_and_takes_the_set_that_waits_longest(pool):
+    old, (first, second), entries = pool.serving, pool.ahead, pool.ledger.entries
+    now = pool.swap(why="timer")
+    assert (now.name, now.epoch) == (first, 2) and pool.ledger.entries == entries + 1
+    assert pool.ledger.states[old.name] == "retired" and pool.ahead == (second,)
+    assert same(pool.weights(now.name), weights(1))
+    assert Pool.held(pool.path).serving == now
+
+
+def test_an_exposed_set_is_passed_over(pool):
+    first, second = pool.ahead
+    pool.expose(first, "a backup was copied")
+    pool.expose(pool.serving.name, "laptop stolen")
+    assert pool.swap().name == second
+    with pytest.raises(
+        Inconclusive, match=f"no admitted set waits in .*'{second}' goes on serving"
+    ) as caught:
+        pool.swap()
+    assert caught.value.exit_code == 4 and pool.serving.name == second
+
+
+def test_what_set_two_off_at_once_swaps_once(pool):
+    other = Pool.held(pool.path)
+    assert pool.swap(epoch=1) == other.swap(epoch=1) == other.serving
+    assert other.swap(epoch=2).epoch == 3
+
+
+def test_before_the_first_swap_nothing_serves(tmp_path):
+    pool = Pool.begun(tmp_path / "pool", {})
+    assert pool.serving is None
+    with pytest.raises(Inconclusive, match="nothing serves yet"):
+        pool.swap()
+    name = pool.add(weights(0), {})
+    with pytest.raises(UsageError, match=f"'{name}' is candidate; only what is admitted can become serving"):
+        pool.serve(name)
+    pool.admit(name)
+    assert pool.serve(name).epoch == 1
+    pool.retire(name, "alarm")
+    assert pool.serving is None and Pool.held(pool.path).ledger.states == {name: "retired"}
+
+
+def test_a_refused_set_comes_back_as_what_it_is(pool):
+    name = pool.add(weights(5), {})
+    pool.refuse(name, "transfer .4")
+    assert pool.add(weights(5), {}) == name and pool.ledger.states[name] == "refused"
+    pool.delete(name)
+    assert not file_of(pool, name).exists()
+    with pytest.raises(UsageError, match="weights of .* were deleted"):
+        pool.weights(name)
+    with pytest.raises(UsageError, match="was deleted, or names another set; draw another"):
+        pool.add(weights(5), {})
+    for waits in (pool.ahead[0], pool.serving.name):
+        with pytest.raises(
+            UsageError, match="only what is candidate or refused or retired can become deleted"
+        ):
+            pool.delete(waits)
+        assert file_of(pool, waits).exists()
+
+
+def test_what_else_is_secret_is_kept_sealed(pool):
+    assert pool.kept("generator") is None
+    for k in (1, 2):
+        pool.keep("generator", weights(k), {"k": k})
+    found = Pool.held(pool.path).kept("generator")
+    assert same(found.columns, weights(2)) and found.about == {"k": 2}
+    with pytest.raises(UsageError, match="'../x' cannot be the name of a file"):
+        pool.keep("../x", weights(1), {})
+
+
+def test_both_are_had_from_the_floor():
+    from holdfast import store
+
+    assert {"Ledger", "Pool"} == set(dir(store)) and store.Pool.__name__ == "Pool"
+    with pytest.raises(AttributeError, match="no attribute 'Legder'; it has Ledger, Pool"):
+        _ = store.Legder
+
+
+# --- bad input
+
+
+def test_an_unknown_set_is_refused_everywhere(pool):
+    near = pool.serving.name
+    for act in (pool.weights, pool.about, pool.serve, pool.admit, lambda name: pool.expose(name, "stolen")):
+        with pytest.raises(UsageError, match=f"is no set of this ledger; near it: .*{near}"):
+            act(near[:-1])
+
+
+def test_a_folder_without_a_pool_and_one_with_a_pool_are_told(pool, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for none in (tmp_path / "none", tmp_path / "empty"):
+        with pytest.raises(TargetError, match="is no pool, or was never begun to the end"):
+            Pool.held(none)
+        assert not stands(none)
+    assert not list((tmp_path / "empty").iterdir())
+    with pytest.raises(UsageError, match="holds a pool already"):
+        Pool.begun(pool.path, {})
+    (tmp_path / "empty" / "run.json").write_text("{}")
+    Pool.begun(tmp_path / "empty", {})
+    assert stands(tmp_path / "empty")
+
+
+def test_no_folder_is_begun_for_a_key_that_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, "abc")
+    with pytest.raises(UsageError, match="64 hex digits"):
+        Pool.begun(tmp_path / "pool", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_key_is_told_from_a_corrupt_file(pool, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, "77" * 32)
+    with pytest.raises(
+        TargetError, match=f"pool.json' says .* key {pool.seal.id}.*from {KEY_VARIABLE}\\); set"
+    ):
+        Pool.held(pool.path)
+    monkeypatch.delenv(KEY_VARIABLE)
+    with pytest.raises(TargetError, match=f"{KEY_VARIABLE} is not set, and .*pool.key' does not exist"):
+        Pool.held(pool.path)
+    key_file(pool.path).write_text(KEY + "\n")
+    key_file(pool.path).chmod(0o600)
+    assert Pool.held(pool.path).serving == pool.serving
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "emptied", "another", "of another pool"])
+def test_a_set_that_is_not_what_it_was_never_serves(pool, tmp_path, how):
+    first, second = pool.ahead
+    path, old = file_of(pool, first), pool.serving
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(
+        {
+            "flipped": data,
+            "cut": data[:-7],
+            "emptied": b"",
+            "another": file_of(pool, second).read_bytes(),
+            "of another pool": file_of(begun(tmp_path / "other", 2), first).read_bytes(),
+        }[how]
+    )
+    held = Pool.held(pool.path)
+    for act in (held.swap, lambda: held.serve(first), lambda: held.weights(first)):
+        with pytest.raises(TargetError, match=f"{first}.sealed' (is no|was changed or cut).*restore it"):
+            act()
+    assert held.serving == old
+    held.retire(first, "its file is corrupt")
+    assert held.swap().name == second
+
+
+@pytest.mark.parametrize("lost", ["serving", "admitted", "exposed"])
+def test_a_set_that_is_needed_and_gone_is_named(pool, lost):
+    old, (first, _) = pool.serving.name, pool.ahead
+    if lost == "exposed":
+        pool.swap()
+        pool.expose(old, "stolen")
+    file_of(pool, first if lost == "admitted" else old).unlink()
+    with pytest.raises(TargetError, match=f"sealed' is gone, though the ledger has it as {lost}; restore"):
+        Pool.held(pool.path)
+
+
+def test_a_retired_set_may_be_gone(pool):
+    old = pool.serving.name
+    pool.swap()
+    file_of(pool, old).unlink()
+    held = Pool.held(pool.path)
+    with pytest.raises(TargetError, match=f"{old}.sealed' cannot be used: No such file"):
+        held.weights(old)
+    assert held.add(weights(0), {"k": 0}) == old and same(held.weights(old), weights(0))
+
+
+def test_a_broken_chain_serves_nothing_and_names_the_entry(pool):
+    path = pool.path / "ledger.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], lines[2].replace('"admitted"', '"refused"'), *lines[3:]]))
+    with pytest.raises(TargetError, match="entry 3 of .*ledger.jsonl' was changed.*nothing of it is served"):
+        Pool.held(pool.path)
+
+
+def test_a_ledger_that_was_shortened_by_whole_entries_is_noticed_by_the_sets(pool):
+    path = pool.path / "ledger.jsonl"
+    name = pool.add(weights(5), {})
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(
+        TargetError, match=f"{name}.sealed' is in no entry of .*ledger.jsonl', which was shortened"
+    ):
+        Pool.held(pool.path)
+    assert file_of(pool, name).exists()
+
+
+@pytest.mark.parametrize("lost", ["pool.json", "ledger.jsonl"])
+def test_a_part_of_a_pool_that_is_gone_is_named_and_not_begun_again(pool, lost):
+    (pool.path / lost).unlink()
+    for ask in (Pool.held, lambda path: Pool.begun(path, {})):
+        with pytest.raises(TargetError, match=f"holds a pool whose {lost} is gone"):
+            ask(pool.path)
+
+
+def test_a_changed_manifest_is_refused(pool):
+    path = pool.path / "pool.json"
+    text = path.read_text()
+    path.write_text(text.replace("a test", "another"))
+    with pytest.raises(TargetError, match="pool.json' is not what the ledger recorded"):
+        Pool.held(pool.path)
+    path.write_text(text.replace('"schema_version": 1', '"schema_version": 7'))
+    with pytest.raises(TargetError, match="schema version 7; this version reads 1"):
+        Pool.held(pool.path)
+
+
+def test_pools_do_not_take_each_others_ledgers(pool, tmp_path):
+    other = begun(tmp_path / "other", 2)
+    shutil.copy(other.path / "ledger.jsonl", pool.path / "ledger.jsonl")
+    with pytest.raises(TargetError, match="pool.json' is not what the ledger recorded"):
+        Pool.held(pool.path)
+
+
+def test_a_set_whose_writer_was_killed_before_it_had_its_name_is_had_by_those_who_live(pool):
+    name = pool.ahead[0]
+    file_of(pool, name).rename(pool.path / "sets" / f"{name}.sealed.new")
+    assert same(pool.weights(name), weights(1)) and file_of(pool, name).exists()
+
+
+def test_what_a_killed_writer_had_not_yet_entered_is_swept_away_and_no_other_file(pool):
+    sets = pool.path / "sets"
+    for name in ("0123456789abcdef.sealed.new", ".0123456789abcdef.sealed.new.part", "notes.txt"):
+        (sets / name).write_text("half")
+    (pool.path / ".pool.json.part").write_text("half")
+    Pool.held(pool.path)
+    assert {path.name for path in sets.iterdir()} == {
+        *(f"{name}.sealed" for name in pool.ledger.states),
+        "notes.txt",
+    }
+    assert not (pool.path / ".pool.json.part").exists()
+
+
+# --- full disks
+
+
+def failing(monkeypatch, at):
+    calls = iter(range(1, 10**6))
+
+    def counted(real):
+        def call(*args, **kwargs):
+            if next(calls) == at:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("open", "write", "fsync", "replace"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+
+
+@pytest.mark.parametrize("at", range(1, 13))
+def test_a_full_disk_leaves_the_old_pool_or_the_new(pool, monkeypatch, at):
+    before = pool.ledger.states
+    with monkeypatch.context() as patch:
+        failing(patch, at)
+        with pytest.raises(TargetError, match="the disk is full"):
+            pool.add(weights(5), {})
+    left = [path.name for path in (pool.path / "sets").glob("*.new")]  # a full disk is not filled further
+    assert left == [] or len(pool.ledger.states) == 4
+    held = Pool.held(pool.path)
+    assert held.serving == pool.serving and len(held.ledger.states) - len(before) in (0, 1)
+    name = held.add(weights(5), {})
+    assert held.ledger.states == before | {name: "candidate"} and same(held.weights(name), weights(5))
+    assert len(list((pool.path / "sets").iterdir())) == 4
+
+
+def test_a_swap_that_finds_the_disk_full_leaves_what_serves(pool, monkeypatch):
+    old = pool.serving
+    with monkeypatch.context() as patch:
+        failing(patch, 2)
+        with pytest.raises(TargetError, match="the disk is full"):
+            pool.swap()
+    assert pool.serving == Pool.held(pool.path).serving == old
+    assert pool.swap().epoch == 2
+
+
+def fill(pool):
+    for k in range(100):
+        pool.add({"w": torch.full((2000,), float(k))}, {})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that is full")
+def test_a_tiny_disk_loses_nothing(tmp_path):
+    """On a real full disk, as root too: a tmpfs of 256 kB, where mounting is allowed."""
+    place = tmp_path / "tiny"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        pool = begun(place / "pool", 1)
+        with pytest.raises(TargetError, match="the disk is full"):
+            fill(pool)
+        held = Pool.held(place / "pool")
+        assert held.serving.epoch == 1 and held.swap().epoch == 2
+        kept = len(held.ledger.states)
+        subprocess.run(["mount", "-o", "remount,size=4m", str(place)], check=True)
+        fill(held)
+        assert 2 < kept < len(Pool.held(place / "pool").ledger.states) == 102
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+# --- kills and several processes
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory):
+    """What is told of pools whose processes were killed, or met."""
+    if not hasattr(os, "fork"):
+        pytest.skip("the system cannot fork")
+    done = subprocess.run(
+        [sys.executable, str(HERE / "lives.py"), str(tmp_path_factory.mktemp("lives"))],
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1] / "src"), KEY_VARIABLE: KEY},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_kill_at_any_call_to_the_disk_leaves_a_pool_that_goes_on(lives):
+    assert lives["calls"]["calls"] > 30 and lives["calls"]["epochs"] == [1, 2]
+
+
+def test_a_pool_whose_beginning_was_killed_is_begun_again(lives):
+    assert lives["begun"]["calls"] > 10
+
+
+def test_twenty_kills_among_swaps_leave_the_old_set_serving_or_the_new(lives):
+    assert lives["random"]["epoch"] > 20
+
+
+def test_processes_that_ask_for_the_same_swap_get_one(lives):
+    assert lives["together"]["epoch"] == 2
+
+
+def test_processes_that_add_the_same_sets_add_each_once(lives):
+    assert lives["together"]["sets"] == 10
