@@ -10,7 +10,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.rotation import Basins, LowRank, Members, Seeds, Subset, Trajectory, collect, put, weights_of
-from holdfast.rotation.collecting import begun_anew
+from holdfast.rotation.collecting import begun_anew, trained_anew
 from holdfast.rotation.distances import apart, l1, nearest
 from rotation.problem import accuracy, examples, network, task
 
@@ -74,7 +74,7 @@ def test_a_part_leaves_the_rest_as_it_was():
 
 def test_a_kick_has_its_rank_and_its_size():
     job = task()
-    kicked = next(LowRank(rank=2, kick=0.5, sets=1, updates=1, lr=1e-9)(job, 0, rng=Draws(0)))
+    kicked = next(LowRank(rank=2, kick=0.5, sets=1, updates=1, lr=1e-9)(job.model, job, rng=Draws(0)))
     added = kicked.net[5].weight - job.model.net[5].weight
     assert torch.linalg.matrix_rank(added, atol=1e-4) == 2
     assert (added.norm() / job.model.net[5].weight.norm()).item() == pytest.approx(0.5, rel=1e-3)
@@ -82,7 +82,7 @@ def test_a_kick_has_its_rank_and_its_size():
 
 def test_batch_norm_goes_by_the_parameters_that_it_has():
     job = task(norm=True)
-    model = next(Seeds(1)(job, 0, rng=Draws(0)))
+    model = trained_anew(job, Draws(0))
     strange = put(job.model, weights_of(model), job.data)
     assert accuracy(strange, examples(1)) > 0.9
     first = strange.net[0](job.data.x[:500])

@@ -13,7 +13,8 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.ops.fit import Training, fit
 from holdfast.ops.immunity import Immunity
-from holdfast.rotation import Crafting, Immunise, Seeds, chain
+from holdfast.rotation import Crafting, Immunise, chain
+from holdfast.rotation.collecting import trained_anew
 from rotation.problem import THREAT, accuracy, examples, network, task
 
 CRAFTING = Crafting(examples=300)
@@ -21,7 +22,7 @@ CRAFTING = Crafting(examples=300)
 
 @pytest.fixture(scope="module")
 def seeds():
-    return [next(Seeds(2)(task(), run, rng=Draws(0))) for run in range(2)]
+    return [trained_anew(task(), Draws(0).at(run)) for run in range(2)]
 
 
 def broken(target: Classifier, source: Classifier, eps: float) -> float:

@@ -1,30 +1,43 @@
-"""Generate to Defend: collect parameter sets, learn their distribution, draw fresh ones, and immunise them."""
+"""Generate to Defend: collect parameter sets, learn their distribution, draw fresh ones, immunise them, and swap."""
 
 from holdfast.rotation.alignment import all_aligned
 from holdfast.rotation.codec import Codec, Embedding
 from holdfast.rotation.collecting import Basins, LowRank, Seeds, Source, Subset, Task, Trajectory, collect
 from holdfast.rotation.generating import Generator, LatentDiffusion
 from holdfast.rotation.immunising import Crafting, Immunise, chain
+from holdfast.rotation.live import Live, canary, churn, next_set
 from holdfast.rotation.members import Members, put, weights_of
+from holdfast.rotation.rotating import Answers, RotatingModel
+from holdfast.rotation.triggers import AnswersPerPrincipal, Elapsed, Watch, refuse_faster
 
 __all__ = [
+    "Answers",
+    "AnswersPerPrincipal",
     "Basins",
     "Codec",
     "Crafting",
+    "Elapsed",
     "Embedding",
     "Generator",
     "Immunise",
     "LatentDiffusion",
+    "Live",
     "LowRank",
     "Members",
+    "RotatingModel",
     "Seeds",
     "Source",
     "Subset",
     "Task",
     "Trajectory",
+    "Watch",
     "all_aligned",
+    "canary",
     "chain",
+    "churn",
     "collect",
+    "next_set",
     "put",
+    "refuse_faster",
     "weights_of",
 ]

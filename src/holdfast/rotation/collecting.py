@@ -7,7 +7,7 @@ Sets of one training run are neighbours, and an attack on one breaks the others;
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -42,12 +42,15 @@ class Task:
 class Source(Protocol):
     """Where parameter sets come from."""
 
+    anew: ClassVar[bool]
+    """whether each run is trained from weights of its own; the others begin at the given model"""
+
     @property
     def runs(self) -> int:
         """Training runs, each of which can be made by itself."""
 
-    def __call__(self, task: Task, run: int, *, rng: Draws) -> Iterator[Classifier]:
-        """The models of one run, whose parameters are its sets, in order."""
+    def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
+        """The models of one run that stands at `base`, whose parameters are its sets, in order."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,15 @@ class Trajectory:
     lr: Positive = 1e-3
     """constant rate at which they follow one another"""
 
+    anew: ClassVar[bool] = True
+
     @property
     def runs(self) -> int:
         """One."""
         return 1
 
-    def __call__(self, task: Task, run: int, *, rng: Draws) -> Iterator[Classifier]:
-        base = trained_anew(task, rng.at("run", run))
-        yield from tail(base, task, self.sets, self.every, self.lr, rng.at("tail", run))
+    def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
+        return tail(base, task, self.sets, self.every, self.lr, rng)
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,15 @@ class Seeds:
     seeds: Steps = 18
     """runs"""
 
+    anew: ClassVar[bool] = True
+
     @property
     def runs(self) -> int:
         """As many as sets."""
         return self.seeds
 
-    def __call__(self, task: Task, run: int, *, rng: Draws) -> Iterator[Classifier]:
-        yield trained_anew(task, rng.at("run", run))
+    def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
+        yield base
 
 
 @dataclass(frozen=True)
@@ -100,14 +106,15 @@ class Basins:
     lr: Positive = 1e-3
     """constant rate at which they follow one another"""
 
+    anew: ClassVar[bool] = True
+
     @property
     def runs(self) -> int:
         """As many as seeds."""
         return self.seeds
 
-    def __call__(self, task: Task, run: int, *, rng: Draws) -> Iterator[Classifier]:
-        base = trained_anew(task, rng.at("run", run))
-        yield from tail(base, task, self.sets, self.every, self.lr, rng.at("tail", run))
+    def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
+        return tail(base, task, self.sets, self.every, self.lr, rng)
 
 
 @dataclass(frozen=True)
@@ -126,17 +133,19 @@ class Subset:
     lr: Positive = 1e-3
     """constant rate"""
 
+    anew: ClassVar[bool] = False
+
     @property
     def runs(self) -> int:
         """As many as sets."""
         return self.sets
 
-    def __call__(self, task: Task, run: int, *, rng: Draws) -> Iterator[Classifier]:
-        model = deepcopy(task.model)
+    def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
+        model = deepcopy(base)
         chosen = self.chosen(model)
         for name, value in model.net.named_parameters():  # type: ignore[union-attr]
             value.requires_grad_(name in chosen)
-        yield from tail(model, task, 1, self.updates, self.lr, rng.at("run", run))
+        yield from tail(model, task, 1, self.updates, self.lr, rng)
 
     def chosen(self, model: Classifier) -> list[str]:
         """Names of what is swapped; `UsageError` where none begins so."""
@@ -165,17 +174,19 @@ class LowRank:
     lr: Positive = 1e-3
     """constant rate"""
 
+    anew: ClassVar[bool] = False
+
     @property
     def runs(self) -> int:
         """As many as sets."""
         return self.sets
 
-    def __call__(self, task: Task, run: int, *, rng: Draws) -> Iterator[Classifier]:
-        model, place = deepcopy(task.model), rng.at("kick", run)
+    def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
+        model, place = deepcopy(base), rng.at("kick")
         for name, layer in model.named_modules():
             if isinstance(layer, nn.Linear) and min(layer.weight.shape) > self.rank:
                 _kicked(layer, self.rank, self.kick, place.at(name))
-        yield from tail(model, task, 1, self.updates, self.lr, rng.at("run", run))
+        yield from tail(model, task, 1, self.updates, self.lr, rng)
 
 
 def collect(
@@ -188,7 +199,8 @@ def collect(
     """All sets of a source, side by side; `said` hears of each run that is done. Raises `UsageError`, `TargetError`."""
     sets, basins = [], []
     for run in range(source.runs):
-        for model in source(task, run, rng=rng):
+        base = trained_anew(task, rng.at("run", run)) if source.anew else task.model
+        for model in source(base, task, rng=rng.at("sets", run)):
             sets.append(weights_of(model, swapped(source, task.model)))
             basins.append(run)
         said(run + 1, source.runs)
