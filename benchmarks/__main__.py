@@ -35,6 +35,8 @@ ROWS = {
     "transfer": "transfer",
     "resume": "resume",
     "swaps": "swaps",
+    "draws": "draws",
+    "rotation": "rotation",
     "harden-cost": "harden_cost",
     "recipes": "recipes",
     "regularisers": "regularisers",

@@ -1,0 +1,128 @@
+"""What a latent diffusion over parameter sets draws: what it costs, what works, how far it lies.
+
+Two collections, one run and eight of them, under each reading of the published regulariser, whose weight is lambda.
+"""
+
+from functools import partial
+from statistics import mean, median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from benchmarks.parts import part
+from benchmarks.record import Cells, Claim, Outcome
+from benchmarks.rotated import STANDARD, Momentum, accuracy, admitted, collected, examples, models, success
+from holdfast.core.draws import Draws
+from holdfast.rotation import Codec, Embedding, LatentDiffusion, Members
+from holdfast.rotation.distances import apart, nearest
+
+WHAT = "draws of a latent diffusion over 200 parameter sets, by collection and regulariser, three seeds"
+ROW, SHARED, SEEDS, DRAWN, LIVE = "draws", "rotation", (0, 1, 2), 96, 6
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "trajectory": [
+        {},
+        {"regulariser": "printed"},
+        {"regulariser": "away"},
+        {"regulariser": "hinge", "margin": 1.5},
+        {"regulariser": "hinge", "margin": 1.5, "weight": 10.0},
+    ],
+    "basins": [
+        {},
+        {"regulariser": "printed"},
+        {"regulariser": "away"},
+        {"regulariser": "hinge", "margin": 0.3},
+        {"regulariser": "hinge", "margin": 0.5, "weight": 3.0},
+    ],
+}
+
+
+def measured() -> Outcome:
+    detail: Cells = {}
+    table: list[Cells] = []
+    for source, settings in SETTINGS.items():
+        for said in settings:
+            cells = []
+            for seed in SEEDS:
+                key = f"{source}, {' '.join(map(str, said.values())) or 'off'}, seed {seed}"
+                detail[key] = part(ROW, key, partial(_drawn, source, said, seed))
+                cells.append(detail[key]["measured"])
+            shown = {
+                "regulariser": said.get("regulariser", "off"),
+                "lambda": said.get("weight", 1.0) if said else 0.0,
+            }
+            means = {name: _mean([one[name] for one in cells]) for name in cells[0]}
+            table.append({"collection": source, **shown, "margin": said.get("margin", ""), **means})
+    slowest = max(one["measured"]["codec and diffusion, s"] for one in detail.values())
+    longest = max(one["measured"]["a draw, s"] for one in detail.values())
+    lost = max(one["measured"]["round trip, points"] for one in detail.values())
+    claims = [
+        Claim("codec and diffusion of one seed, s <= 60", slowest, 60),
+        Claim("one draw, s <= 0.05", longest, 0.05),
+        Claim("the round trip of the codec loses, points <= 0.3", lost, 0.3),
+    ]
+    config: Cells = {"seeds": SEEDS, "drawn": DRAWN, "eps": STANDARD.eps, "attacked sets": LIVE}
+    notes = [
+        "L1 to the nearest set of the collection, in the distance between its runs, or in one run that of neighbours",
+        "transfer by momentum PGD of 12 steps between sets that were let in",
+    ]
+    return Outcome(table, claims, config, detail, notes)
+
+
+def _mean(values: list[float | None]) -> float | str:
+    known = [value for value in values if value is not None]
+    return mean(known) if known else ""
+
+
+def _drawn(source: str, said: dict[str, Any], seed: int) -> Cells:
+    members, rng = collected(SHARED, STANDARD, seed, source), Draws(seed).at(source)
+    begin = perf_counter()
+    embedding = Codec()(members, rng=rng.at("codec"))
+    generator = LatentDiffusion(**said)(embedding, members, rng=rng.at("diffusion"))
+    spent = perf_counter() - begin
+    begin = perf_counter()
+    for one in range(8):
+        generator.drawn(1, rng.at("single", one))
+    single = (perf_counter() - begin) / 8
+    drawn = generator.drawn(DRAWN, rng.at("drawn"))
+    sets, let_in, right = admitted(drawn, members)
+    far = nearest(drawn, members)[0] / apart(members)
+    return {
+        "codec and diffusion, s": spent,
+        "a draw, s": single,
+        "variance lost": embedding.lost,
+        "round trip, points": _round_trip(embedding, members),
+        "let in, %": 100 * float(let_in.float().mean()),
+        "median accuracy, %": 100 * median(right),
+        "L1 to nearest": float(far.mean()),
+        "of those let in": float(far[let_in].mean()) if let_in.any() else None,
+        **_transfers(sets, nearest(drawn.take(let_in), members.bases())[1] if let_in.any() else None),
+    }
+
+
+def _round_trip(embedding: Embedding, members: Members) -> float:
+    """Points of mean accuracy on held-out images that some sets lose through the codec and back."""
+    some = members.take(torch.arange(0, len(members), 10))
+    back = Members(embedding.decoded(embedding.encoded(some)), some.basins)
+    before, after = (
+        mean(accuracy(one, examples().held) for one in models(sets, range(len(sets))))
+        for sets in (some, back)
+    )
+    return 100 * (before - after)
+
+
+def _transfers(sets: list[Any], basins: torch.Tensor | None) -> Cells:
+    """Success of one draw's examples on others, of its own basin and of another."""
+    own: list[float] = []
+    other: list[float] = []
+    if basins is not None and len(sets) >= 2 * LIVE:
+        for source in range(LIVE, 2 * LIVE):
+            made = Momentum()([sets[source]], examples().attacked, STANDARD.threat, Draws(source))
+            for target in range(LIVE):
+                among = own if basins[source] == basins[target] else other
+                among.append(success(sets[target], made))
+    return {
+        "transfer": mean(own + other) if own + other else None,
+        "within a basin": mean(own) if own else None,
+        "to another": mean(other) if other else None,
+    }
