@@ -52,19 +52,21 @@ def test_a_rotation_is_told_back(ledger, tmp_path):
     served(ledger, "one")
     ledger.answered(1, {"ann": 3, "bob": 1})
     ledger.candidate("two", DIGEST, ["one"], "drawn")
-    ledger.admit("two", "all gates passed")
+    ledger.admit("two", "all gates passed", canary="c" * 64)
     ledger.expose("one", "laptop stolen")
     assert ledger.serve("two", "timer") == ledger.serving == Serving("two", 2, "2026-01-01T00:07:00Z")
-    ledger.answered(1, {"ann": 2})
+    ledger.answered(1, {"ann": 2}, others=3)
+    ledger.answered(1, {}, others=4)
     for view in (ledger, Ledger(tmp_path)):
         assert view.terms == (
-            Term("one", 1, "2026-01-01T00:02:00Z", "2026-01-01T00:07:00Z", {"ann": 5, "bob": 1}),
-            Term("two", 2, "2026-01-01T00:07:00Z", None, {}),
+            Term("one", 1, "2026-01-01T00:02:00Z", "2026-01-01T00:07:00Z", {"ann": 5, "bob": 1}, 7),
+            Term("two", 2, "2026-01-01T00:07:00Z", None, {}, 0),
         )
         assert view.exposed() == (Exposure("one", "laptop stolen", "2026-01-01T00:06:00Z"),)
         assert view.states == {"one": "retired", "two": "serving"}
         assert view.member("two").bases == ("one",) and view.member("two").why == "timer"
-        assert view.entries == 9 and view.head == ledger.head
+        assert view.member("two").canary == "c" * 64
+        assert view.entries == 10 and view.head == ledger.head
 
 
 def test_the_time_is_of_the_wall_in_utc(tmp_path):
@@ -116,7 +118,8 @@ def test_whatever_is_said_one_set_serves_at_most_and_epochs_count_up(steps):
     for kind, name in steps:
         now = [] if standing.serving is None else [standing.serving.name]
         entry = {"kind": kind, "at": "now", "set": name, "why": "", "digest": DIGEST, "bases": []}
-        entry |= {"epoch": standing.epoch + (kind == "serving"), "retires": now, "answers": {"ann": 1}}
+        entry |= {"epoch": standing.epoch + (kind == "serving"), "retires": now, "canary": "c"}
+        entry |= {"answers": {"ann": 1}, "others": 1}
         well_formed(entry)
         try:
             standing.refuse_illegal(entry)
@@ -193,6 +196,7 @@ def test_an_unknown_set_is_refused_with_those_near_it(ledger, name, says):
         lambda ledger: ledger.answered(1, {"ann": 0}),
         lambda ledger: ledger.answered(1, {"ann": -1}),
         lambda ledger: ledger.answered(1, {"ann": 1.5}),
+        lambda ledger: ledger.answered(1, {}, others=-1),
         lambda ledger: ledger.answered(2, {"ann": 1}),
         lambda ledger: ledger.answered(0, {"ann": 1}),
         lambda ledger: ledger.candidate("one", DIGEST),
@@ -278,7 +282,8 @@ def test_a_chain_that_holds_and_says_what_cannot_be_is_refused(whole, tmp_path):
         {"kind": "candidate", "at": "now", "set": "../../x", "digest": DIGEST, "bases": [], "why": ""},
         {"kind": "admitted", "at": 7, "set": "one", "why": ""},
         {"kind": "serving", "at": "now", "set": "one", "why": "", "epoch": "1", "retires": []},
-        {"kind": "answers", "at": "now", "epoch": 1, "answers": {"ann": True}},
+        {"kind": "answers", "at": "now", "epoch": 1, "answers": {"ann": True}, "others": 0},
+        {"kind": "answers", "at": "now", "epoch": 1, "answers": {"ann": 1}, "others": -1},
     ],
 )
 def test_an_entry_of_another_form_is_refused(tmp_path, content):

@@ -79,6 +79,14 @@ def test_a_swap_is_one_entry_and_takes_the_set_that_waits_longest(pool):
     assert Pool.held(pool.path).serving == now
 
 
+def test_another_than_the_first_may_be_chosen_and_only_among_those_that_wait(pool):
+    first, second = pool.ahead
+    old = pool.serving.name
+    with pytest.raises(UsageError, match=f"'{old}' is serving; only what is admitted can become serving"):
+        pool.swap(choose=lambda waiting: old)
+    assert pool.swap(choose=lambda waiting: waiting[-1]).name == second and pool.ahead == (first,)
+
+
 def test_an_exposed_set_is_passed_over(pool):
     first, second = pool.ahead
     pool.expose(first, "a backup was copied")

@@ -109,9 +109,9 @@ class Ledger:
         """A new set, and the sets that it was made from, which must be known too."""
         self._add("candidate", set=name, digest=digest, bases=list(bases), why=why)
 
-    def admit(self, name: str, why: str = "") -> None:
-        """A candidate may serve."""
-        self._add("admitted", set=name, why=why)
+    def admit(self, name: str, why: str = "", *, canary: str = "") -> None:
+        """A candidate may serve; `canary` is a digest of its answers to known inputs, by which to tell it when loaded."""
+        self._add("admitted", set=name, why=why, canary=canary)
 
     def refuse(self, name: str, why: str) -> None:
         """A candidate may not."""
@@ -137,10 +137,13 @@ class Ledger:
         """The weights of a set that serves no purpose any more are gone; exposed sets are kept, to test others by."""
         self._add("deleted", set=name, why=why)
 
-    def answered(self, epoch: int, answers: Mapping[str, int]) -> None:
-        """Answers that principals were given in an epoch, in addition to those said before; it may be over already."""
-        if answers:
-            self._add("answers", epoch=epoch, answers=dict(answers))
+    def answered(self, epoch: int, answers: Mapping[str, int], others: int = 0) -> None:
+        """Answers that principals were given in an epoch, in addition to those said before; it may be over already.
+
+        `others` are those to callers without a name.
+        """
+        if answers or others:
+            self._add("answers", epoch=epoch, answers=dict(answers), others=others)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -10,8 +10,9 @@ an entry its name. No kill leaves a named file without an entry: the ledger was 
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +158,9 @@ class Pool:
         """The admitted sets that wait to serve and are not exposed, in the order in which they will."""
         return self.ledger.ahead
 
-    def admit(self, name: str, why: str = "") -> None:
-        """A candidate may serve."""
-        self.ledger.admit(name, why)
+    def admit(self, name: str, why: str = "", *, canary: str = "") -> None:
+        """A candidate may serve; `canary` is a digest of its answers to known inputs, by which to tell it when loaded."""
+        self.ledger.admit(name, why, canary=canary)
 
     def refuse(self, name: str, why: str) -> None:
         """A candidate may not serve."""
@@ -172,8 +173,14 @@ class Pool:
             self._opened(name)
             return self.ledger.serve(name, why)
 
-    def swap(self, *, epoch: int | None = None, why: str = "") -> Serving:
-        """Let the admitted set that waits longest serve. A kill leaves the old one serving or the new one.
+    def swap(
+        self,
+        *,
+        epoch: int | None = None,
+        why: str = "",
+        choose: Callable[[Sequence[str]], str] = itemgetter(0),
+    ) -> Serving:
+        """Let a set that waits serve: the first admitted, or which `choose` says. A kill leaves the old one or the new.
 
         With `epoch`, only if that one still lasts: what set two processes off at once then swaps once. Raises
         `Inconclusive`, and leaves what serves, where no set waits.
@@ -187,7 +194,7 @@ class Pool:
                 raise Inconclusive(
                     f"no admitted set waits in {str(self.path)!r}, so {still}; draw and admit more with holdfast rotate"
                 )
-            return self.serve(self.ahead[0], why)
+            return self.serve(choose(self.ahead), why)
 
     def retire(self, name: str, why: str = "") -> None:
         """An admitted set will not serve, or the serving one stops and none takes its place."""
@@ -197,9 +204,9 @@ class Pool:
         """An attacker may hold a set: after the next swap it serves no more, and what comes is tested against it."""
         self.ledger.expose(name, why)
 
-    def answered(self, epoch: int, answers: Mapping[str, int]) -> None:
-        """Answers that principals were given in an epoch, in addition to those said before."""
-        self.ledger.answered(epoch, answers)
+    def answered(self, epoch: int, answers: Mapping[str, int], others: int = 0) -> None:
+        """Answers that principals, and callers without a name, were given in an epoch, beside those said before."""
+        self.ledger.answered(epoch, answers, others)
 
     # --- what else is secret
 

@@ -28,8 +28,9 @@ _FIELDS: Mapping[str, Mapping[str, type]] = {
     "begun": {"manifest": str},
     "candidate": {"set": str, "digest": str, "bases": list, "why": str},
     **{kind: {"set": str, "why": str} for kind in _BEFORE},
+    "admitted": {"set": str, "why": str, "canary": str},
     "serving": {"set": str, "why": str, "epoch": int, "retires": list},
-    "answers": {"epoch": int, "answers": dict},
+    "answers": {"epoch": int, "answers": dict, "others": int},
 }
 """What an entry of a kind says, beside when."""
 
@@ -62,6 +63,8 @@ class Member:
     why: str
     entry: int
     """number of the entry that brought it there"""
+    canary: str = ""
+    """what known inputs were answered by it when it was admitted, as a digest"""
     exposed: Exposure | None = None
     deleted: bool = False
 
@@ -87,6 +90,8 @@ class Term:
     """None while it lasts"""
     answers: Mapping[str, int]
     """how many each principal was given"""
+    others: int
+    """how many were given to callers without a name"""
 
 
 def well_formed(entry: Mapping[str, Any]) -> None:
@@ -103,6 +108,10 @@ def well_formed(entry: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{principal!r} was given {count!r} answers; a name and a positive number were expected"
             )
+    if entry.get("others", 0) < 0:
+        raise ValueError(
+            f"callers without a name were given {entry['others']} answers; 0 or more were expected"
+        )
 
 
 class Standing:
@@ -214,7 +223,8 @@ class Standing:
         if kind == "begun":
             self.manifest = entry["manifest"]
         elif kind == "answers":
-            given = self._answers[entry["epoch"] - 1]
+            given, term = self._answers[entry["epoch"] - 1], self._terms[entry["epoch"] - 1]
+            self._terms[term.epoch - 1] = replace(term, others=term.others + entry["others"])
             for principal, count in entry["answers"].items():
                 given[principal] = given.get(principal, 0) + count
         elif kind == "candidate":
@@ -242,9 +252,12 @@ class Standing:
         reached |= dict.fromkeys(entry.get("retires", ()), "retired")
         for each, new in reached.items():
             known = self.members[each]
-            self.members[each] = replace(known, state=new, since=at, why=why, entry=self._entries)
+            canary = entry.get("canary", known.canary)
+            self.members[each] = replace(
+                known, state=new, since=at, why=why, entry=self._entries, canary=canary
+            )
         if state == "serving":
-            self._terms.append(Term(name, entry["epoch"], at, None, {}))
+            self._terms.append(Term(name, entry["epoch"], at, None, {}, 0))
             self._answers.append({})
 
     def _expose(self, exposure: Exposure) -> None:
