@@ -110,7 +110,7 @@ class Ledger:
         self._add("candidate", set=name, digest=digest, bases=list(bases), why=why)
 
     def admit(self, name: str, why: str = "", *, canary: str = "") -> None:
-        """A candidate may serve; `canary` is a digest of its answers to known inputs, by which to tell it when loaded."""
+        """A candidate may serve; `canary` is a digest of its answers to known inputs, to tell it by once loaded."""
         self._add("admitted", set=name, why=why, canary=canary)
 
     def refuse(self, name: str, why: str) -> None:

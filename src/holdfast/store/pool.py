@@ -159,7 +159,7 @@ class Pool:
         return self.ledger.ahead
 
     def admit(self, name: str, why: str = "", *, canary: str = "") -> None:
-        """A candidate may serve; `canary` is a digest of its answers to known inputs, by which to tell it when loaded."""
+        """A candidate may serve; `canary` is a digest of its answers to known inputs, to tell it by once loaded."""
         self.ledger.admit(name, why, canary=canary)
 
     def refuse(self, name: str, why: str) -> None:
