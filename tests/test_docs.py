@@ -245,6 +245,19 @@ def test_a_recipe_costs_and_cites_what_its_row_says(row):
         assert asked(1, 0.0) == asked(1, 0.05 / 1000) == asked(1)  # by which a budget is planned
 
 
+def test_the_page_tells_what_is_recorded_of_rotating():
+    told = rows("concepts/rotation.md", "construction")
+    assert told == [
+        {
+            "construction": row["construction"],
+            "clean, %": f"{row['clean, %']:.1f}",
+            **{name: f"{row[name]:.3f}" for name in ("A0", "A1", "A2", "A3", "white box")},
+            "let in, %": f"{row['let in, %']:.0f}" if "let in, %" in row else "",
+        }
+        for row in newest("rotation")["table"]
+    ]
+
+
 def test_every_setting_of_a_training_is_told():
     told = {row["setting"].strip("`"): row["default"] for row in rows("reference/recipes.md", "setting")}
     assert told == {field.name: str(field.default) for field in written_fields(Training)}

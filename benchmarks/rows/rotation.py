@@ -17,7 +17,6 @@ from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rotated import (
     ATTACKED,
-    KINDS,
     STANDARD,
     Kind,
     Momentum,
@@ -64,20 +63,18 @@ class Case:
 
 
 def measured() -> Outcome:
+    kind = STANDARD
     detail: Cells = {}
-    table: list[Cells] = []
-    found: dict[tuple[str, str], list[Cells]] = {}
-    for kind in KINDS.values():
-        for name, case in CONSTRUCTIONS.items():
-            if kind is not STANDARD and name not in ROBUST_TOO:
-                continue
-            for seed in SEEDS:
-                key = f"{kind.name}, {name}, seed {seed}"
-                detail[key] = part(ROW, key, partial(_judged, kind, seed, case))
-                found.setdefault((kind.name, name), []).append(detail[key]["measured"])
-            table.append({"sets": kind.name, "construction": name, **_mean(found[kind.name, name])})
+    by: dict[str, Cells] = {}
+    for name, construction in CONSTRUCTIONS.items():
+        cells = []
+        for seed in SEEDS:
+            key = f"{name}, seed {seed}"
+            detail[key] = part(ROW, key, partial(_judged, kind, seed, construction))
+            cells.append(detail[key]["measured"])
+        by[name] = {"construction": name, **_mean(cells)}
     config: Cells = {
-        "eps": {kind.name: kind.eps for kind in KINDS.values()},
+        "eps": kind.eps,
         "attacked": ATTACKED,
         "seeds": SEEDS,
         "leaked": OLD,
@@ -86,36 +83,24 @@ def measured() -> Outcome:
         "drawn": DRAWN,
     }
     notes = [
-        "A0, A1 and A2 by momentum PGD of 12 steps; `worst` is the most of it, 50 steps on the margin, and resized VMI",
-        "single-step training takes four epochs here, and 3.5 where the targets were first measured",
+        "A0 to A3 by momentum PGD of 12 steps; `worst` is the most of it, 50 steps on the margin, and resized VMI",
     ]
-    return Outcome(table, _claims({key: _mean(cells) for key, cells in found.items()}), config, detail, notes)
+    return Outcome(list(by.values()), _claims(by), config, detail, notes)
 
 
-def _claims(by: dict[tuple[str, str], Cells]) -> list[Claim]:
-    static, hard = by["standard", "static"], by["robust", "static"]
-    path, pool = by["standard", "draws of a trajectory"], by["standard", "draws of 8 basins"]
-    shot, held = by["standard", "fresh seed, immunised"], by["robust", "fresh seed, immunised"]
-    seeds_ = by["robust", "fresh seeds"]
-
-    def ratio(one: Cells, other: Cells, name: str) -> float:
-        return float(one[name] / other["white box"])
-
+def _claims(by: dict[str, Cells]) -> list[Claim]:
+    path, pool, shot = by["draws of a trajectory"], by["draws of 8 basins"], by["fresh seed, immunised"]
+    white = by["static"]["white box"]
     return [
         Claim("draws of a trajectory within 1 point: % >= 95", path["let in, %"], 95, least=True),
         Claim("draws of 8 basins within 1 point: % >= 35", pool["let in, %"], 35, least=True),
-        Claim(
-            "draws of a trajectory: A1 / static white box >= 0.8", ratio(path, static, "A1"), 0.8, least=True
-        ),
-        Claim("draws of 8 basins: A1 / static white box <= 0.25", ratio(pool, static, "A1"), 0.25),
-        Claim("draws of 8 basins: A3 / static white box <= 0.55", ratio(pool, static, "A3"), 0.55),
+        Claim("draws of a trajectory: A1 / static white box >= 0.8", path["A1"] / white, 0.8, least=True),
+        Claim("draws of 8 basins: A1 / static white box <= 0.25", pool["A1"] / white, 0.25),
+        Claim("draws of 8 basins: A3 / static white box <= 0.55", pool["A3"] / white, 0.55),
         Claim("fresh seed, immunised: A1 <= 0.05", shot["A1"], 0.05),
         Claim("fresh seed, immunised: A2 <= 0.06", shot["A2"], 0.06),
         Claim("fresh seed, immunised: A3, its siblings <= 0.12", shot["A3"], 0.12),
         Claim("fresh seed, immunised: points lost <= 0.5", shot["points lost"], 0.5),
-        Claim("robust, fresh seeds: A1 / static white box <= 0.55", ratio(seeds_, hard, "A1"), 0.55),
-        Claim("robust, immunised: A1 / static white box <= 0.40", ratio(held, hard, "A1"), 0.40),
-        Claim("robust, immunised: points lost <= 0.5", held["points lost"], 0.5),
     ]
 
 
@@ -277,7 +262,3 @@ CONSTRUCTIONS: dict[str, Callable[[Kind, int], list[Case]]] = {
     "old set, trained more": partial(trained_more, fresh=False),
     "fresh seed, trained more": partial(trained_more, fresh=True),
 }
-ROBUST_TOO = (
-    "static", "checkpoints of a trajectory", "draws of a trajectory", "fresh seeds", "old set, immunised",
-    "fresh seed, immunised", "fresh seed, trained more",
-)  # fmt: skip
