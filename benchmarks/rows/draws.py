@@ -54,11 +54,11 @@ def measured() -> Outcome:
             means = {name: _mean([one[name] for one in cells]) for name in cells[0]}
             table.append({"collection": source, **shown, "margin": said.get("margin", ""), **means})
     slowest = max(one["measured"]["codec and diffusion, s"] for one in detail.values())
-    longest = max(one["measured"]["a draw, s"] for one in detail.values())
+    longest = max(one["measured"]["a draw alone, s"] for one in detail.values())
     lost = max(one["measured"]["round trip, points"] for one in detail.values())
     claims = [
         Claim("codec and diffusion of one seed, s <= 60", slowest, 60),
-        Claim("one draw, s <= 0.05", longest, 0.05),
+        Claim("one draw by itself, s <= 0.05", longest, 0.05),
         Claim("the round trip of the codec loses, points <= 0.3", lost, 0.3),
     ]
     config: Cells = {"seeds": SEEDS, "drawn": DRAWN, "eps": STANDARD.eps, "attacked sets": LIVE}
@@ -80,16 +80,20 @@ def _drawn(source: str, said: dict[str, Any], seed: int) -> Cells:
     embedding = Codec()(members, rng=rng.at("codec"))
     generator = LatentDiffusion(**said)(embedding, members, rng=rng.at("diffusion"))
     spent = perf_counter() - begin
-    begin = perf_counter()
-    for one in range(8):
+    alone = []
+    for one in range(9):
+        begin = perf_counter()
         generator.drawn(1, rng.at("single", one))
-    single = (perf_counter() - begin) / 8
+        alone.append(perf_counter() - begin)
+    begin = perf_counter()
     drawn = generator.drawn(DRAWN, rng.at("drawn"))
+    beside = (perf_counter() - begin) / DRAWN
     sets, let_in, right = admitted(drawn, members)
     far = nearest(drawn, members)[0] / apart(members)
     return {
         "codec and diffusion, s": spent,
-        "a draw, s": single,
+        "a draw alone, s": median(alone),
+        "of 96, each, s": beside,
         "variance lost": embedding.lost,
         "round trip, points": _round_trip(embedding, members),
         "let in, %": 100 * float(let_in.float().mean()),

@@ -55,7 +55,7 @@ def test_it_is_what_diffusers_does(sampler):
     scheduler = kind(**said, **({"set_alpha_to_one": True} if sampler == "ddim" else {}))
     scheduler.set_timesteps(100)
     denoiser = gaussian(how)
-    drawn = {t: rng.at("step", t).normal(IDS[:16], 3) if t else torch.zeros(16, 3) for t in range(100)}
+    drawn = rng.at("steps").normal(IDS[:16], 100, 3)
     x = rng.at("first").normal(IDS[:16], 3)
     for t in scheduler.timesteps.tolist():
         noise = denoiser(x, torch.full((16,), t))
@@ -64,7 +64,7 @@ def test_it_is_what_diffusers_does(sampler):
             x = stepped.prev_sample
             continue
         mean = _mean(scheduler, noise, t, x)
-        x = mean + scheduler._get_variance(t).sqrt() * drawn[t] if t else mean
+        x = mean + scheduler._get_variance(t).sqrt() * drawn[:, t] if t else mean
     torch.testing.assert_close(
         getattr(how, sampler)(denoiser, IDS[:16], 3, rng, **({"steps": 100} if sampler == "ddim" else {})),
         x,

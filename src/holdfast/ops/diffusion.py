@@ -62,27 +62,31 @@ class Diffusion:
         """Points (n, dims) drawn from noise, one for each of `ids`. Cost: `steps` forwards."""
         betas, kept = self.betas().tolist(), self.kept().tolist()
         x = rng.at("first").normal(ids, dims)
+        drawn = rng.at("steps").normal(ids, self.steps, dims)
         for t in reversed(range(self.steps)):
-            step = torch.full((len(ids),), t, device=x.device)
-            clean = self.cleaned(x, denoiser(x, step), step)
+            clean = self._restored(denoiser, x, t, kept[t])[0]
             before, now, beta = kept[t - 1] if t else 1.0, kept[t], betas[t]
-            x = (math.sqrt(before) * beta * clean + math.sqrt(1 - beta) * (1 - before) * x) / (1 - now)
+            x = clean * (math.sqrt(before) * beta / (1 - now)) + x * (
+                math.sqrt(1 - beta) * (1 - before) / (1 - now)
+            )
             if t:
-                spread = math.sqrt((1 - before) / (1 - now) * beta)
-                x = x + spread * rng.at("step", t).normal(ids, dims)
+                x = torch.add(x, drawn[:, t], alpha=math.sqrt((1 - before) / (1 - now) * beta))
         return x
 
     @torch.no_grad()
     def ddim(self, denoiser: Denoiser, ids: Tensor, dims: int, rng: Draws, steps: int = 50) -> Tensor:
-        """The same in `steps` steps at most, of which only the first point is drawn."""
+        """The same in about `steps` steps, of which only the first point is drawn."""
         kept = self.kept().tolist()
-        stride = max(self.steps // steps, 1)
-        visited = list(range(self.steps - 1, -1, -stride))
+        visited = list(range(self.steps - 1, -1, -max(self.steps // steps, 1)))
         x = rng.at("first").normal(ids, dims)
         for t, then in zip(visited, [*visited[1:], -1], strict=True):
-            step = torch.full((len(ids),), t, device=x.device)
-            clean = self.cleaned(x, denoiser(x, step), step)
-            noise = (x - math.sqrt(kept[t]) * clean) / math.sqrt(1 - kept[t])
+            clean, noise = self._restored(denoiser, x, t, kept[t])
             before = kept[then] if then >= 0 else 1.0
-            x = math.sqrt(before) * clean + math.sqrt(1 - before) * noise
+            x = torch.add(math.sqrt(before) * clean, noise, alpha=math.sqrt(1 - before))
         return x
+
+    def _restored(self, denoiser: Denoiser, x: Tensor, t: int, kept: float) -> tuple[Tensor, Tensor]:
+        """The clean points that the denoiser sees after step `t`, clamped, and the noise that goes with them."""
+        told = denoiser(x, torch.full((len(x),), t, device=x.device))
+        clean = ((x - math.sqrt(1 - kept) * told) / math.sqrt(kept)).clamp_(-self.clamp, self.clamp)
+        return clean, (x - math.sqrt(kept) * clean) / math.sqrt(1 - kept)
