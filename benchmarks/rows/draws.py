@@ -17,7 +17,7 @@ from holdfast.core.draws import Draws
 from holdfast.rotation import Codec, Embedding, LatentDiffusion, Members
 from holdfast.rotation.distances import apart, nearest
 
-WHAT = "draws of a latent diffusion over 200 parameter sets, by collection and regulariser, three seeds"
+WHAT = "draws of a latent diffusion over 200 parameter sets, by collection and regulariser"
 ROW, SHARED, SEEDS, DRAWN, LIVE = "draws", "rotation", (0, 1, 2), 96, 6
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "trajectory": [
