@@ -39,9 +39,7 @@ from holdfast.ops.fit import Training
 from holdfast.rotation import Codec, Immunise, LatentDiffusion, put, weights_of
 from holdfast.rotation.collecting import last_of, rows_of, trained_anew
 
-WHAT = (
-    "rotating parameter sets of a small network on MNIST: eleven constructions, five attackers, one seed"
-)
+WHAT = "rotating parameter sets of a small network on MNIST: eleven constructions, five attackers, one seed"
 ROW, SEEDS = "rotation", (0,)
 OLD, LIVE, OWN = 4, 3, 4
 """Sets that served and leaked, sets that serve now, and surrogates of the thief of nothing."""
