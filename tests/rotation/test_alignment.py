@@ -31,7 +31,7 @@ def test_an_order_changes_no_output_and_is_found_again(norm):
 def test_aligning_strangers_brings_them_nearer_and_changes_no_output():
     one, other = network(1), network(2)
     members = Members.of([weights_of(one), weights_of(other)], [0, 1])
-    found = all_aligned(members, one, rng=Draws(0))
+    found = all_aligned(members, one, examples(), rng=Draws(0))
 
     def apart(sets):
         return sum((value[0] - value[1]).square().sum() for value in sets.tensors.values())
@@ -44,3 +44,34 @@ def test_aligning_strangers_brings_them_nearer_and_changes_no_output():
 def test_what_is_no_sequence_is_refused():
     with pytest.raises(TargetError, match=r"1 is Softmax, and alignment knows sequences"):
         hidden(Classifier(nn.Sequential(nn.Linear(4, 4), nn.Softmax(1), nn.Linear(4, 2))))
+    with pytest.raises(TargetError, match=r"the network is Residual, and alignment knows"):
+        hidden(Classifier(Residual(nn.Linear(4, 4), nn.Linear(4, 4))))
+    twice = nn.Linear(4, 4)
+    with pytest.raises(
+        TargetError, match=r"net\.2 is a layer that occurs twice|2 is a layer that occurs twice"
+    ):
+        hidden(Classifier(nn.Sequential(twice, nn.ReLU(), twice)))
+
+
+class Residual(nn.Sequential):
+    """A sequence by its class and none by what it does."""
+
+    def forward(self, x):
+        for layer in self:
+            x = x + layer(x)
+        return x
+
+
+def test_outputs_that_change_are_refused():
+    def tokens(seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            rows = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4))
+            return Classifier(nn.Sequential(nn.Flatten(1, 2), rows), classes=4)
+
+    one, other = tokens(1), tokens(2)
+    members = Members.of([weights_of(one), weights_of(other)], [0, 1])
+    with pytest.raises(
+        TargetError, match="aligning set 2 changes its outputs by up to .* where none was expected"
+    ):
+        all_aligned(members, one, examples(), rng=Draws(0))

@@ -59,6 +59,26 @@ def test_a_tail_goes_on_where_it_stands():
         torch.testing.assert_close(long.tensors[name][:2], value)
 
 
+def test_a_tail_makes_as_many_updates_as_are_asked_of_little_data():
+    job = task()
+    small = replace(job, data=examples(n=100))  # three batches of 32
+    counted = []
+
+    class Counted(type(job.tail)):
+        def loss(self, learner, batch, x_adv):
+            counted.append(len(batch))
+            return super().loss(learner, batch, x_adv)
+
+    few = replace(small, tail=Counted(training=job.tail.training))
+    for source, sets, updates in (
+        (Trajectory(sets=2, every=7), 2, 14),
+        (Subset(("7.",), sets=9, updates=10), 1, 10),  # of a run
+    ):
+        counted.clear()
+        assert len(list(source(job.model, few, rng=Draws(0)))) == sets
+        assert counted == [32] * updates
+
+
 def test_a_part_leaves_the_rest_as_it_was():
     job = task()
     members = collect(Subset(("5.", "7."), sets=2, updates=4), job, rng=Draws(0))
@@ -125,6 +145,10 @@ def test_what_does_not_belong_together_is_refused():
         Members.of([one, {**one, "7.bias": one["7.bias"][:3]}], [0, 1])
     with pytest.raises(TargetError, match=r"values in 7\.bias that are no numbers: its training diverged"):
         Members.of([one, {**one, "7.bias": one["7.bias"] * torch.nan}], [0, 1])
+    with pytest.raises(
+        UsageError, match=r"the set has 1\.running_mean, which is a buffer, .* rotation\.loaded"
+    ):
+        put(network(norm=True), network(norm=True).net.state_dict(), examples())
     with pytest.raises(TargetError, match=r"the parameter set has '9\.weight'"):
         put(network(), {"9.weight": torch.zeros(1)})
 

@@ -132,5 +132,7 @@ def test_what_diverges_is_no_generator(members, embedding):
         LostLoss, match=r"the diffusion, in update \d+ is no number .* smaller rate than 1e\+30"
     ):
         LatentDiffusion(Diffusion(50), width=64, steps=20, lr=1e30)(embedding, members, rng=Draws(2))
+    with pytest.raises(LostLoss, match="the codec's weights are no numbers any more"):
+        Codec(rank=12, dims=6, hidden=64, steps=1, lr=1e30)(members, rng=Draws(1))
     with pytest.raises(LostLoss, match=r"the codec, in update \d+ is no number"):
         Codec(rank=12, dims=6, hidden=64, steps=20, lr=1e30)(members, rng=Draws(1))

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 
 from holdfast import recipes
 from holdfast.attacks import PGD
+from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training, fit
 from holdfast.ops.immunity import Immunity
-from holdfast.rotation import Crafting, Immunise, chain
+from holdfast.rotation import Crafting, Immunise, chain, loaded
 from holdfast.rotation.collecting import trained_anew
 from rotation.problem import THREAT, accuracy, examples, network, task
 
@@ -67,8 +69,27 @@ def test_examples_are_made_of_training_inputs_within_their_ball_and_shared_out(s
     with torch.no_grad():
         own, other = ((model(half.x).argmax(1) != half.y).float().mean() for model in seeds)
     assert own > other  # the first half was made on the first
+    few = Crafting(examples=1)(seeds, data, THREAT, rng=Draws(1))
+    assert len(few) == 1  # fewer than there are sets
+    with pytest.raises(
+        UsageError, match="Crafting looks for any change within eps, and the threat model linf has no"
+    ):
+        CRAFTING(seeds, data, ThreatModel(Linf(float("inf"))), rng=Draws(1))
     with pytest.raises(UsageError, match="no exposed parameter set was given to immunise against"):
         CRAFTING([], data, THREAT, rng=Draws(1))
+
+
+def test_what_serves_is_frozen_and_can_be_trained_on_and_against():
+    job = task(norm=True)
+    served = loaded(job.model, trained_anew(job, Draws(1)).net.state_dict(), "served")
+    exposed = trained_anew(job, Draws(2)).train()
+    before = exposed.net[1].running_mean.clone()
+    how = Immunise(share=0.2, crafting=Crafting(examples=60))
+    made = how(served, [exposed], job.recipe, job.data, THREAT, rng=Draws(1))
+    assert not torch.equal(made.net[0].weight, served.net[0].weight)
+    assert not next(served.parameters()).requires_grad
+    assert torch.equal(exposed.net[1].running_mean, before)
+    assert accuracy(made, examples(5)) > 0.9
 
 
 def test_the_term_is_the_weighted_cross_entropy_of_drawn_examples():
@@ -78,6 +99,8 @@ def test_the_term_is_the_weighted_cross_entropy_of_drawn_examples():
     rows = Draws(4).at("immunity").integers(torch.arange(16), 40)
     torch.testing.assert_close(value, 0.25 * F.cross_entropy(model(data.x[rows]), data.y[rows]))
     assert not torch.equal(term(model, Draws(5)), value)
+    assert Training(immunity=term) == Training(immunity=term) != Training(immunity=Immunity(data))
+    assert len(repr(Training(immunity=term))) < 1_000
 
 
 def test_a_training_adds_it_to_its_own_loss():

@@ -428,6 +428,36 @@ def test_what_one_principal_got_is_exact_under_threads(restless):
 # --- counts, and who keeps which set
 
 
+def test_answers_that_could_not_be_written_down_are_told_again():
+    sets, written = pool(), []
+    model = rotating(sets)
+    model.answer(X[:3], principal="p")
+    swap(model, sets, "b")
+    model.answer(X[:2], principal="q")
+
+    def full(answers):
+        if answers.epoch == 2:
+            raise TargetError("the disk is full")
+        written.append(answers)
+
+    with pytest.raises(TargetError, match="the disk is full"):
+        model.collected(full)
+    assert written == [Answers("a", 1, {"p": 3}, 0, final=True)]
+    model.answer(X[:1], principal="q")
+    assert model.collected(written.append) == (Answers("b", 2, {"q": 3}, 0, final=False),)
+    assert len(written) == 2
+    assert model.collected() == ()
+
+
+def test_a_canary_that_leaves_most_inputs_out_knows_no_set():
+    sets = pool()
+    sets.known = lambda name: "0" * 64 + "/" + ",".join(map(str, range(20)))
+    with pytest.raises(
+        TargetError, match="comes with a canary that leaves 20 of 24 inputs out, and at most half"
+    ):
+        rotating(sets)
+
+
 def test_answers_that_fail_are_not_counted():
     model = rotating(pool())
     with pytest.raises(TargetError):

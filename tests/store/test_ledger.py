@@ -24,7 +24,7 @@ LEGAL = {
     "refused": {"candidate"},
     "serving": {"admitted"},
     "retired": {"admitted", "serving"},
-    "exposed": {"candidate", "admitted", "serving", "retired"},
+    "exposed": {"candidate", "admitted", "refused", "serving", "retired"},
 }
 
 

@@ -105,6 +105,55 @@ def test_what_set_two_off_at_once_swaps_once(pool):
     assert other.swap(epoch=2).epoch == 3
 
 
+def test_what_was_set_off_by_an_epoch_that_was_retired_swaps_nothing(pool):
+    epoch = pool.serving.epoch
+    pool.retire(pool.serving.name, "stopped")
+    with pytest.raises(
+        Inconclusive, match=f"epoch {epoch} is over, and nothing serves in .*; swap without naming"
+    ):
+        pool.swap(epoch=epoch)
+    assert pool.serving is None
+    assert pool.swap().epoch == epoch + 1
+
+
+def test_a_refused_set_may_be_stolen_too(pool):
+    name = pool.add(weights(7), {})
+    pool.refuse(name, "transfer_success 0.6")
+    pool.expose(name, "laptop stolen")
+    assert [exposure.name for exposure in pool.ledger.exposed()] == [name]
+
+
+@pytest.mark.parametrize(
+    "given, said, expected",
+    [
+        ({}, {}, "the set holds no parameters; give the state dict"),
+        ({"w": [1.0]}, {}, "w of the set is a list; a tensor was expected"),
+        ({"w": torch.full((2,), torch.nan)}, {}, "w of the set holds values that are no numbers"),
+        ({"w": torch.ones(2)}, {"when": Path("now")}, "what is said of it cannot be kept: .* is not JSON"),
+        (
+            {"w": torch.ones(2)},
+            {"share": float("nan")},
+            "what is said of it cannot be kept: .* not JSON compliant",
+        ),
+    ],
+)
+def test_what_is_no_set_or_cannot_be_said_is_refused(pool, given, said, expected):
+    entries = pool.ledger.entries
+    with pytest.raises(UsageError, match=expected):
+        pool.add(given, said)
+    assert pool.ledger.entries == entries
+
+
+def test_a_pool_that_cannot_be_begun_leaves_the_folder_as_it_is(pool, tmp_path):
+    with pytest.raises(UsageError, match="what is said of it cannot be kept"):
+        Pool.begun(tmp_path / "new", {"model": object()})
+    assert not (tmp_path / "new").exists()
+    pool.path.chmod(0o755)
+    with pytest.raises(UsageError, match="holds a pool already"):
+        Pool.begun(pool.path, {})
+    assert pool.path.stat().st_mode & 0o777 == 0o755
+
+
 def test_before_the_first_swap_nothing_serves(tmp_path):
     pool = Pool.begun(tmp_path / "pool", {})
     assert pool.serving is None

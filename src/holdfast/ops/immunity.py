@@ -5,7 +5,7 @@ other networks in place of some of a batch's own. Differs from the paper: the ex
 parameters that an attacker may hold, and their loss stands beside that of the recipe, whatever it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,11 @@ from holdfast.core.draws import Draws
 from holdfast.core.types import Positive, Steps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Immunity:
     """What a training is to hold against, beside what its recipe attacks it with."""
 
-    examples: Batch
+    examples: Batch = field(repr=False)
     """made on networks that leaked"""
     weight: Positive = 0.5
     """of their loss beside that of the recipe"""

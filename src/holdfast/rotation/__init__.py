@@ -5,7 +5,7 @@ from holdfast.rotation.codec import Codec, Embedding
 from holdfast.rotation.collecting import Basins, LowRank, Seeds, Source, Subset, Task, Trajectory, collect
 from holdfast.rotation.generating import Generator, LatentDiffusion
 from holdfast.rotation.immunising import Crafting, Immunise, chain
-from holdfast.rotation.live import Live, canary, churn, next_set
+from holdfast.rotation.live import Live, canary, churn, loaded, next_set
 from holdfast.rotation.members import Members, put, weights_of
 from holdfast.rotation.rotating import Answers, RotatingModel
 from holdfast.rotation.triggers import AnswersPerPrincipal, Elapsed, Watch, refuse_faster
@@ -36,6 +36,7 @@ __all__ = [
     "chain",
     "churn",
     "collect",
+    "loaded",
     "next_set",
     "put",
     "refuse_faster",

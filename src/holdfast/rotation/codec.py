@@ -6,6 +6,7 @@ coordinates inside the span of the collection, where nothing is lost, and not on
 are standardised one by one, without which a diffusion over them fails.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -94,6 +95,10 @@ class Codec:
         with torch.no_grad():
             raw = encoder(points)
             lost = (F.mse_loss(decoder(raw), points) / points.var(unbiased=False)).item()
+        if not math.isfinite(lost):
+            raise LostLoss(
+                f"the codec's weights are no numbers any more; train with a smaller rate than {self.lr:g}"
+            )
         deviation = raw.std(0) + _TINY
         for network in (encoder, decoder):
             network.eval().requires_grad_(False)

@@ -4,6 +4,7 @@ Sets of one training run are neighbours, and an attack on one breaks the others;
 `basins` has both: a few runs, each with a short tail of checkpoints at a small constant rate.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -229,17 +230,22 @@ def begun_anew(model: Classifier, rng: Draws) -> Classifier:
             if not callable(begin):
                 raise TargetError(
                     f"{name} is {type(layer).__name__}, which cannot draw its weights anew; give it a method "
-                    f"reset_parameters(), or collect with --source trajectory"
+                    f"reset_parameters(), or collect a Subset or LowRank, which begin at the given model"
                 )
             begin()
     return new
 
 
 def tail(base: Classifier, task: Task, sets: int, every: int, lr: float, rng: Draws) -> Iterator[Classifier]:
-    """`sets` models, each `every` updates after the one before, at a constant rate, on batches drawn for the place."""
+    """`sets` models, each `every` updates after the one before, at a constant rate, on batches drawn for the place.
+
+    A recipe that keeps examples aside, as a guard does, makes fewer updates of them.
+    """
+    batch = task.tail.training.batch
+    passes = math.ceil(every / max(len(task.data) // batch, 1))  # over the data, where it is small
     how = replace(
         task.tail.training,
-        epochs=sets,
+        epochs=sets * passes,
         lr=lr,
         schedule="flat",
         warmup=0.0,
@@ -250,8 +256,11 @@ def tail(base: Classifier, task: Task, sets: int, every: int, lr: float, rng: Dr
     recipe = trained_as(task.tail, how)
     after: Checkpoint | None = None
     for place in range(sets):
-        some = rows_of(task.data, every * how.batch, rng.at("batches", place))
-        after = next(iter(recipe(base, some, task.threat, rng=rng.at("training"), after=after)))
+        for turn in range(passes):
+            updates = every // passes + (turn < every % passes)
+            some = rows_of(task.data, updates * batch, rng.at("batches", place + turn * sets))
+            after = next(iter(recipe(base, some, task.threat, rng=rng.at("training"), after=after)))
+        assert after is not None
         new = deepcopy(base)
         after.put_into(new)
         yield new.eval()

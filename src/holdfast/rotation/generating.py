@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.core.draws import Draws
+from holdfast.core.errors import LostLoss
 from holdfast.core.types import NonNegative, Positive, Steps
 from holdfast.ops.diffusion import Diffusion
 from holdfast.ops.fit import drawing
@@ -127,6 +128,10 @@ class LatentDiffusion:
                 loss = loss + self.weight * (self.diffusion.weight(step[few], latents) * pushed).mean()
             stepped(optimizer, loss, f"the diffusion, in update {update + 1}", self.lr)
             falling.step()
+        if not all(bool(weight.isfinite().all()) for weight in denoiser.parameters()):
+            raise LostLoss(
+                f"the diffusion's weights are no numbers any more; train with a smaller rate than {self.lr:g}"
+            )
         return Generator(embedding, denoiser.eval().requires_grad_(False), self.diffusion)
 
     def _pushed(self, far: "_Far", restored: Tensor, rows: Tensor, rng: Draws) -> Tensor:

@@ -7,6 +7,7 @@ latter: it is aimed at what leaked, by networks of the same architecture, and ma
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,7 @@ from holdfast.core.types import Fraction, NonNegative, Positive, Steps
 from holdfast.ops.ascent import ascend
 from holdfast.ops.immunity import Immunity
 from holdfast.ops.losses import cross_entropy
+from holdfast.ops.norms import expect_eps
 from holdfast.ops.recipe import Recipe, trained_as
 from holdfast.rotation.collecting import last_of, rows_of
 
@@ -51,10 +53,11 @@ class Crafting:
                 "no exposed parameter set was given to immunise against; name what leaked, or what serves now"
             )
         some = rows_of(data, self.examples, rng.at("inputs"))
-        constraint = threat.constraint.resized(self.overshoot * threat.constraint.eps)
+        whole = expect_eps(threat.constraint, self)
+        constraint = whole.resized(self.overshoot * whole.eps)
         made = [
-            self._made(model, few, constraint, rng.at("start"))
-            for place, model in enumerate(exposed)
+            self._made(deepcopy(model).eval(), few, constraint, rng.at("start"))
+            for place, model in enumerate(exposed[: len(some)])
             for few in some.take(torch.arange(place, len(some), len(exposed))).split(_AT_ONCE)
         ]
         return Batch(*(torch.cat([getattr(batch, name) for batch in made]) for name in ("x", "y", "ids")))
@@ -101,12 +104,13 @@ class Immunise:
         """A new model that was trained on from `model`, whose parameters stay as they are.
 
         `exposed` are models with the sets that an attacker may hold, `recipe` any recipe; its own number of epochs,
-        rate, warm-up and averaging give way. `data` is training data, and nothing that judges.
+        optimiser, rate, warm-up and averaging give way. `data` is training data, and nothing that judges.
         """
         examples = self.crafting(exposed, data, threat, rng=rng.at("crafting"))
         how = replace(
             recipe.training,
             epochs=1,
+            optimizer="adamw",
             lr=self.lr,
             schedule="cycle",
             warmup=0.0,
@@ -115,7 +119,8 @@ class Immunise:
             immunity=Immunity(examples, self.weight, self.batch),
         )
         some = rows_of(data, max(round(self.share * len(data)), 1), rng.at("data"))
-        return last_of(trained_as(recipe, how), model, some, threat, rng.at("training"))
+        learner = deepcopy(model).requires_grad_()
+        return last_of(trained_as(recipe, how), learner, some, threat, rng.at("training"))
 
 
 def chain(

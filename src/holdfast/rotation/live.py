@@ -105,6 +105,11 @@ def refuse_strange(model: Model, x: Inputs, known: str, name: str) -> None:
             f"set {name!r} comes with the canary {known!r}; expected 64 hex digits, as rotation.canary gives them"
         )
     close = [int(place) for place in (found[2] or "").split(",") if place]
+    if 2 * len(close) > len(x):
+        raise TargetError(
+            f"set {name!r} comes with a canary that leaves {len(close)} of {len(x)} inputs out, and at most half were "
+            f"expected; admit the set again"
+        )
     digest = _digest(_logits(model, x).argmax(1), close)
     if digest != found[1]:
         raise TargetError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError, UsageError
@@ -83,7 +83,7 @@ def refuse_foreign(weights: Weights, known: Weights, what: str) -> None:
                 f"{what} has {name} of shape {tuple(value.shape)} and {value.dtype}, where {tuple(expected.shape)} and "
                 f"{expected.dtype} were expected; give sets of one architecture and type alone"
             )
-        if not bool(value.isfinite().all()):
+        if not bool((value.isfinite() | ~expected.isfinite()).all()):  # a mask may hold infinity
             raise TargetError(
                 f"{what} has values in {name} that are no numbers: its training diverged; leave it out, or train it "
                 f"with a smaller learning rate"
@@ -111,11 +111,17 @@ def put(model: Classifier, weights: Weights, data: Batch | None = None) -> Class
     new = deepcopy(model).eval()
     assert isinstance(new.net, nn.Module)
     known = dict(new.net.named_parameters())
+    buffers = [name for name, _ in new.net.named_buffers() if name in weights]
+    if buffers:
+        raise UsageError(
+            f"the set has {buffers[0]}, which is a buffer, and parameters alone were expected; take a whole state dict "
+            f"in with rotation.loaded"
+        )
     refuse_foreign(weights, {name: known[name] for name in weights if name in known}, "the parameter set")
     with torch.no_grad():
         for name, value in weights.items():
             known[name].copy_(value)
-    norms = [layer for layer in new.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    norms = [layer for layer in new.modules() if isinstance(layer, _NormBase) and layer.track_running_stats]
     if norms:
         if data is None:
             raise UsageError(
@@ -127,7 +133,7 @@ def put(model: Classifier, weights: Weights, data: Batch | None = None) -> Class
 
 
 @torch.no_grad()
-def _settle(model: Classifier, norms: Sequence[_BatchNorm], data: Batch) -> None:
+def _settle(model: Classifier, norms: Sequence[_NormBase], data: Batch) -> None:
     """Make the statistics the plain means over batches of the first inputs."""
     kept = [layer.momentum for layer in norms]
     for layer in norms:

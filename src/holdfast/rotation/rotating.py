@@ -60,6 +60,13 @@ class _Book:
             self.most = max(self.most, self.others if principal is None else self.had[principal])
         self.under_way -= 1
 
+    def forget(self, given: Mapping[str | None, int]) -> None:
+        """Those answers were written down."""
+        for principal, n in given.items():
+            self.given[principal] -= n
+            if not self.given[principal]:
+                del self.given[principal]
+
 
 @dataclass(frozen=True, eq=False)
 class _Serving:
@@ -98,7 +105,7 @@ class RotatingModel:
         self._pristine = deepcopy(model).eval().requires_grad_(False)
         self._current, self._canaries = current, canaries.detach().clone()
         self._sticky, self._kept, self._most_names = sticky, kept, principals
-        self._lock, self._swapping = threading.Lock(), threading.Lock()
+        self._lock, self._swapping, self._collecting = (threading.Lock() for _ in range(3))
         self._held: tuple[_Serving, ...] = ()  # replaced, and kept by principals that began with them
         self._ended: list[_Book] = []
         self._names = 0
@@ -197,21 +204,29 @@ class RotatingModel:
         self._held = wanted[: self._kept]
         self._ended += [one.book for one in among if one not in self._held]
 
-    def collected(self) -> tuple[Answers, ...]:
-        """Answers since the last call, epoch by epoch, for the ledger; none is told twice, and none is left out.
+    def collected(self, write: Callable[[Answers], object] = lambda answers: None) -> tuple[Answers, ...]:
+        """Answers since the last call, epoch by epoch, each told to `write` before it counts as told.
 
-        A set that was replaced comes once more when its last request is done, as `final`, and is forgotten.
+        None is told twice, and none is left out: what `write` raises at, as a ledger on a full disk does, is told
+        by the next call. A set that was replaced comes once more when its last request is done, as `final`, and is
+        forgotten.
         """
-        with self._lock:
-            over = [book for book in self._ended if not book.under_way]
-            self._ended = [book for book in self._ended if book.under_way]
-            self._names -= sum(len(book.had) for book in over)
-            serving = [one.book for one in (self._live, *self._held)]
-            told = [(book, book.given) for book in (*over, *self._ended, *serving)]
-            for book, _ in told:
-                book.given = {}
-        found = [_answers(book, given, final=book in over) for book, given in told if given or book in over]
-        return tuple(sorted(found, key=lambda answers: answers.epoch))
+        found = []
+        with self._collecting:
+            with self._lock:
+                over = [book for book in self._ended if not book.under_way]
+                books = [*self._ended, *(one.book for one in (self._live, *self._held))]
+                told = [(book, dict(book.given)) for book in books if book.given or book in over]
+            for book, given in sorted(told, key=lambda each: each[0].epoch):
+                answers = _answers(book, given, final=book in over)
+                write(answers)
+                found.append(answers)
+                with self._lock:
+                    book.forget(given)
+                    if book in over:
+                        self._ended.remove(book)
+                        self._names -= len(book.had)
+        return tuple(found)
 
 
 def _answers(book: _Book, given: Mapping[str | None, int], *, final: bool) -> Answers:

@@ -66,12 +66,13 @@ class Span:
 def span(members: Members, rank: Steps | None = None) -> Span:
     """The `rank` directions in which the sets differ most; all of them by default.
 
-    Exact: the round trip of a collection through its whole span is the collection, up to rounding.
+    The round trip of a collection through its whole span is the collection, up to what is less than a hundred
+    thousandth of its largest difference, which is left out as rounding.
     """
     if len(members) < 2:
         raise UsageError(
             f"the collection holds {len(members)} parameter set, and one has nothing to differ from; collect at least "
-            f"two, as in --source basins"
+            f"two"
         )
     mean = {name: value.mean(0) for name, value in members.tensors.items()}
     gram, size = torch.zeros(len(members), len(members), dtype=torch.float64), 0.0

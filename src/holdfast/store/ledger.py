@@ -3,7 +3,8 @@
 `ledger.jsonl` is a hash chain to which entries are only ever added. Several processes may use one ledger: each adds
 under a lock, after it has read and verified what the others added, so that the chain never forks. What lacks its end,
 because a kill cut it short, was never said. A chain shortened by whole entries still holds: who must know of that too
-writes the `head` down elsewhere.
+writes the `head` down elsewhere. What is rewritten in place under a living process, the
+next one that opens it sees.
 """
 
 import os

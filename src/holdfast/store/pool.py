@@ -51,6 +51,9 @@ class Pool:
         The key is that of the environment, else a new one beside the folder: `pool.seal.source` names which.
         """
         refuse_unready()
+        _refuse_unsaid(about)
+        if path.is_dir():
+            _refuse_begun(path, Ledger(path))
         with usable(path, refusal_in_pool):
             (path / SETS).mkdir(parents=True, exist_ok=True)
             for folder in (path, path / SETS):
@@ -78,7 +81,7 @@ class Pool:
         if not stands(path):
             _refuse_part(path, ledger)
             raise TargetError(
-                f"{str(path)!r} is no pool, or was never begun to the end; begin it with holdfast rotate"
+                f"{str(path)!r} is no pool, or was never begun to the end; begin it with Pool.begun"
             )
         manifest = read_document(path / MANIFEST)
         if manifest.get("schema_version") != SCHEMA_VERSION:
@@ -110,6 +113,8 @@ class Pool:
 
         Weights that are here already, whatever became of them, are not taken in again: what was said first stands.
         """
+        _refuse_no_set(weights)
+        _refuse_unsaid(about)
         full = content_digest(weights)
         name = full[:NAME_DIGITS]
         plain, path = column_files.encode(weights, about), self._path(name)
@@ -187,12 +192,16 @@ class Pool:
         """
         with self.ledger.alone():
             now = self.serving
+            if epoch is not None and now is None:
+                raise Inconclusive(
+                    f"epoch {epoch} is over, and nothing serves in {str(self.path)!r}; swap without naming an epoch"
+                )
             if epoch is not None and now is not None and now.epoch != epoch:
                 return now
             if not self.ahead:
                 still = "nothing serves yet" if now is None else f"{now.name!r} goes on serving"
                 raise Inconclusive(
-                    f"no admitted set waits in {str(self.path)!r}, so {still}; draw and admit more with holdfast rotate"
+                    f"no admitted set waits in {str(self.path)!r}, so {still}; draw and admit more"
                 )
             return self.serve(choose(self.ahead), why)
 
@@ -312,6 +321,29 @@ class Pool:
             )
 
 
+def _refuse_unsaid(about: Mapping[str, Any]) -> None:
+    """`UsageError` for what JSON cannot say."""
+    try:
+        canonical(about)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"what is said of it cannot be kept: {error}; expected text, finite numbers, lists and mappings of them"
+        ) from error
+
+
+def _refuse_no_set(weights: Mapping[str, Tensor]) -> None:
+    """`UsageError` for what is no state dict with numbers in it."""
+    if not weights:
+        raise UsageError("the set holds no parameters; give the state dict of a network")
+    for name, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise UsageError(f"{name} of the set is a {type(value).__name__}; a tensor was expected")
+        if bool(value.isnan().any()):
+            raise UsageError(
+                f"{name} of the set holds values that are no numbers: its training diverged; leave it out"
+            )
+
+
 def stands(path: Path) -> bool:
     """Whether a pool was begun in a folder, to the end."""
     with usable(path, refusal_in_pool):
@@ -323,9 +355,7 @@ def stands(path: Path) -> bool:
 def _refuse_begun(path: Path, ledger: Ledger) -> None:
     """`UsageError` where a pool stands already."""
     if (path / MANIFEST).exists() and ledger.entries:
-        raise UsageError(
-            f"{str(path)!r} holds a pool already; go on with it, or name another folder with --run DIR"
-        )
+        raise UsageError(f"{str(path)!r} holds a pool already; go on with it, or name another folder")
     _refuse_part(path, ledger)
 
 
@@ -335,6 +365,5 @@ def _refuse_part(path: Path, ledger: Ledger) -> None:
     for lost, known in ((MANIFEST, ledger.entries > 0), (ledger.path.name, sealed)):
         if known:
             raise TargetError(
-                f"{str(path)!r} holds a pool whose {lost} is gone; restore it from a copy, or name another folder with "
-                f"--run DIR"
+                f"{str(path)!r} holds a pool whose {lost} is gone; restore it from a copy, or name another folder"
             )

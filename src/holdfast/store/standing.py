@@ -19,7 +19,7 @@ _BEFORE: Mapping[str, tuple[State, ...]] = {
     "refused": ("candidate",),
     "serving": ("admitted",),
     "retired": ("admitted", "serving"),
-    "exposed": ("candidate", "admitted", "serving", "retired"),
+    "exposed": ("candidate", "admitted", "refused", "serving", "retired"),
     "deleted": ("candidate", "refused", "retired"),
 }
 """The states in which a set may be when an entry of a kind is made."""
