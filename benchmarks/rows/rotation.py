@@ -58,6 +58,8 @@ class Case:
     """seconds for one new set"""
     let_in: float | None = None
     """share of what was drawn that loses at most a point, where sets are drawn"""
+    own: Sets = ()
+    """surrogates of the thief of nothing, where they are not those of all other cases"""
 
 
 def measured() -> Outcome:
@@ -109,8 +111,7 @@ def _mean(cells: list[Cells]) -> Cells:
 
 
 def _judged(kind: Kind, seed: int, construction: Callable[[Kind, int], list[Case]]) -> Cells:
-    small = construction is small_beginnings
-    own = seeds(ROW, kind, 1_000 + seed, OWN, small=small)
+    own = seeds(ROW, kind, 1_000 + seed, OWN)
     usual = mean(accuracy(one, examples().test) for one in seeds(ROW, kind, seed, OLD + LIVE))
     rng = Draws(seed).at("attacks")
     return _mean([_met(kind, case, own, usual, rng) for case in construction(kind, seed)])
@@ -119,7 +120,7 @@ def _judged(kind: Kind, seed: int, construction: Callable[[Kind, int], list[Case
 def _met(kind: Kind, case: Case, own: Sets, usual: float, rng: Draws) -> Cells:
     """What each attacker gets of a case."""
     singles = [transfer([one], case.live, kind, rng.at("A1")) for one in case.old[:LIVE]]
-    none, all_old = (transfer(some, case.live, kind, rng.at("A2")) for some in (own, case.old))
+    none, all_old = (transfer(some, case.live, kind, rng.at("A2")) for some in (case.own or own, case.old))
     sizes = [n for n in (4, 16, 64) if n <= len(case.fresh)]
     made = (Momentum()(case.fresh[:n], examples().attacked, kind.threat, rng.at("A3", n)) for n in sizes)
     clean = mean(accuracy(one, examples().test) for one in case.live)
@@ -186,38 +187,23 @@ def generated(source: str, kind: Kind, seed: int) -> list[Case]:
     return [Case(sets[:OLD], sets[OLD : OLD + LIVE], rest[:64], spent, float(let_in.float().mean()))]
 
 
-def independent(kind: Kind, seed: int) -> list[Case]:
-    """Independent runs, one after another."""
-    found, theirs = seeds(ROW, kind, seed, OLD + LIVE), seeds(ROW, kind, 2_000 + seed, OLD)
-    spent = timed(lambda: trained_anew(kind.task(), Draws(seed)))
-    return [Case(found[:OLD], found[OLD:], theirs, spent)]
-
-
-def small_beginnings(kind: Kind, seed: int) -> list[Case]:
-    """The same from weights that begin 2.4 times smaller, as torch's own do."""
-    found, theirs = (
-        seeds(ROW, kind, seed + more, n, small=True) for more, n in ((0, OLD + LIVE), (2_000, OLD))
+def independent(kind: Kind, seed: int, *, small: bool = False) -> list[Case]:
+    """Independent runs, one after another; `small` ones begin at weights 2.4 times smaller, as torch's own are."""
+    found, theirs, own = (
+        seeds(ROW, kind, seed + more, n, small=small)
+        for more, n in ((0, OLD + LIVE), (2_000, OLD), (1_000, OWN))
     )
-    spent = timed(lambda: trained_anew(kind.task(small=True), Draws(seed)))
-    return [Case(found[:OLD], found[OLD:], theirs, spent)]
+    spent = timed(lambda: trained_anew(kind.task(small=small), Draws(seed)))
+    return [Case(found[:OLD], found[OLD:], theirs, spent, own=own)]
 
 
-def immunised(kind: Kind, seed: int) -> list[Case]:
-    """Fresh seeds, trained for half an epoch on examples made on all four that leaked."""
-
-    def made(base: Classifier, old: Sets, rng: Draws) -> Classifier:
-        return Immunise()(base, old, kind.recipe, examples().train, kind.threat, rng=rng)
-
-    return _trained_on(kind, seed, made, fresh=True)
-
-
-def immunised_old(kind: Kind, seed: int) -> list[Case]:
-    """The last set that leaked, trained for half an epoch on examples made on all four."""
+def immunised(kind: Kind, seed: int, *, fresh: bool) -> list[Case]:
+    """Fresh seeds, or the last set that leaked, trained for half an epoch on examples made on all four that leaked."""
 
     def made(base: Classifier, old: Sets, rng: Draws) -> Classifier:
         return Immunise()(base, old, kind.recipe, examples().train, kind.threat, rng=rng)
 
-    return _trained_on(kind, seed, made, fresh=False)
+    return _trained_on(kind, seed, made, fresh=fresh)
 
 
 def trained_more(kind: Kind, seed: int, *, fresh: bool) -> list[Case]:
@@ -254,9 +240,9 @@ CONSTRUCTIONS: dict[str, Callable[[Kind, int], list[Case]]] = {
     "draws of a trajectory": partial(generated, "trajectory"),
     "draws of 8 basins": partial(generated, "basins"),
     "fresh seeds": independent,
-    "fresh seeds, small at first": small_beginnings,
-    "old set, immunised": immunised_old,
-    "fresh seed, immunised": immunised,
+    "fresh seeds, small at first": partial(independent, small=True),
+    "old set, immunised": partial(immunised, fresh=False),
+    "fresh seed, immunised": partial(immunised, fresh=True),
     "old set, trained more": partial(trained_more, fresh=False),
     "fresh seed, trained more": partial(trained_more, fresh=True),
 }

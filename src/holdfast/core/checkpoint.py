@@ -12,6 +12,11 @@ WEIGHTS, AVERAGE, MEMORY, STATE = "weights.", "average.", "memory.", "state."
 what the recipe does."""
 
 
+def beginning(tensors: Mapping[str, Tensor], first: str) -> dict[str, Tensor]:
+    """Those whose names begin so, by the rest of their names."""
+    return {name.removeprefix(first): t for name, t in tensors.items() if name.startswith(first)}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Everything that going on from here exactly needs, and with it the new model.
@@ -37,5 +42,4 @@ class Checkpoint:
     def put_into(self, model: Classifier) -> None:
         """Give a model of the same architecture the new weights."""
         first = AVERAGE if self.averaged else WEIGHTS
-        named = {name.removeprefix(first): t for name, t in self.tensors.items() if name.startswith(first)}
-        model.load_state_dict(named)
+        model.load_state_dict(beginning(self.tensors, first))

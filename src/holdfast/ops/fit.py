@@ -19,7 +19,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from holdfast.core.batch import UNLABELLED, Batch
-from holdfast.core.checkpoint import AVERAGE, MEMORY, STATE, WEIGHTS, Checkpoint
+from holdfast.core.checkpoint import AVERAGE, MEMORY, STATE, WEIGHTS, Checkpoint, beginning
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss, TargetError
 from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Steps
@@ -309,20 +309,16 @@ class _Loop:
         self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor] = MappingProxyType({})
     ) -> None:
         """Go back to what `tensors` says; of what the loss remembers, `state` alone."""
-
-        def begins(first: str) -> dict[str, Tensor]:
-            return {name.removeprefix(first): t for name, t in tensors.items() if name.startswith(first)}
-
-        self._model.load_state_dict(begins(WEIGHTS))
-        for name, value in begins(AVERAGE).items():
+        self._model.load_state_dict(beginning(tensors, WEIGHTS))
+        for name, value in beginning(tensors, AVERAGE).items():
             self._average[name].copy_(value)
-        for name, value in begins(STATE).items():
+        for name, value in beginning(tensors, STATE).items():
             if (
                 name in state and state[name].shape == value.shape
             ):  # after memory ran out, a batch has another
                 state[name].copy_(value)
         memory: dict[int, dict[str, Tensor]] = {}
-        for name, value in begins(MEMORY).items():
+        for name, value in beginning(tensors, MEMORY).items():
             place, _, key = name.partition(".")
             value = value.cpu() if key == "step" else value  # where the optimiser reads it without waiting
             memory.setdefault(int(place), {})[key] = _copy(value)

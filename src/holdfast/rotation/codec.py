@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from holdfast.core.checkpoint import beginning
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss
 from holdfast.core.types import NonNegative, Positive, Steps
@@ -157,18 +158,15 @@ def packed(embedding: Embedding) -> dict[str, Tensor]:
 def unpacked(tensors: Mapping[str, Tensor]) -> Embedding:
     """The fitted codec that was kept."""
 
-    def part(first: str) -> dict[str, Tensor]:
-        return {name.removeprefix(first): t for name, t in tensors.items() if name.startswith(first)}
-
     def network(first: str) -> nn.Module:
-        state = part(first)
+        state = beginning(tensors, first)
         begin, end = state["0.weight"], state["2.weight"]
         found = layers(begin.shape[1], begin.shape[0], end.shape[0])
         found.load_state_dict(state)
         return found.eval().requires_grad_(False)
 
     scale, lost, kept = tensors["told"].tolist()
-    inside = Span(part("mean."), part("directions."), kept)
+    inside = Span(beginning(tensors, "mean."), beginning(tensors, "directions."), kept)
     return Embedding(
         inside,
         scale,

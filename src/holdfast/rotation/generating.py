@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from holdfast.core.checkpoint import beginning
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss
 from holdfast.core.types import NonNegative, Positive, Steps
@@ -33,11 +34,8 @@ Sampler = Literal["ddpm", "ddim"]
 UNKNOWN = -1
 """Number of the run of a set that is of none."""
 _FREQUENCIES = 16
-_POOL, _COLUMNS, _ROWS = (
-    16_384,
-    512,
-    24,
-)  # numbers that distances are told by, those of one update, and its sets
+# Numbers that distances are told by, those of one update, and the sets of one:
+_POOL, _COLUMNS, _ROWS = 16_384, 512, 24
 
 
 class Denoiser(nn.Module):
@@ -175,11 +173,7 @@ def packed(generator: Generator) -> dict[str, Tensor]:
 
 def unpacked(tensors: Mapping[str, Tensor]) -> Generator:
     """The generator that was kept."""
-
-    def part(first: str) -> dict[str, Tensor]:
-        return {name.removeprefix(first): t for name, t in tensors.items() if name.startswith(first)}
-
-    embedding, state = codec.unpacked(part("codec.")), part("denoiser.")
+    embedding, state = codec.unpacked(beginning(tensors, "codec.")), beginning(tensors, "denoiser.")
     width, depth = len(state["first.bias"]), sum(name.endswith(".bias") for name in state) - 2
     denoiser = Denoiser(embedding.dims, width, depth)
     denoiser.load_state_dict(state)

@@ -78,7 +78,7 @@ class Pool:
     def held(cls, path: Path) -> "Pool":
         """A pool that was begun; `TargetError` where its key, its ledger or a set that is needed does not hold."""
         ledger = Ledger(path)
-        if not stands(path):
+        if not _stands(path, ledger):
             _refuse_part(path, ledger)
             raise TargetError(
                 f"{str(path)!r} is no pool, or was never begun to the end; begin it with Pool.begun"
@@ -346,15 +346,17 @@ def _refuse_no_set(weights: Mapping[str, Tensor]) -> None:
 
 def stands(path: Path) -> bool:
     """Whether a pool was begun in a folder, to the end."""
+    return _stands(path, Ledger(path))
+
+
+def _stands(path: Path, ledger: Ledger) -> bool:
     with usable(path, refusal_in_pool):
-        if not (path / MANIFEST).is_file():
-            return False
-    return Ledger(path).entries > 0
+        return (path / MANIFEST).is_file() and ledger.entries > 0
 
 
 def _refuse_begun(path: Path, ledger: Ledger) -> None:
     """`UsageError` where a pool stands already."""
-    if (path / MANIFEST).exists() and ledger.entries:
+    if _stands(path, ledger):
         raise UsageError(f"{str(path)!r} holds a pool already; go on with it, or name another folder")
     _refuse_part(path, ledger)
 
