@@ -112,7 +112,7 @@ class Kind:
 
     def task(self, *, small: bool = False) -> Task:
         """What every set is trained with."""
-        return Task(network(small=small), examples().train, self.threat, self.recipe, self.tail)
+        return Task(network(small=small), examples().train, self.threat, self.recipe, self.tail, "own")
 
 
 _PLAIN = Training(epochs=2, lr=3e-3, averaging="none", weight_decay=0.0)

@@ -39,7 +39,9 @@ from holdfast.ops.fit import Training
 from holdfast.rotation import Codec, Immunise, LatentDiffusion, put, weights_of
 from holdfast.rotation.collecting import last_of, rows_of, trained_anew
 
-WHAT = "rotating parameter sets of a small network on MNIST: eleven constructions, five attackers, three seeds"
+WHAT = (
+    "rotating parameter sets of a small network on MNIST: eleven constructions, five attackers, three seeds"
+)
 ROW, SEEDS = "rotation", (0, 1, 2)
 OLD, LIVE, OWN = 4, 3, 4
 """Sets that served and leaked, sets that serve now, and surrogates of the thief of nothing."""

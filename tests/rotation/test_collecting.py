@@ -115,8 +115,8 @@ def test_batch_norm_goes_by_the_parameters_that_it_has():
 
 def test_weights_begin_anew_by_the_rules_of_the_layers():
     model = network()
-    one, other = begun_anew(model, Draws(1)), begun_anew(model, Draws(2))
-    assert torch.equal(begun_anew(model, Draws(1)).net[0].weight, one.net[0].weight)
+    one, other = begun_anew(model, Draws(1), "own"), begun_anew(model, Draws(2), "own")
+    assert torch.equal(begun_anew(model, Draws(1), "own").net[0].weight, one.net[0].weight)
     assert not torch.equal(other.net[0].weight, one.net[0].weight)
 
     class Own(nn.Module):
@@ -130,7 +130,7 @@ def test_weights_begin_anew_by_the_rules_of_the_layers():
     with pytest.raises(
         TargetError, match="net is Own, which cannot draw its weights anew; .* reset_parameters"
     ):
-        begun_anew(Classifier(Own()), Draws(1))
+        begun_anew(Classifier(Own()), Draws(1), "own")
 
 
 def test_what_does_not_belong_together_is_refused():

@@ -58,6 +58,18 @@ ATTACKS: Final = (
 AUTO: Final = "auto"
 """What `--recipe` takes where the recipe is to be chosen."""
 
+CARD: Final = "card"
+"""What `--recipe` of rotate takes where the recipe is that of the model's card, or `standard` without one."""
+
+SOURCES: Final = {
+    "basins": "Basins",
+    "low-rank": "LowRank",
+    "seeds": "Seeds",
+    "subset": "Subset",
+    "trajectory": "Trajectory",
+}
+"""Where `rotate collect` takes parameter sets from, and their classes in `holdfast.rotation`."""
+
 RECIPES: Final = {
     "atta": "ATTA",
     "cure": "CURE",

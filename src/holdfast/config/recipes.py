@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from torch import nn
 
@@ -16,6 +16,8 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.recipe import Recipe
 from holdfast.ops.together import started
 from holdfast.runs.candidates import Candidate
+
+Made = TypeVar("Made")
 
 
 def refuse_unheld(threat: ThreatModel) -> None:
@@ -79,8 +81,13 @@ def build_recipe(spec: Mapping[str, Any]) -> Recipe:
     name = str(spec["use"])
     cls = getattr(catalogue, RECIPES[name])
     said = {**PRESETS.get(name, {}), **{key: value for key, value in spec.items() if key != "use"}}
-    recipe: Recipe = cls(**_checked(cls, said, f"recipe {name}"))
+    recipe: Recipe = built(cls, said, f"recipe {name}", "recipe")
     return recipe
+
+
+def built(cls: type[Made], said: Mapping[str, Any], where: str, key: str) -> Made:
+    """A dataclass of settings with those that are said, each checked; `key` is where a file says them."""
+    return cls(**_checked(cls, said, where, key))
 
 
 def written_fields(cls: type[Any]) -> list[Field[Any]]:
@@ -88,7 +95,7 @@ def written_fields(cls: type[Any]) -> list[Field[Any]]:
     return [f for f in fields(cls) if f.metadata.get("written", True)]
 
 
-def _checked(cls: type[Any], said: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _checked(cls: type[Any], said: Mapping[str, Any], where: str, path: str) -> dict[str, Any]:
     """The settings that are said, each as the type of its field; a part keeps what its recipe sets and nobody says."""
     hints = get_type_hints(cls, include_extras=True)
     parts = {f.name: f.default_factory for f in written_fields(cls)}
@@ -100,11 +107,12 @@ def _checked(cls: type[Any], said: Mapping[str, Any], where: str) -> dict[str, A
         if is_dataclass(hint) and isinstance(hint, type):
             if not isinstance(value, Mapping):
                 raise UsageError(
-                    f"{where}: {key} is {value!r}; set one of its parts, as in --set recipe.{key}.epochs=10"
+                    f"{where}: {key} is {value!r}; set one of its parts, as in --set "
+                    f"{path}.{key}.{written_fields(hint)[0].name}=VALUE"
                 )
             part = parts[key]
             assert part is not MISSING
-            values[key] = replace(part(), **_checked(hint, value, f"{where}: {key}"))
+            values[key] = replace(part(), **_checked(hint, value, f"{where}: {key}", f"{path}.{key}"))
         else:
             values[key] = setting(hint, value, f"{where}: {key}")
     return values

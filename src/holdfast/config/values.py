@@ -1,6 +1,6 @@
 """Values of settings as they are written in files and on the command line, and the types that read them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from typing import Annotated, Any, SupportsIndex
 
@@ -16,7 +16,7 @@ from holdfast.config.grammar import (
     parse_transform,
     seconds,
 )
-from holdfast.config.naming import AUTO, RECIPES
+from holdfast.config.naming import AUTO, CARD, RECIPES, SOURCES
 from holdfast.core.errors import UsageError
 from holdfast.doubts.names import DOUBTS
 from holdfast.gates.grammar import parse as parse_gate
@@ -114,15 +114,22 @@ class SurrogateSettings(BaseModel):
     )
 
 
-def _recipe(value: object) -> object:
-    said = {"use": value} if isinstance(value, str) else value
-    if isinstance(said, Mapping):
-        name = str(said.get("use", AUTO))
-        if name.lower() not in {*RECIPES, AUTO}:
-            raise UsageError(f"there is no recipe {name!r}{nearest(name.lower(), [*RECIPES, AUTO])}")
-        return {**said, "use": name.lower()}
-    return said
+def _one_of(kind: str, usual: str, known: Sequence[str]) -> Callable[[object], object]:
+    """Reads a name, or a mapping that names it under `use:`."""
+
+    def read(value: object) -> object:
+        said = {"use": value} if isinstance(value, str) else value
+        if isinstance(said, Mapping):
+            name = str(said.get("use", usual))
+            if name.lower() not in known:
+                raise UsageError(f"there is no {kind} {name!r}{nearest(name.lower(), known)}")
+            return {**said, "use": name.lower()}
+        return said
+
+    return read
 
 
-RecipeSpec = Annotated[dict[str, Any], BeforeValidator(_recipe)]
+RecipeSpec = Annotated[dict[str, Any], BeforeValidator(_one_of("recipe", AUTO, [*RECIPES, AUTO]))]
+RotatedRecipe = Annotated[dict[str, Any], BeforeValidator(_one_of("recipe", CARD, [*RECIPES, CARD]))]
+SourceSpec = Annotated[dict[str, Any], BeforeValidator(_one_of("source", "basins", [*SOURCES]))]
 Surrogate = Annotated[SurrogateSettings, BeforeValidator(_surrogate)]

@@ -8,7 +8,7 @@ latter: it is aimed at what leaked, by networks of the same architecture, and ma
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -89,7 +89,7 @@ class Immunise:
     """of those examples in each update"""
     lr: Positive = 1e-3
     """largest learning rate; it goes in one cycle"""
-    crafting: Crafting = Crafting()
+    crafting: Crafting = field(default_factory=Crafting)
 
     def __call__(
         self,

@@ -24,10 +24,10 @@ _HARMLESS = 0.001  # of eps
 _NAMED = 3  # duplicates that are named
 
 
-def split_of(data: Batch, seed: int) -> tuple[Batch, Batch]:
+def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVERY) -> tuple[Batch, Batch]:
     """Training examples and held-out ones, all with labels; which are held out depends on the seed alone.
 
-    Of each class one is left to train on.
+    Of each class one is left to train on. At most so many are held out, and at most one of `every`.
     """
     known = data.y != UNLABELLED
     order = Draws(seed).at("held out").bits(data.ids).argsort()
@@ -35,11 +35,11 @@ def split_of(data: Batch, seed: int) -> tuple[Batch, Batch]:
     last = {label: place for place, label in enumerate(data.y[order].tolist())}
     spare = torch.ones_like(order, dtype=torch.bool)
     spare[list(last.values())] = False
-    n = min(_HELD_OUT, len(order) // _EVERY, int(spare.sum()))
+    n = min(most, len(order) // every, int(spare.sum()))
     if n < _LEAST_HELD_OUT:
         raise UsageError(
-            f"{len(order)} training examples leave {n} to choose the checkpoint by; at least "
-            f"{_LEAST_HELD_OUT * _EVERY} are needed; name more examples with --fit DATA"
+            f"{len(order)} training examples leave {n} to choose by; at least "
+            f"{_LEAST_HELD_OUT * every} are needed; name more examples with --fit DATA"
         )
     held = torch.zeros_like(known)
     held[order[spare][:n]] = True

@@ -1,0 +1,290 @@
+"""Collecting a pool: independent runs, each resumable at its last epoch, their sets sealed, and surrogates beside them.
+
+The surrogates are what a thief of nothing has: models of the same architecture, trained by the same recipe on the same
+examples from weights of their own. Everything that sets are admitted by is told in proportion to what those achieve.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint, beginning
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Classifier
+from holdfast.rotation import Members, Task, loaded, weights_of
+from holdfast.rotation.collecting import begun_anew, swapped
+from holdfast.runs.hardening import Told, unheard
+from holdfast.runs.order import Progress, Step, silent
+from holdfast.runs.pace import Pace, fitting, pace
+from holdfast.runs.rotate.terms import FIRST, Terms, accuracy
+from holdfast.runs.signals import Stopper
+from holdfast.store.columns import ColumnFile
+from holdfast.store.pool import Pool, stands
+
+OWN = 4
+"""Surrogates that a thief of nothing trains."""
+BASE = "a base, which others are made from: it never serves"
+"""Why the set that a run ended with is refused."""
+_BEGUN, _PLAN = "begun", "plan"
+_GUESSING = 1.5  # times what guessing gets right: less than that, and a run has gone astray
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a pool holds when everything is collected."""
+
+    runs: int
+    sets: int
+    epochs: int
+    accuracy: tuple[float, ...]
+    """of each base, on held-out examples"""
+    own: tuple[float, ...]
+    """the same of each surrogate"""
+
+
+def begun(path: Path, terms: Terms, *, resume: bool, told: Told = unheard) -> Pool:
+    """The pool in a folder: a new one, or one of the same terms that goes on."""
+    if stands(path):
+        if not resume:
+            raise UsageError(
+                f"{str(path)!r} holds a pool already; go on with it by --resume, or name another folder with --run"
+            )
+        pool = Pool.held(path)
+        terms.refuse_other(pool)
+        return pool
+    pool = Pool.begun(path, terms.about())
+    told(f"the pool is sealed; its key: {pool.seal.source}")
+    return pool
+
+
+def collect(
+    pool: Pool,
+    terms: Terms,
+    *,
+    budget_s: float | None = None,
+    stopper: Stopper | None = None,
+    told: Told = unheard,
+    progress: Progress = silent,
+) -> Collected:
+    """Train what is not trained yet, and seal it in the pool. Raises `UsageError`, `TargetError`."""
+    return _Collecting(pool, terms, stopper or Stopper(), told, progress).done(budget_s)
+
+
+def members(pool: Pool) -> Members:
+    """All sets that were collected; `UsageError` where some are missing."""
+    whole: Members | None = None
+    for run, kept in enumerate(_runs(pool)):
+        tensors = beginning(kept.columns, "set.")
+        some = Members(tensors, torch.full((int(kept.about["sets"]),), run))
+        whole = some if whole is None else whole.joined(some)
+    assert whole is not None
+    return whole
+
+
+def bases(pool: Pool) -> tuple[str, ...]:
+    """Names of the sets that runs ended with, in their order."""
+    return tuple(member.name for member in pool.ledger.members if member.why == BASE)
+
+
+def surrogates(pool: Pool, terms: Terms) -> list[Classifier]:
+    """The models of a thief of nothing."""
+    found = [pool.kept(_own(k)) for k in range(OWN)]
+    _refuse_uncollected(pool, [_own(k) for k in range(OWN)], found)
+    return [_as_model(terms, kept.columns) for kept in found if kept is not None]
+
+
+def epochs_of(pool: Pool) -> int:
+    """Epochs of each run, as they were planned."""
+    plan = pool.kept(_PLAN)
+    if plan is None:
+        raise UsageError(
+            f"nothing was collected in {str(pool.path)!r} yet; go on with holdfast rotate collect"
+        )
+    return int(plan.about["epochs"])
+
+
+def _runs(pool: Pool) -> list[ColumnFile]:
+    plan = pool.kept(_PLAN)
+    runs = 0 if plan is None else int(plan.about["runs"])
+    found = [pool.kept(_run(k)) for k in range(runs)]
+    _refuse_uncollected(pool, [_run(k) for k in range(max(runs, 1))], found)
+    return [kept for kept in found if kept is not None]
+
+
+def _refuse_uncollected(pool: Pool, names: list[str], found: list[ColumnFile | None]) -> None:
+    done = sum(kept is not None for kept in found)
+    if done < len(names):
+        raise UsageError(
+            f"{str(pool.path)!r} holds {done} of {len(names)} runs; go on with the collection first, by --resume"
+        )
+
+
+def _as_model(terms: Terms, state: Mapping[str, Tensor]) -> Classifier:
+    return loaded(terms.model, state, "own")
+
+
+def _too_small(budget_s: float, spent_s: float, found: Pace, trained: int) -> str:
+    least = math.ceil((trained * found.epoch + spent_s) / 60 / 0.95)
+    return (
+        f"a budget of {budget_s:g} s is too small: {trained} models are to be trained, {OWN} of them surrogates, an epoch of "
+        f"each takes {found.epoch:.3g} s on this machine, and what else there is {spent_s:.3g} s; give --budget {least}"
+        f"min or more, or fewer runs, as in --set source.seeds=3"
+    )
+
+
+def _run(k: int) -> str:
+    return f"run_{k}"
+
+
+def _own(k: int) -> str:
+    return f"own_{k}"
+
+
+def _where(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"epoch": checkpoint.epoch, "of": checkpoint.of, "measured": dict(checkpoint.measured)}
+
+
+def _state(model: Classifier) -> dict[str, Tensor]:
+    assert isinstance(model.net, nn.Module)
+    return {name: value.detach().cpu().clone() for name, value in model.net.state_dict().items()}
+
+
+class _Collecting:
+    """One call of the step."""
+
+    def __init__(self, pool: Pool, terms: Terms, stopper: Stopper, told: Told, progress: Progress) -> None:
+        self.pool, self.terms, self.stopper, self.told, self.progress = pool, terms, stopper, told, progress
+        self.draws = Draws(terms.seed)
+        self.anew = terms.source.runs if terms.source.anew else 0
+
+    def done(self, budget_s: float | None) -> Collected:
+        """All that is not done yet."""
+        plan = self._planned(budget_s)
+        task, runs, lost = self.terms.task(plan["epochs"]), self.terms.source.runs, self._guessed()
+        for run in range(runs):
+            kept = self.pool.kept(_run(run)) or self._run(task, run, lost)
+            self._list(kept)
+            self.told(
+                f"run {run + 1} of {runs}: {kept.about['sets']} sets, {100 * kept.about['accuracy']:.1f} % right"
+            )
+        for k in range(OWN):
+            kept = self.pool.kept(_own(k)) or self._surrogate(task, k, lost)
+            self.told(f"surrogate {k + 1} of {OWN}: {100 * kept.about['accuracy']:.1f} % right")
+        found = [kept for kept in (self.pool.kept(_run(run)) for run in range(runs)) if kept is not None]
+        own = [kept for kept in (self.pool.kept(_own(k)) for k in range(OWN)) if kept is not None]
+        return Collected(
+            runs,
+            sum(kept.about["sets"] for kept in found),
+            plan["epochs"],
+            tuple(kept.about["accuracy"] for kept in found),
+            tuple(kept.about["accuracy"] for kept in own),
+        )
+
+    def _planned(self, budget_s: float | None) -> Mapping[str, Any]:
+        """How many epochs each run has, as the first call planned it."""
+        known = self.pool.kept(_PLAN)
+        if known is not None:
+            return known.about
+        epochs, spent_s = self.terms.training.epochs, 0.0
+        if budget_s is not None:
+            self.told(
+                f"timing updates of {self.terms.candidate.name} on this machine, for a budget of {budget_s:g} s"
+            )
+            begin = time.perf_counter()
+            found = pace(
+                self.terms.candidate.recipe, self.terms.model, self.terms.train, self.terms.threat, budget_s
+            )
+            spent_s = time.perf_counter() - begin
+            trained = self.anew + OWN
+            spent_s += self.terms.source.runs * self.terms.source.updates * found.update
+            epochs = fitting((budget_s - spent_s) / trained, found)
+            if not epochs:
+                raise UsageError(_too_small(budget_s, spent_s, found, trained))
+        plan = {"epochs": epochs, "runs": self.terms.source.runs, "budget_s": budget_s, "planning_s": spent_s}
+        self.pool.keep(_PLAN, {"epochs": torch.tensor([epochs])}, plan)
+        return plan
+
+    def _guessed(self) -> float:
+        """What is right of the held-out examples by always naming the most frequent class, and some more."""
+        most = int(self._judged.y.bincount().max())
+        return min(_GUESSING * most / len(self._judged), 1.0)
+
+    @property
+    def _judged(self) -> Batch:
+        return self.terms.held.take(torch.arange(min(FIRST, len(self.terms.held))))
+
+    def _run(self, task: Task, run: int, lost: float) -> ColumnFile:
+        """One run of the source, sealed with all its sets and what it ended with."""
+        source, model = self.terms.source, self.terms.model
+        base = self._trained(task, _run(run), self.draws.at("run", run)) if source.anew else model
+        named = swapped(source, model)
+        sets = [weights_of(one, named) for one in source(base, task, rng=self.draws.at("sets", run))]
+        right = accuracy(base, self._judged)
+        self._refuse_astray(f"run {run + 1}", right, lost)
+        joined = Members.of(sets, [run] * len(sets)).tensors
+        columns = {f"set.{name}": value.cpu() for name, value in joined.items()}
+        columns |= {f"base.{name}": value for name, value in _state(base).items()}
+        said = {"sets": len(sets), "accuracy": right}
+        with self.stopper.finishing():
+            self.pool.keep(_run(run), columns, said)
+        return ColumnFile(columns, said)
+
+    def _surrogate(self, task: Task, k: int, lost: float) -> ColumnFile:
+        """A model of a thief of nothing."""
+        model = self._trained(task, _own(k), self.draws.at("own", k))
+        right = accuracy(model, self._judged)
+        self._refuse_astray(f"surrogate {k + 1}", right, lost)
+        columns, said = _state(model), {"accuracy": right}
+        with self.stopper.finishing():
+            self.pool.keep(_own(k), columns, said)
+        return ColumnFile(columns, said)
+
+    def _trained(self, task: Task, name: str, rng: Draws) -> Classifier:
+        """As `rotation.collecting.trained_anew`, with every epoch sealed, so that a later call goes on from there."""
+        start = begun_anew(task.model, rng.at("begin"), task.begins)
+        after = self._last(name)
+        for checkpoint in task.recipe(start, task.data, task.threat, rng=rng.at("training"), after=after):
+            after = checkpoint
+            with self.stopper.finishing():
+                self.pool.keep(_BEGUN, dict(checkpoint.tensors), {"run": name, **_where(checkpoint)})
+            self.progress(Step(name.replace("_", " "), 1, 1, checkpoint.epoch, checkpoint.of, 0, 0))
+        assert after is not None
+        model = deepcopy(start)
+        after.put_into(model)
+        return model.eval()
+
+    def _last(self, name: str) -> Checkpoint | None:
+        """The last epoch that an earlier call sealed of a run."""
+        kept = self.pool.kept(_BEGUN)
+        if kept is None or kept.about["run"] != name:
+            return None
+        said = kept.about
+        device = torch.device(self.terms.device)
+        tensors = {key: value.to(device) for key, value in kept.columns.items()}
+        return Checkpoint(said["epoch"], said["of"], tensors, said["measured"])
+
+    def _list(self, kept: ColumnFile) -> None:
+        """Enter the base of a run as a set of the pool that never serves."""
+        state = beginning(kept.columns, "base.")
+        name = self.pool.add(state, {"base": True}, why=BASE)
+        if self.pool.ledger.member(name).state == "candidate":
+            self.pool.refuse(name, BASE)
+
+    def _refuse_astray(self, what: str, right: float, lost: float) -> None:
+        """`TargetError` for a run that learned nothing."""
+        if right <= lost:
+            raise TargetError(
+                f"{what} is right on {100 * right:.1f} % of held-out examples, where guessing gets two thirds of "
+                f"{100 * lost:.1f}: its training went astray. Collect anew with a smaller rate, as in --set "
+                f"recipe.training.lr={self.terms.training.lr / 3:.2g}, a longer warm-up, another --seed, or --set "
+                f"begins=own"
+            )
