@@ -23,6 +23,7 @@ _COMMANDS = {
         "how robust is a model, honestly: worst case over a suite, with intervals and doubts",
     ),
     "harden": ("harden", "train a new model that is harder to break, within a budget of time"),
+    "rotate": ("rotate", "parameter sets that take turns at serving, so that what leaked goes stale"),
     "compare": ("report", "what changed between two runs of the same examples"),
     "report": ("report", "write the reports of a finished run again"),
     "verify": ("report", "check that a run's evidence is whole and unchanged"),

@@ -94,6 +94,19 @@ def seconds(text: str, what: str) -> float:
     return float(found[1]) * _UNITS[found[2]]
 
 
+def parse_every(text: str) -> tuple[Literal["answers", "seconds"], float]:
+    """When to swap: `50q/principal` after so many answers to one principal, `24h` after so long."""
+    count = re.fullmatch(r"\s*(\d+)\s*q/principal\s*", text)
+    if count is not None and int(count[1]) > 0:
+        return "answers", int(count[1])
+    try:
+        return "seconds", seconds(text, "every")
+    except UsageError:
+        raise UsageError(
+            f"every is {text!r}; expected answers to one principal or a duration, as in 50q/principal or 24h"
+        ) from None
+
+
 def parse_threat(text: str) -> ThreatSpec:
     """The threat that a string such as `linf:8/255,access=scores,queries=5000` describes."""
     words = [word for word in re.split(r"[,\s]+", text.strip()) if word]

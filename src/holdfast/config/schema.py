@@ -6,34 +6,41 @@ from typing import Any, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
-from holdfast import recipes
+from holdfast import recipes, rotation
 from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import attack_names, functions
-from holdfast.config.naming import AUTO, PRESETS, RECIPES
+from holdfast.config.naming import AUTO, CARD, PRESETS, RECIPES, SOURCES
 from holdfast.config.recipes import written_fields
-from holdfast.config.settings import HardenSettings
+from holdfast.config.settings import HardenSettings, RotateSettings
 from holdfast.core.constraints import Constraint
 from holdfast.ops.fit import Training
+from holdfast.rotation import Codec, Immunise, LatentDiffusion
 
 
 def schema() -> dict[str, Any]:
     """The published schema; `holdfast validate --schema` prints it, a test keeps the stored copy in step."""
-    content = HardenSettings.model_json_schema()
+    content = RotateSettings.model_json_schema()
     content["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     content["title"] = "holdfast.yaml"
     content["$defs"] = {
         **content.pop("$defs"),
         "attack": {"oneOf": [_tagged(n, c, {}) for n, c in attack_names().items()]},
-        "recipe": {"oneOf": [_recipe(name) for name in (AUTO, *RECIPES)]},
+        "recipe": {"oneOf": [_recipe(name) for name in (AUTO, CARD, *RECIPES)]},
+        "source": {"oneOf": [_tagged(n, getattr(rotation, of), {}) for n, of in SOURCES.items()]},
     }
     properties = content["properties"]
     properties["surrogates"]["items"] = {"anyOf": [{"type": "string"}, properties["surrogates"]["items"]]}
-    names = {"enum": [AUTO, *RECIPES]}
+    recipe = HardenSettings.model_fields["recipe"].description
     properties["recipe"] = {
-        "description": properties["recipe"]["description"],
-        "anyOf": [names, {"$ref": "#/$defs/recipe"}],
-        "default": AUTO,
+        "description": f"{recipe}; rotate takes `card`, that of the model's card, and not auto",
+        "anyOf": [{"enum": [AUTO, CARD, *RECIPES]}, {"$ref": "#/$defs/recipe"}],
     }
+    properties["source"] = {
+        "description": properties["source"]["description"],
+        "anyOf": [{"enum": [*SOURCES]}, {"$ref": "#/$defs/source"}],
+    }
+    for key, cls in (("codec", Codec), ("generator", LatentDiffusion), ("immunise", Immunise)):
+        properties[key] = {"description": properties[key]["description"], **_settings(cls, {})}
     properties["attacks"] = {
         **properties["attacks"],
         "anyOf": [{"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/attack"}}, {"type": "null"}],
@@ -52,10 +59,10 @@ def schema() -> dict[str, Any]:
 
 
 def _recipe(name: str) -> dict[str, Any]:
-    if name == AUTO:
+    if name in (AUTO, CARD):
         training = _settings(Training, {})
-        properties = {"use": {"const": AUTO}, "training": training}
-        return {"type": "object", "title": AUTO, "properties": properties, "additionalProperties": False}
+        properties = {"use": {"const": name}, "training": training}
+        return {"type": "object", "title": name, "properties": properties, "additionalProperties": False}
     return _tagged(name, getattr(recipes, RECIPES[name]), PRESETS.get(name, {}))
 
 

@@ -20,7 +20,7 @@ from holdfast.config.grammar import (
     pairs,
     parse_threat,
 )
-from holdfast.config.naming import ATTACKS, VARIANTS, chosen, members
+from holdfast.config.naming import ATTACKS, CARD, VARIANTS, chosen, members
 from holdfast.config.wording import complaint, place
 from holdfast.core.errors import TargetError, UsageError
 
@@ -168,6 +168,33 @@ class HardenSettings(AssessSettings):
     )
 
 
+class RotateSettings(HardenSettings):
+    """Everything that `holdfast rotate` can be told: where sets come from, how they are made, and when they swap."""
+
+    recipe: values.RotatedRecipe = Field(
+        default_factory=lambda: {"use": CARD},
+        description="how sets are trained: a name, `card` for that of the model's card (else standard), or `use: NAME` "
+        "with its settings",
+    )
+    source: values.SourceSpec = Field(
+        default_factory=lambda: {"use": "basins"},
+        description="where sets come from: basins, seeds, trajectory, subset, low-rank, or `use: NAME` with settings",
+    )
+    begins: Literal["he", "own"] = Field(
+        "he",
+        description="how weights of a run of its own are drawn: as large as He has it, or by each layer's rule",
+    )
+    codec: dict[str, Any] = Field(default_factory=dict, description="settings of the codec")
+    generator: dict[str, Any] = Field(default_factory=dict, description="settings of the latent diffusion")
+    immunise: dict[str, Any] = Field(
+        default_factory=dict, description="settings of the training against exposed sets"
+    )
+    every: list[values.Every] = Field(
+        default_factory=list, description="when to swap, as in 50q/principal or 24h"
+    )
+    keep: values.Positive = Field(8, description="admitted sets that are made ahead")
+
+
 _RIVALS = (("n", "sample"), ("sample", "n"), ("suite", "attacks"), ("attacks", "suite"))
 """Pairs that exclude each other: a flag (or a `--set`) of one takes the place of the file's other."""
 
@@ -209,9 +236,9 @@ def _for(content: dict[str, Any], where: str, kind: type[S]) -> dict[str, Any]:
     others = {
         key: content[key]
         for key in content
-        if key in HardenSettings.model_fields and key not in kind.model_fields
+        if key in RotateSettings.model_fields and key not in kind.model_fields
     }
-    check(others, where, kind=HardenSettings)
+    check(others, where, kind=RotateSettings)
     return {key: value for key, value in content.items() if key not in others}
 
 

@@ -11,6 +11,7 @@ from holdfast.config.grammar import (
     nearest,
     number,
     numbers,
+    parse_every,
     parse_surrogate,
     parse_threat,
     parse_transform,
@@ -92,6 +93,7 @@ Gate = Annotated[str, _read_by(parse_gate)]
 TimeBudget = Annotated[str, _read_by(lambda text: seconds(text, "time_budget"))]
 Budget = Annotated[str, _read_by(lambda text: seconds(text, "budget"))]
 Timeout = Annotated[str, _read_by(lambda text: seconds(text, "http_timeout"))]
+Every = Annotated[str, _read_by(parse_every)]
 Header = Annotated[str, _read_by(header_variable)]
 Reasons = Annotated[dict[str, str], BeforeValidator(_accepted)]
 

@@ -135,8 +135,8 @@ def _as_model(terms: Terms, state: Mapping[str, Tensor]) -> Classifier:
 def _too_small(budget_s: float, spent_s: float, found: Pace, trained: int) -> str:
     least = math.ceil((trained * found.epoch + spent_s) / 60 / 0.95)
     return (
-        f"a budget of {budget_s:g} s is too small: {trained} models are to be trained, {OWN} of them surrogates, an epoch of "
-        f"each takes {found.epoch:.3g} s on this machine, and what else there is {spent_s:.3g} s; give --budget {least}"
+        f"a budget of {budget_s:g} s is too small: {trained} models are to be trained, {OWN} of them surrogates, an "
+        f"epoch of each takes {found.epoch:.3g} s on this machine, and what else there is {spent_s:.3g} s; give --budget {least}"
         f"min or more, or fewer runs, as in --set source.seeds=3"
     )
 

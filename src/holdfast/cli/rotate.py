@@ -1,0 +1,164 @@
+"""`holdfast rotate`: a pool of parameter sets that take turns at serving."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from holdfast.cli.assess import SETTING, TARGET, settings_from
+from holdfast.cli.once import Group
+from holdfast.cli.options import Voice, offered, spoken
+from holdfast.config.naming import RECIPES, SOURCES
+from holdfast.config.settings import RotateSettings, read
+from holdfast.core.errors import UsageError
+
+_COLLECTING = (
+    click.option(
+        "--threat", "-t", metavar="T", help="What the adversary may do, as in linf:0.2 (default: linf:8/255)."
+    ),
+    click.option(
+        "--source",
+        metavar="S",
+        help=f"Where sets come from: {', '.join(SOURCES)} (default: basins); its settings by --set source.NAME=VALUE.",
+    ),
+    click.option(
+        "--recipe",
+        metavar="R",
+        help=f"How sets are trained: that of the model's card (the default, else standard), {', '.join(RECIPES)}.",
+    ),
+    click.option("--budget", metavar="T", help="Time to plan the trainings for, as in 20min."),
+    click.option("--fit", metavar="DATA", help="Examples to train on (default: the train split)."),
+    click.option("--seed", type=int, metavar="N", help="Seed of the trainings (default: 0)."),
+)
+_OF_POOL = (
+    click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 (default: auto)."),
+    click.option(
+        "--trust-code", is_flag=True, default=None, help="Run the code that the pool names for its model."
+    ),
+)
+_HELP = """\
+Parameter sets that take turns at serving, so that what leaked of one goes stale: Generate to Defend.
+
+A pool is a folder that is sealed on the disk, with a ledger of which set served when, to whom, and what leaked. Its
+steps: collect sets of independent trainings, train a generator of them, draw fresh sets, admit those that hold
+against what leaked, swap one in. Rotation is a second belt: without holdfast harden the set that serves is as easy to
+break as before.
+"""
+
+
+@click.group(cls=Group, short_help="parameter sets that take turns at serving, against thieves", help=_HELP)
+def rotate() -> None:
+    """The verbs below."""
+
+
+def _settings(flags: dict[str, Any], given: Any = None) -> RotateSettings:
+    """What a verb over a pool is told, beside the pool itself."""
+    config, sets = flags.pop("config"), flags.pop("sets")
+    return read(Path(config) if config else None, flags, sets, kind=RotateSettings)
+
+
+def _named(flags: dict[str, Any]) -> dict[str, Any]:
+    """With `--source` and `--recipe` as settings, so that `--set` may say more of them."""
+    for key in ("source", "recipe"):
+        name = flags.pop(key)
+        if name is not None:
+            flags["sets"] = (f"{key}.use={name}", *flags["sets"])
+    return flags
+
+
+@rotate.command(short_help="train the sets that all begins with")
+@click.argument("model", required=False)
+@click.argument("data", required=False)
+@click.option(
+    "--run", "run", metavar="DIR", help="Folder of the pool (default: holdfast-runs/<time>-rotate-<digest>)."
+)
+@click.option("--resume", is_flag=True, help="Go on with the pool in --run.")
+@offered(*_COLLECTING, *TARGET, *SETTING)
+@spoken
+def collect(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
+    """Train sets of MODEL's architecture on the train split of DATA, and surrogates of a thief of nothing beside them.
+
+    A fifth of the examples is held out to judge sets by. The budget covers all trainings; without one each has the
+    epochs of its recipe.
+    """
+    settings = settings_from(_named(flags), RotateSettings)
+    if resume and run is None:
+        raise UsageError("--resume goes on with a pool; name its folder with --run DIR")
+    from holdfast.cli.rotating import collect as step
+
+    return step(settings, voice, run=run, resume=resume)
+
+
+@rotate.command(short_help="learn a generator of the sets")
+@click.argument("pool")
+@offered(*_OF_POOL, *SETTING)
+@spoken
+def train(voice: Voice, *, pool: str, **flags: Any) -> int:
+    """Fit the codec and the latent diffusion to what POOL holds.
+
+    Settings by --set codec.NAME=VALUE and --set generator.NAME=VALUE, as in --set generator.regulariser=hinge. Where
+    the way through the codec and back costs more than 0.3 points of accuracy, nothing is learned (exit code 4).
+    """
+    from holdfast.cli.rotating import train as step
+
+    return step(pool, _settings(flags), voice)
+
+
+@rotate.command(short_help="make fresh candidates")
+@click.argument("pool")
+@click.option("--sets", "wanted", type=click.IntRange(1), default=8, show_default=True, help="How many.")
+@click.option(
+    "--by",
+    type=click.Choice(["generator", "anew"]),
+    help="Drawn by the generator, or trained anew (default: the generator, where there is one).",
+)
+@click.option(
+    "--immunise",
+    "immunising",
+    is_flag=True,
+    help="Train each on against the exposed sets; without any, against the one that serves, else the bases.",
+)
+@click.option("--resume", is_flag=True, help="Go on with the last drawing.")
+@offered(*_OF_POOL, *SETTING)
+@spoken
+def draw(
+    voice: Voice, *, pool: str, wanted: int, by: str | None, immunising: bool, resume: bool, **flags: Any
+) -> int:
+    """Bring fresh candidates into POOL; each must be admitted before it may serve."""
+    from holdfast.cli.rotating import draw as step
+
+    return step(pool, _settings(flags), voice, wanted=wanted, by=by, immunising=immunising, resume=resume)
+
+
+@rotate.command(short_help="let another set serve")
+@click.argument("pool")
+@click.option("--why", default="", metavar="TEXT", help="Why, for the ledger.")
+@spoken
+def swap(voice: Voice, *, pool: str, why: str) -> int:
+    """Let an admitted set of POOL serve, drawn at random, and retire what served; exit code 4 where none waits."""
+    from holdfast.cli.rotating import swap as step
+
+    return step(pool, voice, why=why)
+
+
+@rotate.command(short_help="what serves, waits, was exposed")
+@click.argument("pool")
+@click.option("-o", "--output", multiple=True, metavar="FILE", help="As .json; - for JSON on stdout.")
+@spoken
+def status(voice: Voice, *, pool: str, output: tuple[str, ...]) -> int:
+    """What POOL holds, after its ledger was verified entry by entry."""
+    from holdfast.cli.rotating import status as step
+
+    return step(pool, voice, outputs=output)
+
+
+@rotate.command(short_help="note that an attacker may hold a set")
+@click.argument("pool")
+@click.argument("name", metavar="SET")
+@click.option("--why", required=True, metavar="TEXT", help="What happened, as in 'laptop stolen'.")
+@spoken
+def expose(voice: Voice, *, pool: str, name: str, why: str) -> int:
+    """Note in the ledger of POOL that an attacker may hold SET: it never serves again after the next swap."""
+    from holdfast.cli.rotating import expose as step
+
+    return step(pool, name, voice, why=why)

@@ -1,0 +1,180 @@
+"""The steps of a rotation from the command line: what they do on stderr, what came of it on stdout."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from holdfast.cli.options import Voice
+from holdfast.cli.running import watched
+from holdfast.config import rotating
+from holdfast.config.settings import RotateSettings, canonical
+from holdfast.core.chain import canonical as as_bytes
+from holdfast.core.chain import digest
+from holdfast.core.errors import UsageError
+from holdfast.core.names import printable
+from holdfast.rotation import next_set
+from holdfast.runs.index import new_folder
+from holdfast.runs.repeating import way_out
+from holdfast.runs.rotate import collecting, drawing, learning
+from holdfast.runs.rotate.status import standing
+from holdfast.runs.signals import stoppable
+from holdfast.store.files import usable, write_atomically
+from holdfast.store.pool import Pool
+from holdfast.store.records import document
+
+_STDOUT = "-"
+_AHEAD = 2
+"""Admitted sets that should wait at least, so that no swap has to."""
+
+
+def collect(settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool) -> int:
+    """Train and seal what a pool begins with; 0 when it is all there."""
+    command = shlex.join(["holdfast", *sys.argv[1:]])
+    folder = Path(run) if run else new_folder("rotate", digest(as_bytes(canonical(settings))))
+    with stoppable(way_out(command, folder)) as stopper, watched(voice) as progress:
+        terms = rotating.terms(settings)
+        pool = collecting.begun(folder, terms, resume=resume, told=voice.say)
+        for note in terms.examples.notes:
+            voice.say(f"note: {printable(note)}")
+        found = collecting.collect(
+            pool,
+            terms,
+            budget_s=rotating.budget_s(settings),
+            stopper=stopper,
+            told=voice.say,
+            progress=progress,
+        )
+    right = ", ".join(f"{100 * share:.1f}" for share in found.accuracy)
+    click.echo(f"{found.sets} sets of {found.runs} runs of {found.epochs} epochs; bases right on {right} %")
+    voice.say(f"pool: {folder}")
+    return 0
+
+
+def train(pool: str, settings: RotateSettings, voice: Voice) -> int:
+    """Learn a generator; 0 when it is sealed."""
+    held = Pool.held(Path(pool))
+    terms = rotating.reopened(held, settings)
+    found = learning.learn(
+        held, terms, rotating.codec(settings), rotating.diffusion(settings), told=voice.say
+    )
+    click.echo(
+        f"a generator of {found.sets} sets of {found.parameters:,} numbers, learned in "
+        f"{found.codec_s + found.diffusion_s:.0f} s; the codec loses {100 * found.accuracy_lost:.2f} points"
+    )
+    return 0
+
+
+def draw(
+    pool: str,
+    settings: RotateSettings,
+    voice: Voice,
+    *,
+    wanted: int,
+    by: str | None,
+    immunising: bool,
+    resume: bool,
+) -> int:
+    """Bring candidates into a pool; 0 when all are there."""
+    held = Pool.held(Path(pool))
+    command = shlex.join(["holdfast", *sys.argv[1:]])
+    again = f"what was finished is kept, go on with: {command}{'' if resume else ' --resume'}"
+    with stoppable(again) as stopper:
+        terms = rotating.reopened(held, settings)
+        found = drawing.draw(
+            held,
+            terms,
+            wanted,
+            by=None if by is None else ("generator" if by == "generator" else "anew"),
+            immunise=rotating.immunise(settings) if immunising else None,
+            resume=resume,
+            stopper=stopper,
+            told=voice.say,
+        )
+    against = f", immunised against {len(found.against)} sets" if found.against else ""
+    how = "by the generator" if found.by == "generator" else "anew"
+    click.echo(f"{len(found.names)} candidates made {how}, of {found.looked_at} looked at{against}")
+    voice.say(f"they may serve once they are admitted: holdfast rotate admit {shlex.quote(pool)}")
+    return 0
+
+
+def swap(pool: str, voice: Voice, *, why: str) -> int:
+    """Let another set serve; 0 when it does."""
+    held = Pool.held(Path(pool))
+    now = held.swap(why=why, choose=next_set)
+    click.echo(f"{now.name} serves as epoch {now.epoch}")
+    left = len(held.ahead)
+    if left < _AHEAD:
+        voice.say(
+            f"note: {left} admitted sets wait, and {_AHEAD} should: draw and admit more before the next swap"
+        )
+    return 0
+
+
+def expose(pool: str, name: str, voice: Voice, *, why: str) -> int:
+    """Note that an attacker may hold a set; 0 when the ledger has it."""
+    if not why.strip():
+        raise UsageError("an exposure is noted without a reason; say what happened with --why TEXT")
+    held = Pool.held(Path(pool))
+    held.expose(name, why)
+    click.echo(f"{name} is listed as exposed: {printable(why)}")
+    serving = held.serving
+    if serving is not None and serving.name == name:
+        voice.say(f"it serves still: holdfast rotate swap {shlex.quote(pool)}")
+    return 0
+
+
+def status(pool: str, voice: Voice, *, outputs: Sequence[str]) -> int:
+    """What a pool holds; 0 when its ledger verifies."""
+    for output in outputs:
+        if output != _STDOUT and Path(output).suffix != ".json":
+            raise UsageError(f"-o {output} has no report of a pool; write -o FILE.json, or - for stdout")
+    found = standing(Pool.held(Path(pool)))
+    for output in outputs:
+        if output != _STDOUT:
+            with usable(Path(output)):
+                write_atomically(Path(output), document(found), 0o600)
+    if _STDOUT in outputs:
+        click.echo(json.dumps(found, indent=2))
+    elif not voice.quiet:
+        _show(found, voice)
+    for note in found["notes"]:
+        voice.say(f"note: {printable(note)}")
+    return 0
+
+
+def _show(found: Mapping[str, Any], voice: Voice) -> None:
+    table = Table(
+        "set",
+        "state",
+        "since",
+        "epoch",
+        "answers",
+        "exposed",
+        "why",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
+    for one in found["sets"]:
+        epochs = ", ".join(map(str, one["epochs"]))
+        given = str(one["answers"]) if one["epochs"] else ""
+        said = one["exposed"] or ""
+        table.add_row(
+            one["name"], one["state"], one["since"], epochs, given, printable(said), printable(one["why"])
+        )
+    voice.console().print(table)
+    now = found["serving"]
+    serving = (
+        "nothing serves"
+        if now is None
+        else f"{now['name']} serves as epoch {now['epoch']} since {now['since']}"
+    )
+    voice.console().print(
+        f"{serving}; {len(found['ahead'])} wait; {found['entries']} entries, the chain holds"
+    )

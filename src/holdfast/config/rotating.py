@@ -1,0 +1,130 @@
+"""From the settings of a rotation to what its steps take: the terms of a pool, and what makes, immunises and swaps."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from holdfast import rotation
+from holdfast.config import hardening, ordering
+from holdfast.config.attacks import threat_model
+from holdfast.config.grammar import parse_every, parse_threat, seconds
+from holdfast.config.naming import CARD, SOURCES
+from holdfast.config.recipes import build_recipe, built, refuse_unheld, settings_of
+from holdfast.config.settings import RotateSettings, check
+from holdfast.core.errors import UsageError
+from holdfast.rotation import AnswersPerPrincipal, Codec, Elapsed, Immunise, LatentDiffusion, Source
+from holdfast.rotation.triggers import Trigger
+from holdfast.runs.candidates import Candidate
+from holdfast.runs.rotate.terms import Terms, parted, ready
+from holdfast.sources.cards import trained_by
+from holdfast.store.pool import Pool
+
+_OPENING = (
+    "model", "data", "arch", "model_args", "bounds", "mean", "std", "classes", "split", "label", "drop", "fit",
+    "threat", "recipe", "source", "begins", "seed",
+)  # fmt: skip
+"""What opens the terms of a pool again."""
+
+
+def terms(settings: RotateSettings) -> Terms:
+    """The terms that the settings name. Raises `UsageError` and `TargetError`."""
+    subject, training, _, test = hardening.opened(settings)
+    model = subject.model
+    threat = threat_model(parse_threat(settings.threat))
+    refuse_unheld(threat)
+    device = ordering.device_of(settings.device)
+    name = settings.fit or settings.data or ""
+    examples = parted(training, test, name, model.classes or int(training.y.max()) + 1, settings.seed)
+    opening = json.loads(settings.model_dump_json(include=set(_OPENING)))
+    return Terms(
+        subject=ready(subject, device, examples),
+        threat=threat,
+        said=settings.threat,
+        candidate=_candidate(settings),
+        source=source(settings),
+        examples=examples,
+        seed=settings.seed,
+        begins=settings.begins,
+        device=device,
+        settings=opening,
+    )
+
+
+def reopened(pool: Pool, settings: RotateSettings) -> Terms:
+    """The terms of a pool that was begun, opened by what it says; only `device` and code come from the settings.
+
+    Code runs only where the settings trust it: the pool's own words are no command line.
+    """
+    known: Mapping[str, Any] = pool.manifest["about"]["settings"]
+    for key in ("model", "arch"):
+        value = known.get(key)
+        if value and ".py:" in str(value) and not settings.trust_code:
+            raise UsageError(
+                f"{str(pool.path)!r} names code ({key}: {value}), and a pool runs none by itself; add --trust-code"
+            )
+    said = {**known, "device": settings.device, "trust_code": settings.trust_code}
+    told = {key: value for key, value in said.items() if value is not None}
+    found = terms(check(told, str(pool.path), kind=RotateSettings))
+    found.refuse_other(pool)
+    return found
+
+
+def _candidate(settings: RotateSettings) -> Candidate:
+    """The recipe that is named, or that of the model's card with what is said on top, or `standard`."""
+    spec = dict(settings.recipe)
+    if spec["use"] == CARD:
+        card = trained_by(str(settings.model)) or {"use": "standard"}
+        said = {key: value for key, value in spec.items() if key != "use"}
+        training = {**card.get("training", {}), **said.pop("training", {})}
+        spec = {**card, **said, **({"training": training} if training else {})}
+    recipe = build_recipe(spec)
+    if settings.budget is not None and "epochs" in settings.recipe.get("training", {}):
+        raise UsageError(
+            f"recipe.training.epochs is {settings.recipe['training']['epochs']}, and the budget is {settings.budget}, "
+            f"which sets them; give one of both"
+        )
+    return Candidate(str(spec["use"]), recipe, settings_of(recipe))
+
+
+def budget_s(settings: RotateSettings) -> float | None:
+    """Seconds that a collection may take; None for the recipe's own epochs."""
+    return None if settings.budget is None else seconds(settings.budget, "budget")
+
+
+def source(settings: RotateSettings) -> Source:
+    """Where the sets come from."""
+    spec = settings.source
+    name = str(spec["use"])
+    said = {key: value for key, value in spec.items() if key != "use"}
+    found: Source = built(getattr(rotation, SOURCES[name]), said, f"source {name}", "source")
+    return found
+
+
+def codec(settings: RotateSettings) -> Codec:
+    """What describes sets by a few numbers."""
+    return built(Codec, settings.codec, "codec", "codec")
+
+
+def diffusion(settings: RotateSettings) -> LatentDiffusion:
+    """What learns how those numbers are distributed."""
+    return built(LatentDiffusion, settings.generator, "generator", "generator")
+
+
+def immunise(settings: RotateSettings) -> Immunise:
+    """What trains a set against others."""
+    return built(Immunise, settings.immunise, "immunise", "immunise")
+
+
+def triggers(settings: RotateSettings) -> tuple[Trigger, ...]:
+    """When to swap."""
+    found: list[Trigger] = []
+    for text in settings.every:
+        kind, size = parse_every(text)
+        found.append(AnswersPerPrincipal(int(size)) if kind == "answers" else Elapsed(size))
+    return tuple(found)
+
+
+def held(path: str) -> Pool:
+    """The pool in a folder."""
+    return Pool.held(Path(path))

@@ -1,0 +1,190 @@
+"""Drawing fresh sets, by the generator or by training anew, and immunising them against what may have leaked.
+
+The place of every draw comes from the operating system, and is sealed: who knows the run's seed cannot draw the same.
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.draws import Draws
+from holdfast.core.errors import Inconclusive, UsageError
+from holdfast.core.model import Classifier
+from holdfast.rotation import Generator, Immunise
+from holdfast.rotation.collecting import rows_of, trained_anew
+from holdfast.runs.hardening import Told, unheard
+from holdfast.runs.rotate.collecting import bases, epochs_of
+from holdfast.runs.rotate.learning import learned
+from holdfast.runs.rotate.terms import Terms, accuracy
+from holdfast.runs.signals import Stopper
+from holdfast.store.pool import Pool
+
+By = Literal["generator", "anew"]
+_KEPT = "drawing"
+_LOOKED = 2_000  # training inputs on which a draw is looked at before it is immunised
+_POINT = 0.01  # of accuracy on them that it may lack of the bases: half an epoch does not mend more
+_MOST = 64  # draws for one that does not
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one call brought."""
+
+    names: tuple[str, ...]
+    """of the new candidates"""
+    by: By
+    against: tuple[str, ...]
+    """the sets that they were immunised against; none where they were not"""
+    looked_at: int
+    """draws that it took, those that were left out included"""
+
+
+def draw(
+    pool: Pool,
+    terms: Terms,
+    sets: int,
+    *,
+    by: By | None = None,
+    immunise: Immunise | None = None,
+    resume: bool = False,
+    stopper: Stopper | None = None,
+    told: Told = unheard,
+) -> Drawn:
+    """Bring so many fresh candidates into the pool; by the generator, where there is one, unless told otherwise.
+
+    With `immunise` each is trained on against the sets that the ledger lists as exposed; where it lists none, against
+    the one that serves, and before one does, against the bases. `resume` goes on with what an earlier call had begun.
+    Raises `UsageError`, and `Inconclusive` where the generator draws nothing that works.
+    """
+    begun = pool.kept(_KEPT) if resume else None
+    if begun is None or not _missing(begun.about):
+        generator = learned(pool, terms)
+        how: By = by or ("anew" if generator is None else "generator")
+        against = _against(pool) if immunise is not None else ()
+        seed = secrets.randbits(62)
+        said = {"wanted": sets, "by": how, "against": list(against), "names": [], "looked_at": 0}
+        pool.keep(_KEPT, {"seed": torch.tensor([seed])}, said)
+    return _Drawing(pool, terms, immunise, stopper or Stopper(), told).done()
+
+
+def _missing(about: Any) -> bool:
+    return len(about["names"]) < int(about["wanted"])
+
+
+def _against(pool: Pool) -> tuple[str, ...]:
+    """What an attacker may hold."""
+    known = {member.name: member for member in pool.ledger.members}
+    listed = tuple(one.name for one in pool.ledger.exposed() if not known[one.name].deleted)
+    if listed:
+        return listed
+    now = pool.serving
+    if now is not None:
+        return (now.name,)
+    found = tuple(name for name in bases(pool) if not known[name].deleted)
+    if not found:
+        raise UsageError(
+            f"{str(pool.path)!r} lists no exposed set, none serves, and its bases are deleted: there is nothing to "
+            f"immunise against; leave --immunise out, or collect first"
+        )
+    return found
+
+
+class _Drawing:
+    """One call of the step, or one that goes on with it."""
+
+    def __init__(
+        self, pool: Pool, terms: Terms, immunise: Immunise | None, stopper: Stopper, told: Told
+    ) -> None:
+        kept = pool.kept(_KEPT)
+        assert kept is not None
+        if kept.about["against"] and immunise is None:
+            raise UsageError("the drawing that goes on immunises its sets; add --immunise")
+        self.pool, self.terms, self.immunise = pool, terms, immunise
+        self.stopper, self.told, self.said = stopper, told, dict(kept.about)
+        self.seed: Tensor = kept.columns["seed"]
+        self.draws = Draws(int(self.seed)).at("drawing")
+        self.task = terms.task(epochs_of(pool))
+        self.looked = rows_of(self.task.data, _LOOKED, self.draws.at("looked at"))
+        self.exposed = [terms.of_set(pool, name) for name in self.said["against"]]
+        self.generator = self._generator() if self.said["by"] == "generator" else None
+        self.least = self._least() if self.generator is not None else 0.0
+
+    def done(self) -> Drawn:
+        """All that is missing."""
+        wanted = self.said["wanted"]
+        while _missing(self.said):
+            place = len(self.said["names"])
+            fresh, made_from = self._fresh(self.draws.at("set", place))
+            if self.immunise is not None and self.exposed:
+                task = self.task
+                fresh = self.immunise(
+                    fresh,
+                    self.exposed,
+                    task.recipe,
+                    task.data,
+                    task.threat,
+                    rng=self.draws.at("immunised", place),
+                )
+            self._take(fresh, made_from)
+            self.told(f"set {place + 1} of {wanted}: {self.said['names'][-1]}")
+        said = self.said
+        return Drawn(tuple(said["names"]), said["by"], tuple(said["against"]), said["looked_at"])
+
+    def _generator(self) -> Generator:
+        found = learned(self.pool, self.terms)
+        if found is None:
+            raise UsageError(
+                f"{str(self.pool.path)!r} has no generator yet; learn one with holdfast rotate train "
+                f"{self.pool.path}, or train sets anew with --by anew"
+            )
+        known = {name: tuple(mean.shape) for name, mean in found.embedding.span.mean.items()}
+        own = {name: tuple(value.shape) for name, value in self.terms.model.net.named_parameters()}  # type: ignore[union-attr]
+        other = next((name for name, shape in known.items() if own.get(name) != shape), None)
+        if other is not None:
+            raise UsageError(
+                f"the generator makes {other} of shape {known[other]}, and the model has {own.get(other)}: it is of "
+                f"another architecture; learn it anew with holdfast rotate train {self.pool.path}"
+            )
+        return found
+
+    def _least(self) -> float:
+        """What a draw must get right of the inputs that it is looked at with."""
+        known = [name for name in bases(self.pool) if not self.pool.ledger.member(name).deleted]
+        right = [accuracy(self.terms.of_set(self.pool, name), self.looked) for name in known]
+        return mean(right) - _POINT if right else 0.0
+
+    def _fresh(self, rng: Draws) -> tuple[Classifier, tuple[str, ...]]:
+        """A set that works, and those that it was made from."""
+        if self.generator is None:
+            self.said["looked_at"] += 1
+            return trained_anew(self.task, rng), ()
+        best = 0.0
+        for turn in range(_MOST):
+            drawn = self.generator.drawn(1, rng.at("draw", turn))
+            model = self.terms.of_weights(drawn.one(0))
+            right = accuracy(model, self.looked)
+            self.said["looked_at"] += 1
+            if right >= self.least:
+                return model, bases(self.pool)
+            best = max(best, right)
+        raise Inconclusive(
+            f"of {_MOST} draws none is right on {100 * self.least:.1f} % of {len(self.looked)} training inputs, which "
+            f"the bases are up to a point, and the best on {100 * best:.1f} %: the generator draws between them. "
+            f"Collect more sets of each run, learn without a regulariser, or train sets anew with --by anew"
+        )
+
+    def _take(self, model: Classifier, made_from: Sequence[str]) -> None:
+        """Bring a set into the pool, and note it."""
+        assert isinstance(model.net, nn.Module)
+        state = {name: value.detach().cpu() for name, value in model.net.state_dict().items()}
+        drawing = f"{int(self.seed) & 0xFFFFFFFF:08x}"
+        about = {"drawing": drawing, "by": self.said["by"], "against": self.said["against"]}
+        with self.stopper.finishing():
+            name = self.pool.add(state, about, bases=made_from, why=f"drawn by {self.said['by']}")
+            self.said["names"] = [*self.said["names"], name]
+            self.pool.keep(_KEPT, {"seed": self.seed}, self.said)

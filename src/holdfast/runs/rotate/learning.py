@@ -1,0 +1,99 @@
+"""Learning what is collected: the codec, the gate of its round trip, and the latent diffusion."""
+
+import time
+from dataclasses import dataclass
+from statistics import mean
+
+import torch
+
+from holdfast.core.draws import Draws
+from holdfast.core.errors import Inconclusive
+from holdfast.rotation import Codec, Embedding, Generator, LatentDiffusion, Members
+from holdfast.rotation.generating import packed, unpacked
+from holdfast.runs.hardening import Told, unheard
+from holdfast.runs.rotate.collecting import members
+from holdfast.runs.rotate.terms import FIRST, Terms, accuracy
+from holdfast.store.pool import Pool
+
+_KEPT = "generator"
+_LOST = 0.003  # of accuracy, at most, by the way through the codec and back
+_JUDGED = 24  # sets, spread over the collection, that go that way
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What came of it."""
+
+    sets: int
+    parameters: int
+    rank: int
+    """directions in which the sets differ"""
+    variance_lost: float
+    """share of their differences that the codec does not give back"""
+    accuracy_lost: float
+    """by the way through the codec and back, as a mean over sets"""
+    codec_s: float
+    diffusion_s: float
+
+
+def learn(
+    pool: Pool, terms: Terms, codec: Codec, diffusion: LatentDiffusion, *, told: Told = unheard
+) -> Learned:
+    """Fit codec and diffusion to what is collected, and seal them; what was learned before is replaced.
+
+    Raises `UsageError` where nothing or a single set is collected, `LostLoss` where training diverges, and
+    `Inconclusive` where sets lose more than 0.3 points on their way through the codec: what was there before stands.
+    """
+    collected, draws = members(pool), Draws(terms.seed).at("generator")
+    begin = time.perf_counter()
+    embedding = codec(collected, rng=draws.at("codec"))
+    codec_s = time.perf_counter() - begin
+    told(
+        f"codec: {len(collected)} sets of {collected.parameters:,} numbers along {embedding.span.rank} directions, "
+        f"{100 * embedding.lost:.2g} % of their differences lost, {codec_s:.1f} s"
+    )
+    lost = _lost(terms, embedding, collected)
+    told(f"round trip: {100 * lost:.2f} points of accuracy, of {100 * _LOST:g} that it may lose")
+    if lost > _LOST:
+        raise Inconclusive(
+            f"sets lose {100 * lost:.2f} points of accuracy through the codec and back, and {100 * _LOST:g} were "
+            f"allowed: what is drawn would be no better. Collect more sets of each run, or give the codec more room, "
+            f"as in --set codec.dims={2 * codec.dims} --set codec.steps={2 * codec.steps}"
+        )
+    begin = time.perf_counter()
+    generator = diffusion(embedding, collected, rng=draws.at("diffusion"))
+    diffusion_s = time.perf_counter() - begin
+    told(f"diffusion: regulariser {diffusion.regulariser}, {diffusion_s:.1f} s")
+    found = Learned(
+        len(collected), collected.parameters, embedding.span.rank, embedding.lost, lost, codec_s, diffusion_s
+    )
+    pool.keep(_KEPT, packed(generator), vars(found))
+    return found
+
+
+def learned(pool: Pool, terms: Terms) -> Generator | None:
+    """The generator that is sealed in the pool; None where none was learned."""
+    kept = pool.kept(_KEPT)
+    if kept is None:
+        return None
+    device = torch.device(terms.device)
+    return unpacked({name: value.to(device) for name, value in kept.columns.items()})
+
+
+def what_was_learned(pool: Pool) -> Learned | None:
+    """What `learn` said of the generator that is there."""
+    kept = pool.kept(_KEPT)
+    return None if kept is None else Learned(**kept.about)
+
+
+def _lost(terms: Terms, embedding: Embedding, collected: Members) -> float:
+    """Accuracy that sets lose on held-out examples, as a mean."""
+    places = torch.linspace(0, len(collected) - 1, min(_JUDGED, len(collected))).round().long()
+    some = collected.take(places)
+    back = Members(embedding.decoded(embedding.encoded(some)), some.basins)
+    held = terms.held.take(torch.arange(min(FIRST, len(terms.held))))
+
+    def right(sets: Members) -> float:
+        return mean(accuracy(terms.of_weights(sets.one(k)), held) for k in range(len(sets)))
+
+    return right(some) - right(back)

@@ -1,0 +1,67 @@
+"""What a pool holds, in plain values: where each set stands, what served when and to whom, what leaked."""
+
+from typing import Any
+
+from holdfast.runs.rotate.learning import what_was_learned
+from holdfast.store.pool import Pool
+from holdfast.store.standing import Member, Term
+
+
+def standing(pool: Pool) -> dict[str, Any]:
+    """The pool as its ledger says, which was verified to say it."""
+    ledger, about = pool.ledger, pool.manifest["about"]
+    terms, now, learned = ledger.terms, pool.serving, what_was_learned(pool)
+    return {
+        "pool": str(pool.path),
+        "of": {key: about[key] for key in ("model", "data", "threat", "recipe", "source")},
+        "generator": None if learned is None else vars(learned),
+        "serving": None if now is None else vars(now),
+        "ahead": list(pool.ahead),
+        "entries": ledger.entries,
+        "sets": [_member(member, terms) for member in ledger.members],
+        "terms": [_term(term) for term in terms],
+        "notes": _notes(pool),
+    }
+
+
+def _member(member: Member, terms: tuple[Term, ...]) -> dict[str, Any]:
+    served = [term for term in terms if term.name == member.name]
+    return {
+        "name": member.name,
+        "state": "deleted" if member.deleted else member.state,
+        "since": member.since,
+        "why": member.why,
+        "bases": list(member.bases),
+        "exposed": None if member.exposed is None else member.exposed.why,
+        "epochs": [term.epoch for term in served],
+        "answers": sum(term.others + sum(term.answers.values()) for term in served),
+    }
+
+
+def _term(term: Term) -> dict[str, Any]:
+    most = max(term.answers.values(), default=0)
+    return {
+        "set": term.name,
+        "epoch": term.epoch,
+        "since": term.since,
+        "until": term.until,
+        "principals": len(term.answers),
+        "most_to_one": most,
+        "others": term.others,
+    }
+
+
+def _notes(pool: Pool) -> list[str]:
+    """What somebody should do something about."""
+    ledger, now = pool.ledger, pool.serving
+    notes = []
+    if now is not None and ledger.member(now.name).exposed is not None:
+        notes.append(f"{now.name} serves and is exposed; swap another in")
+    if ledger.unlisted:
+        named = ", ".join(ledger.unlisted[:3])
+        more = f" and {len(ledger.unlisted) - 3} more" if len(ledger.unlisted) > 3 else ""
+        notes.append(
+            f"sets that serve or may were made from {named}{more}, which are neither listed as exposed nor deleted: "
+            f"stolen, they are worth more than others"
+        )
+    return notes

@@ -1,0 +1,39 @@
+"""What the card of a model says that it was trained by: beside the weights that a hardening wrote, or bundled."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from holdfast.core.errors import TargetError
+from holdfast.sources.models import BUNDLED_FOLDER
+
+CARD = "card.json"
+_INDENT = "    "  # of the settings in a bundled card
+
+
+def trained_by(address: str) -> dict[str, Any] | None:
+    """The recipe as `use:` and its settings; None where the address has no card, or it names none."""
+    bundled, beside = BUNDLED_FOLDER / f"{address}.md", Path(address).with_name(CARD)
+    if "/" not in address and bundled.is_file():
+        lines = bundled.read_text(encoding="utf-8").splitlines()
+        return _recipe(json.loads("\n".join(line for line in lines if line.startswith(_INDENT)) or "{}"))
+    if not (Path(address).is_file() and beside.is_file()):
+        return None
+    try:
+        card = json.loads(beside.read_text(encoding="utf-8"))
+        return _recipe({"recipe": card["recipe"], **card["settings"]})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TargetError(
+            f"{str(beside)!r} is no card of a hardening: {error!r}; restore it, or name a recipe with --recipe"
+        ) from error
+
+
+def _recipe(said: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings of the recipe, without what a bundled card says beside them."""
+    if "recipe" not in said:
+        return None
+    return {
+        "use": said["recipe"],
+        **{key: said[key] for key in said if key not in ("recipe", "threat", "seed")},
+    }
