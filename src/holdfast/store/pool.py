@@ -233,6 +233,11 @@ class Pool:
         path = self._kept(name)
         return self._unsealed(path, self._bound(name)) if path.exists() else None
 
+    def drop(self, name: str) -> None:
+        """Delete what was kept under a name, if anything was."""
+        with self.ledger.alone(), usable(self._kept(name), refusal_in_pool):
+            self._kept(name).unlink(missing_ok=True)
+
     # --- files
 
     def _path(self, name: str) -> Path:

@@ -136,8 +136,8 @@ def _too_small(budget_s: float, spent_s: float, found: Pace, trained: int) -> st
     least = math.ceil((trained * found.epoch + spent_s) / 60 / 0.95)
     return (
         f"a budget of {budget_s:g} s is too small: {trained} models are to be trained, {OWN} of them surrogates, an "
-        f"epoch of each takes {found.epoch:.3g} s on this machine, and what else there is {spent_s:.3g} s; give --budget {least}"
-        f"min or more, or fewer runs, as in --set source.seeds=3"
+        f"epoch of each takes {found.epoch:.3g} s on this machine, and what else there is {spent_s:.3g} s; give "
+        f"--budget {least}min or more, or fewer runs, as in --set source.seeds=3"
     )
 
 
@@ -179,6 +179,7 @@ class _Collecting:
         for k in range(OWN):
             kept = self.pool.kept(_own(k)) or self._surrogate(task, k, lost)
             self.told(f"surrogate {k + 1} of {OWN}: {100 * kept.about['accuracy']:.1f} % right")
+        self.pool.drop(_BEGUN)
         found = [kept for kept in (self.pool.kept(_run(run)) for run in range(runs)) if kept is not None]
         own = [kept for kept in (self.pool.kept(_own(k)) for k in range(OWN)) if kept is not None]
         return Collected(

@@ -72,6 +72,12 @@ def draw(
     return _Drawing(pool, terms, immunise, stopper or Stopper(), told).done()
 
 
+def candidates(pool: Pool) -> tuple[str, ...]:
+    """Sets that were drawn and neither admitted nor refused yet, in the order of their arrival."""
+    waiting = (one for one in pool.ledger.members if one.state == "candidate" and one.exposed is None)
+    return tuple(one.name for one in waiting if not one.deleted)
+
+
 def _missing(about: Any) -> bool:
     return len(about["names"]) < int(about["wanted"])
 

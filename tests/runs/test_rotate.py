@@ -1,0 +1,363 @@
+"""The steps of a rotation over a pool, on a problem that a small network learns in a second."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from holdfast.core.draws import Draws
+from holdfast.core.errors import Inconclusive, TargetError, UsageError
+from holdfast.ops.fit import Training
+from holdfast.recipes import SingleStep, Standard
+from holdfast.rotation import Basins, Codec, Immunise, LatentDiffusion, Seeds, Subset
+from holdfast.rotation.collecting import last_of
+from holdfast.rotation.immunising import Crafting
+from holdfast.runs.candidates import Candidate
+from holdfast.runs.order import Subject
+from holdfast.runs.rotate import collecting, drawing, learning
+from holdfast.runs.rotate.status import standing
+from holdfast.runs.rotate.terms import Terms, parted, ready
+from holdfast.sources.memory import as_data
+from holdfast.store.pool import Pool
+from rotation.problem import THREAT, accuracy, examples, network
+
+SOURCE = Basins(seeds=2, sets=4, every=2, lr=1e-3)
+CODEC, DIFFUSION = Codec(dims=8, hidden=64, steps=400), LatentDiffusion(width=64, depth=2, steps=400)
+IMMUNISE = Immunise(crafting=Crafting(examples=64, steps=2))
+
+
+@pytest.fixture(autouse=True)
+def unflushed(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def terms(source=SOURCE, *, robust=False, epochs=8, lr=0.01, seed=0, given=None) -> Terms:
+    """Of the small problem; a test set far from what is trained on."""
+    kind = SingleStep if robust else Standard
+    recipe = kind(training=Training(epochs=epochs, batch=32, lr=lr, averaging="none"))
+    data, other = examples(n=640), examples(1, 64)
+    parts = parted(data, as_data(other.x, other.y), "blobs", 4, seed)
+    subject = Subject(given or network(), "digest", {"name": "net"})
+    return Terms(
+        ready(subject, "cpu", parts), THREAT, "linf:0.1", Candidate("standard", recipe, {}), source, parts, seed,
+        "own",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    """A pool with everything collected and a generator, to be copied."""
+    path = tmp_path_factory.mktemp("collected") / "pool"
+    pool = collecting.begun(path, terms(), resume=False)
+    found = collecting.collect(pool, terms())
+    learned = learning.learn(pool, terms(), CODEC, DIFFUSION)
+    return path, found, learned
+
+
+@pytest.fixture
+def pool(collected, tmp_path):
+    import shutil
+
+    path = tmp_path / "pool"
+    shutil.copytree(collected[0], path)
+    shutil.copy(collected[0].with_name("pool.key"), tmp_path / "pool.key")
+    return Pool.held(path)
+
+
+# --- collect
+
+
+def test_collects_every_run_and_the_surrogates(collected):
+    path, found, _ = collected
+    held = Pool.held(path)
+    assert (found.runs, found.sets, found.epochs, len(found.own)) == (2, 8, 8, collecting.OWN)
+    assert min(found.accuracy + found.own) > 0.9
+    sets = collecting.members(held)
+    assert sets.basins.tolist() == [0] * 4 + [1] * 4
+    assert len(collecting.bases(held)) == 2
+    assert {member.state for member in held.ledger.members} == {"refused"}, "bases never serve"
+    models = collecting.surrogates(held, terms())
+    weights = [model.net[0].weight for model in models]
+    assert all(not torch.equal(one, weights[0]) for one in weights[1:])
+    assert accuracy(terms().of_weights(sets.one(5)), terms().held) > 0.9
+    assert not (path / "begun.sealed").exists(), "the checkpoint of the last training is of no use any more"
+
+
+def test_nothing_that_judges_is_trained_on():
+    of = terms()
+    assert len(of.held) == 128 and not set(of.held.ids.tolist()) & set(of.train.ids.tolist())
+    assert torch.equal(of.held.ids, terms().held.ids)
+    assert not torch.equal(of.held.ids, terms(seed=1).held.ids)
+
+
+def test_a_test_example_is_never_trained_on():
+    data, twin = examples(n=640), examples(n=640).take(torch.arange(3))
+    parts = parted(data, as_data(twin.x, twin.y), "blobs", 4, 0)
+    assert not {0, 1, 2} & {*parts.train.ids.tolist(), *parts.held.ids.tolist()}
+    assert "training examples are test examples" in parts.notes[0]
+
+
+def test_a_pool_is_begun_once(pool):
+    with pytest.raises(UsageError, match="holds a pool already; go on with it by --resume"):
+        collecting.begun(pool.path, terms(), resume=False)
+
+
+@pytest.mark.parametrize(
+    "other", [terms(seed=1), terms(Basins(seeds=3, sets=4, every=2)), replace(terms(), said="linf:0.2")]
+)
+def test_a_pool_of_other_terms_does_not_go_on(pool, other):
+    with pytest.raises(UsageError, match="is of another .*, and|is of another .* was given"):
+        collecting.begun(pool.path, other, resume=True)
+
+
+def test_an_ended_collection_is_told_again(pool, collected):
+    assert collecting.collect(pool, terms()) == collected[1]
+
+
+def test_a_run_that_went_astray_is_refused(tmp_path):
+    lost = terms(lr=1e6, epochs=1)
+    with pytest.raises(TargetError, match="went astray|no number"):
+        collecting.collect(collecting.begun(tmp_path / "pool", lost, resume=False), lost)
+
+
+def test_a_budget_says_how_many_epochs(tmp_path, monkeypatch):
+    short = terms(Seeds(2))
+    heard = []
+    pool = collecting.begun(tmp_path / "pool", short, resume=False)
+    monkeypatch.setattr(collecting, "pace", lambda *given: collecting.Pace(0.01, 1.0))
+    found = collecting.collect(pool, short, budget_s=50.0, told=heard.append)
+    assert found.epochs == 7  # 6 trainings in 47.5 of the 50 seconds
+    assert "for a budget of 50 s" in heard[0]
+
+
+def test_a_budget_that_holds_no_epoch_says_what_would_do(tmp_path, monkeypatch):
+    pool = collecting.begun(tmp_path / "pool", terms(), resume=False)
+    monkeypatch.setattr(collecting, "pace", lambda *given: collecting.Pace(0.01, 30.0))
+    with pytest.raises(UsageError, match="6 models are to be trained, 4 of them surrogates.*--budget 4min"):
+        collecting.collect(pool, terms(), budget_s=20.0)
+
+
+def test_of_a_subset_the_rest_stays(tmp_path):
+    begun = terms()
+    given = last_of(begun.candidate.recipe, network(3), begun.train, THREAT, Draws(0))
+    of = terms(Subset(("7.",), sets=3, updates=2), given=given)
+    held = collecting.begun(tmp_path / "pool", of, resume=False)
+    collecting.collect(held, of)
+    sets = collecting.members(held)
+    assert list(sets.tensors) == ["7.bias", "7.weight"]
+    assert len(collecting.bases(held)) == 1, "all of them begin at the given model"
+    assert torch.equal(of.of_weights(sets.one(0)).net[0].weight, of.model.net[0].weight)
+
+
+# --- train
+
+
+def test_learns_a_generator_whose_draws_work(pool, collected):
+    learned = collected[2]
+    assert learned.sets == 8 and learned.accuracy_lost <= 0.003
+    generator = learning.learned(pool, terms())
+    drawn = generator.drawn(4, Draws(3))
+    assert max(accuracy(terms().of_weights(drawn.one(k)), terms().held) for k in range(4)) > 0.9
+    assert learning.what_was_learned(pool) == learned
+
+
+def test_a_codec_that_loses_too_much_learns_nothing(pool):
+    before = pool.kept("generator").digest
+    with pytest.raises(
+        Inconclusive, match=r"sets lose .* points of accuracy through the codec .* --set codec.dims="
+    ):
+        learning.learn(pool, terms(), Codec(dims=1, hidden=1, steps=1), DIFFUSION)
+    assert pool.kept("generator").digest == before
+
+
+def test_a_pool_with_one_member_has_nothing_to_learn(tmp_path):
+    alone = terms(Seeds(1))
+    held = collecting.begun(tmp_path / "pool", alone, resume=False)
+    collecting.collect(held, alone)
+    with pytest.raises(UsageError, match="holds 1 parameter set, and one has nothing to differ from"):
+        learning.learn(held, alone, CODEC, DIFFUSION)
+
+
+def test_nothing_is_learned_before_all_is_collected(tmp_path):
+    held = collecting.begun(tmp_path / "pool", terms(), resume=False)
+    with pytest.raises(UsageError, match="holds 0 of 1 runs; go on with the collection first"):
+        learning.learn(held, terms(), CODEC, DIFFUSION)
+
+
+# --- draw
+
+
+def test_draws_candidates_that_name_their_bases(pool):
+    found = drawing.draw(pool, terms(), 3)
+    assert found.by == "generator" and len(set(found.names)) == 3 and found.against == ()
+    for name in found.names:
+        member = pool.ledger.member(name)
+        assert member.state == "candidate" and member.bases == collecting.bases(pool)
+    assert len({pool.about(name)["drawing"] for name in found.names}) == 1
+    assert set(pool.ledger.unlisted) == set(collecting.bases(pool))
+    assert "neither listed as exposed nor deleted" in standing(pool)["notes"][0]
+
+
+def test_the_place_of_a_draw_comes_from_the_operating_system(pool):
+    one, other = (drawing.draw(pool, terms(), 1).names for _ in range(2))
+    assert one != other
+
+
+def test_immunises_against_what_is_exposed_else_what_serves_else_the_bases(pool):
+    def against():
+        return drawing.draw(pool, terms(), 1, immunise=IMMUNISE).against
+
+    assert against() == collecting.bases(pool)
+    served = drawing.draw(pool, terms(), 1).names[0]
+    pool.admit(served)
+    pool.swap()
+    assert against() == (served,)
+    leaked = collecting.bases(pool)[1]
+    pool.expose(leaked, "laptop stolen")
+    assert against() == (leaked,)
+
+
+def test_trains_anew_where_asked_to_or_without_a_generator(pool):
+    found = drawing.draw(pool, terms(), 1, by="anew")
+    assert found.by == "anew" and pool.ledger.member(found.names[0]).bases == ()
+    assert accuracy(terms().of_set(pool, found.names[0]), terms().held) > 0.9
+    pool.drop("generator")
+    assert drawing.draw(pool, terms(), 1).by == "anew"
+    with pytest.raises(UsageError, match="has no generator yet; learn one with holdfast rotate train"):
+        drawing.draw(pool, terms(), 1, by="generator")
+
+
+def test_a_generator_that_draws_nothing_that_works_says_so(pool, monkeypatch):
+    monkeypatch.setattr(drawing, "_POINT", -1.0)
+    with pytest.raises(Inconclusive, match="of 64 draws none is right on .* --by anew"):
+        drawing.draw(pool, terms(), 1)
+
+
+def test_a_drawing_that_was_cut_short_goes_on(pool, monkeypatch):
+    whole = drawing._Drawing._take
+    monkeypatch.setattr(
+        drawing._Drawing,
+        "_take",
+        lambda self, *given: 1 / 0 if len(self.said["names"]) == 1 else whole(self, *given),
+    )
+    with pytest.raises(ZeroDivisionError):
+        drawing.draw(pool, terms(), 3, immunise=IMMUNISE)
+    begun = drawing.candidates(pool)
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="the drawing that goes on immunises its sets; add --immunise"):
+        drawing.draw(pool, terms(), 3, resume=True)
+    found = drawing.draw(pool, terms(), 3, immunise=IMMUNISE, resume=True)
+    assert begun == found.names[:1] and len(found.names) == 3
+    assert drawing.candidates(pool) == found.names
+
+
+def test_a_generator_of_another_architecture_is_refused(pool):
+    kept = pool.kept("generator")
+    columns = {
+        name: value[:, :4]
+        if name.endswith("directions.0.weight")
+        else value[:4]
+        if name.endswith("mean.0.weight")
+        else value
+        for name, value in kept.columns.items()
+    }
+    pool.keep("generator", columns, kept.about)
+    with pytest.raises(UsageError, match="it is of another architecture; learn it anew"):
+        drawing.draw(pool, terms(), 1)
+
+
+# --- status
+
+
+def test_status_is_plain_and_tells_no_secret(pool):
+    name = drawing.draw(pool, terms(), 1).names[0]
+    pool.admit(name)
+    now = pool.swap(why="first")
+    pool.answered(now.epoch, {"alice": 3, "bob": 5}, 2)
+    pool.expose(name, "laptop stolen")
+    said = standing(pool)
+    assert said["serving"] == {"name": name, "epoch": 1, "since": now.since}
+    (served,) = [one for one in said["sets"] if one["epochs"]]
+    assert served["answers"] == 10 and served["exposed"] == "laptop stolen"
+    assert said["terms"][0]["most_to_one"] == 5 and said["terms"][0]["principals"] == 2
+    assert "serves and is exposed; swap another in" in said["notes"][0]
+    text = json.dumps(said)
+    assert "alice" not in text, "who asked stays in the ledger"
+
+
+# --- kills
+
+
+def _collect(path):
+    collecting.collect(collecting.begun(path, terms(), resume=path.exists()), terms())
+
+
+def _learn(path):
+    learning.learn(Pool.held(path), terms(), CODEC, DIFFUSION)
+
+
+def _draw(path):
+    drawing.draw(Pool.held(path), terms(), 6, immunise=IMMUNISE, resume=True)
+
+
+def killed(step, path, after_s):
+    """Run a step in a process of its own, and kill it after so long; whether it was still at it."""
+    process = multiprocessing.get_context("fork").Process(target=step, args=(path,))
+    process.start()
+    process.join(after_s)
+    alive = process.is_alive()
+    os.kill(process.pid, signal.SIGKILL) if alive else None
+    process.join()
+    return alive
+
+
+def took_s(step, path):
+    begin = time.perf_counter()
+    assert not killed(step, path, 600)
+    return time.perf_counter() - begin
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be killed")
+def test_twenty_kills_in_collect_lose_nothing(tmp_path):
+    whole_s = (
+        took_s(_collect, tmp_path / "undisturbed" / "pool")
+        if (tmp_path / "undisturbed").mkdir() is None
+        else 0
+    )
+    path = tmp_path / "pool"
+    kills = 0
+    for k in range(20):
+        kills += killed(_collect, path, whole_s * (0.05 + 0.02 * k))
+    _collect(path)
+    assert kills >= 10
+    one, other = Pool.held(path), Pool.held(tmp_path / "undisturbed" / "pool")
+    assert collecting.bases(one) == collecting.bases(other), "the same sets, kills or none"
+    for name in ("run_0", "run_1", "own_0", "own_3"):
+        assert one.kept(name).columns.keys() == other.kept(name).columns.keys()
+        for key, value in one.kept(name).columns.items():
+            assert torch.equal(value, other.kept(name).columns[key]), (name, key)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be killed")
+@pytest.mark.parametrize("step", [_learn, _draw], ids=["train", "draw"])
+def test_twenty_kills_leave_what_serves_and_go_on(pool, step):
+    served = drawing.draw(pool, terms(), 1).names[0]
+    pool.admit(served)
+    now = pool.swap()
+    kills = 0
+    for k in range(20):
+        kills += killed(step, pool.path, 0.02 + 0.06 * k)
+        assert Pool.held(pool.path).serving == now
+    step(pool.path)
+    assert kills >= 5
+    again = Pool.held(pool.path)
+    assert again.serving == now and learning.learned(again, terms()) is not None
+    if step is _draw:
+        assert len(drawing.candidates(again)) >= 6
