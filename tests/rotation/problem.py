@@ -48,4 +48,4 @@ def task(*, norm: bool = False, robust: bool = False, epochs: int = 12) -> Task:
     """Training as every set of the problem has it."""
     kind = SingleStep if robust else Standard
     recipe = kind(training=Training(epochs=epochs, batch=32, lr=0.01, averaging="none"))
-    return Task(network(norm=norm), examples(), THREAT, recipe, recipe)
+    return Task(network(norm=norm), examples(), THREAT, recipe, recipe, "own")

@@ -133,6 +133,16 @@ def test_weights_begin_anew_by_the_rules_of_the_layers():
         begun_anew(Classifier(Own()), Draws(1), "own")
 
 
+def test_weights_begin_as_large_as_he_has_them():
+    model = network()
+    large, own = begun_anew(model, Draws(1), "he").net, begun_anew(model, Draws(1), "own").net
+    for layer, gain in ((5, 2), (7, 1)):  # the last layer has half the variance
+        wanted = (gain / large[layer].in_features) ** 0.5
+        assert large[layer].weight.std().item() == pytest.approx(wanted, rel=0.25)
+        assert own[layer].weight.std() < 0.75 * large[layer].weight.std()
+    assert torch.equal(large[5].bias, own[5].bias), "everything else is drawn by each layer's own rule"
+
+
 def test_what_does_not_belong_together_is_refused():
     one = weights_of(network())
     with pytest.raises(UsageError, match="there are no parameter sets"):

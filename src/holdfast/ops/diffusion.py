@@ -64,10 +64,12 @@ class Diffusion:
         x = rng.at("first").normal(ids, dims)
         drawn = rng.at("steps").normal(ids, self.steps, dims)
         for t in reversed(range(self.steps)):
-            clean = self._restored(denoiser, x, t, kept[t])[0]
+            clean = self._restored(denoiser, x, t, kept[t])
             before, now, beta = kept[t - 1] if t else 1.0, kept[t], betas[t]
-            x = clean * (math.sqrt(before) * beta / (1 - now)) + x * (
-                math.sqrt(1 - beta) * (1 - before) / (1 - now)
+            x = torch.add(
+                x * (math.sqrt(1 - beta) * (1 - before) / (1 - now)),
+                clean,
+                alpha=math.sqrt(before) * beta / (1 - now),
             )
             if t:
                 x = torch.add(x, drawn[:, t], alpha=math.sqrt((1 - before) / (1 - now) * beta))
@@ -80,13 +82,14 @@ class Diffusion:
         visited = list(range(self.steps - 1, -1, -max(self.steps // steps, 1)))
         x = rng.at("first").normal(ids, dims)
         for t, then in zip(visited, [*visited[1:], -1], strict=True):
-            clean, noise = self._restored(denoiser, x, t, kept[t])
+            clean = self._restored(denoiser, x, t, kept[t])
+            noise = (x - math.sqrt(kept[t]) * clean) / math.sqrt(1 - kept[t])
             before = kept[then] if then >= 0 else 1.0
             x = torch.add(math.sqrt(before) * clean, noise, alpha=math.sqrt(1 - before))
         return x
 
-    def _restored(self, denoiser: Denoiser, x: Tensor, t: int, kept: float) -> tuple[Tensor, Tensor]:
-        """The clean points that the denoiser sees after step `t`, clamped, and the noise that goes with them."""
+    def _restored(self, denoiser: Denoiser, x: Tensor, t: int, kept: float) -> Tensor:
+        """The clean points that the denoiser sees after step `t`, clamped."""
         told = denoiser(x, torch.full((len(x),), t, device=x.device))
-        clean = ((x - math.sqrt(1 - kept) * told) / math.sqrt(kept)).clamp_(-self.clamp, self.clamp)
-        return clean, (x - math.sqrt(kept) * clean) / math.sqrt(1 - kept)
+        seen = torch.add(x, told, alpha=-math.sqrt(1 - kept)).mul_(1 / math.sqrt(kept))
+        return seen.clamp_(-self.clamp, self.clamp)

@@ -46,11 +46,11 @@ class Denoiser(nn.Module):
         self.first = nn.Linear(dims + 2 * _FREQUENCIES, width)
         self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.last = nn.Linear(width, dims)
+        self.register_buffer("falling", torch.exp(-0.5 * torch.arange(_FREQUENCIES)), persistent=False)
 
     def forward(self, latents: Tensor, step: Tensor) -> Tensor:
         """The noise (n, dims) after the steps (n)."""
-        falling = torch.exp(-0.5 * torch.arange(_FREQUENCIES, device=latents.device, dtype=latents.dtype))
-        angle = step.to(latents.dtype)[:, None] * falling
+        angle = step.to(latents.dtype)[:, None] * self.falling
         hidden = F.silu(self.first(torch.cat((latents, angle.sin(), angle.cos()), 1)))
         for block in self.blocks:
             hidden = hidden + F.silu(block(hidden))
