@@ -18,7 +18,8 @@ def refuse_missing_file(address: str | None) -> None:
     """Raise `TargetError` for an address that is meant as a file and is not there."""
     if address is None:
         return
-    path = address.rsplit(":", 1)[0] if ".py:" in address else address
+    path = address.removeprefix("rotating:")
+    path = path.rsplit(":", 1)[0] if ".py:" in path else path
     looks_like_a_file = path.endswith(_FILES) or path.endswith((".yaml", ".yml")) or "/" in path
     if looks_like_a_file and "://" not in path:
         existing(Path(path), "file or folder")

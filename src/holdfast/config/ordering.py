@@ -10,6 +10,7 @@ from torch import nn
 
 from holdfast.attacks import Corruption
 from holdfast.attacks.protocol import Attack, Learned
+from holdfast.config import pooled
 from holdfast.config.attacks import build, threat_model
 from holdfast.config.grammar import parse_threat, parse_transform, seconds
 from holdfast.config.naming import chosen
@@ -65,18 +66,7 @@ def opened_subject(settings: AssessSettings) -> Subject:
     """The model at the address that the settings name."""
     if settings.model is None:
         raise UsageError("model is missing; give an address, as in mnist-cnn or file.py:factory")
-    said = declared(settings)
-    opened = open_model(
-        settings.model,
-        arch=settings.arch,
-        model_args=settings.model_args,
-        bounds=said.bounds,
-        mean=said.mean,
-        std=said.std,
-        classes=said.classes,
-        trust_code=settings.trust_code,
-        remote=remote(settings),
-    )
+    opened = pooled.opened(settings, declared(settings), remote(settings))
     card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
     card |= opened.architecture
     model, seen, notes = _seen(opened.model, settings.transform)

@@ -21,6 +21,8 @@ from holdfast.sources.weights import fit_weights, read_state_dict
 
 BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled"
 STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".model", ".ckpt", ".bin")
+ROTATING = "rotating:"
+"""How the address of a pool begins, whose serving set is the model."""
 _FORMS = "a bundled name, file.py:factory, .safetensors or .pt with --arch, .onnx, .pt2, or a URL with --allow-host"
 
 
@@ -156,8 +158,11 @@ def _refuse_remote(address: str) -> None:
             f'{address!r} needs pip install "holdfast[hub]", which comes with a later release. Until then build the '
             "network in a file of yours and give file.py:factory, or export it to ONNX"
         )
-    if scheme == "rotating":
-        raise UsageError(f"{address!r} names a rotating pool; pools come with a later release")
+    if address.startswith(ROTATING):
+        raise UsageError(
+            f"{address!r} names a rotating pool, which can be assessed and stands for no other model; give a file of "
+            "weights, or a bundled name"
+        )
 
 
 def _open_code(opening: _Opening) -> OpenedModel:

@@ -1,0 +1,119 @@
+"""The model at an address: of `rotating:POOL` the set of a pool that serves now, of any other what lies there."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from holdfast.config.settings import AssessSettings
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Bounds
+from holdfast.reports.numbers import strict
+from holdfast.rotation import loaded
+from holdfast.sources.models import ROTATING, Declared, OpenedModel, open_model
+from holdfast.sources.remote import Remote
+from holdfast.store.pool import Pool
+
+_OWN = ("arch", "model_args", "bounds", "mean", "std", "classes")
+"""What a pool says of its model, and nobody else."""
+_BARE = (
+    "the number is that of an attacker who holds the set that serves (A5), which rotation does not change; add "
+    "--adaptive for the table of attackers A0 to A6"
+)
+
+
+def pool_of(address: str | None) -> Pool | None:
+    """The pool that an address names; None for any other model."""
+    if address is None or not address.startswith(ROTATING):
+        return None
+    path = address.removeprefix(ROTATING)
+    if not path:
+        raise UsageError(f"{address!r} names no folder; give that of a pool, as in {ROTATING}pool/")
+    return Pool.held(Path(path))
+
+
+def opened(settings: AssessSettings, said: Declared, asked: Remote) -> OpenedModel:
+    """The model that the settings name; raises `UsageError` or `TargetError` with the way out."""
+    address, pool = str(settings.model), pool_of(settings.model)
+    if pool is not None:
+        return _serving(address, pool, settings)
+    return open_model(
+        address,
+        arch=settings.arch,
+        model_args=settings.model_args,
+        bounds=said.bounds,
+        mean=said.mean,
+        std=said.std,
+        classes=said.classes,
+        trust_code=settings.trust_code,
+        remote=asked,
+    )
+
+
+def refuse_code(pool: Pool, *, trust_code: bool) -> None:
+    """`UsageError` where the pool names code and nobody trusts it: its own words are no command line."""
+    known = _settings_of(pool)
+    for key in ("model", "arch"):
+        value = known.get(key)
+        if value and ".py:" in str(value) and not trust_code:
+            raise UsageError(
+                f"{str(pool.path)!r} names code ({key}: {value}), and a pool runs none by itself; add --trust-code"
+            )
+
+
+def _serving(address: str, pool: Pool, settings: AssessSettings) -> OpenedModel:
+    """The set that serves, in the architecture that the pool names."""
+    for key in _OWN:
+        if key in settings.model_fields_set and getattr(settings, key):
+            raise UsageError(
+                f"{address!r} says itself what its model is like, and {key} was given; leave it out"
+            )
+    now = pool.serving
+    if now is None:
+        waits = f"{len(pool.ahead)} admitted sets wait" if pool.ahead else "no admitted set waits"
+        way = "swap" if pool.ahead else "admit"
+        raise UsageError(
+            f"nothing serves in {str(pool.path)!r} ({waits}), and it is the set that serves that is assessed; let one "
+            f"serve: holdfast rotate {way} {pool.path}"
+            + ("" if pool.ahead else f", then holdfast rotate swap {pool.path}")
+        )
+    refuse_code(pool, trust_code=settings.trust_code)
+    bare = _architecture(pool, trust_code=settings.trust_code)
+    model = loaded(bare.model, pool.weights(now.name), now.name)
+    card = {**bare.architecture, "pool": pool.manifest["id"], "set": now.name, "epoch": now.epoch}
+    notes = () if settings.adaptive else (_BARE,)
+    files = {f"set {now.name}": pool.ledger.member(now.name).digest}
+    return OpenedModel(model, address, "rotating", files, (*bare.notes, *notes), bare.remarks, card)
+
+
+def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
+    """The model that the pool was begun with; `TargetError` where it is another by now."""
+    known, about = _settings_of(pool), pool.manifest["about"]["model"]
+    ends = known.get("bounds")
+    bare = open_model(
+        str(known["model"]),
+        arch=known.get("arch"),
+        model_args=known.get("model_args"),
+        bounds=None if ends in (None, [0.0, 1.0]) else Bounds(*ends),
+        mean=known.get("mean"),
+        std=known.get("std"),
+        classes=known.get("classes"),
+        trust_code=trust_code,
+    )
+    for key in ("mean", "std", "classes"):
+        found = strict(getattr(bare.model, key))
+        if key in about and found != about[key]:
+            raise TargetError(
+                f"{str(pool.path)!r} is of a model whose {key} is {about[key]}, and {known['model']} has {found}; "
+                f"bring that model back"
+            )
+    return bare
+
+
+def _settings_of(pool: Pool) -> Mapping[str, Any]:
+    known: Mapping[str, Any] = pool.manifest["about"].get("settings", {})
+    if not known.get("model"):
+        raise UsageError(
+            f"{str(pool.path)!r} does not say which model its sets are of, as one begun from Python; begin one with "
+            f"holdfast rotate collect, or assess rotation.loaded(model, pool.weights(name), name)"
+        )
+    return known
