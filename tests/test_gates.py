@@ -64,7 +64,9 @@ def test_every_metric_may_be_gated(metric):
         ("robust_accuracy >= 1/0", "'1/0' is no number"),
         ("robust_accuracy@-1 >= 0.4", "eps is -1"),
         ("clean_accuracy@0.1 >= 0.4", "no value at another eps"),
-        ("robust_accuracy >= 0.4 of static", "comes with rotate"),
+        ("robust_accuracy >= 0.4 of static", "of ensemble_transfer, sibling_transfer, transfer_success"),
+        ("transfer_success of static <= 0.5", 'as in "transfer_success <= 0.5 of static"'),
+        ("churn <= 3", "3 is no share; did you mean 0.03?"),
         ("robust_accuracy >= 0.4 vs baseline", "measured on one run"),
         ("robust_accuracy >= 0.4 please", "'please'"),
         ("regression <= 0.01", "regression <= 0.01 vs baseline"),
@@ -169,6 +171,16 @@ def test_a_judgement_says_why():
 def test_a_gate_on_an_absent_metric_names_what_would_bring_it():
     with pytest.raises(UsageError, match=r"gate 'robust_accuracy@0.1 >= 0.4' cannot be judged: .*--curve"):
         judge(parse("robust_accuracy@0.1 >= 0.4"), evidence(), NONE)
+
+
+@pytest.mark.parametrize(
+    "text", ["transfer_success <= 0.5 of static", "churn <= 0.03", "sibling_transfer <= 0.2"]
+)
+def test_a_gate_on_sets_that_take_turns_is_for_those_who_admit_them(text):
+    claim = parse(text)
+    assert claim.versus == ("static" if "static" in text else None)
+    with pytest.raises(UsageError, match="holdfast rotate admit POOL"):
+        judge(claim, evidence(), NONE)
 
 
 def test_a_gate_against_a_baseline():

@@ -1,4 +1,4 @@
-"""Reading gates: `METRIC[@EPS] (>=|<=) NUMBER [vs baseline]`. Torch-free: a bad gate is refused at once.
+"""Reading gates: `METRIC[@EPS] (>=|<=) NUMBER [vs baseline | of static]`. Torch-free: a bad gate is refused at once.
 
 >>> claim = parse("robust_accuracy@8/255 >= 0.4")
 >>> claim.metric, claim.relation, claim.bound, round(claim.eps, 4)
@@ -13,15 +13,19 @@ from typing import Literal
 
 from holdfast.core.errors import UsageError
 from holdfast.core.spelling import suggestion
-from holdfast.metrics.names import AT_EPS, DIFFERENCES, METRICS, PAIRED, SHARES
+from holdfast.metrics.names import AT_EPS, DIFFERENCES, METRICS, OF_STATIC, PAIRED, ROTATION, SHARES
 
 Relation = Literal[">=", "<="]
+Versus = Literal["baseline", "static"]
 
 FORM = 'write METRIC >= NUMBER or METRIC <= NUMBER, as in "robust_accuracy >= 0.40"'
 """The way out of a gate that cannot be read."""
 
 VERSUS = 'against a baseline write METRIC <= NUMBER vs baseline, as in "regression <= 0.01 vs baseline"'
 """The way out of one that compares two runs."""
+
+STATIC = 'beside a model that never changes write METRIC <= NUMBER of static, as in "transfer_success <= 0.5 of static"'
+"""The way out of one for `rotate admit`."""
 
 _PARTS = re.compile(
     r"\s*(?P<metric>[A-Za-z][\w-]*)\s*(?:@\s*(?P<eps>[^\s<>=]+))?\s*(?P<relation>[<>=!]+)\s*(?P<bound>\S+)\s*(?P<rest>.*?)\s*"
@@ -37,7 +41,8 @@ class Claim:
     bound: float
     eps: float | None = None
     """another eps than the run's, in units of the inputs"""
-    versus: Literal["baseline"] | None = None
+    versus: Versus | None = None
+    """`static`: the bound is a share of what attacks on a model that never changes achieve"""
     text: str = ""
     """what the user wrote"""
 
@@ -46,7 +51,8 @@ def parse(text: str) -> Claim:
     """The claim that a gate makes; `UsageError` shows what is wrong with it and how to write it."""
     parts = _PARTS.fullmatch(text)
     if parts is None:
-        form = VERSUS if "baseline" in text.split() else FORM
+        words = text.split()
+        form = VERSUS if "baseline" in words else STATIC if "static" in words else FORM
         raise UsageError(f"gate {text!r} cannot be read; {form}")
     metric = _metric(parts["metric"], text)
     eps = None if parts["eps"] is None else _number(parts["eps"], text)
@@ -62,9 +68,10 @@ def parse(text: str) -> Claim:
 
 
 def _metric(name: str, text: str) -> str:
-    if name in METRICS:
+    known = METRICS | ROTATION
+    if name in known:
         return name
-    offered = suggestion(name, METRICS) or f"known are {_list(METRICS)}"
+    offered = suggestion(name, known) or f"known are {_list(known)}"
     raise UsageError(f"gate {text!r}: there is no metric {name!r}; {offered}")
 
 
@@ -130,16 +137,22 @@ def _fraction(written: str) -> float | None:
         return None
 
 
-def _versus(metric: str, rest: str, text: str) -> Literal["baseline"] | None:
+def _versus(metric: str, rest: str, text: str) -> Versus | None:
     words = rest.split()
     if words == ["vs", "baseline"]:
         if metric not in PAIRED:
             raise UsageError(f"gate {text!r}: {metric} is measured on one run; {VERSUS}, of {_list(PAIRED)}")
         return "baseline"
     if words == ["of", "static"]:
-        raise UsageError(f"gate {text!r}: 'of static' comes with rotate, which this version does not have")
+        if metric not in OF_STATIC:
+            raise UsageError(
+                f"gate {text!r}: {metric} has no value of a model that never changes; {STATIC}, of {_list(OF_STATIC)}"
+            )
+        return "static"
     if words:
-        raise UsageError(f"gate {text!r} ends in {rest!r}, which means nothing; it may end in 'vs baseline'")
+        raise UsageError(
+            f"gate {text!r} ends in {rest!r}, which means nothing; it may end in 'vs baseline' or 'of static'"
+        )
     if metric in PAIRED:
         raise UsageError(
             f"gate {text!r}: {metric} compares two runs; "

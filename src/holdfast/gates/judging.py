@@ -9,6 +9,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Doubt, Evidence
 from holdfast.gates.grammar import Claim
 from holdfast.metrics.catalogue import estimate
+from holdfast.metrics.names import ROTATION
 
 Verdict = Literal["pass", "fail", "unclear"]
 
@@ -95,12 +96,22 @@ def judge(
     confidence: float = 0.95,
 ) -> Judgement:
     """Judge a claim on the evidence; `UsageError` names what would bring a metric that is absent."""
+    refuse_rotation(claim)
     try:
         measured = estimate(claim.metric, evidence, eps=claim.eps, baseline=baseline, confidence=confidence)
     except UsageError as error:
         raise UsageError(f"gate {claim.text!r} cannot be judged: {error}") from error
     gate = AtLeast(claim.bound) if claim.relation == ">=" else AtMost(claim.bound)
     return Judgement(claim, measured, gate(measured, doubts), doubts.open)
+
+
+def refuse_rotation(claim: Claim) -> None:
+    """`UsageError` for a claim about sets that take turns, which no run on one model can be judged by."""
+    if claim.versus == "static" or claim.metric in ROTATION:
+        raise UsageError(
+            f"gate {claim.text!r} is about parameter sets that take turns at serving, and one model is measured here; "
+            f"give it to holdfast rotate admit POOL"
+        )
 
 
 def overall(verdicts: Sequence[Verdict]) -> Verdict:

@@ -90,6 +90,16 @@ METRICS: Final[dict[str, str]] = {
 }
 """Name of every metric, and what it is."""
 
+ROTATION: Final[dict[str, str]] = {
+    "ensemble_transfer": "share of originally correct examples that those made on several exposed sets turned wrong",
+    "sibling_transfer": "the same of those made on other sets of the same drawing",
+    "churn": "share of examples that two parameter sets classify differently, unattacked",
+}
+"""Metrics of parameter sets that take turns, which `rotate admit` measures and no run alone does."""
+
+OF_STATIC: Final = frozenset({"transfer_success", "ensemble_transfer", "sibling_transfer"})
+"""Metrics whose bound may be given in terms of what a model that never changes loses to who holds it: `of static`."""
+
 AT_EPS: Final = frozenset(
     {
         "robust_accuracy",
@@ -103,6 +113,7 @@ AT_EPS: Final = frozenset(
 """Metrics that may be asked at another eps, as in `robust_accuracy@4/255`."""
 
 SHARES: Final = AT_EPS | {
+    *ROTATION,
     *(f"{name}_accuracy" for name in CORRUPTIONS),
     "mean_corruption_error",
     "worst_corruption",

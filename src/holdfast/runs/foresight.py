@@ -8,7 +8,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import Claim
-from holdfast.gates.judging import Doubts, judge
+from holdfast.gates.judging import Doubts, judge, refuse_rotation
 from holdfast.harness import Context, Plan, Room, Stage, Target, conclude, makers, run_clean, unattacked
 
 
@@ -17,6 +17,8 @@ def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Ba
 
     Gates against a baseline wait for the end: which examples are shared is not known before.
     """
+    for claim in claims:
+        refuse_rotation(claim)
     alone = [claim for claim in claims if claim.versus is None]
     if not alone:
         return
