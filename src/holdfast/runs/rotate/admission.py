@@ -1,0 +1,310 @@
+"""Admitting sets: each candidate is measured by ordinary assessments against what leaked, and then may serve or not.
+
+What the ledger says of a set is all that remains to be said of it: a call that was killed is repeated, and goes on with
+the candidate that it was at, whose assessments are kept.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from holdfast.core.errors import UsageError
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Evidence
+from holdfast.gates.grammar import Claim, parse
+from holdfast.gates.judging import Doubts
+from holdfast.rotation import canary
+from holdfast.rotation.live import CANARIES
+from holdfast.rotation.members import rotated
+from holdfast.rotation.thieves import Thief
+from holdfast.runs.hardening import Told, unheard
+from holdfast.runs.order import Progress, Subject, silent
+from holdfast.runs.rotate.collecting import bases
+from holdfast.runs.rotate.crafting import Workshop, attackers, exposed_for, siblings_of
+from holdfast.runs.rotate.measuring import Measuring, subject_of
+from holdfast.runs.rotate.ruling import CLAIMABLE, Ruling, Seen, reported, rulings
+from holdfast.runs.rotate.sanity import distance, endless, tensors, twin
+from holdfast.runs.rotate.terms import FIRST, Terms
+from holdfast.runs.signals import Stopper
+from holdfast.store.columns import content_digest
+from holdfast.store.pool import NAME_DIGITS, Pool
+
+IN_A_ROW = 5
+"""Refusals after which no more candidates are judged: whatever makes them is not what is needed."""
+_WHITE, _SIBLINGS = 1_000, 500
+"""Examples of the first piece for attacks that see the set, which take longest, and for what is told beside gates."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What became of one candidate, and why."""
+
+    name: str
+    verdict: Literal["admitted", "refused"]
+    gates: tuple[Ruling, ...]
+    why: str
+    """what kept it out, or what spoke for it"""
+    by: str = ""
+    """the gate that kept it out"""
+    against: tuple[str, ...] = ()
+    """the exposed sets that it was judged against"""
+    reported: Mapping[str, Estimate] = field(default_factory=dict)
+    """what was measured and decides nothing"""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What one call did."""
+
+    judged: tuple[Judged, ...]
+    left: tuple[str, ...]
+    """candidates that were not judged any more, after so many refusals"""
+
+    @property
+    def admitted(self) -> tuple[str, ...]:
+        """Names of the sets that may serve now."""
+        return tuple(one.name for one in self.judged if one.verdict == "admitted")
+
+    @property
+    def exit_code(self) -> int:
+        """0 if a set was admitted, else 4."""
+        return 0 if self.admitted else 4
+
+    @property
+    def kept_out(self) -> str:
+        """Why none was admitted, and what helps; empty where one was."""
+        if self.admitted:
+            return ""
+        gates = [each.by for each in self.judged]
+        counted = ", ".join(f"{gates.count(gate)} by {gate}" for gate in dict.fromkeys(gates))
+        stopped = f" {IN_A_ROW} in a row were, and {len(self.left)} wait unjudged." if self.left else ""
+        return (
+            f"none of {len(self.judged)} candidates was admitted ({counted}).{stopped} The first: {self.judged[0].why}."
+            f" What serves goes on serving; draw others, immunised against what is exposed: holdfast rotate draw POOL "
+            f"--immunise"
+        )
+
+
+def admit(
+    pool: Pool,
+    terms: Terms,
+    *,
+    claims: Sequence[str] = (),
+    accepted: Mapping[str, str] | None = None,
+    thief: Thief | None = None,
+    again: str = "",
+    told: Told = unheard,
+    progress: Progress = silent,
+    stopper: Stopper | None = None,
+) -> Admission:
+    """Judge every candidate, the one farthest from what is exposed first, and enter in the ledger what became of it.
+
+    `claims` are gates beside the default ones; `accepted` are doubts that a person answers for, by name. `again` says
+    how to go on with a call that was stopped. Raises `UsageError` where no candidate waits or a claim cannot be judged.
+    """
+    if not again:
+        again = f"what was finished is kept, go on with: holdfast rotate admit {pool.path}"
+    found = tuple(map(_claim, claims))
+    workshop = Workshop(pool, terms, thief or Thief(), told)
+    measuring = Measuring(pool, workshop, progress, again)
+    return _Admitting(measuring, found, accepted or {}, told, stopper or Stopper()).done()
+
+
+def _claim(text: str) -> Claim:
+    claim = parse(text)
+    if claim.metric not in CLAIMABLE or claim.eps is not None:
+        raise UsageError(
+            f"gate {text!r}: of a set that is to be admitted one may claim {', '.join(CLAIMABLE)}, at the pool's own "
+            f"eps; measure the rest with holdfast assess"
+        )
+    return claim
+
+
+@dataclass
+class _Admitting:
+    """One call of the step."""
+
+    measuring: Measuring
+    claims: tuple[Claim, ...]
+    accepted: Mapping[str, str]
+    told: Told
+    stopper: Stopper
+    _weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def pool(self) -> Pool:
+        """The pool."""
+        return self.measuring.pool
+
+    @property
+    def terms(self) -> Terms:
+        """What its sets are of."""
+        return self.measuring.workshop.terms
+
+    def done(self) -> Admission:
+        """All candidates, or as many as it takes for five refusals in a row."""
+        judged: list[Judged] = []
+        row = 0
+        if not self._waiting():
+            raise UsageError(
+                f"no candidate waits in {str(self.pool.path)!r}; make some with holdfast rotate draw {self.pool.path}"
+            )
+        while row < IN_A_ROW and (waiting := self._waiting()):
+            one = self._judged(max(waiting, key=self._apart))
+            self._enter(one)
+            judged.append(one)
+            row = 0 if one.verdict == "admitted" else row + 1
+            self.told(f"{one.name} {one.verdict}: {one.why}")
+        return Admission(tuple(judged), self._waiting())
+
+    def _waiting(self) -> tuple[str, ...]:
+        return tuple(
+            member.name
+            for member in self.pool.ledger.members
+            if member.state == "candidate" and member.exposed is None and not member.deleted
+        )
+
+    def _judged(self, name: str) -> Judged:
+        weights, exposed = self.weights(name), self._exposed(name)
+        first = tensors(weights, self._known, self._names)
+        at_once = first if first.verdict == "fail" else twin(weights, self._several(exposed), self._names)
+        if at_once is not None:
+            return Judged(name, "refused", (at_once,), at_once.says, at_once.name, exposed)
+        n = {"thieves": FIRST, "white-box": _WHITE, "siblings": _SIBLINGS}
+        held = len(self.terms.held)
+        while True:
+            n = {family: min(size, held) for family, size in n.items()}
+            seen = self._seen(name, exposed, n)
+            found = (first, *rulings(seen, self._doubts(seen), self.claims))
+            unclear = {
+                one.family
+                for one in found
+                if one.verdict == "unclear" and one.family and n[one.family] < held
+            }
+            if not unclear or any(one.verdict == "fail" for one in found):
+                break
+            self.told(f"{name}: unclear by {', '.join(sorted(unclear))}, on twice as many examples again")
+            n = {family: 2 * size if family in unclear else size for family, size in n.items()}
+        against = next(
+            (one for verdict in ("fail", "unclear") for one in found if one.verdict == verdict), None
+        )
+        if against is None:
+            return Judged(name, "admitted", found, _praise(found), "", exposed, reported(seen))
+        short = " (it stays unclear on all examples)" if against.verdict == "unclear" else ""
+        return Judged(name, "refused", found, f"{against.says}{short}", against.name, exposed, reported(seen))
+
+    def _enter(self, one: Judged) -> None:
+        """What became of it; of an admitted set the bases are listed first, so that no kill leaves them out."""
+        if one.verdict == "refused":
+            with self.stopper.finishing():
+                self.pool.refuse(one.name, one.why)
+            return
+        x = self.terms.held.x[:CANARIES]
+        known = canary(self.terms.of_set(self.pool, one.name), x)
+        with self.stopper.finishing():
+            for base in self.pool.ledger.member(one.name).bases:
+                member = self.pool.ledger.member(base)
+                if member.exposed is None and not member.deleted:
+                    self.pool.expose(base, f"a base of {one.name}")
+            self.pool.admit(one.name, one.why, canary=known)
+
+    # --- what is measured
+
+    def _seen(self, name: str, exposed: tuple[str, ...], n: Mapping[str, int]) -> Seen:
+        workshop, of = self.measuring.workshop, self._subject(name)
+        siblings = siblings_of(self.pool, name, self._finite)
+        them = attackers(workshop, name, exposed, siblings)
+        everyone = (them.nothing, *them.one, them.several, them.evenly)
+        thieves = list(dict.fromkeys(one for one in everyone if one is not None))
+        carried = self.measuring.carried(of, thieves, n["thieves"], first=FIRST)
+        drawn = None
+        if them.siblings is not None:
+            drawn = self.measuring.carried(of, [them.siblings], n["siblings"], first=_SIBLINGS)
+        return Seen(
+            them,
+            carried,
+            self.measuring.white(of, n["white-box"], first=_WHITE),
+            drawn,
+            self._clean(self._incumbents, n["thieves"]),
+            tuple(self.measuring.white(each, n["white-box"], first=_WHITE) for each in self._incumbents),
+            self._clean(self._bases, n["thieves"]),
+        )
+
+    def _clean(self, of: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
+        return tuple(self.measuring.clean(each, n, first=FIRST) for each in of)
+
+    def _doubts(self, seen: Seen) -> Doubts:
+        """Those of the candidate that speak against none of the sets that it is compared with."""
+        before = {doubt.name for one in seen.before_white for doubt in one.doubts if doubt.state == "raised"}
+        return Doubts(tuple(doubt for doubt in seen.white.doubts if doubt.name not in before), self.accepted)
+
+    @cached_property
+    def _bases(self) -> tuple[Subject, ...]:
+        """The sets that runs ended with, and where they were deleted, the surrogates, which are trained alike."""
+        known = [name for name in bases(self.pool) if not self.pool.ledger.member(name).deleted]
+        return tuple(map(self._subject, known)) or self._own
+
+    @cached_property
+    def _own(self) -> tuple[Subject, ...]:
+        found = []
+        for model in self.measuring.workshop.own:
+            sha = content_digest(_state(model))
+            found.append(subject_of(self.terms, f"own-{sha[:NAME_DIGITS]}", sha, model))
+        return tuple(found)
+
+    @cached_property
+    def _incumbents(self) -> tuple[Subject, ...]:
+        """What serves, or in its place the bases."""
+        now = self.pool.serving
+        return self._bases if now is None else (self._subject(now.name),)
+
+    def _subject(self, name: str) -> Subject:
+        sha = self.pool.ledger.member(name).digest
+        return subject_of(self.terms, name, sha, self.terms.of_set(self.pool, name))
+
+    # --- weights
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """Those of a set, opened once."""
+        if name not in self._weights:
+            self._weights[name] = self.pool.weights(name)
+        return self._weights[name]
+
+    def _finite(self, name: str) -> bool:
+        """Whether it can be attacked at all."""
+        return not endless(self.weights(name), _state(self.terms.model))
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return rotated(self.terms.model)
+
+    @cached_property
+    def _known(self) -> list[Mapping[str, Tensor]]:
+        """The weights of bases and surrogates, which say what is usual."""
+        several = {one.digest: one for one in (*self._bases, *self._own)}
+        return [_state(one.model) for one in several.values()]
+
+    def _exposed(self, name: str) -> tuple[str, ...]:
+        return tuple(each for each in exposed_for(self.pool, name) if self._finite(each))
+
+    def _apart(self, name: str) -> float:
+        return distance(self.weights(name), self._several(self._exposed(name)), self._names)[0]
+
+    def _several(self, names: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:
+        return {name: self.weights(name) for name in names}
+
+
+def _state(model: torch.nn.Module) -> dict[str, Tensor]:
+    net = model.net
+    assert isinstance(net, torch.nn.Module)
+    return {name: value.detach().cpu() for name, value in net.state_dict().items()}
+
+
+def _praise(found: Sequence[Ruling]) -> str:
+    """What the ledger says of a set that passed."""
+    wanted = ("clean accuracy", "theft", "ensemble theft")
+    return "; ".join(f"{one.name}: {one.why}" for one in found if one.name in wanted)

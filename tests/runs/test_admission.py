@@ -1,0 +1,263 @@
+"""Admission: who may serve, on what evidence, and what the ledger keeps of it, whatever is killed on the way."""
+
+import pytest
+import torch
+
+from holdfast.core.constraints import Linf
+from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Evidence
+from holdfast.core.threat import ThreatModel
+from holdfast.gates.grammar import parse
+from holdfast.gates.judging import Doubts
+from holdfast.rotation import canary
+from holdfast.rotation.thieves import ATTACKS, Thief
+from holdfast.runs.rotate import admission
+from holdfast.runs.rotate.admission import admit
+from holdfast.runs.rotate.crafting import Attacker, Attackers, attackers, exposed_for
+from holdfast.runs.rotate.measuring import Carried
+from holdfast.runs.rotate.ruling import Seen, rulings, worst
+from holdfast.store.pool import Pool
+from holdfast.store.sealing import KEY_VARIABLE
+from runs.rotating import DRAWING, begun, immunised, nearby, state, terms, trained
+
+QUICK = Thief({"MI": ATTACKS["MI"]})
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, "5a" * 32)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A pool with an exposed base, and what became of four candidates; their names by what they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY_VARIABLE, "5a" * 32)
+        patch.setattr("os.fsync", lambda handle: None)
+        pool = begun(tmp_path_factory.mktemp("pool") / "pool")
+        stolen = pool.ledger.members[0].name
+        pool.expose(stolen, "a laptop was lost")
+        good, broken = state(immunised(2)), state(trained(3))
+        broken["0.weight"][0, 0, 0, 0] = torch.inf
+        names = {
+            "good": pool.add(good, DRAWING),
+            "copy": pool.add(state(nearby(trained(0), 0.01)), DRAWING),
+            "blown up": pool.add({key: 4 * value for key, value in state(trained(3)).items()}, {}),
+            "broken": pool.add(broken, DRAWING),
+        }
+        claims = ["transfer_success <= 0.5 of static", "clean_accuracy >= 0.9"]
+        found = admit(pool, terms(), claims=claims, thief=QUICK)
+    return pool, names, stolen, found
+
+
+def gates(found, name):
+    return {one.name: one for one in next(each for each in found.judged if each.name == name).gates}
+
+
+def test_a_set_that_holds_against_what_leaked_is_admitted_with_its_canary(judged):
+    pool, names, stolen, found = judged
+    assert found.admitted == (names["good"],) and found.exit_code == 0 and found.kept_out == ""
+    member = pool.ledger.member(names["good"])
+    assert member.state == "admitted" and "A1 " + stolen in member.why
+    x = terms().held.x[:256]
+    assert member.canary == canary(terms().of_set(pool, names["good"]), x)
+    passed = gates(found, names["good"])
+    assert {one.verdict for one in passed.values()} == {"pass"}
+    assert {
+        "tensors",
+        "clean accuracy",
+        "robust accuracy",
+        "theft",
+        "theft of static",
+        "ensemble theft",
+        "churn",
+    } <= {*passed}
+    assert passed["transfer_success <= 0.5 of static"].estimate == passed["theft"].estimate
+    told = next(one for one in found.judged if one.name == names["good"])
+    assert told.against == (stolen,) and {"worst_class", "calibration_error", "sibling_transfer"} <= {
+        *told.reported
+    }
+
+
+def test_a_copy_of_what_leaked_is_refused_by_what_its_thief_makes(judged):
+    pool, names, stolen, found = judged
+    refused = gates(found, names["copy"])
+    assert refused["theft"].verdict == "fail" and refused["theft of static"].verdict == "fail"
+    assert refused["clean accuracy"].verdict == "pass"
+    why = pool.ledger.member(names["copy"]).why
+    assert why.startswith(f"theft: examples of A1 {stolen} by MI turn ") and "1.2 times the" in why
+
+
+def test_sets_whose_numbers_are_not_like_others_are_refused_by_name(judged):
+    pool, names, _, found = judged
+    assert "0.weight holds values that are not finite" in pool.ledger.member(names["broken"]).why
+    assert [*gates(found, names["broken"])] == ["tensors"]
+    assert "deviations from theirs" in pool.ledger.member(names["blown up"]).why
+
+
+def test_each_gate_stands_on_runs_whose_columns_say_what_became_of_each_example(judged):
+    pool, names, _, _ = judged
+    runs = {path.name.rsplit("-", 1)[0]: path for path in (pool.path / "admission" / names["good"]).iterdir()}
+    assert {"a0-a1-0-2000", "a3-0-500", "white-box-0-1000"} <= {*runs}
+    stages = {path.name for path in runs["a0-a1-0-2000"].iterdir()}
+    assert any(name.startswith("2-a1-") for name in stages)
+
+
+def test_five_refusals_in_a_row_end_the_call(tmp_path):
+    pool = begun(tmp_path / "pool")
+    for k in range(6):
+        broken = state(trained(3))
+        broken["0.bias"][k] = torch.inf
+        pool.add(broken, {})
+    heard = []
+    found = admit(pool, terms(), thief=QUICK, told=heard.append)
+    assert found.exit_code == 4 and len(found.judged) == 5 and len(found.left) == 1 == len(heard) - 4
+    assert "none of 5 candidates was admitted (5 by tensors). 5 in a row were, and 1 wait" in found.kept_out
+    assert "--immunise" in found.kept_out and pool.serving is None
+
+
+def test_a_call_without_candidates_or_with_a_claim_beyond_it_is_refused(tmp_path):
+    pool = begun(tmp_path / "pool")
+    with pytest.raises(UsageError, match="holdfast rotate draw"):
+        admit(pool, terms(), thief=QUICK)
+    with pytest.raises(UsageError, match="one may claim transfer_success"):
+        admit(pool, terms(), claims=["f1 >= 0.5"], thief=QUICK)
+
+
+def test_a_kill_before_the_entry_loses_nothing_and_bases_are_listed(tmp_path, monkeypatch):
+    pool = begun(tmp_path / "pool")
+    base = pool.ledger.members[0].name
+    name = pool.add(state(immunised(2)), {}, bases=[base])
+    assert exposed_for(pool, name) == (base,)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pool, "admit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            admit(pool, terms(), thief=QUICK)
+    assert pool.ledger.states[name] == "candidate"
+    again = Pool.held(pool.path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Thief, "crafted", killed)  # what was measured is not made anew
+        found = admit(again, terms(), thief=QUICK)
+    assert found.admitted == (name,) and found.judged[0].against == (base,)
+    assert [one.why for one in again.ledger.exposed() if one.name == base] == [f"a base of {name}"]
+
+
+def test_what_is_unclear_is_judged_on_twice_as_many_while_they_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(admission, "FIRST", 250)
+    monkeypatch.setattr(admission, "_WHITE", 500)
+    pool = begun(tmp_path / "pool", bases=(0,))
+    name = pool.add(state(trained(6)), {})
+    found = admit(pool, terms(1_000), claims=["churn <= 0.02"], thief=QUICK)
+    runs = {path.name.rsplit("-", 1)[0] for path in (pool.path / "admission" / name).iterdir()}
+    assert {"a0-0-250", "a0-250-500"} <= runs
+    theft = gates(found, name)["theft"]
+    assert theft.verdict == "pass" and "nothing is exposed" in theft.why
+    assert found.exit_code == 4 and gates(found, name)["clean accuracy"].estimate.n > 250
+
+
+# --- gates on columns that are made up
+
+N = 400
+OLD, NEW, OWN, DRAWN = (
+    Attacker("A1", ("old",)),
+    Attacker("A1", ("new",)),
+    Attacker("A0", ("own 4",)),
+    Attacker("A3", ("x",)),
+)
+
+
+def columns(correct=N, fell=0):
+    """Evidence in which the first `correct` are right and the first `fell` fall."""
+    rows = torch.arange(N)
+    right = rows < correct
+    found = {
+        "id": rows,
+        "y": rows % 4,
+        "prediction": torch.where(right, rows % 4, (rows + 1) % 4),
+        "correct": right,
+        "confidence": torch.full((N,), 0.9),
+        "success": rows < fell,
+    }
+    return Evidence(found, ThreatModel(Linf(0.1)), "", (), 0)
+
+
+def seen(theft=8, nothing=40, siblings=20, white=100, before=100):
+    fell = {(OWN, "MI"): torch.arange(N) < nothing, (OLD, "MI"): torch.arange(N) < theft}
+    return Seen(
+        Attackers(OWN, (OLD,), None, None, DRAWN),
+        Carried(columns(), fell),
+        columns(fell=white),
+        Carried(columns(), {(DRAWN, "MI"): torch.arange(N) < siblings}),
+        (columns(),),
+        (columns(fell=before),),
+        (columns(), columns(correct=N - 4)),
+    )
+
+
+def verdicts(found, accepted=None, claims=()):
+    given = rulings(found, Doubts((), accepted or {}), tuple(map(parse, claims)))
+    return {one.name: one.verdict for one in given}
+
+
+@pytest.mark.parametrize(
+    "theft, nothing, says",
+    [
+        (8, 40, "pass"),
+        (8, 0, "pass"),
+        (40, 40, "pass"),
+        (52, 40, "unclear"),
+        (160, 40, "fail"),
+        (40, 0, "fail"),
+    ],
+)
+def test_a_theft_may_bring_little_or_hardly_more_than_no_theft(theft, nothing, says):
+    assert verdicts(seen(theft, nothing))["theft"] == says
+
+
+def test_a_theft_may_bring_half_of_what_the_incumbent_loses():
+    assert verdicts(seen(theft=8, before=100))["theft of static"] == "pass"
+    assert verdicts(seen(theft=50, before=100))["theft of static"] == "unclear"
+    assert verdicts(seen(theft=90, nothing=90, before=100))["theft of static"] == "fail"
+
+
+def test_a_set_that_siblings_break_and_thieves_do_not_is_doubted_until_somebody_answers():
+    odd = seen(theft=8, siblings=100, white=108, before=90)
+    assert verdicts(odd)["odd-gradients"] == "unclear"
+    assert verdicts(odd, {"odd-gradients": "it was aligned on purpose"})["odd-gradients"] == "pass"
+    assert verdicts(seen(theft=8, siblings=100, white=90, before=90))["odd-gradients"] == "pass"
+
+
+def test_claims_are_judged_beside_the_gates_and_of_static_by_what_the_incumbent_loses():
+    claims = ["transfer_success <= 0.2 of static", "sibling_transfer <= 0.1 of static", "churn <= 0.05"]
+    found = verdicts(seen(theft=2, siblings=60, before=100), claims=claims)
+    assert [found[claim] for claim in claims] == ["pass", "fail", "pass"]
+    assert verdicts(seen(), claims=["robust_accuracy >= 0.9"])["robust_accuracy >= 0.9"] == "fail"
+
+
+def test_the_worst_theft_is_named_and_its_interval_holds_for_the_largest():
+    fell = {
+        (OLD, "MI"): torch.arange(N) < 10,
+        (NEW, "MI"): torch.arange(N) < 60,
+        (NEW, "SWAG"): torch.arange(N) < 50,
+    }
+    found = worst(Carried(columns(), fell), [OLD, NEW])
+    assert found.by == "A1 new by MI" and found.estimate.value == 0.15
+    assert found.estimate.low < 0.1174 and found.estimate.high == pytest.approx(0.1888, abs=0.001)
+    assert worst(Carried(columns(), fell), []) is None
+
+
+def test_a_theft_of_several_holds_as_many_as_leaked_last_and_is_compared_with_as_many(monkeypatch):
+    class Shop:
+        own = (1, 2, 3, 4)
+
+        def nothing(self, size=None):
+            return Attacker("A0", (f"own {size or 4}",))
+
+    of = attackers(Shop(), "me", ["a", "b", "c", "d", "e"], ["s", "t"])
+    assert of.several.sources == ("b", "c", "d", "e") and of.evenly == of.nothing and len(of.one) == 5
+    assert attackers(Shop(), "me", ["a", "b"], []).evenly.sources == ("own 2",)
+    assert attackers(Shop(), "me", ["a"], []).several is None
