@@ -78,7 +78,9 @@ def test_what_nobody_says_of_a_part_stays_as_its_recipe_has_it():
     class Slow:
         training: Training = field(default_factory=lambda: Training(lr=0.02))
 
-    assert _checked(Slow, {"training": {"epochs": 3}}, "slow") == {"training": Training(epochs=3, lr=0.02)}
+    assert _checked(Slow, {"training": {"epochs": 3}}, "slow", "recipe") == {
+        "training": Training(epochs=3, lr=0.02)
+    }
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from holdfast import attacks
-from holdfast.config.naming import AUTO, RECIPES
+from holdfast.config.naming import AUTO, CARD, RECIPES, SOURCES
 from holdfast.config.schema import schema
-from holdfast.config.settings import HardenSettings
+from holdfast.config.settings import RotateSettings
 from holdfast.config.starting import DEMO, init, validate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,11 +42,13 @@ def test_stored_copy_is_in_step():
 def test_it_is_a_schema_and_holds_every_key_attack_and_recipe():
     content = schema()
     jsonschema.Draft202012Validator.check_schema(content)
-    assert set(content["properties"]) == set(HardenSettings.model_fields)
+    assert set(content["properties"]) == set(RotateSettings.model_fields)
     tags = [attack["properties"]["use"]["const"] for attack in content["$defs"]["attack"]["oneOf"]]
     assert sorted(tags) == sorted(attacks.__all__)
     recipes = [recipe["properties"]["use"]["const"] for recipe in content["$defs"]["recipe"]["oneOf"]]
-    assert recipes == [AUTO, *RECIPES]
+    assert recipes == [AUTO, CARD, *RECIPES]
+    sources = [source["properties"]["use"]["const"] for source in content["$defs"]["source"]["oneOf"]]
+    assert sources == [*SOURCES]
 
 
 def test_it_accepts_what_init_writes_and_what_the_demo_runs(tmp_path):

@@ -30,6 +30,23 @@ _COLLECTING = (
     click.option("--fit", metavar="DATA", help="Examples to train on (default: the train split)."),
     click.option("--seed", type=int, metavar="N", help="Seed of the trainings (default: 0)."),
 )
+_JUDGING = (
+    click.option(
+        "--gate",
+        "-g",
+        "gates",
+        multiple=True,
+        metavar="G",
+        help='A claim that sets must hold beside the usual gates, as in "transfer_success <= 0.5 of static".',
+    ),
+    click.option(
+        "--accept-doubt",
+        "accept_doubts",
+        multiple=True,
+        metavar='NAME="why"',
+        help="Answer for a raised doubt.",
+    ),
+)
 _OF_POOL = (
     click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 (default: auto)."),
     click.option(
@@ -51,7 +68,7 @@ def rotate() -> None:
     """The verbs below."""
 
 
-def _settings(flags: dict[str, Any], given: Any = None) -> RotateSettings:
+def _settings(flags: dict[str, Any]) -> RotateSettings:
     """What a verb over a pool is told, beside the pool itself."""
     config, sets = flags.pop("config"), flags.pop("sets")
     return read(Path(config) if config else None, flags, sets, kind=RotateSettings)
@@ -64,6 +81,14 @@ def _named(flags: dict[str, Any]) -> dict[str, Any]:
         if name is not None:
             flags["sets"] = (f"{key}.use={name}", *flags["sets"])
     return flags
+
+
+def _judging(flags: dict[str, Any]) -> dict[str, Any]:
+    """With gates and reasons as settings."""
+    from holdfast.config.grammar import pairs
+
+    gates, accepted = flags.pop("gates"), flags.pop("accept_doubts")
+    return {**flags, "gates": list(gates) or None, "accept_doubts": pairs(accepted, "--accept-doubt") or None}
 
 
 @rotate.command(short_help="train the sets that all begins with")
@@ -130,6 +155,22 @@ def draw(
     return step(pool, _settings(flags), voice, wanted=wanted, by=by, immunising=immunising, resume=resume)
 
 
+@rotate.command(short_help="judge candidates by what thieves can do")
+@click.argument("pool")
+@offered(*_JUDGING, *_OF_POOL, *SETTING)
+@spoken
+def admit(voice: Voice, *, pool: str, **flags: Any) -> int:
+    """Judge every candidate of POOL on held-out examples: only an admitted set may serve.
+
+    The usual gates: clean accuracy, robust accuracy, what sets that leaked turn, alone and together, how often it
+    differs from the set that serves, its tensors. A gate that stays unclear on all held-out examples refuses. Exit code
+    0 if one was admitted, 4 if none.
+    """
+    from holdfast.cli.rotating import admit as step
+
+    return step(pool, _settings(_judging(flags)), voice)
+
+
 @rotate.command(short_help="let another set serve")
 @click.argument("pool")
 @click.option("--why", default="", metavar="TEXT", help="Why, for the ledger.")
@@ -162,3 +203,38 @@ def expose(voice: Voice, *, pool: str, name: str, why: str) -> int:
     from holdfast.cli.rotating import expose as step
 
     return step(pool, name, voice, why=why)
+
+
+@rotate.command("run", short_help="all of it, and then a swap whenever one is due")
+@click.argument("model", required=False)
+@click.argument("data", required=False)
+@click.option(
+    "--run", "run", metavar="DIR", help="Folder of the pool (default: holdfast-runs/<time>-rotate-<digest>)."
+)
+@click.option("--resume", is_flag=True, help="Go on with the pool in --run.")
+@click.option(
+    "--every",
+    multiple=True,
+    metavar="T",
+    help="When to swap, as in 50q/principal (answers) or 24h; an exposure always does.",
+)
+@click.option("--keep", type=int, metavar="N", help="Admitted sets that are made ahead (default: 8).")
+@click.option(
+    "--immunise", "immunising", is_flag=True, help="Train each set on against what may have leaked."
+)
+@click.option("--once", is_flag=True, help="End when a set serves and as many as wanted wait.")
+@offered(*_COLLECTING, *_JUDGING, *TARGET, *SETTING)
+@spoken
+def run_(voice: Voice, *, run: str | None, resume: bool, immunising: bool, once: bool, **flags: Any) -> int:
+    """Collect, train, draw, admit and swap in; then watch the ledger, swap whenever one is due, and make new sets.
+
+    What answers requests writes into the ledger how many each principal was given (Pool.answered, from
+    RotatingModel.collected); without it only the time and exposures count.
+    """
+    flags["every"] = list(flags["every"]) or None
+    settings = settings_from(_judging(_named(flags)), RotateSettings)
+    if resume and run is None:
+        raise UsageError("--resume goes on with a pool; name its folder with --run DIR")
+    from holdfast.cli.rotating import turn
+
+    return turn(settings, voice, run=run, resume=resume, immunising=immunising, once=once)

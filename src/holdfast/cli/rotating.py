@@ -21,8 +21,10 @@ from holdfast.core.names import printable
 from holdfast.rotation import next_set
 from holdfast.runs.index import new_folder
 from holdfast.runs.repeating import way_out
-from holdfast.runs.rotate import collecting, drawing, learning
+from holdfast.runs.rotate import admission, collecting, drawing, learning
+from holdfast.runs.rotate.admission import Judged
 from holdfast.runs.rotate.status import standing
+from holdfast.runs.rotate.watching import Turner, Turning
 from holdfast.runs.signals import stoppable
 from holdfast.store.files import usable, write_atomically
 from holdfast.store.pool import Pool
@@ -103,6 +105,71 @@ def draw(
     return 0
 
 
+def admit(pool: str, settings: RotateSettings, voice: Voice) -> int:
+    """Judge the candidates of a pool; 0 if one was admitted, 4 if none."""
+    held = Pool.held(Path(pool))
+    command = shlex.join(["holdfast", *sys.argv[1:]])
+    with (
+        stoppable(f"what was finished is kept, go on with: {command}") as stopper,
+        watched(voice) as progress,
+    ):
+        found = admission.admit(
+            held,
+            rotating.reopened(held, settings),
+            claims=settings.gates,
+            accepted=settings.accept_doubts,
+            stopper=stopper,
+            told=voice.say,
+            progress=progress,
+        )
+    if not voice.quiet:
+        for judged in found.judged:
+            _show_gates(judged, voice)
+    click.echo(f"{len(found.admitted)} of {len(found.judged)} candidates admitted")
+    if found.kept_out:
+        click.echo(f"holdfast: {printable(found.kept_out)}", err=True)
+    return found.exit_code
+
+
+def turn(
+    settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool, immunising: bool, once: bool
+) -> int:
+    """All steps, and then a swap whenever one is due, until it is stopped; 0 where it was to be done once."""
+    command = shlex.join(["holdfast", *sys.argv[1:]])
+    folder = Path(run) if run else new_folder("rotate", digest(as_bytes(canonical(settings))))
+    triggers = rotating.triggers(settings)
+    if not (triggers or once):
+        raise UsageError("nothing says when to swap; give --every 50q/principal or --every 24h, or --once")
+    with stoppable(way_out(command, folder)) as stopper, watched(voice) as progress:
+        terms = rotating.terms(settings)
+        pool = collecting.begun(folder, terms, resume=resume, told=voice.say)
+        collecting.collect(
+            pool,
+            terms,
+            budget_s=rotating.budget_s(settings),
+            stopper=stopper,
+            told=voice.say,
+            progress=progress,
+        )
+        if terms.source.runs > 1 and learning.what_was_learned(pool) is None:
+            learning.learn(
+                pool, terms, rotating.codec(settings), rotating.diffusion(settings), told=voice.say
+            )
+        how = Turning(
+            triggers,
+            settings.keep,
+            rotating.immunise(settings) if immunising else None,
+            claims=settings.gates,
+            accepted=settings.accept_doubts,
+        )
+        turner = Turner(pool, terms, how, stopper, voice.say, progress)
+        turner.begin()
+        voice.say(f"pool: {folder}")
+        if not once:
+            turner.turn()
+    return 0
+
+
 def swap(pool: str, voice: Voice, *, why: str) -> int:
     """Let another set serve; 0 when it does."""
     held = Pool.held(Path(pool))
@@ -178,3 +245,15 @@ def _show(found: Mapping[str, Any], voice: Voice) -> None:
     voice.console().print(
         f"{serving}; {len(found['ahead'])} wait; {found['entries']} entries, the chain holds"
     )
+
+
+def _show_gates(judged: Judged, voice: Voice) -> None:
+    heads = ("verdict", "gate", "found", "asked")
+    title = f"{judged.name}: {judged.verdict}"
+    table = Table(*heads, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for one in judged.gates:
+        table.add_row(one.verdict, one.name, printable(one.why), one.bound)
+    for name, found in judged.reported.items():
+        said = f"{found.value:.3g} ({found.low:.3g} to {found.high:.3g}, n = {found.n:,})"
+        table.add_row("–", name, said, "told, and decides nothing")
+    voice.console().print(table)

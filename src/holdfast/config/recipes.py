@@ -9,7 +9,7 @@ from torch import nn
 from holdfast import recipes as catalogue
 from holdfast.config.attacks import setting
 from holdfast.config.grammar import nearest
-from holdfast.config.naming import AUTO, PRESETS, RECIPES
+from holdfast.config.naming import AUTO, CARD, PRESETS, RECIPES
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.threat import ThreatModel
@@ -37,6 +37,8 @@ def refuse_unheld(threat: ThreatModel) -> None:
 
 def candidates(spec: Mapping[str, Any], model: nn.Module, shape: tuple[int, ...]) -> tuple[Candidate, ...]:
     """The recipe that `use:` names; of `auto` those to choose from for inputs of that shape, the quickest first."""
+    if spec["use"] == CARD:
+        raise UsageError("recipe card is for rotate, which trains as the model was; name a recipe, or auto")
     if spec["use"] != AUTO:
         return (_candidate(spec),)
     told = {key: value for key, value in spec.items() if key != "use"}

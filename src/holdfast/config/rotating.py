@@ -9,7 +9,7 @@ from holdfast import rotation
 from holdfast.config import hardening, ordering
 from holdfast.config.attacks import threat_model
 from holdfast.config.grammar import parse_every, parse_threat, seconds
-from holdfast.config.naming import CARD, SOURCES
+from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.recipes import build_recipe, built, refuse_unheld, settings_of
 from holdfast.config.settings import RotateSettings, check
 from holdfast.core.errors import UsageError
@@ -29,6 +29,10 @@ _OPENING = (
 
 def terms(settings: RotateSettings) -> Terms:
     """The terms that the settings name. Raises `UsageError` and `TargetError`."""
+    if settings.n or settings.sample:
+        raise UsageError(
+            "sets are trained on all of the train split, of which a fifth judges them; leave -n and --sample out"
+        )
     subject, training, _, test = hardening.opened(settings)
     model = subject.model
     threat = threat_model(parse_threat(settings.threat))
@@ -73,6 +77,10 @@ def reopened(pool: Pool, settings: RotateSettings) -> Terms:
 def _candidate(settings: RotateSettings) -> Candidate:
     """The recipe that is named, or that of the model's card with what is said on top, or `standard`."""
     spec = dict(settings.recipe)
+    if spec["use"] == AUTO:
+        raise UsageError(
+            "recipe auto chooses for one training, and the sets of a pool are trained alike; name a recipe, or card"
+        )
     if spec["use"] == CARD:
         card = trained_by(str(settings.model)) or {"use": "standard"}
         said = {key: value for key, value in spec.items() if key != "use"}

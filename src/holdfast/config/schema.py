@@ -22,6 +22,7 @@ def schema() -> dict[str, Any]:
     content = RotateSettings.model_json_schema()
     content["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     content["title"] = "holdfast.yaml"
+    content["description"] = "Everything that the verbs can be told; each takes what concerns it."
     content["$defs"] = {
         **content.pop("$defs"),
         "attack": {"oneOf": [_tagged(n, c, {}) for n, c in attack_names().items()]},

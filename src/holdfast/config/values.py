@@ -131,7 +131,6 @@ def _one_of(kind: str, usual: str, known: Sequence[str]) -> Callable[[object], o
     return read
 
 
-RecipeSpec = Annotated[dict[str, Any], BeforeValidator(_one_of("recipe", AUTO, [*RECIPES, AUTO]))]
-RotatedRecipe = Annotated[dict[str, Any], BeforeValidator(_one_of("recipe", CARD, [*RECIPES, CARD]))]
+RecipeSpec = Annotated[dict[str, Any], BeforeValidator(_one_of("recipe", AUTO, [*RECIPES, AUTO, CARD]))]
 SourceSpec = Annotated[dict[str, Any], BeforeValidator(_one_of("source", "basins", [*SOURCES]))]
 Surrogate = Annotated[SurrogateSettings, BeforeValidator(_surrogate)]

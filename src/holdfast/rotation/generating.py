@@ -41,6 +41,8 @@ _POOL, _COLUMNS, _ROWS = 16_384, 512, 24
 class Denoiser(nn.Module):
     """Tells the noise in latents (n, dims): a residual perceptron that is told how many steps it was added for."""
 
+    falling: Tensor
+
     def __init__(self, dims: int, width: int, depth: int) -> None:
         super().__init__()
         self.first = nn.Linear(dims + 2 * _FREQUENCIES, width)

@@ -1,0 +1,35 @@
+"""From the settings of an assessment to its table of attackers, where the model is a pool."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from holdfast.config import rotating
+from holdfast.config.pooled import pool_of
+from holdfast.config.settings import AssessSettings, RotateSettings, check
+from holdfast.core.batch import Batch
+from holdfast.core.evidence import Evidence
+from holdfast.runs.order import Attackers, Keep, Progress
+from holdfast.runs.rotate.attackers import Table
+
+
+def attackers(settings: AssessSettings) -> Attackers | None:
+    """What measures them; None unless a pool is attacked by all that may be known of it."""
+    return partial(_measured, settings) if settings.adaptive and pool_of(settings.model) else None
+
+
+def _measured(
+    settings: AssessSettings,
+    evidence: Evidence,
+    judged_on: Batch,
+    *,
+    known: Mapping[str, Any] | None,
+    keep: Keep,
+    progress: Progress,
+) -> Mapping[str, Any]:
+    """Opens what the pool was collected from only when it is needed: its training data may be large."""
+    pool = pool_of(settings.model)
+    assert pool is not None
+    said = {"device": settings.device, "trust_code": settings.trust_code}
+    terms = rotating.reopened(pool, check(said, str(settings.model), kind=RotateSettings))
+    return Table(pool, terms)(evidence, judged_on, known=known, keep=keep, progress=progress)

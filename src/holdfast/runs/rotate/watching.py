@@ -1,0 +1,114 @@
+"""Keeping a pool turning: enough admitted sets ahead, and a swap whenever one is due.
+
+What serves, and to whom, other processes say in the ledger; this one reads it, swaps and makes new sets. A set that was
+not admitted never serves because a timer rang: where nothing is admitted, what serves goes on.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from holdfast.core.errors import Inconclusive
+from holdfast.rotation import Immunise, next_set, refuse_faster
+from holdfast.rotation.triggers import Reading, Trigger, due, exposed
+from holdfast.runs.hardening import Told, unheard
+from holdfast.runs.order import Progress, silent
+from holdfast.runs.rotate.admission import IN_A_ROW, admit
+from holdfast.runs.rotate.drawing import By, candidates, draw
+from holdfast.runs.rotate.terms import Terms
+from holdfast.runs.signals import Stopper
+from holdfast.store.pool import Pool
+
+_LOOKS_S, _PAUSE_S = 1.0, 60.0  # between two looks at the ledger, and after one at which no set could be had
+
+
+@dataclass(frozen=True)
+class Turning:
+    """How a pool is kept turning."""
+
+    triggers: tuple[Trigger, ...]
+    """when the set that serves gives way; an exposure always does"""
+    keep: int = 8
+    """admitted sets ahead"""
+    immunise: Immunise | None = None
+    by: By | None = None
+    claims: Sequence[str] = ()
+    """what sets must hold beside the usual gates"""
+    accepted: Mapping[str, str] = field(default_factory=dict)
+    """doubts that a person answers for"""
+
+
+@dataclass
+class Turner:
+    """One process that keeps a pool turning."""
+
+    pool: Pool
+    terms: Terms
+    how: Turning
+    stopper: Stopper = field(default_factory=Stopper)
+    told: Told = unheard
+    progress: Progress = silent
+
+    def fill(self) -> None:
+        """Draw and admit until enough sets wait; `Inconclusive` where five in a row are refused."""
+        begin, before, refused = time.perf_counter(), len(self.pool.ahead), 0
+        while (missing := self.how.keep - len(self.pool.ahead)) > 0:
+            if not candidates(self.pool):
+                draw(
+                    self.pool, self.terms, missing, by=self.how.by, immunise=self.how.immunise,
+                    stopper=self.stopper, told=self.told,
+                )  # fmt: skip
+            found = admit(
+                self.pool, self.terms, claims=self.how.claims, accepted=self.how.accepted, stopper=self.stopper,
+                told=self.told, progress=self.progress,
+            )  # fmt: skip
+            refused = 0 if found.admitted else refused + len(found.judged)
+            if refused >= IN_A_ROW:
+                raise Inconclusive(found.kept_out)
+        made = len(self.pool.ahead) - before
+        if made > 0:
+            refuse_faster(self.how.triggers, (time.perf_counter() - begin) / made)
+
+    def begin(self) -> None:
+        """Make sure that something serves, and that as many sets wait as are wanted."""
+        self.fill()
+        if self.pool.serving is None:
+            self._swap(None, "the first")
+            self.fill()
+
+    def look(self) -> bool:
+        """Swap if that is due, and make up for it; whether all that was due was done."""
+        now = self.pool.serving
+        assert now is not None
+        why = due((*self.how.triggers, exposed), self.reading())
+        try:
+            if why:
+                self._swap(now.epoch, "; ".join(why))
+            self.fill()
+        except Inconclusive as error:
+            self.told(f"note: {error}")
+            return False
+        return True
+
+    def turn(self, *, looks: int | None = None, sleep: Callable[[float], None] = time.sleep) -> None:
+        """Look again and again, for good unless told how often."""
+        while looks is None or looks > 0:
+            sleep(_LOOKS_S if self.look() else _PAUSE_S)
+            looks = None if looks is None else looks - 1
+
+    def reading(self) -> Reading:
+        """What the ledger says of the set that serves."""
+        term = self.pool.ledger.terms[-1]
+        mark = self.pool.ledger.member(term.name).exposed
+        since = datetime.fromisoformat(term.since)
+        return Reading(
+            max(term.answers.values(), default=0),
+            max((datetime.now(UTC) - since).total_seconds(), 0.0),
+            exposure="" if mark is None else mark.why,
+        )
+
+    def _swap(self, epoch: int | None, why: str) -> None:
+        with self.stopper.finishing():
+            now = self.pool.swap(epoch=epoch, why=why, choose=next_set)
+        self.told(f"{now.name} serves as epoch {now.epoch}: {why}")

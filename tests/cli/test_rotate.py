@@ -1,0 +1,146 @@
+"""Rotation from the command line, end to end: what a user types, and what is said, written and returned."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from holdfast.cli.app import run
+from holdfast.store.pool import Pool
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+COLLECT = [
+    "rotate", "collect", "mnist-cnn", "mnist-mini", "--threat", "linf:0.1", "--recipe", "standard",
+    "--set", "recipe.training.epochs=3", "--set", "source.seeds=2", "--set", "source.sets=4",
+]  # fmt: skip
+QUICK = ["--set", "codec.steps=400", "--set", "generator.steps=200"]
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A pool that was collected and has a generator, and what was said of that."""
+    path = tmp_path_factory.mktemp("made") / "pool"
+    assert run([*COLLECT, "--run", str(path)]) == 0
+    assert run(["rotate", "train", str(path), *QUICK]) == 0
+    return path
+
+
+@pytest.fixture
+def pool(made, tmp_path):
+    import shutil
+
+    shutil.copytree(made, tmp_path / "pool")
+    shutil.copy(made.with_name("pool.key"), tmp_path / "pool.key")
+    return tmp_path / "pool"
+
+
+def test_the_steps_one_after_another(pool, capsys):
+    assert run(["rotate", "draw", "pool/", "--sets", "2", "--immunise"]) == 0
+    said = capsys.readouterr()
+    assert re.match(
+        r"2 candidates made by the generator, of \d+ looked at, immunised against 2 sets\n", said.out
+    )
+    assert "holdfast rotate admit pool/" in said.err
+    held = Pool.held(Path("pool"))
+    names = [member.name for member in held.ledger.members if member.state == "candidate"]
+    for name in names:
+        held.admit(name)
+    assert run(["rotate", "swap", "pool/", "--why", "the first"]) == 0
+    said = capsys.readouterr()
+    assert re.match(r"[0-9a-f]{16} serves as epoch 1\n", said.out)
+    assert "note: 1 admitted sets wait, and 2 should" in said.err
+    serving = said.out.split()[0]
+    assert run(["rotate", "expose", "pool/", serving, "--why", "laptop stolen"]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{serving} is listed as exposed: laptop stolen\n"
+    assert "it serves still: holdfast rotate swap pool/" in said.err
+    assert run(["rotate", "swap", "pool/"]) == 0
+    assert run(["rotate", "swap", "pool/"]) == 4, "none waits any more"
+    assert "no admitted set waits" in capsys.readouterr().err
+    assert run(["rotate", "status", "pool/", "-o", "-", "-o", "status.json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == json.loads(Path("status.json").read_text())
+    assert shown["serving"]["epoch"] == 2 and [term["epoch"] for term in shown["terms"]] == [1, 2]
+    assert run(["rotate", "status", "pool/"]) == 0
+    said = capsys.readouterr()
+    assert "laptop stolen" in said.out and "serves as epoch 2" in said.out
+
+
+def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
+    assert run([*COLLECT, "--run", "pool/", "--resume"]) == 0
+    assert "8 sets of 2 runs of 3 epochs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["rotate", "swap", "nowhere"], 3, "'nowhere' is no pool, or was never begun to the end"),
+        (["rotate", "collect", "mnist-cnn", "mnist-mini", "--source", "basin"], 2, "there is no source 'basin'"),
+        (["rotate", "collect", "mnist-cnn", "mnist-mini", "--set", "source.seed=3"], 2, "has no setting 'seed'"),
+        (["rotate", "collect", "mnist-cnn", "mnist-mini", "--recipe", "auto"], 2, "recipe auto chooses for one"),
+        (["rotate", "collect", "mnist-cnn", "mnist-mini", "--threat", "l0:10"], 2, "recipes make a model hold under"),
+        (["rotate", "collect", "mnist-cnn", "mnist-mini", "--resume"], 2, "name its folder with --run DIR"),
+        ([*COLLECT, "--budget", "1min", "--run", "new"], 2, "recipe.training.epochs is 3, and the budget is 1min"),
+        ([*COLLECT, "--run", "pool"], 2, "holds a pool already; go on with it by --resume"),
+        ([*COLLECT, "--seed", "1", "--run", "pool", "--resume"], 2, "is of another"),
+        (["rotate", "train", "pool", "--set", "codec.rank=0"], 2, "codec: rank"),
+        (["rotate", "train", "pool", "--set", "generator.regulariser=on"], 2, "generator: regulariser"),
+        (["rotate", "train", "pool", "--set", "codec.dims=1", "--set", "codec.steps=1"], 4, "sets lose .* points"),
+        (["rotate", "train", "pool", *QUICK, "--set", "generator.lr=1e30"], 3, "no number any more"),
+        (["rotate", "draw", "pool", "--sets", "0"], 2, "x>=1"),
+        (["rotate", "expose", "pool", "0000", "--why", "lost"], 2, "'0000' is no set of this ledger"),
+        (["rotate", "expose", "pool", "0000"], 2, "Missing option '--why'"),
+        (["rotate", "status", "pool", "-o", "s.html"], 2, "write -o FILE.json"),
+        (["rotate", "swop"], 2, "swop"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_said(pool, capsys, words, code, says):
+    assert run(words) == code
+    said = capsys.readouterr().err
+    assert re.search(says, said), said
+    assert "Traceback" not in said and "internal error" not in said
+
+
+def test_a_damaged_pool_is_refused_by_every_verb(pool, capsys):
+    ledger = pool / "ledger.jsonl"
+    lines = ledger.read_text().splitlines(keepends=True)
+    ledger.write_text("".join([lines[0], lines[1].replace("candidate", "admitted"), *lines[2:]]))
+    for words in (["train"], ["draw"], ["swap"], ["status"], ["admit"]):
+        assert run(["rotate", words[0], "pool"]) == 3
+        assert "entry 2 of" in capsys.readouterr().err
+    ledger.write_text("".join(lines))
+    (pool.with_name("pool.key")).write_text("0" * 64 + "\n")
+    assert run(["rotate", "draw", "pool"]) == 3
+    assert "key" in capsys.readouterr().err
+
+
+def test_a_truncated_file_is_named(pool, capsys):
+    for name in ("generator", "run_1"):
+        file = pool / f"{name}.sealed"
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-100])
+        assert run(["rotate", "train" if name == "run_1" else "draw", "pool", *QUICK]) == 3
+        assert f"{name}.sealed" in capsys.readouterr().err
+        file.write_bytes(whole)
+
+
+def test_code_in_a_pool_runs_only_where_it_is_trusted(capsys, monkeypatch):
+    Path("net.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), nn.Linear(16, 10))\n"
+    )
+    words = ["rotate", "collect", "net.py:make", *COLLECT[3:], "--run", "pool2"]
+    assert run(words) == 0
+    assert run(["rotate", "train", "pool2", *QUICK]) == 2
+    assert "a pool runs none by itself; add --trust-code" in capsys.readouterr().err
+    assert run(["rotate", "train", "pool2", *QUICK, "--trust-code"]) == 0

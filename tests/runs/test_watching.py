@@ -1,0 +1,129 @@
+"""Keeping a pool turning: what is made ahead, when it swaps, and what serves where nothing can be had."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from holdfast.core.errors import Inconclusive, UsageError
+from holdfast.rotation import AnswersPerPrincipal, Elapsed
+from holdfast.runs.rotate import watching
+from holdfast.runs.rotate.admission import Admission, Judged
+from holdfast.runs.rotate.drawing import candidates
+from holdfast.runs.rotate.watching import Turner, Turning
+from runs.test_rotate import IMMUNISE, collected, pool, terms, unflushed  # noqa: F401 (fixtures)
+
+
+def turner(of, *triggers, keep=2, **more):
+    return Turner(of, terms(), Turning(triggers, keep, **more))
+
+
+@pytest.fixture
+def generous(monkeypatch):
+    """An admission that takes every candidate."""
+
+    def admit(of, _, **given):
+        found = candidates(of)
+        for name in found:
+            of.admit(name)
+        return Admission(tuple(Judged(name, "admitted", (), "") for name in found), ())
+
+    monkeypatch.setattr(watching, "admit", admit)
+
+
+@pytest.fixture
+def strict(monkeypatch):
+    """One that takes none."""
+
+    def admit(of, _, **given):
+        found = candidates(of)
+        for name in found:
+            of.refuse(name, "it falls")
+        judged = tuple(Judged(name, "refused", (), "it falls", by="A1") for name in found)
+        return Admission(judged, ())
+
+    monkeypatch.setattr(watching, "admit", admit)
+
+
+@pytest.mark.usefixtures("generous")
+def test_begins_with_one_that_serves_and_as_many_ahead_as_wanted(pool):  # noqa: F811
+    one = turner(pool, immunise=IMMUNISE)
+    one.begin()
+    assert pool.serving.epoch == 1 and len(pool.ahead) == 2
+    before = pool.ledger.entries
+    one.begin()
+    assert pool.ledger.entries == before, "and does nothing where that is so already"
+
+
+@pytest.mark.usefixtures("generous")
+def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):  # noqa: F811
+    one = turner(pool, AnswersPerPrincipal(50))
+    one.begin()
+    assert one.look() and pool.serving.epoch == 1
+    pool.answered(1, {"alice": 49, "bob": 30})
+    assert one.look() and pool.serving.epoch == 1
+    pool.answered(1, {"alice": 1})
+    assert one.look() and pool.serving.epoch == 2 and len(pool.ahead) == 2
+    pool.expose(pool.serving.name, "laptop stolen")
+    assert one.look() and pool.serving.epoch == 3
+    assert pool.ledger.member(pool.serving.name).why == "exposed: laptop stolen"
+
+
+@pytest.mark.usefixtures("generous")
+def test_time_counts_from_when_the_ledger_says(pool, monkeypatch):  # noqa: F811
+    one = turner(pool, Elapsed(3600))
+    one.begin()
+    assert one.look() and pool.serving.epoch == 1
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(UTC) + timedelta(hours=2)
+
+    monkeypatch.setattr(watching, "datetime", Later)
+    assert one.look() and pool.serving.epoch == 2
+
+
+def test_what_serves_goes_on_where_nothing_is_admitted(pool, monkeypatch):  # noqa: F811
+    one, said = turner(pool, AnswersPerPrincipal(5), keep=1), []
+    for name in ("first", "second"):
+        (drawn,) = watching.draw(pool, terms(), 1).names
+        pool.admit(drawn, name)
+    one.begin()
+    monkeypatch.setattr(watching, "admit", lambda of, _, **given: refused(of))
+    one.told = said.append
+
+    def refused(of):
+        found = candidates(of)
+        for name in found:
+            of.refuse(name, "it falls")
+        return Admission(tuple(Judged(name, "refused", (), "it falls", by="A1") for name in found), ())
+
+    pool.answered(1, {"alice": 5})
+    waited = []
+    one.turn(looks=3, sleep=waited.append)
+    assert pool.serving.epoch == 2, "the one that waited serves"
+    assert waited[-1] > 30, "and no core is kept busy by a timer that rings"
+    pool.answered(2, {"alice": 5})
+    one.turn(looks=1, sleep=waited.append)
+    assert pool.serving.epoch == 2, "a set that was not admitted never serves"
+    assert any("no admitted set waits" in text or "none of" in text for text in said)
+
+
+@pytest.mark.usefixtures("strict")
+def test_five_refusals_in_a_row_end_it(pool):  # noqa: F811
+    one = turner(pool, Elapsed(3600), keep=2)
+    with pytest.raises(Inconclusive, match="none of 2 candidates was admitted"):
+        one.begin()
+    assert pool.serving is None
+    assert sum(member.why == "it falls" for member in pool.ledger.members) == 6
+
+
+@pytest.mark.usefixtures("generous")
+def test_a_schedule_faster_than_generation_is_refused(pool):  # noqa: F811
+    with pytest.raises(UsageError, match="a swap is due every 1e-06 s, and an admitted set takes .* to make"):
+        replace_every(turner(pool), Elapsed(1e-6)).begin()
+
+
+def replace_every(one, trigger):
+    return Turner(one.pool, one.terms, replace(one.how, triggers=(trigger,)))
