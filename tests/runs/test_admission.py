@@ -222,6 +222,7 @@ def test_a_theft_may_bring_half_of_what_the_incumbent_loses():
     assert verdicts(seen(theft=8, before=100))["theft of static"] == "pass"
     assert verdicts(seen(theft=50, before=100))["theft of static"] == "unclear"
     assert verdicts(seen(theft=90, nothing=90, before=100))["theft of static"] == "fail"
+    assert verdicts(seen(theft=2, before=0))["theft of static"] == "pass"  # there is nothing to halve
 
 
 def test_a_set_that_siblings_break_and_thieves_do_not_is_doubted_until_somebody_answers():

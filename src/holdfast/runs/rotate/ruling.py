@@ -226,6 +226,8 @@ def _excess(fell: Mask, nothing: Mask, times: float, confidence: float = _CONFID
 
 
 def _of_static(gate: str, theft: Worst, share: float, static: Estimate) -> Ruling:
+    if not static.value:
+        return Ruling(gate, None, "not applicable", "pass", "attacks on the incumbent itself turn nothing")
     most = share * static.value
     bound = (
         f"at most {percent(most)} was expected, {share:g} of what attacks on the incumbent itself achieve "
