@@ -13,6 +13,7 @@ from typing import Any
 from holdfast.attacks.protocol import Attack
 from holdfast.checkup import Finding, examine
 from holdfast.config import hardening, ordering
+from holdfast.config.attacked import attackers
 from holdfast.config.brought import (
     DataLike,
     ModelLike,
@@ -128,7 +129,8 @@ def assess(
     subject, given, seconds = opening()
     order = _order(suite, baseline, settings, subject, device_of(model, subject, settings))
     learned = fit_of(fit, data, settings, subject.model, order)
-    order = replace(order, fit=learned, surrogates=seconds, across=others_of(across, settings, subject.model))
+    others = others_of(across, settings, subject.model)
+    order = replace(order, fit=learned, surrogates=seconds, across=others, attackers=attackers(settings))
     return assessing.assess(
         subject, given, order, run=place, resume=resume, progress=progress, opening=opening
     )
@@ -156,7 +158,7 @@ def carry_out(
     order = ordering.order(settings, baseline=baseline, target=target, command=command)
     fit = ordering.opened_fit(settings, subject.model, order.plan)
     across = ordering.opened_across(settings, subject.model)
-    order = replace(order, fit=fit, surrogates=surrogates, across=across)
+    order = replace(order, fit=fit, surrogates=surrogates, across=across, attackers=attackers(settings))
     return assessing.assess(subject, data, order, run=run, resume=resume, progress=progress, opening=opening)
 
 

@@ -85,6 +85,12 @@ CONCERNS = {
         "Moving a little along the gradient changes the output by much more or much less than the gradient says.",
         "Add --adaptive, which goes round the part that shatters the gradient and searches without it.",
     ),
+    "fine-tuning": Concern(
+        "Adversarial fine-tuning for the same time does more",
+        "The parameter sets that take turns were never trained against attacks, and rotation does nothing against who "
+        "holds the one that serves.",
+        "Harden the model first (holdfast harden), and collect the pool from what that writes.",
+    ),
     "nan": Concern(
         "Some outputs are not a number",
         "An output that is not a number counts as broken; it usually means an overflow in the model.",

@@ -8,7 +8,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import printable
-from holdfast.reports import attacks, charts, notes, numbers, words
+from holdfast.reports import attacks, charts, notes, numbers, rotation, words
 from holdfast.reports.terminal import FIRST
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ def _environment() -> "Environment":
         "amount": words.amount,
         "left_out": attacks.left_out,
         "verdicts": words.VERDICTS,
+        "attacker_names": rotation.NAMES,
     }
     return environment
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from holdfast.core.names import printable
-from holdfast.reports import across, transfer
+from holdfast.reports import across, rotation, transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, risks, row
 from holdfast.reports.numbers import count
 from holdfast.reports.words import VERDICTS, capitalized, interval, label, shown
@@ -29,6 +29,7 @@ def document(summary: Mapping[str, Any]) -> str:
     if summary["attacks"]:
         lines += _attacks(summary)
     lines += _matrices(summary)
+    lines += _attackers(summary)
     lines += _doubts(summary)
     lines += ["<details><summary>All metrics</summary>", ""]
     lines += table(
@@ -92,6 +93,30 @@ def _matrices(summary: Mapping[str, Any]) -> list[str]:
             *table(headings, rows),
         ]
     return lines
+
+
+def _attackers(summary: Mapping[str, Any]) -> list[str]:
+    """Whom a rotation of parameter sets stops, and what else its time buys."""
+    found = summary.get("rotation")
+    if found is None:
+        return []
+
+    def told(headings: list[str], rows: Iterable[list[str]]) -> list[str]:
+        return table(*([*map(escaped, headings)], ([*map(escaped, row)] for row in rows)))
+
+    noun = summary["noun"]
+    return [
+        "### Attackers of the rotation",
+        "",
+        f"{escaped(capitalized(found['verdict']))}.",
+        "",
+        f"{escaped(capitalized(rotation.title(found, noun).partition(': ')[2]))}:",
+        "",
+        *told(rotation.headings(found), rotation.cells(found)),
+        f"{escaped(capitalized(rotation.instead_title(found, noun).partition(': ')[2]))}:",
+        "",
+        *told(rotation.instead_headings(found), rotation.instead_cells(found)),
+    ]
 
 
 def _metric(name: str, estimate: Mapping[str, Any]) -> list[str]:

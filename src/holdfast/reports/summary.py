@@ -31,6 +31,7 @@ from holdfast.reports.curves import (
 )
 from holdfast.reports.gallery import examples, is_image
 from holdfast.reports.numbers import size, strict
+from holdfast.reports.rotation import rotation as rotated
 from holdfast.reports.transfer import transfer
 from holdfast.reports.words import headline, open_doubts, threat_in_words, why
 
@@ -49,12 +50,14 @@ def summary(
     gates: Sequence[Judgement] = (),
     accepted_doubts: Mapping[str, str] | None = None,
     run: Mapping[str, Any] | None = None,
+    rotation: Mapping[str, Any] | None = None,
     confidence: float = 0.95,
 ) -> Json:
     """Everything that a report says, in the types of strict JSON.
 
     `run` brings what the evidence does not know: `verb`, `folder`, `created` (ISO 8601), `command` (how to repeat it),
-    `hashes`, `versions`, `hardware`, each left out where unknown. `accepted_doubts` maps names to reasons.
+    `hashes`, `versions`, `hardware`, each left out where unknown. `accepted_doubts` maps names to reasons. `rotation`
+    is the document of the table of attackers.
     """
     content: Json = {
         "schema_version": SCHEMA_VERSION,
@@ -68,6 +71,7 @@ def summary(
         "metrics": {name: estimate(value) for name, value in metrics.items()},
         "gates": [_gate(gate) for gate in gates],
         **_measured(evidence, confidence),
+        "rotation": rotated(rotation),
         "accepted_doubts": {str(name): str(reason) for name, reason in (accepted_doubts or {}).items()},
         **_about(run or {}),
     }

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import printable
-from holdfast.reports import across, transfer
+from holdfast.reports import across, rotation, transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, risks, row, title
 from holdfast.reports.numbers import count, percent
 from holdfast.reports.words import VERDICTS, asked, interval, label, shown
@@ -140,7 +140,24 @@ def matrices(summary: Mapping[str, Any]) -> "list[Table]":
         for told in words.cells(found):
             table.add_row(*map(cell, told))
         tables.append(table)
-    return tables
+    return [*tables, *attackers(summary)]
+
+
+def attackers(summary: Mapping[str, Any]) -> "list[Table]":
+    """Whom a rotation of parameter sets stops, and what else its time buys; nothing where none rotates."""
+    found, noun = summary.get("rotation"), summary["noun"]
+    if found is None:
+        return []
+    first = grid(rotation.title(found, noun), rotation.headings(found))
+    for told in rotation.cells(found):
+        first.add_row(*map(cell, told))
+    second = grid(rotation.instead_title(found, noun), rotation.instead_headings(found))
+    for told in rotation.instead_cells(found):
+        second.add_row(*map(cell, told))
+    for table in (first, second):
+        table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
+    first.columns[-2].justify = "left"
+    return [first, second]
 
 
 def grid(title: str, headings: Sequence[str]) -> "Table":

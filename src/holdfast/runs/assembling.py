@@ -19,6 +19,10 @@ OUTSIDE = "outside the verdict, examples that stood were broken by"
 """How the note begins that names what probes and other passes broke."""
 ADAPTIVE = "adaptive"
 """The document that says which adaptive attacks ran, and why."""
+ROTATION = "rotation"
+"""The document of the table of attackers, of whom a rotation of parameter sets stops."""
+TUNING = "fine-tuning"
+"""The doubt that more training would do more than rotation."""
 
 
 def counted(kind: str, stage: Stage, by_stage: Mapping[str, Columns]) -> Columns | None:
@@ -52,6 +56,16 @@ def evidence_of(
     if adapted is not None:
         context = _adapted(context, outline, by_stage, asked, adapted)
     return conclude(outline, by_stage, seconds, context, randomised=manifest["model"]["randomised"])
+
+
+def with_attackers(evidence: Evidence, found: Mapping[str, Any] | None) -> Evidence:
+    """The evidence with what the table of attackers says: its doubt, its verdict and its notes."""
+    if found is None or not found["complete"]:
+        return evidence
+    notes = (found["verdict"], *found.get("notes", ()))
+    asked = found["doubt"]
+    doubts = () if asked is None else (doubt_from_json({"name": TUNING, **asked}),)
+    return replace(evidence, doubts=(*evidence.doubts, *doubts), notes=(*evidence.notes, *notes))
 
 
 def _adapted(

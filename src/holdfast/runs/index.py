@@ -10,7 +10,15 @@ from typing import Any
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.harness import Seconds
-from holdfast.runs.assembling import ADAPTIVE, DOUBTS, adversarial, counted, evidence_of
+from holdfast.runs.assembling import (
+    ADAPTIVE,
+    DOUBTS,
+    ROTATION,
+    adversarial,
+    counted,
+    evidence_of,
+    with_attackers,
+)
 from holdfast.runs.result import Result, about_of
 from holdfast.runs.written import VERDICT, judgement_from_json
 from holdfast.store.files import MANIFEST
@@ -64,9 +72,10 @@ def open_run(path: Path) -> Result:
     about = about_of(manifest, read_about(path), path, chain.head)
     gates = tuple(judgement_from_json(gate) for gate in decided["gates"])
     by_stage = _stages(path, manifest, chain)
-    evidence = _evidence(path, manifest, by_stage, chain)
+    rotation = recorded_document(path, chain, ROTATION)
+    evidence = with_attackers(_evidence(path, manifest, by_stage, chain), rotation)
     found = adversarial(by_stage, list(by_stage), smallest=manifest["config"]["smallest"])
-    return Result(evidence, gates, decided["accepted_doubts"], about, path, found)
+    return Result(evidence, gates, decided["accepted_doubts"], about, path, found, rotation=rotation)
 
 
 def runs_in(parent: Path = RUNS) -> list[Entry]:

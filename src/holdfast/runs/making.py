@@ -20,7 +20,15 @@ from holdfast.gates.judging import Doubts, Judgement, judge
 from holdfast.harness import MATRIX_ROWS, Plan, Target, paired
 from holdfast.reports.numbers import strict
 from holdfast.runs import probes
-from holdfast.runs.assembling import ADAPTIVE, DOUBTS, OUTSIDE, adversarial, evidence_of
+from holdfast.runs.assembling import (
+    ADAPTIVE,
+    DOUBTS,
+    OUTSIDE,
+    ROTATION,
+    adversarial,
+    evidence_of,
+    with_attackers,
+)
 from holdfast.runs.course import Alone, Course, Watch, shards_of
 from holdfast.runs.entry import (
     batch_size_for,
@@ -48,6 +56,8 @@ from holdfast.runs.written import (
 from holdfast.store.folder import RunFolder, Split
 
 VERB = "assess"
+JUDGED_BY_ATTACKERS = 400
+"""The first examples, at most, that the table of attackers is measured on."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +187,8 @@ class Making:
         keeper: Keeper = InMemory() if folder is None else InFolder(folder)
         with self.team(manifest, folder) as team:
             evidence, found = self.measured(keeper, stopper, manifest, team)
+        rotation = self._attackers(evidence, keeper, stopper)
+        evidence = with_attackers(evidence, rotation)
         gates, accepted = self.judged(evidence, keeper.document(VERDICT))
         with stopper.finishing():
             keeper.record(VERDICT, verdict_to_json(gates, accepted))
@@ -184,7 +196,7 @@ class Making:
             about, place = about_of(manifest, self.about(), None, None), None
         else:
             about, place = about_of(manifest, folder.about(), folder.path, folder.chain.head), folder.path
-        return Result(evidence, gates, accepted, about, place, found, self.order.baseline)
+        return Result(evidence, gates, accepted, about, place, found, self.order.baseline, rotation)
 
     def judged(
         self, evidence: Evidence, known: Mapping[str, Any] | None
@@ -263,6 +275,21 @@ class Making:
             keeper.record(DOUBTS, asked)
             watch.tick(done=True)
         return asked
+
+    def _attackers(self, evidence: Evidence, keeper: Keeper, stopper: Stopper) -> Mapping[str, Any] | None:
+        """The table of attackers of a model whose sets take turns, of which each row is recorded as it is done."""
+        known = keeper.document(ROTATION)
+        if self.order.attackers is None or (known is not None and known["complete"]):
+            return known
+
+        def keep(found: Mapping[str, Any]) -> None:
+            with stopper.finishing():
+                keeper.record(ROTATION, found)
+
+        judged_on = self.data.read(0, min(JUDGED_BY_ATTACKERS, len(self.data)))
+        found = self.order.attackers(evidence, judged_on, known=known, keep=keep, progress=self.progress)
+        keep(found)
+        return found
 
     def _lost(self, again: int) -> tuple[str, ...]:
         """What a server was asked that stands in no column."""

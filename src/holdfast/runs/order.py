@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from holdfast.core.batch import Data
+from holdfast.core.batch import Batch, Data
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.gates.grammar import Claim
@@ -56,6 +56,8 @@ class Order:
     device: str = "cpu"
     surrogates: tuple[Subject, ...] = ()
     """models that the attacker holds of its own"""
+    attackers: "Attackers | None" = None
+    """measures whom a rotation of parameter sets stops, once the suite is over; None where nothing rotates"""
     command: str = ""
     """how to repeat it"""
 
@@ -79,6 +81,23 @@ class Step:
 
 
 Progress = Callable[[Step], None]
+Keep = Callable[[Mapping[str, Any]], None]
+"""Records what there is of a document so far."""
+
+
+class Attackers(Protocol):
+    """Measures the table of attackers of a pool whose sets take turns at serving."""
+
+    def __call__(
+        self,
+        evidence: Evidence,
+        judged_on: Batch,
+        *,
+        known: Mapping[str, Any] | None,
+        keep: Keep,
+        progress: Progress,
+    ) -> Mapping[str, Any]:
+        """The document; of what is `known` already nothing is measured again."""
 
 
 def silent(step: Step) -> None:

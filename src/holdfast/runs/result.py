@@ -56,6 +56,8 @@ class Result:
     """every successful input, as `id` and `x`, where the run was asked to keep them"""
     baseline: Evidence | None = None
     """what `regression` and `clean_accuracy_drop` compare with"""
+    rotation: Mapping[str, Any] | None = None
+    """the table of attackers of a model whose parameter sets take turns at serving; None of any other"""
 
     @cached_property
     def metrics(self) -> dict[str, Estimate]:
@@ -114,6 +116,7 @@ class Result:
             gates=self.gates,
             accepted_doubts=self.accepted_doubts,
             run=self.about,
+            rotation=self.rotation,
         )
 
     def to_html(self, path: str | Path) -> Path:

@@ -1,0 +1,52 @@
+"""What the table of attackers says in words: who is stopped, who is slowed, whom rotation leaves as he was."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+AS_A0, LITTLE, HALF, NOTHING = 1.2, 0.05, 0.5, 0.8
+"""Slowed is who gets at most half of the white box; stopped who of these surely gets at most 1.2 times what A0 does, or
+whoever surely gets at most 5 %. From 0.8 of the white box on rotation protects from no theft."""
+Json = dict[str, Any]
+
+
+def judged(rows: Sequence[Mapping[str, Any]]) -> list[Json]:
+    """The rows, each with its word."""
+    shares = {row["who"]: row["share"] for row in rows}
+    white, none = shares["A5"]["value"], shares["A0"]["value"]
+    return [{**row, "word": _word(row["who"], row["share"], white, none)} for row in rows]
+
+
+def _word(who: str, share: Mapping[str, Any] | None, white: float, none: float) -> str:
+    if share is None:
+        return "not measured"
+    if who == "A5":
+        return "untouched"
+    half = share["value"] <= HALF * white
+    if share["high"] <= LITTLE or (half and who != "A0" and share["high"] <= AS_A0 * none):
+        return "stopped"
+    return "slowed" if half else "untouched"
+
+
+def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One or two sentences."""
+    by = {row["who"]: row for row in rows}
+    one, white = by["A1"]["share"], by["A5"]["share"]
+    words = {
+        "stopped": [row["who"] for row in rows if row["word"] == "stopped"],
+        "slowed": [row["who"] for row in rows if row["word"] == "slowed"],
+        "untouched": [row["who"] for row in rows if row["word"] == "untouched"],
+    }
+    parts = [
+        f"{_listed(who)} {'is' if len(who) == 1 else 'are'} {word}" for word, who in words.items() if who
+    ]
+    text = f"against the set that serves, {'; '.join(parts)}"
+    if one is not None and one["value"] >= NOTHING * white["value"] and by["A1"]["word"] != "stopped":
+        return (
+            f"no protection: an attack on one stolen set turns {100 * one['value']:.1f} % where one on the set that "
+            f"serves turns {100 * white['value']:.1f} %; {text}"
+        )
+    return text
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,0 +1,302 @@
+"""The address `rotating:POOL`, and the table of attackers of a pool on a problem that is learned in a second."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from holdfast import api
+from holdfast.config import attacked, ordering, rotating
+from holdfast.config.settings import AssessSettings, RotateSettings, check
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.recipes import SingleStep
+from holdfast.reports.terminal import tables
+from holdfast.rotation import Codec, LatentDiffusion
+from holdfast.rotation.thieves import ATTACKS, Thief
+from holdfast.runs.index import open_run
+from holdfast.runs.rotate import collecting, drawing, learning
+from holdfast.runs.rotate.asking import AcrossSwaps
+from holdfast.runs.rotate.attackers import WHO, Means, Table
+from holdfast.runs.rotate.instead import doubt
+from holdfast.runs.rotate.wording import judged, verdict
+from holdfast.store.pool import Pool
+from holdfast.store.verify import verify
+from rotation.problem import examples
+
+NET = "from rotation.problem import network\n\n\ndef make():\n    return network()\n"
+FEW = Thief({"MI": ATTACKS["MI"]})
+MEANS = Means(FEW, FEW, (2, 4), AcrossSwaps(queries=12, every=5), labels=64, epochs=1)
+INSTEAD = (
+    "static", "weight noise", "checkpoints of a run", "soup", "SWAG", "independent seeds",
+    "adversarial fine-tuning", "PGD training",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unflushed():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        patch.setattr(learning, "_LOST", 0.2)  # of what was trained for so short a time
+        yield
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    """A pool with a generator and four candidates, of a model at an address."""
+    place = tmp_path_factory.mktemp("collected")
+    (place / "net.py").write_text(NET)
+    for name, (seed, n) in {"train": (0, 480), "test": (1, 64)}.items():
+        batch = examples(seed, n)
+        np.savez(place / f"{name}.npz", x=batch.x.numpy(), y=batch.y.numpy())
+    said = {
+        "model": f"{place}/net.py:make", "data": f"{place}/test.npz", "fit": f"{place}/train.npz",
+        "threat": "linf:0.1", "begins": "own", "trust_code": True,
+        "recipe": {
+            "use": "standard",
+            "training": {"epochs": 5, "batch": 32, "lr": 0.01, "averaging": "none"},
+        },
+        "source": {"use": "basins", "seeds": 2, "sets": 3, "every": 2, "lr": 1e-3},
+    }  # fmt: skip
+    terms = rotating.terms(check(said, "test", kind=RotateSettings))
+    pool = collecting.begun(place / "pool", terms, resume=False)
+    collecting.collect(pool, terms)
+    learning.learn(
+        pool, terms, Codec(dims=8, hidden=64, steps=300), LatentDiffusion(width=64, depth=2, steps=300)
+    )
+    drawing.draw(pool, terms, 2, by="anew")
+    drawing.draw(pool, terms, 1)
+    return place, terms
+
+
+@pytest.fixture
+def pool(collected, tmp_path):
+    shutil.copytree(collected[0] / "pool", tmp_path / "pool")
+    shutil.copy(collected[0] / "pool.key", tmp_path / "pool.key")
+    return Pool.held(tmp_path / "pool")
+
+
+@pytest.fixture
+def serving(pool):
+    """The same with a set that serves and one that waits."""
+    one, other, _ = drawing.candidates(pool)
+    pool.admit(one)
+    pool.swap()
+    pool.admit(other)
+    return pool
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """What the table is measured with, and how often that happened."""
+    found = []
+
+    def table(pool, terms):
+        found.append(pool.path)
+        return Table(pool, terms, MEANS)
+
+    monkeypatch.setattr(attacked, "Table", table)
+    return found
+
+
+def settings(pool, data, **changes):
+    said = {
+        "model": f"rotating:{pool.path}", "data": f"{data}/test.npz", "threat": "linf:0.1", "n": 24,
+        "attacks": [{"use": "PGD", "steps": 5}], "trust_code": True,
+    }  # fmt: skip
+    return check({**said, **changes}, "test", kind=AssessSettings)
+
+
+# --- the address
+
+
+def test_the_address_opens_the_set_that_serves(serving, collected):
+    subject = ordering.opened_subject(settings(serving, collected[0]))
+    weights, now = serving.weights(serving.serving.name), serving.serving
+    for name, value in subject.model.net.state_dict().items():
+        assert torch.equal(value, weights[name])
+    card = subject.card
+    assert (card["how"], card["set"], card["epoch"]) == ("rotating", now.name, 1)
+    assert card["name"] == f"rotating:{serving.path}"
+    assert "(A5), which rotation does not change; add --adaptive" in subject.notes[-1]
+    assert not ordering.opened_subject(settings(serving, collected[0], adaptive=True)).notes
+
+
+def test_another_set_is_another_model(serving, collected):
+    of = settings(serving, collected[0])
+    before = ordering.opened_subject(of)
+    serving.swap()
+    after = ordering.opened_subject(of)
+    assert after.card["epoch"] == 2 and before.digest != after.digest
+
+
+def test_a_pool_that_serves_nothing_says_what_to_do(pool, collected):
+    of = settings(pool, collected[0])
+    with pytest.raises(UsageError, match="nothing serves in .* holdfast rotate admit .*, then .* swap"):
+        ordering.opened_subject(of)
+    pool.admit(drawing.candidates(pool)[0])
+    with pytest.raises(UsageError, match="1 admitted sets wait.*: holdfast rotate swap"):
+        ordering.opened_subject(of)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"trust_code": False}, "names code .*; add --trust-code"),
+        ({"arch": "mnist-cnn"}, "says itself what its model is like, and arch was given"),
+        ({"model": "rotating:"}, "names no folder"),
+    ],
+)
+def test_what_the_address_does_not_take(serving, collected, changes, says):
+    with pytest.raises(UsageError, match=says):
+        ordering.opened_subject(settings(serving, collected[0], **changes))
+
+
+def test_no_pool_is_no_model(tmp_path, collected):
+    with pytest.raises(TargetError, match="is no pool"):
+        ordering.opened_subject(settings(serving_at(tmp_path), collected[0]))
+
+
+def serving_at(path):
+    return type("Nowhere", (), {"path": path / "nowhere"})
+
+
+def test_a_pool_is_no_surrogate(serving, collected):
+    of = settings(serving, collected[0], surrogates=[{"model": f"rotating:{serving.path}"}])
+    with pytest.raises(UsageError, match="can be assessed and stands for no other model"):
+        ordering.opened(of)
+
+
+# --- the table
+
+
+def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collected, quick, tmp_path):
+    serving.expose(collecting.bases(serving)[0], "laptop stolen")
+    serving.expose(collecting.bases(serving)[1], "laptop stolen")
+    of = settings(serving, collected[0], adaptive=True)
+    run = tmp_path / "run"
+    result = api.carry_out(of, run=run)
+    found = result.summary()["rotation"]
+    assert [row["who"] for row in found["rows"]] == list(WHO)
+    assert [row["who"] for row in found["instead"]] == list(INSTEAD)
+    by = {row["who"]: row for row in found["rows"]}
+    assert by["A0"]["holds"].startswith("nothing; 4 surrogates of his own, trained by standard on")
+    assert "2 exposed sets" in by["A1"]["holds"] and by["A2"]["holds"] == "2 exposed sets"
+    assert by["A1u"]["word"] == "not measured" and by["A1u"]["share"] is None
+    assert "the generator and 1 sibling of the set" in by["A3"]["holds"]
+    assert by["A4"]["holds"] == "12 answers an input, by 2 sets that swap every 5"
+    assert by["A5"]["word"] == "untouched"
+    assert by["A5"]["share"]["value"] == pytest.approx(result.metrics["attack_success_rate"].value)
+    document = json.loads((run / "rotation.json").read_text())
+    assert all(set(row["turned"]) <= set(document["ids"]) for row in document["rows"])
+    assert verify(run).complete
+    raised = next(each for each in result.doubts if each.name == "fine-tuning")
+    assert raised.state == "raised" and "half an epoch of adversarial fine-tuning" in raised.says
+    told = tables(result.summary(), colour=False)
+    assert "A6 distils the answers" in told and "adversarial fine-tuning" in told
+    for suffix in ("html", "md"):
+        text = result.write(tmp_path / f"report.{suffix}").read_text()
+        assert "A1u stole one that is not" in text and "weight noise" in text
+    again = api.carry_out(of, run=run, resume=True)
+    assert len(quick) == 1 and again.summary()["rotation"] == found
+    assert open_run(run).summary()["rotation"] == found
+    assert open_run(run).doubts == result.doubts
+
+
+def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, tmp_path, monkeypatch):
+    of = settings(serving, collected[0], adaptive=True)
+    from holdfast.runs.rotate import attackers
+
+    monkeypatch.setattr(attackers._Measuring, "_asking", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        api.carry_out(of, run=tmp_path / "run")
+    before = json.loads((tmp_path / "run" / "rotation.json").read_text())
+    assert [row["who"] for row in before["rows"]] == list(WHO[:6]) and not before["complete"]
+    monkeypatch.undo()
+    monkeypatch.setattr(attacked, "Table", partial(Table, means=MEANS))
+    monkeypatch.setattr(attackers._Measuring, "_generator", lambda self: 1 / 0)
+    api.carry_out(of, run=tmp_path / "run", resume=True)
+    after = json.loads((tmp_path / "run" / "rotation.json").read_text())
+    assert after["complete"] and after["rows"][0]["share"] == before["rows"][0]["share"]
+
+
+def test_without_adaptive_there_is_no_table(serving, collected, quick):
+    result = api.assess(
+        f"rotating:{serving.path}", f"{collected[0]}/test.npz", "linf:0.1", n=8, trust_code=True, doubts=False
+    )
+    assert not quick and result.summary()["rotation"] is None
+    assert any("add --adaptive for the table" in note for note in result.summary()["notes"])
+
+
+def test_a_set_beside_a_stolen_one_has_no_protection(serving, collected, quick):
+    near = serving.weights(collecting.bases(serving)[0])
+    near = {name: value * 1.001 for name, value in near.items()}
+    serving.admit(serving.add(near, {"by": "trajectory"}))
+    serving.expose(collecting.bases(serving)[0], "laptop stolen")
+    serving.serve(serving.ahead[-1])
+    of = settings(serving, collected[0], adaptive=True, threat="linf:0.12")
+    summary = api.carry_out(of, run=None).summary()
+    by = {row["who"]: row for row in summary["rotation"]["rows"]}
+    assert by["A1"]["word"] == "untouched"
+    assert summary["rotation"]["verdict"].startswith("no protection: an attack on one stolen set turns")
+    assert any("assessed under another threat" in note for note in summary["notes"])
+
+
+def test_a_threat_that_the_table_does_not_know_is_said(serving, collected, quick):
+    of = settings(serving, collected[0], adaptive=True, threat="l0:3", attacks=None, suite="fast", n=4)
+    summary = api.carry_out(of, run=None).summary()
+    assert summary["rotation"] is None
+    assert any("needs an eps under Linf, L2 or L1" in note for note in summary["notes"])
+
+
+# --- words
+
+
+def share(value, half=0.01):
+    return {"value": value, "low": max(value - half, 0), "high": value + half, "n": 400}
+
+
+def rows(**shares):
+    values = dict.fromkeys(WHO, 0.5) | shares
+    return judged([{"who": who, "share": None if v is None else share(v)} for who, v in values.items()])
+
+
+def test_words_go_by_the_interval_and_by_the_white_box():
+    found = {
+        row["who"]: row["word"]
+        for row in rows(A0=0.2, A1=0.03, A1u=0.22, A2=0.3, A2c=0.41, A3=None, A4=0.225, A5=0.8, A6=0.45)
+    }
+    assert found == {
+        "A0": "slowed", "A1": "stopped", "A1u": "stopped", "A2": "slowed", "A2c": "untouched",
+        "A3": "not measured", "A4": "stopped", "A5": "untouched", "A6": "untouched",
+    }  # fmt: skip
+
+
+def test_who_gets_no_more_than_without_theft_is_not_stopped_where_that_is_all():
+    found = {row["who"]: row["word"] for row in rows(A0=0.8, A1=0.8, A5=0.8)}
+    assert found["A0"] == found["A1"] == "untouched"
+
+
+def test_the_verdict_names_everyone():
+    said = verdict(rows(A0=0.2, A1=0.03, A2=0.3, A5=0.8))
+    assert said == (
+        "against the set that serves, A1 is stopped; A0 and A2 are slowed; A1u, A2c, A3, A4, A5 and A6 are untouched"
+    )
+    assert verdict(rows(A0=0.2, A1=0.7, A5=0.8)).startswith("no protection: ")
+    assert not verdict(rows(A0=0.2, A1=0.03, A5=0.03)).startswith("no protection"), (
+        "what is stopped is no theft"
+    )
+
+
+def test_sets_that_were_hardened_carry_no_doubt(collected):
+    terms = collected[1]
+    robust = replace(terms, candidate=replace(terms.candidate, recipe=SingleStep()))
+    row = {"thief": share(0.1), "white": share(0.2)}
+    known = {"adversarial fine-tuning": row, "static": row}
+    assert doubt(known, terms, share(0.3))["state"] == "raised"
+    assert "leaves 30.0 % to a thief of one set" in doubt(known, terms, share(0.3))["says"]
+    assert doubt(known, robust, share(0.3))["state"] == "clear"
