@@ -42,6 +42,7 @@ def unflushed():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         patch.setattr(learning, "_LOST", 0.2)  # of what was trained for so short a time
+        patch.setattr(drawing, "_POINT", 1.0)  # any draw does, for its place is drawn anew in every run
         yield
 
 
@@ -66,7 +67,7 @@ def collected(tmp_path_factory):
     pool = collecting.begun(place / "pool", terms, resume=False)
     collecting.collect(pool, terms)
     learning.learn(
-        pool, terms, Codec(dims=8, hidden=64, steps=300), LatentDiffusion(width=64, depth=2, steps=300)
+        pool, terms, Codec(dims=8, hidden=64, steps=100), LatentDiffusion(width=64, depth=2, steps=100)
     )
     drawing.draw(pool, terms, 2, by="anew")
     drawing.draw(pool, terms, 1)
@@ -251,6 +252,15 @@ def test_a_threat_that_the_table_does_not_know_is_said(serving, collected, quick
     summary = api.carry_out(of, run=None).summary()
     assert summary["rotation"] is None
     assert any("needs an eps under Linf, L2 or L1" in note for note in summary["notes"])
+
+
+def test_a_white_box_is_one_whatever_the_suite_was_let_see(serving, collected, quick):
+    spec = [{"use": "Square", "queries": 2}]
+    of = settings(serving, collected[0], adaptive=True, threat="linf:0.1,access=scores", attacks=spec)
+    result = api.carry_out(of, run=None)
+    by = {row["who"]: row for row in result.summary()["rotation"]["rows"]}
+    assert by["A5"]["attack"] == "MI"
+    assert by["A5"]["share"]["value"] > result.metrics["attack_success_rate"].value
 
 
 # --- words

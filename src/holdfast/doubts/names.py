@@ -20,5 +20,10 @@ DOUBTS: Final[dict[str, str]] = {
 }
 """Name of every doubt, and when it is raised."""
 
+OF_ROTATION: Final[dict[str, str]] = {
+    "fine-tuning": "the parameter sets that take turns were never trained against attacks",
+}
+"""The same of those that only a model whose parameter sets take turns raises, by its table of attackers."""
+
 FREE: Final = ("zero-gradient", "probabilities", "state", "nan")
 """The doubts that cost nothing beyond the attacks: all that a list of attacks, as opposed to a named suite, raises."""

@@ -108,6 +108,7 @@ class _Measuring:
         assert now is not None
         self.name = str(evidence.model.get("set", now.name))
         self.live = self.terms.of_set(self.pool, self.name)
+        self.seen = evidence.threat.access
         self.threat = replace(evidence.threat, access="gradients", queries=None, surrogates=())
         self.rng = Draws(evidence.seed).at("attackers")
         n = len(judged_on)
@@ -261,7 +262,11 @@ class _Measuring:
         return self._turned(self.means.asking(sets, self.batch, self.threat, start=start, rng=place))
 
     def _white_box(self) -> Json:
-        return self._told(f"{self.name}, which serves", {"the suite": self.fell})
+        """By the suite; where that saw no gradients, by the attacks of thieves, who are given the set itself, too."""
+        fell = {"the suite": self.fell}
+        if self.seen != "gradients":
+            fell |= self._stolen("A5", [self.live])
+        return self._told(f"{self.name}, which serves", fell)
 
     def _extracted(self) -> Json:
         """A surrogate that is trained on what several sets answered."""

@@ -1,0 +1,76 @@
+"""The table of attackers in every report: whole, escaped, and absent where nothing rotates."""
+
+import json
+
+import jsonschema
+import pytest
+
+from holdfast.doubts.names import OF_ROTATION
+from holdfast.reports import markdown, terminal
+from holdfast.reports.concerns import CONCERNS
+from holdfast.reports.html import fragment, page
+from holdfast.reports.rotation import NAMES
+from holdfast.reports.summary import schema, summary, to_json
+from reports import made
+
+HOSTILE = "<script>alert(1)</script>|[x](http://e)\x1b[31m`"
+
+
+def share(value=0.25):
+    return {"value": value, "low": value / 2, "high": min(2 * value, 1.0), "n": 300}
+
+
+def document(**changes):
+    rows = [
+        {
+            "who": who, "holds": HOSTILE, "share": None if who == "A2" else share(), "attack": HOSTILE,
+            "word": "not measured" if who == "A2" else "slowed", "says": HOSTILE, "turned": [1, 2], "seconds": 1.0,
+        }
+        for who in NAMES
+    ]  # fmt: skip
+    instead = [
+        {"who": "static", "clean": share(1.0), "thief": share(), "white": None, "says": HOSTILE},
+        {"who": "soup", "says": "the pool holds no several sets of a run"},
+    ]
+    known = {"set": "8db30a34", "right": 300, "rows": rows, "instead": instead, "verdict": "A1 is slowed"}
+    return {**known, "complete": True, **changes}
+
+
+def summarised(rotation):
+    evidence = made.evidence()
+    return summary(evidence, metrics=made.measured(evidence), run=made.RUN, rotation=rotation)
+
+
+def test_the_table_is_in_every_report():
+    content = summarised(document())
+    jsonschema.validate(json.loads(to_json(content)), schema())
+    assert [row["who"] for row in content["rotation"]["instead"]] == ["static"], (
+        "what was not measured is left out"
+    )
+    assert "turned" not in content["rotation"]["rows"][0], "which inputs fell stays in the folder of the run"
+    for text in (page(content), markdown.document(content), terminal.tables(content, colour=False)):
+        assert all(name in text for name in NAMES.values())
+        assert "static" in text and "slowed" in text and "25.0 %" in text
+    assert "A1 is slowed." in page(content) and "A1 is slowed." in markdown.document(content)
+
+
+def test_what_a_pool_says_is_shown_and_never_obeyed():
+    content = summarised(document())
+    for text in (page(content), fragment(content), markdown.document(content)):
+        assert "<script>alert" not in text and "\x1b" not in text
+    assert "\x1b" not in terminal.tables(content, colour=False)
+    assert "\\|\\[x\\](http" in markdown.document(content), "no cell is cut in two"
+
+
+@pytest.mark.parametrize("rotation", [None, document(complete=False), document(rows=[])])
+def test_without_a_whole_table_nothing_is_said(rotation):
+    content = summarised(rotation)
+    jsonschema.validate(json.loads(to_json(content)), schema())
+    assert content["rotation"] is None
+    assert "Whom rotation stops" not in page(content)
+    assert "### Attackers" not in markdown.document(content)
+    assert "attackers:" not in terminal.tables(content, colour=False)
+
+
+def test_the_doubt_is_explained():
+    assert set(OF_ROTATION) <= set(CONCERNS)
