@@ -19,9 +19,12 @@ from holdfast.config.grammar import (
 )
 from holdfast.config.naming import AUTO, CARD, RECIPES, SOURCES
 from holdfast.core.errors import UsageError
-from holdfast.doubts.names import DOUBTS
+from holdfast.doubts.names import DOUBTS, OF_ADMISSION, OF_ROTATION
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.sources.remote import header_variable
+
+
+_DOUBTS = {**DOUBTS, **OF_ROTATION, **OF_ADMISSION}
 
 
 def _fractions(value: object) -> object:
@@ -63,8 +66,8 @@ def _names(value: object) -> object:
 
 def _accepted(value: object) -> object:
     for name, reason in value.items() if isinstance(value, Mapping) else ():
-        if name not in DOUBTS:
-            raise UsageError(f"there is no doubt {name!r}{nearest(str(name), DOUBTS)}")
+        if name not in _DOUBTS:
+            raise UsageError(f"there is no doubt {name!r}{nearest(str(name), _DOUBTS)}")
         if reason is None or not str(reason).strip():
             raise UsageError(
                 f"the doubt {name} is accepted without a reason; say why: --accept-doubt {name}=REASON"

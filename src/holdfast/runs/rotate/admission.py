@@ -35,7 +35,7 @@ from holdfast.store.pool import NAME_DIGITS, Pool
 
 IN_A_ROW = 5
 """Refusals after which no more candidates are judged: whatever makes them is not what is needed."""
-_WHITE, _SIBLINGS = 1_000, 500
+_WHITE, _SIBLINGS = 1_000, 200
 """Examples of the first piece for attacks that see the set, which take longest, and for what is told beside gates."""
 
 

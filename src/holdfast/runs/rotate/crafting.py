@@ -7,20 +7,25 @@ others than those by which sets are immunised.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
+from holdfast.core.chain import canonical, digest
 from holdfast.core.draws import Draws
 from holdfast.core.lookup import Lookup
 from holdfast.core.model import Classifier, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs
 from holdfast.harness import Member
+from holdfast.harness.plan import settings
+from holdfast.reports.numbers import strict
 from holdfast.rotation.thieves import Thief
 from holdfast.runs.hardening import Told, unheard
+from holdfast.runs.identity import code_digest
 from holdfast.runs.rotate.collecting import surrogates
 from holdfast.runs.rotate.terms import Terms
 from holdfast.store.pool import Pool
@@ -64,7 +69,10 @@ class Prepared:
 
 @dataclass
 class Workshop:
-    """What every attacker has made so far; of more inputs only the new ones are attacked."""
+    """What every attacker has made so far, sealed in the pool: what leaked once is attacked once.
+
+    Of more inputs only the new ones are attacked.
+    """
 
     pool: Pool
     terms: Terms
@@ -111,14 +119,32 @@ class Workshop:
         """What the attacker makes of some inputs, made once."""
         key = (attacker, start, stop)
         if key not in self._made:
-            self.told(
-                f"{attacker.name}: examples of {stop - start:,} inputs by {', '.join(self.thief.attacks)}"
-            )
             some = self.terms.held.take(torch.arange(start, stop))
-            place = Draws(self.terms.seed).at("thief", attacker.kind, *attacker.sources)
-            made = self.thief.crafted(self._models(attacker), some, self.terms.threat, rng=place)
-            self._made[key] = {name: x.cpu() for name, x in made.items()}
+            constraint, bounds = self.terms.threat.constraint, self.terms.model.bounds
+            self._made[key] = {
+                name: constraint.project(some.x + change.to(some.x), some.x, bounds).cpu()
+                for name, change in self._changes(attacker, some, start).items()
+            }
         return self._made[key]
+
+    def _changes(self, attacker: Attacker, some: Batch, start: int) -> dict[str, Tensor]:
+        """What the attacker adds to each input, rounded to two bytes: as it is sealed in the pool, or made now."""
+        about = digest(canonical(strict([code_digest(), len(some), self._asked, self.terms.about()])))
+        place = digest(canonical([attacker.kind, *attacker.sources, start]))[:16]
+        kept = self.pool.kept(f"made_{place}")
+        if kept is not None and kept.about["of"] == about:
+            return kept.columns
+        self.told(f"{attacker.name}: examples of {len(some):,} inputs by {', '.join(self.thief.attacks)}")
+        rng = Draws(self.terms.seed).at("thief", attacker.kind, *attacker.sources)
+        made = self.thief.crafted(self._models(attacker), some, self.terms.threat, rng=rng)
+        changes = {name: (x - some.x).half().cpu() for name, x in made.items()}
+        if attacker.kind != "A3":  # siblings are others each time
+            self.pool.keep(f"made_{place}", changes, {"of": about})
+        return changes
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        return {name: settings(attack) for name, attack in self.thief.attacks.items()}
 
     def _models(self, attacker: Attacker) -> Sequence[Classifier]:
         if attacker.kind == "A0":
