@@ -23,7 +23,6 @@ from holdfast.doubts.names import DOUBTS, OF_ADMISSION, OF_ROTATION
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.sources.remote import header_variable
 
-
 _DOUBTS = {**DOUBTS, **OF_ROTATION, **OF_ADMISSION}
 
 

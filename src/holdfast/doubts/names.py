@@ -21,8 +21,8 @@ DOUBTS: Final[dict[str, str]] = {
 """Name of every doubt, and when it is raised."""
 
 OF_ADMISSION: Final[dict[str, str]] = {
-    "odd-gradients": "a set breaks more easily than the one that serves, and what is made on its siblings carries three "
-    "times as far as what leaked",
+    "odd-gradients": "a set breaks more easily than the one that serves, and what is made on its siblings carries "
+    "three times as far as what leaked",
 }
 """The same of those that only a set raises which is to be admitted to take turns."""
 
