@@ -129,8 +129,7 @@ def assess(
     subject, given, seconds = opening()
     order = _order(suite, baseline, settings, subject, device_of(model, subject, settings))
     learned = fit_of(fit, data, settings, subject.model, order)
-    others = others_of(across, settings, subject.model)
-    order = replace(order, fit=learned, surrogates=seconds, across=others, attackers=attackers(settings))
+    order = replace(order, fit=learned, surrogates=seconds, across=others_of(across, settings, subject.model))
     return assessing.assess(
         subject, given, order, run=place, resume=resume, progress=progress, opening=opening
     )
@@ -346,13 +345,14 @@ def _order(
     device: str | None,
 ) -> Order:
     attacks = None if suite is None or isinstance(suite, str) else attacks_of(suite)
-    return ordering.order(
+    found = ordering.order(
         settings,
         attacks=attacks,
         baseline=_evidence(baseline),
         device=device,
         target=subject.model.access,
     )
+    return replace(found, attackers=attackers(settings))
 
 
 def _evidence(run: Result | Evidence | str | Path | None) -> Evidence | None:

@@ -39,6 +39,7 @@ def page(summary: Mapping[str, Any]) -> str:
         query_charts=_charts(summary["curves"]["queries"], "queries", logarithmic=True),
         remarks=notes.remarks(summary),
         details=notes.details(summary),
+        attacker_names=rotation.NAMES,
         doubts=sorted(summary["doubts"], key=lambda doubt: _STATES.index(doubt["state"])),
     )
 
@@ -127,7 +128,6 @@ def _environment() -> "Environment":
         "amount": words.amount,
         "left_out": attacks.left_out,
         "verdicts": words.VERDICTS,
-        "attacker_names": rotation.NAMES,
     }
     return environment
 
