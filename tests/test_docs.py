@@ -159,8 +159,8 @@ def test_every_key_of_the_configuration_is_told_as_the_editor_tells_it():
 
 
 def test_the_flags_of_the_configuration_page_exist():
-    shown = (ROOT / "tests" / "cli" / "help" / "harden.txt").read_text(encoding="utf-8")
-    shown += (ROOT / "tests" / "cli" / "help" / "assess.txt").read_text(encoding="utf-8")
+    pages = (ROOT / "tests" / "cli" / "help" / f"{name}.txt" for name in ("harden", "assess", "rotate-run"))
+    shown = "".join(page.read_text(encoding="utf-8") for page in pages)
     for row in rows("reference/configuration.md", "key"):
         for flag in re.findall(r"`(-[\w-]+)`", row["flag"]):
             assert re.search(rf"(?<![\w-]){flag}\b", shown), flag

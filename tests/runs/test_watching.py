@@ -112,11 +112,22 @@ def test_what_serves_goes_on_where_nothing_is_admitted(pool, monkeypatch):  # no
 
 @pytest.mark.usefixtures("strict")
 def test_five_refusals_in_a_row_end_it(pool):  # noqa: F811
-    one = turner(pool, Elapsed(3600), keep=2)
+    one = turner(pool, Elapsed(3600), keep=2, by="generator")
     with pytest.raises(Inconclusive, match="none of 2 candidates was admitted"):
         one.begin()
     assert pool.serving is None
     assert sum(member.why == "it falls" for member in pool.ledger.members) == 6
+
+
+@pytest.mark.usefixtures("strict")
+def test_sets_are_trained_anew_where_the_generator_draws_nothing_that_is_admitted(pool):  # noqa: F811
+    said = []
+    one = Turner(pool, terms(), Turning((Elapsed(3600),), keep=3), told=said.append)
+    with pytest.raises(Inconclusive):
+        one.begin()
+    drawn = [member for member in pool.ledger.members if member.why == "it falls"]
+    assert [bool(member.bases) for member in drawn] == [True] * 3 + [False] * 6
+    assert sum("trained anew from here on" in text for text in said) == 1
 
 
 @pytest.mark.usefixtures("generous")

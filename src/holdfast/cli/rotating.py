@@ -122,9 +122,8 @@ def admit(pool: str, settings: RotateSettings, voice: Voice) -> int:
             told=voice.say,
             progress=progress,
         )
-    if not voice.quiet:
-        for judged in found.judged:
-            _show_gates(judged, voice)
+    for judged in found.judged if voice.verbose else ():
+        _show_gates(judged, voice)
     click.echo(f"{len(found.admitted)} of {len(found.judged)} candidates admitted")
     if found.kept_out:
         click.echo(f"holdfast: {printable(found.kept_out)}", err=True)

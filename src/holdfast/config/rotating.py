@@ -40,7 +40,7 @@ def terms(settings: RotateSettings) -> Terms:
     device = ordering.device_of(settings.device)
     name = settings.fit or settings.data or ""
     examples = parted(training, test, name, model.classes or int(training.y.max()) + 1, settings.seed)
-    opening = json.loads(settings.model_dump_json(include=set(_OPENING)))
+    opening = json.loads(settings.model_dump_json(include=set(_OPENING), exclude_unset=True))
     return Terms(
         subject=ready(subject, device, examples),
         threat=threat,

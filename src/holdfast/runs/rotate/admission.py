@@ -84,8 +84,8 @@ class Admission:
         stopped = f" {IN_A_ROW} in a row were, and {len(self.left)} wait unjudged." if self.left else ""
         return (
             f"none of {len(self.judged)} candidates was admitted ({counted}).{stopped} The first: {self.judged[0].why}."
-            f" What serves goes on serving; draw others, immunised against what is exposed: holdfast rotate draw POOL "
-            f"--immunise"
+            f" What serves goes on serving; sets that are trained anew lie in no basin that leaked: holdfast rotate "
+            f"draw POOL --by anew --immunise"
         )
 
 

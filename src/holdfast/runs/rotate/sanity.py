@@ -15,7 +15,7 @@ from holdfast.rotation.distances import l1
 from holdfast.runs.rotate.ruling import Ruling
 
 _SIGMAS = 3.0
-_LEAST_SPREAD = 0.1  # of the mean norm: few sets may lie close together by chance
+_LEAST_SPREAD = 0.25  # of the mean norm: half an epoch against what leaked moves biases by a third of it
 _LEAST_SIZE = 1e-3  # of the norm a number: biases that hardly left zero
 _SAME = 1e-6  # of the mean size of a number: as far as rounding goes
 

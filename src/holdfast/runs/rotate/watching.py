@@ -33,6 +33,7 @@ class Turning:
     """admitted sets ahead"""
     immunise: Immunise | None = None
     by: By | None = None
+    """how sets are made; None takes the generator until it draws nothing that is admitted"""
     claims: Sequence[str] = ()
     """what sets must hold beside the usual gates"""
     accepted: Mapping[str, str] = field(default_factory=dict)
@@ -49,6 +50,7 @@ class Turner:
     stopper: Stopper = field(default_factory=Stopper)
     told: Told = unheard
     progress: Progress = silent
+    _by: By | None = None
 
     def fill(self) -> None:
         """Draw and admit until enough sets wait; `Inconclusive` where five in a row are refused."""
@@ -56,7 +58,7 @@ class Turner:
         while (missing := self.how.keep - len(self.pool.ahead)) > 0:
             if not candidates(self.pool):
                 draw(
-                    self.pool, self.terms, missing, by=self.how.by, immunise=self.how.immunise,
+                    self.pool, self.terms, missing, by=self._by or self.how.by, immunise=self.how.immunise,
                     stopper=self.stopper, told=self.told,
                 )  # fmt: skip
             found = admit(
@@ -64,8 +66,13 @@ class Turner:
                 told=self.told, progress=self.progress,
             )  # fmt: skip
             refused = 0 if found.admitted else refused + len(found.judged)
-            if refused >= IN_A_ROW:
+            if refused >= IN_A_ROW and (self.how.by is not None or self._by == "anew"):
                 raise Inconclusive(found.kept_out)
+            if refused and self.how.by is None and self._by != "anew":
+                self._by, refused = "anew", 0
+                self.told(
+                    "note: what the generator draws is not admitted, so sets are trained anew from here on"
+                )
         made = len(self.pool.ahead) - before
         if made > 0:
             refuse_faster(self.how.triggers, (time.perf_counter() - begin) / made)
