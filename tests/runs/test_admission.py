@@ -11,7 +11,6 @@ from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts
 from holdfast.rotation import canary
 from holdfast.rotation.thieves import ATTACKS, Thief
-from holdfast.runs.rotate import admission
 from holdfast.runs.rotate.admission import admit
 from holdfast.runs.rotate.crafting import Attacker, Attackers, attackers, exposed_for
 from holdfast.runs.rotate.measuring import Carried
@@ -146,12 +145,10 @@ def test_a_kill_before_the_entry_loses_nothing_and_bases_are_listed(tmp_path, mo
     assert [one.why for one in again.ledger.exposed() if one.name == base] == [f"a base of {name}"]
 
 
-def test_what_is_unclear_is_judged_on_twice_as_many_while_they_last(tmp_path, monkeypatch):
-    monkeypatch.setattr(admission, "FIRST", 250)
-    monkeypatch.setattr(admission, "_WHITE", 500)
+def test_what_is_unclear_is_judged_on_twice_as_many_while_they_last(tmp_path):
     pool = begun(tmp_path / "pool", bases=(0,))
     name = pool.add(state(trained(6)), {})
-    found = admit(pool, terms(1_000), claims=["churn <= 0.02"], thief=QUICK)
+    found = admit(pool, terms(1_000), claims=["churn <= 0.02"], thief=QUICK, judged=250)
     runs = {path.name.rsplit("-", 1)[0] for path in (pool.path / "admission" / name).iterdir()}
     assert {"a0-0-250", "a0-250-500"} <= runs
     theft = gates(found, name)["theft"]

@@ -118,6 +118,7 @@ def admit(pool: str, settings: RotateSettings, voice: Voice) -> int:
             rotating.reopened(held, settings),
             claims=settings.gates,
             accepted=settings.accept_doubts,
+            judged=settings.judged,
             stopper=stopper,
             told=voice.say,
             progress=progress,
@@ -160,6 +161,7 @@ def turn(
             rotating.immunise(settings) if immunising else None,
             claims=settings.gates,
             accepted=settings.accept_doubts,
+            judged=settings.judged,
         )
         turner = Turner(pool, terms, how, stopper, voice.say, progress)
         turner.begin()

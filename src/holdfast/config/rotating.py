@@ -10,6 +10,7 @@ from holdfast.config import hardening, ordering
 from holdfast.config.attacks import threat_model
 from holdfast.config.grammar import parse_every, parse_threat, seconds
 from holdfast.config.naming import AUTO, CARD, SOURCES
+from holdfast.config.pooled import refuse_code
 from holdfast.config.recipes import build_recipe, built, refuse_unheld, settings_of
 from holdfast.config.settings import RotateSettings, check
 from holdfast.core.errors import UsageError
@@ -60,13 +61,8 @@ def reopened(pool: Pool, settings: RotateSettings) -> Terms:
 
     Code runs only where the settings trust it: the pool's own words are no command line.
     """
+    refuse_code(pool, trust_code=settings.trust_code)
     known: Mapping[str, Any] = pool.manifest["about"]["settings"]
-    for key in ("model", "arch"):
-        value = known.get(key)
-        if value and ".py:" in str(value) and not settings.trust_code:
-            raise UsageError(
-                f"{str(pool.path)!r} names code ({key}: {value}), and a pool runs none by itself; add --trust-code"
-            )
     said = {**known, "device": settings.device, "trust_code": settings.trust_code}
     told = {key: value for key, value in said.items() if value is not None}
     found = terms(check(told, str(pool.path), kind=RotateSettings))

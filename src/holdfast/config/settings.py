@@ -193,6 +193,10 @@ class RotateSettings(HardenSettings):
         default_factory=list, description="when to swap, as in 50q/principal or 24h"
     )
     keep: values.Positive = Field(8, description="admitted sets that are made ahead")
+    judged: values.Positive = Field(
+        2000,
+        description="held-out examples that a set is judged on at first; twice as many where that is unclear",
+    )
 
 
 _RIVALS = (("n", "sample"), ("sample", "n"), ("suite", "attacks"), ("attacks", "suite"))

@@ -35,8 +35,9 @@ from holdfast.store.pool import NAME_DIGITS, Pool
 
 IN_A_ROW = 5
 """Refusals after which no more candidates are judged: whatever makes them is not what is needed."""
-_WHITE, _SIBLINGS = 1_000, 200
-"""Examples of the first piece for attacks that see the set, which take longest, and for what is told beside gates."""
+_WHITE, _SIBLINGS = 2, 10
+"""Of the examples that judge at first, one in so many for attacks that see the set, which take longest, and for what is
+told beside gates."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def admit(
     *,
     claims: Sequence[str] = (),
     accepted: Mapping[str, str] | None = None,
+    judged: int = FIRST,
     thief: Thief | None = None,
     again: str = "",
     told: Told = unheard,
@@ -103,15 +105,16 @@ def admit(
 ) -> Admission:
     """Judge every candidate, the one farthest from what is exposed first, and enter in the ledger what became of it.
 
-    `claims` are gates beside the default ones; `accepted` are doubts that a person answers for, by name. `again` says
-    how to go on with a call that was stopped. Raises `UsageError` where no candidate waits or a claim cannot be judged.
+    `claims` are gates beside the default ones; `accepted` are doubts that a person answers for, by name; `judged` is
+    how many held-out examples judge at first. `again` says how to go on with a call that was stopped. Raises
+    `UsageError` where no candidate waits or a claim cannot be judged.
     """
     if not again:
         again = f"what was finished is kept, go on with: holdfast rotate admit {pool.path}"
     found = tuple(map(_claim, claims))
     workshop = Workshop(pool, terms, thief or Thief(), told)
     measuring = Measuring(pool, workshop, progress, again)
-    return _Admitting(measuring, found, accepted or {}, told, stopper or Stopper()).done()
+    return _Admitting(measuring, found, accepted or {}, judged, told, stopper or Stopper()).done()
 
 
 def _claim(text: str) -> Claim:
@@ -131,6 +134,7 @@ class _Admitting:
     measuring: Measuring
     claims: tuple[Claim, ...]
     accepted: Mapping[str, str]
+    judged: int
     told: Told
     stopper: Stopper
     _weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -174,7 +178,7 @@ class _Admitting:
         at_once = first if first.verdict == "fail" else twin(weights, self._several(exposed), self._names)
         if at_once is not None:
             return Judged(name, "refused", (at_once,), at_once.says, at_once.name, exposed)
-        n = {"thieves": FIRST, "white-box": _WHITE, "siblings": _SIBLINGS}
+        n = dict(self._first)
         held = len(self.terms.held)
         while True:
             n = {family: min(size, held) for family, size in n.items()}
@@ -220,22 +224,31 @@ class _Admitting:
         them = attackers(workshop, name, exposed, siblings)
         everyone = (them.nothing, *them.one, them.several, them.evenly)
         thieves = list(dict.fromkeys(one for one in everyone if one is not None))
-        carried = self.measuring.carried(of, thieves, n["thieves"], first=FIRST)
+        carried = self.measuring.carried(of, thieves, n["thieves"], first=self._first["thieves"])
         drawn = None
         if them.siblings is not None:
-            drawn = self.measuring.carried(of, [them.siblings], n["siblings"], first=_SIBLINGS)
+            drawn = self.measuring.carried(of, [them.siblings], n["siblings"], first=self._first["siblings"])
         return Seen(
             them,
             carried,
-            self.measuring.white(of, n["white-box"], first=_WHITE),
+            self._white((of,), n["white-box"])[0],
             drawn,
             self._clean(self._incumbents, n["thieves"]),
-            tuple(self.measuring.white(each, n["white-box"], first=_WHITE) for each in self._incumbents),
+            self._white(self._incumbents, n["white-box"]),
             self._clean(self._bases, n["thieves"]),
         )
 
     def _clean(self, of: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
-        return tuple(self.measuring.clean(each, n, first=FIRST) for each in of)
+        return tuple(self.measuring.clean(each, n, first=self._first["thieves"]) for each in of)
+
+    def _white(self, of: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
+        return tuple(self.measuring.white(each, n, first=self._first["white-box"]) for each in of)
+
+    @cached_property
+    def _first(self) -> dict[str, int]:
+        """How many examples there are at first, of each measurement."""
+        white, siblings = (max(self.judged // part, 1) for part in (_WHITE, _SIBLINGS))
+        return {"thieves": self.judged, "white-box": white, "siblings": siblings}
 
     def _doubts(self, seen: Seen) -> Doubts:
         """Those of the candidate that speak against none of the sets that it is compared with."""

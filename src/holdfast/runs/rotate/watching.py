@@ -16,7 +16,7 @@ from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.order import Progress, silent
 from holdfast.runs.rotate.admission import IN_A_ROW, admit
 from holdfast.runs.rotate.drawing import By, candidates, draw
-from holdfast.runs.rotate.terms import Terms
+from holdfast.runs.rotate.terms import FIRST, Terms
 from holdfast.runs.signals import Stopper
 from holdfast.store.pool import Pool
 
@@ -38,6 +38,8 @@ class Turning:
     """what sets must hold beside the usual gates"""
     accepted: Mapping[str, str] = field(default_factory=dict)
     """doubts that a person answers for"""
+    judged: int = FIRST
+    """held-out examples that a set is judged on at first"""
 
 
 @dataclass
@@ -62,8 +64,8 @@ class Turner:
                     stopper=self.stopper, told=self.told,
                 )  # fmt: skip
             found = admit(
-                self.pool, self.terms, claims=self.how.claims, accepted=self.how.accepted, stopper=self.stopper,
-                told=self.told, progress=self.progress,
+                self.pool, self.terms, claims=self.how.claims, accepted=self.how.accepted, judged=self.how.judged,
+                stopper=self.stopper, told=self.told, progress=self.progress,
             )  # fmt: skip
             refused = 0 if found.admitted else refused + len(found.judged)
             if refused >= IN_A_ROW and (self.how.by is not None or self._by == "anew"):
