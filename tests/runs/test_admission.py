@@ -182,17 +182,24 @@ def columns(correct=N, fell=0):
     return Evidence(found, ThreatModel(Linf(0.1)), "", (), 0)
 
 
-def seen(theft=8, nothing=40, siblings=20, white=100, before=100):
+def seen(theft=8, nothing=40, siblings=20, white=100, before=100, changed=0, *, serves=True):
     fell = {(OWN, "MI"): torch.arange(N) < nothing, (OLD, "MI"): torch.arange(N) < theft}
     return Seen(
         Attackers(OWN, (OLD,), None, None, DRAWN),
-        Carried(columns(), fell),
+        Carried(columns(correct=N - changed), fell),
         columns(fell=white),
         Carried(columns(), {(DRAWN, "MI"): torch.arange(N) < siblings}),
         (columns(),),
         (columns(fell=before),),
         (columns(), columns(correct=N - 4)),
+        serves,
     )
+
+
+def test_churn_counts_once_clients_of_a_set_would_see_it():
+    assert verdicts(seen(changed=N // 10))["churn"] == "fail"
+    assert verdicts(seen(changed=N // 10, serves=False))["churn"] == "pass"
+    assert verdicts(seen(changed=N // 200))["churn"] == "pass"
 
 
 def verdicts(found, accepted=None, claims=()):

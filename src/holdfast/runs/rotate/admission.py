@@ -236,6 +236,7 @@ class _Admitting:
             self._clean(self._incumbents, n["thieves"]),
             self._white(self._incumbents, n["white-box"]),
             self._clean(self._bases, n["thieves"]),
+            self.pool.serving is not None,
         )
 
     def _clean(self, of: Sequence[Subject], n: int) -> tuple[Evidence, ...]:

@@ -26,6 +26,7 @@ CLEAN, ROBUST, CHURN = 0.01, 0.02, 0.03
 NOTHING, SEVERAL, FLOOR, STATIC = 1.2, 1.5, 0.05, 0.5
 """What a theft may bring: times that of a thief of nothing, of one set and of several, or in any case this share; and
 the share of what attacks on the incumbent itself achieve."""
+_MORE = 1.5  # times what bases differ by, of which an interval takes some
 _ODD = 3.0  # times that siblings' examples carry further than those of what leaked
 _CONFIDENCE = 0.95
 Family = Literal["thieves", "white-box", "siblings", ""]
@@ -67,6 +68,8 @@ class Seen:
     before_white: tuple[Evidence, ...]
     bases: tuple[Evidence, ...]
     """clean, of each base"""
+    serves: bool
+    """whether the incumbent is a set that serves"""
 
     @property
     def static(self) -> Estimate:
@@ -238,10 +241,13 @@ def _of_static(gate: str, theft: Worst, share: float, static: Estimate) -> Rulin
 
 def _churn(seen: Seen) -> Ruling:
     among = [float(_other(one, other).double().mean()) for one, other in combinations(seen.bases, 2)]
-    most = max([CHURN, sum(among) / len(among)]) if among else CHURN
+    most = max([CHURN, _MORE * sum(among) / len(among)]) if among else CHURN
     changed = seen.churn
-    bound = (
-        f"at most {percent(most)} was expected, {'as bases differ' if most > CHURN else 'whatever bases do'}"
+    if not seen.serves:
+        why = f"{_number(changed)} of inputs are of another class than by the bases"
+        return Ruling("churn", changed, "asked once a set serves, whose clients see it", "pass", why)
+    bound = f"at most {percent(most)} was expected, " + (
+        f"{_MORE:g} times what bases differ by" if most > CHURN else "whatever bases do"
     )
     why = f"{_number(changed)} of inputs change class against the incumbent"
     return Ruling("churn", changed, bound, AtMost(most)(changed, NO_DOUBTS), why, "thieves")
