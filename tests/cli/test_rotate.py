@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
 from holdfast.cli.app import run
 from holdfast.store.pool import Pool
@@ -73,6 +74,32 @@ def test_the_steps_one_after_another(pool, capsys):
     assert run(["rotate", "status", "pool/"]) == 0
     said = capsys.readouterr()
     assert "laptop stolen" in said.out and "serves as epoch 2" in said.out
+
+
+def test_what_thieves_made_and_what_judged_is_for_the_owner_alone(pool):
+    Pool.held(Path("pool")).drop("generator")
+    assert run(["rotate", "draw", "pool", "--sets", "1"]) == 0
+    assert run(["rotate", "admit", "pool", "--set", "judged=20"]) in (0, 4)
+    files = list(Path("pool").rglob("*"))
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert not [path for path in files if path.stat().st_mode & 0o077]
+    for path in files:
+        if path.suffix == ".safetensors":
+            columns = safetensors.torch.load_file(path)
+            assert not len(columns.get("gallery.x_adv", ())) and "adversarial.x" not in columns
+
+
+def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
+    words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--keep", "1", "--set", "judged=20"]
+    assert run([*words, "--once"]) in (0, 4)
+    said = capsys.readouterr().err
+    assert "serves as epoch 1: the first" in said or "was admitted" in said
+    assert run(words) == 2
+    assert "nothing says when to swap" in capsys.readouterr().err
+    assert run([*words, "--every", "50"]) == 2
+    assert "expected answers to one principal or a duration" in capsys.readouterr().err
+    assert run([*words, "--every", "24h", "--gate", "transfer_success <= 0.5 of it"]) == 2
+    assert run([*words, "--every", "24h", "--accept-doubt", "odd"]) == 2
 
 
 def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):

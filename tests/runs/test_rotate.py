@@ -88,6 +88,18 @@ def test_collects_every_run_and_the_surrogates(collected):
     assert not (path / "begun.sealed").exists(), "the checkpoint of the last training is of no use any more"
 
 
+def test_who_knows_the_seed_cannot_make_the_collection_again(collected, tmp_path):
+    other = collecting.begun(tmp_path / "pool", terms(), resume=False)
+    collecting.collect(other, terms())
+    one = Pool.held(collected[0])
+    assert not set(collecting.bases(one)) & set(collecting.bases(other))
+    same = (
+        torch.equal(one.kept("own_0").columns[name], value)
+        for name, value in other.kept("own_0").columns.items()
+    )
+    assert all(same), "surrogates are what anybody may train"
+
+
 def test_nothing_that_judges_is_trained_on():
     of = terms()
     assert len(of.held) == 128 and not set(of.held.ids.tolist()) & set(of.train.ids.tolist())
@@ -251,6 +263,8 @@ def test_a_drawing_that_was_cut_short_goes_on(pool, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UsageError, match="the drawing that goes on immunises its sets; add --immunise"):
         drawing.draw(pool, terms(), 3, resume=True)
+    with pytest.raises(UsageError, match="the drawing that goes on is by generator, and this asks for anew"):
+        drawing.draw(pool, terms(), 3, by="anew", immunise=IMMUNISE, resume=True)
     found = drawing.draw(pool, terms(), 3, immunise=IMMUNISE, resume=True)
     assert begun == found.names[:1] and len(found.names) == 3
     assert drawing.candidates(pool) == found.names
@@ -324,7 +338,8 @@ def took_s(step, path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be killed")
-def test_twenty_kills_in_collect_lose_nothing(tmp_path):
+def test_twenty_kills_in_collect_lose_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(collecting.secrets, "randbits", lambda bits: 7)
     whole_s = (
         took_s(_collect, tmp_path / "undisturbed" / "pool")
         if (tmp_path / "undisturbed").mkdir() is None

@@ -232,7 +232,7 @@ def run_(voice: Voice, *, run: str | None, resume: bool, immunising: bool, once:
     RotatingModel.collected); without it only the time and exposures count.
     """
     flags["every"] = list(flags["every"]) or None
-    settings = settings_from(_judging(_named(flags)), RotateSettings)
+    settings = settings_from(_named(flags), RotateSettings)
     if resume and run is None:
         raise UsageError("--resume goes on with a pool; name its folder with --run DIR")
     from holdfast.cli.rotating import turn

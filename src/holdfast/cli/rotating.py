@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import UsageError
 from holdfast.core.names import printable
-from holdfast.rotation import next_set
 from holdfast.runs.index import new_folder
 from holdfast.runs.repeating import way_out
 from holdfast.runs.rotate import admission, collecting, drawing, learning
 from holdfast.runs.rotate.admission import Judged
-from holdfast.runs.rotate.status import standing
+from holdfast.runs.rotate.status import next_judged, standing, unjudged
 from holdfast.runs.rotate.watching import Turner, Turning
 from holdfast.runs.signals import stoppable
 from holdfast.store.files import usable, write_atomically
@@ -162,6 +162,7 @@ def turn(
             claims=settings.gates,
             accepted=settings.accept_doubts,
             judged=settings.judged,
+            again=way_out(command, folder),
         )
         turner = Turner(pool, terms, how, stopper, voice.say, progress)
         turner.begin()
@@ -174,8 +175,11 @@ def turn(
 def swap(pool: str, voice: Voice, *, why: str) -> int:
     """Let another set serve; 0 when it does."""
     held = Pool.held(Path(pool))
-    now = held.swap(why=why, choose=next_set)
+    old = unjudged(held)
+    now = held.swap(why=why, choose=partial(next_judged, held))
     click.echo(f"{now.name} serves as epoch {now.epoch}")
+    if now.name in old:
+        voice.say("note: it was admitted before the last exposure, and not judged against what leaked then")
     left = len(held.ahead)
     if left < _AHEAD:
         voice.say(

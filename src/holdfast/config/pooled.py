@@ -51,7 +51,7 @@ def opened(settings: AssessSettings, said: Declared, asked: Remote) -> OpenedMod
 
 def refuse_code(pool: Pool, *, trust_code: bool) -> None:
     """`UsageError` where the pool names code and nobody trusts it: its own words are no command line."""
-    known = _settings_of(pool)
+    known = said_of(pool)
     for key in ("model", "arch"):
         value = known.get(key)
         if value and ".py:" in str(value) and not trust_code:
@@ -87,7 +87,7 @@ def _serving(address: str, pool: Pool, settings: AssessSettings) -> OpenedModel:
 
 def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
     """The model that the pool was begun with; `TargetError` where it is another by now."""
-    known, about = _settings_of(pool), pool.manifest["about"]["model"]
+    known, about = said_of(pool), pool.manifest["about"]["model"]
     ends = known.get("bounds")
     bare = open_model(
         str(known["model"]),
@@ -109,7 +109,8 @@ def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
     return bare
 
 
-def _settings_of(pool: Pool) -> Mapping[str, Any]:
+def said_of(pool: Pool) -> Mapping[str, Any]:
+    """The settings that a pool was begun with; `UsageError` where it says none."""
     known: Mapping[str, Any] = pool.manifest["about"].get("settings", {})
     if not known.get("model"):
         raise UsageError(

@@ -1,16 +1,13 @@
 """From the settings of a rotation to what its steps take: the terms of a pool, and what makes, immunises and swaps."""
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from holdfast import rotation
 from holdfast.config import hardening, ordering
 from holdfast.config.attacks import threat_model
 from holdfast.config.grammar import parse_every, parse_threat, seconds
 from holdfast.config.naming import AUTO, CARD, SOURCES
-from holdfast.config.pooled import refuse_code
+from holdfast.config.pooled import refuse_code, said_of
 from holdfast.config.recipes import build_recipe, built, refuse_unheld, settings_of
 from holdfast.config.settings import RotateSettings, check
 from holdfast.core.errors import UsageError
@@ -62,7 +59,7 @@ def reopened(pool: Pool, settings: RotateSettings) -> Terms:
     Code runs only where the settings trust it: the pool's own words are no command line.
     """
     refuse_code(pool, trust_code=settings.trust_code)
-    known: Mapping[str, Any] = pool.manifest["about"]["settings"]
+    known = said_of(pool)
     said = {**known, "device": settings.device, "trust_code": settings.trust_code}
     told = {key: value for key, value in said.items() if value is not None}
     found = terms(check(told, str(pool.path), kind=RotateSettings))
@@ -127,8 +124,3 @@ def triggers(settings: RotateSettings) -> tuple[Trigger, ...]:
         kind, size = parse_every(text)
         found.append(AnswersPerPrincipal(int(size)) if kind == "answers" else Elapsed(size))
     return tuple(found)
-
-
-def held(path: str) -> Pool:
-    """The pool in a folder."""
-    return Pool.held(Path(path))

@@ -112,6 +112,8 @@ class Plan:
     """run every attack on every example, standing or not"""
     keep_adversarial: bool = False
     """keep every successful input, and not only a few to look at"""
+    shown: bool = True
+    """keep a few successful inputs to look at"""
     doubts: DoubtsWanted = "free"
     adaptive: tuple[Member, ...] = ()
     """what raised doubts may call for, on the examples that the attacks before left standing"""

@@ -280,7 +280,7 @@ def _attack(
         "dead": spent.dead,
     }
     kept = success.nonzero()[:, 0]
-    shown = kept[:GALLERY]
+    shown = kept[: GALLERY if plan.shown else 0]
     columns |= {"gallery.id": batch.ids[shown], "gallery.x": batch.x[shown], "gallery.x_adv": x_adv[shown]}
     if plan.keep_adversarial:
         columns |= {"adversarial.id": batch.ids[kept], "adversarial.x": x_adv[kept]}

@@ -100,6 +100,16 @@ def append(path: Path, content: bytes, mode: int = _OPEN) -> None:
         flush_folder(path.parent)
 
 
+@contextmanager
+def private() -> Iterator[None]:
+    """Within it, files and folders that are made are for their owner alone; in all threads, so not for long."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def flush_folder(folder: Path) -> None:
     """Put the names in a folder on the disk, where the system can do that."""
     if os.name == "nt":  # folders cannot be opened there; the file system journals names itself

@@ -12,18 +12,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts
 from holdfast.rotation import canary
 from holdfast.rotation.live import CANARIES
-from holdfast.rotation.members import rotated
+from holdfast.rotation.members import refuse_foreign, rotated
 from holdfast.rotation.thieves import Thief
 from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.order import Progress, Subject, silent
-from holdfast.runs.rotate.collecting import bases
+from holdfast.runs.rotate.collecting import BASE_OF, bases
 from holdfast.runs.rotate.crafting import Workshop, attackers, exposed_for, siblings_of
 from holdfast.runs.rotate.measuring import Measuring, subject_of
 from holdfast.runs.rotate.ruling import CLAIMABLE, Ruling, Seen, reported, rulings
@@ -158,7 +158,8 @@ class _Admitting:
                 f"no candidate waits in {str(self.pool.path)!r}; make some with holdfast rotate draw {self.pool.path}"
             )
         while row < IN_A_ROW and (waiting := self._waiting()):
-            one = self._judged(max(waiting, key=self._apart))
+            foreign = [one for one in map(self._foreign, waiting) if one is not None]
+            one = foreign[0] if foreign else self._judged(max(waiting, key=self._apart))
             self._enter(one)
             judged.append(one)
             row = 0 if one.verdict == "admitted" else row + 1
@@ -171,6 +172,15 @@ class _Admitting:
             for member in self.pool.ledger.members
             if member.state == "candidate" and member.exposed is None and not member.deleted
         )
+
+    def _foreign(self, name: str) -> Judged | None:
+        """What is said of a set that is of no network like the others."""
+        try:
+            refuse_foreign({**self.weights(name)}, _shapes(self.terms.model), f"set {name!r}")
+        except TargetError as error:
+            gate = Ruling("tensors", None, "those of the model", "fail", str(error))
+            return Judged(name, "refused", (gate,), gate.says, gate.name)
+        return None
 
     def _judged(self, name: str) -> Judged:
         weights, exposed = self.weights(name), self._exposed(name)
@@ -213,7 +223,7 @@ class _Admitting:
             for base in self.pool.ledger.member(one.name).bases:
                 member = self.pool.ledger.member(base)
                 if member.exposed is None and not member.deleted:
-                    self.pool.expose(base, f"a base of {one.name}")
+                    self.pool.expose(base, f"{BASE_OF} {one.name}")
             self.pool.admit(one.name, one.why, canary=known)
 
     # --- what is measured
@@ -252,8 +262,11 @@ class _Admitting:
         return {"thieves": self.judged, "white-box": white, "siblings": siblings}
 
     def _doubts(self, seen: Seen) -> Doubts:
-        """Those of the candidate that speak against none of the sets that it is compared with."""
-        before = {doubt.name for one in seen.before_white for doubt in one.doubts if doubt.state == "raised"}
+        """Those of the candidate that do not speak against all of the sets that it is compared with."""
+        raised = [
+            {doubt.name for doubt in one.doubts if doubt.state == "raised"} for one in seen.before_white
+        ]
+        before = set.intersection(*raised)
         return Doubts(tuple(doubt for doubt in seen.white.doubts if doubt.name not in before), self.accepted)
 
     @cached_property
@@ -316,6 +329,14 @@ def _state(model: torch.nn.Module) -> dict[str, Tensor]:
     net = model.net
     assert isinstance(net, torch.nn.Module)
     return {name: value.detach().cpu() for name, value in net.state_dict().items()}
+
+
+def _shapes(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Tensors of the model's names, shapes and types without a finite number, so that any number is as good."""
+    return {
+        name: torch.full_like(value, torch.inf) if value.is_floating_point() else value
+        for name, value in _state(model).items()
+    }
 
 
 def _praise(found: Sequence[Ruling]) -> str:

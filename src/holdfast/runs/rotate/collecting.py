@@ -5,6 +5,7 @@ examples from weights of their own. Everything that sets are admitted by is told
 """
 
 import math
+import secrets
 import time
 from collections.abc import Mapping
 from copy import deepcopy
@@ -34,7 +35,9 @@ OWN = 4
 """Surrogates that a thief of nothing trains."""
 BASE = "a base, which others are made from: it never serves"
 """Why the set that a run ended with is refused."""
-_BEGUN, _PLAN = "begun", "plan"
+BASE_OF = "a base of"
+"""How the reason begins for which a base is listed as exposed: no theft that anybody saw."""
+_BEGUN, _PLAN, _SECRET = "begun", "plan", "secret"
 _GUESSING = 1.5  # times what guessing gets right: less than that, and a run has gone astray
 
 
@@ -62,6 +65,7 @@ def begun(path: Path, terms: Terms, *, resume: bool, told: Told = unheard) -> Po
         terms.refuse_other(pool)
         return pool
     pool = Pool.begun(path, terms.about())
+    secret(pool)
     told(f"the pool is sealed; its key: {pool.seal.source}")
     return pool
 
@@ -100,6 +104,19 @@ def surrogates(pool: Pool, terms: Terms) -> list[Classifier]:
     found = [pool.kept(_own(k)) for k in range(OWN)]
     _refuse_uncollected(pool, [_own(k) for k in range(OWN)], found)
     return [_as_model(terms, kept.columns) for kept in found if kept is not None]
+
+
+def secret(pool: Pool) -> Draws:
+    """The place of all draws that make the pool's sets, which nobody else can draw again; made when it is first asked.
+
+    It comes from the operating system and is sealed: a seed that others know would give them the collection.
+    """
+    kept = pool.kept(_SECRET)
+    if kept is None:
+        pool.keep(_SECRET, {"seed": torch.tensor([secrets.randbits(62)])}, {})
+        kept = pool.kept(_SECRET)
+        assert kept is not None
+    return Draws(int(kept.columns["seed"]))
 
 
 def epochs_of(pool: Pool) -> int:
@@ -163,7 +180,7 @@ class _Collecting:
 
     def __init__(self, pool: Pool, terms: Terms, stopper: Stopper, told: Told, progress: Progress) -> None:
         self.pool, self.terms, self.stopper, self.told, self.progress = pool, terms, stopper, told, progress
-        self.draws = Draws(terms.seed)
+        self.draws = secret(pool)
         self.anew = terms.source.runs if terms.source.anew else 0
 
     def done(self, budget_s: float | None) -> Collected:
@@ -241,7 +258,7 @@ class _Collecting:
 
     def _surrogate(self, task: Task, k: int, lost: float) -> ColumnFile:
         """A model of a thief of nothing."""
-        model = self._trained(task, _own(k), self.draws.at("own", k))
+        model = self._trained(task, _own(k), Draws(self.terms.seed).at("own", k))
         right = accuracy(model, self._judged)
         self._refuse_astray(f"surrogate {k + 1}", right, lost)
         columns, said = _state(model), {"accuracy": right}

@@ -181,14 +181,11 @@ def attackers(workshop: Workshop, name: str, exposed: Sequence[str], siblings: S
 
 
 def exposed_for(pool: Pool, name: str) -> tuple[str, ...]:
-    """What an attacker may hold when the set serves: what the ledger lists, and what the set was made from."""
+    """What an attacker may hold when the set serves: what it was made from, then what leaked, the last at the end."""
     known = {member.name: member for member in pool.ledger.members}
     listed = [one.name for one in pool.ledger.exposed()]
-    return tuple(
-        each
-        for each in dict.fromkeys([*listed, *known[name].bases])
-        if each != name and not known[each].deleted
-    )
+    unlisted = [each for each in known[name].bases if each not in listed]
+    return tuple(each for each in (*unlisted, *listed) if each != name and not known[each].deleted)
 
 
 def siblings_of(pool: Pool, name: str, usable: Callable[[str], bool]) -> tuple[str, ...]:

@@ -67,8 +67,20 @@ def draw(
         how: By = by or ("anew" if generator is None else "generator")
         against = _against(pool) if immunise is not None else ()
         seed = secrets.randbits(62)
-        said = {"wanted": sets, "by": how, "against": list(against), "names": [], "looked_at": 0}
+        said = {
+            "drawing": secrets.token_hex(4),
+            "wanted": sets,
+            "by": how,
+            "against": list(against),
+            "names": [],
+            "looked_at": 0,
+        }
         pool.keep(_KEPT, {"seed": torch.tensor([seed])}, said)
+    elif (by or begun.about["by"]) != begun.about["by"]:
+        raise UsageError(
+            f"the drawing that goes on is by {begun.about['by']}, and this asks for {by}; leave --resume out to begin "
+            f"another"
+        )
     return _Drawing(pool, terms, immunise, stopper or Stopper(), told).done()
 
 
@@ -108,8 +120,10 @@ class _Drawing:
     ) -> None:
         kept = pool.kept(_KEPT)
         assert kept is not None
-        if kept.about["against"] and immunise is None:
-            raise UsageError("the drawing that goes on immunises its sets; add --immunise")
+        if bool(kept.about["against"]) != (immunise is not None):
+            way = "add" if immunise is None else "leave out"
+            does = "immunises its sets" if kept.about["against"] else "does not immunise its sets"
+            raise UsageError(f"the drawing that goes on {does}; {way} --immunise, or begin another")
         self.pool, self.terms, self.immunise = pool, terms, immunise
         self.stopper, self.told, self.said = stopper, told, dict(kept.about)
         self.seed: Tensor = kept.columns["seed"]
@@ -188,8 +202,7 @@ class _Drawing:
         """Bring a set into the pool, and note it."""
         assert isinstance(model.net, nn.Module)
         state = {name: value.detach().cpu() for name, value in model.net.state_dict().items()}
-        drawing = f"{int(self.seed) & 0xFFFFFFFF:08x}"
-        about = {"drawing": drawing, "by": self.said["by"], "against": self.said["against"]}
+        about = {"drawing": self.said["drawing"], "by": self.said["by"], "against": self.said["against"]}
         with self.stopper.finishing():
             name = self.pool.add(state, about, bases=made_from, why=f"drawn by {self.said['by']}")
             self.said["names"] = [*self.said["names"], name]

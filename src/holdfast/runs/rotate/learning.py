@@ -6,12 +6,11 @@ from statistics import mean
 
 import torch
 
-from holdfast.core.draws import Draws
 from holdfast.core.errors import Inconclusive
 from holdfast.rotation import Codec, Embedding, Generator, LatentDiffusion, Members
 from holdfast.rotation.generating import packed, unpacked
 from holdfast.runs.hardening import Told, unheard
-from holdfast.runs.rotate.collecting import members
+from holdfast.runs.rotate.collecting import members, secret
 from holdfast.runs.rotate.terms import FIRST, Terms, accuracy
 from holdfast.store.pool import Pool
 
@@ -44,7 +43,7 @@ def learn(
     Raises `UsageError` where nothing or a single set is collected, `LostLoss` where training diverges, and
     `Inconclusive` where sets lose more than 0.3 points on their way through the codec: what was there before stands.
     """
-    collected, draws = members(pool), Draws(terms.seed).at("generator")
+    collected, draws = members(pool), secret(pool).at("generator")
     begin = time.perf_counter()
     embedding = codec(collected, rng=draws.at("codec"))
     codec_s = time.perf_counter() - begin

@@ -26,6 +26,7 @@ from holdfast.runs.order import Order, Progress, Subject, silent
 from holdfast.runs.rotate.crafting import Attacker, Workshop
 from holdfast.runs.rotate.terms import Terms
 from holdfast.sources.arrays import Arrays
+from holdfast.store.files import private
 from holdfast.store.folder import read_stage
 from holdfast.store.pool import Pool
 from holdfast.store.records import read_chain
@@ -96,20 +97,21 @@ class Measuring:
     ) -> tuple[Evidence, Path]:
         terms = self.workshop.terms
         threat = replace(terms.threat, access="gradients", queries=None, surrogates=())
-        plan = Plan(tuple(members), threat, terms.seed, full=what not in ("white-box", "clean"))
+        plan = Plan(tuple(members), threat, terms.seed, full=what not in ("white-box", "clean"), shown=False)
         asked = plan.outline(terms.model.classes or 0).steps
         tag = digest(canonical([self._base, strict(asked)]))[:_TAG]
         run = self.pool.path / FOLDER / str(of.card["name"]) / f"{what}-{start}-{stop}-{tag}"
         order = Order(plan, device=terms.device)
-        result = assess(
-            of,
-            self._rows(start, stop),
-            order,
-            run=run,
-            resume=True,
-            progress=self.progress,
-            again=self.again,
-        )
+        with private():
+            result = assess(
+                of,
+                self._rows(start, stop),
+                order,
+                run=run,
+                resume=True,
+                progress=self.progress,
+                again=self.again,
+            )
         return result.evidence, run
 
     def _rows(self, start: int, stop: int) -> Arrays:

@@ -1,7 +1,10 @@
 """What a pool holds, in plain values: where each set stands, what served when and to whom, what leaked."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from holdfast.rotation import next_set
+from holdfast.runs.rotate.collecting import BASE_OF
 from holdfast.runs.rotate.learning import what_was_learned
 from holdfast.store.pool import Pool
 from holdfast.store.standing import Member, Term
@@ -13,7 +16,7 @@ def standing(pool: Pool) -> dict[str, Any]:
     terms, now, learned = ledger.terms, pool.serving, what_was_learned(pool)
     return {
         "pool": str(pool.path),
-        "of": {key: about[key] for key in ("model", "data", "threat", "recipe", "source")},
+        "of": {key: about.get(key) for key in ("model", "data", "threat", "recipe", "source")},
         "generator": None if learned is None else vars(learned),
         "serving": None if now is None else vars(now),
         "ahead": list(pool.ahead),
@@ -51,10 +54,28 @@ def _term(term: Term) -> dict[str, Any]:
     }
 
 
+def unjudged(pool: Pool) -> tuple[str, ...]:
+    """Sets that wait and were admitted before the last exposure: nobody asked what leaked then turns on them."""
+    leaked = max((one.at for one in pool.ledger.exposed() if not one.why.startswith(BASE_OF)), default="")
+    return tuple(name for name in pool.ahead if pool.ledger.member(name).since <= leaked)
+
+
+def next_judged(pool: Pool, waiting: Sequence[str]) -> str:
+    """Which set serves next: one that was judged against all that leaked, where one waits."""
+    old = unjudged(pool)
+    return next_set([name for name in waiting if name not in old] or waiting)
+
+
 def _notes(pool: Pool) -> list[str]:
     """What somebody should do something about."""
     ledger, now = pool.ledger, pool.serving
     notes = []
+    old = unjudged(pool)
+    if old:
+        notes.append(
+            f"{len(old)} of {len(pool.ahead)} sets that wait were admitted before the last exposure, and not judged "
+            f"against it; draw and admit more, which serve first"
+        )
     if now is not None and ledger.member(now.name).exposed is not None:
         notes.append(f"{now.name} serves and is exposed; swap another in")
     if ledger.unlisted:

@@ -123,9 +123,9 @@ class Terms:
         known, mine = pool.manifest["about"], self.about()
         words = {"digest": "model", "begins": "beginning"}
         for key in ("digest", "data", "threat", "recipe", "source", "begins", "seed"):
-            if known[key] != mine[key]:
+            if known.get(key) != mine[key]:
                 raise UsageError(
-                    f"{str(pool.path)!r} is of another {words.get(key, key)}: {known[key]}, where {mine[key]} was "
+                    f"{str(pool.path)!r} is of another {words.get(key, key)}: {known.get(key)}, where {mine[key]} was "
                     f"given; bring that back, or begin another pool"
                 )
 

@@ -8,14 +8,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
+from typing import Any
 
-from holdfast.core.errors import Inconclusive
-from holdfast.rotation import Immunise, next_set, refuse_faster
+from holdfast.core.errors import Inconclusive, UsageError
+from holdfast.rotation import Immunise, refuse_faster
 from holdfast.rotation.triggers import Reading, Trigger, due, exposed
 from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.order import Progress, silent
 from holdfast.runs.rotate.admission import IN_A_ROW, admit
 from holdfast.runs.rotate.drawing import By, candidates, draw
+from holdfast.runs.rotate.status import next_judged
 from holdfast.runs.rotate.terms import FIRST, Terms
 from holdfast.runs.signals import Stopper
 from holdfast.store.pool import Pool
@@ -40,6 +43,8 @@ class Turning:
     """doubts that a person answers for"""
     judged: int = FIRST
     """held-out examples that a set is judged on at first"""
+    again: str = ""
+    """how to go on with what is stopped"""
 
 
 @dataclass
@@ -59,13 +64,10 @@ class Turner:
         begin, before, refused = time.perf_counter(), len(self.pool.ahead), 0
         while (missing := self.how.keep - len(self.pool.ahead)) > 0:
             if not candidates(self.pool):
-                draw(
-                    self.pool, self.terms, missing, by=self._by or self.how.by, immunise=self.how.immunise,
-                    stopper=self.stopper, told=self.told,
-                )  # fmt: skip
+                self._draw(missing)
             found = admit(
                 self.pool, self.terms, claims=self.how.claims, accepted=self.how.accepted, judged=self.how.judged,
-                stopper=self.stopper, told=self.told, progress=self.progress,
+                again=self.how.again, stopper=self.stopper, told=self.told, progress=self.progress,
             )  # fmt: skip
             refused = 0 if found.admitted else refused + len(found.judged)
             if refused >= IN_A_ROW and (self.how.by is not None or self._by == "anew"):
@@ -77,7 +79,32 @@ class Turner:
                 )
         made = len(self.pool.ahead) - before
         if made > 0:
-            refuse_faster(self.how.triggers, (time.perf_counter() - begin) / made)
+            self._refuse_faster((time.perf_counter() - begin) / made)
+
+    def _draw(self, missing: int) -> None:
+        """New candidates: trained anew where the generator draws none that works, unless it was asked for."""
+        by = self.how.by or self._by
+        given: dict[str, Any] = {"immunise": self.how.immunise, "stopper": self.stopper, "told": self.told}
+        try:
+            draw(self.pool, self.terms, missing, by=by, **given)
+        except Inconclusive as error:
+            if by is not None:
+                raise
+            self._go_anew(str(error))
+            draw(self.pool, self.terms, missing, by="anew", **given)
+
+    def _go_anew(self, why: str) -> None:
+        self._by = "anew"
+        self.told(f"note: {why}; sets are trained anew from here on")
+
+    def _refuse_faster(self, made_in_s: float) -> None:
+        """`UsageError` for a schedule that empties the pool, before anything serves; later it is told."""
+        try:
+            refuse_faster(self.how.triggers, made_in_s)
+        except UsageError as error:
+            if self.pool.serving is None:
+                raise
+            self.told(f"note: {error}")
 
     def begin(self) -> None:
         """Make sure that something serves, and that as many sets wait as are wanted."""
@@ -92,6 +119,8 @@ class Turner:
         assert now is not None
         why = due((*self.how.triggers, exposed), self.reading())
         try:
+            if why and not self.pool.ahead:
+                self.fill()
             if why:
                 self._swap(now.epoch, "; ".join(why))
             self.fill()
@@ -119,5 +148,5 @@ class Turner:
 
     def _swap(self, epoch: int | None, why: str) -> None:
         with self.stopper.finishing():
-            now = self.pool.swap(epoch=epoch, why=why, choose=next_set)
+            now = self.pool.swap(epoch=epoch, why=why, choose=partial(next_judged, self.pool))
         self.told(f"{now.name} serves as epoch {now.epoch}: {why}")
