@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+from places import collections_from_one_place, draws_by_count  # noqa: F401 (fixtures)
+
 
 @pytest.fixture(autouse=True)
 def unflushed(monkeypatch):

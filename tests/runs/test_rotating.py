@@ -281,7 +281,7 @@ def test_words_go_by_the_interval_and_by_the_white_box():
         for row in rows(A0=0.2, A1=0.03, A1u=0.22, A2=0.3, A2c=0.41, A3=None, A4=0.225, A5=0.8, A6=0.45)
     }
     assert found == {
-        "A0": "slowed", "A1": "stopped", "A1u": "stopped", "A2": "slowed", "A2c": "untouched",
+        "A0": "untouched", "A1": "stopped", "A1u": "stopped", "A2": "slowed", "A2c": "untouched",
         "A3": "not measured", "A4": "stopped", "A5": "untouched", "A6": "untouched",
     }  # fmt: skip
 
@@ -294,7 +294,7 @@ def test_who_gets_no_more_than_without_theft_is_not_stopped_where_that_is_all():
 def test_the_verdict_names_everyone():
     said = verdict(rows(A0=0.2, A1=0.03, A2=0.3, A5=0.8))
     assert said == (
-        "against the set that serves, A1 is stopped; A0 and A2 are slowed; A1u, A2c, A3, A4, A5 and A6 are untouched"
+        "against the set that serves, A1 is stopped; A2 is slowed; A0, A1u, A2c, A3, A4, A5 and A6 are untouched"
     )
     assert verdict(rows(A0=0.2, A1=0.7, A5=0.8)).startswith("no protection: ")
     assert not verdict(rows(A0=0.2, A1=0.03, A5=0.03)).startswith("no protection"), (

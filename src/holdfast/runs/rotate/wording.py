@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 AS_A0, LITTLE, HALF, NOTHING = 1.2, 0.05, 0.5, 0.8
-"""Slowed is who gets at most half of the white box; stopped who of these surely gets at most 1.2 times what A0 does, or
-whoever surely gets at most 5 %. From 0.8 of the white box on rotation protects from no theft."""
+"""Slowed is who surely gets at most half of the white box; stopped who of these surely gets at most 1.2 times what A0
+does, or whoever surely gets at most 5 %. From 0.8 of the white box on rotation protects from no theft. Who stole
+nothing and who holds what serves are none the worse for swapping."""
 Json = dict[str, Any]
 
 
@@ -19,10 +20,10 @@ def judged(rows: Sequence[Mapping[str, Any]]) -> list[Json]:
 def _word(who: str, share: Mapping[str, Any] | None, white: float, none: float) -> str:
     if share is None:
         return "not measured"
-    if who == "A5":
+    if who in ("A0", "A5"):
         return "untouched"
-    half = share["value"] <= HALF * white
-    if share["high"] <= LITTLE or (half and who != "A0" and share["high"] <= AS_A0 * none):
+    half = share["high"] <= HALF * white
+    if share["high"] <= LITTLE or (half and share["high"] <= AS_A0 * none):
         return "stopped"
     return "slowed" if half else "untouched"
 
