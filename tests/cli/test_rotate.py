@@ -44,7 +44,9 @@ def pool(made, tmp_path):
     return tmp_path / "pool"
 
 
-def test_the_steps_one_after_another(pool, capsys):
+@pytest.mark.parametrize("width", ["80", "110"])
+def test_the_steps_one_after_another(pool, capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", width)
     assert run(["rotate", "draw", "pool/", "--sets", "2", "--immunise"]) == 0
     said = capsys.readouterr()
     assert re.match(
@@ -73,7 +75,8 @@ def test_the_steps_one_after_another(pool, capsys):
     assert shown["serving"]["epoch"] == 2 and [term["epoch"] for term in shown["terms"]] == [1, 2]
     assert run(["rotate", "status", "pool/"]) == 0
     said = capsys.readouterr()
-    assert "laptop stolen" in said.out and "serves as epoch 2" in said.out
+    assert "exposed: laptop stolen" in " ".join(said.out.split()) and "serves as epoch 2" in said.out
+    assert serving in said.out
 
 
 def test_what_thieves_made_and_what_judged_is_for_the_owner_alone(pool):

@@ -252,7 +252,7 @@ def test_damaged_safetensors_are_named(tmp_path: Path) -> None:
         ("https://host/v2/models/m", "add --allow-host host"),
         ("hf:owner/name", r"holdfast\[hub\]"),
         ("timm:resnet18", r"holdfast\[hub\]"),
-        ("rotating:pool", "later release"),
+        ("rotating:pool", "which can be assessed"),
         ("mnist-cn", "no bundled model 'mnist-cn'"),
     ],
 )

@@ -27,7 +27,7 @@ from holdfast.runs.rotate.status import next_judged, standing, unjudged
 from holdfast.runs.rotate.watching import Turner, Turning
 from holdfast.runs.signals import stoppable
 from holdfast.store.files import usable, write_atomically
-from holdfast.store.pool import Pool
+from holdfast.store.pool import NAME_DIGITS, Pool
 from holdfast.store.records import document
 
 _STDOUT = "-"
@@ -221,25 +221,16 @@ def status(pool: str, voice: Voice, *, outputs: Sequence[str]) -> int:
 
 
 def _show(found: Mapping[str, Any], voice: Voice) -> None:
-    table = Table(
-        "set",
-        "state",
-        "since",
-        "epoch",
-        "answers",
-        "exposed",
-        "why",
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("set", min_width=NAME_DIGITS, no_wrap=True)
+    for name in ("state", "since", "epoch", "answers"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("why", overflow="fold")
     for one in found["sets"]:
         epochs = ", ".join(map(str, one["epochs"]))
         given = str(one["answers"]) if one["epochs"] else ""
-        said = one["exposed"] or ""
-        table.add_row(
-            one["name"], one["state"], one["since"], epochs, given, printable(said), printable(one["why"])
-        )
+        said = f"exposed: {one['exposed']}" if one["exposed"] else one["why"]
+        table.add_row(one["name"], one["state"], one["since"][:10], epochs, given, printable(said))
     voice.console().print(table)
     now = found["serving"]
     serving = (
@@ -247,9 +238,7 @@ def _show(found: Mapping[str, Any], voice: Voice) -> None:
         if now is None
         else f"{now['name']} serves as epoch {now['epoch']} since {now['since']}"
     )
-    voice.console().print(
-        f"{serving}; {len(found['ahead'])} wait; {found['entries']} entries, the chain holds"
-    )
+    click.echo(f"{serving}; {len(found['ahead'])} wait; {found['entries']} entries, the chain holds")
 
 
 def _show_gates(judged: Judged, voice: Voice) -> None:
