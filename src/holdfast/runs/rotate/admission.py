@@ -15,6 +15,7 @@ from torch import Tensor
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
+from holdfast.core.model import Classifier
 from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts
 from holdfast.rotation import canary
@@ -25,10 +26,11 @@ from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.order import Progress, Subject, silent
 from holdfast.runs.rotate.collecting import BASE_OF, bases
 from holdfast.runs.rotate.crafting import Workshop, attackers, exposed_for, siblings_of
+from holdfast.runs.rotate.drawing import candidates
 from holdfast.runs.rotate.measuring import Measuring, subject_of
 from holdfast.runs.rotate.ruling import CLAIMABLE, Ruling, Seen, reported, rulings
 from holdfast.runs.rotate.sanity import distance, endless, tensors, twin
-from holdfast.runs.rotate.terms import FIRST, Terms
+from holdfast.runs.rotate.terms import FIRST, Terms, state_of
 from holdfast.runs.signals import Stopper
 from holdfast.store.columns import content_digest
 from holdfast.store.pool import NAME_DIGITS, Pool
@@ -153,25 +155,18 @@ class _Admitting:
         """All candidates, or as many as it takes for five refusals in a row."""
         judged: list[Judged] = []
         row = 0
-        if not self._waiting():
+        if not candidates(self.pool):
             raise UsageError(
                 f"no candidate waits in {str(self.pool.path)!r}; make some with holdfast rotate draw {self.pool.path}"
             )
-        while row < IN_A_ROW and (waiting := self._waiting()):
+        while row < IN_A_ROW and (waiting := candidates(self.pool)):
             foreign = [one for one in map(self._foreign, waiting) if one is not None]
             one = foreign[0] if foreign else self._judged(max(waiting, key=self._apart))
             self._enter(one)
             judged.append(one)
             row = 0 if one.verdict == "admitted" else row + 1
             self.told(f"{one.name} {one.verdict}: {one.why}")
-        return Admission(tuple(judged), self._waiting())
-
-    def _waiting(self) -> tuple[str, ...]:
-        return tuple(
-            member.name
-            for member in self.pool.ledger.members
-            if member.state == "candidate" and member.exposed is None and not member.deleted
-        )
+        return Admission(tuple(judged), candidates(self.pool))
 
     def _foreign(self, name: str) -> Judged | None:
         """What is said of a set that is of no network like the others."""
@@ -279,7 +274,7 @@ class _Admitting:
     def _own(self) -> tuple[Subject, ...]:
         found = []
         for model in self.measuring.workshop.own:
-            sha = content_digest(_state(model))
+            sha = content_digest(state_of(model))
             found.append(subject_of(self.terms, f"own-{sha[:NAME_DIGITS]}", sha, model))
         return tuple(found)
 
@@ -303,7 +298,7 @@ class _Admitting:
 
     def _finite(self, name: str) -> bool:
         """Whether it can be attacked at all."""
-        return not endless(self.weights(name), _state(self.terms.model))
+        return not endless(self.weights(name), state_of(self.terms.model))
 
     @cached_property
     def _names(self) -> list[str]:
@@ -313,7 +308,7 @@ class _Admitting:
     def _known(self) -> list[Mapping[str, Tensor]]:
         """The weights of bases and surrogates, which say what is usual."""
         several = {one.digest: one for one in (*self._bases, *self._own)}
-        return [_state(one.model) for one in several.values()]
+        return [state_of(one.model) for one in several.values()]
 
     def _exposed(self, name: str) -> tuple[str, ...]:
         return tuple(each for each in exposed_for(self.pool, name) if self._finite(each))
@@ -325,17 +320,11 @@ class _Admitting:
         return {name: self.weights(name) for name in names}
 
 
-def _state(model: torch.nn.Module) -> dict[str, Tensor]:
-    net = model.net
-    assert isinstance(net, torch.nn.Module)
-    return {name: value.detach().cpu() for name, value in net.state_dict().items()}
-
-
-def _shapes(model: torch.nn.Module) -> dict[str, Tensor]:
+def _shapes(model: Classifier) -> dict[str, Tensor]:
     """Tensors of the model's names, shapes and types without a finite number, so that any number is as good."""
     return {
         name: torch.full_like(value, torch.inf) if value.is_floating_point() else value
-        for name, value in _state(model).items()
+        for name, value in state_of(model).items()
     }
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint, beginning
@@ -26,7 +25,7 @@ from holdfast.rotation.collecting import begun_anew, swapped
 from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.order import Progress, Step, silent
 from holdfast.runs.pace import Pace, fitting, pace
-from holdfast.runs.rotate.terms import FIRST, Terms, accuracy
+from holdfast.runs.rotate.terms import FIRST, Terms, accuracy, state_of
 from holdfast.runs.signals import Stopper
 from holdfast.store.columns import ColumnFile
 from holdfast.store.pool import Pool, stands
@@ -103,7 +102,7 @@ def surrogates(pool: Pool, terms: Terms) -> list[Classifier]:
     """The models of a thief of nothing."""
     found = [pool.kept(_own(k)) for k in range(OWN)]
     _refuse_uncollected(pool, [_own(k) for k in range(OWN)], found)
-    return [_as_model(terms, kept.columns) for kept in found if kept is not None]
+    return [loaded(terms.model, kept.columns, "own") for kept in found if kept is not None]
 
 
 def secret(pool: Pool) -> Draws:
@@ -145,10 +144,6 @@ def _refuse_uncollected(pool: Pool, names: list[str], found: list[ColumnFile | N
         )
 
 
-def _as_model(terms: Terms, state: Mapping[str, Tensor]) -> Classifier:
-    return loaded(terms.model, state, "own")
-
-
 def _too_small(budget_s: float, spent_s: float, found: Pace, trained: int) -> str:
     least = math.ceil((trained * found.epoch + spent_s) / 60 / 0.95)
     return (
@@ -170,11 +165,6 @@ def _where(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"epoch": checkpoint.epoch, "of": checkpoint.of, "measured": dict(checkpoint.measured)}
 
 
-def _state(model: Classifier) -> dict[str, Tensor]:
-    assert isinstance(model.net, nn.Module)
-    return {name: value.detach().cpu().clone() for name, value in model.net.state_dict().items()}
-
-
 class _Collecting:
     """One call of the step."""
 
@@ -187,25 +177,22 @@ class _Collecting:
         """All that is not done yet."""
         plan = self._planned(budget_s)
         task, runs, lost = self.terms.task(plan["epochs"]), self.terms.source.runs, self._guessed()
+        found: list[Mapping[str, Any]] = []
+        own: list[float] = []
         for run in range(runs):
             kept = self.pool.kept(_run(run)) or self._run(task, run, lost)
             self._list(kept)
+            found.append(kept.about)
             self.told(
                 f"run {run + 1} of {runs}: {kept.about['sets']} sets, {100 * kept.about['accuracy']:.1f} % right"
             )
         for k in range(OWN):
             kept = self.pool.kept(_own(k)) or self._surrogate(task, k, lost)
+            own.append(kept.about["accuracy"])
             self.told(f"surrogate {k + 1} of {OWN}: {100 * kept.about['accuracy']:.1f} % right")
         self.pool.drop(_BEGUN)
-        found = [kept for kept in (self.pool.kept(_run(run)) for run in range(runs)) if kept is not None]
-        own = [kept for kept in (self.pool.kept(_own(k)) for k in range(OWN)) if kept is not None]
-        return Collected(
-            runs,
-            sum(kept.about["sets"] for kept in found),
-            plan["epochs"],
-            tuple(kept.about["accuracy"] for kept in found),
-            tuple(kept.about["accuracy"] for kept in own),
-        )
+        right = tuple(one["accuracy"] for one in found)
+        return Collected(runs, sum(one["sets"] for one in found), plan["epochs"], right, tuple(own))
 
     def _planned(self, budget_s: float | None) -> Mapping[str, Any]:
         """How many epochs each run has, as the first call planned it."""
@@ -250,7 +237,7 @@ class _Collecting:
         self._refuse_astray(f"run {run + 1}", right, lost)
         joined = Members.of(sets, [run] * len(sets)).tensors
         columns = {f"set.{name}": value.cpu() for name, value in joined.items()}
-        columns |= {f"base.{name}": value for name, value in _state(base).items()}
+        columns |= {f"base.{name}": value for name, value in state_of(base).items()}
         said = {"sets": len(sets), "accuracy": right}
         with self.stopper.finishing():
             self.pool.keep(_run(run), columns, said)
@@ -261,7 +248,7 @@ class _Collecting:
         model = self._trained(task, _own(k), Draws(self.terms.seed).at("own", k))
         right = accuracy(model, self._judged)
         self._refuse_astray(f"surrogate {k + 1}", right, lost)
-        columns, said = _state(model), {"accuracy": right}
+        columns, said = state_of(model), {"accuracy": right}
         with self.stopper.finishing():
             self.pool.keep(_own(k), columns, said)
         return ColumnFile(columns, said)

@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Inconclusive, UsageError
@@ -20,7 +20,7 @@ from holdfast.rotation.collecting import rows_of, trained_anew
 from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.rotate.collecting import bases, epochs_of
 from holdfast.runs.rotate.learning import learned
-from holdfast.runs.rotate.terms import Terms, accuracy
+from holdfast.runs.rotate.terms import Terms, accuracy, state_of
 from holdfast.runs.signals import Stopper
 from holdfast.store.pool import Pool
 
@@ -200,10 +200,8 @@ class _Drawing:
 
     def _take(self, model: Classifier, made_from: Sequence[str]) -> None:
         """Bring a set into the pool, and note it."""
-        assert isinstance(model.net, nn.Module)
-        state = {name: value.detach().cpu() for name, value in model.net.state_dict().items()}
         about = {"drawing": self.said["drawing"], "by": self.said["by"], "against": self.said["against"]}
         with self.stopper.finishing():
-            name = self.pool.add(state, about, bases=made_from, why=f"drawn by {self.said['by']}")
+            name = self.pool.add(state_of(model), about, bases=made_from, why=f"drawn by {self.said['by']}")
             self.said["names"] = [*self.said["names"], name]
             self.pool.keep(_KEPT, {"seed": self.seed}, self.said)

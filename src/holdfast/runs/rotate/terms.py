@@ -3,10 +3,11 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.chain import canonical
@@ -68,12 +69,12 @@ class Terms:
         """The given model."""
         return self.subject.model
 
-    @property
+    @cached_property
     def train(self) -> Batch:
         """What sets are trained on, and nothing is judged by."""
         return self.examples.train.to(torch.device(self.device))
 
-    @property
+    @cached_property
     def held(self) -> Batch:
         """What judges them, in an order drawn by the seed."""
         return self.examples.held.to(torch.device(self.device))
@@ -148,6 +149,12 @@ def ready(subject: Subject, device: str, examples: Examples) -> Subject:
     refuse_untrainable(subject.model)
     seen = examples.train.x[:_SEEN].to(torch.device(device))
     return replace(subject, model=learner_of(subject.model, seen).eval())
+
+
+def state_of(model: Classifier) -> dict[str, Tensor]:
+    """What a set of the pool holds: the network's parameters and buffers, off the accelerator."""
+    assert isinstance(model.net, nn.Module)
+    return {name: value.detach().cpu() for name, value in model.net.state_dict().items()}
 
 
 def accuracy(model: Classifier, data: Batch) -> float:
