@@ -1,7 +1,7 @@
 """`holdfast rotate`: a pool of parameter sets that take turns at serving."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -147,7 +147,14 @@ def train(voice: Voice, *, pool: str, **flags: Any) -> int:
 @offered(*_OF_POOL, *SETTING)
 @spoken
 def draw(
-    voice: Voice, *, pool: str, wanted: int, by: str | None, immunising: bool, resume: bool, **flags: Any
+    voice: Voice,
+    *,
+    pool: str,
+    wanted: int,
+    by: Literal["generator", "anew"] | None,
+    immunising: bool,
+    resume: bool,
+    **flags: Any,
 ) -> int:
     """Bring fresh candidates into POOL; each must be admitted before it may serve."""
     from holdfast.cli.rotating import draw as step

@@ -23,6 +23,7 @@ from holdfast.runs.index import new_folder
 from holdfast.runs.repeating import way_out
 from holdfast.runs.rotate import admission, collecting, drawing, learning
 from holdfast.runs.rotate.admission import Judged
+from holdfast.runs.rotate.drawing import By
 from holdfast.runs.rotate.status import next_judged, standing, unjudged
 from holdfast.runs.rotate.watching import Turner, Turning
 from holdfast.runs.signals import stoppable
@@ -78,7 +79,7 @@ def draw(
     voice: Voice,
     *,
     wanted: int,
-    by: str | None,
+    by: By | None,
     immunising: bool,
     resume: bool,
 ) -> int:
@@ -92,7 +93,7 @@ def draw(
             held,
             terms,
             wanted,
-            by=None if by is None else ("generator" if by == "generator" else "anew"),
+            by=by,
             immunise=rotating.immunise(settings) if immunising else None,
             resume=resume,
             stopper=stopper,
@@ -109,16 +110,15 @@ def admit(pool: str, settings: RotateSettings, voice: Voice) -> int:
     """Judge the candidates of a pool; 0 if one was admitted, 4 if none."""
     held = Pool.held(Path(pool))
     command = shlex.join(["holdfast", *sys.argv[1:]])
-    with (
-        stoppable(f"what was finished is kept, go on with: {command}") as stopper,
-        watched(voice) as progress,
-    ):
+    again = f"what was finished is kept, go on with: {command}"
+    with stoppable(again) as stopper, watched(voice) as progress:
         found = admission.admit(
             held,
             rotating.reopened(held, settings),
             claims=settings.gates,
             accepted=settings.accept_doubts,
             judged=settings.judged,
+            again=again,
             stopper=stopper,
             told=voice.say,
             progress=progress,
