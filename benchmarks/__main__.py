@@ -37,6 +37,7 @@ ROWS = {
     "swaps": "swaps",
     "draws": "draws",
     "rotation": "rotation",
+    "rotation-robust": "rotation_robust",
     "harden-cost": "harden_cost",
     "recipes": "recipes",
     "regularisers": "regularisers",

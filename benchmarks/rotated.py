@@ -18,6 +18,7 @@ from torch import nn
 
 from benchmarks.hardened import dataset
 from benchmarks.parts import RUNS
+from benchmarks.record import Cells
 from holdfast.attacks import Transfer
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
@@ -101,6 +102,8 @@ class Kind:
     """How the sets of a table are trained, and under which threat they are judged."""
 
     name: str
+    row: str
+    """under which its sets are kept"""
     eps: float
     recipe: Recipe
     tail: Recipe
@@ -116,12 +119,16 @@ class Kind:
 
 
 _PLAIN = Training(epochs=2, lr=3e-3, averaging="none", weight_decay=0.0)
-STANDARD = Kind("standard", 0.1, Standard(training=_PLAIN), Standard(training=_PLAIN))
 
 
 def single_step(training: Training) -> SingleStep:
     """FGSM-RS, as its paper has it."""
     return SingleStep(noise=1.0, step=1.25, clip=True, training=training)
+
+
+_RAMPED = replace(_PLAIN, epochs=4, lr=2.5e-3, warmup=0.4)
+STANDARD = Kind("standard", "rotation", 0.1, Standard(training=_PLAIN), Standard(training=_PLAIN))
+ROBUST = Kind("robust", "rotation-robust", 0.2, single_step(_RAMPED), single_step(_RAMPED))
 
 
 def accuracy(model: Classifier, data: Batch) -> float:
@@ -131,10 +138,10 @@ def accuracy(model: Classifier, data: Batch) -> float:
     return float(torch.cat(right).float().mean())
 
 
-def seeds(row: str, kind: Kind, seed: int, n: int, *, small: bool = False) -> list[Classifier]:
+def seeds(kind: Kind, seed: int, n: int, *, small: bool = False) -> list[Classifier]:
     """`n` independent runs of a case, kept as they are done."""
     name = f"{kind.name}{' small' if small else ''} {seed} seed"
-    return [kept(row, f"{name} {k}", partial(_seed, kind, seed, k, small=small)) for k in range(n)]
+    return [kept(kind.row, f"{name} {k}", partial(_seed, kind, seed, k, small=small)) for k in range(n)]
 
 
 def _seed(kind: Kind, seed: int, k: int, *, small: bool) -> Classifier:
@@ -177,11 +184,11 @@ def models(members: Members, rows: Sequence[int]) -> list[Classifier]:
     return [put(network(), members.one(k)) for k in rows]
 
 
-def collected(row: str, kind: Kind, seed: int, source: str) -> Members:
+def collected(kind: Kind, seed: int, source: str) -> Members:
     """The collection of a case, from `trajectory` or `basins`."""
     made = {"trajectory": TRAJECTORY, "basins": BASINS}[source]
     name = f"{kind.name} {seed} {source}"
-    return kept_members(row, name, lambda: collect(made, kind.task(), rng=Draws(seed).at("collection")))
+    return kept_members(kind.row, name, lambda: collect(made, kind.task(), rng=Draws(seed).at("collection")))
 
 
 def admitted(drawn: Members, members: Members) -> tuple[list[Classifier], torch.Tensor, list[float]]:
@@ -247,6 +254,12 @@ def white_box(target: Classifier, kind: Kind, steps: int = 12) -> float:
     """Success of momentum PGD on the target itself."""
     made = Momentum(steps)([target], examples().attacked, kind.threat, Draws(7))
     return success(target, made)
+
+
+def means(cells: list[Cells]) -> Cells:
+    """Means over the seeds of what each says."""
+    names = list(dict.fromkeys(name for one in cells for name in one))
+    return {name: mean(one[name] for one in cells if name in one) for name in names}
 
 
 def timed(made: Callable[[], object]) -> float:

@@ -18,7 +18,7 @@ from holdfast.rotation import Codec, Embedding, LatentDiffusion, Members
 from holdfast.rotation.distances import apart, nearest
 
 WHAT = "draws of a latent diffusion over 200 parameter sets, by collection and regulariser"
-ROW, SHARED, SEEDS, DRAWN, LIVE = "draws", "rotation", (0, 1, 2), 96, 6
+ROW, SEEDS, DRAWN, LIVE = "draws", (0, 1, 2), 96, 6
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "trajectory": [
         {},
@@ -75,7 +75,7 @@ def _mean(values: list[float | None]) -> float | str:
 
 
 def _drawn(source: str, said: dict[str, Any], seed: int) -> Cells:
-    members, rng = collected(SHARED, STANDARD, seed, source), Draws(seed).at(source)
+    members, rng = collected(STANDARD, seed, source), Draws(seed).at(source)
     begin = perf_counter()
     embedding = Codec()(members, rng=rng.at("codec"))
     generator = LatentDiffusion(**said)(embedding, members, rng=rng.at("diffusion"))

@@ -25,6 +25,7 @@ from benchmarks.rotated import (
     admitted,
     collected,
     examples,
+    means,
     models,
     seeds,
     single_step,
@@ -72,9 +73,9 @@ def measured() -> Outcome:
         cells = []
         for seed in SEEDS:
             key = f"{name}, seed {seed}"
-            detail[key] = part(ROW, key, partial(_judged, kind, seed, construction))
+            detail[key] = part(ROW, key, partial(judged, kind, seed, construction))
             cells.append(detail[key]["measured"])
-        by[name] = {"construction": name, **_mean(cells)}
+        by[name] = {"construction": name, **means(cells)}
     config: Cells = {
         "eps": kind.eps,
         "attacked": ATTACKED,
@@ -106,17 +107,11 @@ def _claims(by: dict[str, Cells]) -> list[Claim]:
     ]
 
 
-def _mean(cells: list[Cells]) -> Cells:
-    """Means over the seeds of what each says."""
-    names = list(dict.fromkeys(name for one in cells for name in one))
-    return {name: mean(one[name] for one in cells if name in one) for name in names}
-
-
-def _judged(kind: Kind, seed: int, construction: Callable[[Kind, int], list[Case]]) -> Cells:
-    own = seeds(ROW, kind, 1_000 + seed, OWN)
-    usual = mean(accuracy(one, examples().test) for one in seeds(ROW, kind, seed, OLD + LIVE))
+def judged(kind: Kind, seed: int, construction: Callable[[Kind, int], list[Case]]) -> Cells:
+    own = seeds(kind, 1_000 + seed, OWN)
+    usual = mean(accuracy(one, examples().test) for one in seeds(kind, seed, OLD + LIVE))
     rng = Draws(seed).at("attacks")
-    return _mean([_met(kind, case, own, usual, rng) for case in construction(kind, seed)])
+    return means([_met(kind, case, own, usual, rng) for case in construction(kind, seed)])
 
 
 def _met(kind: Kind, case: Case, own: Sets, usual: float, rng: Draws) -> Cells:
@@ -144,13 +139,13 @@ def _met(kind: Kind, case: Case, own: Sets, usual: float, rng: Draws) -> Cells:
 
 def static(kind: Kind, seed: int) -> list[Case]:
     """The set that leaked serves on."""
-    return [Case([one], [one], [one] * 4, 0.0) for one in seeds(ROW, kind, seed, LIVE)]
+    return [Case([one], [one], [one] * 4, 0.0) for one in seeds(kind, seed, LIVE)]
 
 
 def noise(kind: Kind, seed: int) -> list[Case]:
     """Gaussian noise of 0.3 deviations of each tensor, anew for each set."""
     found = []
-    for k, base in enumerate(seeds(ROW, kind, seed, LIVE)):
+    for k, base in enumerate(seeds(kind, seed, LIVE)):
         begin = perf_counter()
         sets = [_noised(base, Draws(seed).at("noise", k, place)) for place in range(OLD + 1 + 16)]
         spent = (perf_counter() - begin) / len(sets)
@@ -169,7 +164,7 @@ def _noised(base: Classifier, rng: Draws) -> Classifier:
 
 def trajectory(kind: Kind, seed: int) -> list[Case]:
     """Checkpoints of one run, far apart in it."""
-    members = collected(ROW, kind, seed, "trajectory")
+    members = collected(kind, seed, "trajectory")
     rows = torch.arange(0, len(members), len(members) // (OLD + LIVE + 16)).tolist()
     sets = models(members, rows[: OLD + LIVE + 16])
     return [Case(sets[:OLD], sets[OLD : OLD + LIVE], sets[OLD + LIVE :], 0.0)]
@@ -177,7 +172,7 @@ def trajectory(kind: Kind, seed: int) -> list[Case]:
 
 def generated(source: str, kind: Kind, seed: int) -> list[Case]:
     """Draws of a latent diffusion over a collection, by which those that lose more than a point are left out."""
-    members = collected(ROW, kind, seed, source)
+    members = collected(kind, seed, source)
     rng = Draws(seed).at(source)
     embedding = Codec()(members, rng=rng.at("codec"))
     generator = LatentDiffusion()(embedding, members, rng=rng.at("diffusion"))
@@ -192,8 +187,7 @@ def generated(source: str, kind: Kind, seed: int) -> list[Case]:
 def independent(kind: Kind, seed: int, *, small: bool = False) -> list[Case]:
     """Independent runs, one after another; `small` ones begin at weights 2.4 times smaller, as torch's own are."""
     found, theirs, own = (
-        seeds(ROW, kind, seed + more, n, small=small)
-        for more, n in ((0, OLD + LIVE), (2_000, OLD), (1_000, OWN))
+        seeds(kind, seed + more, n, small=small) for more, n in ((0, OLD + LIVE), (2_000, OLD), (1_000, OWN))
     )
     spent = timed(lambda: trained_anew(kind.task(small=small), Draws(seed)))
     return [Case(found[:OLD], found[OLD:], theirs, spent, own=own)]
@@ -224,9 +218,9 @@ def _trained_on(
     kind: Kind, seed: int, made: Callable[[Classifier, Sets, Draws], Classifier], *, fresh: bool
 ) -> list[Case]:
     """Sets made of others by training on; the thief of the procedure makes four of his own."""
-    found = seeds(ROW, kind, seed, OLD + LIVE)
+    found = seeds(kind, seed, OLD + LIVE)
     old = found[:OLD]
-    theirs = seeds(ROW, kind, 2_000 + seed, OLD) if fresh else [old[-1]] * OLD
+    theirs = seeds(kind, 2_000 + seed, OLD) if fresh else [old[-1]] * OLD
     bases = found[OLD:] if fresh else [old[-1]] * LIVE
     begin = perf_counter()
     live = [made(base, old, Draws(seed).at("made", k)) for k, base in enumerate(bases)]
