@@ -14,8 +14,9 @@ from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rotated import STANDARD, Momentum, accuracy, admitted, collected, examples, models, success
 from holdfast.core.draws import Draws
-from holdfast.rotation import Codec, Embedding, LatentDiffusion, Members
+from holdfast.rotation import Codec, Embedding, Generator, LatentDiffusion, Members
 from holdfast.rotation.distances import apart, nearest
+from holdfast.rotation.span import span
 
 WHAT = "draws of a latent diffusion over 200 parameter sets, by collection and regulariser"
 ROW, SEEDS, DRAWN, LIVE = "draws", (0, 1, 2), 96, 6
@@ -53,6 +54,10 @@ def measured() -> Outcome:
             }
             means = {name: _mean([one[name] for one in cells]) for name in cells[0]}
             table.append({"collection": source, **shown, "margin": said.get("margin", ""), **means})
+    places = {
+        f"{source}, in the two widest directions": part(ROW, f"{source}, places", partial(_places, source))
+        for source in SETTINGS
+    }
     slowest = max(one["measured"]["codec and diffusion, s"] for one in detail.values())
     longest = max(one["measured"]["a draw alone, s"] for one in detail.values())
     lost = max(one["measured"]["round trip, points"] for one in detail.values())
@@ -66,7 +71,7 @@ def measured() -> Outcome:
         "L1 to the nearest set of the collection, in the distance between its runs, or in one run that of neighbours",
         "transfer by momentum PGD of 12 steps between sets that were let in",
     ]
-    return Outcome(table, claims, config, detail, notes)
+    return Outcome(table, claims, config, {**detail, **places}, notes)
 
 
 def _mean(values: list[float | None]) -> float | str:
@@ -77,8 +82,7 @@ def _mean(values: list[float | None]) -> float | str:
 def _drawn(source: str, said: dict[str, Any], seed: int) -> Cells:
     members, rng = collected(STANDARD, seed, source), Draws(seed).at(source)
     begin = perf_counter()
-    embedding = Codec()(members, rng=rng.at("codec"))
-    generator = LatentDiffusion(**said)(embedding, members, rng=rng.at("diffusion"))
+    embedding, generator = _learned(members, said, rng)
     spent = perf_counter() - begin
     alone = []
     for one in range(9):
@@ -102,6 +106,32 @@ def _drawn(source: str, said: dict[str, Any], seed: int) -> Cells:
         "of those let in": float(far[let_in].mean()) if let_in.any() else None,
         **_transfers(sets, nearest(drawn.take(let_in), members.bases())[1] if let_in.any() else None),
     }
+
+
+def _learned(members: Members, said: dict[str, Any], rng: Draws) -> tuple[Embedding, Generator]:
+    embedding = Codec()(members, rng=rng.at("codec"))
+    return embedding, LatentDiffusion(**said)(embedding, members, rng=rng.at("diffusion"))
+
+
+def _places(source: str) -> Cells:
+    """Where the sets of a collection and the draws from it lie, and what they are worth: first seed, no regulariser."""
+    members, rng = collected(STANDARD, SEEDS[0], source), Draws(SEEDS[0]).at(source)
+    generator = _learned(members, {}, rng)[1]
+    drawn = generator.drawn(DRAWN, rng.at("drawn"))
+    _, let_in, right = admitted(drawn, members)
+    plane = span(members, 2)
+    return {
+        "variance along them": plane.kept,
+        "originals": _rounded(plane.coordinates(members)),
+        "runs": members.basins.tolist(),
+        "draws": _rounded(plane.coordinates(drawn)),
+        "let in": let_in.tolist(),
+        "right": [round(share, 4) for share in right],
+    }
+
+
+def _rounded(points: torch.Tensor) -> list[list[float]]:
+    return [[round(value, 3) for value in point] for point in points.tolist()]
 
 
 def _round_trip(embedding: Embedding, members: Members) -> float:
