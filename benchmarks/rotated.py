@@ -80,11 +80,6 @@ class Examples:
     held: Batch
     test: Batch
 
-    @property
-    def attacked(self) -> Batch:
-        """The test images that are attacked."""
-        return self.test.take(torch.arange(ATTACKED))
-
 
 @cache
 def examples() -> Examples:
@@ -97,6 +92,10 @@ def examples() -> Examples:
     )
 
 
+BASINS = Basins(seeds=8, sets=25, every=4, lr=1e-3)
+TRAJECTORY = Trajectory(sets=200, every=4, lr=1e-3)
+
+
 @dataclass(frozen=True)
 class Kind:
     """How the sets of a table are trained, and under which threat they are judged."""
@@ -107,15 +106,32 @@ class Kind:
     eps: float
     recipe: Recipe
     tail: Recipe
+    network: Callable[..., Classifier] = network
+    examples: Callable[[], Examples] = examples
+    basins: Basins = BASINS
+    old: int = 4
+    """sets that served and leaked"""
+    live: int = 3
+    """sets that serve now"""
+    own: int = 4
+    """surrogates of the thief of nothing"""
+
+    @property
+    def attacked(self) -> Batch:
+        """The test images that are attacked."""
+        return self.examples().test.take(torch.arange(ATTACKED))
 
     @property
     def threat(self) -> ThreatModel:
         """Linf of that eps."""
         return ThreatModel(Linf(self.eps))
 
+    def _begun(self, small: bool) -> Classifier:
+        return self.network(small=True) if small else self.network()
+
     def task(self, *, small: bool = False) -> Task:
         """What every set is trained with."""
-        return Task(network(small=small), examples().train, self.threat, self.recipe, self.tail, "own")
+        return Task(self._begun(small), self.examples().train, self.threat, self.recipe, self.tail, "own")
 
 
 _PLAIN = Training(epochs=2, lr=3e-3, averaging="none", weight_decay=0.0)
@@ -141,18 +157,18 @@ def accuracy(model: Classifier, data: Batch) -> float:
 def seeds(kind: Kind, seed: int, n: int, *, small: bool = False) -> list[Classifier]:
     """`n` independent runs of a case, kept as they are done."""
     name = f"{kind.name}{' small' if small else ''} {seed} seed"
-    return [kept(kind.row, f"{name} {k}", partial(_seed, kind, seed, k, small=small)) for k in range(n)]
+    return [kept(kind, f"{name} {k}", partial(_seed, kind, seed, k, small=small)) for k in range(n)]
 
 
 def _seed(kind: Kind, seed: int, k: int, *, small: bool) -> Classifier:
     return trained_anew(kind.task(small=small), Draws(seed).at("run", k))
 
 
-def kept(row: str, name: str, made: Callable[[], Classifier]) -> Classifier:
+def kept(kind: Kind, name: str, made: Callable[[], Classifier]) -> Classifier:
     """A model whose weights lie in the cache, made now if they do not."""
-    path = RUNS / row / f"{name.replace(' ', '-')}.safetensors"
+    path = RUNS / kind.row / f"{name.replace(' ', '-')}.safetensors"
     if path.is_file():
-        return put(network(), safetensors.torch.load_file(path))
+        return put(kind.network(), safetensors.torch.load_file(path), kind.examples().train)
     model = made()
     _keep(path, weights_of(model))
     return model
@@ -175,27 +191,25 @@ def _keep(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     whole.replace(path)
 
 
-BASINS = Basins(seeds=8, sets=25, every=4, lr=1e-3)
-TRAJECTORY = Trajectory(sets=200, every=4, lr=1e-3)
-
-
-def models(members: Members, rows: Sequence[int]) -> list[Classifier]:
+def models(members: Members, rows: Sequence[int], kind: Kind = STANDARD) -> list[Classifier]:
     """Some sets of a collection as models."""
-    return [put(network(), members.one(k)) for k in rows]
+    return [put(kind.network(), members.one(k), kind.examples().train) for k in rows]
 
 
 def collected(kind: Kind, seed: int, source: str) -> Members:
     """The collection of a case, from `trajectory` or `basins`."""
-    made = {"trajectory": TRAJECTORY, "basins": BASINS}[source]
+    made = {"trajectory": TRAJECTORY, "basins": kind.basins}[source]
     name = f"{kind.name} {seed} {source}"
     return kept_members(kind.row, name, lambda: collect(made, kind.task(), rng=Draws(seed).at("collection")))
 
 
-def admitted(drawn: Members, members: Members) -> tuple[list[Classifier], torch.Tensor, list[float]]:
+def admitted(
+    drawn: Members, members: Members, kind: Kind = STANDARD
+) -> tuple[list[Classifier], torch.Tensor, list[float]]:
     """Draws that lose at most a point of the bases' mean accuracy on held-out images, which (n), and how all did."""
-    held, bases = examples().held, members.bases()
-    least = mean(accuracy(one, held) for one in models(bases, range(len(bases)))) - POINT
-    sets = models(drawn, range(len(drawn)))
+    held, bases = kind.examples().held, members.bases()
+    least = mean(accuracy(one, held) for one in models(bases, range(len(bases)), kind)) - POINT
+    sets = models(drawn, range(len(drawn)), kind)
     right = [accuracy(one, held) for one in sets]
     let_in = torch.tensor(right) >= least
     return [one for one, fine in zip(sets, let_in.tolist(), strict=True) if fine], let_in, right
@@ -220,7 +234,7 @@ class Momentum:
 
 def crafted(sources: Sets, kind: Kind, rng: Draws) -> dict[str, torch.Tensor]:
     """What each attack makes on the sources of the test images that are attacked."""
-    batch, threat = examples().attacked, kind.threat
+    batch, threat = kind.attacked, kind.threat
     tuned = Transfer(steps=10, reach=2.5, neighbours=5, around=1.5, diversity=0.5)
     held = replace(threat, surrogates=tuple(sources))
     whole = Ensemble(tuple(sources), sources[0].bounds)
@@ -234,9 +248,9 @@ def crafted(sources: Sets, kind: Kind, rng: Draws) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def success(target: Classifier, x_adv: torch.Tensor) -> float:
+def success(target: Classifier, x_adv: torch.Tensor, kind: Kind = STANDARD) -> float:
     """Share of the attacked images, right on the target as they are, that are wrong on it when changed."""
-    batch = examples().attacked
+    batch = kind.attacked
     with torch.no_grad():
         right = target(batch.x).argmax(1) == batch.y
         wrong = target(x_adv).argmax(1) != batch.y
@@ -246,14 +260,14 @@ def success(target: Classifier, x_adv: torch.Tensor) -> float:
 def transfer(sources: Sets, targets: Sets, kind: Kind, rng: Draws) -> tuple[float, float]:
     """Mean success over the targets by momentum PGD alone, and by the attack that does best on them."""
     made = crafted(sources, kind, rng)
-    by_attack = {name: mean(success(target, x) for target in targets) for name, x in made.items()}
+    by_attack = {name: mean(success(target, x, kind) for target in targets) for name, x in made.items()}
     return by_attack["momentum"], max(by_attack.values())
 
 
 def white_box(target: Classifier, kind: Kind, steps: int = 12) -> float:
     """Success of momentum PGD on the target itself."""
-    made = Momentum(steps)([target], examples().attacked, kind.threat, Draws(7))
-    return success(target, made)
+    made = Momentum(steps)([target], kind.attacked, kind.threat, Draws(7))
+    return success(target, made, kind)
 
 
 def means(cells: list[Cells]) -> Cells:

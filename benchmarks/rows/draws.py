@@ -151,7 +151,7 @@ def _transfers(sets: list[Any], basins: torch.Tensor | None) -> Cells:
     other: list[float] = []
     if basins is not None and len(sets) >= 2 * LIVE:
         for source in range(LIVE, 2 * LIVE):
-            made = Momentum()([sets[source]], examples().attacked, STANDARD.threat, Draws(source))
+            made = Momentum()([sets[source]], STANDARD.attacked, STANDARD.threat, Draws(source))
             for target in range(LIVE):
                 among = own if basins[source] == basins[target] else other
                 among.append(success(sets[target], made))

@@ -24,7 +24,6 @@ from benchmarks.rotated import (
     accuracy,
     admitted,
     collected,
-    examples,
     means,
     models,
     seeds,
@@ -44,8 +43,6 @@ WHAT = (
     "rotating parameter sets of a small network on MNIST: eleven constructions, five attackers, three seeds"
 )
 ROW, SEEDS = "rotation", (0, 1, 2)
-OLD, LIVE, OWN = 4, 3, 4
-"""Sets that served and leaked, sets that serve now, and surrogates of the thief of nothing."""
 DRAWN = 160
 
 
@@ -80,9 +77,9 @@ def measured() -> Outcome:
         "eps": kind.eps,
         "attacked": ATTACKED,
         "seeds": SEEDS,
-        "leaked": OLD,
-        "serving": LIVE,
-        "own surrogates": OWN,
+        "leaked": kind.old,
+        "serving": kind.live,
+        "own surrogates": kind.own,
         "drawn": DRAWN,
     }
     notes = [
@@ -108,26 +105,26 @@ def _claims(by: dict[str, Cells]) -> list[Claim]:
 
 
 def judged(kind: Kind, seed: int, construction: Callable[[Kind, int], list[Case]]) -> Cells:
-    own = seeds(kind, 1_000 + seed, OWN)
-    usual = mean(accuracy(one, examples().test) for one in seeds(kind, seed, OLD + LIVE))
+    own = seeds(kind, 1_000 + seed, kind.own)
+    usual = mean(accuracy(one, kind.examples().test) for one in seeds(kind, seed, kind.old + kind.live))
     rng = Draws(seed).at("attacks")
     return means([_met(kind, case, own, usual, rng) for case in construction(kind, seed)])
 
 
 def _met(kind: Kind, case: Case, own: Sets, usual: float, rng: Draws) -> Cells:
     """What each attacker gets of a case."""
-    singles = [transfer([one], case.live, kind, rng.at("A1")) for one in case.old[:LIVE]]
+    singles = [transfer([one], case.live, kind, rng.at("A1")) for one in case.old[: kind.live]]
     none, all_old = (transfer(some, case.live, kind, rng.at("A2")) for some in (case.own or own, case.old))
     sizes = [n for n in (4, 16, 64) if n <= len(case.fresh)]
-    made = (Momentum()(case.fresh[:n], examples().attacked, kind.threat, rng.at("A3", n)) for n in sizes)
-    clean = mean(accuracy(one, examples().test) for one in case.live)
+    made = (Momentum()(case.fresh[:n], kind.attacked, kind.threat, rng.at("A3", n)) for n in sizes)
+    clean = mean(accuracy(one, kind.examples().test) for one in case.live)
     return {
         "clean, %": 100 * clean,
         "points lost": 100 * (usual - clean),
         "A0": none[0],
         "A1": mean(one[0] for one in singles),
         "A2": all_old[0],
-        "A3": max(mean(success(one, x) for one in case.live) for x in made),
+        "A3": max(mean(success(one, x, kind) for one in case.live) for x in made),
         "white box": mean(white_box(one, kind) for one in case.live),
         "worst of A0": none[1],
         "worst of A1": mean(one[1] for one in singles),
@@ -139,17 +136,17 @@ def _met(kind: Kind, case: Case, own: Sets, usual: float, rng: Draws) -> Cells:
 
 def static(kind: Kind, seed: int) -> list[Case]:
     """The set that leaked serves on."""
-    return [Case([one], [one], [one] * 4, 0.0) for one in seeds(kind, seed, LIVE)]
+    return [Case([one], [one], [one] * 4, 0.0) for one in seeds(kind, seed, kind.live)]
 
 
 def noise(kind: Kind, seed: int) -> list[Case]:
     """Gaussian noise of 0.3 deviations of each tensor, anew for each set."""
     found = []
-    for k, base in enumerate(seeds(kind, seed, LIVE)):
+    for k, base in enumerate(seeds(kind, seed, kind.live)):
         begin = perf_counter()
-        sets = [_noised(base, Draws(seed).at("noise", k, place)) for place in range(OLD + 1 + 16)]
+        sets = [_noised(base, Draws(seed).at("noise", k, place)) for place in range(kind.old + 1 + 16)]
         spent = (perf_counter() - begin) / len(sets)
-        found.append(Case(sets[:OLD], sets[OLD : OLD + 1], sets[OLD + 1 :], spent))
+        found.append(Case(sets[: kind.old], sets[kind.old : kind.old + 1], sets[kind.old + 1 :], spent))
     return found
 
 
@@ -165,9 +162,9 @@ def _noised(base: Classifier, rng: Draws) -> Classifier:
 def trajectory(kind: Kind, seed: int) -> list[Case]:
     """Checkpoints of one run, far apart in it."""
     members = collected(kind, seed, "trajectory")
-    rows = torch.arange(0, len(members), len(members) // (OLD + LIVE + 16)).tolist()
-    sets = models(members, rows[: OLD + LIVE + 16])
-    return [Case(sets[:OLD], sets[OLD : OLD + LIVE], sets[OLD + LIVE :], 0.0)]
+    rows = torch.arange(0, len(members), len(members) // (kind.old + kind.live + 16)).tolist()
+    sets = models(members, rows[: kind.old + kind.live + 16], kind)
+    return [_case(kind, sets, 0.0)]
 
 
 def generated(source: str, kind: Kind, seed: int) -> list[Case]:
@@ -179,25 +176,30 @@ def generated(source: str, kind: Kind, seed: int) -> list[Case]:
     begin = perf_counter()
     drawn = generator.drawn(DRAWN, rng.at("drawn"))
     spent = (perf_counter() - begin) / DRAWN
-    sets, let_in, _ = admitted(drawn, members)
-    rest = sets[OLD + LIVE :]
-    return [Case(sets[:OLD], sets[OLD : OLD + LIVE], rest[:64], spent, float(let_in.float().mean()))]
+    sets, let_in, _ = admitted(drawn, members, kind)
+    case = _case(kind, sets, spent)
+    return [replace(case, fresh=case.fresh[:64], let_in=float(let_in.float().mean()))]
+
+
+def _case(kind: Kind, sets: Sets, spent: float) -> Case:
+    """The first sets leaked, the next ones serve, and the thief has the rest."""
+    serve = kind.old + kind.live
+    return Case(sets[: kind.old], sets[kind.old : serve], sets[serve:], spent)
 
 
 def independent(kind: Kind, seed: int, *, small: bool = False) -> list[Case]:
     """Independent runs, one after another; `small` ones begin at weights 2.4 times smaller, as torch's own are."""
-    found, theirs, own = (
-        seeds(kind, seed + more, n, small=small) for more, n in ((0, OLD + LIVE), (2_000, OLD), (1_000, OWN))
-    )
+    sizes = {0: kind.old + kind.live, 2_000: kind.old, 1_000: kind.own}
+    found, theirs, own = (seeds(kind, seed + more, n, small=small) for more, n in sizes.items())
     spent = timed(lambda: trained_anew(kind.task(small=small), Draws(seed)))
-    return [Case(found[:OLD], found[OLD:], theirs, spent, own=own)]
+    return [Case(found[: kind.old], found[kind.old :], theirs, spent, own=own)]
 
 
 def immunised(kind: Kind, seed: int, *, fresh: bool) -> list[Case]:
     """Fresh seeds, or the last set that leaked, trained for half an epoch on examples made on all four that leaked."""
 
     def made(base: Classifier, old: Sets, rng: Draws) -> Classifier:
-        return Immunise()(base, old, kind.recipe, examples().train, kind.threat, rng=rng)
+        return Immunise()(base, old, kind.recipe, kind.examples().train, kind.threat, rng=rng)
 
     return _trained_on(kind, seed, made, fresh=fresh)
 
@@ -208,7 +210,7 @@ def trained_more(kind: Kind, seed: int, *, fresh: bool) -> list[Case]:
     def made(base: Classifier, old: Sets, rng: Draws) -> Classifier:
         how = Training(epochs=1, lr=1e-3, averaging="none", weight_decay=0.0, warmup=0.0)
         threat = replace(kind.threat, constraint=kind.threat.constraint.resized(1.25 * kind.eps))
-        some = rows_of(examples().train, len(examples().train) // 2, rng.at("data"))
+        some = rows_of(kind.examples().train, len(kind.examples().train) // 2, rng.at("data"))
         return last_of(single_step(how), base, some, threat, rng.at("training"))
 
     return _trained_on(kind, seed, made, fresh=fresh)
@@ -218,13 +220,13 @@ def _trained_on(
     kind: Kind, seed: int, made: Callable[[Classifier, Sets, Draws], Classifier], *, fresh: bool
 ) -> list[Case]:
     """Sets made of others by training on; the thief of the procedure makes four of his own."""
-    found = seeds(kind, seed, OLD + LIVE)
-    old = found[:OLD]
-    theirs = seeds(kind, 2_000 + seed, OLD) if fresh else [old[-1]] * OLD
-    bases = found[OLD:] if fresh else [old[-1]] * LIVE
+    found = seeds(kind, seed, kind.old + kind.live)
+    old = found[: kind.old]
+    theirs = seeds(kind, 2_000 + seed, kind.old) if fresh else [old[-1]] * kind.old
+    bases = found[kind.old :] if fresh else [old[-1]] * kind.live
     begin = perf_counter()
     live = [made(base, old, Draws(seed).at("made", k)) for k, base in enumerate(bases)]
-    spent = (perf_counter() - begin) / LIVE
+    spent = (perf_counter() - begin) / kind.live
     siblings = [made(base, old, Draws(seed).at("sibling", k)) for k, base in enumerate(theirs)]
     return [Case(old, live, [*siblings, *old], spent)]
 

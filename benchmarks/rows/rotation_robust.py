@@ -17,7 +17,6 @@ from benchmarks.rotated import (
     ROBUST,
     Kind,
     accuracy,
-    examples,
     means,
     seeds,
     single_step,
@@ -26,9 +25,6 @@ from benchmarks.rotated import (
     white_box,
 )
 from benchmarks.rows.rotation import (
-    LIVE,
-    OLD,
-    OWN,
     Case,
     generated,
     immunised,
@@ -66,9 +62,9 @@ def measured() -> Outcome:
         "eps": ROBUST.eps,
         "attacked": ATTACKED,
         "seeds": SEEDS,
-        "leaked": OLD,
-        "serving": LIVE,
-        "own surrogates": OWN,
+        "leaked": ROBUST.old,
+        "serving": ROBUST.live,
+        "own surrogates": ROBUST.own,
         "rotations of a line": ROTATIONS,
     }
     notes = [
@@ -172,17 +168,18 @@ def _line(make: Line, passes: int, seed: int) -> Cells:
     """What the last set of a line holds, and what its first one held."""
     base = seeds(ROBUST, seed, 1)[0]
     begin = perf_counter()
-    line = make(base, examples().train, ROBUST.threat, Draws(seed).at("line"))
+    line = make(base, ROBUST.examples().train, ROBUST.threat, Draws(seed).at("line"))
     spent = (perf_counter() - begin) / ROTATIONS
     rng, last = Draws(seed).at("attacks"), line[-1]
     by_step = [white_box(one, ROBUST, 40) for one in line]
     none, before = (
         transfer(some, [last], ROBUST, rng.at(name))
-        for name, some in (("A0", seeds(ROBUST, 1_000 + seed, OWN)), ("A1", line[-2:-1]))
+        for name, some in (("A0", seeds(ROBUST, 1_000 + seed, ROBUST.own)), ("A1", line[-2:-1]))
     )
     return {
-        "clean, %": 100 * accuracy(last, examples().test),
-        "points lost": 100 * (accuracy(base, examples().test) - accuracy(last, examples().test)),
+        "clean, %": 100 * accuracy(last, ROBUST.examples().test),
+        "points lost": 100
+        * (accuracy(base, ROBUST.examples().test) - accuracy(last, ROBUST.examples().test)),
         "A0": none[0],
         "A1": before[0],
         "white box": by_step[-1],
@@ -199,6 +196,5 @@ def _line(make: Line, passes: int, seed: int) -> Cells:
 
 def _on_the_margin(target: Classifier) -> float:
     """Success of PGD of 60 steps on the margin, the worse of two starts for each image."""
-    batch = examples().attacked
-    found = PGD(steps=60, restarts=2)(target, batch, ROBUST.threat, rng=Draws(7))
-    return success(target, found)
+    found = PGD(steps=60, restarts=2)(target, ROBUST.attacked, ROBUST.threat, rng=Draws(7))
+    return success(target, found, ROBUST)
