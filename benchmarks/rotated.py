@@ -5,8 +5,8 @@ under Linf. A *case* is one seed of a row: sets that leaked, sets that
 serve after them, and surrogates of an attacker who stole nothing.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.hardened import dataset
-from benchmarks.parts import RUNS
+from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells
 from holdfast.attacks import Transfer
 from holdfast.core.batch import Batch
@@ -31,7 +31,7 @@ from holdfast.ops.fit import Training
 from holdfast.ops.losses import cross_entropy, margin_loss
 from holdfast.ops.recipe import Recipe
 from holdfast.recipes import SingleStep, Standard
-from holdfast.rotation import Basins, Members, Task, Trajectory, collect, put, weights_of
+from holdfast.rotation import Basins, Immunise, Members, Task, Trajectory, collect, put, weights_of
 from holdfast.rotation.collecting import trained_anew
 from holdfast.sources.data import open_data
 
@@ -115,6 +115,7 @@ class Kind:
     """sets that serve now"""
     own: int = 4
     """surrogates of the thief of nothing"""
+    immunise: Immunise = field(default_factory=Immunise)
 
     @property
     def attacked(self) -> Batch:
@@ -274,6 +275,21 @@ def means(cells: list[Cells]) -> Cells:
     """Means over the seeds of what each says."""
     names = list(dict.fromkeys(name for one in cells for name in one))
     return {name: mean(one[name] for one in cells if name in one) for name in names}
+
+
+def over_seeds(
+    detail: Cells, row: str, seeds: Sequence[int], judges: Mapping[str, Callable[[int], Cells]]
+) -> dict[str, Cells]:
+    """Means over the seeds of what each judge says, by its name; each part is kept, and put into the detail."""
+    by = {}
+    for name, judge in judges.items():
+        cells = []
+        for seed in seeds:
+            key = f"{name}, seed {seed}"
+            detail[key] = part(row, key, partial(judge, seed))
+            cells.append(detail[key]["measured"])
+        by[name] = means(cells)
+    return by
 
 
 def timed(made: Callable[[], object]) -> float:

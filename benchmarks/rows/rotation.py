@@ -13,7 +13,6 @@ from time import perf_counter
 
 import torch
 
-from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rotated import (
     ATTACKED,
@@ -26,6 +25,7 @@ from benchmarks.rotated import (
     collected,
     means,
     models,
+    over_seeds,
     seeds,
     single_step,
     success,
@@ -36,7 +36,7 @@ from benchmarks.rotated import (
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.ops.fit import Training
-from holdfast.rotation import Codec, Immunise, LatentDiffusion, put, weights_of
+from holdfast.rotation import Codec, LatentDiffusion, put, weights_of
 from holdfast.rotation.collecting import last_of, rows_of, trained_anew
 
 WHAT = (
@@ -62,17 +62,14 @@ class Case:
     """surrogates of the thief of nothing, where they are not those of all other cases"""
 
 
+Construction = Callable[[Kind, int], list[Case]]
+
+
 def measured() -> Outcome:
     kind = STANDARD
     detail: Cells = {}
-    by: dict[str, Cells] = {}
-    for name, construction in CONSTRUCTIONS.items():
-        cells = []
-        for seed in SEEDS:
-            key = f"{name}, seed {seed}"
-            detail[key] = part(ROW, key, partial(judged, kind, seed, construction))
-            cells.append(detail[key]["measured"])
-        by[name] = {"construction": name, **means(cells)}
+    judges = {name: partial(judged, kind, one) for name, one in CONSTRUCTIONS.items()}
+    by = over_seeds(detail, ROW, SEEDS, judges)
     config: Cells = {
         "eps": kind.eps,
         "attacked": ATTACKED,
@@ -85,7 +82,8 @@ def measured() -> Outcome:
     notes = [
         "A0 to A3 by momentum PGD of 12 steps; `worst` is the most of it, 50 steps on the margin, and resized VMI",
     ]
-    return Outcome(list(by.values()), _claims(by), config, detail, notes)
+    shown = [{"construction": name, **cells} for name, cells in by.items()]
+    return Outcome(shown, _claims(by), config, detail, notes)
 
 
 def _claims(by: dict[str, Cells]) -> list[Claim]:
@@ -104,7 +102,8 @@ def _claims(by: dict[str, Cells]) -> list[Claim]:
     ]
 
 
-def judged(kind: Kind, seed: int, construction: Callable[[Kind, int], list[Case]]) -> Cells:
+def judged(kind: Kind, construction: Construction, seed: int) -> Cells:
+    """What each attacker gets of the cases of one seed."""
     own = seeds(kind, 1_000 + seed, kind.own)
     usual = mean(accuracy(one, kind.examples().test) for one in seeds(kind, seed, kind.old + kind.live))
     rng = Draws(seed).at("attacks")
@@ -199,7 +198,7 @@ def immunised(kind: Kind, seed: int, *, fresh: bool) -> list[Case]:
     """Fresh seeds, or the last set that leaked, trained for half an epoch on examples made on all four that leaked."""
 
     def made(base: Classifier, old: Sets, rng: Draws) -> Classifier:
-        return Immunise()(base, old, kind.recipe, kind.examples().train, kind.threat, rng=rng)
+        return kind.immunise(base, old, kind.recipe, kind.examples().train, kind.threat, rng=rng)
 
     return _trained_on(kind, seed, made, fresh=fresh)
 
@@ -231,7 +230,7 @@ def _trained_on(
     return [Case(old, live, [*siblings, *old], spent)]
 
 
-CONSTRUCTIONS: dict[str, Callable[[Kind, int], list[Case]]] = {
+CONSTRUCTIONS: dict[str, Construction] = {
     "static": static,
     "noise": noise,
     "checkpoints of a trajectory": trajectory,
