@@ -38,6 +38,7 @@ ROWS = {
     "draws": "draws",
     "rotation": "rotation",
     "rotation-robust": "rotation_robust",
+    "rotation-cifar": "rotation_cifar",
     "harden-cost": "harden_cost",
     "recipes": "recipes",
     "regularisers": "regularisers",

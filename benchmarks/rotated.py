@@ -116,11 +116,15 @@ class Kind:
     own: int = 4
     """surrogates of the thief of nothing"""
     immunise: Immunise = field(default_factory=Immunise)
+    attacks: int = ATTACKED
+    """test images that are attacked"""
+    drawn: int = 160
+    """sets that are drawn where they are drawn"""
 
     @property
     def attacked(self) -> Batch:
         """The test images that are attacked."""
-        return self.examples().test.take(torch.arange(ATTACKED))
+        return self.examples().test.take(torch.arange(self.attacks))
 
     @property
     def threat(self) -> ThreatModel:

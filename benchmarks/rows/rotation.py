@@ -15,7 +15,6 @@ import torch
 
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rotated import (
-    ATTACKED,
     STANDARD,
     Kind,
     Momentum,
@@ -43,7 +42,6 @@ WHAT = (
     "rotating parameter sets of a small network on MNIST: eleven constructions, five attackers, three seeds"
 )
 ROW, SEEDS = "rotation", (0, 1, 2)
-DRAWN = 160
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,12 @@ def measured() -> Outcome:
     by = over_seeds(detail, ROW, SEEDS, judges)
     config: Cells = {
         "eps": kind.eps,
-        "attacked": ATTACKED,
+        "attacked": kind.attacks,
         "seeds": SEEDS,
         "leaked": kind.old,
         "serving": kind.live,
         "own surrogates": kind.own,
-        "drawn": DRAWN,
+        "drawn": kind.drawn,
     }
     notes = [
         "A0 to A3 by momentum PGD of 12 steps; `worst` is the most of it, 50 steps on the margin, and resized VMI",
@@ -114,7 +112,7 @@ def _met(kind: Kind, case: Case, own: Sets, usual: float, rng: Draws) -> Cells:
     """What each attacker gets of a case."""
     singles = [transfer([one], case.live, kind, rng.at("A1")) for one in case.old[: kind.live]]
     none, all_old = (transfer(some, case.live, kind, rng.at("A2")) for some in (case.own or own, case.old))
-    sizes = [n for n in (4, 16, 64) if n <= len(case.fresh)]
+    sizes = [n for n in (4, 16, 64) if n <= len(case.fresh)] or [len(case.fresh)]
     made = (Momentum()(case.fresh[:n], kind.attacked, kind.threat, rng.at("A3", n)) for n in sizes)
     clean = mean(accuracy(one, kind.examples().test) for one in case.live)
     return {
@@ -173,8 +171,8 @@ def generated(source: str, kind: Kind, seed: int) -> list[Case]:
     embedding = Codec()(members, rng=rng.at("codec"))
     generator = LatentDiffusion()(embedding, members, rng=rng.at("diffusion"))
     begin = perf_counter()
-    drawn = generator.drawn(DRAWN, rng.at("drawn"))
-    spent = (perf_counter() - begin) / DRAWN
+    drawn = generator.drawn(kind.drawn, rng.at("drawn"))
+    spent = (perf_counter() - begin) / kind.drawn
     sets, let_in, _ = admitted(drawn, members, kind)
     case = _case(kind, sets, spent)
     return [replace(case, fresh=case.fresh[:64], let_in=float(let_in.float().mean()))]

@@ -7,7 +7,7 @@ from functools import partial
 
 from benchmarks.lines import LINES, ROTATIONS, followed
 from benchmarks.record import Cells, Claim, Outcome
-from benchmarks.rotated import ATTACKED, ROBUST, over_seeds
+from benchmarks.rotated import ROBUST, over_seeds
 from benchmarks.rows.rotation import (
     Construction,
     generated,
@@ -43,11 +43,12 @@ def measured() -> Outcome:
     by = {**over_seeds(detail, ROW, SEEDS, sets), **over_seeds(detail, ROW, SEEDS, lines)}
     config: Cells = {
         "eps": ROBUST.eps,
-        "attacked": ATTACKED,
+        "attacked": ROBUST.attacks,
         "seeds": SEEDS,
         "leaked": ROBUST.old,
         "serving": ROBUST.live,
         "own surrogates": ROBUST.own,
+        "drawn": ROBUST.drawn,
         "rotations of a line": ROTATIONS,
     }
     shown = [{"what": name, **cells} for name, cells in by.items()]
