@@ -37,6 +37,7 @@ ROWS = {
     "swaps": "swaps",
     "draws": "draws",
     "rotation": "rotation",
+    "new-basins": "new_basins",
     "rotation-robust": "rotation_robust",
     "rotation-cifar": "rotation_cifar",
     "harden-cost": "harden_cost",

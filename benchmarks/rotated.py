@@ -35,7 +35,7 @@ from holdfast.rotation import Basins, Immunise, Members, Task, Trajectory, colle
 from holdfast.rotation.collecting import trained_anew
 from holdfast.sources.data import open_data
 
-HELD, ATTACKED = 5_000, 400
+HELD = 5_000
 POINT = 0.01
 """What a draw may lose of the bases' accuracy on held-out images to be let in."""
 Sets = Sequence[Classifier]
@@ -116,7 +116,7 @@ class Kind:
     own: int = 4
     """surrogates of the thief of nothing"""
     immunise: Immunise = field(default_factory=Immunise)
-    attacks: int = ATTACKED
+    attacks: int = 400
     """test images that are attacked"""
     drawn: int = 160
     """sets that are drawn where they are drawn"""
