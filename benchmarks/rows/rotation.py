@@ -37,16 +37,17 @@ from benchmarks.rotated import (
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.ops.fit import Training
-from holdfast.rotation import Codec, Immunise, LatentDiffusion, put, weights_of
+from holdfast.rotation import Codec, Distilled, Immunise, LatentDiffusion, put, weights_of
 from holdfast.rotation.collecting import last_of, rows_of, trained_anew
 
 WHAT = (
-    "rotating parameter sets of a small network on MNIST: eleven constructions, five attackers, three seeds"
+    "rotating parameter sets of a small network on MNIST: twelve constructions, five attackers, three seeds"
 )
 ROW, SEEDS = "rotation", (0, 1, 2)
 OLD, LIVE, OWN = 4, 3, 4
 """Sets that served and leaked, sets that serve now, and surrogates of the thief of nothing."""
 DRAWN = 160
+_IMMUNISE, _DIVERSIFY = Immunise(), Immunise(crafting=Distilled())
 
 
 @dataclass(frozen=True)
@@ -193,13 +194,18 @@ def independent(kind: Kind, seed: int, *, small: bool = False) -> list[Case]:
     return [Case(found[:OLD], found[OLD:], theirs, spent, own=own)]
 
 
-def immunised(kind: Kind, seed: int, *, fresh: bool) -> list[Case]:
+def immunised(kind: Kind, seed: int, *, fresh: bool, how: Immunise = _IMMUNISE) -> list[Case]:
     """Fresh seeds, or the last set that leaked, trained for half an epoch on examples made on all four that leaked."""
 
     def made(base: Classifier, old: Sets, rng: Draws) -> Classifier:
-        return Immunise()(base, old, kind.recipe, examples().train, kind.threat, rng=rng)
+        return how(base, old, kind.recipe, examples().train, kind.threat, rng=rng)
 
     return _trained_on(kind, seed, made, fresh=fresh)
+
+
+def diversified(kind: Kind, seed: int) -> list[Case]:
+    """The same of fresh seeds on examples that have the features of others on what leaked, after DVERGE."""
+    return immunised(kind, seed, fresh=True, how=_DIVERSIFY)
 
 
 def trained_more(kind: Kind, seed: int, *, fresh: bool) -> list[Case]:
@@ -239,6 +245,7 @@ CONSTRUCTIONS: dict[str, Callable[[Kind, int], list[Case]]] = {
     "fresh seeds, small at first": partial(independent, small=True),
     "old set, immunised": partial(immunised, fresh=False),
     "fresh seed, immunised": partial(immunised, fresh=True),
+    "fresh seed, diversified": diversified,
     "old set, trained more": partial(trained_more, fresh=False),
     "fresh seed, trained more": partial(trained_more, fresh=True),
 }

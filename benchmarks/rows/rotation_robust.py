@@ -30,6 +30,7 @@ from benchmarks.rows.rotation import (
     OLD,
     OWN,
     Case,
+    diversified,
     generated,
     immunised,
     independent,
@@ -117,6 +118,7 @@ CONSTRUCTIONS: dict[str, Construction] = {
     "draws of 8 basins": partial(generated, "basins"),
     "fresh seeds": independent,
     "fresh seed, immunised": partial(immunised, fresh=True),
+    "fresh seed, diversified": diversified,
     "fresh seed, trained more": partial(trained_more, fresh=True),
 }
 
