@@ -35,11 +35,11 @@ from benchmarks.rotated import (
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.ops.fit import Training
-from holdfast.rotation import Codec, LatentDiffusion, put, weights_of
+from holdfast.rotation import Codec, Distilled, Immunise, LatentDiffusion, put, weights_of
 from holdfast.rotation.collecting import last_of, rows_of, trained_anew
 
 WHAT = (
-    "rotating parameter sets of a small network on MNIST: eleven constructions, five attackers, three seeds"
+    "rotating parameter sets of a small network on MNIST: twelve constructions, five attackers, three seeds"
 )
 ROW, SEEDS = "rotation", (0, 1, 2)
 
@@ -192,13 +192,18 @@ def independent(kind: Kind, seed: int, *, small: bool = False) -> list[Case]:
     return [Case(found[: kind.old], found[kind.old :], theirs, spent, own=own)]
 
 
-def immunised(kind: Kind, seed: int, *, fresh: bool) -> list[Case]:
+def immunised(kind: Kind, seed: int, *, fresh: bool, how: Immunise | None = None) -> list[Case]:
     """Fresh seeds, or the last set that leaked, trained for half an epoch on examples made on all four that leaked."""
 
     def made(base: Classifier, old: Sets, rng: Draws) -> Classifier:
-        return kind.immunise(base, old, kind.recipe, kind.examples().train, kind.threat, rng=rng)
+        return (how or kind.immunise)(base, old, kind.recipe, kind.examples().train, kind.threat, rng=rng)
 
     return _trained_on(kind, seed, made, fresh=fresh)
+
+
+def diversified(kind: Kind, seed: int) -> list[Case]:
+    """The same of fresh seeds on examples that have the features of others on what leaked, after DVERGE."""
+    return immunised(kind, seed, fresh=True, how=replace(kind.immunise, crafting=Distilled()))
 
 
 def trained_more(kind: Kind, seed: int, *, fresh: bool) -> list[Case]:
@@ -238,6 +243,7 @@ CONSTRUCTIONS: dict[str, Construction] = {
     "fresh seeds, small at first": partial(independent, small=True),
     "old set, immunised": partial(immunised, fresh=False),
     "fresh seed, immunised": partial(immunised, fresh=True),
+    "fresh seed, diversified": diversified,
     "old set, trained more": partial(trained_more, fresh=False),
     "fresh seed, trained more": partial(trained_more, fresh=True),
 }

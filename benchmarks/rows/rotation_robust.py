@@ -10,6 +10,7 @@ from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rotated import ROBUST, over_seeds
 from benchmarks.rows.rotation import (
     Construction,
+    diversified,
     generated,
     immunised,
     independent,
@@ -27,6 +28,7 @@ CONSTRUCTIONS: dict[str, Construction] = {
     "draws of 8 basins": partial(generated, "basins"),
     "fresh seeds": independent,
     "fresh seed, immunised": partial(immunised, fresh=True),
+    "fresh seed, diversified": diversified,
     "fresh seed, trained more": partial(trained_more, fresh=True),
 }
 NOTES = [

@@ -6,12 +6,13 @@ import pytest
 from torch import nn
 
 from holdfast.config.grammar import pairs
-from holdfast.config.recipes import _checked, build_recipe, candidates, settings_of
+from holdfast.config.recipes import _checked, build_recipe, built, candidates, settings_of
 from holdfast.config.settings import HardenSettings, read
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.ops.fit import Training
 from holdfast.recipes import TRADES, MultiNormTraining
+from holdfast.rotation import Crafting, Immunise
 
 
 def told(*sets):
@@ -26,6 +27,16 @@ def test_constraints_are_named_as_threats_are_in_a_flag_and_in_a_list(tmp_path):
     assert build_recipe(read(file, {}, kind=HardenSettings).recipe) == expected
     assert told("recipe.others=l2:1.5").others == (L2(1.5),)
     assert told("recipe.others=[linf:8/255, l1:3]").others == (Linf(8 / 255), L1(3.0))
+
+
+def test_a_part_that_may_be_any_has_the_settings_of_its_usual_one():
+    said = {"weight": 0.25, "crafting": {"steps": "3"}}
+    made = built(Immunise, said, "immunise", "immunise")
+    assert made == Immunise(weight=0.25, crafting=Crafting(steps=3))
+    with pytest.raises(
+        UsageError, match="set one of its parts, as in --set immunise.crafting.examples=VALUE"
+    ):
+        built(Immunise, {"crafting": 3}, "immunise", "immunise")
 
 
 def test_settings_are_said_as_they_are_read():

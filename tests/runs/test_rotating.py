@@ -13,8 +13,11 @@ import torch
 from holdfast import api
 from holdfast.config import attacked, ordering, rotating
 from holdfast.config.settings import AssessSettings, RotateSettings, check
+from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.recipes import SingleStep
+from holdfast.core.model import Classifier
+from holdfast.ops.recipe import trained_as
+from holdfast.recipes import SingleStep, Standard
 from holdfast.reports.terminal import tables
 from holdfast.rotation import Codec, LatentDiffusion
 from holdfast.rotation.thieves import ATTACKS, Thief
@@ -22,7 +25,7 @@ from holdfast.runs.index import open_run
 from holdfast.runs.rotate import collecting, drawing, learning
 from holdfast.runs.rotate.asking import AcrossSwaps
 from holdfast.runs.rotate.attackers import WHO, Means, Table
-from holdfast.runs.rotate.instead import doubt
+from holdfast.runs.rotate.instead import Instead, doubt, hardened
 from holdfast.runs.rotate.wording import judged, verdict
 from holdfast.store.pool import Pool
 from holdfast.store.verify import verify
@@ -33,7 +36,7 @@ FEW = Thief({"MI": ATTACKS["MI"]})
 MEANS = Means(FEW, FEW, (2, 4), AcrossSwaps(queries=12, every=5), labels=64, epochs=1)
 INSTEAD = (
     "static", "weight noise", "checkpoints of a run", "soup", "SWAG", "independent seeds",
-    "adversarial fine-tuning", "PGD training",
+    "adversarial fine-tuning", "PGD training", "DVERGE-like diversity",
 )  # fmt: skip
 
 
@@ -206,6 +209,26 @@ def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collec
     assert len(quick) == 1 and again.summary()["rotation"] == found
     assert open_run(run).summary()["rotation"] == found
     assert open_run(run).doubts == result.doubts
+
+
+@pytest.mark.parametrize("recipe", [Standard(), SingleStep()], ids=lambda one: type(one).__name__)
+def test_what_else_is_trained_takes_as_many_passes(serving, collected, recipe, monkeypatch):
+    terms, passes, forward = collected[1], [], Classifier.forward
+    terms = replace(terms, candidate=replace(terms.candidate, recipe=trained_as(recipe, terms.training)))
+    live = terms.of_set(serving, serving.serving.name)
+    instead = Instead(serving, terms, live, terms.held, terms.threat, Draws(0), FEW)
+
+    def counting(model, x, ids=None):
+        passes[-1] += len(x) * torch.is_grad_enabled()
+        return forward(model, x, ids)
+
+    monkeypatch.setattr(Classifier, "forward", counting)
+    monkeypatch.setattr(Instead, "_row", lambda self, serves, stolen, says: says)
+    for train in (lambda: instead.tuned, instead._pgd, instead._diverse):
+        passes.append(0)
+        said = train()
+    assert passes == pytest.approx([len(terms.train)] * 3, rel=0.1)
+    assert said.startswith(f"the same passes: {'0.2' if hardened(terms) else '0.33'} of an epoch, and ")
 
 
 def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, tmp_path, monkeypatch):

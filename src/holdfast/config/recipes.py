@@ -97,24 +97,31 @@ def written_fields(cls: type[Any]) -> list[Field[Any]]:
     return [f for f in fields(cls) if f.metadata.get("written", True)]
 
 
+def part_of(field: Field[Any], hint: Any) -> type[Any] | None:
+    """The dataclass of settings that a field holds, if it holds one; that of its default where any may stand."""
+    kinds = (kind for kind in (hint, field.default_factory) if isinstance(kind, type) and is_dataclass(kind))
+    return next(kinds, None)
+
+
 def _checked(cls: type[Any], said: Mapping[str, Any], where: str, path: str) -> dict[str, Any]:
     """The settings that are said, each as the type of its field; a part keeps what its recipe sets and nobody says."""
     hints = get_type_hints(cls, include_extras=True)
-    parts = {f.name: f.default_factory for f in written_fields(cls)}
+    written = {f.name: f for f in written_fields(cls)}
     values: dict[str, Any] = {}
     for key, value in said.items():
-        if key not in parts:
-            raise UsageError(f"{where} has no setting {key!r}{nearest(str(key), parts)}")
+        if key not in written:
+            raise UsageError(f"{where} has no setting {key!r}{nearest(str(key), written)}")
         hint = hints[key]
-        if is_dataclass(hint) and isinstance(hint, type):
+        held = part_of(written[key], hint)
+        if held is not None:
             if not isinstance(value, Mapping):
                 raise UsageError(
                     f"{where}: {key} is {value!r}; set one of its parts, as in --set "
-                    f"{path}.{key}.{written_fields(hint)[0].name}=VALUE"
+                    f"{path}.{key}.{written_fields(held)[0].name}=VALUE"
                 )
-            part = parts[key]
+            part = written[key].default_factory
             assert part is not MISSING
-            values[key] = replace(part(), **_checked(hint, value, f"{where}: {key}", f"{path}.{key}"))
+            values[key] = replace(part(), **_checked(held, value, f"{where}: {key}", f"{path}.{key}"))
         else:
             values[key] = setting(hint, value, f"{where}: {key}")
     return values

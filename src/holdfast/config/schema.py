@@ -1,7 +1,7 @@
 """The JSON Schema of the YAML file, for editors: the settings, and every attack and recipe under its `use:` tag."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, is_dataclass
+from dataclasses import MISSING
 from typing import Any, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
@@ -10,7 +10,7 @@ from holdfast import recipes, rotation
 from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import attack_names, functions
 from holdfast.config.naming import AUTO, CARD, PRESETS, RECIPES, SOURCES
-from holdfast.config.recipes import written_fields
+from holdfast.config.recipes import part_of, written_fields
 from holdfast.config.settings import HardenSettings, RotateSettings
 from holdfast.core.constraints import Constraint
 from holdfast.ops.fit import Training
@@ -81,8 +81,8 @@ def _settings(cls: type[Any], preset: Mapping[str, Any]) -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for f in written_fields(cls):
         hint = hints[f.name]
-        nested = is_dataclass(hint) and isinstance(hint, type)
-        properties[f.name] = _settings(hint, {}) if nested else _setting(hint)
+        part = part_of(f, hint)
+        properties[f.name] = _setting(hint) if part is None else _settings(part, {})
         if f.default is not MISSING:
             usual = preset.get(f.name, f.default)
             properties[f.name]["default"] = getattr(usual, "__name__", usual) if usual != () else []

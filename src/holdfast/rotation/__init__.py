@@ -3,6 +3,7 @@
 from holdfast.rotation.alignment import all_aligned
 from holdfast.rotation.codec import Codec, Embedding
 from holdfast.rotation.collecting import Basins, LowRank, Seeds, Source, Subset, Task, Trajectory, collect
+from holdfast.rotation.distilling import Distilled
 from holdfast.rotation.generating import Generator, LatentDiffusion
 from holdfast.rotation.immunising import Crafting, Immunise, chain
 from holdfast.rotation.live import Live, canary, churn, loaded, next_set
@@ -16,6 +17,7 @@ __all__ = [
     "Basins",
     "Codec",
     "Crafting",
+    "Distilled",
     "Elapsed",
     "Embedding",
     "Generator",

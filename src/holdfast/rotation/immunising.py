@@ -6,9 +6,11 @@ an ordinary recipe (Tramèr et al., "Ensemble Adversarial Training", ICLR 2018, 
 latter: it is aimed at what leaked, by networks of the same architecture, and made once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -27,6 +29,42 @@ from holdfast.ops.recipe import Recipe, trained_as
 from holdfast.rotation.collecting import last_of, rows_of
 
 _AT_ONCE = 1_000
+
+
+class Making(Protocol):
+    """How examples are made on exposed sets: `Crafting`, or `Distilled`."""
+
+    def __call__(
+        self, exposed: Sequence[Classifier], data: Batch, threat: ThreatModel, *, rng: Draws
+    ) -> Batch:
+        """Changed inputs of `data` with the labels they had."""
+
+
+def ball(threat: ThreatModel, overshoot: float, making: Making) -> Constraint:
+    """The constraint of a threat that has an eps, `overshoot` times as large; `UsageError` where it has none."""
+    whole = expect_eps(threat.constraint, making)
+    return whole.resized(overshoot * whole.eps)
+
+
+def shared_out(
+    exposed: Sequence[Classifier],
+    data: Batch,
+    n: int,
+    made: Callable[[Classifier, Batch], Batch],
+    rng: Draws,
+) -> Batch:
+    """What `made` makes of at most `n` of the examples, each on a copy of one of the exposed models, in eval mode."""
+    if not exposed:
+        raise UsageError(
+            "no exposed parameter set was given to immunise against; name what leaked, or what serves now"
+        )
+    some = rows_of(data, n, rng)
+    found = [
+        made(deepcopy(model).eval(), few)
+        for place, model in enumerate(exposed[: len(some)])
+        for few in some.take(torch.arange(place, len(some), len(exposed))).split(_AT_ONCE)
+    ]
+    return Batch(*(torch.cat([getattr(batch, name) for batch in found]) for name in ("x", "y", "ids")))
 
 
 @dataclass(frozen=True)
@@ -48,21 +86,10 @@ class Crafting:
         self, exposed: Sequence[Classifier], data: Batch, threat: ThreatModel, *, rng: Draws
     ) -> Batch:
         """The changed inputs with the labels they had. Cost: `steps` forwards and backwards of each example."""
-        if not exposed:
-            raise UsageError(
-                "no exposed parameter set was given to immunise against; name what leaked, or what serves now"
-            )
-        some = rows_of(data, self.examples, rng.at("inputs"))
-        whole = expect_eps(threat.constraint, self)
-        constraint = whole.resized(self.overshoot * whole.eps)
-        made = [
-            self._made(deepcopy(model).eval(), few, constraint, rng.at("start"))
-            for place, model in enumerate(exposed[: len(some)])
-            for few in some.take(torch.arange(place, len(some), len(exposed))).split(_AT_ONCE)
-        ]
-        return Batch(*(torch.cat([getattr(batch, name) for batch in made]) for name in ("x", "y", "ids")))
+        made = partial(self._made, constraint=ball(threat, self.overshoot, self), rng=rng.at("start"))
+        return shared_out(exposed, data, self.examples, made, rng.at("inputs"))
 
-    def _made(self, model: Classifier, few: Batch, constraint: Constraint, rng: Draws) -> Batch:
+    def _made(self, model: Classifier, few: Batch, *, constraint: Constraint, rng: Draws) -> Batch:
         x_adv, _ = ascend(
             model,
             few,
@@ -89,7 +116,7 @@ class Immunise:
     """of those examples in each update"""
     lr: Positive = 1e-3
     """largest learning rate; it goes in one cycle"""
-    crafting: Crafting = field(default_factory=Crafting)
+    crafting: Making = field(default_factory=Crafting)
 
     def __call__(
         self,

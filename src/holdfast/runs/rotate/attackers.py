@@ -171,10 +171,9 @@ class _Measuring:
         yield self._extracted
 
     def _notes(self) -> list[str]:
-        notes = ["diversity training as DVERGE has it is not among the alternatives: it was not measured"]
-        if float(self.terms.threat.constraint.eps) != float(self.threat.constraint.eps):
-            notes.append(f"the pool was made for {self.terms.said}, and is assessed under another threat")
-        return notes
+        if float(self.terms.threat.constraint.eps) == float(self.threat.constraint.eps):
+            return []
+        return [f"the pool was made for {self.terms.said}, and is assessed under another threat"]
 
     @cached_property
     def _instead(self) -> Instead:

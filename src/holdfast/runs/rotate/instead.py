@@ -2,8 +2,8 @@
 
 Static: nothing is ever swapped. Noise on the weights. Checkpoints of one run, their mean (a soup, Wortsman et al.,
 arXiv:2203.05482) and samples around it (SWAG, Maddox et al., arXiv:1902.02476). Independent seeds. Half an epoch of
-adversarial fine-tuning by one step (FGSM-RS, Wong et al., arXiv:2001.03994), and PGD training (Madry et al.,
-arXiv:1706.06083) of as many passes.
+adversarial fine-tuning by one step (FGSM-RS, Wong et al., arXiv:2001.03994), and of as many passes PGD training (Madry
+et al., arXiv:1706.06083) and diversity as DVERGE has it (Yang et al., arXiv:2009.14720), from the set that serves.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +23,7 @@ from holdfast.ops.fit import Training
 from holdfast.ops.recipe import Recipe, trained_as
 from holdfast.ops.statistics import proportion
 from holdfast.recipes import PGDTraining, SingleStep, Standard
-from holdfast.rotation import Members
+from holdfast.rotation import Distilled, Immunise, Members
 from holdfast.rotation.collecting import last_of, rows_of
 from holdfast.rotation.thieves import Thief
 from holdfast.runs.rotate.collecting import members, surrogates
@@ -32,7 +32,8 @@ from holdfast.store.pool import Pool
 
 NOISE = 0.3
 """Size of the noise on weights, as a share of the root mean square of each tensor."""
-_SHARE, _LR, _STEP, _INNER = 0.5, 1e-3, 1.25, 5
+_SHARE, _LR, _INNER = 0.5, 1e-3, 5
+_ONE_STEP = SingleStep(noise=1.0, step=1.25, clip=True)
 Json = dict[str, Any]
 
 
@@ -64,16 +65,30 @@ class Instead:
             lambda: self._row(self.tuned, self.live, "half an epoch, one step (FGSM-RS)"),
         )
         yield "PGD training", self._pgd
+        yield "DVERGE-like diversity", self._diverse
 
     @cached_property
     def tuned(self) -> Classifier:
         """The set that serves after half an epoch of adversarial fine-tuning."""
-        return self._trained(SingleStep(noise=1.0, step=_STEP, clip=True), _SHARE)
+        return self._trained(_ONE_STEP, _SHARE)
 
     def _pgd(self) -> Json:
         share = _SHARE * 2 / (_INNER + 1)  # one step takes two passes
         said = f"the same passes: {share:.2g} of an epoch, {_INNER} steps"
         return self._row(self._trained(PGDTraining(steps=_INNER), share), self.live, said)
+
+    def _diverse(self) -> Json:
+        """Half of the passes make the examples and half train on them, beside FGSM-RS where sets were hardened."""
+        batch, n, steps = self.terms.training.batch, len(self.terms.train), Distilled().steps
+        recipe, passes = (_ONE_STEP, 2) if hardened(self.terms) else (Standard(), 1)
+        share = _SHARE / (passes + 0.5)  # half as many of the examples as of others in each update
+        crafting = Distilled(examples=max(round(_SHARE * n / steps), 1), steps=steps)
+        how = Immunise(share=share, batch=max(batch // 2, 1), lr=_LR, crafting=crafting)
+        as_known = trained_as(recipe, Training(batch=batch))
+        place = self.rng.at("trained", "diverse")
+        made = how(self.live, [self.live], as_known, self.terms.train, self.threat, rng=place)
+        says = f"the same passes: {share:.2g} of an epoch, and {crafting.examples:,} inputs with features of others"
+        return self._row(made, self.live, says)
 
     def _trained(self, recipe: Recipe, share: float) -> Classifier:
         """The set that serves, trained on for part of an epoch."""
