@@ -301,12 +301,32 @@ def rows(**shares):
 def test_words_go_by_the_interval_and_by_the_white_box():
     found = {
         row["who"]: row["word"]
-        for row in rows(A0=0.2, A1=0.03, A1u=0.22, A2=0.3, A2c=0.41, A3=None, A4=0.225, A5=0.8, A6=0.45)
+        for row in rows(A0=0.2, A1=0.03, A1u=0.22, A2=0.3, A2c=0.42, A3=None, A4=0.225, A5=0.8, A6=0.45)
     }
     assert found == {
         "A0": "untouched", "A1": "stopped", "A1u": "stopped", "A2": "slowed", "A2c": "untouched",
         "A3": "not measured", "A4": "stopped", "A5": "untouched", "A6": "untouched",
     }  # fmt: skip
+
+
+def test_what_an_interval_leaves_open_is_unclear_and_not_untouched():
+    few = {"value": 0.07, "low": 0.03, "high": 0.14, "n": 99}
+    known = [{"who": who, "share": few if who == "A1" else share(0.23)} for who in WHO]
+    found = judged(known)
+    assert [row["word"] for row in found if row["who"] in ("A0", "A1", "A2")] == [
+        "untouched",
+        "unclear",
+        "untouched",
+    ]
+    assert "A1 is unclear on so few inputs" in verdict(found)
+
+
+def test_a_thief_is_compared_with_what_his_own_attacks_do_to_the_set_itself():
+    known = [{"who": who, "share": share({"A0": 0.3, "A1": 0.3, "A5": 0.9}.get(who, 0.2))} for who in WHO]
+    assert judged(known)[1]["word"] == "stopped"
+    itself = share(0.35)
+    assert judged(known, itself)[1]["word"] == "untouched"
+    assert verdict(judged(known, itself), itself).startswith("no protection: ")
 
 
 def test_who_gets_no_more_than_without_theft_is_not_stopped_where_that_is_all():

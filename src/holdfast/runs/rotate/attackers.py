@@ -136,14 +136,15 @@ class _Measuring:
             self._row("rows", who, measured, place, of)
         for place, (name, measure) in enumerate(instead, len(parts) + 1):
             self._row("instead", name, measure, place, of)
-        rows = judged(self.document["rows"])
         found = {row["who"]: row for row in self.document["instead"] if row.get("clean")}
+        itself = (found.get("static") or {}).get("white")
+        rows = judged(self.document["rows"], itself)
         one = next(row["share"] for row in rows if row["who"] == "A1")
         known = {name: found.get(name) for name, _ in instead}
         return self.document | {
             "rows": rows,
             "doubt": doubt(known, self.terms, one),
-            "verdict": verdict(rows),
+            "verdict": verdict(rows, itself),
             "notes": self._notes(),
             "complete": True,
         }
