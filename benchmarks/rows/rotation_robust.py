@@ -11,7 +11,6 @@ from benchmarks.rotated import ROBUST, over_seeds
 from benchmarks.rows.rotation import (
     Construction,
     diversified,
-    generated,
     immunised,
     independent,
     judged,
@@ -25,7 +24,6 @@ WHAT = (
 ROW, SEEDS = "rotation-robust", (0, 1, 2)
 CONSTRUCTIONS: dict[str, Construction] = {
     "static": static,
-    "draws of 8 basins": partial(generated, "basins"),
     "fresh seeds": independent,
     "fresh seed, immunised": partial(immunised, fresh=True),
     "fresh seed, diversified": diversified,
@@ -50,7 +48,6 @@ def measured() -> Outcome:
         "leaked": ROBUST.old,
         "serving": ROBUST.live,
         "own surrogates": ROBUST.own,
-        "drawn": ROBUST.drawn,
         "rotations of a line": ROTATIONS,
     }
     shown = [{"what": name, **cells} for name, cells in by.items()]
