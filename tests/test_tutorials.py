@@ -1,20 +1,42 @@
 """The tutorials run as they stand."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from places import collections_from_one_place, draws_by_count  # noqa: F401 (fixtures)
 
-TUTORIALS = sorted((Path(__file__).resolve().parents[1] / "docs" / "tutorials").glob("*.md"))
+from holdfast.cli.app import run
+from holdfast.store.pool import Pool
+
+TUTORIALS = Path(__file__).resolve().parents[1] / "docs" / "tutorials"
+
+
+def page(name):
+    return (TUTORIALS / f"{name}.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
-def test_every_block_runs(page, tmp_path, monkeypatch):
+def test_every_block_of_hardening_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", page("hardening"), re.DOTALL)
     assert blocks
     names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, page.name, "exec"), names)
+        exec(compile(block, "hardening.md", "exec"), names)
     assert (tmp_path / "hardened" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_every_line_of_rotation_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^\$ holdfast (.*)$", page("rotation"), re.MULTILINE)
+    assert len(lines) == len(re.findall(r"^\$", page("rotation"), re.MULTILINE)) > 5
+    for line in lines:
+        serving = Pool.held(tmp_path / "pool").serving if "SET" in line else None
+        words = shlex.split(line if serving is None else line.replace("SET", serving.name))
+        assert run(words) == 0, (line, capsys.readouterr().out)
+    pool = Pool.held(tmp_path / "pool")
+    assert pool.serving.name in {one.name for one in pool.ledger.exposed()}
+    assert [one.name for one in pool.ledger.members if one.state == "candidate"]
