@@ -12,9 +12,10 @@ from holdfast.gates.judging import Doubts
 from holdfast.rotation import canary
 from holdfast.rotation.thieves import ATTACKS, Thief
 from holdfast.runs.rotate.admission import admit
+from holdfast.runs.rotate.comparing import worst
 from holdfast.runs.rotate.crafting import Attacker, Attackers, attackers, exposed_for
 from holdfast.runs.rotate.measuring import Carried
-from holdfast.runs.rotate.ruling import Seen, rulings, worst
+from holdfast.runs.rotate.ruling import Seen, rulings
 from holdfast.store.pool import Pool
 from holdfast.store.sealing import KEY_VARIABLE
 from runs.rotating import DRAWING, begun, immunised, nearby, state, terms, trained
@@ -182,16 +183,19 @@ def columns(correct=N, fell=0):
     return Evidence(found, ThreatModel(Linf(0.1)), "", (), 0)
 
 
-def seen(theft=8, nothing=40, siblings=20, white=100, before=100, changed=0, *, serves=True):
+def seen(
+    theft=8, nothing=40, siblings=20, white=100, before=100, bases=100, changed=0, lost=0, *, serves=True
+):
     fell = {(OWN, "MI"): torch.arange(N) < nothing, (OLD, "MI"): torch.arange(N) < theft}
     return Seen(
         Attackers(OWN, (OLD,), None, None, DRAWN),
         Carried(columns(correct=N - changed), fell),
         columns(fell=white),
         Carried(columns(), {(DRAWN, "MI"): torch.arange(N) < siblings}),
-        (columns(),),
+        (columns(correct=N - lost),),
         (columns(fell=before),),
         (columns(), columns(correct=N - 4)),
+        (columns(fell=bases),),
         serves,
     )
 
@@ -205,6 +209,35 @@ def test_churn_counts_once_clients_of_a_set_would_see_it():
 def verdicts(found, accepted=None, claims=()):
     given = rulings(found, Doubts((), accepted or {}), tuple(map(parse, claims)))
     return {one.name: one.verdict for one in given}
+
+
+def test_what_swaps_lose_does_not_add_up():
+    """A set as good as an incumbent that is worse than the bases were would pass, were it compared with that alone."""
+    assert verdicts(seen())["clean accuracy"] == verdicts(seen())["robust accuracy"] == "pass"
+    assert verdicts(seen(changed=24, lost=24))["clean accuracy"] == "fail"
+    assert verdicts(seen(white=140, before=140, bases=100))["robust accuracy"] == "fail"
+    assert verdicts(seen(white=140, before=100, bases=140))["robust accuracy"] == "fail"
+    assert verdicts(seen(lost=24))["clean accuracy"] == "pass"
+    claim = "clean_accuracy_drop <= 0.02 vs baseline"
+    assert verdicts(seen(changed=24, lost=24), claims=[claim])[claim] == "fail"
+
+
+def test_bases_are_measured_once_for_all_admissions(tmp_path):
+    pool = begun(tmp_path / "pool", bases=(0,))
+    base = pool.ledger.members[0].name
+    first = pool.add(state(trained(6)), {})
+    pool.admit(first)
+    pool.swap()
+
+    def measured(share):
+        pool.add(state(nearby(trained(6), share)), {})
+        admit(pool, terms(64), thief=QUICK, judged=64)
+        found = (pool.path / "admission" / base).iterdir()
+        return {path.name: (path / "run.json").stat().st_mtime_ns for path in found}
+
+    once = measured(0.01)
+    assert {name.rsplit("-", 1)[0] for name in once} >= {"clean-0-64", "white-box-0-32"}
+    assert measured(0.02).items() >= once.items()
 
 
 @pytest.mark.parametrize(

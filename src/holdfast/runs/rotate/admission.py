@@ -241,6 +241,7 @@ class _Admitting:
             self._clean(self._incumbents, n["thieves"]),
             self._white(self._incumbents, n["white-box"]),
             self._clean(self._bases, n["thieves"]),
+            self._white(self._bases, n["white-box"]),
             self.pool.serving is not None,
         )
 
