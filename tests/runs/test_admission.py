@@ -11,11 +11,12 @@ from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts
 from holdfast.rotation import canary
 from holdfast.rotation.thieves import ATTACKS, Thief
-from holdfast.runs.rotate.admission import admit
+from holdfast.runs.rotate.admission import _Admitting, admit
 from holdfast.runs.rotate.comparing import worst
-from holdfast.runs.rotate.crafting import Attacker, Attackers, attackers, exposed_for
-from holdfast.runs.rotate.measuring import Carried
+from holdfast.runs.rotate.crafting import Attacker, Attackers, Workshop, attackers, exposed_for
+from holdfast.runs.rotate.measuring import Carried, Measuring
 from holdfast.runs.rotate.ruling import Seen, rulings
+from holdfast.runs.signals import Stopper
 from holdfast.store.pool import Pool
 from holdfast.store.sealing import KEY_VARIABLE
 from runs.rotating import DRAWING, begun, immunised, nearby, state, terms, trained
@@ -184,7 +185,17 @@ def columns(correct=N, fell=0):
 
 
 def seen(
-    theft=8, nothing=40, siblings=20, white=100, before=100, bases=100, changed=0, lost=0, *, serves=True
+    theft=8,
+    nothing=40,
+    siblings=20,
+    white=100,
+    before=100,
+    bases=100,
+    changed=0,
+    lost=0,
+    *,
+    serves=True,
+    looks=1,
 ):
     fell = {(OWN, "MI"): torch.arange(N) < nothing, (OLD, "MI"): torch.arange(N) < theft}
     return Seen(
@@ -197,6 +208,7 @@ def seen(
         (columns(), columns(correct=N - 4)),
         (columns(fell=bases),),
         serves,
+        dict.fromkeys(("thieves", "white-box", "siblings"), looks),
     )
 
 
@@ -267,6 +279,26 @@ def test_a_set_that_siblings_break_and_thieves_do_not_is_doubted_until_somebody_
     assert verdicts(odd)["odd-gradients"] == "unclear"
     assert verdicts(odd, {"odd-gradients": "it was aligned on purpose"})["odd-gradients"] == "pass"
     assert verdicts(seen(theft=8, siblings=100, white=90, before=90))["odd-gradients"] == "pass"
+
+
+def test_of_several_looks_each_needs_more_so_that_all_of_them_hold_together():
+    claims = ["transfer_success <= 0.08", "sibling_transfer <= 0.08", "robust_accuracy >= 0.7"]
+    close = {"theft": 21, "nothing": 0, "siblings": 21, "white": 100}
+    once, often = (verdicts(seen(**close, looks=looks), claims=claims) for looks in (1, 3))
+    assert [once[claim] for claim in claims] == ["pass"] * 3
+    assert [often[claim] for claim in claims] == ["unclear"] * 3
+    assert verdicts(seen(theft=11, nothing=0))["theft"] == "pass"
+    assert verdicts(seen(theft=11, nothing=0, looks=3))["theft"] == "unclear"
+    assert seen(looks=3).confidence("thieves") == pytest.approx(1 - 0.05 / 3)
+
+
+def test_the_examples_say_how_many_looks_there_are(tmp_path):
+    pool = begun(tmp_path / "pool", bases=(0,))
+    measuring = Measuring(pool, Workshop(pool, terms(1_000), QUICK))
+    one = _Admitting(measuring, (), {}, 250, print, Stopper())
+    assert one._looks == {"thieves": 3, "white-box": 4, "siblings": 7}, (
+        "250, 500, 1,000; from 125 on; from 25 on"
+    )
 
 
 def test_claims_are_judged_beside_the_gates_and_of_static_by_what_the_incumbent_loses():

@@ -27,8 +27,8 @@ from holdfast.runs.order import Progress, Subject, silent
 from holdfast.runs.rotate.collecting import BASE_OF, bases
 from holdfast.runs.rotate.crafting import Workshop, attackers, exposed_for, siblings_of
 from holdfast.runs.rotate.drawing import candidates
-from holdfast.runs.rotate.measuring import Measuring, subject_of
-from holdfast.runs.rotate.ruling import CLAIMABLE, Ruling, Seen, reported, rulings
+from holdfast.runs.rotate.measuring import Measuring, ends, subject_of
+from holdfast.runs.rotate.ruling import CLAIMABLE, Family, Ruling, Seen, reported, rulings
 from holdfast.runs.rotate.sanity import distance, endless, tensors, twin
 from holdfast.runs.rotate.terms import FIRST, Terms, state_of
 from holdfast.runs.signals import Stopper
@@ -223,7 +223,7 @@ class _Admitting:
 
     # --- what is measured
 
-    def _seen(self, name: str, exposed: tuple[str, ...], n: Mapping[str, int]) -> Seen:
+    def _seen(self, name: str, exposed: tuple[str, ...], n: Mapping[Family, int]) -> Seen:
         workshop, of = self.measuring.workshop, self._subject(name)
         siblings = siblings_of(self.pool, name, self._finite)
         them = attackers(workshop, name, exposed, siblings)
@@ -243,6 +243,7 @@ class _Admitting:
             self._clean(self._bases, n["thieves"]),
             self._white(self._bases, n["white-box"]),
             self.pool.serving is not None,
+            self._looks,
         )
 
     def _clean(self, of: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
@@ -252,10 +253,15 @@ class _Admitting:
         return tuple(self.measuring.white(each, n, first=self._first["white-box"]) for each in of)
 
     @cached_property
-    def _first(self) -> dict[str, int]:
+    def _first(self) -> dict[Family, int]:
         """How many examples there are at first, of each measurement."""
         white, siblings = (max(self.judged // part, 1) for part in (_WHITE, _SIBLINGS))
         return {"thieves": self.judged, "white-box": white, "siblings": siblings}
+
+    @cached_property
+    def _looks(self) -> dict[Family, int]:
+        """How often each measurement is looked at, at most: with twice the examples each time, while they last."""
+        return {family: len(ends(len(self.terms.held), first)) for family, first in self._first.items()}
 
     def _doubts(self, seen: Seen) -> Doubts:
         """Those of the candidate that do not speak against all of the sets that it is compared with."""

@@ -16,7 +16,7 @@ from holdfast.runs.rotate.crafting import Attacker
 from holdfast.runs.rotate.measuring import Carried
 
 CONFIDENCE = 0.95
-"""Of every interval that a gate is judged on."""
+"""Of every gate: its intervals hold together with it, however often examples are added before they decide."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Loss:
     """which of them is better"""
 
 
-def largest_loss(before: Mapping[str, Sequence[Mask]], after: Mask) -> Loss:
+def largest_loss(before: Mapping[str, Sequence[Mask]], after: Mask, confidence: float) -> Loss:
     """The larger of what is lost against each of those that are named."""
-    each = {name: difference(masks, after) for name, masks in before.items()}
+    each = {name: difference(masks, after, confidence) for name, masks in before.items()}
     whom = max(each, key=lambda name: each[name].value)
-    surely = bonferroni(CONFIDENCE, len(before))
+    surely = bonferroni(confidence, len(before))
     low = max(difference(masks, after, surely).low for masks in before.values())
     value, high = each[whom].value, max(one.high for one in each.values())
     return Loss(Estimate(value, min(low, value), high, each[whom].n), whom)
@@ -59,7 +59,7 @@ class Worst:
         return f"examples of {self.by} turn {number(self.estimate)}"
 
 
-def worst(carried: Carried, thieves: Sequence[Attacker]) -> Worst | None:
+def worst(carried: Carried, thieves: Sequence[Attacker], confidence: float = CONFIDENCE) -> Worst | None:
     """The most that one of the attacks of one of the thieves turns; None without thieves.
 
     The upper end is the highest of all, and below it is the largest share with the wanted confidence; the lower ends
@@ -69,9 +69,9 @@ def worst(carried: Carried, thieves: Sequence[Attacker]) -> Worst | None:
     found = {key: fell[right] for key, fell in carried.fell.items() if key[0] in thieves}
     if not found:
         return None
-    each = {key: share(fell) for key, fell in found.items()}
+    each = {key: share(fell, confidence) for key, fell in found.items()}
     order = sorted(found, key=lambda key: -each[key].value)
-    low = max(share(fell, bonferroni(CONFIDENCE, len(found))).low for fell in found.values())
+    low = max(share(fell, bonferroni(confidence, len(found))).low for fell in found.values())
     first, high = each[order[0]], max(one.high for one in each.values())
     thief, attack = order[0]
     return Worst(

@@ -1,7 +1,7 @@
 """The gates that a set passes before it may serve: judged on intervals, paired with what it is compared with."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Literal
 
@@ -80,6 +80,12 @@ class Seen:
     bases_white: tuple[Evidence, ...]
     serves: bool
     """whether the incumbent is a set that serves"""
+    looks: Mapping[Family, int] = field(default_factory=dict)
+    """how often each measurement may be looked at, with more examples each time; once where nothing is said"""
+
+    def confidence(self, family: Family) -> float:
+        """What an interval needs, so that those of all looks hold together (Bonferroni)."""
+        return bonferroni(CONFIDENCE, self.looks.get(family, 1))
 
     @property
     def static(self) -> Estimate:
@@ -93,40 +99,45 @@ class Seen:
     @property
     def transfer(self) -> Worst | None:
         """The worst that a thief of one exposed set does; None where nothing is exposed."""
-        return worst(self.carried, self.attackers.one)
+        return worst(self.carried, self.attackers.one, self.confidence("thieves"))
 
     @property
     def ensemble(self) -> Worst | None:
         """The worst that a thief of several does."""
         several = self.attackers.several
-        return None if several is None else worst(self.carried, [several])
+        if several is None:
+            return None
+        return worst(self.carried, [several], self.confidence("thieves"))
 
     @property
     def sibling(self) -> Worst | None:
         """The worst that a thief of the procedure does."""
         them = self.attackers.siblings
-        return None if them is None or self.siblings is None else worst(self.siblings, [them])
+        if them is None or self.siblings is None:
+            return None
+        return worst(self.siblings, [them], self.confidence("siblings"))
 
     @property
     def clean_loss(self) -> Loss:
         """Points of clean accuracy that it costs."""
         before, bases = ([one["correct"] for one in them] for them in (self.before, self.bases))
-        return self._loss(before, bases, self.carried.evidence["correct"])
+        return self._loss(before, bases, self.carried.evidence["correct"], "thieves")
 
     @property
     def robust_loss(self) -> Loss:
         """Points of accuracy under attacks that see the set."""
         before, bases = ([held(one) for one in them] for them in (self.before_white, self.bases_white))
-        return self._loss(before, bases, held(self.white))
+        return self._loss(before, bases, held(self.white), "white-box")
 
-    def _loss(self, before: Sequence[Mask], bases: Sequence[Mask], after: Mask) -> Loss:
+    def _loss(self, before: Sequence[Mask], bases: Sequence[Mask], after: Mask, family: Family) -> Loss:
         against = {"the incumbent": before} if self.serves else {}
-        return largest_loss({**against, "the bases": bases}, after)
+        return largest_loss({**against, "the bases": bases}, after, self.confidence(family))
 
     @property
     def churn(self) -> Estimate:
         """Share of inputs that it classifies otherwise than the incumbent."""
-        return difference([differing(one, self.carried.evidence) for one in self.before])
+        changed = [differing(one, self.carried.evidence) for one in self.before]
+        return difference(changed, confidence=self.confidence("thieves"))
 
 
 def rulings(seen: Seen, doubts: Doubts, claims: Sequence[Claim]) -> tuple[Ruling, ...]:
@@ -191,15 +202,16 @@ def _thefts(seen: Seen) -> tuple[Ruling, ...]:
 
 def _beside_nothing(gate: str, theft: Worst, seen: Seen, thief: Attacker, times: float) -> Ruling:
     """A theft brings little in any case, or little more than no theft on the same inputs."""
+    each = seen.confidence("thieves")
     nothing = worst(seen.carried, [thief])
     assert nothing is not None
     verdicts: list[Verdict] = []
     for place, fell in enumerate(theft.fell):
-        alone, confidence = share(fell), bonferroni(CONFIDENCE, len(theft.fell))
-        if alone.high <= FLOOR or _excess(fell, nothing.fell[0], times).high <= 0:
+        alone, surely = share(fell, each), bonferroni(each, len(theft.fell))
+        if alone.high <= FLOOR or _excess(fell, nothing.fell[0], times, each).high <= 0:
             verdicts.append("pass")
-        elif place == 0 and share(fell, confidence).low > FLOOR:
-            less = _excess(fell, nothing.fell[0], times, confidence).low <= 0
+        elif place == 0 and share(fell, surely).low > FLOOR:
+            less = _excess(fell, nothing.fell[0], times, surely).low <= 0
             verdicts.append("unclear" if less else "fail")
         else:
             verdicts.append("unclear")
@@ -210,7 +222,7 @@ def _beside_nothing(gate: str, theft: Worst, seen: Seen, thief: Attacker, times:
     return Ruling(gate, theft.estimate, bound, overall(verdicts), theft.says, "thieves")
 
 
-def _excess(fell: Mask, nothing: Mask, times: float, confidence: float = CONFIDENCE) -> Estimate:
+def _excess(fell: Mask, nothing: Mask, times: float, confidence: float) -> Estimate:
     """How much more fall than so many times those that fall to a thief of nothing, on the same inputs."""
     return mean(fell.double() - times * nothing.double(), confidence, support=Support(-times, 1.0))
 
@@ -252,7 +264,8 @@ def _odd_gradients(seen: Seen, accepted: Mapping[str, str]) -> Ruling:
     sibling, theft = seen.sibling, seen.transfer
     if sibling is None or theft is None:
         return Ruling(gate, None, bound, "pass", "no siblings, or nothing exposed, to tell it by")
-    easier = difference([held(one) for one in seen.before_white], held(seen.white))
+    confidence = seen.confidence("white-box")
+    easier = difference([held(one) for one in seen.before_white], held(seen.white), confidence)
     least = 1 / max(theft.estimate.n, 1)
     times = sibling.estimate.value / max(theft.estimate.value, least)
     value = Estimate(times, times, times, sibling.estimate.n)
@@ -277,8 +290,11 @@ def _claimed(claim: Claim, seen: Seen, doubts: Doubts) -> Ruling:
         bound = claim.bound * (seen.static.value if claim.versus == "static" else 1.0)
         return _judged(claim, theft.estimate, theft.says, family, bound)
     plain: Mapping[str, tuple[Callable[[], Estimate], Family]] = {
-        "clean_accuracy": (lambda: share(seen.carried.evidence["correct"]), "thieves"),
-        "robust_accuracy": (lambda: share(held(seen.white)), "white-box"),
+        "clean_accuracy": (
+            lambda: share(seen.carried.evidence["correct"], seen.confidence("thieves")),
+            "thieves",
+        ),
+        "robust_accuracy": (lambda: share(held(seen.white), seen.confidence("white-box")), "white-box"),
         "churn": (lambda: seen.churn, "thieves"),
         "clean_accuracy_drop": (lambda: seen.clean_loss.estimate, "thieves"),
     }
