@@ -125,6 +125,14 @@ def test_a_call_without_candidates_or_with_a_claim_beyond_it_is_refused(tmp_path
         admit(pool, terms(), claims=["f1 >= 0.5"], thief=QUICK)
 
 
+def test_a_second_process_is_refused_before_it_measures(tmp_path):
+    pool = begun(tmp_path / "pool", bases=(0,))
+    pool.add(state(trained(6)), {})
+    with pool.alone_at("admit"), pytest.raises(UsageError, match="another process is at admit in .*; wait"):
+        admit(Pool.held(pool.path), terms(), thief=QUICK)
+    assert not (pool.path / "admission").exists()
+
+
 def test_a_kill_before_the_entry_loses_nothing_and_bases_are_listed(tmp_path, monkeypatch):
     pool = begun(tmp_path / "pool")
     base = pool.ledger.members[0].name

@@ -275,6 +275,16 @@ def test_a_drawing_that_was_cut_short_goes_on(pool, monkeypatch):
     assert drawing.candidates(pool) == found.names
 
 
+def test_a_second_process_draws_nothing_and_leaves_what_the_first_has_sealed(pool):
+    drawing.draw(pool, terms(), 1)
+    before = pool.kept("drawing").digest
+    with pool.alone_at("draw"), pytest.raises(UsageError, match="another process is at draw in"):
+        drawing.draw(Pool.held(pool.path), terms(), 2)
+    assert pool.kept("drawing").digest == before
+    with pool.alone_at("collect"), pytest.raises(UsageError, match="another process is at collect in"):
+        collecting.collect(Pool.held(pool.path), terms())
+
+
 def test_a_generator_of_another_architecture_is_refused(pool):
     kept = pool.kept("generator")
     columns = {

@@ -110,6 +110,18 @@ def test_what_serves_goes_on_where_nothing_is_admitted(pool, monkeypatch):  # no
     assert any("no admitted set waits" in text or "none of" in text for text in said)
 
 
+@pytest.mark.usefixtures("generous")
+def test_it_waits_where_another_process_draws(pool):  # noqa: F811
+    one, said = turner(pool, AnswersPerPrincipal(5), keep=1), []
+    one.begin()
+    one.told = said.append
+    pool.answered(1, {"alice": 5})
+    with pool.alone_at("draw"):
+        assert not one.look() and pool.serving.epoch == 2, "what waited serves"
+    assert "another process is at draw" in said[-1]
+    assert one.look() and len(pool.ahead) == 1
+
+
 @pytest.mark.usefixtures("strict")
 def test_five_refusals_in_a_row_end_it(pool):  # noqa: F811
     one = turner(pool, Elapsed(3600), keep=2, by="generator")

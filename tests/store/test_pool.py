@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from holdfast.core.errors import Inconclusive, TargetError, UsageError
+from holdfast.core.errors import Inconclusive, InUse, TargetError, UsageError
 from holdfast.store import Pool
 from holdfast.store.pool import stands
 from holdfast.store.sealing import KEY_VARIABLE, key_file
@@ -343,6 +343,33 @@ def test_a_set_whose_writer_was_killed_before_it_had_its_name_is_had_by_those_wh
     name = pool.ahead[0]
     file_of(pool, name).rename(pool.path / "sets" / f"{name}.sealed.new")
     assert same(pool.weights(name), weights(1)) and file_of(pool, name).exists()
+
+
+ALONE = """
+import sys, time
+from pathlib import Path
+from holdfast.store import Pool
+
+with Pool.held(Path(sys.argv[1])).alone_at("admit"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_step_is_one_process_and_nobody_waits_for_a_dead_one(pool):
+    other = subprocess.Popen([sys.executable, "-c", ALONE, str(pool.path)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        said = "another process is at admit in .*pool'; wait until it has ended"
+        with pytest.raises(InUse, match=said), pool.alone_at("admit"):
+            pass
+        with pool.alone_at("draw"):  # another step may go on meanwhile
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    with pool.alone_at("admit"):
+        pass
 
 
 def test_what_a_killed_writer_had_not_yet_entered_is_swept_away_and_no_other_file(pool):

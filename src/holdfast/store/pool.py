@@ -10,8 +10,8 @@ an entry its name. No kill leaves a named file without an entry: the ledger was 
 
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from holdfast.store import columns as column_files
 from holdfast.store.columns import ColumnFile, content_digest
 from holdfast.store.files import PART, PRIVATE, flush_folder, refusal_in_pool, usable, write_atomically
 from holdfast.store.ledger import Ledger
+from holdfast.store.locking import locked
 from holdfast.store.records import document, read_document
 from holdfast.store.sealing import Seal, begun_seal, found_seal, refuse_unready
 from holdfast.store.standing import Member, Serving
@@ -98,6 +99,14 @@ class Pool:
         pool = cls(path, manifest, seal, ledger)
         pool._sweep()
         return pool
+
+    @contextmanager
+    def alone_at(self, step: str) -> Iterator[None]:
+        """No other process is at this step of the pool meanwhile; `InUse` at once where one is. A dead one is not."""
+        where = f"another process is at {step} in {str(self.path)!r}"
+        in_use = f"{where}; wait until it has ended or stop it, then start again"
+        with locked(self.path / f"{step}.lock", 0.0, in_use=in_use):
+            yield
 
     # --- sets
 

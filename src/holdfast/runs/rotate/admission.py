@@ -109,14 +109,15 @@ def admit(
 
     `claims` are gates beside the default ones; `accepted` are doubts that a person answers for, by name; `judged` is
     how many held-out examples judge at first. `again` says how to go on with a call that was stopped. Raises
-    `UsageError` where no candidate waits or a claim cannot be judged.
+    `UsageError` where no candidate waits, a claim cannot be judged, or another process is at it.
     """
     if not again:
         again = f"what was finished is kept, go on with: holdfast rotate admit {pool.path}"
     found = tuple(map(_claim, claims))
     workshop = Workshop(pool, terms, thief or Thief(), told)
     measuring = Measuring(pool, workshop, progress, again)
-    return _Admitting(measuring, found, accepted or {}, judged, told, stopper or Stopper()).done()
+    with pool.alone_at("admit"):
+        return _Admitting(measuring, found, accepted or {}, judged, told, stopper or Stopper()).done()
 
 
 def _claim(text: str) -> Claim:

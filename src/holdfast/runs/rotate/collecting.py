@@ -79,7 +79,8 @@ def collect(
     progress: Progress = silent,
 ) -> Collected:
     """Train what is not trained yet, and seal it in the pool. Raises `UsageError`, `TargetError`."""
-    return _Collecting(pool, terms, stopper or Stopper(), told, progress).done(budget_s)
+    with pool.alone_at("collect"):
+        return _Collecting(pool, terms, stopper or Stopper(), told, progress).done(budget_s)
 
 
 def members(pool: Pool) -> Members:

@@ -59,29 +59,31 @@ def draw(
 
     With `immunise` each is trained on against the sets that the ledger lists as exposed; where it lists none, against
     the one that serves, and before one does, against the bases. `resume` goes on with what an earlier call had begun.
-    Raises `UsageError`, and `Inconclusive` where the generator draws nothing that works.
+    Raises `UsageError`, also where another process is at it, and `Inconclusive` where the generator draws nothing that
+    works.
     """
-    begun = pool.kept(_KEPT) if resume else None
-    if begun is None or not _missing(begun.about):
-        generator = learned(pool, terms)
-        how: By = by or ("anew" if generator is None else "generator")
-        against = _against(pool) if immunise is not None else ()
-        seed = secrets.randbits(62)
-        said = {
-            "drawing": secrets.token_hex(4),
-            "wanted": sets,
-            "by": how,
-            "against": list(against),
-            "names": [],
-            "looked_at": 0,
-        }
-        pool.keep(_KEPT, {"seed": torch.tensor([seed])}, said)
-    elif (by or begun.about["by"]) != begun.about["by"]:
-        raise UsageError(
-            f"the drawing that goes on is by {begun.about['by']}, and this asks for {by}; leave --resume out to begin "
-            f"another"
-        )
-    return _Drawing(pool, terms, immunise, stopper or Stopper(), told).done()
+    with pool.alone_at("draw"):
+        begun = pool.kept(_KEPT) if resume else None
+        if begun is None or not _missing(begun.about):
+            generator = learned(pool, terms)
+            how: By = by or ("anew" if generator is None else "generator")
+            against = _against(pool) if immunise is not None else ()
+            seed = secrets.randbits(62)
+            said = {
+                "drawing": secrets.token_hex(4),
+                "wanted": sets,
+                "by": how,
+                "against": list(against),
+                "names": [],
+                "looked_at": 0,
+            }
+            pool.keep(_KEPT, {"seed": torch.tensor([seed])}, said)
+        elif (by or begun.about["by"]) != begun.about["by"]:
+            raise UsageError(
+                f"the drawing that goes on is by {begun.about['by']}, and this asks for {by}; leave --resume out to "
+                f"begin another"
+            )
+        return _Drawing(pool, terms, immunise, stopper or Stopper(), told).done()
 
 
 def candidates(pool: Pool) -> tuple[str, ...]:

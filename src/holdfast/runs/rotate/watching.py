@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from holdfast.core.errors import Inconclusive, UsageError
+from holdfast.core.errors import Inconclusive, InUse, UsageError
 from holdfast.rotation import Immunise, refuse_faster
 from holdfast.rotation.triggers import Reading, Trigger, due, exposed
 from holdfast.runs.hardening import Told, unheard
@@ -124,7 +124,7 @@ class Turner:
             if why:
                 self._swap(now.epoch, "; ".join(why))
             self.fill()
-        except Inconclusive as error:
+        except (Inconclusive, InUse) as error:
             self.told(f"note: {error}")
             return False
         return True
