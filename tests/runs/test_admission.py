@@ -11,11 +11,13 @@ from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts
 from holdfast.rotation import canary
 from holdfast.rotation.thieves import ATTACKS, Thief
-from holdfast.runs.rotate.admission import _Admitting, admit
+from holdfast.runs.rotate.admission import Judged, _Admitting, admit
 from holdfast.runs.rotate.comparing import worst
 from holdfast.runs.rotate.crafting import Attacker, Attackers, Workshop, attackers, exposed_for
 from holdfast.runs.rotate.measuring import Carried, Measuring
 from holdfast.runs.rotate.ruling import Seen, rulings
+from holdfast.runs.rotate.sanity import twin
+from holdfast.runs.rotate.status import unjudged
 from holdfast.runs.signals import Stopper
 from holdfast.store.pool import Pool
 from holdfast.store.sealing import KEY_VARIABLE
@@ -164,6 +166,75 @@ def test_what_is_unclear_is_judged_on_twice_as_many_while_they_last(tmp_path):
     theft = gates(found, name)["theft"]
     assert theft.verdict == "pass" and "nothing is exposed" in theft.why
     assert found.exit_code == 4 and gates(found, name)["clean accuracy"].estimate.n > 250
+
+
+# --- what leaks while sets wait
+
+
+@pytest.fixture
+def waits(tmp_path, monkeypatch):
+    """A pool with a base, a copy of it and another set, both admitted, and judges who let in what is no copy."""
+    monkeypatch.setattr(_Admitting, "_judged", let_in)
+    pool = begun(tmp_path / "pool", bases=(0,))
+    names = {
+        "copy": pool.add(state(nearby(trained(0), 1e-9)), {}),
+        "other": pool.add(state(trained(6)), {}),
+    }
+    for name in names.values():
+        pool.admit(name, "at first")
+    return pool, pool.ledger.members[0].name, names
+
+
+def let_in(admitting, name):
+    exposed = admitting._exposed(name)
+    same = twin(admitting.weights(name), admitting._several(exposed), admitting._names)
+    return Judged(name, "refused" if same else "admitted", (), same.says if same else "holds", "", exposed)
+
+
+def test_what_waits_is_judged_again_by_what_leaked_since(waits):
+    pool, base, names = waits
+    with pytest.raises(UsageError, match="no candidate waits"):
+        admit(pool, terms(), thief=QUICK)
+    pool.expose(base, "laptop stolen")
+    assert set(unjudged(pool)) == set(pool.ahead) == set(names.values())
+    found = admit(pool, terms(), thief=QUICK)
+    assert found.admitted == (names["other"],) == pool.ahead and unjudged(pool) == ()
+    member = pool.ledger.member(names["copy"])
+    assert member.state == "refused" and "over again, which is exposed" in member.why
+    assert Pool.held(pool.path).ledger.member(names["other"]).why == "holds"
+
+
+def test_what_leaks_while_a_set_is_judged_is_asked_for_before_it_is_admitted(waits, monkeypatch):
+    pool, base, names = waits
+    pool.ledger.retire(names["copy"])
+    pool.expose(names["copy"], "laptop stolen")
+    heard = []
+
+    def judged(self, name):
+        found = let_in(self, name)
+        heard or pool.expose(base, "another one")
+        return found
+
+    monkeypatch.setattr(_Admitting, "_judged", judged)
+    found = admit(pool, terms(), thief=QUICK, told=heard.append)
+    assert "another set leaked meanwhile, so it is judged again" in heard[0]
+    assert found.judged[0].against == (names["copy"], base) and unjudged(pool) == ()
+
+
+def test_what_serves_by_now_keeps_serving_and_the_verdict_is_told(waits, monkeypatch):
+    pool, base, names = waits
+    pool.ledger.retire(names["other"])
+    pool.expose(base, "laptop stolen")
+    heard = []
+
+    def judged(self, name):
+        pool.swap()
+        return let_in(self, name)
+
+    monkeypatch.setattr(_Admitting, "_judged", judged)
+    assert admit(pool, terms(), thief=QUICK, told=heard.append).judged == ()
+    assert pool.serving.name == names["copy"]
+    assert f"note: {names['copy']} is serving by now, and would be refused: " in heard[0]
 
 
 # --- gates on columns that are made up

@@ -10,6 +10,7 @@ from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.runs.rotate import watching
 from holdfast.runs.rotate.admission import Admission, Judged
 from holdfast.runs.rotate.drawing import candidates
+from holdfast.runs.rotate.status import unjudged
 from holdfast.runs.rotate.watching import Turner, Turning
 from runs.test_rotate import IMMUNISE, collected, pool, terms, unflushed  # noqa: F401 (fixtures)
 
@@ -23,7 +24,7 @@ def generous(monkeypatch):
     """An admission that takes every candidate."""
 
     def admit(of, _, **given):
-        found = candidates(of)
+        found = (*candidates(of), *unjudged(of))
         for name in found:
             of.admit(name)
         return Admission(tuple(Judged(name, "admitted", (), "") for name in found), ())
@@ -64,9 +65,11 @@ def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):  # n
     assert one.look() and pool.serving.epoch == 1
     pool.answered(1, {"alice": 1})
     assert one.look() and pool.serving.epoch == 2 and len(pool.ahead) == 2
+    waited = pool.ahead
     pool.expose(pool.serving.name, "laptop stolen")
     assert one.look() and pool.serving.epoch == 3
     assert pool.ledger.member(pool.serving.name).why == "exposed: laptop stolen"
+    assert len(pool.ahead) == 2 and set(waited) & set(pool.ahead) and not unjudged(pool), "judged again"
 
 
 @pytest.mark.usefixtures("generous")

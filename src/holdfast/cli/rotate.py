@@ -169,6 +169,8 @@ def draw(
 def admit(voice: Voice, *, pool: str, **flags: Any) -> int:
     """Judge every candidate of POOL on held-out examples: only an admitted set may serve.
 
+    Sets that wait since before something leaked are judged again, and refused where they fall by it.
+
     The usual gates: clean accuracy, robust accuracy, what sets that leaked turn, alone and together, how often it
     differs from the set that serves, its tensors. A gate that stays unclear on all held-out examples refuses. Exit code
     0 if one was admitted, 4 if none.

@@ -198,6 +198,11 @@ def expose(pool: str, name: str, voice: Voice, *, why: str) -> int:
     serving = held.serving
     if serving is not None and serving.name == name:
         voice.say(f"it serves still: holdfast rotate swap {shlex.quote(pool)}")
+    old = unjudged(held)
+    if old:
+        voice.say(
+            f"{len(old)} sets that wait are to be judged again: holdfast rotate admit {shlex.quote(pool)}"
+        )
     return 0
 
 

@@ -173,11 +173,14 @@ class Pool:
         return self.ledger.ahead
 
     def admit(self, name: str, why: str = "", *, canary: str = "") -> None:
-        """A candidate may serve; `canary` is a digest of its answers to known inputs, to tell it by once loaded."""
+        """A candidate may serve, or a set that waits still may.
+
+        `canary` is a digest of its answers to known inputs, to tell it by once loaded.
+        """
         self.ledger.admit(name, why, canary=canary)
 
     def refuse(self, name: str, why: str) -> None:
-        """A candidate may not serve."""
+        """A candidate may not serve, or a set that waits may no longer."""
         self.ledger.refuse(name, why)
 
     def serve(self, name: str, why: str = "") -> Serving:

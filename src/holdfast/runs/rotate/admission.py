@@ -30,6 +30,7 @@ from holdfast.runs.rotate.drawing import candidates
 from holdfast.runs.rotate.measuring import Measuring, ends, subject_of
 from holdfast.runs.rotate.ruling import CLAIMABLE, Family, Ruling, Seen, reported, rulings
 from holdfast.runs.rotate.sanity import distance, endless, tensors, twin
+from holdfast.runs.rotate.status import unjudged
 from holdfast.runs.rotate.terms import FIRST, Terms, state_of
 from holdfast.runs.signals import Stopper
 from holdfast.store.columns import content_digest
@@ -65,7 +66,7 @@ class Admission:
 
     judged: tuple[Judged, ...]
     left: tuple[str, ...]
-    """candidates that were not judged any more, after so many refusals"""
+    """sets that were not judged any more, after so many refusals"""
 
     @property
     def admitted(self) -> tuple[str, ...]:
@@ -79,8 +80,8 @@ class Admission:
 
     @property
     def kept_out(self) -> str:
-        """Why none was admitted, and what helps; empty where one was."""
-        if self.admitted:
+        """Why none was admitted, and what helps; empty where one was, or none was judged."""
+        if self.admitted or not self.judged:
             return ""
         gates = [each.by for each in self.judged]
         counted = ", ".join(f"{gates.count(gate)} by {gate}" for gate in dict.fromkeys(gates))
@@ -107,9 +108,10 @@ def admit(
 ) -> Admission:
     """Judge every candidate, the one farthest from what is exposed first, and enter in the ledger what became of it.
 
-    `claims` are gates beside the default ones; `accepted` are doubts that a person answers for, by name; `judged` is
-    how many held-out examples judge at first. `again` says how to go on with a call that was stopped. Raises
-    `UsageError` where no candidate waits, a claim cannot be judged, or another process is at it.
+    Sets that wait since before something leaked are judged again. `claims` are gates beside the default ones;
+    `accepted` are doubts that a person answers for, by name; `judged` is how many held-out examples judge at first.
+    `again` says how to go on with a call that was stopped. Raises `UsageError` where no candidate waits, a claim
+    cannot be judged, or another process is at it.
     """
     if not again:
         again = f"what was finished is kept, go on with: holdfast rotate admit {pool.path}"
@@ -156,18 +158,24 @@ class _Admitting:
         """All candidates, or as many as it takes for five refusals in a row."""
         judged: list[Judged] = []
         row = 0
-        if not candidates(self.pool):
+        if not self._waiting:
             raise UsageError(
                 f"no candidate waits in {str(self.pool.path)!r}; make some with holdfast rotate draw {self.pool.path}"
             )
-        while row < IN_A_ROW and (waiting := candidates(self.pool)):
+        while row < IN_A_ROW and (waiting := self._waiting):
             foreign = [one for one in map(self._foreign, waiting) if one is not None]
             one = foreign[0] if foreign else self._judged(max(waiting, key=self._apart))
-            self._enter(one)
+            if not self._entered(one):
+                continue
             judged.append(one)
             row = 0 if one.verdict == "admitted" else row + 1
             self.told(f"{one.name} {one.verdict}: {one.why}")
-        return Admission(tuple(judged), candidates(self.pool))
+        return Admission(tuple(judged), self._waiting)
+
+    @property
+    def _waiting(self) -> tuple[str, ...]:
+        """Candidates, and what was admitted before something leaked."""
+        return (*candidates(self.pool), *unjudged(self.pool))
 
     def _foreign(self, name: str) -> Judged | None:
         """What is said of a set that is of no network like the others."""
@@ -207,20 +215,29 @@ class _Admitting:
         short = " (it stays unclear on all examples)" if against.verdict == "unclear" else ""
         return Judged(name, "refused", found, f"{against.says}{short}", against.name, exposed, reported(seen))
 
-    def _enter(self, one: Judged) -> None:
-        """What became of it; of an admitted set the bases are listed first, so that no kill leaves them out."""
-        if one.verdict == "refused":
-            with self.stopper.finishing():
-                self.pool.refuse(one.name, one.why)
-            return
+    def _entered(self, one: Judged) -> bool:
+        """Enter what became of it, unless it serves by now, or what leaked meanwhile must be asked for first.
+
+        Of an admitted set the bases are listed before it is, so that no kill leaves them out.
+        """
         x = self.terms.held.x[:CANARIES]
-        known = canary(self.terms.of_set(self.pool, one.name), x)
-        with self.stopper.finishing():
-            for base in self.pool.ledger.member(one.name).bases:
-                member = self.pool.ledger.member(base)
-                if member.exposed is None and not member.deleted:
-                    self.pool.expose(base, f"{BASE_OF} {one.name}")
+        known = canary(self.terms.of_set(self.pool, one.name), x) if one.verdict == "admitted" else ""
+        with self.stopper.finishing(), self.pool.ledger.alone():
+            member = self.pool.ledger.member(one.name)
+            if member.state not in ("candidate", "admitted"):
+                self.told(f"note: {one.name} is {member.state} by now, and would be {one.verdict}: {one.why}")
+                return False
+            if one.verdict == "refused":
+                self.pool.refuse(one.name, one.why)
+                return True
+            if set(one.against) != set(self._exposed(one.name)):
+                self.told(f"{one.name}: another set leaked meanwhile, so it is judged again")
+                return False
+            for base in map(self.pool.ledger.member, member.bases):
+                if base.exposed is None and not base.deleted:
+                    self.pool.expose(base.name, f"{BASE_OF} {one.name}")
             self.pool.admit(one.name, one.why, canary=known)
+        return True
 
     # --- what is measured
 
