@@ -268,11 +268,27 @@ def test_a_drawing_that_was_cut_short_goes_on(pool, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UsageError, match="the drawing that goes on immunises its sets; add --immunise"):
         drawing.draw(pool, terms(), 3, resume=True)
-    with pytest.raises(UsageError, match="the drawing that goes on is by generator, and this asks for anew"):
+    with pytest.raises(UsageError, match=r"begun otherwise .*\(by: generator → anew\); ask for"):
         drawing.draw(pool, terms(), 3, by="anew", immunise=IMMUNISE, resume=True)
-    found = drawing.draw(pool, terms(), 3, immunise=IMMUNISE, resume=True)
+    with pytest.raises(
+        UsageError, match=r"\(immunise.share: 0.5 → 0.25\); ask for the same, or leave --resume"
+    ):
+        drawing.draw(pool, terms(), immunise=replace(IMMUNISE, share=0.25), resume=True)
+    with pytest.raises(UsageError, match=r"\(sets: 3 → 4\)"):
+        drawing.draw(pool, terms(), 4, immunise=IMMUNISE, resume=True)
+    found = drawing.draw(pool, terms(), immunise=IMMUNISE, resume=True)
     assert begun == found.names[:1] and len(found.names) == 3
     assert drawing.candidates(pool) == found.names
+
+
+def test_a_drawing_that_is_whole_is_told_again_and_no_other_begins(pool):
+    found, entries = drawing.draw(pool, terms(), 2), pool.ledger.entries
+    heard = []
+    assert drawing.draw(pool, terms(), resume=True, told=heard.append) == found
+    assert pool.ledger.entries == entries
+    assert "nothing is left to resume; leave --resume out to draw others" in heard[0]
+    with pytest.raises(UsageError, match=r"\(sets: 2 → 3\)"):
+        drawing.draw(pool, terms(), 3, resume=True)
 
 
 def test_a_second_process_draws_nothing_and_leaves_what_the_first_has_sealed(pool):
@@ -331,7 +347,9 @@ def _learn(path):
 
 
 def _draw(path):
-    drawing.draw(Pool.held(path), terms(), 6, immunise=IMMUNISE, resume=True)
+    held = Pool.held(path)
+    resume = held.kept("drawing").about["asked"]["sets"] == 6
+    drawing.draw(held, terms(), 6, immunise=IMMUNISE, resume=resume)
 
 
 def killed(step, path, after_s):

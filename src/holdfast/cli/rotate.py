@@ -131,7 +131,7 @@ def train(voice: Voice, *, pool: str, **flags: Any) -> int:
 
 @rotate.command(short_help="make fresh candidates")
 @click.argument("pool")
-@click.option("--sets", "wanted", type=click.IntRange(1), default=8, show_default=True, help="How many.")
+@click.option("--sets", "wanted", type=click.IntRange(1), metavar="N", help="How many (default: 8).")
 @click.option(
     "--by",
     type=click.Choice(["generator", "anew"]),
@@ -143,14 +143,14 @@ def train(voice: Voice, *, pool: str, **flags: Any) -> int:
     is_flag=True,
     help="Train each on against the exposed sets; without any, against the one that serves, else the bases.",
 )
-@click.option("--resume", is_flag=True, help="Go on with the last drawing.")
+@click.option("--resume", is_flag=True, help="Go on with the last drawing, as it was begun.")
 @offered(*_OF_POOL, *SETTING)
 @spoken
 def draw(
     voice: Voice,
     *,
     pool: str,
-    wanted: int,
+    wanted: int | None,
     by: Literal["generator", "anew"] | None,
     immunising: bool,
     resume: bool,

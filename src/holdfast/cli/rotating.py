@@ -78,7 +78,7 @@ def draw(
     settings: RotateSettings,
     voice: Voice,
     *,
-    wanted: int,
+    wanted: int | None,
     by: By | None,
     immunising: bool,
     resume: bool,
