@@ -150,6 +150,11 @@ def test_a_budget_says_how_many_epochs(tmp_path, monkeypatch):
     found = collecting.collect(pool, short, budget_s=50.0, told=heard.append)
     assert found.epochs == 7  # 6 trainings in 47.5 of the 50 seconds
     assert "for a budget of 50 s" in heard[0]
+    with pytest.raises(
+        UsageError, match=r"planned by a budget of 50 s \(7 epochs a run\), and 60 s were given"
+    ):
+        collecting.collect(pool, short, budget_s=60.0)
+    assert collecting.collect(pool, short, budget_s=50.0) == found == collecting.collect(pool, short)
 
 
 def test_a_budget_that_holds_no_epoch_says_what_would_do(tmp_path, monkeypatch):

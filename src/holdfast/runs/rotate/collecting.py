@@ -199,6 +199,13 @@ class _Collecting:
         """How many epochs each run has, as the first call planned it."""
         known = self.pool.kept(_PLAN)
         if known is not None:
+            planned = known.about["budget_s"]
+            if budget_s is not None and budget_s != planned:
+                by = "none" if planned is None else f"{planned:g} s"
+                raise UsageError(
+                    f"{str(self.pool.path)!r} was planned by a budget of {by} ({known.about['epochs']} epochs a run), "
+                    f"and {budget_s:g} s were given; leave --budget out, or begin another pool"
+                )
             return known.about
         epochs, spent_s = self.terms.training.epochs, 0.0
         if budget_s is not None:
