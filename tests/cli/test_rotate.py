@@ -114,6 +114,7 @@ def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
     ("words", "code", "says"),
     [
         (["rotate", "swap", "nowhere"], 3, "'nowhere' is no pool, or was never begun to the end"),
+        (["rotate", "status", "no pool"], 3, "begin it with holdfast rotate collect MODEL DATA --run 'no pool'"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--source", "basin"], 2, "there is no source 'basin'"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--set", "source.seed=3"], 2, "has no setting 'seed'"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--recipe", "auto"], 2, "recipe auto chooses for one"),

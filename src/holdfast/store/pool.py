@@ -10,6 +10,7 @@ an entry its name. No kill leaves a named file without an entry: the ledger was 
 
 import json
 import secrets
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from operator import itemgetter
@@ -82,7 +83,8 @@ class Pool:
         if not _stands(path, ledger):
             _refuse_part(path, ledger)
             raise TargetError(
-                f"{str(path)!r} is no pool, or was never begun to the end; begin it with Pool.begun"
+                f"{str(path)!r} is no pool, or was never begun to the end; begin it with holdfast rotate collect MODEL "
+                f"DATA --run {shlex.quote(str(path))}, or in Python with Pool.begun"
             )
         manifest = read_document(path / MANIFEST)
         if manifest.get("schema_version") != SCHEMA_VERSION:
