@@ -2,12 +2,14 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 
 from holdfast.cli.app import run
+from holdfast.runs.rotate import learning
 from holdfast.store.pool import Pool
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -93,7 +95,18 @@ def test_what_thieves_made_and_what_judged_is_for_the_owner_alone(pool):
 
 
 def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
-    words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--keep", "1", "--set", "judged=20"]
+    words = [
+        "rotate",
+        "run",
+        *COLLECT[2:],
+        "--run",
+        "pool",
+        "--resume",
+        "--keep",
+        "1",
+        "--set",
+        "judged=1000",
+    ]
     assert run([*words, "--once"]) in (0, 4)
     said = capsys.readouterr().err
     assert "serves as epoch 1: the first" in said or "was admitted" in said
@@ -103,6 +116,18 @@ def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
     assert "expected answers to one principal or a duration" in capsys.readouterr().err
     assert run([*words, "--every", "24h", "--gate", "transfer_success <= 0.5 of it"]) == 2
     assert run([*words, "--every", "24h", "--accept-doubt", "odd"]) == 2
+
+
+def test_a_training_that_is_stopped_says_the_whole_command(pool, capsys, monkeypatch):
+    words = ["rotate", "train", "pool", *QUICK]
+    monkeypatch.setattr("sys.argv", ["holdfast", *words])
+    monkeypatch.setattr(learning, "learn", lambda *given, **more: signal.raise_signal(signal.SIGINT))
+    assert run(words) == 130
+    said = capsys.readouterr().err
+    assert (
+        "stopped by SIGINT; what was learned before stands, start again with: holdfast rotate train" in said
+    )
+    assert said.endswith("pool --set codec.steps=400 --set generator.steps=200\n")
 
 
 def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):

@@ -86,10 +86,11 @@ def collect(settings: RotateSettings, voice: Voice, *, run: str | None, resume: 
 def train(pool: str, settings: RotateSettings, voice: Voice) -> int:
     """Learn a generator; 0 when it is sealed."""
     held = Pool.held(Path(pool))
-    terms = rotating.reopened(held, settings)
-    found = learning.learn(
-        held, terms, rotating.codec(settings), rotating.diffusion(settings), told=voice.say
-    )
+    with stoppable(f"what was learned before stands, start again with: {command_line()}"):
+        terms = rotating.reopened(held, settings)
+        found = learning.learn(
+            held, terms, rotating.codec(settings), rotating.diffusion(settings), told=voice.say
+        )
     click.echo(
         f"a generator of {found.sets} sets of {found.parameters:,} numbers, learned in "
         f"{found.codec_s + found.diffusion_s:.0f} s; the codec loses {100 * found.accuracy_lost:.2f} points"
