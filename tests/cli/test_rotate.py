@@ -9,7 +9,9 @@ import pytest
 import safetensors.torch
 
 from holdfast.cli.app import run
-from holdfast.runs.rotate import learning
+from holdfast.core.errors import Inconclusive
+from holdfast.runs.rotate import collecting, learning
+from holdfast.runs.rotate.collecting import Collected
 from holdfast.store.pool import Pool
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -116,6 +118,21 @@ def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
     assert "expected answers to one principal or a duration" in capsys.readouterr().err
     assert run([*words, "--every", "24h", "--gate", "transfer_success <= 0.5 of it"]) == 2
     assert run([*words, "--every", "24h", "--accept-doubt", "odd"]) == 2
+
+
+def test_run_learns_a_generator_of_one_run_of_several_sets(pool, capsys, monkeypatch):
+    held = Pool.held(Path("pool"))
+    held.drop("generator")
+
+    def learn(*given, **more):
+        raise Inconclusive("it is learned")
+
+    monkeypatch.setattr(collecting, "begun", lambda *given, **more: held)
+    monkeypatch.setattr(collecting, "collect", lambda *given, **more: Collected(1, 4, 3, (1.0,), (1.0,) * 4))
+    monkeypatch.setattr(learning, "learn", learn)
+    words = ["rotate", "run", *COLLECT[2:8], "--source", "trajectory", "--run", "pool", "--resume", "--once"]
+    assert run(words) == 4
+    assert "it is learned" in capsys.readouterr().err
 
 
 def test_a_training_that_is_stopped_says_the_whole_command(pool, capsys, monkeypatch):

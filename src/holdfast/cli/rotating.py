@@ -163,7 +163,7 @@ def turn(
         raise UsageError("nothing says when to swap; give --every 50q/principal or --every 24h, or --once")
     with _begun(settings, voice, run=run, resume=resume) as begun:
         pool, terms = begun.pool, begun.terms
-        if terms.source.runs > 1 and learning.what_was_learned(pool) is None:
+        if begun.found.sets > 1 and learning.what_was_learned(pool) is None:
             learning.learn(
                 pool, terms, rotating.codec(settings), rotating.diffusion(settings), told=voice.say
             )
