@@ -24,7 +24,7 @@ from holdfast.rotation.members import refuse_foreign, rotated
 from holdfast.rotation.thieves import Thief
 from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.order import Progress, Subject, silent
-from holdfast.runs.rotate.collecting import BASE_OF, bases
+from holdfast.runs.rotate.collecting import BASE_OF, bases_left
 from holdfast.runs.rotate.crafting import Workshop, attackers, exposed_for, siblings_of
 from holdfast.runs.rotate.drawing import candidates
 from holdfast.runs.rotate.measuring import Measuring, ends, subject_of
@@ -292,8 +292,7 @@ class _Admitting:
     @cached_property
     def _bases(self) -> tuple[Subject, ...]:
         """The sets that runs ended with, and where they were deleted, the surrogates, which are trained alike."""
-        known = [name for name in bases(self.pool) if not self.pool.ledger.member(name).deleted]
-        return tuple(map(self._subject, known)) or self._own
+        return tuple(map(self._subject, bases_left(self.pool))) or self._own
 
     @cached_property
     def _own(self) -> tuple[Subject, ...]:

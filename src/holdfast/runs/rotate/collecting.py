@@ -99,6 +99,11 @@ def bases(pool: Pool) -> tuple[str, ...]:
     return tuple(member.name for member in pool.ledger.members if member.why == BASE)
 
 
+def bases_left(pool: Pool) -> tuple[str, ...]:
+    """Those of them that were not deleted."""
+    return tuple(m.name for m in pool.ledger.members if m.why == BASE and not m.deleted)
+
+
 def surrogates(pool: Pool, terms: Terms) -> list[Classifier]:
     """The models of a thief of nothing."""
     found = [pool.kept(_own(k)) for k in range(OWN)]

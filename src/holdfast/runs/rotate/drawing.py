@@ -19,7 +19,7 @@ from holdfast.reports.numbers import strict
 from holdfast.rotation import Generator, Immunise
 from holdfast.rotation.collecting import rows_of, trained_anew
 from holdfast.runs.hardening import Told, unheard
-from holdfast.runs.rotate.collecting import bases, epochs_of
+from holdfast.runs.rotate.collecting import bases, bases_left, epochs_of
 from holdfast.runs.rotate.learning import learned
 from holdfast.runs.rotate.terms import Terms, accuracy, state_of
 from holdfast.runs.signals import Stopper
@@ -124,7 +124,7 @@ def _against(pool: Pool) -> tuple[str, ...]:
     now = pool.serving
     if now is not None:
         return (now.name,)
-    found = tuple(name for name in bases(pool) if not known[name].deleted)
+    found = bases_left(pool)
     if not found:
         raise UsageError(
             f"{str(pool.path)!r} lists no exposed set, none serves, and its bases are deleted: there is nothing to "
@@ -191,8 +191,8 @@ class _Drawing:
 
     def _least(self) -> float:
         """What a draw must get right of the inputs that it is looked at with."""
-        known = [name for name in bases(self.pool) if not self.pool.ledger.member(name).deleted]
-        right = [accuracy(self.terms.of_set(self.pool, name), self.looked) for name in known]
+        known = [self.terms.of_set(self.pool, name) for name in bases_left(self.pool)]
+        right = [accuracy(base, self.looked) for base in known]
         return mean(right) - _POINT if right else 0.0
 
     def _fresh(self, rng: Draws) -> tuple[Classifier, tuple[str, ...]]:
