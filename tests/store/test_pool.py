@@ -14,7 +14,7 @@ import torch
 from holdfast.core.errors import Inconclusive, InUse, TargetError, UsageError
 from holdfast.store import Pool
 from holdfast.store.pool import stands
-from holdfast.store.sealing import KEY_VARIABLE, key_file
+from holdfast.store.sealing import KEY_VARIABLE, Seal, key_file
 from store.lives import begun, weights
 
 HERE = Path(__file__).resolve().parent
@@ -46,6 +46,17 @@ def test_what_is_added_is_had_again_by_whoever_holds_the_key(pool):
         assert same(held.weights(name), weights(5)) and held.about(name) == {"seed": 5}
         assert held.ledger.member(name).bases == (pool.serving.name,)
         assert held.manifest["about"] == {"of": "a test"}
+
+
+def test_what_was_said_of_a_set_is_unsealed_once_and_gone_with_it(pool, monkeypatch):
+    name = pool.add(weights(5), {"seed": 5})
+    held, opened = Pool.held(pool.path), []
+    whole = Seal.open
+    monkeypatch.setattr(Seal, "open", lambda self, *given: opened.append(given) or whole(self, *given))
+    assert [held.about(name) for _ in range(3)] == [{"seed": 5}] * 3 and len(opened) == 1
+    pool.delete(name)
+    with pytest.raises(UsageError, match="were deleted"):
+        held.about(name)
 
 
 def test_the_same_weights_are_one_set_whatever_is_said_of_them(pool):

@@ -45,6 +45,7 @@ class Pool:
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], seal: Seal, ledger: Ledger) -> None:
         self.path, self.manifest, self.seal, self.ledger = path, manifest, seal, ledger
+        self._said: dict[str, Mapping[str, Any]] = {}  # of sets, once opened: it never changes
 
     @classmethod
     def begun(cls, path: Path, about: Mapping[str, Any]) -> "Pool":
@@ -153,7 +154,9 @@ class Pool:
 
     def about(self, name: str) -> Mapping[str, Any]:
         """What was said of a set when it was taken in."""
-        return self._opened(name).about
+        if name not in self._said or self.ledger.member(name).deleted:
+            self._said[name] = self._opened(name).about
+        return self._said[name]
 
     def delete(self, name: str, why: str = "") -> None:
         """Delete the weights of a set that is no candidate to serve, nor exposed; the ledger keeps its name."""
