@@ -2,12 +2,16 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 
 from holdfast.cli.app import run
+from holdfast.core.errors import Inconclusive
+from holdfast.runs.rotate import collecting, learning
+from holdfast.runs.rotate.collecting import Collected
 from holdfast.store.pool import Pool
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -93,7 +97,18 @@ def test_what_thieves_made_and_what_judged_is_for_the_owner_alone(pool):
 
 
 def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
-    words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--keep", "1", "--set", "judged=20"]
+    words = [
+        "rotate",
+        "run",
+        *COLLECT[2:],
+        "--run",
+        "pool",
+        "--resume",
+        "--keep",
+        "1",
+        "--set",
+        "judged=1000",
+    ]
     assert run([*words, "--once"]) in (0, 4)
     said = capsys.readouterr().err
     assert "serves as epoch 1: the first" in said or "was admitted" in said
@@ -105,6 +120,33 @@ def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
     assert run([*words, "--every", "24h", "--accept-doubt", "odd"]) == 2
 
 
+def test_run_learns_a_generator_of_one_run_of_several_sets(pool, capsys, monkeypatch):
+    held = Pool.held(Path("pool"))
+    held.drop("generator")
+
+    def learn(*given, **more):
+        raise Inconclusive("it is learned")
+
+    monkeypatch.setattr(collecting, "begun", lambda *given, **more: held)
+    monkeypatch.setattr(collecting, "collect", lambda *given, **more: Collected(1, 4, 3, (1.0,), (1.0,) * 4))
+    monkeypatch.setattr(learning, "learn", learn)
+    words = ["rotate", "run", *COLLECT[2:8], "--source", "trajectory", "--run", "pool", "--resume", "--once"]
+    assert run(words) == 4
+    assert "it is learned" in capsys.readouterr().err
+
+
+def test_a_training_that_is_stopped_says_the_whole_command(pool, capsys, monkeypatch):
+    words = ["rotate", "train", "pool", *QUICK]
+    monkeypatch.setattr("sys.argv", ["holdfast", *words])
+    monkeypatch.setattr(learning, "learn", lambda *given, **more: signal.raise_signal(signal.SIGINT))
+    assert run(words) == 130
+    said = capsys.readouterr().err
+    assert (
+        "stopped by SIGINT; what was learned before stands, start again with: holdfast rotate train" in said
+    )
+    assert said.endswith("pool --set codec.steps=400 --set generator.steps=200\n")
+
+
 def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
     assert run([*COLLECT, "--run", "pool/", "--resume"]) == 0
     assert "8 sets of 2 runs of 3 epochs" in capsys.readouterr().out
@@ -114,6 +156,7 @@ def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
     ("words", "code", "says"),
     [
         (["rotate", "swap", "nowhere"], 3, "'nowhere' is no pool, or was never begun to the end"),
+        (["rotate", "status", "no pool"], 3, "begin it with holdfast rotate collect MODEL DATA --run 'no pool'"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--source", "basin"], 2, "there is no source 'basin'"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--set", "source.seed=3"], 2, "has no setting 'seed'"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--recipe", "auto"], 2, "recipe auto chooses for one"),
@@ -126,6 +169,9 @@ def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
         (["rotate", "train", "pool", "--set", "generator.regulariser=on"], 2, "generator: regulariser"),
         (["rotate", "train", "pool", "--set", "codec.dims=1", "--set", "codec.steps=1"], 4, "sets lose .* points"),
         (["rotate", "train", "pool", *QUICK, "--set", "generator.lr=1e30"], 3, "no number any more"),
+        (["rotate", "train", "pool", "--set", "threat=linf:0.3"], 2, "threat is linf:0.1 in 'pool', .* linf:0.3 was"),
+        (["rotate", "draw", "pool", "--set", "seed=3"], 2, "seed is 0 in 'pool', which goes by that, and 3 was given"),
+        (["rotate", "admit", "pool", "--set", "source.seeds=9"], 2, "source is .*'seeds': 2.* leave it out"),
         (["rotate", "draw", "pool", "--sets", "0"], 2, "x>=1"),
         (["rotate", "expose", "pool", "0000", "--why", "lost"], 2, "'0000' is no set of this ledger"),
         (["rotate", "expose", "pool", "0000"], 2, "Missing option '--why'"),

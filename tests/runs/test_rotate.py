@@ -150,6 +150,11 @@ def test_a_budget_says_how_many_epochs(tmp_path, monkeypatch):
     found = collecting.collect(pool, short, budget_s=50.0, told=heard.append)
     assert found.epochs == 7  # 6 trainings in 47.5 of the 50 seconds
     assert "for a budget of 50 s" in heard[0]
+    with pytest.raises(
+        UsageError, match=r"planned by a budget of 50 s \(7 epochs a run\), and 60 s were given"
+    ):
+        collecting.collect(pool, short, budget_s=60.0)
+    assert collecting.collect(pool, short, budget_s=50.0) == found == collecting.collect(pool, short)
 
 
 def test_a_budget_that_holds_no_epoch_says_what_would_do(tmp_path, monkeypatch):
@@ -268,11 +273,37 @@ def test_a_drawing_that_was_cut_short_goes_on(pool, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UsageError, match="the drawing that goes on immunises its sets; add --immunise"):
         drawing.draw(pool, terms(), 3, resume=True)
-    with pytest.raises(UsageError, match="the drawing that goes on is by generator, and this asks for anew"):
+    with pytest.raises(UsageError, match=r"begun otherwise .*\(by: generator → anew\); ask for"):
         drawing.draw(pool, terms(), 3, by="anew", immunise=IMMUNISE, resume=True)
-    found = drawing.draw(pool, terms(), 3, immunise=IMMUNISE, resume=True)
+    with pytest.raises(
+        UsageError, match=r"\(immunise.share: 0.5 → 0.25\); ask for the same, or leave --resume"
+    ):
+        drawing.draw(pool, terms(), immunise=replace(IMMUNISE, share=0.25), resume=True)
+    with pytest.raises(UsageError, match=r"\(sets: 3 → 4\)"):
+        drawing.draw(pool, terms(), 4, immunise=IMMUNISE, resume=True)
+    found = drawing.draw(pool, terms(), immunise=IMMUNISE, resume=True)
     assert begun == found.names[:1] and len(found.names) == 3
     assert drawing.candidates(pool) == found.names
+
+
+def test_a_drawing_that_is_whole_is_told_again_and_no_other_begins(pool):
+    found, entries = drawing.draw(pool, terms(), 2), pool.ledger.entries
+    heard = []
+    assert drawing.draw(pool, terms(), resume=True, told=heard.append) == found
+    assert pool.ledger.entries == entries
+    assert "nothing is left to resume; leave --resume out to draw others" in heard[0]
+    with pytest.raises(UsageError, match=r"\(sets: 2 → 3\)"):
+        drawing.draw(pool, terms(), 3, resume=True)
+
+
+def test_a_second_process_draws_nothing_and_leaves_what_the_first_has_sealed(pool):
+    drawing.draw(pool, terms(), 1)
+    before = pool.kept("drawing").digest
+    with pool.alone_at("draw"), pytest.raises(UsageError, match="another process is at draw in"):
+        drawing.draw(Pool.held(pool.path), terms(), 2)
+    assert pool.kept("drawing").digest == before
+    with pool.alone_at("collect"), pytest.raises(UsageError, match="another process is at collect in"):
+        collecting.collect(Pool.held(pool.path), terms())
 
 
 def test_a_generator_of_another_architecture_is_refused(pool):
@@ -321,7 +352,9 @@ def _learn(path):
 
 
 def _draw(path):
-    drawing.draw(Pool.held(path), terms(), 6, immunise=IMMUNISE, resume=True)
+    held = Pool.held(path)
+    resume = held.kept("drawing").about["asked"]["sets"] == 6
+    drawing.draw(held, terms(), 6, immunise=IMMUNISE, resume=resume)
 
 
 def killed(step, path, after_s):

@@ -10,6 +10,7 @@ from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.runs.rotate import watching
 from holdfast.runs.rotate.admission import Admission, Judged
 from holdfast.runs.rotate.drawing import candidates
+from holdfast.runs.rotate.status import unjudged
 from holdfast.runs.rotate.watching import Turner, Turning
 from runs.test_rotate import IMMUNISE, collected, pool, terms, unflushed  # noqa: F401 (fixtures)
 
@@ -23,7 +24,7 @@ def generous(monkeypatch):
     """An admission that takes every candidate."""
 
     def admit(of, _, **given):
-        found = candidates(of)
+        found = (*candidates(of), *unjudged(of))
         for name in found:
             of.admit(name)
         return Admission(tuple(Judged(name, "admitted", (), "") for name in found), ())
@@ -64,9 +65,11 @@ def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):  # n
     assert one.look() and pool.serving.epoch == 1
     pool.answered(1, {"alice": 1})
     assert one.look() and pool.serving.epoch == 2 and len(pool.ahead) == 2
+    waited = pool.ahead
     pool.expose(pool.serving.name, "laptop stolen")
     assert one.look() and pool.serving.epoch == 3
     assert pool.ledger.member(pool.serving.name).why == "exposed: laptop stolen"
+    assert len(pool.ahead) == 2 and set(waited) & set(pool.ahead) and not unjudged(pool), "judged again"
 
 
 @pytest.mark.usefixtures("generous")
@@ -108,6 +111,18 @@ def test_what_serves_goes_on_where_nothing_is_admitted(pool, monkeypatch):  # no
     one.turn(looks=1, sleep=waited.append)
     assert pool.serving.epoch == 2, "a set that was not admitted never serves"
     assert any("no admitted set waits" in text or "none of" in text for text in said)
+
+
+@pytest.mark.usefixtures("generous")
+def test_it_waits_where_another_process_draws(pool):  # noqa: F811
+    one, said = turner(pool, AnswersPerPrincipal(5), keep=1), []
+    one.begin()
+    one.told = said.append
+    pool.answered(1, {"alice": 5})
+    with pool.alone_at("draw"):
+        assert not one.look() and pool.serving.epoch == 2, "what waited serves"
+    assert "another process is at draw" in said[-1]
+    assert one.look() and len(pool.ahead) == 1
 
 
 @pytest.mark.usefixtures("strict")

@@ -20,8 +20,8 @@ from holdfast.store.standing import Exposure, Serving, Standing, Term, well_form
 
 DIGEST = "d" * 64
 LEGAL = {
-    "admitted": {"candidate"},
-    "refused": {"candidate"},
+    "admitted": {"candidate", "admitted"},
+    "refused": {"candidate", "admitted"},
     "serving": {"admitted"},
     "retired": {"admitted", "serving"},
     "exposed": {"candidate", "admitted", "refused", "serving", "retired"},
@@ -62,7 +62,7 @@ def test_a_rotation_is_told_back(ledger, tmp_path):
             Term("one", 1, "2026-01-01T00:02:00Z", "2026-01-01T00:07:00Z", {"ann": 5, "bob": 1}, 7),
             Term("two", 2, "2026-01-01T00:07:00Z", None, {}, 0),
         )
-        assert view.exposed() == (Exposure("one", "laptop stolen", "2026-01-01T00:06:00Z"),)
+        assert view.exposed() == (Exposure("one", "laptop stolen", "2026-01-01T00:06:00Z", 7),)
         assert view.states == {"one": "retired", "two": "serving"}
         assert view.member("two").bases == ("one",) and view.member("two").why == "timer"
         assert view.member("two").canary == "c" * 64

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from holdfast.core.errors import Inconclusive, TargetError, UsageError
+from holdfast.core.errors import Inconclusive, InUse, TargetError, UsageError
 from holdfast.store import Pool
 from holdfast.store.pool import stands
-from holdfast.store.sealing import KEY_VARIABLE, key_file
+from holdfast.store.sealing import KEY_VARIABLE, Seal, key_file
 from store.lives import begun, weights
 
 HERE = Path(__file__).resolve().parent
@@ -46,6 +46,17 @@ def test_what_is_added_is_had_again_by_whoever_holds_the_key(pool):
         assert same(held.weights(name), weights(5)) and held.about(name) == {"seed": 5}
         assert held.ledger.member(name).bases == (pool.serving.name,)
         assert held.manifest["about"] == {"of": "a test"}
+
+
+def test_what_was_said_of_a_set_is_unsealed_once_and_gone_with_it(pool, monkeypatch):
+    name = pool.add(weights(5), {"seed": 5})
+    held, opened = Pool.held(pool.path), []
+    whole = Seal.open
+    monkeypatch.setattr(Seal, "open", lambda self, *given: opened.append(given) or whole(self, *given))
+    assert [held.about(name) for _ in range(3)] == [{"seed": 5}] * 3 and len(opened) == 1
+    pool.delete(name)
+    with pytest.raises(UsageError, match="were deleted"):
+        held.about(name)
 
 
 def test_the_same_weights_are_one_set_whatever_is_said_of_them(pool):
@@ -343,6 +354,33 @@ def test_a_set_whose_writer_was_killed_before_it_had_its_name_is_had_by_those_wh
     name = pool.ahead[0]
     file_of(pool, name).rename(pool.path / "sets" / f"{name}.sealed.new")
     assert same(pool.weights(name), weights(1)) and file_of(pool, name).exists()
+
+
+ALONE = """
+import sys, time
+from pathlib import Path
+from holdfast.store import Pool
+
+with Pool.held(Path(sys.argv[1])).alone_at("admit"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_step_is_one_process_and_nobody_waits_for_a_dead_one(pool):
+    other = subprocess.Popen([sys.executable, "-c", ALONE, str(pool.path)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        said = "another process is at admit in .*pool'; wait until it has ended"
+        with pytest.raises(InUse, match=said), pool.alone_at("admit"):
+            pass
+        with pool.alone_at("draw"):  # another step may go on meanwhile
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    with pool.alone_at("admit"):
+        pass
 
 
 def test_what_a_killed_writer_had_not_yet_entered_is_swept_away_and_no_other_file(pool):

@@ -131,7 +131,7 @@ def train(voice: Voice, *, pool: str, **flags: Any) -> int:
 
 @rotate.command(short_help="make fresh candidates")
 @click.argument("pool")
-@click.option("--sets", "wanted", type=click.IntRange(1), default=8, show_default=True, help="How many.")
+@click.option("--sets", "wanted", type=click.IntRange(1), metavar="N", help="How many (default: 8).")
 @click.option(
     "--by",
     type=click.Choice(["generator", "anew"]),
@@ -143,14 +143,14 @@ def train(voice: Voice, *, pool: str, **flags: Any) -> int:
     is_flag=True,
     help="Train each on against the exposed sets; without any, against the one that serves, else the bases.",
 )
-@click.option("--resume", is_flag=True, help="Go on with the last drawing.")
+@click.option("--resume", is_flag=True, help="Go on with the last drawing, as it was begun.")
 @offered(*_OF_POOL, *SETTING)
 @spoken
 def draw(
     voice: Voice,
     *,
     pool: str,
-    wanted: int,
+    wanted: int | None,
     by: Literal["generator", "anew"] | None,
     immunising: bool,
     resume: bool,
@@ -168,6 +168,8 @@ def draw(
 @spoken
 def admit(voice: Voice, *, pool: str, **flags: Any) -> int:
     """Judge every candidate of POOL on held-out examples: only an admitted set may serve.
+
+    Sets that wait since before something leaked are judged again, and refused where they fall by it.
 
     The usual gates: clean accuracy, robust accuracy, what sets that leaked turn, alone and together, how often it
     differs from the set that serves, its tensors. A gate that stays unclear on all held-out examples refuses. Exit code

@@ -2,8 +2,9 @@
 
 import json
 import shlex
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import click
 from rich.table import Table
 
 from holdfast.cli.options import Voice
-from holdfast.cli.running import watched
+from holdfast.cli.running import command_line, watched
 from holdfast.config import rotating
 from holdfast.config.settings import RotateSettings, canonical
 from holdfast.core.chain import canonical as as_bytes
@@ -20,13 +21,16 @@ from holdfast.core.chain import digest
 from holdfast.core.errors import UsageError
 from holdfast.core.names import printable
 from holdfast.runs.index import new_folder
+from holdfast.runs.order import Progress
 from holdfast.runs.repeating import way_out
 from holdfast.runs.rotate import admission, collecting, drawing, learning
 from holdfast.runs.rotate.admission import Judged
+from holdfast.runs.rotate.collecting import Collected
 from holdfast.runs.rotate.drawing import By
 from holdfast.runs.rotate.status import next_judged, standing, unjudged
+from holdfast.runs.rotate.terms import Terms
 from holdfast.runs.rotate.watching import Turner, Turning
-from holdfast.runs.signals import stoppable
+from holdfast.runs.signals import Stopper, stoppable
 from holdfast.store.files import usable, write_atomically
 from holdfast.store.pool import NAME_DIGITS, Pool
 from holdfast.store.records import document
@@ -36,11 +40,24 @@ _AHEAD = 2
 """Admitted sets that should wait at least, so that no swap has to."""
 
 
-def collect(settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool) -> int:
-    """Train and seal what a pool begins with; 0 when it is all there."""
-    command = shlex.join(["holdfast", *sys.argv[1:]])
+@dataclass(frozen=True)
+class _Begun:
+    """A pool in which everything is collected, and what the steps after that take."""
+
+    pool: Pool
+    terms: Terms
+    found: Collected
+    again: str
+    """how to go on where it is stopped"""
+    stopper: Stopper
+    progress: Progress
+
+
+@contextmanager
+def _begun(settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool) -> Iterator[_Begun]:
     folder = Path(run) if run else new_folder("rotate", digest(as_bytes(canonical(settings))))
-    with stoppable(way_out(command, folder)) as stopper, watched(voice) as progress:
+    again = way_out(command_line(), folder)
+    with stoppable(again) as stopper, watched(voice) as progress:
         terms = rotating.terms(settings)
         pool = collecting.begun(folder, terms, resume=resume, told=voice.say)
         for note in terms.examples.notes:
@@ -53,19 +70,27 @@ def collect(settings: RotateSettings, voice: Voice, *, run: str | None, resume: 
             told=voice.say,
             progress=progress,
         )
+        yield _Begun(pool, terms, found, again, stopper, progress)
+
+
+def collect(settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool) -> int:
+    """Train and seal what a pool begins with; 0 when it is all there."""
+    with _begun(settings, voice, run=run, resume=resume) as begun:
+        found = begun.found
     right = ", ".join(f"{100 * share:.1f}" for share in found.accuracy)
     click.echo(f"{found.sets} sets of {found.runs} runs of {found.epochs} epochs; bases right on {right} %")
-    voice.say(f"pool: {folder}")
+    voice.say(f"pool: {begun.pool.path}")
     return 0
 
 
 def train(pool: str, settings: RotateSettings, voice: Voice) -> int:
     """Learn a generator; 0 when it is sealed."""
     held = Pool.held(Path(pool))
-    terms = rotating.reopened(held, settings)
-    found = learning.learn(
-        held, terms, rotating.codec(settings), rotating.diffusion(settings), told=voice.say
-    )
+    with stoppable(f"what was learned before stands, start again with: {command_line()}"):
+        terms = rotating.reopened(held, settings)
+        found = learning.learn(
+            held, terms, rotating.codec(settings), rotating.diffusion(settings), told=voice.say
+        )
     click.echo(
         f"a generator of {found.sets} sets of {found.parameters:,} numbers, learned in "
         f"{found.codec_s + found.diffusion_s:.0f} s; the codec loses {100 * found.accuracy_lost:.2f} points"
@@ -78,15 +103,14 @@ def draw(
     settings: RotateSettings,
     voice: Voice,
     *,
-    wanted: int,
+    wanted: int | None,
     by: By | None,
     immunising: bool,
     resume: bool,
 ) -> int:
     """Bring candidates into a pool; 0 when all are there."""
     held = Pool.held(Path(pool))
-    command = shlex.join(["holdfast", *sys.argv[1:]])
-    again = f"what was finished is kept, go on with: {command}{'' if resume else ' --resume'}"
+    again = f"what was finished is kept, go on with: {command_line()}{'' if resume else ' --resume'}"
     with stoppable(again) as stopper:
         terms = rotating.reopened(held, settings)
         found = drawing.draw(
@@ -109,8 +133,7 @@ def draw(
 def admit(pool: str, settings: RotateSettings, voice: Voice) -> int:
     """Judge the candidates of a pool; 0 if one was admitted, 4 if none."""
     held = Pool.held(Path(pool))
-    command = shlex.join(["holdfast", *sys.argv[1:]])
-    again = f"what was finished is kept, go on with: {command}"
+    again = f"what was finished is kept, go on with: {command_line()}"
     with stoppable(again) as stopper, watched(voice) as progress:
         found = admission.admit(
             held,
@@ -135,23 +158,12 @@ def turn(
     settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool, immunising: bool, once: bool
 ) -> int:
     """All steps, and then a swap whenever one is due, until it is stopped; 0 where it was to be done once."""
-    command = shlex.join(["holdfast", *sys.argv[1:]])
-    folder = Path(run) if run else new_folder("rotate", digest(as_bytes(canonical(settings))))
     triggers = rotating.triggers(settings)
     if not (triggers or once):
         raise UsageError("nothing says when to swap; give --every 50q/principal or --every 24h, or --once")
-    with stoppable(way_out(command, folder)) as stopper, watched(voice) as progress:
-        terms = rotating.terms(settings)
-        pool = collecting.begun(folder, terms, resume=resume, told=voice.say)
-        collecting.collect(
-            pool,
-            terms,
-            budget_s=rotating.budget_s(settings),
-            stopper=stopper,
-            told=voice.say,
-            progress=progress,
-        )
-        if terms.source.runs > 1 and learning.what_was_learned(pool) is None:
+    with _begun(settings, voice, run=run, resume=resume) as begun:
+        pool, terms = begun.pool, begun.terms
+        if begun.found.sets > 1 and learning.what_was_learned(pool) is None:
             learning.learn(
                 pool, terms, rotating.codec(settings), rotating.diffusion(settings), told=voice.say
             )
@@ -162,11 +174,11 @@ def turn(
             claims=settings.gates,
             accepted=settings.accept_doubts,
             judged=settings.judged,
-            again=way_out(command, folder),
+            again=begun.again,
         )
-        turner = Turner(pool, terms, how, stopper, voice.say, progress)
+        turner = Turner(pool, terms, how, begun.stopper, voice.say, begun.progress)
         turner.begin()
-        voice.say(f"pool: {folder}")
+        voice.say(f"pool: {pool.path}")
         if not once:
             turner.turn()
     return 0
@@ -198,6 +210,11 @@ def expose(pool: str, name: str, voice: Voice, *, why: str) -> int:
     serving = held.serving
     if serving is not None and serving.name == name:
         voice.say(f"it serves still: holdfast rotate swap {shlex.quote(pool)}")
+    old = unjudged(held)
+    if old:
+        voice.say(
+            f"{len(old)} sets that wait are to be judged again: holdfast rotate admit {shlex.quote(pool)}"
+        )
     return 0
 
 

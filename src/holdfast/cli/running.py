@@ -37,11 +37,16 @@ _TRIED = 8  # examples that a dry run measures before it multiplies
 _STDOUT = "-"
 
 
+def command_line() -> str:
+    """What was typed, to be typed again."""
+    return shlex.join(["holdfast", *sys.argv[1:]])
+
+
 def assess_and_report(
     settings: AssessSettings, voice: Voice, *, run: str | None, resume: bool, dry_run: bool
 ) -> int:
     """The assess verb: run or resume, say the verdict, write the reports; its exit code."""
-    command = shlex.join(["holdfast", *sys.argv[1:]])
+    command = command_line()
     if dry_run:
         return _dry_run(settings, voice)
     folder = Path(run) if run else new_folder("assess", digest(as_bytes(canonical(settings))))
@@ -58,7 +63,7 @@ def assess_and_report(
 
 def harden_and_report(settings: HardenSettings, voice: Voice, *, run: str | None, resume: bool) -> int:
     """The harden verb: train or go on, say what it brought, write the new model; its exit code."""
-    command = shlex.join(["holdfast", *sys.argv[1:]])
+    command = command_line()
     folder = Path(run) if run else new_folder("harden", digest(as_bytes(canonical(settings))))
     if not together.first():  # it trains along, and the first says what came of it
         carry_out_hardening(settings, run=folder, resume=resume, command=command)

@@ -56,13 +56,22 @@ def terms(settings: RotateSettings) -> Terms:
 def reopened(pool: Pool, settings: RotateSettings) -> Terms:
     """The terms of a pool that was begun, opened by what it says; only `device` and code come from the settings.
 
-    Code runs only where the settings trust it: the pool's own words are no command line.
+    Code runs only where the settings trust it: the pool's own words are no command line. What the settings say
+    otherwise than the pool is refused with `UsageError`.
     """
     refuse_code(pool, trust_code=settings.trust_code)
     known = said_of(pool)
     said = {**known, "device": settings.device, "trust_code": settings.trust_code}
     told = {key: value for key, value in said.items() if value is not None}
-    found = terms(check(told, str(pool.path), kind=RotateSettings))
+    opening = check(told, str(pool.path), kind=RotateSettings)
+    for key in _OPENING:
+        mine, own = getattr(settings, key), getattr(opening, key)
+        if key in settings.model_fields_set and mine != own:
+            raise UsageError(
+                f"{key} is {own} in {str(pool.path)!r}, which goes by that, and {mine} was given; leave it out, or "
+                f"begin another pool with holdfast rotate collect"
+            )
+    found = terms(opening)
     found.refuse_other(pool)
     return found
 

@@ -22,6 +22,10 @@ class NoSplit(UsageError):
     """A split that the data do not have."""
 
 
+class InUse(UsageError):
+    """What another process works on; it can be had once that has ended."""
+
+
 class TargetError(HoldfastError):
     """A model, a data set or a disk that cannot be used (exit code 3)."""
 

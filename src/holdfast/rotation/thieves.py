@@ -12,7 +12,7 @@ asked: examples are made once, whomever they are then shown to.
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -29,7 +29,19 @@ from holdfast.ops.ensemble import Ensemble
 from holdfast.ops.losses import Loss, margin_loss
 from holdfast.ops.norms import expect_eps
 
+M = TypeVar("M", bound=torch.nn.Module)
 _AT_ONCE = 250  # examples that are made together
+
+
+@torch.no_grad()
+def noisy(source: M, spread: float, rng: Draws) -> M:
+    """A copy with noise in its weights, for each tensor a share of its own root mean square."""
+    copied = deepcopy(source)
+    for name, value in copied.named_parameters():
+        if value.is_floating_point():
+            noise = rng.at(name).normal(torch.arange(value.numel())).view(value.shape).to(value)
+            value.add_(noise, alpha=spread * float(value.square().mean().sqrt()))
+    return copied
 
 
 @dataclass(frozen=True)
@@ -81,20 +93,12 @@ class Sampled:
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         sources, n = threat.surrogates, max(self.copies, len(threat.surrogates))
-        noisy = tuple(self._moved(sources[k % len(sources)], rng.at("copy", k)) for k in range(n))
-        return self.attack(model, batch, replace(threat, surrogates=noisy), rng=rng)
+        moved = tuple(self._moved(sources[k % len(sources)], rng.at("copy", k)) for k in range(n))
+        return self.attack(model, batch, replace(threat, surrogates=moved), rng=rng)
 
     def _moved(self, source: Model, rng: Draws) -> Model:
-        """A copy with noise in its weights; of what has no weights, such as a remote model, itself."""
-        if not isinstance(source, torch.nn.Module):
-            return source
-        copied = deepcopy(source)
-        with torch.no_grad():
-            for name, value in copied.named_parameters():
-                if value.is_floating_point():
-                    noise = rng.at(name).normal(torch.arange(value.numel())).view(value.shape).to(value)
-                    value.add_(noise, alpha=self.spread * float(value.square().mean().sqrt()))
-        return copied
+        """A neighbour; of what has no weights, such as a remote model, itself."""
+        return noisy(source, self.spread, rng) if isinstance(source, torch.nn.Module) else source
 
 
 ATTACKS: Mapping[str, Attack] = {

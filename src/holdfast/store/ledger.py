@@ -111,11 +111,14 @@ class Ledger:
         self._add("candidate", set=name, digest=digest, bases=list(bases), why=why)
 
     def admit(self, name: str, why: str = "", *, canary: str = "") -> None:
-        """A candidate may serve; `canary` is a digest of its answers to known inputs, to tell it by once loaded."""
+        """A candidate may serve, or a set that waits still may.
+
+        `canary` is a digest of its answers to known inputs, to tell it by once loaded.
+        """
         self._add("admitted", set=name, why=why, canary=canary)
 
     def refuse(self, name: str, why: str) -> None:
-        """A candidate may not."""
+        """A candidate may not serve, or a set that waits may no longer."""
         self._add("refused", set=name, why=why)
 
     def serve(self, name: str, why: str = "") -> Serving:

@@ -10,8 +10,9 @@ an entry its name. No kill leaves a named file without an entry: the ledger was 
 
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from holdfast.store import columns as column_files
 from holdfast.store.columns import ColumnFile, content_digest
 from holdfast.store.files import PART, PRIVATE, flush_folder, refusal_in_pool, usable, write_atomically
 from holdfast.store.ledger import Ledger
+from holdfast.store.locking import locked
 from holdfast.store.records import document, read_document
 from holdfast.store.sealing import Seal, begun_seal, found_seal, refuse_unready
 from holdfast.store.standing import Member, Serving
@@ -43,6 +45,7 @@ class Pool:
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], seal: Seal, ledger: Ledger) -> None:
         self.path, self.manifest, self.seal, self.ledger = path, manifest, seal, ledger
+        self._said: dict[str, Mapping[str, Any]] = {}  # of sets, once opened: it never changes
 
     @classmethod
     def begun(cls, path: Path, about: Mapping[str, Any]) -> "Pool":
@@ -81,7 +84,8 @@ class Pool:
         if not _stands(path, ledger):
             _refuse_part(path, ledger)
             raise TargetError(
-                f"{str(path)!r} is no pool, or was never begun to the end; begin it with Pool.begun"
+                f"{str(path)!r} is no pool, or was never begun to the end; begin it with holdfast rotate collect MODEL "
+                f"DATA --run {shlex.quote(str(path))}, or in Python with Pool.begun"
             )
         manifest = read_document(path / MANIFEST)
         if manifest.get("schema_version") != SCHEMA_VERSION:
@@ -98,6 +102,14 @@ class Pool:
         pool = cls(path, manifest, seal, ledger)
         pool._sweep()
         return pool
+
+    @contextmanager
+    def alone_at(self, step: str) -> Iterator[None]:
+        """No other process is at this step of the pool meanwhile; `InUse` at once where one is. A dead one is not."""
+        where = f"another process is at {step} in {str(self.path)!r}"
+        in_use = f"{where}; wait until it has ended or stop it, then start again"
+        with locked(self.path / f"{step}.lock", 0.0, in_use=in_use):
+            yield
 
     # --- sets
 
@@ -142,7 +154,9 @@ class Pool:
 
     def about(self, name: str) -> Mapping[str, Any]:
         """What was said of a set when it was taken in."""
-        return self._opened(name).about
+        if name not in self._said or self.ledger.member(name).deleted:
+            self._said[name] = self._opened(name).about
+        return self._said[name]
 
     def delete(self, name: str, why: str = "") -> None:
         """Delete the weights of a set that is no candidate to serve, nor exposed; the ledger keeps its name."""
@@ -164,11 +178,14 @@ class Pool:
         return self.ledger.ahead
 
     def admit(self, name: str, why: str = "", *, canary: str = "") -> None:
-        """A candidate may serve; `canary` is a digest of its answers to known inputs, to tell it by once loaded."""
+        """A candidate may serve, or a set that waits still may.
+
+        `canary` is a digest of its answers to known inputs, to tell it by once loaded.
+        """
         self.ledger.admit(name, why, canary=canary)
 
     def refuse(self, name: str, why: str) -> None:
-        """A candidate may not serve."""
+        """A candidate may not serve, or a set that waits may no longer."""
         self.ledger.refuse(name, why)
 
     def serve(self, name: str, why: str = "") -> Serving:

@@ -1,7 +1,8 @@
 """Where every parameter set of a pool stands, as the entries of its ledger say, taken one after another.
 
-A set is a candidate, then admitted or refused; an admitted one serves, and then is retired. That it is exposed, so that
-an attacker may hold it, is no state but a mark beside it: an exposed set that serves goes on until the next swap.
+A set is a candidate, then admitted or refused; an admitted one serves, and then is retired. While it waits to, it may
+be judged again by what leaked since, and is admitted anew or refused. That it is exposed, so that an attacker may hold
+it, is no state but a mark beside it: an exposed set that serves goes on until the next swap.
 """
 
 import re
@@ -15,8 +16,8 @@ from holdfast.core.errors import UsageError
 State = Literal["candidate", "admitted", "refused", "serving", "retired"]
 
 _BEFORE: Mapping[str, tuple[State, ...]] = {
-    "admitted": ("candidate",),
-    "refused": ("candidate",),
+    "admitted": ("candidate", "admitted"),
+    "refused": ("candidate", "admitted"),
     "serving": ("admitted",),
     "retired": ("admitted", "serving"),
     "exposed": ("candidate", "admitted", "refused", "serving", "retired"),
@@ -46,6 +47,8 @@ class Exposure:
     why: str
     at: str
     """when the ledger heard of it, in UTC"""
+    entry: int
+    """number of the entry that says so"""
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,7 @@ class Standing:
                 self._entries,
             )
         elif kind == "exposed":
-            self._expose(Exposure(entry["set"], entry["why"], at))
+            self._expose(Exposure(entry["set"], entry["why"], at, self._entries))
         elif kind == "deleted":
             self.members[entry["set"]] = replace(self.members[entry["set"]], deleted=True)
         else:

@@ -24,12 +24,13 @@ from holdfast.rotation.members import refuse_foreign, rotated
 from holdfast.rotation.thieves import Thief
 from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.order import Progress, Subject, silent
-from holdfast.runs.rotate.collecting import BASE_OF, bases
+from holdfast.runs.rotate.collecting import BASE_OF, bases_left
 from holdfast.runs.rotate.crafting import Workshop, attackers, exposed_for, siblings_of
 from holdfast.runs.rotate.drawing import candidates
-from holdfast.runs.rotate.measuring import Measuring, subject_of
-from holdfast.runs.rotate.ruling import CLAIMABLE, Ruling, Seen, reported, rulings
+from holdfast.runs.rotate.measuring import Measuring, ends, subject_of
+from holdfast.runs.rotate.ruling import CLAIMABLE, Family, Ruling, Seen, reported, rulings
 from holdfast.runs.rotate.sanity import distance, endless, tensors, twin
+from holdfast.runs.rotate.status import unjudged
 from holdfast.runs.rotate.terms import FIRST, Terms, state_of
 from holdfast.runs.signals import Stopper
 from holdfast.store.columns import content_digest
@@ -65,7 +66,7 @@ class Admission:
 
     judged: tuple[Judged, ...]
     left: tuple[str, ...]
-    """candidates that were not judged any more, after so many refusals"""
+    """sets that were not judged any more, after so many refusals"""
 
     @property
     def admitted(self) -> tuple[str, ...]:
@@ -79,8 +80,8 @@ class Admission:
 
     @property
     def kept_out(self) -> str:
-        """Why none was admitted, and what helps; empty where one was."""
-        if self.admitted:
+        """Why none was admitted, and what helps; empty where one was, or none was judged."""
+        if self.admitted or not self.judged:
             return ""
         gates = [each.by for each in self.judged]
         counted = ", ".join(f"{gates.count(gate)} by {gate}" for gate in dict.fromkeys(gates))
@@ -107,16 +108,18 @@ def admit(
 ) -> Admission:
     """Judge every candidate, the one farthest from what is exposed first, and enter in the ledger what became of it.
 
-    `claims` are gates beside the default ones; `accepted` are doubts that a person answers for, by name; `judged` is
-    how many held-out examples judge at first. `again` says how to go on with a call that was stopped. Raises
-    `UsageError` where no candidate waits or a claim cannot be judged.
+    Sets that wait since before something leaked are judged again. `claims` are gates beside the default ones;
+    `accepted` are doubts that a person answers for, by name; `judged` is how many held-out examples judge at first.
+    `again` says how to go on with a call that was stopped. Raises `UsageError` where no candidate waits, a claim
+    cannot be judged, or another process is at it.
     """
     if not again:
         again = f"what was finished is kept, go on with: holdfast rotate admit {pool.path}"
     found = tuple(map(_claim, claims))
     workshop = Workshop(pool, terms, thief or Thief(), told)
     measuring = Measuring(pool, workshop, progress, again)
-    return _Admitting(measuring, found, accepted or {}, judged, told, stopper or Stopper()).done()
+    with pool.alone_at("admit"):
+        return _Admitting(measuring, found, accepted or {}, judged, told, stopper or Stopper()).done()
 
 
 def _claim(text: str) -> Claim:
@@ -155,18 +158,24 @@ class _Admitting:
         """All candidates, or as many as it takes for five refusals in a row."""
         judged: list[Judged] = []
         row = 0
-        if not candidates(self.pool):
+        if not self._waiting:
             raise UsageError(
                 f"no candidate waits in {str(self.pool.path)!r}; make some with holdfast rotate draw {self.pool.path}"
             )
-        while row < IN_A_ROW and (waiting := candidates(self.pool)):
+        while row < IN_A_ROW and (waiting := self._waiting):
             foreign = [one for one in map(self._foreign, waiting) if one is not None]
             one = foreign[0] if foreign else self._judged(max(waiting, key=self._apart))
-            self._enter(one)
+            if not self._entered(one):
+                continue
             judged.append(one)
             row = 0 if one.verdict == "admitted" else row + 1
             self.told(f"{one.name} {one.verdict}: {one.why}")
-        return Admission(tuple(judged), candidates(self.pool))
+        return Admission(tuple(judged), self._waiting)
+
+    @property
+    def _waiting(self) -> tuple[str, ...]:
+        """Candidates, and what was admitted before something leaked."""
+        return (*candidates(self.pool), *unjudged(self.pool))
 
     def _foreign(self, name: str) -> Judged | None:
         """What is said of a set that is of no network like the others."""
@@ -206,24 +215,33 @@ class _Admitting:
         short = " (it stays unclear on all examples)" if against.verdict == "unclear" else ""
         return Judged(name, "refused", found, f"{against.says}{short}", against.name, exposed, reported(seen))
 
-    def _enter(self, one: Judged) -> None:
-        """What became of it; of an admitted set the bases are listed first, so that no kill leaves them out."""
-        if one.verdict == "refused":
-            with self.stopper.finishing():
-                self.pool.refuse(one.name, one.why)
-            return
+    def _entered(self, one: Judged) -> bool:
+        """Enter what became of it, unless it serves by now, or what leaked meanwhile must be asked for first.
+
+        Of an admitted set the bases are listed before it is, so that no kill leaves them out.
+        """
         x = self.terms.held.x[:CANARIES]
-        known = canary(self.terms.of_set(self.pool, one.name), x)
-        with self.stopper.finishing():
-            for base in self.pool.ledger.member(one.name).bases:
-                member = self.pool.ledger.member(base)
-                if member.exposed is None and not member.deleted:
-                    self.pool.expose(base, f"{BASE_OF} {one.name}")
+        known = canary(self.terms.of_set(self.pool, one.name), x) if one.verdict == "admitted" else ""
+        with self.stopper.finishing(), self.pool.ledger.alone():
+            member = self.pool.ledger.member(one.name)
+            if member.state not in ("candidate", "admitted"):
+                self.told(f"note: {one.name} is {member.state} by now, and would be {one.verdict}: {one.why}")
+                return False
+            if one.verdict == "refused":
+                self.pool.refuse(one.name, one.why)
+                return True
+            if set(one.against) != set(self._exposed(one.name)):
+                self.told(f"{one.name}: another set leaked meanwhile, so it is judged again")
+                return False
+            for base in map(self.pool.ledger.member, member.bases):
+                if base.exposed is None and not base.deleted:
+                    self.pool.expose(base.name, f"{BASE_OF} {one.name}")
             self.pool.admit(one.name, one.why, canary=known)
+        return True
 
     # --- what is measured
 
-    def _seen(self, name: str, exposed: tuple[str, ...], n: Mapping[str, int]) -> Seen:
+    def _seen(self, name: str, exposed: tuple[str, ...], n: Mapping[Family, int]) -> Seen:
         workshop, of = self.measuring.workshop, self._subject(name)
         siblings = siblings_of(self.pool, name, self._finite)
         them = attackers(workshop, name, exposed, siblings)
@@ -241,7 +259,9 @@ class _Admitting:
             self._clean(self._incumbents, n["thieves"]),
             self._white(self._incumbents, n["white-box"]),
             self._clean(self._bases, n["thieves"]),
+            self._white(self._bases, n["white-box"]),
             self.pool.serving is not None,
+            self._looks,
         )
 
     def _clean(self, of: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
@@ -251,10 +271,15 @@ class _Admitting:
         return tuple(self.measuring.white(each, n, first=self._first["white-box"]) for each in of)
 
     @cached_property
-    def _first(self) -> dict[str, int]:
+    def _first(self) -> dict[Family, int]:
         """How many examples there are at first, of each measurement."""
         white, siblings = (max(self.judged // part, 1) for part in (_WHITE, _SIBLINGS))
         return {"thieves": self.judged, "white-box": white, "siblings": siblings}
+
+    @cached_property
+    def _looks(self) -> dict[Family, int]:
+        """How often each measurement is looked at, at most: with twice the examples each time, while they last."""
+        return {family: len(ends(len(self.terms.held), first)) for family, first in self._first.items()}
 
     def _doubts(self, seen: Seen) -> Doubts:
         """Those of the candidate that do not speak against all of the sets that it is compared with."""
@@ -267,8 +292,7 @@ class _Admitting:
     @cached_property
     def _bases(self) -> tuple[Subject, ...]:
         """The sets that runs ended with, and where they were deleted, the surrogates, which are trained alike."""
-        known = [name for name in bases(self.pool) if not self.pool.ledger.member(name).deleted]
-        return tuple(map(self._subject, known)) or self._own
+        return tuple(map(self._subject, bases_left(self.pool))) or self._own
 
     @cached_property
     def _own(self) -> tuple[Subject, ...]:

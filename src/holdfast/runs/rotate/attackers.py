@@ -29,7 +29,7 @@ from holdfast.rotation.collecting import begun_anew, last_of, rows_of
 from holdfast.rotation.thieves import ATTACKS, Thief
 from holdfast.runs.order import Keep, Progress, Step
 from holdfast.runs.rotate.asking import AcrossSwaps
-from holdfast.runs.rotate.collecting import bases, surrogates
+from holdfast.runs.rotate.collecting import bases, bases_left, surrogates
 from holdfast.runs.rotate.crafting import siblings_of
 from holdfast.runs.rotate.instead import Instead, doubt, said
 from holdfast.runs.rotate.learning import learned
@@ -213,7 +213,7 @@ class _Measuring:
         return self._told(f"{len(names)} exposed sets", self._stolen("A2", self._sets(names)))
 
     def _collection(self) -> Json:
-        names = [name for name in bases(self.pool) if not self.known[name].deleted][:_MOST]
+        names = bases_left(self.pool)[:_MOST]
         if len(names) < 2:
             return _unmeasured(f"{amount(len(names), 'bases')} kept, and several were needed")
         return self._told(f"the collection: {len(names)} bases", self._stolen("A2c", self._sets(names)))
@@ -308,7 +308,7 @@ class _Measuring:
         """The sets of which A1 holds one, those that leaked last; whether a base stands in."""
         if self._exposed:
             return self._exposed[-_MOST:], False
-        return [name for name in bases(self.pool) if not self.known[name].deleted][:1], True
+        return list(bases_left(self.pool)[:1]), True
 
     @cached_property
     def _hidden(self) -> list[str]:
@@ -324,7 +324,7 @@ class _Measuring:
         generator, rng = learned(self.pool, self.terms), self.rng.at("drawn")
         assert generator is not None
         some = rows_of(self.terms.train, _LOOKED, rng.at("looked at"))
-        wanted, known = max(self.means.draws), [n for n in bases(self.pool) if not self.known[n].deleted]
+        wanted, known = max(self.means.draws), bases_left(self.pool)
         right = [accuracy(model, some) for model in self._sets(known[:_MOST])]
         least = sum(right) / len(right) - _POINTS if right else 0.0
         found: list[tuple[float, Classifier]] = []

@@ -79,7 +79,8 @@ def collect(
     progress: Progress = silent,
 ) -> Collected:
     """Train what is not trained yet, and seal it in the pool. Raises `UsageError`, `TargetError`."""
-    return _Collecting(pool, terms, stopper or Stopper(), told, progress).done(budget_s)
+    with pool.alone_at("collect"):
+        return _Collecting(pool, terms, stopper or Stopper(), told, progress).done(budget_s)
 
 
 def members(pool: Pool) -> Members:
@@ -96,6 +97,11 @@ def members(pool: Pool) -> Members:
 def bases(pool: Pool) -> tuple[str, ...]:
     """Names of the sets that runs ended with, in their order."""
     return tuple(member.name for member in pool.ledger.members if member.why == BASE)
+
+
+def bases_left(pool: Pool) -> tuple[str, ...]:
+    """Those of them that were not deleted."""
+    return tuple(m.name for m in pool.ledger.members if m.why == BASE and not m.deleted)
 
 
 def surrogates(pool: Pool, terms: Terms) -> list[Classifier]:
@@ -198,6 +204,13 @@ class _Collecting:
         """How many epochs each run has, as the first call planned it."""
         known = self.pool.kept(_PLAN)
         if known is not None:
+            planned = known.about["budget_s"]
+            if budget_s is not None and budget_s != planned:
+                by = "none" if planned is None else f"{planned:g} s"
+                raise UsageError(
+                    f"{str(self.pool.path)!r} was planned by a budget of {by} ({known.about['epochs']} epochs a run), "
+                    f"and {budget_s:g} s were given; leave --budget out, or begin another pool"
+                )
             return known.about
         epochs, spent_s = self.terms.training.epochs, 0.0
         if budget_s is not None:

@@ -4,8 +4,8 @@ The place of every draw comes from the operating system, and is sealed: who know
 """
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any, Literal
 
@@ -15,17 +15,20 @@ from torch import Tensor
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Inconclusive, UsageError
 from holdfast.core.model import Classifier
+from holdfast.reports.numbers import strict
 from holdfast.rotation import Generator, Immunise
 from holdfast.rotation.collecting import rows_of, trained_anew
 from holdfast.runs.hardening import Told, unheard
-from holdfast.runs.rotate.collecting import bases, epochs_of
+from holdfast.runs.rotate.collecting import bases, bases_left, epochs_of
 from holdfast.runs.rotate.learning import learned
 from holdfast.runs.rotate.terms import Terms, accuracy, state_of
 from holdfast.runs.signals import Stopper
+from holdfast.store.differences import differences
 from holdfast.store.pool import Pool
 
 By = Literal["generator", "anew"]
 _KEPT = "drawing"
+_SETS = 8
 _LOOKED = 2_000  # training inputs on which a draw is looked at before it is immunised
 _POINT = 0.01  # of accuracy on them that it may lack of the bases: half an epoch does not mend more
 _MOST = 64  # draws for one that does not
@@ -47,7 +50,7 @@ class Drawn:
 def draw(
     pool: Pool,
     terms: Terms,
-    sets: int,
+    sets: int | None = None,
     *,
     by: By | None = None,
     immunise: Immunise | None = None,
@@ -55,33 +58,51 @@ def draw(
     stopper: Stopper | None = None,
     told: Told = unheard,
 ) -> Drawn:
-    """Bring so many fresh candidates into the pool; by the generator, where there is one, unless told otherwise.
+    """Bring so many fresh candidates, or eight, into the pool; by the generator, where there is one, unless told so.
 
     With `immunise` each is trained on against the sets that the ledger lists as exposed; where it lists none, against
-    the one that serves, and before one does, against the bases. `resume` goes on with what an earlier call had begun.
-    Raises `UsageError`, and `Inconclusive` where the generator draws nothing that works.
+    the one that serves, and before one does, against the bases. `resume` goes on with what an earlier call had begun,
+    and asks for the same; of one that is whole it tells what came of it. Raises `UsageError`, also where another
+    process is at it, and `Inconclusive` where the generator draws nothing that works.
     """
-    begun = pool.kept(_KEPT) if resume else None
-    if begun is None or not _missing(begun.about):
-        generator = learned(pool, terms)
-        how: By = by or ("anew" if generator is None else "generator")
-        against = _against(pool) if immunise is not None else ()
-        seed = secrets.randbits(62)
-        said = {
-            "drawing": secrets.token_hex(4),
-            "wanted": sets,
-            "by": how,
-            "against": list(against),
-            "names": [],
-            "looked_at": 0,
-        }
-        pool.keep(_KEPT, {"seed": torch.tensor([seed])}, said)
-    elif (by or begun.about["by"]) != begun.about["by"]:
+    how = None if immunise is None else strict(asdict(immunise))
+    with pool.alone_at("draw"):
+        begun = pool.kept(_KEPT) if resume else None
+        if begun is None:
+            kind = by or ("anew" if learned(pool, terms) is None else "generator")
+            said = {
+                "drawing": secrets.token_hex(4),
+                "asked": {"sets": sets or _SETS, "by": kind, "immunise": how},
+                "against": [] if immunise is None else list(_against(pool)),
+                "names": [],
+                "looked_at": 0,
+            }
+            pool.keep(_KEPT, {"seed": torch.tensor([secrets.randbits(62)])}, said)
+        else:
+            known = begun.about["asked"]
+            _refuse_other(known, {"sets": sets or known["sets"], "by": by or known["by"], "immunise": how})
+            if not _missing(begun.about):
+                told(
+                    "that drawing is whole, and nothing is left to resume; leave --resume out to draw others"
+                )
+                return _drawn(begun.about)
+        return _Drawing(pool, terms, immunise, stopper or Stopper(), told).done()
+
+
+def _refuse_other(known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """`UsageError` where a drawing that goes on was begun otherwise."""
+    if (known["immunise"] is None) != (asked["immunise"] is None):
+        way, does = ("leave out", "does not immunise") if known["immunise"] is None else ("add", "immunises")
+        raise UsageError(f"the drawing that goes on {does} its sets; {way} --immunise, or begin another")
+    if known != asked:
         raise UsageError(
-            f"the drawing that goes on is by {begun.about['by']}, and this asks for {by}; leave --resume out to begin "
-            f"another"
+            f"the drawing that goes on was begun otherwise than this asks for ({differences(known, asked)}); ask for "
+            f"the same, or leave --resume out to begin another"
         )
-    return _Drawing(pool, terms, immunise, stopper or Stopper(), told).done()
+
+
+def _drawn(said: Mapping[str, Any]) -> Drawn:
+    return Drawn(tuple(said["names"]), said["asked"]["by"], tuple(said["against"]), said["looked_at"])
 
 
 def candidates(pool: Pool) -> tuple[str, ...]:
@@ -90,8 +111,8 @@ def candidates(pool: Pool) -> tuple[str, ...]:
     return tuple(one.name for one in waiting if not one.deleted)
 
 
-def _missing(about: Any) -> bool:
-    return len(about["names"]) < int(about["wanted"])
+def _missing(about: Mapping[str, Any]) -> bool:
+    return len(about["names"]) < int(about["asked"]["sets"])
 
 
 def _against(pool: Pool) -> tuple[str, ...]:
@@ -103,7 +124,7 @@ def _against(pool: Pool) -> tuple[str, ...]:
     now = pool.serving
     if now is not None:
         return (now.name,)
-    found = tuple(name for name in bases(pool) if not known[name].deleted)
+    found = bases_left(pool)
     if not found:
         raise UsageError(
             f"{str(pool.path)!r} lists no exposed set, none serves, and its bases are deleted: there is nothing to "
@@ -120,23 +141,20 @@ class _Drawing:
     ) -> None:
         kept = pool.kept(_KEPT)
         assert kept is not None
-        if bool(kept.about["against"]) != (immunise is not None):
-            way = "add" if immunise is None else "leave out"
-            does = "immunises its sets" if kept.about["against"] else "does not immunise its sets"
-            raise UsageError(f"the drawing that goes on {does}; {way} --immunise, or begin another")
         self.pool, self.terms, self.immunise = pool, terms, immunise
         self.stopper, self.told, self.said = stopper, told, dict(kept.about)
+        self.by: By = self.said["asked"]["by"]
         self.seed: Tensor = kept.columns["seed"]
         self.draws = Draws(int(self.seed)).at("drawing")
         self.task = terms.task(epochs_of(pool))
         self.looked = rows_of(self.task.data, _LOOKED, self.draws.at("looked at"))
         self.exposed = [terms.of_set(pool, name) for name in self.said["against"]]
-        self.generator = self._generator() if self.said["by"] == "generator" else None
+        self.generator = self._generator() if self.by == "generator" else None
         self.least = self._least() if self.generator is not None else 0.0
 
     def done(self) -> Drawn:
         """All that is missing."""
-        wanted = self.said["wanted"]
+        wanted = self.said["asked"]["sets"]
         while _missing(self.said):
             place = len(self.said["names"])
             fresh, made_from = self._fresh(self.draws.at("set", place))
@@ -152,8 +170,7 @@ class _Drawing:
                 )
             self._take(fresh, made_from)
             self.told(f"set {place + 1} of {wanted}: {self.said['names'][-1]}")
-        said = self.said
-        return Drawn(tuple(said["names"]), said["by"], tuple(said["against"]), said["looked_at"])
+        return _drawn(self.said)
 
     def _generator(self) -> Generator:
         found = learned(self.pool, self.terms)
@@ -174,8 +191,8 @@ class _Drawing:
 
     def _least(self) -> float:
         """What a draw must get right of the inputs that it is looked at with."""
-        known = [name for name in bases(self.pool) if not self.pool.ledger.member(name).deleted]
-        right = [accuracy(self.terms.of_set(self.pool, name), self.looked) for name in known]
+        known = [self.terms.of_set(self.pool, name) for name in bases_left(self.pool)]
+        right = [accuracy(base, self.looked) for base in known]
         return mean(right) - _POINT if right else 0.0
 
     def _fresh(self, rng: Draws) -> tuple[Classifier, tuple[str, ...]]:
@@ -200,8 +217,8 @@ class _Drawing:
 
     def _take(self, model: Classifier, made_from: Sequence[str]) -> None:
         """Bring a set into the pool, and note it."""
-        about = {"drawing": self.said["drawing"], "by": self.said["by"], "against": self.said["against"]}
+        about = {"drawing": self.said["drawing"], "by": self.by, "against": self.said["against"]}
         with self.stopper.finishing():
-            name = self.pool.add(state_of(model), about, bases=made_from, why=f"drawn by {self.said['by']}")
+            name = self.pool.add(state_of(model), about, bases=made_from, why=f"drawn by {self.by}")
             self.said["names"] = [*self.said["names"], name]
             self.pool.keep(_KEPT, {"seed": self.seed}, self.said)

@@ -25,7 +25,7 @@ from holdfast.ops.statistics import proportion
 from holdfast.recipes import PGDTraining, SingleStep, Standard
 from holdfast.rotation import Distilled, Immunise, Members
 from holdfast.rotation.collecting import last_of, rows_of
-from holdfast.rotation.thieves import Thief
+from holdfast.rotation.thieves import Thief, noisy
 from holdfast.runs.rotate.collecting import members, surrogates
 from holdfast.runs.rotate.terms import Terms
 from holdfast.store.pool import Pool
@@ -102,11 +102,9 @@ class Instead:
         )
 
     def _noisy(self) -> Classifier:
-        moved = {}
-        for name, value in self.live.net.named_parameters():  # type: ignore[union-attr]
-            noise = self.rng.at("noise", name).normal(torch.arange(value.numel())).view(value.shape).to(value)
-            moved[name] = value.detach() + NOISE * value.detach().square().mean().sqrt() * noise
-        return self.terms.of_weights(moved)
+        assert isinstance(self.live.net, torch.nn.Module)
+        moved = noisy(self.live.net, NOISE, self.rng.at("noise"))
+        return self.terms.of_weights(dict(moved.named_parameters()))
 
     def _checkpoints(self) -> Json | None:
         if self._run is None:

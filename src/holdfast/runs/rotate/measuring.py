@@ -76,9 +76,9 @@ class Measuring:
         """What examples of each thief do to it."""
         what = "-".join(sorted({thief.kind.lower() for thief in thieves}))
         evidence, fell = [], []
-        for ends in _ends(n, first):
-            members = [member for thief in thieves for member in self.workshop.members(thief, *ends)]
-            found, path = self._piece(of, what, members, *ends)
+        for start, stop in ends(n, first):
+            members = [member for thief in thieves for member in self.workshop.members(thief, start, stop)]
+            found, path = self._piece(of, what, members, start, stop)
             evidence.append(found)
             fell.append(_fell(path, members))
         keys = [(thief, attack) for thief in thieves for attack in self.workshop.thief.attacks]
@@ -88,7 +88,7 @@ class Measuring:
     def _remembered(self, of: Subject, what: str, members: Sequence[Member], n: int, first: int) -> Evidence:
         key = (of.digest, what, n)
         if key not in self._known:
-            pieces = [self._piece(of, what, members, *ends)[0] for ends in _ends(n, first)]
+            pieces = [self._piece(of, what, members, *piece)[0] for piece in ends(n, first)]
             self._known[key] = joined(pieces)
         return self._known[key]
 
@@ -128,12 +128,12 @@ class Measuring:
         return digest(canonical(strict([code_digest(), self.workshop.terms.about()])))
 
 
-def _ends(n: int, first: int) -> list[tuple[int, int]]:
+def ends(n: int, first: int) -> list[tuple[int, int]]:
     """Pieces of `n` examples: the first, and each later one as large as all before it."""
-    ends = [0, min(first, n)]
-    while ends[-1] < n:
-        ends.append(min(2 * ends[-1], n))
-    return list(pairwise(ends))
+    found = [0, min(first, n)]
+    while found[-1] < n:
+        found.append(min(2 * found[-1], n))
+    return list(pairwise(found))
 
 
 def _fell(path: Path, members: Sequence[Member]) -> list[Mask]:

@@ -1,12 +1,9 @@
 """The gates that a set passes before it may serve: judged on intervals, paired with what it is compared with."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Literal
-
-import torch
-from torch import Tensor
 
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
@@ -14,21 +11,33 @@ from holdfast.core.types import Mask
 from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import AtLeast, AtMost, Doubts, Verdict, overall
 from holdfast.metrics.attacked import calibration_error
-from holdfast.metrics.columns import robust
 from holdfast.metrics.shares import worst_class
-from holdfast.ops.statistics import Support, bonferroni, mean, paired_difference, proportion
+from holdfast.ops.statistics import Support, bonferroni, mean
 from holdfast.reports.numbers import percent
+from holdfast.runs.rotate.comparing import (
+    CONFIDENCE,
+    Loss,
+    Worst,
+    difference,
+    differing,
+    held,
+    largest_loss,
+    number,
+    points,
+    share,
+    worst,
+)
 from holdfast.runs.rotate.crafting import Attacker, Attackers
 from holdfast.runs.rotate.measuring import Carried
 
 CLEAN, ROBUST, CHURN = 0.01, 0.02, 0.03
-"""Points of accuracy that may be lost against the incumbent, clean and under attack; inputs that may change class."""
+"""Points of accuracy that may be lost, clean and under attack; inputs that may change class."""
 NOTHING, SEVERAL, FLOOR, STATIC = 1.2, 1.5, 0.05, 0.5
 """What a theft may bring: times that of a thief of nothing, of one set and of several, or in any case this share; and
 the share of what attacks on the incumbent itself achieve."""
 _MORE = 1.5  # times what bases differ by, of which an interval takes some
 _ODD = 3.0  # times that siblings' examples carry further than those of what leaked
-_CONFIDENCE = 0.95
+_BETTER = "the better of the incumbent and the bases"
 Family = Literal["thieves", "white-box", "siblings", ""]
 """Which measurement a gate is unclear for want of examples of."""
 NO_DOUBTS = Doubts()
@@ -68,78 +77,67 @@ class Seen:
     before_white: tuple[Evidence, ...]
     bases: tuple[Evidence, ...]
     """clean, of each base"""
+    bases_white: tuple[Evidence, ...]
     serves: bool
     """whether the incumbent is a set that serves"""
+    looks: Mapping[Family, int] = field(default_factory=dict)
+    """how often each measurement may be looked at, with more examples each time; once where nothing is said"""
+
+    def confidence(self, family: Family) -> float:
+        """What an interval needs, so that those of all looks hold together (Bonferroni)."""
+        return bonferroni(CONFIDENCE, self.looks.get(family, 1))
 
     @property
     def static(self) -> Estimate:
         """What attacks on the incumbent itself achieve, of the inputs that it has right: a mean over bases."""
-        shares = [_share(~_held(one)[one["correct"]]) for one in self.before_white]
+        shares = [share(~held(one)[one["correct"]]) for one in self.before_white]
         low, value, high = (
             sum(getattr(one, end) for one in shares) / len(shares) for end in ("low", "value", "high")
         )
         return Estimate(value, low, high, shares[0].n)
 
     @property
-    def transfer(self) -> "Worst | None":
+    def transfer(self) -> Worst | None:
         """The worst that a thief of one exposed set does; None where nothing is exposed."""
-        return worst(self.carried, self.attackers.one)
+        return worst(self.carried, self.attackers.one, self.confidence("thieves"))
 
     @property
-    def ensemble(self) -> "Worst | None":
+    def ensemble(self) -> Worst | None:
         """The worst that a thief of several does."""
         several = self.attackers.several
-        return None if several is None else worst(self.carried, [several])
+        if several is None:
+            return None
+        return worst(self.carried, [several], self.confidence("thieves"))
 
     @property
-    def sibling(self) -> "Worst | None":
+    def sibling(self) -> Worst | None:
         """The worst that a thief of the procedure does."""
         them = self.attackers.siblings
-        return None if them is None or self.siblings is None else worst(self.siblings, [them])
+        if them is None or self.siblings is None:
+            return None
+        return worst(self.siblings, [them], self.confidence("siblings"))
+
+    @property
+    def clean_loss(self) -> Loss:
+        """Points of clean accuracy that it costs."""
+        before, bases = ([one["correct"] for one in them] for them in (self.before, self.bases))
+        return self._loss(before, bases, self.carried.evidence["correct"], "thieves")
+
+    @property
+    def robust_loss(self) -> Loss:
+        """Points of accuracy under attacks that see the set."""
+        before, bases = ([held(one) for one in them] for them in (self.before_white, self.bases_white))
+        return self._loss(before, bases, held(self.white), "white-box")
+
+    def _loss(self, before: Sequence[Mask], bases: Sequence[Mask], after: Mask, family: Family) -> Loss:
+        against = {"the incumbent": before} if self.serves else {}
+        return largest_loss({**against, "the bases": bases}, after, self.confidence(family))
 
     @property
     def churn(self) -> Estimate:
         """Share of inputs that it classifies otherwise than the incumbent."""
-        return _difference([_other(one, self.carried.evidence) for one in self.before])
-
-
-@dataclass(frozen=True)
-class Worst:
-    """What the best of some attacks does to a set."""
-
-    estimate: Estimate
-    """share of the inputs that the set has right; its ends hold for the largest of all shares"""
-    by: str
-    """who made the examples, and how"""
-    fell: tuple[Mask, ...]
-    """of each attack, which of those inputs were turned; the largest first"""
-
-    @property
-    def says(self) -> str:
-        """The number, and who is behind it."""
-        return f"examples of {self.by} turn {_number(self.estimate)}"
-
-
-def worst(carried: Carried, thieves: Sequence[Attacker]) -> Worst | None:
-    """The most that one of the attacks of one of the thieves turns; None without thieves.
-
-    The upper end is the highest of all, and below it is the largest share with the wanted confidence; the lower ends
-    are corrected for how many there are (Bonferroni).
-    """
-    right = carried.evidence["correct"]
-    found = {key: fell[right] for key, fell in carried.fell.items() if key[0] in thieves}
-    if not found:
-        return None
-    each = {key: _share(fell) for key, fell in found.items()}
-    order = sorted(found, key=lambda key: -each[key].value)
-    low = max(_share(fell, bonferroni(_CONFIDENCE, len(found))).low for fell in found.values())
-    first, high = each[order[0]], max(one.high for one in each.values())
-    thief, attack = order[0]
-    return Worst(
-        Estimate(first.value, min(low, first.value), high, first.n),
-        f"{thief.name} by {attack}",
-        tuple(found[key] for key in order),
-    )
+        changed = [differing(one, self.carried.evidence) for one in self.before]
+        return difference(changed, confidence=self.confidence("thieves"))
 
 
 def rulings(seen: Seen, doubts: Doubts, claims: Sequence[Claim]) -> tuple[Ruling, ...]:
@@ -157,7 +155,7 @@ def rulings(seen: Seen, doubts: Doubts, claims: Sequence[Claim]) -> tuple[Ruling
 def reported(seen: Seen) -> dict[str, Estimate]:
     """What is told beside the gates."""
     found = {
-        "white_box_success": _share(~_held(seen.white)[seen.white["correct"]]),
+        "white_box_success": share(~held(seen.white)[seen.white["correct"]]),
         "static_white_box_success": seen.static,
         "worst_class": worst_class(seen.white),
         "calibration_error": calibration_error(seen.carried.evidence),
@@ -168,21 +166,21 @@ def reported(seen: Seen) -> dict[str, Estimate]:
 
 
 def _clean(seen: Seen) -> Ruling:
-    drop = _difference([one["correct"] for one in seen.before], seen.carried.evidence["correct"])
-    bound = f"at most {100 * CLEAN:g} point less than the incumbent was expected"
-    verdict = AtMost(CLEAN)(drop, NO_DOUBTS)
-    return Ruling("clean accuracy", drop, bound, verdict, f"{_points(drop)} less are right", "thieves")
+    loss, whom = seen.clean_loss.estimate, seen.clean_loss.whom
+    bound = f"at most {100 * CLEAN:g} point less than {_BETTER} was expected"
+    why = f"{points(loss)} less are right than of {whom}"
+    return Ruling("clean accuracy", loss, bound, AtMost(CLEAN)(loss, NO_DOUBTS), why, "thieves")
 
 
 def _robust(seen: Seen, doubts: Doubts) -> Ruling:
-    drop = _difference([_held(one) for one in seen.before_white], _held(seen.white))
-    bound = f"at most {100 * ROBUST:g} points less than the incumbent was expected"
-    verdict = AtMost(ROBUST)(drop, doubts)
-    why = f"{_points(drop)} less hold under PGD-20 and APGD"
-    if verdict == "unclear" and drop.high <= ROBUST:
+    loss, whom = seen.robust_loss.estimate, seen.robust_loss.whom
+    bound = f"at most {100 * ROBUST:g} points less than {_BETTER} was expected"
+    verdict = AtMost(ROBUST)(loss, doubts)
+    why = f"{points(loss)} less hold under PGD-20 and APGD than of {whom}"
+    if verdict == "unclear" and loss.high <= ROBUST:
         why += f", and doubts are open: {', '.join(doubts.open)}"
-        return Ruling("robust accuracy", drop, bound, verdict, why)
-    return Ruling("robust accuracy", drop, bound, verdict, why, "white-box")
+        return Ruling("robust accuracy", loss, bound, verdict, why)
+    return Ruling("robust accuracy", loss, bound, verdict, why, "white-box")
 
 
 def _thefts(seen: Seen) -> tuple[Ruling, ...]:
@@ -204,15 +202,16 @@ def _thefts(seen: Seen) -> tuple[Ruling, ...]:
 
 def _beside_nothing(gate: str, theft: Worst, seen: Seen, thief: Attacker, times: float) -> Ruling:
     """A theft brings little in any case, or little more than no theft on the same inputs."""
+    each = seen.confidence("thieves")
     nothing = worst(seen.carried, [thief])
     assert nothing is not None
     verdicts: list[Verdict] = []
     for place, fell in enumerate(theft.fell):
-        alone, confidence = _share(fell), bonferroni(_CONFIDENCE, len(theft.fell))
-        if alone.high <= FLOOR or _excess(fell, nothing.fell[0], times).high <= 0:
+        alone, surely = share(fell, each), bonferroni(each, len(theft.fell))
+        if alone.high <= FLOOR or _excess(fell, nothing.fell[0], times, each).high <= 0:
             verdicts.append("pass")
-        elif place == 0 and _share(fell, confidence).low > FLOOR:
-            less = _excess(fell, nothing.fell[0], times, confidence).low <= 0
+        elif place == 0 and share(fell, surely).low > FLOOR:
+            less = _excess(fell, nothing.fell[0], times, surely).low <= 0
             verdicts.append("unclear" if less else "fail")
         else:
             verdicts.append("unclear")
@@ -223,7 +222,7 @@ def _beside_nothing(gate: str, theft: Worst, seen: Seen, thief: Attacker, times:
     return Ruling(gate, theft.estimate, bound, overall(verdicts), theft.says, "thieves")
 
 
-def _excess(fell: Mask, nothing: Mask, times: float, confidence: float = _CONFIDENCE) -> Estimate:
+def _excess(fell: Mask, nothing: Mask, times: float, confidence: float) -> Estimate:
     """How much more fall than so many times those that fall to a thief of nothing, on the same inputs."""
     return mean(fell.double() - times * nothing.double(), confidence, support=Support(-times, 1.0))
 
@@ -240,16 +239,16 @@ def _of_static(gate: str, theft: Worst, share: float, static: Estimate) -> Rulin
 
 
 def _churn(seen: Seen) -> Ruling:
-    among = [float(_other(one, other).double().mean()) for one, other in combinations(seen.bases, 2)]
+    among = [float(differing(one, other).double().mean()) for one, other in combinations(seen.bases, 2)]
     most = max([CHURN, _MORE * sum(among) / len(among)]) if among else CHURN
     changed = seen.churn
     if not seen.serves:
-        why = f"{_number(changed)} of inputs are of another class than by the bases"
+        why = f"{number(changed)} of inputs are of another class than by the bases"
         return Ruling("churn", changed, "asked once a set serves, whose clients see it", "pass", why)
     bound = f"at most {percent(most)} was expected, " + (
         f"{_MORE:g} times what bases differ by" if most > CHURN else "whatever bases do"
     )
-    why = f"{_number(changed)} of inputs change class against the incumbent"
+    why = f"{number(changed)} of inputs change class against the incumbent"
     return Ruling("churn", changed, bound, AtMost(most)(changed, NO_DOUBTS), why, "thieves")
 
 
@@ -265,11 +264,12 @@ def _odd_gradients(seen: Seen, accepted: Mapping[str, str]) -> Ruling:
     sibling, theft = seen.sibling, seen.transfer
     if sibling is None or theft is None:
         return Ruling(gate, None, bound, "pass", "no siblings, or nothing exposed, to tell it by")
-    easier = _difference([_held(one) for one in seen.before_white], _held(seen.white))
+    confidence = seen.confidence("white-box")
+    easier = difference([held(one) for one in seen.before_white], held(seen.white), confidence)
     least = 1 / max(theft.estimate.n, 1)
     times = sibling.estimate.value / max(theft.estimate.value, least)
     value = Estimate(times, times, times, sibling.estimate.n)
-    why = f"siblings turn {times:.1f} times as many as the worst theft, and {_points(easier)} less hold under attack"
+    why = f"siblings turn {times:.1f} times as many as the worst theft, and {points(easier)} less hold under attack"
     if easier.low <= 0 or times <= _ODD:
         return Ruling(gate, value, bound, "pass", why)
     if gate in accepted:
@@ -290,18 +290,18 @@ def _claimed(claim: Claim, seen: Seen, doubts: Doubts) -> Ruling:
         bound = claim.bound * (seen.static.value if claim.versus == "static" else 1.0)
         return _judged(claim, theft.estimate, theft.says, family, bound)
     plain: Mapping[str, tuple[Callable[[], Estimate], Family]] = {
-        "clean_accuracy": (lambda: _share(seen.carried.evidence["correct"]), "thieves"),
-        "robust_accuracy": (lambda: _share(_held(seen.white)), "white-box"),
-        "churn": (lambda: seen.churn, "thieves"),
-        "clean_accuracy_drop": (
-            lambda: _difference([one["correct"] for one in seen.before], seen.carried.evidence["correct"]),
+        "clean_accuracy": (
+            lambda: share(seen.carried.evidence["correct"], seen.confidence("thieves")),
             "thieves",
         ),
+        "robust_accuracy": (lambda: share(held(seen.white), seen.confidence("white-box")), "white-box"),
+        "churn": (lambda: seen.churn, "thieves"),
+        "clean_accuracy_drop": (lambda: seen.clean_loss.estimate, "thieves"),
     }
     measured, family = plain[claim.metric]
     estimate = measured()
     about = doubts if claim.metric == "robust_accuracy" else NO_DOUBTS
-    return _judged(claim, estimate, f"it is {_number(estimate)}", family, claim.bound, about)
+    return _judged(claim, estimate, f"it is {number(estimate)}", family, claim.bound, about)
 
 
 CLAIMABLE = (
@@ -330,39 +330,3 @@ def _judged(
     return Ruling(
         claim.text, estimate, f"at {word} {bound:.4g} was claimed", gate(estimate, doubts), why, family
     )
-
-
-def _held(white: Evidence) -> Mask:
-    """Which examples are right whatever attacks that see the set do."""
-    return robust(white, "robust_accuracy")
-
-
-def _other(one: Evidence, other: Evidence) -> Mask:
-    different: Mask = one["prediction"] != other["prediction"]
-    return different
-
-
-def _share(mask: Mask, confidence: float = _CONFIDENCE) -> Estimate:
-    """Share of true entries; of none, anything."""
-    return proportion(mask, confidence) if len(mask) else Estimate(0.0, 0.0, 1.0, 0)
-
-
-def _difference(before: Sequence[Mask], after: Mask | None = None) -> Estimate:
-    """Mean share true before, minus that after, on the same examples; the share alone without an `after`."""
-    if len(before) == 1:
-        return _share(before[0]) if after is None else paired_difference(before[0], after)
-    values: Tensor = torch.stack([one.double() for one in before]).mean(0)
-    if after is None:
-        return mean(values)
-    return mean(values - after.double(), support=Support(-1.0, 1.0))
-
-
-def _number(estimate: Estimate) -> str:
-    return (
-        f"{percent(estimate.value)} ({percent(estimate.low)} to {percent(estimate.high)}, n = {estimate.n:,})"
-    )
-
-
-def _points(estimate: Estimate) -> str:
-    low, value, high = (f"{100 * end:.1f}" for end in (estimate.low, estimate.value, estimate.high))
-    return f"{value} points ({low} to {high}, n = {estimate.n:,})"

@@ -56,8 +56,8 @@ def _term(term: Term) -> dict[str, Any]:
 
 def unjudged(pool: Pool) -> tuple[str, ...]:
     """Sets that wait and were admitted before the last exposure: nobody asked what leaked then turns on them."""
-    leaked = max((one.at for one in pool.ledger.exposed() if not one.why.startswith(BASE_OF)), default="")
-    return tuple(name for name in pool.ahead if pool.ledger.member(name).since <= leaked)
+    leaked = max((one.entry for one in pool.ledger.exposed() if not one.why.startswith(BASE_OF)), default=0)
+    return tuple(name for name in pool.ahead if pool.ledger.member(name).entry < leaked)
 
 
 def next_judged(pool: Pool, waiting: Sequence[str]) -> str:
@@ -74,7 +74,7 @@ def _notes(pool: Pool) -> list[str]:
     if old:
         notes.append(
             f"{len(old)} of {len(pool.ahead)} sets that wait were admitted before the last exposure, and not judged "
-            f"against it; draw and admit more, which serve first"
+            f"against it; judge them again with holdfast rotate admit {pool.path}; others serve first"
         )
     if now is not None and ledger.member(now.name).exposed is not None:
         notes.append(f"{now.name} serves and is exposed; swap another in")

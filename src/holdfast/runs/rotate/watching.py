@@ -11,14 +11,14 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from holdfast.core.errors import Inconclusive, UsageError
+from holdfast.core.errors import Inconclusive, InUse, UsageError
 from holdfast.rotation import Immunise, refuse_faster
 from holdfast.rotation.triggers import Reading, Trigger, due, exposed
 from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.order import Progress, silent
 from holdfast.runs.rotate.admission import IN_A_ROW, admit
 from holdfast.runs.rotate.drawing import By, candidates, draw
-from holdfast.runs.rotate.status import next_judged
+from holdfast.runs.rotate.status import next_judged, unjudged
 from holdfast.runs.rotate.terms import FIRST, Terms
 from holdfast.runs.signals import Stopper
 from holdfast.store.pool import Pool
@@ -60,10 +60,10 @@ class Turner:
     _by: By | None = None
 
     def fill(self) -> None:
-        """Draw and admit until enough sets wait; `Inconclusive` where five in a row are refused."""
+        """Draw and admit until enough sets wait, judged by all that leaked; `Inconclusive` after five refusals."""
         begin, before, refused = time.perf_counter(), len(self.pool.ahead), 0
-        while (missing := self.how.keep - len(self.pool.ahead)) > 0:
-            if not candidates(self.pool):
+        while (missing := self.how.keep - len(self.pool.ahead)) > 0 or unjudged(self.pool):
+            if not (candidates(self.pool) or unjudged(self.pool)):
                 self._draw(missing)
             found = admit(
                 self.pool, self.terms, claims=self.how.claims, accepted=self.how.accepted, judged=self.how.judged,
@@ -124,7 +124,7 @@ class Turner:
             if why:
                 self._swap(now.epoch, "; ".join(why))
             self.fill()
-        except Inconclusive as error:
+        except (Inconclusive, InUse) as error:
             self.told(f"note: {error}")
             return False
         return True
