@@ -1,6 +1,6 @@
 # Everything stands in .venv, which is made on first use and renewed only when the versions change.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check static docs quick slow bench bundled data clean
+.PHONY: help demo test check static docs quick slow bench figures bundled data clean
 
 PYTHON ?= python3
 RUN := .venv/.run
@@ -22,6 +22,7 @@ help:
 	@echo 'make check               format, lint, types, floors, docs, quick tests'
 	@echo 'make docs                build the documentation into site/'
 	@echo 'make bench [PEERS=dir]   measure against the peers; writes a dated record'
+	@echo 'make figures             draw the pictures of the documentation from the newest records'
 	@echo 'make bundled [FROM=dir]  train the bundled networks again'
 	@echo 'make data FROM=dir       fill the folder that HOLDFAST_DATA names'
 	@echo 'make clean               remove environments, caches and builds'
@@ -69,6 +70,9 @@ slow: $(DEV)
 
 bench: $(BENCH)
 	.venv-bench/bin/python -m benchmarks $(if $(PEERS),--peers $(PEERS))
+
+figures: $(BENCH)
+	.venv-bench/bin/python -m benchmarks.figures
 
 bundled: $(RUN)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bundled $(FROM)

@@ -29,9 +29,8 @@ def places(record: Cells) -> Figure:
     figure, panels = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
     for panel, (source, (name, _)) in zip(panels, _COLLECTIONS.items(), strict=True):
         found = record["detail"][f"{source}, in the two widest directions"]["measured"]
-        panel.scatter(
-            *_columns(found["originals"]), s=9, c=found["runs"], cmap="tab10", vmax=9, label="originals"
-        )
+        colours: dict[str, Any] = {"c": found["runs"], "cmap": "tab10", "vmax": 9, "alpha": 0.5}
+        panel.scatter(*_columns(found["originals"]), s=60, label="originals", **colours)
         for let_in, marker, said in (
             (True, "x", "draws that are let in"),
             (False, "+", "draws that are not"),
@@ -39,7 +38,7 @@ def places(record: Cells) -> Figure:
             some = [at for at, fine in zip(found["draws"], found["let in"], strict=True) if fine is let_in]
             if some:
                 colour = "#24292f" if let_in else _RED
-                panel.scatter(*_columns(some), s=26, c=colour, marker=marker, linewidths=0.9, label=said)
+                panel.scatter(*_columns(some), s=16, c=colour, marker=marker, linewidths=0.7, label=said)
         share = round(100 * found["variance along them"])
         panel.set(
             title=f"{name}: {share} % of what differs", xlabel="first direction", ylabel="second direction"
@@ -65,7 +64,10 @@ def regularisers(record: Cells) -> Figure:
             panel.plot(*_columns(known), "o", color=colour, label=name)
         panel.set(title=title, xlim=(-0.5, len(rows) - 0.5))
         panel.set_xticks(range(len(rows)), _REGULARISERS, rotation=60, ha="right", rotation_mode="anchor")
-        panel.set_ylim(bottom=0) if key != "median accuracy, %" else None
+        if key == "L1 to nearest":
+            panel.set_yscale("log")
+        else:
+            panel.set_ylim(bottom=0)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 

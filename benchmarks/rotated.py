@@ -285,15 +285,13 @@ def over_seeds(
     detail: Cells, row: str, seeds: Sequence[int], judges: Mapping[str, Callable[[int], Cells]]
 ) -> dict[str, Cells]:
     """Means over the seeds of what each judge says, by its name; each part is kept, and put into the detail."""
-    by = {}
-    for name, judge in judges.items():
-        cells = []
-        for seed in seeds:
+    cells: dict[str, list[Cells]] = {name: [] for name in judges}
+    for seed in seeds:
+        for name, judge in judges.items():
             key = f"{name}, seed {seed}"
             detail[key] = part(row, key, partial(judge, seed))
-            cells.append(detail[key]["measured"])
-        by[name] = means(cells)
-    return by
+            cells[name].append(detail[key]["measured"])
+    return {name: means(measured) for name, measured in cells.items()}
 
 
 def timed(made: Callable[[], object]) -> float:

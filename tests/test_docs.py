@@ -219,6 +219,18 @@ def test_the_page_tells_the_tables_that_answer_the_published_ones():
     ]
 
 
+def test_every_picture_is_of_the_newest_record():
+    shown = {
+        path.parent / name
+        for path in DOCS.rglob("*.md")
+        for name in re.findall(r"!\[[^\]]+\]\(([^)]+\.svg)\)", path.read_text(encoding="utf-8"))
+    }
+    assert shown == set(DOCS.rglob("*.svg"))
+    for picture in shown:
+        told = re.search(r"python -m benchmarks --only (\S+), (\S+)</dc:description>", picture.read_text())
+        assert told[2] == newest(told[1])["made"], picture.name
+
+
 @pytest.mark.parametrize("row", RECIPES, ids=lambda row: row["recipe"].strip("`"))
 def test_a_recipe_costs_and_cites_what_its_row_says(row):
     name = row["recipe"].strip("`")

@@ -88,7 +88,7 @@ def basins(seed: int) -> Members:
 
 def short(seed: int) -> Members:
     """Runs of one epoch, aligned to the first."""
-    runs = seeds(CHEAP, seed, SHORT)
+    runs = seeds(CHEAP, 3_000 + seed, SHORT)
     found = Members.of([weights_of(one) for one in runs], range(SHORT))
     return all_aligned(found, runs[0], CHEAP.examples().train, rng=Draws(seed).at("aligned"))
 
@@ -148,6 +148,7 @@ ATTEMPTS: dict[str, tuple[Collected, Attempt]] = {
     "draws of 8 basins": (basins, drawn),
     "draws between 8 basins, 1/4 epoch": (basins, partial(refined, between, 0.25)),
     "draws between 8 basins, 1/2 epoch": (basins, partial(refined, between, 0.5)),
+    "draws between 8 basins, 1 epoch": (basins, partial(refined, between, 1.0)),
     "draws of 32 short runs, aligned": (short, drawn),
     "draws of 32 short runs, aligned, 1/4 epoch": (short, partial(refined, drawn, 0.25)),
     "draws of 32 short runs, aligned, 1/2 epoch": (short, partial(refined, drawn, 0.5)),
@@ -156,6 +157,7 @@ CONTROLS: dict[str, tuple[Collected, Attempt]] = {
     "means of two short runs, aligned, 1/4 epoch": (short, partial(refined, means_of_two, 0.25)),
     "fresh weights, 1/4 epoch": (short, partial(refined, fresh, 0.25)),
     "fresh weights, 1/2 epoch": (short, partial(refined, fresh, 0.5)),
+    "fresh weights, 1 epoch": (basins, partial(refined, fresh, 1.0)),
 }
 
 

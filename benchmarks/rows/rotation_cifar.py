@@ -78,7 +78,7 @@ def measured() -> Outcome:
     detail: Cells = {}
     sets = {name: partial(judged, KIND, one) for name, one in CONSTRUCTIONS.items()}
     lines = {name: partial(followed, KIND, LINES[name]) for name in CHOSEN}
-    by = {**over_seeds(detail, ROW, SEEDS, sets), **over_seeds(detail, ROW, SEEDS, lines)}
+    by = over_seeds(detail, ROW, SEEDS, sets | lines)
     static, line = by["static"], by["chain of immunised rotations"]
     claims = [
         Claim(

@@ -40,7 +40,7 @@ def measured() -> Outcome:
     detail: Cells = {}
     sets = {name: partial(judged, ROBUST, one) for name, one in CONSTRUCTIONS.items()}
     lines = {name: partial(followed, ROBUST, one) for name, one in LINES.items()}
-    by = {**over_seeds(detail, ROW, SEEDS, sets), **over_seeds(detail, ROW, SEEDS, lines)}
+    by = over_seeds(detail, ROW, SEEDS, sets | lines)
     config: Cells = {
         "eps": ROBUST.eps,
         "attacked": ROBUST.attacks,
