@@ -5,10 +5,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from places import collections_from_one_place, draws_by_count  # noqa: F401 (fixtures)
 
 from holdfast.cli.app import run
 from holdfast.store.pool import Pool
+from places import collections_from_one_place, draws_by_count  # noqa: F401 (fixtures)
 
 TUTORIALS = Path(__file__).resolve().parents[1] / "docs" / "tutorials"
 
