@@ -20,7 +20,7 @@ _STYLE: dict[Any, Any] = {  # of matplotlib's settings
     "svg.fonttype": "none", "svg.hashsalt": "holdfast", "font.family": "sans-serif", "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11, "legend.frameon": False,
 }  # fmt: skip
-_RED, _BLUE, _GREY, _GREEN, _BROWN = "#b3261e", "#1f6feb", "#6e7781", "#1a7f37", "#9a6700"
+_RED, _BLUE, _GREY, _GREEN, _BROWN, _VIOLET = "#b3261e", "#1f6feb", "#6e7781", "#1a7f37", "#9a6700", "#8250df"
 _COLLECTIONS = {"trajectory": ("one run", _RED), "basins": ("eight runs", _BLUE)}
 
 
@@ -80,7 +80,7 @@ def lines(record: Cells) -> Figure:
     figure, panel = plt.subplots(figsize=(7.5, 4), layout="constrained")
     panel = _only(panel)
     rows = [row for row in record["table"] if "after 1" in row]
-    for row, colour in zip(rows, (_BLUE, _GREY, _GREY, _BROWN, _GREEN, _RED, _RED), strict=True):
+    for row, colour in zip(rows, (_BLUE, _VIOLET, _GREY, _GREY, _BROWN, _GREEN, _RED, _RED), strict=True):
         values = [row["first"], *(row[f"after {k}"] for k in range(1, 5))]
         dashed = "--" if "1.25" in row["what"] else ":" if "examples" in row["what"] else "-"
         panel.plot(range(5), values, dashed, marker="o", markersize=3, color=colour, label=row["what"])

@@ -2,7 +2,9 @@
 
 A set is let in where it loses at most a point of what runs of two epochs have. It lies in a *new basin* where attacks
 on the sets that the generator has seen carry to it no better than to independent runs: on the nearest by L1, and on the
-one of them that does best. A generator is worth its cost where sets of that kind take less time than a fresh run.
+one of them that does best. Beside it stands what the mean of a set and its nearest loses: halfway to a copy nothing,
+halfway to another basin most of what it knew (the barrier of Frankle et al., arXiv:1912.05671, at its middle). A
+generator is worth its cost where sets of that kind take less time than a fresh run.
 """
 
 from collections.abc import Callable
@@ -31,7 +33,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.ops.fit import Training
 from holdfast.recipes import Standard
-from holdfast.rotation import Codec, LatentDiffusion, Members, all_aligned, put, weights_of
+from holdfast.rotation import Codec, Immunise, LatentDiffusion, Members, all_aligned, put, weights_of
 from holdfast.rotation.collecting import begun_anew, last_of, rows_of
 from holdfast.rotation.distances import nearest
 
@@ -142,6 +144,19 @@ def refined(make: Callable[[Members, int], Made], epochs: float, members: Member
     return found, spent + (perf_counter() - begin) / len(sets)
 
 
+def immunised(members: Members, seed: int) -> Made:
+    """Draws, each trained on against all runs that the generator has seen: no new basins, but attacks do not carry."""
+    sets, spent = drawn(members, seed)
+    seen = models(members.bases(), range(len(members.bases())))
+    train, threat = STANDARD.examples().train, STANDARD.threat
+    begin = perf_counter()
+    found = [
+        Immunise()(one, seen, STANDARD.recipe, train, threat, rng=Draws(seed).at("immunised", k))
+        for k, one in enumerate(sets[:ATTACKED])
+    ]
+    return found, spent + (perf_counter() - begin) / len(found)
+
+
 Collected = Callable[[int], Members]
 Attempt = Callable[[Members, int], Made]
 ATTEMPTS: dict[str, tuple[Collected, Attempt]] = {
@@ -154,6 +169,7 @@ ATTEMPTS: dict[str, tuple[Collected, Attempt]] = {
     "draws of 32 short runs, aligned, 1/2 epoch": (short, partial(refined, drawn, 0.5)),
 }
 CONTROLS: dict[str, tuple[Collected, Attempt]] = {
+    "draws of 8 basins, immunised": (basins, immunised),
     "means of two short runs, aligned, 1/4 epoch": (short, partial(refined, means_of_two, 0.25)),
     "fresh weights, 1/4 epoch": (short, partial(refined, fresh, 0.25)),
     "fresh weights, 1/2 epoch": (short, partial(refined, fresh, 0.5)),
@@ -178,9 +194,19 @@ def _judged(collection: Collected, attempt: Attempt, seed: int) -> Cells:
     }
     if fine:
         own, best = _carried(seen, fine[:ATTACKED], bases, STANDARD)
-        said |= {"from the nearest": own, "from the best": best}
+        said |= {
+            "from the nearest": own,
+            "from the best": best,
+            "lost halfway": mean(_lost_halfway(one, bases) for one in fine[:ATTACKED]),
+        }
     own, best = _carried(seen, strangers, bases, STANDARD)
-    return {**said, "to strangers": own, "to strangers, best": best}
+    halfway = mean(_lost_halfway(one, bases) for one in strangers)
+    return {
+        **said,
+        "to strangers": own,
+        "to strangers, best": best,
+        "lost halfway to strangers": halfway,
+    }
 
 
 def _carried(seen: Sets, targets: Sets, bases: Members, kind: Kind) -> tuple[float, float]:
@@ -190,6 +216,15 @@ def _carried(seen: Sets, targets: Sets, bases: Members, kind: Kind) -> tuple[flo
     found = [[success(target, x, kind) for x in made] for target in targets]
     own = mean(shares[place] for shares, place in zip(found, places, strict=True))
     return own, mean(max(shares) for shares in found)
+
+
+def _lost_halfway(target: Classifier, bases: Members) -> float:
+    """Points of accuracy that the mean of a set and its nearest has less than the worse of both."""
+    near, own = bases.one(_place(target, bases)), weights_of(target)
+    ends = [target, put(STANDARD.network(), near)]
+    middle = put(STANDARD.network(), {name: (own[name] + near[name]) / 2 for name in own})
+    held = STANDARD.examples().held
+    return 100 * (min(accuracy(one, held) for one in ends) - accuracy(middle, held))
 
 
 def _place(target: Classifier, bases: Members) -> int:

@@ -5,7 +5,7 @@ The attackers are those of the row `rotation`, the chain and its controls those 
 
 from functools import partial
 
-from benchmarks.lines import LINES, ROTATIONS, followed
+from benchmarks.lines import HARDER, LINES, ROTATIONS, followed
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rotated import ROBUST, over_seeds
 from benchmarks.rows.rotation import (
@@ -26,6 +26,7 @@ CONSTRUCTIONS: dict[str, Construction] = {
     "static": static,
     "fresh seeds": independent,
     "fresh seed, immunised": partial(immunised, fresh=True),
+    "fresh seed, immunised harder": partial(immunised, fresh=True, how=HARDER),
     "fresh seed, diversified": diversified,
     "fresh seed, trained more": partial(trained_more, fresh=True),
 }

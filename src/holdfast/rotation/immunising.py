@@ -163,8 +163,8 @@ def chain(
 ) -> list[Classifier]:
     """The model and what `rotations` steps make of it, each immunised against the last `remembered` before it.
 
-    On models that were hardened, each step hardens them further: examples of many steps that were made on past selves
-    do what more of the same training does not. On others it is adversarial training in instalments, and no better.
+    On models that were hardened by single steps, each rotation hardens them further, where more of the same does not;
+    PGD training of as many passes does as much. On others it is adversarial training in instalments, and no better.
     """
     line = [model]
     for step in range(rotations):
