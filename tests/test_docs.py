@@ -274,6 +274,43 @@ def test_the_page_tells_what_is_recorded_of_rotating():
     ]
 
 
+def test_the_page_tells_what_is_recorded_of_rotating_what_was_hardened():
+    table = newest("rotation-robust")["table"]
+    sets, lines = ([row for row in table if ("A2" not in row) is line] for line in (False, True))
+    assert rows("concepts/rotation.md", "hardened") == [
+        {
+            "hardened": row["what"],
+            "clean, %": f"{row['clean, %']:.1f}",
+            **{name: f"{row[name]:.3f}" for name in ("A0", "A1", "A2", "A3", "white box")},
+        }
+        for row in sets
+    ]
+    assert rows("concepts/rotation.md", "line") == [
+        {
+            "line": row["what"],
+            "clean, %": f"{row['clean, %']:.1f}",
+            "points lost": f"{row['points lost']:.2f}",
+            **{name: f"{row[name]:.3f}" for name in ("A1", "white box", "on the margin")},
+            "passes": f"{row['passes']:,.0f}",
+        }
+        for row in lines
+    ]
+
+
+def test_the_page_tells_what_is_recorded_of_new_basins():
+    places = {"let in, %": 0, "from the best": 3, "lost halfway": 1, "s for a set": 2}
+    assert rows("concepts/rotation.md", "attempt") == [
+        {
+            "attempt": row["attempt"],
+            **{
+                name: f"{round(row[name], digits) + 0.0:.{digits}f}" if name in row else ""
+                for name, digits in places.items()
+            },
+        }
+        for row in newest("new-basins")["table"]
+    ]
+
+
 def test_every_setting_of_a_training_is_told():
     told = {row["setting"].strip("`"): row["default"] for row in rows("reference/recipes.md", "setting")}
     assert told == {field.name: str(field.default) for field in written_fields(Training)}
