@@ -39,6 +39,7 @@ ROWS = {
     "rotation": "rotation",
     "new-basins": "new_basins",
     "rotation-robust": "rotation_robust",
+    "rotation-unguarded": "rotation_unguarded",
     "rotation-cifar": "rotation_cifar",
     "harden-cost": "harden_cost",
     "recipes": "recipes",

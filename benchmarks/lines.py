@@ -10,7 +10,7 @@ from functools import partial
 from time import perf_counter
 
 from benchmarks.record import Cells
-from benchmarks.rotated import Kind, accuracy, seeds, single_step, success, transfer, white_box
+from benchmarks.rotated import Kind, accuracy, seeds, success, transfer, white_box
 from holdfast.attacks import PGD
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
@@ -39,7 +39,7 @@ def chained(kind: Kind, base: Classifier, rng: Draws, how: Immunise | None = Non
 class More:
     """A control: in each of its rotations the network is trained on other examples of the data."""
 
-    recipe: Callable[[Training], Recipe]
+    recipe: Callable[[Kind, Training], Recipe]
     cost: int
     """passes of one example"""
     larger: float = 1.0
@@ -54,7 +54,7 @@ class More:
         for step in range(ROTATIONS):
             place = rng.at("rotation", step)
             some = rows_of(kind.examples().train, n, place.at("data"))
-            line.append(last_of(self.recipe(how), line[-1], some, threat, place.at("training")))
+            line.append(last_of(self.recipe(kind, how), line[-1], some, threat, place.at("training")))
         return line
 
     def examples(self, kind: Kind) -> int:
@@ -72,16 +72,20 @@ def passes(kind: Kind) -> int:
     return made.examples * made.steps + 2 * _half(kind) + _half(kind) // 2
 
 
-def _pgd(steps: int, how: Training) -> Recipe:
+def _fgsm_rs(kind: Kind, how: Training) -> Recipe:
+    return kind.single_step(how)
+
+
+def _pgd(steps: int, kind: Kind, how: Training) -> Recipe:
     return PGDTraining(steps=steps, training=how)
 
 
 LINES: dict[str, Line] = {
     "chain of immunised rotations": chained,
     "chain, immunised harder": partial(chained, how=HARDER),
-    "FGSM-RS, as many examples": More(single_step, 2, cheap=True),
-    "FGSM-RS, as many passes": More(single_step, 2),
-    "FGSM-RS at 1.25 eps, as many passes": More(single_step, 2, 1.25),
+    "FGSM-RS, as many examples": More(_fgsm_rs, 2, cheap=True),
+    "FGSM-RS, as many passes": More(_fgsm_rs, 2),
+    "FGSM-RS at 1.25 eps, as many passes": More(_fgsm_rs, 2, 1.25),
     "PGD of 3 steps, as many passes": More(partial(_pgd, 3), 4),
     "PGD of 7 steps, as many passes": More(partial(_pgd, 7), 8),
     "PGD of 7 steps at 1.25 eps, as many passes": More(partial(_pgd, 7), 8, 1.25),

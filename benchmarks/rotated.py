@@ -116,6 +116,8 @@ class Kind:
     own: int = 4
     """surrogates of the thief of nothing"""
     immunise: Immunise = field(default_factory=Immunise)
+    guard: bool = True
+    """whether what hardens its sets by single steps watches for overfitting, and takes more of them where it comes"""
     attacks: int = 400
     """test images that are attacked"""
     drawn: int = 160
@@ -131,6 +133,10 @@ class Kind:
         """Linf of that eps."""
         return ThreatModel(Linf(self.eps))
 
+    def single_step(self, how: Training) -> SingleStep:
+        """More of what hardens its sets."""
+        return single_step(how, guard=self.guard)
+
     def _begun(self, small: bool) -> Classifier:
         return self.network(small=True) if small else self.network()
 
@@ -142,14 +148,16 @@ class Kind:
 _PLAIN = Training(epochs=2, lr=3e-3, averaging="none", weight_decay=0.0)
 
 
-def single_step(training: Training) -> SingleStep:
-    """FGSM-RS, as its paper has it."""
-    return SingleStep(noise=1.0, step=1.25, clip=True, training=training)
+def single_step(training: Training, *, guard: bool = True) -> SingleStep:
+    """FGSM-RS: without a guard as its paper has it, with one the recipe `fgsm-rs`."""
+    return SingleStep(noise=1.0, step=1.25, clip=True, guard=guard, training=training)
 
 
 _RAMPED = replace(_PLAIN, epochs=4, lr=2.5e-3, warmup=0.4)
 STANDARD = Kind("standard", "rotation", 0.1, Standard(training=_PLAIN), Standard(training=_PLAIN))
 ROBUST = Kind("robust", "rotation-robust", 0.2, single_step(_RAMPED), single_step(_RAMPED))
+_BARE = single_step(_RAMPED, guard=False)
+UNGUARDED = Kind("unguarded", "rotation-unguarded", 0.2, _BARE, _BARE, guard=False)
 
 
 def accuracy(model: Classifier, data: Batch) -> float:

@@ -26,7 +26,6 @@ from benchmarks.rotated import (
     models,
     over_seeds,
     seeds,
-    single_step,
     success,
     timed,
     transfer,
@@ -213,7 +212,7 @@ def trained_more(kind: Kind, seed: int, *, fresh: bool) -> list[Case]:
         how = Training(epochs=1, lr=1e-3, averaging="none", weight_decay=0.0, warmup=0.0)
         threat = replace(kind.threat, constraint=kind.threat.constraint.resized(1.25 * kind.eps))
         some = rows_of(kind.examples().train, len(kind.examples().train) // 2, rng.at("data"))
-        return last_of(single_step(how), base, some, threat, rng.at("training"))
+        return last_of(kind.single_step(how), base, some, threat, rng.at("training"))
 
     return _trained_on(kind, seed, made, fresh=fresh)
 
