@@ -38,7 +38,8 @@ class Voice:
     def say(self, text: str) -> None:
         """A line on stderr, unless quiet."""
         if not self.quiet:
-            click.echo(text, err=True)
+            sys.stderr.write(f"{text}\n")  # click's echo goes round a progress bar, and into its line
+            sys.stderr.flush()
 
 
 def spoken(command: F) -> F:
