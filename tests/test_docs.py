@@ -274,20 +274,28 @@ def test_the_page_tells_what_is_recorded_of_rotating():
     ]
 
 
-def test_the_page_tells_what_is_recorded_of_rotating_what_was_hardened():
-    table = newest("rotation-robust")["table"]
+@pytest.mark.parametrize(
+    ("row", "of_sets", "of_lines"),
+    [
+        ("rotation-unguarded", "without a guard", "line, without a guard"),
+        ("rotation-robust", "hardened", "line"),
+        ("rotation-cifar", "small residual network", "line on CIFAR-10"),
+    ],
+)
+def test_the_page_tells_what_is_recorded_of_rotating_what_was_hardened(row, of_sets, of_lines):
+    table = newest(row)["table"]
     sets, lines = ([row for row in table if ("A2" not in row) is line] for line in (False, True))
-    assert rows("concepts/rotation.md", "hardened") == [
+    assert rows("concepts/rotation.md", of_sets) == [
         {
-            "hardened": row["what"],
+            of_sets: row["what"],
             "clean, %": f"{row['clean, %']:.1f}",
             **{name: f"{row[name]:.3f}" for name in ("A0", "A1", "A2", "A3", "white box")},
         }
         for row in sets
     ]
-    assert rows("concepts/rotation.md", "line") == [
+    assert rows("concepts/rotation.md", of_lines) == [
         {
-            "line": row["what"],
+            of_lines: row["what"],
             "clean, %": f"{row['clean, %']:.1f}",
             "points lost": f"{row['points lost']:.2f}",
             **{name: f"{row[name]:.3f}" for name in ("A1", "white box", "on the margin")},

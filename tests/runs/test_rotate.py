@@ -112,6 +112,13 @@ def test_nothing_that_judges_is_trained_on():
     assert not torch.equal(of.held.ids, terms(seed=1).held.ids)
 
 
+def test_of_sets_that_go_on_from_the_given_model_it_is_said_that_it_may_have_seen_what_judges():
+    assert not terms().notes
+    assert (
+        "may have been trained on the examples that are held out" in terms(Subset(("0.",), sets=2)).notes[-1]
+    )
+
+
 def test_a_test_example_is_never_trained_on():
     data, twin = examples(n=640), examples(n=640).take(torch.arange(3))
     parts = parted(data, as_data(twin.x, twin.y), "blobs", 4, 0)
@@ -304,6 +311,8 @@ def test_a_second_process_draws_nothing_and_leaves_what_the_first_has_sealed(poo
     assert pool.kept("drawing").digest == before
     with pool.alone_at("collect"), pytest.raises(UsageError, match="another process is at collect in"):
         collecting.collect(Pool.held(pool.path), terms())
+    with pool.alone_at("train"), pytest.raises(UsageError, match="another process is at train in"):
+        learning.learn(Pool.held(pool.path), terms(), CODEC, DIFFUSION)
 
 
 def test_a_generator_of_another_architecture_is_refused(pool):

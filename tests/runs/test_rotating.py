@@ -197,7 +197,7 @@ def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collec
     assert by["A5"]["share"]["value"] == pytest.approx(result.metrics["attack_success_rate"].value)
     document = json.loads((run / "rotation.json").read_text())
     assert all(set(row["turned"]) <= set(document["ids"]) for row in document["rows"])
-    assert verify(run).complete
+    assert verify(run).complete and run.stat().st_mode & 0o777 == 0o700
     raised = next(each for each in result.doubts if each.name == "fine-tuning")
     assert raised.state == "raised" and "half an epoch of adversarial fine-tuning" in raised.says
     told = tables(result.summary(), colour=False)
@@ -246,6 +246,25 @@ def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, tmp_
     api.carry_out(of, run=tmp_path / "run", resume=True)
     after = json.loads((tmp_path / "run" / "rotation.json").read_text())
     assert after["complete"] and after["rows"][0]["share"] == before["rows"][0]["share"]
+
+
+def test_rows_from_before_something_leaked_are_measured_anew(
+    serving, collected, quick, tmp_path, monkeypatch
+):
+    of, run = settings(serving, collected[0], adaptive=True), tmp_path / "run"
+    first, second = collecting.bases(serving)[:2]
+    serving.expose(first, "laptop stolen")
+    from holdfast.runs.rotate import attackers
+
+    monkeypatch.setattr(attackers._Measuring, "_asking", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        api.carry_out(of, run=run)
+    monkeypatch.undo()
+    monkeypatch.setattr(attacked, "Table", partial(Table, means=MEANS))
+    serving.expose(second, "another stolen")
+    rows = api.carry_out(of, run=run, resume=True).summary()["rotation"]["rows"]
+    by = {row["who"]: row["holds"] for row in rows}
+    assert by["A1"] == "one of 2 exposed sets, the worst of them" and by["A2"] == "2 exposed sets"
 
 
 def test_without_adaptive_there_is_no_table(serving, collected, quick):

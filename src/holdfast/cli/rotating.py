@@ -60,7 +60,7 @@ def _begun(settings: RotateSettings, voice: Voice, *, run: str | None, resume: b
     with stoppable(again) as stopper, watched(voice) as progress:
         terms = rotating.terms(settings)
         pool = collecting.begun(folder, terms, resume=resume, told=voice.say)
-        for note in terms.examples.notes:
+        for note in terms.notes:
             voice.say(f"note: {printable(note)}")
         found = collecting.collect(
             pool,

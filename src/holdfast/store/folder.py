@@ -159,9 +159,9 @@ class RunFolder:
 
 @contextmanager
 def opened(
-    path: Path, manifest: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool
+    path: Path, manifest: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool, secret: bool = False
 ) -> Iterator[RunFolder]:
-    """Start or go on with a run, alone.
+    """Start or go on with a run, alone; in a folder that its owner alone can enter, where it is `secret`.
 
     `manifest` has `digests` of config, data, model and code, and whatever else says what is measured; `about` is what
     may differ between two equal runs: when, by which command, on what. Raises `UsageError` where the folder is used,
@@ -171,6 +171,8 @@ def opened(
     wanted: dict[str, Any] = json.loads(canonical({"schema_version": SCHEMA_VERSION, **manifest}))
     with usable(path):
         path.mkdir(parents=True, exist_ok=True)
+        if secret:
+            path.chmod(0o700)
     leases = Leases(path)
     held = False
     try:

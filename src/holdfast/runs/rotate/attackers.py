@@ -118,7 +118,9 @@ class _Measuring:
         self.fell = self.fell[right]
         self.known = {member.name: member for member in self.pool.ledger.members}
         self.document: Json = {"set": self.name, "n": n, "right": len(self.batch), "rows": [], "instead": []}
-        self.document |= {"ids": self.batch.ids.tolist(), **known, "complete": False}
+        self.document |= {"ids": self.batch.ids.tolist(), "exposed": self._exposed, "complete": False}
+        if known.get("exposed") == self._exposed:  # else rows of two ledgers would stand in one table
+            self.document |= {name: known[name] for name in ("rows", "instead")}
 
     # --- the course of it
 

@@ -40,9 +40,15 @@ def learn(
 ) -> Learned:
     """Fit codec and diffusion to what is collected, and seal them; what was learned before is replaced.
 
-    Raises `UsageError` where nothing or a single set is collected, `LostLoss` where training diverges, and
-    `Inconclusive` where sets lose more than 0.3 points on their way through the codec: what was there before stands.
+    Raises `UsageError` where nothing or a single set is collected, or another process is at it, `LostLoss` where
+    training diverges, and `Inconclusive` where sets lose more than 0.3 points on their way through the codec: what was
+    there before stands.
     """
+    with pool.alone_at("train"):
+        return _learned_anew(pool, terms, codec, diffusion, told)
+
+
+def _learned_anew(pool: Pool, terms: Terms, codec: Codec, diffusion: LatentDiffusion, told: Told) -> Learned:
     collected, draws = members(pool), secret(pool).at("generator")
     begin = time.perf_counter()
     embedding = codec(collected, rng=draws.at("codec"))

@@ -32,6 +32,10 @@ FIRST = 2_000
 _MOST = 8_000  # are held out, and at most one in
 _EVERY = 5
 _SEEN = 8
+_SEEN_BEFORE = (
+    "sets go on from the given model, which may have been trained on the examples that are held out to judge them; "
+    "where it was, their accuracy flatters, theirs and the bases' alike"
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,13 @@ class Terms:
     def training(self) -> Training:
         """Of the recipe, before a budget says how many epochs there are."""
         return self.candidate.recipe.training
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be known of the examples that judge."""
+        if self.source.anew:
+            return self.examples.notes
+        return (*self.examples.notes, _SEEN_BEFORE)
 
     def of_set(self, pool: Pool, name: str) -> Classifier:
         """A set of the pool as a model."""
