@@ -349,8 +349,21 @@ def test_a_theft_may_bring_little_or_hardly_more_than_no_theft(theft, nothing, s
 def test_a_theft_may_bring_half_of_what_the_incumbent_loses():
     assert verdicts(seen(theft=8, before=100))["theft of static"] == "pass"
     assert verdicts(seen(theft=50, before=100))["theft of static"] == "unclear"
-    assert verdicts(seen(theft=90, nothing=90, before=100))["theft of static"] == "fail"
     assert verdicts(seen(theft=2, before=0))["theft of static"] == "pass"  # there is nothing to halve
+
+
+@pytest.mark.parametrize(
+    "theft, nothing, says",
+    [
+        (60, 60, "pass"),  # half of 100 is less, and who stole nothing has as much
+        (60, 40, "unclear"),
+        (90, 0, "fail"),
+        (96, 96, "unclear"),  # it brings nothing, and may bring what the sets themselves would
+        (120, 120, "fail"),  # rotation does nothing, whether anything was stolen or not
+    ],
+)
+def test_where_a_thief_of_nothing_has_half_already_a_theft_may_bring_hardly_more(theft, nothing, says):
+    assert verdicts(seen(theft, nothing, before=100))["theft of static"] == says
 
 
 def test_a_set_that_siblings_break_and_thieves_do_not_is_doubted_until_somebody_answers():

@@ -346,7 +346,7 @@ def test_status_is_plain_and_tells_no_secret(pool):
     assert said["terms"][0]["most_to_one"] == 5 and said["terms"][0]["principals"] == 2
     assert "serves and is exposed; swap another in" in said["notes"][0]
     text = json.dumps(said)
-    assert "alice" not in text, "who asked stays in the ledger"
+    assert "alice" not in text, "who asked is nobody else's business"
 
 
 # --- kills

@@ -81,6 +81,18 @@ def test_nothing_on_the_disk_shows_the_weights_or_is_open_to_others(pool):
     assert KEY not in repr(vars(pool))
 
 
+def test_the_ledger_counts_answers_and_names_nobody(pool):
+    pool.answered(1, {"alice": 3, "bob": 1}, others=2)
+    Pool.held(pool.path).answered(1, {"alice": 2})
+    (term,) = pool.ledger.terms
+    assert term.answers == {pool.pseudonym("alice"): 5, pool.pseudonym("bob"): 1} and term.others == 2
+    assert b"alice" not in pool.ledger.path.read_bytes()
+    other = Pool.begun(pool.path.with_name("other"), {})
+    assert other.pseudonym("alice") != pool.pseudonym("alice"), "two pools know her by two names"
+    with pytest.raises(UsageError, match="7 is no name of a principal"):
+        pool.answered(1, {7: 1})
+
+
 def test_a_swap_is_one_entry_and_takes_the_set_that_waits_longest(pool):
     old, (first, second), entries = pool.serving, pool.ahead, pool.ledger.entries
     now = pool.swap(why="timer")

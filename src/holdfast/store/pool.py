@@ -231,8 +231,17 @@ class Pool:
         self.ledger.expose(name, why)
 
     def answered(self, epoch: int, answers: Mapping[str, int], others: int = 0) -> None:
-        """Answers that principals, and callers without a name, were given in an epoch, beside those said before."""
-        self.ledger.answered(epoch, answers, others)
+        """Answers that principals, and callers without a name, were given in an epoch, beside those said before.
+
+        The ledger has pseudonyms of principals: who they are, a copy of it tells nobody.
+        """
+        self.ledger.answered(epoch, {self.pseudonym(who): n for who, n in answers.items()}, others)
+
+    def pseudonym(self, principal: str) -> str:
+        """What the ledger calls a principal, as in `pool.ledger.terms[-1].answers.get(pool.pseudonym("alice"))`."""
+        if not isinstance(principal, str):
+            raise UsageError(f"{principal!r} is no name of a principal; text was expected")
+        return self.seal.pseudonym(principal, self._bound("principal"))
 
     # --- what else is secret
 

@@ -5,6 +5,7 @@ The header and the name are authenticated with the content. NIST SP 800-38D allo
 """
 
 import hashlib
+import hmac
 import os
 import re
 import secrets
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "HOLDFAST_POOL_KEY"
 """The environment variable that holds a pool's key; it is asked before the key file."""
 KEY_BYTES = 32
+PSEUDONYM_DIGITS = 32
 
 _MAGIC = b"HOLDFAST"
 _VERSION = 1
@@ -85,6 +87,11 @@ class Seal:
                 f"{shown} was changed or cut short after it was sealed, or stands in the place of another file; "
                 f"restore it from a copy"
             ) from None
+
+    def pseudonym(self, text: str, name: str) -> str:
+        """What stands for a text under `name`, always the same, and says nothing of it: HMAC-SHA-256, in hex."""
+        said = f"{name}\0{text}".encode("utf-8", "surrogatepass")
+        return hmac.new(self.key, said, hashlib.sha256).hexdigest()[:PSEUDONYM_DIGITS]
 
     def refuse_other(self, key_id: str, manifest: Path) -> None:
         """Raise `TargetError` where a pool was sealed with another key."""

@@ -32,15 +32,16 @@ from holdfast.runs.rotate.measuring import Carried
 
 CLEAN, ROBUST, CHURN = 0.01, 0.02, 0.03
 """Points of accuracy that may be lost, clean and under attack; inputs that may change class."""
-NOTHING, SEVERAL, FLOOR, STATIC = 1.2, 1.5, 0.05, 0.5
+NOTHING, SEVERAL, FLOOR, STATIC, MOST = 1.2, 1.5, 0.05, 0.5, 0.8
 """What a theft may bring: times that of a thief of nothing, of one set and of several, or in any case this share; and
-the share of what attacks on the incumbent itself achieve."""
+the share of what attacks on the incumbent itself achieve, or this last one where a thief of nothing has as much."""
 _MORE = 1.5  # times what bases differ by, of which an interval takes some
 _ODD = 3.0  # times that siblings' examples carry further than those of what leaked
 _BETTER = "the better of the incumbent and the bases"
 Family = Literal["thieves", "white-box", "siblings", ""]
 """Which measurement a gate is unclear for want of examples of."""
 NO_DOUBTS = Doubts()
+_BEST_FIRST: tuple[Verdict, ...] = ("pass", "unclear", "fail")
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _thefts(seen: Seen) -> tuple[Ruling, ...]:
         )
     found = [
         _beside_nothing("theft", one, seen, seen.attackers.nothing, NOTHING),
-        _of_static("theft of static", one, STATIC, seen.static),
+        _of_static(one, seen),
     ]
     if several is None or seen.attackers.evenly is None:
         why = "one set is exposed, so that a theft of several is a theft of one"
@@ -202,24 +203,29 @@ def _thefts(seen: Seen) -> tuple[Ruling, ...]:
 
 def _beside_nothing(gate: str, theft: Worst, seen: Seen, thief: Attacker, times: float) -> Ruling:
     """A theft brings little in any case, or little more than no theft on the same inputs."""
-    each = seen.confidence("thieves")
     nothing = worst(seen.carried, [thief])
     assert nothing is not None
-    verdicts: list[Verdict] = []
-    for place, fell in enumerate(theft.fell):
-        alone, surely = share(fell, each), bonferroni(each, len(theft.fell))
-        if alone.high <= FLOOR or _excess(fell, nothing.fell[0], times, each).high <= 0:
-            verdicts.append("pass")
-        elif place == 0 and share(fell, surely).low > FLOOR:
-            less = _excess(fell, nothing.fell[0], times, surely).low <= 0
-            verdicts.append("unclear" if less else "fail")
-        else:
-            verdicts.append("unclear")
+    verdict = _hardly_more(theft, nothing, times, FLOOR, seen.confidence("thieves"))
     bound = (
         f"at most {percent(FLOOR)} was expected, or {times:g} times the {percent(nothing.estimate.value)} of "
         f"{nothing.by}"
     )
-    return Ruling(gate, theft.estimate, bound, overall(verdicts), theft.says, "thieves")
+    return Ruling(gate, theft.estimate, bound, verdict, theft.says, "thieves")
+
+
+def _hardly_more(theft: Worst, nothing: Worst, times: float, floor: float, each: float) -> Verdict:
+    """Whether every attack of a theft surely turns at most `floor`, or so many times what no theft does."""
+    verdicts: list[Verdict] = []
+    for place, fell in enumerate(theft.fell):
+        alone, surely = share(fell, each), bonferroni(each, len(theft.fell))
+        if alone.high <= floor or _excess(fell, nothing.fell[0], times, each).high <= 0:
+            verdicts.append("pass")
+        elif place == 0 and share(fell, surely).low > floor:
+            less = _excess(fell, nothing.fell[0], times, surely).low <= 0
+            verdicts.append("unclear" if less else "fail")
+        else:
+            verdicts.append("unclear")
+    return overall(verdicts)
 
 
 def _excess(fell: Mask, nothing: Mask, times: float, confidence: float) -> Estimate:
@@ -227,15 +233,26 @@ def _excess(fell: Mask, nothing: Mask, times: float, confidence: float) -> Estim
     return mean(fell.double() - times * nothing.double(), confidence, support=Support(-times, 1.0))
 
 
-def _of_static(gate: str, theft: Worst, share: float, static: Estimate) -> Ruling:
+def _of_static(theft: Worst, seen: Seen) -> Ruling:
+    """A theft brings half of what it did, or, where a thief of nothing has that already, hardly more than he has.
+
+    Of sets that are so hard to break that surrogates do nearly as well as the sets themselves none would pass else.
+    """
+    gate, static, nothing = "theft of static", seen.static, worst(seen.carried, [seen.attackers.nothing])
     if not static.value:
         return Ruling(gate, None, "not applicable", "pass", "attacks on the incumbent itself turn nothing")
-    most = share * static.value
+    assert nothing is not None
+    half, most = STATIC * static.value, MOST * static.value
+    halved = AtMost(half)(theft.estimate, NO_DOUBTS)
+    beside = _hardly_more(theft, nothing, NOTHING, 0.0, seen.confidence("thieves"))
+    either = {halved, overall([beside, AtMost(most)(theft.estimate, NO_DOUBTS)])}
+    verdict = next(one for one in _BEST_FIRST if one in either)
     bound = (
-        f"at most {percent(most)} was expected, {share:g} of what attacks on the incumbent itself achieve "
-        f"({percent(static.value)})"
+        f"at most {percent(half)} was expected, {STATIC:g} of what attacks on the incumbent itself achieve "
+        f"({percent(static.value)}), or {NOTHING:g} times the {percent(nothing.estimate.value)} of {nothing.by} and at "
+        f"most {percent(most)}"
     )
-    return Ruling(gate, theft.estimate, bound, AtMost(most)(theft.estimate, NO_DOUBTS), theft.says, "thieves")
+    return Ruling(gate, theft.estimate, bound, verdict, theft.says, "thieves")
 
 
 def _churn(seen: Seen) -> Ruling:
