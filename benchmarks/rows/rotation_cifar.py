@@ -5,17 +5,18 @@ them, which is labelled so: what it is worth is no more than its own accuracy sa
 computed anew for each set. The attackers are those of the row `rotation`.
 """
 
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
 
-from benchmarks.lines import LINES, ROTATIONS, followed
+from benchmarks.lines import LINES
 from benchmarks.networks import images
-from benchmarks.record import Cells, Claim, Outcome
-from benchmarks.rotated import Examples, Kind, over_seeds, single_step
+from benchmarks.record import Cells, Outcome
+from benchmarks.rotated import Examples, Kind, single_step
 from benchmarks.rows.cifar_hardening import MEAN, RESNET18, STD
-from benchmarks.rows.rotation import Construction, generated, immunised, independent, judged, static
-from benchmarks.rows.rotation_robust import NOTES
+from benchmarks.rows.rotation import Construction, generated, immunised, independent, static
+from benchmarks.rows.rotation_robust import outcome
 from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
 from holdfast.ops.fit import Training
@@ -75,37 +76,14 @@ KIND = Kind(
 
 
 def measured() -> Outcome:
-    detail: Cells = {}
-    sets = {name: partial(judged, KIND, one) for name, one in CONSTRUCTIONS.items()}
-    lines = {name: partial(followed, KIND, LINES[name]) for name in CHOSEN}
-    by = over_seeds(detail, ROW, SEEDS, sets | lines)
-    static, line = by["static"], by["chain of immunised rotations"]
-    claims = [
-        Claim(
-            "fresh seed, immunised: A1 / static white box <= 0.40",
-            by["fresh seed, immunised"]["A1"] / static["white box"],
-            0.4,
-        ),
-        Claim("chain of four: white box / first <= 0.55", line["white box"] / line["first"], 0.55),
-        Claim("chain of four: points lost <= 0.5", line["points lost"], 0.5),
-    ]
+    found = outcome(KIND, SEEDS, CONSTRUCTIONS, {name: LINES[name] for name in CHOSEN})
     config: Cells = {
         "network": NETWORK,
         "parameters": sum(p.numel() for p in network().parameters()),
         "training images": TRAINED,
         "epochs": EPOCHS,
         "device": DEVICE.type,
-        "eps": KIND.eps,
-        "attacked": KIND.attacks,
-        "seeds": SEEDS,
-        "leaked": KIND.old,
-        "serving": KIND.live,
-        "own surrogates": KIND.own,
-        "rotations of a line": ROTATIONS,
+        **found.config,
     }
-    notes = (
-        NOTES
-        if ACCELERATED
-        else [*NOTES, "no accelerator: a small network on a tenth of the images, one seed"]
-    )
-    return Outcome([{"what": name, **cells} for name, cells in by.items()], claims, config, detail, notes)
+    few = "no accelerator: a small network on a tenth of the images, one seed"
+    return replace(found, config=config, notes=found.notes if ACCELERATED else [*found.notes, few])
