@@ -96,6 +96,7 @@ def test_what_thieves_made_and_what_judged_is_for_the_owner_alone(pool):
             assert not len(columns.get("gallery.x_adv", ())) and "adversarial.x" not in columns
 
 
+@pytest.mark.slow
 def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
     words = [
         "rotate",

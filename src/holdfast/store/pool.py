@@ -231,10 +231,7 @@ class Pool:
         self.ledger.expose(name, why)
 
     def answered(self, epoch: int, answers: Mapping[str, int], others: int = 0) -> None:
-        """Answers that principals, and callers without a name, were given in an epoch, beside those said before.
-
-        The ledger has pseudonyms of principals: who they are, a copy of it tells nobody.
-        """
+        """Answers that principals, by pseudonyms in the ledger, and others had in an epoch, beside those before."""
         self.ledger.answered(epoch, {self.pseudonym(who): n for who, n in answers.items()}, others)
 
     def pseudonym(self, principal: str) -> str:
