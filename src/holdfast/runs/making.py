@@ -56,7 +56,7 @@ from holdfast.runs.written import (
 from holdfast.store.folder import RunFolder, Split
 
 VERB = "assess"
-JUDGED_BY_ATTACKERS = 400
+JUDGED_BY_ATTACKERS = 1_000
 """The first examples, at most, that the table of attackers is measured on."""
 
 
