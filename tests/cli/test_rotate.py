@@ -9,8 +9,8 @@ import pytest
 import safetensors.torch
 
 from holdfast.cli.app import run
-from holdfast.core.errors import Inconclusive
-from holdfast.runs.rotate import collecting, learning
+from holdfast.core.errors import UsageError
+from holdfast.runs.rotate import collecting, learning, watching
 from holdfast.runs.rotate.collecting import Collected
 from holdfast.store.pool import Pool
 
@@ -96,6 +96,21 @@ def test_what_thieves_made_and_what_judged_is_for_the_owner_alone(pool):
             assert not len(columns.get("gallery.x_adv", ())) and "adversarial.x" not in columns
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["--source", "subset", "--threat", "linf:0.1"],
+            "source subset needs names, and none was given; say --set source.names=VALUE",
+        ),
+        (["--threat", "linf:0"], "threat linf:0 changes nothing"),
+    ],
+)
+def test_a_collection_that_cannot_be_is_refused_before_anything_is_trained(elsewhere, capsys, words, says):
+    assert run([*COLLECT[:4], *words, "--run", "pool"]) == 2
+    assert says in capsys.readouterr().err and not Path("pool").exists()
+
+
 @pytest.mark.slow
 def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
     words = [
@@ -126,14 +141,24 @@ def test_run_learns_a_generator_of_one_run_of_several_sets(pool, capsys, monkeyp
     held.drop("generator")
 
     def learn(*given, **more):
-        raise Inconclusive("it is learned")
+        raise UsageError("it is learned")
 
     monkeypatch.setattr(collecting, "begun", lambda *given, **more: held)
     monkeypatch.setattr(collecting, "collect", lambda *given, **more: Collected(1, 4, 3, (1.0,), (1.0,) * 4))
     monkeypatch.setattr(learning, "learn", learn)
     words = ["rotate", "run", *COLLECT[2:8], "--source", "trajectory", "--run", "pool", "--resume", "--once"]
-    assert run(words) == 4
+    assert run(words) == 2
     assert "it is learned" in capsys.readouterr().err
+
+
+def test_run_trains_sets_anew_where_no_generator_can_be_learned(pool, capsys, monkeypatch):
+    Pool.held(Path("pool")).drop("generator")
+    seen = []
+    monkeypatch.setattr(watching.Turner, "begin", lambda self: seen.append(self.how.by))
+    words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--once", "--set", "codec.steps=1"]
+    assert run([*words, "--set", "codec.dims=1"]) == 0
+    said = capsys.readouterr().err
+    assert seen == ["anew"] and "note: sets lose" in said and "sets are trained anew" in said
 
 
 def test_a_training_that_is_stopped_says_the_whole_command(pool, capsys, monkeypatch):

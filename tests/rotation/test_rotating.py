@@ -470,6 +470,13 @@ def test_answers_that_fail_are_not_counted():
     assert model.asked == 4
 
 
+def test_a_principal_is_a_text_and_another_is_counted_nowhere():
+    model = rotating(pool())
+    with pytest.raises(UsageError, match="7 is no name of a principal; text was expected"):
+        model.answer(X[:1], principal=7)
+    assert model.collected() == ()
+
+
 def test_what_one_principal_got_is_of_the_live_set():
     sets = pool()
     model = rotating(sets)

@@ -11,7 +11,7 @@ from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts
 from holdfast.rotation import canary
 from holdfast.rotation.thieves import ATTACKS, Thief
-from holdfast.runs.rotate.admission import Judged, _Admitting, admit
+from holdfast.runs.rotate.admission import Admission, Judged, _Admitting, admit
 from holdfast.runs.rotate.comparing import worst
 from holdfast.runs.rotate.crafting import Attacker, Attackers, Workshop, attackers, exposed_for
 from holdfast.runs.rotate.measuring import Carried, Measuring
@@ -300,6 +300,12 @@ def test_churn_counts_once_clients_of_a_set_would_see_it():
 def verdicts(found, accepted=None, claims=()):
     given = rulings(found, Doubts((), accepted or {}), tuple(map(parse, claims)))
     return {one.name: one.verdict for one in given}
+
+
+def test_the_way_out_is_of_what_kept_sets_out():
+    lost, stolen = (Judged("one", "refused", (), "", gate) for gate in ("clean accuracy", "theft of static"))
+    assert "lose less" in Admission((lost, lost), ()).kept_out
+    assert "--by anew" in Admission((lost, stolen), ()).kept_out
 
 
 def test_what_swaps_lose_does_not_add_up():

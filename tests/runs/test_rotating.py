@@ -340,6 +340,14 @@ def test_what_an_interval_leaves_open_is_unclear_and_not_untouched():
     assert "A1 is unclear on so few inputs" in verdict(found)
 
 
+def test_where_the_set_itself_holds_or_an_interval_is_wide_nobody_says_no_protection():
+    nothing = [{"who": who, "share": share(0.0)} for who in WHO]
+    assert verdict(judged(nothing)).startswith("attacks on the set that serves turn nothing")
+    wide = {"value": 0.24, "low": 0.05, "high": 0.5, "n": 9}
+    known = [{"who": who, "share": wide if who == "A1" else share(0.25)} for who in WHO]
+    assert "no protection" not in verdict(judged(known)) and "A1 is unclear" in verdict(judged(known))
+
+
 def test_a_thief_is_compared_with_what_his_own_attacks_do_to_the_set_itself():
     known = [{"who": who, "share": share({"A0": 0.3, "A1": 0.3, "A5": 0.9}.get(who, 0.2))} for who in WHO]
     assert judged(known)[1]["word"] == "stopped"

@@ -18,7 +18,7 @@ from holdfast.config import rotating
 from holdfast.config.settings import RotateSettings, canonical
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import Inconclusive, LostLoss, UsageError
 from holdfast.core.names import printable
 from holdfast.runs.index import new_folder
 from holdfast.runs.order import Progress
@@ -27,7 +27,7 @@ from holdfast.runs.rotate import admission, collecting, drawing, learning
 from holdfast.runs.rotate.admission import Judged
 from holdfast.runs.rotate.collecting import Collected
 from holdfast.runs.rotate.drawing import By
-from holdfast.runs.rotate.status import next_judged, standing, unjudged
+from holdfast.runs.rotate.status import UNJUDGED, next_judged, standing, unjudged
 from holdfast.runs.rotate.terms import Terms
 from holdfast.runs.rotate.watching import Turner, Turning
 from holdfast.runs.signals import Stopper, stoppable
@@ -163,14 +163,11 @@ def turn(
         raise UsageError("nothing says when to swap; give --every 50q/principal or --every 24h, or --once")
     with _begun(settings, voice, run=run, resume=resume) as begun:
         pool, terms = begun.pool, begun.terms
-        if begun.found.sets > 1 and learning.what_was_learned(pool) is None:
-            learning.learn(
-                pool, terms, rotating.codec(settings), rotating.diffusion(settings), told=voice.say
-            )
         how = Turning(
             triggers,
             settings.keep,
             rotating.immunise(settings) if immunising else None,
+            _made_by(begun, settings, voice),
             claims=settings.gates,
             accepted=settings.accept_doubts,
             judged=settings.judged,
@@ -184,6 +181,19 @@ def turn(
     return 0
 
 
+def _made_by(begun: _Begun, settings: RotateSettings, voice: Voice) -> By | None:
+    """How sets are made: None where there is a generator, which is learned if it can be."""
+    if begun.found.sets == 1 or learning.what_was_learned(begun.pool) is not None:
+        return None
+    codec, diffusion = rotating.codec(settings), rotating.diffusion(settings)
+    try:
+        learning.learn(begun.pool, begun.terms, codec, diffusion, told=voice.say)
+    except (Inconclusive, LostLoss) as error:
+        voice.say(f"note: {error}; sets are trained anew")
+        return "anew"
+    return None
+
+
 def swap(pool: str, voice: Voice, *, why: str) -> int:
     """Let another set serve; 0 when it does."""
     held = Pool.held(Path(pool))
@@ -191,7 +201,7 @@ def swap(pool: str, voice: Voice, *, why: str) -> int:
     now = held.swap(why=why, choose=partial(next_judged, held))
     click.echo(f"{now.name} serves as epoch {now.epoch}")
     if now.name in old:
-        voice.say("note: it was admitted before the last exposure, and not judged against what leaked then")
+        voice.say(f"note: {UNJUDGED}")
     left = len(held.ahead)
     if left < _AHEAD:
         voice.say(

@@ -73,8 +73,8 @@ def _serving(address: str, pool: Pool, settings: AssessSettings) -> OpenedModel:
         way = "swap" if pool.ahead else "admit"
         raise UsageError(
             f"nothing serves in {str(pool.path)!r} ({waits}), and it is the set that serves that is assessed; let one "
-            f"serve: holdfast rotate {way} {pool.path}"
-            + ("" if pool.ahead else f", then holdfast rotate swap {pool.path}")
+            f"serve: holdfast rotate {way} {pool.shown}"
+            + ("" if pool.ahead else f", then holdfast rotate swap {pool.shown}")
         )
     refuse_code(pool, trust_code=settings.trust_code)
     bare = _architecture(pool, trust_code=settings.trust_code)

@@ -89,7 +89,13 @@ def build_recipe(spec: Mapping[str, Any]) -> Recipe:
 
 def built(cls: type[Made], said: Mapping[str, Any], where: str, key: str) -> Made:
     """A dataclass of settings with those that are said, each checked; `key` is where a file says them."""
-    return cls(**_checked(cls, said, where, key))
+    checked = _checked(cls, said, where, key)
+    for field in written_fields(cls):
+        if field.default is field.default_factory is MISSING and field.name not in checked:
+            raise UsageError(
+                f"{where} needs {field.name}, and none was given; say --set {key}.{field.name}=VALUE"
+            )
+    return cls(**checked)
 
 
 def written_fields(cls: type[Any]) -> list[Field[Any]]:

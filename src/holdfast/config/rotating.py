@@ -35,6 +35,10 @@ def terms(settings: RotateSettings) -> Terms:
     model = subject.model
     threat = threat_model(parse_threat(settings.threat))
     refuse_unheld(threat)
+    if getattr(threat.constraint, "eps", None) == 0:
+        raise UsageError(
+            f"threat {settings.threat} changes nothing, so no set could be judged; give an eps above 0"
+        )
     device = ordering.device_of(settings.device)
     name = settings.fit or settings.data or ""
     examples = parted(training, test, name, model.classes or int(training.y.max()) + 1, settings.seed)

@@ -132,7 +132,11 @@ class RotatingModel:
         return self._answered(x, ids, None)
 
     def answer(self, x: Inputs, *, principal: str) -> Logits:
-        """Logits for a principal, all of them by one set; each row counts for an answer."""
+        """Logits for a principal, all of them by one set; each row counts for an answer. `UsageError` for no text."""
+        if not isinstance(principal, str):
+            raise UsageError(
+                f"{principal!r} is no name of a principal; text was expected, as in principal='alice'"
+            )
         return self._answered(x, None, principal)
 
     def _answered(self, x: Inputs, ids: Ids | None, principal: str | None) -> Logits:

@@ -65,11 +65,8 @@ class Pool:
         with ledger.alone():
             _refuse_begun(path, ledger)
             seal = begun_seal(path)
-            said = {
-                "schema_version": SCHEMA_VERSION,
-                "id": secrets.token_hex(8),
-                "key": seal.id,
-                "about": about,
+            said = {"schema_version": SCHEMA_VERSION, "id": secrets.token_hex(8), "key": seal.id} | {
+                "about": about
             }
             manifest: dict[str, Any] = json.loads(canonical(said))
             with usable(file, refusal_in_pool):
@@ -102,6 +99,11 @@ class Pool:
         pool = cls(path, manifest, seal, ledger)
         pool._sweep()
         return pool
+
+    @property
+    def shown(self) -> str:
+        """Its folder, as it is typed in a shell."""
+        return shlex.quote(str(self.path))
 
     @contextmanager
     def alone_at(self, step: str) -> Iterator[None]:
@@ -236,8 +238,6 @@ class Pool:
 
     def pseudonym(self, principal: str) -> str:
         """What the ledger calls a principal, as in `pool.ledger.terms[-1].answers.get(pool.pseudonym("alice"))`."""
-        if not isinstance(principal, str):
-            raise UsageError(f"{principal!r} is no name of a principal; text was expected")
         return self.seal.pseudonym(principal, self._bound("principal"))
 
     # --- what else is secret

@@ -90,6 +90,8 @@ class Seal:
 
     def pseudonym(self, text: str, name: str) -> str:
         """What stands for a text under `name`, always the same, and says nothing of it: HMAC-SHA-256, in hex."""
+        if not isinstance(text, str):
+            raise UsageError(f"{text!r} is no name of a {name.rpartition('/')[2]}; text was expected")
         said = f"{name}\0{text}".encode("utf-8", "surrogatepass")
         return hmac.new(self.key, said, hashlib.sha256).hexdigest()[:PSEUDONYM_DIGITS]
 

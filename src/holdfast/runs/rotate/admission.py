@@ -38,6 +38,15 @@ from holdfast.store.pool import NAME_DIGITS, Pool
 
 IN_A_ROW = 5
 """Refusals after which no more candidates are judged: whatever makes them is not what is needed."""
+_LOSES = {"clean accuracy", "robust accuracy", "churn"}
+_LOSE_LESS = (
+    "draw more, or lose less by draw with --set immunise.weight=0.25, or by more epochs of the collection; more "
+    "training data judge more surely"
+)
+_ELSEWHERE = (
+    "sets that are trained anew lie in no basin that leaked: holdfast rotate draw POOL --by anew --immunise"
+)
+"""What helps where sets only lose too much, and where they are too near to what leaked, or are no sets."""
 _WHITE, _SIBLINGS = 2, 10
 """Of the examples that judge at first, one in so many for attacks that see the set, which take longest, and for what is
 told beside gates."""
@@ -88,8 +97,7 @@ class Admission:
         stopped = f" {IN_A_ROW} in a row were, and {len(self.left)} wait unjudged." if self.left else ""
         return (
             f"none of {len(self.judged)} candidates was admitted ({counted}).{stopped} The first: {self.judged[0].why}."
-            f" What serves goes on serving; sets that are trained anew lie in no basin that leaked: holdfast rotate "
-            f"draw POOL --by anew --immunise"
+            f" What serves goes on serving; {_LOSE_LESS if _LOSES.issuperset(gates) else _ELSEWHERE}"
         )
 
 
@@ -114,7 +122,7 @@ def admit(
     cannot be judged, or another process is at it.
     """
     if not again:
-        again = f"what was finished is kept, go on with: holdfast rotate admit {pool.path}"
+        again = f"what was finished is kept, go on with: holdfast rotate admit {pool.shown}"
     found = tuple(map(_claim, claims))
     workshop = Workshop(pool, terms, thief or Thief(), told)
     measuring = Measuring(pool, workshop, progress, again)
@@ -160,7 +168,7 @@ class _Admitting:
         row = 0
         if not self._waiting:
             raise UsageError(
-                f"no candidate waits in {str(self.pool.path)!r}; make some with holdfast rotate draw {self.pool.path}"
+                f"no candidate waits in {str(self.pool.path)!r}; make some with holdfast rotate draw {self.pool.shown}"
             )
         while row < IN_A_ROW and (waiting := self._waiting):
             foreign = [one for one in map(self._foreign, waiting) if one is not None]

@@ -174,7 +174,7 @@ class _Measuring:
         yield self._extracted
 
     def _notes(self) -> list[str]:
-        if float(self.terms.threat.constraint.eps) == float(self.threat.constraint.eps):
+        if self.terms.threat.constraint == self.threat.constraint:
             return []
         return [f"the pool was made for {self.terms.said}, and is assessed under another threat"]
 

@@ -189,17 +189,18 @@ def exposed_for(pool: Pool, name: str) -> tuple[str, ...]:
 
 
 def siblings_of(pool: Pool, name: str, usable: Callable[[str], bool]) -> tuple[str, ...]:
-    """Other sets of the same drawing, such as whoever has the procedure could have drawn, in their order."""
+    """Other sets of the same drawing, such as whoever has the procedure could have drawn, in their order.
+
+    Refused ones are among them, so that it does not matter who is judged first.
+    """
     drawing = pool.about(name).get("drawing")
     if drawing is None:
         return ()
-    states = {"candidate", "admitted", "serving", "retired"}
     return tuple(
         member.name
         for member in pool.ledger.members
         if member.name != name
         and not member.deleted
-        and member.state in states
         and pool.about(member.name).get("drawing") == drawing
         and usable(member.name)
     )

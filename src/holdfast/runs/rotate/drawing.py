@@ -177,7 +177,7 @@ class _Drawing:
         if found is None:
             raise UsageError(
                 f"{str(self.pool.path)!r} has no generator yet; learn one with holdfast rotate train "
-                f"{self.pool.path}, or train sets anew with --by anew"
+                f"{self.pool.shown}, or train sets anew with --by anew"
             )
         known = {name: tuple(mean.shape) for name, mean in found.embedding.span.mean.items()}
         own = {name: tuple(value.shape) for name, value in self.terms.model.net.named_parameters()}  # type: ignore[union-attr]
@@ -185,7 +185,7 @@ class _Drawing:
         if other is not None:
             raise UsageError(
                 f"the generator makes {other} of shape {known[other]}, and the model has {own.get(other)}: it is of "
-                f"another architecture; learn it anew with holdfast rotate train {self.pool.path}"
+                f"another architecture; learn it anew with holdfast rotate train {self.pool.shown}"
             )
         return found
 

@@ -6,6 +6,7 @@ from statistics import mean
 
 import torch
 
+from holdfast.core.draws import Draws
 from holdfast.core.errors import Inconclusive
 from holdfast.rotation import Codec, Embedding, Generator, LatentDiffusion, Members
 from holdfast.rotation.generating import packed, unpacked
@@ -17,6 +18,10 @@ from holdfast.store.pool import Pool
 _KEPT = "generator"
 _LOST = 0.003  # of accuracy, at most, by the way through the codec and back
 _JUDGED = 24  # sets, spread over the collection, that go that way
+_TRIED, _ASTRAY = (
+    16,
+    0.1,
+)  # draws of what was learned, and what the best of them may lack of the bases' accuracy
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ def learn(
     """Fit codec and diffusion to what is collected, and seal them; what was learned before is replaced.
 
     Raises `UsageError` where nothing or a single set is collected, or another process is at it, `LostLoss` where
-    training diverges, and `Inconclusive` where sets lose more than 0.3 points on their way through the codec: what was
-    there before stands.
+    training diverges, and `Inconclusive` where sets lose more than 0.3 points on their way through the codec, or no
+    draw comes within ten points of the bases: what was there before stands.
     """
     with pool.alone_at("train"):
         return _learned_anew(pool, terms, codec, diffusion, told)
@@ -68,12 +73,30 @@ def _learned_anew(pool: Pool, terms: Terms, codec: Codec, diffusion: LatentDiffu
     begin = time.perf_counter()
     generator = diffusion(embedding, collected, rng=draws.at("diffusion"))
     diffusion_s = time.perf_counter() - begin
+    _refuse_astray(terms, generator, collected, draws.at("tried"), diffusion)
     told(f"diffusion: regulariser {diffusion.regulariser}, {diffusion_s:.1f} s")
     found = Learned(
         len(collected), collected.parameters, embedding.span.rank, embedding.lost, lost, codec_s, diffusion_s
     )
     pool.keep(_KEPT, packed(generator), vars(found))
     return found
+
+
+def _refuse_astray(
+    terms: Terms, generator: Generator, collected: Members, rng: Draws, diffusion: LatentDiffusion
+) -> None:
+    """`Inconclusive` where nothing that is drawn comes near the bases: what was learned is no set of parameters."""
+    held = terms.held.take(torch.arange(min(FIRST, len(terms.held))))
+    drawn, bases = generator.drawn(_TRIED, rng), collected.bases()
+    best = max(accuracy(terms.of_weights(drawn.one(k)), held) for k in range(len(drawn)))
+    usual = mean(accuracy(terms.of_weights(bases.one(k)), held) for k in range(len(bases)))
+    if best < usual - _ASTRAY:
+        raise Inconclusive(
+            f"of {_TRIED} draws the best is right on {100 * best:.1f} %, where the bases are on {100 * usual:.1f}: the "
+            f"diffusion went astray, and what was learned before stands. Regularise less (regulariser is "
+            f"{diffusion.regulariser}, weight {diffusion.weight:g}), or train it longer, as in --set "
+            f"generator.steps={2 * diffusion.steps}"
+        )
 
 
 def learned(pool: Pool, terms: Terms) -> Generator | None:

@@ -9,6 +9,9 @@ from holdfast.runs.rotate.learning import what_was_learned
 from holdfast.store.pool import Pool
 from holdfast.store.standing import Member, Term
 
+UNJUDGED = "it was admitted before the last exposure, and not judged against what leaked then"
+"""What is said of a set that serves so."""
+
 
 def standing(pool: Pool) -> dict[str, Any]:
     """The pool as its ledger says, which was verified to say it."""
@@ -74,7 +77,7 @@ def _notes(pool: Pool) -> list[str]:
     if old:
         notes.append(
             f"{len(old)} of {len(pool.ahead)} sets that wait were admitted before the last exposure, and not judged "
-            f"against it; judge them again with holdfast rotate admit {pool.path}; others serve first"
+            f"against it; judge them again with holdfast rotate admit {pool.shown}; others serve first"
         )
     if now is not None and ledger.member(now.name).exposed is not None:
         notes.append(f"{now.name} serves and is exposed; swap another in")

@@ -25,6 +25,7 @@ from holdfast.runs.held_out import digest_of, refuse_classes, split_of, without_
 from holdfast.runs.order import Subject
 from holdfast.runs.pieces import in_pieces
 from holdfast.runs.trainable import learner_of, refuse_untrainable
+from holdfast.store.differences import differences
 from holdfast.store.pool import Pool
 
 FIRST = 2_000
@@ -133,12 +134,13 @@ class Terms:
     def refuse_other(self, pool: Pool) -> None:
         """`UsageError` where the pool is of another model, of other data, or was collected otherwise."""
         known, mine = pool.manifest["about"], self.about()
-        words = {"digest": "model", "begins": "beginning"}
+        words = {"digest": "model, of other weights or preprocessing", "begins": "beginning"}
         for key in ("digest", "data", "threat", "recipe", "source", "begins", "seed"):
             if known.get(key) != mine[key]:
+                told = differences({key: known.get(key)}, {key: mine[key]}).removeprefix(key).lstrip(".: ")
                 raise UsageError(
-                    f"{str(pool.path)!r} is of another {words.get(key, key)}: {known.get(key)}, where {mine[key]} was "
-                    f"given; bring that back, or begin another pool"
+                    f"{str(pool.path)!r} is of another {words.get(key, key)} ({told}); bring that back, or begin "
+                    f"another pool"
                 )
 
 

@@ -18,7 +18,7 @@ from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.order import Progress, silent
 from holdfast.runs.rotate.admission import IN_A_ROW, admit
 from holdfast.runs.rotate.drawing import By, candidates, draw
-from holdfast.runs.rotate.status import next_judged, unjudged
+from holdfast.runs.rotate.status import UNJUDGED, next_judged, unjudged
 from holdfast.runs.rotate.terms import FIRST, Terms
 from holdfast.runs.signals import Stopper
 from holdfast.store.pool import Pool
@@ -147,6 +147,9 @@ class Turner:
         )
 
     def _swap(self, epoch: int | None, why: str) -> None:
+        old = unjudged(self.pool)
         with self.stopper.finishing():
             now = self.pool.swap(epoch=epoch, why=why, choose=partial(next_judged, self.pool))
         self.told(f"{now.name} serves as epoch {now.epoch}: {why}")
+        if now.name in old:
+            self.told(f"note: {UNJUDGED}")

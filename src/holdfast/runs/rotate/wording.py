@@ -52,7 +52,9 @@ def verdict(rows: Sequence[Mapping[str, Any]], itself: Mapping[str, Any] | None 
         if (who := words[word])
     ]
     text = f"against the set that serves, {'; '.join(parts)}"
-    if one is not None and one["value"] >= NOTHING * white["value"] and by["A1"]["word"] != "stopped":
+    if not white["value"]:
+        return f"attacks on the set that serves turn nothing, so that no theft can be told from none; {text}"
+    if one is not None and one["value"] >= NOTHING * white["value"] and by["A1"]["word"] == "untouched":
         return (
             f"no protection: an attack on one stolen set turns {100 * one['value']:.1f} % where one on the set that "
             f"serves turns {100 * white['value']:.1f} %; {text}"
