@@ -9,7 +9,7 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts
-from holdfast.rotation import canary
+from holdfast.rotation import Live, RotatingModel, canary
 from holdfast.rotation.thieves import ATTACKS, Thief
 from holdfast.runs.rotate.admission import Admission, Judged, _Admitting, admit
 from holdfast.runs.rotate.comparing import worst
@@ -80,6 +80,17 @@ def test_a_set_that_holds_against_what_leaked_is_admitted_with_its_canary(judged
     assert told.against == (stolen,) and {"worst_class", "calibration_error", "sibling_transfer"} <= {
         *told.reported
     }
+
+
+def test_what_was_admitted_can_be_served_by_whoever_holds_the_pool_alone(judged):
+    pool, names, _, _ = judged
+    member, inputs = pool.ledger.member(names["good"]), pool.kept("canaries").columns["x"]
+
+    def current():
+        return Live(member.name, 1, pool.weights(member.name), member.canary)
+
+    served = RotatingModel(terms().model, current, inputs)
+    assert served.answer(inputs[:2], principal="alice").shape[0] == 2 and len(inputs) > 2
 
 
 def test_a_copy_of_what_leaked_is_refused_by_what_its_thief_makes(judged):

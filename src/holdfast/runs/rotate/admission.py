@@ -16,6 +16,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
+from holdfast.core.types import Inputs
 from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts
 from holdfast.rotation import canary
@@ -36,6 +37,8 @@ from holdfast.runs.signals import Stopper
 from holdfast.store.columns import content_digest
 from holdfast.store.pool import NAME_DIGITS, Pool
 
+CANARY_INPUTS = "canaries"
+"""Under which name the inputs are kept that say whether a set is what was admitted."""
 IN_A_ROW = 5
 """Refusals after which no more candidates are judged: whatever makes them is not what is needed."""
 _LOSES = {"clean accuracy", "robust accuracy", "churn"}
@@ -228,8 +231,9 @@ class _Admitting:
 
         Of an admitted set the bases are listed before it is, so that no kill leaves them out.
         """
-        x = self.terms.held.x[:CANARIES]
-        known = canary(self.terms.of_set(self.pool, one.name), x) if one.verdict == "admitted" else ""
+        known = ""
+        if one.verdict == "admitted":
+            known = canary(self.terms.of_set(self.pool, one.name), self._canaries)
         with self.stopper.finishing(), self.pool.ledger.alone():
             member = self.pool.ledger.member(one.name)
             if member.state not in ("candidate", "admitted"):
@@ -319,6 +323,15 @@ class _Admitting:
     def _subject(self, name: str) -> Subject:
         sha = self.pool.ledger.member(name).digest
         return subject_of(self.terms, name, sha, self.terms.of_set(self.pool, name))
+
+    @cached_property
+    def _canaries(self) -> Inputs:
+        """Inputs by whose answers sets are known, sealed in the pool for whoever serves them."""
+        kept = self.pool.kept(CANARY_INPUTS)
+        if kept is None:
+            self.pool.keep(CANARY_INPUTS, {"x": self.terms.held.x[:CANARIES].cpu()}, {})
+            return self.terms.held.x[:CANARIES]
+        return kept.columns["x"].to(self.terms.held.x)
 
     # --- weights
 
