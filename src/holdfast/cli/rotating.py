@@ -189,7 +189,7 @@ def _made_by(begun: _Begun, settings: RotateSettings, voice: Voice) -> By | None
     try:
         learning.learn(begun.pool, begun.terms, codec, diffusion, told=voice.say)
     except (Inconclusive, LostLoss) as error:
-        voice.say(f"note: {error}; sets are trained anew")
+        voice.say(f"note: {printable(str(error))}; sets are trained anew")
         return "anew"
     return None
 

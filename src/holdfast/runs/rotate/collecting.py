@@ -36,13 +36,7 @@ BASE = "a base, which others are made from: it never serves"
 """Why the set that a run ended with is refused."""
 BASE_OF = "a base of"
 """How the reason begins for which a base is listed as exposed: no theft that anybody saw."""
-_OWN = (
-    "pool.json",
-    ".pool.json.part",
-    "ledger.jsonl",
-    "ledger.lock",
-    "sets",
-)  # what a killed beginning may leave
+_LEFT = {"pool.json", ".pool.json.part", "ledger.jsonl", "ledger.lock", "sets"}  # by a killed beginning
 _BEGUN, _PLAN, _SECRET = "begun", "plan", "secret"
 _GUESSING = 1.5  # times what guessing gets right: less than that, and a run has gone astray
 
@@ -70,7 +64,7 @@ def begun(path: Path, terms: Terms, *, resume: bool, told: Told = unheard) -> Po
         pool = Pool.held(path)
         terms.refuse_other(pool)
         return pool
-    strange = sorted(each.name for each in path.iterdir() if each.name not in _OWN) if path.is_dir() else []
+    strange = sorted(each.name for each in path.iterdir() if each.name not in _LEFT) if path.is_dir() else []
     if strange:
         raise UsageError(
             f"{str(path)!r} holds {strange[0]!r} and is no pool, whose folder its owner alone can enter; name a new "

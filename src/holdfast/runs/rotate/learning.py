@@ -18,10 +18,8 @@ from holdfast.store.pool import Pool
 _KEPT = "generator"
 _LOST = 0.003  # of accuracy, at most, by the way through the codec and back
 _JUDGED = 24  # sets, spread over the collection, that go that way
-_TRIED, _ASTRAY = (
-    16,
-    0.1,
-)  # draws of what was learned, and what the best of them may lack of the bases' accuracy
+_TRIED = 16  # draws of what was learned
+_ASTRAY = 0.1  # of accuracy, at most, that the best of them lacks of the bases
 
 
 @dataclass(frozen=True)
