@@ -65,10 +65,8 @@ class Pool:
         with ledger.alone():
             _refuse_begun(path, ledger)
             seal = begun_seal(path)
-            said = {"schema_version": SCHEMA_VERSION, "id": secrets.token_hex(8), "key": seal.id} | {
-                "about": about
-            }
-            manifest: dict[str, Any] = json.loads(canonical(said))
+            known = {"schema_version": SCHEMA_VERSION, "id": secrets.token_hex(8), "key": seal.id}
+            manifest: dict[str, Any] = json.loads(canonical({**known, "about": about}))
             with usable(file, refusal_in_pool):
                 write_atomically(file, document(manifest), PRIVATE)
             ledger.begin(digest(document(manifest)))

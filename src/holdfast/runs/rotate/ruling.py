@@ -14,6 +14,7 @@ from holdfast.metrics.attacked import calibration_error
 from holdfast.metrics.shares import worst_class
 from holdfast.ops.statistics import Support, bonferroni, mean
 from holdfast.reports.numbers import percent
+from holdfast.runs.rotate import wording
 from holdfast.runs.rotate.comparing import (
     CONFIDENCE,
     Loss,
@@ -32,9 +33,10 @@ from holdfast.runs.rotate.measuring import Carried
 
 CLEAN, ROBUST, CHURN = 0.01, 0.02, 0.03
 """Points of accuracy that may be lost, clean and under attack; inputs that may change class."""
-NOTHING, SEVERAL, FLOOR, STATIC, MOST = 1.2, 1.5, 0.05, 0.5, 0.8
+NOTHING, SEVERAL, FLOOR, STATIC = 1.2, 1.5, 0.05, 0.5
 """What a theft may bring: times that of a thief of nothing, of one set and of several, or in any case this share; and
-the share of what attacks on the incumbent itself achieve, or this last one where a thief of nothing has as much."""
+the share of what attacks on the incumbent itself achieve, or less than protects from nothing, where a thief of nothing
+has as much."""
 _MORE = 1.5  # times what bases differ by, of which an interval takes some
 _ODD = 3.0  # times that siblings' examples carry further than those of what leaked
 _BETTER = "the better of the incumbent and the bases"
@@ -242,7 +244,7 @@ def _of_static(theft: Worst, seen: Seen) -> Ruling:
     if not static.value:
         return Ruling(gate, None, "not applicable", "pass", "attacks on the incumbent itself turn nothing")
     assert nothing is not None
-    half, most = STATIC * static.value, MOST * static.value
+    half, most = STATIC * static.value, wording.NOTHING * static.value
     halved = AtMost(half)(theft.estimate, NO_DOUBTS)
     beside = _hardly_more(theft, nothing, NOTHING, 0.0, seen.confidence("thieves"))
     either = {halved, overall([beside, AtMost(most)(theft.estimate, NO_DOUBTS)])}
