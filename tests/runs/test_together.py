@@ -57,6 +57,9 @@ made = holdfast.harden(
 )
 torch.save(dict(made.model.state_dict()), f"{folder}/{name}-{rank}.pt")
 print(rank, made.after.metrics["robust_accuracy"].value)
+tasks = "/proc/self/task"  # a thread of the group that outlives it may abort the process as it ends
+threads = {open(f"{tasks}/{task}/comm").read().strip() for task in os.listdir(tasks)} if os.path.isdir(tasks) else ()
+assert not any("gloo" in thread for thread in threads), threads
 """
 TOGETHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 

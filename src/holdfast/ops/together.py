@@ -5,6 +5,7 @@ a process, so that any number of them trains the weights of one, up to the order
 statistics are those of a share, and are averaged, and for dropout, which each process draws on its own.
 """
 
+import importlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ def joined(device: torch.device) -> Iterator[None]:
         )
     if device.type == "cuda":
         torch.cuda.set_device(_local())
+    # torch binds the group that is there as a default when it imports this, as an optimizer's first step does; such a
+    # group is never taken down, and a thread of it that still lets go of a tensor aborts the process as it ends
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENT)
     try:
         yield
