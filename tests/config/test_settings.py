@@ -10,7 +10,7 @@ from holdfast.config import settings
 from holdfast.config.attacks import build
 from holdfast.config.grammar import number, pairs, parse_surrogate, parse_threat, seconds
 from holdfast.config.naming import ATTACKS, FLOW, LABELS_ONLY, MEMBERS, VARIANTS, attack_meant, members
-from holdfast.config.settings import SUITES, AssessSettings, HardenSettings, usual_suite
+from holdfast.config.settings import SUITES, AssessSettings, HardenSettings, RotateSettings, usual_suite
 from holdfast.config.starting import validate
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
@@ -286,6 +286,13 @@ def test_a_surrogate_is_an_address_with_what_else_is_to_be_said():
 )
 def test_a_model_that_nobody_may_ask_is_attacked_by_transfer(threat, name):
     assert usual_suite(parse_threat(threat)) == name
+
+
+def test_settings_of_a_recipe_that_is_not_named_are_of_the_usual_one():
+    said = ["recipe.training.epochs=3"]
+    found = {kind: read(None, {}, said, kind=kind).recipe for kind in (HardenSettings, RotateSettings)}
+    training = {"training": {"epochs": 3}}
+    assert found == {HardenSettings: {"use": "auto", **training}, RotateSettings: {"use": "card", **training}}
 
 
 def test_one_file_serves_both_verbs_and_what_it_says_to_the_other_is_checked(tmp_path):

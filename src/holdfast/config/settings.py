@@ -171,7 +171,7 @@ class HardenSettings(AssessSettings):
 class RotateSettings(HardenSettings):
     """Everything that `holdfast rotate` can be told: where sets come from, how they are made, and when they swap."""
 
-    recipe: values.RecipeSpec = Field(
+    recipe: values.SetsRecipeSpec = Field(
         default_factory=lambda: {"use": CARD},
         description="how sets are trained: a name, `card` for that of the model's card (else standard), or `use: NAME` "
         "with its settings",

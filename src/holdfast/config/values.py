@@ -133,6 +133,8 @@ def _one_of(kind: str, usual: str, known: Sequence[str]) -> Callable[[object], o
     return read
 
 
-RecipeSpec = Annotated[dict[str, Any], BeforeValidator(_one_of("recipe", AUTO, [*RECIPES, AUTO, CARD]))]
+_NAMED_RECIPES = [*RECIPES, AUTO, CARD]
+RecipeSpec = Annotated[dict[str, Any], BeforeValidator(_one_of("recipe", AUTO, _NAMED_RECIPES))]
+SetsRecipeSpec = Annotated[dict[str, Any], BeforeValidator(_one_of("recipe", CARD, _NAMED_RECIPES))]
 SourceSpec = Annotated[dict[str, Any], BeforeValidator(_one_of("source", "basins", [*SOURCES]))]
 Surrogate = Annotated[SurrogateSettings, BeforeValidator(_surrogate)]
