@@ -3,11 +3,13 @@
 import io
 import re
 import sys
+import time
 
 import pytest
 
 from holdfast.cli.options import Voice
 from holdfast.cli.running import watched
+from holdfast.runs.order import Step
 
 
 class Terminal(io.StringIO):
@@ -21,14 +23,40 @@ class Terminal(io.StringIO):
         return True
 
 
+def standing_in(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """What stands for the standard error of a command."""
+    found = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stderr", found)
+    return found
+
+
 def test_what_is_said_takes_the_place_of_the_bar_and_does_not_go_on_its_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    terminal = Terminal()
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(sys, "stderr", terminal)
+    terminal = standing_in(monkeypatch)
     with watched(Voice()):
         Voice().say("a set is drawn")
     assert not terminal.buffer.getvalue(), "nothing goes round the bar"
     assert re.search(r"starting.*\r\x1b\[2Ka set is drawn\n", terminal.getvalue(), re.DOTALL)
+
+
+def test_the_bar_of_what_is_done_does_not_stand_under_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = standing_in(monkeypatch)
+
+    def stands() -> bool:
+        Voice().say("a set is drawn")
+        return "1/12 run 1" in terminal.getvalue().rpartition("a set is drawn")[2]
+
+    def comes(state: bool) -> bool:
+        end = time.monotonic() + 10  # the bar is drawn anew ten times a second
+        while stands() is not state and time.monotonic() < end:
+            time.sleep(0.05)
+        return stands() is state
+
+    with watched(Voice()) as progress:
+        progress(Step("run 1", 1, 12, 1, 2, 0, 0))
+        assert comes(True)
+        progress(Step("run 1", 1, 12, 2, 2, 0, 0))
+        assert comes(False)

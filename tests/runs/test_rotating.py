@@ -22,6 +22,7 @@ from holdfast.reports.terminal import tables
 from holdfast.rotation import Codec, LatentDiffusion
 from holdfast.rotation.thieves import ATTACKS, Thief
 from holdfast.runs.index import open_run
+from holdfast.runs.order import Step
 from holdfast.runs.rotate import collecting, drawing, learning
 from holdfast.runs.rotate.asking import AcrossSwaps
 from holdfast.runs.rotate.attackers import WHO, Means, Table
@@ -68,7 +69,11 @@ def collected(tmp_path_factory):
     }  # fmt: skip
     terms = rotating.terms(check(said, "test", kind=RotateSettings))
     pool = collecting.begun(place / "pool", terms, resume=False)
-    collecting.collect(pool, terms)
+    stages: list[Step] = []
+    collecting.collect(pool, terms, progress=stages.append)
+    assert [f"{s.place}/{s.of_stages} {s.stage}" for s in stages if s.done == s.of] == [
+        "1/6 run 1", "2/6 run 2", *(f"{2 + k}/6 surrogate {k}" for k in (1, 2, 3, 4)),
+    ]  # fmt: skip
     learning.learn(
         pool, terms, Codec(dims=8, hidden=64, steps=100), LatentDiffusion(width=64, depth=2, steps=100)
     )

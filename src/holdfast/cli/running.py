@@ -167,9 +167,14 @@ def watched(voice: Voice) -> Iterator[Progress]:
                 bars.reset(task, total=step.of)
                 last = step.stage
             share = f"{step.standing / step.seen:6.1%} standing" if step.seen else ""
-            place = f"{step.place}/{step.of_stages}"
             bars.update(
-                task, completed=step.done, total=step.of, description=step.stage, place=place, standing=share
+                task,
+                completed=step.done,
+                total=step.of,
+                description=step.stage,
+                visible=step.done < step.of,  # what follows may take long and be no stage
+                place=f"{step.place}/{step.of_stages}",
+                standing=share,
             )
 
         yield progress

@@ -250,7 +250,7 @@ class _Collecting:
     def _run(self, task: Task, run: int, lost: float) -> ColumnFile:
         """One run of the source, sealed with all its sets and what it ended with."""
         source, model = self.terms.source, self.terms.model
-        base = self._trained(task, _run(run), self.draws.at("run", run)) if source.anew else model
+        base = self._trained(task, run, _run(run), self.draws.at("run", run)) if source.anew else model
         named = swapped(source, model)
         sets = [weights_of(one, named) for one in source(base, task, rng=self.draws.at("sets", run))]
         right = accuracy(base, self._judged)
@@ -265,7 +265,7 @@ class _Collecting:
 
     def _surrogate(self, task: Task, k: int, lost: float) -> ColumnFile:
         """A model of a thief of nothing."""
-        model = self._trained(task, _own(k), Draws(self.terms.seed).at("own", k))
+        model = self._trained(task, self.anew + k, _own(k), Draws(self.terms.seed).at("own", k))
         right = accuracy(model, self._judged)
         self._refuse_astray(f"surrogate {k + 1}", right, lost)
         columns, said = state_of(model), {"accuracy": right}
@@ -273,15 +273,16 @@ class _Collecting:
             self.pool.keep(_own(k), columns, said)
         return ColumnFile(columns, said)
 
-    def _trained(self, task: Task, name: str, rng: Draws) -> Classifier:
+    def _trained(self, task: Task, place: int, name: str, rng: Draws) -> Classifier:
         """As `rotation.collecting.trained_anew`, with every epoch sealed, so that a later call goes on from there."""
         start = begun_anew(task.model, rng.at("begin"), task.begins)
         after = self._last(name)
+        stage = f"run {place + 1}" if place < self.anew else f"surrogate {place - self.anew + 1}"
         for checkpoint in task.recipe(start, task.data, task.threat, rng=rng.at("training"), after=after):
             after = checkpoint
             with self.stopper.finishing():
                 self.pool.keep(_BEGUN, dict(checkpoint.tensors), {"run": name, **_where(checkpoint)})
-            self.progress(Step(name.replace("_", " "), 1, 1, checkpoint.epoch, checkpoint.of, 0, 0))
+            self.progress(Step(stage, place + 1, self.anew + OWN, checkpoint.epoch, checkpoint.of, 0, 0))
         assert after is not None
         model = deepcopy(start)
         after.put_into(model)
