@@ -170,4 +170,10 @@ def test_sets_are_taken_and_joined():
     both = members.joined(replace(some, basins=some.basins + 3))
     assert len(both) == 5
     assert torch.equal(both.one(3)["7.bias"], members.one(2)["7.bias"])
+    assert len(members.joined(some.take(torch.tensor([], dtype=torch.long)))) == 3
+    other = replace(some, tensors={**some.tensors, "7.bias": some.tensors["7.bias"][:, :3]})
+    with pytest.raises(
+        TargetError, match=r"other parameter sets has 7\.bias of shape \(3,\) .*, where \(4,\)"
+    ):
+        members.joined(other)
     assert members.parameters == sum(value.numel() for value in weights_of(network()).values())

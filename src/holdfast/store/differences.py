@@ -1,6 +1,7 @@
 """What differs between the run that a folder holds and the one that is asked for, as a person would write it."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from holdfast.core.names import limits_text, threat_text
 MOST = 4
 """Differences that are named; the others are counted."""
 _FIRST = ("threat", "suite", "seed")
+_DIGITS = 12  # of a digest, which tell it from others
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -72,4 +75,6 @@ def _changes(known: object, wanted: object, where: str) -> Iterator[str]:
 def _shown(value: object) -> str:
     if value is None:
         return "none"
-    return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):
+        return value[:_DIGITS] if _DIGEST.fullmatch(value) else value
+    return json.dumps(value)

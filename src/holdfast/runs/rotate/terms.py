@@ -137,7 +137,9 @@ class Terms:
         words = {"digest": "model, of other weights or preprocessing", "begins": "beginning"}
         for key in ("digest", "data", "threat", "recipe", "source", "begins", "seed"):
             if known.get(key) != mine[key]:
-                told = differences({key: known.get(key)}, {key: mine[key]}).removeprefix(key).lstrip(".: ")
+                said = (key, "model") if key == "digest" else (key,)
+                sides = ({name: side.get(name) for name in said} for side in (known, mine))
+                told = differences(*sides).removeprefix(key).lstrip(".: ")
                 raise UsageError(
                     f"{str(pool.path)!r} is of another {words.get(key, key)} ({told}); bring that back, or begin "
                     f"another pool"
