@@ -73,6 +73,7 @@ def collected(tmp_path_factory):
     collecting.collect(pool, terms, progress=stages.append)
     assert [f"{s.place}/{s.of_stages} {s.stage}" for s in stages if s.done == s.of] == [
         "1/6 run 1", "2/6 run 2", *(f"{2 + k}/6 surrogate {k}" for k in (1, 2, 3, 4)),
+        "6/6 collected",
     ]  # fmt: skip
     learning.learn(
         pool, terms, Codec(dims=8, hidden=64, steps=100), LatentDiffusion(width=64, depth=2, steps=100)

@@ -177,6 +177,12 @@ def turn(
         turner.begin()
         voice.say(f"pool: {pool.path}")
         if not once:
+            now = pool.serving
+            assert now is not None
+            voice.say(
+                f"{now.name} serves as epoch {now.epoch}, {len(pool.ahead)} wait; from here on it swaps when that is "
+                f"due, until Ctrl-C"
+            )
             turner.turn()
     return 0
 

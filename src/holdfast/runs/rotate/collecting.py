@@ -204,6 +204,7 @@ class _Collecting:
             own.append(kept.about["accuracy"])
             self.told(f"surrogate {k + 1} of {OWN}: {100 * kept.about['accuracy']:.1f} % right")
         self.pool.drop(_BEGUN)
+        self.progress(Step("collected", self.anew + OWN, self.anew + OWN, 1, 1, 0, 0))
         right = tuple(one["accuracy"] for one in found)
         return Collected(runs, sum(one["sets"] for one in found), plan["epochs"], right, tuple(own))
 
