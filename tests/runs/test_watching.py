@@ -73,15 +73,42 @@ def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):  # n
 
 
 @pytest.mark.usefixtures("generous")
+def test_an_exposure_does_not_wait_until_the_pool_is_full_again(pool, monkeypatch):  # noqa: F811
+    turner(pool).begin()
+    one, draw, admit, served = turner(pool, keep=4), watching.draw, watching.admit, []
+
+    def drawn(*given, **more):
+        found = draw(*given, **more)
+        if not served:
+            pool.expose(pool.serving.name, "laptop stolen")
+        served.append(pool.serving.epoch)
+        return found
+
+    def admitted(*given, **more):
+        served.append(pool.serving.epoch)
+        return admit(*given, **more)
+
+    monkeypatch.setattr(watching, "draw", drawn)
+    monkeypatch.setattr(watching, "admit", admitted)
+    assert one.look()
+    assert served[:2] == [1, 2], "it swapped before what was drawn was judged"
+    assert len(pool.ahead) == 4
+
+
+@pytest.mark.usefixtures("generous")
 def test_time_counts_from_when_the_ledger_says(pool, monkeypatch):  # noqa: F811
     one = turner(pool, Elapsed(3600))
     one.begin()
     assert one.look() and pool.serving.epoch == 1
 
     class Later(datetime):
+        hours = 2
+
         @classmethod
         def now(cls, tz=None):
-            return datetime.now(UTC) + timedelta(hours=2)
+            later = datetime.now(UTC) + timedelta(hours=cls.hours)
+            cls.hours = 0  # once, or each set that is swapped in has served for two hours, too
+            return later
 
     monkeypatch.setattr(watching, "datetime", Later)
     assert one.look() and pool.serving.epoch == 2

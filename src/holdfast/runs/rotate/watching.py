@@ -60,15 +60,21 @@ class Turner:
     _by: By | None = None
 
     def fill(self) -> None:
-        """Draw and admit until enough sets wait, judged by all that leaked; `Inconclusive` after five refusals."""
-        begin, before, refused = time.perf_counter(), len(self.pool.ahead), 0
+        """Draw and admit until enough sets wait, judged by all that leaked; `Inconclusive` after five refusals.
+
+        That may take long, so what calls for a swap is looked for between its steps.
+        """
+        begin, before, refused = time.perf_counter(), self._admitted, 0
+        self._turn()
         while (missing := self.how.keep - len(self.pool.ahead)) > 0 or unjudged(self.pool):
             if not (candidates(self.pool) or unjudged(self.pool)):
                 self._draw(missing)
+                self._turn()
             found = admit(
                 self.pool, self.terms, claims=self.how.claims, accepted=self.how.accepted, judged=self.how.judged,
                 again=self.how.again, stopper=self.stopper, told=self.told, progress=self.progress,
             )  # fmt: skip
+            self._turn()
             refused = 0 if found.admitted else refused + len(found.judged)
             if refused >= IN_A_ROW and (self.how.by is not None or self._by == "anew"):
                 raise Inconclusive(found.kept_out)
@@ -77,9 +83,21 @@ class Turner:
                 self.told(
                     "note: what the generator draws is not admitted, so sets are trained anew from here on"
                 )
-        made = len(self.pool.ahead) - before
+        made = self._admitted - before
         if made > 0:
             self._refuse_faster((time.perf_counter() - begin) / made)
+
+    @property
+    def _admitted(self) -> int:
+        """Sets that wait, and those that served."""
+        return len(self.pool.ahead) + len(self.pool.ledger.terms)
+
+    def _turn(self) -> None:
+        """Swap if something serves, that is due, and another set waits."""
+        now = self.pool.serving
+        why = due((*self.how.triggers, exposed), self.reading()) if now else ()
+        if now and why and self.pool.ahead:
+            self._swap(now.epoch, "; ".join(why))
 
     def _draw(self, missing: int) -> None:
         """New candidates: trained anew where the generator draws none that works, unless it was asked for."""
@@ -115,14 +133,7 @@ class Turner:
 
     def look(self) -> bool:
         """Swap if that is due, and make up for it; whether all that was due was done."""
-        now = self.pool.serving
-        assert now is not None
-        why = due((*self.how.triggers, exposed), self.reading())
         try:
-            if why and not self.pool.ahead:
-                self.fill()
-            if why:
-                self._swap(now.epoch, "; ".join(why))
             self.fill()
         except (Inconclusive, InUse) as error:
             self.told(f"note: {error}")
