@@ -161,6 +161,17 @@ def test_run_trains_sets_anew_where_no_generator_can_be_learned(pool, capsys, mo
     assert seen == ["anew"] and "note: sets lose" in said and "sets are trained anew" in said
 
 
+@pytest.mark.parametrize("by", ["anew", "generator"])
+def test_run_makes_sets_as_it_is_asked_to(pool, monkeypatch, by):
+    Pool.held(Path("pool")).drop("generator")
+    seen = []
+    monkeypatch.setattr(watching.Turner, "begin", lambda self: seen.append(self.how.by))
+    monkeypatch.setattr(learning, "learn", lambda *given, **more: seen.append("learned"))
+    words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--once", "--by", by]
+    assert run(words) == 0
+    assert seen == (["anew"] if by == "anew" else ["learned", "generator"])
+
+
 def test_a_training_that_is_stopped_says_the_whole_command(pool, capsys, monkeypatch):
     words = ["rotate", "train", "pool", *QUICK]
     monkeypatch.setattr("sys.argv", ["holdfast", *words])

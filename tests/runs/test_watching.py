@@ -172,6 +172,21 @@ def test_sets_are_trained_anew_where_the_generator_draws_nothing_that_is_admitte
     assert sum("trained anew from here on" in text for text in said) == 1
 
 
+@pytest.mark.usefixtures("strict")
+def test_another_process_remembers_that_the_generator_draws_nothing_that_is_admitted(pool):  # noqa: F811
+    said = []
+    with pytest.raises(Inconclusive):
+        turner(pool, Elapsed(3600), keep=5, by="generator").begin()
+    one = Turner(pool, terms(), Turning((Elapsed(3600),), keep=5), told=said.append)
+    with pytest.raises(Inconclusive):
+        one.begin()
+    drawn = [member for member in pool.ledger.members if member.why == "it falls"]
+    assert [bool(member.bases) for member in drawn] == [True] * 5 + [False] * 5
+    assert (
+        said[0] == "note: the last 5 that the generator drew were refused; sets are trained anew from here on"
+    )
+
+
 @pytest.mark.usefixtures("generous")
 def test_a_schedule_faster_than_generation_is_refused(pool):  # noqa: F811
     with pytest.raises(UsageError, match="a swap is due every 1e-06 s, and an admitted set takes .* to make"):

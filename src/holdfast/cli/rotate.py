@@ -227,6 +227,11 @@ def expose(voice: Voice, *, pool: str, name: str, why: str) -> int:
     metavar="T",
     help="When to swap, as in 50q/principal (answers) or 24h; an exposure always does.",
 )
+@click.option(
+    "--by",
+    type=click.Choice(["generator", "anew"]),
+    help="Drawn by the generator, or trained anew (default: the generator, until what it draws is refused).",
+)
 @click.option("--keep", type=int, metavar="N", help="Admitted sets that are made ahead (default: 8).")
 @click.option(
     "--immunise", "immunising", is_flag=True, help="Train each set on against what may have leaked."
@@ -234,7 +239,16 @@ def expose(voice: Voice, *, pool: str, name: str, why: str) -> int:
 @click.option("--once", is_flag=True, help="End when a set serves and as many as wanted wait.")
 @offered(*_COLLECTING, *_JUDGING, *TARGET, *SETTING)
 @spoken
-def run_(voice: Voice, *, run: str | None, resume: bool, immunising: bool, once: bool, **flags: Any) -> int:
+def run_(
+    voice: Voice,
+    *,
+    run: str | None,
+    resume: bool,
+    by: Literal["generator", "anew"] | None,
+    immunising: bool,
+    once: bool,
+    **flags: Any,
+) -> int:
     """Collect, train, draw, admit and swap in; then watch the ledger, swap whenever one is due, and make new sets.
 
     What answers requests writes into the ledger how many each principal was given (Pool.answered, from
@@ -246,4 +260,4 @@ def run_(voice: Voice, *, run: str | None, resume: bool, immunising: bool, once:
         raise UsageError("--resume goes on with a pool; name its folder with --run DIR")
     from holdfast.cli.rotating import turn
 
-    return turn(settings, voice, run=run, resume=resume, immunising=immunising, once=once)
+    return turn(settings, voice, run=run, resume=resume, by=by, immunising=immunising, once=once)

@@ -155,7 +155,14 @@ def admit(pool: str, settings: RotateSettings, voice: Voice) -> int:
 
 
 def turn(
-    settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool, immunising: bool, once: bool
+    settings: RotateSettings,
+    voice: Voice,
+    *,
+    run: str | None,
+    resume: bool,
+    by: By | None,
+    immunising: bool,
+    once: bool,
 ) -> int:
     """All steps, and then a swap whenever one is due, until it is stopped; 0 where it was to be done once."""
     triggers = rotating.triggers(settings)
@@ -167,7 +174,7 @@ def turn(
             triggers,
             settings.keep,
             rotating.immunise(settings) if immunising else None,
-            _made_by(begun, settings, voice),
+            _made_by(begun, settings, voice, by),
             claims=settings.gates,
             accepted=settings.accept_doubts,
             judged=settings.judged,
@@ -187,17 +194,19 @@ def turn(
     return 0
 
 
-def _made_by(begun: _Begun, settings: RotateSettings, voice: Voice) -> By | None:
-    """How sets are made: None where there is a generator, which is learned if it can be."""
-    if begun.found.sets == 1 or learning.what_was_learned(begun.pool) is not None:
-        return None
+def _made_by(begun: _Begun, settings: RotateSettings, voice: Voice, asked: By | None) -> By | None:
+    """How sets are made: as asked, and None where there is a generator, which is learned if it is wanted and can be."""
+    if asked == "anew" or begun.found.sets == 1 or learning.what_was_learned(begun.pool) is not None:
+        return asked
     codec, diffusion = rotating.codec(settings), rotating.diffusion(settings)
     try:
         learning.learn(begun.pool, begun.terms, codec, diffusion, told=voice.say)
     except (Inconclusive, LostLoss) as error:
+        if asked is not None:
+            raise
         voice.say(f"note: {printable(str(error))}; sets are trained anew")
         return "anew"
-    return None
+    return asked
 
 
 def swap(pool: str, voice: Voice, *, why: str) -> int:

@@ -101,6 +101,8 @@ class Turner:
 
     def _draw(self, missing: int) -> None:
         """New candidates: trained anew where the generator draws none that works, unless it was asked for."""
+        if self.how.by is None and self._by is None and self._refused_of_generator():
+            self._go_anew(f"the last {IN_A_ROW} that the generator drew were refused")
         by = self.how.by or self._by
         given: dict[str, Any] = {"immunise": self.how.immunise, "stopper": self.stopper, "told": self.told}
         try:
@@ -110,6 +112,11 @@ class Turner:
                 raise
             self._go_anew(str(error))
             draw(self.pool, self.terms, missing, by="anew", **given)
+
+    def _refused_of_generator(self) -> bool:
+        """Whether the last that it drew, as many as end a filling, were judged and refused, by this call or another."""
+        drawn = [member for member in self.pool.ledger.members if member.bases]
+        return len(drawn) >= IN_A_ROW and all(member.state == "refused" for member in drawn[-IN_A_ROW:])
 
     def _go_anew(self, why: str) -> None:
         self._by = "anew"
