@@ -147,6 +147,27 @@ def test_a_pool_of_other_terms_does_not_go_on(pool, other):
         collecting.begun(pool.path, other, resume=True)
 
 
+def test_another_model_is_told_by_its_name_and_a_short_digest():
+    told = {}
+    for name, mean, figure in (("net", None, "1"), ("other", [0.5], "2")):
+        known = {
+            "name": name,
+            "architecture": name,
+            "arguments": {},
+            "classes": 4,
+            "digest": figure,
+            "mean": mean,
+        }
+        told[name] = replace(terms(), subject=replace(terms().subject, digest=64 * figure, card=known))
+    pool = SimpleNamespace(path="pool", manifest={"about": told["net"].about()})
+    with pytest.raises(UsageError) as error:
+        told["other"].refuse_other(pool)
+    assert str(error.value) == (
+        "'pool' is of another model, of other weights or preprocessing (111111111111 → 222222222222; "
+        "model.mean: none → [0.5]; model.name: net → other); bring that back, or begin another pool"
+    )
+
+
 def test_an_ended_collection_is_told_again(pool, collected):
     assert collecting.collect(pool, terms()) == collected[1]
 

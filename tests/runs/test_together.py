@@ -58,8 +58,12 @@ made = holdfast.harden(
 torch.save(dict(made.model.state_dict()), f"{folder}/{name}-{rank}.pt")
 print(rank, made.after.metrics["robust_accuracy"].value)
 tasks = "/proc/self/task"  # a thread of the group that outlives it may abort the process as it ends
-threads = {open(f"{tasks}/{task}/comm").read().strip() for task in os.listdir(tasks)} if os.path.isdir(tasks) else ()
-assert not any("gloo" in thread for thread in threads), threads
+for task in os.listdir(tasks) if os.path.isdir(tasks) else ():
+    try:
+        thread = open(f"{tasks}/{task}/comm").read()
+    except OSError:  # it has ended meanwhile
+        continue
+    assert "gloo" not in thread, thread
 """
 TOGETHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 

@@ -92,7 +92,7 @@ def test_an_exposure_does_not_wait_until_the_pool_is_full_again(pool, monkeypatc
     monkeypatch.setattr(watching, "admit", admitted)
     assert one.look()
     assert served[:2] == [1, 2], "it swapped before what was drawn was judged"
-    assert len(pool.ahead) == 4
+    assert len(pool.ahead) == 3 and one.look() and len(pool.ahead) == 4
 
 
 @pytest.mark.usefixtures("generous")
@@ -107,7 +107,7 @@ def test_time_counts_from_when_the_ledger_says(pool, monkeypatch):  # noqa: F811
         @classmethod
         def now(cls, tz=None):
             later = datetime.now(UTC) + timedelta(hours=cls.hours)
-            cls.hours = 0  # once, or each set that is swapped in has served for two hours, too
+            cls.hours = 0  # the set that is swapped in has not served for two hours
             return later
 
     monkeypatch.setattr(watching, "datetime", Later)
@@ -191,6 +191,30 @@ def test_another_process_remembers_that_the_generator_draws_nothing_that_is_admi
 def test_a_schedule_faster_than_generation_is_refused(pool):  # noqa: F811
     with pytest.raises(UsageError, match="a swap is due every 1e-06 s, and an admitted set takes .* to make"):
         replace_every(turner(pool), Elapsed(1e-6)).begin()
+
+
+@pytest.mark.usefixtures("generous")
+def test_a_schedule_that_became_faster_than_generation_is_told_and_a_filling_ends(pool):  # noqa: F811
+    one, said = turner(pool), []
+    one.begin()
+    one = replace_every(one, Elapsed(1e-6))
+    one.told = said.append
+    one.begin()
+    assert pool.serving.epoch > 1
+    assert sum("a swap is due every 1e-06 s" in text for text in said) == 1
+    before = pool.serving.epoch
+    one.turn(looks=2, sleep=lambda _: None)
+    assert pool.serving.epoch >= before + 2
+
+
+@pytest.mark.usefixtures("generous")
+def test_it_says_that_nothing_serves_any_more(pool):  # noqa: F811
+    one, said = turner(pool), []
+    one.begin()
+    pool.retire(pool.serving.name, "by hand")
+    one.told = said.append
+    assert not one.look() and "nothing serves" in said[-1]
+    assert pool.serving is None
 
 
 def replace_every(one, trigger):

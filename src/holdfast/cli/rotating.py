@@ -185,10 +185,9 @@ def turn(
         voice.say(f"pool: {pool.path}")
         if not once:
             now = pool.serving
-            assert now is not None
+            serves = f"{now.name} serves as epoch {now.epoch}" if now else "nothing serves"
             voice.say(
-                f"{now.name} serves as epoch {now.epoch}, {len(pool.ahead)} wait; from here on it swaps when that is "
-                f"due, until Ctrl-C"
+                f"{serves}, {len(pool.ahead)} wait; from here on it swaps when that is due, until Ctrl-C"
             )
             turner.turn()
     return 0

@@ -54,7 +54,10 @@ class Members:
         return Members({name: value[rows] for name, value in self.tensors.items()}, self.basins[rows])
 
     def joined(self, other: "Members") -> "Members":
-        """Those of both, whose runs are told apart by their numbers; `TargetError` for another architecture."""
+        """Those of both, whose runs are told apart by their numbers; `TargetError` for another architecture.
+
+        Where one of them is empty nothing is compared.
+        """
         if len(self) and len(other):
             refuse_foreign(other.one(0), self.one(0), "the first of the other parameter sets")
         tensors = {name: torch.cat((value, other.tensors[name])) for name, value in self.tensors.items()}

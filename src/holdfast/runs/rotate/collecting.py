@@ -279,6 +279,8 @@ class _Collecting:
         start = begun_anew(task.model, rng.at("begin"), task.begins)
         after = self._last(name)
         stage = f"run {place + 1}" if place < self.anew else f"surrogate {place - self.anew + 1}"
+        begun = 0 if after is None else after.epoch
+        self.progress(Step(stage, place + 1, self.anew + OWN, begun, task.recipe.training.epochs, 0, 0))
         for checkpoint in task.recipe(start, task.data, task.threat, rng=rng.at("training"), after=after):
             after = checkpoint
             with self.stopper.finishing():

@@ -137,13 +137,18 @@ class Terms:
         words = {"digest": "model, of other weights or preprocessing", "begins": "beginning"}
         for key in ("digest", "data", "threat", "recipe", "source", "begins", "seed"):
             if known.get(key) != mine[key]:
-                said = (key, "model") if key == "digest" else (key,)
-                sides = ({name: side.get(name) for name in said} for side in (known, mine))
+                sides = ({key: side.get(key), **_named(key, side)} for side in (known, mine))
                 told = differences(*sides).removeprefix(key).lstrip(".: ")
                 raise UsageError(
                     f"{str(pool.path)!r} is of another {words.get(key, key)} ({told}); bring that back, or begin "
                     f"another pool"
                 )
+
+
+def _named(key: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person knows a model by, beside its digest."""
+    card = about.get("model") or {}
+    return {"model": {name: card.get(name) for name in ("name", "mean", "std")}} if key == "digest" else {}
 
 
 def parted(data: Batch, test: Data, name: str, classes: int, seed: int) -> Examples:

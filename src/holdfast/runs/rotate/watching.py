@@ -62,11 +62,13 @@ class Turner:
     def fill(self) -> None:
         """Draw and admit until enough sets wait, judged by all that leaked; `Inconclusive` after five refusals.
 
-        That may take long, so what calls for a swap is looked for between its steps.
+        That may take long, so what calls for a swap is looked for between its steps, which are one drawing of all that
+        is missing, and one admission. What a swap takes meanwhile is made by the next call, so that this one ends.
         """
         begin, before, refused = time.perf_counter(), self._admitted, 0
         self._turn()
-        while (missing := self.how.keep - len(self.pool.ahead)) > 0 or unjudged(self.pool):
+        goal = self._admitted + max(self.how.keep - len(self.pool.ahead), 0)
+        while (missing := goal - self._admitted) > 0 or unjudged(self.pool):
             if not (candidates(self.pool) or unjudged(self.pool)):
                 self._draw(missing)
                 self._turn()
@@ -127,7 +129,7 @@ class Turner:
         try:
             refuse_faster(self.how.triggers, made_in_s)
         except UsageError as error:
-            if self.pool.serving is None:
+            if not self.pool.ledger.terms:
                 raise
             self.told(f"note: {error}")
 
@@ -140,6 +142,11 @@ class Turner:
 
     def look(self) -> bool:
         """Swap if that is due, and make up for it; whether all that was due was done."""
+        if self.pool.serving is None:
+            self.told(
+                "note: nothing serves, for what did was retired; let another set serve by holdfast rotate swap"
+            )
+            return False
         try:
             self.fill()
         except (Inconclusive, InUse) as error:
