@@ -166,18 +166,15 @@ def watched(voice: Voice) -> Iterator[Progress]:
             if step.stage != last:
                 bars.reset(task, total=step.of)
                 last = step.stage
-            share = f"{step.standing / step.seen:6.1%} standing" if step.seen else ""
-            bars.update(
-                task,
-                completed=step.done,
-                total=step.of,
-                description=step.stage,
-                visible=step.done < step.of,  # what follows may take long and be no stage
-                place=f"{step.place}/{step.of_stages}",
-                standing=share,
-            )
+            going = step.done < step.of  # what follows may take long and be no stage
+            bars.update(task, completed=step.done, total=step.of, visible=going, **_words(step))
 
         yield progress
+
+
+def _words(step: Step) -> dict[str, Any]:
+    share = f"{step.standing / step.seen:6.1%} standing" if step.seen else ""
+    return {"description": step.stage, "place": f"{step.place}/{step.of_stages}", "standing": share}
 
 
 def _dry_run(settings: AssessSettings, voice: Voice) -> int:
