@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint, beginning
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
@@ -25,7 +24,7 @@ from holdfast.rotation.collecting import begun_anew, swapped
 from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.order import Progress, Step, silent
 from holdfast.runs.pace import Pace, fitting, pace
-from holdfast.runs.rotate.terms import FIRST, Terms, accuracy, state_of
+from holdfast.runs.rotate.terms import Terms, accuracy, state_of
 from holdfast.runs.signals import Stopper
 from holdfast.store.columns import ColumnFile
 from holdfast.store.pool import Pool, stands
@@ -241,20 +240,16 @@ class _Collecting:
 
     def _guessed(self) -> float:
         """What is right of the held-out examples by always naming the most frequent class, and some more."""
-        most = int(self._judged.y.bincount().max())
-        return min(_GUESSING * most / len(self._judged), 1.0)
-
-    @property
-    def _judged(self) -> Batch:
-        return self.terms.held.take(torch.arange(min(FIRST, len(self.terms.held))))
+        held = self.terms.first_held
+        return min(_GUESSING * int(held.y.bincount().max()) / len(held), 1.0)
 
     def _run(self, task: Task, run: int, lost: float) -> ColumnFile:
         """One run of the source, sealed with all its sets and what it ended with."""
         source, model = self.terms.source, self.terms.model
-        base = self._trained(task, run, _run(run), self.draws.at("run", run)) if source.anew else model
+        base = self._trained(task, run, self.draws.at("run", run)) if source.anew else model
         named = swapped(source, model)
         sets = [weights_of(one, named) for one in source(base, task, rng=self.draws.at("sets", run))]
-        right = accuracy(base, self._judged)
+        right = accuracy(base, self.terms.first_held)
         self._refuse_astray(f"run {run + 1}", right, lost)
         joined = Members.of(sets, [run] * len(sets)).tensors
         columns = {f"set.{name}": value.cpu() for name, value in joined.items()}
@@ -266,19 +261,23 @@ class _Collecting:
 
     def _surrogate(self, task: Task, k: int, lost: float) -> ColumnFile:
         """A model of a thief of nothing."""
-        model = self._trained(task, self.anew + k, _own(k), Draws(self.terms.seed).at("own", k))
-        right = accuracy(model, self._judged)
+        model = self._trained(task, self.anew + k, Draws(self.terms.seed).at("own", k))
+        right = accuracy(model, self.terms.first_held)
         self._refuse_astray(f"surrogate {k + 1}", right, lost)
         columns, said = state_of(model), {"accuracy": right}
         with self.stopper.finishing():
             self.pool.keep(_own(k), columns, said)
         return ColumnFile(columns, said)
 
-    def _trained(self, task: Task, place: int, name: str, rng: Draws) -> Classifier:
-        """As `rotation.collecting.trained_anew`, with every epoch sealed, so that a later call goes on from there."""
+    def _trained(self, task: Task, place: int, rng: Draws) -> Classifier:
+        """As `rotation.collecting.trained_anew`, with every epoch sealed, so that a later call goes on from there.
+
+        By the `place` among all trainings it is a run, or, after those, a surrogate.
+        """
+        k = place - self.anew
+        name, stage = (_run(place), f"run {place + 1}") if k < 0 else (_own(k), f"surrogate {k + 1}")
         start = begun_anew(task.model, rng.at("begin"), task.begins)
         after = self._last(name)
-        stage = f"run {place + 1}" if place < self.anew else f"surrogate {place - self.anew + 1}"
         begun = 0 if after is None else after.epoch
         self.progress(Step(stage, place + 1, self.anew + OWN, begun, task.recipe.training.epochs, 0, 0))
         for checkpoint in task.recipe(start, task.data, task.threat, rng=rng.at("training"), after=after):

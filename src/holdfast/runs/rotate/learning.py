@@ -6,14 +6,13 @@ from statistics import mean
 
 import torch
 
-from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Inconclusive
 from holdfast.rotation import Codec, Embedding, Generator, LatentDiffusion, Members
 from holdfast.rotation.generating import packed, unpacked
 from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.rotate.collecting import members, secret
-from holdfast.runs.rotate.terms import FIRST, Terms, accuracy
+from holdfast.runs.rotate.terms import Terms, accuracy
 from holdfast.store.pool import Pool
 
 _KEPT = "generator"
@@ -85,7 +84,7 @@ def _refuse_astray(
     terms: Terms, generator: Generator, collected: Members, rng: Draws, diffusion: LatentDiffusion
 ) -> None:
     """`Inconclusive` where nothing that is drawn comes near the bases: what was learned is no set of parameters."""
-    held = _judging(terms)
+    held = terms.first_held
     drawn, bases = generator.drawn(_TRIED, rng), collected.bases()
     best = max(accuracy(terms.of_weights(drawn.one(k)), held) for k in range(len(drawn)))
     usual = mean(accuracy(terms.of_weights(bases.one(k)), held) for k in range(len(bases)))
@@ -113,17 +112,12 @@ def what_was_learned(pool: Pool) -> Learned | None:
     return None if kept is None else Learned(**kept.about)
 
 
-def _judging(terms: Terms) -> Batch:
-    """The first of the held-out examples."""
-    return terms.held.take(torch.arange(min(FIRST, len(terms.held))))
-
-
 def _lost(terms: Terms, embedding: Embedding, collected: Members) -> float:
     """Accuracy that sets lose on held-out examples, as a mean."""
     places = torch.linspace(0, len(collected) - 1, min(_JUDGED, len(collected))).round().long()
     some = collected.take(places)
     back = Members(embedding.decoded(embedding.encoded(some)), some.basins)
-    held = _judging(terms)
+    held = terms.first_held
 
     def right(sets: Members) -> float:
         return mean(accuracy(terms.of_weights(sets.one(k)), held) for k in range(len(sets)))

@@ -84,6 +84,11 @@ class Terms:
         """What judges them, in an order drawn by the seed."""
         return self.examples.held.to(torch.device(self.device))
 
+    @cached_property
+    def first_held(self) -> Batch:
+        """The first of them, on which sets are judged at first."""
+        return self.held.take(torch.arange(min(FIRST, len(self.held))))
+
     def task(self, epochs: int) -> Task:
         """How a set is trained, in so many epochs."""
         recipe = trained_as(self.candidate.recipe, replace(self.training, epochs=epochs))

@@ -67,7 +67,7 @@ class Turner:
         """
         begin, before, refused = time.perf_counter(), self._admitted, 0
         self._turn()
-        goal = self._admitted + max(self.how.keep - len(self.pool.ahead), 0)
+        goal = before + max(self.how.keep - len(self.pool.ahead), 0)
         while (missing := goal - self._admitted) > 0 or unjudged(self.pool):
             if not (candidates(self.pool) or unjudged(self.pool)):
                 self._draw(missing)
@@ -81,10 +81,8 @@ class Turner:
             if refused >= IN_A_ROW and (self.how.by is not None or self._by == "anew"):
                 raise Inconclusive(found.kept_out)
             if refused and self.how.by is None and self._by != "anew":
-                self._by, refused = "anew", 0
-                self.told(
-                    "note: what the generator draws is not admitted, so sets are trained anew from here on"
-                )
+                self._go_anew("what the generator draws is not admitted")
+                refused = 0
         made = self._admitted - before
         if made > 0:
             self._refuse_faster((time.perf_counter() - begin) / made)
