@@ -80,6 +80,26 @@ class AttackRecord:
     """what a reader must know, such as a loss that was replaced because there are too few classes"""
     residual: Residual | None = None
     """what it left alone and at what risk; None where it was run on all that stood"""
+    adaptive: bool = False
+    """whether a doubt called for it, so that it is no part of the suite's own number"""
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """A pass outside the suite whose adversarial examples inside the threat model count: a probe, a curve and so on."""
+
+    stage: str
+    """its name in tables, such as `curve-1-fmn` or `probe-noise`"""
+    name: str
+    """its name in sentences"""
+    tried: int
+    """examples that it was run on"""
+    broke: int
+    """examples that it broke and that neither an attack nor an earlier pass had broken"""
+
+
+Scope = Literal["every pass", "suite only"]
+"""What a verdict counts: the adversarial examples of every pass, or, in runs of earlier versions, of the suite only."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +107,8 @@ class Evidence:
     """What was measured on each example, by which attacks, under which threat model.
 
     Columns of an assessment: `id`, `y`, `digest` (n, 32) and the clean `prediction`, `margin`, `confidence`, `entropy`,
-    `probability_margin`, `correct`; the worst case over the suite `success`, `broken_by` (index into `attacks` of the
-    first that succeeded, in a minimum-norm run of the one that came closest; -1),
+    `probability_margin`, `correct`; the worst case over all attacks and passes `success`, `broken_by` (index of the
+    first that succeeded into `attacks` followed by `passes`, in a minimum-norm run of the one that came closest; -1),
     `adversarial_prediction`, `distance_linf`, `distance_l2`, `distance_l1`, `distance_l0` (inf where nothing was found,
     0 where the clean input is already wrong), `queries`, `first_success` (the query at which it fell, all of them where
     what fell was never asked about itself); of the fixed PGD-40 pass
@@ -100,7 +120,8 @@ class Evidence:
     and `class_margin` the margin of the network alone; `oblivious_score` and `aware_score` are the scores of attacked
     inputs that the network alone has wrong, of who knows of no detector and the lowest of who does (inf where there is
     none). For a randomised model `right_probability` is the share of
-    fresh draws that were right under the worst case.
+    fresh draws that were right under the worst case. `suite_success` and `suite_right_probability` are those of the
+    suite's own attacks, without adaptive attacks and passes, for comparison with published numbers.
     """
 
     columns: Columns
@@ -116,8 +137,11 @@ class Evidence:
     cost: Cost = Cost()
     """all of it: clean pass, attacks, the fixed pass, doubts"""
     doubts_cost: Cost = Cost()
+    passes: tuple[PassRecord, ...] = ()
+    """the passes outside the suite whose adversarial examples are counted"""
+    scope: Scope = "every pass"
     broken_elsewhere: int = 0
-    """examples that stood after every attack, and that a probe of the doubts or a pass outside the suite broke"""
+    """in a run of scope "suite only", examples that other passes broke and that are not counted"""
     gallery: Columns = field(default_factory=dict)
     """a few broken examples for people to look at: `id` (k), `x` and `x_adv` (k, *features)"""
     surrogates: tuple[Mapping[str, Any], ...] = ()

@@ -11,12 +11,14 @@ from holdfast.core.types import Ids, Mask, PerExample
 from holdfast.doubts import thresholds as at
 from holdfast.doubts.names import DOUBTS, FREE
 from holdfast.doubts.probing import (
+    AGAIN,
     PROBES,
     SEARCHES,
     Found,
     probes_for,
     probing_threat,
     standing,
+    title,
     within_budget,
 )
 from holdfast.ops.statistics import clopper_pearson, mcnemar
@@ -43,55 +45,32 @@ class Circumstances:
 
 @dataclass(frozen=True)
 class Findings:
-    """The doubts in the order of `names.DOUBTS`, and the standing examples that were broken outside the verdict."""
+    """The doubts in the order of `names.DOUBTS`, and the examples that the suite missed."""
 
     doubts: tuple[Doubt, ...]
     fallen: Mapping[str, Ids] = field(default_factory=dict)
-    """by probe or pass, the ids of the standing examples that it broke"""
+    """by probe or pass, the ids of the examples that it broke and the suite did not"""
 
 
 def conclude(
     found: Found, columns: Columns, circumstances: Circumstances, passes: Mapping[str, Mask] = NO_PASSES
 ) -> Findings:
-    """The state of every doubt, given the columns of the evidence with the clean `nan` and `is_probability`.
+    """The state of every doubt, given the columns of the suite with the clean `nan` and `is_probability`.
 
-    `passes` say which examples (n) other passes than the probes broke. A list of attacks (no suite) gets the free
-    doubts only, and `not-exhausted` where a pass speaks for it.
+    `passes` are the examples (n) that each other pass or probe broke inside the threat model, as the harness judged.
+    A list of attacks (no suite) gets the free doubts only, and `not-exhausted` where a pass speaks for it.
     """
-    fallen = broken_elsewhere(
-        found, columns, circumstances.threat, passes, randomised=circumstances.randomised
-    )
+    fallen = missed_by_suite(columns, circumstances.threat, passes)
     case = _Case(found, columns, circumstances, fallen)
     names = DOUBTS if circumstances.suite else (*FREE, *(("not-exhausted",) if fallen else ()))
     return Findings(tuple(_CONCLUSIONS[name](case) for name in DOUBTS if name in names), fallen)
 
 
-def broken_elsewhere(
-    found: Found,
-    columns: Columns,
-    threat: ThreatModel,
-    passes: Mapping[str, Mask],
-    *,
-    randomised: bool = False,
-) -> dict[str, Ids]:
-    """Ids of the standing examples that each probe or pass broke inside the threat model; without those of none.
-
-    A probe that asks more than the threat's budget proves nothing, nor does a look in passing at a `randomised` model.
-    """
-    held = standing(columns, threat)
-    may = [
-        probe
-        for probe in PROBES
-        if probe.breaks
-        and within_budget(probe.queries, threat) == probe.queries
-        and (probe.voted is not None or not randomised)
-    ]
-    breaking = {probe.name for probe in may} | {"again"}
-    gone = {name: (broken & held).nonzero()[:, 0] for name, broken in passes.items()}
-    for name, probed in found.items():
-        if name in breaking:
-            gone[name] = probed.rows[probed.columns["broken"] & held[probed.rows]]
-    return {name: columns["id"][rows] for name, rows in gone.items() if len(rows)}
+def missed_by_suite(columns: Columns, threat: ThreatModel, passes: Mapping[str, Mask]) -> dict[str, Ids]:
+    """Ids of the examples that the suite left standing and each pass broke; without passes that broke none."""
+    left = standing(columns, threat)
+    found = {name: columns["id"][broken & left] for name, broken in passes.items()}
+    return {name: ids for name, ids in found.items() if len(ids)}
 
 
 @dataclass(frozen=True)
@@ -221,7 +200,7 @@ def _noise(case: _Case) -> Doubt:
 
 def _not_exhausted(case: _Case) -> Doubt:
     name, again = "not-exhausted", case.broken("again")
-    others = {probe: ids for probe, ids in case.fallen.items() if probe != "again"}
+    others = {each: ids for each, ids in case.fallen.items() if each != title(AGAIN)}
     if again is None and not others and not any(probe in case.found for probe in _BREAKING):
         return case.absent(name, "again")
     elsewhere = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *others.values()])).numel()
@@ -233,7 +212,7 @@ def _not_exhausted(case: _Case) -> Doubt:
         )
     if elsewhere:
         says.append(
-            f"probes and other passes break {elsewhere} standing examples ({', '.join(sorted(others))})"
+            f"{elsewhere} examples that the suite left standing were broken by {', '.join(sorted(others))}"
         )
         return _judged(name, float(elsewhere), 0.0, tried, "; ".join(says))
     return _judged(name, float(fresh), float(at.FRESH_BROKEN - 1), tried, "; ".join(says))

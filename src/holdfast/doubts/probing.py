@@ -44,6 +44,8 @@ SMALL = 0.01
 """What `scale` multiplies the logits with."""
 SEARCHES = 1000
 """Queries of the black-box search."""
+AGAIN = "again"
+"""The probe that runs the suite once more."""
 
 
 @dataclass(frozen=True)
@@ -63,26 +65,43 @@ class Probe:
     """the same on a model that draws at random: most of the looks at where it ends decide; None where it has no end"""
 
 
-def fallen(margin: PerExample) -> dict[str, Tensor]:
-    """The columns of an attack: ties and NaN count against the model."""
-    return {"broken": ~(margin > 0), "margin": margin}
+def title(probe: str) -> str:
+    """What a probe is called in a sentence."""
+    return "a fresh pass of the suite" if probe == AGAIN else f"the probe {probe}"
+
+
+def counts(probe: Probe, threat: ThreatModel) -> bool:
+    """Whether an adversarial example of the probe lies inside the threat model, its query budget included."""
+    return probe.breaks and within_budget(probe.queries, threat) == probe.queries
+
+
+def fallen(margin: PerExample, x: Inputs) -> dict[str, Tensor]:
+    """The columns of an attack: `broken`, the lowest `margin` and its input `x`. Ties and NaN count as broken."""
+    return {"broken": ~(margin > 0), "margin": margin, "x": x}
 
 
 def climbed(
     model: Model, batch: Batch, threat: ThreatModel, rng: Draws, loss: Loss, *, eps: float | None = None
-) -> PerExample:
-    """Lowest margin of one pass of short PGD from a random start inside the threat; `eps` lets it go further."""
+) -> dict[str, Tensor]:
+    """One pass of short PGD from a random start inside the threat; `eps` lets it go further."""
     wide = threat.constraint if eps is None else threat.constraint.resized(eps)
     start = threat.constraint.sample(batch, model.bounds, rng.at("start"))
-    _, height = ascend(model, batch, start, loss, wide, steps=STEPS, step_size=REACH * wide.eps / STEPS)
-    return height
+    x, height = ascend(model, batch, start, loss, wide, steps=STEPS, step_size=REACH * wide.eps / STEPS)
+    return fallen(height, x)
 
 
 def _by(loss: Loss) -> Run:
     def run(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
-        return fallen(climbed(model, batch, threat, rng, loss))
+        return climbed(model, batch, threat, rng, loss)
 
     return run
+
+
+def _lower(known: dict[str, Tensor], found: dict[str, Tensor], rows: Rows) -> None:
+    """Put what was `found` on some rows into the columns of all, where its margin is lower."""
+    better = ~(found["margin"] >= known["margin"][rows])  # NaN counts as broken
+    for name, values in found.items():
+        known[name][rows[better]] = values[better]
 
 
 def small_cross_entropy(logits: Logits, batch: Batch) -> PerExample:
@@ -93,20 +112,18 @@ def small_cross_entropy(logits: Logits, batch: Batch) -> PerExample:
 def _one_step(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
     """FGSM: one step of length eps from the clean input."""
     eps = threat.constraint.eps
-    _, height = ascend(model, batch, batch.x, cross_entropy, threat.constraint, steps=1, step_size=eps)
-    return fallen(height)
+    x, height = ascend(model, batch, batch.x, cross_entropy, threat.constraint, steps=1, step_size=eps)
+    return fallen(height, x)
 
 
 def _margin_twice(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
     """The margin climbed twice: `broken` by both, `once` by the first."""
-    first = climbed(model, batch, threat, rng, margin_loss)
-    height = first.clone()
-    left = (first > 0).nonzero()[:, 0]
+    found = climbed(model, batch, threat, rng, margin_loss)
+    once = found["broken"].clone()
+    left = (~once).nonzero()[:, 0]
     if len(left):
-        height[left] = torch.minimum(
-            first[left], climbed(model, batch.take(left), threat, rng.at("again"), margin_loss)
-        )
-    return {**fallen(height), "once": ~(first > 0)}
+        _lower(found, climbed(model, batch.take(left), threat, rng.at("again"), margin_loss), left)
+    return {**found, "once": once}
 
 
 def _towards_runner_up(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
@@ -119,25 +136,29 @@ def _towards_runner_up(model: Model, batch: Batch, threat: ThreatModel, rng: Dra
         aimed = target[lookup.rows(some.ids)]
         return cross_entropy(logits, some.towards(aimed))
 
-    return fallen(climbed(model, batch, threat, rng, loss))
+    return climbed(model, batch, threat, rng, loss)
 
 
 def _whole_box(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
     """Climb the margin from a start inside the threat, with every input of the box allowed."""
-    return fallen(
-        climbed(model, batch, threat, rng, margin_loss, eps=extent(threat.constraint, batch.x, model.bounds))
-    )
+    eps = extent(threat.constraint, batch.x, model.bounds)
+    return climbed(model, batch, threat, rng, margin_loss, eps=eps)
 
 
 def _noise(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
     """Random draws, by turns inside the ball and on its surface; without a gradient."""
-    lowest = torch.full_like(batch.x.flatten(1)[:, 0], torch.inf)
+    found, every = _nothing(batch), torch.arange(len(batch), device=batch.ids.device)
     with torch.no_grad():
         for draw in range(within_budget(NOISE_DRAWS, threat)):
             x = _drawn(model, batch, threat.constraint, rng.at("noise", draw), surface=draw % 2 == 1)
             height = margin(model(x, batch.ids), batch).nan_to_num(nan=-torch.inf)
-            lowest = torch.minimum(lowest, height)
-    return fallen(lowest)
+            _lower(found, fallen(height, x), every)
+    return found
+
+
+def _nothing(batch: Batch) -> dict[str, Tensor]:
+    """The columns of an attack that has not begun: the clean inputs, at an infinite margin."""
+    return fallen(torch.full_like(batch.x.flatten(1)[:, 0], torch.inf), batch.x.clone())
 
 
 def _drawn(model: Model, batch: Batch, constraint: Constraint, rng: Draws, *, surface: bool) -> Inputs:
@@ -150,8 +171,8 @@ def _drawn(model: Model, batch: Batch, constraint: Constraint, rng: Draws, *, su
 
 def _judged(
     attack: Attack, model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int
-) -> PerExample:
-    """The margin where the attack ends: not above zero where most of the `looks` say so."""
+) -> dict[str, Tensor]:
+    """Where the attack ends, and the margin there: not above zero where most of the `looks` say so."""
     meter = Metered(model, batch, threat)
     try:
         x_adv = attack(meter, batch, threat, rng=rng)
@@ -160,37 +181,38 @@ def _judged(
 
     with torch.no_grad():
         seen = torch.stack([margin(model(x_adv, batch.ids), batch) for _ in range(looks)])
-    return seen.nan_to_num(nan=-torch.inf).sort(0).values[looks // 2]
+    return fallen(seen.nan_to_num(nan=-torch.inf).sort(0).values[looks // 2], x_adv)
 
 
 def _black_box(
     model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int = 1
 ) -> dict[str, Tensor]:
     """Square alone, from a cold start."""
-    return fallen(_judged(Square(queries=SEARCHES), model, batch, threat, rng.at("search"), looks))
+    return _judged(Square(queries=SEARCHES), model, batch, threat, rng.at("search"), looks)
 
 
 def _transferred(
     model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int = 1
 ) -> dict[str, Tensor]:
     """Examples made on the surrogates, to be compared with what this model's own gradients do."""
-    return fallen(_judged(Transfer(), model, batch, threat, rng.at("transfer"), looks))
+    return _judged(Transfer(), model, batch, threat, rng.at("transfer"), looks)
 
 
 def again(attacks: tuple[Attack, ...]) -> Probe:
     """A fresh pass of the suite over the standing examples closest to the boundary."""
 
     def run(model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int = 1) -> dict[str, Tensor]:
-        lowest = torch.full_like(batch.x.flatten(1)[:, 0], torch.inf)
+        found = _nothing(batch)
         for place, attack in enumerate(attacks):
-            left = (lowest > 0).nonzero()[:, 0]
+            left = (~found["broken"]).nonzero()[:, 0]
             if not len(left):
                 break
-            height = _judged(attack, model, batch.take(left), threat, rng.at("again", place), looks)
-            lowest[left] = torch.minimum(lowest[left], height)
-        return fallen(lowest)
+            _lower(
+                found, _judged(attack, model, batch.take(left), threat, rng.at("again", place), looks), left
+            )
+        return found
 
-    return Probe("again", "none", run, on="closest", voted=partial(run, looks=VOTES))
+    return Probe(AGAIN, "none", run, on="closest", voted=partial(run, looks=VOTES))
 
 
 PROBES: tuple[Probe, ...] = (

@@ -6,10 +6,11 @@ from typing import Literal
 
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
-from holdfast.core.evidence import Doubt, Evidence
+from holdfast.core.evidence import Doubt, Evidence, Scope
 from holdfast.gates.grammar import Claim
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.names import ROTATION
+from holdfast.metrics.paired import basis
 
 Verdict = Literal["pass", "fail", "unclear"]
 
@@ -62,6 +63,8 @@ class Judgement:
     estimate: Estimate
     verdict: Verdict
     open_doubts: tuple[str, ...] = ()
+    scope: Scope | None = None
+    """which adversarial examples a comparison of robust accuracies counts; None of any other claim"""
 
     @property
     def because(self) -> str:
@@ -102,7 +105,8 @@ def judge(
     except UsageError as error:
         raise UsageError(f"gate {claim.text!r} cannot be judged: {error}") from error
     gate = AtLeast(claim.bound) if claim.relation == ">=" else AtMost(claim.bound)
-    return Judgement(claim, measured, gate(measured, doubts), doubts.open)
+    scope = basis(evidence, baseline) if claim.metric == "regression" and baseline is not None else None
+    return Judgement(claim, measured, gate(measured, doubts), doubts.open, scope)
 
 
 def refuse_rotation(claim: Claim) -> None:

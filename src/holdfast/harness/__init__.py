@@ -9,6 +9,7 @@ from holdfast.harness.assembly import Context, Seconds, assemble, conclude, join
 from holdfast.harness.carrying import paired, run_across
 from holdfast.harness.detecting import on_detector
 from holdfast.harness.measure import measure, measured
+from holdfast.harness.passes import FOUND, PROBE, Pass, Probes, passes
 from holdfast.harness.plan import (
     Member,
     Outline,
@@ -20,17 +21,31 @@ from holdfast.harness.plan import (
     refuse_what_is_hidden,
     settings,
 )
-from holdfast.harness.stages import Room, in_pieces, makers, ready, run_clean, run_fit, run_stage, unattacked
+from holdfast.harness.stages import (
+    Room,
+    in_pieces,
+    judge,
+    makers,
+    ready,
+    run_clean,
+    run_fit,
+    run_stage,
+    unattacked,
+)
 from holdfast.harness.target import LOOKED_AT, Target, prepared
 from holdfast.harness.waves import MATRIX_ROWS, broken, due
 
 __all__ = [
+    "FOUND",
     "LOOKED_AT",
     "MATRIX_ROWS",
+    "PROBE",
     "Context",
     "Member",
     "Outline",
+    "Pass",
     "Plan",
+    "Probes",
     "Room",
     "Seconds",
     "Stage",
@@ -42,12 +57,14 @@ __all__ = [
     "due",
     "in_pieces",
     "join",
+    "judge",
     "labelled",
     "makers",
     "measure",
     "measured",
     "on_detector",
     "paired",
+    "passes",
     "prepared",
     "ready",
     "refuse_unfitted",

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from holdfast.core.corruptions import Corruptions
-from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence
+from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence, PassRecord, Scope
 from holdfast.core.lookup import Lookup
 from holdfast.core.model import VOTES
 from holdfast.core.types import Ids, Rows
 from holdfast.harness.detecting import PASSES, lowest
+from holdfast.harness.passes import Pass, Probes, passes
 from holdfast.harness.plan import Outline, fit_of
 from holdfast.harness.stages import GALLERY, NORMS
 from holdfast.harness.waves import gathered, remark, residual
@@ -35,6 +36,8 @@ class Context:
     notes: tuple[str, ...] = ()
     doubts: tuple[Doubt, ...] = ()
     doubts_cost: Cost = Cost()
+    probes: Probes = ()
+    scope: Scope = "every pass"
     broken_elsewhere: int = 0
     surrogates: tuple[Mapping[str, Any], ...] = ()
     others: tuple[Mapping[str, Any], ...] = ()
@@ -51,16 +54,21 @@ def join(shards: Sequence[Columns]) -> dict[str, Tensor]:
     }
 
 
-def assemble(plan: Outline, by_stage: Mapping[str, Columns]) -> dict[str, Tensor]:
-    """The columns of the evidence (see `Evidence`): the clean ones, and the worst case over the attacks."""
+def assemble(
+    plan: Outline, by_stage: Mapping[str, Columns], counted: Sequence[Pass] = ()
+) -> dict[str, Tensor]:
+    """The columns of the evidence (see `Evidence`): the clean ones, and the worst case over attacks and passes."""
     by_stage = gathered(plan.steps, by_stage)
     clean = by_stage["clean"]
     columns = {name: values for name, values in clean.items() if not name.startswith(("right", "is_prob"))}
-    attacks = [by_stage[s.name] for s in plan.steps if s.kind == "attack" and s.name in by_stage]
-    columns |= _worst_case(clean, attacks, smallest=plan.smallest)
+    steps = [s for s in plan.steps if s.kind == "attack" and s.name in by_stage]
+    attacks, others = [by_stage[s.name] for s in steps], [each.columns for each in counted]
+    columns |= _worst_case(clean, attacks, others, smallest=plan.smallest)
+    suite = _worst_case(clean, [by_stage[s.name] for s in steps if not s.adaptive], smallest=plan.smallest)
+    columns |= {f"suite_{name}": suite[name] for name in ("success", "right_probability")}
     curve = [by_stage[s.name] for s in plan.steps if s.kind == "curve" and s.name in by_stage]
     if curve or plan.smallest:
-        columns["distance"] = torch.stack([a["distance"] for a in (*attacks, *curve)]).amin(0)
+        columns["distance"] = torch.stack([a["distance"] for a in (*attacks, *curve, *others)]).amin(0)
     if plan.smallest:
         columns |= {
             f"{s.name}.distance": by_stage[s.name]["distance"]
@@ -85,10 +93,12 @@ def assemble(plan: Outline, by_stage: Mapping[str, Columns]) -> dict[str, Tensor
     return columns
 
 
-def _worst_case(clean: Columns, attacks: Sequence[Columns], *, smallest: bool) -> dict[str, Tensor]:
-    """What speaks for an example: the first attack that succeeded, or the one with the `smallest` change if asked.
+def _worst_case(
+    clean: Columns, attacks: Sequence[Columns], passes: Sequence[Columns] = (), *, smallest: bool
+) -> dict[str, Tensor]:
+    """The first attack or pass that succeeded on each example, or the one with the `smallest` change if asked.
 
-    Distances are each norm's smallest.
+    Distances are each norm's smallest. Queries are those of the attacks.
     """
     n = len(clean["id"])
     success, broken_by = torch.zeros(n, dtype=torch.bool), torch.full((n,), -1, dtype=torch.int64)
@@ -96,12 +106,13 @@ def _worst_case(clean: Columns, attacks: Sequence[Columns], *, smallest: bool) -
     queries, first = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     distances = {norm: torch.where(clean["correct"], torch.inf, 0.0).float() for norm in NORMS}
     nearest = torch.full((n,), torch.inf)
-    for k, columns in enumerate(attacks):
+    for k, columns in enumerate((*attacks, *passes)):
         new = columns["success"] & ~success
         # a point that was put together from answers, and not asked about itself, is known when all was asked
         fell = torch.where(columns["first_success"] > 0, columns["first_success"], columns["queries"])
         first = torch.where(new, queries + fell, first)
-        queries = queries + columns["queries"]
+        if k < len(attacks):
+            queries = queries + columns["queries"]
         if smallest:
             new = columns["success"] & (columns["distance"] < nearest)
             nearest = torch.where(new, columns["distance"], nearest)
@@ -135,9 +146,10 @@ def conclude(
     randomised: bool,
 ) -> Evidence:
     """The evidence of a finished measurement."""
-    columns = assemble(plan, by_stage)
+    found = () if context.scope == "suite only" else passes(plan, by_stage, context.probes)
+    columns = assemble(plan, by_stage, found)
     if not randomised:
-        del columns["right_probability"]
+        del columns["right_probability"], columns["suite_right_probability"]
     if plan.threat.goal is None:
         del columns["eligible"]
     records, total = _told(plan, by_stage, seconds, context.remarks, randomised=randomised)
@@ -153,12 +165,22 @@ def conclude(
         notes=context.notes,
         cost=total + context.doubts_cost,
         doubts_cost=context.doubts_cost,
+        passes=_counted(found, columns["broken_by"] - len(records)),
+        scope=context.scope,
         broken_elsewhere=context.broken_elsewhere,
-        gallery=_gallery(plan, by_stage),
+        gallery=_gallery(plan, by_stage, found),
         surrogates=context.surrogates,
         transfer=_sampled(by_stage, "transfer", ("id", "right", "wrong")),
         others=context.others,
         across=_sampled(by_stage, "across", ("turned", "control")),
+    )
+
+
+def _counted(found: Sequence[Pass], broken_by: Tensor) -> tuple[PassRecord, ...]:
+    """What each pass did; `broken_by` is the index of the pass that broke an example, negative where none did."""
+    return tuple(
+        PassRecord(each.stage, each.name, each.tried, int((broken_by == k).sum()))
+        for k, each in enumerate(found)
     )
 
 
@@ -201,7 +223,17 @@ def _told(
                 *remark(stage.attack, waves, risk),
                 *remarks.get(stage.name, ()),
             )
-            told = (stage.name, stage.attack, stage.settings, before, after, cost, notes, risk)
+            told = (
+                stage.name,
+                stage.attack,
+                stage.settings,
+                before,
+                after,
+                cost,
+                notes,
+                risk,
+                stage.adaptive,
+            )
             records.append(AttackRecord(*told))
             standing = left
     return tuple(records), total
@@ -229,7 +261,7 @@ def _cost(columns: Columns, seconds: Seconds, *, randomised: bool) -> Cost:
     queries = int(columns["queries"].sum())
     judged = int(columns["ran"].sum()) if "ran" in columns else len(columns["id"])
     if "transfer.wrong" in columns:  # once clean, and what each maker made
-        judged *= 1 + columns["transfer.wrong"].shape[1]
+        judged *= 1 + columns["transfer.wrong"].shape[1] * _looks(randomised=randomised)
     elif "across.turned" in columns:  # each data set once clean, then with each change and its control
         sets = columns["across.turned"].shape[1]
         judged *= sets * (1 + 2 * sets)
@@ -238,13 +270,10 @@ def _cost(columns: Columns, seconds: Seconds, *, randomised: bool) -> Cost:
     return Cost(queries + judged, int(columns["backwards"].sum()), queries, seconds.cpu, seconds.wall)
 
 
-def _gallery(plan: Outline, by_stage: Mapping[str, Columns]) -> dict[str, Tensor]:
-    """The first dozen examples that the suite broke, in source order, each as its worst case has it."""
-    found = [
-        by_stage[s.name]
-        for s in plan.steps
-        if s.kind == "attack" and "gallery.id" in by_stage.get(s.name, {})
-    ]
+def _gallery(plan: Outline, by_stage: Mapping[str, Columns], counted: Sequence[Pass]) -> dict[str, Tensor]:
+    """The first dozen broken examples, in source order, each as its worst case has it."""
+    attacks = [by_stage[s.name] for s in plan.steps if s.kind == "attack" and s.name in by_stage]
+    found = [c for c in (*attacks, *(each.columns for each in counted)) if "gallery.id" in c]
     if not found:
         return {}
     chosen = speaking(found, "gallery", smallest=plan.smallest)[:GALLERY]

@@ -15,7 +15,7 @@ from holdfast.harness.assembly import Context, Seconds, conclude, join
 from holdfast.harness.plan import Plan, Stage, labelled, refuse_unfitted, refuse_what_is_hidden
 from holdfast.harness.stages import Room, ready, run_clean, run_fit, run_stage
 from holdfast.harness.target import LOOKED_AT, Target, prepared
-from holdfast.harness.waves import due
+from holdfast.harness.waves import broken, due
 
 _TYPES = (torch.float32, torch.float64)
 
@@ -88,9 +88,11 @@ def _shards(
     if stage.kind == "clean":
         return [run_clean(plan, target, batch, Room(batch_size)) for batch in batches]
     chosen, shards, start = due(stage, plan, by_stage), [], 0
+    gone = broken(by_stage) if stage.kind != "attack" else None
     for batch in batches:
         rows = slice(start, start + len(batch))
         clean = {name: values[rows] for name, values in by_stage["clean"].items()}
-        shards.append(run_stage(stage, plan, target, batch, clean, chosen[rows], Room(batch_size)))
+        known = None if gone is None else gone[rows]
+        shards.append(run_stage(stage, plan, target, batch, clean, chosen[rows], Room(batch_size), known))
         start += len(batch)
     return shards

@@ -18,7 +18,7 @@ from holdfast.core.guard import score
 from holdfast.core.meter import Metered, Spent, margin
 from holdfast.core.model import VOTES, Model, out_of_memory
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, Logits, Mask
+from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.harness.detecting import aim_of
 from holdfast.harness.plan import Kind, Plan, Stage, fit_of
 from holdfast.harness.target import Target, no_memory
@@ -49,19 +49,28 @@ def run_clean(plan: Plan, target: Target, batch: Batch, room: Room) -> Columns:
 
 
 def run_stage(
-    stage: Stage, plan: Plan, target: Target, batch: Batch, clean: Columns, chosen: Mask, room: Room
+    stage: Stage,
+    plan: Plan,
+    target: Target,
+    batch: Batch,
+    clean: Columns,
+    chosen: Mask,
+    room: Room,
+    broken: Mask | None = None,
 ) -> Columns:
     """Columns of one stage after the clean one, on those of `batch` that are `due`; `clean` is what that one left.
 
-    Keys that start with one of `PARTIAL` hold some of the examples only, named by their `id`.
+    Keys that start with one of `PARTIAL` hold some of the examples only, named by their `id`. Of the examples that the
+    suite has `broken` already, a pass outside the suite keeps no input.
     """
     rng = Draws(plan.seed).at("stage", stage.name)
     assert stage.member is not None
     attack, threat = stage.member.attack, plan.threat
     knows = stage.adaptive or stage.kind == "detection"
     target = replace(target, quick=target.view if knows else target.quick, aim=stage.aim)
+    missed = batch.ids[~broken.to(batch.ids.device)] if broken is not None else batch.ids
     if stage.kind == "attacked":
-        return in_pieces(lambda piece: _attacked(attack, threat, target, piece, rng), batch, room)
+        return in_pieces(lambda piece: _attacked(attack, plan, target, piece, rng, missed), batch, room)
     if stage.kind == "curve" or plan.smallest:
         threat = replace(threat, constraint=threat.constraint.resized(torch.inf))
     columns = unattacked(clean, stage.kind)
@@ -70,11 +79,11 @@ def run_stage(
         return columns
     left = batch.take(chosen)
     if stage.kind == "detection":
-        found = in_pieces(lambda piece: _against(attack, threat, target, piece, rng), left, room)
+        found = in_pieces(lambda piece: _against(attack, plan, target, piece, rng, missed), left, room)
     elif stage.kind == "transfer":
-        found = in_pieces(lambda piece: _transferred(attack, threat, target, piece, rng), left, room)
+        found = in_pieces(lambda piece: _transferred(attack, plan, target, piece, rng, missed), left, room)
     else:
-        found = in_pieces(lambda piece: _attack(attack, threat, plan, target, piece, rng), left, room)
+        found = in_pieces(lambda piece: _attack(attack, threat, plan, target, piece, rng, missed), left, room)
     for name, values in found.items():
         if name.startswith(PARTIAL):
             columns[name] = values
@@ -209,62 +218,77 @@ def _clean(plan: Plan, target: Target, batch: Batch, rng: Draws) -> dict[str, Te
 
 
 def _attacked(
-    attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
+    attack: Attack, plan: Plan, target: Target, batch: Batch, rng: Draws, missed: Ids
 ) -> dict[str, Tensor]:
-    batch = _aimed(batch, threat)
+    batch = _aimed(batch, plan.threat)
     with target.repeatable(rng.at(int(batch.ids[0]))):
-        x_adv, spent = returned(attack, threat, target, batch, rng)
-        logits = target.logits(x_adv)
+        x_adv, spent = returned(attack, plan.threat, target, batch, rng)
+        logits, columns = _verdict(plan, target, batch, x_adv)
     probabilities = logits[:, : target.classes].softmax(1)
-    columns = {
-        "id": batch.ids,
-        "prediction": target.predicted(logits),
+    columns |= {
         "confidence": probabilities.amax(1),
         "entropy": torch.special.entr(probabilities).sum(1),
         "probability_margin": margin(probabilities, batch.towards(None)),
-        "success": ~(margin(target.held(logits, batch.y), batch) > 0),
-        "queries": spent.queries,
-        "backwards": spent.backwards,
+        **_asked(spent),
+        **_kept(plan, batch, x_adv, columns["success"], missed),
     }
     return {name: values.cpu() for name, values in columns.items()}
 
 
 def _against(
-    attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
+    attack: Attack, plan: Plan, target: Target, batch: Batch, rng: Draws, missed: Ids
 ) -> dict[str, Tensor]:
     """What the detector says of the attacked inputs that the network alone has wrong."""
     with target.repeatable(rng.at(int(batch.ids[0]))):
-        x_adv, spent = returned(attack, threat, target, batch, rng)
-        logits = target.logits(x_adv)
+        x_adv, spent = returned(attack, plan.threat, target, batch, rng)
+        logits, columns = _verdict(plan, target, batch, x_adv)
     wrong = ~(margin(logits[:, : target.classes], batch) > 0)
-    columns = {
-        "id": batch.ids,
-        "ran": torch.ones_like(wrong),
+    columns |= {
         "score": torch.where(wrong, score(logits), torch.inf),
-        "success": ~(margin(target.held(logits, batch.y), batch) > 0),
-        "queries": spent.queries,
-        "backwards": spent.backwards,
+        **_asked(spent),
+        **_kept(plan, batch, x_adv, columns["success"], missed),
     }
     return {name: values.cpu() for name, values in columns.items()}
 
 
 def _attack(
-    attack: Attack, threat: ThreatModel, plan: Plan, target: Target, batch: Batch, rng: Draws
+    attack: Attack,
+    threat: ThreatModel,
+    plan: Plan,
+    target: Target,
+    batch: Batch,
+    rng: Draws,
+    missed: Ids,
 ) -> dict[str, Tensor]:
     batch = _aimed(batch, threat)
     with target.repeatable(rng.at(int(batch.ids[0]))):
         x_adv, spent = returned(attack, threat, target, batch, rng)
-        logits, right, right_fresh = _judged(
-            target, batch, x_adv, lambda logits: target.held(logits, batch.y)
-        )
-    found = ~(right > 0.5)
-    distance = plan.threat.constraint.distance(x_adv, batch.x)
-    success = found & allowed(plan.threat.constraint, x_adv, batch.x, target.bare.bounds)
+        _, columns = _verdict(plan, target, batch, x_adv)
+    columns |= {**_asked(spent), "dead": spent.dead, **_kept(plan, batch, x_adv, columns["success"], missed)}
+    return {name: values.cpu() for name, values in columns.items()}
+
+
+def judge(plan: Plan, target: Target, batch: Batch, x_adv: Inputs, rng: Draws) -> dict[str, Tensor]:
+    """Columns of inputs that were found outside the stages, as an attack's are: what the bare model says of each."""
+    batch = _aimed(batch, plan.threat)
+    with target.repeatable(rng.at(int(batch.ids[0]))):
+        _, columns = _verdict(plan, target, batch, x_adv)
+    nothing = torch.zeros_like(batch.ids)
+    columns |= {"queries": nothing, "first_success": nothing, "backwards": nothing}
+    columns |= _kept(plan, batch, x_adv, columns["success"], batch.ids)
+    return {name: values.cpu() for name, values in columns.items()}
+
+
+def _verdict(plan: Plan, target: Target, batch: Batch, x_adv: Inputs) -> tuple[Logits, dict[str, Tensor]]:
+    """Logits of the bare model, and the columns of its verdict: `success` is a wrong answer inside the threat model."""
+    logits, right, right_fresh = _judged(target, batch, x_adv, lambda logits: target.held(logits, batch.y))
+    found, constraint = ~(right > 0.5), plan.threat.constraint
+    distance = constraint.distance(x_adv, batch.x)
     far = torch.full_like(distance, torch.inf)
-    columns = {
+    return logits, {
         "id": batch.ids,
-        "ran": torch.ones_like(success),
-        "success": success,
+        "ran": torch.ones_like(found),
+        "success": found & allowed(constraint, x_adv, batch.x, target.bare.bounds),
         "prediction": target.predicted(logits),
         "right": right,
         "right_fresh": right_fresh,
@@ -274,24 +298,32 @@ def _attack(
             f"distance_{name}": torch.where(found, norm.distance(x_adv, batch.x), far).float()
             for name, norm in NORMS.items()
         },
-        "queries": spent.queries,
-        "first_success": spent.first_success,
-        "backwards": spent.backwards,
-        "dead": spent.dead,
     }
-    kept = success.nonzero()[:, 0]
+
+
+def _asked(spent: Spent) -> dict[str, Tensor]:
+    """The columns of what an attack cost."""
+    return {"queries": spent.queries, "first_success": spent.first_success, "backwards": spent.backwards}
+
+
+def _kept(plan: Plan, batch: Batch, x_adv: Inputs, success: Mask, missed: Ids) -> dict[str, Tensor]:
+    """The successful inputs of examples in `missed`: a few to look at, and all where the plan keeps them."""
+    kept = (success & torch.isin(batch.ids, missed)).nonzero()[:, 0]
     shown = kept[: GALLERY if plan.shown else 0]
-    columns |= {"gallery.id": batch.ids[shown], "gallery.x": batch.x[shown], "gallery.x_adv": x_adv[shown]}
+    columns = {"gallery.id": batch.ids[shown], "gallery.x": batch.x[shown], "gallery.x_adv": x_adv[shown]}
     if plan.keep_adversarial:
         columns |= {"adversarial.id": batch.ids[kept], "adversarial.x": x_adv[kept]}
-    return {name: values.cpu() for name, values in columns.items()}
+    return columns
 
 
 def _transferred(
-    attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
+    attack: Attack, plan: Plan, target: Target, batch: Batch, rng: Draws, missed: Ids
 ) -> dict[str, Tensor]:
-    """What examples made on the target and on each surrogate do to all of them; see `Evidence.transfer`."""
-    batch, threat = _aimed(batch, threat), replace(threat, queries=None)
+    """What examples made on the target and on each surrogate do to all of them; see `Evidence.transfer`.
+
+    The verdict on each example is that of the first maker whose input the target has wrong.
+    """
+    batch, threat = _aimed(batch, plan.threat), replace(plan.threat, queries=None)
     metered = Metered(target.asked(target.quick, batch), batch, threat)
 
     def holds(x: Inputs, own: Logits) -> Tensor:
@@ -299,17 +331,21 @@ def _transferred(
             others = [model(x, batch.ids) for model in threat.surrogates]
         return torch.stack([margin(logits, batch) > 0 for logits in (own, *others)], 1)
 
-    wrong = []
+    wrong, columns, x_best = [], dict[str, Tensor](), batch.x
     with target.repeatable(rng.at(int(batch.ids[0]))):
         right = holds(batch.x, target.logits(batch.x))
         for models in makers(metered, threat):
             x_adv, _ = returned(attack, replace(threat, surrogates=models), target, batch, rng)
-            wrong.append(~holds(x_adv, target.held(target.logits(x_adv), batch.y)))
-    columns = {
-        "id": batch.ids,
-        "ran": torch.ones_like(batch.ids, dtype=torch.bool),
-        "queries": metered.spent.queries,
-        "backwards": metered.spent.backwards,
+            logits, found = _verdict(plan, target, batch, x_adv)
+            wrong.append(~holds(x_adv, target.held(logits, batch.y)))
+            first = found["success"] & ~columns["success"] if columns else torch.ones_like(found["success"])
+            x_best = torch.where(first.view(-1, *[1] * (x_adv.dim() - 1)), x_adv, x_best)
+            columns = {
+                name: torch.where(first, found[name], columns.get(name, found[name])) for name in found
+            }
+    columns |= {
+        **_asked(metered.spent),
+        **_kept(plan, batch, x_best, columns["success"], missed),
         "transfer.id": batch.ids,
         "transfer.right": right,
         "transfer.wrong": torch.stack(wrong, 1),

@@ -18,6 +18,7 @@ Metric = Callable[[Evidence, float], Estimate]
 PLAIN: Mapping[str, Metric] = {
     "clean_accuracy": shares.clean_accuracy,
     "clean_error_rate": shares.clean_error_rate,
+    "suite_robust_accuracy": shares.suite_robust_accuracy,
     "rejection_rate": shares.rejection_rate,
     "detection_auroc": detection.auroc,
     "detection_rate_at_5_percent": partial(detection.rate, false_positives=0.05),

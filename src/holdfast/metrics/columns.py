@@ -56,3 +56,11 @@ def broken(evidence: Evidence, metric: str, eps: float | None) -> Mask:
 def robust(evidence: Evidence, metric: str, eps: float | None = None) -> Mask:
     """Which examples are right both unattacked and under the worst case."""
     return evidence["correct"] & ~broken(evidence, metric, eps)
+
+
+def suite_robust(evidence: Evidence, metric: str) -> Mask:
+    """Which examples are right both unattacked and under the worst case of the suite's own attacks."""
+    untargeted(evidence, metric)
+    if math.isinf(evidence.threat.constraint.eps):
+        raise Absent(f"{metric} needs an eps; give one, as in --threat l2:0.5")
+    return evidence["correct"] & ~column(evidence, "suite_success", "run at least one attack")

@@ -52,7 +52,9 @@ METRICS: Final[dict[str, str]] = {
     "clean_error_rate": "one minus the clean accuracy",
     "rejection_rate": "share of unattacked inputs that a model with a detector rejects",
     **DETECTION,
-    "robust_accuracy": "share correct both unattacked and under the worst case over the suite, of all examples",
+    "robust_accuracy": "share correct both unattacked and under the worst case over every attack and pass, of all "
+    "examples",
+    "suite_robust_accuracy": "the same under the suite's own attacks only, for comparison with published numbers",
     "robust_error_rate": "one minus the robust accuracy",
     "robustness_score": "harmonic mean of clean and robust accuracy",
     "worst_class": "smallest robust accuracy over the classes, with Bonferroni's correction",
@@ -119,6 +121,7 @@ SHARES: Final = AT_EPS | {
     "worst_corruption",
     "clean_accuracy",
     "clean_error_rate",
+    "suite_robust_accuracy",
     "rejection_rate",
     *DETECTION,
     "targeted_success_rate",

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
-from holdfast.core.evidence import Evidence
-from holdfast.core.types import Rows
-from holdfast.metrics.columns import robust
-from holdfast.metrics.shares import right_probability
+from holdfast.core.evidence import Evidence, Scope
+from holdfast.core.types import Mask, Rows
+from holdfast.metrics.columns import robust, suite_robust
+from holdfast.metrics.shares import right_probability, suite_right_probability
 from holdfast.ops.statistics import Support, mean, paired_difference
 
 
@@ -45,11 +45,39 @@ def _keys(digests: Tensor) -> list[bytes]:
     return [bytes(row) for row in digests.tolist()]
 
 
+def basis(first: Evidence, second: Evidence) -> Scope:
+    """Which adversarial examples a comparison counts: those of every pass where both runs made the same ones.
+
+    Else those of the suites only: a run that was searched by more passes would seem the weaker model.
+    """
+    mine, theirs = map(_passes, (first, second))
+    return "every pass" if mine == theirs and mine is not None else "suite only"
+
+
+def _passes(evidence: Evidence) -> tuple[object, ...] | None:
+    """What the verdict of a run counts beside the suite; None where it counts nothing else."""
+    if evidence.scope == "suite only":
+        return None
+    adaptive = tuple(sorted(record.name for record in evidence.attacks if record.adaptive))
+    return evidence.suite, adaptive, tuple(each.stage for each in evidence.passes)
+
+
+def compared(evidence: Evidence, scope: Scope) -> Mask:
+    """Which examples are robust, as a comparison that counts `scope` takes it."""
+    if scope == "suite only" and "suite_success" in evidence:
+        return suite_robust(evidence, "regression")
+    return robust(evidence, "regression")
+
+
 def regression(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
-    """Robust accuracy of the baseline minus this one's, over the shared examples; positive is worse."""
-    shared = pairs(evidence, baseline)
-    mine, theirs = right_probability(evidence), right_probability(baseline)
-    held, held_before = robust(evidence, "regression"), robust(baseline, "regression")
+    """Robust accuracy of the baseline minus this one's, over the shared examples; positive is worse.
+
+    `basis` says which adversarial examples it counts.
+    """
+    shared, scope = pairs(evidence, baseline), basis(evidence, baseline)
+    chances = right_probability if scope == "every pass" else suite_right_probability
+    mine, theirs = chances(evidence), chances(baseline)
+    held, held_before = compared(evidence, scope), compared(baseline, scope)
     if mine is None and theirs is None:
         return paired_difference(held_before[shared.second], held[shared.first], confidence)
     after = (held.double() if mine is None else mine)[shared.first]

@@ -10,7 +10,7 @@ import torch
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.types import Mask, PerExample
-from holdfast.metrics.columns import Absent, broken, column, robust
+from holdfast.metrics.columns import Absent, broken, column, robust, suite_robust
 from holdfast.ops.statistics import bonferroni, complement, mean, proportion
 
 
@@ -39,11 +39,25 @@ def right_probability(evidence: Evidence, eps: float | None = None) -> PerExampl
 def robust_accuracy(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
     """Share of all examples classified correctly, both clean and attacked; an upper bound of the truth.
 
-    For a randomised model the mean probability of being right, over fresh draws under the worst case.
+    Attacked means under every attack and every pass of the run inside the threat model (`Evidence.scope`). For a
+    randomised model it is the mean probability of being right, over fresh draws under the worst case.
     """
     held = robust(evidence, "robust_accuracy", eps)
     chance = right_probability(evidence, eps)
     return proportion(held, confidence) if chance is None else mean(chance, confidence)
+
+
+def suite_robust_accuracy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+    """Robust accuracy under the suite's own attacks only, for comparison with published numbers."""
+    held = suite_robust(evidence, "suite_robust_accuracy")
+    chance = suite_right_probability(evidence)
+    return proportion(held, confidence) if chance is None else mean(chance, confidence)
+
+
+def suite_right_probability(evidence: Evidence) -> PerExample | None:
+    """Of a randomised model, the chance that each example is right under the suite's own attacks."""
+    name = "suite_right_probability"
+    return evidence[name].double() if name in evidence else None
 
 
 def robust_error_rate(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:

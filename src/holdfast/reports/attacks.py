@@ -65,3 +65,16 @@ def risks(summary: Mapping[str, Any]) -> str:
     )
     sure = "the most that would fall of them, if none is likelier to (95 %)"
     return f"left untried because the nearest all held, and {sure}: {', '.join(each)}" if left else ""
+
+
+def passes(summary: Mapping[str, Any], *, brief: bool = False) -> str:
+    """One line of the passes outside the suite and what each broke that nothing before it had; `brief` counts them."""
+    made = summary["passes"]
+    if not made:
+        return ""
+    broke = [f"{each['name']} {count(each['broke'])}" for each in made if each["broke"]]
+    total = count(sum(each["broke"] for each in made))
+    found = f": {', '.join(broke)}" if broke else ""
+    said = f"outside the suite, {count(len(made))} pass{'es' * (len(made) > 1)} broke {total} more{found}"
+    idle = [each["name"] for each in made if not each["broke"]]
+    return said if brief or not idle else f"{said}; nothing more was broken by {', '.join(idle)}"

@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from holdfast.core.estimate import Estimate
-from holdfast.core.evidence import Evidence
+from holdfast.core.evidence import Evidence, Scope
 from holdfast.core.types import Mask
-from holdfast.metrics.columns import Absent, robust
-from holdfast.metrics.paired import Pairs, clean_accuracy_drop, pairs, regression
+from holdfast.metrics.columns import Absent
+from holdfast.metrics.paired import Pairs, basis, clean_accuracy_drop, compared, pairs, regression
 from holdfast.ops.statistics import mcnemar
 from holdfast.reports.curves import estimate
 from holdfast.reports.numbers import count, number, percent, plain, strict
-from holdfast.reports.words import as_asked, capitalized, label
+from holdfast.reports.words import SCOPES, as_asked, capitalized, label
 
 Json = dict[str, Any]
 
@@ -45,9 +45,13 @@ def comparison(
         )
     }
     flipped: Json = {}
+    scope: Scope | None = None
     try:
-        held = robust(first, "robust_accuracy"), robust(second, "robust_accuracy")
+        counted = basis(first, second)
+        held = compared(first, counted), compared(second, counted)
         paired = {"robust_accuracy": _paired(held, regression(first, second, confidence), shared)} | paired
+        scope = counted
+        notes.append(f"robust accuracy is {SCOPES[counted].removeprefix('; ')}")
         flipped = _flipped(first, second, held, shared)
     except Absent as absent:
         notes.append(f"robust accuracy is not compared: {absent}")
@@ -62,6 +66,7 @@ def comparison(
         "runs": [_run(summary) for summary in summaries],
         "paired": paired,
         "flipped": flipped,
+        "scope": scope,
         "metrics": _side_by_side(*(summary["metrics"] for summary in summaries)),
         "notes": notes,
     }
@@ -95,7 +100,8 @@ def headline(content: Mapping[str, Any]) -> str:
     metric, found = next(iter(content["paired"].items()))
     before, after = (percent(found[side]) for side in ("first", "second"))
     change, p = found["difference"], found["p"]
-    what = "survive every attack tried" if metric == "robust_accuracy" else "are right without any attack"
+    survived = "survive the suite" if content["scope"] == "suite only" else "survive every attack tried"
+    what = survived if metric == "robust_accuracy" else "are right without any attack"
     shared = f"{count(content['n'])} shared {content['noun']}"
     sentence = f"Of {shared}, {after} {what} in the second run and {before} before"
     sure = f"{100 * content['confidence']:.0f} % interval {signed(change['low'])} to {signed(change['high'])}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from holdfast.core.names import printable
 from holdfast.reports import across, rotation, transfer
-from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, risks, row
+from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, passes, risks, row
 from holdfast.reports.numbers import count
 from holdfast.reports.words import VERDICTS, capitalized, interval, label, shown
 
@@ -64,13 +64,18 @@ def _gate(gate: Mapping[str, Any]) -> list[str]:
 def _attacks(summary: Mapping[str, Any]) -> list[str]:
     distance = by_distance(summary)
     headings = SMALLEST if distance else STANDING
-    rows, untried = [row(attack, distance=distance) for attack in summary["attacks"]], risks(summary)
+    rows = [row(attack, distance=distance) for attack in summary["attacks"]]
     title = f"### {'Smallest change' if distance else 'Worst case'}, attack by attack"
     return [
         title,
         "",
         *table(headings, [[escaped(cells[heading]) for heading in headings] for cells in rows]),
-        *([f"{escaped(capitalized(untried))}.", ""] if untried else []),
+        *(
+            line
+            for said in (risks(summary), passes(summary))
+            if said
+            for line in (f"{escaped(capitalized(said))}.", "")
+        ),
     ]
 
 

@@ -86,6 +86,7 @@ def summary(
 def _measured(evidence: Evidence, confidence: float) -> Json:
     """What the evidence says."""
     classes = tuple(str(name) for name in evidence.data.get("classes") or ())
+    found_by = [*(each.name for each in evidence.attacks), *(each.name for each in evidence.passes)]
     return {
         "suite": evidence.suite,
         "attacks": _attacks(evidence, confidence),
@@ -102,7 +103,9 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
         "transfer": transfer(evidence, confidence),
         "others": [_bounded(card) for card in evidence.others],
         "across": across(evidence, confidence),
-        "examples": examples(evidence, classes, [record.name for record in evidence.attacks]),
+        "examples": examples(evidence, classes, found_by),
+        "passes": [asdict(each) for each in evidence.passes],
+        "scope": evidence.scope,
         "broken_elsewhere": evidence.broken_elsewhere,
         "notes": list(evidence.notes),
     }
@@ -151,6 +154,7 @@ def _gate(gate: Judgement) -> Json:
         "versus": claim.versus,
         "verdict": gate.verdict,
         "estimate": estimate(gate.estimate),
+        "scope": gate.scope,
     }
 
 
@@ -208,6 +212,7 @@ def _attack(record: AttackRecord, after: Json | None) -> Json:
         **_cost(record.cost),
         "notes": list(record.notes),
         "residual": record.residual and asdict(record.residual),
+        "adaptive": record.adaptive,
     }
 
 

@@ -36,7 +36,7 @@ def write_rows(summary: Mapping[str, Any], columns: Columns, file: TextIO) -> No
 
 
 def _rows(summary: Mapping[str, Any], columns: Columns, rows: slice) -> Iterator[tuple[Any, ...]]:
-    stages = [attack["stage"] for attack in summary["attacks"]]
+    stages = [each["stage"] for each in (*summary["attacks"], *summary["passes"])]
     found: list[list[Any]] = []
     for heading in headings(columns):
         if heading == "robust":

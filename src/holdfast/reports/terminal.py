@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import printable
 from holdfast.reports import across, rotation, transfer
-from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, risks, row, title
+from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, passes, risks, row, title
 from holdfast.reports.numbers import count, percent
 from holdfast.reports.words import VERDICTS, asked, interval, label, shown
 
@@ -25,6 +25,7 @@ FIRST = frozenset(
         "detection_rate_at_5_percent",
         "oblivious_detection_rate_at_5_percent",
         "robust_accuracy",
+        "suite_robust_accuracy",
         "robustness_score",
         "worst_class",
         "attack_success_rate",
@@ -78,9 +79,9 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
         *matrices(summary),
     ]
     told = [as_string(part, colour=colour, width=width) for part in parts if part.row_count]
-    untried = as_string(cell(risks(summary)), colour=colour, width=width)
-    if untried:
-        told[0] = f"{told[0].rstrip()}\n\n{untried}\n\n"
+    for line in (risks(summary), passes(summary, brief=True)):
+        if line:
+            told[0] = f"{told[0].rstrip()}\n\n{as_string(cell(line), colour=colour, width=width)}\n\n"
     text = "\n".join(told)
     return text + _doubts(summary["doubts"])
 

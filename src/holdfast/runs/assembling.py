@@ -9,14 +9,22 @@ from torch import Tensor
 
 from holdfast.core.evidence import PARTIAL, Columns, Cost, Evidence
 from holdfast.doubts.answering import answered
-from holdfast.harness import Context, Outline, Seconds, broken, conclude, speaking, unattacked
+from holdfast.harness import (
+    Context,
+    Outline,
+    Pass,
+    Seconds,
+    broken,
+    conclude,
+    passes,
+    speaking,
+    unattacked,
+)
 from holdfast.runs.written import doubt_from_json, outline_from_json
 from holdfast.store.folder import Stage
 
 DOUBTS = "doubts"
 """The document, the draws and the time of the probes are named after this."""
-OUTSIDE = "outside the verdict, examples that stood were broken by"
-"""How the note begins that names what probes and other passes broke."""
 ADAPTIVE = "adaptive"
 """The document that says which adaptive attacks ran, and why."""
 ROTATION = "rotation"
@@ -50,12 +58,29 @@ def evidence_of(
         doubts_cost=Cost(cost["forwards"], cost["backwards"], cost["queries"], spent.cpu, spent.wall),
         surrogates=tuple(manifest.get("surrogates", ())),
         others=tuple(manifest.get("others", ())),
-        broken_elsewhere=len({id_ for ids in asked["fallen"].values() for id_ in ids}),
+        **_scope(asked),
     )
     outline = outline_from_json(manifest["config"])
     if adapted is not None:
         context = _adapted(context, outline, by_stage, asked, adapted)
     return conclude(outline, by_stage, seconds, context, randomised=manifest["model"]["randomised"])
+
+
+def _scope(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Which adversarial examples count. Runs of earlier versions list no probes, and count those of the suite only."""
+    if "probes" in asked:
+        return {"probes": asked["probes"]}
+    missed = {id_ for ids in asked["fallen"].values() for id_ in ids}
+    return {"scope": "suite only", "broken_elsewhere": len(missed)}
+
+
+def counted_passes(
+    manifest: Mapping[str, Any], by_stage: Mapping[str, Columns], asked: Mapping[str, Any]
+) -> tuple[Pass, ...]:
+    """The passes outside the suite whose adversarial examples count."""
+    if "probes" not in asked:
+        return ()
+    return passes(outline_from_json(manifest["config"]), by_stage, asked["probes"])
 
 
 def with_attackers(evidence: Evidence, found: Mapping[str, Any] | None) -> Evidence:
@@ -93,12 +118,8 @@ def _adapted(
             fell=bool(left),
             blind=adapted["blind"],
         ),
-        notes=(
-            *(note for note in context.notes if left or not note.startswith(OUTSIDE)),
-            *adapted["missed"],
-            *adapted["notes"],
-        ),
-        broken_elsewhere=len(left),
+        notes=(*context.notes, *adapted["missed"], *adapted["notes"]),
+        broken_elsewhere=len(left) if context.scope == "suite only" else 0,
         remarks={
             name: (f"run because of {listed(because[arm])}", *_round(adapted, arm))
             for arm, name in places.items()
@@ -122,10 +143,14 @@ def is_of_rows(column: str) -> bool:
 
 
 def adversarial(
-    by_stage: Mapping[str, Columns], stages: Sequence[str], *, smallest: bool
+    by_stage: Mapping[str, Columns], stages: Sequence[str], counted: Sequence[Pass], *, smallest: bool
 ) -> dict[str, Tensor]:
-    """The successful inputs that were kept, `id` and `x`: of each example the first, or the `smallest` change."""
-    kept = [by_stage[name] for name in stages if "adversarial.id" in by_stage.get(name, {})]
+    """The successful inputs that were kept, `id` and `x`: of each example the first, or the `smallest` change.
+
+    `stages` are those of attacks, in their order; the `counted` passes follow them.
+    """
+    columns = [by_stage[name] for name in stages if name in by_stage]
+    kept = [c for c in (*columns, *(each.columns for each in counted)) if "adversarial.id" in c]
     if not kept:
         return {}
     ids = torch.cat([columns["adversarial.id"] for columns in kept])

@@ -280,7 +280,8 @@ class Course:
             else:
                 rows = self.shards[shard]
                 clean = _rows(by_stage["clean"], *rows)
-                columns = run_stage(stage, self.plan, timed, batch, clean, chosen[slice(*rows)], room)
+                gone = broken(by_stage)[slice(*rows)] if stage.kind != "attack" else None
+                columns = run_stage(stage, self.plan, timed, batch, clean, chosen[slice(*rows)], room, gone)
         except OutOfTime:
             watch.tick(least=0.0)
             raise

@@ -1,6 +1,6 @@
 """Runs that were kept: open one, list those in a folder, and name a new one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,13 +9,14 @@ from typing import Any
 
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.evidence import Columns, Evidence
-from holdfast.harness import Seconds
+from holdfast.harness import FOUND, Seconds
 from holdfast.runs.assembling import (
     ADAPTIVE,
     DOUBTS,
     ROTATION,
     adversarial,
     counted,
+    counted_passes,
     evidence_of,
     with_attackers,
 )
@@ -73,8 +74,11 @@ def open_run(path: Path) -> Result:
     gates = tuple(judgement_from_json(gate) for gate in decided["gates"])
     by_stage = _stages(path, manifest, chain)
     rotation = recorded_document(path, chain, ROTATION)
-    evidence = with_attackers(_evidence(path, manifest, by_stage, chain), rotation)
-    found = adversarial(by_stage, list(by_stage), smallest=manifest["config"]["smallest"])
+    asked = _doubts(path, chain)
+    evidence = with_attackers(_evidence(path, manifest, by_stage, chain, asked), rotation)
+    attacks = [step["name"] for step in manifest["config"]["stages"] if step["kind"] == "attack"]
+    counted = counted_passes(manifest, by_stage, asked)
+    found = adversarial(by_stage, attacks, counted, smallest=manifest["config"]["smallest"])
     return Result(evidence, gates, decided["accepted_doubts"], about, path, found, rotation=rotation)
 
 
@@ -96,7 +100,8 @@ def _entry(path: Path) -> Entry:
     manifest, chain = read_manifest(path), read_chain(path, mend=False)
     threat, decided = manifest["config"]["threat"], recorded_document(path, chain, VERDICT)
     eps = threat["eps"]
-    done = sum(link.content["kind"] in {"stage", DOUBTS, *manifest["plan"]["stages"]} for link in chain.links)
+    stages = manifest["plan"]["stages"]
+    done = sum({link.content["kind"], link.content.get("name")} & {*stages} != set() for link in chain.links)
     return Entry(
         path,
         manifest["verb"],
@@ -119,13 +124,24 @@ def _stages(path: Path, manifest: dict[str, Any], chain: Chain) -> dict[str, Col
         columns = None if stage is None else counted(step["kind"], stage, by_stage)
         if columns is not None:
             by_stage[step["name"]] = columns
-    return by_stage
+    found = read_stage(path, chain, FOUND)
+    return by_stage if found is None else {**by_stage, FOUND: found.columns}
 
 
-def _evidence(path: Path, manifest: dict[str, Any], by_stage: dict[str, Columns], chain: Chain) -> Evidence:
+def _doubts(path: Path, chain: Chain) -> dict[str, Any]:
     asked = recorded_document(path, chain, DOUBTS)
     if asked is None:
         raise TargetError(f"the run in {str(path)!r} has a verdict and no {DOUBTS}; restore it from a copy")
+    return asked
+
+
+def _evidence(
+    path: Path,
+    manifest: dict[str, Any],
+    by_stage: dict[str, Columns],
+    chain: Chain,
+    asked: Mapping[str, Any],
+) -> Evidence:
     seconds = {name: Seconds(spent.cpu_s, spent.wall_s) for name, spent in spent_in(path).items()}
     adapted = recorded_document(path, chain, ADAPTIVE)
     return evidence_of(manifest, by_stage, asked, seconds, adapted)

@@ -17,15 +17,15 @@ from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.doubts.answering import arms, called
 from holdfast.gates.judging import Doubts, Judgement, judge
-from holdfast.harness import MATRIX_ROWS, Plan, Target, paired
+from holdfast.harness import FOUND, MATRIX_ROWS, Plan, Target, paired
 from holdfast.reports.numbers import strict
 from holdfast.runs import probes
 from holdfast.runs.assembling import (
     ADAPTIVE,
     DOUBTS,
-    OUTSIDE,
     ROTATION,
     adversarial,
+    counted_passes,
     evidence_of,
     with_attackers,
 )
@@ -252,26 +252,40 @@ class Making:
         )
         by_stage, missed = course.run()
         said = () if team is None else team.dismissed()
-        asked = keeper.document(DOUBTS) or self._asked(course, by_stage, missed, said)
+        asked = keeper.document(DOUBTS)
+        if asked is None:
+            asked = self._asked(course, by_stage, missed, said)
+        elif (known := keeper.stage(FOUND)) is not None:
+            by_stage[FOUND] = known.columns
         adapted = self._adapted(course, by_stage, asked) if self.plan.adaptive else None
         spent = {name: keeper.spent(name) for name in names}
         evidence = evidence_of(manifest, by_stage, asked, spent, adapted)
-        return evidence, adversarial(by_stage, names, smallest=self.plan.smallest)
+        attacks = [stage.name for stage in self.plan.stages() if stage.kind == "attack"]
+        counted = counted_passes(manifest, by_stage, asked)
+        return evidence, adversarial(by_stage, attacks, counted, smallest=self.plan.smallest)
 
     def _asked(
-        self, course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], said: Sequence[str]
+        self, course: Course, by_stage: dict[str, Columns], missed: Sequence[str], said: Sequence[str]
     ) -> Mapping[str, Any]:
-        """The doubts, asked and recorded, with what time did not allow and what was `said` of the model."""
+        """The doubts, asked and recorded, with what time did not allow and what was `said` of the model.
+
+        What the probes found is added to `by_stage`.
+        """
         keeper, off = course.keeper, self.plan.doubts == "none"
         keeper.begin(DOUBTS, 0)
         watch = Watch(lambda seconds, last: keeper.spend(DOUBTS, 0, seconds, done=last))
         unasked = ["nothing was doubted: the doubts were switched off"] if off else []
+        found = probes.ask(course, by_stage, missed, watch)
+        if found.found:
+            by_stage[FOUND] = found.found
         asked = _written(
-            probes.ask(course, by_stage, missed, watch),
+            found,
             [*missed, *unasked, *said, *self.subject.remarks(), *self._lost(keeper.begun_again())],
             keeper.splits(),
         )
         with course.stopper.finishing():
+            if found.found and keeper.stage(FOUND) is None:  # a killed attempt may have kept it already
+                keeper.complete(FOUND, found.found, None)
             keeper.record(DOUBTS, asked)
             watch.tick(done=True)
         return asked
@@ -338,21 +352,13 @@ def _known(surrogate: Subject) -> dict[str, str]:
 
 def _written(asked: probes.Asked, remarks: Sequence[str], splits: Sequence[Split]) -> dict[str, Any]:
     """The document of the doubts, with what else a reader must know of the course of the run."""
-    fallen = {name: ids.tolist() for name, ids in asked.findings.fallen.items()}
-    broken = "; ".join(f"{_FRESH.get(name, name)} ids {_listed(ids)}" for name, ids in fallen.items())
     return {
         "doubts": [doubt_to_json(doubt) for doubt in asked.findings.doubts],
-        "fallen": fallen,
-        "notes": [
-            *remarks,
-            *_halved(splits),
-            *([f"{OUTSIDE} {broken}"] if broken else []),
-        ],
+        "fallen": {name: ids.tolist() for name, ids in asked.findings.fallen.items()},
+        "probes": list(asked.probes),
+        "notes": [*remarks, *_halved(splits)],
         "cost": {name: getattr(asked.cost, name) for name in ("forwards", "backwards", "queries")},
     }
-
-
-_FRESH = {"again": "a fresh pass of the suite"}
 
 
 def _halved(splits: Sequence[Split]) -> list[str]:
@@ -362,8 +368,3 @@ def _halved(splits: Sequence[Split]) -> list[str]:
     return [
         f"memory ran out, and the run went on with {size} examples at a time; --batch-size {size} starts with that"
     ]
-
-
-def _listed(ids: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ids[:10]))
-    return shown if len(ids) <= 10 else f"{shown} and {len(ids) - 10} more"

@@ -9,17 +9,24 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns, Cost, Doubt
-from holdfast.core.model import Bounds, Model
+from holdfast.core.lookup import Lookup
+from holdfast.core.model import VOTES, Bounds, Model
 from holdfast.core.types import Ids, Inputs, Logits, Mask
-from holdfast.doubts.concluding import Circumstances, Findings, broken_elsewhere, conclude
-from holdfast.doubts.probing import Probe, Probed, Run, probes_for, probing_threat, rows_for
-from holdfast.harness import assemble, in_pieces
+from holdfast.doubts.concluding import Circumstances, Findings, conclude, missed_by_suite
+from holdfast.doubts.probing import (
+    Probe,
+    Probed,
+    Run,
+    counts,
+    probes_for,
+    probing_threat,
+    rows_for,
+    standing,
+)
+from holdfast.harness import FOUND, PROBE, Probes, assemble, in_pieces, judge, passes
 from holdfast.runs.assembling import DOUBTS
 from holdfast.runs.course import Course, Watch
 from holdfast.runs.selection import gathered
-
-ON_DETECTOR = "the passes on the detector"
-"""What is said to have broken an example that stood where one of them did."""
 
 
 @dataclass
@@ -49,11 +56,15 @@ class Counted:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the probes said, and what they asked of the model."""
+    """What the probes showed, what they found, and what they asked of the model."""
 
     findings: Findings
     cost: Cost = field(default_factory=Cost)
     """without times"""
+    probes: Probes = ()
+    """those whose adversarial examples count"""
+    found: Columns = field(default_factory=dict)
+    """what those found, as the columns `FOUND`; empty where they found nothing"""
 
 
 def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], watch: Watch) -> Asked:
@@ -61,11 +72,12 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], 
 
     Where time ran out nothing is probed, and `missed` says what the suite did not do.
     """
-    plan, passes = course.plan, _passes(course, by_stage)
+    plan, outline = course.plan, course.plan.outline(course.target.classes)
+    broke = {each.name: each.columns["success"] for each in passes(outline, by_stage)}
     is_probability = by_stage["clean"]["is_probability"]
-    columns = {**assemble(plan.outline(course.target.classes), by_stage), "is_probability": is_probability}
+    columns = {**assemble(outline, by_stage), "is_probability": is_probability}
     if plan.doubts == "none":
-        return Asked(Findings((), broken_elsewhere({}, columns, plan.threat, passes)))
+        return Asked(Findings((), missed_by_suite(columns, plan.threat, broke)))
     wanted = plan.suite if plan.doubts == "all" else ""
     target = course.target
     circumstances = Circumstances(
@@ -77,47 +89,56 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], 
         target.randomised,
     )
     if not wanted:
-        return Asked(conclude({}, columns, circumstances, passes))
+        return Asked(conclude({}, columns, circumstances, broke))
     if missed:
-        return Asked(_unfinished(conclude({}, columns, circumstances, passes), missed))
+        return Asked(_unfinished(conclude({}, columns, circumstances, broke), missed))
     counted = Counted(course.target.quick)
-    found = dict(_probed(course, counted, columns, watch))
-    cost = Cost(counted.forwards, counted.backwards, counted.forwards)
-    return Asked(conclude(found, columns, circumstances, passes), cost)
+    probed = dict(_probed(course, counted, columns, watch))
+    counting = tuple(
+        (p.name, len(probed[p.name].rows))
+        for p in _probes(course, columns)
+        if p.name in probed and counts(p, plan.threat)
+    )
+    found = _judged(course, columns, probed, counting)
+    judged = Cost(len(found.get("id", ())) * (1 + 2 * VOTES if target.randomised else 1))
+    cost = Cost(counted.forwards, counted.backwards, counted.forwards) + judged
+    everywhere = passes(outline, {**by_stage, **({FOUND: found} if found else {})}, counting)
+    broke = {each.name: each.columns["success"] for each in everywhere}
+    return Asked(conclude(probed, columns, circumstances, broke), cost, counting, found)
 
 
-def _passes(course: Course, by_stage: Mapping[str, Columns]) -> dict[str, Mask]:
-    """What passes that are in no verdict broke inside the threat model: fixed ones, the curve's, the transfer matrix.
+def _probes(course: Course, columns: Columns) -> tuple[Probe, ...]:
+    """The probes that the threat model allows."""
+    within = probing_threat(course.plan.threat, columns)
+    return probes_for(within, tuple(member.attack for member in course.plan.members))
 
-    All but the curve's look once, which proves nothing of a randomised model; nor does what takes more than the budget.
-    """
-    broke, budget = {}, course.plan.threat.queries
-    for stage in course.plan.stages():
-        if stage.name not in by_stage or stage.kind not in ("curve", "attacked", "detection", "transfer"):
+
+def _judged(
+    course: Course, columns: Columns, probed: Mapping[str, Probed], counting: Probes
+) -> dict[str, Tensor]:
+    """What the bare model says of the inputs by which probes broke examples that the suite left standing."""
+    plan, rng = course.plan, Draws(course.plan.seed).at("stage", FOUND)
+    left, rows_of = standing(columns, plan.threat), []
+    for place, (name, _) in enumerate(counting):
+        rows = probed[name].rows
+        at = (probed[name].columns["broken"] & left[rows]).nonzero()[:, 0]
+        if not len(at):
             continue
-        columns = by_stage[stage.name]
-        fell = _turned(columns) if stage.kind == "transfer" else columns["success"]
-        if budget is not None:
-            fell = fell & (columns["queries"] <= budget)
-        if stage.kind == "curve" and stage.member is not None:
-            broke[f"{stage.member.name} of the curve"] = fell
-        elif course.target.randomised:
-            continue
-        elif stage.kind == "attacked":
-            broke["the fixed pass"] = fell
-        elif stage.kind == "transfer":
-            broke["the transfer matrix"] = fell
-        elif stage.kind == "detection":
-            broke[ON_DETECTOR] = broke.get(ON_DETECTOR, torch.zeros_like(fell)) | fell
-    return broke
+        x_adv = probed[name].columns["x"][at]
+        batch = gathered([course.data.read(row, row + 1) for row in rows[at].tolist()])
+        inputs = Lookup(batch.ids)
 
+        def work(
+            piece: Batch, x_adv: Tensor = x_adv, inputs: Lookup = inputs, place: int = place, name: str = name
+        ) -> dict[str, Tensor]:
+            x = x_adv[inputs.rows(piece.ids.cpu())].to(piece.x.device)
+            found = judge(plan, course.target, piece, x, rng.at(name))
+            marks = [kept for kept in ("", "gallery.", "adversarial.") if f"{kept}id" in found]
+            return found | {f"{kept}{PROBE}": torch.full_like(found[f"{kept}id"], place) for kept in marks}
 
-def _turned(columns: Columns) -> Mask:
-    """Which examples of the transfer matrix turned the target, whoever they were made on."""
-    fell = torch.zeros_like(columns["ran"])
-    if "transfer.wrong" in columns:
-        fell[columns["ran"]] = columns["transfer.wrong"][:, :, 0].any(1)
-    return fell
+        room = course.room(DOUBTS, len(probed) + place)
+        rows_of.append(in_pieces(work, batch.to(course.device), room))
+    return {name: torch.cat([found[name] for found in rows_of]) for name in rows_of[0]} if rows_of else {}
 
 
 def _first_gradients(by_stage: Mapping[str, Columns]) -> Mask | None:
@@ -132,12 +153,11 @@ def _first_gradients(by_stage: Mapping[str, Columns]) -> Mask | None:
 
 def _probed(course: Course, model: Model, columns: Columns, watch: Watch) -> Iterator[tuple[str, Probed]]:
     plan, rng = course.plan, Draws(course.plan.seed).at("stage", DOUBTS)
-    within = probing_threat(plan.threat, columns)
-    probes = probes_for(within, tuple(member.attack for member in plan.members))
-    standing = int((columns["correct"] & ~columns["success"]).sum())
+    within, probes = probing_threat(plan.threat, columns), _probes(course, columns)
+    left = int((columns["correct"] & ~columns["success"]).sum())
     examples: dict[str, Batch] = {}
     for place, probe in enumerate(probes):
-        course.tell(DOUBTS, place, len(probes), standing, len(course.data))
+        course.tell(DOUBTS, place, len(probes), left, len(course.data))
         rows = rows_for(probe, columns, plan.threat, rng)
         if not len(rows):
             continue

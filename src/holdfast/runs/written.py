@@ -139,6 +139,7 @@ def judgement_to_json(judgement: Judgement) -> Json:
         },
         "verdict": judgement.verdict,
         "open_doubts": list(judgement.open_doubts),
+        **({} if judgement.scope is None else {"scope": judgement.scope}),
     }
 
 
@@ -146,7 +147,8 @@ def judgement_from_json(content: Mapping[str, Any]) -> Judgement:
     """What `judgement_to_json` wrote."""
     seen = content["estimate"]
     estimate = Estimate(number(seen["value"]), number(seen["low"]), number(seen["high"]), seen["n"])
-    return Judgement(parse(content["claim"]), estimate, content["verdict"], tuple(content["open_doubts"]))
+    doubts, scope = tuple(content["open_doubts"]), content.get("scope")
+    return Judgement(parse(content["claim"]), estimate, content["verdict"], doubts, scope)
 
 
 def verdict_to_json(judgements: Sequence[Judgement], accepted: Mapping[str, str]) -> Json:

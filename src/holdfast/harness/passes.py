@@ -1,0 +1,95 @@
+"""Adversarial examples that were found outside the suite: by fixed passes, the eps curve, the transfer matrix, probes.
+
+Those inside the threat model are part of the verdict. The suite's own verdict is kept beside it in columns that begin
+with `suite_`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.core.evidence import Columns
+from holdfast.core.lookup import Lookup
+from holdfast.doubts.probing import title
+from holdfast.harness.plan import Kind, Outline
+from holdfast.harness.stages import unattacked
+
+FOUND = "found"
+"""Name of the columns of what the probes found: those of an attack, one row an example and probe."""
+PROBE = "probe"
+"""The column among them that says which probe found a row, by its place in the list of probes."""
+
+_TITLES: Mapping[Kind, str] = {
+    "attacked": "the fixed {} pass",
+    "detection": "the pass {} on the detector",
+    "curve": "{} of the eps curve",
+    "transfer": "the transfer matrix",
+}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass outside the suite found, as the columns of an attack on all examples."""
+
+    stage: str
+    """what it is called in tables, such as `curve-1-fmn` or `probe-noise`"""
+    name: str
+    """what it is called in sentences"""
+    columns: Columns
+    tried: int
+    """examples that it was run on"""
+
+
+Probes = Sequence[tuple[str, int]]
+"""Names of the probes that count, in the order that the columns `FOUND` number them in, with the examples tried."""
+
+
+def passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes = ()) -> tuple[Pass, ...]:
+    """The passes in their order; what one broke outside the threat model or of an ineligible example is left out."""
+    clean = by_stage["clean"]
+    found = []
+    for step in plan.steps:
+        if step.kind in _TITLES and step.name in by_stage:
+            columns = by_stage[step.name]
+            name, tried = _TITLES[step.kind].format(step.attack), int(columns["ran"].sum())
+            found.append(Pass(step.name, name, _inside(plan, clean, columns), tried))
+    for place, (probe, tried) in enumerate(probes):
+        columns = _of_probe(clean, by_stage[FOUND], place) if FOUND in by_stage else unattacked(clean)
+        found.append(Pass(f"probe-{probe}", title(probe), _inside(plan, clean, columns), tried))
+    return tuple(found)
+
+
+def _inside(plan: Outline, clean: Columns, columns: Columns) -> dict[str, Tensor]:
+    """The columns of a pass with the successes inside the threat model alone, sizes and kept inputs included."""
+    success = columns["success"] & clean["correct"] & clean["eligible"]
+    if plan.threat.queries is not None:
+        success = success & (columns["queries"] <= plan.threat.queries)
+    inside = dict(columns) | {"success": success}
+    for name, values in columns.items():
+        if (
+            name.startswith("distance") or name == "right"
+        ):  # of the other inputs some lie outside the threat model
+            inside[name] = torch.where(success, values, torch.inf)
+    for kept in ("gallery.", "adversarial."):
+        if f"{kept}id" in columns:
+            rows = torch.isin(columns[f"{kept}id"], columns["id"][success])
+            inside |= {name: values[rows] for name, values in columns.items() if name.startswith(kept)}
+    return inside
+
+
+def _of_probe(clean: Columns, found: Columns, place: int) -> dict[str, Tensor]:
+    """The rows of one probe in the columns of an attack on all examples."""
+    mine = found[PROBE] == place
+    ids = found["id"][mine]
+    rows, columns = Lookup(clean["id"]).rows(ids), unattacked(clean)
+    for name, values in found.items():
+        if name in columns:
+            columns[name][rows] = values[mine]
+    for kept in ("gallery.", "adversarial."):
+        if f"{kept}id" in found:
+            of_probe = found[f"{kept}{PROBE}"] == place
+            names = [name for name in found if name.startswith(kept) and name != f"{kept}{PROBE}"]
+            columns |= {name: found[name][of_probe] for name in names}
+    return columns
