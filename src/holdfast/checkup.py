@@ -6,7 +6,7 @@ often than what was declared, so that a merely weak model is not accused.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -18,6 +18,7 @@ from holdfast.core.errors import TargetError
 from holdfast.core.model import EVERY, IN_PLACE, Classifier, fitted
 from holdfast.ops.losses import margin_loss
 from holdfast.ops.prepare import in_training
+from holdfast.ops.statistics import against_majority
 from holdfast.sources.arrays import Arrays
 from holdfast.sources.pictures import Pictures, renumbered
 
@@ -47,6 +48,8 @@ class Finding:
     says: str
     """what was found, with the numbers"""
     way_out: str = ""
+    gain: float | None = None
+    """accuracy that another reading of the data adds; None where no reading was tried"""
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,18 @@ class Patient:
     batch: Batch
     in_training: tuple[str, ...]
     logits: Tensor
+    asked: list[int] = field(default_factory=list)
+    """how many examples each further call had"""
+
+    def ask(self, model: Classifier, x: Tensor) -> Tensor:
+        """Outputs of the model, or of the same network with other preprocessing."""
+        self.asked.append(len(x))
+        return _ask(model, x)
 
     @cached_property
     def moved(self) -> float:
         """How far the outputs change when the model is asked again, as a share of the largest logit."""
-        return self.change(_ask(self.model, self.batch.x))
+        return self.change(self.ask(self.model, self.batch.x))
 
     def change(self, logits: Tensor) -> float:
         """The largest difference to the outputs, as a share of the largest of them."""
@@ -73,9 +83,14 @@ class Patient:
         """Share of the sample that is classified correctly."""
         return _accuracy(self.logits, self.batch.y)
 
+    @property
+    def may_be_beaten(self) -> bool:
+        """Whether an alternative can be right so much more often; if not, none need be tried."""
+        return self.accuracy < 1 - _BETTER
+
     def beaten_by(self, other: float) -> bool:
         """Whether an alternative is right so much more often, than chance too, that the model is not weak or noisy."""
-        if self.moved > _STEADY:
+        if not self.may_be_beaten or self.moved > _STEADY:
             return False
         more = other - max(self.accuracy, 1 / self.logits.shape[1])
         return more > _BETTER and more * len(self.batch) > _MORE - 0.5
@@ -99,6 +114,63 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def misfit(model: Classifier, batch: Batch) -> tuple[Finding | None, int]:
+    """The first sign that the data do not fit the model, and the forwards that it took to look for one.
+
+    It looks at layout, normalisation, scale and value range. The model is in eval mode, the inputs in its bounds. It
+    takes one forward an example where the model is right on nearly all, else some fifteen.
+    """
+    patient = Patient(model, batch, (), _ask(model, batch.x))
+    found = next((finding for check in (_layouts, _units, _filled) for finding in check(patient)), None)
+    return found, len(batch) + sum(patient.asked)
+
+
+_DARK = 0.5  # share of the bounds below which inputs may be meant to be scaled up to all of them
+FILLED = 0.1
+"""Share of the bounds that the data must fill; an image of 17 grey levels, divided by 255, fills 0.06 of them."""
+BETTER = _BETTER
+"""Accuracy that another reading of the data must add."""
+
+
+def _filled(patient: Patient) -> Iterator[Finding]:
+    """Data that fill a small part of the bounds, so that eps is large beside them."""
+    share = _share_filled(patient)
+    if share <= FILLED and patient.batch.x.numel() > 1:
+        low, high = (float(end) for end in (patient.batch.x.min(), patient.batch.x.max()))
+        says = f"inputs run from {low:.4g} to {high:.4g}, which is {share:.1%} of the bounds"
+        yield Finding("range", "problem", says, "scale them as in training, or correct --bounds")
+
+
+def _share_filled(patient: Patient) -> float:
+    """The largest share of the bounds that one feature's values, or those of all features together, span."""
+    x = patient.batch.x.double()
+    low, high = (end.double() for end in patient.model.bounds.like(patient.batch.x))
+    place = ((x - low) / (high - low).clamp_min(1e-12)).nan_to_num()
+    return float(place.max() - place.min())
+
+
+def _layouts(patient: Patient) -> Iterator[Finding]:
+    """Another order of the axes, where the network takes it too and is right far more often."""
+    x = patient.batch.x
+    orders = {3: ((0, 2, 1),), 4: ((0, 3, 1, 2), (0, 2, 3, 1))}.get(x.dim(), ())
+    for order in orders:
+        if not patient.may_be_beaten:
+            return
+        try:
+            accuracy = _accuracy(patient.ask(patient.model, x.permute(order).contiguous()), patient.batch.y)
+        except TargetError:
+            continue
+        if patient.beaten_by(accuracy):
+            shapes = (
+                f"{tuple(x.shape[1:])}, but {accuracy:.0%} with inputs of {tuple(x.permute(order).shape[1:])}"
+            )
+            text = f"accuracy is {patient.accuracy:.0%} with inputs of shape {shapes}"
+            gain = accuracy - patient.accuracy
+            yield Finding(
+                "layout", "problem", text, "change the order of the axes, or declare --layout", gain
+            )
 
 
 def _numbers(data: Data) -> Iterator[Finding]:
@@ -229,19 +301,26 @@ def _range(model: Classifier, x: Tensor) -> Iterator[Finding]:
 
 def _units(patient: Patient) -> Iterator[Finding]:
     """What the numbers mean to the network: a normalisation that is missing or done twice, else another scale."""
-    yield from tuple(_normalisation(patient)) or _scale(patient)
+    if patient.may_be_beaten:
+        yield from tuple(_normalisation(patient)) or _scale(patient)
 
 
 def _scale(patient: Patient) -> Iterator[Finding]:
-    """Inputs 255 times too small or too large for what the network was trained on."""
-    for factor, way_out in (
+    """Inputs 255 times too small or too large for what the network was trained on, or scaled by another number."""
+    share, best = _share_filled(patient), patient.accuracy
+    ways = (
+        (1 / max(share, 1e-12), "scale the inputs so that they fill the bounds, as in x / x.max()"),
         (255.0, "the network was trained on 0..255: multiply by 255 inside it, as with --std 0.00392157"),
         (1 / 255.0, "the network divides by 255 itself, or was given numbers to 255: --bounds 0,255"),
-    ):
-        better = _accuracy(_ask(patient.model, patient.batch.x * factor), patient.batch.y)
-        if patient.beaten_by(better):
+    )
+    found = tuple[Finding, ...]()
+    for factor, way_out in ways if 0 < share < _DARK else ways[1:]:
+        better = _accuracy(patient.ask(patient.model, patient.batch.x * factor), patient.batch.y)
+        if better > best and patient.beaten_by(better):
             text = f"accuracy is {patient.accuracy:.0%}, but {better:.0%} with inputs times {factor:.4g}"
-            yield Finding("scale", "problem", text, way_out)
+            best, gain = better, better - patient.accuracy
+            found = (Finding("scale", "problem", text, way_out, gain),)
+    yield from found
 
 
 def _normalisation(patient: Patient) -> Iterator[Finding]:
@@ -251,10 +330,13 @@ def _normalisation(patient: Patient) -> Iterator[Finding]:
         return
     if model.mean is not None or model.std is not None:
         bare = Classifier(model.net, bounds=model.bounds, batches=model.batches)
-        without = _accuracy(_ask(bare, batch.x), batch.y)
+        without = _accuracy(patient.ask(bare, batch.x), batch.y)
         if patient.beaten_by(without):
             text = f"accuracy is {patient.accuracy:.0%}, but {without:.0%} without --mean and --std"
-            yield Finding("normalisation", "problem", text, "the network does so itself; leave them out")
+            gain = without - patient.accuracy
+            yield Finding(
+                "normalisation", "problem", text, "the network does so itself; leave them out", gain
+            )
         return
     best, found = patient.accuracy, tuple[Finding, ...]()
     for name, (mean, std) in _NORMALISATIONS.items():
@@ -267,10 +349,11 @@ def _normalisation(patient: Patient) -> Iterator[Finding]:
             (*undone, f"with {name} normalisation undone", _TWICE),
         ):
             changed = Classifier(model.net, mean=shift, std=scale, batches=model.batches)
-            accuracy = _accuracy(_ask(changed, batch.x), batch.y)
+            accuracy = _accuracy(patient.ask(changed, batch.x), batch.y)
             if accuracy > best and patient.beaten_by(accuracy):
                 says = f"accuracy is {patient.accuracy:.0%}, but {accuracy:.0%} {text}"
-                best, found = accuracy, (Finding("normalisation", "problem", says, way_out),)
+                gain = accuracy - patient.accuracy
+                best, found = accuracy, (Finding("normalisation", "problem", says, way_out, gain),)
     yield from found
 
 
@@ -295,13 +378,14 @@ def _labels(patient: Patient) -> Iterator[Finding]:
 
 
 def _accuracy_at_all(patient: Patient) -> Iterator[Finding]:
-    chance = 1 / patient.logits.shape[1]
-    text = f"accuracy is {patient.accuracy:.1%} on {len(patient.batch)} examples"
-    if patient.accuracy <= 1.5 * chance and len(patient.batch) >= 20:
+    y = patient.batch.y
+    high, majority = against_majority(patient.logits.argmax(1) == y, y)
+    text = f"accuracy is {patient.accuracy:.1%} on {len(y)} examples"
+    if high <= majority and len(torch.unique(y)) > 1:
         yield Finding(
             "accuracy",
             "warning",
-            f"{text}, no better than chance",
+            f"{text}, no better than always predicting the majority class ({majority:.1%})",
             "are model and data meant for each other?",
         )
     else:

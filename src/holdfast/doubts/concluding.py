@@ -21,7 +21,7 @@ from holdfast.doubts.probing import (
     title,
     within_budget,
 )
-from holdfast.ops.statistics import clopper_pearson, mcnemar
+from holdfast.ops.statistics import against_majority, clopper_pearson, mcnemar
 
 NO_PASSES: Mapping[str, Mask] = {}
 
@@ -41,6 +41,8 @@ class Circumstances:
     """whether no gradient of a detector's score reaches an input"""
     randomised: bool = False
     """whether the model draws at random, so that one look at an input proves nothing"""
+    input: Doubt = Doubt("input", "not measured")
+    """whether the data fit the model, which takes the model and the data to find out"""
 
 
 @dataclass(frozen=True)
@@ -336,6 +338,42 @@ def _nan(case: _Case) -> Doubt:
     return _judged("nan", float(n), 0.0, len(rows), says)
 
 
+def _chance(case: _Case) -> Doubt:
+    correct, y = case.columns["correct"], case.columns["y"]
+    if len(torch.unique(y)) < 2:
+        says = "all examples have the same label, so that any accuracy may be that of a constant prediction"
+        return Doubt("chance", "not applicable", says=says)
+    high, majority = against_majority(correct, y)
+    says = (
+        f"clean accuracy is {_share(correct)} (95 % interval up to {_percent(high)}), and always predicting the "
+        f"majority class is right for {_percent(majority)}"
+    )
+    return Doubt("chance", "clear" if high > majority else "raised", high, majority, len(y), says)
+
+
+def _constant(case: _Case) -> Doubt:
+    columns, n = case.columns, len(case.columns["id"])
+    if n < 2:
+        return Doubt("constant", "not measured", says="it takes two examples")
+    if columns["nan"].any():
+        return Doubt("constant", "not applicable", says="the model returned NaN")
+    # the margins of one label, because the label is part of a margin
+    groups = [columns["margin"][columns["y"] == label].double() for label in torch.unique(columns["y"])]
+    size = max(float(columns["margin"].double().abs().max()), 1e-12)
+    spread = max(float((group.max() - group.min()) / size) for group in groups)
+    for name in ("confidence", "entropy"):
+        values = columns[name].double()
+        spread = max(spread, float(values.max() - values.min()))
+    says = f"over {n:,} examples the outputs differ by {spread:.1g} of the largest margin"
+    if not spread > at.CONSTANT:
+        says = f"the outputs do not depend on the input: {says}"
+    return Doubt("constant", "clear" if spread > at.CONSTANT else "raised", spread, at.CONSTANT, n, says)
+
+
+def _input(case: _Case) -> Doubt:
+    return case.circumstances.input
+
+
 _CONCLUSIONS: Mapping[str, Callable[[_Case], Doubt]] = {
     "zero-gradient": _zero_gradient,
     "probabilities": _probabilities,
@@ -351,4 +389,7 @@ _CONCLUSIONS: Mapping[str, Callable[[_Case], Doubt]] = {
     "loss-spread": _loss_spread,
     "shattered": _shattered,
     "nan": _nan,
+    "chance": _chance,
+    "constant": _constant,
+    "input": _input,
 }

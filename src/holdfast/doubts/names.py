@@ -17,8 +17,14 @@ DOUBTS: Final[dict[str, str]] = {
     "loss-spread": "the choice of the loss decides how many examples break",
     "shattered": "the gradient does not predict what a small step does",
     "nan": "the model returned NaN",
+    "chance": "the model is no better than one that always predicts the majority class",
+    "constant": "the outputs do not depend on the input",
+    "input": "the value range, the scale or the layout of the data does not fit the model",
 }
 """Name of every doubt, and when it is raised."""
+
+MEANINGLESS: Final = ("constant", "input", "chance")
+"""The doubts under which a robust accuracy says nothing about the model, the most telling first."""
 
 OF_ADMISSION: Final[dict[str, str]] = {
     "odd-gradients": "a set breaks more easily than the one that serves, and what is made on its siblings carries "
@@ -31,5 +37,5 @@ OF_ROTATION: Final[dict[str, str]] = {
 }
 """The same of those that only a model whose parameter sets take turns raises, by its table of attackers."""
 
-FREE: Final = ("zero-gradient", "probabilities", "state", "nan")
-"""The doubts that cost nothing beyond the attacks: all that a list of attacks, as opposed to a named suite, raises."""
+FREE: Final = ("zero-gradient", "probabilities", "state", "nan", "chance", "constant", "input")
+"""The doubts that cost nothing or a few forwards beyond the attacks: all that a list of attacks raises."""

@@ -32,6 +32,8 @@ WHOLE_BOX: Final = 0.05
 """Share that may be left, by the lower end of its interval, where every input of the box is allowed."""
 CHANGE: Final = 1e-4
 """Relative change of the logits between two calls; kernels differ by some 1e-6 with the size of a batch."""
+CONSTANT: Final = 1e-6
+"""Relative spread of the outputs over all examples up to which they are one output, rounded differently."""
 LOSS_SPREAD: Final = 0.05
 """Share by which the best loss may beat the worst untargeted one; honest networks come to 0.03."""
 SLOPE_RATIO: Final = (0.5, 2.0)

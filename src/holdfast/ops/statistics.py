@@ -14,7 +14,7 @@ from torch import Tensor
 
 from holdfast.core.draws import Draws
 from holdfast.core.estimate import Estimate
-from holdfast.core.types import Mask, PerExample
+from holdfast.core.types import Labels, Mask, PerExample
 
 RESAMPLES = 2000
 """Resamples of a bootstrap: Efron & Tibshirani, "An introduction to the bootstrap", 1993, ask 1,000 and more."""
@@ -41,6 +41,16 @@ def _normal_cdf(z: float) -> float:
 def bonferroni(confidence: float, claims: int) -> float:
     """The confidence that each of `claims` intervals needs, so that all of them hold together with `confidence`."""
     return 1 - (1 - confidence) / max(claims, 1)
+
+
+def against_majority(correct: Mask, y: Labels, confidence: float = 0.95) -> tuple[float, float]:
+    """Upper end of the interval of the accuracy, and the share of the most frequent label.
+
+    `correct` and `y` have one entry an example (n). A model whose upper end does not exceed that share may be no better
+    than one that always predicts the majority class.
+    """
+    _, high = clopper_pearson(int(correct.sum()), len(correct), confidence)
+    return high, float(torch.unique(y, return_counts=True)[1].max()) / len(y)
 
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

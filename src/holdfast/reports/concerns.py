@@ -85,6 +85,24 @@ CONCERNS = {
         "Moving a little along the gradient changes the output by much more or much less than the gradient says.",
         "Add --adaptive, which goes round the part that shatters the gradient and searches without it.",
     ),
+    "chance": Concern(
+        "The model is no better than chance",
+        "The accuracy without any attack may be that of always predicting the majority class. The robust accuracy of "
+        "such a model says nothing about its robustness.",
+        "Run holdfast doctor, which looks for a missing normalisation, another value range, another layout and shifted "
+        "labels.",
+    ),
+    "constant": Concern(
+        "The outputs do not depend on the input",
+        "Every example gets the same output, so no attack can change a prediction, and none can be resisted.",
+        "Check the weights and the preprocessing: a wrong value range can switch off every unit of the first layers.",
+    ),
+    "input": Concern(
+        "The data do not fit the model",
+        "The model is right far more often when the same data are given with another value range, normalisation or "
+        "layout, or the data fill only a small part of the declared bounds. What was attacked is another task.",
+        "Declare the preprocessing of your training: --mean and --std, --data-normalised, --bounds or --layout.",
+    ),
     "fine-tuning": Concern(
         "Adversarial fine-tuning for the same time does more",
         "The parameter sets that take turns were never trained against attacks, and rotation does nothing against who "

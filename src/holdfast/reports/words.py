@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.core.names import threat_text
+from holdfast.doubts.names import MEANINGLESS
 from holdfast.metrics.names import METRICS
 from holdfast.reports.numbers import count, number, percent, plain, size
 
@@ -191,6 +192,9 @@ def _because(gate: Mapping[str, Any], sure: str, doubts: Sequence[str]) -> str:
 def headline(summary: Mapping[str, Any]) -> str:
     """The whole result in one sentence: what was measured, what the gates asked, and the verdict."""
     gates, found = summary["gates"], measured(summary)
+    meaningless = _meaningless(summary)
+    if meaningless:
+        found = f"not meaningful: {meaningless}; {found}"
     if not gates:
         return f"{found}; no gate was set."
     if len(gates) == 1:
@@ -204,6 +208,13 @@ def headline(summary: Mapping[str, Any]) -> str:
     if accepted:
         sentence += f". Doubts accepted by a person: {', '.join(accepted)}"
     return sentence + "."
+
+
+def _meaningless(summary: Mapping[str, Any]) -> str:
+    """Why a robust accuracy says nothing about the model, by its open doubts; empty where it does."""
+    doubts = {doubt["name"]: doubt for doubt in summary["doubts"]}
+    open_ = [name for name in MEANINGLESS if name in open_doubts(summary)]
+    return "" if not open_ else str(doubts[open_[0]]["says"] or doubts[open_[0]]["title"])
 
 
 def _tally(gates: Sequence[Mapping[str, Any]]) -> str:

@@ -139,6 +139,8 @@ class Course:
     hands: Hands = field(default_factory=Alone)
     fit: Batch | None = None
     """what some attacks are learned on"""
+    remote: bool = False
+    """whether a server is queried, which counts and may charge for each query"""
     across: tuple[Batch, ...] = ()
     """the inputs that changes are made for and put on, of each data set as many"""
     _last: dict[tuple[int, int], Batch] = field(default_factory=dict)

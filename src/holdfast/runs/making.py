@@ -248,7 +248,8 @@ class Making:
             names,
             team or Alone(),
             self.fit(),
-            self.across(),
+            remote=self.subject.card.get("how") == "http",
+            across=self.across(),
         )
         by_stage, missed = course.run()
         said = () if team is None else team.dismissed()

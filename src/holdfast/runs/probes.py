@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from holdfast.checkup import BETTER, FILLED, misfit
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns, Cost, Doubt
@@ -23,7 +24,9 @@ from holdfast.doubts.probing import (
     rows_for,
     standing,
 )
+from holdfast.doubts.thresholds import SAMPLE
 from holdfast.harness import FOUND, PROBE, Probes, assemble, in_pieces, judge, passes
+from holdfast.ops.sampling import sample_rows
 from holdfast.runs.assembling import DOUBTS
 from holdfast.runs.course import Course, Watch
 from holdfast.runs.selection import gathered
@@ -88,11 +91,14 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], 
         target.blind,
         target.randomised,
     )
-    if not wanted:
-        return Asked(conclude({}, columns, circumstances, broke))
-    if missed:
-        return Asked(_unfinished(conclude({}, columns, circumstances, broke), missed))
     counted = Counted(course.target.quick)
+    fitting, asked = _input(course, columns)
+    counted.forwards += asked
+    circumstances = replace(circumstances, input=fitting)
+    if not wanted or missed:
+        findings = conclude({}, columns, circumstances, broke)
+        findings = _unfinished(findings, missed) if wanted else findings
+        return Asked(findings, Cost(counted.forwards, 0, counted.forwards))
     probed = dict(_probed(course, counted, columns, watch))
     counting = tuple(
         (p.name, len(probed[p.name].rows))
@@ -105,6 +111,24 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], 
     everywhere = passes(outline, {**by_stage, **({FOUND: found} if found else {})}, counting)
     broke = {each.name: each.columns["success"] for each in everywhere}
     return Asked(conclude(probed, columns, circumstances, broke), cost, counting, found)
+
+
+def _input(course: Course, columns: Columns) -> tuple[Doubt, int]:
+    """Whether the data fit the model, on a sample of all examples; and the forwards that it took to find out."""
+    if course.remote:
+        says = "a served model is not queried for it; run holdfast doctor"
+        return Doubt("input", "not measured", says=says), 0
+    rng, every = Draws(course.plan.seed).at("stage", DOUBTS), torch.ones_like(columns["correct"])
+    rows = sample_rows(columns, every, rng.at("input"), SAMPLE)
+    batch = gathered([course.data.read(row, row + 1) for row in rows.tolist()]).to(course.device)
+    with course.target.repeatable(rng.at("input")):
+        found, asked = misfit(course.target.bare, batch)
+    if found is None:
+        says = "no other value range, normalisation or layout that was tried fits the model better"
+        return Doubt("input", "clear", 0.0, BETTER, len(batch), says), asked
+    statistic, threshold = (1.0, FILLED) if found.gain is None else (found.gain, BETTER)
+    says = f"{found.says}: {found.way_out}"
+    return Doubt("input", "raised", statistic, threshold, len(batch), says), asked
 
 
 def _probes(course: Course, columns: Columns) -> tuple[Probe, ...]:
