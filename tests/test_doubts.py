@@ -11,6 +11,7 @@ from holdfast.attacks import PGD, Square
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L2, Linf
 from holdfast.core.draws import Draws
+from holdfast.core.evidence import Doubt
 from holdfast.core.meter import Metered
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
@@ -20,11 +21,13 @@ from holdfast.doubts.names import DOUBTS, FREE
 from holdfast.doubts.probing import (
     PROBES,
     Probed,
+    counts,
     probes_for,
     probing_threat,
     rows_for,
     sample_rows,
     standing,
+    title,
 )
 from holdfast.harness import measure, prepared
 from holdfast.ops.logits import change
@@ -127,7 +130,20 @@ def findings(module, *, batch=None, threat=THREAT, suite=SUITE, circumstances=No
     batch = batch or patterns(80, seed=2)
     columns = evidence_columns(model, batch, threat, suite)
     found, _ = probe_all(model, batch, columns, threat, suite, only=only)
-    return conclude(found, columns, circumstances or Circumstances(threat, "standard@1"))
+    fitting = Doubt("input", "clear", 0.0, 0.15, len(batch), "the data fit the model")
+    circumstances = dataclasses.replace(circumstances or Circumstances(threat, "standard@1"), input=fitting)
+    return conclude(found, columns, circumstances, broken_by(found, columns, threat))
+
+
+def broken_by(found, columns, threat):
+    """Which examples each probe that counts broke."""
+    probes = {probe.name: probe for probe in probes_for(threat, SUITE)}
+    passes = {}
+    for name, probed in found.items():
+        if counts(probes[name], threat):
+            passes[title(name)] = torch.zeros_like(columns["correct"])
+            passes[title(name)][probed.rows] = probed.columns["broken"]
+    return passes
 
 
 def raised(module, **options):
@@ -291,7 +307,7 @@ def test_a_suite_that_does_too_little_is_not_exhausted(net):
     result = findings(net, suite=weak, only=CHEAP)
     doubt = next(d for d in result.doubts if d.name == "not-exhausted")
     assert doubt.state == "raised"
-    assert {"margin", "cross-entropy"} <= set(result.fallen)
+    assert {title("margin"), title("cross-entropy")} <= set(result.fallen)
     for ids in result.fallen.values():
         assert len(ids) > 0
 
@@ -301,9 +317,10 @@ def test_the_examples_that_probes_broke_stood(net):
     columns = evidence_columns(model, batch, suite=(PGD(steps=1, reach=0.5),))
     found, _ = probe_all(model, batch, columns)
     held = set(columns["id"][standing(columns, THREAT)].tolist())
-    fallen = conclude(found, columns, Circumstances(THREAT, "quick@1")).fallen
-    assert "whole-box" not in fallen
-    assert all(set(ids.tolist()) <= held for ids in fallen.values())
+    passes = broken_by(found, columns, THREAT)
+    fallen = conclude(found, columns, Circumstances(THREAT, "quick@1"), passes).fallen
+    assert title("whole-box") not in fallen
+    assert fallen and all(set(ids.tolist()) <= held for ids in fallen.values())
 
 
 def test_probes_stay_within_their_budget(net):
@@ -342,9 +359,10 @@ def test_a_probe_that_asks_more_than_the_budget_says_nothing_against_the_suite(n
     )
     found, _ = probe_all(model, batch, columns, threat, (PGD(steps=1, reach=0.01),))
     assert found["one-step"].columns["broken"].any() and found["margin"].columns["broken"].any()
-    fallen = conclude(found, columns, Circumstances(threat, "quick@1")).fallen
-    assert ("one-step" in fallen) is counted
-    assert ("margin" in fallen) is (queries is None)
+    passes = broken_by(found, columns, threat)
+    fallen = conclude(found, columns, Circumstances(threat, "quick@1"), passes).fallen
+    assert (title("one-step") in fallen) is counted
+    assert (title("margin") in fallen) is (queries is None)
 
 
 def test_probes_say_how_much_they_ask(net):

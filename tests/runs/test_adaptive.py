@@ -45,10 +45,11 @@ def test_a_masked_model_falls_to_what_its_doubts_call_for():
         assess(masked(), data(), adaptive_order(arms=chosen, gates=("robust_accuracy >= 0.7",)))
         for chosen in ((), ARMS)
     )
-    assert naive.gates[0].verdict == "unclear"
-    assert adaptive.gates[0].verdict == "fail"
+    assert naive.gates[0].verdict == adaptive.gates[0].verdict == "fail"  # probes broke enough examples
     assert [record.name for record in adaptive.attacks] == ["PGD", "BPDA", "Search"]
-    assert adaptive.metrics["robust_accuracy"].value < naive.metrics["robust_accuracy"].value - 0.3
+    alone = naive.metrics["suite_robust_accuracy"].value
+    assert adaptive.metrics["robust_accuracy"].value < alone - 0.3
+    assert adaptive.metrics["suite_robust_accuracy"].value == alone
     assert states(naive)["zero-gradient"] == "raised"
     assert states(adaptive)["zero-gradient"] == "answered"
     because, round_ = adaptive.attacks[1].notes
@@ -58,9 +59,6 @@ def test_a_masked_model_falls_to_what_its_doubts_call_for():
     said = next(doubt.says for doubt in adaptive.doubts if doubt.name == "zero-gradient")
     assert "answered by BPDA and Search, which broke" in said
     assert (adaptive.evidence["broken_by"] == 1).any()
-    assert any(note.startswith("outside the verdict") for note in naive.evidence.notes)
-    left = [note for note in adaptive.evidence.notes if note.startswith("outside the verdict")]
-    assert bool(left) == (adaptive.evidence.broken_elsewhere > 0)
 
 
 def test_an_answered_doubt_lets_a_gate_pass():
