@@ -16,8 +16,8 @@ from holdfast.core.threat import ThreatModel
 from holdfast.doubts.names import FREE
 from holdfast.gates.grammar import parse
 from holdfast.harness import Member, measure
-from holdfast.ops.losses import dlr
 from holdfast.metrics.paired import basis
+from holdfast.ops.losses import dlr
 from holdfast.runs.assess import assess
 from holdfast.runs.comparison import Comparison
 from holdfast.runs.index import new_folder, open_run, runs_in
