@@ -179,6 +179,38 @@ HONEST = (
     ),
     Control("cifar-pgd", RGB, partial(pgd, eps=SMALL, steps=5), SMALL, data="cifar10", epochs=4),
 )
+BN = partial(RGB, norm=True)
+WEAK = (
+    Control("mnist-short", conv, plain, 0.1, epochs=1),
+    Control("mnist-pgd-0.3-batch-norm-short", partial(conv, norm=True), partial(pgd, eps=0.3), 0.3, epochs=1),
+    Control("fashion-short", conv, plain, 0.05, data="fashion_mnist", epochs=1),
+    Control(
+        "fashion-pgd-0.1-batch-norm-short",
+        partial(conv, norm=True),
+        partial(pgd, eps=0.1, steps=3),
+        0.1,
+        data="fashion_mnist",
+        epochs=1,
+    ),
+    Control("cifar-short", RGB, plain, SMALL, data="cifar10", epochs=1),
+    Control("cifar-batch-norm-short", BN, plain, SMALL, data="cifar10", epochs=1),
+    *(
+        Control(
+            f"cifar-pgd-{eps}-batch-norm-{epochs}-epochs",
+            BN,
+            partial(pgd, eps=eps / 255, steps=3),
+            8 / 255,
+            data="cifar10",
+            epochs=epochs,
+        )
+        for eps, epochs in ((2, 2), (4, 2), (8, 1), (8, 3))
+    ),
+    Control("cifar-pgd-4-short", RGB, partial(pgd, eps=4 / 255, steps=3), 4 / 255, data="cifar10", epochs=2),
+    Control(
+        "cifar-trades-4-batch-norm-short", BN, partial(trades, eps=4 / 255), 8 / 255, data="cifar10", epochs=1
+    ),
+)
+"""Networks of short and weak trainings: honest, and broken by one loss noticeably more often than by another."""
 DISTILLED = Control(
     "mnist-distilled-100", conv, partial(distilled, temperature=100.0), 0.1, epochs=8, lr=5e-3
 )
@@ -257,7 +289,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="train even those in the cache")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    for control in (*HONEST, DISTILLED):
+    for control in (*HONEST, *WEAK, DISTILLED):
         if chosen.only and not control.name.startswith(chosen.only):
             continue
         net = trained(control, again=chosen.again)
