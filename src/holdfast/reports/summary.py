@@ -15,6 +15,7 @@ from holdfast.core.constraints import L0, Limited
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence
 from holdfast.core.names import limits_text
+from holdfast.core.patches import counts_pixels
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask
 from holdfast.gates.judging import Judgement, exit_code, overall
@@ -208,6 +209,8 @@ def _attack(record: AttackRecord, after: Json | None) -> Json:
         **_cost(record.cost),
         "notes": list(record.notes),
         "residual": record.residual and asdict(record.residual),
+        "fits": record.fits,
+        "places": record.places and asdict(record.places),
     }
 
 
@@ -247,6 +250,7 @@ def _threat(threat: ThreatModel) -> Json:
         "norm": norm,
         "eps": strict(constraint.eps),
         "per": per,
+        "l0_unit": "pixels" if counts_pixels(constraint) else "values",
         "limits": limits,
         "goal": threat.goal,
         "access": threat.access,

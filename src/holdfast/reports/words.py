@@ -18,7 +18,7 @@ VERDICTS = {
 }
 """A sign and a word for each verdict, so that colour never speaks alone."""
 
-_NUMBERS = ("perturbation", "distance", "margin", "radius", "entropy", "relative")
+_NUMBERS = ("perturbation", "distance", "margin", "radius", "entropy", "mce")
 """Words in the names of metrics that are sizes rather than shares."""
 
 _ACCESS = {
@@ -110,7 +110,7 @@ def measured(summary: Mapping[str, Any]) -> str:
     tail = f"({100 * summary['confidence']:.0f} % interval {sure})"
     if metric == "robust_accuracy":
         verb = "survives" if estimate["n"] == 1 else "survive"
-        return f"{rate} {of} {verb} every attack tried {tail}{_elsewhere(summary)}"
+        return f"{rate} {of} {verb} {every_one_tried(summary['threat'])} {tail}{_elsewhere(summary)}"
     if metric == "targeted_success_rate":
         return f"{rate} {of} could be turned into class {summary['threat']['goal']} {tail}"
     if metric != "clean_accuracy":
@@ -118,6 +118,11 @@ def measured(summary: Mapping[str, Any]) -> str:
         fall = "break" if goal is None else f"turn into class {goal}"
         return f"Half {of} {fall} within an {summary['threat']['norm']} change of {rate} {tail}"
     return f"{rate} {of} are right without any attack {tail}"
+
+
+def every_one_tried(threat: Mapping[str, Any]) -> str:
+    """What examples are counted under: `every attack tried`, or `every corruption tried`, which no attacker chooses."""
+    return f"every {'corruption' if threat['norm'] == 'Corruptions' else 'attack'} tried"
 
 
 def _elsewhere(summary: Mapping[str, Any]) -> str:
