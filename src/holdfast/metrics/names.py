@@ -68,8 +68,8 @@ METRICS: Final[dict[str, str]] = {
     "mean_perturbation_linf": "mean largest change over the successes",
     "mean_perturbation_l2": "mean Euclidean length over the successes",
     "mean_perturbation_l1": "mean summed change over the successes",
-    "mean_perturbation_l0": "mean number of changed values over the successes; of changed pixels where the threat counts "
-    "pixels (l0:2px, patch)",
+    "mean_perturbation_l0": "mean number of changed values over the successes; of changed pixels where the threat "
+    "counts pixels (l0:2px, patch)",
     "robust_margin": "median of the smallest perturbation found by minimum-norm attacks, an upper bound",
     "adversarial_radius": "largest eps at which robust accuracy is at least half of clean accuracy",
     "precision": "macro precision, unattacked",

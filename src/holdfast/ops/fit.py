@@ -66,7 +66,7 @@ class Training:
     """What the loop is told, whatever the loss."""
 
     epochs: Steps = 30
-    """passes over the training data; a time budget sets it"""
+    """passes over the training data; a time budget takes their place"""
     patience: Count = 0
     """of a run of `harden`: epochs without a better robust accuracy on held-out examples after which it stops; 0 for
     none"""

@@ -52,13 +52,14 @@ def summary(
     accepted_doubts: Mapping[str, str] | None = None,
     run: Mapping[str, Any] | None = None,
     rotation: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
     confidence: float = 0.95,
 ) -> Json:
     """Everything that a report says, in the types of strict JSON.
 
     `run` brings what the evidence does not know: `verb`, `folder`, `created` (ISO 8601), `command` (how to repeat it),
     `hashes`, `versions`, `hardware`, each left out where unknown. `accepted_doubts` maps names to reasons. `rotation`
-    is the document of the table of attackers.
+    is the document of the table of attackers. `notes` are added to those of the evidence.
     """
     content: Json = {
         "schema_version": SCHEMA_VERSION,
@@ -76,6 +77,7 @@ def summary(
         "accepted_doubts": {str(name): str(reason) for name, reason in (accepted_doubts or {}).items()},
         **_about(run or {}),
     }
+    content["notes"] = [*content["notes"], *notes]
     doubts = open_doubts(content)
     content["gates"] = [gate | {"says": why(gate, doubts)} for gate in content["gates"]]
     content["threat"]["says"] = threat_in_words(content["threat"], content["surrogates"])

@@ -53,8 +53,10 @@ _CHANGES = {
 def label(metric: str) -> str:
     """The metric as a heading."""
     words = metric.replace("_", " ").capitalize()
-    return re.sub(r"\b(linf|l[012]|f1)\b", lambda found: found[0].capitalize(), words).replace(
-        "auroc", "AUROC"
+    return (
+        re.sub(r"\b(linf|l[012]|f1)\b", lambda found: found[0].capitalize(), words)
+        .replace("auroc", "AUROC")
+        .replace("Mce", "mCE")
     )
 
 
