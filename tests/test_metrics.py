@@ -72,7 +72,7 @@ def test_the_names_are_the_catalogue():
 def test_every_value_lies_in_its_interval_and_names_its_n():
     run = evidence(distance=torch.linspace(0, 1, 60))
     found = estimates(run, baseline=evidence(seed=1))
-    corrupted = {*ACCURACIES, "mean_corruption_error", "worst_corruption", "relative_corruption_error"}
+    corrupted = {*ACCURACIES, "corruption_error_rate", "worst_corruption", "mce"}
     others = {*DETECTION, "rejection_rate", "targeted_success_rate", "transfer_success"}
     assert set(found) == set(METRICS) - others - corrupted
     for name, seen in found.items():

@@ -83,9 +83,9 @@ def test_errors_are_means_over_the_corruptions_and_ratios_to_the_baseline(case):
     mine, theirs = (torch.stack([~run[f"{name}.right"] for name in ("frost", "fog")]) for run in runs)
     errors, before = mine.double().mean(1), theirs.double().mean(1)
     assert (before > 0).all()
-    assert estimate("mean_corruption_error", runs[0]).value == pytest.approx(float(errors.mean()))
+    assert estimate("corruption_error_rate", runs[0]).value == pytest.approx(float(errors.mean()))
     assert estimate("worst_corruption", runs[0]).value == pytest.approx(1 - float(errors.max()))
     assert estimate("fog_accuracy", runs[0]).value == pytest.approx(1 - float(errors[1]))
-    ratio = estimate("relative_corruption_error", runs[0], baseline=runs[1])
+    ratio = estimate("mce", runs[0], baseline=runs[1])
     assert ratio.value == pytest.approx(float((errors / before).mean()))
     assert ratio.low <= ratio.value <= ratio.high

@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from holdfast.attacks import AdversarialPatch, Universal, UniversalDeepFool
+from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.meter import margin
+from holdfast.core.model import Classifier
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.harness import measure
+from holdfast.harness.fitting import best_fit
+from holdfast.ops.learned import Pasted
 from holdfast.sources.data import open_data
 from holdfast.sources.models import open_model
 
@@ -43,8 +47,10 @@ def test_breaks_what_it_has_never_seen_more_than_noise_does(case, attack, constr
     assert int(evidence["success"].sum()) >= int(by_noise.sum()) + 10
     record = evidence.attacks[0]
     deep = isinstance(attack, UniversalDeepFool)
-    assert record.cost.backwards <= 5 * 200 * 9 if deep else record.cost.backwards == 40 * 50
-    assert "learned on 200 examples" in record.notes[0]
+    most = attack.fits * 5 * 200 * 9
+    assert record.cost.backwards <= most if deep else record.cost.backwards == attack.fits * 40 * 50
+    assert f"on 150 examples that are not judged, the best of {attack.fits} fits" in record.notes[0]
+    assert record.fits == attack.fits
 
 
 @EACH
@@ -94,3 +100,50 @@ def test_is_refused_without_examples_and_under_a_budget(case):
         measure(model, [batch], [attack], ThreatModel(Linf(0.2), queries=5), fit=other)
     with pytest.raises(UsageError, match="learned before it attacks"):
         attack(model, batch, ThreatModel(Linf(0.2)), rng=Draws(0))
+
+
+def test_of_several_fits_the_best_on_examples_apart_is_taken():
+    """Fits that differ in nothing but their draws: the one that is taken breaks as many as the best of them."""
+    data = open_data("mnist-mini", n=400).read(0, 400)
+    model, other = open_model("mnist-cnn").model, data.take(torch.arange(100, 400))
+    attack, threat = Universal(steps=3, batch=20, fits=6), ThreatModel(Linf(0.3))
+
+    def broken(learned):
+        return int(
+            (margin(model(attack.fitted(learned)(model, other, threat, rng=Draws(0))), other) <= 0).sum()
+        )
+
+    learned, fits, chose = best_fit(attack, model, other, threat, rng=Draws(1))
+    assert fits == 6 and int(chose.sum()) == len(other) // 4
+    learns = other.take(~chose)
+    each = [broken(attack.fit(model, learns, threat, rng=Draws(1).at("fit", k))) for k in range(6)]
+    assert broken(learned) == max(each) > min(each)
+
+
+class Corner(torch.nn.Module):
+    """Takes an image for class 1 where the pixel at (2, 5) is bright, or those at (0, 0) and (1, 1) both are."""
+
+    def forward(self, x):
+        there, apart = x[:, 0, 2, 5], torch.minimum(x[:, 0, 0, 0], x[:, 0, 1, 1])
+        bright = torch.maximum(there, apart) - 0.5
+        return torch.stack((-bright, bright), 1)
+
+
+@pytest.mark.parametrize("at", ["anywhere", "centre"])
+def test_a_learned_patch_is_judged_at_the_worst_place_of_each_image(at):
+    model = Classifier(Corner(), classes=2)
+    batch = Batch(torch.zeros(40, 1, 6, 7), torch.zeros(40, dtype=torch.int64), torch.arange(40))
+    threat, attack = ThreatModel(Patch(1, 1, at)), Pasted(torch.ones(1, 1, 1, 1))
+    assert bool(((margin(model(attack(model, batch, threat, rng=Draws(0))), batch)) <= 0).all()) == (
+        at == "anywhere"
+    )
+    evidence = measure(model, [batch], [attack], threat)
+    (record,) = evidence.attacks
+    if at == "centre":  # a single place, which is no choice
+        assert record.places is None and record.standing_after == 40
+        return
+    assert record.standing_after == 0
+    assert record.places.tried == 42 and 30 <= record.places.standing_at_random < 40
+    assert f"at one random place of each, {record.places.standing_at_random} stand" in record.notes[-1]
+    few = measure(model, [batch], [replace(attack, places=10)], threat, seed=1)
+    assert few.attacks[0].places.tried == 10

@@ -107,7 +107,7 @@ def test_a_signal_while_the_model_is_judged_says_how_to_go_on_with_the_whole_run
         (["--recipe", "trade"], "there is no recipe 'trade'; did you mean 'trades'"),
         (["--set", "recipe.betas=3", "--recipe", "trades"], "has no setting 'betas'"),
         (["--set", "recipe.beta=-1", "--recipe", "trades"], "beta"),
-        (["--budget", "1s"], "one epoch takes about"),
+        (["--budget", "0.01s"], "one update takes about"),
         (
             ["--set", "recipe.training.epochs=1"],
             "is 1, and the budget of recipe auto is 10min, which sets them",

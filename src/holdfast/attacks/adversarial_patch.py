@@ -27,7 +27,12 @@ class AdversarialPatch:
     """Learn one filling of the patch that breaks the model on as many images as it can, and paste it into each."""
 
     examples: Steps = 2000
-    """examples of the fit split that it is learned on, at most"""
+    """examples of the fit split that it is learned on, at most; a quarter of them chooses among the fits"""
+    fits: Steps = 3
+    """times that it is learned from other draws; the one that breaks most of the choosing examples, each at a random
+    place, is taken"""
+    places: Steps = 1000
+    """of each image at which it is tried, at most: the worst of them counts"""
     steps: Steps = 300
     """gradient steps, each on some of them at random places of those that the threat allows"""
     batch: Steps = 100
@@ -55,8 +60,8 @@ class AdversarialPatch:
         return filling.detach()
 
     def fitted(self, learned: Tensor) -> Pasted:
-        """The attack that pastes it into every image."""
-        return Pasted(learned)
+        """The attack that pastes it into each image at the worst place."""
+        return Pasted(learned, self.places)
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         raise unfitted(self)

@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch
@@ -37,3 +38,23 @@ class Learned(Attack, Protocol):
 
     def fitted(self, learned: Tensor) -> Attack:
         """The attack that does it to every example."""
+
+
+@runtime_checkable
+class Refitted(Learned, Protocol):
+    """A learned attack that depends on its random draws, so that several fits are made and the best is taken."""
+
+    @property
+    def fits(self) -> int:
+        """How many fits are made; the best is chosen on examples that no fit has seen."""
+
+
+@runtime_checkable
+class Placed(Attack, Protocol):
+    """An attack that puts the same change at the place of each image that is worst for the model."""
+
+    def tried(self, threat: ThreatModel, shape: torch.Size) -> int:
+        """At how many places of an image of this shape (channels, height, width) it is tried, at most."""
+
+    def at_random(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        """The inputs with the change at one random place of each, whatever the model says of it."""

@@ -2,7 +2,9 @@
 
 Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, arXiv:1610.08401; this is the stochastic
 gradient method of Shafahi et al., "Universal Adversarial Training", AAAI 2020, arXiv:1811.11304. Differs from the
-paper: the steps fall along a cosine.
+paper: the steps fall along a cosine; the gradient of each batch, over its mean size, adds to a momentum, as in Dong et
+al., CVPR 2018, arXiv:1710.06081, which makes fits of different draws end closer together; and of several fits the best
+on examples apart is taken.
 """
 
 from dataclasses import dataclass
@@ -16,10 +18,12 @@ from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Model
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Access, Inputs, Positive, Steps
+from holdfast.core.types import Access, Fraction, Inputs, Positive, Steps
 from holdfast.ops.ascent import cosine, gradient
 from holdfast.ops.learned import Added, some, truncated, unfitted
 from holdfast.ops.norms import expect_norm
+
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,17 @@ class Universal:
     """Learn one change that breaks the model on as many inputs as it can, and add it to each."""
 
     examples: Steps = 1000
-    """examples of the fit split that it is learned on, at most"""
+    """examples of the fit split that it is learned on, at most; a quarter of them chooses among the fits"""
+    fits: Steps = 5
+    """times that it is learned from other draws; the one that breaks most of the choosing examples is taken"""
     steps: Steps = 300
     """gradient steps, each on some of them"""
     batch: Steps = 100
     """examples of one step"""
     step_size: Positive = 0.2
     """mean length of a step, in multiples of eps"""
+    momentum: Fraction = 0.9
+    """how much of the direction of a step the next one keeps"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -41,10 +49,13 @@ class Universal:
         """The change, as a batch of one."""
         norm = expect_norm(threat.constraint, self, Linf, L2)
         delta, everywhere = torch.zeros_like(batch.x[:1]), Bounds(-torch.inf, torch.inf)
+        momentum = torch.zeros_like(delta)
         for step in range(self.steps):
             few = some(batch, self.batch, rng, step)
             grad, _ = gradient(model, few.at(model.bounds.clamp(few.x + delta)), truncated)
-            uphill = norm.steepest(grad.sum(0, keepdim=True), delta, everywhere)
+            slope = grad.sum(0, keepdim=True)
+            momentum = self.momentum * momentum + slope / slope.abs().mean().clamp_min(_TINY)
+            uphill = norm.steepest(momentum, delta, everywhere)
             size = self.step_size * norm.eps * cosine(step, self.steps)
             delta = norm.project(delta + size * uphill, torch.zeros_like(delta), everywhere)
         return delta

@@ -32,7 +32,9 @@ class UniversalDeepFool:
     """Learn one change by stepping out of one class after the other, and add it to each input."""
 
     examples: Steps = 1000
-    """examples of the fit split that it is learned on, at most"""
+    """examples of the fit split that it is learned on, at most; a quarter of them chooses among the fits"""
+    fits: Steps = 3
+    """times that it is learned from other draws; the one that breaks most of the choosing examples is taken"""
     passes: Steps = 10
     """times that each of them takes its turn, at most"""
     batch: Steps = 10

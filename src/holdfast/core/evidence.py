@@ -65,6 +65,16 @@ class Residual:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where an attack put the same change: it counts at the worst of the places of each image."""
+
+    tried: int
+    """places of each image, at most"""
+    standing_at_random: int
+    """examples that stand where each has it at one random place"""
+
+
+@dataclass(frozen=True)
 class AttackRecord:
     """One attack of a suite: its settings, how many stood before and after it, and what it cost."""
 
@@ -82,6 +92,10 @@ class AttackRecord:
     """what it left alone and at what risk; None where it was run on all that stood"""
     adaptive: bool = False
     """whether a doubt called for it, so that it is no part of the suite's own number"""
+    fits: int = 0
+    """how many fits of a learned attack were made, of which the best was taken; 0 where it was not learned"""
+    places: Places | None = None
+    """of a change that is put at the worst place of each image; None where there is a single place"""
 
 
 @dataclass(frozen=True)
@@ -109,7 +123,8 @@ class Evidence:
     Columns of an assessment: `id`, `y`, `digest` (n, 32) and the clean `prediction`, `margin`, `confidence`, `entropy`,
     `probability_margin`, `correct`; the worst case over all attacks and passes `success`, `broken_by` (index of the
     first that succeeded into `attacks` followed by `passes`, in a minimum-norm run of the one that came closest; -1),
-    `adversarial_prediction`, `distance_linf`, `distance_l2`, `distance_l1`, `distance_l0` (inf where nothing was found,
+    `adversarial_prediction`, `distance_linf`, `distance_l2`, `distance_l1`, `distance_l0` (in pixels where the threat
+    counts pixels, else in values; inf where nothing was found,
     0 where the clean input is already wrong), `queries`, `first_success` (the query at which it fell, all of them where
     what fell was never asked about itself); of the fixed PGD-40 pass
     `attacked_prediction`, `attacked_confidence`, `attacked_entropy`, `attacked_probability_margin`; of minimum-norm

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
+from holdfast.core.constraints import L0, Constraint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
@@ -135,6 +136,11 @@ class Patch:
 
     def __str__(self) -> str:
         return limits_text("patch", self.limits)
+
+
+def counts_pixels(constraint: Constraint) -> bool:
+    """Whether a threat counts changed pixels, all channels of a position as one, where others count values."""
+    return isinstance(constraint, Patch) or (isinstance(constraint, L0) and constraint.per == "pixel")
 
 
 def _near(middle: int, reach: int, free: range) -> range:

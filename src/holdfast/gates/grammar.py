@@ -8,12 +8,12 @@
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from holdfast.core.errors import UsageError
 from holdfast.core.spelling import suggestion
-from holdfast.metrics.names import AT_EPS, DIFFERENCES, METRICS, OF_STATIC, PAIRED, ROTATION, SHARES
+from holdfast.metrics.names import AT_EPS, DIFFERENCES, METRICS, OF_STATIC, PAIRED, RENAMED, ROTATION, SHARES
 
 Relation = Literal[">=", "<="]
 Versus = Literal["baseline", "static"]
@@ -67,12 +67,29 @@ def parse(text: str) -> Claim:
     return Claim(metric, relation, bound, eps, _versus(metric, parts["rest"], text), text.strip())
 
 
+def recorded(text: str) -> Claim:
+    """The claim of a gate that a run has recorded; names that metrics had before are read as those that they have."""
+    parts = _PARTS.fullmatch(text)
+    if parts is None or parts["metric"] not in RENAMED:
+        return parse(text)
+    return replace(parse(_renamed(parts["metric"], text)), text=text)
+
+
 def _metric(name: str, text: str) -> str:
     known = METRICS | ROTATION
     if name in known:
         return name
+    if name in RENAMED:
+        raise UsageError(
+            f"gate {text!r}: {name} is called {RENAMED[name]} now; write {_renamed(name, text)!r}"
+        )
     offered = suggestion(name, known) or f"known are {_list(known)}"
     raise UsageError(f"gate {text!r}: there is no metric {name!r}; {offered}")
+
+
+def _renamed(name: str, text: str) -> str:
+    """The gate with the present name of its metric."""
+    return text.strip().replace(name, RENAMED[name], 1)
 
 
 def _list(names: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.corruptions import Corruptions
-from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence, PassRecord, Scope
+from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence, PassRecord, Places, Scope
 from holdfast.core.lookup import Lookup
 from holdfast.core.model import VOTES
 from holdfast.core.types import Ids, Rows
@@ -217,34 +217,56 @@ def _told(
             left = standing & ~torch.stack([columns["success"] for columns in waves]).any(0)
             before, after = int(standing.sum()), int(left.sum())
             risk = residual(waves, before) if len(waves) > 1 else None
+            places = _places(waves[0], standing)
             notes = (
                 *stage.notes,
                 *_learned(by_stage.get(learned)),
+                *_placed(places),
                 *remark(stage.attack, waves, risk),
                 *remarks.get(stage.name, ()),
             )
-            told = (
-                stage.name,
-                stage.attack,
-                stage.settings,
-                before,
-                after,
-                cost,
-                notes,
-                risk,
-                stage.adaptive,
-            )
-            records.append(AttackRecord(*told))
+            fits = _fits(by_stage.get(learned))
+            told = (stage.name, stage.attack, stage.settings, before, after, cost, notes, risk)
+            records.append(AttackRecord(*told, adaptive=stage.adaptive, fits=fits, places=places))
             standing = left
     return tuple(records), total
 
 
+def _fits(columns: Columns | None) -> int:
+    """How many fits of an attack were made; one in runs of before several were made, 0 where it is not learned."""
+    if columns is None:
+        return 0
+    return int(columns["fits"][0]) if "fits" in columns else 1
+
+
 def _learned(columns: Columns | None) -> tuple[str, ...]:
-    """On how many examples an attack was learned, and at what cost."""
+    """On how many examples an attack was learned, how often, and at what cost."""
     if columns is None:
         return ()
-    said = f"learned on {len(columns['id']):,} examples that are not judged"
+    n, fits = len(columns["id"]), _fits(columns)
+    chose = int(columns["chose"].sum()) if fits > 1 else 0
+    learned = n - chose or n
+    said = f"learned on {learned:,} examples that are not judged"
+    if fits > 1:
+        apart = f"{chose:,} others" if chose < n else "the same"
+        said += f", the best of {fits} fits, chosen on {apart}"
     return (f"{said}, with {int(columns['queries'].sum()):,} queries",)
+
+
+def _places(columns: Columns, standing: Tensor) -> Places | None:
+    """What an attack did at random places, where it chose among several."""
+    if "places" not in columns or int(columns["places"].max()) <= 1:
+        return None
+    left = standing & ~(columns["broken_at_random"] > 0)
+    return Places(int(columns["places"].max()), int(left.sum()))
+
+
+def _placed(places: Places | None) -> tuple[str, ...]:
+    """The rule by which places were chosen, and what another rule would leave."""
+    if places is None:
+        return ()
+    worst = f"judged at the worst of {places.tried:,} places of each image"
+    return (f"{worst}; at one random place of each, {places.standing_at_random:,} stand",)
 
 
 def _clean_cost(columns: Columns, seconds: Seconds, *, randomised: bool) -> Cost:

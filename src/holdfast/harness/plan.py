@@ -247,7 +247,7 @@ def refuse_unfitted(plan: Plan, *, fit: bool) -> None:
             )
         if plan.threat.queries is not None:
             raise UsageError(
-                f"{member.name} is learned with as many queries as it takes, and asks none afterwards; "
+                f"{member.name} is learned with as many queries as it takes, which no budget counts; "
                 f"leave queries={plan.threat.queries} out, or leave it out"
             )
         if not fit:

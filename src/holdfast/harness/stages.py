@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from holdfast.attacks.protocol import Attack, Learned
+from holdfast.attacks.protocol import Attack, Learned, Placed
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
 from holdfast.core.corruptions import Corruptions
@@ -17,16 +17,26 @@ from holdfast.core.evidence import PARTIAL, Columns
 from holdfast.core.guard import score
 from holdfast.core.meter import Metered, Spent, margin
 from holdfast.core.model import VOTES, Model, out_of_memory
+from holdfast.core.patches import counts_pixels
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.harness.detecting import aim_of
+from holdfast.harness.fitting import best_fit
 from holdfast.harness.plan import Kind, Plan, Stage, fit_of
 from holdfast.harness.target import Target, no_memory
 
 GALLERY = 12
 """Broken examples that are kept for people to look at."""
 
+_PLACES, _BROKEN_AT_RANDOM = "places", "broken_at_random"
+
 NORMS: Mapping[str, Constraint] = {"linf": Linf(), "l2": L2(), "l1": L1(), "l0": L0()}
+"""What sizes are measured in, whatever the threat; `l0` counts what the threat counts, see `norms_of`."""
+
+
+def norms_of(threat: Constraint) -> Mapping[str, Constraint]:
+    """What sizes are measured in under a threat: `l0` in pixels where the threat counts pixels, else in values."""
+    return {**NORMS, "l0": L0(per="pixel")} if counts_pixels(threat) else NORMS
 
 
 @dataclass
@@ -74,6 +84,8 @@ def run_stage(
     if stage.kind == "curve" or plan.smallest:
         threat = replace(threat, constraint=threat.constraint.resized(torch.inf))
     columns = unattacked(clean, stage.kind)
+    if isinstance(attack, Placed):
+        columns |= {name: torch.zeros_like(columns["queries"]) for name in (_PLACES, _BROKEN_AT_RANDOM)}
     room.progress(int((~chosen).sum()))
     if not chosen.any():
         return columns
@@ -114,12 +126,14 @@ def run_fit(stage: Stage, plan: Plan, target: Target, batch: Batch, clean: Colum
         )
     meter = Metered(target.asked(target.quick, batch), batch, plan.threat)
     with target.repeatable(rng):
-        learned = attack.fit(meter, batch, plan.threat, rng=rng)
+        learned, fits, chose = best_fit(attack, meter, batch, plan.threat, rng=rng)
     columns = {
         "id": batch.ids,
         "ran": torch.zeros_like(batch.ids, dtype=torch.bool),
         "queries": meter.spent.queries,
         "backwards": meter.spent.backwards,
+        "fits": torch.full_like(batch.ids, fits),
+        "chose": chose,
         "learned.x": learned.detach(),
     }
     return {name: values.cpu() for name, values in columns.items()}
@@ -264,6 +278,7 @@ def _attack(
     with target.repeatable(rng.at(int(batch.ids[0]))):
         x_adv, spent = returned(attack, threat, target, batch, rng)
         _, columns = _verdict(plan, target, batch, x_adv)
+        columns |= _at_random(attack, threat, target, batch, rng)
     columns |= {**_asked(spent), "dead": spent.dead, **_kept(plan, batch, x_adv, columns["success"], missed)}
     return {name: values.cpu() for name, values in columns.items()}
 
@@ -296,7 +311,7 @@ def _verdict(plan: Plan, target: Target, batch: Batch, x_adv: Inputs) -> tuple[L
         "distance": torch.where(found, distance, far).float(),
         **{
             f"distance_{name}": torch.where(found, norm.distance(x_adv, batch.x), far).float()
-            for name, norm in NORMS.items()
+            for name, norm in norms_of(constraint).items()
         },
     }
 
@@ -314,6 +329,18 @@ def _kept(plan: Plan, batch: Batch, x_adv: Inputs, success: Mask, missed: Ids) -
     if plan.keep_adversarial:
         columns |= {"adversarial.id": batch.ids[kept], "adversarial.x": x_adv[kept]}
     return columns
+
+
+def _at_random(
+    attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
+) -> dict[str, Tensor]:
+    """What an attack that chooses among places does at one random place of each image; nothing of another attack."""
+    if not isinstance(attack, Placed):
+        return {}
+    x_adv = attack.at_random(target.bare, batch, threat, rng=rng)
+    _, right, _ = _judged(target, batch, x_adv, lambda logits: target.held(logits, batch.y))
+    tried = attack.tried(threat, batch.x.shape[1:])
+    return {_PLACES: torch.full_like(batch.ids, tried), _BROKEN_AT_RANDOM: (right <= 0.5).long()}
 
 
 def _transferred(

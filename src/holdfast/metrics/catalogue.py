@@ -9,7 +9,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.metrics import attacked, corruptions, detection, paired, perturbations, shares
 from holdfast.metrics.columns import Absent
-from holdfast.metrics.names import METRICS
+from holdfast.metrics.names import METRICS, RENAMED
 from holdfast.metrics.transfer import transfer_success
 
 Metric = Callable[[Evidence, float], Estimate]
@@ -46,7 +46,7 @@ PLAIN: Mapping[str, Metric] = {
     "defensive_margin": attacked.defensive_margin,
     "calibration_error": attacked.calibration_error,
     "attacked_calibration_error": partial(attacked.calibration_error, of="attacked"),
-    "mean_corruption_error": corruptions.mean_corruption_error,
+    "corruption_error_rate": corruptions.corruption_error_rate,
     "worst_corruption": corruptions.worst_corruption,
     **corruptions.ACCURACIES,
 }
@@ -73,7 +73,7 @@ BY_EPS: Mapping[str, AtEps] = {
 PAIRED: Mapping[str, Callable[[Evidence, Evidence, float], Estimate]] = {
     "regression": paired.regression,
     "clean_accuracy_drop": paired.clean_accuracy_drop,
-    "relative_corruption_error": corruptions.relative_corruption_error,
+    "mce": corruptions.mce,
 }
 """Metrics between a run and its baseline."""
 
@@ -93,11 +93,21 @@ def estimate(
         return PAIRED[name](evidence, baseline, confidence)
     if name in BY_EPS:
         return BY_EPS[name](evidence, confidence, eps=eps)
+    if name in RENAMED:
+        raise UsageError(f"the metric {name!r} is called {RENAMED[name]!r} now")
     if name not in PLAIN:
         raise UsageError(f"there is no metric {name!r}; known are {', '.join([*PLAIN, *BY_EPS, *PAIRED])}")
     if eps is not None:
         raise UsageError(f"{name} has no value at another eps; write {name} without @{eps:g}")
     return PLAIN[name](evidence, confidence)
+
+
+def missing(evidence: Evidence, baseline: Evidence | None) -> tuple[str, ...]:
+    """Why a metric beside the baseline has no value, where the run and the baseline measured what it is made of."""
+    if baseline is None:
+        return ()
+    found = corruptions.without_errors(evidence, baseline)
+    return (corruptions.spotless(found),) if found else ()
 
 
 def estimates(

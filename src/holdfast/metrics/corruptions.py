@@ -1,7 +1,8 @@
 """How often the model is right under common corruptions.
 
-Hendrycks & Dietterich, ICLR 2019, arXiv:1903.12261. Differs from the paper: at the one severity of the run, where the
-paper takes the mean over five.
+Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019,
+arXiv:1903.12261, from which the mean corruption error (mCE) is. Differs from the paper: at the one severity of the run,
+where the paper takes the mean over five, and beside a baseline of the user's choice in place of AlexNet.
 """
 
 from functools import partial
@@ -39,7 +40,7 @@ def corrupted_accuracy(evidence: Evidence, confidence: float = 0.95, *, name: st
     return proportion(column(evidence, f"{name}.right", _WAY_OUT), confidence)
 
 
-def mean_corruption_error(evidence: Evidence, confidence: float = 0.95) -> Estimate:
+def corruption_error_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
     """Mean over the corruptions of the error rate."""
     return complement(mean(_right(evidence).double().mean(0), confidence))
 
@@ -52,20 +53,18 @@ def worst_corruption(evidence: Evidence, confidence: float = 0.95) -> Estimate:
     return Estimate(worst.value, min(e.low for e in each), min(e.high for e in each), worst.n)
 
 
-def relative_corruption_error(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
-    """Mean over the corruptions of the error rate over that of the baseline, on the shared examples."""
+def mce(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
+    """Mean over the corruptions of the error rate over that of the baseline, on the shared examples.
+
+    `Absent` where the baseline makes no error under one of them.
+    """
     shared = pairs(evidence, baseline)
     after, before = ~_right(evidence)[:, shared.first], ~_right(baseline)[:, shared.second]
     if _run(evidence) != _run(baseline):
-        raise Absent(
-            "relative_corruption_error needs a baseline with the same corruptions; assess both alike"
-        )
-    if not before.any(1).all():
-        spotless = [name for name, wrong in zip(_run(baseline), before, strict=True) if not wrong.any()]
-        raise Absent(
-            f"the baseline errs on no example under {', '.join(spotless)}, and no error is a multiple of none; "
-            f"raise the severity, take more examples, or leave them out with --skip"
-        )
+        raise Absent("mce needs a baseline with the same corruptions; assess both alike")
+    found = without_errors(evidence, baseline)
+    if found:
+        raise Absent(spotless(found))
     both = torch.stack((after, before)).double()
 
     def statistic(rows: Tensor) -> PerExample:
@@ -74,6 +73,24 @@ def relative_corruption_error(evidence: Evidence, baseline: Evidence, confidence
         return (errors[0] / errors[1].clamp_min(0.5 / rows.shape[1])).mean(0)
 
     return bootstrap(statistic, len(shared), confidence, support=Support(0.0, float(2 * len(shared))))
+
+
+def without_errors(evidence: Evidence, baseline: Evidence) -> tuple[str, ...]:
+    """Corruptions of both runs under which the baseline makes no error on the shared examples."""
+    names = _run(baseline)
+    if not names or _run(evidence) != names:
+        return ()
+    wrong = ~_right(baseline)[:, pairs(evidence, baseline).second]
+    return tuple(name for name, each in zip(names, wrong, strict=True) if not each.any())
+
+
+def spotless(names: tuple[str, ...]) -> str:
+    """Why there is no mCE where the baseline makes no error under some corruptions, and what to do."""
+    return (
+        f"mce has no value: the baseline makes no error under {', '.join(names)}, and the error rates of a mean "
+        f"corruption error are divided by those of the baseline; raise the severity, take more examples, or leave "
+        f"these corruptions out with --skip"
+    )
 
 
 ACCURACIES = {f"{name}_accuracy": partial(corrupted_accuracy, name=name) for name in CORRUPTIONS}

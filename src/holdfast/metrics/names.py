@@ -65,11 +65,13 @@ METRICS: Final[dict[str, str]] = {
     "perturbation_linf": "median over all examples of the largest change found, inf kept",
     "perturbation_l2": "median over all examples of the Euclidean length found, inf kept",
     "perturbation_l1": "median over all examples of the summed change found, inf kept",
-    "perturbation_l0": "median over all examples of the number of changed values found, inf kept",
+    "perturbation_l0": "median over all examples of the number of changed values found, inf kept; of changed "
+    "pixels where the threat counts pixels (l0:2px, patch)",
     "mean_perturbation_linf": "mean largest change over the successes",
     "mean_perturbation_l2": "mean Euclidean length over the successes",
     "mean_perturbation_l1": "mean summed change over the successes",
-    "mean_perturbation_l0": "mean number of changed values over the successes",
+    "mean_perturbation_l0": "mean number of changed values over the successes; of changed pixels where the threat "
+    "counts pixels (l0:2px, patch)",
     "robust_margin": "median of the smallest perturbation found by minimum-norm attacks, an upper bound",
     "adversarial_radius": "largest eps at which robust accuracy is at least half of clean accuracy",
     "precision": "macro precision, unattacked",
@@ -83,10 +85,10 @@ METRICS: Final[dict[str, str]] = {
     "defensive_margin": "mean drop of the margin in probability from clean to attacked input",
     "calibration_error": "expected calibration error, unattacked",
     "attacked_calibration_error": "expected calibration error on attacked inputs",
-    "mean_corruption_error": "mean error rate over the common corruptions",
+    "corruption_error_rate": "mean error rate over the common corruptions",
     "worst_corruption": "smallest accuracy over the common corruptions, with Bonferroni's correction",
     **{f"{name}_accuracy": f"share correct under {name.replace('_', ' ')}" for name in CORRUPTIONS},
-    "relative_corruption_error": "mean over the common corruptions of the error rate over the baseline's",
+    "mce": "mean corruption error (mCE): mean over the common corruptions of the error rate over the baseline's",
     "regression": "robust accuracy of the baseline minus this one, on the same examples",
     "clean_accuracy_drop": "clean accuracy of the baseline minus this one, on the same examples",
 }
@@ -117,7 +119,7 @@ AT_EPS: Final = frozenset(
 SHARES: Final = AT_EPS | {
     *ROTATION,
     *(f"{name}_accuracy" for name in CORRUPTIONS),
-    "mean_corruption_error",
+    "corruption_error_rate",
     "worst_corruption",
     "clean_accuracy",
     "clean_error_rate",
@@ -137,8 +139,11 @@ SHARES: Final = AT_EPS | {
 }
 """Metrics that lie from 0 to 1, so that a gate such as `robust_accuracy >= 40` is refused."""
 
-PAIRED: Final = frozenset({"regression", "clean_accuracy_drop", "relative_corruption_error"})
+PAIRED: Final = frozenset({"regression", "clean_accuracy_drop", "mce"})
 """Metrics between two runs of the same examples, as in `regression <= 0.01 vs baseline`."""
 
-DIFFERENCES: Final = PAIRED - {"relative_corruption_error"}
+DIFFERENCES: Final = PAIRED - {"mce"}
 """Those of them that lie from -1 to 1."""
+
+RENAMED: Final = {"mean_corruption_error": "corruption_error_rate", "relative_corruption_error": "mce"}
+"""Names that metrics had before they took those of Hendrycks & Dietterich 2019, and the names that they have now."""

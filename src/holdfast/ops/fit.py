@@ -1,5 +1,8 @@
 """The loop under every recipe: batches, updates of the weights, their average, and a checkpoint after each epoch.
 
+Within a budget of time the number of updates is planned again as the training proceeds (`Training.pacing`). An update
+is a function of the plans so far, which are part of the checkpoint, and the last epoch may be a part of one.
+
 What a recipe adds is `inner`, which changes the inputs of a batch for the worse, and `loss`, the mean over a batch and
 what `inner` made of it, whose graph reaches the weights. Everything that is drawn (the order of the examples, the
 augmentation, the starts of attacks, dropout) is a function of the seed, the epoch and the step, so a training that is
@@ -7,10 +10,10 @@ stopped after an epoch goes on to the same weights.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from types import MappingProxyType
 from typing import Annotated, Literal, Protocol
 
@@ -28,6 +31,7 @@ from holdfast.ops.averages import ema, swa
 from holdfast.ops.computing import Layout, Precision, computing, laid_out
 from holdfast.ops.immunity import Immunity
 from holdfast.ops.perturbed import perturbed
+from holdfast.ops.planning import Pacing, Plans
 from holdfast.ops.together import average, processes, rank, share, worth
 from holdfast.ops.twin import Statistics
 
@@ -41,7 +45,7 @@ class Turn:
     epoch: int
     """epochs that are done"""
     done: float
-    """share of all updates that are done"""
+    """share of the schedules of the learning rate and of eps that is done: of all updates that are planned"""
     grown: float
     """what eps is multiplied with: it grows at first, and may go beyond"""
 
@@ -62,7 +66,7 @@ class Training:
     """What the loop is told, whatever the loss."""
 
     epochs: Steps = 30
-    """passes over the training data; a time budget sets it"""
+    """passes over the training data; a time budget takes their place"""
     patience: Count = 0
     """of a run of `harden`: epochs without a better robust accuracy on held-out examples after which it stops; 0 for
     none"""
@@ -108,6 +112,8 @@ class Training:
     """whether torch compiles the network: minutes at first, quicker updates then; not for a loss that holds a slope"""
     immunity: Immunity | None = field(default=None, metadata=UNWRITTEN)
     """examples made on other networks, whose loss is added to that of the recipe; no file can hold them"""
+    pacing: Pacing | None = field(default=None, metadata=UNWRITTEN)
+    """plans the number of updates within a budget of time, in place of `epochs`; `harden` gives it"""
 
     @property
     def decay(self) -> float:
@@ -168,7 +174,7 @@ def fit(
     replays: int = 1,
     settle: Callable[[], None] | None = None,
 ) -> Iterator[Checkpoint]:
-    """Train the weights of `model` in place, and yield a checkpoint after each epoch.
+    """Train the weights of `model` in place, and yield a checkpoint after each epoch, and after a part of the last.
 
     `settle` is called after each update, before the average sees it, and may change the weights too. With `after` it
     goes on where that stands; `state` are tensors that the loss or `settle` change in place and must find again, but
@@ -178,17 +184,24 @@ def fit(
     """
     if how.averaging == "swa":
         state = {**state, _ENDS: torch.zeros((), dtype=torch.int64, device=data.x.device)}
-    loop = _Loop(model, data, inner, loss, how, rng, state, replays, settle)
+    plans = Plans(how.epochs, updates(len(data), how.batch) * replays, how.pacing)
+    loop = _Loop(model, data, inner, loss, how, rng, state, replays, settle, plans)
     begun = 0
     if after is not None:
         begun = after.epoch
         loop.restore({name: value.to(data.x.device) for name, value in after.tensors.items()}, state)
+        plans.resume(after)
     passing = _passing(model)
-    for epoch in range(begun, how.epochs):
-        told = loop.epoch(epoch, guard)
+    for epoch in count(begun):
+        plans.review(0)
+        if plans.ended():
+            return
+        measured = loop.epoch(epoch, guard)
         _refuse_passing(model, passing)
         tensors = {name: _copy(value.cpu()) for name, value in loop.tensors().items()}
-        yield Checkpoint(epoch + 1, how.epochs, tensors, told)
+        of = max(-(-plans.end // plans.per_epoch), epoch + 1)
+        part = plans.updates / plans.per_epoch - epoch
+        yield Checkpoint(epoch + 1, of, tensors, measured, part, plans.updates, plans.kept)
 
 
 class _Loop:
@@ -205,6 +218,7 @@ class _Loop:
         state: Mapping[str, Tensor],
         replays: int,
         settle: Callable[[], None] | None,
+        plans: Plans,
     ) -> None:
         self._model, self._data, self._inner, self._loss = model, data, inner, loss
         self._how, self._rng, self._state = how, rng, state
@@ -213,36 +227,59 @@ class _Loop:
         self._optimizer = _optimizer(self._learned, how)
         now = {} if how.averaging == "none" else model.state_dict()
         self._average = {name: value.detach().clone() for name, value in now.items()}
-        self._updates = updates(len(data), how.batch) * replays
+        self._plans = plans
 
     def epoch(self, epoch: int, guard: Guard | None) -> dict[str, float]:
-        """All updates of one epoch, and what it says of itself."""
-        how, replays = self._how, self._replays
+        """The updates of one epoch, or of the part of it that is planned, and what it says of itself."""
+        plans, per_epoch = self._plans, self._plans.per_epoch
         rows = self._rng.at("order", epoch).bits(self._data.ids).argsort()
-        rows = rows[: self._updates // replays * how.batch]
-        batches = list(enumerate(few for few in torch.split(rows, how.batch) for _ in range(replays)))
-        every = self._updates if guard is None else guard.every
-        losses, right = [], torch.zeros((), device=rows.device)
-        for begin in range(0, self._updates, every):
-            some, before = batches[begin : begin + every], {} if guard is None else self._snapshot()
-            done = [self._update(epoch, step, few) for step, few in some]
-            while guard is not None and not self._held(guard, epoch, begin):
+        rows = rows[: per_epoch // self._replays * self._how.batch]
+        batches = [few for few in torch.split(rows, self._how.batch) for _ in range(self._replays)]
+        every = per_epoch if guard is None else guard.every
+        losses, right, step = [], torch.zeros((), device=rows.device), 0
+        while step < per_epoch and (step == 0 or not plans.ended()):
+            before = {} if guard is None else self._snapshot()
+            done = self._some(epoch, batches[: step + every], step)
+            while guard is not None and not self._held(guard, epoch, step):
                 self.restore(before)
-                done = [self._update(epoch, step, few) for step, few in some]
+                done = [self._update(epoch, step + k, batches[step + k]) for k in range(len(done))]
             losses += [value for value, _ in done]
             right += sum(hits for _, hits in done)
+            step += len(done)
         seen = torch.stack(losses).double()
         average((seen, right))
-        _refuse_lost(seen, epoch, how.lr)
-        if how.averaging == "swa":
+        _refuse_lost(seen, epoch, self._how.lr)
+        if self._how.averaging == "swa":
             ends = self._state[_ENDS]
             swa(self._average, self._model, int(ends))
-            ends.add_(epoch >= how.epochs - max(round(how.tail * how.epochs), 1))
-        known = replays * int((self._data.y[rows] != UNLABELLED).sum())
+            ends.add_(self._in_tail(epoch))
+        plans.review(step)
+        known = int((self._data.y[torch.cat(batches[:step])] != UNLABELLED).sum())
         lr = self._optimizer.param_groups[0]["lr"]
         accuracy = processes() * right.item() / max(known, 1)
         dearer = 1.0 if guard is None else guard.dearer
         return {"loss": seen.mean().item(), "accuracy": accuracy, "lr": lr, "dearer": dearer}
+
+    def _some(self, epoch: int, batches: Sequence[Tensor], begin: int) -> list[tuple[Tensor, Tensor]]:
+        """Updates of an epoch from `begin` to the last batch or to where the plan ends, and at least one."""
+        plans = self._plans
+        done: list[tuple[Tensor, Tensor]] = []
+        for step in range(begin, len(batches)):
+            if done and plans.due():
+                done[-1][0].item()  # waits for the device, so that the clock counts all updates
+                plans.review(step)
+            if done and plans.ended():
+                break
+            done.append(self._update(epoch, step, batches[step]))
+            plans.updates = epoch * plans.per_epoch + step + 1
+        return done
+
+    def _in_tail(self, epoch: int) -> bool:
+        """Whether the end of an epoch is one of those that SWA is the mean of."""
+        how = self._how
+        if self._plans.paced:
+            return self._plans.share > 1 - how.tail
+        return epoch >= how.epochs - max(round(how.tail * how.epochs), 1)
 
     def _held(self, guard: Guard, epoch: int, begin: int) -> bool:
         """Whether all is well; a network that draws draws what the place says."""
@@ -251,10 +288,10 @@ class _Loop:
 
     def _update(self, epoch: int, step: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """One update: its loss, and how many examples were right."""
-        how, place, before = self._how, self._rng.at(epoch, step), epoch * self._updates + step
-        whole = how.epochs * self._updates
+        how, place, before = self._how, self._rng.at(epoch, step), epoch * self._plans.per_epoch + step
+        plan = self._plans.at(before)
         for group in self._optimizer.param_groups:
-            group["lr"] = how.lr * rate(how.schedule, (before + 1) / (whole + 1))
+            group["lr"] = how.lr * rate(how.schedule, plan.rated(before))
         seen = self._rng.at(epoch, step - step % self._replays)  # a batch that is replayed looks the same
         batch = augmented(self._data.take(rows), how.augment, seen)
         batch, other, own = cut_and_mixed(batch, how.cutmix, seen)
@@ -274,7 +311,7 @@ class _Loop:
             return part * value, hits
 
         with torch.enable_grad(), drawing(masks, rows.device):
-            turn = Turn(place, epoch, before / whole, _grown(how, before / whole))
+            turn = Turn(place, epoch, plan.done(before), _grown(how, plan.done(before)))
             with computing(how.precision, rows.device):
                 x_adv = self._inner(batch, turn)
             self._optimizer.zero_grad(set_to_none=True)

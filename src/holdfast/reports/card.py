@@ -5,7 +5,7 @@ from typing import Any
 
 from holdfast.reports.markdown import escaped, table
 from holdfast.reports.notes import spoken
-from holdfast.reports.numbers import plain
+from holdfast.reports.numbers import percent, plain
 from holdfast.reports.words import capitalized, interval, label, shown
 
 _SHOWN = ("clean_accuracy", "robust_accuracy")
@@ -38,7 +38,7 @@ def document(card: Mapping[str, Any]) -> str:
     )
     looked = card["held_out"]
     lines += [
-        f"The checkpoint is that of epoch {held['epoch']} of {card['epochs']}, the best where it was chosen:",
+        f"The checkpoint is that of epoch {held['epoch']} of {plain(card['epochs'])}, the best where it was chosen:",
         "",
     ]
     lines += _sides(
@@ -65,6 +65,11 @@ def document(card: Mapping[str, Any]) -> str:
     )
     if cost["planning_s"]:
         seconds += f", beside {plain(cost['planning_s'])} s for the plan,"
+    if "budget_s" in cost:
+        passes += (
+            f". Both used {percent(cost['budget_used'], 0)} of the budget of {plain(cost['budget_s'])} s"
+        )
+        passes += ", and patience ended the training" if card["ended_by"] == "patience" else ""
     lines += [f"Training took {seconds} on {escaped(card['hardware'])}, seed {card['seed']}{passes}.", ""]
     lines += ["Settings:", "", *(f"    {line}" for line in _settings(card["settings"]))]
     return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from holdfast.metrics.paired import Pairs, basis, clean_accuracy_drop, compared,
 from holdfast.ops.statistics import mcnemar
 from holdfast.reports.curves import estimate
 from holdfast.reports.numbers import count, number, percent, plain, strict
-from holdfast.reports.words import SCOPES, as_asked, capitalized, label
+from holdfast.reports.words import SCOPES, as_asked, capitalized, every_one_tried, label
 
 Json = dict[str, Any]
 
@@ -70,6 +70,7 @@ def comparison(
         "metrics": _side_by_side(*(summary["metrics"] for summary in summaries)),
         "notes": notes,
     }
+    content["tried"] = every_one_tried(summaries[1]["threat"])
     content["headline"] = headline(content)
     written: Json = strict(content)
     return written
@@ -100,8 +101,8 @@ def headline(content: Mapping[str, Any]) -> str:
     metric, found = next(iter(content["paired"].items()))
     before, after = (percent(found[side]) for side in ("first", "second"))
     change, p = found["difference"], found["p"]
-    survived = "survive the suite" if content["scope"] == "suite only" else "survive every attack tried"
-    what = survived if metric == "robust_accuracy" else "are right without any attack"
+    survived = "the suite" if content["scope"] == "suite only" else content["tried"]
+    what = f"survive {survived}" if metric == "robust_accuracy" else "are right without any attack"
     shared = f"{count(content['n'])} shared {content['noun']}"
     sentence = f"Of {shared}, {after} {what} in the second run and {before} before"
     sure = f"{100 * content['confidence']:.0f} % interval {signed(change['low'])} to {signed(change['high'])}"

@@ -15,6 +15,7 @@ from holdfast.core.constraints import L0, Limited
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence
 from holdfast.core.names import limits_text
+from holdfast.core.patches import counts_pixels
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask
 from holdfast.gates.judging import Judgement, exit_code, overall
@@ -51,13 +52,14 @@ def summary(
     accepted_doubts: Mapping[str, str] | None = None,
     run: Mapping[str, Any] | None = None,
     rotation: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
     confidence: float = 0.95,
 ) -> Json:
     """Everything that a report says, in the types of strict JSON.
 
     `run` brings what the evidence does not know: `verb`, `folder`, `created` (ISO 8601), `command` (how to repeat it),
     `hashes`, `versions`, `hardware`, each left out where unknown. `accepted_doubts` maps names to reasons. `rotation`
-    is the document of the table of attackers.
+    is the document of the table of attackers. `notes` are added to those of the evidence.
     """
     content: Json = {
         "schema_version": SCHEMA_VERSION,
@@ -75,6 +77,7 @@ def summary(
         "accepted_doubts": {str(name): str(reason) for name, reason in (accepted_doubts or {}).items()},
         **_about(run or {}),
     }
+    content["notes"] = [*content["notes"], *notes]
     doubts = open_doubts(content)
     content["gates"] = [gate | {"says": why(gate, doubts)} for gate in content["gates"]]
     content["threat"]["says"] = threat_in_words(content["threat"], content["surrogates"])
@@ -213,6 +216,8 @@ def _attack(record: AttackRecord, after: Json | None) -> Json:
         "notes": list(record.notes),
         "residual": record.residual and asdict(record.residual),
         "adaptive": record.adaptive,
+        "fits": record.fits,
+        "places": record.places and asdict(record.places),
     }
 
 
@@ -252,6 +257,7 @@ def _threat(threat: ThreatModel) -> Json:
         "norm": norm,
         "eps": strict(constraint.eps),
         "per": per,
+        "l0_unit": "pixels" if counts_pixels(constraint) else "values",
         "limits": limits,
         "goal": threat.goal,
         "access": threat.access,

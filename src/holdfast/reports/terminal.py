@@ -33,9 +33,9 @@ FIRST = frozenset(
         "transfer_success",
         "robust_margin",
         "adversarial_radius",
-        "mean_corruption_error",
+        "corruption_error_rate",
         "worst_corruption",
-        "relative_corruption_error",
+        "mce",
         "regression",
         "clean_accuracy_drop",
     )

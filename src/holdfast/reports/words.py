@@ -19,7 +19,7 @@ VERDICTS = {
 }
 """A sign and a word for each verdict, so that colour never speaks alone."""
 
-_NUMBERS = ("perturbation", "distance", "margin", "radius", "entropy", "relative")
+_NUMBERS = ("perturbation", "distance", "margin", "radius", "entropy", "mce")
 """Words in the names of metrics that are sizes rather than shares."""
 
 _ACCESS = {
@@ -54,8 +54,10 @@ _CHANGES = {
 def label(metric: str) -> str:
     """The metric as a heading."""
     words = metric.replace("_", " ").capitalize()
-    return re.sub(r"\b(linf|l[012]|f1)\b", lambda found: found[0].capitalize(), words).replace(
-        "auroc", "AUROC"
+    return (
+        re.sub(r"\b(linf|l[012]|f1)\b", lambda found: found[0].capitalize(), words)
+        .replace("auroc", "AUROC")
+        .replace("Mce", "mCE")
     )
 
 
@@ -113,7 +115,7 @@ def measured(summary: Mapping[str, Any]) -> str:
         verb = "survives" if estimate["n"] == 1 else "survive"
         if summary["scope"] == "suite only":
             return f"{rate} {of} {verb} the suite {tail}, suite only{_elsewhere(summary)}"
-        return f"{rate} {of} {verb} every attack tried {tail}{_suite_alone(summary)}"
+        return f"{rate} {of} {verb} {every_one_tried(summary['threat'])} {tail}{_suite_alone(summary)}"
     if metric == "targeted_success_rate":
         return f"{rate} {of} could be turned into class {summary['threat']['goal']} {tail}"
     if metric != "clean_accuracy":
@@ -129,6 +131,11 @@ def _suite_alone(summary: Mapping[str, Any]) -> str:
     if alone is None or alone["value"] == summary["metrics"]["robust_accuracy"]["value"]:
         return ""
     return f"; {summary['suite'] or 'the list of attacks'}: {percent(alone['value'])}"
+
+
+def every_one_tried(threat: Mapping[str, Any]) -> str:
+    """What examples are counted under: `every attack tried`, or `every corruption tried`, which no attacker chooses."""
+    return f"every {'corruption' if threat['norm'] == 'Corruptions' else 'attack'} tried"
 
 
 def _elsewhere(summary: Mapping[str, Any]) -> str:

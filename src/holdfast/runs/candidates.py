@@ -9,9 +9,27 @@ from holdfast.core.batch import Batch
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.ops.fit import updates
 from holdfast.ops.recipe import Recipe
 from holdfast.ops.together import told
-from holdfast.runs.pace import Pace, fitting, pace, too_small
+from holdfast.reports.numbers import plain
+from holdfast.runs.pace import Clock, Pace, epochs_fitting, pace, too_small
+
+_FEW = (
+    8,
+    64,
+)  # held-out examples that a look is timed on: the second where they take no longer than a look may
+_LOOK = 0.05  # of the budget may a look take at most
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a checkpoint is judged on held-out examples."""
+
+    examples: int
+    """that are held out"""
+    at: Callable[[int], object]
+    """judges the given model on so many of them"""
 
 
 @dataclass(frozen=True)
@@ -25,6 +43,32 @@ class Candidate:
     least: int = 1
     """epochs under which a weaker one does better"""
 
+    def per_epoch(self, examples: int) -> int:
+        """Updates of an epoch, as far as the size of a batch decides it."""
+        return updates(examples, self.recipe.training.batch)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A candidate that was timed, and the epochs of it that fit into the budget."""
+
+    candidate: Candidate
+    found: Pace
+    per_epoch: int
+    epochs: float
+
+    def attempt(self, why: str) -> dict[str, Any]:
+        """As the plan of the run has it."""
+        return {
+            "recipe": self.candidate.name,
+            "epochs": self.epochs,
+            "why": why,
+            "update_s": self.found.update,
+            "epoch_s": self.found.epoch,
+            "look_s": self.found.between(self.per_epoch),
+            "held_out": self.found.held_out,
+        }
+
 
 def attempts(
     candidates: Sequence[Candidate],
@@ -32,13 +76,15 @@ def attempts(
     model: Classifier,
     data: Batch,
     threat: ThreatModel,
-    looks: Callable[[], object],
+    look: Look,
+    clock: Clock = time.perf_counter,
 ) -> tuple[list[dict[str, Any]], float]:
     """What is trained, in the order in which it is tried, and the seconds that it took to say so.
 
     `candidates` go from the quickest to the strongest. The first attempt is the strongest that has its epochs within
-    what is left of the budget; those after it are stronger, and fit, for the case that doubts object. `looks` is one
-    look at held-out examples. Where one is chosen, `fits` are the epochs that each that was timed would have.
+    what is left of the budget; those after it are stronger, and fit, for the case that doubts object. Where one is
+    chosen, `fits` are the epochs that each that was timed would have, the last of them perhaps in part. `UsageError`
+    where not even one update fits.
     """
     if budget_s is None:
         asked = [
@@ -46,26 +92,29 @@ def attempts(
             for one in candidates
         ]
         return asked, 0.0
-    begun = time.perf_counter()
-    paces = list(_paces(candidates, budget_s, model, data, threat, looks))
-    spent_s = told(time.perf_counter() - begun)
-    fit = [fitting(budget_s - spent_s, found) for found in paces]
-    if fit[0] < 1:
-        raise UsageError(too_small(budget_s, paces[0], spent_s))
-    if len(candidates) == 1:
-        return [_attempt(candidates[0], paces[0], fit[0], "asked for")], spent_s
-    known = list(zip(candidates, fit, strict=False))
-    first = max((k for k, (one, epochs) in enumerate(known) if epochs >= one.least), default=0)
-    stronger = [f"{one.name} would have {epochs} and wants {one.least}" for one, epochs in known[first + 1 :]]
-    told_of = "; ".join([f"{fit[first]} fit", *stronger])
-    why = f"the strongest that has its epochs within the budget: {told_of}"
-    tried = [_attempt(candidates[first], paces[first], fit[first], why)]
-    tried[0]["fits"] = {one.name: epochs for one, epochs in known}
-    tried += [
-        _attempt(one, found, epochs, "doubts object to the one before")
-        for (one, epochs), found in zip(known[first + 1 :], paces[first + 1 :], strict=True)
-        if epochs
+    begun = clock()
+    paces = list(_paces(candidates, budget_s, model, data, threat, look, clock))
+    spent_s = told(clock() - begun)
+    sizes = [one.per_epoch(len(data)) for one in candidates]
+    fit = [epochs_fitting(budget_s - spent_s, *each) for each in zip(paces, sizes, strict=False)]
+    if not fit[0]:
+        raise UsageError(too_small(budget_s, paces[0], sizes[0], spent_s))
+    planned = [
+        _Planned(*each)
+        for each in zip(candidates[: len(paces)], paces, sizes[: len(paces)], fit, strict=True)
     ]
+    if len(candidates) == 1:
+        return [planned[0].attempt("asked for")], spent_s
+    known = [(each.candidate, each.epochs) for each in planned]
+    first = max((k for k, (one, epochs) in enumerate(known) if epochs >= one.least), default=0)
+    stronger = [
+        f"{one.name} would have {plain(epochs)} and wants {one.least}" for one, epochs in known[first + 1 :]
+    ]
+    told_of = "; ".join([f"{plain(fit[first])} fit", *stronger])
+    why = f"the strongest that has its epochs within the budget: {told_of}"
+    tried = [planned[first].attempt(why)]
+    tried[0]["fits"] = {one.name: epochs for one, epochs in known}
+    tried += [each.attempt("doubts object to the one before") for each in planned[first + 1 :] if each.epochs]
     return tried, spent_s
 
 
@@ -75,42 +124,42 @@ def _paces(
     model: Classifier,
     data: Batch,
     threat: ThreatModel,
-    looks: Callable[[], object],
+    look: Look,
+    clock: Clock,
 ) -> Iterator[Pace]:
-    """Those of the candidates, up to the first of which no epoch fits: what is stronger takes longer yet."""
-    look_s: float | None = None
+    """Those of the candidates, up to the first of which no update fits: what is stronger takes longer yet."""
+    known: tuple[float, int] | None = None
     for one in candidates:
-        found = pace(one.recipe, model, data, threat, budget_s)
-        if fitting(budget_s, found):
-            look_s = _seconds(looks) if look_s is None else look_s
-            found = replace(found, epoch=found.epoch + look_s)
+        found, per_epoch = pace(one.recipe, model, data, threat, budget_s, clock), one.per_epoch(len(data))
+        if epochs_fitting(budget_s, found, per_epoch):
+            known = _looked(look, budget_s, clock) if known is None else known
+            found = replace(found, epoch=found.epoch + known[0], held_out=known[1])
         yield found
-        if not fitting(budget_s, found):
+        if not epochs_fitting(budget_s, found, per_epoch):
             return
 
 
-def _seconds(of: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    of()
-    return told(time.perf_counter() - begun)
-
-
-def _attempt(candidate: Candidate, found: Pace, epochs: int, why: str) -> dict[str, Any]:
-    return {
-        "recipe": candidate.name,
-        "epochs": epochs,
-        "why": why,
-        "update_s": found.update,
-        "epoch_s": found.epoch,
-    }
+def _looked(look: Look, budget_s: float, clock: Clock) -> tuple[float, int]:
+    """Seconds of a look, timed on a few held-out examples, and at how many it is: all that its share of time allows."""
+    each = 0.0
+    for few in (min(few, look.examples) for few in _FEW):
+        if few * each > _LOOK * budget_s:
+            break
+        begun = clock()
+        look.at(few)
+        each = told(clock() - begun) / few
+    n = min(look.examples, max(int(_LOOK * budget_s / max(each, 1e-9)), _FEW[0]))
+    return n * each, n
 
 
 def announced(attempt: Mapping[str, Any], budget_s: float | None, n: int) -> str:
-    """What is about to be trained, and that judging is not part of its budget."""
+    """What is about to be trained, by the first plan of it, and that judging is not part of its budget."""
     of = (
-        "" if budget_s is None else f" of about {attempt['epoch_s']:.1f} s, within a budget of {budget_s:g} s"
+        ""
+        if budget_s is None
+        else f" of about {attempt['epoch_s']:.1f} s as first planned, within a budget of {budget_s:g} s"
     )
-    epochs = "1 epoch" if attempt["epochs"] == 1 else f"{attempt['epochs']} epochs"
+    epochs = "1 epoch" if attempt["epochs"] == 1 else f"{plain(attempt['epochs'])} epochs"
     return (
         f"training by {attempt['recipe']} ({attempt['why']}): {epochs}{of}; judging the new model on {n:,} test "
         f"examples comes on top"

@@ -1,14 +1,14 @@
-"""The epochs of one training: each looked at on held-out examples, written down, and the best one kept."""
+"""The epochs of one training: each is judged on held-out examples and written down, and the best one is kept."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from holdfast.core.batch import Batch
-from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.checkpoint import Checkpoint, TrainingPlan
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss
 from holdfast.core.model import Classifier
@@ -20,14 +20,12 @@ from holdfast.runs import training
 from holdfast.runs.candidates import Candidate
 from holdfast.runs.held_out import looked_at
 from holdfast.runs.order import Progress, Step
-from holdfast.runs.pace import smaller
+from holdfast.runs.pace import Clock, smaller
 from holdfast.runs.signals import Stopper
-from holdfast.runs.training import BEST, LAST, Kept, Point
+from holdfast.runs.training import BEST, LAST, Point
 
 STAGES = ["before", "training", "after"]
 """Of a hardening."""
-Whole = Callable[[Sequence[Point]], int]
-"""How many epochs a training has in all, as far as its curve lets it."""
 NOTHING: Any = None
 """What a process says that only hears the first."""
 
@@ -39,6 +37,9 @@ class Course:
     name: str
     """of the candidate"""
     how: Training
+    """without what plans within a budget of time, which the first process alone has"""
+    paced: bool
+    """whether there is such a budget"""
     after: Checkpoint | None
 
 
@@ -53,6 +54,7 @@ class Trainer:
     seed: int
     machine: str
     """what it is trained on, in one line"""
+    clock: Clock = field(default=time.perf_counter)
 
     def begun(self, recipe: Recipe, after: Checkpoint | None) -> Iterator[Checkpoint]:
         """The checkpoints of a recipe; nothing is trained before the first is asked for."""
@@ -62,47 +64,28 @@ class Trainer:
         self,
         place: Path,
         candidate: Candidate,
-        whole: Whole,
-        batch: int,
-        stopper: Stopper,
-        progress: Progress,
-    ) -> tuple[Point, ...]:
-        """The curve, from the last checkpoint on, with batches of that size; `whole` says how many epochs it has."""
-        how = candidate.recipe.training
-        how = replace(how, batch=batch, lr=how.lr * batch / how.batch)
-        while True:
-            last = training.kept(place, LAST)
-            how = replace(how, epochs=whole(() if last is None else last.curve))
-            curve = self._some(place, candidate, how, last, whole, stopper, progress)
-            if _stale(curve, how) or len(curve) >= whole(curve):
-                return curve
-
-    def _some(
-        self,
-        place: Path,
-        candidate: Candidate,
         how: Training,
-        last: Kept | None,
-        whole: Whole,
         stopper: Stopper,
         progress: Progress,
     ) -> tuple[Point, ...]:
-        """The curve as far as the training may go on like that."""
+        """The curve, from the last checkpoint on."""
+        last = training.kept(place, LAST)
         curve = () if last is None else last.curve
-        if _stale(curve, how) or len(curve) >= how.epochs:
+        if last is not None and ended_by(last.checkpoint, curve, how):
             return curve
         highest = max((_score(point) for point in curve), default=(-1.0, -1.0))
         shown = deepcopy(self.model)
         after = None if last is None else last.checkpoint
-        together.told(Course(candidate.name, how, after))
-        cpu, wall = time.process_time(), time.perf_counter()
+        together.told(Course(candidate.name, replace(how, pacing=None), how.pacing is not None, after))
+        cpu, wall = time.process_time(), self.clock()
         for checkpoint in self.begun(trained_as(candidate.recipe, how), after):
             checkpoint.put_into(shown)
             clean, robust = looked_at(shown, self.held, self.threat)
-            now = time.process_time(), time.perf_counter()
+            now = time.process_time(), self.clock()
             point = Point(
                 checkpoint.epoch, **dict(checkpoint.measured), batch=how.batch, clean=clean, robust=robust,
-                cpu_s=now[0] - cpu, wall_s=now[1] - wall, hardware=self.machine,
+                cpu_s=now[0] - cpu, wall_s=now[1] - wall, hardware=self.machine, part=checkpoint.part,
+                share=checkpoint.share,
             )  # fmt: skip
             cpu, wall = now
             curve = (*curve, point)
@@ -111,15 +94,16 @@ class Trainer:
                     highest = _score(point)
                     training.keep(place, BEST, checkpoint, curve)
                 training.keep(place, LAST, checkpoint, curve)
-            progress(_step(candidate, point, whole(curve), len(self.held)))
-            if not together.told(not _stale(curve, how) and whole(curve) == how.epochs):
+            progress(_step(candidate, point, checkpoint.of, len(self.held)))
+            if not together.told(not _stale(curve, how)):
                 break
         return curve
 
     def follow(self, candidate: Candidate, heard: Course) -> None:
         """Train along with the first process."""
         try:
-            for _ in self.begun(trained_as(candidate.recipe, heard.how), heard.after):
+            how = replace(heard.how, pacing=_planned_elsewhere if heard.paced else None)
+            for _ in self.begun(trained_as(candidate.recipe, how), heard.after):
                 if not together.told(NOTHING):
                     break
         except LostLoss:
@@ -137,10 +121,29 @@ def _score(point: Point) -> tuple[float, float]:
     return point.robust, point.clean
 
 
+def _planned_elsewhere(done: int, position: int, per_epoch: int, last: TrainingPlan | None) -> TrainingPlan:
+    """What a process plans that goes by the plans of the first."""
+    found: TrainingPlan = NOTHING
+    return found
+
+
+EndedBy = Literal["epochs", "budget", "patience"]
+"""Why a training ended: its epochs were done, its budget of time was spent, or its patience was over."""
+
+
+def ended_by(last: Checkpoint, curve: tuple[Point, ...], how: Training) -> EndedBy | None:
+    """Why a training has ended with this checkpoint; None where it goes on."""
+    if _stale(curve, how):
+        return "patience"
+    if last.plans:
+        return "budget" if last.updates >= last.plans[-1].end else None
+    return "epochs" if last.epoch >= how.epochs else None
+
+
 def _stale(curve: tuple[Point, ...], how: Training) -> bool:
     """Whether as many epochs as its patience have passed since the held-out robust accuracy was last better than ever.
 
     Those in which eps still grew do not count.
     """
-    heights, patience = [point.robust for point in curve][int(how.warmup * how.epochs) :], how.patience
+    heights, patience = [point.robust for point in curve if point.share > how.warmup], how.patience
     return bool(patience and heights) and len(heights) - 1 - heights.index(max(heights)) >= patience

@@ -16,10 +16,11 @@ from holdfast.ops.overfitting import MOST_RAISED
 from holdfast.ops.statistics import proportion
 from holdfast.reports.card import document as as_markdown
 from holdfast.reports.card import judged
-from holdfast.reports.numbers import percent, strict
+from holdfast.reports.numbers import percent, plain, strict
 from holdfast.reports.training import curve_svg
 from holdfast.reports.words import as_asked
 from holdfast.runs.candidates import Candidate
+from holdfast.runs.epochs import EndedBy
 from holdfast.runs.order import Subject
 from holdfast.runs.result import Result
 from holdfast.runs.training import Point
@@ -67,7 +68,7 @@ class Hardened:
             f"{name} {percent(estimate['value'])} → {percent(after[name]['value'])}"
             for name, estimate in before.items()
         ]
-        epoch = f"epoch {self.card['chosen']['epoch']} of {self.card['epochs']}"
+        epoch = f"epoch {self.card['chosen']['epoch']} of {plain(self.card['epochs'])}"
         return f"{self.card['recipe']}: {', '.join(said)} ({epoch})"
 
 
@@ -77,13 +78,20 @@ class Made:
 
     candidate: Candidate
     attempt: Mapping[str, Any]
-    epochs: int
-    """in all: those planned, or as many as were left when updates became dearer"""
     subject: Subject
     curve: tuple[Point, ...]
     chosen: Point
     raised: int
     """how often its guard asked for more steps"""
+    ended_by: EndedBy
+    plans: int = 0
+    """that were made within a budget of time"""
+
+    @property
+    def epochs(self) -> float:
+        """Epochs that were trained; a whole number where the last one is whole."""
+        epochs = self.curve[-1].epochs
+        return int(epochs) if epochs == int(epochs) else epochs
 
 
 def described(subject: Subject, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,6 +146,7 @@ def card_of(
             "recipe": best.candidate.name,
             "why": best.attempt["why"],
             "epochs": best.epochs,
+            "ended_by": best.ended_by,
             "settings": _as_trained(best),
             "plan": manifest["plan"],
             "tried": tried,
@@ -151,7 +160,7 @@ def card_of(
                 *(note for each in made for note in _noted(each)),
                 *_followed(tried, best),
             ],
-            "cost": _cost(made, manifest["plan"]),
+            "cost": _cost(made, best, manifest["plan"]),
             "model": dict(best.subject.card),
             "data": manifest["data"],
             "versions": manifest["versions"],
@@ -161,17 +170,26 @@ def card_of(
     return found
 
 
-def _cost(made: Sequence[Made], plan: Mapping[str, Any]) -> dict[str, float]:
-    """Of all trainings, and the time that their plan took."""
+def _cost(made: Sequence[Made], best: Made, plan: Mapping[str, Any]) -> dict[str, float]:
+    """Of all trainings, and the time that their plan took; `budget_used` is the share that the best one took of it."""
     points = [point for each in made for point in each.curve]
     spent = {name: sum(getattr(point, name) for point in points) for name in ("forwards", "cpu_s", "wall_s")}
-    return {**spent, "planning_s": plan["planning_s"]}
+    spent["planning_s"] = plan["planning_s"]
+    if plan["budget_s"] is None:
+        return spent
+    used_s = plan["planning_s"] + sum(point.wall_s for point in best.curve)
+    return {
+        **spent,
+        "budget_s": plan["budget_s"],
+        "budget_used": used_s / plan["budget_s"],
+        "plans": best.plans,
+    }
 
 
 def _as_trained(made: Made) -> dict[str, Any]:
     """The settings of its recipe with what the plan, the defaults and the memory have decided of them."""
     how, last = made.candidate.recipe.training, made.curve[-1]
-    decided = {"epochs": made.attempt["epochs"], "weight_decay": how.decay}
+    decided = {"epochs": made.epochs, "weight_decay": how.decay}
     if last.batch != how.batch:  # memory ran out
         decided |= {"batch": last.batch, "lr": how.lr * last.batch / how.batch}
     settings = made.candidate.settings
@@ -207,11 +225,7 @@ def _noted(made: Made) -> list[str]:
     if made.raised:
         times = "once" if made.raised == 1 else f"{made.raised} times"
         most = ", which is as often as it may" if made.raised == MOST_RAISED else ""
-        planned = made.attempt["epochs"]
-        fewer = (
-            f"; {made.epochs} of {planned} epochs were left of the budget" if made.epochs < planned else ""
-        )
-        said = f"a single step was overfitted to, so the guard asked for another one {times}{most}{fewer}"
+        said = f"a single step was overfitted to, so the guard asked for another one {times}{most}"
         notes.append(f"{made.candidate.name}: {said}")
     return notes
 

@@ -1,10 +1,10 @@
 """The harden verb: measure, train a new model within a budget, choose it on held-out examples, and measure again."""
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from holdfast.ops.overfitting import RAISED
 from holdfast.reports.numbers import size
 from holdfast.runs import training
 from holdfast.runs.assess import assess
-from holdfast.runs.candidates import Candidate, announced, attempts
+from holdfast.runs.candidates import Candidate, Look, announced, attempts
 from holdfast.runs.entry import refuse_batch, refuse_data, refuse_threat
-from holdfast.runs.epochs import NOTHING, STAGES, Course, Trainer, Whole
+from holdfast.runs.epochs import NOTHING, STAGES, Course, Trainer, ended_by
 from holdfast.runs.hardened import (
     MODEL,
     Hardened,
@@ -47,7 +47,7 @@ from holdfast.runs.held_out import (
 )
 from holdfast.runs.identity import hardware
 from holdfast.runs.order import Order, Progress, Subject, silent
-from holdfast.runs.pace import as_it_says, left, smaller
+from holdfast.runs.pace import Clock, Pacer, as_it_says, smaller
 from holdfast.runs.preparing import readied
 from holdfast.runs.repeating import lent, repeatable, way_out
 from holdfast.runs.result import Result
@@ -81,11 +81,12 @@ def harden(
     resume: bool = False,
     progress: Progress = silent,
     told: Told = unheard,
+    clock: Clock = time.perf_counter,
 ) -> Hardened:
     """Train a copy of the model that holds under the threat, in a folder that a stopped run goes on in.
     Without `run` nothing is kept but what is returned; what is stopped stays where its error says. Under torchrun its
     processes train together, the first of them judges and writes, and all return the same. Raises `UsageError`,
-    `TargetError`, or `Interrupted` with the way to go on.
+    `TargetError`, or `Interrupted` with the way to go on. A budget of time goes by `clock`, in seconds.
     """
     if run is not None:
         refuse_used(run, resume=resume)
@@ -101,7 +102,7 @@ def harden(
     with ExitStack() as stack:
         stack.enter_context(together.joined(torch.device(wish.device)))
         place = stack.enter_context(lent()) if run is None else run
-        job = _Job(subject, examples, test, wish, place, progress, told)
+        job = _Job(subject, examples, test, wish, place, progress, told, clock)
         found = job.done(resume=resume) if together.first() else job.followed()
     if run is not None:
         return found
@@ -145,6 +146,7 @@ class _Job:
         run: Path,
         progress: Progress,
         told: Told,
+        clock: Clock,
     ) -> None:
         device = together.own(torch.device(wish.device))
         self.rest, self.held = examples.rest.to(device), examples.held.to(device)
@@ -156,19 +158,26 @@ class _Job:
         wish = replace(wish, threat=replace(wish.threat, surrogates=around))
         self.subject, self.test, self.wish, self.run = subject, test, wish, run
         self.again = way_out(wish.command, run)
-        self.progress, self.told = progress, told
+        self.progress, self.told, self.clock = progress, told, clock
         self.model = learner_of(subject.model, seen)
         digests = [test.digest, examples.digest]
         self._as_the_first(digests)
         machine = hardware(device, together.processes())
-        self.trainer = Trainer(self.model, self.rest, self.held, wish.threat, wish.seed, machine)
+        self.trainer = Trainer(self.model, self.rest, self.held, wish.threat, wish.seed, machine, clock)
         for one in wish.candidates:  # what it cannot learn from is refused here; nothing is trained yet
             self.trainer.begun(one.recipe, None)
         self.notes = [*examples.notes, *remarks(self.model, seen)]
         known = together.told(planned(run))
         self.plan = together.told(known["plan"] if known else self._planned())
+        self.looked = self._few_held(self.plan["attempts"][0].get("held_out", len(self.held)))
+        self.trainer = replace(self.trainer, held=self.looked)
         self.manifest = manifest_of(subject, digests, test, wish, self.plan, machine)
         self.judge = replace(wish.judge, device=str(device), fit=self._to_learn_on())
+
+    def _few_held(self, n: int) -> Batch:
+        """Some of the held-out examples, drawn by the seed."""
+        drawn = Draws(self.wish.seed).at("looked at").bits(self.held.ids).argsort()[:n]
+        return self.held.take(drawn.sort().values)
 
     def _as_the_first(self, digests: list[str]) -> None:
         """Begin with the weights of the first process, and on the same data."""
@@ -200,7 +209,13 @@ class _Job:
             self.model,
             self.rest,
             wish.threat,
-            lambda: looked_at(self.model, as_it_says(self.model, self.held), harmless(wish.threat)),
+            Look(
+                len(self.held),
+                lambda n: looked_at(
+                    self.model, as_it_says(self.model, self._few_held(n)), harmless(wish.threat)
+                ),
+            ),
+            self.clock,
         )
         return {"attempts": tried, "budget_s": wish.budget_s, "planning_s": spent_s, "stages": STAGES}
 
@@ -211,7 +226,7 @@ class _Job:
             opened(self.run, self.manifest, about(self.wish), resume=resume) as folder,
         ):
             before = self._judged(self.subject, self.test, "before", replace(self.judge, gates=()))
-            looked = looked_at(self.model, self.held, self.wish.threat)
+            looked = looked_at(self.model, self.looked, self.wish.threat)
             folder.record("before", _head(before))
             made, best = self._made(folder, stopper)
             after = self._judged(best.subject, self.test, "after", self.judge)
@@ -243,7 +258,7 @@ class _Job:
             "notes": self.notes,
             "command": repeatable(wish.command),
             "opened_by": opened_by(wish.opens, str(self.manifest["data"]["name"])),
-            "held_out": {"n": len(self.held), "before": looked},
+            "held_out": {"n": len(self.looked), "before": looked},
         }
 
     def _made(self, folder: RunFolder, stopper: Stopper) -> tuple[list[Made], Made]:
@@ -275,15 +290,16 @@ class _Job:
     def _attempt(self, k: int, attempt: Mapping[str, Any], stopper: Stopper) -> Made:
         candidate = self._candidate(attempt["recipe"])
         place = self.run / _numbered(CHECKPOINTS, k)
-        planned = attempt["epochs"]
-        whole = partial(left, planned) if self.plan["budget_s"] is not None else lambda _: planned
-        curve = self._trained(place, candidate, whole, stopper)
+        curve = self._trained(place, candidate, attempt, stopper)
         best, last = training.kept(place, BEST), training.kept(place, LAST)
         assert best is not None and last is not None
         new = self._new_model(best.checkpoint, candidate)
         state = last.checkpoint.tensors.get(STATE + RAISED)
         raised = 0 if state is None else int(state)
-        return Made(candidate, attempt, whole(curve), new, curve, best.curve[-1], raised)
+        # what a budget left no update for has no checkpoint that says so
+        why = ended_by(last.checkpoint, curve, candidate.recipe.training) or "budget"
+        plans = len(last.checkpoint.plans)
+        return Made(candidate, attempt, new, curve, best.curve[-1], raised, why, plans)
 
     def _candidate(self, name: str) -> Candidate:
         return next(one for one in self.wish.candidates if one.name == name)
@@ -308,19 +324,33 @@ class _Job:
         )
 
     def _trained(
-        self, place: Path, candidate: Candidate, whole: Whole, stopper: Stopper
+        self, place: Path, candidate: Candidate, attempt: Mapping[str, Any], stopper: Stopper
     ) -> tuple[Point, ...]:
         """The curve over all epochs; the checkpoints of the last and of the best are in their files."""
-        batch = training.kept_batch(place) or candidate.recipe.training.batch
+        how = candidate.recipe.training
+        if self.plan["budget_s"] is not None:
+            # a recipe with a loop of its own goes by the epochs of the first plan
+            epochs = max(int(attempt["epochs"]), 1)
+            how = replace(how, epochs=epochs, pacing=self._pacer(place, attempt))
+        batch = training.kept_batch(place) or how.batch
         while True:
             try:
-                return self.trainer.course(place, candidate, whole, batch, stopper, self.progress)
+                sized = replace(how, batch=batch, lr=how.lr * batch / how.batch)
+                return self.trainer.course(place, candidate, sized, stopper, self.progress)
             except (RuntimeError, MemoryError) as error:
                 batch = smaller(batch, error)
                 with stopper.finishing():
                     training.keep_batch(place, batch)
             except LostLoss as error:
                 raise LostLoss(f"{error}; {self._rescued(place, candidate)}") from error
+
+    def _pacer(self, place: Path, attempt: Mapping[str, Any]) -> Pacer:
+        """What plans within the budget, of which the plan and the epochs that are done have taken a part."""
+        last = training.kept(place, LAST)
+        curve = () if last is None else last.curve
+        spent_s = self.plan["planning_s"] + sum(point.wall_s for point in curve)
+        times = (attempt["epoch_s"], attempt["look_s"])
+        return Pacer(self.plan["budget_s"], *times, spent_s, self.clock)
 
     def _rescued(self, place: Path, candidate: Candidate) -> str:
         """The best model so far, where there is one, written where it can be opened; and how that is said."""

@@ -1,16 +1,16 @@
-"""How long a recipe takes on this machine, and what fits into a budget of time."""
+"""How long a recipe takes on this machine, and what fits into a budget of time, before a training and during it."""
 
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from holdfast.core.batch import UNLABELLED, Batch
-from holdfast.core.checkpoint import STATE, Checkpoint
+from holdfast.core.checkpoint import STATE, Checkpoint, TrainingPlan
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Classifier
@@ -20,14 +20,23 @@ from holdfast.ops.recipe import Recipe, trained_as
 from holdfast.ops.together import processes, told
 from holdfast.runs.held_out import harmless
 from holdfast.runs.pieces import halved, in_pieces
-from holdfast.runs.training import BEST, LAST, Point, keep
+from holdfast.runs.training import BEST, LAST, keep
 
 _SHORT = 3  # updates of the shorter trial
 _WATCHED = 512  # and its examples at least: guards watch where there are more than 256
 _LEAST, _MOST = 2, 400  # updates that the longer one has more
 _TRIED = 0.01  # of the budget may be spent on either of those
 _STILL = 1e-9  # a learning rate at which no loss is lost
-_SPARE = 0.95  # of the budget is planned, for a machine is not equally quick all the time
+_TRIALS = 3  # of a single update, where one takes long: a busy machine may be slow for a moment
+_AGAIN = 0.05  # of the budget is the longest update that is tried again
+_SPARE = 0.95  # of the budget is planned in whole epochs, for a machine is not equally quick all the time
+_USED = 0.97  # of the budget is planned where plans are made again and again
+_LOOK_SPARE = 0.2  # of a look is left for a slower one
+_REVIEW = 0.01  # of the budget passes between two plans
+_REVIEW_LEFT = 0.1  # of what is left of it, so that a machine that becomes ten times slower exceeds no budget
+
+Clock = Callable[[], float]
+"""Seconds since some moment."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +45,24 @@ class Pace:
 
     update: float
     epoch: float
-    """the updates of one epoch and the writing of its checkpoint, and once it is known, the look after it"""
+    """the updates of one epoch and what follows it: the writing of its checkpoint, and once it is known, the look"""
+
+    held_out: int = 0
+    """held-out examples that are looked at, once it is known"""
+
+    def between(self, per_epoch: int) -> float:
+        """What an epoch of so many updates takes beside them."""
+        return max(self.epoch - per_epoch * self.update, 0.0)
 
 
-def pace(recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel, budget_s: float) -> Pace:
+def pace(
+    recipe: Recipe,
+    model: Classifier,
+    data: Batch,
+    threat: ThreatModel,
+    budget_s: float,
+    clock: Clock = time.perf_counter,
+) -> Pace:
     """Measured on updates of a copy, whose weights are dropped; nothing is looked at after them.
 
     Where memory runs out, with as small batches as it holds.
@@ -47,7 +70,7 @@ def pace(recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel, bu
     size = min(recipe.training.batch, len(data))
     while True:
         try:
-            return _paced(recipe, size, model, data, threat, budget_s)
+            return _paced(recipe, size, model, data, threat, budget_s, clock)
         except (RuntimeError, MemoryError) as error:
             size = smaller(size, error)
 
@@ -77,7 +100,13 @@ class _Trial:
 
 
 def _paced(
-    recipe: Recipe, size: int, model: Classifier, data: Batch, threat: ThreatModel, budget_s: float
+    recipe: Recipe,
+    size: int,
+    model: Classifier,
+    data: Batch,
+    threat: ThreatModel,
+    budget_s: float,
+    clock: Clock,
 ) -> Pace:
     """From two trials of different length: what both pay once, a guard's look included, an epoch pays once.
 
@@ -92,15 +121,19 @@ def _paced(
 
     def taken(n: int) -> _Trial:
         some = as_it_says(model, data.take(rows[:n]))
-        begun = time.perf_counter()
+        begun = clock()
         *_, last = trained_as(recipe, few)(model, some, harmless(threat), rng=Draws(0))
-        seconds = told(time.perf_counter() - begun)  # all decide alike
+        seconds = told(clock() - begun)  # all decide alike
         return _Trial(seconds, updates(len(some), size), len(some), last)
 
     taken(size)  # chooses kernels and fills caches
     single = taken(size)
     if not how.compiled and updates(least, size) * single.seconds > _TRIED * budget_s:
-        kept_s = _kept_s(single.last, single.examples, len(data))
+        for _ in range(_TRIALS - 1):
+            if single.seconds > _AGAIN * budget_s:
+                break
+            single = min(single, taken(size), key=lambda trial: trial.seconds)
+        kept_s = _kept_s(single.last, single.examples, len(data), clock)
         return Pace(single.seconds, single.seconds * all_of_it + kept_s)
     short = taken(least)
     update, once = short.each, 0.0
@@ -108,7 +141,7 @@ def _paced(
     if more >= _LEAST:
         update = _apart(short, taken(least + more * size))
         once = 0.0 if how.compiled else max(short.seconds - short.updates * update, 0.0)
-    return Pace(update, update * all_of_it + once + _kept_s(short.last, short.examples, len(data)))
+    return Pace(update, update * all_of_it + once + _kept_s(short.last, short.examples, len(data), clock))
 
 
 def as_it_says(model: Classifier, data: Batch) -> Batch:
@@ -128,14 +161,14 @@ def _apart(short: _Trial, long: _Trial) -> float:
     return max(long.seconds - short.seconds, 0.0) / (long.updates - short.updates)
 
 
-def _kept_s(checkpoint: Checkpoint, few: int, many: int) -> float:
+def _kept_s(checkpoint: Checkpoint, few: int, many: int, clock: Clock) -> float:
     """Seconds that it takes to write it as the last one and as the best one, had it been trained on so many more."""
     with tempfile.TemporaryDirectory() as place:
         whole = _grown(checkpoint, few, many)
-        begun = time.perf_counter()
+        begun = clock()
         for name in (LAST, BEST):
             keep(Path(place), name, whole, ())
-        return told(time.perf_counter() - begun)
+        return told(clock() - begun)
 
 
 def _grown(checkpoint: Checkpoint, few: int, many: int) -> Checkpoint:
@@ -154,23 +187,86 @@ def fitting(budget_s: float, found: Pace) -> int:
     return max(int(_SPARE * budget_s / found.epoch), 0)
 
 
-def left(epochs: int, curve: Sequence[Point]) -> int:
-    """Epochs in all, of so many that were planned, where updates have become dearer on the way."""
-    cost = 1.0
-    for point in curve:
-        if point.dearer != cost:
-            epochs = point.epoch + int((epochs - point.epoch) * cost / point.dearer)
-            cost = point.dearer
-    return epochs
+def updates_fitting(seconds: float, update_s: float, look_s: float, position: int, per_epoch: int) -> int:
+    """Updates that fit into so many seconds after `position` updates of an epoch, and a look after each epoch.
+
+    The last epoch may be a part of one, and a look follows it, too.
+    """
+    left = per_epoch - position
+    first = left * update_s + look_s
+    if seconds < first:
+        return max(int((seconds - look_s) / max(update_s, 1e-9)), 0)
+    whole_epoch = max(per_epoch * update_s + look_s, 1e-9)
+    whole = int((seconds - first) / whole_epoch)
+    rest = seconds - first - whole * whole_epoch - look_s
+    return left + whole * per_epoch + max(int(rest / max(update_s, 1e-9)), 0)
 
 
-def too_small(budget_s: float, found: Pace, spent_s: float) -> str:
-    """Why no epoch fits beside the seconds that were spent on finding out, and what would do."""
-    least = math.ceil(found.epoch / _SPARE + spent_s)
+def epochs_fitting(budget_s: float, found: Pace, per_epoch: int) -> float:
+    """Epochs that fit into a budget, the last of them perhaps in part; 0 where not even one update does."""
+    look_s = found.between(per_epoch)
+    return updates_fitting(_planned_s(budget_s, look_s), found.update, look_s, 0, per_epoch) / per_epoch
+
+
+def _planned_s(budget_s: float, look_s: float) -> float:
+    """Seconds of a budget that are planned."""
+    return _USED * budget_s - _LOOK_SPARE * look_s
+
+
+class Pacer:
+    """Plans a training within a budget of time, again as it proceeds: see `holdfast.ops.planning.Pacing`.
+
+    A plan is a function of the plan before and of the seconds that are spent.
+    """
+
+    def __init__(
+        self, budget_s: float, epoch_s: float, look_s: float, spent_s: float, clock: Clock = time.perf_counter
+    ) -> None:
+        """`epoch_s` and the `look_s` in it were measured before the training; `spent_s` of the budget are spent."""
+        self._budget_s, self._updates_s, self._look_s, self._clock = (
+            budget_s,
+            epoch_s - look_s,
+            look_s,
+            clock,
+        )
+        self._begun = clock() - spent_s
+
+    def __call__(self, done: int, position: int, per_epoch: int, last: TrainingPlan | None) -> TrainingPlan:
+        """The plan after so many updates, of which `position` are of the present epoch."""
+        spent_s = self._clock() - self._begun
+        update_s, look_s, interval = self._estimated(done, spent_s, per_epoch, last)
+        planned_s = _planned_s(self._budget_s, look_s) - spent_s
+        n = updates_fitting(planned_s, update_s, look_s, position, per_epoch)
+        end = done + (n if done else max(n, 1))
+        between_s = min(_REVIEW * self._budget_s, _REVIEW_LEFT * max(planned_s - look_s, 0.0))
+        most = max(int(between_s / max(update_s, 1e-9)), 1)
+        share = 0.0 if last is None else last.done(done)
+        return TrainingPlan(done, share, end, done + min(interval, most), spent_s, update_s, look_s)
+
+    def _estimated(
+        self, done: int, spent_s: float, per_epoch: int, last: TrainingPlan | None
+    ) -> tuple[float, float, int]:
+        """Seconds of an update and of a look by now, and the updates after which to plan again at the latest."""
+        if last is None:
+            return self._updates_s / per_epoch, self._look_s, 1
+        n, seconds = done - last.at, spent_s - last.spent_s
+        if not n:  # only a look lies between two plans at the same update
+            look_s = seconds if done <= per_epoch else (last.look_s + seconds) / 2
+            return last.update_s, look_s, max(last.review - last.at, 1)
+        first = last.at == 0
+        update_s = seconds / n if first else (last.update_s + seconds / n) / 2
+        return update_s, last.look_s, 2 * n
+
+
+def too_small(budget_s: float, found: Pace, per_epoch: int, spent_s: float) -> str:
+    """Why no update fits beside the seconds that were spent on finding out, and which budget would do."""
+    look_s = found.between(per_epoch)
+    least = math.ceil((found.update + (1 + _LOOK_SPARE) * look_s + spent_s) / _USED)
     asked = f"{least}s" if least < 120 else f"{math.ceil(least / 60)}min"
     return (
-        f"a budget of {budget_s:g} s is too small: one epoch takes about {_seconds(found.epoch)} on this machine, and "
-        f"finding that out took {_seconds(spent_s)}; give --budget {asked} or more, or fewer steps"
+        f"a budget of {budget_s:g} s is too small: one update takes about {_seconds(found.update)} on this machine, "
+        f"what follows it, a look at held-out examples and a checkpoint, {_seconds(look_s)}, and finding that out took "
+        f"{_seconds(spent_s)}; give --budget {asked} or more, or fewer steps"
     )
 
 

@@ -14,7 +14,7 @@ from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence
 from holdfast.core.spelling import suggestion
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge
-from holdfast.metrics.catalogue import estimates
+from holdfast.metrics.catalogue import estimates, missing
 from holdfast.reports.html import fragment
 from holdfast.reports.summary import Json, summary, to_json
 from holdfast.reports.terminal import tables, verdict
@@ -117,6 +117,7 @@ class Result:
             accepted_doubts=self.accepted_doubts,
             run=self.about,
             rotation=self.rotation,
+            notes=missing(self.evidence, self.baseline),
         )
 
     def to_html(self, path: str | Path) -> Path:

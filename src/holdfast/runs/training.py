@@ -9,7 +9,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 
-from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.checkpoint import Checkpoint, TrainingPlan
 from holdfast.core.errors import TargetError
 from holdfast.store.files import usable, write_atomically
 from holdfast.store.records import document
@@ -44,6 +44,15 @@ class Point:
     """passes of an update at its end, in multiples of those of the first one"""
     hardware: str = ""
     """what it was trained on, in one line"""
+    part: float = 1.0
+    """share of the epoch that was trained"""
+    share: float = 1.0
+    """share of the schedules of rate and eps that was done at its end"""
+
+    @property
+    def epochs(self) -> float:
+        """Epochs that are done at its end."""
+        return self.epoch - 1 + self.part
 
     def to_json(self) -> dict[str, Any]:
         """As it is written down."""
@@ -64,6 +73,9 @@ def keep(folder: Path, name: str, checkpoint: Checkpoint, curve: tuple[Point, ..
         "epoch": checkpoint.epoch,
         "of": checkpoint.of,
         "measured": dict(checkpoint.measured),
+        "part": checkpoint.part,
+        "updates": checkpoint.updates,
+        "plans": [vars(plan) for plan in checkpoint.plans],
         "curve": [point.to_json() for point in curve],
     }
     metadata = {_KEY: json.dumps(said, sort_keys=True)}
@@ -95,7 +107,9 @@ def kept(folder: Path, name: str) -> Kept | None:
             said: Mapping[str, Any] = json.loads((file.metadata() or {})[_KEY])
         tensors = safetensors.torch.load_file(path)
         curve = tuple(Point(**point) for point in said["curve"])
-        return Kept(Checkpoint(said["epoch"], said["of"], tensors, said["measured"]), curve)
+        plans = tuple(TrainingPlan(**plan) for plan in said["plans"])
+        where = (said["part"], said["updates"], plans)
+        return Kept(Checkpoint(said["epoch"], said["of"], tensors, said["measured"], *where), curve)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise TargetError(
             f"{str(path)!r} is no checkpoint of a training: {error}; restore it from a copy"

@@ -11,7 +11,7 @@ from holdfast.core.evidence import Doubt
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Colour, Spatial
-from holdfast.gates.grammar import parse
+from holdfast.gates.grammar import recorded
 from holdfast.gates.judging import Judgement, exit_code
 from holdfast.harness import Outline
 from holdfast.harness import Step as OutlineStep
@@ -148,7 +148,7 @@ def judgement_from_json(content: Mapping[str, Any]) -> Judgement:
     seen = content["estimate"]
     estimate = Estimate(number(seen["value"]), number(seen["low"]), number(seen["high"]), seen["n"])
     doubts, scope = tuple(content["open_doubts"]), content.get("scope")
-    return Judgement(parse(content["claim"]), estimate, content["verdict"], doubts, scope)
+    return Judgement(recorded(content["claim"]), estimate, content["verdict"], doubts, scope)
 
 
 def verdict_to_json(judgements: Sequence[Judgement], accepted: Mapping[str, str]) -> Json:

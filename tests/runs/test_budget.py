@@ -1,0 +1,160 @@
+"""A budget of time is used: plans are made again as the training proceeds, by a clock that the tests set."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from holdfast.core.errors import Interrupted, UsageError
+from holdfast.ops.fit import Training
+from holdfast.ops.overfitting import RAISED, OverfittingGuard
+from holdfast.recipes import PGDTraining, SingleStep
+from holdfast.runs import hardening
+from holdfast.runs.hardening import harden
+from holdfast.runs.training import LAST, kept
+from holdfast.testing.recipes import same
+from runs import fakes
+from runs.test_hardening import training, wish
+
+BUDGET_S = 128.0
+TICK = 1 / 4096  # sums of such seconds are exact, so that a resumed run reads the same times
+HOW = Training(batch=64, lr=0.01)
+
+
+JUDGE = fakes.order(fakes.FAST, gates=(), attacked=False, doubts="none", shard_size=fakes.N)
+
+
+class Clock:
+    """Seconds that pass with each call of a network: `cost(calls, now)` ticks for each example."""
+
+    def __init__(self, cost):
+        self.cost, self.calls, self.ticks = cost, 0, 0
+
+    def __call__(self):
+        return self.ticks * TICK
+
+    def call(self, n):
+        self.calls += 1
+        self.ticks += n * self.cost(self.calls, self())
+
+
+class Timed(torch.nn.Sequential):
+    """A network whose calls take the time that the clock says, in every copy of it."""
+
+    clock = None
+
+    def forward(self, x):
+        type(self).clock.call(len(x))
+        return super().forward(x)
+
+
+def hardened(cost, recipe, n=600, **more):
+    class Network(Timed):
+        clock = Clock(cost)
+
+    subject = fakes.subject(Network(*fakes.network(1)).requires_grad_())
+    asked = wish(recipe, budget_s=BUDGET_S, judge=JUDGE)
+    return harden(subject, training(n=n), fakes.data(), asked, clock=Network.clock, **more)
+
+
+def steady(calls, now):
+    return 24
+
+
+def slow_at_first(calls, now):
+    return 256 if calls < 12 else 16
+
+
+def loaded_for_a_while(calls, now):
+    return 80 if 60 < now < 90 else 20
+
+
+def slower_and_slower(calls, now):
+    return 8 + int(now) // 2
+
+
+MACHINES = {
+    "steady": (steady, {}),
+    "slow at first": (slow_at_first, {}),
+    "loaded for a while": (loaded_for_a_while, {}),
+    "slower and slower": (slower_and_slower, {}),
+    "an epoch longer than the budget": (lambda calls, now: 400, {"batch": 4}),
+    "one epoch and a part": (lambda calls, now: 120, {"batch": 8}),
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_training_and_planning_use_the_budget(machine):
+    cost, how = MACHINES[machine]
+    found = hardened(cost, PGDTraining(steps=2, training=replace(HOW, **how)))
+    assert 0.85 <= found.card["cost"]["budget_used"] <= 1.0
+    assert found.card["ended_by"] == "budget"
+    assert found.curve[-1].share > 0.95 and found.curve[-1].lr < 0.1 * HOW.lr
+    assert all(point.part == 1 for point in found.curve[:-1])
+    assert found.card["epochs"] == pytest.approx(found.curve[-1].epoch - 1 + found.curve[-1].part)
+    if machine == "an epoch longer than the budget":
+        assert 0 < found.card["epochs"] < 1
+
+
+def test_patience_ends_a_training_before_its_budget_and_is_recorded():
+    patient = PGDTraining(steps=1, training=replace(HOW, lr=1e-9, patience=2, warmup=0))
+    found = hardened(lambda calls, now: 10, patient)
+    assert found.card["ended_by"] == "patience" and found.card["cost"]["budget_used"] < 0.5
+
+
+def test_no_budget_is_refused_in_which_an_update_and_a_look_fit():
+    with pytest.raises(UsageError, match=r"one update takes about 48 s .*give --budget \d+min or more"):
+        hardened(lambda calls, now: 1024, PGDTraining(steps=2, training=HOW))
+
+
+RECIPES = {
+    "mean of ends": (PGDTraining(steps=1, training=replace(HOW, averaging="swa", tail=0.5)), 600),
+    "guarded": (SingleStep(training=HOW), 1200),
+}
+
+
+@pytest.fixture
+def overfitting(monkeypatch):
+    """Once eps has grown, a single step is overfitted to, until another one is added."""
+
+    def right(guard, steps):
+        raised, grown = int(guard.learner.state[RAISED]), guard.learner.now.threat.constraint.eps > 0.05
+        return 0.1 if steps > 1 and not raised and grown else 0.9
+
+    monkeypatch.setattr(OverfittingGuard, "_right", right)
+
+
+def last_of(run):
+    found = kept(run / "checkpoints", LAST)
+    assert found is not None
+    return found.checkpoint
+
+
+@pytest.mark.usefixtures("overfitting")
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_stopped_run_goes_on_to_the_same_plans_and_weights(tmp_path, name):
+    def stop(step):
+        if step.stage.startswith("training") and step.done == 3:
+            raise Interrupted("stopped", 2)
+
+    whole = hardened(steady, *RECIPES[name], run=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        hardened(steady, *RECIPES[name], run=tmp_path / "r", progress=stop)
+    again = hardened(steady, *RECIPES[name], run=tmp_path / "r", resume=True)
+    assert len(whole.curve) > 4 and (name == "guarded") == (whole.curve[-1].dearer > 1)
+    one, other = (last_of(tmp_path / run) for run in ("whole", "r"))
+    assert one.plans == other.plans and one.updates == other.updates
+    assert same(one, other) and again.weights == whole.weights
+
+
+@pytest.mark.usefixtures("overfitting")
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_weights_follow_from_the_plans_that_are_stored(tmp_path, monkeypatch, name):
+    hardened(slow_at_first, *RECIPES[name], run=tmp_path / "r")
+    found = last_of(tmp_path / "r")
+    assert len({plan.end for plan in found.plans}) > 5
+    plans = iter(found.plans)
+    monkeypatch.setattr(hardening, "Pacer", lambda *rest: lambda *where: next(plans))
+    hardened(steady, *RECIPES[name], run=tmp_path / "again")
+    assert same(found, last_of(tmp_path / "again"))
+    assert next(plans, None) is None
