@@ -107,7 +107,11 @@ def _drawn(said: Mapping[str, Any]) -> Drawn:
 
 def candidates(pool: Pool) -> tuple[str, ...]:
     """Sets that were drawn and neither admitted nor refused yet, in the order of their arrival."""
-    waiting = (one for one in pool.ledger.members if one.state == "candidate" and one.exposed is None)
+    waiting = (
+        one
+        for one in pool.ledger.members
+        if one.state == "candidate" and one.role == "service" and one.exposed is None
+    )
     return tuple(one.name for one in waiting if not one.deleted)
 
 
