@@ -167,8 +167,8 @@ class _Drawing:
             if updates < UPDATES:
                 self.told(
                     f"note: immunising makes {updates} updates of each set, so that no effect is to be expected: "
-                    f"it was measured with 215. More training data, or a smaller recipe.training.batch of the collection, "
-                    f"make more"
+                    f"it was measured with 215. More training data, or a smaller recipe.training.batch of the "
+                    f"collection, make more"
                 )
         while _missing(self.said):
             place = len(self.said["names"])
