@@ -16,7 +16,21 @@ PAGES = [
     [],
     *([name] for name in _COMMANDS),
     *(["data", name] for name in ("list", "show", "fetch", "import")),
-    *(["rotate", name] for name in ("collect", "train", "draw", "admit", "swap", "expose", "status", "run")),
+    *(
+        ["rotate", name]
+        for name in (
+            "collect",
+            "train",
+            "draw",
+            "admit",
+            "swap",
+            "expose",
+            "status",
+            "head",
+            "migrate",
+            "run",
+        )
+    ),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from holdfast.core.errors import UsageError
 from holdfast.runs.rotate import collecting, learning, watching
 from holdfast.runs.rotate.collecting import Collected
 from holdfast.store.pool import Pool
+from store.old_format import aged
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -41,8 +43,6 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def pool(made, tmp_path):
-    import shutil
-
     shutil.copytree(made, tmp_path / "pool")
     shutil.copy(made.with_name("pool.key"), tmp_path / "pool.key")
     return tmp_path / "pool"
@@ -70,8 +70,12 @@ def test_the_steps_one_after_another(pool, capsys, monkeypatch, width):
     said = capsys.readouterr()
     assert said.out == f"{serving} is listed as exposed: laptop stolen\n"
     assert "it serves still: holdfast rotate swap pool/" in said.err
-    assert run(["rotate", "swap", "pool/"]) == 0
-    assert run(["rotate", "swap", "pool/"]) == 4, "none waits any more"
+    assert "1 sets that wait are to be judged again: holdfast rotate admit pool/" in said.err
+    assert run(["rotate", "swap", "pool/"]) == 4, "the one that waits was not judged against it"
+    assert "--unjudged" in capsys.readouterr().err
+    assert run(["rotate", "swap", "pool/", "--unjudged"]) == 0
+    assert "note: it was not judged against everything that is exposed by now" in capsys.readouterr().err
+    assert run(["rotate", "swap", "pool/", "--unjudged"]) == 4, "none waits any more"
     assert "no admitted set waits" in capsys.readouterr().err
     assert run(["rotate", "status", "pool/", "-o", "-", "-o", "status.json"]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -81,6 +85,60 @@ def test_the_steps_one_after_another(pool, capsys, monkeypatch, width):
     said = capsys.readouterr()
     assert "exposed: laptop stolen" in " ".join(said.out.split()) and "serves as epoch 2" in said.out
     assert serving in said.out
+
+
+def test_a_pool_is_verified_with_its_key_and_without_and_against_a_head_of_before(pool, capsys, monkeypatch):
+    shutil.copytree("pool", "before")
+    shutil.copy("pool.key", "before.key")
+    base = next(member.name for member in Pool.held(Path("pool")).ledger.members if member.role == "base")
+    assert run(["rotate", "expose", "pool", base, "--why", "laptop stolen"]) == 0
+    capsys.readouterr()
+    assert run(["rotate", "head", "pool"]) == 0
+    head = capsys.readouterr().out.strip()
+    assert re.fullmatch("[0-9a-f]{64}", head)
+    assert run(["verify", "pool", "--expect-head", head]) == 0
+    assert "chain consistent and authenticated; 2 sets open" in capsys.readouterr().out
+    for words in (
+        ["rotate", "swap"],
+        ["rotate", "status"],
+        ["rotate", "draw"],
+        ["rotate", "admit"],
+        ["verify"],
+    ):
+        assert run([*words, "before", "--expect-head", head]) == 3, words
+        assert "the folder is an older copy, or another pool" in capsys.readouterr().err
+    assert run([*COLLECT, "--run", "before", "--resume", "--expect-head", head]) == 3
+    assert run([*COLLECT, "--run", "nowhere", "--expect-head", head]) == 3, "nor is a missing one begun"
+    assert run(["rotate", "swap", "pool", "--expect-head", "abc"]) == 2
+    assert run(["verify", "before"]) == 0
+    Path("pool.key").rename("elsewhere")
+    capsys.readouterr()
+    assert run(["verify", "pool"]) == 0
+    said = capsys.readouterr()
+    assert "chain consistent, not authenticated" in said.out and "HOLDFAST_POOL_KEY" in said.err
+    lines = Path("pool/ledger.jsonl").read_bytes().splitlines(keepends=True)
+    Path("pool/ledger.jsonl").write_bytes(b"".join(lines[:-1]))
+    assert run(["verify", "pool"]) == 3
+    assert "its end is missing" in capsys.readouterr().err
+    monkeypatch.setenv("HOLDFAST_POOL_KEY", "0" * 64)
+    assert run(["verify", "pool"]) == 3, "a key that is not the pool's"
+
+
+def test_an_older_pool_is_converted_where_that_is_asked_for(pool, capsys):
+    held = Pool.held(Path("pool"))
+    held.expose(held.ledger.members[0].name, "laptop stolen")
+    aged(held)
+    for words in (["rotate", "status"], ["rotate", "swap"], ["verify"]):
+        assert run([*words, "pool"]) == 3
+        assert "convert it with holdfast rotate migrate pool" in capsys.readouterr().err.lower()
+    assert run(["rotate", "migrate", "pool"]) == 0
+    said = capsys.readouterr()
+    assert "entries converted and authenticated; head " in said.out
+    assert "the older ledger was not authenticated" in said.err and "rotate expose pool SET" in said.err
+    assert run(["rotate", "migrate", "pool"]) == 2
+    assert run(["rotate", "status", "pool"]) == 0
+    assert "written by an older version and not authenticated then" in capsys.readouterr().err
+    assert run(["verify", "pool"]) == 0
 
 
 def test_what_thieves_made_and_what_judged_is_for_the_owner_alone(pool):

@@ -17,7 +17,6 @@ from holdfast.runs.rotate.crafting import Attacker, Attackers, Workshop, attacke
 from holdfast.runs.rotate.measuring import Carried, Measuring
 from holdfast.runs.rotate.ruling import Seen, rulings
 from holdfast.runs.rotate.sanity import twin
-from holdfast.runs.rotate.status import unjudged
 from holdfast.runs.signals import Stopper
 from holdfast.store.pool import Pool
 from holdfast.store.sealing import KEY_VARIABLE
@@ -165,7 +164,10 @@ def test_a_kill_before_the_entry_loses_nothing_and_bases_are_listed(tmp_path, mo
         patch.setattr(Thief, "crafted", killed)  # what was measured is not made anew
         found = admit(again, terms(), thief=QUICK)
     assert found.admitted == (name,) and found.judged[0].against == (base,)
-    assert [one.why for one in again.ledger.exposed() if one.name == base] == [f"a base of {name}"]
+    (listed,) = [one for one in again.ledger.exposed() if one.name == base]
+    assert listed.automatic and again.ledger.member(name).against == (base,) and not again.unjudged
+    again.expose(base, "laptop stolen")
+    assert again.unjudged == (name,), "what is stolen after it was listed calls for a new judgement"
 
 
 def test_what_is_unclear_is_judged_on_twice_as_many_while_they_last(tmp_path):
@@ -207,9 +209,9 @@ def test_what_waits_is_judged_again_by_what_leaked_since(waits):
     with pytest.raises(UsageError, match="no candidate waits"):
         admit(pool, terms(), thief=QUICK)
     pool.expose(base, "laptop stolen")
-    assert set(unjudged(pool)) == set(pool.ahead) == set(names.values())
+    assert set(pool.unjudged) == set(pool.ahead) == set(names.values())
     found = admit(pool, terms(), thief=QUICK)
-    assert found.admitted == (names["other"],) == pool.ahead and unjudged(pool) == ()
+    assert found.admitted == (names["other"],) == pool.ahead and pool.unjudged == ()
     member = pool.ledger.member(names["copy"])
     assert member.state == "refused" and "over again, which is exposed" in member.why
     assert Pool.held(pool.path).ledger.member(names["other"]).why == "holds"
@@ -229,7 +231,7 @@ def test_what_leaks_while_a_set_is_judged_is_asked_for_before_it_is_admitted(wai
     monkeypatch.setattr(_Admitting, "_judged", judged)
     found = admit(pool, terms(), thief=QUICK, told=heard.append)
     assert "another set leaked meanwhile, so it is judged again" in heard[0]
-    assert found.judged[0].against == (names["copy"], base) and unjudged(pool) == ()
+    assert found.judged[0].against == (names["copy"], base) and pool.unjudged == ()
 
 
 def test_what_serves_by_now_keeps_serving_and_the_verdict_is_told(waits, monkeypatch):
@@ -239,7 +241,7 @@ def test_what_serves_by_now_keeps_serving_and_the_verdict_is_told(waits, monkeyp
     heard = []
 
     def judged(self, name):
-        pool.swap()
+        pool.swap(unjudged=True)
         return let_in(self, name)
 
     monkeypatch.setattr(_Admitting, "_judged", judged)

@@ -10,7 +10,6 @@ from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.runs.rotate import watching
 from holdfast.runs.rotate.admission import Admission, Judged
 from holdfast.runs.rotate.drawing import candidates
-from holdfast.runs.rotate.status import unjudged
 from holdfast.runs.rotate.watching import Turner, Turning
 from runs.test_rotate import IMMUNISE, collected, pool, terms, unflushed  # noqa: F401 (fixtures)
 
@@ -24,9 +23,9 @@ def generous(monkeypatch):
     """An admission that takes every candidate."""
 
     def admit(of, _, **given):
-        found = (*candidates(of), *unjudged(of))
+        found = (*candidates(of), *of.unjudged)
         for name in found:
-            of.admit(name)
+            of.admit(name, against=[one.name for one in of.ledger.exposed()])
         return Admission(tuple(Judged(name, "admitted", (), "") for name in found), ())
 
     monkeypatch.setattr(watching, "admit", admit)
@@ -69,7 +68,7 @@ def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):  # n
     pool.expose(pool.serving.name, "laptop stolen")
     assert one.look() and pool.serving.epoch == 3
     assert pool.ledger.member(pool.serving.name).why == "exposed: laptop stolen"
-    assert len(pool.ahead) == 2 and set(waited) & set(pool.ahead) and not unjudged(pool), "judged again"
+    assert len(pool.ahead) == 2 and set(waited) & set(pool.ahead) and not pool.unjudged, "judged again"
 
 
 @pytest.mark.usefixtures("generous")
@@ -114,30 +113,68 @@ def test_time_counts_from_when_the_ledger_says(pool, monkeypatch):  # noqa: F811
     assert one.look() and pool.serving.epoch == 2
 
 
-def test_what_serves_goes_on_where_nothing_is_admitted(pool, monkeypatch):  # noqa: F811
-    one, said = turner(pool, AnswersPerPrincipal(5), keep=1), []
+@pytest.fixture
+def begun(pool, monkeypatch, strict):  # noqa: F811
+    """A turner whose first set serves and whose second waits, before admissions refuse everything; what it says."""
     for name in ("first", "second"):
         (drawn,) = watching.draw(pool, terms(), 1).names
         pool.admit(drawn, name)
+    one, said = turner(pool, AnswersPerPrincipal(5), keep=1), []
     one.begin()
-    monkeypatch.setattr(watching, "admit", lambda of, _, **given: refused(of))
     one.told = said.append
+    return one, said
 
-    def refused(of):
-        found = candidates(of)
-        for name in found:
-            of.refuse(name, "it falls")
-        return Admission(tuple(Judged(name, "refused", (), "it falls", by="A1") for name in found), ())
 
+def test_where_nothing_is_admitted_and_none_waits_what_serves_goes_on_and_it_ends(pool, begun):  # noqa: F811
+    one, _ = begun
     pool.answered(1, {"alice": 5})
-    waited = []
-    one.turn(looks=3, sleep=waited.append)
-    assert pool.serving.epoch == 2, "the one that waited serves"
-    assert waited[-1] > 30, "and no core is kept busy by a timer that rings"
-    pool.answered(2, {"alice": 5})
+    with pytest.raises(
+        Inconclusive, match="5 sets trained from fresh weights were refused in a row"
+    ) as caught:
+        one.turn(looks=3, sleep=lambda _: None)
+    assert caught.value.exit_code == 4
+    now = pool.serving
+    assert now.epoch == 2, "the one that waited serves"
+    assert f"{now.name} goes on serving as epoch 2, and 0 admitted sets wait" in str(caught.value)
+    refused = [member for member in pool.ledger.members if member.why == "it falls"]
+    assert [bool(member.bases) for member in refused] == [True] + [False] * 5, "the generator's, then others"
+
+
+def test_where_others_wait_it_goes_on_without_keeping_a_core_busy(pool, begun):  # noqa: F811
+    one, said = begun
+    one.how, waited = replace(one.how, keep=2), []
     one.turn(looks=1, sleep=waited.append)
-    assert pool.serving.epoch == 2, "a set that was not admitted never serves"
-    assert any("no admitted set waits" in text or "none of" in text for text in said)
+    assert pool.serving.epoch == 1 and len(pool.ahead) == 1, "nothing is due, and one set waits"
+    assert waited[-1] > 30 and "were refused in a row" in said[-1]
+
+
+def test_what_was_admitted_serves_although_too_few_were(pool, monkeypatch):  # noqa: F811
+    left = iter([True] + [False] * 99)
+
+    def admit(of, _, **given):
+        found = [(name, "admitted" if next(left) else "refused") for name in (*candidates(of), *of.unjudged)]
+        for name, verdict in found:
+            (of.admit if verdict == "admitted" else of.refuse)(name, "it was judged")
+        return Admission(tuple(Judged(name, verdict, (), "it was judged") for name, verdict in found), ())
+
+    monkeypatch.setattr(watching, "admit", admit)
+    with pytest.raises(Inconclusive, match="nothing serves, and 1 admitted sets wait"):
+        turner(pool, keep=2).begin()
+    assert pool.serving.epoch == 1
+
+
+@pytest.mark.usefixtures("generous")
+def test_only_an_exposure_lets_a_set_serve_that_was_not_judged_against_it(pool):  # noqa: F811
+    one = turner(pool, AnswersPerPrincipal(5), keep=1)
+    one.begin()
+    base = next(member.name for member in pool.ledger.members if member.role == "base")
+    pool.expose(base, "laptop stolen")
+    pool.answered(1, {"alice": 5})
+    one._turn()
+    assert pool.serving.epoch == 1 and len(pool.unjudged) == 1, "answers alone wait for the judgement"
+    pool.expose(pool.serving.name, "")
+    one._turn()
+    assert pool.serving.epoch == 2, "whatever the reason says, and be it nothing"
 
 
 @pytest.mark.usefixtures("generous")

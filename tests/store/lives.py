@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from holdfast.store.ledger import Ledger
-from holdfast.store.pool import Pool, stands
+from holdfast.store.manifest import stands
+from holdfast.store.pool import Pool
 
-OWN = ("pool.json", "ledger.jsonl", "ledger.lock", "sets")
+OWN = ("pool.json", "ledger.jsonl", "ledger.head", "ledger.lock", "sets")
 CHANGING = ("write", "fsync", "replace", "unlink", "mkdir", "truncate", "chmod")
 
 
@@ -88,7 +88,7 @@ def day(path):
         pool.delete(bad)
     new = pool.add(weights(2), {"k": 2}, bases=[base])
     if ledger.states[new] == "candidate":
-        pool.admit(new)
+        pool.admit(new, against=[base])
     pool.swap(epoch=1)
     if not ledger.terms[0].answers:
         pool.answered(1, {"ann": 5})
@@ -180,7 +180,7 @@ def killed_at_random(folder, seed, kills):
             assert os.WIFSIGNALED(ended(pid))
             said = [int(line) for line in (first, *file)][-1]
         epoch = holds(path, {(k, k - 1.0) for k in (said, said + 1)})
-    assert [term.epoch for term in Ledger(path).terms] == list(range(1, epoch + 1))
+    assert [term.epoch for term in Pool.held(path).ledger.terms] == list(range(1, epoch + 1))
     return {"epoch": epoch}
 
 
@@ -201,7 +201,8 @@ def together(folder, n):
     os.close(go)
     assert [ended(pid) for pid in pids] == [0] * n
     holds(path, {(2, 1.0)})
-    return {"epoch": Ledger(path).serving.epoch, "sets": len(Ledger(path).states) - n - 1}
+    ledger = Pool.held(path).ledger
+    return {"epoch": ledger.serving.epoch, "sets": len(ledger.states) - n - 1}
 
 
 if __name__ == "__main__":

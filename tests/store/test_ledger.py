@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from holdfast.core.chain import GENESIS, Link, broken_at, canonical
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.store import Ledger
+from holdfast.store import Ledger as AnyLedger
+from holdfast.store.authentic import HEAD, Head, LedgerKey, line_of, write_head
 from holdfast.store.ledger import utc_now
 from holdfast.store.locking import locked
 from holdfast.store.standing import Exposure, Serving, Standing, Term, well_formed
 
 DIGEST = "d" * 64
+KEY = LedgerKey(b"k" * 32)
 LEGAL = {
     "admitted": {"candidate", "admitted"},
     "refused": {"candidate", "admitted"},
@@ -32,6 +34,10 @@ def ticking():
     """A clock of which every look is a minute later."""
     minutes = iter(range(10**6))
     return lambda: f"2026-01-01T{(m := next(minutes)) // 60:02d}:{m % 60:02d}:00Z"
+
+
+def Ledger(folder, *now):
+    return AnyLedger(folder, KEY, *now)
 
 
 @pytest.fixture
@@ -52,8 +58,8 @@ def test_a_rotation_is_told_back(ledger, tmp_path):
     served(ledger, "one")
     ledger.answered(1, {"ann": 3, "bob": 1})
     ledger.candidate("two", DIGEST, ["one"], "drawn")
-    ledger.admit("two", "all gates passed", canary="c" * 64)
     ledger.expose("one", "laptop stolen")
+    ledger.admit("two", "all gates passed", canary="c" * 64, against=["one"])
     assert ledger.serve("two", "timer") == ledger.serving == Serving("two", 2, "2026-01-01T00:07:00Z")
     ledger.answered(1, {"ann": 2}, others=3)
     ledger.answered(1, {}, others=4)
@@ -62,10 +68,10 @@ def test_a_rotation_is_told_back(ledger, tmp_path):
             Term("one", 1, "2026-01-01T00:02:00Z", "2026-01-01T00:07:00Z", {"ann": 5, "bob": 1}, 7),
             Term("two", 2, "2026-01-01T00:07:00Z", None, {}, 0),
         )
-        assert view.exposed() == (Exposure("one", "laptop stolen", "2026-01-01T00:06:00Z", 7),)
+        assert view.exposed() == (Exposure("one", "laptop stolen", "2026-01-01T00:05:00Z", 6),)
         assert view.states == {"one": "retired", "two": "serving"}
         assert view.member("two").bases == ("one",) and view.member("two").why == "timer"
-        assert view.member("two").canary == "c" * 64
+        assert view.member("two").canary == "c" * 64 and view.member("two").against == ("one",)
         assert view.entries == 10 and view.head == ledger.head
 
 
@@ -112,19 +118,25 @@ def test_only_legal_steps_are_taken(tmp_path, state, kind):
 KINDS = st.sampled_from(["candidate", *LEGAL, "deleted", "answers"])
 
 
-@given(steps=st.lists(st.tuples(KINDS, st.sampled_from("abc")), max_size=30))
+SETS = st.sampled_from("abc")
+STEPS = st.tuples(KINDS, SETS, st.lists(SETS, unique=True), st.booleans(), st.booleans())
+
+
+@given(steps=st.lists(STEPS, max_size=30))
 def test_whatever_is_said_one_set_serves_at_most_and_epochs_count_up(steps):
     standing = Standing()
-    for kind, name in steps:
+    for kind, name, judged, forced, automatic in steps:
         now = [] if standing.serving is None else [standing.serving.name]
         entry = {"kind": kind, "at": "now", "set": name, "why": "", "digest": DIGEST, "bases": []}
         entry |= {"epoch": standing.epoch + (kind == "serving"), "retires": now, "canary": "c"}
-        entry |= {"answers": {"ann": 1}, "others": 1}
+        entry |= {"answers": {"ann": 1}, "others": 1, "role": "service"}
+        entry |= {"against": judged, "unjudged": forced, "automatic": automatic}
         well_formed(entry)
         try:
             standing.refuse_illegal(entry)
         except UsageError:
             continue
+        assert kind != "serving" or forced or name not in standing.unjudged
         standing.take(entry)
         serving = [name for name, member in standing.members.items() if member.state == "serving"]
         assert serving == ([] if standing.serving is None else [standing.serving.name])
@@ -132,6 +144,9 @@ def test_whatever_is_said_one_set_serves_at_most_and_epochs_count_up(steps):
         assert all(term.until is not None for term in standing.terms[:-1])
         exposed = {exposure.name for exposure in standing.exposed}
         assert not exposed & set(standing.ahead) and not exposed & set(standing.unlisted)
+        left = {name for name in exposed if not standing.members[name].deleted}
+        for name in set(standing.ahead) - set(standing.unjudged):
+            assert left <= set(standing.members[name].against)
         assert all(standing.members[name].state == "admitted" for name in standing.ahead)
         assert not any(member.deleted for member in map(standing.member, standing.ahead))
 
@@ -200,7 +215,9 @@ def test_an_unknown_set_is_refused_with_those_near_it(ledger, name, says):
         lambda ledger: ledger.answered(2, {"ann": 1}),
         lambda ledger: ledger.answered(0, {"ann": 1}),
         lambda ledger: ledger.candidate("one", DIGEST),
-        lambda ledger: ledger.begin(DIGEST),
+        lambda ledger: AnyLedger.begun(ledger.path.parent, KEY, DIGEST),
+        lambda ledger: ledger.candidate("two", DIGEST, role="idol"),
+        lambda ledger: ledger.expose("one", "stolen", automatic="no"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_and_not_written(ledger, act):
@@ -225,9 +242,26 @@ def whole(tmp_path_factory):
     return (folder / "ledger.jsonl").read_bytes()
 
 
-def holding(folder, lines):
+def holding(folder, lines, entries=None):
+    """A ledger of these lines, whose head says that it has so many entries: as many as it has, unless told."""
     (folder / "ledger.jsonl").write_bytes(lines)
+    last = json.loads(lines.splitlines()[-1] if lines.endswith(b"\n") else lines.splitlines()[-2])
+    write_head(folder / HEAD, Head(entries or last["counter"], last["digest"]), KEY)
     return Ledger(folder)
+
+
+def forged(contents, key=KEY, **more):
+    """Lines of a chain that is computed again."""
+    lines, previous = [], GENESIS
+    for counter, content in enumerate(contents, 1):
+        link = Link(previous, content)
+        lines.append(canonical(json.loads(line_of(link, counter, key)) | more) + b"\n")
+        previous = link.digest
+    return b"".join(lines)
+
+
+def contents_of(lines):
+    return [json.loads(line)["content"] for line in lines.splitlines()]
 
 
 VIEWS = [
@@ -260,18 +294,9 @@ def test_an_entry_that_was_taken_out_moved_or_repeated_is_named(whole, tmp_path,
 
 
 def test_a_chain_that_holds_and_says_what_cannot_be_is_refused(whole, tmp_path):
-    links, previous = [], GENESIS
-    for text in whole.splitlines():
-        content = json.loads(text)["content"]
-        if content["kind"] == "admitted" and content["set"] == "two":
-            continue
-        links.append(Link(previous, content))
-        previous = links[-1].digest
-    lines = [
-        canonical({"previous": a.previous, "content": a.content, "digest": a.digest}) + b"\n" for a in links
-    ]
+    contents = [one for one in contents_of(whole) if (one["kind"], one["set"]) != ("admitted", "two")]
     with pytest.raises(TargetError, match="entry 5 of .* cannot follow those before it .*'two' is candidate"):
-        _ = holding(tmp_path, b"".join(lines)).serving
+        _ = holding(tmp_path, forged(contents)).serving
 
 
 @pytest.mark.parametrize(
@@ -279,23 +304,192 @@ def test_a_chain_that_holds_and_says_what_cannot_be_is_refused(whole, tmp_path):
     [
         [],
         {"kind": "gossip", "at": "now"},
-        {"kind": "candidate", "at": "now", "set": "../../x", "digest": DIGEST, "bases": [], "why": ""},
-        {"kind": "admitted", "at": 7, "set": "one", "why": ""},
-        {"kind": "serving", "at": "now", "set": "one", "why": "", "epoch": "1", "retires": []},
+        {
+            "kind": "candidate",
+            "at": "now",
+            "set": "../../x",
+            "digest": DIGEST,
+            "bases": [],
+            "why": "",
+            "role": "base",
+        },
+        {"kind": "admitted", "at": 7, "set": "one", "why": "", "canary": "", "against": []},
+        {
+            "kind": "serving",
+            "at": "now",
+            "set": "one",
+            "why": "",
+            "epoch": "1",
+            "retires": [],
+            "unjudged": False,
+        },
+        {"kind": "exposed", "at": "now", "set": "one", "why": "", "automatic": "yes"},
         {"kind": "answers", "at": "now", "epoch": 1, "answers": {"ann": True}, "others": 0},
         {"kind": "answers", "at": "now", "epoch": 1, "answers": {"ann": 1}, "others": -1},
     ],
 )
 def test_an_entry_of_another_form_is_refused(tmp_path, content):
-    record = {"previous": GENESIS, "content": content, "digest": Link(GENESIS, content).digest}
     with pytest.raises(TargetError, match="entry 1 of "):
-        _ = holding(tmp_path, canonical(record) + b"\n").serving
+        _ = holding(tmp_path, forged([content])).serving
+
+
+# --- who has no key
+
+
+@pytest.fixture
+def stolen(whole, tmp_path):
+    """A ledger in which set two serves and one is listed as exposed, and its lines."""
+    ledger = holding(tmp_path, whole)
+    ledger.expose("one", "laptop stolen")
+    ledger.candidate("three", DIGEST)
+    return (tmp_path / "ledger.jsonl").read_bytes()
+
+
+def test_who_removes_every_exposure_and_computes_the_chain_again_is_refused(stolen, tmp_path):
+    contents = [one for one in contents_of(stolen) if one["kind"] != "exposed"]
+    forger = LedgerKey(b"?" * 32)
+    (tmp_path / "ledger.jsonl").write_bytes(forged(contents, forger))
+    with pytest.raises(TargetError, match="entry 1 of .* was not written with the pool's key"):
+        Ledger(tmp_path).exposed()
+    last = json.loads((tmp_path / "ledger.jsonl").read_bytes().splitlines()[-1])
+    write_head(tmp_path / HEAD, Head(len(contents), last["digest"]), forger)
+    with pytest.raises(TargetError, match="ledger.head' was not written with the pool's key"):
+        Ledger(tmp_path).exposed()
+
+
+@pytest.mark.parametrize("counters", ["kept", "counted again"])
+def test_entries_that_were_authenticated_keep_their_place(stolen, tmp_path, counters):
+    """The exposure is cut out, the chain is computed again, and each entry keeps the HMAC that it had."""
+    records = [json.loads(line) for line in stolen.splitlines()]
+    kept, previous = [], GENESIS
+    for record in (one for one in records if one["content"]["kind"] != "exposed"):
+        link = Link(previous, record["content"])
+        counter = record["counter"] if counters == "kept" else len(kept) + 1
+        kept.append(
+            canonical(record | {"previous": previous, "digest": link.digest, "counter": counter}) + b"\n"
+        )
+        previous = link.digest
+    says = (
+        "has the counter 8; 7 was expected" if counters == "kept" else "was not written with the pool's key"
+    )
+    with pytest.raises(TargetError, match=f"entry 7 of .* {says}"):
+        _ = holding(tmp_path, b"".join(kept), len(kept)).serving
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda record: record | {"counter": 3}, "entry 7 of .* has the counter 3; 7 was expected"),
+        (lambda record: record | {"counter": True}, "entry 7 of .* has the counter True"),
+        (lambda record: record | {"mac": "0" * 64}, "entry 7 of .* was not written with the pool's key"),
+        (lambda record: record | {"mac": None}, "entry 7 of .* was not written with the pool's key"),
+        (lambda record: record | {"note": "x"}, "entry 7 of "),
+        (
+            lambda record: {k: v for k, v in record.items() if k != "mac"},
+            "entry 7 of .* has no authentication",
+        ),
+        (
+            lambda record: {k: v for k, v in record.items() if k != "counter"},
+            "entry 7 of .* has no authentication",
+        ),
+    ],
+)
+def test_what_authenticates_an_entry_cannot_be_changed_or_left_out(stolen, tmp_path, change, says):
+    lines = stolen.splitlines(keepends=True)
+    lines[6] = canonical(change(json.loads(lines[6]))) + b"\n"
+    (tmp_path / "ledger.jsonl").write_bytes(b"".join(lines))
+    with pytest.raises(TargetError, match=says):
+        Ledger(tmp_path).exposed()
+
+
+def test_an_entry_of_another_pool_is_refused_wherever_it_fits(tmp_path):
+    """Both ledgers have the same first entries, so that the chain of one continues with the entry of the other."""
+    other = LedgerKey(b"o" * 32)
+    ledgers = []
+    for folder, key in ((tmp_path / "a", KEY), (tmp_path / "b", other)):
+        folder.mkdir()
+        ledgers.append(AnyLedger(folder, key, lambda: "2026-01-01T00:00:00Z"))
+        served(ledgers[-1], "one", "two")
+    mine, its = ((ledger.path).read_bytes().splitlines(keepends=True) for ledger in ledgers)
+    assert [json.loads(a)["digest"] for a in mine] == [json.loads(b)["digest"] for b in its]
+    ledgers[0].path.write_bytes(b"".join([*mine[:3], its[3], *mine[4:]]))
+    with pytest.raises(TargetError, match="entry 4 of .* was not written with the pool's key.* copied from"):
+        _ = AnyLedger(tmp_path / "a", KEY).serving
+
+
+def test_entries_missing_at_the_end_are_detected_while_the_head_is_there(stolen, tmp_path):
+    lines = stolen.splitlines(keepends=True)
+    (tmp_path / "ledger.jsonl").write_bytes(b"".join(lines[:6]))
+    with pytest.raises(TargetError, match="has 6 entries, and ledger.head says that 8 were written"):
+        Ledger(tmp_path).exposed()
+    (tmp_path / HEAD).unlink()
+    with pytest.raises(TargetError, match="ledger.head' is gone"):
+        Ledger(tmp_path).exposed()
+
+
+def test_a_head_of_another_time_does_not_hide_what_was_added(stolen, tmp_path):
+    """A kill leaves a ledger that is one entry longer than its head; an older head does no more than that."""
+    records = [json.loads(line) for line in stolen.splitlines()]
+    write_head(tmp_path / HEAD, Head(6, records[5]["digest"]), KEY)
+    assert [one.name for one in Ledger(tmp_path).exposed()] == ["one"]
+    assert json.loads((tmp_path / HEAD).read_bytes())["entries"] == 8, "and the head is written again"
+
+
+def test_an_older_copy_of_everything_is_known_by_a_head_that_is_kept_elsewhere(whole, stolen, tmp_path):
+    head = Ledger(tmp_path).head
+    old = holding(tmp_path, whole)
+    assert old.exposed() == () and old.entry_of(head) is None
+    newer = Ledger(tmp_path)
+    early = newer.head
+    newer.expose("one", "laptop stolen")
+    assert newer.entry_of(early) == 6, "what was added since does not matter"
+
+
+# --- what is exposed, and what was judged
+
+
+def test_a_theft_counts_although_the_set_had_been_listed_automatically(ledger):
+    for name in ("base", "drawn"):
+        ledger.candidate(name, DIGEST)
+    ledger.expose("base", "drawn was made from it", automatic=True)
+    ledger.admit("drawn", against=["base"])
+    assert ledger.unjudged == () and ledger.exposed()[0].automatic
+    ledger.expose("base", "listed again", automatic=True)
+    assert ledger.unjudged == () and ledger.exposed()[0].entry == 3
+    ledger.expose("base", "laptop stolen")
+    (known,) = ledger.exposed()
+    assert (known.why, known.automatic, known.entry) == ("laptop stolen", False, 6)
+    assert ledger.unjudged == ledger.ahead == ("drawn",)
+    ledger.expose("base", "listed once more", automatic=True)
+    assert ledger.exposed() == (known,), "the report stands"
+    ledger.admit("drawn", against=["base"])
+    assert ledger.unjudged == ()
+
+
+@pytest.mark.parametrize("why", ["laptop stolen", "a base of drawn", ""])
+def test_no_reason_in_words_decides_whether_a_set_is_judged_again(ledger, why):
+    for name in ("old", "drawn"):
+        ledger.candidate(name, DIGEST)
+        ledger.admit(name)
+    ledger.expose("old", why)
+    assert ledger.unjudged == ("drawn",)
+    with pytest.raises(UsageError, match="'drawn' was not judged against everything that is exposed"):
+        ledger.serve("drawn")
+    ledger.serve("drawn", unjudged=True)
+    last = json.loads(ledger.path.read_bytes().splitlines()[-1])["content"]
+    assert last["unjudged"] is True and last["kind"] == "serving"
+
+
+def test_a_base_never_serves(ledger):
+    ledger.candidate("base", DIGEST, role="base")
+    with pytest.raises(UsageError, match="'base' is a base, which others are made from"):
+        ledger.admit("base")
 
 
 def test_an_end_that_a_kill_cut_short_was_never_said(whole, tmp_path):
     lines = whole.splitlines(keepends=True)
     for cut in (1, len(lines[-1]) // 2, len(lines[-1]) - 1):
-        ledger = holding(tmp_path, whole[:-cut])
+        ledger = holding(tmp_path, whole[:-cut])  # of which the head was not written
         assert ledger.serving.name == "one" and ledger.ahead == ("two",)
         assert (tmp_path / "ledger.jsonl").read_bytes() == b"".join(lines[:-1])
         ledger.serve("two")
@@ -320,7 +514,7 @@ def test_the_links_of_a_part_follow_from_what_went_before():
 def test_the_files_are_their_owners_alone(ledger, tmp_path):
     (tmp_path / "ledger.jsonl").touch(0o644)
     served(ledger, "one")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ledger.jsonl", "ledger.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ledger.head", "ledger.jsonl", "ledger.lock"]
     if os.name != "nt":
         assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
 
@@ -363,9 +557,10 @@ WRITER = """
     import sys
     from pathlib import Path
     from holdfast.core.errors import UsageError
+    from holdfast.store.authentic import LedgerKey
     from holdfast.store.ledger import Ledger
     folder, me, n = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    ledger, swaps = Ledger(folder), 0
+    ledger, swaps = Ledger(folder, LedgerKey(b"k" * 32)), 0
     print("ready", flush=True)
     sys.stdin.readline()
     for k in range(n):

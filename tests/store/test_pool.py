@@ -13,7 +13,7 @@ import torch
 
 from holdfast.core.errors import Inconclusive, InUse, TargetError, UsageError
 from holdfast.store import Pool
-from holdfast.store.pool import stands
+from holdfast.store.manifest import stands
 from holdfast.store.sealing import KEY_VARIABLE, Seal, key_file
 from store.lives import begun, weights
 
@@ -72,7 +72,7 @@ def test_nothing_on_the_disk_shows_the_weights_or_is_open_to_others(pool):
     pool.keep("generator", {"g": torch.full((64,), 3.5)}, {})
     plain = torch.full((8,), 1.0).numpy().tobytes()
     files = [path for path in pool.path.rglob("*") if path.is_file()]
-    assert len(files) == 3 + 1 + 3
+    assert len(files) == 4 + 1 + 3
     for path in files:
         assert plain[:16] not in path.read_bytes() and b"safetensors" not in path.read_bytes()
         assert os.name == "nt" or path.stat().st_mode & 0o777 == 0o600
@@ -112,14 +112,31 @@ def test_another_than_the_first_may_be_chosen_and_only_among_those_that_wait(poo
 
 def test_an_exposed_set_is_passed_over(pool):
     first, second = pool.ahead
+    old = pool.serving.name
     pool.expose(first, "a backup was copied")
-    pool.expose(pool.serving.name, "laptop stolen")
+    pool.expose(old, "laptop stolen")
+    pool.admit(second, against=[first, old])
     assert pool.swap().name == second
     with pytest.raises(
         Inconclusive, match=f"no admitted set waits in .*'{second}' goes on serving"
     ) as caught:
         pool.swap()
     assert caught.value.exit_code == 4 and pool.serving.name == second
+
+
+def test_a_set_that_was_not_judged_against_everything_exposed_serves_only_where_that_is_asked_for(pool):
+    first, second = pool.ahead
+    old = pool.serving.name
+    pool.expose(old, "laptop stolen")
+    with pytest.raises(Inconclusive, match=r"2 were admitted before.* rotate admit .*--unjudged"):
+        pool.swap()
+    with pytest.raises(UsageError, match="was not judged against everything"):
+        pool.serve(first)
+    pool.admit(second, against=[old])
+    assert pool.unjudged == (first,) and pool.swap().name == second, "which is taken first"
+    with pytest.raises(Inconclusive):
+        pool.swap()
+    assert pool.swap(unjudged=True).name == first
 
 
 def test_what_set_two_off_at_once_swaps_once(pool):
@@ -325,15 +342,30 @@ def test_a_broken_chain_serves_nothing_and_names_the_entry(pool):
         Pool.held(pool.path)
 
 
-def test_a_ledger_that_was_shortened_by_whole_entries_is_noticed_by_the_sets(pool):
-    path = pool.path / "ledger.jsonl"
+def test_a_ledger_that_was_shortened_with_its_head_is_noticed_by_the_sets(pool, tmp_path):
+    shutil.copytree(pool.path, tmp_path / "before")
     name = pool.add(weights(5), {})
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    for file in ("ledger.jsonl", "ledger.head"):
+        shutil.copy(tmp_path / "before" / file, pool.path / file)
     with pytest.raises(
         TargetError, match=f"{name}.sealed' is in no entry of .*ledger.jsonl', which was shortened"
     ):
         Pool.held(pool.path)
     assert file_of(pool, name).exists()
+
+
+def test_an_older_copy_of_the_whole_folder_is_known_by_a_head_that_is_kept_elsewhere(pool, tmp_path):
+    shutil.copytree(pool.path, tmp_path / "before")
+    early = pool.ledger.head
+    pool.expose(pool.serving.name, "laptop stolen")
+    head = pool.ledger.head
+    for known in (early, head):
+        assert Pool.held(pool.path, expect_head=known).ledger.head == head
+    assert Pool.held(tmp_path / "before").ledger.exposed() == (), "which nothing within the folder tells"
+    with pytest.raises(TargetError, match=f"has the digest {head[:16]}… that was expected: .* older copy"):
+        Pool.held(tmp_path / "before", expect_head=head)
+    with pytest.raises(UsageError, match="64 hex digits were expected"):
+        Pool.held(pool.path, expect_head="abc")
 
 
 @pytest.mark.parametrize("lost", ["pool.json", "ledger.jsonl"])
@@ -350,16 +382,22 @@ def test_a_changed_manifest_is_refused(pool):
     path.write_text(text.replace("a test", "another"))
     with pytest.raises(TargetError, match="pool.json' is not what the ledger recorded"):
         Pool.held(pool.path)
-    path.write_text(text.replace('"schema_version": 1', '"schema_version": 7'))
-    with pytest.raises(TargetError, match="schema version 7; this version reads 1"):
+    path.write_text(text.replace('"schema_version": 2', '"schema_version": 7'))
+    with pytest.raises(TargetError, match="schema version 7; this version reads 2"):
         Pool.held(pool.path)
 
 
 def test_pools_do_not_take_each_others_ledgers(pool, tmp_path):
+    """They share a key, and the sets are the same."""
     other = begun(tmp_path / "other", 2)
-    shutil.copy(other.path / "ledger.jsonl", pool.path / "ledger.jsonl")
-    with pytest.raises(TargetError, match="pool.json' is not what the ledger recorded"):
+    for file in ("ledger.jsonl", "ledger.head"):
+        shutil.copy(other.path / file, pool.path / file)
+    with pytest.raises(TargetError, match="ledger.head' was not written with the pool's key"):
         Pool.held(pool.path)
+    shutil.copy(other.path / "pool.json", pool.path / "pool.json")
+    held = Pool.held(pool.path)  # which is the other pool by now, and cannot open these sets
+    with pytest.raises(TargetError, match="stands in the place of another file"):
+        held.weights(held.ahead[0])
 
 
 def test_a_set_whose_writer_was_killed_before_it_had_its_name_is_had_by_those_who_live(pool):

@@ -26,7 +26,7 @@ _COMMANDS = {
     "rotate": ("rotate", "parameter sets that take turns at serving, so that what leaked goes stale"),
     "compare": ("report", "what changed between two runs of the same examples"),
     "report": ("report", "write the reports of a finished run again"),
-    "verify": ("report", "check that a run's evidence is whole and unchanged"),
+    "verify": ("report", "check that a run's evidence, or a pool, is whole and unchanged"),
     "runs": ("report", "list the runs in a folder"),
     "doctor": ("doctor", "find the usual mistakes in a model and its data before an hour is spent"),
     "init": ("first", "write a commented holdfast.yaml"),

@@ -7,6 +7,7 @@ import click
 
 from holdfast.cli.early import refuse_reports
 from holdfast.cli.options import Voice, spoken
+from holdfast.core.errors import UsageError
 from holdfast.store.files import refuse_no_run
 
 
@@ -32,17 +33,51 @@ def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
     return result.exit_code
 
 
-@click.command(short_help="check that a run's evidence is whole and unchanged")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.command(short_help="check that a run's evidence, or a pool, is whole and unchanged")
+@click.argument("run", metavar="RUN_OR_POOL", type=click.Path(path_type=Path))
+@click.option(
+    "--expect-head",
+    default="",
+    metavar="DIGEST",
+    help="Refuse a pool whose ledger does not contain this: what rotate head printed earlier, kept elsewhere.",
+)
 @spoken
-def verify(voice: Voice, run: Path) -> None:
-    """Hash every file of a run again and follow its chain; exits 3 and names the first thing that does not hold."""
+def verify(voice: Voice, run: Path, expect_head: str) -> None:
+    """Hash every file of a run again and follow its chain; exits 3 and names the first thing that does not hold.
+
+    Of a pool of holdfast rotate the ledger is checked, and with the pool's key each entry is authenticated and each set
+    is opened. Without the key the chain can be consistent and forged nevertheless, which is said.
+    """
+    from holdfast.store.manifest import MANIFEST
+
+    if (run / MANIFEST).is_file():
+        _verify_pool(voice, run, expect_head)
+        return
+    if expect_head:
+        raise UsageError(f"--expect-head is for pools, and {str(run)!r} is none; leave it out")
     refuse_no_run(run)
     from holdfast.api import verify as checked
 
     found = checked(run)
     state = "complete" if found.complete else "not finished yet"
     click.echo(f"{run}: {found.files} files and {found.records} records hold, {state}; head {found.head}")
+
+
+def _verify_pool(voice: Voice, pool: Path, expect_head: str) -> None:
+    from holdfast.store.verify_pool import verify_pool
+
+    found = verify_pool(pool, expect_head=expect_head)
+    if found.authenticated:
+        click.echo(
+            f"{pool}: {found.entries} entries, chain consistent and authenticated; {found.sets} sets open; head "
+            f"{found.head}"
+        )
+        return
+    click.echo(f"{pool}: {found.entries} entries, chain consistent, not authenticated; head {found.head}")
+    voice.say(
+        "note: without the pool's key the chain could have been computed again after entries were removed; set "
+        "HOLDFAST_POOL_KEY, or put the key file back, to authenticate it"
+    )
 
 
 @click.command(short_help="list the runs in a folder")

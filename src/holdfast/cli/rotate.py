@@ -53,6 +53,12 @@ _OF_POOL = (
         "--trust-code", is_flag=True, default=None, help="Run the code that the pool names for its model."
     ),
 )
+_EXPECTING = click.option(
+    "--expect-head",
+    default="",
+    metavar="DIGEST",
+    help="Refuse a pool whose ledger does not contain this: what rotate head printed earlier, kept elsewhere.",
+)
 _HELP = """\
 Parameter sets that take turns at serving, so that what leaked of one goes stale: Generate to Defend.
 
@@ -98,9 +104,10 @@ def _judging(flags: dict[str, Any]) -> dict[str, Any]:
     "--run", "run", metavar="DIR", help="Folder of the pool (default: holdfast-runs/<time>-rotate-<digest>)."
 )
 @click.option("--resume", is_flag=True, help="Go on with the pool in --run.")
+@_EXPECTING
 @offered(*_COLLECTING, *TARGET, *SETTING)
 @spoken
-def collect(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
+def collect(voice: Voice, *, run: str | None, resume: bool, expect_head: str, **flags: Any) -> int:
     """Train sets of MODEL's architecture on the train split of DATA, and surrogates of a thief of nothing beside them.
 
     A fifth of the examples is held out to judge sets by. The budget covers all trainings; without one each has the
@@ -111,14 +118,15 @@ def collect(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int
         raise UsageError("--resume goes on with a pool; name its folder with --run DIR")
     from holdfast.cli.rotating import collect as step
 
-    return step(settings, voice, run=run, resume=resume)
+    return step(settings, voice, run=run, resume=resume, expect_head=expect_head)
 
 
 @rotate.command(short_help="learn a generator of the sets")
 @click.argument("pool")
+@_EXPECTING
 @offered(*_OF_POOL, *SETTING)
 @spoken
-def train(voice: Voice, *, pool: str, **flags: Any) -> int:
+def train(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
     """Fit the codec and the latent diffusion to what POOL holds.
 
     Settings by --set codec.NAME=VALUE and --set generator.NAME=VALUE, as in --set generator.regulariser=hinge. Where
@@ -126,7 +134,7 @@ def train(voice: Voice, *, pool: str, **flags: Any) -> int:
     """
     from holdfast.cli.rotating import train as step
 
-    return step(pool, _settings(flags), voice)
+    return step(pool, _settings(flags), voice, expect_head=expect_head)
 
 
 @rotate.command(short_help="make fresh candidates")
@@ -144,6 +152,7 @@ def train(voice: Voice, *, pool: str, **flags: Any) -> int:
     help="Train each on against the exposed sets; without any, against the one that serves, else the bases.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the last drawing, as it was begun.")
+@_EXPECTING
 @offered(*_OF_POOL, *SETTING)
 @spoken
 def draw(
@@ -154,64 +163,117 @@ def draw(
     by: Literal["generator", "anew"] | None,
     immunising: bool,
     resume: bool,
+    expect_head: str,
     **flags: Any,
 ) -> int:
     """Bring fresh candidates into POOL; each must be admitted before it may serve."""
     from holdfast.cli.rotating import draw as step
 
-    return step(pool, _settings(flags), voice, wanted=wanted, by=by, immunising=immunising, resume=resume)
+    return step(
+        pool,
+        _settings(flags),
+        voice,
+        wanted=wanted,
+        by=by,
+        immunising=immunising,
+        resume=resume,
+        expect_head=expect_head,
+    )
 
 
 @rotate.command(short_help="judge candidates by what thieves can do")
 @click.argument("pool")
+@_EXPECTING
 @offered(*_JUDGING, *_OF_POOL, *SETTING)
 @spoken
-def admit(voice: Voice, *, pool: str, **flags: Any) -> int:
+def admit(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
     """Judge every candidate of POOL on held-out examples: only an admitted set may serve.
 
-    Sets that wait since before something leaked are judged again, and refused where they fall by it.
+    Sets that wait and were not judged against everything exposed by now are judged again.
 
     The usual gates: clean accuracy, robust accuracy, what sets that leaked turn, alone and together, how often it
-    differs from the set that serves, its tensors. A gate that stays unclear on all held-out examples refuses. Exit code
-    0 if one was admitted, 4 if none.
+    differs from the set that serves, its tensors. A gate that stays unclear on all held-out examples refuses. Where too
+    few are held out to tell equal sets from worse ones, the tolerances on accuracy are widened, which is said. Exit
+    code 0 if one was admitted, 4 if none.
     """
     from holdfast.cli.rotating import admit as step
 
-    return step(pool, _settings(_judging(flags)), voice)
+    return step(pool, _settings(_judging(flags)), voice, expect_head=expect_head)
 
 
 @rotate.command(short_help="let another set serve")
 @click.argument("pool")
 @click.option("--why", default="", metavar="TEXT", help="Why, for the ledger.")
+@click.option(
+    "--unjudged",
+    is_flag=True,
+    help="Where no other waits, take a set that was not judged against everything exposed by now.",
+)
+@_EXPECTING
 @spoken
-def swap(voice: Voice, *, pool: str, why: str) -> int:
-    """Let an admitted set of POOL serve, drawn at random, and retire what served; exit code 4 where none waits."""
+def swap(voice: Voice, *, pool: str, why: str, unjudged: bool, expect_head: str) -> int:
+    """Let an admitted set of POOL serve, drawn at random, and retire what served.
+
+    Exit code 4 where no admitted set waits that was judged against everything exposed by now.
+    """
     from holdfast.cli.rotating import swap as step
 
-    return step(pool, voice, why=why)
+    return step(pool, voice, why=why, unjudged=unjudged, expect_head=expect_head)
 
 
 @rotate.command(short_help="what serves, waits, was exposed")
 @click.argument("pool")
 @click.option("-o", "--output", multiple=True, metavar="FILE", help="As .json; - for JSON on stdout.")
+@_EXPECTING
 @spoken
-def status(voice: Voice, *, pool: str, output: tuple[str, ...]) -> int:
+def status(voice: Voice, *, pool: str, output: tuple[str, ...], expect_head: str) -> int:
     """What POOL holds, after its ledger was verified entry by entry."""
     from holdfast.cli.rotating import status as step
 
-    return step(pool, voice, outputs=output)
+    return step(pool, voice, outputs=output, expect_head=expect_head)
+
+
+@rotate.command(short_help="print what identifies the ledger now")
+@click.argument("pool")
+@_EXPECTING
+@spoken
+def head(voice: Voice, *, pool: str, expect_head: str) -> int:
+    """Print the digest of the last entry of the ledger of POOL, to be stored outside the folder.
+
+    A later command with --expect-head DIGEST refuses the pool where its ledger does not contain that entry: the folder
+    was replaced by an older copy. Nothing within the folder can detect that.
+    """
+    from holdfast.cli.rotating import head as step
+
+    return step(pool, voice, expect_head=expect_head)
+
+
+@rotate.command(short_help="convert a pool whose ledger is not authenticated")
+@click.argument("pool")
+@spoken
+def migrate(voice: Voice, *, pool: str) -> int:
+    """Convert POOL from the older format, whose ledger was not authenticated, to this one.
+
+    What is in the ledger is authenticated from here on. Whether entries had been removed before cannot be detected:
+    note exposures that are missing by holdfast rotate expose. Sets that wait must be judged again where any set is
+    exposed.
+    """
+    from holdfast.cli.rotating import migrate as step
+
+    return step(pool, voice)
 
 
 @rotate.command(short_help="note that an attacker may hold a set")
 @click.argument("pool")
 @click.argument("name", metavar="SET")
 @click.option("--why", required=True, metavar="TEXT", help="What happened, as in 'laptop stolen'.")
+@_EXPECTING
 @spoken
-def expose(voice: Voice, *, pool: str, name: str, why: str) -> int:
+def expose(voice: Voice, *, pool: str, name: str, why: str, expect_head: str) -> int:
     """Note in the ledger of POOL that an attacker may hold SET: it never serves again after the next swap."""
     from holdfast.cli.rotating import expose as step
 
-    return step(pool, name, voice, why=why)
+    return step(pool, name, voice, why=why, expect_head=expect_head)
 
 
 @rotate.command("run", short_help="all of it, and then a swap whenever one is due")
@@ -237,6 +299,7 @@ def expose(voice: Voice, *, pool: str, name: str, why: str) -> int:
     "--immunise", "immunising", is_flag=True, help="Train each set on against what may have leaked."
 )
 @click.option("--once", is_flag=True, help="End when a set serves and as many as wanted wait.")
+@_EXPECTING
 @offered(*_COLLECTING, *_JUDGING, *TARGET, *SETTING)
 @spoken
 def run_(
@@ -247,12 +310,15 @@ def run_(
     by: Literal["generator", "anew"] | None,
     immunising: bool,
     once: bool,
+    expect_head: str,
     **flags: Any,
 ) -> int:
     """Collect, train, draw, admit and swap in; then watch the ledger, swap whenever one is due, and make new sets.
 
     What answers requests writes into the ledger how many each principal was given (Pool.answered, from
-    RotatingModel.collected); without it only the time and exposures count.
+    RotatingModel.collected); without it only the time and exposures count. Before it collects it says how many
+    held-out examples the gates need. Where no set of the generator is admitted, sets are trained from fresh weights;
+    where five of those are refused in a row and none waits, what serves goes on serving, and the exit code is 4.
     """
     flags["every"] = list(flags["every"]) or None
     settings = settings_from(_named(flags), RotateSettings)
@@ -260,4 +326,13 @@ def run_(
         raise UsageError("--resume goes on with a pool; name its folder with --run DIR")
     from holdfast.cli.rotating import turn
 
-    return turn(settings, voice, run=run, resume=resume, by=by, immunising=immunising, once=once)
+    return turn(
+        settings,
+        voice,
+        run=run,
+        resume=resume,
+        by=by,
+        immunising=immunising,
+        once=once,
+        expect_head=expect_head,
+    )

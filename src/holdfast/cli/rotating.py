@@ -5,7 +5,6 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import Inconclusive, LostLoss, UsageError
 from holdfast.core.names import printable
+from holdfast.rotation import next_set
 from holdfast.runs.index import new_folder
 from holdfast.runs.order import Progress
 from holdfast.runs.repeating import way_out
@@ -27,10 +27,12 @@ from holdfast.runs.rotate import admission, collecting, drawing, learning
 from holdfast.runs.rotate.admission import Judged
 from holdfast.runs.rotate.collecting import Collected
 from holdfast.runs.rotate.drawing import By
-from holdfast.runs.rotate.status import UNJUDGED, next_judged, standing, unjudged
+from holdfast.runs.rotate.samples import planned, statement
+from holdfast.runs.rotate.status import UNJUDGED, standing
 from holdfast.runs.rotate.terms import Terms
 from holdfast.runs.rotate.watching import Turner, Turning
 from holdfast.runs.signals import Stopper, stoppable
+from holdfast.store import migrating
 from holdfast.store.files import usable, write_atomically
 from holdfast.store.pool import NAME_DIGITS, Pool
 from holdfast.store.records import document
@@ -54,12 +56,15 @@ class _Begun:
 
 
 @contextmanager
-def _begun(settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool) -> Iterator[_Begun]:
+def _begun(
+    settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool, expect_head: str
+) -> Iterator[_Begun]:
     folder = Path(run) if run else new_folder("rotate", digest(as_bytes(canonical(settings))))
     again = way_out(command_line(), folder)
     with stoppable(again) as stopper, watched(voice) as progress:
         terms = rotating.terms(settings)
-        pool = collecting.begun(folder, terms, resume=resume, told=voice.say)
+        pool = collecting.begun(folder, terms, resume=resume, expect_head=expect_head, told=voice.say)
+        voice.say(statement(planned(len(terms.held), settings.judged), planned=True))
         for note in terms.notes:
             voice.say(f"note: {printable(note)}")
         found = collecting.collect(
@@ -73,9 +78,11 @@ def _begun(settings: RotateSettings, voice: Voice, *, run: str | None, resume: b
         yield _Begun(pool, terms, found, again, stopper, progress)
 
 
-def collect(settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool) -> int:
+def collect(
+    settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool, expect_head: str
+) -> int:
     """Train and seal what a pool begins with; 0 when it is all there."""
-    with _begun(settings, voice, run=run, resume=resume) as begun:
+    with _begun(settings, voice, run=run, resume=resume, expect_head=expect_head) as begun:
         found = begun.found
     right = ", ".join(f"{100 * share:.1f}" for share in found.accuracy)
     click.echo(f"{found.sets} sets of {found.runs} runs of {found.epochs} epochs; bases right on {right} %")
@@ -83,9 +90,9 @@ def collect(settings: RotateSettings, voice: Voice, *, run: str | None, resume: 
     return 0
 
 
-def train(pool: str, settings: RotateSettings, voice: Voice) -> int:
+def train(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str) -> int:
     """Learn a generator; 0 when it is sealed."""
-    held = Pool.held(Path(pool))
+    held = Pool.held(Path(pool), expect_head=expect_head)
     with stoppable(f"what was learned before stands, start again with: {command_line()}"):
         terms = rotating.reopened(held, settings)
         found = learning.learn(
@@ -107,9 +114,10 @@ def draw(
     by: By | None,
     immunising: bool,
     resume: bool,
+    expect_head: str,
 ) -> int:
     """Bring candidates into a pool; 0 when all are there."""
-    held = Pool.held(Path(pool))
+    held = Pool.held(Path(pool), expect_head=expect_head)
     again = f"what was finished is kept, go on with: {command_line()}{'' if resume else ' --resume'}"
     with stoppable(again) as stopper:
         terms = rotating.reopened(held, settings)
@@ -130,9 +138,9 @@ def draw(
     return 0
 
 
-def admit(pool: str, settings: RotateSettings, voice: Voice) -> int:
+def admit(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str) -> int:
     """Judge the candidates of a pool; 0 if one was admitted, 4 if none."""
-    held = Pool.held(Path(pool))
+    held = Pool.held(Path(pool), expect_head=expect_head)
     again = f"what was finished is kept, go on with: {command_line()}"
     with stoppable(again) as stopper, watched(voice) as progress:
         found = admission.admit(
@@ -163,12 +171,13 @@ def turn(
     by: By | None,
     immunising: bool,
     once: bool,
+    expect_head: str,
 ) -> int:
     """All steps, and then a swap whenever one is due, until it is stopped; 0 where it was to be done once."""
     triggers = rotating.triggers(settings)
     if not (triggers or once):
         raise UsageError("nothing says when to swap; give --every 50q/principal or --every 24h, or --once")
-    with _begun(settings, voice, run=run, resume=resume) as begun:
+    with _begun(settings, voice, run=run, resume=resume, expect_head=expect_head) as begun:
         pool, terms = begun.pool, begun.terms
         how = Turning(
             triggers,
@@ -208,11 +217,11 @@ def _made_by(begun: _Begun, settings: RotateSettings, voice: Voice, asked: By | 
     return asked
 
 
-def swap(pool: str, voice: Voice, *, why: str) -> int:
+def swap(pool: str, voice: Voice, *, why: str, unjudged: bool, expect_head: str) -> int:
     """Let another set serve; 0 when it does."""
-    held = Pool.held(Path(pool))
-    old = unjudged(held)
-    now = held.swap(why=why, choose=partial(next_judged, held))
+    held = Pool.held(Path(pool), expect_head=expect_head)
+    old = held.unjudged
+    now = held.swap(why=why, choose=next_set, unjudged=unjudged)
     click.echo(f"{now.name} serves as epoch {now.epoch}")
     if now.name in old:
         voice.say(f"note: {UNJUDGED}")
@@ -224,30 +233,59 @@ def swap(pool: str, voice: Voice, *, why: str) -> int:
     return 0
 
 
-def expose(pool: str, name: str, voice: Voice, *, why: str) -> int:
+def expose(pool: str, name: str, voice: Voice, *, why: str, expect_head: str) -> int:
     """Note that an attacker may hold a set; 0 when the ledger has it."""
     if not why.strip():
         raise UsageError("an exposure is noted without a reason; say what happened with --why TEXT")
-    held = Pool.held(Path(pool))
+    held = Pool.held(Path(pool), expect_head=expect_head)
     held.expose(name, why)
     click.echo(f"{name} is listed as exposed: {printable(why)}")
     serving = held.serving
     if serving is not None and serving.name == name:
         voice.say(f"it serves still: holdfast rotate swap {shlex.quote(pool)}")
-    old = unjudged(held)
-    if old:
+    if held.unjudged:
         voice.say(
-            f"{len(old)} sets that wait are to be judged again: holdfast rotate admit {shlex.quote(pool)}"
+            f"{len(held.unjudged)} sets that wait are to be judged again: holdfast rotate admit {shlex.quote(pool)}"
         )
     return 0
 
 
-def status(pool: str, voice: Voice, *, outputs: Sequence[str]) -> int:
+def head(pool: str, voice: Voice, *, expect_head: str) -> int:
+    """Print the digest of the last entry; 0 when the ledger verifies."""
+    ledger = Pool.held(Path(pool), expect_head=expect_head).ledger
+    found = ledger.head
+    click.echo(found)
+    voice.say(
+        f"entry {ledger.entry_of(found)}; store it outside the folder, and give it to later commands as --expect-head, "
+        f"which refuse an older copy of the folder"
+    )
+    return 0
+
+
+def migrate(pool: str, voice: Voice) -> int:
+    """Convert a pool of the older format; 0 when it is."""
+    found = migrating.migrate(Path(pool))
+    click.echo(f"{found.entries} entries converted and authenticated; head {found.head}")
+    listed = ", ".join(found.exposed) or "no set"
+    voice.say(
+        f"note: the older ledger was not authenticated: entries may have been removed or changed by anyone who could "
+        f"write the folder. It lists {listed} as exposed; note what is missing by holdfast rotate expose "
+        f"{shlex.quote(pool)} SET"
+    )
+    if found.unjudged:
+        voice.say(
+            f"note: it does not say what sets were judged against, so {len(found.unjudged)} that wait are to be judged "
+            f"again: holdfast rotate admit {shlex.quote(pool)}"
+        )
+    return 0
+
+
+def status(pool: str, voice: Voice, *, outputs: Sequence[str], expect_head: str) -> int:
     """What a pool holds; 0 when its ledger verifies."""
     for output in outputs:
         if output != _STDOUT and Path(output).suffix != ".json":
             raise UsageError(f"-o {output} has no report of a pool; write -o FILE.json, or - for stdout")
-    found = standing(Pool.held(Path(pool)))
+    found = standing(Pool.held(Path(pool), expect_head=expect_head))
     for output in outputs:
         if output != _STDOUT:
             with usable(Path(output)):
@@ -279,7 +317,7 @@ def _show(found: Mapping[str, Any], voice: Voice) -> None:
         if now is None
         else f"{now['name']} serves as epoch {now['epoch']} since {now['since']}"
     )
-    click.echo(f"{serving}; {len(found['ahead'])} wait; {found['entries']} entries, the chain holds")
+    click.echo(f"{serving}; {len(found['ahead'])} wait; {found['entries']} entries, authenticated")
 
 
 def _show_gates(judged: Judged, voice: Voice) -> None:

@@ -6,6 +6,7 @@ an ordinary recipe (Tramèr et al., "Ensemble Adversarial Training", ICLR 2018, 
 latter: it is aimed at what leaked, by networks of the same architecture, and made once.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -117,6 +118,10 @@ class Immunise:
     lr: Positive = 1e-3
     """largest learning rate; it goes in one cycle"""
     crafting: Making = field(default_factory=Crafting)
+
+    def updates(self, examples: int, batch: int) -> int:
+        """How many updates it makes of so many training examples, `batch` of which a recipe takes at once."""
+        return max(math.ceil(max(round(self.share * examples), 1) / batch), 1)
 
     def __call__(
         self,

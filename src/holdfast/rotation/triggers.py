@@ -21,10 +21,10 @@ class Reading:
     """the most that one principal got from it"""
     served_s: NonNegative = 0.0
     """how long it has served"""
-    alarm: str = ""
-    """why an alarm was raised since it began; empty where none was"""
-    exposure: str = ""
-    """why an attacker may hold it; empty where nothing says so"""
+    alarm: str | None = None
+    """why an alarm was raised since it began; None where none was"""
+    exposure: str | None = None
+    """why an attacker may hold it; None where nothing says so"""
 
 
 Trigger = Callable[[Reading], str]
@@ -57,12 +57,12 @@ class Elapsed:
 
 def alarmed(reading: Reading) -> str:
     """Swap on an alarm, such as that of a detector of query attacks."""
-    return f"alarm: {reading.alarm}" if reading.alarm else ""
+    return "" if reading.alarm is None else f"alarm: {reading.alarm}"
 
 
 def exposed(reading: Reading) -> str:
     """Swap once the set is held to be in an attacker's hands."""
-    return f"exposed: {reading.exposure}" if reading.exposure else ""
+    return "" if reading.exposure is None else f"exposed: {reading.exposure}"
 
 
 def due(triggers: Sequence[Trigger], reading: Reading) -> tuple[str, ...]:

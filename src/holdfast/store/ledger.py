@@ -1,15 +1,15 @@
-"""The exposure ledger of a rotation: which parameter set served when, whom it answered how often, and what leaked.
+"""The exposure ledger of a rotation: which parameter set served when, how many answers it gave, and what was exposed.
 
-`ledger.jsonl` is a hash chain to which entries are only ever added. Several processes may use one ledger: each adds
-under a lock, after it has read and verified what the others added, so that the chain never forks. What lacks its end,
-because a kill cut it short, was never said. A chain shortened by whole entries still holds: who must know of that too
-writes the `head` down elsewhere. What is rewritten in place under a living process, the
-next one that opens it sees.
+`ledger.jsonl` is a hash chain to which entries are only ever added, each authenticated with the pool's key. Several
+processes may use one ledger: each adds under a lock, after it has read and verified what the others added, so that the
+chain never forks. A last line without its end, which a kill leaves, is no entry. `ledger.head` says how many entries
+there are, so that entries missing at the end are detected. An older copy of both files is detected only by a `head`
+that is stored elsewhere. A change in place while a process lives is detected by the next that opens the ledger.
 """
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import RLock
@@ -17,16 +17,24 @@ from typing import Any, TypeVar
 
 from holdfast.core.chain import GENESIS, Link
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.store.authentic import (
+    HEAD,
+    WAY_OUT,
+    Head,
+    LedgerKey,
+    line_of,
+    read_entries,
+    read_head,
+    refuse_shortened,
+    write_head,
+)
 from holdfast.store.files import PRIVATE, append, refusal_in_pool, usable
 from holdfast.store.locking import locked
-from holdfast.store.records import line_of, read_links
-from holdfast.store.standing import Exposure, Member, Serving, Standing, State, Term, well_formed
+from holdfast.store.standing import Exposure, Member, Role, Serving, Standing, State, Term, well_formed
 
 NAME = "ledger.jsonl"
 LOCK = "ledger.lock"
 T = TypeVar("T")
-
-_WAY_OUT = "restore it from a copy; until then nothing of it is served"
 
 
 def utc_now() -> str:
@@ -40,22 +48,55 @@ class Ledger:
     It raises `UsageError` for an entry that cannot follow what the ledger has, `TargetError` where the chain is broken.
     """
 
-    def __init__(self, folder: Path, now: Callable[[], str] = utc_now) -> None:
-        self.path, self._now = folder / NAME, now
+    def __init__(self, folder: Path, key: LedgerKey, now: Callable[[], str] = utc_now) -> None:
+        self.path, self._head_path, self._key, self._now = folder / NAME, folder / HEAD, key, now
         self._threads, self._inside = RLock(), False
-        self._standing, self._head, self._size, self._entries = Standing(), GENESIS, 0, 0
+        self._standing, self._size = Standing(), 0
+        self._digests: list[str] = []
+
+    @classmethod
+    def begun(cls, folder: Path, key: LedgerKey, manifest: str, now: Callable[[], str] = utc_now) -> "Ledger":
+        """A new ledger, of the pool whose manifest has this digest; the caller has locked `LOCK` in the folder."""
+        ledger = cls(folder, key, now)
+        with ledger._threads:
+            ledger._inside = True
+            try:
+                ledger._clear()
+                ledger._add("begun", manifest=manifest)
+            finally:
+                ledger._inside = False
+        return ledger
+
+    def _clear(self) -> None:
+        """Take what is there; a first entry that a kill cut short leaves nothing, and its head is written again."""
+        with usable(self.path, refusal_in_pool):
+            whole = self.path.exists() and b"\n" in self.path.read_bytes()
+            if self.path.exists() and not whole:
+                os.truncate(self.path, 0)
+        if whole:
+            self._read()
 
     # --- views
 
     @property
     def head(self) -> str:
-        """The digest of the last entry: it stands for all of them."""
-        return self._ask(lambda _: self._head)
+        """The digest of the last entry, which depends on all before it."""
+        return self._ask(lambda _: self._last)
 
     @property
     def entries(self) -> int:
         """How many there are."""
-        return self._ask(lambda _: self._entries)
+        return self._ask(lambda _: len(self._digests))
+
+    @property
+    def unauthenticated(self) -> int:
+        """How many entries an older version wrote, before entries were authenticated."""
+        return self._ask(lambda standing: standing.unauthenticated)
+
+    def entry_of(self, head: str) -> int | None:
+        """Number of the entry that has this digest, from 1; None where no entry has."""
+        digests = self._ask(lambda _: self._digests)
+        return digests.index(head) + 1 if head in digests else None
 
     @property
     def manifest(self) -> str | None:
@@ -88,6 +129,11 @@ class Ledger:
         return self._ask(lambda standing: standing.ahead)
 
     @property
+    def unjudged(self) -> tuple[str, ...]:
+        """Sets of `ahead` that were not judged against everything exposed by now."""
+        return self._ask(lambda standing: standing.unjudged)
+
+    @property
     def unlisted(self) -> tuple[str, ...]:
         """Bases of sets that serve or may still, which are neither exposed nor deleted."""
         return self._ask(lambda standing: standing.unlisted)
@@ -102,40 +148,44 @@ class Ledger:
 
     # --- entries
 
-    def begin(self, manifest: str) -> None:
-        """Say first of all which manifest this ledger belongs to."""
-        self._add("begun", manifest=manifest)
+    def candidate(
+        self, name: str, digest: str, bases: Sequence[str] = (), why: str = "", *, role: Role = "service"
+    ) -> None:
+        """A new set, what it is for, and the sets that it was made from, which must be known too."""
+        self._add("candidate", set=name, digest=digest, bases=list(bases), role=role, why=why)
 
-    def candidate(self, name: str, digest: str, bases: Sequence[str] = (), why: str = "") -> None:
-        """A new set, and the sets that it was made from, which must be known too."""
-        self._add("candidate", set=name, digest=digest, bases=list(bases), why=why)
-
-    def admit(self, name: str, why: str = "", *, canary: str = "") -> None:
+    def admit(self, name: str, why: str = "", *, canary: str = "", against: Sequence[str] = ()) -> None:
         """A candidate may serve, or a set that waits still may.
 
-        `canary` is a digest of its answers to known inputs, to tell it by once loaded.
+        `canary` is a digest of its answers to known inputs, to tell it by once loaded; `against` are the exposed sets
+        that it was judged against: it serves only while those are all that are exposed.
         """
-        self._add("admitted", set=name, why=why, canary=canary)
+        self._add("admitted", set=name, why=why, canary=canary, against=list(against))
 
     def refuse(self, name: str, why: str) -> None:
         """A candidate may not serve, or a set that waits may no longer."""
         self._add("refused", set=name, why=why)
 
-    def serve(self, name: str, why: str = "") -> Serving:
-        """An admitted set serves from now on, and what served before is retired: one entry, so both or neither."""
+    def serve(self, name: str, why: str = "", *, unjudged: bool = False) -> Serving:
+        """An admitted set serves from now on, and what served before is retired: one entry, so both or neither.
+
+        With `unjudged` also one that was not judged against everything exposed; the entry says so.
+        """
         with self.alone():
             before = self._standing.serving
             retires = [] if before is None else [before.name]
-            self._add("serving", set=name, epoch=self._standing.epoch + 1, retires=retires, why=why)
+            without = unjudged and name in self._standing.unjudged
+            epoch = self._standing.epoch + 1
+            self._add("serving", set=name, epoch=epoch, retires=retires, unjudged=without, why=why)
             return Serving(name, self._standing.epoch, self._standing.members[name].since)
 
     def retire(self, name: str, why: str = "") -> None:
         """An admitted set will not serve, or the serving one stops and none takes its place."""
         self._add("retired", set=name, why=why)
 
-    def expose(self, name: str, why: str) -> None:
-        """An attacker may hold a set. Said again, it is written down again, and the first time counts."""
-        self._add("exposed", set=name, why=why)
+    def expose(self, name: str, why: str, *, automatic: bool = False) -> None:
+        """An attacker may hold a set. The first mention counts, and the first report after an `automatic` listing."""
+        self._add("exposed", set=name, why=why, automatic=automatic)
 
     def delete(self, name: str, why: str = "") -> None:
         """The weights of a set that serves no purpose any more are gone; exposed sets are kept, to test others by."""
@@ -164,6 +214,10 @@ class Ledger:
                 finally:
                     self._inside = False
 
+    @property
+    def _last(self) -> str:
+        return self._digests[-1] if self._digests else GENESIS
+
     def _add(self, kind: str, **content: Any) -> None:
         entry = {"kind": kind, "at": self._now(), **content}
         try:
@@ -172,15 +226,33 @@ class Ledger:
             raise UsageError(f"the ledger takes no such entry: {error}") from error
         with self.alone():
             self._standing.refuse_illegal(entry)
-            link = Link(self._head, entry)
-            line = line_of(link)
+            link, number = Link(self._last, entry), len(self._digests) + 1
+            line, head = line_of(link, number, self._key), Head(number, link.digest)
             with usable(self.path, refusal_in_pool):
-                append(self.path, line, PRIVATE)
+                self._write(line, head)
             self._take(link, len(line))
+
+    def _write(self, line: bytes, head: Head) -> None:
+        """Write an entry, then the head: a kill between leaves a ledger longer than its head, which is no fault.
+
+        Of the first entry the head is written first, so that no ledger with entries lacks its head.
+        """
+        if head.entries == 1:
+            write_head(self._head_path, head, self._key)
+            append(self.path, line, PRIVATE)
+            return
+        append(self.path, line, PRIVATE)
+        try:
+            write_head(self._head_path, head, self._key)
+        except BaseException:
+            with suppress(OSError):
+                os.truncate(self.path, self._size)
+            raise
 
     def _take(self, link: Link, size: int) -> None:
         self._standing.take(link.content)
-        self._head, self._size, self._entries = link.digest, self._size + size, self._entries + 1
+        self._size += size
+        self._digests.append(link.digest)
 
     def _ask(self, view: Callable[[Standing], T]) -> T:
         """What the file says now; an entry that another process is adding is waited for."""
@@ -202,7 +274,8 @@ class Ledger:
         length = self._length()
         if length < self._size:
             raise TargetError(
-                f"entry {self._entries} of {str(self.path)!r} was there and is no more, or others before it; {_WAY_OUT}"
+                f"entry {len(self._digests)} of {str(self.path)!r} was there and is no more, or others before it; "
+                f"{WAY_OUT}"
             )
         if length == self._size:
             return
@@ -213,16 +286,26 @@ class Ledger:
             whole = data[: data.rfind(b"\n") + 1]
             if len(whole) < len(data):
                 os.truncate(self.path, self._size + len(whole))
-        first = self._entries + 1
-        links = read_links(
-            self.path, whole, well_formed, previous=self._head, first=first, noun="entry", way_out=_WAY_OUT
+        head = read_head(self._head_path, self._key)
+        links = read_entries(
+            self.path, whole, well_formed, self._key, previous=self._last, first=len(self._digests) + 1
         )
+        refuse_shortened(self.path, head, [*self._digests, *(link.digest for link in links)])
         for link, line in zip(links, whole.splitlines(keepends=True), strict=True):
-            try:
-                self._standing.refuse_illegal(link.content)
-            except UsageError as error:
-                raise TargetError(
-                    f"entry {self._entries + 1} of {str(self.path)!r} cannot follow those before it ({error}); "
-                    f"{_WAY_OUT}"
-                ) from error
+            refuse_out_of_order(self._standing, link, len(self._digests) + 1, self.path)
             self._take(link, len(line))
+        if head is not None and head.entries < len(
+            self._digests
+        ):  # a writer was killed before it wrote the head
+            with suppress(OSError):
+                write_head(self._head_path, Head(len(self._digests), self._last), self._key)
+
+
+def refuse_out_of_order(standing: Standing, link: Link, number: int, path: Path) -> None:
+    """`TargetError` where an entry cannot follow those before it, of which `standing` is the result."""
+    try:
+        standing.refuse_illegal(link.content)
+    except UsageError as error:
+        raise TargetError(
+            f"entry {number} of {str(path)!r} cannot follow those before it ({error}); {WAY_OUT}"
+        ) from error

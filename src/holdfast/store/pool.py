@@ -1,7 +1,7 @@
 """A pool of parameter sets that take turns at serving: each sealed on the disk, and a ledger of what became of it.
 
 `pool.json` says what the sets are of and which key seals them, `sets/<name>.sealed` hold their weights, `ledger.jsonl`
-where each stands. All of it is secret: the folder has mode 0700, the files 0600.
+and `ledger.head` where each stands. All of it is secret: the folder has mode 0700, the files 0600.
 
 Every step may be cut short by a kill; the ledger's entry is what makes it done. A set is written as `….sealed.new`,
 then entered, then given its name: who opens the pool next sweeps away a new file without an entry, and gives one with
@@ -22,20 +22,30 @@ from torch import Tensor
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import Inconclusive, TargetError, UsageError
 from holdfast.store import columns as column_files
+from holdfast.store.authentic import HEAD, LedgerKey
 from holdfast.store.columns import ColumnFile, content_digest
 from holdfast.store.files import PART, PRIVATE, flush_folder, refusal_in_pool, usable, write_atomically
-from holdfast.store.ledger import Ledger
+from holdfast.store.ledger import LOCK, Ledger
 from holdfast.store.locking import locked
-from holdfast.store.records import document, read_document
+from holdfast.store.manifest import (
+    MANIFEST,
+    NEW,
+    SCHEMA_VERSION,
+    SEALED,
+    SETS,
+    bound,
+    end_migration,
+    open_manifest,
+    refuse_begun,
+    refuse_no_set,
+    refuse_other_head,
+    refuse_unsaid,
+    unsealed,
+)
+from holdfast.store.records import document
 from holdfast.store.sealing import Seal, begun_seal, found_seal, refuse_unready
-from holdfast.store.standing import Member, Serving
+from holdfast.store.standing import Member, Role, Serving
 
-MANIFEST = "pool.json"
-SETS = "sets"
-SEALED = ".sealed"
-NEW = ".new"
-"""How the name of a set's file ends until the ledger has it."""
-SCHEMA_VERSION = 1
 NAME_DIGITS = 16
 """Hex digits of a set's digest that are its name."""
 
@@ -54,46 +64,40 @@ class Pool:
         The key is that of the environment, else a new one beside the folder: `pool.seal.source` names which.
         """
         refuse_unready()
-        _refuse_unsaid(about)
+        refuse_unsaid(about)
         if path.is_dir():
-            _refuse_begun(path, Ledger(path))
+            refuse_begun(path)
         with usable(path, refusal_in_pool):
             (path / SETS).mkdir(parents=True, exist_ok=True)
             for folder in (path, path / SETS):
                 folder.chmod(0o700)
-        ledger, file = Ledger(path), path / MANIFEST
-        with ledger.alone():
-            _refuse_begun(path, ledger)
+        file = path / MANIFEST
+        with locked(path / LOCK):
+            refuse_begun(path)
             seal = begun_seal(path)
             known = {"schema_version": SCHEMA_VERSION, "id": secrets.token_hex(8), "key": seal.id}
             manifest: dict[str, Any] = json.loads(canonical({**known, "about": about}))
             with usable(file, refusal_in_pool):
                 write_atomically(file, document(manifest), PRIVATE)
-            ledger.begin(digest(document(manifest)))
+            ledger = Ledger.begun(path, LedgerKey.of(seal, manifest["id"]), digest(document(manifest)))
         return cls(path, manifest, seal, ledger)
 
     @classmethod
-    def held(cls, path: Path) -> "Pool":
-        """A pool that was begun; `TargetError` where its key, its ledger or a set that is needed does not hold."""
-        ledger = Ledger(path)
-        if not _stands(path, ledger):
-            _refuse_part(path, ledger)
-            raise TargetError(
-                f"{str(path)!r} is no pool, or was never begun to the end; begin it with holdfast rotate collect MODEL "
-                f"DATA --run {shlex.quote(str(path))}, or in Python with Pool.begun"
-            )
-        manifest = read_document(path / MANIFEST)
-        if manifest.get("schema_version") != SCHEMA_VERSION:
-            raise TargetError(
-                f"{str(path / MANIFEST)!r} has schema version {manifest.get('schema_version')}; this version reads "
-                f"{SCHEMA_VERSION}. Install the holdfast that wrote it"
-            )
+    def held(cls, path: Path, *, expect_head: str = "") -> "Pool":
+        """A pool that was begun; `TargetError` where its key, its ledger or a set that is needed does not hold.
+
+        With `expect_head`, the head of its ledger as it was at some time, also where the ledger does not contain that.
+        """
+        manifest = open_manifest(path)
+        seal = found_seal(path)
+        seal.refuse_other(manifest["key"], path / MANIFEST)
+        ledger = Ledger(path, LedgerKey.of(seal, manifest["id"]))
+        end_migration(path)
         if ledger.manifest != digest(document(manifest)):
             raise TargetError(
                 f"{str(path / MANIFEST)!r} is not what the ledger recorded; restore it from a copy"
             )
-        seal = found_seal(path)
-        seal.refuse_other(manifest["key"], path / MANIFEST)
+        refuse_other_head(path, expect_head, ledger.entry_of)
         pool = cls(path, manifest, seal, ledger)
         pool._sweep()
         return pool
@@ -120,17 +124,21 @@ class Pool:
         *,
         bases: Sequence[str] = (),
         why: str = "",
+        role: Role = "service",
     ) -> str:
-        """Take in a set as a candidate; its name, which follows from the weights alone.
+        """Take in a set as a candidate, or as a base that never serves; its name, which follows from the weights alone.
 
         Weights that are here already, whatever became of them, are not taken in again: what was said first stands.
         """
-        _refuse_no_set(weights)
-        _refuse_unsaid(about)
+        refuse_no_set(weights)
+        refuse_unsaid(about)
         full = content_digest(weights)
         name = full[:NAME_DIGITS]
         plain, path = column_files.encode(weights, about), self._path(name)
-        new, sealed = path.with_name(path.name + NEW), self.seal.seal(plain, self._inside(name))
+        new, sealed = (
+            path.with_name(path.name + NEW),
+            self.seal.seal(plain, bound(self.manifest["id"], f"{SETS}/{name}")),
+        )
         with self.ledger.alone(), usable(new, refusal_in_pool):
             known = self._known(name)
             if known is not None and (known.deleted or known.digest != full):
@@ -140,7 +148,7 @@ class Pool:
             try:
                 write_atomically(new, sealed, PRIVATE)
                 if known is None:
-                    self.ledger.candidate(name, full, bases, why)
+                    self.ledger.candidate(name, full, bases, why, role=role)
             except (OSError, TargetError, UsageError):
                 with suppress(OSError):  # a full disk is not filled further
                     new.unlink(missing_ok=True)
@@ -177,23 +185,32 @@ class Pool:
         """The admitted sets that wait to serve and are not exposed, in the order in which they will."""
         return self.ledger.ahead
 
-    def admit(self, name: str, why: str = "", *, canary: str = "") -> None:
+    def admit(self, name: str, why: str = "", *, canary: str = "", against: Sequence[str] = ()) -> None:
         """A candidate may serve, or a set that waits still may.
 
-        `canary` is a digest of its answers to known inputs, to tell it by once loaded.
+        `canary` is a digest of its answers to known inputs, to tell it by once loaded; `against` are the exposed sets
+        that it was judged against: it serves only while those are all that are exposed.
         """
-        self.ledger.admit(name, why, canary=canary)
+        self.ledger.admit(name, why, canary=canary, against=against)
 
     def refuse(self, name: str, why: str) -> None:
         """A candidate may not serve, or a set that waits may no longer."""
         self.ledger.refuse(name, why)
 
-    def serve(self, name: str, why: str = "") -> Serving:
-        """An admitted set serves from now on, if its file is whole; what served before is retired by the same entry."""
+    @property
+    def unjudged(self) -> tuple[str, ...]:
+        """Sets of `ahead` that were not judged against everything exposed by now."""
+        return self.ledger.unjudged
+
+    def serve(self, name: str, why: str = "", *, unjudged: bool = False) -> Serving:
+        """An admitted set serves from now on, if its file is whole; what served before is retired by the same entry.
+
+        `UsageError` for one that was not judged against everything exposed, unless `unjudged`.
+        """
         with self.ledger.alone():
             self.ledger.member(name)
             self._opened(name)
-            return self.ledger.serve(name, why)
+            return self.ledger.serve(name, why, unjudged=unjudged)
 
     def swap(
         self,
@@ -201,11 +218,13 @@ class Pool:
         epoch: int | None = None,
         why: str = "",
         choose: Callable[[Sequence[str]], str] = itemgetter(0),
+        unjudged: bool = False,
     ) -> Serving:
         """Let a set that waits serve: the first admitted, or which `choose` says. A kill leaves the old one or the new.
 
-        With `epoch`, only if that one still lasts: what set two processes off at once then swaps once. Raises
-        `Inconclusive`, and leaves what serves, where no set waits.
+        `choose` is given those that were judged against everything exposed; where there is none, with `unjudged`, the
+        others. With `epoch`, only if that one still lasts: what set two processes off at once then swaps once. Raises
+        `Inconclusive`, and leaves what serves, where no such set waits.
         """
         with self.ledger.alone():
             now = self.serving
@@ -215,20 +234,33 @@ class Pool:
                 )
             if epoch is not None and now is not None and now.epoch != epoch:
                 return now
-            if not self.ahead:
+            old = self.unjudged
+            waiting = [name for name in self.ahead if name not in old] or (list(old) if unjudged else [])
+            if not waiting:
                 still = "nothing serves yet" if now is None else f"{now.name!r} goes on serving"
-                raise Inconclusive(
-                    f"no admitted set waits in {str(self.path)!r}, so {still}; draw and admit more"
-                )
-            return self.serve(choose(self.ahead), why)
+                raise Inconclusive(self._none_waits(still, len(old)))
+            return self.serve(choose(waiting), why, unjudged=unjudged)
+
+    def _none_waits(self, still: str, unjudged: int) -> str:
+        if not unjudged:
+            return f"no admitted set waits in {str(self.path)!r}, so {still}; draw and admit more"
+        return (
+            f"no admitted set waits in {str(self.path)!r} that was judged against everything exposed by now "
+            f"({unjudged} were admitted before), so {still}; judge them with holdfast rotate admit {self.shown}, "
+            f"or let one serve without that by holdfast rotate swap {self.shown} --unjudged"
+        )
 
     def retire(self, name: str, why: str = "") -> None:
         """An admitted set will not serve, or the serving one stops and none takes its place."""
         self.ledger.retire(name, why)
 
-    def expose(self, name: str, why: str) -> None:
-        """An attacker may hold a set: after the next swap it serves no more, and what comes is tested against it."""
-        self.ledger.expose(name, why)
+    def expose(self, name: str, why: str, *, automatic: bool = False) -> None:
+        """An attacker may hold a set: after the next swap it serves no more, and what comes is tested against it.
+
+        `automatic` where a set made from it was admitted, and it was not reported as stolen. A report after that counts
+        as a new exposure.
+        """
+        self.ledger.expose(name, why, automatic=automatic)
 
     def answered(self, epoch: int, answers: Mapping[str, int], others: int = 0) -> None:
         """Answers that principals, by pseudonyms in the ledger, and others had in an epoch, beside those before."""
@@ -236,14 +268,14 @@ class Pool:
 
     def pseudonym(self, principal: str) -> str:
         """What the ledger calls a principal, as in `pool.ledger.terms[-1].answers.get(pool.pseudonym("alice"))`."""
-        return self.seal.pseudonym(principal, self._bound("principal"))
+        return self.seal.pseudonym(principal, f"{self.manifest['id']}/principal")
 
     # --- what else is secret
 
     def keep(self, name: str, columns: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Seal tensors that belong to the pool, as its generator, under a name; what was there is replaced."""
         sealed, path = (
-            self.seal.seal(column_files.encode(columns, about), self._bound(name)),
+            self.seal.seal(column_files.encode(columns, about), bound(self.manifest["id"], name)),
             self._kept(name),
         )
         with self.ledger.alone(), usable(path, refusal_in_pool):
@@ -252,7 +284,7 @@ class Pool:
     def kept(self, name: str) -> ColumnFile | None:
         """What was kept under a name; None if nothing was."""
         path = self._kept(name)
-        return self._unsealed(path, self._bound(name)) if path.exists() else None
+        return self._unsealed(path, name) if path.exists() else None
 
     def drop(self, name: str) -> None:
         """Delete what was kept under a name, if anything was."""
@@ -268,13 +300,6 @@ class Pool:
         if not (name.isascii() and name.isidentifier()):
             raise UsageError(f"{name!r} cannot be the name of a file; letters, digits and '_' were expected")
         return self.path / f"{name}{SEALED}"
-
-    def _inside(self, name: str) -> str:
-        return self._bound(f"{SETS}/{name}")
-
-    def _bound(self, name: str) -> str:
-        """The name that a file is bound to: pools that share a key cannot exchange theirs."""
-        return f"{self.manifest['id']}/{name}"
 
     def _known(self, name: str) -> Member | None:
         return next((member for member in self.ledger.members if member.name == name), None)
@@ -298,17 +323,17 @@ class Pool:
         if member.deleted:
             raise UsageError(f"the weights of {name!r} were deleted; they cannot be had again")
         self._settled(path)
-        found = self._unsealed(path, self._inside(name))
+        found = self._unsealed(path, f"{SETS}/{name}")
         if content_digest(found.columns) != member.digest:
             raise TargetError(
                 f"{str(path)!r} is not the set that the ledger recorded; restore it from a copy"
             )
         return found
 
-    def _unsealed(self, path: Path, bound: str) -> ColumnFile:
+    def _unsealed(self, path: Path, name: str) -> ColumnFile:
         with usable(path, refusal_in_pool):
             data = path.read_bytes()
-        return column_files.decode(self.seal.open(data, bound, path), str(path))
+        return column_files.decode(unsealed(self.seal, self.manifest, data, name, path), str(path))
 
     def _sweep(self) -> None:
         """End or undo what an interrupted process began.
@@ -320,7 +345,8 @@ class Pool:
         with self.ledger.alone(), usable(sets, refusal_in_pool):
             members = {member.name: member for member in self.ledger.members}
             for folder in (self.path, sets):
-                for part in (*folder.glob(f".*{SEALED}*{PART}"), folder / f".{MANIFEST}{PART}"):
+                parts = (folder / f".{name}{PART}" for name in (MANIFEST, HEAD))
+                for part in (*folder.glob(f".*{SEALED}*{PART}"), *parts):
                     part.unlink(missing_ok=True)
             for new in sets.glob(f"*{SEALED}{NEW}"):
                 if new.name.removesuffix(SEALED + NEW) in members:
@@ -339,59 +365,8 @@ class Pool:
                 self._refuse_gone(member)
 
     def _refuse_gone(self, member: Member) -> None:
-        state = member.state if member.exposed is None else "exposed"
-        needed = state in ("admitted", "serving", "exposed") and not member.deleted
-        if needed and not self._path(member.name).exists():
+        if member.needed and not self._path(member.name).exists():
             raise TargetError(
-                f"{str(self._path(member.name))!r} is gone, though the ledger has it as {state}; restore it from a copy"
-            )
-
-
-def _refuse_unsaid(about: Mapping[str, Any]) -> None:
-    """`UsageError` for what JSON cannot say."""
-    try:
-        canonical(about)
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"what is said of it cannot be kept: {error}; expected text, finite numbers, lists and mappings of them"
-        ) from error
-
-
-def _refuse_no_set(weights: Mapping[str, Tensor]) -> None:
-    """`UsageError` for what is no state dict with numbers in it."""
-    if not weights:
-        raise UsageError("the set holds no parameters; give the state dict of a network")
-    for name, value in weights.items():
-        if not isinstance(value, Tensor):
-            raise UsageError(f"{name} of the set is a {type(value).__name__}; a tensor was expected")
-        if bool(value.isnan().any()):
-            raise UsageError(
-                f"{name} of the set holds values that are no numbers: its training diverged; leave it out"
-            )
-
-
-def stands(path: Path) -> bool:
-    """Whether a pool was begun in a folder, to the end."""
-    return _stands(path, Ledger(path))
-
-
-def _stands(path: Path, ledger: Ledger) -> bool:
-    with usable(path, refusal_in_pool):
-        return (path / MANIFEST).is_file() and ledger.entries > 0
-
-
-def _refuse_begun(path: Path, ledger: Ledger) -> None:
-    """`UsageError` where a pool stands already."""
-    if _stands(path, ledger):
-        raise UsageError(f"{str(path)!r} holds a pool already; go on with it, or name another folder")
-    _refuse_part(path, ledger)
-
-
-def _refuse_part(path: Path, ledger: Ledger) -> None:
-    """`TargetError` where there is a part of a pool that was not just being begun."""
-    sealed = any((path / SETS).glob(f"*{SEALED}"))
-    for lost, known in ((MANIFEST, ledger.entries > 0), (ledger.path.name, sealed)):
-        if known:
-            raise TargetError(
-                f"{str(path)!r} holds a pool whose {lost} is gone; restore it from a copy, or name another folder"
+                f"{str(self._path(member.name))!r} is gone, though the ledger has it as {member.standing}; restore it "
+                f"from a copy"
             )

@@ -95,6 +95,16 @@ class Seal:
         said = f"{name}\0{text}".encode("utf-8", "surrogatepass")
         return hmac.new(self.key, said, hashlib.sha256).hexdigest()[:PSEUDONYM_DIGITS]
 
+    def derived(self, purpose: str, salt: str) -> bytes:
+        """A key of 32 bytes for one purpose, which gives away neither this key nor those for others.
+
+        HKDF-SHA-256 (RFC 5869); `salt` separates pools that share a key.
+        """
+        from cryptography.hazmat.primitives.hashes import SHA256
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+        return HKDF(SHA256(), KEY_BYTES, salt.encode(), f"holdfast {purpose}".encode()).derive(self.key)
+
     def refuse_other(self, key_id: str, manifest: Path) -> None:
         """Raise `TargetError` where a pool was sealed with another key."""
         if key_id != self.id:
@@ -112,6 +122,12 @@ def key_file(folder: Path) -> Path:
     """Where the key of a pool lies if not in the environment: beside its folder, so that a copy of that has no key."""
     whole = folder.resolve()
     return whole.with_name(f"{whole.name}.key")
+
+
+def has_key(folder: Path) -> bool:
+    """Whether the key of a pool is set in the environment or lies beside its folder."""
+    with usable(key_file(folder), refusal_in_pool):
+        return KEY_VARIABLE in os.environ or key_file(folder).exists()
 
 
 def found_seal(folder: Path) -> Seal:

@@ -25,15 +25,21 @@ _BEFORE: Mapping[str, tuple[State, ...]] = {
 }
 """The states in which a set may be when an entry of a kind is made."""
 
+Role = Literal["service", "base"]
+"""What a set is for: it may serve once it is admitted, or others are made from it and it never serves."""
+_ROLES = ("service", "base")
+
 _FIELDS: Mapping[str, Mapping[str, type]] = {
     "begun": {"manifest": str},
-    "candidate": {"set": str, "digest": str, "bases": list, "why": str},
+    "candidate": {"set": str, "digest": str, "bases": list, "role": str, "why": str},
     **{kind: {"set": str, "why": str} for kind in _BEFORE},
-    "admitted": {"set": str, "why": str, "canary": str},
-    "serving": {"set": str, "why": str, "epoch": int, "retires": list},
+    "admitted": {"set": str, "why": str, "canary": str, "against": list},
+    "serving": {"set": str, "why": str, "epoch": int, "retires": list, "unjudged": bool},
+    "exposed": {"set": str, "why": str, "automatic": bool},
     "answers": {"epoch": int, "answers": dict, "others": int},
+    "migrated": {"entries": int, "head": str},
 }
-"""What an entry of a kind says, beside when."""
+"""The fields of an entry of a kind, beside its time. `why` is for people: no decision goes by it."""
 
 _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}")
 """A set's name is part of a file's."""
@@ -49,6 +55,8 @@ class Exposure:
     """when the ledger heard of it, in UTC"""
     entry: int
     """number of the entry that says so"""
+    automatic: bool = False
+    """listed because a set that was made from it was admitted, and not because it was reported as stolen"""
 
 
 @dataclass(frozen=True)
@@ -66,10 +74,23 @@ class Member:
     why: str
     entry: int
     """number of the entry that brought it there"""
+    role: Role = "service"
     canary: str = ""
     """what known inputs were answered by it when it was admitted, as a digest"""
+    against: tuple[str, ...] = ()
+    """the exposed sets that it was judged against when it was admitted"""
     exposed: Exposure | None = None
     deleted: bool = False
+
+    @property
+    def standing(self) -> str:
+        """Its state in a word; exposed, whatever else it is, where it is."""
+        return self.state if self.exposed is None else "exposed"
+
+    @property
+    def needed(self) -> bool:
+        """Whether the pool cannot do without its weights: it serves, may serve, or others are judged against it."""
+        return self.standing in ("admitted", "serving", "exposed") and not self.deleted
 
 
 @dataclass(frozen=True)
@@ -100,10 +121,12 @@ class Term:
 def well_formed(entry: Mapping[str, Any]) -> None:
     """Raise a `ValueError`, `KeyError` or `TypeError` for what is no entry of a ledger."""
     for name, kind in {"at": str, **_FIELDS[entry["kind"]]}.items():
-        if not isinstance(entry[name], kind):
+        if type(entry[name]) is not kind:
             raise TypeError(f"{name} is {entry[name]!r}; a {kind.__name__} was expected")
+    if entry.get("role", "service") not in _ROLES:
+        raise ValueError(f"role is {entry['role']!r}; {' or '.join(_ROLES)} was expected")
     named = [entry["set"]] if "set" in entry else []
-    for name in [*named, *entry.get("bases", ()), *entry.get("retires", ())]:
+    for name in [*named, *(each for key in ("bases", "retires", "against") for each in entry.get(key, ()))]:
         if not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name of a set: letters, digits, '.', '_' and '-' were expected")
     for principal, count in entry.get("answers", {}).items():
@@ -123,6 +146,8 @@ class Standing:
     def __init__(self) -> None:
         self.manifest: str | None = None
         """digest of the manifest of the pool whose ledger this is; None for a ledger alone"""
+        self.unauthenticated = 0
+        """entries that were written by an older version, before entries were authenticated"""
         self.members: dict[str, Member] = {}
         """by name, in the order of arrival"""
         self._terms: list[Term] = []
@@ -162,6 +187,22 @@ class Standing:
         return tuple(member.name for member in sorted(waiting, key=lambda member: member.entry))
 
     @property
+    def unjudged(self) -> tuple[str, ...]:
+        """Sets of `ahead` that were not judged against everything exposed by now.
+
+        One that was reported as stolen counts from its report on, so that what was judged before is judged again, even
+        against a set that had been listed automatically.
+        """
+        return tuple(name for name in self.ahead if not self._judged(self.members[name]))
+
+    def _judged(self, member: Member) -> bool:
+        return all(
+            one.name in member.against and (one.automatic or one.entry < member.entry)
+            for one in self._exposures
+            if one.name != member.name and not self.members[one.name].deleted
+        )
+
+    @property
     def unlisted(self) -> tuple[str, ...]:
         """Bases of sets that serve or may still, which are neither exposed nor deleted: a theft that nothing guards."""
         live = [m for m in self.members.values() if m.state in ("candidate", "admitted", "serving")]
@@ -187,6 +228,9 @@ class Standing:
                 )
             for base in entry["bases"]:
                 self.member(base)
+        elif kind == "migrated":
+            if entry["entries"] != self._entries:
+                raise UsageError(f"{entry['entries']} entries were migrated; there were {self._entries}")
         else:
             self._refuse_step(entry)
 
@@ -197,6 +241,12 @@ class Standing:
             raise UsageError(f"{member.name!r} is {member.state}; only what is {allowed} can become {kind}")
         if member.deleted and kind != "exposed":
             raise UsageError(f"{member.name!r} was deleted; it cannot become {kind}")
+        if kind == "admitted" and member.role == "base":
+            raise UsageError(
+                f"{member.name!r} is a base, which others are made from; it cannot become admitted"
+            )
+        for each in entry.get("against", ()):
+            self.member(each)
         if kind in ("serving", "deleted") and member.exposed is not None:
             raise UsageError(
                 f"{member.name!r} is exposed since {member.exposed.at} ({member.exposed.why}); "
@@ -212,6 +262,11 @@ class Standing:
                 raise UsageError(
                     f"epoch {entry['epoch']} retires {entry['retires']}; epoch {self.epoch + 1} retiring {now} was "
                     f"expected"
+                )
+            if not entry["unjudged"] and not self._judged(member):
+                raise UsageError(
+                    f"{member.name!r} was not judged against everything that is exposed; judge it again, or let it "
+                    f"serve unjudged"
                 )
 
     def member(self, name: str) -> Member:
@@ -239,9 +294,12 @@ class Standing:
                 at,
                 entry["why"],
                 self._entries,
+                role=entry["role"],
             )
+        elif kind == "migrated":
+            self.unauthenticated = entry["entries"]
         elif kind == "exposed":
-            self._expose(Exposure(entry["set"], entry["why"], at, self._entries))
+            self._expose(Exposure(entry["set"], entry["why"], at, self._entries, entry["automatic"]))
         elif kind == "deleted":
             self.members[entry["set"]] = replace(self.members[entry["set"]], deleted=True)
         else:
@@ -255,19 +313,26 @@ class Standing:
         reached |= dict.fromkeys(entry.get("retires", ()), "retired")
         for each, new in reached.items():
             known = self.members[each]
-            canary = entry.get("canary", known.canary)
             self.members[each] = replace(
-                known, state=new, since=at, why=why, entry=self._entries, canary=canary
+                known,
+                state=new,
+                since=at,
+                why=why,
+                entry=self._entries,
+                canary=entry.get("canary", known.canary),
+                against=tuple(entry.get("against", known.against)),
             )
         if state == "serving":
             self._terms.append(Term(name, entry["epoch"], at, None, {}, 0))
             self._answers.append({})
 
     def _expose(self, exposure: Exposure) -> None:
+        """Keep the first mention, and of a set that was listed automatically the first report."""
         member = self.members[exposure.name]
-        if member.exposed is None:
+        known = member.exposed
+        if known is None or (known.automatic and not exposure.automatic):
             self.members[exposure.name] = replace(member, exposed=exposure)
-            self._exposures.append(exposure)
+            self._exposures = [one for one in self._exposures if one is not known] + [exposure]
 
 
 def _offer(name: str, known: Collection[str]) -> str:

@@ -1,4 +1,4 @@
-"""Whether a run folder still is what its chain says."""
+"""Whether a run folder, or a pool of parameter sets, still is what its chain says."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -25,13 +25,14 @@ from holdfast.rotation.members import refuse_foreign, rotated
 from holdfast.rotation.thieves import Thief
 from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.order import Progress, Subject, silent
-from holdfast.runs.rotate.collecting import BASE_OF, bases_left
+from holdfast.runs.rotate.collecting import bases_left
+from holdfast.runs.rotate.comparing import held
 from holdfast.runs.rotate.crafting import Workshop, attackers, exposed_for, siblings_of
 from holdfast.runs.rotate.drawing import candidates
 from holdfast.runs.rotate.measuring import Measuring, ends, subject_of
 from holdfast.runs.rotate.ruling import CLAIMABLE, Family, Ruling, Seen, reported, rulings
+from holdfast.runs.rotate.samples import Gate, Need, measured, statement, widened
 from holdfast.runs.rotate.sanity import distance, endless, tensors, twin
-from holdfast.runs.rotate.status import unjudged
 from holdfast.runs.rotate.terms import FIRST, Terms, state_of
 from holdfast.runs.signals import Stopper
 from holdfast.store.columns import content_digest
@@ -100,8 +101,13 @@ class Admission:
         stopped = f" {IN_A_ROW} in a row were, and {len(self.left)} wait unjudged." if self.left else ""
         return (
             f"none of {len(self.judged)} candidates was admitted ({counted}).{stopped} The first: {self.judged[0].why}."
-            f" What serves goes on serving; {_LOSE_LESS if _LOSES.issuperset(gates) else _ELSEWHERE}"
+            f" What serves goes on serving; {self.remedy}"
         )
+
+    @property
+    def remedy(self) -> str:
+        """What helps where sets are refused by these gates."""
+        return _LOSE_LESS if _LOSES.issuperset(each.by for each in self.judged) else _ELSEWHERE
 
 
 def admit(
@@ -186,7 +192,7 @@ class _Admitting:
     @property
     def _waiting(self) -> tuple[str, ...]:
         """Candidates, and what was admitted before something leaked."""
-        return (*candidates(self.pool), *unjudged(self.pool))
+        return (*candidates(self.pool), *self.pool.unjudged)
 
     def _foreign(self, name: str) -> Judged | None:
         """What is said of a set that is of no network like the others."""
@@ -222,7 +228,7 @@ class _Admitting:
             (one for verdict in ("fail", "unclear") for one in found if one.verdict == verdict), None
         )
         if against is None:
-            return Judged(name, "admitted", found, _praise(found), "", exposed, reported(seen))
+            return Judged(name, "admitted", found, self._praise(found), "", exposed, reported(seen))
         short = " (it stays unclear on all examples)" if against.verdict == "unclear" else ""
         return Judged(name, "refused", found, f"{against.says}{short}", against.name, exposed, reported(seen))
 
@@ -247,9 +253,17 @@ class _Admitting:
                 return False
             for base in map(self.pool.ledger.member, member.bases):
                 if base.exposed is None and not base.deleted:
-                    self.pool.expose(base.name, f"{BASE_OF} {one.name}")
-            self.pool.admit(one.name, one.why, canary=known)
+                    why = f"{one.name}, which was made from it, was admitted"
+                    self.pool.expose(base.name, why, automatic=True)
+            against = exposed_for(self.pool, one.name)
+            self.pool.admit(one.name, one.why, canary=known, against=against)
         return True
+
+    def _praise(self, found: Sequence[Ruling]) -> str:
+        """The reason for which a set is admitted, with what was tolerated beyond the usual."""
+        wanted = ("clean accuracy", "theft", "ensemble theft")
+        said = [f"{one.name}: {one.why}" for one in found if one.name in wanted]
+        return "; ".join([*said, *widened(self._needs.values())])
 
     # --- what is measured
 
@@ -274,6 +288,7 @@ class _Admitting:
             self._white(self._bases, n["white-box"]),
             self.pool.serving is not None,
             self._looks,
+            self._needs,
         )
 
     def _clean(self, of: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
@@ -292,6 +307,19 @@ class _Admitting:
     def _looks(self) -> dict[Family, int]:
         """How often each measurement is looked at, at most: with twice the examples each time, while they last."""
         return {family: len(ends(len(self.terms.held), first)) for family, first in self._first.items()}
+
+    @cached_property
+    def _needs(self) -> dict[Gate, Need]:
+        """What the gates on accuracy need, by how much sets differ that are alike: bases and surrogates."""
+        n = len(self.terms.held)
+        first = {family: min(size, n) for family, size in self._first.items()}
+        alike = [*self._bases, *self._own]
+        clean = [one["correct"] for one in self._clean(alike, first["thieves"])]
+        white = self._white(alike[: max(len(self._bases), 2)], first["white-box"])
+        found = measured(clean, [held(one) for one in white], n, self.judged)
+        if any(need.widened for need in found):
+            self.told(f"note: {statement(found, planned=False)}")
+        return {need.gate: need for need in found}
 
     def _doubts(self, seen: Seen) -> Doubts:
         """Those of the candidate that do not speak against all of the sets that it is compared with."""
@@ -371,9 +399,3 @@ def _shapes(model: Classifier) -> dict[str, Tensor]:
         name: torch.full_like(value, torch.inf) if value.is_floating_point() else value
         for name, value in state_of(model).items()
     }
-
-
-def _praise(found: Sequence[Ruling]) -> str:
-    """What the ledger says of a set that passed."""
-    wanted = ("clean accuracy", "theft", "ensemble theft")
-    return "; ".join(f"{one.name}: {one.why}" for one in found if one.name in wanted)

@@ -27,15 +27,22 @@ from holdfast.runs.pace import Pace, fitting, pace
 from holdfast.runs.rotate.terms import Terms, accuracy, state_of
 from holdfast.runs.signals import Stopper
 from holdfast.store.columns import ColumnFile
-from holdfast.store.pool import Pool, stands
+from holdfast.store.manifest import refuse_other_head, stands
+from holdfast.store.pool import Pool
 
 OWN = 4
 """Surrogates that a thief of nothing trains."""
 BASE = "a base, which others are made from: it never serves"
-"""Why the set that a run ended with is refused."""
-BASE_OF = "a base of"
-"""How the reason begins for which a base is listed as exposed: no theft that anybody saw."""
-_LEFT = {"pool.json", ".pool.json.part", "ledger.jsonl", "ledger.lock", "sets"}  # by a killed beginning
+"""The reason that is written down for a set that a run ended with; what makes it a base is its role."""
+_LEFT = {
+    "pool.json",
+    ".pool.json.part",
+    "ledger.jsonl",
+    "ledger.head",
+    ".ledger.head.part",
+    "ledger.lock",
+    "sets",
+}  # by a killed beginning
 _BEGUN, _PLAN, _SECRET = "begun", "plan", "secret"
 _GUESSING = 1.5  # times what guessing gets right: less than that, and a run has gone astray
 
@@ -53,16 +60,20 @@ class Collected:
     """the same of each surrogate"""
 
 
-def begun(path: Path, terms: Terms, *, resume: bool, told: Told = unheard) -> Pool:
-    """The pool in a folder: a new one, or one of the same terms that goes on."""
+def begun(path: Path, terms: Terms, *, resume: bool, expect_head: str = "", told: Told = unheard) -> Pool:
+    """The pool in a folder: a new one, or one of the same terms that goes on.
+
+    With `expect_head` it is one whose ledger contains that; see `Pool.held`.
+    """
     if stands(path):
         if not resume:
             raise UsageError(
                 f"{str(path)!r} holds a pool already; go on with it by --resume, or name another folder with --run"
             )
-        pool = Pool.held(path)
+        pool = Pool.held(path, expect_head=expect_head)
         terms.refuse_other(pool)
         return pool
+    refuse_other_head(path, expect_head, lambda head: None)
     strange = sorted(each.name for each in path.iterdir() if each.name not in _LEFT) if path.is_dir() else []
     if strange:
         raise UsageError(
@@ -102,12 +113,12 @@ def members(pool: Pool) -> Members:
 
 def bases(pool: Pool) -> tuple[str, ...]:
     """Names of the sets that runs ended with, in their order."""
-    return tuple(member.name for member in pool.ledger.members if member.why == BASE)
+    return tuple(member.name for member in pool.ledger.members if member.role == "base")
 
 
 def bases_left(pool: Pool) -> tuple[str, ...]:
     """Those of them that were not deleted."""
-    return tuple(m.name for m in pool.ledger.members if m.why == BASE and not m.deleted)
+    return tuple(m.name for m in pool.ledger.members if m.role == "base" and not m.deleted)
 
 
 def surrogates(pool: Pool, terms: Terms) -> list[Classifier]:
@@ -303,7 +314,7 @@ class _Collecting:
     def _list(self, kept: ColumnFile) -> None:
         """Enter the base of a run as a set of the pool that never serves."""
         state = beginning(kept.columns, "base.")
-        name = self.pool.add(state, {"base": True}, why=BASE)
+        name = self.pool.add(state, {"base": True}, why=BASE, role="base")
         if self.pool.ledger.member(name).state == "candidate":
             self.pool.refuse(name, BASE)
 

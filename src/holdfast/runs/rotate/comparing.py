@@ -14,9 +14,7 @@ from holdfast.ops.statistics import Support, bonferroni, mean, paired_difference
 from holdfast.reports.numbers import percent
 from holdfast.runs.rotate.crafting import Attacker
 from holdfast.runs.rotate.measuring import Carried
-
-CONFIDENCE = 0.95
-"""Of every gate: its intervals hold together with it, however often examples are added before they decide."""
+from holdfast.runs.rotate.samples import CONFIDENCE
 
 
 @dataclass(frozen=True)

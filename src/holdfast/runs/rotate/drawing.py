@@ -32,6 +32,9 @@ _SETS = 8
 _LOOKED = 2_000  # training inputs on which a draw is looked at before it is immunised
 _POINT = 0.01  # of accuracy on them that it may lack of the bases: half an epoch does not mend more
 _MOST = 64  # draws for one that does not
+UPDATES = 100
+"""Updates of the training against exposed sets below which a note says that they are few: half of those of the record
+`rotation`, of 27,500 examples in batches of 128."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,11 @@ def _drawn(said: Mapping[str, Any]) -> Drawn:
 
 def candidates(pool: Pool) -> tuple[str, ...]:
     """Sets that were drawn and neither admitted nor refused yet, in the order of their arrival."""
-    waiting = (one for one in pool.ledger.members if one.state == "candidate" and one.exposed is None)
+    waiting = (
+        one
+        for one in pool.ledger.members
+        if one.state == "candidate" and one.role == "service" and one.exposed is None
+    )
     return tuple(one.name for one in waiting if not one.deleted)
 
 
@@ -155,6 +162,14 @@ class _Drawing:
     def done(self) -> Drawn:
         """All that is missing."""
         wanted = self.said["asked"]["sets"]
+        if self.immunise is not None and self.exposed:
+            updates = self.immunise.updates(len(self.task.data), self.task.recipe.training.batch)
+            if updates < UPDATES:
+                self.told(
+                    f"note: immunising makes {updates} updates of each set, so that no effect is to be expected: "
+                    f"it was measured with 215. More training data, or a smaller recipe.training.batch of the "
+                    f"collection, make more"
+                )
         while _missing(self.said):
             place = len(self.said["names"])
             fresh, made_from = self._fresh(self.draws.at("set", place))

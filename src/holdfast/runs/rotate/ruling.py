@@ -16,7 +16,6 @@ from holdfast.ops.statistics import Support, bonferroni, mean
 from holdfast.reports.numbers import percent
 from holdfast.runs.rotate import wording
 from holdfast.runs.rotate.comparing import (
-    CONFIDENCE,
     Loss,
     Worst,
     difference,
@@ -30,9 +29,11 @@ from holdfast.runs.rotate.comparing import (
 )
 from holdfast.runs.rotate.crafting import Attacker, Attackers
 from holdfast.runs.rotate.measuring import Carried
+from holdfast.runs.rotate.samples import CONFIDENCE, LEAST, Gate, Need, slack
+from holdfast.runs.rotate.samples import points as tolerated
 
-CLEAN, ROBUST, CHURN = 0.01, 0.02, 0.03
-"""Points of accuracy that may be lost, clean and under attack; inputs that may change class."""
+CHURN = 0.03
+"""Share of inputs that may change class."""
 NOTHING, SEVERAL, FLOOR, STATIC = 1.2, 1.5, 0.05, 0.5
 """What a theft may bring: times that of a thief of nothing, of one set and of several, or in any case this share; and
 the share of what attacks on the incumbent itself achieve, or less than protects from nothing, where a thief of nothing
@@ -85,10 +86,23 @@ class Seen:
     """whether the incumbent is a set that serves"""
     looks: Mapping[Family, int] = field(default_factory=dict)
     """how often each measurement may be looked at, with more examples each time; once where nothing is said"""
+    needs: Mapping[Gate, Need] = field(default_factory=dict)
+    """how many examples a gate needs; where fewer are held out, it tolerates more"""
 
     def confidence(self, family: Family) -> float:
         """What an interval needs, so that those of all looks hold together (Bonferroni)."""
         return bonferroni(CONFIDENCE, self.looks.get(family, 1))
+
+    def tolerance(self, gate: Gate) -> tuple[float, str]:
+        """Accuracy that may be lost, as a share, and how that reads."""
+        need = self.needs.get(gate)
+        if need is None or not need.widened:
+            least = LEAST[gate]
+            return least, f"at most {tolerated(least)} less than {_BETTER} was expected"
+        return need.tolerance, (
+            f"at most {tolerated(need.tolerance)} less than {_BETTER} was expected, widened from "
+            f"{tolerated(need.least)}, which needs {need.needed:,} examples, and {need.held:,} are held out"
+        )
 
     @property
     def static(self) -> Estimate:
@@ -170,17 +184,17 @@ def reported(seen: Seen) -> dict[str, Estimate]:
 
 def _clean(seen: Seen) -> Ruling:
     loss, whom = seen.clean_loss.estimate, seen.clean_loss.whom
-    bound = f"at most {100 * CLEAN:g} point less than {_BETTER} was expected"
+    most, bound = seen.tolerance("clean accuracy")
     why = f"{points(loss)} less are right than of {whom}"
-    return Ruling("clean accuracy", loss, bound, AtMost(CLEAN)(loss, NO_DOUBTS), why, "thieves")
+    return Ruling("clean accuracy", loss, bound, AtMost(most)(loss, NO_DOUBTS), why, "thieves")
 
 
 def _robust(seen: Seen, doubts: Doubts) -> Ruling:
     loss, whom = seen.robust_loss.estimate, seen.robust_loss.whom
-    bound = f"at most {100 * ROBUST:g} points less than {_BETTER} was expected"
-    verdict = AtMost(ROBUST)(loss, doubts)
+    most, bound = seen.tolerance("robust accuracy")
+    verdict = AtMost(most)(loss, doubts)
     why = f"{points(loss)} less hold under PGD-20 and APGD than of {whom}"
-    if verdict == "unclear" and loss.high <= ROBUST:
+    if verdict == "unclear" and loss.high <= most:
         why += f", and doubts are open: {', '.join(doubts.open)}"
         return Ruling("robust accuracy", loss, bound, verdict, why)
     return Ruling("robust accuracy", loss, bound, verdict, why, "white-box")
@@ -259,13 +273,17 @@ def _of_static(theft: Worst, seen: Seen) -> Ruling:
 
 def _churn(seen: Seen) -> Ruling:
     among = [float(differing(one, other).double().mean()) for one, other in combinations(seen.bases, 2)]
-    most = max([CHURN, _MORE * sum(among) / len(among)]) if among else CHURN
+    most = CHURN
+    if among:
+        usual, need = sum(among) / len(among), seen.needs.get("clean accuracy")
+        room = 0.0 if need is None else slack(usual, need.held, need.looks)
+        most = max(CHURN, _MORE * usual, usual + room)
     changed = seen.churn
     if not seen.serves:
         why = f"{number(changed)} of inputs are of another class than by the bases"
         return Ruling("churn", changed, "asked once a set serves, whose clients see it", "pass", why)
     bound = f"at most {percent(most)} was expected, " + (
-        f"{_MORE:g} times what bases differ by" if most > CHURN else "whatever bases do"
+        "1.5 times what bases differ by, or what equal sets need" if most > CHURN else "whatever bases do"
     )
     why = f"{number(changed)} of inputs change class against the incumbent"
     return Ruling("churn", changed, bound, AtMost(most)(changed, NO_DOUBTS), why, "thieves")

@@ -1,16 +1,13 @@
 """What a pool holds, in plain values: where each set stands, what served when and to whom, what leaked."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from holdfast.rotation import next_set
-from holdfast.runs.rotate.collecting import BASE_OF
 from holdfast.runs.rotate.learning import what_was_learned
 from holdfast.store.pool import Pool
 from holdfast.store.standing import Member, Term
 
-UNJUDGED = "it was admitted before the last exposure, and not judged against what leaked then"
-"""What is said of a set that serves so."""
+UNJUDGED = "it was not judged against everything that is exposed by now"
+"""The note on a set that serves so."""
 
 
 def standing(pool: Pool) -> dict[str, Any]:
@@ -24,6 +21,8 @@ def standing(pool: Pool) -> dict[str, Any]:
         "serving": None if now is None else vars(now),
         "ahead": list(pool.ahead),
         "entries": ledger.entries,
+        "head": ledger.head,
+        "unjudged": list(pool.unjudged),
         "sets": [_member(member, terms) for member in ledger.members],
         "terms": [_term(term) for term in terms],
         "notes": _notes(pool),
@@ -38,7 +37,9 @@ def _member(member: Member, terms: tuple[Term, ...]) -> dict[str, Any]:
         "since": member.since,
         "why": member.why,
         "bases": list(member.bases),
+        "role": member.role,
         "exposed": None if member.exposed is None else member.exposed.why,
+        "listed_automatically": member.exposed is not None and member.exposed.automatic,
         "epochs": [term.epoch for term in served],
         "answers": sum(term.others + sum(term.answers.values()) for term in served),
     }
@@ -57,27 +58,19 @@ def _term(term: Term) -> dict[str, Any]:
     }
 
 
-def unjudged(pool: Pool) -> tuple[str, ...]:
-    """Sets that wait and were admitted before the last exposure: nobody asked what leaked then turns on them."""
-    leaked = max((one.entry for one in pool.ledger.exposed() if not one.why.startswith(BASE_OF)), default=0)
-    return tuple(name for name in pool.ahead if pool.ledger.member(name).entry < leaked)
-
-
-def next_judged(pool: Pool, waiting: Sequence[str]) -> str:
-    """Which set serves next: one that was judged against all that leaked, where one waits."""
-    old = unjudged(pool)
-    return next_set([name for name in waiting if name not in old] or waiting)
-
-
 def _notes(pool: Pool) -> list[str]:
     """What somebody should do something about."""
     ledger, now = pool.ledger, pool.serving
     notes = []
-    old = unjudged(pool)
-    if old:
+    if ledger.unauthenticated:
         notes.append(
-            f"{len(old)} of {len(pool.ahead)} sets that wait were admitted before the last exposure, and not judged "
-            f"against it; judge them again with holdfast rotate admit {pool.shown}; others serve first"
+            f"the first {ledger.unauthenticated} entries were written by an older version and not authenticated then: "
+            f"entries may have been removed before the pool was migrated"
+        )
+    if pool.unjudged:
+        notes.append(
+            f"{len(pool.unjudged)} of {len(pool.ahead)} sets that wait were not judged against everything exposed by "
+            f"now; judge them with holdfast rotate admit {pool.shown}; holdfast rotate swap refuses them"
         )
     if now is not None and ledger.member(now.name).exposed is not None:
         notes.append(f"{now.name} serves and is exposed; swap another in")

@@ -30,8 +30,8 @@ from holdfast.store.pool import Pool
 
 FIRST = 2_000
 """Held-out examples that a set is judged on at first; where that leaves a gate unclear, twice as many."""
-_MOST = 8_000  # are held out, and at most one in
-_EVERY = 5
+MOST, EVERY = 8_000, 5
+"""One training example in `EVERY` is held out, and at most `MOST`."""
 _SEEN = 8
 _SEEN_BEFORE = (
     "sets go on from the given model, which may have been trained on the examples that are held out to judge them; "
@@ -160,7 +160,7 @@ def parted(data: Batch, test: Data, name: str, classes: int, seed: int) -> Examp
     """Without test examples; a fifth, and no more than four times what judges at first, is held out."""
     refuse_classes(data, classes)
     fresh, judged = without_judged(data.take(data.y != UNLABELLED), test)
-    rest, held = split_of(fresh, seed, most=_MOST, every=_EVERY)
+    rest, held = split_of(fresh, seed, most=MOST, every=EVERY)
     rest, twice = without_held(rest, held)
     order = Draws(seed).at("judging").bits(held.ids).argsort()
     notes = tuple(note for note in (judged, twice) if note)

@@ -8,17 +8,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 from holdfast.core.errors import Inconclusive, InUse, UsageError
-from holdfast.rotation import Immunise, refuse_faster
+from holdfast.rotation import Immunise, next_set, refuse_faster
 from holdfast.rotation.triggers import Reading, Trigger, due, exposed
 from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.order import Progress, silent
-from holdfast.runs.rotate.admission import IN_A_ROW, admit
+from holdfast.runs.rotate.admission import IN_A_ROW, Admission, admit
 from holdfast.runs.rotate.drawing import By, candidates, draw
-from holdfast.runs.rotate.status import UNJUDGED, next_judged, unjudged
+from holdfast.runs.rotate.status import UNJUDGED
 from holdfast.runs.rotate.terms import FIRST, Terms
 from holdfast.runs.signals import Stopper
 from holdfast.store.pool import Pool
@@ -60,32 +59,53 @@ class Turner:
     _by: By | None = None
 
     def fill(self) -> None:
-        """Draw and admit until enough sets wait, judged by all that leaked; `Inconclusive` after five refusals.
+        """Draw and admit until enough sets wait, judged against everything exposed; else `Inconclusive`.
 
-        That may take long, so what calls for a swap is looked for between its steps, which are one drawing of all that
-        is missing, and one admission. What a swap takes meanwhile is made by the next call, so that this one ends.
+        Where the generator's are refused, sets are trained from fresh weights; after five refusals of those in a row it
+        ends. That may take long, so what calls for a swap is looked for between its steps, which are one drawing of
+        all that is missing, and one admission. What a swap takes meanwhile is made by the next call.
         """
         begin, before, refused = time.perf_counter(), self._admitted, 0
         self._turn()
         goal = before + max(self.how.keep - len(self.pool.ahead), 0)
-        while (missing := goal - self._admitted) > 0 or unjudged(self.pool):
-            if not (candidates(self.pool) or unjudged(self.pool)):
+        while (missing := goal - self._admitted) > 0 or self.pool.unjudged:
+            if not (candidates(self.pool) or self.pool.unjudged):
                 self._draw(missing)
                 self._turn()
+            last = {name for name in candidates(self.pool) if self._last_resort(name)}
             found = admit(
                 self.pool, self.terms, claims=self.how.claims, accepted=self.how.accepted, judged=self.how.judged,
                 again=self.how.again, stopper=self.stopper, told=self.told, progress=self.progress,
             )  # fmt: skip
             self._turn()
-            refused = 0 if found.admitted else refused + len(found.judged)
-            if refused >= IN_A_ROW and (self.how.by is not None or self._by == "anew"):
-                raise Inconclusive(found.kept_out)
-            if refused and self.how.by is None and self._by != "anew":
-                self._go_anew("what the generator draws is not admitted")
-                refused = 0
+            fell = [one for one in found.judged if one.name in last]
+            refused = 0 if found.admitted else refused + len(fell)
+            if refused >= IN_A_ROW:
+                raise Inconclusive(self._ended(found, refused))
+            if found.judged and not (found.admitted or fell) and self._by != "anew":
+                self._refused(found)
         made = self._admitted - before
         if made > 0:
             self._refuse_faster((time.perf_counter() - begin) / made)
+
+    def _refused(self, found: Admission) -> None:
+        """Make sets another way where all that the generator drew was refused, unless it alone was asked for."""
+        if self.how.by is None and any(self.pool.ledger.member(one.name).bases for one in found.judged):
+            self._go_anew("what the generator draws is not admitted")
+
+    def _last_resort(self, name: str) -> bool:
+        """Whether a candidate was made as it was asked for, or from fresh weights: no other way to make one is left."""
+        return self.how.by is not None or not self.pool.ledger.member(name).bases
+
+    def _ended(self, found: Admission, refused: int) -> str:
+        """Why no more sets are made, and what serves."""
+        now = self.pool.serving
+        serves = "nothing serves" if now is None else f"{now.name} goes on serving as epoch {now.epoch}"
+        made = "of the generator" if self.how.by == "generator" else "trained from fresh weights"
+        return (
+            f"{refused} sets {made} were refused in a row, the last one by {found.judged[-1].why}; {serves}, and "
+            f"{len(self.pool.ahead)} admitted sets wait; {found.remedy}"
+        )
 
     @property
     def _admitted(self) -> int:
@@ -93,11 +113,18 @@ class Turner:
         return len(self.pool.ahead) + len(self.pool.ledger.terms)
 
     def _turn(self) -> None:
-        """Swap if something serves, that is due, and another set waits."""
+        """Swap if something serves, that is due, and another set waits.
+
+        Where what serves is exposed, any admitted set is better, so one that was not judged against that serves, too,
+        until another is judged; for any other reason only a judged one does.
+        """
         now = self.pool.serving
-        why = due((*self.how.triggers, exposed), self.reading()) if now else ()
-        if now and why and self.pool.ahead:
-            self._swap(now.epoch, "; ".join(why))
+        if now is None:
+            return
+        reading = self.reading()
+        why, stolen = due((*self.how.triggers, exposed), reading), reading.exposure is not None
+        if why and len(self.pool.ahead) > (0 if stolen else len(self.pool.unjudged)):
+            self._swap(now.epoch, "; ".join(why), unjudged=stolen)
 
     def _draw(self, missing: int) -> None:
         """New candidates: trained anew where the generator draws none that works, unless it was asked for."""
@@ -132,14 +159,25 @@ class Turner:
             self.told(f"note: {error}")
 
     def begin(self) -> None:
-        """Make sure that something serves, and that as many sets wait as are wanted."""
-        self.fill()
+        """Make sure that something serves, and that as many sets wait as are wanted.
+
+        `Inconclusive` where too few sets are admitted; one that was admitted serves nevertheless.
+        """
+        try:
+            self.fill()
+        except Inconclusive:
+            if self.pool.serving is None and len(self.pool.ahead) > len(self.pool.unjudged):
+                self._swap(None, "the first")
+            raise
         if self.pool.serving is None:
             self._swap(None, "the first")
             self.fill()
 
     def look(self) -> bool:
-        """Swap if that is due, and make up for it; whether all that was due was done."""
+        """Swap if that is due, and make up for it; whether all that was due was done.
+
+        `Inconclusive` where no set is admitted and none waits, so that there is nothing to swap in.
+        """
         if self.pool.serving is None:
             self.told(
                 "note: nothing serves, for what did was retired; let another set serve by holdfast rotate swap"
@@ -147,7 +185,12 @@ class Turner:
             return False
         try:
             self.fill()
-        except (Inconclusive, InUse) as error:
+        except InUse as error:
+            self.told(f"note: {error}")
+            return False
+        except Inconclusive as error:
+            if not self.pool.ahead:
+                raise
             self.told(f"note: {error}")
             return False
         return True
@@ -166,13 +209,13 @@ class Turner:
         return Reading(
             max(term.answers.values(), default=0),
             max((datetime.now(UTC) - since).total_seconds(), 0.0),
-            exposure="" if mark is None else mark.why,
+            exposure=None if mark is None else mark.why,
         )
 
-    def _swap(self, epoch: int | None, why: str) -> None:
-        old = unjudged(self.pool)
+    def _swap(self, epoch: int | None, why: str, *, unjudged: bool = False) -> None:
+        old = self.pool.unjudged
         with self.stopper.finishing():
-            now = self.pool.swap(epoch=epoch, why=why, choose=partial(next_judged, self.pool))
+            now = self.pool.swap(epoch=epoch, why=why, choose=next_set, unjudged=unjudged)
         self.told(f"{now.name} serves as epoch {now.epoch}: {why}")
         if now.name in old:
             self.told(f"note: {UNJUDGED}")

@@ -1,0 +1,166 @@
+"""The lines of a pool's ledger: a public hash chain, each entry authenticated with a key derived from the pool's.
+
+A line has the entry, the digests of the chain, a counter and an HMAC-SHA-256 (RFC 2104) over entry, counter and the
+digest of the entry before. `ledger.head` has the number and the digest of the last entry, authenticated alike: entries
+missing at the end of the ledger are detected by it. What is not detected is an older copy of both files; see `Head`.
+"""
+
+import hashlib
+import hmac
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from holdfast.core.chain import GENESIS, Link, canonical
+from holdfast.core.errors import TargetError
+from holdfast.store.files import PRIVATE, refusal_in_pool, usable, write_atomically
+from holdfast.store.records import document, read_document, read_links
+from holdfast.store.sealing import Seal
+
+HEAD = "ledger.head"
+WAY_OUT = "restore it from a copy; until then nothing of it is served"
+_PURPOSE = "pool ledger, schema 2"
+_FIELDS = {"content", "counter", "digest", "mac", "previous"}
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last entry of a ledger.
+
+    Stored elsewhere it identifies the ledger up to that entry: an older copy of the whole folder does not contain it.
+    """
+
+    entries: int
+    """number of the entry, from 1"""
+    digest: str
+    """its digest in the chain: 64 hex digits"""
+
+
+@dataclass(frozen=True)
+class LedgerKey:
+    """What authenticates the entries of one pool's ledger."""
+
+    key: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, seal: Seal, pool: str) -> "LedgerKey":
+        """Derived from a pool's key and its id, for this purpose alone."""
+        return cls(seal.derived(_PURPOSE, pool))
+
+    def of_entry(self, counter: int, link: Link) -> str:
+        """HMAC of an entry, its position and the digest of the entry before, in hex."""
+        return self._mac(
+            {"kind": "entry", "counter": counter, "previous": link.previous, "content": link.content}
+        )
+
+    def of_head(self, head: Head) -> str:
+        """HMAC of a head, in hex."""
+        return self._mac({"kind": "head", "entries": head.entries, "digest": head.digest})
+
+    def _mac(self, message: Mapping[str, Any]) -> str:
+        return hmac.new(self.key, canonical(message), hashlib.sha256).hexdigest()
+
+
+def line_of(link: Link, counter: int, key: LedgerKey) -> bytes:
+    """An entry as a line of the ledger."""
+    record = {"content": link.content, "previous": link.previous, "digest": link.digest}
+    return canonical({**record, "counter": counter, "mac": key.of_entry(counter, link)}) + b"\n"
+
+
+def read_entries(
+    path: Path,
+    lines: bytes,
+    check: Callable[[Mapping[str, Any]], None],
+    key: LedgerKey | None,
+    *,
+    previous: str = GENESIS,
+    first: int = 1,
+) -> list[Link]:
+    """The entries in whole lines of a ledger, the `first` of which follows from `previous`.
+
+    Without a `key` only the public chain and the counters are checked. `check` raises a `ValueError`, `KeyError` or
+    `TypeError` for an entry of another form. Raises `TargetError` with the number of the first entry that is wrong.
+    """
+    records = [_record(line) for line in lines.splitlines()]
+    for position, record in enumerate(records, first):
+        if record is not None and not {"counter", "mac"} <= record.keys():
+            raise TargetError(
+                f"entry {position} of {str(path)!r} has no authentication, which this format requires; {WAY_OUT}"
+            )
+    links = read_links(path, lines, check, previous=previous, first=first, noun="entry", way_out=WAY_OUT)
+    for position, (link, record) in enumerate(zip(links, records, strict=True), first):
+        assert record is not None
+        if record.keys() != _FIELDS or record["counter"] != position or type(record["counter"]) is not int:
+            raise TargetError(
+                f"entry {position} of {str(path)!r} has the counter {record['counter']!r}; {position} was expected: "
+                f"entries were removed, added or moved; {WAY_OUT}"
+            )
+        if key is not None and not _equal(record["mac"], key.of_entry(position, link)):
+            raise TargetError(
+                f"entry {position} of {str(path)!r} was not written with the pool's key: its HMAC is wrong, so it was "
+                f"changed, or copied from another ledger; {WAY_OUT}"
+            )
+    return links
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line as an object; None where it is none, which `read_links` refuses."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _equal(found: object, expected: str) -> bool:
+    """Compared in constant time, so that a forger cannot learn a digit from how long it takes."""
+    return isinstance(found, str) and hmac.compare_digest(found.encode("utf-8", "replace"), expected.encode())
+
+
+# --- the head
+
+
+def write_head(path: Path, head: Head, key: LedgerKey) -> None:
+    """Write the file of a head. Raises `OSError`."""
+    content = {"entries": head.entries, "digest": head.digest, "mac": key.of_head(head)}
+    write_atomically(path, document(content), PRIVATE)
+
+
+def read_head(path: Path, key: LedgerKey | None) -> Head | None:
+    """The head in a file, None where there is no file; `TargetError` where it was not written with the pool's key."""
+    with usable(path, refusal_in_pool):
+        if not path.exists():
+            return None
+    content = read_document(path)
+    entries, digest = content.get("entries"), content.get("digest")
+    if type(entries) is not int or entries < 1 or not isinstance(digest, str):
+        raise TargetError(f"{str(path)!r} holds no head of a ledger; {WAY_OUT}")
+    head = Head(entries, digest)
+    if key is not None and not _equal(content.get("mac"), key.of_head(head)):
+        raise TargetError(
+            f"{str(path)!r} was not written with the pool's key: its HMAC is wrong, so it was changed, or copied from "
+            f"another pool; {WAY_OUT}"
+        )
+    return head
+
+
+def refuse_shortened(path: Path, head: Head | None, digests: list[str]) -> None:
+    """`TargetError` where a ledger, of whose entries these are the digests, lacks what its head says it has."""
+    if head is None:
+        if digests:
+            raise TargetError(
+                f"{str(path.with_name(HEAD))!r} is gone, which says how many entries {path.name} has; restore both "
+                f"from a copy; until then nothing of the pool is served"
+            )
+    elif head.entries > max(len(digests), 1):  # a first entry that a kill cut short was never made
+        raise TargetError(
+            f"{str(path)!r} has {len(digests)} entries, and {HEAD} says that {head.entries} were written: its end is "
+            f"missing; {WAY_OUT}"
+        )
+    elif digests and digests[head.entries - 1] != head.digest:
+        raise TargetError(
+            f"entry {head.entries} of {str(path)!r} has the digest {digests[head.entries - 1][:16]}…, and "
+            f"{HEAD} says {head.digest[:16]}…: one of both is a copy of another time or pool; {WAY_OUT}"
+        )

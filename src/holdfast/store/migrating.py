@@ -1,0 +1,206 @@
+"""Conversion of a pool whose ledger was not authenticated, as earlier versions wrote it.
+
+The older ledger is a public hash chain: who could write the folder could remove entries and compute the chain again.
+Conversion authenticates what is there; it cannot say whether something had been removed before. A kill leaves a pool of
+the older format or of this one: the manifest is written last, and then the new files get their names.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.core.chain import GENESIS, Link, digest
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.store import columns as column_files
+from holdfast.store.authentic import HEAD, WAY_OUT, Head, LedgerKey, line_of, write_head
+from holdfast.store.files import PRIVATE, refusal_in_pool, usable, write_atomically
+from holdfast.store.ledger import LOCK, refuse_out_of_order, utc_now
+from holdfast.store.ledger import NAME as LEDGER
+from holdfast.store.locking import locked
+from holdfast.store.manifest import (
+    MANIFEST,
+    NEW,
+    OLD_VERSION,
+    SCHEMA_VERSION,
+    SEALED,
+    SETS,
+    any_manifest,
+    bound,
+    name_new_files,
+    old_bound,
+    open_manifest,
+)
+from holdfast.store.records import document, read_links
+from holdfast.store.sealing import Seal, found_seal
+from holdfast.store.standing import Standing, well_formed
+
+KEPT = "ledger-1.jsonl"
+"""The older ledger, kept as it was."""
+
+
+@dataclass(frozen=True)
+class Migrated:
+    """What was converted."""
+
+    entries: int
+    """of the older ledger, which were not authenticated"""
+    old_head: str
+    """digest of the last of them, as an earlier version printed it"""
+    head: str
+    """of the ledger now"""
+    exposed: tuple[str, ...]
+    """the sets that the older ledger lists as exposed"""
+    unjudged: tuple[str, ...]
+    """the sets that wait and must be judged again before they serve"""
+
+
+def migrate(path: Path) -> Migrated:
+    """Convert a pool of the older format; `UsageError` for one of this format, `TargetError` for any other."""
+    manifest = any_manifest(path)
+    if manifest.get("schema_version") == SCHEMA_VERSION:
+        raise UsageError(f"{str(path)!r} is of schema version {SCHEMA_VERSION} already; nothing was changed")
+    if manifest.get("schema_version") != OLD_VERSION:
+        open_manifest(path)
+    seal = found_seal(path)
+    seal.refuse_other(manifest["key"], path / MANIFEST)
+    with locked(path / LOCK):
+        _refuse_downgraded(path, manifest, seal)
+        links = _old_links(path, manifest)
+        standing, entries = _converted(path, manifest, seal, links)
+        _refuse_strays(path, standing)
+        last = links[-1].digest
+        new = {**manifest, "schema_version": SCHEMA_VERSION}
+        new["migrated"] = {"schema_version": OLD_VERSION, "entries": len(links), "head": last}
+        entries[0]["manifest"] = digest(document(new))
+        entries.append({"kind": "migrated", "at": utc_now(), "entries": len(links), "head": last})
+        head = _write(path, entries, new, LedgerKey.of(seal, manifest["id"]))
+    exposed = tuple(one.name for one in standing.exposed)
+    return Migrated(len(links), last, head, exposed, standing.unjudged)
+
+
+def _refuse_downgraded(path: Path, manifest: Mapping[str, Any], seal: Seal) -> None:
+    """`TargetError` where a file shows that the pool was of this format, and its ledger was exchanged."""
+    signs = [path / HEAD] if (path / HEAD).exists() else []
+    with usable(path, refusal_in_pool):
+        signs += (
+            [path / LEDGER] if any("mac" in one for one in _objects((path / LEDGER).read_bytes())) else []
+        )
+        for file in (*sorted(path.glob(f"*{SEALED}")), *sorted((path / SETS).glob(f"*{SEALED}"))):
+            if _opens(seal, file, bound(manifest["id"], _inside(path, file))):
+                signs.append(file)
+    if signs:
+        raise TargetError(
+            f"{str(path / MANIFEST)!r} has schema version {OLD_VERSION}, and {str(signs[0])!r} is of version "
+            f"{SCHEMA_VERSION}: the manifest or the ledger was exchanged for one that is not authenticated. Restore "
+            f"both from a copy; nothing was converted"
+        )
+
+
+def _objects(lines: bytes) -> list[dict[str, Any]]:
+    found = []
+    for line in lines.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # reading the chain refuses it
+        if isinstance(record, dict):
+            found.append(record)
+    return found
+
+
+def _inside(path: Path, file: Path) -> str:
+    """The name of a sealed file within its pool."""
+    return file.relative_to(path).as_posix().removesuffix(SEALED)
+
+
+def _opens(seal: Seal, file: Path, name: str) -> bool:
+    try:
+        seal.open(file.read_bytes(), name, file)
+    except TargetError:
+        return False
+    return True
+
+
+def _old_links(path: Path, manifest: Mapping[str, Any]) -> list[Link]:
+    """The entries of the older ledger, whose chain is checked; an end that a kill cut short is left out."""
+    file = path / LEDGER
+    with usable(file, refusal_in_pool):
+        data = file.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    links = read_links(file, whole, _any_form, noun="entry", way_out=WAY_OUT)
+    if links[0].content.get("manifest") != digest(document(manifest)):
+        raise TargetError(f"{str(path / MANIFEST)!r} is not what the ledger recorded; restore it from a copy")
+    return links
+
+
+def _any_form(content: Mapping[str, Any]) -> None:
+    well_formed(_upgraded(content))
+
+
+def _upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
+    """An older entry with the fields that it lacks, at the value that asks for the most judging.
+
+    The words of its reason decide nothing: every exposure counts as reported, and no set as judged against any.
+    """
+    lacking: dict[str, dict[str, Any]] = {
+        "candidate": {"role": "service"},
+        "admitted": {"against": []},
+        "exposed": {"automatic": False},
+        "serving": {"unjudged": True},
+    }
+    return {**content, **lacking.get(content["kind"], {})}
+
+
+def _converted(
+    path: Path, manifest: Mapping[str, Any], seal: Seal, links: list[Link]
+) -> tuple[Standing, list[dict[str, Any]]]:
+    """What the entries amount to, and the entries with all fields of this format."""
+    standing, entries = Standing(), []
+    for number, link in enumerate(links, 1):
+        entry = _upgraded(link.content)
+        if entry["kind"] == "candidate" and _is_base(path, manifest, seal, entry["set"]):
+            entry["role"] = "base"
+        if entry["kind"] == "serving":
+            entry["unjudged"] = entry["set"] in standing.unjudged
+        refuse_out_of_order(standing, Link(link.previous, entry), number, path / LEDGER)
+        standing.take(entry)
+        entries.append(entry)
+    return standing, entries
+
+
+def _is_base(path: Path, manifest: Mapping[str, Any], seal: Seal, name: str) -> bool:
+    """Whether what was sealed with a set says that others are made from it; a set whose file is gone is none."""
+    file = path / SETS / f"{name}{SEALED}"
+    with usable(file, refusal_in_pool):
+        for each in (file, file.with_name(file.name + NEW)):
+            if each.exists():
+                plain = seal.open(each.read_bytes(), old_bound(manifest["id"], f"{SETS}/{name}"), each)
+                return column_files.decode(plain, str(each)).about.get("base") is True
+    return False
+
+
+def _refuse_strays(path: Path, standing: Standing) -> None:
+    """`TargetError` for a set without an entry: the older ledger was shortened."""
+    for file in sorted((path / SETS).glob(f"*{SEALED}")):
+        if file.stem not in standing.members:
+            raise TargetError(
+                f"{str(file)!r} is in no entry of {str(path / LEDGER)!r}, which was shortened; restore that from a "
+                f"copy. Nothing was converted"
+            )
+
+
+def _write(path: Path, entries: list[dict[str, Any]], manifest: Mapping[str, Any], key: LedgerKey) -> str:
+    """Write the ledger and its head under other names, then the manifest, which makes them valid; the head."""
+    lines, previous = b"", GENESIS
+    for number, entry in enumerate(entries, 1):
+        link = Link(previous, entry)
+        lines, previous = lines + line_of(link, number, key), link.digest
+    with usable(path, refusal_in_pool):
+        write_atomically(path / KEPT, (path / LEDGER).read_bytes(), PRIVATE)
+        write_atomically(path / f"{LEDGER}{NEW}", lines, PRIVATE)
+        write_head(path / f"{HEAD}{NEW}", Head(len(entries), previous), key)
+        write_atomically(path / MANIFEST, document(manifest), PRIVATE)
+        name_new_files(path)
+    return previous
