@@ -115,7 +115,32 @@ TARGET = (
     click.option("--bounds", metavar="LOW,HIGH", help="Range of legal inputs (default: 0,1)."),
     click.option("--mean", metavar="M,…", help="Subtracted inside the model, one number a channel."),
     click.option("--std", metavar="S,…", help="Divides inside the model, one number a channel."),
+    click.option(
+        "--data-normalised",
+        metavar="M,…/S,…",
+        help="The data were normalised so beforehand: undo it, and have the model do it again.",
+    ),
+    click.option(
+        "--layout",
+        type=click.Choice(["chw", "hwc", "asis"]),
+        help="Axes of stored arrays: channels first, last, or left as they are.",
+    ),
+    click.option(
+        "--model-output",
+        type=click.Choice(["logit", "probability"]),
+        help="What the model returns, where that is unclear.",
+    ),
     click.option("--classes", type=int, metavar="N", help="Number of classes, to be checked."),
+    click.option(
+        "--class-names",
+        metavar="A,B,…|@FILE",
+        help="The model's classes in their order, to match folders and text labels.",
+    ),
+    click.option(
+        "--class-order",
+        type=click.Choice(["lexical", "numeric"]),
+        help="How class folders were numbered in training.",
+    ),
     click.option(
         "--allow-host",
         "allow_hosts",

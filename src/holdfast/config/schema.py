@@ -56,6 +56,10 @@ def schema() -> dict[str, Any]:
         place[key]["anyOf"] = [numbers, {"type": "string"}, *absent]
         for old in ("type", "items", "minItems", "maxItems", "prefixItems"):
             place[key].pop(old, None)
+    side = {"anyOf": [{"type": "number"}, {"type": "array", "items": {"type": "number"}, "minItems": 1}]}
+    pair = {"type": "array", "items": side, "minItems": 2, "maxItems": 2}
+    properties["data_normalised"]["anyOf"] = [pair, {"type": "string"}, {"type": "null"}]
+    properties["class_names"]["anyOf"].insert(1, {"type": "string"})
     return content
 
 
