@@ -59,7 +59,8 @@ def schema() -> dict[str, Any]:
     side = {"anyOf": [{"type": "number"}, {"type": "array", "items": {"type": "number"}, "minItems": 1}]}
     pair = {"type": "array", "items": side, "minItems": 2, "maxItems": 2}
     properties["data_normalised"]["anyOf"] = [pair, {"type": "string"}, {"type": "null"}]
-    properties["class_names"]["anyOf"].insert(1, {"type": "string"})
+    names = {"type": "array", "items": {"type": ["string", "integer"]}, "minItems": 2}
+    properties["class_names"]["anyOf"] = [names, {"type": "string"}, {"type": "null"}]
     return content
 
 

@@ -92,8 +92,8 @@ def _class_names(value: object) -> object:
         return _unique([name.strip() for name in names if name.strip()])
     if isinstance(value, str):
         return _unique([name.strip() for name in value.split(",")])
-    if isinstance(value, Sequence) and all(isinstance(name, str) for name in value):
-        return _unique(value)
+    if isinstance(value, Sequence) and all(type(name) in (str, int) for name in value):
+        return _unique([str(name) for name in value])
     return value
 
 
