@@ -100,7 +100,7 @@ def test_lzma_members_and_class_names_are_read(tmp_path: Path) -> None:
             archive.writestr(f"{name}.npy", file.getvalue())
     data = open_data(str(tmp_path / "l.npz"), n=2)
     assert data.classes == ("a", "b", "c")
-    torch.testing.assert_close(read_all(data), torch.from_numpy(BYTES[:2, None]).float() / 255)
+    torch.testing.assert_close(read_all(data), torch.from_numpy(BYTES[:2]).float() / 255)
 
 
 def test_fortran_order_and_float64_are_read(tmp_path: Path) -> None:
@@ -297,8 +297,10 @@ def test_bad_folders_of_images_are_refused(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "text" / "a" / "0.png").write_text("no image")
     with pytest.raises(TargetError, match="cannot be read as PNG"):
         open_data(str(tmp_path / "text"))
-    with pytest.raises(TargetError, match=r"has 2 class folders \(a, b\), but the model has 1 classes"):
-        open_data(str(tmp_path / "sizes"), expected=Expected(classes=1))
+    for name in ("a", "b", "c"):
+        picture(tmp_path / "three" / name / "0.png")
+    with pytest.raises(TargetError, match=r"has 3 class folders \(a, b, c\), but the model has 2 classes"):
+        open_data(str(tmp_path / "three"), expected=Expected(classes=2))
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10)
     with pytest.raises(TargetError, match="too large to decode"):
         open_data(str(tmp_path / "sizes"))

@@ -13,6 +13,7 @@ from torch import fx, nn
 import holdfast
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.models import open_model
+from holdfast.sources.probing import HWC_NOTE
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -518,12 +519,7 @@ def test_channels_last_models_take_channels_first(tmp_path: Path) -> None:
     forms = (x, x.transpose(0, 3, 1, 2), torch.from_numpy(x), torch.from_numpy(x).permute(0, 3, 1, 2))
     found = [holdfast.assess(address, (form, y), "linf:0.01", "quick", doubts=False) for form in forms]
     assert len({tuple(one.evidence["margin"].tolist()) for one in found}) == 1
-    assert [any("channels last" in note for note in one.evidence.notes) for one in found] == [
-        True,
-        True,
-        False,
-        True,
-    ]
+    assert [HWC_NOTE in one.evidence.notes for one in found] == [True, True, False, True]
 
 
 def test_an_unknown_operator_is_named_and_served_without_gradients(tmp_path: Path) -> None:

@@ -118,28 +118,31 @@ TARGET = (
     click.option(
         "--data-normalised",
         metavar="M,…/S,…",
-        help="The data were normalised so beforehand: undo it, and have the model do it again.",
+        help="The data were normalised so: undo it, and do it in the model.",
     ),
     click.option(
         "--layout",
         type=click.Choice(["chw", "hwc", "asis"]),
-        help="Axes of stored arrays: channels first, last, or left as they are.",
+        metavar="L",
+        help="Axes of stored arrays: chw or hwc (channels first or last), or asis.",
     ),
     click.option(
         "--model-output",
         type=click.Choice(["logit", "probability"]),
-        help="What the model returns, where that is unclear.",
+        metavar="KIND",
+        help="What the model returns: logit or probability.",
     ),
     click.option("--classes", type=int, metavar="N", help="Number of classes, to be checked."),
     click.option(
         "--class-names",
         metavar="A,B,…|@FILE",
-        help="The model's classes in their order, to match folders and text labels.",
+        help="Classes of the model in their order, to match names in the data.",
     ),
     click.option(
         "--class-order",
         type=click.Choice(["lexical", "numeric"]),
-        help="How class folders were numbered in training.",
+        metavar="ORDER",
+        help="How class names were numbered in training: lexical or numeric.",
     ),
     click.option(
         "--allow-host",

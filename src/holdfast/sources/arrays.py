@@ -189,6 +189,11 @@ def from_numpy(
     names, probe = class_names or expected.class_names, expected.probe
     if len(x) == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
+    if x.ndim < 2 and not keeps:
+        raise TargetError(
+            f"the inputs of {name} have shape {x.shape}; at least two axes were expected, (N, features) or more: give "
+            "x.reshape(len(x), -1)"
+        )
     known = expected.classes or (None if names is None else len(names))
     y = labels(y, len(x), classes=known, name=name, lenient=expected.any_label, whole=whole)
     stored, scale, said = _stored(x, expected.bounds, name, keeps=keeps)
