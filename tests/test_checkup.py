@@ -39,7 +39,7 @@ def test_labels_that_start_at_1_are_named(tmp_path: Path) -> None:
     assert found["accuracy"][0] == found["gradients"][0] == "good"
 
 
-def test_folders_named_for_other_numbers_than_they_get_are_named(tmp_path: Path) -> None:
+def test_folders_that_lack_classes_are_named(tmp_path: Path) -> None:
     digits = open_data("mnist-mini").read(0, 40)
     for x, y in zip(digits.x, digits.y.tolist(), strict=True):
         if y in {2, 7}:
@@ -48,12 +48,11 @@ def test_folders_named_for_other_numbers_than_they_get_are_named(tmp_path: Path)
             pixels = (x[0] * 255).round().byte().numpy()
             Image.fromarray(pixels).save(place / f"{len(list(place.iterdir()))}.png")
     found = {finding.check: finding for finding in holdfast.doctor("mnist-cnn", tmp_path)}
-    assert found["folders"].level == "warning"
-    assert "2 is class 0, 7 is class 1" in found["folders"].says
-    for name in map(str, range(10)):
-        (tmp_path / name).mkdir(exist_ok=True)
-    found = {finding.check: finding for finding in holdfast.doctor("mnist-cnn", tmp_path)}
-    assert "folders" not in found
+    assert found["classes"].level == "problem"
+    assert "2 class folders (2, 7)" in found["classes"].says and "10 classes" in found["classes"].says
+    names = ",".join(map(str, range(10)))
+    found = {f.check: f for f in holdfast.doctor("mnist-cnn", tmp_path, class_names=names)}
+    assert "classes" not in found
     assert found["accuracy"].level == "good"
 
 
@@ -69,7 +68,9 @@ def test_a_single_misfit_among_many_is_seen(tmp_path: Path) -> None:
 def test_a_table_is_told_to_scale_its_features() -> None:
     x = torch.arange(40.0).view(20, 2)
     found = said(holdfast.doctor(lambda x: x, (x, torch.ones(20, dtype=torch.long))))
-    assert found["range"] == ("problem", "scale the features as in training, or use --bounds 0,39")
+    level, way_out = found["range"]
+    assert level == "problem" and way_out.startswith("scale the features as in training;")
+    assert "--bounds LOW,HIGH, as 0,39 (an estimate from 20 examples" in way_out
 
 
 def test_a_model_that_writes_into_its_input_is_told_so() -> None:
@@ -130,9 +131,10 @@ def test_normalising_twice_is_named_on_either_side() -> None:
             (x, y),
         )
     )
-    assert missing["normalisation"] == (
-        "problem",
-        "declare it: --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225",
+    level, way_out = missing["normalisation"]
+    assert level == "problem" and way_out.startswith("an estimate: ")
+    assert way_out.endswith(
+        "the values of your training, as in --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"
     )
     assert "normalisation" not in said(holdfast.doctor(colourful, (x, y)))
 

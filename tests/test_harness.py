@@ -533,11 +533,3 @@ def test_a_model_that_takes_no_batch_is_refused_in_its_own_words():
         prepared(broken, BATCH.take(torch.arange(3))),
     ):
         pass
-
-
-@pytest.mark.parametrize("last, said", [(nn.Identity(), 0), (nn.Sigmoid(), 1)], ids=["logit", "probability"])
-def test_one_probability_an_example_is_not_taken_for_a_logit_in_silence(last, said):
-    torch.manual_seed(0)
-    model = Classifier(nn.Sequential(nn.Linear(6, 1), last))
-    with prepared(model, Batch(torch.rand(8, 6), torch.zeros(8).long(), torch.arange(8))) as target:
-        assert sum("log(p / (1 - p))" in note for note in target.notes) == said

@@ -33,6 +33,8 @@ from holdfast.config.settings import AssessSettings, HardenSettings
 from holdfast.config.starting import DEMO_COMMAND, DIGITS, demo_settings, init, validate
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
+from holdfast.core.outputs import OutputKind
+from holdfast.core.types import Layout
 from holdfast.gallery import ITEMS
 from holdfast.ops.recipe import Recipe
 from holdfast.reports.write import check as check_place
@@ -47,6 +49,7 @@ from holdfast.runs.order import Order, Progress, Subject, silent
 from holdfast.runs.result import Result
 from holdfast.runs.selection import selected
 from holdfast.sources.data import open_data
+from holdfast.sources.expected import ClassOrder
 from holdfast.store.verify import Verified
 from holdfast.store.verify import verify as verify_folder
 
@@ -89,7 +92,12 @@ def assess(
     bounds: Numbers | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
+    data_normalised: tuple[Numbers, Numbers] | str | None = None,
+    layout: Layout | None = None,
+    model_output: OutputKind | None = None,
     classes: int | None = None,
+    class_names: Sequence[str] | str | None = None,
+    class_order: ClassOrder | None = None,
     arch: str | None = None,
     model_args: Mapping[str, str] | None = None,
     allow_hosts: Sequence[str] = (),
@@ -184,7 +192,12 @@ def harden(
     bounds: Numbers | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
+    data_normalised: tuple[Numbers, Numbers] | str | None = None,
+    layout: Layout | None = None,
+    model_output: OutputKind | None = None,
     classes: int | None = None,
+    class_names: Sequence[str] | str | None = None,
+    class_order: ClassOrder | None = None,
     arch: str | None = None,
     model_args: Mapping[str, str] | None = None,
     trust_code: bool = False,
@@ -297,7 +310,12 @@ def doctor(
     bounds: Numbers | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
+    data_normalised: tuple[Numbers, Numbers] | str | None = None,
+    layout: Layout | None = None,
+    model_output: OutputKind | None = None,
     classes: int | None = None,
+    class_names: Sequence[str] | str | None = None,
+    class_order: ClassOrder | None = None,
     arch: str | None = None,
     model_args: Mapping[str, str] | None = None,
     allow_hosts: Sequence[str] = (),

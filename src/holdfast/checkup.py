@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch, Data
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import TargetError, UnclearOutput
 from holdfast.core.model import EVERY, IN_PLACE, Classifier, fitted
 from holdfast.ops.losses import margin_loss
 from holdfast.ops.prepare import in_training
 from holdfast.ops.statistics import against_majority
 from holdfast.sources.arrays import Arrays
-from holdfast.sources.pictures import Pictures, renumbered
+from holdfast.sources.estimates import NORMALISATIONS, scaling
+from holdfast.sources.pictures import Pictures
+from holdfast.sources.probing import settle_output
 
 Level = Literal["problem", "warning", "good"]
 
@@ -29,13 +31,8 @@ _MISFITS = 16  # examples outside the bounds or the classes that are added to th
 _CHUNK = 4096
 _ROUNDING = 1e-6
 _BETTER, _MORE = 0.15, 5  # an alternative is named when it is right on this much more of them, and on so many
-_NORMALISATIONS = {
-    "MNIST's": ((0.1307,), (0.3081,)),
-    "CIFAR-10's": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "the half-half": ((0.5,), (0.5,)),
-}
 _STEADY = 1e-4  # share of the largest logit by which rounding may move an output
+_ESTIMATE = "an estimate: the network may take normalised input; declare it with the values of your training"
 _TWICE = "it is done twice, by the network and before it: give the data as they were, or leave one of the steps out"
 
 
@@ -110,7 +107,9 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
     try:
         model.eval()
         with fitted(model, batch.x):
-            return (*_numbers(data), *_found(model, batch, left_in_training))
+            unclear = tuple(_unclear_output(model, data))
+            found = () if unclear else _found(model, batch, left_in_training, _range_of_labels(data, batch))
+            return (*_numbers(data), *unclear, *found)
     finally:
         for module, training in modes:
             module.training = training
@@ -174,15 +173,29 @@ def _layouts(patient: Patient) -> Iterator[Finding]:
 
 
 def _numbers(data: Data) -> Iterator[Finding]:
-    """Folders named 2 and 7 that become the classes 0 and 1."""
-    if isinstance(data, Pictures) and renumbered(data.classes):
-        moved = [f"{name} is class {y}" for y, name in enumerate(data.classes) if int(name) != y]
-        text = f"the names of the class folders are not the classes that they get: {', '.join(moved[:3])}"
-        way_out = "make a folder for each class of the model, empty or not, with names as long as the longest: 00, 01"
-        yield Finding("folders", "warning", text + (" …" if len(moved) > 3 else ""), way_out)
+    """Named classes whose numbers are not certain, as of a folder that lacks one of the model's classes."""
+    if isinstance(data, Pictures | Arrays) and data.objection:
+        way_out = "name the model's classes in the order of its outputs: --class-names A,B,C"
+        yield Finding("classes", "problem", data.objection, way_out)
 
 
-def _found(model: Classifier, batch: Batch, left_in_training: tuple[str, ...]) -> Iterator[Finding]:
+def _unclear_output(model: Classifier, data: Data) -> Iterator[Finding]:
+    """One number an example that may be a logit or a probability."""
+    try:
+        settle_output(model, data)
+    except UnclearOutput as error:
+        yield Finding("output", "problem", str(error), "--model-output probability, or --model-output logit")
+
+
+def _range_of_labels(data: Data, batch: Batch) -> tuple[int, int]:
+    """The smallest and the largest label: of arrays those of all examples, else those of the sample."""
+    y = torch.from_numpy(data.y) if isinstance(data, Arrays) else batch.y
+    return int(y.min()), int(y.max())
+
+
+def _found(
+    model: Classifier, batch: Batch, left_in_training: tuple[str, ...], labels: tuple[int, int]
+) -> Iterator[Finding]:
     wrong_layout = _layout(model, batch)
     if wrong_layout is not None:
         yield wrong_layout
@@ -194,8 +207,8 @@ def _found(model: Classifier, batch: Batch, left_in_training: tuple[str, ...]) -
     if model.rewrites:
         yield Finding("in place", "warning", IN_PLACE, "write x = x - mean in it, not x -= mean")
     known = _ask(model, batch.x[:1]).shape[1] - model.rejects
-    yield from (*_range(model, batch.x), *_labels_outside(batch.y, known))
-    batch = _brought_inside(model, batch, known)
+    yield from (*_range(model, batch.x), *_labels_outside(*labels, known))
+    batch = _brought_inside(model, batch, known, labels)
     patient = Patient(model, batch, left_in_training, _ask(model, batch.x))
     for check in _CHECKS:
         yield from check(patient)
@@ -236,20 +249,16 @@ def _are_bytes(x: Tensor, model: Classifier) -> bool:
     return model.bounds.width <= 1 and low >= 0 and 1.5 < high <= 255 and (x.dim() > 2 or high == 255)
 
 
-def _brought_inside(model: Classifier, batch: Batch, classes: int) -> Batch:
+def _brought_inside(model: Classifier, batch: Batch, classes: int, labels: tuple[int, int]) -> Batch:
     """The batch as the findings on its range and its labels would have it, so that the other checks mean something."""
     if bool(_outside(batch.x, model).any()) and _are_bytes(batch.x, model):
         batch = replace(batch, x=batch.x / 255)
-    if _from_one(batch.y, classes):
+    if labels == (1, classes):
         return replace(batch, y=batch.y - 1)
     known = (batch.y >= 0) & (batch.y < classes)
     if not bool(known.any()):
         return replace(batch, y=batch.y.clamp(0, classes - 1))
     return Batch(batch.x[known], batch.y[known], batch.ids[known])
-
-
-def _from_one(y: Tensor, classes: int) -> bool:
-    return int(y.min()) == 1 and int(y.max()) == classes
 
 
 def _ask(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -287,10 +296,8 @@ def _range(model: Classifier, x: Tensor) -> Iterator[Finding]:
     if bool(_outside(x, model).any()):
         if _are_bytes(x, model):
             way_out = "divide them by 255 (or --bounds 0,255, if the network takes them so)"
-        elif x.dim() == 2:
-            way_out = f"scale the features as in training, or use --bounds {low:.6g},{high:.6g}"
         else:
-            way_out = f"scale them, or correct --bounds, as in --bounds {low:.6g},{high:.6g}"
+            way_out = scaling(x)
         yield Finding("range", "problem", f"{seen}, outside the bounds", way_out)
     elif model.bounds.width >= 100 and high <= 1.0:
         reach = float(model.bounds.like(x)[1].max())
@@ -339,13 +346,13 @@ def _normalisation(patient: Patient) -> Iterator[Finding]:
             )
         return
     best, found = patient.accuracy, tuple[Finding, ...]()
-    for name, (mean, std) in _NORMALISATIONS.items():
+    for name, (mean, std) in NORMALISATIONS.items():
         if len(mean) not in (1, batch.x.shape[1]):
             continue
         flags = f"--mean {','.join(map(str, mean))} --std {','.join(map(str, std))}"
         undone = [-m / s for m, s in zip(mean, std, strict=True)], [1 / s for s in std]
         for shift, scale, text, way_out in (
-            (mean, std, f"with {name} normalisation", f"declare it: {flags}"),
+            (mean, std, f"with {name} normalisation", f"{_ESTIMATE}, as in {flags}"),
             (*undone, f"with {name} normalisation undone", _TWICE),
         ):
             changed = Classifier(model.net, mean=shift, std=scale, batches=model.batches)
@@ -357,10 +364,10 @@ def _normalisation(patient: Patient) -> Iterator[Finding]:
     yield from found
 
 
-def _labels_outside(y: Tensor, classes: int) -> Iterator[Finding]:
-    if int(y.min()) < 0 or int(y.max()) >= classes:
-        text = f"labels run from {int(y.min())} to {int(y.max())}, but the model knows classes 0 to {classes - 1}"
-        off = "they seem to start at 1: subtract 1" if _from_one(y, classes) else "check them"
+def _labels_outside(lowest: int, highest: int, classes: int) -> Iterator[Finding]:
+    if lowest < 0 or highest >= classes:
+        text = f"labels run from {lowest} to {highest}, but the model knows classes 0 to {classes - 1}"
+        off = "they seem to start at 1: subtract 1" if (lowest, highest) == (1, classes) else "check them"
         yield Finding("labels", "problem", text, off)
 
 
@@ -408,7 +415,7 @@ def _outputs(patient: Patient) -> Iterator[Finding]:
             "probabilities",
             "warning",
             "the outputs are probabilities, not logits: attacks see vanishing gradients",
-            "return the layer before the softmax",
+            "return the layer before the softmax, or declare --model-output probability",
         )
     if len(logits) > 1 and float((logits - logits[0]).abs().max()) <= 1e-6 * float(
         logits.abs().max().clamp_min(1e-12)

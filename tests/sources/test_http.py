@@ -8,7 +8,7 @@ import torch
 
 from holdfast.core.errors import TargetError, TargetLost, UsageError
 from holdfast.sources.asking import LONGEST_WAIT_S, Client
-from holdfast.sources.models import open_model
+from holdfast.sources.models import Declared, open_model
 from holdfast.sources.remote import Remote, allowed_address, header_variable
 from servers import CLASSES, FEATURES, Server, examples, network
 
@@ -25,7 +25,9 @@ def opened(server, path="/v2/models/small", *, classes=None, **changes):
     """The model and the waits that it made, none of which was slept."""
     waits = []
     remote = Remote(hosts=("127.0.0.1",), timeout_s=2.0, sleep=waits.append)
-    return open_model(server.url(path), classes=classes, remote=replace(remote, **changes)), waits
+    return open_model(
+        server.url(path), declared=Declared(classes=classes), remote=replace(remote, **changes)
+    ), waits
 
 
 def asked(found, x=X):

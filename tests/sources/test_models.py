@@ -63,7 +63,7 @@ def test_a_factory_gets_its_arguments_as_it_annotates_them(code: Path, tmp_path:
     data.write_bytes(b"x")
     arguments = {"width": "5", "scale": "0.5", "deep": "yes", "note": "7", "path": str(data)}
     opened = open_model(
-        f"{code}:net", model_args=arguments, bounds=Bounds(-1, 1), mean=[0.5], std=[0.5], classes=5
+        f"{code}:net", model_args=arguments, declared=Declared(Bounds(-1, 1), [0.5], [0.5], 5)
     )
     net = opened.model.net
     assert isinstance(net, nn.Sequential)

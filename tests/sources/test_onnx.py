@@ -13,6 +13,7 @@ from torch import fx, nn
 import holdfast
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.models import open_model
+from holdfast.sources.probing import HWC_NOTE
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -513,9 +514,12 @@ def test_channels_last_models_take_channels_first(tmp_path: Path) -> None:
         node("Conv", "t w", "c"),
         node("Flatten", "c", "y"),
     ]
-    opened = open_model(write(tmp_path / "m.onnx", nodes, {"w": floats(2, 3, 3, 3)}, shape=(N, 8, 8, 3)))
-    assert opened.model(torch.rand(2, 3, 8, 8)).shape == (2, 72)
-    assert any("channels last" in note for note in opened.notes)
+    address = write(tmp_path / "m.onnx", nodes, {"w": floats(2, 3, 3, 3)}, shape=(N, 8, 8, 3))
+    x, y = np.random.default_rng(0).random((9, 8, 8, 3), np.float32), np.arange(9)
+    forms = (x, x.transpose(0, 3, 1, 2), torch.from_numpy(x), torch.from_numpy(x).permute(0, 3, 1, 2))
+    found = [holdfast.assess(address, (form, y), "linf:0.01", "quick", doubts=False) for form in forms]
+    assert len({tuple(one.evidence["margin"].tolist()) for one in found}) == 1
+    assert [HWC_NOTE in one.evidence.notes for one in found] == [True, True, False, True]
 
 
 def test_an_unknown_operator_is_named_and_served_without_gradients(tmp_path: Path) -> None:

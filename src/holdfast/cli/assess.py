@@ -115,7 +115,35 @@ TARGET = (
     click.option("--bounds", metavar="LOW,HIGH", help="Range of legal inputs (default: 0,1)."),
     click.option("--mean", metavar="M,…", help="Subtracted inside the model, one number a channel."),
     click.option("--std", metavar="S,…", help="Divides inside the model, one number a channel."),
+    click.option(
+        "--data-normalised",
+        metavar="M,…/S,…",
+        help="The data were normalised so: undo it, and do it in the model.",
+    ),
+    click.option(
+        "--layout",
+        type=click.Choice(["chw", "hwc", "asis"]),
+        metavar="L",
+        help="Axes of stored arrays: chw or hwc (channels first or last), or asis.",
+    ),
+    click.option(
+        "--model-output",
+        type=click.Choice(["logit", "probability"]),
+        metavar="KIND",
+        help="What the model returns: logit or probability.",
+    ),
     click.option("--classes", type=int, metavar="N", help="Number of classes, to be checked."),
+    click.option(
+        "--class-names",
+        metavar="A,B,…|@FILE",
+        help="Classes of the model in their order, to match names in the data.",
+    ),
+    click.option(
+        "--class-order",
+        type=click.Choice(["lexical", "numeric"]),
+        metavar="ORDER",
+        help="How class names were numbered in training: lexical or numeric.",
+    ),
     click.option(
         "--allow-host",
         "allow_hosts",

@@ -51,6 +51,7 @@ def show(voice: Voice, *, address: str, split: str | None, label: str | None, dr
     from holdfast.core.model import Bounds
     from holdfast.sources.catalogue import CATALOGUE
     from holdfast.sources.data import open_data
+    from holdfast.sources.expected import Expected
 
     table = Table(box=None, pad_edge=False, show_header=False)
     entry = CATALOGUE.get(address)
@@ -58,7 +59,8 @@ def show(voice: Voice, *, address: str, split: str | None, label: str | None, dr
         table.add_row("title", entry.title)
         table.add_row("licence", entry.licence)
         table.add_row("cite", entry.cite)
-    opened = open_data(address, split=split, label=label, drop=drop, bounds=Bounds(-math.inf, math.inf))
+    anything = Expected(Bounds(-math.inf, math.inf), lenient=True)
+    opened = open_data(address, split=split, label=label, drop=drop, expected=anything)
     first = opened.read(0, min(len(opened), 1000))
     table.add_row("examples", f"{len(opened):,}")
     table.add_row("shape", " x ".join(str(size) for size in first.x.shape[1:]))

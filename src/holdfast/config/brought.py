@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from holdfast.attacks.protocol import Attack
-from holdfast.config import ordering
+from holdfast.config import expecting, ordering
 from holdfast.config.attacks import checked
 from holdfast.config.settings import AssessSettings, S, check
 from holdfast.core.batch import Data
@@ -45,7 +45,9 @@ def brought(
     """The model, the examples and the surrogates, each in hand or at an address."""
     subject = subject_of(model, settings)
     seconds = surrogates_of(surrogates, settings, subject.model)
-    return subject, data_of(data, settings, subject.model), seconds
+    given = data_of(data, settings, subject.model)
+    expecting.fitting(subject.model, seconds, given)
+    return subject, given, seconds
 
 
 def subject_of(model: ModelLike, settings: AssessSettings) -> Subject:
@@ -71,7 +73,7 @@ def surrogates_of(given: object, settings: AssessSettings, target: Classifier) -
             said = check({"surrogates": [str(each)]}, "assess()", kind=AssessSettings).surrogates[0]
             subjects.append(ordering.opened_surrogate(said, settings, target))
         elif callable(each):
-            subjects.append(ordering.given_surrogate(each, target))
+            subjects.append(ordering.given_surrogate(each, settings, target))
         else:
             raise UsageError(
                 f"surrogates holds a {type(each).__name__}; give networks, functions or addresses"
@@ -84,7 +86,7 @@ def data_of(data: DataLike, settings: AssessSettings, model: Classifier, *, leni
     if isinstance(data, str | Path):
         return ordering.opened_data(settings, model, lenient=lenient)
     _refuse_address_words(settings)
-    given = as_data(data, classes=model.classes, bounds=model.bounds, lenient=lenient)
+    given = as_data(data, expected=expecting.expected(settings, model, lenient=lenient))
     return selected(given, n=settings.n, sample=settings.sample, seed=settings.seed)
 
 
@@ -94,7 +96,7 @@ def fit_of(
     """What attacks are learned on, as an address or in hand."""
     if fit is None or isinstance(fit, str | Path):
         return ordering.opened_fit(settings, model, order.plan, in_hand=not isinstance(data, str | Path))
-    given = as_data(fit, classes=model.classes, bounds=model.bounds)
+    given = as_data(fit, expected=expecting.expected(settings, model))
     return selected(given, n=None, sample=ordering.examples_to_fit(order.plan) or 1, seed=settings.seed)
 
 
@@ -109,7 +111,7 @@ def others_of(given: object, settings: AssessSettings, model: Classifier) -> tup
     return tuple(
         ordering.opened_other(str(each), settings, model)
         if isinstance(each, str | Path)
-        else as_data(each, bounds=model.bounds)
+        else as_data(each, expected=expecting.unlabelled(settings, model))
         for each in given
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from holdfast.config import brought, ordering
+from holdfast.config import brought, expecting, ordering
 from holdfast.config.attacks import refuse_settings, threat_model
 from holdfast.config.grammar import parse_threat, seconds
 from holdfast.config.naming import AUTO, PRESETS, RECIPES
@@ -21,13 +21,14 @@ from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, UsageError
 from holdfast.core.evidence import Evidence
-from holdfast.core.model import Bounds, Classifier
+from holdfast.core.model import Classifier
 from holdfast.ops.fit import Training, drawing
 from holdfast.ops.recipe import Recipe
 from holdfast.runs.candidates import Candidate
 from holdfast.runs.order import Subject
 from holdfast.runs.wish import Wish
 from holdfast.sources.data import open_data
+from holdfast.sources.expected import Expected
 from holdfast.sources.memory import as_data
 
 JUDGED = 1_000
@@ -42,10 +43,9 @@ def opened(settings: HardenSettings) -> tuple[Subject, Batch, Data, Data]:
     with _weights_of(settings):
         subject = ordering.opened_subject(settings)
     model = subject.model
-    training = _with_unlabelled(
-        _opened_training(settings, model), settings.unlabelled, settings, model.bounds
-    )
+    training = _with_unlabelled(_opened_training(settings, model), settings.unlabelled, settings, model)
     judged = ordering.opened_data(_few(settings), model)
+    expecting.fitting(model, (), judged)
     return subject, training, judged, ordering.opened_data(_all(settings), model)
 
 
@@ -69,9 +69,10 @@ def brought_all(
         if fit is None or isinstance(fit, str | Path):
             training = _opened_training(settings, own)
         else:
-            given = as_data(fit, classes=own.classes, bounds=own.bounds)
+            given = as_data(fit, expected=expecting.expected(settings, own))
             training = given.read(0, len(given))
-    return subject, _with_unlabelled(training, unlabelled, settings, own.bounds), judged, whole
+    expecting.fitting(own, (), judged)
+    return subject, _with_unlabelled(training, unlabelled, settings, own), judged, whole
 
 
 def _weights_of(settings: HardenSettings) -> AbstractContextManager[None]:
@@ -88,7 +89,7 @@ def _parted(data: Data, settings: HardenSettings, model: Classifier) -> tuple[Ba
             f"{n} of {len(whole)} examples are to judge, which leaves none to train on; give fewer"
         )
     aside, rest = (whole.take(rows.sort().values) for rows in (order[:n], order[n:]))
-    return rest, as_data(aside.x, aside.y, classes=model.classes, bounds=model.bounds)
+    return rest, as_data(aside.x, aside.y, expected=Expected(model.bounds, model.classes))
 
 
 def _few(settings: HardenSettings) -> HardenSettings:
@@ -109,8 +110,7 @@ def _opened_training(settings: HardenSettings, model: Classifier) -> Batch:
         address,
         label=settings.label,
         drop=tuple(settings.drop),
-        classes=model.classes,
-        bounds=model.bounds,
+        expected=expecting.expected(settings, model),
     )
     try:
         data = wanted(split="train")
@@ -124,18 +124,19 @@ def _opened_training(settings: HardenSettings, model: Classifier) -> Batch:
 
 
 def _with_unlabelled(
-    batch: Batch, given: brought.DataLike | None, settings: HardenSettings, bounds: Bounds
+    batch: Batch, given: brought.DataLike | None, settings: HardenSettings, model: Classifier
 ) -> Batch:
     """More examples behind the labelled ones, their labels taken off: a train split, or inputs in hand."""
     if given is None:
         return batch
+    expected = expecting.unlabelled(settings, model)
     if isinstance(given, str | Path):
         label, drop = settings.label, tuple(settings.drop)
-        data: Data = open_data(str(given), split="train", label=label, drop=drop, bounds=bounds)
+        data: Data = open_data(str(given), split="train", label=label, drop=drop, expected=expected)
     elif isinstance(given, torch.Tensor | np.ndarray):
-        data = as_data(given, np.zeros(len(given), dtype=np.int64), bounds=bounds)
+        data = as_data(given, np.zeros(len(given), dtype=np.int64), expected=expected)
     else:
-        data = as_data(given, bounds=bounds)
+        data = as_data(given, expected=expected)
     more = data.read(0, len(data))
     if more.x.shape[1:] != batch.x.shape[1:]:
         raise UsageError(
@@ -232,7 +233,14 @@ def _opens(settings: HardenSettings, subject: Subject) -> str:
         words += ["--arch", code or "FILE.py:FACTORY"]
         for key, value in settings.model_args.items():
             words += ["--model-args", f"{key}={value}"]
-    for flag, said in (("--split", settings.split), ("--label", settings.label)):
+    normalised = expecting.normalisation(settings)
+    for flag, said in (
+        ("--split", settings.split),
+        ("--label", settings.label),
+        ("--data-normalised", None if normalised is None else str(normalised)),
+        ("--layout", settings.layout),
+        ("--class-order", settings.class_order),
+    ):
         words += [flag, said] if said else []
     for column in settings.drop:
         words += ["--drop", column]

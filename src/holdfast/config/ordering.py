@@ -12,6 +12,15 @@ from holdfast.attacks import Corruption
 from holdfast.attacks.protocol import Attack, Learned
 from holdfast.config import pooled
 from holdfast.config.attacks import build, threat_model
+from holdfast.config.expecting import (
+    declared,
+    ends,
+    expected,
+    fitting,
+    normalisation,
+    units_of_eps,
+    unlabelled,
+)
 from holdfast.config.grammar import parse_threat, parse_transform, seconds
 from holdfast.config.naming import chosen
 from holdfast.config.settings import DEFAULT_SUITE, AssessSettings, usual_suite
@@ -42,12 +51,6 @@ from holdfast.suites import curve, suite
 _USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
 
 
-def declared(settings: AssessSettings) -> Declared:
-    """What the settings say of the model's input and output; the default bounds are not said."""
-    bounds = Bounds(*settings.bounds) if "bounds" in settings.model_fields_set else None
-    return Declared(bounds, settings.mean, settings.std, settings.classes)
-
-
 def remote(settings: AssessSettings) -> Remote:
     """How the settings say that a model behind HTTP is asked."""
     return Remote(
@@ -66,11 +69,13 @@ def opened_subject(settings: AssessSettings) -> Subject:
     """The model at the address that the settings name."""
     if settings.model is None:
         raise UsageError("model is missing; give an address, as in mnist-cnn or file.py:factory")
-    opened = pooled.opened(settings, declared(settings), remote(settings))
+    said = declared(settings)
+    opened = pooled.opened(settings, said, remote(settings))
     card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
     card |= opened.architecture
     model, seen, notes = _seen(opened.model, settings.transform)
-    return replace(_subject(model, card | seen, (*opened.notes, *notes)), remarks=opened.remarks)
+    subject = _subject(model, card | seen, (*opened.notes, *notes), said)
+    return replace(subject, remarks=opened.remarks)
 
 
 def opened_surrogate(said: SurrogateSettings, settings: AssessSettings, target: Classifier) -> Subject:
@@ -83,8 +88,7 @@ def opened_surrogate(said: SurrogateSettings, settings: AssessSettings, target: 
         said.model,
         arch=said.arch,
         model_args=said.model_args,
-        mean=said.mean,
-        std=said.std,
+        declared=Declared(mean=said.mean, std=said.std, normalised=normalisation(settings)),
         trust_code=settings.trust_code,
     )
     card = {"name": opened.name, "how": opened.how, "digest": opened.digest}
@@ -105,24 +109,20 @@ def opened_surrogates(settings: AssessSettings, target: Classifier) -> tuple[Sub
     return tuple(opened_surrogate(said, settings, target) for said in settings.surrogates)
 
 
-def given_surrogate(net: nn.Module | Any, target: Classifier) -> Subject:
-    """One that a Python caller holds; its preprocessing is its own."""
-    return _same_box(_held(net, Declared()), target)
+def given_surrogate(net: nn.Module | Any, settings: AssessSettings, target: Classifier) -> Subject:
+    """One that a Python caller holds; its preprocessing is its own, or undoes that of the data."""
+    return _same_box(_held(net, Declared(normalised=normalisation(settings))), target)
 
 
 def _same_box(surrogate: Subject, target: Classifier) -> Subject:
     """Refuses a surrogate that says that its inputs lie elsewhere; most say nothing, which is 0 to 1."""
-    own, other = (_ends(model.bounds) for model in (surrogate.model, target))
-    if own not in (other, _ends(Bounds())):
+    own, other = (ends(model.bounds) for model in (surrogate.model, target))
+    if own not in (other, ends(Bounds())):
         raise UsageError(
             f"the surrogate {surrogate.card['name']} takes inputs from {own[0]:g} to {own[1]:g}, the model from "
             f"{other[0]:g} to {other[1]:g}; wrap it in a factory that rescales them"
         )
     return surrogate
-
-
-def _ends(bounds: Bounds) -> tuple[float, float]:
-    return _end(bounds.low, min), _end(bounds.high, max)
 
 
 def given_subject(net: nn.Module | Any, settings: AssessSettings) -> Subject:
@@ -143,7 +143,7 @@ def _held(net: nn.Module | Any, said: Declared, transform: str | None = None) ->
     known = [str(getattr(kind, "__module__", "")), name, digest_in_hand(inner)]
     card = {"name": name, "how": "python", "digest": digest(canonical(known))}
     model, seen, through = _seen(model, transform)
-    return _subject(model, card | seen, (*notes, *through))
+    return _subject(model, card | seen, (*notes, *through), said)
 
 
 def _seen(model: Classifier, transform: str | None) -> tuple[Classifier, dict[str, Any], tuple[str, ...]]:
@@ -156,7 +156,9 @@ def _seen(model: Classifier, transform: str | None) -> tuple[Classifier, dict[st
     return seen_through(model, limits), {"seen_through": limits}, (said,)
 
 
-def _subject(model: Classifier, card: Mapping[str, Any], notes: tuple[str, ...]) -> Subject:
+def _subject(
+    model: Classifier, card: Mapping[str, Any], notes: tuple[str, ...], declared: Declared | None = None
+) -> Subject:
     said = strict(
         {
             "bounds": [model.bounds.low, model.bounds.high],
@@ -164,16 +166,18 @@ def _subject(model: Classifier, card: Mapping[str, Any], notes: tuple[str, ...])
             "std": model.std,
             "classes": model.classes,
             "access": model.access,
+            **({} if model.output is None else {"output": model.output}),
+            **({} if model.layout is None else {"layout": model.layout}),
         }
     )
     known = digest(canonical([card["digest"], said, card.get("seen_through")]))
-    shown = {**said, "bounds": list(_ends(model.bounds))}
+    shown = {**said, "bounds": list(ends(model.bounds))}
     parameters = sum(weight.numel() for weight in model.parameters())
-    return Subject(model, known, {**card, "parameters": parameters, **shown}, notes)
-
-
-def _end(side: float | torch.Tensor, which: Any) -> float:
-    return float(which(side.flatten().tolist())) if isinstance(side, torch.Tensor) else float(side)
+    normalised = None if declared is None else declared.normalised
+    if normalised is not None:
+        shown["data_normalised"] = str(normalised)
+    units = units_of_eps(model, normalised)
+    return Subject(model, known, {**card, "parameters": parameters, **shown}, (*notes, *units))
 
 
 def opened_data(settings: AssessSettings, model: Classifier, *, lenient: bool = False) -> Data:
@@ -188,9 +192,7 @@ def opened_data(settings: AssessSettings, model: Classifier, *, lenient: bool = 
         n=settings.n,
         sample=settings.sample,
         seed=settings.seed,
-        classes=model.classes,
-        bounds=model.bounds,
-        lenient=lenient,
+        expected=expected(settings, model, lenient=lenient),
     )
 
 
@@ -198,7 +200,9 @@ def opened(settings: AssessSettings) -> tuple[Subject, Data, tuple[Subject, ...]
     """The model, the examples and the surrogates at the addresses that the settings name."""
     subject = opened_subject(settings)
     surrogates = opened_surrogates(settings, subject.model)
-    return subject, opened_data(settings, subject.model), surrogates
+    data = opened_data(settings, subject.model)
+    fitting(subject.model, surrogates, data)
+    return subject, data, surrogates
 
 
 def examples_to_fit(plan: Plan) -> int:
@@ -227,10 +231,10 @@ def opened_fit(
         seed=settings.seed,
     )
     try:
-        return wanted(split="train", classes=model.classes, bounds=model.bounds)
+        return wanted(split="train", expected=expected(settings, model))
     except (UsageError, TargetError) as error:
         if elsewhere:
-            return wanted(classes=model.classes, bounds=model.bounds)
+            return wanted(expected=expected(settings, model))
         raise UsageError(
             f"{address!r} has no train split to learn attacks on ({error}); name other examples with --fit DATA"
         ) from error
@@ -245,7 +249,12 @@ def opened_other(address: str, settings: AssessSettings, model: Classifier) -> D
     """One of them: a seeded sample, of which no more is needed."""
     drop, seed = tuple(settings.drop), settings.seed
     return open_data(
-        address, label=settings.label, drop=drop, sample=MATRIX_ROWS, seed=seed, bounds=model.bounds
+        address,
+        label=settings.label,
+        drop=drop,
+        sample=MATRIX_ROWS,
+        seed=seed,
+        expected=unlabelled(settings, model),
     )
 
 

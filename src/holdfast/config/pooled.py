@@ -7,13 +7,14 @@ from typing import Any
 from holdfast.config.settings import AssessSettings
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
+from holdfast.core.normalisation import Normalisation
 from holdfast.reports.numbers import strict
 from holdfast.rotation import loaded
 from holdfast.sources.models import ROTATING, Declared, OpenedModel, open_model
 from holdfast.sources.remote import Remote
 from holdfast.store.pool import Pool
 
-_OWN = ("arch", "model_args", "bounds", "mean", "std", "classes")
+_OWN = ("arch", "model_args", "bounds", "mean", "std", "model_output", "classes")
 """What a pool says of its model, and nobody else."""
 _BARE = (
     "the number is that of an attacker who holds the set that serves (A5), which rotation does not change; add "
@@ -40,10 +41,7 @@ def opened(settings: AssessSettings, said: Declared, asked: Remote) -> OpenedMod
         address,
         arch=settings.arch,
         model_args=settings.model_args,
-        bounds=said.bounds,
-        mean=said.mean,
-        std=said.std,
-        classes=said.classes,
+        declared=said,
         trust_code=settings.trust_code,
         remote=asked,
     )
@@ -88,15 +86,20 @@ def _serving(address: str, pool: Pool, settings: AssessSettings) -> OpenedModel:
 def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
     """The model that the pool was begun with; `TargetError` where it is another by now."""
     known, about = said_of(pool), pool.manifest["about"]["model"]
-    ends = known.get("bounds")
+    ends, names, normalised = (known.get(key) for key in ("bounds", "class_names", "data_normalised"))
     bare = open_model(
         str(known["model"]),
         arch=known.get("arch"),
         model_args=known.get("model_args"),
-        bounds=None if ends in (None, [0.0, 1.0]) else Bounds(*ends),
-        mean=known.get("mean"),
-        std=known.get("std"),
-        classes=known.get("classes"),
+        declared=Declared(
+            None if ends in (None, [0.0, 1.0]) else Bounds(*ends),
+            known.get("mean"),
+            known.get("std"),
+            known.get("classes"),
+            known.get("model_output"),
+            class_names=None if names is None else tuple(names),
+            normalised=None if normalised is None else Normalisation(*(tuple(side) for side in normalised)),
+        ),
         trust_code=trust_code,
     )
     for key in ("mean", "std", "classes"):

@@ -56,6 +56,11 @@ def schema() -> dict[str, Any]:
         place[key]["anyOf"] = [numbers, {"type": "string"}, *absent]
         for old in ("type", "items", "minItems", "maxItems", "prefixItems"):
             place[key].pop(old, None)
+    side = {"anyOf": [{"type": "number"}, {"type": "array", "items": {"type": "number"}, "minItems": 1}]}
+    pair = {"type": "array", "items": side, "minItems": 2, "maxItems": 2}
+    properties["data_normalised"]["anyOf"] = [pair, {"type": "string"}, {"type": "null"}]
+    names = {"type": "array", "items": {"type": ["string", "integer"]}, "minItems": 2}
+    properties["class_names"]["anyOf"] = [names, {"type": "string"}, {"type": "null"}]
     return content
 
 

@@ -67,7 +67,29 @@ class AssessSettings(BaseModel):
     std: values.Numbers | None = Field(
         None, description="divides the input inside the model, one number a channel"
     )
+    data_normalised: values.Normalised | None = Field(
+        None,
+        description="MEAN/STD by which the data were normalised, one number a channel: it is undone, so that eps is in "
+        "pixels, and the model gets normalised input again",
+    )
+    layout: Literal["chw", "hwc", "asis"] | None = Field(
+        None,
+        description="axes of the stored arrays: channels first, channels last, or given to the model as they are; "
+        "without it the model decides",
+    )
+    model_output: Literal["logit", "probability"] | None = Field(
+        None, description="what the model returns; needed for one number an example from 0 to 1"
+    )
     classes: values.Classes | None = Field(None, description="number of classes, to be checked")
+    class_names: values.ClassNames | None = Field(
+        None,
+        description="names of the model's classes in the order of its outputs, or @FILE with one a line: class folders "
+        "and text labels are matched with them",
+    )
+    class_order: Literal["lexical", "numeric"] | None = Field(
+        None,
+        description="how class folders and text labels were numbered in training, where no names are given",
+    )
     allow_hosts: values.Names = Field(
         default_factory=list, description="servers that a URL may name, each HOST or HOST:PORT"
     )
@@ -347,6 +369,11 @@ def check(
     if settings.std is not None and not all(number > 0 for number in settings.std):
         way_out = "every number must be positive, as in 0.2470,0.2435,0.2616"
         raise UsageError(f"{spoken.get('std', f'{prefix}std')} is {list(settings.std)}; {way_out}")
+    if settings.data_normalised is not None and (settings.mean is not None or settings.std is not None):
+        raise UsageError(
+            f"{prefix}give data_normalised, for data that were normalised beforehand, or mean and std, for data that "
+            "are pixels and a model that wants normalised input, not both"
+        )
     if not settings.bounds[0] < settings.bounds[1] or not all(map(math.isfinite, settings.bounds)):
         raise UsageError(
             f"{prefix}bounds are {settings.bounds}; give two numbers, the lower first, as in 0,1"

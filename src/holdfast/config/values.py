@@ -1,10 +1,12 @@
 """Values of settings as they are written in files and on the command line, and the types that read them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isfinite
 from operator import index
+from pathlib import Path
 from typing import Annotated, Any, SupportsIndex
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, MinLen
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
 
 from holdfast.config.grammar import (
@@ -18,7 +20,7 @@ from holdfast.config.grammar import (
     seconds,
 )
 from holdfast.config.naming import AUTO, CARD, RECIPES, SOURCES
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.doubts.names import DOUBTS, OF_ADMISSION, OF_ROTATION
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.sources.remote import header_variable
@@ -32,6 +34,66 @@ def _fractions(value: object) -> object:
         return numbers(value, "a list of numbers")
     if isinstance(value, (list, tuple)):
         return [number(v, "a list of numbers") if isinstance(v, str) else v for v in value]
+    return value
+
+
+def _normalised(value: object) -> object:
+    """Mean and standard deviation, as `0.49,0.48/0.25,0.24` or as a pair, each a number or a list of numbers."""
+    expected = (
+        "expected MEAN/STD, one number a channel, with a positive STD, as in 0.49,0.48,0.45/0.25,0.24,0.26 "
+        "(in Python (mean, std))"
+    )
+    if isinstance(value, str):
+        sides: list[object] = list(value.split("/"))
+    else:
+        sides = list(value) if isinstance(value, Sequence) else []
+    if len(sides) != 2:
+        raise UsageError(f"data_normalised is {value!r}; {expected}")
+    try:
+        mean, std = (
+            numbers(side, "data_normalised")
+            if isinstance(side, str)
+            else tuple(map(float, side if isinstance(side, Iterable) else [side]))
+            for side in sides
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"data_normalised is {value!r}; {expected}") from error
+    if not (mean and std) or not all(map(isfinite, (*mean, *std))) or not all(number > 0 for number in std):
+        raise UsageError(f"data_normalised is {value!r}; {expected}")
+    if len({len(mean), len(std)} - {1}) > 1:
+        raise UsageError(f"data_normalised has {len(mean)} means and {len(std)} deviations; {expected}")
+    return mean, std
+
+
+def _unique(names: Sequence[str]) -> tuple[str, ...]:
+    """The names; `UsageError` where one occurs twice or is empty."""
+    for place, name in enumerate(names):
+        if not name.strip():
+            raise UsageError(
+                f"class name {place} is empty; give one name a class, as in --class-names cat,dog"
+            )
+        if name in names[:place]:
+            raise UsageError(f"the class name {name!r} occurs twice; give one name a class, as in cat,dog")
+    return tuple(names)
+
+
+def _class_names(value: object) -> object:
+    """Names separated by commas, those of a file after @, or a list."""
+    if isinstance(value, str) and value.startswith("@"):
+        path = Path(value[1:])
+        try:
+            names = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise TargetError(
+                f"class_names is {value!r}, and {str(path)!r} cannot be read: {error}; name a text file with one "
+                "class a "
+                "line"
+            ) from error
+        return _unique([name.strip() for name in names if name.strip()])
+    if isinstance(value, str):
+        return _unique([name.strip() for name in value.split(",")])
+    if isinstance(value, Sequence) and all(type(name) in (str, int) for name in value):
+        return _unique([str(name) for name in value])
     return value
 
 
@@ -85,6 +147,8 @@ def _surrogate(value: object) -> object:
 
 
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_fractions)]
+Normalised = Annotated[tuple[tuple[float, ...], tuple[float, ...]], BeforeValidator(_normalised)]
+ClassNames = Annotated[tuple[str, ...], MinLen(2), BeforeValidator(_class_names)]
 Whole = Annotated[StrictInt, Ge(0), BeforeValidator(_whole)]
 Positive = Annotated[StrictInt, Ge(1), BeforeValidator(_whole)]
 Classes = Annotated[StrictInt, Ge(2), BeforeValidator(_whole)]

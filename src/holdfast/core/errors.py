@@ -40,6 +40,10 @@ class TargetRefused(TargetError):
     """A target that refused an input, or answered it by nothing that can be used; mended, a run goes on with it."""
 
 
+class UnclearOutput(TargetError):
+    """Single outputs that may be logits or probabilities, where nothing declares which."""
+
+
 class LostLoss(TargetError):
     """A training whose loss is no number any more."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.outputs import OutputKind, is_single, kind_of_single, of_classes
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 
 Net = nn.Module | Callable[[Tensor], Tensor]
@@ -21,9 +22,11 @@ Net = nn.Module | Callable[[Tensor], Tensor]
 class Guarded(nn.Module):
     """A network and a detector, with a logit for "rejected" after those of the classes; see `guarded`."""
 
-    def __init__(self, net: Net, detector: Net, threshold: float, scale: float) -> None:
+    def __init__(
+        self, net: Net, detector: Net, threshold: float, scale: float, output: OutputKind | None = None
+    ) -> None:
         super().__init__()
-        self.net, self.detector = net, detector
+        self.net, self.detector, self.output = net, detector, output
         self.threshold: Tensor
         self.scale: Tensor
         # in the state, so that a run knows its model by them
@@ -35,7 +38,9 @@ class Guarded(nn.Module):
         logits = self.net(x)
         if not isinstance(logits, Tensor) or logits.dim() not in (1, 2) or len(logits) != len(x):
             return logits  # for the `Classifier` to name
-        logits = of_classes(logits)
+        if is_single(logits) and len(logits):
+            self.output = kind_of_single(logits, self.output)
+        logits = of_classes(logits, self.output)
         score = self.detector(x)
         if not isinstance(score, Tensor) or score.shape not in ((len(x),), (len(x), 1)):
             got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
@@ -48,7 +53,9 @@ class Guarded(nn.Module):
         return torch.cat((logits, rejected[:, None]), dim=1)
 
 
-def guarded(net: Net, detector: Net, threshold: float, *, scale: float = 1.0) -> Guarded:
+def guarded(
+    net: Net, detector: Net, threshold: float, *, scale: float = 1.0, output: OutputKind | None = None
+) -> Guarded:
     """The network with a detector before it: an input whose score is above the threshold is rejected.
 
     `detector` takes what `net` takes and returns one score an input, higher for a stranger. `scale` is how much of the
@@ -66,7 +73,7 @@ def guarded(net: Net, detector: Net, threshold: float, *, scale: float = 1.0) ->
         )
     if not 0 < weight < math.inf:
         raise UsageError(f"scale is {scale!r}; expected a positive number, such as how far the scores spread")
-    return Guarded(net, detector, limit, weight)
+    return Guarded(net, detector, limit, weight, output)
 
 
 def _number(value: float) -> float:
@@ -75,14 +82,6 @@ def _number(value: float) -> float:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
         return math.nan
-
-
-def of_classes(logits: Tensor) -> Tensor:
-    """Logits (n, classes); one logit an example, z, becomes two classes, (0, z)."""
-    if logits.dim() == 2 and logits.shape[1] != 1:
-        return logits
-    logits = logits.reshape(len(logits))
-    return torch.stack((torch.zeros_like(logits), logits), dim=1)
 
 
 def refuse_inner(model: nn.Module, *, outermost: bool) -> None:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from holdfast.core.errors import HoldfastError, TargetError, TargetLost
-from holdfast.core.guard import Guarded, of_classes
-from holdfast.core.types import Access, Ids, Inputs, Logits
+from holdfast.core.errors import HoldfastError, TargetError, TargetLost, UnclearOutput, UsageError
+from holdfast.core.guard import Guarded
+from holdfast.core.normalisation import per_channel
+from holdfast.core.outputs import OutputKind, is_single, kind_of_single, of_classes
+from holdfast.core.types import Access, Ids, Inputs, Layout, Logits
 
 VOTES = 20
 """Draws of a randomised model that decide whether an example stands; as many fresh ones judge it."""
@@ -121,9 +123,13 @@ class Classifier(nn.Module):
 
     `mean` and `std` hold one number a channel (or a feature, for tables). `access` is the most that the target can
     give: a file served through a runtime without gradients has "scores", and `hides` says why. `batches` are those that
-    the network takes, where it refuses some. Raises `TargetError` when the network does not return a float tensor
-    (n, classes). One logit an example becomes two classes, (0, z). What `guarded` returned `rejects`: its last logit is
-    none of the classes.
+    the network takes, where it refuses some. `output` declares what the network returns: logits, or probabilities,
+    whose logarithms are the logits. One output an example becomes two classes: a logit z becomes (0, z), a probability
+    p becomes (log(1 - p), log(p)). Without `output` one number an example is a logit once a value outside [0, 1] was
+    seen, and raises `UnclearOutput` before. `layout` is the layout of the network's input where that is known: under
+    "hwc" images (n, channels, height, width) are given to it with the channels last. Raises `TargetError` when the
+    network does not return a float tensor (n, classes). What `guarded` returned `rejects`: its last logit is none of
+    the classes.
     """
 
     def __init__(
@@ -136,9 +142,15 @@ class Classifier(nn.Module):
         classes: int | None = None,
         access: Access = "gradients",
         batches: Batches | None = None,
+        output: OutputKind | None = None,
+        layout: Layout | None = None,
     ) -> None:
         super().__init__()
         self.net = net
+        self.output = output
+        self.layout = layout
+        self.remote = False
+        self.class_names: tuple[str, ...] | None = None
         self.bounds = bounds or Bounds()
         self.classes = classes
         self.access: Access = access
@@ -151,6 +163,11 @@ class Classifier(nn.Module):
         self.std: Tensor | None
         self.register_buffer("mean", None if mean is None else torch.tensor(mean), persistent=False)
         self.register_buffer("std", None if std is None else torch.tensor(std), persistent=False)
+        if self.rejects and output is not None:
+            raise UsageError(
+                f"the output {output} was declared for a guarded network; declare that of the network inside: "
+                f"guarded(net, detector, threshold, output={output!r})"
+            )
         if std is not None and not all(s > 0 for s in std):
             raise TargetError(
                 f"std is {list(std)}; every entry must be positive, as in --std 0.2470,0.2435,0.2616"
@@ -171,13 +188,13 @@ class Classifier(nn.Module):
             return f"It took {took} before: if it takes no more at once, give --batch-size {self._took}"
         return f"It took {took} before, so look at where it failed now, with --debug"
 
-    def preprocess(self, x: Inputs) -> Inputs:
-        """`(x - mean) / std`, channel by channel."""
+    def preprocess(self, x: Inputs) -> Tensor:
+        """`(x - mean) / std`, channel by channel, in the layout that the network takes."""
         if self.mean is not None:
-            x = x - _per_channel(self.mean, x)
+            x = x - per_channel(self.mean, x)
         if self.std is not None:
-            x = x / _per_channel(self.std, x)
-        return x
+            x = x / per_channel(self.std, x)
+        return x.movedim(1, -1) if self.layout == "hwc" and x.dim() > 3 else x
 
     def forward(self, x: Inputs, ids: Ids | None = None) -> Logits:
         """Logits (n, classes), in the type of `x`."""
@@ -207,7 +224,7 @@ class Classifier(nn.Module):
                 f"the model returned {logits.dtype} of shape {tuple(logits.shape)} for {len(x)} inputs; "
                 f"it must return float logits of shape ({len(x)}, classes)"
             )
-        logits = of_classes(logits)
+        logits = self._of_classes(logits)
         classes = logits.shape[1] - self.rejects
         if self.classes is not None and classes != self.classes:
             raise TargetError(
@@ -215,6 +232,13 @@ class Classifier(nn.Module):
                 f"correct --classes or the model's last layer"
             )
         return logits.to(x.dtype)
+
+    def _of_classes(self, outputs: Tensor) -> Logits:
+        if self.rejects:
+            return outputs
+        if is_single(outputs) and len(outputs):
+            self.output = kind_of_single(outputs, self.output)
+        return of_classes(outputs, self.output)
 
 
 def refuse_lazy(net: nn.Module) -> None:
@@ -270,6 +294,8 @@ def _takes(model: Classifier, x: Inputs, n: int) -> bool:
             model(x[torch.arange(n, device=x.device) % len(x)])
     except TargetLost:
         raise
+    except UnclearOutput:
+        return True
     except TargetError:
         return False
     except (RuntimeError, MemoryError) as error:
@@ -277,15 +303,6 @@ def _takes(model: Classifier, x: Inputs, n: int) -> bool:
             raise
         return False
     return True
-
-
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    channels = x.shape[1] if x.dim() > 1 else 1
-    if len(values) not in (1, channels):
-        raise TargetError(
-            f"mean or std has {len(values)} entries, but the inputs have {channels} channels; give one number a channel"
-        )
-    return values.to(x.device, x.dtype).view(1, -1, *[1] * (x.dim() - 2))
 
 
 def out_of_memory(error: BaseException) -> bool:

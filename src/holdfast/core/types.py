@@ -41,6 +41,9 @@ Access = Literal["none", "labels", "scores", "gradients"]
 
 ACCESS_ORDER: tuple[Access, ...] = ("none", "labels", "scores", "gradients")
 
+Layout = Literal["chw", "hwc", "asis"]
+"""Where the channels of an example are: first, last, or as the array has its axes, with no reordering."""
+
 Steps = Annotated[int, Ge(1)]
 Restarts = Annotated[int, Ge(1)]
 Count = Annotated[int, Ge(0)]

@@ -237,19 +237,9 @@ def _remarks(logits: Logits, *, randomised: bool) -> tuple[str, ...]:
             f"the model gives each of {len(logits)} examples the same output: nothing to attack or to doubt"
         )
         remarks.append(f"{said}; check its weights and its preprocessing with holdfast doctor")
-    elif len(logits) > 1 and _within_0_and_1(logits):
-        said = "the model gives one number an example, here all from 0 to 1, which is read as a logit: class 1 above 0"
-        remarks.append(f"{said}; if it is a probability p, return log(p / (1 - p)) or both of 1 - p and p")
     if randomised:
         remarks.append(
             f"the model draws at random: an example stands until most of {VOTES} draws are wrong, and robust accuracy "
             f"is the mean chance of being right over {VOTES} fresh ones; --suite rand attacks the average"
         )
     return tuple(remarks)
-
-
-def _within_0_and_1(logits: Logits) -> bool:
-    """Whether these may be probabilities of class 1, of a model that gives one number an example."""
-    return logits.shape[1] == 2 and bool(
-        ((logits[:, 0] == 0) & (logits[:, 1] >= 0) & (logits[:, 1] <= 1)).all()
-    )

@@ -49,4 +49,10 @@ def seen_through(model: Classifier, limits: Mapping[str, float]) -> Classifier:
         Transformed(model, limits), bounds=model.bounds, classes=model.classes, access=model.access
     )
     behind.hides, behind.batches, behind.rejects = model.hides, model.batches, model.rejects
+    behind.remote, behind.class_names = model.remote, model.class_names
     return behind
+
+
+def inner(model: Classifier) -> Classifier:
+    """The classifier behind transformations, or the one that is given."""
+    return model.net.model if isinstance(model.net, Transformed) else model

@@ -149,9 +149,10 @@ def _doubts(summary: Mapping[str, Any]) -> list[str]:
 
 def _footing(summary: Mapping[str, Any]) -> str:
     command = f" Repeat it: {code(summary['reproduce'])}" if summary["reproduce"] else ""
+    unit = f" (eps in {summary['threat']['unit']})" if summary["threat"].get("unit") else ""
     return (
         "Robust accuracy under a suite is an upper bound on the truth; the interval is sampling error only."
-        f" Threat {code(summary['threat']['constraint'])}, seed {summary['seed']}.{command}"
+        f" Threat {code(summary['threat']['constraint'])}{unit}, seed {summary['seed']}.{command}"
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
-from holdfast.core.constraints import L0, Limited
+from holdfast.core.constraints import L0, L1, L2, Limited, Linf
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence
 from holdfast.core.names import limits_text
@@ -94,7 +94,7 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
         "suite": evidence.suite,
         "attacks": _attacks(evidence, confidence),
         "doubts": [_doubt(doubt) for doubt in evidence.doubts],
-        "threat": _threat(evidence.threat),
+        "threat": {**_threat(evidence.threat), "unit": eps_unit(evidence.threat, evidence.model)},
         "model": _bounded(evidence.model),
         "data": _bounded(evidence.data),
         "seed": evidence.seed,
@@ -263,6 +263,17 @@ def _threat(threat: ThreatModel) -> Json:
         "access": threat.access,
         "queries": threat.queries,
     }
+
+
+def eps_unit(threat: ThreatModel, model: Mapping[str, Any]) -> str:
+    """What eps is measured in, given the card of the model; empty where it is no size of a change in values."""
+    if not isinstance(threat.constraint, (Linf, L2, L1)):
+        return ""
+    low, high = (float(end) for end in model.get("bounds") or (0.0, 1.0))
+    legal = f"legal values from {low:g} to {high:g}"
+    if model.get("data_normalised"):
+        return f"pixels, with {legal}, before the normalisation of the data"
+    return f"units of the inputs, with {legal}"
 
 
 def _bounded(about: Mapping[str, Any]) -> Json:

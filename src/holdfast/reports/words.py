@@ -277,7 +277,8 @@ def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str,
         else f"{count(spend)} queries an example and attack"
     )
     return [
-        f"It {change}, and every value stays inside the legal range of inputs.",
+        f"It {change}, and every value stays inside the legal range of inputs."
+        + (f" Eps is in {threat['unit']}." if threat.get("unit") else ""),
         f"It aims for {aim}.",
         f"It {_ACCESS[threat['access']]}.",
         f"It may spend {budget}.",

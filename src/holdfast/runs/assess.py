@@ -84,7 +84,7 @@ def _as_given(
 
 def _refuse(target: Target, sample: Batch, order: Order, data: Data) -> None:
     """What cannot be measured is said before anything is."""
-    refuse_batch(sample, target.bare.bounds, target.classes, data.name)
+    refuse_batch(sample, target.bare.bounds, target.classes, data.name, whole=data)
     if target.rejects and isinstance(order.plan.threat.constraint, Corruptions):
         raise UsageError(
             "common corruptions are drawn, not chosen against a detector, and this model rejects; "

@@ -262,7 +262,7 @@ class Course:
         watch = Watch(lambda seconds, last: self.keeper.spend(stage.name, shard, seconds, done=last))
         batch, room, finished = self.read(*self.shards[shard]), self.room(stage.name, shard), 0
         if stage.kind == "clean":
-            refuse_batch(batch, self.target.bare.bounds, self.target.classes, self.data.name)
+            refuse_batch(batch, self.target.bare.bounds, self.target.classes, self.data.name, whole=self.data)
 
         def progress(n: int) -> None:
             nonlocal finished

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from holdfast.core.batch import Batch, Data
+from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.constraints import L1, L2, Constraint, Linf, extent
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.labels import off_range
 from holdfast.core.model import Bounds
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
@@ -23,6 +24,8 @@ from holdfast.ops.transformations import refuse_unfit
 _VALUES = 1 << 20
 """Input values of one batch on a CPU: 256 small images, a handful of large ones."""
 _ACCELERATED = 1 << 26
+_PIECE = 1024
+"""examples that are read at once to find the range of the labels"""
 _WORTH_SHARING = 5_000_000
 """Multiplications of an example from which more threads pay: between a LeNet and four convolutions without strides."""
 
@@ -87,8 +90,13 @@ def slight(constraint: Constraint, bounds: Bounds, features: int) -> tuple[str, 
     return (f"{said}: eps counts in the units of the inputs",)
 
 
-def refuse_batch(batch: Batch, bounds: Bounds, classes: int, name: str) -> None:
-    """Inputs must be floats inside the bounds, labels must be classes."""
+def refuse_batch(
+    batch: Batch, bounds: Bounds, classes: int, name: str, *, whole: Data | Batch | None = None
+) -> None:
+    """Inputs must be floats inside the bounds, labels must be classes.
+
+    A refusal gives the range of the labels of `whole`, of which the batch is a part.
+    """
     x, y = batch.x, batch.y
     if not x.is_floating_point():
         raise TargetError(
@@ -104,10 +112,16 @@ def refuse_batch(batch: Batch, bounds: Bounds, classes: int, name: str) -> None:
     if ((x < low - slack) | (x > high + slack)).any():
         raise TargetError(_outside(x, low, high, name))
     if len(y) and (int(y.min()) < 0 or int(y.max()) >= classes):
-        raise TargetError(
-            f"the labels of {name} run from {int(y.min())} to {int(y.max())}, but the model has {classes} classes "
-            f"(0 to {classes - 1}); {_labels_hint(y, classes)}"
-        )
+        raise TargetError(off_range(*_range_of_labels(batch if whole is None else whole), classes, name))
+
+
+def _range_of_labels(data: Data | Batch) -> tuple[int, int]:
+    """The smallest and the largest label of all examples that have one."""
+    if isinstance(data, Batch):
+        known = data.y[data.y != UNLABELLED]
+        return int(known.min()), int(known.max())
+    pieces = [data.read(start, start + _PIECE).y for start in range(0, len(data), _PIECE)]
+    return min(int(y.min()) for y in pieces), max(int(y.max()) for y in pieces)
 
 
 def _outside(x: Tensor, low: Tensor, high: Tensor, name: str) -> str:
@@ -116,15 +130,11 @@ def _outside(x: Tensor, low: Tensor, high: Tensor, name: str) -> str:
     seen = f"the inputs of {name} range from {lowest:.4g} to {highest:.4g}, outside the bounds {box}; "
     if lowest >= 0 and 1 < highest <= 255 and float(high.max()) == 1:
         return seen + "divide them by 255, or give --bounds 0,255 if the model takes bytes"
-    if lowest < 0 and float(low.min()) == 0:
+    if (float(low.min()), float(high.max())) == (0, 1):
         return (
             seen
-            + "they seem to be normalised: undo it, and give --mean and --std, which then act inside the model"
+            + "if they were normalised before, give --data-normalised MEAN/STD with the values of your training, and "
+            "eps stays in pixels; else say what the model takes with --bounds LOW,HIGH, and eps is in the units of the "
+            "data"
         )
     return seen + f"scale them, or give --bounds {lowest:.4g},{highest:.4g}"
-
-
-def _labels_hint(y: Tensor, classes: int) -> str:
-    if int(y.min()) == 1 and int(y.max()) == classes:
-        return "they seem to count from 1: subtract 1"
-    return "check the label column, and that the model was trained on these classes"

@@ -102,6 +102,13 @@ def described(subject: Subject, manifest: Mapping[str, Any]) -> dict[str, Any]:
         for key in ("bounds", "mean", "std", "classes")
         if subject.card.get(key) is not None
     }
+    model = subject.model
+    found = {
+        "output": model.output,
+        "layout": model.layout,
+        "class_names": model.class_names or manifest["data"].get("classes"),
+    }
+    said |= {key: value for key, value in found.items() if value is not None}
     return {**known, **said, "training": digest(canonical([manifest["digests"], manifest["plan"]]))}
 
 

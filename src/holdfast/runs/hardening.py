@@ -55,6 +55,7 @@ from holdfast.runs.signals import Stopper, stoppable
 from holdfast.runs.trainable import learner_of, refuse_untrainable, remarks, threats_of
 from holdfast.runs.training import BEST, LAST, Point
 from holdfast.runs.wish import Wish, about, manifest_of
+from holdfast.sources.expected import Expected
 from holdfast.sources.memory import as_data
 from holdfast.sources.weights import written
 from holdfast.store.files import CHECKPOINTS, usable, write_atomically
@@ -95,7 +96,8 @@ def harden(
     with readied(subject, test, together.own(torch.device(wish.device))) as (target, sample):
         bounds = target.bare.bounds
         for some in data.split(_CHECKED):
-            refuse_batch(some.take(some.y != UNLABELLED), bounds, target.classes, "the training data")
+            labelled = some.take(some.y != UNLABELLED)
+            refuse_batch(labelled, bounds, target.classes, "the training data", whole=data)
         examples = _parted(data, wish.apart or test, wish.seed, target.classes)
         for threat in threats_of(wish.threat, [one.recipe for one in wish.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
@@ -196,7 +198,7 @@ class _Job:
         known = self.rest.take(self.rest.y != UNLABELLED)
         some = known.take(Draws(self.wish.seed).at("learned on").bits(known.ids).argsort()[:n])
         some = some.to(torch.device("cpu"))
-        return as_data(some.x, some.y, classes=model.classes, bounds=model.bounds)
+        return as_data(some.x, some.y, expected=Expected(model.bounds, model.classes))
 
     def _planned(self) -> dict[str, Any]:
         wish = self.wish
@@ -269,9 +271,8 @@ class _Job:
         made: list[Made] = []
         heights: list[tuple[bool, float]] = []
         held, tried = self.held.to(torch.device("cpu")), self.plan["attempts"]
-        examples = as_data(
-            held.x, held.y, classes=self.subject.model.classes, bounds=self.subject.model.bounds
-        )
+        own = self.subject.model
+        examples = as_data(held.x, held.y, expected=Expected(own.bounds, own.classes))
         for k, attempt in enumerate(tried):
             self.told(announced(attempt, self.plan["budget_s"], len(self.test)))
             made.append(self._attempt(k, attempt, stopper))

@@ -135,7 +135,9 @@ class Making:
                 f"inputs of {self.order.fit.name}, to learn attacks on, have shape {tuple(batch.x.shape[1:])}, and "
                 f"those of {self.data.name} {self.shape}; name examples of the same kind with --fit DATA"
             )
-        refuse_batch(batch, self.target.bare.bounds, self.target.classes, self.order.fit.name)
+        refuse_batch(
+            batch, self.target.bare.bounds, self.target.classes, self.order.fit.name, whole=self.order.fit
+        )
         return self._typed(batch)
 
     def across(self) -> tuple[Batch, ...]:

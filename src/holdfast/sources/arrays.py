@@ -1,8 +1,7 @@
 """Arrays as a data set: checked once at the door, kept as they came, and turned into inputs slice by slice."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,15 +12,46 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.labels import off_range
 from holdfast.core.model import Bounds
+from holdfast.core.normalisation import Normalisation
+from holdfast.core.types import Inputs, Layout
+from holdfast.sources.expected import Expected
+from holdfast.sources.layouts import Reading, reading_of
+from holdfast.sources.probing import Probe
 
-CHANNELS = (1, 3, 4)
-"""grey, colour, colour with transparency"""
 _CHUNK = 4096
 _ROUNDING = 1e-6
 """how far a float may lie outside the bounds and still count as inside"""
 
+_COMPARED = 64
+"""examples by which the readings of an array are compared; two where the model is behind a server"""
+
 Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Turns normalised values into pixels."""
+
+    normalised: Normalisation
+    bounds: Bounds
+    """of the pixels"""
+    slack: float
+    """how far rounding may carry a pixel outside the bounds; it is then moved to the bound"""
+
+    @classmethod
+    def of(cls, normalised: Normalisation, bounds: Bounds, resolution: float) -> "Pixels":
+        """`resolution` is the relative rounding error of the type in which the values were stored."""
+        low, high = (torch.as_tensor(side, dtype=torch.float64) for side in (bounds.low, bounds.high))
+        reach = float(torch.maximum(low.abs().max(), high.abs().max())) + max(map(abs, normalised.mean))
+        return cls(normalised, bounds, max(_ROUNDING * bounds.width, 2 * resolution * reach))
+
+    def __call__(self, x: Inputs) -> Inputs:
+        """The pixels; what lies further outside the bounds than rounding explains stays outside."""
+        pixels = self.normalised.undone(x)
+        inside = self.bounds.clamp(pixels)
+        return torch.where((pixels - inside).abs() <= self.slack, inside, pixels)
 
 
 @dataclass(frozen=True)
@@ -39,6 +69,10 @@ class Arrays:
     """what the stored values are divided by"""
     notes: tuple[str, ...] = ()
     """said in the report"""
+    pixels: Pixels | None = None
+    """turns the stored values into pixels, where they were normalised beforehand"""
+    objection: str = ""
+    """why the numbers of the classes are not certain, where such data are taken all the same"""
 
     def __len__(self) -> int:
         return len(self.x)
@@ -47,6 +81,8 @@ class Arrays:
     def digest(self) -> str:
         """SHA-256 over the shape, the stored values, the labels and the ids."""
         digest = hashlib.sha256(f"{self.x.dtype} {self.x.shape} {self.scale}".encode())
+        if self.pixels is not None:
+            digest.update(repr(self.pixels.normalised).encode())
         for start in range(0, len(self.x), _CHUNK):
             digest.update(np.ascontiguousarray(self.x[start : start + _CHUNK]).tobytes())
         digest.update(self.y.tobytes())
@@ -60,6 +96,8 @@ class Arrays:
         x = stored if stored.is_floating_point() else stored.float()
         if self.scale != 1.0:
             x = x / self.scale
+        if self.pixels is not None:
+            x = self.pixels(x)
         return Batch(x, torch.from_numpy(self.y[rows].copy()), torch.from_numpy(self.ids[rows].copy()))
 
 
@@ -82,9 +120,18 @@ def selected_rows(
 
 
 def labels(
-    y: Array, n_rows: int, *, classes: int | None, name: str, lenient: bool = False
+    y: Array,
+    n_rows: int,
+    *,
+    classes: int | None,
+    name: str,
+    lenient: bool = False,
+    whole: Array | None = None,
 ) -> NDArray[np.int64]:
-    """Labels as int64, one an example, 0 to classes - 1 unless `lenient`; refuses what cannot be meant."""
+    """Labels as int64, one an example, 0 to classes - 1 unless `lenient`; refuses what cannot be meant.
+
+    `whole` are the labels of the whole source, where `y` is a part of it: a refusal gives their range.
+    """
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim == 2 and len(y) == n_rows:
@@ -100,37 +147,23 @@ def labels(
     if y.dtype.kind not in "iub":
         raise TargetError(
             f"the labels of {name} are {y.dtype}; whole numbers (int64) were expected, "
-            + ("as y.astype('int64')" if y.dtype.kind == "f" else "as np.unique(y, return_inverse=True)[1]")
+            + (
+                "as y.astype('int64')"
+                if y.dtype.kind == "f"
+                else "the number of each name among the model's classes, as [names.index(name) for name in y]"
+            )
         )
     y = y.astype(np.int64)
     if lenient:
         return y
+    every = y if whole is None else whole
     if len(y) and y.min() < 0:
         raise TargetError(
             f"the labels of {name} hold {y.min()}; classes count from 0: drop rows without one, or number them anew"
         )
     if classes is not None and len(y) and y.max() >= classes:
-        off_by_one = "; they seem to count from 1: subtract 1" if y.min() == 1 and y.max() == classes else ""
-        raise TargetError(
-            f"the labels of {name} hold {y.max()}, but there are {classes} classes (0 to {classes - 1}){off_by_one}"
-        )
+        raise TargetError(off_range(int(every.min()), int(every.max()), classes, name))
     return y
-
-
-def channels_first(x: Array, name: str) -> tuple[Array, tuple[str, ...]]:
-    """Images as N x C x H x W, with a note if they were not; tables (N, features) as they are."""
-    if x.ndim == 2:
-        return x, ()
-    if x.ndim == 3:
-        return x[:, None], ()
-    if x.ndim != 4:
-        raise TargetError(
-            f"the inputs of {name} have shape {x.shape}; "
-            "(N, features), (N, H, W), (N, H, W, C) or (N, C, H, W) was expected"
-        )
-    if x.shape[1] in CHANNELS or x.shape[3] not in CHANNELS:
-        return x, ()
-    return np.moveaxis(x, 3, 1), ("the channels came last and were put first",)
 
 
 def from_numpy(
@@ -138,29 +171,79 @@ def from_numpy(
     x: Array,
     y: Array,
     ids: NDArray[np.int64],
+    expected: Expected | None = None,
     *,
-    classes: int | None = None,
-    class_names: Sequence[str] | None = None,
-    bounds: Bounds | None = None,
+    layout: Layout | None = None,
+    class_names: tuple[str, ...] | None = None,
     notes: tuple[str, ...] = (),
-    lenient: bool = False,
+    whole: Array | None = None,
+    keeps: bool = False,
+    resolution: float | None = None,
 ) -> Arrays:
     """Check rows that were selected already, and keep them as a data set.
 
-    `lenient` lets values outside the bounds and labels outside the classes through; the bounds still say how bytes are
-    read.
+    `layout` is that of the source; a declared one goes before it. `whole` are the labels of the whole source. Of a
+    tensor, which `keeps` its axes and float64, `resolution` is the relative rounding error of its type.
     """
-    bounds = bounds or Bounds()
+    expected = expected or Expected()
+    names, probe = class_names or expected.class_names, expected.probe
     if len(x) == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
-    known = None if class_names is None else len(class_names)
-    y = labels(y, len(x), classes=known if classes is None else classes, name=name, lenient=lenient)
-    x, moved = channels_first(x, name)
-    stored, scale, said = _stored(x, bounds, name)
-    names = None if class_names is None else tuple(class_names)
-    data = Arrays(name, np.ascontiguousarray(stored), y, ids, names, scale, (*notes, *moved, *said))
-    check_inputs(data, bounds, lenient=lenient)
+    if x.ndim < 2 and not keeps:
+        raise TargetError(
+            f"the inputs of {name} have shape {x.shape}; at least two axes were expected, (N, features) or more: give "
+            "x.reshape(len(x), -1)"
+        )
+    known = expected.classes or (None if names is None else len(names))
+    y = labels(y, len(x), classes=known, name=name, lenient=expected.any_label, whole=whole)
+    stored, scale, said = _stored(x, expected.bounds, name, keeps=keeps)
+    pixels = _pixels(x, expected, name, resolution)
+    bare = Arrays(name, stored, y, ids, names, scale, pixels=pixels)
+    declared = expected.layout or layout
+    reading = Reading("asis") if keeps and declared is None else _reading(bare, declared, probe)
+    moved = np.ascontiguousarray(reading.inputs(stored))
+    data = replace(bare, x=moved, notes=(*notes, *reading.notes, *said))
+    if probe is not None:
+        probe.own.layout = "asis" if declared == "asis" else reading.network or probe.own.layout
+        data = suited(data, expected)
+        if declared is not None:
+            probe.own.layout = probe.own.layout or "chw"
+        labels(y, len(x), classes=probe.classes, name=name, lenient=expected.any_label, whole=whole)
+    check_inputs(data, expected.bounds, lenient=expected.lenient)
     return data
+
+
+def suited(data: Arrays, expected: Expected) -> Arrays:
+    """The data set with notes on how the network is given its inputs, which is found out here."""
+    if expected.probe is None:
+        return data
+    return replace(data, notes=(*data.notes, *expected.probe.suit(data.read(0, 2).x)))
+
+
+def _reading(bare: Arrays, declared: Layout | None, probe: Probe | None) -> Reading:
+    """How the axes of the stored array are read."""
+    n = 2 if probe is not None and probe.model.remote else _COMPARED
+    places = np.unique(np.linspace(0, len(bare) - 1, min(n, len(bare))).astype(np.int64))
+    if len(places) == 1:
+        places = places.repeat(2)
+
+    def rows(reading: Reading) -> Tensor:
+        few = replace(bare, x=reading.inputs(bare.x[places]), y=bare.y[places], ids=bare.ids[places])
+        return few.read(0, len(places)).x
+
+    y = torch.from_numpy(bare.y[places])
+    return reading_of(bare.x.shape, declared, probe, rows, y, bare.name)
+
+
+def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -> Pixels | None:
+    if expected.normalised is None:
+        return None
+    if x.dtype.kind != "f":
+        raise TargetError(
+            f"the inputs of {name} are {x.dtype}, which are no normalised values; leave --data-normalised out, and "
+            "give --mean and --std if the model takes normalised input"
+        )
+    return Pixels.of(expected.normalised, expected.bounds, resolution or float(np.finfo(x.dtype).eps))
 
 
 def check_inputs(data: Arrays, bounds: Bounds, *, lenient: bool = False) -> None:
@@ -196,24 +279,22 @@ def _outside(x: Tensor, bounds: Bounds, name: str) -> bool:
 
 
 def _range_message(data: Arrays, lowest: float, highest: float, bounds: Bounds) -> str:
-    found = f"the inputs of {data.name} range from {lowest:.6g} to {highest:.6g}; "
     wanted = f"{_side(bounds.low)} to {_side(bounds.high)} was expected. "
+    found = f"range from {lowest:.6g} to {highest:.6g}; {wanted}"
+    if data.pixels is not None:
+        undone = f"the inputs of {data.name}, their normalisation {data.pixels.normalised} undone, {found}"
+        return (
+            f"{undone}Correct --data-normalised MEAN/STD: give the values by which the data were normalised"
+        )
+    found = f"the inputs of {data.name} {found}"
+    seen = f"with --bounds LOW,HIGH (seen here: {lowest:.6g},{highest:.6g}); eps is then in the units of the data"
+    if not _is_unit(bounds):
+        return f"{found}Scale them, or correct --bounds, as in --bounds {lowest:.6g},{highest:.6g}"
     # A table of pixels shows itself by its largest value; any other has features of its own scales.
-    if data.x.ndim == 2 and highest != 255:
-        return (
-            found
-            + wanted
-            + f"Scale the features as in training, or say what the model takes with --bounds {lowest:.6g},{highest:.6g}"
-        )
-    if 1 < highest <= 255 and lowest >= 0 and _is_unit(bounds):
-        return (
-            found
-            + wanted
-            + "Divide them by 255 (or save them as uint8), or say what the model takes with --bounds"
-        )
-    return (
-        found + wanted + f"Scale them, or say what the model takes with --bounds {lowest:.6g},{highest:.6g}"
-    )
+    pixels = (data.x.ndim > 2 or highest == 255) and 1 < highest <= 255 and lowest >= 0
+    first = "Divide them by 255 (or save them as uint8)" if pixels else "Scale them as in training"
+    normal = "give --data-normalised MEAN/STD with the values of your training, and eps stays in pixels"
+    return f"{found}{first}. If they were normalised before, {normal}. Else say what the model takes {seen}"
 
 
 def _side(side: float | Tensor) -> str:
@@ -226,7 +307,7 @@ def _is_unit(bounds: Bounds) -> bool:
     return isinstance(bounds.low, (int, float)) and (bounds.low, bounds.high) == (0, 1)
 
 
-def _stored(x: Array, bounds: Bounds, name: str) -> tuple[Array, float, tuple[str, ...]]:
+def _stored(x: Array, bounds: Bounds, name: str, *, keeps: bool) -> tuple[Array, float, tuple[str, ...]]:
     """Values as they are kept, what divides them, and what is worth saying."""
     if x.dtype == np.bool_:
         return x.astype(np.uint8), 1.0, ()
@@ -237,7 +318,7 @@ def _stored(x: Array, bounds: Bounds, name: str) -> tuple[Array, float, tuple[st
             return x, 1.0, ("the bounds are 0 to 255, so the bytes were not divided by 255",)
         return x, 255.0, ()
     if x.dtype.kind == "f":
-        return x.astype(np.float32, copy=False), 1.0, ()
+        return x if keeps and x.dtype == np.float64 else x.astype(np.float32, copy=False), 1.0, ()
     raise TargetError(
         f"the inputs of {name} are {x.dtype}; uint8 (0 to 255) or floats inside the bounds were expected"
     )

@@ -5,11 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.model import Bounds
+from holdfast.core.types import Layout
 from holdfast.sources import tables
-from holdfast.sources.arrays import Arrays, from_numpy, selected_rows
+from holdfast.sources.arrays import Array, Arrays, from_numpy, selected_rows
 from holdfast.sources.catalogue import CATALOGUE, data_folder
+from holdfast.sources.class_numbers import matched, renumbered
+from holdfast.sources.expected import Expected
 from holdfast.sources.files import nearest
+from holdfast.sources.layouts import CHANNELS
 from holdfast.sources.models import BUNDLED_FOLDER
 from holdfast.sources.npz import Npz, arrays_of_split
 from holdfast.sources.pictures import Pictures, open_folder
@@ -31,17 +34,15 @@ def open_data(
     n: int | None = None,
     sample: int | None = None,
     seed: int = 0,
-    classes: int | None = None,
-    bounds: Bounds | None = None,
-    lenient: bool = False,
+    expected: Expected | None = None,
 ) -> Arrays | Pictures:
     """Open the data set at an address; raises `UsageError` or `TargetError` with the way out.
 
     `n` keeps the first n of the split in source order, `sample` a seeded sample. Without `split` it is the test split
-    where there is one. `drop` are columns of a table that are no features. Bounds are those of the model: floats
-    outside them are refused, as are labels outside the classes, unless it is `lenient`.
+    where there is one. `drop` are columns of a table that are no features. `expected` says what the data must be like,
+    and how they are read. Its probe, the model, learns its layout and its number of classes from them.
     """
-    wanted = _Wanted(split, label, drop, n, sample, seed, classes, bounds or Bounds(), lenient)
+    wanted = _Wanted(split, label, drop, n, sample, seed, expected or Expected())
     data = _opened(_located(address), address, wanted)
     n_wanted = n or sample or 0
     if len(data) < n_wanted:
@@ -61,9 +62,7 @@ class _Wanted:
     n: int | None
     sample: int | None
     seed: int
-    classes: int | None
-    bounds: Bounds
-    lenient: bool
+    expected: Expected
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,8 @@ class _Place:
     classes: tuple[str, ...] | None = None
     label: str | None = None
     drop: tuple[str, ...] = ()
+    layout: Layout | None = None
+    """of its arrays, which the catalogue declares"""
 
 
 def _opened(place: _Place, address: str, wanted: _Wanted) -> Arrays | Pictures:
@@ -87,7 +88,7 @@ def _opened(place: _Place, address: str, wanted: _Wanted) -> Arrays | Pictures:
             n=wanted.n,
             sample=wanted.sample,
             seed=wanted.seed,
-            classes=wanted.classes,
+            expected=wanted.expected,
         )
     if path.name.endswith(tables.SUFFIXES):
         return tables.open_table(
@@ -99,16 +100,14 @@ def _opened(place: _Place, address: str, wanted: _Wanted) -> Arrays | Pictures:
             n=wanted.n,
             sample=wanted.sample,
             seed=wanted.seed,
-            classes=wanted.classes,
-            bounds=wanted.bounds,
-            lenient=wanted.lenient,
+            expected=wanted.expected,
         )
     if path.suffix != ".npz" and path.exists():
         raise UsageError(f"{address!r} is no form of data that is known; give {_FORMS}")
-    return _open_archive(Npz(path), place.classes, address, wanted)
+    return _open_archive(Npz(path), place, address, wanted)
 
 
-def _open_archive(archive: Npz, names: tuple[str, ...] | None, address: str, wanted: _Wanted) -> Arrays:
+def _open_archive(archive: Npz, place: _Place, address: str, wanted: _Wanted) -> Arrays:
     x_name, y_name = arrays_of_split(archive, wanted.split, address)
     n_rows, n_labels = archive.rows(x_name), archive.rows(y_name)
     if n_rows != n_labels:
@@ -117,21 +116,32 @@ def _open_archive(archive: Npz, names: tuple[str, ...] | None, address: str, wan
     name = f"{x_name} of {address!r}"
     rows = selected_rows(n_rows, n=wanted.n, sample=wanted.sample, seed=wanted.seed, name=name)
     stop = int(rows[-1]) + 1
-    x, y = archive.array(x_name, stop=stop), archive.array(y_name, stop=stop)
+    x, whole = archive.array(x_name, stop=stop), archive.array(y_name)
     if len(rows) < stop:
-        x, y = x[rows], y[rows]
+        x = x[rows]
+    names = place.classes
     if names is None and "classes" in archive.names:
         names = tuple(str(name) for name in archive.array("classes"))
+    names, numbers = matched(names, wanted.expected)
+    if numbers is not None and whole.dtype.kind in "iu" and whole.ndim == 1:
+        whole = renumbered(whole, numbers, address)
     return from_numpy(
         address,
         x,
-        y,
+        whole[rows],
         rows,
-        classes=wanted.classes,
+        wanted.expected,
+        layout=_layout(place.layout, x),
         class_names=names,
-        bounds=wanted.bounds,
-        lenient=wanted.lenient,
+        whole=whole,
     )
+
+
+def _layout(declared: Layout | None, x: Array) -> Layout | None:
+    """That of an archive of the catalogue: images there, of which colour ones may have their channels last."""
+    if declared is None or x.ndim not in (3, 4):
+        return None
+    return "hwc" if x.ndim == 4 and x.shape[1] not in CHANNELS and x.shape[3] in CHANNELS else declared
 
 
 def _located(address: str) -> _Place:
@@ -139,7 +149,7 @@ def _located(address: str) -> _Place:
         raise UsageError(f"the address of the data is {address!r}, which names nothing; give {_FORMS}")
     bundled = bundled_data()
     if address in bundled:
-        return _Place(bundled[address])
+        return _Place(bundled[address], layout="chw")
     if address in CATALOGUE:
         return _in_catalogue(address)
     if "://" in address:
@@ -166,4 +176,4 @@ def _in_catalogue(name: str) -> _Place:
         raise TargetError(
             f"{name} is not in {str(data_folder())!r}: {fetch}, or fill the folder with holdfast data import FOLDER"
         )
-    return _Place(path, entry.classes, entry.label, entry.drop)
+    return _Place(path, entry.classes, entry.label, entry.drop, layout="chw")

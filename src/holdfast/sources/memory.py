@@ -1,60 +1,51 @@
 """What a Python caller has in hand, as a data set: tensors, arrays, loaders and datasets of torch."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from holdfast.core.batch import Data
-from holdfast.core.errors import TargetError
-from holdfast.core.model import Bounds
-from holdfast.sources.arrays import Array, Arrays, check_inputs, from_numpy, labels
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.sources.arrays import Array, from_numpy
+from holdfast.sources.expected import Expected
 
 
 def as_data(
-    x: object,
-    y: object = None,
-    *,
-    name: str = "data in memory",
-    classes: int | None = None,
-    class_names: Sequence[str] | None = None,
-    bounds: Bounds | None = None,
-    lenient: bool = False,
+    x: object, y: object = None, *, name: str = "data in memory", expected: Expected | None = None
 ) -> Data:
     """A data set from `(x, y)`, from a loader or a dataset of pairs, or the data set that was given.
 
-    Tensors keep their layout, float32 and float64; numpy arrays are read as an `.npz` would be. A loader is
-    read once, into memory. `lenient` takes values outside the bounds and labels outside the classes.
+    Tensors keep their layout whatever their type, and float32 and float64; numpy arrays are read as an `.npz` would
+    be. A loader is read once, into memory. `expected` says what the data must be like.
     """
+    expected = expected or Expected()
     if y is None:
         if isinstance(x, Data):
-            return x
+            return _introduced(x, expected)
         if isinstance(x, tuple) and len(x) == 2:
             x, y = x
         else:
             x, y = _gathered(x)
-    bounds = bounds or Bounds()
     inputs, targets = _array(x, "inputs"), _array(y, "labels")
     ids = np.arange(len(inputs), dtype=np.int64)
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        return from_numpy(
-            name,
-            inputs,
-            targets,
-            ids,
-            classes=classes,
-            class_names=class_names,
-            bounds=bounds,
-            lenient=lenient,
+    resolution = torch.finfo(x.dtype).eps if isinstance(x, Tensor) and x.is_floating_point() else None
+    return from_numpy(
+        name, inputs, targets, ids, expected, keeps=isinstance(x, Tensor), resolution=resolution
+    )
+
+
+def _introduced(data: Data, expected: Expected) -> Data:
+    """A data set of the caller's own, which is read as it reads itself."""
+    if expected.normalised is not None or expected.layout is not None:
+        raise UsageError(
+            f"{data.name} reads itself, as a {type(data).__name__}, so neither data_normalised nor layout applies; "
+            "give "
+            "the arrays, (x, y)"
         )
-    if not len(inputs):
-        raise TargetError(f"{name} is empty; at least one example is needed")
-    known = classes if classes is not None or class_names is None else len(class_names)
-    checked = labels(targets, len(inputs), classes=known, name=name, lenient=lenient)
-    names = None if class_names is None else tuple(class_names)
-    data = Arrays(name, inputs, checked, ids, names)
-    check_inputs(data, bounds, lenient=lenient)
+    if expected.probe is not None and len(data):
+        expected.probe.suit(data.read(0, min(2, len(data))).x)
     return data
 
 

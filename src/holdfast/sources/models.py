@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import EVERY, Batches, Bounds, Classifier, refuse_lazy
-from holdfast.core.types import Access
+from holdfast.core.normalisation import Normalisation
+from holdfast.core.outputs import OutputKind
+from holdfast.core.types import Access, Layout
 from holdfast.sources.exported import open_program
 from holdfast.sources.factories import Built, build, build_from_file, names_code
 from holdfast.sources.files import nearest, sha256_of_file
@@ -57,12 +59,18 @@ class OpenedModel:
 
 @dataclass(frozen=True)
 class Declared:
-    """What the user says of the model's input and output; None where the file knows it or the default will do."""
+    """What is declared of the model's input and output; None where the file knows it or the default will do."""
 
     bounds: Bounds | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     classes: int | None = None
+    output: OutputKind | None = None
+    layout: Layout | None = None
+    """that the network takes"""
+    class_names: tuple[str, ...] | None = None
+    normalised: Normalisation | None = None
+    """of the data: a model without preprocessing of its own gets it inside"""
 
     def wrap(
         self,
@@ -76,30 +84,34 @@ class Declared:
             return self.over(net).wrap(net.net, access=net.access, batches=net.batches)
         if isinstance(net, nn.Module):
             refuse_lazy(net)
-        return Classifier(
+        mean, std = self.mean, self.std
+        if mean is None and std is None and self.normalised is not None:
+            mean, std = self.normalised.mean, self.normalised.std
+        model = Classifier(
             net,
             bounds=self.bounds,
-            mean=self.mean,
-            std=self.std,
+            mean=mean,
+            std=std,
             classes=self.classes,
             access=access,
             batches=batches,
+            output=self.output,
+            layout=self.layout,
         )
+        model.class_names = self.class_names
+        return model
 
     def over(self, other: Classifier) -> "Declared":
         """These, with the classifier's own values where nothing is declared."""
         mean = None if other.mean is None else other.mean.tolist()
         std = None if other.std is None else other.std.tolist()
-        return self.filled(Declared(other.bounds, mean, std, other.classes))
+        known = (other.classes, other.output, other.layout, other.class_names)
+        return self.filled(Declared(other.bounds, mean, std, *known))
 
     def filled(self, known: "Declared") -> "Declared":
         """These, with what is known where nothing is declared."""
-        return Declared(
-            bounds=known.bounds if self.bounds is None else self.bounds,
-            mean=known.mean if self.mean is None else self.mean,
-            std=known.std if self.std is None else self.std,
-            classes=known.classes if self.classes is None else self.classes,
-        )
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(known, **{name: value for name, value in own.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -119,16 +131,13 @@ def open_model(
     *,
     arch: str | None = None,
     model_args: Mapping[str, str] | None = None,
-    bounds: Bounds | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    classes: int | None = None,
+    declared: Declared | None = None,
     trust_code: bool = False,
     remote: Remote | None = None,
 ) -> OpenedModel:
     """Open the model at an address; raises `UsageError` or `TargetError` with the way out."""
-    declared = Declared(bounds, mean, std, classes)
-    opening = _Opening(address, arch, dict(model_args or {}), declared, trust_code, remote or Remote())
+    said = declared or Declared()
+    opening = _Opening(address, arch, dict(model_args or {}), said, trust_code, remote or Remote())
     if address.partition(":")[0] in SCHEMES:
         return _open_http(opening)
     _refuse_remote(address)
@@ -199,10 +208,16 @@ def _open_state_dict(opening: _Opening, path: Path) -> OpenedModel:
     notes = fit_weights(net, weights, repr(opening.address))
     files = {**built.files, opening.address: sha256_of_file(path)}
     net.eval()
-    model = opening.declared.filled(known).wrap(built.net)
+    declared = opening.declared.filled(known)
+    model = declared.wrap(built.net)
     kind = path.suffix.removeprefix(".")
     return OpenedModel(
-        model, opening.address, kind, files, notes, architecture=_catalogued(opening, metadata)
+        model,
+        opening.address,
+        kind,
+        files,
+        notes,
+        architecture=_catalogued(opening, metadata),
     )
 
 
@@ -245,12 +260,15 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any]) -> tuple[Built
 
 
 def _known(metadata: Mapping[str, Any]) -> Declared:
-    bounds = metadata.get("bounds")
+    bounds, names = metadata.get("bounds"), metadata.get("class_names")
     return Declared(
         bounds=None if bounds is None else Bounds(*bounds),
         mean=metadata.get("mean"),
         std=metadata.get("std"),
         classes=metadata.get("classes"),
+        output=metadata.get("output"),
+        layout=metadata.get("layout"),
+        class_names=None if names is None else tuple(names),
     )
 
 
@@ -292,6 +310,6 @@ def _open_http(opening: _Opening) -> OpenedModel:
     served = open_http(opening.address, opening.remote, opening.declared.classes)
     declared = opening.declared.filled(Declared(classes=served.classes))
     model = declared.wrap(served.net, access=served.access, batches=served.batches or EVERY)
-    model.hides = served.hides
+    model.hides, model.remote = served.hides, True
     files = {opening.address: served.digest}
     return OpenedModel(model, opening.address, "http", files, served.notes, served.net.remarks)

@@ -1,10 +1,9 @@
 """Class folders of images as a data set: listed and measured at once, decoded when read."""
 
 import hashlib
-import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -15,8 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from holdfast.core.batch import Batch
-from holdfast.core.errors import NoSplit, TargetError
+from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.sources.arrays import selected_rows
+from holdfast.sources.class_numbers import lenient_numbers
+from holdfast.sources.expected import Expected
 from holdfast.sources.files import nearest
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
@@ -39,6 +40,8 @@ class Pictures:
     mode: str
     """`L` or `RGB`"""
     notes: tuple[str, ...] = ()
+    objection: str = ""
+    """why the numbers of the classes are not certain, where such data are taken all the same"""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -62,46 +65,60 @@ class Pictures:
 
 
 def open_folder(
-    folder: Path, *, split: str | None, n: int | None, sample: int | None, seed: int, classes: int | None
+    folder: Path,
+    *,
+    split: str | None,
+    n: int | None,
+    sample: int | None,
+    seed: int,
+    expected: Expected | None = None,
 ) -> Pictures:
-    """The images of a folder, one class after the other in turn, so that the first n hold all classes."""
+    """The images of a folder, one class after the other in turn, so that the first n hold all classes.
+
+    A folder without images is a class all the same. `expected` has what is declared of the classes, and the model.
+    """
+    expected = expected or Expected()
     root = _split_folder(folder, split)
-    names = tuple(
-        sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    found = sorted(
+        entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
     )
-    if not names:
+    if not found:
         raise TargetError(f"{str(root)!r} holds no class folders; images were expected in {root.name}/CLASS/")
-    if classes is not None and len(names) > classes:
-        raise TargetError(
-            f"{str(root)!r} holds {len(names)} class folders, but {classes} classes were declared"
-        )
-    columns = [[(path, y) for path in _images(root / name)] for y, name in enumerate(names)]
+    _refuse_declared(expected, str(root))
+    columns = [[(path, name) for path in _images(root / name)] for name in found]
     turns = [entry for row in zip_longest(*columns) for entry in row if entry is not None]
     rows = selected_rows(len(turns), n=n, sample=sample, seed=seed, name=repr(str(root)))
     chosen = [turns[row] for row in rows]
     paths = tuple(path for path, _ in chosen)
     mode, said = _measured(paths)
-    notes = (*_numbered(names), *said, *_nested(root, names))
-    empty = [name for name, column in zip(names, columns, strict=True) if not column]
+    notes = (*said, *_nested(root, found))
+    empty = [name for name, column in zip(found, columns, strict=True) if not column]
     if empty:
         counted = "1 class folder holds" if len(empty) == 1 else f"{len(empty)} class folders hold"
         notes += (f"{counted} no image ({', '.join(empty[:3])}{' …' if len(empty) > 3 else ''})",)
-    y = np.array([y for _, y in chosen], dtype=np.int64)
-    return Pictures(str(folder), paths, y, rows, names, mode, notes)
+    unnumbered = Pictures(str(folder), paths, np.zeros(len(paths), np.int64), rows, tuple(found), mode, notes)
+    if expected.probe is not None:
+        notes += expected.probe.suit(unnumbered.read(0, min(2, len(paths))).x)
+    classes = expected.classes or (None if expected.probe is None else expected.probe.classes)
+    names, objection = lenient_numbers(found, expected, classes, repr(str(root)), "class folders")
+    y = np.array([names.index(name) for _, name in chosen], dtype=np.int64)
+    return replace(unnumbered, y=y, classes=names, notes=notes, objection=objection)
 
 
-def renumbered(names: Sequence[str]) -> bool:
-    """Whether all class folders are named for numbers, and those are not the ones that they get."""
-    return all(re.fullmatch("[0-9]+", name) for name in names) and any(
-        int(name) != y for y, name in enumerate(names)
-    )
-
-
-def _numbered(names: Sequence[str]) -> tuple[str, ...]:
-    if not renumbered(names):
-        return ()
-    shown = ", ".join(f"{name}={y}" for y, name in enumerate(names[:6]))
-    return (f"class folders were numbered in sorted order: {shown}{' …' if len(names) > 6 else ''}",)
+def _refuse_declared(expected: Expected, name: str) -> None:
+    """Images are read in one way only."""
+    if expected.normalised is not None:
+        raise UsageError(
+            f"{name!r} holds images, which are no normalised values; leave --data-normalised out, and give --mean "
+            "and --std "
+            "if the model takes normalised input"
+        )
+    if expected.layout not in (None, "chw"):
+        raise UsageError(
+            f"{name!r} holds images, which are read with the channels first, and --layout is {expected.layout}; "
+            "leave it "
+            "out"
+        )
 
 
 def _nested(root: Path, names: Sequence[str]) -> tuple[str, ...]:

@@ -3,18 +3,18 @@
 import csv
 import gzip
 import io
-import itertools
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.core.errors import NoSplit, TargetError, UsageError
-from holdfast.core.model import Bounds
 from holdfast.sources.arrays import Arrays, from_numpy, selected_rows
+from holdfast.sources.class_numbers import lenient_numbers
+from holdfast.sources.expected import Expected
 from holdfast.sources.files import megabytes, nearest, readable_file
 
 MAX_BYTES = 2**30
@@ -47,31 +47,32 @@ def open_table(
     n: int | None,
     sample: int | None,
     seed: int,
-    classes: int | None,
-    bounds: Bounds,
-    lenient: bool = False,
+    expected: Expected | None = None,
 ) -> Arrays:
-    """The rows of a split, features as float32; a text label is encoded by its sorted values, which are the classes."""
+    """The rows of a split, features as float32.
+
+    Labels that are whole numbers from 0 on are the class numbers; any others are names of classes.
+    """
+    expected = expected or Expected()
     readable_file(path, "data file")
     table = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
     label = _label(label, table, name)
     _refuse_dropped(drop, label, table, name)
     kept = _rows_of_split(table, split)
     chosen = kept[selected_rows(len(kept), n=n, sample=sample, seed=seed, name=name)]
-    y, class_names, notes = _encoded(table.columns[label], name)
+    column = table.columns[label]
+    y = _class_numbers(column, name)
     features = [column for column in table.columns if column not in (label, SPLIT_COLUMN, *drop)]
     x = _numbers(table, features, chosen)
-    return from_numpy(
-        name,
-        x,
-        y[chosen],
-        chosen,
-        classes=classes,
-        class_names=class_names,
-        bounds=bounds,
-        notes=notes,
-        lenient=lenient,
-    )
+    if y is not None:
+        return from_numpy(name, x, y[chosen], chosen, expected, whole=y)
+    data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected)
+    classes = expected.classes or (None if expected.probe is None else expected.probe.classes)
+    names, objection = lenient_numbers(sorted(set(column)), expected, classes, repr(name), "text labels")
+    numbers = np.array([names.index(column[row]) for row in chosen], dtype=np.int64)
+    shown = ", ".join(f"{name}={i}" for i, name in enumerate(names[:6]))
+    note = f"text labels were numbered: {shown}{' …' if len(names) > 6 else ''}"
+    return replace(data, y=numbers, classes=names, notes=(*data.notes, note), objection=objection)
 
 
 def _label(label: str | None, table: Table, name: str) -> str:
@@ -169,26 +170,21 @@ def _rows_of_split(table: Table, split: str | None) -> NDArray[np.int64]:
     return rows
 
 
-def _encoded(
-    column: Sequence[str], name: str
-) -> tuple[NDArray[np.int64], tuple[str, ...] | None, tuple[str, ...]]:
-    """Class numbers, the names where the label is text, and what is worth saying."""
+def _class_numbers(column: Sequence[str], name: str) -> NDArray[np.int64] | None:
+    """Labels that are whole numbers from 0 on, which are the class numbers; None for labels that are names."""
     if any(not cell.strip() for cell in column):
         row = next(i for i, cell in enumerate(column) if not cell.strip())
         raise TargetError(f"the label of row {row} of {name} is missing; drop such rows")
-    values = sorted(set(column))
+    values = set(column)
     whole = {value: _whole(value) for value in values}
     if all(number is not None and number >= 0 for number in whole.values()):
-        return np.array([whole[cell] for cell in column], dtype=np.int64), None, ()
+        return np.array([whole[cell] for cell in column], dtype=np.int64)
     if all(_number(value) is not None for value in values) and None in whole.values():
         row = next(i for i, cell in enumerate(column) if whole[cell] is None)
         raise TargetError(
             f"the label of row {row} of {name} is {column[row]}; whole numbers from 0 on, or names, were expected"
         )
-    index = {value: i for i, value in enumerate(values)}
-    shown = ", ".join(f"{value}={i}" for value, i in itertools.islice(index.items(), 6))
-    notes = (f"labels were encoded in sorted order: {shown}{' …' if len(index) > 6 else ''}",)
-    return np.array([index[cell] for cell in column], dtype=np.int64), tuple(values), notes
+    return None
 
 
 def _whole(text: str) -> int | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.outputs import is_single
 from holdfast.core.types import Access
 from holdfast.sources.exported import FixedBatch
 from holdfast.sources.onnx.building import Unsupported
@@ -71,19 +72,6 @@ class Runtime(nn.Module):
         return [values[: len(rows)] if short else values for values in found]
 
 
-class ChannelsLast(nn.Module):
-    """Feeds a network that wants its channels last."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs of inputs with the channels first."""
-        out: Tensor = self.net(x.permute(0, 2, 3, 1))
-        return out
-
-
 def open_onnx(path: Path) -> OnnxModel:
     """Import a classifier and compare it with onnxruntime; it gives scores only where it cannot be imported."""
     file = read_onnx(path)
@@ -100,10 +88,6 @@ def open_onnx(path: Path) -> OnnxModel:
     except Unsupported as reason:
         net, access, hides = Runtime(file, output), "scores", f"{reason} cannot be imported"
         notes += (f"{hides}; served through onnxruntime, scores only and without gradients",)
-    shape = file.input.shape
-    if len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3):
-        net = ChannelsLast(net)
-        notes += ("the model takes its channels last; inputs are transposed for it",)
     return OnnxModel(net, access, hides, classes, file.files, notes)
 
 
@@ -124,14 +108,16 @@ def _chosen_output(file: OnnxFile, path: Path) -> tuple[str, int, tuple[str, ...
     # Three rows: a file that was written with the size of one example inside gives itself away before the attack.
     runtime, n = Runtime(file), file.input.shape[0] or 3
     found = dict(zip(runtime.outputs, runtime.all(random_batch(file, n)), strict=True))
-    scores = {name: y for name, y in found.items() if y.dim() == 2 and len(y) == n and y.is_floating_point()}
+    floats = {name: y for name, y in found.items() if y.is_floating_point() and y.dim() and len(y) == n}
+    scores = {name: y for name, y in floats.items() if y.dim() == 2}
+    scores = scores or {name: y for name, y in floats.items() if y.dim() == 1}
     if not scores:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in found.items())
         wanted = f"float logits of shape ({n}, classes) were expected"
         raise TargetError(f"{str(path)!r} returns {shapes} for {n} inputs; {wanted}")
     name, logits = next(iter(scores.items()))
     notes = (f"of the outputs {', '.join(found)}, {name} was taken as the logits",) if len(found) > 1 else ()
-    return name, max(logits.shape[1], 2), notes
+    return name, 2 if is_single(logits) else logits.shape[1], notes
 
 
 def _compare(net: nn.Module, file: OnnxFile, output: str, path: Path) -> None:

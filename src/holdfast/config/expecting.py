@@ -1,0 +1,88 @@
+"""From settings to what is declared of the model and of the data, and what is found out where they meet."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from holdfast.config.settings import AssessSettings
+from holdfast.core.batch import Data
+from holdfast.core.model import Bounds, Classifier
+from holdfast.core.normalisation import Normalisation
+from holdfast.runs.order import Subject
+from holdfast.sources.expected import Expected
+from holdfast.sources.models import Declared
+from holdfast.sources.probing import Probe, settle_output
+
+
+def declared(settings: AssessSettings) -> Declared:
+    """What the settings declare of the model's input and output; the default bounds are not declared."""
+    bounds = Bounds(*settings.bounds) if "bounds" in settings.model_fields_set else None
+    return Declared(
+        bounds,
+        settings.mean,
+        settings.std,
+        settings.classes,
+        settings.model_output,
+        class_names=settings.class_names,
+        normalised=normalisation(settings),
+    )
+
+
+def normalisation(settings: AssessSettings) -> Normalisation | None:
+    """The one by which the data were normalised beforehand, where the settings declare it."""
+    return None if settings.data_normalised is None else Normalisation(*settings.data_normalised)
+
+
+def expected(settings: AssessSettings, model: Classifier, *, lenient: bool = False) -> Expected:
+    """What data for the model must be like, and how they are read; `lenient` takes those that do not fit it, too."""
+    names = settings.class_names or model.class_names
+    return Expected(
+        model.bounds,
+        model.classes,
+        None if names is None else tuple(names),
+        settings.class_names is not None,
+        settings.class_order,
+        settings.layout,
+        normalisation(settings),
+        Probe(model),
+        lenient,
+    )
+
+
+def unlabelled(settings: AssessSettings, model: Classifier) -> Expected:
+    """The same of data whose labels are not used."""
+    return replace(expected(settings, model), classes=None, class_names=None, checks_labels=False)
+
+
+def fitting(model: Classifier, surrogates: Sequence[Subject], data: Data) -> None:
+    """Find out from the data what is not declared: whether single outputs are logits, and layouts of surrogates.
+
+    Raises `UnclearOutput` where single outputs may be probabilities.
+    """
+    for each in (model, *(surrogate.model for surrogate in surrogates)):
+        if each is not model:
+            Probe(each).suit(data.read(0, min(2, len(data))).x)
+        settle_output(each, data)
+
+
+def units_of_eps(model: Classifier, normalised: Normalisation | None) -> tuple[str, ...]:
+    """What eps counts, where it is not the pixels that are given."""
+    low, high = ends(model.bounds)
+    legal = f"legal values from {low:g} to {high:g}"
+    if normalised is not None:
+        said = f"the data were normalised by {normalised}: it is undone, and eps is in pixels, with {legal}"
+        return (f"{said}; the model normalises its input inside",)
+    if (low, high) == (0.0, 1.0):
+        return ()
+    return (f"eps is in the units of the inputs, with {legal}",)
+
+
+def ends(bounds: Bounds) -> tuple[float, float]:
+    """The lowest and the highest legal value of any feature."""
+    return _end(bounds.low, min), _end(bounds.high, max)
+
+
+def _end(side: float | torch.Tensor, which: Any) -> float:
+    return float(which(side.flatten().tolist())) if isinstance(side, torch.Tensor) else float(side)

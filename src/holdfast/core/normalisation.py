@@ -1,0 +1,44 @@
+"""Normalisation by channel, and its inverse: `(x - mean) / std`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.core.errors import TargetError
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """`(x - mean) / std`, with one number a channel (or a feature, for tables), or one for all."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def undone(self, x: Tensor) -> Tensor:
+        """`x * std + mean`, computed in float64 and returned in the type of `x`."""
+        wide = x.double()
+        mean, std = (torch.tensor(side, dtype=torch.float64) for side in (self.mean, self.std))
+        return (wide * per_channel(std, wide) + per_channel(mean, wide)).to(x.dtype)
+
+    def __str__(self) -> str:
+        """As `--data-normalised` takes it."""
+        return "/".join(",".join(f"{number:g}" for number in side) for side in (self.mean, self.std))
+
+
+def per_channel(values: Sequence[float] | Tensor, x: Tensor) -> Tensor:
+    """Values, one for all or one a channel, ready to broadcast against `x` (n, channels, ...) or (n, ..., channels).
+
+    The channels are the first axis of an example where its length fits, else the last. Raises `TargetError` where
+    neither fits.
+    """
+    numbers = torch.as_tensor(values).to(x.device, x.dtype)
+    channels = x.shape[1] if x.dim() > 1 else 1
+    if len(numbers) in (1, channels):
+        return numbers.view(1, -1, *[1] * (x.dim() - 2))
+    if x.dim() > 2 and len(numbers) == x.shape[-1]:
+        return numbers
+    raise TargetError(
+        f"mean or std has {len(numbers)} entries, but the inputs have {channels} channels; give one number a channel"
+    )

@@ -1,0 +1,70 @@
+"""What the outputs of a network are: logits or probabilities, of all classes or one number an example."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from holdfast.core.errors import TargetError, UnclearOutput
+from holdfast.core.types import Logits
+
+OutputKind = Literal["logit", "probability"]
+"""`logit`: any real number. `probability`: a number from 0 to 1, after a sigmoid or a softmax."""
+
+_ROUNDING = 1e-4
+"""how far a probability may lie outside 0 to 1; a softmax in half precision is off by less"""
+
+
+def is_single(outputs: Tensor) -> bool:
+    """Whether outputs (n,) or (n, 1) hold one number an example."""
+    return outputs.dim() == 1 or outputs.shape[1] == 1
+
+
+def kind_of_single(outputs: Tensor, declared: OutputKind | None) -> OutputKind | None:
+    """What single outputs are: as declared, else logits where one lies outside [0, 1]; None where none is a number.
+
+    Raises `UnclearOutput` where all lie inside and nothing is declared: a sigmoid would be read as a logit, and every
+    example as class 1.
+    """
+    if declared is not None:
+        return declared
+    if bool(((outputs < 0) | (outputs > 1)).any()):
+        return "logit"
+    numbers = outputs[~outputs.isnan()]
+    if not len(numbers):
+        return None
+    raise UnclearOutput(
+        f"the model returns one number an example, from {float(numbers.min()):.4g} to {float(numbers.max()):.4g}: that "
+        "may be the logit of class 1 or its probability. Declare it: --model-output probability (after a sigmoid), or "
+        "--model-output logit; in Python model_output='probability'"
+    )
+
+
+def of_classes(outputs: Tensor, kind: OutputKind | None = None) -> Logits:
+    """Logits (n, classes) of the outputs (n, classes), (n, 1) or (n,) of a network.
+
+    One logit z an example becomes two, (0, z); one probability p becomes (log(1 - p), log(p)). The logits of several
+    probabilities are their logarithms. Probabilities are raised to the smallest normal number first. Raises
+    `TargetError` for a probability outside [0, 1].
+    """
+    if kind == "probability":
+        _refuse_no_probabilities(outputs)
+    if not is_single(outputs):
+        return _log(outputs) if kind == "probability" else outputs
+    single = outputs.reshape(len(outputs))
+    if kind == "probability":
+        return torch.stack((_log(1 - single), _log(single)), dim=1)
+    return torch.stack((torch.zeros_like(single), single), dim=1)
+
+
+def _log(probabilities: Tensor) -> Tensor:
+    return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+
+
+def _refuse_no_probabilities(outputs: Tensor) -> None:
+    outside = (outputs < -_ROUNDING) | (outputs > 1 + _ROUNDING)
+    if bool(outside.any()):
+        raise TargetError(
+            f"the model returned {float(outputs[outside][0].detach()):.4g}, and --model-output probability declares "
+            "numbers from 0 to 1; leave it out, or give --model-output logit"
+        )

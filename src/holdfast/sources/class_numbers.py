@@ -1,0 +1,144 @@
+"""Which class number a named class has: by declared names, else by the order of the names where that is unambiguous."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.sources.expected import Expected
+from holdfast.sources.files import nearest
+
+Array = NDArray[Any]
+_SHOWN = 10
+
+
+def class_numbers(
+    found: Sequence[str], expected: Expected, classes: int | None, where: str, kind: str
+) -> tuple[str, ...]:
+    """Names of the classes in the order of their numbers; each of `found` is one of them.
+
+    `classes` is the number of the model's classes where that is known, `kind` what the names are of, as in "class
+    folders". With declared names these decide. Without, the names are numbered in their lexical order, as torchvision
+    and Keras do. Raises `TargetError` where that order is ambiguous or a class is missing, and `UsageError` where the
+    declared names are not as many as the model's classes.
+    """
+    if expected.class_names is not None:
+        return _declared(found, expected, classes, where, kind)
+    lexical, numeric = sorted(found), _numeric_order(found)
+    order = numeric if expected.class_order == "numeric" else lexical
+    why = _unclear(lexical, numeric, classes, declared=expected.class_order is not None)
+    if why:
+        known = "" if classes is None else f" The model has {classes} classes."
+        names = f"{classes} names" if classes else "names"
+        raise TargetError(
+            f"{where} has {len(found)} {kind} ({listed(numeric)}), and {why}.{known} Name the classes in the order of "
+            f"the model's outputs: --class-names A,B,C (or @FILE, one name a line), all {names}; or, if none is "
+            "missing, declare the order in which the model was trained: --class-order lexical, or --class-order numeric"
+        )
+    if classes is not None and len(found) > classes:
+        raise TargetError(
+            f"{where} has {len(found)} {kind} ({listed(order)}), but the model has {classes} classes; remove those "
+            "that "
+            "it does not know, or correct --classes"
+        )
+    return tuple(order)
+
+
+def lenient_numbers(
+    found: Sequence[str], expected: Expected, classes: int | None, where: str, kind: str
+) -> tuple[tuple[str, ...], str]:
+    """As `class_numbers`; data that are taken `lenient` are numbered lexically where it refuses, with its objection."""
+    try:
+        return class_numbers(found, expected, classes, where, kind), ""
+    except (TargetError, UsageError) as error:
+        if not expected.any_label:
+            raise
+        return tuple(sorted(found)), str(error)
+
+
+def matched(
+    names: tuple[str, ...] | None, expected: Expected
+) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
+    """Names for whole-number labels of a source that names its classes, and the new number of each old one.
+
+    Labels that are whole numbers are the class numbers. They are numbered again only where the source and the model
+    name the same classes in another order. Raises `TargetError` where declared names lack one of the source's.
+    """
+    declared = expected.class_names
+    if declared is None or names is None or names == declared:
+        return names or declared, None
+    strange = [name for name in names if name not in declared]
+    if not strange:
+        return declared, tuple(declared.index(name) for name in names)
+    if expected.names_declared:
+        raise TargetError(
+            f"the data name the classes {listed(names)}, and --class-names {listed(declared)}"
+            f"{nearest(strange[0], declared)}; leave --class-names out, or use the same names"
+        )
+    return names, None
+
+
+def renumbered(y: Array, numbers: tuple[int, ...], name: str) -> Array:
+    """Labels with other numbers for the same classes."""
+    if len(y) and (y.min() < 0 or y.max() >= len(numbers)):
+        raise TargetError(
+            f"the labels of {name} run from {y.min()} to {y.max()}, but it names {len(numbers)} classes; correct either"
+        )
+    return np.array(numbers, dtype=np.int64)[y]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first ten names, and whether there are more."""
+    return ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
+
+
+def _declared(
+    found: Sequence[str], expected: Expected, classes: int | None, where: str, kind: str
+) -> tuple[str, ...]:
+    names = expected.class_names or ()
+    source = "--class-names has" if expected.names_declared else "the model's file names"
+    if classes is not None and len(names) != classes:
+        raise UsageError(
+            f"{source} {len(names)} classes ({listed(names)}), but the model has {classes}; give one name for each of "
+            "its outputs, in their order"
+        )
+    strange = [name for name in found if name not in names]
+    if strange:
+        raise TargetError(
+            f"{where} has the {kind} {listed(strange)}, and {source} {listed(names)}{nearest(strange[0], names)}; "
+            "correct the names, with --class-names A,B,C in the order of the model's outputs"
+        )
+    return names
+
+
+def _unclear(lexical: list[str], numeric: list[str], classes: int | None, *, declared: bool) -> str:
+    """Why the numbers of the classes are not certain; empty where they are."""
+    if classes is not None and len(lexical) < classes:
+        return f"{classes - len(lexical)} of the model's {classes} classes are missing: it is not clear which"
+    if declared:
+        return ""
+    if lexical != numeric:
+        return f"their lexical order ({listed(lexical)}) differs from the numeric one"
+    if all(re.fullmatch("[0-9]+", name) for name in numeric):
+        numbers = [int(name) for name in numeric]
+        if numbers[0] != 0:
+            return f"the numbers do not start at 0, as class numbers do, but at {numbers[0]}"
+        if numbers != list(range(len(numbers))):
+            return "the numbers are not consecutive, so that a class may be missing"
+    return ""
+
+
+def _numeric_order(names: Sequence[str]) -> list[str]:
+    """Whole numbers by their value; in other names each run of digits by its value."""
+    if all(re.fullmatch("-?[0-9]+", name) for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names, key=lambda name: (_characters(name), name))
+
+
+def _characters(name: str) -> list[tuple[int, int]]:
+    """Code points, with a run of digits as one character where digits are in ASCII, and its value."""
+    runs = re.findall("[0-9]+|[^0-9]", name)
+    return [(ord("0"), int(run)) if run[0] in "0123456789" else (ord(run), 0) for run in runs]

@@ -1,0 +1,35 @@
+"""What inputs alone suggest of their range and normalisation: estimates, never values of a training."""
+
+from torch import Tensor
+
+from holdfast.core.normalisation import Normalisation
+
+NORMALISATIONS = {
+    "MNIST's": ((0.1307,), (0.3081,)),
+    "CIFAR-10's": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "the half-half": ((0.5,), (0.5,)),
+}
+"""Mean and standard deviation that are customary, by whose they are."""
+
+
+def scaling(x: Tensor) -> str:
+    """What to do about inputs outside the bounds; numbers that the data alone give are called estimates."""
+    first = "scale the features as in training" if x.dim() == 2 else "scale them as in training"
+    known = [
+        f"{name} values, {Normalisation(mean, std)}, would undo it"
+        for name, (mean, std) in NORMALISATIONS.items()
+        if len(mean) in (1, x.shape[1]) and _are_pixels(Normalisation(mean, std).undone(x))
+    ]
+    guess = f" (an estimate: {'; '.join(known)})" if known else ""
+    return (
+        f"{first}; if they were normalised before, give --data-normalised MEAN/STD with the values of your training"
+        f"{guess}, and eps stays in pixels; else --bounds LOW,HIGH, as {float(x.min()):.6g},{float(x.max()):.6g} (an "
+        f"estimate from {len(x)} examples; use the limits of your training), and eps is in the units of the data"
+    )
+
+
+def _are_pixels(x: Tensor) -> bool:
+    """Whether values lie in [0, 1] and fill most of it."""
+    low, high = float(x.min()), float(x.max())
+    return -1e-3 <= low <= 0.05 and 0.95 <= high <= 1 + 1e-3

@@ -1,0 +1,173 @@
+"""The one rule for the layout of arrays: what is declared, else what the network takes; never a guess.
+
+Inside Holdfast images have their channels first. A reading says how stored axes become inputs, and in which layout the
+network is given them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.types import Layout, Logits
+from holdfast.sources.probing import HWC_NOTE, Probe
+
+CHANNELS = (1, 3, 4)
+"""grey, colour, colour with transparency: sizes of an axis that may be that of the channels"""
+_SAME = 1e-5
+"""largest difference between outputs that count as equal, as a share of the largest output"""
+MOVED_NOTE = "the channels came last and were put first"
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read an array (N, ...) as inputs."""
+
+    stored: Layout
+    """of the array"""
+    network: Layout | None = None
+    """of what the network is given, where it is not that of the inputs"""
+
+    def inputs(self, x: Array) -> Array:
+        """The array with its axes in the order of the inputs; a view."""
+        if self.stored == "asis" or x.ndim not in (3, 4, 5):
+            return x
+        if x.ndim == 3:
+            return x[:, None]
+        return np.moveaxis(x, -1, 1) if self.stored == "hwc" else x
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of one example as the network is given it, for an array of that shape."""
+        first = self.inputs(np.empty((1, *shape[1:]), dtype=bool)).shape[1:]
+        return (*first[1:], first[0]) if self.network == "hwc" else first
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth saying of it."""
+        moved = (MOVED_NOTE,) if self.stored == "hwc" else ()
+        return (*moved, *((HWC_NOTE,) if self.network == "hwc" else ()))
+
+
+def reading_of(
+    shape: Sequence[int],
+    declared: Layout | None,
+    probe: Probe | None,
+    rows: Callable[[Reading], Tensor],
+    y: Tensor,
+    name: str,
+) -> Reading:
+    """How the array of that shape (N, ...) is read.
+
+    `rows` gives some examples under a reading, and `y` their labels, which are used for the message alone. A declared
+    layout decides, then the layout that the model's file declares, then the network: of the readings that it takes,
+    those with equal outputs count as one. Raises `UsageError` for a declared layout of no image, `TargetError` where
+    several readings are left, or none.
+    """
+    if declared is not None:
+        _refuse_no_image(shape, declared, name)
+        return Reading(declared)
+    first, others = _candidates(tuple(shape), None if probe is None else probe.own.layout)
+    if probe is None or (probe.model.remote and len(first) == 1):
+        return first[0] if len(first) == 1 else Reading("asis")
+    taken = _taken(first, probe, rows)
+    refused = probe.refused
+    if not taken and others:
+        taken = _taken(others, probe, rows)
+    if not taken:
+        if len(first) == 1:
+            return first[0]  # the run asks again, and says what is wrong
+        tried = ", ".join(str(reading.shape(shape)) for reading in (*first, *others))
+        raise TargetError(
+            f"the inputs of {name} have shape {tuple(shape)}, and the model takes an example in none of the shapes "
+            f"{tried}: "
+            f"{refused}. Reshape the data, or declare how they are stored with --layout chw, hwc or asis"
+        )
+    distinct = _distinct(taken)
+    if len(distinct) > 1:
+        raise TargetError(_ambiguous(shape, distinct, y, name))
+    return _as_image(distinct[0][0], shape, probe)
+
+
+def _refuse_no_image(shape: Sequence[int], declared: Layout, name: str) -> None:
+    if declared != "asis" and len(shape) not in (3, 4, 5):
+        raise UsageError(
+            f"--layout {declared} is for images and volumes, and the inputs of {name} have shape {tuple(shape)}; "
+            "leave it "
+            "out, or give --layout asis"
+        )
+
+
+def _candidates(shape: tuple[int, ...], network: Layout | None) -> tuple[list[Reading], list[Reading]]:
+    """Readings in the order of preference: those that are usual, and those that are tried where none of them fits."""
+    if network == "asis" or len(shape) not in (3, 4, 5):
+        return [Reading("asis")], []
+    if len(shape) == 3:
+        grey = Reading("chw")
+        return ([grey], []) if network else ([grey, Reading("asis")], [Reading("chw", "hwc")])
+    plain, last = Reading("chw"), Reading("hwc")
+    may_be_first, may_be_last = shape[1] in CHANNELS, shape[-1] in CHANNELS
+    if network and may_be_first != may_be_last:
+        return [last if may_be_last else plain], []
+    usual = [plain] if not may_be_last else [plain, last] if may_be_first else [last, plain]
+    turned = [] if network else [Reading("chw", "hwc")]
+    return usual, [*turned, *([] if may_be_last else [last])]
+
+
+def _taken(
+    readings: Sequence[Reading], probe: Probe, rows: Callable[[Reading], Tensor]
+) -> list[tuple[Reading, Logits]]:
+    found = []
+    for reading in readings:
+        outputs = probe.outputs(rows(reading), reading.network)
+        if outputs is not None:
+            found.append((reading, outputs))
+    return found
+
+
+def _distinct(taken: list[tuple[Reading, Logits]]) -> list[tuple[Reading, Logits]]:
+    """Of the readings with equal outputs the first."""
+    kept: list[tuple[Reading, Logits]] = []
+    for reading, outputs in taken:
+        if not any(_equal(outputs, other) for _, other in kept):
+            kept.append((reading, outputs))
+    return kept
+
+
+def _equal(first: Logits, second: Logits) -> bool:
+    if first.shape != second.shape:
+        return False
+    scale = float(first.nan_to_num().abs().max().clamp_min(1e-12))
+    return torch.allclose(first, second, rtol=0, atol=_SAME * scale, equal_nan=True)
+
+
+def _as_image(reading: Reading, shape: Sequence[int], probe: Probe) -> Reading:
+    """The same inputs to the network; images whose channels are last have them first inside Holdfast."""
+    image = len(shape) in (4, 5) and shape[1] not in CHANNELS and shape[-1] in CHANNELS
+    if reading == Reading("chw") and image and probe.own.layout is None:
+        return Reading("hwc", "hwc")
+    return reading
+
+
+def _ambiguous(shape: Sequence[int], distinct: Sequence[tuple[Reading, Logits]], y: Tensor, name: str) -> str:
+    ways = [
+        f"--layout {_flag(reading, shape)} (an example of shape {reading.shape(shape)} for the network; "
+        f"{float((outputs.argmax(1) == y).double().mean()):.0%} of {len(y)} examples right)"
+        for reading, outputs in distinct
+    ]
+    return (
+        f"the inputs of {name} have shape {tuple(shape)}, and the model takes them in {len(ways)} layouts with "
+        "different "
+        f"outputs. Declare the one that it was trained with: {', or '.join(ways)}"
+    )
+
+
+def _flag(reading: Reading, shape: Sequence[int]) -> Layout:
+    """What declares a reading: `asis` says it best where the axes stay as they are."""
+    return "asis" if reading.stored == "chw" and len(shape) > 3 else reading.stored

@@ -1,0 +1,141 @@
+"""A model's outputs on a few examples, which decide a layout and count the classes when data are opened."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Data
+from holdfast.core.errors import TargetError, TargetLost, UnclearOutput
+from holdfast.core.model import Classifier, fitted, out_of_memory
+from holdfast.core.types import Layout, Logits
+from holdfast.ops.expectation import inner
+
+_ROWS = 2
+"""of a look at the shape: one row may pass for an image without its batch"""
+_LOOKED_AT = 2048
+"""examples among which an output outside [0, 1] is looked for"""
+_CHUNK = 256
+HWC_NOTE = "the network takes the channels last; its inputs are transposed inside the model"
+"""said of a `Classifier` whose layout was found to be hwc"""
+
+
+class Probe:
+    """Asks a classifier for outputs in eval mode, without gradients, and leaves it as it was.
+
+    The draws of a randomised network are those of one seed, so that equal inputs have equal outputs.
+    """
+
+    def __init__(self, model: Classifier) -> None:
+        self.model = model
+        self.own = inner(model)
+        """without the transformations that its inputs are seen through"""
+        self.classes = model.classes
+        """of the network; None until outputs were seen"""
+        self.refused: TargetError | None = None
+        """why the network took the last inputs that it did not take"""
+
+    def outputs(self, x: Tensor, layout: Layout | None = None) -> Logits | None:
+        """Logits of `x` (n, *features) given to the network in a layout; None where it does not take them.
+
+        Outputs that may be logits or probabilities are compared as if they were logits.
+        """
+        own = self.own
+        before = own.layout, own.output
+        own.layout = layout or before[0]
+        try:
+            found = self._asked(x)
+        except TargetLost:
+            raise
+        except TargetError as error:
+            self.refused = error
+            return None
+        finally:
+            own.layout, own.output = before
+        self.classes = found.shape[1] - self.model.rejects
+        return found
+
+    def _asked(self, x: Tensor) -> Logits:
+        try:
+            return _forwarded(self.model, x)
+        except UnclearOutput:
+            self.own.output = "logit"
+            return _forwarded(self.model, x)
+
+    def suit(self, x: Tensor) -> tuple[str, ...]:
+        """Give a network that takes images only with the channels last its inputs so, and say it.
+
+        `x` are examples as the data set reads them. A network whose layout is known is not asked, nor is one behind a
+        server, which would charge for it.
+        """
+        if self.model.remote:
+            return ()
+        rows = x[torch.arange(_ROWS) % len(x)]
+        if self.outputs(rows) is not None or self.own.layout is not None or x.dim() < 4:
+            return ()
+        refused = self.refused
+        if self.outputs(rows, "hwc") is None:
+            self.refused = refused
+            return ()
+        self.own.layout = "hwc"
+        return (HWC_NOTE,)
+
+
+def settle_output(model: Classifier, data: Data) -> None:
+    """Find out whether single outputs are logits: a value outside [0, 1] among the examples shows it.
+
+    Raises `UnclearOutput` where there is none. Cost: forwards until one is found, of at most 2048 examples; a model
+    whose outputs are declared, or that returns one number a class, is asked for two. A model behind a server is asked
+    by the run alone.
+    """
+    if inner(model).output is not None or model.remote or model.rejects:
+        return
+    unclear: UnclearOutput | None = None
+    for start in (0, *range(_ROWS, min(len(data), _LOOKED_AT), _CHUNK)):
+        stop = _ROWS if start == 0 else start + _CHUNK
+        try:
+            _forwarded(model, data.read(start, min(stop, len(data))).x)
+        except UnclearOutput as error:
+            unclear = error
+        except TargetLost:
+            raise
+        except (TargetError, RuntimeError, MemoryError):
+            return  # raised again, with its advice, when the run asks
+        else:
+            return
+    if unclear is not None:
+        raise unclear
+
+
+def _forwarded(model: Classifier, x: Tensor) -> Logits:
+    """Logits of `x`, on the CPU; of a network that refuses some sizes of a batch in those that it takes."""
+    weight = next(model.parameters(), None)
+    rows = x if weight is None else x.to(weight.device)
+    with _looked_at(model):
+        try:
+            logits: Logits = model(rows.clone())
+            return logits.cpu()
+        except (TargetLost, UnclearOutput):
+            raise
+        except (TargetError, RuntimeError, MemoryError) as error:
+            if model.remote or not (isinstance(error, TargetError) or out_of_memory(error)):
+                raise
+        with fitted(model, rows[:1]):
+            logits = model(rows.clone())
+        return logits.cpu()
+
+
+@contextmanager
+def _looked_at(model: Classifier) -> Iterator[None]:
+    """The model in eval mode, without gradients and with torch's generators put back afterwards."""
+    # a frozen script has no mode
+    modes = [(module, getattr(module, "training", False)) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
