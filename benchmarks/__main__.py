@@ -62,6 +62,7 @@ ROWS = {
     "image-patches": "image_patches",
     "colours": "colours",
     "detectors": "detectors",
+    "fitting-doubts": "fitting_doubts",
     "doubts": "doubts",
     "gallery": "gallery",
 }

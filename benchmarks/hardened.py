@@ -55,7 +55,7 @@ def shares(card: Cells) -> Cells:
     metrics = card["after"]["metrics"]
     return {
         "clean, %": interval(metrics["clean_accuracy"]),
-        "robust, %": interval(metrics["robust_accuracy"]),
+        "robust, %": interval(metrics["suite_robust_accuracy"]),
         "n": card["after"]["n"],
     }
 

@@ -26,8 +26,8 @@ def measured() -> Outcome:
             kept = detail[f"{name} seed {seed}"] = hardened(ROW, name, "standard", seed)
             cards.append(kept["measured"])
             table.append({"recipe": name, "seed": seed, **cells(kept["measured"])})
-        believed = percent(first[name]["measured"], "robust_accuracy")
-        held = mean(percent(card, "robust_accuracy") for card in cards)
+        believed = percent(first[name]["measured"], "suite_robust_accuracy")
+        held = mean(percent(card, "suite_robust_accuracy") for card in cards)
         claims.append(
             Claim(
                 f"{name}: points that `fast` left of seed 0 and `standard` not of the mean <= 2",

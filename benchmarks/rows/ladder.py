@@ -30,7 +30,7 @@ def measured() -> Outcome:
     for place, found in zip(PLACES, chosen, strict=True):
         auto = found["measured"]
         plan = auto["plan"]["attempts"][0]
-        robust = {AUTO: percent(auto, "robust_accuracy")}
+        robust = {AUTO: percent(auto, "suite_robust_accuracy")}
         detail[", ".join((AUTO, *place))] = found
         table.append(_row(place, f"auto: {auto['recipe']}", auto))
         for name, epochs in plan["fits"].items():
@@ -38,7 +38,7 @@ def measured() -> Outcome:
                 continue
             other = _other(name, epochs, place)
             detail[", ".join((name, *place))] = other
-            robust[name] = percent(other["measured"], "robust_accuracy")
+            robust[name] = percent(other["measured"], "suite_robust_accuracy")
             table.append(_untimed(_row(place, name, other["measured"])))
         claims.append(
             Claim(

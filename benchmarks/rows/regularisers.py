@@ -17,7 +17,7 @@ def measured() -> Outcome:
         name: hardened(ROW, name, SUITE, SEED, threat=THREAT) for name in (*BESIDE, *REGULARISERS)
     }
     table = [{"recipe": name, **cells(kept["measured"])} for name, kept in detail.items()]
-    left = {name: percent(kept["measured"], "robust_accuracy") for name, kept in detail.items()}
+    left = {name: percent(kept["measured"], "suite_robust_accuracy") for name, kept in detail.items()}
     claims = [
         Claim(f"{name}: points beyond ordinary training >= {LEAST}", left[name] - left["standard"], LEAST, least=True)
         for name in REGULARISERS

@@ -88,7 +88,7 @@ def _norms(recipe: str, seed: int) -> Cells:
 def _row(cards: list[tuple[Cells, Cells]]) -> Cells:
     """Means over the seeds, the least and the greatest robust accuracy beside them."""
     clean = [percent(card, "clean_accuracy") for card, _ in cards]
-    robust = [percent(card, "robust_accuracy") for card, _ in cards]
+    robust = [percent(card, "suite_robust_accuracy") for card, _ in cards]
     return {
         "seeds": len(cards),
         "clean accuracy, %": mean(clean),

@@ -1,14 +1,22 @@
 """The card of a hardened model: what it is worth beside the one it was made from, and how it was made."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.reports.markdown import escaped, table
 from holdfast.reports.notes import spoken
 from holdfast.reports.numbers import percent, plain
-from holdfast.reports.words import capitalized, interval, label, shown
+from holdfast.reports.words import SCOPES, capitalized, interval, label, shown
 
-_SHOWN = ("clean_accuracy", "robust_accuracy")
+_KEPT = ("clean_accuracy", "robust_accuracy", "suite_robust_accuracy")
+_HELD_OUT = ("clean_accuracy", "robust_accuracy")
+
+
+def compared(card: Mapping[str, Any]) -> tuple[str, str]:
+    """The metrics by which both models are compared; a card of an earlier version has no scope and one number."""
+    return "clean_accuracy", "suite_robust_accuracy" if card.get(
+        "scope"
+    ) == "suite only" else "robust_accuracy"
 
 
 def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,7 +27,7 @@ def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
         "headline": summary["headline"],
         "suite": summary["suite"],
         "n": summary["n"],
-        "metrics": {name: summary["metrics"][name] for name in _SHOWN},
+        "metrics": {name: summary["metrics"][name] for name in _KEPT},
         "doubts": [{"name": doubt["name"], "says": doubt["says"]} for doubt in raised],
         "doubts_probed": len(looked),
         "notes": spoken(summary),
@@ -34,8 +42,13 @@ def document(card: Mapping[str, Any]) -> str:
     lines += [f"Hardened for {escaped(card['threat'])} by the recipe `{card['recipe']}`, {_why(card)}.", ""]
     lines += [f"Judged under {escaped(card['judged_under'])}.", ""]
     lines += _sides(
-        f"on {after['n']:,} test examples, suite {after['suite']}", before["metrics"], after["metrics"]
+        f"on {after['n']:,} test examples, suite {after['suite']}",
+        before["metrics"],
+        after["metrics"],
+        compared(card),
     )
+    if "scope" in card:
+        lines += [f"Robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}.", ""]
     looked = card["held_out"]
     lines += [
         f"The checkpoint is that of epoch {held['epoch']} of {plain(card['epochs'])}, the best where it was chosen:",
@@ -45,6 +58,7 @@ def document(card: Mapping[str, Any]) -> str:
         f"on {looked['n']:,} held-out training examples, a PGD of 20 steps, which flatters",
         looked["before"],
         looked["after"],
+        _HELD_OUT,
     )
     lines += ["![accuracy over the epochs](curve.svg)", ""]
     for side, said in (("before", before), ("after", after)):
@@ -75,11 +89,11 @@ def document(card: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _sides(head: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def _sides(head: str, before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """A table of both models."""
     rows = (
         (capitalized(label(name)), *(_measured(name, side[name]) for side in (before, after)))
-        for name in _SHOWN
+        for name in names
     )
     return table((head, "before", "after"), rows)
 

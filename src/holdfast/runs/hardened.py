@@ -12,10 +12,11 @@ import torch
 from holdfast.core.chain import canonical, digest
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.model import Classifier
+from holdfast.metrics.paired import basis
 from holdfast.ops.overfitting import MOST_RAISED
 from holdfast.ops.statistics import proportion
+from holdfast.reports.card import compared, judged
 from holdfast.reports.card import document as as_markdown
-from holdfast.reports.card import judged
 from holdfast.reports.numbers import percent, plain, strict
 from holdfast.reports.training import curve_svg
 from holdfast.reports.words import as_asked
@@ -65,8 +66,8 @@ class Hardened:
     def __str__(self) -> str:
         before, after = (self.card[side]["metrics"] for side in ("before", "after"))
         said = [
-            f"{name} {percent(estimate['value'])} → {percent(after[name]['value'])}"
-            for name, estimate in before.items()
+            f"{name} {percent(before[name]['value'])} → {percent(after[name]['value'])}"
+            for name in compared(self.card)
         ]
         epoch = f"epoch {self.card['chosen']['epoch']} of {plain(self.card['epochs'])}"
         return f"{self.card['recipe']}: {', '.join(said)} ({epoch})"
@@ -157,6 +158,7 @@ def card_of(
             "settings": _as_trained(best),
             "plan": manifest["plan"],
             "tried": tried,
+            "scope": basis(sides[0].evidence, sides[1].evidence),
             "before": judged(sides[0].summary()),
             "after": judged(sides[1].summary()),
             "chosen": best.chosen.to_json(),
