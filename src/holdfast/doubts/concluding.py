@@ -214,7 +214,8 @@ def _not_exhausted(case: _Case) -> Doubt:
         )
     if elsewhere:
         says.append(
-            f"{elsewhere} examples that the suite left standing were broken by {', '.join(sorted(others))}"
+            f"{elsewhere} {'example' if elsewhere == 1 else 'examples'} that the suite left standing "
+            f"{'was' if elsewhere == 1 else 'were'} broken by {', '.join(sorted(others))}"
         )
         return _judged(name, float(elsewhere), 0.0, tried, "; ".join(says))
     return _judged(name, float(fresh), float(at.FRESH_BROKEN - 1), tried, "; ".join(says))
