@@ -286,7 +286,7 @@ def test_a_set_beside_a_stolen_one_has_no_protection(serving, collected, quick):
     near = {name: value * 1.001 for name, value in near.items()}
     serving.admit(serving.add(near, {"by": "trajectory"}))
     serving.expose(collecting.bases(serving)[0], "laptop stolen")
-    serving.serve(serving.ahead[-1])
+    serving.serve(serving.ahead[-1], unjudged=True)
     of = settings(serving, collected[0], adaptive=True, threat="linf:0.12")
     summary = api.carry_out(of, run=None).summary()
     by = {row["who"]: row for row in summary["rotation"]["rows"]}

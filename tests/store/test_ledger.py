@@ -333,7 +333,7 @@ def test_an_entry_of_another_form_is_refused(tmp_path, content):
         _ = holding(tmp_path, forged([content])).serving
 
 
-# --- who has no key
+# --- attacks without the key
 
 
 @pytest.fixture
@@ -345,7 +345,7 @@ def stolen(whole, tmp_path):
     return (tmp_path / "ledger.jsonl").read_bytes()
 
 
-def test_who_removes_every_exposure_and_computes_the_chain_again_is_refused(stolen, tmp_path):
+def test_a_ledger_without_its_exposures_and_with_a_recomputed_chain_is_refused(stolen, tmp_path):
     contents = [one for one in contents_of(stolen) if one["kind"] != "exposed"]
     forger = LedgerKey(b"?" * 32)
     (tmp_path / "ledger.jsonl").write_bytes(forged(contents, forger))

@@ -61,7 +61,7 @@ def test_a_converted_pool_says_what_it_said_and_asks_for_new_judgements(pool):
         migrate(old)
 
 
-def test_who_downgrades_a_pool_is_refused_even_by_the_conversion(pool):
+def test_a_downgraded_pool_is_refused_even_by_the_conversion(pool):
     """The exposure is removed, and manifest and ledger are rewritten in the older format, which needs no key."""
     sealed = {file: file.read_bytes() for file in pool.path.rglob("*.sealed")}
     head = (pool.path / "ledger.head").read_bytes()

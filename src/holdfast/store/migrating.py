@@ -1,8 +1,8 @@
 """Conversion of a pool whose ledger was not authenticated, as earlier versions wrote it.
 
-The older ledger is a public hash chain: who could write the folder could remove entries and compute the chain again.
-Conversion authenticates what is there; it cannot say whether something had been removed before. A kill leaves a pool of
-the older format or of this one: the manifest is written last, and then the new files get their names.
+The older ledger is a public hash chain: with write access to the folder, entries could be removed and the chain
+recomputed. Conversion authenticates what is there; it cannot detect whether something had been removed before. A kill
+leaves a pool of the older format or of this one: the manifest is written last, and then the new files get their names.
 """
 
 import json
