@@ -34,6 +34,7 @@ from holdfast.recipes import SingleStep, Standard
 from holdfast.rotation import Basins, Immunise, Members, Task, Trajectory, collect, put, weights_of
 from holdfast.rotation.collecting import trained_anew
 from holdfast.sources.data import open_data
+from holdfast.sources.expected import Expected
 
 HELD = 5_000
 POINT = 0.01
@@ -84,7 +85,9 @@ class Examples:
 @cache
 def examples() -> Examples:
     """The last 5,000 training images admit."""
-    train, test = (open_data(str(dataset("mnist")), split=split) for split in ("train", "test"))
+    images = Expected(layout="chw")
+    place = str(dataset("mnist"))
+    train, test = (open_data(place, split=split, expected=images) for split in ("train", "test"))
     whole = train.read(0, len(train))
     rest = len(whole) - HELD
     return Examples(

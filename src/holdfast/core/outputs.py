@@ -33,10 +33,12 @@ def kind_of_single(outputs: Tensor, declared: OutputKind | None) -> OutputKind |
     numbers = outputs[~outputs.isnan()]
     if not len(numbers):
         return None
+    whole = "; class numbers from a server are declared by --http-labels with --classes N"
+    hint = whole if bool((numbers == numbers.round()).all()) else ""
     raise UnclearOutput(
         f"the model returns one number an example, from {float(numbers.min()):.4g} to {float(numbers.max()):.4g}: that "
         "may be the logit of class 1 or its probability. Declare it: --model-output probability (after a sigmoid), or "
-        "--model-output logit; in Python model_output='probability'"
+        f"--model-output logit; in Python model_output='probability'{hint}"
     )
 
 

@@ -115,6 +115,8 @@ def _candidates(shape: tuple[int, ...], network: Layout | None) -> tuple[list[Re
     may_be_first, may_be_last = shape[1] in CHANNELS, shape[-1] in CHANNELS
     if network and may_be_first != may_be_last:
         return [last if may_be_last else plain], []
+    if may_be_first and len({*shape[2:]}) == 1 and len({*shape[1:-1]}) > 1:
+        may_be_last = False  # (1, 4, 4) is a square grey image, and no image of 1 x 4 with four channels
     usual = [plain] if not may_be_last else [plain, last] if may_be_first else [last, plain]
     turned = [] if network else [Reading("chw", "hwc")]
     return usual, [*turned, *([] if may_be_last else [last])]
