@@ -14,6 +14,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.model import Batches, Classifier
+from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.harness import (
     Context,
@@ -32,6 +33,7 @@ from holdfast.harness import (
     run_stage,
     settings,
 )
+from holdfast.metrics.catalogue import estimate
 from holdfast.ops.losses import cross_entropy, dlr
 from holdfast.testing import fakes
 from holdfast.testing.linear import linear_problem
@@ -533,3 +535,24 @@ def test_a_model_that_takes_no_batch_is_refused_in_its_own_words():
         prepared(broken, BATCH.take(torch.arange(3))),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("constraint", "size"),
+    [(L0(2, "pixel"), 2), (L0(torch.inf, "pixel"), 2), (Patch(1, 2), 2), (L0(6), 6), (Linf(0.9), 6)],
+    ids=str,
+)
+def test_l0_sizes_of_colour_images_are_in_the_unit_of_the_threat(constraint, size):
+    """All three channels of two neighbouring pixels change."""
+
+    def change(model, batch, threat, rng):
+        x = batch.x.clone()
+        x[:, :, 1, 1:3] = 0.8
+        return x
+
+    model = Classifier(lambda x: torch.stack((0.5 - x[:, 0, 1, 1], x[:, 0, 1, 1] - 0.5), 1))
+    batch = Batch(torch.zeros(4, 3, 4, 4), torch.zeros(4).long(), torch.arange(4))
+    evidence = measure(model, [batch], [Doing(change)], ThreatModel(constraint))
+    assert (evidence["distance_l0"] == size).all()
+    for name in ("perturbation_l0", "mean_perturbation_l0"):
+        assert estimate(name, evidence).value == size

@@ -21,11 +21,11 @@ from holdfast.sources.data import open_data
 from holdfast.sources.models import open_model
 
 CASES = [
-    (Universal(examples=200, steps=40, batch=50, step_size=0.15), Linf(0.2)),
-    (Universal(examples=200, steps=40, batch=50), L2(4.0)),
-    (AdversarialPatch(examples=200, steps=40, batch=50), Patch(9, 9, "centre", 1)),
-    (UniversalDeepFool(examples=200, passes=5), Linf(0.2)),
-    (UniversalDeepFool(examples=200, passes=5), L2(4.0)),
+    (Universal(fits=2, examples=200, steps=40, batch=50, step_size=0.15), Linf(0.2)),
+    (Universal(fits=2, examples=200, steps=40, batch=50), L2(4.0)),
+    (AdversarialPatch(fits=2, examples=200, steps=40, batch=50), Patch(9, 9, "centre", 1)),
+    (UniversalDeepFool(fits=2, examples=200, passes=5), Linf(0.2)),
+    (UniversalDeepFool(fits=2, examples=200, passes=5), L2(4.0)),
 ]
 EACH = pytest.mark.parametrize(("attack", "constraint"), CASES, ids=lambda one: type(one).__name__)
 

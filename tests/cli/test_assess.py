@@ -50,7 +50,8 @@ def test_common_corruptions_are_measured_one_by_one(capsys):
     assert run(["assess", "mnist-cnn", "mnist-mini", *flags, "--run", "first", "-o", "x.json"]) == 0
     said = capsys.readouterr()
     assert "corruptions@1" in said.out
-    assert "Mean corruption error" in said.out
+    assert "Corruption error rate" in said.out
+    assert "survive every corruption tried" in said.err and "attack tried" not in said.err
     content = json.loads(Path("x.json").read_text())
     metrics = {name: estimate["value"] for name, estimate in content["metrics"].items()}
     each = [metrics[f"{attack['name']}_accuracy"] for attack in content["attacks"]]
@@ -73,7 +74,14 @@ def test_corruptions_beside_a_baseline_are_relative_to_it(capsys):
     assert content["metrics"]["mce"]["value"] == pytest.approx(1.0)
     other = ["mnist-cnn", "mnist-mini", "-n", "60", "--threat", "corruptions:5", "--only", "frost"]
     assert run(["assess", *other, "--baseline", "first", "-o", "z.json"]) == 0
-    assert "mce" not in json.loads(Path("z.json").read_text())["metrics"]
+    content = json.loads(Path("z.json").read_text())
+    assert "mce" not in content["metrics"]
+    assert any("with the same corruptions" in note for note in content["notes"])
+    light = ["mnist-cnn", "mnist-mini", "-n", "5", "--threat", "corruptions:1", "--only", "brightness"]
+    assert run(["assess", *light, "--run", "spotless"]) == 0
+    assert run(["assess", *light, "--baseline", "spotless", "-o", "s.json"]) == 0
+    (note,) = [note for note in json.loads(Path("s.json").read_text())["notes"] if "mce" in note]
+    assert "the baseline makes no error under brightness" in note
     capsys.readouterr()
     assert run(["assess", *other, *gate]) == 2
     assert "with the same corruptions" in capsys.readouterr().err

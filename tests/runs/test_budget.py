@@ -7,7 +7,7 @@ import torch
 
 from holdfast.core.errors import Interrupted, UsageError
 from holdfast.ops.fit import Training
-from holdfast.ops.overfitting import RAISED, OverfittingGuard
+from holdfast.ops.overfitting import MOST_RAISED, RAISED, OverfittingGuard
 from holdfast.recipes import PGDTraining, SingleStep
 from holdfast.runs import hardening
 from holdfast.runs.hardening import harden
@@ -96,6 +96,18 @@ def test_training_and_planning_use_the_budget(machine):
         assert 0 < found.card["epochs"] < 1
 
 
+def test_what_a_guard_has_undone_counts_in_the_budget(monkeypatch):
+    """As often as it may, a guard objects to the updates of a whole epoch."""
+
+    def right(guard, steps):
+        return 0.1 if steps > 1 and int(guard.learner.state[RAISED]) < MOST_RAISED else 0.9
+
+    monkeypatch.setattr(OverfittingGuard, "_right", right)
+    found = hardened(lambda calls, now: 150, SingleStep(training=replace(HOW, batch=16)), 1200)
+    assert found.curve[-1].dearer == 2.5
+    assert 0.85 <= found.card["cost"]["budget_used"] <= 1.0
+
+
 def test_patience_ends_a_training_before_its_budget_and_is_recorded():
     patient = PGDTraining(steps=1, training=replace(HOW, lr=1e-9, patience=2, warmup=0))
     found = hardened(lambda calls, now: 10, patient)
@@ -153,7 +165,7 @@ def test_the_weights_follow_from_the_plans_that_are_stored(tmp_path, monkeypatch
     hardened(slow_at_first, *RECIPES[name], run=tmp_path / "r")
     found = last_of(tmp_path / "r")
     assert len({plan.end for plan in found.plans}) > 5
-    plans = iter(found.plans)
+    plans = iter([plan for plan in found.plans if not plan.rewound])
     monkeypatch.setattr(hardening, "Pacer", lambda *rest: lambda *where: next(plans))
     hardened(steady, *RECIPES[name], run=tmp_path / "again")
     assert same(found, last_of(tmp_path / "again"))

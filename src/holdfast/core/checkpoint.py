@@ -19,7 +19,7 @@ def beginning(tensors: Mapping[str, Tensor], first: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How many updates a training has, planned after `at` of them; the last plan before an update decides it.
+    """How many updates a training has, planned after `at` of them; the last plan that was made decides an update.
 
     The schedules of the learning rate and of eps go evenly from `share` after `at` updates to 1 after `end`.
     """
@@ -38,6 +38,8 @@ class TrainingPlan:
     """estimated seconds of an update"""
     look_s: float = 0.0
     """estimated seconds of what follows an epoch: a look at held-out examples, and a checkpoint that is written"""
+    rewound: bool = False
+    """whether it is the plan before, moved back to where a guard had the training start again"""
 
     def done(self, updates: int) -> float:
         """Share of the schedules that is done after so many updates."""

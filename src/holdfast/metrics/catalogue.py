@@ -103,11 +103,14 @@ def estimate(
 
 
 def missing(evidence: Evidence, baseline: Evidence | None) -> tuple[str, ...]:
-    """Why a metric beside the baseline has no value, where the run and the baseline measured what it is made of."""
-    if baseline is None:
+    """Why a metric beside the baseline has no value, where both runs measured what it is made of."""
+    if baseline is None or not corruptions.measured(evidence) or not corruptions.measured(baseline):
         return ()
-    found = corruptions.without_errors(evidence, baseline)
-    return (corruptions.spotless(found),) if found else ()
+    try:
+        corruptions.refuse_incomparable(evidence, baseline)
+    except Absent as why:
+        return (str(why),)
+    return ()
 
 
 def estimates(

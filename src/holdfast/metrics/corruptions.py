@@ -22,14 +22,14 @@ from holdfast.ops.statistics import Support, bonferroni, bootstrap, complement, 
 _WAY_OUT: Final = "give a threat such as corruptions:3"
 
 
-def _run(evidence: Evidence) -> list[str]:
-    """The corruptions of the run that are counted."""
+def measured(evidence: Evidence) -> list[str]:
+    """The common corruptions that a run measured."""
     return [name for name in CORRUPTIONS if f"{name}.right" in evidence]
 
 
 def _right(evidence: Evidence) -> Tensor:
     """Whether each example is right (corruptions, n) under each of them."""
-    names = _run(evidence)
+    names = measured(evidence)
     if not names:
         raise Absent(f"this run measured none of the fifteen common corruptions; {_WAY_OUT}")
     return torch.stack([evidence[f"{name}.right"] for name in names])
@@ -56,15 +56,11 @@ def worst_corruption(evidence: Evidence, confidence: float = 0.95) -> Estimate:
 def mce(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
     """Mean over the corruptions of the error rate over that of the baseline, on the shared examples.
 
-    `Absent` where the baseline makes no error under one of them.
+    `Absent` where the baseline makes no error under one of them, or measured others.
     """
+    refuse_incomparable(evidence, baseline)
     shared = pairs(evidence, baseline)
     after, before = ~_right(evidence)[:, shared.first], ~_right(baseline)[:, shared.second]
-    if _run(evidence) != _run(baseline):
-        raise Absent("mce needs a baseline with the same corruptions; assess both alike")
-    found = without_errors(evidence, baseline)
-    if found:
-        raise Absent(spotless(found))
     both = torch.stack((after, before)).double()
 
     def statistic(rows: Tensor) -> PerExample:
@@ -75,22 +71,19 @@ def mce(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Est
     return bootstrap(statistic, len(shared), confidence, support=Support(0.0, float(2 * len(shared))))
 
 
-def without_errors(evidence: Evidence, baseline: Evidence) -> tuple[str, ...]:
-    """Corruptions of both runs under which the baseline makes no error on the shared examples."""
-    names = _run(baseline)
-    if not names or _run(evidence) != names:
-        return ()
+def refuse_incomparable(evidence: Evidence, baseline: Evidence) -> None:
+    """`Absent` where there is no mCE beside a baseline that measured corruptions, too, saying why and what to do."""
+    _right(evidence)
+    if measured(evidence) != measured(baseline):
+        raise Absent("mce needs a baseline with the same corruptions; assess both alike")
     wrong = ~_right(baseline)[:, pairs(evidence, baseline).second]
-    return tuple(name for name, each in zip(names, wrong, strict=True) if not each.any())
-
-
-def spotless(names: tuple[str, ...]) -> str:
-    """Why there is no mCE where the baseline makes no error under some corruptions, and what to do."""
-    return (
-        f"mce has no value: the baseline makes no error under {', '.join(names)}, and the error rates of a mean "
-        f"corruption error are divided by those of the baseline; raise the severity, take more examples, or leave "
-        f"these corruptions out with --skip"
-    )
+    spotless = [name for name, each in zip(measured(baseline), wrong, strict=True) if not each.any()]
+    if spotless:
+        raise Absent(
+            f"mce has no value: the baseline makes no error under {', '.join(spotless)}, and a mean corruption error "
+            f"divides by its error rates; raise the severity, take more examples, or leave these corruptions out with "
+            f"--skip"
+        )
 
 
 ACCURACIES = {f"{name}_accuracy": partial(corrupted_accuracy, name=name) for name in CORRUPTIONS}

@@ -240,9 +240,10 @@ class _Loop:
         while step < per_epoch and (step == 0 or not plans.ended()):
             before = {} if guard is None else self._snapshot()
             done = self._some(epoch, batches[: step + every], step)
-            while guard is not None and not self._held(guard, epoch, step):
+            if guard is not None and not self._held(guard, epoch, step):
                 self.restore(before)
-                done = [self._update(epoch, step + k, batches[step + k]) for k in range(len(done))]
+                plans.rewind(epoch * per_epoch + step, step)
+                continue
             losses += [value for value, _ in done]
             right += sum(hits for _, hits in done)
             step += len(done)

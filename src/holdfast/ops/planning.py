@@ -66,6 +66,22 @@ class Plans:
             last = self._made[-1] if self._made else None
             self._made.append(told(self._pacing(self.updates, position, self.per_epoch, last)))
 
+    def rewind(self, updates: int, position: int) -> None:
+        """Go back to so many updates, of which `position` are of the epoch; the time that was spent stays spent.
+
+        As many updates are left as would be left without going back.
+        """
+        if self.paced:
+            share = self.at(updates).done(updates)
+            self.review(position + self.updates - updates)
+            left = max(self.end - self.updates, 0)
+            end = updates + left
+            again = replace(
+                self._made[-1], at=updates, share=share, end=end, review=updates + 1, rewound=True
+            )
+            self._made.append(again)
+        self.updates = updates
+
     def at(self, updates: int) -> TrainingPlan:
         """The plan that decides the update after so many."""
         return next(plan for plan in reversed(self._made) if plan.at <= updates)
