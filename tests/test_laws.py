@@ -11,7 +11,6 @@ from holdfast.ops.losses import dlr
 from holdfast.testing import laws
 from holdfast.testing.laws import Case
 
-
 STRONG = {
     laws.agrees_with_the_oracle,
     laws.keeps_what_it_found,
