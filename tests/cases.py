@@ -1,5 +1,7 @@
 """Every attack under every norm it is made for; each line runs every law of `holdfast.testing.laws`."""
 
+from dataclasses import fields, replace
+
 from holdfast.attacks import (
     ALMA,
     APGD,
@@ -134,6 +136,18 @@ ATTACKS = [
         many=0.3,
     ),
 ]
+
+
+STEPS, QUERIES = 10, 60
+"""Of the laws that ask nothing of an attack's strength; the planted bugs are found with 8 steps."""
+
+
+def brief(case):
+    """The case with few steps and queries: what it does at each step stays the same."""
+    limits = {"steps": STEPS, "queries": QUERIES}
+    settings = {field.name for field in fields(case.attack)} & set(limits)
+    shorter = {name: min(getattr(case.attack, name), limits[name]) for name in settings}
+    return replace(case, attack=replace(case.attack, **shorter))
 
 
 def patch(eps):

@@ -44,18 +44,44 @@ def fits(value: Tensor, shape: Shape, sizes: dict[str, tuple[int, ...]]) -> bool
 def checked(function: F) -> F:
     """The function, raising `TypeError` where an argument or the result has not the annotated shape."""
     hints = _shapes(get_type_hints(function, include_extras=True))
-    signature = inspect.signature(function)
+    if not hints:
+        return function
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    places = [(place, p.name) for place, p in enumerate(parameters) if p.name in hints]
+    by_place = {p.name for p in parameters if p.kind in positional}
+    # Calls with shapes and types that passed before need no second check: most calls of a test repeat a few of them.
+    passed: dict[tuple[_Seen, ...], dict[str, tuple[int, ...]]] = {}
+    returned: set[tuple[tuple[_Seen, ...], _Seen]] = set()
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        sizes: dict[str, tuple[int, ...]] = {}
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
-            _expect(function, name, value, hints, sizes)
+        given = [
+            args[place] if place < len(args) and name in by_place else kwargs.get(name)
+            for place, name in places
+        ]
+        key = tuple([_seen(value) for value in given])
+        sizes = passed.get(key)
+        if sizes is None:
+            sizes = {}
+            for (_, name), value in zip(places, given, strict=True):
+                _expect(function, name, value, hints, sizes)
+            passed[key] = sizes
         result = function(*args, **kwargs)
-        _expect(function, "return", result, hints, sizes)
+        if "return" in hints and (key, _seen(result)) not in returned:
+            _expect(function, "return", result, hints, dict(sizes))
+            returned.add((key, _seen(result)))
         return result
 
     return call  # type: ignore[return-value]
+
+
+_Seen = tuple[torch.dtype, torch.Size] | None
+
+
+def _seen(value: object) -> _Seen:
+    """What a check of shapes depends on; None for what is no tensor."""
+    return (value.dtype, value.shape) if isinstance(value, Tensor) else None
 
 
 @contextmanager
