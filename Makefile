@@ -13,8 +13,9 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# Two test processes with one thread each: small networks gain nothing from more.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=12 --durations-min=5
+# Two test processes with one thread each: small networks gain nothing from more. Tests start hundreds of processes, which
+# would compile the package again each time where the environment forbids bytecode files.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=12 --durations-min=5
 
 help:
 	@echo 'make demo                assess the bundled network, offline; prints where the report is'
