@@ -138,7 +138,7 @@ ATTACKS = [
 ]
 
 
-STEPS, QUERIES = 10, 60
+STEPS, QUERIES = 12, 60
 """Of the laws that ask nothing of an attack's strength; the planted bugs are found with 8 steps."""
 
 
