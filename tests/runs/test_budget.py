@@ -48,8 +48,8 @@ class Timed(torch.nn.Sequential):
         return super().forward(x)
 
 
-def hardened(cost, recipe, n=600, **more):
-    class Network(Timed):
+def hardened(cost, recipe, n=600, kind=Timed, **more):
+    class Network(kind):
         clock = Clock(cost)
 
     subject = fakes.subject(Network(*fakes.network(1)).requires_grad_())
@@ -89,7 +89,7 @@ def test_training_and_planning_use_the_budget(machine):
     found = hardened(cost, PGDTraining(steps=2, training=replace(HOW, **how)))
     assert 0.85 <= found.card["cost"]["budget_used"] <= 1.0
     assert found.card["ended_by"] == "budget"
-    assert found.curve[-1].share > 0.95 and found.curve[-1].lr < 0.1 * HOW.lr
+    assert found.curve[-1].share > 0.95 and found.curve[-1].lr < 0.2 * HOW.lr
     assert all(point.part == 1 for point in found.curve[:-1])
     assert found.card["epochs"] == pytest.approx(found.curve[-1].epoch - 1 + found.curve[-1].part)
     if machine == "an epoch longer than the budget":
@@ -105,6 +105,21 @@ def test_what_a_guard_has_undone_counts_in_the_budget(monkeypatch):
     monkeypatch.setattr(OverfittingGuard, "_right", right)
     found = hardened(lambda calls, now: 150, SingleStep(training=replace(HOW, batch=16)), 1200)
     assert found.curve[-1].dearer == 2.5
+    assert 0.85 <= found.card["cost"]["budget_used"] <= 1.0
+
+
+class Small(Timed):
+    """Runs out of memory for more examples than these."""
+
+    def forward(self, x):
+        if self.training and len(x) > 20:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(x)
+
+
+def test_where_memory_runs_out_a_budget_is_planned_by_what_it_holds():
+    found = hardened(lambda calls, now: 100, PGDTraining(steps=1, training=HOW), kind=Small)
+    assert {point.batch for point in found.curve} == {16}
     assert 0.85 <= found.card["cost"]["budget_used"] <= 1.0
 
 

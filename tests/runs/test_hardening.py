@@ -375,12 +375,6 @@ def test_batches_that_were_halved_stay_so_when_the_run_is_stopped_in_the_same_ep
     assert [point.batch for point in whole.curve] == [64, 64, 16]
 
 
-def test_where_memory_runs_out_a_budget_is_planned_by_what_it_holds():
-    net = Greedy(*fakes.network(1)).requires_grad_()
-    found = harden(fakes.subject(net), training(), fakes.data(), wish(budget_s=2.0))
-    assert {point.batch for point in found.curve} == {16}
-
-
 def test_where_memory_runs_out_for_a_single_example_it_is_said():
     class Full(Greedy):
         def forward(self, x):
@@ -538,10 +532,10 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
 
     def timing(recipe, *rest):
         timed.append(type(recipe).__name__)
-        clock[0] += 10.0 if late else 0.0
+        clock[0] += late
         return Pace(seconds[timed[-1]] / 10, seconds[timed[-1]])
 
-    clock, late = [0.0], False
+    clock, late = [0.0], 0.0
     monkeypatch.setattr(candidates, "pace", timing)
     ladder = tuple(
         Candidate(type(one).__name__, replace(one, training=replace(HOW, batch=10)), {}, least)
@@ -559,7 +553,7 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
         return [(one["recipe"], round(one["epochs"], 1)) for one in planned(budget_s)[0]]
 
     assert tried(200.0) == [("PGDTraining", 24.2)]
-    assert tried(60.0) == [("SingleStep", 19.3), ("PGDTraining", 7.2)]
+    assert tried(60.0) == [("SingleStep", 19.4), ("PGDTraining", 7.2)]
     assert tried(10.0) == [("Standard", 9.7), ("SingleStep", 3.2), ("PGDTraining", 1.2)]
     (chosen, *_), _ = planned(5.0)
     assert chosen["fits"] == {"Standard": 4.8, "SingleStep": 1.6, "PGDTraining": 0.6}
@@ -577,8 +571,10 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
     ):
         tried(0.05)
     assert timed == ["Standard"]  # what is stronger takes longer
-    late = True
-    assert tried(90.0) == [("SingleStep", 19.1), ("PGDTraining", 7.1)]  # thirty seconds are spent on timing
+    late = 2.0
+    assert tried(90.0) == [("SingleStep", 27.2), ("PGDTraining", 10.2)]  # six seconds are spent on timing
+    late = 10.0
+    assert tried(90.0) == [("Standard", 77.6)]  # more than a tenth, after which nothing else is timed
 
 
 def test_the_twin_takes_data_in_hand_and_keeps_a_tenth_aside():
@@ -769,8 +765,6 @@ def test_a_budget_that_is_out_of_the_question_is_refused_after_two_updates():
     with pytest.raises(UsageError, match=r"one update takes about \d.* give --budget \d+s or more"):
         asked(0.02)
     assert Slow.passes <= 3  # another one sees whether it changes its input
-    asked(1.5)
-    assert Slow.passes > 20
 
 
 def test_threats_that_no_recipe_is_for_are_refused():

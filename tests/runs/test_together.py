@@ -43,7 +43,7 @@ rank = os.environ.get("RANK", "0")
 if os.environ.get("STOP") and rank == "0":  # as a first process that is killed after an epoch
     from holdfast.runs import epochs
     epochs._step = lambda *_: os._exit(9)
-more = {"budget": "3s"} if name == "budget" else {}
+more = {"budget": "20s"} if name == "budget" else {}
 if name == "unknown":
     more["unlabelled"] = examples(300, 3)[0]
 if name == "budget" and rank == "1":  # whose clock says another thing about every trial

@@ -20,6 +20,7 @@ _FEW = (
     64,
 )  # held-out examples that a look is timed on: the second where they take no longer than a look may
 _LOOK = 0.05  # of the budget may a look take at most
+_PLANNING = 0.1  # of the budget, after which no stronger recipe is timed
 
 
 @dataclass(frozen=True)
@@ -127,15 +128,19 @@ def _paces(
     look: Look,
     clock: Clock,
 ) -> Iterator[Pace]:
-    """Those of the candidates, up to the first of which no update fits: what is stronger takes longer yet."""
+    """Those of the candidates, up to the first of which no update fits: what is stronger takes longer yet.
+
+    None is timed once a share of the budget is spent on that.
+    """
     known: tuple[float, int] | None = None
+    begun = clock()
     for one in candidates:
         found, per_epoch = pace(one.recipe, model, data, threat, budget_s, clock), one.per_epoch(len(data))
         if epochs_fitting(budget_s, found, per_epoch):
             known = _looked(look, budget_s, clock) if known is None else known
             found = replace(found, epoch=found.epoch + known[0], held_out=known[1])
         yield found
-        if not epochs_fitting(budget_s, found, per_epoch):
+        if not epochs_fitting(budget_s, found, per_epoch) or told(clock() - begun) > _PLANNING * budget_s:
             return
 
 

@@ -28,10 +28,16 @@ _LEAST, _MOST = 2, 400  # updates that the longer one has more
 _TRIED = 0.01  # of the budget may be spent on either of those
 _STILL = 1e-9  # a learning rate at which no loss is lost
 _TRIALS = 3  # of a single update, where one takes long: a busy machine may be slow for a moment
-_AGAIN = 0.05  # of the budget is the longest update that is tried again
+_AGAIN = (
+    0.05  # of the budget may all of these take; plans that are made in the training correct what was slow
+)
+_ALL_BUT_LOST = (
+    0.4  # of the budget for a first update, which would leave no room for another: it is tried once more
+)
 _SPARE = 0.95  # of the budget is planned in whole epochs, for a machine is not equally quick all the time
 _USED = 0.97  # of the budget is planned where plans are made again and again
 _LOOK_SPARE = 0.2  # of a look is left for a slower one
+_FIRST = 50  # updates at least are in the first plan, which lasts for one: a slow trial decides nothing
 _REVIEW = 0.01  # of the budget passes between two plans
 _REVIEW_LEFT = 0.1  # of what is left of it, so that a machine that becomes ten times slower exceeds no budget
 
@@ -126,13 +132,17 @@ def _paced(
         seconds = told(clock() - begun)  # all decide alike
         return _Trial(seconds, updates(len(some), size), len(some), last)
 
-    taken(size)  # chooses kernels and fills caches
-    single = taken(size)
+    single = taken(size)  # chooses kernels and fills caches, and so is slower than those that follow
+    spent_s = single.seconds
+    if how.compiled or spent_s <= _AGAIN * budget_s or spent_s > _ALL_BUT_LOST * budget_s:
+        single = taken(size)
+        spent_s += single.seconds
     if not how.compiled and updates(least, size) * single.seconds > _TRIED * budget_s:
         for _ in range(_TRIALS - 1):
-            if single.seconds > _AGAIN * budget_s:
+            if spent_s + single.seconds > _AGAIN * budget_s:
                 break
             single = min(single, taken(size), key=lambda trial: trial.seconds)
+            spent_s += single.seconds
         kept_s = _kept_s(single.last, single.examples, len(data), clock)
         return Pace(single.seconds, single.seconds * all_of_it + kept_s)
     short = taken(least)
@@ -195,11 +205,16 @@ def updates_fitting(seconds: float, update_s: float, look_s: float, position: in
     left = per_epoch - position
     first = left * update_s + look_s
     if seconds < first:
-        return max(int((seconds - look_s) / max(update_s, 1e-9)), 0)
+        return _whole((seconds - look_s) / max(update_s, 1e-9))
     whole_epoch = max(per_epoch * update_s + look_s, 1e-9)
-    whole = int((seconds - first) / whole_epoch)
+    whole = _whole((seconds - first) / whole_epoch)
     rest = seconds - first - whole * whole_epoch - look_s
-    return left + whole * per_epoch + max(int(rest / max(update_s, 1e-9)), 0)
+    return left + whole * per_epoch + _whole(rest / max(update_s, 1e-9))
+
+
+def _whole(times: float) -> int:
+    """How often something fits, but for rounding."""
+    return max(int(times + 1e-6), 0)
 
 
 def epochs_fitting(budget_s: float, found: Pace, per_epoch: int) -> float:
@@ -237,7 +252,7 @@ class Pacer:
         update_s, look_s, interval = self._estimated(done, spent_s, per_epoch, last)
         planned_s = _planned_s(self._budget_s, look_s) - spent_s
         n = updates_fitting(planned_s, update_s, look_s, position, per_epoch)
-        end = done + (n if done else max(n, 1))
+        end = done + (n if done else max(n, _FIRST))
         between_s = min(_REVIEW * self._budget_s, _REVIEW_LEFT * max(planned_s - look_s, 0.0))
         most = max(int(between_s / max(update_s, 1e-9)), 1)
         share = 0.0 if last is None else last.done(done)
@@ -253,8 +268,9 @@ class Pacer:
         if not n:  # only a look lies between two plans at the same update
             look_s = seconds if done <= per_epoch else (last.look_s + seconds) / 2
             return last.update_s, look_s, max(last.review - last.at, 1)
-        first = last.at == 0
-        update_s = seconds / n if first else (last.update_s + seconds / n) / 2
+        each = seconds / n
+        # what was measured before, or the first updates, may have been slow for a moment
+        update_s = min(last.update_s, each) if last.at == 0 else (last.update_s + each) / 2
         return update_s, last.look_s, 2 * n
 
 
