@@ -122,7 +122,7 @@ def misfit(model: Classifier, batch: Batch) -> tuple[Finding | None, int]:
     takes one forward an example where the model is right on nearly all, else some fifteen.
     """
     patient = Patient(model, batch, (), _ask(model, batch.x))
-    found = next((finding for check in (_layouts, _units, _filled) for finding in check(patient)), None)
+    found = next((finding for check in (_layouts, _units) for finding in check(patient)), None)
     return found, len(batch) + sum(patient.asked)
 
 
@@ -135,11 +135,20 @@ BETTER = _BETTER
 
 def _filled(patient: Patient) -> Iterator[Finding]:
     """Data that fill a small part of the bounds, so that eps is large beside them."""
-    share = _share_filled(patient)
-    if share <= FILLED and patient.batch.x.numel() > 1:
-        low, high = (float(end) for end in (patient.batch.x.min(), patient.batch.x.max()))
-        says = f"inputs run from {low:.4g} to {high:.4g}, which is {share:.1%} of the bounds"
-        yield Finding("range", "problem", says, "scale them as in training, or correct --bounds")
+    share, x = _share_filled(patient), patient.batch.x
+    if share > FILLED or x.numel() < 2:
+        return
+    low, high = float(x.min()), float(x.max())
+    says, gain = f"inputs run from {low:.4g} to {high:.4g}, which is {share:.1%} of the bounds", None
+    if share > 0 and patient.may_be_beaten:
+        better = _accuracy(patient.ask(patient.model, x / share), patient.batch.y)
+        if patient.beaten_by(better):
+            says += (
+                f"; accuracy is {patient.accuracy:.0%}, but {better:.0%} with inputs times {1 / share:.4g}"
+            )
+            gain = better - patient.accuracy
+    way_out = "scale them as in training, as in x / 16 for whole numbers from 0 to 16, or correct --bounds"
+    yield Finding("scale", "problem", says, way_out, gain)
 
 
 def _share_filled(patient: Patient) -> float:
@@ -307,9 +316,11 @@ def _range(model: Classifier, x: Tensor) -> Iterator[Finding]:
 
 
 def _units(patient: Patient) -> Iterator[Finding]:
-    """What the numbers mean to the network: a normalisation that is missing or done twice, else another scale."""
-    if patient.may_be_beaten:
-        yield from tuple(_normalisation(patient)) or _scale(patient)
+    """What the numbers mean to the network: too small a range, a normalisation missing or done twice, another scale."""
+    found = tuple(_filled(patient))
+    if not found and patient.may_be_beaten:
+        found = tuple(_normalisation(patient)) or tuple(_scale(patient))
+    yield from found
 
 
 def _scale(patient: Patient) -> Iterator[Finding]:
@@ -386,13 +397,13 @@ def _labels(patient: Patient) -> Iterator[Finding]:
 
 def _accuracy_at_all(patient: Patient) -> Iterator[Finding]:
     y = patient.batch.y
-    high, majority = against_majority(patient.logits.argmax(1) == y, y)
+    found = against_majority(patient.logits.argmax(1) == y, y)
     text = f"accuracy is {patient.accuracy:.1%} on {len(y)} examples"
-    if high <= majority and len(torch.unique(y)) > 1:
+    if found.at_chance:
         yield Finding(
             "accuracy",
             "warning",
-            f"{text}, no better than always predicting the majority class ({majority:.1%})",
+            f"{text}, no better than always predicting the majority class ({found.majority:.1%})",
             "are model and data meant for each other?",
         )
     else:

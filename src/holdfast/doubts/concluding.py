@@ -344,12 +344,13 @@ def _chance(case: _Case) -> Doubt:
     if len(torch.unique(y)) < 2:
         says = "all examples have the same label, so that any accuracy may be that of a constant prediction"
         return Doubt("chance", "not applicable", says=says)
-    high, majority = against_majority(correct, y)
+    found = against_majority(correct, y)
     says = (
-        f"clean accuracy is {_share(correct)} (95 % interval up to {_percent(high)}), and always predicting the "
-        f"majority class is right for {_percent(majority)}"
+        f"clean accuracy is {_share(correct)} (95 % interval {_percent(found.low)} to {_percent(found.high)}), and "
+        f"always predicting the majority class is right for {_percent(found.majority)}"
     )
-    return Doubt("chance", "clear" if high > majority else "raised", high, majority, len(y), says)
+    state: DoubtState = "raised" if found.at_chance else "clear"
+    return Doubt("chance", state, found.high, found.majority, len(y), says)
 
 
 def _constant(case: _Case) -> Doubt:

@@ -43,14 +43,40 @@ def bonferroni(confidence: float, claims: int) -> float:
     return 1 - (1 - confidence) / max(claims, 1)
 
 
-def against_majority(correct: Mask, y: Labels, confidence: float = 0.95) -> tuple[float, float]:
-    """Upper end of the interval of the accuracy, and the share of the most frequent label.
+@dataclass(frozen=True)
+class AgainstMajority:
+    """The accuracy of a model beside that of always predicting the most frequent label."""
 
-    `correct` and `y` have one entry an example (n). A model whose upper end does not exceed that share may be no better
-    than one that always predicts the majority class.
+    low: float
+    """lower end of the interval of the accuracy"""
+    high: float
+    """upper end"""
+    majority: float
+    """share of the most frequent label"""
+    at_chance: bool
+    """whether the model is no better, or too little better than guessing to be told from it"""
+
+
+NEAR_CHANCE = 1.5
+"""Accuracy in multiples of that of guessing among the labels that occur, up to which a model may be at chance."""
+FEWEST = 20
+"""Examples below which only an accuracy that is surely too low counts as chance."""
+
+
+def against_majority(correct: Mask, y: Labels, confidence: float = 0.95) -> AgainstMajority:
+    """Whether a model is better than one that always predicts the majority class.
+
+    `correct` and `y` have one entry an example (n). It is at chance where the upper end of its interval does not exceed
+    the share of the majority class; and where the lower end does not, though the accuracy is at most 1.5 times that of
+    guessing, of at least 20 examples. Where there is one label only, nothing can be at chance.
     """
-    _, high = clopper_pearson(int(correct.sum()), len(correct), confidence)
-    return high, float(torch.unique(y, return_counts=True)[1].max()) / len(y)
+    n, counts = len(y), torch.unique(y, return_counts=True)[1]
+    right = int(correct.sum())
+    low, high = clopper_pearson(right, n, confidence)
+    majority = int(counts.max()) / n
+    near = n >= FEWEST and right / n <= NEAR_CHANCE / len(counts)
+    at_chance = len(counts) > 1 and (high <= majority or (near and low <= majority))
+    return AgainstMajority(low, high, majority, at_chance)
 
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -212,9 +212,10 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def _paired_rows(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    suite = content["scope"] == "suite only"
     return [
         (
-            label(name),
+            label(f"suite_{name}" if suite and name == "robust_accuracy" else name),
             percent(found["first"]),
             percent(found["second"]),
             points(found["difference"]),

@@ -221,7 +221,8 @@ def _meaningless(summary: Mapping[str, Any]) -> str:
     """Why a robust accuracy says nothing about the model, by its open doubts; empty where it does."""
     doubts = {doubt["name"]: doubt for doubt in summary["doubts"]}
     open_ = [name for name in MEANINGLESS if name in open_doubts(summary)]
-    return "" if not open_ else str(doubts[open_[0]]["says"] or doubts[open_[0]]["title"])
+    title = str(doubts[open_[0]]["title"]) if open_ else ""
+    return title[:1].lower() + title[1:]
 
 
 def _tally(gates: Sequence[Mapping[str, Any]]) -> str:

@@ -126,7 +126,7 @@ def _input(course: Course, columns: Columns) -> tuple[Doubt, int]:
     if found is None:
         says = "no other value range, normalisation or layout that was tried fits the model better"
         return Doubt("input", "clear", 0.0, BETTER, len(batch), says), asked
-    statistic, threshold = (1.0, FILLED) if found.gain is None else (found.gain, BETTER)
+    statistic, threshold = (None, FILLED) if found.gain is None else (found.gain, BETTER)
     says = f"{found.says}: {found.way_out}"
     return Doubt("input", "raised", statistic, threshold, len(batch), says), asked
 

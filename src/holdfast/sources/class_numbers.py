@@ -122,7 +122,7 @@ def _unclear(lexical: list[str], numeric: list[str], classes: int | None, *, dec
         return ""
     if lexical != numeric:
         return f"their lexical order ({listed(lexical)}) differs from the numeric one"
-    if all(re.fullmatch("[0-9]+", name) for name in numeric):
+    if all(re.fullmatch("-?[0-9]+", name) for name in numeric):
         numbers = [int(name) for name in numeric]
         if numbers[0] != 0:
             return f"the numbers do not start at 0, as class numbers do, but at {numbers[0]}"

@@ -39,9 +39,9 @@ class Reading:
         """The array with its axes in the order of the inputs; a view."""
         if self.stored == "asis" or x.ndim not in (3, 4, 5):
             return x
-        if x.ndim == 3:
-            return x[:, None]
-        return np.moveaxis(x, -1, 1) if self.stored == "hwc" else x
+        if self.stored == "hwc":  # of rank 3 a signal (N, length, channels)
+            return np.moveaxis(x, -1, 1)
+        return x[:, None] if x.ndim == 3 else x
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Of one example as the network is given it, for an array of that shape."""
