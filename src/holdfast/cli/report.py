@@ -46,7 +46,7 @@ def verify(voice: Voice, run: Path, expect_head: str) -> None:
     """Hash every file of a run again and follow its chain; exits 3 and names the first thing that does not hold.
 
     Of a pool of holdfast rotate the ledger is checked, and with the pool's key each entry is authenticated and each set
-    is opened. Without the key the chain can be consistent and forged nevertheless, which is said.
+    is opened. Without the key a consistent chain may still be forged; the output states that.
     """
     from holdfast.store.manifest import MANIFEST
 

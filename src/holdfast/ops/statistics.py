@@ -54,7 +54,7 @@ class AgainstMajority:
     majority: float
     """share of the most frequent label"""
     at_chance: bool
-    """whether the model is no better, or too little better than guessing to be told from it"""
+    """whether the model is no better, or by too little to be distinguished from guessing"""
 
 
 NEAR_CHANCE = 1.5
