@@ -193,8 +193,8 @@ def admit(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
 
     The usual gates: clean accuracy, robust accuracy, what sets that leaked turn, alone and together, how often it
     differs from the set that serves, its tensors. A gate that stays unclear on all held-out examples refuses. Where too
-    few are held out to tell equal sets from worse ones, the tolerances on accuracy are widened, and the output states it. Exit
-    code 0 if one was admitted, 4 if none.
+    few are held out to tell equal sets from worse ones, the tolerances on accuracy are widened, and the output states
+    it. Exit code 0 if one was admitted, 4 if none.
     """
     from holdfast.cli.rotating import admit as step
 
