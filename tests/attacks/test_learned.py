@@ -103,7 +103,7 @@ def test_is_refused_without_examples_and_under_a_budget(case):
 
 
 def test_of_several_fits_the_best_on_examples_apart_is_taken():
-    """Fits that differ in nothing but their draws: the one that is taken breaks as many as the best of them."""
+    """The fit that is taken breaks as many as the best of them."""
     data = open_data("mnist-mini", n=400).read(0, 400)
     model, other = open_model("mnist-cnn").model, data.take(torch.arange(100, 400))
     attack, threat = Universal(steps=3, batch=20, fits=6), ThreatModel(Linf(0.3))
@@ -116,7 +116,7 @@ def test_of_several_fits_the_best_on_examples_apart_is_taken():
     learned, fits, chose = best_fit(attack, model, other, threat, rng=Draws(1))
     assert fits == 6 and int(chose.sum()) == len(other) // 4
     learns = other.take(~chose)
-    each = [broken(attack.fit(model, learns, threat, rng=Draws(1).at("fit", k))) for k in range(6)]
+    each = [broken(attack.refit(k, model, learns, threat, rng=Draws(1))) for k in range(6)]
     assert broken(learned) == max(each) > min(each)
 
 

@@ -59,6 +59,10 @@ class AdversarialPatch:
             filling = torch.clamp(filling + size * (high - low) * grad.sign(), low, high)
         return filling.detach()
 
+    def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
+        """What fit `k` learns, by draws of its own."""
+        return self.fit(model, batch, threat, rng=rng.at("fit", k))
+
     def fitted(self, learned: Tensor) -> Pasted:
         """The attack that pastes it into each image at the worst place."""
         return Pasted(learned, self.places)

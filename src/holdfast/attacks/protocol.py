@@ -48,6 +48,9 @@ class Refitted(Learned, Protocol):
     def fits(self) -> int:
         """How many fits are made; the best is chosen on examples that no fit has seen."""
 
+    def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
+        """What fit `k` of them learns, as a batch of one."""
+
 
 @runtime_checkable
 class Placed(Attack, Protocol):

@@ -4,7 +4,8 @@ Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, arXiv
 gradient method of Shafahi et al., "Universal Adversarial Training", AAAI 2020, arXiv:1811.11304. Differs from the
 paper: the steps fall along a cosine; the gradient of each batch, over its mean size, adds to a momentum, as in Dong et
 al., CVPR 2018, arXiv:1710.06081, which makes fits of different draws end closer together; and of several fits the best
-on examples apart is taken.
+on examples apart is taken. Most inputs end in one class, and which one decides how many break, so each fit begins with
+steps towards another class.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from holdfast.ops.learned import Added, some, truncated, unfitted
 from holdfast.ops.norms import expect_norm
 
 _TINY = 1e-30
+_BEGIN = 1 / 3  # of the steps are towards a class
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,11 @@ class Universal:
 
     examples: Steps = 1000
     """examples of the fit split that it is learned on, at most; a quarter of them chooses among the fits"""
-    fits: Steps = 5
-    """times that it is learned from other draws; the one that breaks most of the choosing examples is taken"""
-    steps: Steps = 300
-    """gradient steps, each on some of them"""
+    fits: Steps = 10
+    """times that it is learned, each time with first steps towards another class; the one that breaks most of the
+    choosing examples is taken"""
+    steps: Steps = 150
+    """gradient steps of a fit, each on some of them"""
     batch: Steps = 100
     """examples of one step"""
     step_size: Positive = 0.2
@@ -47,11 +50,18 @@ class Universal:
 
     def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
         """The change, as a batch of one."""
-        norm = expect_norm(threat.constraint, self, Linf, L2)
+        return self.refit(0, model, batch, threat, rng=rng)
+
+    def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
+        """The change of fit `k`, which begins towards a class of its own; under a targeted goal by draws of its own."""
+        norm, draws = expect_norm(threat.constraint, self, Linf, L2), rng.at("fit", k)
         delta, everywhere = torch.zeros_like(batch.x[:1]), Bounds(-torch.inf, torch.inf)
         momentum = torch.zeros_like(delta)
+        towards = None if batch.target is not None else _likely(model, batch, k)
         for step in range(self.steps):
-            few = some(batch, self.batch, rng, step)
+            few = some(batch, self.batch, draws, step)
+            if towards is not None and step < _BEGIN * self.steps:
+                few = few.towards(torch.full_like(few.y, towards))
             grad, _ = gradient(model, few.at(model.bounds.clamp(few.x + delta)), truncated)
             slope = grad.sum(0, keepdim=True)
             momentum = self.momentum * momentum + slope / slope.abs().mean().clamp_min(_TINY)
@@ -66,3 +76,11 @@ class Universal:
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         raise unfitted(self)
+
+
+def _likely(model: Model, batch: Batch, k: int) -> int:
+    """The class that is `k`-th likeliest for examples of other classes; after the last the first follows again."""
+    with torch.no_grad():
+        logits = model(batch.x, batch.ids)
+    others = logits.softmax(1).double().scatter(1, batch.y[:, None], 0.0).mean(0)
+    return int(others.argsort(descending=True, stable=True)[k % len(others)])

@@ -76,6 +76,10 @@ class UniversalDeepFool:
         moved = across(_PLAIN, _EVERYWHERE, left, left.x, grads, margins, self.overshoot)
         return (moved - left.x).mean(0, keepdim=True), len(left)
 
+    def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
+        """What fit `k` learns, by draws of its own."""
+        return self.fit(model, batch, threat, rng=rng.at("fit", k))
+
     def fitted(self, learned: Tensor) -> Added:
         """The attack that adds it to every input."""
         return Added(learned)

@@ -30,7 +30,8 @@ def best_fit(
     apart = len(batch) >= _LEAST
     chooses = batch.take(drawn[:n].sort().values) if apart else batch
     learns = batch.take(drawn[n:].sort().values) if apart else batch
-    found = [attack.fit(model, learns, threat, rng=rng.at("fit", k)) for k in range(fits)]
+    assert isinstance(attack, Refitted)
+    found = [attack.refit(k, model, learns, threat, rng=rng) for k in range(fits)]
     scores = [_score(attack.fitted(one), model, chooses, threat, rng) for one in found]
     chose = torch.zeros_like(batch.ids, dtype=torch.bool)
     chose[drawn[:n] if apart else drawn] = True
