@@ -27,7 +27,7 @@ class AdversarialPatch:
     """Learn one filling of the patch that breaks the model on as many images as it can, and paste it into each."""
 
     examples: Steps = 2000
-    """examples of the fit split that it is learned on, at most; a quarter of them chooses among the fits"""
+    """examples of the fit split that it is learned on, at most; half of them choose among the fits"""
     fits: Steps = 3
     """times that it is learned from other draws; the one that breaks most of the choosing examples, each at a random
     place, is taken"""

@@ -32,8 +32,8 @@ _BEGIN = 1 / 3  # of the steps are towards a class
 class Universal:
     """Learn one change that breaks the model on as many inputs as it can, and add it to each."""
 
-    examples: Steps = 1000
-    """examples of the fit split that it is learned on, at most; a quarter of them chooses among the fits"""
+    examples: Steps = 2000
+    """examples of the fit split that it is learned on, at most; half of them choose among the fits"""
     fits: Steps = 10
     """times that it is learned, each time with first steps towards another class; the one that breaks most of the
     choosing examples is taken"""

@@ -32,7 +32,7 @@ class UniversalDeepFool:
     """Learn one change by stepping out of one class after the other, and add it to each input."""
 
     examples: Steps = 1000
-    """examples of the fit split that it is learned on, at most; a quarter of them chooses among the fits"""
+    """examples of the fit split that it is learned on, at most; half of them choose among the fits"""
     fits: Steps = 3
     """times that it is learned from other draws; the one that breaks most of the choosing examples is taken"""
     passes: Steps = 10

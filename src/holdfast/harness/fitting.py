@@ -11,7 +11,7 @@ from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask
 
-_CHOOSE = 4  # one in so many examples chooses among the fits
+_CHOOSE = 2  # one in so many examples chooses among the fits: with few, chance would choose
 _LEAST = 8  # examples; fewer are all learned on, and choose too
 
 
