@@ -366,6 +366,7 @@ def _constant(case: _Case) -> Doubt:
     for name in ("confidence", "entropy"):
         values = columns[name].double()
         spread = max(spread, float(values.max() - values.min()))
+    spread = float(f"{spread:.3g}")  # the last digits depend on how the examples were batched
     says = f"over {n:,} examples the outputs differ by {spread:.1g} of the largest margin"
     if not spread > at.CONSTANT:
         says = f"the outputs do not depend on the input: {says}"
