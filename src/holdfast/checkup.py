@@ -57,13 +57,15 @@ class Patient:
     batch: Batch
     in_training: tuple[str, ...]
     logits: Tensor
-    asked: list[int] = field(default_factory=list)
+    batch_size: int = _SAMPLE
+    """examples that go through the model at once"""
+    calls: list[int] = field(default_factory=list)
     """how many examples each further call had"""
 
     def ask(self, model: Classifier, x: Tensor) -> Tensor:
         """Outputs of the model, or of the same network with other preprocessing."""
-        self.asked.append(len(x))
-        return _ask(model, x)
+        self.calls.append(len(x))
+        return torch.cat([_ask(model, part) for part in torch.split(x, self.batch_size)])
 
     @cached_property
     def moved(self) -> float:
@@ -115,15 +117,16 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
             module.training = training
 
 
-def misfit(model: Classifier, batch: Batch) -> tuple[Finding | None, int]:
+def misfit(model: Classifier, batch: Batch, batch_size: int) -> tuple[Finding | None, int]:
     """The first sign that the data do not fit the model, and the forwards that it took to look for one.
 
     It looks at layout, normalisation, scale and value range. The model is in eval mode, the inputs in its bounds. It
     takes one forward an example where the model is right on nearly all, else some fifteen.
     """
-    patient = Patient(model, batch, (), _ask(model, batch.x))
+    logits = torch.cat([_ask(model, part) for part in torch.split(batch.x, batch_size)])
+    patient = Patient(model, batch, (), logits, batch_size)
     found = next((finding for check in (_layouts, _units) for finding in check(patient)), None)
-    return found, len(batch) + sum(patient.asked)
+    return found, len(batch) + sum(patient.calls)
 
 
 _DARK = 0.5  # share of the bounds below which inputs may be meant to be scaled up to all of them

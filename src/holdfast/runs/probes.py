@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from holdfast.checkup import BETTER, FILLED, misfit
+from holdfast.checkup import BETTER, FILLED, Finding, misfit
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns, Cost, Doubt
 from holdfast.core.lookup import Lookup
-from holdfast.core.model import VOTES, Bounds, Model
+from holdfast.core.model import VOTES, Bounds, Model, out_of_memory
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.doubts.concluding import Circumstances, Findings, conclude, missed_by_suite
 from holdfast.doubts.probing import (
@@ -70,6 +70,11 @@ class Asked:
     """what those found, as the columns `FOUND`; empty where they found nothing"""
 
 
+_FITTING = (
+    1_000  # the shard of the doubts under which batches of `input` are booked, beyond those of the probes
+)
+
+
 def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], watch: Watch) -> Asked:
     """The doubts that the plan wants, measured after everything else: over all shards, at a barrier.
 
@@ -122,13 +127,27 @@ def _input(course: Course, columns: Columns) -> tuple[Doubt, int]:
     rows = sample_rows(columns, every, rng.at("input"), SAMPLE)
     batch = gathered([course.data.read(row, row + 1) for row in rows.tolist()]).to(course.device)
     with course.target.repeatable(rng.at("input")):
-        found, asked = misfit(course.target.bare, batch)
+        found, asked = _looked_for(course, batch)
     if found is None:
         says = "no other value range, normalisation or layout that was tried fits the model better"
         return Doubt("input", "clear", 0.0, BETTER, len(batch), says), asked
     statistic, threshold = (None, FILLED) if found.gain is None else (found.gain, BETTER)
     says = f"{found.says}: {found.way_out}"
     return Doubt("input", "raised", statistic, threshold, len(batch), says), asked
+
+
+def _looked_for(course: Course, batch: Batch) -> tuple[Finding | None, int]:
+    """A sign that the data do not fit the model, looked for in smaller batches where memory runs out."""
+    room = course.room(DOUBTS, _FITTING)
+    size = room.known.get(0, room.size)
+    while True:
+        try:
+            return misfit(course.target.bare, batch, size)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or size == 1:
+                raise
+            size //= 2
+            room.halved(0, size)
 
 
 def _probes(course: Course, columns: Columns) -> tuple[Probe, ...]:
