@@ -61,9 +61,12 @@ def test_a_standing_example_that_the_matrix_turned_is_told_and_doubted():
     weak = Member("Transfer", Transfer(steps=1, reach=0.05, neighbours=0))
     asked = with_surrogates(other(), members=(weak,))
     found = assess(subject(), data(), replace(asked, plan=replace(asked.plan, threat=BLIND, doubts="all")))
-    held, turned = found.evidence["correct"] & ~found.evidence["success"], torch.zeros(N, dtype=torch.bool)
-    turned[found.evidence.transfer["id"]] = found.evidence.transfer["wrong"][:, :, 0].any(1)
-    assert found.evidence.broken_elsewhere >= int((held & turned).sum()) > 0
+    evidence, turned = found.evidence, torch.zeros(N, dtype=torch.bool)
+    turned[evidence.transfer["id"]] = evidence.transfer["wrong"][:, :, 0].any(1)
+    missed = evidence["correct"] & ~evidence["suite_success"] & turned
+    (matrix,) = (each for each in evidence.passes if each.stage == "transfer")
+    assert missed.any() and evidence["success"][missed].all()
+    assert matrix.broke == int(missed.sum())
     doubt = next(doubt for doubt in found.doubts if doubt.name == "not-exhausted")
     assert doubt.state == "raised" and "the transfer matrix" in doubt.says
 

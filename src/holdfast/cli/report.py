@@ -8,7 +8,7 @@ import click
 from holdfast.cli.early import refuse_reports
 from holdfast.cli.options import Voice, spoken
 from holdfast.core.errors import UsageError
-from holdfast.store.files import refuse_no_run
+from holdfast.store.files import POOL_MANIFEST, refuse_no_run
 
 
 @click.command(short_help="write the reports of a finished run again")
@@ -48,9 +48,7 @@ def verify(voice: Voice, run: Path, expect_head: str) -> None:
     Of a pool of holdfast rotate the ledger is checked, and with the pool's key each entry is authenticated and each set
     is opened. Without the key a consistent chain may still be forged; the output states that.
     """
-    from holdfast.store.manifest import MANIFEST
-
-    if (run / MANIFEST).is_file():
+    if (run / POOL_MANIFEST).is_file():
         _verify_pool(voice, run, expect_head)
         return
     if expect_head:

@@ -12,6 +12,7 @@ PART = ".part"
 """How the name of a file ends while it is being written; whoever owns the folder may delete such files."""
 
 MANIFEST = "run.json"
+POOL_MANIFEST = "pool.json"
 """What every run folder holds."""
 PRIVATE = 0o600
 """The mode of a secret: a file that only its owner may read."""

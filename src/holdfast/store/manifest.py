@@ -11,14 +11,13 @@ from torch import Tensor
 from holdfast.core.chain import canonical
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store.authentic import HEAD, read_head
-from holdfast.store.files import flush_folder, refusal_in_pool, usable
+from holdfast.store.files import POOL_MANIFEST, flush_folder, refusal_in_pool, usable
 from holdfast.store.ledger import LOCK
 from holdfast.store.ledger import NAME as LEDGER
 from holdfast.store.locking import locked
 from holdfast.store.records import read_document
 from holdfast.store.sealing import Seal
 
-MANIFEST = "pool.json"
 SETS = "sets"
 SEALED = ".sealed"
 NEW = ".new"
@@ -34,14 +33,14 @@ def open_manifest(path: Path) -> dict[str, Any]:
     version = found.get("schema_version")
     if version == OLD_VERSION:
         raise TargetError(
-            f"{str(path / MANIFEST)!r} has schema version {OLD_VERSION}, whose ledger is not authenticated: "
+            f"{str(path / POOL_MANIFEST)!r} has schema version {OLD_VERSION}, whose ledger is not authenticated: "
             f"entries can be removed from it without the key, so nothing of it is served. Convert it with holdfast "
             f"rotate migrate {shlex.quote(str(path))}"
         )
     if version != SCHEMA_VERSION:
         raise TargetError(
-            f"{str(path / MANIFEST)!r} has schema version {version}; this version reads {SCHEMA_VERSION}. Install the "
-            f"holdfast that wrote it"
+            f"{str(path / POOL_MANIFEST)!r} has schema version {version}; this version reads {SCHEMA_VERSION}. Install "
+            f"the holdfast that wrote it"
         )
     return found
 
@@ -54,13 +53,13 @@ def any_manifest(path: Path) -> dict[str, Any]:
             f"{str(path)!r} is no pool, or was never begun to the end; begin it with holdfast rotate collect MODEL "
             f"DATA --run {shlex.quote(str(path))}, or in Python with Pool.begun"
         )
-    return read_document(path / MANIFEST)
+    return read_document(path / POOL_MANIFEST)
 
 
 def stands(path: Path) -> bool:
     """Whether a pool was begun in a folder, to the end."""
     with usable(path, refusal_in_pool):
-        return (path / MANIFEST).is_file() and _has_entries(path / LEDGER)
+        return (path / POOL_MANIFEST).is_file() and _has_entries(path / LEDGER)
 
 
 def _has_entries(ledger: Path) -> bool:
@@ -82,7 +81,10 @@ def _refuse_part(path: Path) -> None:
     with usable(path, refusal_in_pool):
         entered, sealed = _has_entries(path / LEDGER), any((path / SETS).glob(f"*{SEALED}"))
     head = read_head(path / HEAD, None)
-    for lost, known in ((MANIFEST, entered), (LEDGER, sealed or (head is not None and head.entries > 1))):
+    for lost, known in (
+        (POOL_MANIFEST, entered),
+        (LEDGER, sealed or (head is not None and head.entries > 1)),
+    ):
         if known:
             raise TargetError(
                 f"{str(path)!r} holds a pool whose {lost} is gone; restore it from a copy, or name another folder"

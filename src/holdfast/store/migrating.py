@@ -15,12 +15,11 @@ from holdfast.core.chain import GENESIS, Link, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import columns as column_files
 from holdfast.store.authentic import HEAD, WAY_OUT, Head, LedgerKey, line_of, write_head
-from holdfast.store.files import PRIVATE, refusal_in_pool, usable, write_atomically
+from holdfast.store.files import POOL_MANIFEST, PRIVATE, refusal_in_pool, usable, write_atomically
 from holdfast.store.ledger import LOCK, refuse_out_of_order, utc_now
 from holdfast.store.ledger import NAME as LEDGER
 from holdfast.store.locking import locked
 from holdfast.store.manifest import (
-    MANIFEST,
     NEW,
     OLD_VERSION,
     SCHEMA_VERSION,
@@ -64,7 +63,7 @@ def migrate(path: Path) -> Migrated:
     if manifest.get("schema_version") != OLD_VERSION:
         open_manifest(path)
     seal = found_seal(path)
-    seal.refuse_other(manifest["key"], path / MANIFEST)
+    seal.refuse_other(manifest["key"], path / POOL_MANIFEST)
     with locked(path / LOCK):
         _refuse_downgraded(path, manifest, seal)
         links = _old_links(path, manifest)
@@ -92,7 +91,7 @@ def _refuse_downgraded(path: Path, manifest: Mapping[str, Any], seal: Seal) -> N
                 signs.append(file)
     if signs:
         raise TargetError(
-            f"{str(path / MANIFEST)!r} has schema version {OLD_VERSION}, and {str(signs[0])!r} is of version "
+            f"{str(path / POOL_MANIFEST)!r} has schema version {OLD_VERSION}, and {str(signs[0])!r} is of version "
             f"{SCHEMA_VERSION}: the manifest or the ledger was exchanged for one that is not authenticated. Restore "
             f"both from a copy; nothing was converted"
         )
@@ -131,7 +130,9 @@ def _old_links(path: Path, manifest: Mapping[str, Any]) -> list[Link]:
     whole = data[: data.rfind(b"\n") + 1]
     links = read_links(file, whole, _any_form, noun="entry", way_out=WAY_OUT)
     if links[0].content.get("manifest") != digest(document(manifest)):
-        raise TargetError(f"{str(path / MANIFEST)!r} is not what the ledger recorded; restore it from a copy")
+        raise TargetError(
+            f"{str(path / POOL_MANIFEST)!r} is not what the ledger recorded; restore it from a copy"
+        )
     return links
 
 
@@ -201,6 +202,6 @@ def _write(path: Path, entries: list[dict[str, Any]], manifest: Mapping[str, Any
         write_atomically(path / KEPT, (path / LEDGER).read_bytes(), PRIVATE)
         write_atomically(path / f"{LEDGER}{NEW}", lines, PRIVATE)
         write_head(path / f"{HEAD}{NEW}", Head(len(entries), previous), key)
-        write_atomically(path / MANIFEST, document(manifest), PRIVATE)
+        write_atomically(path / POOL_MANIFEST, document(manifest), PRIVATE)
         name_new_files(path)
     return previous

@@ -24,11 +24,18 @@ from holdfast.core.errors import Inconclusive, TargetError, UsageError
 from holdfast.store import columns as column_files
 from holdfast.store.authentic import HEAD, LedgerKey
 from holdfast.store.columns import ColumnFile, content_digest
-from holdfast.store.files import PART, PRIVATE, flush_folder, refusal_in_pool, usable, write_atomically
+from holdfast.store.files import (
+    PART,
+    POOL_MANIFEST,
+    PRIVATE,
+    flush_folder,
+    refusal_in_pool,
+    usable,
+    write_atomically,
+)
 from holdfast.store.ledger import LOCK, Ledger
 from holdfast.store.locking import locked
 from holdfast.store.manifest import (
-    MANIFEST,
     NEW,
     SCHEMA_VERSION,
     SEALED,
@@ -71,7 +78,7 @@ class Pool:
             (path / SETS).mkdir(parents=True, exist_ok=True)
             for folder in (path, path / SETS):
                 folder.chmod(0o700)
-        file = path / MANIFEST
+        file = path / POOL_MANIFEST
         with locked(path / LOCK):
             refuse_begun(path)
             seal = begun_seal(path)
@@ -90,12 +97,12 @@ class Pool:
         """
         manifest = open_manifest(path)
         seal = found_seal(path)
-        seal.refuse_other(manifest["key"], path / MANIFEST)
+        seal.refuse_other(manifest["key"], path / POOL_MANIFEST)
         ledger = Ledger(path, LedgerKey.of(seal, manifest["id"]))
         end_migration(path)
         if ledger.manifest != digest(document(manifest)):
             raise TargetError(
-                f"{str(path / MANIFEST)!r} is not what the ledger recorded; restore it from a copy"
+                f"{str(path / POOL_MANIFEST)!r} is not what the ledger recorded; restore it from a copy"
             )
         refuse_other_head(path, expect_head, ledger.entry_of)
         pool = cls(path, manifest, seal, ledger)
@@ -345,7 +352,7 @@ class Pool:
         with self.ledger.alone(), usable(sets, refusal_in_pool):
             members = {member.name: member for member in self.ledger.members}
             for folder in (self.path, sets):
-                parts = (folder / f".{name}{PART}" for name in (MANIFEST, HEAD))
+                parts = (folder / f".{name}{PART}" for name in (POOL_MANIFEST, HEAD))
                 for part in (*folder.glob(f".*{SEALED}*{PART}"), *parts):
                     part.unlink(missing_ok=True)
             for new in sets.glob(f"*{SEALED}{NEW}"):

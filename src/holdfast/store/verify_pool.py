@@ -8,18 +8,10 @@ from holdfast.core.errors import TargetError
 from holdfast.store import columns as column_files
 from holdfast.store.authentic import HEAD, LedgerKey, read_entries, read_head, refuse_shortened
 from holdfast.store.columns import content_digest
-from holdfast.store.files import refusal_in_pool, usable
+from holdfast.store.files import POOL_MANIFEST, refusal_in_pool, usable
 from holdfast.store.ledger import NAME as LEDGER
 from holdfast.store.ledger import refuse_out_of_order
-from holdfast.store.manifest import (
-    MANIFEST,
-    NEW,
-    SEALED,
-    SETS,
-    open_manifest,
-    refuse_other_head,
-    unsealed,
-)
+from holdfast.store.manifest import NEW, SEALED, SETS, open_manifest, refuse_other_head, unsealed
 from holdfast.store.records import document
 from holdfast.store.sealing import Seal, found_seal, has_key
 from holdfast.store.standing import Standing, well_formed
@@ -46,7 +38,7 @@ def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
     manifest = open_manifest(path)
     seal = found_seal(path) if has_key(path) else None
     if seal is not None:
-        seal.refuse_other(manifest["key"], path / MANIFEST)
+        seal.refuse_other(manifest["key"], path / POOL_MANIFEST)
     key = None if seal is None else LedgerKey.of(seal, manifest["id"])
     file, head_file = (_newest(path / name) for name in (LEDGER, HEAD))
     head = read_head(head_file, key)  # before the entries, to which another process may add
@@ -60,7 +52,9 @@ def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
         refuse_out_of_order(standing, link, number, file)
         standing.take(link.content)
     if standing.manifest != digest(document(manifest)):
-        raise TargetError(f"{str(path / MANIFEST)!r} is not what the ledger recorded; restore it from a copy")
+        raise TargetError(
+            f"{str(path / POOL_MANIFEST)!r} is not what the ledger recorded; restore it from a copy"
+        )
     refuse_other_head(path, expect_head, lambda one: digests.index(one) + 1 if one in digests else None)
     opened = _refuse_files(path, standing, seal, manifest)
     return VerifiedPool(digests[-1], len(digests), opened, key is not None)
