@@ -93,6 +93,7 @@ def test_numeric_names_of_folders(tmp_path: Path) -> None:
         (["0", "1", "10", "2"], None, "lexical order"),
         (["class1", "class10", "class2"], 3, "lexical order"),
         (["2", "7"], None, "do not start at 0"),
+        (["-1", "0", "1"], None, "do not start at 0"),
         (["0", "1", "3"], None, "not consecutive"),
         (["cat"], 2, "1 of the model's 2 classes are missing"),
     ],

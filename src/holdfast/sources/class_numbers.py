@@ -124,9 +124,9 @@ def _unclear(lexical: list[str], numeric: list[str], classes: int | None, *, dec
         return f"their lexical order ({listed(lexical)}) differs from the numeric one"
     if all(re.fullmatch("-?[0-9]+", name) for name in numeric):
         numbers = [int(name) for name in numeric]
-        if numbers[0] != 0:
+        if numbers[0] != 0 and numbers != [-1, 1]:
             return f"the numbers do not start at 0, as class numbers do, but at {numbers[0]}"
-        if numbers != list(range(len(numbers))):
+        if numbers[0] == 0 and numbers != list(range(len(numbers))):
             return "the numbers are not consecutive, so that a class may be missing"
     return ""
 

@@ -72,7 +72,8 @@ def reading_of(
     """
     if declared is not None:
         _refuse_no_image(shape, declared, name)
-        return Reading(declared)
+        channels_last = declared == "hwc" and len(shape) == 3
+        return _channels_last(shape, probe, rows, name) if channels_last else Reading(declared)
     first, others = _candidates(tuple(shape), None if probe is None else probe.own.layout)
     if probe is None or (probe.model.remote and len(first) == 1):
         return first[0] if len(first) == 1 else Reading("asis")
@@ -93,6 +94,24 @@ def reading_of(
     if len(distinct) > 1:
         raise TargetError(_ambiguous(shape, distinct, y, name))
     return _as_image(distinct[0][0], shape, probe)
+
+
+def _channels_last(
+    shape: Sequence[int], probe: Probe | None, rows: Callable[[Reading], Tensor], name: str
+) -> Reading:
+    """Of rank 3, grey images have no axis of channels, and signals (N, length, channels) have theirs last."""
+    grey, signal = Reading("chw"), Reading("hwc")
+    if probe is None or probe.model.remote:
+        return grey
+    distinct = _distinct(_taken([grey, signal], probe, rows))
+    if len(distinct) > 1:
+        raise TargetError(
+            f"the inputs of {name} have shape {tuple(shape)}; under --layout hwc they are grey images, or signals "
+            "whose channels come last, and the model takes both with different outputs. Give --layout chw for grey "
+            "images; "
+            "store signals as (N, channels, length) and give --layout asis"
+        )
+    return distinct[0][0] if distinct else grey
 
 
 def _refuse_no_image(shape: Sequence[int], declared: Layout, name: str) -> None:
