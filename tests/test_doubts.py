@@ -410,7 +410,8 @@ def test_a_list_of_attacks_raises_the_free_doubts_only(net):
     model, batch = Classifier(net), patterns(60, seed=2)
     columns = evidence_columns(model, batch)
     dead = torch.zeros(60, dtype=torch.bool)
-    free = conclude({}, columns, Circumstances(THREAT, first_gradient_dead=dead))
+    fitting = Doubt("input", "clear")
+    free = conclude({}, columns, Circumstances(THREAT, first_gradient_dead=dead, input=fitting))
     assert [doubt.name for doubt in free.doubts] == [name for name in DOUBTS if name in FREE]
     assert {doubt.state for doubt in free.doubts} == {"clear"}
     vanished = conclude({}, columns, Circumstances(THREAT, first_gradient_dead=~dead, in_training=("net.1",)))

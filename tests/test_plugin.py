@@ -74,7 +74,7 @@ def test_doubtful(assert_robust):
     assert_robust(CONSTANT, ZEROS, threat="linf:0.1", at_least=0.5, suite=SUITE)
 
 def test_accepted(assert_robust):
-    why = {{"zero-gradient": "a constant", "whole-box": "a constant"}}
+    why = {{name: "a constant" for name in ("zero-gradient", "whole-box", "constant")}}
     assert_robust(CONSTANT, ZEROS, threat="linf:0.1", at_least=0.5, suite=SUITE, accept_doubts=why)
 """
     return run(tmp_path_factory.mktemp("outcome"), text, "--tb=short").stdout
