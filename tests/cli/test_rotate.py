@@ -185,7 +185,7 @@ def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
     ]
     assert run([*words, "--once"]) in (0, 4)
     said = capsys.readouterr().err
-    assert "serves as epoch 1: the first" in said or "were refused in a row" in said
+    assert "serves as epoch 1: the first" in said or "was admitted" in said or "were refused in a row" in said
     assert run(words) == 2
     assert "nothing says when to swap" in capsys.readouterr().err
     assert run([*words, "--every", "50"]) == 2
