@@ -68,9 +68,8 @@ def _inside(plan: Outline, clean: Columns, columns: Columns) -> dict[str, Tensor
         success = success & (columns["queries"] <= plan.threat.queries)
     inside = dict(columns) | {"success": success}
     for name, values in columns.items():
-        if (
-            name.startswith("distance") or name == "right"
-        ):  # of the other inputs some lie outside the threat model
+        # of the other inputs some lie outside the threat model
+        if name.startswith("distance") or name == "right":
             inside[name] = torch.where(success, values, torch.inf)
     for kept in ("gallery.", "adversarial."):
         if f"{kept}id" in columns:

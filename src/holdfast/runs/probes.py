@@ -70,9 +70,7 @@ class Asked:
     """what those found, as the columns `FOUND`; empty where they found nothing"""
 
 
-_FITTING = (
-    1_000  # the shard of the doubts under which batches of `input` are booked, beyond those of the probes
-)
+_FITTING = 1_000  # shard of the doubts under which the batches of `input` are booked, beyond those of probes
 
 
 def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], watch: Watch) -> Asked:
