@@ -114,16 +114,19 @@ def test_an_attack_sees_and_costs_what_its_row_says(row):
     limited = {"images": Corruptions(1), "L0": L0(1), "patch": Patch(1, 1), "spatial": Spatial(0.001, 0.001)}
     limited["spatial"] = Spatial(flow=1e-6) if isinstance(attack, Flow) else limited["spatial"]
     smallest = limited.get(kind) or NORMS.get(kind, Linf)(1e-6)
+    spared = max(0, getattr(attack, "queries", 0) - 500)  # each query is like the next, and 500 show what it spends
+    if spared:
+        attack = replace(attack, queries=500)
     threat = ThreatModel(smallest, surrogates=(open_model("mnist-cnn").model,))
     evidence = measure(open_model("mnist-cnn-hardened").model, [batch], [attack], threat)
     assert evidence["correct"].all()
     said = tuple(map(int, re.findall(r"\d+", row["asks of each"])))
     cost = evidence.attacks[0].cost
-    asked = (cost.forwards / len(batch) - 1, cost.backwards / len(batch))
+    asked = (cost.forwards / len(batch) - 1 + spared, cost.backwards / len(batch))
     if row["asks of each"].startswith("at most"):
         assert asked <= said
     else:
-        assert asked == pytest.approx(said, rel=0.02)
+        assert asked == pytest.approx(said, rel=0.002 if spared else 0.02)
 
 
 @pytest.mark.parametrize("row", rows("concepts/suites.md", "suite"), ids=lambda row: row["suite"].strip("`"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cases import ATTACKS
+from cases import ATTACKS, brief
 from holdfast.attacks import APGD, FAB, FMN, PGD, CarliniWagner, DeepFool, Square
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Linf
@@ -43,12 +43,12 @@ def test_rounding_of_large_inputs_is_not_taken_for_a_breach(case, box):
     else:
         low, high = PER_FEATURE.like(torch.zeros(1))
         bounds, x = PER_FEATURE, low + drawn(12, 16) * (high - low)
-    model = Classifier(Last(16), bounds=bounds)
+    model, attack = Classifier(Last(16), bounds=bounds), brief(case).attack
     batch = Batch(x, model(x).argmax(1), torch.arange(12))
     for eps in (0.3, 10.1):
         norm = case.norm(max(1.0, round(eps))) if case.norm is L0 else case.norm(eps)
-        threat = ThreatModel(norm, access=case.attack.needs, surrogates=(model,))
-        evidence = measure(model, [batch], [case.attack], threat)
+        threat = ThreatModel(norm, access=attack.needs, surrogates=(model,))
+        evidence = measure(model, [batch], [attack], threat)
         asked = evidence["queries"] > 0  # an attack that asks nothing succeeds unseen
         assert torch.equal(evidence["first_success"] > 0, evidence["success"] & asked)
 
