@@ -114,7 +114,9 @@ def test_an_attack_sees_and_costs_what_its_row_says(row):
     limited = {"images": Corruptions(1), "L0": L0(1), "patch": Patch(1, 1), "spatial": Spatial(0.001, 0.001)}
     limited["spatial"] = Spatial(flow=1e-6) if isinstance(attack, Flow) else limited["spatial"]
     smallest = limited.get(kind) or NORMS.get(kind, Linf)(1e-6)
-    spared = max(0, getattr(attack, "queries", 0) - 500)  # each query is like the next, and 500 show what it spends
+    spared = max(
+        0, getattr(attack, "queries", 0) - 500
+    )  # each query is like the next, and 500 show what it spends
     if spared:
         attack = replace(attack, queries=500)
     threat = ThreatModel(smallest, surrogates=(open_model("mnist-cnn").model,))
