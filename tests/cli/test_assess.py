@@ -345,8 +345,9 @@ def test_the_demo_runs_offline_in_a_minute_and_ends_with_0(elsewhere):
     assert [gate["verdict"] for gate in content["gates"]] == ["pass", "fail"]
 
 
-@pytest.mark.parametrize(("claim", "code"), [(">= 0.99", 1), (">= 0", 0)])
-@pytest.mark.parametrize("closed", [["stdout"], ["stdout", "stderr"]])
+@pytest.mark.parametrize(
+    ("claim", "code", "closed"), [(">= 0.99", 1, ["stdout"]), (">= 0", 0, ["stdout", "stderr"])]
+)
 def test_reports_and_exit_code_do_not_need_a_reader(claim: str, code: int, closed: list[str]):
     words = [
         "assess",

@@ -49,10 +49,15 @@ def assert_its_command_opens(card):
         assert again["metrics"][name]["value"] == estimate["value"]
 
 
-def test_a_new_model_is_made_judged_and_opened_by_its_path(capsys):
-    assert run([*PGD, *JUDGED, "--run", "r", "-o", "hardened/"]) == 0
+def test_a_new_model_is_made_judged_and_opened_by_its_path_and_a_finished_run_is_reported_again(capsys):
+    words = [*PGD, *JUDGED, "--run", "r", "-o", "hardened/"]
+    assert run(words) == 0
     said = capsys.readouterr()
     assert "robust_accuracy" in said.err
+    assert run(words) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert run([*words, "--resume"]) == 0
+    assert capsys.readouterr().err == said.err
     assert sorted(path.name for path in Path("hardened").iterdir()) == [
         "card.json",
         "card.md",
@@ -69,15 +74,6 @@ def test_a_new_model_is_made_judged_and_opened_by_its_path(capsys):
         < card["after"]["metrics"]["robust_accuracy"]["value"]
     )
     assert_its_command_opens(card)
-
-
-def test_a_run_that_is_told_again_is_the_same(capsys):
-    assert run([*PGD, *JUDGED, "--run", "r"]) == 0
-    first = capsys.readouterr().err
-    assert run([*PGD, *JUDGED, "--run", "r"]) == 2
-    assert "holds a run already" in capsys.readouterr().err
-    assert run([*PGD, *JUDGED, "--run", "r", "--resume"]) == 0
-    assert capsys.readouterr().err == first
 
 
 @pytest.mark.slow
@@ -189,7 +185,13 @@ def test_labels_that_are_no_classes_are_refused_before_anything_is_timed(capsys)
 
 
 def test_attacks_that_are_learned_learn_on_the_training_examples():
-    learned = ["-n", "20", "--no-doubts", "--set", "attacks=[{use: Universal, steps: 2}]"]
+    learned = [
+        "-n",
+        "20",
+        "--no-doubts",
+        "--set",
+        "attacks=[{use: Universal, steps: 2, fits: 1, examples: 100}]",
+    ]
     assert run([*PGD, *learned, "--set", "recipe.training.epochs=1", "--run", "r"]) == 0
     assert run(["report", "r", "-o", "r.json"]) == 0
     (attack,) = json.loads(Path("r.json").read_text())["attacks"]

@@ -209,7 +209,10 @@ def test_nothing_is_sent_to_a_host_that_the_command_line_does_not_allow(capsys):
         with pytest.raises(UsageError, match="--allow-host"):
             assess(server.url(), (X, Y))
         assert server.headers == []
-        assert run(["assess", "-c", "h.yaml", "--allow-host", server.host, *BLACK_BOX, "-t", "linf:0"]) == 0
+        assert (
+            run(["assess", "-c", "h.yaml", "--allow-host", server.host, *BLACK_BOX, "-t", "linf:0,queries=5"])
+            == 0
+        )
 
 
 def test_a_configuration_alone_sends_nothing_of_the_environment(capsys, monkeypatch):
@@ -217,7 +220,7 @@ def test_a_configuration_alone_sends_nothing_of_the_environment(capsys, monkeypa
     with Server() as server:
         said = f"model: {server.url()}\ndata: data.npz\nheaders: ['X-A: env:HOLDFAST_TEST_TOKEN']\n"
         Path("h.yaml").write_text(said)
-        flags = ["-c", "h.yaml", "--allow-host", server.host, *BLACK_BOX, "-t", "linf:0"]
+        flags = ["-c", "h.yaml", "--allow-host", server.host, *BLACK_BOX, "-t", "linf:0,queries=5"]
         assert run(["assess", *flags]) == 2
         assert "--header 'X-A: env:HOLDFAST_TEST_TOKEN'" in capsys.readouterr().err
         assert server.headers == []

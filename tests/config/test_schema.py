@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import jsonschema
@@ -29,8 +30,13 @@ def blocks():
                 yield pytest.param(block, id=f"{page.stem}-{k}")
 
 
+@cache
+def validator():
+    return jsonschema.Draft202012Validator(schema())
+
+
 def accepted(content):
-    jsonschema.validate(content, schema(), cls=jsonschema.Draft202012Validator)
+    validator().validate(content)
 
 
 def test_stored_copy_is_in_step():
