@@ -365,6 +365,17 @@ def test_a_batch_that_does_not_fit_is_halved_and_tried_again(error):
     assert told == [(0, 8), (0, 4)] and room.size == 4
 
 
+def test_a_batch_size_of_an_earlier_attempt_that_does_not_fit_is_halved_too():
+    def work(piece):
+        if len(piece) > 2:
+            raise MemoryError
+        return {"id": piece.ids}
+
+    room = Room(16, known={0: 4})
+    assert torch.equal(in_pieces(work, BATCH, room)["id"], BATCH.ids)
+    assert room.size == 2
+
+
 def test_one_example_that_does_not_fit_and_other_errors_are_raised():
     cases = ((MemoryError("9 GiB"), 1, TargetError), (RuntimeError("shape"), 8, RuntimeError))
     for error, size, expected in cases:

@@ -48,6 +48,11 @@ Probes = Sequence[tuple[str, int]]
 
 def passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes = ()) -> tuple[Pass, ...]:
     """The passes in their order; what one broke outside the threat model or of an ineligible example is left out."""
+    return (*stage_passes(plan, by_stage), *probe_passes(plan, by_stage, probes))
+
+
+def stage_passes(plan: Outline, by_stage: Mapping[str, Columns]) -> tuple[Pass, ...]:
+    """Of the passes those that are stages of the plan."""
     clean = by_stage["clean"]
     found = []
     for step in plan.steps:
@@ -55,6 +60,13 @@ def passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes = ()) 
             columns = by_stage[step.name]
             name, tried = _TITLES[step.kind].format(step.attack), int(columns["ran"].sum())
             found.append(Pass(step.name, name, _inside(plan, clean, columns), tried))
+    return tuple(found)
+
+
+def probe_passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes) -> tuple[Pass, ...]:
+    """Of the passes those that are probes."""
+    clean = by_stage["clean"]
+    found = []
     for place, (probe, tried) in enumerate(probes):
         columns = _of_probe(clean, by_stage[FOUND], place) if FOUND in by_stage else unattacked(clean)
         found.append(Pass(f"probe-{probe}", title(probe), _inside(plan, clean, columns), tried))
