@@ -110,6 +110,8 @@ class PassRecord:
     """examples that it was run on"""
     broke: int
     """examples that it broke and that neither an attack nor an earlier pass had broken"""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """those of its attack; of a fresh pass of the suite, the `attacks`; of other probes none, which have no settings"""
 
 
 Scope = Literal["every pass", "suite only"]

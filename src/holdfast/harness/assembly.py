@@ -179,7 +179,7 @@ def conclude(
 def _counted(found: Sequence[Pass], broken_by: Tensor) -> tuple[PassRecord, ...]:
     """What each pass did; `broken_by` is the index of the pass that broke an example, negative where none did."""
     return tuple(
-        PassRecord(each.stage, each.name, each.tried, int((broken_by == k).sum()))
+        PassRecord(each.stage, each.name, each.tried, int((broken_by == k).sum()), each.settings)
         for k, each in enumerate(found)
     )
 
