@@ -182,6 +182,19 @@ def test_a_gate_on_an_absent_metric_names_what_would_bring_it():
         judge(parse("robust_accuracy@0.1 >= 0.4"), evidence(), NONE)
 
 
+def test_a_gate_on_mce_names_the_corruptions_under_which_the_baseline_makes_no_error():
+    right = torch.ones(60, dtype=torch.bool)
+    wrong = right.clone()
+    wrong[:9] = False
+    baseline, run = (
+        evidence(**{"fog.right": fog, "frost.right": wrong, "snow.right": fog}) for fog in (right, wrong)
+    )
+    claim = parse("mce <= 1.5 vs baseline")
+    with pytest.raises(UsageError, match=r"cannot be judged: mce .* no error under snow, fog, .*--skip"):
+        judge(claim, run, NONE, baseline=baseline)
+    assert judge(claim, run, NONE, baseline=run).estimate.value == 1
+
+
 @pytest.mark.parametrize(
     "text", ["transfer_success <= 0.5 of static", "churn <= 0.03", "sibling_transfer <= 0.2"]
 )

@@ -41,6 +41,7 @@ from holdfast.testing.linear import linear_problem
 MODEL = fakes.network()
 BATCH = fakes.labelled(MODEL, fakes.examples(n=30))
 THREAT = ThreatModel(Linf(0.05))
+CONTEXT = Context()
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def some_broken(n):
     return model, batch, act
 
 
-def concluded(plan, model, batch, room=256):
+def concluded(plan, model, batch, room=256, context=CONTEXT):
     """What `measure` does, for a plan of one's own."""
     with prepared(model, batch.take(torch.arange(1))) as target:
         columns = {}
@@ -86,7 +87,7 @@ def concluded(plan, model, batch, room=256):
             chosen = due(stage, plan, columns)
             columns[stage.name] = run_stage(stage, plan, target, batch, columns["clean"], chosen, Room(room))
         by_stage = {name: join([values]) for name, values in columns.items()}
-        return conclude(plan.outline(target.classes), by_stage, {}, Context(), randomised=target.randomised)
+        return conclude(plan.outline(target.classes), by_stage, {}, context, randomised=target.randomised)
 
 
 # --- judging
@@ -365,6 +366,17 @@ def test_a_batch_that_does_not_fit_is_halved_and_tried_again(error):
     assert told == [(0, 8), (0, 4)] and room.size == 4
 
 
+def test_a_batch_size_of_an_earlier_attempt_that_does_not_fit_is_halved_too():
+    def work(piece):
+        if len(piece) > 2:
+            raise MemoryError
+        return {"id": piece.ids}
+
+    room = Room(16, known={0: 4})
+    assert torch.equal(in_pieces(work, BATCH, room)["id"], BATCH.ids)
+    assert room.size == 2
+
+
 def test_one_example_that_does_not_fit_and_other_errors_are_raised():
     cases = ((MemoryError("9 GiB"), 1, TargetError), (RuntimeError("shape"), 8, RuntimeError))
     for error, size, expected in cases:
@@ -556,3 +568,15 @@ def test_l0_sizes_of_colour_images_are_in_the_unit_of_the_threat(constraint, siz
     assert (evidence["distance_l0"] == size).all()
     for name in ("perturbation_l0", "mean_perturbation_l0"):
         assert estimate(name, evidence).value == size
+
+
+def test_l0_sizes_of_a_run_that_counted_values_under_a_threat_in_pixels_are_left_out():
+    old, x = Context(scope="suite only"), torch.zeros(4, 3, 2, 2)
+    model, batch = Classifier(lambda x: x.flatten(1)[:, :2]), Batch(x, torch.arange(4) % 2, torch.arange(4))
+    pixels, values = (
+        concluded(Plan(labelled([Doing(leave)]), ThreatModel(L0(1, per))), model, batch, context=old)
+        for per in ("pixel", "value")
+    )
+    assert "distance_l0" not in pixels and "distance_l0" in values
+    with pytest.raises(UsageError, match="counted values where the threat counts pixels; assess again"):
+        estimate("perturbation_l0", pixels)

@@ -8,6 +8,7 @@ import torch
 
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.errors import UsageError
+from holdfast.core.evidence import PassRecord
 from holdfast.core.threat import ThreatModel
 from holdfast.reports import comparison
 from holdfast.reports.summary import schema
@@ -56,6 +57,18 @@ def test_the_same_run_twice_shows_no_difference(first):
     assert (paired["only_first"], paired["only_second"], paired["p"]) == (0, 0, 1.0)
     assert "no difference that these examples can show, 0.0 points" in content["headline"]
     assert not any("differ" in note for note in content["notes"])
+
+
+def test_passes_count_only_where_their_settings_and_surrogates_are_the_same(first):
+    def made_with(steps, digest):
+        curve = PassRecord("curve-1-fmn", "FMN of the eps curve", 400, 0, {"steps": steps})
+        return dataclasses.replace(first, passes=(curve,), surrogates=({"name": "other", "digest": digest},))
+
+    scopes = [
+        _compared(made_with(10, "ab"), made_with(*other))["scope"] for other in ((10, "ab"), (100, "ab"))
+    ]
+    assert scopes == ["every pass", "suite only"]
+    assert _compared(made_with(10, "ab"), made_with(10, "cd"))["scope"] == "suite only"
 
 
 def test_examples_are_paired_by_content_and_not_by_place(first):

@@ -179,6 +179,15 @@ def test_what_an_attack_left_untried_is_said_with_its_risk(failing):
     assert "untried" not in terminal.tables(tried, colour=False) + markdown.document(tried)
 
 
+def test_the_fits_of_learned_attacks_are_stated(failing):
+    first, *others = failing["attacks"]
+    learned = {**failing, "attacks": [{**first, "fits": 3}, *others]}
+    said = "fits of learned attacks, of which the best was judged: APGD-CE 3"
+    assert f"\n\n{said}\n\n" in terminal.tables(learned, colour=False)
+    assert f"{said[1:]}." in markdown.document(learned)
+    assert "learned attacks" not in terminal.tables(failing, colour=False) + markdown.document(failing)
+
+
 def test_the_signs_of_the_doubts_are_explained_where_they_stand(failing):
     said = terminal.tables(failing, colour=False).splitlines()[-1]
     legend = "doubts (▲ raised, ✓ clear, ○ not measured, – not applicable)"

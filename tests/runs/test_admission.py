@@ -11,12 +11,13 @@ from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts
 from holdfast.rotation import Live, RotatingModel, canary
 from holdfast.rotation.thieves import ATTACKS, Thief
-from holdfast.runs.rotate.admission import Admission, Judged, _Admitting, admit
+from holdfast.runs.rotate.admission import _Admitting, admit
 from holdfast.runs.rotate.comparing import worst
 from holdfast.runs.rotate.crafting import Attacker, Attackers, Workshop, attackers, exposed_for
 from holdfast.runs.rotate.measuring import Carried, Measuring
 from holdfast.runs.rotate.ruling import Seen, rulings
 from holdfast.runs.rotate.sanity import twin
+from holdfast.runs.rotate.verdicts import Admission, Judged
 from holdfast.runs.signals import Stopper
 from holdfast.store.pool import Pool
 from holdfast.store.sealing import KEY_VARIABLE

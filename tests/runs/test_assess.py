@@ -484,6 +484,9 @@ def test_every_adversarial_example_counts_is_named_and_kept(tmp_path):
     passes = [each.stage for each in evidence.passes]
     assert passes[:2] == ["attacked", "curve-1-fmn"] and {"probe-margin", "probe-again"} < set(passes)
     assert "probe-whole-box" not in passes
+    assert evidence.passes[1].settings["steps"] == SMALLEST.attack.steps
+    (fresh,) = (each for each in evidence.passes if each.stage == "probe-again")
+    assert [attack["reach"] for attack in fresh.settings["attacks"]] == [WEAK.attack.reach]
     robust, suite = (result.metrics[name].value for name in ("robust_accuracy", "suite_robust_accuracy"))
     missed = evidence["success"] & ~evidence["suite_success"]
     assert int(missed.sum()) == sum(each.broke for each in evidence.passes) == round((suite - robust) * N) > 0

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -748,11 +747,11 @@ def test_a_budget_that_is_out_of_the_question_is_refused_after_two_updates():
     """The first takes long, as it does where kernels are chosen, and says nothing."""
 
     class Slow(torch.nn.Sequential):
-        passes = 0
+        passes, now = 0, 0.0
 
         def forward(self, x):
             Slow.passes += self.training
-            time.sleep((0.02 if Slow.passes > 2 else 0.5) * self.training)
+            Slow.now += (0.02 if Slow.passes > 2 else 0.5) * self.training
             return super().forward(x)
 
     net = Slow(*fakes.network(1)).requires_grad_()
@@ -760,7 +759,8 @@ def test_a_budget_that_is_out_of_the_question_is_refused_after_two_updates():
 
     def asked(budget_s):
         Slow.passes = 0
-        harden(subject, training(), fakes.data(), wish(Standard(training=how), budget_s=budget_s))
+        asked = wish(Standard(training=how), budget_s=budget_s)
+        harden(subject, training(), fakes.data(), asked, clock=lambda: Slow.now)
 
     with pytest.raises(UsageError, match=r"one update takes about \d.* give --budget \d+s or more"):
         asked(0.02)

@@ -24,12 +24,12 @@ from holdfast.runs.index import new_folder
 from holdfast.runs.order import Progress
 from holdfast.runs.repeating import way_out
 from holdfast.runs.rotate import admission, collecting, drawing, learning
-from holdfast.runs.rotate.admission import Judged
 from holdfast.runs.rotate.collecting import Collected
 from holdfast.runs.rotate.drawing import By
 from holdfast.runs.rotate.samples import planned, statement
 from holdfast.runs.rotate.status import UNJUDGED, standing
 from holdfast.runs.rotate.terms import Terms
+from holdfast.runs.rotate.verdicts import Judged
 from holdfast.runs.rotate.watching import Turner, Turning
 from holdfast.runs.signals import Stopper, stoppable
 from holdfast.store import migrating

@@ -46,7 +46,12 @@ def schema() -> dict[str, Any]:
         **properties["attacks"],
         "anyOf": [{"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/attack"}}, {"type": "null"}],
     }
-    held = content["$defs"]["SurrogateSettings"]["properties"]
+    _take_other_forms(properties, content["$defs"]["SurrogateSettings"]["properties"])
+    return content
+
+
+def _take_other_forms(properties: dict[str, Any], held: dict[str, Any]) -> None:
+    """Allow the forms other than a list of numbers in which some settings, and those of a surrogate, are written."""
     for place, key in (
         (properties, "bounds"),
         *((p, k) for p in (properties, held) for k in ("mean", "std")),
@@ -61,7 +66,6 @@ def schema() -> dict[str, Any]:
     properties["data_normalised"]["anyOf"] = [pair, {"type": "string"}, {"type": "null"}]
     names = {"type": "array", "items": {"type": ["string", "integer"]}, "minItems": 2}
     properties["class_names"]["anyOf"] = [names, {"type": "string"}, {"type": "null"}]
-    return content
 
 
 def _recipe(name: str) -> dict[str, Any]:

@@ -110,6 +110,8 @@ class PassRecord:
     """examples that it was run on"""
     broke: int
     """examples that it broke and that neither an attack nor an earlier pass had broken"""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """those of its attack; of a fresh pass of the suite, the `attacks`; of other probes none, which have no settings"""
 
 
 Scope = Literal["every pass", "suite only"]
@@ -124,9 +126,9 @@ class Evidence:
     `probability_margin`, `correct`; the worst case over all attacks and passes `success`, `broken_by` (index of the
     first that succeeded into `attacks` followed by `passes`, in a minimum-norm run of the one that came closest; -1),
     `adversarial_prediction`, `distance_linf`, `distance_l2`, `distance_l1`, `distance_l0` (in pixels where the threat
-    counts pixels, else in values; inf where nothing was found,
-    0 where the clean input is already wrong), `queries`, `first_success` (the query at which it fell, all of them where
-    what fell was never asked about itself); of the fixed PGD-40 pass
+    counts pixels, else in values; absent in a run of scope "suite only" under a threat that counts pixels, for it
+    counted values; inf where nothing was found, 0 where the clean input is already wrong), `queries`, `first_success`
+    (the query at which it fell, all of them where what fell was never asked about itself); of the fixed PGD-40 pass
     `attacked_prediction`, `attacked_confidence`, `attacked_entropy`, `attacked_probability_margin`; of minimum-norm
     attacks `distance`, the smallest over all successes in the threat's own norm, and `STAGE.distance`, that of one
     attack by the name of its stage, such as `1-fmn.distance`. Under a targeted goal `eligible` marks the examples that

@@ -8,8 +8,10 @@ the work. `measure` is the caller that keeps everything in memory.
 from holdfast.harness.assembly import Context, Seconds, assemble, conclude, join, speaking
 from holdfast.harness.carrying import paired, run_across
 from holdfast.harness.detecting import on_detector
+from holdfast.harness.fitting import run_fit
 from holdfast.harness.measure import measure, measured
-from holdfast.harness.passes import FOUND, PROBE, Pass, Probes, passes
+from holdfast.harness.passes import FOUND, PROBE, Pass, Probes, passes, probe_passes, stage_passes
+from holdfast.harness.pieces import Room, in_pieces, in_room
 from holdfast.harness.plan import (
     Member,
     Outline,
@@ -22,13 +24,10 @@ from holdfast.harness.plan import (
     settings,
 )
 from holdfast.harness.stages import (
-    Room,
-    in_pieces,
     judge,
     makers,
     ready,
     run_clean,
-    run_fit,
     run_stage,
     unattacked,
 )
@@ -56,6 +55,7 @@ __all__ = [
     "conclude",
     "due",
     "in_pieces",
+    "in_room",
     "join",
     "judge",
     "labelled",
@@ -66,6 +66,7 @@ __all__ = [
     "paired",
     "passes",
     "prepared",
+    "probe_passes",
     "ready",
     "refuse_unfitted",
     "refuse_what_is_hidden",
@@ -75,5 +76,6 @@ __all__ = [
     "run_stage",
     "settings",
     "speaking",
+    "stage_passes",
     "unattacked",
 ]

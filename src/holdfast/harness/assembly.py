@@ -11,6 +11,7 @@ from holdfast.core.corruptions import Corruptions
 from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence, PassRecord, Places, Scope
 from holdfast.core.lookup import Lookup
 from holdfast.core.model import VOTES
+from holdfast.core.patches import counts_pixels
 from holdfast.core.types import Ids, Rows
 from holdfast.harness.detecting import PASSES, lowest
 from holdfast.harness.passes import Pass, Probes, passes
@@ -152,6 +153,8 @@ def conclude(
         del columns["right_probability"], columns["suite_right_probability"]
     if plan.threat.goal is None:
         del columns["eligible"]
+    if context.scope == "suite only" and counts_pixels(plan.threat.constraint):
+        del columns["distance_l0"]  # such runs counted values
     records, total = _told(plan, by_stage, seconds, context.remarks, randomised=randomised)
     return Evidence(
         columns,
@@ -179,7 +182,7 @@ def conclude(
 def _counted(found: Sequence[Pass], broken_by: Tensor) -> tuple[PassRecord, ...]:
     """What each pass did; `broken_by` is the index of the pass that broke an example, negative where none did."""
     return tuple(
-        PassRecord(each.stage, each.name, each.tried, int((broken_by == k).sum()))
+        PassRecord(each.stage, each.name, each.tried, int((broken_by == k).sum()), each.settings)
         for k, each in enumerate(found)
     )
 

@@ -16,8 +16,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns
 from holdfast.core.meter import Metered, margin
 from holdfast.core.types import Inputs, Mask
+from holdfast.harness.pieces import Room, in_pieces
 from holdfast.harness.plan import Plan, Stage
-from holdfast.harness.stages import Room, in_pieces, returned
+from holdfast.harness.stages import returned
 from holdfast.harness.target import Target
 
 _IMAGE = 4

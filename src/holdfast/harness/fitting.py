@@ -6,13 +6,51 @@ from torch import Tensor
 from holdfast.attacks.protocol import Attack, Learned, Placed, Refitted
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.meter import margin
+from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Columns
+from holdfast.core.meter import Metered, margin
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask
+from holdfast.harness.plan import Plan, Stage
+from holdfast.harness.stages import aimed, digests
+from holdfast.harness.target import Target
 
 _CHOOSE = 2  # one in so many examples chooses among the fits: with few, chance would choose
 _LEAST = 8  # examples; fewer are all learned on, and choose too
+
+
+def run_fit(stage: Stage, plan: Plan, target: Target, batch: Batch, clean: Columns) -> Columns:
+    """Columns of a stage that learns an attack on `batch`, but for those of its examples that are judged.
+
+    `learned.x` is what was learned; the others say what that asked of the model.
+    """
+    assert stage.member is not None
+    attack, rng = stage.member.attack, Draws(plan.seed).at("stage", stage.name)
+    assert isinstance(attack, Learned)
+    judged = {row.numpy().tobytes() for row in clean["digest"]}
+    apart = [row.numpy().tobytes() not in judged for row in digests(batch)]
+    batch = aimed(batch.take(torch.tensor(apart, device=batch.ids.device)), plan.threat)
+    if batch.target is not None:
+        batch = batch.take(batch.y != batch.target)
+    batch = batch.take(rng.at("examples").bits(batch.ids).argsort()[: attack.examples])
+    if not len(batch):
+        raise UsageError(
+            f"there is no example to learn {stage.member.name} on that is not judged; name others with --fit DATA"
+        )
+    meter = Metered(target.asked(target.quick, batch), batch, plan.threat)
+    with target.repeatable(rng):
+        learned, fits, chose = best_fit(attack, meter, batch, plan.threat, rng=rng)
+    columns = {
+        "id": batch.ids,
+        "ran": torch.zeros_like(batch.ids, dtype=torch.bool),
+        "queries": meter.spent.queries,
+        "backwards": meter.spent.backwards,
+        "fits": torch.full_like(batch.ids, fits),
+        "chose": chose,
+        "learned.x": learned.detach(),
+    }
+    return {name: values.cpu() for name, values in columns.items()}
 
 
 def best_fit(

@@ -6,13 +6,14 @@ with `suite_`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from holdfast.core.evidence import Columns
 from holdfast.core.lookup import Lookup
-from holdfast.doubts.probing import title
+from holdfast.doubts.probing import AGAIN, title
 from holdfast.harness.plan import Kind, Outline
 from holdfast.harness.stages import unattacked
 
@@ -40,6 +41,8 @@ class Pass:
     columns: Columns
     tried: int
     """examples that it was run on"""
+    settings: Mapping[str, Any]
+    """as in `PassRecord`"""
 
 
 Probes = Sequence[tuple[str, int]]
@@ -48,16 +51,31 @@ Probes = Sequence[tuple[str, int]]
 
 def passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes = ()) -> tuple[Pass, ...]:
     """The passes in their order; what one broke outside the threat model or of an ineligible example is left out."""
+    return (*stage_passes(plan, by_stage), *probe_passes(plan, by_stage, probes))
+
+
+def stage_passes(plan: Outline, by_stage: Mapping[str, Columns]) -> tuple[Pass, ...]:
+    """Of the passes those that are stages of the plan."""
     clean = by_stage["clean"]
     found = []
     for step in plan.steps:
         if step.kind in _TITLES and step.name in by_stage:
             columns = by_stage[step.name]
             name, tried = _TITLES[step.kind].format(step.attack), int(columns["ran"].sum())
-            found.append(Pass(step.name, name, _inside(plan, clean, columns), tried))
+            found.append(Pass(step.name, name, _inside(plan, clean, columns), tried, step.settings))
+    return tuple(found)
+
+
+def probe_passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes) -> tuple[Pass, ...]:
+    """Of the passes those that are probes."""
+    clean = by_stage["clean"]
+    suite = [step for step in plan.steps if step.kind == "attack" and not step.adaptive and not step.wave_of]
+    attacks = [{"name": step.attack, **step.settings} for step in suite]
+    found = []
     for place, (probe, tried) in enumerate(probes):
         columns = _of_probe(clean, by_stage[FOUND], place) if FOUND in by_stage else unattacked(clean)
-        found.append(Pass(f"probe-{probe}", title(probe), _inside(plan, clean, columns), tried))
+        settings = {"attacks": attacks} if probe == AGAIN else {}
+        found.append(Pass(f"probe-{probe}", title(probe), _inside(plan, clean, columns), tried, settings))
     return tuple(found)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,18 +12,18 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
-from holdfast.core.errors import BudgetSpent, HoldfastError, UsageError
+from holdfast.core.errors import BudgetSpent, HoldfastError
 from holdfast.core.evidence import PARTIAL, Columns
 from holdfast.core.guard import score
 from holdfast.core.meter import Metered, Spent, margin
-from holdfast.core.model import VOTES, Model, out_of_memory
+from holdfast.core.model import VOTES, Model
 from holdfast.core.patches import counts_pixels
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.harness.detecting import aim_of
-from holdfast.harness.fitting import best_fit
+from holdfast.harness.pieces import Room, in_pieces
 from holdfast.harness.plan import Kind, Plan, Stage, fit_of
-from holdfast.harness.target import Target, no_memory
+from holdfast.harness.target import Target
 
 GALLERY = 12
 """Broken examples that are kept for people to look at."""
@@ -37,19 +37,6 @@ NORMS: Mapping[str, Constraint] = {"linf": Linf(), "l2": L2(), "l1": L1(), "l0":
 def norms_of(threat: Constraint) -> Mapping[str, Constraint]:
     """What sizes are measured in under a threat: `l0` in pixels where the threat counts pixels, else in values."""
     return {**NORMS, "l0": L0(per="pixel")} if counts_pixels(threat) else NORMS
-
-
-@dataclass
-class Room:
-    """How many examples go through the model at once; halved for good when memory runs out."""
-
-    size: int
-    known: Mapping[int, int] = field(default_factory=dict)
-    """sizes that an earlier attempt at this work went on with, by the row it had come to"""
-    halved: Callable[[int, int], None] = field(default=lambda row, size: None)
-    """told at which row memory ran out and the size that is tried next, before it is tried"""
-    progress: Callable[[int], None] = field(default=lambda n: None)
-    """told how many examples were just finished"""
 
 
 def run_clean(plan: Plan, target: Target, batch: Batch, room: Room) -> Columns:
@@ -73,70 +60,42 @@ def run_stage(
     Keys that start with one of `PARTIAL` hold some of the examples only, named by their `id`. Of the examples that the
     suite has `broken` already, a pass outside the suite keeps no input.
     """
-    rng = Draws(plan.seed).at("stage", stage.name)
     assert stage.member is not None
-    attack, threat = stage.member.attack, plan.threat
     knows = stage.adaptive or stage.kind == "detection"
     target = replace(target, quick=target.view if knows else target.quick, aim=stage.aim)
     missed = batch.ids[~broken.to(batch.ids.device)] if broken is not None else batch.ids
+    work = _work(stage, plan, target, missed)
     if stage.kind == "attacked":
-        return in_pieces(lambda piece: _attacked(attack, plan, target, piece, rng, missed), batch, room)
-    if stage.kind == "curve" or plan.smallest:
-        threat = replace(threat, constraint=threat.constraint.resized(torch.inf))
+        return in_pieces(work, batch, room)
     columns = unattacked(clean, stage.kind)
-    if isinstance(attack, Placed):
+    if isinstance(stage.member.attack, Placed):
         columns |= {name: torch.zeros_like(columns["queries"]) for name in (_PLACES, _BROKEN_AT_RANDOM)}
     room.progress(int((~chosen).sum()))
     if not chosen.any():
         return columns
-    left = batch.take(chosen)
-    if stage.kind == "detection":
-        found = in_pieces(lambda piece: _against(attack, plan, target, piece, rng, missed), left, room)
-    elif stage.kind == "transfer":
-        found = in_pieces(lambda piece: _transferred(attack, plan, target, piece, rng, missed), left, room)
-    else:
-        found = in_pieces(lambda piece: _attack(attack, threat, plan, target, piece, rng, missed), left, room)
-    for name, values in found.items():
+    for name, values in in_pieces(work, batch.take(chosen), room).items():
         if name.startswith(PARTIAL):
             columns[name] = values
         else:
             columns[name][chosen] = values
-    if isinstance(threat.constraint, Corruptions):
+    if isinstance(plan.threat.constraint, Corruptions):
         columns["success"] &= clean["correct"] & clean["eligible"]
     return columns
 
 
-def run_fit(stage: Stage, plan: Plan, target: Target, batch: Batch, clean: Columns) -> Columns:
-    """Columns of a stage that learns an attack on `batch`, but for those of its examples that are judged.
-
-    `learned.x` is what was learned; the others say what that asked of the model.
-    """
+def _work(stage: Stage, plan: Plan, target: Target, missed: Ids) -> Callable[[Batch], dict[str, Tensor]]:
+    """What a stage does with each piece of its examples."""
     assert stage.member is not None
-    attack, rng = stage.member.attack, Draws(plan.seed).at("stage", stage.name)
-    assert isinstance(attack, Learned)
-    judged = {row.numpy().tobytes() for row in clean["digest"]}
-    apart = [row.numpy().tobytes() not in judged for row in _digests(batch)]
-    batch = _aimed(batch.take(torch.tensor(apart, device=batch.ids.device)), plan.threat)
-    if batch.target is not None:
-        batch = batch.take(batch.y != batch.target)
-    batch = batch.take(rng.at("examples").bits(batch.ids).argsort()[: attack.examples])
-    if not len(batch):
-        raise UsageError(
-            f"there is no example to learn {stage.member.name} on that is not judged; name others with --fit DATA"
-        )
-    meter = Metered(target.asked(target.quick, batch), batch, plan.threat)
-    with target.repeatable(rng):
-        learned, fits, chose = best_fit(attack, meter, batch, plan.threat, rng=rng)
-    columns = {
-        "id": batch.ids,
-        "ran": torch.zeros_like(batch.ids, dtype=torch.bool),
-        "queries": meter.spent.queries,
-        "backwards": meter.spent.backwards,
-        "fits": torch.full_like(batch.ids, fits),
-        "chose": chose,
-        "learned.x": learned.detach(),
-    }
-    return {name: values.cpu() for name, values in columns.items()}
+    attack, threat, rng = stage.member.attack, plan.threat, Draws(plan.seed).at("stage", stage.name)
+    if stage.kind == "attacked":
+        return lambda piece: _attacked(attack, plan, target, piece, rng, missed)
+    if stage.kind == "detection":
+        return lambda piece: _against(attack, plan, target, piece, rng, missed)
+    if stage.kind == "transfer":
+        return lambda piece: _transferred(attack, plan, target, piece, rng, missed)
+    if stage.kind == "curve" or plan.smallest:
+        threat = replace(threat, constraint=threat.constraint.resized(torch.inf))
+    return lambda piece: _attack(attack, threat, plan, target, piece, rng, missed)
 
 
 def ready(stage: Stage, by_stage: Mapping[str, Columns]) -> Stage:
@@ -178,28 +137,6 @@ def unattacked(clean: Columns, kind: Kind = "attack") -> dict[str, Tensor]:
     }
 
 
-def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Room) -> dict[str, Tensor]:
-    """The work in batches of the room's size; halved and tried again when memory runs out."""
-    done: list[dict[str, Tensor]] = []
-    start = 0
-    while start < len(batch):
-        room.size = room.known.get(start, room.size)
-        piece = batch.take(torch.arange(start, min(start + room.size, len(batch)), device=batch.ids.device))
-        try:
-            done.append(work(piece))
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            if room.size == 1:
-                raise no_memory(1, error) from error
-            room.size = max(1, min(room.size, len(piece)) // 2)
-            room.halved(start, room.size)
-            continue
-        start += len(piece)
-        room.progress(len(piece))
-    return {name: torch.cat([columns[name] for columns in done]) for name in done[0]} if done else {}
-
-
 def _clean(plan: Plan, target: Target, batch: Batch, rng: Draws) -> dict[str, Tensor]:
     with target.repeatable(rng.at(int(batch.ids[0]))):
         logits, right, _ = _judged(target, batch, batch.x, lambda logits: logits)
@@ -213,7 +150,7 @@ def _clean(plan: Plan, target: Target, batch: Batch, rng: Draws) -> dict[str, Te
     columns = {
         "id": batch.ids,
         "y": batch.y,
-        "digest": _digests(batch),
+        "digest": digests(batch),
         "prediction": prediction,
         "margin": height,
         "confidence": probabilities.amax(1),
@@ -234,7 +171,7 @@ def _clean(plan: Plan, target: Target, batch: Batch, rng: Draws) -> dict[str, Te
 def _attacked(
     attack: Attack, plan: Plan, target: Target, batch: Batch, rng: Draws, missed: Ids
 ) -> dict[str, Tensor]:
-    batch = _aimed(batch, plan.threat)
+    batch = aimed(batch, plan.threat)
     with target.repeatable(rng.at(int(batch.ids[0]))):
         x_adv, spent = returned(attack, plan.threat, target, batch, rng)
         logits, columns = _verdict(plan, target, batch, x_adv)
@@ -274,7 +211,7 @@ def _attack(
     rng: Draws,
     missed: Ids,
 ) -> dict[str, Tensor]:
-    batch = _aimed(batch, threat)
+    batch = aimed(batch, threat)
     with target.repeatable(rng.at(int(batch.ids[0]))):
         x_adv, spent = returned(attack, threat, target, batch, rng)
         _, columns = _verdict(plan, target, batch, x_adv)
@@ -285,7 +222,7 @@ def _attack(
 
 def judge(plan: Plan, target: Target, batch: Batch, x_adv: Inputs, rng: Draws) -> dict[str, Tensor]:
     """Columns of inputs that were found outside the stages, as an attack's are: what the bare model says of each."""
-    batch = _aimed(batch, plan.threat)
+    batch = aimed(batch, plan.threat)
     with target.repeatable(rng.at(int(batch.ids[0]))):
         _, columns = _verdict(plan, target, batch, x_adv)
     nothing = torch.zeros_like(batch.ids)
@@ -350,7 +287,7 @@ def _transferred(
 
     The verdict on each example is that of the first maker whose input the target has wrong.
     """
-    batch, threat = _aimed(batch, plan.threat), replace(plan.threat, queries=None)
+    batch, threat = aimed(batch, plan.threat), replace(plan.threat, queries=None)
     metered = Metered(target.asked(target.quick, batch), batch, threat)
 
     def holds(x: Inputs, own: Logits) -> Tensor:
@@ -386,7 +323,8 @@ def makers(target: Model, threat: ThreatModel) -> list[tuple[Model, ...]]:
     return [*own, *each, *([threat.surrogates] if len(each) > 1 else [])]
 
 
-def _aimed(batch: Batch, threat: ThreatModel) -> Batch:
+def aimed(batch: Batch, threat: ThreatModel) -> Batch:
+    """The batch with the target class of the threat's goal, where it has one."""
     return batch if threat.goal is None else batch.towards(torch.full_like(batch.y, threat.goal))
 
 
@@ -439,7 +377,7 @@ def _judged(
     return logits, share(), share()
 
 
-def _digests(batch: Batch) -> Tensor:
+def digests(batch: Batch) -> Tensor:
     """SHA-256 of each input's bytes and label, (n, 32) uint8: what `compare` pairs examples by."""
     rows = zip(batch.x.detach().cpu().contiguous().flatten(1).numpy(), batch.y.tolist(), strict=True)
     digests = b"".join(

@@ -48,7 +48,8 @@ def _keys(digests: Tensor) -> list[bytes]:
 def basis(first: Evidence, second: Evidence) -> Scope:
     """Which adversarial examples a comparison counts: those of every pass where both runs made the same ones.
 
-    Else those of the suites only: a run that was searched by more passes would seem the weaker model.
+    Passes are the same where their settings, and the surrogates that they are given, are. Else those of the suites
+    only: a run that was searched by more passes would seem the weaker model.
     """
     mine, theirs = map(_passes, (first, second))
     return "every pass" if mine == theirs and mine is not None else "suite only"
@@ -58,8 +59,9 @@ def _passes(evidence: Evidence) -> tuple[object, ...] | None:
     """What the verdict of a run counts beside the suite; None where it counts nothing else."""
     if evidence.scope == "suite only":
         return None
-    adaptive = tuple(sorted(record.name for record in evidence.attacks if record.adaptive))
-    return evidence.suite, adaptive, tuple(each.stage for each in evidence.passes)
+    adaptive = [(each.name, each.settings) for each in evidence.attacks if each.adaptive]
+    passes = [(each.stage, each.settings) for each in evidence.passes]
+    return evidence.suite, adaptive, passes, [surrogate["digest"] for surrogate in evidence.surrogates]
 
 
 def compared(evidence: Evidence, scope: Scope) -> Mask:

@@ -9,13 +9,20 @@ import torch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
-from holdfast.core.types import Mask
+from holdfast.core.types import Mask, PerExample
 from holdfast.metrics.columns import MINIMUM_NORM, Absent, column, untargeted
 from holdfast.ops.statistics import Support, mean, median
 
 NormName = Literal["linf", "l2", "l1", "l0"]
 _NORMS: dict[NormName, type[Constraint]] = {"linf": Linf, "l2": L2, "l1": L1, "l0": L0}
-_ANY_ATTACK = "run at least one attack"
+
+
+def _sizes(evidence: Evidence, norm: NormName) -> PerExample:
+    """The smallest change found of each example; `Absent` where none was measured, or was in another unit."""
+    way_out = "run at least one attack"
+    if norm == "l0" and evidence.scope == "suite only":
+        way_out = "a version before this one counted values where the threat counts pixels; assess again"
+    return column(evidence, f"distance_{norm}", way_out)
 
 
 def _counted(evidence: Evidence) -> Mask:
@@ -28,12 +35,12 @@ def perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: NormName
     counted = _counted(evidence)
     if not counted.any():
         raise Absent("no example is eligible, so there is no perturbation to measure")
-    return median(column(evidence, f"distance_{norm}", _ANY_ATTACK)[counted], confidence)
+    return median(_sizes(evidence, norm)[counted], confidence)
 
 
 def mean_perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: NormName) -> Estimate:
     """Mean size over the examples that an attack turned; `n` of them, `perturbed_share` says of how many."""
-    size = column(evidence, f"distance_{norm}", _ANY_ATTACK)
+    size = _sizes(evidence, norm)
     # an example that is wrong as it is takes no perturbation; under a targeted goal it may still be turned
     turned = evidence["success"] & _counted(evidence) & size.isfinite()
     if evidence.threat.goal is None:

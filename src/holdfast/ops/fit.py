@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.checkpoint import AVERAGE, MEMORY, STATE, WEIGHTS, Checkpoint, beginning
 from holdfast.core.draws import Draws
-from holdfast.core.errors import LostLoss, TargetError
 from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.augment import Augmentation, augmented, cut_and_mixed
 from holdfast.ops.averages import ema, swa
@@ -32,6 +31,7 @@ from holdfast.ops.computing import Layout, Precision, computing, laid_out
 from holdfast.ops.immunity import Immunity
 from holdfast.ops.perturbed import perturbed
 from holdfast.ops.planning import Pacing, Plans
+from holdfast.ops.refusals import refuse_changed, refuse_cut, refuse_lost, unsaved
 from holdfast.ops.together import average, processes, rank, share, worth
 from holdfast.ops.twin import Statistics
 
@@ -191,13 +191,13 @@ def fit(
         begun = after.epoch
         loop.restore({name: value.to(data.x.device) for name, value in after.tensors.items()}, state)
         plans.resume(after)
-    passing = _passing(model)
+    before = unsaved(model)
     for epoch in count(begun):
         plans.review(0)
         if plans.ended():
             return
         measured = loop.epoch(epoch, guard)
-        _refuse_passing(model, passing)
+        refuse_changed(model, before)
         tensors = {name: _copy(value.cpu()) for name, value in loop.tensors().items()}
         of = max(-(-plans.end // plans.per_epoch), epoch + 1)
         part = plans.updates / plans.per_epoch - epoch
@@ -249,7 +249,7 @@ class _Loop:
             step += len(done)
         seen = torch.stack(losses).double()
         average((seen, right))
-        _refuse_lost(seen, epoch, self._how.lr)
+        refuse_lost(seen, epoch, self._how.lr)
         if self._how.averaging == "swa":
             ends = self._state[_ENDS]
             swa(self._average, self._model, int(ends))
@@ -318,7 +318,7 @@ class _Loop:
             self._optimizer.zero_grad(set_to_none=True)
             with perturbed(self._model, lambda: measured()[0], how.awp):
                 value, hits = measured()
-                _refuse_cut(value)
+                refuse_cut(value)
                 value.backward()  # type: ignore[no-untyped-call]
         average(weight.grad for weight in self._learned)
         self._optimizer.step()
@@ -363,23 +363,6 @@ class _Loop:
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": memory})
 
 
-def _passing(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the buffers that no state dict holds."""
-    kept = model.state_dict().keys()
-    return {name: _copy(value) for name, value in model.named_buffers() if name not in kept}
-
-
-def _refuse_passing(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """`TargetError` where one of them has changed: it would be lost between two checkpoints, and to the new model."""
-    now = dict(model.named_buffers())
-    for name, value in before.items():
-        if not torch.equal(now[name], value):
-            raise TargetError(
-                f"the buffer {name} changes while the network is trained, and its state dict does not hold it, so that "
-                f"the new model would lack it; register it with persistent=True"
-            )
-
-
 def _copy(value: Tensor) -> Tensor:
     return value.detach().clone(memory_format=torch.contiguous_format)
 
@@ -408,20 +391,3 @@ def _optimizer(learned: list[nn.Parameter], how: Training) -> torch.optim.Optimi
             learned, how.lr, how.momentum, weight_decay=how.decay, nesterov=how.momentum > 0
         )
     return torch.optim.AdamW(learned, how.lr, weight_decay=how.decay)
-
-
-def _refuse_cut(loss: Tensor) -> None:
-    if not loss.requires_grad:
-        raise TargetError(
-            "no gradient of the loss reaches a weight of this network; take out what cuts it, such as detach(), "
-            "argmax() or numpy"
-        )
-
-
-def _refuse_lost(losses: Tensor, epoch: int, lr: float) -> None:
-    lost = (~losses.isfinite()).nonzero()
-    if len(lost):
-        raise LostLoss(
-            f"the loss is no number any more from update {int(lost[0]) + 1} of epoch {epoch + 1} on; train with a "
-            f"smaller learning rate, as in --set recipe.training.lr={lr / 10:g}"
-        )

@@ -67,6 +67,12 @@ def risks(summary: Mapping[str, Any]) -> str:
     return f"left untried because the nearest all held, and {sure}: {', '.join(each)}" if left else ""
 
 
+def fits(summary: Mapping[str, Any]) -> str:
+    """One line of the learned attacks and how many fits of each were made; empty where none was learned."""
+    learned = [f"{attack['name']} {count(attack['fits'])}" for attack in summary["attacks"] if attack["fits"]]
+    return f"fits of learned attacks, of which the best was judged: {', '.join(learned)}" if learned else ""
+
+
 def passes(summary: Mapping[str, Any], *, brief: bool = False) -> str:
     """One line of the passes outside the suite and what each broke that nothing before it had; `brief` counts them."""
     made = summary["passes"]

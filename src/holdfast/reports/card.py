@@ -61,6 +61,18 @@ def document(card: Mapping[str, Any]) -> str:
         _HELD_OUT,
     )
     lines += ["![accuracy over the epochs](curve.svg)", ""]
+    lines += _reservations(card)
+    lines += ["", "Open it:", "", f"    {card['opened_by']}", ""]
+    lines += ["Made by:", "", f"    {card['command'] or 'holdfast.harden(...)'}", ""]
+    lines += [_training_cost(card), ""]
+    lines += ["Settings:", "", *(f"    {line}" for line in _settings(card["settings"]))]
+    return "\n".join(lines) + "\n"
+
+
+def _reservations(card: Mapping[str, Any]) -> list[str]:
+    """The doubts about both models, and the notes."""
+    before, after = card["before"], card["after"]
+    lines = []
     for side, said in (("before", before), ("after", after)):
         lines += [f"- doubt {side}, `{doubt['name']}`: {escaped(doubt['says'])}" for doubt in said["doubts"]]
     lines += [f"- accepted, `{name}`: {escaped(why)}" for name, why in after["accepted_doubts"].items()]
@@ -69,9 +81,11 @@ def document(card: Mapping[str, Any]) -> str:
         said = f"none of {probed} doubts that were probed was raised" if probed else "no doubt was probed"
         lines += [f"- {said} against the numbers after"]
     lines += [f"- {escaped(note)}" for note in card["notes"]]
-    lines += [f"- {escaped(note)}" for note in _of_judging(card)]
-    lines += ["", "Open it:", "", f"    {card['opened_by']}", ""]
-    lines += ["Made by:", "", f"    {card['command'] or 'holdfast.harden(...)'}", ""]
+    return [*lines, *(f"- {escaped(note)}" for note in _of_judging(card))]
+
+
+def _training_cost(card: Mapping[str, Any]) -> str:
+    """What the training took, and on which hardware."""
     cost = card["cost"]
     seconds = f"{plain(cost['wall_s'])} s ({plain(cost['cpu_s'])} s of CPU time)"
     passes = (
@@ -84,9 +98,7 @@ def document(card: Mapping[str, Any]) -> str:
             f". Both used {percent(cost['budget_used'], 0)} of the budget of {plain(cost['budget_s'])} s"
         )
         passes += ", and patience ended the training" if card["ended_by"] == "patience" else ""
-    lines += [f"Training took {seconds} on {escaped(card['hardware'])}, seed {card['seed']}{passes}.", ""]
-    lines += ["Settings:", "", *(f"    {line}" for line in _settings(card["settings"]))]
-    return "\n".join(lines) + "\n"
+    return f"Training took {seconds} on {escaped(card['hardware'])}, seed {card['seed']}{passes}."
 
 
 def _sides(head: str, before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[str]) -> list[str]:

@@ -44,17 +44,8 @@ def comparison(
             shared,
         )
     }
-    flipped: Json = {}
-    scope: Scope | None = None
-    try:
-        counted = basis(first, second)
-        held = compared(first, counted), compared(second, counted)
-        paired = {"robust_accuracy": _paired(held, regression(first, second, confidence), shared)} | paired
-        scope = counted
-        notes.append(f"robust accuracy is {SCOPES[counted].removeprefix('; ')}")
-        flipped = _flipped(first, second, held, shared)
-    except Absent as absent:
-        notes.append(f"robust accuracy is not compared: {absent}")
+    robust, flipped, scope, note = _robust(first, second, shared, confidence)
+    notes.append(note)
     content = {
         "schema_version": COMPARISON_VERSION,
         "verb": "compare",
@@ -64,7 +55,7 @@ def comparison(
         "noun": summaries[0]["noun"],
         "confidence": confidence,
         "runs": [_run(summary) for summary in summaries],
-        "paired": paired,
+        "paired": robust | paired,
         "flipped": flipped,
         "scope": scope,
         "metrics": _side_by_side(*(summary["metrics"] for summary in summaries)),
@@ -74,6 +65,20 @@ def comparison(
     content["headline"] = headline(content)
     written: Json = strict(content)
     return written
+
+
+def _robust(
+    first: Evidence, second: Evidence, shared: Pairs, confidence: float
+) -> tuple[Json, Json, Scope | None, str]:
+    """The robust accuracies, who changed sides and what both count, each empty where there is none; and a note."""
+    try:
+        scope = basis(first, second)
+        held = compared(first, scope), compared(second, scope)
+        paired = {"robust_accuracy": _paired(held, regression(first, second, confidence), shared)}
+    except Absent as absent:
+        return {}, {}, None, f"robust accuracy is not compared: {absent}"
+    note = f"robust accuracy is {SCOPES[scope].removeprefix('; ')}"
+    return paired, _flipped(first, second, held, shared), scope, note
 
 
 def _side_by_side(first: Mapping[str, Any], second: Mapping[str, Any]) -> Json:

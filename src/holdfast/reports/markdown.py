@@ -6,7 +6,7 @@ from typing import Any
 
 from holdfast.core.names import printable
 from holdfast.reports import across, rotation, transfer
-from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, passes, risks, row
+from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits, passes, risks, row
 from holdfast.reports.numbers import count
 from holdfast.reports.words import VERDICTS, capitalized, interval, label, shown
 
@@ -72,7 +72,7 @@ def _attacks(summary: Mapping[str, Any]) -> list[str]:
         *table(headings, [[escaped(cells[heading]) for heading in headings] for cells in rows]),
         *(
             line
-            for said in (risks(summary), passes(summary))
+            for said in (risks(summary), fits(summary), passes(summary))
             if said
             for line in (f"{escaped(capitalized(said))}.", "")
         ),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import printable
 from holdfast.reports import across, rotation, transfer
-from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, passes, risks, row, title
+from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits, passes, risks, row, title
 from holdfast.reports.numbers import count, percent
 from holdfast.reports.words import VERDICTS, asked, interval, label, shown
 
@@ -79,7 +79,7 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
         *matrices(summary),
     ]
     told = [as_string(part, colour=colour, width=width) for part in parts if part.row_count]
-    for line in (risks(summary), passes(summary, brief=True)):
+    for line in (risks(summary), fits(summary), passes(summary, brief=True)):
         if line:
             told[0] = f"{told[0].rstrip()}\n\n{as_string(cell(line), colour=colour, width=width)}\n\n"
     text = "\n".join(told)

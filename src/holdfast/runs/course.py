@@ -208,7 +208,7 @@ class Course:
         self.keeper.begin(stage.name, 0)
         watch = Watch(lambda seconds, last: self.keeper.spend(stage.name, 0, seconds, done=last))
         columns: Columns = {"id": torch.empty(0, dtype=torch.int64)}
-        timed, reached = replace(self.target, quick=Timed(self.target.quick, self.deadline)), None
+        timed, reached = self._timed(), None
         try:
             if stage.kind == "fit":
                 assert self.fit is not None
@@ -271,11 +271,7 @@ class Course:
             said(finished)
 
         room.progress = progress
-        timed = replace(
-            self.target,
-            quick=Timed(self.target.quick, self.deadline),
-            view=Timed(self.target.view, self.deadline),
-        )
+        timed = self._timed()
         try:
             if chosen is None:
                 columns = run_clean(self.plan, timed, batch, room)
@@ -291,6 +287,11 @@ class Course:
             self.keeper.keep_shard(stage.name, shard, columns)
             watch.tick(done=True)
         return columns
+
+    def _timed(self) -> Target:
+        """The target, of which attacks ask nothing after the deadline."""
+        quick, view = (Timed(model, self.deadline) for model in (self.target.quick, self.target.view))
+        return replace(self.target, quick=quick, view=view)
 
     def _tell(
         self, stage: Stage, done: Mapping[int, Columns], by_stage: Mapping[str, Columns], more: int = 0

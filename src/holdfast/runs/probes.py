@@ -11,7 +11,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns, Cost, Doubt
 from holdfast.core.lookup import Lookup
-from holdfast.core.model import VOTES, Bounds, Model, out_of_memory
+from holdfast.core.model import VOTES, Bounds, Model
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.doubts.concluding import Circumstances, Findings, conclude, missed_by_suite
 from holdfast.doubts.probing import (
@@ -25,7 +25,17 @@ from holdfast.doubts.probing import (
     standing,
 )
 from holdfast.doubts.thresholds import SAMPLE
-from holdfast.harness import FOUND, PROBE, Probes, assemble, in_pieces, judge, passes
+from holdfast.harness import (
+    FOUND,
+    PROBE,
+    Probes,
+    assemble,
+    in_pieces,
+    in_room,
+    judge,
+    probe_passes,
+    stage_passes,
+)
 from holdfast.ops.sampling import sample_rows
 from holdfast.runs.assembling import DOUBTS
 from holdfast.runs.course import Course, Watch
@@ -79,7 +89,7 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], 
     Where time ran out nothing is probed, and `missed` says what the suite did not do.
     """
     plan, outline = course.plan, course.plan.outline(course.target.classes)
-    broke = {each.name: each.columns["success"] for each in passes(outline, by_stage)}
+    broke = {each.name: each.columns["success"] for each in stage_passes(outline, by_stage)}
     is_probability = by_stage["clean"]["is_probability"]
     columns = {**assemble(outline, by_stage), "is_probability": is_probability}
     if plan.doubts == "none":
@@ -111,8 +121,8 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], 
     found = _judged(course, columns, probed, counting)
     judged = Cost(len(found.get("id", ())) * (1 + 2 * VOTES if target.randomised else 1))
     cost = Cost(counted.forwards, counted.backwards, counted.forwards) + judged
-    everywhere = passes(outline, {**by_stage, **({FOUND: found} if found else {})}, counting)
-    broke = {each.name: each.columns["success"] for each in everywhere}
+    by_probe = probe_passes(outline, {**by_stage, **({FOUND: found} if found else {})}, counting)
+    broke |= {each.name: each.columns["success"] for each in by_probe}
     return Asked(conclude(probed, columns, circumstances, broke), cost, counting, found)
 
 
@@ -137,15 +147,7 @@ def _input(course: Course, columns: Columns) -> tuple[Doubt, int]:
 def _looked_for(course: Course, batch: Batch) -> tuple[Finding | None, int]:
     """A sign that the data do not fit the model, looked for in smaller batches where memory runs out."""
     room = course.room(DOUBTS, _FITTING)
-    size = room.known.get(0, room.size)
-    while True:
-        try:
-            return misfit(course.target.bare, batch, size)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or size == 1:
-                raise
-            size //= 2
-            room.halved(0, size)
+    return in_room(lambda size: misfit(course.target.bare, batch, size), room, 0, len(batch))
 
 
 def _probes(course: Course, columns: Columns) -> tuple[Probe, ...]:

@@ -7,13 +7,11 @@ the candidate that it was at, whose assessments are kept.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs
@@ -34,80 +32,16 @@ from holdfast.runs.rotate.ruling import CLAIMABLE, Family, Ruling, Seen, reporte
 from holdfast.runs.rotate.samples import Gate, Need, measured, statement, widened
 from holdfast.runs.rotate.sanity import distance, endless, tensors, twin
 from holdfast.runs.rotate.terms import FIRST, Terms, state_of
+from holdfast.runs.rotate.verdicts import IN_A_ROW, Admission, Judged
 from holdfast.runs.signals import Stopper
 from holdfast.store.columns import content_digest
 from holdfast.store.pool import NAME_DIGITS, Pool
 
 CANARY_INPUTS = "canaries"
 """Under which name the inputs are kept that say whether a set is what was admitted."""
-IN_A_ROW = 5
-"""Refusals after which no more candidates are judged: whatever makes them is not what is needed."""
-_LOSES = {"clean accuracy", "robust accuracy", "churn"}
-_LOSE_LESS = (
-    "draw more, or lose less by draw with --set immunise.weight=0.25, or by more epochs of the collection; more "
-    "training data judge more surely"
-)
-_ELSEWHERE = (
-    "sets that are trained anew lie in no basin that leaked: holdfast rotate draw POOL --by anew --immunise"
-)
-"""What helps where sets only lose too much, and where they are too near to what leaked, or are no sets."""
 _WHITE, _SIBLINGS = 2, 10
 """Of the examples that judge at first, one in so many for attacks that see the set, which take longest, and for what is
 told beside gates."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What became of one candidate, and why."""
-
-    name: str
-    verdict: Literal["admitted", "refused"]
-    gates: tuple[Ruling, ...]
-    why: str
-    """what kept it out, or what spoke for it"""
-    by: str = ""
-    """the gate that kept it out"""
-    against: tuple[str, ...] = ()
-    """the exposed sets that it was judged against"""
-    reported: Mapping[str, Estimate] = field(default_factory=dict)
-    """what was measured and decides nothing"""
-
-
-@dataclass(frozen=True)
-class Admission:
-    """What one call did."""
-
-    judged: tuple[Judged, ...]
-    left: tuple[str, ...]
-    """sets that were not judged any more, after so many refusals"""
-
-    @property
-    def admitted(self) -> tuple[str, ...]:
-        """Names of the sets that may serve now."""
-        return tuple(one.name for one in self.judged if one.verdict == "admitted")
-
-    @property
-    def exit_code(self) -> int:
-        """0 if a set was admitted, else 4."""
-        return 0 if self.admitted else 4
-
-    @property
-    def kept_out(self) -> str:
-        """Why none was admitted, and what helps; empty where one was, or none was judged."""
-        if self.admitted or not self.judged:
-            return ""
-        gates = [each.by for each in self.judged]
-        counted = ", ".join(f"{gates.count(gate)} by {gate}" for gate in dict.fromkeys(gates))
-        stopped = f" {IN_A_ROW} in a row were, and {len(self.left)} wait unjudged." if self.left else ""
-        return (
-            f"none of {len(self.judged)} candidates was admitted ({counted}).{stopped} The first: {self.judged[0].why}."
-            f" What serves goes on serving; {self.remedy}"
-        )
-
-    @property
-    def remedy(self) -> str:
-        """What helps where sets are refused by these gates."""
-        return _LOSE_LESS if _LOSES.issuperset(each.by for each in self.judged) else _ELSEWHERE
 
 
 def admit(

@@ -15,10 +15,11 @@ from holdfast.rotation import Immunise, next_set, refuse_faster
 from holdfast.rotation.triggers import Reading, Trigger, due, exposed
 from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.order import Progress, silent
-from holdfast.runs.rotate.admission import IN_A_ROW, Admission, admit
+from holdfast.runs.rotate.admission import admit
 from holdfast.runs.rotate.drawing import By, candidates, draw
 from holdfast.runs.rotate.status import UNJUDGED
 from holdfast.runs.rotate.terms import FIRST, Terms
+from holdfast.runs.rotate.verdicts import IN_A_ROW, Admission
 from holdfast.runs.signals import Stopper
 from holdfast.store.pool import Pool
 

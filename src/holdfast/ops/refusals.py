@@ -1,0 +1,44 @@
+"""What a training refuses: a loss without a gradient or without a finite value, and buffers that a checkpoint lacks."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.errors import LostLoss, TargetError
+
+
+def unsaved(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers that no state dict holds."""
+    kept = model.state_dict().keys()
+    return {name: value.detach().clone() for name, value in model.named_buffers() if name not in kept}
+
+
+def refuse_changed(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """`TargetError` where one of these has changed: two checkpoints, and the new model, would lose it."""
+    now = dict(model.named_buffers())
+    for name, value in before.items():
+        if not torch.equal(now[name], value):
+            raise TargetError(
+                f"the buffer {name} changes while the network is trained, and its state dict does not hold it, so that "
+                f"the new model would lack it; register it with persistent=True"
+            )
+
+
+def refuse_cut(loss: Tensor) -> None:
+    """`TargetError` where no gradient of the loss reaches a weight."""
+    if not loss.requires_grad:
+        raise TargetError(
+            "no gradient of the loss reaches a weight of this network; take out what cuts it, such as detach(), "
+            "argmax() or numpy"
+        )
+
+
+def refuse_lost(losses: Tensor, epoch: int, lr: float) -> None:
+    """`LostLoss` where a loss of an epoch is not finite."""
+    lost = (~losses.isfinite()).nonzero()
+    if len(lost):
+        raise LostLoss(
+            f"the loss is no number any more from update {int(lost[0]) + 1} of epoch {epoch + 1} on; train with a "
+            f"smaller learning rate, as in --set recipe.training.lr={lr / 10:g}"
+        )
