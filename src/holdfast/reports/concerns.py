@@ -100,8 +100,10 @@ CONCERNS = {
     "input": Concern(
         "The data do not fit the model",
         "The model is right far more often when the same data are given with another value range, normalisation or "
-        "layout, or the data fill only a small part of the declared bounds. What was attacked is another task.",
-        "Declare the preprocessing of your training: --mean and --std, --data-normalised, --bounds or --layout.",
+        "layout or with 1 subtracted from the labels, or the data fill only a small part of the declared bounds. What "
+        "was attacked is another task.",
+        "Declare the preprocessing of your training: --mean and --std, --data-normalised, --bounds or --layout. Labels "
+        "count from 0.",
     ),
     "fine-tuning": Concern(
         "Adversarial fine-tuning for the same time does more",
