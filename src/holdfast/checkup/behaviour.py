@@ -103,8 +103,9 @@ def gradients(examined: Examined) -> Iterator[Finding]:
     zero = float((grad.flatten(1).nan_to_num().abs().amax(1) == 0).double().mean())
     if zero > 0.01:
         text = f"{zero:.0%} of the examples have a zero gradient, so gradient attacks see nothing there"
-        yield Finding(
-            "gradients", "warning", text, "a rounding or saturated step hides it; the doubts will say more"
-        )
+        saturated = "return the logit, the output of the layer before the sigmoid or softmax"
+        other = "a rounding or saturated step hides it; the doubts will say more"
+        way_out = saturated if examined.model.output == "probability" else other
+        yield Finding("gradients", "warning", text, way_out)
     else:
         yield Finding("gradients", "good", "gradients reach the input")

@@ -120,6 +120,7 @@ def _environment() -> "Environment":
         "asked": words.asked,
         "every_nth": _every_nth,
         "capitalized": words.capitalized,
+        "sentences": words.sentences,
     }
     environment.globals |= {
         "shown": words.shown,
