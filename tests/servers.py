@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 
 FEATURES, CLASSES = 6, 3
+NAMES = ("cat", "dog", "emu")
 FLOATS = ("FP32", [-1, FEATURES], "FP32", [-1, CLASSES])
 
 
@@ -128,6 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
         scores = network(rows)
         if self.path == "/predict":
             return {"predictions": [{"scores": row} for row in scores.tolist()]}
+        if self.path == "/name":
+            return {"classes": [NAMES[number] for number in scores.argmax(1)]}
         if self.path == "/classify":
             return {"classes": scores.argmax(1).tolist()}
         found = scores.argmax(1) if self.served.whole else scores

@@ -1,14 +1,19 @@
 """What `doctor` says of data that an assessment would refuse, and that it goes on after it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 import holdfast
+from holdfast.checkup import misfit
 from holdfast.cli.app import run
 from holdfast.core.batch import Batch
+from holdfast.core.errors import TargetError
+from holdfast.core.model import Classifier
 from holdfast.sources.data import open_data
 
 
@@ -93,7 +98,32 @@ def test_a_weak_model_on_a_few_examples_is_not_accused_of_shifted_labels() -> No
     y = torch.tensor([1, 3, 3, 0, 0])
     assert "labels" not in said(holdfast.doctor(always, (torch.rand(5, 4), y)))
     many = torch.cat([y] * 10)
-    assert said(holdfast.doctor(always, (torch.rand(50, 4), many)))["labels"][0] == "problem"
+    assert "labels" not in said(holdfast.doctor(always, (torch.rand(50, 4), many)))
+    x = torch.nn.functional.one_hot((many + 1) % 4).float()
+    assert said(holdfast.doctor(lambda x: x * 1.0, (x, many)))["labels"][0] == "problem"
+
+
+def test_labels_from_1_that_lack_the_last_class_do_not_fit() -> None:
+    classes = torch.arange(60) % 3  # of four
+    model = Classifier(lambda x: x * 1.0)
+    batch = Batch(torch.nn.functional.one_hot(classes, 4).float(), classes + 1, torch.arange(60))
+    found, forwards = misfit(model, batch, 60)
+    assert found is not None and (found.check, found.gain) == ("labels", 1.0)
+    assert "0%, but 100% with labels -1" in found.says
+    assert forwards == 2 * 60
+    constant = replace(batch, y=torch.where(batch.ids < 50, 2, 3), x=torch.eye(4)[[1]].repeat(60, 1))
+    honest = replace(batch, y=classes)
+    for fits in (constant, honest):
+        found, _ = misfit(model, fits, 60)
+        assert found is None or found.check != "labels"
+
+
+def test_values_to_16_are_not_taken_for_bytes() -> None:
+    x = torch.arange(17.0).repeat(40).view(40, 1, 17)
+    _, way_out = said(holdfast.doctor(lambda x: x[:, 0, :4], (x, torch.arange(40) % 4)))["range"]
+    assert way_out.startswith("scale them as in training, as in x / 16 for values from 0 to 16;")
+    with pytest.raises(TargetError, match="Scale them as in training, as in x / 16 for values from 0 to 16"):
+        holdfast.assess(lambda x: x[:, 0, :4], (x, torch.arange(40) % 4), threat="linf:0.1")
 
 
 def test_what_is_no_better_than_chance_is_no_alternative() -> None:

@@ -6,13 +6,15 @@ import re
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.reports import junit, markdown, sarif, terminal
+from holdfast.core.evidence import Doubt
+from holdfast.reports import html, junit, markdown, sarif, terminal
 from holdfast.reports.write import WRITERS, check, replacing, write
 from reports import made
 
@@ -129,6 +131,20 @@ def test_markdown_puts_the_verdict_first_and_keeps_its_tables_whole(failing, acc
     tables = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in tables} == {5, 8}
     assert "accepted doubt **black-box**: an adaptive run is on file" in markdown.document(accepted)
+
+
+def test_every_report_says_a_doubt_in_sentences_and_advises_by_the_declared_output():
+    doubt = Doubt("zero-gradient", "raised", 0.5, 0.01, 4, "2 of 4 are flat; see there")
+    flat = made.evidence(n=8, doubts=(doubt, replace(doubt, name="noise", says="draws break 1 of 4")))
+    content = made.summarised(replace(flat, model={**flat.model, "output": "probability"}))
+    (logits, _) = made.summarised(flat)["doubts"]
+    assert "BPDA" in logits["advice"]
+    advice = ("Return the logit, the output of the layer before", "The suite is not finished: add")
+    says = ("2 of 4 are flat; see there.", "Draws break 1 of 4.")
+    for text in (markdown.document(content), json.dumps(sarif.document(content))):
+        assert all(f"{found} {way_out}" in text for found, way_out in zip(says, advice, strict=True))
+    assert all(f"open: {found}\n" in terminal.verdict(content, colour=False) for found in says)
+    assert all(f"<dd>{part}" in html.page(content) for part in (*says, *advice))
 
 
 def test_csv_is_one_row_an_example(failing, evidence, tmp_path):

@@ -56,6 +56,8 @@ conv = seeded(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 4))
 grey = seeded(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 4))
 signal = seeded(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(4 * 14, 4))
 volume = seeded(nn.Conv3d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 64, 4))
+flat_layers = seeded(nn.Conv3d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 16, 4))
+single = seeded(nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 14, 4))
 last = Permuted(conv, 0, 3, 1, 2)
 many = seeded(nn.Conv2d(13, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 4))
 
@@ -72,6 +74,9 @@ TAKEN = {
     "sequences": (Recurrent(), (7, 5), (7, 5)),
     "volumes": (volume, (1, 6, 6, 6), (1, 6, 6, 6)),
     "volumes, channels last": (volume, (6, 6, 6, 1), (1, 6, 6, 6)),
+    "volumes without an axis of channels": (volume, (6, 6, 6), (1, 6, 6, 6)),
+    "volumes of three layers": (flat_layers, (3, 6, 6), (1, 3, 6, 6)),
+    "signals without an axis of channels": (single, (16,), (1, 16)),
     "rows": (flat(20), (20,), (20,)),
 }
 
@@ -119,6 +124,14 @@ def test_a_tensor_keeps_its_layout_whatever_its_type(kind: torch.dtype) -> None:
     with torch.no_grad():
         y = net(x.float() / 255 if kind == torch.uint8 else x).argmax(1)
     assert assessed(net, x, y).metrics["clean_accuracy"].value == 1
+
+
+@pytest.mark.parametrize("net, shape", [(volume, (6, 6, 6)), (grey, (8, 8)), (single, (16,))])
+def test_a_tensor_that_lacks_an_axis_of_channels_is_refused_with_it(
+    net: nn.Module, shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(TargetError, match=r"takes one of \(1, .*give x\[:, None\]"):
+        assessed(net, torch.rand(20, *shape), torch.zeros(20, dtype=torch.int64))
 
 
 def test_outputs_of_a_random_network_count_as_equal_for_equal_inputs() -> None:

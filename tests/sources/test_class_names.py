@@ -55,9 +55,7 @@ def accuracy(data: dict[str, object], **options: object) -> float:
 @pytest.mark.parametrize("kind", ["folders", "table"])
 def test_a_missing_class_is_refused_and_names_give_the_right_numbers(kind: str, tmp_path: Path) -> None:
     data = made(kind, tmp_path, {"bird": 0, "dog": 2, "frog": 3})
-    with pytest.raises(
-        TargetError, match=r"bird, dog, frog.* 4 classes.*--class-names .*--class-order lexical"
-    ):
+    with pytest.raises(TargetError, match=r"bird, dog, frog.* 4 classes.*Give all 4 names .*--class-names"):
         accuracy(data)
     (tmp_path / "names.txt").write_text("bird\ncat\ndog\nfrog\n")
     for names in (NAMES, "bird,cat,dog,frog", f"@{tmp_path / 'names.txt'}"):
@@ -77,7 +75,7 @@ def test_names_in_another_order_than_the_alphabet(kind: str, tmp_path: Path) -> 
 def test_numeric_names_of_folders(tmp_path: Path) -> None:
     assert accuracy({"data": folders(tmp_path / "zero", {str(k): k for k in range(4)})}) == 1
     from_one = folders(tmp_path / "one", {str(k + 1): k for k in range(4)})
-    with pytest.raises(TargetError, match="do not start at 0"):
+    with pytest.raises(TargetError, match="start at 0, and these at 1"):
         accuracy({"data": from_one})
     assert accuracy({"data": from_one}, class_order="numeric") == 1
 
@@ -92,10 +90,10 @@ def test_numeric_names_of_folders(tmp_path: Path) -> None:
         (["-1", "1"], 2, ""),
         (["0", "1", "10", "2"], None, "lexical order"),
         (["class1", "class10", "class2"], 3, "lexical order"),
-        (["2", "7"], None, "do not start at 0"),
-        (["-1", "0", "1"], None, "do not start at 0"),
+        (["2", "7"], None, "class numbers start at 0"),
+        (["-1", "0", "1"], None, "class numbers start at 0"),
         (["0", "1", "3"], None, "not consecutive"),
-        (["cat"], 2, "1 of the model's 2 classes are missing"),
+        (["cat"], 2, "the model has 2 classes; it is not clear which are missing"),
     ],
 )
 def test_the_order_of_names_is_used_where_it_is_unambiguous(
@@ -106,6 +104,16 @@ def test_the_order_of_names_is_used_where_it_is_unambiguous(
             class_numbers(found, Expected(), classes, "data", "class folders")
     else:
         assert class_numbers(found, Expected(), classes, "data", "class folders") == tuple(found)
+
+
+def test_a_refusal_of_the_order_says_each_thing_once() -> None:
+    with pytest.raises(TargetError) as refused:
+        class_numbers(["1", "10", "2"], Expected(), 3, "photos", "class folders")
+    assert str(refused.value) == (
+        "photos has 3 class folders (1, 2, 10), and the model has 3 classes; their lexical order (1, 10, 2) "
+        "differs. Give the order of the training, --class-order lexical or --class-order numeric, or give all names in "
+        "the order of the model's outputs: --class-names A,B,C (or @FILE, one name a line)"
+    )
 
 
 def test_a_declared_order_decides() -> None:

@@ -423,7 +423,7 @@ def test_columns_that_are_no_features_are_left_out(tmp_path: Path) -> None:
             [["a", "b", "y"], ["0", "4", "0"], ["91", "2", "1"]],
             "y",
             TargetError,
-            "range from 0 to 91; 0 to 1 was expected. Scale them as in training.* --bounds LOW,HIGH .seen here: 0,91",
+            "range from 0 to 91; 0 to 1 was expected. Scale the features as in training.* --bounds LOW,HIGH .seen",
         ),
         ([["a", "y"], ["0", "0"], ["255", "1"]], "y", TargetError, "Divide them by 255"),
         ([["a", "y"], ["", "0"]], "y", TargetError, r"a \(row 0 is empty\)"),

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from holdfast.core.errors import TargetError, TargetLost, UsageError
+from holdfast.core.errors import TargetError, TargetLost, TargetRefused, UsageError
 from holdfast.sources.asking import LONGEST_WAIT_S, Client
 from holdfast.sources.models import Declared, open_model
 from holdfast.sources.remote import Remote, allowed_address, header_variable
-from servers import CLASSES, FEATURES, Server, examples, network
+from servers import CLASSES, FEATURES, NAMES, Server, examples, network
 
 X, Y = examples()
 
@@ -21,12 +21,14 @@ def server():
         yield started
 
 
-def opened(server, path="/v2/models/small", *, classes=None, **changes):
+def opened(server, path="/v2/models/small", *, classes=None, names=None, **changes):
     """The model and the waits that it made, none of which was slept."""
     waits = []
     remote = Remote(hosts=("127.0.0.1",), timeout_s=2.0, sleep=waits.append)
     return open_model(
-        server.url(path), declared=Declared(classes=classes), remote=replace(remote, **changes)
+        server.url(path),
+        declared=Declared(classes=classes, class_names=names),
+        remote=replace(remote, **changes),
     ), waits
 
 
@@ -62,6 +64,30 @@ def test_a_template_brings_scores_and_labels(server):
     assert np.array_equal(asked(found), np.eye(CLASSES)[network(X).argmax(1)])
     assert found.access == "labels"
     assert "labels alone" in found.model.hides
+
+
+def test_labels_that_are_text_are_looked_up_in_the_class_names(server):
+    found, _ = opened(server, "/name", names=NAMES, **LABELS)
+    assert (found.access, found.model.classes) == ("labels", CLASSES)
+    assert np.array_equal(asked(found), np.eye(CLASSES)[network(X).argmax(1)])
+    turned, _ = opened(server, "/name", names=NAMES[::-1], **LABELS)
+    assert np.array_equal(asked(turned), asked(found)[:, ::-1])
+    assert turned.digest != found.digest
+    for options, said in (
+        ({"names": ("cat", "dog", "fox")}, r"'emu'.*cat, dog, fox.*--class-names"),
+        ({"classes": CLASSES}, r"'(cat|dog|emu)'.*not declared; give --class-names"),
+        ({"labels": False}, r"scores were expected.*--http-labels and --class-names"),
+    ):
+        with pytest.raises(TargetRefused, match=said):
+            asked(opened(server, "/name", **LABELS | options)[0])
+
+
+def test_the_protocol_names_classes_in_text():
+    with Server(metadata=("FP32", [-1, FEATURES], "BYTES", [-1])) as server:
+        found, _ = opened(server, names=NAMES)
+        assert found.access == "labels"
+        with pytest.raises(UsageError, match="--class-names A,B,C"):
+            opened(server)
 
 
 def test_whole_numbers_from_the_protocol_are_labels():
@@ -380,7 +406,7 @@ def test_other_addresses_and_models_are_refused(server):
         opened(server, response="score")
     for tensors, said in (
         (("UINT8", [-1, 6], "FP32", [-1, 3]), "UINT8"),
-        (("FP32", [-1], "BYTES", [-1]), "BYTES"),
+        (("FP32", [-1], "BOOL", [-1]), "BOOL"),
     ):
         with Server(metadata=tensors) as other, pytest.raises(TargetError, match=said):
             opened(other)

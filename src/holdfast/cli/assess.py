@@ -167,7 +167,7 @@ TARGET = (
         "--http-response", metavar="PATH", help="Where the answer holds the scores, as in predictions."
     ),
     click.option(
-        "--http-labels", is_flag=True, default=None, help="The answer holds class numbers, without scores."
+        "--http-labels", is_flag=True, default=None, help="The answer holds classes, without scores."
     ),
     click.option("--http-max-rows", type=int, metavar="N", help="Rows of one request (default: 64)."),
     click.option("--http-timeout", metavar="T", help="How long the server may take (default: 30s)."),

@@ -105,7 +105,9 @@ class AssessSettings(BaseModel):
         None,
         description="where its answer holds the scores, as in predictions or rows.*.scores; else an output's name",
     )
-    http_labels: bool = Field(False, description="the answer holds one class number a row, and no scores")
+    http_labels: bool = Field(
+        False, description="the answer holds one class a row, its number or its name, and no scores"
+    )
     http_max_rows: values.Positive = Field(64, description="rows of one request to a server at most")
     http_timeout: values.Timeout = Field("30s", description="how long a server may take to answer")
     http_retries: values.Whole = Field(

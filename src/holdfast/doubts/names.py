@@ -19,7 +19,7 @@ DOUBTS: Final[dict[str, str]] = {
     "nan": "the model returned NaN",
     "chance": "the model is no better than one that always predicts the majority class",
     "constant": "the outputs do not depend on the input",
-    "input": "the value range, the scale or the layout of the data does not fit the model",
+    "input": "the value range, the scale, the layout or the labels of the data do not fit the model",
 }
 """Name of every doubt, and when it is raised."""
 

@@ -1,6 +1,6 @@
 """What each doubt means and what to do about it, in words for people who did not write the paper."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,10 @@ CONCERNS = {
     "input": Concern(
         "The data do not fit the model",
         "The model is right far more often when the same data are given with another value range, normalisation or "
-        "layout, or the data fill only a small part of the declared bounds. What was attacked is another task.",
-        "Declare the preprocessing of your training: --mean and --std, --data-normalised, --bounds or --layout.",
+        "layout or with 1 subtracted from the labels, or the data fill only a small part of the declared bounds. What "
+        "was attacked is another task.",
+        "Declare the preprocessing of your training: --mean and --std, --data-normalised, --bounds or --layout. Labels "
+        "count from 0.",
     ),
     "fine-tuning": Concern(
         "Adversarial fine-tuning for the same time does more",
@@ -117,6 +119,16 @@ CONCERNS = {
 }
 
 
-def concern(name: str) -> Concern:
-    """The explanation of a doubt; its bare name where a plugin brought its own."""
-    return CONCERNS.get(name, Concern(name.replace("-", " ").capitalize(), "", ""))
+_SATURATED = (
+    "Return the logit, the output of the layer before the sigmoid or softmax, and declare --model-output logit: where "
+    "a probability is saturated at 0 or 1, its gradient is zero."
+)
+"""The advice for `zero-gradient` where the model is declared to return probabilities."""
+
+
+def concern(name: str, output: str | None = None) -> Concern:
+    """The explanation of a doubt about a model with the declared `output`; its bare name where a plugin brought it."""
+    known = CONCERNS.get(name, Concern(name.replace("-", " ").capitalize(), "", ""))
+    if name == "zero-gradient" and output == "probability":
+        return replace(known, advice=_SATURATED)
+    return known

@@ -93,13 +93,8 @@ def _read(name: str) -> str:
 def _environment() -> "Environment":
     from jinja2 import DictLoader, Environment, StrictUndefined
 
-    names = (
-        "report.html.j2",
-        "comparison.html.j2",
-        "notebook.html.j2",
-        "notebook-comparison.html.j2",
-        "parts.html.j2",
-    )
+    pages = ("report", "comparison", "notebook", "notebook-comparison", "parts")
+    names = [f"{page}.html.j2" for page in pages]
     environment = Environment(
         loader=DictLoader({name: _read(name) for name in names}),
         autoescape=True,
@@ -120,6 +115,7 @@ def _environment() -> "Environment":
         "asked": words.asked,
         "every_nth": _every_nth,
         "capitalized": words.capitalized,
+        "sentences": words.sentences,
     }
     environment.globals |= {
         "shown": words.shown,

@@ -8,7 +8,7 @@ from holdfast.core.names import printable
 from holdfast.reports import across, rotation, transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits, passes, risks, row
 from holdfast.reports.numbers import count
-from holdfast.reports.words import VERDICTS, capitalized, interval, label, shown
+from holdfast.reports.words import VERDICTS, capitalized, interval, label, sentences, shown
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$@&#])")
 
@@ -140,10 +140,8 @@ def _doubts(summary: Mapping[str, Any]) -> list[str]:
     lines = ["### Doubts", ""]
     for doubt in raised:
         state = "accepted" if doubt["name"] in summary["accepted_doubts"] else "open"
-        says = " ".join(part for part in (doubt["says"], doubt["advice"]) if part)
-        lines.append(
-            f"- ▲ **{escaped(doubt['name'])}** ({state}): {escaped(doubt['title'])}. {escaped(says)}"
-        )
+        says = sentences(doubt["title"], doubt["says"], doubt["advice"])
+        lines.append(f"- ▲ **{escaped(doubt['name'])}** ({state}): {escaped(says)}")
     return [*lines, ""]
 
 

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from holdfast.core.names import printable
 from holdfast.reports.concerns import CONCERNS
-from holdfast.reports.words import interval, shown
+from holdfast.reports.words import interval, sentences, shown
 
 Json = dict[str, Any]
 
@@ -94,7 +94,7 @@ def _gate(gate: Mapping[str, Any], summary: Mapping[str, Any]) -> Json:
 
 
 def _doubt(doubt: Mapping[str, Any], summary: Mapping[str, Any]) -> Json:
-    message = " ".join(part for part in (doubt["title"] + ".", doubt["says"], doubt["advice"]) if part)
+    message = sentences(doubt["title"], doubt["says"], doubt["advice"])
     result = _result(f"doubt-{doubt['name']}", "warning", message, doubt["name"], summary)
     reason = summary["accepted_doubts"].get(doubt["name"])
     if reason is not None:

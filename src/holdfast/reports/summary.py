@@ -93,7 +93,7 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
     return {
         "suite": evidence.suite,
         "attacks": _attacks(evidence, confidence),
-        "doubts": [_doubt(doubt) for doubt in evidence.doubts],
+        "doubts": [_doubt(doubt, evidence.model.get("output")) for doubt in evidence.doubts],
         "threat": {**_threat(evidence.threat), "unit": eps_unit(evidence.threat, evidence.model)},
         "model": _bounded(evidence.model),
         "data": _bounded(evidence.data),
@@ -231,8 +231,8 @@ def _cost(cost: Cost) -> Json:
     }
 
 
-def _doubt(doubt: Doubt) -> Json:
-    known = concern(doubt.name)
+def _doubt(doubt: Doubt, output: str | None) -> Json:
+    known = concern(doubt.name, output)
     return {
         "name": doubt.name,
         "state": doubt.state,

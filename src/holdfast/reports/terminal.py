@@ -8,7 +8,7 @@ from holdfast.core.names import printable
 from holdfast.reports import across, rotation, transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits, passes, risks, row, title
 from holdfast.reports.numbers import count, percent
-from holdfast.reports.words import VERDICTS, asked, interval, label, shown
+from holdfast.reports.words import VERDICTS, asked, interval, label, sentences, shown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,7 +62,7 @@ def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
         if doubt["state"] == "raised":
             reason = summary["accepted_doubts"].get(doubt["name"])
             lines.append("  ▲ ", style="yellow")
-            says = printable(doubt["says"] or doubt["title"])
+            says = printable(sentences(doubt["says"] or doubt["title"]))
             lines.append(f"doubt {printable(doubt['name'])} {'accepted' if reason else 'open'}: {says}")
             lines.append(f" Accepted because: {printable(reason)}\n" if reason else "\n")
     return as_string(lines, colour=colour, width=None)

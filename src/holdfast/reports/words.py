@@ -94,6 +94,17 @@ def capitalized(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
+def sentences(*parts: str) -> str:
+    """The parts that are not empty as sentences: each with a capital first letter and a full stop.
+
+    >>> sentences("3 of 4 fail", "", "look at them.")
+    '3 of 4 fail. Look at them.'
+    """
+    return " ".join(
+        capitalized(part) + ("" if part.endswith((".", "!", "?", "…")) else ".") for part in parts if part
+    )
+
+
 def main_metric(summary: Mapping[str, Any]) -> str | None:
     """What the first sentence is about; without an eps the size of a change, for a large enough one turns anything."""
     wanted = ["robust_accuracy", "targeted_success_rate", "robust_margin", "clean_accuracy"]

@@ -20,6 +20,7 @@ from holdfast.core.transformations import Colour, Spatial
 from holdfast.ops.corruptions import refuse_no_images
 from holdfast.ops.prepare import multiply_adds
 from holdfast.ops.transformations import refuse_unfit
+from holdfast.sources.estimates import pixel_divisor
 
 _VALUES = 1 << 20
 """Input values of one batch on a CPU: 256 small images, a handful of large ones."""
@@ -128,7 +129,7 @@ def _outside(x: Tensor, low: Tensor, high: Tensor, name: str) -> str:
     lowest, highest = float(x.min()), float(x.max())
     box = f"{float(low.min()):g} to {float(high.max()):g}"
     seen = f"the inputs of {name} range from {lowest:.4g} to {highest:.4g}, outside the bounds {box}; "
-    if lowest >= 0 and 1 < highest <= 255 and float(high.max()) == 1:
+    if pixel_divisor(lowest, highest, x.dim()) == 255 and float(high.max()) == 1:
         return seen + "divide them by 255, or give --bounds 0,255 if the model takes bytes"
     if (float(low.min()), float(high.max())) == (0, 1):
         return (

@@ -16,6 +16,7 @@ from holdfast.core.labels import off_range
 from holdfast.core.model import Bounds
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.types import Inputs, Layout
+from holdfast.sources.estimates import as_in_training, pixel_divisor
 from holdfast.sources.expected import Expected
 from holdfast.sources.layouts import Reading, reading_of
 from holdfast.sources.probing import Probe
@@ -145,13 +146,10 @@ def labels(
             f"{name} has {n_rows} examples and {len(y)} labels; one label an example was expected"
         )
     if y.dtype.kind not in "iub":
+        names = "the number of each name among the model's classes, as [names.index(name) for name in y]"
+        way_out = "as y.astype('int64')" if y.dtype.kind == "f" else names
         raise TargetError(
-            f"the labels of {name} are {y.dtype}; whole numbers (int64) were expected, "
-            + (
-                "as y.astype('int64')"
-                if y.dtype.kind == "f"
-                else "the number of each name among the model's classes, as [names.index(name) for name in y]"
-            )
+            f"the labels of {name} are {y.dtype}; whole numbers (int64) were expected, {way_out}"
         )
     y = y.astype(np.int64)
     if lenient:
@@ -290,9 +288,9 @@ def _range_message(data: Arrays, lowest: float, highest: float, bounds: Bounds) 
     seen = f"with --bounds LOW,HIGH (seen here: {lowest:.6g},{highest:.6g}); eps is then in the units of the data"
     if not _is_unit(bounds):
         return f"{found}Scale them, or correct --bounds, as in --bounds {lowest:.6g},{highest:.6g}"
-    # A table of pixels shows itself by its largest value; any other has features of its own scales.
-    pixels = (data.x.ndim > 2 or highest == 255) and 1 < highest <= 255 and lowest >= 0
-    first = "Divide them by 255 (or save them as uint8)" if pixels else "Scale them as in training"
+    bytes_ = pixel_divisor(lowest, highest, data.x.ndim) == 255
+    scaled = as_in_training(lowest, highest, data.x.ndim)
+    first = "Divide them by 255 (or save them as uint8)" if bytes_ else f"{scaled[0].upper()}{scaled[1:]}"
     normal = "give --data-normalised MEAN/STD with the values of your training, and eps stays in pixels"
     return f"{found}{first}. If they were normalised before, {normal}. Else say what the model takes {seen}"
 

@@ -29,14 +29,17 @@ def class_numbers(
         return _declared(found, expected, classes, where, kind)
     lexical, numeric = sorted(found), _numeric_order(found)
     order = numeric if expected.class_order == "numeric" else lexical
-    why = _unclear(lexical, numeric, classes, declared=expected.class_order is not None)
+    seen = f"{where} has {len(found)} {kind} ({listed(numeric)})"
+    seen += "" if classes is None else f", and the model has {classes} classes"
+    names = "in the order of the model's outputs: --class-names A,B,C (or @FILE, one name a line)"
+    if classes is not None and len(found) < classes:
+        raise TargetError(f"{seen}; it is not clear which are missing. Give all {classes} names {names}")
+    why = "" if expected.class_order is not None else _unclear(lexical, numeric)
     if why:
-        known = "" if classes is None else f" The model has {classes} classes."
-        names = f"{classes} names" if classes else "names"
+        provided = " if no class is missing" if classes is None else ""
         raise TargetError(
-            f"{where} has {len(found)} {kind} ({listed(numeric)}), and {why}.{known} Name the classes in the order of "
-            f"the model's outputs: --class-names A,B,C (or @FILE, one name a line), all {names}; or, if none is "
-            "missing, declare the order in which the model was trained: --class-order lexical, or --class-order numeric"
+            f"{seen}; {why}. Give the order of the training, --class-order lexical or --class-order numeric{provided}, "
+            f"or give all names {names}"
         )
     if classes is not None and len(found) > classes:
         raise TargetError(
@@ -114,20 +117,16 @@ def _declared(
     return names
 
 
-def _unclear(lexical: list[str], numeric: list[str], classes: int | None, *, declared: bool) -> str:
-    """Why the numbers of the classes are not certain; empty where they are."""
-    if classes is not None and len(lexical) < classes:
-        return f"{classes - len(lexical)} of the model's {classes} classes are missing: it is not clear which"
-    if declared:
-        return ""
+def _unclear(lexical: list[str], numeric: list[str]) -> str:
+    """Why the order of the names does not number the classes with certainty; empty where it does."""
     if lexical != numeric:
-        return f"their lexical order ({listed(lexical)}) differs from the numeric one"
+        return f"their lexical order ({listed(lexical)}) differs"
     if all(re.fullmatch("-?[0-9]+", name) for name in numeric):
         numbers = [int(name) for name in numeric]
         if numbers[0] != 0 and numbers != [-1, 1]:
-            return f"the numbers do not start at 0, as class numbers do, but at {numbers[0]}"
+            return f"class numbers start at 0, and these at {numbers[0]}"
         if numbers[0] == 0 and numbers != list(range(len(numbers))):
-            return "the numbers are not consecutive, so that a class may be missing"
+            return "the numbers are not consecutive"
     return ""
 
 

@@ -11,11 +11,31 @@ NORMALISATIONS = {
     "the half-half": ((0.5,), (0.5,)),
 }
 """Mean and standard deviation that are customary, by whose they are."""
+_FEWEST_LEVELS = 2  # a largest pixel below it is rather an outlier of values in [0, 1]
+_NEAR_255 = 128
+
+
+def pixel_divisor(lowest: float, highest: float, dims: int) -> float | None:
+    """What brings pixels into [0, 1], by their range in an array of `dims` axes; None for other values.
+
+    Bytes are recognised by a largest value near 255, in a table by 255 itself.
+    """
+    if lowest < 0 or highest < _FEWEST_LEVELS or (dims <= 2 and highest != 255):
+        return None
+    return 255.0 if _NEAR_255 < highest <= 255 else highest
+
+
+def as_in_training(lowest: float, highest: float, dims: int) -> str:
+    """The advice to scale values, with an example where they may be pixels."""
+    divisor = pixel_divisor(lowest, highest, dims)
+    example = "" if divisor is None else f", as in x / {divisor:g} for values from 0 to {divisor:g}"
+    return f"scale {'the features' if dims == 2 else 'them'} as in training{example}"
 
 
 def scaling(x: Tensor) -> str:
     """What to do about inputs outside the bounds; numbers that the data alone give are called estimates."""
-    first = "scale the features as in training" if x.dim() == 2 else "scale them as in training"
+    low, high = float(x.min()), float(x.max())
+    first = as_in_training(low, high, x.dim())
     known = [
         f"{name} values, {Normalisation(mean, std)}, would undo it"
         for name, (mean, std) in NORMALISATIONS.items()
@@ -24,7 +44,7 @@ def scaling(x: Tensor) -> str:
     guess = f" (an estimate: {'; '.join(known)})" if known else ""
     return (
         f"{first}; if they were normalised before, give --data-normalised MEAN/STD with the values of your training"
-        f"{guess}, and eps stays in pixels; else --bounds LOW,HIGH, as {float(x.min()):.6g},{float(x.max()):.6g} (an "
+        f"{guess}, and eps stays in pixels; else --bounds LOW,HIGH, as {low:.6g},{high:.6g} (an "
         f"estimate from {len(x)} examples; use the limits of your training), and eps is in the units of the data"
     )
 

@@ -5,7 +5,7 @@ takes and returns, `POST …/infer` asks it. Scores or labels come back, never g
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from holdfast.core.errors import TargetError, TargetLost, TargetRefused, UsageEr
 from holdfast.core.model import Batches
 from holdfast.core.types import Access
 from holdfast.sources.asking import Client
+from holdfast.sources.class_numbers import listed
 from holdfast.sources.files import nearest
 from holdfast.sources.payloads import Shaped, Template, Values
 from holdfast.sources.remote import Remote, allowed_address
@@ -25,18 +26,32 @@ from holdfast.sources.remote import Remote, allowed_address
 _MODEL = re.compile(r"(?P<model>.*/v2/models/[^/]+(?:/versions/[^/]+)?)(?:/infer)?/?")
 _FLOATS = frozenset({"FP16", "BF16", "FP32", "FP64"})
 _WHOLE = frozenset(f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64))
+_TEXT = frozenset({"BYTES"})
+_SHOWN = 80
+"""letters that are shown of a label that is not known"""
 _UNNAMED = "input-0"
 """what an input is called that the metadata do not name; servers that name none ignore it"""
 
 
 class Served:
-    """Asks a server for the scores of a batch, or for one-hot labels, in requests of at most `max_rows` rows."""
+    """Asks a server for the scores of a batch, or for one-hot labels, in requests of at most `max_rows` rows.
+
+    `labels` is the number of classes of a server that answers with labels. Those that are text are looked up in
+    `names`, which are in the order of the classes.
+    """
 
     def __init__(
-        self, client: Client, path: str, form: Shaped | Template, *, max_rows: int, labels: int | None
+        self,
+        client: Client,
+        path: str,
+        form: Shaped | Template,
+        *,
+        max_rows: int,
+        labels: int | None,
+        names: Sequence[str] | None,
     ) -> None:
         self._client, self._path, self._form = client, path, form
-        self._max_rows, self._labels = max_rows, labels
+        self._max_rows, self._labels, self._names = max_rows, labels, names
         self._classes: int | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -69,7 +84,7 @@ class Served:
         except TargetLost as error:
             raise TargetLost(self._client.masked(str(error))) from None
         if len(values.shape) == 0 or len(values) != len(x):
-            shape = f"shape {values.shape}" if values.shape else "one number"
+            shape = f"shape {values.shape}" if values.shape else "one value"
             raise TargetRefused(
                 f"the answer to {len(x)} rows has {shape}; one entry for each row was expected"
             )
@@ -78,6 +93,10 @@ class Served:
         return self._scores(values, x)
 
     def _scores(self, values: Values, x: Tensor) -> Tensor:
+        if values.dtype.kind == "U":
+            raise self._unread(
+                values.flat[0], "scores were expected; if it is a class, give --http-labels and"
+            )
         if values.ndim == 1 and values.dtype.kind in "iu" and self._classes is None:
             raise TargetLost(
                 "the answer holds one whole number a row; if those are classes, say --http-labels and --classes N, "
@@ -108,7 +127,7 @@ class Served:
             raise TargetRefused(
                 f"the answer has shape {values.shape}; one class for each of {len(x)} rows was expected"
             )
-        classes = flat[:, 0]
+        classes = self._numbered(flat[:, 0]) if flat.dtype.kind == "U" else flat[:, 0]
         strange = (
             ~np.isfinite(classes) | (classes != classes.round()) | (classes < 0) | (classes >= self._labels)
         )
@@ -118,6 +137,23 @@ class Served:
                 "expected, so check --classes"
             )
         return torch.nn.functional.one_hot(torch.from_numpy(classes.astype(np.int64)), self._labels)
+
+    def _numbered(self, labels: Values) -> Values:
+        """The class number of each label that is text."""
+        if self._names is None:
+            raise self._unread(labels[0], "the order of the classes is not declared; give")
+        numbers = {name: number for number, name in enumerate(self._names)}
+        for label in labels:
+            if label not in numbers:
+                known = f"{listed(self._names)}{nearest(label[:_SHOWN], self._names)}"
+                raise self._unread(label, f"the names of the classes are {known}; give all of them with")
+        return np.array([numbers[label] for label in labels])
+
+    def _unread(self, text: str, why: str) -> TargetRefused:
+        said = f"the answer holds the text {text[:_SHOWN]!r}, and {why}"
+        return TargetRefused(
+            self._client.masked(f"{said} --class-names A,B,C in the order of the model's classes")
+        )
 
 
 @dataclass(frozen=True)
@@ -134,8 +170,13 @@ class HttpModel:
     notes: tuple[str, ...]
 
 
-def open_http(address: str, remote: Remote, classes: int | None) -> HttpModel:
-    """Get to know the model at an address; `UsageError` unless its host is allowed."""
+def open_http(
+    address: str, remote: Remote, classes: int | None, names: Sequence[str] | None = None
+) -> HttpModel:
+    """Get to know the model at an address; `UsageError` unless its host is allowed.
+
+    `names` are those of the classes, in their order.
+    """
     parts = allowed_address(address, remote.hosts)
     if parts.fragment:
         raise UsageError(f"{address!r} has a fragment, which no server is sent; leave #{parts.fragment} out")
@@ -146,25 +187,20 @@ def open_http(address: str, remote: Remote, classes: int | None) -> HttpModel:
         known: dict[str, Any] = {}
         labels, n_classes, said = remote.labels, None, tuple[str, ...]()
     else:
-        named = _MODEL.fullmatch(parts.path)
-        if named is None:
-            raise UsageError(
-                f"{address!r} names no model of the Open Inference Protocol, as .../v2/models/NAME does; for another "
-                """service say how it is asked, as in --http-request '{"instances": $x}' --http-response predictions"""
-            )
-        known = _metadata(client.ask(named["model"] + query))
+        own = _own_path(parts.path, address)
+        known = _metadata(client.ask(own + query))
         form, labels, n_classes, said = _shaped(known, remote)
-        path = f"{named['model']}/infer{query}"
-    if labels and classes is None:
-        raise UsageError("a model that answers with labels does not say how many there are; give --classes N")
+        path = f"{own}/infer{query}"
+    labelled = _number_of_labels(classes, names) if labels else None
     size = form.shape[0] if isinstance(form, Shaped) and form.shape else -1
-    identity = [address, known, remote.request, remote.response, labels]
+    identity: list[Any] = [address, known, remote.request, remote.response, labels]
+    identity += [list(names)] if labels and names is not None else []
     what = "labels" if labels else "scores"
     return HttpModel(
-        Served(client, path, form, max_rows=max(remote.max_rows, size), labels=classes if labels else None),
+        Served(client, path, form, max_rows=max(remote.max_rows, size), labels=labelled, names=names),
         "labels" if labels else "scores",
         f"the model answers over HTTP with {what} alone",
-        n_classes,
+        n_classes or labelled,
         Batches(size) if size > 0 else None,
         digest(canonical(identity)),
         (
@@ -172,6 +208,27 @@ def open_http(address: str, remote: Remote, classes: int | None) -> HttpModel:
             *said,
         ),
     )
+
+
+def _own_path(path: str, address: str) -> str:
+    """The path of a model of the Open Inference Protocol, without the verb."""
+    named = _MODEL.fullmatch(path)
+    if named is None:
+        raise UsageError(
+            f"{address!r} names no model of the Open Inference Protocol, as .../v2/models/NAME does; for another "
+            """service say how it is asked, as in --http-request '{"instances": $x}' --http-response predictions"""
+        )
+    return named["model"]
+
+
+def _number_of_labels(classes: int | None, names: Sequence[str] | None) -> int:
+    n = classes or len(names or ())
+    if not n:
+        raise UsageError(
+            "a model that answers with labels does not say how many there are; give --classes N, or --class-names "
+            "A,B,C in the order of the model's classes where the labels are text"
+        )
+    return n
 
 
 def _metadata(answer: Any) -> dict[str, Any]:
@@ -204,13 +261,13 @@ def _shaped(known: Mapping[str, Any], remote: Remote) -> tuple[Shaped, bool, int
     if len(inputs) > 1:
         names = ", ".join(each["name"] for each in inputs)
         raise TargetError(f"the model takes the inputs {names}; one was expected: {front}")
-    labels = remote.labels or (output is not None and output["datatype"] in _WHOLE)
+    labels = remote.labels or (output is not None and output["datatype"] in _WHOLE | _TEXT)
     classes, said = None, []
     if output is not None and not labels and len(output["shape"]) == 2 and output["shape"][1] > 0:
         classes = max(output["shape"][1], 2)
     if output is not None and len(known["outputs"]) > 1:
-        listed = ", ".join(each["name"] for each in known["outputs"])
-        said.append(f"of the outputs {listed}, {output['name']} was taken")
+        every = ", ".join(each["name"] for each in known["outputs"])
+        said.append(f"of the outputs {every}, {output['name']} was taken")
     if not inputs:
         said.append(f"the server names no input of the model; it is sent {_UNNAMED} as FP32")
     mine: dict[str, Any] = inputs[0] if inputs else {"name": _UNNAMED, "datatype": "FP32", "shape": None}
@@ -225,7 +282,7 @@ def _shaped(known: Mapping[str, Any], remote: Remote) -> tuple[Shaped, bool, int
 
 
 def _output(outputs: list[dict[str, Any]], remote: Remote) -> dict[str, Any] | None:
-    """The output that is asked for: the one named, else the first of scores, else the first of labels."""
+    """The output that is asked for: the one named, else the first of scores, of class numbers, or of class names."""
     if not outputs:
         return None
     names = [each["name"] for each in outputs]
@@ -236,9 +293,11 @@ def _output(outputs: list[dict[str, Any]], remote: Remote) -> dict[str, Any] | N
                 f"it has {', '.join(names)}"
             )
         return outputs[names.index(remote.response)]
-    kinds = (_WHOLE,) if remote.labels else (_FLOATS, _WHOLE)
+    kinds = (_WHOLE, _TEXT) if remote.labels else (_FLOATS, _WHOLE, _TEXT)
     fitting = [each for kind in (*kinds, _FLOATS) for each in outputs if each["datatype"] in kind]
     if not fitting:
-        listed = ", ".join(f"{each['name']} ({each['datatype']})" for each in outputs)
-        raise TargetError(f"the model returns {listed}; scores (FP32) or class numbers (INT64) were expected")
+        kinds_found = ", ".join(f"{each['name']} ({each['datatype']})" for each in outputs)
+        raise TargetError(
+            f"the model returns {kinds_found}; scores (FP32), class numbers (INT64) or names (BYTES) were expected"
+        )
     return fitting[0]

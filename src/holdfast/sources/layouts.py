@@ -22,6 +22,7 @@ CHANNELS = (1, 3, 4)
 _SAME = 1e-5
 """largest difference between outputs that count as equal, as a share of the largest output"""
 MOVED_NOTE = "the channels came last and were put first"
+INSERTED_NOTE = "the network takes an axis of channels, so one of size 1 was inserted"
 
 Array = NDArray[Any]
 
@@ -34,9 +35,13 @@ class Reading:
     """of the array"""
     network: Layout | None = None
     """of what the network is given, where it is not that of the inputs"""
+    inserted: bool = False
+    """an axis of one channel is put before the others of an example, as signals (N, L) and volumes (N, D, H, W) need"""
 
     def inputs(self, x: Array) -> Array:
         """The array with its axes in the order of the inputs; a view."""
+        if self.inserted:
+            return x[:, None]
         if self.stored == "asis" or x.ndim not in (3, 4, 5):
             return x
         if self.stored == "hwc":  # of rank 3 a signal (N, length, channels)
@@ -52,7 +57,8 @@ class Reading:
     def notes(self) -> tuple[str, ...]:
         """What is worth saying of it."""
         moved = (MOVED_NOTE,) if self.stored == "hwc" else ()
-        return (*moved, *((HWC_NOTE,) if self.network == "hwc" else ()))
+        inserted = (INSERTED_NOTE,) if self.inserted else ()
+        return (*moved, *inserted, *((HWC_NOTE,) if self.network == "hwc" else ()))
 
 
 def reading_of(
@@ -74,17 +80,17 @@ def reading_of(
         _refuse_no_image(shape, declared, name)
         channels_last = declared == "hwc" and len(shape) == 3
         return _channels_last(shape, probe, rows, name) if channels_last else Reading(declared)
-    first, others = _candidates(tuple(shape), None if probe is None else probe.own.layout)
+    first, *others = _candidates(tuple(shape), None if probe is None else probe.own.layout)
     if probe is None or (probe.model.remote and len(first) == 1):
         return first[0] if len(first) == 1 else Reading("asis")
     taken = _taken(first, probe, rows)
     refused = probe.refused
-    if not taken and others:
-        taken = _taken(others, probe, rows)
+    for readings in others:
+        taken = taken or _taken(readings, probe, rows)
     if not taken:
         if len(first) == 1:
             return first[0]  # the run asks again, and says what is wrong
-        tried = ", ".join(str(reading.shape(shape)) for reading in (*first, *others))
+        tried = ", ".join(str(reading.shape(shape)) for readings in (first, *others) for reading in readings)
         raise TargetError(
             f"the inputs of {name} have shape {tuple(shape)}, and the model takes an example in none of the shapes "
             f"{tried}: "
@@ -123,22 +129,23 @@ def _refuse_no_image(shape: Sequence[int], declared: Layout, name: str) -> None:
         )
 
 
-def _candidates(shape: tuple[int, ...], network: Layout | None) -> tuple[list[Reading], list[Reading]]:
-    """Readings in the order of preference: those that are usual, and those that are tried where none of them fits."""
+def _candidates(shape: tuple[int, ...], network: Layout | None) -> list[list[Reading]]:
+    """Readings in the order of preference: those that are usual, then those that are tried where none before fits."""
+    inserted = [] if network or len(shape) not in (2, 4) else [[Reading("asis", inserted=True)]]
     if network == "asis" or len(shape) not in (3, 4, 5):
-        return [Reading("asis")], []
+        return [[Reading("asis")], *inserted]
     if len(shape) == 3:
         grey = Reading("chw")
-        return ([grey], []) if network else ([grey, Reading("asis")], [Reading("chw", "hwc")])
+        return [[grey]] if network else [[grey, Reading("asis")], [Reading("chw", "hwc")]]
     plain, last = Reading("chw"), Reading("hwc")
     may_be_first, may_be_last = shape[1] in CHANNELS, shape[-1] in CHANNELS
     if network and may_be_first != may_be_last:
-        return [last if may_be_last else plain], []
+        return [[last if may_be_last else plain]]
     if may_be_first and len({*shape[2:]}) == 1 and len({*shape[1:-1]}) > 1:
         may_be_last = False  # (1, 4, 4) is a square grey image, and no image of 1 x 4 with four channels
     usual = [plain] if not may_be_last else [plain, last] if may_be_first else [last, plain]
     turned = [] if network else [Reading("chw", "hwc")]
-    return usual, [*turned, *([] if may_be_last else [last])]
+    return [usual, [*turned, *([] if may_be_last else [last])], *inserted]
 
 
 def _taken(

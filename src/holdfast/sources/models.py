@@ -307,9 +307,11 @@ def _open_onnx(opening: _Opening, path: Path) -> OpenedModel:
 def _open_http(opening: _Opening) -> OpenedModel:
     from holdfast.sources.http import open_http  # late: few models are behind a server
 
-    served = open_http(opening.address, opening.remote, opening.declared.classes)
-    declared = opening.declared.filled(Declared(classes=served.classes))
-    model = declared.wrap(served.net, access=served.access, batches=served.batches or EVERY)
+    known = opening.declared
+    served = open_http(opening.address, opening.remote, known.classes, known.class_names)
+    model = known.filled(Declared(classes=served.classes)).wrap(
+        served.net, access=served.access, batches=served.batches or EVERY
+    )
     model.hides, model.remote = served.hides, True
     files = {opening.address: served.digest}
     return OpenedModel(model, opening.address, "http", files, served.notes, served.net.remarks)

@@ -63,7 +63,7 @@ class Shaped:
         if not mine:
             has = ", ".join(str(o.get("name")) for o in named) or "none at all"
             raise TargetLost(f"the answer has no output {self.output or ''!r}; it has {has}")
-        shape, values = mine[0].get("shape"), _numbers(mine[0].get("data"))
+        shape, values = mine[0].get("shape"), _values(mine[0].get("data"))
         try:
             return values if shape is None else values.reshape(tuple(map(int, shape)))
         except (TypeError, ValueError, OverflowError) as error:
@@ -103,7 +103,7 @@ class Template:
 
     def found(self, answer: Any) -> Values:
         """What the answer says of the rows."""
-        return _numbers(walked(answer, self.path))
+        return _values(walked(answer, self.path))
 
 
 def walked(answer: Any, path: str | None) -> Any:
@@ -133,11 +133,13 @@ def _kind(found: Any) -> str:
     return f"list of {len(found)}" if isinstance(found, list) else type(found).__name__
 
 
-def _numbers(found: Any) -> Values:
-    """Whole numbers as they are, all others as floats; null becomes NaN."""
+def _values(found: Any) -> Values:
+    """Whole numbers and text as they are, all others as floats; null becomes NaN."""
     try:
         values = np.asarray(found)
-        if values.dtype.kind in "bUS":  # answers such as true and "0.5" are no scores
+        if values.size and all(isinstance(each, str) for each in np.asarray(found, dtype=object).flat):
+            return values
+        if values.dtype.kind in "bUS":  # answers such as true are no scores
             raise TypeError(values.dtype)
         return values if values.dtype.kind in "iu" else values.astype(np.float64)
     except (TypeError, ValueError, OverflowError) as error:

@@ -67,19 +67,24 @@ class Probe:
         """Give a network that takes images only with the channels last its inputs so, and say it.
 
         `x` are examples as the data set reads them. A network whose layout is known is not asked, nor is one behind a
-        server, which would charge for it.
+        server, which would charge for it. Raises `TargetError` where it takes them with an axis of one channel only.
         """
         if self.model.remote:
             return ()
         rows = x[torch.arange(_ROWS) % len(x)]
-        if self.outputs(rows) is not None or self.own.layout is not None or x.dim() < 4:
+        if self.outputs(rows) is not None:
             return ()
         refused = self.refused
-        if self.outputs(rows, "hwc") is None:
-            self.refused = refused
-            return ()
-        self.own.layout = "hwc"
-        return (HWC_NOTE,)
+        if self.own.layout is None and x.dim() >= 4 and self.outputs(rows, "hwc") is not None:
+            self.own.layout = "hwc"
+            return (HWC_NOTE,)
+        if x.dim() in (2, 3, 4) and self.outputs(rows[:, None]) is not None:
+            raise TargetError(
+                f"the model refuses an example of shape {tuple(x.shape[1:])} and takes one of {(1, *x.shape[1:])}: "
+                "insert the axis of one channel in the data, give x[:, None], or in the network"
+            )
+        self.refused = refused
+        return ()
 
 
 def settle_output(model: Classifier, data: Data) -> None:

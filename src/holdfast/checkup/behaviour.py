@@ -1,0 +1,111 @@
+"""What a model returns: its accuracy, its outputs, their repeatability and their gradients."""
+
+from collections.abc import Iterator
+
+import torch
+
+from holdfast.checkup.examined import STEADY, Examined, Finding, outputs_of
+from holdfast.ops.losses import margin_loss
+from holdfast.ops.statistics import against_majority
+
+
+def outputs(examined: Examined) -> Iterator[Finding]:
+    """Outputs that are no numbers, that are probabilities, or that are all equal."""
+    logits = examined.logits
+    if bool(logits.isnan().any()):
+        share = float(logits.isnan().any(1).double().mean())
+        yield Finding(
+            "nan",
+            "problem",
+            f"{share:.0%} of the outputs hold NaN",
+            "look for a division or a logarithm of zero",
+        )
+        return
+    if bool(((logits.sum(1) - 1).abs() < 1e-4).all() & (logits >= 0).all()):
+        yield Finding(
+            "probabilities",
+            "warning",
+            "the outputs are probabilities, not logits: attacks see vanishing gradients",
+            "return the layer before the softmax, or declare --model-output probability",
+        )
+    if len(logits) > 1 and float((logits - logits[0]).abs().max()) <= 1e-6 * float(
+        logits.abs().max().clamp_min(1e-12)
+    ):
+        yield Finding(
+            "constant",
+            "problem",
+            "every input gets the same output",
+            "check the weights and the preprocessing",
+        )
+
+
+def accuracy(examined: Examined) -> Iterator[Finding]:
+    """Whether the model is better than always predicting the majority class."""
+    y = examined.batch.y
+    found = against_majority(examined.logits.argmax(1) == y, y)
+    text = f"accuracy is {examined.accuracy:.1%} on {len(y)} examples"
+    if found.at_chance:
+        yield Finding(
+            "accuracy",
+            "warning",
+            f"{text}, no better than always predicting the majority class ({found.majority:.1%})",
+            "are model and data meant for each other?",
+        )
+    else:
+        yield Finding("accuracy", "good", text)
+
+
+def steadiness(examined: Examined) -> Iterator[Finding]:
+    """Whether equal inputs get equal outputs, whatever else is in the batch."""
+    if examined.in_training:
+        names = ", ".join(examined.in_training[:3]) + (" …" if len(examined.in_training) > 3 else "")
+        yield Finding(
+            "mode", "problem", f"layers are in train mode: {names}", "call model.eval() in the factory"
+        )
+    if examined.moved > STEADY:
+        yield Finding(
+            "randomness",
+            "warning",
+            f"two calls on the same inputs differ by {examined.moved:.2g} of the largest logit",
+            "if that is no defence, a dropout is on; if it is, use --suite rand",
+        )
+        return
+    change = examined.change(outputs_of(examined.model, examined.batch.x.flip(0)).flip(0))
+    if change > STEADY:
+        text = f"outputs depend on the other inputs in the batch (by {change:.2g} of the largest logit)"
+        way_out = "is a batch norm using batch statistics, or does the model remember?"
+        yield Finding("state", "problem", text, way_out)
+    else:
+        yield Finding("steadiness", "good", "the same inputs get the same outputs, in any order")
+
+
+def gradients(examined: Examined) -> Iterator[Finding]:
+    """Whether gradients reach the input."""
+    if examined.model.access != "gradients":
+        why = f", for {examined.model.hides}" if examined.model.hides else ""
+        text, way_out = f"the model gives {examined.model.access} only{why}", "use --suite black-box, or RayS"
+        yield Finding("gradients", "warning", text, way_out)
+        return
+    x = examined.batch.x.clone().requires_grad_()
+    logits = examined.model(x)
+    if not logits.requires_grad:
+        yield Finding(
+            "gradients", "problem", "no gradient reaches the input", "is something detached, or in numpy?"
+        )
+        return
+    try:
+        (grad,) = torch.autograd.grad(margin_loss(logits, examined.batch).sum(), x)
+    except RuntimeError as error:
+        yield Finding(
+            "gradients", "problem", f"the gradient fails: {error}", "use --suite black-box until it is mended"
+        )
+        return
+    zero = float((grad.flatten(1).nan_to_num().abs().amax(1) == 0).double().mean())
+    if zero > 0.01:
+        text = f"{zero:.0%} of the examples have a zero gradient, so gradient attacks see nothing there"
+        saturated = "return the logit, the output of the layer before the sigmoid or softmax"
+        other = "a rounding or saturated step hides it; the doubts will say more"
+        way_out = saturated if examined.model.output == "probability" else other
+        yield Finding("gradients", "warning", text, way_out)
+    else:
+        yield Finding("gradients", "good", "gradients reach the input")

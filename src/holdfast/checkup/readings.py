@@ -1,0 +1,147 @@
+"""Other readings of the same data: another layout, range, normalisation or scale, and shifted labels.
+
+A reading is named only when the model is right far more often under it, so that a weak model is not accused.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from holdfast.checkup.examined import BETTER, Examined, Finding, share_right
+from holdfast.core.errors import TargetError
+from holdfast.core.model import Classifier
+from holdfast.sources.estimates import NORMALISATIONS
+
+FILLED = 0.1
+"""Share of the bounds that the data must fill; an image of 17 grey levels, divided by 255, fills 0.06 of them."""
+_DARK = 0.5  # share of the bounds below which inputs may be meant to be scaled up to all of them
+_ESTIMATE = "an estimate: the network may take normalised input; declare it with the values of your training"
+_TWICE = "it is done twice, by the network and before it: give the data as they were, or leave one of the steps out"
+
+
+def shifted_labels(examined: Examined, shifts: tuple[int, ...] = (-1, 1)) -> Iterator[Finding]:
+    """Labels with one added or subtracted, where the model is right far more often, than by one constant class too."""
+    y, classes = examined.batch.y, examined.logits.shape[1] - examined.model.rejects
+    majority = int(torch.unique(y, return_counts=True)[1].max()) / len(y)
+    for shift in shifts:
+        better = share_right(examined.logits, (y + shift) % classes)
+        if better > majority + BETTER and examined.beaten_by(better):
+            text = f"accuracy is {examined.accuracy:.0%}, but {better:.0%} with labels {shift:+d}"
+            way_out = "the labels are off by one; correct them in the data"
+            yield Finding("labels", "problem", text, way_out, better - examined.accuracy)
+
+
+def labels_from_one(examined: Examined) -> Iterator[Finding]:
+    """Labels that seem to count from 1: none is 0, and the model is right far more often with 1 subtracted."""
+    if bool((examined.batch.y > 0).all()):
+        yield from shifted_labels(examined, (-1,))
+
+
+def layouts(examined: Examined) -> Iterator[Finding]:
+    """Another order of the axes, where the network takes it too and is right far more often."""
+    x = examined.batch.x
+    orders = {3: ((0, 2, 1),), 4: ((0, 3, 1, 2), (0, 2, 3, 1))}.get(x.dim(), ())
+    for order in orders:
+        if not examined.may_be_beaten:
+            return
+        try:
+            better = share_right(
+                examined.ask(examined.model, x.permute(order).contiguous()), examined.batch.y
+            )
+        except TargetError:
+            continue
+        if examined.beaten_by(better):
+            shapes = (
+                f"{tuple(x.shape[1:])}, but {better:.0%} with inputs of {tuple(x.permute(order).shape[1:])}"
+            )
+            text = f"accuracy is {examined.accuracy:.0%} with inputs of shape {shapes}"
+            gain = better - examined.accuracy
+            yield Finding(
+                "layout", "problem", text, "change the order of the axes, or declare --layout", gain
+            )
+
+
+def units(examined: Examined) -> Iterator[Finding]:
+    """What the numbers mean to the network: too small a range, a normalisation missing or done twice, another scale."""
+    found = tuple(_filled(examined))
+    if not found and examined.may_be_beaten:
+        found = tuple(_normalisation(examined)) or tuple(_scale(examined))
+    yield from found
+
+
+def _filled(examined: Examined) -> Iterator[Finding]:
+    """Data that fill a small part of the bounds, so that eps is large beside them."""
+    share, x = _share_filled(examined), examined.batch.x
+    if share > FILLED or x.numel() < 2:
+        return
+    low, high = float(x.min()), float(x.max())
+    says, gain = f"inputs run from {low:.4g} to {high:.4g}, which is {share:.1%} of the bounds", None
+    if share > 0 and examined.may_be_beaten:
+        better = share_right(examined.ask(examined.model, x / share), examined.batch.y)
+        if examined.beaten_by(better):
+            says += (
+                f"; accuracy is {examined.accuracy:.0%}, but {better:.0%} with inputs times {1 / share:.4g}"
+            )
+            gain = better - examined.accuracy
+    way_out = "scale them as in training, as in x / 16 for whole numbers from 0 to 16, or correct --bounds"
+    yield Finding("scale", "problem", says, way_out, gain)
+
+
+def _share_filled(examined: Examined) -> float:
+    """The largest share of the bounds that one feature's values, or those of all features together, span."""
+    x = examined.batch.x.double()
+    low, high = (end.double() for end in examined.model.bounds.like(examined.batch.x))
+    place = ((x - low) / (high - low).clamp_min(1e-12)).nan_to_num()
+    return float(place.max() - place.min())
+
+
+def _scale(examined: Examined) -> Iterator[Finding]:
+    """Inputs 255 times too small or too large for what the network was trained on, or scaled by another number."""
+    share, best = _share_filled(examined), examined.accuracy
+    ways = (
+        (1 / max(share, 1e-12), "scale the inputs so that they fill the bounds, as in x / x.max()"),
+        (255.0, "the network was trained on 0..255: multiply by 255 inside it, as with --std 0.00392157"),
+        (1 / 255.0, "the network divides by 255 itself, or was given numbers to 255: --bounds 0,255"),
+    )
+    found = tuple[Finding, ...]()
+    for factor, way_out in ways if 0 < share < _DARK else ways[1:]:
+        better = share_right(examined.ask(examined.model, examined.batch.x * factor), examined.batch.y)
+        if better > best and examined.beaten_by(better):
+            text = f"accuracy is {examined.accuracy:.0%}, but {better:.0%} with inputs times {factor:.4g}"
+            best, gain = better, better - examined.accuracy
+            found = (Finding("scale", "problem", text, way_out, gain),)
+    yield from found
+
+
+def _normalisation(examined: Examined) -> Iterator[Finding]:
+    """Normalised twice, or not at all."""
+    model, batch = examined.model, examined.batch
+    if batch.x.dim() < 2:
+        return
+    if model.mean is not None or model.std is not None:
+        bare = Classifier(model.net, bounds=model.bounds, batches=model.batches)
+        without = share_right(examined.ask(bare, batch.x), batch.y)
+        if examined.beaten_by(without):
+            text = f"accuracy is {examined.accuracy:.0%}, but {without:.0%} without --mean and --std"
+            gain = without - examined.accuracy
+            yield Finding(
+                "normalisation", "problem", text, "the network does so itself; leave them out", gain
+            )
+        return
+    best, found = examined.accuracy, tuple[Finding, ...]()
+    for name, (mean, std) in NORMALISATIONS.items():
+        if len(mean) not in (1, batch.x.shape[1]):
+            continue
+        flags = f"--mean {','.join(map(str, mean))} --std {','.join(map(str, std))}"
+        undone = [-m / s for m, s in zip(mean, std, strict=True)], [1 / s for s in std]
+        for shift, scale, text, way_out in (
+            (mean, std, f"with {name} normalisation", f"{_ESTIMATE}, as in {flags}"),
+            (*undone, f"with {name} normalisation undone", _TWICE),
+        ):
+            changed = Classifier(model.net, mean=shift, std=scale, batches=model.batches)
+            better = share_right(examined.ask(changed, batch.x), batch.y)
+            if better > best and examined.beaten_by(better):
+                says = f"accuracy is {examined.accuracy:.0%}, but {better:.0%} {text}"
+                gain = better - examined.accuracy
+                best, found = better, (Finding("normalisation", "problem", says, way_out, gain),)
+    yield from found
