@@ -137,7 +137,8 @@ def _input(course: Course, columns: Columns) -> tuple[Doubt, int]:
     with course.target.repeatable(rng.at("input")):
         found, asked = _looked_for(course, batch)
     if found is None:
-        says = "no other value range, normalisation, layout or numbering of the labels that was tried fits the model better"
+        tried = "value range, normalisation, layout or numbering of the labels"
+        says = f"no other {tried} fits the model better"
         return Doubt("input", "clear", 0.0, BETTER, len(batch), says), asked
     statistic, threshold = (None, FILLED) if found.gain is None else (found.gain, BETTER)
     says = f"{found.says}: {found.way_out}"
