@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,22 @@ def assessed(model, batch, **changes):
     return assess(subject(model), as_data(batch.x, batch.y), plan)
 
 
+@cache
+def usual():
+    """The result of the pair whose closed form is known."""
+    model, batch, _, _ = problem()
+    return assessed(model, batch)
+
+
+@cache
+def walled():
+    """The result at a scale at which the suite sees the score as a wall, so that it breaks less than the passes do."""
+    return assessed(STEEP, problem()[1])
+
+
+STEEP = guarded(sides, offset, LIMIT, scale=1e-4)
+
+
 def reach(batch):
     """The lowest score, above the threshold, of an input within reach that the network alone has wrong; else inf."""
     x, y = batch.x, batch.y
@@ -46,8 +63,7 @@ def reach(batch):
 
 
 def test_no_pass_wins_within_the_closed_form_and_thresholds_are_reached():
-    model, batch, _, _ = problem()
-    found = assessed(model, batch).evidence
+    batch, found = problem()[1], usual().evidence
     truth, aware = reach(batch), found["aware_score"].double()
     assert (aware >= truth - 1e-9).all()
     assert (found["oblivious_score"] >= aware).all()
@@ -95,8 +111,7 @@ def test_a_stage_that_gives_no_floats_has_no_gradient_to_stand_in_for():
 
 
 def test_the_numbers_are_those_of_the_scores():
-    model, batch, _, _ = problem()
-    found = assessed(model, batch).evidence
+    found = usual().evidence
     clean, aware = found["score"], found["aware_score"]
     limit = clean.sort().values[-1 - int(0.05 * len(clean))]
     turned = aware < math.inf
@@ -159,21 +174,16 @@ def test_a_soft_gradient_changes_no_logit():
 
 
 def test_what_a_pass_on_the_detector_breaks_is_a_doubt():
-    """A scale at which the suite sees the score as a wall, so that it stands where the passes do not."""
-    _, batch, _, _ = problem()
-    steep = guarded(sides, offset, LIMIT, scale=1e-4)
-    found = assessed(steep, batch)
-    doubt = next(doubt for doubt in found.doubts if doubt.name == "not-exhausted")
+    doubt = next(doubt for doubt in walled().doubts if doubt.name == "not-exhausted")
     assert doubt.state == "raised"
     assert "on the detector" in doubt.says
 
 
 def test_the_adaptive_run_tries_several_weights_and_only_on_a_detector():
     _, batch, _, stands = problem()
-    steep = guarded(sides, offset, LIMIT, scale=1e-4)
     short = PGD(steps=20, restarts=2)
     arms = tuple(replace(member, attack=short) for member in adaptive_members(Linf(EPS)) if member.against)
-    naive, adaptive = (assessed(steep, batch, adaptive=each) for each in ((), arms))
+    naive, adaptive = walled(), assessed(STEEP, batch, adaptive=arms)
     assert [record.name for record in adaptive.attacks] == ["PGD", "Pair", "Pair-light", "Pair-heavy"]
     assert adaptive.attacks[1].notes[0].startswith("the detector's score weighs 0.3 times")
     assert adaptive.attacks[1].notes[1].startswith("run because of a detector")

@@ -107,8 +107,9 @@ def test_two_processes_train_the_weights_of_one(tmp_path, name):
     said = {line.split(" ", 1)[1] for line in done.stdout.splitlines()}
     assert len(said) == 1  # the same measurement
     assert "2 processes" in json.loads((both / name / "run.json").read_text())["hardware"]
-    again, _ = ran(tmp_path, name, together=True)
-    assert again.returncode == 0, again.stderr
+    if name == "trades":  # one recipe shows that a finished run is opened again
+        again, _ = ran(tmp_path, name, together=True)
+        assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Whoever measures the shards, and however often one of them dies, the bytes are the same."""
 
-import inspect
 import json
 import os
 import signal
@@ -31,6 +30,14 @@ def asked(**changes):
     return order(Member("PGD", first), Member("PGD-again", again), **changes)
 
 
+def called_by(name):
+    """Whether a function of that name is on the stack."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_name != name:
+        frame = frame.f_back
+    return frame is not None
+
+
 class InWorkers(torch.nn.Module):
     """The fake network, which does something inside an attack, in a process other than the one it was made in."""
 
@@ -40,8 +47,7 @@ class InWorkers(torch.nn.Module):
 
     def forward(self, x):
         marks = list(self.mark.parent.glob(f"{self.mark.name}-*"))
-        attacked = any(frame.function == "run_stage" for frame in inspect.stack(0))
-        if os.getpid() != self.home and attacked and len(marks) < self.times:
+        if os.getpid() != self.home and len(marks) < self.times and called_by("run_stage"):
             self.mark.with_name(f"{self.mark.name}-{os.getpid()}").touch()
             self.act()
         return self.net(x)

@@ -1,8 +1,10 @@
 """Weights of strangers: nothing runs, nothing inflates, and the message says what was found."""
 
 import io
+import json
 import os
 import pickle
+import subprocess
 import tarfile
 import time
 import zipfile
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from holdfast.core.errors import TargetError
+from holdfast.sources import archive, unpacking
 from holdfast.sources.archive import check_archive, read_weights
 from holdfast.sources.unpacking import state_dict
 
@@ -25,6 +28,18 @@ class Bomb:
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, (f"touch {self.marker}",)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpickle here: another process takes 2 s to import torch, and other tests read a file as users do."""
+
+    def main(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        answer = unpacking.main(*command[-2:])
+        return subprocess.CompletedProcess(command, 0, json.dumps(answer), "")
+
+    monkeypatch.setattr(unpacking, "limit", lambda path: None)
+    monkeypatch.setattr(archive.subprocess, "run", main)
 
 
 def zipped(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
@@ -51,6 +66,7 @@ def test_nestings_are_entered_and_noted() -> None:
     assert any("'state_dict'" in note for note in notes)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_tied_weights_are_read(tmp_path: Path) -> None:
     shared = torch.ones(2, 2)
     tied = {"a": shared, "b": shared, "c": shared.t(), "d": shared[0], "e": nn.Parameter(shared)}
@@ -58,6 +74,8 @@ def test_tied_weights_are_read(tmp_path: Path) -> None:
     assert set(read_weights(tmp_path / "w.pt").tensors) == set(tied)
 
 
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", [0, 4])
 def test_a_plain_pickle_is_refused_with_the_reason_and_the_way_out(tmp_path: Path, protocol: int) -> None:
     marker = tmp_path / "ran"
@@ -70,6 +88,7 @@ def test_a_plain_pickle_is_refused_with_the_reason_and_the_way_out(tmp_path: Pat
     assert not marker.exists()
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_a_pickle_that_wants_code_is_refused_and_nothing_runs(tmp_path: Path, *, legacy: bool) -> None:
     marker = tmp_path / "ran"
@@ -87,6 +106,7 @@ def test_a_bare_pickle_is_refused_and_nothing_runs(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_pickle_inside_a_pickle_is_not_opened(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     inner = io.BytesIO()
@@ -100,6 +120,7 @@ def test_a_pickle_inside_a_pickle_is_not_opened(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_whole_module_is_refused_with_the_way_out(tmp_path: Path) -> None:
     torch.save(nn.Sequential(nn.Linear(2, 2)), tmp_path / "net.pt")
     with pytest.raises(TargetError, match=r"torch\.nn\.modules\.container\.Sequential.*state_dict"):
@@ -143,6 +164,7 @@ def test_duplicates_links_and_totals_are_refused(tmp_path: Path) -> None:
     check_archive(big, max_bytes=1200)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_damage_is_named(tmp_path: Path) -> None:
     torch.save(nn.Linear(50, 50).state_dict(), tmp_path / "w.pt")
     whole = (tmp_path / "w.pt").read_bytes()
@@ -161,6 +183,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         read_weights(tmp_path / "empt.pt")
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_the_tar_format_of_old_is_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "w.pt", "w") as tar:
         for name in ("sys_info", "pickle", "storages", "tensors"):
