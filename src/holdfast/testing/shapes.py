@@ -47,41 +47,40 @@ def checked(function: F) -> F:
     if not hints:
         return function
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(function).parameters.values()
-    places = [(place, p.name) for place, p in enumerate(parameters) if p.name in hints]
-    by_place = {p.name for p in parameters if p.kind in positional}
+    parameters = list(inspect.signature(function).parameters.values())
+    places = [
+        (place if p.kind in positional else sys.maxsize, p.name)
+        for place, p in enumerate(parameters)
+        if p.name in hints
+    ]
+    promised = "return" in hints
     # Calls with shapes and types that passed before need no second check: most calls of a test repeat a few of them.
-    passed: dict[tuple[_Seen, ...], dict[str, tuple[int, ...]]] = {}
-    returned: set[tuple[tuple[_Seen, ...], _Seen]] = set()
+    passed: dict[tuple[_Seen, ...], tuple[dict[str, tuple[int, ...]], set[_Seen]]] = {}
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = [
-            args[place] if place < len(args) and name in by_place else kwargs.get(name)
-            for place, name in places
-        ]
-        key = tuple([_seen(value) for value in given])
-        sizes = passed.get(key)
-        if sizes is None:
-            sizes = {}
+        n = len(args)
+        given = [args[place] if place < n else kwargs.get(name) for place, name in places]
+        key = tuple([(value.dtype, value.shape) if isinstance(value, Tensor) else None for value in given])
+        known = passed.get(key)
+        if known is None:
+            sizes: dict[str, tuple[int, ...]] = {}
             for (_, name), value in zip(places, given, strict=True):
                 _expect(function, name, value, hints, sizes)
-            passed[key] = sizes
+            known = passed[key] = sizes, set()
         result = function(*args, **kwargs)
-        if "return" in hints and (key, _seen(result)) not in returned:
-            _expect(function, "return", result, hints, dict(sizes))
-            returned.add((key, _seen(result)))
+        if promised and isinstance(result, Tensor):
+            seen = result.dtype, result.shape
+            if seen not in known[1]:
+                _expect(function, "return", result, hints, dict(known[0]))
+                known[1].add(seen)
         return result
 
     return call  # type: ignore[return-value]
 
 
 _Seen = tuple[torch.dtype, torch.Size] | None
-
-
-def _seen(value: object) -> _Seen:
-    """What a check of shapes depends on; None for what is no tensor."""
-    return (value.dtype, value.shape) if isinstance(value, Tensor) else None
+"""What a check of shapes depends on; None for what is no tensor."""
 
 
 @contextmanager
