@@ -377,7 +377,7 @@ def test_a_function_of_numpy_is_told_the_way_that_works():
         holdfast.assess(scores, (X, Y))
     with pytest.raises(TargetError, match=r"Can't call numpy\(\).* No gradient passes through numpy, so let"):
         holdfast.assess(through, (X, Y))
-    seen = "linf:0.1,access=scores"
+    seen = "linf:0.1,access=scores,queries=300"
     found, wanted = (
         holdfast.assess(model, (X, Y), seen, "black-box").evidence for model in (through, network())
     )

@@ -125,7 +125,7 @@ def agrees_with_the_oracle(case: Case) -> None:
 
     With more than two classes the distance is that of the nearest, which need not be the likeliest: see `Case.many`.
     """
-    for seed, classes in ((0, 2), (1, 2), (2, 3), (3, 3), (4, 10), (5, 10)):
+    for seed, classes in ((0, 2), (1, 2), (2, 3), (4, 10)):
         model, batch = linear_problem(seed, classes=classes)
         exact = model.distance(batch.x, batch.y, case.norm(1.0))
         enough = case.enough(exact, classes)
@@ -167,11 +167,10 @@ def ignores_the_company(case: Case) -> None:
 
     Verdicts are equal; points too, but for those few where a sum in another order tips a comparison on the way.
     """
-    model, batch, threat = problem(case, n=6)
+    model, batch, threat = problem(case, n=5)
     whole, _ = run(case, model, batch, threat)
-    for size in (1, 4):
-        parts = [run(case, model, part, threat)[0] for part in batch.split(size)]
-        _same(case, f"batches of {size}", model, batch, whole, torch.cat(parts))
+    parts = [run(case, model, part, threat)[0] for part in batch.split(2)]  # the last is a batch of one
+    _same(case, "batches of 2, 2 and 1", model, batch, whole, torch.cat(parts))
     order = torch.arange(len(batch)).flip(0)
     back = run(case, model, batch.take(order), threat)[0].flip(0)
     _same(case, "another order", model, batch, whole, back)
@@ -201,8 +200,8 @@ def eps_zero_changes_nothing(case: Case) -> None:
 
 
 def works_for_any_number_of_classes(case: Case) -> None:
-    """2, 3, 4, 8 and 1,000 classes: inside the constraint, and something is broken."""
-    for classes in (2, 3, 4, 8, 1000):
+    """2, 3, 8 and 1,000 classes, where other laws have 4: inside the constraint, and something is broken."""
+    for classes in (2, 3, 8, 1000):
         model, batch, threat = problem(case, classes=classes, n=6)
         x_adv, _ = run(case, model, batch, ThreatModel(case.norm(case.eps(threat.constraint.eps * 3))))
         assert broken(model, batch, x_adv).any(), f"{case}: breaks nothing with {classes} classes"
