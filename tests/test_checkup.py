@@ -13,7 +13,7 @@ from holdfast.checkup import misfit
 from holdfast.cli.app import run
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
-from holdfast.core.model import Classifier
+from holdfast.core.model import Bounds, Classifier
 from holdfast.sources.data import open_data
 
 
@@ -116,6 +116,40 @@ def test_labels_from_1_that_lack_the_last_class_do_not_fit() -> None:
     for fits in (constant, honest):
         found, _ = misfit(model, fits, 60)
         assert found is None or found.check != "labels"
+
+
+def strict(x):
+    """Five of eight classes right, and inputs outside [0, 1] refused."""
+    if x.min() < 0 or x.max() > 1:
+        raise ValueError("pixels must lie in [0, 1]")
+    return x.flatten(1)[:, :8] * torch.tensor([1.0] * 5 + [-1.0] * 3)
+
+
+WEAK = {
+    "strict": (Classifier(strict), torch.eye(8)[:, None, None]),
+    "probability": (Classifier(lambda x: x[:, 0, 0, :1], output="probability"), torch.eye(8)[:, None, None]),
+    "channels last": (Classifier(lambda x: x[..., 2].flatten(1), layout="hwc"), torch.rand(8, 3, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", WEAK)
+def test_a_reading_that_a_weak_network_refuses_ends_nothing(kind: str) -> None:
+    """What is declared of the network is kept under every other reading, and none of them raises."""
+    model, x = WEAK[kind]
+    rows = torch.arange(80) % 8
+    batch = Batch(x[rows], rows if kind != "probability" else rows % 2, torch.arange(80))
+    found, forwards = misfit(model, batch, 40)
+    assert forwards > 80 and (found is None or found.check == "scale")
+    assert any(finding.check == "accuracy" for finding in holdfast.doctor(model, (batch.x, batch.y)))
+
+
+def test_a_network_that_is_right_is_not_said_to_meet_data_that_do_not_fit() -> None:
+    model = Classifier(lambda x: x, bounds=Bounds(-10, 10))
+    y = torch.arange(60) % 4
+    batch = Batch(torch.nn.functional.one_hot(y, 4).float(), y, torch.arange(60))
+    assert misfit(model, batch, 60)[0] is None
+    (finding,) = (f for f in holdfast.doctor(model, (batch.x, y)) if f.check == "scale")
+    assert (finding.level, finding.way_out) == ("warning", "scale them as in training, or correct --bounds")
 
 
 def test_values_to_16_are_not_taken_for_bytes() -> None:

@@ -182,7 +182,7 @@ def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
         "--keep",
         "1",
         "--set",
-        "judged=1000",
+        "judged=200",
     ]
     assert run([*words, "--once"]) in (0, 4)
     said = capsys.readouterr().err

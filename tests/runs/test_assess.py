@@ -548,6 +548,8 @@ def test_comparisons_count_every_pass_only_where_both_runs_made_the_same():
         "suite only",
         "every pass",
     )
+    other = assess(subject(), data(), order(Member("PGD", PGD(steps=2)), doubts="all", attacked=False))
+    assert basis(other.evidence, more.evidence) == "suite only"
     gated = order(WEAK, doubts="all", attacked=False, gates=("regression <= 0.01 vs baseline",))
     for baseline, scope in ((few, "suite only"), (more, "every pass")):
         judged = assess(subject(), data(), replace(gated, baseline=baseline.evidence))

@@ -109,6 +109,15 @@ def test_what_cannot_be_declared_is_refused(pixels, options, message):
         holdfast.assess(net(), pixels, "linf:0.02", "quick", **options)
 
 
+def test_values_that_cannot_have_been_normalised_so_are_refused(pixels):
+    x, y = pixels
+    with pytest.raises(TargetError, match="these seem to be pixels. Leave --data-normalised out"):
+        as_data((x, y), expected=Expected(normalised=Normalisation(MEAN, STD)))
+    scale = Normalisation(*(tuple(255 * side for side in sides) for sides in (MEAN, STD)))
+    with pytest.raises(TargetError, match="on the scale of 0 to 255: divide them by 255"):
+        as_data((normalised(x), y), expected=Expected(normalised=scale))
+
+
 def test_bytes_are_no_normalised_values(pixels, tmp_path: Path):
     x, y = pixels
     np.savez(tmp_path / "bytes.npz", x=(x * 255).byte().numpy(), y=y.numpy())

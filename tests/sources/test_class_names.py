@@ -75,7 +75,7 @@ def test_names_in_another_order_than_the_alphabet(kind: str, tmp_path: Path) -> 
 def test_numeric_names_of_folders(tmp_path: Path) -> None:
     assert accuracy({"data": folders(tmp_path / "zero", {str(k): k for k in range(4)})}) == 1
     from_one = folders(tmp_path / "one", {str(k + 1): k for k in range(4)})
-    with pytest.raises(TargetError, match="start at 0, and these at 1"):
+    with pytest.raises(TargetError, match="start at 0, and these names at 1"):
         accuracy({"data": from_one})
     assert accuracy({"data": from_one}, class_order="numeric") == 1
 
@@ -93,6 +93,7 @@ def test_numeric_names_of_folders(tmp_path: Path) -> None:
         (["2", "7"], None, "class numbers start at 0"),
         (["-1", "0", "1"], None, "class numbers start at 0"),
         (["0", "1", "3"], None, "not consecutive"),
+        (["0", "1", "readme"], 3, "others, such as 'readme', are not"),
         (["cat"], 2, "the model has 2 classes; it is not clear which are missing"),
     ],
 )
@@ -110,9 +111,10 @@ def test_a_refusal_of_the_order_says_each_thing_once() -> None:
     with pytest.raises(TargetError) as refused:
         class_numbers(["1", "10", "2"], Expected(), 3, "photos", "class folders")
     assert str(refused.value) == (
-        "photos has 3 class folders (1, 2, 10), and the model has 3 classes; their lexical order (1, 10, 2) "
-        "differs. Give the order of the training, --class-order lexical or --class-order numeric, or give all names in "
-        "the order of the model's outputs: --class-names A,B,C (or @FILE, one name a line)"
+        "photos has 3 class folders (1, 2, 10), and the model has 3 classes; the lexical order of the names (1, 10, 2) "
+        "differs from the numeric order, and class numbers start at 0, and these names at 1. Give the order of the "
+        "training, --class-order lexical or --class-order numeric, or give all names in the order of the model's "
+        "outputs: --class-names A,B,C (or @FILE, one name a line)"
     )
 
 

@@ -135,7 +135,10 @@ BAD_ARRAYS: dict[str, tuple[dict[str, np.ndarray], str]] = {
         {"x": np.where(BYTES[4, 0, 0] == BYTES, np.nan, 0.5), "y": Y},
         "NaN or infinity, first in row",
     ),
-    "integers": ({"x": BYTES.astype(np.int64), "y": Y}, "are int64; uint8"),
+    "integers": (
+        {"x": BYTES.astype(np.int64), "y": Y},
+        r"are int64; uint8.*, as in x.astype\('float32'\) / \d+",
+    ),
     "one dimension": ({"x": BYTES[:, 0, 0], "y": Y}, r"shape \(12,\)"),
     "float labels": ({"x": BYTES, "y": Y + 0.5}, "labels .* are float64"),
     "one-hot labels": ({"x": BYTES, "y": np.eye(3)[Y]}, r"y\.argmax\(1\)"),

@@ -39,8 +39,11 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
         model.eval()
         with fitted(model, batch.x):
             unclear = tuple(_unclear_output(model, data))
-            found = () if unclear else _found(model, batch, left_in_training, _range_of_labels(data, batch))
-            return (*_numbers(data), *unclear, *found)
+            numbers = tuple(_numbers(data))
+            found = () if unclear else tuple(_found(model, batch, left_in_training, data))
+            if numbers:  # which say already why labels are off
+                found = tuple(finding for finding in found if finding.check != "labels")
+            return (*numbers, *unclear, *found)
     finally:
         for module, training in modes:
             module.training = training
@@ -54,17 +57,15 @@ def misfit(model: Classifier, batch: Batch, batch_size: int) -> tuple[Finding | 
     """
     logits = torch.cat([outputs_of(model, part) for part in torch.split(batch.x, batch_size)])
     examined = Examined(model, batch, (), logits, batch_size)
-    found = next(
-        (finding for check in (labels_from_one, layouts, units) for finding in check(examined)), None
-    )
+    checks = (labels_from_one, layouts, units)
+    found = next((found for check in checks for found in check(examined) if found.level == "problem"), None)
     return found, len(batch) + sum(examined.calls)
 
 
 def _numbers(data: Data) -> Iterator[Finding]:
     """Named classes whose numbers are not certain, as of a folder that lacks one of the model's classes."""
     if isinstance(data, Pictures | Arrays) and data.objection:
-        way_out = "name the model's classes in the order of its outputs: --class-names A,B,C"
-        yield Finding("classes", "problem", data.objection, way_out)
+        yield Finding("classes", "problem", data.objection)
 
 
 def _unclear_output(model: Classifier, data: Data) -> Iterator[Finding]:
@@ -82,7 +83,7 @@ def _range_of_labels(data: Data, batch: Batch) -> tuple[int, int]:
 
 
 def _found(
-    model: Classifier, batch: Batch, left_in_training: tuple[str, ...], labels: tuple[int, int]
+    model: Classifier, batch: Batch, left_in_training: tuple[str, ...], data: Data
 ) -> Iterator[Finding]:
     wrong_layout = _layout(model, batch)
     if wrong_layout is not None:
@@ -95,7 +96,8 @@ def _found(
     if model.rewrites:
         yield Finding("in place", "warning", IN_PLACE, "write x = x - mean in it, not x -= mean")
     known = outputs_of(model, batch.x[:1]).shape[1] - model.rejects
-    yield from (*_range(model, batch.x), *_labels_outside(*labels, known))
+    labels = _range_of_labels(data, batch)
+    yield from (*_range(model, batch.x, data), *_labels_outside(*labels, known))
     batch = _brought_inside(model, batch, known, labels)
     examined = Examined(model, batch, left_in_training, outputs_of(model, batch.x), _SAMPLE)
     for check in _CHECKS:
@@ -164,11 +166,13 @@ def _layout(model: Classifier, batch: Batch) -> Finding | None:
     return None
 
 
-def _range(model: Classifier, x: Tensor) -> Iterator[Finding]:
+def _range(model: Classifier, x: Tensor, data: Data) -> Iterator[Finding]:
     low, high = (float(end) for end in (x.min(), x.max()))
     seen = f"inputs run from {low:.4g} to {high:.4g}"
     if bool(_outside(x, model).any()):
-        if model.bounds.width <= 1 and pixel_divisor(low, high, x.dim()) == 255:
+        if isinstance(data, Arrays) and data.pixels is not None:
+            way_out = data.pixels.advice(high)
+        elif model.bounds.width <= 1 and pixel_divisor(low, high, x.dim()) == 255:
             way_out = "divide them by 255 (or --bounds 0,255, if the network takes them so)"
         else:
             way_out = scaling(x)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch
+from holdfast.core.errors import TargetError, TargetLost
 from holdfast.core.model import Classifier
 
 Level = Literal["problem", "warning", "good"]
@@ -50,6 +51,15 @@ class Examined:
         """Outputs of the model, or of the same network with other preprocessing."""
         self.calls.append(len(x))
         return torch.cat([outputs_of(model, part) for part in torch.split(x, self.batch_size)])
+
+    def right_with(self, x: Tensor, model: Classifier | None = None) -> float:
+        """Share of the sample that is right with other inputs or another model; 0 where the network refuses them."""
+        try:
+            return share_right(self.ask(model or self.model, x), self.batch.y)
+        except TargetLost:
+            raise
+        except TargetError:
+            return 0.0
 
     @cached_property
     def moved(self) -> float:

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from holdfast.checkup.examined import BETTER, Examined, Finding, share_right
-from holdfast.core.errors import TargetError
-from holdfast.core.model import Classifier
+from holdfast.checkup.examined import BETTER, Examined, Finding, Level, share_right
 from holdfast.sources.estimates import NORMALISATIONS
 
 FILLED = 0.1
@@ -44,12 +42,7 @@ def layouts(examined: Examined) -> Iterator[Finding]:
     for order in orders:
         if not examined.may_be_beaten:
             return
-        try:
-            better = share_right(
-                examined.ask(examined.model, x.permute(order).contiguous()), examined.batch.y
-            )
-        except TargetError:
-            continue
+        better = examined.right_with(x.permute(order).contiguous())
         if examined.beaten_by(better):
             shapes = (
                 f"{tuple(x.shape[1:])}, but {better:.0%} with inputs of {tuple(x.permute(order).shape[1:])}"
@@ -70,21 +63,32 @@ def units(examined: Examined) -> Iterator[Finding]:
 
 
 def _filled(examined: Examined) -> Iterator[Finding]:
-    """Data that fill a small part of the bounds, so that eps is large beside them."""
+    """Data that fill a small part of the bounds: a problem, or a warning where the model is right on them."""
     share, x = _share_filled(examined), examined.batch.x
     if share > FILLED or x.numel() < 2:
         return
     low, high = float(x.min()), float(x.max())
     says, gain = f"inputs run from {low:.4g} to {high:.4g}, which is {share:.1%} of the bounds", None
     if share > 0 and examined.may_be_beaten:
-        better = share_right(examined.ask(examined.model, x / share), examined.batch.y)
+        better = examined.right_with(x / share)
         if examined.beaten_by(better):
             says += (
                 f"; accuracy is {examined.accuracy:.0%}, but {better:.0%} with inputs times {1 / share:.4g}"
             )
             gain = better - examined.accuracy
-    way_out = "scale them as in training, as in x / 16 for whole numbers from 0 to 16, or correct --bounds"
-    yield Finding("scale", "problem", says, way_out, gain)
+    level: Level = "problem" if examined.may_be_beaten else "warning"
+    yield Finding(
+        "scale", level, says, f"scale them as in training{_levels(examined)}, or correct --bounds", gain
+    )
+
+
+def _levels(examined: Examined) -> str:
+    """An example of the scaling where bytes were divided by 255 although their largest value is far smaller."""
+    highest = 255 * float(examined.batch.x.max())
+    whole = round(highest)
+    if examined.model.bounds.width != 1 or whole < 2 or abs(highest - whole) > 0.01:
+        return ""
+    return f", as in x / {whole} for whole numbers from 0 to {whole}"
 
 
 def _share_filled(examined: Examined) -> float:
@@ -105,7 +109,7 @@ def _scale(examined: Examined) -> Iterator[Finding]:
     )
     found = tuple[Finding, ...]()
     for factor, way_out in ways if 0 < share < _DARK else ways[1:]:
-        better = share_right(examined.ask(examined.model, examined.batch.x * factor), examined.batch.y)
+        better = examined.right_with(examined.batch.x * factor)
         if better > best and examined.beaten_by(better):
             text = f"accuracy is {examined.accuracy:.0%}, but {better:.0%} with inputs times {factor:.4g}"
             best, gain = better, better - examined.accuracy
@@ -119,14 +123,15 @@ def _normalisation(examined: Examined) -> Iterator[Finding]:
     if batch.x.dim() < 2:
         return
     if model.mean is not None or model.std is not None:
-        bare = Classifier(model.net, bounds=model.bounds, batches=model.batches)
-        without = share_right(examined.ask(bare, batch.x), batch.y)
+        without = examined.right_with(batch.x, model.renormalised(None, None))
         if examined.beaten_by(without):
-            text = f"accuracy is {examined.accuracy:.0%}, but {without:.0%} without --mean and --std"
-            gain = without - examined.accuracy
-            yield Finding(
-                "normalisation", "problem", text, "the network does so itself; leave them out", gain
+            text = (
+                f"accuracy is {examined.accuracy:.0%}, but {without:.0%} without the declared normalisation"
             )
+            way_out = (
+                "correct --mean and --std, or --data-normalised; the network may normalise its input itself"
+            )
+            yield Finding("normalisation", "problem", text, way_out, without - examined.accuracy)
         return
     best, found = examined.accuracy, tuple[Finding, ...]()
     for name, (mean, std) in NORMALISATIONS.items():
@@ -138,8 +143,7 @@ def _normalisation(examined: Examined) -> Iterator[Finding]:
             (mean, std, f"with {name} normalisation", f"{_ESTIMATE}, as in {flags}"),
             (*undone, f"with {name} normalisation undone", _TWICE),
         ):
-            changed = Classifier(model.net, mean=shift, std=scale, batches=model.batches)
-            better = share_right(examined.ask(changed, batch.x), batch.y)
+            better = examined.right_with(batch.x, model.renormalised(shift, scale))
             if better > best and examined.beaten_by(better):
                 says = f"accuracy is {examined.accuracy:.0%}, but {better:.0%} {text}"
                 gain = better - examined.accuracy

@@ -173,6 +173,22 @@ class Classifier(nn.Module):
                 f"std is {list(std)}; every entry must be positive, as in --std 0.2470,0.2435,0.2616"
             )
 
+    def renormalised(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> "Classifier":
+        """The same network, with all that is declared and known of it but other values of `mean` and `std`."""
+        other = Classifier(
+            self.net,
+            bounds=self.bounds,
+            mean=mean,
+            std=std,
+            classes=self.classes,
+            access=self.access,
+            batches=self.batches,
+            output=self.output,
+            layout=self.layout,
+        )
+        other.remote, other.rewrites = self.remote, self.rewrites
+        return other
+
     def _advice(self, x: Inputs) -> str:
         n, weight = len(x), next(self.parameters(), x)
         if weight.is_floating_point() and weight.dtype != x.dtype:

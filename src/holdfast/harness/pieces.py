@@ -11,7 +11,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.model import out_of_memory
 from holdfast.harness.target import no_memory
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -44,7 +44,7 @@ def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Ro
     return {name: torch.cat([columns[name] for columns in done]) for name in done[0]} if done else {}
 
 
-def in_room(work: Callable[[int], T], room: Room, row: int, left: int) -> T:
+def in_room(work: Callable[[int], _T], room: Room, row: int, left: int) -> _T:
     """What `work` returns where it may pass so many examples at once; halved and tried again when memory runs out.
 
     `left` examples, from `row` on, are still to be passed.

@@ -48,7 +48,7 @@ def _keys(digests: Tensor) -> list[bytes]:
 def basis(first: Evidence, second: Evidence) -> Scope:
     """Which adversarial examples a comparison counts: those of every pass where both runs made the same ones.
 
-    Passes are the same where their settings, and the surrogates that they are given, are. Else those of the suites
+    Passes are the same where the attacks, all settings and the surrogates are. Else those of the suites
     only: a run that was searched by more passes would seem the weaker model.
     """
     mine, theirs = map(_passes, (first, second))
@@ -56,12 +56,12 @@ def basis(first: Evidence, second: Evidence) -> Scope:
 
 
 def _passes(evidence: Evidence) -> tuple[object, ...] | None:
-    """What the verdict of a run counts beside the suite; None where it counts nothing else."""
+    """The attacks and passes whose examples a verdict counts; None where it counts those of the suite only."""
     if evidence.scope == "suite only":
         return None
-    adaptive = [(each.name, each.settings) for each in evidence.attacks if each.adaptive]
+    attacks = [(each.name, each.settings) for each in evidence.attacks]
     passes = [(each.stage, each.settings) for each in evidence.passes]
-    return evidence.suite, adaptive, passes, [surrogate["digest"] for surrogate in evidence.surrogates]
+    return evidence.suite, attacks, passes, [surrogate["digest"] for surrogate in evidence.surrogates]
 
 
 def compared(evidence: Evidence, scope: Scope) -> Mask:

@@ -129,7 +129,7 @@ def _outside(x: Tensor, low: Tensor, high: Tensor, name: str) -> str:
     lowest, highest = float(x.min()), float(x.max())
     box = f"{float(low.min()):g} to {float(high.max()):g}"
     seen = f"the inputs of {name} range from {lowest:.4g} to {highest:.4g}, outside the bounds {box}; "
-    if pixel_divisor(lowest, highest, x.dim()) == 255 and float(high.max()) == 1:
+    if pixel_divisor(lowest, highest, 4) == 255 and float(high.max()) == 1:
         return seen + "divide them by 255, or give --bounds 0,255 if the model takes bytes"
     if (float(low.min()), float(high.max())) == (0, 1):
         return (

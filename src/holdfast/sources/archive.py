@@ -104,15 +104,20 @@ def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
         )
 
 
-def _unpack(path: Path, handed_back: Path) -> tuple[str, ...]:
+def _unpacked(path: Path, handed_back: Path) -> subprocess.CompletedProcess[str]:
+    """The process that unpickles under limits, when it has ended."""
     # -P: the script's own folder holds a package named onnx and must not come first on the path.
     command = [sys.executable, "-P", "-s", str(_UNPACKING), str(path.resolve()), str(handed_back)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=UNPACK_SECONDS, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=UNPACK_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
         raise TargetError(
             f"{str(path)!r} took more than {UNPACK_SECONDS} s to read and was given up"
         ) from error
+
+
+def _unpack(path: Path, handed_back: Path) -> tuple[str, ...]:
+    done = _unpacked(path, handed_back)
     try:
         answer = json.loads(done.stdout)
     except json.JSONDecodeError:

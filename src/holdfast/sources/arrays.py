@@ -54,6 +54,15 @@ class Pixels:
         inside = self.bounds.clamp(pixels)
         return torch.where((pixels - inside).abs() <= self.slack, inside, pixels)
 
+    def advice(self, highest: float) -> str:
+        """What to do where the largest of the values that result lies outside the bounds."""
+        if _is_unit(self.bounds) and pixel_divisor(0.0, round(highest, 3), 4) == 255:
+            return (
+                "MEAN/STD of --data-normalised seem to be on the scale of 0 to 255: divide them by 255, or add "
+                "--bounds 0,255, and eps is on that scale"
+            )
+        return "Correct --data-normalised MEAN/STD: give the values by which the data were normalised"
+
 
 @dataclass(frozen=True)
 class Arrays:
@@ -241,6 +250,12 @@ def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -
             f"the inputs of {name} are {x.dtype}, which are no normalised values; leave --data-normalised out, and "
             "give --mean and --std if the model takes normalised input"
         )
+    if min(expected.normalised.mean) > 0 and x.min() >= 0 and x.max() <= 1:
+        raise TargetError(
+            f"the inputs of {name} range from {x.min():.6g} to {x.max():.6g}, and normalised values lie on both sides "
+            "of 0: these seem to be pixels. Leave --data-normalised out, and give --mean and --std if the model takes "
+            "normalised input"
+        )
     return Pixels.of(expected.normalised, expected.bounds, resolution or float(np.finfo(x.dtype).eps))
 
 
@@ -281,9 +296,7 @@ def _range_message(data: Arrays, lowest: float, highest: float, bounds: Bounds) 
     found = f"range from {lowest:.6g} to {highest:.6g}; {wanted}"
     if data.pixels is not None:
         undone = f"the inputs of {data.name}, their normalisation {data.pixels.normalised} undone, {found}"
-        return (
-            f"{undone}Correct --data-normalised MEAN/STD: give the values by which the data were normalised"
-        )
+        return f"{undone}{data.pixels.advice(highest)}"
     found = f"the inputs of {data.name} {found}"
     seen = f"with --bounds LOW,HIGH (seen here: {lowest:.6g},{highest:.6g}); eps is then in the units of the data"
     if not _is_unit(bounds):
@@ -317,6 +330,11 @@ def _stored(x: Array, bounds: Bounds, name: str, *, keeps: bool) -> tuple[Array,
         return x, 255.0, ()
     if x.dtype.kind == "f":
         return x if keeps and x.dtype == np.float64 else x.astype(np.float32, copy=False), 1.0, ()
+    lowest, highest = (float(end) for end in (x.min(), x.max())) if x.dtype.kind in "iu" else (0.0, 0.0)
+    divisor = pixel_divisor(lowest, highest, 4)
+    way_out = (
+        "" if divisor is None else f", as in x.astype('float32') / {divisor:g} (their largest is {highest:g})"
+    )
     raise TargetError(
-        f"the inputs of {name} are {x.dtype}; uint8 (0 to 255) or floats inside the bounds were expected"
+        f"the inputs of {name} are {x.dtype}; uint8 (0 to 255) or floats inside the bounds were expected{way_out}"
     )

@@ -44,8 +44,7 @@ def class_numbers(
     if classes is not None and len(found) > classes:
         raise TargetError(
             f"{where} has {len(found)} {kind} ({listed(order)}), but the model has {classes} classes; remove those "
-            "that "
-            "it does not know, or correct --classes"
+            "that it does not know, or correct --classes"
         )
     return tuple(order)
 
@@ -119,15 +118,19 @@ def _declared(
 
 def _unclear(lexical: list[str], numeric: list[str]) -> str:
     """Why the order of the names does not number the classes with certainty; empty where it does."""
+    whole = [name for name in numeric if re.fullmatch("-?[0-9]+", name)]
+    if whole and len(whole) < len(numeric):
+        other = next(name for name in numeric if name not in whole)
+        return f"some names are whole numbers and others, such as {other!r}, are not"
+    reasons = []
     if lexical != numeric:
-        return f"their lexical order ({listed(lexical)}) differs"
-    if all(re.fullmatch("-?[0-9]+", name) for name in numeric):
-        numbers = [int(name) for name in numeric]
-        if numbers[0] != 0 and numbers != [-1, 1]:
-            return f"class numbers start at 0, and these at {numbers[0]}"
-        if numbers[0] == 0 and numbers != list(range(len(numbers))):
-            return "the numbers are not consecutive"
-    return ""
+        reasons.append(f"the lexical order of the names ({listed(lexical)}) differs from the numeric order")
+    numbers = [int(name) for name in whole]
+    if numbers and numbers[0] != 0 and numbers != [-1, 1]:
+        reasons.append(f"class numbers start at 0, and these names at {numbers[0]}")
+    if numbers and numbers[0] == 0 and numbers != list(range(len(numbers))):
+        reasons.append("the numbers are not consecutive")
+    return ", and ".join(reasons)
 
 
 def _numeric_order(names: Sequence[str]) -> list[str]:

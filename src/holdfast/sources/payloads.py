@@ -137,7 +137,7 @@ def _values(found: Any) -> Values:
     """Whole numbers and text as they are, all others as floats; null becomes NaN."""
     try:
         values = np.asarray(found)
-        if values.size and all(isinstance(each, str) for each in np.asarray(found, dtype=object).flat):
+        if values.dtype.kind == "U" and all(isinstance(each, str) for each in np.asarray(found, object).flat):
             return values
         if values.dtype.kind in "bUS":  # answers such as true are no scores
             raise TypeError(values.dtype)

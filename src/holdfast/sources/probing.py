@@ -78,6 +78,11 @@ class Probe:
         if self.own.layout is None and x.dim() >= 4 and self.outputs(rows, "hwc") is not None:
             self.own.layout = "hwc"
             return (HWC_NOTE,)
+        if x.dim() > 3 and self.outputs(rows.movedim(-1, 1)) is not None:
+            raise TargetError(
+                f"the model refuses an example of shape {tuple(x.shape[1:])} and takes one with its last axis first: "
+                'declare --layout hwc (in Python layout="hwc")'
+            )
         if x.dim() in (2, 3, 4) and self.outputs(rows[:, None]) is not None:
             raise TargetError(
                 f"the model refuses an example of shape {tuple(x.shape[1:])} and takes one of {(1, *x.shape[1:])}: "

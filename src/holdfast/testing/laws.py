@@ -125,7 +125,7 @@ def agrees_with_the_oracle(case: Case) -> None:
 
     With more than two classes the distance is that of the nearest, which need not be the likeliest: see `Case.many`.
     """
-    for seed, classes in ((0, 2), (1, 2), (2, 3), (4, 10)):
+    for seed, classes in ((0, 2), (1, 2), (2, 3), (3, 3), (4, 10), (5, 10)):
         model, batch = linear_problem(seed, classes=classes)
         exact = model.distance(batch.x, batch.y, case.norm(1.0))
         enough = case.enough(exact, classes)
