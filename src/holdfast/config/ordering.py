@@ -300,7 +300,7 @@ def plan(
         members, name, smallest = labelled(attacks), "", threat.constraint.eps == float("inf")
     else:
         seen: Access = min(threat.access, target, key=ACCESS_ORDER.index)
-        named = settings.suite or usual_suite(parse_threat(settings.threat))
+        named = settings.suite or usual_suite(replace(parse_threat(settings.threat), access=seen))
         composed = suite(named, threat.constraint, seen)
         members = tuple(
             Member(name, attack, composed.waves.get(name, 0)) for name, attack in composed.attacks
