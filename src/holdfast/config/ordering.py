@@ -138,10 +138,8 @@ def _made_in_inference_mode(net: nn.Module) -> bool:
 
 
 def _held(net: nn.Module | Any, said: Declared, transform: str | None = None) -> Subject:
-    if isinstance(net, nn.Module) and any(t.is_inference() for t in (*net.parameters(), *net.buffers())):
-        net = copy.deepcopy(
-            net
-        )  # tensors that were made under inference_mode cannot be saved for a backward pass
+    if isinstance(net, nn.Module) and _made_in_inference_mode(net):
+        net = copy.deepcopy(net)  # whose tensors can be saved for a backward pass
     model = said.wrap(net)
     inner = model.net
     kind = type(inner) if isinstance(inner, nn.Module) else inner
