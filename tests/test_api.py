@@ -66,6 +66,48 @@ def test_lazy_layers_that_have_met_no_input_are_refused(verb):
         verb(counts, (X, Y))
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode], ids=lambda off: off.__name__)
+def test_gradients_are_switched_on_where_the_caller_has_them_off(off):
+    wanted = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS).evidence["success"]
+    with off():
+        net = network()  # made in inference mode too
+        assert torch.equal(holdfast.assess(net, (X, Y), "linf:0.1", ATTACKS).evidence["success"], wanted)
+        assert any(found.says == "gradients reach the input" for found in holdfast.doctor(net, (X, Y)))
+
+
+class Raising(torch.nn.Module):
+    """Writes in place into what a function saved for its backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x):
+        saved = x.sigmoid()
+        logits = self.net(saved * saved)
+        saved.mul_(1)
+        return logits
+
+
+def test_a_model_whose_backward_pass_raises_is_attacked_by_its_scores():
+    y = Raising()(X).argmax(1)
+    found = holdfast.assess(Raising(), (X, y), "linf:0.1,queries=20", doubts=False)
+    assert found.evidence.suite == "black-box@1"
+    assert any("its backward pass raises RuntimeError" in note for note in found.evidence.notes)
+    with pytest.raises(UsageError, match="PGD needs gradients.*its backward pass raises.*--suite black-box"):
+        holdfast.assess(Raising(), (X, y), "linf:0.1", ATTACKS)
+    with pytest.raises(TargetError, match="cannot be trained; its backward pass raises"):
+        holdfast.harden(Raising(), (X, y), "linf:0.1", fit=(X, y))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+def test_torchscript_is_assessed_and_not_trained():
+    scripted = torch.jit.trace(network(), X[:2])
+    assert holdfast.assess(scripted, (X, Y), "linf:0.1", ATTACKS).evidence["success"].any()
+    with pytest.raises(TargetError, match="TorchScript, whose copies cannot be trained"):
+        holdfast.harden(scripted, (X, Y), "linf:0.1", fit=(X, Y))
+
+
 def test_every_kind_of_data_is_measured_alike():
     wanted = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS).evidence
     kinds = [

@@ -136,6 +136,23 @@ def test_an_open_doubt_turns_pass_into_unclear_and_leaves_fail_alone():
     assert AtMost(0.5)(high, RAISED) == "fail"
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "verdict"),
+    [
+        ("robust_accuracy <= 1", "scale", "pass"),
+        ("robust_error_rate >= 0", "scale", "pass"),
+        ("robust_accuracy >= 0", "scale", "unclear"),
+        ("robust_error_rate <= 1", "scale", "unclear"),
+        ("robust_accuracy <= 1", "chance", "unclear"),
+        ("clean_accuracy <= 1", "scale", "unclear"),
+    ],
+)
+def test_a_doubt_that_the_true_value_is_lower_leaves_an_upper_bound_alone(text, name, verdict):
+    judged = judge(parse(text), evidence(), Doubts((Doubt(name, "raised"),)))
+    assert judged.verdict == verdict
+    assert judged.open_doubts == (() if verdict == "pass" else (name,))
+
+
 def test_an_accepted_doubt_is_not_open():
     accepted = Doubts(RAISED.found, {"scale": "logits are scaled on purpose"})
     assert RAISED.open == ("scale",)

@@ -6,9 +6,11 @@ normalise it once; below them every parameter has one type.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+import torch
 
 from holdfast.attacks.protocol import Attack
 from holdfast.checkup import Finding, examine
@@ -70,6 +72,22 @@ __all__ = [
 ]
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _with_gradients(verb: Callable[P, T]) -> Callable[P, T]:
+    """The verb with gradients switched on, also where it is called under `no_grad` or `inference_mode`."""
+
+    @wraps(verb)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode(False), torch.enable_grad():
+            return verb(*args, **kwargs)
+
+    return called
+
+
+@_with_gradients
 def assess(
     model: ModelLike,
     data: DataLike,
@@ -169,6 +187,7 @@ def carry_out(
     return assessing.assess(subject, data, order, run=run, resume=resume, progress=progress, opening=opening)
 
 
+@_with_gradients
 def harden(
     model: ModelLike,
     data: DataLike,
@@ -299,6 +318,7 @@ def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
     return assessing.assess(subject, few, order), len(data)
 
 
+@_with_gradients
 def doctor(
     model: ModelLike,
     data: DataLike,

@@ -90,9 +90,11 @@ def test_the_doubts_are_probed_and_counted_too(capsys):
         assert states["zero-gradient"] == "not applicable"
 
 
-def test_the_default_suite_is_refused_by_name_with_the_way_out(capsys):
+def test_the_default_suite_needs_no_gradients_and_a_named_one_is_refused_with_the_way_out(capsys):
     with Server() as server:
-        assert run(words(server)) == 2
+        assert run(words(server, "-q", "--no-doubts", "-o", "-", queries=5)) == 0
+        assert json.loads(capsys.readouterr().out)["suite"] == "black-box@1"
+        assert run(words(server, "--suite", "fast")) == 2
         said = capsys.readouterr().err
         assert "needs gradients, but only scores can be seen here, for the model answers over HTTP" in said
         assert "choose --suite black-box" in said
@@ -110,7 +112,7 @@ def test_labels_are_attacked_by_what_needs_no_more(capsys):
         "3",
     )
     with Server() as server:
-        assert run(words(server, *labels, path="/classify")) == 2
+        assert run(words(server, *labels, "--suite", "fast", path="/classify")) == 2
         said = capsys.readouterr().err
         assert "Sprint needs gradients, but only labels can be seen here" in said
         assert "choose --suite black-box" in said

@@ -171,6 +171,7 @@ CASES: dict[str, dict[str, Any]] = {name: op(name) for name in UNARY} | {
     "ReduceSumSquare": op("ReduceSumSquare", ints(1)),
     "ReduceSum nothing": op("ReduceSum", noop_with_empty_axes=1),
     "Reshape": op("Reshape", ints(0, -1)),
+    "Reshape allowzero": op("Reshape", ints(-1, C * H * W), allowzero=1),
     "Reshape parts": op("Reshape", ints(-1, 3, 2, 21)),
     "Flatten": op("Flatten"),
     "Flatten late": op("Flatten", shape=(N, 1, 6, 7), axis=2),
@@ -539,7 +540,8 @@ def test_an_unknown_operator_is_named_and_served_without_gradients(tmp_path: Pat
     ):
         holdfast.assess(str(tmp_path / "m.onnx"), data, "linf:0.1", "quick")
     gradients = next(f for f in holdfast.doctor(str(tmp_path / "m.onnx"), data) if f.check == "gradients")
-    assert gradients.says == "the model gives scores only, for the operators Atan, Sinh cannot be imported"
+    why = "for the operators Atan, Sinh cannot be imported"
+    assert gradients.says == f"the model gives scores only, {why}: the default suite is black-box"
     x = torch.rand(4, 5, requires_grad=True)
     assert opened.model(x).shape == (4, 3)
     assert not opened.model(x).requires_grad
@@ -559,7 +561,7 @@ def test_one_of_several_outputs_is_taken_and_said(tmp_path: Path) -> None:
         write(tmp_path / "m.onnx", nodes, {"w": floats(5, 3)}, shape=(N, 5), outputs=["label", "y"])
     )
     assert opened.model(torch.rand(2, 5)).shape == (2, 3)
-    assert opened.notes == ("of the outputs label, y, y was taken as the logits",)
+    assert opened.notes == ("of the outputs label, y, y was taken as the scores",)
 
 
 def test_an_import_that_disagrees_is_refused_with_numbers(
@@ -581,6 +583,62 @@ def test_double_precision_is_kept(tmp_path: Path) -> None:
     )
     x = torch.rand(2, 5, dtype=torch.float64)
     torch.testing.assert_close(open_model(path).model(x), x @ torch.from_numpy(w))
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.DOUBLE], ids=["half", "double"])
+def test_data_are_converted_to_the_float_type_of_the_file_and_gradients_pass(
+    tmp_path: Path, kind: int
+) -> None:
+    w = floats(5, 3).astype(helper.tensor_dtype_to_np_dtype(kind))
+    opened = open_model(
+        write(tmp_path / "m.onnx", [node("Gemm", "x w", "y")], {"w": w}, shape=(N, 5), dtype=kind)
+    )
+    assert opened.access == "gradients" and opened.notes == (f"the model computes in {w.dtype}",)
+    x, known = torch.rand(2, 5, requires_grad=True), torch.from_numpy(w).float()
+    y = opened.model(x)
+    torch.testing.assert_close(y, x @ known, rtol=1e-2, atol=1e-2)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, known.sum(1).expand(2, -1), rtol=1e-2, atol=1e-2)
+
+
+def tree(path: Path, *, maps: bool, labels: Sequence[Any] = (0, 1)) -> str:
+    """A tree as the converter of scikit-learn writes it: it asks whether the first feature is at most a half."""
+    named = {"classlabels_strings" if isinstance(labels[0], str) else "classlabels_int64s": list(labels)}
+    nodes = [
+        helper.make_node(
+            "TreeEnsembleClassifier", ["x"], ["label", "scores"], domain="ai.onnx.ml", post_transform="NONE",
+            nodes_treeids=[0] * 3, nodes_nodeids=[0, 1, 2], nodes_featureids=[0] * 3, nodes_values=[0.5, 0.0, 0.0],
+            nodes_modes=["BRANCH_LEQ", "LEAF", "LEAF"], nodes_truenodeids=[1, 0, 0], nodes_falsenodeids=[2, 0, 0],
+            class_treeids=[0] * 4, class_nodeids=[1, 1, 2, 2], class_ids=[0, 1, 0, 1],
+            class_weights=[0.9, 0.1, 0.2, 0.8], **named,
+        )
+    ]  # fmt: skip
+    label = TensorProto.STRING if isinstance(labels[0], str) else TensorProto.INT64
+    scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, [None, 2])
+    if maps:
+        nodes.append(helper.make_node("ZipMap", ["scores"], ["maps"], domain="ai.onnx.ml", **named))
+        each = helper.make_map_type_proto(label, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+        scores = helper.make_value_info("maps", helper.make_sequence_type_proto(each))
+    graph = helper.make_graph(
+        nodes,
+        "tree",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 3])],
+        [helper.make_tensor_value_info("label", label, [None]), scores],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("maps", [False, True], ids=["tensor", "maps"])
+@pytest.mark.parametrize("labels", [(0, 1), ("no", "yes"), (3, 7)], ids=["numbers", "text", "other numbers"])
+def test_the_scores_beside_labels_are_read(tmp_path: Path, labels: Sequence[Any], *, maps: bool) -> None:
+    opened = open_model(tree(tmp_path / "m.onnx", maps=maps, labels=labels))
+    x = torch.tensor([[0.4, 0, 0], [0.6, 0, 0]])
+    torch.testing.assert_close(opened.model(x), torch.tensor([[0.9, 0.1], [0.2, 0.8]]))
+    assert opened.access == "scores"
+    assert opened.model.class_names == (labels if isinstance(labels[0], str) else None)
+    assert any("the file labels its classes 3, 7" in note for note in opened.notes) == (labels == (3, 7))
 
 
 # hostile and broken files --------------------------------------------------------------------------

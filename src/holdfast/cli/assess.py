@@ -32,7 +32,7 @@ ATTACKING = (
         "-s",
         type=str,
         metavar="S",
-        help=f"Named attacks: {', '.join(SUITES)} (default: {DEFAULT_SUITE}).",
+        help=f"Named attacks: {', '.join(SUITES)} (default: {DEFAULT_SUITE}; black-box for a model without gradients).",
     ),
     click.option(
         "--surrogate",

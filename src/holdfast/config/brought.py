@@ -1,6 +1,7 @@
 """What a Python caller holds in hand or names, taken once into what a run is given: settings, model, data, attacks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def brought(
     subject = subject_of(model, settings)
     seconds = surrogates_of(surrogates, settings, subject.model)
     given = data_of(data, settings, subject.model)
-    expecting.fitting(subject.model, seconds, given)
-    return subject, given, seconds
+    notes = expecting.fitting(subject.model, seconds, given)
+    return replace(subject, notes=(*subject.notes, *notes)), given, seconds
 
 
 def subject_of(model: ModelLike, settings: AssessSettings) -> Subject:

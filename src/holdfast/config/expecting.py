@@ -13,7 +13,7 @@ from holdfast.core.normalisation import Normalisation
 from holdfast.runs.order import Subject
 from holdfast.sources.expected import Expected
 from holdfast.sources.models import Declared
-from holdfast.sources.probing import Probe, settle_output
+from holdfast.sources.probing import Probe, settle_gradients, settle_output
 
 
 def declared(settings: AssessSettings) -> Declared:
@@ -56,15 +56,17 @@ def unlabelled(settings: AssessSettings, model: Classifier) -> Expected:
     return replace(expected(settings, model), classes=None, class_names=None, checks_labels=False)
 
 
-def fitting(model: Classifier, surrogates: Sequence[Subject], data: Data) -> None:
-    """Find out from the data what is not declared: whether single outputs are logits, and layouts of surrogates.
+def fitting(model: Classifier, surrogates: Sequence[Subject], data: Data) -> tuple[str, ...]:
+    """Find out from the data what is not declared, and return notes of it.
 
-    Raises `UnclearOutput` where single outputs may be probabilities.
+    That is whether single outputs are logits, whether the backward pass of the model works, and the layouts of
+    surrogates. Raises `UnclearOutput` where single outputs may be probabilities.
     """
     for each in (model, *(surrogate.model for surrogate in surrogates)):
         if each is not model:
             Probe(each).suit(data.read(0, min(2, len(data))).x)
         settle_output(each, data)
+    return settle_gradients(model, data)
 
 
 def units_of_eps(model: Classifier, normalised: Normalisation | None) -> tuple[str, ...]:

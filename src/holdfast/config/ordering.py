@@ -1,5 +1,6 @@
 """From settings to what a run takes: the model opened, the data opened, and the order."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from holdfast.attacks import Corruption
 from holdfast.attacks.protocol import Attack, Learned
@@ -130,7 +132,14 @@ def given_subject(net: nn.Module | Any, settings: AssessSettings) -> Subject:
     return _held(net, declared(settings), settings.transform)
 
 
+def _made_in_inference_mode(net: nn.Module) -> bool:
+    tensors = (*net.parameters(), *net.buffers())
+    return any(not is_lazy(tensor) and tensor.is_inference() for tensor in tensors)
+
+
 def _held(net: nn.Module | Any, said: Declared, transform: str | None = None) -> Subject:
+    if isinstance(net, nn.Module) and _made_in_inference_mode(net):
+        net = copy.deepcopy(net)  # whose tensors can be saved for a backward pass
     model = said.wrap(net)
     inner = model.net
     kind = type(inner) if isinstance(inner, nn.Module) else inner
@@ -201,8 +210,8 @@ def opened(settings: AssessSettings) -> tuple[Subject, Data, tuple[Subject, ...]
     subject = opened_subject(settings)
     surrogates = opened_surrogates(settings, subject.model)
     data = opened_data(settings, subject.model)
-    fitting(subject.model, surrogates, data)
-    return subject, data, surrogates
+    notes = fitting(subject.model, surrogates, data)
+    return replace(subject, notes=(*subject.notes, *notes)), data, surrogates
 
 
 def examples_to_fit(plan: Plan) -> int:
@@ -300,7 +309,7 @@ def plan(
         members, name, smallest = labelled(attacks), "", threat.constraint.eps == float("inf")
     else:
         seen: Access = min(threat.access, target, key=ACCESS_ORDER.index)
-        named = settings.suite or usual_suite(parse_threat(settings.threat))
+        named = settings.suite or usual_suite(replace(parse_threat(settings.threat), access=seen))
         composed = suite(named, threat.constraint, seen)
         members = tuple(
             Member(name, attack, composed.waves.get(name, 0)) for name, attack in composed.attacks

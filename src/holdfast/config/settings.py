@@ -6,6 +6,7 @@ The same names everywhere: a key of the YAML file, a flag of the command line, a
 import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from holdfast.config import values
 from holdfast.config.grammar import (
+    Sees,
     ThreatSpec,
     nearest,
     pairs,
@@ -23,6 +25,7 @@ from holdfast.config.grammar import (
 from holdfast.config.naming import ATTACKS, CARD, VARIANTS, chosen, members
 from holdfast.config.wording import complaint, place
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.names import slug
 
 SCHEMA_VERSION = 1
 
@@ -35,9 +38,15 @@ DEFAULT_SUITE: SuiteName = "fast"
 
 
 def usual_suite(threat: ThreatSpec) -> SuiteName:
-    """What is run where neither a suite nor attacks are named: `transfer` against a model that nobody may ask."""
-    blind = threat.access == "none" and threat.norm != "corruptions"
-    return "transfer" if blind else DEFAULT_SUITE
+    """What is run where neither a suite nor attacks are named, by what the attacker sees of the model.
+
+    That is `transfer` where the attacker sees nothing, `black-box` where scores or labels, and else `fast`.
+    """
+    if threat.norm == "corruptions" or threat.access == "gradients":
+        return DEFAULT_SUITE
+    if threat.access == "none":
+        return "transfer"
+    return "black-box" if members("black-box", threat) else DEFAULT_SUITE
 
 
 class AssessSettings(BaseModel):
@@ -277,8 +286,21 @@ def _refuse_attacks(settings: AssessSettings) -> None:
     else:
         threat = parse_threat(settings.threat)
         names = members(settings.suite or usual_suite(threat), threat)
-    if names and set(names) <= {*ATTACKS, *VARIANTS}:
+    if not names or not set(names) <= {*ATTACKS, *VARIANTS}:
+        return
+    try:
         chosen(names, settings.only, settings.skip)
+    except UsageError:
+        if settings.suite is not None or settings.attacks is not None or not _of_black_box(settings):
+            raise
+
+
+def _of_black_box(settings: AssessSettings) -> bool:
+    """Whether `only` and `skip` name attacks of `black-box`, the default suite where the model gives no gradients."""
+    threat = parse_threat(settings.threat)
+    seen: tuple[Sees, ...] = ("scores", "labels")
+    known = {slug(name) for each in seen for name in members("black-box", replace(threat, access=each))}
+    return {slug(name) for name in (*settings.only, *settings.skip)} <= known
 
 
 def load(path: Path) -> dict[str, Any]:

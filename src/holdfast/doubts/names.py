@@ -26,6 +26,22 @@ DOUBTS: Final[dict[str, str]] = {
 MEANINGLESS: Final = ("constant", "input", "chance")
 """The doubts under which a robust accuracy says nothing about the model, the most telling first."""
 
+OF_STRENGTH: Final = (
+    "zero-gradient",
+    "probabilities",
+    "scale",
+    "one-step",
+    "black-box",
+    "noise",
+    "not-exhausted",
+    "transfer",
+    "whole-box",
+    "randomness",
+    "loss-spread",
+    "shattered",
+)
+"""The doubts that stronger attacks would break more: the true robust accuracy may be lower, and not higher."""
+
 OF_ADMISSION: Final[dict[str, str]] = {
     "odd-gradients": "a set breaks more easily than the one that serves, and what is made on its siblings carries "
     "three times as far as what leaked",

@@ -1,15 +1,16 @@
 """Judging gates on the interval, and the one function that decides the exit code."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Doubt, Evidence, Scope
+from holdfast.doubts.names import OF_STRENGTH
 from holdfast.gates.grammar import Claim
 from holdfast.metrics.catalogue import estimate
-from holdfast.metrics.names import ROTATION
+from holdfast.metrics.names import LOWER_BOUNDS, ROTATION, UPPER_BOUNDS
 from holdfast.metrics.paired import basis
 
 Verdict = Literal["pass", "fail", "unclear"]
@@ -106,7 +107,16 @@ def judge(
         raise UsageError(f"gate {claim.text!r} cannot be judged: {error}") from error
     gate = AtLeast(claim.bound) if claim.relation == ">=" else AtMost(claim.bound)
     scope = basis(evidence, baseline) if claim.metric == "regression" and baseline is not None else None
-    return Judgement(claim, measured, gate(measured, doubts), doubts.open, scope)
+    against = _against(claim, doubts)
+    return Judgement(claim, measured, gate(measured, against), against.open, scope)
+
+
+def _against(claim: Claim, doubts: Doubts) -> Doubts:
+    """The doubts that could make the claim false: what stronger attacks can only lower stays below an upper bound."""
+    safe = UPPER_BOUNDS if claim.relation == "<=" else LOWER_BOUNDS
+    if claim.metric not in safe:
+        return doubts
+    return replace(doubts, found=tuple(doubt for doubt in doubts.found if doubt.name not in OF_STRENGTH))
 
 
 def refuse_rotation(claim: Claim) -> None:

@@ -116,6 +116,30 @@ AT_EPS: Final = frozenset(
 )
 """Metrics that may be asked at another eps, as in `robust_accuracy@4/255`."""
 
+UPPER_BOUNDS: Final = frozenset(
+    {
+        "robust_accuracy",
+        "suite_robust_accuracy",
+        "robustness_score",
+        "worst_class",
+        *(f"perturbation_{norm}" for norm in ("linf", "l2", "l1", "l0")),
+        "robust_margin",
+        "adversarial_radius",
+    }
+)
+"""Metrics that stronger attacks can only lower."""
+
+LOWER_BOUNDS: Final = frozenset(
+    {
+        "robust_error_rate",
+        "attack_success_rate",
+        "targeted_success_rate",
+        "transfer_success",
+        "perturbed_share",
+    }
+)
+"""Metrics that stronger attacks can only raise."""
+
 SHARES: Final = AT_EPS | {
     *ROTATION,
     *(f"{name}_accuracy" for name in CORRUPTIONS),

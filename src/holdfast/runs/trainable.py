@@ -28,6 +28,11 @@ def refuse_untrainable(model: Classifier) -> None:
         raise TargetError(
             f"the model gives {model.access} and no gradients, so it cannot be trained; {model.hides}"
         )
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TargetError(
+            "the model is TorchScript, whose copies cannot be trained; give the network that it was made from, as in "
+            "net.py:make"
+        )
     refuse_lazy(model)
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):

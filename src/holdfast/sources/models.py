@@ -299,7 +299,8 @@ def _open_onnx(opening: _Opening, path: Path) -> OpenedModel:
     from holdfast.sources.onnx import open_onnx  # late: onnx is an extra
 
     graph = open_onnx(path)
-    model = opening.declared.filled(Declared(classes=graph.classes)).wrap(graph.net, access=graph.access)
+    known = Declared(classes=graph.classes, class_names=graph.class_names)
+    model = opening.declared.filled(known).wrap(graph.net, access=graph.access)
     model.hides = graph.hides
     return OpenedModel(model, opening.address, "onnx", graph.files, graph.notes)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.batch import Data
-from holdfast.core.errors import TargetError, TargetLost, UnclearOutput
+from holdfast.core.errors import HoldfastError, TargetError, TargetLost, UnclearOutput
 from holdfast.core.model import Classifier, fitted, out_of_memory
 from holdfast.core.types import Layout, Logits
 from holdfast.ops.expectation import inner
@@ -116,6 +116,38 @@ def settle_output(model: Classifier, data: Data) -> None:
             return
     if unclear is not None:
         raise unclear
+
+
+def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
+    """Treat a model whose backward pass raises as one that gives scores alone, and return a note of the reason.
+
+    Such models are ordinary: an operator without a derivative, a value that is written in place after it was saved, an
+    LSTM of cuDNN in eval mode. Cost: one forward and one backward of two examples.
+    """
+    if model.access != "gradients" or model.remote or not len(data):
+        return ()
+    weight = next(model.parameters(), None)
+    rows = data.read(0, min(_ROWS, len(data))).x
+    x = (rows if weight is None else rows.to(weight.device)).clone().requires_grad_()
+    with _looked_at(model), torch.enable_grad():
+        try:
+            logits = model(x)
+        except TargetLost:
+            raise
+        except (HoldfastError, RuntimeError, MemoryError):
+            return ()  # raised again, with its advice, when the run asks
+        if not logits.requires_grad:
+            return ()
+        try:
+            torch.autograd.grad(logits.sum(), x, allow_unused=True)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                return ()
+            model.access = "scores"
+            first = (str(error).splitlines() or [""])[0].rstrip(".")
+            model.hides = f"its backward pass raises {type(error).__name__}: {first}"
+            return (f"the model is attacked by its scores, for {model.hides}",)
+    return ()
 
 
 def _forwarded(model: Classifier, x: Tensor) -> Logits:

@@ -1,6 +1,6 @@
 """Opens an ONNX classifier: imported and checked where its operators are known, else served through onnxruntime."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,14 @@ from holdfast.sources.onnx.building import Unsupported
 from holdfast.sources.onnx.converting import convert, random_batch, unknown_operators
 from holdfast.sources.onnx.reading import OnnxFile, OnnxInput, read_onnx
 
-TOLERANCE = 1e-4
-"""largest difference between the import and onnxruntime, in units of the largest output (at least 1)"""
+TOLERANCES = {"float16": 1e-2, "float32": 1e-4, "float64": 1e-4}
+"""largest difference between the import and onnxruntime, in units of the largest output (at least 1), by input type"""
 CHECKED_SIZES = (1, 3)
 """batch sizes that are compared when a model is opened"""
+
+
+_NUMBERS = frozenset(f"tensor({kind})" for kind in ("float16", "float", "double", "int32", "int64", "bool"))
+"""types of outputs as onnxruntime names them; text, maps and sequences are no scores"""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,21 @@ class OnnxModel:
     classes: int
     files: Mapping[str, str]
     notes: tuple[str, ...]
+    class_names: tuple[str, ...] | None = None
+    """where the file has text labels"""
+
+
+class Converted(nn.Module):
+    """A network that computes in another float type than its inputs and outputs have; gradients pass through."""
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.net, self.dtype = net, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs in the type of the inputs."""
+        y: Tensor = self.net(x.to(self.dtype))
+        return y.to(x.dtype)
 
 
 class Runtime(nn.Module):
@@ -43,11 +62,12 @@ class Runtime(nn.Module):
         super().__init__()
         self.input: OnnxInput = file.input
         self.session = _session(file)
-        self.outputs = [output] if output else list(file.outputs)
+        self.kinds = {value.name: value.type for value in self.session.get_outputs()}
+        self.outputs = [output] if output else [name for name, kind in self.kinds.items() if kind in _NUMBERS]
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores of a batch; a file written for one batch size is run in slices."""
-        return self.all(x)[0]
+        return self.all(x)[0].to(x.dtype)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Runtime":
         """Itself: a session cannot be copied and holds nothing that changes."""
@@ -88,35 +108,60 @@ def open_onnx(path: Path) -> OnnxModel:
     except Unsupported as reason:
         net, access, hides = Runtime(file, output), "scores", f"{reason} cannot be imported"
         notes += (f"{hides}; served through onnxruntime, scores only and without gradients",)
-    return OnnxModel(net, access, hides, classes, file.files, notes)
+    names, said = _names(file.labels, classes)
+    return OnnxModel(net, access, hides, classes, file.files, notes + said, names)
+
+
+def _names(labels: Sequence[str | int], classes: int) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """The class names where the file has text labels for all of them, and a note where its numbers are not places."""
+    if len(labels) != classes or tuple(labels) == tuple(range(classes)):
+        return None, ()
+    if all(isinstance(label, str) for label in labels):
+        return tuple(map(str, labels)), ()
+    listed = ", ".join(map(str, labels[:8])) + (", …" if classes > 8 else "")
+    return None, (f"the file labels its classes {listed}; here they are numbered from 0 in this order",)
 
 
 def _imported(file: OnnxFile, output: str) -> tuple[nn.Module, tuple[str, ...]]:
     """The network with a free batch; where its operators do not allow that, in slices of the size in the file."""
+    net: nn.Module
+    notes: tuple[str, ...] = ()
     try:
-        return convert(file, output, batch_size=None), ()
+        net = convert(file, output, batch_size=None)
     except Unsupported:
         size = file.input.shape[0]
         if size is None:
             raise
-    notes = (f"the model takes batches of {size} only; others are cut and filled up",)
-    return FixedBatch(convert(file, output, batch_size=size), size), notes
+        notes = (f"the model takes batches of {size} only; others are cut and filled up",)
+        net = FixedBatch(convert(file, output, batch_size=size), size)
+    if file.input.dtype == np.float32:
+        return net, notes
+    return Converted(net, _torch_type(file)), (*notes, f"the model computes in {file.input.dtype}")
+
+
+def _torch_type(file: OnnxFile) -> torch.dtype:
+    return random_batch(file, 1).dtype
 
 
 def _chosen_output(file: OnnxFile, path: Path) -> tuple[str, int, tuple[str, ...]]:
     """The first output that is a float for every class of every example, and how many classes there are."""
     # Three rows: a file that was written with the size of one example inside gives itself away before the attack.
     runtime, n = Runtime(file), file.input.shape[0] or 3
-    found = dict(zip(runtime.outputs, runtime.all(random_batch(file, n)), strict=True))
+    answers = runtime.all(random_batch(file, n)) if runtime.outputs else []
+    found = dict(zip(runtime.outputs, answers, strict=True))
     floats = {name: y for name, y in found.items() if y.is_floating_point() and y.dim() and len(y) == n}
     scores = {name: y for name, y in floats.items() if y.dim() == 2}
     scores = scores or {name: y for name, y in floats.items() if y.dim() == 1}
     if not scores:
-        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in found.items())
+        shapes = ", ".join(
+            f"{name} {tuple(found[name].shape) if name in found else kind}"
+            for name, kind in runtime.kinds.items()
+        )
         wanted = f"float logits of shape ({n}, classes) were expected"
         raise TargetError(f"{str(path)!r} returns {shapes} for {n} inputs; {wanted}")
     name, logits = next(iter(scores.items()))
-    notes = (f"of the outputs {', '.join(found)}, {name} was taken as the logits",) if len(found) > 1 else ()
+    several = len(runtime.kinds) > 1
+    notes = (f"of the outputs {', '.join(runtime.kinds)}, {name} was taken as the scores",) if several else ()
     return name, 2 if is_single(logits) else logits.shape[1], notes
 
 
@@ -131,7 +176,7 @@ def _compare(net: nn.Module, file: OnnxFile, output: str, path: Path) -> None:
                 f"{str(path)!r}: the import returns {tuple(ours.shape)}, onnxruntime {tuple(theirs.shape)}"
             )
         difference = float((ours - theirs).abs().max())
-        allowed = TOLERANCE * max(1.0, float(theirs.abs().max()))
+        allowed = TOLERANCES[file.input.dtype.name] * max(1.0, float(theirs.abs().max()))
         if not difference <= allowed:  # a NaN is a difference too
             raise TargetError(
                 f"{str(path)!r}: the import differs from onnxruntime by {difference:.3g} on a batch of {n}; at most "

@@ -41,6 +41,8 @@ class OnnxFile:
     opset: int
     files: dict[str, str]
     """SHA-256 of the file and of the files with its data, by their paths"""
+    labels: tuple[str, ...] | tuple[int, ...] = ()
+    """of the classes in the order of the scores, where the file names them, as converters of scikit-learn do"""
 
     @property
     def content(self) -> bytes:
@@ -96,7 +98,33 @@ def read_onnx(path: Path) -> OnnxFile:
         tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     except (onnx.checker.ValidationError, ValueError, TypeError, RuntimeError) as error:
         raise TargetError(f"{str(path)!r} is no valid ONNX model: {str(error).splitlines()[0]}") from error
-    return OnnxFile(proto, _input(proto, tensors, path), tensors, _opset(proto, path), files)
+    labels = _labels(proto.graph)
+    _keep_tensors(proto.graph)
+    return OnnxFile(proto, _input(proto, tensors, path), tensors, _opset(proto, path), files, labels)
+
+
+def _labels(graph: Any) -> tuple[str, ...] | tuple[int, ...]:
+    """Labels of the classes, from the last operator that has some."""
+    for node in reversed(graph.node):
+        for attribute in node.attribute:
+            if attribute.name == "classlabels_strings" and attribute.strings:
+                return tuple(label.decode(errors="replace") for label in attribute.strings)
+            if attribute.name in ("classlabels_int64s", "classlabels_ints") and attribute.ints:
+                return tuple(attribute.ints)
+    return ()
+
+
+def _keep_tensors(graph: Any) -> None:
+    """Leave the scores a tensor where ZipMap, with which the converter of scikit-learn ends, makes dicts of them."""
+    helper = onnx_module().helper
+    zipped = {}
+    for node in graph.node:
+        if (node.domain, node.op_type) == ("ai.onnx.ml", "ZipMap"):
+            zipped[node.output[0]] = node
+            node.CopyFrom(helper.make_node("Identity", node.input, node.output))
+    for value in graph.output:
+        if value.name in zipped:
+            value.CopyFrom(helper.make_tensor_value_info(value.name, onnx_module().TensorProto.FLOAT, None))
 
 
 def _tensors(graph: Any) -> Iterator[Any]:

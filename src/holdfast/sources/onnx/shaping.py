@@ -14,9 +14,9 @@ from holdfast.sources.onnx.reading import onnx_module
 
 def reshape(step: Step) -> Value:
     """A new shape; the batch's size stays free, also where the file was written for one size."""
-    if step.setting("allowzero", 0):
-        raise Unsupported("Reshape with allowzero")
     x, wanted = step.x, step.ints(1)
+    if step.setting("allowzero", 0) and 0 in (*wanted.at[0], *wanted.at[1]):
+        raise Unsupported("Reshape to a size of 0")  # without a 0 the setting changes nothing
     first, second = (
         _resolved(tuple(x.at[i].shape), wanted.at[i], step.fixed_batch if x.rank and x.varies(0) else None)
         for i in (0, 1)
