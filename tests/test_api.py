@@ -75,6 +75,31 @@ def test_gradients_are_switched_on_where_the_caller_has_them_off(off):
         assert any(found.says == "gradients reach the input" for found in holdfast.doctor(net, (X, Y)))
 
 
+class Counted(torch.utils.data.Dataset):
+    """Many examples, which counts those that are read."""
+
+    def __init__(self):
+        self.read = 0
+
+    def __len__(self):
+        return 5_000
+
+    def __getitem__(self, place):
+        self.read += 1
+        return X[place % N], Y[place % N]
+
+
+@pytest.mark.parametrize("loader", [False, True], ids=["dataset", "loader"])
+def test_of_a_loader_no_more_is_read_than_is_used(loader):
+    wanted = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, n=10).evidence
+    for verb in (partial(holdfast.assess, threat="linf:0.1", suite=ATTACKS), holdfast.doctor):
+        many = Counted()
+        found = verb(network(), DataLoader(many, batch_size=20) if loader else many, n=10)
+        assert many.read == (20 if loader else 10)
+        if verb is not holdfast.doctor:
+            assert torch.equal(found.evidence["success"], wanted["success"])
+
+
 class Raising(torch.nn.Module):
     """Writes in place into what a function saved for its backward pass."""
 

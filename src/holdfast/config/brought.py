@@ -87,7 +87,8 @@ def data_of(data: DataLike, settings: AssessSettings, model: Classifier, *, leni
     if isinstance(data, str | Path):
         return ordering.opened_data(settings, model, lenient=lenient)
     _refuse_address_words(settings)
-    given = as_data(data, expected=expecting.expected(settings, model, lenient=lenient))
+    known = expecting.expected(settings, model, lenient=lenient)
+    given = as_data(data, expected=known, n=settings.n if settings.sample is None else None)
     return selected(given, n=settings.n, sample=settings.sample, seed=settings.seed)
 
 

@@ -11,14 +11,23 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.arrays import Array, from_numpy
 from holdfast.sources.expected import Expected
 
+_BATCH = 256
+"""items of a dataset that are read at once"""
+
 
 def as_data(
-    x: object, y: object = None, *, name: str = "data in memory", expected: Expected | None = None
+    x: object,
+    y: object = None,
+    *,
+    name: str = "data in memory",
+    expected: Expected | None = None,
+    n: int | None = None,
 ) -> Data:
     """A data set from `(x, y)`, from a loader or a dataset of pairs, or the data set that was given.
 
     Tensors keep their layout whatever their type, and float32 and float64; numpy arrays are read as an `.npz` would
-    be. A loader is read once, into memory. `expected` says what the data must be like.
+    be. A loader is read once, into memory, up to its first `n` examples where that is given. `expected` says what the
+    data must be like.
     """
     expected = expected or Expected()
     if y is None:
@@ -27,7 +36,7 @@ def as_data(
         if isinstance(x, tuple) and len(x) == 2:
             x, y = x
         else:
-            x, y = _gathered(x)
+            x, y = _gathered(x, n)
     inputs, targets = _array(x, "inputs"), _array(y, "labels")
     ids = np.arange(len(inputs), dtype=np.int64)
     resolution = torch.finfo(x.dtype).eps if isinstance(x, Tensor) and x.is_floating_point() else None
@@ -49,16 +58,17 @@ def _introduced(data: Data, expected: Expected) -> Data:
     return data
 
 
-def _gathered(pairs: object) -> tuple[object, object]:
-    """Inputs and labels of all batches of a loader, or of all items of a dataset."""
+def _gathered(pairs: object, n: int | None) -> tuple[object, object]:
+    """Inputs and labels of the batches of a loader, or of the items of a dataset, until there are `n` examples."""
     if isinstance(pairs, torch.utils.data.Dataset):
-        pairs = torch.utils.data.DataLoader(pairs, batch_size=256)
+        pairs = torch.utils.data.DataLoader(pairs, batch_size=_BATCH if n is None else min(n, _BATCH))
     if not isinstance(pairs, Iterable):
         raise TargetError(
             f"data is a {type(pairs).__name__}; (x, y), a loader, a dataset or a path was expected"
         )
     xs: list[Tensor] = []
     ys: list[Tensor] = []
+    read = 0
     for batch in pairs:
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
             raise TargetError(
@@ -66,6 +76,9 @@ def _gathered(pairs: object) -> tuple[object, object]:
             )
         xs.append(torch.as_tensor(batch[0]))
         ys.append(torch.as_tensor(batch[1]))
+        read += len(ys[-1]) if ys[-1].dim() else 1
+        if n is not None and read >= n:
+            break
     if not xs:
         raise TargetError("the data yields nothing; at least one batch is needed")
     if ys[0].dim() == 0:
