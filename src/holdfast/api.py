@@ -6,11 +6,9 @@ normalise it once; below them every parameter has one type.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
-
-import torch
+from typing import Any
 
 from holdfast.attacks.protocol import Attack
 from holdfast.checkup import Finding, examine
@@ -30,6 +28,7 @@ from holdfast.config.brought import (
     subject_of,
     surrogates_of,
 )
+from holdfast.config.grad_mode import with_gradients
 from holdfast.config.grammar import nearest
 from holdfast.config.settings import AssessSettings, HardenSettings
 from holdfast.config.starting import DEMO_COMMAND, DIGITS, demo_settings, init, validate
@@ -72,22 +71,7 @@ __all__ = [
 ]
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _with_gradients(verb: Callable[P, T]) -> Callable[P, T]:
-    """The verb with gradients switched on, also where it is called under `no_grad` or `inference_mode`."""
-
-    @wraps(verb)
-    def called(*args: P.args, **kwargs: P.kwargs) -> T:
-        with torch.inference_mode(False), torch.enable_grad():
-            return verb(*args, **kwargs)
-
-    return called
-
-
-@_with_gradients
+@with_gradients
 def assess(
     model: ModelLike,
     data: DataLike,
@@ -187,7 +171,7 @@ def carry_out(
     return assessing.assess(subject, data, order, run=run, resume=resume, progress=progress, opening=opening)
 
 
-@_with_gradients
+@with_gradients
 def harden(
     model: ModelLike,
     data: DataLike,
@@ -318,7 +302,7 @@ def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
     return assessing.assess(subject, few, order), len(data)
 
 
-@_with_gradients
+@with_gradients
 def doctor(
     model: ModelLike,
     data: DataLike,

@@ -10,8 +10,9 @@ from holdfast.config import settings
 from holdfast.config.attacks import build
 from holdfast.config.grammar import number, pairs, parse_surrogate, parse_threat, seconds
 from holdfast.config.naming import ATTACKS, FLOW, LABELS_ONLY, MEMBERS, VARIANTS, attack_meant, members
-from holdfast.config.settings import SUITES, AssessSettings, HardenSettings, RotateSettings, usual_suite
+from holdfast.config.settings import AssessSettings, HardenSettings, RotateSettings
 from holdfast.config.starting import validate
+from holdfast.config.suites import SUITES, usual_suite
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError

@@ -14,7 +14,8 @@ from holdfast.cli.early import (
     refuse_unknown_model,
 )
 from holdfast.cli.options import Voice, offered, spoken
-from holdfast.config.settings import DEFAULT_SUITE, SUITES, AssessSettings, HardenSettings, S, read
+from holdfast.config.settings import AssessSettings, HardenSettings, S, read
+from holdfast.config.suites import DEFAULT_SUITE, SUITES
 from holdfast.config.values import SurrogateSettings
 from holdfast.core.errors import UsageError
 from holdfast.store.files import refuse_no_run

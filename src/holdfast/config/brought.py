@@ -1,7 +1,6 @@
 """What a Python caller holds in hand or names, taken once into what a run is given: settings, model, data, attacks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +46,7 @@ def brought(
     subject = subject_of(model, settings)
     seconds = surrogates_of(surrogates, settings, subject.model)
     given = data_of(data, settings, subject.model)
-    notes = expecting.fitting(subject.model, seconds, given)
-    return replace(subject, notes=(*subject.notes, *notes)), given, seconds
+    return expecting.fitting(subject, seconds, given), given, seconds
 
 
 def subject_of(model: ModelLike, settings: AssessSettings) -> Subject:

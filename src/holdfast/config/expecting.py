@@ -56,17 +56,20 @@ def unlabelled(settings: AssessSettings, model: Classifier) -> Expected:
     return replace(expected(settings, model), classes=None, class_names=None, checks_labels=False)
 
 
-def fitting(model: Classifier, surrogates: Sequence[Subject], data: Data) -> tuple[str, ...]:
-    """Find out from the data what is not declared, and return notes of it.
+def fitting(subject: Subject, surrogates: Sequence[Subject], data: Data) -> Subject:
+    """Find out from the data what is not declared, and return the subject with what was found of it.
 
     That is whether single outputs are logits, whether the backward pass of the model works, and the layouts of
     surrogates. Raises `UnclearOutput` where single outputs may be probabilities.
     """
+    model = subject.model
     for each in (model, *(surrogate.model for surrogate in surrogates)):
         if each is not model:
             Probe(each).suit(data.read(0, min(2, len(data))).x)
         settle_output(each, data)
-    return settle_gradients(model, data)
+    notes = settle_gradients(model, data)
+    card = {**subject.card, "access": model.access} if notes else subject.card
+    return replace(subject, card=card, notes=(*subject.notes, *notes))
 
 
 def units_of_eps(model: Classifier, normalised: Normalisation | None) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def opened(settings: HardenSettings) -> tuple[Subject, Batch, Data, Data]:
     model = subject.model
     training = _with_unlabelled(_opened_training(settings, model), settings.unlabelled, settings, model)
     judged = ordering.opened_data(_few(settings), model)
-    expecting.fitting(model, (), judged)
+    subject = expecting.fitting(subject, (), judged)
     return subject, training, judged, ordering.opened_data(_all(settings), model)
 
 
@@ -71,7 +71,7 @@ def brought_all(
         else:
             given = as_data(fit, expected=expecting.expected(settings, own))
             training = given.read(0, len(given))
-    expecting.fitting(own, (), judged)
+    subject = expecting.fitting(subject, (), judged)
     return subject, _with_unlabelled(training, unlabelled, settings, own), judged, whole
 
 

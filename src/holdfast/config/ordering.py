@@ -1,6 +1,5 @@
 """From settings to what a run takes: the model opened, the data opened, and the order."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -8,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from holdfast.attacks import Corruption
 from holdfast.attacks.protocol import Attack, Learned
@@ -23,9 +21,11 @@ from holdfast.config.expecting import (
     units_of_eps,
     unlabelled,
 )
+from holdfast.config.grad_mode import differentiable
 from holdfast.config.grammar import parse_threat, parse_transform, seconds
 from holdfast.config.naming import chosen
-from holdfast.config.settings import DEFAULT_SUITE, AssessSettings, usual_suite
+from holdfast.config.settings import AssessSettings
+from holdfast.config.suites import DEFAULT_SUITE, usual_suite
 from holdfast.config.values import SurrogateSettings
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
@@ -132,15 +132,8 @@ def given_subject(net: nn.Module | Any, settings: AssessSettings) -> Subject:
     return _held(net, declared(settings), settings.transform)
 
 
-def _made_in_inference_mode(net: nn.Module) -> bool:
-    tensors = (*net.parameters(), *net.buffers())
-    return any(not is_lazy(tensor) and tensor.is_inference() for tensor in tensors)
-
-
 def _held(net: nn.Module | Any, said: Declared, transform: str | None = None) -> Subject:
-    if isinstance(net, nn.Module) and _made_in_inference_mode(net):
-        net = copy.deepcopy(net)  # whose tensors can be saved for a backward pass
-    model = said.wrap(net)
+    model = said.wrap(differentiable(net) if isinstance(net, nn.Module) else net)
     inner = model.net
     kind = type(inner) if isinstance(inner, nn.Module) else inner
     name = getattr(kind, "__qualname__", type(inner).__name__)
@@ -210,8 +203,7 @@ def opened(settings: AssessSettings) -> tuple[Subject, Data, tuple[Subject, ...]
     subject = opened_subject(settings)
     surrogates = opened_surrogates(settings, subject.model)
     data = opened_data(settings, subject.model)
-    notes = fitting(subject.model, surrogates, data)
-    return replace(subject, notes=(*subject.notes, *notes)), data, surrogates
+    return fitting(subject, surrogates, data), data, surrogates
 
 
 def examples_to_fit(plan: Plan) -> int:

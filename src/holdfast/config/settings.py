@@ -6,47 +6,24 @@ The same names everywhere: a key of the YAML file, a flag of the command line, a
 import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from holdfast.config import values
 from holdfast.config.grammar import (
-    Sees,
-    ThreatSpec,
     nearest,
     pairs,
-    parse_threat,
 )
-from holdfast.config.naming import ATTACKS, CARD, VARIANTS, chosen, members
+from holdfast.config.naming import CARD
+from holdfast.config.suites import SuiteName, refuse_unknown
 from holdfast.config.wording import complaint, place
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.names import slug
 
 SCHEMA_VERSION = 1
-
-SuiteName = Literal[
-    "quick", "fast", "standard", "rand", "black-box", "minimum-norm", "corruptions", "transfer"
-]
-SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
-"""What `--suite` takes; `holdfast.suites` composes them, and a test keeps the two in step."""
-DEFAULT_SUITE: SuiteName = "fast"
-
-
-def usual_suite(threat: ThreatSpec) -> SuiteName:
-    """What is run where neither a suite nor attacks are named, by what the attacker sees of the model.
-
-    That is `transfer` where the attacker sees nothing, `black-box` where scores or labels, and else `fast`.
-    """
-    if threat.norm == "corruptions" or threat.access == "gradients":
-        return DEFAULT_SUITE
-    if threat.access == "none":
-        return "transfer"
-    return "black-box" if members("black-box", threat) else DEFAULT_SUITE
 
 
 class AssessSettings(BaseModel):
@@ -264,7 +241,7 @@ def read(
         put(content, key, _parsed(value, f"--set {key}"))
     content |= given
     settings = check(content, "" if path is None else str(path), spoken, kind=kind)
-    _refuse_attacks(settings)
+    refuse_unknown(settings.suite, settings.attacks, settings.threat, settings.only, settings.skip)
     return settings
 
 
@@ -277,30 +254,6 @@ def _for(content: dict[str, Any], where: str, kind: type[S]) -> dict[str, Any]:
     }
     check(others, where, kind=RotateSettings)
     return {key: value for key, value in content.items() if key not in others}
-
-
-def _refuse_attacks(settings: AssessSettings) -> None:
-    """Refuse what `only` and `skip` name as the run would, where the names are known without torch."""
-    if settings.attacks is not None:
-        names = tuple(str(spec.get("use")) for spec in settings.attacks)
-    else:
-        threat = parse_threat(settings.threat)
-        names = members(settings.suite or usual_suite(threat), threat)
-    if not names or not set(names) <= {*ATTACKS, *VARIANTS}:
-        return
-    try:
-        chosen(names, settings.only, settings.skip)
-    except UsageError:
-        if settings.suite is not None or settings.attacks is not None or not _of_black_box(settings):
-            raise
-
-
-def _of_black_box(settings: AssessSettings) -> bool:
-    """Whether `only` and `skip` name attacks of `black-box`, the default suite where the model gives no gradients."""
-    threat = parse_threat(settings.threat)
-    seen: tuple[Sees, ...] = ("scores", "labels")
-    known = {slug(name) for each in seen for name in members("black-box", replace(threat, access=each))}
-    return {slug(name) for name in (*settings.only, *settings.skip)} <= known
 
 
 def load(path: Path) -> dict[str, Any]:

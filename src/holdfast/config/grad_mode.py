@@ -1,0 +1,31 @@
+"""Gradients wherever a verb is called from: switched on, and through tensors that a backward pass can use."""
+
+import copy
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def with_gradients(verb: Callable[P, T]) -> Callable[P, T]:
+    """The verb with gradients switched on, also where it is called under `no_grad` or `inference_mode`."""
+
+    @wraps(verb)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode(False), torch.enable_grad():
+            return verb(*args, **kwargs)
+
+    return called
+
+
+def differentiable(net: nn.Module) -> nn.Module:
+    """The network; a copy where it was made under `inference_mode`, whose tensors no backward pass can use."""
+    tensors = (*net.parameters(), *net.buffers())
+    made_there = any(not is_lazy(tensor) and tensor.is_inference() for tensor in tensors)
+    return copy.deepcopy(net) if made_there else net
