@@ -19,7 +19,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/py
 
 help:
 	@echo 'make demo                assess the bundled network, offline; prints where the report is'
-	@echo 'make test                everything that checks the project (15 minutes at most on two cores)'
+	@echo 'make test                everything that checks the project (15 to 45 minutes on two cores)'
 	@echo 'make check               format, lint, types, floors, docs, quick tests'
 	@echo 'make docs                build the documentation into site/'
 	@echo 'make bench [PEERS=dir]   measure against the peers; writes a dated record'
