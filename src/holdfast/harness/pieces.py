@@ -22,9 +22,9 @@ class Room:
     known: Mapping[int, int] = field(default_factory=dict)
     """sizes that an earlier attempt at this work went on with, by the row it had come to"""
     halved: Callable[[int, int], None] = field(default=lambda row, size: None)
-    """told at which row memory ran out and the size that is tried next, before it is tried"""
+    """called with the row at which memory ran out and the next size, before that is tried"""
     progress: Callable[[int], None] = field(default=lambda n: None)
-    """told how many examples were just finished"""
+    """called with the number of examples that were just finished"""
 
 
 def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Room) -> dict[str, Tensor]:

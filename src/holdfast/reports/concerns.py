@@ -127,7 +127,7 @@ _SATURATED = (
 
 
 def concern(name: str, output: str | None = None) -> Concern:
-    """The explanation of a doubt about a model with the declared `output`; its bare name where a plugin brought it."""
+    """The explanation of a doubt about a model with the declared `output`; its name alone where a plugin defines it."""
     known = CONCERNS.get(name, Concern(name.replace("-", " ").capitalize(), "", ""))
     if name == "zero-gradient" and output == "probability":
         return replace(known, advice=_SATURATED)
