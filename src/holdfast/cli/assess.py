@@ -111,8 +111,13 @@ TARGET = (
     click.option(
         "--drop", multiple=True, metavar="COL", help="Leave this column of a table out, as a name or an id."
     ),
+    click.option("--x", metavar="NAME", help="Array of the inputs in an .npz file (default: x_test or x)."),
+    click.option("--y", metavar="NAME", help="Array of the labels in an .npz file (default: y_test or y)."),
     click.option("--arch", metavar="NAME|FILE.py:F", help="Architecture of a state dict."),
     click.option("--model-args", multiple=True, metavar="K=V", help="Arguments of the factory."),
+    click.option(
+        "--input-shape", metavar="N,…", help="Sizes of one example, where an .onnx file leaves them free."
+    ),
     click.option("--bounds", metavar="LOW,HIGH", help="Range of legal inputs (default: 0,1)."),
     click.option("--mean", metavar="M,…", help="Subtracted inside the model, one number a channel."),
     click.option("--std", metavar="S,…", help="Divides inside the model, one number a channel."),
