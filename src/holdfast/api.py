@@ -208,7 +208,6 @@ def harden(
     class_order: ClassOrder | None = None,
     arch: str | None = None,
     model_args: Mapping[str, str] | None = None,
-    input_shape: Sequence[int] | None = None,
     trust_code: bool = False,
     doubts: bool = True,
     adaptive: bool = False,

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from holdfast.cli import completing
 from holdfast.cli.options import Voice, spoken
 
 
@@ -27,7 +28,7 @@ def models(voice: Voice) -> None:
 
 
 @click.command(short_help="list the attacks, or show one with its settings")
-@click.argument("name", required=False)
+@click.argument("name", required=False, type=completing.ATTACK)
 @spoken
 def attacks(voice: Voice, name: str | None) -> None:
     """The attacks that a suite, a configuration or `use:` may name; with NAME, its settings and their defaults."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from holdfast.cli import completing
 from holdfast.cli.once import Group
 from holdfast.cli.options import Voice, spoken
 
@@ -40,7 +41,7 @@ def list_(voice: Voice = Voice()) -> None:  # noqa: B008 (an immutable value)
 
 
 @data.command()
-@click.argument("address")
+@click.argument("address", type=completing.DATA)
 @click.option("--split", metavar="NAME", help="Split of the data (default: test where there is one).")
 @click.option("--label", metavar="COL", help="Label column of a table.")
 @click.option("--drop", multiple=True, metavar="COL", help="Leave this column of a table out.")
@@ -75,7 +76,7 @@ def show(voice: Voice, *, address: str, **named: Any) -> None:
 
 
 @data.command()
-@click.argument("name")
+@click.argument("name", type=completing.DATA)
 @spoken
 def fetch(voice: Voice, name: str) -> None:
     """Download a data set from its official mirror; every file is checked against its published checksum."""

@@ -14,7 +14,7 @@ from holdfast.sources.models import ROTATING, Declared, OpenedModel, open_model
 from holdfast.sources.remote import Remote
 from holdfast.store.pool import Pool
 
-_OWN = ("arch", "model_args", "input_shape", "bounds", "mean", "std", "model_output", "classes")
+_OWN = ("arch", "model_args", "bounds", "mean", "std", "model_output", "classes")
 """What a pool says of its model, and nobody else."""
 _BARE = (
     "the number is that of an attacker who holds the set that serves (A5), which rotation does not change; add "
@@ -98,7 +98,6 @@ def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
             known.get("classes"),
             known.get("model_output"),
             class_names=None if names is None else tuple(names),
-            input_shape=known.get("input_shape"),
             normalised=None if normalised is None else Normalisation(*(tuple(side) for side in normalised)),
         ),
         trust_code=trust_code,
