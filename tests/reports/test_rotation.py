@@ -67,7 +67,7 @@ def test_without_a_whole_table_nothing_is_said(rotation):
     content = summarised(rotation)
     jsonschema.validate(json.loads(to_json(content)), schema())
     assert content["rotation"] is None
-    assert "Whom rotation stops" not in page(content)
+    assert "Rotation against each attacker" not in page(content)
     assert "### Attackers" not in markdown.document(content)
     assert "attackers:" not in terminal.tables(content, colour=False)
 

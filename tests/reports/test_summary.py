@@ -77,7 +77,7 @@ def test_every_summary_follows_the_published_schema_and_survives_strict_json(cas
 def test_a_run_that_says_nothing_of_itself_still_makes_a_page():
     evidence = dataclasses.replace(made.evidence(), model={}, data={}, suite="")
     content = _check(made.summary(evidence, metrics=made.measured(evidence)))
-    assert "Repeat it" in page(content)
+    assert "Reproduce" in page(content)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -359,7 +359,7 @@ def test_what_carries_across_data_is_in_every_report():
     share, control = (found["rows"][0][name][1] for name in ("shares", "controls"))
     assert share["value"] == pytest.approx(turned[:, 0, 1].double().mean().item())
     html = page(content)
-    assert "What carries across data" in html
+    assert "Transfer across data" in html
     assert f"heat-{round(10 * share['value'])}" in html
     assert "<b>.npz" not in html
     said = f"{percent(share['value'])} ({words.interval('transfer_success', share)}), mixed {percent(control['value'])}"
@@ -377,5 +377,5 @@ def test_without_surrogates_there_is_no_matrix():
     content = _check(made.summarised(made.evidence()))
     assert content["transfer"] is None
     assert content["surrogates"] == []
-    assert "What transfers" not in page(content)
+    assert ">Transfer<" not in page(content)
     assert "transfer:" not in terminal.tables(content, colour=False)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 MOST_CLASS_ROWS = 20
 """Classes drawn, the worst of them where there are more."""
+MOST_EXAMPLES = 6
+"""Examples that are shown at once; the others unfold."""
 MOST_CURVE_ROWS = 30
 """Rows of the table under a curve."""
 SIZES = (("wide", 720.0, 300.0), ("narrow", 340.0, 260.0))
@@ -30,7 +32,10 @@ def page(summary: Mapping[str, Any]) -> str:
         s=summary,
         verdict_sign=words.VERDICTS[summary["verdict"]][0],
         verdict_word=words.VERDICTS[summary["verdict"]][1],
+        title=words.capitalized(words.title(summary)),
         main=words.main_metric(summary),
+        metrics=words.told_metrics(summary),
+        shown_examples=MOST_EXAMPLES,
         open_doubts=words.open_doubts(summary),
         hardest=_hardest(summary["attacks"]),
         by_distance=attacks.by_distance(summary),

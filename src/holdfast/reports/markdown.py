@@ -8,7 +8,7 @@ from holdfast.core.names import printable
 from holdfast.reports import across, rotation, transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits, passes, risks, row
 from holdfast.reports.numbers import count
-from holdfast.reports.words import VERDICTS, capitalized, interval, label, sentences, shown
+from holdfast.reports.words import VERDICTS, capitalized, interval, label, sentences, shown, told_metrics
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$@&#])")
 
@@ -31,9 +31,9 @@ def document(summary: Mapping[str, Any]) -> str:
     lines += _matrices(summary)
     lines += _attackers(summary)
     lines += _doubts(summary)
-    lines += ["<details><summary>All metrics</summary>", ""]
+    lines += ["<details><summary>Metrics</summary>", ""]
     lines += table(
-        ("metric", "value", "interval", "n"), (_metric(*item) for item in summary["metrics"].items())
+        ("metric", "value", "interval", "n"), (_metric(*item) for item in told_metrics(summary).items())
     )
     lines += ["</details>", "", _footing(summary), ""]
     return "\n".join(lines)
@@ -65,7 +65,7 @@ def _attacks(summary: Mapping[str, Any]) -> list[str]:
     distance = by_distance(summary)
     headings = SMALLEST if distance else STANDING
     rows = [row(attack, distance=distance) for attack in summary["attacks"]]
-    title = f"### {'Smallest change' if distance else 'Worst case'}, attack by attack"
+    title = f"### {'Smallest change of each attack' if distance else 'Attacks'}"
     return [
         title,
         "",
@@ -146,7 +146,7 @@ def _doubts(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _footing(summary: Mapping[str, Any]) -> str:
-    command = f" Repeat it: {code(summary['reproduce'])}" if summary["reproduce"] else ""
+    command = f" Reproduce: {code(summary['reproduce'])}" if summary["reproduce"] else ""
     unit = f" (eps in {summary['threat']['unit']})" if summary["threat"].get("unit") else ""
     return (
         "Robust accuracy under a suite is an upper bound on the truth; the interval is sampling error only."

@@ -8,7 +8,7 @@ from holdfast.core.names import printable
 from holdfast.reports import across, rotation, transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits, passes, risks, row, title
 from holdfast.reports.numbers import count, percent
-from holdfast.reports.words import VERDICTS, asked, interval, label, sentences, shown
+from holdfast.reports.words import VERDICTS, asked, interval, label, sentences, shown, told_metrics
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -118,7 +118,7 @@ def metric_table(summary: Mapping[str, Any], *, brief: bool = False) -> "Table":
     table = grid(
         f"metrics, {100 * summary['confidence']:.0f} % intervals", ("metric", "value", "interval", "n")
     )
-    for name, estimate in summary["metrics"].items():
+    for name, estimate in told_metrics(summary).items():
         if brief and name not in FIRST:
             continue
         table.add_row(

@@ -113,27 +113,38 @@ def main_metric(summary: Mapping[str, Any]) -> str | None:
     return next((name for name in wanted if name in summary["metrics"]), None)
 
 
-def measured(summary: Mapping[str, Any]) -> str:
-    """What was found, without any gate."""
+def told_metrics(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The metrics that a person reads: one for robust accuracy, and none that only states the rest of another."""
+    metrics = dict(summary["metrics"])
+    robust = metrics.get("robust_accuracy")
+    if robust is not None:
+        metrics.pop("attack_success_rate", None)
+        if metrics.get("suite_robust_accuracy", {}).get("value") == robust["value"]:
+            metrics.pop("suite_robust_accuracy", None)
+    return metrics
+
+
+def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
+    """What was found, without any gate; `intervals` says how sure the number is."""
     metric = main_metric(summary)
     if metric is None:
         return f"{amount(summary['n'], summary['noun']).capitalize()} were assessed"
     estimate = summary["metrics"][metric]
     rate, sure = shown(metric, estimate["value"]), interval(metric, estimate)
     of = f"of {amount(estimate['n'], summary['noun'])}"
-    tail = f"({100 * summary['confidence']:.0f} % interval {sure})"
+    tail = f" ({100 * summary['confidence']:.0f} % interval {sure})" if intervals else ""
     if metric == "robust_accuracy":
         verb = "survives" if estimate["n"] == 1 else "survive"
         if summary["scope"] == "suite only":
-            return f"{rate} {of} {verb} the suite {tail}, suite only{_elsewhere(summary)}"
-        return f"{rate} {of} {verb} {every_one_tried(summary['threat'])} {tail}{_suite_alone(summary)}"
+            return f"{rate} {of} {verb} the suite{tail}, suite only{_elsewhere(summary)}"
+        return f"{rate} {of} {verb} {every_one_tried(summary['threat'])}{tail}{_suite_alone(summary)}"
     if metric == "targeted_success_rate":
-        return f"{rate} {of} could be turned into class {summary['threat']['goal']} {tail}"
+        return f"{rate} {of} could be turned into class {summary['threat']['goal']}{tail}"
     if metric != "clean_accuracy":
         goal = summary["threat"]["goal"]
         fall = "break" if goal is None else f"turn into class {goal}"
-        return f"Half {of} {fall} within an {summary['threat']['norm']} change of {rate} {tail}"
-    return f"{rate} {of} are right without any attack {tail}"
+        return f"Half {of} {fall} within an {summary['threat']['norm']} change of {rate}{tail}"
+    return f"{rate} {of} are right without any attack{tail}"
 
 
 def _suite_alone(summary: Mapping[str, Any]) -> str:
@@ -209,10 +220,7 @@ def _because(gate: Mapping[str, Any], sure: str, doubts: Sequence[str]) -> str:
 
 def headline(summary: Mapping[str, Any]) -> str:
     """The whole result in one sentence: what was measured, what the gates asked, and the verdict."""
-    gates, found = summary["gates"], measured(summary)
-    meaningless = _meaningless(summary)
-    if meaningless:
-        found = f"not meaningful: {meaningless}; {found}"
+    gates, found = summary["gates"], _meaning(summary, measured(summary))
     if not gates:
         return f"{found}; no gate was set."
     if len(gates) == 1:
@@ -226,6 +234,16 @@ def headline(summary: Mapping[str, Any]) -> str:
     if accepted:
         sentence += f". Doubts accepted by a person: {', '.join(accepted)}"
     return sentence + "."
+
+
+def title(summary: Mapping[str, Any]) -> str:
+    """What was measured in a short sentence, for a page that shows interval, gates and doubts beside it."""
+    return _meaning(summary, measured(summary, intervals=False)) + "."
+
+
+def _meaning(summary: Mapping[str, Any], found: str) -> str:
+    meaningless = _meaningless(summary)
+    return f"not meaningful: {meaningless}; {found}" if meaningless else found
 
 
 def _meaningless(summary: Mapping[str, Any]) -> str:
