@@ -5,8 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from holdfast.cli.app import run
+from holdfast.rotation import canary
+from holdfast.sources.data import open_data
+from holdfast.sources.models import open_model
 from holdfast.store.pool import Pool
 from places import collections_from_one_place, draws_by_count  # noqa: F401 (fixtures)
 
@@ -40,3 +44,39 @@ def test_every_line_of_rotation_runs(tmp_path, monkeypatch, capsys):
     pool = Pool.held(tmp_path / "pool")
     assert pool.serving.name in {one.name for one in pool.ledger.exposed()}
     assert [one.name for one in pool.ledger.members if one.state == "candidate"]
+
+
+def test_the_application_answers_records_and_swaps(tmp_path, monkeypatch):
+    testing = pytest.importorskip("fastapi.testclient")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOLDFAST_POOL_KEY", raising=False)
+    digits = open_data("mnist-mini", n=200).read(0, 200).x
+    models = [open_model(name).model for name in ("mnist-cnn", "mnist-cnn-hardened")]
+    pool = Pool.begun(tmp_path / "pool", about={"model": "mnist-cnn"})
+    pool.keep("canaries", {"x": digits[:64]}, {})
+    names = [pool.add(model.net.state_dict(), about={}) for model in models]
+    for name, model in zip(names, models, strict=True):
+        pool.admit(name, canary=canary(model, digits[:64]))
+    pool.serve(names[0])
+    (block,) = re.findall(r"```python\n(.*?)```", page("application"), re.DOTALL)
+    app: dict[str, object] = {}
+    exec(compile(block, "application.md", "exec"), app)
+    with torch.no_grad():
+        noise = torch.rand(500, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+        answers = [model(noise).argmax(1) for model in models]
+    told_apart = int((answers[0] != answers[1]).nonzero()[0])
+    pixels = noise[told_apart, 0].tolist()
+    with testing.TestClient(app["app"]) as client:
+
+        def predict(key: str, image: list[list[float]]) -> object:
+            return client.post("/predict", json=image, headers={"X-API-Key": key})
+
+        assert predict("key-of-alice", pixels).json() == {"class": int(answers[0][told_apart])}
+        assert predict("key-of-nobody", pixels).status_code == 401
+        for wrong in (pixels[:3], [[2.0] * 28] * 28, [[0.0] * 28] * 27 + [[0.0]], []):
+            assert predict("key-of-bob", wrong).status_code == 422
+        Pool.held(tmp_path / "pool").serve(names[1])  # as another process does
+        app["renew"]()
+        assert predict("key-of-bob", pixels).json() == {"class": int(answers[1][told_apart])}
+    first, second = Pool.held(tmp_path / "pool").ledger.terms
+    assert first.answers == {pool.pseudonym("alice"): 1} and second.answers == {pool.pseudonym("bob"): 1}

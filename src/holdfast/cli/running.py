@@ -134,10 +134,13 @@ def _add(place: Path, text: str) -> None:
 
 
 @contextmanager
-def watched(voice: Voice) -> Iterator[Progress]:
-    """A progress bar with the time left and the accuracy so far, on a terminal; else nothing."""
+def watched(voice: Voice, *, piped: bool = False) -> Iterator[Progress]:
+    """A progress bar with the time left and the accuracy so far, on a terminal.
+
+    Elsewhere it is a line for each stage where `piped` asks for that, else nothing.
+    """
     if voice.quiet or not sys.stderr.isatty():
-        yield silent
+        yield _lines(voice) if piped and not voice.quiet else silent
         return
     from rich.progress import (
         BarColumn,
@@ -170,6 +173,21 @@ def watched(voice: Voice) -> Iterator[Progress]:
             bars.update(task, completed=step.done, total=step.of, visible=going, **_words(step))
 
         yield progress
+
+
+def _lines(voice: Voice) -> Progress:
+    """Says each stage when it begins, with what the stages before it have left."""
+    last = ""
+
+    def progress(step: Step) -> None:
+        nonlocal last
+        if step.stage != last:
+            last = step.stage
+            words = _words(step)
+            left = f", {words['standing'].strip()} so far" if words["standing"] else ""
+            voice.say(f"stage {words['place']}: {words['description']}{left}")
+
+    return progress
 
 
 def _words(step: Step) -> dict[str, Any]:
@@ -221,13 +239,13 @@ def run_gallery(place: Path | None, voice: Voice) -> int:
 def run_demo(folder: Path, voice: Voice) -> int:
     """Assess the bundled network on real digits and say what to look at; 0 when it ran."""
     voice.say(
-        "assessing a network that reads digits, on 200 real ones, under the attacks of AutoAttack standard"
+        "attacking a network that reads digits, on 200 real ones, with the attacks of AutoAttack standard"
     )
-    with watched(voice) as progress:
+    with watched(voice, piped=True) as progress:
         result = demo(folder, progress=progress)
     tell(result, [], voice)
     voice.say(
-        "one gate passes and one fails: clean digits are read well, and changes that nobody minds fool it"
+        "one gate passes and one fails: the network reads clean digits, and small changes to them mislead it"
     )
     voice.say("open the report in a browser:")
     click.echo(str((folder / "report.html").absolute()))
