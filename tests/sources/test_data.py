@@ -530,3 +530,9 @@ def test_real_data_is_read(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -
         assert data.read(0, 10).x.shape == (10, *shape)
     fraud = open_data("credit-fraud", expected=Expected(bounds=Bounds(-1e6, 1e6)))
     assert set(fraud.read(0, len(fraud)).y.tolist()) == {0, 1}
+
+
+def test_labels_of_two_signs_are_refused_with_their_numbers(tmp_path: Path) -> None:
+    address = npz(tmp_path / "d.npz", x=BYTES, y=np.where(Y > 0, 1, -1))
+    with pytest.raises(TargetError, match=r"hold -1; classes count from 0: give \(y \+ 1\) // 2"):
+        open_data(address, n=3)

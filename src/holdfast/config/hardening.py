@@ -115,8 +115,13 @@ def _opened_training(settings: HardenSettings, model: Classifier) -> Batch:
         data = wanted(split="train")
     except NoSplit as error:
         if settings.fit in (None, settings.data):
+            same = (
+                f"--fit {settings.fit} names the data that judge"
+                if settings.fit
+                else "they are there to judge"
+            )
             raise UsageError(
-                f"{address!r} has no train split to train on ({error}); name other examples with --fit DATA"
+                f"{address!r} has no train split to train on, and {same}; name other examples with --fit DATA"
             ) from error
         data = wanted()
     return data.read(0, len(data))

@@ -165,9 +165,9 @@ def labels(
         return y
     every = y if whole is None else whole
     if len(y) and y.min() < 0:
-        raise TargetError(
-            f"the labels of {name} hold {y.min()}; classes count from 0: drop rows without one, or number them anew"
-        )
+        signs = set(np.unique(every).tolist()) == {-1, 1}
+        way_out = "give (y + 1) // 2" if signs else "drop rows without one, or number them anew"
+        raise TargetError(f"the labels of {name} hold {y.min()}; classes count from 0: {way_out}")
     if classes is not None and len(y) and y.max() >= classes:
         raise TargetError(off_range(int(every.min()), int(every.max()), classes, name))
     return y
