@@ -117,8 +117,11 @@ def told_metrics(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The metrics that a person reads: one for robust accuracy, and none that only states the rest of another."""
     metrics = dict(summary["metrics"])
     robust = metrics.get("robust_accuracy")
+    if "clean_accuracy" in metrics:
+        metrics.pop("clean_error_rate", None)
     if robust is not None:
         metrics.pop("attack_success_rate", None)
+        metrics.pop("robust_error_rate", None)
         if metrics.get("suite_robust_accuracy", {}).get("value") == robust["value"]:
             metrics.pop("suite_robust_accuracy", None)
     return metrics
