@@ -14,7 +14,7 @@ _LOSE_LESS = (
     "draw more, or lose less by draw with --set immunise.weight=0.25, or by more epochs of the collection; more "
     "training data judge more surely"
 )
-_ELSEWHERE = "sets that are trained from fresh weights resemble none that leaked: holdfast rotate draw POOL --by anew --immunise"
+_ELSEWHERE = "sets trained from fresh weights resemble none that leaked: holdfast rotate draw POOL --by anew --immunise"
 """What helps where sets only lose too much, and where they are too near to what leaked, or are no sets."""
 
 
