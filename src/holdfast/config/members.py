@@ -1,0 +1,72 @@
+"""The attacks of a run with their names in tables: by canonical name, or as a Python caller gives them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from holdfast.attacks.protocol import Attack
+from holdfast.config.attacks import attack_class, checked
+from holdfast.config.naming import VARIANTS
+from holdfast.config.spellings import attack_listed, norms_of
+from holdfast.core.constraints import Constraint
+from holdfast.core.errors import UsageError
+from holdfast.harness import Member, labelled
+from holdfast.suites import variant
+
+AttackLike = Attack | type[Attack] | str
+"""An attack, a class of attacks, which stands for its default settings, or a name."""
+
+SuiteLike = AttackLike | Sequence[AttackLike]
+"""The name of a suite, an attack, or several attacks."""
+
+_EXPECTED = (
+    "expected the name of a suite or of an attack, an attack such as holdfast.attacks.PGD(steps=100), or a list of "
+    "attacks and their names"
+)
+
+
+def members_named(names: Sequence[str], constraint: Constraint) -> tuple[Member, ...]:
+    """The attacks of some canonical names, at their default settings or at those that suites give them."""
+    return tuple(_named(name, constraint) for name in names)
+
+
+def members_given(suite: object, constraint: Constraint) -> tuple[Member, ...]:
+    """What a Python caller gives in place of a suite: an attack, a class or a name, or several of them."""
+    if isinstance(suite, Attack | type):
+        return (_given(suite, constraint),)
+    given = tuple(suite) if isinstance(suite, Iterable) else ()
+    if not given:
+        raise UsageError(f"suite is {suite!r}; {_EXPECTED}")
+    return tuple(_given(each, constraint) for each in given)
+
+
+def _given(each: object, constraint: Constraint) -> Member:
+    if isinstance(each, str):
+        return _named(attack_listed(each), constraint)
+    attack = _made(each, each.__name__) if isinstance(each, type) else each
+    if not isinstance(attack, Attack):
+        raise UsageError(f"suite holds {each!r}; {_EXPECTED}")
+    return labelled([checked(attack)])[0]
+
+
+def _named(name: str, constraint: Constraint) -> Member:
+    if name not in VARIANTS:
+        return Member(name, _made(attack_class(name), name))
+    found = variant(name, constraint)
+    if found is None:
+        norm = type(constraint).__name__.lower()
+        raise UsageError(
+            f"{name} is the name that suites give to {VARIANTS[name]} under {', '.join(norms_of(name))}, and the "
+            f"threat is {norm}; name {VARIANTS[name]}, or choose another threat"
+        )
+    return Member(name, found)
+
+
+def _made(cls: type[Any], name: str) -> Any:
+    """An attack at its default settings; `UsageError` where it has settings without one."""
+    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    if needed:
+        raise UsageError(
+            f"{name} needs {', '.join(needed)}; give an attack with it, as {name}({needed[0]}=...)"
+        )
+    return cls()
