@@ -1,11 +1,11 @@
 """The attacks of a run with their names in tables: by canonical name, or as a Python caller gives them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
 from holdfast.attacks.protocol import Attack
-from holdfast.config.attacks import attack_class, checked
+from holdfast.config.attacks import attack_class, build, checked
 from holdfast.config.naming import VARIANTS
 from holdfast.config.spellings import attack_listed, norms_of
 from holdfast.core.constraints import Constraint
@@ -13,8 +13,8 @@ from holdfast.core.errors import UsageError
 from holdfast.harness import Member, labelled
 from holdfast.suites import variant
 
-AttackLike = Attack | type[Attack] | str
-"""An attack, a class of attacks, which stands for its default settings, or a name."""
+AttackLike = Attack | type[Attack] | str | Mapping[str, Any]
+"""An attack, a class of attacks, which stands for its default settings, a name, or `{"use": "pgd", "steps": 100}`."""
 
 SuiteLike = AttackLike | Sequence[AttackLike]
 """The name of a suite, an attack, or several attacks."""
@@ -30,22 +30,26 @@ def members_named(names: Sequence[str], constraint: Constraint) -> tuple[Member,
     return tuple(_named(name, constraint) for name in names)
 
 
-def members_given(suite: object, constraint: Constraint) -> tuple[Member, ...]:
-    """What a Python caller gives in place of a suite: an attack, a class or a name, or several of them."""
-    if isinstance(suite, Attack | type):
-        return (_given(suite, constraint),)
-    given = tuple(suite) if isinstance(suite, Iterable) else ()
-    if not given:
-        raise UsageError(f"suite is {suite!r}; {_EXPECTED}")
-    return tuple(_given(each, constraint) for each in given)
+def members_given(given: object, constraint: Constraint, where: str = "suite") -> tuple[Member, ...]:
+    """What a Python caller gives as `where`: an attack, a class, a name, settings under `use`, or several of them."""
+    if isinstance(given, Attack | type | Mapping):
+        return (_given(given, constraint, where),)
+    if isinstance(given, str):
+        given = [name.strip() for name in given.split(",") if name.strip()]
+    each = tuple(given) if isinstance(given, Iterable) else ()
+    if not each:
+        raise UsageError(f"{where} is {given!r}; {_EXPECTED}")
+    return tuple(_given(one, constraint, where) for one in each)
 
 
-def _given(each: object, constraint: Constraint) -> Member:
+def _given(each: object, constraint: Constraint, where: str) -> Member:
+    if isinstance(each, Mapping):
+        return labelled([build(each, where)])[0]
     if isinstance(each, str):
         return _named(attack_listed(each), constraint)
     attack = _made(each, each.__name__) if isinstance(each, type) else each
     if not isinstance(attack, Attack):
-        raise UsageError(f"suite holds {each!r}; {_EXPECTED}")
+        raise UsageError(f"{where} holds {each!r}; {_EXPECTED}")
     return labelled([checked(attack)])[0]
 
 

@@ -107,6 +107,11 @@ def suite_called(name: str) -> str | None:
     return _suites().get(folded(name))
 
 
+def is_suite_only(name: str) -> bool:
+    """Whether a name is that of a suite and of no attack."""
+    return suite_called(name) is not None and folded(name) not in _attacks()
+
+
 def attack_called(name: str) -> str:
     """The canonical name of an attack, or the name that suites give it; `UsageError` with the nearest one."""
     known = _attacks()
@@ -154,7 +159,7 @@ def suite_or_attacks(names: Iterable[str]) -> str | tuple[str, ...]:
 
 def attack_listed(name: str) -> str:
     """The canonical name of an attack in a list; `UsageError` for a suite, which stands alone."""
-    if suite_called(name) is not None and folded(name) not in _attacks():
+    if is_suite_only(name):
         raise UsageError(
             f"{name} is a suite, and stands alone; leave the other names out, or list attacks, as in pgd,square"
         )

@@ -112,6 +112,8 @@ class Plan:
     """run every attack on every example, standing or not"""
     keep_adversarial: bool = False
     """keep every successful input, and not only a few to look at"""
+    alone: bool = False
+    """make no pass beside the attacks, and keep what they return on every example that they are run on"""
     shown: bool = True
     """keep a few successful inputs to look at"""
     doubts: DoubtsWanted = "free"
