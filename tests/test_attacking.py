@@ -22,7 +22,7 @@ BOX = Bounds()
 
 @pytest.fixture(scope="module")
 def net():
-    return open_model("mnist-cnn").model.net
+    return open_model("mnist-cnn").model
 
 
 def predicted(net, x):
@@ -39,7 +39,7 @@ def predicted(net, x):
         (FMN(steps=20), "l2"),
         ([PGD(steps=2), Square(queries=30)], "linf:0.1"),
         ("fgsm", "corruptions:3"),
-        ("corruption", "corruptions:5"),
+        ("fog", "corruptions:5"),
     ],
     ids=str,
 )  # fmt: skip
@@ -149,16 +149,16 @@ def test_loaders_addresses_and_surrounding_modes(net):
         holdfast.attack(net, X)
 
     net.train().requires_grad_(True)
-    net[0].weight.grad = before = torch.ones_like(net[0].weight)
+    net.net[0].weight.grad = before = torch.ones_like(net.net[0].weight)
     state = {name: values.clone() for name, values in net.state_dict().items()}
     with torch.no_grad():
         found = holdfast.attack(net, X.requires_grad_(), Y, PGD(steps=3), "linf:0.1")
     X.requires_grad_(False)
     assert torch.equal(found.x_adv, wanted.x_adv) and not found.x_adv.requires_grad
-    assert net.training and net[0].weight.requires_grad and net[0].weight.grad is before
+    assert net.training and net.net[0].weight.requires_grad and net.net[0].weight.grad is before
     assert all(torch.equal(values, state[name]) for name, values in net.state_dict().items())
     net.eval()
-    net[0].weight.grad = None
+    net.net[0].weight.grad = None
 
 
 def test_attacks_that_learn_transfer_and_random_models(net):
@@ -178,9 +178,13 @@ def test_attacks_that_learn_transfer_and_random_models(net):
 
 
 def test_what_cannot_work_is_refused_with_the_way_out(net):
-    scores = Classifier(net, access="scores")
+    scores = Classifier(net.forward, access="scores")
     for attack, options, says in (
-        ("pgd", {"model": scores}, "PGD needs gradients, but only scores can be seen here.*black-box"),
+        (
+            "pgd",
+            {"model": scores},
+            "PGD needs gradients, but only scores can be seen here; choose --suite black-box \\(Square\\)",
+        ),
         ("pgdd", {}, "there is no attack 'pgdd'; did you mean 'PGD'"),
         (5, {}, r"attack is 5; expected the name"),
         ("ddn", {"threat": "linf:0.1"}, "DDN"),

@@ -7,6 +7,7 @@ from typing import Any
 from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import attack_class, build, checked
 from holdfast.config.naming import VARIANTS
+from holdfast.config.settings import AssessSettings
 from holdfast.config.spellings import attack_listed, norms_of
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
@@ -25,9 +26,13 @@ _EXPECTED = (
 )
 
 
-def members_named(names: Sequence[str], constraint: Constraint) -> tuple[Member, ...]:
-    """The attacks of some canonical names, at their default settings or at those that suites give them."""
-    return tuple(_named(name, constraint) for name in names)
+def members_said(settings: AssessSettings, constraint: Constraint) -> tuple[Member, ...] | None:
+    """The attacks that settings list, with their settings or by name; None where they name a suite or nothing."""
+    if settings.attacks is not None:
+        return labelled(build(spec, f"attacks.{k}") for k, spec in enumerate(settings.attacks))
+    if isinstance(settings.suite, tuple):
+        return tuple(_named(name, constraint) for name in settings.suite)
+    return None
 
 
 def members_given(given: object, constraint: Constraint, where: str = "suite") -> tuple[Member, ...]:
@@ -61,7 +66,7 @@ def _named(name: str, constraint: Constraint) -> Member:
         norm = type(constraint).__name__.lower()
         raise UsageError(
             f"{name} is the name that suites give to {VARIANTS[name]} under {', '.join(norms_of(name))}, and the "
-            f"threat is {norm}; name {VARIANTS[name]}, or choose another threat"
+            f"threat is {norm}; choose such a threat, or name {VARIANTS[name]}"
         )
     return Member(name, found)
 

@@ -11,7 +11,7 @@ from torch import nn
 from holdfast.attacks import Corruption
 from holdfast.attacks.protocol import Learned
 from holdfast.config import pooled
-from holdfast.config.attacks import build, threat_model
+from holdfast.config.attacks import threat_model
 from holdfast.config.expecting import (
     declared,
     ends,
@@ -23,7 +23,7 @@ from holdfast.config.expecting import (
 )
 from holdfast.config.grad_mode import differentiable
 from holdfast.config.grammar import parse_threat, parse_transform, seconds
-from holdfast.config.members import members_named
+from holdfast.config.members import members_said
 from holdfast.config.naming import chosen
 from holdfast.config.settings import AssessSettings
 from holdfast.config.suites import DEFAULT_SUITE, usual_suite
@@ -40,7 +40,7 @@ from holdfast.core.skipped import DECAY, skipped
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.gates.grammar import parse as parse_gate
-from holdfast.harness import MATRIX_ROWS, Member, Plan, labelled
+from holdfast.harness import MATRIX_ROWS, Member, Plan
 from holdfast.harness.plan import DoubtsWanted, adaptive_members
 from holdfast.ops.expectation import seen_through
 from holdfast.reports.numbers import strict
@@ -296,10 +296,7 @@ def plan(
 ) -> Plan:
     """The attacks in their order under the threat model; a suite goes by what the threat and the target let see."""
     threat = threat_model(parse_threat(settings.threat))
-    if members is None and settings.attacks is not None:
-        members = labelled(build(spec, f"attacks.{k}") for k, spec in enumerate(settings.attacks))
-    if members is None and isinstance(settings.suite, tuple):
-        members = members_named(settings.suite, threat.constraint)
+    members = members or members_said(settings, threat.constraint)
     if members is not None:
         name, smallest = "", threat.constraint.eps == float("inf")
     else:

@@ -356,9 +356,8 @@ def check(
             "are pixels and a model that wants normalised input, not both"
         )
     if not settings.bounds[0] < settings.bounds[1] or not all(map(math.isfinite, settings.bounds)):
-        raise UsageError(
-            f"{prefix}bounds are {settings.bounds}; give two numbers, the lower first, as in 0,1"
-        )
+        way_out = "give two numbers, the lower first, as in 0,1"
+        raise UsageError(f"{prefix}bounds are {settings.bounds}; {way_out}")
     return settings
 
 
