@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 MOST_CLASS_ROWS = 20
 """Classes drawn, the worst of them where there are more."""
+MOST_NOTEBOOK_EXAMPLES = 6
+"""Broken examples that a notebook shows: the notebook's file keeps their pictures."""
 MOST_CURVE_ROWS = 30
 """Rows of the table under a curve."""
 SIZES = (("wide", 720.0, 300.0), ("narrow", 340.0, 260.0))
@@ -44,8 +46,11 @@ def page(summary: Mapping[str, Any]) -> str:
     )
 
 
-def fragment(summary: Mapping[str, Any]) -> str:
-    """The verdict, the attacks and the metrics that people look at first, as a notebook shows them in its own style."""
+def fragment(summary: Mapping[str, Any], asked: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The verdict, gates, attacks, main metrics, doubts and a few examples, as a notebook shows them in its own style.
+
+    `asked` are gates that were asked after the run.
+    """
     sign, word = words.VERDICTS[summary["verdict"]]
     distance = attacks.by_distance(summary)
     headings = attacks.SMALLEST if distance else attacks.STANDING
@@ -55,8 +60,19 @@ def fragment(summary: Mapping[str, Any]) -> str:
         for name, e in summary["metrics"].items()
         if name in FIRST
     ]
+    gates = [
+        (
+            f"{words.VERDICTS[gate['verdict']][0]} {gate['verdict']}",
+            words.capitalized(words.asked(gate)),
+            words.shown(gate["metric"], gate["estimate"]["value"]),
+            words.sentences(gate["says"]),
+        )
+        for gate in (*summary["gates"], *asked)
+    ]
     return filled(
         "notebook.html.j2",
+        gates=gates,
+        examples=summary["examples"][:MOST_NOTEBOOK_EXAMPLES],
         s=summary,
         sign=sign,
         word=word,
