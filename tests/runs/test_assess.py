@@ -433,9 +433,8 @@ def test_a_notebook_shows_gates_doubts_with_what_to_do_and_examples():
     result.gate("clean_accuracy >= 0.999")
     shown = result._repr_html_()
     for said in (
-        "? unclear",
-        "At least 1 % robust accuracy",
-        "At least 99.9 % clean accuracy",
+        "? gate <strong>unclear</strong>: at least 1 % robust",
+        "at least 99.9 % clean accuracy",
         "What to do: Return",
     ):
         assert said in shown

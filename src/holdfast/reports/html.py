@@ -60,18 +60,9 @@ def fragment(summary: Mapping[str, Any], asked: Sequence[Mapping[str, Any]] = ()
         for name, e in summary["metrics"].items()
         if name in FIRST
     ]
-    gates = [
-        (
-            f"{words.VERDICTS[gate['verdict']][0]} {gate['verdict']}",
-            words.capitalized(words.asked(gate)),
-            words.shown(gate["metric"], gate["estimate"]["value"]),
-            words.sentences(gate["says"]),
-        )
-        for gate in (*summary["gates"], *asked)
-    ]
     return filled(
         "notebook.html.j2",
-        gates=gates,
+        gates=[*summary["gates"], *asked],
         examples=summary["examples"][:MOST_NOTEBOOK_EXAMPLES],
         s=summary,
         sign=sign,
