@@ -34,8 +34,11 @@ def models(voice: Voice) -> None:
 @spoken
 def attacks(voice: Voice, name: str | None) -> None:
     """The attacks and all their names, in suites, configurations and tables; with NAME, settings and defaults."""
-    from holdfast.config.spellings import attack_called
+    from holdfast.config.spellings import attack_called, is_suite_only, suite_called
 
+    if name is not None and is_suite_only(name):
+        _show_suite(voice, str(suite_called(name)))
+        return
     chosen = None if name is None else attack_called(name)  # before torch, so that a slip is answered at once
     if chosen is None:
         _list_attacks(voice)
@@ -74,6 +77,17 @@ def _list_attacks(voice: Voice) -> None:
     for known in MEMBERS:
         suites.add_row(known, ", ".join(SUITE_SPELLINGS.get(known, ())))
     console.print(suites)
+
+
+def _show_suite(voice: Voice, chosen: str) -> None:
+    """What a suite calls its attacks under each norm."""
+    from holdfast.config.naming import MEMBERS
+
+    click.echo(f"{chosen} is a suite of attacks, for --suite {chosen}\n")
+    table = _table("norm", "attacks")
+    for norm, names in MEMBERS[chosen].items():
+        table.add_row(norm, ", ".join(names))
+    voice.console().print(table)
 
 
 def _show_attack(voice: Voice, chosen: str) -> None:
