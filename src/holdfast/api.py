@@ -130,8 +130,9 @@ def assess(
     """How robust a model is, honestly: the worst case over a suite of attacks, with intervals and doubts.
 
     `threat` is text, or a constraint such as `holdfast.Linf(8/255)`. `suite` names a suite or attacks (`"pgd,square"`),
-    or is an attack, a class of attacks, or a list of these. Without it, it is `fast`, or `transfer` where the threat says access=none. `surrogates` are models of the
-    attacker's own, a `Classifier` where their preprocessing is to be said, `holdfast.skipped` for skip gradients.
+    or is an attack, a class of attacks, or a list of these; without it `fast` is run, or `transfer` where the threat
+    says access=none. `surrogates` are models of the attacker's own, a `Classifier` where their preprocessing is to be
+    said, `holdfast.skipped` for skip gradients.
     `across` lists other data of the same shape, which changes are carried to and from. With `run` everything is kept in
     that folder, and `resume` goes on with it. A network in hand stays on its device.
     """
