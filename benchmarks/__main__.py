@@ -24,6 +24,7 @@ from benchmarks.absent import Absent
 ROWS = {
     "import": "imports",
     "odd-batches": "odd_batches",
+    "onnx-files": "onnx_files",
     "pgd-cost": "pgd_cost",
     "pgd-dropping": "pgd_dropping",
     "pgd-batch-norm": "batch_norm",

@@ -8,7 +8,7 @@
 (csdongxian/skip-connections-matter). adv-lib imports torchvision and visdom at the top of modules that the attacks
 compared here never use (perceptual distances and live plots), so empty stand-ins take their place, as they do for
 advertorch's pictures and for the log files of Adversarial-Patch-Training; RayS gets one for its progress bar, which
-wants a terminal; torchattacks is installed with `--no-deps`.
+wants a terminal; torchattacks is installed with `--no-deps`. The row `onnx-files` reads wheels from the same folder.
 """
 
 import importlib
@@ -56,6 +56,7 @@ _UNUSED: dict[str, dict[str, dict[str, Any]]] = {
 """Modules that a peer imports and never needs here, and what it takes from them by name."""
 _commits: dict[str, str] = {}
 _places: dict[str, str] = {}
+_folders: list[Path] = []
 
 
 def use(checkouts: Path | None) -> None:
@@ -66,11 +67,17 @@ def use(checkouts: Path | None) -> None:
         raise Absent(
             f"{checkouts} is no folder; --peers wants the folder that holds {sorted(CHECKOUTS.values())}"
         )
+    _folders.append(checkouts)
     for name, sub in CHECKOUTS.items():
         at = checkouts / sub
         if (at / name).is_dir() or (at / f"{name}.py").is_file():
             sys.path.insert(0, str(at))
             _commits[name], _places[name] = commit(at), str(at)
+
+
+def folder() -> Path | None:
+    """The folder that `--peers` names."""
+    return _folders[-1] if _folders else None
 
 
 def commit(checkout: Path) -> str:

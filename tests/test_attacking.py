@@ -1,6 +1,7 @@
 """`holdfast.attack`: judged as `assess` judges, returned as the inputs were given."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -145,6 +146,10 @@ def test_loaders_addresses_and_surrounding_modes(net):
     )
     address = holdfast.attack("mnist-cnn", "mnist-mini", None, PGD(steps=3), "linf:0.1", n=N)
     assert torch.equal(address.success, predicted(net, address.x_adv) != DIGITS.y) and len(address) == N
+    frame = pd.DataFrame(X.flatten(1).numpy()).add_prefix("pixel")
+    flat = torch.nn.Sequential(torch.nn.Unflatten(1, (1, 28, 28)), net).eval()
+    table = holdfast.attack(flat, frame, Y.numpy(), PGD(steps=3), "linf:0.1")
+    assert torch.equal(table.success, wanted.success) and table.x_adv.shape == (N, 28 * 28)
     with pytest.raises(UsageError, match="y is missing for inputs in a Tensor"):
         holdfast.attack(net, X)
 

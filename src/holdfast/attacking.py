@@ -93,6 +93,7 @@ def attack(
     split: str | None = None,
     label: str | None = None,
     drop: Sequence[str] = (),
+    input_shape: Sequence[int] | None = None,
     bounds: Numbers | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
@@ -134,7 +135,7 @@ def attack(
     place = str(x) if isinstance(x, str | Path) else None
     aimed = _threat(threat, goal, queries)
     suite = attack if isinstance(attack, str) and is_suite_only(attack) else None
-    said = {**locals(), "data": place, "threat": aimed, "suite": suite, "doubts": False}
+    said = {**locals(), "x": None, "y": None, "data": place, "threat": aimed, "suite": suite, "doubts": False}
     settings = settings_said("attack()", said, AssessSettings)
     x, data = _in_hand(x, y)
     opening = partial(brought, model, data, surrogates, settings)

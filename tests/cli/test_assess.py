@@ -229,9 +229,10 @@ def test_a_finished_run_is_reported_again_and_compares_with_another(capsys):
     compared = json.loads(Path("c.json").read_text())
     assert compared
     assert run(["runs", "."]) == 0
-    listed = capsys.readouterr().out
-    assert "one" in listed
-    assert "other" in listed
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("other ")]
+    assert run(["report", "other", "-o", "other.json"]) == 0
+    measured = json.loads(Path("other.json").read_text())["metrics"]["robust_accuracy"]["value"]
+    assert line.split()[1:5] == [f"{100 * measured:.1f}", "%", "exit", "0"]
 
 
 def test_a_comparison_under_two_threats_says_so_first(capsys):

@@ -213,6 +213,7 @@ CASES = [
     ([*ASSESS, "--across", "nowhere.npz"], 3, "nowhere.npz"),
     ([*ASSESS, "--across", "mnist-cnn.safetensors"], 3, "mnist-cnn.safetensors"),
     ([*ASSESS, "--surrogate", "http://localhost:1/v2/models/m"], 2, "weights"),
+    (["harden", "http://localhost:1/v2/models/m", "mnist-mini"], 2, "whose weights cannot be trained"),
     ([*ASSESS, "--surrogate", "m.py:seven"], 3, "7 classes"),
     ([*ASSESS, "--surrogate", "m.py:colours"], 3, "inputs (1, 28, 28)"),
     ([*ASSESS, "--surrogate", "m.py:fine,mean=0.5,mean=0.1"], 2, "twice"),

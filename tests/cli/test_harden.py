@@ -40,10 +40,10 @@ PGD = [
 
 
 def assert_its_command_opens(card):
-    """What the card of `hardened/` says opens its model, typed as it stands: it measures what the card tells."""
-    first, verb, file, *words = card["opened_by"].split()
+    """The command on the card of `hardened/` opens its model, typed as it is: it measures what the card states."""
+    first, *words = card["opened_by"].split()
     assert first == "holdfast" and card["opened_by"] in Path("hardened/card.md").read_text()
-    assert run([verb, f"hardened/{file}", *words, *JUDGED, "-o", "again.json"]) == 0
+    assert run([*words, *JUDGED, "-o", "again.json"]) == 0
     again = json.loads(Path("again.json").read_text())
     for name, estimate in card["after"]["metrics"].items():
         assert again["metrics"][name]["value"] == estimate["value"]

@@ -55,7 +55,9 @@ def test_splits_and_selections(tmp_path: Path) -> None:
     assert torch.equal(read_all(open_data(address, split="train")), read_all(open_data(address)).flip(0))
     assert open_data(address, n=5).read(0, 5).ids.tolist() == [0, 1, 2, 3, 4]
     assert len(open_data(address, n=100)) == 12
-    assert open_data(address, n=100).notes == ("100 examples were asked for; there are 12",)
+    assert open_data(address, n=100).notes == (
+        "100 examples were requested, and the data have 12: all of them were used",
+    )
     assert open_data(address, n=12).notes == ()
     drawn = [open_data(address, sample=5, seed=seed).read(0, 5).ids.tolist() for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -74,6 +76,25 @@ def test_splits_and_selections(tmp_path: Path) -> None:
         open_data(address, n=1, sample=1)
     with pytest.raises(UsageError, match="-n is 0"):
         open_data(address, n=0)
+
+
+def test_named_arrays_of_an_archive(tmp_path: Path) -> None:
+    address = npz(tmp_path / "d.npz", images=BYTES, targets=Y, other=Y[:3])
+    named = open_data(address, x="images", y="targets", n=5, expected=Expected(layout="hwc"))
+    assert named.y.tolist() == Y[:5].tolist() and np.array_equal(named.x[:, 0], BYTES[:5])
+    with pytest.raises(
+        TargetError, match=r"it has images, targets, other\. Name the arrays with --x NAME --y NAME"
+    ):
+        open_data(address)
+    with pytest.raises(UsageError, match="--x images names one array of .*; name the other with --y NAME"):
+        open_data(address, x="images")
+    with pytest.raises(UsageError, match="--y is target, and .* has no such array; it has images, targets"):
+        open_data(address, x="images", y="target")
+    with pytest.raises(UsageError, match="name one set of examples in .*, which has no split 'train'"):
+        open_data(address, x="images", y="targets", split="train")
+    (tmp_path / "t.csv").write_text("a,y\n0,1\n")
+    with pytest.raises(UsageError, match=r"is no \.npz file and has no arrays to name; leave --x images out"):
+        open_data(str(tmp_path / "t.csv"), x="images", y="targets")
 
 
 def test_the_digest_follows_values_labels_and_selection(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 import holdfast
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.sources.models import open_model
+from holdfast.sources.models import Declared, open_model
 from holdfast.sources.probing import HWC_NOTE
 
 onnx = pytest.importorskip("onnx")
@@ -709,18 +709,86 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         (
             [node("Flatten", "x", "y")],
             {"shape": (N, 3, "h", "w")},
-            "only the first size, the batch, may be free",
+            r"takes the input x \(float, N x 3 x N x N\), where more than the batch is free; .*: --input-shape 3,N,N",
         ),
-        ([node("Flatten", "x", "y")], {"dtype": TensorProto.UINT8}, "takes uint8 inputs"),
-        ([node("Identity", "x", "y")], {}, r"returns y \(3, 3, 6, 7\) for 3 inputs; float logits"),
+        (
+            [node("Flatten", "x", "y")],
+            {"dtype": TensorProto.UINT8},
+            r"takes the input x \(uint8, N x 3 x 6 x 7\). Attacks change real numbers",
+        ),
+        ([node("Identity", "x", "y")], {}, r"returns y \(float, N x 3 x 6 x 7\), as detectors"),
         ([node("Flatten", "x", "y", axis=2)], {}, r"returns y \(9, 42\) for 3 inputs; float logits"),
     ],
 )
 def test_what_is_no_classifier_is_refused(
     tmp_path: Path, nodes: list[Any], settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(TargetError, match=message):
+    with pytest.raises((TargetError, UsageError), match=message):
         open_model(write(tmp_path / "m.onnx", nodes, **settings))
+
+
+def test_a_second_input_is_refused_with_what_each_is(tmp_path: Path) -> None:
+    address = write(tmp_path / "m.onnx", [node("Flatten", "x", "y")])
+    model = onnx.load(address)
+    model.graph.input.append(helper.make_tensor_value_info("state", TensorProto.FLOAT, [2, None, 128]))
+    onnx.save(model, address)
+    with pytest.raises(TargetError, match=r"2 inputs: x .*, state \(float, 2 x N x 128\)\. One is supported"):
+        open_model(address)
+
+
+def test_free_sizes_are_declared(tmp_path: Path) -> None:
+    nodes = [node("Conv", "x w", "c"), node("GlobalAveragePool", "c", "p"), node("Flatten", "p", "y")]
+    weights = floats(4, 3, 3, 3)
+    path = write(tmp_path / "m.onnx", nodes, {"w": weights}, shape=(N, 3, "height", "width"))
+    opened = open_model(path, declared=Declared(input_shape=(3, 6, 7)))
+    assert opened.access == "gradients" and opened.model.classes == 4
+    x = torch.rand(2, 3, 6, 7)
+    known = torch.nn.functional.conv2d(x, torch.from_numpy(weights)).mean((2, 3))
+    torch.testing.assert_close(opened.model(x), known)
+    for shape in ((1, 6, 7), (6, 7), (3, 3, 6, 7)):
+        with pytest.raises(UsageError, match=r"x \(float, N x 3 x N x N\); give the shape of one example"):
+            open_model(path, declared=Declared(input_shape=shape))
+    with pytest.raises(UsageError, match=r"--input-shape is for an \.onnx file"):
+        open_model("mnist-cnn", declared=Declared(input_shape=(1, 28, 28)))
+
+
+@pytest.mark.filterwarnings("ignore:Attribute `prob[AB]_`:FutureWarning")  # skl2onnx reads it
+@pytest.mark.parametrize("labels", ["numbers", "text"])
+@pytest.mark.parametrize(
+    "kind", ["LogisticRegression", "RandomForest", "GradientBoosting", "SVC", "binary SVC"]
+)
+def test_default_exports_of_scikit_learn_answer_as_in_onnxruntime(
+    tmp_path: Path, kind: str, labels: str
+) -> None:
+    skl2onnx, runtime = pytest.importorskip("skl2onnx"), pytest.importorskip("onnxruntime")
+    from sklearn.datasets import load_iris
+    from sklearn.ensemble import GradientBoostingClassifier, RandomForestClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.svm import SVC
+
+    estimator = {
+        "LogisticRegression": LogisticRegression(),
+        "RandomForest": RandomForestClassifier(5, random_state=0),
+        "GradientBoosting": GradientBoostingClassifier(n_estimators=3),
+    }.get(kind, SVC())
+    x, y = load_iris(return_X_y=True)
+    x = (x / 8).astype(np.float32)
+    if kind == "binary SVC":
+        x, y = x[50:], y[50:] - 1
+    names = np.array(["setosa", "versicolor", "virginica"][: y.max() + 1])
+    estimator.fit(x, names[y] if labels == "text" else y)
+    path = tmp_path / "m.onnx"
+    path.write_bytes(skl2onnx.to_onnx(estimator, x[:1]).SerializeToString())
+    opened = open_model(str(path))
+    session = runtime.InferenceSession(str(path))
+    answered, scores = session.run(None, {session.get_inputs()[0].name: x})
+    ours = opened.model.net(torch.from_numpy(x)).numpy()
+    found = ours.argmax(1)
+    assert np.array_equal(names[found] if labels == "text" else found, answered)
+    assert opened.model.class_names == (tuple(names) if labels == "text" else None)
+    if opened.access == "scores":
+        np.testing.assert_allclose(ours, [list(row.values()) for row in scores], rtol=1e-6)
+    assert opened.access == ("labels" if kind == "binary SVC" else "scores")
 
 
 def test_a_giant_made_of_nothing_is_refused(tmp_path: Path) -> None:

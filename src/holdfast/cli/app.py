@@ -95,6 +95,9 @@ def run(words: Sequence[str]) -> int:
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as ended:
         return ended.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
     except click.ClickException as error:
         return _said(_plain(error), 2, debug=debug)
     except (KeyboardInterrupt, click.Abort) as stopped:

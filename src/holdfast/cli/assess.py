@@ -6,10 +6,12 @@ from typing import Any
 
 import click
 
+from holdfast.cli import completing
 from holdfast.cli.early import (
     refuse_foreign_server,
     refuse_missing_file,
     refuse_reports,
+    refuse_server_to_train,
     refuse_unknown_data,
     refuse_unknown_model,
 )
@@ -23,15 +25,24 @@ from holdfast.store.files import refuse_no_run
 _CONFIG = "holdfast.yaml"
 """What `holdfast init` writes."""
 
-FIT = click.option("--fit", metavar="DATA", help="Examples to learn attacks on (default: the train split).")
+FIT = click.option(
+    "--fit",
+    type=completing.DATA,
+    metavar="DATA",
+    help="Examples to learn attacks on (default: the train split).",
+)
 ATTACKING = (
     click.option(
-        "--threat", "-t", metavar="T", help="What the adversary may do, as in linf:8/255,queries=1000."
+        "--threat",
+        "-t",
+        type=completing.THREAT,
+        metavar="T",
+        help="What the adversary may do, as in linf:8/255,queries=1000.",
     ),
     click.option(
         "--suite",
         "-s",
-        type=str,
+        type=completing.SUITE,
         metavar="S",
         help=f"Named attacks: {', '.join(SUITES)} (default: {DEFAULT_SUITE}; black-box without gradients), or attacks "
         "by name, as in pgd,square.",
@@ -40,6 +51,7 @@ ATTACKING = (
         "--surrogate",
         "surrogates",
         multiple=True,
+        type=completing.MODEL,
         metavar="MODEL[,K=V]",
         help="A model of the attacker's own, to make examples on.",
     ),
@@ -51,7 +63,12 @@ ATTACKING = (
         metavar="G",
         help='A claim to judge, as in "robust_accuracy >= 0.40".',
     ),
-    click.option("--baseline", metavar="RUN", help="Run folder that `vs baseline` gates compare with."),
+    click.option(
+        "--baseline",
+        type=click.Path(),
+        metavar="RUN",
+        help="Run folder that `vs baseline` gates compare with.",
+    ),
     click.option(
         "--accept-doubt",
         "accept_doubts",
@@ -59,8 +76,16 @@ ATTACKING = (
         metavar='NAME="why"',
         help="Answer for a raised doubt.",
     ),
-    click.option("--only", multiple=True, metavar="ATTACK", help="Run only these attacks of the suite."),
-    click.option("--skip", multiple=True, metavar="ATTACK", help="Leave these attacks out."),
+    click.option(
+        "--only",
+        multiple=True,
+        type=completing.ATTACK,
+        metavar="ATTACK",
+        help="Run only these attacks of the suite.",
+    ),
+    click.option(
+        "--skip", multiple=True, type=completing.ATTACK, metavar="ATTACK", help="Leave these attacks out."
+    ),
     click.option(
         "--transform",
         metavar="T",
@@ -69,6 +94,7 @@ ATTACKING = (
     click.option(
         "--across",
         multiple=True,
+        type=completing.DATA,
         metavar="DATA",
         help="Other data to carry changes to and from, and see what they turn.",
     ),
@@ -98,6 +124,7 @@ ATTACKING = (
         "-o",
         "--output",
         multiple=True,
+        type=click.Path(),
         metavar="FILE",
         help="Report, by suffix: .html .json .xml .sarif .md .csv; - for JSON on stdout.",
     ),
@@ -112,6 +139,8 @@ TARGET = (
     click.option(
         "--drop", multiple=True, metavar="COL", help="Leave this column of a table out, as a name or an id."
     ),
+    click.option("--x", metavar="NAME", help="Array of the inputs in an .npz file (default: x_test or x)."),
+    click.option("--y", metavar="NAME", help="Array of the labels in an .npz file (default: y_test or y)."),
     click.option("--arch", metavar="NAME|FILE.py:F", help="Architecture of a state dict."),
     click.option("--model-args", multiple=True, metavar="K=V", help="Arguments of the factory."),
     click.option("--bounds", metavar="LOW,HIGH", help="Range of legal inputs (default: 0,1)."),
@@ -146,6 +175,17 @@ TARGET = (
         metavar="ORDER",
         help="How class names were numbered in training: lexical or numeric.",
     ),
+    click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 (default: auto)."),
+    click.option(
+        "--trust-code", is_flag=True, default=None, help="Let files run code that they bring along."
+    ),
+)
+"""The model, its input, and the data."""
+
+UNTRAINED = (
+    click.option(
+        "--input-shape", metavar="N,…", help="Sizes of one example, where an .onnx file leaves them free."
+    ),
     click.option(
         "--allow-host",
         "allow_hosts",
@@ -174,16 +214,14 @@ TARGET = (
     click.option("--http-max-rows", type=int, metavar="N", help="Rows of one request (default: 64)."),
     click.option("--http-timeout", metavar="T", help="How long the server may take (default: 30s)."),
     click.option("--http-retries", type=int, metavar="N", help="Retries of a request (default: 5)."),
-    click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 (default: auto)."),
-    click.option(
-        "--trust-code", is_flag=True, default=None, help="Let files run code that they bring along."
-    ),
 )
-"""What is looked at: the model, its input, and the data."""
+"""Of models that cannot be trained: ONNX files, and models behind a server."""
 
 SETTING = (
     click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Set any key of the configuration."),
-    click.option("--config", "-c", metavar="FILE", help="A holdfast.yaml; flags are stronger."),
+    click.option(
+        "--config", "-c", type=click.Path(), metavar="FILE", help="A holdfast.yaml; flags are stronger."
+    ),
 )
 """The configuration as a whole."""
 
@@ -240,6 +278,8 @@ def _refuse_targets(settings: AssessSettings, config: str | None) -> None:
             raise UsageError(f"{name.upper()} is missing ({meaning}); try {example}")
     for address in (str(settings.model), *(each.model for each in settings.surrogates)):
         refuse_unknown_model(address)
+    if isinstance(settings, HardenSettings):
+        refuse_server_to_train(str(settings.model))
     refuse_foreign_server(str(settings.model), settings.allow_hosts)
     for address in (str(settings.data), *settings.across):
         refuse_unknown_data(address)
@@ -314,16 +354,20 @@ DATA   a bundled name (mnist-mini), a catalogue name (see holdfast data), an .np
 
 
 @click.command(short_help="how robust is a model, honestly", help=_HELP)
-@click.argument("model", required=False)
-@click.argument("data", required=False)
+@click.argument("model", required=False, type=completing.MODEL)
+@click.argument("data", required=False, type=completing.DATA)
 @click.option(
-    "--run", "run", metavar="DIR", help="Run folder (default: holdfast-runs/<time>-assess-<digest>)."
+    "--run",
+    "run",
+    type=click.Path(),
+    metavar="DIR",
+    help="Run folder (default: holdfast-runs/<time>-assess-<digest>).",
 )
 @click.option(
     "--resume", is_flag=True, help="Go on with the run in --run, or report it again if it is finished."
 )
 @click.option("--dry-run", is_flag=True, help="Print what it would cost, and stop.")
-@offered(*ATTACKING, FIT, *TARGET, *SETTING)
+@offered(*ATTACKING, FIT, *TARGET, *UNTRAINED, *SETTING)
 @spoken
 def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flags: Any) -> int:
     """How robust is MODEL on DATA: run, resume or rehearse it."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from holdfast.cli import completing
 from holdfast.cli.options import Voice, spoken
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def models(voice: Voice) -> None:
 
 
 @click.command(short_help="list the attacks, or show one with its settings")
-@click.argument("name", required=False)
+@click.argument("name", required=False, type=completing.ATTACK)
 @spoken
 def attacks(voice: Voice, name: str | None) -> None:
     """The attacks and all their names, in suites, configurations and tables; with NAME, settings and defaults."""

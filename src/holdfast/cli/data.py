@@ -2,9 +2,11 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import click
 
+from holdfast.cli import completing
 from holdfast.cli.once import Group
 from holdfast.cli.options import Voice, spoken
 
@@ -39,12 +41,14 @@ def list_(voice: Voice = Voice()) -> None:  # noqa: B008 (an immutable value)
 
 
 @data.command()
-@click.argument("address")
+@click.argument("address", type=completing.DATA)
 @click.option("--split", metavar="NAME", help="Split of the data (default: test where there is one).")
 @click.option("--label", metavar="COL", help="Label column of a table.")
 @click.option("--drop", multiple=True, metavar="COL", help="Leave this column of a table out.")
+@click.option("--x", metavar="NAME", help="Array of the inputs in an .npz file.")
+@click.option("--y", metavar="NAME", help="Array of the labels in an .npz file.")
 @spoken
-def show(voice: Voice, *, address: str, split: str | None, label: str | None, drop: tuple[str, ...]) -> None:
+def show(voice: Voice, *, address: str, **named: Any) -> None:
     """What is in a data set: shape, range, classes, digest; for a catalogue name also its licence and source."""
     from rich.table import Table
 
@@ -60,7 +64,7 @@ def show(voice: Voice, *, address: str, split: str | None, label: str | None, dr
         table.add_row("licence", entry.licence)
         table.add_row("cite", entry.cite)
     anything = Expected(Bounds(-math.inf, math.inf), lenient=True)
-    opened = open_data(address, split=split, label=label, drop=drop, expected=anything)
+    opened = open_data(address, **named, expected=anything)
     first = opened.read(0, min(len(opened), 1000))
     table.add_row("examples", f"{len(opened):,}")
     table.add_row("shape", " x ".join(str(size) for size in first.x.shape[1:]))
@@ -72,7 +76,7 @@ def show(voice: Voice, *, address: str, split: str | None, label: str | None, dr
 
 
 @data.command()
-@click.argument("name")
+@click.argument("name", type=completing.DATA)
 @spoken
 def fetch(voice: Voice, name: str) -> None:
     """Download a data set from its official mirror; every file is checked against its published checksum."""

@@ -4,7 +4,8 @@ from typing import Any
 
 import click
 
-from holdfast.cli.assess import SETTING, TARGET, settings_from
+from holdfast.cli import completing
+from holdfast.cli.assess import SETTING, TARGET, UNTRAINED, settings_from
 from holdfast.cli.options import Voice, offered, spoken
 from holdfast.config.settings import AssessSettings
 
@@ -12,9 +13,9 @@ _SIGNS = {"problem": ("x", "red"), "warning": ("!", "yellow"), "good": ("+", "gr
 
 
 @click.command(short_help="find the usual mistakes before an hour is spent")
-@click.argument("model", required=False)
-@click.argument("data", required=False)
-@offered(*TARGET, *SETTING)
+@click.argument("model", required=False, type=completing.MODEL)
+@click.argument("data", required=False, type=completing.DATA)
+@offered(*TARGET, *UNTRAINED, *SETTING)
 @spoken
 def doctor(voice: Voice, **flags: Any) -> int:
     """Find the usual mistakes in MODEL and DATA: scale, normalisation, layout, labels, outputs, randomness, gradients.

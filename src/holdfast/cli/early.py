@@ -27,7 +27,7 @@ def refuse_missing_file(address: str | None) -> None:
 
 def refuse_unknown_model(address: str) -> None:
     """Raise `UsageError` for a word that is neither a bundled model nor a file."""
-    known = _bundled("*.safetensors")
+    known = bundled("*.safetensors")
     if _is_word(address) and address not in known:
         raise UsageError(
             f"there is no bundled model {address!r}{_offered(address, known)} "
@@ -39,7 +39,7 @@ def refuse_unknown_data(address: str) -> None:
     """Raise `UsageError` for a word that is neither a bundled or catalogued data set nor a file."""
     from holdfast.sources.catalogue import CATALOGUE
 
-    known = [*_bundled("*.npz"), *CATALOGUE]
+    known = [*bundled("*.npz"), *CATALOGUE]
     if _is_word(address) and address not in known:
         raise UsageError(
             f"there is no data set {address!r}{_offered(address, known)} "
@@ -53,6 +53,17 @@ def refuse_foreign_server(address: str, hosts: Iterable[str]) -> None:
 
     if address.partition(":")[0] in SCHEMES:
         allowed_address(address, hosts)
+
+
+def refuse_server_to_train(address: str) -> None:
+    """Raise `UsageError` for the URL of a server where weights are trained."""
+    from holdfast.sources.remote import SCHEMES
+
+    if address.partition(":")[0] in SCHEMES:
+        raise UsageError(
+            f"{address!r} is a server, whose weights cannot be trained; give the network itself: file.py:factory, or a "
+            ".safetensors or .pt file"
+        )
 
 
 def refuse_reports(outputs: Iterable[str], suffixes: Collection[str] | None = None) -> None:
@@ -69,7 +80,8 @@ def _offered(address: str, known: Iterable[str]) -> str:
     return f"{offer} Or" if offer.endswith("?") else f"{offer}; or"
 
 
-def _bundled(pattern: str) -> list[str]:
+def bundled(pattern: str) -> list[str]:
+    """Names of the bundled files of a kind."""
     return sorted(path.stem for path in (Path(holdfast.__file__).parent / "bundled").glob(pattern))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from holdfast.cli import completing
 from holdfast.cli.options import Voice, spoken
 from holdfast.config.starting import init as write_starting_file
 from holdfast.config.starting import validate as check_file
@@ -12,8 +13,12 @@ from holdfast.config.starting import validate as check_file
 
 @click.command(short_help="write a commented holdfast.yaml")
 @click.argument("path", default="holdfast.yaml", type=click.Path(path_type=Path))
-@click.option("--model", default="mnist-cnn", show_default=True, help="The model it names.")
-@click.option("--data", default="mnist-mini", show_default=True, help="The data it names.")
+@click.option(
+    "--model", type=completing.MODEL, default="mnist-cnn", show_default=True, help="The model it names."
+)
+@click.option(
+    "--data", type=completing.DATA, default="mnist-mini", show_default=True, help="The data it names."
+)
 @click.option("--force", is_flag=True, help="Write over a file that is there.")
 @spoken
 def init(voice: Voice, *, path: Path, model: str, data: str, force: bool) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from holdfast.cli import completing
 from holdfast.cli.assess import ATTACKING, SETTING, TARGET, settings_from
 from holdfast.cli.options import Voice, offered, spoken
 from holdfast.config.naming import RECIPES
@@ -13,6 +14,7 @@ from holdfast.core.errors import UsageError
 TRAINING = (
     click.option(
         "--recipe",
+        type=completing.RECIPE,
         metavar="R",
         help=f"How to train: auto (the default, which chooses), {', '.join(RECIPES)}; "
         "its settings by --set recipe.NAME=VALUE.",
@@ -20,9 +22,12 @@ TRAINING = (
     click.option(
         "--budget", metavar="T", help="Time to plan the training for, as in 10min; judging comes on top."
     ),
-    click.option("--fit", metavar="DATA", help="Examples to train on (default: the train split)."),
+    click.option(
+        "--fit", type=completing.DATA, metavar="DATA", help="Examples to train on (default: the train split)."
+    ),
     click.option(
         "--unlabelled",
+        type=completing.DATA,
         metavar="DATA",
         help="Examples to train on without their labels, beside the others (vat).",
     ),
@@ -40,10 +45,14 @@ _JUDGING = ("threat", "suite", "gates", "seed", "doubts", "batch_size", "output"
 
 
 @click.command(short_help="a new model that is harder to break", help=_HELP)
-@click.argument("model", required=False)
-@click.argument("data", required=False)
+@click.argument("model", required=False, type=completing.MODEL)
+@click.argument("data", required=False, type=completing.DATA)
 @click.option(
-    "--run", "run", metavar="DIR", help="Run folder (default: holdfast-runs/<time>-harden-<digest>)."
+    "--run",
+    "run",
+    type=click.Path(),
+    metavar="DIR",
+    help="Run folder (default: holdfast-runs/<time>-harden-<digest>).",
 )
 @click.option(
     "--resume", is_flag=True, help="Go on with the run in --run, or report it again if it is finished."

@@ -28,7 +28,7 @@ class Voice:
         return self.no_color or bool(os.environ.get("NO_COLOR"))
 
     def console(self, *, err: bool = False) -> "Console":
-        """A console on stdout or stderr; off a terminal it is as wide as its longest table needs."""
+        """A console on stdout or stderr; 110 characters wide where that is no terminal."""
         from rich.console import Console
 
         stream = sys.stderr if err else sys.stdout

@@ -78,38 +78,39 @@ def _verify_pool(voice: Voice, pool: Path, expect_head: str) -> None:
     )
 
 
+_UNBROKEN = 1000
+"""characters of a line that no table is longer than"""
+
+
 @click.command(short_help="list the runs in a folder")
 @click.argument("folder", default="holdfast-runs", type=click.Path(path_type=Path))
 @spoken
 def runs(voice: Voice, folder: Path) -> None:
-    """The runs in FOLDER, oldest first."""
+    """The runs in FOLDER, oldest first: where each lies, its robust accuracy and its state."""
     from rich.table import Table
 
+    from holdfast.reports.numbers import percent
     from holdfast.runs.index import runs_in
 
-    table = Table(
-        "run",
-        "verb",
-        "model",
-        "data",
-        "threat",
-        "suite",
-        "state",
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-    )
-    for entry in runs_in(folder):
-        state = (
-            f"finished, exit {entry.exit_code}"
-            if entry.finished
-            else f"{entry.stages_done} of {entry.stages} stages"
-        )
-        table.add_row(entry.path.name, entry.verb, entry.model, entry.data, entry.threat, entry.suite, state)
-    if not table.row_count:
+    entries = runs_in(folder)
+    if not entries:
         voice.say(f"no runs in {folder}")
         return
-    voice.console().print(table)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("run", "robust", "state", "verb", "model", "data", "threat", "suite"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading == "robust" else "left")
+    for entry in entries:
+        state = (
+            f"exit {entry.exit_code}" if entry.finished else f"{entry.stages_done} of {entry.stages} stages"
+        )
+        robust = "" if entry.robust is None else percent(entry.robust)
+        table.add_row(
+            str(entry.path), robust, state, entry.verb, entry.model, entry.data, entry.threat, entry.suite
+        )
+    console = voice.console()
+    # Paths are copied from here: a terminal that is too narrow wraps the lines itself, and nothing is cut off.
+    console.width = max(console.width, _UNBROKEN)
+    console.print(table)
 
 
 @click.command(short_help="what changed between two runs of the same examples")

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import click
 
+from holdfast.cli import completing
 from holdfast.cli.assess import SETTING, TARGET, settings_from
 from holdfast.cli.once import Group
 from holdfast.cli.options import Voice, offered, spoken
@@ -14,20 +15,28 @@ from holdfast.core.errors import UsageError
 
 _COLLECTING = (
     click.option(
-        "--threat", "-t", metavar="T", help="What the adversary may do, as in linf:0.2 (default: linf:8/255)."
+        "--threat",
+        "-t",
+        type=completing.THREAT,
+        metavar="T",
+        help="What the adversary may do, as in linf:0.2 (default: linf:8/255).",
     ),
     click.option(
         "--source",
+        type=completing.SOURCE,
         metavar="S",
         help=f"Where sets come from: {', '.join(SOURCES)} (default: basins); its settings by --set source.NAME=VALUE.",
     ),
     click.option(
         "--recipe",
+        type=completing.SETS_RECIPE,
         metavar="R",
         help=f"How sets are trained: that of the model's card (the default, else standard), {', '.join(RECIPES)}.",
     ),
     click.option("--budget", metavar="T", help="Time to plan the trainings for, as in 20min."),
-    click.option("--fit", metavar="DATA", help="Examples to train on (default: the train split)."),
+    click.option(
+        "--fit", type=completing.DATA, metavar="DATA", help="Examples to train on (default: the train split)."
+    ),
     click.option("--seed", type=int, metavar="N", help="Seed of the trainings (default: 0)."),
 )
 _JUDGING = (
@@ -98,10 +107,14 @@ def _judging(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 @rotate.command(short_help="train the sets that all begins with")
-@click.argument("model", required=False)
-@click.argument("data", required=False)
+@click.argument("model", required=False, type=completing.MODEL)
+@click.argument("data", required=False, type=completing.DATA)
 @click.option(
-    "--run", "run", metavar="DIR", help="Folder of the pool (default: holdfast-runs/<time>-rotate-<digest>)."
+    "--run",
+    "run",
+    type=click.Path(),
+    metavar="DIR",
+    help="Folder of the pool (default: holdfast-runs/<time>-rotate-<digest>).",
 )
 @click.option("--resume", is_flag=True, help="Go on with the pool in --run.")
 @_EXPECTING
@@ -122,7 +135,7 @@ def collect(voice: Voice, *, run: str | None, resume: bool, expect_head: str, **
 
 
 @rotate.command(short_help="learn a generator of the sets")
-@click.argument("pool")
+@click.argument("pool", type=click.Path())
 @_EXPECTING
 @offered(*_OF_POOL, *SETTING)
 @spoken
@@ -138,7 +151,7 @@ def train(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
 
 
 @rotate.command(short_help="make fresh candidates")
-@click.argument("pool")
+@click.argument("pool", type=click.Path())
 @click.option("--sets", "wanted", type=click.IntRange(1), metavar="N", help="How many (default: 8).")
 @click.option(
     "--by",
@@ -182,7 +195,7 @@ def draw(
 
 
 @rotate.command(short_help="judge candidates by what thieves can do")
-@click.argument("pool")
+@click.argument("pool", type=click.Path())
 @_EXPECTING
 @offered(*_JUDGING, *_OF_POOL, *SETTING)
 @spoken
@@ -202,7 +215,7 @@ def admit(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
 
 
 @rotate.command(short_help="let another set serve")
-@click.argument("pool")
+@click.argument("pool", type=click.Path())
 @click.option("--why", default="", metavar="TEXT", help="Why, for the ledger.")
 @click.option(
     "--unjudged",
@@ -222,7 +235,7 @@ def swap(voice: Voice, *, pool: str, why: str, unjudged: bool, expect_head: str)
 
 
 @rotate.command(short_help="what serves, waits, was exposed")
-@click.argument("pool")
+@click.argument("pool", type=click.Path())
 @click.option("-o", "--output", multiple=True, metavar="FILE", help="As .json; - for JSON on stdout.")
 @_EXPECTING
 @spoken
@@ -234,7 +247,7 @@ def status(voice: Voice, *, pool: str, output: tuple[str, ...], expect_head: str
 
 
 @rotate.command(short_help="print what identifies the ledger now")
-@click.argument("pool")
+@click.argument("pool", type=click.Path())
 @_EXPECTING
 @spoken
 def head(voice: Voice, *, pool: str, expect_head: str) -> int:
@@ -249,7 +262,7 @@ def head(voice: Voice, *, pool: str, expect_head: str) -> int:
 
 
 @rotate.command(short_help="convert a pool whose ledger is not authenticated")
-@click.argument("pool")
+@click.argument("pool", type=click.Path())
 @spoken
 def migrate(voice: Voice, *, pool: str) -> int:
     """Convert POOL from the older format, whose ledger was not authenticated, to this one.
@@ -264,7 +277,7 @@ def migrate(voice: Voice, *, pool: str) -> int:
 
 
 @rotate.command(short_help="note that an attacker may hold a set")
-@click.argument("pool")
+@click.argument("pool", type=click.Path())
 @click.argument("name", metavar="SET")
 @click.option("--why", required=True, metavar="TEXT", help="What happened, as in 'laptop stolen'.")
 @_EXPECTING
@@ -277,10 +290,14 @@ def expose(voice: Voice, *, pool: str, name: str, why: str, expect_head: str) ->
 
 
 @rotate.command("run", short_help="all of it, and then a swap whenever one is due")
-@click.argument("model", required=False)
-@click.argument("data", required=False)
+@click.argument("model", required=False, type=completing.MODEL)
+@click.argument("data", required=False, type=completing.DATA)
 @click.option(
-    "--run", "run", metavar="DIR", help="Folder of the pool (default: holdfast-runs/<time>-rotate-<digest>)."
+    "--run",
+    "run",
+    type=click.Path(),
+    metavar="DIR",
+    help="Folder of the pool (default: holdfast-runs/<time>-rotate-<digest>).",
 )
 @click.option("--resume", is_flag=True, help="Go on with the pool in --run.")
 @click.option(

@@ -17,6 +17,9 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.runs.order import Order, Subject
 from holdfast.runs.selection import selected
+from holdfast.sources.data import noting_fewer
+from holdfast.sources.expected import Expected
+from holdfast.sources.frames import is_frame, open_frame
 from holdfast.sources.memory import as_data
 
 Numbers = Sequence[float]
@@ -92,10 +95,25 @@ def data_of(data: DataLike, settings: AssessSettings, model: Classifier, *, leni
     """The examples, in hand or at an address; `lenient` takes those that do not fit the model, too."""
     if isinstance(data, str | Path):
         return ordering.opened_data(settings, model, lenient=lenient)
-    _refuse_address_words(settings)
     known = expecting.expected(settings, model, lenient=lenient)
-    given = as_data(data, expected=known, n=settings.n if settings.sample is None else None)
-    return selected(given, n=settings.n, sample=settings.sample, seed=settings.seed)
+    if is_frame(data):
+        _refuse_address_words(settings, "x", "y")
+        rows: dict[str, Any] = {"n": settings.n, "sample": settings.sample, "seed": settings.seed}
+        given: Data = open_frame(
+            data, label=settings.label, drop=settings.drop, split=settings.split, **rows, expected=known
+        )
+    else:
+        _refuse_address_words(settings, "split", "label", "drop", "x", "y")
+        whole = as_data(data, expected=known, n=settings.n if settings.sample is None else None)
+        given = selected(whole, n=settings.n, sample=settings.sample, seed=settings.seed)
+    return noting_fewer(given, settings.n or settings.sample)
+
+
+def held(data: DataLike, settings: AssessSettings, expected: Expected) -> Data:
+    """Other examples that a caller holds, all of them."""
+    if is_frame(data):
+        return open_frame(data, label=settings.label, drop=settings.drop, expected=expected)
+    return as_data(data, expected=expected)
 
 
 def fit_of(
@@ -104,7 +122,7 @@ def fit_of(
     """What attacks are learned on, as an address or in hand."""
     if fit is None or isinstance(fit, str | Path):
         return ordering.opened_fit(settings, model, order.plan, in_hand=not isinstance(data, str | Path))
-    given = as_data(fit, expected=expecting.expected(settings, model))
+    given = held(fit, settings, expecting.expected(settings, model))
     return selected(given, n=None, sample=ordering.examples_to_fit(order.plan) or 1, seed=settings.seed)
 
 
@@ -119,7 +137,7 @@ def others_of(given: object, settings: AssessSettings, model: Classifier) -> tup
     return tuple(
         ordering.opened_other(str(each), settings, model)
         if isinstance(each, str | Path)
-        else as_data(each, expected=expecting.unlabelled(settings, model))
+        else held(each, settings, expecting.unlabelled(settings, model))
         for each in given
     )
 
@@ -132,9 +150,9 @@ def device_of(model: ModelLike, subject: Subject, settings: AssessSettings) -> s
     return str(weight.device)
 
 
-def _refuse_address_words(settings: AssessSettings) -> None:
+def _refuse_address_words(settings: AssessSettings, *names: str) -> None:
     """What picks from a file or a catalogue has nothing to pick from in data that a caller holds."""
-    said = [f"{name}={value!r}" for name in ("split", "label", "drop") if (value := getattr(settings, name))]
+    said = [f"{name}={value!r}" for name in names if (value := getattr(settings, name))]
     if said:
         raise UsageError(
             f"{', '.join(said)} cannot be meant for data in hand: it is for an address, such as table.csv; "

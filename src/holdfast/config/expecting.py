@@ -11,6 +11,7 @@ from holdfast.core.batch import Data
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.normalisation import Normalisation
 from holdfast.runs.order import Subject
+from holdfast.sources.data import Names
 from holdfast.sources.expected import Expected
 from holdfast.sources.models import Declared
 from holdfast.sources.probing import Probe, settle_gradients, settle_output
@@ -27,7 +28,13 @@ def declared(settings: AssessSettings) -> Declared:
         settings.model_output,
         class_names=settings.class_names,
         normalised=normalisation(settings),
+        input_shape=settings.input_shape,
     )
+
+
+def names(settings: AssessSettings) -> Names:
+    """What the settings name inside the files of data."""
+    return {"label": settings.label, "drop": tuple(settings.drop), "x": settings.x, "y": settings.y}
 
 
 def normalisation(settings: AssessSettings) -> Normalisation | None:

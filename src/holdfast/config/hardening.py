@@ -69,7 +69,7 @@ def brought_all(
         if fit is None or isinstance(fit, str | Path):
             training = _opened_training(settings, own)
         else:
-            given = as_data(fit, expected=expecting.expected(settings, own))
+            given = brought.held(fit, settings, expecting.expected(settings, own))
             training = given.read(0, len(given))
     subject = expecting.fitting(subject, (), judged)
     return subject, _with_unlabelled(training, unlabelled, settings, own), judged, whole
@@ -108,8 +108,7 @@ def _opened_training(settings: HardenSettings, model: Classifier) -> Batch:
     wanted = partial(
         open_data,
         address,
-        label=settings.label,
-        drop=tuple(settings.drop),
+        **expecting.names(settings),
         expected=expecting.expected(settings, model),
     )
     try:
@@ -131,12 +130,12 @@ def _with_unlabelled(
         return batch
     expected = expecting.unlabelled(settings, model)
     if isinstance(given, str | Path):
-        label, drop = settings.label, tuple(settings.drop)
-        data: Data = open_data(str(given), split="train", label=label, drop=drop, expected=expected)
+        named = expecting.names(settings)
+        data: Data = open_data(str(given), split="train", **named, expected=expected)
     elif isinstance(given, torch.Tensor | np.ndarray):
         data = as_data(given, np.zeros(len(given), dtype=np.int64), expected=expected)
     else:
-        data = as_data(given, expected=expected)
+        data = brought.held(given, settings, expected)
     more = data.read(0, len(data))
     if more.x.shape[1:] != batch.x.shape[1:]:
         raise UsageError(
@@ -237,6 +236,8 @@ def _opens(settings: HardenSettings, subject: Subject) -> str:
     for flag, said in (
         ("--split", settings.split),
         ("--label", settings.label),
+        ("--x", settings.x),
+        ("--y", settings.y),
         ("--data-normalised", None if normalised is None else str(normalised)),
         ("--layout", settings.layout),
         ("--class-order", settings.class_order),

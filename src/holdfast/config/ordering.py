@@ -17,6 +17,7 @@ from holdfast.config.expecting import (
     ends,
     expected,
     fitting,
+    names,
     normalisation,
     units_of_eps,
     unlabelled,
@@ -190,8 +191,7 @@ def opened_data(settings: AssessSettings, model: Classifier, *, lenient: bool = 
     return open_data(
         settings.data,
         split=settings.split,
-        label=settings.label,
-        drop=tuple(settings.drop),
+        **names(settings),
         n=settings.n,
         sample=settings.sample,
         seed=settings.seed,
@@ -227,8 +227,7 @@ def opened_fit(
     wanted = partial(
         open_data,
         address,
-        label=settings.label,
-        drop=tuple(settings.drop),
+        **names(settings),
         sample=examples_to_fit(plan) or 1,
         seed=settings.seed,
     )
@@ -249,13 +248,11 @@ def opened_across(settings: AssessSettings, model: Classifier) -> tuple[Data, ..
 
 def opened_other(address: str, settings: AssessSettings, model: Classifier) -> Data:
     """One of them: a seeded sample, of which no more is needed."""
-    drop, seed = tuple(settings.drop), settings.seed
     return open_data(
         address,
-        label=settings.label,
-        drop=drop,
+        **names(settings),
         sample=MATRIX_ROWS,
-        seed=seed,
+        seed=settings.seed,
         expected=unlabelled(settings, model),
     )
 

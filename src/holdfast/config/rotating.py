@@ -19,9 +19,9 @@ from holdfast.sources.cards import trained_by
 from holdfast.store.pool import Pool
 
 _OPENING = (
-    "model", "data", "arch", "model_args", "bounds", "mean", "std", "data_normalised", "layout", "model_output",
-    "classes", "class_names", "class_order", "split", "label", "drop", "fit", "threat", "recipe", "source", "begins",
-    "seed",
+    "model", "data", "arch", "model_args", "bounds", "mean", "std", "data_normalised", "layout",
+    "model_output", "classes", "class_names", "class_order", "split", "label", "drop", "x", "y", "fit", "threat",
+    "recipe", "source", "begins", "seed",
 )  # fmt: skip
 """What opens the terms of a pool again."""
 

@@ -44,6 +44,10 @@ class AssessSettings(BaseModel):
         None, description="architecture of a state dict: a catalogue name or file.py:factory"
     )
     model_args: dict[str, str] = Field(default_factory=dict, description="arguments of the factory")
+    input_shape: values.InputShape | None = Field(
+        None,
+        description="sizes of one example without the batch, as in 3,224,224, where an .onnx file leaves them free",
+    )
     bounds: values.Numbers = Field(
         (0.0, 1.0), description="lowest and highest legal input", min_length=2, max_length=2
     )
@@ -101,6 +105,8 @@ class AssessSettings(BaseModel):
     )
     split: str | None = Field(None, description="train or test, or a value of a table's split column")
     label: str | None = Field(None, description="label column of a table")
+    x: str | None = Field(None, description="array of an .npz file that holds the inputs")
+    y: str | None = Field(None, description="array of an .npz file that holds the labels")
     drop: list[str] = Field(default_factory=list, description="columns of a table that are no features")
     fit: str | None = Field(
         None,

@@ -67,6 +67,20 @@ def _normalised(value: object) -> object:
     return mean, std
 
 
+def _input_shape(value: object) -> object:
+    """Sizes, as a list or as `3,32,32`."""
+    sides = value.split(",") if isinstance(value, str) else value
+    try:
+        shape = tuple(int(side) if isinstance(side, str) else index(side) for side in sides)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise UsageError(
+            f"input_shape is {value!r}; expected the sizes of one example without the batch, as in 3,32,32"
+        )
+    return shape
+
+
 def _unique(names: Sequence[str]) -> tuple[str, ...]:
     """The names; `UsageError` where one occurs twice or is empty."""
     for place, name in enumerate(names):
@@ -165,6 +179,7 @@ def _surrogate(value: object) -> object:
 SuiteSpec = Annotated[SuiteName | tuple[str, ...], BeforeValidator(_suite)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_fractions)]
 Normalised = Annotated[tuple[tuple[float, ...], tuple[float, ...]], BeforeValidator(_normalised)]
+InputShape = Annotated[tuple[int, ...], BeforeValidator(_input_shape)]
 ClassNames = Annotated[tuple[str, ...], MinLen(2), BeforeValidator(_class_names)]
 Whole = Annotated[StrictInt, Ge(0), BeforeValidator(_whole)]
 Positive = Annotated[StrictInt, Ge(1), BeforeValidator(_whole)]

@@ -62,7 +62,7 @@ def document(card: Mapping[str, Any]) -> str:
     )
     lines += ["![accuracy over the epochs](curve.svg)", ""]
     lines += _reservations(card)
-    lines += ["", "Open it:", "", f"    {card['opened_by']}", ""]
+    lines += ["", "Open it, from the folder in which it was made:", "", f"    {card['opened_by']}", ""]
     lines += ["Made by:", "", f"    {card['command'] or 'holdfast.harden(...)'}", ""]
     lines += [_training_cost(card), ""]
     lines += ["Settings:", "", *(f"    {line}" for line in _settings(card["settings"]))]

@@ -1,6 +1,7 @@
 """A new model as a hardening leaves it: its weights, its card, and what it is worth beside the one it was made from."""
 
 import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -48,13 +49,17 @@ class Hardened:
     folder: Path | None = None
 
     def write(self, folder: str | Path) -> Path:
-        """Write `model.safetensors`, `card.md`, `card.json` and `curve.svg` into a folder, made where it is missing."""
+        """Write `model.safetensors`, `card.md`, `card.json` and `curve.svg` into a folder, made where it is missing.
+
+        The command on the card that opens the model names it by this folder, as it was given.
+        """
         place = Path(folder)
+        card = {**self.card, "opened_by": _placed(self.card["opened_by"], place)}
         with usable(place):
             place.mkdir(parents=True, exist_ok=True)
             write_atomically(place / MODEL, self.weights)
-            write_atomically(place / "card.json", document(self.card))
-            write_atomically(place / "card.md", as_markdown(self.card).encode())
+            write_atomically(place / "card.json", document(card))
+            write_atomically(place / "card.md", as_markdown(card).encode())
             write_atomically(place / "curve.svg", curve_svg(self.card["curve"]).encode())
         return place
 
@@ -214,6 +219,12 @@ def _looked(chosen: Point, n: int, before: tuple[float, float]) -> dict[str, Any
         return {name: vars(proportion(mask)) for name, mask in zip(names, masks, strict=True)}
 
     return {"n": n, "before": told(*before), "after": told(chosen.clean, chosen.robust)}
+
+
+def _placed(command: str, folder: Path) -> str:
+    """The command that opens the model, with the file as it is seen from where the folder was named."""
+    words = shlex.split(command)
+    return shlex.join(str(folder / MODEL) if word == MODEL else word for word in words)
 
 
 def opened_by(opens: str, data: str) -> str:

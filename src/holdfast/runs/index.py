@@ -47,6 +47,8 @@ class Entry:
     stages: int
     exit_code: int | None = None
     """None until it is finished"""
+    robust: float | None = None
+    """robust accuracy, of a hardening that of the new model; None until it is finished"""
 
 
 def new_folder(verb: str, digest: str, *, parent: Path = RUNS, now: datetime | None = None) -> Path:
@@ -114,7 +116,16 @@ def _entry(path: Path) -> Entry:
         done,
         len(manifest["plan"]["stages"]),
         None if decided is None else decided["exit_code"],
+        None if decided is None else _robust_accuracy(path),
     )
+
+
+def _robust_accuracy(path: Path) -> float | None:
+    """As the report has it; None where the evidence cannot be read, which `verify` explains."""
+    try:
+        return open_run(path).metrics["robust_accuracy"].value
+    except HoldfastError:
+        return None
 
 
 def _stages(path: Path, manifest: dict[str, Any], chain: Chain) -> dict[str, Columns]:

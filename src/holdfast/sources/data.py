@@ -3,7 +3,9 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict, TypeVar
 
+from holdfast.core.batch import Data
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.types import Layout
 from holdfast.sources import tables
@@ -14,8 +16,10 @@ from holdfast.sources.expected import Expected
 from holdfast.sources.files import nearest
 from holdfast.sources.layouts import CHANNELS
 from holdfast.sources.models import BUNDLED_FOLDER
-from holdfast.sources.npz import Npz, arrays_of_split
+from holdfast.sources.npz import Npz, arrays_of_split, named_arrays
 from holdfast.sources.pictures import Pictures, open_folder
+
+D = TypeVar("D", bound=Data)
 
 _FORMS = "a bundled or catalogue name, .npz, a folder of class folders, .csv or .parquet with --label"
 
@@ -25,12 +29,23 @@ def bundled_data() -> dict[str, Path]:
     return {path.stem: path for path in sorted(BUNDLED_FOLDER.glob("*.npz"))}
 
 
+class Names(TypedDict):
+    """What the user names inside a file, as arguments of `open_data`."""
+
+    label: str | None
+    drop: tuple[str, ...]
+    x: str | None
+    y: str | None
+
+
 def open_data(
     address: str,
     *,
     split: str | None = None,
     label: str | None = None,
     drop: tuple[str, ...] = (),
+    x: str | None = None,
+    y: str | None = None,
     n: int | None = None,
     sample: int | None = None,
     seed: int = 0,
@@ -39,17 +54,21 @@ def open_data(
     """Open the data set at an address; raises `UsageError` or `TargetError` with the way out.
 
     `n` keeps the first n of the split in source order, `sample` a seeded sample. Without `split` it is the test split
-    where there is one. `drop` are columns of a table that are no features. `expected` says what the data must be like,
+    where there is one. `label` and `drop` are columns of a table, the latter no features; `x` and `y`
+    are arrays of an `.npz` file. `expected` says what the data must be like,
     and how they are read. Its probe, the model, learns its layout and its number of classes from them.
     """
-    wanted = _Wanted(split, label, drop, n, sample, seed, expected or Expected())
+    wanted = _Wanted(split, label, drop, x, y, n, sample, seed, expected or Expected())
     data = _opened(_located(address), address, wanted)
-    n_wanted = n or sample or 0
-    if len(data) < n_wanted:
-        data = replace(
-            data, notes=(*data.notes, f"{n_wanted} examples were asked for; there are {len(data)}")
-        )
-    return data
+    return noting_fewer(data, n or sample)
+
+
+def noting_fewer(data: D, wanted: int | None) -> D:
+    """The data set, with a note where it has fewer examples than were requested."""
+    if wanted is None or len(data) >= wanted or not isinstance(data, Arrays | Pictures):
+        return data
+    note = f"{wanted:,} examples were requested, and the data have {len(data):,}: all of them were used"
+    return replace(data, notes=(*data.notes, note))
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,8 @@ class _Wanted:
     split: str | None
     label: str | None
     drop: tuple[str, ...]
+    x: str | None
+    y: str | None
     n: int | None
     sample: int | None
     seed: int
@@ -81,6 +102,9 @@ def _opened(place: _Place, address: str, wanted: _Wanted) -> Arrays | Pictures:
     path = place.path
     if wanted.drop and path.exists() and not path.name.endswith(tables.SUFFIXES):
         raise UsageError(f"{address!r} is no table and has no columns; leave --drop {wanted.drop[0]} out")
+    if (wanted.x or wanted.y) and path.exists() and path.suffix != ".npz":
+        given = f"--x {wanted.x}" if wanted.x else f"--y {wanted.y}"
+        raise UsageError(f"{address!r} is no .npz file and has no arrays to name; leave {given} out")
     if path.is_dir():
         return open_folder(
             path,
@@ -108,7 +132,10 @@ def _opened(place: _Place, address: str, wanted: _Wanted) -> Arrays | Pictures:
 
 
 def _open_archive(archive: Npz, place: _Place, address: str, wanted: _Wanted) -> Arrays:
-    x_name, y_name = arrays_of_split(archive, wanted.split, address)
+    if wanted.x or wanted.y:
+        x_name, y_name = named_arrays(archive, wanted.x, wanted.y, wanted.split, address)
+    else:
+        x_name, y_name = arrays_of_split(archive, wanted.split, address)
     n_rows, n_labels = archive.rows(x_name), archive.rows(y_name)
     if n_rows != n_labels:
         counted = f"{x_name} of {address!r} has {n_rows} rows and {y_name} {n_labels}"

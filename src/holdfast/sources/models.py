@@ -71,6 +71,8 @@ class Declared:
     class_names: tuple[str, ...] | None = None
     normalised: Normalisation | None = None
     """of the data: a model without preprocessing of its own gets it inside"""
+    input_shape: Sequence[int] | None = None
+    """of one example, where an ONNX file leaves it free"""
 
     def wrap(
         self,
@@ -137,6 +139,10 @@ def open_model(
 ) -> OpenedModel:
     """Open the model at an address; raises `UsageError` or `TargetError` with the way out."""
     said = declared or Declared()
+    if said.input_shape is not None and Path(address).suffix != ".onnx":
+        raise UsageError(
+            f"--input-shape is for an .onnx file with free sizes, and the model is {address!r}; leave it out"
+        )
     opening = _Opening(address, arch, dict(model_args or {}), said, trust_code, remote or Remote())
     if address.partition(":")[0] in SCHEMES:
         return _open_http(opening)
@@ -298,7 +304,7 @@ def _open_exported(opening: _Opening, path: Path) -> OpenedModel:
 def _open_onnx(opening: _Opening, path: Path) -> OpenedModel:
     from holdfast.sources.onnx import open_onnx  # late: onnx is an extra
 
-    graph = open_onnx(path)
+    graph = open_onnx(path, opening.declared.input_shape)
     known = Declared(classes=graph.classes, class_names=graph.class_names)
     model = opening.declared.filled(known).wrap(graph.net, access=graph.access)
     model.hides = graph.hides

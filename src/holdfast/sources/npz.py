@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from holdfast.core.errors import NoSplit, TargetError
+from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.sources.files import megabytes, nearest, readable_file
 
 MAX_BYTES = 16 * 2**30
@@ -125,6 +125,22 @@ def arrays_of_split(archive: Npz, split: str | None, name: str) -> tuple[str, st
     return x, y
 
 
+def named_arrays(archive: Npz, x: str | None, y: str | None, split: str | None, name: str) -> tuple[str, str]:
+    """The arrays that the user names as inputs and labels; they are one set, which has no splits."""
+    holds = ", ".join(archive.names) or "nothing"
+    if not x or not y:
+        given, other = (f"--x {x}", "--y") if x else (f"--y {y}", "--x")
+        raise UsageError(
+            f"{given} names one array of {name!r}; name the other with {other} NAME, one of {holds}"
+        )
+    for flag, array in (("--x", x), ("--y", y)):
+        if array not in archive.names:
+            raise UsageError(f"{flag} is {array}, and {name!r} has no such array; it has {holds}")
+    if split is not None:
+        raise NoSplit(f"--x {x} --y {y} name one set of examples in {name!r}, which has no split {split!r}")
+    return x, y
+
+
 def _no_split(
     archive: Npz, split: str | None, pairs: Mapping[str, object], name: str
 ) -> TargetError | NoSplit:
@@ -135,4 +151,6 @@ def _no_split(
     if split is not None and "x" in archive.names:
         way_out = f"leave --split {split} out, or save x_{split}, y_{split} in it"
         return NoSplit(f"{name!r} holds {holds} and no split {split!r}; {way_out}")
-    return TargetError(f"{name!r} has neither x_test, y_test nor x, y; it has {holds}")
+    return TargetError(
+        f"{name!r} has neither x_test, y_test nor x, y; it has {holds}. Name the arrays with --x NAME --y NAME"
+    )

@@ -30,7 +30,8 @@ SPLIT_COLUMN = "split"
 class Table:
     """Columns of text, by name, in the order of the file."""
 
-    path: Path
+    name: str
+    """as messages have it"""
     columns: dict[str, list[str]]
 
     def __len__(self) -> int:
@@ -53,11 +54,37 @@ def open_table(
 
     Labels that are whole numbers from 0 on are the class numbers; any others are names of classes.
     """
-    expected = expected or Expected()
     readable_file(path, "data file")
     table = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
-    label = _label(label, table, name)
-    _refuse_dropped(drop, label, table, name)
+    return examples(
+        table,
+        name=name,
+        label=label,
+        drop=drop,
+        split=split,
+        n=n,
+        sample=sample,
+        seed=seed,
+        expected=expected,
+    )
+
+
+def examples(
+    table: Table,
+    *,
+    name: str,
+    label: str | None,
+    drop: tuple[str, ...] = (),
+    split: str | None = None,
+    n: int | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    expected: Expected | None = None,
+) -> Arrays:
+    """The rows of a split of a table that was read, as `open_table` returns them."""
+    expected = expected or Expected()
+    label = _label(label, table)
+    _refuse_dropped(drop, label, table)
     kept = _rows_of_split(table, split)
     chosen = kept[selected_rows(len(kept), n=n, sample=sample, seed=seed, name=name)]
     column = table.columns[label]
@@ -68,35 +95,35 @@ def open_table(
         return from_numpy(name, x, y[chosen], chosen, expected, whole=y)
     data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected)
     classes = expected.classes or (None if expected.probe is None else expected.probe.classes)
-    names, objection = lenient_numbers(sorted(set(column)), expected, classes, repr(name), "text labels")
+    names, objection = lenient_numbers(sorted(set(column)), expected, classes, table.name, "text labels")
     numbers = np.array([names.index(column[row]) for row in chosen], dtype=np.int64)
     shown = ", ".join(f"{name}={i}" for i, name in enumerate(names[:6]))
     note = f"text labels were numbered: {shown}{' …' if len(names) > 6 else ''}"
     return replace(data, y=numbers, classes=names, notes=(*data.notes, note), objection=objection)
 
 
-def _label(label: str | None, table: Table, name: str) -> str:
+def _label(label: str | None, table: Table) -> str:
     """The name of the label column, if there is one of that name."""
     if label is not None and label in table.columns:
         return label
     wrong = (
-        f"{name!r} has no column {label!r}{nearest(label, table.columns)}"
+        f"{table.name} has no column {label!r}{nearest(label, table.columns)}"
         if label
-        else f"{name!r} is a table"
+        else f"{table.name} is a table"
     )
     raise UsageError(f"{wrong}; name its label with --label, one of {', '.join(table.columns)}")
 
 
-def _refuse_dropped(drop: tuple[str, ...], label: str, table: Table, name: str) -> None:
+def _refuse_dropped(drop: tuple[str, ...], label: str, table: Table) -> None:
     for column in drop:
         if column not in table.columns:
             several = column.split(",")
             if len(several) > 1 and all(part.strip() in table.columns for part in several):
                 flags = " ".join(f"--drop {shlex.quote(part.strip())}" for part in several)
-                raise UsageError(f"{name!r} has no column {column!r}; repeat the flag: {flags}")
-            raise UsageError(f"{name!r} has no column {column!r} to drop{nearest(column, table.columns)}")
+                raise UsageError(f"{table.name} has no column {column!r}; repeat the flag: {flags}")
+            raise UsageError(f"{table.name} has no column {column!r} to drop{nearest(column, table.columns)}")
         if column == label:
-            raise UsageError(f"{column!r} is the label of {name!r}; leave --drop {column} out")
+            raise UsageError(f"{column!r} is the label of {table.name}; leave --drop {column} out")
 
 
 def _read_csv(path: Path) -> Table:
@@ -126,7 +153,7 @@ def _table(path: Path, lines: Iterator[list[str]]) -> Table:
                 f"row {number} of {str(path)!r} has {len(row)} cells; the header has {len(header)}"
             )
     columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in header]
-    return Table(path, dict(zip(header, columns, strict=True)))
+    return Table(repr(str(path)), dict(zip(header, columns, strict=True)))
 
 
 def _read_parquet(path: Path) -> Table:
@@ -151,21 +178,21 @@ def _read_parquet(path: Path) -> Table:
         name: ["" if value is None else str(value) for value in table.column(name).to_pylist()]
         for name in table.column_names
     }
-    return Table(path, columns)
+    return Table(repr(str(path)), columns)
 
 
 def _rows_of_split(table: Table, split: str | None) -> NDArray[np.int64]:
     column = table.columns.get(SPLIT_COLUMN)
     if column is None:
         if split is not None:
-            raise NoSplit(f"{str(table.path)!r} has no column {SPLIT_COLUMN!r}; leave --split {split} out")
+            raise NoSplit(f"{table.name} has no column {SPLIT_COLUMN!r}; leave --split {split} out")
         return np.arange(len(table), dtype=np.int64)
     wanted = split or "test"
     rows = np.flatnonzero(np.array(column) == wanted).astype(np.int64)
     if not len(rows) and wanted not in column:
         found = sorted(set(column))
         raise NoSplit(
-            f"{str(table.path)!r} has no split {wanted!r}{nearest(wanted, found)}; it has {', '.join(found)}"
+            f"{table.name} has no split {wanted!r}{nearest(wanted, found)}; it has {', '.join(found)}"
         )
     return rows
 
@@ -201,9 +228,7 @@ def _number(text: str) -> float | None:
 
 def _numbers(table: Table, features: list[str], rows: NDArray[np.int64]) -> NDArray[np.float32]:
     if not features:
-        raise TargetError(
-            f"{str(table.path)!r} has no column beside its label; at least one feature was expected"
-        )
+        raise TargetError(f"{table.name} has no column beside its label; at least one feature was expected")
     x = np.empty((len(rows), len(features)), dtype=np.float32)
     text: dict[str, str] = {}
     for i, name in enumerate(features):
@@ -224,7 +249,7 @@ def _not_numbers(table: Table, text: dict[str, str]) -> TargetError:
     few, more = list(text)[:6], " …" if len(text) > 6 else ""
     flags = " ".join(f"--drop {shlex.quote(name)}" for name in few)
     return TargetError(
-        f"{counted} of {str(table.path)!r} {'is' if len(text) == 1 else 'are'} not numbers: "
+        f"{counted} of {table.name} {'is' if len(text) == 1 else 'are'} not numbers: "
         f"{', '.join(text[name] for name in few)}{more}. Leave {'it' if len(text) == 1 else 'them'} out with "
         f"{flags}{more}, or write numbers in place of the text, as the model was trained"
     )

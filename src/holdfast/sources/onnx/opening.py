@@ -23,6 +23,8 @@ CHECKED_SIZES = (1, 3)
 """batch sizes that are compared when a model is opened"""
 
 
+_COMPARED = 64
+"""random inputs by which scores and labels of one file are compared"""
 _NUMBERS = frozenset(f"tensor({kind})" for kind in ("float16", "float", "double", "int32", "int64", "bool"))
 """types of outputs as onnxruntime names them; text, maps and sequences are no scores"""
 
@@ -75,10 +77,14 @@ class Runtime(nn.Module):
 
     def all(self, x: Tensor) -> list[Tensor]:
         """All outputs of a batch."""
+        return [torch.from_numpy(values).to(x.device) for values in self.values(x)]
+
+    def values(self, x: Tensor) -> list[np.ndarray[Any, Any]]:
+        """The same as arrays, which may hold text."""
         batch = x.detach().cpu().numpy().astype(self.input.dtype)
         size = self.input.shape[0] or len(batch)
         parts = [self._run(batch[start : start + size], size) for start in range(0, len(batch), max(size, 1))]
-        return [torch.from_numpy(np.concatenate(values)).to(x.device) for values in zip(*parts, strict=True)]
+        return [np.concatenate(values) for values in zip(*parts, strict=True)]
 
     def _run(self, rows: np.ndarray[Any, Any], size: int) -> list[np.ndarray[Any, Any]]:
         short = size - len(rows) if self.input.shape[0] else 0
@@ -92,10 +98,39 @@ class Runtime(nn.Module):
         return [values[: len(rows)] if short else values for values in found]
 
 
-def open_onnx(path: Path) -> OnnxModel:
-    """Import a classifier and compare it with onnxruntime; it gives scores only where it cannot be imported."""
-    file = read_onnx(path)
+class RuntimeLabels(nn.Module):
+    """The classes that a file answers, as one-hot rows."""
+
+    def __init__(self, runtime: Runtime, classes: Sequence[str | int]) -> None:
+        super().__init__()
+        self.runtime = runtime
+        self.places = {label: place for place, label in enumerate(classes)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One-hot rows in the order of the classes."""
+        return nn.functional.one_hot(self.of(x), len(self.places)).to(x.dtype)
+
+    def of(self, x: Tensor) -> Tensor:
+        """The number of the class of each example."""
+        answers = self.runtime.values(x)[0].reshape(-1).tolist()
+        return torch.tensor([self.places[answer] for answer in answers], dtype=torch.int64, device=x.device)
+
+
+def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel:
+    """Import a classifier and compare it with onnxruntime; it gives scores only where it cannot be imported.
+
+    `input_shape` is the shape of one example, which a file with free sizes needs.
+    """
+    file = read_onnx(path, input_shape)
     output, classes, notes = _chosen_output(file, path)
+    contradicting = _labels_that_differ(file, output)
+    if contradicting is not None:
+        names, said = _names(file.labels, classes)
+        hides = (
+            f"the largest value of {output} is not at the class that {contradicting.runtime.outputs[0]} gives"
+        )
+        notes = (f"{hides}, so the classes alone are used, without scores and gradients", *said)
+        return OnnxModel(contradicting, "labels", hides, classes, file.files, notes, names)
     unknown = unknown_operators(file)
     access: Access
     try:
@@ -110,6 +145,28 @@ def open_onnx(path: Path) -> OnnxModel:
         notes += (f"{hides}; served through onnxruntime, scores only and without gradients",)
     names, said = _names(file.labels, classes)
     return OnnxModel(net, access, hides, classes, file.files, notes + said, names)
+
+
+def _labels_that_differ(file: OnnxFile, output: str) -> RuntimeLabels | None:
+    """The classes that a support vector machine answers beside its scores, where they are not at the largest score.
+
+    It decides by the votes of pairs of classes. Of other operators the largest score decides: onnxruntime computes the
+    labels of some small tree ensembles otherwise.
+    """
+    if all(node.op_type != "SVMClassifier" for node in file.proto.graph.node):
+        return None
+    runtime, x = Runtime(file, output), random_batch(file, file.input.shape[0] or _COMPARED)
+    scores = runtime.all(x)[0]
+    if scores.dim() != 2 or len(file.labels) != scores.shape[1]:
+        return None
+    wanted = "tensor(string)" if isinstance(file.labels[0], str) else "tensor(int64)"
+    for name in (name for name, kind in runtime.kinds.items() if kind == wanted):
+        answered = RuntimeLabels(Runtime(file, name), file.labels)
+        first, second = scores.topk(2, dim=1).values.T
+        clear = first > second
+        if not torch.equal(answered.of(x)[clear], scores.argmax(1)[clear]):
+            return answered
+    return None
 
 
 def _names(labels: Sequence[str | int], classes: int) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """Reads an `.onnx` file within bounds: its size, its nodes, and data beside it only inside its own folder."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -17,6 +17,14 @@ from holdfast.sources.files import megabytes, readable_file, sha256_of_file
 MAX_BYTES = 1_900_000_000
 """of the model with its data; protobuf itself ends at 2 GiB"""
 MAX_NODES = 50_000
+MAX_VALUES = 2**28
+"""of one example, or of the batch where its size is fixed"""
+_FLOATS: dict[int, np.dtype[Any]] = {
+    1: np.dtype(np.float32),
+    10: np.dtype(np.float16),
+    11: np.dtype(np.float64),
+}
+"""of the numbers in TensorProto.DataType, those that attacks can change"""
 _EXTERNAL = 1
 """TensorProto.DataLocation.EXTERNAL"""
 
@@ -66,8 +74,11 @@ def onnx_module() -> ModuleType:
     return module
 
 
-def read_onnx(path: Path) -> OnnxFile:
-    """Parse, bound and check a model; its external data are read here, and nowhere else."""
+def read_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxFile:
+    """Parse, bound and check a model; its external data are read here, and nowhere else.
+
+    `input_shape` is the shape of one example, which a file with free sizes needs.
+    """
     readable_file(path, "model")
     onnx = onnx_module()
     if path.stat().st_size > MAX_BYTES:
@@ -100,7 +111,9 @@ def read_onnx(path: Path) -> OnnxFile:
         raise TargetError(f"{str(path)!r} is no valid ONNX model: {str(error).splitlines()[0]}") from error
     labels = _labels(proto.graph)
     _keep_tensors(proto.graph)
-    return OnnxFile(proto, _input(proto, tensors, path), tensors, _opset(proto, path), files, labels)
+    return OnnxFile(
+        proto, _input(proto, tensors, path, input_shape), tensors, _opset(proto, path), files, labels
+    )
 
 
 def _labels(graph: Any) -> tuple[str, ...] | tuple[int, ...]:
@@ -174,27 +187,74 @@ def _take_external(tensor: Any, model: Path, n_bytes: int) -> Path:
     return beside
 
 
-def _input(proto: Any, tensors: dict[str, NDArray[Any]], path: Path) -> OnnxInput:
+def _input(
+    proto: Any, tensors: dict[str, NDArray[Any]], path: Path, input_shape: Sequence[int] | None
+) -> OnnxInput:
     inputs = [value for value in proto.graph.input if value.name not in tensors]
     if len(inputs) != 1:
-        names = ", ".join(value.name for value in inputs) or "none"
+        names = ", ".join(_described(value) for value in inputs) or "none"
         raise TargetError(
-            f"{str(path)!r} takes {len(inputs)} inputs ({names}); a classifier takes one batch of inputs"
+            f"{str(path)!r} takes {len(inputs)} inputs: {names}. One is supported: a batch of float inputs. A "
+            "recurrent state, a length or a sampling rate has to be a constant of the model; export it again so"
         )
     kind = inputs[0].type.tensor_type
-    dtype = np.dtype(onnx_module().helper.tensor_dtype_to_np_dtype(kind.elem_type))
-    if dtype not in (np.float32, np.float64, np.float16):
+    dtype = _FLOATS.get(kind.elem_type)
+    if dtype is None:
         raise TargetError(
-            f"{str(path)!r} takes {dtype} inputs; float32 was expected. Export it without its own scaling"
+            f"{str(path)!r} takes the input {_described(inputs[0])}. Attacks change real numbers: float16, float32 or "
+            "float64 was expected. Export the model without its own scaling of "
+            "bytes and without layers that read text or token numbers"
         )
-    shape = tuple(dim.dim_value or None for dim in kind.shape.dim)
-    free = [i for i, size in enumerate(shape) if size is None and i > 0]
-    if not shape or free or prod(size or 1 for size in shape) > 2**28:
+    _refuse_no_scores(proto.graph.output, path)
+    sizes = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim)
+    shape = _filled(sizes, input_shape, inputs[0], path)
+    if prod(size or 1 for size in shape) > MAX_VALUES:
         raise TargetError(
-            f"{str(path)!r} takes inputs of shape {shape or 'unknown'}; only the first size, the batch, may be free. "
-            "Export it with the size of its inputs fixed"
+            f"{str(path)!r} takes inputs of shape {shape}; at most {MAX_VALUES} values are read"
         )
     return OnnxInput(inputs[0].name, dtype, shape)
+
+
+def _refuse_no_scores(outputs: Sequence[Any], path: Path) -> None:
+    """Refuse a file none of whose outputs has one or two axes, as far as it declares them."""
+    declared = [value.type.tensor_type.HasField("shape") for value in outputs]
+    if all(declared) and all(len(value.type.tensor_type.shape.dim) > 2 for value in outputs):
+        listed = ", ".join(_described(value) for value in outputs)
+        raise TargetError(
+            f"{str(path)!r} returns {listed}, as detectors and models of sequences do. Classifiers are supported: a "
+            "float output of shape (N, classes)"
+        )
+
+
+def _filled(
+    sizes: tuple[int | None, ...], input_shape: Sequence[int] | None, value: Any, path: Path
+) -> tuple[int | None, ...]:
+    """The sizes of the file, those that it leaves free taken from the declared shape of one example."""
+    if input_shape is None:
+        if sizes and None not in sizes[1:]:
+            return sizes
+        example = ",".join(str(size or "N") for size in sizes[1:]) or "N,…"
+        raise UsageError(
+            f"{str(path)!r} takes the input {_described(value)}, where more than the batch is free; give the shape of "
+            f"one example, with a number for every N: --input-shape {example}"
+        )
+    fits = len(input_shape) == len(sizes) - 1 or not sizes
+    if not fits or any(own not in (None, size) for own, size in zip(sizes[1:], input_shape, strict=False)):
+        raise UsageError(
+            f"--input-shape is {','.join(map(str, input_shape))}, and {str(path)!r} takes the input "
+            f"{_described(value)}; give the shape of one example, without the batch"
+        )
+    return (sizes[0] if sizes else None, *input_shape)
+
+
+def _described(value: Any) -> str:
+    """An input or an output as messages name it: its name, type and shape."""
+    kind = value.type.tensor_type
+    if not kind.elem_type:
+        return f"{value.name} (no tensor)"
+    name = onnx_module().TensorProto.DataType.Name(kind.elem_type).lower()
+    sizes = (str(dim.dim_value) if dim.dim_value > 0 else "N" for dim in kind.shape.dim)
+    return f"{value.name} ({name}, {' x '.join(sizes) or 'one number'})"
 
 
 def _opset(proto: Any, path: Path) -> int:

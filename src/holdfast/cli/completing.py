@@ -1,0 +1,56 @@
+"""Types of options and arguments whose values a shell completes. They check nothing and do not import torch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import click
+from click.shell_completion import CompletionItem
+
+from holdfast.cli.early import bundled
+from holdfast.config.grammar import Norm
+from holdfast.config.naming import ATTACKS, AUTO, CARD, RECIPES, SOURCES, VARIANTS
+from holdfast.config.suites import SUITES
+
+
+class Completed(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only
+    """Text for which a shell offers names, and where none begins so, files."""
+
+    name = "text"
+
+    def __init__(self, names: Callable[[], Sequence[str]], *, listed: bool = False) -> None:
+        """`listed` are several names with commas between them."""
+        self.names, self.listed = names, listed
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text as it is."""
+        return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Names that begin as the word does, in any case of the letters; else the files that a shell finds."""
+        before, comma, last = incomplete.rpartition(",") if self.listed else ("", "", incomplete)
+        found = [name for name in self.names() if name.lower().startswith(last.lower())]
+        if found:
+            return [CompletionItem(before + comma + name) for name in found]
+        return [CompletionItem(incomplete, type="file")]
+
+
+def _data() -> list[str]:
+    from holdfast.sources.catalogue import CATALOGUE
+
+    return [*bundled("*.npz"), *CATALOGUE]
+
+
+def _attacks() -> list[str]:
+    return sorted((*ATTACKS, *VARIANTS), key=str.lower)
+
+
+MODEL = Completed(lambda: bundled("*.safetensors"))
+DATA = Completed(_data)
+ATTACK = Completed(_attacks, listed=True)
+SUITE = Completed(lambda: [*SUITES, *_attacks()], listed=True)
+RECIPE = Completed(lambda: [AUTO, *RECIPES])
+SETS_RECIPE = Completed(lambda: [CARD, *RECIPES])
+SOURCE = Completed(lambda: list(SOURCES))
+THREAT = Completed(lambda: [f"{norm}:" for norm in get_args(Norm)])

@@ -1,0 +1,84 @@
+"""Data frames of pandas, read as a table of the same columns would be."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.sources.arrays import Arrays
+from holdfast.sources.expected import Expected
+from holdfast.sources.tables import Table, examples
+
+_NAME = "the data frame"
+
+
+def is_frame(data: object) -> bool:
+    """Whether the data are a frame of pandas, or a pair of one and its labels; pandas is not imported for it."""
+    pandas = sys.modules.get("pandas")
+    first = data[0] if isinstance(data, tuple) and len(data) == 2 else data
+    return pandas is not None and isinstance(first, pandas.DataFrame)
+
+
+def open_frame(
+    data: Any,
+    *,
+    label: str | None = None,
+    drop: Iterable[str] = (),
+    split: str | None = None,
+    n: int | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    expected: Expected | None = None,
+) -> Arrays:
+    """The examples of a frame with a label column, or of `(frame, labels)`: features as float32.
+
+    Raises `UsageError` and `TargetError` as a table does. Rows are taken in their order, whatever the index.
+    """
+    frame, labels = data if isinstance(data, tuple) else (data, None)
+    names = [str(name) for name in frame.columns]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise TargetError(
+            f"{_NAME} has several columns named {doubled[0]!r}; give each column a name of its own"
+        )
+    columns = {name: _text(frame.iloc[:, place]) for place, name in enumerate(names)}
+    if labels is not None:
+        if label is not None:
+            raise UsageError(
+                f"label={label!r} names a column, and the labels were given as well; leave one out"
+            )
+        label, columns = _with_labels(columns, labels, len(frame))
+    return examples(
+        Table(_NAME, columns),
+        name=_NAME,
+        label=label,
+        drop=tuple(drop),
+        split=split,
+        n=n,
+        sample=sample,
+        seed=seed,
+        expected=expected,
+    )
+
+
+def _with_labels(columns: dict[str, list[str]], labels: Any, n_rows: int) -> tuple[str, dict[str, list[str]]]:
+    """The name of a column for the labels, and the columns with it."""
+    values = labels if hasattr(labels, "isna") else np.asarray(labels)
+    if getattr(values, "ndim", 1) == 2 and values.shape[1] == 1:
+        values = values.iloc[:, 0] if hasattr(values, "iloc") else values[:, 0]
+    if values.ndim != 1 or len(values) != n_rows:
+        raise TargetError(
+            f"{_NAME} has {n_rows} rows and the labels have shape {tuple(values.shape)}; one label a row was expected"
+        )
+    name = "label"
+    while name in columns:
+        name += "_"
+    return name, {**columns, name: _text(values)}
+
+
+def _text(column: Any) -> list[str]:
+    """A column as text, a missing value as the empty text, as in a file."""
+    missing = np.asarray(column.isna()) if hasattr(column, "isna") else np.zeros(len(column), bool)
+    return ["" if gone else str(value) for gone, value in zip(missing, np.asarray(column), strict=True)]

@@ -1,0 +1,63 @@
+"""Data frames of pandas, read as the CSV file with the same columns is."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import holdfast
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.sources.data import open_data
+from holdfast.sources.frames import open_frame
+
+pandas = pytest.importorskip("pandas")
+
+
+def frame(labels: list[object]) -> "pandas.DataFrame":
+    rng = np.random.default_rng(0)
+    found = pandas.DataFrame(rng.random((6, 2)), columns=["a", "b"])
+    found["flag"] = [True, False] * 3
+    return found.assign(label=labels, split=["train"] * 2 + ["test"] * 4).iloc[::-1]
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 1, 0, 0, 1], ["no", "yes", "yes", "no", "no", "yes"]])
+@pytest.mark.parametrize("kind", ["object", "category"])
+def test_a_frame_is_read_as_its_csv_file(tmp_path: Path, labels: list[object], kind: str) -> None:
+    table = frame(labels)
+    table.to_csv(tmp_path / "t.csv", index=False)
+    written = open_data(str(tmp_path / "t.csv"), label="label", drop=("b",), n=3)
+    held = open_frame(table.astype({"label": kind}), label="label", drop=("b",), n=3)
+    apart = open_frame((table[["a", "flag", "split"]], table["label"].astype(kind)), n=3)
+    for other in (held, apart):
+        assert np.array_equal(written.x, other.x) and np.array_equal(written.y, other.y)
+        assert written.classes == other.classes and np.array_equal(written.ids, other.ids)
+
+
+def test_a_verdict_on_a_frame_is_exact() -> None:
+    table = pandas.DataFrame({"a": np.linspace(0.01, 0.99, 50), "b": 0.5})
+    table["label"] = (table.a > 0.5).astype(int)
+
+    def model(x):
+        return 10 * (x[:, :1] - 0.5) * x.new_tensor([-1, 1])
+
+    found = holdfast.assess(model, table, "linf:0.1", "quick", label="label", doubts=False, n=100)
+    assert found.metrics["robust_accuracy"].value == (abs(table.a - 0.5) > 0.1).mean()
+    assert "100 examples were requested, and the data have 50: all of them were used" in found.evidence.notes
+    short = holdfast.doctor(model, (table[["a", "b"]], table.label))
+    assert {finding.check: finding.level for finding in short}["accuracy"] == "good"
+
+
+def test_bad_frames_are_refused() -> None:
+    table = frame([0, 1, 1, 0, 0, 1])
+    with pytest.raises(
+        UsageError, match="the data frame is a table; name its label with --label, one of a, b"
+    ):
+        open_frame(table)
+    with pytest.raises(TargetError, match=r"has 6 rows and the labels have shape \(2,\)"):
+        open_frame((table[["a"]], table.label[:2]))
+    with pytest.raises(UsageError, match="the labels were given as well"):
+        open_frame((table[["a"]], table.label), label="label")
+    with pytest.raises(TargetError, match=r"not numbers: a \(row 2 is empty\)"):
+        open_frame(pandas.concat([table[:2], table[2:].assign(a=None)]), label="label", drop=("b", "flag"))
+    with pytest.raises(TargetError, match="several columns named 'a'"):
+        open_frame(table.rename(columns={"b": "a"}), label="label")
