@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import holdfast
-from holdfast.attacks import FGSM, PGD
+from holdfast.attacks import FGSM, FMN, PGD, Corruption
 from holdfast.config import ordering
 from holdfast.config.settings import AssessSettings
 from holdfast.core.errors import TargetError, UsageError
@@ -36,6 +38,17 @@ def network():
 X = seeded(N, 1, 4, 4)
 Y = network()(X).argmax(1)
 ATTACKS = [PGD(steps=3), FGSM()]
+
+
+@dataclass(frozen=True)
+class Needy:
+    """An attack of another package, with a setting that has no default."""
+
+    steps: int
+    needs: ClassVar[str] = "gradients"
+
+    def __call__(self, model, batch, threat, *, rng):
+        return batch.x
 
 
 def test_every_kind_of_model_is_measured_alike():
@@ -220,11 +233,16 @@ def test_without_an_eps_only_the_smallest_change_can_be_asked_for():
 @pytest.mark.parametrize(
     ("suite", "says"),
     [
-        ([], r"suite is \[\]; expected the name of one suite, or a list of attacks"),
+        ([], "suite names nothing; expected a suite, as in fast, or attacks"),
         (5, "suite is 5; expected the name"),
-        (PGD(steps=5), r"suite is PGD\(steps=5.*; expected .* a list of attacks such as \[holdfast"),
-        ([PGD], r"suite holds the class PGD; give an attack of it: PGD\(\)"),
-        (["PGD"], "suite holds 'PGD'; expected the name"),
+        ([PGD(), 5], "suite holds 5; expected the name"),
+        ([PGD(), "fast"], "fast is a suite, and stands alone"),
+        ("pgd,standard", "standard is a suite, and stands alone"),
+        ([PGD(), "pgdd"], "there is no attack 'pgdd'; did you mean 'PGD'"),
+        ("pgdd", "suite is 'pgdd'; did you mean 'PGD'"),
+        ("apgd-t,pgd-ce", "PGD-CE is the name that suites give to PGD under l0, and the threat is linf"),
+        ([Needy], r"Needy needs steps; give an attack with it, as Needy\(steps="),
+        ([Corruption], "Corruption is a common corruption, and the threat is linf"),
         ([PGD(steps=0)], "PGD: steps is 0; expected at least 1$"),
         ([FGSM(), PGD(steps=-3)], "PGD: steps is -3; expected at least 1$"),
         ([PGD(steps=2.5)], "PGD: steps is 2.5; expected a whole number$"),
@@ -517,11 +535,26 @@ def test_an_eps_for_another_box_is_pointed_out(threat, width, slight):
     assert bool(said) == slight
 
 
-def test_a_list_of_names_is_no_list_of_attacks():
+def test_a_suite_and_a_threat_may_be_given_in_every_form():
+    def found(suite, threat="linf:0.1"):
+        evidence = holdfast.assess(network(), (X, Y), threat, suite, doubts=False).evidence
+        return evidence.suite, [(each.name, each.settings.get("steps")) for each in evidence.attacks]
+
+    pgd, fmn = ("PGD", PGD().steps), ("FMN", FMN().steps)
+    for form in (PGD(), PGD, "pgd", "PGD", ["pgd"], [PGD], (PGD(),), "pgd,"):
+        assert found(form) == ("", [pgd])
+    for form in ("pgd,fmn", ["pgd", "FMN"], [PGD(), "fmn"], ("pgd, fmn",), (PGD, FMN())):
+        assert found(form) == ("", [pgd, fmn])
+    assert found("autoattack")[0] == found("standard")[0] == found(["AA"])[0] == "standard@1"
+    names = [name for name, _ in found("apgdce,Sprint", holdfast.Linf(0.1))[1]]
+    assert names == ["APGD-CE", "Sprint"]
+    given = holdfast.ThreatModel(holdfast.Linf(8 / 255), goal=1, access="scores", queries=9)
+    evidence = holdfast.assess(network(), (X, Y), given, "square", doubts=False).evidence
+    assert evidence.threat == given
     with pytest.raises(
-        UsageError, match="suite holds 'pgd'; expected the name of one suite, or a list of attacks"
+        UsageError, match=r"assess\(\): threat is 0.1; expected text as in linf:8/255, or a constr"
     ):
-        holdfast.assess(network(), (X, Y), "linf:0.1", ["pgd"])
+        holdfast.assess(network(), (X, Y), 0.1)
 
 
 def test_surrogates_are_models_in_hand_or_addresses(tmp_path):

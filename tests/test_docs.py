@@ -17,8 +17,10 @@ from holdfast.attacks.protocol import Learned
 from holdfast.cli.app import _COMMANDS
 from holdfast.config.naming import ATTACKS as NAMES
 from holdfast.config.naming import RECIPES as CLASSES
+from holdfast.config.naming import VARIANTS
 from holdfast.config.recipes import build_recipe, written_fields
 from holdfast.config.settings import HardenSettings, RotateSettings
+from holdfast.config.spellings import SPELLINGS, SUITE_SPELLINGS, attack_called, folded, suite_called
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
@@ -79,6 +81,23 @@ def test_every_claim_that_a_record_misses_is_told():
 
 def test_every_attack_has_a_row():
     assert sorted(row["attack"].strip("`") for row in ATTACKS) == sorted(attacks.__all__)
+
+
+def test_the_other_names_of_attacks_and_suites_are_told():
+    told = {
+        row["canonical"].replace("`", ""): row["also"].split(", ")
+        for row in rows("reference/attacks.md", "canonical")
+    }
+    for name, also in told.items():
+        suite_name = name.removeprefix("suite ")
+        for other in also:
+            assert (suite_called if name != suite_name else attack_called)(other) == suite_name
+    forms = {name: {folded(form) for form in also} for name, also in told.items()}
+    for name, spelling in SPELLINGS.items():
+        wanted = {folded(form) for form in (spelling.paper, *spelling.short) if form} - {folded(name)}
+        assert name in VARIANTS or forms.get(name, set()) == wanted
+    for name, other in SUITE_SPELLINGS.items():
+        assert forms[f"suite {name}"] == set(map(folded, other))
 
 
 def test_every_attack_is_compared_and_every_reference_belongs_to_one():

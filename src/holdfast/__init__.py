@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from holdfast.api import assess, compare, demo, doctor, harden, report, verify
+    from holdfast.attacking import attack
     from holdfast.config.starting import init, validate
     from holdfast.core.batch import Batch
     from holdfast.core.constraints import L0, L1, L2, Linf
+    from holdfast.core.corruptions import Corruptions
     from holdfast.core.draws import Draws
     from holdfast.core.evidence import Evidence
     from holdfast.core.guard import guarded
     from holdfast.core.model import Bounds, Classifier
+    from holdfast.core.patches import Patch
     from holdfast.core.skipped import skipped
     from holdfast.core.threat import ThreatModel
     from holdfast.core.through import through
+    from holdfast.core.transformations import Colour, Spatial
 
 __version__ = "0.1.0"
 
@@ -27,12 +31,17 @@ __all__ = [
     "Batch",
     "Bounds",
     "Classifier",
+    "Colour",
+    "Corruptions",
     "Draws",
     "Evidence",
     "Linf",
+    "Patch",
+    "Spatial",
     "ThreatModel",
     "__version__",
     "assess",
+    "attack",
     "compare",
     "demo",
     "doctor",
@@ -50,14 +59,19 @@ _HOMES = {
     "Batch": "holdfast.core.batch",
     "Bounds": "holdfast.core.model",
     "Classifier": "holdfast.core.model",
+    "Colour": "holdfast.core.transformations",
+    "Corruptions": "holdfast.core.corruptions",
     "Draws": "holdfast.core.draws",
     "Evidence": "holdfast.core.evidence",
     "L0": "holdfast.core.constraints",
     "L1": "holdfast.core.constraints",
     "L2": "holdfast.core.constraints",
     "Linf": "holdfast.core.constraints",
+    "Patch": "holdfast.core.patches",
+    "Spatial": "holdfast.core.transformations",
     "ThreatModel": "holdfast.core.threat",
     "assess": "holdfast.api",
+    "attack": "holdfast.attacking",
     "compare": "holdfast.api",
     "demo": "holdfast.api",
     "doctor": "holdfast.api",

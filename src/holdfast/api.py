@@ -10,15 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from holdfast.attacks.protocol import Attack
 from holdfast.checkup import Finding, examine
 from holdfast.config import hardening, ordering
 from holdfast.config.attacked import attackers
+from holdfast.config.attacks import threat_model
 from holdfast.config.brought import (
     DataLike,
     ModelLike,
     Numbers,
-    attacks_of,
+    ThreatLike,
     brought,
     data_of,
     device_of,
@@ -29,7 +29,8 @@ from holdfast.config.brought import (
     surrogates_of,
 )
 from holdfast.config.grad_mode import with_gradients
-from holdfast.config.grammar import nearest
+from holdfast.config.grammar import nearest, parse_threat
+from holdfast.config.members import SuiteLike, members_given
 from holdfast.config.settings import AssessSettings, HardenSettings
 from holdfast.config.starting import DEMO_COMMAND, DIGITS, demo_settings, init, validate
 from holdfast.core.errors import UsageError
@@ -75,8 +76,8 @@ __all__ = [
 def assess(
     model: ModelLike,
     data: DataLike,
-    threat: str = "linf:8/255",
-    suite: str | Sequence[Attack] | None = None,
+    threat: ThreatLike = "linf:8/255",
+    suite: SuiteLike | None = None,
     *,
     surrogates: Sequence[ModelLike] = (),
     gates: Sequence[str] = (),
@@ -131,8 +132,10 @@ def assess(
 ) -> Result:
     """How robust a model is, honestly: the worst case over a suite of attacks, with intervals and doubts.
 
-    Without a `suite` it is `fast`, or `transfer` where the threat says access=none. `surrogates` are models of the
-    attacker's own, a `Classifier` where their preprocessing is to be said, `holdfast.skipped` for skip gradients.
+    `threat` is text, or a constraint such as `holdfast.Linf(8/255)`. `suite` names a suite or attacks (`"pgd,square"`),
+    or is an attack, a class of attacks, or a list of these; without it `fast` is run, or `transfer` where the threat
+    says access=none. `surrogates` are models of the attacker's own, a `Classifier` where their preprocessing is to be
+    said, `holdfast.skipped` for skip gradients.
     `across` lists other data of the same shape, which changes are carried to and from. With `run` everything is kept in
     that folder, and `resume` goes on with it. A network in hand stays on its device.
     """
@@ -178,13 +181,13 @@ def carry_out(
 def harden(
     model: ModelLike,
     data: DataLike,
-    threat: str = "linf:8/255",
+    threat: ThreatLike = "linf:8/255",
     recipe: Recipe | str | Mapping[str, Any] = "auto",
     *,
     budget: str | None = None,
     fit: DataLike | None = None,
     unlabelled: DataLike | None = None,
-    suite: str | None = None,
+    suite: str | Sequence[str] | None = None,
     surrogates: Sequence[ModelLike] = (),
     gates: Sequence[str] = (),
     baseline: Result | Evidence | str | Path | None = None,
@@ -368,16 +371,18 @@ def verify(run: str | Path) -> Verified:
 
 
 def _order(
-    suite: str | Sequence[Attack] | None,
+    suite: SuiteLike | None,
     baseline: Result | Evidence | str | Path | None,
     settings: AssessSettings,
     subject: Subject,
     device: str | None,
 ) -> Order:
-    attacks = None if suite is None or isinstance(suite, str) else attacks_of(suite)
+    members = None
+    if suite is not None and settings.suite is None:
+        members = members_given(suite, threat_model(parse_threat(settings.threat)).constraint)
     found = ordering.order(
         settings,
-        attacks=attacks,
+        members=members,
         baseline=_evidence(baseline),
         device=device,
         target=subject.model.access,

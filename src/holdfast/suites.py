@@ -98,6 +98,24 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
     return Suite(name, 1, compose(constraint), WAVES.get(name, {}), smallest=name == "minimum-norm")
 
 
+def variant(name: str, constraint: Constraint) -> Attack | None:
+    """The attack that suites call by that name under a constraint; None if none does.
+
+    Where suites give the name to different settings, those of the first in `FIRST` are taken.
+    """
+    for each in FIRST:
+        try:
+            found = dict(suite(each, constraint).attacks)
+        except UsageError:  # this suite has nothing under the constraint
+            continue
+        if name in found:
+            return found[name]
+    return None
+
+
+FIRST = ("standard", "quick", "fast", "rand", "minimum-norm", "corruptions", "transfer", "black-box")
+"""The order in which suites say what a name of theirs means by itself."""
+
 PUBLISHED: Mapping[str, Attack] = {
     "MI-FGSM": Transfer(reach=1, neighbours=0),
     "NI-FGSM": Transfer(reach=1, neighbours=0, ahead=True),

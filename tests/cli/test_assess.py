@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from holdfast.cli.app import run
+from holdfast.config.naming import ATTACKS, VARIANTS
+from holdfast.config.spellings import ADAPTIVE
+from holdfast.config.suites import SUITES
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -317,13 +321,20 @@ def test_a_doubt_can_be_accepted_only_by_name(capsys):
     assert "black-box" in capsys.readouterr().err
 
 
+EVERY_PRINTED = {*ATTACKS, *VARIANTS, *ADAPTIVE, *SUITES}
+"""Names that a table of attacks may print."""
+
+
 def test_attacks_models_and_data_are_listed(capsys):
     assert run(["attacks"]) == 0
     assert run(["attacks", "PGD"]) == 0
+    assert run(["attacks", "AutoAttack"]) == 0
     assert run(["models"]) == 0
     assert run(["data", "show", "mnist-mini"]) == 0
     said = capsys.readouterr().out
     assert "arXiv:1706.06083" in said
+    assert set(re.findall(r"[\w-]+", said)) >= EVERY_PRINTED
+    assert "standard is a suite of attacks" in said
     assert "mnist-cnn-hardened" in said
     assert "1 x 28 x 28" in said
 

@@ -7,10 +7,20 @@ import pytest
 
 from holdfast import attacks
 from holdfast.config import settings
-from holdfast.config.attacks import build
+from holdfast.config.attacks import build, threat_model, threat_said
 from holdfast.config.grammar import number, pairs, parse_surrogate, parse_threat, seconds
-from holdfast.config.naming import ATTACKS, FLOW, LABELS_ONLY, MEMBERS, VARIANTS, attack_meant, members
+from holdfast.config.naming import ATTACKS, FLOW, LABELS_ONLY, MEMBERS, VARIANTS, members
 from holdfast.config.settings import AssessSettings, HardenSettings, RotateSettings
+from holdfast.config.spellings import (
+    ADAPTIVE,
+    SPELLINGS,
+    SUITE_SPELLINGS,
+    attack_called,
+    every_name,
+    folded,
+    norms_of,
+    suite_or_attacks,
+)
 from holdfast.config.starting import validate
 from holdfast.config.suites import SUITES, usual_suite
 from holdfast.core.constraints import L0, L1, L2, Linf
@@ -18,9 +28,11 @@ from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
 from holdfast.core.patches import Patch
 from holdfast.core.transformations import Colour, Spatial
+from holdfast.doubts.answering import arms
+from holdfast.metrics.names import CORRUPTIONS
 from holdfast.ops.ascent import cosine
 from holdfast.ops.losses import dlr
-from holdfast.suites import COMPOSED, WAVES, labels_only, suite
+from holdfast.suites import COMPOSED, WAVES, labels_only, suite, variant
 
 REFUSED = [
     ("? [a]\n: b", "no key"),
@@ -184,6 +196,59 @@ def test_the_attacks_that_may_be_named_are_those_that_there_are():
     assert {name: type(attack).__name__ for name, attack in members if name not in ATTACKS} == VARIANTS
 
 
+def test_every_printed_name_and_every_short_form_names_one_thing():
+    for name in (*ATTACKS, *VARIANTS):
+        assert attack_called(name) == attack_called(name.swapcase().replace("-", "_")) == name
+    assert set(SPELLINGS) == {*ATTACKS, *VARIANTS} - set(CORRUPTIONS)
+    for name, each in SPELLINGS.items():
+        assert {attack_called(form) for form in (each.paper, *each.short) if form} <= {name}
+    forms = [folded(form) for each in SPELLINGS.values() for form in each.short]
+    forms += [folded(form) for of in SUITE_SPELLINGS.values() for form in of]
+    plain = [*map(folded, (*ATTACKS, *VARIANTS)), *map(folded, SUITES)]
+    assert len(set(forms)) == len(forms) and not set(forms) & set(plain)
+    assert suite_or_attacks(["Auto_Attack"]) == suite_or_attacks(["AA"]) == "standard"
+    assert set(SUITES) <= set(every_name()) and {"PGD", "Relay-2", "cw", "aa"} <= set(every_name())
+    printed = {arm.name for constraint in (Linf(0.1), L2(1.0), L0(1)) for arm in arms(constraint)}
+    assert printed == set(ADAPTIVE)
+
+
+def test_a_name_that_suites_give_has_its_settings_wherever_it_stands():
+    constraints = {
+        "linf": Linf(0.1),
+        "l2": L2(1.0),
+        "l1": L1(1.0),
+        "l0": L0(1),
+        "corruptions": Corruptions(3),
+    }
+    for name, of in VARIANTS.items():
+        for norm, constraint in constraints.items():
+            found = variant(name, constraint)
+            assert (type(found).__name__ if found else None) == (of if norm in norms_of(name) else None)
+    assert variant("APGD-T", Linf(0.1)) == dict(suite("standard", Linf(0.1)).attacks)["APGD-T"]
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        Linf(8 / 255),
+        Linf(),
+        L2(1 / 3),
+        L1(12),
+        L0(3),
+        L0(10, "pixel"),
+        Corruptions(3),
+        Patch(5, 6, "centre", 2),
+        Patch(2, 2, within="4:4-9:9"),
+        Spatial(rotate=1 / 3, shift=2),
+        Spatial(flow=1.5),
+        Colour(hue=18, contrast=0.1),
+    ],
+    ids=str,
+)
+def test_a_constraint_in_hand_is_the_threat_that_it_is_written_as(constraint):
+    assert threat_model(parse_threat(threat_said(constraint))).constraint == constraint
+
+
 def test_all_attacks_of_fast_but_the_first_go_in_waves():
     for name, waves in WAVES.items():
         composed = [COMPOSED[name](constraint) for constraint in (Linf(0.1), L2(1.0), L1(1.0), L0(1))]
@@ -231,10 +296,22 @@ def test_a_suite_shows_the_attacks_of_labels_alone_only_to_threats_that_see_no_m
 
 @pytest.mark.parametrize(
     ("name", "attack"),
-    [("PGD", "PGD"), ("pgd", "PGD"), ("apgd-t", "APGD"), ("FAB-T", "FAB"), ("deepfool", "DeepFool")],
+    [
+        ("PGD", "PGD"),
+        ("pgd", "PGD"),
+        ("apgd_t", "APGD-T"),
+        ("apgdce", "APGD-CE"),
+        ("deepfool", "DeepFool"),
+        ("hop-skip-jump", "HopSkipJump"),
+        ("CW", "CarliniWagner"),
+        ("sprint", "Sprint"),
+        ("relay 2", "Relay-2"),
+        ("i-fgsm", "BIM"),
+        ("transfer", "Transfer"),
+    ],
 )
 def test_an_attack_is_found_as_people_write_it(name, attack):
-    assert attack_meant(name) == attack
+    assert attack_called(name) == attack
 
 
 @pytest.mark.parametrize(
@@ -243,11 +320,11 @@ def test_an_attack_is_found_as_people_write_it(name, attack):
         ("pgdd", "did you mean 'PGD'"),
         ("zzz", "there are ALMA"),
         ("deepfol", "'DeepFool'"),
-        ("pgd", "did you mean 'PGD'"),
+        ("bpda", "adaptive"),
         ("apgd-t", "APGD-T is the name that suites give to APGD"),
     ],
 )
-def test_use_takes_the_exact_name(name, said):
+def test_use_takes_the_name_of_an_attack_with_settings(name, said):
     with pytest.raises(UsageError, match=said):
         build({"use": name}, "here")
 

@@ -1,9 +1,11 @@
 """What a run measures, refuses, and says on the way."""
 
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -373,6 +375,71 @@ def test_a_result_answers_for_itself(tmp_path):
     assert len(result.write(tmp_path / "a.csv").read_text().splitlines()) == N + 1
     with pytest.raises(UsageError, match="does not end in .html"):
         result.to_html(tmp_path / "a.txt")
+
+
+def test_a_result_is_read_like_a_mapping_of_metrics():
+    result = assess(subject(), data(), order(FAST))
+    assert result["robust_accuracy"] is result.metrics["robust_accuracy"]
+    assert float(result["robust_accuracy"]) == result.metrics["robust_accuracy"].value
+    assert list(dict(result)) == list(result.metrics) and "worst_class" in result and "mce" not in result
+    with pytest.raises(
+        KeyError, match="there is no metric 'robust_acuracy'; did you mean 'robust_accuracy'.*has"
+    ):
+        result["robust_acuracy"]
+
+
+def test_a_data_frame_holds_what_the_columns_and_the_csv_hold(tmp_path):
+    result = assess(subject(), data(), order(FAST, THOROUGH))
+    found, evidence = result.to_pandas(), result.evidence
+    assert found.index.name == "id" and found.index.tolist() == evidence["id"].tolist()
+    one_a_row = {name for name, values in evidence.columns.items() if values.dim() == 1}
+    assert set(found.columns) == one_a_row - {"id"} | {"digest", "robust"}
+    assert found["robust"].mean() == float(result["robust_accuracy"])
+    written = pd.read_csv(result.write(tmp_path / "a.csv"), index_col="id")
+    assert written["robust"].equals(found["robust"])
+    assert written["clean_prediction"].equals(found["prediction"])
+    stages = {each.stage: each.name for each in (*evidence.attacks, *evidence.passes)}
+    assert written["broken_by"].map(stages).fillna("").equals(found["broken_by"].fillna(""))
+
+
+def test_without_pandas_a_data_frame_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UsageError, match="to_pandas.. needs pandas.*pip install pandas"):
+        assess(subject(), data(), order(FAST)).to_pandas()
+
+
+def test_the_curve_begins_at_clean_accuracy_and_goes_through_that_at_every_eps():
+    asked = order(FAST)
+    plan = replace(asked.plan, curve=(Member("FMN", FMN(steps=10)),))
+    result = assess(subject(), data(), replace(asked, plan=plan))
+    curve = result.curve
+    assert (curve.eps[0], curve.accuracy[0]) == (0.0, float(result["clean_accuracy"]))
+    assert len({len(curve), *map(len, (curve.eps, curve.accuracy, curve.low, curve.high))}) == 1
+    for at, value, low, high in zip(curve.eps, curve.accuracy, curve.low, curve.high, strict=True):
+        assert low <= value <= high
+        estimate = (
+            result.gate(f"robust_accuracy @ {at!r} >= 0.5").estimate if at else result["clean_accuracy"]
+        )
+        assert (value, low, high) == pytest.approx((estimate.value, estimate.low, estimate.high))
+    with pytest.raises(UsageError, match="curve"):
+        assess(subject(), data(), order(FAST)).curve  # noqa: B018
+
+
+def test_a_notebook_shows_gates_doubts_with_what_to_do_and_examples():
+    def soft():
+        return subject(torch.nn.Sequential(network(), torch.nn.Softmax(1)))
+
+    result = assess(soft(), data(), order(gates=("robust_accuracy >= 0.01",)))
+    result.gate("clean_accuracy >= 0.999")
+    shown = result._repr_html_()
+    for said in (
+        "? gate <strong>unclear</strong>: at least 1 % robust",
+        "at least 99.9 % clean accuracy",
+        "What to do: Return",
+    ):
+        assert said in shown
+    assert shown.count("broken examples") == 1
+    assert result.exit_code == 4 and len(result.summary()["gates"]) == 1
 
 
 def test_an_accepted_doubt_stands_beside_the_verdict(tmp_path):

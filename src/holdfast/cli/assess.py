@@ -44,7 +44,8 @@ ATTACKING = (
         "-s",
         type=completing.SUITE,
         metavar="S",
-        help=f"Named attacks: {', '.join(SUITES)} (default: {DEFAULT_SUITE}; black-box for a model without gradients).",
+        help=f"Named attacks: {', '.join(SUITES)} (default: {DEFAULT_SUITE}; black-box without gradients), or attacks "
+        "by name, as in pgd,square.",
     ),
     click.option(
         "--surrogate",
@@ -239,10 +240,6 @@ def settings_from(flags: dict[str, Any], kind: type[S]) -> S:
         flags[key] = pairs(flags.get(key, ()), flag) or None
     for key in ("gates", "only", "skip", "drop", "allow_hosts", "headers", "output", "surrogates", "across"):
         flags[key] = list(flags.get(key, ())) or None
-    if flags.get("suite") is not None and flags["suite"] not in SUITES:
-        from holdfast.config.grammar import nearest
-
-        raise UsageError(f"there is no suite {flags['suite']!r}{nearest(flags['suite'], SUITES)}")
     settings = read(Path(config) if config else None, flags, sets, flags=_flag_names(), kind=kind)
     if config and not settings.trust_code:
         _refuse_code_of_config(settings, flags)

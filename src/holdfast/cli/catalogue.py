@@ -2,12 +2,15 @@
 
 import inspect
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from holdfast.cli import completing
 from holdfast.cli.options import Voice, spoken
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @click.command(short_help="list the bundled models and architectures")
@@ -31,32 +34,91 @@ def models(voice: Voice) -> None:
 @click.argument("name", required=False, type=completing.ATTACK)
 @spoken
 def attacks(voice: Voice, name: str | None) -> None:
-    """The attacks that a suite, a configuration or `use:` may name; with NAME, its settings and their defaults."""
-    from holdfast.config.naming import VARIANTS, attack_meant
+    """The attacks and all their names, in suites, configurations and tables; with NAME, settings and defaults."""
+    from holdfast.config.spellings import attack_called, is_suite_only, suite_called
 
-    chosen = None if name is None else attack_meant(name)  # before torch, so that a slip is answered at once
-    from rich.table import Table
-
-    from holdfast.config.attacks import attack_class, attack_names
-
-    if name is None or chosen is None:
-        table = Table("name", "needs", "what it does", box=None, pad_edge=False, header_style="bold")
-        for known, cls in sorted(attack_names().items()):
-            table.add_row(known, cls.needs, _first_line(cls))
-        voice.console().print(table)
+    if name is not None and is_suite_only(name):
+        _show_suite(voice, str(suite_called(name)))
         return
-    cls = attack_class(chosen)
-    variant = next((known for known in VARIANTS if known.casefold() == name.casefold()), None)
-    if variant is not None:
-        click.echo(f"{variant} is the name that suites give to {chosen} with settings of its own\n")
+    chosen = None if name is None else attack_called(name)  # before torch, so that a slip is answered at once
+    if chosen is None:
+        _list_attacks(voice)
+    else:
+        _show_attack(voice, chosen)
+
+
+def _list_attacks(voice: Voice) -> None:
+    """The attacks, the names that suites and adaptive runs give, and the suites, each with its other names."""
+    from holdfast.config.attacks import attack_names
+    from holdfast.config.naming import MEMBERS, VARIANTS
+    from holdfast.config.spellings import ADAPTIVE, SPELLINGS, SUITE_SPELLINGS, Spelling, suites_of
+    from holdfast.metrics.names import CORRUPTIONS
+
+    console = voice.console()
+    table = _table("name", "also", "needs", "what it does")
+    for known, cls in sorted(attack_names().items()):
+        other = SPELLINGS.get(known, Spelling(""))
+        table.add_row(known, other.others(known), cls.needs, _first_line(cls))
+    console.print(table)
+    console.print("\nattacks at settings of their own, by the names that suites give them")
+    given = _table(
+        "name",
+        "also",
+        "attack",
+        "suites",
+    )
+    for known, of in sorted(VARIANTS.items()):
+        if known not in CORRUPTIONS:
+            given.add_row(known, SPELLINGS[known].others(known), of, ", ".join(suites_of(known)))
+    console.print(given)
+    console.print(f"\ncommon corruptions: {', '.join(CORRUPTIONS)}")
+    console.print(f"\nadded by --adaptive where a doubt calls for them: {', '.join(ADAPTIVE)}")
+    console.print("\nsuites")
+    suites = _table("name", "also")
+    for known in MEMBERS:
+        suites.add_row(known, ", ".join(SUITE_SPELLINGS.get(known, ())))
+    console.print(suites)
+
+
+def _show_suite(voice: Voice, chosen: str) -> None:
+    """What a suite calls its attacks under each norm."""
+    from holdfast.config.naming import MEMBERS
+
+    click.echo(f"{chosen} is a suite of attacks, for --suite {chosen}\n")
+    table = _table("norm", "attacks")
+    for norm, names in MEMBERS[chosen].items():
+        table.add_row(norm, ", ".join(names))
+    voice.console().print(table)
+
+
+def _show_attack(voice: Voice, chosen: str) -> None:
+    """One attack, its paper, its other names and its settings."""
+    from holdfast.config.attacks import attack_class
+    from holdfast.config.naming import VARIANTS
+    from holdfast.config.spellings import SPELLINGS, Spelling, suites_of
+
+    of = VARIANTS.get(chosen, chosen)
+    cls = attack_class(of)
+    if chosen in VARIANTS:
+        click.echo(
+            f"{chosen} is the name that suites give to {of} with settings of its own ({', '.join(suites_of(chosen))})\n"
+        )
+    others = SPELLINGS.get(chosen, Spelling("")).others(chosen)
+    also = f"also {others}\n" if others else ""
     source = (inspect.getmodule(cls).__doc__ or "").strip()
-    click.echo(f"{chosen}: {_first_line(cls)}\nneeds {cls.needs}\n\n{source}\n")
-    table = Table("setting", "default", "meaning", box=None, pad_edge=False, header_style="bold")
+    click.echo(f"{of}: {_first_line(cls)}\nneeds {cls.needs}\n{also}\n{source}\n")
+    table = _table("setting", "default", "meaning")
     meanings = _meanings(cls)
     for f in fields(cls):
         default = "" if f.default is MISSING else getattr(f.default, "__name__", repr(f.default))
         table.add_row(f.name, default, meanings.get(f.name, ""))
     voice.console().print(table)
+
+
+def _table(*headings: str) -> "Table":
+    from rich.table import Table
+
+    return Table(*headings, box=None, pad_edge=False, header_style="bold")
 
 
 def _first_line(thing: Any) -> str:

@@ -11,11 +11,13 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from holdfast import attacks as catalogue
 from holdfast.attacks.protocol import Attack
 from holdfast.config.grammar import ThreatSpec, nearest, number, parse_threat
-from holdfast.config.naming import GROUP, attack_named
+from holdfast.config.naming import GROUP
+from holdfast.config.spellings import attack_class_called
 from holdfast.config.wording import complaint, place
-from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
+from holdfast.core.names import limits_text, threat_text
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Colour, Spatial
@@ -44,6 +46,43 @@ def threat_model(spec: ThreatSpec) -> ThreatModel:
     return ThreatModel(constraints[spec.norm], spec.goal, spec.access, spec.queries)
 
 
+def threat_said(threat: str | Constraint | ThreatModel, where: str = "threat") -> str:
+    """A threat as it is written, from text, from a constraint as `Linf(8/255)`, or from a whole threat model.
+
+    Raises `UsageError` for anything else, and for a threat model that holds surrogates, which are given apart.
+    """
+    if isinstance(threat, str):
+        return threat
+    model = threat if isinstance(threat, ThreatModel) else None
+    constraint = threat if model is None else model.constraint
+    if not isinstance(constraint, _WRITTEN):
+        raise UsageError(
+            f"{where} is {threat!r}; expected text as in linf:8/255, or a constraint as in holdfast.Linf(8/255)"
+        )
+    if model is None:
+        model = ThreatModel(constraint)
+    if model.surrogates:
+        raise UsageError(f"{where} holds surrogates; give them by themselves, as in surrogates=[net]")
+    return threat_text(_size_said(constraint), model.goal, model.access, model.queries)
+
+
+def _size_said(constraint: Any) -> str:
+    """What may change and how far, with every digit."""
+    kind = type(constraint).__name__.lower()
+    if isinstance(constraint, Limited):
+        exact = {k: v if isinstance(v, str) else repr(v) for k, v in constraint.limits.items()}
+        return limits_text(kind, exact)
+    if isinstance(constraint, Corruptions):
+        return f"{kind}:{constraint.severity}"
+    if math.isinf(constraint.eps):
+        return kind
+    counted = "px" if isinstance(constraint, L0) and constraint.per == "pixel" else ""
+    return f"{kind}:{float(constraint.eps)!r}{counted}"
+
+
+_WRITTEN = (Linf, L2, L1, L0, Corruptions, Patch, Spatial, Colour)
+
+
 def constraints(value: Any, where: str) -> tuple[Constraint, ...]:
     """Norms with their sizes, as a list of threats or as `l2:1.5,l1:10`."""
     words = value.split(",") if isinstance(value, str) else value
@@ -67,7 +106,7 @@ def attack_names() -> dict[str, type[Any]]:
 
 def attack_class(name: str) -> type[Any]:
     """The attack of that name; raises `UsageError` with the nearest one."""
-    return attack_names()[attack_named(name)]
+    return attack_names()[attack_class_called(name)]
 
 
 def build(spec: Mapping[str, Any], where: str) -> Attack:

@@ -1,18 +1,20 @@
 """What a Python caller holds in hand or names, taken once into what a run is given: settings, model, data, attacks."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from holdfast.attacks.protocol import Attack
 from holdfast.config import expecting, ordering
-from holdfast.config.attacks import checked
+from holdfast.config.attacks import threat_said
 from holdfast.config.settings import AssessSettings, S, check
+from holdfast.config.values import is_suite
 from holdfast.core.batch import Data
+from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
 from holdfast.runs.order import Order, Subject
 from holdfast.runs.selection import selected
 from holdfast.sources.data import noting_fewer
@@ -23,6 +25,8 @@ from holdfast.sources.memory import as_data
 Numbers = Sequence[float]
 ModelLike = nn.Module | Callable[[Tensor], Tensor] | str | Path
 """A network, a function from inputs to logits, or an address as on the command line."""
+ThreatLike = str | Constraint | ThreatModel
+"""A threat as text, a constraint such as `holdfast.Linf(8/255)`, or a threat model without surrogates."""
 DataLike = Any
 """`(x, y)` as tensors or arrays, a loader or dataset of pairs, a `Data`, or an address."""
 
@@ -30,7 +34,11 @@ DataLike = Any
 def settings_said(where: str, arguments: Mapping[str, Any], kind: type[S]) -> S:
     """The arguments that are settings, checked as those of a file are; what a caller holds in hand is no setting."""
     said = {name: arguments[name] for name in kind.model_fields if arguments.get(name) is not None}
-    for name in ("model", "data", "fit", "unlabelled", "suite", "baseline"):
+    if "threat" in said:
+        said["threat"] = threat_said(said["threat"], f"{where}: threat")
+    if not is_suite(said.get("suite")):
+        said.pop("suite", None)
+    for name in ("model", "data", "fit", "unlabelled", "baseline"):
         if isinstance(said.get(name), str | Path):
             said[name] = str(said[name])
         else:
@@ -132,24 +140,6 @@ def others_of(given: object, settings: AssessSettings, model: Classifier) -> tup
         else held(each, settings, expecting.unlabelled(settings, model))
         for each in given
     )
-
-
-def attacks_of(suite: object) -> tuple[Attack, ...]:
-    """A list of attacks in hand, each with its settings checked."""
-    expected = (
-        "expected the name of one suite, or a list of attacks such as [holdfast.attacks.PGD(steps=100)]"
-    )
-    attacks = tuple(suite) if isinstance(suite, Iterable) else ()
-    if not attacks:
-        raise UsageError(f"suite is {suite!r}; {expected}")
-    for attack in attacks:
-        if isinstance(attack, type):
-            raise UsageError(
-                f"suite holds the class {attack.__name__}; give an attack of it: {attack.__name__}()"
-            )
-        if not isinstance(attack, Attack):
-            raise UsageError(f"suite holds {attack!r}; {expected}")
-    return tuple(checked(attack) for attack in attacks)
 
 
 def device_of(model: ModelLike, subject: Subject, settings: AssessSettings) -> str | None:

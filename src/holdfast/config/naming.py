@@ -1,7 +1,6 @@
 """The names of attacks, known without torch, so that a misspelt one is answered at once."""
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import entry_points
 from typing import Final
 
 from holdfast.config.grammar import Norm, ThreatSpec, nearest
@@ -209,32 +208,3 @@ def chosen(names: Sequence[str], only: Sequence[str], skip: Sequence[str]) -> se
     if not left:
         raise UsageError(f"no attack is left; this suite has {', '.join(known)}")
     return left
-
-
-def attack_named(name: str) -> str:
-    """The same name, if an attack has it; raises `UsageError` with the nearest one."""
-    known = _known()
-    if name in known:
-        return name
-    variant = _folded(VARIANTS).get(name.casefold())
-    if variant is not None:
-        of = VARIANTS[variant]
-        raise UsageError(
-            f"{variant} is the name that suites give to {of} with settings of its own; "
-            f"name {of} (see holdfast attacks {of})"
-        )
-    raise UsageError(f"there is no attack {name!r}{nearest(name, known)}")
-
-
-def attack_meant(name: str) -> str:
-    """The attack that a person means: in any case of letters, or by the name that a suite's table shows."""
-    found = {**_folded(VARIANTS), **_folded(_known())}.get(name.casefold(), name)
-    return attack_named(VARIANTS.get(found, found))
-
-
-def _known() -> list[str]:
-    return [*ATTACKS, *(entry.name for entry in entry_points(group=GROUP))]
-
-
-def _folded(names: list[str] | dict[str, str]) -> dict[str, str]:
-    return {name.casefold(): name for name in names}

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from holdfast.attacks import Corruption
-from holdfast.attacks.protocol import Attack, Learned
+from holdfast.attacks.protocol import Learned
 from holdfast.config import pooled
-from holdfast.config.attacks import build, threat_model
+from holdfast.config.attacks import threat_model
 from holdfast.config.expecting import (
     declared,
     ends,
@@ -24,6 +24,7 @@ from holdfast.config.expecting import (
 )
 from holdfast.config.grad_mode import differentiable
 from holdfast.config.grammar import parse_threat, parse_transform, seconds
+from holdfast.config.members import members_said
 from holdfast.config.naming import chosen
 from holdfast.config.settings import AssessSettings
 from holdfast.config.suites import DEFAULT_SUITE, usual_suite
@@ -40,7 +41,7 @@ from holdfast.core.skipped import DECAY, skipped
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.gates.grammar import parse as parse_gate
-from holdfast.harness import MATRIX_ROWS, Member, Plan, labelled
+from holdfast.harness import MATRIX_ROWS, Member, Plan
 from holdfast.harness.plan import DoubtsWanted, adaptive_members
 from holdfast.ops.expectation import seen_through
 from holdfast.reports.numbers import strict
@@ -259,13 +260,13 @@ def opened_other(address: str, settings: AssessSettings, model: Classifier) -> D
 def order(
     settings: AssessSettings,
     *,
-    attacks: Sequence[Attack] | None = None,
+    members: tuple[Member, ...] | None = None,
     baseline: Evidence | None = None,
     device: str | None = None,
     target: Access = "gradients",
     command: str = "",
 ) -> Order:
-    """What the settings ask for; `attacks` takes the place of a suite, `device` of the one in the settings.
+    """What the settings ask for; `members` take the place of a suite, `device` of the one in the settings.
 
     `target` is the most that the model can give.
     """
@@ -275,7 +276,7 @@ def order(
             f"gate {next(c.text for c in claims if c.versus)!r} compares with a run; name it: --baseline RUN"
         )
     return Order(
-        plan(settings, attacks, target),
+        plan(settings, members, target),
         claims,
         baseline,
         settings.accept_doubts,
@@ -288,17 +289,16 @@ def order(
 
 
 def plan(
-    settings: AssessSettings, attacks: Sequence[Attack] | None = None, target: Access = "gradients"
+    settings: AssessSettings, members: tuple[Member, ...] | None = None, target: Access = "gradients"
 ) -> Plan:
     """The attacks in their order under the threat model; a suite goes by what the threat and the target let see."""
     threat = threat_model(parse_threat(settings.threat))
-    if attacks is None and settings.attacks is not None:
-        attacks = [build(spec, f"attacks.{k}") for k, spec in enumerate(settings.attacks)]
-    if attacks is not None:
-        members, name, smallest = labelled(attacks), "", threat.constraint.eps == float("inf")
+    members = members or members_said(settings, threat.constraint)
+    if members is not None:
+        name, smallest = "", threat.constraint.eps == float("inf")
     else:
         seen: Access = min(threat.access, target, key=ACCESS_ORDER.index)
-        named = settings.suite or usual_suite(replace(parse_threat(settings.threat), access=seen))
+        named = str(settings.suite or "") or usual_suite(replace(parse_threat(settings.threat), access=seen))
         composed = suite(named, threat.constraint, seen)
         members = tuple(
             Member(name, attack, composed.waves.get(name, 0)) for name, attack in composed.attacks

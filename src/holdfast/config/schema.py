@@ -12,6 +12,7 @@ from holdfast.config.attacks import attack_names, functions
 from holdfast.config.naming import AUTO, CARD, PRESETS, RECIPES, SOURCES
 from holdfast.config.recipes import part_of, written_fields
 from holdfast.config.settings import HardenSettings, RotateSettings
+from holdfast.config.suites import SUITES
 from holdfast.core.constraints import Constraint
 from holdfast.ops.fit import Training
 from holdfast.rotation import Codec, Immunise, LatentDiffusion
@@ -32,6 +33,12 @@ def schema() -> dict[str, Any]:
     properties = content["properties"]
     properties["surrogates"]["items"] = {"anyOf": [{"type": "string"}, properties["surrogates"]["items"]]}
     recipe = HardenSettings.model_fields["recipe"].description
+    suites = [
+        {"enum": [*SUITES]},
+        {"type": "string"},
+        {"type": "array", "minItems": 1, "items": {"type": "string"}},
+    ]
+    properties["suite"] = {**properties["suite"], "anyOf": [*suites, {"type": "null"}]}
     properties["recipe"] = {
         "description": f"{recipe}; rotate takes `card`, that of the model's card, and not auto",
         "anyOf": [{"enum": [AUTO, CARD, *RECIPES]}, {"$ref": "#/$defs/recipe"}],

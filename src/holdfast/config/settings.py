@@ -19,7 +19,7 @@ from holdfast.config.grammar import (
     pairs,
 )
 from holdfast.config.naming import CARD
-from holdfast.config.suites import SuiteName, refuse_unknown
+from holdfast.config.suites import refuse_unknown
 from holdfast.config.wording import complaint, place
 from holdfast.core.errors import TargetError, UsageError
 
@@ -129,9 +129,10 @@ class AssessSettings(BaseModel):
         default_factory=list,
         description="models of the attacker's own, each an address or `model: ADDRESS` with arch, mean, std, skip",
     )
-    suite: SuiteName | None = Field(
+    suite: values.SuiteSpec | None = Field(
         None,
-        description="a named list of attacks; fast, unless attacks are listed (transfer where access is none)",
+        description="a named list of attacks, or names of attacks, as in [pgd, square]; fast, unless attacks are "
+        "listed (transfer where access is none)",
     )
     attacks: list[dict[str, Any]] | None = Field(
         None, min_length=1, description="attacks of your own, each `use: NAME` with its settings"
@@ -336,9 +337,12 @@ def check(
     for key in content:
         if key not in known:
             raise UsageError(f"{prefix}unknown key {key!r}{nearest(str(key), known)}")
-    if isinstance(content.get("suite"), (list, dict)):
-        way_out = "list attacks of your own under attacks:, as in [{use: PGD, steps: 100}]"
-        raise UsageError(f"{prefix}suite is {content['suite']!r}; expected the name of one, or {way_out}")
+    said = content.get("suite")
+    if said is not None and not values.is_suite(said):
+        way_out = "list attacks with settings under attacks:, as in [{use: PGD, steps: 100}]"
+        raise UsageError(
+            f"{prefix}suite is {said!r}; expected a name, or names as in [pgd, square]; {way_out}"
+        )
     try:
         settings = kind.model_validate(dict(content))
     except ValidationError as error:
@@ -358,9 +362,8 @@ def check(
             "are pixels and a model that wants normalised input, not both"
         )
     if not settings.bounds[0] < settings.bounds[1] or not all(map(math.isfinite, settings.bounds)):
-        raise UsageError(
-            f"{prefix}bounds are {settings.bounds}; give two numbers, the lower first, as in 0,1"
-        )
+        way_out = "give two numbers, the lower first, as in 0,1"
+        raise UsageError(f"{prefix}bounds are {settings.bounds}; {way_out}")
     return settings
 
 

@@ -33,18 +33,21 @@ def usual_suite(threat: ThreatSpec) -> SuiteName:
 
 
 def refuse_unknown(
-    suite: SuiteName | None,
+    suite: SuiteName | tuple[str, ...] | None,
     attacks: Sequence[Mapping[str, Any]] | None,
     threat: str,
     only: Sequence[str],
     skip: Sequence[str],
 ) -> None:
     """Refuse what `only` and `skip` name as the run would, where the names are known without torch."""
-    spec = parse_threat(threat) if attacks is None else None
-    if spec is None:
+    listed = suite if isinstance(suite, tuple) else None
+    spec = parse_threat(threat) if attacks is None and listed is None else None
+    if listed is not None:
+        names = listed
+    elif spec is None:
         names = tuple(str(attack.get("use")) for attack in attacks or ())
     else:
-        names = members(suite or usual_suite(spec), spec)
+        names = members(str(suite or usual_suite(spec)), spec)
     if not names or not set(names) <= {*ATTACKS, *VARIANTS}:
         return
     try:

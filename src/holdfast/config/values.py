@@ -20,6 +20,8 @@ from holdfast.config.grammar import (
     seconds,
 )
 from holdfast.config.naming import AUTO, CARD, RECIPES, SOURCES
+from holdfast.config.spellings import suite_or_attacks
+from holdfast.config.suites import SuiteName
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.doubts.names import DOUBTS, OF_ADMISSION, OF_ROTATION
 from holdfast.gates.grammar import parse as parse_gate
@@ -139,6 +141,20 @@ def _names(value: object) -> object:
     return value
 
 
+def is_suite(value: object) -> bool:
+    """Whether a value is text, or a list of it, which names a suite or attacks."""
+    return isinstance(value, str) or (
+        isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
+    )
+
+
+def _suite(value: object) -> object:
+    """The canonical name of a suite, or those of attacks, given as `pgd,square` or as a list."""
+    if isinstance(value, str):
+        return suite_or_attacks([value])
+    return suite_or_attacks(value) if isinstance(value, (list, tuple)) else value
+
+
 def _accepted(value: object) -> object:
     for name, reason in value.items() if isinstance(value, Mapping) else ():
         if name not in _DOUBTS:
@@ -160,6 +176,7 @@ def _surrogate(value: object) -> object:
     return said
 
 
+SuiteSpec = Annotated[SuiteName | tuple[str, ...], BeforeValidator(_suite)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_fractions)]
 Normalised = Annotated[tuple[tuple[float, ...], tuple[float, ...]], BeforeValidator(_normalised)]
 InputShape = Annotated[tuple[int, ...], BeforeValidator(_input_shape)]

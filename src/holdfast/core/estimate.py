@@ -11,3 +11,6 @@ class Estimate:
     low: float
     high: float
     n: int
+
+    def __float__(self) -> float:
+        return self.value

@@ -16,6 +16,12 @@ class Normalisation:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def done(self, x: Tensor) -> Tensor:
+        """`(x - mean) / std`, computed in float64 and returned in the type of `x`."""
+        wide = x.double()
+        mean, std = (torch.tensor(side, dtype=torch.float64) for side in (self.mean, self.std))
+        return ((wide - per_channel(mean, wide)) / per_channel(std, wide)).to(x.dtype)
+
     def undone(self, x: Tensor) -> Tensor:
         """`x * std + mean`, computed in float64 and returned in the type of `x`."""
         wide = x.double()

@@ -308,18 +308,20 @@ def _gallery(plan: Outline, by_stage: Mapping[str, Columns], counted: Sequence[P
 def speaking(attacks: Sequence[Columns], kind: str, *, smallest: bool) -> Rows:
     """Of the inputs that attacks kept, joined in their order, the row of each example's worst case, ids ascending.
 
-    That is the first that broke it, or the `smallest` change.
+    That is the first that broke it, or the `smallest` change; of an example that none broke, the first.
     """
     ids = torch.cat([columns[f"{kind}.id"] for columns in attacks])
-    if not smallest:
-        return first_of_each(ids)
-    nearest = torch.cat([_distances(columns, kind) for columns in attacks]).argsort(stable=True)
-    return nearest[first_of_each(ids[nearest])]
+    worth = [
+        _of_kept("distance", columns, kind) if smallest else ~_of_kept("success", columns, kind)
+        for columns in attacks
+    ]
+    worst = torch.cat(worth).argsort(stable=True)
+    return worst[first_of_each(ids[worst])]
 
 
-def _distances(columns: Columns, kind: str) -> Tensor:
-    """The distances of the inputs that an attack kept."""
-    return columns["distance"][Lookup(columns["id"]).rows(columns[f"{kind}.id"])]
+def _of_kept(name: str, columns: Columns, kind: str) -> Tensor:
+    """A column of the inputs that an attack kept."""
+    return columns[name][Lookup(columns["id"]).rows(columns[f"{kind}.id"])]
 
 
 def first_of_each(ids: Ids) -> Rows:

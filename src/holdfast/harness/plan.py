@@ -17,6 +17,7 @@ from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.doubts.answering import EVEN, arms
 from holdfast.ops.ascent import flat
 from holdfast.ops.losses import cross_entropy
+from holdfast.suites import suite
 
 Kind = Literal["clean", "fit", "attack", "attacked", "detection", "curve", "transfer", "across"]
 DoubtsWanted = Literal["all", "free", "none"]
@@ -112,6 +113,8 @@ class Plan:
     """run every attack on every example, standing or not"""
     keep_adversarial: bool = False
     """keep every successful input, and not only a few to look at"""
+    alone: bool = False
+    """make no pass beside the attacks, and keep what they return on every example that they are run on"""
     shown: bool = True
     """keep a few successful inputs to look at"""
     doubts: DoubtsWanted = "free"
@@ -296,7 +299,8 @@ def _way_out(member: Member, plan: Plan, target: Access) -> str:
     elif len(hidden) < len(plan.members):
         ways.append(f"leave it out with {' '.join(f'--skip {slug(each.name)}' for each in hidden)}")
     if _searched(threat) and not plan.suite.startswith("black-box@"):
-        ways.append("choose --suite black-box")
+        searches = ", ".join(name for name, _ in suite("black-box", threat.constraint, threat.access).attacks)
+        ways.append(f"choose --suite black-box ({searches})")
     elif threat.access == "none" and not isinstance(threat.constraint, Transformations):
         ways.append("choose --suite transfer, which makes its examples on a --surrogate MODEL")
     if replace(threat, access=target).gives(member.attack.needs):

@@ -259,12 +259,17 @@ def _asked(spent: Spent) -> dict[str, Tensor]:
 
 
 def _kept(plan: Plan, batch: Batch, x_adv: Inputs, success: Mask, missed: Ids) -> dict[str, Tensor]:
-    """The successful inputs of examples in `missed`: a few to look at, and all where the plan keeps them."""
+    """The successful inputs of examples in `missed`: a few to look at, and all where the plan keeps them.
+
+    Where the plan runs the attacks alone, all inputs are kept, successful or not.
+    """
     kept = (success & torch.isin(batch.ids, missed)).nonzero()[:, 0]
     shown = kept[: GALLERY if plan.shown else 0]
     columns = {"gallery.id": batch.ids[shown], "gallery.x": batch.x[shown], "gallery.x_adv": x_adv[shown]}
     if plan.keep_adversarial:
         columns |= {"adversarial.id": batch.ids[kept], "adversarial.x": x_adv[kept]}
+    if plan.alone:
+        columns |= {"adversarial.id": batch.ids, "adversarial.x": x_adv}
     return columns
 
 

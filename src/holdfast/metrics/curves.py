@@ -22,6 +22,31 @@ class Curve:
     y: tuple[Estimate, ...]
 
 
+@dataclass(frozen=True)
+class EpsCurve:
+    """Robust accuracy against eps on `n` examples, a falling staircase of at most `POINTS` steps.
+
+    From `eps[i]` on, until `eps[i + 1]`, the accuracy is `accuracy[i]`, with the pointwise interval `low[i]` to
+    `high[i]`. The first step is at eps 0, the clean accuracy. Eps is in the units of the threat.
+    """
+
+    eps: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    n: int
+
+    def __len__(self) -> int:
+        return len(self.eps)
+
+
+def eps_curve(evidence: Evidence, confidence: float = 0.95) -> EpsCurve:
+    """Robust accuracy against eps; raises `Absent` where no minimum-norm attack was run on every example."""
+    curve = accuracy_against_eps(evidence, confidence)
+    value, low, high = ([getattr(y, of) for y in curve.y] for of in ("value", "low", "high"))
+    return EpsCurve(curve.x, tuple(value), tuple(low), tuple(high), curve.y[0].n)
+
+
 def accuracy_against_eps(evidence: Evidence, confidence: float = 0.95) -> Curve:
     """Robust accuracy at every eps, from the smallest success of each example; the first point is clean accuracy."""
     untargeted(evidence, "the eps curve")

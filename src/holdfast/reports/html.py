@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MOST_CLASS_ROWS = 20
 """Classes drawn, the worst of them where there are more."""
 MOST_EXAMPLES = 6
-"""Examples that are shown at once; the others unfold."""
+"""Examples that a page shows at once, the others unfold; a notebook shows no more, for its file keeps the pictures."""
 MOST_CURVE_ROWS = 30
 """Rows of the table under a curve."""
 SIZES = (("wide", 720.0, 300.0), ("narrow", 340.0, 260.0))
@@ -49,19 +49,24 @@ def page(summary: Mapping[str, Any]) -> str:
     )
 
 
-def fragment(summary: Mapping[str, Any]) -> str:
-    """The verdict, the attacks and the metrics that people look at first, as a notebook shows them in its own style."""
+def fragment(summary: Mapping[str, Any], asked: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The verdict, gates, attacks, main metrics, doubts and a few examples, as a notebook shows them in its own style.
+
+    `asked` are gates that were asked after the run.
+    """
     sign, word = words.VERDICTS[summary["verdict"]]
     distance = attacks.by_distance(summary)
     headings = attacks.SMALLEST if distance else attacks.STANDING
     rows = [attacks.row(attack, distance=distance) for attack in summary["attacks"]]
     metrics = [
         (words.label(name), words.shown(name, e["value"]), words.interval(name, e), numbers.count(e["n"]))
-        for name, e in summary["metrics"].items()
+        for name, e in words.told_metrics(summary).items()
         if name in FIRST
     ]
     return filled(
         "notebook.html.j2",
+        gates=[*summary["gates"], *asked],
+        examples=summary["examples"][:MOST_EXAMPLES],
         s=summary,
         sign=sign,
         word=word,

@@ -146,6 +146,13 @@ def _noun(evidence: Evidence) -> str:
     return "images" if shape is not None and is_image(tuple(shape)) else "examples"
 
 
+def asked_gate(gate: Judgement, content: Mapping[str, Any]) -> Json:
+    """The entry of a gate that was asked after the run, beside the summary of that run."""
+    entry = _gate(gate)
+    told: Json = strict(entry | {"says": why(entry, open_doubts(content))})
+    return told
+
+
 def _gate(gate: Judgement) -> Json:
     claim = gate.claim
     return {

@@ -4,7 +4,9 @@ import csv
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
-from holdfast.core.evidence import Columns
+from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Columns, Evidence
+from holdfast.reports.curves import robust
 
 CHUNK = 10_000
 """Rows that are turned into text at a time, so that a million of them need no more memory than these."""
@@ -33,6 +35,33 @@ def write_rows(summary: Mapping[str, Any], columns: Columns, file: TextIO) -> No
     writer.writerow(headings(columns))
     for start in range(0, len(columns["id"]), CHUNK):
         writer.writerows(_rows(summary, columns, slice(start, start + CHUNK)))
+
+
+def frame(evidence: Evidence) -> Any:
+    """Every column of one value an example as a `pandas.DataFrame`, with the ids of the examples as its index.
+
+    `broken_by` holds the name of the attack or pass, `robust` is added, and `digest` is in hex. Raises `UsageError`
+    where pandas is not installed.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise UsageError(
+            f"to_pandas() needs pandas, which is not installed ({error}): pip install pandas"
+        ) from error
+    names = [*(each.name for each in evidence.attacks), *(each.name for each in evidence.passes)]
+    columns: dict[str, Any] = {
+        name: values.numpy() for name, values in evidence.columns.items() if values.dim() == 1
+    }
+    if "digest" in evidence:
+        columns["digest"] = [bytes(row).hex() for row in evidence["digest"].tolist()]
+    if "broken_by" in evidence:
+        columns["broken_by"] = [
+            names[place] if 0 <= place < len(names) else None for place in evidence["broken_by"].tolist()
+        ]
+    if "success" in evidence:
+        columns["robust"] = robust(evidence).numpy()
+    return pd.DataFrame(columns).set_index("id")
 
 
 def _rows(summary: Mapping[str, Any], columns: Columns, rows: slice) -> Iterator[tuple[Any, ...]]:

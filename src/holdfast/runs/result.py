@@ -1,6 +1,6 @@
 """What a run found: the evidence, what is read from it, and what was decided."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, KeysView, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +15,10 @@ from holdfast.core.spelling import suggestion
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge
 from holdfast.metrics.catalogue import estimates, missing
+from holdfast.metrics.curves import EpsCurve, eps_curve
 from holdfast.reports.html import fragment
-from holdfast.reports.summary import Json, summary, to_json
+from holdfast.reports.summary import Json, asked_gate, summary, to_json
+from holdfast.reports.table import frame
 from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.words import VERDICTS, measured
 from holdfast.reports.write import write
@@ -58,6 +60,8 @@ class Result:
     """what `regression` and `clean_accuracy_drop` compare with"""
     rotation: Mapping[str, Any] | None = None
     """the table of attackers of a model whose parameter sets take turns at serving; None of any other"""
+    _asked: dict[str, Judgement] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """gates that were asked after the run, by their claims, for a notebook to show"""
 
     @cached_property
     def metrics(self) -> dict[str, Estimate]:
@@ -99,10 +103,37 @@ class Result:
         """The attacks, the metrics and the doubts as text."""
         return tables(self.summary(), colour=False)
 
+    @property
+    def curve(self) -> EpsCurve:
+        """Robust accuracy against eps, where the run measured it (`curve=True`, or a suite of minimum-norm attacks).
+
+        Raises `UsageError` where it did not.
+        """
+        return eps_curve(self.evidence)
+
+    def __getitem__(self, metric: str) -> Estimate:
+        """A metric by its name, as in `result["robust_accuracy"]`; `float()` of it is its value."""
+        return self.metrics[metric]
+
+    def __contains__(self, metric: object) -> bool:
+        return metric in self.metrics
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.metrics)
+
+    def keys(self) -> KeysView[str]:
+        """The names of the metrics that this run brings."""
+        return self.metrics.keys()
+
     def gate(self, claim: str) -> Judgement:
-        """Judge another claim, such as `"robust_accuracy >= 0.5"`, on the same evidence and doubts."""
+        """Judge another claim, such as `"robust_accuracy >= 0.5"`, on the same evidence and doubts.
+
+        A notebook shows it beside the gates of the run; it changes neither the verdict nor the exit code.
+        """
         doubts = Doubts(self.doubts, self.accepted_doubts)
-        return judge(parse(claim), self.evidence, doubts, baseline=self.baseline)
+        judgement = judge(parse(claim), self.evidence, doubts, baseline=self.baseline)
+        self._asked[judgement.claim.text] = judgement
+        return judgement
 
     def summary(self) -> Json:
         """What every report is made from, in the types of strict JSON."""
@@ -130,6 +161,14 @@ class Result:
             self._write(path, ".json")
         return to_json(self._summary)
 
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` of one row an example, its index the ids: labels, predictions, distances and the rest.
+
+        `broken_by` is the attack or pass that broke the example, and `robust` says whether none did and the model was
+        right. The other columns are those of the evidence. Raises `UsageError` where pandas is not installed.
+        """
+        return frame(self.evidence)
+
     def write(self, path: str | Path) -> Path:
         """Write the report that the suffix asks for: `.html .json .xml .sarif .md .csv`."""
         write(self._summary, self.evidence.columns, Path(path))
@@ -143,8 +182,8 @@ class Result:
         return self.write(path)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return fragment(self._summary)
+        """What a notebook shows: the verdict, gates, attacks, metrics, doubts with what to do, and a few examples."""
+        return fragment(self._summary, [asked_gate(gate, self._summary) for gate in self._asked.values()])
 
     def __str__(self) -> str:
         return verdict(self._summary, colour=False).rstrip("\n")

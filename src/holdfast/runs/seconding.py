@@ -32,7 +32,9 @@ def with_surrogates(
             "leave --surrogate out"
         )
     ready = tuple(_ready(one, stack, sample, target).quick for one in surrogates)
-    return replace(plan, threat=replace(plan.threat, surrogates=ready), matrix=not plan.smallest)
+    return replace(
+        plan, threat=replace(plan.threat, surrogates=ready), matrix=not plan.smallest and not plan.alone
+    )
 
 
 def _ready(surrogate: Subject, stack: ExitStack, sample: Batch, target: Target) -> Target:

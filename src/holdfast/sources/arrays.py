@@ -1,6 +1,7 @@
 """Arrays as a data set: checked once at the door, kept as they came, and turned into inputs slice by slice."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -81,6 +82,8 @@ class Arrays:
     """said in the report"""
     pixels: Pixels | None = None
     """turns the stored values into pixels, where they were normalised beforehand"""
+    reading: Reading = Reading("asis")
+    """how the axes of the array that was given became those of `x`"""
     objection: str = ""
     """why the numbers of the classes are not certain, where such data are taken all the same"""
 
@@ -99,6 +102,11 @@ class Arrays:
         digest.update(self.ids.tobytes())
         return digest.hexdigest()
 
+    def taken(self, rows: Sequence[int]) -> "Arrays":
+        """Some of the examples."""
+        chosen = np.asarray(rows, dtype=np.int64)
+        return replace(self, x=self.x[chosen], y=self.y[chosen], ids=self.ids[chosen])
+
     def read(self, start: int, stop: int) -> Batch:
         """Examples `start` to `stop`, as floats."""
         rows = slice(start, stop)
@@ -109,6 +117,22 @@ class Arrays:
         if self.pixels is not None:
             x = self.pixels(x)
         return Batch(x, torch.from_numpy(self.y[rows].copy()), torch.from_numpy(self.ids[rows].copy()))
+
+
+def as_given(data: Arrays, changed: Inputs, given: Array) -> Array:
+    """Inputs of all examples as the array they were `given` in: its axes, its scale and its normalisation.
+
+    The type is that of `given`, or float32 where that is a whole number or of half precision, in which a small change
+    would be rounded away. A value that did not change comes back bit by bit.
+    """
+    x = data.read(0, len(data)).x
+    same, changed = changed == x, changed.to(x.dtype)
+    back = changed if data.pixels is None else data.pixels.normalised.done(changed)
+    if data.scale != 1.0:
+        back = back * data.scale
+    kept, moved = (data.reading.array(each.numpy(), given.ndim) for each in (same, back))
+    wide = given.dtype if given.dtype in (np.float32, np.float64) else np.dtype(np.float32)
+    return np.where(kept, given.astype(wide), moved.astype(wide))
 
 
 def selected_rows(
@@ -209,7 +233,7 @@ def from_numpy(
     declared = expected.layout or layout
     reading = Reading("asis") if keeps and declared is None else _reading(bare, declared, probe)
     moved = np.ascontiguousarray(reading.inputs(stored))
-    data = replace(bare, x=moved, notes=(*notes, *reading.notes, *said))
+    data = replace(bare, x=moved, reading=reading, notes=(*notes, *reading.notes, *said))
     if probe is not None:
         probe.own.layout = "asis" if declared == "asis" else reading.network or probe.own.layout
         data = suited(data, expected)

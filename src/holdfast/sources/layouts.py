@@ -48,6 +48,16 @@ class Reading:
             return np.moveaxis(x, -1, 1)
         return x[:, None] if x.ndim == 3 else x
 
+    def array(self, x: Array, rank: int) -> Array:
+        """Inputs with their axes as those of the array, of so many axes, that they were read from; a view."""
+        if self.inserted:
+            return x[:, 0]
+        if self.stored == "asis" or rank not in (3, 4, 5):
+            return x
+        if self.stored == "hwc":
+            return np.moveaxis(x, 1, -1)
+        return x[:, 0] if rank == 3 else x
+
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Of one example as the network is given it, for an array of that shape."""
         first = self.inputs(np.empty((1, *shape[1:]), dtype=bool)).shape[1:]

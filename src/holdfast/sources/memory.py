@@ -37,7 +37,7 @@ def as_data(
             x, y = x
         else:
             x, y = _gathered(x, n)
-    inputs, targets = _array(x, "inputs"), _array(y, "labels")
+    inputs, targets = as_array(x, "inputs"), as_array(y, "labels")
     ids = np.arange(len(inputs), dtype=np.int64)
     resolution = torch.finfo(x.dtype).eps if isinstance(x, Tensor) and x.is_floating_point() else None
     return from_numpy(
@@ -86,7 +86,8 @@ def _gathered(pairs: object, n: int | None) -> tuple[object, object]:
     return torch.cat(xs), torch.cat(ys)
 
 
-def _array(values: object, what: str) -> Array:
+def as_array(values: object, what: str) -> Array:
+    """Values in hand as an array of numpy, half precision as float32; `what` names them in a `TargetError`."""
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         return np.asarray(values.float() if values.dtype in (torch.bfloat16, torch.float16) else values)

@@ -1,0 +1,223 @@
+"""`holdfast.attack`: adversarial examples from any attack, judged as `assess` judges them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import index
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from holdfast.config import ordering
+from holdfast.config.attacks import threat_model, threat_said
+from holdfast.config.brought import (
+    DataLike,
+    ModelLike,
+    Numbers,
+    ThreatLike,
+    brought,
+    device_of,
+    fit_of,
+    settings_said,
+)
+from holdfast.config.grad_mode import with_gradients
+from holdfast.config.grammar import parse_threat
+from holdfast.config.members import SuiteLike, members_given
+from holdfast.config.settings import AssessSettings
+from holdfast.config.spellings import is_suite_only
+from holdfast.core.batch import Data
+from holdfast.core.errors import UsageError
+from holdfast.core.lookup import Lookup
+from holdfast.core.outputs import OutputKind
+from holdfast.core.types import Inputs, Layout
+from holdfast.runs import assess as assessing
+from holdfast.runs.order import Progress, silent
+from holdfast.runs.result import Result
+from holdfast.runs.selection import Selection
+from holdfast.sources.arrays import Arrays, as_given
+from holdfast.sources.memory import as_array
+
+Array = Tensor | NDArray[Any]
+"""A tensor where the inputs came as one (or from a loader or an address), an array of numpy where they did not."""
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What an attack made of each of n examples, in the order in which they were given."""
+
+    x_adv: Array
+    """(n, …): an input for each example, with the shape, layout, scale and float type of `x`
+
+    That is the adversarial example where one was found, else the attack's best attempt. An example that the model has
+    wrong already (under a goal: that needs no attack, or cannot count) keeps its own input.
+    """
+    success: Array
+    """(n) bool: the bare model is wrong about `x_adv` (under a goal: predicts the target), inside the threat model"""
+    distance: Array
+    """(n) float: how far `x_adv` is from `x` in the norm and the units of the threat's eps; 0 where it is `x` itself"""
+    queries: Array
+    """(n) int64: forward passes that the attack asked for, which do not include those of the verdict"""
+    clean_correct: Array
+    """(n) bool: the model is right about `x`"""
+    result: Result
+    """the same run as `assess` gives it: metrics with intervals, notes and costs"""
+
+    def __len__(self) -> int:
+        return len(self.x_adv)
+
+    def __repr__(self) -> str:
+        attacks = ", ".join(each.name for each in self.result.attacks)
+        n, wrong, found = len(self), int((~self.clean_correct).sum()), int(self.success.sum())
+        return f"<Attacked: {attacks}; {found:,} of {n:,} succeed, {wrong:,} of them wrong from the start>"
+
+
+@with_gradients
+def attack(
+    model: ModelLike,
+    x: DataLike,
+    y: object = None,
+    attack: SuiteLike = "pgd",
+    threat: ThreatLike = "linf:8/255",
+    *,
+    goal: int | str | None = None,
+    queries: int | None = None,
+    seed: int = 0,
+    surrogates: Sequence[ModelLike] = (),
+    fit: DataLike | None = None,
+    n: int | None = None,
+    sample: int | None = None,
+    split: str | None = None,
+    label: str | None = None,
+    drop: Sequence[str] = (),
+    input_shape: Sequence[int] | None = None,
+    bounds: Numbers | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+    data_normalised: tuple[Numbers, Numbers] | str | None = None,
+    layout: Layout | None = None,
+    model_output: OutputKind | None = None,
+    classes: int | None = None,
+    class_names: Sequence[str] | str | None = None,
+    arch: str | None = None,
+    model_args: Mapping[str, str] | None = None,
+    allow_hosts: Sequence[str] = (),
+    headers: Sequence[str] = (),
+    http_request: str | None = None,
+    http_response: str | None = None,
+    http_labels: bool = False,
+    http_max_rows: int = 64,
+    http_timeout: str = "30s",
+    http_retries: int = 5,
+    trust_code: bool = False,
+    batch_size: int | None = None,
+    device: str = "auto",
+    progress: Progress = silent,
+) -> Attacked:
+    """Adversarial examples for `x` (n, …) with labels `y` (n), made by one attack and judged on the bare model.
+
+    `attack` is a name (`"pgd"`, `"cw"`, see `holdfast attacks`), a class or an instance of `holdfast.attacks`, such as
+    `PGD(steps=100)`, or `{"use": "pgd", "steps": 100}`. Several of them, or the name of a suite such as `"autoattack"`,
+    run one after the other on the examples that still stand. `threat` is text or a constraint, as `holdfast.L2(0.5)`;
+    without an eps (`"l2"`) a minimum-norm attack looks for the smallest change.
+
+    `goal` is a class to be reached, the same for all examples. `queries` is how many forward passes an attack may ask
+    for on each example. The same `seed` gives the same examples, and those of `assess` under the same attack. `y` is
+    left out where `x` is a loader or dataset of pairs, or an address. `fit` holds other examples for attacks that are
+    learned, `surrogates` the models that `Transfer` makes its examples on. Every other argument is as in `assess`.
+
+    The model keeps its mode, its weights and their gradients. Raises `UsageError` for a name that is none, and for an
+    attack that cannot work under this threat or needs more of the model than it gives.
+    """
+    place = str(x) if isinstance(x, str | Path) else None
+    aimed = _threat(threat, goal, queries)
+    suite = attack if isinstance(attack, str) and is_suite_only(attack) else None
+    said = {**locals(), "x": None, "y": None, "data": place, "threat": aimed, "suite": suite, "doubts": False}
+    settings = settings_said("attack()", said, AssessSettings)
+    x, data = _in_hand(x, y)
+    opening = partial(brought, model, data, surrogates, settings)
+    subject, given, seconds = opening()
+    constraint = threat_model(parse_threat(aimed)).constraint
+    members = None if suite else members_given(attack, constraint, "attack")
+    target = subject.model.access
+    order = ordering.order(
+        settings, members=members, device=device_of(model, subject, settings), target=target
+    )
+    order = replace(order, plan=replace(order.plan, alone=True, attacked=False), surrogates=seconds)
+    order = replace(order, fit=fit_of(fit, data, settings, subject.model, order))
+    result = assessing.assess(subject, given, order, opening=opening, progress=progress)
+    return _attacked(result, given, x)
+
+
+def _in_hand(x: DataLike, y: object) -> tuple[DataLike, DataLike]:
+    """The inputs as they were given, and the data as `assess` takes them."""
+    if isinstance(x, tuple) and len(x) == 2 and y is None:
+        x, y = x
+    if y is not None:
+        return x, (x, y)
+    if isinstance(x, Tensor | np.ndarray | list):
+        raise UsageError(
+            f"y is missing for inputs in a {type(x).__name__}; give one label for each, as in attack(model, x, y)"
+        )
+    return x, x
+
+
+def _threat(threat: ThreatLike, goal: int | str | None, queries: int | None) -> str:
+    """The threat as text, with the goal and the queries that stand beside it."""
+    text = threat_said(threat, "attack(): threat")
+    spec = parse_threat(text)
+    if goal is not None:
+        if spec.goal is not None:
+            raise UsageError(f"the goal is {goal!r}, and the threat {text} has one; leave one of them out")
+        text += f",goal={goal if isinstance(goal, str) else _target(goal)}"
+    if queries is not None:
+        if spec.queries is not None:
+            raise UsageError(f"queries is {queries}, and the threat {text} has them; leave one of them out")
+        text += f",queries={queries}"
+    return text
+
+
+def _target(goal: int) -> str:
+    try:
+        return f"targeted:{index(goal)}"
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"goal is a {type(goal).__name__}; expected the number of one class for all examples, as in goal=3"
+        ) from None
+
+
+def _attacked(result: Result, data: Data, given: object) -> Attacked:
+    """What the run found, in the form in which the inputs were given."""
+    evidence, x = result.evidence, data.read(0, len(data)).x
+    correct, success, goal = evidence["correct"], evidence["success"], evidence.threat.goal
+    tried = correct if goal is None else correct & evidence["eligible"]
+    success = torch.where(tried, success, ~correct if goal is None else evidence["prediction"] == goal)
+    x_adv, made = x.clone(), result.adversarial
+    if made:
+        rows = Lookup(evidence["id"]).rows(made["id"])
+        kept = tried[rows]
+        x_adv[rows[kept]] = made["x"][kept].to(x)
+    distance = evidence.threat.constraint.distance(x_adv.double(), x.double()).float()
+    returned = _as_given(data, x_adv, given)
+
+    def alike(column: Tensor) -> Array:
+        return column.to(returned.device) if isinstance(returned, Tensor) else column.numpy()
+
+    return Attacked(
+        returned, alike(success), alike(distance), alike(evidence["queries"]), alike(correct), result
+    )
+
+
+def _as_given(data: Data, x_adv: Inputs, given: object) -> Array:
+    """The inputs as those that a caller holds; as the model takes them where they came from elsewhere."""
+    whole, rows = (data.whole, data.rows) if isinstance(data, Selection) else (data, None)
+    if not isinstance(whole, Arrays) or not isinstance(given, Tensor | np.ndarray | list):
+        return x_adv
+    stored = as_array(given, "inputs")
+    if rows is not None:
+        whole, stored = whole.taken(rows), stored[list(rows)]
+    back = as_given(whole, x_adv, stored)
+    return torch.from_numpy(back).to(given.device) if isinstance(given, Tensor) else back

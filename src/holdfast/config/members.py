@@ -1,0 +1,81 @@
+"""The attacks of a run with their names in tables: by canonical name, or as a Python caller gives them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from holdfast.attacks.protocol import Attack
+from holdfast.config.attacks import attack_class, build, checked
+from holdfast.config.naming import VARIANTS
+from holdfast.config.settings import AssessSettings
+from holdfast.config.spellings import attack_listed, norms_of
+from holdfast.core.constraints import Constraint
+from holdfast.core.errors import UsageError
+from holdfast.harness import Member, labelled
+from holdfast.suites import variant
+
+AttackLike = Attack | type[Attack] | str | Mapping[str, Any]
+"""An attack, a class of attacks, which stands for its default settings, a name, or `{"use": "pgd", "steps": 100}`."""
+
+SuiteLike = AttackLike | Sequence[AttackLike]
+"""The name of a suite, an attack, or several attacks."""
+
+_EXPECTED = (
+    "expected the name of a suite or of an attack, an attack such as holdfast.attacks.PGD(steps=100), or a list of "
+    "attacks and their names"
+)
+
+
+def members_said(settings: AssessSettings, constraint: Constraint) -> tuple[Member, ...] | None:
+    """The attacks that settings list, with their settings or by name; None where they name a suite or nothing."""
+    if settings.attacks is not None:
+        return labelled(build(spec, f"attacks.{k}") for k, spec in enumerate(settings.attacks))
+    if isinstance(settings.suite, tuple):
+        return tuple(_named(name, constraint) for name in settings.suite)
+    return None
+
+
+def members_given(given: object, constraint: Constraint, where: str = "suite") -> tuple[Member, ...]:
+    """What a Python caller gives as `where`: an attack, a class, a name, settings under `use`, or several of them."""
+    if isinstance(given, Attack | type | Mapping):
+        return (_given(given, constraint, where),)
+    if isinstance(given, str):
+        given = [name.strip() for name in given.split(",") if name.strip()]
+    each = tuple(given) if isinstance(given, Iterable) else ()
+    if not each:
+        raise UsageError(f"{where} is {given!r}; {_EXPECTED}")
+    return tuple(_given(one, constraint, where) for one in each)
+
+
+def _given(each: object, constraint: Constraint, where: str) -> Member:
+    if isinstance(each, Mapping):
+        return labelled([build(each, where)])[0]
+    if isinstance(each, str):
+        return _named(attack_listed(each), constraint)
+    attack = _made(each, each.__name__) if isinstance(each, type) else each
+    if not isinstance(attack, Attack):
+        raise UsageError(f"{where} holds {each!r}; {_EXPECTED}")
+    return labelled([checked(attack)])[0]
+
+
+def _named(name: str, constraint: Constraint) -> Member:
+    if name not in VARIANTS:
+        return Member(name, _made(attack_class(name), name))
+    found = variant(name, constraint)
+    if found is None:
+        norm = type(constraint).__name__.lower()
+        raise UsageError(
+            f"{name} is the name that suites give to {VARIANTS[name]} under {', '.join(norms_of(name))}, and the "
+            f"threat is {norm}; choose such a threat, or name {VARIANTS[name]}"
+        )
+    return Member(name, found)
+
+
+def _made(cls: type[Any], name: str) -> Any:
+    """An attack at its default settings; `UsageError` where it has settings without one."""
+    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    if needed:
+        raise UsageError(
+            f"{name} needs {', '.join(needed)}; give an attack with it, as {name}({needed[0]}=...)"
+        )
+    return cls()

@@ -1,0 +1,203 @@
+"""Every name that an attack or a suite may be called by, and the canonical one; without torch.
+
+Letters may be large or small, and `-`, `_` and spaces may stand or be left out: `hop-skip-jump` is HopSkipJump.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Final
+
+from holdfast.config.grammar import Norm, nearest
+from holdfast.config.naming import ATTACKS, GROUP, MEMBERS, PUBLISHED, VARIANTS
+from holdfast.core.errors import UsageError
+from holdfast.core.spelling import suggestion
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """What else an attack is called."""
+
+    paper: str
+    """its name in the paper, where that names no other attack here; else empty"""
+    short: tuple[str, ...] = ()
+    """usual short forms, each of which names it"""
+
+    def others(self, name: str) -> str:
+        """The names beside `name`, that of the paper first."""
+        return ", ".join(dict.fromkeys(each for each in (self.paper, *self.short) if each and each != name))
+
+
+SPELLINGS: Final[Mapping[str, Spelling]] = {
+    "ALMA": Spelling("ALMA"),
+    "APGD": Spelling("Auto-PGD"),
+    "BIM": Spelling("BIM", ("i-fgsm",)),
+    "DDN": Spelling("DDN"),
+    "EAD": Spelling("EAD", ("elastic-net",)),
+    "FAB": Spelling("FAB"),
+    "FGSM": Spelling("FGSM", ("fgm",)),
+    "FMN": Spelling("FMN"),
+    "JSMA": Spelling("JSMA"),
+    "NES": Spelling("NES"),
+    "PDPGD": Spelling("PDPGD"),
+    "PGD": Spelling("PGD"),
+    "SPSA": Spelling("SPSA"),
+    "ZOO": Spelling("ZOO"),
+    "AdversarialPatch": Spelling("Adversarial Patch"),
+    "Bandits": Spelling("Bandits-TD"),
+    "Boundary": Spelling("Boundary Attack"),
+    "CarliniWagner": Spelling("C&W", ("cw", "carlini")),
+    "Corruption": Spelling(""),
+    "DeepFool": Spelling("DeepFool"),
+    "Flow": Spelling("stAdv"),
+    "GeoDA": Spelling("GeoDA"),
+    "GridSearch": Spelling(""),
+    "HopSkipJump": Spelling("HopSkipJumpAttack", ("hsj", "hsja")),
+    "MomentumPGD": Spelling("", ("mim",)),
+    "PatchAttack": Spelling("LaVAN"),
+    "RayS": Spelling("RayS"),
+    "Relay": Spelling(""),
+    "SigmaZero": Spelling("σ-zero"),
+    "SignOPT": Spelling("Sign-OPT"),
+    "SimBA": Spelling("SimBA"),
+    "SparseRS": Spelling("Sparse-RS"),
+    "Square": Spelling("Square Attack"),
+    "SuperDeepFool": Spelling("SuperDeepFool", ("sdf",)),
+    "SurFree": Spelling("SurFree"),
+    "Transfer": Spelling(""),
+    "TransformPGD": Spelling(""),
+    "Universal": Spelling("UAP"),
+    "UniversalDeepFool": Spelling(""),
+    "ALMA-2": Spelling(""),
+    "APGD-CE": Spelling("APGD-CE"),
+    "APGD-DLR": Spelling("APGD-DLR"),
+    "APGD-T": Spelling("APGD-T"),
+    "FAB-T": Spelling("FAB-T"),
+    "FAB-T-2": Spelling(""),
+    "PGD-CE": Spelling(""),
+    "Relay-2": Spelling(""),
+    "Sprint": Spelling(""),
+    **{name: Spelling(name, ("di2-fgsm",) if name == "DI-FGSM" else ()) for name in PUBLISHED},
+}
+"""The attacks and the names that suites give them; common corruptions go by their own names."""
+
+SUITE_SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
+    "standard": ("autoattack", "aa"),
+    "rand": ("autoattack-rand", "aa-rand"),
+}
+"""Usual names of suites beside our own."""
+
+ADAPTIVE: Final = (
+    "Pair", "Pair-light", "Pair-heavy", "EOT", "BPDA", "BPDA-T", "BPDA-ALMA", "BPDA-FAB", "Search",
+)  # fmt: skip
+"""Names of the attacks that `adaptive` adds and chooses by the doubts; a test keeps them in step with `doubts`."""
+
+
+def folded(name: str) -> str:
+    """The name as names are compared: in small letters, without `-`, `_` and spaces.
+
+    >>> folded("Hop-Skip_Jump")
+    'hopskipjump'
+    """
+    return "".join(letter for letter in name.casefold() if letter not in "-_ ")
+
+
+def suite_called(name: str) -> str | None:
+    """The canonical name of a suite; None if no suite is called so."""
+    return _suites().get(folded(name))
+
+
+def is_suite_only(name: str) -> bool:
+    """Whether a name is that of a suite and of no attack."""
+    return suite_called(name) is not None and folded(name) not in _attacks()
+
+
+def attack_called(name: str) -> str:
+    """The canonical name of an attack, or the name that suites give it; `UsageError` with the nearest one."""
+    known = _attacks()
+    found = known.get(folded(name))
+    if found is not None:
+        return found
+    if folded(name) in map(folded, ADAPTIVE):
+        raise UsageError(
+            f"{name} is an attack that adaptive (on the command line --adaptive) adds where a doubt calls for it, and "
+            "cannot be named by itself"
+        )
+    raise UsageError(f"there is no attack {name!r}{nearest(name, _plain())}")
+
+
+def attack_class_called(name: str) -> str:
+    """The attack of that name, which has settings of its own; `UsageError` for a name that suites give to settings."""
+    found = attack_called(name)
+    if found in VARIANTS:
+        of = VARIANTS[found]
+        raise UsageError(
+            f"{found} is the name that suites give to {of} with settings of its own; name {of} with settings (see "
+            f"holdfast attacks {of}), or name it without any, as in suite: [{found}]"
+        )
+    return found
+
+
+def suite_or_attacks(names: Iterable[str]) -> str | tuple[str, ...]:
+    """A suite, where one name stands alone and is a suite; else the canonical names of attacks.
+
+    Raises `UsageError` for a name that is none, and for a suite beside other names.
+    """
+    named = [name.strip() for each in names for name in each.split(",") if name.strip()]
+    if not named:
+        raise UsageError("suite names nothing; expected a suite, as in fast, or attacks, as in pgd,square")
+    if len(named) == 1:
+        (alone,) = named
+        suite = suite_called(alone)
+        if suite is None and folded(alone) not in _attacks() and folded(alone) not in map(folded, ADAPTIVE):
+            near = suggestion(alone, (*MEMBERS, *_plain()))
+            known = f"there are the suites {', '.join(MEMBERS)}, and the attacks that holdfast attacks lists"
+            raise UsageError(f"suite is {alone!r}; {near or known}")
+        return suite or (attack_called(alone),)
+    return tuple(attack_listed(name) for name in named)
+
+
+def attack_listed(name: str) -> str:
+    """The canonical name of an attack in a list; `UsageError` for a suite, which stands alone."""
+    if is_suite_only(name):
+        raise UsageError(
+            f"{name} is a suite, and stands alone; leave the other names out, or list attacks, as in pgd,square"
+        )
+    return attack_called(name)
+
+
+def norms_of(name: str) -> tuple[Norm, ...]:
+    """The norms for which a suite has an attack of that name."""
+    found = (norm for by_norm in MEMBERS.values() for norm, names in by_norm.items() if name in names)
+    return tuple(dict.fromkeys(found))
+
+
+def suites_of(name: str) -> tuple[str, ...]:
+    """The suites that have an attack of that name under some norm."""
+    return tuple(s for s, by_norm in MEMBERS.items() if any(name in names for names in by_norm.values()))
+
+
+def every_name() -> tuple[str, ...]:
+    """All that `suite` takes, for a shell to complete: suites, attacks, names that suites give, and short forms."""
+    short = (
+        s for of in (*SUITE_SPELLINGS.values(), *(each.short for each in SPELLINGS.values())) for s in of
+    )
+    return tuple(dict.fromkeys((*MEMBERS, *_plain(), *short)))
+
+
+def _plain() -> list[str]:
+    return [*ATTACKS, *(entry.name for entry in entry_points(group=GROUP)), *VARIANTS]
+
+
+def _attacks() -> dict[str, str]:
+    """Canonical names by all that there are, folded; ours go before those of other packages."""
+    own = {folded(name): name for name in (*ATTACKS, *VARIANTS)}
+    short = {folded(form): name for name, each in SPELLINGS.items() for form in each.short}
+    papers = {folded(each.paper): name for name, each in SPELLINGS.items() if each.paper}
+    added = {folded(entry.name): entry.name for entry in entry_points(group=GROUP)}
+    return {**added, **papers, **short, **own}
+
+
+def _suites() -> dict[str, str]:
+    short = {folded(form): name for name, forms in SUITE_SPELLINGS.items() for form in forms}
+    return {**short, **{folded(name): name for name in MEMBERS}}
