@@ -22,12 +22,12 @@ _NAMED = 3  # frozen parameters that are named
 
 def refuse_untrainable(model: Classifier) -> None:
     """`TargetError` for what is no network, has no gradients or fits no checkpoint, `UsageError` for what is frozen."""
-    if not isinstance(model.net, nn.Module) or not any(True for _ in model.parameters()):
-        raise TargetError("the model has no parameters to train; give a network, as in net.py:make")
     if model.access != "gradients":
         raise TargetError(
             f"the model gives {model.access} and no gradients, so it cannot be trained; {model.hides}"
         )
+    if not isinstance(model.net, nn.Module) or not any(True for _ in model.parameters()):
+        raise TargetError("the model has no parameters to train; give a network, as in net.py:make")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise TargetError(
             "the model is TorchScript, whose copies cannot be trained; give the network that it was made from, as in "
