@@ -16,6 +16,7 @@ from holdfast.ops.fit import drawing
 from holdfast.ops.gradients import input_gradient
 from holdfast.ops.recipe import Recipe
 from holdfast.recipes import MultiNormTraining
+from holdfast.sources.keras_models import KerasNet
 
 _NAMED = 3  # frozen parameters that are named
 
@@ -32,6 +33,11 @@ def refuse_untrainable(model: Classifier) -> None:
         raise TargetError(
             "the model is TorchScript, whose copies cannot be trained; give the network that it was made from, as in "
             "net.py:make"
+        )
+    if isinstance(model.net, KerasNet):
+        raise TargetError(
+            f"the model is a {model.net.name} of Keras, whose layers keep their state outside of what a checkpoint "
+            "holds; train it with Keras, or give the same network built of torch.nn, as in net.py:make"
         )
     refuse_lazy(model)
     for name, value in model.state_dict().items():

@@ -106,8 +106,9 @@ class Estimator(nn.Module):
         rows = self._rows(torch.cat((x, (x + x.roll(1, 0)) / 2)))
         numbers, scores = self._numbers(rows), self._raw(rows)
         if self.gives == "labels":
-            n, wide = len(self.asked.classes or ()), scores.shape[1:]
-            return (f"its scores are {wide} an example and its classes {n}, so it is attacked by its labels",)
+            assert self.asked.classes is not None
+            said = f"the scores of {self.name} have {scores.shape[-1]} columns for {len(self.asked.classes)} classes"
+            return (f"{said}, so they are not used: the model is attacked by its labels",)
         best = _largest(scores)
         other = int((numbers != best).sum())
         if not other:

@@ -1,5 +1,6 @@
 """Models of Keras 3 on its torch back end: networks of torch that declare a layout and a last activation."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ class KerasNet(nn.Module):
         """The same layers with weights of their own; the copy of Keras itself would go through a file."""
         import keras
 
-        model = keras.models.clone_model(self.model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Keras reads its numbers in a way that numpy deprecates
+            model = keras.models.clone_model(self.model)
         with torch.no_grad():
             for mine, theirs in zip(model.variables, self.model.variables, strict=True):
                 mine.value.data.copy_(theirs.value.data)

@@ -4,8 +4,13 @@
 It imports nothing of the package.
 """
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xgboost
 
 SPARE_BYTES = 2**30
 """memory beyond eight copies of the file, which JSON needs"""
@@ -30,9 +35,6 @@ def limit(path: Path) -> None:
 
 def main(name: str) -> None:
     """Load the model and ask it for two rows."""
-    import numpy as np
-    import xgboost
-
     path = Path(name)
     limit(path)
     booster = xgboost.Booster({"nthread": 1})
@@ -50,6 +52,31 @@ def main(name: str) -> None:
         nthread=1,
     )
     booster.predict(matrix, output_margin=True)
+    for tree in _trees(json.loads(booster.save_raw("json"))["learner"]["gradient_booster"]):
+        refuse_stray_nodes(tree, width)
+
+
+def _trees(boosted: dict[str, Any]) -> list[dict[str, Any]]:
+    """The trees; none of a linear booster."""
+    inner = boosted.get("gbtree", boosted)  # dart holds its trees one level deeper
+    trees: list[dict[str, Any]] = inner["model"].get("trees", [])
+    return trees
+
+
+def refuse_stray_nodes(tree: dict[str, Any], width: int) -> None:
+    """`ValueError` where a node leads outside its tree, or back, or looks at a feature that there is not.
+
+    The reader of XGBoost does not look, and would read beyond its memory when some other row is asked.
+    """
+    left, right = np.array(tree["left_children"], int), np.array(tree["right_children"], int)
+    features = np.array(tree["split_indices"], int)
+    n, splits = len(left), left != -1
+    children = np.concatenate((left[splits], right[splits]))
+    same_size = len(right) == n and len(features) == n and n > 0
+    if not same_size or np.any((children < 1) | (children >= n)) or len(np.unique(children)) < len(children):
+        raise ValueError("a tree has nodes that lead nowhere")
+    if np.any((features[splits] < 0) | (features[splits] >= width)):
+        raise ValueError("a tree looks at a feature that there is not")
 
 
 if __name__ == "__main__":

@@ -97,10 +97,8 @@ def _refuse_damaged(path: Path) -> None:
             f"{str(path)!r} took more than {LOAD_SECONDS} s to load and was given up"
         ) from error
     if done.returncode:
-        last = (
-            done.stderr.strip().splitlines() or [f"the process that loads it ended with {done.returncode}"]
-        )[-1]
-        raise _damaged(path, last)
+        ended = f"the process that loads it under limits ended with status {done.returncode}"
+        raise _damaged(path, (done.stderr.strip().splitlines() or [ended])[-1])
 
 
 def _damaged(path: Path, said: str) -> TargetError:
