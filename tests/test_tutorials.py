@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,31 @@ def test_every_line_of_rotation_runs(tmp_path, monkeypatch, capsys):
     pool = Pool.held(tmp_path / "pool")
     assert pool.serving.name in {one.name for one in pool.ledger.exposed()}
     assert [one.name for one in pool.ledger.members if one.state == "candidate"]
+
+
+@pytest.mark.slow
+def test_every_block_of_estimators_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("skops")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page("estimators"), re.DOTALL):
+        exec(compile(block, "estimators.md", "exec"), names)
+    lines = re.findall(r"^\$ holdfast (.*)$", page("estimators"), re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        assert run(shlex.split(line)) == 0, (line, capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_every_block_of_keras_runs(tmp_path):
+    """In a process of its own: the back end is chosen when keras is imported."""
+    pytest.importorskip("h5py")  # keras brings it
+    first, factory = re.findall(r"```python\n(.*?)```", page("keras"), re.DOTALL)
+    (tmp_path / "first.py").write_text(first + 'model.save("cnn.keras")\n', encoding="utf-8")
+    (tmp_path / "cnn.py").write_text(factory, encoding="utf-8")
+    (line,) = re.findall(r"^\$ holdfast (.*)$", page("keras"), re.MULTILINE)
+    for words in (["first.py"], ["-m", "holdfast", *shlex.split(line)]):
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr

@@ -28,7 +28,7 @@ _APART = 4e-6
 """what the winner of equal scores is ahead by, as a share of its score: the least that the logarithm of a probability
 in single precision still shows"""
 _OTHER_SCORES = 0.1
-"""share of rows whose largest score is of another class than `predict`, above which scores are not of the classes"""
+"""share of examples whose largest score is of another class than `predict`, above which scores are not of classes"""
 _WAY_OUT = "give a function from inputs to logits instead, as file.py:factory or in Python"
 
 
@@ -110,11 +110,13 @@ class Estimator(nn.Module):
             said = f"the scores of {self.name} have {scores.shape[-1]} columns for {len(self.asked.classes)} classes"
             return (f"{said}, so they are not used: the model is attacked by its labels",)
         best = _largest(scores)
-        other = int((numbers != best).sum())
-        if not other:
+        other = numbers != best
+        if not other.any():
             return ()
-        said = f"the largest score is of another class than predict() in {other:,} of {len(rows):,} rows"
-        if other > _OTHER_SCORES * len(rows):
+        said = (
+            f"the largest score is of another class than predict() in {other.sum():,} of {len(rows):,} rows"
+        )
+        if other[: len(x)].mean() > _OTHER_SCORES:
             self.gives = "labels"
             return (f"{said}, so the scores are not used: the model is attacked by its labels",)
         self.decides = True
@@ -242,7 +244,7 @@ def as_model(asked: Asked, digest: str) -> Adapted:
 
 def no_gradient(name: str) -> str:
     """Why an estimator is attacked without gradients."""
-    return f"{name} is no network and has no gradient"
+    return f"{name} is an estimator, not a network, and has no gradient"
 
 
 def named(classes: Sequence[Any]) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:

@@ -43,6 +43,8 @@ def main(name: str) -> None:
     width = booster.num_features()
     if width > 10_000_000:
         raise ValueError(f"it declares {width} features")
+    for tree in _trees(json.loads(booster.save_raw("json"))["learner"]["gradient_booster"]):
+        refuse_stray_nodes(tree, width)
     rows = np.stack((np.zeros(width, np.float32), np.ones(width, np.float32)))
     matrix = xgboost.DMatrix(
         rows,
@@ -52,8 +54,6 @@ def main(name: str) -> None:
         nthread=1,
     )
     booster.predict(matrix, output_margin=True)
-    for tree in _trees(json.loads(booster.save_raw("json"))["learner"]["gradient_booster"]):
-        refuse_stray_nodes(tree, width)
 
 
 def _trees(boosted: dict[str, Any]) -> list[dict[str, Any]]:

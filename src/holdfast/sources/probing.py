@@ -132,6 +132,8 @@ def settle_predictions(model: Classifier, data: Data) -> tuple[str, ...]:
     notes = own.net.settle(own.preprocess(data.read(0, min(_COMPARED, len(data))).x))
     if own.net.gives == "labels":
         own.access = model.access = "labels"
+        if notes:
+            own.hides = model.hides = f"the scores of {own.net.name} are not those of its classes"
     return notes
 
 
