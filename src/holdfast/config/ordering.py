@@ -288,19 +288,19 @@ def plan(
 ) -> Plan:
     """The attacks in their order under the threat model; a suite goes by what the threat and the target let see."""
     threat = threat_model(parse_threat(settings.threat))
+    seen: Access = min(threat.access, target, key=ACCESS_ORDER.index)
     if attacks is None and settings.attacks is not None:
         attacks = [build(spec, f"attacks.{k}") for k, spec in enumerate(settings.attacks)]
     if attacks is not None:
         members, name, smallest = labelled(attacks), "", threat.constraint.eps == float("inf")
     else:
-        seen: Access = min(threat.access, target, key=ACCESS_ORDER.index)
         named = settings.suite or usual_suite(replace(parse_threat(settings.threat), access=seen))
         composed = suite(named, threat.constraint, seen)
         members = tuple(
             Member(name, attack, composed.waves.get(name, 0)) for name, attack in composed.attacks
         )
         name, smallest = str(composed), composed.smallest
-    _refuse_endless(threat, settings, smallest=smallest)
+    _refuse_endless(replace(threat, access=seen), settings, smallest=smallest)
     corrupting = isinstance(threat.constraint, Corruptions)
     in_ball = isinstance(threat.constraint, (Linf, L2, L1, L0))
     _refuse_strangers(members, settings, corrupting=corrupting)
