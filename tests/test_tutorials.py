@@ -1,7 +1,10 @@
 """The tutorials run as they stand."""
 
+import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +83,32 @@ def test_the_application_answers_records_and_swaps(tmp_path, monkeypatch):
         assert predict("key-of-bob", pixels).json() == {"class": int(answers[1][told_apart])}
     first, second = Pool.held(tmp_path / "pool").ledger.terms
     assert first.answers == {pool.pseudonym("alice"): 1} and second.answers == {pool.pseudonym("bob"): 1}
+
+
+@pytest.mark.slow
+def test_every_block_of_estimators_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("skops")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page("estimators"), re.DOTALL):
+        exec(compile(block, "estimators.md", "exec"), names)
+    lines = re.findall(r"^\$ holdfast (.*)$", page("estimators"), re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        assert run(shlex.split(line)) == 0, (line, capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_every_block_of_keras_runs(tmp_path):
+    """In a process of its own: the back end is chosen when keras is imported."""
+    if importlib.util.find_spec("keras") is None:
+        pytest.skip("needs keras")
+    first, factory = re.findall(r"```python\n(.*?)```", page("keras"), re.DOTALL)
+    (tmp_path / "first.py").write_text(first + 'model.save("cnn.keras")\n', encoding="utf-8")
+    (tmp_path / "cnn.py").write_text(factory, encoding="utf-8")
+    (line,) = re.findall(r"^\$ holdfast (.*)$", page("keras"), re.MULTILINE)
+    for words in (["first.py"], ["-m", "holdfast", *shlex.split(line)]):
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr

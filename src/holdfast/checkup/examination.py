@@ -16,7 +16,7 @@ from holdfast.ops.prepare import in_training
 from holdfast.sources.arrays import Arrays
 from holdfast.sources.estimates import pixel_divisor, scaling
 from holdfast.sources.pictures import Pictures
-from holdfast.sources.probing import settle_output
+from holdfast.sources.probing import settle_output, settle_predictions
 
 _SAMPLE = 256  # examples that are looked at
 _MISFITS = 16  # examples outside the bounds or the classes that are added to them
@@ -39,11 +39,12 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
         model.eval()
         with fitted(model, batch.x):
             unclear = tuple(_unclear_output(model, data))
+            differs = tuple(_predictions(model, data))
             numbers = tuple(_numbers(data))
             found = () if unclear else tuple(_found(model, batch, left_in_training, data))
             if numbers:  # which say already why labels are off
                 found = tuple(finding for finding in found if finding.check != "labels")
-            return (*numbers, *unclear, *found)
+            return (*numbers, *unclear, *differs, *found)
     finally:
         for module, training in modes:
             module.training = training
@@ -74,6 +75,14 @@ def _unclear_output(model: Classifier, data: Data) -> Iterator[Finding]:
         settle_output(model, data)
     except UnclearOutput as error:
         yield Finding("output", "problem", str(error), "--model-output probability, or --model-output logit")
+
+
+def _predictions(model: Classifier, data: Data) -> Iterator[Finding]:
+    """An estimator whose largest score is of another class than it predicts."""
+    for note in settle_predictions(model, data):
+        yield Finding(
+            "predictions", "warning", note, "if this is not meant, give an estimator without a threshold"
+        )
 
 
 def _range_of_labels(data: Data, batch: Batch) -> tuple[int, int]:

@@ -11,7 +11,10 @@ from holdfast.config.grammar import nearest
 from holdfast.core.errors import UsageError
 from holdfast.sources.files import existing
 
-_FILES = (".pt", ".pth", ".th", ".pt2", ".onnx", ".safetensors", ".npz", ".csv", ".gz", ".parquet", ".py")
+_FILES = (
+    *(".pt", ".pth", ".th", ".ts", ".pt2", ".onnx", ".safetensors", ".skops", ".json", ".ubj"),
+    *(".npz", ".csv", ".gz", ".parquet", ".py"),
+)
 
 
 def refuse_missing_file(address: str | None) -> None:
@@ -31,7 +34,7 @@ def refuse_unknown_model(address: str) -> None:
     if _is_word(address) and address not in known:
         raise UsageError(
             f"there is no bundled model {address!r}{_offered(address, known)} "
-            "give file.py:factory, a .safetensors, .pt, .pt2 or .onnx file, or a URL"
+            "give file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json or .ubj file, or a URL"
         )
 
 

@@ -17,14 +17,16 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.runs.order import Order, Subject
 from holdfast.runs.selection import selected
+from holdfast.sources.adapting import accepted
 from holdfast.sources.data import noting_fewer
+from holdfast.sources.estimators import Predictor
 from holdfast.sources.expected import Expected
 from holdfast.sources.frames import is_frame, open_frame
 from holdfast.sources.memory import as_data
 
 Numbers = Sequence[float]
-ModelLike = nn.Module | Callable[[Tensor], Tensor] | str | Path
-"""A network, a function from inputs to logits, or an address as on the command line."""
+ModelLike = nn.Module | Callable[[Tensor], Tensor] | Predictor | str | Path
+"""A network, a function from inputs to logits, an estimator, or an address as on the command line."""
 ThreatLike = str | Constraint | ThreatModel
 """A threat as text, a constraint such as `holdfast.Linf(8/255)`, or a threat model without surrogates."""
 DataLike = Any
@@ -64,9 +66,10 @@ def subject_of(model: ModelLike, settings: AssessSettings) -> Subject:
     """The model, in hand or at an address."""
     if isinstance(model, str | Path):
         return ordering.opened_subject(settings)
-    if not callable(model):
+    if not accepted(model):
         raise UsageError(
-            f"model is a {type(model).__name__}; expected a network, a function from inputs to logits, or an address"
+            f"model is a {type(model).__name__}; expected a network, a function from inputs to logits, an estimator, "
+            "or an address"
         )
     return ordering.given_subject(model, settings)
 
@@ -82,7 +85,7 @@ def surrogates_of(given: object, settings: AssessSettings, target: Classifier) -
         if isinstance(each, str | Path):
             said = check({"surrogates": [str(each)]}, "assess()", kind=AssessSettings).surrogates[0]
             subjects.append(ordering.opened_surrogate(said, settings, target))
-        elif callable(each):
+        elif accepted(each):
             subjects.append(ordering.given_surrogate(each, settings, target))
         else:
             raise UsageError(

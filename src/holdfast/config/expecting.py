@@ -14,7 +14,7 @@ from holdfast.runs.order import Subject
 from holdfast.sources.data import Names
 from holdfast.sources.expected import Expected
 from holdfast.sources.models import Declared
-from holdfast.sources.probing import Probe, settle_gradients, settle_output
+from holdfast.sources.probing import Probe, settle_gradients, settle_output, settle_predictions
 
 
 def declared(settings: AssessSettings) -> Declared:
@@ -49,6 +49,7 @@ def expected(settings: AssessSettings, model: Classifier, *, lenient: bool = Fal
         model.bounds,
         model.classes,
         None if names is None else tuple(names),
+        model.class_labels,
         settings.class_names is not None,
         settings.class_order,
         settings.layout,
@@ -60,21 +61,24 @@ def expected(settings: AssessSettings, model: Classifier, *, lenient: bool = Fal
 
 def unlabelled(settings: AssessSettings, model: Classifier) -> Expected:
     """The same of data whose labels are not used."""
-    return replace(expected(settings, model), classes=None, class_names=None, checks_labels=False)
+    return replace(
+        expected(settings, model), classes=None, class_names=None, class_labels=None, checks_labels=False
+    )
 
 
 def fitting(subject: Subject, surrogates: Sequence[Subject], data: Data) -> Subject:
     """Find out from the data what is not declared, and return the subject with what was found of it.
 
-    That is whether single outputs are logits, whether the backward pass of the model works, and the layouts of
-    surrogates. Raises `UnclearOutput` where single outputs may be probabilities.
+    That is whether single outputs are logits, whether the largest score of an estimator is its class, whether the
+    backward pass of the model works, and the layouts of surrogates. Raises `UnclearOutput` where single outputs may be
+    probabilities.
     """
     model = subject.model
     for each in (model, *(surrogate.model for surrogate in surrogates)):
         if each is not model:
             Probe(each).suit(data.read(0, min(2, len(data))).x)
         settle_output(each, data)
-    notes = settle_gradients(model, data)
+    notes = (*settle_predictions(model, data), *settle_gradients(model, data))
     card = {**subject.card, "access": model.access} if notes else subject.card
     return replace(subject, card=card, notes=(*subject.notes, *notes))
 

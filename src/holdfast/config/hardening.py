@@ -26,6 +26,7 @@ from holdfast.ops.fit import Training, drawing
 from holdfast.ops.recipe import Recipe
 from holdfast.runs.candidates import Candidate
 from holdfast.runs.order import Subject
+from holdfast.runs.trainable import refuse_untrainable
 from holdfast.runs.wish import Wish
 from holdfast.sources.data import open_data
 from holdfast.sources.expected import Expected
@@ -43,6 +44,7 @@ def opened(settings: HardenSettings) -> tuple[Subject, Batch, Data, Data]:
     with _weights_of(settings):
         subject = ordering.opened_subject(settings)
     model = subject.model
+    _refuse_estimator(model)
     training = _with_unlabelled(_opened_training(settings, model), settings.unlabelled, settings, model)
     judged = ordering.opened_data(_few(settings), model)
     subject = expecting.fitting(subject, (), judged)
@@ -60,6 +62,7 @@ def brought_all(
     with _weights_of(settings):
         subject = brought.subject_of(model, settings)
     own = subject.model
+    _refuse_estimator(own)
     if fit is None and not isinstance(data, str | Path):
         training, judged = _parted(brought.data_of(data, _all(settings), own), settings, own)
         whole = judged
@@ -73,6 +76,12 @@ def brought_all(
             training = given.read(0, len(given))
     subject = expecting.fitting(subject, (), judged)
     return subject, _with_unlabelled(training, unlabelled, settings, own), judged, whole
+
+
+def _refuse_estimator(model: Classifier) -> None:
+    """What is no network is refused before its data are opened."""
+    if model.access != "gradients":
+        refuse_untrainable(model)
 
 
 def _weights_of(settings: HardenSettings) -> AbstractContextManager[None]:

@@ -46,8 +46,8 @@ from holdfast.harness.plan import DoubtsWanted, adaptive_members
 from holdfast.ops.expectation import seen_through
 from holdfast.reports.numbers import strict
 from holdfast.runs.order import Order, Subject
+from holdfast.sources.adapting import known_in_hand
 from holdfast.sources.data import open_data
-from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.models import Declared, open_model
 from holdfast.sources.remote import SCHEMES, Remote
 from holdfast.suites import curve, suite
@@ -137,14 +137,7 @@ def given_subject(net: nn.Module | Any, settings: AssessSettings) -> Subject:
 def _held(net: nn.Module | Any, said: Declared, transform: str | None = None) -> Subject:
     model = said.wrap(differentiable(net) if isinstance(net, nn.Module) else net)
     inner = model.net
-    kind = type(inner) if isinstance(inner, nn.Module) else inner
-    name = getattr(kind, "__qualname__", type(inner).__name__)
-    notes: tuple[str, ...] = ()
-    if not isinstance(inner, nn.Module):
-        notes = (
-            f"{name} is a bare callable: a resumed run cannot see whether all that it refers to is as it was",
-        )
-    known = [str(getattr(kind, "__module__", "")), name, digest_in_hand(inner)]
+    name, known, notes = known_in_hand(inner)
     card = {"name": name, "how": "python", "digest": digest(canonical(known))}
     model, seen, through = _seen(model, transform)
     return _subject(model, card | seen, (*notes, *through), said)
@@ -293,18 +286,18 @@ def plan(
 ) -> Plan:
     """The attacks in their order under the threat model; a suite goes by what the threat and the target let see."""
     threat = threat_model(parse_threat(settings.threat))
+    seen: Access = min(threat.access, target, key=ACCESS_ORDER.index)
     members = members or members_said(settings, threat.constraint)
     if members is not None:
         name, smallest = "", threat.constraint.eps == float("inf")
     else:
-        seen: Access = min(threat.access, target, key=ACCESS_ORDER.index)
         named = str(settings.suite or "") or usual_suite(replace(parse_threat(settings.threat), access=seen))
         composed = suite(named, threat.constraint, seen)
         members = tuple(
             Member(name, attack, composed.waves.get(name, 0)) for name, attack in composed.attacks
         )
         name, smallest = str(composed), composed.smallest
-    _refuse_endless(threat, settings, smallest=smallest)
+    _refuse_endless(replace(threat, access=seen), settings, smallest=smallest)
     corrupting = isinstance(threat.constraint, Corruptions)
     in_ball = isinstance(threat.constraint, (Linf, L2, L1, L0))
     _refuse_strangers(members, settings, corrupting=corrupting)

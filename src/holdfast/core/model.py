@@ -127,10 +127,13 @@ class Classifier(nn.Module):
     whose logarithms are the logits. One output an example becomes two classes: a logit z becomes (0, z), a probability
     p becomes (log(1 - p), log(p)). Without `output` one number an example is a logit once a value outside [0, 1] was
     seen, and raises `UnclearOutput` before. `layout` is the layout of the network's input where that is known: under
-    "hwc" images (n, channels, height, width) are given to it with the channels last. Raises `TargetError` when the
-    network does not return a float tensor (n, classes). What `guarded` returned `rejects`: its last logit is none of
-    the classes.
+    "hwc" images (n, channels, height, width) are given to it with the channels last. `class_labels` are the labels that
+    its classes have in the data, in the order of its outputs, where these are whole numbers other than 0, 1, 2, …
+    Raises `TargetError` when the network does not return a float tensor (n, classes). What `guarded` returned
+    `rejects`: its last logit is none of the classes.
     """
+
+    class_labels: tuple[int, ...] | None = None
 
     def __init__(
         self,

@@ -16,22 +16,28 @@ from holdfast.ops.fit import drawing
 from holdfast.ops.gradients import input_gradient
 from holdfast.ops.recipe import Recipe
 from holdfast.recipes import MultiNormTraining
+from holdfast.sources.keras_models import KerasNet
 
 _NAMED = 3  # frozen parameters that are named
 
 
 def refuse_untrainable(model: Classifier) -> None:
     """`TargetError` for what is no network, has no gradients or fits no checkpoint, `UsageError` for what is frozen."""
-    if not isinstance(model.net, nn.Module) or not any(True for _ in model.parameters()):
-        raise TargetError("the model has no parameters to train; give a network, as in net.py:make")
     if model.access != "gradients":
         raise TargetError(
             f"the model gives {model.access} and no gradients, so it cannot be trained; {model.hides}"
         )
+    if not isinstance(model.net, nn.Module) or not any(True for _ in model.parameters()):
+        raise TargetError("the model has no parameters to train; give a network, as in net.py:make")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise TargetError(
             "the model is TorchScript, whose copies cannot be trained; give the network that it was made from, as in "
             "net.py:make"
+        )
+    if isinstance(model.net, KerasNet):
+        raise TargetError(
+            f"the model is a {model.net.name} of Keras, whose layers keep their state outside of what a checkpoint "
+            "holds; train it with Keras, or give the same network built of torch.nn, as in net.py:make"
         )
     refuse_lazy(model)
     for name, value in model.state_dict().items():

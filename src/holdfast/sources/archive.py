@@ -27,6 +27,15 @@ MAX_MEMBERS = 100_000
 UNPACK_SECONDS = 300
 """wall time that reading one file may take"""
 _ZIP_MAGIC = b"PK\x03\x04"
+_SAVED_BY = (
+    "torch.save stores members uncompressed, so this file was repacked. Save it again with "
+    "torch.save(model.state_dict(), …) or as safetensors"
+)
+TRUST = (
+    "If you trust the file, give --trust-code (Python: trust_code=True). It is safer to save model.state_dict() and "
+    "give --arch, or to export a .pt2 program or ONNX, which run no code"
+)
+"""what is said of model files that run code"""
 _UNPACKING = Path(__file__).with_name("unpacking.py")
 
 
@@ -39,8 +48,26 @@ class Weights:
     """said in the report: the nesting that was entered, entries that were left out"""
 
 
-def check_archive(path: Path, *, max_bytes: int = MAX_BYTES) -> None:
-    """Refuse a zip archive by its directory alone; nothing is inflated. A file that is no zip passes."""
+class CarriesCode(TargetError):
+    """A model file that runs code when it is loaded, which nobody said to trust."""
+
+
+def is_script(path: Path) -> bool:
+    """Whether a file is an archive of TorchScript."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(_is_code(member) for member in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
+        return False
+
+
+def check_archive(
+    path: Path, *, max_bytes: int = MAX_BYTES, trust_code: bool = False, saved_by: str = _SAVED_BY
+) -> None:
+    """Refuse a zip archive by its directory alone; nothing is inflated. A file that is no zip passes.
+
+    `saved_by` says how such files are written without compression. Raises `CarriesCode` for TorchScript.
+    """
     with path.open("rb") as file:
         if file.read(4) != _ZIP_MAGIC:
             return
@@ -53,14 +80,13 @@ def check_archive(path: Path, *, max_bytes: int = MAX_BYTES) -> None:
         ) from error
     if len(members) > MAX_MEMBERS:
         raise TargetError(f"{str(path)!r} holds {len(members)} members; at most {MAX_MEMBERS} were expected")
-    if any(PurePosixPath(member.filename).name == "constants.pkl" for member in members):
-        raise TargetError(
-            f"{str(path)!r} is a TorchScript archive, which carries code; export the model to ONNX, or save "
-            "model.state_dict()"
+    if not trust_code and any(map(_is_code, members)):
+        raise CarriesCode(
+            f"{str(path)!r} is a TorchScript archive, which carries code that runs with the model. {TRUST}"
         )
     seen: set[str] = set()
     for member in members:
-        _check_member(path, member)
+        _check_member(path, member, saved_by, trust_code=trust_code)
         if member.filename in seen:
             raise TargetError(f"{str(path)!r} holds {member.filename!r} twice; it was tampered with")
         seen.add(member.filename)
@@ -84,7 +110,11 @@ def read_weights(path: Path, *, max_bytes: int = MAX_BYTES) -> Weights:
         return Weights(safetensors.torch.load(handed_back.read_bytes()), notes)
 
 
-def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
+def _is_code(member: zipfile.ZipInfo) -> bool:
+    return PurePosixPath(member.filename).name == "constants.pkl"
+
+
+def _check_member(path: Path, member: zipfile.ZipInfo, saved_by: str, *, trust_code: bool) -> None:
     name = PurePosixPath(member.filename.replace("\\", "/"))
     if name.is_absolute() or ".." in name.parts or ":" in member.filename:
         raise TargetError(
@@ -96,11 +126,12 @@ def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
         )
     if member.flag_bits & 0x1:
         raise TargetError(f"{str(path)!r} holds {member.filename!r} encrypted; only plain members are read")
+    if trust_code:
+        return  # torch.jit.save compresses code, and the sum of all sizes is bounded
     if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
         raise TargetError(
             f"{str(path)!r} holds {member.filename!r} compressed ({megabytes(member.compress_size)} that would inflate "
-            f"to {megabytes(member.file_size)}); torch.save stores members uncompressed, so this file was repacked. "
-            "Nothing was inflated. Save it again with torch.save(model.state_dict(), …) or as safetensors"
+            f"to {megabytes(member.file_size)}); nothing was inflated: {saved_by}"
         )
 
 
@@ -126,6 +157,8 @@ def _unpack(path: Path, handed_back: Path) -> tuple[str, ...]:
             f"{str(path)!r} could not be read: the process that unpickles it under a memory limit ended with status "
             f"{done.returncode} ({last[0]}); it asks for far more memory than its size, or is damaged"
         ) from None
+    if answer.get("code"):
+        raise CarriesCode(f"{str(path)!r} {answer['error']} {TRUST}")
     if "error" in answer:
         raise TargetError(f"{str(path)!r} {answer['error']}")
     return tuple(answer["notes"])

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,48 @@ def lenient_numbers(
         return tuple(sorted(found)), str(error)
 
 
+@dataclass(frozen=True)
+class Numbered:
+    """Labels as class numbers."""
+
+    y: Array
+    names: tuple[str, ...] | None = None
+    """of the classes, where the labels are text"""
+    objection: str = ""
+    """why the numbers are not certain, where such data are taken all the same"""
+
+
+def numbered(y: Array, expected: Expected, name: str) -> Numbered:
+    """Class numbers of labels (n,) as a source has them.
+
+    Whole numbers are looked up among the labels of the model's classes where it has some, else they are the class
+    numbers. Text is numbered as `class_numbers` says. Other labels are returned as they are, to be refused. Raises
+    `TargetError` for a label that is none of the model's.
+    """
+    if y.ndim == 1 and y.dtype.kind == "U" and len(y):
+        classes = expected.classes or (None if expected.probe is None else expected.probe.classes)
+        found, places = np.unique(y, return_inverse=True)
+        names, objection = lenient_numbers(found.tolist(), expected, classes, name, "text labels")
+        return Numbered(np.array([names.index(each) for each in found.tolist()])[places], names, objection)
+    if expected.class_labels is None or y.ndim != 1 or y.dtype.kind not in "iu":
+        return Numbered(y)
+    return Numbered(_among(y, expected.class_labels, expected, name))
+
+
+def _among(y: Array, labels: tuple[int, ...], expected: Expected, name: str) -> Array:
+    """The place of each label among those of the model's classes."""
+    numbers = {label: number for number, label in enumerate(labels)}
+    found, places = np.unique(y, return_inverse=True)
+    strange = [label for label in found.tolist() if label not in numbers]
+    if strange and not expected.any_label:
+        raise TargetError(
+            f"the labels of {name} hold {strange[0]}, and the classes of the model are "
+            f"{listed(list(map(str, labels)))}; give the labels that the model was fitted on"
+        )
+    beyond = len(labels)  # outside the classes, as such labels are
+    return np.array([numbers.get(label, beyond) for label in found.tolist()], dtype=np.int64)[places]
+
+
 def matched(
     names: tuple[str, ...] | None, expected: Expected
 ) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
@@ -101,7 +144,7 @@ def _declared(
     found: Sequence[str], expected: Expected, classes: int | None, where: str, kind: str
 ) -> tuple[str, ...]:
     names = expected.class_names or ()
-    source = "--class-names has" if expected.names_declared else "the model's file names"
+    source = "--class-names has" if expected.names_declared else "the model names"
     if classes is not None and len(names) != classes:
         raise UsageError(
             f"{source} {len(names)} classes ({listed(names)}), but the model has {classes}; give one name for each of "

@@ -11,7 +11,7 @@ from holdfast.core.types import Layout
 from holdfast.sources import tables
 from holdfast.sources.arrays import Array, Arrays, from_numpy, selected_rows
 from holdfast.sources.catalogue import CATALOGUE, data_folder
-from holdfast.sources.class_numbers import matched, renumbered
+from holdfast.sources.class_numbers import matched, numbered, renumbered
 from holdfast.sources.expected import Expected
 from holdfast.sources.files import nearest
 from holdfast.sources.layouts import CHANNELS
@@ -149,6 +149,8 @@ def _open_archive(archive: Npz, place: _Place, address: str, wanted: _Wanted) ->
     names = place.classes
     if names is None and "classes" in archive.names:
         names = tuple(str(name) for name in archive.array("classes"))
+    if names is None and whole.dtype.kind in "iu":
+        whole = numbered(whole, wanted.expected, name).y
     names, numbers = matched(names, wanted.expected)
     if numbers is not None and whole.dtype.kind in "iu" and whole.ndim == 1:
         whole = renumbered(whole, numbers, address)

@@ -22,6 +22,8 @@ class Expected:
     """labels beyond them are refused"""
     class_names: tuple[str, ...] | None = None
     """of the model's outputs, in their order"""
+    class_labels: tuple[int, ...] | None = None
+    """labels of the model's outputs, in their order, where these are whole numbers other than 0, 1, 2, …"""
     names_declared: bool = False
     """whether the names were typed, and not read from the model's file"""
     class_order: ClassOrder | None = None

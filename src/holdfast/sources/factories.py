@@ -16,17 +16,22 @@ from typing import Any
 from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.sources.adapting import accepted
+from holdfast.sources.estimators import Predictor
 from holdfast.sources.files import nearest, readable_file, sha256_of_file
 from holdfast.sources.inhand import LOADED
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
+Model = nn.Module | Callable[..., Any] | Predictor
+"""What a factory may return, and a caller have in hand."""
+
 
 @dataclass(frozen=True)
 class Built:
-    """A network or a function from a factory; digests of the code and of the files that its arguments named."""
+    """What a factory returned; digests of the code and of the files that its arguments named."""
 
-    net: nn.Module | Callable[..., Any]
+    net: Model
     files: dict[str, str]
 
 
@@ -39,7 +44,7 @@ def build_from_file(address: str, arguments: Mapping[str, str]) -> Built:
     """Import the file under a name of its own and call its factory with the converted arguments."""
     file_name, _, factory_name = address.rpartition(":")
     path = readable_file(Path(file_name), "code file")
-    with _importable(path.parent):
+    with importable(path.parent):
         module = _import(path)
         factory = _factory(module, factory_name, path)
         return build(factory, arguments, address, {file_name: sha256_of_file(path)})
@@ -62,15 +67,15 @@ def build(
         )
         said = hint if isinstance(error, TypeError) else ""
         raise TargetError(f"{address} raised {_told(error, files)}{said}") from error
-    if isinstance(net, type) or not callable(net) or _takes_nothing(net):
+    if isinstance(net, type) or not accepted(net) or _takes_nothing(net):
         if inspect.iscoroutine(net):
             net.close()
         raise TargetError(
-            f"{address} returned {_described(net)}; a torch.nn.Module or a function from inputs to logits was "
-            "expected. Return the network itself, with its weights loaded and in eval mode"
+            f"{address} returned {_described(net)}; a torch.nn.Module or a function from inputs to logits, or an "
+            "estimator, was expected. Return the network itself, with its weights loaded and in eval mode"
         )
     named = {text: sha256_of_file(Path(text)) for text in arguments.values() if _is_file(text)}
-    return Built(net, {**files, **named})
+    return Built(typing.cast(Model, net), {**files, **named})
 
 
 def converted_arguments(
@@ -157,9 +162,9 @@ def _told(error: BaseException, files: Iterable[str]) -> str:
     return f"{type(error).__name__}{lines[-1] if lines else ''}{words}"
 
 
-def _takes_nothing(function: Callable[..., object]) -> bool:
+def _takes_nothing(function: object) -> bool:
     """Whether it is a function that cannot be called with inputs, such as another factory."""
-    if isinstance(function, nn.Module):
+    if isinstance(function, nn.Module) or not callable(function):
         return False
     try:
         inspect.signature(function).bind(None)
@@ -177,8 +182,10 @@ def _factory(module: types.ModuleType, name: str, path: Path) -> Callable[..., o
         own = [n for n in known if _is_own(vars(module)[n], module)]
         offered = nearest(name, known) or (f"; it defines {', '.join(own[:8])}" if own else "")
         raise UsageError(f"{str(path)!r} has no factory {name!r}{offered}")
-    if isinstance(found, nn.Module):
-        return lambda: found  # the network itself
+    if not isinstance(found, type) and (
+        isinstance(found, nn.Module) or (not callable(found) and isinstance(found, Predictor))
+    ):
+        return lambda: found  # the network or the estimator itself
     if not callable(found):
         raise UsageError(
             f"{name} in {str(path)!r} is {_described(found)}; a network or a function that returns one was expected"
@@ -191,8 +198,8 @@ def _is_own(value: object, module: types.ModuleType) -> bool:
 
 
 @contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Let the file import its neighbours, last on the path so that it shadows nothing."""
+def importable(folder: Path) -> Iterator[None]:
+    """Let a file in the folder import its neighbours, last on the path so that it shadows nothing."""
     entry = str(folder.resolve())
     sys.path.append(entry)
     try:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 _FOLLOWED = (FunctionType, MethodType, partial, nn.Module, type)
-_NOT_THEIRS = frozenset({"torch", "numpy", *sys.stdlib_module_names})
+_NOT_THEIRS = frozenset({"torch", "numpy", "keras", "sklearn", "xgboost", *sys.stdlib_module_names})
 """Packages whose code is known by its name: a run names the versions, and a resume needs the same."""
 LOADED = "holdfast_user_"
 """How the modules begin that are made of files a user names: the rest of their name is where the file lies."""

@@ -1,6 +1,7 @@
 """What a Python caller has in hand, as a data set: tensors, arrays, loaders and datasets of torch."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from holdfast.core.batch import Data
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.arrays import Array, from_numpy
+from holdfast.sources.class_numbers import numbered
 from holdfast.sources.expected import Expected
 
 _BATCH = 256
@@ -26,8 +28,8 @@ def as_data(
     """A data set from `(x, y)`, from a loader or a dataset of pairs, or the data set that was given.
 
     Tensors keep their layout whatever their type, and float32 and float64; numpy arrays are read as an `.npz` would
-    be. A loader is read once, into memory, up to its first `n` examples where that is given. `expected` says what the
-    data must be like.
+    be. Labels that are text are names of classes. A loader is read once, into memory, up to its first `n` examples
+    where that is given. `expected` says what the data must be like.
     """
     expected = expected or Expected()
     if y is None:
@@ -37,12 +39,20 @@ def as_data(
             x, y = x
         else:
             x, y = _gathered(x, n)
-    inputs, targets = as_array(x, "inputs"), as_array(y, "labels")
+    inputs, given = as_array(x, "inputs"), numbered(as_array(y, "labels"), expected, name)
     ids = np.arange(len(inputs), dtype=np.int64)
     resolution = torch.finfo(x.dtype).eps if isinstance(x, Tensor) and x.is_floating_point() else None
-    return from_numpy(
-        name, inputs, targets, ids, expected, keeps=isinstance(x, Tensor), resolution=resolution
+    data = from_numpy(
+        name,
+        inputs,
+        given.y,
+        ids,
+        expected,
+        class_names=given.names,
+        keeps=isinstance(x, Tensor),
+        resolution=resolution,
     )
+    return replace(data, objection=given.objection) if given.objection else data
 
 
 def _introduced(data: Data, expected: Expected) -> Data:
@@ -95,6 +105,14 @@ def as_array(values: object, what: str) -> Array:
         array = np.asarray(values)
     except ValueError as error:
         raise TargetError(f"the {what} are rows of different shapes: {error}") from error
+    if what == "labels" and _is_text(array):
+        return array.astype(str)
     if array.dtype == object or array.ndim == 0:
         raise TargetError(f"the {what} are a {type(values).__name__}; a tensor or an array was expected")
     return array
+
+
+def _is_text(array: Array) -> bool:
+    return (
+        array.ndim == 1 and array.dtype.kind in "OT" and all(isinstance(each, str) for each in array.tolist())
+    )

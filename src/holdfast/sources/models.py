@@ -14,18 +14,26 @@ from holdfast.core.model import EVERY, Batches, Bounds, Classifier, refuse_lazy
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.outputs import OutputKind
 from holdfast.core.types import Access, Layout
+from holdfast.sources.adapted import Adapted
+from holdfast.sources.adapting import adapted
+from holdfast.sources.archive import CarriesCode, Weights
+from holdfast.sources.estimator_files import ESTIMATOR_SUFFIXES, open_estimator
+from holdfast.sources.estimators import Estimator
 from holdfast.sources.exported import open_program
-from holdfast.sources.factories import Built, build, build_from_file, names_code
+from holdfast.sources.factories import Built, Model, build, build_from_file, names_code
 from holdfast.sources.files import nearest, sha256_of_file
 from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.remote import SCHEMES, Remote
 from holdfast.sources.weights import fit_weights, read_state_dict
 
 BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled"
-STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".model", ".ckpt", ".bin")
+STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ts", ".model", ".ckpt", ".bin")
 ROTATING = "rotating:"
 """How the address of a pool begins, whose serving set is the model."""
-_FORMS = "a bundled name, file.py:factory, .safetensors or .pt with --arch, .onnx, .pt2, or a URL with --allow-host"
+_FORMS = (
+    "a bundled name, file.py:factory, .safetensors or .pt with --arch, .onnx, .pt2, .skops, .json or .ubj of XGBoost, "
+    "or a URL with --allow-host"
+)
 
 
 @dataclass(frozen=True)
@@ -73,17 +81,21 @@ class Declared:
     """of the data: a model without preprocessing of its own gets it inside"""
     input_shape: Sequence[int] | None = None
     """of one example, where an ONNX file leaves it free"""
+    class_labels: tuple[int, ...] | None = None
+    """of the data, where the classes have others than 0, 1, 2, …"""
 
-    def wrap(
-        self,
-        net: nn.Module | Callable[..., Any],
-        *,
-        access: Access = "gradients",
-        batches: Batches | None = None,
-    ) -> Classifier:
-        """The network with bounds and preprocessing; a `Classifier` of a factory keeps what is not declared."""
+    def wrap(self, net: Model, *, access: Access = "gradients", batches: Batches | None = None) -> Classifier:
+        """The network with bounds and preprocessing; a `Classifier` of a factory keeps what is not declared.
+
+        An estimator, or a model of Keras, declares what it knows of itself. Raises `TargetError` for an estimator that
+        is no fitted classifier.
+        """
         if isinstance(net, Classifier):
             return self.over(net).wrap(net.net, access=net.access, batches=net.batches)
+        found = adapted(net)
+        if found is not None:
+            return self.of(found)
+        assert callable(net)
         if isinstance(net, nn.Module):
             refuse_lazy(net)
         mean, std = self.mean, self.std
@@ -100,7 +112,20 @@ class Declared:
             output=self.output,
             layout=self.layout,
         )
-        model.class_names = self.class_names
+        model.class_names, model.class_labels = self.class_names, self.class_labels
+        return model
+
+    def of(self, found: Adapted) -> Classifier:
+        """What another library made, as a classifier."""
+        known = Declared(
+            classes=found.classes,
+            output=found.output,
+            layout=found.layout,
+            class_names=found.class_names,
+            class_labels=found.class_labels,
+        )
+        model = self.filled(known).wrap(found.net, access=found.access)
+        model.hides = found.hides
         return model
 
     def over(self, other: Classifier) -> "Declared":
@@ -108,7 +133,8 @@ class Declared:
         mean = None if other.mean is None else other.mean.tolist()
         std = None if other.std is None else other.std.tolist()
         known = (other.classes, other.output, other.layout, other.class_names)
-        return self.filled(Declared(other.bounds, mean, std, *known))
+        labels = other.class_labels
+        return self.filled(Declared(other.bounds, mean, std, *known, class_labels=labels))
 
     def filled(self, known: "Declared") -> "Declared":
         """These, with what is known where nothing is declared."""
@@ -156,6 +182,8 @@ def open_model(
         return _open_exported(opening, path)
     if path.suffix in STATE_DICT_SUFFIXES:
         return _open_state_dict(opening, path)
+    if path.suffix in ESTIMATOR_SUFFIXES:
+        return _open_estimator(opening, path)
     if path.exists():
         raise UsageError(f"{address!r} is no form of model that is known; give {_FORMS}")
     return _open_bundled(opening)
@@ -188,7 +216,11 @@ def _open_code(opening: _Opening) -> OpenedModel:
     built = build_from_file(opening.address, opening.arguments)
     model = opening.declared.wrap(built.net)
     # The code may read weights that no argument names, so the tensors themselves are digested too.
-    whole = sha256_of_state(built.net) if isinstance(built.net, nn.Module) else digest_in_hand(built.net)
+    net = built.net if isinstance(built.net, nn.Module) else model.net
+    if isinstance(net, nn.Module) and not isinstance(net, Estimator):
+        whole = sha256_of_state(net)
+    else:
+        whole = digest_in_hand(net)
     files = {**built.files, f"{opening.address} state": whole}
     return OpenedModel(model, opening.address, "code", files)
 
@@ -203,28 +235,45 @@ def sha256_of_state(net: nn.Module) -> str:
 
 
 def _open_state_dict(opening: _Opening, path: Path) -> OpenedModel:
-    weights, metadata = read_state_dict(path)
+    try:
+        weights, metadata = read_state_dict(path)
+    except CarriesCode:
+        if not opening.trust_code:
+            raise
+        return _open_trusted(opening, path)
+    return _filled(opening, weights, metadata, path.suffix.removeprefix("."), sha256_of_file(path))
+
+
+def _open_trusted(opening: _Opening, path: Path) -> OpenedModel:
+    """A file whose code runs: a network by itself, or weights beside other objects."""
+    from holdfast.sources.trusted import open_trusted  # late: few files run code
+
+    found, how, digest = open_trusted(path)
+    if isinstance(found, Weights):
+        return _filled(opening, found, {}, how, digest)
+    if opening.arch is not None:
+        raise UsageError(f"{opening.address!r} holds a whole model; leave --arch {opening.arch} out")
+    return OpenedModel(opening.declared.wrap(found), opening.address, how, {opening.address: digest})
+
+
+def _filled(
+    opening: _Opening, weights: Weights, metadata: Mapping[str, Any], how: str, digest: str
+) -> OpenedModel:
+    """The architecture with the weights in it."""
     built, known = _architecture(opening, metadata)
     net = built.net.net if isinstance(built.net, Classifier) else built.net
     if not isinstance(net, nn.Module):
         raise TargetError(
-            f"--arch {opening.arch} returned a function, which takes no weights; return a torch.nn.Module"
+            f"--arch {opening.arch} returned {'a function' if callable(net) else 'an estimator'}, which takes no "
+            "weights; return a torch.nn.Module"
         )
     refuse_lazy(net)
     notes = fit_weights(net, weights, repr(opening.address))
-    files = {**built.files, opening.address: sha256_of_file(path)}
+    files = {**built.files, opening.address: digest}
     net.eval()
-    declared = opening.declared.filled(known)
-    model = declared.wrap(built.net)
-    kind = path.suffix.removeprefix(".")
-    return OpenedModel(
-        model,
-        opening.address,
-        kind,
-        files,
-        notes,
-        architecture=_catalogued(opening, metadata),
-    )
+    model = opening.declared.filled(known).wrap(built.net)
+    catalogued = _catalogued(opening, metadata)
+    return OpenedModel(model, opening.address, how, files, notes, architecture=catalogued)
 
 
 def _catalogued(opening: _Opening, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -309,6 +358,12 @@ def _open_onnx(opening: _Opening, path: Path) -> OpenedModel:
     model = opening.declared.filled(known).wrap(graph.net, access=graph.access)
     model.hides = graph.hides
     return OpenedModel(model, opening.address, "onnx", graph.files, graph.notes)
+
+
+def _open_estimator(opening: _Opening, path: Path) -> OpenedModel:
+    found, digest, notes = open_estimator(path, trust_code=opening.trust_code)
+    how = path.suffix.removeprefix(".")
+    return OpenedModel(opening.declared.of(found), opening.address, how, {opening.address: digest}, notes)
 
 
 def _open_http(opening: _Opening) -> OpenedModel:

@@ -11,12 +11,15 @@ from holdfast.core.errors import HoldfastError, TargetError, TargetLost, Unclear
 from holdfast.core.model import Classifier, fitted, out_of_memory
 from holdfast.core.types import Layout, Logits
 from holdfast.ops.expectation import inner
+from holdfast.sources.estimators import Estimator
 
 _ROWS = 2
 """of a look at the shape: one row may pass for an image without its batch"""
 _LOOKED_AT = 2048
 """examples among which an output outside [0, 1] is looked for"""
 _CHUNK = 256
+_COMPARED = 512
+"""examples whose scores are compared with the labels that an estimator predicts"""
 HWC_NOTE = "the network takes the channels last; its inputs are transposed inside the model"
 """said of a `Classifier` whose layout was found to be hwc"""
 
@@ -116,6 +119,22 @@ def settle_output(model: Classifier, data: Data) -> None:
             return
     if unclear is not None:
         raise unclear
+
+
+def settle_predictions(model: Classifier, data: Data) -> tuple[str, ...]:
+    """Find out whether the largest score of an estimator is the class that it predicts, and return a note where not.
+
+    Cost: the scores and the labels of at most 1,024 rows. Anything but an estimator is not asked.
+    """
+    own = inner(model)
+    if not isinstance(own.net, Estimator) or not len(data):
+        return ()
+    notes = own.net.settle(own.preprocess(data.read(0, min(_COMPARED, len(data))).x))
+    if own.net.gives == "labels":
+        own.access = model.access = "labels"
+        if notes:
+            own.hides = model.hides = f"the scores of {own.net.name} are not those of its classes"
+    return notes
 
 
 def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:

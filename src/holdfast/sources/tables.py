@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.sources.arrays import Arrays, from_numpy, selected_rows
-from holdfast.sources.class_numbers import lenient_numbers
+from holdfast.sources.class_numbers import lenient_numbers, numbered
 from holdfast.sources.expected import Expected
 from holdfast.sources.files import megabytes, nearest, readable_file
 
@@ -89,6 +89,8 @@ def examples(
     chosen = kept[selected_rows(len(kept), n=n, sample=sample, seed=seed, name=name)]
     column = table.columns[label]
     y = _class_numbers(column, name)
+    if y is not None:
+        y = numbered(y, expected, name).y
     features = [column for column in table.columns if column not in (label, SPLIT_COLUMN, *drop)]
     x = _numbers(table, features, chosen)
     if y is not None:

@@ -1,7 +1,7 @@
 """A program of its own: unpickles one state dict with `weights_only`, under limits, and writes it as safetensors.
 
-`python -P unpacking.py STATE_DICT OUT` prints one line of JSON, `{"notes": [...]}` or `{"error": "..."}`. It imports
-nothing of the package, so that it starts as fast as torch does.
+`python -P unpacking.py STATE_DICT OUT` prints one line of JSON: `{"notes": [...]}`, or `{"error": "...", "code": true}`
+where the file holds more than tensors. It imports nothing of the package, so that it starts as fast as torch does.
 """
 
 import json
@@ -90,14 +90,11 @@ def explain(error: Exception) -> str:
     text = str(error)
     if wanted := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", text):
         return (
-            f"wants code: it would call {wanted[1]}. Only tensors are read from such a file. If it is a whole "
-            "model that you trust, load it yourself and save model.state_dict(), or give a factory as file.py:factory"
+            f"wants code: it would call {wanted[1]}. Only tensors are read from such a file, which may be the pickle "
+            "of a whole model, and nothing in it was run."
         )
     if isinstance(error, pickle.UnpicklingError):
-        return (
-            f"is no state dict that can be read safely: {_cause(text)}. Nothing in it was run. If you trust it, "
-            "load it yourself and save model.state_dict() with torch.save or as safetensors"
-        )
+        return f"is no state dict that can be read safely: {_cause(text)}. Nothing in it was run."
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
         return "asks for far more memory than its size; it was refused at the memory limit"
     if isinstance(error, TypeError) and text.startswith("holds"):
@@ -125,7 +122,7 @@ def main(source: str, out: str) -> dict[str, object]:
         plain = {name: tensor.detach().to_dense().contiguous().clone() for name, tensor in tensors.items()}
         safetensors.torch.save_file(plain, out)
     except Exception as error:  # noqa: BLE001 - whatever a hostile file provokes becomes one sentence; the parent decides
-        return {"error": explain(error)}
+        return {"error": explain(error), "code": isinstance(error, pickle.UnpicklingError)}
     return {"notes": notes}
 
 

@@ -1,0 +1,38 @@
+"""Opens the files that hold an estimator, and refuses those that would run code to do so."""
+
+from pathlib import Path
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.sources.adapted import Adapted
+from holdfast.sources.estimators import Predictor, adapted_estimator
+from holdfast.sources.skops_files import open_skops
+from holdfast.sources.trees import open_booster
+
+_SKLEARN = "save a scikit-learn estimator with skops.io.dump, as .skops"
+_KERAS = "have a factory of yours call keras.models.load_model"
+_RUN_CODE = {".pkl": _SKLEARN, ".pickle": _SKLEARN, ".joblib": _SKLEARN, ".keras": _KERAS, ".h5": _KERAS}
+"""files that may run code when they are loaded, with the way out"""
+ESTIMATOR_SUFFIXES = (".skops", ".json", ".ubj", *_RUN_CODE)
+"""how the names of files end that hold an estimator, or a model of Keras"""
+
+
+def open_estimator(path: Path, *, trust_code: bool) -> tuple[Adapted, str, tuple[str, ...]]:
+    """The estimator in the file as a model, the SHA-256 of the file, and notes.
+
+    Raises `UsageError` where it needs an extra or trust, and `TargetError` for a damaged file and for no classifier.
+    """
+    if path.suffix in (".json", ".ubj"):
+        return (*open_booster(path), ())
+    if path.suffix in _RUN_CODE:
+        if not path.exists():
+            raise TargetError(f"model {str(path)!r} does not exist")
+        raise UsageError(
+            f"{str(path)!r} may run code when it is loaded and is not opened: {_RUN_CODE[path.suffix]}, and give that; "
+            "a factory of yours that loads it is given as file.py:factory"
+        )
+    found, digest, notes = open_skops(path, trust_code=trust_code)
+    if not isinstance(found, Predictor):
+        raise TargetError(
+            f"{str(path)!r} holds a {type(found).__qualname__}; an estimator with the method predict was expected"
+        )
+    return adapted_estimator(found), digest, notes

@@ -1,0 +1,336 @@
+"""Estimators of scikit-learn, and of libraries with the same methods, as models that give scores or labels.
+
+An estimator is asked by `predict_proba`, else by `decision_function`, else by `predict`. Its class is always that of
+`predict`: of equal scores the first counts, as there, and where `predict` goes by another rule than the largest score,
+as with a threshold of its own, the other scores are lowered below that of its class.
+"""
+
+import importlib.util
+import math
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from torch import Tensor, nn
+
+from holdfast.core.errors import TargetError
+from holdfast.core.outputs import OutputKind
+from holdfast.sources.adapted import Adapted
+from holdfast.sources.contents import contents
+
+Array = NDArray[Any]
+_APART = 4e-6
+"""what the winner of equal scores is ahead by, as a share of its score: the least that the logarithm of a probability
+in single precision still shows"""
+_OTHER_SCORES = 0.1
+"""share of examples whose largest score is of another class than `predict`, above which scores are not of classes"""
+_WAY_OUT = "give a function from inputs to logits instead, as file.py:factory or in Python"
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """What has the method `predict` of arrays (n, features), as every estimator has."""
+
+    def predict(self, X: Any, /) -> Any:  # noqa: N803 - the name of scikit-learn
+        """Labels of the rows."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How an estimator is asked for rows (n, features)."""
+
+    name: str
+    """of its class"""
+    scores: Callable[[Any], Any] | None
+    """scores (n, classes), or (n,) of class 1"""
+    labels: Callable[[Any], Any] | None = None
+    """labels (n,) out of `classes`; None where the largest score decides"""
+    classes: Array | None = None
+    """labels in the order of the scores; None where they are 0, 1, 2, … and the scores show how many"""
+    features: int | None = None
+    """that it was fitted on; None where it does not say"""
+    columns: tuple[str, ...] | None = None
+    """names of the features, where it was fitted on a table"""
+    dtype: DTypeLike = np.float64
+    kind: OutputKind | None = None
+    """of the scores"""
+
+
+class Estimator(nn.Module):
+    """An estimator as a module: scores of a batch in the type of the inputs, without gradients.
+
+    Inputs (n, *features) of more than two axes are flattened in the order of their axes, channels before rows before
+    columns, where that gives as many features as the estimator was fitted on. One call of the estimator a batch.
+    """
+
+    def __init__(self, asked: Asked, digest: str) -> None:
+        super().__init__()
+        self.asked = asked
+        self.name = asked.name
+        self.digest = digest
+        """of what the estimator holds"""
+        self.gives = "scores" if asked.scores is not None else "labels"
+        self.by_name = False
+        """whether it takes a table with the names of its features and no array"""
+        self.decides = False
+        """whether `predict` is asked as well, since it does not always go by the largest score"""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Estimator":
+        """Itself: asking it changes nothing, and a copy may be large."""
+        return self
+
+    def extra_repr(self) -> str:
+        """The class of the estimator."""
+        return self.name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores (n, classes), or (n,) of class 1; one-hot labels where it gives labels alone."""
+        rows = self._rows(x)
+        kind = np.float64 if x.dtype == torch.float64 else np.float32
+        found = self._one_hot(rows, kind) if self.gives == "labels" else self._scores(rows, kind)
+        return torch.from_numpy(np.ascontiguousarray(found)).to(x.device, x.dtype)
+
+    def settle(self, x: Tensor) -> tuple[str, ...]:
+        """Compare scores and labels of the rows `x`, and return a note where the largest score is of another class.
+
+        The rows that lie halfway between them are compared, too, since it is there that classes are close. Raises
+        `TargetError` for an estimator that predicts several labels an example.
+        """
+        if self.asked.labels is None or self.asked.scores is None or self.decides:
+            return ()
+        rows = self._rows(torch.cat((x, (x + x.roll(1, 0)) / 2)))
+        numbers, scores = self._numbers(rows), self._raw(rows)
+        if self.gives == "labels":
+            assert self.asked.classes is not None
+            said = f"the scores of {self.name} have {scores.shape[-1]} columns for {len(self.asked.classes)} classes"
+            return (f"{said}, so they are not used: the model is attacked by its labels",)
+        best = _largest(scores)
+        other = numbers != best
+        if not other.any():
+            return ()
+        said = (
+            f"the largest score is of another class than predict() in {other.sum():,} of {len(rows):,} rows"
+        )
+        if other[: len(x)].mean() > _OTHER_SCORES:
+            self.gives = "labels"
+            return (f"{said}, so the scores are not used: the model is attacked by its labels",)
+        self.decides = True
+        return (f"{said}: the class is that of predict(), and the other scores are lowered below its score",)
+
+    def _rows(self, x: Tensor) -> Array:
+        """The inputs as the estimator takes them: float64, which scikit-learn computes in."""
+        width, wanted = math.prod(x.shape[1:]), self.asked.features
+        if x.dim() < 2 or (wanted is not None and width != wanted):
+            raise TargetError(
+                f"the {self.name} was fitted on {wanted} features, and an example of shape {tuple(x.shape[1:])} has "
+                f"{width} values; give the features that it was fitted on, in their order"
+            )
+        flat = x if wanted is None else x.reshape(len(x), width)
+        rows: Array = flat.detach().cpu().numpy().astype(self.asked.dtype, copy=False)
+        return rows
+
+    def _called(self, method: Callable[[Any], Any], rows: Array) -> Any:
+        """What the method returns for the rows.
+
+        An estimator that was fitted on a table takes an array as well, which is quicker, unless it picks its columns by
+        name. A warning of its own would come with every batch, so it is not shown.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not self.by_name:
+                try:
+                    return method(rows)
+                except Exception:  # it may refuse an array in any way
+                    if self.asked.columns is None or importlib.util.find_spec("pandas") is None:
+                        raise
+            import pandas as pd
+
+            found = method(pd.DataFrame(rows, columns=list(self.asked.columns or ()), copy=False))
+            self.by_name = True
+            return found
+
+    def _raw(self, rows: Array) -> Array:
+        """Scores as the estimator returns them; labels alone from now on where they are not of its classes."""
+        assert self.asked.scores is not None
+        found = self._called(self.asked.scores, rows)
+        classes = self.asked.classes
+        if isinstance(found, list):
+            raise _several(self.name)
+        scores = np.asarray(found)
+        wide = 0 if scores.ndim not in (1, 2) else 2 if _is_single(scores) else scores.shape[1]
+        if len(scores) != len(rows) or not wide or (classes is not None and wide != len(classes)):
+            if self.asked.labels is None:
+                raise TargetError(
+                    f"the {self.name} returned scores of shape {scores.shape} for {len(rows)} rows; one for each "
+                    f"class and row was expected. Otherwise {_WAY_OUT}"
+                )
+            self.gives = "labels"
+        return scores
+
+    def _scores(self, rows: Array, kind: type[np.floating[Any]]) -> Array:
+        scores = self._raw(rows)
+        if self.gives == "labels":
+            return self._one_hot(rows, kind)
+        winners = self._numbers(rows) if self.decides else _largest(scores)
+        if _is_single(scores):
+            return _on_side(scores.reshape(len(scores)).astype(kind), winners)
+        return _ahead(scores.astype(kind, copy=True), winners)
+
+    def _one_hot(self, rows: Array, kind: type[np.floating[Any]]) -> Array:
+        assert self.asked.classes is not None
+        return np.eye(len(self.asked.classes), dtype=kind)[self._numbers(rows)]
+
+    def _numbers(self, rows: Array) -> NDArray[np.int64]:
+        """The place of each predicted label among the classes."""
+        assert self.asked.labels is not None
+        labels = np.asarray(self._called(self.asked.labels, rows))
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            labels = labels[:, 0]
+        if labels.shape != (len(rows),):
+            raise _several(self.name)
+        if self.asked.classes is None:
+            return labels.astype(np.int64)
+        order = np.argsort(self.asked.classes)
+        places = np.searchsorted(self.asked.classes, labels, sorter=order)
+        numbers = order[np.minimum(places, len(order) - 1)]
+        strange = self.asked.classes[numbers] != labels
+        if strange.any():
+            raise TargetError(
+                f"the {self.name} predicts {labels[strange][0]!r}, which is not among its classes_ "
+                f"{self.asked.classes.tolist()!r}; fit it again, or {_WAY_OUT}"
+            )
+        return cast("NDArray[np.int64]", numbers.astype(np.int64))
+
+
+def adapted_estimator(given: Predictor) -> Adapted:
+    """A classifier with the methods of scikit-learn, as a model; `TargetError` where it is none, or is not fitted."""
+    name = type(given).__qualname__
+    probabilities: Any = getattr(given, "predict_proba", None)
+    scores = probabilities or getattr(given, "decision_function", None)
+    classes = _classes(given, name, gives_probabilities=probabilities is not None)
+    kind: OutputKind | None = None if scores is None else "logit" if probabilities is None else "probability"
+    features, columns = getattr(given, "n_features_in_", None), getattr(given, "feature_names_in_", None)
+    asked = Asked(
+        name,
+        scores,
+        given.predict,
+        classes,
+        None if features is None else int(features),
+        None if columns is None else tuple(map(str, columns)),
+        kind=kind,
+    )
+    return as_model(asked, contents(given))
+
+
+def as_model(asked: Asked, digest: str) -> Adapted:
+    """The module that asks it, and what is known of its classes."""
+    net = Estimator(asked, digest)
+    names, labels = (None, None) if asked.classes is None else named(asked.classes.tolist())
+    return Adapted(
+        net,
+        "labels" if net.gives == "labels" else "scores",
+        no_gradient(asked.name),
+        None if asked.classes is None else len(asked.classes),
+        names,
+        labels,
+        asked.kind,
+    )
+
+
+def no_gradient(name: str) -> str:
+    """Why an estimator is attacked without gradients."""
+    return f"{name} is an estimator, not a network, and has no gradient"
+
+
+def named(classes: Sequence[Any]) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
+    """Names of classes, and their labels as whole numbers; None where they are 0, 1, 2, … themselves.
+
+    False and True are 0 and 1. Of labels that are text, or numbers with a fraction, there are names alone.
+    """
+    whole = all(
+        isinstance(label, bool | int) or (isinstance(label, float) and label.is_integer())
+        for label in classes
+    )
+    if not whole:
+        return tuple(map(str, classes)), None
+    numbers = tuple(map(int, classes))
+    return (None, None) if numbers == tuple(range(len(numbers))) else (tuple(map(str, numbers)), numbers)
+
+
+def _classes(given: Any, name: str, *, gives_probabilities: bool) -> Array | None:
+    """The labels in the order of the scores; a refusal of what is no classifier of one label an example."""
+    try:
+        classes = given.classes_
+    except AttributeError:  # of a pipeline or a search it is a property that asks what is inside
+        _refuse_unfitted(given, name)
+        if gives_probabilities:
+            return None
+        raise TargetError(
+            f"the {name} is no classifier: it has no classes_. A fitted classifier was expected, with predict_proba, "
+            f"decision_function or predict; {_WAY_OUT}"
+        ) from None
+    found = None if isinstance(classes, list) else np.asarray(classes)
+    if found is None or found.ndim != 1:
+        raise _several(name)
+    if len(found) < 2:
+        raise TargetError(
+            f"the {name} knows {len(found)} class ({found.tolist()}), and at least two were expected; fit it on "
+            "examples of all classes"
+        )
+    return found
+
+
+def _refuse_unfitted(given: Any, name: str) -> None:
+    if "sklearn" not in sys.modules:
+        return
+    from sklearn.base import BaseEstimator
+    from sklearn.exceptions import NotFittedError
+    from sklearn.utils.validation import check_is_fitted
+
+    if not isinstance(given, BaseEstimator):
+        return
+    try:
+        check_is_fitted(given)
+    except NotFittedError:
+        raise TargetError(f"the {name} is not fitted; call fit(X, y) before it is given") from None
+
+
+def _several(name: str) -> TargetError:
+    return TargetError(
+        f"the {name} predicts several labels an example, and one was expected; give one of its estimators, or "
+        f"{_WAY_OUT}"
+    )
+
+
+def _is_single(scores: Array) -> bool:
+    return scores.ndim == 1 or scores.shape[1] == 1
+
+
+def _largest(scores: Array) -> NDArray[np.int64]:
+    """The class that `predict` takes by the scores: of equal ones the first, and class 1 only above zero."""
+    if _is_single(scores):
+        return (scores.reshape(len(scores)) > 0).astype(np.int64)
+    return cast("NDArray[np.int64]", scores.argmax(1))
+
+
+def _ahead(scores: Array, winners: NDArray[np.int64]) -> Array:
+    """The scores, in place, with the winner ahead where another is as large or larger."""
+    rows = np.arange(len(scores))
+    best = scores[rows, winners]
+    below = best - np.maximum(np.abs(best) * _APART, np.finfo(scores.dtype).tiny)
+    over = scores >= best[:, None]
+    over[rows, winners] = False
+    np.copyto(scores, below[:, None], where=over)
+    return scores
+
+
+def _on_side(scores: Array, winners: NDArray[np.int64]) -> Array:
+    """Scores of class 1 with the sign that the winner has."""
+    tiny = np.finfo(scores.dtype).tiny
+    scores = np.where((winners == 1) & (scores <= 0), tiny, scores)
+    return np.where((winners == 0) & (scores >= 0), -tiny, scores)

@@ -1,0 +1,86 @@
+"""Models of Keras 3 on its torch back end: networks of torch that declare a layout and a last activation."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.errors import TargetError
+from holdfast.core.outputs import OutputKind
+from holdfast.core.types import Layout
+from holdfast.sources.adapted import Adapted
+
+
+class KerasNet(nn.Module):
+    """A Keras model that is called in the mode of the module: dropout and batch norm learn in train mode alone."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.name = type(model).__qualname__
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs of the model."""
+        outputs: Tensor = self.model(x, training=self.training)
+        return outputs
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "KerasNet":
+        """The same layers with weights of their own; the copy of Keras itself would go through a file."""
+        import keras
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Keras reads its numbers in a way that numpy deprecates
+            model = keras.models.clone_model(self.model)
+        with torch.no_grad():
+            for mine, theirs in zip(model.variables, self.model.variables, strict=True):
+                mine.value.data.copy_(theirs.value.data)
+        copied = KerasNet(model)
+        copied.train(self.training)
+        return copied
+
+
+def adapted_keras(model: Any) -> Adapted:
+    """A Keras model as a network, with its layout and whether it ends in probabilities.
+
+    Raises `TargetError` for another back end than torch, and for a model without weights.
+    """
+    import keras
+
+    backend = keras.backend.backend()
+    if backend != "torch":
+        raise TargetError(
+            f"the Keras model runs on the back end {backend}, and torch was expected; set the environment variable "
+            "KERAS_BACKEND=torch before keras is imported, and load or build the model again"
+        )
+    if not model.built:
+        raise TargetError(
+            f"the {type(model).__qualname__} of Keras has no weights before it meets an input; begin it with "
+            "keras.Input(shape), or run a batch through it before it is given"
+        )
+    return Adapted(KerasNet(model), output=_output(model, keras), layout=_layout(model, keras))
+
+
+def _layout(model: Any, keras: Any) -> Layout | None:
+    """Where images (height, width, channels) or volumes have their channels, as the layers that see them declare."""
+    shape = getattr(model, "input_shape", None)
+    if not isinstance(shape, tuple) or len(shape) not in (4, 5):
+        return None
+    declared = [
+        layer.data_format for layer in model.layers if isinstance(getattr(layer, "data_format", None), str)
+    ]
+    order = declared[0] if declared else keras.config.image_data_format()
+    return "hwc" if order == "channels_last" else "chw"
+
+
+def _output(model: Any, keras: Any) -> OutputKind | None:
+    """Whether the last layer makes probabilities; None where it does not, or a class of the user's own computes it."""
+    if len(getattr(model, "outputs", None) or ()) != 1:
+        return None
+    last = model.layers[-1]  # layers are in the order of the graph
+    if isinstance(last, keras.Model):
+        return _output(last, keras)
+    if isinstance(last, keras.layers.Softmax):
+        return "probability"
+    made = (keras.activations.softmax, keras.activations.sigmoid)
+    return "probability" if getattr(last, "activation", None) in made else None

@@ -1,0 +1,67 @@
+"""Opens estimators from `.skops` files, which hold the values and the types of an estimator, and no pickle.
+
+The types that skops trusts by itself open; a file with any other opens only if the user trusts its code. The bytes are
+read once: what is judged is what is loaded.
+"""
+
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.sources.archive import MAX_BYTES, check_archive
+from holdfast.sources.files import megabytes, readable_file
+
+_SHOWN = 5
+_SAVED_BY = "save it with skops.io.dump(estimator, file), without compression"
+
+
+def open_skops(path: Path, *, trust_code: bool) -> tuple[Any, str, tuple[str, ...]]:
+    """The estimator in the file, the SHA-256 of the file, and notes.
+
+    Raises `UsageError` for types that skops does not trust, unless `trust_code`, and `TargetError` for a damaged file.
+    """
+    readable_file(path, "model")
+    try:
+        import skops.io as sio
+    except ImportError as error:
+        raise UsageError(
+            f'{str(path)!r} is a .skops file; opening it needs pip install "holdfast[sklearn]"'
+        ) from error
+    if path.stat().st_size > MAX_BYTES:
+        raise TargetError(
+            f"{str(path)!r} has {megabytes(path.stat().st_size)}; at most {megabytes(MAX_BYTES)} is read"
+        )
+    check_archive(path, saved_by=_SAVED_BY)
+    content = path.read_bytes()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            untrusted = sio.get_untrusted_types(data=content)
+        except Exception as error:  # it raises anything, from KeyError to BadZipFile, on a foreign file
+            raise _damaged(path, error) from error
+        if untrusted and not trust_code:
+            raise UsageError(
+                f"{str(path)!r} holds {_listed(untrusted)}, which skops does not trust by itself, since loading them "
+                "may run code. If you trust the file, give --trust-code (Python: trust_code=True); models of XGBoost "
+                "are saved by their save_model, as .json or .ubj"
+            )
+        try:
+            found = sio.loads(content, trusted=untrusted)
+        except Exception as error:  # as above
+            raise _damaged(path, error) from error
+    notes = tuple(dict.fromkeys(str(each.message).split("\n")[0] for each in said))
+    return found, hashlib.sha256(content).hexdigest(), notes
+
+
+def _listed(types: list[str]) -> str:
+    more = f" and {len(types) - _SHOWN} more" if len(types) > _SHOWN else ""
+    return f"the types {', '.join(types[:_SHOWN])}{more}" if len(types) > 1 else f"the type {types[0]}"
+
+
+def _damaged(path: Path, error: Exception) -> TargetError:
+    first = (str(error).splitlines() or [""])[0][:200]
+    return TargetError(
+        f"{str(path)!r} is no estimator that skops can open: {type(error).__name__}: {first}; {_SAVED_BY}"
+    )

@@ -1,0 +1,67 @@
+"""Opens model files that run code, for users who trust them: TorchScript, and pickles of whole modules.
+
+A file is read once: the bytes that are hashed are the bytes that are loaded.
+"""
+
+import hashlib
+import io
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.core.errors import TargetError
+from holdfast.sources.archive import MAX_BYTES, Weights, check_archive, is_script
+from holdfast.sources.factories import importable
+from holdfast.sources.files import megabytes, readable_file
+from holdfast.sources.unpacking import NESTINGS, state_dict
+
+
+def open_trusted(path: Path) -> tuple[nn.Module | Weights, str, str]:
+    """A module, or weights where the file holds no module; the form of the file and its SHA-256. Its code runs.
+
+    Raises `TargetError` where it cannot be loaded.
+    """
+    readable_file(path, "model")
+    if path.stat().st_size > MAX_BYTES:
+        raise TargetError(
+            f"{str(path)!r} has {megabytes(path.stat().st_size)}; at most {megabytes(MAX_BYTES)} is read"
+        )
+    check_archive(path, trust_code=True)
+    script, content = is_script(path), path.read_bytes()
+    found = _loaded(path, io.BytesIO(content), script=script)
+    if isinstance(found, Mapping):
+        found = next((found[name] for name in NESTINGS if isinstance(found.get(name), nn.Module)), found)
+    if not isinstance(found, nn.Module):
+        try:
+            found = Weights(
+                *(kind(each) for kind, each in zip((dict, tuple), state_dict(found), strict=True))
+            )
+        except TypeError as error:
+            raise TargetError(f"{str(path)!r} {error}, or a torch.nn.Module") from error
+    return found, "torchscript" if script else "pickle", hashlib.sha256(content).hexdigest()
+
+
+def _loaded(path: Path, content: io.BytesIO, *, script: bool) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # torch.jit.load is deprecated, and classes may have changed since
+            if script:
+                return torch.jit.load(content, map_location="cpu")  # type: ignore[no-untyped-call]
+            with importable(path.parent):
+                return torch.load(content, map_location="cpu", weights_only=False)
+    except (AttributeError, ImportError) as error:
+        raise TargetError(
+            f"{str(path)!r} needs a class that cannot be imported here: {error}. Put the file that defines it beside "
+            "the model, or give a factory that loads the model, as file.py:factory"
+        ) from error
+    except Exception as error:  # code of the file's own may raise anything
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise TargetError(
+            f"{str(path)!r} could not be loaded by torch {torch.__version__}: {type(error).__name__}: {first}"
+        ) from error

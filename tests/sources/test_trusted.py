@@ -1,0 +1,85 @@
+"""Model files that run code: TorchScript, and pickles of whole modules, which open with trust alone."""
+
+import json
+import subprocess
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.sources import archive, unpacking
+from holdfast.sources.models import open_model
+
+X = torch.rand(3, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpickle here: another process takes 2 s to import torch, and other tests read a file as users do."""
+
+    def main(path: Path, handed_back: Path) -> subprocess.CompletedProcess[str]:
+        answer = unpacking.main(str(path), str(handed_back))
+        return subprocess.CompletedProcess([], 0, json.dumps(answer), "")
+
+    monkeypatch.setattr(unpacking, "limit", lambda path: None)
+    monkeypatch.setattr(archive, "_unpacked", main)
+
+
+def test_a_torchscript_file_opens_with_trust_alone(tmp_path: Path):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated; its files are still about
+        torch.jit.save(torch.jit.trace(net, torch.rand(1, 64)), tmp_path / "m.ts")
+    with pytest.raises(TargetError, match=r"TorchScript .*--trust-code .*state_dict\(\).*ONNX"):
+        open_model(str(tmp_path / "m.ts"))
+    opened = open_model(str(tmp_path / "m.ts"), trust_code=True)
+    torch.testing.assert_close(opened.model(X), net(X))
+    with pytest.raises(UsageError, match="holds a whole model; leave --arch mlp out"):
+        open_model(str(tmp_path / "m.ts"), trust_code=True, arch="mlp")
+
+
+def test_the_pickle_of_a_module_opens_with_trust_alone(tmp_path: Path):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    place = tmp_path / "m.pt"
+    for saved in (net, {"epoch": 3, "model": net}):
+        torch.save(saved, place)
+        with pytest.raises(TargetError, match=r"wants code.*--trust-code"):
+            open_model(str(place))
+        opened = open_model(str(place), trust_code=True)
+        torch.testing.assert_close(opened.model(X), net(X))
+
+
+def test_trust_changes_nothing_for_a_state_dict(tmp_path: Path):
+    net = nn.Linear(64, 10)
+    torch.save(net.state_dict(), tmp_path / "m.pt")
+    code = tmp_path / "own.py"
+    code.write_text("import torch\ndef make(): return torch.nn.Linear(64, 10)\n")
+    opened = open_model(str(tmp_path / "m.pt"), trust_code=True, arch=f"{code}:make")
+    assert opened.how == "pt"
+
+
+def test_a_class_beside_the_pickle_is_found_and_a_missing_one_is_named(tmp_path: Path, monkeypatch):
+    code = tmp_path / "beside_it.py"
+    code.write_text("import torch\nclass Net(torch.nn.Linear): pass\n")
+    with monkeypatch.context() as path:
+        path.syspath_prepend(tmp_path)
+        import beside_it
+
+        torch.save(beside_it.Net(64, 10), tmp_path / "m.pt")
+    monkeypatch.delitem(__import__("sys").modules, "beside_it")
+    assert open_model(str(tmp_path / "m.pt"), trust_code=True).how == "pickle"
+    monkeypatch.delitem(__import__("sys").modules, "beside_it")
+    code.unlink()
+    with pytest.raises(
+        TargetError, match="needs a class that cannot be imported here: No module named 'beside_it'"
+    ):
+        open_model(str(tmp_path / "m.pt"), trust_code=True)
+
+
+def test_what_holds_no_module_is_refused_with_trust_too(tmp_path: Path):
+    torch.save([nn.ReLU, 3], tmp_path / "m.pt")
+    with pytest.raises(TargetError, match=r"holds a list; a state dict .* or a torch\.nn\.Module"):
+        open_model(str(tmp_path / "m.pt"), trust_code=True)
