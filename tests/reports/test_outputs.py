@@ -129,7 +129,7 @@ def test_markdown_puts_the_verdict_first_and_keeps_its_tables_whole(failing, acc
     assert lines[0].startswith("## ✕ Fail")
     assert lines[2].startswith("41.5 % of 1,000 images")
     tables = [line for line in lines if line.startswith("|")]
-    assert {line.count("|") for line in tables} == {5, 8}
+    assert {line.count("|") for line in tables} == {5, 6, 8}
     assert "accepted doubt **black-box**: an adaptive run is on file" in markdown.document(accepted)
 
 
@@ -292,3 +292,21 @@ def test_csv_goes_to_any_text_file(failing, evidence):
     file = io.StringIO()
     write_rows(failing, {name: column[:3] for name, column in evidence.columns.items()}, file)
     assert len(file.getvalue().splitlines()) == 4
+
+
+def test_names_of_classes_are_in_every_report_that_lists_classes(tmp_path):
+    evidence = made.evidence(n=30)
+    names = [f"kind-{number}" for number in range(int(evidence["y"].max()) + 1)]
+    named = replace(evidence, data={**evidence.data, "classes": names})
+    content = made.summarised(named)
+    write(content, named.columns, tmp_path / "rows.csv")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "rows.csv").read_text())))
+    assert [row["class"] for row in rows] == [names[int(row["y"])] for row in rows]
+    for text in (
+        markdown.document(content),
+        html.page(content),
+        junit.document(content),
+        json.dumps(content),
+    ):
+        assert all(row["name"] in text for row in content["per_class"])
+        assert content["per_class"][0]["name"].startswith("kind-")

@@ -37,6 +37,13 @@ class Permuted(nn.Module):
         return out
 
 
+class Viewed(nn.Module):
+    """Flattens features in a way that takes an example without its batch, too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(-1, 4 * 14)
+
+
 class Recurrent(nn.Module):
     """The last state of a recurrent network over sequences (n, steps, features)."""
 
@@ -58,6 +65,7 @@ signal = seeded(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(4 * 14, 4))
 volume = seeded(nn.Conv3d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 64, 4))
 flat_layers = seeded(nn.Conv3d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 16, 4))
 single = seeded(nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 14, 4))
+viewed = seeded(nn.Conv1d(1, 4, 3), Viewed(), nn.Linear(4 * 14, 4))
 last = Permuted(conv, 0, 3, 1, 2)
 many = seeded(nn.Conv2d(13, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 4))
 
@@ -77,6 +85,7 @@ TAKEN = {
     "volumes without an axis of channels": (volume, (6, 6, 6), (1, 6, 6, 6)),
     "volumes of three layers": (flat_layers, (3, 6, 6), (1, 3, 6, 6)),
     "signals without an axis of channels": (single, (16,), (1, 16)),
+    "signals that alone pass for one without its batch": (viewed, (16,), (1, 16)),
     "rows": (flat(20), (20,), (20,)),
 }
 

@@ -54,6 +54,10 @@ def _properties(summary: Mapping[str, Any]) -> dict[str, str]:
     }
     found |= {f"accepted doubt {printable(name)}": why for name, why in summary["accepted_doubts"].items()}
     found |= {f"metric {printable(name)}": f"{item['value']}" for name, item in summary["metrics"].items()}
+    found |= {
+        f"robust_accuracy of class {printable(row['name'])}": f"{row['robust_accuracy']['value']}"
+        for row in summary["per_class"]
+    }
     return {name: value for name, value in found.items() if value}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from holdfast.core.names import printable
 from holdfast.reports import across, rotation, transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits, passes, risks, row
-from holdfast.reports.numbers import count
+from holdfast.reports.numbers import count, percent
 from holdfast.reports.words import VERDICTS, capitalized, interval, label, sentences, shown, told_metrics
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$@&#])")
@@ -31,6 +31,13 @@ def document(summary: Mapping[str, Any]) -> str:
     lines += _matrices(summary)
     lines += _attackers(summary)
     lines += _doubts(summary)
+    if summary["per_class"]:
+        lines += ["<details><summary>Classes</summary>", ""]
+        lines += table(
+            ("class", escaped(summary["noun"]), "clean", "robust", "interval"),
+            map(_class, summary["per_class"]),
+        )
+        lines += ["</details>", ""]
     lines += ["<details><summary>Metrics</summary>", ""]
     lines += table(
         ("metric", "value", "interval", "n"), (_metric(*item) for item in told_metrics(summary).items())
@@ -48,6 +55,17 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a table, the first column to the left and the others to the right."""
     rule = ["---", *["---:"] * (len(headings) - 1)]
     return [*("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows)), ""]
+
+
+def _class(row: Mapping[str, Any]) -> list[str]:
+    clean, robust = row["clean_accuracy"], row["robust_accuracy"]
+    return [
+        escaped(row["name"]),
+        count(row["n"]),
+        percent(clean["value"]),
+        percent(robust["value"]),
+        interval("robust_accuracy", robust),
+    ]
 
 
 def _gate(gate: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any, TextIO
 
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns, Evidence
+from holdfast.core.names import printable
 from holdfast.reports.curves import robust
 
 CHUNK = 10_000
@@ -24,15 +25,20 @@ _SOURCES = {
 }
 
 
-def headings(columns: Columns) -> list[str]:
-    """The columns of the file: those of the list above that were measured."""
-    return [heading for heading, source in _SOURCES.items() if source in columns]
+_NAMED = {"class": "y", "clean_class": "clean_prediction", "adversarial_class": "adversarial_prediction"}
+"""Columns with the names of classes, where these are known, and the columns with their numbers."""
+
+
+def headings(columns: Columns, *, named: bool = False) -> list[str]:
+    """The columns of the file: those of the lists above that were measured, with names of classes if `named`."""
+    found = [heading for heading, source in _SOURCES.items() if source in columns]
+    return [*found, *(heading for heading, numbers in _NAMED.items() if named and numbers in found)]
 
 
 def write_rows(summary: Mapping[str, Any], columns: Columns, file: TextIO) -> None:
     """The heading and every row; booleans are `true` and `false`, an attack that broke nothing is empty."""
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(headings(columns))
+    writer.writerow(headings(columns, named=bool(summary["data"].get("classes"))))
     for start in range(0, len(columns["id"]), CHUNK):
         writer.writerows(_rows(summary, columns, slice(start, start + CHUNK)))
 
@@ -66,8 +72,9 @@ def frame(evidence: Evidence) -> Any:
 
 def _rows(summary: Mapping[str, Any], columns: Columns, rows: slice) -> Iterator[tuple[Any, ...]]:
     stages = [each["stage"] for each in (*summary["attacks"], *summary["passes"])]
+    names = [printable(str(name)) for name in summary["data"].get("classes") or ()]
     found: list[list[Any]] = []
-    for heading in headings(columns):
+    for heading in headings(columns, named=bool(names)):
         if heading == "robust":
             held = ~columns["success"][rows].bool()
             if summary["threat"]["goal"] is None:
@@ -76,6 +83,9 @@ def _rows(summary: Mapping[str, Any], columns: Columns, rows: slice) -> Iterator
         elif heading == "broken_by":
             places = columns["broken_by"][rows].tolist()
             found.append([stages[place] if 0 <= place < len(stages) else "" for place in places])
+        elif heading in _NAMED:
+            numbers = columns[_SOURCES[_NAMED[heading]]][rows].tolist()
+            found.append([names[number] if 0 <= number < len(names) else "" for number in numbers])
         else:
             found.append(columns[_SOURCES[heading]][rows].tolist())
     return zip(*found, strict=True)

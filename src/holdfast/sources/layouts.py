@@ -93,7 +93,7 @@ def reading_of(
     first, *others = _candidates(tuple(shape), None if probe is None else probe.own.layout)
     if probe is None or (probe.model.remote and len(first) == 1):
         return first[0] if len(first) == 1 else Reading("asis")
-    taken = _taken(first, probe, rows)
+    taken = _taken_whole((first, *others), probe, rows) or _taken(first, probe, rows)
     refused = probe.refused
     for readings in others:
         taken = taken or _taken(readings, probe, rows)
@@ -158,12 +158,26 @@ def _candidates(shape: tuple[int, ...], network: Layout | None) -> list[list[Rea
     return [usual, [*turned, *([] if may_be_last else [last])], *inserted]
 
 
+def _taken_whole(
+    groups: Sequence[Sequence[Reading]], probe: Probe, rows: Callable[[Reading], Tensor]
+) -> list[tuple[Reading, Logits]]:
+    """The first readings that the network takes as whole batches.
+
+    One example at a time is no test: torch takes (1, length) as a signal of one channel without its batch.
+    """
+    for readings in groups:
+        taken = _taken(readings, probe, rows, whole=True)
+        if taken:
+            return taken
+    return []
+
+
 def _taken(
-    readings: Sequence[Reading], probe: Probe, rows: Callable[[Reading], Tensor]
+    readings: Sequence[Reading], probe: Probe, rows: Callable[[Reading], Tensor], *, whole: bool = False
 ) -> list[tuple[Reading, Logits]]:
     found = []
     for reading in readings:
-        outputs = probe.outputs(rows(reading), reading.network)
+        outputs = probe.outputs(rows(reading), reading.network, whole=whole)
         if outputs is not None:
             found.append((reading, outputs))
     return found

@@ -39,32 +39,38 @@ class Probe:
         self.refused: TargetError | None = None
         """why the network took the last inputs that it did not take"""
 
-    def outputs(self, x: Tensor, layout: Layout | None = None) -> Logits | None:
+    def outputs(self, x: Tensor, layout: Layout | None = None, *, whole: bool = False) -> Logits | None:
         """Logits of `x` (n, *features) given to the network in a layout; None where it does not take them.
 
+        With `whole` all rows are given at once, else in batches of a size that the network takes.
         Outputs that may be logits or probabilities are compared as if they were logits.
         """
         own = self.own
         before = own.layout, own.output
         own.layout = layout or before[0]
         try:
-            found = self._asked(x)
+            found = self._asked(x, whole=whole)
         except TargetLost:
             raise
         except TargetError as error:
             self.refused = error
+            return None
+        except (RuntimeError, MemoryError) as error:
+            if not whole:
+                raise
+            self.refused = TargetError(str(error))
             return None
         finally:
             own.layout, own.output = before
         self.classes = found.shape[1] - self.model.rejects
         return found
 
-    def _asked(self, x: Tensor) -> Logits:
+    def _asked(self, x: Tensor, *, whole: bool) -> Logits:
         try:
-            return _forwarded(self.model, x)
+            return _forwarded(self.model, x, whole=whole)
         except UnclearOutput:
             self.own.output = "logit"
-            return _forwarded(self.model, x)
+            return _forwarded(self.model, x, whole=whole)
 
     def suit(self, x: Tensor) -> tuple[str, ...]:
         """Give a network that takes images only with the channels last its inputs so, and say it.
@@ -169,8 +175,8 @@ def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
     return ()
 
 
-def _forwarded(model: Classifier, x: Tensor) -> Logits:
-    """Logits of `x`, on the CPU; of a network that refuses some sizes of a batch in those that it takes."""
+def _forwarded(model: Classifier, x: Tensor, *, whole: bool = False) -> Logits:
+    """Logits of `x`, on the CPU; of a network that refuses some sizes of a batch in those that it takes, unless `whole`."""
     weight = next(model.parameters(), None)
     rows = x if weight is None else x.to(weight.device)
     with _looked_at(model):
@@ -180,7 +186,7 @@ def _forwarded(model: Classifier, x: Tensor) -> Logits:
         except (TargetLost, UnclearOutput):
             raise
         except (TargetError, RuntimeError, MemoryError) as error:
-            if model.remote or not (isinstance(error, TargetError) or out_of_memory(error)):
+            if whole or model.remote or not (isinstance(error, TargetError) or out_of_memory(error)):
                 raise
         with fitted(model, rows[:1]):
             logits = model(rows.clone())
