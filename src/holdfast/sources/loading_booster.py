@@ -1,7 +1,7 @@
 """A program of its own: loads one model of XGBoost under limits and asks it once, so that a damaged file ends only it.
 
-`python -P loading_booster.py FILE` exits with 0 where that went well; else the last line of stderr says what did not.
-It imports nothing of the package.
+`python -P loading_booster.py` reads the bytes of the file from its input and exits with 0 where that went well; else
+the last line of stderr says what did not. It imports nothing of the package.
 """
 
 import json
@@ -17,7 +17,7 @@ SPARE_BYTES = 2**30
 CPU_SECONDS = 240
 
 
-def limit(path: Path) -> None:
+def limit(n_bytes: int) -> None:
     """Cap memory, CPU time and core dumps where the system has such limits."""
     try:
         import resource
@@ -25,7 +25,7 @@ def limit(path: Path) -> None:
         return
     mapped = Path("/proc/self/statm")
     in_use = int(mapped.read_text().split()[0]) * resource.getpagesize() if mapped.exists() else 2**31
-    allowance = in_use + 8 * path.stat().st_size + SPARE_BYTES
+    allowance = in_use + 8 * n_bytes + SPARE_BYTES
     resource.setrlimit(
         resource.RLIMIT_AS if mapped.exists() else resource.RLIMIT_DATA, (allowance, allowance)
     )
@@ -33,18 +33,17 @@ def limit(path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def main(name: str) -> None:
-    """Load the model and ask it for two rows."""
-    path = Path(name)
-    limit(path)
+def main(content: bytes) -> None:
+    """Load the model, look at its trees and ask it for two rows."""
+    limit(len(content))
     booster = xgboost.Booster({"nthread": 1})
-    booster.load_model(bytearray(path.read_bytes()))
+    booster.load_model(bytearray(content))
     booster.save_config()
     width = booster.num_features()
     if width > 10_000_000:
         raise ValueError(f"it declares {width} features")
-    for tree in _trees(json.loads(booster.save_raw("json"))["learner"]["gradient_booster"]):
-        refuse_stray_nodes(tree, width)
+    learner = json.loads(booster.save_raw("json"))["learner"]
+    refuse_stray_trees(learner["gradient_booster"], int(learner["learner_model_param"]["num_class"]), width)
     rows = np.stack((np.zeros(width, np.float32), np.ones(width, np.float32)))
     matrix = xgboost.DMatrix(
         rows,
@@ -56,11 +55,13 @@ def main(name: str) -> None:
     booster.predict(matrix, output_margin=True)
 
 
-def _trees(boosted: dict[str, Any]) -> list[dict[str, Any]]:
-    """The trees; none of a linear booster."""
-    inner = boosted.get("gbtree", boosted)  # dart holds its trees one level deeper
-    trees: list[dict[str, Any]] = inner["model"].get("trees", [])
-    return trees
+def refuse_stray_trees(boosted: dict[str, Any], classes: int, width: int) -> None:
+    """`ValueError` where a tree is of no class, or has stray nodes; a linear booster has no trees."""
+    model = boosted.get("gbtree", boosted)["model"]  # dart holds its trees one level deeper
+    if any(not 0 <= number < max(classes, 1) for number in model.get("tree_info", [])):
+        raise ValueError("a tree is of a class that there is not")
+    for tree in model.get("trees", []):
+        refuse_stray_nodes(tree, width)
 
 
 def refuse_stray_nodes(tree: dict[str, Any], width: int) -> None:
@@ -81,6 +82,6 @@ def refuse_stray_nodes(tree: dict[str, Any], width: int) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1])
+        main(sys.stdin.buffer.read())
     except Exception as error:  # noqa: BLE001 - whatever a damaged file provokes becomes one line
         sys.exit((str(error).splitlines() or [type(error).__name__])[0])

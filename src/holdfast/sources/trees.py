@@ -8,6 +8,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -49,10 +50,12 @@ def open_booster(path: Path) -> tuple[Adapted, str]:
         raise UsageError(
             f'{str(path)!r} is a model of XGBoost; opening it needs pip install "holdfast[trees]"'
         ) from error
-    _refuse_damaged(path)
+    _refuse_damaged(path, content)
     booster = xgboost.Booster()
     try:
-        booster.load_model(bytearray(content))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of files that another version wrote
+            booster.load_model(bytearray(content))
         best = _best_iteration(booster.attributes())
         adapted = _adapted(booster, hashlib.sha256(content).hexdigest(), best)
     except xgboost.core.XGBoostError as error:
@@ -87,18 +90,19 @@ def _content(path: Path) -> bytes:
     return content
 
 
-def _refuse_damaged(path: Path) -> None:
+def _refuse_damaged(path: Path, content: bytes) -> None:
+    """Load the bytes in a process of its own, and raise `TargetError` where that ends otherwise than well."""
     # -P: the folder of the script holds modules that must not come first on the path
-    command = [sys.executable, "-P", "-s", str(_LOADING), str(path.resolve())]
+    command = [sys.executable, "-P", "-s", str(_LOADING)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_SECONDS, check=False)
+        done = subprocess.run(command, input=content, capture_output=True, timeout=LOAD_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
         raise TargetError(
             f"{str(path)!r} took more than {LOAD_SECONDS} s to load and was given up"
         ) from error
     if done.returncode:
         ended = f"the process that loads it under limits ended with status {done.returncode}"
-        raise _damaged(path, (done.stderr.strip().splitlines() or [ended])[-1])
+        raise _damaged(path, (done.stderr.decode(errors="replace").strip().splitlines() or [ended])[-1])
 
 
 def _damaged(path: Path, said: str) -> TargetError:
