@@ -51,14 +51,14 @@ def _list_attacks(voice: Voice) -> None:
     """The attacks, the names that suites and adaptive runs give, and the suites, each with its other names."""
     from holdfast.config.attacks import attack_names
     from holdfast.config.naming import MEMBERS, VARIANTS
-    from holdfast.config.spellings import ADAPTIVE, SPELLINGS, SUITE_SPELLINGS, Spelling, suites_of
+    from holdfast.config.spellings import ADAPTIVE, SPELLINGS, SUITE_SPELLINGS, suites_of
     from holdfast.metrics.names import CORRUPTIONS
 
     console = voice.console()
     table = _table("name", "also", "needs", "what it does")
     for known, cls in sorted(attack_names().items()):
-        other = SPELLINGS.get(known, Spelling(""))
-        table.add_row(known, other.others(known), cls.needs, _first_line(cls))
+        other = str(SPELLINGS.get(known, ""))
+        table.add_row(known, other, cls.needs, _first_line(cls))
     console.print(table)
     console.print("\nattacks at settings of their own, by the names that suites give them")
     given = _table(
@@ -69,7 +69,7 @@ def _list_attacks(voice: Voice) -> None:
     )
     for known, of in sorted(VARIANTS.items()):
         if known not in CORRUPTIONS:
-            given.add_row(known, SPELLINGS[known].others(known), of, ", ".join(suites_of(known)))
+            given.add_row(known, str(SPELLINGS.get(known, "")), of, ", ".join(suites_of(known)))
     console.print(given)
     console.print(f"\ncommon corruptions: {', '.join(CORRUPTIONS)}")
     console.print(f"\nadded by --adaptive where a doubt calls for them: {', '.join(ADAPTIVE)}")
@@ -95,7 +95,7 @@ def _show_attack(voice: Voice, chosen: str) -> None:
     """One attack, its paper, its other names and its settings."""
     from holdfast.config.attacks import attack_class
     from holdfast.config.naming import VARIANTS
-    from holdfast.config.spellings import SPELLINGS, Spelling, suites_of
+    from holdfast.config.spellings import SPELLINGS, suites_of
 
     of = VARIANTS.get(chosen, chosen)
     cls = attack_class(of)
@@ -103,7 +103,7 @@ def _show_attack(voice: Voice, chosen: str) -> None:
         click.echo(
             f"{chosen} is the name that suites give to {of} with settings of its own ({', '.join(suites_of(chosen))})\n"
         )
-    others = SPELLINGS.get(chosen, Spelling("")).others(chosen)
+    others = str(SPELLINGS.get(chosen, ""))
     also = f"also {others}\n" if others else ""
     source = (inspect.getmodule(cls).__doc__ or "").strip()
     click.echo(f"{of}: {_first_line(cls)}\nneeds {cls.needs}\n{also}\n{source}\n")
