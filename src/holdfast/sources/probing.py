@@ -176,7 +176,7 @@ def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
 
 
 def _forwarded(model: Classifier, x: Tensor, *, whole: bool = False) -> Logits:
-    """Logits of `x`, on the CPU; of a network that refuses some sizes of a batch in those that it takes, unless `whole`."""
+    """Logits of `x`, on the CPU; unless `whole`, in batches of a size that the network takes."""
     weight = next(model.parameters(), None)
     rows = x if weight is None else x.to(weight.device)
     with _looked_at(model):
