@@ -347,7 +347,8 @@ How robust is MODEL on DATA, honestly: the worst case over a suite of attacks, w
 
 \b
 MODEL  a bundled name (mnist-cnn, mnist-cnn-hardened), file.py:factory, a
-       .safetensors, .pt, .pt2 or .onnx file, or a URL with --allow-host
+       .safetensors, .pt, .pt2, .onnx, .skops, .json or .ubj file, or a URL with
+       --allow-host
 DATA   a bundled name (mnist-mini), a catalogue name (see holdfast data), an .npz,
        .csv or .parquet file, or a folder with one folder of images a class
 """  # the escape is click's: the paragraph below it keeps its lines

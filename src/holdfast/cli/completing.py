@@ -9,7 +9,7 @@ from click.shell_completion import CompletionItem
 from holdfast.cli.early import bundled
 from holdfast.config.grammar import Norm
 from holdfast.config.naming import ATTACKS, AUTO, CARD, RECIPES, SOURCES, VARIANTS
-from holdfast.config.suites import SUITES
+from holdfast.config.spellings import every_name
 
 
 class Completed(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only
@@ -49,7 +49,7 @@ def _attacks() -> list[str]:
 MODEL = Completed(lambda: bundled("*.safetensors"))
 DATA = Completed(_data)
 ATTACK = Completed(_attacks, listed=True)
-SUITE = Completed(lambda: [*SUITES, *_attacks()], listed=True)
+SUITE = Completed(every_name, listed=True)
 RECIPE = Completed(lambda: [AUTO, *RECIPES])
 SETS_RECIPE = Completed(lambda: [CARD, *RECIPES])
 SOURCE = Completed(lambda: list(SOURCES))

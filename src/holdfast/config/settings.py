@@ -34,7 +34,8 @@ class AssessSettings(BaseModel):
     schema_version: Literal[1] = Field(1, description="version of this file's format")
     model: str | None = Field(
         None,
-        description="a bundled name, file.py:factory, a .safetensors, .pt, .pt2 or .onnx file, or a URL",
+        description="a bundled name, file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json or .ubj file, "
+        "a URL",
     )
     data: str | None = Field(
         None,

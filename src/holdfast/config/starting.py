@@ -17,7 +17,7 @@ _TEMPLATE = """\
 # flags are stronger than this file. Check it with: holdfast validate holdfast.yaml
 schema_version: 1
 
-model: {model}        # a bundled name, file.py:factory, a .safetensors, .pt, .pt2 or .onnx file, or a URL
+model: {model}        # a bundled name, file.py:factory, a model file (.pt, .onnx, .skops, …), or a URL
 data: {data}          # a bundled or catalogue name, .npz, .csv, .parquet, or a folder of class folders
 n: 200                   # the first 200 examples; leave out for all of them
 

@@ -354,7 +354,7 @@ def _open_onnx(opening: _Opening, path: Path) -> OpenedModel:
     from holdfast.sources.onnx import open_onnx  # late: onnx is an extra
 
     graph = open_onnx(path, opening.declared.input_shape)
-    known = Declared(classes=graph.classes, class_names=graph.class_names)
+    known = Declared(classes=graph.classes, class_names=graph.class_names, class_labels=graph.class_labels)
     model = opening.declared.filled(known).wrap(graph.net, access=graph.access)
     model.hides = graph.hides
     return OpenedModel(model, opening.address, "onnx", graph.files, graph.notes)

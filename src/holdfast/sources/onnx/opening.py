@@ -42,6 +42,8 @@ class OnnxModel:
     notes: tuple[str, ...]
     class_names: tuple[str, ...] | None = None
     """where the file has text labels"""
+    class_labels: tuple[int, ...] | None = None
+    """where it has other whole numbers than 0, 1, 2, …"""
 
 
 class Converted(nn.Module):
@@ -125,12 +127,13 @@ def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel
     output, classes, notes = _chosen_output(file, path)
     contradicting = _labels_that_differ(file, output)
     if contradicting is not None:
-        names, said = _names(file.labels, classes)
         hides = (
             f"the largest value of {output} is not at the class that {contradicting.runtime.outputs[0]} gives"
         )
-        notes = (f"{hides}, so the classes alone are used, without scores and gradients", *said)
-        return OnnxModel(contradicting, "labels", hides, classes, file.files, notes, names)
+        notes = (f"{hides}, so the classes alone are used, without scores and gradients",)
+        return OnnxModel(
+            contradicting, "labels", hides, classes, file.files, notes, *_named(file.labels, classes)
+        )
     unknown = unknown_operators(file)
     access: Access
     try:
@@ -143,8 +146,7 @@ def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel
     except Unsupported as reason:
         net, access, hides = Runtime(file, output), "scores", f"{reason} cannot be imported"
         notes += (f"{hides}; served through onnxruntime, scores only and without gradients",)
-    names, said = _names(file.labels, classes)
-    return OnnxModel(net, access, hides, classes, file.files, notes + said, names)
+    return OnnxModel(net, access, hides, classes, file.files, notes, *_named(file.labels, classes))
 
 
 def _labels_that_differ(file: OnnxFile, output: str) -> RuntimeLabels | None:
@@ -169,14 +171,15 @@ def _labels_that_differ(file: OnnxFile, output: str) -> RuntimeLabels | None:
     return None
 
 
-def _names(labels: Sequence[str | int], classes: int) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
-    """The class names where the file has text labels for all of them, and a note where its numbers are not places."""
+def _named(
+    labels: Sequence[str | int], classes: int
+) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
+    """The names of all classes where the file has text labels, or their labels where these are other numbers."""
     if len(labels) != classes or tuple(labels) == tuple(range(classes)):
-        return None, ()
+        return None, None
     if all(isinstance(label, str) for label in labels):
-        return tuple(map(str, labels)), ()
-    listed = ", ".join(map(str, labels[:8])) + (", …" if classes > 8 else "")
-    return None, (f"the file labels its classes {listed}; here they are numbered from 0 in this order",)
+        return tuple(map(str, labels)), None
+    return None, tuple(map(int, labels))
 
 
 def _imported(file: OnnxFile, output: str) -> tuple[nn.Module, tuple[str, ...]]:
