@@ -12,22 +12,22 @@ from typing import Any
 
 from holdfast.checkup import Finding, examine
 from holdfast.config import hardening, ordering
-from holdfast.config.attacked import attackers
-from holdfast.config.attacks import threat_model
-from holdfast.config.brought import (
+from holdfast.config.arguments import (
     DataLike,
     ModelLike,
     Numbers,
     ThreatLike,
-    brought,
     data_of,
     device_of,
     fit_of,
+    given_all,
     others_of,
     settings_said,
     subject_of,
     surrogates_of,
 )
+from holdfast.config.attacked import attackers
+from holdfast.config.attacks import threat_model
 from holdfast.config.grad_mode import with_gradients
 from holdfast.config.grammar import nearest, parse_threat
 from holdfast.config.members import SuiteLike, members_given
@@ -141,7 +141,7 @@ def assess(
     """
     settings = settings_said("assess()", locals(), AssessSettings)
     place = _place(run, resume=resume)
-    opening = partial(brought, model, data, surrogates, settings)
+    opening = partial(given_all, model, data, surrogates, settings)
     subject, given, seconds = opening()
     order = _order(suite, baseline, settings, subject, device_of(model, subject, settings))
     learned = fit_of(fit, data, settings, subject.model, order)
@@ -230,7 +230,7 @@ def harden(
     """
     settings = settings_said("harden()", locals(), HardenSettings)
     place = _place(run, resume=resume)
-    subject, training, test, whole = hardening.brought_all(model, data, fit, unlabelled, settings)
+    subject, training, test, whole = hardening.given_all(model, data, fit, unlabelled, settings)
     wish = hardening.wish(
         settings,
         subject,

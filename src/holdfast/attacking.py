@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.config import ordering
-from holdfast.config.attacks import threat_model, threat_said
-from holdfast.config.brought import (
+from holdfast.config.arguments import (
     DataLike,
     ModelLike,
     Numbers,
     ThreatLike,
-    brought,
     device_of,
     fit_of,
+    given_all,
     settings_said,
 )
+from holdfast.config.attacks import threat_model, threat_said
 from holdfast.config.grad_mode import with_gradients
 from holdfast.config.grammar import parse_threat
 from holdfast.config.members import SuiteLike, members_given
@@ -138,7 +138,7 @@ def attack(
     said = {**locals(), "x": None, "y": None, "data": place, "threat": aimed, "suite": suite, "doubts": False}
     settings = settings_said("attack()", said, AssessSettings)
     x, data = _in_hand(x, y)
-    opening = partial(brought, model, data, surrogates, settings)
+    opening = partial(given_all, model, data, surrogates, settings)
     subject, given, seconds = opening()
     constraint = threat_model(parse_threat(aimed)).constraint
     members = None if suite else members_given(attack, constraint, "attack")

@@ -107,7 +107,7 @@ def _found(
     known = outputs_of(model, batch.x[:1]).shape[1] - model.rejects
     labels = _range_of_labels(data, batch)
     yield from (*_range(model, batch.x, data), *_labels_outside(*labels, known))
-    batch = _brought_inside(model, batch, known, labels)
+    batch = _moved_inside(model, batch, known, labels)
     examined = Examined(model, batch, left_in_training, outputs_of(model, batch.x), _SAMPLE)
     for check in _CHECKS:
         yield from check(examined)
@@ -142,7 +142,7 @@ def _outside(x: Tensor, model: Classifier) -> Tensor:
     return (x < low - slack) | (x > high + slack)
 
 
-def _brought_inside(model: Classifier, batch: Batch, classes: int, labels: tuple[int, int]) -> Batch:
+def _moved_inside(model: Classifier, batch: Batch, classes: int, labels: tuple[int, int]) -> Batch:
     """The batch as the findings on its range and its labels would have it, so that the other checks mean something."""
     divisor = pixel_divisor(float(batch.x.min()), float(batch.x.max()), batch.x.dim())
     if bool(_outside(batch.x, model).any()) and model.bounds.width <= 1 and divisor is not None:

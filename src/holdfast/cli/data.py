@@ -93,5 +93,5 @@ def import_(voice: Voice, folder: Path) -> None:
     """Fill the data folder with every data set of the catalogue that FOLDER holds."""
     from holdfast.sources.fetching import import_folder
 
-    for brought in import_folder(folder):
-        click.echo(f"{brought.name}: {brought.path} (from {', '.join(brought.files)})")
+    for imported in import_folder(folder):
+        click.echo(f"{imported.name}: {imported.path} (from {', '.join(imported.files)})")

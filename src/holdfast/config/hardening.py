@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from holdfast.config import brought, expecting, ordering
+from holdfast.config import arguments, expecting, ordering
 from holdfast.config.attacks import refuse_settings, threat_model
 from holdfast.config.grammar import parse_threat, seconds
 from holdfast.config.naming import AUTO, PRESETS, RECIPES
@@ -51,28 +51,28 @@ def opened(settings: HardenSettings) -> tuple[Subject, Batch, Data, Data]:
     return subject, training, judged, ordering.opened_data(_all(settings), model)
 
 
-def brought_all(
-    model: brought.ModelLike,
-    data: brought.DataLike,
-    fit: brought.DataLike | None,
-    unlabelled: brought.DataLike | None,
+def given_all(
+    model: arguments.ModelLike,
+    data: arguments.DataLike,
+    fit: arguments.DataLike | None,
+    unlabelled: arguments.DataLike | None,
     settings: HardenSettings,
 ) -> tuple[Subject, Batch, Data, Data]:
     """The same of what is in hand; of data without `fit` a tenth, drawn by the seed, judges."""
     with _weights_of(settings):
-        subject = brought.subject_of(model, settings)
+        subject = arguments.subject_of(model, settings)
     own = subject.model
     _refuse_estimator(own)
     if fit is None and not isinstance(data, str | Path):
-        training, judged = _parted(brought.data_of(data, _all(settings), own), settings, own)
+        training, judged = _parted(arguments.data_of(data, _all(settings), own), settings, own)
         whole = judged
     else:
-        judged = brought.data_of(data, _few(settings), own)
-        whole = brought.data_of(data, _all(settings), own)
+        judged = arguments.data_of(data, _few(settings), own)
+        whole = arguments.data_of(data, _all(settings), own)
         if fit is None or isinstance(fit, str | Path):
             training = _opened_training(settings, own)
         else:
-            given = brought.held(fit, settings, expecting.expected(settings, own))
+            given = arguments.held(fit, settings, expecting.expected(settings, own))
             training = given.read(0, len(given))
     subject = expecting.fitting(subject, (), judged)
     return subject, _with_unlabelled(training, unlabelled, settings, own), judged, whole
@@ -137,7 +137,7 @@ def _opened_training(settings: HardenSettings, model: Classifier) -> Batch:
 
 
 def _with_unlabelled(
-    batch: Batch, given: brought.DataLike | None, settings: HardenSettings, model: Classifier
+    batch: Batch, given: arguments.DataLike | None, settings: HardenSettings, model: Classifier
 ) -> Batch:
     """More examples behind the labelled ones, their labels taken off: a train split, or inputs in hand."""
     if given is None:
@@ -149,7 +149,7 @@ def _with_unlabelled(
     elif isinstance(given, torch.Tensor | np.ndarray):
         data = as_data(given, np.zeros(len(given), dtype=np.int64), expected=expected)
     else:
-        data = brought.held(given, settings, expected)
+        data = arguments.held(given, settings, expected)
     more = data.read(0, len(data))
     if more.x.shape[1:] != batch.x.shape[1:]:
         raise UsageError(

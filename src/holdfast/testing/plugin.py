@@ -15,7 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     from holdfast.attacks.protocol import Attack
-    from holdfast.config.brought import DataLike, ModelLike
+    from holdfast.config.arguments import DataLike, ModelLike
     from holdfast.gates.judging import Judgement
     from holdfast.runs.result import Result
 

@@ -1,4 +1,4 @@
-"""What a Python caller holds in hand or names, taken once into what a run is given: settings, model, data, attacks."""
+"""Arguments of the Python functions, turned into the settings, the model, the data and the attacks of a run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -52,7 +52,7 @@ def settings_said(where: str, arguments: Mapping[str, Any], kind: type[S]) -> S:
     return check(said, where, kind=kind)
 
 
-def brought(
+def given_all(
     model: ModelLike, data: DataLike, surrogates: object, settings: AssessSettings
 ) -> tuple[Subject, Data, tuple[Subject, ...]]:
     """The model, the examples and the surrogates, each in hand or at an address."""
