@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import servers
 from holdfast.core.errors import TargetError, TargetLost, TargetRefused, UsageError
 from holdfast.sources.asking import LONGEST_WAIT_S, Client
 from holdfast.sources.models import Declared, open_model
@@ -21,13 +22,13 @@ def server():
         yield started
 
 
-def opened(server, path="/v2/models/small", *, classes=None, names=None, **changes):
+def opened(server, path="/v2/models/small", *, classes=None, names=None, output=None, **changes):
     """The model and the waits that it made, none of which was slept."""
     waits = []
     remote = Remote(hosts=("127.0.0.1",), timeout_s=2.0, sleep=waits.append)
     return open_model(
         server.url(path),
-        declared=Declared(classes=classes, class_names=names),
+        declared=Declared(classes=classes, class_names=names, output=output),
         remote=replace(remote, **changes),
     ), waits
 
@@ -104,6 +105,18 @@ def test_scores_that_are_classes_are_named(server):
         asked(opened(server, "/classify", **{**LABELS, "labels": False})[0])
     with pytest.raises(TargetError, match="holds the class 2; whole numbers from 0 to 1"):
         asked(opened(server, "/classify", classes=2, **LABELS)[0])
+
+
+@pytest.mark.parametrize("number", [int, float])
+def test_one_whole_number_a_row_is_no_logit(monkeypatch, number):
+    monkeypatch.setattr(servers, "network", lambda x: 3 * np.arange(len(x), dtype=number)[:, None])
+    with Server() as server:
+        with pytest.raises(
+            TargetLost, match=r"whole number a row, such as 0\. .*--http-labels and --classes N"
+        ):
+            asked(opened(server, "/predict", **TEMPLATE)[0])
+        declared, _ = opened(server, "/predict", **TEMPLATE, output="logit")
+        assert asked(declared).argmax(1).tolist() == [0] + [1] * (len(X) - 1)
 
 
 def test_rows_are_shared_out_over_requests_on_one_connection(server):

@@ -37,7 +37,7 @@ class Served:
     """Asks a server for the scores of a batch, or for one-hot labels, in requests of at most `max_rows` rows.
 
     `labels` is the number of classes of a server that answers with labels. Those that are text are looked up in
-    `names`, which are in the order of the classes.
+    `names`, which are in the order of the classes. With `declared` single numbers are scores, whatever their type.
     """
 
     def __init__(
@@ -49,10 +49,14 @@ class Served:
         max_rows: int,
         labels: int | None,
         names: Sequence[str] | None,
+        declared: bool = False,
     ) -> None:
         self._client, self._path, self._form = client, path, form
         self._max_rows, self._labels, self._names = max_rows, labels, names
+        self._declared = declared
         self._classes: int | None = None
+        self._split = False
+        """whether a score that is no whole number was seen"""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits (n, classes) on the device of `x`."""
@@ -97,12 +101,8 @@ class Served:
             raise self._unread(
                 values.flat[0], "scores were expected; if it is a class, give --http-labels and"
             )
-        if values.ndim == 1 and values.dtype.kind in "iu" and self._classes is None:
-            raise TargetLost(
-                "the answer holds one whole number a row; if those are classes, say --http-labels and --classes N, "
-                "else say with --http-response where the scores are"
-            )
         wide = values.reshape(len(values), -1)
+        self._refuse_class_numbers(wide)
         if values.ndim > 2 or not wide.shape[1]:
             raise TargetRefused(
                 f"the answer has shape {values.shape}; one row of scores for each of {len(x)} was expected"
@@ -119,6 +119,21 @@ class Served:
                 "a number for each class was expected"
             )
         return scores
+
+    def _refuse_class_numbers(self, values: Values) -> None:
+        """Raise `TargetLost` for one whole number a row, which is a class and no score unless it is declared as one."""
+        if values.shape[1] != 1 or self._declared or not len(values):
+            return
+        written_as_whole = values.dtype.kind in "iu"
+        # Some servers write class numbers as 3.0. A whole number outside [0, 1] would be read as a logit.
+        whole = np.isfinite(values).all() and (values == values.round()).all()
+        if written_as_whole or (whole and not self._split and ((values < 0) | (values > 1)).any()):
+            raise TargetLost(
+                f"the answer holds one whole number a row, such as {values.flat[0]:g}. If those are classes, give "
+                "--http-labels and --classes N; if they are scores, declare them with --model-output logit, or name "
+                "others with --http-response"
+            )
+        self._split = self._split or not whole
 
     def _one_hot(self, values: Values, x: Tensor) -> Tensor:
         assert self._labels is not None
@@ -171,11 +186,16 @@ class HttpModel:
 
 
 def open_http(
-    address: str, remote: Remote, classes: int | None, names: Sequence[str] | None = None
+    address: str,
+    remote: Remote,
+    classes: int | None,
+    names: Sequence[str] | None = None,
+    *,
+    declared: bool = False,
 ) -> HttpModel:
     """Get to know the model at an address; `UsageError` unless its host is allowed.
 
-    `names` are those of the classes, in their order.
+    `names` are those of the classes, in their order. `declared` says that the model's output is declared as scores.
     """
     parts = allowed_address(address, remote.hosts)
     if parts.fragment:
@@ -197,7 +217,15 @@ def open_http(
     identity += [list(names)] if labels and names is not None else []
     what = "labels" if labels else "scores"
     return HttpModel(
-        Served(client, path, form, max_rows=max(remote.max_rows, size), labels=labelled, names=names),
+        Served(
+            client,
+            path,
+            form,
+            max_rows=max(remote.max_rows, size),
+            labels=labelled,
+            names=names,
+            declared=declared,
+        ),
         "labels" if labels else "scores",
         f"the model answers over HTTP with {what} alone",
         n_classes or labelled,

@@ -370,7 +370,13 @@ def _open_http(opening: _Opening) -> OpenedModel:
     from holdfast.sources.http import open_http  # late: few models are behind a server
 
     known = opening.declared
-    served = open_http(opening.address, opening.remote, known.classes, known.class_names)
+    served = open_http(
+        opening.address,
+        opening.remote,
+        known.classes,
+        known.class_names,
+        declared=known.output is not None,
+    )
     model = known.filled(Declared(classes=served.classes)).wrap(
         served.net, access=served.access, batches=served.batches or EVERY
     )
