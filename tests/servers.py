@@ -35,8 +35,8 @@ class Server:
     Each entry of the script is spent on one POST: a status, a status with headers, or the name of a method of `_Fails`.
     """
 
-    def __init__(self, script=(), *, metadata=None, port=0, dies_after=None):
-        self.script, self.dies_after = list(script), dies_after
+    def __init__(self, script=(), *, metadata=None, port=0, dies_after=None, most=None):
+        self.script, self.dies_after, self.most = list(script), dies_after, most
         tensors = metadata or FLOATS
         self.metadata = {
             "name": "small",
@@ -112,6 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
         if served.dies_after is not None and len(served.sizes) >= served.dies_after:
             self.close_connection = True
             return None
+        if served.most is not None and len(body["inputs"][0]["data"]) > served.most * FEATURES:
+            return self.say(400, {"error": "too many rows"})
         trouble = served.script.pop(0) if served.script else None
         if trouble is None:
             return self.say(200, self.answer(body))

@@ -161,7 +161,7 @@ def test_a_run_whose_server_refuses_an_input_goes_on_once_that_is_mended(capsys)
         port = server.port
         assert run(words(server, *BLACK_BOX)) == 0
         sent = len(server.sizes)
-    with Server([None] * (sent - 20) + [400], port=port) as server:
+    with Server([None] * (sent - 20) + [400] * 10, port=port) as server:
         assert run(words(server, *refused)) == 3
     said = capsys.readouterr().err
     assert "answers 400 Bad Request" in said

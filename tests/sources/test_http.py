@@ -125,6 +125,18 @@ def test_rows_are_shared_out_over_requests_on_one_connection(server):
     assert server.connections == 1
 
 
+def test_a_limit_of_rows_is_found_and_kept():
+    with Server(most=5) as server:
+        found, _ = opened(server, max_rows=24)
+        np.testing.assert_allclose(asked(found), network(X), rtol=1e-6)
+        np.testing.assert_allclose(asked(found), network(X), rtol=1e-6)
+        assert server.sizes == [3] * 16
+        (remark,) = found.remarks()
+        assert "refused a request of 6 rows and answered one of 3" in remark and "--http-max-rows 3" in remark
+    with Server(most=0) as server, pytest.raises(TargetRefused, match="400 Bad Request: .*too many rows"):
+        asked(opened(server)[0])
+
+
 def test_channels_go_last_where_the_server_wants_them():
     images = np.random.default_rng(0).random((2, 1, 2, 3), dtype=np.float32)
     last = np.moveaxis(images, 1, -1).tolist()
@@ -261,7 +273,7 @@ def test_a_refusal_before_the_end_of_a_large_request_is_heard():
     with Server(["refuse_unread"]) as server:
         remote = Remote(hosts=("127.0.0.1",), retries=0)
         client = Client(allowed_address(server.url(), remote.hosts), remote)
-        with pytest.raises(TargetError, match="413 .*--http-max-rows"):
+        with pytest.raises(TargetError, match="413 .*too long"):
             client.ask("/predict", b"1" * 10**7)
 
 

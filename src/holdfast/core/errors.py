@@ -40,6 +40,10 @@ class TargetRefused(TargetError):
     """A target that refused an input, or answered it by nothing that can be used; mended, a run goes on with it."""
 
 
+class InputRefused(TargetRefused):
+    """A server that refused the content of a request by its status, as 400 or 422; fewer rows may be taken."""
+
+
 class UnclearOutput(TargetError):
     """Single outputs that may be logits or probabilities, where nothing declares which."""
 

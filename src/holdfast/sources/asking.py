@@ -17,7 +17,7 @@ from socket import SocketIO, gaierror, socket
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult
 
-from holdfast.core.errors import TargetLost, TargetRefused, UsageError
+from holdfast.core.errors import InputRefused, TargetLost, UsageError
 from holdfast.sources.remote import SCHEMES, Remote, header_variable
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class _Within(RawIOBase):
 class Client:
     """One server; a request that fails in passing is sent again, ever later, and counted in `again`.
 
-    Raises `TargetLost` when that does not help, and `TargetRefused` where the server refuses the content of a request.
+    Raises `TargetLost` when that does not help, and `InputRefused` where the server refuses the content of a request.
     Redirects are not followed, proxies not used.
     """
 
@@ -203,9 +203,8 @@ class Client:
             )
         words = f"{self._where} answers {said}{self._excerpt(content)}"
         if status in _OF_THE_INPUT:
-            fewer = "; ask for fewer rows at once with --http-max-rows" if status == 413 else ""
-            raise TargetRefused(
-                words + (fewer or "; check that the data have the shape and type that the model takes")
+            raise InputRefused(
+                f"{words}; check that the data have the shape, type and values that the model takes"
             )
         keys = {401: _KEY, 403: _KEY, 404: "check the model's name and version in the address"}
         raise TargetLost(f"{words}; {keys.get(status, 'check the address')}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
-from holdfast.core.errors import TargetError, TargetLost, TargetRefused, UsageError
+from holdfast.core.errors import InputRefused, TargetError, TargetLost, TargetRefused, UsageError
 from holdfast.core.model import Batches
 from holdfast.core.types import Access
 from holdfast.sources.asking import Client
@@ -54,6 +54,9 @@ class Served:
         self._client, self._path, self._form = client, path, form
         self._max_rows, self._labels, self._names = max_rows, labels, names
         self._declared = declared
+        self._fixed = isinstance(form, Shaped) and form.shape is not None and form.shape[0] > 0
+        self._refused_rows = 0
+        """the last number of rows that was refused where fewer were taken"""
         self._classes: int | None = None
         self._split = False
         """whether a score that is no whole number was seen"""
@@ -61,11 +64,11 @@ class Served:
     def __call__(self, x: Tensor) -> Tensor:
         """Logits (n, classes) on the device of `x`."""
         rows = x.detach().cpu()
-        parts = (
-            [self._part(part) for part in torch.split(rows, self._max_rows)]
-            if len(rows)
-            else [torch.empty(0, self._classes or 2)]
-        )
+        parts, start = [torch.empty(0, self._classes or 2)] if not len(rows) else [], 0
+        while start < len(rows):
+            part = self._part(rows[start : start + self._max_rows])
+            parts.append(part)
+            start += len(part)
         return torch.cat(parts).to(x.device, x.dtype)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Served":
@@ -74,14 +77,32 @@ class Served:
 
     def remarks(self) -> tuple[str, ...]:
         """What a reader must know of how the asking went."""
+        found = []
+        if self._refused_rows:
+            found.append(
+                f"the server refused a request of {self._refused_rows} rows and answered one of {self._max_rows}, the "
+                f"most that each later request had; --http-max-rows {self._max_rows} begins with that"
+            )
         again = self._client.again
-        if not again:
-            return ()
-        kinds = ", ".join(f"{what} {n:,}" for what, n in sorted(again.items()))
-        said = f"the target failed in passing, and {again.total():,} requests were sent again ({kinds})"
-        return (f"{said}: queries count what the attacks asked, each once",)
+        if again:
+            kinds = ", ".join(f"{what} {n:,}" for what, n in sorted(again.items()))
+            said = f"the target failed in passing, and {again.total():,} requests were sent again ({kinds})"
+            found.append(f"{said}: queries count what the attacks asked, each once")
+        return tuple(found)
 
     def _part(self, x: Tensor) -> Tensor:
+        """Scores of the first rows of `x`: all of them, or half as often as it takes until the server answers."""
+        try:
+            return self._answered(x)
+        except InputRefused:
+            if len(x) == 1 or self._fixed:
+                raise
+        part = self._part(x[: len(x) // 2])
+        if len(part) < self._max_rows:
+            self._max_rows, self._refused_rows = len(part), len(x)
+        return part
+
+    def _answered(self, x: Tensor) -> Tensor:
         answer = self._client.ask(self._path, self._form.body(x))
         try:
             values = self._form.found(answer)
