@@ -86,13 +86,19 @@ _HOMES = {
 }
 
 
+_MODULES = frozenset({"attacks", "recipes", "rotation"})
+"""Packages that are imported when they are first used, as in `holdfast.attacks.PGD(steps=100)`."""
+
+
 def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _MODULES:
+        return import_module(f"holdfast.{name}")
     if name not in _HOMES:
         raise AttributeError(
             f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(__all__))}"
         )
-    from importlib import import_module
-
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)
     return value
 

@@ -450,7 +450,7 @@ def test_columns_that_are_no_features_are_left_out(tmp_path: Path) -> None:
             "range from 0 to 91; 0 to 1 was expected. Scale the features as in training.* --bounds LOW,HIGH .seen",
         ),
         ([["a", "y"], ["0", "0"], ["255", "1"]], "y", TargetError, "Divide them by 255"),
-        ([["a", "y"], ["", "0"]], "y", TargetError, r"a \(row 0 is empty\)"),
+        ([["a", "y"], ["", "0"]], "y", TargetError, "value of a in row 0 of .* is missing"),
         ([["a", "y"], ["nan", "0"]], "y", TargetError, "NaN or infinity"),
         ([["a", "y"], ["1", ""]], "y", TargetError, "label of row 0 of .* is missing"),
         ([["a", "y"], ["7", "0"]], "y", TargetError, "range from 7 to 7;"),
@@ -536,3 +536,15 @@ def test_labels_of_two_signs_are_refused_with_their_numbers(tmp_path: Path) -> N
     address = npz(tmp_path / "d.npz", x=BYTES, y=np.where(Y > 0, 1, -1))
     with pytest.raises(TargetError, match=r"hold -1; classes count from 0: give \(y \+ 1\) // 2"):
         open_data(address, n=3)
+
+
+def test_text_labels_of_an_archive_are_looked_up(tmp_path: Path) -> None:
+    names = np.array(["cat", "dog", "emu"])
+    address = npz(tmp_path / "d.npz", x=BYTES, y=names[Y])
+    known = Expected(class_names=("emu", "cat", "dog"), layout="hwc")
+    assert open_data(address, expected=known).y.tolist() == ((Y + 1) % 3).tolist()
+    assert open_data(address, expected=Expected(layout="hwc")).y.tolist() == Y.tolist()
+    told = npz(tmp_path / "c.npz", x=BYTES, y=names[Y], classes=names[::-1])
+    assert open_data(told, expected=Expected(layout="hwc")).y.tolist() == (2 - Y).tolist()
+    with pytest.raises(TargetError, match="emu"):
+        open_data(address, expected=Expected(class_names=("cat", "dog", "gnu"), layout="hwc"))

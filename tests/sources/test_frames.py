@@ -57,7 +57,11 @@ def test_bad_frames_are_refused() -> None:
         open_frame((table[["a"]], table.label[:2]))
     with pytest.raises(UsageError, match="the labels were given as well"):
         open_frame((table[["a"]], table.label), label="label")
-    with pytest.raises(TargetError, match=r"not numbers: a \(row 2 is empty\)"):
+    with pytest.raises(
+        TargetError, match="the value of a in row 2 of the data frame is missing; fill or drop such rows"
+    ):
         open_frame(pandas.concat([table[:2], table[2:].assign(a=None)]), label="label", drop=("b", "flag"))
+    with pytest.raises(TargetError, match=r"same index in another order; give labels\.loc\[frame\.index\]"):
+        open_frame((table[["a"]], table.label.sort_index()))
     with pytest.raises(TargetError, match="several columns named 'a'"):
         open_frame(table.rename(columns={"b": "a"}), label="label")

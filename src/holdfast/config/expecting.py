@@ -50,6 +50,7 @@ def expected(settings: AssessSettings, model: Classifier, *, lenient: bool = Fal
         model.classes,
         None if names is None else tuple(names),
         model.class_labels,
+        model.feature_names,
         settings.class_names is not None,
         settings.class_order,
         settings.layout,

@@ -1,7 +1,7 @@
 """The attacks of a run with their names in tables: by canonical name, or as a Python caller gives them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from holdfast.attacks.protocol import Attack
@@ -39,11 +39,12 @@ def members_given(given: object, constraint: Constraint, where: str = "suite") -
     """What a Python caller gives as `where`: an attack, a class, a name, settings under `use`, or several of them."""
     if isinstance(given, Attack | type | Mapping):
         return (_given(given, constraint, where),)
-    if isinstance(given, str):
-        given = [name.strip() for name in given.split(",") if name.strip()]
-    each = tuple(given) if isinstance(given, Iterable) else ()
+    names = given if isinstance(given, str) else None
+    if names is not None:
+        given = [name.strip() for name in names.split(",") if name.strip()]
+    each = tuple(given) if isinstance(given, Iterable) and not isinstance(given, bytes) else ()
     if not each:
-        raise UsageError(f"{where} is {given!r}; {_EXPECTED}")
+        raise UsageError(f"{where} is {(given if names is None else names)!r}; {_EXPECTED}")
     return tuple(_given(one, constraint, where) for one in each)
 
 
@@ -52,6 +53,8 @@ def _given(each: object, constraint: Constraint, where: str) -> Member:
         return labelled([build(each, where)])[0]
     if isinstance(each, str):
         return _named(attack_listed(each), constraint)
+    if isinstance(each, type) and not is_dataclass(each):
+        raise UsageError(f"{where} is the class {each.__qualname__}, which is no attack; {_EXPECTED}")
     attack = _made(each, each.__name__) if isinstance(each, type) else each
     if not isinstance(attack, Attack):
         raise UsageError(f"{where} holds {each!r}; {_EXPECTED}")

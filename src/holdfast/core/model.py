@@ -129,11 +129,13 @@ class Classifier(nn.Module):
     seen, and raises `UnclearOutput` before. `layout` is the layout of the network's input where that is known: under
     "hwc" images (n, channels, height, width) are given to it with the channels last. `class_labels` are the labels that
     its classes have in the data, in the order of its outputs, where these are whole numbers other than 0, 1, 2, …
-    Raises `TargetError` when the network does not return a float tensor (n, classes). What `guarded` returned
+    `feature_names` are the columns of a table that it was fitted on. Raises
+    `TargetError` when the network does not return a float tensor (n, classes). What `guarded` returned
     `rejects`: its last logit is none of the classes.
     """
 
     class_labels: tuple[int, ...] | None = None
+    feature_names: tuple[str, ...] | None = None
 
     def __init__(
         self,

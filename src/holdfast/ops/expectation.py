@@ -50,7 +50,7 @@ def seen_through(model: Classifier, limits: Mapping[str, float]) -> Classifier:
     )
     behind.hides, behind.batches, behind.rejects = model.hides, model.batches, model.rejects
     behind.remote, behind.class_names = model.remote, model.class_names
-    behind.class_labels = model.class_labels
+    behind.class_labels, behind.feature_names = model.class_labels, model.feature_names
     return behind
 
 

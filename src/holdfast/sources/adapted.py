@@ -20,5 +20,7 @@ class Adapted:
     class_names: tuple[str, ...] | None = None
     class_labels: tuple[int, ...] | None = None
     """the labels of the classes in the order of the outputs, where these are whole numbers other than 0, 1, 2, …"""
+    feature_names: tuple[str, ...] | None = None
+    """of the columns that it was fitted on, in their order"""
     output: OutputKind | None = None
     layout: Layout | None = None

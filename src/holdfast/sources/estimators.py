@@ -238,6 +238,7 @@ def as_model(asked: Asked, digest: str) -> Adapted:
         None if asked.classes is None else len(asked.classes),
         names,
         labels,
+        asked.columns,
         asked.kind,
     )
 

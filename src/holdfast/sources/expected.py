@@ -24,6 +24,8 @@ class Expected:
     """of the model's outputs, in their order"""
     class_labels: tuple[int, ...] | None = None
     """labels of the model's outputs, in their order, where these are whole numbers other than 0, 1, 2, …"""
+    feature_names: tuple[str, ...] | None = None
+    """columns of a table that the model was fitted on, in their order"""
     names_declared: bool = False
     """whether the names were typed, and not read from the model's file"""
     class_order: ClassOrder | None = None

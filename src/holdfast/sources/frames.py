@@ -34,7 +34,8 @@ def open_frame(
 ) -> Arrays:
     """The examples of a frame with a label column, or of `(frame, labels)`: features as float32.
 
-    Raises `UsageError` and `TargetError` as a table does. Rows are taken in their order, whatever the index.
+    Raises `UsageError` and `TargetError` as a table does. Rows are taken in their order. Labels with the same index in
+    another order are refused, since they may be meant by index or by position.
     """
     frame, labels = data if isinstance(data, tuple) else (data, None)
     names = [str(name) for name in frame.columns]
@@ -49,7 +50,7 @@ def open_frame(
             raise UsageError(
                 f"label={label!r} names a column, and the labels were given as well; leave one out"
             )
-        label, columns = _with_labels(columns, labels, len(frame))
+        label, columns = _with_labels(columns, labels, frame.index)
     return examples(
         Table(_NAME, columns),
         name=_NAME,
@@ -63,19 +64,31 @@ def open_frame(
     )
 
 
-def _with_labels(columns: dict[str, list[str]], labels: Any, n_rows: int) -> tuple[str, dict[str, list[str]]]:
+def _with_labels(columns: dict[str, list[str]], labels: Any, index: Any) -> tuple[str, dict[str, list[str]]]:
     """The name of a column for the labels, and the columns with it."""
     values = labels if hasattr(labels, "isna") else np.asarray(labels)
+    _refuse_other_order(index, values)
     if getattr(values, "ndim", 1) == 2 and values.shape[1] == 1:
         values = values.iloc[:, 0] if hasattr(values, "iloc") else values[:, 0]
-    if values.ndim != 1 or len(values) != n_rows:
+    if values.ndim != 1 or len(values) != len(index):
         raise TargetError(
-            f"{_NAME} has {n_rows} rows and the labels have shape {tuple(values.shape)}; one label a row was expected"
+            f"{_NAME} has {len(index)} rows and the labels have shape {tuple(values.shape)}; one label a row was expected"
         )
     name = "label"
     while name in columns:
         name += "_"
     return name, {**columns, name: _text(values)}
+
+
+def _refuse_other_order(index: Any, labels: Any) -> None:
+    own = getattr(labels, "index", None)
+    if own is None or callable(own) or len(own) != len(index) or own.equals(index):
+        return
+    if own.sort_values().equals(index.sort_values()):
+        raise TargetError(
+            f"{_NAME} and its labels have the same index in another order; give labels.loc[frame.index] to pair them by "
+            "index, or labels.to_numpy() to pair them by position"
+        )
 
 
 def _text(column: Any) -> list[str]:

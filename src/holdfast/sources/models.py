@@ -125,7 +125,7 @@ class Declared:
             class_labels=found.class_labels,
         )
         model = self.filled(known).wrap(found.net, access=found.access)
-        model.hides = found.hides
+        model.hides, model.feature_names = found.hides, found.feature_names
         return model
 
     def over(self, other: Classifier) -> "Declared":

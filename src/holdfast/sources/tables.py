@@ -92,7 +92,7 @@ def examples(
     if y is not None:
         y = numbered(y, expected, name).y
     features = [column for column in table.columns if column not in (label, SPLIT_COLUMN, *drop)]
-    x = _numbers(table, features, chosen)
+    x = _numbers(table, _as_fitted(features, table, expected), chosen)
     if y is not None:
         return from_numpy(name, x, y[chosen], chosen, expected, whole=y)
     data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected)
@@ -102,6 +102,31 @@ def examples(
     shown = ", ".join(f"{name}={i}" for i, name in enumerate(names[:6]))
     note = f"text labels were numbered: {shown}{' …' if len(names) > 6 else ''}"
     return replace(data, y=numbers, classes=names, notes=(*data.notes, note), objection=objection)
+
+
+def _as_fitted(features: list[str], table: Table, expected: Expected) -> list[str]:
+    """The features in the order in which the model was fitted on them, where it knows their names."""
+    wanted = expected.feature_names
+    if wanted is None or expected.lenient:
+        return features
+    missing = [name for name in wanted if name not in features]
+    extra = [name for name in features if name not in wanted]
+    if missing or extra:
+        lacks = (
+            f"lacks {', '.join(map(repr, missing[:6]))}{' …' if len(missing) > 6 else ''}" if missing else ""
+        )
+        has = (
+            f"has {', '.join(map(repr, extra[:6]))}{' …' if len(extra) > 6 else ''} beside them"
+            if extra
+            else ""
+        )
+        flags = " ".join(f"--drop {shlex.quote(name)}" for name in extra[:6])
+        way_out = f"leave those out: {flags}" if not missing else "rename or add the columns as in training"
+        raise TargetError(
+            f"the model was fitted on {len(wanted)} named columns, and {table.name} "
+            f"{' and '.join(filter(None, (lacks, has)))}; {way_out}"
+        )
+    return list(wanted)
 
 
 def _label(label: str | None, table: Table) -> str:
@@ -232,28 +257,44 @@ def _numbers(table: Table, features: list[str], rows: NDArray[np.int64]) -> NDAr
     if not features:
         raise TargetError(f"{table.name} has no column beside its label; at least one feature was expected")
     x = np.empty((len(rows), len(features)), dtype=np.float32)
-    text: dict[str, str] = {}
+    text: list[str] = []
     for i, name in enumerate(features):
         cells = [table.columns[name][row] for row in rows]
         try:
             x[:, i] = [_TRUTH.get(cell.lower(), cell) for cell in cells]
         except ValueError:
-            empty = next((row for row, cell in zip(rows, cells, strict=True) if not cell.strip()), None)
-            text[name] = name if empty is None else f"{name} (row {empty} is empty)"
+            _refuse_missing(table, name, cells, rows)
+            text.append(name)
     if text:
         raise _not_numbers(table, text)
     return x
 
 
-def _not_numbers(table: Table, text: dict[str, str]) -> TargetError:
-    """What is said of columns that hold text, given how each is shown."""
+def _refuse_missing(table: Table, name: str, cells: list[str], rows: NDArray[np.int64]) -> None:
+    """Raise `TargetError` for a column of numbers with an empty cell."""
+    filled = [cell for cell in cells if cell.strip()]
+    if len(filled) == len(cells) or any(_number(_plain(cell)) is None for cell in filled):
+        return
+    row = next(row for row, cell in zip(rows, cells, strict=True) if not cell.strip())
+    raise TargetError(
+        f"the value of {name} in row {row} of {table.name} is missing; fill or drop such rows, or leave the column out "
+        f"with --drop {shlex.quote(name)}"
+    )
+
+
+def _plain(cell: str) -> str:
+    return str(_TRUTH.get(cell.lower(), cell))
+
+
+def _not_numbers(table: Table, text: list[str]) -> TargetError:
+    """What is said of columns that hold text."""
     counted = "1 column" if len(text) == 1 else f"{len(text)} columns"
-    few, more = list(text)[:6], " …" if len(text) > 6 else ""
+    few, more = text[:6], " …" if len(text) > 6 else ""
     flags = " ".join(f"--drop {shlex.quote(name)}" for name in few)
     return TargetError(
-        f"{counted} of {table.name} {'is' if len(text) == 1 else 'are'} not numbers: "
-        f"{', '.join(text[name] for name in few)}{more}. Leave {'it' if len(text) == 1 else 'them'} out with "
-        f"{flags}{more}, or write numbers in place of the text, as the model was trained"
+        f"{counted} of {table.name} {'is' if len(text) == 1 else 'are'} not numbers: {', '.join(few)}{more}. Leave "
+        f"{'it' if len(text) == 1 else 'them'} out with {flags}{more}, or write numbers in place of the text, as the "
+        "model was trained"
     )
 
 

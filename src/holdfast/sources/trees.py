@@ -139,7 +139,10 @@ def _adapted(booster: Any, digest: str, best: int | None) -> Adapted:
         dtype=np.float32,
         kind="logit",
     )
-    return replace(as_model(asked, digest), classes=classes)
+    names = booster.feature_names
+    return replace(
+        as_model(asked, digest), classes=classes, feature_names=None if names is None else tuple(names)
+    )
 
 
 def _margins(booster: Any, iterations: tuple[int, int], rows: Array) -> Array:
