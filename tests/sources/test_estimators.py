@@ -167,6 +167,25 @@ def test_a_threshold_of_its_own_decides():
     assert any("than predict()" in note for note in result.evidence.notes)
 
 
+def test_columns_of_a_table_are_matched_by_name(tmp_path: Path):
+    pandas = pytest.importorskip("pandas")
+    x = np.random.default_rng(0).random((60, 3))
+    frame = pandas.DataFrame(x, columns=["a", "b", "c"]).assign(label=(x[:, 0] > 0.5).astype(int))
+    model = DecisionTreeClassifier().fit(frame[["a", "b", "c"]], frame.label)
+    turned = frame[["label", "c", "b", "a"]]
+    turned.to_csv(tmp_path / "t.csv", index=False)
+    for data in (turned, str(tmp_path / "t.csv"), (turned[["c", "b", "a"]], turned.label)):
+        label = None if isinstance(data, tuple) else "label"
+        found = holdfast.assess(model, data, "linf:0.01,queries=5", Square(), label=label, doubts=False)
+        assert found["clean_accuracy"].value == 1
+    with pytest.raises(
+        TargetError, match="fitted on 3 named columns, and .* has 'd' beside them; .* --drop d"
+    ):
+        holdfast.assess(model, turned.assign(d=0.5), "linf:0.01", label="label")
+    with pytest.raises(TargetError, match="the data frame lacks 'a' and has 'z' beside them; rename or add"):
+        holdfast.assess(model, turned.rename(columns={"a": "z"}), "linf:0.01", label="label")
+
+
 def test_columns_that_are_picked_by_name_are_given_by_name():
     pd = pytest.importorskip("pandas")
     table = pd.DataFrame(X, columns=[f"p{i}" for i in range(64)])

@@ -556,12 +556,74 @@ def test_unknown_settings_are_named_too(tmp_path: Path) -> None:
 
 
 def test_one_of_several_outputs_is_taken_and_said(tmp_path: Path) -> None:
-    nodes = [node("ArgMax", "x", "label", axis=1, keepdims=0), node("Gemm", "x w", "y")]
+    nodes = [node("Gemm", "x w", "y"), node("ArgMax", "y", "label", axis=1, keepdims=0)]
     opened = open_model(
         write(tmp_path / "m.onnx", nodes, {"w": floats(5, 3)}, shape=(N, 5), outputs=["label", "y"])
     )
     assert opened.model(torch.rand(2, 5)).shape == (2, 3)
-    assert opened.notes == ("of the outputs label, y, y was taken as the scores",)
+    assert opened.notes == ("the output y was taken as the scores (outputs: label, y)",)
+
+
+@pytest.mark.parametrize(
+    "nodes, outputs, message",
+    [
+        (
+            [node("Gemm", "x w", "y"), node("Gemm", "x v", "z")],
+            "y z",
+            r"y \(3, 3\), z \(3, 4\), and it is not clear",
+        ),
+        (
+            [node("ReduceMax", "x", "y", keepdims=0), node("ReduceMin", "x", "z", keepdims=0)],
+            "y z",
+            r"y \(3,\), z \(3,\), and it is not clear .*'zipmap': False",
+        ),
+        (
+            [node("Gemm", "x w", "y"), node("ArgMin", "y", "label", axis=1, keepdims=0)],
+            "label y",
+            "answers by label, which is not the largest value of y, as a clustering does",
+        ),
+    ],
+    ids=["two widths", "a column a class", "a clustering"],
+)
+def test_outputs_that_are_no_scores_of_one_classifier_are_refused(
+    tmp_path: Path, nodes: list[Any], outputs: str, message: str
+) -> None:
+    weights = {"w": floats(5, 3), "v": floats(5, 4)}
+    if "ReduceMax" in {each.op_type for each in nodes}:
+        weights = {"axis": ints(1)}
+        nodes = [helper.make_node(each.op_type, ["x", "axis"], each.output, keepdims=0) for each in nodes]
+    address = write(tmp_path / "m.onnx", nodes, weights, shape=(N, 5), outputs=outputs.split())
+    with pytest.raises(TargetError, match=message):
+        open_model(address)
+
+
+def test_a_regressor_is_refused(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node(
+            "LinearRegressor", ["x"], ["y"], domain="ai.onnx.ml", coefficients=[0.1] * 5, targets=1
+        )
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "regressor",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 5])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 1])],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), str(tmp_path / "m.onnx"))
+    with pytest.raises(
+        TargetError, match="returns y of a LinearRegressor, a number and no scores of classes"
+    ):
+        open_model(str(tmp_path / "m.onnx"))
+
+
+def test_inputs_of_another_shape_are_refused_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    opened = open_model(linear_model(tmp_path / "m.onnx"))
+    with pytest.raises(TargetError, match=r"takes an example of shape \(5,\), and one of \(4,\) was given"):
+        opened.model(torch.rand(2, 4))
+    assert capfd.readouterr().err == ""
 
 
 def test_an_import_that_disagrees_is_refused_with_numbers(

@@ -149,17 +149,18 @@ def _open_archive(archive: Npz, place: _Place, address: str, wanted: _Wanted) ->
     names = place.classes
     if names is None and "classes" in archive.names:
         names = tuple(str(name) for name in archive.array("classes"))
+    objection = ""
     if whole.dtype.kind == "U" and whole.ndim == 1:
         own = wanted.expected.class_names or names
         given = numbered(whole, replace(wanted.expected, class_names=own), name)
-        whole, names = given.y, given.names
+        whole, names, objection = given.y, given.names, given.objection
     else:
         if names is None and whole.dtype.kind in "iu":
             whole = numbered(whole, wanted.expected, name).y
         names, numbers = matched(names, wanted.expected)
         if numbers is not None and whole.dtype.kind in "iu" and whole.ndim == 1:
             whole = renumbered(whole, numbers, address)
-    return from_numpy(
+    data = from_numpy(
         address,
         x,
         whole[rows],
@@ -169,6 +170,7 @@ def _open_archive(archive: Npz, place: _Place, address: str, wanted: _Wanted) ->
         class_names=names,
         whole=whole,
     )
+    return replace(data, objection=objection) if objection else data
 
 
 def _layout(declared: Layout | None, x: Array) -> Layout | None:

@@ -72,7 +72,8 @@ def _with_labels(columns: dict[str, list[str]], labels: Any, index: Any) -> tupl
         values = values.iloc[:, 0] if hasattr(values, "iloc") else values[:, 0]
     if values.ndim != 1 or len(values) != len(index):
         raise TargetError(
-            f"{_NAME} has {len(index)} rows and the labels have shape {tuple(values.shape)}; one label a row was expected"
+            f"{_NAME} has {len(index)} rows and the labels have shape {tuple(values.shape)}; one "
+            "label a row was expected"
         )
     name = "label"
     while name in columns:
@@ -86,8 +87,8 @@ def _refuse_other_order(index: Any, labels: Any) -> None:
         return
     if own.sort_values().equals(index.sort_values()):
         raise TargetError(
-            f"{_NAME} and its labels have the same index in another order; give labels.loc[frame.index] to pair them by "
-            "index, or labels.to_numpy() to pair them by position"
+            f"{_NAME} and its labels have the same index in another order; give labels.loc[frame.index] to pair them "
+            "by index, or labels.to_numpy() to pair them by position"
         )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,9 @@ def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel
     `input_shape` is the shape of one example, which a file with free sizes needs.
     """
     file = read_onnx(path, input_shape)
+    _refuse_regressor(file, path)
     output, classes, notes = _chosen_output(file, path)
-    contradicting = _labels_that_differ(file, output)
+    contradicting = _labels_that_differ(file, output, path)
     if contradicting is not None:
         hides = (
             f"the largest value of {output} is not at the class that {contradicting.runtime.outputs[0]} gives"
@@ -149,25 +151,47 @@ def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel
     return OnnxModel(net, access, hides, classes, file.files, notes, *_named(file.labels, classes))
 
 
-def _labels_that_differ(file: OnnxFile, output: str) -> RuntimeLabels | None:
-    """The classes that a support vector machine answers beside its scores, where they are not at the largest score.
+def _refuse_regressor(file: OnnxFile, path: Path) -> None:
+    """Refuse a file one of whose outputs is what a regressor of ai.onnx.ml returns."""
+    graph = file.proto.graph
+    for node in graph.node:
+        if node.op_type.endswith("Regressor") and {*node.output} & {value.name for value in graph.output}:
+            raise TargetError(
+                f"{str(path)!r} returns {node.output[0]} of a {node.op_type}, a number and no scores of classes. "
+                "Classifiers are supported: a float output of shape (N, classes)"
+            )
 
-    It decides by the votes of pairs of classes. Of other operators the largest score decides: onnxruntime computes the
-    labels of some small tree ensembles otherwise.
+
+def _labels_that_differ(file: OnnxFile, output: str, path: Path) -> RuntimeLabels | None:
+    """The classes that the file answers beside its scores, where they are not at the largest score.
+
+    A support vector machine decides by the votes of pairs of classes, so its labels are used. Of another classifier the
+    largest score decides: onnxruntime computes the labels of some small tree ensembles otherwise. Raises `TargetError`
+    for a file that names no classes and whose labels are not at the largest score, such as that of a clustering.
     """
-    if all(node.op_type != "SVMClassifier" for node in file.proto.graph.node):
+    voting = any(node.op_type == "SVMClassifier" for node in file.proto.graph.node)
+    if file.labels and not voting:
         return None
     runtime, x = Runtime(file, output), random_batch(file, file.input.shape[0] or _COMPARED)
     scores = runtime.all(x)[0]
-    if scores.dim() != 2 or len(file.labels) != scores.shape[1]:
+    if scores.dim() != 2 or scores.shape[1] < 2 or (file.labels and len(file.labels) != scores.shape[1]):
         return None
-    wanted = "tensor(string)" if isinstance(file.labels[0], str) else "tensor(int64)"
-    for name in (name for name, kind in runtime.kinds.items() if kind == wanted):
-        answered = RuntimeLabels(Runtime(file, name), file.labels)
-        first, second = scores.topk(2, dim=1).values.T
-        clear = first > second
-        if not torch.equal(answered.of(x)[clear], scores.argmax(1)[clear]):
-            return answered
+    first, second = scores.topk(2, dim=1).values.T
+    clear = first > second
+    wanted = "tensor(string)" if file.labels and isinstance(file.labels[0], str) else "tensor(int64)"
+    for name in (name for name, kind in runtime.kinds.items() if kind == wanted and name != output):
+        labels = Runtime(file, name)
+        if file.labels:
+            answered = RuntimeLabels(labels, file.labels)
+            if not torch.equal(answered.of(x)[clear], scores.argmax(1)[clear]):
+                return answered
+            continue
+        found = labels.all(x)[0].reshape(len(x), -1)
+        if found.shape[1] == 1 and not torch.equal(found[clear, 0], scores.argmax(1)[clear]):
+            raise TargetError(
+                f"{str(path)!r} answers by {name}, which is not the largest value of {output}, as a clustering does. "
+                "Classifiers are supported: a float output of shape (N, classes), the largest at the class"
+            )
     return None
 
 
@@ -194,9 +218,19 @@ def _imported(file: OnnxFile, output: str) -> tuple[nn.Module, tuple[str, ...]]:
             raise
         notes = (f"the model takes batches of {size} only; others are cut and filled up",)
         net = FixedBatch(convert(file, output, batch_size=size), size)
+    net.register_forward_pre_hook(partial(_refuse_shape, file.input.shape[1:]))
     if file.input.dtype == np.float32:
         return net, notes
     return Converted(net, _torch_type(file)), (*notes, f"the model computes in {file.input.dtype}")
+
+
+def _refuse_shape(shape: tuple[int | None, ...], net: nn.Module, inputs: tuple[Tensor]) -> None:
+    """`TargetError` for inputs of another shape; torch would print where in the generated code it fails."""
+    if tuple(inputs[0].shape[1:]) != shape:
+        raise TargetError(
+            f"the ONNX file takes an example of shape {shape}, and one of {tuple(inputs[0].shape[1:])} was given. "
+            "Reshape the data, or correct --input-shape where the file leaves the sizes free"
+        )
 
 
 def _torch_type(file: OnnxFile) -> torch.dtype:
@@ -212,6 +246,7 @@ def _chosen_output(file: OnnxFile, path: Path) -> tuple[str, int, tuple[str, ...
     floats = {name: y for name, y in found.items() if y.is_floating_point() and y.dim() and len(y) == n}
     scores = {name: y for name, y in floats.items() if y.dim() == 2}
     scores = scores or {name: y for name, y in floats.items() if y.dim() == 1}
+    _refuse_several(scores, path)
     if not scores:
         shapes = ", ".join(
             f"{name} {tuple(found[name].shape) if name in found else kind}"
@@ -221,8 +256,29 @@ def _chosen_output(file: OnnxFile, path: Path) -> tuple[str, int, tuple[str, ...
         raise TargetError(f"{str(path)!r} returns {shapes} for {n} inputs; {wanted}")
     name, logits = next(iter(scores.items()))
     several = len(runtime.kinds) > 1
-    notes = (f"of the outputs {', '.join(runtime.kinds)}, {name} was taken as the scores",) if several else ()
+    notes = (
+        (f"the output {name} was taken as the scores (outputs: {', '.join(runtime.kinds)})",)
+        if several
+        else ()
+    )
     return name, 2 if is_single(logits) else logits.shape[1], notes
+
+
+def _refuse_several(scores: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse a file with several outputs that may be the scores, unless all have the same class at the largest value."""
+    (first, *others) = scores.values() if scores else (torch.empty(0),)
+    alike = all(y.shape == first.shape and torch.equal(y.argmax(-1), first.argmax(-1)) for y in others)
+    if others and (first.dim() == 1 or not alike):
+        listed = ", ".join(f"{name} {tuple(y.shape)}" for name, y in scores.items())
+        columns = (
+            "; of skl2onnx give options={'zipmap': False}, which writes one output for all classes"
+            if first.dim() == 1
+            else ""
+        )
+        raise TargetError(
+            f"{str(path)!r} returns {listed}, and it is not clear which holds the scores. Export the model with one output "
+            f"of shape (N, classes){columns}"
+        )
 
 
 def _compare(net: nn.Module, file: OnnxFile, output: str, path: Path) -> None:
@@ -255,7 +311,10 @@ def _session(file: OnnxFile) -> Any:
     try:
         return onnxruntime.InferenceSession(file.content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors share no class that is public
-        raise TargetError(f"onnxruntime refuses the model: {_first_line(error)}") from error
+        raise TargetError(
+            f"onnxruntime refuses the model: {_first_line(error)}. Export it in float32, and from scikit-learn with "
+            "options={'zipmap': False}"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
