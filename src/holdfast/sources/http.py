@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import SplitResult
 
 import numpy as np
 import torch
@@ -221,42 +222,49 @@ def open_http(
     parts = allowed_address(address, remote.hosts)
     if parts.fragment:
         raise UsageError(f"{address!r} has a fragment, which no server is sent; leave #{parts.fragment} out")
-    client, query = Client(parts, remote), f"?{parts.query}" if parts.query else ""
-    if remote.request is not None:
-        path = (parts.path or "/") + query
-        form: Shaped | Template = Template.of(remote.request, remote.response)
-        known: dict[str, Any] = {}
-        labels, n_classes, said = remote.labels, None, tuple[str, ...]()
-    else:
-        own = _own_path(parts.path, address)
-        known = _metadata(client.ask(own + query))
-        form, labels, n_classes, said = _shaped(known, remote)
-        path = f"{own}/infer{query}"
-    labelled = _number_of_labels(classes, names) if labels else None
-    size = form.shape[0] if isinstance(form, Shaped) and form.shape else -1
-    identity: list[Any] = [address, known, remote.request, remote.response, labels]
-    identity += [list(names)] if labels and names is not None else []
-    what = "labels" if labels else "scores"
+    client = Client(parts, remote)
+    way = _way(client, parts, remote, address)
+    labels = _number_of_labels(classes, names) if way.labels else None
+    size = way.form.shape[0] if isinstance(way.form, Shaped) and way.form.shape else -1
+    identity: list[Any] = [address, way.known, remote.request, remote.response, way.labels]
+    identity += [list(names)] if way.labels and names is not None else []
+    what: Access = "labels" if way.labels else "scores"
+    most = max(remote.max_rows, size)
     return HttpModel(
-        Served(
-            client,
-            path,
-            form,
-            max_rows=max(remote.max_rows, size),
-            labels=labelled,
-            names=names,
-            declared=declared,
-        ),
-        "labels" if labels else "scores",
+        Served(client, way.path, way.form, max_rows=most, labels=labels, names=names, declared=declared),
+        what,
         f"the model answers over HTTP with {what} alone",
-        n_classes or labelled,
+        way.classes or labels,
         Batches(size) if size > 0 else None,
         digest(canonical(identity)),
         (
             f"the model answers over HTTP at {address}: its weights cannot be digested, and it may change",
-            *said,
+            *way.said,
         ),
     )
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a model behind HTTP is asked, and what its server says of it."""
+
+    path: str
+    form: Shaped | Template
+    known: Mapping[str, Any]
+    labels: bool
+    classes: int | None = None
+    said: tuple[str, ...] = ()
+
+
+def _way(client: Client, parts: SplitResult, remote: Remote, address: str) -> _Way:
+    query = f"?{parts.query}" if parts.query else ""
+    if remote.request is not None:
+        form = Template.of(remote.request, remote.response)
+        return _Way((parts.path or "/") + query, form, {}, remote.labels)
+    own = _own_path(parts.path, address)
+    known = _metadata(client.ask(own + query))
+    shaped, labels, classes, said = _shaped(known, remote)
+    return _Way(f"{own}/infer{query}", shaped, known, labels, classes, said)
 
 
 def _own_path(path: str, address: str) -> str:

@@ -265,7 +265,7 @@ def _chosen_output(file: OnnxFile, path: Path) -> tuple[str, int, tuple[str, ...
 
 
 def _refuse_several(scores: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse a file with several outputs that may be the scores, unless all have the same class at the largest value."""
+    """Refuse a file with several outputs that may be the scores, unless the largest value is at one class in all."""
     (first, *others) = scores.values() if scores else (torch.empty(0),)
     alike = all(y.shape == first.shape and torch.equal(y.argmax(-1), first.argmax(-1)) for y in others)
     if others and (first.dim() == 1 or not alike):
@@ -276,8 +276,8 @@ def _refuse_several(scores: Mapping[str, Tensor], path: Path) -> None:
             else ""
         )
         raise TargetError(
-            f"{str(path)!r} returns {listed}, and it is not clear which holds the scores. Export the model with one output "
-            f"of shape (N, classes){columns}"
+            f"{str(path)!r} returns {listed}, and it is not clear which holds the scores. Export the model with one "
+            f"output of shape (N, classes){columns}"
         )
 
 
