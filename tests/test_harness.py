@@ -295,7 +295,7 @@ def test_an_attack_that_needs_more_than_can_be_seen_is_refused_by_name():
             [Square()],
             ThreatModel(L1(0.1)),
             "labels",
-            "^Square .*; use linf or l2, for there is no attack under l1",
+            "^Square .*; use linf or l2, because no attack under l1",
         ),
     ],
 )

@@ -265,6 +265,10 @@ def test_types_that_skops_does_not_trust_need_trust(tmp_path: Path):
     ):
         open_model(str(place))
     assert open_model(str(place), trust_code=True).access == "scores"
+    xgboost = pytest.importorskip("xgboost")
+    sio.dump(xgboost.XGBClassifier(n_estimators=2).fit(X, Y), place)
+    with pytest.raises(UsageError, match=r"models of XGBoost are saved by their save_model"):
+        open_model(str(place))
 
 
 def test_damaged_and_foreign_skops_files_are_refused(tmp_path: Path):

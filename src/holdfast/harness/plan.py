@@ -318,5 +318,5 @@ def _way_out(member: Member, plan: Plan, target: Access) -> str:
         ways.append(f"let the attacker see more, as in access={member.attack.needs}")
     norm = type(threat.constraint).__name__.lower()
     if threat.access == "labels" and isinstance(threat.constraint, (L1, L0)):
-        ways.append(f"use linf or l2, for there is no attack under {norm} that labels are enough for")
+        ways.append(f"use linf or l2, because no attack under {norm} works with labels alone")
     return ", or ".join(ways) or f"there is no attack under {norm} that needs less; use linf or l2"

@@ -229,8 +229,8 @@ def why(gate: Mapping[str, Any], doubts: Sequence[str]) -> str:
 
 
 SCOPES: Mapping[str, str] = {
-    "every pass": "; compared by the adversarial examples of every pass, for both runs made the same passes",
-    "suite only": "; compared by the suites' own numbers, for the runs did not make the same passes",
+    "every pass": "; compared by the adversarial examples of every pass, because both runs made the same passes",
+    "suite only": "; compared by the suites' own numbers, because the runs did not make the same passes",
 }
 """Which adversarial examples a comparison of two runs counts."""
 
