@@ -222,7 +222,7 @@ def test_only_and_skip_choose_from_the_suite():
 
 
 def test_without_an_eps_only_the_smallest_change_can_be_asked_for():
-    with pytest.raises(UsageError, match="l2 has no eps, .* choose --suite minimum-norm"):
+    with pytest.raises(UsageError, match="l2 has no eps, .* choose the suite minimum-norm"):
         holdfast.assess(network(), (X, Y), "l2")
     found = holdfast.assess(network(), (X, Y), "l2", "minimum-norm", doubts=False, only=["alma"])
     exact = found.evidence["distance"]

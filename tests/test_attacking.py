@@ -188,13 +188,52 @@ def test_what_cannot_work_is_refused_with_the_way_out(net):
         (
             "pgd",
             {"model": scores},
-            "PGD needs gradients, but only scores can be seen here; choose --suite black-box \\(Square\\)",
+            "PGD needs gradients, and the model gives scores only; choose attack='black-box' \\(Square\\)$",
         ),
         ("pgdd", {}, "there is no attack 'pgdd'; did you mean 'PGD'"),
         (5, {}, r"attack is 5; expected the name"),
         ("ddn", {"threat": "linf:0.1"}, "DDN"),
-        ("pgd", {"threat": "linf"}, "has no eps|needs an eps|eps"),
-        ("transfer", {}, "Transfer makes its examples on surrogates, and there is none"),
+        ("pdg", {}, "there is no attack 'pdg'; did you mean 'PGD'"),
+        ("autoatack", {}, "did you mean 'autoattack'"),
+        ("pgd", {"threat": "linf"}, "Give one, as in linf:8/255, or choose an attack .* such as FMN$"),
+        (
+            "transfer",
+            {},
+            "Transfer makes its examples on surrogates, and there is none; .*surrogates=\\[net\\]$",
+        ),
     ):
         with pytest.raises(UsageError, match=says):
             holdfast.attack(options.get("model", net), X, Y, attack, options.get("threat", "linf:0.1"))
+
+
+def test_a_goal_is_a_class_by_its_number_or_its_name(net):
+    names = [f"digit {k}" for k in range(10)]
+    by_number = holdfast.attack(net, X, Y, PGD(steps=2), "linf:0.1", goal=3)
+    by_name = holdfast.attack(net, X, Y, PGD(steps=2), "linf:0.1", goal="digit 3", class_names=names)
+    assert torch.equal(by_number.x_adv, by_name.x_adv)
+    for options, says in (
+        (
+            {"goal": "digit", "class_names": names},
+            r"goal is 'digit', which names no class; there are 0 \(digit 0\)",
+        ),
+        ({"goal": "digit 3"}, "this model has no names for its classes; give the number of one"),
+        ({"goal": 70}, "the goal is class 70, and this model has 10 classes; choose one from 0 to 9"),
+        ({"goal": -1}, "goal is -1; expected the number of a class"),
+        ({"queries": 0}, "queries is 0; expected a whole number of at least 1"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            holdfast.attack(net, X, Y, PGD(steps=2), "linf:0.1", **options)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_gradients_that_are_switched_off_inside_the_model_are_told(net, off):
+    def cut(x):
+        with off():
+            return net(x)
+
+    found = holdfast.attack(cut, X, Y, PGD(steps=2), "linf:0.1")
+    (note,) = [note for note in found.notes if note.startswith("no gradient reaches the input")]
+    assert "torch.no_grad(), torch.inference_mode()" in note and note in repr(found)
+    way_out = next(each.way_out for each in holdfast.doctor(cut, (X, Y)) if each.check == "gradients")
+    assert "torch.no_grad(), torch.inference_mode()" in way_out
+    assert not holdfast.attack(net, X, Y, PGD(steps=2), "linf:0.1").notes

@@ -1,5 +1,6 @@
 """`holdfast.attack`: adversarial examples from any attack, judged as `assess` judges them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,15 +35,19 @@ from holdfast.core.errors import UsageError
 from holdfast.core.lookup import Lookup
 from holdfast.core.outputs import OutputKind
 from holdfast.core.types import Inputs, Layout
+from holdfast.reports.notes import DETAILS
 from holdfast.runs import assess as assessing
-from holdfast.runs.order import Progress, silent
+from holdfast.runs.order import Progress, Subject, silent
 from holdfast.runs.result import Result
 from holdfast.runs.selection import Selection
 from holdfast.sources.arrays import Arrays, as_given
 from holdfast.sources.memory import as_array
+from holdfast.sources.probing import NO_GRADIENT
 
 Array = Tensor | NDArray[Any]
 """A tensor where the inputs came as one (or from a loader or an address), an array of numpy where they did not."""
+_LISTED = 20
+"""classes that a refusal lists"""
 
 
 @dataclass(frozen=True)
@@ -66,13 +71,21 @@ class Attacked:
     result: Result
     """the same run as `assess` gives it: metrics with intervals, notes and costs"""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What must be known beside the numbers, such as that no gradient reaches the input."""
+        return tuple(note for note in self.result.evidence.notes if note not in DETAILS)
+
     def __len__(self) -> int:
         return len(self.x_adv)
 
     def __repr__(self) -> str:
         attacks = ", ".join(each.name for each in self.result.attacks)
         n, wrong, found = len(self), int((~self.clean_correct).sum()), int(self.success.sum())
-        return f"<Attacked: {attacks}; {found:,} of {n:,} succeed, {wrong:,} of them wrong from the start>"
+        cut = f"; {NO_GRADIENT}" if NO_GRADIENT in self.notes else ""
+        return (
+            f"<Attacked: {attacks}; {found:,} of {n:,} succeed, {wrong:,} of them wrong from the start{cut}>"
+        )
 
 
 @with_gradients
@@ -124,32 +137,55 @@ def attack(
     run one after the other on the examples that still stand. `threat` is text or a constraint, as `holdfast.L2(0.5)`;
     without an eps (`"l2"`) a minimum-norm attack looks for the smallest change.
 
-    `goal` is a class to be reached, the same for all examples. `queries` is how many forward passes an attack may ask
-    for on each example. The same `seed` gives the same examples, and those of `assess` under the same attack. `y` is
-    left out where `x` is a loader or dataset of pairs, or an address. `fit` holds other examples for attacks that are
-    learned, `surrogates` the models that `Transfer` makes its examples on. Every other argument is as in `assess`.
+    `goal` is a class to be reached, by its number or its name, the same for all examples. `queries` is how many forward
+    passes an attack may ask for on each example. The same `seed` gives the same examples, and those of `assess` under
+    the same attack. `y` is left out where `x` is a loader or dataset of pairs, or an address. `fit` holds other
+    examples for attacks that are learned, `surrogates` the models that `Transfer` makes its examples on. Every other
+    argument is as in `assess`.
 
     The model keeps its mode, its weights and their gradients. Raises `UsageError` for a name that is none, and for an
     attack that cannot work under this threat or needs more of the model than it gives.
     """
     place = str(x) if isinstance(x, str | Path) else None
-    aimed = _threat(threat, goal, queries)
+    named = goal if isinstance(goal, str) and not _SPELT.fullmatch(goal) else None
+    aimed = _threat(threat, goal if named is None else None, queries)
     suite = attack if isinstance(attack, str) and is_suite_only(attack) else None
     said = {**locals(), "x": None, "y": None, "data": place, "threat": aimed, "suite": suite, "doubts": False}
     settings = settings_said("attack()", said, AssessSettings)
     x, data = _in_hand(x, y)
     opening = partial(given_all, model, data, surrogates, settings)
     subject, given, seconds = opening()
+    settings = settings if named is None else _aimed(settings, named, subject, given)
     constraint = threat_model(parse_threat(aimed)).constraint
     members = None if suite else members_given(attack, constraint, "attack")
     target = subject.model.access
-    order = ordering.order(
-        settings, members=members, device=device_of(model, subject, settings), target=target
-    )
+    where = device_of(model, subject, settings)
+    order = ordering.order(settings, members=members, device=where, target=target)
     order = replace(order, plan=replace(order.plan, alone=True, attacked=False), surrogates=seconds)
     order = replace(order, fit=fit_of(fit, data, settings, subject.model, order))
     result = assessing.assess(subject, given, order, opening=opening, progress=progress)
     return _attacked(result, given, x)
+
+
+_SPELT = re.compile(r"untargeted|targeted:.*", re.DOTALL)
+"""a goal that is written as in the text of a threat"""
+
+
+def _aimed(settings: AssessSettings, goal: str, subject: Subject, data: Data) -> AssessSettings:
+    """The settings with the class of that name as the goal."""
+    known = settings.class_names or subject.model.class_names or data.classes or ()
+    threat = _threat(settings.threat, _class_called(goal, known), None)
+    return settings.model_copy(update={"threat": threat})
+
+
+def _class_called(name: str, names: Sequence[str]) -> int:
+    """The number of the class of that name; `UsageError` with the names and their numbers."""
+    if name in names:
+        return list(names).index(name)
+    listed = ", ".join(f"{k} ({each})" for k, each in enumerate(names[:_LISTED]))
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    known = f"there are {listed}{more}" if names else "this model has no names for its classes"
+    raise UsageError(f"goal is {name!r}, which names no class; {known}; give the number of one, as in goal=3")
 
 
 def _in_hand(x: DataLike, y: object) -> tuple[DataLike, DataLike]:
@@ -174,6 +210,10 @@ def _threat(threat: ThreatLike, goal: int | str | None, queries: int | None) -> 
             raise UsageError(f"the goal is {goal!r}, and the threat {text} has one; leave one of them out")
         text += f",goal={goal if isinstance(goal, str) else _target(goal)}"
     if queries is not None:
+        if queries < 1 or queries % 1:
+            raise UsageError(
+                f"queries is {queries}; expected a whole number of at least 1, as in queries=1000"
+            )
         if spec.queries is not None:
             raise UsageError(f"queries is {queries}, and the threat {text} has them; leave one of them out")
         text += f",queries={queries}"
@@ -182,11 +222,14 @@ def _threat(threat: ThreatLike, goal: int | str | None, queries: int | None) -> 
 
 def _target(goal: int) -> str:
     try:
-        return f"targeted:{index(goal)}"
+        number = index(goal)
     except (TypeError, ValueError):
         raise UsageError(
             f"goal is a {type(goal).__name__}; expected the number of one class for all examples, as in goal=3"
         ) from None
+    if number < 0:
+        raise UsageError(f"goal is {number}; expected the number of a class, from 0 on, as in goal=3")
+    return f"targeted:{number}"
 
 
 def _attacked(result: Result, data: Data, given: object) -> Attacked:

@@ -329,12 +329,14 @@ def test_attacks_models_and_data_are_listed(capsys):
     assert run(["attacks"]) == 0
     assert run(["attacks", "PGD"]) == 0
     assert run(["attacks", "AutoAttack"]) == 0
+    assert run(["attacks", "gaussian_noise"]) == 0
     assert run(["models"]) == 0
     assert run(["data", "show", "mnist-mini"]) == 0
     said = capsys.readouterr().out
     assert "arXiv:1706.06083" in said
     assert set(re.findall(r"[\w-]+", said)) >= EVERY_PRINTED
     assert "standard is a suite of attacks" in said
+    assert "needs no access" in said
     assert "mnist-cnn-hardened" in said
     assert "1 x 28 x 28" in said
 

@@ -96,7 +96,7 @@ def test_the_default_suite_needs_no_gradients_and_a_named_one_is_refused_with_th
         assert json.loads(capsys.readouterr().out)["suite"] == "black-box@1"
         assert run(words(server, "--suite", "fast")) == 2
         said = capsys.readouterr().err
-        assert "needs gradients, but only scores can be seen here, for the model answers over HTTP" in said
+        assert "needs gradients, and the model gives scores only (the model answers over HTTP" in said
         assert "choose --suite black-box" in said
 
 
@@ -114,7 +114,7 @@ def test_labels_are_attacked_by_what_needs_no_more(capsys):
     with Server() as server:
         assert run(words(server, *labels, "--suite", "fast", path="/classify")) == 2
         said = capsys.readouterr().err
-        assert "Sprint needs gradients, but only labels can be seen here" in said
+        assert "Sprint needs gradients, and the model gives labels only" in said
         assert "choose --suite black-box" in said
         assert run(words(server, *BLACK_BOX, *labels, "-q", "-o", "-", path="/classify", queries=50)) == 0
         assert [attack["name"] for attack in json.loads(capsys.readouterr().out)["attacks"]] == ["RayS"]
@@ -246,7 +246,7 @@ def test_the_python_twin_and_the_doctor_take_the_same(capsys):
         )
         assert result.metrics["clean_accuracy"].value == pytest.approx(1 - 2 / len(X))
         assert run(["doctor", server.url(), "data.npz", "--allow-host", "127.0.0.1"]) == 0
-        assert "the model gives scores only, for the model answers over HTTP" in " ".join(
+        assert "the model gives scores only (the model answers over HTTP" in " ".join(
             capsys.readouterr().out.split()
         )
 

@@ -153,6 +153,19 @@ def test_every_output_says_the_same(first, tmp_path):
         check(tmp_path / "x.sarif", COMPARISON_SUFFIXES)
 
 
+def test_a_person_reads_the_same_metrics_as_of_one_run(first):
+    content = _compared(first, _changed(first, lost=30, gained=4))
+    assert {"attack_success_rate", "perturbation_linf"} <= set(content["metrics"])
+    content["metrics"]["perturbation_linf"][0]["value"] = "inf"
+    content["metrics"]["perturbation_linf"][1]["value"] = "inf"
+    for text in (comparison.text(content, colour=False), comparison.page(content)):
+        assert "Robust accuracy" in text
+        assert "Attack success rate" not in text
+        assert "Perturbation Linf" not in text
+    content["metrics"]["perturbation_linf"][1]["value"] = 0.1
+    assert "Perturbation Linf" in comparison.text(content, colour=False)
+
+
 @pytest.mark.parametrize(
     "text", ["<script>alert(1)</script>", "\x1b[2J", "| a | `b`", '"><img src=x onerror=y>']
 )

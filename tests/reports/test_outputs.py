@@ -147,6 +147,21 @@ def test_every_report_says_a_doubt_in_sentences_and_advises_by_the_declared_outp
     assert all(f"<dd>{part}" in html.page(content) for part in (*says, *advice))
 
 
+def test_the_page_says_once_why_doubts_were_not_measured(failing):
+    said = "it needs gradients, and the model gives scores only"
+    names = ("zero-gradient", "scale", "shattered")
+    hidden = tuple(Doubt(name, "not applicable", says=said) for name in names)
+    other = Doubt("noise", "not applicable", says="eps is 0, so no input may change")
+    page = html.page(made.summarised(made.evidence(n=8, doubts=(*hidden, other))))
+    assert page.count(said) == 1 and page.count("eps is 0, so no input may change") == 1
+    assert (
+        "<strong>zero-gradient</strong>, <strong>scale</strong>, <strong>shattered</strong> not applicable"
+        in page
+    )
+    shown = html.page(failing)
+    assert f"{len(failing['examples'])} of the examples that were broken." in shown
+
+
 def test_csv_is_one_row_an_example(failing, evidence, tmp_path):
     write(failing, evidence.columns, tmp_path / "rows.csv")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "rows.csv").read_text())))

@@ -258,7 +258,7 @@ def test_the_extent_knows_bounds_of_each_feature_and_pixels():
 
 
 def test_a_goal_that_is_no_class_is_refused():
-    with pytest.raises(UsageError, match="goal=targeted:7 is no class of this model; it has 4"):
+    with pytest.raises(UsageError, match="the goal is class 7, and this model has 4 classes"):
         assess(subject(), data(), order(threat=ThreatModel(Linf(0.06), goal=7)))
 
 
@@ -269,7 +269,7 @@ def test_an_eps_of_nothing_is_clean_accuracy():
 
 def test_an_attack_that_needs_more_than_is_given_is_refused_by_name():
     scores_only = Subject(Classifier(network(), access="scores"), "a" * 64)
-    with pytest.raises(UsageError, match="PGD needs gradients, but only scores can be seen here"):
+    with pytest.raises(UsageError, match="PGD needs gradients, and the threat model allows scores only"):
         assess(scores_only, data(), order())
 
 

@@ -232,7 +232,7 @@ def test_a_class_is_no_model():
 
 def test_an_estimator_is_not_hardened():
     with pytest.raises(
-        TargetError, match="cannot be trained; LogisticRegression is an estimator, not a network"
+        TargetError, match="cannot be trained; LogisticRegression is an estimator without gradients"
     ):
         holdfast.harden(logistic().fit(X, Y), (SHOWN, CLASS[JUDGED]), "linf:0.1")
 
@@ -279,10 +279,15 @@ def test_types_that_skops_does_not_trust_need_trust(tmp_path: Path):
     place = tmp_path / "m.skops"
     sio.dump(make_pipeline(FunctionTransformer(doubled), logistic()).fit(X, Y), place)
     with pytest.raises(
-        UsageError, match=r"holds the type .*doubled, which skops does not trust .* --trust-code"
+        UsageError,
+        match=r"holds the type .*doubled, which skops does not trust .* --trust-code \(Python: trust_code=True\)$",
     ):
         open_model(str(place))
     assert open_model(str(place), trust_code=True).access == "scores"
+    xgboost = pytest.importorskip("xgboost")
+    sio.dump(xgboost.XGBClassifier(n_estimators=2).fit(X, Y), place)
+    with pytest.raises(UsageError, match=r"models of XGBoost are saved by their save_model"):
+        open_model(str(place))
 
 
 def test_damaged_and_foreign_skops_files_are_refused(tmp_path: Path):
@@ -311,8 +316,9 @@ def test_files_that_run_code_are_refused_with_the_way_out(tmp_path: Path, suffix
     place.write_bytes(b"whatever")
     with pytest.raises(
         UsageError, match=r"may run code when it is loaded .*(skops|load_model).*file\.py:factory"
-    ):
+    ) as refused:
         open_model(str(place), trust_code=True)
+    assert str(refused.value).count("factory of yours") == 1
 
 
 # XGBoost

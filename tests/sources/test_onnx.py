@@ -536,12 +536,12 @@ def test_an_unknown_operator_is_named_and_served_without_gradients(tmp_path: Pat
     data = (np.random.default_rng(0).random((4, 5), np.float32), np.zeros(4, np.int64))
     with pytest.raises(
         UsageError,
-        match="Sprint needs gradients, but only scores can be seen here, for the operators Atan, Si",
+        match="Sprint needs gradients, and the model gives scores only .the operators Atan, Si",
     ):
         holdfast.assess(str(tmp_path / "m.onnx"), data, "linf:0.1", "quick")
     gradients = next(f for f in holdfast.doctor(str(tmp_path / "m.onnx"), data) if f.check == "gradients")
-    why = "for the operators Atan, Sinh cannot be imported"
-    assert gradients.says == f"the model gives scores only, {why}: the default suite is black-box"
+    why = "the operators Atan, Sinh cannot be imported"
+    assert gradients.says == f"the model gives scores only ({why}): the default suite is black-box"
     x = torch.rand(4, 5, requires_grad=True)
     assert opened.model(x).shape == (4, 3)
     assert not opened.model(x).requires_grad

@@ -6,6 +6,7 @@ import torch
 
 from holdfast.checkup.examined import STEADY, Examined, Finding, outputs_of
 from holdfast.ops.losses import margin_loss
+from holdfast.ops.refusals import CUTS
 from holdfast.ops.statistics import against_majority
 
 
@@ -82,7 +83,7 @@ def steadiness(examined: Examined) -> Iterator[Finding]:
 def gradients(examined: Examined) -> Iterator[Finding]:
     """Whether gradients reach the input."""
     if examined.model.access != "gradients":
-        why = f", for {examined.model.hides}" if examined.model.hides else ""
+        why = f" ({examined.model.hides})" if examined.model.hides else ""
         text = f"the model gives {examined.model.access} only{why}: the default suite is black-box"
         yield Finding("gradients", "good", text)
         return
@@ -90,7 +91,10 @@ def gradients(examined: Examined) -> Iterator[Finding]:
     logits = examined.model(x)
     if not logits.requires_grad:
         yield Finding(
-            "gradients", "problem", "no gradient reaches the input", "is something detached, or in numpy?"
+            "gradients",
+            "problem",
+            "no gradient reaches the input",
+            f"take out what cuts it: {CUTS}; or use --suite black-box",
         )
         return
     try:

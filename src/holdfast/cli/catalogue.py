@@ -106,13 +106,18 @@ def _show_attack(voice: Voice, chosen: str) -> None:
     others = str(SPELLINGS.get(chosen, ""))
     also = f"also {others}\n" if others else ""
     source = (inspect.getmodule(cls).__doc__ or "").strip()
-    click.echo(f"{of}: {_first_line(cls)}\nneeds {cls.needs}\n{also}\n{source}\n")
+    click.echo(f"{of}: {_first_line(cls)}\nneeds {_needs(cls.needs)}\n{also}\n{source}\n")
     table = _table("setting", "default", "meaning")
     meanings = _meanings(cls)
     for f in fields(cls):
         default = "" if f.default is MISSING else getattr(f.default, "__name__", repr(f.default))
         table.add_row(f.name, default, meanings.get(f.name, ""))
     voice.console().print(table)
+
+
+def _needs(access: str) -> str:
+    """What an attack must see of the model, after the word *needs*."""
+    return "no access" if access == "none" else access
 
 
 def _table(*headings: str) -> "Table":

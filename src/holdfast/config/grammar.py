@@ -227,7 +227,8 @@ def _condition(spec: ThreatSpec, word: str) -> ThreatSpec:
     if key == "queries":
         if not re.fullmatch(r"[0-9]{1,18}", value) or int(value) < 1:
             raise UsageError(
-                f"queries is {value!r}; expected a whole number of at least 1, as in queries=1000"
+                f"queries is {value if value.isascii() and value.isdigit() else repr(value)}; expected a whole number "
+                "of at least 1, as in queries=1000"
             )
         return replace(spec, queries=int(value))
     aimed = re.fullmatch(r"targeted:([0-9]{1,18})", value)

@@ -348,7 +348,7 @@ def _refuse_endless(threat: ThreatModel, settings: AssessSettings, *, smallest: 
     """Without an eps only the smallest change can be asked for."""
     if threat.constraint.eps == float("inf") and not smallest:
         norm = type(threat.constraint).__name__.lower()
-        choose = "choose --suite minimum-norm, or " if threat.gives("gradients") else ""
+        choose = "choose the suite minimum-norm, or " if threat.gives("gradients") else ""
         raise UsageError(
             f"{settings.threat} has no eps, so it asks for the smallest change: {choose}give an eps, as in "
             f"{norm}:{_USUAL[norm]}"

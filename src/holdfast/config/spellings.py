@@ -92,7 +92,8 @@ def attack_called(name: str) -> str:
             f"{name} is an attack that adaptive (on the command line --adaptive) adds where a doubt calls for it, and "
             "cannot be named by itself"
         )
-    raise UsageError(f"there is no attack {name!r}{nearest(name, _plain())}")
+    near = suggestion(name, every_name())
+    raise UsageError(f"there is no attack {name!r}{f'; {near}' if near else nearest(name, _plain())}")
 
 
 def attack_class_called(name: str) -> str:

@@ -13,12 +13,27 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
     >>> suggestion("pgdd", ("APGD", "FAB", "PGD"))
     "did you mean 'PGD'?"
+    >>> suggestion("pdg", ("PDPGD", "PGD"))
+    "did you mean 'PGD'?"
     >>> suggestion("corruptions", ("linf", "l2"))
     ''
     """
-    names = {_folded(name): name for name in known}
-    close = difflib.get_close_matches(_folded(word), names, n=1, cutoff=_SIMILAR)
-    return f"did you mean {names[close[0]]!r}?" if close else ""
+    names, typed = {_folded(name): name for name in known}, _folded(word)
+    close = difflib.get_close_matches(typed, names, n=1, cutoff=_SIMILAR)
+    swapped = [name for name in names if _swapped(typed, name)]
+    return f"did you mean {names[[*swapped, *close][0]]!r}?" if swapped or close else ""
+
+
+def _swapped(word: str, name: str) -> bool:
+    """Whether two letters that stand side by side have changed places, the slip that difflib weighs most."""
+    apart = [k for k, (one, other) in enumerate(zip(word, name, strict=False)) if one != other]
+    return (
+        len(word) == len(name)
+        and len(apart) == 2
+        and apart[1] == apart[0] + 1
+        and word[apart[0]] == name[apart[1]]
+        and word[apart[1]] == name[apart[0]]
+    )
 
 
 def _folded(name: str) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from holdfast.core.evidence import Columns, Doubt, DoubtState
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Ids, Mask, PerExample
+from holdfast.core.types import Access, Ids, Mask, PerExample
 from holdfast.doubts import thresholds as at
 from holdfast.doubts.names import DOUBTS, FREE
 from holdfast.doubts.probing import (
@@ -15,6 +15,7 @@ from holdfast.doubts.probing import (
     PROBES,
     SEARCHES,
     Found,
+    limit,
     probes_for,
     probing_threat,
     standing,
@@ -43,6 +44,8 @@ class Circumstances:
     """whether the model draws at random, so that one look at an input proves nothing"""
     input: Doubt = Doubt("input", "not measured")
     """whether the data fit the model, which takes the model and the data to find out"""
+    access: Access = "gradients"
+    """the most that the model itself can give, whatever the threat model allows"""
 
 
 @dataclass(frozen=True)
@@ -93,15 +96,11 @@ class _Case:
             return Doubt(name, "not applicable", says="eps is 0, so no input may change")
         for probe in PROBES:
             if probe.name in probes and not threat.gives(probe.needs):
-                says = f"it needs {probe.needs}, and the threat model allows {_seen(threat)}"
+                says = f"it needs {probe.needs}, and {limit(threat, self.circumstances.access, probe.needs)}"
                 return Doubt(name, "not applicable", says=says)
         if not set(probes) <= {probe.name for probe in probes_for(within)} | {"again"}:
             return Doubt(name, "not applicable", says=f"there is no such attack under {within.constraint}")
         return Doubt(name, "not measured", says="no example was left to measure it on")
-
-
-def _seen(threat: ThreatModel) -> str:
-    return "nothing to be seen" if threat.access == "none" else f"{threat.access} only"
 
 
 def _judged(name: str, statistic: float, threshold: float, n: int, says: str, *, more: bool = True) -> Doubt:
@@ -143,7 +142,7 @@ def _zero_gradient(case: _Case) -> Doubt:
 def _probabilities(case: _Case) -> Doubt:
     rows, threat = case.columns["is_probability"], case.circumstances.threat
     if not threat.gives("scores"):
-        says = f"the threat model allows {_seen(threat)}, whatever the scores are"
+        says = f"{limit(threat, case.circumstances.access, 'scores')}, whatever the scores are"
         return Doubt("probabilities", "not applicable", says=says)
     says = f"{int(rows.sum())} of {len(rows)} rows of the output are probabilities: they sum to 1 and none is negative"
     state: DoubtState = "raised" if bool(rows.all()) else "clear"

@@ -258,6 +258,13 @@ def probing_threat(threat: ThreatModel, columns: Columns) -> ThreatModel:
     return replace(threat, constraint=constraint)
 
 
+def limit(threat: ThreatModel, access: Access, needed: Access) -> str:
+    """Who keeps what is needed from being seen: the model, which gives no more than `access`, or the threat model."""
+    if not replace(threat, access=access).gives(needed):
+        return f"the model gives {access} only"
+    return f"the threat model allows {'nothing to be seen' if threat.access == 'none' else f'{threat.access} only'}"
+
+
 def within_budget(n: int, threat: ThreatModel) -> int:
     """So many queries, or what the threat model allows if that is fewer."""
     return n if threat.queries is None else min(n, threat.queries)

@@ -267,16 +267,18 @@ def refuse_what_is_hidden(plan: Plan, target: Access, why: str = "") -> Plan:
     seen = replace(seen, adaptive=tuple(m for m in plan.adaptive if seen.threat.gives(m.attack.needs)))
     for member in (*seen.members, *seen.curve):
         if isinstance(member.attack, Transfer) and not seen.threat.surrogates:
+            way = "--surrogate MODEL, as often as you have one"
             raise UsageError(
                 f"{member.name} makes its examples on surrogates, and there is none; name a model of the same classes "
-                f"with --surrogate MODEL, as often as you have one"
+                f"with {'surrogates=[net]' if plan.alone else way}"
             )
         if not seen.threat.gives(member.attack.needs):
-            reason = f", for {why}" if why and least == target else ""
-            seeable = "nothing" if least == "none" else f"only {least}"
+            seeable = "nothing to be seen" if least == "none" else f"{least} only"
+            limit = f"the threat model allows {seeable}"
+            if not replace(plan.threat, access=target).gives(member.attack.needs):
+                limit = f"the model gives {least} only{f' ({why})' if why else ''}"
             raise UsageError(
-                f"{member.name} needs {member.attack.needs}, but {seeable} can be seen here{reason}; "
-                f"{_way_out(member, seen, target)}"
+                f"{member.name} needs {member.attack.needs}, and {limit}; {_way_out(member, seen, target)}"
             )
     return seen
 
@@ -290,22 +292,31 @@ def _searched(threat: ThreatModel) -> bool:
     return threat.gives("scores") and not bent and not isinstance(constraint, Patch)
 
 
+def _suite(plan: Plan, name: str) -> str:
+    """A suite as it is named where the plan was asked for: as a flag, or as the argument of `holdfast.attack`."""
+    return f"attack={name!r}" if plan.alone else f"--suite {name}"
+
+
 def _way_out(member: Member, plan: Plan, target: Access) -> str:
     """What helps where an attack needs more than the threat model of the plan and the target allow."""
     threat, ways = plan.threat, []
     hidden = [each for each in plan.members if not threat.gives(each.attack.needs)]
     if member not in hidden:
         ways.append("leave --curve out")
-    elif len(hidden) < len(plan.members):
+    elif len(hidden) < len(plan.members) and not plan.alone:
         ways.append(f"leave it out with {' '.join(f'--skip {slug(each.name)}' for each in hidden)}")
     if _searched(threat) and not plan.suite.startswith("black-box@"):
         searches = ", ".join(name for name, _ in suite("black-box", threat.constraint, threat.access).attacks)
-        ways.append(f"choose --suite black-box ({searches})")
+        ways.append(f"choose {_suite(plan, 'black-box')} ({searches})")
     elif threat.access == "none" and not isinstance(threat.constraint, Transformations):
-        ways.append("choose --suite transfer, which makes its examples on a --surrogate MODEL")
+        ways.append(
+            "give attack='transfer' and surrogates=[net]"
+            if plan.alone
+            else "choose --suite transfer, which makes its examples on a --surrogate MODEL"
+        )
     if replace(threat, access=target).gives(member.attack.needs):
         ways.append(f"let the attacker see more, as in access={member.attack.needs}")
     norm = type(threat.constraint).__name__.lower()
     if threat.access == "labels" and isinstance(threat.constraint, (L1, L0)):
-        ways.append(f"use linf or l2, for there is no attack under {norm} that labels are enough for")
+        ways.append(f"use linf or l2, because no attack under {norm} works with labels alone")
     return ", or ".join(ways) or f"there is no attack under {norm} that needs less; use linf or l2"

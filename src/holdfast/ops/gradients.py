@@ -11,6 +11,7 @@ from holdfast.core.errors import TargetError
 from holdfast.core.model import Bounds
 from holdfast.core.rows import spread
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
+from holdfast.ops.refusals import CUTS
 
 
 def input_gradient(value: PerExample, x: Inputs, *, again: bool = False, raw: bool = False) -> Inputs:
@@ -50,8 +51,8 @@ def slope(value: Tensor, x: Inputs, *, graph: bool = True) -> Inputs:
         )
     if grad is None:
         raise TargetError(
-            "no gradient reaches the input of this network, and the recipe is to hold it; take out what cuts it, such "
-            "as detach(), argmax() or numpy, or choose --recipe standard"
+            "no gradient reaches the input of this network, and the recipe needs it; take out what cuts it "
+            f"({CUTS}), or choose --recipe standard"
         )
     return grad
 

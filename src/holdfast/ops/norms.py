@@ -10,6 +10,9 @@ from holdfast.core.types import Inputs, Logits, PerExample
 from holdfast.ops.closest import leeway
 from holdfast.ops.losses import margin
 
+_USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
+"""an eps of each norm, as an example in a refusal"""
+
 
 def expect_norm(constraint: Constraint, attack: object, *kinds: type[Norm]) -> Norm:
     """The constraint, if it is one of the norms that the attack is made for; `UsageError` otherwise."""
@@ -19,7 +22,7 @@ def expect_norm(constraint: Constraint, attack: object, *kinds: type[Norm]) -> N
     names = " or ".join(kind.__name__ for kind in kinds)
     raise UsageError(
         f"{type(attack).__name__} minimises {names}; the threat model is {constraint}. "
-        f"Choose another threat, or leave the attack out with --skip"
+        f"Choose another threat, or leave the attack out"
     )
 
 
@@ -30,7 +33,8 @@ def expect_eps(constraint: Constraint, attack: object) -> Constraint:
     norm = type(constraint).__name__.lower()
     raise UsageError(
         f"{type(attack).__name__} looks for any change within eps, and the threat model {norm} has no eps. "
-        f"Give one, or leave the attack out with --skip"
+        f"Give one, as in {norm}:{_USUAL.get(norm, '0.5')}, or choose an attack that looks for the smallest change, "
+        f"such as FMN"
     )
 
 

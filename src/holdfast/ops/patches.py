@@ -15,7 +15,7 @@ def expect_patch(constraint: Constraint, attack: object) -> Patch:
         return constraint
     raise UsageError(
         f"{type(attack).__name__} fills a rectangle of an image; the threat model is {constraint}. "
-        f"Choose a threat such as patch:5x5, or leave the attack out with --skip"
+        f"Choose a threat such as patch:5x5, or leave the attack out"
     )
 
 

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from holdfast.core.errors import LostLoss, TargetError
 
+CUTS = "torch.no_grad(), torch.inference_mode(), detach(), argmax() or numpy inside the model"
+"""what keeps gradients from going all the way back"""
+
 
 def unsaved(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the buffers that no state dict holds."""
@@ -29,8 +32,7 @@ def refuse_cut(loss: Tensor) -> None:
     """`TargetError` where no gradient of the loss reaches a weight."""
     if not loss.requires_grad:
         raise TargetError(
-            "no gradient of the loss reaches a weight of this network; take out what cuts it, such as detach(), "
-            "argmax() or numpy"
+            f"no gradient of the loss reaches a weight of this network; take out what cuts it: {CUTS}"
         )
 
 

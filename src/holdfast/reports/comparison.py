@@ -14,7 +14,7 @@ from holdfast.metrics.paired import Pairs, basis, clean_accuracy_drop, compared,
 from holdfast.ops.statistics import mcnemar
 from holdfast.reports.curves import estimate
 from holdfast.reports.numbers import count, number, percent, plain, strict
-from holdfast.reports.words import SCOPES, as_asked, capitalized, every_one_tried, label
+from holdfast.reports.words import SCOPES, as_asked, capitalized, every_one_tried, label, told_of
 
 Json = dict[str, Any]
 
@@ -83,6 +83,13 @@ def _robust(
 
 def _side_by_side(first: Mapping[str, Any], second: Mapping[str, Any]) -> Json:
     return {name: [first.get(name), second.get(name)] for name in dict.fromkeys([*first, *second])}
+
+
+def told_side_by_side(content: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any] | None]]:
+    """The metrics of both runs that a person reads, by the rule of the report of one run."""
+    sides = ({name: both[k] for name, both in content["metrics"].items() if both[k]} for k in (0, 1))
+    wanted = {name for side in sides for name in told_of(side)}
+    return {name: both for name, both in content["metrics"].items() if name in wanted}
 
 
 def to_json(content: Mapping[str, Any]) -> str:
@@ -256,7 +263,7 @@ def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) 
     for cells in _paired_rows(content):
         paired.add_row(*cells)
     metrics = grid("metrics", ("metric", "first", "second"))
-    for name, both in content["metrics"].items():
+    for name, both in told_side_by_side(content).items():
         metrics.add_row(cell(label(name)), *(shown_or_dash(name, found) for found in both))
     lines = [
         f"{words}: {count(flipped['n'])}{_some(flipped)}"
@@ -273,7 +280,8 @@ def page(content: Mapping[str, Any]) -> str:
     """The comparison as one self-contained page."""
     from holdfast.reports.html import render
 
-    return render("comparison.html.j2", s=content, sides=SIDES, points=points, some=_some)
+    metrics = told_side_by_side(content)
+    return render("comparison.html.j2", s=content, metrics=metrics, sides=SIDES, points=points, some=_some)
 
 
 def fragment(content: Mapping[str, Any]) -> str:
@@ -283,7 +291,7 @@ def fragment(content: Mapping[str, Any]) -> str:
 
     metrics = [
         (label(name), *(shown_or_dash(name, found) for found in both))
-        for name, both in content["metrics"].items()
+        for name, both in told_side_by_side(content).items()
         if name in FIRST
     ]
     return filled("notebook-comparison.html.j2", s=content, paired=_paired_rows(content), metrics=metrics)

@@ -17,8 +17,9 @@ CONCERNS = {
         "Gradients vanish",
         "The attacks follow the model's gradient; where it is zero or not a number they stand still, and the model "
         "looks stronger than it is.",
-        "Add --adaptive, which attacks round the part that swallows the gradient (BPDA) and by search; declare a "
-        "stand-in for that part with holdfast.through where it changes the shape.",
+        "Take torch.no_grad(), torch.inference_mode(), detach() and numpy out of the model, or use --suite black-box. "
+        "Where the gradient is lost on purpose, add --adaptive, which attacks round the part that swallows it (BPDA) "
+        "and by search; declare a stand-in for that part with holdfast.through where it changes the shape.",
     ),
     "probabilities": Concern(
         "The model returns probabilities",

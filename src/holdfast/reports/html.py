@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import printable
 from holdfast.reports import attacks, charts, notes, numbers, rotation, words
-from holdfast.reports.terminal import FIRST
+from holdfast.reports.terminal import FIRST, STATE_SIGNS
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -45,7 +45,8 @@ def page(summary: Mapping[str, Any]) -> str:
         remarks=notes.remarks(summary),
         details=notes.details(summary),
         attacker_names=rotation.NAMES,
-        doubts=sorted(summary["doubts"], key=lambda doubt: _STATES.index(doubt["state"])),
+        raised=[doubt for doubt in summary["doubts"] if doubt["state"] == "raised"],
+        calm=words.grouped_doubts(sorted(summary["doubts"], key=lambda doubt: _STATES.index(doubt["state"]))),
     )
 
 
@@ -134,6 +135,7 @@ def _environment() -> "Environment":
         "amount": words.amount,
         "left_out": attacks.left_out,
         "verdicts": words.VERDICTS,
+        "signs": STATE_SIGNS,
     }
     return environment
 

@@ -41,7 +41,8 @@ FIRST = frozenset(
     )
 )
 """Metrics that a terminal shows unless it is asked for all."""
-_STATES = {"raised": "▲", "clear": "✓", "answered": "◆", "not measured": "○", "not applicable": "–"}
+STATE_SIGNS = {"raised": "▲", "clear": "✓", "answered": "◆", "not measured": "○", "not applicable": "–"}
+"""A sign for the state of each doubt."""
 
 
 def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
@@ -90,9 +91,9 @@ def _doubts(doubts: Sequence[Mapping[str, Any]]) -> str:
     """The doubts by name, each with the sign of its state, and what the signs mean that stand there."""
     if not doubts:
         return ""
-    names = "  ".join(f"{_STATES[doubt['state']]} {printable(doubt['name'])}" for doubt in doubts)
+    names = "  ".join(f"{STATE_SIGNS[doubt['state']]} {printable(doubt['name'])}" for doubt in doubts)
     found = {doubt["state"] for doubt in doubts}
-    legend = ", ".join(f"{sign} {state}" for state, sign in _STATES.items() if state in found)
+    legend = ", ".join(f"{sign} {state}" for state, sign in STATE_SIGNS.items() if state in found)
     return f"\ndoubts ({legend})  {names}\n"
 
 

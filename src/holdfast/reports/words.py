@@ -105,6 +105,17 @@ def sentences(*parts: str) -> str:
     )
 
 
+def grouped_doubts(doubts: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The doubts that are not raised, in their order; those that were not measured for the same reason are a group."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for doubt in doubts:
+        alike = doubt["state"] in ("not measured", "not applicable") and doubt["says"]
+        key = (doubt["state"], doubt["says"]) if alike else (doubt["name"],)
+        if doubt["state"] != "raised":
+            groups.setdefault(key, []).append(doubt)
+    return list(groups.values())
+
+
 def main_metric(summary: Mapping[str, Any]) -> str | None:
     """What the first sentence is about; without an eps the size of a change, for a large enough one turns anything."""
     wanted = ["robust_accuracy", "targeted_success_rate", "robust_margin", "clean_accuracy"]
@@ -115,13 +126,24 @@ def main_metric(summary: Mapping[str, Any]) -> str | None:
 
 def told_metrics(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The metrics that a person reads: one for robust accuracy, and none that only states the rest of another."""
-    metrics = dict(summary["metrics"])
+    return told_of(summary["metrics"])
+
+
+def told_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The same of metrics by their names.
+
+    An infinite median of the changes says that fewer than half of the examples were broken, as robust accuracy does.
+    """
+    metrics = dict(found)
     robust = metrics.get("robust_accuracy")
     if "clean_accuracy" in metrics:
         metrics.pop("clean_error_rate", None)
     if robust is not None:
         metrics.pop("attack_success_rate", None)
         metrics.pop("robust_error_rate", None)
+        for name in [name for name in metrics if name.startswith("perturbation_")]:
+            if number(metrics[name]["value"]) == float("inf"):
+                del metrics[name]
         if metrics.get("suite_robust_accuracy", {}).get("value") == robust["value"]:
             metrics.pop("suite_robust_accuracy", None)
     return metrics
@@ -207,8 +229,8 @@ def why(gate: Mapping[str, Any], doubts: Sequence[str]) -> str:
 
 
 SCOPES: Mapping[str, str] = {
-    "every pass": "; compared by the adversarial examples of every pass, for both runs made the same passes",
-    "suite only": "; compared by the suites' own numbers, for the runs did not make the same passes",
+    "every pass": "; compared by the adversarial examples of every pass, because both runs made the same passes",
+    "suite only": "; compared by the suites' own numbers, because the runs did not make the same passes",
 }
 """Which adversarial examples a comparison of two runs counts."""
 

@@ -77,7 +77,7 @@ def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) 
         refuse_no_images(x)
     if threat.goal is not None and not 0 <= threat.goal < classes:
         raise UsageError(
-            f"goal=targeted:{threat.goal} is no class of this model; it has {classes} (0 to {classes - 1})"
+            f"the goal is class {threat.goal}, and this model has {classes} classes; choose one from 0 to {classes - 1}"
         )
 
 

@@ -277,7 +277,7 @@ class Making:
         keeper, off = course.keeper, self.plan.doubts == "none"
         keeper.begin(DOUBTS, 0)
         watch = Watch(lambda seconds, last: keeper.spend(DOUBTS, 0, seconds, done=last))
-        unasked = ["nothing was doubted: the doubts were switched off"] if off else []
+        unasked = ["nothing was doubted: the doubts were switched off"] if off and not self.plan.alone else []
         found = probes.ask(course, by_stage, missed, watch)
         if found.found:
             by_stage[FOUND] = found.found

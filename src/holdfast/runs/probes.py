@@ -103,6 +103,7 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], 
         _first_gradients(by_stage),
         target.blind,
         target.randomised,
+        access=target.bare.access,
     )
     counted = Counted(course.target.quick)
     fitting, asked = _input(course, columns)

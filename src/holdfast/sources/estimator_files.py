@@ -8,8 +8,9 @@ from holdfast.sources.estimators import Predictor, adapted_estimator
 from holdfast.sources.skops_files import open_skops
 from holdfast.sources.trees import open_booster
 
-_SKLEARN = "save a scikit-learn estimator with skops.io.dump, as .skops"
-_KERAS = "have a factory of yours call keras.models.load_model"
+_FACTORY = "load it in a factory of yours, and give that as file.py:factory"
+_SKLEARN = f"save a scikit-learn estimator with skops.io.dump, as .skops, and give that; or {_FACTORY}"
+_KERAS = "load it with keras.models.load_model in a factory of yours, and give that as file.py:factory"
 _RUN_CODE = {".pkl": _SKLEARN, ".pickle": _SKLEARN, ".joblib": _SKLEARN, ".keras": _KERAS, ".h5": _KERAS}
 """files that may run code when they are loaded, with the way out"""
 ESTIMATOR_SUFFIXES = (".skops", ".json", ".ubj", *_RUN_CODE)
@@ -27,8 +28,7 @@ def open_estimator(path: Path, *, trust_code: bool) -> tuple[Adapted, str, tuple
         if not path.exists():
             raise TargetError(f"model {str(path)!r} does not exist")
         raise UsageError(
-            f"{str(path)!r} may run code when it is loaded and is not opened: {_RUN_CODE[path.suffix]}, and give that; "
-            "a factory of yours that loads it is given as file.py:factory"
+            f"{str(path)!r} may run code when it is loaded and is not opened: {_RUN_CODE[path.suffix]}"
         )
     found, digest, notes = open_skops(path, trust_code=trust_code)
     if not isinstance(found, Predictor):

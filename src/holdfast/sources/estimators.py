@@ -245,7 +245,7 @@ def as_model(asked: Asked, digest: str) -> Adapted:
 
 def no_gradient(name: str) -> str:
     """Why an estimator is attacked without gradients."""
-    return f"{name} is an estimator, not a network, and has no gradient"
+    return f"{name} is an estimator without gradients"
 
 
 def named(classes: Sequence[Any]) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:

@@ -1,5 +1,6 @@
 """Models of Keras 3 on its torch back end: networks of torch that declare a layout and a last activation."""
 
+import re
 import warnings
 from typing import Any
 
@@ -22,7 +23,11 @@ class KerasNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs of the model."""
-        outputs: Tensor = self.model(x, training=self.training)
+        try:
+            outputs: Tensor = self.model(x, training=self.training)
+        except (ValueError, RuntimeError) as error:  # of an input or a layer that does not fit
+            error.args = (plainly(str(error)),)
+            raise
         return outputs
 
     def __deepcopy__(self, memo: dict[int, object]) -> "KerasNet":
@@ -38,6 +43,28 @@ class KerasNet(nn.Module):
         copied = KerasNet(model)
         copied.train(self.training)
         return copied
+
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_TENSOR = re.compile(r"\s*\btensor\(\[.*?\](?:, [^()]*)?\)", re.DOTALL)
+_LONGEST = 300
+"""letters of an error of Keras that are kept"""
+
+
+def plainly(said: str) -> str:
+    r"""The first line of what an error of Keras says, without the layer's name, colours and values of tensors.
+
+    >>> plainly("Exception encountered when calling A\n\n\x1b[1mshapes (4, 2) and (3, 1)\x1b[0m\n\nArguments: x")
+    'shapes (4, 2) and (3, 1)'
+    >>> plainly("Invalid shape for input tensor([[0.1],\n [0.2]]). Expected (None, 2), got (2, 1)")
+    'Invalid shape for input. Expected (None, 2), got (2, 1)'
+    """
+    bare = _TENSOR.sub("", _COLOURS.sub("", said))
+    lines = [line.strip() for line in bare.splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].startswith("Exception encountered when calling"):
+        del lines[0]
+    first = lines[0] if lines else ""
+    return first[:_LONGEST] + ("…" if len(first) > _LONGEST else "")
 
 
 def adapted_keras(model: Any) -> Adapted:

@@ -11,6 +11,7 @@ from holdfast.core.errors import HoldfastError, TargetError, TargetLost, Unclear
 from holdfast.core.model import Classifier, fitted, out_of_memory
 from holdfast.core.types import Layout, Logits
 from holdfast.ops.expectation import inner
+from holdfast.ops.refusals import CUTS
 from holdfast.sources.estimators import Estimator
 
 _ROWS = 2
@@ -22,6 +23,12 @@ _COMPARED = 512
 """examples whose scores are compared with the labels that an estimator predicts"""
 HWC_NOTE = "the network takes the channels last; its inputs are transposed inside the model"
 """said of a `Classifier` whose layout was found to be hwc"""
+
+NO_GRADIENT = (
+    "no gradient reaches the input, so attacks that follow one stay near where they start, and a robust accuracy by "
+    f"them says little; take out what cuts it ({CUTS}), or use the suite black-box, which needs scores only"
+)
+"""said of a model whose outputs have no graph"""
 
 
 class Probe:
@@ -146,6 +153,8 @@ def settle_predictions(model: Classifier, data: Data) -> tuple[str, ...]:
 def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
     """Treat a model whose backward pass raises as one that gives scores alone, and return a note of the reason.
 
+    A model whose outputs have no graph gets a note alone: attacks go on, and the doubt `zero-gradient` is raised.
+
     Such models are ordinary: an operator without a derivative, a value that is written in place after it was saved, an
     LSTM of cuDNN in eval mode. Cost: one forward and one backward of two examples.
     """
@@ -162,7 +171,7 @@ def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
         except (HoldfastError, RuntimeError, MemoryError):
             return ()  # raised again, with its advice, when the run asks
         if not logits.requires_grad:
-            return ()
+            return (NO_GRADIENT,)
         try:
             torch.autograd.grad(logits.sum(), x, allow_unused=True)
         except RuntimeError as error:
@@ -171,7 +180,7 @@ def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
             model.access = "scores"
             first = (str(error).splitlines() or [""])[0].rstrip(".")
             model.hides = f"its backward pass raises {type(error).__name__}: {first}"
-            return (f"the model is attacked by its scores, for {model.hides}",)
+            return (f"the model is attacked by its scores, because {model.hides}",)
     return ()
 
 

@@ -42,10 +42,11 @@ def open_skops(path: Path, *, trust_code: bool) -> tuple[Any, str, tuple[str, ..
         except Exception as error:  # it raises anything, from KeyError to BadZipFile, on a foreign file
             raise _damaged(path, error) from error
         if untrusted and not trust_code:
+            boosted = any(each.startswith("xgboost.") for each in untrusted)
             raise UsageError(
                 f"{str(path)!r} holds {_listed(untrusted)}, which skops does not trust by itself, since loading them "
-                "may run code. If you trust the file, give --trust-code (Python: trust_code=True); models of XGBoost "
-                "are saved by their save_model, as .json or .ubj"
+                "may run code. If you trust the file, give --trust-code (Python: trust_code=True)"
+                + ("; models of XGBoost are saved by their save_model, as .json or .ubj" if boosted else "")
             )
         try:
             found = sio.loads(content, trusted=untrusted)
