@@ -42,6 +42,8 @@ def test_a_verdict_on_a_frame_is_exact() -> None:
 
     found = holdfast.assess(model, table, "linf:0.1", "quick", label="label", doubts=False, n=100)
     assert found.metrics["robust_accuracy"].value == (abs(table.a - 0.5) > 0.1).mean()
+    (example, *_) = found.summary()["examples"]
+    assert example["changes"][0]["feature"] == "a"
     assert "100 examples were requested, and the data have 50: all of them were used" in found.evidence.notes
     short = holdfast.doctor(model, (table[["a", "b"]], table.label))
     assert {finding.check: finding.level for finding in short}["accuracy"] == "good"

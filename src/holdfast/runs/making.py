@@ -157,7 +157,9 @@ class Making:
         """What identifies the examples, and what one of them is like."""
         data = self.data
         known = {"name": data.name, "digest": data.digest, "n": len(data), "shape": self.shape}
-        content: dict[str, Any] = strict({**known, "classes": data.classes})
+        features = getattr(data, "features", None)
+        columns = {} if features is None else {"features": features}
+        content: dict[str, Any] = strict({**known, "classes": data.classes, **columns})
         return content
 
     def notes(self) -> list[str]:

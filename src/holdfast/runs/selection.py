@@ -27,6 +27,12 @@ class Selection:
         return self.whole.classes
 
     @property
+    def features(self) -> tuple[str, ...] | None:
+        """Names of the columns of a table, where it is one."""
+        found: tuple[str, ...] | None = getattr(self.whole, "features", None)
+        return found
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the whole and of which rows were taken."""
         return digest(canonical([self.whole.digest, self.rows]))

@@ -84,6 +84,8 @@ class Arrays:
     """turns the stored values into pixels, where they were normalised beforehand"""
     reading: Reading = Reading("asis")
     """how the axes of the array that was given became those of `x`"""
+    features: tuple[str, ...] | None = None
+    """names of the columns of a table, in the order of the inputs"""
     objection: str = ""
     """why the numbers of the classes are not certain, where such data are taken all the same"""
 

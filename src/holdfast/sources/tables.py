@@ -92,10 +92,13 @@ def examples(
     if y is not None:
         y = numbered(y, expected, name).y
     features = [column for column in table.columns if column not in (label, SPLIT_COLUMN, *drop)]
-    x = _numbers(table, _as_fitted(features, table, expected), chosen)
+    features = _as_fitted(features, table, expected)
+    x = _numbers(table, features, chosen)
     if y is not None:
-        return from_numpy(name, x, y[chosen], chosen, expected, whole=y)
-    data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected)
+        data = from_numpy(name, x, y[chosen], chosen, expected, whole=y)
+        return replace(data, features=tuple(features))
+    bare = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected)
+    data = replace(bare, features=tuple(features))
     classes = expected.classes or (None if expected.probe is None else expected.probe.classes)
     names, objection = lenient_numbers(sorted(set(column)), expected, classes, table.name, "text labels")
     numbers = np.array([names.index(column[row]) for row in chosen], dtype=np.int64)
