@@ -269,7 +269,7 @@ def test_an_eps_of_nothing_is_clean_accuracy():
 
 def test_an_attack_that_needs_more_than_is_given_is_refused_by_name():
     scores_only = Subject(Classifier(network(), access="scores"), "a" * 64)
-    with pytest.raises(UsageError, match="PGD needs gradients, and the threat model allows scores only"):
+    with pytest.raises(UsageError, match="PGD needs gradients, and the model gives scores only"):
         assess(scores_only, data(), order())
 
 
