@@ -293,7 +293,7 @@ def _searched(threat: ThreatModel) -> bool:
 
 
 def _suite(plan: Plan, name: str) -> str:
-    """A suite as it is named where the plan was asked for: as a flag, or as the argument of `holdfast.attack`."""
+    """How a user names a suite: by a flag, or by the argument of `holdfast.attack` where that made the plan."""
     return f"attack={name!r}" if plan.alone else f"--suite {name}"
 
 

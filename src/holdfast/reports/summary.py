@@ -147,10 +147,10 @@ def _noun(evidence: Evidence) -> str:
 
 
 def asked_gate(gate: Judgement, content: Mapping[str, Any]) -> Json:
-    """The entry of a gate that was asked after the run, beside the summary of that run."""
+    """The entry of a gate that was judged after the run, in the form that the summary has."""
     entry = _gate(gate)
-    told: Json = strict(entry | {"says": why(entry, open_doubts(content))})
-    return told
+    judged: Json = strict(entry | {"says": why(entry, open_doubts(content))})
+    return judged
 
 
 def _gate(gate: Judgement) -> Json:

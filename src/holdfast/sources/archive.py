@@ -35,7 +35,7 @@ TRUST = (
     "If you trust the file, give --trust-code (Python: trust_code=True). It is safer to save model.state_dict() and "
     "give --arch, or to export a .pt2 program or ONNX, which run no code"
 )
-"""what is said of model files that run code"""
+"""the advice for model files that run code"""
 _UNPACKING = Path(__file__).with_name("unpacking.py")
 
 
@@ -49,7 +49,7 @@ class Weights:
 
 
 class CarriesCode(TargetError):
-    """A model file that runs code when it is loaded, which nobody said to trust."""
+    """A model file that runs code when it is loaded, and that is not trusted."""
 
 
 def is_script(path: Path) -> bool:
