@@ -10,26 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
-from holdfast.core.errors import InputRefused, TargetError, TargetLost, TargetRefused, UsageError
+from holdfast.core.errors import InputRefused, TargetError, TargetLost, UsageError
 from holdfast.core.model import Batches
 from holdfast.core.types import Access
+from holdfast.sources.answers import Answers
 from holdfast.sources.asking import Client
-from holdfast.sources.class_numbers import listed
 from holdfast.sources.files import nearest
-from holdfast.sources.payloads import Shaped, Template, Values
+from holdfast.sources.payloads import Shaped, Template
 from holdfast.sources.remote import Remote, allowed_address
 
 _MODEL = re.compile(r"(?P<model>.*/v2/models/[^/]+(?:/versions/[^/]+)?)(?:/infer)?/?")
 _FLOATS = frozenset({"FP16", "BF16", "FP32", "FP64"})
 _WHOLE = frozenset(f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64))
 _TEXT = frozenset({"BYTES"})
-_SHOWN = 80
-"""letters that are shown of a label that is not known"""
 _UNNAMED = "input-0"
 """what an input is called that the metadata do not name; servers that name none ignore it"""
 
@@ -53,19 +50,16 @@ class Served:
         declared: bool = False,
     ) -> None:
         self._client, self._path, self._form = client, path, form
-        self._max_rows, self._labels, self._names = max_rows, labels, names
-        self._declared = declared
+        self._max_rows = max_rows
+        self._answers = Answers(form, labels=labels, names=names, declared=declared, masked=client.masked)
         self._fixed = isinstance(form, Shaped) and form.shape is not None and form.shape[0] > 0
         self._refused_rows = 0
         """the last number of rows that was refused where fewer were taken"""
-        self._classes: int | None = None
-        self._split = False
-        """whether a score that is no whole number was seen"""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits (n, classes) on the device of `x`."""
         rows = x.detach().cpu()
-        parts, start = [torch.empty(0, self._classes or 2)] if not len(rows) else [], 0
+        parts, start = [torch.empty(0, self._answers.classes or 2)] if not len(rows) else [], 0
         while start < len(rows):
             part = self._part(rows[start : start + self._max_rows])
             parts.append(part)
@@ -104,93 +98,7 @@ class Served:
         return part
 
     def _answered(self, x: Tensor) -> Tensor:
-        answer = self._client.ask(self._path, self._form.body(x))
-        try:
-            values = self._form.found(answer)
-        except TargetLost as error:
-            raise TargetLost(self._client.masked(str(error))) from None
-        if len(values.shape) == 0 or len(values) != len(x):
-            shape = f"shape {values.shape}" if values.shape else "one value"
-            raise TargetRefused(
-                f"the answer to {len(x)} rows has {shape}; one entry for each row was expected"
-            )
-        if self._labels is not None:
-            return self._one_hot(values, x)
-        return self._scores(values, x)
-
-    def _scores(self, values: Values, x: Tensor) -> Tensor:
-        if values.dtype.kind == "U":
-            raise self._unread(
-                values.flat[0], "scores were expected; if it is a class, give --http-labels and"
-            )
-        wide = values.reshape(len(values), -1)
-        self._refuse_class_numbers(wide)
-        if values.ndim > 2 or not wide.shape[1]:
-            raise TargetRefused(
-                f"the answer has shape {values.shape}; one row of scores for each of {len(x)} was expected"
-            )
-        if self._classes not in (None, wide.shape[1]):
-            raise TargetRefused(
-                f"the answer has {wide.shape[1]} scores a row, where earlier ones had {self._classes}"
-            )
-        self._classes = wide.shape[1]
-        scores = torch.from_numpy(wide.astype(np.float64))
-        if scores.to(x.dtype).isinf().any():
-            raise TargetRefused(
-                f"the answer holds an infinite score, or one too large for {str(x.dtype).removeprefix('torch.')}; "
-                "a number for each class was expected"
-            )
-        return scores
-
-    def _refuse_class_numbers(self, values: Values) -> None:
-        """Raise `TargetLost` for one whole number a row, which is a class and no score unless it is declared as one."""
-        if values.shape[1] != 1 or self._declared or not len(values):
-            return
-        written_as_whole = values.dtype.kind in "iu"
-        # Some servers write class numbers as 3.0. A whole number outside [0, 1] would be read as a logit.
-        whole = np.isfinite(values).all() and (values == values.round()).all()
-        if written_as_whole or (whole and not self._split and ((values < 0) | (values > 1)).any()):
-            raise TargetLost(
-                f"the answer holds one whole number a row, such as {values.flat[0]:g}. If those are classes, give "
-                "--http-labels and --classes N; if they are scores, declare them with --model-output logit, or name "
-                "others with --http-response"
-            )
-        self._split = self._split or not whole
-
-    def _one_hot(self, values: Values, x: Tensor) -> Tensor:
-        assert self._labels is not None
-        flat = values.reshape(len(values), -1)
-        if flat.shape[1] != 1:
-            raise TargetRefused(
-                f"the answer has shape {values.shape}; one class for each of {len(x)} rows was expected"
-            )
-        classes = self._numbered(flat[:, 0]) if flat.dtype.kind == "U" else flat[:, 0]
-        strange = (
-            ~np.isfinite(classes) | (classes != classes.round()) | (classes < 0) | (classes >= self._labels)
-        )
-        if strange.any():
-            raise TargetRefused(
-                f"the answer holds the class {classes[strange][0]:g}; whole numbers from 0 to {self._labels - 1} were "
-                "expected, so check --classes"
-            )
-        return torch.nn.functional.one_hot(torch.from_numpy(classes.astype(np.int64)), self._labels)
-
-    def _numbered(self, labels: Values) -> Values:
-        """The class number of each label that is text."""
-        if self._names is None:
-            raise self._unread(labels[0], "the order of the classes is not declared; give")
-        numbers = {name: number for number, name in enumerate(self._names)}
-        for label in labels:
-            if label not in numbers:
-                known = f"{listed(self._names)}{nearest(label[:_SHOWN], self._names)}"
-                raise self._unread(label, f"the names of the classes are {known}; give all of them with")
-        return np.array([numbers[label] for label in labels])
-
-    def _unread(self, text: str, why: str) -> TargetRefused:
-        said = f"the answer holds the text {text[:_SHOWN]!r}, and {why}"
-        return TargetRefused(
-            self._client.masked(f"{said} --class-names A,B,C in the order of the model's classes")
-        )
+        return self._answers.read(self._client.ask(self._path, self._form.body(x)), x)
 
 
 @dataclass(frozen=True)
