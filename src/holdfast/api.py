@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from holdfast.checkup import Finding, examine
 from holdfast.config import hardening, ordering
@@ -114,6 +114,11 @@ def assess(
     http_max_rows: int = 64,
     http_timeout: str = "30s",
     http_retries: int = 5,
+    http_concurrency: int = 1,
+    http_rate: str | None = None,
+    max_queries: int | None = None,
+    on_refused: Literal["reject", "stop"] = "reject",
+    keep_answers: bool = False,
     trust_code: bool = False,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -341,6 +346,8 @@ def doctor(
     http_max_rows: int = 64,
     http_timeout: str = "30s",
     http_retries: int = 5,
+    http_concurrency: int = 1,
+    http_rate: str | None = None,
     trust_code: bool = False,
 ) -> tuple[Finding, ...]:
     """The usual mistakes between a model and its data, found in seconds."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -125,6 +125,10 @@ def attack(
     http_max_rows: int = 64,
     http_timeout: str = "30s",
     http_retries: int = 5,
+    http_concurrency: int = 1,
+    http_rate: str | None = None,
+    max_queries: int | None = None,
+    on_refused: Literal["reject", "stop"] = "reject",
     trust_code: bool = False,
     batch_size: int | None = None,
     device: str = "auto",

@@ -152,11 +152,11 @@ def test_a_run_whose_server_dies_resumes_to_what_an_undisturbed_one_finds(capsys
         capsys.readouterr()
         assert run(["report", name, "-o", "-"]) == 0
         notes[name] = " ".join(json.loads(capsys.readouterr().out)["notes"])
-    assert "begun again after a stop" in notes["cut"] and "begun again" not in notes["whole"]
+    assert "had no answer when the run was stopped" in notes["cut"] and "stopped" not in notes["whole"]
 
 
 def test_a_run_whose_server_refuses_an_input_goes_on_once_that_is_mended(capsys):
-    refused = (*BLACK_BOX, "--run", "cut")
+    refused = (*BLACK_BOX, "--run", "cut", "--on-refused", "stop")
     with Server() as server:
         port = server.port
         assert run(words(server, *BLACK_BOX)) == 0
@@ -177,7 +177,8 @@ def test_what_was_sent_again_stands_in_the_notes(capsys, monkeypatch):
         assert run(words(server, *BLACK_BOX, "-o", "-")) == 0
         content = json.loads(capsys.readouterr().out)
         (note,) = (note for note in content["notes"] if "sent again" in note)
-        assert "2 requests were sent again (429 Too Many Requests 1, 503 Service Unavailable 1)" in note
+        assert "2 requests with 32 rows failed in passing" in note
+        assert "(429 Too Many Requests 1, 503 Service Unavailable 1)" in note
         assert len(server.rows) == LOOKED_AT + content["cost"]["forwards"]
 
 

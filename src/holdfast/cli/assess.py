@@ -214,8 +214,34 @@ UNTRAINED = (
     click.option("--http-max-rows", type=int, metavar="N", help="Rows of one request (default: 64)."),
     click.option("--http-timeout", metavar="T", help="How long the server may take (default: 30s)."),
     click.option("--http-retries", type=int, metavar="N", help="Retries of a request (default: 5)."),
+    click.option(
+        "--http-concurrency", type=int, metavar="N", help="Requests under way at once (default: 1)."
+    ),
+    click.option("--http-rate", metavar="N/T", help="Requests in a time, at most, as in 4/s or 100/min."),
 )
 """Of models that cannot be trained: ONNX files, and models behind a server."""
+
+SERVED = (
+    click.option(
+        "--max-queries",
+        type=int,
+        metavar="N",
+        help="Rows that a server is sent, at most; then --resume goes on.",
+    ),
+    click.option(
+        "--on-refused",
+        type=click.Choice(["reject", "stop"]),
+        metavar="HOW",
+        help="An attacked input that a server refuses: reject (default) or stop.",
+    ),
+    click.option(
+        "--keep-answers",
+        is_flag=True,
+        default=None,
+        help="Keep the answers of a server in the run folder after the run.",
+    ),
+)
+"""What a run may ask of a served model."""
 
 SETTING = (
     click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Set any key of the configuration."),
@@ -368,7 +394,7 @@ DATA   a bundled name (mnist-mini), a catalogue name (see holdfast data), an .np
     "--resume", is_flag=True, help="Go on with the run in --run, or report it again if it is finished."
 )
 @click.option("--dry-run", is_flag=True, help="Print what it would cost, and stop.")
-@offered(*ATTACKING, FIT, *TARGET, *UNTRAINED, *SETTING)
+@offered(*ATTACKING, FIT, *TARGET, *UNTRAINED, *SERVED, *SETTING)
 @spoken
 def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flags: Any) -> int:
     """How robust is MODEL on DATA: run, resume or rehearse it."""

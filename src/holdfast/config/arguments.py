@@ -71,7 +71,9 @@ def subject_of(model: ModelLike, settings: AssessSettings) -> Subject:
             f"model is a {type(model).__name__}; expected a network, a function from inputs to logits, an estimator, "
             "or an address"
         )
-    return ordering.given_subject(model, settings)
+    subject = ordering.given_subject(model, settings)
+    ordering.refuse_unserved(settings, subject.model)
+    return subject
 
 
 def surrogates_of(given: object, settings: AssessSettings, target: Classifier) -> tuple[Subject, ...]:

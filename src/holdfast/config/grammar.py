@@ -94,6 +94,16 @@ def seconds(text: str, what: str) -> float:
     return float(found[1]) * _UNITS[found[2]]
 
 
+def per_second(text: str) -> float:
+    """A rate of requests such as `4/s`, `100/min` or `2000/h`, in requests a second."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*/\s*(s|min|h)\s*", text)
+    if found is None or float(found[1]) <= 0:
+        raise UsageError(
+            f"http_rate is {text!r}; expected requests in a time, such as 4/s, 100/min or 2000/h"
+        )
+    return float(found[1]) / _UNITS[found[2]]
+
+
 def parse_every(text: str) -> tuple[Literal["answers", "seconds"], float]:
     """When to swap: `50q/principal` after so many answers to one principal, `24h` after so long."""
     count = re.fullmatch(r"\s*(\d+)\s*q/principal\s*", text)

@@ -23,7 +23,7 @@ from holdfast.config.expecting import (
     unlabelled,
 )
 from holdfast.config.grad_mode import differentiable
-from holdfast.config.grammar import parse_threat, parse_transform, seconds
+from holdfast.config.grammar import parse_threat, parse_transform, per_second, seconds
 from holdfast.config.members import members_said
 from holdfast.config.naming import chosen
 from holdfast.config.settings import AssessSettings
@@ -66,6 +66,10 @@ def remote(settings: AssessSettings) -> Remote:
         settings.http_max_rows,
         seconds(settings.http_timeout, "http_timeout"),
         settings.http_retries,
+        settings.http_concurrency,
+        None if settings.http_rate is None else per_second(settings.http_rate),
+        settings.max_queries,
+        settings.on_refused,
     )
 
 
@@ -77,9 +81,24 @@ def opened_subject(settings: AssessSettings) -> Subject:
     opened = pooled.opened(settings, said, remote(settings))
     card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
     card |= opened.architecture
+    refuse_unserved(settings, opened.model)
     model, seen, notes = _seen(opened.model, settings.transform)
-    subject = _subject(model, card | seen, (*opened.notes, *notes), said)
-    return replace(subject, remarks=opened.remarks)
+    return _subject(model, card | seen, (*opened.notes, *notes), said)
+
+
+def refuse_unserved(settings: AssessSettings, model: Classifier) -> None:
+    """`UsageError` for a limit on the rows that a server is sent where the model is behind none."""
+    if model.remote:
+        return
+    if settings.max_queries is not None:
+        raise UsageError(
+            f"max_queries is {settings.max_queries}, which limits the rows that a served model is sent, and this model "
+            "is behind no server; a threat such as linf:8/255,queries=1000 limits queries, for each example and attack"
+        )
+    if settings.keep_answers:
+        raise UsageError(
+            "keep_answers keeps the answers of a server, and this model is behind none; leave it out"
+        )
 
 
 def opened_surrogate(said: SurrogateSettings, settings: AssessSettings, target: Classifier) -> Subject:
@@ -278,6 +297,7 @@ def order(
         workers=settings.workers,
         device=device_of(settings.device) if device is None else device,
         command=command,
+        keep_answers=settings.keep_answers,
     )
 
 

@@ -80,7 +80,7 @@ def _serving(address: str, pool: Pool, settings: AssessSettings) -> OpenedModel:
     card = {**bare.architecture, "pool": pool.manifest["id"], "set": now.name, "epoch": now.epoch}
     notes = () if settings.adaptive else (_BARE,)
     files = {f"set {now.name}": pool.ledger.member(now.name).digest}
-    return OpenedModel(model, address, "rotating", files, (*bare.notes, *notes), bare.remarks, card)
+    return OpenedModel(model, address, "rotating", files, (*bare.notes, *notes), card)
 
 
 def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:

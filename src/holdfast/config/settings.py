@@ -104,6 +104,22 @@ class AssessSettings(BaseModel):
     http_retries: values.Whole = Field(
         5, description="how often a request that failed in passing is sent again"
     )
+    http_concurrency: values.Positive = Field(
+        1, description="requests to a server that are under way at once, at most"
+    )
+    http_rate: values.Rate | None = Field(
+        None, description="requests to a server in a time, at most, as in 4/s or 100/min"
+    )
+    max_queries: values.Positive | None = Field(
+        None, description="rows that a server is sent, at most: then the run stops, and goes on by --resume"
+    )
+    on_refused: Literal["reject", "stop"] = Field(
+        "reject",
+        description="an attacked input that a server refuses (400, 422) counts as rejected, or stops the run",
+    )
+    keep_answers: bool = Field(
+        False, description="keep the answers of a server in the run folder after the run"
+    )
     split: str | None = Field(None, description="train or test, or a value of a table's split column")
     label: str | None = Field(None, description="label column of a table")
     x: str | None = Field(None, description="array of an .npz file that holds the inputs")

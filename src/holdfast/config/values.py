@@ -17,6 +17,7 @@ from holdfast.config.grammar import (
     parse_surrogate,
     parse_threat,
     parse_transform,
+    per_second,
     seconds,
 )
 from holdfast.config.naming import AUTO, CARD, RECIPES, SOURCES
@@ -191,6 +192,7 @@ Gate = Annotated[str, _read_by(parse_gate)]
 TimeBudget = Annotated[str, _read_by(lambda text: seconds(text, "time_budget"))]
 Budget = Annotated[str, _read_by(lambda text: seconds(text, "budget"))]
 Timeout = Annotated[str, _read_by(lambda text: seconds(text, "http_timeout"))]
+Rate = Annotated[str, _read_by(per_second)]
 Every = Annotated[str, _read_by(parse_every)]
 Header = Annotated[str, _read_by(header_variable)]
 Reasons = Annotated[dict[str, str], BeforeValidator(_accepted)]

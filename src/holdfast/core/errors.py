@@ -41,7 +41,19 @@ class TargetRefused(TargetError):
 
 
 class InputRefused(TargetRefused):
-    """A server that refused the content of a request by its status, as 400 or 422; fewer rows may be taken."""
+    """A server that refused the content of a request by its `status`, as 400 or 422; fewer rows may be taken."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class QueriesSpent(TargetLost):
+    """The next request to a server would exceed the number of rows that it may be sent; a run can be resumed."""
+
+    def __init__(self, message: str, limit: int = 0) -> None:
+        super().__init__(message)
+        self.limit = limit
 
 
 class UnclearOutput(TargetError):

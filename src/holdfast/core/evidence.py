@@ -169,6 +169,14 @@ class Evidence:
     The models are the target and each surrogate. The makers of examples are the same, the target only where its
     gradients may be seen; and where there are several surrogates, all of them together.
     """
+    served: Mapping[str, Any] = field(default_factory=dict)
+    """what the server of a served model was sent over all attempts at the run; empty for any other model
+
+    `rows` that it answered or refused, split into `clean` (with the look at the model before the run), `attacks`,
+    `doubts` and `judging`, padding included; `requests`; of the rows, those of `refused` requests; attacked inputs that
+    were `rejected`, by status; what was `sent_again` (`rows`, `requests`, and `why`) and rows left `unanswered` by
+    stops, which are not among `rows`; `max_rows` of a request where the server showed a limit, else None.
+    """
     others: tuple[Mapping[str, Any], ...] = ()
     """`name`, `digest` and `n` of each data set that changes were carried to and from"""
     across: Columns = field(default_factory=dict)

@@ -257,9 +257,20 @@ class Classifier(nn.Module):
     def _of_classes(self, outputs: Tensor) -> Logits:
         if self.rejects:
             return outputs
-        if is_single(outputs) and len(outputs):
-            self.output = kind_of_single(outputs, self.output)
-        return of_classes(outputs, self.output)
+        known = outputs
+        if self.remote and outputs.dim() == 2:  # a served model marks inputs that it refuses
+            answered = ~outputs.isposinf().all(1)
+            known = outputs[answered]
+        if is_single(known) and len(known):
+            self.output = kind_of_single(known, self.output)
+        logits = of_classes(known, self.output)
+        if len(known) == len(outputs):
+            return logits
+        marked = torch.full(
+            (len(outputs), logits.shape[1]), torch.inf, dtype=logits.dtype, device=outputs.device
+        )
+        marked[answered] = logits
+        return marked
 
 
 def refuse_lazy(net: nn.Module) -> None:

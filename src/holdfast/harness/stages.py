@@ -18,6 +18,7 @@ from holdfast.core.guard import score
 from holdfast.core.meter import Metered, Spent, margin
 from holdfast.core.model import VOTES, Model
 from holdfast.core.patches import counts_pixels
+from holdfast.core.refused import for_label
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.harness.detecting import aim_of
@@ -175,7 +176,7 @@ def _attacked(
     with target.repeatable(rng.at(int(batch.ids[0]))):
         x_adv, spent = returned(attack, plan.threat, target, batch, rng)
         logits, columns = _verdict(plan, target, batch, x_adv)
-    probabilities = logits[:, : target.classes].softmax(1)
+    probabilities = for_label(logits[:, : target.classes], batch.y).softmax(1)
     columns |= {
         "confidence": probabilities.amax(1),
         "entropy": torch.special.entr(probabilities).sum(1),

@@ -14,6 +14,8 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.guard import Aim, held, refuse_inner, score, softly_held, taken
 from holdfast.core.lookup import Lookup
 from holdfast.core.model import EVERY, IN_PLACE, VOTES, Bounds, Classifier, Model, fitted, out_of_memory
+from holdfast.core.purpose import judging
+from holdfast.core.refused import Answering, for_label, refused
 from holdfast.core.through import View, instead
 from holdfast.core.types import Ids, Inputs, Labels, Logits, Mask
 from holdfast.ops.logits import change
@@ -90,21 +92,25 @@ class Target:
 
     def logits(self, x: Inputs) -> Logits:
         """What the bare model says, without a gradient."""
-        with torch.no_grad():
+        with torch.no_grad(), judging():
             logits: Logits = self.bare(x)
         return logits
 
     def asked(self, model: Model, batch: Batch) -> Model:
         """`model`, one of those above, as attacks on a batch ask it: what it rejects does not break an example."""
+        model = Answering(model, batch) if self.bare.remote else model
         return Held(model, batch, self.aim) if self.rejects else model
 
     def held(self, logits: Logits, y: Labels) -> Tensor:
         """Logits of the model by which an attacked input is judged."""
+        logits = for_label(logits, y) if self.bare.remote else logits
         return held(logits, y) if self.rejects else logits
 
     def predicted(self, logits: Logits) -> Labels:
-        """The likeliest class; -1 where the input is rejected."""
+        """The likeliest class; -1 where the input is rejected or refused."""
         best = logits[:, : self.classes].argmax(1)
+        if self.bare.remote:
+            best = torch.where(refused(logits), -1, best)
         return torch.where(self.rejected(logits), -1, best) if self.rejects else best
 
     def rejected(self, logits: Logits) -> Mask:

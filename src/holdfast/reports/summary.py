@@ -100,6 +100,7 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
         "seed": evidence.seed,
         "cost": _cost(evidence.cost),
         "doubts_cost": _cost(evidence.doubts_cost),
+        "served": dict(evidence.served),
         "curves": accuracy_curves(evidence, confidence),
         "per_class": per_class(evidence, classes, confidence),
         "surrogates": [_bounded(card) for card in evidence.surrogates],

@@ -20,7 +20,9 @@ from holdfast.harness import (
     speaking,
     unattacked,
 )
+from holdfast.runs.served import in_words, to_json
 from holdfast.runs.written import doubt_from_json, outline_from_json
+from holdfast.sources.sent import Totals
 from holdfast.store.folder import Stage
 
 DOUBTS = "doubts"
@@ -46,14 +48,18 @@ def evidence_of(
     asked: Mapping[str, Any],
     seconds: Mapping[str, Seconds],
     adapted: Mapping[str, Any] | None = None,
+    sent: Totals | None = None,
 ) -> Evidence:
-    """The evidence, given `run.json`, the columns, the documents of the doubts and of the adaptive run, the times."""
+    """The evidence, given `run.json`, the columns, the documents of the doubts and of the adaptive run, the times.
+
+    `sent` is what the server of a served model was sent.
+    """
     spent = seconds.get(DOUBTS, Seconds())
     cost = asked["cost"]
     context = Context(
         model=manifest["model"],
         data=manifest["data"],
-        notes=(*manifest["notes"], *asked["notes"]),
+        notes=(*manifest["notes"], *asked["notes"], *(() if sent is None else in_words(sent))),
         doubts=tuple(doubt_from_json(doubt) for doubt in asked["doubts"]),
         doubts_cost=Cost(cost["forwards"], cost["backwards"], cost["queries"], spent.cpu, spent.wall),
         surrogates=tuple(manifest.get("surrogates", ())),
@@ -63,7 +69,8 @@ def evidence_of(
     outline = outline_from_json(manifest["config"])
     if adapted is not None:
         context = _adapted(context, outline, by_stage, asked, adapted)
-    return conclude(outline, by_stage, seconds, context, randomised=manifest["model"]["randomised"])
+    evidence = conclude(outline, by_stage, seconds, context, randomised=manifest["model"]["randomised"])
+    return evidence if sent is None else replace(evidence, served=to_json(sent))
 
 
 def _scope(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,9 @@ from holdfast.runs.preparing import readied
 from holdfast.runs.repeating import resumable, way_out
 from holdfast.runs.result import Result
 from holdfast.runs.seconding import with_surrogates
+from holdfast.runs.served import attach, counted, served_by
 from holdfast.runs.signals import Stopper, stoppable
+from holdfast.sources.served import Served
 from holdfast.store.folder import opened, planned
 
 
@@ -48,8 +50,13 @@ def assess(
     """
     refuse_data(data)
     device = torch.device(order.device)
-    adaptive = bool(order.plan.adaptive)
-    with readied(subject, data, device, adaptive=adaptive) as (target, sample), ExitStack() as stack:
+    adaptive, served = bool(order.plan.adaptive), served_by(subject.model)
+    _refuse_workers(served, order)
+    with (
+        counted(served, run, resume=resume, keep=order.keep_answers),
+        readied(subject, data, device, adaptive=adaptive) as (target, sample),
+        ExitStack() as stack,
+    ):
         _refuse(target, sample, order, data)
         held = with_surrogates(order.plan, stack, order.surrogates, sample, target)
         held = with_others(held, order.across, sample, target)
@@ -59,7 +66,7 @@ def assess(
         refuse_gates(order.gates, plan, target, sample)
         shape = tuple(sample.x.shape[1:])
         opening = opening or partial(_as_given, subject, data, order.surrogates)
-        made = Making(subject, data, order, plan, target, device, shape, progress, opening)
+        made = Making(subject, data, order, plan, target, device, shape, progress, opening, served)
         if run is None and order.workers is None:
             return made.result(made.manifest(None), Stopper())
         if run is None:
@@ -72,8 +79,18 @@ def assess(
             manifest = made.manifest(planned(run))
             secret = "pool" in subject.card  # the changed inputs are of a set that serves
             kept = opened(run, manifest, made.about(), resume=resume, secret=secret)
-            with kept as folder, resumable(again):
+            with kept as folder, resumable(again, partial(way_out, order.command, run)):
+                attach(served)
                 return made.result(folder.manifest, stopper, folder)
+
+
+def _refuse_workers(served: Served | None, order: Order) -> None:
+    """A served model computes on its server: other processes would only hide from each other what they send."""
+    if served is not None and order.workers is not None:
+        raise UsageError(
+            f"--workers is {order.workers}, and the model is behind a server, which computes for it; leave --workers "
+            f"out, and give --http-concurrency {order.workers} to have so many requests under way at once"
+        )
 
 
 def _as_given(

@@ -11,6 +11,7 @@ from torch import Tensor
 from holdfast.core.batch import Batch, Data
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Bounds, Model
+from holdfast.core.purpose import purpose
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.harness import (
     Plan,
@@ -33,6 +34,7 @@ from holdfast.runs.entry import refuse_batch
 from holdfast.runs.keeping import Keeper
 from holdfast.runs.order import Progress, Step
 from holdfast.runs.signals import Stopper
+from holdfast.sources.served import Served
 from holdfast.store.folder import Stage as Kept
 
 _NOTED_S = 1.0
@@ -141,6 +143,8 @@ class Course:
     """what some attacks are learned on"""
     remote: bool = False
     """whether a server is queried, which counts and may charge for each query"""
+    served: Served | None = None
+    """the model behind that server"""
     across: tuple[Batch, ...] = ()
     """the inputs that changes are made for and put on, of each data set as many"""
     _last: dict[tuple[int, int], Batch] = field(default_factory=dict)
@@ -210,17 +214,20 @@ class Course:
         columns: Columns = {"id": torch.empty(0, dtype=torch.int64)}
         timed, reached = self._timed(), None
         try:
-            if stage.kind == "fit":
-                assert self.fit is not None
-                columns = run_fit(stage, self.plan, timed, self.fit.to(self.device), by_stage["clean"])
-            else:
-                sets = [each.to(self.device) for each in self.across]
-                columns = run_across(stage, self.plan, timed, sets, self.room(stage.name, 0))
+            with purpose(stage.name, 0, "attacks"):
+                if stage.kind == "fit":
+                    assert self.fit is not None
+                    columns = run_fit(stage, self.plan, timed, self.fit.to(self.device), by_stage["clean"])
+                else:
+                    sets = [each.to(self.device) for each in self.across]
+                    columns = run_across(stage, self.plan, timed, sets, self.room(stage.name, 0))
         except OutOfTime:
             reached = 0
+        self.confirm()
         with self.stopper.finishing():
             self.keeper.complete(stage.name, columns, reached)
             watch.tick(done=True)
+        self.settle(stage.name)
         return Kept(columns, reached)
 
     def _measured(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Kept:
@@ -243,6 +250,8 @@ class Course:
         columns = join(whole) if whole else {"id": torch.empty(0, dtype=torch.int64)}
         with self.stopper.finishing():
             self.keeper.complete(stage.name, columns, reached)
+        if reached is not None:
+            self.settle(stage.name)
         return Kept(columns, reached)
 
     def due(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Mask | None:
@@ -273,20 +282,45 @@ class Course:
         room.progress = progress
         timed = self._timed()
         try:
-            if chosen is None:
-                columns = run_clean(self.plan, timed, batch, room)
-            else:
-                rows = self.shards[shard]
-                clean = _rows(by_stage["clean"], *rows)
-                gone = broken(by_stage)[slice(*rows)] if stage.kind != "attack" else None
-                columns = run_stage(stage, self.plan, timed, batch, clean, chosen[slice(*rows)], room, gone)
+            with purpose(stage.name, shard, "clean" if chosen is None else "attacks"):
+                columns = self._columns(stage, shard, chosen, by_stage, timed, batch, room)
         except OutOfTime:
             watch.tick(least=0.0)
             raise
         with self.stopper.finishing():
             self.keeper.keep_shard(stage.name, shard, columns)
             watch.tick(done=True)
+        self.settle(stage.name, shard)
         return columns
+
+    def _columns(
+        self,
+        stage: Stage,
+        shard: int,
+        chosen: Mask | None,
+        by_stage: Mapping[str, Columns],
+        target: Target,
+        batch: Batch,
+        room: Room,
+    ) -> Columns:
+        if chosen is None:
+            return run_clean(self.plan, target, batch, room)
+        rows = self.shards[shard]
+        clean = _rows(by_stage["clean"], *rows)
+        gone = broken(by_stage)[slice(*rows)] if stage.kind != "attack" else None
+        columns = run_stage(stage, self.plan, target, batch, clean, chosen[slice(*rows)], room, gone)
+        self.confirm()
+        return columns
+
+    def confirm(self) -> None:
+        """Make sure that a server that refused the last inputs still answers clean ones."""
+        if self.served is not None:
+            self.served.confirm()
+
+    def settle(self, stage: str, shard: int | None = None) -> None:
+        """Drop the answers of a server to a shard, or to a stage, whose results are kept."""
+        if self.served is not None:
+            self.served.sent.done(stage, shard)
 
     def _timed(self) -> Target:
         """The target, of which attacks ask nothing after the deadline."""

@@ -21,6 +21,7 @@ from holdfast.runs.assembling import (
     with_attackers,
 )
 from holdfast.runs.result import Result, about_of
+from holdfast.runs.served import totals_in
 from holdfast.runs.written import VERDICT, judgement_from_json
 from holdfast.store.files import MANIFEST
 from holdfast.store.folder import read_about, read_manifest, read_stage, recorded_document, refuse_altered
@@ -155,4 +156,4 @@ def _evidence(
 ) -> Evidence:
     seconds = {name: Seconds(spent.cpu_s, spent.wall_s) for name, spent in spent_in(path).items()}
     adapted = recorded_document(path, chain, ADAPTIVE)
-    return evidence_of(manifest, by_stage, asked, seconds, adapted)
+    return evidence_of(manifest, by_stage, asked, seconds, adapted, totals_in(path))

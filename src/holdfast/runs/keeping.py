@@ -40,9 +40,6 @@ class Keeper(Protocol):
     def spent(self, stage: str) -> Seconds:
         """Time of a stage over all attempts."""
 
-    def begun_again(self) -> int:
-        """Attempts at a shard after one that did not finish."""
-
     def document(self, kind: str) -> Mapping[str, Any] | None:
         """What was recorded of a kind."""
 
@@ -90,10 +87,6 @@ class InMemory:
     def spent(self, stage: str) -> Seconds:
         """Time of a stage."""
         return self._seconds[stage]
-
-    def begun_again(self) -> int:
-        """There is one attempt."""
-        return 0
 
     def document(self, kind: str) -> Mapping[str, Any] | None:
         """Nothing was recorded before."""
@@ -148,10 +141,6 @@ class InFolder:
         """Time of a stage over all attempts."""
         known = self.folder.leases.spent(stage)
         return Seconds(known.cpu_s, known.wall_s)
-
-    def begun_again(self) -> int:
-        """Attempts at a shard after one that was killed."""
-        return self.folder.leases.begun_again()
 
     def document(self, kind: str) -> Mapping[str, Any] | None:
         """What the chain names."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns, Evidence
+from holdfast.core.purpose import purpose
 from holdfast.doubts.answering import arms, called
 from holdfast.gates.judging import Doubts, Judgement, judge
 from holdfast.harness import FOUND, MATRIX_ROWS, Plan, Target, paired
@@ -42,6 +44,7 @@ from holdfast.runs.preparing import model_digest
 from holdfast.runs.repeating import repeatable
 from holdfast.runs.result import Result, about_of
 from holdfast.runs.selection import selected
+from holdfast.runs.served import finish
 from holdfast.runs.signals import Stopper
 from holdfast.runs.team import Team, gathered
 from holdfast.runs.worker import Job
@@ -53,6 +56,7 @@ from holdfast.runs.written import (
     outline_to_json,
     verdict_to_json,
 )
+from holdfast.sources.served import Served
 from holdfast.store.folder import RunFolder, Split
 
 VERB = "assess"
@@ -73,12 +77,16 @@ class Making:
     shape: tuple[int, ...]
     progress: Progress
     opening: Opening
+    served: Served | None = None
+    """what asks the server of a served model"""
 
     def manifest(self, known: Mapping[str, Any] | None) -> dict[str, Any]:
         """What `run.json` says. The batch size of a run that goes on is the one it began with."""
         order, plan, config = self.order, self.plan, self.config()
         small = order.time_budget_s is not None or order.workers is not None
         size = order.batch_size or batch_size_for(math.prod(self.shape), order.device)
+        if order.batch_size is None and self.served is not None:
+            size = max(size, self.served.at_once)
         if known is not None:
             size = known["plan"]["batch_size"]
         return {
@@ -190,7 +198,8 @@ class Making:
         """Everything measured, judged, and, where there is a folder, recorded; it may be one that does not last."""
         keeper: Keeper = InMemory() if folder is None else InFolder(folder)
         with self.team(manifest, folder) as team:
-            evidence, found = self.measured(keeper, stopper, manifest, team)
+            place = None if folder is None else folder.path
+            evidence, found = self.measured(keeper, stopper, manifest, team, place)
         rotation = self._attackers(evidence, keeper, stopper)
         evidence = with_attackers(evidence, rotation)
         gates, accepted = self.judged(evidence, keeper.document(VERDICT))
@@ -232,7 +241,12 @@ class Making:
             yield team
 
     def measured(
-        self, keeper: Keeper, stopper: Stopper, manifest: Mapping[str, Any], team: Team | None
+        self,
+        keeper: Keeper,
+        stopper: Stopper,
+        manifest: Mapping[str, Any],
+        team: Team | None,
+        folder: Path | None = None,
     ) -> tuple[Evidence, Columns]:
         """The evidence and the successful inputs: what was kept of earlier attempts, and the rest measured now."""
         names = tuple(manifest["plan"]["stages"])
@@ -252,27 +266,32 @@ class Making:
             names,
             team or Alone(),
             self.fit(),
-            remote=self.subject.card.get("how") == "http",
+            remote=self.served is not None,
+            served=self.served,
             across=self.across(),
         )
         by_stage, missed = course.run()
-        said = () if team is None else team.dismissed()
+        if team is not None:
+            team.end()
         asked = keeper.document(DOUBTS)
         if asked is None:
-            asked = self._asked(course, by_stage, missed, said)
+            asked = self._asked(course, by_stage, missed)
         elif (known := keeper.stage(FOUND)) is not None:
             by_stage[FOUND] = known.columns
         adapted = self._adapted(course, by_stage, asked) if self.plan.adaptive else None
         spent = {name: keeper.spent(name) for name in names}
-        evidence = evidence_of(manifest, by_stage, asked, spent, adapted)
+        if self.served is not None:
+            finish(self.served, folder)
+        sent = None if self.served is None else self.served.sent.totals
+        evidence = evidence_of(manifest, by_stage, asked, spent, adapted, sent)
         attacks = [stage.name for stage in self.plan.stages() if stage.kind == "attack"]
         counted = counted_passes(manifest, by_stage, asked)
         return evidence, adversarial(by_stage, attacks, counted, smallest=self.plan.smallest)
 
     def _asked(
-        self, course: Course, by_stage: dict[str, Columns], missed: Sequence[str], said: Sequence[str]
+        self, course: Course, by_stage: dict[str, Columns], missed: Sequence[str]
     ) -> Mapping[str, Any]:
-        """The doubts, asked and recorded, with what time did not allow and what was `said` of the model.
+        """The doubts, asked and recorded, with what time did not allow.
 
         What the probes found is added to `by_stage`.
         """
@@ -280,12 +299,14 @@ class Making:
         keeper.begin(DOUBTS, 0)
         watch = Watch(lambda seconds, last: keeper.spend(DOUBTS, 0, seconds, done=last))
         unasked = ["nothing was doubted: the doubts were switched off"] if off and not self.plan.alone else []
-        found = probes.ask(course, by_stage, missed, watch)
+        with purpose(DOUBTS, 0, "doubts"):
+            found = probes.ask(course, by_stage, missed, watch)
+        course.confirm()
         if found.found:
             by_stage[FOUND] = found.found
         asked = _written(
             found,
-            [*missed, *unasked, *said, *self.subject.remarks(), *self._lost(keeper.begun_again())],
+            [*missed, *unasked],
             keeper.splits(),
         )
         with course.stopper.finishing():
@@ -293,6 +314,7 @@ class Making:
                 keeper.complete(FOUND, found.found, None)
             keeper.record(DOUBTS, asked)
             watch.tick(done=True)
+        course.settle(DOUBTS)
         return asked
 
     def _attackers(self, evidence: Evidence, keeper: Keeper, stopper: Stopper) -> Mapping[str, Any] | None:
@@ -309,15 +331,6 @@ class Making:
         found = self.order.attackers(evidence, judged_on, known=known, keep=keep, progress=self.progress)
         keep(found)
         return found
-
-    def _lost(self, again: int) -> tuple[str, ...]:
-        """What a server was asked that stands in no column."""
-        if not again or self.subject.card.get("how") != "http":
-            return ()
-        shards = "a shard was" if again == 1 else f"{again:,} shards were"
-        return (
-            f"{shards} begun again after a stop; what the target was asked before is not among the queries",
-        )
 
     def _adapted(
         self, course: Course, by_stage: dict[str, Columns], asked: Mapping[str, Any]

@@ -24,8 +24,6 @@ class Subject:
     card: Mapping[str, Any] = field(default_factory=dict)
     """`name`, `how` it was opened, `digest`, `parameters`, `bounds` and the like"""
     notes: tuple[str, ...] = ()
-    remarks: Callable[[], tuple[str, ...]] = tuple
-    """what is to be said of it when everything was measured"""
 
 
 Opening = Callable[[], tuple[Subject, Data, tuple[Subject, ...]]]
@@ -60,6 +58,8 @@ class Order:
     """measures whom a rotation of parameter sets stops, once the suite is over; None where nothing rotates"""
     command: str = ""
     """how to repeat it"""
+    keep_answers: bool = False
+    """whether the answers of a served model stay in the folder of a run that is over"""
 
 
 @dataclass(frozen=True)

@@ -6,26 +6,43 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
-from holdfast.core.errors import TargetLost, TargetRefused
+from holdfast.core.errors import QueriesSpent, TargetLost, TargetRefused
 from holdfast.store.folder import planned
 
 
-def way_out(command: str, run: Path) -> str:
-    """How to go on with a run that was stopped; without a command line, by the arguments of Python."""
-    again = f"run={str(run)!r}, resume=True"
+def way_out(command: str, run: Path, *, max_queries: int | None = None) -> str:
+    """How to go on with a run that was stopped; without a command line, by the arguments of Python.
+
+    `max_queries` takes the place of the limit on the rows that a server is sent.
+    """
+    again = f"run={str(run)!r}, resume=True" + (f", max_queries={max_queries}" if max_queries else "")
     if command:
-        again = f"{repeatable(command)} {shlex.join(['--run', str(run), '--resume'])}"
+        more = [] if max_queries is None else ["--max-queries", str(max_queries)]
+        command = repeatable(command if max_queries is None else without(command, "--max-queries"))
+        again = f"{command} {shlex.join([*more, '--run', str(run), '--resume'])}"
     return f"what was finished is kept, go on with: {again}"
 
 
+class _WayOut(Protocol):
+    """Says how to go on with another limit on the rows that a server is sent."""
+
+    def __call__(self, *, max_queries: int) -> str: ...
+
+
 @contextmanager
-def resumable(way_out: str) -> Iterator[None]:
-    """Says how to go on where the target was lost on the way, or refused an input."""
+def resumable(again: str, with_more: _WayOut) -> Iterator[None]:
+    """Adds how to go on to an error that lost the target on the way, or by which it refused an input.
+
+    Where the rows that may be sent are used up, it is said with twice as many.
+    """
     try:
         yield
+    except QueriesSpent as error:
+        raise QueriesSpent(f"{error}; {with_more(max_queries=2 * error.limit)}", error.limit) from error
     except (TargetLost, TargetRefused) as error:
-        raise type(error)(f"{error}; {way_out}") from error
+        raise type(error)(f"{error}; {again}") from error
 
 
 @contextmanager
@@ -46,10 +63,16 @@ def lent() -> Iterator[Path]:
 
 def repeatable(command: str) -> str:
     """A command line without `--run DIR` and `--resume`, which say where and not what."""
+    words = shlex.split(without(command, "--run"))
+    return shlex.join(word for word in words if word != "--resume")
+
+
+def without(command: str, option: str) -> str:
+    """A command line without an option and its value."""
     words, kept = iter(shlex.split(command)), []
     for word in words:
-        if word == "--run":
+        if word == option:
             next(words, None)
-        elif word != "--resume" and not word.startswith("--run="):
+        elif not word.startswith(f"{option}="):
             kept.append(word)
     return shlex.join(kept)

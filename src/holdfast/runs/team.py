@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,20 +112,6 @@ class Team:
                     f"ran out, take fewer --workers or a smaller --batch-size"
                 )
         self.folder.leases.give_up(process.pid)
-
-    def dismissed(self) -> tuple[str, ...]:
-        """What the workers have to say of the model, after which they end by themselves."""
-        asked = [process for process in self._crew if process.pid in self._worked]
-        for process in asked:
-            assert process.stdin is not None
-            process.stdin.close()
-        said: list[str] = []
-        for process in asked:
-            with suppress(subprocess.TimeoutExpired):  # it is ended with the others
-                process.wait(_PATIENCE_S)
-                said += _last_word(process).get("remarks", ())
-                self._crew.remove(process)
-        return tuple(said)
 
     def end(self) -> None:
         """Leave no worker behind."""

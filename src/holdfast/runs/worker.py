@@ -92,7 +92,7 @@ def main(path: str) -> int:
     with _report() as say:
         lifeline = Lifeline()
         try:
-            say({"remarks": serve(_job(Path(path)), lifeline)})
+            serve(_job(Path(path)), lifeline)
         except HoldfastError as error:
             say({"error": type(error).__name__, "message": str(error)})
         except Exception:  # noqa: BLE001 - the other process raises it
@@ -134,8 +134,8 @@ def unshared(error: Exception) -> UsageError:
     )
 
 
-def serve(job: Job, lifeline: Lifeline) -> tuple[str, ...]:
-    """Measure what is posted until nobody is there to work for; what is to be said of the model then."""
+def serve(job: Job, lifeline: Lifeline) -> None:
+    """Measure what is posted until nobody is there to work for."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     subject, data, surrogates = job.opening()
@@ -163,7 +163,6 @@ def serve(job: Job, lifeline: Lifeline) -> tuple[str, ...]:
                 lifeline.busy = True
                 _measure(course, task, by_stage, folder)
                 lifeline.busy = False
-    return subject.remarks()
 
 
 def _course(job: Job, plan: Plan, target: Target, data: Data, folder: RunFolder) -> Course:

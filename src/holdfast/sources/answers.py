@@ -60,6 +60,12 @@ class Answers:
             )
         return self._scores(values, x) if self._labels is None else self._one_hot(values, x)
 
+    def recall(self, row: Tensor) -> None:
+        """Take the scores of a row (classes), or its one-hot label, that an earlier attempt at the run was answered."""
+        if self._labels is None:
+            self._classes = len(row)
+            self._split = self._split or bool((row != row.round()).any())
+
     def _scores(self, values: Values, x: Tensor) -> Tensor:
         if values.dtype.kind == "U":
             raise self._unread(

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import ssl
-from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -13,12 +12,15 @@ from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from io import BufferedReader, RawIOBase
-from socket import SocketIO, gaierror, socket
+from socket import SHUT_RDWR, SocketIO, gaierror, socket
+from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult
 
 from holdfast.core.errors import InputRefused, TargetLost, UsageError
+from holdfast.sources.pace import Pace
 from holdfast.sources.remote import SCHEMES, Remote, header_variable
+from holdfast.sources.sent import Sent
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -69,37 +71,58 @@ class _Within(RawIOBase):
 
 
 class Client:
-    """One server; a request that fails in passing is sent again, ever later, and counted in `again`.
+    """One server; a request that fails in passing is sent again, ever later.
 
     Raises `TargetLost` when that does not help, and `InputRefused` where the server refuses the content of a request.
-    Redirects are not followed, proxies not used.
+    Redirects are not followed, proxies not used. Several threads may ask at once, each over a connection of its own;
+    the rate of requests and the pause that a server asks for are kept by all of them together.
     """
 
     def __init__(self, parts: SplitResult, remote: Remote) -> None:
-        self._connection: HTTPConnection | None = None
-        self.again: Counter[str] = Counter()
+        self._idle: list[HTTPConnection] = []
+        self._busy: set[HTTPConnection] = set()
+        self._lock = Lock()
+        self._stopped = Event()
+        self._sleep = remote.sleep or self._stopped.wait
         self._parts, self._remote = parts, remote
+        self._pace = Pace(remote.rate, remote.now, self._sleep)
         self._headers = {
             name: _value(name, variable) for name, variable in map(header_variable, remote.headers)
         }
         self._met = False
 
     def __del__(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
+        for connection in self._idle:
+            connection.close()
 
-    def ask(self, path: str, body: bytes | None = None) -> Any:
-        """What the server answers, read as JSON: to `body` if there is one, else to a mere look."""
+    def ask(self, path: str, body: bytes | None = None, *, sent: Sent | None = None, rows: int = 0) -> Any:
+        """What the server answers, read as JSON: to `body`, which holds so many rows, else to a mere look.
+
+        Every attempt is counted in `sent`.
+        """
+        sent, waited = sent or Sent(), 0.0
         for attempt in range(self._remote.retries + 1):
+            self._pace.wait(waited)
+            sent.sending(rows)
             try:
                 found = self._once(path, body)
             except _InPassing as failure:
-                self._wait(failure, attempt)
+                waited = max(waited, self._wait(failure, attempt, sent, rows))
             else:
                 return found
         raise AssertionError("the last attempt returns or raises")
 
-    def _wait(self, failure: _InPassing, attempt: int) -> None:
+    def stop(self) -> None:
+        """End the requests that other threads have under way: their answers are not waited for."""
+        with self._lock:
+            self._stopped.set()
+            for connection in self._busy:
+                if connection.sock is not None:
+                    with suppress(OSError):
+                        connection.sock.shutdown(SHUT_RDWR)
+
+    def _wait(self, failure: _InPassing, attempt: int, sent: Sent, rows: int) -> float:
+        """Wait before the next attempt, and return until when; raises `TargetLost` after the last one."""
         wait = max(failure.wait_s or 0.0, min(_LAST_WAIT_S, _FIRST_WAIT_S * 2**attempt))
         if attempt == self._remote.retries:
             times = "once" if attempt == 0 else f"{attempt + 1} times"
@@ -109,16 +132,22 @@ class Client:
             )
         if wait > LONGEST_WAIT_S:
             raise TargetLost(f"{self._where}: {failure.what}, and it asks to be left alone for {wait:,.0f} s")
-        self.again[failure.what] += 1
-        self._remote.sleep(0.0 if failure.at_once and attempt == 0 else wait)
+        if self._stopped.is_set():
+            raise TargetLost(f"{self._where}: the run was stopped")
+        sent.failed(failure.what, rows)
+        until = 0.0 if failure.wait_s is None else self._pace.pause(wait)
+        self._sleep(0.0 if failure.at_once and attempt == 0 else wait)
+        return until
 
     @property
     def _where(self) -> str:
         return f"{self._parts.scheme}://{self._parts.netloc}"
 
     def _once(self, path: str, body: bytes | None) -> Any:
-        kept, self._connection = self._connection, None
+        kept = self._taken()
         connection = kept or self._connected()
+        with self._lock:
+            self._busy.add(connection)
         began = whole = False
         try:
             headers = {"Accept": "application/json", "Accept-Encoding": "identity", **self._headers}
@@ -148,11 +177,18 @@ class Client:
                 "the connection failed", f" ({self._clean(_said(error))})", at_once=idle
             ) from error
         finally:
-            if whole:
-                self._connection = connection
-            else:
+            with self._lock:
+                self._busy.discard(connection)
+                if whole:
+                    self._idle.append(connection)
+            if not whole:
                 connection.close()
         return self._read(answer, content)
+
+    def _taken(self) -> HTTPConnection | None:
+        """A connection that is open and not in use."""
+        with self._lock:
+            return self._idle.pop() if self._idle else None
 
     def _connected(self) -> HTTPConnection:
         kind = HTTPSConnection if self._parts.scheme == "https" else HTTPConnection
@@ -187,7 +223,13 @@ class Client:
 
     def _read(self, answer: HTTPResponse, content: bytes) -> Any:
         status = answer.status
-        said = f"{status} {_phrase(status)}"
+        said = status_line(status)
+        packed = answer.getheader("Content-Encoding", "identity").lower()
+        if packed not in ("identity", ""):
+            raise TargetLost(
+                f"{self._where} answers with content that is compressed ({self._clean(packed)!r}), which was not asked "
+                "for; switch compression off for this client"
+            )
         if 200 <= status < 300:
             try:
                 return json.loads(content)
@@ -204,7 +246,7 @@ class Client:
         words = f"{self._where} answers {said}{self._excerpt(content)}"
         if status in _OF_THE_INPUT:
             raise InputRefused(
-                f"{words}; check that the data have the shape, type and values that the model takes"
+                f"{words}; check that the data have the shape, type and values that the model takes", status
             )
         keys = {401: _KEY, 403: _KEY, 404: "check the model's name and version in the address"}
         raise TargetLost(f"{words}; {keys.get(status, 'check the address')}")
@@ -262,6 +304,11 @@ def _shared(text: str, other: str) -> int:
 
 def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def status_line(status: int) -> str:
+    """A status with its name, as in 400 Bad Request."""
+    return f"{status} {_phrase(status)}"
 
 
 def _phrase(status: int) -> str:

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult
 
-import torch
-from torch import Tensor
-
 from holdfast.core.chain import canonical, digest
-from holdfast.core.errors import InputRefused, TargetError, TargetLost, UsageError
+from holdfast.core.errors import TargetError, TargetLost, UsageError
 from holdfast.core.model import Batches
 from holdfast.core.types import Access
 from holdfast.sources.answers import Answers
@@ -22,6 +19,7 @@ from holdfast.sources.asking import Client
 from holdfast.sources.files import nearest
 from holdfast.sources.payloads import Shaped, Template
 from holdfast.sources.remote import Remote, allowed_address
+from holdfast.sources.served import Served
 
 _MODEL = re.compile(r"(?P<model>.*/v2/models/[^/]+(?:/versions/[^/]+)?)(?:/infer)?/?")
 _FLOATS = frozenset({"FP16", "BF16", "FP32", "FP64"})
@@ -29,76 +27,6 @@ _WHOLE = frozenset(f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 
 _TEXT = frozenset({"BYTES"})
 _UNNAMED = "input-0"
 """what an input is called that the metadata do not name; servers that name none ignore it"""
-
-
-class Served:
-    """Asks a server for the scores of a batch, or for one-hot labels, in requests of at most `max_rows` rows.
-
-    `labels` is the number of classes of a server that answers with labels. Those that are text are looked up in
-    `names`, which are in the order of the classes. With `declared` single numbers are scores, whatever their type.
-    """
-
-    def __init__(
-        self,
-        client: Client,
-        path: str,
-        form: Shaped | Template,
-        *,
-        max_rows: int,
-        labels: int | None,
-        names: Sequence[str] | None,
-        declared: bool = False,
-    ) -> None:
-        self._client, self._path, self._form = client, path, form
-        self._max_rows = max_rows
-        self._answers = Answers(form, labels=labels, names=names, declared=declared, masked=client.masked)
-        self._fixed = isinstance(form, Shaped) and form.shape is not None and form.shape[0] > 0
-        self._refused_rows = 0
-        """the last number of rows that was refused where fewer were taken"""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Logits (n, classes) on the device of `x`."""
-        rows = x.detach().cpu()
-        parts, start = [torch.empty(0, self._answers.classes or 2)] if not len(rows) else [], 0
-        while start < len(rows):
-            part = self._part(rows[start : start + self._max_rows])
-            parts.append(part)
-            start += len(part)
-        return torch.cat(parts).to(x.device, x.dtype)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "Served":
-        """Itself: a connection cannot be copied."""
-        return self
-
-    def remarks(self) -> tuple[str, ...]:
-        """What a reader must know of how the asking went."""
-        found = []
-        if self._refused_rows:
-            found.append(
-                f"the server refused a request of {self._refused_rows} rows and answered one of {self._max_rows}, the "
-                f"most that each later request had; --http-max-rows {self._max_rows} begins with that"
-            )
-        again = self._client.again
-        if again:
-            kinds = ", ".join(f"{what} {n:,}" for what, n in sorted(again.items()))
-            said = f"the target failed in passing, and {again.total():,} requests were sent again ({kinds})"
-            found.append(f"{said}: queries count what the attacks asked, each once")
-        return tuple(found)
-
-    def _part(self, x: Tensor) -> Tensor:
-        """Scores of the first rows of `x`: all of them, or half as often as it takes until the server answers."""
-        try:
-            return self._answered(x)
-        except InputRefused:
-            if len(x) == 1 or self._fixed:
-                raise
-        part = self._part(x[: len(x) // 2])
-        if len(part) < self._max_rows:
-            self._max_rows, self._refused_rows = len(part), len(x)
-        return part
-
-    def _answered(self, x: Tensor) -> Tensor:
-        return self._answers.read(self._client.ask(self._path, self._form.body(x)), x)
 
 
 @dataclass(frozen=True)
@@ -137,9 +65,9 @@ def open_http(
     identity: list[Any] = [address, way.known, remote.request, remote.response, way.labels]
     identity += [list(names)] if way.labels and names is not None else []
     what: Access = "labels" if way.labels else "scores"
-    most = max(remote.max_rows, size)
+    answers = Answers(way.form, labels=labels, names=names, declared=declared, masked=client.masked)
     return HttpModel(
-        Served(client, way.path, way.form, max_rows=most, labels=labels, names=names, declared=declared),
+        Served(client, way.path, way.form, answers, remote),
         what,
         f"the model answers over HTTP with {what} alone",
         way.classes or labels,

@@ -1,7 +1,7 @@
 """Opens a model from the address that a user gives, whatever its form, and says how it was done."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,6 @@ class OpenedModel:
     """SHA-256 of every file that was read, by its path as given"""
     notes: tuple[str, ...] = ()
     """said in the report"""
-    remarks: Callable[[], tuple[str, ...]] = tuple
-    """what is to be said when everything was measured"""
     architecture: Mapping[str, Any] = field(default_factory=dict)
     """`architecture` and `arguments`, where it is one of the catalogue: what a weights file may say of itself"""
 
@@ -382,4 +380,4 @@ def _open_http(opening: _Opening) -> OpenedModel:
     )
     model.hides, model.remote = served.hides, True
     files = {opening.address: served.digest}
-    return OpenedModel(model, opening.address, "http", files, served.notes, served.net.remarks)
+    return OpenedModel(model, opening.address, "http", files, served.notes)

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 from urllib.parse import SplitResult, urlsplit
 
 from holdfast.core.errors import UsageError
@@ -39,7 +40,16 @@ class Remote:
     """longest silence, and longest whole answer, of one request"""
     retries: int = 5
     """how often a request that failed in passing is sent again"""
-    sleep: Callable[[float], None] = time.sleep
+    concurrency: int = 1
+    """requests that are under way at once, at most"""
+    rate: float | None = None
+    """requests a second, at most; None has no limit"""
+    max_queries: int | None = None
+    """rows that a run may send, over all attempts at it; None has no limit"""
+    on_refused: Literal["reject", "stop"] = "reject"
+    """whether an attacked input that the server refuses counts as rejected, or ends the run"""
+    sleep: Callable[[float], object] | None = None
+    """waits for so many seconds; None waits until then or until the run is stopped"""
     now: Callable[[], float] = time.monotonic
 
 

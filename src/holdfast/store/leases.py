@@ -265,14 +265,6 @@ class Leases:
             ).fetchone()
         return Spent(float(row[0]), float(row[1]), int(row[2]))
 
-    def begun_again(self) -> int:
-        """Attempts at a shard beyond its first, over all stages."""
-        with self._reported():
-            row = self._database.execute(
-                "SELECT coalesce(sum(attempts - 1), 0) FROM shards WHERE attempts > 1"
-            ).fetchone()
-        return int(row[0])
-
     def close(self, *, release: bool) -> None:
         """Give the lease back if it is ours, and leave one tidy file."""
         try:

@@ -1,0 +1,62 @@
+"""Inputs that a served model refuses to answer.
+
+Its logits mark them, as no score may be infinite. An attacked input that is refused is not adversarial, as one that a
+detector rejects: it counts for the label of its example.
+"""
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.lookup import Lookup
+from holdfast.core.model import Bounds, Model
+from holdfast.core.types import Ids, Inputs, Labels, Logits, Mask, PerExample
+
+MARK = torch.inf
+"""The value of every logit of a refused input."""
+_LEAD = 1.0
+
+
+def refused(logits: Logits) -> Mask:
+    """Which rows of logits (n, classes) are of refused inputs."""
+    return logits.isposinf().all(1)
+
+
+def for_label(logits: Logits, y: Labels, lead: PerExample | float = _LEAD) -> Logits:
+    """Logits (n, classes) in which each refused row has a margin of `lead` for its label `y`."""
+    rows = refused(logits)
+    if not rows.any():
+        return logits
+    held = torch.zeros_like(logits)
+    held.scatter_(1, y[:, None], torch.as_tensor(lead, dtype=logits.dtype).expand(len(y))[:, None])
+    return torch.where(rows[:, None], held, logits)
+
+
+class Answering:
+    """A served model as an attack on a batch meets it: a refused input is worth no more than any that was answered.
+
+    The margin of a refused input is the largest that an answer has shown for its example, so that no attack moves
+    there.
+    """
+
+    def __init__(self, model: Model, batch: Batch) -> None:
+        self._model, self._batch = model, batch
+        self._lookup = Lookup(batch.ids)
+        self._lead: Tensor | None = None
+
+    @property
+    def bounds(self) -> Bounds:
+        """The box of the model."""
+        return self._model.bounds
+
+    def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
+        """Logits (n, classes) of the inputs, without those of refused ones."""
+        rows = self._lookup.rows(self._batch.ids if ids is None else ids)
+        logits = self._model(x, ids)
+        y = self._batch.y[rows]
+        if self._lead is None:
+            self._lead = torch.full_like(self._batch.ids, _LEAD, dtype=logits.dtype)
+        own = logits.gather(1, y[:, None])[:, 0]
+        lead = own - logits.scatter(1, y[:, None], -torch.inf).amax(1)  # NaN for a refused row
+        self._lead.scatter_reduce_(0, rows, lead.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), "amax")
+        return for_label(logits, y, self._lead[rows])

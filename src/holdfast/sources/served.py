@@ -1,0 +1,270 @@
+"""A served model as a network: its rows are sent in requests, and what comes back is counted and kept."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast.core.errors import InputRefused, TargetRefused
+from holdfast.core.purpose import Purpose, current
+from holdfast.core.refused import MARK
+from holdfast.sources.answers import Answers
+from holdfast.sources.asking import Client, status_line
+from holdfast.sources.payloads import Shaped, Template
+from holdfast.sources.remote import Remote
+from holdfast.sources.sent import Sent, key_of
+
+_OF_THE_VALUES = frozenset({400, 422})
+"""Statuses by which a server refuses the values of an input, and not its size or type."""
+_DOUBTED = 8
+"""So many refused inputs in a row, and each power of it, call for a look at whether clean ones are still answered."""
+
+
+@dataclass(eq=False)
+class _Origin:
+    """A request that was refused while no larger one had been answered: for its size, or for an input in it."""
+
+    left: int
+    """rows that are not settled"""
+    refused: int
+    """rows of the smallest request that was refused"""
+    most: int = 0
+    """rows of the largest request that was answered"""
+    rejected: bool = False
+    """whether an input was refused by itself"""
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """Rows of one request."""
+
+    rows: list[int]
+    origin: _Origin | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """The inputs of one call, and what is known of them."""
+
+    x: Tensor
+    purpose: Purpose
+    keys: list[bytes]
+    """digests of the inputs; empty where answers are not kept"""
+    found: list[Tensor | None]
+    waiting: deque[_Chunk] = field(default_factory=deque)
+
+
+class Served:
+    """Asks a server for the scores of a batch, or for one-hot labels, in requests of at most `remote.max_rows` rows.
+
+    A refused request is halved until the server answers, which finds the number of rows that it takes. Inputs of
+    attacks that are refused by themselves have the logits of `core.refused`, or end the run, as `remote.on_refused`
+    says. `sent` counts the rows, and answers what an earlier attempt at the run was answered.
+    """
+
+    def __init__(
+        self, client: Client, path: str, form: Shaped | Template, answers: Answers, remote: Remote
+    ) -> None:
+        self._client, self._path, self._form, self._answers, self.remote = client, path, form, answers, remote
+        self._fixed = form.shape[0] if isinstance(form, Shaped) and form.shape and form.shape[0] > 0 else 0
+        self._pool = ThreadPoolExecutor(remote.concurrency) if remote.concurrency > 1 else None
+        self._control: Tensor | None = None
+        """a clean input that was answered"""
+        self.begin(Sent(remote.max_queries))
+
+    def begin(self, sent: Sent) -> None:
+        """Count in `sent` from now on."""
+        self.sent = sent
+        self._limit = sent.totals.most or max(self.remote.max_rows, self._fixed)
+        self._most = self._limit
+        """rows of the next request; less than the limit while it is found out"""
+        self._answered = self._streak = 0
+        """rows of the largest request that was answered, and refused inputs since an answer"""
+
+    @property
+    def at_once(self) -> int:
+        """Rows of all requests that may be under way."""
+        return self._limit * self.remote.concurrency
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits (n, classes) on the device of `x`; rows of refused inputs are marked."""
+        rows, purpose = x.detach().cpu(), current()
+        keys = [key_of(row) for row in rows] if self.sent.keeps else []
+        found: list[Tensor | None] = [None] * len(rows)
+        if keys:
+            found = self.sent.recalled(purpose, keys)
+            self._recall(rows, purpose, found)
+        if self._fixed and any(known is None for known in found):  # a batch is sent whole
+            found = [None] * len(rows)
+        task = _Task(rows, purpose, keys, found)
+        missing = [row for row, known in enumerate(found) if known is None]
+        task.waiting.extend(_Chunk(part) for part in _parts(missing, self._most))
+        self._settle(task)
+        classes = self._answers.classes or 2
+        whole = [each.double().expand(classes) for each in task.found if each is not None]
+        values = torch.stack(whole) if whole else torch.empty(0, classes)
+        return values.to(x.device, x.dtype)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Served":
+        """Itself: a connection cannot be copied."""
+        return self
+
+    def confirm(self) -> None:
+        """Make sure that clean inputs are still answered, where the last inputs of attacks were refused.
+
+        Raises `TargetRefused` where they are not: the refusals say nothing about those inputs.
+        """
+        if not self._streak or self._control is None:
+            return
+        try:
+            answer = self._ask(self._padded(self._control[None]))
+        except InputRefused as error:
+            self.sent.refused(current(), self._fixed or 1, status_line(error.status), None)
+            raise TargetRefused(
+                f"the server refuses a clean input that it answered before, so its refusals say nothing about the "
+                f"attacked ones: {error}"
+            ) from error
+        x = self._padded(self._control[None])
+        self._keep(current(), x, answer)
+        self._streak = 0
+
+    def _recall(self, rows: Tensor, purpose: Purpose, found: Sequence[Tensor | None]) -> None:
+        """Take what is known of the inputs as if the server had just answered it."""
+        for row, known in zip(rows, found, strict=True):
+            if known is None or known.isposinf().all():
+                continue
+            self._answers.recall(known)
+            if purpose.kind == "clean" and self._control is None:
+                self._control = row.clone()
+
+    def _settle(self, task: _Task) -> None:
+        for chunk, answer in self._replies(task):
+            if isinstance(answer, InputRefused):
+                self._refuse(task, chunk, answer)
+                continue
+            x = self._padded(task.x[chunk.rows])
+            values = self._keep(
+                task.purpose, x, answer, [task.keys[row] for row in chunk.rows] if task.keys else []
+            )
+            for row, value in zip(chunk.rows, values, strict=False):
+                task.found[row] = value
+            if task.purpose.kind == "clean" and self._control is None:
+                self._control = task.x[chunk.rows[0]].clone()
+            self._streak, self._answered = 0, max(self._answered, len(chunk.rows))
+            self._learn(chunk, answered=len(chunk.rows))
+
+    def _keep(self, purpose: Purpose, x: Tensor, answer: Any, keys: Sequence[bytes] = ()) -> Tensor:
+        values = self._answers.read(answer, x)
+        if self.sent.keeps:
+            keys = [*keys, *(key_of(row) for row in x[len(keys) :])]
+        self.sent.answered(purpose, values, keys)
+        return values
+
+    def _refuse(self, task: _Task, chunk: _Chunk, error: InputRefused) -> None:
+        """Halve a refused request; of a single input, mark it or raise the error."""
+        n, rows = len(chunk.rows), self._fixed or len(chunk.rows)
+        rejects = (
+            self.remote.on_refused == "reject"
+            and task.purpose.kind != "clean"
+            and error.status in _OF_THE_VALUES
+        )
+        status = status_line(error.status)
+        if n == 1 and rejects:
+            key = task.keys[chunk.rows[0]] if task.keys else b""
+            self.sent.refused(task.purpose, rows, status, key)
+            task.found[chunk.rows[0]] = torch.tensor([MARK])
+            self._learn(chunk, rejected=True)
+            self._streak += 1
+            if self._streak % _DOUBTED == 0 and _is_power(self._streak):
+                self.confirm()
+            return
+        self.sent.refused(task.purpose, rows, status, None)
+        if n == 1 or (self._fixed and not rejects):
+            raise error
+        origin = chunk.origin
+        if n > self._answered and not self._fixed:
+            self._most = n // 2
+            origin = origin or _Origin(n, n)
+            origin.refused = min(origin.refused, n)
+        half = n // 2
+        task.waiting.extendleft((_Chunk(chunk.rows[half:], origin), _Chunk(chunk.rows[:half], origin)))
+
+    def _learn(self, chunk: _Chunk, *, answered: int = 0, rejected: bool = False) -> None:
+        """Learn the limit of rows from what became of a part of a refused request."""
+        origin = chunk.origin
+        if origin is None:
+            return
+        origin.left -= len(chunk.rows)
+        origin.most, origin.rejected = max(origin.most, answered), origin.rejected or rejected
+        if origin.left:
+            return
+        if not origin.rejected:
+            self._limit = origin.most
+            self.sent.found_limit(origin.most, origin.refused)
+        self._most = self._limit
+
+    def _replies(self, task: _Task) -> Iterator[tuple[_Chunk, Any]]:
+        """Each waiting chunk with its answer, or with the `InputRefused` that it met; more may be added meanwhile."""
+        flying: dict[Future[Any], _Chunk] = {}
+        failure: BaseException | None = None
+        try:
+            while (task.waiting and failure is None) or flying:
+                while task.waiting and failure is None and len(flying) < self.remote.concurrency:
+                    chunk = self._next(task)
+                    flying[self._submitted(self._padded(task.x[chunk.rows]))] = chunk
+                for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                    chunk, error = flying.pop(future), future.exception()
+                    if isinstance(error, InputRefused) or error is None:
+                        yield chunk, error or future.result()
+                    else:
+                        failure = failure or error
+        except BaseException:
+            if flying:
+                self._client.stop()
+            raise
+        if failure is not None:
+            raise failure
+
+    def _next(self, task: _Task) -> _Chunk:
+        """The next chunk, no longer than a request may be and than rows may still be sent."""
+        chunk, left = task.waiting.popleft(), self.sent.left()
+        size = self._most if not left or self._fixed else min(self._most, left)
+        if len(chunk.rows) > size:
+            task.waiting.appendleft(_Chunk(chunk.rows[size:], chunk.origin))
+            chunk = _Chunk(chunk.rows[:size], chunk.origin)
+        return chunk
+
+    def _submitted(self, x: Tensor) -> "Future[Any]":
+        """The answer to come; without other threads it is there when this returns."""
+        if self._pool is not None:
+            return self._pool.submit(self._ask, x)
+        future: Future[Any] = Future()
+        try:
+            future.set_result(self._ask(x))
+        except Exception as error:  # noqa: BLE001  whoever takes the answer raises it
+            future.set_exception(error)
+        return future
+
+    def _ask(self, x: Tensor) -> Any:
+        return self._client.ask(self._path, self._form.body(x), sent=self.sent, rows=len(x))
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """The rows of a request: of a fixed batch that is not full, with copies of a clean input behind them."""
+        short = self._fixed - len(x) if self._fixed else 0
+        if short <= 0 or self._control is None:
+            return x
+        return torch.cat((x, self._control[None].expand(short, *x.shape[1:])))
+
+
+def _parts(rows: list[int], size: int) -> Iterator[list[int]]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _is_power(n: int) -> bool:
+    while n % _DOUBTED == 0:
+        n //= _DOUBTED
+    return n == 1

@@ -1,0 +1,278 @@
+"""The answers of a server, kept in the folder of a run that may be stopped.
+
+The file begins with a line that says how many bytes of records follow. Each record is its length, a digest that covers
+all records before it, one line of JSON and, of an answer, the digests of the inputs and the values. A process that is
+killed leaves at most an unfinished record behind the counted ones, which is dropped.
+"""
+
+import json
+import os
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.core.errors import TargetError
+from holdfast.core.purpose import Purpose
+from holdfast.core.refused import MARK
+from holdfast.sources.sent import KEY_BYTES, Sent, count, described
+from holdfast.store.files import PART, usable
+
+NAME = "answers.journal"
+"""The file in a run folder."""
+_MAGIC = b"holdfast answers 1 "
+_HEAD = len(_MAGIC) + 20 + 1
+_PREFIX = 4 + KEY_BYTES
+_SYNCED_S = 1.0
+"""The file is flushed to the disk this often, so that a power cut costs few answers."""
+_LARGEST = 1 << 30
+"""bytes that a record holds at most; more is no length of one"""
+Place = tuple[str, int]
+"""A stage and its shard."""
+
+
+class Journal(Sent):
+    """Keeps the answers of a server while a run may be stopped.
+
+    They are kept in a file at `path`, which is written from `attach` on: the folder of a run may be made later. With
+    `resume` the answers that lie there are given again, each once; `TargetError` where they were changed. With `keep`
+    none is dropped. All methods may be called by several threads.
+    """
+
+    keeps = True
+
+    def __init__(self, limit: int | None, path: Path, *, resume: bool = False, keep: bool = False) -> None:
+        super().__init__(limit)
+        self._path, self._keep = path, keep
+        self._file: BinaryIO | None = None
+        self._pending: list[bytes] = []
+        """records that are made before the file is written"""
+        self._chain, self._end, self._synced = b"", 0, 0.0
+        self._kept: defaultdict[Place, list[tuple[int, int]]] = defaultdict(list)
+        """where the records of answers lie: offset and length"""
+        self._earlier: BinaryIO | None = None
+        """the file as earlier attempts left it"""
+        self._known: dict[Place, dict[bytes, deque[tuple[int, int, str]]]] = {}
+        """of each input the answers that it holds: offset, number of values, and their classes and type"""
+        if resume and path.is_file():
+            with usable(path):
+                self._load(path)
+
+    def attach(self) -> None:
+        """Write the file from now on: its folder is there, and no other process uses it."""
+        pending, self._pending = self._pending, []
+        with usable(self._path):
+            if not self._end:
+                self._path.write_bytes(_head(0))
+                self._end = _HEAD
+            self._file = self._path.open("r+b", buffering=0)
+            self._file.truncate(self._end)
+        for record in pending:
+            self._append(record)
+
+    def answered(self, purpose: Purpose, values: Tensor, keys: Sequence[bytes]) -> None:
+        """Keep the answer to some inputs."""
+        content: dict[str, Any] = {"t": "answer", **described(purpose), "n": len(values)}
+        if values.is_floating_point():
+            single = values.float()
+            same = torch.equal(single.double().nan_to_num(), values.double().nan_to_num())
+            array = (single if same else values.double()).numpy()
+        else:
+            content["classes"] = values.shape[1]
+            array = values.argmax(1, keepdim=True).numpy().astype(np.int32)
+        self._note(
+            content | {"type": array.dtype.str, "width": array.shape[1]}, b"".join(keys), array.tobytes()
+        )
+
+    def recalled(self, purpose: Purpose, keys: Sequence[bytes]) -> list[Tensor | None]:
+        """For each input, the next answer that an earlier attempt got to it in this place; None where it must be sent.
+
+        A refused input has the row that marks it, of one value.
+        """
+        known = self._known.get((purpose.stage, purpose.shard))
+        if not known:
+            return [None] * len(keys)
+        return [self._values(known[key].popleft()) if known.get(key) else None for key in keys]
+
+    def done(self, stage: str, shard: int | None = None) -> None:
+        """Drop the answers of a shard that is finished, or of a whole stage."""
+        if self._keep:
+            return
+        with self._lock:
+            for place in [each for each in self._kept if each[0] == stage and shard in (None, each[1])]:
+                self._kept.pop(place)
+                self._known.pop(place, None)
+            if self._file is not None:
+                self._compact()
+
+    def close(self, *, finished: bool = False) -> None:
+        """Leave the file; it is removed where the run is `finished` and the answers are not to be kept."""
+        with self._lock:
+            for file in (self._file, self._earlier):
+                if file is not None:
+                    file.close()
+            self._file = self._earlier = None
+            if finished and not self._keep:
+                with usable(self._path):
+                    self._path.unlink(missing_ok=True)
+
+    def _values(self, at: tuple[int, int, str]) -> Tensor:
+        offset, width, kind = at
+        if not width:
+            return torch.tensor([MARK])
+        assert self._earlier is not None
+        classes, _, type_ = kind.rpartition(":")
+        self._earlier.seek(offset)
+        array = np.frombuffer(self._earlier.read(width * np.dtype(type_).itemsize), type_)
+        values = torch.from_numpy(array.copy())
+        if classes:
+            return torch.nn.functional.one_hot(values[0].long(), int(classes))
+        return values.double()
+
+    def _note(self, content: Mapping[str, Any], *parts: bytes) -> None:
+        record = b"".join((json.dumps(content, separators=(",", ":")).encode(), b"\n", *parts))
+        with self._lock:
+            count(self.totals, content)
+            if self._file is not None:
+                self._append(record)
+            else:
+                self._pending.append(record)
+
+    def _append(self, record: bytes) -> None:
+        assert self._file is not None
+        self._chain, place = _next(self._chain, record), _place_of(record)
+        with usable(self._path):
+            self._file.seek(self._end)
+            _write(self._file, _framed(record, self._chain))
+            if place is not None:
+                self._kept[place].append((self._end + _PREFIX, len(record)))
+            self._end += _PREFIX + len(record)
+            self._file.seek(0)
+            _write(self._file, _head(self._end - _HEAD))
+            if time.monotonic() - self._synced > _SYNCED_S:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+
+    def _compact(self) -> None:
+        """Write the file anew, with the answers that are still needed and then the totals, which count all of them."""
+        assert self._file is not None
+        part, chain, end = self._path.with_name(f".{NAME}{PART}"), b"", _HEAD
+        kept = defaultdict[Place, list[tuple[int, int]]](list)
+        totals = json.dumps({"t": "totals", **vars(self.totals)}).encode() + b"\n"
+        with usable(self._path):
+            with part.open("wb") as file:
+                file.write(_head(0))
+                for record in (*self._records(), totals):
+                    chain, place = _next(chain, record), _place_of(record)
+                    file.write(_framed(record, chain))
+                    if place is not None:
+                        kept[place].append((end + _PREFIX, len(record)))
+                    end += _PREFIX + len(record)
+                file.seek(0)
+                file.write(_head(end - _HEAD))
+                file.flush()
+                os.fsync(file.fileno())
+            self._file.close()
+            part.replace(self._path)
+            self._file = self._path.open("r+b", buffering=0)
+        self._kept, self._chain, self._end = kept, chain, end
+
+    def _records(self) -> Iterator[bytes]:
+        """The records of the answers that are still needed."""
+        assert self._file is not None
+        for records in self._kept.values():
+            for offset, length in records:
+                self._file.seek(offset)
+                yield self._file.read(length)
+
+    def _load(self, path: Path) -> None:
+        """Read what earlier attempts left."""
+        self._earlier = file = path.open("rb")
+        counted = _counted(file.read(_HEAD), path)
+        self._end = _HEAD
+        while record := self._read(file, counted, path):
+            start, self._end = self._end + _PREFIX, self._end + _PREFIX + len(record)
+            line = record.index(b"\n") + 1
+            content, place = json.loads(record[:line]), _place_of(record)
+            count(self.totals, content)
+            if place is not None:
+                self._kept[place].append((start, len(record)))
+                for key, at in _answers(content, record, start, line):
+                    self._known.setdefault(place, {}).setdefault(key, deque()).append(at)
+
+    def _read(self, file: BinaryIO, counted: int, path: Path) -> bytes | None:
+        """The next record; None at the end, or where an unfinished one follows the counted ones."""
+        inside = self._end - _HEAD < counted
+        prefix = file.read(_PREFIX)
+        length = int.from_bytes(prefix[:4], "little")
+        record = file.read(length) if len(prefix) == _PREFIX and length < _LARGEST else b""
+        if len(record) == length and record and _next(self._chain, record) == prefix[4:]:
+            self._chain = prefix[4:]
+            return record
+        if not inside:
+            return None
+        if len(prefix) < _PREFIX or len(record) < length < _LARGEST:
+            raise _altered(
+                path, "was cut", f"it holds fewer than the {counted:,} bytes of answers that it says"
+            )
+        raise _altered(
+            path, "was changed", f"the record at byte {self._end:,} is not the one that was written"
+        )
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    """Write all of it: a file without a buffer writes what a disk that fills up still takes."""
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _head(size: int) -> bytes:
+    return _MAGIC + b"%020d\n" % size
+
+
+def _counted(head: bytes, path: Path) -> int:
+    if len(head) == _HEAD and head.startswith(_MAGIC) and head[len(_MAGIC) : -1].isdigit():
+        return int(head[len(_MAGIC) :])
+    raise _altered(path, "was changed", "it does not begin as such a file does")
+
+
+def _framed(record: bytes, chain: bytes) -> bytes:
+    return len(record).to_bytes(4, "little") + chain + record
+
+
+def _place_of(record: bytes) -> Place | None:
+    """The place of an answer; None for a record that no place needs."""
+    content = json.loads(record[: record.index(b"\n")])
+    return (content["stage"], content["shard"]) if "stage" in content else None
+
+
+def _next(chain: bytes, record: bytes) -> bytes:
+    return blake2b(chain + record, digest_size=KEY_BYTES).digest()
+
+
+def _answers(
+    content: Mapping[str, Any], record: bytes, start: int, line: int
+) -> Iterator[tuple[bytes, tuple[int, int, str]]]:
+    """The inputs of a record, and where their answers lie."""
+    if content["t"] == "refused":
+        if content["single"]:
+            yield record[line : line + KEY_BYTES], (0, 0, "")
+        return
+    n, width = content["n"], content["width"]
+    first, size = start + line + n * KEY_BYTES, width * np.dtype(content["type"]).itemsize
+    kind = f"{content.get('classes', '')}:{content['type']}"
+    for k in range(n):
+        yield record[line + k * KEY_BYTES : line + (k + 1) * KEY_BYTES], (first + k * size, width, kind)
+
+
+def _altered(path: Path, what: str, why: str) -> TargetError:
+    return TargetError(
+        f"{str(path)!r} {what}: {why}; restore it from a copy, or remove it, and what it held is sent again"
+    )
