@@ -1,9 +1,11 @@
 """A small network behind a real server on this machine, that counts what it is asked and fails as it is told."""
 
 import contextlib
+import gzip
 import json
 import socket
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -35,8 +37,21 @@ class Server:
     Each entry of the script is spent on one POST: a status, a status with headers, or the name of a method of `_Fails`.
     """
 
-    def __init__(self, script=(), *, metadata=None, port=0, dies_after=None, most=None):
+    def __init__(
+        self,
+        script=(),
+        *,
+        metadata=None,
+        port=0,
+        dies_after=None,
+        most=None,
+        refuses=None,
+        delay=0.0,
+        key=None,
+    ):
         self.script, self.dies_after, self.most = list(script), dies_after, most
+        self.refuses, self.delay, self.key = refuses, delay, key
+        self.refused, self.under_way, self.most_under_way, self._counting = 0, 0, 0, threading.Lock()
         tensors = metadata or FLOATS
         self.metadata = {
             "name": "small",
@@ -58,6 +73,19 @@ class Server:
     @property
     def host(self):
         return f"127.0.0.1:{self.port}"
+
+    @contextlib.contextmanager
+    def counted(self):
+        """While a request is under way."""
+        with self._counting:
+            self.under_way += 1
+            self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            time.sleep(self.delay)
+            yield
+        finally:
+            with self._counting:
+                self.under_way -= 1
 
     def url(self, path="/v2/models/small"):
         return f"http://{self.host}{path}"
@@ -108,12 +136,24 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with served.counted():
+            return self.respond(body)
+
+    def respond(self, body):
+        served = self.served
         served.headers.append(dict(self.headers))
+        if served.key is not None and self.headers.get("Authorization") != served.key():
+            return self.say(401, {"error": "the token has expired"})
         if served.dies_after is not None and len(served.sizes) >= served.dies_after:
             self.close_connection = True
             return None
         if served.most is not None and len(body["inputs"][0]["data"]) > served.most * FEATURES:
             return self.say(400, {"error": "too many rows"})
+        if served.refuses is not None:
+            rows = np.asarray(self.flat(body["inputs"][0]))
+            if served.refuses(rows).any():
+                served.refused += len(rows)
+                return self.say(422, {"error": "the content filter refuses a row"})
         trouble = served.script.pop(0) if served.script else None
         if trouble is None:
             return self.say(200, self.answer(body))
@@ -125,9 +165,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, body):
         rows = body["instances"] if "instances" in body else self.flat(body["inputs"][0])
-        self.served.rows += np.asarray(rows).reshape(len(rows), -1).tolist()
-        self.served.sizes.append(len(rows))
-        self.served.bodies.append(body)
+        with self.served._counting:
+            self.served.rows += np.asarray(rows).reshape(len(rows), -1).tolist()
+            self.served.sizes.append(len(rows))
+            self.served.bodies.append(body)
         scores = network(rows)
         if self.path == "/predict":
             return {"predictions": [{"scores": row} for row in scores.tolist()]}
@@ -195,6 +236,9 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.wfile.write(first + again * (2**20 // len(again)))
             self.wfile.flush()
+
+    def packed(self, body):
+        self.send(200, gzip.compress(b" " * 10_000_000), {"Content-Encoding": "gzip"})
 
     def garbage(self, body):
         self.send(200, b"<html>the proxy says hello</html>")

@@ -115,8 +115,8 @@ def in_words(totals: Totals) -> tuple[str, ...]:
         kinds = ", ".join(f"{status} {n:,}" for status, n in sorted(served["rejected"].items()))
         total = sum(served["rejected"].values())
         said.append(
-            f"the server refused {_many(total, 'attacked input')} ({kinds}); a refused input counts as rejected, and not "
-            "as adversarial"
+            f"the server refused {_many(total, 'attacked input')} ({kinds}); a refused input counts as rejected, and "
+            "not as adversarial"
         )
     if served["max_rows"]:
         most = served["max_rows"]

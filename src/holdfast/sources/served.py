@@ -20,6 +20,8 @@ from holdfast.sources.sent import Sent, key_of
 
 _OF_THE_VALUES = frozenset({400, 422})
 """Statuses by which a server refuses the values of an input, and not its size or type."""
+_WEIGHT = 1 / 32
+"""of the last input in the share of refused ones"""
 _DOUBTED = 8
 """So many refused inputs in a row, and each power of it, call for a look at whether clean ones are still answered."""
 
@@ -84,6 +86,8 @@ class Served:
         """rows of the next request; less than the limit while it is found out"""
         self._answered = self._streak = 0
         """rows of the largest request that was answered, and refused inputs since an answer"""
+        self._rejecting = 0.0
+        """share of the last inputs that were refused by themselves"""
 
     @property
     def at_once(self) -> int:
@@ -155,6 +159,7 @@ class Served:
             if task.purpose.kind == "clean" and self._control is None:
                 self._control = task.x[chunk.rows[0]].clone()
             self._streak, self._answered = 0, max(self._answered, len(chunk.rows))
+            self._rejecting *= (1 - _WEIGHT) ** len(chunk.rows)
             self._learn(chunk, answered=len(chunk.rows))
 
     def _keep(self, purpose: Purpose, x: Tensor, answer: Any, keys: Sequence[bytes] = ()) -> Tensor:
@@ -179,6 +184,7 @@ class Served:
             task.found[chunk.rows[0]] = torch.tensor([MARK])
             self._learn(chunk, rejected=True)
             self._streak += 1
+            self._rejecting += _WEIGHT * (1 - self._rejecting)
             if self._streak % _DOUBTED == 0 and _is_power(self._streak):
                 self.confirm()
             return
@@ -230,9 +236,14 @@ class Served:
             raise failure
 
     def _next(self, task: _Task) -> _Chunk:
-        """The next chunk, no longer than a request may be and than rows may still be sent."""
+        """The next chunk, no longer than a request may be and than rows may still be sent.
+
+        Where many inputs are refused a request is so short that it most likely holds none of them, as in group testing.
+        """
         chunk, left = task.waiting.popleft(), self.sent.left()
-        size = self._most if not left or self._fixed else min(self._most, left)
+        size = self._most
+        if not self._fixed:
+            size = min(size, left or size, max(1, int(1 / max(self._rejecting, 1 / size))))
         if len(chunk.rows) > size:
             task.waiting.appendleft(_Chunk(chunk.rows[size:], chunk.origin))
             chunk = _Chunk(chunk.rows[:size], chunk.origin)

@@ -61,8 +61,12 @@ class Journal(Sent):
         self._known: dict[Place, dict[bytes, deque[tuple[int, int, str]]]] = {}
         """of each input the answers that it holds: offset, number of values, and their classes and type"""
         if resume and path.is_file():
-            with usable(path):
-                self._load(path)
+            try:
+                with usable(path):
+                    self._load(path)
+            except TargetError:
+                self.close()
+                raise
 
     def attach(self) -> None:
         """Write the file from now on: its folder is there, and no other process uses it."""
