@@ -25,6 +25,7 @@ ROWS = {
     "import": "imports",
     "odd-batches": "odd_batches",
     "onnx-files": "onnx_files",
+    "served-models": "served_models",
     "pgd-cost": "pgd_cost",
     "pgd-dropping": "pgd_dropping",
     "pgd-batch-norm": "batch_norm",
