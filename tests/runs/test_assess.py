@@ -472,11 +472,22 @@ def test_runs_are_listed_finished_or_not(tmp_path):
     assert entries["a"].finished and entries["a"].stages_done == entries["a"].stages == 5
     assert not entries["b"].finished and entries["b"].stages_done == 2
     assert entries["a"].threat == "linf:0.06"
+    assert entries["a"].robust == open_run(tmp_path / "a").metrics["robust_accuracy"].value
+    assert entries["b"].robust is None
     assert runs_in(tmp_path / "nowhere") == []
     with pytest.raises(TargetError, match="is not finished; go on with it by --run"):
         open_run(tmp_path / "b")
     with pytest.raises(TargetError, match="no run folder"):
         open_run(tmp_path / "c")
+
+
+def test_runs_without_robust_accuracy_are_listed_too(tmp_path):
+    targeted = order(threat=ThreatModel(Linf(0.06), goal=1), attacked=False, gates=())
+    smallest = order(SMALLEST, threat=ThreatModel(L2(math.inf)), smallest=True, attacked=False, gates=())
+    for name, asked in (("targeted", targeted), ("smallest", smallest)):
+        assess(subject(), data(), asked, run=tmp_path / name)
+    found = {entry.path.name: (entry.finished, entry.robust) for entry in runs_in(tmp_path)}
+    assert found == {"targeted": (True, None), "smallest": (True, None)}
 
 
 def test_a_new_folder_is_not_there_yet(tmp_path):

@@ -79,7 +79,8 @@ def test_the_new_model_is_measured_and_the_given_one_stays(tmp_path):
     assert [point.epoch for point in found.curve] == [1, 2, 3]
     assert open_run(tmp_path / "r").metrics["robust_accuracy"].value == robust[1]
     assert verify(tmp_path / "r").complete
-    assert [(entry.verb, entry.finished) for entry in runs_in(tmp_path)] == [("harden", True)]
+    (entry,) = runs_in(tmp_path)
+    assert (entry.verb, entry.finished, entry.robust) == ("harden", True, robust[1])
     place = found.write(tmp_path / "made")
     assert json.loads((place / "card.json").read_text())["chosen"]["epoch"] == found.card["chosen"]["epoch"]
     assert (place / "curve.svg").read_text().startswith("<svg")

@@ -10,6 +10,7 @@ from typing import Any
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.harness import FOUND, Seconds
+from holdfast.metrics.shares import robust_accuracy
 from holdfast.runs.assembling import (
     ADAPTIVE,
     DOUBTS,
@@ -122,9 +123,9 @@ def _entry(path: Path) -> Entry:
 
 
 def _robust_accuracy(path: Path) -> float | None:
-    """As the report has it; None where the evidence cannot be read, which `verify` explains."""
+    """As the report has it; None where the run has none, or its evidence cannot be read, which `verify` explains."""
     try:
-        return open_run(path).metrics["robust_accuracy"].value
+        return robust_accuracy(open_run(path).evidence).value  # of `metrics` all others would be computed too
     except HoldfastError:
         return None
 

@@ -51,9 +51,10 @@ def class_numbers(
 
 
 def lenient_numbers(
-    found: Sequence[str], expected: Expected, classes: int | None, where: str, kind: str
+    found: Sequence[str], expected: Expected, where: str, kind: str
 ) -> tuple[tuple[str, ...], str]:
     """As `class_numbers`; data that are taken `lenient` are numbered lexically where it refuses, with its objection."""
+    classes = expected.classes or (None if expected.probe is None else expected.probe.classes)
     try:
         return class_numbers(found, expected, classes, where, kind), ""
     except (TargetError, UsageError) as error:
@@ -81,9 +82,8 @@ def numbered(y: Array, expected: Expected, name: str) -> Numbered:
     `TargetError` for a label that is none of the model's.
     """
     if y.ndim == 1 and y.dtype.kind == "U" and len(y):
-        classes = expected.classes or (None if expected.probe is None else expected.probe.classes)
         found, places = np.unique(y, return_inverse=True)
-        names, objection = lenient_numbers(found.tolist(), expected, classes, name, "text labels")
+        names, objection = lenient_numbers(found.tolist(), expected, name, "text labels")
         return Numbered(np.array([names.index(each) for each in found.tolist()])[places], names, objection)
     if expected.class_labels is None or y.ndim != 1 or y.dtype.kind not in "iu":
         return Numbered(y)

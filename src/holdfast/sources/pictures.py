@@ -99,8 +99,7 @@ def open_folder(
     unnumbered = Pictures(str(folder), paths, np.zeros(len(paths), np.int64), rows, tuple(found), mode, notes)
     if expected.probe is not None:
         notes += expected.probe.suit(unnumbered.read(0, min(2, len(paths))).x)
-    classes = expected.classes or (None if expected.probe is None else expected.probe.classes)
-    names, objection = lenient_numbers(found, expected, classes, repr(str(root)), "class folders")
+    names, objection = lenient_numbers(found, expected, repr(str(root)), "class folders")
     y = np.array([names.index(name) for _, name in chosen], dtype=np.int64)
     return replace(unnumbered, y=y, classes=names, notes=notes, objection=objection)
 

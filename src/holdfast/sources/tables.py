@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.sources.arrays import Arrays, from_numpy, selected_rows
-from holdfast.sources.class_numbers import lenient_numbers, numbered
+from holdfast.sources.class_numbers import numbered
 from holdfast.sources.expected import Expected
 from holdfast.sources.files import megabytes, nearest, readable_file
 
@@ -97,14 +97,23 @@ def examples(
     if y is not None:
         data = from_numpy(name, x, y[chosen], chosen, expected, whole=y)
         return replace(data, features=tuple(features))
-    bare = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected)
-    data = replace(bare, features=tuple(features))
-    classes = expected.classes or (None if expected.probe is None else expected.probe.classes)
-    names, objection = lenient_numbers(sorted(set(column)), expected, classes, table.name, "text labels")
-    numbers = np.array([names.index(column[row]) for row in chosen], dtype=np.int64)
+    # the model has seen the inputs, and its classes are counted, before names are numbered
+    data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected)
+    given = numbered(np.array(column), expected, table.name)
+    return replace(
+        data,
+        y=given.y[chosen],
+        features=tuple(features),
+        classes=given.names,
+        notes=(*data.notes, _numbering(given.names or ())),
+        objection=given.objection,
+    )
+
+
+def _numbering(names: tuple[str, ...]) -> str:
+    """A note that says which number each class has."""
     shown = ", ".join(f"{name}={i}" for i, name in enumerate(names[:6]))
-    note = f"text labels were numbered: {shown}{' …' if len(names) > 6 else ''}"
-    return replace(data, y=numbers, classes=names, notes=(*data.notes, note), objection=objection)
+    return f"text labels were numbered: {shown}{' …' if len(names) > 6 else ''}"
 
 
 def _as_fitted(features: list[str], table: Table, expected: Expected) -> list[str]:
