@@ -32,11 +32,13 @@ def examples(n=24, seed=0):
 class Server:
     """Serves the network as `/v2/models/small`, as `/predict` and as `/classify`; `script` holds what goes wrong next.
 
-    Each entry of the script is spent on one POST: a status, a status with headers, or the name of a method of `_Fails`.
+    Each entry of the script is spent on one POST: a status, a status with headers, or the name of a method of
+    `_Handler`. `form` makes the answer of every path from the scores. A request holds its rows as `instances`, one
+    example as `one`, or a tensor as `inputs`.
     """
 
-    def __init__(self, script=(), *, metadata=None, port=0, dies_after=None, most=None):
-        self.script, self.dies_after, self.most = list(script), dies_after, most
+    def __init__(self, script=(), *, metadata=None, port=0, dies_after=None, most=None, form=None):
+        self.script, self.dies_after, self.most, self.form = list(script), dies_after, most, form
         tensors = metadata or FLOATS
         self.metadata = {
             "name": "small",
@@ -124,11 +126,13 @@ class _Handler(BaseHTTPRequestHandler):
         return getattr(self, trouble)(body)
 
     def answer(self, body):
-        rows = body["instances"] if "instances" in body else self.flat(body["inputs"][0])
+        rows = self.given(body)
         self.served.rows += np.asarray(rows).reshape(len(rows), -1).tolist()
         self.served.sizes.append(len(rows))
         self.served.bodies.append(body)
         scores = network(rows)
+        if self.served.form is not None:
+            return self.served.form(scores)
         if self.path == "/predict":
             return {"predictions": [{"scores": row} for row in scores.tolist()]}
         if self.path == "/name":
@@ -138,6 +142,11 @@ class _Handler(BaseHTTPRequestHandler):
         found = scores.argmax(1) if self.served.whole else scores
         tensor = {"name": "scores", "shape": list(found.shape), "data": found.flatten().tolist()}
         return {"model_name": "small", "outputs": [tensor]}
+
+    def given(self, body):
+        if "one" in body:
+            return [body["one"]]
+        return body["instances"] if "instances" in body else self.flat(body["inputs"][0])
 
     @staticmethod
     def flat(tensor):

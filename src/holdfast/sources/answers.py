@@ -25,6 +25,7 @@ _MASKED = 2000
 """characters of it in which secrets are looked for before it is cut"""
 _PAIR = frozenset({"label", "score"})
 """the keys of one class where an answer lists the classes of a row, as pipelines of Hugging Face do"""
+_NO_SCORES = (list, dict, str, bool)
 _ORDER = "in the order of the model's classes"
 
 
@@ -241,11 +242,7 @@ def rows_by_name(found: Any, n: int) -> list[Mapping[str, Any]] | None:
 
 def _holds_scores(row: Any) -> bool:
     """Whether a row is an object of single values that are no text."""
-    return (
-        isinstance(row, Mapping)
-        and bool(row)
-        and not any(isinstance(v, list | dict | str) for v in row.values())
-    )
+    return isinstance(row, Mapping) and bool(row) and not any(isinstance(v, _NO_SCORES) for v in row.values())
 
 
 def _lists_classes(entry: Any) -> bool:

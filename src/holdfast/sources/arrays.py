@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -163,6 +163,7 @@ def labels(
     name: str,
     lenient: bool = False,
     whole: Array | None = None,
+    remote: bool = False,
 ) -> NDArray[np.int64]:
     """Labels as int64, one an example, 0 to classes - 1 unless `lenient`; refuses what cannot be meant.
 
@@ -195,7 +196,7 @@ def labels(
         way_out = "give (y + 1) // 2" if signs else "drop rows without one, or number them anew"
         raise TargetError(f"the labels of {name} hold {y.min()}; classes count from 0: {way_out}")
     if classes is not None and len(y) and y.max() >= classes:
-        raise TargetError(off_range(int(every.min()), int(every.max()), classes, name))
+        raise TargetError(off_range(int(every.min()), int(every.max()), classes, name, remote=remote))
     return y
 
 
@@ -228,7 +229,9 @@ def from_numpy(
             "x.reshape(len(x), -1)"
         )
     known = expected.classes or (None if names is None else len(names))
-    y = labels(y, len(x), classes=known, name=name, lenient=expected.any_label, whole=whole)
+    remote = probe is not None and probe.model.remote
+    check = partial(labels, n_rows=len(x), name=name, lenient=expected.any_label, whole=whole, remote=remote)
+    y = check(y, classes=known)
     stored, scale, said = _stored(x, expected.bounds, name, keeps=keeps)
     pixels = _pixels(x, expected, name, resolution)
     bare = Arrays(name, stored, y, ids, names, scale, pixels=pixels)
@@ -241,7 +244,7 @@ def from_numpy(
         data = suited(data, expected)
         if declared is not None:
             probe.own.layout = probe.own.layout or "chw"
-        labels(y, len(x), classes=probe.classes, name=name, lenient=expected.any_label, whole=whole)
+        check(y, classes=probe.classes)
     check_inputs(data, expected.bounds, lenient=expected.lenient)
     return data
 

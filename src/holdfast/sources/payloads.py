@@ -172,10 +172,13 @@ def as_values(found: Any) -> Values:
 
     Raises `TargetLost` for anything else, as booleans, objects, lists of different lengths, and null alone.
     """
+    if isinstance(found, np.ndarray):
+        return found
     what = _kind(found)
     try:
         values = np.asarray(found)
-        mixed = values.dtype.kind in "OU"  # of text and numbers numpy makes text
+        # of text and numbers numpy makes text, of true and numbers 1
+        mixed = values.dtype.kind in "OU" or ((values == 0) | (values == 1)).any()
         kinds = {type(each) for each in np.asarray(found, object).flat} if mixed else set()
         if kinds == {str}:
             return values
