@@ -162,7 +162,7 @@ BAD = {
     "null": (None, f"holds null {LIST_OF_OTHERS}"),
     "nulls": ([None, None], f"a list of 2 {LIST_OF_OTHERS}"),
     "an empty list": ([], r"the answer to 2 rows has shape \(0,\); .*--http-max-rows 1"),
-    "an empty object": ({}, f"an object {LIST_OF_OTHERS}"),
+    "an empty object": ({}, f"an empty object {LIST_OF_OTHERS}"),
     "empty lists": ([[], []], r"shape \(2, 0\); one row of scores"),
     "booleans": ([True, False], f"true or false {LIST_OF_OTHERS}"),
     "a boolean among numbers": ([[True, None], [0.5, 1]], f"true or false {LIST_OF_OTHERS}"),
@@ -311,6 +311,15 @@ def test_declared_classes_that_the_server_does_not_have_are_refused_before_anyth
         assert server.rows == []
 
 
+@pytest.mark.parametrize("metadata", [["a list"], {"inputs": [{"name": "x"}]}], ids=["list", "no shape"])
+def test_a_description_that_is_not_understood_is_shown(metadata):
+    with Server() as server:
+        server.metadata = metadata
+        with pytest.raises(TargetLost, match="--http-request. The answer begins: ") as refused:
+            opened(server, "/v2/models/small")
+    assert str(refused.value).endswith(json.dumps(metadata))
+
+
 def test_whole_scores_of_several_classes_are_no_classes():
     with Server(metadata=("FP32", [-1, FEATURES], "INT8", [-1, CLASSES])) as server:
         assert opened(server, "/v2/models/small").access == "scores"
@@ -457,8 +466,53 @@ def test_assess_and_the_doctor_read_an_answer_alike(capsys):
 def test_labels_beyond_the_scores_name_the_option_for_classes(verb, capsys):
     np.savez("data.npz", x=X, y=Y + 5)
     with Server() as server:
-        assert run([verb, server.url(), "data.npz", "--allow-host", server.host]) == (
-            3 if verb == "assess" else 4
-        )
+        assert run([verb, server.url(), "data.npz", "--allow-host", server.host]) == 3
         said = " ".join("".join(capsys.readouterr()).split())
         assert "run from 6 to 7" in said and "--http-labels and --classes N" in said
+
+
+CHANGED = {
+    "labels": (lambda z: {"r": z.argmax(1).tolist()}, "one whole number a row"),
+    "names": (lambda z: {"r": [NAMES[k] for k in z.argmax(1)]}, "scores were expected"),
+    "columns": (lambda z: {"r": z[:, :2].tolist()}, "2 scores a row, where earlier ones had 3"),
+    "objects": (lambda z: {"r": named(z.tolist())}, "objects by class name, where earlier ones held numbers"),
+    "more rows": (lambda z: {"r": [*z.tolist(), [0.0, 0.0, 0.0]]}, "one entry for each row"),
+    "fewer rows": (lambda z: {"r": z[1:].tolist()}, "one entry for each row"),
+    "null": (lambda z: None, "the answer has no 'r', but null"),
+    "nothing": (lambda z: {}, "the answer has no 'r', but an empty object"),
+    "nulls": (lambda z: {"r": None}, "holds null where"),
+    "booleans": (lambda z: {"r": (z > 0).tolist()}, "true or false"),
+    "huge": (lambda z: {"r": json.loads("[" * 500 + "0" + "]" * 500)}, "a list of 1 where"),
+}
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("changed, said", CHANGED.values(), ids=CHANGED)
+def test_an_answer_that_changes_within_a_run_ends_it_with_one_line(changed, said, capsys):
+    def form(scores):
+        return {"r": scores.tolist()} if len(server.sizes) < 6 else changed(scores)
+
+    with Server(form=form) as server:
+        words = [
+            "assess",
+            server.url("/p"),
+            "data.npz",
+            "--allow-host",
+            server.host,
+            "-t",
+            THREAT,
+            "--no-doubts",
+            "-q",
+        ]
+        words += [
+            "--http-request",
+            '{"instances": $x}',
+            "--http-response",
+            "r",
+            "--class-names",
+            ",".join(NAMES),
+        ]
+        assert run([*words, "--suite", "black-box", "-n", "6"]) == 3
+    error = capsys.readouterr().err
+    assert said in error and "The answer begins: " in error and "Traceback" not in error
+    assert len(server.sizes) == 6

@@ -160,10 +160,8 @@ def _declared(
 
 
 def _served(expected: Expected) -> str:
-    remote = expected.probe is not None and expected.probe.model.remote
-    return (
-        "; if the server answers with classes, give --http-labels and --class-names A,B,C" if remote else ""
-    )
+    given = "--http-labels and --class-names A,B,C"
+    return f"; if the server answers with classes, give {given}" if expected.remote else ""
 
 
 def _unclear(lexical: list[str], numeric: list[str]) -> str:

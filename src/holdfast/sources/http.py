@@ -17,7 +17,7 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import InputRefused, TargetError, TargetLost, UsageError
 from holdfast.core.model import Batches
 from holdfast.core.types import Access
-from holdfast.sources.answers import Answers, refuse_classes
+from holdfast.sources.answers import Answers, beginning, refuse_classes
 from holdfast.sources.asking import Client
 from holdfast.sources.files import nearest
 from holdfast.sources.payloads import FLOATS, TEXT, WHOLE, Shaped, Template
@@ -128,9 +128,7 @@ def open_http(
 
     `names` are those of the classes, in their order. `declared` says that the model's output is declared as scores.
     """
-    parts = allowed_address(address, remote.hosts)
-    if parts.fragment:
-        raise UsageError(f"{address!r} has a fragment, which no server is sent; leave #{parts.fragment} out")
+    parts = _parts(address, remote)
     client = Client(parts, remote)
     way = _way(client, parts, remote, address, declared=declared)
     expected = _expected(classes, names)
@@ -139,16 +137,15 @@ def open_http(
         refuse_classes("the output that the server describes", way.classes, expected)
     size = way.form.shape[0] if isinstance(way.form, Shaped) and way.form.shape else -1
     what: Access = "labels" if way.labels else "scores"
-    most = 1 if way.form.one else max(remote.max_rows, size)
     net = Served(
         client,
         way.path,
         way.form,
-        max_rows=most,
+        max_rows=1 if way.form.one else max(remote.max_rows, size),
         labels=labels,
         names=names,
         declared=declared,
-        expected=expected,
+        expected=expected or way.classes,
     )
     return HttpModel(
         net,
@@ -162,6 +159,13 @@ def open_http(
             *way.said,
         ),
     )
+
+
+def _parts(address: str, remote: Remote) -> SplitResult:
+    parts = allowed_address(address, remote.hosts)
+    if parts.fragment:
+        raise UsageError(f"{address!r} has a fragment, which no server is sent; leave #{parts.fragment} out")
+    return parts
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,14 @@ def _way(client: Client, parts: SplitResult, remote: Remote, address: str, *, de
         form = Template.of(remote.request, remote.response)
         return _Way((parts.path or "/") + query, form, {}, remote.labels)
     own = _own_path(parts.path, address)
-    known = _metadata(client.ask(own + query))
+    answer = client.ask(own + query)
+    try:
+        known = _metadata(answer)
+    except TargetLost as error:
+        begins = beginning(answer, client.masked)
+        raise TargetLost(
+            f"{error}; ask another kind of service with --http-request. The answer begins: {begins}"
+        ) from None
     shaped, labels, classes, said = _shaped(known, remote, declared=declared)
     return _Way(f"{own}/infer{query}", shaped, known, labels, classes, said)
 
@@ -227,7 +238,9 @@ def _number_of_labels(expected: int | None) -> int:
 def _metadata(answer: Any) -> dict[str, Any]:
     """Of what a server says of a model, what names it and its tensors."""
     if not isinstance(answer, Mapping):
-        raise TargetLost("the server describes the model by no JSON object; is it an Open Inference server?")
+        raise TargetLost(
+            "the server describes the model by no JSON object, as the Open Inference Protocol does"
+        )
     known = {key: str(answer.get(key)) for key in ("name", "versions", "platform")}
     return {**known, "inputs": _tensors(answer, "inputs"), "outputs": _tensors(answer, "outputs")}
 

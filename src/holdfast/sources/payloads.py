@@ -154,7 +154,7 @@ def _step(found: Any, path: list[str]) -> Any:
         return _step(found[key], rest)
     has = (
         f"the keys {', '.join(str(each)[:_NAME] for each in list(found)[:_NAMES])}"
-        if isinstance(found, Mapping)
+        if isinstance(found, Mapping) and found
         else _kind(found)
     )
     raise TargetLost(f"the answer has no {key!r}, but {has}; {_ADVICE}")
@@ -163,6 +163,8 @@ def _step(found: Any, path: list[str]) -> Any:
 def _kind(found: Any) -> str:
     if isinstance(found, list):
         return f"a list of {len(found)}"
+    if found == {}:
+        return "an empty object"
     kinds = {dict: "an object", str: "text", bool: "true or false", type(None): "null"}
     return kinds.get(type(found), "a number")
 
