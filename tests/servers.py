@@ -34,7 +34,9 @@ def examples(n=24, seed=0):
 class Server:
     """Serves the network as `/v2/models/small`, as `/predict` and as `/classify`; `script` holds what goes wrong next.
 
-    Each entry of the script is spent on one POST: a status, a status with headers, or the name of a method of `_Fails`.
+    Each entry of the script is spent on one POST: a status, a status with headers, or the name of a method of
+    `_Handler`. `form` makes the answer of every path from the scores. A request holds its rows as `instances`, one
+    example as `one`, or a tensor as `inputs`.
     """
 
     def __init__(
@@ -48,8 +50,10 @@ class Server:
         refuses=None,
         delay=0.0,
         key=None,
+        form=None,
     ):
         self.script, self.dies_after, self.most = list(script), dies_after, most
+        self.form = form
         self.refuses, self.delay, self.key = refuses, delay, key
         self.refused, self.under_way, self.most_under_way, self._counting = 0, 0, 0, threading.Lock()
         tensors = metadata or FLOATS
@@ -164,12 +168,14 @@ class _Handler(BaseHTTPRequestHandler):
         return getattr(self, trouble)(body)
 
     def answer(self, body):
-        rows = body["instances"] if "instances" in body else self.flat(body["inputs"][0])
+        rows = self.given(body)
         with self.served._counting:
             self.served.rows += np.asarray(rows).reshape(len(rows), -1).tolist()
             self.served.sizes.append(len(rows))
             self.served.bodies.append(body)
         scores = network(rows)
+        if self.served.form is not None:
+            return self.served.form(scores)
         if self.path == "/predict":
             return {"predictions": [{"scores": row} for row in scores.tolist()]}
         if self.path == "/name":
@@ -179,6 +185,11 @@ class _Handler(BaseHTTPRequestHandler):
         found = scores.argmax(1) if self.served.whole else scores
         tensor = {"name": "scores", "shape": list(found.shape), "data": found.flatten().tolist()}
         return {"model_name": "small", "outputs": [tensor]}
+
+    def given(self, body):
+        if "one" in body:
+            return [body["one"]]
+        return body["instances"] if "instances" in body else self.flat(body["inputs"][0])
 
     @staticmethod
     def flat(tensor):

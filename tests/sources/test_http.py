@@ -85,7 +85,7 @@ def test_labels_that_are_text_are_looked_up_in_the_class_names(server):
         ({"classes": CLASSES}, r"'(cat|dog|emu)'.*not declared; give --class-names"),
         ({"labels": False}, r"scores were expected.*--http-labels and --class-names"),
     ):
-        with pytest.raises(TargetRefused, match=said):
+        with pytest.raises(TargetLost, match=said):
             asked(opened(server, "/name", **LABELS | options)[0])
 
 
@@ -250,7 +250,7 @@ def test_a_date_says_how_long_to_wait():
 BAD = {
     "fewer": "the answer to 24 rows has shape (23, 3)",
     "too_large": "an infinite score, or one too large for float32",
-    "booleans": "where numbers were expected",
+    "booleans": "where numbers or text were expected",
     "more_classes": "has 4 scores a row, where earlier ones had 3",
 }
 
@@ -424,7 +424,7 @@ def test_templates_that_are_refused(server, request_, said):
 def test_a_path_that_leads_nowhere_says_what_is_there(server):
     with pytest.raises(TargetLost, match="has no 'scores', but the keys predictions"):
         asked(opened(server, "/predict", request='{"instances": $x}', response="scores")[0])
-    with pytest.raises(TargetLost, match="where numbers were expected"):
+    with pytest.raises(TargetLost, match="where numbers or text were expected"):
         asked(opened(server, "/predict", request='{"instances": $x}', response="predictions")[0])
 
 

@@ -11,6 +11,7 @@ from holdfast.checkup.examined import Examined, Finding, outputs_of
 from holdfast.checkup.readings import labels_from_one, layouts, shifted_labels, units
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError, UnclearOutput
+from holdfast.core.labels import advice
 from holdfast.core.model import EVERY, IN_PLACE, Classifier, fitted
 from holdfast.ops.prepare import in_training
 from holdfast.sources.arrays import Arrays
@@ -106,7 +107,7 @@ def _found(
         yield Finding("in place", "warning", IN_PLACE, "write x = x - mean in it, not x -= mean")
     known = outputs_of(model, batch.x[:1]).shape[1] - model.rejects
     labels = _range_of_labels(data, batch)
-    yield from (*_range(model, batch.x, data), *_labels_outside(*labels, known))
+    yield from (*_range(model, batch.x, data), *_labels_outside(*labels, known, remote=model.remote))
     batch = _moved_inside(model, batch, known, labels)
     examined = Examined(model, batch, left_in_training, outputs_of(model, batch.x), _SAMPLE)
     for check in _CHECKS:
@@ -193,11 +194,12 @@ def _range(model: Classifier, x: Tensor, data: Data) -> Iterator[Finding]:
         yield Finding("range", "good", f"{seen}, inside the bounds")
 
 
-def _labels_outside(lowest: int, highest: int, classes: int) -> Iterator[Finding]:
+def _labels_outside(lowest: int, highest: int, classes: int, *, remote: bool) -> Iterator[Finding]:
     if lowest < 0 or highest >= classes:
         text = f"labels run from {lowest} to {highest}, but the model knows classes 0 to {classes - 1}"
-        off = "they seem to start at 1: subtract 1" if (lowest, highest) == (1, classes) else "check them"
-        yield Finding("labels", "problem", text, off)
+        from_one = (lowest, highest) == (1, classes)
+        other = advice(lowest, highest, classes, remote=remote)
+        yield Finding("labels", "problem", text, "they seem to start at 1: subtract 1" if from_one else other)
 
 
 def _labels(examined: Examined) -> Iterator[Finding]:

@@ -203,13 +203,16 @@ UNTRAINED = (
     click.option(
         "--http-request",
         metavar="JSON",
-        help="""How the server is asked, $x being the rows: '{"instances": $x}'.""",
+        help="""How the server is asked, $x being the rows ($x_one: a single row): '{"instances": $x}'.""",
     ),
     click.option(
-        "--http-response", metavar="PATH", help="Where the answer holds the scores, as in predictions."
+        "--http-response", metavar="PATH", help="Where the answer holds scores or classes, as in predictions."
     ),
     click.option(
-        "--http-labels", is_flag=True, default=None, help="The answer holds classes, without scores."
+        "--http-labels",
+        is_flag=True,
+        default=None,
+        help="The answer holds classes (numbers or names), no scores.",
     ),
     click.option("--http-max-rows", type=int, metavar="N", help="Rows of one request (default: 64)."),
     click.option("--http-timeout", metavar="T", help="How long the server may take (default: 30s)."),

@@ -89,12 +89,13 @@ class AssessSettings(BaseModel):
     )
     http_request: str | None = Field(
         None,
-        description="JSON that asks a server, $x being the rows ($x_last channels last); "
-        "without it the Open Inference Protocol",
+        description="JSON that asks a server, $x being the rows, or $x_one one example without a batch axis "
+        "($x_last and $x_one_last: channels last); without it the Open Inference Protocol",
     )
     http_response: str | None = Field(
         None,
-        description="where its answer holds the scores, as in predictions or rows.*.scores; else an output's name",
+        description="where the answer holds scores or classes, as in predictions or rows.*.scores; "
+        "else an output's name",
     )
     http_labels: bool = Field(
         False, description="the answer holds one class a row, its number or its name, and no scores"

@@ -1,16 +1,19 @@
 """The refusal of labels outside the classes of a model, in one place."""
 
 
-def off_range(lowest: int, highest: int, classes: int, name: str) -> str:
-    """The refusal of labels that run from `lowest` to `highest` in the whole data set."""
+def off_range(lowest: int, highest: int, classes: int, name: str, *, remote: bool = False) -> str:
+    """The refusal of labels that run from `lowest` to `highest` in the whole data set; `remote` is a served model."""
     return (
         f"the labels of {name} run from {lowest} to {highest}, but the model has {classes} classes "
-        f"(0 to {classes - 1}); {advice(lowest, highest, classes)}"
+        f"(0 to {classes - 1}); {advice(lowest, highest, classes, remote=remote)}"
     )
 
 
-def advice(lowest: int, highest: int, classes: int) -> str:
+def advice(lowest: int, highest: int, classes: int, *, remote: bool = False) -> str:
     """What to do about such labels."""
     if lowest == 1 and highest == classes:
         return "they seem to count from 1: subtract 1"
-    return "check the label column, and that the model was trained on these classes"
+    trained = "check the label column, and that the model was trained on these classes"
+    if not remote or lowest < 0:
+        return trained
+    return f"{trained}; if the server answers with classes, give --http-labels and --classes N"

@@ -101,10 +101,11 @@ def _as_given(
 
 def _refuse(target: Target, sample: Batch, order: Order, data: Data) -> None:
     """What cannot be measured is said before anything is."""
-    refuse_batch(sample, target.bare.bounds, target.classes, data.name, whole=data)
+    bare = target.bare
+    refuse_batch(sample, bare.bounds, target.classes, data.name, whole=data, remote=bare.remote)
     if target.rejects and isinstance(order.plan.threat.constraint, Corruptions):
         raise UsageError(
             "common corruptions are drawn, not chosen against a detector, and this model rejects; "
             "measure the network without its detector, or give a norm, as in --threat linf:8/255"
         )
-    refuse_threat(order.plan.threat, target.bare.bounds, sample.x, target.classes)
+    refuse_threat(order.plan.threat, bare.bounds, sample.x, target.classes)

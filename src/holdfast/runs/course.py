@@ -271,7 +271,8 @@ class Course:
         watch = Watch(lambda seconds, last: self.keeper.spend(stage.name, shard, seconds, done=last))
         batch, room, finished = self.read(*self.shards[shard]), self.room(stage.name, shard), 0
         if stage.kind == "clean":
-            refuse_batch(batch, self.target.bare.bounds, self.target.classes, self.data.name, whole=self.data)
+            bare, classes = self.target.bare, self.target.classes
+            refuse_batch(batch, bare.bounds, classes, self.data.name, whole=self.data, remote=bare.remote)
 
         def progress(n: int) -> None:
             nonlocal finished

@@ -92,11 +92,17 @@ def slight(constraint: Constraint, bounds: Bounds, features: int) -> tuple[str, 
 
 
 def refuse_batch(
-    batch: Batch, bounds: Bounds, classes: int, name: str, *, whole: Data | Batch | None = None
+    batch: Batch,
+    bounds: Bounds,
+    classes: int,
+    name: str,
+    *,
+    whole: Data | Batch | None = None,
+    remote: bool = False,
 ) -> None:
     """Inputs must be floats inside the bounds, labels must be classes.
 
-    A refusal gives the range of the labels of `whole`, of which the batch is a part.
+    A refusal gives the range of the labels of `whole`, of which the batch is a part. `remote` is a model of a server.
     """
     x, y = batch.x, batch.y
     if not x.is_floating_point():
@@ -113,7 +119,8 @@ def refuse_batch(
     if ((x < low - slack) | (x > high + slack)).any():
         raise TargetError(_outside(x, low, high, name))
     if len(y) and (int(y.min()) < 0 or int(y.max()) >= classes):
-        raise TargetError(off_range(*_range_of_labels(batch if whole is None else whole), classes, name))
+        ends = _range_of_labels(batch if whole is None else whole)
+        raise TargetError(off_range(*ends, classes, name, remote=remote))
 
 
 def _range_of_labels(data: Data | Batch) -> tuple[int, int]:

@@ -1,6 +1,11 @@
-"""What a server answers, read as scores or as one-hot labels of the rows that it was asked for."""
+"""What a server answers, read as scores or as one-hot labels of the rows that it was asked for.
 
-from collections.abc import Callable, Sequence
+An answer holds one entry for each row: numbers, text, or an object with a score for each name of a class. The answer to
+one row may leave the axis of the rows out.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,18 +15,27 @@ from torch import Tensor
 from holdfast.core.errors import TargetLost, TargetRefused
 from holdfast.sources.class_numbers import listed
 from holdfast.sources.files import nearest
-from holdfast.sources.payloads import Shaped, Template, Values
+from holdfast.sources.payloads import Shaped, Template, Values, as_values
 
 _SHOWN = 80
 """characters that are shown of a label that is not known"""
+_BEGINNING = 100
+"""characters that are shown of an answer that is not understood"""
+_MASKED = 2000
+"""characters of it in which secrets are looked for before it is cut"""
+_PAIR = frozenset({"label", "score"})
+"""the keys of one class where an answer lists the classes of a row, as pipelines of Hugging Face do"""
+_NO_SCORES = (list, dict, str, bool)
+_ORDER = "in the order of the model's classes"
 
 
 class Answers:
     """Reads the answers of one server, which must all have the same form.
 
-    `labels` is the number of classes of a server that answers with labels. Those that are text are looked up in
-    `names`, which are in the order of the classes. With `declared` single numbers are scores, whatever their type.
-    `masked` takes secrets out of a text that a message shows.
+    `labels` is the number of classes of a server that answers with labels, and `expected` the number of classes where
+    it is declared. Labels that are text, and scores by the name of their class, are looked up in `names`, which are in
+    the order of the classes. With `declared` single numbers are scores, whatever their type. `masked` takes secrets
+    out of a text that a message shows.
     """
 
     def __init__(
@@ -32,10 +46,16 @@ class Answers:
         names: Sequence[str] | None,
         declared: bool,
         masked: Callable[[str], str],
+        expected: int | None = None,
     ) -> None:
-        self._form, self._labels, self._names = form, labels, names
+        self._form, self._labels, self._expected = form, labels, expected
+        self._names = None if names is None else tuple(names)
+        self._named_by_numbers = self._names is not None and all(map(_is_whole, self._names))
+        """whether the names of the classes are whole numbers, so that those in an answer are names"""
         self._declared, self._masked = declared, masked
         self._classes: int | None = None
+        self._kind: str | None = None
+        """what the entries of earlier answers were"""
         self._split = False
         """whether a score that is no whole number was seen"""
 
@@ -47,18 +67,15 @@ class Answers:
     def read(self, answer: Any, x: Tensor) -> Tensor:
         """Scores (n, classes) float64, or one-hot labels (n, classes) int64, of the rows `x` (n, *features).
 
-        Raises `TargetLost` or `TargetRefused` for an answer that is neither.
+        Raises `TargetLost` for an answer that has no such form, and `TargetRefused` for values that cannot be used. The
+        message shows how the answer begins.
         """
         try:
-            values = self._form.found(answer)
-        except TargetLost as error:
-            raise TargetLost(self._masked(str(error))) from None
-        if len(values.shape) == 0 or len(values) != len(x):
-            shape = f"shape {values.shape}" if values.shape else "one value"
-            raise TargetRefused(
-                f"the answer to {len(x)} rows has {shape}; one entry for each row was expected"
-            )
-        return self._scores(values, x) if self._labels is None else self._one_hot(values, x)
+            found = self._form.found(answer)
+            return self._scores(found, x) if self._labels is None else self._one_hot(found, x)
+        except (TargetLost, TargetRefused) as error:
+            begins = beginning(answer, self._masked)
+            raise type(error)(self._masked(f"{error}. The answer begins: {begins}")) from None
 
     def recall(self, row: Tensor) -> None:
         """Take the scores of a row (classes), or its one-hot label, that an earlier attempt at the run was answered."""
@@ -66,33 +83,86 @@ class Answers:
             self._classes = len(row)
             self._split = self._split or bool((row != row.round()).any())
 
-    def _scores(self, values: Values, x: Tensor) -> Tensor:
+    def _scores(self, found: Any, x: Tensor) -> Tensor:
+        rows = rows_by_name(found, len(x))
+        values = as_values(found) if rows is None else self._in_order(rows)
         if values.dtype.kind == "U":
-            raise self._unread(
-                values.flat[0], "scores were expected; if it is a class, give --http-labels and"
-            )
+            raise _unread(values.flat[0], "scores were expected; if it is a class, give --http-labels and")
+        self._refuse_other_kind("numbers" if rows is None else "objects by class name")
+        values = self._entries(values, len(x))
         wide = values.reshape(len(values), -1)
         self._refuse_class_numbers(wide)
         if values.ndim > 2 or not wide.shape[1]:
-            raise TargetRefused(
-                f"the answer has shape {values.shape}; one row of scores for each of {len(x)} was expected"
+            raise TargetLost(
+                f"the answer has shape {values.shape}; one row of scores for each of {len(x)} was expected, so say "
+                "where they are with --http-response"
             )
-        if self._classes not in (None, wide.shape[1]):
-            raise TargetRefused(
-                f"the answer has {wide.shape[1]} scores a row, where earlier ones had {self._classes}"
-            )
+        self._refuse_width(wide.shape[1])
         self._classes = wide.shape[1]
         scores = torch.from_numpy(wide.astype(np.float64))
         if scores.to(x.dtype).isinf().any():
             raise TargetRefused(
                 f"the answer holds an infinite score, or one too large for {str(x.dtype).removeprefix('torch.')}; "
-                "a number for each class was expected"
+                "a number for each class was expected, so check the server"
             )
         return scores
 
+    def _in_order(self, rows: Sequence[Mapping[str, Any]]) -> Values:
+        """Scores (n, classes) of rows that hold them by the names of the classes."""
+        if self._names is None:
+            found = [name[:_SHOWN] for name in rows[0]]
+            raise TargetLost(
+                f"the answer holds numbers by the names {listed(found)}; if these are the classes, give all of them "
+                f"with --class-names A,B,C {_ORDER}, else say where the scores are with --http-response"
+            )
+        for row in rows:
+            strange = [name for name in row if name not in self._names]
+            missing = [name for name in self._names if name not in row]
+            if strange or missing:
+                what = f"no score of {missing[0]!r}" if missing else f"a score of {strange[0][:_SHOWN]!r}"
+                raise TargetLost(
+                    f"the answer has {what}, and the classes are {listed(self._names)}; give the names that the server "
+                    f"uses, all of them, with --class-names A,B,C {_ORDER}, or say where the scores are with "
+                    "--http-response"
+                )
+        return as_values([[row[name] for name in self._names] for row in rows])
+
+    def _entries(self, values: Values, n: int) -> Values:
+        """The values with the axis of the rows first; of one row it may be left out."""
+        if n == 1 and values.size and values.ndim < 2:
+            return values.reshape(1, -1)
+        if values.ndim == 0 or len(values) != n:
+            shape = f"shape {values.shape}" if values.shape else "one value"
+            way_out = (
+                "say where it is with --http-response"
+                if n == 1
+                else "if the server takes one example at a time, give --http-max-rows 1, or $x_one in --http-request"
+            )
+            raise TargetLost(
+                f"the answer to {n} {'row' if n == 1 else 'rows'} has {shape}; one entry for each row was expected: "
+                f"{way_out}"
+            )
+        return values
+
+    def _refuse_other_kind(self, kind: str) -> None:
+        if self._kind not in (None, kind):
+            raise TargetLost(
+                f"the answer holds {kind}, where earlier ones held {self._kind}; answers of one form were expected, so "
+                "check the server"
+            )
+        self._kind = kind
+
+    def _refuse_width(self, width: int) -> None:
+        if self._classes not in (None, width):
+            raise TargetLost(
+                f"the answer has {width} scores a row, where earlier ones had {self._classes}; answers of one form "
+                "were expected, so check the server"
+            )
+        refuse_classes("the answer", width, self._expected)
+
     def _refuse_class_numbers(self, values: Values) -> None:
         """Raise `TargetLost` for one whole number a row, which is a class and no score unless it is declared as one."""
-        if values.shape[1] != 1 or self._declared or not len(values):
+        if values.shape[1] != 1 or self._declared:
             return
         written_as_whole = values.dtype.kind in "iu"
         # Some servers write class numbers as 3.0. A whole number outside [0, 1] would be read as a logit.
@@ -105,35 +175,101 @@ class Answers:
             )
         self._split = self._split or not whole
 
-    def _one_hot(self, values: Values, x: Tensor) -> Tensor:
+    def _one_hot(self, found: Any, x: Tensor) -> Tensor:
         assert self._labels is not None
+        values = as_values(found)
+        self._refuse_other_kind("text" if values.dtype.kind == "U" else "numbers")
+        values = self._entries(values, len(x))
         flat = values.reshape(len(values), -1)
         if flat.shape[1] != 1:
-            raise TargetRefused(
-                f"the answer has shape {values.shape}; one class for each of {len(x)} rows was expected"
+            raise TargetLost(
+                f"the answer has shape {values.shape}; one class for each of {len(x)} rows was expected: leave "
+                "--http-labels out if those are scores, or say where the classes are with --http-response"
             )
-        classes = self._numbered(flat[:, 0]) if flat.dtype.kind == "U" else flat[:, 0]
-        strange = (
-            ~np.isfinite(classes) | (classes != classes.round()) | (classes < 0) | (classes >= self._labels)
-        )
-        if strange.any():
-            raise TargetRefused(
-                f"the answer holds the class {classes[strange][0]:g}; whole numbers from 0 to {self._labels - 1} were "
-                "expected, so check --classes"
-            )
+        classes = flat[:, 0]
+        if classes.dtype.kind != "U":
+            self._refuse_no_classes(classes)
+        if classes.dtype.kind == "U" or self._named_by_numbers:
+            classes = self._numbered([str(c if classes.dtype.kind == "U" else int(c)) for c in classes])
         return torch.nn.functional.one_hot(torch.from_numpy(classes.astype(np.int64)), self._labels)
 
-    def _numbered(self, labels: Values) -> Values:
+    def _refuse_no_classes(self, numbers: Values) -> None:
+        assert self._labels is not None
+        strange = ~np.isfinite(numbers) | (numbers != numbers.round())
+        if not self._named_by_numbers:
+            strange |= (numbers < 0) | (numbers >= self._labels)
+        if strange.any():
+            raise TargetRefused(
+                f"the answer holds the class {numbers[strange][0]:g}; whole numbers from 0 to {self._labels - 1} were "
+                f"expected, so check --classes; others are declared by --class-names N,N,N {_ORDER}"
+            )
+
+    def _numbered(self, labels: Sequence[str]) -> Values:
         """The class number of each label that is text."""
         if self._names is None:
-            raise self._unread(labels[0], "the order of the classes is not declared; give")
+            raise _unread(labels[0], "the order of the classes is not declared; give")
         numbers = {name: number for number, name in enumerate(self._names)}
         for label in labels:
             if label not in numbers:
                 known = f"{listed(self._names)}{nearest(label[:_SHOWN], self._names)}"
-                raise self._unread(label, f"the names of the classes are {known}; give all of them with")
+                raise _unread(label, f"the names of the classes are {known}; give all of them with")
         return np.array([numbers[label] for label in labels])
 
-    def _unread(self, text: str, why: str) -> TargetRefused:
-        said = f"the answer holds the text {text[:_SHOWN]!r}, and {why}"
-        return TargetRefused(self._masked(f"{said} --class-names A,B,C in the order of the model's classes"))
+
+def refuse_classes(what: str, width: int, expected: int | None) -> None:
+    """Raise `TargetLost` where `what` has not `expected` scores a row; one score is that of two classes."""
+    if expected in (None, max(width, 2)):
+        return
+    scores = "1 score" if width == 1 else f"{width} scores"
+    raise TargetLost(
+        f"{what} has {scores} a row, and {expected} classes are declared; if it holds classes, give --http-labels "
+        f"and --classes {expected}, else correct --classes or --class-names, or say where the scores are with "
+        "--http-response"
+    )
+
+
+def rows_by_name(found: Any, n: int) -> list[Mapping[str, Any]] | None:
+    """The scores of each row by the names of their classes; None for an answer to `n` rows that has no names.
+
+    It is a list of objects, an object with a list for each name, or, of one row, an object alone. A list of objects
+    with the keys `label` and `score` is the same as one object.
+    """
+    if isinstance(found, Mapping):
+        columns = list(found.values())
+        if columns and all(isinstance(column, list) and len(column) == n for column in columns):
+            return [dict(zip(found, row, strict=True)) for row in zip(*columns, strict=True)]
+        return [found] if n == 1 and _holds_scores(found) else None
+    entries = found if isinstance(found, list) else []
+    if n == 1 and len(entries) > 1 and _lists_classes(entries):
+        entries = [entries]
+    rows = [{str(e["label"]): e["score"] for e in row} if _lists_classes(row) else row for row in entries]
+    return rows if rows and all(map(_holds_scores, rows)) else None
+
+
+def _holds_scores(row: Any) -> bool:
+    """Whether a row is an object of single values that are no text."""
+    return isinstance(row, Mapping) and bool(row) and not any(isinstance(v, _NO_SCORES) for v in row.values())
+
+
+def _lists_classes(entry: Any) -> bool:
+    return isinstance(entry, list) and all(isinstance(e, Mapping) and e.keys() >= _PAIR for e in entry)
+
+
+def beginning(answer: Any, masked: Callable[[str], str]) -> str:
+    """The first characters of an answer as JSON, without secrets."""
+    text = ""
+    for piece in json.JSONEncoder().iterencode(answer):
+        text += piece[:_MASKED]
+        if len(text) >= _MASKED:
+            break
+    text = masked(text)
+    return f"{text[:_BEGINNING]} …" if len(text) > _BEGINNING else text
+
+
+def _is_whole(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()
+
+
+def _unread(text: str, why: str) -> TargetLost:
+    said = f"the answer holds the text {text[:_SHOWN]!r}, and {why}"
+    return TargetLost(f"{said} --class-names A,B,C {_ORDER}")

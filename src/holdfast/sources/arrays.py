@@ -158,13 +158,13 @@ def selected_rows(
 def labels(
     y: Array,
     n_rows: int,
+    expected: Expected,
     *,
     classes: int | None,
     name: str,
-    lenient: bool = False,
     whole: Array | None = None,
 ) -> NDArray[np.int64]:
-    """Labels as int64, one an example, 0 to classes - 1 unless `lenient`; refuses what cannot be meant.
+    """Labels as int64, one an example, 0 to classes - 1 unless others are `expected`; refuses what cannot be meant.
 
     `whole` are the labels of the whole source, where `y` is a part of it: a refusal gives their range.
     """
@@ -187,7 +187,7 @@ def labels(
             f"the labels of {name} are {y.dtype}; whole numbers (int64) were expected, {way_out}"
         )
     y = y.astype(np.int64)
-    if lenient:
+    if expected.any_label:
         return y
     every = y if whole is None else whole
     if len(y) and y.min() < 0:
@@ -195,7 +195,9 @@ def labels(
         way_out = "give (y + 1) // 2" if signs else "drop rows without one, or number them anew"
         raise TargetError(f"the labels of {name} hold {y.min()}; classes count from 0: {way_out}")
     if classes is not None and len(y) and y.max() >= classes:
-        raise TargetError(off_range(int(every.min()), int(every.max()), classes, name))
+        raise TargetError(
+            off_range(int(every.min()), int(every.max()), classes, name, remote=expected.remote)
+        )
     return y
 
 
@@ -228,7 +230,7 @@ def from_numpy(
             "x.reshape(len(x), -1)"
         )
     known = expected.classes or (None if names is None else len(names))
-    y = labels(y, len(x), classes=known, name=name, lenient=expected.any_label, whole=whole)
+    y = labels(y, len(x), expected, classes=known, name=name, whole=whole)
     stored, scale, said = _stored(x, expected.bounds, name, keeps=keeps)
     pixels = _pixels(x, expected, name, resolution)
     bare = Arrays(name, stored, y, ids, names, scale, pixels=pixels)
@@ -241,7 +243,7 @@ def from_numpy(
         data = suited(data, expected)
         if declared is not None:
             probe.own.layout = probe.own.layout or "chw"
-        labels(y, len(x), classes=probe.classes, name=name, lenient=expected.any_label, whole=whole)
+        labels(y, len(x), expected, classes=probe.classes, name=name, whole=whole)
     check_inputs(data, expected.bounds, lenient=expected.lenient)
     return data
 

@@ -45,7 +45,7 @@ def class_numbers(
     if classes is not None and len(found) > classes:
         raise TargetError(
             f"{where} has {len(found)} {kind} ({listed(order)}), but the model has {classes} classes; remove those "
-            "that it does not know, or correct --classes"
+            f"that it does not know, or correct --classes{_served(expected)}"
         )
     return tuple(order)
 
@@ -157,6 +157,11 @@ def _declared(
             "correct the names, with --class-names A,B,C in the order of the model's outputs"
         )
     return names
+
+
+def _served(expected: Expected) -> str:
+    given = "--http-labels and --class-names A,B,C"
+    return f"; if the server answers with classes, give {given}" if expected.remote else ""
 
 
 def _unclear(lexical: list[str], numeric: list[str]) -> str:

@@ -44,3 +44,8 @@ class Expected:
     def any_label(self) -> bool:
         """Whether labels outside the classes are taken."""
         return self.lenient or not self.checks_labels
+
+    @property
+    def remote(self) -> bool:
+        """Whether the model is behind a server."""
+        return self.probe is not None and self.probe.model.remote

@@ -6,7 +6,7 @@ takes and returns, `POST …/infer` asks it. Scores or labels come back, never g
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import SplitResult
 
@@ -14,17 +14,14 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, TargetLost, UsageError
 from holdfast.core.model import Batches
 from holdfast.core.types import Access
-from holdfast.sources.answers import Answers
+from holdfast.sources.answers import Answers, beginning, refuse_classes
 from holdfast.sources.asking import Client
 from holdfast.sources.files import nearest
-from holdfast.sources.payloads import Shaped, Template
+from holdfast.sources.payloads import FLOATS, TEXT, WHOLE, Shaped, Template
 from holdfast.sources.remote import Remote, allowed_address
 from holdfast.sources.served import Served
 
 _MODEL = re.compile(r"(?P<model>.*/v2/models/[^/]+(?:/versions/[^/]+)?)(?:/infer)?/?")
-_FLOATS = frozenset({"FP16", "BF16", "FP32", "FP64"})
-_WHOLE = frozenset(f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64))
-_TEXT = frozenset({"BYTES"})
 _UNNAMED = "input-0"
 """what an input is called that the metadata do not name; servers that name none ignore it"""
 
@@ -55,29 +52,43 @@ def open_http(
 
     `names` are those of the classes, in their order. `declared` says that the model's output is declared as scores.
     """
-    parts = allowed_address(address, remote.hosts)
-    if parts.fragment:
-        raise UsageError(f"{address!r} has a fragment, which no server is sent; leave #{parts.fragment} out")
+    parts = _parts(address, remote)
     client = Client(parts, remote)
-    way = _way(client, parts, remote, address)
-    labels = _number_of_labels(classes, names) if way.labels else None
+    way = _way(client, parts, remote, address, declared=declared)
+    expected = _expected(classes, names)
+    labels = _number_of_labels(expected) if way.labels else None
+    if way.classes is not None:
+        refuse_classes("the output that the server describes", way.classes, expected)
     size = way.form.shape[0] if isinstance(way.form, Shaped) and way.form.shape else -1
-    identity: list[Any] = [address, way.known, remote.request, remote.response, way.labels]
-    identity += [list(names)] if way.labels and names is not None else []
     what: Access = "labels" if way.labels else "scores"
-    answers = Answers(way.form, labels=labels, names=names, declared=declared, masked=client.masked)
+    answers = Answers(
+        way.form,
+        labels=labels,
+        names=names,
+        declared=declared,
+        masked=client.masked,
+        expected=expected or way.classes,
+    )
+    remote = replace(remote, max_rows=1) if way.form.one else remote
     return HttpModel(
         Served(client, way.path, way.form, answers, remote),
         what,
         f"the model answers over HTTP with {what} alone",
-        way.classes or labels,
+        way.classes or expected,
         Batches(size) if size > 0 else None,
-        digest(canonical(identity)),
+        _digest(address, way, remote, names),
         (
             f"the model answers over HTTP at {address}: its weights cannot be digested, and it may change",
             *way.said,
         ),
     )
+
+
+def _parts(address: str, remote: Remote) -> SplitResult:
+    parts = allowed_address(address, remote.hosts)
+    if parts.fragment:
+        raise UsageError(f"{address!r} has a fragment, which no server is sent; leave #{parts.fragment} out")
+    return parts
 
 
 @dataclass(frozen=True)
@@ -92,14 +103,28 @@ class _Way:
     said: tuple[str, ...] = ()
 
 
-def _way(client: Client, parts: SplitResult, remote: Remote, address: str) -> _Way:
+def _digest(address: str, way: _Way, remote: Remote, names: Sequence[str] | None) -> str:
+    identity: list[Any] = [address, way.known, remote.request, remote.response, way.labels]
+    # a template may find scores by the names of their classes
+    named = way.labels or isinstance(way.form, Template)
+    return digest(canonical([*identity, list(names)] if named and names is not None else identity))
+
+
+def _way(client: Client, parts: SplitResult, remote: Remote, address: str, *, declared: bool) -> _Way:
     query = f"?{parts.query}" if parts.query else ""
     if remote.request is not None:
         form = Template.of(remote.request, remote.response)
         return _Way((parts.path or "/") + query, form, {}, remote.labels)
     own = _own_path(parts.path, address)
-    known = _metadata(client.ask(own + query))
-    shaped, labels, classes, said = _shaped(known, remote)
+    answer = client.ask(own + query)
+    try:
+        known = _metadata(answer)
+    except TargetLost as error:
+        begins = beginning(answer, client.masked)
+        raise TargetLost(
+            f"{error}; ask another kind of service with --http-request. The answer begins: {begins}"
+        ) from None
+    shaped, labels, classes, said = _shaped(known, remote, declared=declared)
     return _Way(f"{own}/infer{query}", shaped, known, labels, classes, said)
 
 
@@ -114,20 +139,31 @@ def _own_path(path: str, address: str) -> str:
     return named["model"]
 
 
-def _number_of_labels(classes: int | None, names: Sequence[str] | None) -> int:
-    n = classes or len(names or ())
-    if not n:
+def _expected(classes: int | None, names: Sequence[str] | None) -> int | None:
+    """The number of classes that is declared."""
+    if classes is not None and names is not None and len(names) != classes:
+        raise UsageError(
+            f"--classes is {classes}, and --class-names names {len(names)}; give one name for each class, or leave "
+            "--classes out"
+        )
+    return classes if names is None else len(names)
+
+
+def _number_of_labels(expected: int | None) -> int:
+    if expected is None:
         raise UsageError(
             "a model that answers with labels does not say how many there are; give --classes N, or --class-names "
             "A,B,C in the order of the model's classes where the labels are text"
         )
-    return n
+    return expected
 
 
 def _metadata(answer: Any) -> dict[str, Any]:
     """Of what a server says of a model, what names it and its tensors."""
     if not isinstance(answer, Mapping):
-        raise TargetLost("the server describes the model by no JSON object; is it an Open Inference server?")
+        raise TargetLost(
+            "the server describes the model by no JSON object, as the Open Inference Protocol does"
+        )
     known = {key: str(answer.get(key)) for key in ("name", "versions", "platform")}
     return {**known, "inputs": _tensors(answer, "inputs"), "outputs": _tensors(answer, "outputs")}
 
@@ -147,14 +183,16 @@ def _tensors(answer: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
         raise TargetLost(f"the server describes the {key} of the model in no form that is known") from error
 
 
-def _shaped(known: Mapping[str, Any], remote: Remote) -> tuple[Shaped, bool, int | None, tuple[str, ...]]:
+def _shaped(
+    known: Mapping[str, Any], remote: Remote, *, declared: bool
+) -> tuple[Shaped, bool, int | None, tuple[str, ...]]:
     """How the model is asked, whether it answers with labels, with how many classes, and what is to be said of it."""
     inputs, output = known["inputs"], _output(known["outputs"], remote)
     front = "put a function in front of it with file.py:factory"
     if len(inputs) > 1:
         names = ", ".join(each["name"] for each in inputs)
         raise TargetError(f"the model takes the inputs {names}; one was expected: {front}")
-    labels = remote.labels or (output is not None and output["datatype"] in _WHOLE | _TEXT)
+    labels = remote.labels or (output is not None and _of_labels(output, declared=declared))
     classes, said = None, []
     if output is not None and not labels and len(output["shape"]) == 2 and output["shape"][1] > 0:
         classes = max(output["shape"][1], 2)
@@ -168,10 +206,16 @@ def _shaped(known: Mapping[str, Any], remote: Remote) -> tuple[Shaped, bool, int
         raise TargetError(f"the model takes {mine['datatype']}; FP32 or FP64 was expected: {front}")
     shape = tuple(mine["shape"]) if mine["shape"] else None
     name = remote.response if output is None else output["name"]
-    form = Shaped(mine["name"], mine["datatype"], shape, name)
+    form = Shaped(mine["name"], mine["datatype"], shape, name, labels)
     if form.channels_last:
         said.append("the model takes its channels last; inputs are transposed for it")
     return form, labels, classes, tuple(said)
+
+
+def _of_labels(output: Mapping[str, Any], *, declared: bool) -> bool:
+    """Whether an output holds classes: text, or one whole number a row that is not declared as a score."""
+    several = len(output["shape"]) == 2 and output["shape"][1] > 1
+    return output["datatype"] in TEXT or (output["datatype"] in WHOLE and not several and not declared)
 
 
 def _output(outputs: list[dict[str, Any]], remote: Remote) -> dict[str, Any] | None:
@@ -186,8 +230,8 @@ def _output(outputs: list[dict[str, Any]], remote: Remote) -> dict[str, Any] | N
                 f"it has {', '.join(names)}"
             )
         return outputs[names.index(remote.response)]
-    kinds = (_WHOLE, _TEXT) if remote.labels else (_FLOATS, _WHOLE, _TEXT)
-    fitting = [each for kind in (*kinds, _FLOATS) for each in outputs if each["datatype"] in kind]
+    kinds = (WHOLE, TEXT) if remote.labels else (FLOATS, WHOLE, TEXT)
+    fitting = [each for kind in (*kinds, FLOATS) for each in outputs if each["datatype"] in kind]
     if not fitting:
         kinds_found = ", ".join(f"{each['name']} ({each['datatype']})" for each in outputs)
         raise TargetError(

@@ -1,9 +1,10 @@
 """How rows are written into a request for a model behind HTTP, and found in its answer: two forms of JSON."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -11,7 +12,14 @@ from torch import Tensor
 from holdfast.core.errors import TargetError, TargetLost, UsageError
 
 Values = np.ndarray[Any, Any]
-_ROWS, _ROWS_CHANNELS_LAST = "$x", "$x_last"
+FLOATS = frozenset({"FP16", "BF16", "FP32", "FP64"})
+WHOLE = frozenset(f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64))
+TEXT = frozenset({"BYTES"})
+_PLACES = ("$x", "$x_last", "$x_one", "$x_one_last")
+"""what stands in a template for the rows; for one example without a batch axis; each with the channels last"""
+_NAME, _NAMES = 40, 8
+"""characters of a name, and names, that a message shows of an answer"""
+_ADVICE = "say where the scores or classes are with --http-response"
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,9 @@ class Shaped:
     shape: tuple[int, ...] | None = None
     """with the batch first; -1 is any size, None says nothing"""
     output: str | None = None
+    labels: bool = False
+    """of the outputs of an answer, those of classes go before those of scores"""
+    one: ClassVar[bool] = False
 
     @property
     def channels_last(self) -> bool:
@@ -56,20 +67,32 @@ class Shaped:
             )
 
     def found(self, answer: Any) -> Values:
-        """What the answer says of the rows, nested as its shape says."""
-        outputs = answer.get("outputs") if isinstance(answer, Mapping) else None
-        named = [o for o in outputs if isinstance(o, Mapping)] if isinstance(outputs, list) else []
-        mine = [o for o in named if self.output in (None, o.get("name"))]
-        if not mine:
-            has = ", ".join(str(o.get("name")) for o in named) or "none at all"
-            raise TargetLost(f"the answer has no output {self.output or ''!r}; it has {has}")
-        shape, values = mine[0].get("shape"), _values(mine[0].get("data"))
+        """The values of the rows in an answer, in the shape that it states."""
+        tensor = self._tensor(answer)
+        values, shape, datatype = as_values(tensor.get("data")), tensor.get("shape"), tensor.get("datatype")
+        if datatype in FLOATS and values.dtype.kind in "iu":  # some servers write 1.0 as 1
+            values = values.astype(np.float64)
+        if datatype in WHOLE and values.dtype.kind == "f" and (values == values.round()).all():
+            values = values.astype(np.int64)
         try:
             return values if shape is None else values.reshape(tuple(map(int, shape)))
         except (TypeError, ValueError, OverflowError) as error:
             raise TargetLost(
-                f"the answer holds {values.size} values in the shape {shape!r}; they do not fit"
+                f"the answer holds {values.size} values in the shape {shape!r}, which do not fit; a shape of the "
+                "values was expected, so check the server"
             ) from error
+
+    def _tensor(self, answer: Any) -> Mapping[str, Any]:
+        """The output that is read: the one asked for, else the first of scores, or of classes where `labels`."""
+        outputs = answer.get("outputs") if isinstance(answer, Mapping) else None
+        named = [o for o in outputs if isinstance(o, Mapping)] if isinstance(outputs, list) else []
+        mine = [o for o in named if self.output in (None, o.get("name"))]
+        if not mine:
+            has = ", ".join(str(o.get("name"))[:_NAME] for o in named[:_NAMES]) or "no output at all"
+            wanted = "no output" if self.output is None else f"no output {self.output!r}"
+            raise TargetLost(f"the answer has {wanted}; it has {has}: name one with --http-response")
+        wanted_types = WHOLE | TEXT if self.labels else FLOATS
+        return next((o for o in mine if o.get("datatype") in wanted_types), mine[0])
 
 
 @dataclass(frozen=True)
@@ -79,31 +102,39 @@ class Template:
     before: str
     after: str
     channels_last: bool
+    one: bool
+    """whether a request holds one example without a batch axis"""
     path: str | None
 
     @classmethod
     def of(cls, request: str, path: str | None) -> "Template":
         """The template in a text; `UsageError` if it is no JSON with one place for the rows."""
-        mark = _ROWS_CHANNELS_LAST if _ROWS_CHANNELS_LAST in request else _ROWS
-        before, _, after = request.partition(mark)
-        form = """give JSON with $x for the rows, as in '{"instances": $x}', or $x_last for channels last"""
+        places = re.findall(r"\$x\w*", request)
+        place = places[0] if places else ""
+        before, _, after = request.partition(place) if place else (request, "", "")
         try:
-            if request.count("$x") != 1:
-                raise ValueError("$x stands in it once")
+            if len(places) != 1 or place not in _PLACES:
+                raise ValueError(f"one of {', '.join(_PLACES)} was expected, once")
             json.loads(f'{before}"rows"{after}')  # the quotes break it where $x stands in quotes already
         except (ValueError, RecursionError) as error:
-            said = "its place is outside of quotes" if '"$x' in request else error
-            raise UsageError(f"--http-request is {request!r}; {form} ({said})") from error
-        return cls(before, after, mark == _ROWS_CHANNELS_LAST, path)
+            why = "its place is outside of quotes" if f'"{place}' in request and place else error
+            raise UsageError(
+                f"--http-request is {request!r} ({why}); give JSON with $x for the rows, as in "
+                """'{"instances": $x}', or $x_one for one example without a batch axis; $x_last and $x_one_last put """
+                "the channels last"
+            ) from error
+        return cls(before, after, place.endswith("_last"), place.startswith("$x_one"), path)
 
     def body(self, x: Tensor) -> bytes:
-        """The request for these rows."""
+        """The request for these rows; for one row where the template takes `one` example."""
         rows = x.movedim(1, -1) if self.channels_last and x.dim() > 2 else x
+        if self.one:
+            (rows,) = rows
         return self.before.encode() + _json(rows.tolist()) + self.after.encode()
 
-    def found(self, answer: Any) -> Values:
-        """What the answer says of the rows."""
-        return _values(walked(answer, self.path))
+    def found(self, answer: Any) -> Any:
+        """What stands in the answer at the path."""
+        return walked(answer, self.path)
 
 
 def walked(answer: Any, path: str | None) -> Any:
@@ -122,31 +153,43 @@ def _step(found: Any, path: list[str]) -> Any:
     if isinstance(found, Mapping) and key in found:
         return _step(found[key], rest)
     has = (
-        f"the keys {', '.join(str(each)[:40] for each in list(found)[:8])}"
-        if isinstance(found, Mapping)
-        else f"a {_kind(found)}"
+        f"the keys {', '.join(str(each)[:_NAME] for each in list(found)[:_NAMES])}"
+        if isinstance(found, Mapping) and found
+        else _kind(found)
     )
-    raise TargetLost(f"the answer has no {key!r}, but {has}; say where the scores are with --http-response")
+    raise TargetLost(f"the answer has no {key!r}, but {has}; {_ADVICE}")
 
 
 def _kind(found: Any) -> str:
-    return f"list of {len(found)}" if isinstance(found, list) else type(found).__name__
+    if isinstance(found, list):
+        return f"a list of {len(found)}"
+    if found == {}:
+        return "an empty object"
+    kinds = {dict: "an object", str: "text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(found), "a number")
 
 
-def _values(found: Any) -> Values:
-    """Whole numbers and text as they are, all others as floats; null becomes NaN."""
+def as_values(found: Any) -> Values:
+    """Whole numbers and text as they are, all others as floats; null becomes NaN.
+
+    Raises `TargetLost` for anything else, as booleans, objects, lists of different lengths, and null alone.
+    """
+    if isinstance(found, np.ndarray):
+        return found
+    what = _kind(found)
     try:
         values = np.asarray(found)
-        if values.dtype.kind == "U" and all(isinstance(each, str) for each in np.asarray(found, object).flat):
+        # of text and numbers numpy makes text, of true and numbers 1
+        mixed = values.dtype.kind in "OU" or ((values == 0) | (values == 1)).any()
+        kinds = {type(each) for each in np.asarray(found, object).flat} if mixed else set()
+        if kinds == {str}:
             return values
-        if values.dtype.kind in "bUS":  # answers such as true are no scores
-            raise TypeError(values.dtype)
+        what = "true or false" if values.dtype.kind == "b" or bool in kinds else what
+        if what == "true or false" or str in kinds or (kinds == {type(None)} and values.ndim < 2):
+            raise TypeError
         return values if values.dtype.kind in "iu" else values.astype(np.float64)
     except (TypeError, ValueError, OverflowError) as error:
-        shown = json.dumps(found)[:80]
-        raise TargetLost(
-            f"the answer holds {shown} where numbers were expected; say where they are with --http-response"
-        ) from error
+        raise TargetLost(f"the answer holds {what} where numbers or text were expected; {_ADVICE}") from error
 
 
 def _json(content: object) -> bytes:

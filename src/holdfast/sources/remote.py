@@ -29,11 +29,12 @@ class Remote:
     headers: tuple[str, ...] = ()
     """sent with every request, each `NAME: env:VARIABLE`"""
     request: str | None = None
-    """JSON of a request with `$x` for its rows; None asks by the Open Inference Protocol"""
+    """JSON of a request with `$x` for its rows, or with `$x_one` for one example without a batch axis, of which each
+    request then has one; None asks by the Open Inference Protocol"""
     response: str | None = None
-    """where the answer holds what is wanted: a path such as `predictions`, or the name of an output"""
+    """where the answer holds the scores or classes: a path such as `predictions`, or the name of an output"""
     labels: bool = False
-    """the answer holds one class a row and no scores"""
+    """the answer holds one class a row, its number or its name, and no scores"""
     max_rows: int = 64
     """rows of one request at most"""
     timeout_s: float = 30.0
