@@ -45,9 +45,8 @@ from holdfast.runs import hardening as hardens
 from holdfast.runs.comparison import Comparison
 from holdfast.runs.exhibition import Exhibit, exhibits
 from holdfast.runs.hardened import Hardened
-from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.index import open_run
-from holdfast.runs.order import Order, Progress, Subject, silent
+from holdfast.runs.order import Order, Progress, Subject, Told, silent, unheard
 from holdfast.runs.result import Result
 from holdfast.runs.selection import selected
 from holdfast.sources.data import open_data

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from holdfast.attacks.costs import Passes
 from holdfast.attacks.protocol import Learned
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
@@ -35,9 +36,10 @@ from holdfast.runs.entry import (
     refuse_batch,
     slight,
 )
+from holdfast.runs.expected_rows import ExpectedRows, expected_rows
 from holdfast.runs.identity import code_digest, hardware, versions
 from holdfast.runs.keeping import InFolder, InMemory, Keeper
-from holdfast.runs.order import Opening, Order, Progress, Subject
+from holdfast.runs.order import Opening, Order, Progress, Subject, Told, unheard
 from holdfast.runs.preparing import model_digest
 from holdfast.runs.repeating import repeatable
 from holdfast.runs.result import Result, about_of
@@ -73,6 +75,7 @@ class Making:
     shape: tuple[int, ...]
     progress: Progress
     opening: Opening
+    told: Told = unheard
 
     def manifest(self, known: Mapping[str, Any] | None) -> dict[str, Any]:
         """What `run.json` says. The batch size of a run that goes on is the one it began with."""
@@ -172,6 +175,21 @@ class Making:
         ]
         return [*self.subject.notes, *held, *getattr(self.data, "notes", ()), *self.target.notes, *small]
 
+    def expected(self, manifest: Mapping[str, Any], right: int | None = None) -> ExpectedRows:
+        """The most rows that a server is sent, of whose examples so many are `right`; None is all of them."""
+        cut = manifest["plan"]
+        shards = tuple(stop - start for start, stop in cut["shards"])
+        return expected_rows(
+            self.plan,
+            len(self.data),
+            right=right,
+            passes=Passes(cut["batch_size"], self.target.bare.batches, shards),
+            randomised=self.target.randomised,
+            gates=any(claim.versus is None for claim in self.order.gates),
+            others=tuple(map(len, self.order.across)),
+            openings=1 + (self.order.workers or 0),
+        )
+
     def about(self) -> dict[str, Any]:
         """What may differ between two equal runs."""
         return {
@@ -189,6 +207,8 @@ class Making:
     ) -> Result:
         """Everything measured, judged, and, where there is a folder, recorded; it may be one that does not last."""
         keeper: Keeper = InMemory() if folder is None else InFolder(folder)
+        if self.subject.model.remote and keeper.document(DOUBTS) is None:
+            self.told(f"expected: {self.expected(manifest).says}")
         with self.team(manifest, folder) as team:
             evidence, found = self.measured(keeper, stopper, manifest, team)
         rotation = self._attackers(evidence, keeper, stopper)
