@@ -20,7 +20,7 @@ from holdfast.checkup.data_checks import (
     sampled,
     strange_classes,
 )
-from holdfast.checkup.examined import STEADY, Examined, Finding, outputs_of
+from holdfast.checkup.examined import BETTER, STEADY, Examined, Finding, outputs_of
 from holdfast.checkup.readings import units
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError, TargetLost, UnclearOutput
@@ -91,7 +91,8 @@ def _found(model: Classifier, data: Data, server: Counted) -> Iterator[Finding]:
     )
     off = tuple(labels(examined))
     yield from (*outputs(examined), *off, *accuracy(examined))
-    if not any(finding.level == "problem" for finding in off):  # which explain the accuracy
+    explained = any(examined.accuracy + (finding.gain or 0.0) >= 1 - BETTER for finding in off)
+    if not explained:
         yield from units(examined)
     if examined.untried:
         n = len(examined.untried)
