@@ -135,7 +135,7 @@ def _moved(model: Classifier, x: Tensor, logits: Tensor, server: Counted) -> tup
             "randomness",
             "warning",
             f"two calls on the same inputs differ by {again:.2g} of the largest logit",
-            "if that is no defence, a dropout is on; if it is, use --suite rand",
+            "if that is no defence, a dropout is on; a run judges each input by votes, which takes 41 rows",
         )
     said = "outputs depend on the other inputs in the batch, or differ from call to call"
     if again <= STEADY:

@@ -118,7 +118,7 @@ def as_allotted(doubts: Sequence[Doubt], allotment: Allotment) -> tuple[Doubt, .
             return Doubt(doubt.name, "not measured", says=allotment.reasons[probe])
         n, wanted = allotment.examples.get(probe, 0), allotment.wanted.get(probe, 0)
         if 0 < n < wanted and doubt.state in ("clear", "raised"):
-            return replace(doubt, says=f"{doubt.says}; {n} of {wanted} examples, for {_SHARED}")
+            return replace(doubt, says=f"{doubt.says}; {n} of {wanted} examples, because {_SHARED}")
         return doubt
 
     return tuple(map(said, doubts))

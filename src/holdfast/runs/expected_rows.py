@@ -1,7 +1,8 @@
 """How many rows a run sends to a server at most: by arithmetic, before the run."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from holdfast.attacks.costs import Passes, most_rows
 from holdfast.core.corruptions import Corruptions
@@ -9,9 +10,10 @@ from holdfast.core.model import VOTES
 from holdfast.doubts.allotting import JUDGED_AT_RANDOM, probe_rows
 from holdfast.doubts.probing import AGAIN, probes_for
 from holdfast.doubts.thresholds import FRESH_ROWS, SAMPLE
-from holdfast.harness import LOOKED_AT, MATRIX_ROWS, Plan
+from holdfast.harness import LOOKED_AT, MATRIX_ROWS, Plan, Target
 from holdfast.harness.plan import Member
 from holdfast.runs.assembling import listed
+from holdfast.runs.order import Order
 
 
 @dataclass(frozen=True)
@@ -68,24 +70,51 @@ def expected_rows(
     gates: bool = False,
     others: Sequence[int] = (),
     openings: int = 1,
+    opening: int = 0,
 ) -> ExpectedRows:
     """The most rows that a run of the plan on `n` examples sends to a server, rows that fill up a batch included.
 
     `right` is how many examples are classified correctly, which attacks are run on; None is all of them. `gates` says
     whether a gate is tried on a few examples first, `others` how many examples each data set has that changes are
-    carried to and from, and `openings` how many processes look at the model.
+    carried to and from, `openings` how many processes look at the model, and `opening` how many rows each of them
+    takes to find out how the data are read.
     """
     due = n if right is None or isinstance(plan.threat.constraint, Corruptions) else right
     judged = JUDGED_AT_RANDOM if randomised else 1
     few = passes.filled(min(LOOKED_AT, n))
     look = passes.filled(1) + (1 + VOTES if randomised else 2) * few
-    clean = openings * look + (judged * few if gates else 0) + judged * passes.once(n)
+    clean = openings * (look + opening) + (judged * few if gates else 0) + judged * passes.once(n)
     asked, unknown = _attacked((*plan.members, *plan.curve, *plan.adaptive), plan, due, passes)
     members = (*plan.members, *plan.curve, *plan.adaptive)
     judging = sum(judged * _of(member, passes).once(due) for member in members)
     judging += _on_surrogates(plan, n, passes, judged) + _across(plan, n, passes, others)
     doubts = _doubts(plan, due, passes, randomised=randomised)
     return ExpectedRows(clean, asked, doubts, judging, unknown)
+
+
+def expected_of(
+    order: Order,
+    plan: Plan,
+    target: Target,
+    n: int,
+    cut: Mapping[str, Any],
+    *,
+    right: int | None = None,
+    opening: int = 0,
+) -> ExpectedRows:
+    """`expected_rows` of a run whose manifest says under `cut` in which shards and batches it is measured."""
+    shards = tuple(stop - start for start, stop in cut["shards"])
+    return expected_rows(
+        plan,
+        n,
+        right=right,
+        passes=Passes(cut["batch_size"], target.bare.batches, shards),
+        randomised=target.randomised,
+        gates=any(claim.versus is None for claim in order.gates),
+        others=tuple(map(len, order.across)),
+        openings=1 + (order.workers or 0),
+        opening=opening,
+    )
 
 
 def _of(member: Member, passes: Passes) -> Passes:

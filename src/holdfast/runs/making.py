@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from holdfast.attacks.costs import Passes
 from holdfast.attacks.protocol import Learned
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
@@ -36,7 +35,7 @@ from holdfast.runs.entry import (
     refuse_batch,
     slight,
 )
-from holdfast.runs.expected_rows import ExpectedRows, expected_rows
+from holdfast.runs.expected_rows import expected_of
 from holdfast.runs.identity import code_digest, hardware, versions
 from holdfast.runs.keeping import InFolder, InMemory, Keeper
 from holdfast.runs.order import Opening, Order, Progress, Subject, Told, unheard
@@ -175,21 +174,6 @@ class Making:
         ]
         return [*self.subject.notes, *held, *getattr(self.data, "notes", ()), *self.target.notes, *small]
 
-    def expected(self, manifest: Mapping[str, Any], right: int | None = None) -> ExpectedRows:
-        """The most rows that a server is sent, of whose examples so many are `right`; None is all of them."""
-        cut = manifest["plan"]
-        shards = tuple(stop - start for start, stop in cut["shards"])
-        return expected_rows(
-            self.plan,
-            len(self.data),
-            right=right,
-            passes=Passes(cut["batch_size"], self.target.bare.batches, shards),
-            randomised=self.target.randomised,
-            gates=any(claim.versus is None for claim in self.order.gates),
-            others=tuple(map(len, self.order.across)),
-            openings=1 + (self.order.workers or 0),
-        )
-
     def about(self) -> dict[str, Any]:
         """What may differ between two equal runs."""
         return {
@@ -208,7 +192,8 @@ class Making:
         """Everything measured, judged, and, where there is a folder, recorded; it may be one that does not last."""
         keeper: Keeper = InMemory() if folder is None else InFolder(folder)
         if self.subject.model.remote and keeper.document(DOUBTS) is None:
-            self.told(f"expected: {self.expected(manifest).says}")
+            expected = expected_of(self.order, self.plan, self.target, len(self.data), manifest["plan"])
+            self.told(f"expected: {expected.says}")
         with self.team(manifest, folder) as team:
             evidence, found = self.measured(keeper, stopper, manifest, team)
         rotation = self._attackers(evidence, keeper, stopper)

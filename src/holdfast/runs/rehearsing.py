@@ -11,7 +11,7 @@ from holdfast.harness import LOOKED_AT, Target
 from holdfast.ops.logits import change
 from holdfast.runs.assess import agreed
 from holdfast.runs.entry import refuse_data
-from holdfast.runs.expected_rows import ExpectedRows
+from holdfast.runs.expected_rows import ExpectedRows, expected_of
 from holdfast.runs.making import Making
 from holdfast.runs.order import Order, Subject, silent
 from holdfast.runs.selection import gathered
@@ -46,7 +46,7 @@ class Rehearsed:
 def rehearsed(subject: Subject, data: Data, order: Order, counted: Counted) -> Rehearsed:
     """What a run would send to a server that is sent only what `counted` leaves. Raises what the run would raise."""
     refuse_data(data)
-    model = subject.model
+    model, opening = subject.model, counted.rows
     first, second = rows_of_calls(model, counted.left, min(_TRIED, len(data)), LOOKED_AT)
     tried = min(max(first, 1), len(data))
     rows = [k * len(data) // tried for k in range(tried)]
@@ -61,11 +61,15 @@ def rehearsed(subject: Subject, data: Data, order: Order, counted: Counted) -> R
         shape = tuple(sample.x.shape[1:])
         device = torch.device(order.device)
         made = Making(subject, data, order, plan, target, device, shape, silent, lambda: (subject, data, ()))
-        manifest = made.manifest(None)
+        cut = made.manifest(None)["plan"]
+
+        def expected(right: int | None) -> ExpectedRows:
+            return expected_of(order, plan, target, len(data), cut, right=right, opening=opening)
+
         every = first >= len(data)
-        most = made.expected(manifest, right if every else None)
+        most = expected(right if every else None)
         share = right / tried if first else 1.0
-        likely = None if every or not first else made.expected(manifest, round(share * len(data)))
+        likely = None if every or not first else expected(round(share * len(data)))
     names = tuple(member.name for member in plan.members)
     size = 1 if model.batches is None else model.batches.size
     batches = model.batches.says if model.batches is not None and size > 1 else ""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from holdfast.core.errors import TargetLost
+from holdfast.core.errors import TargetError, TargetLost
 from holdfast.core.model import Classifier
 from holdfast.ops.expectation import inner
 
@@ -30,8 +30,14 @@ class Counted:
                 f"{self.rows} rows were sent to the server, of at most {self.most} that doctor and --dry-run send, and "
                 f"{len(x)} more are needed to find out how the data are read; declare it with --layout chw, hwc or asis"
             )
+        try:
+            found = self._net(x)
+        except TargetError as error:
+            if type(error) is not TargetError:  # else the request does not fit the server, and was not sent
+                self.rows += len(x)
+            raise
         self.rows += len(x)
-        return self._net(x)
+        return found
 
 
 def counted(model: Classifier) -> Counted | None:
