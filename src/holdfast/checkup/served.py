@@ -59,36 +59,33 @@ def _found(model: Classifier, data: Data, server: Counted) -> Iterator[Finding]:
         yield Finding("model", "warning", says, "declare it with --layout chw, hwc or asis")
         return
     batch = sampled(data, first)
-    x = moved_inside(model, batch.x, seen.x)
+    batch = batch.at(moved_inside(model, batch.x, seen.x))
     try:
-        logits = outputs_of(model, x)
+        logits = outputs_of(model, batch.x)
     except UnclearOutput as error:
         yield Finding("output", "problem", str(error), "--model-output probability, or --model-output logit")
-        return
     except TargetLost:
         raise
     except TargetError:
-        if not _takes_channels_last(model, x, server):
+        if not _takes_channels_last(model, batch.x, server):
             raise
-        says = (
-            f"the model refuses inputs of shape {tuple(x.shape[1:])}, but takes them with the channels last"
-        )
+        shape = tuple(batch.x.shape[1:])
+        says = f"the model refuses inputs of shape {shape}, but takes them with the channels last"
         yield Finding("layout", "problem", says, "declare --layout hwc, or $x_last in --http-request")
-        return
+    else:
+        yield from _answered(model, batch, logits, range_of_labels(data, seen), second, server)
+
+
+def _answered(
+    model: Classifier, batch: Batch, logits: Tensor, ends: tuple[int, int], again: int, server: Counted
+) -> Iterator[Finding]:
+    """The findings on the first answers; the first examples `again` are asked about once more."""
     classes = logits.shape[1] - model.rejects
-    ends = range_of_labels(data, seen)
     yield from labels_outside(*ends, classes)
+    moved, unsteady = _moved(model, batch.x[:again], logits[:again], server)
     y, rows = known_labels(batch.y, classes, ends)
-    moved, unsteady = _moved(model, x[:second], logits[:second], server)
-    examined = Examined(
-        model,
-        Batch(x[rows], y, batch.ids[rows]),
-        (),
-        logits[rows],
-        len(rows),
-        left=lambda: server.left,
-        moved_by=moved,
-    )
+    known = Batch(batch.x[rows], y, batch.ids[rows])
+    examined = Examined(model, known, (), logits[rows], len(rows), left=lambda: server.left, moved_by=moved)
     off = tuple(labels(examined))
     yield from (*outputs(examined), *off, *accuracy(examined))
     explained = any(examined.accuracy + (finding.gain or 0.0) >= 1 - BETTER for finding in off)

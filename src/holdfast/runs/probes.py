@@ -115,7 +115,7 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], 
         findings = conclude({}, columns, circumstances, broke)
         findings = _unfinished(findings, missed) if wanted else findings
         return Asked(findings, Cost(counted.forwards, 0, counted.forwards))
-    allotment = _allotment(course, columns, by_stage) if course.remote else None
+    allotment = _allotment(course, columns, by_stage)
     probed = dict(_probed(course, counted, columns, watch, allotment))
     counting = tuple(
         (p.name, len(probed[p.name].rows))
@@ -128,13 +128,20 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], 
     by_probe = probe_passes(outline, {**by_stage, **({FOUND: found} if found else {})}, counting)
     broke |= {each.name: each.columns["success"] for each in by_probe}
     findings = conclude(probed, columns, circumstances, broke)
-    if allotment is not None:
-        findings = replace(findings, doubts=as_allotted(findings.doubts, allotment))
-    return Asked(findings, cost, counting, found)
+    return Asked(_as_allotted(findings, allotment), cost, counting, found)
 
 
-def _allotment(course: Course, columns: Columns, by_stage: Mapping[str, Columns]) -> Allotment:
-    """On how many examples each probe runs on a served model: all of them take at most the rows of the suite."""
+def _as_allotted(findings: Findings, allotment: Allotment | None) -> Findings:
+    """The findings with what was left out on a served model."""
+    return (
+        findings if allotment is None else replace(findings, doubts=as_allotted(findings.doubts, allotment))
+    )
+
+
+def _allotment(course: Course, columns: Columns, by_stage: Mapping[str, Columns]) -> Allotment | None:
+    """On how many examples each probe runs on a served model, at most the rows of the suite; None of other models."""
+    if not course.remote:
+        return None
     plan, rng = course.plan, Draws(course.plan.seed).at("stage", DOUBTS)
     within, attacks = probing_threat(plan.threat, columns), [member.attack for member in plan.members]
     probes = {probe.name: probe for probe in _probes(course, columns)}
