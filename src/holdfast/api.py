@@ -31,6 +31,7 @@ from holdfast.config.attacks import threat_model
 from holdfast.config.grad_mode import with_gradients
 from holdfast.config.grammar import nearest, parse_threat
 from holdfast.config.members import SuiteLike, members_given
+from holdfast.config.rehearsing import rehearse, rehearse_served
 from holdfast.config.settings import AssessSettings, HardenSettings
 from holdfast.config.starting import DEMO_COMMAND, DIGITS, demo_settings, init, validate
 from holdfast.core.errors import UsageError
@@ -45,11 +46,10 @@ from holdfast.runs import hardening as hardens
 from holdfast.runs.comparison import Comparison
 from holdfast.runs.exhibition import Exhibit, exhibits
 from holdfast.runs.hardened import Hardened
-from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.index import open_run
-from holdfast.runs.order import Order, Progress, Subject, silent
+from holdfast.runs.order import Order, Progress, Subject, Told, silent, unheard
 from holdfast.runs.result import Result
-from holdfast.runs.selection import selected
+from holdfast.sources.counting import counted
 from holdfast.sources.data import open_data
 from holdfast.sources.expected import ClassOrder
 from holdfast.store.verify import Verified
@@ -66,6 +66,7 @@ __all__ = [
     "init",
     "look_over",
     "rehearse",
+    "rehearse_served",
     "report",
     "validate",
     "verify",
@@ -169,6 +170,7 @@ def carry_out(
     run: Path | None,
     resume: bool = False,
     progress: Progress = silent,
+    told: Told = unheard,
     command: str = "",
 ) -> Result:
     """`assess` as the command line and a configuration file ask for it; `command` is how to repeat it."""
@@ -179,7 +181,9 @@ def carry_out(
     fit = ordering.opened_fit(settings, subject.model, order.plan)
     across = ordering.opened_across(settings, subject.model)
     order = replace(order, fit=fit, surrogates=surrogates, across=across, attackers=attackers(settings))
-    return assessing.assess(subject, data, order, run=run, resume=resume, progress=progress, opening=opening)
+    return assessing.assess(
+        subject, data, order, run=run, resume=resume, progress=progress, opening=opening, told=told
+    )
 
 
 @with_gradients
@@ -304,17 +308,6 @@ def exhibition(
     return tuple(found)
 
 
-def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
-    """The run on its first `n` examples, kept nowhere, and how many examples it would have in all."""
-    subject, data, surrogates = ordering.opened(settings)
-    asked = ordering.order(settings, baseline=_evidence(settings.baseline), target=subject.model.access)
-    fit = ordering.opened_fit(settings, subject.model, asked.plan)
-    across = ordering.opened_across(settings, subject.model)
-    order = replace(asked, gates=(), workers=None, fit=fit, surrogates=surrogates, across=across)
-    few = selected(data, n=min(n, len(data)), sample=None, seed=settings.seed)
-    return assessing.assess(subject, few, order), len(data)
-
-
 @with_gradients
 def doctor(
     model: ModelLike,
@@ -353,12 +346,14 @@ def doctor(
     """The usual mistakes between a model and its data, found in seconds."""
     settings = settings_said("doctor()", locals(), AssessSettings)
     subject = subject_of(model, settings)
+    counted(subject.model)
     return examine(subject.model, data_of(data, settings, subject.model, lenient=True))
 
 
 def look_over(settings: AssessSettings) -> tuple[Finding, ...]:
     """`doctor` as the command line and a configuration file ask for it."""
     subject = ordering.opened_subject(settings)
+    counted(subject.model)
     return examine(subject.model, ordering.opened_data(settings, subject.model, lenient=True))
 
 

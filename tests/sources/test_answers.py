@@ -448,10 +448,10 @@ def test_assess_and_the_doctor_read_an_answer_alike(capsys):
         for verb in ("assess", "doctor"):
             assert run([verb, *model]) == 3
             said.append(capsys.readouterr().err)
-        assert said[0] == said[1]
+        assert said[0].partition("The answer begins")[0] == said[1].partition("The answer begins")[0]
         assert "one whole number a row" in said[0] and "--http-labels and --classes N" in said[0]
         assert '{"outputs": [{"name": "y", "datatype": "INT64"' in said[0]
-        assert len(server.rows) == 2
+        assert len(server.rows) == 1 + 20
         declared = [*model, "--http-labels", "--classes", "3"]
         assert run(["doctor", *declared]) == 0
         out = capsys.readouterr().out

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from holdfast.checkup.examined import STEADY, Examined, Finding, outputs_of
+from holdfast.checkup.readings import shifted_labels
 from holdfast.ops.losses import margin_loss
 from holdfast.ops.refusals import CUTS
 from holdfast.ops.statistics import against_majority
@@ -38,6 +39,16 @@ def outputs(examined: Examined) -> Iterator[Finding]:
             "problem",
             "every input gets the same output",
             "check the weights and the preprocessing",
+        )
+
+
+def labels(examined: Examined) -> Iterator[Finding]:
+    """Labels that are off by one, or all equal."""
+    yield from shifted_labels(examined)
+    y = examined.batch.y
+    if len(y) > 1 and bool((y == y[0]).all()):
+        yield Finding(
+            "labels", "warning", f"all {len(y)} labels looked at are {int(y[0])}", "is it the right split?"
         )
 
 

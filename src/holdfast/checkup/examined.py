@@ -46,6 +46,12 @@ class Examined:
     """examples that go through the model at once"""
     calls: list[int] = field(default_factory=list)
     """how many examples each further call had"""
+    left: Callable[[], int] | None = None
+    """how many rows the model may still be sent; None is any number"""
+    untried: list[int] = field(default_factory=list)
+    """how many rows each reading would have taken that was not tried, because they were not left"""
+    moved_by: float | None = None
+    """`moved`, where it was measured already"""
 
     def ask(self, model: Classifier, x: Tensor) -> Tensor:
         """Outputs of the model, or of the same network with other preprocessing."""
@@ -53,7 +59,15 @@ class Examined:
         return torch.cat([outputs_of(model, part) for part in torch.split(x, self.batch_size)])
 
     def right_with(self, x: Tensor, model: Classifier | None = None) -> float:
-        """Share of the sample that is right with other inputs or another model; 0 where the network refuses them."""
+        """Share of the sample that is right with other inputs or another model; 0 where the network refuses them.
+
+        Also 0 where too few rows are left to try it, which `untried` counts.
+        """
+        size = 1 if self.model.batches is None else self.model.batches.size
+        rows = -(-len(x) // size) * size
+        if self.left is not None and rows > self.left():
+            self.untried.append(rows)
+            return 0.0
         try:
             return share_right(self.ask(model or self.model, x), self.batch.y)
         except TargetLost:
@@ -64,6 +78,8 @@ class Examined:
     @cached_property
     def moved(self) -> float:
         """How far the outputs change when the model is asked again, as a share of the largest logit."""
+        if self.moved_by is not None:
+            return self.moved_by
         return self.change(self.ask(self.model, self.batch.x))
 
     def change(self, logits: Tensor) -> float:

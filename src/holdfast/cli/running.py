@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from holdfast.api import carry_out, carry_out_hardening, demo, exhibition, rehearse
+from holdfast.api import carry_out, carry_out_hardening, demo, exhibition, rehearse, rehearse_served
 from holdfast.cli.options import Voice
 from holdfast.config.grammar import is_folder
 from holdfast.config.settings import AssessSettings, HardenSettings, canonical
@@ -25,6 +25,7 @@ from holdfast.reports.markdown import document
 from holdfast.reports.notes import spoken
 from holdfast.reports.numbers import percent
 from holdfast.reports.terminal import tables, verdict
+from holdfast.reports.words import amount
 from holdfast.reports.write import EXHIBIT_SUFFIXES, check, write_exhibits
 from holdfast.runs.exhibition import Exhibit
 from holdfast.runs.index import new_folder
@@ -32,6 +33,7 @@ from holdfast.runs.order import Progress, Step, silent
 from holdfast.runs.repeating import way_out
 from holdfast.runs.result import Result
 from holdfast.runs.signals import stoppable
+from holdfast.sources.remote import SCHEMES
 
 _TRIED = 8  # examples that a dry run measures before it multiplies
 _STDOUT = "-"
@@ -56,7 +58,9 @@ def assess_and_report(
         )
     with stoppable(way_out(command, folder)):  # before the run begins, and while its reports are written, too
         with watched(voice) as progress:
-            result = carry_out(settings, run=folder, resume=resume, progress=progress, command=command)
+            result = carry_out(
+                settings, run=folder, resume=resume, progress=progress, told=voice.say, command=command
+            )
         tell(result, settings.output, voice, folder=folder)
     return result.exit_code
 
@@ -196,7 +200,9 @@ def _words(step: Step) -> dict[str, Any]:
 
 
 def _dry_run(settings: AssessSettings, voice: Voice) -> int:
-    """Measure a handful of examples, and multiply."""
+    """Measure a handful of examples, and multiply; of a served model, compute what a run would send."""
+    if (settings.model or "").partition(":")[0] in SCHEMES:
+        return _dry_run_served(settings, voice)
     trial, n = rehearse(settings, _TRIED)
     times, cost = n / len(trial.evidence), trial.cost
     click.echo(
@@ -205,6 +211,23 @@ def _dry_run(settings: AssessSettings, voice: Voice) -> int:
         f"(measured on the first {len(trial.evidence)})"
     )
     voice.say("nothing was kept")
+    return 0
+
+
+def _dry_run_served(settings: AssessSettings, voice: Voice) -> int:
+    found = rehearse_served(settings)
+    click.echo(
+        f"{amount(found.n, 'examples')}, {amount(len(found.attacks), 'attacks')} ({', '.join(found.attacks)}): "
+        f"{found.most.says}"
+    )
+    share = f"{found.right:,} of the {amount(found.tried, 'clean examples')} that were tried"
+    if found.likely is not None:
+        click.echo(f"if as many are right as {share}: {found.likely.says}")
+    elif found.tried:
+        click.echo(f"attacks are run on the examples that are right, which are {share}")
+    if found.batches:
+        voice.say(f"note: {found.batches}; the rows that fill up a batch are counted")
+    voice.say(f"sent for this: {amount(found.sent, 'rows')} to the server; nothing was kept")
     return 0
 
 

@@ -282,17 +282,24 @@ def standing(columns: Columns, threat: ThreatModel) -> Mask:
     return held & (columns["distance"] > 1.05 * probing_threat(threat, columns).constraint.eps)
 
 
-def rows_for(probe: Probe, columns: Columns, threat: ThreatModel, rng: Draws) -> Rows:
-    """Which examples a probe runs on, in source order; drawn by their ids, so that shards do not matter."""
+def rows_for(
+    probe: Probe, columns: Columns, threat: ThreatModel, rng: Draws, most: int | None = None
+) -> Rows:
+    """Which examples a probe runs on, in source order; drawn by their ids, so that shards do not matter.
+
+    With `most` they are at most so many of those.
+    """
+    n = SAMPLE if most is None else min(most, SAMPLE)
     if probe.on == "correct":
         among = columns["correct"] & columns.get("eligible", torch.ones_like(columns["correct"]))
-        return sample_rows(columns, among, rng, SAMPLE)
+        return sample_rows(columns, among, rng, n)
     held = standing(columns, threat)
     if probe.on == "standing":
-        return sample_rows(columns, held, rng, SAMPLE)
+        return sample_rows(columns, held, rng, n)
+    n = FRESH_ROWS if most is None else min(most, FRESH_ROWS)
     closeness = columns.get("attacked_probability_margin", columns["margin"]).double().nan_to_num(nan=-1.0)
     rows = held.nonzero()[:, 0]
-    return rows[closeness[rows].argsort(stable=True)[:FRESH_ROWS]].sort().values
+    return rows[closeness[rows].argsort(stable=True)[:n]].sort().values
 
 
 @dataclass(frozen=True)

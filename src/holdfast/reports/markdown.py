@@ -8,7 +8,16 @@ from holdfast.core.names import printable
 from holdfast.reports import across, rotation, transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits, passes, risks, row
 from holdfast.reports.numbers import count, percent
-from holdfast.reports.words import VERDICTS, capitalized, interval, label, sentences, shown, told_metrics
+from holdfast.reports.words import (
+    VERDICTS,
+    capitalized,
+    interval,
+    label,
+    query_budget,
+    sentences,
+    shown,
+    told_metrics,
+)
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$@&#])")
 
@@ -166,9 +175,11 @@ def _doubts(summary: Mapping[str, Any]) -> list[str]:
 def _footing(summary: Mapping[str, Any]) -> str:
     command = f" Reproduce: {code(summary['reproduce'])}" if summary["reproduce"] else ""
     unit = f" (eps in {summary['threat']['unit']})" if summary["threat"].get("unit") else ""
+    budget = query_budget(summary["threat"])
+    allowed = f", {budget}" if budget else ""
     return (
         "Robust accuracy under a suite is an upper bound on the truth; the interval is sampling error only."
-        f" Threat {code(summary['threat']['constraint'])}{unit}, seed {summary['seed']}.{command}"
+        f" Threat {code(summary['threat']['constraint'])}{unit}{allowed}, seed {summary['seed']}.{command}"
     )
 
 

@@ -8,7 +8,16 @@ from holdfast.core.names import printable
 from holdfast.reports import across, rotation, transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits, passes, risks, row, title
 from holdfast.reports.numbers import count, percent
-from holdfast.reports.words import VERDICTS, asked, interval, label, sentences, shown, told_metrics
+from holdfast.reports.words import (
+    VERDICTS,
+    asked,
+    interval,
+    label,
+    query_budget,
+    sentences,
+    shown,
+    told_metrics,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,7 +89,9 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
         *matrices(summary),
     ]
     told = [as_string(part, colour=colour, width=width) for part in parts if part.row_count]
-    for line in (risks(summary), fits(summary), passes(summary, brief=True)):
+    budget = query_budget(summary["threat"])
+    allowed = f"the threat allows {budget}" if budget else ""
+    for line in (allowed, risks(summary), fits(summary), passes(summary, brief=True)):
         if line:
             told[0] = f"{told[0].rstrip()}\n\n{as_string(cell(line), colour=colour, width=width)}\n\n"
     text = "\n".join(told)

@@ -325,12 +325,7 @@ def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str,
             change = change.replace("values of an input", "pixels of an image")
     goal = threat["goal"]
     aim = "any wrong class" if goal is None else f"class {goal}, and nothing else counts as success"
-    spend = threat["queries"]
-    budget = (
-        "as many queries as its attacks ask for"
-        if spend is None
-        else f"{count(spend)} queries an example and attack"
-    )
+    budget = query_budget(threat) or "as many queries as its attacks ask for"
     return [
         f"It {change}, and every value stays inside the legal range of inputs."
         + (f" Eps is in {threat['unit']}." if threat.get("unit") else ""),
@@ -343,6 +338,18 @@ def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str,
             else []
         ),
     ]
+
+
+def query_budget(threat: Mapping[str, Any]) -> str:
+    """What the budget of the threat bounds; empty where it has none.
+
+    >>> query_budget({"queries": 1_000})
+    'at most 1,000 queries for each example in each attack'
+    """
+    spend = threat["queries"]
+    if spend is None:
+        return ""
+    return f"at most {count(spend)} {'query' if spend == 1 else 'queries'} for each example in each attack"
 
 
 def as_asked(threat: Mapping[str, Any]) -> str:

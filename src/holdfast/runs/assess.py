@@ -10,7 +10,7 @@ import torch
 from holdfast.core.batch import Batch, Data
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
-from holdfast.harness import Target, on_detector, refuse_unfitted, refuse_what_is_hidden
+from holdfast.harness import Plan, Target, on_detector, refuse_unfitted, refuse_what_is_hidden
 from holdfast.runs.carrying import with_others
 from holdfast.runs.entry import (
     refuse_batch,
@@ -19,7 +19,7 @@ from holdfast.runs.entry import (
 )
 from holdfast.runs.foresight import refuse_gates
 from holdfast.runs.making import Making
-from holdfast.runs.order import Opening, Order, Progress, Subject, silent
+from holdfast.runs.order import Opening, Order, Progress, Subject, Told, silent, unheard
 from holdfast.runs.preparing import readied
 from holdfast.runs.repeating import resumable, way_out
 from holdfast.runs.result import Result
@@ -40,12 +40,14 @@ def assess(
     progress: Progress = silent,
     opening: Opening | None = None,
     again: str = "",
+    told: Told = unheard,
 ) -> Result:
     """Measure how robust a model is, and judge it.
 
     With `run` everything is kept in that folder, and a run that was killed there goes on by `resume`; a finished one is
     told again. `again` says how to go on with a run that this one is a part of. Workers open model and data by
-    `opening`; without it they are handed the two given here. Raises `UsageError`, `TargetError`, or `Interrupted` with
+    `opening`; without it they are handed the two given here. `told` receives how many rows a server is sent at most.
+    Raises `UsageError`, `TargetError`, or `Interrupted` with
     the way to go on.
     """
     refuse_data(data)
@@ -57,16 +59,11 @@ def assess(
         readied(subject, data, device, adaptive=adaptive) as (target, sample),
         ExitStack() as stack,
     ):
-        _refuse(target, sample, order, data)
-        held = with_surrogates(order.plan, stack, order.surrogates, sample, target)
-        held = with_others(held, order.across, sample, target)
-        seen = refuse_what_is_hidden(held, subject.model.access, subject.model.hides)
-        plan = on_detector(seen, rejects=target.rejects)
-        refuse_unfitted(plan, fit=order.fit is not None)
+        plan = agreed(subject, data, order, target, sample, stack)
         refuse_gates(order.gates, plan, target, sample)
         shape = tuple(sample.x.shape[1:])
         opening = opening or partial(_as_given, subject, data, order.surrogates)
-        made = Making(subject, data, order, plan, target, device, shape, progress, opening, served)
+        made = Making(subject, data, order, plan, target, device, shape, progress, opening, served, told)
         if run is None and order.workers is None:
             return made.result(made.manifest(None), Stopper())
         if run is None:
@@ -91,6 +88,22 @@ def _refuse_workers(served: Served | None, order: Order) -> None:
             f"--workers is {order.workers}, and the model is behind a server, which computes for it; leave --workers "
             f"out, and give --http-concurrency {order.workers} to have so many requests under way at once"
         )
+
+
+def agreed(
+    subject: Subject, data: Data, order: Order, target: Target, sample: Batch, stack: ExitStack
+) -> Plan:
+    """The plan as it is measured on this model and these data, with surrogates open as long as the `stack` is.
+
+    What cannot be measured is refused; no gate is tried.
+    """
+    _refuse(target, sample, order, data)
+    held = with_surrogates(order.plan, stack, order.surrogates, sample, target)
+    held = with_others(held, order.across, sample, target)
+    seen = refuse_what_is_hidden(held, subject.model.access, subject.model.hides)
+    plan = on_detector(seen, rejects=target.rejects)
+    refuse_unfitted(plan, fit=order.fit is not None)
+    return plan
 
 
 def _as_given(

@@ -1,7 +1,7 @@
 """The harden verb: measure, train a new model within a budget, choose it on held-out examples, and measure again."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -46,7 +46,7 @@ from holdfast.runs.held_out import (
     without_judged,
 )
 from holdfast.runs.identity import hardware
-from holdfast.runs.order import Order, Progress, Subject, silent
+from holdfast.runs.order import Order, Progress, Subject, Told, silent, unheard
 from holdfast.runs.pace import Clock, Pacer, as_it_says, smaller
 from holdfast.runs.preparing import readied
 from holdfast.runs.repeating import lent, repeatable, way_out
@@ -64,12 +64,6 @@ from holdfast.store.folder import RunFolder, opened, planned, refuse_used
 _CHECKED = 4_096  # training examples that are looked at together
 _SEEN = 8  # examples that show whether a network changes its input in place
 _NO_OBJECTION = "not-exhausted"  # which says that the suite is too weak, and no other training mends that
-Told = Callable[[str], None]
-"""Hears what is about to be done."""
-
-
-def unheard(said: str) -> None:
-    """Nobody listens."""
 
 
 def harden(

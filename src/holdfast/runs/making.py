@@ -37,9 +37,10 @@ from holdfast.runs.entry import (
     refuse_batch,
     slight,
 )
+from holdfast.runs.expected_rows import expected_of
 from holdfast.runs.identity import code_digest, hardware, versions
 from holdfast.runs.keeping import InFolder, InMemory, Keeper
-from holdfast.runs.order import Opening, Order, Progress, Subject
+from holdfast.runs.order import Opening, Order, Progress, Subject, Told, unheard
 from holdfast.runs.preparing import model_digest
 from holdfast.runs.repeating import repeatable
 from holdfast.runs.result import Result, about_of
@@ -79,6 +80,7 @@ class Making:
     opening: Opening
     served: Served | None = None
     """what asks the server of a served model"""
+    told: Told = unheard
 
     def manifest(self, known: Mapping[str, Any] | None) -> dict[str, Any]:
         """What `run.json` says. The batch size of a run that goes on is the one it began with."""
@@ -197,6 +199,9 @@ class Making:
     ) -> Result:
         """Everything measured, judged, and, where there is a folder, recorded; it may be one that does not last."""
         keeper: Keeper = InMemory() if folder is None else InFolder(folder)
+        if self.subject.model.remote and keeper.document(DOUBTS) is None:
+            expected = expected_of(self.order, self.plan, self.target, len(self.data), manifest["plan"])
+            self.told(f"expected: {expected.says}")
         with self.team(manifest, folder) as team:
             place = None if folder is None else folder.path
             evidence, found = self.measured(keeper, stopper, manifest, team, place)

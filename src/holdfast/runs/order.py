@@ -102,3 +102,11 @@ class Attackers(Protocol):
 
 def silent(step: Step) -> None:
     """The progress that nobody watches."""
+
+
+Told = Callable[[str], None]
+"""Receives what is about to be done, in words."""
+
+
+def unheard(said: str) -> None:
+    """Leaves it unsaid."""

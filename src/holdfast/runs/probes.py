@@ -6,13 +6,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from holdfast.attacks.costs import Passes
 from holdfast.checkup import BETTER, FILLED, Finding, misfit
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns, Cost, Doubt
 from holdfast.core.lookup import Lookup
-from holdfast.core.model import VOTES, Bounds, Model
+from holdfast.core.model import Bounds, Model
 from holdfast.core.types import Ids, Inputs, Logits, Mask
+from holdfast.doubts.allotting import JUDGED_AT_RANDOM, Allotment, allotted, as_allotted, probe_rows
 from holdfast.doubts.concluding import Circumstances, Findings, conclude, missed_by_suite
 from holdfast.doubts.probing import (
     Probe,
@@ -113,18 +115,46 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], 
         findings = conclude({}, columns, circumstances, broke)
         findings = _unfinished(findings, missed) if wanted else findings
         return Asked(findings, Cost(counted.forwards, 0, counted.forwards))
-    probed = dict(_probed(course, counted, columns, watch))
+    allotment = _allotment(course, columns, by_stage)
+    probed = dict(_probed(course, counted, columns, watch, allotment))
     counting = tuple(
         (p.name, len(probed[p.name].rows))
         for p in _probes(course, columns)
         if p.name in probed and counts(p, plan.threat)
     )
     found = _judged(course, columns, probed, counting)
-    judged = Cost(len(found.get("id", ())) * (1 + 2 * VOTES if target.randomised else 1))
+    judged = Cost(len(found.get("id", ())) * (JUDGED_AT_RANDOM if target.randomised else 1))
     cost = Cost(counted.forwards, counted.backwards, counted.forwards) + judged
     by_probe = probe_passes(outline, {**by_stage, **({FOUND: found} if found else {})}, counting)
     broke |= {each.name: each.columns["success"] for each in by_probe}
-    return Asked(conclude(probed, columns, circumstances, broke), cost, counting, found)
+    findings = conclude(probed, columns, circumstances, broke)
+    return Asked(_as_allotted(findings, allotment), cost, counting, found)
+
+
+def _as_allotted(findings: Findings, allotment: Allotment | None) -> Findings:
+    """The findings with what was left out on a served model."""
+    return (
+        findings if allotment is None else replace(findings, doubts=as_allotted(findings.doubts, allotment))
+    )
+
+
+def _allotment(course: Course, columns: Columns, by_stage: Mapping[str, Columns]) -> Allotment | None:
+    """On how many examples each probe runs on a served model, at most the rows of the suite; None of other models."""
+    if not course.remote:
+        return None
+    plan, rng = course.plan, Draws(course.plan.seed).at("stage", DOUBTS)
+    within, attacks = probing_threat(plan.threat, columns), [member.attack for member in plan.members]
+    probes = {probe.name: probe for probe in _probes(course, columns)}
+    wanted = {name: len(rows_for(probe, columns, plan.threat, rng)) for name, probe in probes.items()}
+    passes = Passes(course.room(DOUBTS, 0).size, course.target.bare.batches)
+
+    def cost(name: str, n: int) -> int | None:
+        return probe_rows(probes[name], attacks, within, n, passes, randomised=course.target.randomised)
+
+    judged = JUDGED_AT_RANDOM if course.target.randomised else 1
+    suite = [found for name, found in by_stage.items() if name[0].isdigit()]
+    budget = sum(int(found["queries"].sum()) + judged * int(found["ran"].sum()) for found in suite)
+    return allotted(wanted, budget, cost)
 
 
 def _input(course: Course, columns: Columns) -> tuple[Doubt, int]:
@@ -196,20 +226,24 @@ def _first_gradients(by_stage: Mapping[str, Columns]) -> Mask | None:
     return None
 
 
-def _probed(course: Course, model: Model, columns: Columns, watch: Watch) -> Iterator[tuple[str, Probed]]:
+def _probed(
+    course: Course, model: Model, columns: Columns, watch: Watch, allotment: Allotment | None
+) -> Iterator[tuple[str, Probed]]:
     plan, rng = course.plan, Draws(course.plan.seed).at("stage", DOUBTS)
     within, probes = probing_threat(plan.threat, columns), _probes(course, columns)
     left = int((columns["correct"] & ~columns["success"]).sum())
-    examples: dict[str, Batch] = {}
+    examples: dict[tuple[str, int], Batch] = {}
     for place, probe in enumerate(probes):
         course.tell(DOUBTS, place, len(probes), left, len(course.data))
-        rows = rows_for(probe, columns, plan.threat, rng)
+        most = None if allotment is None else allotment.examples.get(probe.name, 0)
+        rows = rows_for(probe, columns, plan.threat, rng, most)
         if not len(rows):
             continue
-        if probe.on not in examples:  # one by one: a shard of large pictures costs more to decode
+        same = probe.on, len(rows)
+        if same not in examples:  # one by one: a shard of large pictures costs more to decode
             few = gathered([course.data.read(row, row + 1) for row in rows.tolist()])
-            examples[probe.on] = few.to(course.device)
-        batch = examples[probe.on]
+            examples[same] = few.to(course.device)
+        batch = examples[same]
 
         look = probe.voted if probe.voted is not None and course.target.randomised else probe.run
 

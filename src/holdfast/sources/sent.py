@@ -61,16 +61,19 @@ class Sent:
         """How many rows may still be sent; None without a limit."""
         return None if self.limit is None else max(0, self.limit - self.totals.sent)
 
+    def spent(self, rows: int) -> str:
+        """Why so many rows are not sent."""
+        return (
+            f"--max-queries is {self.limit:,}, {self.totals.sent:,} rows were sent to the server, and the next request "
+            f"has {rows:,}"
+        )
+
     def sending(self, rows: int) -> None:
         """Count rows that are about to be sent; `QueriesSpent` where they exceed the limit."""
         with self._lock:
             left = self.left()
             if left is not None and rows > left:
-                raise QueriesSpent(
-                    f"--max-queries is {self.limit:,}, {self.totals.sent:,} rows were sent to the server, and the next "
-                    f"request has {rows:,}",
-                    self.limit or 0,
-                )
+                raise QueriesSpent(self.spent(rows), self.limit or 0)
             self._note({"t": "sent", "n": rows})
 
     def failed(self, what: str, rows: int) -> None:

@@ -21,8 +21,7 @@ from holdfast.rotation import canary
 from holdfast.rotation.live import CANARIES
 from holdfast.rotation.members import refuse_foreign, rotated
 from holdfast.rotation.thieves import Thief
-from holdfast.runs.hardening import Told, unheard
-from holdfast.runs.order import Progress, Subject, silent
+from holdfast.runs.order import Progress, Subject, Told, silent, unheard
 from holdfast.runs.rotate.collecting import bases_left
 from holdfast.runs.rotate.comparing import held
 from holdfast.runs.rotate.crafting import Workshop, attackers, exposed_for, siblings_of

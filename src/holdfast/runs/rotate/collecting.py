@@ -21,8 +21,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.rotation import Members, Task, loaded, weights_of
 from holdfast.rotation.collecting import begun_anew, swapped
-from holdfast.runs.hardening import Told, unheard
-from holdfast.runs.order import Progress, Step, silent
+from holdfast.runs.order import Progress, Step, Told, silent, unheard
 from holdfast.runs.pace import Pace, fitting, pace
 from holdfast.runs.rotate.terms import Terms, accuracy, state_of
 from holdfast.runs.signals import Stopper

@@ -24,8 +24,8 @@ from holdfast.harness import Member
 from holdfast.harness.plan import settings
 from holdfast.reports.numbers import strict
 from holdfast.rotation.thieves import Thief
-from holdfast.runs.hardening import Told, unheard
 from holdfast.runs.identity import code_digest
+from holdfast.runs.order import Told, unheard
 from holdfast.runs.rotate.collecting import surrogates
 from holdfast.runs.rotate.terms import Terms
 from holdfast.store.pool import Pool

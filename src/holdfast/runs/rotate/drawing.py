@@ -18,7 +18,7 @@ from holdfast.core.model import Classifier
 from holdfast.reports.numbers import strict
 from holdfast.rotation import Generator, Immunise
 from holdfast.rotation.collecting import rows_of, trained_anew
-from holdfast.runs.hardening import Told, unheard
+from holdfast.runs.order import Told, unheard
 from holdfast.runs.rotate.collecting import bases, bases_left, epochs_of
 from holdfast.runs.rotate.learning import learned
 from holdfast.runs.rotate.terms import Terms, accuracy, state_of

@@ -10,7 +10,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import Inconclusive
 from holdfast.rotation import Codec, Embedding, Generator, LatentDiffusion, Members
 from holdfast.rotation.generating import packed, unpacked
-from holdfast.runs.hardening import Told, unheard
+from holdfast.runs.order import Told, unheard
 from holdfast.runs.rotate.collecting import members, secret
 from holdfast.runs.rotate.terms import Terms, accuracy
 from holdfast.store.pool import Pool

@@ -13,8 +13,7 @@ from typing import Any
 from holdfast.core.errors import Inconclusive, InUse, UsageError
 from holdfast.rotation import Immunise, next_set, refuse_faster
 from holdfast.rotation.triggers import Reading, Trigger, due, exposed
-from holdfast.runs.hardening import Told, unheard
-from holdfast.runs.order import Progress, silent
+from holdfast.runs.order import Progress, Told, silent, unheard
 from holdfast.runs.rotate.admission import admit
 from holdfast.runs.rotate.drawing import By, candidates, draw
 from holdfast.runs.rotate.status import UNJUDGED

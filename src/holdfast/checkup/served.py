@@ -1,0 +1,157 @@
+"""The examination of a served model: as much of it as at most 64 rows show, because every row may cost money.
+
+Some 20 examples are asked about once, and once more in the reverse order. Other readings of the data are tried with
+the rows that are left.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from holdfast.checkup.behaviour import accuracy, gradients, labels, outputs
+from holdfast.checkup.data_checks import (
+    SAMPLE,
+    known_labels,
+    labels_outside,
+    moved_inside,
+    range_of_labels,
+    range_of_values,
+    sampled,
+    strange_classes,
+)
+from holdfast.checkup.examined import BETTER, STEADY, Examined, Finding, outputs_of
+from holdfast.checkup.readings import units
+from holdfast.core.batch import Batch, Data
+from holdfast.core.errors import TargetError, TargetLost, UnclearOutput
+from holdfast.core.model import EVERY, Classifier
+from holdfast.sources.counting import Look, counted, rows_of_calls
+
+_ASKED = 20
+"""examples that are asked about where the server takes any number of rows"""
+
+
+def examine_served(model: Classifier, data: Data) -> tuple[Finding, ...]:
+    """All findings on a served model and a data set, with the number of rows that were sent.
+
+    Raises `TargetError` when the model cannot be run on the data at all and no other layout works either.
+    """
+    server = counted(model)
+    assert server is not None
+    found = tuple(_found(model, data, server))
+    if any(finding.check == "classes" for finding in found):  # which says already why labels are off
+        found = tuple(finding for finding in found if finding.check != "labels")
+    says = f"{server.rows} rows were sent to the server; doctor sends at most {server.most}"
+    return (*found, Finding("rows sent", "good", says))
+
+
+def _found(model: Classifier, data: Data, server: Look) -> Iterator[Finding]:
+    yield from strange_classes(data)
+    seen = sampled(data, SAMPLE, model)
+    yield from range_of_values(model, seen.x, data)
+    if model.batches is not None and model.batches != EVERY:
+        yield Finding(
+            "batches", "warning", model.batches.says, "let it take any number of rows, to be quicker"
+        )
+    first, second = rows_of_calls(model, server.remaining, min(_ASKED, len(data)), _ASKED)
+    if not first:
+        says = "the model was not asked: all rows were needed to find out how the data are read"
+        yield Finding("model", "warning", says, "declare it with --layout chw, hwc or asis")
+        return
+    batch = sampled(data, first)
+    batch = batch.at(moved_inside(model, batch.x, seen.x))
+    try:
+        logits = outputs_of(model, batch.x)
+    except UnclearOutput as error:
+        yield Finding("output", "problem", str(error), "--model-output probability, or --model-output logit")
+    except TargetLost:
+        raise
+    except TargetError:
+        if not _takes_channels_last(model, batch.x, server):
+            raise
+        shape = tuple(batch.x.shape[1:])
+        says = f"the model refuses inputs of shape {shape}, but takes them with the channels last"
+        yield Finding("layout", "problem", says, "declare --layout hwc, or $x_last in --http-request")
+    else:
+        yield from _answered(model, batch, logits, range_of_labels(data, seen), second, server)
+
+
+def _answered(
+    model: Classifier, batch: Batch, logits: Tensor, ends: tuple[int, int], again: int, server: Look
+) -> Iterator[Finding]:
+    """The findings on the first answers; the first examples `again` are asked about once more."""
+    classes = logits.shape[1] - model.rejects
+    yield from labels_outside(*ends, classes, remote=True)
+    moved, unsteady = _moved(model, batch.x[:again], logits[:again], server)
+    y, rows = known_labels(batch.y, classes, ends)
+    known = Batch(batch.x[rows], y, batch.ids[rows])
+    examined = Examined(
+        model, known, (), logits[rows], len(rows), left=lambda: server.remaining, moved_by=moved
+    )
+    off = tuple(labels(examined))
+    yield from (*outputs(examined), *off, *accuracy(examined))
+    explained = any(examined.accuracy + (finding.gain or 0.0) >= 1 - BETTER for finding in off)
+    if not explained:
+        yield from units(examined)
+    if examined.untried:
+        n = len(examined.untried)
+        yield Finding(
+            "readings",
+            "warning",
+            f"{n} other {'reading' if n == 1 else 'readings'} of the data (scale, normalisation) "
+            f"{'was' if n == 1 else 'were'} not tried: doctor sends at most {server.most} rows to a server",
+            "compare with how the server's other clients scale and normalise their inputs",
+        )
+    yield unsteady
+    yield from gradients(examined)
+
+
+def _takes_channels_last(model: Classifier, x: Tensor, server: Look) -> bool:
+    """Whether the server takes images with the channels last, asked if rows are left."""
+    few = x[:2]
+    if few.dim() != 4 or max(len(few), _size(model)) > server.remaining:
+        return False
+    try:
+        outputs_of(model, few.permute(0, 2, 3, 1).contiguous())
+    except TargetError:
+        return False
+    return True
+
+
+def _moved(model: Classifier, x: Tensor, logits: Tensor, server: Look) -> tuple[float, Finding]:
+    """How far outputs move, as a share of the largest, when `x` is asked about in the reverse order; the finding."""
+    if not len(x):
+        says = f"not looked at: another batch would be more than the {server.most} rows that doctor sends at most"
+        return 0.0, Finding("steadiness", "warning", says)
+    turned = _change(outputs_of(model, x.flip(0)).flip(0), logits)
+    if turned <= STEADY:
+        says = f"the same inputs get the same outputs, in any order (on {len(x)} examples)"
+        return turned, Finding("steadiness", "good", says)
+    fits = server.remaining // _size(model) * _size(model) >= len(x)
+    again = _change(outputs_of(model, x), logits) if fits else torch.nan
+    if again > STEADY:
+        return again, Finding(
+            "randomness",
+            "warning",
+            f"two calls on the same inputs differ by {again:.2g} of the largest logit",
+            "if that is no defence, a dropout is on; a run judges each input by votes, which takes 41 rows",
+        )
+    said = "outputs depend on the other inputs in the batch, or differ from call to call"
+    if again <= STEADY:
+        said = "outputs depend on the other inputs in the batch"
+    return turned, Finding(
+        "state",
+        "problem",
+        f"{said} (by {turned:.2g} of the largest logit)",
+        "is a batch norm using batch statistics, or does the model remember?",
+    )
+
+
+def _size(model: Classifier) -> int:
+    return 1 if model.batches is None else model.batches.size
+
+
+def _change(logits: Tensor, first: Tensor) -> float:
+    """The largest difference between outputs, as a share of the largest of the first."""
+    scale = first.nan_to_num().abs().max().clamp_min(1e-12)
+    return float((logits - first).nan_to_num().abs().max() / scale)

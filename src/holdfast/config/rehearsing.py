@@ -1,0 +1,46 @@
+"""What an assessment would cost, as the command line and a configuration file ask for it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from holdfast.config import expecting, ordering
+from holdfast.config.settings import AssessSettings
+from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Evidence
+from holdfast.runs import assess as assessing
+from holdfast.runs.index import open_run
+from holdfast.runs.rehearsing import Rehearsed, rehearsed
+from holdfast.runs.result import Result
+from holdfast.runs.selection import selected
+from holdfast.sources.counting import counted
+
+
+def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
+    """The run on its first `n` examples, kept nowhere, and how many examples it would have in all."""
+    subject, data, surrogates = ordering.opened(settings)
+    asked = ordering.order(settings, baseline=_baseline(settings), target=subject.model.access)
+    fit = ordering.opened_fit(settings, subject.model, asked.plan)
+    across = ordering.opened_across(settings, subject.model)
+    order = replace(asked, gates=(), workers=None, fit=fit, surrogates=surrogates, across=across)
+    few = selected(data, n=min(n, len(data)), sample=None, seed=settings.seed)
+    return assessing.assess(subject, few, order), len(data)
+
+
+def rehearse_served(settings: AssessSettings) -> Rehearsed:
+    """What a run would send to a server: computed, after at most 64 rows were sent, or one batch of a larger size."""
+    subject = ordering.opened_subject(settings)
+    sent = counted(subject.model)
+    if sent is None:
+        raise UsageError(f"{settings.model} is no model behind a server; it is rehearsed on a few examples")
+    surrogates = ordering.opened_surrogates(settings, subject.model)
+    data = ordering.opened_data(settings, subject.model)
+    subject = expecting.fitting(subject, surrogates, data)
+    order = ordering.order(settings, baseline=_baseline(settings), target=subject.model.access)
+    fit = ordering.opened_fit(settings, subject.model, order.plan)
+    across = ordering.opened_across(settings, subject.model)
+    order = replace(order, fit=fit, surrogates=surrogates, across=across)
+    return rehearsed(subject, data, order, sent)
+
+
+def _baseline(settings: AssessSettings) -> Evidence | None:
+    return None if settings.baseline is None else open_run(Path(settings.baseline)).evidence

@@ -1,0 +1,124 @@
+"""On how many examples each probe runs on a served model, so that all of them cost at most what the suite did.
+
+Every row sent to a server may cost money. What a probe asks of an example at most is arithmetic, so the sizes follow
+from the columns of the suite alone, and a run that was stopped decides the same again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from holdfast.attacks.costs import Passes, most_rows
+from holdfast.attacks.protocol import Attack
+from holdfast.core.evidence import Doubt
+from holdfast.core.model import VOTES
+from holdfast.core.threat import ThreatModel
+from holdfast.doubts.probing import AGAIN, SEARCHES, Probe, counts, within_budget
+from holdfast.doubts.thresholds import NOISE_DRAWS
+
+LEAST = 8
+"""Examples below which a probe says little: if none of 8 breaks, up to a third of all may (95 % confidence)."""
+JUDGED_AT_RANDOM = 1 + 2 * VOTES
+"""Rows that judge one input of a model that draws at random; of others it is 1."""
+GIVES_WAY = ("search", AGAIN, "noise", "steadiness")
+"""Which probe is left out first where not all of them reach `LEAST` examples. The search has no doubt of its own."""
+
+_SHARED = "on a served model all doubts together take at most as many rows as the suite"
+_SPOKEN_FOR = {"randomness": "steadiness", "state": "steadiness", "noise": "noise", "not-exhausted": AGAIN}
+"""The probe that decides each of these doubts, where nothing else raises it."""
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """How many examples each probe runs on, and why those that are not run are left out."""
+
+    examples: Mapping[str, int]
+    """by the name of a probe; a probe that is not run is missing"""
+    wanted: Mapping[str, int] = field(default_factory=dict)
+    """how many it would run on in this process"""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """by the name of a probe that is not run, why"""
+
+
+def probe_rows(
+    probe: Probe, attacks: Sequence[Attack], threat: ThreatModel, n: int, passes: Passes, *, randomised: bool
+) -> int | None:
+    """The most rows that a probe without gradients asks for on `n` examples, with the judging of what it found.
+
+    None where that is not known, as of an attack of another package without a budget.
+    """
+    looks, asked = (VOTES if randomised and probe.voted is not None else 1), passes.once(n)
+    if probe.name == "steadiness":
+        return 4 * asked + sum(_halves(piece, passes) for piece in passes.pieces(n))
+    judged = JUDGED_AT_RANDOM if randomised else 1
+    judging = judged * asked if counts(probe, threat) else 0
+    if probe.name == "noise":
+        return within_budget(NOISE_DRAWS, threat) * asked + judging
+    if probe.name == "search":
+        return (within_budget(SEARCHES, threat) + looks) * asked + judging
+    if probe.name == AGAIN:
+        fresh = [most_rows(attack, threat, n, passes) for attack in attacks]
+        known = [rows for rows in fresh if rows is not None]
+        return sum(known) + len(fresh) * looks * asked + judging if len(known) == len(fresh) else None
+    return None
+
+
+def _halves(n: int, passes: Passes) -> int:
+    """The rows of a piece that is asked about in two halves, and the one that is left over."""
+    half = max(1, n // 2)
+    return sum(passes.filled(min(half, n - start)) for start in range(0, n, half))
+
+
+def allotted(wanted: Mapping[str, int], budget: int, cost: Callable[[str, int], int | None]) -> Allotment:
+    """Share `budget` rows out over probes that want so many examples each; `cost` is the rows of a probe on `n`.
+
+    The cheapest come first: each gets an equal part of what is left, and what it does not need is left to the others.
+    """
+    reasons: dict[str, str] = {}
+    running: dict[str, int] = {}
+    for name, n in wanted.items():
+        rows = cost(name, n)
+        if rows is None:
+            reasons[name] = (
+                "no setting says how many rows it takes; give a budget, such as queries=1000 in --threat"
+            )
+        else:
+            running[name] = rows
+    while True:
+        found, left = dict[str, int](), budget
+        for place, name in enumerate(sorted(running, key=lambda name: running[name])):
+            share = left // (len(running) - place)
+            found[name] = _most(name, wanted[name], share, cost)
+            left -= cost(name, found[name]) or 0
+        if all(found[name] >= min(LEAST, wanted[name]) for name in running):
+            return Allotment(found, wanted, reasons)
+        out = next((name for name in GIVES_WAY if name in running), next(iter(running)))
+        least = min(LEAST, wanted[out])
+        reasons[out] = _reason(cost(out, least) or 0, least, budget)
+        del running[out]
+
+
+def _most(name: str, n: int, share: int, cost: Callable[[str, int], int | None]) -> int:
+    """The most examples, up to `n`, on which a probe keeps to its share of the rows."""
+    return next((k for k in range(n, 0, -1) if (cost(name, k) or 0) <= share), 0)
+
+
+def _reason(rows: int, n: int, budget: int) -> str:
+    return (
+        f"{_SHARED}, here {budget:,}, and this one would take {rows:,} on {n} examples, beside the others; attack more "
+        "examples, with a larger -n or --sample"
+    )
+
+
+def as_allotted(doubts: Sequence[Doubt], allotment: Allotment) -> tuple[Doubt, ...]:
+    """The doubts, `not measured` where the probe that decides them was not run, and saying where it ran on fewer."""
+
+    def said(doubt: Doubt) -> Doubt:
+        probe = _SPOKEN_FOR.get(doubt.name, "")
+        if probe in allotment.reasons and doubt.state in ("clear", "not measured"):
+            return Doubt(doubt.name, "not measured", says=allotment.reasons[probe])
+        n, wanted = allotment.examples.get(probe, 0), allotment.wanted.get(probe, 0)
+        if 0 < n < wanted and doubt.state in ("clear", "raised"):
+            return replace(doubt, says=f"{doubt.says}; {n} of {wanted} examples, because {_SHARED}")
+        return doubt
+
+    return tuple(map(said, doubts))
