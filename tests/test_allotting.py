@@ -17,8 +17,8 @@ THREAT = ThreatModel(Linf(0.1), access="scores", queries=60)
 
 
 @pytest.mark.parametrize("batches", [None, Batches(8), Batches(32)])
-@pytest.mark.parametrize("budget", [0, 50, 300, 1_000, 4_000, 20_000, 10**6])
-@pytest.mark.parametrize("n", [0, 3, 20, 128])
+@pytest.mark.parametrize("budget", [0, 300, 1_000, 4_000, 20_000, 10**6])
+@pytest.mark.parametrize("n", [0, 3, 20, 100])
 def test_all_probes_together_keep_to_the_budget_and_none_runs_on_too_few(batches, budget, n):
     attacks, passes = (Square(),), Passes(64, batches)
     probes = {probe.name: probe for probe in probes_for(THREAT, attacks)}

@@ -36,7 +36,7 @@ class Sent:
         return self.net(x)
 
 
-def run(attack, batches, n=5):
+def run(attack, batches, n=3):
     """The rows that the attack sent, and the most that it may."""
     model = network()
     batch = labelled(model, examples(n=n))
@@ -59,11 +59,11 @@ def test_there_are_attacks_of_every_need():
 @pytest.mark.parametrize("kind", ASKING, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("batches", [None, Batches(4)], ids=["any", "fixed"])
 def test_an_attack_asks_for_no_more_rows_than_its_settings_say(kind, batches):
-    settings = {"queries": 60} if "queries" in kind.__dataclass_fields__ else {}
+    settings = {"queries": 30} if "queries" in kind.__dataclass_fields__ else {}
     sent, most = run(kind(**settings), batches)
     assert most is not None and 0 < sent <= most
     if batches is None and settings:
-        assert most == 5 * 60
+        assert most == 3 * 30
 
 
 def test_only_a_budget_says_what_an_attack_of_steps_asks_for():

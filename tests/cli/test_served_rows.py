@@ -54,7 +54,7 @@ def expected(text):
 # --- doubts
 
 
-@pytest.mark.parametrize("metadata, n, queries", [(None, 30, 20), (None, 10, 25), (fixed(8), 16, 20)])
+@pytest.mark.parametrize("metadata, n, queries", [(None, 24, 15), (None, 10, 25), (fixed(8), 16, 12)])
 def test_doubts_take_at_most_as_many_rows_as_the_suite(capsys, metadata, n, queries):
     asked = []
     for more in (("--no-doubts",), ()):
@@ -87,8 +87,10 @@ def test_a_doubt_that_would_take_too_many_rows_is_not_measured_and_says_what_to_
 # --- before the run
 
 
-@pytest.mark.parametrize("metadata", [None, fixed(8)])
-@pytest.mark.parametrize("more", [(), ("--batch-size", "5"), ("--gate", "clean_accuracy >= 0.1")])
+@pytest.mark.parametrize(
+    "metadata, more",
+    [(None, ()), (fixed(8), ("--batch-size", "5")), (None, ("--gate", "clean_accuracy >= 0.1"))],
+)
 def test_the_rows_that_are_expected_are_stated_and_never_exceeded(capsys, metadata, more):
     with Server(metadata=metadata) as server:
         assert served(server, "-n", "12", *more, queries=15) == 0
@@ -116,7 +118,7 @@ def test_an_attack_that_nothing_bounds_is_named():
 # --- the dry run
 
 
-@pytest.mark.parametrize("size", [None, 8, 17, 32, 40, 100])
+@pytest.mark.parametrize("size", [None, 8, 32, 40, 100])
 def test_a_dry_run_sends_at_most_64_rows_and_says_how_many(capsys, size):
     metadata = None if size is None else fixed(size)
     with Server(metadata=metadata) as server:
@@ -250,10 +252,10 @@ def test_no_more_rows_are_sent_than_the_limit():
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 16, 31, 32, 33, 64])
-@pytest.mark.parametrize("left", [64, 60, 32, 3, 0])
-def test_two_calls_fit_in_the_rows_that_are_left(size, left):
+def test_two_calls_fit_in_the_rows_that_are_left(size):
     model = behind_a_server(lambda x: x, Batches(size))
-    first, second = rows_of_calls(model, left, 20, 20)
-    assert sum(-(-n // size) * size for n in (first, second)) <= left
-    assert second <= first
-    assert bool(first) == (left >= size)
+    for left in (64, 60, 32, 3, 0):
+        first, second = rows_of_calls(model, left, 20, 20)
+        assert sum(-(-n // size) * size for n in (first, second)) <= left
+        assert second <= first
+        assert bool(first) == (left >= size)
