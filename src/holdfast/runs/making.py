@@ -199,9 +199,8 @@ class Making:
     ) -> Result:
         """Everything measured, judged, and, where there is a folder, recorded; it may be one that does not last."""
         keeper: Keeper = InMemory() if folder is None else InFolder(folder)
-        if self.subject.model.remote and keeper.document(DOUBTS) is None:
-            expected = expected_of(self.order, self.plan, self.target, len(self.data), manifest["plan"])
-            self.told(f"expected: {expected.says}")
+        if self.served is not None and keeper.document(DOUBTS) is None:
+            self.told(self._expected(self.served, manifest["plan"]))
         with self.team(manifest, folder) as team:
             place = None if folder is None else folder.path
             evidence, found = self.measured(keeper, stopper, manifest, team, place)
@@ -215,6 +214,13 @@ class Making:
         else:
             about, place = about_of(manifest, folder.about(), folder.path, folder.chain.head), folder.path
         return Result(evidence, gates, accepted, about, place, found, self.order.baseline, rotation)
+
+    def _expected(self, served: Served, cut: Mapping[str, Any]) -> str:
+        """How many rows the whole run sends, and how many of them were sent before."""
+        opening, n = served.opening or 0, len(self.data)
+        rows = expected_of(self.order, self.plan, self.target, n, cut, opening=opening)
+        earlier = served.sent.earlier
+        return f"expected: {rows.says}" + (f"; {earlier:,} rows were sent before the stop" if earlier else "")
 
     def judged(
         self, evidence: Evidence, known: Mapping[str, Any] | None

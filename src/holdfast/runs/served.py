@@ -36,13 +36,14 @@ def counted(served: Served | None, run: Path | None, *, resume: bool, keep: bool
     """
     if served is None or run is None:
         if served is not None:
-            served.begin(Sent(served.remote.max_queries))
+            served.begin(Sent(served.remote.max_queries), run=True)
         yield
         return
     journal = Journal(served.remote.max_queries, run / NAME, resume=resume, keep=keep)
     if resume and not (run / NAME).is_file() and (run / ROWS).is_file():
         journal.totals = _read(run / ROWS)
-    served.begin(journal)
+    journal.earlier = journal.totals.sent
+    served.begin(journal, run=True)
     try:
         yield
     finally:

@@ -52,6 +52,9 @@ class Sent:
     keeps = False
     """whether answers are kept, for which their inputs must be digested"""
 
+    earlier = 0
+    """rows that earlier attempts at the run sent"""
+
     def __init__(self, limit: int | None = None) -> None:
         self.totals = Totals()
         self.limit = limit
@@ -89,6 +92,11 @@ class Sent:
         single = key is not None
         content = {"t": "refused", **described(purpose), "n": rows, "status": status, "single": single}
         self._note(content, key or b"")
+
+    def opened(self, earlier: Totals) -> None:
+        """Count what was sent to find out how the data are read, before the run had a place to count in."""
+        rows, sent = dict(earlier.rows), earlier.rows.total()
+        self._note({"t": "opening", "sent": sent, "rows": rows, "requests": earlier.requests})
 
     def found_limit(self, most: int, refused: int) -> None:
         """Keep the number of rows that the server takes."""
@@ -135,6 +143,10 @@ def count(totals: Totals, content: Mapping[str, Any]) -> None:
                 totals.rejected[status] += 1
         case {"t": "limit", "most": most, "refused": refused}:
             totals.most, totals.too_many = most, refused
+        case {"t": "opening", "sent": sent, "rows": rows, "requests": requests}:
+            totals.sent += sent
+            totals.rows += Counter(rows)
+            totals.requests += requests
         case {"t": "totals", **known}:
             for name, value in known.items():
                 setattr(totals, name, Counter(value) if isinstance(value, dict) else value)

@@ -76,10 +76,17 @@ class Served:
         self._pool = ThreadPoolExecutor(remote.concurrency) if remote.concurrency > 1 else None
         self._control: Tensor | None = None
         """a clean input that was answered"""
-        self.begin(Sent(remote.max_queries))
+        self.opening: int | None = None
+        """rows that were sent before the first run began; None until then"""
+        self.sent = Sent(remote.max_queries)
+        self.begin(self.sent)
 
-    def begin(self, sent: Sent) -> None:
-        """Count in `sent` from now on."""
+    def begin(self, sent: Sent, *, run: bool = False) -> None:
+        """Count in `sent` from now on. The first `run` counts what was sent before it, to open the data."""
+        if run and self.opening is None:
+            self.opening = self.sent.totals.rows.total()
+            if self.opening:
+                sent.opened(self.sent.totals)
         self.sent = sent
         self._limit = sent.totals.most or max(self.remote.max_rows, self._fixed)
         self._most = self._limit
