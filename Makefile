@@ -24,7 +24,7 @@ help:
 	@echo 'make check               format, lint, types, floors, docs, quick tests'
 	@echo 'make docs                build the documentation into site/'
 	@echo 'make bench [PEERS=dir]   measure against the peers; writes a dated record'
-	@echo 'make check-servers       download and start MLServer and LitServe, and assess them over HTTP'
+	@echo 'make check-servers       download and start MLServer, LitServe and FastAPI, and assess them'
 	@echo 'make figures             draw the pictures of the documentation from the newest records'
 	@echo 'make bundled [FROM=dir]  train the bundled networks again'
 	@echo 'make data FROM=dir       fill the folder that HOLDFAST_DATA names'

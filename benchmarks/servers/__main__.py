@@ -1,14 +1,20 @@
-"""Assess MLServer and LitServe over HTTP, and compare each with the same model in the process.
+"""Run the servers of docs/tutorials/served-models.md, and compare each with the same model in the process.
 
-    python -m benchmarks.servers VENV      where VENV has what requirements.txt beside this file asks for
+    python -m benchmarks.servers VENV [SERVER …]
 
-For each server it prints `right` or `WRONG`. Right means: over HTTP and in the process the accuracies, the verdict of a
-gate, and the queries of each attack are equal; and the rows that a proxy in front of the server counted are those that
-the report states, with doubts and without. The exit code is 1 if anything is wrong.
+VENV is the environment of the servers. MLServer, LitServe and FastAPI are run unless servers are named; KServe and
+MLflow are the others.
+
+The code of the servers and the commands are those of the page. For each command one line says `right` or `WRONG`. Right
+means: over HTTP and in the process the accuracies, the verdict of a gate and the queries of each attack are equal; and
+the rows that a proxy in front of the server counted are those that the report states, with doubts and without. The exit
+code is 1 if anything is wrong.
 """
 
 import json
 import os
+import re
+import runpy
 import shlex
 import signal
 import socket
@@ -18,29 +24,26 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import joblib
 import numpy as np
-import torch
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
 
 import holdfast
 from benchmarks.servers.counting import CountingProxy
-from benchmarks.servers.digits import trained
 from holdfast.core.types import Access
 
-ROOT = Path(__file__).resolve().parents[2]
-TRAINED_ON, N, SEED = 1200, 30, 0
-THREAT, SUITE, GATE = "linf:0.1,queries=100", "black-box", "robust_accuracy >= 0.5"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "tutorials" / "served-models.md"
+THREAT, N = "linf:0.1,queries=100", 30
+"""as the commands of the page say"""
+SUITE, GATE, SEED = "black-box", "robust_accuracy >= 0.75", 0
 STARTS_WITHIN_S = 180.0
-PATIENCE_S = 600.0
-"""for one run of the command line"""
+ENDS_WITHIN_S = 600.0
 LOOKED_AT = 1 + 3 * 8
 """rows that are asked for before a run with a gate begins, which `cost` leaves out"""
 
@@ -48,148 +51,159 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Case:
-    """One way in which a server serves a model, and the same model in the process."""
+class Server:
+    """How a server is started in a folder with the files of the page."""
 
-    name: str
-    path: str
-    flags: tuple[str, ...]
-    model: Any
-    """what `holdfast.assess` takes in the process"""
-    access: Access
+    command: str
+    ready: str
+    """the path that answers with 200 once it serves"""
+    before: str | None = None
+    """a command that makes what it serves"""
+
+
+SERVERS: Mapping[str, Server] = {
+    "MLServer": Server("mlserver start .", "/v2/health/ready"),
+    "LitServe": Server("python litserve_digits.py", "/health"),
+    "FastAPI": Server("uvicorn fastapi_digits:app --port 8000", "/docs"),
+    "KServe": Server("python kserve_digits.py", "/v2/health/ready"),
+    "MLflow": Server(
+        "mlflow models serve -m served -p 5000 --env-manager local", "/ping", "python mlflow_digits.py"
+    ),
+}
+BY_DEFAULT = ("MLServer", "LitServe", "FastAPI")
+"""those of requirements.txt beside this file; the others want other versions of the same packages"""
 
 
 @dataclass(frozen=True)
-class Server:
-    """A server, which serves one model or several at a port."""
+class Case:
+    """A command of the page, and the model that it asks, as an object of this process."""
 
-    command: tuple[str, ...]
-    port: int
-    ready: tuple[str, ...]
-    """paths that answer with 200 once it serves"""
-    cases: tuple[Case, ...]
+    words: tuple[str, ...]
+    """of `holdfast`"""
+    model: Any
+
+    @property
+    def address(self) -> str:
+        """The model's, as the page gives it."""
+        return self.words[1]
+
+    @property
+    def access(self) -> Access:
+        """What the server gives."""
+        return "labels" if "--http-labels" in self.words else "scores"
+
+    @property
+    def name(self) -> str:
+        """The library of the model, and what its server gives."""
+        kind = "probabilities" if "probability" in self.words else self.access
+        return f"{type(self.model).__module__.partition('.')[0]}, {kind}"
+
+    def at(self, port: int) -> list[str]:
+        """The words of the command, with a port of this machine in place of that of the page."""
+        there = urlsplit(self.address).netloc
+        return [word.replace(there, f"127.0.0.1:{port}") for word in self.words]
 
 
 def main() -> int:
-    """Check every server; 0 if all are right."""
-    if len(sys.argv) != 2:
+    """Check the servers that are named; 0 if all are right."""
+    if len(sys.argv) < 2 or not set(sys.argv[2:]) <= set(SERVERS):
         print(__doc__, file=sys.stderr)
         return 2
-    bin_folder = Path(sys.argv[1]).resolve() / "bin"
-    wrong = 0
+    programs, wrong = Path(sys.argv[1]).resolve() / "bin", 0
     with tempfile.TemporaryDirectory() as folder:
-        for server in servers(Path(folder), bin_folder):
-            with running(server, Path(folder)):
-                for case in server.cases:
-                    faults = faults_of(case, server.port, Path(folder) / "digits.npz")
+        os.chdir(folder)
+        page = PAGE.read_text(encoding="utf-8")
+        sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+        models = made(blocks(page)["digits.py"])
+        for name in sys.argv[2:] or BY_DEFAULT:
+            cases = list(cases_of(sections[name], models))
+            with running(SERVERS[name], sections[name], cases[0], programs) as port:
+                for case in cases:
+                    rows, faults = compared(case, port)
                     wrong += bool(faults)
-                    print(
-                        "WRONG" if faults else "right",
-                        case.name,
-                        *faults,
-                        sep="\n      " if faults else " ",
-                        flush=True,
-                    )
+                    print("WRONG" if faults else "right", f"{name}, {case.name}: {rows}", flush=True)
+                    print(*(f"      {fault}\n" for fault in faults), sep="", end="", flush=True)
+        os.chdir(PAGE.parent)
     return int(wrong > 0)
 
 
-def servers(folder: Path, bin_folder: Path) -> Iterator[Server]:
-    """Train the models, write what the servers read into a folder, and describe the servers."""
-    x, y = load_digits(return_X_y=True)
-    x = (x / 16).astype(np.float32)
-    np.savez(folder / "digits.npz", x_test=x[TRAINED_ON:], y_test=y[TRAINED_ON:])
-    net = trained(torch.from_numpy(x[:TRAINED_ON]), torch.from_numpy(y[:TRAINED_ON]))
-    torch.save(net.state_dict(), folder / "digits.pt")
-    estimator = LogisticRegression(max_iter=1000).fit(x[:TRAINED_ON], y[:TRAINED_ON])
-    joblib.dump(estimator, folder / "digits.joblib")
-    yield mlserver(folder, bin_folder, net, estimator)
-    yield litserve(folder, bin_folder, net)
+def blocks(text: str) -> dict[str, str]:
+    """The files of a part of the page by their names: Python by its first line, settings of MLServer by their model."""
+    python = re.findall(r"^```python\n(# (\S+)\n.*?)^```", text, re.MULTILINE | re.DOTALL)
+    settings = re.findall(r"^```json\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    named = {f"{json.loads(content)['name']}/model-settings.json": content for content in settings}
+    return {name: content for content, name in python} | named
 
 
-def mlserver(folder: Path, bin_folder: Path, net: Any, estimator: Any) -> Server:
-    """MLServer with two models: a torch network behind a custom runtime, and an estimator behind its runtime."""
-    http, grpc, metrics = free_ports(3)
-    models = folder / "models"
-    tensors = {
-        "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 64]}],
-        "outputs": [{"name": "scores", "datatype": "FP32", "shape": [-1, 10]}],
+def made(code: str) -> dict[str, Any]:
+    """Train the models into the current folder, and return the objects by the names that the addresses hold."""
+    Path("digits.py").write_text(code, encoding="utf-8")
+    subprocess.run([sys.executable, "digits.py"], check=True)
+    net = runpy.run_path("digits.py")["opened"]()
+    return {"net": net, "estimator": joblib.load("digits.joblib")}
+
+
+def cases_of(section: str, models: Mapping[str, Any]) -> Iterator[Case]:
+    """The commands of a section."""
+    for line in re.findall(r"^\$ holdfast (assess .*)$", section.replace("\\\n", ""), re.MULTILINE):
+        words = tuple(shlex.split(line))
+        assert THREAT in words and str(N) in words
+        yield Case(words, models["estimator" if re.search("estimator|probability", line) else "net"])
+
+
+@contextmanager
+def running(server: Server, section: str, case: Case, programs: Path) -> Iterator[int]:
+    """Write a server's files, start it, yield its port once it serves, and end it with all of its processes."""
+    port, grpc, metrics = free_ports(3)
+    there = str(urlsplit(case.address).port)
+    for name, content in blocks(section).items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(content.replace(there, str(port)), encoding="utf-8")
+    ports = {"HTTP": port, "GRPC": grpc, "METRICS": metrics}
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": ".",
+        "MLSERVER_HOST": "127.0.0.1",
+        "MLSERVER_PARALLEL_WORKERS": "0",
+        **{f"MLSERVER_{kind}_PORT": str(number) for kind, number in ports.items()},
     }
-    written = {
-        "settings.json": {
-            "host": "127.0.0.1",
-            "http_port": http,
-            "grpc_port": grpc,
-            "metrics_port": metrics,
-            "parallel_workers": 0,
-        },
-        "net/model-settings.json": {
-            "name": "net",
-            "implementation": "benchmarks.servers.mlserver_torch.Digits",
-            "parameters": {"uri": str(folder / "digits.pt")},
-            **tensors,
-        },
-        "estimator/model-settings.json": {
-            "name": "estimator",
-            "implementation": "mlserver_sklearn.SKLearnModel",
-            "parameters": {"uri": str(folder / "digits.joblib")},
-        },
-    }
-    for name, content in written.items():
-        (models / name).parent.mkdir(parents=True, exist_ok=True)
-        (models / name).write_text(json.dumps(content))
-    of_net, of_estimator = "/v2/models/net", "/v2/models/estimator"
-    probabilities = ("--http-response", "predict_proba", "--model-output", "probability")
-    return Server(
-        (str(bin_folder / "mlserver"), "start", str(models)),
-        http,
-        (f"{of_net}/ready", f"{of_estimator}/ready"),
-        (
-            Case("MLServer, torch, scores", of_net, (), net, "scores"),
-            Case(
-                "MLServer, scikit-learn, labels",
-                of_estimator,
-                ("--http-labels", "--classes", "10"),
-                estimator,
-                "labels",
-            ),
-            Case("MLServer, scikit-learn, probabilities", of_estimator, probabilities, estimator, "scores"),
-        ),
-    )
+    if server.before is not None:
+        subprocess.run(shlex.split(server.before), env=environment, check=True, capture_output=True)
+    log = Path(f"{port}.log")
+    with log.open("w") as out:
+        command = shlex.split(server.command.replace(there, str(port)))
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+    try:
+        deadline = time.monotonic() + STARTS_WITHIN_S
+        while not answers(f"http://127.0.0.1:{port}{server.ready}"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"{server.command} does not serve:\n{log.read_text()[-3000:]}")
+            time.sleep(0.5)
+        yield port
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def litserve(folder: Path, bin_folder: Path, net: Any) -> Server:
-    """LitServe with the torch network."""
-    (port,) = free_ports(1)
-    template = ("--http-request", '{"instances": $x}', "--http-response", "predictions")
-    command = (
-        str(bin_folder / "python"),
-        "-m",
-        "benchmarks.servers.litserve_torch",
-        str(folder / "digits.pt"),
-    )
-    cases = (Case("LitServe, torch, scores", "/predict", template, net, "scores"),)
-    return Server((*command, str(port)), port, ("/health",), cases)
-
-
-def faults_of(case: Case, port: int, data: Path) -> list[str]:
-    """What differs between a case over HTTP and in the process, or between the rows counted and reported."""
-    faults, runs = [], {}
+def compared(case: Case, port: int) -> tuple[str, list[str]]:
+    """The rows that a case cost, and what is wrong with it."""
+    costs, faults, runs = [], [], {}
     for doubts in ("--no-doubts", "--doubts"):
         with CountingProxy(port) as proxy:
-            done = over_http(case, proxy.port, data, doubts)
-            rows = proxy.rows
+            done = over_http(case, proxy.port, doubts)
+            costs.append(f"{proxy.rows:,} rows in {proxy.requests:,} requests with {doubts}")
         if done.returncode not in {0, 1, 4}:
-            return [*faults, f"{shlex.join(done.args)} ended with {done.returncode}: {done.stderr.strip()}"]
+            command = shlex.join(done.args)
+            return "; ".join(costs), [f"{command} ended with {done.returncode}: {done.stderr.strip()}"]
         runs[doubts] = json.loads(done.stdout)
-        if reported_rows(runs[doubts]) != rows:
-            faults.append(f"{doubts}: the server saw {rows} rows, {reported_rows(runs[doubts])} are reported")
-    there, here = found(runs["--no-doubts"]), found(in_process(case, data))
-    faults += [
-        f"{name}: {there[name]} over HTTP, {here[name]} in the process"
-        for name in here
-        if there[name] != here[name]
-    ]
-    return faults
+        reported = reported_rows(runs[doubts])
+        if reported != proxy.rows:
+            faults.append(f"{doubts}: the server saw {proxy.rows} rows, {reported} are reported")
+    there, here = found(runs["--no-doubts"]), found(in_process(case))
+    differing = (name for name in here if there[name] != here[name])
+    faults += [f"{name}: {there[name]} over HTTP, {here[name]} in the process" for name in differing]
+    return "; ".join(costs), faults
 
 
 def reported_rows(content: Json) -> int:
@@ -207,60 +221,20 @@ def found(content: Json) -> Json:
     return {**accuracies, "verdict": content["verdict"], **attacks}
 
 
-def over_http(case: Case, port: int, data: Path, doubts: str) -> subprocess.CompletedProcess[str]:
-    """Assess a case by the command line."""
-    host = f"127.0.0.1:{port}"
-    words = ["assess", f"http://{host}{case.path}", str(data), "--allow-host", host, *case.flags, doubts]
-    words += [
-        "-t",
-        THREAT,
-        "--suite",
-        SUITE,
-        "--gate",
-        GATE,
-        "-n",
-        str(N),
-        "--seed",
-        str(SEED),
-        "-q",
-        "-o",
-        "-",
-    ]
-    command = [sys.executable, "-m", "holdfast", *words]
-    return subprocess.run(
-        command, cwd=data.parent, capture_output=True, text=True, timeout=PATIENCE_S, check=False
-    )
+def over_http(case: Case, port: int, doubts: str) -> subprocess.CompletedProcess[str]:
+    """Carry out the command of a case, through a port."""
+    more = [doubts, "--suite", SUITE, "--gate", GATE, "--seed", str(SEED), "-q", "-o", "-"]
+    command = [sys.executable, "-m", "holdfast", *case.at(port), *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=ENDS_WITHIN_S, check=False)
 
 
-def in_process(case: Case, data: Path) -> Json:
+def in_process(case: Case) -> Json:
     """Assess the model itself, with no more access than its server gives."""
-    with np.load(data) as arrays:
-        given = arrays["x_test"], arrays["y_test"]
+    with np.load("digits.npz") as arrays:
+        data = arrays["x"], arrays["y"]
     threat = f"{THREAT},access={case.access}"
-    return holdfast.assess(
-        case.model, given, threat, SUITE, gates=[GATE], n=N, seed=SEED, doubts=False
-    ).summary()
-
-
-@contextmanager
-def running(server: Server, folder: Path) -> Iterator[None]:
-    """Start a server, wait until it serves, and end it with all of its processes."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    log = folder / f"{server.port}.log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            server.command, cwd=folder, env=environment, stdout=out, stderr=out, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + STARTS_WITHIN_S
-        while not all(answers(f"http://127.0.0.1:{server.port}{path}") for path in server.ready):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"{shlex.join(server.command)} does not serve:\n{log.read_text()[-3000:]}")
-            time.sleep(0.5)
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    result = holdfast.assess(case.model, data, threat, SUITE, gates=[GATE], n=N, seed=SEED, doubts=False)
+    return result.summary()
 
 
 def answers(url: str) -> bool:
@@ -272,7 +246,7 @@ def answers(url: str) -> bool:
         return False
 
 
-def free_ports(n: int) -> Sequence[int]:
+def free_ports(n: int) -> list[int]:
     """Ports of this machine that nothing listens to."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
     ports = [each.getsockname()[1] for each in sockets]

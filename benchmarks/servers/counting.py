@@ -45,10 +45,13 @@ class CountingProxy:
 
 
 def rows_of(request: dict) -> int:
-    """Rows of a request of the Open Inference Protocol, or of one whose first list holds the rows."""
-    if isinstance(request.get("inputs"), list) and isinstance(request["inputs"][0], dict):
-        return request["inputs"][0]["shape"][0]
-    return len(next(value for value in request.values() if isinstance(value, list)))
+    """Rows of a request: by the Open Inference Protocol, or the length of its first list of lists; else one."""
+    inputs = request.get("inputs")
+    if isinstance(inputs, list) and isinstance(inputs[0], dict):
+        return inputs[0]["shape"][0]
+    inner = [value for given in request.values() if isinstance(given, dict) for value in given.values()]
+    lists = (value for value in (*request.values(), *inner) if isinstance(value, list) and value)
+    return next((len(rows) for rows in lists if isinstance(rows[0], list)), 1)
 
 
 class _Handler(BaseHTTPRequestHandler):
