@@ -1,11 +1,12 @@
 # Everything stands in .venv, which is made on first use and renewed only when the versions change.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check static docs quick slow bench figures bundled data clean
+.PHONY: help demo test check static docs quick slow bench check-servers figures bundled data clean
 
 PYTHON ?= python3
 RUN := .venv/.run
 DEV := .venv/.dev
 BENCH := .venv-bench/.ready
+SERVERS := .venv-servers/.ready
 BIN := .venv/bin
 
 # pip builds the package itself in an environment of its own; these two hold the versions there as well.
@@ -23,6 +24,7 @@ help:
 	@echo 'make check               format, lint, types, floors, docs, quick tests'
 	@echo 'make docs                build the documentation into site/'
 	@echo 'make bench [PEERS=dir]   measure against the peers; writes a dated record'
+	@echo 'make check-servers       download and start MLServer, LitServe and FastAPI, and assess them'
 	@echo 'make figures             draw the pictures of the documentation from the newest records'
 	@echo 'make bundled [FROM=dir]  train the bundled networks again'
 	@echo 'make data FROM=dir       fill the folder that HOLDFAST_DATA names'
@@ -45,6 +47,13 @@ $(BENCH): pyproject.toml constraints.txt benchmarks/requirements.txt benchmarks/
 	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
 	@.venv-bench/bin/python -m pip install -qq -e . -r benchmarks/requirements.txt
 	@.venv-bench/bin/python -m pip install -qq --no-deps -r benchmarks/requirements-bare.txt
+	@touch $@
+
+# The servers want other versions than the project does, so that they have constraints of their own.
+$(SERVERS): benchmarks/servers/requirements.txt benchmarks/servers/constraints.txt
+	@echo 'installing into .venv-servers'
+	@test -x .venv-servers/bin/python || $(PYTHON) -m venv .venv-servers
+	@PIP_CONSTRAINT=benchmarks/servers/constraints.txt .venv-servers/bin/python -m pip install -qq -r benchmarks/servers/requirements.txt
 	@touch $@
 
 demo: $(RUN)
@@ -72,6 +81,9 @@ slow: $(DEV)
 bench: $(BENCH)
 	.venv-bench/bin/python -m benchmarks $(if $(PEERS),--peers $(PEERS))
 
+check-servers: $(DEV) $(SERVERS)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.servers .venv-servers
+
 figures: $(BENCH)
 	.venv-bench/bin/python -m benchmarks.figures
 
@@ -83,5 +95,5 @@ data: $(RUN)
 	$(BIN)/python -m holdfast data import $(FROM)
 
 clean:
-	rm -rf .venv .venv-bench build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-servers build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -rf .import_linter_cache .cache tests/browser/node_modules

@@ -1,5 +1,6 @@
 """The tutorials run as they stand."""
 
+import importlib
 import importlib.util
 import re
 import shlex
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,3 +122,23 @@ raise SystemExit(run({shlex.split(line)!r}))
         [sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_service_of_served_models_answers_as_its_commands_expect(tmp_path, monkeypatch):
+    testing = pytest.importorskip("fastapi.testclient")
+    blocks = dict(re.findall(r"```python\n# (\S+)\.py\n(.*?)```", page("served-models"), re.DOTALL))
+    assert set(blocks) == {
+        "digits",
+        *(f"{name}_digits" for name in ("mlserver", "kserve", "litserve", "mlflow", "fastapi")),
+    }
+    for name, block in blocks.items():
+        compile(block, name, "exec")
+        (tmp_path / f"{name}.py").write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    subprocess.run([sys.executable, "digits.py"], check=True)
+    app = importlib.import_module("fastapi_digits").app
+    with np.load("digits.npz") as arrays, testing.TestClient(app) as client:
+        answer = client.post("/predict", json={"instances": arrays["x"].tolist()}).json()
+        assert (np.argmax(answer["predictions"], 1) == arrays["y"]).mean() > 0.85
