@@ -201,6 +201,13 @@ def test_refused_inputs_end_the_run_where_that_is_wanted(capsys):
         assert run(words(server, "--run", "r", "--resume", queries=12)) == 0
 
 
+def test_a_first_input_that_is_refused_alone_is_not_sent_with_others(capsys):
+    with Server(refuses=lambda rows: np.ones(len(rows), dtype=bool)) as server:
+        assert run(words(server)) == 3
+        assert "422" in capsys.readouterr().err
+        assert server.refused == 1
+
+
 def test_a_clean_input_that_is_refused_is_an_error_before_any_attack(capsys):
     with Server(refuses=lambda rows: np.abs(rows - X[20]).max(1) < 1e-6) as server:
         assert run(words(server)) == 3

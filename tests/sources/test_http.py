@@ -187,6 +187,20 @@ def test_what_fails_in_passing_is_asked_again_and_noted(script, waits, said):
         assert remark.startswith(f"{len(script)} request") and f"with {24 * len(script)} rows" in remark
 
 
+def test_a_first_request_that_is_not_understood_is_sent_twice_only():
+    with Server([500] * 10) as server:
+        found, waits = opened(server, "/predict", **TEMPLATE)
+        with pytest.raises(
+            TargetLost, match=r"\(asked twice\); no request was answered before, so compare --http-request"
+        ):
+            asked(found)
+        assert waits == [0.5]
+    with Server([None, *[500] * 3]) as server:
+        found, waits = opened(server, "/predict", **TEMPLATE)
+        asked(found), asked(found)
+        assert waits == [0.5, 1.0, 2.0]
+
+
 def test_a_connection_that_was_closed_while_idle_is_opened_at_once():
     with Server([None, "hang_up"]) as server:
         found, waits = opened(server, max_rows=12)

@@ -25,12 +25,12 @@ def outputs(examined: Examined) -> Iterator[Finding]:
         return
     sum_to_one = bool(((logits.sum(1) - 1).abs() < 1e-4).all() & (logits >= 0).all())
     if sum_to_one and examined.model.access != "labels":  # labels are one-hot
-        yield Finding(
-            "probabilities",
-            "warning",
-            "the outputs are probabilities, not logits: attacks see vanishing gradients",
-            "return the layer before the softmax, or declare --model-output probability",
-        )
+        says = "the outputs are probabilities, not logits: attacks see vanishing gradients"
+        way_out = "return the layer before the softmax, or declare --model-output probability"
+        if examined.model.access == "scores":
+            says = "the outputs are probabilities, which hide small changes where the model is sure"
+            way_out = "declare --model-output probability"
+        yield Finding("probabilities", "warning", says, way_out)
     if len(logits) > 1 and float((logits - logits[0]).abs().max()) <= 1e-6 * float(
         logits.abs().max().clamp_min(1e-12)
     ):

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from holdfast.core.errors import HoldfastError, TargetError, TargetLost, UnclearOutput, UsageError
+from holdfast.core.errors import (
+    HoldfastError,
+    InputRefused,
+    TargetError,
+    TargetLost,
+    UnclearOutput,
+    UsageError,
+)
 from holdfast.core.guard import Guarded
 from holdfast.core.normalisation import per_channel
 from holdfast.core.outputs import OutputKind, is_single, kind_of_single, of_classes
@@ -303,7 +310,7 @@ def rewrites(model: Classifier, x: Inputs) -> bool:
     try:
         with torch.no_grad():
             model(rows)
-    except TargetLost:
+    except (TargetLost, InputRefused):  # a server would be sent more rows, which it refuses as well
         raise
     except (TargetError, RuntimeError, MemoryError):
         pass  # said by whoever asks next

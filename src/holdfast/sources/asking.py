@@ -49,6 +49,8 @@ class _InPassing(Exception):
     """how long the target asks to be left alone"""
     at_once: bool = False
     """the connection had been idle and was closed meanwhile, as servers do"""
+    of_the_request: bool = False
+    """the server may answer so to a request that it does not understand"""
 
 
 class _Within(RawIOBase):
@@ -89,7 +91,8 @@ class Client:
         self._headers = {
             name: _value(name, variable) for name, variable in map(header_variable, remote.headers)
         }
-        self._met = False
+        self._met = self._answered = False
+        """whether the server was there, and whether it answered rows"""
 
     def __del__(self) -> None:
         for connection in self._idle:
@@ -124,9 +127,14 @@ class Client:
     def _wait(self, failure: _InPassing, attempt: int, sent: Sent, rows: int) -> float:
         """Wait before the next attempt, and return until when; raises `TargetLost` after the last one."""
         wait = max(failure.wait_s or 0.0, min(_LAST_WAIT_S, _FIRST_WAIT_S * 2**attempt))
-        if attempt == self._remote.retries:
-            times = "once" if attempt == 0 else f"{attempt + 1} times"
+        if attempt == (min(1, self._remote.retries) if failure.of_the_request else self._remote.retries):
+            times = {0: "once", 1: "twice"}.get(attempt, f"{attempt + 1} times")
             way_out = "--http-timeout and --http-retries wait longer, --http-max-rows asks less at once"
+            if failure.of_the_request:
+                way_out = (
+                    "no request was answered before, so compare --http-request and the shape of the data with what the "
+                    "model takes"
+                )
             raise TargetLost(
                 f"{self._where}: {failure.what}{failure.detail} (asked {times}); check the server; {way_out}"
             )
@@ -183,7 +191,7 @@ class Client:
                     self._idle.append(connection)
             if not whole:
                 connection.close()
-        return self._read(answer, content)
+        return self._read(answer, content, sent_rows=body is not None)
 
     def _taken(self) -> HTTPConnection | None:
         """A connection that is open and not in use."""
@@ -221,7 +229,7 @@ class Client:
             raise ConnectionError(f"cut off {answer.length} bytes before its end")
         return b"".join(pieces)
 
-    def _read(self, answer: HTTPResponse, content: bytes) -> Any:
+    def _read(self, answer: HTTPResponse, content: bytes, *, sent_rows: bool) -> Any:
         status = answer.status
         said = status_line(status)
         packed = answer.getheader("Content-Encoding", "identity").lower()
@@ -232,11 +240,15 @@ class Client:
             )
         if 200 <= status < 300:
             try:
-                return json.loads(content)
+                found = json.loads(content)
+                self._answered = self._answered or sent_rows
+                return found
             except (ValueError, RecursionError) as error:
                 raise _InPassing("the answer is no JSON", self._excerpt(content)) from error
         if status in _PASSING or status >= 500:
-            raise _InPassing(said, self._excerpt(content), _retry_after(answer.getheader("Retry-After")))
+            pause = _retry_after(answer.getheader("Retry-After"))
+            unknown = status == HTTPStatus.INTERNAL_SERVER_ERROR and not self._answered
+            raise _InPassing(said, self._excerpt(content), pause, of_the_request=unknown)
         if 300 <= status < 400:
             there = f" to {self._clean(answer.getheader('Location', ''))!r}"
             raise TargetLost(
