@@ -191,7 +191,7 @@ def test_a_first_request_that_is_not_understood_is_sent_twice_only():
     with Server([500] * 10) as server:
         found, waits = opened(server, "/predict", **TEMPLATE)
         with pytest.raises(
-            TargetLost, match=r"\(asked twice\); no request was answered before, so compare --http-request"
+            TargetLost, match=r"\(asked twice\); check the server; no request was answered before, so compare --http-request"
         ):
             asked(found)
         assert waits == [0.5]
