@@ -20,6 +20,7 @@ from holdfast.config.arguments import (
     data_of,
     device_of,
     fit_of,
+    folder_of,
     given_all,
     others_of,
     settings_said,
@@ -49,7 +50,8 @@ from holdfast.runs.hardened import Hardened
 from holdfast.runs.index import open_run
 from holdfast.runs.order import Order, Progress, Subject, Told, silent, unheard
 from holdfast.runs.result import Result
-from holdfast.sources.counting import counted
+from holdfast.runs.served import journaled
+from holdfast.sources.counting import look_at
 from holdfast.sources.data import open_data
 from holdfast.sources.expected import ClassOrder
 from holdfast.store.verify import Verified
@@ -146,22 +148,17 @@ def assess(
     that folder, and `resume` goes on with it. A network in hand stays on its device.
     """
     settings = settings_said("assess()", locals(), AssessSettings)
-    place = _place(run, resume=resume)
+    place = folder_of(run, resume=resume)
     opening = partial(given_all, model, data, surrogates, settings)
-    subject, given, seconds = opening()
-    order = _order(suite, baseline, settings, subject, device_of(model, subject, settings))
-    learned = fit_of(fit, data, settings, subject.model, order)
-    order = replace(order, fit=learned, surrogates=seconds, across=others_of(across, settings, subject.model))
-    return assessing.assess(
-        subject, given, order, run=place, resume=resume, progress=progress, opening=opening
-    )
-
-
-def _place(run: str | Path | None, *, resume: bool) -> Path | None:
-    """The folder of a run, which must be named where one is to go on."""
-    if resume and run is None:
-        raise UsageError("resume=True goes on with a run; name its folder, as in run='runs/h1'")
-    return None if run is None else Path(run)
+    with journaled(place, resume=resume, keep=keep_answers):
+        subject, given, seconds = opening()
+        order = _order(suite, baseline, settings, subject, device_of(model, subject, settings))
+        learned = fit_of(fit, data, settings, subject.model, order)
+        others = others_of(across, settings, subject.model)
+        order = replace(order, fit=learned, surrogates=seconds, across=others)
+        return assessing.assess(
+            subject, given, order, run=place, resume=resume, progress=progress, opening=opening
+        )
 
 
 def carry_out(
@@ -175,15 +172,16 @@ def carry_out(
 ) -> Result:
     """`assess` as the command line and a configuration file ask for it; `command` is how to repeat it."""
     opening = partial(ordering.opened, settings)
-    subject, data, surrogates = opening()
-    baseline, target = _evidence(settings.baseline), subject.model.access
-    order = ordering.order(settings, baseline=baseline, target=target, command=command)
-    fit = ordering.opened_fit(settings, subject.model, order.plan)
-    across = ordering.opened_across(settings, subject.model)
-    order = replace(order, fit=fit, surrogates=surrogates, across=across, attackers=attackers(settings))
-    return assessing.assess(
-        subject, data, order, run=run, resume=resume, progress=progress, opening=opening, told=told
-    )
+    with journaled(run, resume=resume, keep=settings.keep_answers):
+        subject, data, surrogates = opening()
+        baseline, target = _evidence(settings.baseline), subject.model.access
+        order = ordering.order(settings, baseline=baseline, target=target, command=command)
+        fit = ordering.opened_fit(settings, subject.model, order.plan)
+        across = ordering.opened_across(settings, subject.model)
+        order = replace(order, fit=fit, surrogates=surrogates, across=across, attackers=attackers(settings))
+        return assessing.assess(
+            subject, data, order, run=run, resume=resume, progress=progress, opening=opening, told=told
+        )
 
 
 @with_gradients
@@ -238,7 +236,7 @@ def harden(
     With `run` everything is kept in that folder, and `resume` goes on with it.
     """
     settings = settings_said("harden()", locals(), HardenSettings)
-    place = _place(run, resume=resume)
+    place = folder_of(run, resume=resume)
     subject, training, test, whole = hardening.given_all(model, data, fit, unlabelled, settings)
     wish = hardening.wish(
         settings,
@@ -346,14 +344,14 @@ def doctor(
     """The usual mistakes between a model and its data, found in seconds."""
     settings = settings_said("doctor()", locals(), AssessSettings)
     subject = subject_of(model, settings)
-    counted(subject.model)
+    look_at(subject.model)
     return examine(subject.model, data_of(data, settings, subject.model, lenient=True))
 
 
 def look_over(settings: AssessSettings) -> tuple[Finding, ...]:
     """`doctor` as the command line and a configuration file ask for it."""
     subject = ordering.opened_subject(settings)
-    counted(subject.model)
+    look_at(subject.model)
     return examine(subject.model, ordering.opened_data(settings, subject.model, lenient=True))
 
 

@@ -47,7 +47,9 @@ def served(server, *more, verb="assess", queries=40):
 
 def expected(text):
     """The numbers of the first statement in a text: the total, clean, attacks, doubts, judging."""
-    parts = r"at most ([\d,]+) rows to the server: ([\d,]+) clean, ([\d,]+) attacks, ([\d,]+) doubts, ([\d,]+) judging"
+    number = r"([\d,]+)"
+    parts = f"at most {number} rows to the server, if it refuses none: {number} clean, {number} attacks"
+    parts += f", {number} doubts, {number} judging"
     return [int(number.replace(",", "")) for number in re.search(parts, text).groups()]
 
 
@@ -180,6 +182,9 @@ class Answering:
 
     def __init__(self, net):
         self.net = net
+
+    def go_on(self):
+        pass
 
     def ask(self, path, body, *, sent, rows):
         sent.sending(rows)

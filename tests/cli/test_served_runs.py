@@ -103,7 +103,7 @@ def test_a_quota_smaller_than_one_attack_is_enough_in_the_end(capsys):
             if code == 0:
                 break
             assert code == 3
-            assert f"--max-queries is {limit:,}, {limit:,} rows were sent" in said
+            assert f"--max-queries is {limit:,}; rows that were sent to the server: {limit:,}" in said
             assert said.rstrip().endswith(f"--max-queries {2 * limit} --run cut --resume")
     assert code == 0 and same("cut", "whole")
 
@@ -139,10 +139,7 @@ def test_a_journal_that_was_cut_or_changed_is_refused_by_name(stopped, capsys):
         capsys.readouterr()
         assert run(words(stopped, "--run", "r", "--resume")) == 3
         message = capsys.readouterr().err
-        assert (
-            f"'r/answers.journal' {said}" in message
-            and "remove it, and what it held is sent again" in message
-        )
+        assert f"'r/answers.journal' {said}" in message and "remove it: what it held is sent again" in message
     assert len(stopped.rows) == 300
     journal.write_bytes(
         whole + b"\x50\x00\x00\x00half of a record"
@@ -219,6 +216,33 @@ def test_a_server_that_begins_to_refuse_everything_is_no_robust_model(capsys):
     with Server(refuses=lambda rows: np.full(len(rows), len(server.rows) > 300)) as server:
         assert run(words(server, "--run", "r")) == 3
         assert "refuses a clean input that it answered before" in capsys.readouterr().err
+
+
+def test_refusals_that_are_the_fault_of_the_server_count_for_nothing_after_a_stop():
+    with Server() as server:
+        assert run(words(server, "--run", "whole")) == 0
+    quota = [150]
+    with Server(refuses=lambda rows: np.full(len(rows), len(server.rows) > quota[0])) as server:
+        assert run(words(server, "--run", "cut")) == 3
+        quota[0] = 400
+        assert run(words(server, "--run", "cut", "--resume")) == 3
+        quota[0] = 10_000
+        assert run(words(server, "--run", "cut", "--resume")) == 0
+    assert report("cut")["served"]["rejected"] == {}
+    assert same("cut", "whole")
+
+
+def test_a_stop_in_the_look_and_a_finished_run_send_nothing_twice():
+    with Server() as server:
+        for limit in ("1", "10", "17"):
+            resume = ("--resume",) if limit != "1" else ()
+            assert run(words(server, "--run", "r", "--max-queries", limit, *resume)) == 3
+            assert len(server.rows) == int(limit)
+        assert run(words(server, "--run", "r", "--resume")) == 0
+        rows = len(server.rows)
+        assert report("r")["served"]["rows"] == rows
+        assert run(words(server, "--run", "r", "--resume", "--gate", "clean_accuracy >= 0.5")) == 0
+        assert report("r")["served"]["rows"] == len(server.rows) == rows
 
 
 def test_results_do_not_depend_on_requests_under_way():

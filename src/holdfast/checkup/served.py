@@ -25,7 +25,7 @@ from holdfast.checkup.readings import units
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError, TargetLost, UnclearOutput
 from holdfast.core.model import EVERY, Classifier
-from holdfast.sources.counting import Look, counted, rows_of_calls
+from holdfast.sources.counting import Look, look_at, rows_of_calls
 
 _ASKED = 20
 """examples that are asked about where the server takes any number of rows"""
@@ -36,7 +36,7 @@ def examine_served(model: Classifier, data: Data) -> tuple[Finding, ...]:
 
     Raises `TargetError` when the model cannot be run on the data at all and no other layout works either.
     """
-    server = counted(model)
+    server = look_at(model)
     assert server is not None
     found = tuple(_found(model, data, server))
     if any(finding.check == "classes" for finding in found):  # which says already why labels are off

@@ -5,8 +5,9 @@ from typing import Any
 import click
 
 from holdfast.cli import completing
-from holdfast.cli.assess import SETTING, TARGET, UNTRAINED, settings_from
+from holdfast.cli.assess import SETTING, TARGET, settings_from
 from holdfast.cli.options import Voice, offered, spoken
+from holdfast.cli.untrained import UNTRAINED
 from holdfast.config.settings import AssessSettings
 
 _SIGNS = {"problem": ("x", "red"), "warning": ("!", "yellow"), "good": ("+", "green")}

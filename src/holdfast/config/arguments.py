@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from holdfast.config import expecting, ordering
 from holdfast.config.attacks import threat_said
+from holdfast.config.served import refuse_unserved
 from holdfast.config.settings import AssessSettings, S, check
 from holdfast.config.values import is_suite
 from holdfast.core.batch import Data
@@ -72,7 +73,7 @@ def subject_of(model: ModelLike, settings: AssessSettings) -> Subject:
             "or an address"
         )
     subject = ordering.given_subject(model, settings)
-    ordering.refuse_unserved(settings, subject.model)
+    refuse_unserved(settings, subject.model)
     return subject
 
 
@@ -163,3 +164,10 @@ def _refuse_address_words(settings: AssessSettings, *names: str) -> None:
             f"{', '.join(said)} cannot be meant for data in hand: it is for an address, such as table.csv; "
             f"choose the rows and columns before, and leave it out"
         )
+
+
+def folder_of(run: str | Path | None, *, resume: bool) -> Path | None:
+    """The folder of a run, which must be named where one is to go on."""
+    if resume and run is None:
+        raise UsageError("resume=True goes on with a run; name its folder, as in run='runs/h1'")
+    return None if run is None else Path(run)

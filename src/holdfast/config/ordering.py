@@ -23,9 +23,10 @@ from holdfast.config.expecting import (
     unlabelled,
 )
 from holdfast.config.grad_mode import differentiable
-from holdfast.config.grammar import parse_threat, parse_transform, per_second, seconds
+from holdfast.config.grammar import parse_threat, parse_transform, seconds
 from holdfast.config.members import members_said
 from holdfast.config.naming import chosen
+from holdfast.config.served import refuse_unserved, remote
 from holdfast.config.settings import AssessSettings
 from holdfast.config.suites import DEFAULT_SUITE, usual_suite
 from holdfast.config.values import SurrogateSettings
@@ -49,28 +50,10 @@ from holdfast.runs.order import Order, Subject
 from holdfast.sources.adapting import known_in_hand
 from holdfast.sources.data import open_data
 from holdfast.sources.models import Declared, open_model
-from holdfast.sources.remote import SCHEMES, Remote
+from holdfast.sources.remote import SCHEMES
 from holdfast.suites import curve, suite
 
 _USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
-
-
-def remote(settings: AssessSettings) -> Remote:
-    """How the settings say that a model behind HTTP is asked."""
-    return Remote(
-        tuple(settings.allow_hosts),
-        tuple(settings.headers),
-        settings.http_request,
-        settings.http_response,
-        settings.http_labels,
-        settings.http_max_rows,
-        seconds(settings.http_timeout, "http_timeout"),
-        settings.http_retries,
-        settings.http_concurrency,
-        None if settings.http_rate is None else per_second(settings.http_rate),
-        settings.max_queries,
-        settings.on_refused,
-    )
 
 
 def opened_subject(settings: AssessSettings) -> Subject:
@@ -84,21 +67,6 @@ def opened_subject(settings: AssessSettings) -> Subject:
     refuse_unserved(settings, opened.model)
     model, seen, notes = _seen(opened.model, settings.transform)
     return _subject(model, card | seen, (*opened.notes, *notes), said)
-
-
-def refuse_unserved(settings: AssessSettings, model: Classifier) -> None:
-    """`UsageError` for a limit on the rows that a server is sent where the model is behind none."""
-    if model.remote:
-        return
-    if settings.max_queries is not None:
-        raise UsageError(
-            f"max_queries is {settings.max_queries}, which limits the rows that a served model is sent, and this model "
-            "is behind no server; a threat such as linf:8/255,queries=1000 limits queries, for each example and attack"
-        )
-    if settings.keep_answers:
-        raise UsageError(
-            "keep_answers keeps the answers of a server, and this model is behind none; leave it out"
-        )
 
 
 def opened_surrogate(said: SurrogateSettings, settings: AssessSettings, target: Classifier) -> Subject:
@@ -297,7 +265,6 @@ def order(
         workers=settings.workers,
         device=device_of(settings.device) if device is None else device,
         command=command,
-        keep_answers=settings.keep_answers,
     )
 
 

@@ -12,7 +12,7 @@ from holdfast.runs.index import open_run
 from holdfast.runs.rehearsing import Rehearsed, rehearsed
 from holdfast.runs.result import Result
 from holdfast.runs.selection import selected
-from holdfast.sources.counting import counted
+from holdfast.sources.counting import look_at
 
 
 def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
@@ -29,7 +29,7 @@ def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
 def rehearse_served(settings: AssessSettings) -> Rehearsed:
     """What a run would send to a server: computed, after at most 64 rows were sent, or one batch of a larger size."""
     subject = ordering.opened_subject(settings)
-    sent = counted(subject.model)
+    sent = look_at(subject.model)
     if sent is None:
         raise UsageError(f"{settings.model} is no model behind a server; it is rehearsed on a few examples")
     surrogates = ordering.opened_surrogates(settings, subject.model)

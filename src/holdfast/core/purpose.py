@@ -6,6 +6,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Literal
 
+LOOK = "look"
+"""the look at the model before the first stage, and what is sent to open the data"""
 Kind = Literal["clean", "attacks", "doubts", "judging"]
 
 
@@ -13,14 +15,14 @@ Kind = Literal["clean", "attacks", "doubts", "judging"]
 class Purpose:
     """Which step of a run makes a query."""
 
-    stage: str = "look"
-    """the name of a stage; `look` is the look at the model before the first of them"""
+    stage: str = LOOK
+    """the name of a stage, or `LOOK`"""
     shard: int = 0
     kind: Kind = "clean"
 
 
-_LOOK = Purpose()
-_PURPOSE: ContextVar[Purpose] = ContextVar("purpose", default=_LOOK)
+_FIRST = Purpose()
+_PURPOSE: ContextVar[Purpose] = ContextVar("purpose", default=_FIRST)
 
 
 def current() -> Purpose:

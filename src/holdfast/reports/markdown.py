@@ -51,7 +51,9 @@ def document(summary: Mapping[str, Any]) -> str:
     lines += table(
         ("metric", "value", "interval", "n"), (_metric(*item) for item in told_metrics(summary).items())
     )
-    lines += ["</details>", "", _footing(summary), ""]
+    lines += ["</details>", ""]
+    lines += [f"- {escaped(capitalized(said))}." for said in summary["served"].get("says", ())]
+    lines += ["", _footing(summary), ""] if summary["served"] else [_footing(summary), ""]
     return "\n".join(lines)
 
 

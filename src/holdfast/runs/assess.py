@@ -1,7 +1,7 @@
 """The assess verb: what cannot be measured is refused at the door, the rest is made in a folder or in memory."""
 
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from holdfast.runs.preparing import readied
 from holdfast.runs.repeating import resumable, way_out
 from holdfast.runs.result import Result
 from holdfast.runs.seconding import with_surrogates
-from holdfast.runs.served import attach, counted, served_by
+from holdfast.runs.served import attach, opening_rows, served_by
 from holdfast.runs.signals import Stopper, stoppable
 from holdfast.sources.served import Served
 from holdfast.store.folder import opened, planned
@@ -53,9 +53,10 @@ def assess(
     refuse_data(data)
     device = torch.device(order.device)
     adaptive, served = bool(order.plan.adaptive), served_by(subject.model)
-    _refuse_workers(served, order)
+    _begin(served, order)
+    again = again or ("" if run is None else way_out(order.command, run))
     with (
-        counted(served, run, resume=resume, keep=order.keep_answers),
+        nullcontext() if run is None else resumable(again, partial(way_out, order.command, run)),
         readied(subject, data, device, adaptive=adaptive) as (target, sample),
         ExitStack() as stack,
     ):
@@ -64,26 +65,38 @@ def assess(
         shape = tuple(sample.x.shape[1:])
         opening = opening or partial(_as_given, subject, data, order.surrogates)
         made = Making(subject, data, order, plan, target, device, shape, progress, opening, served, told)
-        if run is None and order.workers is None:
-            return made.result(made.manifest(None), Stopper())
         if run is None:
-            with tempfile.TemporaryDirectory(prefix="holdfast-") as place:
-                manifest = made.manifest(None)
-                with opened(Path(place), manifest, made.about(), resume=False) as folder:
-                    return made.result(manifest, Stopper(), folder, lasting=False)
-        again = again or way_out(order.command, run)
+            return _unkept(made)
         with stoppable(again) as stopper:
             manifest = made.manifest(planned(run))
             secret = "pool" in subject.card  # the changed inputs are of a set that serves
             kept = opened(run, manifest, made.about(), resume=resume, secret=secret)
-            with kept as folder, resumable(again, partial(way_out, order.command, run)):
+            with kept as folder:
                 attach(served)
                 return made.result(folder.manifest, stopper, folder)
 
 
-def _refuse_workers(served: Served | None, order: Order) -> None:
-    """A served model computes on its server: other processes would only hide from each other what they send."""
-    if served is not None and order.workers is not None:
+def _unkept(made: Making) -> Result:
+    """The result of a run that is kept nowhere; workers need a folder for as long as it takes."""
+    manifest = made.manifest(None)
+    if made.order.workers is None:
+        return made.result(manifest, Stopper())
+    with (
+        tempfile.TemporaryDirectory(prefix="holdfast-") as place,
+        opened(Path(place), manifest, made.about(), resume=False) as folder,
+    ):
+        return made.result(manifest, Stopper(), folder, lasting=False)
+
+
+def _begin(served: Served | None, order: Order) -> None:
+    """Note what opening the data has sent to a server, and refuse workers.
+
+    A served model computes on its server: other processes would only hide from each other what they send.
+    """
+    if served is None:
+        return
+    served.opening = opening_rows(served.sent)
+    if order.workers is not None:
         raise UsageError(
             f"--workers is {order.workers}, and the model is behind a server, which computes for it; leave --workers "
             f"out, and give --http-concurrency {order.workers} to have so many requests under way at once"

@@ -40,7 +40,7 @@ class ExpectedRows:
         """The total and its parts in words.
 
         >>> ExpectedRows(57, 6_000, 2_000, 226).says
-        'at most 8,283 rows to the server: 57 clean, 6,000 attacks, 2,000 doubts, 226 judging'
+        'at most 8,283 rows to the server, if it refuses none: 57 clean, 6,000 attacks, 2,000 doubts, 226 judging'
         """
         parts = ", ".join(
             f"{rows:,} {name}"
@@ -51,7 +51,7 @@ class ExpectedRows:
                 ("judging", self.judging),
             )
         )
-        said = f"at most {self.total:,} rows to the server: {parts}"
+        said = f"at most {self.total:,} rows to the server, if it refuses none: {parts}"
         if not self.unknown:
             return said
         return (

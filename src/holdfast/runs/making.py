@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -202,8 +201,7 @@ class Making:
         if self.served is not None and keeper.document(DOUBTS) is None:
             self.told(self._expected(self.served, manifest["plan"]))
         with self.team(manifest, folder) as team:
-            place = None if folder is None else folder.path
-            evidence, found = self.measured(keeper, stopper, manifest, team, place)
+            evidence, found = self.measured(keeper, stopper, manifest, team)
         rotation = self._attackers(evidence, keeper, stopper)
         evidence = with_attackers(evidence, rotation)
         gates, accepted = self.judged(evidence, keeper.document(VERDICT))
@@ -217,8 +215,7 @@ class Making:
 
     def _expected(self, served: Served, cut: Mapping[str, Any]) -> str:
         """How many rows the whole run sends, and how many of them were sent before."""
-        opening, n = served.opening or 0, len(self.data)
-        rows = expected_of(self.order, self.plan, self.target, n, cut, opening=opening)
+        rows = expected_of(self.order, self.plan, self.target, len(self.data), cut, opening=served.opening)
         earlier = served.sent.earlier
         return f"expected: {rows.says}" + (f"; {earlier:,} rows were sent before the stop" if earlier else "")
 
@@ -257,30 +254,10 @@ class Making:
         stopper: Stopper,
         manifest: Mapping[str, Any],
         team: Team | None,
-        folder: Path | None = None,
     ) -> tuple[Evidence, Columns]:
         """The evidence and the successful inputs: what was kept of earlier attempts, and the rest measured now."""
         names = tuple(manifest["plan"]["stages"])
-        before = sum(keeper.spent(name).wall for name in names)
-        budget = math.inf if self.order.time_budget_s is None else self.order.time_budget_s
-        course = Course(
-            self.plan,
-            self.target,
-            self.data,
-            self.device,
-            tuple((start, stop) for start, stop in manifest["plan"]["shards"]),
-            manifest["plan"]["batch_size"],
-            keeper,
-            stopper,
-            self.progress,
-            time.perf_counter() + budget - before,
-            names,
-            team or Alone(),
-            self.fit(),
-            remote=self.served is not None,
-            served=self.served,
-            across=self.across(),
-        )
+        course = self._course(keeper, stopper, manifest["plan"], team)
         by_stage, missed = course.run()
         if team is not None:
             team.end()
@@ -292,12 +269,36 @@ class Making:
         adapted = self._adapted(course, by_stage, asked) if self.plan.adaptive else None
         spent = {name: keeper.spent(name) for name in names}
         if self.served is not None:
-            finish(self.served, folder)
+            finish(self.served)
         sent = None if self.served is None else self.served.sent.totals
         evidence = evidence_of(manifest, by_stage, asked, spent, adapted, sent)
         attacks = [stage.name for stage in self.plan.stages() if stage.kind == "attack"]
         counted = counted_passes(manifest, by_stage, asked)
         return evidence, adversarial(by_stage, attacks, counted, smallest=self.plan.smallest)
+
+    def _course(self, keeper: Keeper, stopper: Stopper, cut: Mapping[str, Any], team: Team | None) -> Course:
+        """The stages of the run, which its manifest cuts into shards and batches."""
+        names = tuple(cut["stages"])
+        before = sum(keeper.spent(name).wall for name in names)
+        budget = math.inf if self.order.time_budget_s is None else self.order.time_budget_s
+        return Course(
+            self.plan,
+            self.target,
+            self.data,
+            self.device,
+            tuple((start, stop) for start, stop in cut["shards"]),
+            cut["batch_size"],
+            keeper,
+            stopper,
+            self.progress,
+            time.perf_counter() + budget - before,
+            names,
+            team or Alone(),
+            self.fit(),
+            remote=self.served is not None,
+            served=self.served,
+            across=self.across(),
+        )
 
     def _asked(
         self, course: Course, by_stage: dict[str, Columns], missed: Sequence[str]

@@ -58,8 +58,6 @@ class Order:
     """measures whom a rotation of parameter sets stops, once the suite is over; None where nothing rotates"""
     command: str = ""
     """how to repeat it"""
-    keep_answers: bool = False
-    """whether the answers of a served model stay in the folder of a run that is over"""
 
 
 @dataclass(frozen=True)

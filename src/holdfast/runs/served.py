@@ -1,7 +1,6 @@
 """What a run on a served model sends: counted over all attempts, and answered from a journal after a stop."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,14 @@ from typing import Any
 from holdfast.core.model import Classifier
 from holdfast.core.purpose import Kind
 from holdfast.ops.expectation import inner
-from holdfast.sources.sent import Sent, Totals, count
+from holdfast.sources.sent import Sent, Totals, counting_by
 from holdfast.sources.served import Served
-from holdfast.store.files import usable, write_atomically
-from holdfast.store.journal import NAME, Journal
-from holdfast.store.records import document
+from holdfast.store.files import usable
+from holdfast.store.folder import planned, refuse_used
+from holdfast.store.journal import LEFT, NAME, Journal
 
-ROWS = "served.json"
-"""The file in a run folder that says what was sent; as times are, it is no part of the chain."""
+_OPENING = 16
+"""rows at most that show how the data are read"""
 _KINDS: tuple[Kind, ...] = ("clean", "attacks", "doubts", "judging")
 
 
@@ -27,27 +26,48 @@ def served_by(model: Classifier) -> Served | None:
 
 
 @contextmanager
-def counted(served: Served | None, run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
-    """Within it, a served model counts its rows, and keeps its answers where the run has a folder.
+def journaled(run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
+    """Within it, served models that are opened count their rows, and keep their answers in the folder of a run.
 
     With `resume`, what earlier attempts in that folder sent is counted, too, and what they were answered is not sent
     again. With `keep` the answers stay in the folder when the run is over. Raises `TargetError` where the journal was
     cut or changed.
     """
-    if served is None or run is None:
-        if served is not None:
-            served.begin(Sent(served.remote.max_queries), run=True)
+    if run is None:
         yield
         return
-    journal = Journal(served.remote.max_queries, run / NAME, resume=resume, keep=keep)
-    if resume and not (run / NAME).is_file() and (run / ROWS).is_file():
-        journal.totals = _read(run / ROWS)
-    journal.earlier = journal.totals.sent
-    served.begin(journal, run=True)
+    made: list[Journal] = []
+
+    def journal(limit: int | None) -> Sent:
+        refuse_used(run, resume=resume)
+        found = Journal(limit, run / NAME, resume=resume, keep=keep)
+        made.append(found)
+        if planned(run) is None:  # a run that was begun is in the use of the process that holds its lease
+            with usable(run):
+                run.mkdir(parents=True, exist_ok=True)
+            found.attach()
+        return found
+
     try:
-        yield
+        with counting_by(journal):
+            yield
     finally:
-        journal.close()
+        for each in made:
+            each.close()
+        _drop_unused(run, made)
+
+
+def _drop_unused(run: Path, made: Sequence[Journal]) -> None:
+    """Remove a folder in which nothing was begun, and for which nothing was sent."""
+    if made and not any(each.totals.sent for each in made) and [p.name for p in run.glob("*")] == [NAME]:
+        with usable(run):
+            (run / NAME).unlink()
+            run.rmdir()
+
+
+def opening_rows(sent: Sent) -> int:
+    """Rows that were sent before a run to find out how the data are read; the most it takes after a stop."""
+    return sent.totals.rows.total() if not sent.earlier else _OPENING
 
 
 def attach(served: Served | None) -> None:
@@ -56,24 +76,19 @@ def attach(served: Served | None) -> None:
         served.sent.attach()
 
 
-def finish(served: Served, run: Path | None) -> None:
-    """Write down what was sent in all, and remove the answers unless they are to be kept."""
-    if run is not None and isinstance(served.sent, Journal):
-        with usable(run / ROWS):
-            write_atomically(run / ROWS, document(vars(served.sent.totals)))
-        served.sent.close(finished=True)
+def finish(served: Served) -> None:
+    """Leave what was sent in all in the folder of a run that is over."""
+    if isinstance(served.sent, Journal):
+        served.sent.finish()
 
 
 def totals_in(run: Path) -> Totals | None:
     """What a finished run in a folder sent; None where it did not measure a served model."""
-    return _read(run / ROWS) if (run / ROWS).is_file() else None
-
-
-def _read(path: Path) -> Totals:
-    totals = Totals()
-    with usable(path):
-        count(totals, {"t": "totals", **json.loads(path.read_text(encoding="utf-8"))})
-    return totals
+    if not (run / LEFT).is_file():
+        return None
+    journal = Journal(None, run / LEFT, resume=True)
+    journal.close()
+    return journal.totals
 
 
 def to_json(totals: Totals) -> dict[str, Any]:
@@ -91,39 +106,37 @@ def to_json(totals: Totals) -> dict[str, Any]:
         },
         "unanswered": totals.unanswered,
         "max_rows": totals.most,
+        "says": list(in_words(totals)),
     }
 
 
 def in_words(totals: Totals) -> tuple[str, ...]:
     """The same in sentences."""
-    served = to_json(totals)
-    by_kind = ", ".join(f"{kind} {served[kind]:,}" for kind in _KINDS)
-    rows, requests = _many(served["rows"], "row"), _many(served["requests"], "request")
+    by_kind = ", ".join(f"{kind} {totals.rows[kind]:,}" for kind in _KINDS)
+    rows, requests = _many(totals.rows.total(), "row"), _many(totals.requests, "request")
     said = [f"the server received {rows} in {requests}: {by_kind}"]
-    again = served["sent_again"]
-    if again["requests"]:
-        kinds = ", ".join(f"{what} {n:,}" for what, n in sorted(again["why"].items()))
+    if totals.failed:
+        kinds = ", ".join(f"{what} {n:,}" for what, n in sorted(totals.failed.items()))
+        requests, rows = _many(totals.failed.total(), "request"), _many(totals.failed_rows, "row")
         said.append(
-            f"{_many(again['requests'], 'request')} with {_many(again['rows'], 'row')} failed in passing and had to be "
-            f"sent again ({kinds}); they are not among the rows above"
+            f"{requests} with {rows} failed temporarily and had to be sent again ({kinds}); they are not among the "
+            "rows above"
         )
-    if served["unanswered"]:
+    if totals.unanswered:
+        rows = _many(totals.unanswered, "row")
+        said.append(f"{rows} had no answer when the run was stopped; they are not among the rows above")
+    if totals.rejected:
+        kinds = ", ".join(f"{status} {n:,}" for status, n in sorted(totals.rejected.items()))
+        inputs = _many(totals.rejected.total(), "attacked input")
         said.append(
-            f"{_many(served['unanswered'], 'row')} had no answer when the run was stopped; they are not among the rows "
-            "above"
+            f"the server refused {inputs} ({kinds}); a refused input counts as rejected, and not as adversarial"
         )
-    if served["rejected"]:
-        kinds = ", ".join(f"{status} {n:,}" for status, n in sorted(served["rejected"].items()))
-        total = sum(served["rejected"].values())
+    if totals.refused:
+        said.append(f"of the rows above, {totals.refused:,} were in requests that the server refused")
+    if totals.most:
         said.append(
-            f"the server refused {_many(total, 'attacked input')} ({kinds}); a refused input counts as rejected, and "
-            "not as adversarial"
-        )
-    if served["max_rows"]:
-        most = served["max_rows"]
-        said.append(
-            f"the server refused a request of {totals.too_many} rows and answered one of {most}, the most that each "
-            f"later request had; --http-max-rows {most} begins with that"
+            f"the server refused a request of {totals.too_many} rows and answered one of {totals.most}, the most that "
+            f"each later request had; --http-max-rows {totals.most} begins with that"
         )
     return tuple(said)
 

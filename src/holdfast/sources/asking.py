@@ -124,6 +124,10 @@ class Client:
                     with suppress(OSError):
                         connection.sock.shutdown(SHUT_RDWR)
 
+    def go_on(self) -> None:
+        """Ask again after a stop."""
+        self._stopped.clear()
+
     def _wait(self, failure: _InPassing, attempt: int, sent: Sent, rows: int) -> float:
         """Wait before the next attempt, and return until when; raises `TargetLost` after the last one."""
         wait = max(failure.wait_s or 0.0, min(_LAST_WAIT_S, _FIRST_WAIT_S * 2**attempt))
@@ -152,10 +156,7 @@ class Client:
         return f"{self._parts.scheme}://{self._parts.netloc}"
 
     def _once(self, path: str, body: bytes | None) -> Any:
-        kept = self._taken()
-        connection = kept or self._connected()
-        with self._lock:
-            self._busy.add(connection)
+        kept, connection = self._taken()
         began = whole = False
         try:
             headers = {"Accept": "application/json", "Accept-Encoding": "identity", **self._headers}
@@ -193,10 +194,13 @@ class Client:
                 connection.close()
         return self._read(answer, content, sent_rows=body is not None)
 
-    def _taken(self) -> HTTPConnection | None:
-        """A connection that is open and not in use."""
+    def _taken(self) -> tuple[HTTPConnection | None, HTTPConnection]:
+        """A connection that is open and not in use, if there is one; and that one or a new one."""
         with self._lock:
-            return self._idle.pop() if self._idle else None
+            kept = self._idle.pop() if self._idle else None
+            connection = kept or self._connected()
+            self._busy.add(connection)
+            return kept, connection
 
     def _connected(self) -> HTTPConnection:
         kind = HTTPSConnection if self._parts.scheme == "https" else HTTPConnection
@@ -260,7 +264,8 @@ class Client:
             raise InputRefused(
                 f"{words}; check that the data have the shape, type and values that the model takes", status
             )
-        keys = {401: _KEY, 403: _KEY, 404: "check the model's name and version in the address"}
+        key = _KEY if not self._answered else _KEY_LATER
+        keys = {401: key, 403: key, 404: "check the model's name and version in the address"}
         raise TargetLost(f"{words}; {keys.get(status, 'check the address')}")
 
     def _excerpt(self, content: bytes) -> str:
@@ -285,6 +290,7 @@ class Client:
 
 
 _LETTERS = 4  # shorter ones are no secrets, and stand in many words
+_KEY_LATER = "the key may have expired, or its quota may be used up: renew it, and go on with --resume"
 _KEY = "it may want a key: --header 'Authorization: env:VARIABLE'"
 
 

@@ -28,20 +28,24 @@ class Look(Sent):
 
     def spent(self, rows: int) -> str:
         """Why so many rows are not sent."""
+        why = "to find out how the data are read; declare it with --layout chw, hwc or asis"
+        if self.totals.refused:
+            why = "because the server refuses so many at once; give --http-max-rows N with the number that it takes"
         return (
-            f"{self.rows} rows were sent to the server, of at most {self.most} that doctor and --dry-run send, and "
-            f"{rows} more are needed to find out how the data are read; declare it with --layout chw, hwc or asis"
+            f"doctor and --dry-run send at most {self.most} rows to a server; rows sent: {self.rows}, rows that are "
+            f"needed as well: {rows}, {why}"
         )
 
 
-def counted(model: Classifier) -> Look | None:
+def look_at(model: Classifier) -> Look | None:
     """What counts the rows that a served model is sent, from the first call of this function on; None for others."""
     net = inner(model).net
     if not isinstance(net, Served):
         return None
     if not isinstance(net.sent, Look):
         size = inner(model).batches
-        net.begin(Look(max(MOST, 1 if size is None else size.size)))
+        most = max(MOST, 1 if size is None else size.size)
+        net.begin(Look(min(most, net.remote.max_queries or most)))
     assert isinstance(net.sent, Look)
     return net.sent
 

@@ -17,16 +17,20 @@ class Pace:
 
     def wait(self, waited: float = 0.0) -> None:
         """Return when a request may begin; the caller has `waited` until then already."""
-        begin = 0.0
-        if self._rate is not None:
+        while True:
             with self._lock:
-                begin = max(self._now(), self._next, self._paused)
-                self._next = begin + 1 / self._rate
-        while (until := max(begin, self._paused)) > waited:  # another pause may come meanwhile
-            left = until - self._now()
-            if left > 0:
+                begin = max(waited, self._paused)
+                if self._rate is not None:
+                    begin = max(begin, self._now(), self._next)
+                    self._next = begin + 1 / self._rate
+            left = begin - self._now()
+            if begin > waited and left > 0:
                 self._sleep(left)
-            waited = until
+            if (
+                self._paused <= begin
+            ):  # else a pause came meanwhile, and the requests after it are spread again
+                return
+            waited = begin
 
     def pause(self, seconds: float) -> float:
         """Let no request begin for so long; returns when that is over."""

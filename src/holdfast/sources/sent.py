@@ -1,7 +1,9 @@
 """How many rows a server was sent, by what they were for."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from threading import RLock
@@ -67,8 +69,8 @@ class Sent:
     def spent(self, rows: int) -> str:
         """Why so many rows are not sent."""
         return (
-            f"--max-queries is {self.limit:,}, {self.totals.sent:,} rows were sent to the server, and the next request "
-            f"has {rows:,}"
+            f"--max-queries is {self.limit:,}; rows that were sent to the server: {self.totals.sent:,}, rows of the "
+            f"next request: {rows:,}"
         )
 
     def sending(self, rows: int) -> None:
@@ -87,16 +89,13 @@ class Sent:
         """Count the answer to some inputs, known by their `keys`: scores, or one-hot labels, (n, classes)."""
         self._note({"t": "answer", **described(purpose), "n": len(values)})
 
-    def refused(self, purpose: Purpose, rows: int, status: str, key: bytes | None) -> None:
-        """Count a refused request; `key` is the input of one that was refused by itself, and counts as rejected."""
-        single = key is not None
-        content = {"t": "refused", **described(purpose), "n": rows, "status": status, "single": single}
-        self._note(content, key or b"")
+    def refused(self, purpose: Purpose, rows: int) -> None:
+        """Count a request that was refused."""
+        self._note({"t": "refused", "kind": purpose.kind, "n": rows})
 
-    def opened(self, earlier: Totals) -> None:
-        """Count what was sent to find out how the data are read, before the run had a place to count in."""
-        rows, sent = dict(earlier.rows), earlier.rows.total()
-        self._note({"t": "opening", "sent": sent, "rows": rows, "requests": earlier.requests})
+    def rejected(self, purpose: Purpose, status: str, key: bytes) -> None:
+        """Keep that an input, of which a request was counted as refused, counts as rejected."""
+        self._note({"t": "rejected", **described(purpose), "status": status}, key)
 
     def found_limit(self, most: int, refused: int) -> None:
         """Keep the number of rows that the server takes."""
@@ -112,6 +111,24 @@ class Sent:
     def _note(self, content: Mapping[str, Any], *parts: bytes) -> None:
         with self._lock:
             count(self.totals, content)
+
+
+_NEW: ContextVar[Callable[[int | None], Sent]] = ContextVar("sent", default=Sent)
+
+
+def new_sent(limit: int | None) -> Sent:
+    """What counts the rows of a served model that is opened now."""
+    return _NEW.get()(limit)
+
+
+@contextmanager
+def counting_by(make: Callable[[int | None], Sent]) -> Iterator[None]:
+    """Within it, the rows of served models that are opened are counted by what `make` returns for a limit."""
+    token = _NEW.set(make)
+    try:
+        yield
+    finally:
+        _NEW.reset(token)
 
 
 def key_of(row: Tensor) -> bytes:
@@ -135,18 +152,14 @@ def count(totals: Totals, content: Mapping[str, Any]) -> None:
         case {"t": "answer", "n": n, "kind": kind}:
             totals.rows[kind] += n
             totals.requests += 1
-        case {"t": "refused", "n": n, "kind": kind, "status": status, "single": single}:
+        case {"t": "refused", "n": n, "kind": kind}:
             totals.rows[kind] += n
             totals.requests += 1
             totals.refused += n
-            if single:
-                totals.rejected[status] += 1
+        case {"t": "rejected", "status": status}:
+            totals.rejected[status] += 1
         case {"t": "limit", "most": most, "refused": refused}:
             totals.most, totals.too_many = most, refused
-        case {"t": "opening", "sent": sent, "rows": rows, "requests": requests}:
-            totals.sent += sent
-            totals.rows += Counter(rows)
-            totals.requests += requests
         case {"t": "totals", **known}:
             for name, value in known.items():
                 setattr(totals, name, Counter(value) if isinstance(value, dict) else value)

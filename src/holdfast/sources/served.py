@@ -16,14 +16,14 @@ from holdfast.sources.answers import Answers
 from holdfast.sources.asking import Client, status_line
 from holdfast.sources.payloads import Shaped, Template
 from holdfast.sources.remote import Remote
-from holdfast.sources.sent import Sent, key_of
+from holdfast.sources.sent import Sent, key_of, new_sent
 
 _OF_THE_VALUES = frozenset({400, 422})
 """Statuses by which a server refuses the values of an input, and not its size or type."""
 _WEIGHT = 1 / 32
 """of the last input in the share of refused ones"""
 _DOUBTED = 8
-"""So many refused inputs in a row, and each power of it, call for a look at whether clean ones are still answered."""
+"""After so many refused inputs in a row a clean one is sent, to see whether it is still answered."""
 
 
 @dataclass(eq=False)
@@ -76,23 +76,21 @@ class Served:
         self._pool = ThreadPoolExecutor(remote.concurrency) if remote.concurrency > 1 else None
         self._control: Tensor | None = None
         """a clean input that was answered"""
-        self.opening: int | None = None
-        """rows that were sent before the first run began; None until then"""
-        self.sent = Sent(remote.max_queries)
-        self.begin(self.sent)
+        self.opening = 0
+        """rows that were sent to find out how the data are read"""
+        self.begin(new_sent(remote.max_queries))
 
-    def begin(self, sent: Sent, *, run: bool = False) -> None:
-        """Count in `sent` from now on. The first `run` counts what was sent before it, to open the data."""
-        if run and self.opening is None:
-            self.opening = self.sent.totals.rows.total()
-            if self.opening:
-                sent.opened(self.sent.totals)
+    def begin(self, sent: Sent) -> None:
+        """Count in `sent` from now on."""
         self.sent = sent
-        self._limit = sent.totals.most or max(self.remote.max_rows, self._fixed)
+        most = max(self.remote.max_rows, self._fixed)
+        self._limit = min(most, sent.totals.most or most)
         self._most = self._limit
         """rows of the next request; less than the limit while it is found out"""
         self._answered = self._streak = 0
         """rows of the largest request that was answered, and refused inputs since an answer"""
+        self._unconfirmed: list[tuple[Purpose, str, bytes]] = []
+        """refused inputs since an answer, which may be the fault of the server"""
         self._rejecting = 0.0
         """share of the last inputs that were refused by themselves"""
 
@@ -103,6 +101,7 @@ class Served:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits (n, classes) on the device of `x`; rows of refused inputs are marked."""
+        self._client.go_on()
         rows, purpose = x.detach().cpu(), current()
         keys = [key_of(row) for row in rows] if self.sent.keeps else []
         found: list[Tensor | None] = [None] * len(rows)
@@ -134,14 +133,20 @@ class Served:
         try:
             answer = self._ask(self._padded(self._control[None]))
         except InputRefused as error:
-            self.sent.refused(current(), self._fixed or 1, status_line(error.status), None)
+            self.sent.refused(current(), self._fixed or 1)
             raise TargetRefused(
                 f"the server refuses a clean input that it answered before, so its refusals say nothing about the "
                 f"attacked ones: {error}"
             ) from error
         x = self._padded(self._control[None])
         self._keep(current(), x, answer)
-        self._streak = 0
+        self._confirmed()
+
+    def _confirmed(self) -> None:
+        """The server answers: what it refused before was refused for its values."""
+        for purpose, status, key in self._unconfirmed:
+            self.sent.rejected(purpose, status, key)
+        self._unconfirmed, self._streak = [], 0
 
     def _recall(self, rows: Tensor, purpose: Purpose, found: Sequence[Tensor | None]) -> None:
         """Take what is known of the inputs as if the server had just answered it."""
@@ -165,7 +170,8 @@ class Served:
                 task.found[row] = value
             if task.purpose.kind == "clean" and self._control is None:
                 self._control = task.x[chunk.rows[0]].clone()
-            self._streak, self._answered = 0, max(self._answered, len(chunk.rows))
+            self._confirmed()
+            self._answered = max(self._answered, len(chunk.rows))
             self._rejecting *= (1 - _WEIGHT) ** len(chunk.rows)
             self._learn(chunk, answered=len(chunk.rows))
 
@@ -184,18 +190,17 @@ class Served:
             and task.purpose.kind != "clean"
             and error.status in _OF_THE_VALUES
         )
-        status = status_line(error.status)
+        self.sent.refused(task.purpose, rows)
         if n == 1 and rejects:
             key = task.keys[chunk.rows[0]] if task.keys else b""
-            self.sent.refused(task.purpose, rows, status, key)
+            self._unconfirmed.append((task.purpose, status_line(error.status), key))
             task.found[chunk.rows[0]] = torch.tensor([MARK])
             self._learn(chunk, rejected=True)
             self._streak += 1
             self._rejecting += _WEIGHT * (1 - self._rejecting)
-            if self._streak % _DOUBTED == 0 and _is_power(self._streak):
+            if self._streak % _DOUBTED == 0:
                 self.confirm()
             return
-        self.sent.refused(task.purpose, rows, status, None)
         if n == 1 or (self._fixed and not rejects):
             raise error
         origin = chunk.origin
@@ -280,9 +285,3 @@ class Served:
 
 def _parts(rows: list[int], size: int) -> Iterator[list[int]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def _is_power(n: int) -> bool:
-    while n % _DOUBTED == 0:
-        n //= _DOUBTED
-    return n == 1

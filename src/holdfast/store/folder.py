@@ -26,6 +26,7 @@ from holdfast.store.files import (
     usable,
     write_atomically,
 )
+from holdfast.store.journal import NAME as JOURNAL
 from holdfast.store.leases import NAME as STATE
 from holdfast.store.leases import Leases
 from holdfast.store.processes import Owner
@@ -249,7 +250,8 @@ def refuse_used(path: Path, *, resume: bool) -> None:
         if not path.is_dir():
             return
         names = sorted(entry.name for entry in path.iterdir())
-    ours = [n for n in names if n == ABOUT or n.startswith(STATE) or (n.startswith(".") and n.endswith(PART))]
+    begun = (ABOUT, JOURNAL)
+    ours = [n for n in names if n in begun or n.startswith(STATE) or (n.startswith(".") and n.endswith(PART))]
     if len(ours) == len(names):
         return
     if MANIFEST not in names:

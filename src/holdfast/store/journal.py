@@ -7,6 +7,7 @@ killed leaves at most an unfinished record behind the counted ones, which is dro
 
 import json
 import os
+import shutil
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +20,15 @@ import torch
 from torch import Tensor
 
 from holdfast.core.errors import TargetError
-from holdfast.core.purpose import Purpose
+from holdfast.core.purpose import LOOK, Purpose
 from holdfast.core.refused import MARK
 from holdfast.sources.sent import KEY_BYTES, Sent, count, described
 from holdfast.store.files import PART, usable
 
 NAME = "answers.journal"
 """The file in a run folder."""
+LEFT = "served.journal"
+"""What is left of it in the folder of a run that is over."""
 _MAGIC = b"holdfast answers 1 "
 _HEAD = len(_MAGIC) + 20 + 1
 _PREFIX = 4 + KEY_BYTES
@@ -49,7 +52,7 @@ class Journal(Sent):
 
     def __init__(self, limit: int | None, path: Path, *, resume: bool = False, keep: bool = False) -> None:
         super().__init__(limit)
-        self._path, self._keep = path, keep
+        self.path, self._keep = path, keep
         self._file: BinaryIO | None = None
         self._pending: list[bytes] = []
         """records that are made before the file is written"""
@@ -60,22 +63,28 @@ class Journal(Sent):
         """the file as earlier attempts left it"""
         self._known: dict[Place, dict[bytes, deque[tuple[int, int, str]]]] = {}
         """of each input the answers that it holds: offset, number of values, and their classes and type"""
-        if resume and path.is_file():
+        left = next((each for each in (path, path.with_name(LEFT)) if each.is_file()), None)
+        if resume and left is not None:
             try:
-                with usable(path):
-                    self._load(path)
+                with usable(left):
+                    self._load(left)
             except TargetError:
                 self.close()
                 raise
+        self.earlier = self.totals.sent
 
     def attach(self) -> None:
         """Write the file from now on: its folder is there, and no other process uses it."""
+        if self._file is not None:
+            return
         pending, self._pending = self._pending, []
-        with usable(self._path):
+        with usable(self.path):
             if not self._end:
-                self._path.write_bytes(_head(0))
+                self.path.write_bytes(_head(0))
                 self._end = _HEAD
-            self._file = self._path.open("r+b", buffering=0)
+            elif not self.path.is_file():
+                shutil.copyfile(self.path.with_name(LEFT), self.path)
+            self._file = self.path.open("r+b", buffering=0)
             self._file.truncate(self._end)
         for record in pending:
             self._append(record)
@@ -113,18 +122,30 @@ class Journal(Sent):
                 self._kept.pop(place)
                 self._known.pop(place, None)
             if self._file is not None:
-                self._compact()
+                self._compact(self.path, list(self._kept))
 
-    def close(self, *, finished: bool = False) -> None:
-        """Leave the file; it is removed where the run is `finished` and the answers are not to be kept."""
+    def close(self) -> None:
+        """Leave the file as it is; a run goes on from it."""
         with self._lock:
             for file in (self._file, self._earlier):
                 if file is not None:
                     file.close()
             self._file = self._earlier = None
-            if finished and not self._keep:
-                with usable(self._path):
-                    self._path.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Leave the totals and the answers to the look at the model, for a run that is over.
+
+        The other answers are removed, unless they are to be kept.
+        """
+        with self._lock:
+            if self._file is None:
+                return
+            left = self.path.with_name(LEFT)
+            self._compact(left, [place for place in self._kept if place[0] == LOOK])
+            self.close()
+            if not self._keep:
+                with usable(self.path):
+                    self.path.unlink(missing_ok=True)
 
     def _values(self, at: tuple[int, int, str]) -> Tensor:
         offset, width, kind = at
@@ -150,10 +171,11 @@ class Journal(Sent):
 
     def _append(self, record: bytes) -> None:
         assert self._file is not None
-        self._chain, place = _next(self._chain, record), _place_of(record)
-        with usable(self._path):
+        chain, place = _next(self._chain, record), _place_of(record)
+        with usable(self.path):
             self._file.seek(self._end)
-            _write(self._file, _framed(record, self._chain))
+            _write(self._file, _framed(record, chain))
+            self._chain = chain
             if place is not None:
                 self._kept[place].append((self._end + _PREFIX, len(record)))
             self._end += _PREFIX + len(record)
@@ -163,16 +185,16 @@ class Journal(Sent):
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
 
-    def _compact(self) -> None:
-        """Write the file anew, with the answers that are still needed and then the totals, which count all of them."""
+    def _compact(self, path: Path, places: Sequence[Place]) -> None:
+        """Write a file with the answers in some places and then the totals, which count all; go on in it."""
         assert self._file is not None
-        part, chain, end = self._path.with_name(f".{NAME}{PART}"), b"", _HEAD
+        part, chain, end = path.with_name(f".{path.name}{PART}"), b"", _HEAD
         kept = defaultdict[Place, list[tuple[int, int]]](list)
         totals = json.dumps({"t": "totals", **vars(self.totals)}).encode() + b"\n"
-        with usable(self._path):
+        with usable(self.path):
             with part.open("wb") as file:
                 file.write(_head(0))
-                for record in (*self._records(), totals):
+                for record in (*self._records(places), totals):
                     chain, place = _next(chain, record), _place_of(record)
                     file.write(_framed(record, chain))
                     if place is not None:
@@ -183,15 +205,15 @@ class Journal(Sent):
                 file.flush()
                 os.fsync(file.fileno())
             self._file.close()
-            part.replace(self._path)
-            self._file = self._path.open("r+b", buffering=0)
+            part.replace(path)
+            self._file = path.open("r+b", buffering=0)
         self._kept, self._chain, self._end = kept, chain, end
 
-    def _records(self) -> Iterator[bytes]:
-        """The records of the answers that are still needed."""
+    def _records(self, places: Sequence[Place]) -> Iterator[bytes]:
+        """The records of the answers in some places."""
         assert self._file is not None
-        for records in self._kept.values():
-            for offset, length in records:
+        for place in places:
+            for offset, length in self._kept[place]:
                 self._file.seek(offset)
                 yield self._file.read(length)
 
@@ -265,9 +287,8 @@ def _answers(
     content: Mapping[str, Any], record: bytes, start: int, line: int
 ) -> Iterator[tuple[bytes, tuple[int, int, str]]]:
     """The inputs of a record, and where their answers lie."""
-    if content["t"] == "refused":
-        if content["single"]:
-            yield record[line : line + KEY_BYTES], (0, 0, "")
+    if content["t"] == "rejected":
+        yield record[line : line + KEY_BYTES], (0, 0, "")
         return
     n, width = content["n"], content["width"]
     first, size = start + line + n * KEY_BYTES, width * np.dtype(content["type"]).itemsize
@@ -278,5 +299,6 @@ def _answers(
 
 def _altered(path: Path, what: str, why: str) -> TargetError:
     return TargetError(
-        f"{str(path)!r} {what}: {why}; restore it from a copy, or remove it, and what it held is sent again"
+        f"{str(path)!r} {what}: {why}; restore it from a copy, or remove it: what it held is sent again, and what was "
+        "sent before is not counted"
     )
