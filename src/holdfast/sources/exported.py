@@ -6,6 +6,7 @@ loads it: plain tensors, operators of aten, plain names, and shape expressions o
 user's trust. `torch.export.load` itself would try an older format where the new one fails, so it is not called.
 """
 
+import hashlib
 import io
 import json
 import re
@@ -21,8 +22,7 @@ from torch import Tensor, fx, nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Batches
-from holdfast.sources.archive import MAX_BYTES, check_archive
-from holdfast.sources.files import megabytes, readable_file
+from holdfast.sources.archive import check_archive, read_once
 
 _OPERATOR = re.compile(
     r"torch\.ops\.aten\.(?!from_file)\w+(\.\w+)?|_operator\.(getitem|add|sub|mul|floordiv|mod|neg|pow)",
@@ -72,6 +72,8 @@ class Program:
 
     net: nn.Module
     batch_size: int | None
+    digest: str
+    """SHA-256 of the file, in hex"""
 
 
 class FixedBatch(nn.Module):
@@ -92,13 +94,8 @@ class FixedBatch(nn.Module):
 
 def open_program(path: Path, *, trust_code: bool) -> Program:
     """The program in a `.pt2` file; one that carries code is refused unless `trust_code`."""
-    readable_file(path, "exported program")
-    if path.stat().st_size > MAX_BYTES:
-        raise TargetError(
-            f"{str(path)!r} has {megabytes(path.stat().st_size)}; at most {megabytes(MAX_BYTES)} is read"
-        )
-    check_archive(path)
-    content = path.read_bytes()  # read once: what is judged is what is loaded
+    content = read_once(path, "exported program")  # what is judged is what is loaded
+    check_archive(path, content)
     try:
         reasons = list(_needs_trust(content))
     except _DAMAGE as error:
@@ -123,10 +120,10 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
             f"{str(path)!r} could not be opened by torch {torch.__version__}: {first[:200]}"
         ) from error
     shape = _input_shape(program)
-    size = shape[0]
+    size, digest = shape[0], hashlib.sha256(content).hexdigest()
     if size is None or _takes_any_batch(net, size, shape[1:]):
-        return Program(net, None)
-    return Program(FixedBatch(net, size), size)
+        return Program(net, None, digest)
+    return Program(FixedBatch(net, size), size, digest)
 
 
 def _loaded(content: bytes) -> torch.export.ExportedProgram:
