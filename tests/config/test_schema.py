@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from holdfast import attacks
+from holdfast.config.consent import CONSENT
 from holdfast.config.naming import AUTO, CARD, RECIPES, SOURCES
 from holdfast.config.schema import schema
 from holdfast.config.settings import RotateSettings
@@ -48,7 +49,7 @@ def test_stored_copy_is_in_step():
 def test_it_is_a_schema_and_holds_every_key_attack_and_recipe():
     content = schema()
     jsonschema.Draft202012Validator.check_schema(content)
-    assert set(content["properties"]) == set(RotateSettings.model_fields)
+    assert set(content["properties"]) == set(RotateSettings.model_fields) - {CONSENT}
     tags = [attack["properties"]["use"]["const"] for attack in content["$defs"]["attack"]["oneOf"]]
     assert sorted(tags) == sorted(attacks.__all__)
     recipes = [recipe["properties"]["use"]["const"] for recipe in content["$defs"]["recipe"]["oneOf"]]

@@ -382,3 +382,17 @@ def test_one_file_serves_both_verbs_and_what_it_says_to_the_other_is_checked(tmp
         read(file, {})
     with pytest.raises(UsageError, match="unknown key 'budget'"):
         read(None, {}, ["budget=5min"])
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_consent_to_code_is_no_key_of_a_file_and_of_set(value, tmp_path):
+    path = tmp_path / "holdfast.yaml"
+    path.write_text(f"trust_code: {value}\nmodel: mnist-cnn\ndata: mnist-mini\n")
+    for ask in (lambda: validate(path), lambda: settings.read(path, {}, kind=RotateSettings)):
+        with pytest.raises(
+            UsageError, match=r"holdfast\.yaml gives trust_code.*--trust-code.*trust_code=True"
+        ):
+            ask()
+    with pytest.raises(UsageError, match=r"--set gives trust_code.*--trust-code"):
+        settings.read(None, {}, [f"trust_code={value}"], kind=AssessSettings)
+    assert settings.read(None, {"trust_code": True}, kind=AssessSettings).trust_code

@@ -1,5 +1,6 @@
 """Whoever measures the shards, and however often one of them dies, the bytes are the same."""
 
+import importlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.harness import Member
 from holdfast.ops import ascent, losses
 from holdfast.runs.assess import assess
+from holdfast.runs.team import import_path
 from holdfast.store.verify import verify
 from runs.fakes import data, network, order, settled, subject
 
@@ -139,6 +141,20 @@ def test_a_split_in_a_worker_is_recorded(tmp_path):
     assert split["stage"] == "1-pgd"
     assert 0 < split["size"] < 15
     assert verify(run).complete
+
+
+def test_a_worker_imports_nothing_from_the_current_folder_but_what_a_script_there_does(tmp_path, monkeypatch):
+    hostile = "from pathlib import Path\nPath('RAN').touch()\nraise ImportError\n"
+    for name in ("torch.py", "random.py", "pickle.py", "holdfast.py", "sitecustomize.py"):
+        (tmp_path / name).write_text(hostile)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path])
+    assess(subject(), data(), asked(workers=1))
+    assert not (tmp_path / "RAN").exists()
+    assert not {"", str(tmp_path)} & set(import_path())
+    (tmp_path / "nets_of_a_script.py").write_text("from torch.nn import Identity as Net\n")
+    importlib.import_module("nets_of_a_script")
+    assert import_path()[-1] == str(tmp_path)
 
 
 def test_a_model_that_no_other_process_can_take_over_is_refused():

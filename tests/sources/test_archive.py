@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import tarfile
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -214,3 +215,25 @@ def test_torchscript_is_refused_by_name(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.rand(1, 2)), tmp_path / "w.pt")
     with pytest.raises(TargetError, match="TorchScript archive, which carries code"):
         read_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_sparse_tensor_whose_indices_lie_outside_of_it_is_refused_before_it_is_made_dense(tmp_path):
+    def coo(index):
+        return torch.sparse_coo_tensor(torch.tensor([[index]]), torch.ones(1), (4,), check_invariants=False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that its compressed layouts are in beta
+        csr = torch.sparse_csr_tensor(
+            torch.tensor([0, 1]), torch.tensor([4]), torch.ones(1), (1, 4), check_invariants=False
+        )
+        nested = torch.nested.nested_tensor([torch.rand(2), torch.rand(3)])
+    for tensor, said in ((coo(4), "found index 4"), (coo(-1), "negative index -1"), (csr, "col_indices")):
+        torch.save({"w": tensor}, tmp_path / "w.pt")
+        with pytest.raises(TargetError, match=f"w.pt' is damaged.*{said}"):
+            read_weights(tmp_path / "w.pt")
+    torch.save({"w": nested}, tmp_path / "w.pt")
+    with pytest.raises(TargetError, match="holds the nested tensor 'w'"):
+        read_weights(tmp_path / "w.pt")
+    torch.save({"w": coo(3)}, tmp_path / "w.pt")
+    assert read_weights(tmp_path / "w.pt").tensors["w"].tolist() == [0, 0, 0, 1]

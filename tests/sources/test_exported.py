@@ -17,6 +17,7 @@ from torch._export.serde.serialize import serialize
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.models import open_model
+from holdfast.sources.operators import is_operator_of_networks, replace_unchecked
 
 
 def network() -> nn.Module:
@@ -237,3 +238,57 @@ def test_damage_and_foreign_archives_are_named(programs: Path, tmp_path: Path) -
         archive.writestr("a/models/model.json", "{}" * 1000)
     with pytest.raises(TargetError, match="compressed"):
         open_model(str(tmp_path / "squeezed.pt2"))
+
+
+class Reaching(nn.Module):
+    """Calls an operator that reaches outside of its tensors."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        place, value = torch.tensor([[2]]), torch.ones(1)
+        return x.flatten(1) + torch.ops.aten._sparse_coo_tensor_unsafe.default(place, value, [16]).to_dense()
+
+
+def test_only_operators_that_networks_need_are_called_without_trust(programs: Path, tmp_path: Path) -> None:
+    torch.export.save(torch.export.export(Reaching(), (torch.rand(4, 1, 4, 4),)), tmp_path / "reaching.pt2")
+    said = r"the operator 'torch\.ops\.aten\._sparse_coo_tensor_unsafe.*--trust-code.*ONNX.*file\.py:factory"
+    with pytest.raises(UsageError, match=said):
+        open_model(str(tmp_path / "reaching.pt2"))
+    for name in (
+        "set_.source_Storage",
+        "as_strided.default",
+        "from_file.default",
+        "relu.out",
+        "relu",
+        "lstm.data",
+    ):
+        assert not is_operator_of_networks(f"torch.ops.aten.{name}"), name
+    for name in ("relu.default", "relu_.default", "add.Tensor", "lstm.input", "conv2d.padding"):
+        assert is_operator_of_networks(f"torch.ops.aten.{name}"), name
+
+
+def test_weights_of_another_size_than_the_input_needs_are_refused_by_every_operator() -> None:
+    aten, x = torch.ops.aten, torch.rand(2, 3, 40)
+    short, states = torch.ones(1), [torch.zeros(1, 2, 50)] * 2
+    graph = torch.fx.Graph()
+    normed = graph.call_function(
+        aten._native_batch_norm_legit_no_training.default,
+        (graph.placeholder("x"), *[graph.placeholder(f"w{i}") for i in range(4)], 0.1, 1e-5),
+    )
+    graph.output(normed)
+    replace_unchecked(graph)
+    norm = torch.fx.GraphModule({}, graph)
+    torch.testing.assert_close(norm(x, *[torch.ones(3)] * 4)[0], (x - 1) / (1 + 1e-5) ** 0.5 + 1)
+    with pytest.raises(RuntimeError, match="should contain 3 elements not 1"):
+        norm(x, short, short, short, short)
+    graph = torch.fx.Graph()
+    places = [graph.placeholder(f"w{i}") for i in range(7)]
+    arguments = (places[0], places[1:3], places[3:], True, 1, 0.0, False, False, True)
+    graph.output(graph.call_function(aten.lstm.input, arguments))
+    replace_unchecked(graph)
+    lstm, weights = (
+        torch.fx.GraphModule({}, graph),
+        [torch.rand(200, 40), torch.rand(200, 50), *[torch.rand(200)] * 2],
+    )
+    assert lstm(x, *states, *weights)[0].shape == (2, 3, 50)
+    with pytest.raises(RuntimeError):
+        lstm(x, *states, torch.rand(20, 40), *weights[1:])

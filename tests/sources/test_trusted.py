@@ -1,5 +1,6 @@
 """Model files that run code: TorchScript, and pickles of whole modules, which open with trust alone."""
 
+import hashlib
 import json
 import subprocess
 import warnings
@@ -83,3 +84,30 @@ def test_what_holds_no_module_is_refused_with_trust_too(tmp_path: Path):
     torch.save([nn.ReLU, 3], tmp_path / "m.pt")
     with pytest.raises(TargetError, match=r"holds a list; a state dict .* or a torch\.nn\.Module"):
         open_model(str(tmp_path / "m.pt"), trust_code=True)
+
+
+@pytest.mark.parametrize("name", ["m.ts", "m.pt", "m.pt2", "own.py"])
+def test_the_bytes_that_are_checked_are_those_that_run(tmp_path: Path, name: str, monkeypatch):
+    """A file that changes after it was read first: what was read first is opened, and has the digest."""
+    net, place = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), tmp_path / name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if name == "m.ts":
+            torch.jit.save(torch.jit.trace(net, torch.rand(1, 64)), place)
+        elif name == "m.pt2":
+            torch.export.save(torch.export.export(net, (torch.rand(2, 64),)), place)
+        elif name == "m.pt":
+            torch.save(net, place)
+        else:
+            place.write_text("import torch\ndef make(): return torch.nn.Linear(64, 10)\n")
+    content, read = place.read_bytes(), Path.read_bytes
+
+    def once(path: Path) -> bytes:
+        found = read(path)
+        if path == place:
+            path.write_bytes(b"no longer what was read")
+        return found
+
+    monkeypatch.setattr(Path, "read_bytes", once)
+    opened = open_model(f"{place}:make" if name == "own.py" else str(place), trust_code=True)
+    assert hashlib.sha256(content).hexdigest() in opened.files.values()

@@ -1,5 +1,6 @@
 """Sealed files: they open under their own name with their own key, and anything else is told apart and said."""
 
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import sealing
+from holdfast.store.files import create_private
 from holdfast.store.sealing import KEY_VARIABLE, Seal, begun_seal, found_seal, key_file
 
 SEAL, OTHER = Seal(bytes(range(32))), Seal(bytes(32))
@@ -119,6 +121,41 @@ def test_a_key_file_that_lies_open_is_refused(tmp_path, monkeypatch, mode):
     key_file(folder).chmod(mode)
     for ask in (begun_seal, found_seal):
         with pytest.raises(TargetError, match=f"pool.key' has mode {mode:04o}.*chmod 600"):
+            ask(folder)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links and owners are of POSIX")
+def test_a_key_is_written_through_no_link_and_into_no_file_that_lies_in_wait(tmp_path, monkeypatch):
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    folder, precious = tmp_path / "pool", tmp_path / "precious.txt"
+    folder.mkdir()
+    precious.write_text("precious\n")
+    (tmp_path / ".pool.key.part").symlink_to(precious)
+    begun_seal(folder)
+    assert precious.read_text() == "precious\n" and not key_file(folder).is_symlink()
+    key_file(folder).unlink()
+    key_file(folder).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(
+        TargetError, match="pool.key' is a link to .*nowhere', which does not exist.*remove it"
+    ):
+        begun_seal(folder)
+    with pytest.raises(FileExistsError):
+        create_private(key_file(folder), b"key")
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links and owners are of POSIX")
+def test_a_key_of_another_user_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    begun_seal(folder)
+    own = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+    for ask in (begun_seal, found_seal):
+        with pytest.raises(
+            TargetError, match=f"pool.key' belongs to user {own}, .* as user {own + 1}; run as"
+        ):
             ask(folder)
 
 

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from holdfast import recipes, rotation
 from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import attack_names, functions
+from holdfast.config.consent import CONSENT
 from holdfast.config.naming import AUTO, CARD, PRESETS, RECIPES, SOURCES
 from holdfast.config.recipes import part_of, written_fields
 from holdfast.config.settings import HardenSettings, RotateSettings
@@ -31,6 +32,7 @@ def schema() -> dict[str, Any]:
         "source": {"oneOf": [_tagged(n, getattr(rotation, of), {}) for n, of in SOURCES.items()]},
     }
     properties = content["properties"]
+    del properties[CONSENT]
     properties["surrogates"]["items"] = {"anyOf": [{"type": "string"}, properties["surrogates"]["items"]]}
     recipe = HardenSettings.model_fields["recipe"].description
     suites = [

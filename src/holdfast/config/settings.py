@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from holdfast.config import values
+from holdfast.config.consent import refuse_consent
 from holdfast.config.grammar import (
     nearest,
     pairs,
@@ -254,10 +255,13 @@ def read(
     The file may be one for all verbs: what is for another is checked and left out. `flags` are the names under which a
     person gave the overrides, for messages.
     """
-    content = {} if path is None else _for(load(path), str(path), kind)
+    said = {} if path is None else load(path)
+    refuse_consent(said, str(path))
+    content = _for(said, str(path), kind)
     given = {key: value for key, value in overrides.items() if value is not None}
     put_in = pairs(sets, "--set")
     spoken = {key.partition(".")[0]: f"--set {key.partition('.')[0]}" for key in put_in}
+    refuse_consent(spoken, "--set")
     spoken |= {key: flags.get(key, key) for key in given}
     for key, rival in _RIVALS:
         if key in spoken and rival in content and rival not in spoken:

@@ -33,6 +33,14 @@ _ERRORS: Mapping[str, type[HoldfastError]] = {
     error.__name__: error for error in (HoldfastError, TargetError, TargetLost, TargetRefused, UsageError)
 }
 
+_START = """\
+import sys
+job, sys.path[:] = sys.argv[1], sys.argv[2:]
+from holdfast.runs.worker import main
+sys.exit(main(job))
+"""
+"""What a worker runs: it has its path before it imports anything."""
+
 Process = subprocess.Popen[str]
 
 
@@ -83,7 +91,7 @@ class Team:
             self._crew.remove(process)
             self._bury(process)
         while len(self._crew) < wanted:
-            command = [sys.executable, "-m", "holdfast.runs.worker", str(self.job)]
+            command = [sys.executable, "-P", "-c", _START, str(self.job), *import_path()]
             # a session of its own: Ctrl-C is for the process that holds the run, which ends the others
             self._crew.append(
                 subprocess.Popen(
@@ -125,6 +133,19 @@ class Team:
         self._crew.clear()
 
 
+def import_path() -> list[str]:
+    """Where a worker imports from: as this process does, but not from the current folder.
+
+    Where this process has imported a module from there, as a script's own, it comes last and shadows nothing.
+    """
+    here = Path.cwd()
+    known = [getattr(module, "__dict__", {}) for name, module in list(sys.modules.items()) if "." not in name]
+    places = [each.get("__path__") or [each.get("__file__") or ""] for each in known]
+    others = [entry for entry in sys.path if entry and Path(entry).absolute() != here]
+    imported = any(Path(place).parent == here for of_one in places for place in of_one if place)
+    return [*others, str(here)] if imported else others
+
+
 def _last_word(process: Process) -> dict[str, Any]:
     """What a worker that has ended printed; nothing where it was killed."""
     assert process.stdin is not None
@@ -142,7 +163,7 @@ def gathered(folder: RunFolder, job: Job, size: int) -> Iterator[Team]:
     with tempfile.TemporaryDirectory(prefix="holdfast-") as place:
         path = Path(place) / "job"
         try:
-            path.write_bytes(pickle.dumps(sys.path) + pickle.dumps(job))
+            path.write_bytes(pickle.dumps(job))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise unshared(error) from error
         team = Team(folder, path, size)

@@ -1,7 +1,5 @@
 """A process that measures shards of a run under the lease of another, which posts them; `team.py` is that other one.
 
-    python -m holdfast.runs.worker JOB
-
 It ends when its input ends, which happens however the other process does.
 """
 
@@ -10,7 +8,6 @@ import json
 import math
 import os
 import pickle
-import sys
 import threading
 import time
 import traceback
@@ -118,9 +115,8 @@ def _report() -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 def _job(path: Path) -> Job:
     with path.open("rb") as file:
-        sys.path[:] = pickle.load(file)  # noqa: S301 - written by the process that started this one
         try:
-            job: Job = pickle.load(file)  # noqa: S301
+            job: Job = pickle.load(file)  # noqa: S301 - written by the process that started this one
         except Exception as error:
             raise unshared(error) from error
     return job
@@ -208,7 +204,3 @@ def _measure(course: Course, task: Task, by_stage: dict[str, Columns], folder: R
         folder.leases.tell(task, state="late")
     else:
         folder.leases.tell(task, state="done")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))

@@ -5,6 +5,7 @@ fails. So the zip directory is judged first, in this process, without reading a 
 under a limit of memory and CPU time, unpickles the tensors with `weights_only` and hands them back as safetensors.
 """
 
+import io
 import json
 import stat
 import subprocess
@@ -52,28 +53,44 @@ class CarriesCode(TargetError):
     """A model file that runs code when it is loaded, and that is not trusted."""
 
 
-def is_script(path: Path) -> bool:
-    """Whether a file is an archive of TorchScript."""
+def read_once(path: Path, what: str) -> bytes:
+    """The bytes of a file, so that those that are checked are those that are loaded; `what` names it in the error."""
+    readable_file(path, what)
+    if path.stat().st_size > MAX_BYTES:
+        raise TargetError(
+            f"{str(path)!r} has {megabytes(path.stat().st_size)}; at most {megabytes(MAX_BYTES)} is read"
+        )
+    return path.read_bytes()
+
+
+def is_script(content: bytes) -> bool:
+    """Whether the bytes of a file are an archive of TorchScript."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return any(_is_code(member) for member in archive.infolist())
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
         return False
 
 
 def check_archive(
-    path: Path, *, max_bytes: int = MAX_BYTES, trust_code: bool = False, saved_by: str = _SAVED_BY
+    path: Path,
+    content: bytes | None = None,
+    *,
+    max_bytes: int = MAX_BYTES,
+    trust_code: bool = False,
+    saved_by: str = _SAVED_BY,
 ) -> None:
     """Refuse a zip archive by its directory alone; nothing is inflated. A file that is no zip passes.
 
-    `saved_by` says how such files are written without compression. Raises `CarriesCode` for TorchScript.
+    With `content`, the bytes of the file that were read already, the file is not opened again. `saved_by` says how such
+    files are written without compression. Raises `CarriesCode` for TorchScript.
     """
-    with path.open("rb") as file:
-        if file.read(4) != _ZIP_MAGIC:
-            return
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
+        with path.open("rb") if content is None else io.BytesIO(content) as file:
+            if file.read(4) != _ZIP_MAGIC:
+                return
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         raise TargetError(
             f"{str(path)!r} is a damaged or truncated archive: {error}; download it again"

@@ -2,10 +2,11 @@
 
 The loader of torch evaluates symbolic expressions of the file, resolves its operators by attribute, writes its names
 into source code, and falls back to unsafe unpickling. So the archive is read once and judged first, by the reader that
-loads it: plain tensors, operators of aten, plain names, and shape expressions of known words. Anything else needs the
-user's trust. `torch.export.load` itself would try an older format where the new one fails, so it is not called.
+loads it: plain tensors, operators of networks, plain names, and shape expressions of known words. Anything else needs
+the user's trust. `torch.export.load` itself would try an older format where the new one fails, so it is not called.
 """
 
+import hashlib
 import io
 import json
 import re
@@ -21,13 +22,9 @@ from torch import Tensor, fx, nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Batches
-from holdfast.sources.archive import MAX_BYTES, check_archive
-from holdfast.sources.files import megabytes, readable_file
+from holdfast.sources.archive import check_archive, read_once
+from holdfast.sources.operators import is_operator_of_networks, replace_unchecked
 
-_OPERATOR = re.compile(
-    r"torch\.ops\.aten\.(?!from_file)\w+(\.\w+)?|_operator\.(getitem|add|sub|mul|floordiv|mod|neg|pow)",
-    re.ASCII,
-)
 _NAME = re.compile(r"(?!(.*\.)?__\w*__(\.|$))[\w@-]+(\.[\w@-]+)*|", re.ASCII)
 """parts without a dot reach generated code; those with two underscores at both ends are Python's own"""
 _TEXT = re.compile(r"[\w .,:;+<>=*/-]*", re.ASCII)
@@ -72,6 +69,8 @@ class Program:
 
     net: nn.Module
     batch_size: int | None
+    digest: str
+    """SHA-256 of the file, in hex"""
 
 
 class FixedBatch(nn.Module):
@@ -92,13 +91,8 @@ class FixedBatch(nn.Module):
 
 def open_program(path: Path, *, trust_code: bool) -> Program:
     """The program in a `.pt2` file; one that carries code is refused unless `trust_code`."""
-    readable_file(path, "exported program")
-    if path.stat().st_size > MAX_BYTES:
-        raise TargetError(
-            f"{str(path)!r} has {megabytes(path.stat().st_size)}; at most {megabytes(MAX_BYTES)} is read"
-        )
-    check_archive(path)
-    content = path.read_bytes()  # read once: what is judged is what is loaded
+    content = read_once(path, "exported program")  # what is judged is what is loaded
+    check_archive(path, content)
     try:
         reasons = list(_needs_trust(content))
     except _DAMAGE as error:
@@ -107,8 +101,9 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
         ) from error
     if reasons and not trust_code:
         raise UsageError(
-            f"{str(path)!r} carries what could run as code: {'; '.join(reasons[:3])}. "
-            "If you trust it, give --trust-code; otherwise use ONNX or a state dict"
+            f"{str(path)!r} carries what could run as code, or reach outside of its tensors: "
+            f"{'; '.join(reasons[:3])}. If you trust it, give --trust-code; otherwise export it to ONNX, or give the "
+            "network as file.py:factory"
         )
     try:
         with warnings.catch_warnings():
@@ -123,10 +118,10 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
             f"{str(path)!r} could not be opened by torch {torch.__version__}: {first[:200]}"
         ) from error
     shape = _input_shape(program)
-    size = shape[0]
+    size, digest = shape[0], hashlib.sha256(content).hexdigest()
     if size is None or _takes_any_batch(net, size, shape[1:]):
-        return Program(net, None)
-    return Program(FixedBatch(net, size), size)
+        return Program(net, None, digest)
+    return Program(FixedBatch(net, size), size, digest)
 
 
 def _loaded(content: bytes) -> torch.export.ExportedProgram:
@@ -146,6 +141,7 @@ def _plain(exported: fx.GraphModule) -> fx.GraphModule:
     graph.output(output[0] if isinstance(output, (tuple, list)) and len(output) == 1 else output)
     for node in graph.find_nodes(op="call_module", target="_guards_fn"):
         graph.erase_node(node)
+    replace_unchecked(graph)
     plain = fx.GraphModule(exported, graph, "Exported")
     plain.delete_all_unused_submodules()
     return plain.eval()
@@ -256,7 +252,7 @@ def _unsafe_graph(value: Any, key: str) -> Iterator[str]:
 
 def _unsafe_text(key: str, text: str) -> Iterator[str]:
     if key in ("target", "as_operator"):
-        what, fine = "operator", bool(_OPERATOR.fullmatch(text))
+        what, fine = "operator", is_operator_of_networks(text)
     elif key in ("expr_str", "guards_code"):
         what, fine = "expression", _harmless(text)
     elif key in ("in_spec", "out_spec"):

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,10 @@ def build_from_file(address: str, arguments: Mapping[str, str]) -> Built:
     file_name, _, factory_name = address.rpartition(":")
     path = readable_file(Path(file_name), "code file")
     with importable(path.parent):
-        module = _import(path)
+        content = path.read_bytes()
+        module = _import(path, content)
         factory = _factory(module, factory_name, path)
-        return build(factory, arguments, address, {file_name: sha256_of_file(path)})
+        return build(factory, arguments, address, {file_name: hashlib.sha256(content).hexdigest()})
 
 
 def build(
@@ -133,15 +135,17 @@ def _convert(text: str, annotation: object, name: str, address: str) -> object:
     )
 
 
-def _import(path: Path) -> types.ModuleType:
+def _import(path: Path, content: bytes) -> types.ModuleType:
+    """The module of a file, made of the bytes that were read of it."""
     name = f"{LOADED}{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    if spec is None or not isinstance(spec.loader, SourceFileLoader):
         raise TargetError(f"code file {str(path)!r} cannot be imported; a file ending in .py was expected")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up there
     try:
-        spec.loader.exec_module(module)
+        code = spec.loader.source_to_code(content, str(path))
+        exec(code, vars(module))  # noqa: S102 - the user named the file; the loader would read it once more
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise TargetError(f"importing {str(path)!r} raised {_told(error, [str(path)])}") from error

@@ -344,7 +344,7 @@ def _open_exported(opening: _Opening, path: Path) -> OpenedModel:
     notes = (
         () if size is None else (f"the program takes batches of {size} only; others are cut and filled up",)
     )
-    files = {opening.address: sha256_of_file(path)}
+    files = {opening.address: program.digest}
     return OpenedModel(opening.declared.wrap(program.net), opening.address, "pt2", files, notes)
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.sources.archive import MAX_BYTES, check_archive
-from holdfast.sources.files import megabytes, readable_file
+from holdfast.sources.archive import check_archive, read_once
 
 _SHOWN = 5
 _SAVED_BY = "save it with skops.io.dump(estimator, file), without compression"
@@ -22,19 +21,14 @@ def open_skops(path: Path, *, trust_code: bool) -> tuple[Any, str, tuple[str, ..
 
     Raises `UsageError` for types that skops does not trust, unless `trust_code`, and `TargetError` for a damaged file.
     """
-    readable_file(path, "model")
+    content = read_once(path, "model")
     try:
         import skops.io as sio
     except ImportError as error:
         raise UsageError(
             f'{str(path)!r} is a .skops file; opening it needs pip install "holdfast[sklearn]"'
         ) from error
-    if path.stat().st_size > MAX_BYTES:
-        raise TargetError(
-            f"{str(path)!r} has {megabytes(path.stat().st_size)}; at most {megabytes(MAX_BYTES)} is read"
-        )
-    check_archive(path, saved_by=_SAVED_BY)
-    content = path.read_bytes()
+    check_archive(path, content, saved_by=_SAVED_BY)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:

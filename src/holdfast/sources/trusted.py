@@ -1,6 +1,6 @@
 """Opens model files that run code, for users who trust them: TorchScript, and pickles of whole modules.
 
-A file is read once: the bytes that are hashed are the bytes that are loaded.
+A file is read once: the bytes that are checked and hashed are the bytes that are loaded.
 """
 
 import hashlib
@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from holdfast.core.errors import TargetError
-from holdfast.sources.archive import MAX_BYTES, Weights, check_archive, is_script
+from holdfast.sources.archive import Weights, check_archive, is_script, read_once
 from holdfast.sources.factories import importable
-from holdfast.sources.files import megabytes, readable_file
 from holdfast.sources.unpacking import NESTINGS, state_dict
 
 
@@ -25,13 +24,9 @@ def open_trusted(path: Path) -> tuple[nn.Module | Weights, str, str]:
 
     Raises `TargetError` where it cannot be loaded.
     """
-    readable_file(path, "model")
-    if path.stat().st_size > MAX_BYTES:
-        raise TargetError(
-            f"{str(path)!r} has {megabytes(path.stat().st_size)}; at most {megabytes(MAX_BYTES)} is read"
-        )
-    check_archive(path, trust_code=True)
-    script, content = is_script(path), path.read_bytes()
+    content = read_once(path, "model")
+    check_archive(path, content, trust_code=True)
+    script = is_script(content)
     found = _loaded(path, io.BytesIO(content), script=script)
     if isinstance(found, Mapping):
         found = next((found[name] for name in NESTINGS if isinstance(found.get(name), nn.Module)), found)

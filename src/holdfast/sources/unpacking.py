@@ -77,6 +77,13 @@ def state_dict(found: object) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, notes
 
 
+def dense(name: str, tensor: Tensor) -> Tensor:
+    """A tensor without gradient, dense where it was sparse; `TypeError` for a nested one: its offsets are unchecked."""
+    if tensor.is_nested:
+        raise TypeError(f"holds the nested tensor {name!r}; save tensors of one shape each, or give ONNX")
+    return tensor.detach().to_dense()
+
+
 def _nested(checkpoint: Mapping[object, object]) -> str | None:
     for name in NESTINGS:
         inner = checkpoint.get(name)
@@ -117,9 +124,11 @@ def main(source: str, out: str) -> dict[str, object]:
     torch.set_num_threads(1)
     try:
         limit(Path(source))
-        tensors, notes = state_dict(torch.load(source, map_location="cpu", weights_only=True))
-        # Cloned: safetensors refuses tensors that share memory, which tied weights do.
-        plain = {name: tensor.detach().to_dense().contiguous().clone() for name, tensor in tensors.items()}
+        # With this, torch compares the indices of sparse tensors with their sizes, which it does not do by itself.
+        with torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
+            tensors, notes = state_dict(torch.load(source, map_location="cpu", weights_only=True))
+            # Cloned: safetensors refuses tensors that share memory, which tied weights do.
+            plain = {name: dense(name, tensor).contiguous().clone() for name, tensor in tensors.items()}
         safetensors.torch.save_file(plain, out)
     except Exception as error:  # noqa: BLE001 - whatever a hostile file provokes becomes one sentence; the parent decides
         return {"error": explain(error), "code": isinstance(error, pickle.UnpicklingError)}

@@ -85,6 +85,22 @@ def write_atomically(path: Path, content: bytes, mode: int = _OPEN) -> None:
     flush_folder(path.parent)
 
 
+def create_private(path: Path, content: bytes) -> None:
+    """Write a new file for its owner alone, on the disk when this returns.
+
+    Raises `FileExistsError` where the name is taken, also by a link, which is not followed.
+    """
+    try:
+        _write(path, content, os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), PRIVATE)
+    except FileExistsError:
+        raise
+    except BaseException:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
 def append(path: Path, content: bytes, mode: int = _OPEN) -> None:
     """Add to the end of a file, on the disk when this returns; a torn end is the reader's to drop.
 
@@ -132,7 +148,7 @@ def _write(path: Path, content: bytes, flag: int, mode: int) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | flag | getattr(os, "O_BINARY", 0), mode)
     try:
         if mode != _OPEN:  # the file may have been there, and open to others
-            path.chmod(mode)
+            os.chmod(handle if os.chmod in os.supports_fd else path, mode)  # noqa: PTH101 - not what has the name by now
         view = memoryview(content)
         while view:
             view = view[os.write(handle, view) :]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.store.files import PRIVATE, refusal_in_pool, usable, write_atomically
+from holdfast.store.files import create_private, refusal_in_pool, usable
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -30,6 +30,8 @@ _ID_BYTES, _NONCE_BYTES, _TAG_BYTES = 8, 12, 16
 _HEADER_BYTES = len(_MAGIC) + 1 + _ID_BYTES
 _MOST_BYTES = 2**31 - 1 - _TAG_BYTES
 """What the library takes at once."""
+_MOST_KEY_BYTES = 1024
+"""read of a key file; more is no key"""
 _HEX = re.compile(f"[0-9a-fA-F]{{{2 * KEY_BYTES}}}")
 
 
@@ -141,8 +143,15 @@ def found_seal(folder: Path) -> Seal:
                 f"there is no key for {str(folder)!r}: {KEY_VARIABLE} is not set, and {str(path)!r} does not exist; "
                 f"set the one or put back the other. Without its key nothing in a pool can be read again"
             )
-        mode = path.stat().st_mode & 0o777
-        text = path.read_bytes().decode("ascii", "replace").strip()
+        with path.open("rb") as file:  # what is judged is what is read
+            about = os.fstat(file.fileno())
+            text = file.read(_MOST_KEY_BYTES).decode("ascii", "replace").strip()
+    mode = about.st_mode & 0o777
+    if os.name != "nt" and about.st_uid != os.geteuid():
+        raise TargetError(
+            f"{str(path)!r} belongs to user {about.st_uid}, who knows the key, and this process runs as user "
+            f"{os.geteuid()}; run as its owner, or remove it if nothing was sealed with it yet"
+        )
     if os.name != "nt" and mode & 0o077:
         raise TargetError(
             f"{str(path)!r} has mode {mode:04o}, so that others may use the key; chmod 600 it, and if anyone may have "
@@ -167,8 +176,13 @@ def begun_seal(folder: Path) -> Seal:
     given, path = _given(), key_file(folder)
     if given is None:
         with usable(path, refusal_in_pool):
+            if path.is_symlink() and not path.exists():
+                raise TargetError(
+                    f"{str(path)!r} is a link to {str(path.readlink())!r}, which does not exist, and no key is written "
+                    f"through a link; remove it, or put back the key that it names"
+                )
             if not path.exists():
-                write_atomically(path, secrets.token_hex(KEY_BYTES).encode() + b"\n", PRIVATE)
+                create_private(path, secrets.token_hex(KEY_BYTES).encode() + b"\n")
     return found_seal(folder) if given is None else given
 
 

@@ -1,0 +1,16 @@
+"""The one setting that only a person may give: whether the code of files runs."""
+
+from collections.abc import Collection
+
+from holdfast.core.errors import UsageError
+
+CONSENT = "trust_code"
+
+
+def refuse_consent(keys: Collection[str], where: str) -> None:
+    """Raise `UsageError` where a configuration file or a `--set` gives consent to code, whatever its value."""
+    if CONSENT in keys:
+        raise UsageError(
+            f"{where} gives {CONSENT}, which is no key of a configuration: only a person lets code of files run. "
+            f"Remove it; if you trust the files, add --trust-code to the command line, or give {CONSENT}=True in Python"
+        )
