@@ -8,6 +8,7 @@ import click
 from holdfast.cli.early import refuse_reports
 from holdfast.cli.options import Voice, spoken
 from holdfast.core.errors import UsageError
+from holdfast.core.names import printable
 from holdfast.store.files import POOL_MANIFEST, refuse_no_run
 
 
@@ -27,8 +28,11 @@ def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
     refuse_reports(output)
     from holdfast.api import report as opened
     from holdfast.cli.running import tell
+    from holdfast.runs.forms import fitting
 
     result = opened(run)
+    with fitting(run):
+        result.summary()
     tell(result, output, voice)
     return result.exit_code
 
@@ -58,7 +62,11 @@ def verify(voice: Voice, run: Path, expect_head: str) -> None:
 
     found = checked(run)
     state = "complete" if found.complete else "not finished yet"
-    click.echo(f"{run}: {found.files} files and {found.records} records hold, {state}; head {found.head}")
+    click.echo(
+        f"{printable(str(run))}: {found.files} files and {found.records} records hold, {state}; head {found.head}"
+    )
+    for note in found.notes:
+        voice.say(f"note: {printable(note)}")
 
 
 def _verify_pool(voice: Voice, pool: Path, expect_head: str) -> None:

@@ -1,7 +1,6 @@
 """What a run on a served model sends: counted over all attempts, and answered from a journal after a stop."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,20 @@ from holdfast.core.purpose import Kind
 from holdfast.ops.expectation import inner
 from holdfast.sources.sent import Sent, Totals, count
 from holdfast.sources.served import Served
+from holdfast.store import forms
+from holdfast.store.files import SERVED as ROWS
 from holdfast.store.files import usable, write_atomically
+from holdfast.store.forms import refuse_form
 from holdfast.store.journal import NAME, Journal
-from holdfast.store.records import document
+from holdfast.store.records import document, read_document
 
-ROWS = "served.json"
-"""The file in a run folder that says what was sent; as times are, it is no part of the chain."""
 _KINDS: tuple[Kind, ...] = ("clean", "attacks", "doubts", "judging")
+_FIELDS: Mapping[str, forms.Form] = {
+    **dict.fromkeys(("sent", "requests", "refused", "failed_rows", "too_many"), forms.count),
+    **dict.fromkeys(("rows", "rejected", "failed"), forms.mapped(forms.count)),
+    "most": forms.maybe(forms.count),
+}
+_TOTALS = forms.record({}, _FIELDS)
 
 
 def served_by(model: Classifier) -> Served | None:
@@ -71,8 +77,9 @@ def totals_in(run: Path) -> Totals | None:
 
 def _read(path: Path) -> Totals:
     totals = Totals()
-    with usable(path):
-        count(totals, {"t": "totals", **json.loads(path.read_text(encoding="utf-8"))})
+    content = read_document(path)
+    refuse_form(path, content, _TOTALS)
+    count(totals, {"t": "totals", **{name: content[name] for name in _FIELDS if name in content}})
     return totals
 
 
