@@ -8,7 +8,7 @@ import click
 from holdfast.cli.early import refuse_reports
 from holdfast.cli.options import Voice, spoken
 from holdfast.core.errors import UsageError
-from holdfast.core.names import printable
+from holdfast.core.names import line
 from holdfast.store.files import POOL_MANIFEST, refuse_no_run
 
 
@@ -63,10 +63,10 @@ def verify(voice: Voice, run: Path, expect_head: str) -> None:
     found = checked(run)
     state = "complete" if found.complete else "not finished yet"
     click.echo(
-        f"{printable(str(run))}: {found.files} files and {found.records} records hold, {state}; head {found.head}"
+        f"{line(str(run))}: {found.files} files and {found.records} records hold, {state}; head {found.head}"
     )
     for note in found.notes:
-        voice.say(f"note: {printable(note)}")
+        voice.say(f"note: {note}")
 
 
 def _verify_pool(voice: Voice, pool: Path, expect_head: str) -> None:
@@ -75,11 +75,13 @@ def _verify_pool(voice: Voice, pool: Path, expect_head: str) -> None:
     found = verify_pool(pool, expect_head=expect_head)
     if found.authenticated:
         click.echo(
-            f"{pool}: {found.entries} entries, chain consistent and authenticated; {found.sets} sets open; head "
-            f"{found.head}"
+            f"{line(str(pool))}: {found.entries} entries, chain consistent and authenticated; {found.sets} sets open; "
+            f"head {found.head}"
         )
         return
-    click.echo(f"{pool}: {found.entries} entries, chain consistent, not authenticated; head {found.head}")
+    click.echo(
+        f"{line(str(pool))}: {found.entries} entries, chain consistent, not authenticated; head {found.head}"
+    )
     voice.say(
         "note: without the pool's key the chain could have been computed again after entries were removed; set "
         "HOLDFAST_POOL_KEY, or put the key file back, to authenticate it"
@@ -98,6 +100,7 @@ def runs(voice: Voice, folder: Path) -> None:
     from rich.table import Table
 
     from holdfast.reports.numbers import percent
+    from holdfast.reports.terminal import cell
     from holdfast.runs.index import runs_in
 
     entries = runs_in(folder)
@@ -112,9 +115,8 @@ def runs(voice: Voice, folder: Path) -> None:
             f"exit {entry.exit_code}" if entry.finished else f"{entry.stages_done} of {entry.stages} stages"
         )
         robust = "" if entry.robust is None else percent(entry.robust)
-        table.add_row(
-            str(entry.path), robust, state, entry.verb, entry.model, entry.data, entry.threat, entry.suite
-        )
+        names = (entry.verb, entry.model, entry.data, entry.threat, entry.suite)
+        table.add_row(*map(cell, (str(entry.path), robust, state, *names)))
     console = voice.console()
     # Paths are copied from here: a terminal that is too narrow wraps the lines itself, and nothing is cut off.
     console.width = max(console.width, _UNBROKEN)
