@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from holdfast.cli.app import run as command_line
 from holdfast.cli.report import verify as verify_command
 from holdfast.core.chain import GENESIS, Link, digest
 from holdfast.core.errors import TargetError
@@ -88,6 +89,13 @@ def test_columns_that_do_not_fit_are_no_internal_error(run):
     rewritten(run, "run.json", lambda content: content["config"]["stages"].pop(0))
     with pytest.raises(TargetError, match="do not fit together"):
         open_run(run)
+
+
+def test_what_only_a_report_would_stumble_over_is_exit_3_too(run, capsys):
+    rewritten(run, "run.json", lambda content: content["model"].update(bounds=["x", 1]))
+    for words in (["report", str(run)], ["compare", str(run), str(SUITE_ONLY_RUN)]):
+        assert command_line(words) == 3
+        assert f"the run in {str(run)!r} do not fit together" in capsys.readouterr().err
 
 
 def test_links_and_devices_are_not_opened(run):

@@ -32,8 +32,7 @@ def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
 
     result = opened(run)
     with fitting(run):
-        result.summary()
-    tell(result, output, voice)
+        tell(result, output, voice)
     return result.exit_code
 
 
@@ -141,8 +140,15 @@ def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) ->
     refuse_no_run(first, second)
     refuse_reports(output, COMPARISON_SUFFIXES)
     from holdfast.api import compare as compared
+    from holdfast.api import report as opened
+    from holdfast.runs.forms import fitting
 
-    comparison = compared(first, second)
+    results = []
+    for run in (first, second):
+        with fitting(run):
+            results.append(opened(run))
+            results[-1].summary()
+    comparison = compared(*results)
     places: list[Path] = []
     try:
         places.extend(comparison.write(name) for name in output if name != "-")

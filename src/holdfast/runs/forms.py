@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import Interrupted, TargetError
 from holdfast.core.evidence import DoubtState
 from holdfast.core.types import Access
 from holdfast.harness.plan import Kind
@@ -115,13 +115,13 @@ ASKED = record(
 
 @contextmanager
 def fitting(path: Path) -> Iterator[None]:
-    """Within it the files of a run are put together, and `TargetError` is raised where they do not fit.
+    """Within it the files of a run are put together or shown, and `TargetError` is raised where they do not fit.
 
     Each may have the form that is expected and still not fit the others, as a column that is missing or too short.
     """
     try:
         yield
-    except TargetError:
+    except (TargetError, Interrupted, OSError):
         raise
     except Exception as error:
         raise TargetError(
