@@ -194,6 +194,24 @@ def test_a_secret_is_in_nothing_that_is_written_or_said(capsys, monkeypatch):
     assert not [path for path in written if b"hunter2" in path.read_bytes()]
 
 
+def test_a_secret_that_a_server_repeats_in_its_metadata_is_in_nothing_that_is_written(capsys, monkeypatch):
+    monkeypatch.setenv("HOLDFAST_TEST_TOKEN", "Bearer hunter2hunter2")
+    header = ("--header", "Authorization: env:HOLDFAST_TEST_TOKEN")
+    digests = []
+    for secret in ("hunter2hunter2", "Bearer hunter2hunter2"):
+        with Server() as server:
+            server.metadata |= {"platform": secret, "versions": [secret]}
+            server.metadata["inputs"][0]["name"] = f"x-{secret}"
+            server.metadata["outputs"] += [{"name": secret, "datatype": "BYTES", "shape": [-1, 1]}]
+            run_folder = f"r{len(digests)}"
+            assert run(words(server, *BLACK_BOX, *header, "--run", run_folder, "-o", "-")) == 0
+        said = capsys.readouterr()
+        assert "hunter2" not in said.out + said.err
+        assert not [path for path in Path(run_folder).iterdir() if b"hunter2" in path.read_bytes()]
+        digests.append(json.loads(Path(run_folder, "run.json").read_text())["model"])
+    assert "hunter2" not in json.dumps(digests)
+
+
 def test_a_secret_written_out_is_refused_before_anything_is_kept(capsys):
     with Server() as server:
         assert run(words(server, *BLACK_BOX, "--header", "Authorization: Bearer hunter2")) == 2

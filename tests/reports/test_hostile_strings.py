@@ -12,6 +12,7 @@ from holdfast.core.evidence import Doubt
 from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import Judgement
 from holdfast.reports import terminal
+from holdfast.reports.card import document as as_markdown
 from holdfast.reports.html import fragment, page
 from holdfast.reports.summary import summary
 from holdfast.reports.write import WRITERS, write
@@ -37,8 +38,13 @@ HOSTILE = [
     "../../etc/passwd%00",
     "\udcff\udc80 bytes",
     "long " * 2000,
+    "name\n::error file=a.py,line=1::owned\r\n##[error]owned",
+    "\x9b2J\x9d0;title\x9c",
     "",
 ]
+
+CI_COMMAND = re.compile(r"^\s*::[a-z-]+(\s.*)?::|##[a-z]*\[", re.MULTILINE)
+"""What GitHub and Azure read as a command in the log of a job."""
 
 
 def _summary(text):
@@ -121,6 +127,11 @@ def test_no_output_obeys_a_users_string(text, tmp_path):
         assert not re.search(r"(?<!\\)\]\(", prose)
         for said in (terminal.verdict(content, colour=False), terminal.tables(content, colour=False)):
             assert all(letter == "\n" or letter.isprintable() for letter in said)
+            assert not CI_COMMAND.search(said)
+        assert not re.search(
+            r"(?<!\\)\]\(", json.loads(written[".sarif"])["runs"][0]["results"][0]["message"]["text"]
+        )
+        assert not re.search(r"[\x7f-\x9f\u202e\u2066]", written[".json"])
 
 
 def test_tags_of_the_page_do_not_depend_on_the_strings():
@@ -130,6 +141,37 @@ def test_tags_of_the_page_do_not_depend_on_the_strings():
         for text in HOSTILE:
             if text:
                 assert [_shape(made_of(content)).tags for content, _ in _summary(text)] == plain
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_card_shows_hostile_names_and_its_lines_do_not_depend_on_them(text):
+    def card(word):
+        share = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+        held = dict.fromkeys(("clean_accuracy", "robust_accuracy"), share)
+        side = {"n": 9, "suite": word, "metrics": held, "doubts": [{"name": word, "says": word}]}
+        side |= {"doubts_probed": 1, "accepted_doubts": {word: word}, "notes": [f"of one side {word}"]}
+        strings = dict.fromkeys(
+            ("name", "threat", "judged_under", "recipe", "why", "asked", "opened_by", "command", "hardware"),
+            word,
+        )
+        return strings | {
+            "before": side,
+            "after": side,
+            "chosen": {"epoch": 1},
+            "epochs": 2,
+            "held_out": {"n": 9, "before": held, "after": held},
+            "notes": [word],
+            "cost": {"wall_s": 1.0, "cpu_s": 1.0, "forwards": 0, "planning_s": 0},
+            "seed": 0,
+            "settings": {"plain": {"name": word}},
+        }
+
+    said, plain = as_markdown(card(text or "plain")), as_markdown(card("plain"))
+    assert said.count("\n") == plain.count("\n")
+    assert all(letter == "\n" or letter.isprintable() for letter in said)
+    prose = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", re.sub(r"^    .*$", "", said, flags=re.MULTILINE))
+    assert not re.search(r"(?<!\\)<", prose)
+    assert not re.search(r"(?<!\\)\]\((?!curve\.svg\))", prose)
 
 
 def test_a_summary_from_elsewhere_brings_no_picture_from_elsewhere():

@@ -13,7 +13,7 @@ from holdfast import __version__
 from holdfast.cli.lasting import outlive_readers
 from holdfast.cli.once import Group
 from holdfast.core.errors import HoldfastError, Interrupted, UsageError
-from holdfast.core.names import printable
+from holdfast.core.names import line
 from holdfast.runs.signals import Stopped, Stopper
 
 _COMMANDS = {
@@ -35,6 +35,10 @@ _COMMANDS = {
     "models": ("catalogue", "list the bundled models and architectures"),
     "attacks": ("catalogue", "list the attacks, or show one with its settings"),
 }
+
+
+INTERNAL = 5
+"""The exit code of an error that is Holdfast's own."""
 
 
 class _Verbs(Group):
@@ -112,7 +116,7 @@ def run(words: Sequence[str]) -> int:
         return _said(said, 3, debug=debug)
     except Exception as error:  # noqa: BLE001 (the one place where nothing may escape)
         hint = "" if debug else "; run it again with --debug for the traceback, and please report it"
-        return _said(f"internal error: {type(error).__name__}: {error}{hint}", 5, debug=debug)
+        return _said(f"internal error: {type(error).__name__}: {error}{hint}", INTERNAL, debug=debug)
 
 
 def _stopped(error: BaseException, words: Sequence[str]) -> int:
@@ -142,6 +146,7 @@ def _plain(error: click.ClickException) -> str:
 def _said(message: str, code: int, *, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    said = "\n".join(printable(line) for line in message.splitlines())  # servers and files may have worded it
-    click.echo(f"holdfast: {said}", err=True)
+    # servers and files may have worded it; only an internal error of a worker has lines of its own, its traceback
+    lines = message.splitlines() if code == INTERNAL else [message]
+    click.echo("holdfast: " + "\n".join(map(line, lines)), err=True)
     return code

@@ -9,6 +9,7 @@ import click
 from holdfast.cli import completing
 from holdfast.cli.once import Group
 from holdfast.cli.options import Voice, spoken
+from holdfast.core.names import line
 
 
 @click.group(cls=Group, invoke_without_command=True, short_help="list, show, fetch and import data sets")
@@ -53,6 +54,7 @@ def show(voice: Voice, *, address: str, **named: Any) -> None:
     from rich.table import Table
 
     from holdfast.core.model import Bounds
+    from holdfast.reports.terminal import cell
     from holdfast.sources.catalogue import CATALOGUE
     from holdfast.sources.data import open_data
     from holdfast.sources.expected import Expected
@@ -70,7 +72,8 @@ def show(voice: Voice, *, address: str, **named: Any) -> None:
     table.add_row("shape", " x ".join(str(size) for size in first.x.shape[1:]))
     table.add_row("range", f"{float(first.x.min()):.4g} to {float(first.x.max()):.4g} (first {len(first):,})")
     names = opened.classes or tuple(str(label) for label in sorted(set(first.y.tolist())))
-    table.add_row("classes", f"{len(names)}: {', '.join(names[:12])}{' …' if len(names) > 12 else ''}")
+    classes = f"{len(names)}: {', '.join(names[:12])}{' …' if len(names) > 12 else ''}"
+    table.add_row("classes", cell(classes))
     table.add_row("sha256", opened.digest)
     voice.console().print(table)
 
@@ -94,4 +97,4 @@ def import_(voice: Voice, folder: Path) -> None:
     from holdfast.sources.fetching import import_folder
 
     for imported in import_folder(folder):
-        click.echo(f"{imported.name}: {imported.path} (from {', '.join(imported.files)})")
+        click.echo(line(f"{imported.name}: {imported.path} (from {', '.join(imported.files)})"))

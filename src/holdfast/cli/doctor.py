@@ -9,6 +9,7 @@ from holdfast.cli.assess import SETTING, TARGET, settings_from
 from holdfast.cli.options import Voice, offered, spoken
 from holdfast.cli.untrained import UNTRAINED
 from holdfast.config.settings import AssessSettings
+from holdfast.core.names import line
 
 _SIGNS = {"problem": ("x", "red"), "warning": ("!", "yellow"), "good": ("+", "green")}
 
@@ -34,9 +35,9 @@ def doctor(voice: Voice, **flags: Any) -> int:
         if finding.level == "good" and voice.quiet:
             continue
         sign, colour = _SIGNS[finding.level]
-        console.print(Text.assemble((f"{sign} {finding.check:<14}", colour), finding.says))
+        console.print(Text.assemble((f"{sign} {finding.check:<14}", colour), line(finding.says)))
         if finding.way_out:
-            console.print(Text.assemble(" " * 16, ("-> ", "bold"), finding.way_out))
+            console.print(Text.assemble(" " * 16, ("-> ", "bold"), line(finding.way_out)))
     problems = sum(finding.level == "problem" for finding in findings)
     voice.say(
         f"{problems} problem{'' if problems == 1 else 's'} found"

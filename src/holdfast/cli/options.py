@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from holdfast.core.names import line
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -36,9 +38,11 @@ class Voice:
         return Console(stderr=err, no_color=self.plain, highlight=False, width=width, soft_wrap=False)
 
     def say(self, text: str) -> None:
-        """A line on stderr, unless quiet."""
+        """A line on stderr, unless quiet; names of files, servers and classes in it are not obeyed."""
         if not self.quiet:
-            sys.stderr.write(f"{text}\n")  # click's echo goes round a progress bar, and into its line
+            indent = len(text) - len(text.lstrip(" "))
+            # click's echo goes round a progress bar, and into its line
+            sys.stderr.write(f"{' ' * indent}{line(text.strip())}\n")
             sys.stderr.flush()
 
 

@@ -8,6 +8,7 @@ import click
 from holdfast.cli.early import refuse_reports
 from holdfast.cli.options import Voice, spoken
 from holdfast.core.errors import UsageError
+from holdfast.core.names import line
 from holdfast.store.files import POOL_MANIFEST, refuse_no_run
 
 
@@ -27,9 +28,11 @@ def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
     refuse_reports(output)
     from holdfast.api import report as opened
     from holdfast.cli.running import tell
+    from holdfast.runs.forms import fitting
 
     result = opened(run)
-    tell(result, output, voice)
+    with fitting(run):
+        tell(result, output, voice)
     return result.exit_code
 
 
@@ -58,7 +61,11 @@ def verify(voice: Voice, run: Path, expect_head: str) -> None:
 
     found = checked(run)
     state = "complete" if found.complete else "not finished yet"
-    click.echo(f"{run}: {found.files} files and {found.records} records hold, {state}; head {found.head}")
+    click.echo(
+        f"{line(str(run))}: {found.files} files and {found.records} records hold, {state}; head {found.head}"
+    )
+    for note in found.notes:
+        voice.say(f"note: {note}")
 
 
 def _verify_pool(voice: Voice, pool: Path, expect_head: str) -> None:
@@ -67,11 +74,13 @@ def _verify_pool(voice: Voice, pool: Path, expect_head: str) -> None:
     found = verify_pool(pool, expect_head=expect_head)
     if found.authenticated:
         click.echo(
-            f"{pool}: {found.entries} entries, chain consistent and authenticated; {found.sets} sets open; head "
-            f"{found.head}"
+            f"{line(str(pool))}: {found.entries} entries, chain consistent and authenticated; {found.sets} sets open; "
+            f"head {found.head}"
         )
         return
-    click.echo(f"{pool}: {found.entries} entries, chain consistent, not authenticated; head {found.head}")
+    click.echo(
+        f"{line(str(pool))}: {found.entries} entries, chain consistent, not authenticated; head {found.head}"
+    )
     voice.say(
         "note: without the pool's key the chain could have been computed again after entries were removed; set "
         "HOLDFAST_POOL_KEY, or put the key file back, to authenticate it"
@@ -90,6 +99,7 @@ def runs(voice: Voice, folder: Path) -> None:
     from rich.table import Table
 
     from holdfast.reports.numbers import percent
+    from holdfast.reports.terminal import cell
     from holdfast.runs.index import runs_in
 
     entries = runs_in(folder)
@@ -104,9 +114,8 @@ def runs(voice: Voice, folder: Path) -> None:
             f"exit {entry.exit_code}" if entry.finished else f"{entry.stages_done} of {entry.stages} stages"
         )
         robust = "" if entry.robust is None else percent(entry.robust)
-        table.add_row(
-            str(entry.path), robust, state, entry.verb, entry.model, entry.data, entry.threat, entry.suite
-        )
+        names = (entry.verb, entry.model, entry.data, entry.threat, entry.suite)
+        table.add_row(*map(cell, (str(entry.path), robust, state, *names)))
     console = voice.console()
     # Paths are copied from here: a terminal that is too narrow wraps the lines itself, and nothing is cut off.
     console.width = max(console.width, _UNBROKEN)
@@ -131,8 +140,15 @@ def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) ->
     refuse_no_run(first, second)
     refuse_reports(output, COMPARISON_SUFFIXES)
     from holdfast.api import compare as compared
+    from holdfast.api import report as opened
+    from holdfast.runs.forms import fitting
 
-    comparison = compared(first, second)
+    results = []
+    for run in (first, second):
+        with fitting(run):
+            results.append(opened(run))
+            results[-1].summary()
+    comparison = compared(*results)
     places: list[Path] = []
     try:
         places.extend(comparison.write(name) for name in output if name != "-")

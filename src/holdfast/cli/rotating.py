@@ -18,7 +18,8 @@ from holdfast.config.settings import RotateSettings, canonical
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import Inconclusive, LostLoss, UsageError
-from holdfast.core.names import printable
+from holdfast.core.names import line
+from holdfast.reports.terminal import cell
 from holdfast.rotation import next_set
 from holdfast.runs.index import new_folder
 from holdfast.runs.order import Progress
@@ -66,7 +67,7 @@ def _begun(
         pool = collecting.begun(folder, terms, resume=resume, expect_head=expect_head, told=voice.say)
         voice.say(statement(planned(len(terms.held), settings.judged), planned=True))
         for note in terms.notes:
-            voice.say(f"note: {printable(note)}")
+            voice.say(f"note: {note}")
         found = collecting.collect(
             pool,
             terms,
@@ -158,7 +159,7 @@ def admit(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str
         _show_gates(judged, voice)
     click.echo(f"{len(found.admitted)} of {len(found.judged)} candidates admitted")
     if found.kept_out:
-        click.echo(f"holdfast: {printable(found.kept_out)}", err=True)
+        click.echo(f"holdfast: {line(found.kept_out)}", err=True)
     return found.exit_code
 
 
@@ -212,7 +213,7 @@ def _made_by(begun: _Begun, settings: RotateSettings, voice: Voice, asked: By | 
     except (Inconclusive, LostLoss) as error:
         if asked is not None:
             raise
-        voice.say(f"note: {printable(str(error))}; sets are trained anew")
+        voice.say(f"note: {error}; sets are trained anew")
         return "anew"
     return asked
 
@@ -239,7 +240,7 @@ def expose(pool: str, name: str, voice: Voice, *, why: str, expect_head: str) ->
         raise UsageError("an exposure is noted without a reason; say what happened with --why TEXT")
     held = Pool.held(Path(pool), expect_head=expect_head)
     held.expose(name, why)
-    click.echo(f"{name} is listed as exposed: {printable(why)}")
+    click.echo(f"{name} is listed as exposed: {line(why)}")
     serving = held.serving
     if serving is not None and serving.name == name:
         voice.say(f"it serves still: holdfast rotate swap {shlex.quote(pool)}")
@@ -295,7 +296,7 @@ def status(pool: str, voice: Voice, *, outputs: Sequence[str], expect_head: str)
     elif not voice.quiet:
         _show(found, voice)
     for note in found["notes"]:
-        voice.say(f"note: {printable(note)}")
+        voice.say(f"note: {note}")
     return 0
 
 
@@ -309,7 +310,7 @@ def _show(found: Mapping[str, Any], voice: Voice) -> None:
         epochs = ", ".join(map(str, one["epochs"]))
         given = str(one["answers"]) if one["epochs"] else ""
         said = f"exposed: {one['exposed']}" if one["exposed"] else one["why"]
-        table.add_row(one["name"], one["state"], one["since"][:10], epochs, given, printable(said))
+        table.add_row(one["name"], one["state"], one["since"][:10], epochs, given, cell(said))
     voice.console().print(table)
     now = found["serving"]
     serving = (
@@ -325,7 +326,7 @@ def _show_gates(judged: Judged, voice: Voice) -> None:
     title = f"{judged.name}: {judged.verdict}"
     table = Table(*heads, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for one in judged.gates:
-        table.add_row(one.verdict, one.name, printable(one.why), one.bound)
+        table.add_row(one.verdict, one.name, cell(one.why), one.bound)
     for name, found in judged.reported.items():
         said = f"{found.value:.3g} ({found.low:.3g} to {found.high:.3g}, n = {found.n:,})"
         table.add_row("–", name, said, "told, and decides nothing")

@@ -18,7 +18,7 @@ from holdfast.config.settings import AssessSettings, HardenSettings, canonical
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
-from holdfast.core.names import printable
+from holdfast.core.names import line
 from holdfast.ops import together
 from holdfast.reports.exhibits import exhibit_table, exhibits_to_json
 from holdfast.reports.markdown import document
@@ -82,8 +82,8 @@ def harden_and_report(settings: HardenSettings, voice: Voice, *, run: str | None
                 voice.say(f"model: {found.write(output)}")
         tell(found.after, [o for o in settings.output if not is_folder(o)], voice, folder=folder)
     for note in found.notes:
-        voice.say(f"note: {printable(note)}")
-    click.echo(str(found), err=True)
+        voice.say(f"note: {note}")
+    click.echo(line(str(found)), err=True)
     return found.after.exit_code
 
 
@@ -113,7 +113,7 @@ def _say(result: Result, summary: Mapping[str, Any], voice: Voice, *, as_json: b
         click.echo(tables(summary, colour=colour, width=width, brief=not voice.verbose))
     click.echo(verdict(summary, colour=sys.stderr.isatty() and not voice.plain), err=True, nl=False)
     for note in spoken(summary, verbose=voice.verbose):
-        voice.say(f"note: {printable(note)}")
+        voice.say(f"note: {note}")
 
 
 def _written(result: Result, output: str, folder: Path | None) -> Path:
@@ -157,7 +157,7 @@ def watched(voice: Voice, *, piped: bool = False) -> Iterator[Progress]:
 
     columns = (
         TextColumn("{task.fields[place]:>5}"),
-        TextColumn("{task.description:<18}"),
+        TextColumn("{task.description:<18}", markup=False),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

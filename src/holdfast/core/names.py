@@ -8,6 +8,9 @@ from holdfast.core.errors import UsageError
 MOST_SCALED = 0.9
 """Share by which an image may grow or shrink, at most: shrunk by all of it nothing would be left."""
 
+_CI_COMMAND = re.compile(r"::(?=[A-Za-z][A-Za-z-]*(\s.*?)?::)")
+_CI_MARK = re.compile(r"##(?=[A-Za-z]*\[)")
+
 
 def slug(name: str) -> str:
     """`APGD-CE (large eps)` as `apgd-ce-large-eps`, where only small letters, digits and hyphens may stand."""
@@ -44,3 +47,11 @@ def printable(text: str) -> str:
     """The text without control characters, which terminals would obey and XML refuses; line breaks become spaces."""
     spaced = re.sub(r"\s+", " ", text)
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in spaced)
+
+
+def line(text: str) -> str:
+    """The text on one line of a terminal or a log, where nothing obeys it: no control character, no command of a CI.
+
+    GitHub reads `::error::...` at the start of a line as a command, and `##[...]` anywhere, as Azure does.
+    """
+    return _CI_MARK.sub(r"#\\#", _CI_COMMAND.sub(r":\\:", printable(text)))

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from holdfast.reports.markdown import escaped, table
+from holdfast.core.names import printable
+from holdfast.reports.markdown import code, escaped, table
 from holdfast.reports.notes import spoken
 from holdfast.reports.numbers import percent, plain
 from holdfast.reports.words import SCOPES, capitalized, interval, label, shown
@@ -39,10 +40,13 @@ def document(card: Mapping[str, Any]) -> str:
     """The card as Markdown."""
     before, after, held = card["before"], card["after"], card["chosen"]
     lines = [f"# {escaped(card['name'])}", ""]
-    lines += [f"Hardened for {escaped(card['threat'])} by the recipe `{card['recipe']}`, {_why(card)}.", ""]
+    lines += [
+        f"Hardened for {escaped(card['threat'])} by the recipe {code(card['recipe'])}, {_why(card)}.",
+        "",
+    ]
     lines += [f"Judged under {escaped(card['judged_under'])}.", ""]
     lines += _sides(
-        f"on {after['n']:,} test examples, suite {after['suite']}",
+        f"on {after['n']:,} test examples, suite {escaped(after['suite'])}",
         before["metrics"],
         after["metrics"],
         compared(card),
@@ -62,10 +66,16 @@ def document(card: Mapping[str, Any]) -> str:
     )
     lines += ["![accuracy over the epochs](curve.svg)", ""]
     lines += _reservations(card)
-    lines += ["", "Open it, from the folder in which it was made:", "", f"    {card['opened_by']}", ""]
-    lines += ["Made by:", "", f"    {card['command'] or 'holdfast.harden(...)'}", ""]
+    lines += [
+        "",
+        "Open it, from the folder in which it was made:",
+        "",
+        f"    {printable(card['opened_by'])}",
+        "",
+    ]
+    lines += ["Made by:", "", f"    {printable(card['command'] or 'holdfast.harden(...)')}", ""]
     lines += [_training_cost(card), ""]
-    lines += ["Settings:", "", *(f"    {line}" for line in _settings(card["settings"]))]
+    lines += ["Settings:", "", *(f"    {printable(line)}" for line in _settings(card["settings"]))]
     return "\n".join(lines) + "\n"
 
 
@@ -74,8 +84,10 @@ def _reservations(card: Mapping[str, Any]) -> list[str]:
     before, after = card["before"], card["after"]
     lines = []
     for side, said in (("before", before), ("after", after)):
-        lines += [f"- doubt {side}, `{doubt['name']}`: {escaped(doubt['says'])}" for doubt in said["doubts"]]
-    lines += [f"- accepted, `{name}`: {escaped(why)}" for name, why in after["accepted_doubts"].items()]
+        lines += [
+            f"- doubt {side}, {code(doubt['name'])}: {escaped(doubt['says'])}" for doubt in said["doubts"]
+        ]
+    lines += [f"- accepted, {code(name)}: {escaped(why)}" for name, why in after["accepted_doubts"].items()]
     if not after["doubts"]:
         probed = after["doubts_probed"]
         said = f"none of {probed} doubts that were probed was raised" if probed else "no doubt was probed"

@@ -261,7 +261,7 @@ def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) 
         f"{count(content['n'])} shared {content['noun']}", ("paired", "first", "second", "difference", "p")
     )
     for cells in _paired_rows(content):
-        paired.add_row(*cells)
+        paired.add_row(*map(cell, cells))
     metrics = grid("metrics", ("metric", "first", "second"))
     for name, both in told_side_by_side(content).items():
         metrics.add_row(cell(label(name)), *(shown_or_dash(name, found) for found in both))

@@ -44,7 +44,7 @@ def document(summary: Mapping[str, Any]) -> str:
             }
         ],
         "results": results,
-        "properties": {"verdict": summary["verdict"], "headline": summary["headline"]},
+        "properties": {"verdict": summary["verdict"], "headline": printable(summary["headline"])},
     }
     return (
         json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2, allow_nan=False) + "\n"
@@ -74,7 +74,7 @@ def _result(rule: str, level: str, message: str, subject: str, summary: Mapping[
     return {
         "ruleId": printable(rule),
         "level": level,
-        "message": {"text": printable(message)},
+        "message": {"text": _unlinked(printable(message))},
         "locations": [
             {
                 "physicalLocation": {
@@ -102,6 +102,11 @@ def _doubt(doubt: Mapping[str, Any], summary: Mapping[str, Any]) -> Json:
             {"kind": "external", "status": "accepted", "justification": printable(reason)}
         ]
     return result
+
+
+def _unlinked(text: str) -> str:
+    """A message without links, which its plain text may hold as `[words](address)`."""
+    return text.replace("](", "\\](")
 
 
 def model_address(model: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ finite stands there as one of the strings "inf", "-inf" and "nan".
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
@@ -37,6 +38,9 @@ from holdfast.reports.transfer import transfer
 from holdfast.reports.words import headline, open_doubts, threat_in_words, why
 
 Json = dict[str, Any]
+
+_OBEYED = re.compile(r"[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+"""What JSON may hold as it is, and a terminal would obey or a file could not hold."""
 
 SCHEMA_VERSION = 1
 """Raised when a reader of the last version would misread this one; new keys alone do not raise it."""
@@ -127,7 +131,8 @@ def _about(run: Mapping[str, Any]) -> Json:
 
 def to_json(content: Mapping[str, Any]) -> str:
     """The summary as strict JSON, ending with a newline."""
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # `-o -` prints it
 
 
 def schema(name: str = "assessment-1") -> Json:

@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from holdfast.core.names import printable
+from holdfast.core.names import line
 from holdfast.reports import across, rotation, transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits, passes, risks, row, title
 from holdfast.reports.numbers import count, percent
@@ -61,20 +61,20 @@ def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
     lines = Text()
     sign, word = VERDICTS[summary["verdict"]]
     lines.append(f"{sign} {word}", style=_STYLES[summary["verdict"]])
-    lines.append(f"  {printable(summary['headline'])}\n")
+    lines.append(f"  {line(summary['headline'])}\n")
     for gate in summary["gates"]:
         lines.append(f"  {VERDICTS[gate['verdict']][0]} ", style=_STYLES[gate["verdict"]])
         value = shown(gate["metric"], gate["estimate"]["value"])
         lines.append(
-            f"{gate['verdict']}: asked for {asked(gate)}, measured {value}; {printable(gate['says'])}\n"
+            f"{gate['verdict']}: asked for {line(asked(gate))}, measured {value}; {line(gate['says'])}\n"
         )
     for doubt in summary["doubts"]:
         if doubt["state"] == "raised":
             reason = summary["accepted_doubts"].get(doubt["name"])
             lines.append("  ▲ ", style="yellow")
-            says = printable(sentences(doubt["says"] or doubt["title"]))
-            lines.append(f"doubt {printable(doubt['name'])} {'accepted' if reason else 'open'}: {says}")
-            lines.append(f" Accepted because: {printable(reason)}\n" if reason else "\n")
+            says = line(sentences(doubt["says"] or doubt["title"]))
+            lines.append(f"doubt {line(doubt['name'])} {'accepted' if reason else 'open'}: {says}")
+            lines.append(f" Accepted because: {line(reason)}\n" if reason else "\n")
     return as_string(lines, colour=colour, width=None)
 
 
@@ -91,9 +91,9 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
     told = [as_string(part, colour=colour, width=width) for part in parts if part.row_count]
     budget = query_budget(summary["threat"])
     allowed = f"the threat allows {budget}" if budget else ""
-    for line in (allowed, risks(summary), fits(summary), passes(summary, brief=True)):
-        if line:
-            told[0] = f"{told[0].rstrip()}\n\n{as_string(cell(line), colour=colour, width=width)}\n\n"
+    for said in (allowed, risks(summary), fits(summary), passes(summary, brief=True)):
+        if said:
+            told[0] = f"{told[0].rstrip()}\n\n{as_string(cell(said), colour=colour, width=width)}\n\n"
     text = "\n".join(told)
     return text + _doubts(summary["doubts"])
 
@@ -102,7 +102,7 @@ def _doubts(doubts: Sequence[Mapping[str, Any]]) -> str:
     """The doubts by name, each with the sign of its state, and what the signs mean that stand there."""
     if not doubts:
         return ""
-    names = "  ".join(f"{STATE_SIGNS[doubt['state']]} {printable(doubt['name'])}" for doubt in doubts)
+    names = "  ".join(f"{STATE_SIGNS[doubt['state']]} {line(doubt['name'])}" for doubt in doubts)
     found = {doubt["state"] for doubt in doubts}
     legend = ", ".join(f"{sign} {state}" for state, sign in STATE_SIGNS.items() if state in found)
     return f"\ndoubts ({legend})  {names}\n"
@@ -149,7 +149,7 @@ def matrices(summary: Mapping[str, Any]) -> "list[Table]":
         found = summary[name]
         if found is None:
             continue
-        table = grid(words.title(found, summary["noun"]), [printable(each) for each in words.headings(found)])
+        table = grid(words.title(found, summary["noun"]), words.headings(found))
         for told in words.cells(found):
             table.add_row(*map(cell, told))
         tables.append(table)
@@ -182,7 +182,7 @@ def grid(title: str, headings: Sequence[str]) -> "Table":
         title=cell(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
     )
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if place else "left", no_wrap=place > 0)
+        table.add_column(cell(heading), justify="right" if place else "left", no_wrap=place > 0)
     return table
 
 
@@ -195,7 +195,7 @@ def cell(text: str) -> "Text":
     """Text that is shown as it is: no markup, nothing that a terminal would obey."""
     from rich.text import Text
 
-    return Text(printable(text))
+    return Text(line(text))
 
 
 def as_string(renderable: Any, *, colour: bool, width: int | None) -> str:

@@ -1,5 +1,6 @@
 """Runs that were kept: open one, list those in a folder, and name a new one."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.harness import FOUND, Seconds
 from holdfast.metrics.shares import robust_accuracy
+from holdfast.reports.numbers import number
 from holdfast.runs.assembling import (
     ADAPTIVE,
     DOUBTS,
@@ -21,11 +23,13 @@ from holdfast.runs.assembling import (
     evidence_of,
     with_attackers,
 )
+from holdfast.runs.forms import ASKED, ASSESSED, DECIDED, HEAD, JUDGED, LISTED, fitting
 from holdfast.runs.result import Result, about_of
 from holdfast.runs.served import totals_in
 from holdfast.runs.written import VERDICT, judgement_from_json
 from holdfast.store.files import MANIFEST
 from holdfast.store.folder import read_about, read_manifest, read_stage, recorded_document, refuse_altered
+from holdfast.store.forms import refuse_form
 from holdfast.store.leases import spent_in
 from holdfast.store.records import Chain, read_chain
 
@@ -73,12 +77,52 @@ def open_run(path: Path) -> Result:
     if decided is None:
         raise TargetError(f"the run in {str(path)!r} is not finished; go on with it by --run {path} --resume")
     if "judged" in decided:
-        return open_run(path / decided["judged"])
+        return _opened(*_judged(path, chain, decided))
+    return _opened(path, manifest, chain, decided)
+
+
+def _judged(
+    path: Path, chain: Chain, decided: Mapping[str, Any]
+) -> tuple[Path, dict[str, Any], Chain, dict[str, Any]]:
+    """The run within a hardening that measured the new model, which must be the one that the outer chain names."""
+    refuse_form(path / f"{VERDICT}.json", decided, JUDGED)
+    place = str(decided["judged"])
+    within, named = path / place, recorded_document(path, chain, place)
+    if named is None or within.is_symlink():
+        raise TargetError(f"{str(path)!r} has no {place!r} of its own; restore it from a copy")
+    refuse_form(path / f"{place}.json", named, HEAD)
+    manifest, inner = read_manifest(within), read_chain(within, mend=False)
+    if inner.head != named["chain"]:
+        raise TargetError(f"{str(within)!r} is not the run that {place}.json names; restore it from a copy")
+    refuse_altered(within, inner)
+    found = recorded_document(within, inner, VERDICT)
+    if found is None:
+        raise TargetError(
+            f"the run in {str(within)!r} is not finished; go on with it by --run {path} --resume"
+        )
+    return within, manifest, inner, found
+
+
+def _opened(path: Path, manifest: dict[str, Any], chain: Chain, decided: dict[str, Any]) -> Result:
+    refuse_form(path / MANIFEST, manifest, ASSESSED)
+    refuse_form(path / f"{VERDICT}.json", decided, DECIDED)
+    asked = _doubts(path, chain)
+    rotation = recorded_document(path, chain, ROTATION)
+    with fitting(path):
+        return _put_together(path, manifest, chain, decided, asked, rotation)
+
+
+def _put_together(
+    path: Path,
+    manifest: dict[str, Any],
+    chain: Chain,
+    decided: dict[str, Any],
+    asked: dict[str, Any],
+    rotation: dict[str, Any] | None,
+) -> Result:
     about = about_of(manifest, read_about(path), path, chain.head)
     gates = tuple(judgement_from_json(gate) for gate in decided["gates"])
     by_stage = _stages(path, manifest, chain)
-    rotation = recorded_document(path, chain, ROTATION)
-    asked = _doubts(path, chain)
     evidence = with_attackers(_evidence(path, manifest, by_stage, chain, asked), rotation)
     attacks = [step["name"] for step in manifest["config"]["stages"] if step["kind"] == "attack"]
     counted = counted_passes(manifest, by_stage, asked)
@@ -95,15 +139,20 @@ def runs_in(parent: Path = RUNS) -> list[Entry]:
 
 def _entries(parent: Path) -> Iterator[Entry]:
     for folder in parent.iterdir():
-        if (folder / MANIFEST).is_file():
-            with suppress(HoldfastError, KeyError):
-                yield _entry(folder)
+        with suppress(HoldfastError, OSError):
+            if (folder / MANIFEST).is_file():
+                with fitting(folder):
+                    yield _entry(folder)
 
 
 def _entry(path: Path) -> Entry:
     manifest, chain = read_manifest(path), read_chain(path, mend=False)
+    refuse_form(path / MANIFEST, manifest, LISTED)
+    refuse_altered(path, chain)
     threat, decided = manifest["config"]["threat"], recorded_document(path, chain, VERDICT)
-    eps = threat["eps"]
+    if decided is not None:
+        refuse_form(path / f"{VERDICT}.json", decided, JUDGED if "judged" in decided else DECIDED)
+    eps = number(threat["eps"])
     stages = manifest["plan"]["stages"]
     done = sum({link.content["kind"], link.content.get("name")} & {*stages} != set() for link in chain.links)
     return Entry(
@@ -112,7 +161,7 @@ def _entry(path: Path) -> Entry:
         str(read_about(path).get("created", "")),
         str(manifest["model"].get("name", "")),
         str(manifest["data"].get("name", "")),
-        threat["norm"].lower() + ("" if eps == "inf" else f":{eps:.4g}"),
+        threat["norm"].lower() + ("" if math.isinf(eps) else f":{eps:.4g}"),
         manifest["config"]["suite"],
         decided is not None,
         done,
@@ -145,6 +194,7 @@ def _doubts(path: Path, chain: Chain) -> dict[str, Any]:
     asked = recorded_document(path, chain, DOUBTS)
     if asked is None:
         raise TargetError(f"the run in {str(path)!r} has a verdict and no {DOUBTS}; restore it from a copy")
+    refuse_form(path / f"{DOUBTS}.json", asked, ASKED)
     return asked
 
 
@@ -155,6 +205,8 @@ def _evidence(
     chain: Chain,
     asked: Mapping[str, Any],
 ) -> Evidence:
-    seconds = {name: Seconds(spent.cpu_s, spent.wall_s) for name, spent in spent_in(path).items()}
+    known = {link.content.get("name") or link.content["kind"] for link in chain.links}
+    spent = {name: each for name, each in spent_in(path).items() if name in known}
+    seconds = {name: Seconds(each.cpu_s, each.wall_s) for name, each in spent.items()}
     adapted = recorded_document(path, chain, ADAPTIVE)
     return evidence_of(manifest, by_stage, asked, seconds, adapted, totals_in(path))

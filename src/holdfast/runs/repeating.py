@@ -63,13 +63,21 @@ def lent() -> Iterator[Path]:
 
 def repeatable(command: str) -> str:
     """A command line without `--run DIR` and `--resume`, which say where and not what."""
-    words = shlex.split(without(command, "--run"))
+    words = _words(without(command, "--run"))
     return shlex.join(word for word in words if word != "--resume")
+
+
+def _words(command: str) -> list[str]:
+    """The words of a command line; of one that a changed file holds, the whole where it cannot be split."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return [command]
 
 
 def without(command: str, option: str) -> str:
     """A command line without an option and its value."""
-    words, kept = iter(shlex.split(command)), []
+    words, kept = iter(_words(command)), []
     for word in words:
         if word == option:
             next(words, None)

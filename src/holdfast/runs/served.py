@@ -10,9 +10,9 @@ from holdfast.core.purpose import Kind
 from holdfast.ops.expectation import inner
 from holdfast.sources.sent import Sent, Totals, counting_by
 from holdfast.sources.served import Served
-from holdfast.store.files import usable
+from holdfast.store.files import SERVED, usable
 from holdfast.store.folder import planned, refuse_used
-from holdfast.store.journal import LEFT, NAME, Journal
+from holdfast.store.journal import NAME, Journal
 
 _OPENING = 16
 """rows at most that show how the data are read"""
@@ -84,9 +84,9 @@ def finish(served: Served) -> None:
 
 def totals_in(run: Path) -> Totals | None:
     """What a finished run in a folder sent; None where it did not measure a served model."""
-    if not (run / LEFT).is_file():
+    if not (run / SERVED).is_file():
         return None
-    journal = Journal(None, run / LEFT, resume=True)
+    journal = Journal(None, run / SERVED, resume=True)
     journal.close()
     return journal.totals
 

@@ -31,6 +31,8 @@ _FIRST_WAIT_S, _LAST_WAIT_S = 0.5, 30.0
 _MOST_BYTES = 1 << 26
 """The scores of some hundred rows for each of ten thousand classes, written out; a request has 64 rows unless told."""
 _CHUNK = 1 << 16
+_LETTERS = 4  # shorter ones are no secrets, and stand in many words
+_LETTERS_OF_NAME = 8  # a tensor may be called `input` where a header's value begins so
 _NOBODY = (ConnectionRefusedError, gaierror, ssl.SSLError)
 """What says at the first request that no such server is there."""
 _PASSING = frozenset({408, 425, 429})
@@ -277,10 +279,14 @@ class Client:
         """A line of a text, without the secrets that it may repeat."""
         return " ".join(self.masked(text).split())[:200]
 
-    def masked(self, text: str) -> str:
-        """A text without the secrets that it may repeat, plain or as JSON writes them, or cut after a few letters."""
+    def masked_name(self, text: str) -> str:
+        """A name that is used as it is unless it repeats a secret: a few letters in common are none."""
+        return self.masked(text, least=_LETTERS_OF_NAME)
+
+    def masked(self, text: str, *, least: int = _LETTERS) -> str:
+        """A text without the secrets that it may repeat, plain or as JSON writes them, or cut after `least` letters."""
         written = [form for value in self._headers.values() for form in _forms(value)]
-        begins = re.compile("|".join(re.escape(form[:_LETTERS]) for form in written))
+        begins = re.compile("|".join(re.escape(form[:least]) for form in written))
         pieces, start = [], 0
         while written and (found := begins.search(text, start)):
             at = found.start()
@@ -289,7 +295,6 @@ class Client:
         return "".join((*pieces, text[start:]))
 
 
-_LETTERS = 4  # shorter ones are no secrets, and stand in many words
 _KEY_LATER = "the key may have expired, or its quota may be used up: renew it, and go on with --resume"
 _KEY = "it may want a key: --header 'Authorization: env:VARIABLE'"
 

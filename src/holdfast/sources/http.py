@@ -5,7 +5,7 @@ takes and returns, `POST …/infer` asks it. Scores or labels come back, never g
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import SplitResult
@@ -118,7 +118,7 @@ def _way(client: Client, parts: SplitResult, remote: Remote, address: str, *, de
     own = _own_path(parts.path, address)
     answer = client.ask(own + query)
     try:
-        known = _metadata(answer)
+        known = _metadata(answer, client.masked_name)
     except TargetLost as error:
         begins = beginning(answer, client.masked)
         raise TargetLost(
@@ -158,23 +158,23 @@ def _number_of_labels(expected: int | None) -> int:
     return expected
 
 
-def _metadata(answer: Any) -> dict[str, Any]:
-    """Of what a server says of a model, what names it and its tensors."""
+def _metadata(answer: Any, masked: Callable[[str], str]) -> dict[str, Any]:
+    """Of what a server says of a model, what names it and its tensors, without secrets that it repeats."""
     if not isinstance(answer, Mapping):
         raise TargetLost(
             "the server describes the model by no JSON object, as the Open Inference Protocol does"
         )
-    known = {key: str(answer.get(key)) for key in ("name", "versions", "platform")}
-    return {**known, "inputs": _tensors(answer, "inputs"), "outputs": _tensors(answer, "outputs")}
+    known = {key: masked(str(answer.get(key))) for key in ("name", "versions", "platform")}
+    return {**known, **{key: _tensors(answer, key, masked) for key in ("inputs", "outputs")}}
 
 
-def _tensors(answer: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+def _tensors(answer: Mapping[str, Any], key: str, masked: Callable[[str], str]) -> list[dict[str, Any]]:
     found = answer.get(key) or []
     try:
         return [
             {
-                "name": str(t["name"]),
-                "datatype": str(t["datatype"]),
+                "name": masked(str(t["name"])),
+                "datatype": masked(str(t["datatype"])),
                 "shape": [int(size) for size in t["shape"]],
             }
             for t in found

@@ -161,5 +161,5 @@ def count(totals: Totals, content: Mapping[str, Any]) -> None:
         case {"t": "limit", "most": most, "refused": refused}:
             totals.most, totals.too_many = most, refused
         case {"t": "totals", **known}:
-            for name, value in known.items():
-                setattr(totals, name, Counter(value) if isinstance(value, dict) else value)
+            for name in vars(totals).keys() & known.keys():
+                setattr(totals, name, Counter(known[name]) if isinstance(known[name], dict) else known[name])

@@ -18,7 +18,7 @@ from torch import Tensor
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError
 from holdfast.core.evidence import Columns
-from holdfast.store.files import usable, write_atomically
+from holdfast.store.files import content_of, usable, write_atomically
 
 SUFFIX = ".safetensors"
 _KEY = "holdfast"
@@ -50,7 +50,7 @@ def decode(data: bytes, name: str) -> ColumnFile:
         said = json.loads(header["__metadata__"][_KEY])
         tensors = load(data)
         version, expected, about = said["schema_version"], said["columns"], said["about"]
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TargetError(
             f"{name!r} is no column file, or is cut short: {error}; restore it from a copy"
         ) from error
@@ -73,9 +73,7 @@ def write(path: Path, columns: Columns, about: Mapping[str, Any]) -> str:
 
 def read(path: Path) -> ColumnFile:
     """Read a column file and check it against the digest inside it."""
-    with usable(path):
-        data = path.read_bytes()
-    return decode(data, str(path))
+    return decode(content_of(path), str(path))
 
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:

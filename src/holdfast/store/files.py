@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ PRIVATE = 0o600
 _OPEN = 0o666
 """The mode of any other file, less what the umask takes away."""
 
+SERVED = "served.journal"
+"""The file in a run folder that says what was sent to a server; as times are, it is no part of the chain."""
 CHECKPOINTS = "checkpoints"
 """Begins the name of a folder that a training goes on from."""
 
@@ -58,6 +61,16 @@ def refusal_in_pool(path: Path, error: OSError) -> str:
             f"read and write its files"
         )
     return f"{shown} cannot be used: {error.strerror or error}; check the path and the disk, or restore it from a copy"
+
+
+def content_of(path: Path) -> bytes:
+    """The bytes of a file in a run folder, which may come from a stranger: a link or a device is not opened."""
+    with usable(path):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise TargetError(
+                f"{str(path)!r} is a link, a folder or a device, and a run keeps plain files; put the file itself there"
+            )
+        return path.read_bytes()
 
 
 @contextmanager

@@ -16,27 +16,50 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Columns
 from holdfast.store import columns as column_files
+from holdfast.store import forms
 from holdfast.store.differences import differences
 from holdfast.store.files import (
     MANIFEST,
     PART,
     clear_parts,
+    content_of,
     flush_folder,
     refuse_no_run,
     usable,
     write_atomically,
 )
+from holdfast.store.forms import refuse_form
 from holdfast.store.journal import NAME as JOURNAL
 from holdfast.store.leases import NAME as STATE
 from holdfast.store.leases import Leases
 from holdfast.store.processes import Owner
-from holdfast.store.records import Chain, document, read_chain, read_document
+from holdfast.store.records import Chain, document, parsed, read_chain, read_document
 
 SCHEMA_VERSION = 1
 ABOUT = "about.json"
 SPLITS = "splits.json"
 SAMENESS = ("config", "data", "model", "code")
 """What must not differ between the processes that share a run."""
+
+_SPLIT = {"stage": forms.name, "shard": forms.count, "at": forms.count, "size": forms.count}
+_SPLITS = forms.listed(forms.record(_SPLIT))
+_SAID = ("created", "command")
+_ABOUT = forms.record({}, dict.fromkeys(_SAID, forms.text))
+_MANIFEST = forms.record(
+    {"digests": forms.record(dict.fromkeys(SAMENESS, forms.text))},
+    {
+        "config": forms.record({}, {"stages": forms.listed(forms.record({"name": forms.name}))}),
+        "plan": forms.record(
+            {},
+            {
+                "stages": forms.listed(forms.name),
+                "batch_size": forms.count,
+                "shards": forms.listed(forms.listed(forms.count)),
+            },
+        ),
+    },
+)
+"""What is used to go on with a run and to verify it; `runs` reads more."""
 
 Split = Mapping[str, Any]
 """Memory ran out: in `stage`, `shard`, before row `at`, and `size` examples at once were left."""
@@ -211,12 +234,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{str(path / MANIFEST)!r} has schema version {manifest.get('schema_version')}; this version reads "
             f"{SCHEMA_VERSION}. Install the holdfast that wrote it"
         )
+    refuse_form(path / MANIFEST, manifest, _MANIFEST)
     return manifest
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What may differ between two equal runs; empty where it was lost, for nothing depends on it."""
-    return read_document(path / ABOUT) if (path / ABOUT).is_file() else {}
+    """When the run was begun and by which command; empty where it was lost, for nothing depends on it.
+
+    The chain does not contain it, so no other field of the file is used.
+    """
+    if not (path / ABOUT).is_file():
+        return {}
+    about = read_document(path / ABOUT)
+    refuse_form(path / ABOUT, about, _ABOUT)
+    return {key: about[key] for key in _SAID if key in about}
 
 
 def read_stage(path: Path, chain: Chain, name: str) -> Stage | None:
@@ -237,11 +268,10 @@ def recorded_document(path: Path, chain: Chain, kind: str) -> dict[str, Any] | N
     if known is None:
         return None
     file = path / str(known["file"])
-    with usable(file):
-        data = file.read_bytes()
+    data = content_of(file)
     if digest(data) != known["digest"]:
         raise TargetError(f"{str(file)!r} is not what the chain recorded; restore it from a copy")
-    return read_document(file)
+    return parsed(file, data)
 
 
 def refuse_used(path: Path, *, resume: bool) -> None:
@@ -305,8 +335,7 @@ def refuse_altered(path: Path, chain: Chain) -> None:
 
 
 def _digest_of(file: Path) -> str:
-    with usable(file):
-        return digest(file.read_bytes())
+    return digest(content_of(file))
 
 
 def _shard_path(folder: Path, shard: int) -> Path:
@@ -333,11 +362,9 @@ def read_splits(path: Path) -> list[Split]:
     file = path / SPLITS
     if not file.exists():
         return []
-    with usable(file):
-        try:
-            splits: Sequence[Split] = json.loads(file.read_bytes())
-            return [{k: split[k] for k in ("stage", "shard", "at", "size")} for split in splits]
-        except (ValueError, KeyError, TypeError) as error:
-            raise TargetError(
-                f"{str(file)!r} was changed after it was written: {error}; restore it"
-            ) from error
+    try:
+        splits: Sequence[Split] = json.loads(content_of(file))
+    except (ValueError, RecursionError) as error:
+        raise TargetError(f"{str(file)!r} was changed after it was written: {error}; restore it") from error
+    refuse_form(file, splits, _SPLITS)
+    return [{key: split[key] for key in _SPLIT} for split in splits]

@@ -23,12 +23,12 @@ from holdfast.core.errors import TargetError
 from holdfast.core.purpose import LOOK, Purpose
 from holdfast.core.refused import MARK
 from holdfast.sources.sent import KEY_BYTES, Sent, count, described
-from holdfast.store.files import PART, usable
+from holdfast.store import forms
+from holdfast.store.files import PART, SERVED, usable
+from holdfast.store.forms import refuse_form
 
 NAME = "answers.journal"
 """The file in a run folder."""
-LEFT = "served.journal"
-"""What is left of it in the folder of a run that is over."""
 _MAGIC = b"holdfast answers 1 "
 _HEAD = len(_MAGIC) + 20 + 1
 _PREFIX = 4 + KEY_BYTES
@@ -38,6 +38,12 @@ _LARGEST = 1 << 30
 """bytes that a record holds at most; more is no length of one"""
 Place = tuple[str, int]
 """A stage and its shard."""
+_FIELDS: Mapping[str, forms.Form] = {
+    **dict.fromkeys(("sent", "requests", "refused", "failed_rows", "too_many"), forms.count),
+    **dict.fromkeys(("rows", "rejected", "failed"), forms.mapped(forms.count)),
+    "most": forms.maybe(forms.count),
+}
+_TOTALS = forms.record({}, _FIELDS)
 
 
 class Journal(Sent):
@@ -63,14 +69,19 @@ class Journal(Sent):
         """the file as earlier attempts left it"""
         self._known: dict[Place, dict[bytes, deque[tuple[int, int, str]]]] = {}
         """of each input the answers that it holds: offset, number of values, and their classes and type"""
-        left = next((each for each in (path, path.with_name(LEFT)) if each.is_file()), None)
+        left = next((each for each in (path, path.with_name(SERVED)) if each.is_file()), None)
         if resume and left is not None:
+            if left.is_symlink():
+                raise _altered(left, "is a link", "a run folder holds none")
             try:
                 with usable(left):
                     self._load(left)
             except TargetError:
                 self.close()
                 raise
+            except (KeyError, TypeError, ValueError, OverflowError) as error:  # of a stranger
+                self.close()
+                raise _altered(left, "was changed", f"a record has another form ({error})") from error
         self.earlier = self.totals.sent
 
     def attach(self) -> None:
@@ -83,7 +94,7 @@ class Journal(Sent):
                 self.path.write_bytes(_head(0))
                 self._end = _HEAD
             elif not self.path.is_file():
-                shutil.copyfile(self.path.with_name(LEFT), self.path)
+                shutil.copyfile(self.path.with_name(SERVED), self.path)
             self._file = self.path.open("r+b", buffering=0)
             self._file.truncate(self._end)
         for record in pending:
@@ -140,7 +151,7 @@ class Journal(Sent):
         with self._lock:
             if self._file is None:
                 return
-            left = self.path.with_name(LEFT)
+            left = self.path.with_name(SERVED)
             self._compact(left, [place for place in self._kept if place[0] == LOOK])
             self.close()
             if not self._keep:
@@ -226,6 +237,8 @@ class Journal(Sent):
             start, self._end = self._end + _PREFIX, self._end + _PREFIX + len(record)
             line = record.index(b"\n") + 1
             content, place = json.loads(record[:line]), _place_of(record)
+            if content["t"] == "totals":
+                refuse_form(path, content, _TOTALS)
             count(self.totals, content)
             if place is not None:
                 self._kept[place].append((start, len(record)))

@@ -4,7 +4,9 @@ It holds what the hash chain must not: times, hosts and attempts. Nothing in it 
 anew from the folder, and only the time that was spent is forgotten.
 """
 
+import math
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
@@ -68,19 +70,27 @@ class Leases:
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
         self._owner: Owner | None = None
+        for file in self._files():
+            if file.is_symlink():  # what it leads to is not of this run, and would be written
+                file.unlink()
         try:
             self._open()
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):
                 raise TargetError(self._refusal(error)) from error
-            for suffix in ("", "-wal", "-shm"):  # no database: nothing in it was needed
-                self._path.with_name(NAME + suffix).unlink(missing_ok=True)
+            for file in self._files():  # no database of a run: nothing in it was needed
+                file.unlink(missing_ok=True)
             with self._reported():
                 self._open()
+
+    def _files(self) -> list[Path]:
+        return [self._path.with_name(NAME + suffix) for suffix in ("", "-wal", "-shm")]
 
     def _open(self) -> None:
         database = sqlite3.connect(self._path, timeout=5.0, isolation_level=None, check_same_thread=False)
         try:
+            if not _is_ours(database):
+                raise sqlite3.DatabaseError(f"{NAME} holds other tables than those of a run")
             database.execute("PRAGMA journal_mode=WAL")
             database.execute("PRAGMA synchronous=NORMAL")
             database.executescript(_SCHEMA)
@@ -282,19 +292,48 @@ class Leases:
             self._database.close()
 
 
+def _is_ours(database: sqlite3.Connection) -> bool:
+    """Whether a database has no tables but those of a run, and neither views nor triggers, which run what they hold.
+
+    Only its schema is read, before any table is.
+    """
+    database.execute("PRAGMA trusted_schema=OFF")
+    found = database.execute(
+        "SELECT type, name, sql, rootpage FROM sqlite_master WHERE type != 'index' OR sql NOT NULL LIMIT 99"
+    ).fetchall()
+    tables = {
+        name: " ".join(f"CREATE TABLE {name} {columns}".split())
+        for name, columns in re.findall(r"CREATE TABLE IF NOT EXISTS (\w+) (\(.*?\));\n", _SCHEMA, re.DOTALL)
+    }
+    return all(
+        kind == "table" and root and tables.get(name) == " ".join(str(sql).split())
+        for kind, name, sql, root in found
+    )
+
+
 def spent_in(folder: Path) -> dict[str, Spent]:
-    """Time and attempts by stage, for readers who hold no lease; empty where nothing is known."""
+    """Time and attempts by stage, for readers who hold no lease; empty where nothing is known.
+
+    The file may come from a stranger: one with other tables than those of a run, or with other values, says nothing.
+    """
     path = folder / NAME
-    if not path.exists():
+    if not path.is_file() or path.is_symlink():
         return {}
     try:
         # a reader of a live log needs its shared memory; one of a file at rest must leave nothing beside it
         at_rest = not path.with_name(f"{NAME}-wal").exists()
         mode = "immutable=1" if at_rest else "mode=ro"
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)) as database:
+            if not _is_ours(database):
+                return {}
             rows = database.execute(
                 "SELECT stage, sum(cpu_s), sum(wall_s), sum(attempts) FROM shards GROUP BY stage"
             )
-            return {str(stage): Spent(float(cpu), float(wall), int(n)) for stage, cpu, wall, n in rows}
-    except sqlite3.Error:  # times are told where they are known; the evidence stands without them
-        return {}
+            found = {str(stage): Spent(float(cpu), float(wall), int(n)) for stage, cpu, wall, n in rows}
+    except (sqlite3.Error, ValueError, TypeError, OverflowError):
+        return {}  # times are told where they are known; the evidence stands without them
+    return found if all(_is_plausible(spent) for spent in found.values()) else {}
+
+
+def _is_plausible(spent: Spent) -> bool:
+    return all(math.isfinite(value) and value >= 0 for value in astuple(spent))

@@ -1,15 +1,19 @@
 """A hash chain on disk, one record a line: that of a run is `chain.jsonl`, with JSON documents beside it."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from holdfast.core.chain import GENESIS, Link, broken_at, canonical
 from holdfast.core.errors import TargetError
-from holdfast.store.files import append, usable
+from holdfast.store.files import MANIFEST, append, content_of, usable
+from holdfast.store.forms import is_name
 
 CHAIN = "chain.jsonl"
+COLUMNS = ".safetensors"
+"""How the names of column files and of weights end."""
 
 
 class Chain:
@@ -49,8 +53,8 @@ def read_chain(folder: Path, *, mend: bool) -> Chain:
     Raises `TargetError` naming the first record that does not hold.
     """
     path = folder / CHAIN
+    data = content_of(path) if os.path.lexists(path) else b""
     with usable(path):
-        data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         if mend and len(whole) < len(data):
             with path.open("r+b") as file:
@@ -90,7 +94,7 @@ def read_links(
             link = Link(record["previous"], record["content"])
             check(link.content)
             holds = link.digest == record["digest"] and isinstance(link.content["kind"], str)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             holds = False
         if not holds:
             raise TargetError(f"{noun} {number} of {str(path)!r} was changed after it was written; {way_out}")
@@ -104,10 +108,17 @@ def read_links(
 
 
 def _refuse_outside(content: Mapping[str, Any]) -> None:
-    """A run may come from elsewhere: its records name files of its own folder."""
-    named = str(content["file"])
-    if not named == Path(named).name != "..":
-        raise ValueError(named)
+    """A run may come from elsewhere: its records name files of its own folder, each after what it holds."""
+    kind, stage = content["kind"], content.get("name", "")
+    of_stage = kind == "stage"
+    known = is_name(kind) and (is_name(stage) if of_stage else stage == "")
+    files = [MANIFEST] if kind == "run" else [f"{stage if of_stage else kind}{COLUMNS}"]
+    files += [] if of_stage or kind == "run" else [f"{kind}.json"]
+    if not known or content["file"] not in files or not isinstance(content["digest"], str):
+        raise ValueError(content["file"])
+    reached, splits = content.get("reached"), content.get("splits", [])
+    if not isinstance(reached, int | None) or not isinstance(splits, list):
+        raise ValueError(reached)
 
 
 def document(content: object) -> bytes:
@@ -117,11 +128,14 @@ def document(content: object) -> bytes:
 
 def read_document(path: Path) -> dict[str, Any]:
     """A JSON document with an object at the top."""
-    with usable(path):
-        data = path.read_bytes()
+    return parsed(path, content_of(path))
+
+
+def parsed(path: Path, data: bytes) -> dict[str, Any]:
+    """The JSON document in the content of a file."""
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TargetError(f"{str(path)!r} is no JSON: {error}; restore it from a copy") from error
     if not isinstance(content, dict):
         raise TargetError(f"{str(path)!r} holds a {type(content).__name__}; an object was expected")

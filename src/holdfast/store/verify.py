@@ -1,5 +1,7 @@
 """Whether a run folder, or a pool of parameter sets, still is what its chain says."""
 
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,9 +9,23 @@ from typing import Any
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
 from holdfast.store import columns as column_files
-from holdfast.store.files import CHECKPOINTS, MANIFEST, usable
-from holdfast.store.folder import SPLITS, read_manifest, read_splits
-from holdfast.store.records import Chain, read_chain, read_document
+from holdfast.store.files import CHECKPOINTS, MANIFEST, PART, SERVED, content_of
+from holdfast.store.folder import ABOUT, SPLITS, read_manifest, read_splits
+from holdfast.store.journal import NAME as ANSWERS
+from holdfast.store.leases import NAME as STATE
+from holdfast.store.records import CHAIN, Chain, read_chain, read_document
+
+_BESIDE = frozenset(
+    (CHAIN, ABOUT, SPLITS, SERVED, ANSWERS, STATE, f"{STATE}-wal", f"{STATE}-shm", "report.json", "curve.svg")
+)
+"""What a run keeps beside its chain: times, hosts and attempts, and what goes on after a stop."""
+_REPORTS = frozenset((".html", ".xml", ".sarif", ".md", ".csv"))
+_EVIDENCE = re.compile(
+    r".+\.safetensors|(run|doubts|verdict|adaptive|rotation|before|after|checked(-\d+)?|training|card)\.json",
+    re.IGNORECASE,
+)
+"""Files that a reader takes for evidence, by their names."""
+_MOST_NOTES = 20
 
 
 @dataclass(frozen=True)
@@ -22,13 +38,26 @@ class Verified:
     files: int
     complete: bool
     """whether the verdict is in, so that nothing is left to measure"""
+    notes: tuple[str, ...] = ()
+    """files of the folder that are neither in the chain nor known beside it"""
 
 
 def verify(path: Path) -> Verified:
     """Hash every file again and follow the chain; `TargetError` names the first thing that does not hold.
 
-    What lies outside the chain (times, hosts, attempts, reports) is not looked at.
+    What lies outside the chain (times, hosts, attempts, reports) is not looked at. Any other file that no record names
+    is refused where its name is one of evidence, and noted where it is not.
     """
+    found = _verified(path)
+    inner = [_verified_within(path, folder, found) for folder in _runs_within(path)]
+    notes = [*found.notes, *(note for each in inner for note in each.notes)]
+    left = len(notes) - _MOST_NOTES
+    more = [f"{left} more files are in no record of the chain"] if left > 0 else []
+    return Verified(found.head, found.records, found.files, found.complete, tuple(notes[:_MOST_NOTES] + more))
+
+
+def _verified(path: Path) -> Verified:
+    """One folder, without the runs within it."""
     read_manifest(path)
     chain = read_chain(path, mend=False)
     if not chain.links or chain.links[0].content.get("file") != MANIFEST:
@@ -36,18 +65,21 @@ def verify(path: Path) -> Verified:
             f"the chain of {str(path)!r} does not begin with {MANIFEST}; restore it from a copy"
         )
     newest = {str(link.content["file"]): link.content for link in chain.links}
+    if newest[MANIFEST] != chain.links[0].content:
+        raise TargetError(f"the chain of {str(path)!r} names {MANIFEST} twice; restore it from a copy")
     for name, recorded in newest.items():
         _check_file(path / name, recorded)
     _check_splits(path, chain)
-    _check_strays(path, newest)
-    return Verified(chain.head, len(chain.links), len(newest), chain.last("verdict") is not None)
+    _check_gone(path, newest)
+    complete = chain.last("verdict") is not None
+    notes = tuple(f"{str(file)!r} is in no record of the chain" for file in _strays(path, newest))
+    return Verified(chain.head, len(chain.links), len(newest), complete, notes)
 
 
 def _check_file(file: Path, recorded: Any) -> None:
     if not file.is_file():
         raise TargetError(f"{str(file)!r} is gone, though the chain records it; restore it from a copy")
-    with usable(file):
-        data = file.read_bytes()
+    data = content_of(file)
     if digest(data) != recorded["digest"]:
         raise TargetError(
             f"{str(file)!r} was changed: its SHA-256 is {digest(data)[:16]}…, the chain recorded "
@@ -70,27 +102,63 @@ def _check_splits(path: Path, chain: Chain) -> None:
             )
 
 
-def _check_strays(path: Path, recorded: dict[str, Any]) -> None:
-    """Column files that no record names are of an unfinished stage, or were put there."""
-    for file in sorted(path.glob(f"*{column_files.SUFFIX}")):
-        if file.name not in recorded and not (path / file.stem).is_dir():
-            raise TargetError(f"{str(file)!r} is in no record of the chain; remove it, or restore the chain")
+def _check_gone(path: Path, recorded: Mapping[str, Any]) -> None:
+    """The folder of a run within this one is there where a document names its chain."""
     for name in recorded:
         within = path / Path(name).stem
         if name.endswith(".json") and "chain" in read_document(path / name) and not within.is_dir():
             raise TargetError(
                 f"{str(within)!r} is gone, though {name!r} names its chain; restore it from a copy"
             )
-    for folder in sorted(each for each in path.iterdir() if each.is_dir()):
-        if (folder / MANIFEST).is_file():
-            _check_within(path, folder, recorded)
-        elif not folder.name.startswith(CHECKPOINTS):  # what a training goes on from is no evidence
-            for file in sorted(folder.glob(f"*{column_files.SUFFIX}")):
-                column_files.read(file)
 
 
-def _check_within(path: Path, folder: Path, recorded: dict[str, Any]) -> None:
+def _strays(path: Path, recorded: Mapping[str, Any]) -> Iterator[Path]:
+    """Files that are neither in the chain nor known beside it; one that looks like evidence is refused."""
+    for file in sorted(path.iterdir()):
+        known = file.name in recorded or file.name in _BESIDE or _is_rest(file)
+        if file.is_dir() and not file.is_symlink():
+            yield from _strays_of_folder(file)
+        elif _EVIDENCE.fullmatch(file.name) and file.name not in recorded:
+            raise TargetError(
+                f"{str(file)!r} is in no record of the chain; remove it, or restore the chain. Where the run was "
+                "stopped as it wrote this file, go on with --resume"
+            )
+        elif not known:
+            yield file
+
+
+def _is_rest(file: Path) -> bool:
+    """Whether a file is a report, or one that a kill left half written."""
+    return file.suffix.lower() in _REPORTS or (file.name.startswith(".") and file.name.endswith(PART))
+
+
+def _strays_of_folder(folder: Path) -> Iterator[Path]:
+    """Of a stage that is not complete, the files that are no shards, which check themselves."""
+    if folder.name.startswith(CHECKPOINTS) or (folder / MANIFEST).is_file():
+        return  # what a training goes on from is no evidence, and a run is verified by itself
+    for file in sorted(folder.iterdir()):
+        if file.suffix == column_files.SUFFIX:
+            column_files.read(file)
+        elif not _is_rest(file):
+            yield file
+
+
+def _runs_within(path: Path) -> list[Path]:
+    return sorted(each for each in path.iterdir() if each.is_dir() and (each / MANIFEST).is_file())
+
+
+def _verified_within(path: Path, folder: Path, outer: Verified) -> Verified:
     """A run within a run holds by itself, and is the one that the outer chain knows."""
-    head, name = verify(folder).head, f"{folder.name}.json"
-    if name in recorded and read_document(path / name).get("chain") != head:
+    if folder.is_symlink():
+        raise TargetError(f"{str(folder)!r} is a link to another folder; put the run itself there")
+    found, name = _verified(folder), f"{folder.name}.json"
+    known = read_chain(path, mend=False).last(folder.name)
+    if known is not None and read_document(path / name).get("chain") != found.head:
         raise TargetError(f"{str(folder)!r} is not the run that {name!r} names; restore it from a copy")
+    if known is None and outer.complete:
+        raise TargetError(
+            f"{str(folder)!r} is a run that no record of {str(path)!r} names; move it to another place"
+        )
+    for inner in _runs_within(folder):
+        raise TargetError(f"{str(inner)!r} is a run within a run within a run; move it to another place")
+    return found

@@ -1,0 +1,130 @@
+"""What `run.json` and the documents of a run must hold before they are read back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import get_args
+
+from holdfast.core.errors import Interrupted, TargetError
+from holdfast.core.evidence import DoubtState
+from holdfast.core.types import Access
+from holdfast.harness.plan import Kind
+from holdfast.store.forms import (
+    anything,
+    count,
+    flag,
+    listed,
+    mapped,
+    maybe,
+    name,
+    one_of,
+    real,
+    record,
+    text,
+    whole,
+)
+
+_STEP = record(
+    {
+        "name": name,
+        "kind": one_of(*get_args(Kind)),
+        "attack": text,
+        "settings": mapped(anything),
+        "notes": listed(text),
+    },
+    {"wave_of": text, "adaptive": flag},
+)
+_THREAT = record(
+    {
+        "norm": text,
+        "eps": real,
+        "per": maybe(text),
+        "limits": mapped(anything),
+        "goal": maybe(whole),
+        "access": one_of(*get_args(Access)),
+        "queries": maybe(count),
+    }
+)
+_OTHER = record({"name": text, "digest": text}, {"n": count})
+_DATA = record(
+    {"name": text}, {"n": count, "classes": maybe(listed(text)), "shape": listed(count), "digest": text}
+)
+ASSESSED = record(
+    {
+        "verb": text,
+        "digests": mapped(text),
+        "config": record(
+            {"stages": listed(_STEP), "threat": _THREAT, "seed": whole, "suite": text, "smallest": flag}
+        ),
+        "model": record({"randomised": flag}, {"name": text}),
+        "data": _DATA,
+        "notes": listed(text),
+        "versions": mapped(text),
+        "hardware": text,
+    },
+    {"surrogates": listed(_OTHER), "others": listed(_OTHER)},
+)
+"""`run.json` of an assessment."""
+LISTED = record(
+    {
+        "verb": text,
+        "config": record({"threat": record({"norm": text, "eps": real}), "suite": text}),
+        "model": record({}, {"name": text}),
+        "data": record({}, {"name": text}),
+        "plan": record({"stages": listed(name)}),
+    }
+)
+"""What a list of runs shows of `run.json`, whatever the verb."""
+_ESTIMATE = record({"value": real, "low": real, "high": real, "n": count})
+_GATE = record(
+    {
+        "claim": text,
+        "estimate": _ESTIMATE,
+        "verdict": one_of("pass", "fail", "unclear"),
+        "open_doubts": listed(text),
+    },
+    {"scope": text},
+)
+_CODE = one_of(0, 1, 4)
+DECIDED = record({"gates": listed(_GATE), "accepted_doubts": mapped(text), "exit_code": _CODE})
+"""`verdict.json` of an assessment."""
+JUDGED = record({"judged": one_of("after"), "exit_code": _CODE})
+"""`verdict.json` of a hardening, which is judged by the run within it that measured the new model."""
+HEAD = record({"chain": text})
+"""What names the chain of a run within a run."""
+_DOUBT = record(
+    {
+        "name": text,
+        "state": one_of(*get_args(DoubtState)),
+        "statistic": maybe(real),
+        "threshold": maybe(real),
+        "n": count,
+        "says": text,
+    }
+)
+ASKED = record(
+    {
+        "cost": record(dict.fromkeys(("forwards", "backwards", "queries"), real)),
+        "doubts": listed(_DOUBT),
+        "notes": listed(text),
+        "fallen": mapped(listed(whole)),
+    }
+)
+"""`doubts.json`."""
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Within it the files of a run are put together or shown, and `TargetError` is raised where they do not fit.
+
+    Each may have the form that is expected and still not fit the others, as a column that is missing or too short.
+    """
+    try:
+        yield
+    except (TargetError, Interrupted, OSError):
+        raise
+    except Exception as error:
+        raise TargetError(
+            f"the files of the run in {str(path)!r} do not fit together ({type(error).__name__}: {error}); restore it "
+            "from a copy, or see holdfast verify"
+        ) from error

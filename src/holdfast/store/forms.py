@@ -1,0 +1,140 @@
+"""The form that a JSON document must have before its fields are used: a run folder may come from a stranger."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from reprlib import Repr
+from typing import Any
+
+from holdfast.core.errors import TargetError
+
+Form = Callable[[Any, str], None]
+"""Takes a value and its place in the document; raises `_Unlike` where the value has another form."""
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,150}")
+_SHOWN = Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 60
+
+
+class _Unlike(Exception):
+    def __init__(self, value: Any, where: str, expected: str) -> None:
+        super().__init__(f"{where or 'the document'} is {_SHOWN.repr(value)}; {expected} was expected")
+
+
+def refuse_form(file: Path, content: Any, form: Form) -> None:
+    """`TargetError` that names the file, the first field of another form, and what was expected there."""
+    try:
+        form(content, "")
+    except _Unlike as error:
+        raise TargetError(
+            f"{str(file)!r} is not what a run writes: {error}; restore it from a copy"
+        ) from None
+
+
+def is_name(value: object) -> bool:
+    """Whether a value can name a file of a run: letters, digits and a few signs, none of which is part of a path."""
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
+def anything(value: Any, where: str) -> None:
+    """Any value: the field is shown and not used."""
+
+
+def text(value: Any, where: str) -> None:
+    """A string."""
+    _expect(isinstance(value, str), value, where, "text")
+
+
+def name(value: Any, where: str) -> None:
+    """The name of a stage, after which its file is named."""
+    _expect(is_name(value), value, where, "a name of letters, digits and the signs _.+=-")
+
+
+def flag(value: Any, where: str) -> None:
+    """True or false."""
+    _expect(isinstance(value, bool), value, where, "true or false")
+
+
+def whole(value: Any, where: str) -> None:
+    """A whole number that a tensor can hold."""
+    holds = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    _expect(holds, value, where, "a whole number")
+
+
+def count(value: Any, where: str) -> None:
+    """A whole number from 0."""
+    whole(value, where)
+    _expect(value >= 0, value, where, "a whole number from 0")
+
+
+def real(value: Any, where: str) -> None:
+    """A number; strict JSON has strings for those that are not finite."""
+    holds = isinstance(value, int | float) and not isinstance(value, bool)
+    holds = (holds and abs(value) <= 1e308) or (isinstance(value, str) and value in ("inf", "-inf", "nan"))
+    _expect(holds, value, where, "a number")
+
+
+def one_of(*words: str | int) -> Form:
+    """One of these values."""
+
+    def check(value: Any, where: str) -> None:
+        known = any(type(value) is type(word) and value == word for word in words)
+        _expect(known, value, where, " or ".join(map(repr, words)))
+
+    return check
+
+
+def maybe(form: Form) -> Form:
+    """Null, or a value of the form."""
+
+    def check(value: Any, where: str) -> None:
+        if value is not None:
+            form(value, where)
+
+    return check
+
+
+def listed(form: Form) -> Form:
+    """A list of such values."""
+
+    def check(value: Any, where: str) -> None:
+        _expect(isinstance(value, list), value, where, "a list")
+        for place, each in enumerate(value):
+            form(each, f"{where}[{place}]")
+
+    return check
+
+
+def mapped(form: Form) -> Form:
+    """An object whose values have one form, whatever their names."""
+
+    def check(value: Any, where: str) -> None:
+        _expect(isinstance(value, dict), value, where, "an object")
+        for each in value.values():
+            form(each, f"a value of {where or 'the document'}")
+
+    return check
+
+
+def record(required: Mapping[str, Form], optional: Mapping[str, Form] | None = None) -> Form:
+    """An object with these fields, and others that are not used."""
+
+    def check(value: Any, where: str) -> None:
+        _expect(isinstance(value, dict), value, where, "an object")
+        for field, form in (optional or {}).items():
+            if field in value:
+                form(value[field], _within(where, field))
+        for field, form in required.items():
+            _expect(field in value, sorted(value), where, f"an object with {field!r}")
+            form(value[field], _within(where, field))
+
+    return check
+
+
+def _within(where: str, field: str) -> str:
+    return f"{where}.{field}" if where else field
+
+
+def _expect(holds: object, value: Any, where: str, expected: str) -> None:
+    if not holds:
+        raise _Unlike(value, where, expected)

@@ -1,0 +1,214 @@
+"""Run folders of a stranger: what they name, hold and leave out is refused or noted, and nothing of it runs."""
+
+import json
+import os
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from holdfast.cli.app import run as command_line
+from holdfast.cli.report import verify as verify_command
+from holdfast.core.chain import GENESIS, Link, digest
+from holdfast.core.errors import TargetError
+from holdfast.runs.index import open_run, runs_in
+from holdfast.store.folder import opened
+from holdfast.store.forms import count, listed, mapped, maybe, one_of, real, record, refuse_form, text
+from holdfast.store.leases import Leases, spent_in
+from holdfast.store.records import line_of
+from holdfast.store.verify import verify
+from store.test_folder import MANIFEST, SHARDS
+
+SUITE_ONLY_RUN = Path(__file__).parent.parent / "runs" / "suite_only_run"
+
+
+@pytest.fixture
+def run(tmp_path):
+    return shutil.copytree(SUITE_ONLY_RUN, tmp_path / "run")
+
+
+def rewritten(run, name, change):
+    """Change a document and compute the chain again, as a stranger can."""
+    content = json.loads((run / name).read_text())
+    change(content)
+    (run / name).write_text(json.dumps(content))
+    lines, previous = b"", GENESIS
+    for line in (run / "chain.jsonl").read_text().splitlines():
+        recorded = json.loads(line)["content"]
+        if recorded["file"] == name:
+            recorded["digest"] = digest((run / name).read_bytes())
+        link = Link(previous, recorded)
+        lines, previous = lines + line_of(link), link.digest
+    (run / "chain.jsonl").write_bytes(lines)
+
+
+WRONG = [
+    ("run.json", lambda c: c["config"]["stages"][0].update(name="../clean")),
+    ("run.json", lambda c: c["config"]["stages"][0].update(name=3)),
+    ("run.json", lambda c: c["plan"].update(stages="/etc/passwd")),
+    ("run.json", lambda c: c.update(digests=[])),
+    ("run.json", lambda c: c["config"]["threat"].update(eps="much")),
+    ("run.json", lambda c: c["data"].update(classes={"a": 1})),
+    ("run.json", lambda c: c.pop("versions")),
+    ("verdict.json", lambda c: c.update(judged="../other", gates=None)),
+    ("verdict.json", lambda c: c.update(judged="after", exit_code=0)),
+    ("verdict.json", lambda c: c.update(gates=[7])),
+    ("doubts.json", lambda c: c["doubts"][0].update(state="odd")),
+    ("doubts.json", lambda c: c.update(fallen=[])),
+]
+
+
+@pytest.mark.parametrize("name, change", WRONG, ids=range(len(WRONG)))
+def test_a_document_of_another_form_is_refused_by_its_name_and_the_list_of_runs_goes_on(run, name, change):
+    other = shutil.copytree(run, run.with_name("good"))
+    rewritten(run, name, change)
+    with pytest.raises(TargetError, match=f"{name}|{run.name}"):
+        open_run(run)
+    assert other in [entry.path for entry in runs_in(run.parent)]
+
+
+def test_a_form_names_the_field_the_value_and_what_was_expected(tmp_path):
+    form = record({"a": listed(count)}, {"b": mapped(maybe(real)), "c": one_of("x"), "d": text})
+    refuse_form(tmp_path, {"a": [0], "b": {"k": None, "l": "inf", "m": 0.5}, "more": 1}, form)
+    for content, said in (
+        ({"a": [0, -1]}, r"a\[1\] is -1; a whole number from 0"),
+        ({"a": [True]}, "a whole number"),
+        ({"a": [], "b": {"k": "much"}}, "a value of b is 'much'; a number"),
+        ({"a": [], "c": "y"}, "c is 'y'; 'x' was expected"),
+        ({"a": [], "d": ["long" * 1000]}, r"d is \['long.{1,60}'\]; text was expected"),
+        ({}, "an object with 'a'"),
+        ([], "the document is \\[\\]; an object"),
+    ):
+        with pytest.raises(TargetError, match=said):
+            refuse_form(tmp_path, content, form)
+
+
+def test_columns_that_do_not_fit_are_no_internal_error(run):
+    rewritten(run, "run.json", lambda content: content["config"]["stages"].pop(0))
+    with pytest.raises(TargetError, match="do not fit together"):
+        open_run(run)
+
+
+def test_what_only_a_report_would_stumble_over_is_exit_3_too(run, capsys):
+    rewritten(run, "run.json", lambda content: content["model"].update(bounds=["x", 1]))
+    for words in (["report", str(run)], ["compare", str(run), str(SUITE_ONLY_RUN)]):
+        assert command_line(words) == 3
+        assert f"the run in {str(run)!r} do not fit together" in capsys.readouterr().err
+
+
+def test_links_and_devices_are_not_opened(run):
+    kept = run.parent / "elsewhere.json"
+    (run / "doubts.json").rename(kept)
+    (run / "doubts.json").symlink_to(kept)
+    for reader in (verify, open_run):
+        with pytest.raises(TargetError, match="is a link, a folder or a device"):
+            reader(run)
+    (run / "chain.jsonl").unlink()
+    os.mkfifo(run / "chain.jsonl")
+    with pytest.raises(TargetError, match="is a link, a folder or a device"):
+        verify(run)
+
+
+VIEW = (
+    "CREATE VIEW shards AS WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) "
+    "SELECT 'clean' stage, n cpu_s, 0 wall_s, 0 attempts FROM r"
+)
+TRIGGER = "CREATE TRIGGER t AFTER INSERT ON lease BEGIN DELETE FROM lease; END"
+
+
+@pytest.mark.parametrize("what", ["view", "trigger", "text", "negative"])
+def test_an_index_that_is_not_a_runs_own_says_nothing_and_is_made_anew(tmp_path, what):
+    run = tmp_path / "run"
+    with opened(run, MANIFEST, {}, resume=False) as folder:
+        folder.leases.begin("clean", 0)
+        folder.leases.spend("clean", 0, 1.0, 1.0, done=True)
+    with sqlite3.connect(run / "state.sqlite") as database:
+        if what == "view":
+            database.execute("DROP TABLE shards")
+            database.execute(VIEW)
+        elif what == "trigger":
+            database.execute(TRIGGER)
+        else:
+            database.execute("UPDATE shards SET wall_s = ?", ("x" if what == "text" else -1.0,))
+    database.close()
+    found = spent_in(run)
+    assert found == {} or (what == "text" and found["clean"].wall_s == 0)
+    if what in ("view", "trigger"):
+        leases = Leases(run)
+        leases.take_lease()
+        leases.refuse_lost()
+        leases.close(release=True)
+        assert spent_in(run) == {}
+
+
+def test_an_index_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "state.sqlite").symlink_to(tmp_path / "another.sqlite")
+    leases = Leases(tmp_path)
+    leases.close(release=False)
+    assert not (tmp_path / "another.sqlite").exists() and not (tmp_path / "state.sqlite").is_symlink()
+
+
+def test_files_that_no_record_names_are_noted_or_refused(tmp_path):
+    run = tmp_path / "run"
+    with opened(run, MANIFEST, {"created": "now"}, resume=False) as folder:
+        folder.complete("clean", SHARDS[0])
+        folder.record("verdict", {"exit_code": 0})
+    for known in ("report.html", "report.json", "junit.xml", "served.journal", "answers.journal", ".x.part"):
+        (run / known).write_text("")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.safetensors").write_text("")
+    assert verify(run).notes == ()
+    (run / "notes.txt").write_text("")
+    (run / "more").mkdir()
+    (run / "more" / "a.bin").write_text("")
+    noted = [f"{str(run / name)!r} is in no record of the chain" for name in ("more/a.bin", "notes.txt")]
+    assert list(verify(run).notes) == noted
+    said = CliRunner().invoke(verify_command, [str(run)])
+    assert said.exit_code == 0 and "notes.txt' is in no record" in said.output
+    for name in ("doubts.json", "Adaptive.JSON", "9-made-up.safetensors"):
+        (run / name).write_text("{}")
+        with pytest.raises(TargetError, match=f"{name}' is in no record of the chain; remove it"):
+            verify(run)
+        (run / name).unlink()
+
+
+def test_a_run_that_the_chain_does_not_name_is_refused_within_a_finished_run(tmp_path):
+    run = tmp_path / "run"
+    with opened(run, MANIFEST, {}, resume=False) as folder:
+        shutil.copytree(SUITE_ONLY_RUN, run / "after")
+        assert not verify(run).complete
+        folder.record("verdict", {"exit_code": 0, "judged": "after"})
+    with pytest.raises(TargetError, match="is a run that no record of .* names"):
+        verify(run)
+
+
+def test_a_hardening_reports_only_the_run_that_its_chain_names(tmp_path):
+    run = tmp_path / "run"
+    with opened(run, MANIFEST, {}, resume=False) as folder:
+        shutil.copytree(SUITE_ONLY_RUN, run / "after")
+        folder.record("after", {"chain": verify(run / "after").head})
+        folder.record("verdict", {"exit_code": 0, "judged": "after"})
+    assert open_run(run).metrics["robust_accuracy"].value == 0.7
+    rewritten(run / "after", "verdict.json", lambda content: content.update(exit_code=4))
+    for reader in (open_run, verify):
+        with pytest.raises(TargetError, match=r"is not the run that '?after\.json'? names"):
+            reader(run)
+    shutil.rmtree(run / "after")
+    (run / "after").symlink_to(SUITE_ONLY_RUN)
+    for reader in (open_run, verify):
+        with pytest.raises(TargetError, match="of its own|is a link"):
+            reader(run)
+
+
+def test_what_stands_beside_the_chain_says_no_more_than_it_may(run):
+    (run / "about.json").write_text(json.dumps({"created": "now", "verb": "forged", "hashes": {}}))
+    assert open_run(run).about["verb"] == "assess"
+    (run / "served.journal").write_text(json.dumps({"rows": 3}))
+    with pytest.raises(TargetError, match="served.journal"):
+        open_run(run)
+    (run / "served.journal").unlink()
+    (run / "about.json").write_text(json.dumps({"created": 7}))
+    with pytest.raises(TargetError, match=r"about\.json.*created is 7; text was expected"):
+        open_run(run)
