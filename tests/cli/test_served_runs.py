@@ -270,6 +270,8 @@ def test_limits_are_refused_where_there_is_no_server(capsys):
     with Server() as server:
         assert run(words(server, "--workers", "2")) == 2
         assert "--http-concurrency 2" in capsys.readouterr().err
+        assert not Path("holdfast-runs").exists()
+        assert run(["assess", server.url(), "data.npz", "--allow-host", server.host, "--suite", "pgd"]) == 2
         assert run(words(server, "--http-rate", "often")) == 2
         assert "http_rate is 'often'" in capsys.readouterr().err
         assert server.rows == []

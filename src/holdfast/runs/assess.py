@@ -53,7 +53,7 @@ def assess(
     refuse_data(data)
     device = torch.device(order.device)
     adaptive, served = bool(order.plan.adaptive), served_by(subject.model)
-    _begin(served, order)
+    _begin(served, subject, order)
     again = again or ("" if run is None else way_out(order.command, run))
     with (
         nullcontext() if run is None else resumable(again, partial(way_out, order.command, run)),
@@ -88,14 +88,16 @@ def _unkept(made: Making) -> Result:
         return made.result(manifest, Stopper(), folder, lasting=False)
 
 
-def _begin(served: Served | None, order: Order) -> None:
-    """Note what opening the data has sent to a server, and refuse workers.
+def _begin(served: Served | None, subject: Subject, order: Order) -> None:
+    """Note what opening the data has sent to a server, and refuse what can be refused before more is sent.
 
     A served model computes on its server: other processes would only hide from each other what they send.
     """
     if served is None:
         return
     served.opening = opening_rows(served.sent)
+    if not order.surrogates:
+        refuse_what_is_hidden(order.plan, subject.model.access, subject.model.hides)
     if order.workers is not None:
         raise UsageError(
             f"--workers is {order.workers}, and the model is behind a server, which computes for it; leave --workers "

@@ -1,6 +1,6 @@
 """What a run on a served model sends: counted over all attempts, and answered from a journal after a stop."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ def journaled(run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
         yield
         return
     made: list[Journal] = []
+    missing = [folder for folder in (run, *run.parents) if not folder.exists()]
 
     def journal(limit: int | None) -> Sent:
         refuse_used(run, resume=resume)
@@ -54,15 +55,11 @@ def journaled(run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
     finally:
         for each in made:
             each.close()
-        _drop_unused(run, made)
-
-
-def _drop_unused(run: Path, made: Sequence[Journal]) -> None:
-    """Remove a folder in which nothing was begun, and for which nothing was sent."""
-    if made and not any(each.totals.sent for each in made) and [p.name for p in run.glob("*")] == [NAME]:
-        with usable(run):
-            (run / NAME).unlink()
-            run.rmdir()
+        if made and not any(each.totals.sent for each in made) and [p.name for p in run.glob("*")] == [NAME]:
+            with usable(run):  # nothing was sent, and no run was begun
+                (run / NAME).unlink()
+                for folder in missing:
+                    folder.rmdir()
 
 
 def opening_rows(sent: Sent) -> int:
