@@ -40,6 +40,7 @@ REFUSED = [
     ("model: !!python/object/apply:os.getcwd []", "no YAML"),
     ("- model", "holds a list"),
     ("n: 1\nn: 2", "holdfast.yaml: 'n' stands twice"),
+    ("drop: &a [x]\nonly: *a", r"\*a is an alias \(line 2\); write the value itself"),
     ("thret: linf:0.1", "did you mean 'threat'"),
     ("n: 0", "holdfast.yaml: n is 0; expected at least 1$"),
     ("n: abc", "n is 'abc'; expected a whole number$"),

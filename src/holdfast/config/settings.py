@@ -5,12 +5,11 @@ The same names everywhere: a key of the YAML file, a flag of the command line, a
 
 import json
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from holdfast.config import values
@@ -22,6 +21,7 @@ from holdfast.config.grammar import (
 from holdfast.config.naming import CARD
 from holdfast.config.suites import refuse_unknown
 from holdfast.config.wording import complaint, place
+from holdfast.config.yaml_text import parsed
 from holdfast.core.errors import TargetError, UsageError
 
 SCHEMA_VERSION = 1
@@ -267,7 +267,7 @@ def read(
         if key in spoken and rival in content and rival not in spoken:
             check({rival: content.pop(rival)}, str(path), kind=kind)
     for key, value in put_in.items():
-        put(content, key, _parsed(value, f"--set {key}"))
+        put(content, key, parsed(value, f"--set {key}"))
     content |= given
     settings = check(content, "" if path is None else str(path), spoken, kind=kind)
     refuse_unknown(settings.suite, settings.attacks, settings.threat, settings.only, settings.skip)
@@ -293,37 +293,12 @@ def load(path: Path) -> dict[str, Any]:
         raise TargetError(
             f"cannot read the configuration {str(path)!r}: {error}; make one with holdfast init"
         ) from error
-    content = _parsed(text, str(path))
+    content = parsed(text, str(path))
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}; expected keys such as model: and data:")
     return content
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a safe loader)
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
-        said = " ".join(str(error).split())
-        raise UsageError(f"{where} is no YAML: {said}; write KEY: VALUE, with text in quotes") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader that refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise UsageError(f"{key!r} is no key (line {key_node.start_mark.line + 1}); keys are words")
-            if key in seen:
-                raise UsageError(f"{key!r} stands twice (line {key_node.start_mark.line + 1}); keep one")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def put(content: dict[str, Any], path: str, value: Any) -> None:

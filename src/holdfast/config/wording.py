@@ -23,6 +23,10 @@ _LIMITS = {
 _LENGTHS = {"too_short": ("at least", "min_length"), "too_long": ("at most", "max_length")}
 
 
+_SHOWN = 200
+"""characters that are shown of a value"""
+
+
 def place(error: ValidationError) -> str:
     """The dotted path to the first value that is wrong."""
     return ".".join(str(part) for part in error.errors()[0]["loc"])
@@ -31,7 +35,8 @@ def place(error: ValidationError) -> str:
 def complaint(error: ValidationError) -> str:
     """The first value that is wrong, and what was expected: `is 0; expected at least 1`."""
     first = error.errors()[0]
-    return f"is {first['input']!r}{_expected(error)}"
+    shown = repr(first["input"])
+    return f"is {shown if len(shown) <= _SHOWN else f'{shown[:_SHOWN]} …'}{_expected(error)}"
 
 
 def _expected(error: ValidationError) -> str:

@@ -1,0 +1,46 @@
+"""Text in YAML, as configurations and `--set` have it."""
+
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from holdfast.core.errors import UsageError
+
+
+def parsed(text: str, where: str) -> Any:
+    """What a text in YAML holds; `UsageError` that names its place where it is none."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a safe loader)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
+        said = " ".join(str(error).split())
+        raise UsageError(f"{where} is no YAML: {said}; write KEY: VALUE, with text in quotes") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader that refuses a key given twice, and aliases.
+
+    A few hundred bytes of aliases describe more values than a memory or a message holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            line = event.start_mark.line + 1
+            raise UsageError(
+                f"*{event.anchor} is an alias (line {line}); write the value itself, for aliases are not read"
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise UsageError(f"{key!r} is no key (line {key_node.start_mark.line + 1}); keys are words")
+            if key in seen:
+                raise UsageError(f"{key!r} stands twice (line {key_node.start_mark.line + 1}); keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
