@@ -13,7 +13,7 @@ from holdfast.sources.arrays import Array, Arrays, from_numpy, selected_rows
 from holdfast.sources.catalogue import CATALOGUE, data_folder
 from holdfast.sources.class_numbers import matched, numbered, renumbered
 from holdfast.sources.expected import Expected
-from holdfast.sources.files import nearest
+from holdfast.sources.files import nearest, reading
 from holdfast.sources.layouts import CHANNELS
 from holdfast.sources.models import BUNDLED_FOLDER
 from holdfast.sources.npz import Npz, arrays_of_split, named_arrays
@@ -59,7 +59,9 @@ def open_data(
     and how they are read. Its probe, the model, learns its layout and its number of classes from them.
     """
     wanted = _Wanted(split, label, drop, x, y, n, sample, seed, expected or Expected())
-    data = _opened(_located(address), address, wanted)
+    place = _located(address)
+    with reading(address):
+        data = _opened(place, address, wanted)
     return noting_fewer(data, n or sample)
 
 

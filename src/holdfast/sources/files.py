@@ -2,11 +2,15 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.spelling import suggestion
+
+_SHOWN = 200
+"""characters that are shown of the reason"""
 
 
 def existing(path: Path, what: str) -> Path:
@@ -27,6 +31,21 @@ def readable_file(path: Path, what: str) -> Path:
     if path.stat().st_size == 0:
         raise TargetError(f"{what} {str(path)!r} is empty (0 bytes); write or download it again")
     return path
+
+
+@contextmanager
+def reading(address: object) -> Iterator[None]:
+    """Within it, whatever a parser raises is an error of the file at an address: `TargetError` with the reason."""
+    try:
+        yield
+    except HoldfastError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:_SHOWN]
+        raise TargetError(
+            f"{str(address)!r} cannot be read ({type(error).__name__}: {said}); it is damaged, or of another form than "
+            "its name says: write or download it again"
+        ) from error
 
 
 def sha256_of_file(path: Path) -> str:

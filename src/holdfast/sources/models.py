@@ -1,7 +1,7 @@
 """Opens a model from the address that a user gives, whatever its form, and says how it was done."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from holdfast.sources.estimator_files import ESTIMATOR_SUFFIXES, open_estimator
 from holdfast.sources.estimators import Estimator
 from holdfast.sources.exported import open_program
 from holdfast.sources.factories import Built, Model, build, build_from_file, names_code
-from holdfast.sources.files import nearest, sha256_of_file
+from holdfast.sources.files import nearest, reading, sha256_of_file
 from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.remote import SCHEMES, Remote
 from holdfast.sources.weights import fit_weights, read_state_dict
@@ -174,14 +174,9 @@ def open_model(
     if names_code(address):
         return _open_code(opening)
     path = Path(address)
-    if path.suffix == ".onnx":
-        return _open_onnx(opening, path)
-    if path.suffix == ".pt2":
-        return _open_exported(opening, path)
-    if path.suffix in STATE_DICT_SUFFIXES:
-        return _open_state_dict(opening, path)
-    if path.suffix in ESTIMATOR_SUFFIXES:
-        return _open_estimator(opening, path)
+    if path.suffix in _OPENERS:
+        with reading(address):
+            return _OPENERS[path.suffix](opening, path)
     if path.exists():
         raise UsageError(f"{address!r} is no form of model that is known; give {_FORMS}")
     return _open_bundled(opening)
@@ -381,3 +376,11 @@ def _open_http(opening: _Opening) -> OpenedModel:
     model.hides, model.remote = served.hides, True
     files = {opening.address: served.digest}
     return OpenedModel(model, opening.address, "http", files, served.notes)
+
+
+_OPENERS: Mapping[str, Callable[[_Opening, Path], OpenedModel]] = {
+    ".onnx": _open_onnx,
+    ".pt2": _open_exported,
+    **dict.fromkeys(STATE_DICT_SUFFIXES, _open_state_dict),
+    **dict.fromkeys(ESTIMATOR_SUFFIXES, _open_estimator),
+}

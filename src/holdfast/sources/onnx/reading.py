@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from math import prod
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.files import megabytes, readable_file, sha256_of_file
+from holdfast.sources.onnx.bounds import Endless, n_nodes, refuse_endless
 
 MAX_BYTES = 1_900_000_000
 """of the model with its data; protobuf itself ends at 2 GiB"""
@@ -92,10 +94,10 @@ def read_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxFile:
         raise TargetError(
             f"{str(path)!r} is no ONNX model, or is damaged or truncated: {error}; export it again"
         ) from error
-    n_nodes = len(proto.graph.node) + sum(len(function.node) for function in proto.functions)
-    if not n_nodes or n_nodes > MAX_NODES:
+    size = _size(proto, path)
+    if not 1 <= size <= MAX_NODES:
         raise TargetError(
-            f"{str(path)!r} is no ONNX model that is read: it has {n_nodes} nodes, 1 to {MAX_NODES} are"
+            f"{str(path)!r} is no ONNX model that is read: it has {size:,} nodes, 1 to {MAX_NODES:,} are"
         )
     files = {str(path): hashlib.sha256(content).hexdigest()}
     for tensor in _tensors(proto.graph):
@@ -105,8 +107,13 @@ def read_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxFile:
     try:
         onnx.checker.check_model(proto)
         if proto.functions:
-            proto = onnx.inliner.inline_local_functions(proto)
+            proto = import_module("onnx.inliner").inline_local_functions(proto)
         tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+        refuse_endless(proto.graph, tensors)
+    except Endless as error:
+        raise TargetError(
+            f"{str(path)!r} is not read, because {error}; export it without, or unrolled"
+        ) from error
     except (onnx.checker.ValidationError, ValueError, TypeError, RuntimeError) as error:
         raise TargetError(f"{str(path)!r} is no valid ONNX model: {str(error).splitlines()[0]}") from error
     labels = _labels(proto.graph)
@@ -114,6 +121,13 @@ def read_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxFile:
     return OnnxFile(
         proto, _input(proto, tensors, path, input_shape), tensors, _opset(proto, path), files, labels
     )
+
+
+def _size(proto: Any, path: Path) -> int:
+    try:
+        return n_nodes(proto)
+    except (Endless, RecursionError) as error:
+        raise TargetError(f"{str(path)!r} is no valid ONNX model: {error}") from error
 
 
 def _labels(graph: Any) -> tuple[str, ...] | tuple[int, ...]:
