@@ -90,12 +90,8 @@ def test_a_loop_without_a_small_constant_number_of_rounds_is_refused(tmp_path, r
     body = helper.make_graph(
         [helper.make_node("Identity", ["c"], ["d"]), helper.make_node("Neg", ["v"], ["w"])],
         "body",
-        [
-            info("i", onnx.TensorProto.INT64, []),
-            info("c", onnx.TensorProto.BOOL, []),
-            info("v", onnx.TensorProto.FLOAT, None),
-        ],
-        [info("d", onnx.TensorProto.BOOL, []), info("w", onnx.TensorProto.FLOAT, None)],
+        [info("i", whole, []), info("c", flag, []), info("v", real, None)],
+        [info("d", flag, []), info("w", real, None)],
     )
     tensors = [onnx.numpy_helper.from_array(np.array(True), "yes")]
     if rounds is not None:

@@ -94,11 +94,7 @@ def read_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxFile:
         raise TargetError(
             f"{str(path)!r} is no ONNX model, or is damaged or truncated: {error}; export it again"
         ) from error
-    size = _size(proto, path)
-    if not 1 <= size <= MAX_NODES:
-        raise TargetError(
-            f"{str(path)!r} is no ONNX model that is read: it has {size:,} nodes, 1 to {MAX_NODES:,} are"
-        )
+    _refuse_size(proto, path)
     files = {str(path): hashlib.sha256(content).hexdigest()}
     for tensor in _tensors(proto.graph):
         if tensor.data_location == _EXTERNAL:
@@ -123,11 +119,15 @@ def read_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxFile:
     )
 
 
-def _size(proto: Any, path: Path) -> int:
+def _refuse_size(proto: Any, path: Path) -> None:
     try:
-        return n_nodes(proto)
+        size = n_nodes(proto)
     except (Endless, RecursionError) as error:
         raise TargetError(f"{str(path)!r} is no valid ONNX model: {error}") from error
+    if not 1 <= size <= MAX_NODES:
+        raise TargetError(
+            f"{str(path)!r} is no ONNX model that is read: it has {size:,} nodes, 1 to {MAX_NODES:,} are"
+        )
 
 
 def _labels(graph: Any) -> tuple[str, ...] | tuple[int, ...]:
