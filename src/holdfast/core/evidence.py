@@ -175,7 +175,8 @@ class Evidence:
     `rows` that it answered or refused, split into `clean` (with the look at the model before the run), `attacks`,
     `doubts` and `judging`, padding included; `requests`; of the rows, those of `refused` requests; attacked inputs that
     were `rejected`, by status; what was `sent_again` (`rows`, `requests`, and `why`) and rows left `unanswered` by
-    stops, which are not among `rows`; `max_rows` of a request where the server showed a limit, else None.
+    stops, which are not among `rows`; `max_rows` of a request where the server showed a limit, else None; and what it
+    `says`, the same in sentences.
     """
     others: tuple[Mapping[str, Any], ...] = ()
     """`name`, `digest` and `n` of each data set that changes were carried to and from"""

@@ -20,11 +20,11 @@ def margin(logits: Logits, batch: Batch) -> PerExample:
     Untargeted: the label's logit minus the largest other one. With targets: the largest other logit minus the target's.
     """
     wanted = batch.y if batch.target is None else batch.target
-    return _lead(logits, wanted) if batch.target is None else -_lead(logits, wanted)
+    return lead_of(logits, wanted) if batch.target is None else -lead_of(logits, wanted)
 
 
-def _lead(logits: Logits, wanted: Labels) -> PerExample:
-    """The wanted class's logit minus the largest other one."""
+def lead_of(logits: Logits, wanted: Labels) -> PerExample:
+    """The logit (n) of the class that is wanted of each row, minus the largest other one."""
     own = logits.gather(1, wanted[:, None])[:, 0]
     return own - logits.scatter(1, wanted[:, None], -torch.inf).amax(1)
 
@@ -155,7 +155,7 @@ class Metered:
         keeps, unbroken = self._threat.queries is not None, self._first[rows] == 0
         if not keeps and not unbroken.any():
             return
-        lead = _lead(logits, wanted)
+        lead = lead_of(logits, wanted)
         height = lead if self._batch.target is None else -lead
         broken = ~(height > 0)
         if not broken.any():

@@ -19,7 +19,7 @@ from holdfast.core.errors import (
 )
 from holdfast.core.guard import Guarded
 from holdfast.core.normalisation import per_channel
-from holdfast.core.outputs import OutputKind, is_single, kind_of_single, of_classes
+from holdfast.core.outputs import REFUSED, OutputKind, is_single, kind_of_single, of_classes, refused
 from holdfast.core.types import Access, Ids, Inputs, Layout, Logits
 
 VOTES = 20
@@ -266,16 +266,14 @@ class Classifier(nn.Module):
             return outputs
         known = outputs
         if self.remote and outputs.dim() == 2:  # a served model marks inputs that it refuses
-            answered = ~outputs.isposinf().all(1)
+            answered = ~refused(outputs)
             known = outputs[answered]
         if is_single(known) and len(known):
             self.output = kind_of_single(known, self.output)
         logits = of_classes(known, self.output)
         if len(known) == len(outputs):
             return logits
-        marked = torch.full(
-            (len(outputs), logits.shape[1]), torch.inf, dtype=logits.dtype, device=outputs.device
-        )
+        marked = logits.new_full((len(outputs), logits.shape[1]), REFUSED)
         marked[answered] = logits
         return marked
 

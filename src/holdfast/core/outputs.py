@@ -6,13 +6,22 @@ import torch
 from torch import Tensor
 
 from holdfast.core.errors import TargetError, UnclearOutput
-from holdfast.core.types import Logits
+from holdfast.core.types import Logits, Mask
 
 OutputKind = Literal["logit", "probability"]
 """`logit`: any real number. `probability`: a number from 0 to 1, after a sigmoid or a softmax."""
 
 _ROUNDING = 1e-4
 """how far a probability may lie outside 0 to 1; a softmax in half precision is off by less"""
+
+
+REFUSED = torch.inf
+"""every output of a served model for an input that its server refuses; no score may be infinite"""
+
+
+def refused(outputs: Tensor) -> Mask:
+    """Which rows of outputs (n, classes) are of inputs that a server refuses."""
+    return outputs.isposinf().all(1)
 
 
 def is_single(outputs: Tensor) -> bool:

@@ -9,17 +9,12 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.lookup import Lookup
+from holdfast.core.meter import lead_of
 from holdfast.core.model import Bounds, Model
-from holdfast.core.types import Ids, Inputs, Labels, Logits, Mask, PerExample
+from holdfast.core.outputs import refused
+from holdfast.core.types import Ids, Inputs, Labels, Logits, PerExample
 
-MARK = torch.inf
-"""The value of every logit of a refused input."""
 _LEAD = 1.0
-
-
-def refused(logits: Logits) -> Mask:
-    """Which rows of logits (n, classes) are of refused inputs."""
-    return logits.isposinf().all(1)
 
 
 def for_label(logits: Logits, y: Labels, lead: PerExample | float = _LEAD) -> Logits:
@@ -56,7 +51,6 @@ class Answering:
         y = self._batch.y[rows]
         if self._lead is None:
             self._lead = torch.full_like(self._batch.ids, _LEAD, dtype=logits.dtype)
-        own = logits.gather(1, y[:, None])[:, 0]
-        lead = own - logits.scatter(1, y[:, None], -torch.inf).amax(1)  # NaN for a refused row
+        lead = lead_of(logits, y)  # NaN for a refused row
         self._lead.scatter_reduce_(0, rows, lead.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), "amax")
         return for_label(logits, y, self._lead[rows])

@@ -14,8 +14,9 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.guard import Aim, held, refuse_inner, score, softly_held, taken
 from holdfast.core.lookup import Lookup
 from holdfast.core.model import EVERY, IN_PLACE, VOTES, Bounds, Classifier, Model, fitted, out_of_memory
+from holdfast.core.outputs import refused
 from holdfast.core.purpose import judging
-from holdfast.core.refused import Answering, for_label, refused
+from holdfast.core.refused import Answering, for_label
 from holdfast.core.through import View, instead
 from holdfast.core.types import Ids, Inputs, Labels, Logits, Mask
 from holdfast.ops.logits import change

@@ -20,7 +20,7 @@ from holdfast.harness import (
     speaking,
     unattacked,
 )
-from holdfast.runs.served import in_words, to_json
+from holdfast.runs.served import to_json
 from holdfast.runs.written import doubt_from_json, outline_from_json
 from holdfast.sources.sent import Totals
 from holdfast.store.folder import Stage
@@ -54,12 +54,12 @@ def evidence_of(
 
     `sent` is what the server of a served model was sent.
     """
-    spent = seconds.get(DOUBTS, Seconds())
+    spent, served = seconds.get(DOUBTS, Seconds()), {} if sent is None else to_json(sent)
     cost = asked["cost"]
     context = Context(
         model=manifest["model"],
         data=manifest["data"],
-        notes=(*manifest["notes"], *asked["notes"], *(() if sent is None else in_words(sent))),
+        notes=(*manifest["notes"], *asked["notes"], *served.get("says", ())),
         doubts=tuple(doubt_from_json(doubt) for doubt in asked["doubts"]),
         doubts_cost=Cost(cost["forwards"], cost["backwards"], cost["queries"], spent.cpu, spent.wall),
         surrogates=tuple(manifest.get("surrogates", ())),
@@ -70,7 +70,7 @@ def evidence_of(
     if adapted is not None:
         context = _adapted(context, outline, by_stage, asked, adapted)
     evidence = conclude(outline, by_stage, seconds, context, randomised=manifest["model"]["randomised"])
-    return evidence if sent is None else replace(evidence, served=to_json(sent))
+    return replace(evidence, served=served)
 
 
 def _scope(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -141,10 +141,8 @@ class Course:
     hands: Hands = field(default_factory=Alone)
     fit: Batch | None = None
     """what some attacks are learned on"""
-    remote: bool = False
-    """whether a server is queried, which counts and may charge for each query"""
     served: Served | None = None
-    """the model behind that server"""
+    """what asks the server of a served model, which may charge for each row"""
     across: tuple[Batch, ...] = ()
     """the inputs that changes are made for and put on, of each data set as many"""
     _last: dict[tuple[int, int], Batch] = field(default_factory=dict)

@@ -295,7 +295,6 @@ class Making:
             names,
             team or Alone(),
             self.fit(),
-            remote=self.served is not None,
             served=self.served,
             across=self.across(),
         )

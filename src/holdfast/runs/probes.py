@@ -140,7 +140,7 @@ def _as_allotted(findings: Findings, allotment: Allotment | None) -> Findings:
 
 def _allotment(course: Course, columns: Columns, by_stage: Mapping[str, Columns]) -> Allotment | None:
     """On how many examples each probe runs on a served model, at most the rows of the suite; None of other models."""
-    if not course.remote:
+    if course.served is None:
         return None
     plan, rng = course.plan, Draws(course.plan.seed).at("stage", DOUBTS)
     within, attacks = probing_threat(plan.threat, columns), [member.attack for member in plan.members]
@@ -159,7 +159,7 @@ def _allotment(course: Course, columns: Columns, by_stage: Mapping[str, Columns]
 
 def _input(course: Course, columns: Columns) -> tuple[Doubt, int]:
     """Whether the data fit the model, on a sample of all examples; and the forwards that it took to find out."""
-    if course.remote:
+    if course.served is not None:
         says = "a served model is not queried for it; run holdfast doctor"
         return Doubt("input", "not measured", says=says), 0
     rng, every = Draws(course.plan.seed).at("stage", DOUBTS), torch.ones_like(columns["correct"])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from holdfast.core.errors import InputRefused, TargetRefused
+from holdfast.core.outputs import REFUSED, refused
 from holdfast.core.purpose import Purpose, current
-from holdfast.core.refused import MARK
 from holdfast.sources.answers import Answers
 from holdfast.sources.asking import Client, status_line
 from holdfast.sources.payloads import Shaped, Template
@@ -112,7 +112,8 @@ class Served:
             found = [None] * len(rows)
         task = _Task(rows, purpose, keys, found)
         missing = [row for row, known in enumerate(found) if known is None]
-        task.waiting.extend(_Chunk(part) for part in _parts(missing, self._most))
+        if missing:
+            task.waiting.append(_Chunk(missing))
         self._settle(task)
         classes = self._answers.classes or 2
         whole = [each.double().expand(classes) for each in task.found if each is not None]
@@ -130,15 +131,15 @@ class Served:
         """
         if not self._streak or self._control is None:
             return
+        x = self._padded(self._control[None])
         try:
-            answer = self._ask(self._padded(self._control[None]))
+            answer = self._ask(x)
         except InputRefused as error:
-            self.sent.refused(current(), self._fixed or 1)
+            self.sent.refused(current(), len(x))
             raise TargetRefused(
                 f"the server refuses a clean input that it answered before, so its refusals say nothing about the "
                 f"attacked ones: {error}"
             ) from error
-        x = self._padded(self._control[None])
         self._keep(current(), x, answer)
         self._confirmed()
 
@@ -151,7 +152,7 @@ class Served:
     def _recall(self, rows: Tensor, purpose: Purpose, found: Sequence[Tensor | None]) -> None:
         """Take what is known of the inputs as if the server had just answered it."""
         for row, known in zip(rows, found, strict=True):
-            if known is None or known.isposinf().all():
+            if known is None or refused(known[None]).any():
                 continue
             self._answers.recall(known)
             if purpose.kind == "clean" and self._control is None:
@@ -194,7 +195,7 @@ class Served:
         if n == 1 and rejects:
             key = task.keys[chunk.rows[0]] if task.keys else b""
             self._unconfirmed.append((task.purpose, status_line(error.status), key))
-            task.found[chunk.rows[0]] = torch.tensor([MARK])
+            task.found[chunk.rows[0]] = torch.tensor([REFUSED])
             self._learn(chunk, rejected=True)
             self._streak += 1
             self._rejecting += _WEIGHT * (1 - self._rejecting)
@@ -281,7 +282,3 @@ class Served:
         if short <= 0 or self._control is None:
             return x
         return torch.cat((x, self._control[None].expand(short, *x.shape[1:])))
-
-
-def _parts(rows: list[int], size: int) -> Iterator[list[int]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import chain as chain_of
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,8 +21,8 @@ import torch
 from torch import Tensor
 
 from holdfast.core.errors import TargetError
+from holdfast.core.outputs import REFUSED
 from holdfast.core.purpose import LOOK, Purpose
-from holdfast.core.refused import MARK
 from holdfast.sources.sent import KEY_BYTES, Sent, count, described
 from holdfast.store import forms
 from holdfast.store.files import PART, SERVED, usable
@@ -60,8 +61,8 @@ class Journal(Sent):
         super().__init__(limit)
         self.path, self._keep = path, keep
         self._file: BinaryIO | None = None
-        self._pending: list[bytes] = []
-        """records that are made before the file is written"""
+        self._pending: list[tuple[Place | None, bytes]] = []
+        """records that are made before the file is written, with their places"""
         self._chain, self._end, self._synced = b"", 0, 0.0
         self._kept: defaultdict[Place, list[tuple[int, int]]] = defaultdict(list)
         """where the records of answers lie: offset and length"""
@@ -97,8 +98,8 @@ class Journal(Sent):
                 shutil.copyfile(self.path.with_name(SERVED), self.path)
             self._file = self.path.open("r+b", buffering=0)
             self._file.truncate(self._end)
-        for record in pending:
-            self._append(record)
+        for place, record in pending:
+            self._append(place, record)
 
     def answered(self, purpose: Purpose, values: Tensor, keys: Sequence[bytes]) -> None:
         """Keep the answer to some inputs."""
@@ -161,7 +162,7 @@ class Journal(Sent):
     def _values(self, at: tuple[int, int, str]) -> Tensor:
         offset, width, kind = at
         if not width:
-            return torch.tensor([MARK])
+            return torch.tensor([REFUSED])
         assert self._earlier is not None
         classes, _, type_ = kind.rpartition(":")
         self._earlier.seek(offset)
@@ -173,16 +174,17 @@ class Journal(Sent):
 
     def _note(self, content: Mapping[str, Any], *parts: bytes) -> None:
         record = b"".join((json.dumps(content, separators=(",", ":")).encode(), b"\n", *parts))
+        place = _place_of(content)
         with self._lock:
             count(self.totals, content)
             if self._file is not None:
-                self._append(record)
+                self._append(place, record)
             else:
-                self._pending.append(record)
+                self._pending.append((place, record))
 
-    def _append(self, record: bytes) -> None:
+    def _append(self, place: Place | None, record: bytes) -> None:
         assert self._file is not None
-        chain, place = _next(self._chain, record), _place_of(record)
+        chain = _next(self._chain, record)
         with usable(self.path):
             self._file.seek(self._end)
             _write(self._file, _framed(record, chain))
@@ -205,8 +207,8 @@ class Journal(Sent):
         with usable(self.path):
             with part.open("wb") as file:
                 file.write(_head(0))
-                for record in (*self._records(places), totals):
-                    chain, place = _next(chain, record), _place_of(record)
+                for place, record in chain_of(self._records(places), [(None, totals)]):
+                    chain = _next(chain, record)
                     file.write(_framed(record, chain))
                     if place is not None:
                         kept[place].append((end + _PREFIX, len(record)))
@@ -220,13 +222,13 @@ class Journal(Sent):
             self._file = path.open("r+b", buffering=0)
         self._kept, self._chain, self._end = kept, chain, end
 
-    def _records(self, places: Sequence[Place]) -> Iterator[bytes]:
-        """The records of the answers in some places."""
+    def _records(self, places: Sequence[Place]) -> Iterator[tuple[Place | None, bytes]]:
+        """The records of the answers in some places, with these."""
         assert self._file is not None
         for place in places:
             for offset, length in self._kept[place]:
                 self._file.seek(offset)
-                yield self._file.read(length)
+                yield place, self._file.read(length)
 
     def _load(self, path: Path) -> None:
         """Read what earlier attempts left."""
@@ -236,7 +238,8 @@ class Journal(Sent):
         while record := self._read(file, counted, path):
             start, self._end = self._end + _PREFIX, self._end + _PREFIX + len(record)
             line = record.index(b"\n") + 1
-            content, place = json.loads(record[:line]), _place_of(record)
+            content = json.loads(record[:line])
+            place = _place_of(content)
             if content["t"] == "totals":
                 refuse_form(path, content, _TOTALS)
             count(self.totals, content)
@@ -286,9 +289,8 @@ def _framed(record: bytes, chain: bytes) -> bytes:
     return len(record).to_bytes(4, "little") + chain + record
 
 
-def _place_of(record: bytes) -> Place | None:
+def _place_of(content: Mapping[str, Any]) -> Place | None:
     """The place of an answer; None for a record that no place needs."""
-    content = json.loads(record[: record.index(b"\n")])
     return (content["stage"], content["shard"]) if "stage" in content else None
 
 
