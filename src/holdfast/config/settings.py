@@ -104,7 +104,7 @@ class AssessSettings(BaseModel):
     http_max_rows: values.Positive = Field(64, description="rows of one request to a server at most")
     http_timeout: values.Timeout = Field("30s", description="how long a server may take to answer")
     http_retries: values.Whole = Field(
-        5, description="how often a request that failed in passing is sent again"
+        5, description="how often a request that failed temporarily is sent again"
     )
     http_concurrency: values.Positive = Field(
         1, description="requests to a server that are under way at once, at most"

@@ -1,4 +1,4 @@
-"""Requests to a server that a user named: over one connection, and again where they fail in passing."""
+"""Requests to a server that a user named: over one connection, and again where they fail temporarily."""
 
 import json
 import os
@@ -75,7 +75,7 @@ class _Within(RawIOBase):
 
 
 class Client:
-    """One server; a request that fails in passing is sent again, ever later.
+    """One server; a request that fails temporarily is sent again, ever later.
 
     Raises `TargetLost` when that does not help, and `InputRefused` where the server refuses the content of a request.
     Redirects are not followed, proxies not used. Several threads may ask at once, each over a connection of its own;

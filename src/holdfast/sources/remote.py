@@ -40,7 +40,7 @@ class Remote:
     timeout_s: float = 30.0
     """longest silence, and longest whole answer, of one request"""
     retries: int = 5
-    """how often a request that failed in passing is sent again"""
+    """how often a request that failed temporarily is sent again"""
     concurrency: int = 1
     """requests that are under way at once, at most"""
     rate: float | None = None

@@ -32,7 +32,7 @@ class Totals:
     rejected: Counter[str] = field(default_factory=Counter)
     """attacked inputs that the server refused by themselves, by its status"""
     failed: Counter[str] = field(default_factory=Counter)
-    """requests that failed in passing and were sent again, by what failed"""
+    """requests that failed temporarily and were sent again, by what failed"""
     failed_rows: int = 0
     most: int | None = None
     """rows that a request may have, as the server showed by refusing more"""
@@ -82,7 +82,7 @@ class Sent:
             self._note({"t": "sent", "n": rows})
 
     def failed(self, what: str, rows: int) -> None:
-        """Count a request that failed in passing and is sent again."""
+        """Count a request that failed temporarily and is sent again."""
         self._note({"t": "failed", "what": what, "n": rows})
 
     def answered(self, purpose: Purpose, values: Tensor, keys: Sequence[bytes]) -> None:
