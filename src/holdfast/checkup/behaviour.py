@@ -6,9 +6,24 @@ import torch
 
 from holdfast.checkup.examined import STEADY, Examined, Finding, outputs_of
 from holdfast.checkup.readings import shifted_labels
+from holdfast.core.errors import UnclearOutput
+from holdfast.core.model import EVERY, Classifier
 from holdfast.ops.losses import margin_loss
 from holdfast.ops.refusals import CUTS
 from holdfast.ops.statistics import against_majority
+
+
+def batch_sizes(model: Classifier) -> Iterator[Finding]:
+    """A network that does not take any number of rows."""
+    if model.batches is not None and model.batches != EVERY:
+        yield Finding(
+            "batches", "warning", model.batches.says, "let it take any number of rows, to be quicker"
+        )
+
+
+def unclear_output(error: UnclearOutput) -> Finding:
+    """One number an example that may be a logit or a probability."""
+    return Finding("output", "problem", str(error), "--model-output probability, or --model-output logit")
 
 
 def outputs(examined: Examined) -> Iterator[Finding]:

@@ -4,7 +4,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from holdfast.checkup.behaviour import accuracy, gradients, labels, outputs, steadiness
+from holdfast.checkup.behaviour import (
+    accuracy,
+    batch_sizes,
+    gradients,
+    labels,
+    outputs,
+    steadiness,
+    unclear_output,
+)
 from holdfast.checkup.data_checks import (
     SAMPLE,
     known_labels,
@@ -20,7 +28,7 @@ from holdfast.checkup.readings import labels_from_one, layouts, units
 from holdfast.checkup.served import examine_served
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError, UnclearOutput
-from holdfast.core.model import EVERY, IN_PLACE, Classifier, fitted
+from holdfast.core.model import IN_PLACE, Classifier, fitted
 from holdfast.ops.prepare import in_training
 from holdfast.sources.probing import settle_output, settle_predictions
 
@@ -72,7 +80,7 @@ def _unclear_output(model: Classifier, data: Data) -> Iterator[Finding]:
     try:
         settle_output(model, data)
     except UnclearOutput as error:
-        yield Finding("output", "problem", str(error), "--model-output probability, or --model-output logit")
+        yield unclear_output(error)
 
 
 def _predictions(model: Classifier, data: Data) -> Iterator[Finding]:
@@ -90,10 +98,7 @@ def _found(
     if wrong_layout is not None:
         yield wrong_layout
         return
-    if model.batches is not None and model.batches != EVERY:
-        yield Finding(
-            "batches", "warning", model.batches.says, "let it take any number of rows, to be quicker"
-        )
+    yield from batch_sizes(model)
     if model.rewrites:
         yield Finding("in place", "warning", IN_PLACE, "write x = x - mean in it, not x -= mean")
     known = outputs_of(model, batch.x[:1]).shape[1] - model.rejects

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from holdfast.checkup.behaviour import accuracy, gradients, labels, outputs
+from holdfast.checkup.behaviour import accuracy, batch_sizes, gradients, labels, outputs, unclear_output
 from holdfast.checkup.data_checks import (
     SAMPLE,
     known_labels,
@@ -24,7 +24,7 @@ from holdfast.checkup.examined import BETTER, STEADY, Examined, Finding, outputs
 from holdfast.checkup.readings import units
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError, TargetLost, UnclearOutput
-from holdfast.core.model import EVERY, Classifier
+from holdfast.core.model import Classifier
 from holdfast.sources.counting import Look, look_at, rows_of_calls
 
 _ASKED = 20
@@ -49,10 +49,7 @@ def _found(model: Classifier, data: Data, server: Look) -> Iterator[Finding]:
     yield from strange_classes(data)
     seen = sampled(data, SAMPLE, model)
     yield from range_of_values(model, seen.x, data)
-    if model.batches is not None and model.batches != EVERY:
-        yield Finding(
-            "batches", "warning", model.batches.says, "let it take any number of rows, to be quicker"
-        )
+    yield from batch_sizes(model)
     first, second = rows_of_calls(model, server.remaining, min(_ASKED, len(data)), _ASKED)
     if not first:
         says = "the model was not asked: all rows were needed to find out how the data are read"
@@ -63,7 +60,7 @@ def _found(model: Classifier, data: Data, server: Look) -> Iterator[Finding]:
     try:
         logits = outputs_of(model, batch.x)
     except UnclearOutput as error:
-        yield Finding("output", "problem", str(error), "--model-output probability, or --model-output logit")
+        yield unclear_output(error)
     except TargetLost:
         raise
     except TargetError:
