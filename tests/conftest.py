@@ -53,6 +53,12 @@ def models_folder() -> Path:
     return _folder("HOLDFAST_MODELS", "models")
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parse files here: another process takes 2 s to import torch, and other tests read a file as users do."""
+    monkeypatch.setattr("holdfast.sources.limited.calling.HERE.limited", True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _shapes() -> Iterator[None]:
     """Check at run time that tensors have the shapes that the annotations promise, in whatever a test runs."""

@@ -1,10 +1,8 @@
 """Weights of strangers: nothing runs, nothing inflates, and the message says what was found."""
 
 import io
-import json
 import os
 import pickle
-import subprocess
 import tarfile
 import time
 import warnings
@@ -16,9 +14,8 @@ import torch
 from torch import nn
 
 from holdfast.core.errors import TargetError
-from holdfast.sources import archive, unpacking
 from holdfast.sources.archive import check_archive, read_weights
-from holdfast.sources.unpacking import state_dict
+from holdfast.sources.limited.weights import state_dict
 
 
 class Bomb:
@@ -29,18 +26,6 @@ class Bomb:
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, (f"touch {self.marker}",)
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unpickle here: another process takes 2 s to import torch, and other tests read a file as users do."""
-
-    def main(path: Path, handed_back: Path) -> subprocess.CompletedProcess[str]:
-        answer = unpacking.main(str(path), str(handed_back))
-        return subprocess.CompletedProcess([], 0, json.dumps(answer), "")
-
-    monkeypatch.setattr(unpacking, "limit", lambda path: None)
-    monkeypatch.setattr(archive, "_unpacked", main)
 
 
 def zipped(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:

@@ -399,8 +399,9 @@ def test_parquet_is_read_as_csv_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         pa.table({"a": pa.repeat(pa.scalar(0.5), 3_000_000), "y": [0] * 3_000_000}), tmp_path / "b.parquet"
     )
     assert (tmp_path / "b.parquet").stat().st_size < 100_000
-    monkeypatch.setattr("holdfast.sources.tables.MAX_CELLS", 5_000_000)
-    with pytest.raises(TargetError, match="declares 3000000 rows of 2 columns; at most 5000000 cells"):
+    monkeypatch.setattr("holdfast.sources.limited.calling.HERE.limited", True)
+    monkeypatch.setattr("holdfast.sources.limited.tables.MAX_CELLS", 5_000_000)
+    with pytest.raises(TargetError, match="has 3,000,000 rows of 2 columns or more; at most 5,000,000 cells"):
         open_data(str(tmp_path / "b.parquet"), label="y")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(TargetError, match="no readable parquet"):

@@ -33,6 +33,7 @@ from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, StandardSca
 from sklearn.svm import SVC, LinearSVC  # noqa: E402
 from sklearn.tree import DecisionTreeClassifier  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
 DIGITS, CLASS = load_digits(return_X_y=True)
 DIGITS = (DIGITS / 16).astype(np.float32)
 FIT, JUDGED = slice(0, 400), slice(1000, 1060)

@@ -19,6 +19,8 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.models import open_model
 from holdfast.sources.operators import is_operator_of_networks, replace_unchecked
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 
 def network() -> nn.Module:
     torch.manual_seed(0)

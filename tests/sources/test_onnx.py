@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from holdfast.sources.onnx.converting import OPERATORS  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
 RNG = np.random.default_rng(0)
 N, C, H, W = "n", 3, 6, 7
 IMAGE = (N, C, H, W)
@@ -853,10 +854,11 @@ def test_default_exports_of_scikit_learn_answer_as_in_onnxruntime(
     assert opened.access == ("labels" if kind == "binary SVC" else "scores")
 
 
-def test_a_giant_made_of_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_giant_made_of_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("holdfast.sources.limited.calling.HERE.limited", False)
     nodes = [node("ConstantOfShape", "huge", "z"), node("ReduceSum", "z", "s"), node("Add", "x s", "y")]
     path = write(tmp_path / "m.onnx", nodes, {"huge": ints(2**20, 2**20)}, shape=(N, 5))
-    with pytest.raises(TargetError, match="onnxruntime refuses"):
+    with pytest.raises(TargetError, match="asks for far more memory than its size"):
         open_model(path)
 
 

@@ -1,8 +1,6 @@
 """Model files that run code: TorchScript, and pickles of whole modules, which open with trust alone."""
 
 import hashlib
-import json
-import subprocess
 import warnings
 from pathlib import Path
 
@@ -11,22 +9,10 @@ import torch
 from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.sources import archive, unpacking
 from holdfast.sources.models import open_model
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
 X = torch.rand(3, 64, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unpickle here: another process takes 2 s to import torch, and other tests read a file as users do."""
-
-    def main(path: Path, handed_back: Path) -> subprocess.CompletedProcess[str]:
-        answer = unpacking.main(str(path), str(handed_back))
-        return subprocess.CompletedProcess([], 0, json.dumps(answer), "")
-
-    monkeypatch.setattr(unpacking, "limit", lambda path: None)
-    monkeypatch.setattr(archive, "_unpacked", main)
 
 
 def test_a_torchscript_file_opens_with_trust_alone(tmp_path: Path):

@@ -32,6 +32,10 @@ class TargetError(HoldfastError):
     exit_code: ClassVar[int] = 3
 
 
+class CarriesCode(TargetError):
+    """A model file that runs code when it is loaded, and that is not trusted."""
+
+
 class TargetLost(TargetError):
     """A target that cannot be asked any more, whatever the input; a run that was under way can be resumed later."""
 

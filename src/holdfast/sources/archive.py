@@ -2,15 +2,11 @@
 
 A denylist of pickled names does not hold, and `weights_only` alone inflates a 195 KB archive to 200 MB before it
 fails. So the zip directory is judged first, in this process, without reading a member; then a process of its own,
-under a limit of memory and CPU time, unpickles the tensors with `weights_only` and hands them back as safetensors.
+under limits of memory and CPU time, unpickles the tensors with `weights_only` and writes them as safetensors.
 """
 
 import io
-import json
 import stat
-import subprocess
-import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,26 +14,23 @@ from pathlib import Path, PurePosixPath
 import safetensors.torch
 from torch import Tensor
 
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import CarriesCode, TargetError
 from holdfast.sources.files import megabytes, readable_file
+from holdfast.sources.limited.calling import read_under_limits
+from holdfast.sources.limited.limits import MEMORY, Limits, requested_memory
+from holdfast.sources.limited.weights import TRUST, WRITTEN
 
 MAX_BYTES = 4 * 2**30
 """members of one archive, together; far above any classifier that fits the memory limit"""
 MAX_MEMBERS = 100_000
 """torch stores one member a tensor"""
-UNPACK_SECONDS = 300
-"""wall time that reading one file may take"""
+LIMITS = Limits(copies=4, spare_bytes=512 * 2**20)
+"""of the process that unpickles a state dict"""
 _ZIP_MAGIC = b"PK\x03\x04"
 _SAVED_BY = (
     "torch.save stores members uncompressed, so this file was repacked. Save it again with "
     "torch.save(model.state_dict(), …) or as safetensors"
 )
-TRUST = (
-    "If you trust the file, give --trust-code (Python: trust_code=True). It is safer to save model.state_dict() and "
-    "give --arch, or to export a .pt2 program or ONNX, which run no code"
-)
-"""the advice for model files that run code"""
-_UNPACKING = Path(__file__).with_name("unpacking.py")
 
 
 @dataclass(frozen=True)
@@ -49,18 +42,21 @@ class Weights:
     """said in the report: the nesting that was entered, entries that were left out"""
 
 
-class CarriesCode(TargetError):
-    """A model file that runs code when it is loaded, and that is not trusted."""
-
-
-def read_once(path: Path, what: str) -> bytes:
+def read_once(path: Path, what: str, *, max_bytes: int = MAX_BYTES) -> bytes:
     """The bytes of a file, so that those that are checked are those that are loaded; `what` names it in the error."""
     readable_file(path, what)
-    if path.stat().st_size > MAX_BYTES:
-        raise TargetError(
-            f"{str(path)!r} has {megabytes(path.stat().st_size)}; at most {megabytes(MAX_BYTES)} is read"
-        )
+    refuse_large(path, max_bytes)
     return path.read_bytes()
+
+
+def refuse_large(path: Path, max_bytes: int) -> None:
+    """`TargetError` for a file with more bytes than that, or than `HOLDFAST_READ_MEMORY` allows."""
+    n_bytes, most = path.stat().st_size, max(max_bytes, requested_memory())
+    if n_bytes > most:
+        raise TargetError(
+            f"{str(path)!r} has {megabytes(n_bytes)}; at most {megabytes(most)} is read. If you trust it, raise the "
+            f"limit with {MEMORY}=16GB"
+        )
 
 
 def is_script(content: bytes) -> bool:
@@ -107,7 +103,7 @@ def check_archive(
         if member.filename in seen:
             raise TargetError(f"{str(path)!r} holds {member.filename!r} twice; it was tampered with")
         seen.add(member.filename)
-    total = sum(member.file_size for member in members)
+    total, max_bytes = sum(member.file_size for member in members), max(max_bytes, requested_memory())
     if total > max_bytes:
         raise TargetError(f"{str(path)!r} holds {megabytes(total)}; at most {megabytes(max_bytes)} is read")
 
@@ -115,16 +111,11 @@ def check_archive(
 def read_weights(path: Path, *, max_bytes: int = MAX_BYTES) -> Weights:
     """The tensors of a `.pt` state dict, unpickled elsewhere; costs about 1.5 s of CPU for the other process."""
     readable_file(path, "weights file")
-    if path.stat().st_size > max_bytes:
-        raise TargetError(
-            f"{str(path)!r} has {megabytes(path.stat().st_size)}; at most {megabytes(max_bytes)} is read"
-        )
+    refuse_large(path, max_bytes)
     check_archive(path, max_bytes=max_bytes)
-    with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
-        handed_back = Path(folder) / "weights.safetensors"
-        notes = _unpack(path, handed_back)
+    with read_under_limits("weights", path, LIMITS) as (found, folder):
         # A bytes copy: tensors mapped from a file that is about to vanish would keep it alive.
-        return Weights(safetensors.torch.load(handed_back.read_bytes()), notes)
+        return Weights(safetensors.torch.load((folder / WRITTEN).read_bytes()), tuple(found["notes"]))
 
 
 def _is_code(member: zipfile.ZipInfo) -> bool:
@@ -150,32 +141,3 @@ def _check_member(path: Path, member: zipfile.ZipInfo, saved_by: str, *, trust_c
             f"{str(path)!r} holds {member.filename!r} compressed ({megabytes(member.compress_size)} that would inflate "
             f"to {megabytes(member.file_size)}); nothing was inflated: {saved_by}"
         )
-
-
-def _unpacked(path: Path, handed_back: Path) -> subprocess.CompletedProcess[str]:
-    """The process that unpickles under limits, when it has ended."""
-    # -P: the script's own folder holds a package named onnx and must not come first on the path.
-    command = [sys.executable, "-P", "-s", str(_UNPACKING), str(path.resolve()), str(handed_back)]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=UNPACK_SECONDS, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise TargetError(
-            f"{str(path)!r} took more than {UNPACK_SECONDS} s to read and was given up"
-        ) from error
-
-
-def _unpack(path: Path, handed_back: Path) -> tuple[str, ...]:
-    done = _unpacked(path, handed_back)
-    try:
-        answer = json.loads(done.stdout)
-    except json.JSONDecodeError:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise TargetError(
-            f"{str(path)!r} could not be read: the process that unpickles it under a memory limit ended with status "
-            f"{done.returncode} ({last[0]}); it asks for far more memory than its size, or is damaged"
-        ) from None
-    if answer.get("code"):
-        raise CarriesCode(f"{str(path)!r} {answer['error']} {TRUST}")
-    if "error" in answer:
-        raise TargetError(f"{str(path)!r} {answer['error']}")
-    return tuple(answer["notes"])

@@ -14,6 +14,7 @@ from holdfast.sources.files import nearest
 
 Array = NDArray[Any]
 _SHOWN = 10
+_MOST_NAMES = 100_000
 
 
 def class_numbers(
@@ -83,11 +84,26 @@ def numbered(y: Array, expected: Expected, name: str) -> Numbered:
     """
     if y.ndim == 1 and y.dtype.kind == "U" and len(y):
         found, places = np.unique(y, return_inverse=True)
-        names, objection = lenient_numbers(found.tolist(), expected, name, "text labels")
-        return Numbered(np.array([names.index(each) for each in found.tolist()])[places], names, objection)
+        return numbered_words(found.tolist(), places, expected, name)
     if expected.class_labels is None or y.ndim != 1 or y.dtype.kind not in "iu":
         return Numbered(y)
     return Numbered(_among(y, expected.class_labels, expected, name))
+
+
+def numbered_words(words: Sequence[str], places: Array, expected: Expected, name: str) -> Numbered:
+    """Class numbers of text labels: `places` (n,) is the place of each label among the distinct `words`.
+
+    Words that no label has are no classes. Raises as `class_numbers` does, and `TargetError` for more than 100,000.
+    """
+    used = np.unique(places)
+    if len(used) > _MOST_NAMES:
+        raise TargetError(
+            f"{name} has {len(used):,} different text labels; at most {_MOST_NAMES:,} classes were expected: name the "
+            "column of the label with --label"
+        )
+    names, objection = lenient_numbers(sorted(words[place] for place in used), expected, name, "text labels")
+    numbers = {each: number for number, each in enumerate(names)}
+    return Numbered(np.array([numbers.get(word, -1) for word in words])[places], names, objection)
 
 
 def _among(y: Array, labels: tuple[int, ...], expected: Expected, name: str) -> Array:

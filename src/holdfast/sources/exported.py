@@ -23,8 +23,13 @@ from torch import Tensor, fx, nn
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Batches
 from holdfast.sources.archive import check_archive, read_once
+from holdfast.sources.limited.calling import read_under_limits
+from holdfast.sources.limited.limits import Limits
 from holdfast.sources.operators import is_operator_of_networks, replace_unchecked
 
+Sizes = tuple[int | None, ...]
+LIMITS = Limits(copies=8, spare_bytes=2**31)
+"""of the process that loads and runs a program first"""
 _NAME = re.compile(r"(?!(.*\.)?__\w*__(\.|$))[\w@-]+(\.[\w@-]+)*|", re.ASCII)
 """parts without a dot reach generated code; those with two underscores at both ends are Python's own"""
 _TEXT = re.compile(r"[\w .,:;+<>=*/-]*", re.ASCII)
@@ -90,21 +95,47 @@ class FixedBatch(nn.Module):
 
 
 def open_program(path: Path, *, trust_code: bool) -> Program:
-    """The program in a `.pt2` file; one that carries code is refused unless `trust_code`."""
+    """The program in a `.pt2` file; one that carries code is refused unless `trust_code`.
+
+    Without trust it is judged, loaded and run once in a process of its own, before it is loaded here.
+    """
     content = read_once(path, "exported program")  # what is judged is what is loaded
     check_archive(path, content)
+    if trust_code:
+        reasons_to_refuse(path, content)  # a damaged file is refused with trust, too
+        net, sizes = loaded(path, content)
+        size = batch_size(net, sizes)
+    else:
+        with read_under_limits("programs", path, LIMITS, content=content) as (found, _):
+            size = found["batch_size"]
+        net, _ = loaded(path, content)
+    digest = hashlib.sha256(content).hexdigest()
+    return Program(net if size is None else FixedBatch(net, size), size, digest)
+
+
+def reasons_to_refuse(path: Path, content: bytes) -> list[str]:
+    """What of a program is more than tensors and operators of networks; `TargetError` where it is damaged."""
     try:
-        reasons = list(_needs_trust(content))
+        return list(_needs_trust(content))
     except _DAMAGE as error:
         raise TargetError(
             f"{str(path)!r} is no program of torch.export.save, or is damaged: {error}"
         ) from error
-    if reasons and not trust_code:
+
+
+def refuse_code(path: Path, content: bytes) -> None:
+    """Raise `UsageError` for a program that is more than tensors and operators of networks."""
+    reasons = reasons_to_refuse(path, content)
+    if reasons:
         raise UsageError(
             f"{str(path)!r} carries what could run as code, or reach outside of its tensors: "
             f"{'; '.join(reasons[:3])}. If you trust it, give --trust-code; otherwise export it to ONNX, or give the "
             "network as file.py:factory"
         )
+
+
+def loaded(path: Path, content: bytes) -> tuple[nn.Module, Sizes]:
+    """The network in a file that was judged or is trusted, and the sizes of its one input; None where one is free."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -117,11 +148,13 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
         raise TargetError(
             f"{str(path)!r} could not be opened by torch {torch.__version__}: {first[:200]}"
         ) from error
-    shape = _input_shape(program)
-    size, digest = shape[0], hashlib.sha256(content).hexdigest()
-    if size is None or _takes_any_batch(net, size, shape[1:]):
-        return Program(net, None, digest)
-    return Program(FixedBatch(net, size), size, digest)
+    return net, _input_shape(program)
+
+
+def batch_size(net: nn.Module, sizes: Sizes) -> int | None:
+    """The one size of a batch that the network takes; None where it takes any."""
+    size = sizes[0]
+    return None if size is None or _takes_any_batch(net, size, sizes[1:]) else size
 
 
 def _loaded(content: bytes) -> torch.export.ExportedProgram:
@@ -147,7 +180,7 @@ def _plain(exported: fx.GraphModule) -> fx.GraphModule:
     return plain.eval()
 
 
-def _input_shape(program: torch.export.ExportedProgram) -> tuple[int | None, ...]:
+def _input_shape(program: torch.export.ExportedProgram) -> Sizes:
     """Sizes of the one input; None where a size is free."""
     users = set(program.graph_signature.user_inputs)
     nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in users]

@@ -1,15 +1,16 @@
 """Data frames of pandas, read as a table of the same columns would be."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.arrays import Arrays
+from holdfast.sources.columns import NUMBER, SPLIT_COLUMN, Table, Words, as_numbers, as_words
 from holdfast.sources.expected import Expected
-from holdfast.sources.tables import Table, examples
+from holdfast.sources.tables import examples
 
 _NAME = "the data frame"
 
@@ -52,7 +53,7 @@ def open_frame(
             )
         label, columns = _with_labels(columns, labels, frame.index)
     return examples(
-        Table(_NAME, columns),
+        _table(columns, label),
         name=_NAME,
         label=label,
         drop=tuple(drop),
@@ -62,6 +63,23 @@ def open_frame(
         seed=seed,
         expected=expected,
     )
+
+
+def _table(columns: Mapping[str, list[str]], label: str | None) -> Table:
+    texts = [name for name in columns if name in (label, SPLIT_COLUMN)]
+    features = [name for name in columns if name not in texts]
+    found = [as_numbers(columns[name]) for name in features]
+    shape = len(next(iter(columns.values()), [])), len(features)
+    numbers, kinds = np.empty(shape, np.float32), np.full(shape, NUMBER, np.uint8)
+    for place, (values, what) in enumerate(found):
+        numbers[:, place] = values
+        kinds[:, place] = NUMBER if what is None else what
+    words = {}
+    for name in texts:
+        known: dict[str, int] = {}
+        places = as_words(columns[name], known)
+        words[name] = Words(tuple(known), places)
+    return Table(_NAME, tuple(columns), tuple(features), numbers, kinds if kinds.any() else None, words)
 
 
 def _with_labels(columns: dict[str, list[str]], labels: Any, index: Any) -> tuple[str, dict[str, list[str]]]:

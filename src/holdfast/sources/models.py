@@ -3,20 +3,21 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import CarriesCode, TargetError, UsageError
 from holdfast.core.model import EVERY, Batches, Bounds, Classifier, refuse_lazy
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.outputs import OutputKind
 from holdfast.core.types import Access, Layout
 from holdfast.sources.adapted import Adapted
 from holdfast.sources.adapting import adapted
-from holdfast.sources.archive import CarriesCode, Weights
+from holdfast.sources.archive import Weights
 from holdfast.sources.estimator_files import ESTIMATOR_SUFFIXES, open_estimator
 from holdfast.sources.estimators import Estimator
 from holdfast.sources.exported import open_program
@@ -24,7 +25,7 @@ from holdfast.sources.factories import Built, Model, build, build_from_file, nam
 from holdfast.sources.files import nearest, reading, sha256_of_file
 from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.remote import SCHEMES, Remote
-from holdfast.sources.weights import fit_weights, read_state_dict
+from holdfast.sources.weights import fit_weights, read_state_dict, refuse_misfit
 
 BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled"
 STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ts", ".model", ".ckpt", ".bin")
@@ -253,7 +254,7 @@ def _filled(
     opening: _Opening, weights: Weights, metadata: Mapping[str, Any], how: str, digest: str
 ) -> OpenedModel:
     """The architecture with the weights in it."""
-    built, known = _architecture(opening, metadata)
+    built, known = _architecture(opening, metadata, weights)
     net = built.net.net if isinstance(built.net, Classifier) else built.net
     if not isinstance(net, nn.Module):
         raise TargetError(
@@ -278,7 +279,7 @@ def _catalogued(opening: _Opening, metadata: Mapping[str, Any]) -> Mapping[str, 
     return {"architecture": opening.arch or metadata["architecture"], "arguments": arguments}
 
 
-def _architecture(opening: _Opening, metadata: Mapping[str, Any]) -> tuple[Built, Declared]:
+def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weights) -> tuple[Built, Declared]:
     """The network to fill: the user's where `--arch` is given, else the catalogue's that the file names."""
     from holdfast.sources.architectures import ARCHITECTURES  # late: nothing else needs the catalogue
 
@@ -299,10 +300,12 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any]) -> tuple[Built
     if opening.arguments or opening.arch is not None:
         return build(ARCHITECTURES[name], opening.arguments, f"--arch {name}", {}), _known(metadata)
     try:
-        net = ARCHITECTURES[name](**metadata.get("arguments", {}))
-    except (TypeError, ValueError) as error:
+        make = partial(ARCHITECTURES[name], **metadata.get("arguments", {}))
+        refuse_misfit(make, weights, repr(opening.address))
+        net = make()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TargetError(
-            f"{opening.address!r} names {name} with arguments that it refuses: {error}"
+            f"{opening.address!r} names {name} with arguments that it refuses: {str(error).splitlines()[0]}"
         ) from error
     return Built(net, {}), _known(metadata)
 
@@ -344,7 +347,7 @@ def _open_exported(opening: _Opening, path: Path) -> OpenedModel:
 
 
 def _open_onnx(opening: _Opening, path: Path) -> OpenedModel:
-    from holdfast.sources.onnx import open_onnx  # late: onnx is an extra
+    from holdfast.sources.onnx.opening import open_onnx  # late: onnx is an extra
 
     graph = open_onnx(path, opening.declared.input_shape)
     known = Declared(classes=graph.classes, class_names=graph.class_names, class_labels=graph.class_labels)

@@ -11,17 +11,33 @@ from typing import Any
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.archive import check_archive, read_once
+from holdfast.sources.limited.calling import read_under_limits
+from holdfast.sources.limited.limits import Limits
 
 _SHOWN = 5
 _SAVED_BY = "save it with skops.io.dump(estimator, file), without compression"
 
 
+LIMITS = Limits(copies=8, spare_bytes=2**30)
+"""of the process that loads an estimator first"""
+
+
 def open_skops(path: Path, *, trust_code: bool) -> tuple[Any, str, tuple[str, ...]]:
     """The estimator in the file, the SHA-256 of the file, and notes.
 
-    Raises `UsageError` for types that skops does not trust, unless `trust_code`, and `TargetError` for a damaged file.
+    Without `trust_code` it is loaded in a process of its own first, and asked for two rows. Raises `UsageError` for
+    types that skops does not trust, unless `trust_code`, and `TargetError` for a damaged file.
     """
     content = read_once(path, "model")
+    if not trust_code:
+        with read_under_limits("estimators", path, LIMITS, content=content):
+            pass  # it is loaded here after that has gone well
+    found, notes = loaded(path, content, trust_code=trust_code)
+    return found, hashlib.sha256(content).hexdigest(), notes
+
+
+def loaded(path: Path, content: bytes, *, trust_code: bool) -> tuple[Any, tuple[str, ...]]:
+    """The estimator in the content of a file, and notes; raises as `open_skops` does."""
     try:
         import skops.io as sio
     except ImportError as error:
@@ -33,6 +49,8 @@ def open_skops(path: Path, *, trust_code: bool) -> tuple[Any, str, tuple[str, ..
         warnings.simplefilter("always")
         try:
             untrusted = sio.get_untrusted_types(data=content)
+        except MemoryError:
+            raise
         except Exception as error:  # it raises anything, from KeyError to BadZipFile, on a foreign file
             raise _damaged(path, error) from error
         if untrusted and not trust_code:
@@ -44,10 +62,11 @@ def open_skops(path: Path, *, trust_code: bool) -> tuple[Any, str, tuple[str, ..
             )
         try:
             found = sio.loads(content, trusted=untrusted)
+        except MemoryError:
+            raise
         except Exception as error:  # as above
             raise _damaged(path, error) from error
-    notes = tuple(dict.fromkeys(str(each.message).split("\n")[0] for each in said))
-    return found, hashlib.sha256(content).hexdigest(), notes
+    return found, tuple(dict.fromkeys(str(each.message).split("\n")[0] for each in said))
 
 
 def _listed(types: list[str]) -> str:

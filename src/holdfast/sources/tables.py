@@ -1,11 +1,7 @@
 """Tables as a data set: numeric columns are the features, one column is the label."""
 
-import csv
-import gzip
-import io
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,29 +9,17 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.sources.arrays import Arrays, from_numpy, selected_rows
-from holdfast.sources.class_numbers import numbered
+from holdfast.sources.class_numbers import numbered, numbered_words
+from holdfast.sources.columns import MISSING, SPLIT_COLUMN, TEXT, Table, Words, number_of
 from holdfast.sources.expected import Expected
-from holdfast.sources.files import megabytes, nearest, readable_file
+from holdfast.sources.files import nearest, readable_file
+from holdfast.sources.limited.calling import read_under_limits
+from holdfast.sources.limited.limits import Limits
+from holdfast.sources.limited.tables import table
 
-MAX_BYTES = 2**30
-"""of a text table once inflated"""
-MAX_CELLS = 200_000_000
-"""of a parquet table; its encodings can repeat one value for ever in a few bytes"""
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
-SPLIT_COLUMN = "split"
-"""a column of this name says which rows are train and which are test"""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns of text, by name, in the order of the file."""
-
-    name: str
-    """as messages have it"""
-    columns: dict[str, list[str]]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), []))
+LIMITS = Limits(copies=4, spare_bytes=2**32)
+"""of the process that reads the file"""
 
 
 def open_table(
@@ -55,9 +39,10 @@ def open_table(
     Labels that are whole numbers from 0 on are the class numbers; any others are names of classes.
     """
     readable_file(path, "data file")
-    table = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+    with read_under_limits("tables", path, LIMITS, label=label, drop=drop) as (found, folder):
+        given = table(path, found, folder)
     return examples(
-        table,
+        given,
         name=name,
         label=label,
         drop=drop,
@@ -87,19 +72,18 @@ def examples(
     _refuse_dropped(drop, label, table)
     kept = _rows_of_split(table, split)
     chosen = kept[selected_rows(len(kept), n=n, sample=sample, seed=seed, name=name)]
-    column = table.columns[label]
+    column = table.words[label]
     y = _class_numbers(column, name)
     if y is not None:
         y = numbered(y, expected, name).y
-    features = [column for column in table.columns if column not in (label, SPLIT_COLUMN, *drop)]
-    features = _as_fitted(features, table, expected)
+    features = _as_fitted([name for name in table.features if name not in drop], table, expected)
     x = _numbers(table, features, chosen)
     if y is not None:
         data = from_numpy(name, x, y[chosen], chosen, expected, whole=y)
         return replace(data, features=tuple(features))
     # the model has seen the inputs, and its classes are counted, before names are numbered
     data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected)
-    given = numbered(np.array(column), expected, table.name)
+    given = numbered_words(column.words, column.places, expected, table.name)
     return replace(
         data,
         y=given.y[chosen],
@@ -165,137 +149,72 @@ def _refuse_dropped(drop: tuple[str, ...], label: str, table: Table) -> None:
             raise UsageError(f"{column!r} is the label of {table.name}; leave --drop {column} out")
 
 
-def _read_csv(path: Path) -> Table:
-    try:
-        with path.open("rb") as raw:
-            stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-            content = stream.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise TargetError(
-                f"{str(path)!r} holds more than {megabytes(MAX_BYTES)}; use parquet or fewer rows"
-            )
-        lines = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
-        return _table(path, lines)
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise TargetError(f"{str(path)!r} is no readable UTF-8 table: {error}") from error
-
-
-def _table(path: Path, lines: Iterator[list[str]]) -> Table:
-    header = next(lines, [])
-    if not header or len(set(header)) != len(header):
-        doubled = [name for name in header if header.count(name) > 1]
-        raise TargetError(f"{str(path)!r} needs a header of distinct names; found {doubled[:3] or 'nothing'}")
-    rows = [row for row in lines if row]
-    for number, row in enumerate(rows, start=1):
-        if len(row) != len(header):
-            raise TargetError(
-                f"row {number} of {str(path)!r} has {len(row)} cells; the header has {len(header)}"
-            )
-    columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in header]
-    return Table(repr(str(path)), dict(zip(header, columns, strict=True)))
-
-
-def _read_parquet(path: Path) -> Table:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise UsageError(
-            f'{str(path)!r} is parquet; reading it needs pip install "holdfast[parquet]"'
-        ) from error
-    try:
-        said = pq.read_metadata(path)
-        if said.num_rows * said.num_columns > MAX_CELLS:
-            raise TargetError(
-                f"{str(path)!r} declares {said.num_rows} rows of {said.num_columns} columns; "
-                f"at most {MAX_CELLS} cells are read"
-            )
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise TargetError(f"{str(path)!r} is no readable parquet file: {error}") from error
-    columns = {
-        name: ["" if value is None else str(value) for value in table.column(name).to_pylist()]
-        for name in table.column_names
-    }
-    return Table(repr(str(path)), columns)
-
-
 def _rows_of_split(table: Table, split: str | None) -> NDArray[np.int64]:
-    column = table.columns.get(SPLIT_COLUMN)
+    column = table.words.get(SPLIT_COLUMN)
     if column is None:
         if split is not None:
             raise NoSplit(f"{table.name} has no column {SPLIT_COLUMN!r}; leave --split {split} out")
         return np.arange(len(table), dtype=np.int64)
     wanted = split or "test"
-    rows = np.flatnonzero(np.array(column) == wanted).astype(np.int64)
-    if not len(rows) and wanted not in column:
-        found = sorted(set(column))
+    if wanted not in column.words:
+        found = sorted(column.words)
         raise NoSplit(
             f"{table.name} has no split {wanted!r}{nearest(wanted, found)}; it has {', '.join(found)}"
         )
-    return rows
+    return np.flatnonzero(column.places == column.words.index(wanted)).astype(np.int64)
 
 
-def _class_numbers(column: Sequence[str], name: str) -> NDArray[np.int64] | None:
+def _class_numbers(column: Words, name: str) -> NDArray[np.int64] | None:
     """Labels that are whole numbers from 0 on, which are the class numbers; None for labels that are names."""
-    if any(not cell.strip() for cell in column):
-        row = next(i for i, cell in enumerate(column) if not cell.strip())
-        raise TargetError(f"the label of row {row} of {name} is missing; drop such rows")
-    values = set(column)
-    whole = {value: _whole(value) for value in values}
-    if all(number is not None and number >= 0 for number in whole.values()):
-        return np.array([whole[cell] for cell in column], dtype=np.int64)
-    if all(_number(value) is not None for value in values) and None in whole.values():
-        row = next(i for i, cell in enumerate(column) if whole[cell] is None)
+
+    def row(place: int) -> int:
+        return int(np.flatnonzero(column.places == place)[0])
+
+    empty = [place for place, word in enumerate(column.words) if not word.strip()]
+    if empty:
+        raise TargetError(f"the label of row {min(map(row, empty))} of {name} is missing; drop such rows")
+    whole = [_whole(word) for word in column.words]
+    numbers = [number for number in whole if number is not None]
+    if len(numbers) == len(whole) and all(number >= 0 for number in numbers):
+        return np.array(numbers, dtype=np.int64)[column.places]
+    if None in whole and all(number_of(word) is not None for word in column.words):
+        first = min(row(place) for place, number in enumerate(whole) if number is None)
         raise TargetError(
-            f"the label of row {row} of {name} is {column[row]}; whole numbers from 0 on, or names, were expected"
+            f"the label of row {first} of {name} is {column.words[column.places[first]]}; whole numbers from 0 on, or "
+            "names, were expected"
         )
     return None
 
 
 def _whole(text: str) -> int | None:
-    number = _number(text)
+    number = number_of(text)
     return int(number) if number is not None and number.is_integer() else None
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _numbers(table: Table, features: list[str], rows: NDArray[np.int64]) -> NDArray[np.float32]:
     if not features:
         raise TargetError(f"{table.name} has no column beside its label; at least one feature was expected")
-    x = np.empty((len(rows), len(features)), dtype=np.float32)
-    text: list[str] = []
-    for i, name in enumerate(features):
-        cells = [table.columns[name][row] for row in rows]
-        try:
-            x[:, i] = [_TRUTH.get(cell.lower(), cell) for cell in cells]
-        except ValueError:
-            _refuse_missing(table, name, cells, rows)
-            text.append(name)
-    if text:
-        raise _not_numbers(table, text)
-    return x
+    places = [table.features.index(name) for name in features]
+    if table.kinds is not None:
+        kinds = table.kinds[rows][:, places]
+        text = [name for name, column in zip(features, kinds.T, strict=True) if (column == TEXT).any()]
+        _refuse_missing(table, [name for name in features if name not in text], features, kinds, rows)
+        if text:
+            raise _not_numbers(table, text)
+    return table.numbers[rows][:, places]
 
 
-def _refuse_missing(table: Table, name: str, cells: list[str], rows: NDArray[np.int64]) -> None:
+def _refuse_missing(
+    table: Table, names: list[str], features: list[str], kinds: NDArray[np.uint8], rows: NDArray[np.int64]
+) -> None:
     """Raise `TargetError` for a column of numbers with an empty cell."""
-    filled = [cell for cell in cells if cell.strip()]
-    if len(filled) == len(cells) or any(_number(_plain(cell)) is None for cell in filled):
-        return
-    row = next(row for row, cell in zip(rows, cells, strict=True) if not cell.strip())
-    raise TargetError(
-        f"the value of {name} in row {row} of {table.name} is missing; fill or drop such rows, or leave the column out "
-        f"with --drop {shlex.quote(name)}"
-    )
-
-
-def _plain(cell: str) -> str:
-    return str(_TRUTH.get(cell.lower(), cell))
+    for name in names:
+        missing = np.flatnonzero(kinds[:, features.index(name)] == MISSING)
+        if len(missing):
+            raise TargetError(
+                f"the value of {name} in row {rows[missing[0]]} of {table.name} is missing; fill or drop such rows, or "
+                f"leave the column out with --drop {shlex.quote(name)}"
+            )
 
 
 def _not_numbers(table: Table, text: list[str]) -> TargetError:
@@ -308,7 +227,3 @@ def _not_numbers(table: Table, text: list[str]) -> TargetError:
         f"{'it' if len(text) == 1 else 'them'} out with {flags}{more}, or write numbers in place of the text, as the "
         "model was trained"
     )
-
-
-_TRUTH: dict[str, float] = {"true": 1.0, "false": 0.0}
-"""how pandas and pyarrow write booleans"""

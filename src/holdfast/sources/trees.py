@@ -6,8 +6,6 @@ damaged file must not end this process. Files are data and run no code.
 
 import hashlib
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,18 +17,20 @@ import numpy as np
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.adapted import Adapted
+from holdfast.sources.archive import read_once
 from holdfast.sources.estimators import Array, Asked, as_model
-from holdfast.sources.files import megabytes, readable_file
+from holdfast.sources.limited.calling import read_under_limits
+from holdfast.sources.limited.limits import Limits
+from holdfast.sources.limited.trees import damaged
 
 MAX_BYTES = 2**30
 """of a file; a booster of 10,000 deep trees has some hundred megabytes"""
-LOAD_SECONDS = 300
-"""wall time that loading one file may take"""
+LIMITS = Limits(copies=8, spare_bytes=2**30)
+"""of the process that loads a file first; JSON needs eight copies"""
 _OBJECTIVES = frozenset(
     {"binary:logistic", "binary:logitraw", "binary:hinge", "multi:softmax", "multi:softprob"}
 )
 """those whose margins are logits of classes"""
-_LOADING = Path(__file__).with_name("loading_booster.py")
 
 
 def adapted_booster(booster: Any) -> Adapted:
@@ -43,14 +43,15 @@ def open_booster(path: Path) -> tuple[Adapted, str]:
 
     Trees after the best iteration are left out where `XGBClassifier` wrote the file and stopped early, as it does.
     """
-    content = _content(path)
+    content = read_once(path, "model", max_bytes=MAX_BYTES)
     try:
         import xgboost
     except ImportError as error:
         raise UsageError(
             f'{str(path)!r} is a model of XGBoost; opening it needs pip install "holdfast[trees]"'
         ) from error
-    _refuse_damaged(path, content)
+    with read_under_limits("trees", path, LIMITS, content=content):
+        pass  # it is loaded here after that has gone well
     booster = xgboost.Booster()
     try:
         with warnings.catch_warnings():
@@ -59,57 +60,8 @@ def open_booster(path: Path) -> tuple[Adapted, str]:
         best = _best_iteration(booster.attributes())
         adapted = _adapted(booster, hashlib.sha256(content).hexdigest(), best)
     except xgboost.core.XGBoostError as error:
-        raise _damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
     return adapted, hashlib.sha256(content).hexdigest()
-
-
-def _content(path: Path) -> bytes:
-    """The bytes, read once; a `.json` file that is no model of XGBoost is refused."""
-    readable_file(path, "model")
-    if path.stat().st_size > MAX_BYTES:
-        raise TargetError(
-            f"{str(path)!r} has {megabytes(path.stat().st_size)}; at most {megabytes(MAX_BYTES)} is read"
-        )
-    content = path.read_bytes()
-    if path.suffix != ".json":
-        return content
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise TargetError(f"{str(path)!r} is no readable JSON: {error}; save the booster again") from error
-    if not isinstance(found, Mapping) or not isinstance(found.get("learner"), Mapping):
-        held = (
-            f"the keys {', '.join(map(str, list(found)[:5]))}"
-            if isinstance(found, Mapping)
-            else type(found).__name__
-        )
-        raise TargetError(
-            f"{str(path)!r} holds {held} and is no model of XGBoost, which has the key learner; a .json model is what "
-            "Booster.save_model or XGBClassifier.save_model wrote"
-        )
-    return content
-
-
-def _refuse_damaged(path: Path, content: bytes) -> None:
-    """Load the bytes in a process of its own, and raise `TargetError` where that ends otherwise than well."""
-    # -P: the folder of the script holds modules that must not come first on the path
-    command = [sys.executable, "-P", "-s", str(_LOADING)]
-    try:
-        done = subprocess.run(command, input=content, capture_output=True, timeout=LOAD_SECONDS, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise TargetError(
-            f"{str(path)!r} took more than {LOAD_SECONDS} s to load and was given up"
-        ) from error
-    if done.returncode:
-        ended = f"the process that loads it under limits ended with status {done.returncode}"
-        raise _damaged(path, (done.stderr.decode(errors="replace").strip().splitlines() or [ended])[-1])
-
-
-def _damaged(path: Path, said: str) -> TargetError:
-    first = (said.splitlines() or ["no message"])[0][:200]
-    return TargetError(
-        f"{str(path)!r} is no readable model of XGBoost: {first}; save it again with save_model, or download it again"
-    )
 
 
 def _best_iteration(attributes: Mapping[str, str | None]) -> int | None:

@@ -16,7 +16,7 @@ from torch import nn
 from holdfast.core.errors import TargetError
 from holdfast.sources.archive import Weights, check_archive, is_script, read_once
 from holdfast.sources.factories import importable
-from holdfast.sources.unpacking import NESTINGS, state_dict
+from holdfast.sources.limited.weights import NESTINGS, state_dict
 
 
 def open_trusted(path: Path) -> tuple[nn.Module | Weights, str, str]:

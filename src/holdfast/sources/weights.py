@@ -1,7 +1,7 @@
 """Puts tensors into an architecture, or says which of them do not fit."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from holdfast.core.errors import TargetError
 from holdfast.sources.archive import Weights, read_weights
@@ -19,6 +20,7 @@ METADATA_KEY = "holdfast"
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")
 """prefixes that DataParallel, torch.compile and training scripts put before every name"""
 _SHOWN = 4
+_MOST_WRAPPERS = 8
 
 
 def read_state_dict(path: Path) -> tuple[Weights, dict[str, Any]]:
@@ -46,19 +48,35 @@ def written(net: nn.Module, described: Mapping[str, Any]) -> bytes:
     return safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(described, sort_keys=True)})
 
 
+def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str) -> None:
+    """Raise `TargetError` where a network has other tensors than the file, before memory is taken for it.
+
+    The network is made without memory, and no further than it has as many parameters as the file has tensors: a file
+    may ask for one of any size. What `make` raises is not caught.
+    """
+    most, n = len(weights.tensors), 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal n
+        n += 1
+        if n > most:
+            raise TargetError(
+                f"the weights of {source} do not fit: it has {most} tensors and asks for a network with more. Check "
+                "--arch and --model-args, or train and save it again"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            net = make()
+    finally:
+        hook.remove()
+    _fitting(net, weights, source)
+
+
 def fit_weights(net: nn.Module, weights: Weights, source: str) -> tuple[str, ...]:
     """Load the tensors into the network, in place, and return what had to be done; names what does not fit."""
-    wanted = net.state_dict()
-    tensors, notes = _unwrapped(weights.tensors, wanted)
-    # Checkpoints from before torch 0.4 lack the counter; eval mode never reads it.
-    counters = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
-    tensors = {**{name: value for name, value in counters.items() if name not in tensors}, **tensors}
-    problems = _problems(tensors, wanted)
-    if problems:
-        raise TargetError(
-            f"the weights of {source} do not fit {type(net).__name__}: {'; '.join(problems)}. Check --arch and "
-            "--model-args, or rename the keys of the state dict if only the names differ"
-        )
+    tensors, notes = _fitting(net, weights, source)
     net.load_state_dict(tensors)
     broken = [
         name
@@ -72,12 +90,29 @@ def fit_weights(net: nn.Module, weights: Weights, source: str) -> tuple[str, ...
     return (*weights.notes, *notes)
 
 
+def _fitting(net: nn.Module, weights: Weights, source: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors under the names of the network, and notes; `TargetError` names what does not fit."""
+    wanted = net.state_dict()
+    tensors, notes = _unwrapped(weights.tensors, wanted)
+    # Checkpoints from before torch 0.4 lack the counter; eval mode never reads it.
+    counters = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
+    tensors = {**{name: value for name, value in counters.items() if name not in tensors}, **tensors}
+    problems = _problems(tensors, wanted)
+    if problems:
+        raise TargetError(
+            f"the weights of {source} do not fit {type(net).__name__}: {'; '.join(problems)}. Check --arch and "
+            "--model-args, or rename the keys of the state dict if only the names differ"
+        )
+    return tensors, notes
+
+
 def _unwrapped(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Names without the wrappers around them, where no name fits as it is and some fit without."""
-    now, notes = dict(tensors), []
-    while not wanted.keys() & now.keys():
+    now: dict[str, Tensor] = dict(tensors)
+    notes: list[str] = []
+    while not wanted.keys() & now.keys() and len(notes) < _MOST_WRAPPERS:
         around = [prefix for prefix in WRAPPERS if now and all(name.startswith(prefix) for name in now)]
         if not around:
             return dict(tensors), []

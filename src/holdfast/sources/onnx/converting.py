@@ -1,5 +1,6 @@
 """From a checked file to a `torch.fx.GraphModule` of ordinary modules and functions."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def convert(file: OnnxFile, output: str, *, batch_size: int | None) -> fx.GraphM
     values = {name: builder.constant(as_tensor(array)) for name, array in file.tensors.items()}
     values[file.input.name] = builder.input
     fixed = file.input.shape[0] if batch_size is None else None
-    for node in file.proto.graph.node:
+    for node, spent in _needed(file.proto.graph, output):
         step = Step(
             builder,
             node.op_type,
@@ -49,9 +50,23 @@ def convert(file: OnnxFile, output: str, *, batch_size: int | None) -> fx.GraphM
             fixed,
         )
         values.update(zip(node.output, _results(step), strict=False))
+        for name in spent:  # a file may compute more than memory holds at once
+            del values[name]
     if values[output].node is None:
         raise Unsupported(f"an output {output!r} that does not depend on the input")
     return builder.finish(values[output])
+
+
+def _needed(graph: Any, output: str) -> Iterator[tuple[Any, list[str]]]:
+    """The nodes that an output depends on, in their order, each with the names that no later one takes."""
+    wanted, nodes = {output}, []
+    for node in reversed(graph.node):
+        if wanted.isdisjoint(node.output):
+            continue
+        last = [name for name in dict.fromkeys((*node.input, *node.output)) if name and name not in wanted]
+        wanted.update(filter(None, node.input))
+        nodes.append((node, last))
+    yield from reversed(nodes)
 
 
 def _results(step: Step) -> tuple[Value, ...]:

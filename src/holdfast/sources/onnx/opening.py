@@ -10,19 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import TargetError
 from holdfast.core.outputs import is_single
 from holdfast.core.types import Access
 from holdfast.sources.exported import FixedBatch
+from holdfast.sources.limited.calling import read_under_limits
+from holdfast.sources.limited.limits import Limits
 from holdfast.sources.onnx.building import Unsupported
 from holdfast.sources.onnx.converting import convert, random_batch, unknown_operators
-from holdfast.sources.onnx.reading import OnnxFile, OnnxInput, read_onnx
+from holdfast.sources.onnx.reading import OnnxFile, OnnxInput, content_of, read_onnx
+from holdfast.sources.onnx.runtime import run, session
 
 TOLERANCES = {"float16": 1e-2, "float32": 1e-4, "float64": 1e-4}
 """largest difference between the import and onnxruntime, in units of the largest output (at least 1), by input type"""
 CHECKED_SIZES = (1, 3)
 """batch sizes that are compared when a model is opened"""
-
+LIMITS = Limits(copies=8, spare_bytes=2**31)
+"""of the process that parses and runs a file first"""
 
 _COMPARED = 64
 """random inputs by which scores and labels of one file are compared"""
@@ -66,7 +70,7 @@ class Runtime(nn.Module):
     def __init__(self, file: OnnxFile, output: str | None = None) -> None:
         super().__init__()
         self.input: OnnxInput = file.input
-        self.session = _session(file)
+        self.session = session(file.content, torch.get_num_threads())
         self.kinds = {value.name: value.type for value in self.session.get_outputs()}
         self.outputs = [output] if output else [name for name, kind in self.kinds.items() if kind in _NUMBERS]
 
@@ -92,12 +96,7 @@ class Runtime(nn.Module):
     def _run(self, rows: np.ndarray[Any, Any], size: int) -> list[np.ndarray[Any, Any]]:
         short = size - len(rows) if self.input.shape[0] else 0
         filled = np.concatenate((rows, np.repeat(rows[-1:], short, axis=0))) if short else rows
-        try:
-            found = self.session.run(self.outputs, {self.input.name: filled})
-        except Exception as error:  # its errors share no class that is public
-            raise TargetError(
-                f"onnxruntime refuses inputs of shape {filled.shape}: {_first_line(error)}"
-            ) from error
+        found = run(self.session, self.outputs, self.input.name, filled)
         return [values[: len(rows)] if short else values for values in found]
 
 
@@ -124,7 +123,11 @@ def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel
 
     `input_shape` is the shape of one example, which a file with free sizes needs.
     """
-    file = read_onnx(path, input_shape)
+    content = content_of(path)
+    shape = None if input_shape is None else list(input_shape)
+    with read_under_limits("onnx_files", path, LIMITS, content=content, input_shape=shape):
+        pass  # it is opened here after that has gone well
+    file = read_onnx(path, content, input_shape)
     _refuse_regressor(file, path)
     output, classes, notes = _chosen_output(file, path)
     contradicting = _labels_that_differ(file, output, path)
@@ -298,24 +301,3 @@ def _compare(net: nn.Module, file: OnnxFile, output: str, path: Path) -> None:
                 f"{str(path)!r}: the import differs from onnxruntime by {difference:.3g} on a batch of {n}; at most "
                 f"{allowed:.3g} was expected. Please report the model's operators"
             )
-
-
-def _session(file: OnnxFile) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UsageError('opening an .onnx model needs pip install "holdfast[onnx]"') from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        return onnxruntime.InferenceSession(file.content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors share no class that is public
-        raise TargetError(
-            f"onnxruntime refuses the model: {_first_line(error)}. Export it in float32, and from scikit-learn with "
-            "options={'zipmap': False}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -76,18 +76,22 @@ def onnx_module() -> ModuleType:
     return module
 
 
-def read_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxFile:
-    """Parse, bound and check a model; its external data are read here, and nowhere else.
-
-    `input_shape` is the shape of one example, which a file with free sizes needs.
-    """
+def content_of(path: Path) -> bytes:
+    """The bytes of a model file; `TargetError` where it has more than are read."""
     readable_file(path, "model")
-    onnx = onnx_module()
     if path.stat().st_size > MAX_BYTES:
         raise TargetError(
             f"{str(path)!r} has {megabytes(path.stat().st_size)}; at most {megabytes(MAX_BYTES)} is read"
         )
-    content = path.read_bytes()
+    return path.read_bytes()
+
+
+def read_onnx(path: Path, content: bytes, input_shape: Sequence[int] | None = None) -> OnnxFile:
+    """Parse, bound and check the content of a model file; its external data are read here, and nowhere else.
+
+    `input_shape` is the shape of one example, which a file with free sizes needs.
+    """
+    onnx = onnx_module()
     try:
         proto = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's own error class is not part of what onnx promises

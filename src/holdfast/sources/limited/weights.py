@@ -1,19 +1,15 @@
-"""A program of its own: unpickles one state dict with `weights_only`, under limits, and writes it as safetensors.
+"""Unpickles one state dict with `weights_only`, and writes it as safetensors."""
 
-`python -P unpacking.py STATE_DICT OUT` prints one line of JSON: `{"notes": [...]}`, or `{"error": "...", "code": true}`
-where the file holds more than tensors. It imports nothing of the package, so that it starts as fast as torch does.
-"""
-
-import json
 import pickle
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from holdfast.core.errors import CarriesCode, TargetError
 
 NESTINGS = (
     "state_dict",
@@ -27,30 +23,31 @@ NESTINGS = (
     "params",
 )
 """entries under which training scripts keep the state dict, in the order tried"""
-SPARE_BYTES = 512 * 2**20
-"""memory beyond four copies of the file"""
-CPU_SECONDS = 240
+TRUST = (
+    "If you trust the file, give --trust-code (Python: trust_code=True). It is safer to save model.state_dict() and "
+    "give --arch, or to export a .pt2 program or ONNX, which run no code"
+)
+"""the advice for model files that run code"""
+WRITTEN = "weights.safetensors"
+"""the file with the tensors, in the folder that both processes share"""
 
 
-def limit(path: Path) -> None:
-    """Cap memory, CPU time and what is written; what torch has mapped already is not counted against the file.
-
-    Windows has no such limits; there the checks of the zip directory and `weights_only` are what is left.
-    """
+def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
+    """The tensors of a state dict in the file `WRITTEN`, and notes; `CarriesCode` where it holds more than tensors."""
+    assert content is None, "torch maps the file"
+    torch.set_num_threads(1)
     try:
-        import resource
-    except ImportError:
-        return
-    allowance = 4 * path.stat().st_size + SPARE_BYTES
-    mapped = Path("/proc/self/statm")
-    if mapped.exists():
-        in_use = int(mapped.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (in_use + allowance, in_use + allowance))
-    else:
-        resource.setrlimit(resource.RLIMIT_DATA, (2**30 + allowance, 2**30 + allowance))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (allowance, allowance))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        # With this, torch compares the indices of sparse tensors with their sizes, which it does not do by itself.
+        with torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
+            tensors, notes = state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            # Cloned: safetensors refuses tensors that share memory, which tied weights do.
+            plain = {name: dense(name, tensor).contiguous().clone() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(plain, folder / WRITTEN)
+    except pickle.UnpicklingError as error:
+        raise CarriesCode(f"{str(path)!r} {explain(error)} {TRUST}") from error
+    except Exception as error:  # whatever a hostile file provokes becomes one sentence
+        raise TargetError(f"{str(path)!r} {explain(error)}") from error
+    return {"notes": notes}
 
 
 def state_dict(found: object) -> tuple[dict[str, Tensor], list[str]]:
@@ -102,8 +99,6 @@ def explain(error: Exception) -> str:
         )
     if isinstance(error, pickle.UnpicklingError):
         return f"is no state dict that can be read safely: {_cause(text)}. Nothing in it was run."
-    if isinstance(error, MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
-        return "asks for far more memory than its size; it was refused at the memory limit"
     if isinstance(error, TypeError) and text.startswith("holds"):
         return text
     return f"is damaged, truncated or no torch file: {text.splitlines()[0][:200] if text else type(error).__name__}"
@@ -117,23 +112,3 @@ def _cause(text: str) -> str:
     if operand := re.match(r"Unsupported operand (\d+)", cause):
         return f"it is a pickle that torch.save did not write (it holds operation {operand[1]})"
     return cause
-
-
-def main(source: str, out: str) -> dict[str, object]:
-    """Unpickle `source`, write `out`, and say what was found."""
-    torch.set_num_threads(1)
-    try:
-        limit(Path(source))
-        # With this, torch compares the indices of sparse tensors with their sizes, which it does not do by itself.
-        with torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
-            tensors, notes = state_dict(torch.load(source, map_location="cpu", weights_only=True))
-            # Cloned: safetensors refuses tensors that share memory, which tied weights do.
-            plain = {name: dense(name, tensor).contiguous().clone() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(plain, out)
-    except Exception as error:  # noqa: BLE001 - whatever a hostile file provokes becomes one sentence; the parent decides
-        return {"error": explain(error), "code": isinstance(error, pickle.UnpicklingError)}
-    return {"notes": notes}
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(*sys.argv[1:])))

@@ -1,46 +1,69 @@
-"""A program of its own: loads one model of XGBoost under limits and asks it once, so that a damaged file ends only it.
-
-`python -P loading_booster.py` reads the bytes of the file from its input and exits with 0 where that went well; else
-the last line of stderr says what did not. It imports nothing of the package.
-"""
+"""Loads one model of XGBoost and asks it once: its reader is native code, which a damaged file may end."""
 
 import json
-import sys
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xgboost
 
-SPARE_BYTES = 2**30
-"""memory beyond eight copies of the file, which JSON needs"""
-CPU_SECONDS = 240
+from holdfast.core.errors import TargetError
+
+_MOST_FEATURES = 10_000_000
 
 
-def limit(n_bytes: int) -> None:
-    """Cap memory, CPU time and core dumps where the system has such limits."""
+def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
+    """Nothing, where the model can be loaded and asked for two rows; `TargetError` with the reason where not."""
+    assert content is not None, "the file is read once"
+    if path.suffix == ".json":
+        _refuse_foreign(path, content)
     try:
-        import resource
-    except ImportError:
-        return
-    mapped = Path("/proc/self/statm")
-    in_use = int(mapped.read_text().split()[0]) * resource.getpagesize() if mapped.exists() else 2**31
-    allowance = in_use + 8 * n_bytes + SPARE_BYTES
-    resource.setrlimit(
-        resource.RLIMIT_AS if mapped.exists() else resource.RLIMIT_DATA, (allowance, allowance)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of files that another version wrote
+            _ask(content)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged file provokes becomes one line
+        raise damaged(path, str(error) or type(error).__name__) from error
+    return {}
+
+
+def damaged(path: Path, reason: str) -> TargetError:
+    """The error for a file that XGBoost does not read; of the reason the first line is shown."""
+    first = (reason.splitlines() or ["no message"])[0][:200]
+    return TargetError(
+        f"{str(path)!r} is no readable model of XGBoost: {first}; save it again with save_model, or download it again"
     )
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def main(content: bytes) -> None:
+def _refuse_foreign(path: Path, content: bytes) -> None:
+    """Refuse a `.json` file that XGBoost did not write."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise TargetError(f"{str(path)!r} is no readable JSON: {error}; save the booster again") from error
+    if not isinstance(found, Mapping) or not isinstance(found.get("learner"), Mapping):
+        held = (
+            f"the keys {', '.join(map(str, list(found)[:5]))}"
+            if isinstance(found, Mapping)
+            else type(found).__name__
+        )
+        raise TargetError(
+            f"{str(path)!r} holds {held} and is no model of XGBoost, which has the key learner; a .json model is what "
+            "Booster.save_model or XGBClassifier.save_model wrote"
+        )
+
+
+def _ask(content: bytes) -> None:
     """Load the model, look at its trees and ask it for two rows."""
-    limit(len(content))
+    import xgboost
+
     booster = xgboost.Booster({"nthread": 1})
     booster.load_model(bytearray(content))
     booster.save_config()
     width = booster.num_features()
-    if width > 10_000_000:
+    if width > _MOST_FEATURES:
         raise ValueError(f"it declares {width} features")
     learner = json.loads(booster.save_raw("json"))["learner"]
     refuse_stray_trees(learner["gradient_booster"], int(learner["learner_model_param"]["num_class"]), width)
@@ -80,8 +103,6 @@ def refuse_stray_nodes(tree: dict[str, Any], width: int) -> None:
         raise ValueError("a tree looks at a feature that there is not")
 
 
-if __name__ == "__main__":
-    try:
-        main(sys.stdin.buffer.read())
-    except Exception as error:  # noqa: BLE001 - whatever a damaged file provokes becomes one line
-        sys.exit((str(error).splitlines() or [type(error).__name__])[0])
+def prepare() -> None:
+    """Import the library before memory is limited."""
+    import xgboost  # noqa: F401

@@ -1,0 +1,81 @@
+"""Columns of a table as numbers and as words. It needs no torch, so that the process that reads a file starts fast."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+SPLIT_COLUMN = "split"
+"""a column of this name says which rows are train and which are test"""
+NUMBER, MISSING, TEXT = 0, 1, 2
+"""what a cell of a feature is"""
+_TRUTH: Mapping[str, float] = {"true": 1.0, "false": 0.0}
+"""how pandas and pyarrow write booleans"""
+
+
+@dataclass(frozen=True)
+class Words:
+    """A column of text: its distinct words, and which of them each row has."""
+
+    words: tuple[str, ...]
+    places: NDArray[np.int32]
+    """(rows,)"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: the columns for labels and splits as words, the features as numbers."""
+
+    name: str
+    """as messages have it"""
+    columns: tuple[str, ...]
+    """names of all columns, in the order of the file"""
+    features: tuple[str, ...] = ()
+    """names of the columns in `numbers`"""
+    numbers: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    """(rows, features); NaN where a cell is no number"""
+    kinds: NDArray[np.uint8] | None = None
+    """(rows, features): `NUMBER`, `MISSING` or `TEXT`; None where all cells are numbers"""
+    words: Mapping[str, Words] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def as_numbers(cells: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
+    """Cells of a feature as float32, NaN where one is no number, and their kinds; None where all are numbers."""
+    try:
+        return rounded(list(map(float, cells))), None
+    except ValueError:
+        found = [_number(cell) for cell in cells]
+    kinds = [
+        NUMBER if number is not None else TEXT if cell.strip() else MISSING
+        for cell, number in zip(cells, found, strict=True)
+    ]
+    values = rounded([np.nan if number is None else number for number in found])
+    return values, np.array(kinds, np.uint8) if any(kinds) else None
+
+
+def as_words(cells: Sequence[str], known: dict[str, int]) -> NDArray[np.int32]:
+    """The place of each cell among the words that are `known`, to which new words are added."""
+    return np.array([known.setdefault(cell, len(known)) for cell in cells], np.int32)
+
+
+def number_of(text: str) -> float | None:
+    """The number that a text is; None where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _number(cell: str) -> float | None:
+    truth = _TRUTH.get(cell.lower())
+    return number_of(cell) if truth is None else truth
+
+
+def rounded(values: ArrayLike) -> NDArray[np.float32]:
+    """Numbers as float32, rounded from float64; infinite beyond its range."""
+    with np.errstate(over="ignore"):
+        return np.asarray(values, np.float64).astype(np.float32)

@@ -1,0 +1,118 @@
+"""Starts the process that reads a file under limits, and returns what it found."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.core.errors import CarriesCode, HoldfastError, NoSplit, TargetError, UsageError
+from holdfast.sources.files import megabytes
+from holdfast.sources.limited.answering import ANSWER, REQUEST, answered
+from holdfast.sources.limited.limits import MEMORY, SECONDS, WALL_FACTOR, Limits, cpu_seconds
+
+_ERRORS = {each.__name__: each for each in (TargetError, UsageError, NoSplit, CarriesCode)}
+_PACKAGE = Path(__file__).resolve().parents[3]
+"""the folder that holds the package `holdfast`"""
+_START = (
+    f"import sys; sys.path.append(sys.argv[1]); from {answered.__module__} import main; main(*sys.argv[2:])"
+)
+# One thread: each has a stack and an arena, which count as memory. The allocators of arrow and glibc reserve far more
+# than they use.
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "2",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "PYTHONSAFEPATH": "1",
+}
+
+
+@dataclass
+class _Here:
+    """Whether this process is under limits itself, so that it needs no other."""
+
+    limited: bool = False
+
+
+HERE = _Here()
+
+
+@contextmanager
+def read_under_limits(
+    parser: str, path: Path, limits: Limits, *, content: bytes | None = None, **request: Any
+) -> Iterator[tuple[Mapping[str, Any], Path]]:
+    """What a parser of this package found in a file, and a folder, which is removed later, with what it wrote.
+
+    `parser` is the name of a module here, whose `read(path, content, folder, **request)` is called in a process of its
+    own. With `content`, the bytes of the file that were read already, the file is not opened again.
+
+    Raises what the parser raised where that is an error of Holdfast, and `TargetError` where the process ended
+    otherwise or reached a limit.
+    """
+    with tempfile.TemporaryDirectory(prefix="holdfast-") as name:
+        folder = Path(name)
+        asked = {"parser": parser, "path": str(path), "content": content is not None, **request}
+        n_bytes = path.stat().st_size if content is None else len(content)
+        if HERE.limited:
+            answer = answered(asked, content, folder)
+        else:
+            memory, seconds = limits.memory(n_bytes), cpu_seconds()
+            asked |= {"memory": memory, "seconds": seconds}
+            (folder / REQUEST).write_text(json.dumps(asked))
+            answer = _run(folder, content, path, memory, seconds)
+        if "error" in answer:
+            raise _error(answer["error"], answer["message"], path, limits.memory(n_bytes))
+        yield answer, folder
+
+
+def _run(folder: Path, content: bytes | None, path: Path, memory: int, seconds: int) -> Mapping[str, Any]:
+    command = [sys.executable, "-P", "-c", _START, str(_PACKAGE), str(folder)]
+    environment = {**os.environ, **_ENVIRONMENT}
+    try:
+        done = subprocess.run(
+            command,
+            input=content or b"",
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=environment,
+            timeout=WALL_FACTOR * seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise _too_slow(path, f"{WALL_FACTOR * seconds} s") from error
+    if done.returncode == -getattr(signal, "SIGXCPU", 0):
+        raise _too_slow(path, f"{seconds} s of CPU time")
+    try:
+        answer: Mapping[str, Any] = json.loads((folder / ANSWER).read_bytes())
+    except (OSError, ValueError):
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        raise TargetError(
+            f"{str(path)!r} could not be read: the process that reads it under a limit of {megabytes(memory)} ended "
+            f"with status {done.returncode} ({last[0][:200]}); it is damaged, or asks for more memory. If you trust "
+            f"it, raise the limit with {MEMORY}=16GB"
+        ) from None
+    return answer
+
+
+def _error(kind: str, message: str, path: Path, memory: int) -> HoldfastError:
+    if kind == MemoryError.__name__:
+        return TargetError(
+            f"{str(path)!r} asks for far more memory than its size: more than the {megabytes(memory)} that reading it "
+            f"may take. If you trust it, raise the limit with {MEMORY}=16GB"
+        )
+    return _ERRORS[kind](message)
+
+
+def _too_slow(path: Path, limit: str) -> TargetError:
+    return TargetError(
+        f"{str(path)!r} took more than {limit} to read and was given up. If you trust it, raise the limit of CPU time "
+        f"with {SECONDS}=600"
+    )

@@ -1,0 +1,279 @@
+"""Reads `.csv`, `.csv.gz` and `.parquet` block by block, so that memory grows by one float a cell and by new words."""
+
+import csv
+import gc
+import gzip
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.sources.columns import NUMBER, SPLIT_COLUMN, Table, Words, as_numbers, as_words, rounded
+from holdfast.sources.files import megabytes
+from holdfast.sources.limited.limits import MEMORY, requested_memory
+
+MAX_BYTES = 2**30
+"""of a text table once inflated"""
+MAX_CELLS = 200_000_000
+"""of a table; parquet can repeat one value for ever in a few bytes"""
+MAX_WORD = 1000
+"""characters of a label or of the name of a split"""
+_BYTES_A_CELL = 20
+"""memory that a cell takes at most, in both processes"""
+_BLOCK = 1 << 20
+"""cells that are converted at once"""
+_SMALL, _RATIO = 1 << 26, 200
+"""beyond 64 MiB, text that shrank more than two-hundredfold is no data"""
+_NUMBERS, _KINDS = "numbers", "kinds"
+
+
+class Cells(Protocol):
+    """The cells of one column in a block."""
+
+    def __len__(self) -> int:
+        """Their number."""
+
+    def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
+        """As `as_numbers` returns them."""
+
+    def words(self) -> tuple[Sequence[str], NDArray[np.int32] | None]:
+        """Texts, and the place of each cell among them; None where there is one text a cell, in their order."""
+
+
+class TextCells(list[str]):
+    """Cells as a text table has them."""
+
+    def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
+        """Those that are numbers."""
+        return as_numbers(self)
+
+    def words(self) -> tuple[Sequence[str], None]:
+        """The cells."""
+        return self, None
+
+
+class ArrowCells:
+    """Cells as parquet has them; their text is that of the value in Python."""
+
+    def __init__(self, column: Any) -> None:
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
+        """Those that are numbers; without a detour over text where all are."""
+        import pyarrow as pa
+
+        kind = self.column.type
+        if self.column.null_count == 0 and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+            return rounded(self.column.to_numpy(zero_copy_only=False)), None
+        return as_numbers(_texts(self.column))
+
+    def words(self) -> tuple[Sequence[str], NDArray[np.int32] | None]:
+        """The distinct values as text, where arrow finds them."""
+        import pyarrow as pa
+
+        if pa.types.is_dictionary(self.column.type) or pa.types.is_nested(self.column.type):
+            return _texts(self.column), None
+        coded = self.column.dictionary_encode(null_encoding="encode")
+        return _texts(coded.dictionary), coded.indices.to_numpy(zero_copy_only=False).astype(np.int32)
+
+
+def _texts(column: Any) -> list[str]:
+    return ["" if value is None else str(value) for value in column.to_pylist()]
+
+
+Blocks = Iterator[Mapping[str, Cells]]
+
+
+def read(
+    path: Path, content: bytes | None, folder: Path, label: str | None, drop: list[str]
+) -> dict[str, Any]:
+    """The table, its cells in files of the folder; rows are not read where no column has the name of the label."""
+    assert content is None, "a table is read from its file"
+    header, blocks = (_parquet if path.suffix == ".parquet" else _csv)(path)
+    if not header or len(set(header)) != len(header):
+        doubled = [name for name in header if header.count(name) > 1]
+        raise TargetError(f"{str(path)!r} needs a header of distinct names; found {doubled[:3] or 'nothing'}")
+    texts = [name for name in header if name in (label, SPLIT_COLUMN)] if label in header else []
+    features = [name for name in header if name not in (*texts, *drop)] if label in header else []
+    known: list[dict[str, int]] = [{} for _ in texts]
+    rows, all_numbers = 0, True
+    with ExitStack() as files:
+        words = [files.enter_context((folder / f"words-{i}").open("wb")) for i in range(len(texts))]
+        numbers, kinds = (files.enter_context((folder / name).open("wb")) for name in (_NUMBERS, _KINDS))
+        for block in blocks if label in header else ():
+            rows += len(block[header[0]])
+            _refuse_many(path, rows, len(header))
+            for name, places, file in zip(texts, known, words, strict=True):
+                file.write(_as_words(block[name], places, name, path).tobytes())
+            all_numbers &= _write_numbers([block[name] for name in features], numbers, kinds)
+    return {
+        "columns": header,
+        "features": features,
+        "rows": rows,
+        "words": dict(zip(texts, map(list, known), strict=True)),
+        "all_numbers": all_numbers,
+    }
+
+
+def table(path: Path, found: Mapping[str, Any], folder: Path) -> Table:
+    """The table that `read` found."""
+    shape = found["rows"], len(found["features"])
+    kinds = None if found["all_numbers"] else np.fromfile(folder / _KINDS, np.uint8).reshape(shape)
+    return Table(
+        repr(str(path)),
+        tuple(found["columns"]),
+        tuple(found["features"]),
+        np.fromfile(folder / _NUMBERS, np.float32).reshape(shape),
+        kinds,
+        {
+            name: Words(tuple(words), np.fromfile(folder / f"words-{i}", np.int32))
+            for i, (name, words) in enumerate(found["words"].items())
+        },
+    )
+
+
+def _write_numbers(columns: Sequence[Cells], numbers: IO[bytes], kinds: IO[bytes]) -> bool:
+    """Write the features of a block row by row, and what each cell is; whether all are numbers."""
+    rows = len(columns[0]) if columns else 0
+    values = np.empty((rows, len(columns)), np.float32)
+    what = np.full((rows, len(columns)), NUMBER, np.uint8)
+    for place, cells in enumerate(columns):
+        values[:, place], found = cells.numbers()
+        if found is not None:
+            what[:, place] = found
+    numbers.write(values.tobytes())
+    kinds.write(what.tobytes())
+    return not what.any()
+
+
+def _refuse_many(path: Path, rows: int, columns: int) -> None:
+    most = max(MAX_CELLS, requested_memory() // _BYTES_A_CELL)
+    if rows * columns > most:
+        raise TargetError(
+            f"{str(path)!r} has {rows:,} rows of {columns:,} columns or more; at most {most:,} cells are read. If you "
+            f"trust it, raise the limit with {MEMORY}=16GB"
+        )
+
+
+def _as_words(cells: Cells, known: dict[str, int], name: str, path: Path) -> NDArray[np.int32]:
+    """The places of the cells among the known words; `TargetError` for a text that is too long for a label."""
+    texts, places = cells.words()
+    if max(map(len, texts), default=0) > MAX_WORD:
+        raise TargetError(
+            f"the column {name!r} of {str(path)!r} has a text of more than {MAX_WORD:,} characters; labels, or names "
+            "of splits, were expected"
+        )
+    found = as_words(texts, known)
+    return found if places is None else found[places]
+
+
+def _csv(path: Path) -> tuple[list[str], Blocks]:
+    lines = csv.reader(_decoded(path), strict=True)
+    try:
+        header = next(lines, [])
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise _unreadable(path, error) from error
+    return header, _blocks(path, header, lines)
+
+
+def _blocks(path: Path, header: list[str], lines: Iterator[list[str]]) -> Blocks:
+    size, before = max(1, _BLOCK // len(header)), 0
+    # The collector would look through all rows again and again, and nothing here refers to itself.
+    gc.disable()
+    try:
+        while rows := list(islice(lines, size)):
+            whole = [row for row in rows if row] if [] in rows else rows
+            if {*map(len, whole)} - {len(header)}:
+                number = next(k for k, row in enumerate(whole) if len(row) != len(header))
+                raise TargetError(
+                    f"row {before + number + 1} of {str(path)!r} has {len(whole[number])} cells; the header has "
+                    f"{len(header)}"
+                )
+            before += len(whole)
+            if whole:
+                yield dict(zip(header, map(TextCells, zip(*whole, strict=True)), strict=True))
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise _unreadable(path, error) from error
+    finally:
+        gc.enable()
+
+
+class _Counted(io.RawIOBase):
+    """Bytes of a table, of which no more than `most` are read; fewer where they are inflated from next to nothing."""
+
+    def __init__(self, path: Path, stream: Any, most: int) -> None:
+        self.path, self.stream, self.most, self.n_read = path, stream, most, 0
+        self.small = max(_SMALL, _RATIO * path.stat().st_size)
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def close(self) -> None:
+        """Close the file."""
+        self.stream.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer with the next bytes; `TargetError` beyond the limit."""
+        found = self.stream.read(len(buffer))
+        buffer[: len(found)] = found
+        self.n_read += len(found)
+        if self.n_read > self.small and not requested_memory():
+            raise TargetError(
+                f"{str(self.path)!r} has {megabytes(self.path.stat().st_size)} and inflates to more than "
+                f"{megabytes(self.small)}: a bomb rather than data. If it is data, inflate it before it is given, or "
+                f"set {MEMORY}=16GB"
+            )
+        if self.n_read > self.most:
+            raise TargetError(
+                f"{str(self.path)!r} holds more than {megabytes(self.most)}; use parquet or fewer rows. If you trust "
+                f"it, raise the limit with {MEMORY}=16GB"
+            )
+        return len(found)
+
+
+def _decoded(path: Path) -> io.TextIOWrapper:
+    stream: Any = gzip.GzipFile(path) if path.suffix == ".gz" else io.FileIO(path)
+    counted = _Counted(path, stream, max(MAX_BYTES, requested_memory()))
+    return io.TextIOWrapper(io.BufferedReader(counted, 1 << 20), encoding="utf-8-sig", newline="")
+
+
+def _unreadable(path: Path, error: Exception) -> TargetError:
+    return TargetError(f"{str(path)!r} is no readable UTF-8 table: {error}")
+
+
+def _parquet(path: Path) -> tuple[list[str], Blocks]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UsageError(
+            f'{str(path)!r} is parquet; reading it needs pip install "holdfast[parquet]"'
+        ) from error
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise TargetError(f"{str(path)!r} is no readable parquet file: {error}") from error
+    header = list(file.schema_arrow.names)
+    _refuse_many(path, file.metadata.num_rows, len(header))
+    return header, _batches(path, file, header)
+
+
+def _batches(path: Path, file: Any, header: list[str]) -> Blocks:
+    import pyarrow as pa
+
+    try:
+        for batch in file.iter_batches(batch_size=max(1, _BLOCK // max(len(header), 1)), use_threads=False):
+            yield dict(zip(header, map(ArrowCells, batch.columns), strict=True))
+    except (pa.ArrowException, OSError) as error:
+        raise TargetError(f"{str(path)!r} is no readable parquet file: {error}") from error
