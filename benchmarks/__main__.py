@@ -26,6 +26,7 @@ ROWS = {
     "odd-batches": "odd_batches",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
+    "reading-files": "reading_files",
     "pgd-cost": "pgd_cost",
     "pgd-dropping": "pgd_dropping",
     "pgd-batch-norm": "batch_norm",

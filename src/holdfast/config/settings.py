@@ -21,7 +21,7 @@ from holdfast.config.grammar import (
 from holdfast.config.naming import CARD
 from holdfast.config.suites import refuse_unknown
 from holdfast.config.wording import complaint, place
-from holdfast.config.yaml_text import parsed
+from holdfast.config.yaml_text import MAX_CHARACTERS, parsed
 from holdfast.core.errors import TargetError, UsageError
 
 SCHEMA_VERSION = 1
@@ -288,7 +288,8 @@ def _for(content: dict[str, Any], where: str, kind: type[S]) -> dict[str, Any]:
 def load(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises `TargetError` if it cannot be read, `UsageError` if it is no mapping."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise TargetError(
             f"cannot read the configuration {str(path)!r}: {error}; make one with holdfast init"

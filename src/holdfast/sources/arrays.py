@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from holdfast.sources.expected import Expected
 from holdfast.sources.layouts import Reading, reading_of
 from holdfast.sources.probing import Probe
 
-_CHUNK = 4096
+_CHUNK = 1 << 24
+"""values that are looked at together"""
 _ROUNDING = 1e-6
 """how far a float may lie outside the bounds and still count as inside"""
 
@@ -98,8 +100,9 @@ class Arrays:
         digest = hashlib.sha256(f"{self.x.dtype} {self.x.shape} {self.scale}".encode())
         if self.pixels is not None:
             digest.update(repr(self.pixels.normalised).encode())
-        for start in range(0, len(self.x), _CHUNK):
-            digest.update(np.ascontiguousarray(self.x[start : start + _CHUNK]).tobytes())
+        rows = _rows(self)
+        for start in range(0, len(self.x), rows):
+            digest.update(np.ascontiguousarray(self.x[start : start + rows]).tobytes())
         digest.update(self.y.tobytes())
         digest.update(self.ids.tobytes())
         return digest.hexdigest()
@@ -295,8 +298,9 @@ def check_inputs(data: Arrays, bounds: Bounds, *, lenient: bool = False) -> None
     if data.x.dtype == np.uint8 and data.scale == 255.0 and _is_unit(bounds):
         return
     lowest, highest, outside = np.inf, -np.inf, False
-    for start in range(0, len(data), _CHUNK):
-        batch = data.read(start, start + _CHUNK)
+    rows = _rows(data)
+    for start in range(0, len(data), rows):
+        batch = data.read(start, start + rows)
         bad = ~torch.isfinite(batch.x).flatten(1).all(1) if batch.x.dim() > 1 else ~torch.isfinite(batch.x)
         if bad.any():
             raise TargetError(
@@ -306,6 +310,11 @@ def check_inputs(data: Arrays, bounds: Bounds, *, lenient: bool = False) -> None
         outside |= _outside(batch.x, bounds, data.name)
     if outside and not lenient:
         raise TargetError(_range_message(data, lowest, highest, bounds))
+
+
+def _rows(data: Arrays) -> int:
+    """Examples that are looked at together."""
+    return max(1, _CHUNK // max(1, prod(data.x.shape[1:])))
 
 
 def _outside(x: Tensor, bounds: Bounds, name: str) -> bool:

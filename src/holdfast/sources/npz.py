@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.sources.files import megabytes, nearest, readable_file
+from holdfast.sources.limited.limits import MEMORY, requested_memory
 
 MAX_BYTES = 16 * 2**30
 """arrays of one archive, together, once inflated"""
-_SMALL, _RATIO = 2**30, 1000
-"""beyond a gibibyte, data that shrank more than a thousandfold is no data"""
+_SMALL, _RATIO = 2**30, 200
+"""beyond a gibibyte, data that shrank more than two-hundredfold is no data"""
 _DAMAGE = (zipfile.BadZipFile, zlib.error, LZMAError, EOFError, ValueError, OSError, NotImplementedError)
 
 
@@ -38,14 +39,17 @@ class Npz:
                 "download it again, or write it with numpy.savez"
             ) from error
         total = sum(self._sizes.values())
-        if total > MAX_BYTES:
+        most = max(MAX_BYTES, requested_memory())
+        if total > most:
             raise TargetError(
-                f"{str(path)!r} would inflate to {megabytes(total)}; at most {megabytes(MAX_BYTES)} is read"
+                f"{str(path)!r} would inflate to {megabytes(total)}; at most {megabytes(most)} is read. If you trust "
+                f"it, raise the limit with {MEMORY}=32GB"
             )
-        if total > max(_SMALL, _RATIO * path.stat().st_size):
+        if total > max(_SMALL, _RATIO * path.stat().st_size, requested_memory()):
             raise TargetError(
                 f"{str(path)!r} has {megabytes(path.stat().st_size)} and would inflate to {megabytes(total)}: a bomb "
-                "rather than data. If it is data, save it with numpy.savez instead of savez_compressed"
+                "rather than data. If it is data, save it with numpy.savez instead of savez_compressed, or raise the "
+                f"limit with {MEMORY}=16GB"
             )
 
     @property

@@ -18,13 +18,16 @@ from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.sources.arrays import selected_rows
 from holdfast.sources.class_numbers import lenient_numbers
 from holdfast.sources.expected import Expected
-from holdfast.sources.files import nearest
+from holdfast.sources.files import megabytes, nearest
+from holdfast.sources.limited.limits import MEMORY, requested_memory
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF")
 """decoders that are used; a file of another format under one of the suffixes is refused"""
 MAX_PIXELS = 64_000_000
 """of one image, judged by its header before anything is decoded"""
+_SMALL, _RATIO = 2**30, 200
+"""beyond a gibibyte, images that shrank more than two-hundredfold are no data"""
 _GREY = ("1", "L", "LA", "I;16", "I", "F")
 
 
@@ -164,6 +167,7 @@ def _measured(paths: tuple[Path, ...]) -> tuple[str, tuple[str, ...]]:
                 f"images differ in size: {str(paths[0])!r} is {first[0][0]} x {first[0][1]}, {str(path)!r} is "
                 f"{size[0]} x {size[1]}; resize them to the size that the model takes"
             )
+    _refuse_bomb(paths, first[0][0] * first[0][1] * (1 if modes <= {*_GREY} else 3))
     grey = {mode for mode in modes if mode in _GREY}
     notes: tuple[str, ...] = ()
     if grey and grey != modes:
@@ -171,6 +175,17 @@ def _measured(paths: tuple[Path, ...]) -> tuple[str, tuple[str, ...]]:
     if any("A" in mode for mode in modes):
         notes += ("transparency was dropped",)
     return ("L" if grey == modes else "RGB"), notes
+
+
+def _refuse_bomb(paths: tuple[Path, ...], n_bytes: int) -> None:
+    """Refuse images that take far more memory than their files; `n_bytes` is the size of one when it is decoded."""
+    on_disk = sum(path.stat().st_size for path in paths)
+    if len(paths) * n_bytes > max(_SMALL, _RATIO * on_disk, requested_memory()):
+        raise TargetError(
+            f"{str(paths[0].parent.parent)!r} holds {len(paths):,} images of {megabytes(on_disk)}, which take "
+            f"{megabytes(len(paths) * n_bytes)} when they are decoded: a bomb rather than data. If they are data, "
+            f"raise the limit with {MEMORY}=16GB"
+        )
 
 
 def _header(path: Path) -> tuple[tuple[int, int], str]:

@@ -18,7 +18,8 @@ _ROWS = 2
 """of a look at the shape: one row may pass for an image without its batch"""
 _LOOKED_AT = 2048
 """examples among which an output outside [0, 1] is looked for"""
-_CHUNK = 256
+_CHUNK, _VALUES = 256, 1 << 26
+"""examples, and values of them, that are looked at together"""
 _COMPARED = 512
 """examples whose scores are compared with the labels that an estimator predicts"""
 HWC_NOTE = "the network takes the channels last; its inputs are transposed inside the model"
@@ -118,8 +119,9 @@ def settle_output(model: Classifier, data: Data) -> None:
     if inner(model).output is not None or model.remote or model.rejects:
         return
     unclear: UnclearOutput | None = None
-    for start in (0, *range(_ROWS, min(len(data), _LOOKED_AT), _CHUNK)):
-        stop = _ROWS if start == 0 else start + _CHUNK
+    chunk = max(1, min(_CHUNK, _VALUES // max(1, data.read(0, 1).x.numel()))) if len(data) else _CHUNK
+    for start in (0, *range(_ROWS, min(len(data), _LOOKED_AT), chunk)):
+        stop = _ROWS if start == 0 else start + chunk
         try:
             _forwarded(model, data.read(start, min(stop, len(data))).x)
         except UnclearOutput as error:

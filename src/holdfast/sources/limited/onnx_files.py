@@ -15,7 +15,7 @@ def read(
 ) -> dict[str, object]:
     """Nothing, where the file can be parsed and run; else raises as `read_onnx`, `session` and `run` do."""
     assert content is not None, "the file is read once"
-    file = read_onnx(path, content, input_shape)
+    file = read_onnx(path, input_shape, content=content)
     running = session(file.content, threads=1)
     batch = some_inputs(file.input.shape, file.input.dtype, file.input.shape[0] or TRIED)
     run(running, [output.name for output in running.get_outputs()], file.input.name, batch)

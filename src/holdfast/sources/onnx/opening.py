@@ -127,7 +127,7 @@ def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel
     shape = None if input_shape is None else list(input_shape)
     with read_under_limits("onnx_files", path, LIMITS, content=content, input_shape=shape):
         pass  # it is opened here after that has gone well
-    file = read_onnx(path, content, input_shape)
+    file = read_onnx(path, input_shape, content=content)
     _refuse_regressor(file, path)
     output, classes, notes = _chosen_output(file, path)
     contradicting = _labels_that_differ(file, output, path)

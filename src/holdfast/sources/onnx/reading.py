@@ -86,11 +86,15 @@ def content_of(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def read_onnx(path: Path, content: bytes, input_shape: Sequence[int] | None = None) -> OnnxFile:
-    """Parse, bound and check the content of a model file; its external data are read here, and nowhere else.
+def read_onnx(
+    path: Path, input_shape: Sequence[int] | None = None, *, content: bytes | None = None
+) -> OnnxFile:
+    """Parse, bound and check a model; its external data are read here, and nowhere else.
 
-    `input_shape` is the shape of one example, which a file with free sizes needs.
+    `input_shape` is the shape of one example, which a file with free sizes needs. With `content`, the bytes of the file
+    that were read already, the file is not opened again.
     """
+    content = content_of(path) if content is None else content
     onnx = onnx_module()
     try:
         proto = onnx.load_model_from_string(content)

@@ -1,0 +1,152 @@
+"""Small files that ask for much: each reader refuses them at its limit, and says how to raise it."""
+
+import gzip
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import nn
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.sources.data import open_data
+from holdfast.sources.limited.limits import Limits, cpu_seconds
+from holdfast.sources.models import open_model
+
+
+def table(path: Path, row: bytes, rows: int) -> str:
+    path.write_bytes(b"a,label\n" + row * rows)
+    return str(path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of a process are those of POSIX")
+def test_a_parser_ends_at_its_limits_and_the_message_names_the_option(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOLDFAST_READ_SECONDS", "1")
+    with pytest.raises(TargetError, match=r"more than 1 s of CPU time to read .* HOLDFAST_READ_SECONDS=600"):
+        open_data(table(tmp_path / "long.csv", b"0.25,1\n", 4_000_000), label="label")
+    monkeypatch.delenv("HOLDFAST_READ_SECONDS")
+    address = table(tmp_path / "t.csv", b"0.25,1\n", 300_000)
+    monkeypatch.setattr("holdfast.sources.tables.LIMITS", Limits(copies=0, spare_bytes=2**24))
+    with pytest.raises(TargetError, match=r"more than the 17 MB that .* HOLDFAST_READ_MEMORY=16GB"):
+        open_data(address, label="label", n=5)
+    monkeypatch.setenv("HOLDFAST_READ_MEMORY", "2 GB")
+    assert len(open_data(address, label="label", n=5)) == 5
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"), [("HOLDFAST_READ_MEMORY", "much"), ("HOLDFAST_READ_SECONDS", "0")]
+)
+def test_a_limit_that_is_no_number_is_refused_with_an_example(monkeypatch, variable, text):
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(UsageError, match=f"{variable} is '{text}'; .* was expected, as "):
+        Limits(1, 1).memory(1), cpu_seconds()
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_text_that_shrank_too_much_is_no_table(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("holdfast.sources.limited.tables._SMALL", 2**20)
+    path = tmp_path / "t.csv.gz"
+    path.write_bytes(gzip.compress(b"a,label\n" + b"1,0\n" * 600_000))
+    with pytest.raises(TargetError, match=r"inflates to more than 1 MB: a bomb .* HOLDFAST_READ_MEMORY"):
+        open_data(str(path), label="label")
+    path.write_bytes(gzip.compress(b"a,label\n" + b"1,0\n" * 200_000))
+    assert len(open_data(str(path), label="label")) == 200_000
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_labels_are_short_and_few(tmp_path: Path, monkeypatch):
+    with pytest.raises(TargetError, match=r"column 'label' .* a text of more than 1,000 characters"):
+        open_data(table(tmp_path / "t.csv", b"1," + b"a" * 1001 + b"\n", 2), label="label")
+    monkeypatch.setattr("holdfast.sources.class_numbers._MOST_NAMES", 1)
+    (tmp_path / "t.csv").write_text("a,label\n0,cat\n1,dog\n")
+    with pytest.raises(TargetError, match="2 different text labels; at most 1 classes were expected"):
+        open_data(str(tmp_path / "t.csv"), label="label")
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"architecture": "mlp", "arguments": {"width": 10**7, "depth": 1}},
+        {"architecture": "mlp", "arguments": {"width": 4, "depth": 10**9}},
+        {"architecture": "resnet", "arguments": {"blocks": 10**9}},
+        {"architecture": "cnn", "arguments": {"width": 2**62}},
+    ],
+)
+def test_a_header_that_asks_for_another_network_than_the_file_holds_is_refused_before_it_is_made(
+    tmp_path: Path, described
+):
+    path = tmp_path / "w.safetensors"
+    safetensors.torch.save_file(nn.Linear(4, 4).state_dict(), path, {"holdfast": json.dumps(described)})
+    with pytest.raises(TargetError, match=r"do not fit|arguments that it refuses"):
+        open_model(str(path))
+
+
+def test_images_that_shrank_too_much_are_no_data(tmp_path: Path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (600, 600)).save(tmp_path / name / "x.png")
+    assert len(open_data(str(tmp_path))) == 2
+    monkeypatch.setattr("holdfast.sources.pictures._SMALL", 2**20)
+    with pytest.raises(TargetError, match=r"2 images of .* MB, which take 2\.2 MB .* HOLDFAST_READ_MEMORY"):
+        open_data(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_sample_inputs_of_a_program_are_unpickled_under_the_memory_limit(tmp_path: Path):
+    whole, inner, path = io.BytesIO(), io.BytesIO(), tmp_path / "net.pt2"
+    torch.export.save(torch.export.export(nn.Linear(3, 2), (torch.rand(2, 3),)), whole)
+    size = (2 * 10**9).to_bytes(5, "little")  # torch.Size(bytearray(2 * 10**9))
+    pickled = b"\x80\x02ctorch\nSize\ncbuiltins\nbytearray\n\x8a\x05" + size + b"\x85R\x85R."
+    with zipfile.ZipFile(inner, "w") as file:
+        for name, content in (("data.pkl", pickled), ("version", b"3\n"), ("byteorder", b"little")):
+            file.writestr(f"archive/{name}", content)
+    with zipfile.ZipFile(whole) as before, zipfile.ZipFile(path, "w") as after:
+        for name in before.namelist():
+            after.writestr(name, inner.getvalue() if "sample_inputs" in name else before.read(name))
+    with pytest.raises((TargetError, UsageError), match=r"memory|the pickle data/sample_inputs"):
+        open_model(str(path))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of a process are those of POSIX")
+def test_a_loop_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    helper, kind = onnx.helper, onnx.TensorProto
+    value = helper.make_tensor_value_info
+    rounds, go = (
+        onnx.numpy_helper.from_array(np.array(each), name) for each, name in ((60_000, "m"), (True, "go"))
+    )
+    inner = helper.make_graph(
+        [helper.make_node("Identity", ["c"], ["d"]), helper.make_node("Sin", ["v"], ["w"])],
+        "inner",
+        [value("i", kind.INT64, []), value("c", kind.BOOL, []), value("v", kind.FLOAT, None)],
+        [value("d", kind.BOOL, []), value("w", kind.FLOAT, None)],
+    )
+    outer = helper.make_graph(
+        [
+            helper.make_node("Identity", ["c2"], ["d2"]),
+            helper.make_node("Loop", ["m", "go", "v2"], ["w2"], body=inner),
+        ],
+        "outer",
+        [value("i2", kind.INT64, []), value("c2", kind.BOOL, []), value("v2", kind.FLOAT, None)],
+        [value("d2", kind.BOOL, []), value("w2", kind.FLOAT, None)],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Loop", ["m", "go", "x"], ["y"], body=outer)],
+        "g",
+        [value("x", kind.FLOAT, ["n", 3])],
+        [value("y", kind.FLOAT, ["n", 3])],
+        [rounds, go],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    monkeypatch.setenv("HOLDFAST_READ_SECONDS", "1")
+    with pytest.raises(TargetError, match=r"more than 1 s of CPU time"):
+        open_model(str(tmp_path / "m.onnx"))
