@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are l
 def test_a_damaged_file_is_opened_or_refused_within_its_limits(form, tmp_path):
     """The exit code is 0, 2 or 3, no code of a file runs, and `make fuzz` tries more of them."""
     try:
-        files = good(form)
+        good(form)
     except ImportError as error:
         pytest.skip(f"{error.name} is not installed")
     from fuzzing.opening import Opener
@@ -23,7 +23,7 @@ def test_a_damaged_file_is_opened_or_refused_within_its_limits(form, tmp_path):
     with Opener(form, tmp_path) as opener:
 
         @settings(max_examples=250, suppress_health_check=list(HealthCheck))
-        @given(mutations(files))
+        @given(mutations(form))
         def each(file):
             outcome = opener(file)
             assert not outcome.fault, outcome.fault

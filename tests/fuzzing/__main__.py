@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import itertools
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -31,16 +32,15 @@ def run(opener: Opener, n: int, number: int, kept: Path) -> None:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(mutations(good(opener.form)))
+    @given(mutations(opener.form))
     def each(file: File) -> None:
         outcome = opener(file)
         if outcome.fault:
-            name = hashlib.sha256(file.content).hexdigest()[:12]
-            place = kept / opener.form / name / Path(file.name).name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(file.content)
+            folder = kept / opener.form / hashlib.sha256(file.content).hexdigest()[:12]
+            shutil.copytree(opener.place, folder, dirs_exist_ok=True)
+            place = folder / file.name
             print(
-                f"\nFAULT: {place}\n{outcome.fault}\nagain: make fuzz ARGS='{opener.form} --file {place}'\n",
+                f"\n{place}: {outcome.fault}\nagain: make fuzz ARGS='{opener.form} --file {place}'\n",
                 flush=True,
             )
 
@@ -79,7 +79,7 @@ def main() -> int:
         found = list(openers(asked.formats or list(FORMATS), Path(name), stack))
         if asked.file is not None:
             (opener,) = found
-            outcome = opener(File(good(opener.form)[0].name, asked.file.read_bytes()))
+            outcome = opener.opened(asked.file.resolve())
             print(outcome.fault or f"exit {outcome.code} {outcome.text}")
             return bool(outcome.fault)
         return _rounds(found, asked.mutations, asked.keep)

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import pickle
 import zipfile
@@ -17,8 +18,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from holdfast.core.chain import GENESIS, Link, digest
+from holdfast.store.records import line_of
+
 CANARY = "canary"
 """the file, in the current folder, that code of a file would make"""
+CHAIN = "chain.jsonl"
 RUN = Path(__file__).resolve().parents[1] / "runs" / "suite_only_run"
 FEATURES, CLASSES, SIDE = 4, 3, 6
 _PLAIN = """\
@@ -55,6 +60,8 @@ class File:
 
     name: str
     content: bytes
+    sealed: bool = False
+    """whether the chain of the run folder is computed again with it, as a stranger can"""
 
 
 class Touching:
@@ -348,6 +355,18 @@ def good(form: str) -> tuple[File, ...]:
     """The files of a format; `ImportError` where the library that writes it is absent."""
     torch.manual_seed(0)
     return tuple(_MADE[form]())
+
+
+def sealed(chain: bytes, file: File) -> bytes:
+    """The chain of a run folder, computed again with a file in it."""
+    lines, previous = b"", GENESIS
+    for line in chain.splitlines():
+        recorded = json.loads(line)["content"]
+        if recorded["file"] == file.name:
+            recorded["digest"] = digest(file.content)
+        link = Link(previous, recorded)
+        lines, previous = lines + line_of(link), link.digest
+    return lines
 
 
 def beside(form: str) -> Sequence[File]:

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
-from fuzzing.files import File
+from fuzzing.encodings import chunks, from_ubj, opcode, opcodes, png, to_ubj
+from fuzzing.files import CHAIN, File, good
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 Way = Callable[[Draw, bytes], bytes]
@@ -61,6 +62,17 @@ _PIECES = [
     b"-",
 ]
 NUMBERS = st.sampled_from([*_WHOLE, 10**30, *_REAL]) | st.integers(-10, 300)
+_GLOBALS = [
+    b"torch\nFloatStorage",
+    b"torch\nDoubleStorage",
+    b"torch\nSize",
+    b"torch._utils\n_rebuild_tensor_v2",
+    b"torch._utils\n_rebuild_sparse_tensor",
+    b"torch._utils\n_rebuild_parameter",
+    b"torch._utils\n_rebuild_qtensor",
+    b"collections\nOrderedDict",
+    b"posix\nmkdir",
+]
 VALUES = NUMBERS | st.sampled_from(_WORDS) | st.sampled_from(_NESTED)
 
 
@@ -71,7 +83,7 @@ def _place(draw: Draw, n: int) -> int:
 
 def edited(draw: Draw, content: bytes) -> bytes:
     """The bytes with one to four edits."""
-    for _ in range(draw(st.integers(1, 4))):
+    for _ in range(draw(st.sampled_from((1, 1, 1, 2, 4)))):
         at, n = _place(draw, len(content)), draw(st.integers(1, 8) | st.integers(1, 200))
         before, piece, after = content[:at], content[at : at + n], content[at + n :]
         how = draw(st.sampled_from(("flip", "number", "insert", "delete", "double", "move", "end")))
@@ -195,23 +207,35 @@ def _headed(draw: Draw, content: bytes) -> bytes:
 
 def _chunk(draw: Draw, content: bytes) -> bytes:
     """A PNG with one chunk damaged and its checksum right."""
-    chunks, at = [], 8
-    while at < len(content):
-        (n,) = struct.unpack(">I", content[at : at + 4])
-        chunks.append((content[at + 4 : at + 8], content[at + 8 : at + 8 + n]))
-        at += 12 + n
-    chosen = draw(st.integers(0, len(chunks) - 1))
-    kind, held = chunks[chosen]
-    held = (
-        zlib.compress(edited(draw, zlib.decompress(held)))
-        if kind == b"IDAT" and draw(st.booleans())
-        else edited(draw, held)
+    found = chunks(content)
+    chosen = draw(st.integers(0, len(found) - 1))
+    kind, held = found[chosen]
+    inflates = kind == b"IDAT" and draw(st.booleans())
+    found[chosen] = (
+        kind,
+        zlib.compress(edited(draw, zlib.decompress(held))) if inflates else edited(draw, held),
     )
-    chunks[chosen] = kind, held
-    return content[:8] + b"".join(
-        struct.pack(">I", len(held)) + kind + held + struct.pack(">I", zlib.crc32(kind + held))
-        for kind, held in chunks
-    )
+    return png(found)
+
+
+def _ubj(draw: Draw, content: bytes) -> bytes:
+    return to_ubj(revalued(draw, from_ubj(content)))
+
+
+def _pickle(draw: Draw, content: bytes) -> bytes:
+    """A pickle with one to three of its opcodes replaced."""
+    found = opcodes(content)
+    for _ in range(draw(st.integers(1, 3))):
+        chosen = draw(st.integers(0, len(found) - 1))
+        name, _ = found[chosen]
+        if name == "GLOBAL":
+            new = b"c" + draw(st.sampled_from(_GLOBALS)) + b"\n"
+        elif "INT" in name or "LONG" in name or "UNICODE" in name or "NEW" in name:
+            new = opcode(draw(VALUES if "UNICODE" in name else NUMBERS))
+        else:
+            _, new = found[draw(st.integers(0, len(found) - 1))]
+        found[chosen] = name, new
+    return b"".join(code for _, code in found)
 
 
 def _fields(message: Any) -> Iterator[tuple[Any, Any, Any]]:
@@ -269,8 +293,12 @@ def _ways(name: str, content: bytes) -> Sequence[Way]:
         return [_headed]
     if name.endswith(".onnx"):
         return [_onnx]
+    if name.endswith(".ubj"):
+        return [_ubj]
+    if name.endswith((".pkl", ".pt")):
+        return [_pickle]
     if name.endswith(".json") or content[:1] == b"{":
-        return [_json, counted]
+        return [_json, _json, counted]
     if name.endswith(".yaml") and b"!!" not in content:
         return [_yaml, counted]
     return [counted]
@@ -278,8 +306,8 @@ def _ways(name: str, content: bytes) -> Sequence[Way]:
 
 def damaged(draw: Draw, name: str, content: bytes) -> bytes:
     """The content of a file, damaged in one of the ways of its format."""
-    ways = [edited, *_ways(name, content)]
-    way = ways[draw(st.integers(0, 2 * len(ways) - 2)) % len(ways)]
+    ways = _ways(name, content)
+    way = draw(st.sampled_from([edited, *ways, *ways, *ways]))
     try:
         return way(draw, content)
     except (ValueError, RecursionError):  # bytes that only look like a format, as in a member of an archive
@@ -287,7 +315,9 @@ def damaged(draw: Draw, name: str, content: bytes) -> bytes:
 
 
 @st.composite
-def mutations(draw: Draw, files: Sequence[File]) -> File:
-    """One of the files, damaged."""
+def mutations(draw: Draw, form: str) -> File:
+    """One of the good files of a format, damaged."""
+    files = good(form)
     file = files[draw(st.integers(0, len(files) - 1))]
-    return File(file.name, damaged(draw, file.name, file.content))
+    content = damaged(draw, file.name, file.content)
+    return File(file.name, content, form == "run" and file.name != CHAIN and draw(st.booleans()))

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 from unittest.mock import patch
 
-from fuzzing.files import CANARY, File, beside, good
+from fuzzing.files import CANARY, CHAIN, File, beside, good, sealed
 from fuzzing.worker import SLACK, limit, serve
 from holdfast.sources.limited.calling import _ENVIRONMENT
 
@@ -99,7 +99,7 @@ class Opener:
 
     def _start(self) -> None:
         self._connection, theirs = self._context.Pipe()
-        first = self._written(good(self.form)[0])
+        first = self._written(good(self.form)[0], self.folder / "good")
         arguments = self.form, str(self.folder), str(first), theirs
         self._process = self._context.Process(target=serve, args=arguments, daemon=True)
         self._process.start()
@@ -108,21 +108,31 @@ class Opener:
         started = self._answer()
         assert started.code == 0, f"the good file was not opened: {started}"
 
-    def _written(self, file: File) -> Path:
-        folder = self.folder / "opened"
+    @property
+    def place(self) -> Path:
+        """The folder of the file that was opened last."""
+        return self.folder / "opened"
+
+    def _written(self, file: File, folder: Path) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         for each in (*beside(self.form), file):
             (folder / each.name).parent.mkdir(parents=True, exist_ok=True)
             (folder / each.name).write_bytes(each.content)
+        if file.sealed:
+            (folder / CHAIN).write_bytes(sealed((folder / CHAIN).read_bytes(), file))
         return folder / file.name
 
     def __call__(self, file: File) -> Outcome:
         """What comes of a file."""
+        return self.opened(self._written(file, self.place))
+
+    def opened(self, path: Path) -> Outcome:
+        """What comes of the file at a path."""
         if self._opened >= _RENEWED:
             self.__exit__(None, None, None)
             self._start()
         self._opened += 1
-        self._connection.send(str(self._written(file)))
+        self._connection.send(str(path))
         outcome = self._answer()
         self.tally.add(outcome)
         if outcome.died:
