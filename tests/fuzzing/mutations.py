@@ -8,6 +8,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from typing import Any
 
 import yaml
@@ -137,11 +138,11 @@ def revalued(draw: Draw, document: Any) -> Any:
     for _ in range(draw(st.integers(1, 3))):
         places = list(_places(document))
         if not places:
-            return draw(VALUES)
+            return deepcopy(draw(VALUES))
         inside, key = places[draw(st.integers(0, len(places) - 1))]
         how = draw(st.sampled_from(("replace", "replace", "replace", "remove", "double", "exchange", "wrap")))
         if how == "replace":
-            inside[key] = draw(NUMBERS if isinstance(inside[key], int | float) else VALUES)
+            inside[key] = deepcopy(draw(NUMBERS if isinstance(inside[key], int | float) else VALUES))
         elif how == "remove":
             del inside[key]
         elif how == "double" and isinstance(inside, list):
@@ -150,7 +151,7 @@ def revalued(draw: Draw, document: Any) -> Any:
             inside[draw(st.sampled_from(_WORDS))] = inside[key]
         elif how == "exchange":
             other, place = places[draw(st.integers(0, len(places) - 1))]
-            inside[key] = json.loads(json.dumps(other[place]))
+            inside[key] = deepcopy(other[place])
         else:
             inside[key] = [inside[key]]
     return document
