@@ -1,6 +1,6 @@
 # Everything stands in .venv, which is made on first use and renewed only when the versions change.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check static docs quick slow bench check-servers figures bundled data clean
+.PHONY: help demo test check static docs quick slow fuzz bench check-servers figures bundled data clean
 
 PYTHON ?= python3
 RUN := .venv/.run
@@ -23,6 +23,7 @@ help:
 	@echo 'make test                everything that checks the project (15 to 45 minutes on two cores)'
 	@echo 'make check               format, lint, types, floors, docs, quick tests'
 	@echo 'make docs                build the documentation into site/'
+	@echo 'make fuzz [ARGS=…]       open damaged files with new seeds, until it is stopped'
 	@echo 'make bench [PEERS=dir]   measure against the peers; writes a dated record'
 	@echo 'make check-servers       download and start MLServer, LitServe and FastAPI, and assess them'
 	@echo 'make figures             draw the pictures of the documentation from the newest records'
@@ -77,6 +78,10 @@ quick: $(DEV)
 
 slow: $(DEV)
 	$(PYTEST) -m 'slow and not gpu'
+
+# ARGS='onnx pt2 --mutations 1000': those formats only, and that many files of each.
+fuzz: $(DEV)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m fuzzing $(ARGS)
 
 bench: $(BENCH)
 	.venv-bench/bin/python -m benchmarks $(if $(PEERS),--peers $(PEERS))

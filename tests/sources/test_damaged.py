@@ -7,7 +7,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from fuzzing.encodings import chunks, png
 from holdfast.core.errors import TargetError
 from holdfast.sources.data import open_data
 from holdfast.sources.models import open_model
@@ -40,6 +42,19 @@ def test_a_damaged_table_and_a_locked_archive_are_refused_with_the_reason_of_the
     (tmp_path / "d.npz").write_bytes(locked)
     with pytest.raises(TargetError, match=r"d\.npz' cannot be read \(RuntimeError: .* is encrypted"):
         open_data(str(tmp_path / "d.npz"))
+
+
+def test_whatever_a_decoder_raises_when_an_image_is_read_is_an_error_of_the_image(tmp_path):
+    whole = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(whole, "PNG")
+    *before, end = chunks(whole.getvalue())
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "0.png").write_bytes(png([*before, (b"iCCP", b""), end]))
+    (tmp_path / "b" / "0.png").write_bytes(whole.getvalue())
+    data = open_data(str(tmp_path))
+    with pytest.raises(TargetError, match=r"0\.png' is damaged or truncated: IndexError: index out"):
+        data.read(0, 2)
 
 
 def saved(path, nodes, *, functions=(), tensors=()):

@@ -202,9 +202,9 @@ def _decoded(path: Path, mode: str) -> NDArray[np.uint8]:
                 if image.mode.startswith("I")
                 else np.asarray(image.convert(mode))
             )
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # its decoders raise anything, as struct.error, on a damaged file
             raise TargetError(
-                f"image {str(path)!r} is damaged or truncated: {error}; replace or remove it"
+                f"image {str(path)!r} is damaged or truncated: {type(error).__name__}: {error}; replace or remove it"
             ) from error
     pixels = np.rint(pixels).astype(np.uint8) if pixels.dtype != np.uint8 else pixels
     if mode == "RGB" and pixels.ndim == 2:
