@@ -48,7 +48,7 @@ from holdfast.runs.comparison import Comparison
 from holdfast.runs.exhibition import Exhibit, exhibits
 from holdfast.runs.hardened import Hardened
 from holdfast.runs.index import open_run
-from holdfast.runs.order import Order, Progress, Subject, Told, silent, unheard
+from holdfast.runs.order import Notify, Order, Progress, Subject, ignore, silent
 from holdfast.runs.result import Result
 from holdfast.runs.served import journaled
 from holdfast.sources.counting import look_at
@@ -167,7 +167,7 @@ def carry_out(
     run: Path | None,
     resume: bool = False,
     progress: Progress = silent,
-    told: Told = unheard,
+    notify: Notify = ignore,
     command: str = "",
 ) -> Result:
     """`assess` as the command line and a configuration file ask for it; `command` is how to repeat it."""
@@ -180,7 +180,7 @@ def carry_out(
         across = ordering.opened_across(settings, subject.model)
         order = replace(order, fit=fit, surrogates=surrogates, across=across, attackers=attackers(settings))
         return assessing.assess(
-            subject, data, order, run=run, resume=resume, progress=progress, opening=opening, told=told
+            subject, data, order, run=run, resume=resume, progress=progress, opening=opening, notify=notify
         )
 
 
@@ -257,7 +257,7 @@ def carry_out_hardening(
     run: Path,
     resume: bool = False,
     progress: Progress = silent,
-    told: Told = unheard,
+    notify: Notify = ignore,
     command: str = "",
 ) -> Hardened:
     """`harden` as the command line and a configuration file ask for it; `command` is how to repeat it."""
@@ -271,7 +271,9 @@ def carry_out_hardening(
         apart=whole,
         command=command,
     )
-    return hardens.harden(subject, training, test, wish, run=run, resume=resume, progress=progress, told=told)
+    return hardens.harden(
+        subject, training, test, wish, run=run, resume=resume, progress=progress, notify=notify
+    )
 
 
 def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -> Result:

@@ -64,7 +64,7 @@ def _begun(
     again = way_out(command_line(), folder)
     with stoppable(again) as stopper, watched(voice) as progress:
         terms = rotating.terms(settings)
-        pool = collecting.begun(folder, terms, resume=resume, expect_head=expect_head, told=voice.say)
+        pool = collecting.begun(folder, terms, resume=resume, expect_head=expect_head, notify=voice.say)
         voice.say(statement(planned(len(terms.held), settings.judged), planned=True))
         for note in terms.notes:
             voice.say(f"note: {note}")
@@ -73,7 +73,7 @@ def _begun(
             terms,
             budget_s=rotating.budget_s(settings),
             stopper=stopper,
-            told=voice.say,
+            notify=voice.say,
             progress=progress,
         )
         yield _Begun(pool, terms, found, again, stopper, progress)
@@ -97,7 +97,7 @@ def train(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str
     with stoppable(f"what was learned before stands, start again with: {command_line()}"):
         terms = rotating.reopened(held, settings)
         found = learning.learn(
-            held, terms, rotating.codec(settings), rotating.diffusion(settings), told=voice.say
+            held, terms, rotating.codec(settings), rotating.diffusion(settings), notify=voice.say
         )
     click.echo(
         f"a generator of {found.sets} sets of {found.parameters:,} numbers, learned in "
@@ -130,7 +130,7 @@ def draw(
             immunise=rotating.immunise(settings) if immunising else None,
             resume=resume,
             stopper=stopper,
-            told=voice.say,
+            notify=voice.say,
         )
     against = f", immunised against {len(found.against)} sets" if found.against else ""
     how = "by the generator" if found.by == "generator" else "anew"
@@ -152,7 +152,7 @@ def admit(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str
             judged=settings.judged,
             again=again,
             stopper=stopper,
-            told=voice.say,
+            notify=voice.say,
             progress=progress,
         )
     for judged in found.judged if voice.verbose else ():
@@ -209,7 +209,7 @@ def _made_by(begun: _Begun, settings: RotateSettings, voice: Voice, asked: By | 
         return asked
     codec, diffusion = rotating.codec(settings), rotating.diffusion(settings)
     try:
-        learning.learn(begun.pool, begun.terms, codec, diffusion, told=voice.say)
+        learning.learn(begun.pool, begun.terms, codec, diffusion, notify=voice.say)
     except (Inconclusive, LostLoss) as error:
         if asked is not None:
             raise
@@ -329,5 +329,5 @@ def _show_gates(judged: Judged, voice: Voice) -> None:
         table.add_row(one.verdict, one.name, cell(one.why), one.bound)
     for name, found in judged.reported.items():
         said = f"{found.value:.3g} ({found.low:.3g} to {found.high:.3g}, n = {found.n:,})"
-        table.add_row("–", name, said, "told, and decides nothing")
+        table.add_row("–", name, said, "reported, decides nothing")
     voice.console().print(table)

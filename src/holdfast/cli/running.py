@@ -59,7 +59,7 @@ def assess_and_report(
     with stoppable(way_out(command, folder)):  # before the run begins, and while its reports are written, too
         with watched(voice) as progress:
             result = carry_out(
-                settings, run=folder, resume=resume, progress=progress, told=voice.say, command=command
+                settings, run=folder, resume=resume, progress=progress, notify=voice.say, command=command
             )
         tell(result, settings.output, voice, folder=folder)
     return result.exit_code
@@ -75,7 +75,7 @@ def harden_and_report(settings: HardenSettings, voice: Voice, *, run: str | None
     with stoppable(way_out(command, folder)):
         with watched(voice) as progress:
             found = carry_out_hardening(
-                settings, run=folder, resume=resume, progress=progress, told=voice.say, command=command
+                settings, run=folder, resume=resume, progress=progress, notify=voice.say, command=command
             )
         for output in settings.output:
             if is_folder(output):

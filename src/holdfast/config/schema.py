@@ -24,7 +24,7 @@ def schema() -> dict[str, Any]:
     content = RotateSettings.model_json_schema()
     content["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     content["title"] = "holdfast.yaml"
-    content["description"] = "Everything that the verbs can be told; each takes what concerns it."
+    content["description"] = "All settings of the verbs; each verb takes those that concern it."
     content["$defs"] = {
         **content.pop("$defs"),
         "attack": {"oneOf": [_tagged(n, c, {}) for n, c in attack_names().items()]},

@@ -28,7 +28,7 @@ SCHEMA_VERSION = 1
 
 
 class AssessSettings(BaseModel):
-    """Everything that `holdfast assess` can be told."""
+    """All settings of `holdfast assess`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
 
@@ -189,7 +189,7 @@ class AssessSettings(BaseModel):
 
 
 class HardenSettings(AssessSettings):
-    """Everything that `holdfast harden` can be told: how to train, and how the model is judged before and after."""
+    """All settings of `holdfast harden`: how to train, and how the model is assessed before and after."""
 
     recipe: values.RecipeSpec = Field(
         default_factory=lambda: {"use": "auto"},
@@ -205,7 +205,7 @@ class HardenSettings(AssessSettings):
 
 
 class RotateSettings(HardenSettings):
-    """Everything that `holdfast rotate` can be told: where sets come from, how they are made, and when they swap."""
+    """All settings of `holdfast rotate`: where parameter sets come from, how they are trained, and when they swap."""
 
     recipe: values.SetsRecipeSpec = Field(
         default_factory=lambda: {"use": CARD},

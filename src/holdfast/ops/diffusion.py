@@ -90,6 +90,6 @@ class Diffusion:
 
     def _restored(self, denoiser: Denoiser, x: Tensor, t: int, kept: float) -> Tensor:
         """The clean points that the denoiser sees after step `t`, clamped."""
-        told = denoiser(x, torch.full((len(x),), t, device=x.device))
-        seen = torch.add(x, told, alpha=-math.sqrt(1 - kept)).mul_(1 / math.sqrt(kept))
+        noise = denoiser(x, torch.full((len(x),), t, device=x.device))
+        seen = torch.add(x, noise, alpha=-math.sqrt(1 - kept)).mul_(1 / math.sqrt(kept))
         return seen.clamp_(-self.clamp, self.clamp)

@@ -63,7 +63,7 @@ Rate = Literal["cycle", "cosine", "steps", "flat"]
 
 @dataclass(frozen=True)
 class Training:
-    """What the loop is told, whatever the loss."""
+    """Settings of the training loop that do not depend on the loss."""
 
     epochs: Steps = 30
     """passes over the training data; a time budget takes their place"""

@@ -224,11 +224,11 @@ def taught(
     `smoothing` is the share of each label that is spread over all classes. Cost: a forward, and another where `clean`
     is not 0.
     """
-    told = partial(F.cross_entropy, target=batch.y, label_smoothing=smoothing)
+    loss = partial(F.cross_entropy, target=batch.y, label_smoothing=smoothing)
     logits = learner.net(x_adv)
-    value = told(logits)
+    value = loss(logits)
     if clean:
-        value = value + clean * told(learner.net(batch.x))
+        value = value + clean * loss(learner.net(batch.x))
     return value, hits(logits, batch.y)
 
 

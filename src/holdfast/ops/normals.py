@@ -33,9 +33,9 @@ def normal(
             u = directions(rng.at(first), few.ids, k, x.shape[1:], share, x.dtype)
             points = torch.addcmul(at, spread(reach, u), u, out=u)  # in place: fresh memory is what costs
             broken, done = decisions.ask_many(few, decisions.bounds.clamp(points, out=points), most)
-            told = torch.stack(((2 * broken.long() - 1) * done, done), 1).to(x.dtype)
-            total += told @ (points - at).flatten(2)
-            asked += told.sum(2)
+            signs = torch.stack(((2 * broken.long() - 1) * done, done), 1).to(x.dtype)
+            total += signs @ (points - at).flatten(2)
+            asked += signs.sum(2)
     mean = counts[:, 0] / counts[:, 1].clamp_min(1)
     towards = sums[:, 0] - torch.where(mean.abs() < 1, mean, 0)[:, None] * sums[:, 1]
     return L2().steepest(towards.view_as(x), x, decisions.bounds)

@@ -12,7 +12,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.types import Inputs
 from holdfast.ops.learner import Learner
-from holdfast.ops.together import told
+from holdfast.ops.together import broadcast
 
 RAISED = "raised"
 """Name of the state that counts how often the guard has asked for more steps."""
@@ -41,7 +41,7 @@ class OverfittingGuard:
     def holds(self) -> bool:
         """Whether ten steps break little more than one; if not, more steps are asked for from here on."""
         raised = self.learner.state[RAISED]
-        if int(raised) >= MOST_RAISED or told(self._right(1) - self._right(_STEPS) <= _APART):
+        if int(raised) >= MOST_RAISED or broadcast(self._right(1) - self._right(_STEPS) <= _APART):
             return True
         raised.add_(1)
         return False

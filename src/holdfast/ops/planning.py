@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from holdfast.core.checkpoint import Checkpoint, TrainingPlan
-from holdfast.ops.together import told
+from holdfast.ops.together import broadcast
 
 Pacing = Callable[[int, int, int, TrainingPlan | None], TrainingPlan]
 """Plans how many updates a training has: from the updates that are done, those of the present epoch that are done, the
@@ -64,7 +64,7 @@ class Plans:
         """Plan again after so many updates of an epoch; several processes go by the clock of the first."""
         if self._pacing is not None and not self.ended():
             last = self._made[-1] if self._made else None
-            self._made.append(told(self._pacing(self.updates, position, self.per_epoch, last)))
+            self._made.append(broadcast(self._pacing(self.updates, position, self.per_epoch, last)))
 
     def rewind(self, updates: int, position: int) -> None:
         """Go back to so many updates, of which `position` are of the epoch; the time that was spent stays spent.

@@ -78,7 +78,7 @@ def _local() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def told(value: T) -> T:
+def broadcast(value: T) -> T:
     """The value of the first process, in all of them."""
     if processes() == 1:
         return value

@@ -151,8 +151,8 @@ def packed(embedding: Embedding) -> dict[str, Tensor]:
     found |= {f"directions.{name}": value for name, value in embedding.span.directions.items()}
     found |= {f"encoder.{name}": value for name, value in embedding.encoder.state_dict().items()}
     found |= {f"decoder.{name}": value for name, value in embedding.decoder.state_dict().items()}
-    told = torch.tensor([embedding.scale, embedding.lost, embedding.span.kept], dtype=torch.float64)
-    return {**found, "latent.mean": embedding.mean, "latent.deviation": embedding.deviation, "told": told}
+    scalars = torch.tensor([embedding.scale, embedding.lost, embedding.span.kept], dtype=torch.float64)
+    return {**found, "latent.mean": embedding.mean, "latent.deviation": embedding.deviation, "told": scalars}
 
 
 def unpacked(tensors: Mapping[str, Tensor]) -> Embedding:

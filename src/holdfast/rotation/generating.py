@@ -39,7 +39,7 @@ _POOL, _COLUMNS, _ROWS = 16_384, 512, 24
 
 
 class Denoiser(nn.Module):
-    """Tells the noise in latents (n, dims): a residual perceptron that is told how many steps it was added for."""
+    """Predicts the noise in latents (n, dims): a residual perceptron that also takes the number of steps of noise."""
 
     falling: Tensor
 
@@ -119,11 +119,11 @@ class LatentDiffusion:
             step = place.at("steps").integers(slots, self.diffusion.steps)
             clean, noise = latents[rows], place.at("noise").normal(slots, embedding.dims)
             noised = self.diffusion.noised(clean, noise, step)
-            told = denoiser(noised, step)
-            loss = F.mse_loss(told, noise)
+            predicted = denoiser(noised, step)
+            loss = F.mse_loss(predicted, noise)
             if far is not None:
                 few = slice(_ROWS)
-                restored = self.diffusion.cleaned(noised[few], told[few], step[few])
+                restored = self.diffusion.cleaned(noised[few], predicted[few], step[few])
                 pushed = self._pushed(far, restored, rows[few], place)
                 loss = loss + self.weight * (self.diffusion.weight(step[few], latents) * pushed).mean()
             stepped(optimizer, loss, f"the diffusion, in update {update + 1}", self.lr)
@@ -169,8 +169,8 @@ def packed(generator: Generator) -> dict[str, Tensor]:
     """All tensors of a generator by name, to be kept."""
     found = {f"codec.{name}": value for name, value in codec.packed(generator.embedding).items()}
     found |= {f"denoiser.{name}": value for name, value in generator.denoiser.state_dict().items()}
-    told = torch.tensor([generator.diffusion.steps, generator.diffusion.clamp], dtype=torch.float64)
-    return {**found, "diffusion": told}
+    settings = torch.tensor([generator.diffusion.steps, generator.diffusion.clamp], dtype=torch.float64)
+    return {**found, "diffusion": settings}
 
 
 def unpacked(tensors: Mapping[str, Tensor]) -> Generator:

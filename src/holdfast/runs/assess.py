@@ -19,7 +19,7 @@ from holdfast.runs.entry import (
 )
 from holdfast.runs.foresight import refuse_gates
 from holdfast.runs.making import Making
-from holdfast.runs.order import Opening, Order, Progress, Subject, Told, silent, unheard
+from holdfast.runs.order import Notify, Opening, Order, Progress, Subject, ignore, silent
 from holdfast.runs.preparing import readied
 from holdfast.runs.repeating import resumable, way_out
 from holdfast.runs.result import Result
@@ -40,15 +40,14 @@ def assess(
     progress: Progress = silent,
     opening: Opening | None = None,
     again: str = "",
-    told: Told = unheard,
+    notify: Notify = ignore,
 ) -> Result:
     """Measure how robust a model is, and judge it.
 
-    With `run` everything is kept in that folder, and a run that was killed there goes on by `resume`; a finished one is
-    told again. `again` says how to go on with a run that this one is a part of. Workers open model and data by
-    `opening`; without it they are handed the two given here. `told` receives how many rows a server is sent at most.
-    Raises `UsageError`, `TargetError`, or `Interrupted` with
-    the way to go on.
+    With `run` everything is kept in that folder, and a run that was killed there is continued with `resume`; a finished
+    one is reported again. `again` is how to resume the run that this one is a part of. Workers open model and data by
+    `opening`; without it they receive the two given here. `notify` receives the largest number of rows that a server
+    is sent. Raises `UsageError`, `TargetError`, or `Interrupted` with the way to resume.
     """
     refuse_data(data)
     device = torch.device(order.device)
@@ -64,7 +63,7 @@ def assess(
         refuse_gates(order.gates, plan, target, sample)
         shape = tuple(sample.x.shape[1:])
         opening = opening or partial(_as_given, subject, data, order.surrogates)
-        made = Making(subject, data, order, plan, target, device, shape, progress, opening, served, told)
+        made = Making(subject, data, order, plan, target, device, shape, progress, opening, served, notify)
         if run is None:
             return _unkept(made)
         with stoppable(again) as stopper:

@@ -11,7 +11,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import updates
 from holdfast.ops.recipe import Recipe
-from holdfast.ops.together import told
+from holdfast.ops.together import broadcast
 from holdfast.reports.numbers import plain
 from holdfast.runs.pace import Clock, Pace, epochs_fitting, pace, too_small
 
@@ -95,7 +95,7 @@ def attempts(
         return asked, 0.0
     begun = clock()
     paces = list(_paces(candidates, budget_s, model, data, threat, look, clock))
-    spent_s = told(clock() - begun)
+    spent_s = broadcast(clock() - begun)
     sizes = [one.per_epoch(len(data)) for one in candidates]
     fit = [epochs_fitting(budget_s - spent_s, *each) for each in zip(paces, sizes, strict=False)]
     if not fit[0]:
@@ -140,7 +140,10 @@ def _paces(
             known = _looked(look, budget_s, clock) if known is None else known
             found = replace(found, epoch=found.epoch + known[0], held_out=known[1])
         yield found
-        if not epochs_fitting(budget_s, found, per_epoch) or told(clock() - begun) > _PLANNING * budget_s:
+        if (
+            not epochs_fitting(budget_s, found, per_epoch)
+            or broadcast(clock() - begun) > _PLANNING * budget_s
+        ):
             return
 
 
@@ -152,7 +155,7 @@ def _looked(look: Look, budget_s: float, clock: Clock) -> tuple[float, int]:
             break
         begun = clock()
         look.at(few)
-        each = told(clock() - begun) / few
+        each = broadcast(clock() - begun) / few
     n = min(look.examples, max(int(_LOOK * budget_s / max(each, 1e-9)), _FEW[0]))
     return n * each, n
 

@@ -76,7 +76,7 @@ class Trainer:
         highest = max((_score(point) for point in curve), default=(-1.0, -1.0))
         shown = deepcopy(self.model)
         after = None if last is None else last.checkpoint
-        together.told(Course(candidate.name, replace(how, pacing=None), how.pacing is not None, after))
+        together.broadcast(Course(candidate.name, replace(how, pacing=None), how.pacing is not None, after))
         cpu, wall = time.process_time(), self.clock()
         for checkpoint in self.begun(trained_as(candidate.recipe, how), after):
             checkpoint.put_into(shown)
@@ -95,7 +95,7 @@ class Trainer:
                     training.keep(place, BEST, checkpoint, curve)
                 training.keep(place, LAST, checkpoint, curve)
             progress(_step(candidate, point, checkpoint.of, len(self.held)))
-            if not together.told(not _stale(curve, how)):
+            if not together.broadcast(not _stale(curve, how)):
                 break
         return curve
 
@@ -104,7 +104,7 @@ class Trainer:
         try:
             how = replace(heard.how, pacing=_planned_elsewhere if heard.paced else None)
             for _ in self.begun(trained_as(candidate.recipe, how), heard.after):
-                if not together.told(NOTHING):
+                if not together.broadcast(NOTHING):
                     break
         except LostLoss:
             return  # which the first process says

@@ -46,7 +46,7 @@ from holdfast.runs.held_out import (
     without_judged,
 )
 from holdfast.runs.identity import hardware
-from holdfast.runs.order import Order, Progress, Subject, Told, silent, unheard
+from holdfast.runs.order import Notify, Order, Progress, Subject, ignore, silent
 from holdfast.runs.pace import Clock, Pacer, as_it_says, smaller
 from holdfast.runs.preparing import readied
 from holdfast.runs.repeating import lent, repeatable, way_out
@@ -75,7 +75,7 @@ def harden(
     run: Path | None = None,
     resume: bool = False,
     progress: Progress = silent,
-    told: Told = unheard,
+    notify: Notify = ignore,
     clock: Clock = time.perf_counter,
 ) -> Hardened:
     """Train a copy of the model that holds under the threat, in a folder that a stopped run goes on in.
@@ -98,7 +98,7 @@ def harden(
     with ExitStack() as stack:
         stack.enter_context(together.joined(torch.device(wish.device)))
         place = stack.enter_context(lent()) if run is None else run
-        job = _Job(subject, examples, test, wish, place, progress, told, clock)
+        job = _Job(subject, examples, test, wish, place, progress, notify, clock)
         found = job.done(resume=resume) if together.first() else job.followed()
     if run is not None:
         return found
@@ -141,7 +141,7 @@ class _Job:
         wish: Wish,
         run: Path,
         progress: Progress,
-        told: Told,
+        notify: Notify,
         clock: Clock,
     ) -> None:
         device = together.own(torch.device(wish.device))
@@ -154,7 +154,7 @@ class _Job:
         wish = replace(wish, threat=replace(wish.threat, surrogates=around))
         self.subject, self.test, self.wish, self.run = subject, test, wish, run
         self.again = way_out(wish.command, run)
-        self.progress, self.told, self.clock = progress, told, clock
+        self.progress, self.notify, self.clock = progress, notify, clock
         self.model = learner_of(subject.model, seen)
         digests = [test.digest, examples.digest]
         self._as_the_first(digests)
@@ -163,8 +163,8 @@ class _Job:
         for one in wish.candidates:  # what it cannot learn from is refused here; nothing is trained yet
             self.trainer.begun(one.recipe, None)
         self.notes = [*examples.notes, *remarks(self.model, seen)]
-        known = together.told(planned(run))
-        self.plan = together.told(known["plan"] if known else self._planned())
+        known = together.broadcast(planned(run))
+        self.plan = together.broadcast(known["plan"] if known else self._planned())
         self.looked = self._few_held(self.plan["attempts"][0].get("held_out", len(self.held)))
         self.trainer = replace(self.trainer, held=self.looked)
         self.manifest = manifest_of(subject, digests, test, wish, self.plan, machine)
@@ -177,12 +177,12 @@ class _Job:
 
     def _as_the_first(self, digests: list[str]) -> None:
         """Begin with the weights of the first process, and on the same data."""
-        if together.told(digests) != digests:
+        if together.broadcast(digests) != digests:
             raise UsageError(
                 "this process holds other data than the first; give all the same, in the same order, as from one file"
             )
         weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
-        self.model.load_state_dict(together.told(weights))
+        self.model.load_state_dict(together.broadcast(weights))
 
     def _to_learn_on(self) -> Data | None:
         """Training examples for attacks that are learned: none that is judged, nor chooses."""
@@ -198,7 +198,7 @@ class _Job:
         wish = self.wish
         if wish.budget_s is not None:
             names = ", ".join(one.name for one in wish.candidates)
-            self.told(f"timing updates of {names} on this machine, for a budget of {wish.budget_s:g} s")
+            self.notify(f"timing updates of {names} on this machine, for a budget of {wish.budget_s:g} s")
         tried, spent_s = attempts(
             wish.candidates,
             wish.budget_s,
@@ -233,13 +233,15 @@ class _Job:
             found = Hardened(best.subject.model, before, after, best.curve, card, weights, self.run)
             with stopper.finishing():
                 _keep(folder, found)
-        together.told(replace(found, model=NOTHING))  # which a factory may have made; its weights are in it
+        together.broadcast(
+            replace(found, model=NOTHING)
+        )  # which a factory may have made; its weights are in it
         return found
 
     def followed(self) -> Hardened:
         """What a process does that is not the first: it trains along until the new model is done."""
         while True:
-            heard: Course | Hardened = together.told(NOTHING)
+            heard: Course | Hardened = together.broadcast(NOTHING)
             if isinstance(heard, Hardened):
                 return replace(heard, model=self._opened(heard.weights))
             self.trainer.follow(self._candidate(heard.name), heard)
@@ -268,7 +270,7 @@ class _Job:
         own = self.subject.model
         examples = as_data(held.x, held.y, expected=Expected(own.bounds, own.classes))
         for k, attempt in enumerate(tried):
-            self.told(announced(attempt, self.plan["budget_s"], len(self.test)))
+            self.notify(announced(attempt, self.plan["budget_s"], len(self.test)))
             made.append(self._attempt(k, attempt, stopper))
             if len(tried) == 1:
                 return made, made[0]

@@ -39,7 +39,7 @@ from holdfast.runs.entry import (
 from holdfast.runs.expected_rows import expected_of
 from holdfast.runs.identity import code_digest, hardware, versions
 from holdfast.runs.keeping import InFolder, InMemory, Keeper
-from holdfast.runs.order import Opening, Order, Progress, Subject, Told, unheard
+from holdfast.runs.order import Notify, Opening, Order, Progress, Subject, ignore
 from holdfast.runs.preparing import model_digest
 from holdfast.runs.repeating import repeatable
 from holdfast.runs.result import Result, about_of
@@ -79,7 +79,7 @@ class Making:
     opening: Opening
     served: Served | None = None
     """what asks the server of a served model"""
-    told: Told = unheard
+    notify: Notify = ignore
 
     def manifest(self, known: Mapping[str, Any] | None) -> dict[str, Any]:
         """What `run.json` says. The batch size of a run that goes on is the one it began with."""
@@ -199,7 +199,7 @@ class Making:
         """Everything measured, judged, and, where there is a folder, recorded; it may be one that does not last."""
         keeper: Keeper = InMemory() if folder is None else InFolder(folder)
         if self.served is not None and keeper.document(DOUBTS) is None:
-            self.told(self._expected(self.served, manifest["plan"]))
+            self.notify(self._expected(self.served, manifest["plan"]))
         with self.team(manifest, folder) as team:
             evidence, found = self.measured(keeper, stopper, manifest, team)
         rotation = self._attackers(evidence, keeper, stopper)

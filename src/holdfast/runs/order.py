@@ -102,9 +102,9 @@ def silent(step: Step) -> None:
     """The progress that nobody watches."""
 
 
-Told = Callable[[str], None]
-"""Receives what is about to be done, in words."""
+Notify = Callable[[str], None]
+"""Receives a message for the user: what the run does next."""
 
 
-def unheard(said: str) -> None:
-    """Leaves it unsaid."""
+def ignore(message: str) -> None:
+    """Show no message."""

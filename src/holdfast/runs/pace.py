@@ -17,7 +17,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import updates
 from holdfast.ops.recipe import Recipe, trained_as
-from holdfast.ops.together import processes, told
+from holdfast.ops.together import broadcast, processes
 from holdfast.runs.held_out import harmless
 from holdfast.runs.pieces import halved, in_pieces
 from holdfast.runs.training import BEST, LAST, keep
@@ -129,7 +129,7 @@ def _paced(
         some = as_it_says(model, data.take(rows[:n]))
         begun = clock()
         *_, last = trained_as(recipe, few)(model, some, harmless(threat), rng=Draws(0))
-        seconds = told(clock() - begun)  # all decide alike
+        seconds = broadcast(clock() - begun)  # all decide alike
         return _Trial(seconds, updates(len(some), size), len(some), last)
 
     single = taken(size)  # chooses kernels and fills caches, and so is slower than those that follow
@@ -184,7 +184,7 @@ def _kept_s(checkpoint: Checkpoint, few: int, many: int, clock: Clock) -> float:
         begun = clock()
         for name in (LAST, BEST):
             keep(Path(place), name, whole, ())
-        return told(clock() - begun)
+        return broadcast(clock() - begun)
 
 
 def _grown(checkpoint: Checkpoint, few: int, many: int) -> Checkpoint:

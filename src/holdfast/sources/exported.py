@@ -273,8 +273,8 @@ def _unsafe_graph(value: Any, key: str) -> Iterator[str]:
         for name, inner in value.items():
             if not _NAME.fullmatch(name):
                 yield f"the name {name[:60]!r}"
-            told = name == "metadata" and not key.endswith("_values")
-            if not told or not all(isinstance(text, str) for text in inner.values()):
+            is_metadata = name == "metadata" and not key.endswith("_values")
+            if not is_metadata or not all(isinstance(text, str) for text in inner.values()):
                 yield from _unsafe_graph(inner, name)
     elif isinstance(value, list):
         for inner in value:

@@ -74,12 +74,12 @@ def content_of(path: Path) -> bytes:
 
 
 @contextmanager
-def usable(path: Path, told: Callable[[Path, OSError], str] = refusal) -> Iterator[None]:
+def usable(path: Path, message: Callable[[Path, OSError], str] = refusal) -> Iterator[None]:
     """Turns an error of the operating system into one that names the path and the way out."""
     try:
         yield
     except OSError as error:
-        raise TargetError(told(path, error)) from error
+        raise TargetError(message(path, error)) from error
 
 
 def write_atomically(path: Path, content: bytes, mode: int = _OPEN) -> None:

@@ -21,7 +21,7 @@ from holdfast.rotation import canary
 from holdfast.rotation.live import CANARIES
 from holdfast.rotation.members import refuse_foreign, rotated
 from holdfast.rotation.thieves import Thief
-from holdfast.runs.order import Progress, Subject, Told, silent, unheard
+from holdfast.runs.order import Notify, Progress, Subject, ignore, silent
 from holdfast.runs.rotate.collecting import bases_left
 from holdfast.runs.rotate.comparing import held
 from holdfast.runs.rotate.crafting import Workshop, attackers, exposed_for, siblings_of
@@ -52,7 +52,7 @@ def admit(
     judged: int = FIRST,
     thief: Thief | None = None,
     again: str = "",
-    told: Told = unheard,
+    notify: Notify = ignore,
     progress: Progress = silent,
     stopper: Stopper | None = None,
 ) -> Admission:
@@ -66,10 +66,10 @@ def admit(
     if not again:
         again = f"what was finished is kept, go on with: holdfast rotate admit {pool.shown}"
     found = tuple(map(_claim, claims))
-    workshop = Workshop(pool, terms, thief or Thief(), told)
+    workshop = Workshop(pool, terms, thief or Thief(), notify)
     measuring = Measuring(pool, workshop, progress, again)
     with pool.alone_at("admit"):
-        return _Admitting(measuring, found, accepted or {}, judged, told, stopper or Stopper()).done()
+        return _Admitting(measuring, found, accepted or {}, judged, notify, stopper or Stopper()).done()
 
 
 def _claim(text: str) -> Claim:
@@ -90,7 +90,7 @@ class _Admitting:
     claims: tuple[Claim, ...]
     accepted: Mapping[str, str]
     judged: int
-    told: Told
+    notify: Notify
     stopper: Stopper
     _weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -119,7 +119,7 @@ class _Admitting:
                 continue
             judged.append(one)
             row = 0 if one.verdict == "admitted" else row + 1
-            self.told(f"{one.name} {one.verdict}: {one.why}")
+            self.notify(f"{one.name} {one.verdict}: {one.why}")
         return Admission(tuple(judged), self._waiting)
 
     @property
@@ -155,7 +155,7 @@ class _Admitting:
             }
             if not unclear or any(one.verdict == "fail" for one in found):
                 break
-            self.told(f"{name}: unclear by {', '.join(sorted(unclear))}, on twice as many examples again")
+            self.notify(f"{name}: unclear by {', '.join(sorted(unclear))}, on twice as many examples again")
             n = {family: 2 * size if family in unclear else size for family, size in n.items()}
         against = next(
             (one for verdict in ("fail", "unclear") for one in found if one.verdict == verdict), None
@@ -176,13 +176,15 @@ class _Admitting:
         with self.stopper.finishing(), self.pool.ledger.alone():
             member = self.pool.ledger.member(one.name)
             if member.state not in ("candidate", "admitted"):
-                self.told(f"note: {one.name} is {member.state} by now, and would be {one.verdict}: {one.why}")
+                self.notify(
+                    f"note: {one.name} is {member.state} by now, and would be {one.verdict}: {one.why}"
+                )
                 return False
             if one.verdict == "refused":
                 self.pool.refuse(one.name, one.why)
                 return True
             if set(one.against) != set(self._exposed(one.name)):
-                self.told(f"{one.name}: another set leaked meanwhile, so it is judged again")
+                self.notify(f"{one.name}: another set leaked meanwhile, so it is judged again")
                 return False
             for base in map(self.pool.ledger.member, member.bases):
                 if base.exposed is None and not base.deleted:
@@ -251,7 +253,7 @@ class _Admitting:
         white = self._white(alike[: max(len(self._bases), 2)], first["white-box"])
         found = measured(clean, [held(one) for one in white], n, self.judged)
         if any(need.widened for need in found):
-            self.told(f"note: {statement(found, planned=False)}")
+            self.notify(f"note: {statement(found, planned=False)}")
         return {need.gate: need for need in found}
 
     def _doubts(self, seen: Seen) -> Doubts:

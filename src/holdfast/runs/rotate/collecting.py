@@ -21,7 +21,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.rotation import Members, Task, loaded, weights_of
 from holdfast.rotation.collecting import begun_anew, swapped
-from holdfast.runs.order import Progress, Step, Told, silent, unheard
+from holdfast.runs.order import Notify, Progress, Step, ignore, silent
 from holdfast.runs.pace import Pace, fitting, pace
 from holdfast.runs.rotate.terms import Terms, accuracy, state_of
 from holdfast.runs.signals import Stopper
@@ -59,7 +59,7 @@ class Collected:
     """the same of each surrogate"""
 
 
-def begun(path: Path, terms: Terms, *, resume: bool, expect_head: str = "", told: Told = unheard) -> Pool:
+def begun(path: Path, terms: Terms, *, resume: bool, expect_head: str = "", notify: Notify = ignore) -> Pool:
     """The pool in a folder: a new one, or one of the same terms that goes on.
 
     With `expect_head` it is one whose ledger contains that; see `Pool.held`.
@@ -81,7 +81,7 @@ def begun(path: Path, terms: Terms, *, resume: bool, expect_head: str = "", told
         )
     pool = Pool.begun(path, terms.about())
     secret(pool)
-    told(f"the pool is sealed; its key: {pool.seal.source}")
+    notify(f"the pool is sealed; its key: {pool.seal.source}")
     return pool
 
 
@@ -91,12 +91,12 @@ def collect(
     *,
     budget_s: float | None = None,
     stopper: Stopper | None = None,
-    told: Told = unheard,
+    notify: Notify = ignore,
     progress: Progress = silent,
 ) -> Collected:
     """Train what is not trained yet, and seal it in the pool. Raises `UsageError`, `TargetError`."""
     with pool.alone_at("collect"):
-        return _Collecting(pool, terms, stopper or Stopper(), told, progress).done(budget_s)
+        return _Collecting(pool, terms, stopper or Stopper(), notify, progress).done(budget_s)
 
 
 def members(pool: Pool) -> Members:
@@ -190,8 +190,16 @@ def _where(checkpoint: Checkpoint) -> dict[str, Any]:
 class _Collecting:
     """One call of the step."""
 
-    def __init__(self, pool: Pool, terms: Terms, stopper: Stopper, told: Told, progress: Progress) -> None:
-        self.pool, self.terms, self.stopper, self.told, self.progress = pool, terms, stopper, told, progress
+    def __init__(
+        self, pool: Pool, terms: Terms, stopper: Stopper, notify: Notify, progress: Progress
+    ) -> None:
+        self.pool, self.terms, self.stopper, self.notify, self.progress = (
+            pool,
+            terms,
+            stopper,
+            notify,
+            progress,
+        )
         self.draws = secret(pool)
         self.anew = terms.source.runs if terms.source.anew else 0
 
@@ -205,13 +213,13 @@ class _Collecting:
             kept = self.pool.kept(_run(run)) or self._run(task, run, lost)
             self._list(kept)
             found.append(kept.about)
-            self.told(
+            self.notify(
                 f"run {run + 1} of {runs}: {kept.about['sets']} sets, {100 * kept.about['accuracy']:.1f} % right"
             )
         for k in range(OWN):
             kept = self.pool.kept(_own(k)) or self._surrogate(task, k, lost)
             own.append(kept.about["accuracy"])
-            self.told(f"surrogate {k + 1} of {OWN}: {100 * kept.about['accuracy']:.1f} % right")
+            self.notify(f"surrogate {k + 1} of {OWN}: {100 * kept.about['accuracy']:.1f} % right")
         self.pool.drop(_BEGUN)
         self.progress(Step("collected", self.anew + OWN, self.anew + OWN, 1, 1, 0, 0))
         right = tuple(one["accuracy"] for one in found)
@@ -231,7 +239,7 @@ class _Collecting:
             return known.about
         epochs, spent_s = self.terms.training.epochs, 0.0
         if budget_s is not None:
-            self.told(
+            self.notify(
                 f"timing updates of {self.terms.candidate.name} on this machine, for a budget of {budget_s:g} s"
             )
             begin = time.perf_counter()

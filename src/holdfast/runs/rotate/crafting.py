@@ -25,7 +25,7 @@ from holdfast.harness.plan import settings
 from holdfast.reports.numbers import strict
 from holdfast.rotation.thieves import Thief
 from holdfast.runs.identity import code_digest
-from holdfast.runs.order import Told, unheard
+from holdfast.runs.order import Notify, ignore
 from holdfast.runs.rotate.collecting import surrogates
 from holdfast.runs.rotate.terms import Terms
 from holdfast.store.pool import Pool
@@ -77,7 +77,7 @@ class Workshop:
     pool: Pool
     terms: Terms
     thief: Thief = field(default_factory=Thief)
-    told: Told = unheard
+    notify: Notify = ignore
     _made: dict[tuple[Attacker, int, int], dict[str, Inputs]] = field(default_factory=dict)
     """by attacker and the rows of the held-out inputs, of each attack"""
     _own: list[Classifier] = field(default_factory=list)
@@ -134,7 +134,7 @@ class Workshop:
         kept = self.pool.kept(f"made_{place}")
         if kept is not None and kept.about["of"] == about:
             return kept.columns
-        self.told(f"{attacker.name}: examples of {len(some):,} inputs by {', '.join(self.thief.attacks)}")
+        self.notify(f"{attacker.name}: examples of {len(some):,} inputs by {', '.join(self.thief.attacks)}")
         rng = Draws(self.terms.seed).at("thief", attacker.kind, *attacker.sources)
         made = self.thief.crafted(self._models(attacker), some, self.terms.threat, rng=rng)
         changes = {name: (x - some.x).half().cpu() for name, x in made.items()}

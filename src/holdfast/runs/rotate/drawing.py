@@ -18,7 +18,7 @@ from holdfast.core.model import Classifier
 from holdfast.reports.numbers import strict
 from holdfast.rotation import Generator, Immunise
 from holdfast.rotation.collecting import rows_of, trained_anew
-from holdfast.runs.order import Told, unheard
+from holdfast.runs.order import Notify, ignore
 from holdfast.runs.rotate.collecting import bases, bases_left, epochs_of
 from holdfast.runs.rotate.learning import learned
 from holdfast.runs.rotate.terms import Terms, accuracy, state_of
@@ -59,7 +59,7 @@ def draw(
     immunise: Immunise | None = None,
     resume: bool = False,
     stopper: Stopper | None = None,
-    told: Told = unheard,
+    notify: Notify = ignore,
 ) -> Drawn:
     """Bring so many fresh candidates, or eight, into the pool; by the generator, where there is one, unless told so.
 
@@ -85,11 +85,11 @@ def draw(
             known = begun.about["asked"]
             _refuse_other(known, {"sets": sets or known["sets"], "by": by or known["by"], "immunise": how})
             if not _missing(begun.about):
-                told(
+                notify(
                     "that drawing is whole, and nothing is left to resume; leave --resume out to draw others"
                 )
                 return _drawn(begun.about)
-        return _Drawing(pool, terms, immunise, stopper or Stopper(), told).done()
+        return _Drawing(pool, terms, immunise, stopper or Stopper(), notify).done()
 
 
 def _refuse_other(known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -144,12 +144,12 @@ class _Drawing:
     """One call of the step, or one that goes on with it."""
 
     def __init__(
-        self, pool: Pool, terms: Terms, immunise: Immunise | None, stopper: Stopper, told: Told
+        self, pool: Pool, terms: Terms, immunise: Immunise | None, stopper: Stopper, notify: Notify
     ) -> None:
         kept = pool.kept(_KEPT)
         assert kept is not None
         self.pool, self.terms, self.immunise = pool, terms, immunise
-        self.stopper, self.told, self.said = stopper, told, dict(kept.about)
+        self.stopper, self.notify, self.said = stopper, notify, dict(kept.about)
         self.by: By = self.said["asked"]["by"]
         self.seed: Tensor = kept.columns["seed"]
         self.draws = Draws(int(self.seed)).at("drawing")
@@ -165,7 +165,7 @@ class _Drawing:
         if self.immunise is not None and self.exposed:
             updates = self.immunise.updates(len(self.task.data), self.task.recipe.training.batch)
             if updates < UPDATES:
-                self.told(
+                self.notify(
                     f"note: immunising makes {updates} updates of each set, so that no effect is to be expected: "
                     f"it was measured with 215. More training data, or a smaller recipe.training.batch of the "
                     f"collection, make more"
@@ -184,7 +184,7 @@ class _Drawing:
                     rng=self.draws.at("immunised", place),
                 )
             self._take(fresh, made_from)
-            self.told(f"set {place + 1} of {wanted}: {self.said['names'][-1]}")
+            self.notify(f"set {place + 1} of {wanted}: {self.said['names'][-1]}")
         return _drawn(self.said)
 
     def _generator(self) -> Generator:

@@ -10,7 +10,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import Inconclusive
 from holdfast.rotation import Codec, Embedding, Generator, LatentDiffusion, Members
 from holdfast.rotation.generating import packed, unpacked
-from holdfast.runs.order import Told, unheard
+from holdfast.runs.order import Notify, ignore
 from holdfast.runs.rotate.collecting import members, secret
 from holdfast.runs.rotate.terms import Terms, accuracy
 from holdfast.store.pool import Pool
@@ -39,7 +39,7 @@ class Learned:
 
 
 def learn(
-    pool: Pool, terms: Terms, codec: Codec, diffusion: LatentDiffusion, *, told: Told = unheard
+    pool: Pool, terms: Terms, codec: Codec, diffusion: LatentDiffusion, *, notify: Notify = ignore
 ) -> Learned:
     """Fit codec and diffusion to what is collected, and seal them; what was learned before is replaced.
 
@@ -48,20 +48,22 @@ def learn(
     draw comes within ten points of the bases: what was there before stands.
     """
     with pool.alone_at("train"):
-        return _learned_anew(pool, terms, codec, diffusion, told)
+        return _learned_anew(pool, terms, codec, diffusion, notify)
 
 
-def _learned_anew(pool: Pool, terms: Terms, codec: Codec, diffusion: LatentDiffusion, told: Told) -> Learned:
+def _learned_anew(
+    pool: Pool, terms: Terms, codec: Codec, diffusion: LatentDiffusion, notify: Notify
+) -> Learned:
     collected, draws = members(pool), secret(pool).at("generator")
     begin = time.perf_counter()
     embedding = codec(collected, rng=draws.at("codec"))
     codec_s = time.perf_counter() - begin
-    told(
+    notify(
         f"codec: {len(collected)} sets of {collected.parameters:,} numbers along {embedding.span.rank} directions, "
         f"{100 * embedding.lost:.2g} % of their differences lost, {codec_s:.1f} s"
     )
     lost = _lost(terms, embedding, collected)
-    told(f"round trip: {100 * lost:.2f} points of accuracy, of {100 * _LOST:g} that it may lose")
+    notify(f"round trip: {100 * lost:.2f} points of accuracy, of {100 * _LOST:g} that it may lose")
     if lost > _LOST:
         raise Inconclusive(
             f"sets lose {100 * lost:.2f} points of accuracy through the codec and back, and {100 * _LOST:g} were "
@@ -72,7 +74,7 @@ def _learned_anew(pool: Pool, terms: Terms, codec: Codec, diffusion: LatentDiffu
     generator = diffusion(embedding, collected, rng=draws.at("diffusion"))
     diffusion_s = time.perf_counter() - begin
     _refuse_astray(terms, generator, collected, draws.at("tried"), diffusion)
-    told(f"diffusion: regulariser {diffusion.regulariser}, {diffusion_s:.1f} s")
+    notify(f"diffusion: regulariser {diffusion.regulariser}, {diffusion_s:.1f} s")
     found = Learned(
         len(collected), collected.parameters, embedding.span.rank, embedding.lost, lost, codec_s, diffusion_s
     )

@@ -13,7 +13,7 @@ from typing import Any
 from holdfast.core.errors import Inconclusive, InUse, UsageError
 from holdfast.rotation import Immunise, next_set, refuse_faster
 from holdfast.rotation.triggers import Reading, Trigger, due, exposed
-from holdfast.runs.order import Progress, Told, silent, unheard
+from holdfast.runs.order import Notify, Progress, ignore, silent
 from holdfast.runs.rotate.admission import admit
 from holdfast.runs.rotate.drawing import By, candidates, draw
 from holdfast.runs.rotate.status import UNJUDGED
@@ -54,7 +54,7 @@ class Turner:
     terms: Terms
     how: Turning
     stopper: Stopper = field(default_factory=Stopper)
-    told: Told = unheard
+    notify: Notify = ignore
     progress: Progress = silent
     _by: By | None = None
 
@@ -75,7 +75,7 @@ class Turner:
             last = {name for name in candidates(self.pool) if self._last_resort(name)}
             found = admit(
                 self.pool, self.terms, claims=self.how.claims, accepted=self.how.accepted, judged=self.how.judged,
-                again=self.how.again, stopper=self.stopper, told=self.told, progress=self.progress,
+                again=self.how.again, stopper=self.stopper, notify=self.notify, progress=self.progress,
             )  # fmt: skip
             self._turn()
             fell = [one for one in found.judged if one.name in last]
@@ -131,7 +131,11 @@ class Turner:
         if self.how.by is None and self._by is None and self._refused_of_generator():
             self._go_anew(f"the last {IN_A_ROW} that the generator drew were refused")
         by = self.how.by or self._by
-        given: dict[str, Any] = {"immunise": self.how.immunise, "stopper": self.stopper, "told": self.told}
+        given: dict[str, Any] = {
+            "immunise": self.how.immunise,
+            "stopper": self.stopper,
+            "notify": self.notify,
+        }
         try:
             draw(self.pool, self.terms, missing, by=by, **given)
         except Inconclusive as error:
@@ -147,7 +151,7 @@ class Turner:
 
     def _go_anew(self, why: str) -> None:
         self._by = "anew"
-        self.told(f"note: {why}; sets are trained anew from here on")
+        self.notify(f"note: {why}; sets are trained anew from here on")
 
     def _refuse_faster(self, made_in_s: float) -> None:
         """`UsageError` for a schedule that empties the pool, before anything serves; later it is told."""
@@ -156,7 +160,7 @@ class Turner:
         except UsageError as error:
             if not self.pool.ledger.terms:
                 raise
-            self.told(f"note: {error}")
+            self.notify(f"note: {error}")
 
     def begin(self) -> None:
         """Make sure that something serves, and that as many sets wait as are wanted.
@@ -179,19 +183,19 @@ class Turner:
         `Inconclusive` where no set is admitted and none waits, so that there is nothing to swap in.
         """
         if self.pool.serving is None:
-            self.told(
+            self.notify(
                 "note: nothing serves, for what did was retired; let another set serve by holdfast rotate swap"
             )
             return False
         try:
             self.fill()
         except InUse as error:
-            self.told(f"note: {error}")
+            self.notify(f"note: {error}")
             return False
         except Inconclusive as error:
             if not self.pool.ahead:
                 raise
-            self.told(f"note: {error}")
+            self.notify(f"note: {error}")
             return False
         return True
 
@@ -216,6 +220,6 @@ class Turner:
         old = self.pool.unjudged
         with self.stopper.finishing():
             now = self.pool.swap(epoch=epoch, why=why, choose=next_set, unjudged=unjudged)
-        self.told(f"{now.name} serves as epoch {now.epoch}: {why}")
+        self.notify(f"{now.name} serves as epoch {now.epoch}: {why}")
         if now.name in old:
-            self.told(f"note: {UNJUDGED}")
+            self.notify(f"note: {UNJUDGED}")
