@@ -33,4 +33,3 @@ def test_a_damaged_file_is_opened_or_refused_within_its_limits(form, tmp_path):
             assert not outcome.fault, outcome.fault
 
         each()
-    print(form, opener.tally)
