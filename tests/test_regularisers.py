@@ -15,8 +15,8 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Turn
+from holdfast.ops.frozen import twin
 from holdfast.ops.learner import Learner
-from holdfast.ops.twin import twin
 from holdfast.recipes import (
     CURE,
     LLR,

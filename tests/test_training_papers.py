@@ -17,8 +17,8 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Spatial
 from holdfast.ops.augment import augmented, moves
 from holdfast.ops.fit import Training, Turn
+from holdfast.ops.frozen import twin
 from holdfast.ops.learner import Learner
-from holdfast.ops.twin import twin
 from holdfast.recipes import (
     ATTA,
     HAT,

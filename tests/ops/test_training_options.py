@@ -14,8 +14,8 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.augment import cut_and_mixed
 from holdfast.ops.fit import Training, fit
+from holdfast.ops.frozen import twin
 from holdfast.ops.learner import Learner, hits
-from holdfast.ops.twin import twin
 from holdfast.recipes import (
     IKL,
     MART,

@@ -15,7 +15,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, Norm
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
-from holdfast.core.rows import spread
+from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Mask, PerExample, Positive, Steps
 from holdfast.ops.ascent import gradient

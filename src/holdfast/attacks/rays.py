@@ -17,7 +17,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Model
-from holdfast.core.rows import spread
+from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Mask, Positive, Rows, Steps
 from holdfast.ops.closest import Closest, firmly_broken

@@ -19,7 +19,7 @@ from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
 from holdfast.core.names import line
-from holdfast.ops import together
+from holdfast.ops import distributed
 from holdfast.reports.exhibits import exhibit_table, exhibits_to_json
 from holdfast.reports.markdown import document
 from holdfast.reports.notes import spoken
@@ -69,7 +69,7 @@ def harden_and_report(settings: HardenSettings, voice: Voice, *, run: str | None
     """The harden verb: train or go on, say what it brought, write the new model; its exit code."""
     command = command_line()
     folder = Path(run) if run else new_folder("harden", digest(as_bytes(canonical(settings))))
-    if not together.first():  # it trains along, and the first says what came of it
+    if not distributed.first():  # it trains along, and the first says what came of it
         carry_out_hardening(settings, run=folder, resume=resume, command=command)
         return 0
     with stoppable(way_out(command, folder)):

@@ -13,8 +13,8 @@ from holdfast.config.naming import AUTO, CARD, PRESETS, RECIPES
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.threat import ThreatModel
+from holdfast.ops.distributed import started
 from holdfast.ops.recipe import Recipe
-from holdfast.ops.together import started
 from holdfast.runs.candidates import Candidate
 
 Made = TypeVar("Made")

@@ -18,7 +18,7 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
-from holdfast.core.rows import spread
+from holdfast.core.per_example import spread
 from holdfast.core.types import Inputs, Mask, NonNegative, PerExample
 
 _TINY = 1e-12

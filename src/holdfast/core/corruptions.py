@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from holdfast.core.errors import UsageError
 from holdfast.core.types import Inputs, PerExample
-from holdfast.core.wholes import Whole
+from holdfast.core.whole_image import Whole
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from holdfast.core.errors import UsageError
 from holdfast.core.names import MOST_SCALED, limits_text, refuse_mixed
 from holdfast.core.types import Fraction, Inputs, NonNegative, PerExample
-from holdfast.core.wholes import Whole
+from holdfast.core.whole_image import Whole
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Constraint, Linf
 from holdfast.core.model import Bounds, Model
-from holdfast.core.rows import pick, spread
+from holdfast.core.per_example import pick, spread
 from holdfast.core.types import Inputs, Labels, Mask, PerExample
 from holdfast.ops.best import Best
 from holdfast.ops.gradients import input_gradient

@@ -4,7 +4,7 @@ import torch
 
 from holdfast.core.batch import Batch
 from holdfast.core.lookup import Lookup
-from holdfast.core.rows import pick
+from holdfast.core.per_example import pick
 from holdfast.core.types import Inputs, Mask, PerExample, Rows
 
 

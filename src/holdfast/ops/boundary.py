@@ -12,7 +12,7 @@ import torch
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, Norm
 from holdfast.core.model import Model
-from holdfast.core.rows import pick
+from holdfast.core.per_example import pick
 from holdfast.core.types import Inputs, PerExample
 from holdfast.ops.ascent import descend, gradient
 from holdfast.ops.closest import Closest, firmly_broken

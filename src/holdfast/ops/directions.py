@@ -14,7 +14,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
-from holdfast.core.rows import spread
+from holdfast.core.per_example import spread
 from holdfast.core.types import Ids, Inputs
 
 

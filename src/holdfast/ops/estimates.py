@@ -14,7 +14,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint, Norm, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
-from holdfast.core.rows import spread
+from holdfast.core.per_example import spread
 from holdfast.core.types import Ids, Inputs, PerExample, Rows
 from holdfast.ops.ascent import cosine
 from holdfast.ops.best import Best

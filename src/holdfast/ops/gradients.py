@@ -9,7 +9,7 @@ from torch import Tensor
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Bounds
-from holdfast.core.rows import spread
+from holdfast.core.per_example import spread
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.refusals import CUTS
 

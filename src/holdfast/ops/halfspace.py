@@ -12,7 +12,7 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.model import Bounds, Model
-from holdfast.core.rows import spread
+from holdfast.core.per_example import spread
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.gradients import input_gradient
 from holdfast.ops.losses import margin

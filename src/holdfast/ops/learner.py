@@ -18,11 +18,11 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.ascent import ascend
 from holdfast.ops.augment import refuse_no_images
-from holdfast.ops.computing import have_compiled, lay_out
+from holdfast.ops.distributed import processes, refuse_few
 from holdfast.ops.fit import Guard, Training, Turn, fit
+from holdfast.ops.frozen import twin
 from holdfast.ops.losses import Loss, cross_entropy
-from holdfast.ops.together import processes, refuse_few
-from holdfast.ops.twin import twin
+from holdfast.ops.number_format import have_compiled, lay_out
 
 GROWN = "grown"
 """Name of the state that says how far eps has grown."""

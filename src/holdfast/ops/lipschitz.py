@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from holdfast.core.model import Classifier
 from holdfast.core.types import Logits, PerExample
 from holdfast.ops.closest import leeway
-from holdfast.ops.computing import exactly
+from holdfast.ops.number_format import exactly
 
 _GUARD = 1e-6  # added to what is divided by: a row of zeros stays one, with a finite gradient
 _REACH = 8.0  # of the logarithms of SLL's weights, whose ratios then stay within float32

@@ -8,7 +8,7 @@ import torch
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
-from holdfast.core.rows import spread
+from holdfast.core.per_example import spread
 from holdfast.core.types import Inputs, PerExample
 from holdfast.ops.decisions import Decisions
 from holdfast.ops.directions import directions

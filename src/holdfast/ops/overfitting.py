@@ -11,8 +11,8 @@ import torch
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.types import Inputs
+from holdfast.ops.distributed import broadcast
 from holdfast.ops.learner import Learner
-from holdfast.ops.together import broadcast
 
 RAISED = "raised"
 """Name of the state that counts how often the guard has asked for more steps."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Norm
 from holdfast.core.model import Bounds, Model
-from holdfast.core.rows import spread
+from holdfast.core.per_example import spread
 from holdfast.core.types import Inputs, Logits, PerExample
 from holdfast.ops.closest import leeway
 from holdfast.ops.gradients import input_gradient

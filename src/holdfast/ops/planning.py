@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from holdfast.core.checkpoint import Checkpoint, TrainingPlan
-from holdfast.ops.together import broadcast
+from holdfast.ops.distributed import broadcast
 
 Pacing = Callable[[int, int, int, TrainingPlan | None], TrainingPlan]
 """Plans how many updates a training has: from the updates that are done, those of the present epoch that are done, the

@@ -17,7 +17,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Model
-from holdfast.core.rows import pick, spread
+from holdfast.core.per_example import pick, spread
 from holdfast.core.types import Inputs, Mask
 from holdfast.ops.best import Best
 from holdfast.ops.losses import margin

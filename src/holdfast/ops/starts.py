@@ -6,7 +6,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Constraint, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
-from holdfast.core.rows import spread
+from holdfast.core.per_example import spread
 from holdfast.core.types import Inputs
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
-from holdfast.core.rows import spread
+from holdfast.core.per_example import spread
 from holdfast.core.transformations import Colour, Spatial, Transformations
 from holdfast.core.types import Inputs, PerExample
 

@@ -16,7 +16,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
-from holdfast.core.rows import spread
+from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.ops.ascent import gradient

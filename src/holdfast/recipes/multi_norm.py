@@ -21,7 +21,7 @@ from holdfast.core.constraints import L1, L2, Constraint, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.rows import spread
+from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, PerExample, Positive, Steps
 from holdfast.ops.ascent import gradient

@@ -9,9 +9,9 @@ from holdfast.core.batch import Batch
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.ops.distributed import broadcast
 from holdfast.ops.fit import updates
 from holdfast.ops.recipe import Recipe
-from holdfast.ops.together import broadcast
 from holdfast.reports.numbers import plain
 from holdfast.runs.pace import Clock, Pace, epochs_fitting, pace, too_small
 

@@ -13,7 +13,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops import together
+from holdfast.ops import distributed
 from holdfast.ops.fit import Training
 from holdfast.ops.recipe import Recipe, trained_as
 from holdfast.runs import training
@@ -76,7 +76,9 @@ class Trainer:
         highest = max((_score(point) for point in curve), default=(-1.0, -1.0))
         shown = deepcopy(self.model)
         after = None if last is None else last.checkpoint
-        together.broadcast(Course(candidate.name, replace(how, pacing=None), how.pacing is not None, after))
+        distributed.broadcast(
+            Course(candidate.name, replace(how, pacing=None), how.pacing is not None, after)
+        )
         cpu, wall = time.process_time(), self.clock()
         for checkpoint in self.begun(trained_as(candidate.recipe, how), after):
             checkpoint.put_into(shown)
@@ -95,7 +97,7 @@ class Trainer:
                     training.keep(place, BEST, checkpoint, curve)
                 training.keep(place, LAST, checkpoint, curve)
             progress(_step(candidate, point, checkpoint.of, len(self.held)))
-            if not together.broadcast(not _stale(curve, how)):
+            if not distributed.broadcast(not _stale(curve, how)):
                 break
         return curve
 
@@ -104,7 +106,7 @@ class Trainer:
         try:
             how = replace(heard.how, pacing=_planned_elsewhere if heard.paced else None)
             for _ in self.begun(trained_as(candidate.recipe, how), heard.after):
-                if not together.broadcast(NOTHING):
+                if not distributed.broadcast(NOTHING):
                     break
         except LostLoss:
             return  # which the first process says

@@ -18,7 +18,7 @@ from holdfast.core.checkpoint import STATE, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss, UsageError
 from holdfast.core.model import Classifier
-from holdfast.ops import together
+from holdfast.ops import distributed
 from holdfast.ops.overfitting import RAISED
 from holdfast.reports.numbers import size
 from holdfast.runs import training
@@ -87,7 +87,7 @@ def harden(
         refuse_used(run, resume=resume)
     refuse_untrainable(subject.model)
     refuse_data(test)
-    with readied(subject, test, together.own(torch.device(wish.device))) as (target, sample):
+    with readied(subject, test, distributed.own(torch.device(wish.device))) as (target, sample):
         bounds = target.bare.bounds
         for some in data.split(_CHECKED):
             labelled = some.take(some.y != UNLABELLED)
@@ -96,10 +96,10 @@ def harden(
         for threat in threats_of(wish.threat, [one.recipe for one in wish.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
     with ExitStack() as stack:
-        stack.enter_context(together.joined(torch.device(wish.device)))
+        stack.enter_context(distributed.joined(torch.device(wish.device)))
         place = stack.enter_context(lent()) if run is None else run
         job = _Job(subject, examples, test, wish, place, progress, notify, clock)
-        found = job.done(resume=resume) if together.first() else job.followed()
+        found = job.done(resume=resume) if distributed.first() else job.followed()
     if run is not None:
         return found
     before, after = (replace(side, folder=None) for side in (found.before, found.after))
@@ -144,7 +144,7 @@ class _Job:
         notify: Notify,
         clock: Clock,
     ) -> None:
-        device = together.own(torch.device(wish.device))
+        device = distributed.own(torch.device(wish.device))
         self.rest, self.held = examples.rest.to(device), examples.held.to(device)
         seen = self.held.x[:_SEEN]
         around = tuple(
@@ -158,13 +158,13 @@ class _Job:
         self.model = learner_of(subject.model, seen)
         digests = [test.digest, examples.digest]
         self._as_the_first(digests)
-        machine = hardware(device, together.processes())
+        machine = hardware(device, distributed.processes())
         self.trainer = Trainer(self.model, self.rest, self.held, wish.threat, wish.seed, machine, clock)
         for one in wish.candidates:  # what it cannot learn from is refused here; nothing is trained yet
             self.trainer.begun(one.recipe, None)
         self.notes = [*examples.notes, *remarks(self.model, seen)]
-        known = together.broadcast(planned(run))
-        self.plan = together.broadcast(known["plan"] if known else self._planned())
+        known = distributed.broadcast(planned(run))
+        self.plan = distributed.broadcast(known["plan"] if known else self._planned())
         self.looked = self._few_held(self.plan["attempts"][0].get("held_out", len(self.held)))
         self.trainer = replace(self.trainer, held=self.looked)
         self.manifest = manifest_of(subject, digests, test, wish, self.plan, machine)
@@ -177,12 +177,12 @@ class _Job:
 
     def _as_the_first(self, digests: list[str]) -> None:
         """Begin with the weights of the first process, and on the same data."""
-        if together.broadcast(digests) != digests:
+        if distributed.broadcast(digests) != digests:
             raise UsageError(
                 "this process holds other data than the first; give all the same, in the same order, as from one file"
             )
         weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
-        self.model.load_state_dict(together.broadcast(weights))
+        self.model.load_state_dict(distributed.broadcast(weights))
 
     def _to_learn_on(self) -> Data | None:
         """Training examples for attacks that are learned: none that is judged, nor chooses."""
@@ -233,7 +233,7 @@ class _Job:
             found = Hardened(best.subject.model, before, after, best.curve, card, weights, self.run)
             with stopper.finishing():
                 _keep(folder, found)
-        together.broadcast(
+        distributed.broadcast(
             replace(found, model=NOTHING)
         )  # which a factory may have made; its weights are in it
         return found
@@ -241,7 +241,7 @@ class _Job:
     def followed(self) -> Hardened:
         """What a process does that is not the first: it trains along until the new model is done."""
         while True:
-            heard: Course | Hardened = together.broadcast(NOTHING)
+            heard: Course | Hardened = distributed.broadcast(NOTHING)
             if isinstance(heard, Hardened):
                 return replace(heard, model=self._opened(heard.weights))
             self.trainer.follow(self._candidate(heard.name), heard)

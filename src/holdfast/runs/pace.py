@@ -15,9 +15,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.ops.distributed import broadcast, processes
 from holdfast.ops.fit import updates
 from holdfast.ops.recipe import Recipe, trained_as
-from holdfast.ops.together import broadcast, processes
 from holdfast.runs.held_out import harmless
 from holdfast.runs.pieces import halved, in_pieces
 from holdfast.runs.training import BEST, LAST, keep

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from holdfast.ops.together import average
+from holdfast.ops.distributed import average
 
 _TINY = 1e-12
 
