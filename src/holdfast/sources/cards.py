@@ -23,7 +23,7 @@ def trained_by(address: str) -> dict[str, Any] | None:
     try:
         card = json.loads(beside.read_text(encoding="utf-8"))
         return _recipe({"recipe": card["recipe"], **card["settings"]})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TargetError(
             f"{str(beside)!r} is no card of a hardening: {error!r}; restore it, or name a recipe with --recipe"
         ) from error

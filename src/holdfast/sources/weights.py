@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from holdfast.core.errors import TargetError
 from holdfast.sources.archive import Weights, read_weights
+from holdfast.sources.described import refuse_description
 from holdfast.sources.files import readable_file
 
 METADATA_KEY = "holdfast"
@@ -33,12 +34,13 @@ def read_state_dict(path: Path) -> tuple[Weights, dict[str, Any]]:
             text = (file.metadata() or {}).get(METADATA_KEY, "{}")
         metadata = json.loads(text)
         tensors = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
+    except (safetensors.SafetensorError, ValueError, OSError, RecursionError) as error:
         raise TargetError(
             f"{str(path)!r} is no readable safetensors file: {error}; write or download it again"
         ) from error
     if not isinstance(metadata, dict):
         raise TargetError(f"{str(path)!r} carries {METADATA_KEY} metadata that is no object: {text[:80]!r}")
+    refuse_description(path, metadata)
     return Weights(tensors), metadata
 
 
@@ -48,21 +50,21 @@ def written(net: nn.Module, described: Mapping[str, Any]) -> bytes:
     return safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(described, sort_keys=True)})
 
 
-def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str) -> None:
+def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str, *, spare: int = 0) -> None:
     """Raise `TargetError` where a network has other tensors than the file, before memory is taken for it.
 
-    The network is made without memory, and no further than it has as many parameters as the file has tensors: a file
-    may ask for one of any size. What `make` raises is not caught.
+    The network is made without memory, and no further than it has as many parameters as the file has tensors and
+    `spare` more: a file or a configuration may ask for one of any size. What `make` raises is not caught.
     """
-    most, n = len(weights.tensors), 0
+    most, n = len(weights.tensors) + spare, 0
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal n
         n += 1
         if n > most:
             raise TargetError(
-                f"the weights of {source} do not fit: it has {most} tensors and asks for a network with more. Check "
-                "--arch and --model-args, or train and save it again"
+                f"the weights of {source} do not fit: it has {len(weights.tensors)} tensors and asks for a network "
+                "with more. Check --arch and --model-args, or train and save it again"
             )
 
     hook = register_module_parameter_registration_hook(count)
