@@ -203,7 +203,7 @@ def _decoded(path: Path, mode: str) -> NDArray[np.uint8]:
                 if image.mode.startswith("I")
                 else np.asarray(image.convert(mode))
             )
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # decoders raise errors of many classes
             raise TargetError(
                 f"image {str(path)!r} is damaged or truncated: {error}; replace or remove it"
             ) from error
