@@ -9,10 +9,11 @@ from holdfast.config.grammar import pairs
 from holdfast.config.recipes import _checked, build_recipe, built, candidates, settings_of
 from holdfast.config.settings import HardenSettings, read
 from holdfast.core.constraints import L1, L2, Linf
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.ops.fit import Training
 from holdfast.recipes import TRADES, MultiNormTraining
 from holdfast.rotation import Crafting, Immunise
+from holdfast.sources.cards import trained_by
 
 
 def told(*sets):
@@ -136,3 +137,24 @@ def test_auto_mirrors_nothing_and_takes_a_recipe_that_can_mix_images_where_they_
         ({"augment": "none"}, "atta"),
     ):
         assert [one.name for one in chosen((1, 28, 28), **training)] == ["fgsm-rs", middle, "trades"]
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "[" * 5000,
+        '{"recipe": 5, "settings": {}}',
+        '{"recipe": "standard", "settings": []}',
+        '{"recipe": "standard", "settings": {"training": [1]}}',
+    ],
+)
+def test_a_card_of_another_form_is_refused(tmp_path, card):
+    (tmp_path / "w.pt").write_bytes(b"")
+    (tmp_path / "card.json").write_text(card)
+    with pytest.raises(TargetError, match="is no card of a hardening"):
+        trained_by(str(tmp_path / "w.pt"))
+
+
+def test_a_card_that_names_no_recipe_is_refused_with_the_nearest():
+    with pytest.raises(UsageError, match="there is no recipe 'standrad'; did you mean 'standard'"):
+        build_recipe({"use": "standrad"})

@@ -132,6 +132,7 @@ OIP = Shaped("x")
 
 
 def test_the_protocol_says_whether_numbers_are_whole():
+    assert read(tensor([1, 0], [2, 1], []), form=OIP, expected=2, declared=True) == [[1.0], [0.0]]
     assert read(tensor([1, 0], [2, 1], "FP32"), form=OIP, expected=2) == [[1.0], [0.0]]
     with pytest.raises(TargetLost, match="one whole number a row"):
         read(tensor([1.0, 0.0], [2, 1], "INT64"), form=OIP)

@@ -165,6 +165,22 @@ def test_a_fixed_batch_is_filled_up():
         assert server.sizes == [5, 5]
 
 
+@pytest.mark.parametrize(
+    ("takes", "returns", "says"),
+    [
+        (
+            [10**9, FEATURES],
+            [-1, CLASSES],
+            r"inputs of shape \(1000000000, .*; at most 16,777,216 values are sent",
+        ),
+        ([-1, FEATURES], [-1, 10**30], r"returns 1000000000.* scores; at most 1,000,000 were expected"),
+    ],
+)
+def test_a_server_cannot_ask_for_more_than_any_request_holds(takes, returns, says):
+    with Server(metadata=("FP32", takes, "FP32", returns)) as server, pytest.raises(TargetError, match=says):
+        opened(server)
+
+
 IN_PASSING = {
     "rate": ([(429, {"Retry-After": "7"})], [7.0], "429 Too Many Requests 1"),
     "down": ([503, 503], [0.5, 1.0], "503 Service Unavailable 2"),

@@ -63,10 +63,52 @@ def test_text_that_shrank_too_much_is_no_table(tmp_path: Path, monkeypatch):
 def test_labels_are_short_and_few(tmp_path: Path, monkeypatch):
     with pytest.raises(TargetError, match=r"column 'label' .* a text of more than 1,000 characters"):
         open_data(table(tmp_path / "t.csv", b"1," + b"a" * 1001 + b"\n", 2), label="label")
-    monkeypatch.setattr("holdfast.sources.class_numbers._MOST_NAMES", 1)
+    monkeypatch.setattr("holdfast.sources.class_numbers.MOST_NAMES", 1)
     (tmp_path / "t.csv").write_text("a,label\n0,cat\n1,dog\n")
     with pytest.raises(TargetError, match="2 different text labels; at most 1 classes were expected"):
         open_data(str(tmp_path / "t.csv"), label="label")
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "says"),
+    [
+        (
+            np.empty((10**9, 0), np.float32),
+            np.empty((10**9, 0), np.int64),
+            r"x has the shape \(1000000000, 0\)",
+        ),
+        (
+            np.zeros((3, 2), np.float32),
+            np.array(["a", "b", "c"]),
+            "3 labels that are text; at most 2 are read",
+        ),
+    ],
+)
+def test_rows_that_take_no_space_in_the_file_take_none_in_memory(tmp_path: Path, monkeypatch, x, y, says):
+    monkeypatch.setattr("holdfast.sources.class_numbers.MOST_TEXTS", 2)
+    np.savez(tmp_path / "d.npz", x=x, y=y)
+    with pytest.raises(TargetError, match=says):
+        open_data(str(tmp_path / "d.npz"))
+
+
+def test_names_of_classes_are_counted_before_they_are_read(tmp_path: Path):
+    np.savez_compressed(
+        tmp_path / "d.npz", x=np.zeros((2, 2)), y=np.zeros(2, int), classes=np.zeros(100_001, np.uint8)
+    )
+    with pytest.raises(TargetError, match="classes in .* has 100,001 entries; at most 100,000 names"):
+        open_data(str(tmp_path / "d.npz"))
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_table_of_many_columns_or_of_many_labels_takes_no_quadratic_time(tmp_path: Path):
+    path, n = tmp_path / "t.csv", 15_000
+    path.write_text(f"label,{','.join(f'c{i}' for i in range(n))}\n1{',0' * n}\n")
+    assert open_data(str(path), label="label").x.shape == (1, n)
+    with pytest.raises(UsageError, match=r"one of label, c0, c1, .*, c48 …$"):
+        open_data(str(path))
+    path.write_text("a,label\n" + "".join(f"0,{i + 0.5}\n" for i in range(n)))
+    with pytest.raises(TargetError, match="label of row 0 of .* is 0.5; whole numbers from 0 on"):
+        open_data(str(path), label="label")
 
 
 @pytest.mark.parametrize(
@@ -80,6 +122,7 @@ def test_labels_are_short_and_few(tmp_path: Path, monkeypatch):
         {"architecture": "cnn", "arguments": {"side": "x"}},
         {"architecture": "mlp", "bounds": [0, 1, 2]},
         {"architecture": "mlp", "std": [0]},
+        {"architecture": "resnet", "arguments": {"blocks": 0, "width": 0, "stages": 10**12}},
     ],
 )
 def test_a_header_that_describes_another_network_than_the_file_holds_is_refused_before_it_is_made(
@@ -88,9 +131,17 @@ def test_a_header_that_describes_another_network_than_the_file_holds_is_refused_
     path = tmp_path / "w.safetensors"
     safetensors.torch.save_file(nn.Linear(4, 4).state_dict(), path, {"holdfast": json.dumps(described)})
     with pytest.raises(
-        TargetError, match=r"do not fit|arguments that it refuses|metadata with \w+ .*; .* was expected"
+        TargetError, match=r"do not fit|arguments that it refuses|says that \w+ is .*; .* was expected"
     ):
         open_model(str(path))
+
+
+@pytest.mark.parametrize("asked", [{"width": "30000", "features": "300000"}, {"depth": "1000000000"}])
+def test_arguments_of_a_configuration_make_no_larger_network_than_the_file_holds(tmp_path: Path, asked):
+    path = tmp_path / "w.safetensors"
+    safetensors.torch.save_file(nn.Linear(4, 4).state_dict(), path)
+    with pytest.raises(TargetError, match="do not fit"):
+        open_model(str(path), arch="mlp", model_args=asked)
 
 
 def test_images_that_shrank_too_much_are_no_data(tmp_path: Path, monkeypatch):

@@ -247,6 +247,28 @@ def test_damaged_safetensors_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("architecture", ["mlp"]),
+        ("bounds", ["a", "b"]),
+        ("bounds", [1, 0]),
+        ("bounds", [False, True]),
+        ("mean", [10**400]),
+        ("std", [float("nan")]),
+        ("classes", 1_000_001),
+        ("class_names", [1, 2]),
+        ("output", "logits"),
+        ("layout", {}),
+    ],
+)
+def test_what_a_file_says_of_its_network_has_one_form(tmp_path: Path, key: str, value: object) -> None:
+    path = tmp_path / "w.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(1)}, path, {"holdfast": json.dumps({key: value})})
+    with pytest.raises(TargetError, match=rf"says that {key} is .*; .* was expected\. Write the file again"):
+        open_model(str(path))
+
+
+@pytest.mark.parametrize(
     "address, message",
     [
         ("https://host/v2/models/m", "add --allow-host host"),

@@ -870,3 +870,31 @@ def test_a_missing_extra_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     with pytest.raises(UsageError, match=r'pip install "holdfast\[onnx\]"'):
         open_model(address)
+
+
+def test_constants_that_the_file_computes_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [
+        node("Flatten", "x", "flat"),
+        node("ConstantOfShape", "shape", "zeros"),
+        node("Add", "flat zeros", "y"),
+    ]
+    path = write(tmp_path / "m.onnx", nodes, {"shape": np.array([1, 8])}, shape=(N, 8))
+    monkeypatch.setattr("holdfast.sources.onnx.building.MAX_COMPUTED", 32)
+    assert open_model(str(path)).access == "gradients"
+    monkeypatch.setattr("holdfast.sources.onnx.building.MAX_COMPUTED", 31)
+    assert "computed constants of more than 31 bytes cannot be imported" in open_model(str(path)).notes[0]
+
+
+def test_a_slice_that_runs_backwards_names_few_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {
+        name: np.array([number]) for name, number in (("from", -1), ("to", -(2**62)), ("axis", 1), ("by", -1))
+    }
+    path = write(tmp_path / "m.onnx", [node("Slice", "x from to axis by", "y")], whole, shape=(N, 8))
+    monkeypatch.setattr("holdfast.sources.onnx.shaping._MOST_PLACES", 8)
+    assert open_model(str(path)).access == "gradients"
+    monkeypatch.setattr("holdfast.sources.onnx.shaping._MOST_PLACES", 7)
+    assert "Slice of 8 places from the end cannot be imported" in open_model(str(path)).notes[0]

@@ -11,13 +11,17 @@ from click.testing import CliRunner
 
 from holdfast.cli.app import run as command_line
 from holdfast.cli.report import verify as verify_command
+from holdfast.config.pooled import said_of
 from holdfast.core.chain import GENESIS, Link, digest
 from holdfast.core.errors import TargetError
 from holdfast.runs.index import open_run, runs_in
+from holdfast.store import journal
 from holdfast.store.folder import opened
 from holdfast.store.forms import count, listed, mapped, maybe, one_of, real, record, refuse_form, text
 from holdfast.store.leases import Leases, spent_in
+from holdfast.store.pool import Pool
 from holdfast.store.records import line_of
+from holdfast.store.sealing import KEY_VARIABLE
 from holdfast.store.verify import verify
 from store.test_folder import MANIFEST, SHARDS
 
@@ -212,3 +216,42 @@ def test_what_stands_beside_the_chain_says_no_more_than_it_may(run):
     (run / "about.json").write_text(json.dumps({"created": 7}))
     with pytest.raises(TargetError, match=r"about\.json.*created is 7; text was expected"):
         open_run(run)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            b'{"t": "answer", "stage": "a", "shard": 0, "kind": "clean", "n": %d, "width": 0, "type": "<f4"}'
+            % (10**12),
+            "fewer than",
+        ),
+        (b"[" * 5000, "another form"),
+    ],
+)
+def test_a_journal_holds_the_answers_that_it_counts(tmp_path, line, says):
+    record = line + b"\n"
+    framed = journal._framed(record, journal._next(b"", record))
+    (tmp_path / "answers.journal").write_bytes(journal._head(len(framed)) + framed)
+    with pytest.raises(TargetError, match=f"was changed: .*{says}"):
+        journal.Journal(None, tmp_path / "answers.journal", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"bounds": ["a", "b"]}, r"about\.settings\.bounds\[0\] is 'a'"),
+        ({"bounds": [0]}, r"about\.settings\.bounds is \[0\]; a list of two"),
+        ({"classes": "x"}, r"about\.settings\.classes is 'x'"),
+        ({"data_normalised": [1]}, r"data_normalised\[0\] is 1"),
+        (["model"], r"about\.settings is \['model'\]"),
+    ],
+)
+def test_what_a_pool_says_of_its_model_has_one_form(tmp_path, monkeypatch, settings, says):
+    monkeypatch.setenv(KEY_VARIABLE, "5a" * 32)
+    pool = Pool.begun(tmp_path / "pool", {"settings": settings})
+    with pytest.raises(TargetError, match=says):
+        said_of(pool)
+    (tmp_path / "pool" / "pool.json").write_text('{"schema_version": 2}')
+    with pytest.raises(TargetError, match=r"pool\.json' is not what a run writes: .* an object with 'id'"):
+        Pool.held(tmp_path / "pool")

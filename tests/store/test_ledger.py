@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from holdfast.core.chain import GENESIS, Link, broken_at, canonical
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import Ledger as AnyLedger
-from holdfast.store.authentic import HEAD, Head, LedgerKey, line_of, write_head
+from holdfast.store.authentic import HEAD, Head, LedgerKey, line_of, read_entries, write_head
 from holdfast.store.ledger import utc_now
 from holdfast.store.locking import locked
 from holdfast.store.standing import Exposure, Serving, Standing, Term, well_formed
@@ -331,6 +331,11 @@ def test_a_chain_that_holds_and_says_what_cannot_be_is_refused(whole, tmp_path):
 def test_an_entry_of_another_form_is_refused(tmp_path, content):
     with pytest.raises(TargetError, match="entry 1 of "):
         _ = holding(tmp_path, forged([content])).serving
+
+
+def test_a_line_that_is_nested_too_deeply_is_no_entry(tmp_path):
+    with pytest.raises(TargetError, match="entry 1 of .* was changed"):
+        read_entries(tmp_path / "ledger.jsonl", b"[" * 100_000 + b"\n", lambda content: None, None)
 
 
 # --- attacks without the key

@@ -12,6 +12,9 @@ from holdfast.reports.numbers import strict
 from holdfast.rotation import loaded
 from holdfast.sources.models import ROTATING, Declared, OpenedModel, open_model
 from holdfast.sources.remote import Remote
+from holdfast.store import forms
+from holdfast.store.files import POOL_MANIFEST
+from holdfast.store.forms import refuse_form
 from holdfast.store.pool import Pool
 
 _OWN = ("arch", "model_args", "bounds", "mean", "std", "model_output", "classes")
@@ -20,6 +23,21 @@ _BARE = (
     "the number is that of an attacker who holds the set that serves (A5), which rotation does not change; add "
     "--adaptive for the table of attackers A0 to A6"
 )
+
+_NUMBERS = forms.maybe(forms.listed(forms.real))
+_SETTINGS = {
+    **dict.fromkeys(("model", "arch", "model_output"), forms.maybe(forms.text)),
+    **dict.fromkeys(("mean", "std"), _NUMBERS),
+    "model_args": forms.maybe(forms.mapped(forms.anything)),
+    "bounds": forms.maybe(forms.pair(forms.real)),
+    "classes": forms.maybe(forms.count),
+    "class_names": forms.maybe(forms.listed(forms.text)),
+    "data_normalised": forms.maybe(forms.pair(forms.listed(forms.real))),
+}
+_MANIFEST = forms.record(
+    {"about": forms.record({}, {"settings": forms.record({}, _SETTINGS), "model": forms.record({})})}
+)
+"""What a pool says of its model: it may come from a stranger."""
 
 
 def pool_of(address: str | None) -> Pool | None:
@@ -85,7 +103,7 @@ def _serving(address: str, pool: Pool, settings: AssessSettings) -> OpenedModel:
 
 def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
     """The model that the pool was begun with; `TargetError` where it is another by now."""
-    known, about = said_of(pool), pool.manifest["about"]["model"]
+    known, about = said_of(pool), pool.manifest["about"].get("model", {})
     ends, names, normalised = (known.get(key) for key in ("bounds", "class_names", "data_normalised"))
     bare = open_model(
         str(known["model"]),
@@ -114,6 +132,7 @@ def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
 
 def said_of(pool: Pool) -> Mapping[str, Any]:
     """The settings that a pool was begun with; `UsageError` where it says none."""
+    refuse_form(pool.path / POOL_MANIFEST, pool.manifest, _MANIFEST)
     known: Mapping[str, Any] = pool.manifest["about"].get("settings", {})
     if not known.get("model"):
         raise UsageError(

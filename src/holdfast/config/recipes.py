@@ -81,6 +81,8 @@ def _candidate(spec: Mapping[str, Any], least: int = 1) -> Candidate:
 def build_recipe(spec: Mapping[str, Any]) -> Recipe:
     """The recipe that `use:` names, with its settings checked against their types and ranges."""
     name = str(spec["use"])
+    if name not in RECIPES:  # a card names it; settings were checked before
+        raise UsageError(f"there is no recipe {name!r}{nearest(name, RECIPES)}; name one with --recipe")
     cls = getattr(catalogue, RECIPES[name])
     said = {**PRESETS.get(name, {}), **{key: value for key, value in spec.items() if key != "use"}}
     recipe: Recipe = built(cls, said, f"recipe {name}", "recipe")

@@ -23,8 +23,10 @@ def parsed(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a safe loader)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
-        said = " ".join(str(error).split())
+    except (
+        Exception
+    ) as error:  # a value that its tag does not fit, as !!bool maybe, raises errors of many classes
+        said = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"{where} is no YAML: {said}; write KEY: VALUE, with text in quotes") from error
 
 

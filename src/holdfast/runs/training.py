@@ -110,7 +110,7 @@ def kept(folder: Path, name: str) -> Kept | None:
         plans = tuple(TrainingPlan(**plan) for plan in said["plans"])
         where = (said["part"], said["updates"], plans)
         return Kept(Checkpoint(said["epoch"], said["of"], tensors, said["measured"], *where), curve)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TargetError(
             f"{str(path)!r} is no checkpoint of a training: {error}; restore it from a copy"
         ) from error

@@ -81,6 +81,8 @@ def resnet(
     shortcuts that change shape are projections. With a width of 64, two blocks and four stages it is what is called
     ResNet-18 on CIFAR-10.
     """
+    if blocks < 1:  # stages without parameters would be counted by nothing
+        raise ValueError(f"blocks is {blocks}; at least one a stage was expected")
     layers: list[nn.Module] = [
         nn.Conv2d(channels, width, 3, 1, 1, bias=False),
         nn.BatchNorm2d(width),

@@ -22,8 +22,11 @@ def trained_by(address: str) -> dict[str, Any] | None:
         return None
     try:
         card = json.loads(beside.read_text(encoding="utf-8"))
-        return _recipe({"recipe": card["recipe"], **card["settings"]})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        name, settings = card["recipe"], card["settings"]
+        if not isinstance(name, str) or not isinstance(settings.get("training", {}), dict):
+            raise TypeError("recipe and settings.training are no text and no object")
+        return _recipe({**settings, "recipe": name})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TargetError(
             f"{str(beside)!r} is no card of a hardening: {error!r}; restore it, or name a recipe with --recipe"
         ) from error

@@ -14,7 +14,9 @@ from holdfast.sources.files import nearest
 
 Array = NDArray[Any]
 _SHOWN = 10
-_MOST_NAMES = 100_000
+MOST_NAMES = 100_000
+MOST_TEXTS = 10_000_000
+"""labels that are text in an array: sorting more takes minutes, and ten times their memory"""
 
 
 def class_numbers(
@@ -83,6 +85,10 @@ def numbered(y: Array, expected: Expected, name: str) -> Numbered:
     `TargetError` for a label that is none of the model's.
     """
     if y.ndim == 1 and y.dtype.kind == "U" and len(y):
+        if len(y) > MOST_TEXTS:
+            raise TargetError(
+                f"{name} has {len(y):,} labels that are text; at most {MOST_TEXTS:,} are read: save class numbers"
+            )
         found, places = np.unique(y, return_inverse=True)
         return numbered_words(found.tolist(), places, expected, name)
     if expected.class_labels is None or y.ndim != 1 or y.dtype.kind not in "iu":
@@ -96,9 +102,9 @@ def numbered_words(words: Sequence[str], places: Array, expected: Expected, name
     Words that no label has are no classes. Raises as `class_numbers` does, and `TargetError` for more than 100,000.
     """
     used = np.unique(places)
-    if len(used) > _MOST_NAMES:
+    if len(used) > MOST_NAMES:
         raise TargetError(
-            f"{name} has {len(used):,} different text labels; at most {_MOST_NAMES:,} classes were expected: name the "
+            f"{name} has {len(used):,} different text labels; at most {MOST_NAMES:,} classes were expected: name the "
             "column of the label with --label"
         )
     names, objection = lenient_numbers(sorted(words[place] for place in used), expected, name, "text labels")
@@ -131,9 +137,10 @@ def matched(
     declared = expected.class_names
     if declared is None or names is None or names == declared:
         return names or declared, None
-    strange = [name for name in names if name not in declared]
+    numbers = {name: number for number, name in reversed([*enumerate(declared)])}
+    strange = [name for name in names if name not in numbers]
     if not strange:
-        return declared, tuple(declared.index(name) for name in names)
+        return declared, tuple(numbers[name] for name in names)
     if expected.names_declared:
         raise TargetError(
             f"the data name the classes {listed(names)}, and --class-names {listed(declared)}"
@@ -166,7 +173,8 @@ def _declared(
             f"{source} {len(names)} classes ({listed(names)}), but the model has {classes}; give one name for each of "
             "its outputs, in their order"
         )
-    strange = [name for name in found if name not in names]
+    known = set(names)
+    strange = [name for name in found if name not in known]
     if strange:
         raise TargetError(
             f"{where} has the {kind} {listed(strange)}, and {source} {listed(names)}{nearest(strange[0], names)}; "

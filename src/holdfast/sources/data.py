@@ -11,7 +11,7 @@ from holdfast.core.types import Layout
 from holdfast.sources import tables
 from holdfast.sources.arrays import Array, Arrays, from_numpy, selected_rows
 from holdfast.sources.catalogue import CATALOGUE, data_folder
-from holdfast.sources.class_numbers import matched, numbered, renumbered
+from holdfast.sources.class_numbers import MOST_NAMES, matched, numbered, renumbered
 from holdfast.sources.expected import Expected
 from holdfast.sources.files import nearest, reading
 from holdfast.sources.layouts import CHANNELS
@@ -133,6 +133,16 @@ def _opened(place: _Place, address: str, wanted: _Wanted) -> Arrays | Pictures:
     return _open_archive(Npz(path), place, address, wanted)
 
 
+def _class_names(archive: Npz, address: str) -> tuple[str, ...]:
+    """The names of the classes that an archive brings; they are counted before they are read."""
+    n = archive.rows("classes")
+    if n > MOST_NAMES:
+        raise TargetError(
+            f"classes in {address!r} has {n:,} entries; at most {MOST_NAMES:,} names of classes were expected"
+        )
+    return tuple(str(name) for name in archive.array("classes"))
+
+
 def _open_archive(archive: Npz, place: _Place, address: str, wanted: _Wanted) -> Arrays:
     if wanted.x or wanted.y:
         x_name, y_name = named_arrays(archive, wanted.x, wanted.y, wanted.split, address)
@@ -150,7 +160,7 @@ def _open_archive(archive: Npz, place: _Place, address: str, wanted: _Wanted) ->
         x = x[rows]
     names = place.classes
     if names is None and "classes" in archive.names:
-        names = tuple(str(name) for name in archive.array("classes"))
+        names = _class_names(archive, address)
     objection = ""
     if whole.dtype.kind == "U" and whole.ndim == 1:
         own = wanted.expected.class_names or names

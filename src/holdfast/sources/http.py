@@ -7,6 +7,7 @@ takes and returns, `POST …/infer` asks it. Scores or labels come back, never g
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 from urllib.parse import SplitResult
 
@@ -22,6 +23,11 @@ from holdfast.sources.remote import Remote, allowed_address
 from holdfast.sources.served import Served
 
 _MODEL = re.compile(r"(?P<model>.*/v2/models/[^/]+(?:/versions/[^/]+)?)(?:/infer)?/?")
+_MOST_VALUES = 1 << 24
+"""of a batch whose size the server fixes, and so of a request"""
+_MOST_CLASSES = 1_000_000
+_SHOWN = 80
+"""characters of a shape that a message shows"""
 _UNNAMED = "input-0"
 """what an input is called that the metadata do not name; servers that name none ignore it"""
 
@@ -195,7 +201,7 @@ def _shaped(
     labels = remote.labels or (output is not None and _of_labels(output, declared=declared))
     classes, said = None, []
     if output is not None and not labels and len(output["shape"]) == 2 and output["shape"][1] > 0:
-        classes = max(output["shape"][1], 2)
+        classes = _number_of_classes(output["shape"][1])
     if output is not None and len(known["outputs"]) > 1:
         every = ", ".join(each["name"] for each in known["outputs"])
         said.append(f"of the outputs {every}, {output['name']} was taken")
@@ -205,11 +211,26 @@ def _shaped(
     if mine["datatype"] not in ("FP32", "FP64"):
         raise TargetError(f"the model takes {mine['datatype']}; FP32 or FP64 was expected: {front}")
     shape = tuple(mine["shape"]) if mine["shape"] else None
+    if shape is not None and prod(max(size, 1) for size in shape) > _MOST_VALUES:
+        raise TargetError(
+            f"the server says that the model takes inputs of shape {str(shape)[:_SHOWN]}; at most {_MOST_VALUES:,} "
+            "values are sent at once: let it take smaller batches"
+        )
     name = remote.response if output is None else output["name"]
     form = Shaped(mine["name"], mine["datatype"], shape, name, labels)
     if form.channels_last:
         said.append("the model takes its channels last; inputs are transposed for it")
     return form, labels, classes, tuple(said)
+
+
+def _number_of_classes(scores: int) -> int:
+    """How many classes so many scores are of; `TargetError` for more than any classifier has."""
+    if scores > _MOST_CLASSES:
+        raise TargetError(
+            f"the server says that the model returns {str(scores)[:_SHOWN]} scores; at most {_MOST_CLASSES:,} were "
+            "expected, so check the server"
+        )
+    return max(scores, 2)
 
 
 def _of_labels(output: Mapping[str, Any], *, declared: bool) -> bool:

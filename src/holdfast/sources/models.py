@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,14 @@ from holdfast.sources.archive import Weights
 from holdfast.sources.estimator_files import ESTIMATOR_SUFFIXES, open_estimator
 from holdfast.sources.estimators import Estimator
 from holdfast.sources.exported import open_program
-from holdfast.sources.factories import Built, Model, build, build_from_file, names_code
+from holdfast.sources.factories import Built, Model, build, build_from_file, converted_arguments, names_code
 from holdfast.sources.files import nearest, reading, sha256_of_file
 from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.remote import SCHEMES, Remote
 from holdfast.sources.weights import fit_weights, read_state_dict, refuse_misfit
 
+_SPARE = 1_000
+"""parameters that a network asked for may have more than its file, so that the message names those that are missing"""
 BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled"
 STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ts", ".model", ".ckpt", ".bin")
 ROTATING = "rotating:"
@@ -298,7 +301,11 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
             f"there is no architecture {name!r}{hint}. Your own is given as --arch file.py:factory"
         )
     if opening.arguments or opening.arch is not None:
-        return build(ARCHITECTURES[name], opening.arguments, f"--arch {name}", {}), _known(metadata)
+        factory, address = ARCHITECTURES[name], f"--arch {name}"
+        make = partial(factory, **converted_arguments(factory, opening.arguments, address))
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # raised again, and worded, below
+            refuse_misfit(make, weights, repr(opening.address), spare=_SPARE)
+        return build(factory, opening.arguments, address, {}), _known(metadata)
     try:
         make = partial(ARCHITECTURES[name], **metadata.get("arguments", {}))
         refuse_misfit(make, weights, repr(opening.address))

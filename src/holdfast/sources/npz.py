@@ -79,6 +79,8 @@ class Npz:
                         f"{name} in {str(self.path)!r} holds pickled objects, which are never opened; save numbers"
                     )
                 size, start = dtype.itemsize * prod(shape), file.tell()
+                if min(shape, default=0) < 0 or (shape and shape[0] and not size):
+                    raise ValueError(f"{name} has the shape {shape} of {dtype}, whose rows hold nothing")
                 if start + size != self._sizes[name]:
                     raise ValueError(
                         f"{name} declares {megabytes(size)} and holds {megabytes(self._sizes[name] - start)}"

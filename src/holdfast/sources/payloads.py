@@ -69,7 +69,7 @@ class Shaped:
     def found(self, answer: Any) -> Values:
         """The values of the rows in an answer, in the shape that it states."""
         tensor = self._tensor(answer)
-        values, shape, datatype = as_values(tensor.get("data")), tensor.get("shape"), tensor.get("datatype")
+        values, shape, datatype = as_values(tensor.get("data")), tensor.get("shape"), _datatype(tensor)
         if datatype in FLOATS and values.dtype.kind in "iu":  # some servers write 1.0 as 1
             values = values.astype(np.float64)
         if datatype in WHOLE and values.dtype.kind == "f" and (values == values.round()).all():
@@ -92,7 +92,12 @@ class Shaped:
             wanted = "no output" if self.output is None else f"no output {self.output!r}"
             raise TargetLost(f"the answer has {wanted}; it has {has}: name one with --http-response")
         wanted_types = WHOLE | TEXT if self.labels else FLOATS
-        return next((o for o in mine if o.get("datatype") in wanted_types), mine[0])
+        return next((o for o in mine if _datatype(o) in wanted_types), mine[0])
+
+
+def _datatype(tensor: Mapping[str, Any]) -> str:
+    """What an answer calls the type of its numbers; it may be no text."""
+    return str(tensor.get("datatype"))
 
 
 @dataclass(frozen=True)

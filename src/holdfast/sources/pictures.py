@@ -18,7 +18,7 @@ from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.sources.arrays import selected_rows
 from holdfast.sources.class_numbers import lenient_numbers
 from holdfast.sources.expected import Expected
-from holdfast.sources.files import megabytes, nearest
+from holdfast.sources.files import megabytes, nearest, sha256_of_file
 from holdfast.sources.limited.limits import MEMORY, requested_memory
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
@@ -54,7 +54,7 @@ class Pictures:
         """SHA-256 over the bytes of the files, the labels and the ids."""
         digest = hashlib.sha256(self.mode.encode())
         for path in self.paths:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digest.update(bytes.fromhex(sha256_of_file(path)))  # never whole in memory
         digest.update(self.y.tobytes())
         digest.update(self.ids.tobytes())
         return digest.hexdigest()
@@ -103,7 +103,8 @@ def open_folder(
     if expected.probe is not None:
         notes += expected.probe.suit(unnumbered.read(0, min(2, len(paths))).x)
     names, objection = lenient_numbers(found, expected, repr(str(root)), "class folders")
-    y = np.array([names.index(name) for _, name in chosen], dtype=np.int64)
+    numbers = {name: number for number, name in reversed([*enumerate(names)])}
+    y = np.array([numbers[name] for _, name in chosen], dtype=np.int64)
     return replace(unnumbered, y=y, classes=names, notes=notes, objection=objection)
 
 
@@ -202,7 +203,7 @@ def _decoded(path: Path, mode: str) -> NDArray[np.uint8]:
                 if image.mode.startswith("I")
                 else np.asarray(image.convert(mode))
             )
-        except Exception as error:  # its decoders raise anything, as struct.error, on a damaged file
+        except Exception as error:  # decoders raise errors of many classes
             raise TargetError(
                 f"image {str(path)!r} is damaged or truncated: {type(error).__name__}: {error}; replace or remove it"
             ) from error

@@ -1,6 +1,7 @@
 """Tables as a data set: numeric columns are the features, one column is the label."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from holdfast.sources.limited.tables import table
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
 LIMITS = Limits(copies=4, spare_bytes=2**32)
 """of the process that reads the file"""
+_SHOWN = 50
+"""names of columns, or of splits, in a message"""
 
 
 def open_table(
@@ -105,8 +108,9 @@ def _as_fitted(features: list[str], table: Table, expected: Expected) -> list[st
     wanted = expected.feature_names
     if wanted is None or expected.lenient:
         return features
-    missing = [name for name in wanted if name not in features]
-    extra = [name for name in features if name not in wanted]
+    there, asked = set(features), set(wanted)
+    missing = [name for name in wanted if name not in there]
+    extra = [name for name in features if name not in asked]
     if missing or extra:
         lacks = (
             f"lacks {', '.join(map(repr, missing[:6]))}{' …' if len(missing) > 6 else ''}" if missing else ""
@@ -134,7 +138,12 @@ def _label(label: str | None, table: Table) -> str:
         if label
         else f"{table.name} is a table"
     )
-    raise UsageError(f"{wrong}; name its label with --label, one of {', '.join(table.columns)}")
+    raise UsageError(f"{wrong}; name its label with --label, one of {_some(table.columns)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, and whether there are more: a table may have a million."""
+    return ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
 
 
 def _refuse_dropped(drop: tuple[str, ...], label: str, table: Table) -> None:
@@ -158,29 +167,30 @@ def _rows_of_split(table: Table, split: str | None) -> NDArray[np.int64]:
     wanted = split or "test"
     if wanted not in column.words:
         found = sorted(column.words)
-        raise NoSplit(
-            f"{table.name} has no split {wanted!r}{nearest(wanted, found)}; it has {', '.join(found)}"
-        )
+        raise NoSplit(f"{table.name} has no split {wanted!r}{nearest(wanted, found)}; it has {_some(found)}")
     return np.flatnonzero(column.places == column.words.index(wanted)).astype(np.int64)
 
 
 def _class_numbers(column: Words, name: str) -> NDArray[np.int64] | None:
     """Labels that are whole numbers from 0 on, which are the class numbers; None for labels that are names."""
 
-    def row(place: int) -> int:
-        return int(np.flatnonzero(column.places == place)[0])
+    def first(places: list[int]) -> int:
+        """The first row that has one of these words."""
+        chosen = np.zeros(len(column.words), bool)
+        chosen[places] = True
+        return int(chosen[column.places].argmax())
 
     empty = [place for place, word in enumerate(column.words) if not word.strip()]
     if empty:
-        raise TargetError(f"the label of row {min(map(row, empty))} of {name} is missing; drop such rows")
+        raise TargetError(f"the label of row {first(empty)} of {name} is missing; drop such rows")
     whole = [_whole(word) for word in column.words]
     numbers = [number for number in whole if number is not None]
     if len(numbers) == len(whole) and all(number >= 0 for number in numbers):
         return np.array(numbers, dtype=np.int64)[column.places]
     if None in whole and all(number_of(word) is not None for word in column.words):
-        first = min(row(place) for place, number in enumerate(whole) if number is None)
+        row = first([place for place, number in enumerate(whole) if number is None])
         raise TargetError(
-            f"the label of row {first} of {name} is {column.words[column.places[first]]}; whole numbers from 0 on, or "
+            f"the label of row {row} of {name} is {column.words[column.places[row]]}; whole numbers from 0 on, or "
             "names, were expected"
         )
     return None
@@ -194,23 +204,24 @@ def _whole(text: str) -> int | None:
 def _numbers(table: Table, features: list[str], rows: NDArray[np.int64]) -> NDArray[np.float32]:
     if not features:
         raise TargetError(f"{table.name} has no column beside its label; at least one feature was expected")
-    places = [table.features.index(name) for name in features]
+    numbers = {name: place for place, name in enumerate(table.features)}
+    places = [numbers[name] for name in features]
     if table.kinds is not None:
         kinds = table.kinds[rows][:, places]
         text = [name for name, column in zip(features, kinds.T, strict=True) if (column == TEXT).any()]
-        _refuse_missing(table, [name for name in features if name not in text], features, kinds, rows)
+        _refuse_missing(table, features, kinds, rows)
         if text:
             raise _not_numbers(table, text)
     return table.numbers[rows][:, places]
 
 
 def _refuse_missing(
-    table: Table, names: list[str], features: list[str], kinds: NDArray[np.uint8], rows: NDArray[np.int64]
+    table: Table, features: list[str], kinds: NDArray[np.uint8], rows: NDArray[np.int64]
 ) -> None:
     """Raise `TargetError` for a column of numbers with an empty cell."""
-    for name in names:
-        missing = np.flatnonzero(kinds[:, features.index(name)] == MISSING)
-        if len(missing):
+    for name, column in zip(features, kinds.T, strict=True):
+        missing = np.flatnonzero(column == MISSING)
+        if len(missing) and not (column == TEXT).any():
             raise TargetError(
                 f"the value of {name} in row {rows[missing[0]]} of {table.name} is missing; fill or drop such rows, or "
                 f"leave the column out with --drop {shlex.quote(name)}"

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from holdfast.core.errors import TargetError
-from holdfast.core.outputs import OutputKind
-from holdfast.core.types import Layout
 from holdfast.sources.archive import Weights, read_weights
+from holdfast.sources.described import refuse_description
 from holdfast.sources.files import readable_file
 
 METADATA_KEY = "holdfast"
@@ -35,57 +34,14 @@ def read_state_dict(path: Path) -> tuple[Weights, dict[str, Any]]:
             text = (file.metadata() or {}).get(METADATA_KEY, "{}")
         metadata = json.loads(text)
         tensors = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
+    except (safetensors.SafetensorError, ValueError, OSError, RecursionError) as error:
         raise TargetError(
             f"{str(path)!r} is no readable safetensors file: {error}; write or download it again"
         ) from error
-    _refuse_malformed(metadata, path)
-    return Weights(tensors), metadata
-
-
-def _refuse_malformed(metadata: Any, path: Path) -> None:
-    """Raise `TargetError` where the metadata have another form than `written` gives them."""
     if not isinstance(metadata, dict):
-        raise TargetError(
-            f"{str(path)!r} carries {METADATA_KEY} metadata that is no object: {metadata!r:.80}"
-        )
-    for key, (fits, expected) in _FORMS.items():
-        if metadata.get(key) is not None and not fits(metadata[key]):
-            raise TargetError(
-                f"{str(path)!r} carries {METADATA_KEY} metadata with {key} {metadata[key]!r:.80}; {expected} was "
-                "expected: train and save it again, or remove the metadata and give --arch"
-            )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
-
-
-def _are(kind: Callable[[Any], bool], values: Any) -> bool:
-    return isinstance(values, list) and len(values) > 0 and all(map(kind, values))
-
-
-def _is_side(value: Any) -> bool:
-    """Whether a value is one side of the bounds: a number, or one a feature in any nesting."""
-    return _is_number(value) or _are(_is_side, value)
-
-
-_LARGEST = torch.finfo(torch.float32).max
-_FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "architecture": (lambda value: isinstance(value, str), "the name of an architecture"),
-    "arguments": (
-        lambda value: isinstance(value, dict) and all(type(each) is int for each in value.values()),
-        "names with whole numbers",
-    ),
-    "bounds": (lambda value: _are(_is_side, value) and len(value) == 2, "[LOW, HIGH]"),
-    "mean": (lambda value: _are(_is_number, value), "a list of numbers"),
-    "std": (lambda value: _are(_is_number, value) and min(value) > 0, "a list of positive numbers"),
-    "classes": (lambda value: type(value) is int and value > 1, "a whole number from 2 on"),
-    "output": (lambda value: value in get_args(OutputKind), f"one of {get_args(OutputKind)}"),
-    "layout": (lambda value: value in get_args(Layout), f"one of {get_args(Layout)}"),
-    "class_names": (lambda value: _are(lambda name: isinstance(name, str), value), "a list of names"),
-}
-"""what each key may hold, and the words for it"""
+        raise TargetError(f"{str(path)!r} carries {METADATA_KEY} metadata that is no object: {text[:80]!r}")
+    refuse_description(path, metadata)
+    return Weights(tensors), metadata
 
 
 def written(net: nn.Module, described: Mapping[str, Any]) -> bytes:
@@ -94,21 +50,21 @@ def written(net: nn.Module, described: Mapping[str, Any]) -> bytes:
     return safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(described, sort_keys=True)})
 
 
-def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str) -> None:
+def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str, *, spare: int = 0) -> None:
     """Raise `TargetError` where a network has other tensors than the file, before memory is taken for it.
 
-    The network is made without memory, and no further than it has as many parameters as the file has tensors: a file
-    may ask for one of any size. What `make` raises is not caught.
+    The network is made without memory, and no further than it has as many parameters as the file has tensors and
+    `spare` more: a file or a configuration may ask for one of any size. What `make` raises is not caught.
     """
-    most, n = len(weights.tensors), 0
+    most, n = len(weights.tensors) + spare, 0
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal n
         n += 1
         if n > most:
             raise TargetError(
-                f"the weights of {source} do not fit: it has {most} tensors and asks for a network with more. Check "
-                "--arch and --model-args, or train and save it again"
+                f"the weights of {source} do not fit: it has {len(weights.tensors)} tensors and asks for a network "
+                "with more. Check --arch and --model-args, or train and save it again"
             )
 
     hook = register_module_parameter_registration_hook(count)

@@ -109,7 +109,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
     """A line as an object; None where it is none, which `read_links` refuses."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

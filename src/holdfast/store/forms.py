@@ -105,6 +105,16 @@ def listed(form: Form) -> Form:
     return check
 
 
+def pair(form: Form) -> Form:
+    """A list of two such values."""
+
+    def check(value: Any, where: str) -> None:
+        listed(form)(value, where)
+        _expect(len(value) == 2, value, where, "a list of two")
+
+    return check
+
+
 def mapped(form: Form) -> Form:
     """An object whose values have one form, whatever their names."""
 

@@ -80,7 +80,7 @@ class Journal(Sent):
             except TargetError:
                 self.close()
                 raise
-            except (KeyError, TypeError, ValueError, OverflowError) as error:  # of a stranger
+            except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:  # of a stranger
                 self.close()
                 raise _altered(left, "was changed", f"a record has another form ({error})") from error
         self.earlier = self.totals.sent
@@ -307,6 +307,8 @@ def _answers(
         return
     n, width = content["n"], content["width"]
     first, size = start + line + n * KEY_BYTES, width * np.dtype(content["type"]).itemsize
+    if not 0 <= n * size <= len(record) - line - n * KEY_BYTES:
+        raise ValueError(f"it holds fewer than {n} answers")
     kind = f"{content.get('classes', '')}:{content['type']}"
     for k in range(n):
         yield record[line + k * KEY_BYTES : line + (k + 1) * KEY_BYTES], (first + k * size, width, kind)

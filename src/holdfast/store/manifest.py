@@ -10,8 +10,10 @@ from torch import Tensor
 
 from holdfast.core.chain import canonical
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.store import forms
 from holdfast.store.authentic import HEAD, read_head
 from holdfast.store.files import POOL_MANIFEST, flush_folder, refusal_in_pool, usable
+from holdfast.store.forms import refuse_form
 from holdfast.store.ledger import LOCK
 from holdfast.store.ledger import NAME as LEDGER
 from holdfast.store.locking import locked
@@ -25,6 +27,7 @@ NEW = ".new"
 SCHEMA_VERSION = 2
 OLD_VERSION = 1
 """The format whose ledger was not authenticated."""
+_FORM = forms.record({"id": forms.name, "key": forms.name, "about": forms.record({})})
 
 
 def open_manifest(path: Path) -> dict[str, Any]:
@@ -42,6 +45,7 @@ def open_manifest(path: Path) -> dict[str, Any]:
             f"{str(path / POOL_MANIFEST)!r} has schema version {version}; this version reads {SCHEMA_VERSION}. Install "
             f"the holdfast that wrote it"
         )
+    refuse_form(path / POOL_MANIFEST, found, _FORM)
     return found
 
 

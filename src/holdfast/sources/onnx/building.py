@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 
 MAX_ELEMENTS = 2**28
 """of one value on the examples; more is an attack or an accident"""
+MAX_COMPUTED = 2**30
+"""bytes of all constants together that the file does not hold and computes; each is in memory three times"""
 
 
 class Unsupported(Exception):
@@ -65,6 +67,7 @@ class Builder:
         self._sizes = (len(examples[0]), len(examples[1]))
         self._constants: dict[int, fx.Node] = {}
         self._kept: list[Value] = []
+        self._computed = 0
         self._count = 0
         self._batch: fx.Node | None = None
 
@@ -139,6 +142,9 @@ class Builder:
         if not value.is_static:
             raise Unsupported("a number that depends on the batch size, used as data")
         if id(value) not in self._constants:
+            self._computed += 0 if value.at[0] is value.at[1] else value.at[0].nbytes
+            if self._computed > MAX_COMPUTED:
+                raise Unsupported(f"computed constants of more than {MAX_COMPUTED:,} bytes")
             name = f"constant_{len(self._constants)}"
             self.root.register_buffer(name, value.at[0].clone())
             self._kept.append(value)  # its id stands in the table above

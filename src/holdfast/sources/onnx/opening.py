@@ -175,14 +175,18 @@ def _labels_that_differ(file: OnnxFile, output: str, path: Path) -> RuntimeLabel
     voting = any(node.op_type == "SVMClassifier" for node in file.proto.graph.node)
     if file.labels and not voting:
         return None
-    runtime, x = Runtime(file, output), random_batch(file, file.input.shape[0] or _COMPARED)
+    runtime = Runtime(file, output)
+    wanted = "tensor(string)" if file.labels and isinstance(file.labels[0], str) else "tensor(int64)"
+    names = [name for name, kind in runtime.kinds.items() if kind == wanted and name != output]
+    if not names:
+        return None
+    x = random_batch(file, file.input.shape[0] or _COMPARED)
     scores = runtime.all(x)[0]
     if scores.dim() != 2 or scores.shape[1] < 2 or (file.labels and len(file.labels) != scores.shape[1]):
         return None
     first, second = scores.topk(2, dim=1).values.T
     clear = first > second
-    wanted = "tensor(string)" if file.labels and isinstance(file.labels[0], str) else "tensor(int64)"
-    for name in (name for name, kind in runtime.kinds.items() if kind == wanted and name != output):
+    for name in names:
         labels = Runtime(file, name)
         if file.labels:
             answered = RuntimeLabels(labels, file.labels)

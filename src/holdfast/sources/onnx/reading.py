@@ -107,7 +107,8 @@ def read_onnx(
     for tensor in _tensors(proto.graph):
         if tensor.data_location == _EXTERNAL:
             beside = _take_external(tensor, path, len(content))
-            files.setdefault(str(beside), sha256_of_file(beside))
+            if str(beside) not in files:
+                files[str(beside)] = sha256_of_file(beside)
     try:
         onnx.checker.check_model(proto)
         if proto.functions:

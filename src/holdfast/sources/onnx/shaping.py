@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from holdfast.sources.onnx.building import MAX_ELEMENTS, Builder, Ints, Operator, Step, Unsupported, Value
 from holdfast.sources.onnx.reading import onnx_module
 
+_MOST_PLACES = 2**24
+"""that are named one by one, in the order of a slice that runs backwards"""
+
 
 def reshape(step: Step) -> Value:
     """A new shape; the batch's size stays free, also where the file was written for one size."""
@@ -100,8 +103,11 @@ def slice_(step: Step) -> Value:
         if stride > 0:
             cuts[axis] = slice(start, end if end < 2**31 else None, stride)
         else:
-            kept = list(range(step.x.shape[axis])[start : end if end > -(2**31) else None : stride])
-            y = step.builder.call(torch.index_select, y, axis, step.builder.constant(torch.tensor(kept)))
+            kept = range(step.x.shape[axis])[start : end if end > -(2**31) else None : stride]
+            if len(kept) > _MOST_PLACES:
+                raise Unsupported(f"Slice of {len(kept)} places from the end")
+            places = torch.arange(kept.start, kept.stop, kept.step)
+            y = step.builder.call(torch.index_select, y, axis, step.builder.constant(places))
     if all(cut == slice(None) for cut in cuts):
         return y
     return step.builder.call(operator.getitem, y, tuple(cuts))
