@@ -36,7 +36,8 @@ def main(name: str) -> None:
     (folder / ANSWER).write_text(json.dumps(answer))
 
 
-def _is_out_of_memory(cause: BaseException | None) -> bool:
+def is_out_of_memory(cause: BaseException | None) -> bool:
+    """Whether a library raised this because it did not get memory."""
     return isinstance(cause, MemoryError) or any(each in str(cause) for each in _NO_MEMORY)
 
 
@@ -50,7 +51,7 @@ def answered(request: Mapping[str, Any], content: bytes | None, folder: Path) ->
             found: Mapping[str, Any] = read(path, content, folder, **named)
     except HoldfastError as error:
         cause = error.__cause__
-        if _is_out_of_memory(cause):
+        if is_out_of_memory(cause):
             return {"error": MemoryError.__name__, "message": ""}
         return {"error": type(error).__name__, "message": str(error)}
     return found

@@ -1,13 +1,15 @@
-"""Parses an `.onnx` file and runs it once, in onnxruntime and without torch."""
+"""Parses an `.onnx` file and runs it on one and on three inputs, in onnxruntime and without torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from holdfast.core.errors import TargetError
+from holdfast.sources.limited.answering import is_out_of_memory
 from holdfast.sources.onnx.reading import read_onnx
 from holdfast.sources.onnx.runtime import run, session, some_inputs
 
-TRIED = 3
-"""examples of the trial, where the file leaves the batch free"""
+TRIED = (3, 1)
+"""examples of each trial, where the file leaves the batch free"""
 
 
 def read(
@@ -17,8 +19,14 @@ def read(
     assert content is not None, "the file is read once"
     file = read_onnx(path, input_shape, content=content)
     running = session(file.content, threads=1)
-    batch = some_inputs(file.input.shape, file.input.dtype, file.input.shape[0] or TRIED)
-    run(running, [output.name for output in running.get_outputs()], file.input.name, batch)
+    outputs = [output.name for output in running.get_outputs()]
+    for k, n in enumerate(TRIED if file.input.shape[0] is None else (file.input.shape[0],)):
+        batch = some_inputs(file.input.shape, file.input.dtype, n)
+        try:
+            run(running, outputs, file.input.name, batch)
+        except TargetError as error:
+            if k == 0 or is_out_of_memory(error.__cause__):
+                raise
     return {}
 
 
