@@ -28,7 +28,9 @@ def table(path: Path, row: bytes, rows: int) -> str:
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process are those of POSIX")
 def test_a_parser_ends_at_its_limits_and_the_message_names_the_option(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HOLDFAST_READ_SECONDS", "1")
-    with pytest.raises(TargetError, match=r"more than (1 s of CPU time|5 s) to read .* HOLDFAST_READ_SECONDS=600"):
+    with pytest.raises(
+        TargetError, match=r"more than (1 s of CPU time|5 s) to read .* HOLDFAST_READ_SECONDS=600"
+    ):
         open_data(table(tmp_path / "long.csv", b"0.25,1\n", 4_000_000), label="label")
     monkeypatch.delenv("HOLDFAST_READ_SECONDS")
     address = table(tmp_path / "t.csv", b"0.25,1\n", 300_000)
