@@ -120,9 +120,7 @@ class _Measuring:
         self.known = {member.name: member for member in self.pool.ledger.members}
         self.document: Json = {"set": self.name, "n": n, "right": len(self.batch), "rows": [], "instead": []}
         self.document |= {"ids": self.batch.ids.tolist(), "exposed": self._exposed, "complete": False}
-        if (
-            known.get("exposed") == self._exposed
-        ):  # otherwise rows for two states of the ledger would be in one table
+        if known.get("exposed") == self._exposed:  # otherwise rows of two ledger states would be mixed
             self.document |= {name: known[name] for name in ("rows", "instead")}
 
     # --- the course of it

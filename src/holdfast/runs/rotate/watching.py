@@ -23,10 +23,7 @@ from holdfast.runs.rotate.verdicts import IN_A_ROW, Admission
 from holdfast.runs.signals import Stopper
 from holdfast.store.pool import Pool
 
-_LOOKS_S, _PAUSE_S = (
-    1.0,
-    60.0,
-)  # seconds between two looks at the ledger, and after a look without a usable set
+_LOOKS_S, _PAUSE_S = 1.0, 60.0  # between two looks at the ledger, and after one without a usable set
 
 
 @dataclass(frozen=True)
