@@ -34,9 +34,9 @@ class Allotment:
     examples: Mapping[str, int]
     """by name of the probe; omitted probes are missing"""
     wanted: Mapping[str, int] = field(default_factory=dict)
-    """the number of examples without a limit"""
+    """the number of examples that each probe would run on without a limit"""
     reasons: Mapping[str, str] = field(default_factory=dict)
-    """reasons, by name of the omitted probe"""
+    """why a probe is omitted, by its name"""
 
 
 def probe_rows(
@@ -69,8 +69,7 @@ def _halves(n: int, passes: Passes) -> int:
 
 
 def allotted(wanted: Mapping[str, int], budget: int, cost: Callable[[str, int], int | None]) -> Allotment:
-    """Divide `budget` rows among probes that want the given numbers of examples; `cost` returns the rows for `n`
-    examples.
+    """Divide `budget` rows among probes that want the given numbers of examples; `cost` returns their rows.
 
     In order of increasing cost, each probe gets an equal part of the remaining rows, and leaves what it does not
     need.
@@ -112,9 +111,7 @@ def _reason(rows: int, n: int, budget: int) -> str:
 
 
 def as_allotted(doubts: Sequence[Doubt], allotment: Allotment) -> tuple[Doubt, ...]:
-    """The doubts after the division: `not measured` if their probe was omitted, with a note if it ran on fewer
-    examples.
-    """
+    """The doubts after the division: `not measured` if their probe was omitted, with a note on fewer examples."""
 
     def said(doubt: Doubt) -> Doubt:
         probe = _SPOKEN_FOR.get(doubt.name, "")

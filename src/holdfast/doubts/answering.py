@@ -34,7 +34,7 @@ DETECTOR = "a detector"
 EVEN = 0.3
 """Weight of the detector's score, in multiples of the weight that balances it with the margins of the classes."""
 WEIGHTS = {"Pair": EVEN, "Pair-light": EVEN / 10, "Pair-heavy": EVEN * 10}
-"""The weight of each of these attacks."""
+"""The weight of the detector's score in each attack on a network and its detector."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class Arm:
 
 
 def arms(constraint: Constraint) -> tuple[Arm, ...]:
-    """The adaptive attacks under a constraint, in their order: first with gradients that bypass masking, then by
-    search.
+    """The adaptive attacks under a constraint: first those with gradients that bypass masking, then a search.
 
     Expectation over transformation (Athalye et al., "Synthesizing robust adversarial examples", ICML 2018,
     arXiv:1707.07397) needs steps that can be averaged, which L0 attacks lack. Under L2 and L1, minimum-norm attacks
@@ -113,8 +112,7 @@ def answered(
     fell: bool,
     blind: bool = False,
 ) -> tuple[Doubt, ...]:
-    """The doubts after the adaptive attacks. `ran` has the columns of each attack, `because` the doubts that required
-    it.
+    """The doubts after the adaptive attacks, given the columns of each attack and the doubts that required it.
 
     A doubt is answered if every attack that it requires has run on all surviving examples. Exceptions: the gradient
     of the attack itself is still zero, also with respect to a detector (`blind`); the gradient is shattered, and no

@@ -37,8 +37,7 @@ class Circumstances:
     in_training: tuple[str, ...] = ()
     """layers that were in train mode; the model was measured in eval mode"""
     first_gradient_dead: Mask | None = None
-    """for a list of attacks: mask of the examples with a zero or NaN gradient in the first pass; None if not
-    recorded"""
+    """mask of the examples with a zero or NaN first gradient, for a list of attacks; None if not recorded"""
     blind: bool = False
     """whether no gradient of a detector's score reaches an input"""
     randomised: bool = False
@@ -63,9 +62,8 @@ def conclude(
 ) -> Findings:
     """The state of every doubt, from the columns of the suite with the clean `nan` and `is_probability`.
 
-    `passes` are masks (n) of the examples that each pass or probe outside the suite broke inside the threat model,
-    as judged by the harness. A list of attacks (no suite) gets only the free doubts, and `not-exhausted` if a pass
-    broke more than the attacks.
+    `passes` are masks (n) of the examples that each pass or probe outside the suite broke, as the harness judged. A
+    list of attacks (no suite) gets only the free doubts, and `not-exhausted` if a pass broke more than the attacks.
     """
     fallen = missed_by_suite(columns, circumstances.threat, passes)
     case = _Case(found, columns, circumstances, fallen)
@@ -165,9 +163,7 @@ def _scale(case: _Case) -> Doubt:
 
 
 def _rival(case: _Case, name: str, weak: tuple[str, str], strong: tuple[str, str]) -> Doubt:
-    """A doubt that is raised if a weaker attack beats a stronger one on the same sample; each is a probe and its
-    title.
-    """
+    """A doubt raised if a weaker attack beats a stronger one on the same sample; each is a probe and its title."""
     one, other = case.broken(weak[0]), case.broken(strong[0])
     if one is None or other is None:
         return case.absent(name, weak[0], strong[0])
@@ -292,9 +288,7 @@ def _state(case: _Case) -> Doubt:
 
 
 def _loss_spread(case: _Case) -> Doubt:
-    """The best loss compared with the worst untargeted one; a targeted loss is weaker in general and not the
-    reference.
-    """
+    """Compares the best loss with the worst untargeted one, since targeted losses are weaker in general."""
     untargeted = {
         "the cross-entropy": case.broken("cross-entropy"),
         "the margin": case.broken("margin", "once"),

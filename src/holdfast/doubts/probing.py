@@ -77,9 +77,7 @@ def counts(probe: Probe, threat: ThreatModel) -> bool:
 
 
 def fallen(margin: PerExample, x: Inputs) -> dict[str, Tensor]:
-    """The columns of an attack: `broken`, the lowest `margin` and its input `x`. A margin of 0 or NaN counts as
-    broken.
-    """
+    """The columns of an attack: `broken` (margin at most 0 or NaN), the lowest `margin`, and its input `x`."""
     return {"broken": ~(margin > 0), "margin": margin, "x": x}
 
 
@@ -190,7 +188,7 @@ def _judged(
 def _black_box(
     model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int = 1
 ) -> dict[str, Tensor]:
-    """Square Attack from its own random start."""
+    """Square Attack from its own random start, without gradients."""
     return _judged(Square(queries=SEARCHES), model, batch, threat, rng.at("search"), looks)
 
 

@@ -43,7 +43,7 @@ class Pass:
     tried: int
     """examples that it was run on"""
     settings: Mapping[str, Any]
-    """as in `PassRecord`"""
+    """settings of the pass, as in `PassRecord`"""
 
 
 Probes = Sequence[tuple[str, int]]
@@ -87,7 +87,7 @@ def _inside(plan: Outline, clean: Columns, columns: Columns) -> dict[str, Tensor
         success = success & (columns["queries"] <= plan.threat.queries)
     inside = dict(columns) | {"success": success}
     for name, values in columns.items():
-        # of the other inputs some lie outside the threat model
+        # other inputs may be outside the threat model
         if name.startswith("distance") or name == "right":
             inside[name] = torch.where(success, values, torch.inf)
     for kept in ("gallery.", "adversarial."):

@@ -1,4 +1,4 @@
-"""Runs one stage on some examples: the attack runs on surviving examples, and the original model judges the results."""
+"""Runs a stage: the attack runs on surviving examples, and the original model judges the results."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -277,9 +277,7 @@ def _kept(plan: Plan, batch: Batch, x_adv: Inputs, success: Mask, missed: Ids) -
 def _at_random(
     attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
 ) -> dict[str, Tensor]:
-    """For an attack that chooses among places: its result at one random place of each image; empty for other
-    attacks.
-    """
+    """The result at one random place of each image, for an attack that chooses among places; else empty."""
     if not isinstance(attack, Placed):
         return {}
     x_adv = attack.at_random(target.bare, batch, threat, rng=rng)
@@ -326,9 +324,7 @@ def _transferred(
 
 
 def makers(target: Model, threat: ThreatModel) -> list[tuple[Model, ...]]:
-    """The models that examples of the transfer matrix are computed on: the target if gradients are allowed, each
-    surrogate, and all surrogates together.
-    """
+    """Models for the transfer matrix: the target if gradients are allowed, each surrogate, and all of these."""
     own, each = [(target,)] if threat.gives("gradients") else [], [(model,) for model in threat.surrogates]
     return [*own, *each, *([threat.surrogates] if len(each) > 1 else [])]
 
@@ -370,11 +366,9 @@ def returned(
 def _judged(
     target: Target, batch: Batch, x: Inputs, seen: Callable[[Logits], Tensor]
 ) -> tuple[Logits, Tensor, Tensor]:
-    """Logits of the original model, the share of votes in which its prediction is correct, and that share for new
-    votes.
+    """Logits of the original model, the share of votes in which it is correct, and the share for new votes.
 
-    `seen` computes the logits that are judged. A deterministic model is evaluated once. A tie or NaN counts as
-    wrong.
+    `seen` computes the logits that are judged. A deterministic model is evaluated once. Ties and NaN count as wrong.
     """
 
     def holds(logits: Logits) -> Mask:

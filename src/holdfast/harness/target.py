@@ -30,7 +30,7 @@ REJECTS = (
     "the model rejects what its detector takes for a stranger: an example stands if its clean input is accepted and "
     "right and no attacked input is accepted and wrong; the attacks see network and detector as one"
 )
-"""Note on a model that rejects."""
+"""Note on a model with a detector, which rejects inputs."""
 
 _SAME = 1e-4  # largest difference, relative to the largest logit, of the outputs of a deterministic model
 
@@ -45,7 +45,7 @@ class Held:
 
     @property
     def bounds(self) -> Bounds:
-        """The bounds of the model."""
+        """The input bounds of the model."""
         return self.model.bounds
 
     @cached_property
@@ -53,7 +53,7 @@ class Held:
         return Lookup(self.batch.ids)
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits of the classes; see `held`."""
+        """Logits of the classes for attacks; see `held`."""
         y = self.batch.y if ids is None else self.batch.y[self._lookup.rows(ids)]
         logits = self.model(x, ids)
         if self.aim == Aim():
@@ -84,7 +84,7 @@ class Target:
     blind: bool = False
     """whether no gradient of the detector's score reaches an input, because it rounds or is binary"""
     blind_view: bool = False
-    """the same for `view`"""
+    """whether no gradient of the detector's score reaches an input through `view`"""
 
     @property
     def rejects(self) -> bool:
@@ -120,9 +120,7 @@ class Target:
 
     @contextmanager
     def repeatable(self, rng: Draws) -> Iterator[None]:
-        """Context manager in which the randomness of the model is determined by `rng`; restores the state of torch
-        afterwards.
-        """
+        """Context manager in which `rng` determines the randomness of the model; restores the state of torch."""
         if not self.randomised:
             yield
             return
@@ -218,9 +216,7 @@ def no_memory(n: int, error: BaseException) -> TargetError:
 
 
 def _generators(device: torch.device) -> Tensor:
-    """States of torch's random generators. A forward pass that changes them is randomised, possibly with a rare
-    effect.
-    """
+    """States of torch's random generators. A forward pass that changes them is randomised, if only rarely."""
     here = [torch.get_rng_state()]
     return torch.cat([*here, torch.cuda.get_rng_state(device)] if device.type == "cuda" else here)
 

@@ -62,9 +62,7 @@ def due(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask:
 
 
 def _heights(plan: Plan, by_stage: Mapping[str, Columns]) -> PerExample:
-    """The lowest margin reached for each example; before any attack the clean margin, for an untargeted threat
-    model.
-    """
+    """The lowest margin reached for each example; the clean margin is included for an untargeted threat model."""
     clean = by_stage["clean"]["margin"]
     lowest = clean if plan.threat.goal is None else torch.full_like(clean, torch.inf)
     for name, columns in by_stage.items():
@@ -122,8 +120,7 @@ def _either(name: str, first: Columns, wave: Columns, ran: Mask) -> Tensor:
 
 
 def most_left(held: int, waves: int) -> float:
-    """Upper bound on the share of untried examples that an attack would break, if it broke none of `held` in the last
-    wave.
+    """Upper bound on the share of untried examples that would break, after a wave that broke none of `held`.
 
     The confidence is 95 %. Any of the `waves` could be the last one by chance, so the error is divided among them.
     """

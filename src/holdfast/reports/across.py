@@ -36,12 +36,12 @@ def across(evidence: Evidence, confidence: float) -> Json | None:
 
 
 def title(found: Mapping[str, Any], noun: str) -> str:
-    """Title of the table."""
+    """Title of the table of the transfer across data sets."""
     return f"across data: of {count(found['n'])} {noun} of each those that the changes turn, and turn in mixed order"
 
 
 def headings(found: Mapping[str, Any]) -> list[str]:
-    """Headings of the columns."""
+    """Column headings of the table."""
     return ["made on", *(f"put on {name}" for name in found["data"])]
 
 

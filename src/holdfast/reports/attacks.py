@@ -74,8 +74,9 @@ def fits(summary: Mapping[str, Any]) -> str:
 
 
 def passes(summary: Mapping[str, Any], *, brief: bool = False) -> str:
-    """A line on the passes outside the suite and the examples that only they broke; `brief` omits passes that broke
-    none.
+    """A line on the passes outside the suite and the examples that only they broke.
+
+    `brief` omits the names of passes that broke none.
     """
     made = summary["passes"]
     if not made:

@@ -114,7 +114,7 @@ def _training_cost(card: Mapping[str, Any]) -> str:
 
 
 def _sides(head: str, before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """A table of both models."""
+    """A Markdown table of the metrics of both models."""
     rows = (
         (capitalized(label(name)), *(_measured(name, side[name]) for side in (before, after)))
         for name in names

@@ -15,7 +15,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 14.0, 12.0, 44.0
 
 @dataclass(frozen=True)
 class Tick:
-    """A mark on an axis."""
+    """A tick on an axis: its position and its label."""
 
     at: float
     text: str
@@ -36,9 +36,9 @@ class Staircase:
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     mark: float | None
-    """x coordinate of the eps of the threat model"""
+    """horizontal coordinate of the eps of the threat model"""
     mark_text: float
-    """y coordinate of the label of the mark, away from the curve"""
+    """vertical coordinate of the label of the mark, away from the curve"""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def staircase(
 
 
 def _at(points: Sequence[Mapping[str, Any]], axis: str, x: float) -> float:
-    """The share at a value of the x axis."""
+    """The share of a curve at a value of the horizontal axis."""
     return next((number(point["value"]) for point in reversed(points) if number(point[axis]) <= x), 1.0)
 
 

@@ -70,9 +70,7 @@ def comparison(
 def _robust(
     first: Evidence, second: Evidence, shared: Pairs, confidence: float
 ) -> tuple[Json, Json, Scope | None, str]:
-    """The robust accuracies, the changed examples, and which adversarial examples count, each empty if not
-    comparable; and a note.
-    """
+    """The robust accuracies, the changed examples, the scope, and a note; empty if they are not comparable."""
     try:
         scope = basis(first, second)
         held = compared(first, scope), compared(second, scope)

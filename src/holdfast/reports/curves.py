@@ -24,9 +24,7 @@ def judged(evidence: Evidence) -> Mask:
 
 
 def robust(evidence: Evidence) -> Mask:
-    """Mask of the robust examples: correct and not broken; for a targeted threat model, not classified as the
-    target.
-    """
+    """Mask of the robust examples: correct and unbroken, or for a targeted threat model only unbroken."""
     unbroken = ~evidence["success"].bool()
     return unbroken if evidence.threat.goal is not None else unbroken & evidence["correct"].bool()
 

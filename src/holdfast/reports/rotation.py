@@ -21,7 +21,7 @@ NAMES = {
     "A5": "A5 holds what serves",
     "A6": "A6 distils the answers",
 }
-"""Names of the attackers."""
+"""Names of the attackers in reports."""
 
 
 def rotation(document: Mapping[str, Any] | None) -> Json | None:
@@ -43,17 +43,17 @@ def rotation(document: Mapping[str, Any] | None) -> Json | None:
 
 
 def title(found: Mapping[str, Any], noun: str) -> str:
-    """Title of the table."""
+    """Title of the table of attackers."""
     return f"attackers: of the {count(found['n'])} {noun} that set {found['set']} has right those that each turns"
 
 
 def headings(found: Mapping[str, Any]) -> list[str]:
-    """Headings of the columns."""
+    """Column headings of the table of attackers."""
     return ["attacker", "turned", "rotation", "by", "holds"]
 
 
 def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Each row as text."""
+    """Cells of each row of the table of attackers, as text."""
     for row in found["rows"]:
         share = "–" if row["share"] is None else shown(row["share"])
         holds = row["says"] if row["share"] is None else row["holds"]
@@ -66,12 +66,12 @@ def instead_title(found: Mapping[str, Any], noun: str) -> str:
 
 
 def instead_headings(found: Mapping[str, Any]) -> list[str]:
-    """Headings of its columns."""
+    """Column headings of the table of alternatives."""
     return ["instead", "right", "a thief turns", "white box turns", "what it is"]
 
 
 def instead_cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Each of its rows as text."""
+    """Cells of each row of the table of alternatives, as text."""
     for row in found["instead"]:
         shares = ("–" if row[key] is None else shown(row[key]) for key in ("thief", "white"))
         yield [row["who"], percent(row["clean"]["value"]), *shares, row["says"]]

@@ -22,7 +22,7 @@ _GATES = {
 
 
 def document(summary: Mapping[str, Any]) -> str:
-    """A SARIF run with a result for every gate that does not pass and every raised doubt; accepted doubts are
+    """A SARIF run with a result for each gate that does not pass and each raised doubt; accepted ones are
     suppressed.
     """
     results = [_gate(gate, summary) for gate in summary["gates"] if gate["verdict"] != "pass"]
@@ -112,9 +112,7 @@ def _unlinked(text: str) -> str:
 
 
 def model_address(model: Mapping[str, Any]) -> str:
-    """The file of the model as a URI; a relative path stays relative, so that code scanning finds it in the
-    repository.
-    """
+    """The file of the model as a URI. A relative path stays relative, for code scanning of the repository."""
     files = model.get("files")
     name = next(iter(files), None) if isinstance(files, Mapping | list) else None
     path = Path(printable(str(name or model.get("name") or "model")).removeprefix("bundled:"))

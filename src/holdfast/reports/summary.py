@@ -193,9 +193,7 @@ def _attacks(evidence: Evidence, confidence: float) -> list[Json]:
 
 
 def _broke(evidence: Evidence, place: int) -> Mask:
-    """Mask of the examples that an attack broke; in a minimum-norm run, all within eps, not only its smallest
-    changes.
-    """
+    """Mask of the examples that an attack broke; in a minimum-norm run, all that it broke within eps."""
     mine: Mask = evidence["broken_by"] == place
     distance = f"{evidence.attacks[place].stage}.distance"
     if distance in evidence:

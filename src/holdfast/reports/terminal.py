@@ -126,7 +126,7 @@ def attack_table(summary: Mapping[str, Any], *, narrow: bool = False) -> "Table"
 
 
 def metric_table(summary: Mapping[str, Any], *, brief: bool = False) -> "Table":
-    """The metrics with their intervals."""
+    """A table of the metrics with their intervals."""
     table = grid(
         f"metrics, {100 * summary['confidence']:.0f} % intervals", ("metric", "value", "interval", "n")
     )

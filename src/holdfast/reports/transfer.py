@@ -38,13 +38,13 @@ def transfer(evidence: Evidence, confidence: float) -> Json | None:
 
 
 def title(found: Mapping[str, Any], noun: str) -> str:
-    """Title of the table."""
+    """Title of the transfer matrix."""
     share = f"of the {count(found['n'])} {noun} those that a model has right and that turn it wrong"
     return f"transfer: by a pass apart from the suite, {share}"
 
 
 def headings(found: Mapping[str, Any]) -> list[str]:
-    """Headings of the columns."""
+    """Column headings of the transfer matrix."""
     return ["made on", *(f"on {name}" for name in found["models"])]
 
 
@@ -55,7 +55,7 @@ def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def shown(share: Mapping[str, Any]) -> str:
-    """A share with its interval."""
+    """A share with its confidence interval as text."""
     return f"{percent(share['value'])} ({interval(METRIC, share)})"
 
 

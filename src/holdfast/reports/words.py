@@ -52,7 +52,7 @@ _CHANGES = {
 
 
 def label(metric: str) -> str:
-    """The metric as a heading."""
+    """The name of a metric as a heading."""
     words = metric.replace("_", " ").capitalize()
     return (
         re.sub(r"\b(linf|l[012]|f1)\b", lambda found: found[0].capitalize(), words)
@@ -202,7 +202,7 @@ def asked(gate: Mapping[str, Any]) -> str:
 
 
 def _spoken(metric: str) -> str:
-    """The metric inside a sentence."""
+    """The name of a metric inside a sentence."""
     name = label(metric)
     return name[:1].lower() + name[1:]
 
@@ -224,7 +224,7 @@ def doubted(gate: Mapping[str, Any]) -> bool:
 
 
 def why(gate: Mapping[str, Any], doubts: Sequence[str]) -> str:
-    """The reason of a gate's verdict in words."""
+    """The reason for the verdict of a gate, in words."""
     sure = interval(gate["metric"], gate["estimate"])
     return f"{_because(gate, sure, doubts)}{SCOPES[gate['scope']] if gate['scope'] else ''}"
 

@@ -59,13 +59,13 @@ WRITERS: Mapping[str, Callable[[Summary, "Columns", TextIO], None]] = {
     ".md": _markdown,
     ".csv": _csv,
 }
-"""The writer for each suffix."""
+"""The function that writes the report for each file suffix."""
 
 
 EXHIBIT_SUFFIXES = (".json",)
-"""Suffixes for the gallery."""
+"""File suffixes for the measured gallery."""
 COMPARISON_SUFFIXES = (".html", ".json", ".md")
-"""Suffixes for a comparison."""
+"""File suffixes for a comparison."""
 
 
 def check(path: Path, suffixes: Collection[str] = WRITERS.keys()) -> None:
@@ -104,7 +104,7 @@ def write_comparison(content: Summary, path: Path) -> None:
 
 
 def write_exhibits(found: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the measured gallery, atomically."""
+    """Write the measurements of the gallery as JSON, atomically."""
     from holdfast.reports.exhibits import exhibits_to_json
 
     with _explained(path), replacing(path) as file:

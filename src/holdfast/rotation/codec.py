@@ -28,8 +28,8 @@ _TINY = 1e-6
 
 @dataclass(frozen=True)
 class Embedding:
-    """A fitted codec: maps parameter sets to latents whose dimensions have mean 0 and standard deviation 1, and
-    back.
+    """A fitted codec: encodes parameter sets as latents, whose dimensions have mean 0 and deviation 1, and decodes
+    them.
     """
 
     span: Span

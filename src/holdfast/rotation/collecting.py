@@ -36,7 +36,7 @@ class Task:
     model: Classifier
     """model that defines the architecture; it is not changed"""
     data: Batch
-    """training data"""
+    """training examples"""
     threat: ThreatModel
     recipe: Recipe
     """recipe by which each run is trained from its initial weights"""
@@ -50,7 +50,7 @@ class Task:
 
 
 class Source(Protocol):
-    """A way to obtain parameter sets."""
+    """A method that produces parameter sets, by one or more training runs."""
 
     anew: ClassVar[bool]
     """whether each run is trained from fresh random weights; otherwise it starts from the given model"""
@@ -69,8 +69,9 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Checkpoints of one run, as in the published recipe. All lie in one basin, so a rotation among them gives no
-    protection.
+    """Checkpoints of one run, as in the published recipe. A rotation among them gives no protection.
+
+    All lie in one basin of the loss, so an attack on one breaks the others.
     """
 
     sets: Steps = 200
@@ -84,7 +85,7 @@ class Trajectory:
 
     @property
     def runs(self) -> int:
-        """Always 1."""
+        """Number of training runs, which is always 1."""
         return 1
 
     @property
@@ -107,7 +108,7 @@ class Seeds:
 
     @property
     def runs(self) -> int:
-        """Equal to the number of sets."""
+        """Number of training runs, equal to the number of sets."""
         return self.seeds
 
     @property
@@ -136,7 +137,7 @@ class Basins:
 
     @property
     def runs(self) -> int:
-        """Equal to `seeds`."""
+        """Number of training runs, equal to `seeds`."""
         return self.seeds
 
     @property
@@ -168,7 +169,7 @@ class Subset:
 
     @property
     def runs(self) -> int:
-        """Equal to the number of sets."""
+        """Number of training runs, equal to the number of sets."""
         return self.sets
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
@@ -192,8 +193,9 @@ class Subset:
 
 @dataclass(frozen=True)
 class LowRank:
-    """Several copies of the given model, trained further after a random low-rank change to the weight of each linear
-    layer.
+    """Several copies of the given model, each trained further after a random low-rank change.
+
+    The change is added to the weight of each linear layer.
     """
 
     rank: Steps = 4
@@ -211,7 +213,7 @@ class LowRank:
 
     @property
     def runs(self) -> int:
-        """Equal to the number of sets."""
+        """Number of training runs, equal to the number of sets."""
         return self.sets
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:

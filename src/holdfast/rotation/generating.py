@@ -86,9 +86,7 @@ class Generator:
 
 @dataclass(frozen=True)
 class LatentDiffusion:
-    """Settings of a latent diffusion, which learns the distribution of the latents of a collection of parameter
-    sets.
-    """
+    """Settings of a latent diffusion, which learns the distribution of the latents of a collection."""
 
     diffusion: Diffusion = field(default_factory=Diffusion)
     width: Steps = 384

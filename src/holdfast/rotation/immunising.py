@@ -89,8 +89,9 @@ class Crafting:
     def __call__(
         self, exposed: Sequence[Classifier], data: Batch, threat: ThreatModel, *, rng: Draws
     ) -> Batch:
-        """Return the changed inputs with their original labels. Cost: `steps` forward and backward passes for each
-        example.
+        """Return the changed inputs with their original labels.
+
+        Cost: `steps` forward and backward passes for each example.
         """
         made = partial(self._made, constraint=ball(threat, self.overshoot, self), rng=rng.at("start"))
         return shared_out(exposed, data, self.examples, made, rng.at("inputs"))

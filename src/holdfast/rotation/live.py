@@ -29,7 +29,7 @@ _KNOWN = re.compile(r"([0-9a-f]{64})(?:/(\d+(?:,\d+)*))?")
 
 @dataclass(frozen=True, eq=False)
 class Live:
-    """The parameter set that should serve."""
+    """The parameter set that should serve, with its metadata."""
 
     name: str
     epoch: int

@@ -217,8 +217,7 @@ class RotatingModel:
         self._ended += [one.book for one in among if one not in self._held]
 
     def collected(self, write: Callable[[Answers], object] = lambda answers: None) -> tuple[Answers, ...]:
-        """Return the answers since the last call, ordered by epoch, and call `write` with each before it counts as
-        collected.
+        """Return the answers since the last call, by epoch, and call `write` with each before it counts as collected.
 
         No answer is counted twice or lost: if `write` raises an exception, such as for a full disk, the next call
         returns the same answers again. A replaced set is returned once more, with `final`, when its last request is

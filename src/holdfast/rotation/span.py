@@ -34,7 +34,7 @@ class Span:
 
     @property
     def rank(self) -> int:
-        """Number of directions."""
+        """Number of principal directions."""
         return len(next(iter(self.directions.values())))
 
     @property

@@ -144,7 +144,7 @@ def _round(adapted: Mapping[str, Any], arm: str) -> tuple[str, ...]:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Format names as in `a, b and c`."""
+    """Join names with commas and "and", as in `a, b and c`."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
@@ -156,10 +156,10 @@ def is_of_rows(column: str) -> bool:
 def adversarial(
     by_stage: Mapping[str, Columns], stages: Sequence[str], counted: Sequence[Pass], *, smallest: bool
 ) -> dict[str, Tensor]:
-    """The stored adversarial inputs, as columns `id` and `x`: for each example the first, or that of the `smallest`
-    change.
+    """The stored adversarial inputs: for each example the first, or that of the `smallest` change.
 
-    `stages` are the names of the attacks in their order; the `counted` passes follow them.
+    Returns columns `id` and `x`. `stages` are the names of the attacks in their order; the `counted` passes follow
+    them.
     """
     columns = [by_stage[name] for name in stages if name in by_stage]
     kept = [c for c in (*columns, *(each.columns for each in counted)) if "adversarial.id" in c]

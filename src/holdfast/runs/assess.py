@@ -69,7 +69,7 @@ def assess(
             return _unkept(made)
         with stoppable(again) as stopper:
             manifest = made.manifest(planned(run))
-            secret = "pool" in subject.card  # the changed inputs are of a set that serves
+            secret = "pool" in subject.card  # adversarial inputs of a serving set are secret
             kept = opened(run, manifest, made.about(), resume=resume, secret=secret)
             with kept as folder:
                 attach(served)

@@ -59,7 +59,7 @@ class _Planned:
     epochs: float
 
     def attempt(self, why: str) -> dict[str, Any]:
-        """The entry for the plan of the run."""
+        """The entry of this candidate in the plan of the run."""
         return {
             "recipe": self.candidate.name,
             "epochs": self.epochs,

@@ -52,7 +52,7 @@ class Comparison:
         return Path(path)
 
     def _repr_html_(self) -> str:
-        """HTML representation for notebooks."""
+        """HTML representation of the comparison for notebooks."""
         return reported.fragment(self._summary)
 
     def __str__(self) -> str:

@@ -86,7 +86,7 @@ class Alone:
         by_stage: Mapping[str, Columns],
         said: Callable[[int], None],
     ) -> Iterator[tuple[int, Columns]]:
-        """Yield each shard in turn."""
+        """Measure the shards in turn, and yield each with its columns; stops at the deadline."""
         chosen = course.due(stage, by_stage)
         for shard in left:
             if stage.kind != "clean" and time.perf_counter() >= course.deadline:
@@ -110,7 +110,7 @@ class Timed:
 
     @property
     def bounds(self) -> Bounds:
-        """The bounds of the model."""
+        """The input bounds of the model."""
         return self.model.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
@@ -165,7 +165,7 @@ class Course:
             columns = counted(stage.kind, kept, by_stage)
             if columns is not None:
                 by_stage[stage.name] = columns
-            cut_short = kept.reached is not None and stage.kind != "fit"  # then its attack is, too
+            cut_short = kept.reached is not None and stage.kind != "fit"  # reported for its attack
             if cut_short and not any(name_of(stage) == name_of(other) for other, _ in cut):
                 cut.append((stage, len(kept.columns["id"])))
         return missed(cut, len(self.data), self.plan)
@@ -385,12 +385,12 @@ def _meaning(plan: Plan) -> str:
 
 
 def name_of(stage: Stage) -> str:
-    """Name of the attack of a stage in the suite."""
+    """The name in the suite of the attack of a stage."""
     return stage.name if stage.member is None else stage.member.name
 
 
 def shards_of(n: int, size: int) -> tuple[tuple[int, int], ...]:
-    """Consecutive ranges of at most `size` rows."""
+    """Divide `n` rows into consecutive ranges of at most `size` rows."""
     return tuple((start, min(start + size, n)) for start in range(0, n, size))
 
 

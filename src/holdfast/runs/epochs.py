@@ -39,7 +39,7 @@ class Course:
     how: Training
     """settings of the training, without the pacing of a budget, which only the first process has"""
     paced: bool
-    """whether there is a budget"""
+    """whether the training has a budget"""
     after: Checkpoint | None
 
 

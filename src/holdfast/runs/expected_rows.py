@@ -32,7 +32,7 @@ class ExpectedRows:
 
     @property
     def total(self) -> int:
-        """The total."""
+        """The sum of the rows of all purposes."""
         return self.clean + self.attacks + self.doubts + self.judging
 
     @property

@@ -64,7 +64,7 @@ ASSESSED = record(
     },
     {"surrogates": listed(_OTHER), "others": listed(_OTHER)},
 )
-"""`run.json` of an assessment."""
+"""Schema of `run.json` of an assessment."""
 LISTED = record(
     {
         "verb": text,
@@ -74,7 +74,7 @@ LISTED = record(
         "plan": record({"stages": listed(name)}),
     }
 )
-"""The parts of `run.json` that a list of runs shows, for any verb."""
+"""Schema of the parts of `run.json` that a list of runs shows, for any verb."""
 _ESTIMATE = record({"value": real, "low": real, "high": real, "n": count})
 _GATE = record(
     {
@@ -87,11 +87,11 @@ _GATE = record(
 )
 _CODE = one_of(0, 1, 4)
 DECIDED = record({"gates": listed(_GATE), "accepted_doubts": mapped(text), "exit_code": _CODE})
-"""`verdict.json` of an assessment."""
+"""Schema of `verdict.json` of an assessment."""
 JUDGED = record({"judged": one_of("after"), "exit_code": _CODE})
-"""`verdict.json` of a hardening; the verdict is that of the inner run that measured the new model."""
+"""Schema of `verdict.json` of a hardening; the verdict is that of the inner run that measured the new model."""
 HEAD = record({"chain": text})
-"""Document with the chain digest of an inner run."""
+"""Schema of a document with the chain digest of an inner run."""
 _DOUBT = record(
     {
         "name": text,
@@ -110,7 +110,7 @@ ASKED = record(
         "fallen": mapped(listed(whole)),
     }
 )
-"""`doubts.json`."""
+"""Schema of `doubts.json`."""
 
 
 @contextmanager

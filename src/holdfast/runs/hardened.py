@@ -204,7 +204,7 @@ def _as_trained(made: Made) -> dict[str, Any]:
     """The settings of the recipe, updated by the plan, the defaults, and out-of-memory splits."""
     how, last = made.candidate.recipe.training, made.curve[-1]
     decided = {"epochs": made.epochs, "weight_decay": how.decay}
-    if last.batch != how.batch:  # memory ran out
+    if last.batch != how.batch:  # batches were split after an out-of-memory error
         decided |= {"batch": last.batch, "lr": how.lr * last.batch / how.batch}
     settings = made.candidate.settings
     return {**settings, "training": {**settings.get("training", {}), **decided}}

@@ -1,6 +1,4 @@
-"""The harden verb: measure, train a new model within a budget, choose a checkpoint on held-out examples, measure
-again.
-"""
+"""The harden verb: measure, train a new model within a budget, choose a checkpoint, and measure again."""
 
 import time
 from collections.abc import Mapping
@@ -117,7 +115,7 @@ class _Examples:
     rest: Batch
     held: Batch
     digest: str
-    """SHA-256 of both, in hex"""
+    """SHA-256 over the training and the held-out examples, in hex"""
     notes: tuple[str, ...]
     """which examples were left out, and why"""
 
@@ -138,7 +136,7 @@ def _parted(data: Batch, apart: Data, seed: int, classes: int) -> _Examples:
 
 
 class _Job:
-    """One hardening in its folder."""
+    """A hardening that runs in a folder, by the first process or by another one."""
 
     def __init__(
         self,
@@ -167,7 +165,7 @@ class _Job:
         self._as_the_first(digests)
         machine = hardware(device, distributed.processes())
         self.trainer = Trainer(self.model, self.rest, self.held, wish.threat, wish.seed, machine, clock)
-        for one in wish.candidates:  # what it cannot learn from is refused here; nothing is trained yet
+        for one in wish.candidates:  # refuses unsuitable data; nothing is trained yet
             self.trainer.begun(one.recipe, None)
         self.notes = [*examples.notes, *remarks(self.model, seen)]
         known = distributed.broadcast(planned(run))
@@ -234,7 +232,7 @@ class _Job:
             made, best = self._made(folder, stopper)
             after = self._judged(best.subject, self.test, "after", self.judge)
             net = best.subject.model.net
-            assert isinstance(net, nn.Module)  # anything else was refused
+            assert isinstance(net, nn.Module)  # other models were refused before
             weights = written(net, described(self.subject, self.manifest))
             card = card_of(made, best, (before, after), folder.manifest, self._said(looked))
             found = Hardened(best.subject.model, before, after, best.curve, card, weights, self.run)

@@ -1,6 +1,4 @@
-"""Held-out examples: those that choose the checkpoint of a training, and the separation of training and test
-examples.
-"""
+"""Held-out examples, which choose the checkpoint of a training, and the separation of training and test examples."""
 
 import hashlib
 from collections.abc import Mapping

@@ -39,7 +39,7 @@ RUNS = Path("holdfast-runs")
 
 @dataclass(frozen=True)
 class Entry:
-    """A row in the list of runs."""
+    """A run as a row in the list of runs."""
 
     path: Path
     verb: str
@@ -52,7 +52,7 @@ class Entry:
     stages_done: int
     stages: int
     exit_code: int | None = None
-    """None until the run is finished"""
+    """exit code of the run; None until it is finished"""
     robust: float | None = None
     """robust accuracy; for a hardening, that of the new model; None until the run is finished"""
 
@@ -172,9 +172,7 @@ def _entry(path: Path) -> Entry:
 
 
 def _robust_accuracy(path: Path) -> float | None:
-    """The robust accuracy as in the report; None if there is none, or the evidence is unreadable, which `verify`
-    explains.
-    """
+    """The robust accuracy as in the report; None if there is none, or the evidence is unreadable."""
     try:
         return robust_accuracy(open_run(path).evidence).value  # `metrics` would compute all others, too
     except HoldfastError:

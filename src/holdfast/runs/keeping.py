@@ -44,7 +44,7 @@ class Keeper(Protocol):
         """The recorded document of a kind; None if there is none."""
 
     def record(self, kind: str, content: Mapping[str, Any]) -> None:
-        """Record a document."""
+        """Record a document of a kind, such as the doubts."""
 
 
 @dataclass
@@ -55,11 +55,11 @@ class InMemory:
     _seconds: defaultdict[str, Seconds] = field(default_factory=lambda: defaultdict(Seconds))
 
     def stage(self, name: str) -> Stage | None:
-        """None: there is no earlier attempt."""
+        """Return None, since there is no earlier attempt."""
         return None
 
     def shards(self, stage: str) -> dict[int, Columns]:
-        """Empty: there is no earlier attempt."""
+        """Return an empty dictionary, since there is no earlier attempt."""
         return {}
 
     def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
@@ -85,11 +85,11 @@ class InMemory:
         self._seconds[stage] = Seconds(known.cpu + seconds.cpu, known.wall + seconds.wall)
 
     def spent(self, stage: str) -> Seconds:
-        """Time of a stage."""
+        """Wall and CPU time of a stage."""
         return self._seconds[stage]
 
     def document(self, kind: str) -> Mapping[str, Any] | None:
-        """None: there is no earlier attempt."""
+        """Return None, since there is no earlier attempt."""
         return None
 
     def record(self, kind: str, content: Mapping[str, Any]) -> None:
@@ -98,7 +98,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class InFolder:
-    """Stores everything in a run folder."""
+    """Stores the measurements of a run in its folder."""
 
     folder: RunFolder
 
@@ -114,11 +114,11 @@ class InFolder:
         return self.folder.shards(stage)
 
     def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
-        """Write a shard."""
+        """Write the columns of a finished shard to its file."""
         self.folder.keep_shard(stage, shard, columns)
 
     def complete(self, stage: str, columns: Columns, reached: int | None) -> None:
-        """Write and record a stage."""
+        """Write the columns of a stage to its file, and record it in the chain."""
         self.folder.complete(stage, columns, reached)
 
     def splits(self) -> Sequence[Split]:
@@ -147,5 +147,5 @@ class InFolder:
         return self.folder.document(kind)
 
     def record(self, kind: str, content: Mapping[str, Any]) -> None:
-        """Write a document and record it."""
+        """Write a document to its file, and record it in the chain."""
         self.folder.record(kind, content)

@@ -163,7 +163,7 @@ class Making:
         return batch.at(batch.x.to(self.data.read(0, 1).x.dtype))
 
     def data_card(self) -> dict[str, Any]:
-        """Identity and description of the data."""
+        """Name, digest, size, shape, classes and features of the data."""
         data = self.data
         known = {"name": data.name, "digest": data.digest, "n": len(data), "shape": self.shape}
         features = getattr(data, "features", None)
@@ -196,9 +196,7 @@ class Making:
         *,
         lasting: bool = True,
     ) -> Result:
-        """Measure, judge, and record in the folder if there is one. A folder that is not `lasting` is omitted from
-        the result.
-        """
+        """Measure and judge; record in the folder, if any. A folder that is not `lasting` is not part of the result."""
         keeper: Keeper = InMemory() if folder is None else InFolder(folder)
         if self.served is not None and keeper.document(DOUBTS) is None:
             self.notify(self._expected(self.served, manifest["plan"]))
@@ -224,9 +222,7 @@ class Making:
     def judged(
         self, evidence: Evidence, known: Mapping[str, Any] | None
     ) -> tuple[tuple[Judgement, ...], Mapping[str, str]]:
-        """Judge the gates; return them with the accepted doubts. Without new gates and doubts, the stored ones are
-        used.
-        """
+        """Judge the gates; return them with the accepted doubts. If neither is given, the stored ones are used."""
         order, claims, accepted = self.order, self.order.gates, self.order.accepted
         if known is not None:
             before = tuple(map(judgement_from_json, known["gates"]))
@@ -378,7 +374,7 @@ def _stage_names(plan: Plan) -> list[str]:
 
 
 def _known(surrogate: Subject) -> dict[str, str]:
-    """Identity of a surrogate model."""
+    """Name, origin and digest of a surrogate model."""
     name, how = (str(surrogate.card.get(key, "")) for key in ("name", "how"))
     return {"name": name, "how": how, "digest": surrogate.digest}
 

@@ -81,7 +81,7 @@ class Step:
 
 Progress = Callable[[Step], None]
 Keep = Callable[[Mapping[str, Any]], None]
-"""Records the current state of a document."""
+"""Records the current, possibly unfinished, content of a document."""
 
 
 class Attackers(Protocol):
@@ -100,7 +100,7 @@ class Attackers(Protocol):
 
 
 def silent(step: Step) -> None:
-    """Ignore progress."""
+    """A progress function that does nothing."""
 
 
 Notify = Callable[[str], None]
@@ -108,4 +108,4 @@ Notify = Callable[[str], None]
 
 
 def ignore(message: str) -> None:
-    """Ignore a message."""
+    """A notification function that does nothing."""

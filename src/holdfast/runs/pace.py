@@ -241,9 +241,7 @@ class Pacer:
     def __init__(
         self, budget_s: float, epoch_s: float, look_s: float, spent_s: float, clock: Clock = time.perf_counter
     ) -> None:
-        """`epoch_s` and `look_s`, which it contains, were measured before the training; `spent_s` of the budget are
-        used.
-        """
+        """`epoch_s` and `look_s`, a part of it, were measured before the training; `spent_s` of the budget are used."""
         self._budget_s, self._updates_s, self._look_s, self._clock = (
             budget_s,
             epoch_s - look_s,

@@ -10,7 +10,7 @@ from holdfast.core.errors import TargetError
 from holdfast.core.model import out_of_memory
 
 PIECE = 256
-"""Examples in one piece."""
+"""Largest number of examples in one piece."""
 T = TypeVar("T")
 
 

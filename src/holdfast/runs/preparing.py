@@ -17,8 +17,7 @@ from holdfast.runs.order import Subject
 def readied(
     subject: Subject, data: Data, device: torch.device, *, adaptive: bool = False
 ) -> Iterator[tuple[Target, Batch]]:
-    """Yield the prepared model, on its device in eval mode, and the examples it was inspected with; restores it
-    afterwards.
+    """Yield the model prepared on its device, and the examples it was inspected with; restores the model.
 
     With `adaptive`, parts that hide the gradient are detected, too.
     """

@@ -54,11 +54,11 @@ class Counted:
 
     @property
     def bounds(self) -> Bounds:
-        """The bounds of the model."""
+        """The input bounds of the model."""
         return self.model.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits of `x`."""
+        """Logits of `x`; counts the passes."""
         self.forwards += len(x)
         logits = self.model(x, ids)
         if logits.requires_grad:
@@ -139,9 +139,7 @@ def _as_allotted(findings: Findings, allotment: Allotment | None) -> Findings:
 
 
 def _allotment(course: Course, columns: Columns, by_stage: Mapping[str, Columns]) -> Allotment | None:
-    """Number of examples for each probe on a served model, together at most the rows of the suite; None for other
-    models.
-    """
+    """Number of examples for each probe on a served model, within the rows of the suite; None for other models."""
     if course.served is None:
         return None
     plan, rng = course.plan, Draws(course.plan.seed).at("stage", DOUBTS)

@@ -18,7 +18,7 @@ class Selection:
 
     @property
     def name(self) -> str:
-        """Name in the report."""
+        """Name of the data set in reports."""
         return self.whole.name
 
     @property
@@ -28,7 +28,7 @@ class Selection:
 
     @property
     def features(self) -> tuple[str, ...] | None:
-        """Names of the columns, for a table."""
+        """Names of the columns if the data set is a table, else None."""
         found: tuple[str, ...] | None = getattr(self.whole, "features", None)
         return found
 
@@ -57,7 +57,7 @@ def selected(data: Data, *, n: int | None, sample: int | None, seed: int) -> Dat
 
 
 def gathered(batches: list[Batch]) -> Batch:
-    """Concatenate batches."""
+    """Concatenate several batches to one."""
     return Batch(
         torch.cat([batch.x for batch in batches]),
         torch.cat([batch.y for batch in batches]),

@@ -1,6 +1,4 @@
-"""Runs on a served model: the rows sent are counted over all attempts, and a journal answers repeated rows after a
-stop.
-"""
+"""Runs on a served model: counts the rows sent over all attempts, and answers repeated rows from a journal."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,7 +56,7 @@ def journaled(run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
         for each in made:
             each.close()
         if made and not any(each.totals.sent for each in made) and [p.name for p in run.glob("*")] == [NAME]:
-            with usable(run):  # nothing was sent, and no run was begun
+            with usable(run):  # nothing was sent, and no run was started
                 (run / NAME).unlink()
                 for folder in missing:
                     folder.rmdir()
@@ -110,7 +108,7 @@ def to_json(totals: Totals) -> dict[str, Any]:
 
 
 def in_words(totals: Totals) -> tuple[str, ...]:
-    """The totals in sentences."""
+    """The totals as sentences for the notes of a report."""
     by_kind = ", ".join(f"{kind} {totals.rows[kind]:,}" for kind in _KINDS)
     rows, requests = _many(totals.rows.total(), "row"), _many(totals.requests, "request")
     said = [f"the server received {rows} in {requests}: {by_kind}"]

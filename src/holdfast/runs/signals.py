@@ -42,7 +42,7 @@ class Stopper:
             raise Stopped(self._waiting)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal."""
+        """Handle SIGINT or SIGTERM: raise `Stopped`, or remember the signal until the end of a write."""
         if self._busy and self._waiting is None:
             self._waiting = number
             return

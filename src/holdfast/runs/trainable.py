@@ -92,12 +92,12 @@ def copy_of(model: Classifier) -> Classifier:
     """A copy for training. Raises `TargetError` if the model cannot be copied, or the copy shares its weights."""
     try:
         copied = deepcopy(model)
-    except Exception as error:  # whatever a layer of the user's raises
+    except Exception as error:  # a layer may raise any exception
         raise TargetError(
             f"the model cannot be copied, and the one that is given is never changed: {type(error).__name__}: {error}; "
             f"give its layers what copy.deepcopy asks, such as __deepcopy__"
         ) from error
-    own = {weight.data_ptr() for weight in model.parameters() if weight.numel()}  # the others all lie at 0
+    own = {weight.data_ptr() for weight in model.parameters() if weight.numel()}  # others have the address 0
     if any(weight.data_ptr() in own for weight in copied.parameters()):
         raise TargetError(
             "a copy of the model shares its weights, and the one that is given is never changed; let its "

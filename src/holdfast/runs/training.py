@@ -25,7 +25,7 @@ class Point:
 
     epoch: int
     loss: float
-    """mean over the updates of the epoch"""
+    """mean training loss over the updates of the epoch"""
     accuracy: float
     """accuracy on the training examples of the epoch"""
     lr: float

@@ -57,7 +57,7 @@ class LedgerKey:
         )
 
     def of_head(self, head: Head) -> str:
-        """HMAC of a head, in hex."""
+        """HMAC of a head of the ledger, in hex."""
         return self._mac({"kind": "head", "entries": head.entries, "digest": head.digest})
 
     def _mac(self, message: Mapping[str, Any]) -> str:
@@ -130,9 +130,7 @@ def write_head(path: Path, head: Head, key: LedgerKey) -> None:
 
 
 def read_head(path: Path, key: LedgerKey | None) -> Head | None:
-    """The head in a file; None if there is no file. Raises `TargetError` if it was not written with the key of the
-    pool.
-    """
+    """The head in a file; None if there is no file. Raises `TargetError` if the key of the pool did not write it."""
     with usable(path, refusal_in_pool):
         if not path.exists():
             return None

@@ -27,11 +27,11 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class ColumnFile:
-    """The content of a column file."""
+    """The content of a column file: columns and metadata."""
 
     columns: dict[str, Tensor]
     about: Mapping[str, Any] = field(default_factory=dict)
-    """metadata of the writer"""
+    """metadata that the writer added"""
     digest: str = ""
     """SHA-256 of the bytes of the file, in hex"""
 

@@ -37,45 +37,45 @@ def is_name(value: object) -> bool:
 
 
 def anything(value: Any, where: str) -> None:
-    """Any value, for fields that are only shown."""
+    """Accept any value, for fields that are only shown."""
 
 
 def text(value: Any, where: str) -> None:
-    """A string."""
+    """Accept a string."""
     _expect(isinstance(value, str), value, where, "text")
 
 
 def name(value: Any, where: str) -> None:
-    """A name of a stage, which is also the name of its file."""
+    """Accept a name of a stage, which is also the name of its file."""
     _expect(is_name(value), value, where, "a name of letters, digits and the signs _.+=-")
 
 
 def flag(value: Any, where: str) -> None:
-    """True or false."""
+    """Accept true or false."""
     _expect(isinstance(value, bool), value, where, "true or false")
 
 
 def whole(value: Any, where: str) -> None:
-    """An integer of at most 63 bits."""
+    """Accept an integer of at most 63 bits."""
     holds = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     _expect(holds, value, where, "a whole number")
 
 
 def count(value: Any, where: str) -> None:
-    """A nonnegative integer."""
+    """Accept a nonnegative integer."""
     whole(value, where)
     _expect(value >= 0, value, where, "a whole number from 0")
 
 
 def real(value: Any, where: str) -> None:
-    """A number, or one of the strings of strict JSON for numbers that are not finite."""
+    """Accept a number, or one of the strings of strict JSON for numbers that are not finite."""
     holds = isinstance(value, int | float) and not isinstance(value, bool)
     holds = (holds and abs(value) <= 1e308) or (isinstance(value, str) and value in ("inf", "-inf", "nan"))
     _expect(holds, value, where, "a number")
 
 
 def one_of(*words: str | int) -> Form:
-    """One of these values."""
+    """A form that accepts one of these values."""
 
     def check(value: Any, where: str) -> None:
         known = any(type(value) is type(word) and value == word for word in words)
@@ -85,7 +85,7 @@ def one_of(*words: str | int) -> Form:
 
 
 def maybe(form: Form) -> Form:
-    """Null, or a value of the form."""
+    """A form that accepts null, or a value of `form`."""
 
     def check(value: Any, where: str) -> None:
         if value is not None:
@@ -95,7 +95,7 @@ def maybe(form: Form) -> Form:
 
 
 def listed(form: Form) -> Form:
-    """A list of values of the form."""
+    """A form that accepts a list of values of `form`."""
 
     def check(value: Any, where: str) -> None:
         _expect(isinstance(value, list), value, where, "a list")
@@ -106,7 +106,7 @@ def listed(form: Form) -> Form:
 
 
 def mapped(form: Form) -> Form:
-    """An object with any names and values of the form."""
+    """A form that accepts an object with any names, and values of `form`."""
 
     def check(value: Any, where: str) -> None:
         _expect(isinstance(value, dict), value, where, "an object")
@@ -117,7 +117,7 @@ def mapped(form: Form) -> Form:
 
 
 def record(required: Mapping[str, Form], optional: Mapping[str, Form] | None = None) -> Form:
-    """An object with these fields. Other fields are allowed and ignored."""
+    """A form that accepts an object with these fields. Other fields are allowed and ignored."""
 
     def check(value: Any, where: str) -> None:
         _expect(isinstance(value, dict), value, where, "an object")

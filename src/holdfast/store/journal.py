@@ -29,7 +29,7 @@ from holdfast.store.files import PART, SERVED, usable
 from holdfast.store.forms import refuse_form
 
 NAME = "answers.journal"
-"""Name of the file in a run folder."""
+"""Name of the journal file in a run folder."""
 _MAGIC = b"holdfast answers 1 "
 _HEAD = len(_MAGIC) + 20 + 1
 _PREFIX = 4 + KEY_BYTES

@@ -53,7 +53,7 @@ class Task:
     worker: int | None
     """process id of the worker, after it has claimed the shard"""
     rows: int
-    """finished examples"""
+    """number of finished examples of the shard"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Spent:
 
 
 class Leases:
-    """The open database of a run folder."""
+    """The open database `state.sqlite` of a run folder."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
@@ -285,9 +285,7 @@ class Leases:
                     "DELETE FROM lease WHERE host = ? AND pid = ? AND started = ?", self._me
                 )
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        except (
-            sqlite3.Error
-        ):  # a full disk: the lease of a dead process is free anyway, and the log is read back
+        except sqlite3.Error:  # a full disk; a lease of a dead process expires, and the log is read later
             pass
         finally:
             self._database.close()

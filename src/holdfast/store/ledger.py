@@ -85,7 +85,7 @@ class Ledger:
 
     @property
     def entries(self) -> int:
-        """Number of entries."""
+        """Number of entries of the ledger."""
         return self._ask(lambda _: len(self._digests))
 
     @property
@@ -110,7 +110,7 @@ class Ledger:
 
     @property
     def states(self) -> dict[str, State]:
-        """The state of each set."""
+        """The state of each set, by name."""
         return {member.name: member.state for member in self.members}
 
     @property
@@ -188,9 +188,7 @@ class Ledger:
         self._add("exposed", set=name, why=why, automatic=automatic)
 
     def delete(self, name: str, why: str = "") -> None:
-        """Record that the parameters of an unused set were deleted. Stolen sets are kept, to test other sets against
-        them.
-        """
+        """Record that the parameters of an unused set were deleted. Stolen sets are kept, for tests against them."""
         self._add("deleted", set=name, why=why)
 
     def answered(self, epoch: int, answers: Mapping[str, int], others: int = 0) -> None:

@@ -108,7 +108,7 @@ def refuse_other_head(path: Path, expected: str, entry_of: Callable[[str], int |
         )
 
 
-# --- sealed files
+# --- encrypted files
 
 
 def bound(pool: str, name: str) -> str:
@@ -150,7 +150,7 @@ def _new_files(path: Path) -> list[Path]:
     return [path / f"{name}{NEW}" for name in (HEAD, LEDGER)]
 
 
-# --- what is taken in
+# --- validation of new sets
 
 
 def refuse_unsaid(about: Mapping[str, Any]) -> None:

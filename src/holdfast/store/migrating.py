@@ -193,8 +193,9 @@ def _refuse_strays(path: Path, standing: Standing) -> None:
 
 
 def _write(path: Path, entries: list[dict[str, Any]], manifest: Mapping[str, Any], key: LedgerKey) -> str:
-    """Write the ledger and its head under temporary names, then the manifest, which makes them valid; returns the
-    head.
+    """Write the ledger and its head under temporary names, then the manifest, which makes them valid.
+
+    Returns the digest of the last entry.
     """
     lines, previous = b"", GENESIS
     for number, entry in enumerate(entries, 1):

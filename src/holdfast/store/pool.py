@@ -160,7 +160,7 @@ class Pool:
                 if known is None:
                     self.ledger.candidate(name, full, bases, why, role=role)
             except (OSError, TargetError, UsageError):
-                with suppress(OSError):  # a full disk is not filled further
+                with suppress(OSError):  # free space on a full disk
                     new.unlink(missing_ok=True)
                 raise
             self._name(path)
@@ -183,7 +183,7 @@ class Pool:
             with usable(self._path(name), refusal_in_pool):
                 self._path(name).unlink(missing_ok=True)
 
-    # --- what becomes of them
+    # --- states of sets
 
     @property
     def serving(self) -> Serving | None:
@@ -230,12 +230,12 @@ class Pool:
         choose: Callable[[Sequence[str]], str] = itemgetter(0),
         unjudged: bool = False,
     ) -> Serving:
-        """Let a waiting set serve: the first admitted one, or that which `choose` returns. After a kill, one of both
-        serves.
+        """Let a waiting set serve: the first admitted one, or that which `choose` returns.
 
         `choose` receives the sets that were judged against all stolen sets; if there are none and `unjudged`, the
         others. With `epoch`, the swap takes place only if that epoch is current, so that two processes with the same
-        trigger swap once. Raises `Inconclusive` without a change if no such set waits.
+        trigger swap once. A kill leaves either the old or the new set serving. Raises `Inconclusive` without a
+        change if no such set waits.
         """
         with self.ledger.alone():
             now = self.serving
@@ -274,21 +274,17 @@ class Pool:
         self.ledger.expose(name, why, automatic=automatic)
 
     def answered(self, epoch: int, answers: Mapping[str, int], others: int = 0) -> None:
-        """Record answers to principals (stored as pseudonyms) and to others in an epoch, in addition to earlier
-        ones.
-        """
+        """Record answers to principals, as pseudonyms, and to others in an epoch, in addition to earlier ones."""
         self.ledger.answered(epoch, {self.pseudonym(who): n for who, n in answers.items()}, others)
 
     def pseudonym(self, principal: str) -> str:
         """The pseudonym of a principal, as in `pool.ledger.terms[-1].answers.get(pool.pseudonym("alice"))`."""
         return self.seal.pseudonym(principal, f"{self.manifest['id']}/principal")
 
-    # --- what else is secret
+    # --- other encrypted tensors
 
     def keep(self, name: str, columns: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Store encrypted tensors that belong to the pool, such as its generator, under a name; replaces earlier
-        ones.
-        """
+        """Store encrypted tensors of the pool, such as its generator, under a name; replaces earlier ones."""
         sealed, path = (
             self.seal.seal(column_files.encode(columns, about), bound(self.manifest["id"], name)),
             self._kept(name),

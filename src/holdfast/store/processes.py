@@ -16,7 +16,7 @@ class Owner:
 
     @classmethod
     def myself(cls) -> "Owner":
-        """The current process."""
+        """The owner that represents the current process."""
         return cls(socket.gethostname(), os.getpid(), started(os.getpid()) or "")
 
     def alive(self) -> bool:
@@ -32,9 +32,7 @@ class Owner:
 
 
 def started(pid: int) -> str | None:
-    """Start time of a process in clock ticks of this boot; None if it is dead, empty if the system does not provide
-    it.
-    """
+    """Start time of a process in clock ticks of this boot; None if it is dead, empty if it is unknown."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     if not boot.exists():
         return ""

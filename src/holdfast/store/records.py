@@ -24,7 +24,7 @@ class Chain:
 
     @property
     def links(self) -> tuple[Link, ...]:
-        """All records."""
+        """All records of the chain, oldest first."""
         return tuple(self._links)
 
     @property
@@ -40,7 +40,7 @@ class Chain:
         return None
 
     def add(self, content: Mapping[str, Any]) -> None:
-        """Append a record."""
+        """Append a record to the chain and to its file."""
         link = Link(self.head, content)
         with usable(self._path):
             append(self._path, line_of(link))
@@ -68,7 +68,7 @@ def read_chain(folder: Path, *, mend: bool) -> Chain:
 
 
 def line_of(link: Link) -> bytes:
-    """The line of the file for a record."""
+    """A record as a line of the file of its chain."""
     return canonical({"previous": link.previous, "content": link.content, "digest": link.digest}) + b"\n"
 
 
@@ -108,9 +108,7 @@ def read_links(
 
 
 def _refuse_outside(content: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for a record with a file outside the run folder or a wrong name, since a run may be
-    untrusted.
-    """
+    """Raise `ValueError` for a record of a file outside the run folder or with a wrong name; runs may be untrusted."""
     kind, stage = content["kind"], content.get("name", "")
     of_stage = kind == "stage"
     known = is_name(kind) and (is_name(stage) if of_stage else stage == "")

@@ -30,7 +30,7 @@ _VERSION = 1
 _ID_BYTES, _NONCE_BYTES, _TAG_BYTES = 8, 12, 16
 _HEADER_BYTES = len(_MAGIC) + 1 + _ID_BYTES
 _MOST_BYTES = 2**31 - 1 - _TAG_BYTES
-"""Largest input of the library."""
+"""Largest number of bytes that the library encrypts in one call."""
 _MOST_KEY_BYTES = 1024
 """number of bytes that are read from a key file; a longer file is no key"""
 _HEX = re.compile(f"[0-9a-fA-F]{{{2 * KEY_BYTES}}}")
@@ -50,7 +50,7 @@ class Seal:
 
     @property
     def id(self) -> str:
-        """Identifies the key without revealing it."""
+        """An identifier of the key that does not reveal it."""
         return hashlib.sha256(b"holdfast pool key id\0" + self.key).digest()[:_ID_BYTES].hex()
 
     def seal(self, data: bytes, name: str) -> bytes:
@@ -92,9 +92,7 @@ class Seal:
             ) from None
 
     def pseudonym(self, text: str, name: str) -> str:
-        """A pseudonym that is always the same for a text and `name`, and does not reveal the text: HMAC-SHA-256, in
-        hex.
-        """
+        """A pseudonym that is constant for a text and `name`, and does not reveal the text: HMAC-SHA-256, in hex."""
         if not isinstance(text, str):
             raise UsageError(f"{text!r} is no name of a {name.rpartition('/')[2]}; text was expected")
         said = f"{name}\0{text}".encode("utf-8", "surrogatepass")

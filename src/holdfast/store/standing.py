@@ -48,7 +48,7 @@ _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}")
 
 @dataclass(frozen=True)
 class Exposure:
-    """A set that an attacker may have."""
+    """The listing of a set as stolen."""
 
     name: str
     why: str
@@ -62,7 +62,7 @@ class Exposure:
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter set."""
+    """A parameter set and its state."""
 
     name: str
     digest: str
@@ -96,11 +96,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Serving:
-    """The serving set."""
+    """The set that answers requests now."""
 
     name: str
     epoch: int
-    """1 for the first set that served"""
+    """number of sets that have served so far, including this one"""
     since: str
 
 
@@ -205,8 +205,8 @@ class Standing:
 
     @property
     def unlisted(self) -> tuple[str, ...]:
-        """Bases of sets that serve or may serve, that are neither listed as stolen nor deleted. No gate considers
-        their theft.
+        """Bases of sets that serve or may serve, neither listed as stolen nor deleted. No gate considers their
+        theft.
         """
         live = [m for m in self.members.values() if m.state in ("candidate", "admitted", "serving")]
         bases = dict.fromkeys(base for member in live for base in member.bases)
@@ -279,7 +279,7 @@ class Standing:
         return self.members[name]
 
     def take(self, entry: Mapping[str, Any]) -> None:
-        """Apply an allowed entry."""
+        """Apply an entry that `refuse_illegal` allows."""
         kind, at, self._entries = entry["kind"], entry["at"], self._entries + 1
         if kind == "begun":
             self.manifest = entry["manifest"]

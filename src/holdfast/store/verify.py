@@ -30,7 +30,7 @@ _MOST_NOTES = 20
 
 @dataclass(frozen=True)
 class Verified:
-    """The result for a valid run folder."""
+    """The result of the verification of a valid run folder."""
 
     head: str
     """digest of the last record; a copy in another place distinguishes this run from any other"""
@@ -113,9 +113,7 @@ def _check_gone(path: Path, recorded: Mapping[str, Any]) -> None:
 
 
 def _strays(path: Path, recorded: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield files that are neither in the chain nor known otherwise. Raises `TargetError` for those named like
-    evidence.
-    """
+    """Yield files that are neither in the chain nor known. Raises `TargetError` for those named like evidence."""
     for file in sorted(path.iterdir()):
         known = file.name in recorded or file.name in _BESIDE or _is_rest(file)
         if file.is_dir() and not file.is_symlink():

@@ -19,10 +19,10 @@ from holdfast.store.standing import Standing, well_formed
 
 @dataclass(frozen=True)
 class VerifiedPool:
-    """The result for a valid pool."""
+    """The result of the verification of a valid pool."""
 
     head: str
-    """digest of the last entry"""
+    """digest of the last entry of the ledger"""
     entries: int
     sets: int
     """number of sets that were decrypted and match the ledger; 0 without the key"""
@@ -31,8 +31,7 @@ class VerifiedPool:
 
 
 def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
-    """Verify the ledger of a pool, and with its key every entry and every set. Raises `TargetError` with the first
-    fault.
+    """Verify the ledger of a pool, and with its key every entry and set. Raises `TargetError` with the first fault.
 
     `expect_head` is an earlier head of the ledger; the ledger must contain it.
     """
@@ -68,9 +67,7 @@ def _newest(file: Path) -> Path:
 
 
 def _refuse_files(path: Path, standing: Standing, seal: Seal | None, manifest: dict[str, object]) -> int:
-    """Raise `TargetError` for a set without an entry, a missing required set, or a set that does not match its
-    entry.
-    """
+    """Raise `TargetError` for a set without an entry, a missing required set, or one that differs from its entry."""
     opened = 0
     for file in sorted((path / SETS).glob(f"*{SEALED}")):
         if file.stem not in standing.members:

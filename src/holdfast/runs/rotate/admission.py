@@ -56,8 +56,7 @@ def admit(
     progress: Progress = silent,
     stopper: Stopper | None = None,
 ) -> Admission:
-    """Judge every candidate, starting with the one farthest from the stolen sets, and record the verdicts in the
-    ledger.
+    """Judge every candidate, starting with the one farthest from the stolen sets, and record the verdicts.
 
     Admitted sets that wait since before a theft are judged again. `claims` are gates in addition to the default
     ones; `accepted` are accepted doubts by name, with reasons; `judged` is the first number of held-out examples.
@@ -85,7 +84,7 @@ def _claim(text: str) -> Claim:
 
 @dataclass
 class _Admitting:
-    """One call of the admission."""
+    """One call of `admit`, which judges all candidates of a pool."""
 
     measuring: Measuring
     claims: tuple[Claim, ...]
@@ -97,7 +96,7 @@ class _Admitting:
 
     @property
     def pool(self) -> Pool:
-        """The pool."""
+        """The pool whose candidates are judged."""
         return self.measuring.pool
 
     @property
@@ -203,7 +202,7 @@ class _Admitting:
         said = [f"{one.name}: {one.why}" for one in found if one.name in wanted]
         return "; ".join([*said, *widened(self._needs.values())])
 
-    # --- what is measured
+    # --- measurements
 
     def _seen(self, name: str, exposed: tuple[str, ...], n: Mapping[Family, int]) -> Seen:
         workshop, of = self.measuring.workshop, self._subject(name)
@@ -243,9 +242,7 @@ class _Admitting:
 
     @cached_property
     def _looks(self) -> dict[Family, int]:
-        """Largest number of looks at each kind of measurement; each look doubles the examples, as long as there are
-        more.
-        """
+        """Largest number of looks at each kind of measurement; each look doubles the examples."""
         return {family: len(ends(len(self.terms.held), first)) for family, first in self._first.items()}
 
     @cached_property

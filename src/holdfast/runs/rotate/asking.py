@@ -62,7 +62,7 @@ class AcrossSwaps:
                 block = shares[step : step + _BLOCK]
                 draws = rng.at("block", step // _BLOCK).uniform(batch.ids, _BLOCK, proposals.per_step)
                 proposals.plan(draws[:, : len(block)], block)
-            if step % self.every == 0:  # the first answer of a set looks at what was carried over
+            if step % self.every == 0:  # the first query to a set measures the candidate
                 height = margin(serving(proposals.x.clone(), batch.ids), batch)
                 continue
             margins = margin(serving(proposals.propose(at), batch.ids), batch)

@@ -58,7 +58,7 @@ class Means:
     labels: Steps = 6_000
     """answers that A6 trains its surrogate on"""
     epochs: Steps = 5
-    """epochs of that training"""
+    """epochs of the training of that surrogate"""
 
 
 @dataclass
@@ -92,7 +92,7 @@ def _possible(threat: ThreatModel) -> bool:
 
 
 class _Measuring:
-    """One measurement of the table."""
+    """One call of `Table`, which measures all rows of the table of attackers."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class _Measuring:
         if known.get("exposed") == self._exposed:  # otherwise rows of two ledger states would be mixed
             self.document |= {name: known[name] for name in ("rows", "instead")}
 
-    # --- the course of it
+    # --- rows and verdict
 
     def done(self) -> Json:
         """The document with all rows, the alternatives, the doubt and the verdict."""
@@ -265,9 +265,7 @@ class _Measuring:
         return self._turned(self.means.asking(sets, self.batch, self.threat, start=start, rng=place))
 
     def _white_box(self) -> Json:
-        """The results of the suite; if it had no access to gradients, also those of transfer attacks from the set
-        itself.
-        """
+        """The results of the suite; if it had no gradients, also those of transfer attacks from the set itself."""
         fell = {"the suite": self.fell}
         if self.seen != "gradients":
             fell |= self._stolen("A5", [self.live])
@@ -302,7 +300,7 @@ class _Measuring:
         says = f"what was distilled answers as the set that serves on {100 * agrees:.1f} %"
         return self._told(holds, self._stolen("A6", [copied]), says)
 
-    # --- what they hold
+    # --- models of the attackers
 
     @cached_property
     def _exposed(self) -> list[str]:
@@ -325,9 +323,7 @@ class _Measuring:
 
     @cached_property
     def _drawn(self) -> list[Classifier]:
-        """Generated sets with sufficient accuracy, as an attacker would select them; if there are too few, the best
-        ones.
-        """
+        """Generated sets with sufficient accuracy, as an attacker would select them; if too few, the best ones."""
         generator, rng = learned(self.pool, self.terms), self.rng.at("drawn")
         assert generator is not None
         some = rows_of(self.terms.train, _LOOKED, rng.at("looked at"))
@@ -348,7 +344,7 @@ class _Measuring:
     def _sets(self, names: Sequence[str]) -> list[Classifier]:
         return [self.live if name == self.name else self.terms.of_set(self.pool, name) for name in names]
 
-    # --- what they do
+    # --- examples and success rates
 
     @cached_property
     def _example(self) -> tuple[str, Inputs]:
@@ -363,7 +359,7 @@ class _Measuring:
         return {name: self._turned(x) for name, x in made.items()}
 
     def _each(self, place: str, names: Sequence[str]) -> dict[str, Mask]:
-        """The same for each set alone."""
+        """For each attack on each single set, which inputs are adversarial for the serving set."""
         fell: dict[str, Mask] = {}
         for name in names:
             made = self._stolen(f"{place} {name}", self._sets([name]))

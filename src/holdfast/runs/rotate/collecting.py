@@ -48,7 +48,7 @@ _GUESSING = 1.5  # times the accuracy of the most frequent class, below which a 
 
 @dataclass(frozen=True)
 class Collected:
-    """The result of a collection."""
+    """Number and accuracy of the collected sets and surrogates."""
 
     runs: int
     sets: int
@@ -94,9 +94,7 @@ def collect(
     notify: Notify = ignore,
     progress: Progress = silent,
 ) -> Collected:
-    """Train the runs that are missing, and store their sets encrypted in the pool. Raises `UsageError`,
-    `TargetError`.
-    """
+    """Train the missing runs, and store their sets encrypted in the pool. Raises `UsageError`, `TargetError`."""
     with pool.alone_at("collect"):
         return _Collecting(pool, terms, stopper or Stopper(), notify, progress).done(budget_s)
 
@@ -190,7 +188,7 @@ def _where(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 class _Collecting:
-    """One call of the collection."""
+    """One call of `collect`, which trains all missing runs of a pool."""
 
     def __init__(
         self, pool: Pool, terms: Terms, stopper: Stopper, notify: Notify, progress: Progress
@@ -206,7 +204,7 @@ class _Collecting:
         self.anew = terms.source.runs if terms.source.anew else 0
 
     def done(self, budget_s: float | None) -> Collected:
-        """Perform everything that is not done yet."""
+        """Train all runs and surrogates that are missing, and return the result."""
         plan = self._planned(budget_s)
         task, runs, lost = self.terms.task(plan["epochs"]), self.terms.source.runs, self._guessed()
         found: list[Mapping[str, Any]] = []
@@ -259,9 +257,7 @@ class _Collecting:
         return plan
 
     def _guessed(self) -> float:
-        """Accuracy on held-out examples that a run must exceed: 1.5 times that of the most frequent class, at most
-        1.
-        """
+        """Accuracy that a run must exceed: 1.5 times that of always predicting the most frequent class, at most 1."""
         held = self.terms.first_held
         return min(_GUESSING * int(held.y.bincount().max()) / len(held), 1.0)
 
@@ -292,8 +288,7 @@ class _Collecting:
         return ColumnFile(columns, said)
 
     def _trained(self, task: Task, place: int, rng: Draws) -> Classifier:
-        """Like `rotation.collecting.trained_anew`, but each epoch is stored encrypted, so that a later call can
-        continue.
+        """Like `rotation.collecting.trained_anew`, but each epoch is stored encrypted for a later call.
 
         `place` is the index among all trainings: first the runs, then the surrogates.
         """

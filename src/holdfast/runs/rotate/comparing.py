@@ -1,6 +1,4 @@
-"""Shares of examples and paired differences, with confidence intervals: lost accuracy and success rates of
-attackers.
-"""
+"""Shares of examples and paired differences, with intervals: lost accuracy, success rates of attackers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,7 +85,7 @@ def held(white: Evidence) -> Mask:
 
 
 def differing(one: Evidence, other: Evidence) -> Mask:
-    """Which inputs two sets classify differently."""
+    """Mask of the inputs that two sets classify differently."""
     different: Mask = one["prediction"] != other["prediction"]
     return different
 
@@ -98,9 +96,7 @@ def share(mask: Mask, confidence: float = CONFIDENCE) -> Estimate:
 
 
 def difference(before: Sequence[Mask], after: Mask | None = None, confidence: float = CONFIDENCE) -> Estimate:
-    """Mean share of the masks in `before` minus the share of `after`, on the same examples; without `after`, the
-    mean share.
-    """
+    """Mean share of the masks in `before` minus the share of `after`, if given, on the same examples."""
     if len(before) == 1:
         only = before[0]
         return share(only, confidence) if after is None else paired_difference(only, after, confidence)
@@ -111,7 +107,7 @@ def difference(before: Sequence[Mask], after: Mask | None = None, confidence: fl
 
 
 def number(estimate: Estimate) -> str:
-    """A share as text."""
+    """A share with its interval and sample size as text."""
     return (
         f"{percent(estimate.value)} ({percent(estimate.low)} to {percent(estimate.high)}, n = {estimate.n:,})"
     )

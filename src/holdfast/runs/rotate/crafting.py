@@ -37,7 +37,7 @@ SIBLINGS = 4
 
 @dataclass(frozen=True)
 class Attacker:
-    """An attacker and the models it has."""
+    """An attacker and the models from which it computes transfer examples."""
 
     kind: Kind
     sources: tuple[str, ...]
@@ -45,7 +45,7 @@ class Attacker:
 
     @property
     def name(self) -> str:
-        """Name in columns and reports."""
+        """Name of the attacker in columns and reports."""
         held = self.sources[0] if len(self.sources) == 1 else f"{len(self.sources)} sets"
         return f"{self.kind} {held}"
 

@@ -40,7 +40,7 @@ UPDATES = 100
 
 @dataclass(frozen=True)
 class Drawn:
-    """The result of one call."""
+    """The new candidates of one call of `draw`."""
 
     names: tuple[str, ...]
     """names of the new candidates"""
@@ -142,7 +142,7 @@ def _against(pool: Pool) -> tuple[str, ...]:
 
 
 class _Drawing:
-    """One call of the step, new or resumed."""
+    """One call of `draw`, new or resumed."""
 
     def __init__(
         self, pool: Pool, terms: Terms, immunise: Immunise | None, stopper: Stopper, notify: Notify

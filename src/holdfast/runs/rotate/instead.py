@@ -1,5 +1,4 @@
-"""Alternatives to a rotation for the same time, each measured against an attacker with a set of its kind and a
-white-box attacker.
+"""Alternatives to a rotation that take the same time, each measured with a stolen set and in the white-box case.
 
 Static: no swap. Noise on the weights. Checkpoints of one run, their mean (a soup, Wortsman et al., arXiv:2203.05482)
 and samples around it (SWAG, Maddox et al., arXiv:1902.02476). Independent seeds. Half an epoch of single-step
@@ -51,8 +50,8 @@ class Instead:
     thief: Thief
 
     def rows(self) -> Iterator[tuple[str, Callable[[], Json | None]]]:
-        """Yield each alternative by name, with a function that measures it and returns None if the pool lacks what
-        it needs.
+        """Yield each alternative by name, with a function that measures it or returns None if the pool is
+        unsuitable.
         """
         yield "static", lambda: self._row(self.live, self.live, "the set that serves is never swapped")
         yield (
@@ -148,9 +147,7 @@ class Instead:
         return whole.take(rows) if len(rows) > 1 else None
 
     def _row(self, serves: Classifier, stolen: Classifier, says: str) -> Json:
-        """Clean accuracy of a model, and the success rates of attackers with the model `stolen` and with the model
-        itself.
-        """
+        """Clean accuracy of `serves`, and the success rates on it of examples computed on `stolen` and on itself."""
         right = _right(serves, self.batch)
         clean, some = proportion(right), self.batch.take(right)
         if not len(some):
@@ -176,9 +173,7 @@ def hardened(terms: Terms) -> bool:
 
 
 def doubt(found: Mapping[str, Json | None], terms: Terms, one: Json | None) -> Json:
-    """The doubt that fine-tuning for half an epoch achieves more than rotation; raised if the sets were not
-    hardened.
-    """
+    """The doubt that half an epoch of fine-tuning achieves more than rotation; raised if sets were not hardened."""
     tuned, static = found["adversarial fine-tuning"], found["static"]
     assert tuned is not None and static is not None
     if tuned["thief"] is None or static["white"] is None:

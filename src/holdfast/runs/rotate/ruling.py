@@ -55,7 +55,7 @@ class Ruling:
     name: str
     """name of the gate"""
     estimate: Estimate | None
-    """None if nothing was measured"""
+    """the measured value; None if nothing was measured"""
     bound: str
     """the limit, as text"""
     verdict: Verdict
@@ -137,13 +137,13 @@ class Seen:
 
     @property
     def clean_loss(self) -> Loss:
-        """Lost clean accuracy."""
+        """Clean accuracy that the set loses relative to the better of its references."""
         before, bases = ([one["correct"] for one in them] for them in (self.before, self.bases))
         return self._loss(before, bases, self.carried.evidence["correct"], "thieves")
 
     @property
     def robust_loss(self) -> Loss:
-        """Lost robust accuracy under white-box attacks."""
+        """Robust accuracy under white-box attacks that the set loses relative to the better of its references."""
         before, bases = ([held(one) for one in them] for them in (self.before_white, self.bases_white))
         return self._loss(before, bases, held(self.white), "white-box")
 
@@ -295,8 +295,7 @@ def _churn(seen: Seen) -> Ruling:
 
 
 def _odd_gradients(seen: Seen, accepted: Mapping[str, str]) -> Ruling:
-    """A gate against masked gradients: the set is easier to break than before, mostly by examples from sets of the same
-    draw.
+    """A gate against masked gradients: the set is easier to break, mostly by examples from sets of the same draw.
 
     More examples cannot decide it; a person may accept it.
     """

@@ -22,9 +22,7 @@ _SAME = 1e-6  # share of the mean absolute parameter, for rounding errors
 
 
 def endless(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors with values that are not finite where the network itself has finite ones (a mask may hold
-    infinity).
-    """
+    """Names of tensors with values that are not finite where those of the network itself are finite."""
     return [
         name for name, value in weights.items() if bool((~value.isfinite() & like[name].isfinite()).any())
     ]

@@ -1,6 +1,4 @@
-"""The state of a pool in plain values: the state of each set, which sets served when and to whom, and what was
-stolen.
-"""
+"""The state of a pool in plain values: the sets, which of them served when and to whom, and what was stolen."""
 
 from typing import Any
 

@@ -71,7 +71,7 @@ class Terms:
 
     @property
     def model(self) -> Classifier:
-        """The given model."""
+        """The given model, with the architecture and preprocessing of all sets."""
         return self.subject.model
 
     @cached_property

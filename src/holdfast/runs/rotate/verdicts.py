@@ -37,7 +37,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Admission:
-    """The result of one call."""
+    """The verdicts of one call of `admit`."""
 
     judged: tuple[Judged, ...]
     left: tuple[str, ...]

@@ -60,8 +60,7 @@ class Turner:
     _by: By | None = None
 
     def fill(self) -> None:
-        """Draw and admit until enough sets wait that were judged against all stolen sets. Raises `Inconclusive`
-        otherwise.
+        """Draw and admit until enough sets wait that were judged against all stolen sets, else raise `Inconclusive`.
 
         If the sets of the generator are refused, sets are trained from fresh random weights; five refusals of those
         in a row end the call. This may take long, so triggers are evaluated between the steps, each of which is a
