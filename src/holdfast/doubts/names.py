@@ -46,12 +46,12 @@ OF_ADMISSION: Final[dict[str, str]] = {
     "odd-gradients": "a set breaks more easily than the one that serves, and what is made on its siblings carries "
     "three times as far as what leaked",
 }
-"""The same for doubts that only the admission of a set to a rotation raises."""
+"""Name of every doubt that only the admission of a set to a rotation raises, and when it is raised."""
 
 OF_ROTATION: Final[dict[str, str]] = {
     "fine-tuning": "the parameter sets that take turns were never trained against attacks",
 }
-"""The same for doubts that only a model with rotation raises, by its table of attackers."""
+"""Name of every doubt that only a model with rotation raises, by its table of attackers, and when it is raised."""
 
 FREE: Final = ("zero-gradient", "probabilities", "state", "nan", "chance", "constant", "input")
 """The doubts that cost at most a few forward passes more than the attacks. A list of attacks raises only these."""

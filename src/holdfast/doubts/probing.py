@@ -312,4 +312,4 @@ class Probed:
 
 
 Found = Mapping[str, Probed]
-"""The results of each probe, by its name."""
+"""The examples and the returned columns of each probe, by the name of the probe."""

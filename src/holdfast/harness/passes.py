@@ -56,7 +56,7 @@ def passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes = ()) 
 
 
 def stage_passes(plan: Outline, by_stage: Mapping[str, Columns]) -> tuple[Pass, ...]:
-    """The passes that are stages of the plan."""
+    """The passes that are stages of the plan, each with its adversarial examples inside the threat model."""
     clean = by_stage["clean"]
     found = []
     for step in plan.steps:
@@ -68,7 +68,7 @@ def stage_passes(plan: Outline, by_stage: Mapping[str, Columns]) -> tuple[Pass, 
 
 
 def probe_passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes) -> tuple[Pass, ...]:
-    """The passes that are probes."""
+    """The passes that are probes, each with its adversarial examples inside the threat model."""
     clean = by_stage["clean"]
     suite = [step for step in plan.steps if step.kind == "attack" and not step.adaptive and not step.wave_of]
     attacks = [{"name": step.attack, **step.settings} for step in suite]

@@ -122,7 +122,7 @@ class Plan:
     """attacks that raised doubts may require, run on the examples that survive all others"""
 
     def stages(self) -> tuple[Stage, ...]:
-        """The stages in order."""
+        """The stages of the plan in the order in which they run."""
         attacks = [
             stage for k, m in enumerate(self.members, 1) for stage in self._waves(f"{k}-{slug(m.name)}", m)
         ]
@@ -201,7 +201,7 @@ MATRIX = Member("Transfer", Transfer(reach=2.5, diversity=0.5, neighbours=0))
 
 
 def labelled(attacks: Iterable[Attack]) -> tuple[Member, ...]:
-    """Attacks with the names of their classes."""
+    """Members of a list of attacks, named after their classes."""
     return tuple(Member(type(attack).__name__, attack) for attack in attacks)
 
 

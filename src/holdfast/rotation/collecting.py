@@ -320,7 +320,7 @@ def tail(base: Classifier, task: Task, sets: int, every: int, lr: float, rng: Dr
 
 
 def _without_examples(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint without the recipe's state for each example, as `atta` has it: the next examples are others."""
+    """The checkpoint without state that a recipe keeps for each example, as `atta` does: the next examples differ."""
     kept = {name: value for name, value in checkpoint.tensors.items() if not name.startswith(STATE)}
     return replace(checkpoint, tensors=kept)
 

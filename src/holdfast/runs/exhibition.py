@@ -40,7 +40,7 @@ class Exhibit:
     adaptive: tuple[str, ...]
     """adaptive attacks that were run"""
     ways: tuple[str, ...]
-    """what the adaptive attacks bypassed, and how"""
+    """the stages that the adaptive attacks bypassed, and how"""
     n: int
     cpu_s: float
     """CPU time of both evaluations"""

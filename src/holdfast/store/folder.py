@@ -169,7 +169,7 @@ class RunFolder:
         return read_about(self.path)
 
     def splits(self) -> tuple[Split, ...]:
-        """Out-of-memory events in order."""
+        """The out-of-memory events of the run, in order."""
         return tuple(read_splits(self.path))
 
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:

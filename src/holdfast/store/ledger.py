@@ -43,7 +43,7 @@ def utc_now() -> str:
 
 
 class Ledger:
-    """The ledger in a folder. Its properties include entries of other processes, and raise if the chain is broken.
+    """The ledger in a folder. Its properties include entries that other processes added.
 
     Raises `UsageError` for an entry that is not allowed in the current state, `TargetError` for a broken chain.
     """

@@ -278,7 +278,7 @@ class _Collecting:
         return ColumnFile(columns, said)
 
     def _surrogate(self, task: Task, k: int, lost: float) -> ColumnFile:
-        """Train a surrogate of a surrogate-only attacker."""
+        """Train one of the surrogate models of a surrogate-only attacker."""
         model = self._trained(task, self.anew + k, Draws(self.terms.seed).at("own", k))
         right = accuracy(model, self.terms.first_held)
         self._refuse_astray(f"surrogate {k + 1}", right, lost)

@@ -48,7 +48,7 @@ class Carried:
 
 
 def subject_of(terms: Terms, name: str, sha: str, model: Classifier) -> Subject:
-    """A set as the subject of an assessment."""
+    """A parameter set as the subject of an assessment."""
     card = {key: value for key, value in terms.subject.card.items() if key != "files"}
     return Subject(model, sha, {**card, "name": name, "digest": sha})
 
