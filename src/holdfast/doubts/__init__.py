@@ -1,5 +1,5 @@
-"""Doubts: reasons for which a number might flatter the model. `names` is the catalogue and needs no torch.
+"""Doubts: reasons why the measured robust accuracy may be too high. `names` lists them and does not import torch.
 
-`probing` says what to run and on which examples, `concluding` turns what came back into states; both are pure, and the
-harness does the running. They are about what the suite has not spent, and never change the verdict's numbers.
+`probing` selects probes and examples, `concluding` computes the state of each doubt from the results; both are pure
+functions, and the harness runs the probes. Doubts do not change the metrics of the suite.
 """

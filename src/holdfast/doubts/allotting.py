@@ -1,7 +1,7 @@
-"""On how many examples each probe runs on a served model, so that all of them cost at most what the suite did.
+"""The number of examples for each probe on a served model, so that all probes cost at most as much as the suite.
 
-Every row sent to a server may cost money. What a probe asks of an example at most is arithmetic, so the sizes follow
-from the columns of the suite alone, and a run that was stopped decides the same again.
+Each row sent to a server may cost money. The largest number of rows of a probe is known in advance, so the numbers
+follow from the columns of the suite, and a resumed run computes the same ones.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,35 +16,35 @@ from holdfast.doubts.probing import AGAIN, SEARCHES, Probe, counts, within_budge
 from holdfast.doubts.thresholds import NOISE_DRAWS
 
 LEAST = 8
-"""Examples below which a probe says little: if none of 8 breaks, up to a third of all may (95 % confidence)."""
+"""Smallest useful number of examples for a probe: if none of 8 breaks, up to a third of all may (95 % confidence)."""
 JUDGED_AT_RANDOM = 1 + 2 * VOTES
-"""Rows that judge one input of a model that draws at random; of others it is 1."""
+"""Rows that judge one input of a randomised model; for other models it is 1."""
 GIVES_WAY = ("search", AGAIN, "noise", "steadiness")
-"""Which probe is left out first where not all of them reach `LEAST` examples. The search has no doubt of its own."""
+"""The order in which probes are omitted if not all can have `LEAST` examples. The search alone decides no doubt."""
 
 _SHARED = "on a served model all doubts together take at most as many rows as the suite"
 _SPOKEN_FOR = {"randomness": "steadiness", "state": "steadiness", "noise": "noise", "not-exhausted": AGAIN}
-"""The probe that decides each of these doubts, where nothing else raises it."""
+"""The probe that decides each of these doubts, unless something else raises it."""
 
 
 @dataclass(frozen=True)
 class Allotment:
-    """How many examples each probe runs on, and why those that are not run are left out."""
+    """The number of examples for each probe, and why probes are omitted."""
 
     examples: Mapping[str, int]
-    """by the name of a probe; a probe that is not run is missing"""
+    """by name of the probe; omitted probes are missing"""
     wanted: Mapping[str, int] = field(default_factory=dict)
-    """how many it would run on in this process"""
+    """the number of examples that each probe would run on without a limit"""
     reasons: Mapping[str, str] = field(default_factory=dict)
-    """by the name of a probe that is not run, why"""
+    """why a probe is omitted, by its name"""
 
 
 def probe_rows(
     probe: Probe, attacks: Sequence[Attack], threat: ThreatModel, n: int, passes: Passes, *, randomised: bool
 ) -> int | None:
-    """The most rows that a probe without gradients asks for on `n` examples, with the judging of what it found.
+    """Upper bound on the rows of a probe without gradients on `n` examples, including the judging of its results.
 
-    None where that is not known, as of an attack of another package without a budget.
+    None if it is unknown, as for an attack of another package without a budget.
     """
     looks, asked = (VOTES if randomised and probe.voted is not None else 1), passes.once(n)
     if probe.name == "steadiness":
@@ -63,15 +63,16 @@ def probe_rows(
 
 
 def _halves(n: int, passes: Passes) -> int:
-    """The rows of a piece that is asked about in two halves, and the one that is left over."""
+    """The rows of a piece that is evaluated in two halves, and a remainder."""
     half = max(1, n // 2)
     return sum(passes.filled(min(half, n - start)) for start in range(0, n, half))
 
 
 def allotted(wanted: Mapping[str, int], budget: int, cost: Callable[[str, int], int | None]) -> Allotment:
-    """Share `budget` rows out over probes that want so many examples each; `cost` is the rows of a probe on `n`.
+    """Divide `budget` rows among probes that want the given numbers of examples; `cost` returns their rows.
 
-    The cheapest come first: each gets an equal part of what is left, and what it does not need is left to the others.
+    In order of increasing cost, each probe gets an equal part of the remaining rows, and leaves what it does not
+    need.
     """
     reasons: dict[str, str] = {}
     running: dict[str, int] = {}
@@ -98,7 +99,7 @@ def allotted(wanted: Mapping[str, int], budget: int, cost: Callable[[str, int], 
 
 
 def _most(name: str, n: int, share: int, cost: Callable[[str, int], int | None]) -> int:
-    """The most examples, up to `n`, on which a probe keeps to its share of the rows."""
+    """The largest number of examples, up to `n`, for which a probe stays within its share of the rows."""
     return next((k for k in range(n, 0, -1) if (cost(name, k) or 0) <= share), 0)
 
 
@@ -110,7 +111,7 @@ def _reason(rows: int, n: int, budget: int) -> str:
 
 
 def as_allotted(doubts: Sequence[Doubt], allotment: Allotment) -> tuple[Doubt, ...]:
-    """The doubts, `not measured` where the probe that decides them was not run, and saying where it ran on fewer."""
+    """The doubts after the division: `not measured` if their probe was omitted, with a note on fewer examples."""
 
     def said(doubt: Doubt) -> Doubt:
         probe = _SPOKEN_FOR.get(doubt.name, "")

@@ -1,8 +1,8 @@
-"""Adaptive attacks: which of them a raised doubt calls for, and which doubts their run has answered.
+"""Adaptive attacks: which of them a raised doubt requires, and which doubts they answer.
 
-As Tramer et al., "On adaptive attacks to adversarial example defenses", NeurIPS 2020, arXiv:2002.08347, found
-necessary: an attack is chosen by what makes the naive one fail. Each runs on the examples that all before it left
-standing, its gradients going round the stages that mask them (`core.through`). What it breaks is part of the verdict.
+As Tramer et al., "On adaptive attacks to adversarial example defenses", NeurIPS 2020, arXiv:2002.08347, recommend,
+an attack is chosen by what makes the naive one fail. Each runs on the examples that survive all others, with
+gradients that bypass the stages that mask them (`core.through`). Examples that it breaks count in the verdict.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,42 +18,43 @@ from holdfast.doubts.thresholds import ZERO_GRADIENTS
 from holdfast.ops.losses import dlr, margin_loss
 
 DRAWS = 20
-"""Forwards that EOT averages a gradient over."""
+"""Forward passes over which EOT averages a gradient."""
 SURE = 0.95
-"""EOT lets an example go once more than this share of the draws is wrong: a majority would leave it right at times."""
+"""EOT stops at an example if more than this share of the draws is misclassified, since a mere majority may not last."""
 MISLEADING = (
     "zero-gradient", "probabilities", "scale", "one-step", "black-box", "noise", "not-exhausted", "whole-box",
     "loss-spread", "shattered",
 )  # fmt: skip
-"""Doubts that say that a gradient was zero, wrong, or not followed far enough."""
+"""Doubts on zero gradients, misleading gradients, or attacks with too few steps."""
 BLIND = ("zero-gradient", "one-step", "black-box", "noise", "not-exhausted", "whole-box", "shattered")
-"""Those of them that a search without gradients speaks to as well."""
+"""Those of them that a search without gradients can answer, too."""
 RANDOM = ("randomness",)
 DETECTOR = "a detector"
-"""What stands beside the doubts that call for the attacks on a network and its detector."""
+"""The reason, listed with the doubts, for attacks on a network together with its detector."""
 EVEN = 0.3
-"""What the detector's score weighs, in multiples of what balances its spread with the margins of the classes."""
+"""Weight of the detector's score, in multiples of the weight that balances it with the margins of the classes."""
 WEIGHTS = {"Pair": EVEN, "Pair-light": EVEN / 10, "Pair-heavy": EVEN * 10}
-"""The same of each of those attacks."""
+"""The weight of the detector's score in each attack on a network and its detector."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """An adaptive attack and the doubts that call for it."""
+    """An adaptive attack and the doubts that require it."""
 
     name: str
     attack: Attack
     doubts: tuple[str, ...]
     weight: float | None = None
-    """of a detector's score, in multiples of what balances it with the classes: run on every model that has one"""
+    """weight of a detector's score, in multiples of the weight that balances it with the classes; if set, the attack
+    runs on every model with a detector"""
 
 
 def arms(constraint: Constraint) -> tuple[Arm, ...]:
-    """The adaptive attacks under a constraint, in their order: the gradient round what masks it, then by search.
+    """The adaptive attacks under a constraint: first those with gradients that bypass masking, then a search.
 
     Expectation over transformation (Athalye et al., "Synthesizing robust adversarial examples", ICML 2018,
-    arXiv:1707.07397) needs steps that bear an average, which L0 has none of. Under L2 and L1 a smallest change is
-    looked for too: there it breaks what climbing inside the ball leaves standing (docs/decisions/0008).
+    arXiv:1707.07397) needs steps that can be averaged, which L0 attacks lack. Under L2 and L1, minimum-norm attacks
+    are added, since they break examples that survive attacks inside the ball (docs/decisions/0008).
     """
     pair = PGD(steps=100, restarts=8)
     on_pair = tuple(Arm(name, pair, MISLEADING, weight) for name, weight in WEIGHTS.items())
@@ -78,9 +79,9 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
 
 
 def called(known: Sequence[Arm], doubts: Sequence[Doubt]) -> dict[str, tuple[str, ...]]:
-    """The arms that raised doubts call for, each with their names.
+    """The attacks that raised doubts require, each with the names of these doubts.
 
-    A model that draws at random has EOT alone follow its gradient: what breaks one draw is no proof.
+    On a randomised model only EOT uses gradients, since a single misclassified draw proves nothing.
     """
     raised = [doubt.name for doubt in doubts if doubt.state == "raised"]
     averaged = any(arm.name == "EOT" for arm in known) and any(map(_random, doubts))
@@ -97,7 +98,7 @@ def called(known: Sequence[Arm], doubts: Sequence[Doubt]) -> dict[str, tuple[str
 
 
 def _random(doubt: Doubt) -> bool:
-    """Whether the doubt says that the model draws at random, though a suite that averages has cleared it."""
+    """Whether the doubt shows that the model is randomised, even if a suite that averages over draws has cleared it."""
     moved = doubt.statistic is not None and doubt.threshold is not None and doubt.statistic > doubt.threshold
     return doubt.name == "randomness" and (doubt.state == "raised" or moved)
 
@@ -111,12 +112,12 @@ def answered(
     fell: bool,
     blind: bool = False,
 ) -> tuple[Doubt, ...]:
-    """The doubts after the adaptive run, given the columns of each arm that was called and `because` of what.
+    """The doubts after the adaptive attacks, given the columns of each attack and the doubts that required it.
 
-    A doubt is answered once every arm that it called for has run on all that stood. Not so where no way round was
-    found: while the gradient of the arm itself is dead, or to a detector is (`blind`), or is shattered and was neither
-    averaged nor taken round a stage, which `went_round` says. `not-exhausted` is not while an example stands that a
-    probe broke: `fell`.
+    A doubt is answered if every attack that it requires has run on all surviving examples. Exceptions: the gradient
+    of the attack itself is still zero, also with respect to a detector (`blind`); the gradient is shattered, and no
+    attack averaged it or bypassed a stage (`went_round`); `not-exhausted`, while an example that a probe broke
+    survives (`fell`).
     """
 
     def told(doubt: Doubt) -> Doubt:
@@ -144,7 +145,10 @@ def _answered(doubt: Doubt, ran: Mapping[str, Columns], called_for: Sequence[str
 
 
 def _dead(ran: Mapping[str, Columns], arms: Sequence[str]) -> bool:
-    """Whether the first gradient of those arms that ask for one was zero or NaN for more than a few examples."""
+    """Whether the first gradients of these attacks were zero or NaN for more than 1 % of the examples.
+
+    True if none of them used gradients.
+    """
     for arm in arms:
         asked = ran[arm]["dead"] | (ran[arm]["backwards"] > 0)
         if asked.any():

@@ -1,4 +1,4 @@
-"""From what the probes returned to the state of every doubt: a pure function of columns."""
+"""Computes the state of every doubt from the results of the probes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,23 +29,23 @@ NO_PASSES: Mapping[str, Mask] = {}
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What doubts depend on beside the columns."""
+    """The information on which doubts depend, in addition to columns."""
 
     threat: ThreatModel
     suite: str = ""
-    """name and version; empty for a list of attacks, which raises the free doubts only"""
+    """name and version; empty for a list of attacks, for which only the free doubts are raised"""
     in_training: tuple[str, ...] = ()
-    """layers that were in train mode; they were measured in eval mode"""
+    """layers that were in train mode; the model was measured in eval mode"""
     first_gradient_dead: Mask | None = None
-    """of a list of attacks: whose gradient was zero or NaN in the first pass; None where nothing watched it"""
+    """mask of the examples with a zero or NaN first gradient, for a list of attacks; None if not recorded"""
     blind: bool = False
     """whether no gradient of a detector's score reaches an input"""
     randomised: bool = False
-    """whether the model draws at random, so that one look at an input proves nothing"""
+    """whether the model is randomised, so that a single output proves nothing"""
     input: Doubt = Doubt("input", "not measured")
-    """whether the data fit the model, which takes the model and the data to find out"""
+    """the doubt whether the data fit the model, which is measured elsewhere"""
     access: Access = "gradients"
-    """the most that the model itself can give, whatever the threat model allows"""
+    """the largest access that the model itself gives, whatever the threat model allows"""
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Findings:
 def conclude(
     found: Found, columns: Columns, circumstances: Circumstances, passes: Mapping[str, Mask] = NO_PASSES
 ) -> Findings:
-    """The state of every doubt, given the columns of the suite with the clean `nan` and `is_probability`.
+    """The state of every doubt, from the columns of the suite with the clean `nan` and `is_probability`.
 
-    `passes` are the examples (n) that each other pass or probe broke inside the threat model, as the harness judged.
-    A list of attacks (no suite) gets the free doubts only, and `not-exhausted` where a pass speaks for it.
+    `passes` are masks (n) of the examples that each pass or probe outside the suite broke, as the harness judged. A
+    list of attacks (no suite) gets only the free doubts, and `not-exhausted` if a pass broke more than the attacks.
     """
     fallen = missed_by_suite(columns, circumstances.threat, passes)
     case = _Case(found, columns, circumstances, fallen)
@@ -72,7 +72,7 @@ def conclude(
 
 
 def missed_by_suite(columns: Columns, threat: ThreatModel, passes: Mapping[str, Mask]) -> dict[str, Ids]:
-    """Ids of the examples that the suite left standing and each pass broke; without passes that broke none."""
+    """Ids of the surviving examples of the suite that each pass broke; passes that broke none are omitted."""
     left = standing(columns, threat)
     found = {name: columns["id"][broken & left] for name, broken in passes.items()}
     return {name: ids for name, ids in found.items() if len(ids)}
@@ -89,7 +89,7 @@ class _Case:
         return self.found[probe].columns[column] if probe in self.found else None
 
     def absent(self, name: str, *probes: str) -> Doubt:
-        """Why the probes of a doubt did not run."""
+        """The state of a doubt whose probes did not run, with the reason."""
         threat = self.circumstances.threat
         within = probing_threat(threat, self.columns)
         if within.constraint.eps == 0:
@@ -104,7 +104,7 @@ class _Case:
 
 
 def _judged(name: str, statistic: float, threshold: float, n: int, says: str, *, more: bool = True) -> Doubt:
-    """Raised beyond the threshold, where `more` does not speak against it."""
+    """Raised if the statistic is above the threshold and `more` is true, otherwise clear."""
     return Doubt(name, "raised" if statistic > threshold and more else "clear", statistic, threshold, n, says)
 
 
@@ -163,7 +163,7 @@ def _scale(case: _Case) -> Doubt:
 
 
 def _rival(case: _Case, name: str, weak: tuple[str, str], strong: tuple[str, str]) -> Doubt:
-    """A weaker attack that beats a stronger one on the same sample; each is a probe and its title."""
+    """A doubt raised if a weaker attack beats a stronger one on the same sample; each is a probe and its title."""
     one, other = case.broken(weak[0]), case.broken(strong[0])
     if one is None or other is None:
         return case.absent(name, weak[0], strong[0])
@@ -271,7 +271,7 @@ def _state(case: _Case) -> Doubt:
         says = modes or "no layer was in train mode; order, batch and history were not tried"
         return Doubt("state", state, float(len(training)), 0.0, len(case.columns["id"]), says)
     seen = case.found["steadiness"].columns
-    # of a random model only a call under the same seed can tell that something else was carried over
+    # for a randomised model, only calls with the same seed can show a dependence on the history
     random = _largest(seen["repeat"]) > at.CHANGE
     changes = {
         kind: _largest(seen[kind]) for kind in (("history",) if random else ("order", "batch", "history"))
@@ -288,7 +288,7 @@ def _state(case: _Case) -> Doubt:
 
 
 def _loss_spread(case: _Case) -> Doubt:
-    """The best loss against the worst untargeted one: aiming at a single class is weaker by nature."""
+    """Compares the best loss with the worst untargeted one, since targeted losses are weaker in general."""
     untargeted = {
         "the cross-entropy": case.broken("cross-entropy"),
         "the margin": case.broken("margin", "once"),
@@ -358,14 +358,14 @@ def _constant(case: _Case) -> Doubt:
         return Doubt("constant", "not measured", says="it takes two examples")
     if columns["nan"].any():
         return Doubt("constant", "not applicable", says="the model returned NaN")
-    # the margins of one label, because the label is part of a margin
+    # margins for one label at a time, since a margin depends on the label
     groups = [columns["margin"][columns["y"] == label].double() for label in torch.unique(columns["y"])]
     size = max(float(columns["margin"].double().abs().max()), 1e-12)
     spread = max(float((group.max() - group.min()) / size) for group in groups)
     for name in ("confidence", "entropy"):
         values = columns[name].double()
         spread = max(spread, float(values.max() - values.min()))
-    spread = float(f"{spread:.3g}")  # the last digits depend on how the examples were batched
+    spread = float(f"{spread:.3g}")  # the last digits depend on the batches
     says = f"over {n:,} examples the outputs differ by {spread:.1g} of the largest margin"
     if not spread > at.CONSTANT:
         says = f"the outputs do not depend on the input: {says}"

@@ -1,4 +1,4 @@
-"""The names of the doubts, as `--accept-doubt NAME="why"` takes them. Torch-free, so that a typo is refused at once."""
+"""The names of the doubts for `--accept-doubt NAME="why"`. Does not import torch, so a misspelled name fails fast."""
 
 from typing import Final
 
@@ -24,7 +24,7 @@ DOUBTS: Final[dict[str, str]] = {
 """Name of every doubt, and when it is raised."""
 
 MEANINGLESS: Final = ("constant", "input", "chance")
-"""The doubts under which a robust accuracy says nothing about the model, the most telling first."""
+"""Doubts under which the robust accuracy says nothing about the model, the most informative first."""
 
 OF_STRENGTH: Final = (
     "zero-gradient",
@@ -40,18 +40,18 @@ OF_STRENGTH: Final = (
     "loss-spread",
     "shattered",
 )
-"""The doubts that stronger attacks would break more: the true robust accuracy may be lower, and not higher."""
+"""Doubts that imply that stronger attacks would break more: the true robust accuracy may be lower, but not higher."""
 
 OF_ADMISSION: Final[dict[str, str]] = {
     "odd-gradients": "a set breaks more easily than the one that serves, and what is made on its siblings carries "
     "three times as far as what leaked",
 }
-"""The same of those that only a set raises which is to be admitted to take turns."""
+"""Name of every doubt that only the admission of a set to a rotation raises, and when it is raised."""
 
 OF_ROTATION: Final[dict[str, str]] = {
     "fine-tuning": "the parameter sets that take turns were never trained against attacks",
 }
-"""The same of those that only a model whose parameter sets take turns raises, by its table of attackers."""
+"""Name of every doubt that only a model with rotation raises, by its table of attackers, and when it is raised."""
 
 FREE: Final = ("zero-gradient", "probabilities", "state", "nan", "chance", "constant", "input")
-"""The doubts that cost nothing or a few forwards beyond the attacks: all that a list of attacks raises."""
+"""The doubts that cost at most a few forward passes more than the attacks. A list of attacks raises only these."""

@@ -1,9 +1,9 @@
-"""What is run to measure the doubts, and on which examples.
+"""The probes that measure doubts, and the examples that they run on.
 
-A probe is a pure function of model, batch, threat and draws, and returns columns. Passes are shared between doubts:
-PGD-20 on the cross-entropy serves `scale`, `one-step` and `loss-spread`; margin PGD, two restarts of 20 steps, serves
-`black-box` with both and `loss-spread` with its first. All probes are given the same draws, so that two losses start
-from the same points.
+A probe is a pure function of model, batch, threat model and random stream, and returns columns. Doubts share probes:
+PGD-20 on the cross-entropy is used by `scale`, `one-step` and `loss-spread`; margin PGD, two restarts of 20 steps,
+is used by `black-box` and, with its first restart, by `loss-spread`. All probes use the same random stream, so that
+two losses start from the same points.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,14 +34,14 @@ from holdfast.ops.losses import Loss, cross_entropy, likeliest, margin, margin_l
 from holdfast.ops.sampling import sample_rows
 
 Run = Callable[[Model, Batch, ThreatModel, Draws], dict[str, Tensor]]
-"""Columns of the batch; attacks return `broken` and the lowest `margin`."""
+"""Returns columns for the batch; attacks return `broken`, the lowest `margin`, and its input `x`."""
 
 STEPS = 20
-"""Gradient steps of the short passes."""
+"""Gradient steps of the short attacks."""
 REACH = 2.5
-"""Path length of a pass in multiples of eps, at an even step, as Madry et al. take."""
+"""Path length of a short attack in multiples of eps, with a constant step, as in Madry et al."""
 SMALL = 0.01
-"""What `scale` multiplies the logits with."""
+"""Factor of the logits for the doubt `scale`."""
 SEARCHES = 1000
 """Queries of the black-box search."""
 AGAIN = "again"
@@ -50,40 +50,41 @@ AGAIN = "again"
 
 @dataclass(frozen=True)
 class Probe:
-    """Something to run on a few examples."""
+    """A measurement or attack on a few examples for doubts."""
 
     name: str
     needs: Access
     run: Run
     on: Literal["correct", "standing", "closest"] = "correct"
-    """a sample of the correct examples, of those that stand, or those that stand with the lowest margin"""
+    """a sample of the correct examples, of the surviving ones, or the surviving ones with the lowest margin"""
     breaks: bool = True
-    """whether its inputs obey the threat model, so that breaking a standing example speaks against the suite"""
+    """whether its inputs are inside the threat model, so that a broken example counts against the suite"""
     queries: int = 0
-    """the most that it asks of an example; 0 where it keeps to the budget of the threat"""
+    """largest number of queries for an example; 0 if it respects the budget of the threat model"""
     voted: Run | None = None
-    """the same on a model that draws at random: most of the looks at where it ends decide; None where it has no end"""
+    """the same for a randomised model: a majority of votes decides on its final inputs; None if it has no final
+    inputs"""
 
 
 def title(probe: str) -> str:
-    """What a probe is called in a sentence."""
+    """The name of a probe in a sentence."""
     return "a fresh pass of the suite" if probe == AGAIN else f"the probe {probe}"
 
 
 def counts(probe: Probe, threat: ThreatModel) -> bool:
-    """Whether an adversarial example of the probe lies inside the threat model, its query budget included."""
+    """Whether adversarial examples of the probe are inside the threat model, including its query budget."""
     return probe.breaks and within_budget(probe.queries, threat) == probe.queries
 
 
 def fallen(margin: PerExample, x: Inputs) -> dict[str, Tensor]:
-    """The columns of an attack: `broken`, the lowest `margin` and its input `x`. Ties and NaN count as broken."""
+    """The columns of an attack: `broken` (margin at most 0 or NaN), the lowest `margin`, and its input `x`."""
     return {"broken": ~(margin > 0), "margin": margin, "x": x}
 
 
 def climbed(
     model: Model, batch: Batch, threat: ThreatModel, rng: Draws, loss: Loss, *, eps: float | None = None
 ) -> dict[str, Tensor]:
-    """One pass of short PGD from a random start inside the threat; `eps` lets it go further."""
+    """A short PGD attack from a random start inside the threat model; `eps` enlarges the ball of its steps."""
     wide = threat.constraint if eps is None else threat.constraint.resized(eps)
     start = threat.constraint.sample(batch, model.bounds, rng.at("start"))
     x, height = ascend(model, batch, start, loss, wide, steps=STEPS, step_size=REACH * wide.eps / STEPS)
@@ -98,14 +99,14 @@ def _by(loss: Loss) -> Run:
 
 
 def _lower(known: dict[str, Tensor], found: dict[str, Tensor], rows: Rows) -> None:
-    """Put what was `found` on some rows into the columns of all, where its margin is lower."""
+    """Update the columns of `rows` in `known` with those of `found` where the margin is lower."""
     better = ~(found["margin"] >= known["margin"][rows])  # NaN counts as broken
     for name, values in found.items():
         known[name][rows[better]] = values[better]
 
 
 def small_cross_entropy(logits: Logits, batch: Batch) -> PerExample:
-    """Cross-entropy of logits scaled down, whose softmax is nowhere flat."""
+    """Cross-entropy of the logits times `SMALL`, whose softmax does not saturate."""
     return cross_entropy(SMALL * logits, batch)
 
 
@@ -117,7 +118,7 @@ def _one_step(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> di
 
 
 def _margin_twice(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
-    """The margin climbed twice: `broken` by both, `once` by the first."""
+    """PGD on the margin with two restarts: `broken` by either, `once` by the first."""
     found = climbed(model, batch, threat, rng, margin_loss)
     once = found["broken"].clone()
     left = (~once).nonzero()[:, 0]
@@ -127,7 +128,7 @@ def _margin_twice(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -
 
 
 def _towards_runner_up(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
-    """Climb towards the likeliest wrong class of the clean input; any wrong class counts."""
+    """PGD towards the most likely wrong class of the clean input; any wrong class counts."""
     with torch.no_grad():
         target = likeliest(model(batch.x, batch.ids), batch.y, 1)[:, 0]
     lookup = Lookup(batch.ids)
@@ -140,13 +141,13 @@ def _towards_runner_up(model: Model, batch: Batch, threat: ThreatModel, rng: Dra
 
 
 def _whole_box(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
-    """Climb the margin from a start inside the threat, with every input of the box allowed."""
+    """PGD on the margin from a start inside the threat model, with every input inside the bounds allowed."""
     eps = extent(threat.constraint, batch.x, model.bounds)
     return climbed(model, batch, threat, rng, margin_loss, eps=eps)
 
 
 def _noise(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
-    """Random draws, by turns inside the ball and on its surface; without a gradient."""
+    """Random inputs, alternately inside the ball and on its surface, without gradients."""
     found, every = _nothing(batch), torch.arange(len(batch), device=batch.ids.device)
     with torch.no_grad():
         for draw in range(within_budget(NOISE_DRAWS, threat)):
@@ -157,7 +158,7 @@ def _noise(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[
 
 
 def _nothing(batch: Batch) -> dict[str, Tensor]:
-    """The columns of an attack that has not begun: the clean inputs, at an infinite margin."""
+    """The columns of an attack before its start: the clean inputs with an infinite margin."""
     return fallen(torch.full_like(batch.x.flatten(1)[:, 0], torch.inf), batch.x.clone())
 
 
@@ -172,7 +173,7 @@ def _drawn(model: Model, batch: Batch, constraint: Constraint, rng: Draws, *, su
 def _judged(
     attack: Attack, model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int
 ) -> dict[str, Tensor]:
-    """Where the attack ends, and the margin there: not above zero where most of the `looks` say so."""
+    """The result of an attack, with its median margin over `looks` forward passes."""
     meter = Metered(model, batch, threat)
     try:
         x_adv = attack(meter, batch, threat, rng=rng)
@@ -187,19 +188,19 @@ def _judged(
 def _black_box(
     model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int = 1
 ) -> dict[str, Tensor]:
-    """Square alone, from a cold start."""
+    """Square Attack from its own random start, without gradients."""
     return _judged(Square(queries=SEARCHES), model, batch, threat, rng.at("search"), looks)
 
 
 def _transferred(
     model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int = 1
 ) -> dict[str, Tensor]:
-    """Examples made on the surrogates, to be compared with what this model's own gradients do."""
+    """Examples computed on the surrogates, for a comparison with attacks that use the gradients of the model."""
     return _judged(Transfer(), model, batch, threat, rng.at("transfer"), looks)
 
 
 def again(attacks: tuple[Attack, ...]) -> Probe:
-    """A fresh pass of the suite over the standing examples closest to the boundary."""
+    """A new run of the suite on the surviving examples closest to the decision boundary."""
 
     def run(model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int = 1) -> dict[str, Tensor]:
         found = _nothing(batch)
@@ -229,11 +230,11 @@ PROBES: tuple[Probe, ...] = (
     Probe("search", "scores", _black_box, voted=partial(_black_box, looks=VOTES)),
     Probe("transfer", "gradients", _transferred, voted=partial(_transferred, looks=VOTES)),
 )
-"""Everything but the fresh pass, which `again` makes of a suite's attacks."""
+"""All probes except the new run of the suite, which `again` returns."""
 
 
 def probes_for(threat: ThreatModel, attacks: tuple[Attack, ...] = ()) -> tuple[Probe, ...]:
-    """The probes that the threat model allows. With eps 0 there is no ball to probe, only the model itself."""
+    """The probes that the threat model allows. With eps 0 only those that test the model itself."""
     probes = (*PROBES, again(attacks)) if attacks else PROBES
     if threat.constraint.eps == 0:
         probes = tuple(probe for probe in probes if probe.name in {"steadiness", "gradients"})
@@ -247,9 +248,9 @@ def probes_for(threat: ThreatModel, attacks: tuple[Attack, ...] = ()) -> tuple[P
 
 
 def probing_threat(threat: ThreatModel, columns: Columns) -> ThreatModel:
-    """The threat model that probes work under: one with an eps.
+    """The threat model of the probes, which has a finite eps.
 
-    A minimum-norm run has none; its probes work at the median of the distances that it found.
+    For a minimum-norm run, eps is the median of the distances that it found.
     """
     constraint = threat.constraint
     if constraint.eps == torch.inf:
@@ -259,22 +260,22 @@ def probing_threat(threat: ThreatModel, columns: Columns) -> ThreatModel:
 
 
 def limit(threat: ThreatModel, access: Access, needed: Access) -> str:
-    """Who keeps what is needed from being seen: the model, which gives no more than `access`, or the threat model."""
+    """The reason for missing access: the model, which gives at most `access`, or the threat model."""
     if not replace(threat, access=access).gives(needed):
         return f"the model gives {access} only"
     return f"the threat model allows {'nothing to be seen' if threat.access == 'none' else f'{threat.access} only'}"
 
 
 def within_budget(n: int, threat: ThreatModel) -> int:
-    """So many queries, or what the threat model allows if that is fewer."""
+    """`n` queries, or the budget of the threat model if it is smaller."""
     return n if threat.queries is None else min(n, threat.queries)
 
 
 def standing(columns: Columns, threat: ThreatModel) -> Mask:
-    """Who is right and was not broken; of a minimum-norm run, by nothing within 1.05 times the probes' eps.
+    """Mask of the surviving examples; for a minimum-norm run, those not broken within 1.05 times the eps of the probes.
 
-    The margin is for the last bisections: a probe that breaks an example just inside its known distance says nothing
-    against it.
+    The factor allows for the inaccuracy of the distances: an example that a probe breaks just inside its known
+    distance says nothing against the run.
     """
     held = columns["correct"] & columns.get("eligible", torch.ones_like(columns["correct"]))
     if threat.constraint.eps < torch.inf:
@@ -285,9 +286,9 @@ def standing(columns: Columns, threat: ThreatModel) -> Mask:
 def rows_for(
     probe: Probe, columns: Columns, threat: ThreatModel, rng: Draws, most: int | None = None
 ) -> Rows:
-    """Which examples a probe runs on, in source order; drawn by their ids, so that shards do not matter.
+    """The examples that a probe runs on, in source order. Samples depend on ids only, so that shards have no influence.
 
-    With `most` they are at most so many of those.
+    `most` limits their number.
     """
     n = SAMPLE if most is None else min(most, SAMPLE)
     if probe.on == "correct":
@@ -304,11 +305,11 @@ def rows_for(
 
 @dataclass(frozen=True)
 class Probed:
-    """What a probe returned, and on which rows."""
+    """The columns that a probe returned, and the rows of its examples."""
 
     rows: Rows
     columns: Columns
 
 
 Found = Mapping[str, Probed]
-"""What each probe returned, by its name."""
+"""The examples and the returned columns of each probe, by the name of the probe."""

@@ -1,4 +1,4 @@
-"""Whether there is a gradient, and whether it predicts what a small step does."""
+"""Tests whether gradients are nonzero, and whether they predict the effect of a small step."""
 
 import torch
 from torch import Tensor
@@ -14,16 +14,16 @@ from holdfast.ops.losses import cross_entropy, margin_loss
 
 REACH = 0.05
 """Length of the step in multiples of eps: less than half of one step of PGD-20."""
-_NEAREST = 1e-3  # of the input's own scale: a point beside the clean one where eps is 0
-_RESOLVED = 1e-4  # a predicted change below this share of the logits drowns in float32 rounding
+_NEAREST = 1e-3  # share of the magnitude of the input: a point close to the clean one if eps is 0
+_RESOLVED = 1e-4  # a predicted change below this share of the logits is within float32 rounding errors
 
 
 def gradients(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
-    """At the clean and at a random point: is the margin's gradient `dead`, and the `ratio` of measured to predicted
-    change along it (NaN where the prediction is too small to be measured). `flat`: the cross-entropy's gradient is zero
-    at the clean input though the margin's is not.
+    """Properties of the gradient of the margin, at the clean input and at a random point.
 
-    Costs 5 forwards and 3 backwards.
+    `dead`: it is zero or not finite at both. `ratio` (n, 2): measured to predicted change along it, NaN if the
+    prediction is too small. `flat`: the gradient of the cross-entropy is dead at the clean input and that of the
+    margin is not. Cost: 5 forward and 3 backward passes.
     """
     points = (batch.x, threat.constraint.sample(batch, model.bounds, rng.at("point")))
     dead, ratios = torch.ones_like(batch.y, dtype=torch.bool), []
@@ -36,13 +36,13 @@ def gradients(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> di
 
 
 def _is_dead(grad: Inputs) -> Mask:
-    """Zero everywhere, or not a number somewhere."""
+    """Whether a gradient is zero everywhere, or not finite somewhere."""
     wide = grad.flatten(1)
     return (wide == 0).all(1) | ~wide.isfinite().all(1)
 
 
 def _ratio(model: Model, batch: Batch, threat: ThreatModel, grad: Inputs, logits: Logits) -> PerExample:
-    """Measured over predicted change of the margin along the steepest small step that stays inside the box."""
+    """Measured to predicted change of the margin along the steepest small step inside the bounds."""
     size = REACH * threat.constraint.eps
     step = size * threat.constraint.steepest(grad, batch.x, model.bounds)
     moved = model.bounds.clamp(batch.x + step)

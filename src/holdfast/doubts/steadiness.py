@@ -1,4 +1,4 @@
-"""Whether the same input gives the same logits: in a second call, in another order, in a smaller batch, later on."""
+"""Tests whether the logits of an input change: in a second call, in another order, in a smaller batch, and later."""
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ from holdfast.ops.logits import change
 
 
 def steadiness(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
-    """Relative change of each example's logits: `repeat`, `order`, `batch`, and `history` under the same torch seed.
+    """Relative change of each example's logits: `repeat`, `order`, `batch`, and `history` with the same torch seed.
 
-    Costs 6 forwards. Torch's own random state is left as it was.
+    Cost: 6 forward passes. The random state of torch is restored.
     """
     backwards = torch.arange(len(batch) - 1, -1, -1, device=batch.ids.device)
     halves = batch.split(max(1, len(batch) // 2))

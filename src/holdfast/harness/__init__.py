@@ -1,8 +1,8 @@
-"""The assess verb's core: attacks run on the examples still standing, and the bare model judges what they return.
+"""The core of the assess verb: runs attacks on the surviving examples and judges their results on the original model.
 
-A measurement is a sequence of stages. A stage takes some examples and the columns that earlier stages left on them, and
-returns columns; it is a pure function of them, the plan and the seed, so that any caller may store, resume or share out
-the work. `measure` is the caller that keeps everything in memory.
+A measurement is a sequence of stages. A stage takes examples and the columns of earlier stages, and returns columns.
+It is a pure function of these, the plan and the seed, so that a caller may store, resume or parallelise the work.
+`measure` is the caller that keeps everything in memory.
 """
 
 from holdfast.harness.assembly import Context, Seconds, assemble, conclude, join, speaking

@@ -1,4 +1,4 @@
-"""Joining what the stages measured: shards into columns, columns into the worst case, and all of it into evidence."""
+"""Combines measurements: shards into columns, columns into the worst case, and everything into evidence."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from holdfast.harness.waves import gathered, remark, residual
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time that a stage took, over all attempts."""
+    """Seconds that a stage took, over all attempts."""
 
     cpu: float = 0.0
     wall: float = 0.0
@@ -30,7 +30,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Context:
-    """What evidence says beside its columns."""
+    """The parts of evidence other than its columns."""
 
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -43,11 +43,11 @@ class Context:
     surrogates: tuple[Mapping[str, Any], ...] = ()
     others: tuple[Mapping[str, Any], ...] = ()
     remarks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """what is to be said of a stage, by its name, beside what its plan says"""
+    """notes on a stage, by its name, in addition to those of the plan"""
 
 
 def join(shards: Sequence[Columns]) -> dict[str, Tensor]:
-    """Shards of one stage in their order as one set of columns; of the gallery, the first dozen."""
+    """Concatenate the shards of one stage; of the gallery, keep the first dozen."""
     names = sorted({name for columns in shards for name in columns})
     whole = {name: torch.cat([columns[name] for columns in shards if name in columns]) for name in names}
     return {
@@ -84,7 +84,7 @@ def assemble(
         }
     if set(PASSES) <= set(by_stage):
         columns["oblivious_score"] = by_stage[PASSES[0]]["score"]
-        # what an attack broke was wrong, and no further than the threshold
+        # an example that an attack broke is misclassified with a score below the threshold
         known = torch.where(columns["success"], 0.0, torch.inf)
         columns["aware_score"] = torch.minimum(lowest(by_stage), known)
     fixed = by_stage.get("attacked")
@@ -97,9 +97,9 @@ def assemble(
 def _worst_case(
     clean: Columns, attacks: Sequence[Columns], passes: Sequence[Columns] = (), *, smallest: bool
 ) -> dict[str, Tensor]:
-    """The first attack or pass that succeeded on each example, or the one with the `smallest` change if asked.
+    """The first attack or pass that broke each example, or with `smallest` the one with the smallest change.
 
-    Distances are each norm's smallest. Queries are those of the attacks.
+    Each distance is the smallest in its norm. Queries are those of the attacks.
     """
     n = len(clean["id"])
     success, broken_by = torch.zeros(n, dtype=torch.bool), torch.full((n,), -1, dtype=torch.int64)
@@ -109,7 +109,7 @@ def _worst_case(
     nearest = torch.full((n,), torch.inf)
     for k, columns in enumerate((*attacks, *passes)):
         new = columns["success"] & ~success
-        # a point that was put together from answers, and not asked about itself, is known when all was asked
+        # a result that was composed without a query of its own is known only after all queries
         fell = torch.where(columns["first_success"] > 0, columns["first_success"], columns["queries"])
         first = torch.where(new, queries + fell, first)
         if k < len(attacks):
@@ -154,7 +154,7 @@ def conclude(
     if plan.threat.goal is None:
         del columns["eligible"]
     if context.scope == "suite only" and counts_pixels(plan.threat.constraint):
-        del columns["distance_l0"]  # such runs counted values
+        del columns["distance_l0"]  # such runs counted values instead of pixels
     records, total = _told(plan, by_stage, seconds, context.remarks, randomised=randomised)
     return Evidence(
         columns,
@@ -180,7 +180,7 @@ def conclude(
 
 
 def _counted(found: Sequence[Pass], broken_by: Tensor) -> tuple[PassRecord, ...]:
-    """What each pass did; `broken_by` is the index of the pass that broke an example, negative where none did."""
+    """One record for each pass; `broken_by` is the index of the pass that broke an example, negative if none did."""
     return tuple(
         PassRecord(each.stage, each.name, each.tried, int((broken_by == k).sum()), each.settings)
         for k, each in enumerate(found)
@@ -188,7 +188,7 @@ def _counted(found: Sequence[Pass], broken_by: Tensor) -> tuple[PassRecord, ...]
 
 
 def _sampled(by_stage: Mapping[str, Columns], stage: str, names: Sequence[str]) -> dict[str, Tensor]:
-    """What a stage says of its sample; nothing where it was not run or not finished."""
+    """The columns of a stage that measures a sample; empty if it was not run or not finished."""
     columns = by_stage.get(stage, {})
     return {name: columns[f"{stage}.{name}"] for name in names if f"{stage}.{name}" in columns}
 
@@ -201,7 +201,7 @@ def _told(
     *,
     randomised: bool,
 ) -> tuple[tuple[AttackRecord, ...], Cost]:
-    """The attacks in their order, waves as one; and what all stages cost."""
+    """The records of the attacks in their order, with waves combined, and the cost of all stages."""
     clean, records = by_stage["clean"], []
     standing = clean["correct"] & clean["eligible"]
     total = _clean_cost(clean, seconds.get("clean", Seconds()), randomised=randomised)
@@ -236,14 +236,14 @@ def _told(
 
 
 def _fits(columns: Columns | None) -> int:
-    """How many fits of an attack were made; one in runs of before several were made, 0 where it is not learned."""
+    """How many fits of an attack were made; 1 for runs of versions without several fits, 0 if it is not learned."""
     if columns is None:
         return 0
     return int(columns["fits"][0]) if "fits" in columns else 1
 
 
 def _learned(columns: Columns | None) -> tuple[str, ...]:
-    """On how many examples an attack was learned, how often, and at what cost."""
+    """A note on the examples, the number of fits and the cost of a learned attack."""
     if columns is None:
         return ()
     n, fits = len(columns["id"]), _fits(columns)
@@ -257,7 +257,7 @@ def _learned(columns: Columns | None) -> tuple[str, ...]:
 
 
 def _places(columns: Columns, standing: Tensor) -> Places | None:
-    """What an attack did at random places, where it chose among several."""
+    """The results of an attack at random places, if it chooses among several places."""
     if "places" not in columns or int(columns["places"].max()) <= 1:
         return None
     left = standing & ~(columns["broken_at_random"] > 0)
@@ -265,7 +265,7 @@ def _places(columns: Columns, standing: Tensor) -> Places | None:
 
 
 def _placed(places: Places | None) -> tuple[str, ...]:
-    """The rule by which places were chosen, and what another rule would leave."""
+    """A note on how places were chosen, and how many examples survive at a random place."""
     if places is None:
         return ()
     worst = f"judged at the worst of {places.tried:,} places of each image"
@@ -278,16 +278,16 @@ def _clean_cost(columns: Columns, seconds: Seconds, *, randomised: bool) -> Cost
 
 
 def _looks(*, randomised: bool) -> int:
-    """Forwards that judge one input: one, or two sets of votes beside it."""
+    """Forward passes that judge one input: 1, or with two sets of votes in addition."""
     return 1 + 2 * VOTES if randomised else 1
 
 
 def _cost(columns: Columns, seconds: Seconds, *, randomised: bool) -> Cost:
     queries = int(columns["queries"].sum())
     judged = int(columns["ran"].sum()) if "ran" in columns else len(columns["id"])
-    if "transfer.wrong" in columns:  # once clean, and what each maker made
+    if "transfer.wrong" in columns:  # once clean, and once for each set of source models
         judged *= 1 + columns["transfer.wrong"].shape[1] * _looks(randomised=randomised)
-    elif "across.turned" in columns:  # each data set once clean, then with each change and its control
+    elif "across.turned" in columns:  # each data set once clean, then with each perturbation and its control
         sets = columns["across.turned"].shape[1]
         judged *= sets * (1 + 2 * sets)
     else:
@@ -296,7 +296,7 @@ def _cost(columns: Columns, seconds: Seconds, *, randomised: bool) -> Cost:
 
 
 def _gallery(plan: Outline, by_stage: Mapping[str, Columns], counted: Sequence[Pass]) -> dict[str, Tensor]:
-    """The first dozen broken examples, in source order, each as its worst case has it."""
+    """The first dozen broken examples in source order, each with the input of its worst case."""
     attacks = [by_stage[s.name] for s in plan.steps if s.kind == "attack" and s.name in by_stage]
     found = [c for c in (*attacks, *(each.columns for each in counted)) if "gallery.id" in c]
     if not found:
@@ -306,9 +306,10 @@ def _gallery(plan: Outline, by_stage: Mapping[str, Columns], counted: Sequence[P
 
 
 def speaking(attacks: Sequence[Columns], kind: str, *, smallest: bool) -> Rows:
-    """Of the inputs that attacks kept, joined in their order, the row of each example's worst case, ids ascending.
+    """For each example, the row of its worst case among the stored inputs of several attacks, ids ascending.
 
-    That is the first that broke it, or the `smallest` change; of an example that none broke, the first.
+    The worst case is the first attack that broke it, or the `smallest` change; if none broke it, the first stored
+    input.
     """
     ids = torch.cat([columns[f"{kind}.id"] for columns in attacks])
     worth = [
@@ -320,7 +321,7 @@ def speaking(attacks: Sequence[Columns], kind: str, *, smallest: bool) -> Rows:
 
 
 def _of_kept(name: str, columns: Columns, kind: str) -> Tensor:
-    """A column of the inputs that an attack kept."""
+    """A column, restricted to the stored inputs of an attack."""
     return columns[name][Lookup(columns["id"]).rows(columns[f"{kind}.id"])]
 
 

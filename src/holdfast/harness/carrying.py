@@ -1,8 +1,8 @@
-"""Changes carried across data sets: made for inputs of one, put on inputs of each.
+"""Transfer of perturbations across data sets: computed for inputs of one, added to inputs of each.
 
-Labels are asked nowhere: an input turns where the model no longer says of it what it says of the clean one, so that the
-classes of another data set need not be the model's. Beside each change goes its control, the same change with
-its pixels in another order: as far in every norm, and in no direction.
+Labels are not used: an input is broken if the prediction differs from that for the clean input. So the classes of
+another data set need not be those of the model. Each perturbation has a control: the same perturbation with its
+pixels permuted, which has the same size in every norm and a random direction.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,10 @@ _IMAGE = 4
 
 
 def run_across(stage: Stage, plan: Plan, target: Target, sets: Sequence[Batch], room: Room) -> Columns:
-    """Columns of the stage that carries changes between `sets`, equally many inputs of each data set, paired by row.
+    """Columns of the stage that transfers perturbations between `sets`, equally many inputs of each, paired by row.
 
-    `across.turned` and `across.control` (n, made on, put on) say which pairs turned; the others, what that asked.
+    `across.turned` and `across.control` (n, source set, target set) say which inputs were broken; the others are
+    costs.
     """
     pairs = replace(sets[0], ids=torch.arange(len(sets[0]), device=sets[0].ids.device))
     return in_pieces(
@@ -36,7 +37,7 @@ def run_across(stage: Stage, plan: Plan, target: Target, sets: Sequence[Batch], 
 
 
 def paired(batch: Batch, seed: int, place: int) -> Batch:
-    """The batch in the order in which it is paired with those of other data sets, whatever order it came in."""
+    """The batch in a random order, determined by the seed and the index of the data set, for pairing."""
     rng = Draws(seed).at("across", place)
     return batch.take(rng.uniform(batch.ids, 1, dtype=torch.float64)[:, 0].argsort(stable=True))
 
@@ -74,7 +75,7 @@ def _carried(stage: Stage, plan: Plan, target: Target, sets: Sequence[Batch]) ->
 
 
 def _mixed(change: Inputs, batch: Batch, rng: Draws) -> Inputs:
-    """Each change with its places in an order drawn for it; the channels of a pixel stay together."""
+    """Each perturbation with its places in random order; the channels of a pixel stay together."""
     spread = change.flatten(2) if change.dim() == _IMAGE else change.flatten(1)[:, None]
     order = rng.uniform(batch.ids, spread.shape[2]).argsort(1)
     return spread.gather(2, order[:, None].expand_as(spread)).view_as(change)

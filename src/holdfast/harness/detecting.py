@@ -1,4 +1,4 @@
-"""Attacks on a model with a detector: what they aim at, on which examples, and what came of them together."""
+"""Attacks on a model with a detector: their loss, their examples and their combined results."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,17 +13,17 @@ from holdfast.harness.plan import DETECTION, Against, Plan
 from holdfast.ops.detection import balance, median_width, threshold
 
 PASSES = tuple(slug(member.name) for member in DETECTION)
-"""The stages of the passes on a detector; the first is that of who knows of none."""
+"""The stages of the passes on a detector; the first ignores the detector."""
 
 SOFTNESS = 0.2
-"""Over what share of the median margin the gradient goes from network to detector; see `Aim.softness`.
+"""Width of the transition of the gradient from network to detector, as a share of the median margin; see
+`Aim.softness`.
 
-Along a sharp edge, steps jump between making the network wrong and calming the detector.
-"""
+With a sharp transition, steps alternate between the two goals."""
 
 
 def on_detector(plan: Plan, *, rejects: bool) -> Plan:
-    """The plan with the passes on a detector where the model has one, and without attacks on one where it has none."""
+    """The plan with the passes on a detector if the model has one, and without attacks on detectors otherwise."""
     if not rejects:
         return replace(plan, adaptive=tuple(member for member in plan.adaptive if member.against is None))
     seen = plan.attacked and plan.threat.goal is None and plan.threat.gives("gradients")
@@ -31,7 +31,7 @@ def on_detector(plan: Plan, *, rejects: bool) -> Plan:
 
 
 def aim_of(against: Against, clean: Columns) -> Aim:
-    """How an attack takes the detector, given what that says of the clean inputs."""
+    """How an attack treats the detector, computed from the detector's scores of the clean inputs."""
     if not against.weight:
         return Aim(beyond=torch.inf)
     scores, width = clean["score"], median_width(clean["class_margin"])
@@ -40,9 +40,9 @@ def aim_of(against: Against, clean: Columns) -> Aim:
 
 
 def undetected(aim: Aim, by_stage: Mapping[str, Columns]) -> Mask:
-    """Which examples no pass yet has brought to be wrong and below the threshold of `aim`.
+    """Examples that no earlier pass has made both misclassified and below the threshold of `aim`.
 
-    Who knows of no detector is asked for all that the network alone has right.
+    For the pass that ignores the detector: all examples that the network classifies correctly.
     """
     if aim.beyond == torch.inf:
         return by_stage["clean"]["class_margin"] > 0
@@ -50,7 +50,7 @@ def undetected(aim: Aim, by_stage: Mapping[str, Columns]) -> Mask:
 
 
 def lowest(by_stage: Mapping[str, Columns]) -> PerExample:
-    """The lowest score of an input that the network alone has wrong, of the clean one and of all passes; else inf."""
+    """The lowest score of a misclassified input of each example, over the clean input and all passes; inf if none."""
     clean = by_stage["clean"]
     least = torch.where(clean["class_margin"] > 0, torch.inf, clean["score"])
     for name, columns in by_stage.items():

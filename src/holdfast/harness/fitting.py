@@ -1,4 +1,4 @@
-"""Fitting a learned attack: several times from other draws, of which the best on examples apart is taken."""
+"""Fits learned attacks: several times with different random streams; the best fit on separate examples is used."""
 
 import torch
 from torch import Tensor
@@ -16,14 +16,14 @@ from holdfast.harness.plan import Plan, Stage
 from holdfast.harness.stages import aimed, digests
 from holdfast.harness.target import Target
 
-_CHOOSE = 2  # one in so many examples chooses among the fits: with few, chance would choose
-_LEAST = 8  # examples; fewer are all learned on, and choose too
+_CHOOSE = 2  # one in this many examples selects among the fits
+_LEAST = 8  # with fewer examples than this, all are used both for fitting and for the selection
 
 
 def run_fit(stage: Stage, plan: Plan, target: Target, batch: Batch, clean: Columns) -> Columns:
-    """Columns of a stage that learns an attack on `batch`, but for those of its examples that are judged.
+    """Columns of a stage that fits an attack on `batch`, without examples that are judged.
 
-    `learned.x` is what was learned; the others say what that asked of the model.
+    `learned.x` is the fitted perturbation; the other columns are costs. Raises `UsageError` if no example is left.
     """
     assert stage.member is not None
     attack, rng = stage.member.attack, Draws(plan.seed).at("stage", stage.name)
@@ -56,9 +56,9 @@ def run_fit(stage: Stage, plan: Plan, target: Target, batch: Batch, clean: Colum
 def best_fit(
     attack: Learned, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws
 ) -> tuple[Tensor, int, Mask]:
-    """What is learned, of how many fits it is the best, and which examples chose it.
+    """The best fit, the number of fits, and the mask of the examples that selected it.
 
-    The best breaks most of the choosing examples; of several, it is the one with the lowest mean margin.
+    The best fit breaks most of the selecting examples; among equals, it has the lowest mean margin.
     """
     fits = attack.fits if isinstance(attack, Refitted) else 1
     if fits == 1:

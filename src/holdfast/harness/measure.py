@@ -1,4 +1,4 @@
-"""`measure`: all stages on all examples, in memory."""
+"""Runs all stages on all examples in memory."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ def measure(
     batch_size: int = 256,
     fit: Batch | None = None,
 ) -> Evidence:
-    """What a list of attacks does to `model`: see `measured`."""
+    """Evidence of a list of attacks on `model`: see `measured`."""
     return measured(model, batches, Plan(labelled(attacks), threat, seed), batch_size=batch_size, fit=fit)
 
 
@@ -44,11 +44,11 @@ def measured(
     batch_size: int = 256,
     fit: Batch | None = None,
 ) -> Evidence:
-    """What the attacks of a plan do to `model` on some batches, whose ids must differ.
+    """Return the evidence of a plan on `model` and some batches, whose ids must be distinct.
 
-    `fit` holds other examples, for attacks that are learned. The model is measured in eval mode and comes back as it
-    was. Raises `UsageError` when an attack needs more access than the threat model allows or inputs are of less than
-    single precision, `TargetError` when there is nothing to measure or the model is unusable.
+    `fit` are other examples, for learned attacks. The model is measured in eval mode and restored afterwards. Raises
+    `UsageError` if an attack needs more access than the threat model allows, or inputs have less than single
+    precision, and `TargetError` if there are no examples or the model is unusable.
     """
     if not sum(map(len, batches)):
         raise TargetError("there are no examples to measure; expected at least one")
@@ -65,7 +65,7 @@ def measured(
         by_stage: dict[str, Columns] = {}
         seconds: dict[str, Seconds] = {}
         for stage in plan.stages():
-            if stage.adaptive:  # nobody asks the doubts here that would call for it
+            if stage.adaptive:  # no doubts are measured here that could require it
                 continue
             cpu, wall = time.process_time(), time.perf_counter()
             if stage.kind == "fit" and fit is not None:

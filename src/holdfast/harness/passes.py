@@ -1,7 +1,7 @@
-"""Adversarial examples that were found outside the suite: by fixed passes, the eps curve, the transfer matrix, probes.
+"""Adversarial examples from outside the suite: fixed passes, the eps curve, the transfer matrix, and probes.
 
-Those inside the threat model are part of the verdict. The suite's own verdict is kept beside it in columns that begin
-with `suite_`.
+Those inside the threat model count in the verdict. The results of the suite alone are in columns that begin with
+`suite_`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,10 @@ from holdfast.harness.plan import Kind, Outline
 from holdfast.harness.stages import unattacked
 
 FOUND = "found"
-"""Name of the columns of what the probes found: those of an attack, one row an example and probe."""
+"""Name of the stage with the adversarial examples of the probes; its columns are those of an attack, one row for
+each example and probe."""
 PROBE = "probe"
-"""The column among them that says which probe found a row, by its place in the list of probes."""
+"""The column with the index of the probe that found a row."""
 
 _TITLES: Mapping[Kind, str] = {
     "attacked": "the fixed {} pass",
@@ -32,30 +33,30 @@ _TITLES: Mapping[Kind, str] = {
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass outside the suite found, as the columns of an attack on all examples."""
+    """Adversarial examples of one pass outside the suite, as the columns of an attack on all examples."""
 
     stage: str
-    """what it is called in tables, such as `curve-1-fmn` or `probe-noise`"""
+    """name in tables, such as `curve-1-fmn` or `probe-noise`"""
     name: str
-    """what it is called in sentences"""
+    """name in sentences"""
     columns: Columns
     tried: int
     """examples that it was run on"""
     settings: Mapping[str, Any]
-    """as in `PassRecord`"""
+    """settings of the pass, as in `PassRecord`"""
 
 
 Probes = Sequence[tuple[str, int]]
-"""Names of the probes that count, in the order that the columns `FOUND` number them in, with the examples tried."""
+"""Names of the probes that count, in the order of their indices in `FOUND`, with the number of examples tried."""
 
 
 def passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes = ()) -> tuple[Pass, ...]:
-    """The passes in their order; what one broke outside the threat model or of an ineligible example is left out."""
+    """The passes in their order, without successes outside the threat model or on ineligible examples."""
     return (*stage_passes(plan, by_stage), *probe_passes(plan, by_stage, probes))
 
 
 def stage_passes(plan: Outline, by_stage: Mapping[str, Columns]) -> tuple[Pass, ...]:
-    """Of the passes those that are stages of the plan."""
+    """The passes that are stages of the plan, each with its adversarial examples inside the threat model."""
     clean = by_stage["clean"]
     found = []
     for step in plan.steps:
@@ -67,7 +68,7 @@ def stage_passes(plan: Outline, by_stage: Mapping[str, Columns]) -> tuple[Pass, 
 
 
 def probe_passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes) -> tuple[Pass, ...]:
-    """Of the passes those that are probes."""
+    """The passes that are probes, each with its adversarial examples inside the threat model."""
     clean = by_stage["clean"]
     suite = [step for step in plan.steps if step.kind == "attack" and not step.adaptive and not step.wave_of]
     attacks = [{"name": step.attack, **step.settings} for step in suite]
@@ -80,13 +81,13 @@ def probe_passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes)
 
 
 def _inside(plan: Outline, clean: Columns, columns: Columns) -> dict[str, Tensor]:
-    """The columns of a pass with the successes inside the threat model alone, sizes and kept inputs included."""
+    """The columns of a pass, restricted to successes inside the threat model, including distances and stored inputs."""
     success = columns["success"] & clean["correct"] & clean["eligible"]
     if plan.threat.queries is not None:
         success = success & (columns["queries"] <= plan.threat.queries)
     inside = dict(columns) | {"success": success}
     for name, values in columns.items():
-        # of the other inputs some lie outside the threat model
+        # other inputs may be outside the threat model
         if name.startswith("distance") or name == "right":
             inside[name] = torch.where(success, values, torch.inf)
     for kept in ("gallery.", "adversarial."):
@@ -97,7 +98,7 @@ def _inside(plan: Outline, clean: Columns, columns: Columns) -> dict[str, Tensor
 
 
 def _of_probe(clean: Columns, found: Columns, place: int) -> dict[str, Tensor]:
-    """The rows of one probe in the columns of an attack on all examples."""
+    """The rows of one probe, as columns of an attack on all examples."""
     mine = found[PROBE] == place
     ids = found["id"][mine]
     rows, columns = Lookup(clean["id"]).rows(ids), unattacked(clean)

@@ -1,4 +1,4 @@
-"""Work on a batch in pieces that memory holds."""
+"""Processes a batch in pieces that fit into memory."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,19 +16,19 @@ _T = TypeVar("_T")
 
 @dataclass
 class Room:
-    """How many examples go through the model at once; halved for good when memory runs out."""
+    """The number of examples in one pass; halved permanently if memory runs out."""
 
     size: int
     known: Mapping[int, int] = field(default_factory=dict)
-    """sizes that an earlier attempt at this work went on with, by the row it had come to"""
+    """sizes that an earlier attempt continued with, by the row at which memory ran out"""
     halved: Callable[[int, int], None] = field(default=lambda row, size: None)
-    """called with the row at which memory ran out and the next size, before that is tried"""
+    """called with the row at which memory ran out and the next size, before it is tried"""
     progress: Callable[[int], None] = field(default=lambda n: None)
     """called with the number of examples that were just finished"""
 
 
 def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Room) -> dict[str, Tensor]:
-    """The work in batches of the room's size; halved and tried again when memory runs out."""
+    """Apply `work` to pieces of the size of `room` and concatenate the columns; halves the size if memory runs out."""
     done: list[dict[str, Tensor]] = []
     start = 0
 
@@ -45,9 +45,10 @@ def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Ro
 
 
 def in_room(work: Callable[[int], _T], room: Room, row: int, left: int) -> _T:
-    """What `work` returns where it may pass so many examples at once; halved and tried again when memory runs out.
+    """Return `work(room.size)`; halve the size and try again if memory runs out.
 
-    `left` examples, from `row` on, are still to be passed.
+    `left` examples, from `row` on, are not processed yet. Raises `TargetError` if memory is too small for one
+    example.
     """
     room.size = room.known.get(row, room.size)
     while True:

@@ -1,4 +1,4 @@
-"""What is measured: the attacks, the threat model and the seed, as a list of stages."""
+"""The plan of a measurement: the attacks, the threat model and the seed, as a list of stages."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -25,61 +25,61 @@ DoubtsWanted = Literal["all", "free", "none"]
 
 @dataclass(frozen=True)
 class Against:
-    """How an attack takes the detector of a model that rejects, in terms of what it says of the clean inputs."""
+    """How an attack treats the detector of a model that rejects, relative to the scores of the clean inputs."""
 
     weight: float
-    """of the score, in multiples of what balances its spread with the margins of the classes; 0 leaves it out"""
+    """weight of the score, in multiples of the weight that balances it with the margins of the classes; 0 ignores it"""
     rejecting: float | None = None
-    """aim at the threshold that rejects this share of the clean inputs; None is the model's own"""
+    """aim at the threshold that rejects this share of the clean inputs; None uses the threshold of the model"""
 
 
 @dataclass(frozen=True)
 class Member:
-    """An attack and what the suite calls it, such as `APGD-CE`."""
+    """An attack and its name in the suite, such as `APGD-CE`."""
 
     name: str
     attack: Attack
     waves: int = 0
-    """how often the examples that stand are halved to get those that it begins with; 0 is all of them at once"""
+    """number of halvings of the surviving examples that give the first wave; 0 runs the attack on all at once"""
     against: Against | None = None
-    """how it takes a detector; None takes it as it is"""
+    """how it treats a detector; None treats the model as an ordinary classifier"""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a measurement; `name` is its place in the plan, which its draws and its file are named after."""
+    """One step of a measurement. `name` is unique in the plan and names its random stream and its file."""
 
     name: str
     kind: Kind
     member: Member | None = None
     earlier: tuple[str, ...] = ()
-    """the names of the earlier waves of the same attack"""
+    """names of the earlier waves of the same attack"""
     adaptive: bool = False
-    """run after the doubts were asked, if one calls for it, by an attacker who goes round what masks gradients"""
+    """run after the doubts, if one requires it, with gradients that bypass masked stages"""
     aim: Aim = Aim()
-    """how it takes a detector"""
+    """how it treats a detector"""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage in plain values, which can be written down and read back."""
+    """A stage in plain values, for JSON."""
 
     name: str
     kind: Kind
     attack: str = ""
-    """what the suite calls it"""
+    """name of the attack in the suite"""
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    """what a reader must know of it"""
+    """notes for the reader of a report"""
     wave_of: str = ""
-    """the name of the first wave of the same attack, where this is a later one"""
+    """name of the first wave of the same attack, if this is a later wave"""
     adaptive: bool = False
-    """run only where a raised doubt called for it"""
+    """run only if a raised doubt requires it"""
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What evidence needs to know of a plan."""
+    """The parts of a plan that evidence needs."""
 
     steps: tuple[Step, ...]
     threat: ThreatModel
@@ -90,7 +90,7 @@ class Outline:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides what is measured, but the model, the data and how they are shared out."""
+    """Everything that determines the measurements, except the model, the data and the division of the work."""
 
     members: tuple[Member, ...]
     threat: ThreatModel
@@ -98,31 +98,31 @@ class Plan:
     suite: str = ""
     """name and version; empty for a list of attacks"""
     smallest: bool = False
-    """ask every attack for its smallest change on every example, instead of for any change within eps"""
+    """search the smallest change for every example, instead of any change within eps"""
     attacked: bool = False
-    """run the fixed PGD-40 pass that entropy, margin, F1 and calibration are read from"""
+    """run the fixed PGD-40 pass for entropy, margin, F1 and calibration"""
     detection: bool = False
-    """run the passes that show what the detector of a model that rejects is worth"""
+    """run the passes that evaluate the detector of a model that rejects"""
     curve: tuple[Member, ...] = ()
-    """minimum-norm attacks on every example, for accuracy against eps"""
+    """minimum-norm attacks on every example, for accuracy as a function of eps"""
     matrix: bool = False
-    """measure how examples made on the model and on each surrogate turn the others"""
+    """measure how examples computed on the model and on each surrogate transfer to the others"""
     across: bool = False
-    """measure how changes made on the data turn inputs of other data sets, and theirs those of the data"""
+    """measure how perturbations transfer between the data and other data sets"""
     full: bool = False
-    """run every attack on every example, standing or not"""
+    """run every attack on every example, even on those already broken"""
     keep_adversarial: bool = False
-    """keep every successful input, and not only a few to look at"""
+    """store every adversarial input, not only a few for the report"""
     alone: bool = False
-    """make no pass beside the attacks, and keep what they return on every example that they are run on"""
+    """run no pass in addition to the attacks, and store the results on all examples that they are run on"""
     shown: bool = True
-    """keep a few successful inputs to look at"""
+    """store a few adversarial inputs for the report"""
     doubts: DoubtsWanted = "free"
     adaptive: tuple[Member, ...] = ()
-    """what raised doubts may call for, on the examples that the attacks before left standing"""
+    """attacks that raised doubts may require, run on the examples that survive all others"""
 
     def stages(self) -> tuple[Stage, ...]:
-        """The steps in order."""
+        """The stages of the plan in the order in which they run."""
         attacks = [
             stage for k, m in enumerate(self.members, 1) for stage in self._waves(f"{k}-{slug(m.name)}", m)
         ]
@@ -146,7 +146,7 @@ class Plan:
         return [*fit, *(Stage(each, "attack", member, names[:k]) for k, each in enumerate(names))]
 
     def outline(self, classes: int) -> Outline:
-        """The plan in plain values, for a model of so many classes."""
+        """The plan in plain values, for a model with `classes` classes."""
         steps = tuple(self._step(stage, classes) for stage in self.stages())
         return Outline(steps, self.threat, self.seed, self.suite, self.smallest)
 
@@ -167,7 +167,7 @@ class Plan:
 
 
 def adaptive_members(constraint: Constraint) -> tuple[Member, ...]:
-    """All that doubts, or a detector, may call for under a constraint."""
+    """All adaptive attacks under a constraint."""
     return tuple(
         Member(arm.name, arm.attack, against=None if arm.weight is None else Against(arm.weight))
         for arm in arms(constraint)
@@ -175,37 +175,38 @@ def adaptive_members(constraint: Constraint) -> tuple[Member, ...]:
 
 
 def fit_of(stage: str) -> str:
-    """The name of the stage that an attack is learned in, by the name of its own."""
+    """The name of the stage that fits the attack of the stage `stage`."""
     return f"fit-{stage}"
 
 
 FIXED = Member("PGD-40", PGD(steps=40, reach=2.5, loss=cross_entropy, schedule=flat, drop=False))
-"""The pass that does not depend on the suite's order: every example, never dropped."""
+"""The pass that does not depend on the order of the suite: it runs on every example."""
 
 FALSE_POSITIVES = (0.5, 0.05, 0.01)
-"""Rates at which a detector is attacked, the lowest threshold first: what gets below it is below the others."""
+"""False positive rates at which a detector is attacked, in order of increasing threshold: an input below the lowest
+threshold is below the others."""
 
 AWARE = PGD(restarts=3)
-"""What goes against network and detector at once."""
+"""The attack on network and detector together."""
 
 DETECTION = (
     Member("Oblivious", FIXED.attack, against=Against(0.0)),
     *(Member(f"Aware-{100 * rate:g}", AWARE, against=Against(EVEN, rate)) for rate in FALSE_POSITIVES),
     Member("Aware", AWARE, against=Against(EVEN)),
 )
-"""The passes on a model that rejects: of who knows of no detector, then at each threshold of who does."""
+"""The passes on a model that rejects: first one that ignores the detector, then one for each threshold."""
 
 MATRIX = Member("Transfer", Transfer(reach=2.5, diversity=0.5, neighbours=0))
-"""What makes the examples of the transfer matrix, and the changes that are carried across data sets."""
+"""The attack for the transfer matrix and for the transfer across data sets."""
 
 
 def labelled(attacks: Iterable[Attack]) -> tuple[Member, ...]:
-    """Attacks named after their classes."""
+    """Members of a list of attacks, named after their classes."""
     return tuple(Member(type(attack).__name__, attack) for attack in attacks)
 
 
 def settings(attack: Attack) -> dict[str, Any]:
-    """The settings of an attack as plain values: functions by their name, nested attacks by theirs."""
+    """The settings of an attack as plain values; functions are given by name, nested attacks by name and settings."""
     plain: dict[str, Any] = {}
     for f in fields(attack):  # type: ignore[arg-type]
         value = getattr(attack, f.name)
@@ -217,7 +218,7 @@ def settings(attack: Attack) -> dict[str, Any]:
 
 
 def few_classes(plain: Mapping[str, Any], classes: int, *, aimed: bool) -> tuple[str, ...]:
-    """What an attack of these settings does differently where there are few classes, in words."""
+    """Notes on how an attack with these settings changes for a small number of classes."""
     targets = plain.get("targets") or 0
     needed, notes = 4 if targets or aimed else 3, []
     if plain.get("loss") == "dlr" and classes < needed:
@@ -228,14 +229,14 @@ def few_classes(plain: Mapping[str, Any], classes: int, *, aimed: bool) -> tuple
 
 
 def _weighed(against: Against | None) -> tuple[str, ...]:
-    """How much an attack makes of a detector, in words."""
+    """A note on the weight of the detector's score in an attack."""
     if against is None or not against.weight:
         return ()
     return (f"the detector's score weighs {against.weight:g} times what balances it with the classes",)
 
 
 def refuse_unfitted(plan: Plan, *, fit: bool) -> None:
-    """`UsageError` where an attack must be learned and cannot be, or where there is something to `fit` for none."""
+    """Raise `UsageError` if a learned attack cannot be fitted, or if `fit` is given without a learned attack."""
     if fit and not any(isinstance(member.attack, Learned) for member in plan.members):
         raise UsageError(
             "there are examples to learn attacks on, and none of the attacks is learned; leave --fit out, or list one, "
@@ -261,7 +262,10 @@ def refuse_unfitted(plan: Plan, *, fit: bool) -> None:
 
 
 def refuse_what_is_hidden(plan: Plan, target: Access, why: str = "") -> Plan:
-    """The plan with the access that the target can give at most; `UsageError` if an attack needs more, saying `why`."""
+    """The plan with the access limited to what the target gives.
+
+    Raises `UsageError` if an attack needs more; `why` is a part of the message.
+    """
     least: Access = min(plan.threat.access, target, key=ACCESS_ORDER.index)
     seen = replace(plan, threat=replace(plan.threat, access=least))
     seen = replace(seen, adaptive=tuple(m for m in plan.adaptive if seen.threat.gives(m.attack.needs)))
@@ -284,7 +288,7 @@ def refuse_what_is_hidden(plan: Plan, target: Access, why: str = "") -> Plan:
 
 
 def _searched(threat: ThreatModel) -> bool:
-    """Whether the suite `black-box` has an attack that needs no more than can be seen."""
+    """Whether the suite `black-box` has an attack that works with the access of the threat model."""
     constraint = threat.constraint
     if isinstance(constraint, (Linf, L2)):
         return threat.gives("labels")
@@ -293,12 +297,12 @@ def _searched(threat: ThreatModel) -> bool:
 
 
 def _suite(plan: Plan, name: str) -> str:
-    """How a user names a suite: by a flag, or by the argument of `holdfast.attack` where that made the plan."""
+    """How a user selects a suite: with the option, or with the argument of `holdfast.attack`."""
     return f"attack={name!r}" if plan.alone else f"--suite {name}"
 
 
 def _way_out(member: Member, plan: Plan, target: Access) -> str:
-    """What helps where an attack needs more than the threat model of the plan and the target allow."""
+    """Advice if an attack needs more access than the threat model and the target allow."""
     threat, ways = plan.threat, []
     hidden = [each for each in plan.members if not threat.gives(each.attack.needs)]
     if member not in hidden:

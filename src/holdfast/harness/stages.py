@@ -1,4 +1,4 @@
-"""One stage on some examples: run an attack on those that stand, and let the bare model judge what came back."""
+"""Runs a stage: the attack runs on surviving examples, and the original model judges the results."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -27,21 +27,21 @@ from holdfast.harness.plan import Kind, Plan, Stage, fit_of
 from holdfast.harness.target import Target
 
 GALLERY = 12
-"""Broken examples that are kept for people to look at."""
+"""Number of broken examples that are stored for the report."""
 
 _PLACES, _BROKEN_AT_RANDOM = "places", "broken_at_random"
 
 NORMS: Mapping[str, Constraint] = {"linf": Linf(), "l2": L2(), "l1": L1(), "l0": L0()}
-"""What sizes are measured in, whatever the threat; `l0` counts what the threat counts, see `norms_of`."""
+"""Norms in which distances are measured under any threat model; for `l0`, see `norms_of`."""
 
 
 def norms_of(threat: Constraint) -> Mapping[str, Constraint]:
-    """What sizes are measured in under a threat: `l0` in pixels where the threat counts pixels, else in values."""
+    """Norms for distances under a threat model: `l0` counts pixels if the constraint does, otherwise values."""
     return {**NORMS, "l0": L0(per="pixel")} if counts_pixels(threat) else NORMS
 
 
 def run_clean(plan: Plan, target: Target, batch: Batch, room: Room) -> Columns:
-    """Columns of the first stage: what the model says of the clean inputs."""
+    """Columns of the first stage: the outputs of the model for the clean inputs."""
     rng = Draws(plan.seed).at("stage", "clean")
     return in_pieces(lambda piece: _clean(plan, target, piece, rng), batch, room)
 
@@ -56,10 +56,10 @@ def run_stage(
     room: Room,
     broken: Mask | None = None,
 ) -> Columns:
-    """Columns of one stage after the clean one, on those of `batch` that are `due`; `clean` is what that one left.
+    """Columns of a stage after the clean one, on the `chosen` examples; `clean` are the columns of the clean stage.
 
-    Keys that start with one of `PARTIAL` hold some of the examples only, named by their `id`. Of the examples that the
-    suite has `broken` already, a pass outside the suite keeps no input.
+    Keys that start with one of `PARTIAL` contain only some examples, given by their `id`. A pass outside the suite
+    stores no inputs for examples that the suite has already `broken`.
     """
     assert stage.member is not None
     knows = stage.adaptive or stage.kind == "detection"
@@ -85,7 +85,7 @@ def run_stage(
 
 
 def _work(stage: Stage, plan: Plan, target: Target, missed: Ids) -> Callable[[Batch], dict[str, Tensor]]:
-    """What a stage does with each piece of its examples."""
+    """The function that a stage applies to each piece of its examples."""
     assert stage.member is not None
     attack, threat, rng = stage.member.attack, plan.threat, Draws(plan.seed).at("stage", stage.name)
     if stage.kind == "attacked":
@@ -100,7 +100,7 @@ def _work(stage: Stage, plan: Plan, target: Target, missed: Ids) -> Callable[[Ba
 
 
 def ready(stage: Stage, by_stage: Mapping[str, Columns]) -> Stage:
-    """The stage with what was learned for its attack, and of a detector; the same where nothing had to be."""
+    """The stage with the fitted attack, and with the aim at a detector; unchanged if it needs neither."""
     if stage.member is not None and stage.member.against is not None:
         return replace(stage, aim=aim_of(stage.member.against, by_stage["clean"]))
     first = (*stage.earlier, stage.name)[0]
@@ -113,9 +113,9 @@ def ready(stage: Stage, by_stage: Mapping[str, Columns]) -> Stage:
 
 
 def unattacked(clean: Columns, kind: Kind = "attack") -> dict[str, Tensor]:
-    """The columns of examples that an attack leaves alone: at distance 0 where the clean input is wrong, else inf.
+    """The columns of examples that were not attacked: distance 0 if the clean prediction is wrong, else inf.
 
-    `score` is that of an input which the network has wrong, and inf where there is none.
+    `score` is inf, since there is no misclassified input.
     """
     n = len(clean["id"])
     zeros = torch.zeros(n, dtype=torch.int64)
@@ -190,7 +190,7 @@ def _attacked(
 def _against(
     attack: Attack, plan: Plan, target: Target, batch: Batch, rng: Draws, missed: Ids
 ) -> dict[str, Tensor]:
-    """What the detector says of the attacked inputs that the network alone has wrong."""
+    """The scores of the detector for attacked inputs that the network misclassifies."""
     with target.repeatable(rng.at(int(batch.ids[0]))):
         x_adv, spent = returned(attack, plan.threat, target, batch, rng)
         logits, columns = _verdict(plan, target, batch, x_adv)
@@ -222,7 +222,7 @@ def _attack(
 
 
 def judge(plan: Plan, target: Target, batch: Batch, x_adv: Inputs, rng: Draws) -> dict[str, Tensor]:
-    """Columns of inputs that were found outside the stages, as an attack's are: what the bare model says of each."""
+    """Columns of an attack for inputs that were found outside the stages, judged by the original model."""
     batch = aimed(batch, plan.threat)
     with target.repeatable(rng.at(int(batch.ids[0]))):
         _, columns = _verdict(plan, target, batch, x_adv)
@@ -233,7 +233,7 @@ def judge(plan: Plan, target: Target, batch: Batch, x_adv: Inputs, rng: Draws) -
 
 
 def _verdict(plan: Plan, target: Target, batch: Batch, x_adv: Inputs) -> tuple[Logits, dict[str, Tensor]]:
-    """Logits of the bare model, and the columns of its verdict: `success` is a wrong answer inside the threat model."""
+    """Logits of the original model, and its verdict: `success` is a wrong prediction inside the threat model."""
     logits, right, right_fresh = _judged(target, batch, x_adv, lambda logits: target.held(logits, batch.y))
     found, constraint = ~(right > 0.5), plan.threat.constraint
     distance = constraint.distance(x_adv, batch.x)
@@ -255,14 +255,14 @@ def _verdict(plan: Plan, target: Target, batch: Batch, x_adv: Inputs) -> tuple[L
 
 
 def _asked(spent: Spent) -> dict[str, Tensor]:
-    """The columns of what an attack cost."""
+    """The cost columns of an attack."""
     return {"queries": spent.queries, "first_success": spent.first_success, "backwards": spent.backwards}
 
 
 def _kept(plan: Plan, batch: Batch, x_adv: Inputs, success: Mask, missed: Ids) -> dict[str, Tensor]:
-    """The successful inputs of examples in `missed`: a few to look at, and all where the plan keeps them.
+    """Adversarial inputs of examples in `missed`: a few for the report, and all if the plan stores them.
 
-    Where the plan runs the attacks alone, all inputs are kept, successful or not.
+    If the plan runs only the attacks, all inputs are stored, even unsuccessful ones.
     """
     kept = (success & torch.isin(batch.ids, missed)).nonzero()[:, 0]
     shown = kept[: GALLERY if plan.shown else 0]
@@ -277,7 +277,7 @@ def _kept(plan: Plan, batch: Batch, x_adv: Inputs, success: Mask, missed: Ids) -
 def _at_random(
     attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
 ) -> dict[str, Tensor]:
-    """What an attack that chooses among places does at one random place of each image; nothing of another attack."""
+    """The result at one random place of each image, for an attack that chooses among places; else empty."""
     if not isinstance(attack, Placed):
         return {}
     x_adv = attack.at_random(target.bare, batch, threat, rng=rng)
@@ -289,9 +289,9 @@ def _at_random(
 def _transferred(
     attack: Attack, plan: Plan, target: Target, batch: Batch, rng: Draws, missed: Ids
 ) -> dict[str, Tensor]:
-    """What examples made on the target and on each surrogate do to all of them; see `Evidence.transfer`.
+    """Transfer of examples computed on the target and on each surrogate to all of them; see `Evidence.transfer`.
 
-    The verdict on each example is that of the first maker whose input the target has wrong.
+    The verdict on each example is that of the first source whose input the target misclassifies.
     """
     batch, threat = aimed(batch, plan.threat), replace(plan.threat, queries=None)
     metered = Metered(target.asked(target.quick, batch), batch, threat)
@@ -324,20 +324,23 @@ def _transferred(
 
 
 def makers(target: Model, threat: ThreatModel) -> list[tuple[Model, ...]]:
-    """What the examples of the transfer matrix are made on: the target if it may be seen, each surrogate, and all."""
+    """Models for the transfer matrix: the target if gradients are allowed, each surrogate, and all of these."""
     own, each = [(target,)] if threat.gives("gradients") else [], [(model,) for model in threat.surrogates]
     return [*own, *each, *([threat.surrogates] if len(each) > 1 else [])]
 
 
 def aimed(batch: Batch, threat: ThreatModel) -> Batch:
-    """The batch with the target class of the threat's goal, where it has one."""
+    """The batch with the target class of the threat model, if it has one."""
     return batch if threat.goal is None else batch.towards(torch.full_like(batch.y, threat.goal))
 
 
 def returned(
     attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
 ) -> tuple[Inputs, Spent]:
-    """What the attack returned, checked to be an allowed input; what it had found when its budget ran out."""
+    """The inputs that an attack returned, or that it had found when its budget was spent; and its cost.
+
+    Raises `HoldfastError` if they violate the threat model.
+    """
     meter = Metered(target.asked(target.quick, batch), batch, threat)
     try:
         x_adv = attack(meter, batch, threat, rng=rng)
@@ -363,10 +366,9 @@ def returned(
 def _judged(
     target: Target, batch: Batch, x: Inputs, seen: Callable[[Logits], Tensor]
 ) -> tuple[Logits, Tensor, Tensor]:
-    """Logits of the bare model, the share of draws in which it holds, and that share over fresh draws.
+    """Logits of the original model, the share of votes in which it is correct, and the share for new votes.
 
-    `seen` makes of its logits those that it is judged by. A model that is not randomised is asked once; under a tie or
-    a NaN it does not hold.
+    `seen` computes the logits that are judged. A deterministic model is evaluated once. Ties and NaN count as wrong.
     """
 
     def holds(logits: Logits) -> Mask:
@@ -384,7 +386,7 @@ def _judged(
 
 
 def digests(batch: Batch) -> Tensor:
-    """SHA-256 of each input's bytes and label, (n, 32) uint8: what `compare` pairs examples by."""
+    """SHA-256 of each input's bytes and label, (n, 32) uint8; `compare` pairs examples by it."""
     rows = zip(batch.x.detach().cpu().contiguous().flatten(1).numpy(), batch.y.tolist(), strict=True)
     digests = b"".join(
         hashlib.sha256(row.tobytes() + label.to_bytes(8, "little", signed=True)).digest()

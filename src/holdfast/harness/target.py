@@ -1,4 +1,4 @@
-"""The model under test, frozen and in eval mode for as long as it is measured."""
+"""The model under test, frozen and in eval mode during a measurement."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,20 +24,20 @@ from holdfast.ops.masking import Masking, masking
 from holdfast.ops.prepare import in_training, quickened
 
 LOOKED_AT = 8
-"""Examples that show, before anything is measured, whether the model draws at random and what makes it quick."""
+"""Number of examples on which the model is inspected before a measurement."""
 
 REJECTS = (
     "the model rejects what its detector takes for a stranger: an example stands if its clean input is accepted and "
     "right and no attacked input is accepted and wrong; the attacks see network and detector as one"
 )
-"""What is said of a model that rejects."""
+"""Note on a model with a detector, which rejects inputs."""
 
-_SAME = 1e-4  # two forwards that differ by more than this share of the largest logit are a randomised model
+_SAME = 1e-4  # largest difference, relative to the largest logit, of the outputs of a deterministic model
 
 
 @dataclass(frozen=True)
 class Held:
-    """A model that rejects, as an attack on a batch meets it: a classifier that a rejected input does not break."""
+    """A model that rejects, as a classifier for attacks on a batch: a rejected input counts as correctly classified."""
 
     model: Model
     batch: Batch
@@ -45,7 +45,7 @@ class Held:
 
     @property
     def bounds(self) -> Bounds:
-        """The box of the model underneath."""
+        """The input bounds of the model."""
         return self.model.bounds
 
     @cached_property
@@ -53,7 +53,7 @@ class Held:
         return Lookup(self.batch.ids)
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits of the classes; see `held`."""
+        """Logits of the classes for attacks; see `held`."""
         y = self.batch.y if ids is None else self.batch.y[self._lookup.rows(ids)]
         logits = self.model(x, ids)
         if self.aim == Aim():
@@ -65,9 +65,9 @@ class Held:
 
 @dataclass(frozen=True)
 class Target:
-    """`bare` judges; `quick` is a frozen copy that computes the same, and that the attacks ask.
+    """The model under test in several forms: `bare` judges, and attacks query `quick`, an equivalent frozen copy.
 
-    `view` is what adaptive attacks ask: the same outputs, with gradients that go round what `masking` found.
+    Adaptive attacks query `view`, with the same outputs, and gradients that bypass the stages found by `masking`.
     """
 
     bare: Classifier
@@ -77,50 +77,50 @@ class Target:
     classes: int
     notes: tuple[str, ...] = ()
     in_training: tuple[str, ...] = ()
-    """dropout and batch norm that were found in train mode; they were measured in eval mode"""
+    """dropout and batch norm layers that were in train mode; the model was measured in eval mode"""
     masking: Masking = Masking()
     aim: Aim = Aim()
-    """how the attacks take the detector of a model that rejects"""
+    """how the attacks treat the detector of a model that rejects"""
     blind: bool = False
-    """whether no gradient of that detector's score reaches an input: it rounds, or answers yes or no"""
+    """whether no gradient of the detector's score reaches an input, because it rounds or is binary"""
     blind_view: bool = False
-    """the same of `view`"""
+    """whether no gradient of the detector's score reaches an input through `view`"""
 
     @property
     def rejects(self) -> bool:
-        """Whether the last logit is that of "rejected", which is none of the `classes`."""
+        """Whether the model has an additional last logit for "rejected", which is not one of the `classes`."""
         return self.bare.rejects
 
     def logits(self, x: Inputs) -> Logits:
-        """What the bare model says, without a gradient."""
+        """Logits of the model without gradients."""
         with torch.no_grad(), judging():
             logits: Logits = self.bare(x)
         return logits
 
     def asked(self, model: Model, batch: Batch) -> Model:
-        """`model`, one of those above, as attacks on a batch ask it: what it rejects does not break an example."""
+        """A model of this target as attacks on a batch query it: a rejected input does not break an example."""
         model = Answering(model, batch) if self.bare.remote else model
         return Held(model, batch, self.aim) if self.rejects else model
 
     def held(self, logits: Logits, y: Labels) -> Tensor:
-        """Logits of the model by which an attacked input is judged."""
+        """The logits by which an attacked input is judged."""
         logits = for_label(logits, y) if self.bare.remote else logits
         return held(logits, y) if self.rejects else logits
 
     def predicted(self, logits: Logits) -> Labels:
-        """The likeliest class; -1 where the input is rejected or refused."""
+        """The predicted class; -1 if the input is rejected or refused."""
         best = logits[:, : self.classes].argmax(1)
         if self.bare.remote:
             best = torch.where(refused(logits), -1, best)
         return torch.where(self.rejected(logits), -1, best) if self.rejects else best
 
     def rejected(self, logits: Logits) -> Mask:
-        """Which inputs a model that rejects does not accept."""
+        """Mask of the inputs that a model with a detector rejects."""
         return logits[:, -1] > logits[:, :-1].amax(1)
 
     @contextmanager
     def repeatable(self, rng: Draws) -> Iterator[None]:
-        """Within it, a randomised model draws what the place `rng` says; torch's own state is put back afterwards."""
+        """Context manager in which `rng` determines the randomness of the model; restores the state of torch."""
         if not self.randomised:
             yield
             return
@@ -131,11 +131,11 @@ class Target:
 
 @contextmanager
 def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Iterator[Target]:
-    """The target for the time of a measurement; the model is put back as it was afterwards.
+    """Yield the target of a measurement; the model is restored afterwards.
 
-    With `adaptive`, its stages are looked at one by one for what masks the gradient.
+    With `adaptive`, its stages are searched for causes of gradient masking.
     """
-    # a frozen script has no mode
+    # a frozen script module has no mode
     modes = [(module, getattr(module, "training", False)) for module in model.modules()]
     weights = [(weight, weight.requires_grad) for weight in model.parameters()]
     left_in_training = in_training(model)
@@ -174,9 +174,9 @@ def _looked_at(model: Classifier, sample: Batch, left_in_training: tuple[str, ..
 
 
 def _blind(model: Model, sample: Batch) -> bool:
-    """Whether no gradient of a detector's score reaches any of the inputs, nor any on the way from them to noise.
+    """Whether no gradient of the detector's score reaches the inputs, or points between them and noise.
 
-    A score may well be flat at clean inputs, or far from them.
+    A score may be constant at clean inputs or far away from them, so several points are tested.
     """
     noise = Draws(0).at("detector").uniform(sample.ids, *sample.x.shape[1:], dtype=sample.x.dtype)
     for share in (0.0, 0.1, 0.3, 1.0):
@@ -185,7 +185,7 @@ def _blind(model: Model, sample: Batch) -> bool:
         try:
             with torch.enable_grad():
                 found = score(model(x))
-        except TargetError:  # said by the first attack that asks for a gradient
+        except TargetError:  # reported by the first attack that needs a gradient
             return True
         if found.requires_grad:
             (grad,) = torch.autograd.grad(found.sum(), x, materialize_grads=True)
@@ -199,7 +199,7 @@ def _gone_round(target: Target, sample: Batch) -> Target:
         found = masking(target.bare, sample.x)
     except UsageError:
         raise
-    except Exception:  # noqa: BLE001  a network may refuse it in any way
+    except Exception:  # noqa: BLE001  a network may fail in any way
         said = "the stages of the model cannot be looked at one by one, so adaptive attacks go round none"
         return replace(target, notes=(*target.notes, said))
     if not found:
@@ -209,14 +209,14 @@ def _gone_round(target: Target, sample: Batch) -> Target:
 
 
 def no_memory(n: int, error: BaseException) -> TargetError:
-    """What is said when memory runs out and nothing can be halved."""
+    """The error for memory that is too small for the smallest batch."""
     many = "one example" if n == 1 else f"{n} examples"
     way_out = "give it a machine or a --device with more, or a smaller model"
     return TargetError(f"memory ran out with {many} at a time ({error}); {way_out}")
 
 
 def _generators(device: torch.device) -> Tensor:
-    """The states of torch's generators; a forward that changes them has drawn, if seldom to any effect."""
+    """States of torch's random generators. A forward pass that changes them is randomised, if only rarely."""
     here = [torch.get_rng_state()]
     return torch.cat([*here, torch.cuda.get_rng_state(device)] if device.type == "cuda" else here)
 
@@ -233,7 +233,7 @@ def _first(model: Classifier, sample: Batch) -> Logits:
 
 
 def _remarks(logits: Logits, *, randomised: bool) -> tuple[str, ...]:
-    """What a reader must know of the model before the numbers: that it says nothing, or never the same."""
+    """Notes on the model that a reader needs before the numbers: constant, NaN or randomised outputs."""
     remarks = []
     lost = int(logits.isnan().any(1).sum())
     if lost:

@@ -1,8 +1,8 @@
-"""Which examples a stage is run on, decided over all of them at once; and the waves of an attack told as one.
+"""Selects the examples that a stage is run on, over all examples at once; and combines the waves of an attack.
 
-An attack that goes in waves begins with the examples that came nearest to falling and goes on while that pays: the
-first wave is 1 / 2^waves of those that stand, each later one twice its forerunner but for the second, which is as large
-as the first, none has fewer than `LEAST`, and a wave that breaks nothing is the last.
+An attack with waves starts with the examples of the lowest margins and continues while it succeeds: the first wave
+has 1 / 2^waves of the surviving examples, the second as many, each later one twice as many. No wave has fewer than
+`LEAST` examples, and a wave that breaks none is the last.
 """
 
 import math
@@ -20,22 +20,23 @@ from holdfast.harness.plan import Plan, Stage, Step
 from holdfast.ops.sampling import sample_rows
 
 MATRIX_ROWS = 500
-"""Examples of the transfer matrix, and of each data set carried across, at most: a share is known to 4.5 points."""
+"""Largest number of examples in the transfer matrix, and of each data set in the transfer across data sets; a share
+is then known to 4.5 percentage points."""
 LEAST = 32
-"""Examples of a wave: fewer would prove little where they break nothing."""
+"""Smallest number of examples in a wave: with fewer, a wave without success shows little."""
 
 AT_TIMES = 0.05
-"""Adaptive attacks go on with an example that is broken but right in more than this share of the draws."""
+"""Adaptive attacks continue with a broken example that is correct in more than this share of the votes."""
 
 _CONFIDENCE = 0.95
 
 
 def due(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask:
-    """The examples that a stage after the clean one is run on, of all of them."""
+    """Mask of the examples that a stage after the clean one is run on."""
     clean = by_stage["clean"]
     eligible = clean["correct"] & clean["eligible"]
     if stage.kind == "attacked" or isinstance(plan.threat.constraint, Corruptions):
-        return torch.ones_like(eligible)  # what is wrong on a clean image may be right on a corrupted one
+        return torch.ones_like(eligible)  # a misclassified image may be classified correctly when corrupted
     if stage.kind == "detection":
         return undetected(stage.aim, by_stage)
     if stage.kind == "transfer":
@@ -61,7 +62,7 @@ def due(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask:
 
 
 def _heights(plan: Plan, by_stage: Mapping[str, Columns]) -> PerExample:
-    """The lowest margin that each example was brought to; before any attack the clean one, if that is the goal's."""
+    """The lowest margin reached for each example; the clean margin is included for an untargeted threat model."""
     clean = by_stage["clean"]["margin"]
     lowest = clean if plan.threat.goal is None else torch.full_like(clean, torch.inf)
     for name, columns in by_stage.items():
@@ -71,7 +72,7 @@ def _heights(plan: Plan, by_stage: Mapping[str, Columns]) -> PerExample:
 
 
 def _chance(by_stage: Mapping[str, Columns]) -> Tensor:
-    """Of a model that draws at random, the lowest share of draws in which each example is right; of others 0 or 1."""
+    """The lowest share of votes in which each example is correct; 0 or 1 for a deterministic model."""
     lowest = by_stage["clean"]["right"]
     for name, columns in by_stage.items():
         if name[0].isdigit():
@@ -80,7 +81,7 @@ def _chance(by_stage: Mapping[str, Columns]) -> Tensor:
 
 
 def _lowest(among: Mask, heights: PerExample, n: int) -> Mask:
-    """The `n` of lowest height; of equals, those that come first."""
+    """The `n` examples of lowest margin; the first ones among equals."""
     rows = among.nonzero()[:, 0]
     chosen = torch.zeros_like(among)
     chosen[rows[heights[rows].argsort(stable=True)[:n]]] = True
@@ -88,7 +89,7 @@ def _lowest(among: Mask, heights: PerExample, n: int) -> Mask:
 
 
 def broken(by_stage: Mapping[str, Columns]) -> Mask:
-    """Which examples an attack of the suite has broken already."""
+    """Mask of the examples that an attack of the suite has broken."""
     gone = torch.zeros_like(by_stage["clean"]["correct"])
     for name, columns in by_stage.items():
         if name[0].isdigit():
@@ -97,7 +98,7 @@ def broken(by_stage: Mapping[str, Columns]) -> Mask:
 
 
 def gathered(steps: Sequence[Step], by_stage: Mapping[str, Columns]) -> dict[str, Columns]:
-    """The columns of each stage, those of the waves of one attack joined under the name of the first."""
+    """The columns of each stage; the waves of one attack are joined under the name of the first."""
     joined = dict(by_stage)
     for step in steps:
         if not step.wave_of or step.name not in by_stage:
@@ -110,7 +111,7 @@ def gathered(steps: Sequence[Step], by_stage: Mapping[str, Columns]) -> dict[str
 
 
 def _either(name: str, first: Columns, wave: Columns, ran: Mask) -> Tensor:
-    """One column of both: each example's own, or all that were kept to look at."""
+    """One column of both: the value of the wave that ran on the example, or all stored inputs."""
     if name not in wave or name not in first:
         return wave[name] if name in wave else first[name]
     if len(first[name]) == len(ran) and not name.startswith(PARTIAL):
@@ -119,16 +120,19 @@ def _either(name: str, first: Columns, wave: Columns, ran: Mask) -> Tensor:
 
 
 def most_left(held: int, waves: int) -> float:
-    """The largest share of the others that would fall, where `held` all held in one of so many `waves`.
+    """Upper bound on the share of untried examples that would break, after a wave that broke none of `held`.
 
-    With 95 % confidence: each wave may be the one that holds by luck, so each has its part of the other 5 %.
+    The confidence is 95 %. Any of the `waves` could be the last one by chance, so the error is divided among them.
     """
     most: float = 1 - ((1 - _CONFIDENCE) / waves) ** (1 / held)
     return most
 
 
 def residual(waves: Sequence[Columns], standing: int) -> Residual | None:
-    """What an attack left alone of those that stood, and at what risk; None where it tried them all."""
+    """How many surviving examples an attack did not try, and the upper bound on the share it would break.
+
+    None if it tried all.
+    """
     ran = [int(columns["ran"].sum()) for columns in waves]
     left, last = standing - sum(ran), max((k for k, n in enumerate(ran) if n), default=0)
     if left <= 0 or not ran[last] or waves[last]["success"].any():
@@ -137,7 +141,7 @@ def residual(waves: Sequence[Columns], standing: int) -> Residual | None:
 
 
 def remark(attack: str, waves: Sequence[Columns], risk: Residual | None) -> tuple[str, ...]:
-    """What must be said of an attack that stopped before it came to all that stood: at what risk."""
+    """A note on an attack that stopped before it had tried all surviving examples, with the risk."""
     if risk is None:
         return ()
     ran = [int(columns["ran"].sum()) for columns in waves]

@@ -1,1 +1,1 @@
-"""What people and machines read of a run: one summary, and every other output made from it."""
+"""Reports of a run: a summary, and all other formats, which are made from it."""

@@ -1,4 +1,4 @@
-"""What was carried across data sets, as the summary keeps it and as tables show it."""
+"""The transfer across data sets, for the summary and as tables."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ Json = dict[str, Any]
 
 
 def across(evidence: Evidence, confidence: float) -> Json | None:
-    """The data sets, and for the changes made on each what they did to all; None where nothing was measured."""
+    """The data sets, and the results of the perturbations of each on all; None if nothing was measured."""
     try:
         rows = carried(evidence, confidence)
     except Absent:
@@ -36,17 +36,17 @@ def across(evidence: Evidence, confidence: float) -> Json | None:
 
 
 def title(found: Mapping[str, Any], noun: str) -> str:
-    """What the table says."""
+    """Title of the table of the transfer across data sets."""
     return f"across data: of {count(found['n'])} {noun} of each those that the changes turn, and turn in mixed order"
 
 
 def headings(found: Mapping[str, Any]) -> list[str]:
-    """Of the columns."""
+    """Column headings of the table."""
     return ["made on", *(f"put on {name}" for name in found["data"])]
 
 
 def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Each row as text: what the changes were made on, then shares with their intervals and their controls."""
+    """Each row as text: the source data set, then shares with intervals and those of the controls."""
     for row in found["rows"]:
         pairs = zip(row["shares"], row["controls"], strict=True)
         yield [

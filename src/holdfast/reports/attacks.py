@@ -1,4 +1,4 @@
-"""The table of attacks: what stands after each or, where no eps was given, how small a change each found."""
+"""The table of attacks: surviving examples after each attack, or without an eps the sizes of the changes it found."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,26 +11,26 @@ SMALLEST = ("attack", "found", "share", "median", "time", "interval", "queries")
 
 
 def by_distance(summary: Mapping[str, Any]) -> bool:
-    """Whether the attacks are told by what they found: without an eps, a large enough change breaks anything."""
+    """Whether the table shows distances: without an eps, a large enough change breaks any example."""
     return number(summary["threat"]["eps"]) == float("inf") and all(
         attack.get("found") and attack.get("distance") for attack in summary["attacks"]
     )
 
 
 def title(summary: Mapping[str, Any]) -> str:
-    """What the table is of: `1,000 images, linf:0.2, standard@1`."""
+    """Title of the table: `1,000 images, linf:0.2, standard@1`."""
     suite = f", {summary['suite']}" if summary["suite"] else ""
     found = ": the smallest changes found" if by_distance(summary) else ""
     return f"{amount(summary['n'], summary['noun'])}, {summary['threat']['constraint']}{suite}{found}"
 
 
 def left_out(attack: Mapping[str, Any]) -> bool:
-    """Whether time ran out before the attack was tried on anything that stood."""
+    """Whether time ran out before the attack was run on any surviving example."""
     return not attack["forwards"] and bool(attack["standing_before"])
 
 
 def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
-    """The cells of an attack by their headings: those of `SMALLEST` for its distance, else of `STANDING`."""
+    """The cells of an attack by heading: those of `SMALLEST` if `distance`, else those of `STANDING`."""
     after = attack["robust_accuracy"]
     cells = {
         "attack": attack["name"],
@@ -57,7 +57,7 @@ def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
 
 
 def risks(summary: Mapping[str, Any]) -> str:
-    """One line of what attacks left alone and at what risk; empty where all were run on all that stood."""
+    """A line on examples that attacks did not try, with the risk; empty if all surviving examples were tried."""
     left = [attack for attack in summary["attacks"] if attack["residual"]]
     each = (
         f"{attack['name']} {count(attack['residual']['untried'])} ({percent(attack['residual']['at_most'])})"
@@ -68,13 +68,16 @@ def risks(summary: Mapping[str, Any]) -> str:
 
 
 def fits(summary: Mapping[str, Any]) -> str:
-    """One line of the learned attacks and how many fits of each were made; empty where none was learned."""
+    """A line on the learned attacks with the number of fits of each; empty if there are none."""
     learned = [f"{attack['name']} {count(attack['fits'])}" for attack in summary["attacks"] if attack["fits"]]
     return f"fits of learned attacks, of which the best was judged: {', '.join(learned)}" if learned else ""
 
 
 def passes(summary: Mapping[str, Any], *, brief: bool = False) -> str:
-    """One line of the passes outside the suite and what each broke that nothing before it had; `brief` counts them."""
+    """A line on the passes outside the suite and the examples that only they broke.
+
+    `brief` omits the names of passes that broke none.
+    """
     made = summary["passes"]
     if not made:
         return ""

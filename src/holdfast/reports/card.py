@@ -1,4 +1,4 @@
-"""The card of a hardened model: what it is worth beside the one it was made from, and how it was made."""
+"""The card of a hardened model: its metrics beside those of the original model, and its training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,14 +14,14 @@ _HELD_OUT = ("clean_accuracy", "robust_accuracy")
 
 
 def compared(card: Mapping[str, Any]) -> tuple[str, str]:
-    """The metrics by which both models are compared; a card of an earlier version has no scope and one number."""
+    """The metrics by which the models are compared. Cards of earlier versions have no scope and one robust accuracy."""
     return "clean_accuracy", "suite_robust_accuracy" if card.get(
         "scope"
     ) == "suite only" else "robust_accuracy"
 
 
 def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What a card keeps of an assessment."""
+    """The parts of the summary of an assessment that a card contains."""
     raised = [doubt for doubt in summary["doubts"] if doubt["state"] == "raised"]
     looked = [doubt for doubt in summary["doubts"] if doubt["state"] in {"raised", "clear"}]
     return {
@@ -97,7 +97,7 @@ def _reservations(card: Mapping[str, Any]) -> list[str]:
 
 
 def _training_cost(card: Mapping[str, Any]) -> str:
-    """What the training took, and on which hardware."""
+    """The cost and the hardware of the training, as text."""
     cost = card["cost"]
     seconds = f"{plain(cost['wall_s'])} s ({plain(cost['cpu_s'])} s of CPU time)"
     passes = (
@@ -114,7 +114,7 @@ def _training_cost(card: Mapping[str, Any]) -> str:
 
 
 def _sides(head: str, before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """A table of both models."""
+    """A Markdown table of the metrics of both models."""
     rows = (
         (capitalized(label(name)), *(_measured(name, side[name]) for side in (before, after)))
         for name in names
@@ -123,7 +123,7 @@ def _sides(head: str, before: Mapping[str, Any], after: Mapping[str, Any], names
 
 
 def _of_judging(card: Mapping[str, Any]) -> list[str]:
-    """What was said of one assessment or of both, and not of the training."""
+    """Notes on one or both assessments that are not notes on the training."""
     before, after = (
         [note for note in card[side]["notes"] if note not in card["notes"]] for side in ("before", "after")
     )

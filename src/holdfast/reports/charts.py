@@ -1,4 +1,4 @@
-"""Geometry of the page's drawings: numbers in, SVG paths and ticks out; no colours, and no text of users."""
+"""Geometry of the charts: computes SVG paths and ticks from numbers, without colours or text of users."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,13 @@ from holdfast.reports.numbers import count, number, plain
 
 _HALF = 0.5
 _FEW = 200
-"""Below this end a logarithmic axis has room for 2 and 5 between its powers of ten."""
+"""Below this end, a logarithmic axis has ticks at 2 and 5 between its powers of ten."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 14.0, 12.0, 44.0
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A mark on an axis."""
+    """A tick on an axis: its position and its label."""
 
     at: float
     text: str
@@ -23,7 +23,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Staircase:
-    """An accuracy that falls step by step, its band, and the axes around it, in the units of the view box."""
+    """A decreasing step function of accuracy, its confidence band, and axes, in units of the view box."""
 
     width: float
     height: float
@@ -36,14 +36,14 @@ class Staircase:
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     mark: float | None
-    """where the threat's own eps stands"""
+    """horizontal coordinate of the eps of the threat model"""
     mark_text: float
-    """the height at which there is room to say so: away from the curve"""
+    """vertical coordinate of the label of the mark, away from the curve"""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Where a value of the x axis stands, between 0 and 1."""
+    """Maps values of the x axis to the range 0 to 1."""
 
     top: float
     logarithmic: bool
@@ -55,7 +55,7 @@ class Axis:
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
-        """Round values and how they are written."""
+        """Round values and their text."""
         if self.logarithmic:
             factors = (1, 2, 5) if self.top < _FEW else (1,)
             powers = range(math.floor(math.log10(max(self.top, 1))) + 1)
@@ -66,7 +66,7 @@ class Axis:
 
 
 def round_step(top: float, most: int = 6) -> float:
-    """The smallest 1, 2 or 5 times a power of ten that cuts 0..top into at most `most` parts."""
+    """The smallest 1, 2 or 5 times a power of ten that divides 0..top into at most `most` parts."""
     raw = top / most
     power = 10.0 ** math.floor(math.log10(raw))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
@@ -74,7 +74,7 @@ def round_step(top: float, most: int = 6) -> float:
 
 @dataclass(frozen=True)
 class Plane:
-    """Where a value and a share stand in the view box."""
+    """Maps values and shares to coordinates in the view box."""
 
     width: float
     height: float
@@ -82,20 +82,20 @@ class Plane:
 
     @property
     def right(self) -> float:
-        """Where the plot ends."""
+        """Horizontal coordinate of the right end of the plot."""
         return self.width - _RIGHT
 
     @property
     def bottom(self) -> float:
-        """Where a share of zero stands."""
+        """Vertical coordinate of a share of zero."""
         return self.height - _BOTTOM
 
     def across(self, value: float) -> float:
-        """Where a value of the x axis stands."""
+        """Horizontal coordinate of a value."""
         return _LEFT + (self.right - _LEFT) * self.axis(value)
 
     def level(self, share: float) -> float:
-        """Where a share stands."""
+        """Vertical coordinate of a share."""
         return self.bottom - (self.bottom - _TOP) * share
 
 
@@ -108,7 +108,7 @@ def staircase(
     logarithmic: bool = False,
     mark: float | None = None,
 ) -> Staircase | None:
-    """The curve of a summary, drawn to a size; None where there is nothing to draw."""
+    """The curve of a summary at a given size; None if there is nothing to draw."""
     if not points:
         return None
     xs = [number(point[axis]) for point in points]
@@ -139,17 +139,17 @@ def staircase(
 
 
 def _at(points: Sequence[Mapping[str, Any]], axis: str, x: float) -> float:
-    """The share at a value of the x axis."""
+    """The share of a curve at a value of the horizontal axis."""
     return next((number(point["value"]) for point in reversed(points) if number(point[axis]) <= x), 1.0)
 
 
 def _steps(starts: Sequence[float], ends: Sequence[float], levels: Sequence[float]) -> str:
-    """A path that holds each level until the next one begins."""
+    """A path of steps: constant at each level until the next one begins."""
     first = f"M{starts[0]:.1f},{levels[0]:.1f}H{ends[0]:.1f}"
     return first + "".join(f"V{y:.1f}H{end:.1f}" for y, end in zip(levels[1:], ends[1:], strict=True))
 
 
 def _back(starts: Sequence[float], ends: Sequence[float], levels: Sequence[float]) -> str:
-    """The same steps from right to left, closing the shape."""
+    """The same steps from right to left, which closes the shape."""
     steps = reversed(list(zip(starts, ends, levels, strict=True)))
     return "".join(f"L{end:.1f},{y:.1f}H{start:.1f}" for start, end, y in steps) + "Z"

@@ -1,4 +1,4 @@
-"""Two runs of the same examples side by side: paired differences, an exact test, and who changed sides."""
+"""Comparison of two runs on the same examples: paired differences, an exact test, and examples with changed results."""
 
 import json
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ from holdfast.reports.words import SCOPES, as_asked, capitalized, every_one_trie
 Json = dict[str, Any]
 
 COMPARISON_VERSION = 1
-"""Raised when a reader of the last version would misread this one."""
+"""Increased if a reader of the previous version would misinterpret the new one."""
 MOST_FLIPPED = 1000
-"""Examples listed on each side; the counts are of all of them."""
+"""Largest number of examples listed on each side; the counts include all."""
 
 
 def comparison(
@@ -31,9 +31,9 @@ def comparison(
     *,
     confidence: float = 0.95,
 ) -> Json:
-    """What changed from the first run to the second, on the examples that both hold, paired by their content.
+    """The changes from the first run to the second, on their common examples, paired by content.
 
-    `summaries` are those of the two runs. Raises `UsageError` where the runs share no example.
+    `summaries` are the summaries of the two runs. Raises `UsageError` if the runs have no examples in common.
     """
     shared = pairs(first, second)
     notes = _differences(*summaries, len(first), len(second), len(shared))
@@ -70,7 +70,7 @@ def comparison(
 def _robust(
     first: Evidence, second: Evidence, shared: Pairs, confidence: float
 ) -> tuple[Json, Json, Scope | None, str]:
-    """The robust accuracies, who changed sides and what both count, each empty where there is none; and a note."""
+    """The robust accuracies, the changed examples, the scope, and a note; empty if they are not comparable."""
     try:
         scope = basis(first, second)
         held = compared(first, scope), compared(second, scope)
@@ -86,19 +86,19 @@ def _side_by_side(first: Mapping[str, Any], second: Mapping[str, Any]) -> Json:
 
 
 def told_side_by_side(content: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any] | None]]:
-    """The metrics of both runs that a person reads, by the rule of the report of one run."""
+    """The metrics of both runs that text reports show, as in the report of one run."""
     sides = ({name: both[k] for name, both in content["metrics"].items() if both[k]} for k in (0, 1))
     wanted = {name for side in sides for name in told_of(side)}
     return {name: both for name, both in content["metrics"].items() if name in wanted}
 
 
 def to_json(content: Mapping[str, Any]) -> str:
-    """The comparison as strict JSON, ending with a newline."""
+    """The comparison as strict JSON with a newline at the end."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def caution(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """What must be read before any number where the two runs assume different adversaries; else nothing."""
+    """A warning if the threat models differ; empty if they are equal."""
     before, after = as_asked(first), as_asked(second)
     if before == after:
         return ""
@@ -109,7 +109,7 @@ def caution(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
 
 
 def headline(content: Mapping[str, Any]) -> str:
-    """What changed, in one sentence; the exact test decides whether anything did."""
+    """The change in one sentence. The exact test decides whether there is a difference."""
     metric, found = next(iter(content["paired"].items()))
     before, after = (percent(found[side]) for side in ("first", "second"))
     change, p = found["difference"], found["p"]
@@ -132,7 +132,7 @@ def points(change: Mapping[str, Any]) -> str:
 
 
 def signed(share: float | str) -> str:
-    """A difference of shares in points, with its sign unless it is none."""
+    """A difference of shares in percentage points, with its sign unless it is zero."""
     text = f"{100 * number(share):+.1f}".replace("-", "−")
     return "0.0" if text in {"+0.0", "−0.0"} else text
 
@@ -151,7 +151,7 @@ def _paired(judged: tuple[Mask, Mask], difference: Estimate, shared: Pairs) -> J
 
 
 def _flipped(first: Evidence, second: Evidence, held: tuple[Mask, Mask], shared: Pairs) -> Json:
-    """Who stood in one run and fell in the other, by the ids of both."""
+    """The examples that survive in one run only, by their ids in both."""
     before, after = held[0][shared.first].bool(), held[1][shared.second].bool()
     ids = first["id"][shared.first], second["id"][shared.second]
     return {"lost": _side(before & ~after, ids), "gained": _side(after & ~before, ids)}
@@ -184,7 +184,7 @@ def _run(summary: Mapping[str, Any]) -> Json:
 def _differences(
     first: Mapping[str, Any], second: Mapping[str, Any], n_first: int, n_second: int, n_shared: int
 ) -> list[str]:
-    """What a reader must know before believing the difference."""
+    """Notes that a reader needs before interpreting the difference."""
     sides = _run(first), _run(second)
     notes = [
         f"{key} differs: {sides[0][key]} in the first run, {sides[1][key]} in the second"
@@ -202,7 +202,7 @@ def _differences(
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """The comparison for a pull request."""
+    """The comparison as Markdown."""
     from holdfast.reports.markdown import escaped, table
 
     lines = [f"**{escaped(content['caution'])}**", ""] if content["caution"] else []
@@ -241,7 +241,7 @@ SIDES = {
     "lost": "Stood in the first run, fell in the second",
     "gained": "Fell in the first run, stood in the second",
 }
-"""The two ways of changing sides."""
+"""The two kinds of changed examples."""
 
 
 def _some(flipped: Mapping[str, Any], most: int = 20) -> str:
@@ -254,7 +254,7 @@ def _some(flipped: Mapping[str, Any], most: int = 20) -> str:
 
 
 def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) -> str:
-    """The comparison for a terminal."""
+    """The comparison as text for a terminal."""
     from holdfast.reports.terminal import as_string, cell, grid, shown_or_dash
 
     paired = grid(
@@ -277,7 +277,7 @@ def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) 
 
 
 def page(content: Mapping[str, Any]) -> str:
-    """The comparison as one self-contained page."""
+    """The comparison as a self-contained HTML page."""
     from holdfast.reports.html import render
 
     metrics = told_side_by_side(content)
@@ -285,7 +285,7 @@ def page(content: Mapping[str, Any]) -> str:
 
 
 def fragment(content: Mapping[str, Any]) -> str:
-    """The comparison as a notebook shows it in its own style."""
+    """The comparison as HTML for notebooks."""
     from holdfast.reports.html import filled
     from holdfast.reports.terminal import FIRST, shown_or_dash
 

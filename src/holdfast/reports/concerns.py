@@ -1,11 +1,11 @@
-"""What each doubt means and what to do about it, in words for people who did not write the paper."""
+"""The meaning of each doubt and advice, in plain words."""
 
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Concern:
-    """A doubt explained."""
+    """A doubt with its meaning and advice."""
 
     title: str
     meaning: str
@@ -124,11 +124,11 @@ _SATURATED = (
     "Return the logit, the output of the layer before the sigmoid or softmax, and declare --model-output logit: where "
     "a probability is saturated at 0 or 1, its gradient is zero."
 )
-"""The advice for `zero-gradient` where the model is declared to return probabilities."""
+"""The advice for `zero-gradient` if the model is declared to return probabilities."""
 
 
 def concern(name: str, output: str | None = None) -> Concern:
-    """The explanation of a doubt about a model with the declared `output`; its name alone where a plugin defines it."""
+    """The explanation of a doubt for a model with the declared `output`; for a doubt of a plugin, only its name."""
     known = CONCERNS.get(name, Concern(name.replace("-", " ").capitalize(), "", ""))
     if name == "zero-gradient" and output == "probability":
         return replace(known, advice=_SATURATED)

@@ -1,4 +1,4 @@
-"""What the page draws of the columns, as JSON that stays small however many examples and classes there are."""
+"""Data of the charts as JSON of limited size, for any number of examples and classes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,27 +15,27 @@ from holdfast.reports.numbers import strict
 Json = dict[str, Any]
 
 MOST_CLASSES = 1000
-"""Classes that the summary lists, the worst of them where there are more."""
+"""Largest number of classes in the summary; if there are more, those of lowest robust accuracy."""
 
 
 def judged(evidence: Evidence) -> Mask:
-    """Which examples count: all, or the eligible ones of a targeted goal."""
+    """Mask of the examples that count: all, or the eligible ones of a targeted threat model."""
     return evidence["eligible"].bool() if "eligible" in evidence else ones_like(evidence["correct"].bool())
 
 
 def robust(evidence: Evidence) -> Mask:
-    """Which examples survived: right unattacked and unbroken; under a targeted goal, those that kept off the target."""
+    """Mask of the robust examples: correct and unbroken, or for a targeted threat model only unbroken."""
     unbroken = ~evidence["success"].bool()
     return unbroken if evidence.threat.goal is not None else unbroken & evidence["correct"].bool()
 
 
 def estimate(value: Estimate) -> Json:
-    """An estimate as the summary writes it."""
+    """An estimate in the format of the summary."""
     return {"value": strict(value.value), "low": strict(value.low), "high": strict(value.high), "n": value.n}
 
 
 def accuracy_curves(evidence: Evidence, confidence: float) -> dict[str, list[Json]]:
-    """Both curves, each a falling staircase of at most a hundred steps; empty where its attack did not run."""
+    """Both curves as decreasing step functions of at most a hundred steps; empty if their attack did not run."""
     return {
         "eps": _points(curves.accuracy_against_eps, evidence, confidence, "eps"),
         "queries": _points(curves.accuracy_against_queries, evidence, confidence, "queries"),
@@ -55,7 +55,7 @@ def _points(
 
 
 def per_class(evidence: Evidence, names: tuple[str, ...], confidence: float) -> list[Json]:
-    """Clean and robust accuracy of every class in their order; of the worst thousand where there are more."""
+    """Clean and robust accuracy of every class in order; if there are more than a thousand, of the worst ones."""
     if evidence.threat.goal is not None or not len(evidence):
         return []
     rows = [row for row in shares.per_class(evidence, confidence) if row.robust_accuracy is not None]
@@ -74,5 +74,5 @@ def per_class(evidence: Evidence, names: tuple[str, ...], confidence: float) -> 
 
 
 def class_name(label: int, names: tuple[str, ...]) -> str:
-    """The class as a person knows it."""
+    """The name of a class, or its number if it has no name."""
     return names[label] if 0 <= label < len(names) else str(label)

@@ -16,7 +16,7 @@ COLUMNS = {
 
 
 def exhibit_table(found: Sequence[Mapping[str, Any]], *, colour: bool, width: int | None = None) -> str:
-    """Robust accuracies of each item, and the doubts that gave it away."""
+    """A table of the robust accuracies of each item and the doubts that were raised."""
     first = found[0]
     title = f"robust accuracy of {first['n']} digits under linf:{first['eps']:g}"
     table = grid(title, (*COLUMNS, "doubts raised by the naive number"))
@@ -28,5 +28,5 @@ def exhibit_table(found: Sequence[Mapping[str, Any]], *, colour: bool, width: in
 
 
 def exhibits_to_json(found: Sequence[Mapping[str, Any]]) -> str:
-    """`{"gallery": [...]}`, an entry an item."""
+    """`{"gallery": [...]}`, with an entry for each item."""
     return json.dumps({"gallery": list(found)}, indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""A few broken examples for people to look at: images as small pictures, tables as the features that moved most."""
+"""A few broken examples: images as small pictures, table rows as the features with the largest changes."""
 
 import base64
 import io
@@ -17,17 +17,17 @@ from holdfast.reports.numbers import strict
 Json = dict[str, Any]
 
 MOST_EXAMPLES = 12
-"""Examples shown; with three pictures each the page stays under 2 MB."""
+"""Largest number of examples; with three pictures each, the page is smaller than 2 MB."""
 LONGEST_SIDE = 96
-"""Pixels: 36 pictures of noise at this size are 1.3 MB, and noise is the worst that PNG can meet."""
+"""Pixels; 36 pictures of noise, the worst case for PNG, have 1.3 MB at this size."""
 MOST_FEATURES = 5
-"""Changed features listed for a row of a table."""
+"""Largest number of changed features listed for a row of a table."""
 
 _DISTANCES = ("distance_linf", "distance_l2", "distance_l1", "distance_l0")
 
 
 def examples(evidence: Evidence, classes: Sequence[str], attacks: Sequence[str]) -> list[Json]:
-    """The gallery of the evidence with what is known of each of its examples."""
+    """The gallery of the evidence, with the results of each of its examples."""
     if "id" not in evidence.gallery:
         return []
     low, high = _box(evidence.model)
@@ -46,7 +46,7 @@ def examples(evidence: Evidence, classes: Sequence[str], attacks: Sequence[str])
 
 
 def is_image(shape: Sequence[int]) -> bool:
-    """Whether one input of this shape is a picture: channels first, 1, 3 or 4 of them."""
+    """Whether inputs of this shape are images: channels first, 1, 3 or 4 channels."""
     return len(shape) == 3 and shape[0] in {1, 3, 4} and min(shape[1:]) > 1
 
 
@@ -75,7 +75,7 @@ def _facts(evidence: Evidence, row: int, classes: Sequence[str], attacks: Sequen
 
 
 def _box(model: Mapping[str, Any]) -> tuple[float, float]:
-    """The range of the inputs, where the model says it as two numbers."""
+    """The range of the inputs, if the model gives it as two numbers, else 0 to 1."""
     bounds = model.get("bounds")
     if (
         isinstance(bounds, Sequence)
@@ -87,7 +87,7 @@ def _box(model: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _pictures(x: Tensor, x_adv: Tensor, low: float, high: float) -> Json:
-    """Clean, perturbed and difference as PNG; the difference is grey where nothing changed, and amplified."""
+    """Clean input, changed input and difference as PNG; the difference is amplified, and grey where it is zero."""
     delta = x_adv - x
     largest = float(delta.abs().max())
     width = high - low or 1.0
@@ -115,7 +115,7 @@ def _shrunk(x: Tensor) -> Tensor:
 
 
 def _shrunk_signed(delta: Tensor) -> Tensor:
-    """Smaller by the largest change of each cell, with its sign: averages would make fine patterns vanish."""
+    """Downsample by the largest change in each cell, with its sign, since averages would remove fine patterns."""
     to = _target(delta)
     if to is None:
         return delta
@@ -124,7 +124,7 @@ def _shrunk_signed(delta: Tensor) -> Tensor:
 
 
 def _png(pixels: Tensor) -> str:
-    """A picture of values in 0..1 as a data address."""
+    """A picture of values in 0..1 as a data URL."""
     from PIL import Image
 
     levels = (pixels.nan_to_num(0.5).clamp(0, 1) * 255).round().to(torch.uint8)
@@ -135,7 +135,7 @@ def _png(pixels: Tensor) -> str:
 
 
 def _changes(x: Tensor, x_adv: Tensor, data: Mapping[str, Any]) -> Json:
-    """The features that moved most, largest first."""
+    """The features with the largest changes, in decreasing order."""
     clean, perturbed = x.flatten(), x_adv.flatten()
     moved = (perturbed - clean).abs()
     names = data.get("features")

@@ -1,4 +1,4 @@
-"""One page for people: self-contained, no script, no request to anywhere, readable in print and in the dark."""
+"""A self-contained HTML report, without scripts and requests, for screen, dark mode and print."""
 
 import base64
 import hashlib
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 MOST_CLASS_ROWS = 20
-"""Classes drawn, the worst of them where there are more."""
+"""Largest number of classes in the chart; if there are more, the worst ones."""
 MOST_EXAMPLES = 6
-"""Examples that a page shows at once, the others unfold; a notebook shows no more, for its file keeps the pictures."""
+"""Examples that a page shows before it is expanded; a notebook shows no more, since its file stores the pictures."""
 MOST_CURVE_ROWS = 30
-"""Rows of the table under a curve."""
+"""Largest number of rows in the table of a curve."""
 SIZES = (("wide", 720.0, 300.0), ("narrow", 340.0, 260.0))
-"""Each curve is drawn for a desk and for a phone, so that its letters keep their size; a style rule shows one."""
+"""Each curve is drawn for wide and for narrow screens, so that text keeps its size; CSS shows one of them."""
 
 
 def page(summary: Mapping[str, Any]) -> str:
-    """The report of one run, made from its summary alone."""
+    """The report of one run, from its summary."""
     threat = summary["threat"]
     return render(
         "report.html.j2",
@@ -51,9 +51,9 @@ def page(summary: Mapping[str, Any]) -> str:
 
 
 def fragment(summary: Mapping[str, Any], asked: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The verdict, gates, attacks, main metrics, doubts and a few examples, as a notebook shows them in its own style.
+    """The verdict, gates, attacks, main metrics, doubts and a few examples as HTML for notebooks.
 
-    `asked` are gates that were asked after the run.
+    `asked` are gates that were judged after the run.
     """
     sign, word = words.VERDICTS[summary["verdict"]]
     distance = attacks.by_distance(summary)
@@ -83,7 +83,7 @@ _STATES = ("raised", "answered", "not measured", "clear", "not applicable")
 
 
 def render(template: str, **content: Any) -> str:
-    """Fill a template; the style sheet is allowed by its hash, so that no other style and no script can run."""
+    """Fill a template with a style sheet. A content security policy with its hash forbids other styles and scripts."""
     from markupsafe import Markup
 
     style = _read("report.css")
@@ -92,7 +92,7 @@ def render(template: str, **content: Any) -> str:
 
 
 def filled(template: str, **content: Any) -> str:
-    """Fill a template that brings no style, every string of a user escaped."""
+    """Fill a template without a style sheet; strings of users are escaped."""
     return _environment().get_template(template).render(**content)
 
 
@@ -141,28 +141,28 @@ def _environment() -> "Environment":
 
 
 def _shown(value: Any) -> Any:
-    """Strings of users without control characters and marks that turn the direction of writing; ours as they are."""
+    """Remove control characters and bidirectional marks from plain strings; other values are unchanged."""
     return printable(value) if type(value) is str else value
 
 
 def _picture(address: str) -> str:
-    """The address of a picture; anything but an embedded PNG is refused, for a summary may come from elsewhere."""
+    """A data URL of a PNG; other addresses are replaced by an empty string, since a summary may come from elsewhere."""
     return address if address.startswith("data:image/png;base64,") else ""
 
 
 def _every_nth(rows: list[Any]) -> list[Any]:
-    """At most about thirty rows, evenly spread, the last one kept."""
+    """About thirty rows at most, evenly spaced, including the last one."""
     stride = max(1, -(-len(rows) // MOST_CURVE_ROWS))
     return rows[::stride] + ([rows[-1]] if rows and (len(rows) - 1) % stride else [])
 
 
 def _hardest(attacks: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The attack that broke most."""
+    """The attack that broke most examples."""
     return max(attacks, key=lambda attack: attack["standing_before"] - attack["standing_after"], default=None)
 
 
 def _worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The classes to draw, in their order."""
+    """The classes in the chart, in their order."""
     worst = sorted(rows, key=lambda row: numbers.number(row["robust_accuracy"]["value"]))[:MOST_CLASS_ROWS]
     return sorted(worst, key=lambda row: int(row["class"]))
 

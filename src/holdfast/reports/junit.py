@@ -1,8 +1,9 @@
-"""JUnit XML: gates and doubts as test cases, for the readers that every CI has.
+"""JUnit XML with gates and doubts as test cases, for CI systems.
 
-The file has a failure exactly when the exit code is not 0. Readers call a skipped case green, hence an `unclear` gate
-is a failure of type `unclear`; a raised doubt alone fails nothing (the gate it holds up does), so it is skipped, with
-what was found as the message. No case holds more than one failure: some readers lose the others.
+The file contains a failure exactly if the exit code is not 0. CI systems show skipped cases as passed, so an
+`unclear` gate is a failure of type `unclear`. A raised doubt alone fails nothing, but the gate that it affects does,
+so it is a skipped case with the finding as its message. No case has more than one failure, since some readers ignore
+the others.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from holdfast.reports.words import interval, shown
 
 
 def document(summary: Mapping[str, Any]) -> str:
-    """The whole document, in the shape that the schemas of Jenkins and of JUnit 5's legacy reports share."""
+    """The document, valid under the schemas of Jenkins and of the legacy reports of JUnit 5."""
     cases = [_assessment(summary)]
     cases += [_gate(gate) for gate in summary["gates"]]
     cases += [_doubt(doubt, summary["accepted_doubts"]) for doubt in summary["doubts"]]

@@ -1,4 +1,4 @@
-"""Markdown for a pull request or a CI job summary: the verdict first, the tables after it."""
+"""Markdown for a pull request or the summary of a CI job: the verdict, then tables."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$@&#])")
 
 
 def document(summary: Mapping[str, Any]) -> str:
-    """The summary as GitHub-flavoured Markdown; every string of a user is escaped."""
+    """The summary as GitHub-flavoured Markdown; strings of users are escaped."""
     sign, word = VERDICTS[summary["verdict"]]
     about = f"{summary['model'].get('name', 'model')} on {summary['data'].get('name', 'data')}"
     lines = [f"## {sign} {word}: {escaped(about)}", "", escaped(summary["headline"]), ""]
@@ -58,12 +58,12 @@ def document(summary: Mapping[str, Any]) -> str:
 
 
 def escaped(text: str) -> str:
-    """The text on one line, shown as it is."""
+    """Escape a text, on one line."""
     return _SPECIAL.sub(r"\\\1", printable(text))
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table, the first column to the left and the others to the right."""
+    """The lines of a table; the first column is aligned left, the others right."""
     rule = ["---", *["---:"] * (len(headings) - 1)]
     return [*("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows)), ""]
 
@@ -109,7 +109,7 @@ def _attacks(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _matrices(summary: Mapping[str, Any]) -> list[str]:
-    """What examples made on each model do to the others, and changes made on each data set."""
+    """The transfer matrix and the transfer across data sets."""
     lines = []
     for name, words in (("transfer", transfer), ("across", across)):
         found = summary[name]
@@ -130,7 +130,7 @@ def _matrices(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _attackers(summary: Mapping[str, Any]) -> list[str]:
-    """Whom a rotation of parameter sets stops, and what else its time buys."""
+    """The attackers that a rotation stops, and the alternatives."""
     found = summary.get("rotation")
     if found is None:
         return []
@@ -186,7 +186,7 @@ def _footing(summary: Mapping[str, Any]) -> str:
 
 
 def code(text: str) -> str:
-    """The text as code, fenced by more backticks than it holds in a row."""
+    """The text as code, between more backticks than it contains in a row."""
     line = printable(text)
     longest = max((len(run) for run in re.findall(r"`+", line)), default=0)
     fence = "`" * (longest + 1)

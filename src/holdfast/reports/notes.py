@@ -1,4 +1,4 @@
-"""Which notes a person is told at once, and which are details that nobody has to act upon."""
+"""Divides notes into those that are always shown and details that need no action."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +10,11 @@ DETAILS = frozenset(
         "convolutions of few channels give their input gradient as a matrix product",
     )
 )
-"""How the copy that the attacks ask is made quick; a test keeps them in step with `holdfast.ops.prepare`."""
+"""Notes on optimisations of the copy that attacks query; a test compares them with `holdfast.ops.prepare`."""
 
 
 def remarks(summary: Mapping[str, Any]) -> list[str]:
-    """The notes that are no details."""
+    """The notes that are not details."""
     return [note for note in summary["notes"] if note not in DETAILS]
 
 
@@ -24,7 +24,7 @@ def details(summary: Mapping[str, Any]) -> list[str]:
 
 
 def spoken(summary: Mapping[str, Any], *, verbose: bool = False) -> list[str]:
-    """The notes beside the verdict, which says the raised doubts: no sentence twice, details where `verbose`."""
+    """The notes to show with the verdict, without those that repeat a raised doubt; with details if `verbose`."""
     said = {doubt["says"] for doubt in summary["doubts"] if doubt["state"] == "raised"}
     notes = summary["notes"] if verbose else remarks(summary)
     return [note for note in notes if note not in said]

@@ -1,4 +1,4 @@
-"""Numbers as JSON keeps them and as people read them."""
+"""Formats numbers for JSON and for people."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 NOT_A_NUMBER_WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-"""Strict JSON has no infinity: these three strings stand for the numbers beside them."""
+"""Strict JSON has no infinity: these three strings represent the numbers."""
 
 
 def strict(value: Any) -> Any:
@@ -16,7 +16,7 @@ def strict(value: Any) -> Any:
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, str):
-        return value.encode(errors="backslashreplace").decode()  # file names may hold bytes that are no UTF-8
+        return value.encode(errors="backslashreplace").decode()  # file names may not be UTF-8
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Tensor):
@@ -37,7 +37,7 @@ def number(value: float | str) -> float:
 
 
 def percent(value: float | str, digits: int = 1) -> str:
-    """A share in percent; more digits where rounding would read as none or all."""
+    """A share in percent, with more digits if rounding would give 0 or 100 %."""
     share = number(value)
     if not math.isfinite(share):
         return "not defined"
@@ -49,7 +49,7 @@ def percent(value: float | str, digits: int = 1) -> str:
 
 
 def plain(value: float | str, digits: int = 3) -> str:
-    """A number with a few significant digits, never in exponents where a person would not."""
+    """A number with a few significant digits, in scientific notation only if very small or large."""
     amount = number(value)
     if math.isnan(amount):
         return "not defined"
@@ -66,13 +66,13 @@ def plain(value: float | str, digits: int = 3) -> str:
 
 
 def count(value: float | str) -> str:
-    """A whole number with separators."""
+    """An integer with thousands separators."""
     amount = number(value)
     return f"{amount:,.0f}" if math.isfinite(amount) else plain(amount)
 
 
 def seconds(value: float | str) -> str:
-    """A duration in the unit that people would use."""
+    """A duration in a suitable unit."""
     amount = number(value)
     if not math.isfinite(amount):
         return plain(amount)
@@ -85,7 +85,7 @@ def seconds(value: float | str) -> str:
 
 
 def size(eps: float | str) -> str:
-    """A radius: in 255ths where it is a whole number of them and no short decimal."""
+    """A radius, as a fraction of 255 if it is a multiple of 1/255 and has no short decimal form."""
     amount = number(eps)
     steps = amount * 255
     if math.isclose(amount, round(amount, 3), rel_tol=1e-9):

@@ -1,4 +1,4 @@
-"""The table of attackers of a rotation, as the summary keeps it and as tables show it."""
+"""The table of attackers of a rotation, for the summary and as tables."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,11 +21,11 @@ NAMES = {
     "A5": "A5 holds what serves",
     "A6": "A6 distils the answers",
 }
-"""Of the attackers."""
+"""Names of the attackers in reports."""
 
 
 def rotation(document: Mapping[str, Any] | None) -> Json | None:
-    """What the table of attackers found; None where none was measured. Which inputs fell stays in the run's folder."""
+    """The table of attackers for the summary; None if it was not measured. The broken inputs stay in the run folder."""
     if document is None or not document["complete"] or not document["rows"]:
         return None
     found: Json = strict(
@@ -43,17 +43,17 @@ def rotation(document: Mapping[str, Any] | None) -> Json | None:
 
 
 def title(found: Mapping[str, Any], noun: str) -> str:
-    """What the table says."""
+    """Title of the table of attackers."""
     return f"attackers: of the {count(found['n'])} {noun} that set {found['set']} has right those that each turns"
 
 
 def headings(found: Mapping[str, Any]) -> list[str]:
-    """Of the columns."""
+    """Column headings of the table of attackers."""
     return ["attacker", "turned", "rotation", "by", "holds"]
 
 
 def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Each row as text."""
+    """Cells of each row of the table of attackers, as text."""
     for row in found["rows"]:
         share = "–" if row["share"] is None else shown(row["share"])
         holds = row["says"] if row["share"] is None else row["holds"]
@@ -61,17 +61,17 @@ def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def instead_title(found: Mapping[str, Any], noun: str) -> str:
-    """What the table of the alternatives says."""
+    """Title of the table of alternatives."""
     return f"instead: what else the time buys, {noun} that a thief of the set before turns, and who holds what serves"
 
 
 def instead_headings(found: Mapping[str, Any]) -> list[str]:
-    """Of its columns."""
+    """Column headings of the table of alternatives."""
     return ["instead", "right", "a thief turns", "white box turns", "what it is"]
 
 
 def instead_cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Each of its rows as text."""
+    """Cells of each row of the table of alternatives, as text."""
     for row in found["instead"]:
         shares = ("–" if row[key] is None else shown(row[key]) for key in ("thief", "white"))
         yield [row["who"], percent(row["clean"]["value"]), *shares, row["says"]]

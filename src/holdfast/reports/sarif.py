@@ -1,4 +1,4 @@
-"""SARIF 2.1.0, for code-scanning views: what failed, what is unclear, what is doubtful, each at the model's file."""
+"""SARIF 2.1.0 for code scanning: failed and unclear gates and raised doubts, located at the file of the model."""
 
 import hashlib
 import json
@@ -22,7 +22,9 @@ _GATES = {
 
 
 def document(summary: Mapping[str, Any]) -> str:
-    """One run with a result for every gate that does not pass and every raised doubt; accepted ones are suppressed."""
+    """A SARIF run with a result for each gate that does not pass and each raised doubt; accepted ones are
+    suppressed.
+    """
     results = [_gate(gate, summary) for gate in summary["gates"] if gate["verdict"] != "pass"]
     results += [_doubt(doubt, summary) for doubt in summary["doubts"] if doubt["state"] == "raised"]
     used = sorted({result["ruleId"] for result in results})
@@ -52,7 +54,7 @@ def document(summary: Mapping[str, Any]) -> str:
 
 
 def _about(summary: Mapping[str, Any]) -> str:
-    """What was assessed, the same for every run of the same question."""
+    """Identity of the assessment, the same for runs of the same model, data and threat model."""
     names = (summary["model"].get("name", "model"), summary["data"].get("name", "data"))
     return "/".join([*map(str, names), summary["threat"]["constraint"]])
 
@@ -105,12 +107,12 @@ def _doubt(doubt: Mapping[str, Any], summary: Mapping[str, Any]) -> Json:
 
 
 def _unlinked(text: str) -> str:
-    """A message without links, which its plain text may hold as `[words](address)`."""
+    """A message in which `[words](address)` is not interpreted as a link."""
     return text.replace("](", "\\](")
 
 
 def model_address(model: Mapping[str, Any]) -> str:
-    """The model's file as a URI: relative as it was given, so that a code-scanning view finds it in the repository."""
+    """The file of the model as a URI. A relative path stays relative, for code scanning of the repository."""
     files = model.get("files")
     name = next(iter(files), None) if isinstance(files, Mapping | list) else None
     path = Path(printable(str(name or model.get("name") or "model")).removeprefix("bundled:"))

@@ -1,7 +1,7 @@
-"""The content of `-o x.json`, from which every other output is made.
+"""The content of `-o x.json`, from which all other reports are made.
 
 Its schema is published and versioned (`schema/assessment-1.json`). Strict JSON has no infinity: a number that is not
-finite stands there as one of the strings "inf", "-inf" and "nan".
+finite is one of the strings "inf", "-inf" and "nan".
 """
 
 import json
@@ -40,12 +40,12 @@ from holdfast.reports.words import headline, open_doubts, threat_in_words, why
 Json = dict[str, Any]
 
 _OBEYED = re.compile(r"[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-"""What JSON may hold as it is, and a terminal would obey or a file could not hold."""
+"""Characters that are legal in JSON, but that a terminal interprets or a file cannot contain."""
 
 SCHEMA_VERSION = 1
-"""Raised when a reader of the last version would misread this one; new keys alone do not raise it."""
+"""Increased if a reader of the previous version would misinterpret the new one; not for additional keys."""
 MOST_NAMES = 1000
-"""Names of classes or features that are kept; a page of more would say nothing."""
+"""Largest number of names of classes or features."""
 
 
 def summary(
@@ -59,11 +59,11 @@ def summary(
     notes: Sequence[str] = (),
     confidence: float = 0.95,
 ) -> Json:
-    """Everything that a report says, in the types of strict JSON.
+    """The content of a report, in the types of strict JSON.
 
-    `run` brings what the evidence does not know: `verb`, `folder`, `created` (ISO 8601), `command` (how to repeat it),
-    `hashes`, `versions`, `hardware`, each left out where unknown. `accepted_doubts` maps names to reasons. `rotation`
-    is the document of the table of attackers. `notes` are added to those of the evidence.
+    `run` contains what the evidence lacks: `verb`, `folder`, `created` (ISO 8601), `command` (which repeats the
+    run), `hashes`, `versions`, `hardware`; unknown keys are omitted. `accepted_doubts` maps names to reasons.
+    `rotation` is the document of the table of attackers. `notes` are added to those of the evidence.
     """
     content: Json = {
         "schema_version": SCHEMA_VERSION,
@@ -91,7 +91,7 @@ def summary(
 
 
 def _measured(evidence: Evidence, confidence: float) -> Json:
-    """What the evidence says."""
+    """The parts of the summary that come from the evidence."""
     classes = tuple(str(name) for name in evidence.data.get("classes") or ())
     found_by = [*(each.name for each in evidence.attacks), *(each.name for each in evidence.passes)]
     return {
@@ -120,7 +120,7 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
 
 
 def _about(run: Mapping[str, Any]) -> Json:
-    """What stands beside the evidence."""
+    """The parts of the summary that do not come from the evidence."""
     return {
         "reproduce": str(run.get("command", "")),
         "run": {key: str(run[key]) for key in ("folder", "created", "hardware") if run.get(key)},
@@ -130,7 +130,7 @@ def _about(run: Mapping[str, Any]) -> Json:
 
 
 def to_json(content: Mapping[str, Any]) -> str:
-    """The summary as strict JSON, ending with a newline."""
+    """The summary as strict JSON with a newline at the end."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # `-o -` prints it
 
@@ -143,7 +143,7 @@ def schema(name: str = "assessment-1") -> Json:
 
 
 def _noun(evidence: Evidence) -> str:
-    """What the examples are called: as the data says, else by the shape of one of them."""
+    """What the examples are called: the noun of the data, else by the shape of an input."""
     if "noun" in evidence.data:
         return str(evidence.data["noun"])
     shape = evidence.data.get("shape")
@@ -153,7 +153,7 @@ def _noun(evidence: Evidence) -> str:
 
 
 def asked_gate(gate: Judgement, content: Mapping[str, Any]) -> Json:
-    """The entry of a gate that was judged after the run, in the form that the summary has."""
+    """The entry of a gate that was judged after the run, in the format of the summary."""
     entry = _gate(gate)
     judged: Json = strict(entry | {"says": why(entry, open_doubts(content))})
     return judged
@@ -175,12 +175,12 @@ def _gate(gate: Judgement) -> Json:
 
 
 def _attacks(evidence: Evidence, confidence: float) -> list[Json]:
-    """One entry an attack, with what is left after it and all before it."""
+    """An entry for each attack, with the robust accuracy after it and all before it."""
     chosen = judged(evidence)
-    bounded = math.isfinite(evidence.threat.constraint.eps)  # else any example falls to a large enough change
+    bounded = math.isfinite(evidence.threat.constraint.eps)  # else a large enough change breaks any example
     broken_by = evidence["broken_by"].long() if bounded and "broken_by" in evidence else None
     lost = ~robust(evidence)
-    # broken by no attack and yet not robust: wrong from the start
+    # not robust and broken by no attack: misclassified when clean
     fallen = lost if broken_by is None else lost & (broken_by < 0)
     entries = []
     for place, record in enumerate(evidence.attacks):
@@ -193,7 +193,7 @@ def _attacks(evidence: Evidence, confidence: float) -> list[Json]:
 
 
 def _broke(evidence: Evidence, place: int) -> Mask:
-    """What an attack broke: in a run for the smallest changes, not only what it came closest to."""
+    """Mask of the examples that an attack broke; in a minimum-norm run, all that it broke within eps."""
     mine: Mask = evidence["broken_by"] == place
     distance = f"{evidence.attacks[place].stage}.distance"
     if distance in evidence:
@@ -202,14 +202,14 @@ def _broke(evidence: Evidence, place: int) -> Mask:
 
 
 def _smallest(evidence: Evidence, record: AttackRecord, confidence: float) -> Json:
-    """What an attack that was asked for the smallest change found, and how small: absent where none was."""
+    """The share of examples and the median distance that a minimum-norm attack found; None for other attacks."""
     nothing = {"found": None, "distance": None}
     if f"{record.stage}.distance" not in evidence:
         return nothing
     distance, attacked = evidence[f"{record.stage}.distance"], judged(evidence) & evidence["correct"].bool()
     if not attacked.any():
         return nothing
-    # what is wrong from the start lies at no distance, unless it has yet to be turned into the target
+    # a misclassified example has distance 0, unless the attack must reach a target class
     counted = judged(evidence) if evidence.threat.goal is None else attacked
     return {
         "found": estimate(proportion(distance[attacked].isfinite(), confidence)),
@@ -279,7 +279,7 @@ def _threat(threat: ThreatModel) -> Json:
 
 
 def eps_unit(threat: ThreatModel, model: Mapping[str, Any]) -> str:
-    """What eps is measured in, given the card of the model; empty where it is no size of a change in values."""
+    """The unit of eps, from the card of the model; empty if eps is not a size of a change in values."""
     if not isinstance(threat.constraint, (Linf, L2, L1)):
         return ""
     low, high = (float(end) for end in model.get("bounds") or (0.0, 1.0))
@@ -290,7 +290,7 @@ def eps_unit(threat: ThreatModel, model: Mapping[str, Any]) -> str:
 
 
 def _bounded(about: Mapping[str, Any]) -> Json:
-    """What is known of a model or a data set, long lists cut."""
+    """The properties of a model or a data set, with long lists truncated."""
     return {
         str(key): value[:MOST_NAMES] if isinstance(value := strict(item), list) else value
         for key, item in about.items()

@@ -1,4 +1,4 @@
-"""CSV: one row an example, made from the columns of the evidence."""
+"""CSV with one row for each example, from the columns of the evidence."""
 
 import csv
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from holdfast.core.names import printable
 from holdfast.reports.curves import robust
 
 CHUNK = 10_000
-"""Rows that are turned into text at a time, so that a million of them need no more memory than these."""
+"""Rows that are formatted at a time, which limits memory."""
 
 _DISTANCES = ("distance_linf", "distance_l2", "distance_l1", "distance_l0", "distance")
 _SOURCES = {
@@ -26,7 +26,7 @@ _SOURCES = {
 
 
 _NAMED = {"class": "y", "clean_class": "clean_prediction", "adversarial_class": "adversarial_prediction"}
-"""Columns with the names of classes, where these are known, and the columns with their numbers."""
+"""Columns with the names of classes, if known, and the columns with their numbers."""
 
 
 def headings(columns: Columns, *, named: bool = False) -> list[str]:
@@ -36,7 +36,7 @@ def headings(columns: Columns, *, named: bool = False) -> list[str]:
 
 
 def write_rows(summary: Mapping[str, Any], columns: Columns, file: TextIO) -> None:
-    """The heading and every row; booleans are `true` and `false`, an attack that broke nothing is empty."""
+    """Write the headings and all rows; booleans are `true` and `false`, `broken_by` is empty for unbroken examples."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(headings(columns, named=bool(summary["data"].get("classes"))))
     for start in range(0, len(columns["id"]), CHUNK):
@@ -44,10 +44,10 @@ def write_rows(summary: Mapping[str, Any], columns: Columns, file: TextIO) -> No
 
 
 def frame(evidence: Evidence) -> Any:
-    """Every column of one value an example as a `pandas.DataFrame`, with the ids of the examples as its index.
+    """The columns with one value for each example as a `pandas.DataFrame`, indexed by the ids of the examples.
 
-    `broken_by` holds the name of the attack or pass, `robust` is added, and `digest` is in hex. Raises `UsageError`
-    where pandas is not installed.
+    `broken_by` is the name of the attack or pass, `robust` is added, and `digest` is in hex. Raises `UsageError` if
+    pandas is not installed.
     """
     try:
         import pandas as pd

@@ -1,4 +1,4 @@
-"""The summary for a terminal: strings, so that the command line alone decides which stream gets what."""
+"""The summary as text for a terminal, returned as strings."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _STYLES = {"pass": "bold green", "fail": "bold red", "unclear": "bold yellow", "no gate": "bold"}
 _WIDE = 78
-"""Columns that the whole table of attacks needs."""
+"""Width that the full table of attacks needs, in characters."""
 FIRST = frozenset(
     (
         "clean_accuracy",
@@ -49,13 +49,13 @@ FIRST = frozenset(
         "clean_accuracy_drop",
     )
 )
-"""Metrics that a terminal shows unless it is asked for all."""
+"""Metrics that a terminal shows by default."""
 STATE_SIGNS = {"raised": "▲", "clear": "✓", "answered": "◆", "not measured": "○", "not applicable": "–"}
 """A sign for the state of each doubt."""
 
 
 def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
-    """The verdict and why, a line a gate, and the doubts that stand beside it."""
+    """The verdict with its reason, a line for each gate, and the raised doubts."""
     from rich.text import Text
 
     lines = Text()
@@ -79,9 +79,9 @@ def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
 
 
 def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None, brief: bool = False) -> str:
-    """The attacks, the metrics and the doubts as tables; `width` None lets lines be as long as they are.
+    """The attacks, the metrics and the doubts as tables. With `width` None, lines are not wrapped.
 
-    `brief` leaves out the metrics that few people look at first; every report has them all.
+    `brief` omits less important metrics; the other reports contain all.
     """
     parts = [
         attack_table(summary, narrow=width is not None and width < _WIDE),
@@ -99,7 +99,7 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
 
 
 def _doubts(doubts: Sequence[Mapping[str, Any]]) -> str:
-    """The doubts by name, each with the sign of its state, and what the signs mean that stand there."""
+    """The names of the doubts, each with the sign of its state, and a legend."""
     if not doubts:
         return ""
     names = "  ".join(f"{STATE_SIGNS[doubt['state']]} {line(doubt['name'])}" for doubt in doubts)
@@ -109,7 +109,7 @@ def _doubts(doubts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def attack_table(summary: Mapping[str, Any], *, narrow: bool = False) -> "Table":
-    """What is left after each attack, or what each found; without intervals and queries where there is little room."""
+    """The surviving examples after each attack, or the changes it found. `narrow` omits intervals and queries."""
     distance = by_distance(summary)
     headings = (SMALLEST if distance else STANDING)[: 5 if narrow else 7]
     table = grid(title(summary), headings)
@@ -126,7 +126,7 @@ def attack_table(summary: Mapping[str, Any], *, narrow: bool = False) -> "Table"
 
 
 def metric_table(summary: Mapping[str, Any], *, brief: bool = False) -> "Table":
-    """The metrics with their intervals."""
+    """A table of the metrics with their intervals."""
     table = grid(
         f"metrics, {100 * summary['confidence']:.0f} % intervals", ("metric", "value", "interval", "n")
     )
@@ -143,7 +143,7 @@ def metric_table(summary: Mapping[str, Any], *, brief: bool = False) -> "Table":
 
 
 def matrices(summary: Mapping[str, Any]) -> "list[Table]":
-    """What examples made on each model do to the others, and changes made on each data set; those that there are."""
+    """The transfer matrix, the transfer across data sets and the tables of attackers, if measured."""
     tables = []
     for name, words in (("transfer", transfer), ("across", across)):
         found = summary[name]
@@ -157,7 +157,7 @@ def matrices(summary: Mapping[str, Any]) -> "list[Table]":
 
 
 def attackers(summary: Mapping[str, Any]) -> "list[Table]":
-    """Whom a rotation of parameter sets stops, and what else its time buys; nothing where none rotates."""
+    """The table of attackers of a rotation and the table of alternatives; empty without a rotation."""
     found, noun = summary.get("rotation"), summary["noun"]
     if found is None:
         return []
@@ -174,7 +174,7 @@ def attackers(summary: Mapping[str, Any]) -> "list[Table]":
 
 
 def grid(title: str, headings: Sequence[str]) -> "Table":
-    """An empty table, its first column to the left and the others to the right."""
+    """An empty table; the first column is aligned left, the others right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -187,19 +187,19 @@ def grid(title: str, headings: Sequence[str]) -> "Table":
 
 
 def shown_or_dash(metric: str, estimate: Mapping[str, Any] | None) -> str:
-    """The value of a metric, a dash where it was not measured."""
+    """The value of a metric, or a dash if it was not measured."""
     return shown(metric, estimate["value"]) if estimate else "–"
 
 
 def cell(text: str) -> "Text":
-    """Text that is shown as it is: no markup, nothing that a terminal would obey."""
+    """Text without markup and without control characters."""
     from rich.text import Text
 
     return Text(line(text))
 
 
 def as_string(renderable: Any, *, colour: bool, width: int | None) -> str:
-    """What the terminal would show, in lines of `width` or as long as they come."""
+    """The output of the terminal as a string, in lines of `width` characters or unwrapped."""
     from rich.console import Console
 
     file = io.StringIO()

@@ -1,4 +1,4 @@
-"""The training curve as a drawing of its own: accuracy on held-out examples, clean and attacked, over the epochs."""
+"""The training curve as an SVG: held-out accuracy, clean and under attack, for each epoch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ _STYLE = "text{font:12px system-ui,sans-serif;fill:#24292f} path,line{fill:none}
 
 
 def curve_svg(points: Sequence[Mapping[str, Any]]) -> str:
-    """A picture of the curve; each point has `epoch`, `clean`, `robust`, `accuracy` and, where it is chosen, `best`."""
+    """An SVG of the curve; each point has `epoch`, `clean`, `robust` and `accuracy`. The best point is marked."""
     plane = Plane(_WIDTH, _HEIGHT, Axis(float(max(point["epoch"] for point in points)), logarithmic=False))
     parts = [f'<rect width="{_WIDTH:g}" height="{_HEIGHT:g}" fill="#fff"/>']
     for k in range(5):
@@ -45,7 +45,7 @@ def curve_svg(points: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _line(points: Sequence[Mapping[str, Any]], plane: Plane, key: str, colour: str, dashes: str) -> str:
-    """One quantity from epoch to epoch; a dot where there is a single epoch."""
+    """A line through one quantity over the epochs; a dot if there is only one epoch."""
     places = [(plane.across(point["epoch"]), plane.level(point[key])) for point in points]
     if len(places) == 1:
         return f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" fill="{colour}"/>'

@@ -1,4 +1,4 @@
-"""The transfer matrix as the summary keeps it and as tables show it."""
+"""The transfer matrix, for the summary and as tables."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
@@ -17,7 +17,7 @@ METRIC = "transfer_success"
 
 
 def transfer(evidence: Evidence, confidence: float) -> Json | None:
-    """The models, and for each maker of examples what they did to all of them; None where nothing was measured."""
+    """The models, and the results of the examples from each source on all models; None if nothing was measured."""
     try:
         rows = matrix(evidence, confidence)
     except Absent:
@@ -38,29 +38,29 @@ def transfer(evidence: Evidence, confidence: float) -> Json | None:
 
 
 def title(found: Mapping[str, Any], noun: str) -> str:
-    """What the table says."""
+    """Title of the transfer matrix."""
     share = f"of the {count(found['n'])} {noun} those that a model has right and that turn it wrong"
     return f"transfer: by a pass apart from the suite, {share}"
 
 
 def headings(found: Mapping[str, Any]) -> list[str]:
-    """Of the columns."""
+    """Column headings of the transfer matrix."""
     return ["made on", *(f"on {name}" for name in found["models"])]
 
 
 def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Each row as text: who made the examples, then shares with their intervals."""
+    """Each row as text: the source of the examples, then shares with intervals."""
     for row in found["rows"]:
         yield [row["made_on"], *("–" if share is None else shown(share) for share in row["shares"])]
 
 
 def shown(share: Mapping[str, Any]) -> str:
-    """A share with its interval."""
+    """A share with its confidence interval as text."""
     return f"{percent(share['value'])} ({interval(METRIC, share)})"
 
 
 def told_apart(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Names without their folders, told apart by a number where they are the same."""
+    """Names without folders, numbered if they would be equal."""
     last = [PurePath(name).name or name for name in names]
     return tuple(
         f"{name} {last[: place + 1].count(name)}" if last.count(name) > 1 else name

@@ -1,4 +1,4 @@
-"""Sentences that a tired engineer understands: the verdict, the gates, the threat, the metrics."""
+"""Texts of the reports: the verdict, the gates, the threat model and the metrics."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ VERDICTS = {
     "unclear": ("?", "Unclear"),
     "no gate": ("–", "No gate"),
 }
-"""A sign and a word for each verdict, so that colour never speaks alone."""
+"""A sign and a word for each verdict, so that colour is never the only distinction."""
 
 _NUMBERS = ("perturbation", "distance", "margin", "radius", "entropy", "mce")
-"""Words in the names of metrics that are sizes rather than shares."""
+"""Words in names of metrics that are not shares."""
 
 _ACCESS = {
     "none": "sees nothing of the model",
@@ -48,11 +48,11 @@ _CHANGES = {
     "brightness": "make an image brighter or darker by at most {} of the box's width",
     "contrast": "raise or lower its contrast by a share of at most {}",
 }
-"""What each limit of a threat that transforms images lets the adversary do."""
+"""Descriptions of the limits of threat models that transform images."""
 
 
 def label(metric: str) -> str:
-    """The metric as a heading."""
+    """The name of a metric as a heading."""
     words = metric.replace("_", " ").capitalize()
     return (
         re.sub(r"\b(linf|l[012]|f1)\b", lambda found: found[0].capitalize(), words)
@@ -62,7 +62,7 @@ def label(metric: str) -> str:
 
 
 def definition(metric: str) -> str:
-    """What the metric means; empty for one that a plugin brought."""
+    """The meaning of the metric; empty for metrics of plugins."""
     return METRICS.get(metric, "")
 
 
@@ -72,7 +72,7 @@ def is_share(metric: str) -> bool:
 
 
 def shown(metric: str, value: float | str) -> str:
-    """One value of the metric."""
+    """A value of the metric as text."""
     return percent(value) if is_share(metric) else plain(value)
 
 
@@ -85,17 +85,17 @@ def interval(metric: str, estimate: Mapping[str, Any]) -> str:
 
 
 def amount(n: int, noun: str) -> str:
-    """`1,000 images`, `1 image`."""
+    """A number with its noun: `1,000 images`, `1 image`."""
     return f"{count(n)} {noun.removesuffix('s') if n == 1 else noun}"
 
 
 def capitalized(sentence: str) -> str:
-    """The sentence with a capital first letter, the rest as it is."""
+    """The sentence with a capital first letter."""
     return sentence[:1].upper() + sentence[1:]
 
 
 def sentences(*parts: str) -> str:
-    """The parts that are not empty as sentences: each with a capital first letter and a full stop.
+    """Join the nonempty parts as sentences, each with a capital first letter and a full stop.
 
     >>> sentences("3 of 4 fail", "", "look at them.")
     '3 of 4 fail. Look at them.'
@@ -106,7 +106,7 @@ def sentences(*parts: str) -> str:
 
 
 def grouped_doubts(doubts: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """The doubts that are not raised, in their order; those that were not measured for the same reason are a group."""
+    """The doubts that are not raised, in groups: those not measured for the same reason are one group."""
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for doubt in doubts:
         alike = doubt["state"] in ("not measured", "not applicable") and doubt["says"]
@@ -117,7 +117,7 @@ def grouped_doubts(doubts: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str
 
 
 def main_metric(summary: Mapping[str, Any]) -> str | None:
-    """What the first sentence is about; without an eps the size of a change, for a large enough one turns anything."""
+    """The metric of the headline. For a targeted threat model without an eps, it is the size of the changes."""
     wanted = ["robust_accuracy", "targeted_success_rate", "robust_margin", "clean_accuracy"]
     if summary["threat"]["goal"] is not None and number(summary["threat"]["eps"]) == float("inf"):
         wanted.insert(0, f"perturbation_{summary['threat']['norm'].lower()}")
@@ -125,14 +125,15 @@ def main_metric(summary: Mapping[str, Any]) -> str | None:
 
 
 def told_metrics(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The metrics that a person reads: one for robust accuracy, and none that only states the rest of another."""
+    """The metrics that text reports show: one for robust accuracy, and none that is the complement of another."""
     return told_of(summary["metrics"])
 
 
 def told_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The same of metrics by their names.
+    """`told_metrics` for metrics by name.
 
-    An infinite median of the changes says that fewer than half of the examples were broken, as robust accuracy does.
+    An infinite median of the changes means that fewer than half of the examples were broken, which robust accuracy
+    shows, too.
     """
     metrics = dict(found)
     robust = metrics.get("robust_accuracy")
@@ -150,7 +151,7 @@ def told_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, An
 
 
 def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
-    """What was found, without any gate; `intervals` says how sure the number is."""
+    """The main result without gates, with its interval if `intervals`."""
     metric = main_metric(summary)
     if metric is None:
         return f"{amount(summary['n'], summary['noun']).capitalize()} were assessed"
@@ -173,7 +174,7 @@ def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
 
 
 def _suite_alone(summary: Mapping[str, Any]) -> str:
-    """The suite's own number, `standard@1: 92.0 %`, where other passes broke more."""
+    """The robust accuracy under the suite alone, `standard@1: 92.0 %`, if other passes broke more."""
     alone = summary["metrics"].get("suite_robust_accuracy")
     if alone is None or alone["value"] == summary["metrics"]["robust_accuracy"]["value"]:
         return ""
@@ -181,18 +182,18 @@ def _suite_alone(summary: Mapping[str, Any]) -> str:
 
 
 def every_one_tried(threat: Mapping[str, Any]) -> str:
-    """What examples are counted under: `every attack tried`, or `every corruption tried`, which no attacker chooses."""
+    """What examples must survive: `every attack tried`, or `every corruption tried`."""
     return f"every {'corruption' if threat['norm'] == 'Corruptions' else 'attack'} tried"
 
 
 def _elsewhere(summary: Mapping[str, Any]) -> str:
-    """What other passes did in a run that counts the suite only, and counts those examples as standing."""
+    """For a run that counts only the suite: how many of its surviving examples other passes broke."""
     n = summary["broken_elsewhere"]
     return f"; passes outside the suite broke {count(n)} of them" if n else ""
 
 
 def asked(gate: Mapping[str, Any]) -> str:
-    """What a gate claims, in words: `at least 50 % robust accuracy`."""
+    """The claim of a gate in words: `at least 50 % robust accuracy`."""
     sense = "at least" if gate["relation"] == ">=" else "at most"
     bound = shown(gate["metric"], gate["bound"]).replace(".0 %", " %")
     at = f" at eps {size(gate['eps'])}" if gate["eps"] is not None else ""
@@ -201,13 +202,13 @@ def asked(gate: Mapping[str, Any]) -> str:
 
 
 def _spoken(metric: str) -> str:
-    """The metric inside a sentence."""
+    """The name of a metric inside a sentence."""
     name = label(metric)
     return name[:1].lower() + name[1:]
 
 
 def open_doubts(summary: Mapping[str, Any]) -> list[str]:
-    """Names of raised doubts that nobody accepted."""
+    """Names of raised doubts that were not accepted."""
     return [
         doubt["name"]
         for doubt in summary["doubts"]
@@ -216,14 +217,14 @@ def open_doubts(summary: Mapping[str, Any]) -> list[str]:
 
 
 def doubted(gate: Mapping[str, Any]) -> bool:
-    """Whether only open doubts keep the gate from passing."""
+    """Whether only open doubts prevent the gate from passing."""
     low, high = number(gate["estimate"]["low"]), number(gate["estimate"]["high"])
     bound = number(gate["bound"])
     return gate["verdict"] == "unclear" and (low >= bound if gate["relation"] == ">=" else high <= bound)
 
 
 def why(gate: Mapping[str, Any], doubts: Sequence[str]) -> str:
-    """Why a gate has its verdict, in words."""
+    """The reason for the verdict of a gate, in words."""
     sure = interval(gate["metric"], gate["estimate"])
     return f"{_because(gate, sure, doubts)}{SCOPES[gate['scope']] if gate['scope'] else ''}"
 
@@ -232,7 +233,7 @@ SCOPES: Mapping[str, str] = {
     "every pass": "; compared by the adversarial examples of every pass, because both runs made the same passes",
     "suite only": "; compared by the suites' own numbers, because the runs did not make the same passes",
 }
-"""Which adversarial examples a comparison of two runs counts."""
+"""Which adversarial examples count in a comparison of two runs."""
 
 
 def _because(gate: Mapping[str, Any], sure: str, doubts: Sequence[str]) -> str:
@@ -244,7 +245,7 @@ def _because(gate: Mapping[str, Any], sure: str, doubts: Sequence[str]) -> str:
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """The whole result in one sentence: what was measured, what the gates asked, and the verdict."""
+    """The result in one sentence: what was measured, the gates, and the verdict."""
     gates, found = summary["gates"], _meaning(summary, measured(summary))
     if not gates:
         return f"{found}; no gate was set."
@@ -262,7 +263,7 @@ def headline(summary: Mapping[str, Any]) -> str:
 
 
 def title(summary: Mapping[str, Any]) -> str:
-    """What was measured in a short sentence, for a page that shows interval, gates and doubts beside it."""
+    """The result in a short sentence, for a page that shows interval, gates and doubts separately."""
     return _meaning(summary, measured(summary, intervals=False)) + "."
 
 
@@ -272,7 +273,7 @@ def _meaning(summary: Mapping[str, Any], found: str) -> str:
 
 
 def _meaningless(summary: Mapping[str, Any]) -> str:
-    """Why a robust accuracy says nothing about the model, by its open doubts; empty where it does."""
+    """Why a robust accuracy says nothing about the model, by its open doubts; empty if it is meaningful."""
     doubts = {doubt["name"]: doubt for doubt in summary["doubts"]}
     open_ = [name for name in MEANINGLESS if name in open_doubts(summary)]
     title = str(doubts[open_[0]]["title"]) if open_ else ""
@@ -280,7 +281,7 @@ def _meaningless(summary: Mapping[str, Any]) -> str:
 
 
 def _tally(gates: Sequence[Mapping[str, Any]]) -> str:
-    """`1 of 3 gates fails, 2 pass: fail`, or `all 3 gates pass`."""
+    """The verdicts of the gates: `1 of 3 gates fails, 2 pass: fail`, or `all 3 gates pass`."""
     verbs = {"fail": ("fails", "fail"), "unclear": ("is unclear", "are unclear"), "pass": ("passes", "pass")}
     counted = {verdict: sum(gate["verdict"] == verdict for gate in gates) for verdict in verbs}
     present = [verdict for verdict, n in counted.items() if n]
@@ -292,13 +293,13 @@ def _tally(gates: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _brief(gate: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """The claim without the metric's name where the sentence has just spoken of it."""
+    """The claim without the name of the metric if the sentence already contains it."""
     text, metric = asked(gate), main_metric(summary)
     return text.removesuffix(f" {_spoken(metric)}") if metric else text
 
 
 def _limited(kind: str, limits: Mapping[str, Any]) -> str:
-    """What may change under a threat that is no ball."""
+    """The allowed changes of a threat model that is not a ball."""
     if kind == "Patch":
         at = {"anywhere": "anywhere", "centre": "in its centre"}.get(limits["at"], f"at {limits['at']}")
         around = f", within {limits['jitter']} pixels of that" if limits["jitter"] else ""
@@ -312,7 +313,7 @@ def _limited(kind: str, limits: Mapping[str, Any]) -> str:
 
 
 def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the adversary is assumed to do, one sentence each."""
+    """The assumptions on the adversary, one sentence each."""
     eps = number(threat["eps"])
     ball = _BALLS.get(threat["norm"], "may change an input within " + threat["constraint"])
     if threat["limits"]:
@@ -341,7 +342,7 @@ def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str,
 
 
 def query_budget(threat: Mapping[str, Any]) -> str:
-    """What the budget of the threat bounds; empty where it has none.
+    """The query budget of the threat model in words; empty if there is none.
 
     >>> query_budget({"queries": 1_000})
     'at most 1,000 queries for each example in each attack'
@@ -353,5 +354,5 @@ def query_budget(threat: Mapping[str, Any]) -> str:
 
 
 def as_asked(threat: Mapping[str, Any]) -> str:
-    """The threat of a summary as the command line takes it."""
+    """The threat model of a summary in the syntax of the command line."""
     return threat_text(threat["constraint"], threat["goal"], threat["access"], threat["queries"])

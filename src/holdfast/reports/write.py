@@ -1,4 +1,4 @@
-"""Writing a report: its suffix says which. Importing this module brings neither torch nor a renderer."""
+"""Writes reports in the format of the file suffix. The module imports neither torch nor a renderer."""
 
 import contextlib
 import os
@@ -59,17 +59,17 @@ WRITERS: Mapping[str, Callable[[Summary, "Columns", TextIO], None]] = {
     ".md": _markdown,
     ".csv": _csv,
 }
-"""What each suffix brings."""
+"""The function that writes the report for each file suffix."""
 
 
 EXHIBIT_SUFFIXES = (".json",)
-"""What the gallery can be written as."""
+"""File suffixes for the measured gallery."""
 COMPARISON_SUFFIXES = (".html", ".json", ".md")
-"""What a comparison can be written as."""
+"""File suffixes for a comparison."""
 
 
 def check(path: Path, suffixes: Collection[str] = WRITERS.keys()) -> None:
-    """Refuse what cannot be written before anything runs: `UsageError` for the suffix, `TargetError` for the place."""
+    """Test a path before a run: raises `UsageError` for an unknown suffix, `TargetError` if it cannot be written."""
     _known(path, suffixes)
     if path.is_dir():
         raise TargetError(f"{path} is a folder; a report is a file, as in {path / 'report.html'}")
@@ -78,7 +78,7 @@ def check(path: Path, suffixes: Collection[str] = WRITERS.keys()) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise TargetError(f"{path} cannot be written: {folder} is a file and no folder; choose another place")
-    try:  # tried and not asked for: to root every folder seems writable, those of the kernel too
+    try:  # tested by writing, since to root every folder seems writable
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -87,14 +87,14 @@ def check(path: Path, suffixes: Collection[str] = WRITERS.keys()) -> None:
 
 
 def write(summary: Summary, columns: "Columns", path: Path) -> None:
-    """Write the report that the suffix asks for, whole or not at all; folders are made where they are missing."""
+    """Write the report in the format of the suffix, atomically; missing folders are created."""
     writer = WRITERS[_known(path, WRITERS)]
     with _explained(path), replacing(path) as file:
         writer(summary, columns, file)
 
 
 def write_comparison(content: Summary, path: Path) -> None:
-    """Write what `comparison` found, in the same way."""
+    """Write a comparison in the format of the suffix, atomically."""
     from holdfast.reports import comparison
 
     render = {".html": comparison.page, ".json": comparison.to_json, ".md": comparison.markdown}
@@ -104,7 +104,7 @@ def write_comparison(content: Summary, path: Path) -> None:
 
 
 def write_exhibits(found: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the gallery, measured, in the same way."""
+    """Write the measurements of the gallery as JSON, atomically."""
     from holdfast.reports.exhibits import exhibits_to_json
 
     with _explained(path), replacing(path) as file:
@@ -113,7 +113,7 @@ def write_exhibits(found: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn what the system refuses into an error that says the way out."""
+    """Convert an `OSError` to a `TargetError` with advice."""
     try:
         yield
     except OSError as error:
@@ -124,7 +124,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """A text file that takes the place of `path` once it is complete; on any failure nothing is left behind."""
+    """Open a text file that replaces `path` when it is complete; after an error, `path` is unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".part", dir=path.parent)
     try:
@@ -132,7 +132,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        with contextlib.suppress(OSError):  # some file systems have no modes; the file is good all the same
+        with contextlib.suppress(OSError):  # some file systems have no modes
             Path(name).chmod(0o666 & ~_umask())
         Path(name).replace(path)
     except BaseException:
@@ -141,14 +141,14 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
 
 def _umask() -> int:
-    """The mask of this process, read the only way there is."""
+    """The umask of this process, which can only be read by setting it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
 
 
 def _known(path: Path, suffixes: Collection[str]) -> str:
-    """The suffix of the path, if it is one of those."""
+    """The suffix of the path. Raises `UsageError` if it is not one of `suffixes`."""
     suffix = path.suffix.lower()
     if suffix not in suffixes:
         has = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"

@@ -1,4 +1,4 @@
-"""Generate to Defend: collect parameter sets, learn their distribution, draw fresh ones, immunise them, and swap."""
+"""Generate to Defend: collect parameter sets, learn their distribution, generate new sets, immunise and swap them."""
 
 from holdfast.rotation.alignment import all_aligned
 from holdfast.rotation.codec import Codec, Embedding

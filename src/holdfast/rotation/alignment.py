@@ -1,8 +1,8 @@
-"""Permutation alignment: the hidden units of one network put in the order of another's, which changes no output.
+"""Permutation alignment: reorders the hidden units of one network to match another, without a change of its outputs.
 
 Ainsworth, Hayase & Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries", ICLR 2023,
-arXiv:2209.04836: weight matching by coordinate descent over linear assignments. Differs from the paper: sequences of
-layers alone, where the layer that reads a unit is the next one. Narrow networks stay far apart even so.
+arXiv:2209.04836: weight matching by coordinate descent over linear assignments. Differs from the paper: only
+networks that are a sequence of layers are supported. Narrow networks stay far from each other even after alignment.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +20,8 @@ from holdfast.core.errors import TargetError
 from holdfast.core.model import Classifier
 from holdfast.rotation.members import Members, Weights, put
 
-_ROUNDS = 20  # over all layers; it ends when none changes, mostly after three
-_LOOKED_AT = 64  # inputs
+_ROUNDS = 20  # passes over all layers; the loop ends when no layer changes, usually after three
+_LOOKED_AT = 64  # inputs that are used to compare the outputs before and after
 _UNITWISE = (
     nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.ELU, nn.Softplus, nn.Identity, nn.Dropout,
     nn.Dropout2d, nn.Flatten, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
@@ -30,17 +30,17 @@ _UNITWISE = (
 
 @dataclass(frozen=True)
 class Hidden:
-    """Units of a hidden layer, and the parameters that know their order."""
+    """A hidden layer: its number of units and the parameters that depend on their order."""
 
     units: int
     made: tuple[str, ...]
-    """whose first dimension they are: the layer itself, and batch norm after it"""
+    """parameters whose first dimension is the units: those of the layer and of a batch norm after it"""
     read: str
-    """the weights of the next layer, whose second dimension they are, each of them perhaps several columns"""
+    """weight of the next layer; its second dimension is the units, each of which may have several columns"""
 
 
 def hidden(model: Classifier) -> tuple[Hidden, ...]:
-    """The hidden layers of a sequence of layers; `TargetError` for any other network."""
+    """Return the hidden layers of a sequence of layers. Raises `TargetError` for any other network."""
     found: list[tuple[int, list[str], str]] = []
     refuse_shared(model)
     for name, layer in _leaves(model.net, ""):
@@ -58,7 +58,7 @@ def hidden(model: Classifier) -> tuple[Hidden, ...]:
 
 def _leaves(layer: object, name: str) -> Iterator[tuple[str, nn.Module]]:
     assert isinstance(layer, nn.Module)
-    if type(layer) is nn.Sequential:  # another class may have a forward of its own
+    if type(layer) is nn.Sequential:  # a subclass may have another forward
         for key, child in layer.named_children():
             yield from _leaves(child, f"{name}.{key}" if name else key)
     else:
@@ -70,7 +70,7 @@ def _parameters(name: str, layer: nn.Module) -> list[str]:
 
 
 def permuted(weights: Weights, layers: Sequence[Hidden], orders: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The same network with the units of each hidden layer in another order."""
+    """Return the parameters of the same network with the units of each hidden layer in the given order."""
     found = dict(weights)
     for layer, order in zip(layers, orders, strict=True):
         for name in layer.made:
@@ -81,7 +81,7 @@ def permuted(weights: Weights, layers: Sequence[Hidden], orders: Sequence[Tensor
 
 
 def aligned(weights: Weights, known: Weights, layers: Sequence[Hidden], *, rng: Draws) -> dict[str, Tensor]:
-    """The set with its hidden units in that order in which they are most like those of another set."""
+    """Return the set with its hidden units in the order in which they are most similar to those of `known`."""
     found = dict(weights)
     slots = torch.arange(len(layers))
     for turn in range(_ROUNDS):
@@ -98,7 +98,7 @@ def aligned(weights: Weights, known: Weights, layers: Sequence[Hidden], *, rng: 
 
 
 def _alike(weights: Weights, known: Weights, layer: Hidden) -> Tensor:
-    """Inner products of each unit that is known with each of the other's, (units, units)."""
+    """Inner products of each unit of `known` with each unit of `weights`, (units, units)."""
 
     def rows(one: Weights) -> Tensor:
         made = [one[name].reshape(layer.units, -1) for name in layer.made]
@@ -109,7 +109,7 @@ def _alike(weights: Weights, known: Weights, layer: Hidden) -> Tensor:
 
 
 def refuse_shared(model: Classifier) -> None:
-    """`TargetError` where a layer occurs twice: one order of its units cannot suit both places."""
+    """Raise `TargetError` if a layer occurs twice: one order of its units cannot suit both places."""
     assert isinstance(model.net, nn.Module)
     seen: set[int] = set()
     for name, layer in model.net.named_modules(remove_duplicate=False):
@@ -122,10 +122,10 @@ def refuse_shared(model: Classifier) -> None:
 
 
 def all_aligned(members: Members, model: Classifier, data: Batch, *, rng: Draws) -> Members:
-    """Every set aligned to the first. On some inputs of `data` each is compared with what it was.
+    """Align every set to the first one. Compares the outputs of each set before and after on some inputs of `data`.
 
-    Raises `TargetError` where outputs change by more than rounding: units that the network takes apart in another way
-    than it looks. Cost: two forwards of 64 inputs a set.
+    Raises `TargetError` if outputs change by more than rounding: then the network does not treat its units
+    independently, as its list of layers suggests. Cost: two forward passes of 64 inputs for each set.
     """
     layers, sets = hidden(model), [members.one(0)]
     some = data.take(torch.arange(min(_LOOKED_AT, len(data))))

@@ -1,9 +1,9 @@
-"""A codec of parameter sets: exact principal components, then an autoencoder that noise makes robust.
+"""A codec of parameter sets: exact principal components, followed by a denoising autoencoder.
 
-The autoencoder is that of Generate to Defend, after Wang et al., "Neural Network Diffusion", arXiv:2402.13144: noise is
-added to what is encoded and to what is decoded, and the squared error is minimised. Differs from both: it works on
-coordinates inside the span of the collection, where nothing is lost, and not on the parameters themselves; and latents
-are standardised one by one, without which a diffusion over them fails.
+The autoencoder is that of Generate to Defend, after Wang et al., "Neural Network Diffusion", arXiv:2402.13144: noise
+is added to the inputs of the encoder and of the decoder, and the squared error is minimised. Differs from both: it
+works on coordinates in the span of the collection, where nothing is lost, and not on the parameters themselves; and
+each latent dimension is standardised, without which a diffusion over the latents fails.
 """
 
 import math
@@ -28,65 +28,67 @@ _TINY = 1e-6
 
 @dataclass(frozen=True)
 class Embedding:
-    """A fitted codec: sets of parameters to latents whose dimensions have mean 0 and deviation 1, and back."""
+    """A fitted codec: encodes parameter sets as latents, whose dimensions have mean 0 and deviation 1, and decodes
+    them.
+    """
 
     span: Span
     scale: float
-    """deviation of the coordinates, which the networks see divided by it"""
+    """standard deviation of the coordinates; the networks take coordinates divided by it"""
     encoder: nn.Module
     decoder: nn.Module
     mean: Tensor
-    """of the latents, (dims)"""
+    """mean of the latents, (dims)"""
     deviation: Tensor
-    """of the latents, (dims)"""
+    """standard deviation of the latents, (dims)"""
     lost: float
-    """share of the variance inside the span that the round trip loses"""
+    """share of the variance in the span that is lost by encoding and decoding"""
 
     @property
     def dims(self) -> int:
-        """Dimensions of a latent."""
+        """Number of dimensions of a latent."""
         return len(self.mean)
 
     @torch.no_grad()
     def encoded(self, members: Members) -> Tensor:
-        """Latents (n, dims)."""
+        """Latents of the parameter sets, (n, dims)."""
         raw: Tensor = self.encoder((self.span.coordinates(members) / self.scale).float())
         return (raw - self.mean) / self.deviation
 
     def coordinates(self, latents: Tensor) -> Tensor:
-        """Coordinates in the span (n, rank), through which a gradient reaches the latents."""
+        """Coordinates in the span (n, rank) of the latents. Differentiable with respect to the latents."""
         raw: Tensor = self.decoder(latents * self.deviation + self.mean)
         return raw * self.scale
 
     @torch.no_grad()
     def decoded(self, latents: Tensor) -> dict[str, Tensor]:
-        """Sets, each tensor (n, *shape)."""
+        """Parameter sets of the latents, each tensor (n, *shape)."""
         return self.span.sets(self.coordinates(latents))
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Learn to describe each set of a collection by a few numbers."""
+    """Settings of a codec, which learns to describe each parameter set of a collection by a few numbers."""
 
     rank: Steps = 64
-    """directions of the span that are kept, at most"""
+    """largest number of principal directions that are kept"""
     dims: Steps = 32
-    """of the latents"""
+    """dimensions of the latents"""
     hidden: Steps = 256
-    """units of the layer between"""
+    """units of the hidden layer"""
     parameter_noise: NonNegative = 0.05
-    """deviation of what is added to the parameters, in that of their coordinates"""
+    """standard deviation of the noise on the coordinates, in multiples of their standard deviation"""
     latent_noise: NonNegative = 0.1
-    """deviation of what is added to the latents, in theirs"""
+    """standard deviation of the noise on the latents, in multiples of their standard deviation"""
     steps: Steps = 800
-    """updates"""
+    """number of updates"""
     batch: Steps = 64
-    """sets of one update"""
+    """parameter sets in each update"""
     lr: Positive = 2e-3
-    """largest learning rate; it falls along a cosine"""
+    """largest learning rate; it decreases along a cosine"""
 
     def __call__(self, members: Members, *, rng: Draws) -> Embedding:
-        """Fit it. Raises `UsageError` for fewer than two sets, `LostLoss` where training diverges."""
+        """Fit the codec. Raises `UsageError` for fewer than two sets, `LostLoss` if the training diverges."""
         inside = span(members, self.rank)
         coordinates = inside.coordinates(members)
         scale = float(coordinates.std())
@@ -129,7 +131,7 @@ class Codec:
 
 
 def stepped(optimizer: torch.optim.Optimizer, loss: Tensor, where: str, lr: float) -> None:
-    """One update; `LostLoss` where the loss is no number."""
+    """Perform one update of the optimiser. Raises `LostLoss` if the loss is not finite."""
     if not bool(loss.isfinite()):
         raise LostLoss(f"the loss of {where} is no number any more; train with a smaller rate than {lr:g}")
     optimizer.zero_grad(set_to_none=True)
@@ -138,7 +140,7 @@ def stepped(optimizer: torch.optim.Optimizer, loss: Tensor, where: str, lr: floa
 
 
 def layers(*widths: int) -> nn.Sequential:
-    """Linear layers of these widths with SiLUs between them."""
+    """Linear layers of the given widths with a SiLU between each two of them."""
     found: list[nn.Module] = []
     for wide, next_wide in pairwise(widths):
         found += [nn.Linear(wide, next_wide), nn.SiLU()]
@@ -146,7 +148,7 @@ def layers(*widths: int) -> nn.Sequential:
 
 
 def packed(embedding: Embedding) -> dict[str, Tensor]:
-    """All tensors of a fitted codec by name, to be kept."""
+    """All tensors of a fitted codec by name, for a file. `unpacked` is the inverse."""
     found = {f"mean.{name}": value for name, value in embedding.span.mean.items()}
     found |= {f"directions.{name}": value for name, value in embedding.span.directions.items()}
     found |= {f"encoder.{name}": value for name, value in embedding.encoder.state_dict().items()}
@@ -156,7 +158,7 @@ def packed(embedding: Embedding) -> dict[str, Tensor]:
 
 
 def unpacked(tensors: Mapping[str, Tensor]) -> Embedding:
-    """The fitted codec that was kept."""
+    """The fitted codec of the tensors that `packed` returned."""
 
     def network(first: str) -> nn.Module:
         state = beginning(tensors, first)

@@ -1,7 +1,8 @@
-"""Collecting parameter sets of one architecture, by any recipe, from which others are generated.
+"""Collects parameter sets of one architecture, trained by any recipe, on which a generator is trained.
 
-Sets of one training run are neighbours, and an attack on one breaks the others; sets of independent runs are strangers.
-`basins` has both: a few runs, each with a short tail of checkpoints at a small constant rate.
+Sets from one training run are similar, and an attack on one breaks the others; sets from independent runs differ
+more. `Basins` has both: a few runs, each continued by a short sequence of checkpoints at a small constant learning
+rate.
 """
 
 import math
@@ -30,61 +31,66 @@ Beginning = Literal["he", "own"]
 
 @dataclass(frozen=True)
 class Task:
-    """What every set is trained with."""
+    """What the training of every parameter set has in common."""
 
     model: Classifier
-    """whose architecture they share; it stays as it is"""
+    """model that defines the architecture; it is not changed"""
     data: Batch
-    """training data"""
+    """training examples"""
     threat: ThreatModel
     recipe: Recipe
-    """by which each run is trained from its beginning"""
+    """recipe by which each run is trained from its initial weights"""
     tail: Recipe
-    """by which checkpoints follow one another closely; its epochs, rate, warm-up and averaging give way"""
+    """recipe by which a run is continued for its sequence of checkpoints; its epochs, learning rate, warm-up and
+    averaging are overridden"""
     begins: Beginning = "he"
-    """how weights of a run of its own are drawn: so large that activations keep their size (He), or by each layer's own
-    rule, which for torch's is 2.4 times smaller and leaves independent runs three times as much alike to an attack"""
+    """how initial weights are sampled: `he` preserves the size of the activations (He et al.); `own` is the rule of
+    each layer, which for the layers of torch is 2.4 times smaller and makes independent runs three times as similar
+    to an attack"""
 
 
 class Source(Protocol):
-    """Where parameter sets come from."""
+    """A method that produces parameter sets, by one or more training runs."""
 
     anew: ClassVar[bool]
-    """whether each run is trained from weights of its own; the others begin at the given model"""
+    """whether each run is trained from fresh random weights; otherwise it starts from the given model"""
 
     @property
     def runs(self) -> int:
-        """Training runs, each of which can be made by itself."""
+        """Number of training runs. Each can be computed without the others."""
 
     @property
     def updates(self) -> int:
-        """Of one run, beside the training that it begins after."""
+        """Updates of one run after the training of its base."""
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
-        """The models of one run that stands at `base`, whose parameters are its sets, in order."""
+        """Yield the models of one run that starts at `base`, in order. Their parameters are the sets."""
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Checkpoints of one run, as the published recipe has it: one basin, so rotating among them protects nothing."""
+    """Checkpoints of one run, as in the published recipe. A rotation among them gives no protection.
+
+    All lie in one basin of the loss, so an attack on one breaks the others.
+    """
 
     sets: Steps = 200
-    """checkpoints"""
+    """number of checkpoints"""
     every: Steps = 4
-    """updates between them"""
+    """updates between two checkpoints"""
     lr: Positive = 1e-3
-    """constant rate at which they follow one another"""
+    """constant learning rate between the checkpoints"""
 
     anew: ClassVar[bool] = True
 
     @property
     def runs(self) -> int:
-        """One."""
+        """Number of training runs, which is always 1."""
         return 1
 
     @property
     def updates(self) -> int:
-        """Those between its checkpoints."""
+        """Updates from the first checkpoint to the last."""
         return self.sets * self.every
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
@@ -93,21 +99,21 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Seeds:
-    """The ends of independent runs."""
+    """The final parameter sets of independent runs."""
 
     seeds: Steps = 18
-    """runs"""
+    """number of runs"""
 
     anew: ClassVar[bool] = True
 
     @property
     def runs(self) -> int:
-        """As many as sets."""
+        """Number of training runs, equal to the number of sets."""
         return self.seeds
 
     @property
     def updates(self) -> int:
-        """None: a run ends where its training does."""
+        """Always 0: a run ends with the training of its base."""
         return 0
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
@@ -116,27 +122,27 @@ class Seeds:
 
 @dataclass(frozen=True)
 class Basins:
-    """A few independent runs, each with a short tail of checkpoints."""
+    """A few independent runs, each continued by a short sequence of checkpoints."""
 
     seeds: Steps = 8
-    """runs"""
+    """number of runs"""
     sets: Steps = 25
-    """checkpoints of each"""
+    """checkpoints of each run"""
     every: Steps = 4
-    """updates between them"""
+    """updates between two checkpoints"""
     lr: Positive = 1e-3
-    """constant rate at which they follow one another"""
+    """constant learning rate between the checkpoints"""
 
     anew: ClassVar[bool] = True
 
     @property
     def runs(self) -> int:
-        """As many as seeds."""
+        """Number of training runs, equal to `seeds`."""
         return self.seeds
 
     @property
     def updates(self) -> int:
-        """Those between its checkpoints."""
+        """Updates from the first checkpoint of a run to its last."""
         return self.sets * self.every
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
@@ -145,25 +151,25 @@ class Basins:
 
 @dataclass(frozen=True)
 class Subset:
-    """Some parameters of the given model alone, trained on in several ways: for networks too large to make whole.
+    """Several trainings of a subset of the parameters of the given model, for networks too large to train in full.
 
-    They leave the features in place, and with them the attack.
+    The features do not change, so an attack on one set works on the others, too.
     """
 
     names: tuple[str, ...]
-    """how the names of the parameters begin that are swapped, as in ("net.8.",)"""
+    """prefixes of the names of the parameters that are trained, as in ("net.8.",)"""
     sets: Steps = 20
-    """trainings"""
+    """number of trainings"""
     updates: Steps = 150
-    """of each"""
+    """updates of each training"""
     lr: Positive = 1e-3
-    """constant rate"""
+    """constant learning rate"""
 
     anew: ClassVar[bool] = False
 
     @property
     def runs(self) -> int:
-        """As many as sets."""
+        """Number of training runs, equal to the number of sets."""
         return self.sets
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
@@ -174,7 +180,7 @@ class Subset:
         yield from tail(model, task, 1, self.updates, self.lr, rng)
 
     def chosen(self, model: Classifier) -> list[str]:
-        """Names of what is swapped; `UsageError` where none begins so."""
+        """Names of the parameters that are trained. Raises `UsageError` if no name has one of the prefixes."""
         known = rotated(model)
         found = [name for name in known if name.startswith(self.names)]
         if not found:
@@ -187,24 +193,27 @@ class Subset:
 
 @dataclass(frozen=True)
 class LowRank:
-    """The given model, each matrix of it kicked by a random one of low rank, and trained on."""
+    """Several copies of the given model, each trained further after a random low-rank change.
+
+    The change is added to the weight of each linear layer.
+    """
 
     rank: Steps = 4
-    """of what is added"""
+    """rank of the change"""
     kick: Positive = 1.0
-    """its size, in that of the matrix"""
+    """Frobenius norm of the change, in multiples of that of the weight"""
     sets: Steps = 20
-    """trainings"""
+    """number of trainings"""
     updates: Steps = 100
-    """of each"""
+    """updates of each training"""
     lr: Positive = 1e-3
-    """constant rate"""
+    """constant learning rate"""
 
     anew: ClassVar[bool] = False
 
     @property
     def runs(self) -> int:
-        """As many as sets."""
+        """Number of training runs, equal to the number of sets."""
         return self.sets
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
@@ -222,7 +231,10 @@ def collect(
     rng: Draws,
     said: Callable[[int, int], None] = lambda run, of: None,
 ) -> Members:
-    """All sets of a source, side by side; `said` hears of each run that is done. Raises `UsageError`, `TargetError`."""
+    """Collect all parameter sets of a source. Raises `UsageError`, `TargetError`.
+
+    `said` is called after each run with the number of runs that are done and of all runs.
+    """
     sets, basins = [], []
     for run in range(source.runs):
         base = trained_anew(task, rng.at("run", run)) if source.anew else task.model
@@ -234,22 +246,22 @@ def collect(
 
 
 def swapped(source: Source, model: Classifier) -> Sequence[str]:
-    """Names of the parameters that a source's sets have."""
+    """Names of the parameters that the sets of a source contain."""
     return source.chosen(model) if isinstance(source, Subset) else rotated(model)
 
 
 def trained_anew(task: Task, rng: Draws) -> Classifier:
-    """A model of the task's architecture that begins at weights drawn for the place."""
+    """A model of the task's architecture, trained from fresh random weights."""
     begun = begun_anew(task.model, rng.at("begin"), task.begins)
     return last_of(task.recipe, begun, task.data, task.threat, rng.at("training"))
 
 
 def begun_anew(model: Classifier, rng: Draws, begins: Beginning) -> Classifier:
-    """A copy with fresh weights; `TargetError` for a layer that has no rule to draw them by.
+    """A copy with fresh random weights. Raises `TargetError` for a layer without `reset_parameters`.
 
-    With `he` the weights of linear layers and convolutions have the variance of He et al., "Delving Deep into
-    Rectifiers", ICCV 2015, arXiv:1502.01852, those of the last one half of it, and what the layer's own rule says of
-    everything else stands.
+    With `he`, weights of linear layers and convolutions have the variance of He et al., "Delving Deep into
+    Rectifiers", ICCV 2015, arXiv:1502.01852, those of the last such layer half of it. Other parameters are sampled
+    by the rule of their layer.
     """
     new = deepcopy(model).requires_grad_()
     with drawing(rng):
@@ -270,17 +282,19 @@ def begun_anew(model: Classifier, rng: Draws, begins: Beginning) -> Classifier:
 
 def _enlarge(layers: Sequence[nn.Linear | _ConvNd]) -> None:
     for place, layer in enumerate(layers, 1):
-        if "weight" in layer._parameters:  # what is parametrised draws its own
+        if "weight" in layer._parameters:  # a parametrised weight is sampled by its own rule
             nn.init.kaiming_normal_(layer.weight, nonlinearity="linear" if place == len(layers) else "relu")
 
 
 def tail(base: Classifier, task: Task, sets: int, every: int, lr: float, rng: Draws) -> Iterator[Classifier]:
-    """`sets` models, each `every` updates after the one before, at a constant rate, on batches drawn for the place.
+    """Yield `sets` models with `every` updates between two, at a constant learning rate, on batches sampled with `rng`.
 
-    A recipe that keeps examples aside, as a guard does, makes fewer updates of them.
+    Recipes that hold examples out, such as those with a guard, make fewer updates.
     """
     batch = task.tail.training.batch
-    passes = math.ceil(every / max(len(task.data) // batch, 1))  # over the data, where it is small
+    passes = math.ceil(
+        every / max(len(task.data) // batch, 1)
+    )  # over the data, which may be smaller than `every` batches
     how = replace(
         task.tail.training,
         epochs=sets * passes,
@@ -306,13 +320,13 @@ def tail(base: Classifier, task: Task, sets: int, every: int, lr: float, rng: Dr
 
 
 def _without_examples(checkpoint: Checkpoint) -> Checkpoint:
-    """Without what a recipe remembers of each example, as `atta` does: those that follow are others."""
+    """The checkpoint without state that a recipe keeps for each example, as `atta` does: the next examples differ."""
     kept = {name: value for name, value in checkpoint.tensors.items() if not name.startswith(STATE)}
     return replace(checkpoint, tensors=kept)
 
 
 def last_of(recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel, rng: Draws) -> Classifier:
-    """The new model that a recipe ends with, in eval mode."""
+    """The model at the last checkpoint of a recipe, in eval mode."""
     new = deepcopy(model)
     checkpoint: Checkpoint | None = None
     for checkpoint in recipe(model, data, threat, rng=rng):  # noqa: B007
@@ -323,13 +337,13 @@ def last_of(recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel,
 
 
 def rows_of(data: Batch, n: int, rng: Draws) -> Batch:
-    """At most `n` of the examples, drawn for the place."""
+    """At most `n` of the examples, sampled without replacement."""
     return data.take(rng.bits(data.ids).argsort()[:n])
 
 
 @torch.no_grad()
 def _kicked(layer: nn.Linear, rank: int, size: float, rng: Draws) -> None:
-    """Add a random matrix of that rank and of so many times the norm of the layer's own."""
+    """Add a random matrix of the given rank; its norm is `size` times that of the layer's weight."""
     out, features = layer.weight.shape
     tall = rng.at("tall").normal(torch.arange(out), rank).to(layer.weight)
     wide = rng.at("wide").normal(torch.arange(rank), features).to(layer.weight)

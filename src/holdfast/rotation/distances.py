@@ -1,4 +1,4 @@
-"""Distances between parameter sets, summed up tensor by tensor. None of them is distance for an attack."""
+"""Distances between parameter sets, summed over their tensors. They do not predict whether an attack transfers."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from holdfast.rotation.members import Members
 
 
 def l1(some: Members, others: Members) -> Tensor:
-    """Mean absolute difference between the numbers of each set and each other one, (n, m), float64."""
+    """Mean absolute difference of the parameters between each set of `some` and each of `others`, (n, m), float64."""
     total = torch.zeros(len(some), len(others), dtype=torch.float64)
     for name, value in some.tensors.items():
         total += torch.cdist(value.flatten(1), others.tensors[name].flatten(1), p=1).double().cpu()
@@ -15,9 +15,9 @@ def l1(some: Members, others: Members) -> Tensor:
 
 
 def apart(members: Members) -> float:
-    """How far the runs of a collection lie apart: the mean L1 distance between their means.
+    """Distance between the runs of a collection: the mean L1 distance between the mean sets of its runs.
 
-    In a collection of a single run, how far each set lies from its nearest.
+    For a collection of a single run: the mean L1 distance of each set to its nearest other set.
     """
     bases = members.bases()
     if len(bases) > 1:
@@ -28,6 +28,6 @@ def apart(members: Members) -> float:
 
 
 def nearest(some: Members, others: Members) -> tuple[Tensor, Tensor]:
-    """For each set the L1 distance to the nearest other one (n), and that one's place (n)."""
+    """For each set, the L1 distance to the nearest of the others (n) and the index of that set (n)."""
     found = l1(some, others).min(1)
     return found.values, found.indices

@@ -1,12 +1,12 @@
-"""Distilled examples: inputs that look like one training input and are another one to a set that leaked.
+"""Distilled examples: inputs that look like one training input and have the features of another on a stolen set.
 
 Yang et al., "DVERGE: Diversifying Vulnerabilities for Enhanced Robust Generation of Ensembles", NeurIPS 2020,
-arXiv:2009.14720. An input is moved, inside a ball around it, to where a network has the features of another; what is
-trained with the label that it looks to have does not rest on the features that mislead that network. Differs from the
-paper: one network is trained against others that leaked and stay as they are, in place of all of an ensemble against
-each other in turn; the features are those that the last layer is given, and not those of a layer that is drawn anew for
-each epoch; paths begin anywhere in the ball and keep no momentum; the examples are made once, and their loss stands
-beside that of a recipe, where the paper has no other.
+arXiv:2009.14720. An input is moved, inside a ball around it, to where a network computes the features of another
+input. A model that is trained on such inputs with the original label does not rely on the features that mislead that
+network. Differs from the paper: one network is trained against stolen sets that do not change, instead of all
+members of an ensemble against each other in turn; the features are the inputs of the last layer, not of a layer that
+is sampled in each epoch; paths start at random points of the ball and use no momentum; the examples are computed
+once, and their loss is added to that of a recipe, while the paper has no other loss.
 """
 
 from collections.abc import Sequence
@@ -29,25 +29,26 @@ from holdfast.rotation.immunising import ball, shared_out
 
 @dataclass(frozen=True)
 class Distilled:
-    """How examples with the features of others are made of training inputs, for `Immunise(crafting=Distilled())`."""
+    """Settings for distilled examples, computed from training inputs, for `Immunise(crafting=Distilled())`."""
 
     examples: Steps = 6_000
-    """training inputs, at most; each goes to one of the exposed sets"""
+    """largest number of training inputs; each is assigned to one of the stolen sets"""
     overshoot: Positive = 1.25
-    """size of the ball, in multiples of eps"""
+    """radius of the ball, in multiples of eps"""
     steps: Steps = 6
     """gradient steps towards the features of the other input"""
     reach: Positive = 2.0
-    """path length, in multiples of that size"""
+    """length of the path, in multiples of that radius"""
 
     def __call__(
         self, exposed: Sequence[Classifier], data: Batch, threat: ThreatModel, *, rng: Draws
     ) -> Batch:
-        """The changed inputs (n, *features) with the labels they had; the other input of each is any of `data`.
+        """Return the changed inputs (n, *features) with their original labels.
 
-        The features are the input of the last linear layer or convolution, however many dimensions it has; of a network
-        that shows none, the logits. Cost: `steps` forwards and backwards of each example, and a forward of the other.
-        Raises `UsageError` where no set is exposed, and where the threat has no eps.
+        The other input of each is a random example of `data`. The features are the input of the last linear layer or
+        convolution, of any shape; for a network in which none is found, the logits. Cost for each example: `steps`
+        forward and backward passes, and one forward pass of the other input. Raises `UsageError` if no stolen set is
+        given, or if the threat model has no eps.
         """
         made = partial(self._made, data=data, constraint=ball(threat, self.overshoot, self), rng=rng)
         return shared_out(exposed, data, self.examples, made, rng.at("inputs"))

@@ -1,12 +1,12 @@
-"""Latent diffusion over parameter sets: Generate to Defend, as published and with its regulariser's sign mended.
+"""Latent diffusion over parameter sets: Generate to Defend as published, and variants of its regulariser.
 
-The document adds `lambda ||generated - original||_1` to a loss that is minimised, which pulls what is generated towards
-the originals (`printed`). With its sign turned (`away`) it pushes away without end. `hinge` pushes a set away from the
-nearest of the collection, and only up to a margin. What each is worth is measured: distance between weights is not
-distance for an attack, so none is the default. Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion
-Models", CVPR 2022, arXiv:2112.10752, for diffusion over latents; Wang et al., "Neural Network Diffusion",
-arXiv:2402.13144, for that of parameters. Differs from the latter: a residual perceptron in place of a convolution over
-a latent that has no order.
+The paper adds `lambda ||generated - original||_1` to a loss that is minimised, which pulls generated sets towards
+the originals (`printed`). With the opposite sign (`away`) it pushes them away without a bound. `hinge` pushes a set
+away from the nearest set of the collection up to a margin. The distance between parameters does not predict whether
+an attack transfers, so none is the default; measure what each achieves. Rombach et al., "High-Resolution Image
+Synthesis with Latent Diffusion Models", CVPR 2022, arXiv:2112.10752, for diffusion over latents; Wang et al.,
+"Neural Network Diffusion", arXiv:2402.13144, for diffusion over parameters. Differs from the latter: a residual
+multilayer perceptron replaces the convolution, since the latent dimensions have no order.
 """
 
 from collections.abc import Mapping
@@ -32,14 +32,14 @@ Regulariser = Literal["off", "printed", "away", "hinge"]
 Sampler = Literal["ddpm", "ddim"]
 
 UNKNOWN = -1
-"""Number of the run of a set that is of none."""
+"""Value in `Members.basins` of a set that belongs to no run."""
 _FREQUENCIES = 16
-# Numbers that distances are told by, those of one update, and the sets of one:
+# Parameters that distances are computed from, those of them in one update, and the sets in one update:
 _POOL, _COLUMNS, _ROWS = 16_384, 512, 24
 
 
 class Denoiser(nn.Module):
-    """Predicts the noise in latents (n, dims): a residual perceptron that also takes the number of steps of noise."""
+    """Predicts the noise in latents (n, dims) at given diffusion steps, with a residual multilayer perceptron."""
 
     falling: Tensor
 
@@ -51,7 +51,7 @@ class Denoiser(nn.Module):
         self.register_buffer("falling", torch.exp(-0.5 * torch.arange(_FREQUENCIES)), persistent=False)
 
     def forward(self, latents: Tensor, step: Tensor) -> Tensor:
-        """The noise (n, dims) after the steps (n)."""
+        """Predicted noise (n, dims) in `latents` at diffusion steps `step` (n)."""
         angle = step.to(latents.dtype)[:, None] * self.falling
         hidden = F.silu(self.first(torch.cat((latents, angle.sin(), angle.cos()), 1)))
         for block in self.blocks:
@@ -62,50 +62,54 @@ class Denoiser(nn.Module):
 
 @dataclass(frozen=True)
 class Generator:
-    """What draws fresh parameter sets. It is a secret: who holds it holds the collection."""
+    """A fitted generator of parameter sets. Keep it secret: it reveals the collection it was fitted to."""
 
     embedding: Embedding
     denoiser: nn.Module
     diffusion: Diffusion
 
     def drawn(self, n: int, rng: Draws, sampler: Sampler = "ddpm") -> Members:
-        """`n` fresh sets. The same place draws the same sets, so one that is to stay secret needs a secret place."""
+        """Generate `n` parameter sets. The same `rng` generates the same sets, so secret sets need a secret `rng`."""
         ids = torch.arange(n, device=self.embedding.mean.device)
         draw = self.diffusion.ddpm if sampler == "ddpm" else self.diffusion.ddim
         latents = draw(self.denoiser, ids, self.embedding.dims, rng)
         return Members(self.embedding.decoded(latents), torch.full((n,), UNKNOWN))
 
     def mean(self) -> dict[str, Tensor]:
-        """The set at the middle of the latents: over one run as good as any draw, over several no model."""
+        """The parameter set at the mean of the latents.
+
+        For a collection of one run it is as good a model as any generated set; for several runs it does not work.
+        """
         middle = torch.zeros(1, self.embedding.dims, device=self.embedding.mean.device)
         return Members(self.embedding.decoded(middle), torch.full((1,), UNKNOWN)).one(0)
 
 
 @dataclass(frozen=True)
 class LatentDiffusion:
-    """Learn the distribution of the latents of a collection, and so of parameter sets."""
+    """Settings of a latent diffusion, which learns the distribution of the latents of a collection."""
 
     diffusion: Diffusion = field(default_factory=Diffusion)
     width: Steps = 384
-    """of the denoiser's layers"""
+    """units of each layer of the denoiser"""
     depth: Steps = 3
-    """of its residual blocks"""
+    """residual blocks of the denoiser"""
     steps: Steps = 3_000
-    """updates; with half as many, a third of what is drawn over several runs works, in place of four fifths"""
+    """number of updates; with half as many, a third of the sets generated from several runs work instead of four
+    fifths"""
     batch: Steps = 64
-    """latents of one update"""
+    """latents in each update"""
     lr: Positive = 1e-3
-    """largest learning rate; it falls along a cosine"""
+    """largest learning rate; it decreases along a cosine"""
     regulariser: Regulariser = "off"
-    """what is added for the L1 distance to the collection: nothing; the distance to the set that is being restored, as
-    the document prints it; minus that; or a hinge on the distance to the nearest set"""
+    """term for the L1 distance to the collection: `off`: none; `printed`: the distance to the set that is restored,
+    as in the paper; `away`: minus that; `hinge`: a hinge loss on the distance to the nearest set"""
     weight: NonNegative = 1.0
-    """of the regulariser (lambda)"""
+    """weight of the regulariser (lambda)"""
     margin: Positive = 0.3
-    """of the hinge: the distance that is enough, in that between the runs of the collection"""
+    """margin of the hinge, in multiples of the distance between the runs of the collection"""
 
     def __call__(self, embedding: Embedding, members: Members, *, rng: Draws) -> Generator:
-        """Fit it to the collection that the codec was fitted to. Raises `LostLoss` where training diverges."""
+        """Fit a generator to the collection that the codec was fitted to. Raises `LostLoss` if training diverges."""
         latents = embedding.encoded(members)
         with drawing(rng.at("begin")):
             denoiser = Denoiser(embedding.dims, self.width, self.depth).to(latents.device)
@@ -135,7 +139,7 @@ class LatentDiffusion:
         return Generator(embedding, denoiser.eval().requires_grad_(False), self.diffusion)
 
     def _pushed(self, far: "_Far", restored: Tensor, rows: Tensor, rng: Draws) -> Tensor:
-        """What the regulariser adds for each restored latent (n)."""
+        """Value of the regulariser for each restored latent (n), before its weight."""
         distances = far(restored, rng)
         if self.regulariser == "hinge":
             return F.relu(self.margin - distances.min(1).values)
@@ -144,7 +148,10 @@ class LatentDiffusion:
 
 
 class _Far:
-    """L1 distances of decoded latents to the collection, in that between its runs, told by some of the numbers."""
+    """L1 distances of decoded latents to the sets of the collection, in multiples of the distance between its runs.
+
+    Estimated from a random subset of the parameters.
+    """
 
     def __init__(self, embedding: Embedding, members: Members, rng: Draws) -> None:
         place = torch.zeros(1, dtype=torch.int64, device=embedding.mean.device)
@@ -158,7 +165,7 @@ class _Far:
         self._embedding, self._unit = embedding, apart(members)
 
     def __call__(self, latents: Tensor, rng: Draws) -> Tensor:
-        """(n, sets of the collection); the gradient reaches the latents."""
+        """Distances (n, sets of the collection). Differentiable with respect to the latents."""
         place = torch.zeros(1, dtype=torch.int64, device=latents.device)
         few = rng.at("columns").integers(place, self._known.shape[1], _COLUMNS)[0]
         sets = self._mean[:, few] + self._embedding.coordinates(latents) @ self._directions[:, few]
@@ -166,7 +173,7 @@ class _Far:
 
 
 def packed(generator: Generator) -> dict[str, Tensor]:
-    """All tensors of a generator by name, to be kept."""
+    """All tensors of a generator by name, for a file. `unpacked` is the inverse."""
     found = {f"codec.{name}": value for name, value in codec.packed(generator.embedding).items()}
     found |= {f"denoiser.{name}": value for name, value in generator.denoiser.state_dict().items()}
     settings = torch.tensor([generator.diffusion.steps, generator.diffusion.clamp], dtype=torch.float64)
@@ -174,7 +181,7 @@ def packed(generator: Generator) -> dict[str, Tensor]:
 
 
 def unpacked(tensors: Mapping[str, Tensor]) -> Generator:
-    """The generator that was kept."""
+    """The generator of the tensors that `packed` returned."""
     embedding, state = codec.unpacked(beginning(tensors, "codec.")), beginning(tensors, "denoiser.")
     width, depth = len(state["first.bias"]), sum(name.endswith(".bias") for name in state) - 2
     denoiser = Denoiser(embedding.dims, width, depth)

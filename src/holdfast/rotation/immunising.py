@@ -1,9 +1,9 @@
-"""Immunising: training a fresh parameter set not to break under what an attacker can make on sets that leaked.
+"""Immunising: trains a parameter set so that adversarial examples computed on stolen sets do not break it.
 
-Examples that transfer are made on the exposed sets by momentum PGD (Dong et al., "Boosting Adversarial Attacks with
-Momentum", CVPR 2018, arXiv:1710.06081), from training inputs alone, and their loss is added to that of half an epoch of
-an ordinary recipe (Tramèr et al., "Ensemble Adversarial Training", ICLR 2018, arXiv:1705.07204). Differs from the
-latter: it is aimed at what leaked, by networks of the same architecture, and made once.
+Transfer examples are computed on the stolen sets by momentum PGD (Dong et al., "Boosting Adversarial Attacks with
+Momentum", CVPR 2018, arXiv:1710.06081), from training inputs only, and their loss is added to that of half an epoch
+of an ordinary recipe (Tramèr et al., "Ensemble Adversarial Training", ICLR 2018, arXiv:1705.07204). Differs from the
+latter: the source models are the stolen sets, of the same architecture, and the examples are computed once.
 """
 
 import math
@@ -33,16 +33,16 @@ _AT_ONCE = 1_000
 
 
 class Making(Protocol):
-    """How examples are made on exposed sets: `Crafting`, or `Distilled`."""
+    """Computes examples on stolen sets: `Crafting` or `Distilled`."""
 
     def __call__(
         self, exposed: Sequence[Classifier], data: Batch, threat: ThreatModel, *, rng: Draws
     ) -> Batch:
-        """Changed inputs of `data` with the labels they had."""
+        """Return changed inputs of `data` with their original labels."""
 
 
 def ball(threat: ThreatModel, overshoot: float, making: Making) -> Constraint:
-    """The constraint of a threat that has an eps, `overshoot` times as large; `UsageError` where it has none."""
+    """The constraint of a threat model with its eps multiplied by `overshoot`. Raises `UsageError` if it has no eps."""
     whole = expect_eps(threat.constraint, making)
     return whole.resized(overshoot * whole.eps)
 
@@ -54,7 +54,10 @@ def shared_out(
     made: Callable[[Classifier, Batch], Batch],
     rng: Draws,
 ) -> Batch:
-    """What `made` makes of at most `n` of the examples, each on a copy of one of the exposed models, in eval mode."""
+    """Apply `made` to at most `n` sampled examples, each with a copy, in eval mode, of one of the `exposed` models.
+
+    Raises `UsageError` if `exposed` is empty.
+    """
     if not exposed:
         raise UsageError(
             "no exposed parameter set was given to immunise against; name what leaked, or what serves now"
@@ -70,23 +73,26 @@ def shared_out(
 
 @dataclass(frozen=True)
 class Crafting:
-    """How examples that transfer are made of training inputs."""
+    """Settings for transfer examples, computed from training inputs by momentum PGD."""
 
     examples: Steps = 6_000
-    """training inputs, at most; each goes to one of the exposed sets"""
+    """largest number of training inputs; each is assigned to one of the stolen sets"""
     overshoot: Positive = 1.25
-    """size of the ball, in multiples of eps"""
+    """radius of the ball, in multiples of eps"""
     steps: Steps = 6
-    """gradient steps, none of which stops at success"""
+    """gradient steps; all are taken, even after an example is adversarial"""
     reach: Positive = 2.5
-    """path length, in multiples of that size"""
+    """length of the path, in multiples of that radius"""
     momentum: NonNegative = 0.9
-    """share of the direction that the next step keeps"""
+    """decay factor of the momentum"""
 
     def __call__(
         self, exposed: Sequence[Classifier], data: Batch, threat: ThreatModel, *, rng: Draws
     ) -> Batch:
-        """The changed inputs with the labels they had. Cost: `steps` forwards and backwards of each example."""
+        """Return the changed inputs with their original labels.
+
+        Cost: `steps` forward and backward passes for each example.
+        """
         made = partial(self._made, constraint=ball(threat, self.overshoot, self), rng=rng.at("start"))
         return shared_out(exposed, data, self.examples, made, rng.at("inputs"))
 
@@ -107,20 +113,20 @@ class Crafting:
 
 @dataclass(frozen=True)
 class Immunise:
-    """Train a set for part of an epoch on what a recipe trains on, and on examples made on exposed sets."""
+    """Trains a set for a part of an epoch on the loss of a recipe and on examples computed on stolen sets."""
 
     share: Fraction = 0.5
-    """of the training data, of which there is one epoch"""
+    """share of the training data that is used, for one epoch"""
     weight: Positive = 0.5
-    """of the loss of those examples beside that of the recipe"""
+    """weight of the loss of the computed examples, relative to the loss of the recipe"""
     batch: Steps = 64
-    """of those examples in each update"""
+    """computed examples in each update"""
     lr: Positive = 1e-3
-    """largest learning rate; it goes in one cycle"""
+    """largest learning rate of a one-cycle schedule"""
     crafting: Making = field(default_factory=Crafting)
 
     def updates(self, examples: int, batch: int) -> int:
-        """How many updates it makes of so many training examples, `batch` of which a recipe takes at once."""
+        """Number of updates for `examples` training examples with batches of `batch` examples."""
         return max(math.ceil(max(round(self.share * examples), 1) / batch), 1)
 
     def __call__(
@@ -133,10 +139,10 @@ class Immunise:
         *,
         rng: Draws,
     ) -> Classifier:
-        """A new model that was trained on from `model`, whose parameters stay as they are.
+        """Return a new model, trained from the parameters of `model`, which is not changed.
 
-        `exposed` are models with the sets that an attacker may hold, `recipe` any recipe; its own number of epochs,
-        optimiser, rate, warm-up and averaging give way. `data` is training data, and nothing that judges.
+        `exposed` are models with the stolen sets. `recipe` is any recipe; its epochs, optimiser, learning rate,
+        warm-up and averaging are overridden. `data` is training data and must contain no example of the evaluation.
         """
         examples = self.crafting(exposed, data, threat, rng=rng.at("crafting"))
         how = replace(
@@ -166,10 +172,12 @@ def chain(
     remembered: int = 4,
     rng: Draws,
 ) -> list[Classifier]:
-    """The model and what `rotations` steps make of it, each immunised against the last `remembered` before it.
+    """Immunise a model `rotations` times in a row, each time against its last `remembered` predecessors.
 
-    On models that were hardened by single steps, each rotation hardens them further, where more of the same does not;
-    PGD training of as many passes does as much. On others it is adversarial training in instalments, and no better.
+    Returns the model and its successors, `rotations + 1` models. For models that were hardened by single-step
+    training, each rotation increases robustness further, while a longer single-step training does not; PGD training
+    with as many passes achieves the same. For other models it is ordinary adversarial training in parts, and no
+    better.
     """
     line = [model]
     for step in range(rotations):

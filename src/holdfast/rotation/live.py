@@ -1,4 +1,4 @@
-"""A parameter set on its way into service: built beside the one that serves, and asked the canaries before it does."""
+"""Preparation of a parameter set for serving: it is loaded into a copy of the model and tested on canary inputs."""
 
 import hashlib
 import re
@@ -18,32 +18,33 @@ from holdfast.ops.statistics import proportion
 from holdfast.rotation.members import Weights, refuse_foreign
 
 CANARIES = 256
-"""Inputs that a set answers before it serves, unless others are given."""
+"""Default number of canary inputs that a set must answer before it serves."""
 
 _CLEAR = 2**-7
-"""lead of a class, as a share of the largest logit, that no rounding takes: bfloat16 keeps 8 bits"""
-_AT_ONCE = 64  # canaries of one forward, so that requests get their turn
+"""smallest difference of the two largest logits, relative to the largest absolute logit, that rounding cannot
+reverse: bfloat16 has a precision of 8 bits"""
+_AT_ONCE = 64  # canaries in one forward pass, small so that requests are not delayed
 _KNOWN = re.compile(r"([0-9a-f]{64})(?:/(\d+(?:,\d+)*))?")
 
 
 @dataclass(frozen=True, eq=False)
 class Live:
-    """The set that is to serve, as whoever keeps the sets gives it."""
+    """The parameter set that should serve, with its metadata."""
 
     name: str
     epoch: int
-    """how many sets have served so far, this one included: what tells one time of service from another"""
+    """how many sets have served so far, including this one; it increases with each swap"""
     weights: Weights
     """state dict of the network: parameters, and buffers such as the statistics of batch norm"""
     canary: str
-    """what `canary` said of it when it was admitted"""
+    """return value of `canary` for this set at its admission"""
 
 
 def loaded(model: Classifier, weights: Weights, name: str) -> Classifier:
-    """A frozen copy of the model in eval mode, with those weights for its own.
+    """Return a frozen copy of the model in eval mode with the given parameters and buffers.
 
-    `TargetError` where the set `name` has tensors, shapes or types that the network lacks, lacks some itself, or holds
-    a value that is no finite number. Neither the model nor the weights are touched.
+    Raises `TargetError` if the set `name` does not have exactly the tensors of the network, in shape and type, or if
+    it contains a value that is not finite. Neither the model nor the weights are changed.
     """
     refuse_foreign(weights, _state(model), f"set {name!r}")
     copied = deepcopy(model).eval().requires_grad_(False)
@@ -64,7 +65,7 @@ def loaded(model: Classifier, weights: Weights, name: str) -> Classifier:
 
 
 def _state(model: Classifier) -> dict[str, Tensor]:
-    """What a set must hold; `TargetError` where the model has nothing that can be swapped."""
+    """Tensors that a set must have. Raises `TargetError` if the model has none, or state that is not a tensor."""
     state = model.net.state_dict() if isinstance(model.net, nn.Module) else {}
     if not state:
         raise TargetError("the model has no parameters to swap; give a network, as in net.py:make")
@@ -79,11 +80,11 @@ def _state(model: Classifier) -> dict[str, Tensor]:
 
 
 def canary(model: Model, x: Inputs) -> str:
-    """What a set is known by: SHA-256 of the classes that it gives the canaries `x`, in hex.
+    """Return a fingerprint of a set: SHA-256 in hex of the classes that it predicts for the canary inputs `x`.
 
-    Of classes, for logits differ between machines in their last digits, while weights that were damaged or taken for
-    others show in what they predict. Canaries whose best two classes rounding might exchange are left out, and their
-    places named after a slash: `5f…c0/17,203`. `TargetError` where that is more than half of them.
+    Classes are used because logits differ between machines in their last digits, while damaged or wrong parameters
+    change predictions. Canaries whose two largest logits are too close for rounding are excluded, and their indices
+    follow a slash: `5f…c0/17,203`. Raises `TargetError` if more than half of them are excluded.
     """
     logits = _logits(model, x)
     best = logits.topk(2, 1).values
@@ -98,7 +99,7 @@ def canary(model: Model, x: Inputs) -> str:
 
 
 def refuse_strange(model: Model, x: Inputs, known: str, name: str) -> None:
-    """`TargetError` where a set answers the canaries otherwise than when `known` was said of it."""
+    """Raise `TargetError` if the predictions of a set for the canaries do not match the fingerprint `known`."""
     found = _KNOWN.fullmatch(known)
     if found is None:
         raise TargetError(
@@ -138,7 +139,10 @@ def _digest(classes: Labels, left_out: Sequence[int]) -> str:
 
 
 def next_set(waiting: Sequence[str]) -> str:
-    """One of the admitted sets that wait, drawn by the operating system: no seed of a run foretells it."""
+    """Choose one of the waiting admitted sets with the randomness of the operating system, which no seed predicts.
+
+    Raises `Inconclusive` if none waits.
+    """
     if not waiting:
         raise Inconclusive(
             "no admitted set waits to be swapped in, so the one that serves goes on; draw and admit more"
@@ -148,7 +152,7 @@ def next_set(waiting: Sequence[str]) -> str:
 
 @torch.no_grad()
 def churn(one: Model, other: Model, x: Inputs) -> Estimate:
-    """Share of inputs whose predicted class is not the same with both sets; covers at least 95 %."""
+    """Share of inputs whose predicted classes differ between two models, with an interval of at least 95 % coverage."""
     return proportion(
         torch.cat([one(some).argmax(1) != other(some).argmax(1) for some in torch.split(x, _AT_ONCE)])
     )

@@ -1,4 +1,4 @@
-"""Parameter sets of one architecture, side by side: what is collected, learned from and generated."""
+"""Collections of parameter sets of one architecture."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -13,23 +13,26 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 
 Weights = Mapping[str, Tensor]
-"""Parameters by name, as a state dict has them."""
+"""Parameters by name, as in a state dict."""
 
-_STATISTICS = 2_000  # inputs by which the statistics of batch norm are computed anew
+_STATISTICS = 2_000  # inputs from which the statistics of batch norm are recomputed
 _AT_ONCE = 500
 
 
 @dataclass(frozen=True)
 class Members:
-    """Sets of the same parameters, each tensor (n, *shape), and which training run each came from."""
+    """A collection of parameter sets: each tensor has shape (n, *shape), and each set the index of its training run."""
 
     tensors: dict[str, Tensor]
     basins: Tensor
-    """number of the run that a set came from (n), int64: sets of one run lie in one basin of the loss"""
+    """index of the training run of each set (n), int64; sets of one run lie in one basin of the loss"""
 
     @classmethod
     def of(cls, sets: Sequence[Weights], basins: Sequence[int]) -> "Members":
-        """Some sets side by side; `TargetError` where they are of different architectures or hold no numbers."""
+        """Stack sets into a collection. Raises `TargetError` if architectures differ or a value is not finite.
+
+        Raises `UsageError` if there are no sets.
+        """
         if not sets:
             raise UsageError("there are no parameter sets; collect some first")
         for place, one in enumerate(sets):
@@ -42,21 +45,21 @@ class Members:
 
     @property
     def parameters(self) -> int:
-        """How many numbers one set has."""
+        """Number of parameters of one set."""
         return sum(value[0].numel() for value in self.tensors.values())
 
     def one(self, place: int) -> dict[str, Tensor]:
-        """A set by its place."""
+        """The set at index `place`."""
         return {name: value[place] for name, value in self.tensors.items()}
 
     def take(self, rows: Tensor) -> "Members":
-        """Some of the sets (positions or a mask)."""
+        """A subset of the sets, by indices or a mask."""
         return Members({name: value[rows] for name, value in self.tensors.items()}, self.basins[rows])
 
     def joined(self, other: "Members") -> "Members":
-        """Those of both, whose runs are told apart by their numbers; `TargetError` for another architecture.
+        """The sets of both collections; the runs keep their indices. Raises `TargetError` if architectures differ.
 
-        Where one of them is empty nothing is compared.
+        If one of them is empty, nothing is compared.
         """
         if len(self) and len(other):
             refuse_foreign(other.one(0), self.one(0), "the first of the other parameter sets")
@@ -64,7 +67,7 @@ class Members:
         return Members(tensors, torch.cat((self.basins, other.basins)))
 
     def bases(self) -> "Members":
-        """The mean set of each run, in the order of their numbers."""
+        """The mean parameter set of each run, ordered by the index of the run."""
         runs = sorted(set(self.basins.tolist()))
         means = {
             name: torch.stack([value[self.basins == run].mean(0) for run in runs])
@@ -74,7 +77,7 @@ class Members:
 
 
 def refuse_foreign(weights: Weights, known: Weights, what: str) -> None:
-    """`TargetError` where names, shapes or types are not those that are known, or a number is none."""
+    """Raise `TargetError` if names, shapes or types differ from those of `known`, or a value is not finite."""
     if weights.keys() != known.keys():
         other = min(weights.keys() ^ known.keys())
         has = "lacks" if other in known else "has"
@@ -96,22 +99,22 @@ def refuse_foreign(weights: Weights, known: Weights, what: str) -> None:
 
 
 def rotated(model: Classifier) -> list[str]:
-    """Names of what is swapped: every learned parameter; buffers follow from the data."""
+    """Names of the parameters that a rotation swaps: all of floating-point type. Buffers are recomputed from data."""
     return [name for name, value in model.net.named_parameters() if value.is_floating_point()]  # type: ignore[union-attr]
 
 
 def weights_of(model: Classifier, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Copies of the parameters of those names, or of all."""
+    """Copies of the named parameters, or of all."""
     assert isinstance(model.net, nn.Module)
     known = dict(model.net.named_parameters())
     return {name: known[name].detach().clone() for name in (rotated(model) if names is None else names)}
 
 
 def put(model: Classifier, weights: Weights, data: Batch | None = None) -> Classifier:
-    """A copy of the model with other parameters, in eval mode; what `weights` does not name stays.
+    """Return a copy of the model in eval mode with the parameters in `weights`; other parameters keep their values.
 
-    Where it has batch norm, its statistics are computed anew on the first inputs of `data`, for those of the model
-    belong to other parameters; `UsageError` where there is no data for it.
+    The statistics of batch norm are recomputed on the first inputs of `data`, since those of the model belong to
+    other parameters. Raises `UsageError` if the model has batch norm and `data` is None.
     """
     new = deepcopy(model).eval()
     assert isinstance(new.net, nn.Module)
@@ -139,14 +142,14 @@ def put(model: Classifier, weights: Weights, data: Batch | None = None) -> Class
 
 @torch.no_grad()
 def _settle(model: Classifier, norms: Sequence[_NormBase], data: Batch) -> None:
-    """Make the statistics the plain means over batches of the first inputs."""
+    """Set the running statistics to their means over batches of the first inputs."""
     kept = [layer.momentum for layer in norms]
     for layer in norms:
         layer.reset_running_stats()
-        layer.momentum = None  # the mean of all batches, whatever their order
+        layer.momentum = None  # the average of all batches, in any order
         layer.train()
     n = min(_STATISTICS, len(data))
-    n -= n % _AT_ONCE if n > _AT_ONCE else 0  # batches of one size, which count alike
+    n -= n % _AT_ONCE if n > _AT_ONCE else 0  # batches of equal size, so that each has the same weight
     for some in data.take(torch.arange(n)).split(_AT_ONCE):
         model(some.x)
     for layer, momentum in zip(norms, kept, strict=True):

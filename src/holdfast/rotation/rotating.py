@@ -1,7 +1,7 @@
-"""A model whose parameters are swapped while it serves, so that what leaked of the old ones goes stale.
+"""A model whose parameters are swapped while it serves, so that stolen parameter sets become outdated.
 
-A request takes hold of one reference, to a network that nothing changes any more, and finishes on it; a swap builds the
-next network beside it and replaces that reference. So no batch is answered by two sets, and no request waits or fails.
+Each request uses one reference to a network that is never modified. A swap builds the next network and then replaces
+the reference. So each batch is answered by a single set, and no request waits or fails.
 """
 
 import threading
@@ -18,30 +18,30 @@ from holdfast.rotation.triggers import AnswersPerPrincipal
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers that a set gave in one time of service, since they were last collected."""
+    """Numbers of answers that a set gave during one epoch of service, since the last collection."""
 
     name: str
     epoch: int
     principals: Mapping[str, int]
     others: int
-    """to callers without a name and to those beyond the bound, all together"""
+    """answers to callers without a name and to callers beyond the limit of names, in total"""
     final: bool
-    """the set was replaced and answers nobody any more"""
+    """whether the set was replaced and answers no more requests"""
 
 
 @dataclass(eq=False)
 class _Book:
-    """Answers of one time of service; whoever reads or writes it holds the model's lock."""
+    """Counts of the answers of one epoch of service. Access requires the lock of the model."""
 
     name: str
     epoch: int
     had: dict[str, int] = field(default_factory=dict)
-    """by principal, entered before the answer is given, so that nobody gets more by asking twice at once"""
+    """answers by principal, counted before they are given, so that concurrent requests cannot exceed the limit"""
     others: int = 0
     most: int = 0
     under_way: int = 0
     given: dict[str | None, int] = field(default_factory=dict)
-    """those not yet collected, entered once they are given"""
+    """answers that were given and not yet collected"""
 
     def begin(self, principal: str | None, n: int) -> None:
         if principal is None:
@@ -61,7 +61,7 @@ class _Book:
         self.under_way -= 1
 
     def forget(self, given: Mapping[str | None, int]) -> None:
-        """Those answers were written down."""
+        """Subtract answers that were written to the ledger."""
         for principal, n in given.items():
             self.given[principal] -= n
             if not self.given[principal]:
@@ -70,22 +70,23 @@ class _Book:
 
 @dataclass(frozen=True, eq=False)
 class _Serving:
-    """What a request holds on to: a network that never changes, and the book with its name and epoch."""
+    """A network that never changes and the counts of its epoch of service. A request keeps a reference to it."""
 
     model: Classifier
     book: _Book
 
 
 class RotatingModel:
-    """A `Model` with the architecture and preprocessing of `model`, and the weights of the set that `current` gives.
+    """A `Model` with the architecture and preprocessing of `model` and the parameter set that `current` returns.
 
-    `refresh` asks `current` and swaps. A set must answer `canaries` by the classes that are known of it; anything wrong
-    raises, and the set that served goes on. No output tells the epoch.
+    `refresh` calls `current` and swaps. A new set must match its fingerprint on `canaries`. On any error an
+    exception is raised, and the old set continues to serve. No output of the model reveals the epoch.
 
-    With `sticky` a principal keeps the set that it began with until that has given it so many answers, was withdrawn,
-    or `kept` later ones have been replaced. Answers are counted by principal: a name that the server gives out, and no
-    word of a client's. At most `principals` of them are held, over all sets that are not done and collected; callers
-    beyond are counted together, as one, so that a trigger fires too early and never too late, and get the live set.
+    With `sticky`, a principal keeps its first set until the set has given it that many answers, was withdrawn, or
+    `kept` later sets have been replaced. Answers are counted by principal, a name that the server assigns and no
+    client chooses. At most `principals` names are stored, over all sets that are in use or not yet collected;
+    further callers are counted together as one and get the live set, so a trigger may fire too early and never too
+    late.
     """
 
     def __init__(
@@ -106,25 +107,25 @@ class RotatingModel:
         self._current, self._canaries = current, canaries.detach().clone()
         self._sticky, self._kept, self._most_names = sticky, kept, principals
         self._lock, self._swapping, self._collecting = (threading.Lock() for _ in range(3))
-        self._held: tuple[_Serving, ...] = ()  # replaced, and kept by principals that began with them
+        self._held: tuple[_Serving, ...] = ()  # replaced sets that principals still use
         self._ended: list[_Book] = []
         self._names = 0
         self._live = self._ready(current())
 
     @property
     def bounds(self) -> Bounds:
-        """The box that inputs lie in; every set has the same."""
+        """The bounds of the inputs, the same for every set."""
         return self._pristine.bounds
 
     @property
     def live(self) -> tuple[str, int]:
-        """Name and epoch of the live set: for whoever runs the service, and for no client."""
+        """Name and epoch of the live set, for the operator of the service; do not show them to clients."""
         book = self._live.book
         return book.name, book.epoch
 
     @property
     def asked(self) -> int:
-        """The most answers that one principal got from the live set, or an upper bound of it."""
+        """The largest number of answers that one principal got from the live set, or an upper bound of it."""
         return self._live.book.most
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
@@ -132,7 +133,10 @@ class RotatingModel:
         return self._answered(x, ids, None)
 
     def answer(self, x: Inputs, *, principal: str) -> Logits:
-        """Logits for a principal, all of them by one set; each row counts for an answer. `UsageError` for no text."""
+        """Logits for a principal, all from one set; each row counts as one answer.
+
+        Raises `UsageError` if `principal` is not a string.
+        """
         if not isinstance(principal, str):
             raise UsageError(
                 f"{principal!r} is no name of a principal; text was expected, as in principal='alice'"
@@ -159,7 +163,7 @@ class RotatingModel:
         return logits
 
     def _of(self, principal: str | None) -> _Serving:
-        """The set that answers a principal: the newest that it has met, while that may answer it."""
+        """The set that answers a principal: its most recent set up to the limit of answers, else the live set."""
         if self._sticky is not None and principal is not None:
             for serving in (self._live, *self._held):
                 had = serving.book.had.get(principal)
@@ -168,9 +172,10 @@ class RotatingModel:
         return self._live
 
     def refresh(self) -> bool:
-        """Serve the set that `current` gives now; whether that is another epoch than before.
+        """Swap to the set that `current` returns. Returns whether the epoch changed.
 
-        Cost: a copy of the network, and a forward of the canaries, beside the requests, which go on.
+        Raises `TargetError` if the set is unusable; the old set continues to serve. Cost: a copy of the network and
+        a forward pass of the canaries, while requests continue.
         """
         with self._swapping:
             wanted, (name, epoch) = self._current(), self.live
@@ -192,13 +197,16 @@ class RotatingModel:
             return True
 
     def _ready(self, wanted: Live) -> _Serving:
-        """A set that has answered the canaries: the first forward of a network takes longest, and is over then."""
+        """Load a set and test it on the canaries. This also makes the first forward pass, which is the slowest."""
         model = loaded(self._pristine, wanted.weights, wanted.name)
         refuse_strange(model, self._canaries, wanted.canary, wanted.name)
         return _Serving(model, _Book(wanted.name, wanted.epoch))
 
     def withdraw(self, name: str) -> None:
-        """Let no principal keep a set that was exposed or retired: all of them get the live one from now on."""
+        """Stop the use of a stolen or retired set: all principals get the live set from now on.
+
+        Raises `UsageError` if it is the live set.
+        """
         with self._lock:
             if name == self._live.book.name:
                 raise UsageError(f"set {name!r} is the live one; swap in another first, then withdraw it")
@@ -209,11 +217,11 @@ class RotatingModel:
         self._ended += [one.book for one in among if one not in self._held]
 
     def collected(self, write: Callable[[Answers], object] = lambda answers: None) -> tuple[Answers, ...]:
-        """Answers since the last call, epoch by epoch, each told to `write` before it counts as told.
+        """Return the answers since the last call, by epoch, and call `write` with each before it counts as collected.
 
-        None is told twice, and none is left out: what `write` raises at, as a ledger on a full disk does, is told
-        by the next call. A set that was replaced comes once more when its last request is done, as `final`, and is
-        forgotten.
+        No answer is counted twice or lost: if `write` raises an exception, such as for a full disk, the next call
+        returns the same answers again. A replaced set is returned once more, with `final`, when its last request is
+        done, and then removed.
         """
         found = []
         with self._collecting:

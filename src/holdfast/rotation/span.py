@@ -1,8 +1,8 @@
 """The span of a collection: exact principal components of parameter sets of any size.
 
-Turk & Pentland, "Eigenfaces for Recognition", Journal of Cognitive Neuroscience 3(1), 1991: the components of few long
-vectors follow from the Gram matrix of the vectors, n x n, which is summed up tensor by tensor, so that no matrix of all
-parameters is ever held beside the collection.
+Turk & Pentland, "Eigenfaces for Recognition", Journal of Cognitive Neuroscience 3(1), 1991: the components of a few
+long vectors follow from their n x n Gram matrix. It is summed over the tensors, so no second matrix of all
+parameters is needed in memory.
 """
 
 from collections.abc import Iterator
@@ -15,33 +15,35 @@ from holdfast.core.errors import UsageError
 from holdfast.core.types import Steps
 from holdfast.rotation.members import Members
 
-_NOTHING = 1e-10  # share of the largest eigenvalue below which a direction is rounding
-_ROUNDING = 1e-12  # share of the sets' own size below which all of their differences are
-_AT_ONCE = 1 << 18  # columns that are held in double precision
+_NOTHING = 1e-10  # eigenvalues below this share of the largest are rounding errors
+_ROUNDING = (
+    1e-12  # if all differences are below this share of the sets' squared norm, they are rounding errors
+)
+_AT_ONCE = 1 << 18  # columns that are converted to double precision at a time
 
 
 @dataclass(frozen=True)
 class Span:
-    """A mean set and directions: a set is the mean and so much of each direction."""
+    """A mean parameter set and orthonormal directions; a set is the mean plus a combination of the directions."""
 
     mean: dict[str, Tensor]
     directions: dict[str, Tensor]
-    """each tensor (rank, *shape); together the rows are orthonormal"""
+    """each tensor has shape (rank, *shape); flattened and joined, the rows are orthonormal"""
     kept: float
-    """share of the collection's variance that lies along them"""
+    """share of the variance of the collection along the directions"""
 
     @property
     def rank(self) -> int:
-        """How many directions there are."""
+        """Number of principal directions."""
         return len(next(iter(self.directions.values())))
 
     @property
     def parameters(self) -> int:
-        """How many numbers one set has."""
+        """Number of parameters of one set."""
         return sum(value.numel() for value in self.mean.values())
 
     def coordinates(self, members: Members) -> Tensor:
-        """How much of each direction is in each set, (n, rank), float64."""
+        """Coefficients of the directions for each set, (n, rank), float64."""
         found = torch.zeros(len(members), self.rank, dtype=torch.float64)
         for name, value in members.tensors.items():
             pieces = zip(_pieces(value - self.mean[name]), _pieces(self.directions[name]), strict=True)
@@ -50,24 +52,24 @@ class Span:
         return found.to(value.device)
 
     def sets(self, coordinates: Tensor) -> dict[str, Tensor]:
-        """The sets at coordinates (n, rank), each tensor (n, *shape)."""
+        """The parameter sets at `coordinates` (n, rank), each tensor (n, *shape)."""
         return {
             name: mean + torch.einsum("nr,r...->n...", coordinates.to(mean), self.directions[name])
             for name, mean in self.mean.items()
         }
 
     def at(self, coordinates: Tensor, columns: Tensor) -> Tensor:
-        """The numbers of the given `columns` (k) of the sets at coordinates (n, rank), as all are in a row: (n, k)."""
+        """Parameters at positions `columns` (k) of the flattened sets at `coordinates` (n, rank), shape (n, k)."""
         rows = torch.cat([value.flatten(1) for value in self.directions.values()], 1)[:, columns]
         mean = torch.cat([value.flatten() for value in self.mean.values()])[columns]
         return mean + coordinates.to(rows) @ rows
 
 
 def span(members: Members, rank: Steps | None = None) -> Span:
-    """The `rank` directions in which the sets differ most; all of them by default.
+    """The mean and the `rank` principal directions of a collection; by default all directions.
 
-    The round trip of a collection through its whole span is the collection, up to what is less than a hundred
-    thousandth of its largest difference, which is left out as rounding.
+    With all directions the sets are recovered exactly, except for components below 1e-5 of the largest, which are
+    treated as rounding. Raises `UsageError` for fewer than two sets, or if all sets are equal.
     """
     if len(members) < 2:
         raise UsageError(
@@ -97,6 +99,6 @@ def span(members: Members, rank: Steps | None = None) -> Span:
 
 
 def _pieces(rows: Tensor) -> Iterator[Tensor]:
-    """Some columns after others, in double precision."""
+    """Yield consecutive blocks of columns in double precision."""
     for some in torch.split(rows.flatten(1), _AT_ONCE, 1):
         yield some.double()

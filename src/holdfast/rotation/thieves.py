@@ -1,12 +1,12 @@
-"""Thieves: what an attacker who holds some models makes of inputs, to turn a model that it has never asked.
+"""Transfer attacks of an attacker with some models on a model that the attacker never queries.
 
-Which of a thief's attacks carries best depends on the networks, so that it has several and counts by the best of them:
-momentum (MI-FGSM, Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018, arXiv:1710.06081); 50 steps on
-the margin (Madry et al., ICLR 2018, arXiv:1706.06083); momentum with resized images and gradients corrected by those of
-neighbours (MI-DI-VMI; `attacks.Transfer` names the papers); and momentum on noisy copies of the weights, after Maddox
-et al., "A Simple Baseline for Bayesian Uncertainty in Deep Learning" (SWAG), NeurIPS 2019, arXiv:1902.02476, whose
-samples around a network transfer better than it does (arXiv:2011.05074). None stops at success, and the target is never
-asked: examples are made once, whomever they are then shown to.
+Which attack transfers best depends on the networks, so the attacker uses several, and the best counts: momentum
+(MI-FGSM, Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018, arXiv:1710.06081); 50 steps on the
+margin (Madry et al., ICLR 2018, arXiv:1706.06083); momentum with resized images and gradients corrected by those of
+neighbours (MI-DI-VMI; `attacks.Transfer` names the papers); and momentum on noisy copies of the weights, after
+Maddox et al., "A Simple Baseline for Bayesian Uncertainty in Deep Learning" (SWAG), NeurIPS 2019, arXiv:1902.02476,
+whose samples around a network transfer better than the network itself (arXiv:2011.05074). No attack stops early, and
+none queries the target: the examples are computed once and can be tested on any model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,12 +30,12 @@ from holdfast.ops.losses import Loss, margin_loss
 from holdfast.ops.norms import expect_eps
 
 M = TypeVar("M", bound=torch.nn.Module)
-_AT_ONCE = 250  # examples that are made together
+_AT_ONCE = 250  # examples in one batch
 
 
 @torch.no_grad()
 def noisy(source: M, spread: float, rng: Draws) -> M:
-    """A copy with noise in its weights, for each tensor a share of its own root mean square."""
+    """A copy of a network with Gaussian noise in its weights, of `spread` times the root mean square of each tensor."""
     copied = deepcopy(source)
     for name, value in copied.named_parameters():
         if value.is_floating_point():
@@ -46,14 +46,14 @@ def noisy(source: M, spread: float, rng: Draws) -> M:
 
 @dataclass(frozen=True)
 class ToTheEnd:
-    """PGD on the surrogates that goes on to the end of its path, whatever they say on the way."""
+    """PGD on the surrogates that takes all its steps, even after an example is adversarial."""
 
     steps: Steps = 50
-    """gradient steps, each of every surrogate"""
+    """gradient steps, each with a gradient of every surrogate"""
     reach: Positive = 20.0
-    """path length, in multiples of eps"""
+    """length of the path, in multiples of eps"""
     loss: Loss = margin_loss
-    """what is climbed"""
+    """loss that is maximised"""
 
     needs: ClassVar[Access] = "none"
 
@@ -76,16 +76,16 @@ class ToTheEnd:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Another attack, on copies of the surrogates whose weights were moved at random: a sample of their neighbours.
+    """Another attack on copies of the surrogates with random noise in their weights.
 
-    Differs from SWAG: a thief of one set has no path of a training to take the spread from, so the noise of each tensor
-    is a share of its own size.
+    Differs from SWAG: an attacker with one parameter set has no training trajectory from which to estimate the
+    noise, so its size is relative to each tensor.
     """
 
     attack: Transfer = field(default_factory=lambda: Transfer(neighbours=0))
-    """what climbs their mean"""
+    """attack on the mean of the copies"""
     copies: Steps = 4
-    """networks, the surrogates in turn; at least one of each surrogate"""
+    """number of copies, taken from the surrogates in turn; at least one of each surrogate"""
     spread: Positive = 0.1
     """size of the noise, as a share of the root mean square of each tensor"""
 
@@ -97,7 +97,7 @@ class Sampled:
         return self.attack(model, batch, replace(threat, surrogates=moved), rng=rng)
 
     def _moved(self, source: Model, rng: Draws) -> Model:
-        """A neighbour; of what has no weights, such as a remote model, itself."""
+        """A noisy copy; a model without weights, such as a remote one, is returned unchanged."""
         return noisy(source, self.spread, rng) if isinstance(source, torch.nn.Module) else source
 
 
@@ -107,22 +107,23 @@ ATTACKS: Mapping[str, Attack] = {
     "MI-DI-VMI": Transfer(diversity=0.5),
     "SWAG": Sampled(),
 }
-"""What a thief tries, by the names of the field."""
+"""The default attacks, by their names in the literature."""
 
 
 @dataclass(frozen=True)
 class Thief:
-    """Who holds some models, and makes of inputs what should turn another."""
+    """An attacker with some models, on which adversarial examples for another model are computed."""
 
     attacks: Mapping[str, Attack] = field(default_factory=lambda: ATTACKS)
-    """by name; each makes its examples on the surrogates of the threat model, and asks nothing else"""
+    """attacks by name; each computes its examples on the surrogates of the threat model only"""
 
     def crafted(
         self, sources: Sequence[Classifier], batch: Batch, threat: ThreatModel, *, rng: Draws
     ) -> dict[str, Inputs]:
-        """What each attack makes of the inputs. Of several sources the mean counts; a row is made as it would be alone.
+        """Return the examples of each attack, by name. With several sources, the attacks use the mean of the models.
 
-        Cost, for each example and source: 160 gradients or so, those of noisy copies shared out among the sources.
+        Each example is computed independently of the others. Cost for each example and source: about 160 gradients;
+        those of noisy copies are divided among the sources. Raises `UsageError` if there are no sources.
         """
         if not sources:
             raise UsageError(

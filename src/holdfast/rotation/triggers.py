@@ -1,7 +1,7 @@
-"""When to swap: after so many answers to one principal, after some time, on an alarm, on an exposure.
+"""Triggers of a swap: a number of answers to one principal, a period of time, an alarm, a stolen set.
 
-Answers count more than hours: among independent sets, a swap every 50 answers or fewer halves what an attacker gains
-by asking. A timer only bounds how long a theft that nobody noticed stays useful.
+The number of answers matters more than time: among independent sets, a swap every 50 answers or fewer halves what an
+attacker gains by queries. A period only limits how long an undetected theft stays useful.
 """
 
 import math
@@ -15,25 +15,25 @@ from holdfast.core.types import Count, NonNegative, Positive, Steps
 
 @dataclass(frozen=True)
 class Reading:
-    """What the triggers go by, of the set that serves."""
+    """State of the serving set that triggers decide on."""
 
     answers: Count = 0
-    """the most that one principal got from it"""
+    """largest number of answers to one principal"""
     served_s: NonNegative = 0.0
-    """how long it has served"""
+    """seconds for which it has served"""
     alarm: str | None = None
-    """why an alarm was raised since it began; None where none was"""
+    """reason of an alarm since it began to serve; None if there was none"""
     exposure: str | None = None
-    """why an attacker may hold it; None where nothing says so"""
+    """reason to assume that the set was stolen; None if there is none"""
 
 
 Trigger = Callable[[Reading], str]
-"""Why it is time to swap, in words; empty while it is not."""
+"""Returns the reason to swap as text, or an empty string."""
 
 
 @dataclass(frozen=True)
 class AnswersPerPrincipal:
-    """Swap once a principal has had `most` answers from one set: `50q/principal`."""
+    """Swap after a principal got `most` answers from one set, written as `50q/principal`."""
 
     most: Steps
 
@@ -45,7 +45,7 @@ class AnswersPerPrincipal:
 
 @dataclass(frozen=True)
 class Elapsed:
-    """Swap once a set has served for `period_s` seconds: `24h`."""
+    """Swap after a set has served for `period_s` seconds, written as `24h`."""
 
     period_s: Positive
 
@@ -61,20 +61,20 @@ def alarmed(reading: Reading) -> str:
 
 
 def exposed(reading: Reading) -> str:
-    """Swap once the set is held to be in an attacker's hands."""
+    """Swap if the set is assumed to be stolen."""
     return "" if reading.exposure is None else f"exposed: {reading.exposure}"
 
 
 def due(triggers: Sequence[Trigger], reading: Reading) -> tuple[str, ...]:
-    """Every reason to swap now, in the order of the triggers; none while the set may go on."""
+    """The reasons of all triggers that fire, in their order; empty if none fires."""
     return tuple(why for trigger in triggers if (why := trigger(reading)))
 
 
 class Watch:
-    """Asks the triggers, and remembers since when the set serves and what was raised against it.
+    """Evaluates triggers, and keeps the start of service and the alarms of the serving set.
 
-    `clock` gives seconds that never go back, such as `time.monotonic`. `served_s` is how long the set had served before
-    the watch began, which after a restart the ledger knows. Any thread may call it.
+    `clock` returns seconds that never decrease, such as `time.monotonic`. `served_s` is how long the set had served
+    before, which after a restart is read from the ledger. All methods are thread-safe.
     """
 
     def __init__(
@@ -84,33 +84,33 @@ class Watch:
         self._began_s, self._raised = clock() - served_s, Reading()
 
     def alarm(self, why: str) -> None:
-        """Note an alarm; the next set begins without it."""
+        """Record an alarm. The next swap clears it."""
         with self._lock:
             self._raised = replace(self._raised, alarm=why)
 
     def expose(self, why: str) -> None:
-        """Note that an attacker may hold the set that serves."""
+        """Record that the serving set may be stolen. The next swap clears it."""
         with self._lock:
             self._raised = replace(self._raised, exposure=why)
 
     def swapped(self) -> None:
-        """Another set serves from now on."""
+        """Record that another set serves from now on."""
         with self._lock:
             self._began_s, self._raised = self._clock(), Reading()
 
     def due(self, answers: int) -> tuple[str, ...]:
-        """Every reason to swap now; `answers` is the most that one principal got of the set, `RotatingModel.asked`."""
+        """All reasons to swap now. `answers` is the most that one principal got from the set, `RotatingModel.asked`."""
         with self._lock:
             reading = replace(self._raised, answers=answers, served_s=self._clock() - self._began_s)
         return due(self._triggers, reading)
 
 
 def refuse_faster(triggers: Sequence[Trigger], made_in_s: float, *, answers_per_s: float = 0.0) -> None:
-    """`UsageError` where swaps are due more often than sets can be made.
+    """Raise `UsageError` if swaps are due more often than sets can be produced.
 
-    `made_in_s` is the time for one admitted set, those that were refused included: sets in store put off the end and do
-    not change it. `answers_per_s` is the most that one principal may get, its rate limit; where there is none (0), a
-    trigger by answers has no pace and is let pass.
+    `made_in_s` is the time for one admitted set, including the time for sets that were refused; a stock of waiting
+    sets only delays the shortage. `answers_per_s` is the rate limit of one principal; without one (0), a trigger by
+    answers is not tested.
     """
     for trigger in triggers:
         match trigger:

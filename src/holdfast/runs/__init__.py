@@ -1,1 +1,1 @@
-"""The verbs as resumable runs: they share out the work, call the floors below, keep what was measured, and judge it."""
+"""The verbs as resumable runs: they divide the work, call the lower layers, store the measurements, and judge them."""

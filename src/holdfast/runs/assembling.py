@@ -1,4 +1,4 @@
-"""From what a run kept to its evidence: the same for a run that just ended and for one that is read back."""
+"""Builds the evidence of a run from its stored artefacts, both after the run and when it is opened again."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,17 +26,20 @@ from holdfast.sources.sent import Totals
 from holdfast.store.folder import Stage
 
 DOUBTS = "doubts"
-"""The document, the draws and the time of the probes are named after this."""
+"""Name of the document, the random stream and the timing of the probes."""
 ADAPTIVE = "adaptive"
-"""The document that says which adaptive attacks ran, and why."""
+"""Name of the document that lists which adaptive attacks ran, and why."""
 ROTATION = "rotation"
-"""The document of the table of attackers, of whom a rotation of parameter sets stops."""
+"""Name of the document with the table of attackers of a rotation."""
 TUNING = "fine-tuning"
-"""The doubt that more training would do more than rotation."""
+"""Name of the doubt that fine-tuning would achieve more than rotation."""
 
 
 def counted(kind: str, stage: Stage, by_stage: Mapping[str, Columns]) -> Columns | None:
-    """The columns of a stage for all examples; None where time ran out and the rest cannot be left alone."""
+    """The columns of a stage for all examples; None if time ran out and the missing examples cannot be filled in.
+
+    Examples that an unfinished attack did not reach count as not attacked.
+    """
     if stage.reached is None:
         return stage.columns
     return _filled(stage.columns, by_stage["clean"]) if kind == "attack" else None
@@ -50,9 +53,10 @@ def evidence_of(
     adapted: Mapping[str, Any] | None = None,
     sent: Totals | None = None,
 ) -> Evidence:
-    """The evidence, given `run.json`, the columns, the documents of the doubts and of the adaptive run, the times.
+    """Return the evidence of a run.
 
-    `sent` is what the server of a served model was sent.
+    The arguments are the content of `run.json`, the columns of each stage, the documents of the doubts and of the
+    adaptive attacks, and the times. `sent` is what was sent to the server of a served model.
     """
     spent, served = seconds.get(DOUBTS, Seconds()), {} if sent is None else to_json(sent)
     cost = asked["cost"]
@@ -74,7 +78,7 @@ def evidence_of(
 
 
 def _scope(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Which adversarial examples count. Runs of earlier versions list no probes, and count those of the suite only."""
+    """Which adversarial examples count. Runs of earlier versions list no probes, so only those of the suite count."""
     if "probes" in asked:
         return {"probes": asked["probes"]}
     missed = {id_ for ids in asked["fallen"].values() for id_ in ids}
@@ -91,7 +95,7 @@ def counted_passes(
 
 
 def with_attackers(evidence: Evidence, found: Mapping[str, Any] | None) -> Evidence:
-    """The evidence with what the table of attackers says: its doubt, its verdict and its notes."""
+    """The evidence with the doubt, the verdict and the notes of the table of attackers `found`, if it is complete."""
     if found is None or not found["complete"]:
         return evidence
     notes = (found["verdict"], *found.get("notes", ()))
@@ -107,7 +111,7 @@ def _adapted(
     asked: Mapping[str, Any],
     adapted: Mapping[str, Any],
 ) -> Context:
-    """The context after the adaptive run: doubts that it answered, and what it says of itself."""
+    """The context after the adaptive attacks: which doubts they answered, and their notes."""
     because = {arm: tuple(names) for arm, names in adapted["because"].items()}
     places = {step.attack: step.name for step in outline.steps if step.adaptive and step.name in by_stage}
     ran = {} if adapted["missed"] else {arm: by_stage[name] for arm, name in places.items()}
@@ -140,21 +144,22 @@ def _round(adapted: Mapping[str, Any], arm: str) -> tuple[str, ...]:
 
 
 def listed(names: Sequence[str]) -> str:
-    """`a, b and c`."""
+    """Join names with commas and "and", as in `a, b and c`."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def is_of_rows(column: str) -> bool:
-    """Whether a column has one row an example."""
+    """Whether a column has one row for each example."""
     return not column.startswith(PARTIAL)
 
 
 def adversarial(
     by_stage: Mapping[str, Columns], stages: Sequence[str], counted: Sequence[Pass], *, smallest: bool
 ) -> dict[str, Tensor]:
-    """The successful inputs that were kept, `id` and `x`: of each example the first, or the `smallest` change.
+    """The stored adversarial inputs: for each example the first, or that of the `smallest` change.
 
-    `stages` are those of attacks, in their order; the `counted` passes follow them.
+    Returns columns `id` and `x`. `stages` are the names of the attacks in their order; the `counted` passes follow
+    them.
     """
     columns = [by_stage[name] for name in stages if name in by_stage]
     kept = [c for c in (*columns, *(each.columns for each in counted)) if "adversarial.id" in c]
@@ -166,7 +171,7 @@ def adversarial(
 
 
 def _filled(columns: Columns, clean: Columns) -> dict[str, Tensor]:
-    """Columns of the first rows, continued with those of examples that were left alone."""
+    """The columns of the first examples, extended by those of examples that were not attacked."""
     alone, n = unattacked(clean), len(columns["id"])
     filled = {name: torch.cat([columns[name], values[n:]]) if n else values for name, values in alone.items()}
     return filled | {name: values for name, values in columns.items() if not is_of_rows(name)}

@@ -1,4 +1,4 @@
-"""The assess verb: what cannot be measured is refused at the door, the rest is made in a folder or in memory."""
+"""The assess verb: refuses what cannot be measured, then measures in a folder or in memory."""
 
 import tempfile
 from contextlib import ExitStack, nullcontext
@@ -42,12 +42,13 @@ def assess(
     again: str = "",
     notify: Notify = ignore,
 ) -> Result:
-    """Measure how robust a model is, and judge it.
+    """Measure how robust a model is, and judge its gates.
 
-    With `run` everything is kept in that folder, and a run that was killed there is continued with `resume`; a finished
-    one is reported again. `again` is how to resume the run that this one is a part of. Workers open model and data by
-    `opening`; without it they receive the two given here. `notify` receives the largest number of rows that a server
-    is sent. Raises `UsageError`, `TargetError`, or `Interrupted` with the way to resume.
+    With `run`, all results are written to that folder; an interrupted run is continued with `resume`, and a finished
+    run is reported again. `again` is the command that resumes the run that contains this one. Workers open the model
+    and the data with `opening`; without it they receive copies of those given here. `notify` receives the largest
+    number of rows that a server is sent. Raises `UsageError`, `TargetError`, or `Interrupted` with the command to
+    resume.
     """
     refuse_data(data)
     device = torch.device(order.device)
@@ -68,7 +69,7 @@ def assess(
             return _unkept(made)
         with stoppable(again) as stopper:
             manifest = made.manifest(planned(run))
-            secret = "pool" in subject.card  # the changed inputs are of a set that serves
+            secret = "pool" in subject.card  # adversarial inputs of a serving set are secret
             kept = opened(run, manifest, made.about(), resume=resume, secret=secret)
             with kept as folder:
                 attach(served)
@@ -76,7 +77,7 @@ def assess(
 
 
 def _unkept(made: Making) -> Result:
-    """The result of a run that is kept nowhere; workers need a folder for as long as it takes."""
+    """The result of a run that is not kept. Workers need a folder, so a temporary one is used for them."""
     manifest = made.manifest(None)
     if made.order.workers is None:
         return made.result(manifest, Stopper())
@@ -88,9 +89,9 @@ def _unkept(made: Making) -> Result:
 
 
 def _begin(served: Served | None, subject: Subject, order: Order) -> None:
-    """Note what opening the data has sent to a server, and refuse what can be refused before more is sent.
+    """Record the rows that opening the data has sent to a server, and refuse early what can be refused early.
 
-    A served model computes on its server: other processes would only hide from each other what they send.
+    A served model computes on its server: with several processes, none would know what the others send.
     """
     if served is None:
         return
@@ -107,9 +108,9 @@ def _begin(served: Served | None, subject: Subject, order: Order) -> None:
 def agreed(
     subject: Subject, data: Data, order: Order, target: Target, sample: Batch, stack: ExitStack
 ) -> Plan:
-    """The plan as it is measured on this model and these data, with surrogates open as long as the `stack` is.
+    """Return the plan as it is measured on this model and data; surrogates stay open until `stack` is closed.
 
-    What cannot be measured is refused; no gate is tried.
+    Raises an error for what cannot be measured. Gates are not tested.
     """
     _refuse(target, sample, order, data)
     held = with_surrogates(order.plan, stack, order.surrogates, sample, target)
@@ -127,7 +128,7 @@ def _as_given(
 
 
 def _refuse(target: Target, sample: Batch, order: Order, data: Data) -> None:
-    """What cannot be measured is said before anything is."""
+    """Raise an error for data or threat models that cannot be measured, before any measurement."""
     bare = target.bare
     refuse_batch(sample, bare.bounds, target.classes, data.name, whole=data, remote=bare.remote)
     if target.rejects and isinstance(order.plan.threat.constraint, Corruptions):

@@ -1,4 +1,4 @@
-"""Recipes that may be trained by, and which of them a budget of time chooses."""
+"""Candidate recipes for a training, and the choice among them within a budget."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,40 +18,40 @@ from holdfast.runs.pace import Clock, Pace, epochs_fitting, pace, too_small
 _FEW = (
     8,
     64,
-)  # held-out examples that a look is timed on: the second where they take no longer than a look may
-_LOOK = 0.05  # of the budget may a look take at most
-_PLANNING = 0.1  # of the budget, after which no stronger recipe is timed
+)  # held-out examples on which an evaluation is timed; the second number only if that fits into its share of the budget
+_LOOK = 0.05  # largest share of the budget for an evaluation
+_PLANNING = 0.1  # share of the budget after which no stronger recipe is timed
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a checkpoint is judged on held-out examples."""
+    """Evaluation of a checkpoint on held-out examples."""
 
     examples: int
-    """that are held out"""
+    """number of held-out examples"""
     at: Callable[[int], object]
-    """judges the given model on so many of them"""
+    """evaluates the given model on that number of them"""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe that may be trained by."""
+    """A recipe that may be chosen for the training."""
 
     name: str
     recipe: Recipe
     settings: Mapping[str, Any]
-    """of the recipe, as plain values"""
+    """settings of the recipe, as plain values"""
     least: int = 1
-    """epochs under which a weaker one does better"""
+    """with fewer epochs than this, a weaker recipe gives better results"""
 
     def per_epoch(self, examples: int) -> int:
-        """Updates of an epoch, as far as the size of a batch decides it."""
+        """Updates in an epoch, computed from the batch size."""
         return updates(examples, self.recipe.training.batch)
 
 
 @dataclass(frozen=True)
 class _Planned:
-    """A candidate that was timed, and the epochs of it that fit into the budget."""
+    """A candidate that was timed, and how many epochs of it fit into the budget."""
 
     candidate: Candidate
     found: Pace
@@ -59,7 +59,7 @@ class _Planned:
     epochs: float
 
     def attempt(self, why: str) -> dict[str, Any]:
-        """As the plan of the run has it."""
+        """The entry of this candidate in the plan of the run."""
         return {
             "recipe": self.candidate.name,
             "epochs": self.epochs,
@@ -80,12 +80,12 @@ def attempts(
     look: Look,
     clock: Clock = time.perf_counter,
 ) -> tuple[list[dict[str, Any]], float]:
-    """What is trained, in the order in which it is tried, and the seconds that it took to say so.
+    """Return the attempts in the order in which they are tried, and the seconds that this planning took.
 
-    `candidates` go from the quickest to the strongest. The first attempt is the strongest that has its epochs within
-    what is left of the budget; those after it are stronger, and fit, for the case that doubts object. Where one is
-    chosen, `fits` are the epochs that each that was timed would have, the last of them perhaps in part. `UsageError`
-    where not even one update fits.
+    `candidates` are ordered from the fastest to the strongest. The first attempt is the strongest candidate whose
+    required epochs fit into the rest of the budget. The later ones are stronger candidates that fit, used if doubts
+    are raised against the attempts before. If there was a choice, `fits` holds how many epochs of each timed
+    candidate fit, which may be fractional. Raises `UsageError` if not even one update fits.
     """
     if budget_s is None:
         asked = [
@@ -128,9 +128,9 @@ def _paces(
     look: Look,
     clock: Clock,
 ) -> Iterator[Pace]:
-    """Those of the candidates, up to the first of which no update fits: what is stronger takes longer yet.
+    """Yield the timing of each candidate, up to the first one of which no update fits; later candidates are slower.
 
-    None is timed once a share of the budget is spent on that.
+    Also stops once a share of the budget is spent on timing.
     """
     known: tuple[float, int] | None = None
     begun = clock()
@@ -148,7 +148,10 @@ def _paces(
 
 
 def _looked(look: Look, budget_s: float, clock: Clock) -> tuple[float, int]:
-    """Seconds of a look, timed on a few held-out examples, and at how many it is: all that its share of time allows."""
+    """Return the seconds of an evaluation, timed on a few held-out examples, and how many examples it uses.
+
+    It uses as many as its share of the budget allows.
+    """
     each = 0.0
     for few in (min(few, look.examples) for few in _FEW):
         if few * each > _LOOK * budget_s:
@@ -161,7 +164,7 @@ def _looked(look: Look, budget_s: float, clock: Clock) -> tuple[float, int]:
 
 
 def announced(attempt: Mapping[str, Any], budget_s: float | None, n: int) -> str:
-    """What is about to be trained, by the first plan of it, and that judging is not part of its budget."""
+    """The message before a training: its recipe and first plan, and that the assessment is not part of the budget."""
     of = (
         ""
         if budget_s is None

@@ -1,4 +1,4 @@
-"""The data sets beside that of the run: what cannot be carried to and from them is refused before anything is made."""
+"""Transfer of perturbations to and from other data sets: tests whether it is possible for a plan."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +11,10 @@ from holdfast.runs.entry import refuse_data
 
 
 def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Target) -> Plan:
-    """The plan with the stage that carries changes between the data of the run, like `sample`, and `others`."""
+    """Return the plan with a stage that transfers perturbations between the data of the run and `others`.
+
+    `sample` are examples of the run. Raises `UsageError` if the threat model or the data do not allow it.
+    """
     if not others:
         return plan
     threat = plan.threat

@@ -1,4 +1,4 @@
-"""Two runs of the same examples: what changed, paired by the content of each example."""
+"""Comparison of two runs on the same examples, paired by the content of each example."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,23 +14,23 @@ from holdfast.runs.result import Result
 
 @dataclass(frozen=True)
 class Comparison:
-    """The second run against the first. Raises `UsageError` where they share no example."""
+    """Comparison of a second run with a first. Raises `UsageError` if they have no examples in common."""
 
     first: Result
     second: Result
 
     @property
     def regression(self) -> Estimate:
-        """Robust accuracy that the second has less than the first; positive is worse."""
+        """Robust accuracy of the first run minus that of the second; positive is worse."""
         return regression(self.second.evidence, self.first.evidence)
 
     @property
     def clean_accuracy_drop(self) -> Estimate:
-        """Clean accuracy that the second has less than the first; positive is worse."""
+        """Clean accuracy of the first run minus that of the second; positive is worse."""
         return clean_accuracy_drop(self.second.evidence, self.first.evidence)
 
     def summary(self) -> Json:
-        """What every report of it is made from, in the types of strict JSON."""
+        """The content of every report, in the types of strict JSON."""
         return self._summary
 
     @cached_property
@@ -39,7 +39,7 @@ class Comparison:
         return reported.comparison(self.first.evidence, self.second.evidence, summaries)
 
     def text(self, *, colour: bool = False, width: int | None = None) -> str:
-        """The change and the metrics side by side, for a terminal."""
+        """The changes and the metrics of both runs as text for a terminal."""
         return reported.text(self._summary, colour=colour, width=width)
 
     def to_json(self) -> str:
@@ -47,12 +47,12 @@ class Comparison:
         return reported.to_json(self._summary)
 
     def write(self, path: str | Path) -> Path:
-        """Write the report that the suffix asks for: `.html .json .md`."""
+        """Write a report in the format of the suffix: `.html .json .md`."""
         write_comparison(self._summary, Path(path))
         return Path(path)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """HTML representation of the comparison for notebooks."""
         return reported.fragment(self._summary)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The stages of a run, shard by shard, and the time that each takes."""
+"""Runs the stages of a run shard by shard, and records the time that each takes."""
 
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -38,19 +38,19 @@ from holdfast.sources.served import Served
 from holdfast.store.folder import Stage as Kept
 
 _NOTED_S = 1.0
-"""Time is booked this often, so that a killed attempt loses no more of it."""
+"""Interval in seconds at which time is recorded; a killed attempt loses at most this much."""
 
 
 @dataclass
 class Watch:
-    """Books the time of one shard as it goes by."""
+    """Records the elapsed time of one shard in steps."""
 
     book: Callable[[Seconds, bool], None]
     _cpu: float = field(default_factory=time.process_time)
     _wall: float = field(default_factory=time.perf_counter)
 
     def tick(self, *, done: bool = False, least: float = _NOTED_S) -> None:
-        """Book what went by, if it is worth it."""
+        """Record the time since the last call, if it is at least `least` seconds or the shard is `done`."""
         cpu, wall = time.process_time(), time.perf_counter()
         if done or wall - self._wall >= least:
             self.book(Seconds(cpu - self._cpu, wall - self._wall), done)
@@ -58,7 +58,7 @@ class Watch:
 
 
 class Hands(Protocol):
-    """Who measures the shards of a stage: this process, or others."""
+    """Measures the shards of a stage, in this process or in worker processes."""
 
     def measure(
         self,
@@ -68,15 +68,15 @@ class Hands(Protocol):
         by_stage: Mapping[str, Columns],
         said: Callable[[int], None],
     ) -> Iterator[tuple[int, Columns]]:
-        """Each shard of `left` when it is finished, and no more where time runs out.
+        """Yield each shard of `left` when it is finished; stops early if time runs out.
 
-        `said` is told how many examples of shards that are not finished are done.
+        `said` is called with the number of finished examples in shards that are not finished.
         """
 
 
 @dataclass(frozen=True)
 class Alone:
-    """The process of the run itself, shard after shard."""
+    """Measures shards in the process of the run, one after another."""
 
     def measure(
         self,
@@ -86,7 +86,7 @@ class Alone:
         by_stage: Mapping[str, Columns],
         said: Callable[[int], None],
     ) -> Iterator[tuple[int, Columns]]:
-        """Each shard in turn."""
+        """Measure the shards in turn, and yield each with its columns; stops at the deadline."""
         chosen = course.due(stage, by_stage)
         for shard in left:
             if stage.kind != "clean" and time.perf_counter() >= course.deadline:
@@ -98,23 +98,23 @@ class Alone:
 
 
 class OutOfTime(Exception):
-    """The deadline has passed in the middle of a shard, which is left as if it had not begun."""
+    """The deadline passed during a shard; the shard must be measured again from its start."""
 
 
 @dataclass(frozen=True)
 class Timed:
-    """The model until the deadline; then a call raises `OutOfTime`."""
+    """A model whose calls raise `OutOfTime` after a deadline."""
 
     model: Model
     deadline: float
 
     @property
     def bounds(self) -> Bounds:
-        """The box of the model."""
+        """The input bounds of the model."""
         return self.model.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """What the model says, if there is time."""
+        """Logits of the model. Raises `OutOfTime` after the deadline."""
         if time.perf_counter() >= self.deadline:
             raise OutOfTime
         return self.model(x, ids)
@@ -122,38 +122,38 @@ class Timed:
 
 @dataclass(frozen=True)
 class Course:
-    """Everything that the stages of one run share."""
+    """The state that all stages of a run share."""
 
     plan: Plan
     target: Target
     data: Data
     device: torch.device
     shards: tuple[tuple[int, int], ...]
-    """first row and row after the last of each"""
+    """first row and last row + 1 of each shard"""
     batch_size: int
     keeper: Keeper
     stopper: Stopper
     progress: Progress
     deadline: float
-    """`time.perf_counter()` after which no attack asks the model again"""
+    """`time.perf_counter()` after which attacks may not query the model"""
     order: tuple[str, ...]
-    """stages by name, and what follows them"""
+    """names of the stages, and of the steps after them"""
     hands: Hands = field(default_factory=Alone)
     fit: Batch | None = None
-    """what some attacks are learned on"""
+    """examples that learned attacks are fitted to"""
     served: Served | None = None
-    """what asks the server of a served model, which may charge for each row"""
+    """connection to the server of a served model, which may charge for each row"""
     across: tuple[Batch, ...] = ()
-    """the inputs that changes are made for and put on, of each data set as many"""
+    """inputs of each data set, equally many, for the transfer of perturbations between data sets"""
     _last: dict[tuple[int, int], Batch] = field(default_factory=dict)
 
     def run(self) -> tuple[dict[str, Columns], tuple[str, ...]]:
-        """Columns by stage, and in words what time did not allow; the adaptive stages are none of them."""
+        """Return the columns by stage, without adaptive stages, and notes on what time did not allow."""
         by_stage: dict[str, Columns] = {}
         return by_stage, self._through([s for s in self.plan.stages() if not s.adaptive], by_stage)
 
     def adapt(self, by_stage: dict[str, Columns], called: Container[str]) -> tuple[str, ...]:
-        """Add the columns of the adaptive attacks that are called for, by their names; what time did not allow."""
+        """Add the columns of the adaptive attacks named in `called`; returns notes on what time did not allow."""
         stages = [s for s in self.plan.stages() if s.adaptive and name_of(s) in called]
         return self._through(stages, by_stage)
 
@@ -165,15 +165,15 @@ class Course:
             columns = counted(stage.kind, kept, by_stage)
             if columns is not None:
                 by_stage[stage.name] = columns
-            cut_short = kept.reached is not None and stage.kind != "fit"  # then its attack is, too
+            cut_short = kept.reached is not None and stage.kind != "fit"  # reported for its attack
             if cut_short and not any(name_of(stage) == name_of(other) for other, _ in cut):
                 cut.append((stage, len(kept.columns["id"])))
         return missed(cut, len(self.data), self.plan)
 
     def room(self, stage: str, shard: int) -> Room:
-        """The batch size that earlier stages left, and what is known of this work from an earlier attempt.
+        """The batch size after earlier stages, and the known out-of-memory splits of this shard from earlier attempts.
 
-        Other shards of the stage do not count: which of them were measured before depends on who measured them.
+        Splits of other shards of the stage are ignored: which of them were measured before depends on the worker.
         """
         size, known = self.batch_size, {}
         place = self.order.index(stage)
@@ -190,18 +190,21 @@ class Course:
         return Room(size, known, halved)
 
     def read(self, start: int, stop: int) -> Batch:
-        """Some examples on the device; those of the last shard are at hand."""
+        """Examples `start` to `stop` on the device; the last range is cached."""
         if (start, stop) not in self._last:
             self._last.clear()
             self._last[start, stop] = self.data.read(start, stop).to(self.device)
         return self._last[start, stop]
 
     def tell(self, stage: str, done: int, of: int, standing: int, seen: int) -> None:
-        """Say how far a stage has come."""
+        """Report the progress of a stage."""
         self.progress(Step(stage, self.order.index(stage) + 1, len(self.order), done, of, standing, seen))
 
     def _at_once(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Kept:
-        """What an attack learns, or what is carried across data sets: a run that is killed here does it anew."""
+        """Measure a stage that has no shards: fitting an attack, or a transfer across data sets.
+
+        After a kill, the whole stage is measured again.
+        """
         of = len(self.across[0] if self.fit is None or stage.kind == "across" else self.fit)
         standing = int(
             (by_stage["clean"]["correct"] & by_stage["clean"]["eligible"] & ~broken(by_stage)).sum()
@@ -253,7 +256,7 @@ class Course:
         return Kept(columns, reached)
 
     def due(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Mask | None:
-        """The examples that a stage is run on; None means all, none of which was asked before."""
+        """Mask of the examples that a stage is run on; None for the clean stage, which runs on all."""
         return None if stage.kind == "clean" else due(stage, self.plan, by_stage)
 
     def shard(
@@ -264,7 +267,7 @@ class Course:
         by_stage: Mapping[str, Columns],
         said: Callable[[int], None],
     ) -> Columns:
-        """Measure one shard, and keep it; `OutOfTime` where time ran out before it was finished."""
+        """Measure and store one shard. Raises `OutOfTime` if time runs out before it is finished."""
         self.keeper.begin(stage.name, shard)
         watch = Watch(lambda seconds, last: self.keeper.spend(stage.name, shard, seconds, done=last))
         batch, room, finished = self.read(*self.shards[shard]), self.room(stage.name, shard), 0
@@ -312,17 +315,17 @@ class Course:
         return columns
 
     def confirm(self) -> None:
-        """Make sure that a server that refused the last inputs still answers clean ones."""
+        """Verify that a server that refused the last inputs still answers clean inputs."""
         if self.served is not None:
             self.served.confirm()
 
     def settle(self, stage: str, shard: int | None = None) -> None:
-        """Drop the answers of a server to a shard, or to a stage, whose results are kept."""
+        """Delete journaled answers of a server for a shard or stage whose results are stored."""
         if self.served is not None:
             self.served.sent.done(stage, shard)
 
     def _timed(self) -> Target:
-        """The target, of which attacks ask nothing after the deadline."""
+        """The target with models that raise `OutOfTime` after the deadline."""
         quick, view = (Timed(model, self.deadline) for model in (self.target.quick, self.target.view))
         return replace(self.target, quick=quick, view=view)
 
@@ -348,7 +351,7 @@ class Course:
 
 
 def missed(cut: Sequence[tuple[Stage, int]], of: int, plan: Plan) -> tuple[str, ...]:
-    """In words, the stages that time cut off after so many of the examples, and what that means for the numbers."""
+    """Notes on the stages that time cut off, with the number of finished examples, and the effect on the metrics."""
     attacks = [(name_of(stage), n) for stage, n in cut if stage.kind == "attack"]
     done = [f"{name} finished {n:,} of {of:,} examples" for name, n in attacks if n]
     idle = [name for name, n in attacks if not n]
@@ -382,12 +385,12 @@ def _meaning(plan: Plan) -> str:
 
 
 def name_of(stage: Stage) -> str:
-    """What the suite calls the attack of a stage."""
+    """The name in the suite of the attack of a stage."""
     return stage.name if stage.member is None else stage.member.name
 
 
 def shards_of(n: int, size: int) -> tuple[tuple[int, int], ...]:
-    """Consecutive ranges of at most `size` rows."""
+    """Divide `n` rows into consecutive ranges of at most `size` rows."""
     return tuple((start, min(start + size, n)) for start in range(0, n, size))
 
 

@@ -1,4 +1,4 @@
-"""What is refused at the door, before anything is measured, and how much goes through the model at once."""
+"""Validation of model, data and threat model before a measurement, and the choice of the batch size."""
 
 import math
 import os
@@ -23,16 +23,17 @@ from holdfast.ops.transformations import refuse_unfit
 from holdfast.sources.estimates import pixel_divisor
 
 _VALUES = 1 << 20
-"""Input values of one batch on a CPU: 256 small images, a handful of large ones."""
+"""Input values in one batch on a CPU: 256 small images, or a few large ones."""
 _ACCELERATED = 1 << 26
 _PIECE = 1024
 """examples that are read at once to find the range of the labels"""
 _WORTH_SHARING = 5_000_000
-"""Multiplications of an example from which more threads pay: between a LeNet and four convolutions without strides."""
+"""Multiplications for an example above which more threads are faster: between a LeNet and four convolutions without
+strides."""
 
 
 def batch_size_for(features: int, device: str) -> int:
-    """Examples at once that fill the device without filling its memory; a split follows where this was too many."""
+    """The batch size that uses the device well; it is split later if memory runs out."""
     kind = torch.device(device).type
     values, most = (_VALUES, 256) if kind == "cpu" else (_ACCELERATED, 2048)
     return max(8, min(most, 1 << max(0, (values // max(features, 1)).bit_length() - 1)))
@@ -40,10 +41,10 @@ def batch_size_for(features: int, device: str) -> int:
 
 @contextmanager
 def enough_threads(model: nn.Module, x: Tensor) -> Iterator[None]:
-    """One thread for a network too small to share out, torch's own number for others; put back afterwards.
+    """Use one thread for a network too small to benefit from more; the number is restored afterwards.
 
-    Threads that wait for each other at every small layer cost more than they bring, most of all on a busy machine. A
-    number that the user set (`OMP_NUM_THREADS`) stands.
+    For a small network, the synchronisation of threads at every layer costs more than they gain, especially on a
+    busy machine. A number set by the user (`OMP_NUM_THREADS`) is kept.
     """
     before = torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ and multiply_adds(model, x) < _WORTH_SHARING:
@@ -55,13 +56,13 @@ def enough_threads(model: nn.Module, x: Tensor) -> Iterator[None]:
 
 
 def refuse_data(data: Data) -> None:
-    """There must be something to measure."""
+    """Raise `TargetError` if there are no examples."""
     if not len(data):
         raise TargetError(f"{data.name} is empty; at least one example is needed")
 
 
 def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) -> None:
-    """An eps beyond the box would mean any input at all; a goal must be a class."""
+    """Raise `UsageError` if eps exceeds the size of the bounds, or the target class does not exist."""
     if isinstance(threat.constraint, (Spatial, Colour)):
         refuse_unfit(x, threat.constraint.limits)
     if isinstance(threat.constraint, Patch):
@@ -82,7 +83,7 @@ def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) 
 
 
 def slight(constraint: Constraint, bounds: Bounds, features: int) -> tuple[str, ...]:
-    """What is worth saying of an eps that moves no picture of 256 levels: most likely it was meant for another box."""
+    """A note if eps is smaller than a tenth of an 8-bit pixel step; it was probably meant for other bounds."""
     eps, width = constraint.eps, bounds.width
     levels = {Linf: 1.0, L2: math.sqrt(features), L1: float(features)}.get(type(constraint), 0.0)
     if not 0 < eps < 0.1 * levels * width / 255:
@@ -100,9 +101,10 @@ def refuse_batch(
     whole: Data | Batch | None = None,
     remote: bool = False,
 ) -> None:
-    """Inputs must be floats inside the bounds, labels must be classes.
+    """Raise `TargetError` unless inputs are floats inside the bounds and labels are classes.
 
-    A refusal gives the range of the labels of `whole`, of which the batch is a part. `remote` is a model of a server.
+    The message names the range of the labels of `whole`, which contains the batch. `remote` says whether the model
+    runs on a server.
     """
     x, y = batch.x, batch.y
     if not x.is_floating_point():
@@ -124,7 +126,7 @@ def refuse_batch(
 
 
 def _range_of_labels(data: Data | Batch) -> tuple[int, int]:
-    """The smallest and the largest label of all examples that have one."""
+    """The smallest and the largest label of all labelled examples."""
     if isinstance(data, Batch):
         known = data.y[data.y != UNLABELLED]
         return int(known.min()), int(known.max())

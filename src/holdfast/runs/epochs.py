@@ -1,4 +1,4 @@
-"""The epochs of one training: each is judged on held-out examples and written down, and the best one is kept."""
+"""The epochs of one training: each is evaluated on held-out examples and saved, and the best one is kept."""
 
 import time
 from collections.abc import Iterator
@@ -25,27 +25,27 @@ from holdfast.runs.signals import Stopper
 from holdfast.runs.training import BEST, LAST, Point
 
 STAGES = ["before", "training", "after"]
-"""Of a hardening."""
+"""Steps of a hardening."""
 NOTHING: Any = None
-"""What a process says that only hears the first."""
+"""Value that a process other than the first passes to a broadcast."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """What the first process tells the others before it trains."""
+    """Message of the first process to the others before a training."""
 
     name: str
-    """of the candidate"""
+    """name of the candidate"""
     how: Training
-    """without what plans within a budget of time, which the first process alone has"""
+    """settings of the training, without the pacing of a budget, which only the first process has"""
     paced: bool
-    """whether there is such a budget"""
+    """whether the training has a budget"""
     after: Checkpoint | None
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """What is trained, on which examples, and which others choose the checkpoint."""
+    """A model, its training examples, and the held-out examples that choose the checkpoint."""
 
     model: Classifier
     rest: Batch
@@ -53,11 +53,11 @@ class Trainer:
     threat: ThreatModel
     seed: int
     machine: str
-    """what it is trained on, in one line"""
+    """description of the hardware, in one line"""
     clock: Clock = field(default=time.perf_counter)
 
     def begun(self, recipe: Recipe, after: Checkpoint | None) -> Iterator[Checkpoint]:
-        """The checkpoints of a recipe; nothing is trained before the first is asked for."""
+        """The checkpoints of a recipe, computed lazily: no update is made before the first is requested."""
         return recipe(self.model, self.rest, self.threat, rng=Draws(self.seed), after=after)
 
     def course(
@@ -68,7 +68,7 @@ class Trainer:
         stopper: Stopper,
         progress: Progress,
     ) -> tuple[Point, ...]:
-        """The curve, from the last checkpoint on."""
+        """Train from the last checkpoint on, and return the curve over all epochs."""
         last = training.kept(place, LAST)
         curve = () if last is None else last.curve
         if last is not None and ended_by(last.checkpoint, curve, how):
@@ -102,14 +102,14 @@ class Trainer:
         return curve
 
     def follow(self, candidate: Candidate, heard: Course) -> None:
-        """Train along with the first process."""
+        """Take part in a training as a process other than the first."""
         try:
             how = replace(heard.how, pacing=_planned_elsewhere if heard.paced else None)
             for _ in self.begun(trained_as(candidate.recipe, how), heard.after):
                 if not distributed.broadcast(NOTHING):
                     break
         except LostLoss:
-            return  # which the first process says
+            return  # the first process reports it
         except (RuntimeError, MemoryError) as error:
             smaller(heard.how.batch, error)
 
@@ -124,17 +124,17 @@ def _score(point: Point) -> tuple[float, float]:
 
 
 def _planned_elsewhere(done: int, position: int, per_epoch: int, last: TrainingPlan | None) -> TrainingPlan:
-    """What a process plans that goes by the plans of the first."""
+    """Pacing of a process that receives its plans from the first process."""
     found: TrainingPlan = NOTHING
     return found
 
 
 EndedBy = Literal["epochs", "budget", "patience"]
-"""Why a training ended: its epochs were done, its budget of time was spent, or its patience was over."""
+"""Reason for the end of a training: all epochs done, budget spent, or patience exceeded."""
 
 
 def ended_by(last: Checkpoint, curve: tuple[Point, ...], how: Training) -> EndedBy | None:
-    """Why a training has ended with this checkpoint; None where it goes on."""
+    """Why a training has ended with this checkpoint; None if it continues."""
     if _stale(curve, how):
         return "patience"
     if last.plans:
@@ -143,9 +143,9 @@ def ended_by(last: Checkpoint, curve: tuple[Point, ...], how: Training) -> Ended
 
 
 def _stale(curve: tuple[Point, ...], how: Training) -> bool:
-    """Whether as many epochs as its patience have passed since the held-out robust accuracy was last better than ever.
+    """Whether the held-out robust accuracy has not improved for as many epochs as the patience.
 
-    Those in which eps still grew do not count.
+    Epochs in which eps still increased do not count.
     """
     heights, patience = [point.robust for point in curve if point.share > how.warmup], how.patience
     return bool(patience and heights) and len(heights) - 1 - heights.index(max(heights)) >= patience

@@ -1,4 +1,4 @@
-"""The gallery measured: what PGD says of each masked model, what adaptive attacks leave, and the doubts raised."""
+"""Measures the models of the gallery: by PGD, by adaptive attacks, and which doubts are raised."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from holdfast.runs.result import Result
 from holdfast.suites import suite
 
 NAIVE = "naive@1"
-"""PGD-40 on the cross-entropy, through autograd as it is: what a paper that fools itself reports."""
+"""PGD-40 on the cross-entropy with ordinary autograd, as in evaluations that are misled by gradient masking."""
 SOUND = "standard"
-"""The suite that the undefended twin is measured under."""
+"""The suite for the undefended twin."""
 
 
 @dataclass(frozen=True)
 class Exhibit:
-    """An item of the gallery, measured."""
+    """Measurements of an item of the gallery."""
 
     name: str
     source: str
@@ -36,14 +36,14 @@ class Exhibit:
     twin_robust_accuracy: float
     adaptive_robust_accuracy: float
     doubts: tuple[str, ...]
-    """raised by the naive evaluation"""
+    """doubts that the naive evaluation raised"""
     adaptive: tuple[str, ...]
-    """the adaptive attacks that were run"""
+    """adaptive attacks that were run"""
     ways: tuple[str, ...]
-    """what they went round, and how"""
+    """the stages that the adaptive attacks bypassed, and how"""
     n: int
     cpu_s: float
-    """of both evaluations"""
+    """CPU time of both evaluations"""
 
 
 def exhibits(
@@ -53,7 +53,7 @@ def exhibits(
     *,
     seed: int = 0,
 ) -> Iterator[Exhibit]:
-    """Each item, built on the training digits and measured on `data`."""
+    """Build each item on the training digits and measure it on `data`."""
     twin, sound = undefended(training), dict[float, Result]()
     for item in items:
         model = item.build(training, twin)
@@ -80,7 +80,7 @@ def exhibits(
 
 
 def raised(result: Result) -> tuple[str, ...]:
-    """The doubts that were raised, answered or not."""
+    """Names of the doubts that were raised, whether answered or not."""
     return tuple(doubt.name for doubt in result.doubts if doubt.state in ("raised", "answered"))
 
 
@@ -94,7 +94,7 @@ def measured(
     doubts: DoubtsWanted = "none",
     adaptive: bool = False,
 ) -> Result:
-    """One network under some attacks, and with `adaptive` under those that its doubts call for."""
+    """Assess a network under some attacks, and with `adaptive` under those that its doubts require."""
     plan = Plan(
         members,
         ThreatModel(Linf(eps)),

@@ -1,4 +1,4 @@
-"""How many rows a run sends to a server at most: by arithmetic, before the run."""
+"""The largest number of rows that a run sends to a server, computed before the run."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,26 +18,26 @@ from holdfast.runs.order import Order
 
 @dataclass(frozen=True)
 class ExpectedRows:
-    """Rows that a server is sent at most, by what they are sent for."""
+    """Upper bounds on the rows that are sent to a server, by purpose."""
 
     clean: int
-    """clean inputs, with the look at the model before the run"""
+    """clean inputs, including the inspection of the model before the run"""
     attacks: int
     doubts: int
-    """the probes of the doubts, with the judging of what they find"""
+    """the probes of the doubts, and judging the examples that they find"""
     judging: int
-    """one row for each example that an attack was run on; 41 of a model that draws at random"""
+    """one row for each example that an attack was run on; 41 for a randomised model"""
     unknown: tuple[str, ...] = ()
-    """attacks whose rows are not in these numbers, because no setting and no budget says how many they are"""
+    """attacks that are not included, because neither a setting nor a budget bounds their rows"""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of the rows of all purposes."""
         return self.clean + self.attacks + self.doubts + self.judging
 
     @property
     def says(self) -> str:
-        """The total and its parts in words.
+        """The total and its parts as text.
 
         >>> ExpectedRows(57, 6_000, 2_000, 226).says
         'at most 8,283 rows to the server, if it refuses none: 57 clean, 6,000 attacks, 2,000 doubts, 226 judging'
@@ -72,12 +72,12 @@ def expected_rows(
     openings: int = 1,
     opening: int = 0,
 ) -> ExpectedRows:
-    """The most rows that a run of the plan on `n` examples sends to a server, rows that fill up a batch included.
+    """Return upper bounds on the rows that a run of the plan on `n` examples sends, including padding of batches.
 
-    `right` is how many examples are classified correctly, which attacks are run on; None is all of them. `gates` says
-    whether a gate is tried on a few examples first, `others` how many examples each data set has that changes are
-    carried to and from, `openings` how many processes look at the model, and `opening` how many rows each of them
-    takes to find out how the data are read.
+    `right` is the number of correctly classified examples, which attacks are run on; None means all. `gates` says
+    whether gates are first tested on a few examples. `others` is the number of examples of each further data set for
+    the transfer across data sets. `openings` is the number of processes that inspect the model, and `opening` the
+    rows that each needs to determine how the data are read.
     """
     due = n if right is None or isinstance(plan.threat.constraint, Corruptions) else right
     judged = JUDGED_AT_RANDOM if randomised else 1
@@ -102,7 +102,7 @@ def expected_of(
     right: int | None = None,
     opening: int = 0,
 ) -> ExpectedRows:
-    """`expected_rows` of a run whose manifest says under `cut` in which shards and batches it is measured."""
+    """`expected_rows` for a run with the shards and batch size in `cut`, the `plan` of its manifest."""
     shards = tuple(stop - start for start, stop in cut["shards"])
     return expected_rows(
         plan,
@@ -118,12 +118,12 @@ def expected_of(
 
 
 def _of(member: Member, passes: Passes) -> Passes:
-    """How the examples of an attack are passed: waves are measured apart, as shards are."""
+    """How the examples of an attack are divided: each wave is measured shard by shard."""
     return replace(passes, shards=passes.shards * (1 + member.waves))
 
 
 def _attacked(members: Iterable[Member], plan: Plan, due: int, passes: Passes) -> tuple[int, tuple[str, ...]]:
-    """The most rows that attacks ask for, and the names of those of which that is not known."""
+    """The most rows that the attacks query, and the names of attacks without a known bound."""
     rows, unknown = 0, []
     for member in members:
         most = most_rows(member.attack, plan.threat, due, _of(member, passes))
@@ -134,7 +134,7 @@ def _attacked(members: Iterable[Member], plan: Plan, due: int, passes: Passes) -
 
 
 def _doubts(plan: Plan, due: int, passes: Passes, *, randomised: bool) -> int:
-    """The rows of all probes on as many examples as they take, or those of the suite, which they never exceed."""
+    """Rows of all probes on their largest number of examples, limited by the rows of the suite."""
     if plan.doubts != "all":
         return 0
     together, attacks = replace(passes, shards=()), [member.attack for member in plan.members]
@@ -156,7 +156,7 @@ def _doubts(plan: Plan, due: int, passes: Passes, *, randomised: bool) -> int:
 
 
 def _on_surrogates(plan: Plan, n: int, passes: Passes, judged: int) -> int:
-    """The rows of the transfer matrix: each clean input, and what is made of it on each surrogate and on all."""
+    """Rows of the transfer matrix: each clean input, and its examples from each surrogate and from all together."""
     if not plan.matrix:
         return 0
     models = len(plan.threat.surrogates)
@@ -165,7 +165,7 @@ def _on_surrogates(plan: Plan, n: int, passes: Passes, judged: int) -> int:
 
 
 def _across(plan: Plan, n: int, passes: Passes, others: Sequence[int]) -> int:
-    """The rows of changes that are carried across data sets: those of each, and as many controls, on each."""
+    """Rows of the transfer across data sets: the perturbations of each data set, and as many controls, on each."""
     if not plan.across:
         return 0
     sets = 1 + len(others)

@@ -1,4 +1,4 @@
-"""Whether gates can be judged at all, found out before an hour is spent: on evidence of a few examples made up."""
+"""Tests whether gates can be judged on a plan, on synthetic evidence of a few examples, before the run."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,9 +13,9 @@ from holdfast.harness import Context, Plan, Room, Stage, Target, conclude, maker
 
 
 def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Batch) -> None:
-    """`UsageError` for a gate whose metric no stage of the plan will bring, saying what would.
+    """Raise `UsageError` for a gate whose metric the plan does not measure; the message says what would.
 
-    Gates against a baseline wait for the end: which examples are shared is not known before.
+    Gates against a baseline are not tested: the common examples are known only at the end.
     """
     for claim in claims:
         refuse_rotation(claim)
@@ -28,7 +28,7 @@ def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Ba
 
 
 def _as_if_broken(plan: Plan, target: Target, sample: Batch) -> Evidence:
-    """Evidence with every column that the plan brings, in which the last attack broke whatever was right."""
+    """Evidence with every column of the plan, in which the last attack breaks all correct examples."""
     by_stage: dict[str, Columns] = {}
     for stage in plan.stages():
         if stage.kind == "clean":
@@ -54,7 +54,7 @@ def _made_up(stage: Stage, clean: Columns) -> Mapping[str, torch.Tensor]:
 
 
 def _turned(clean: Columns, threat: ThreatModel, target: Target) -> dict[str, torch.Tensor]:
-    """A transfer matrix in which every model is right where this one is, and every example turns them all."""
+    """Columns of a transfer matrix in which all models agree with this one and every example breaks all of them."""
     models, right = 1 + len(threat.surrogates), clean["correct"][:, None]
     wrong = right[:, None].expand(-1, len(makers(target.quick, threat)), models)
     return {"transfer.id": clean["id"], "transfer.right": right.expand(-1, models), "transfer.wrong": wrong}

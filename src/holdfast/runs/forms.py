@@ -1,4 +1,4 @@
-"""What `run.json` and the documents of a run must hold before they are read back."""
+"""Schemas of `run.json` and of the documents of a run, validated when they are read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,7 +64,7 @@ ASSESSED = record(
     },
     {"surrogates": listed(_OTHER), "others": listed(_OTHER)},
 )
-"""`run.json` of an assessment."""
+"""Schema of `run.json` of an assessment."""
 LISTED = record(
     {
         "verb": text,
@@ -74,7 +74,7 @@ LISTED = record(
         "plan": record({"stages": listed(name)}),
     }
 )
-"""What a list of runs shows of `run.json`, whatever the verb."""
+"""Schema of the parts of `run.json` that a list of runs shows, for any verb."""
 _ESTIMATE = record({"value": real, "low": real, "high": real, "n": count})
 _GATE = record(
     {
@@ -87,11 +87,11 @@ _GATE = record(
 )
 _CODE = one_of(0, 1, 4)
 DECIDED = record({"gates": listed(_GATE), "accepted_doubts": mapped(text), "exit_code": _CODE})
-"""`verdict.json` of an assessment."""
+"""Schema of `verdict.json` of an assessment."""
 JUDGED = record({"judged": one_of("after"), "exit_code": _CODE})
-"""`verdict.json` of a hardening, which is judged by the run within it that measured the new model."""
+"""Schema of `verdict.json` of a hardening; the verdict is that of the inner run that measured the new model."""
 HEAD = record({"chain": text})
-"""What names the chain of a run within a run."""
+"""Schema of a document with the chain digest of an inner run."""
 _DOUBT = record(
     {
         "name": text,
@@ -110,14 +110,14 @@ ASKED = record(
         "fallen": mapped(listed(whole)),
     }
 )
-"""`doubts.json`."""
+"""Schema of `doubts.json`."""
 
 
 @contextmanager
 def fitting(path: Path) -> Iterator[None]:
-    """Within it the files of a run are put together or shown, and `TargetError` is raised where they do not fit.
+    """Context manager that raises `TargetError` if the files of a run are inconsistent with each other.
 
-    Each may have the form that is expected and still not fit the others, as a column that is missing or too short.
+    Each file may be valid alone and still not match the others, such as a column that is missing or too short.
     """
     try:
         yield

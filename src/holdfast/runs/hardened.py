@@ -1,4 +1,4 @@
-"""A new model as a hardening leaves it: its weights, its card, and what it is worth beside the one it was made from."""
+"""The result of a hardening: the new model, its card, and its measurements before and after."""
 
 import hashlib
 import shlex
@@ -30,18 +30,18 @@ from holdfast.store.files import usable, write_atomically
 from holdfast.store.records import document
 
 MODEL = "model.safetensors"
-"""File of the new model, in the run's folder and wherever it is written to."""
+"""File name of the new model."""
 
 
 @dataclass(frozen=True)
 class Hardened:
-    """A new model, how it was made, and what it is worth beside the one it was made from."""
+    """A new model, how it was trained, and measurements of the given model and the new one."""
 
     model: Classifier
     before: Result
     after: Result
     curve: tuple[Point, ...]
-    """each epoch of the training that made it"""
+    """one point for each epoch of its training"""
     card: Mapping[str, Any]
     """recipe, settings, plan, both measurements, cost and versions, in the types of strict JSON"""
     weights: bytes
@@ -49,9 +49,9 @@ class Hardened:
     folder: Path | None = None
 
     def write(self, folder: str | Path) -> Path:
-        """Write `model.safetensors`, `card.md`, `card.json` and `curve.svg` into a folder, made where it is missing.
+        """Write `model.safetensors`, `card.md`, `card.json` and `curve.svg` to a folder, created if missing.
 
-        The command on the card that opens the model names it by this folder, as it was given.
+        The command on the card that opens the model contains the path of this folder as it was given.
         """
         place = Path(folder)
         card = {**self.card, "opened_by": _placed(self.card["opened_by"], place)}
@@ -65,7 +65,7 @@ class Hardened:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is to be said of the training beside its numbers."""
+        """Notes on the training for the reader of a report."""
         return tuple(self.card["notes"])
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class Hardened:
 
 @dataclass(frozen=True)
 class Made:
-    """A model that was trained by one of the candidates."""
+    """A model trained by one candidate."""
 
     candidate: Candidate
     attempt: Mapping[str, Any]
@@ -88,20 +88,20 @@ class Made:
     curve: tuple[Point, ...]
     chosen: Point
     raised: int
-    """how often its guard asked for more steps"""
+    """how often its guard increased the number of steps"""
     ended_by: EndedBy
     plans: int = 0
-    """that were made within a budget of time"""
+    """number of plans made within the budget"""
 
     @property
     def epochs(self) -> float:
-        """Epochs that were trained; a whole number where the last one is whole."""
+        """Epochs that were trained; an integer if the last one is complete."""
         epochs = self.curve[-1].epochs
         return int(epochs) if epochs == int(epochs) else epochs
 
 
 def described(subject: Subject, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What the weights file says of itself: how it is opened, and the digest of what made it."""
+    """Metadata of the weights file: how to open it, and the digest of its training."""
     known = {key: subject.card[key] for key in ("architecture", "arguments") if key in subject.card}
     said = {
         key: subject.card[key]
@@ -128,7 +128,7 @@ def digest_of_weights(checkpoint: Checkpoint) -> str:
 
 
 def timeless(card: Mapping[str, Any]) -> dict[str, Any]:
-    """A card without what may differ between two equal runs: how long each thing took, and by which command."""
+    """A card without what may differ between two equal runs: times and the command."""
     points = [_timeless_point(point) for point in card["curve"]]
     kept = {name: value for name, value in card.items() if name not in {"cost", "command"}}
     return {
@@ -149,7 +149,7 @@ def card_of(
     manifest: Mapping[str, Any],
     said: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The card of the best of the models that were made; `said` is what it tells of the wish."""
+    """Return the card of the best trained model. `said` are entries from the request."""
     tried = [each.candidate.name for each in made]
     found: dict[str, Any] = strict(
         {
@@ -185,7 +185,7 @@ def card_of(
 
 
 def _cost(made: Sequence[Made], best: Made, plan: Mapping[str, Any]) -> dict[str, float]:
-    """Of all trainings, and the time that their plan took; `budget_used` is the share that the best one took of it."""
+    """Cost of all trainings and of the planning; `budget_used` is the share of the budget that the best one used."""
     points = [point for each in made for point in each.curve]
     spent = {name: sum(getattr(point, name) for point in points) for name in ("forwards", "cpu_s", "wall_s")}
     spent["planning_s"] = plan["planning_s"]
@@ -201,17 +201,17 @@ def _cost(made: Sequence[Made], best: Made, plan: Mapping[str, Any]) -> dict[str
 
 
 def _as_trained(made: Made) -> dict[str, Any]:
-    """The settings of its recipe with what the plan, the defaults and the memory have decided of them."""
+    """The settings of the recipe, updated by the plan, the defaults, and out-of-memory splits."""
     how, last = made.candidate.recipe.training, made.curve[-1]
     decided = {"epochs": made.epochs, "weight_decay": how.decay}
-    if last.batch != how.batch:  # memory ran out
+    if last.batch != how.batch:  # batches were split after an out-of-memory error
         decided |= {"batch": last.batch, "lr": how.lr * last.batch / how.batch}
     settings = made.candidate.settings
     return {**settings, "training": {**settings.get("training", {}), **decided}}
 
 
 def _looked(chosen: Point, n: int, before: tuple[float, float]) -> dict[str, Any]:
-    """Both models on the examples that chose the checkpoint, with intervals."""
+    """Metrics of both models, with intervals, on the examples that chose the checkpoint."""
 
     def told(*shares: float) -> dict[str, Any]:
         masks = (torch.arange(n) < round(share * n) for share in shares)
@@ -222,25 +222,25 @@ def _looked(chosen: Point, n: int, before: tuple[float, float]) -> dict[str, Any
 
 
 def _placed(command: str, folder: Path) -> str:
-    """The command that opens the model, with the file as it is seen from where the folder was named."""
+    """The command that opens the model, with the path of the file in `folder`."""
     words = shlex.split(command)
     return shlex.join(str(folder / MODEL) if word == MODEL else word for word in words)
 
 
 def opened_by(opens: str, data: str) -> str:
-    """The command that opens the new model; in capitals what only the caller can say."""
+    """The command that opens the new model; placeholders in capitals must be replaced by the user."""
     return f"holdfast assess {MODEL} {'DATA' if ' ' in data else data} {opens}".rstrip()
 
 
 def _followed(tried: Sequence[str], best: Made) -> list[str]:
-    """Why there is more than one training."""
+    """A note on why there was more than one training."""
     if len(tried) == 1:
         return []
     return [f"doubts objected, so one followed another: {', '.join(tried)}; {best.candidate.name} stands"]
 
 
 def _noted(made: Made) -> list[str]:
-    """What is to be said of a training: where memory ran out, and how often its guard objected."""
+    """Notes on a training: where memory ran out, and how often its guard added a step."""
     notes = _shrunk(made.curve, made.candidate)
     if made.raised:
         times = "once" if made.raised == 1 else f"{made.raised} times"
@@ -251,7 +251,7 @@ def _noted(made: Made) -> list[str]:
 
 
 def _shrunk(curve: tuple[Point, ...], candidate: Candidate) -> list[str]:
-    """Where memory ran out, and what was done about it."""
+    """Notes on where memory ran out, and the new batch size."""
     sizes = [candidate.recipe.training.batch, *(point.batch for point in curve)]
     return [
         f"memory ran out in epoch {epoch}: batches of {now} in place of {before} from there on, the rate scaled alike"

@@ -1,4 +1,4 @@
-"""The harden verb: measure, train a new model within a budget, choose it on held-out examples, and measure again."""
+"""The harden verb: measure, train a new model within a budget, choose a checkpoint, and measure again."""
 
 import time
 from collections.abc import Mapping
@@ -61,9 +61,9 @@ from holdfast.sources.weights import written
 from holdfast.store.files import CHECKPOINTS, usable, write_atomically
 from holdfast.store.folder import RunFolder, opened, planned, refuse_used
 
-_CHECKED = 4_096  # training examples that are looked at together
+_CHECKED = 4_096  # training examples that are validated at once
 _SEEN = 8  # examples that show whether a network changes its input in place
-_NO_OBJECTION = "not-exhausted"  # which says that the suite is too weak, and no other training mends that
+_NO_OBJECTION = "not-exhausted"  # raised if the suite is too weak, which no training changes
 
 
 def harden(
@@ -78,10 +78,12 @@ def harden(
     notify: Notify = ignore,
     clock: Clock = time.perf_counter,
 ) -> Hardened:
-    """Train a copy of the model that holds under the threat, in a folder that a stopped run goes on in.
-    Without `run` nothing is kept but what is returned; what is stopped stays where its error says. Under torchrun its
-    processes train together, the first of them judges and writes, and all return the same. Raises `UsageError`,
-    `TargetError`, or `Interrupted` with the way to go on. A budget of time goes by `clock`, in seconds.
+    """Train a copy of the model to be robust under a threat model, in a folder from which a stopped run is resumed.
+
+    Without `run`, nothing is kept except the return value; if the run is stopped, its folder is kept and named in
+    the error. Under torchrun, the processes train together, the first one evaluates and writes, and all return the
+    same result. `clock` returns seconds, for the budget. Raises `UsageError`, `TargetError`, or `Interrupted` with
+    the command to resume.
     """
     if run is not None:
         refuse_used(run, resume=resume)
@@ -108,18 +110,21 @@ def harden(
 
 @dataclass(frozen=True)
 class _Examples:
-    """What is trained on, and what chooses the checkpoint."""
+    """The training examples, and the held-out examples that choose the checkpoint."""
 
     rest: Batch
     held: Batch
     digest: str
-    """of both, in hex"""
+    """SHA-256 over the training and the held-out examples, in hex"""
     notes: tuple[str, ...]
-    """which were left out, and why"""
+    """which examples were left out, and why"""
 
 
 def _parted(data: Batch, apart: Data, seed: int, classes: int) -> _Examples:
-    """Training examples without those that judge; of each class some are left, or it is refused."""
+    """Split the training examples, without those of the evaluation.
+
+    Raises an error if a class has no training example left.
+    """
     refuse_classes(data, classes)
     fresh, judged = without_judged(data, apart)
     rest, held = split_of(fresh, seed)
@@ -131,7 +136,7 @@ def _parted(data: Batch, apart: Data, seed: int, classes: int) -> _Examples:
 
 
 class _Job:
-    """One hardening in its folder."""
+    """A hardening that runs in a folder, by the first process or by another one."""
 
     def __init__(
         self,
@@ -160,7 +165,7 @@ class _Job:
         self._as_the_first(digests)
         machine = hardware(device, distributed.processes())
         self.trainer = Trainer(self.model, self.rest, self.held, wish.threat, wish.seed, machine, clock)
-        for one in wish.candidates:  # what it cannot learn from is refused here; nothing is trained yet
+        for one in wish.candidates:  # refuses unsuitable data; nothing is trained yet
             self.trainer.begun(one.recipe, None)
         self.notes = [*examples.notes, *remarks(self.model, seen)]
         known = distributed.broadcast(planned(run))
@@ -171,12 +176,12 @@ class _Job:
         self.judge = replace(wish.judge, device=str(device), fit=self._to_learn_on())
 
     def _few_held(self, n: int) -> Batch:
-        """Some of the held-out examples, drawn by the seed."""
+        """A random sample of the held-out examples, determined by the seed."""
         drawn = Draws(self.wish.seed).at("looked at").bits(self.held.ids).argsort()[:n]
         return self.held.take(drawn.sort().values)
 
     def _as_the_first(self, digests: list[str]) -> None:
-        """Begin with the weights of the first process, and on the same data."""
+        """Verify that the data equal those of the first process, and use its initial weights."""
         if distributed.broadcast(digests) != digests:
             raise UsageError(
                 "this process holds other data than the first; give all the same, in the same order, as from one file"
@@ -185,7 +190,7 @@ class _Job:
         self.model.load_state_dict(distributed.broadcast(weights))
 
     def _to_learn_on(self) -> Data | None:
-        """Training examples for attacks that are learned: none that is judged, nor chooses."""
+        """Training examples for learned attacks of the evaluation, disjoint from judged and held-out examples."""
         n, model = self.wish.examples, self.subject.model
         if not n:
             return None
@@ -216,7 +221,7 @@ class _Job:
         return {"attempts": tried, "budget_s": wish.budget_s, "planning_s": spent_s, "stages": STAGES}
 
     def done(self, *, resume: bool) -> Hardened:
-        """All that is not done yet, and the new model."""
+        """Perform all steps that are not done yet, and return the result."""
         with (
             stoppable(self.again) as stopper,
             opened(self.run, self.manifest, about(self.wish), resume=resume) as folder,
@@ -227,7 +232,7 @@ class _Job:
             made, best = self._made(folder, stopper)
             after = self._judged(best.subject, self.test, "after", self.judge)
             net = best.subject.model.net
-            assert isinstance(net, nn.Module)  # anything else was refused
+            assert isinstance(net, nn.Module)  # other models were refused before
             weights = written(net, described(self.subject, self.manifest))
             card = card_of(made, best, (before, after), folder.manifest, self._said(looked))
             found = Hardened(best.subject.model, before, after, best.curve, card, weights, self.run)
@@ -235,11 +240,11 @@ class _Job:
                 _keep(folder, found)
         distributed.broadcast(
             replace(found, model=NOTHING)
-        )  # which a factory may have made; its weights are in it
+        )  # the model may come from a factory and is not sent; its weights are part of the result
         return found
 
     def followed(self) -> Hardened:
-        """What a process does that is not the first: it trains along until the new model is done."""
+        """Take part as a process other than the first, until the new model is done."""
         while True:
             heard: Course | Hardened = distributed.broadcast(NOTHING)
             if isinstance(heard, Hardened):
@@ -247,7 +252,7 @@ class _Job:
             self.trainer.follow(self._candidate(heard.name), heard)
 
     def _said(self, looked: tuple[float, float]) -> dict[str, Any]:
-        """What the card tells of the wish, and of the given model on held-out examples."""
+        """Entries of the card from the request, and the metrics of the given model on held-out examples."""
         wish, constraint = self.wish, self.wish.threat.constraint
         return {
             "asked": wish.name,
@@ -260,9 +265,9 @@ class _Job:
         }
 
     def _made(self, folder: RunFolder, stopper: Stopper) -> tuple[list[Made], Made]:
-        """What was trained, one after another until the suite objects no more, and which of it holds best.
+        """Train the attempts of the plan until no doubt is raised, and return all trained models and the best one.
 
-        Both on held-out examples; what it objects to holds less than all that it does not.
+        Robust accuracy is compared on held-out examples; a model with raised doubts ranks below all models without.
         """
         made: list[Made] = []
         heights: list[tuple[bool, float]] = []
@@ -293,7 +298,7 @@ class _Job:
         new = self._new_model(best.checkpoint, candidate)
         state = last.checkpoint.tensors.get(STATE + RAISED)
         raised = 0 if state is None else int(state)
-        # what a budget left no update for has no checkpoint that says so
+        # if the budget left no update, no checkpoint records the end
         why = ended_by(last.checkpoint, curve, candidate.recipe.training) or "budget"
         plans = len(last.checkpoint.plans)
         return Made(candidate, attempt, new, curve, best.curve[-1], raised, why, plans)
@@ -302,7 +307,7 @@ class _Job:
         return next(one for one in self.wish.candidates if one.name == name)
 
     def _opened(self, weights: bytes) -> Classifier:
-        """The new model of its file."""
+        """The new model with weights from a file."""
         model = deepcopy(self.subject.model)
         assert isinstance(model.net, nn.Module)
         model.net.load_state_dict(safetensors.torch.load(weights))
@@ -323,10 +328,10 @@ class _Job:
     def _trained(
         self, place: Path, candidate: Candidate, attempt: Mapping[str, Any], stopper: Stopper
     ) -> tuple[Point, ...]:
-        """The curve over all epochs; the checkpoints of the last and of the best are in their files."""
+        """Train, and return the curve over all epochs. The last and the best checkpoint are in their files."""
         how = candidate.recipe.training
         if self.plan["budget_s"] is not None:
-            # a recipe with a loop of its own goes by the epochs of the first plan
+            # a recipe with its own loop uses the epochs of the first plan
             epochs = max(int(attempt["epochs"]), 1)
             how = replace(how, epochs=epochs, pacing=self._pacer(place, attempt))
         batch = training.kept_batch(place) or how.batch
@@ -342,7 +347,7 @@ class _Job:
                 raise LostLoss(f"{error}; {self._rescued(place, candidate)}") from error
 
     def _pacer(self, place: Path, attempt: Mapping[str, Any]) -> Pacer:
-        """What plans within the budget, of which the plan and the epochs that are done have taken a part."""
+        """The pacer for the rest of the budget, after the planning and the epochs that are done."""
         last = training.kept(place, LAST)
         curve = () if last is None else last.curve
         spent_s = self.plan["planning_s"] + sum(point.wall_s for point in curve)
@@ -350,7 +355,7 @@ class _Job:
         return Pacer(self.plan["budget_s"], *times, spent_s, self.clock)
 
     def _rescued(self, place: Path, candidate: Candidate) -> str:
-        """The best model so far, where there is one, written where it can be opened; and how that is said."""
+        """Save the best model so far, if there is one, and return a sentence with its path."""
         best, last = training.kept(place, BEST), training.kept(place, LAST)
         if best is None or last is None:
             return "no epoch had been finished"
@@ -363,7 +368,7 @@ class _Job:
 
 
 def _keep(folder: RunFolder, found: Hardened) -> None:
-    """The new model in the run's folder, and what was found in its chain."""
+    """Write the new model and its documents to the folder of the run."""
     folder.keep("model", MODEL, found.weights)
     folder.record("training", {"chosen": found.card["chosen"]["epoch"], "weights": digest(found.weights)})
     folder.record("after", _head(found.after))
@@ -376,5 +381,5 @@ def _numbered(name: str, k: int) -> str:
 
 
 def _head(result: Result) -> dict[str, Any]:
-    """What ties a measurement of its own folder to this run."""
+    """Digest that links a measurement in its own folder to this run."""
     return {"chain": result.about["hashes"]["chain"]}

@@ -1,4 +1,4 @@
-"""What a training must not learn from: examples that choose its checkpoint, and those that judge it."""
+"""Held-out examples, which choose the checkpoint of a training, and the separation of training and test examples."""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,17 +17,18 @@ from holdfast.ops.losses import margin
 from holdfast.runs.pieces import in_pieces
 
 LOOK = PGD(steps=20)
-"""What chooses the checkpoint: more steps than training takes, and another loss."""
+"""The attack that chooses the checkpoint, with more steps and another loss than in training."""
 _HELD_OUT, _LEAST_HELD_OUT = 1_000, 50
-_EVERY = 10  # at most one training example in so many is held out
-_HARMLESS = 0.001  # of eps
-_NAMED = 3  # duplicates that are named
+_EVERY = 10  # at most one training example of this many is held out
+_HARMLESS = 0.001  # size of the threat model in multiples of eps
+_NAMED = 3  # duplicates that a message names
 
 
 def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVERY) -> tuple[Batch, Batch]:
-    """Training examples and held-out ones, all with labels; which are held out depends on the seed alone.
+    """Split labelled examples into training examples and held-out ones. The split is determined by the seed.
 
-    Of each class one is left to train on. At most so many are held out, and at most one of `every`.
+    One example of each class stays in the training examples. At most `most` are held out, and at most one of
+    `every`. Raises `UsageError` if fewer than 50 would be held out.
     """
     known = data.y != UNLABELLED
     order = Draws(seed).at("held out").bits(data.ids).argsort()
@@ -47,7 +48,7 @@ def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVE
 
 
 def looked_at(model: Classifier, held: Batch, threat: ThreatModel) -> tuple[float, float]:
-    """Accuracy on the held-out examples, and under the attack that chooses."""
+    """Clean accuracy on the held-out examples, and accuracy under the attack `LOOK`."""
     was = model.training
     model.eval()
 
@@ -68,18 +69,18 @@ def looked_at(model: Classifier, held: Batch, threat: ThreatModel) -> tuple[floa
 
 
 def harmless(threat: ThreatModel) -> ThreatModel:
-    """The same with so little that may be changed that what is right stays right, as it does of a model that holds.
+    """The threat model with a very small eps, under which correct predictions stay correct, as for a robust model.
 
-    Not nothing, for then a projection has less to do.
+    Used for timing. Eps is not zero, since a projection would then do less work.
     """
     whole = threat.constraint
     return replace(threat, constraint=whole.resized(_HARMLESS * whole.eps))
 
 
 def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
-    """The training examples that are no test examples, and what is to be said of those that are.
+    """Return the training examples that are not test examples, and a note on the duplicates.
 
-    Only inputs that are equal in every value are found.
+    Inputs are duplicates if all values are equal. Raises `UsageError` if no example is left.
     """
     judged: dict[bytes, int] = {}
     for begin in range(0, len(test), 1_000):
@@ -97,7 +98,10 @@ def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
 
 
 def without_held(rest: Batch, held: Batch) -> tuple[Batch, str]:
-    """The training examples that equal none which chooses the checkpoint, and what is to be said of those that do."""
+    """Return the training examples that do not equal a held-out example, and a note on the duplicates.
+
+    Raises `UsageError` if no example is left.
+    """
     fresh, twice = _apart(rest, dict(zip(_names(held), held.ids.tolist(), strict=True)))
     if not twice:
         return rest, ""
@@ -108,7 +112,7 @@ def without_held(rest: Batch, held: Batch) -> tuple[Batch, str]:
 
 
 def _apart(data: Batch, others: Mapping[bytes, int]) -> tuple[Batch, list[tuple[int, int]]]:
-    """The examples whose inputs are none of `others`, and the ids of those that are, each with its twin's."""
+    """The examples whose inputs are not in `others`, and the ids of the others with the ids of their duplicates."""
     names = _names(data)
     fresh = torch.tensor([name not in others for name in names], device=data.x.device)
     rows = zip(data.ids.tolist(), names, strict=True)
@@ -116,7 +120,7 @@ def _apart(data: Batch, others: Mapping[bytes, int]) -> tuple[Batch, list[tuple[
 
 
 def _names(data: Batch) -> list[bytes]:
-    """What tells each input from others: a hash of its bytes, in which -0 is 0."""
+    """A hash of the bytes of each input; -0 is treated as 0."""
     rows = data.x.detach().cpu().contiguous().flatten(1).numpy()
     return [hashlib.blake2b((row + 0.0).tobytes(), digest_size=16).digest() for row in rows]
 
@@ -129,9 +133,9 @@ def digest_of(data: Batch) -> str:
 
 
 def refuse_classes(data: Batch, classes: int, *, after: str = "") -> None:
-    """`TargetError` where the labels are of fewer than two classes, or a class of the model has none.
+    """Raise `TargetError` if there are fewer than two classes, or a class of the model has no example.
 
-    `after` is what was left out before.
+    `after` is a note for the message on which examples were left out before.
     """
     found = torch.unique(data.y[data.y != UNLABELLED]).tolist()
     before = f"{after}; " if after else ""

@@ -1,4 +1,4 @@
-"""What makes two runs the same, the digest of the code that decides the numbers, and what is told beside it."""
+"""Identity of a run: the digest of the code that determines its results, and the versions and hardware."""
 
 import hashlib
 import os
@@ -12,12 +12,12 @@ import torch
 import holdfast
 
 _DECIDING = ("core", "ops", "attacks", "sources", "suites.py", "doubts", "harness", "recipes", "runs")
-"""Floors whose code decides what is measured; a better report does not stop a run from being resumed."""
+"""Subpackages whose code determines the measurements. Changes elsewhere, as in reports, do not prevent a resume."""
 
 
 @cache
 def code_digest() -> str:
-    """SHA-256 over the code that decides the numbers, in hex, with the versions of what it computes with."""
+    """SHA-256 in hex over the code that determines the measurements, and over the versions of torch and numpy."""
     sha = hashlib.sha256(f"torch {torch.__version__} numpy {np.__version__}\n".encode())
     package = Path(holdfast.__file__).parent
     for name in _DECIDING:
@@ -29,7 +29,7 @@ def code_digest() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+    """Versions of the software that determines the measurements."""
     return {
         "holdfast": holdfast.__version__,
         "python": platform.python_version(),
@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device, processes: int = 1) -> str:
-    """The machine in one line, without its name, and on how many processes."""
+    """Description of the machine and the number of processes, in one line, without the host name."""
     threads = torch.get_num_threads()
     cores = f"{os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, {platform.machine()}"
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Runs that were kept: open one, list those in a folder, and name a new one."""
+"""Stored runs: open one, list those in a folder, and create the path of a new one."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -34,12 +34,12 @@ from holdfast.store.leases import spent_in
 from holdfast.store.records import Chain, read_chain
 
 RUNS = Path("holdfast-runs")
-"""Where runs lie that were given no folder."""
+"""Parent folder of runs without a given folder."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the list of runs."""
+    """A run as a row in the list of runs."""
 
     path: Path
     verb: str
@@ -52,13 +52,13 @@ class Entry:
     stages_done: int
     stages: int
     exit_code: int | None = None
-    """None until it is finished"""
+    """exit code of the run; None until it is finished"""
     robust: float | None = None
-    """robust accuracy, of a hardening that of the new model; None until it is finished"""
+    """robust accuracy; for a hardening, that of the new model; None until the run is finished"""
 
 
 def new_folder(verb: str, digest: str, *, parent: Path = RUNS, now: datetime | None = None) -> Path:
-    """`<time>-<verb>-<digest>`, which nothing has yet."""
+    """The unused path `<time>-<verb>-<digest>`, with a suffix number if needed."""
     stamp = (now or datetime.now(UTC)).strftime("%Y%m%d-%H%M%S")
     path, k = parent / f"{stamp}-{verb}-{digest[:6]}", 2
     while path.exists():
@@ -67,12 +67,12 @@ def new_folder(verb: str, digest: str, *, parent: Path = RUNS, now: datetime | N
 
 
 def open_run(path: Path) -> Result:
-    """The result that a finished run left; of a hardening, that of the new model.
+    """The result of a finished run; for a hardening, that of the new model.
 
-    `TargetError` where there is none, it is not finished, or was changed.
+    Raises `TargetError` if there is no run, or it is unfinished or altered.
     """
     manifest, chain = read_manifest(path), read_chain(path, mend=False)
-    refuse_altered(path, chain)  # the model and the threat that it names are those of the numbers
+    refuse_altered(path, chain)  # the model and the threat model in the manifest belong to the measurements
     decided = recorded_document(path, chain, VERDICT)
     if decided is None:
         raise TargetError(f"the run in {str(path)!r} is not finished; go on with it by --run {path} --resume")
@@ -84,7 +84,7 @@ def open_run(path: Path) -> Result:
 def _judged(
     path: Path, chain: Chain, decided: Mapping[str, Any]
 ) -> tuple[Path, dict[str, Any], Chain, dict[str, Any]]:
-    """The run within a hardening that measured the new model, which must be the one that the outer chain names."""
+    """The inner run of a hardening that measured the new model; it must match the digest in the outer chain."""
     refuse_form(path / f"{VERDICT}.json", decided, JUDGED)
     place = str(decided["judged"])
     within, named = path / place, recorded_document(path, chain, place)
@@ -131,7 +131,7 @@ def _put_together(
 
 
 def runs_in(parent: Path = RUNS) -> list[Entry]:
-    """The runs in a folder, oldest first; folders that hold none, or none that can be read, are passed over."""
+    """The runs in a folder, oldest first. Folders without a readable run are skipped."""
     if not parent.is_dir():
         return []
     return sorted(_entries(parent), key=lambda entry: (entry.created, entry.path.name))
@@ -172,9 +172,9 @@ def _entry(path: Path) -> Entry:
 
 
 def _robust_accuracy(path: Path) -> float | None:
-    """As the report has it; None where the run has none, or its evidence cannot be read, which `verify` explains."""
+    """The robust accuracy as in the report; None if there is none, or the evidence is unreadable."""
     try:
-        return robust_accuracy(open_run(path).evidence).value  # of `metrics` all others would be computed too
+        return robust_accuracy(open_run(path).evidence).value  # `metrics` would compute all others, too
     except HoldfastError:
         return None
 

@@ -1,4 +1,4 @@
-"""Where a run keeps what it has measured: a folder, or memory alone."""
+"""Storage of the measurements of a run: in a folder or in memory."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,28 +11,28 @@ from holdfast.store.folder import RunFolder, Split, Stage
 
 
 class Keeper(Protocol):
-    """Keeps shards, stages, documents and time; a folder keeps them through a kill."""
+    """Stores shards, stages, documents and times. In a folder they survive a kill."""
 
     def stage(self, name: str) -> Stage | None:
-        """A stage that is over."""
+        """The stored columns of a finished stage; None if it is not finished."""
 
     def shards(self, stage: str) -> dict[int, Columns]:
         """Finished shards of a stage that is not complete."""
 
     def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
-        """Keep a finished shard."""
+        """Store a finished shard."""
 
     def complete(self, stage: str, columns: Columns, reached: int | None) -> None:
-        """Keep a finished stage; `reached` counts its shards where time ran out before the last."""
+        """Store a finished stage. `reached` is the first unfinished shard if time ran out, else None."""
 
     def splits(self) -> Sequence[Split]:
-        """Where memory ran out."""
+        """Batch splits after out-of-memory errors."""
 
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
-        """Keep that memory ran out."""
+        """Record that memory ran out, and the batch size from there on."""
 
     def begin(self, stage: str, shard: int) -> None:
-        """Count an attempt."""
+        """Count an attempt at a shard."""
 
     def spend(self, stage: str, shard: int, seconds: Seconds, *, done: bool) -> None:
         """Add to the time of a shard."""
@@ -41,43 +41,43 @@ class Keeper(Protocol):
         """Time of a stage over all attempts."""
 
     def document(self, kind: str) -> Mapping[str, Any] | None:
-        """What was recorded of a kind."""
+        """The recorded document of a kind; None if there is none."""
 
     def record(self, kind: str, content: Mapping[str, Any]) -> None:
-        """Record a document."""
+        """Record a document of a kind, such as the doubts."""
 
 
 @dataclass
 class InMemory:
-    """Keeps nothing beyond the process: only the time and the splits that the run itself asks for again."""
+    """Keeps only times and splits, in memory; they are lost at the end of the process."""
 
     _splits: list[Split] = field(default_factory=list)
     _seconds: defaultdict[str, Seconds] = field(default_factory=lambda: defaultdict(Seconds))
 
     def stage(self, name: str) -> Stage | None:
-        """Nothing: no earlier attempt left anything."""
+        """Return None, since there is no earlier attempt."""
         return None
 
     def shards(self, stage: str) -> dict[int, Columns]:
-        """Nothing."""
+        """Return an empty dictionary, since there is no earlier attempt."""
         return {}
 
     def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
-        """The run holds its shards itself."""
+        """Do nothing: the run itself has its shards in memory."""
 
     def complete(self, stage: str, columns: Columns, reached: int | None) -> None:
-        """The run holds its stages itself."""
+        """Do nothing: the run itself has its stages in memory."""
 
     def splits(self) -> Sequence[Split]:
-        """Where memory ran out."""
+        """Batch splits after out-of-memory errors."""
         return self._splits
 
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
-        """Keep that memory ran out."""
+        """Record that memory ran out, and the batch size from there on."""
         self._splits.append({"stage": stage, "shard": shard, "at": at, "size": size})
 
     def begin(self, stage: str, shard: int) -> None:
-        """There is one attempt."""
+        """Do nothing: there is only one attempt."""
 
     def spend(self, stage: str, shard: int, seconds: Seconds, *, done: bool) -> None:
         """Add to the time of a stage."""
@@ -85,52 +85,52 @@ class InMemory:
         self._seconds[stage] = Seconds(known.cpu + seconds.cpu, known.wall + seconds.wall)
 
     def spent(self, stage: str) -> Seconds:
-        """Time of a stage."""
+        """Wall and CPU time of a stage."""
         return self._seconds[stage]
 
     def document(self, kind: str) -> Mapping[str, Any] | None:
-        """Nothing was recorded before."""
+        """Return None, since there is no earlier attempt."""
         return None
 
     def record(self, kind: str, content: Mapping[str, Any]) -> None:
-        """The result holds it."""
+        """Do nothing: the result contains the document."""
 
 
 @dataclass(frozen=True)
 class InFolder:
-    """Keeps everything in a run folder."""
+    """Stores the measurements of a run in its folder."""
 
     folder: RunFolder
 
     def stage(self, name: str) -> Stage | None:
-        """A stage that is over, whose shards a kill may have left behind."""
+        """The stored columns of a finished stage. Deletes its shard files if a kill left some."""
         found = self.folder.stage(name)
         if found is not None:
             self.folder.drop_shards(name)
         return found
 
     def shards(self, stage: str) -> dict[int, Columns]:
-        """Finished shards that are whole."""
+        """Finished shards whose files are complete."""
         return self.folder.shards(stage)
 
     def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
-        """Write a shard."""
+        """Write the columns of a finished shard to its file."""
         self.folder.keep_shard(stage, shard, columns)
 
     def complete(self, stage: str, columns: Columns, reached: int | None) -> None:
-        """Write and record a stage."""
+        """Write the columns of a stage to its file, and record it in the chain."""
         self.folder.complete(stage, columns, reached)
 
     def splits(self) -> Sequence[Split]:
-        """Where memory ran out, in every attempt."""
+        """Batch splits after out-of-memory errors in all attempts."""
         return self.folder.splits()
 
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
-        """Write that memory ran out, before the run goes on."""
+        """Write that memory ran out, and the batch size from there on, before the run continues."""
         self.folder.add_split(stage, shard, at, size)
 
     def begin(self, stage: str, shard: int) -> None:
-        """Count an attempt."""
+        """Count an attempt at a shard."""
         self.folder.leases.begin(stage, shard)
 
     def spend(self, stage: str, shard: int, seconds: Seconds, *, done: bool) -> None:
@@ -143,9 +143,9 @@ class InFolder:
         return Seconds(known.cpu_s, known.wall_s)
 
     def document(self, kind: str) -> Mapping[str, Any] | None:
-        """What the chain names."""
+        """The document of a kind that the chain lists."""
         return self.folder.document(kind)
 
     def record(self, kind: str, content: Mapping[str, Any]) -> None:
-        """Write a document and record it."""
+        """Write a document to its file, and record it in the chain."""
         self.folder.record(kind, content)

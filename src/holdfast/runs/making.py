@@ -1,4 +1,4 @@
-"""One assessment as a process makes it: the manifest, stage after stage, the doubts, the evidence, the verdict."""
+"""One assessment in one process: manifest, stages, doubts, evidence and verdict."""
 
 import math
 import time
@@ -61,12 +61,12 @@ from holdfast.store.folder import RunFolder, Split
 
 VERB = "assess"
 JUDGED_BY_ATTACKERS = 1_000
-"""The first examples, at most, that the table of attackers is measured on."""
+"""Largest number of examples, from the first on, for the table of attackers."""
 
 
 @dataclass(frozen=True)
 class Making:
-    """What one process knows of the run before it begins."""
+    """The inputs of an assessment, and the methods that measure and judge."""
 
     subject: Subject
     data: Data
@@ -78,11 +78,11 @@ class Making:
     progress: Progress
     opening: Opening
     served: Served | None = None
-    """what asks the server of a served model"""
+    """connection to the server of a served model"""
     notify: Notify = ignore
 
     def manifest(self, known: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What `run.json` says. The batch size of a run that goes on is the one it began with."""
+        """Content of `run.json`. A resumed run uses the batch size of its first attempt."""
         order, plan, config = self.order, self.plan, self.config()
         small = order.time_budget_s is not None or order.workers is not None
         size = order.batch_size or batch_size_for(math.prod(self.shape), order.device)
@@ -117,7 +117,7 @@ class Making:
         }
 
     def config(self) -> dict[str, Any]:
-        """What is asked of the run, and changes a number."""
+        """The settings of the run that can change a number."""
         order, plan = self.order, self.plan
         held = [_known(surrogate) for surrogate in order.surrogates]
         return {
@@ -134,7 +134,7 @@ class Making:
         }
 
     def fit(self) -> Batch | None:
-        """What attacks are learned on: as many examples as one of them asks for."""
+        """The examples that learned attacks are fitted to: as many as the largest number that one of them needs."""
         wanted = [m.attack.examples for m in self.plan.members if isinstance(m.attack, Learned)]
         if not wanted or self.order.fit is None:
             return None
@@ -150,7 +150,7 @@ class Making:
         return self._typed(batch)
 
     def across(self) -> tuple[Batch, ...]:
-        """As many inputs of each data set, a seeded sample, in the order in which they are paired."""
+        """Equally many inputs of each data set, a seeded sample, in the order in which they are paired."""
         if not self.plan.across:
             return ()
         sets, seed = (self.data, *self.order.across), self.plan.seed
@@ -159,11 +159,11 @@ class Making:
         return tuple(paired(self._typed(batch), seed, place) for place, batch in enumerate(drawn))
 
     def _typed(self, batch: Batch) -> Batch:
-        """Inputs of other data in the type of those of the run, which the model takes."""
+        """Inputs of other data, converted to the data type of those of the run."""
         return batch.at(batch.x.to(self.data.read(0, 1).x.dtype))
 
     def data_card(self) -> dict[str, Any]:
-        """What identifies the examples, and what one of them is like."""
+        """Name, digest, size, shape, classes and features of the data."""
         data = self.data
         known = {"name": data.name, "digest": data.digest, "n": len(data), "shape": self.shape}
         features = getattr(data, "features", None)
@@ -172,7 +172,7 @@ class Making:
         return content
 
     def notes(self) -> list[str]:
-        """What a reader must know of model, data and threat before the numbers."""
+        """Notes on model, data and threat model that a reader needs before the numbers."""
         small = slight(self.plan.threat.constraint, self.target.bare.bounds, math.prod(self.shape))
         held = [
             f"the surrogate {one.card.get('name', '')}: {note}"
@@ -182,7 +182,7 @@ class Making:
         return [*self.subject.notes, *held, *getattr(self.data, "notes", ()), *self.target.notes, *small]
 
     def about(self) -> dict[str, Any]:
-        """What may differ between two equal runs."""
+        """Entries that may differ between two equal runs: time and command."""
         return {
             "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "command": repeatable(self.order.command),
@@ -196,7 +196,7 @@ class Making:
         *,
         lasting: bool = True,
     ) -> Result:
-        """Everything measured, judged, and, where there is a folder, recorded; it may be one that does not last."""
+        """Measure and judge; record in the folder, if any. A folder that is not `lasting` is not part of the result."""
         keeper: Keeper = InMemory() if folder is None else InFolder(folder)
         if self.served is not None and keeper.document(DOUBTS) is None:
             self.notify(self._expected(self.served, manifest["plan"]))
@@ -214,7 +214,7 @@ class Making:
         return Result(evidence, gates, accepted, about, place, found, self.order.baseline, rotation)
 
     def _expected(self, served: Served, cut: Mapping[str, Any]) -> str:
-        """How many rows the whole run sends, and how many of them were sent before."""
+        """The message on how many rows the run sends, and how many were sent before a stop."""
         rows = expected_of(self.order, self.plan, self.target, len(self.data), cut, opening=served.opening)
         earlier = served.sent.earlier
         return f"expected: {rows.says}" + (f"; {earlier:,} rows were sent before the stop" if earlier else "")
@@ -222,7 +222,7 @@ class Making:
     def judged(
         self, evidence: Evidence, known: Mapping[str, Any] | None
     ) -> tuple[tuple[Judgement, ...], Mapping[str, str]]:
-        """The gates on the evidence, and the doubts that were answered for; what is not asked anew is as `known`."""
+        """Judge the gates; return them with the accepted doubts. If neither is given, the stored ones are used."""
         order, claims, accepted = self.order, self.order.gates, self.order.accepted
         if known is not None:
             before = tuple(map(judgement_from_json, known["gates"]))
@@ -235,7 +235,7 @@ class Making:
 
     @contextmanager
     def team(self, manifest: Mapping[str, Any], folder: RunFolder | None) -> Iterator[Team | None]:
-        """The workers that were ordered, who work in the folder; None if this process is to work alone."""
+        """The worker processes in the run folder; None if this process measures alone."""
         if folder is None or self.order.workers is None:
             yield None
             return
@@ -255,7 +255,7 @@ class Making:
         manifest: Mapping[str, Any],
         team: Team | None,
     ) -> tuple[Evidence, Columns]:
-        """The evidence and the successful inputs: what was kept of earlier attempts, and the rest measured now."""
+        """The evidence and the adversarial inputs. Stored stages are reused; the others are measured."""
         names = tuple(manifest["plan"]["stages"])
         course = self._course(keeper, stopper, manifest["plan"], team)
         by_stage, missed = course.run()
@@ -277,7 +277,7 @@ class Making:
         return evidence, adversarial(by_stage, attacks, counted, smallest=self.plan.smallest)
 
     def _course(self, keeper: Keeper, stopper: Stopper, cut: Mapping[str, Any], team: Team | None) -> Course:
-        """The stages of the run, which its manifest cuts into shards and batches."""
+        """The stages of the run, with the shards and the batch size of its manifest."""
         names = tuple(cut["stages"])
         before = sum(keeper.spent(name).wall for name in names)
         budget = math.inf if self.order.time_budget_s is None else self.order.time_budget_s
@@ -302,9 +302,9 @@ class Making:
     def _asked(
         self, course: Course, by_stage: dict[str, Columns], missed: Sequence[str]
     ) -> Mapping[str, Any]:
-        """The doubts, asked and recorded, with what time did not allow.
+        """Measure and record the doubts, with notes on what time did not allow.
 
-        What the probes found is added to `by_stage`.
+        Adversarial examples of the probes are added to `by_stage`.
         """
         keeper, off = course.keeper, self.plan.doubts == "none"
         keeper.begin(DOUBTS, 0)
@@ -329,7 +329,7 @@ class Making:
         return asked
 
     def _attackers(self, evidence: Evidence, keeper: Keeper, stopper: Stopper) -> Mapping[str, Any] | None:
-        """The table of attackers of a model whose sets take turns, of which each row is recorded as it is done."""
+        """Measure the table of attackers of a model with rotation; each row is recorded when it is done."""
         known = keeper.document(ROTATION)
         if self.order.attackers is None or (known is not None and known["complete"]):
             return known
@@ -346,7 +346,7 @@ class Making:
     def _adapted(
         self, course: Course, by_stage: dict[str, Columns], asked: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Run the adaptive attacks that the doubts call for, and say which those are and why."""
+        """Run the adaptive attacks that the doubts require, and record which those are and why."""
         doubts = tuple(map(doubt_from_json, asked["doubts"]))
         members = {member.name for member in self.plan.adaptive}
         known = [arm for arm in arms(self.plan.threat.constraint) if arm.name in members]
@@ -367,20 +367,20 @@ class Making:
 
 
 def _stage_names(plan: Plan) -> list[str]:
-    """Everything that takes time, in its order."""
+    """Names of everything that takes time, in its order."""
     stages = plan.stages()
     before = [stage.name for stage in stages if not stage.adaptive]
     return [*before, DOUBTS, *(stage.name for stage in stages if stage.adaptive)]
 
 
 def _known(surrogate: Subject) -> dict[str, str]:
-    """What identifies a model that the attacker holds."""
+    """Name, origin and digest of a surrogate model."""
     name, how = (str(surrogate.card.get(key, "")) for key in ("name", "how"))
     return {"name": name, "how": how, "digest": surrogate.digest}
 
 
 def _written(asked: probes.Asked, remarks: Sequence[str], splits: Sequence[Split]) -> dict[str, Any]:
-    """The document of the doubts, with what else a reader must know of the course of the run."""
+    """The document of the doubts, with notes on the course of the run."""
     return {
         "doubts": [doubt_to_json(doubt) for doubt in asked.findings.doubts],
         "fallen": {name: ids.tolist() for name, ids in asked.findings.fallen.items()},

@@ -1,4 +1,4 @@
-"""What a run is asked for, and of whom."""
+"""Settings of an assessment: the model and what is measured and judged."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,80 +11,81 @@ from holdfast.gates.grammar import Claim
 from holdfast.harness import Plan
 
 SHARD_SIZE = 1000
-"""Examples that are lost at most when a run is killed; smaller shards leave late attacks with too few to be quick."""
+"""Examples in a shard, the largest number that a kill loses. In smaller shards, late attacks run on few examples and
+are slow."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under test, and what the evidence says of it."""
+    """The model under test, and its description in the evidence."""
 
     model: Classifier
     digest: str
-    """SHA-256 in hex of everything that decides what it computes"""
+    """SHA-256 in hex of everything that determines its outputs"""
     card: Mapping[str, Any] = field(default_factory=dict)
-    """`name`, `how` it was opened, `digest`, `parameters`, `bounds` and the like"""
+    """`name`, `how` it was opened, `digest`, `parameters`, `bounds` and other properties"""
     notes: tuple[str, ...] = ()
 
 
 Opening = Callable[[], tuple[Subject, Data, tuple[Subject, ...]]]
-"""Opens the model, the data and the surrogates, in another process if need be."""
+"""Opens the model, the data and the surrogates, possibly in another process."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is measured and judged."""
+    """What is measured and judged, and how."""
 
     plan: Plan
     gates: tuple[Claim, ...] = ()
     baseline: Evidence | None = None
-    """what gates compare with that say so"""
+    """evidence for gates that compare with a baseline"""
     accepted: Mapping[str, str] = field(default_factory=dict)
-    """doubts that a person answers for, with the reason"""
+    """accepted doubts by name, each with the reason of the person who accepts it"""
     batch_size: int | None = None
-    """examples that go through the model at once; None goes by the size of the input"""
+    """examples in one forward pass; None chooses by the size of the input"""
     shard_size: int = SHARD_SIZE
     fit: Data | None = None
-    """examples that are not judged, for attacks that are learned"""
+    """examples for learned attacks, disjoint from the judged ones"""
     across: tuple[Data, ...] = ()
-    """other data sets, which changes are carried to and from"""
+    """other data sets, for the transfer of perturbations"""
     time_budget_s: float | None = None
-    """attacks stop after this long, over all attempts; shards are then batches, so that little of the last is lost"""
+    """wall-clock limit of the attacks over all attempts; shards are then as small as batches, so that little is lost"""
     workers: int | None = None
-    """processes that share the shards out among them, each on one thread; shards are then batches"""
+    """number of worker processes that measure the shards, each with one thread; shards are then as small as batches"""
     device: str = "cpu"
     surrogates: tuple[Subject, ...] = ()
-    """models that the attacker holds of its own"""
+    """surrogate models of the attacker"""
     attackers: "Attackers | None" = None
-    """measures whom a rotation of parameter sets stops, once the suite is over; None where nothing rotates"""
+    """measures the table of attackers of a rotation after the suite; None without rotation"""
     command: str = ""
-    """how to repeat it"""
+    """command that repeats the run"""
 
 
 @dataclass(frozen=True)
 class Step:
-    """How far a run has come."""
+    """Progress of a run."""
 
     stage: str
     """what is running, such as `1-apgd-ce`"""
     place: int
-    """which of the stages that is, from 1"""
+    """index of the stage, from 1"""
     of_stages: int
     done: int
-    """examples of the stage that are finished"""
+    """finished examples of the stage"""
     of: int
     standing: int
-    """examples that no finished shard has broken; before the clean pass is done, those known to be correct"""
+    """examples that no finished shard has broken; during the clean pass, those known to be correct"""
     seen: int
-    """examples that `standing` is counted among"""
+    """number of examples that `standing` refers to"""
 
 
 Progress = Callable[[Step], None]
 Keep = Callable[[Mapping[str, Any]], None]
-"""Records what there is of a document so far."""
+"""Records the current, possibly unfinished, content of a document."""
 
 
 class Attackers(Protocol):
-    """Measures the table of attackers of a pool whose sets take turns at serving."""
+    """Measures the table of attackers of a pool with rotation."""
 
     def __call__(
         self,
@@ -95,16 +96,16 @@ class Attackers(Protocol):
         keep: Keep,
         progress: Progress,
     ) -> Mapping[str, Any]:
-        """The document; of what is `known` already nothing is measured again."""
+        """Return the document. Rows in `known` are not measured again."""
 
 
 def silent(step: Step) -> None:
-    """The progress that nobody watches."""
+    """A progress function that does nothing."""
 
 
 Notify = Callable[[str], None]
-"""Receives a message for the user: what the run does next."""
+"""Receives a message for the user on what the run does next."""
 
 
 def ignore(message: str) -> None:
-    """Show no message."""
+    """A notification function that does nothing."""

@@ -1,4 +1,4 @@
-"""How long a recipe takes on this machine, and what fits into a budget of time, before a training and during it."""
+"""Measures how long a recipe takes on this machine, and plans how much training fits into a budget."""
 
 import math
 import tempfile
@@ -22,42 +22,38 @@ from holdfast.runs.held_out import harmless
 from holdfast.runs.pieces import halved, in_pieces
 from holdfast.runs.training import BEST, LAST, keep
 
-_SHORT = 3  # updates of the shorter trial
-_WATCHED = 512  # and its examples at least: guards watch where there are more than 256
-_LEAST, _MOST = 2, 400  # updates that the longer one has more
-_TRIED = 0.01  # of the budget may be spent on either of those
-_STILL = 1e-9  # a learning rate at which no loss is lost
-_TRIALS = 3  # of a single update, where one takes long: a busy machine may be slow for a moment
-_AGAIN = (
-    0.05  # of the budget may all of these take; plans that are made in the training correct what was slow
-)
-_ALL_BUT_LOST = (
-    0.4  # of the budget for a first update, which would leave no room for another: it is tried once more
-)
-_SPARE = 0.95  # of the budget is planned in whole epochs, for a machine is not equally quick all the time
-_USED = 0.97  # of the budget is planned where plans are made again and again
-_LOOK_SPARE = 0.2  # of a look is left for a slower one
-_FIRST = 50  # updates at least are in the first plan, which lasts for one: a slow trial decides nothing
-_REVIEW = 0.01  # of the budget passes between two plans
-_REVIEW_LEFT = 0.1  # of what is left of it, so that a machine that becomes ten times slower exceeds no budget
+_SHORT = 3  # updates in the shorter trial
+_WATCHED = 512  # smallest number of examples in it: guards need more than 256
+_LEAST, _MOST = 2, 400  # smallest and largest number of further updates in the longer trial
+_TRIED = 0.01  # largest share of the budget for each of the two trials
+_STILL = 1e-9  # a learning rate so small that the loss cannot diverge
+_TRIALS = 3  # trials of a single slow update, since a busy machine may be slow for a moment
+_AGAIN = 0.05  # largest share of the budget for all these trials; later plans correct a slow measurement
+_ALL_BUT_LOST = 0.4  # share of the budget above which a first update is timed once more
+_SPARE = 0.95  # share of the budget that is planned in whole epochs, since the speed of a machine varies
+_USED = 0.97  # share of the budget that is planned if plans are repeated during the training
+_LOOK_SPARE = 0.2  # share of the time of an evaluation that is left as a reserve for a slower one
+_FIRST = 50  # smallest number of updates in the first plan, which is replaced after one update
+_REVIEW = 0.01  # share of the budget between two plans
+_REVIEW_LEFT = 0.1  # the same of the rest of the budget, for a machine that becomes slower
 
 Clock = Callable[[], float]
-"""Seconds since some moment."""
+"""Returns seconds since an arbitrary moment."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of wall time on this machine."""
+    """Wall-clock seconds of a recipe on this machine."""
 
     update: float
     epoch: float
-    """the updates of one epoch and what follows it: the writing of its checkpoint, and once it is known, the look"""
+    """updates of one epoch and the work after it: saving the checkpoint, and the evaluation if its time is known"""
 
     held_out: int = 0
-    """held-out examples that are looked at, once it is known"""
+    """number of held-out examples in an evaluation, if known"""
 
     def between(self, per_epoch: int) -> float:
-        """What an epoch of so many updates takes beside them."""
+        """Seconds of an epoch with `per_epoch` updates in addition to its updates."""
         return max(self.epoch - per_epoch * self.update, 0.0)
 
 
@@ -69,9 +65,9 @@ def pace(
     budget_s: float,
     clock: Clock = time.perf_counter,
 ) -> Pace:
-    """Measured on updates of a copy, whose weights are dropped; nothing is looked at after them.
+    """Measure the pace of a recipe on updates of a copy, which is then discarded; no evaluation is included.
 
-    Where memory runs out, with as small batches as it holds.
+    If memory runs out, smaller batches are used.
     """
     size = min(recipe.training.batch, len(data))
     while True:
@@ -82,7 +78,10 @@ def pace(
 
 
 def smaller(batch: int, error: BaseException) -> int:
-    """Half of a batch that memory ran out for; raises whatever else went wrong, and what no half mends."""
+    """Half of a batch for which memory ran out. Re-raises other errors; `TargetError` if it cannot be halved.
+
+    Several processes cannot change the batch size, so with more than one `TargetError` is raised.
+    """
     half = halved(batch, error)
     if processes() > 1:
         raise TargetError(
@@ -101,7 +100,7 @@ class _Trial:
 
     @property
     def each(self) -> float:
-        """Seconds of an update, with its share of what is paid once."""
+        """Seconds for each update, with a share of the fixed costs."""
         return self.seconds / self.updates
 
 
@@ -114,11 +113,10 @@ def _paced(
     budget_s: float,
     clock: Clock,
 ) -> Pace:
-    """From two trials of different length: what both pay once, a guard's look included, an epoch pays once.
+    """Measure two trials of different length; costs that are the same in both are counted once for each epoch.
 
-    With next to nothing that may be changed, and nothing wrong: passes take as long as they do at a model that holds,
-    and no guard has anything to object to. Where an update takes long, a single one says all, and pays for itself what
-    an epoch pays once.
+    The labels are the model's own predictions and eps is very small. So attacks take as many passes as on a robust
+    model, and no guard adds a step. If an update is slow, a single one is timed and includes the fixed costs.
     """
     how = recipe.training
     few = replace(how, epochs=1, lr=_STILL, batch=size)
@@ -129,10 +127,10 @@ def _paced(
         some = as_it_says(model, data.take(rows[:n]))
         begun = clock()
         *_, last = trained_as(recipe, few)(model, some, harmless(threat), rng=Draws(0))
-        seconds = broadcast(clock() - begun)  # all decide alike
+        seconds = broadcast(clock() - begun)  # all processes take the same decisions
         return _Trial(seconds, updates(len(some), size), len(some), last)
 
-    single = taken(size)  # chooses kernels and fills caches, and so is slower than those that follow
+    single = taken(size)  # selects kernels and fills caches, so it is slower than the next ones
     spent_s = single.seconds
     if how.compiled or spent_s <= _AGAIN * budget_s or spent_s > _ALL_BUT_LOST * budget_s:
         single = taken(size)
@@ -151,7 +149,7 @@ def _paced(
 
 
 def _quickest(trial: _Trial, again: Callable[[], _Trial], spent_s: float, budget_s: float) -> _Trial:
-    """The quickest of several trials: the first one, and those that the budget has time for."""
+    """The fastest of several trials: the first one, and repetitions as far as the budget allows."""
     for _ in range(_TRIALS - 1):
         if spent_s + trial.seconds > _AGAIN * budget_s:
             break
@@ -161,7 +159,7 @@ def _quickest(trial: _Trial, again: Callable[[], _Trial], spent_s: float, budget
 
 
 def as_it_says(model: Classifier, data: Batch) -> Batch:
-    """The same with the model's own predictions for labels, where there are labels."""
+    """The data with the predictions of the model as labels. Unlabelled examples stay unlabelled."""
     was = model.training
     model.eval()
     with torch.no_grad():
@@ -171,14 +169,14 @@ def as_it_says(model: Classifier, data: Batch) -> Batch:
 
 
 def _apart(short: _Trial, long: _Trial) -> float:
-    """Seconds of one update."""
+    """Seconds for each update, from the difference of two trials."""
     if long.updates == short.updates:
         return long.each
     return max(long.seconds - short.seconds, 0.0) / (long.updates - short.updates)
 
 
 def _kept_s(checkpoint: Checkpoint, few: int, many: int, clock: Clock) -> float:
-    """Seconds that it takes to write it as the last one and as the best one, had it been trained on so many more."""
+    """Seconds to write a checkpoint as the last and as the best one, at the size it would have with all examples."""
     with tempfile.TemporaryDirectory() as place:
         whole = _grown(checkpoint, few, many)
         begun = clock()
@@ -188,7 +186,7 @@ def _kept_s(checkpoint: Checkpoint, few: int, many: int, clock: Clock) -> float:
 
 
 def _grown(checkpoint: Checkpoint, few: int, many: int) -> Checkpoint:
-    """What it would be of `many` examples in place of `few`: what a recipe remembers of each is as much longer."""
+    """The checkpoint with `many` examples instead of `few`: the recipe's state for each example grows accordingly."""
     tensors = {
         name: value.new_zeros(many, *value.shape[1:])
         if name.startswith(STATE) and value.shape[:1] == (few,)
@@ -199,14 +197,14 @@ def _grown(checkpoint: Checkpoint, few: int, many: int) -> Checkpoint:
 
 
 def fitting(budget_s: float, found: Pace) -> int:
-    """Epochs that fit into a budget; 0 where not even one does."""
+    """Whole epochs that fit into a budget; 0 if not even one fits."""
     return max(int(_SPARE * budget_s / found.epoch), 0)
 
 
 def updates_fitting(seconds: float, update_s: float, look_s: float, position: int, per_epoch: int) -> int:
-    """Updates that fit into so many seconds after `position` updates of an epoch, and a look after each epoch.
+    """Updates that fit into `seconds`, after `position` updates of an epoch, with an evaluation after each epoch.
 
-    The last epoch may be a part of one, and a look follows it, too.
+    The last epoch may be incomplete; it is followed by an evaluation, too.
     """
     left = per_epoch - position
     first = left * update_s + look_s
@@ -219,31 +217,31 @@ def updates_fitting(seconds: float, update_s: float, look_s: float, position: in
 
 
 def _whole(times: float) -> int:
-    """How often something fits, but for rounding."""
+    """Round down, with a tolerance for rounding errors."""
     return max(int(times + 1e-6), 0)
 
 
 def epochs_fitting(budget_s: float, found: Pace, per_epoch: int) -> float:
-    """Epochs that fit into a budget, the last of them perhaps in part; 0 where not even one update does."""
+    """Epochs that fit into a budget, possibly a fractional number; 0 if not even one update fits."""
     look_s = found.between(per_epoch)
     return updates_fitting(_planned_s(budget_s, look_s), found.update, look_s, 0, per_epoch) / per_epoch
 
 
 def _planned_s(budget_s: float, look_s: float) -> float:
-    """Seconds of a budget that are planned."""
+    """The seconds of a budget that are planned."""
     return _USED * budget_s - _LOOK_SPARE * look_s
 
 
 class Pacer:
-    """Plans a training within a budget of time, again as it proceeds: see `holdfast.ops.planning.Pacing`.
+    """Plans a training within a budget, repeatedly during the training: see `holdfast.ops.planning.Pacing`.
 
-    A plan is a function of the plan before and of the seconds that are spent.
+    A plan depends only on the plan before and on the elapsed time.
     """
 
     def __init__(
         self, budget_s: float, epoch_s: float, look_s: float, spent_s: float, clock: Clock = time.perf_counter
     ) -> None:
-        """`epoch_s` and the `look_s` in it were measured before the training; `spent_s` of the budget are spent."""
+        """`epoch_s` and `look_s`, a part of it, were measured before the training; `spent_s` of the budget are used."""
         self._budget_s, self._updates_s, self._look_s, self._clock = (
             budget_s,
             epoch_s - look_s,
@@ -253,7 +251,7 @@ class Pacer:
         self._begun = clock() - spent_s
 
     def __call__(self, done: int, position: int, per_epoch: int, last: TrainingPlan | None) -> TrainingPlan:
-        """The plan after so many updates, of which `position` are of the present epoch."""
+        """The plan after `done` updates, of which `position` belong to the current epoch."""
         spent_s = self._clock() - self._begun
         update_s, look_s, interval = self._estimated(done, spent_s, per_epoch, last)
         planned_s = _planned_s(self._budget_s, look_s) - spent_s
@@ -267,21 +265,21 @@ class Pacer:
     def _estimated(
         self, done: int, spent_s: float, per_epoch: int, last: TrainingPlan | None
     ) -> tuple[float, float, int]:
-        """Seconds of an update and of a look by now, and the updates after which to plan again at the latest."""
+        """Current estimates of the seconds of an update and of an evaluation, and the updates until the next plan."""
         if last is None:
             return self._updates_s / per_epoch, self._look_s, 1
         n, seconds = done - last.at, spent_s - last.spent_s
-        if not n:  # only a look lies between two plans at the same update
+        if not n:  # two plans at the same update differ by an evaluation only
             look_s = seconds if done <= per_epoch else (last.look_s + seconds) / 2
             return last.update_s, look_s, max(last.review - last.at, 1)
         each = seconds / n
-        # what was measured before, or the first updates, may have been slow for a moment
+        # the measurement before the training, or the first updates, may have been slow for a moment
         update_s = min(last.update_s, each) if last.at == 0 else (last.update_s + each) / 2
         return update_s, last.look_s, 2 * n
 
 
 def too_small(budget_s: float, found: Pace, per_epoch: int, spent_s: float) -> str:
-    """Why no update fits beside the seconds that were spent on finding out, and which budget would do."""
+    """The error message for a budget in which no update fits, with a budget that would be enough."""
     look_s = found.between(per_epoch)
     least = math.ceil((found.update + (1 + _LOOK_SPARE) * look_s + spent_s) / _USED)
     asked = f"{least}s" if least < 120 else f"{math.ceil(least / 60)}min"

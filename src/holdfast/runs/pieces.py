@@ -1,4 +1,4 @@
-"""Batches that are passed in pieces, which are halved where memory runs out."""
+"""Processes a batch in pieces, which are halved if memory runs out."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,15 +10,15 @@ from holdfast.core.errors import TargetError
 from holdfast.core.model import out_of_memory
 
 PIECE = 256
-"""Examples that are passed at once."""
+"""Largest number of examples in one piece."""
 T = TypeVar("T")
 
 
 def in_pieces(data: Batch, seen: Callable[[Batch], T]) -> list[T]:
-    """What `seen` says of each piece, in order.
+    """The results of `seen` for each piece, in order.
 
-    What it says of an example must not depend on the others beside it. Raises `TargetError` where memory holds no
-    single one.
+    The result for an example must not depend on the other examples. Raises `TargetError` if memory is too small for
+    one example.
     """
     found: list[T] = []
     rows, size = torch.arange(len(data), device=data.x.device), PIECE
@@ -32,7 +32,7 @@ def in_pieces(data: Batch, seen: Callable[[Batch], T]) -> list[T]:
 
 
 def halved(size: int, error: BaseException) -> int:
-    """Half of so many examples that memory ran out for; raises whatever else went wrong, and what no half mends."""
+    """Half of a number of examples for which memory ran out. Re-raises other errors; `TargetError` for one example."""
     if not out_of_memory(error):
         raise error
     if size == 1:

@@ -1,4 +1,4 @@
-"""A model made ready to be measured, by the process that holds a run and by each of its workers alike."""
+"""Prepares a model for measurement, in the main process of a run and in its workers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +17,9 @@ from holdfast.runs.order import Subject
 def readied(
     subject: Subject, data: Data, device: torch.device, *, adaptive: bool = False
 ) -> Iterator[tuple[Target, Batch]]:
-    """The model on its device in eval mode, with the examples that it was looked at with; then as it was.
+    """Yield the model prepared on its device, and the examples it was inspected with; restores the model.
 
-    `adaptive` looks for what hides its gradient, too.
+    With `adaptive`, parts that hide the gradient are detected, too.
     """
     sample = data.read(0, min(LOOKED_AT, len(data))).to(device)
     with (
@@ -31,13 +31,13 @@ def readied(
 
 
 def model_digest(subject: Subject, target: Target) -> str:
-    """What a run knows its model by."""
+    """SHA-256 that identifies the model in a run."""
     return digest(canonical([subject.digest, target.randomised]))
 
 
 @contextmanager
 def placed(model: Classifier, device: torch.device) -> Iterator[None]:
-    """The model on a device for a while."""
+    """Move the model to a device, and back at the end."""
     parameter = next(model.parameters(), None)
     before = parameter.device if parameter is not None else device
     model.to(device)

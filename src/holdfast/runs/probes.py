@@ -1,4 +1,4 @@
-"""The doubts' probes: run between two stages, in pieces that fit, and counted apart from the attacks."""
+"""Runs the probes of the doubts between two stages, in pieces that fit into memory, with separate counts of queries."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -46,7 +46,7 @@ from holdfast.runs.selection import gathered
 
 @dataclass
 class Counted:
-    """A model that counts what is asked of it."""
+    """A model that counts forward and backward passes."""
 
     model: Model
     forwards: int = 0
@@ -54,11 +54,11 @@ class Counted:
 
     @property
     def bounds(self) -> Bounds:
-        """The box of the model underneath."""
+        """The input bounds of the model."""
         return self.model.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits of `x`."""
+        """Logits of `x`; counts the passes."""
         self.forwards += len(x)
         logits = self.model(x, ids)
         if logits.requires_grad:
@@ -71,24 +71,24 @@ class Counted:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the probes showed, what they found, and what they asked of the model."""
+    """Results of the probes: findings, adversarial examples and cost."""
 
     findings: Findings
     cost: Cost = field(default_factory=Cost)
-    """without times"""
+    """counts of passes, without times"""
     probes: Probes = ()
-    """those whose adversarial examples count"""
+    """probes whose adversarial examples count"""
     found: Columns = field(default_factory=dict)
-    """what those found, as the columns `FOUND`; empty where they found nothing"""
+    """the adversarial examples of these probes, as the columns of the stage `FOUND`; empty if there are none"""
 
 
-_FITTING = 1_000  # shard of the doubts under which the batches of `input` are booked, beyond those of probes
+_FITTING = 1_000  # shard number for the batch splits of the doubt `input`, larger than those of the probes
 
 
 def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], watch: Watch) -> Asked:
-    """The doubts that the plan wants, measured after everything else: over all shards, at a barrier.
+    """Measure the doubts of the plan, after all shards of the stages before are finished.
 
-    Where time ran out nothing is probed, and `missed` says what the suite did not do.
+    If time ran out, no probe is run, and `missed` are the notes on the unfinished stages.
     """
     plan, outline = course.plan, course.plan.outline(course.target.classes)
     broke = {each.name: each.columns["success"] for each in stage_passes(outline, by_stage)}
@@ -132,14 +132,14 @@ def ask(course: Course, by_stage: Mapping[str, Columns], missed: Sequence[str], 
 
 
 def _as_allotted(findings: Findings, allotment: Allotment | None) -> Findings:
-    """The findings with what was left out on a served model."""
+    """The findings with notes on what was left out for a served model."""
     return (
         findings if allotment is None else replace(findings, doubts=as_allotted(findings.doubts, allotment))
     )
 
 
 def _allotment(course: Course, columns: Columns, by_stage: Mapping[str, Columns]) -> Allotment | None:
-    """On how many examples each probe runs on a served model, at most the rows of the suite; None of other models."""
+    """Number of examples for each probe on a served model, within the rows of the suite; None for other models."""
     if course.served is None:
         return None
     plan, rng = course.plan, Draws(course.plan.seed).at("stage", DOUBTS)
@@ -158,7 +158,7 @@ def _allotment(course: Course, columns: Columns, by_stage: Mapping[str, Columns]
 
 
 def _input(course: Course, columns: Columns) -> tuple[Doubt, int]:
-    """Whether the data fit the model, on a sample of all examples; and the forwards that it took to find out."""
+    """The doubt whether the data fit the model, measured on a sample, and the number of forward passes."""
     if course.served is not None:
         says = "a served model is not queried for it; run holdfast doctor"
         return Doubt("input", "not measured", says=says), 0
@@ -177,7 +177,7 @@ def _input(course: Course, columns: Columns) -> tuple[Doubt, int]:
 
 
 def _looked_for(course: Course, batch: Batch) -> tuple[Finding | None, int]:
-    """A sign that the data do not fit the model, looked for in smaller batches where memory runs out."""
+    """Test whether the data do not fit the model, in smaller batches if memory runs out."""
     room = course.room(DOUBTS, _FITTING)
     return in_room(lambda size: misfit(course.target.bare, batch, size), room, 0, len(batch))
 
@@ -191,7 +191,7 @@ def _probes(course: Course, columns: Columns) -> tuple[Probe, ...]:
 def _judged(
     course: Course, columns: Columns, probed: Mapping[str, Probed], counting: Probes
 ) -> dict[str, Tensor]:
-    """What the bare model says of the inputs by which probes broke examples that the suite left standing."""
+    """Judge, on the target model, inputs by which probes broke examples that survive the suite."""
     plan, rng = course.plan, Draws(course.plan.seed).at("stage", FOUND)
     left, rows_of = standing(columns, plan.threat), []
     for place, (name, _) in enumerate(counting):
@@ -217,7 +217,7 @@ def _judged(
 
 
 def _first_gradients(by_stage: Mapping[str, Columns]) -> Mask | None:
-    """Whose gradient was dead in the first pass of the first attack that asked for one; None if none did."""
+    """Which gradients were zero in the first pass of the first gradient attack; None if no attack used gradients."""
     for name, columns in by_stage.items():
         if name[0].isdigit():
             asked = columns["dead"] | (columns["backwards"] > 0)
@@ -240,7 +240,7 @@ def _probed(
         if not len(rows):
             continue
         same = probe.on, len(rows)
-        if same not in examples:  # one by one: a shard of large pictures costs more to decode
+        if same not in examples:  # read one by one, since a whole shard of large images is slower to decode
             few = gathered([course.data.read(row, row + 1) for row in rows.tolist()])
             examples[same] = few.to(course.device)
         batch = examples[same]
@@ -259,7 +259,7 @@ def _probed(
 
 
 def _unfinished(findings: Findings, missed: Sequence[str]) -> Findings:
-    """What is left of the doubts when there was no time to look."""
+    """The findings of a run in which time ran out before the probes."""
 
     def said(doubt: Doubt) -> Doubt:
         if doubt.name == "not-exhausted":

@@ -1,4 +1,4 @@
-"""What a run on a served model would send to the server: computed, after a look at a few clean examples."""
+"""Estimates how many rows a run would send to the server of a served model, from a few clean examples."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,33 +19,33 @@ from holdfast.runs.served import served_by
 from holdfast.sources.counting import Look, rows_of_calls
 
 _TRIED = 32
-"""clean examples that say how many are right"""
+"""clean examples from which the clean accuracy is estimated"""
 _SAME = 1e-4
-"""share of the largest logit by which the answers to equal inputs may differ"""
+"""largest difference of the logits of equal inputs, as a share of the largest logit, for a deterministic model"""
 
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What a run would cost, and what it cost to find out."""
+    """Expected rows of a run, and the rows that were sent for the estimate."""
 
     n: int
-    """examples of the run"""
+    """number of examples of the run"""
     attacks: tuple[str, ...]
     most: ExpectedRows
-    """if every example is right that may be"""
+    """upper bound if as many examples are correct as possible"""
     likely: ExpectedRows | None
-    """the same if as large a share of all examples is right as of those that were tried; None where all were tried"""
+    """the same if the share of correct examples is that of the sample; None if all examples were tested, or none"""
     right: int
-    """how many of the examples tried are right"""
+    """number of correct examples in the sample"""
     tried: int
     sent: int
-    """rows that the server was sent for this"""
+    """rows that the server was sent for the estimate"""
     batches: str = ""
-    """what batches the server takes, where it does not take any number of rows"""
+    """accepted batch sizes of the server; empty if any number of rows is accepted"""
 
 
 def rehearsed(subject: Subject, data: Data, order: Order, counted: Look) -> Rehearsed:
-    """What a run would send to a server that is sent only what `counted` leaves. Raises what the run would raise."""
+    """Estimate the rows of a run. `counted` limits the rows sent for the estimate. Raises the errors of the run."""
     refuse_data(data)
     model, opening = subject.model, counted.rows
     first, second = rows_of_calls(model, counted.remaining, min(_TRIED, len(data)), LOOKED_AT)
@@ -83,9 +83,9 @@ def _unopened() -> tuple[Subject, Data, tuple[Subject, ...]]:
 
 
 def _looked_at(model: Classifier, sample: Batch, again: int) -> tuple[int, int, bool]:
-    """The number of classes, how many of the sample are right, and whether the model draws at random.
+    """The number of classes, the number of correct examples in a sample, and whether the model is randomised.
 
-    The last is looked for on the first examples `again`, where that is not 0.
+    Randomness is tested on the first `again` examples, unless `again` is 0.
     """
     with torch.no_grad():
         logits = model(sample.x)

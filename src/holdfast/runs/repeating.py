@@ -1,4 +1,4 @@
-"""How a run is repeated, and how one goes on that was stopped."""
+"""Commands that repeat a run or resume a stopped one."""
 
 import shlex
 import shutil
@@ -13,9 +13,9 @@ from holdfast.store.folder import planned
 
 
 def way_out(command: str, run: Path, *, max_queries: int | None = None) -> str:
-    """How to go on with a run that was stopped; without a command line, by the arguments of Python.
+    """A sentence on how to resume a stopped run; without a command line, with the arguments of the Python function.
 
-    `max_queries` takes the place of the limit on the rows that a server is sent.
+    `max_queries` replaces the limit on the rows that a server is sent.
     """
     again = f"run={str(run)!r}, resume=True" + (f", max_queries={max_queries}" if max_queries else "")
     if command:
@@ -26,16 +26,16 @@ def way_out(command: str, run: Path, *, max_queries: int | None = None) -> str:
 
 
 class _WayOut(Protocol):
-    """Says how to go on with another limit on the rows that a server is sent."""
+    """A sentence on how to resume with another limit on the rows that a server is sent."""
 
     def __call__(self, *, max_queries: int) -> str: ...
 
 
 @contextmanager
 def resumable(again: str, with_more: _WayOut) -> Iterator[None]:
-    """Adds how to go on to an error that lost the target on the way, or by which it refused an input.
+    """Add how to resume to an error of a lost server, of a refused input, or of a spent limit of rows.
 
-    Where the rows that may be sent are used up, it is said with twice as many.
+    For a spent limit, the command has twice the limit.
     """
     try:
         yield
@@ -47,7 +47,7 @@ def resumable(again: str, with_more: _WayOut) -> Iterator[None]:
 
 @contextmanager
 def lent() -> Iterator[Path]:
-    """A folder for a run that nobody asked to keep: gone when it is done, and there to go on with if it is not."""
+    """Yield a temporary folder for a run. It is deleted at the end, and kept on an error if the run can be resumed."""
     place = Path(tempfile.mkdtemp(prefix="holdfast-"))
     run = place / "run"
     try:
@@ -62,13 +62,13 @@ def lent() -> Iterator[Path]:
 
 
 def repeatable(command: str) -> str:
-    """A command line without `--run DIR` and `--resume`, which say where and not what."""
+    """A command line without `--run DIR` and `--resume`, which do not change the results."""
     words = _words(without(command, "--run"))
     return shlex.join(word for word in words if word != "--resume")
 
 
 def _words(command: str) -> list[str]:
-    """The words of a command line; of one that a changed file holds, the whole where it cannot be split."""
+    """The words of a command line; if it cannot be split, as in an altered file, one word."""
     try:
         return shlex.split(command)
     except ValueError:

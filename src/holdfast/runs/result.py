@@ -1,4 +1,4 @@
-"""What a run found: the evidence, what is read from it, and what was decided."""
+"""The result of a run: evidence, metrics, gates and reports."""
 
 from collections.abc import Iterator, KeysView, Mapping
 from dataclasses import dataclass, field
@@ -25,14 +25,14 @@ from holdfast.reports.write import write
 
 
 class UnknownMetric(KeyError):
-    """A name that is no metric of this run; the message stands as it is, without the quotes of a `KeyError`."""
+    """Raised for an unknown metric. Unlike other `KeyError`s, the message is shown without quotes."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class Metrics(dict[str, Estimate]):
-    """Metrics by name; a name that is not among them is answered with the nearest and with those that are."""
+    """Metrics by name; an unknown name raises `UnknownMetric` with the most similar name and all known names."""
 
     def __missing__(self, name: str) -> Estimate:
         near = suggestion(str(name), self)
@@ -45,52 +45,52 @@ _WORST_CASE = ("id", "y", "prediction", "correct", "success", "broken_by", "adve
 
 @dataclass(frozen=True)
 class Result:
-    """An assessment that is over."""
+    """The result of a finished assessment."""
 
     evidence: Evidence
     gates: tuple[Judgement, ...] = ()
     accepted_doubts: Mapping[str, str] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
-    """what the evidence does not know: `verb`, `folder`, `created`, `command`, `hashes`, `versions`, `hardware`"""
+    """information beside the evidence: `verb`, `folder`, `created`, `command`, `hashes`, `versions`, `hardware`"""
     folder: Path | None = None
-    """where all of it is kept; None where it was measured in memory"""
+    """the run folder; None for a run in memory"""
     adversarial: Columns = field(default_factory=dict)
-    """every successful input, as `id` and `x`, where the run was asked to keep them"""
+    """every adversarial input, as `id` and `x`, if the run keeps them"""
     baseline: Evidence | None = None
-    """what `regression` and `clean_accuracy_drop` compare with"""
+    """evidence for the metrics `regression` and `clean_accuracy_drop`"""
     rotation: Mapping[str, Any] | None = None
-    """the table of attackers of a model whose parameter sets take turns at serving; None of any other"""
+    """the table of attackers of a model with rotation; None for other models"""
     _asked: dict[str, Judgement] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """gates that were asked after the run, by their claims, for a notebook to show"""
+    """gates judged after the run, by their text, for the notebook view"""
 
     @cached_property
     def metrics(self) -> dict[str, Estimate]:
-        """Every metric that this run brings, by name, with its interval."""
+        """All metrics of the run by name, with confidence intervals."""
         return Metrics(estimates(self.evidence, baseline=self.baseline))
 
     @property
     def attacks(self) -> tuple[AttackRecord, ...]:
-        """The attacks in their order, with what stood before and after each."""
+        """The attacks in their order, with the number of surviving examples before and after each."""
         return self.evidence.attacks
 
     @property
     def doubts(self) -> tuple[Doubt, ...]:
-        """Why the number might flatter the model."""
+        """Reasons why the measured robust accuracy may be too high, with their states."""
         return self.evidence.doubts
 
     @property
     def cost(self) -> Cost:
-        """What was asked of the model, and the time it took."""
+        """Passes through the model, and the time of the run."""
         return self.evidence.cost
 
     @property
     def exit_code(self) -> int:
-        """What the command line ends with: 0 pass or no gate, 1 a gate failed, 4 unclear."""
+        """Exit code of the command line: 0 pass or no gate, 1 a gate failed, 4 unclear."""
         return exit_code(judgement.verdict for judgement in self.gates)
 
     @property
     def worst_case(self) -> dict[str, Tensor]:
-        """Columns of what became of each example over the whole suite, distances included."""
+        """Columns with the worst case of each example over the whole suite, including distances."""
         columns = self.evidence.columns
         return {
             name: values
@@ -105,14 +105,14 @@ class Result:
 
     @property
     def curve(self) -> EpsCurve:
-        """Robust accuracy against eps, where the run measured it (`curve=True`, or a suite of minimum-norm attacks).
+        """Robust accuracy as a function of eps, if measured (`curve=True`, or a suite of minimum-norm attacks).
 
-        Raises `UsageError` where it did not.
+        Raises `UsageError` if it was not measured.
         """
         return eps_curve(self.evidence)
 
     def __getitem__(self, metric: str) -> Estimate:
-        """A metric by its name, as in `result["robust_accuracy"]`; `float()` of it is its value."""
+        """A metric by name, as in `result["robust_accuracy"]`; `float()` returns its value."""
         return self.metrics[metric]
 
     def __contains__(self, metric: object) -> bool:
@@ -122,13 +122,13 @@ class Result:
         return iter(self.metrics)
 
     def keys(self) -> KeysView[str]:
-        """The names of the metrics that this run brings."""
+        """The names of the metrics of the run."""
         return self.metrics.keys()
 
     def gate(self, claim: str) -> Judgement:
-        """Judge another claim, such as `"robust_accuracy >= 0.5"`, on the same evidence and doubts.
+        """Judge another gate, such as `"robust_accuracy >= 0.5"`, on the same evidence and doubts.
 
-        A notebook shows it beside the gates of the run; it changes neither the verdict nor the exit code.
+        Notebooks show it beside the gates of the run. It changes neither the verdict nor the exit code.
         """
         doubts = Doubts(self.doubts, self.accepted_doubts)
         judgement = judge(parse(claim), self.evidence, doubts, baseline=self.baseline)
@@ -136,7 +136,7 @@ class Result:
         return judgement
 
     def summary(self) -> Json:
-        """What every report is made from, in the types of strict JSON."""
+        """The content of every report, in the types of strict JSON."""
         return self._summary
 
     @cached_property
@@ -152,25 +152,25 @@ class Result:
         )
 
     def to_html(self, path: str | Path) -> Path:
-        """Write the page."""
+        """Write the HTML report."""
         return self._write(path, ".html")
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The summary as JSON text, written to `path` where one is given."""
+        """The summary as JSON text, also written to `path` if given."""
         if path is not None:
             self._write(path, ".json")
         return to_json(self._summary)
 
     def to_pandas(self) -> Any:
-        """A `pandas.DataFrame` of one row an example, its index the ids: labels, predictions, distances and the rest.
+        """A `pandas.DataFrame` with one row for each example, indexed by id: labels, predictions, distances and more.
 
-        `broken_by` is the attack or pass that broke the example, and `robust` says whether none did and the model was
-        right. The other columns are those of the evidence. Raises `UsageError` where pandas is not installed.
+        `broken_by` is the attack or pass that broke the example; `robust` is true if none did and the model was
+        correct. Other columns are those of the evidence. Raises `UsageError` if pandas is not installed.
         """
         return frame(self.evidence)
 
     def write(self, path: str | Path) -> Path:
-        """Write the report that the suffix asks for: `.html .json .xml .sarif .md .csv`."""
+        """Write a report in the format of the suffix: `.html .json .xml .sarif .md .csv`."""
         write(self._summary, self.evidence.columns, Path(path))
         return Path(path)
 
@@ -182,14 +182,14 @@ class Result:
         return self.write(path)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the verdict, gates, attacks, metrics, doubts with what to do, and a few examples."""
+        """HTML for notebooks: verdict, gates, attacks, metrics, doubts with advice, and a few examples."""
         return fragment(self._summary, [asked_gate(gate, self._summary) for gate in self._asked.values()])
 
     def __str__(self) -> str:
         return verdict(self._summary, colour=False).rstrip("\n")
 
     def __repr__(self) -> str:
-        """The verdict and what was measured, in one line."""
+        """The verdict and the main metrics in one line."""
         where = "" if self.folder is None else f", folder {str(self.folder)!r}"
         return f"<Result: {VERDICTS[self._summary['verdict']][1]}; {measured(self._summary)}{where}>"
 
@@ -197,7 +197,7 @@ class Result:
 def about_of(
     manifest: Mapping[str, Any], about: Mapping[str, Any], folder: Path | None, head: str | None
 ) -> dict[str, Any]:
-    """What a report says beside the evidence."""
+    """The information of a report beside the evidence, as in `Result.about`."""
     hashes = dict(manifest["digests"]) | ({} if head is None else {"chain": head})
     known = {name: manifest[name] for name in ("verb", "versions", "hardware")}
     return {**known, **about, "hashes": hashes, **({} if folder is None else {"folder": str(folder)})}

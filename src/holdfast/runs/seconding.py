@@ -1,4 +1,4 @@
-"""The models beside the one under test: on its device and prepared alike, and refused where they cannot stand in."""
+"""Surrogate models: moved to the device of the target, prepared in the same way, and refused if unsuitable."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,13 +15,16 @@ from holdfast.runs.order import Subject
 from holdfast.runs.preparing import placed
 
 _LOOKED_AT = 32
-"""examples whose gradient a surrogate must not all lose"""
+"""number of examples on which a surrogate must have at least one nonzero gradient"""
 
 
 def with_surrogates(
     plan: Plan, stack: ExitStack, surrogates: Sequence[Subject], sample: Batch, target: Target
 ) -> Plan:
-    """The plan with models that the attacker may ask, ready for as long as the `stack` is open."""
+    """The plan with surrogates of the attacker, prepared until `stack` is closed.
+
+    Raises `UsageError` or `TargetError` for a threat model without surrogates or an unsuitable surrogate.
+    """
     if not surrogates:
         return plan
     if isinstance(plan.threat.constraint, Corruptions):
@@ -78,7 +81,7 @@ def _ready(surrogate: Subject, stack: ExitStack, sample: Batch, target: Target) 
 
 
 def _refuse_flat(name: str, found: Target, sample: Batch) -> None:
-    """Examples cannot be made on a model that lets no gradient through."""
+    """Raise `UsageError` for a surrogate without a gradient, since examples are computed from gradients."""
     few = next(iter(sample.split(_LOOKED_AT)))
     slope, _ = gradient(found.bare, few, margin_loss)
     if not slope.any():

@@ -1,4 +1,4 @@
-"""A part of a data set, for data that is opened already: the first of it, or a seeded sample."""
+"""A subset of an opened data set: its first examples, or a seeded sample."""
 
 from dataclasses import dataclass
 
@@ -11,37 +11,37 @@ from holdfast.sources.arrays import selected_rows
 
 @dataclass(frozen=True)
 class Selection:
-    """Some rows of a data set, ascending; ids stay the source rows."""
+    """A subset of the rows of a data set, in ascending order; ids are those of the whole data set."""
 
     whole: Data
     rows: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        """What the report calls it."""
+        """Name of the data set in reports."""
         return self.whole.name
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes, where known."""
+        """Names of the classes, if known."""
         return self.whole.classes
 
     @property
     def features(self) -> tuple[str, ...] | None:
-        """Names of the columns of a table, where it is one."""
+        """Names of the columns if the data set is a table, else None."""
         found: tuple[str, ...] | None = getattr(self.whole, "features", None)
         return found
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the whole and of which rows were taken."""
+        """SHA-256 of the whole data set and of the indices of the rows."""
         return digest(canonical([self.whole.digest, self.rows]))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, start: int, stop: int) -> Batch:
-        """Examples `start` to `stop` of the selection; neighbours are read at once."""
+        """Examples `start` to `stop` of the selection; consecutive rows are read in one call."""
         rows = self.rows[start:stop]
         if rows and rows[-1] - rows[0] == len(rows) - 1:
             return self.whole.read(rows[0], rows[-1] + 1)
@@ -57,7 +57,7 @@ def selected(data: Data, *, n: int | None, sample: int | None, seed: int) -> Dat
 
 
 def gathered(batches: list[Batch]) -> Batch:
-    """Batches as one."""
+    """Concatenate several batches to one."""
     return Batch(
         torch.cat([batch.x for batch in batches]),
         torch.cat([batch.y for batch in batches]),

@@ -1,4 +1,4 @@
-"""What a run on a served model sends: counted over all attempts, and answered from a journal after a stop."""
+"""Runs on a served model: counts the rows sent over all attempts, and answers repeated rows from a journal."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,23 +15,23 @@ from holdfast.store.folder import planned, refuse_used
 from holdfast.store.journal import NAME, Journal
 
 _OPENING = 16
-"""rows at most that show how the data are read"""
+"""largest number of rows that are sent to determine how the data are read"""
 _KINDS: tuple[Kind, ...] = ("clean", "attacks", "doubts", "judging")
 
 
 def served_by(model: Classifier) -> Served | None:
-    """What asks the server of a served model; None for any other model."""
+    """The connection to the server of a served model; None for other models."""
     net = inner(model).net
     return net if isinstance(net, Served) else None
 
 
 @contextmanager
 def journaled(run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
-    """Within it, served models that are opened count their rows, and keep their answers in the folder of a run.
+    """Context manager: served models opened in it count their rows and store the answers in the folder of a run.
 
-    With `resume`, what earlier attempts in that folder sent is counted, too, and what they were answered is not sent
-    again. With `keep` the answers stay in the folder when the run is over. Raises `TargetError` where the journal was
-    cut or changed.
+    With `resume`, the rows of earlier attempts in that folder are counted, and their answers are reused. With
+    `keep`, the answers stay in the folder after the run. Raises `TargetError` if the journal is truncated or
+    altered.
     """
     if run is None:
         yield
@@ -43,7 +43,7 @@ def journaled(run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
         refuse_used(run, resume=resume)
         found = Journal(limit, run / NAME, resume=resume, keep=keep)
         made.append(found)
-        if planned(run) is None:  # a run that was begun is in the use of the process that holds its lease
+        if planned(run) is None:  # the folder of a begun run belongs to the process with the lease
             with usable(run):
                 run.mkdir(parents=True, exist_ok=True)
             found.attach()
@@ -56,31 +56,31 @@ def journaled(run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
         for each in made:
             each.close()
         if made and not any(each.totals.sent for each in made) and [p.name for p in run.glob("*")] == [NAME]:
-            with usable(run):  # nothing was sent, and no run was begun
+            with usable(run):  # nothing was sent, and no run was started
                 (run / NAME).unlink()
                 for folder in missing:
                     folder.rmdir()
 
 
 def opening_rows(sent: Sent) -> int:
-    """Rows that were sent before a run to find out how the data are read; the most it takes after a stop."""
+    """Rows sent before a run to determine how the data are read; after a stop, their upper bound."""
     return sent.totals.rows.total() if not sent.earlier else _OPENING
 
 
 def attach(served: Served | None) -> None:
-    """Keep the answers in the folder of the run, which is there now and in no other process's use."""
+    """Store the answers in the folder of the run, which now exists and belongs to this process."""
     if served is not None and isinstance(served.sent, Journal):
         served.sent.attach()
 
 
 def finish(served: Served) -> None:
-    """Leave what was sent in all in the folder of a run that is over."""
+    """Write the totals of what was sent to the folder of a finished run."""
     if isinstance(served.sent, Journal):
         served.sent.finish()
 
 
 def totals_in(run: Path) -> Totals | None:
-    """What a finished run in a folder sent; None where it did not measure a served model."""
+    """The totals of a finished run; None if it did not measure a served model."""
     if not (run / SERVED).is_file():
         return None
     journal = Journal(None, run / SERVED, resume=True)
@@ -89,7 +89,7 @@ def totals_in(run: Path) -> Totals | None:
 
 
 def to_json(totals: Totals) -> dict[str, Any]:
-    """What was sent, as the evidence has it; see `Evidence.served`."""
+    """The totals as in the evidence; see `Evidence.served`."""
     return {
         "rows": totals.rows.total(),
         **{kind: totals.rows[kind] for kind in _KINDS},
@@ -108,7 +108,7 @@ def to_json(totals: Totals) -> dict[str, Any]:
 
 
 def in_words(totals: Totals) -> tuple[str, ...]:
-    """The same in sentences."""
+    """The totals as sentences for the notes of a report."""
     by_kind = ", ".join(f"{kind} {totals.rows[kind]:,}" for kind in _KINDS)
     rows, requests = _many(totals.rows.total(), "row"), _many(totals.requests, "request")
     said = [f"the server received {rows} in {requests}: {by_kind}"]
@@ -139,5 +139,5 @@ def in_words(totals: Totals) -> tuple[str, ...]:
 
 
 def _many(n: int, noun: str) -> str:
-    """A number of things, as in 2 rows."""
+    """A count with its noun, as in `2 rows`."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: stop where we are, let what is being written be finished, and say how to go on.
+"""Handles Ctrl-C and SIGTERM: stops the run, lets a write finish, and says how to resume.
 
-Nothing of a run is lost by stopping between two bytes, since its files are whole or absent; so the first signal stops
-at once, except inside a write, which it lets finish. The second one stops even there.
+Files of a run are either complete or absent, so the run may stop at any point. The first signal stops at once, or at
+the end of a write in progress. A second signal stops even during a write.
 """
 
 import signal
@@ -16,7 +16,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised wherever the program is when a signal comes; no `except Exception` on the way swallows it."""
+    """Raised at the current point of the program on a signal. It is not an `Exception`, so no handler swallows it."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stopper:
-    """Knows whether a signal has come, and whether it must wait."""
+    """Signal handler that delays the first signal during a write."""
 
     def __init__(self) -> None:
         self._busy = False
@@ -32,7 +32,7 @@ class Stopper:
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
-        """Within it, the first signal waits for the end."""
+        """Context manager for a write: the first signal takes effect at its end."""
         self._busy = True
         try:
             yield
@@ -42,7 +42,7 @@ class Stopper:
             raise Stopped(self._waiting)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """The handler of both signals."""
+        """Handle SIGINT or SIGTERM: raise `Stopped`, or remember the signal until the end of a write."""
         if self._busy and self._waiting is None:
             self._waiting = number
             return
@@ -51,9 +51,9 @@ class Stopper:
 
 @contextmanager
 def stoppable(way_out: str) -> Iterator[Stopper]:
-    """Handle the signals for the time of a run; `Interrupted` says `way_out` when one has come.
+    """Install the handlers for the duration of a run; a signal raises `Interrupted` with the text `way_out`.
 
-    Only the main thread of a process may handle signals; elsewhere they are left as they are.
+    Only the main thread of a process may handle signals; in other threads the handlers are not changed.
     """
     stopper = Stopper()
     if threading.current_thread() is not threading.main_thread():

@@ -1,7 +1,7 @@
-"""Processes that measure the shards of a run: started when there is work for them, replaced when they die.
+"""Worker processes that measure the shards of a run: started on demand, and replaced if they die.
 
-The process that holds the run decides what each stage is run on, posts its shards in the index of the run, and waits;
-`worker.py` is what the others do. A shard that was taken by one that died is offered again.
+The main process decides which examples each stage is run on, posts the shards in the index of the run, and waits;
+the workers run `worker.py`. A shard of a worker that died is posted again.
 """
 
 import json
@@ -25,10 +25,10 @@ from holdfast.runs.worker import Job, unshared
 from holdfast.store.folder import RunFolder
 
 _DEATHS = 3
-"""A shard, or a start, that ends so many workers is not tried again."""
+"""A shard, or the start of a worker, is not tried again after this many workers died in it."""
 _LOOKS_AGAIN_S = 0.05
 _PATIENCE_S = 10.0
-"""How long a worker may take to end when there is nothing more to do."""
+"""Seconds that a worker may take to end when there is no more work."""
 _ERRORS: Mapping[str, type[HoldfastError]] = {
     error.__name__: error for error in (HoldfastError, TargetError, TargetLost, TargetRefused, UsageError)
 }
@@ -39,14 +39,14 @@ job, sys.path[:] = sys.argv[1], sys.argv[2:]
 from holdfast.runs.worker import main
 sys.exit(main(job))
 """
-"""What a worker runs: it has its path before it imports anything."""
+"""Code of a worker process: it sets `sys.path` before any import."""
 
 Process = subprocess.Popen[str]
 
 
 @dataclass
 class Team:
-    """At most `size` workers on one run folder."""
+    """At most `size` worker processes for one run folder."""
 
     folder: RunFolder
     job: Path
@@ -63,7 +63,7 @@ class Team:
         by_stage: Mapping[str, Columns],
         said: Callable[[int], None],
     ) -> Iterator[tuple[int, Columns]]:
-        """Each shard when a worker has finished it."""
+        """Yield each shard when a worker has finished it."""
         leases, waiting = self.folder.leases, set(left)
         leases.post(stage.name, left, time.time() + course.deadline - time.perf_counter())
         watch = Watch(lambda seconds, _: leases.spend(stage.name, left[0], 0.0, seconds.wall, done=False))
@@ -86,13 +86,13 @@ class Team:
         watch.tick(done=True)
 
     def _look_after(self, wanted: int) -> None:
-        """Replace those that died, and start those that are missing."""
+        """Replace workers that died, and start missing ones."""
         for process in [each for each in self._crew if each.poll() is not None]:
             self._crew.remove(process)
             self._bury(process)
         while len(self._crew) < wanted:
             command = [sys.executable, "-P", "-c", _START, str(self.job), *import_path()]
-            # a session of its own: Ctrl-C is for the process that holds the run, which ends the others
+            # a separate session, since Ctrl-C is handled by the main process, which ends the workers
             self._crew.append(
                 subprocess.Popen(
                     command,
@@ -104,7 +104,10 @@ class Team:
             )
 
     def _bury(self, process: Process) -> None:
-        """Raise what a worker ended with, or count its death and offer what it had taken again."""
+        """Raise the error that a worker reported, or count its death and post its shards again.
+
+        Raises `TargetError` after three deaths in the same shard.
+        """
         said = _last_word(process)
         if "error" in said:
             raise _ERRORS.get(said["error"], HoldfastError)(said["message"])
@@ -122,7 +125,7 @@ class Team:
         self.folder.leases.give_up(process.pid)
 
     def end(self) -> None:
-        """Leave no worker behind."""
+        """Kill all workers and wait for their end."""
         for process in self._crew:
             process.kill()
         for process in self._crew:
@@ -134,9 +137,9 @@ class Team:
 
 
 def import_path() -> list[str]:
-    """Where a worker imports from: as this process does, but not from the current folder.
+    """The import path of a worker: that of this process without the current folder.
 
-    Where this process has imported a module from there, as a script's own, it comes last and shadows nothing.
+    If this process has imported a module from the current folder, as a script does, the folder is added at the end.
     """
     here = Path.cwd()
     known = [getattr(module, "__dict__", {}) for name, module in list(sys.modules.items()) if "." not in name]
@@ -147,7 +150,7 @@ def import_path() -> list[str]:
 
 
 def _last_word(process: Process) -> dict[str, Any]:
-    """What a worker that has ended printed; nothing where it was killed."""
+    """The error report of a worker that has ended; empty if it was killed."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.close()
@@ -159,7 +162,7 @@ def _last_word(process: Process) -> dict[str, Any]:
 
 @contextmanager
 def gathered(folder: RunFolder, job: Job, size: int) -> Iterator[Team]:
-    """Workers for a while; none is left behind, whatever happens."""
+    """Yield a team of workers, which are always killed at the end."""
     with tempfile.TemporaryDirectory(prefix="holdfast-") as place:
         path = Path(place) / "job"
         try:

@@ -1,4 +1,4 @@
-"""Whether a model can be trained at all, and what it is trained for."""
+"""Tests whether a model can be trained, and prepares a copy for training."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -18,11 +18,15 @@ from holdfast.ops.recipe import Recipe
 from holdfast.recipes import MultiNormTraining
 from holdfast.sources.keras_models import KerasNet
 
-_NAMED = 3  # frozen parameters that are named
+_NAMED = 3  # frozen parameters that a message names
 
 
 def refuse_untrainable(model: Classifier) -> None:
-    """`TargetError` for what is no network, has no gradients or fits no checkpoint, `UsageError` for what is frozen."""
+    """Raise an error if a model cannot be trained.
+
+    `TargetError` if it is no network, has no gradients or cannot be saved in a checkpoint; `UsageError` if all
+    parameters are frozen.
+    """
     if model.access != "gradients":
         raise TargetError(
             f"the model gives {model.access} and no gradients, so it cannot be trained; {model.hides}"
@@ -54,9 +58,10 @@ def refuse_untrainable(model: Classifier) -> None:
 
 
 def remarks(model: Classifier, x: Inputs) -> tuple[str, ...]:
-    """What is to be said of a model that is trained on inputs like `x`.
+    """Notes on a model that is trained on inputs like `x`.
 
-    Parameters that are frozen beside others, that it changes inputs, that it passes no gradient back to them.
+    They say whether some parameters are frozen, the model changes its inputs in place, or no gradient reaches the
+    inputs.
     """
     frozen = _frozen(model)
     named = ", ".join(frozen[:_NAMED]) + (", …" if len(frozen) > _NAMED else "")
@@ -72,7 +77,7 @@ def remarks(model: Classifier, x: Inputs) -> tuple[str, ...]:
 
 
 def _flat(model: Classifier, x: Inputs) -> bool:
-    """Whether the model lets no gradient through to inputs."""
+    """Whether no gradient reaches the inputs."""
     leaf = x.detach().requires_grad_()
     with torch.enable_grad(), drawing(Draws(0).at("flat"), x.device):
         top = deepcopy(model).eval()(leaf).amax(1)
@@ -84,15 +89,15 @@ def _frozen(model: Classifier) -> list[str]:
 
 
 def copy_of(model: Classifier) -> Classifier:
-    """A copy to train; `TargetError` where a layer does not copy, or its copy shares its weights."""
+    """A copy for training. Raises `TargetError` if the model cannot be copied, or the copy shares its weights."""
     try:
         copied = deepcopy(model)
-    except Exception as error:  # whatever a layer of the user's raises
+    except Exception as error:  # a layer may raise any exception
         raise TargetError(
             f"the model cannot be copied, and the one that is given is never changed: {type(error).__name__}: {error}; "
             f"give its layers what copy.deepcopy asks, such as __deepcopy__"
         ) from error
-    own = {weight.data_ptr() for weight in model.parameters() if weight.numel()}  # the others all lie at 0
+    own = {weight.data_ptr() for weight in model.parameters() if weight.numel()}  # others have the address 0
     if any(weight.data_ptr() in own for weight in copied.parameters()):
         raise TargetError(
             "a copy of the model shares its weights, and the one that is given is never changed; let its "
@@ -102,9 +107,9 @@ def copy_of(model: Classifier) -> Classifier:
 
 
 def learner_of(model: Classifier, x: Inputs) -> Classifier:
-    """A copy to train or attack, on the device of `x`; it is given copies where it changes inputs like `x` in place.
+    """A copy for training or attacks, on the device of `x`; it clones inputs if the model changes them in place.
 
-    In either mode: dropout in place, for one, does so in train mode alone.
+    Both modes are tested, since for example dropout changes inputs in train mode only.
     """
     copied = copy_of(model).to(x.device)
     with drawing(Draws(0).at("in place"), x.device):
@@ -113,6 +118,6 @@ def learner_of(model: Classifier, x: Inputs) -> Classifier:
 
 
 def threats_of(threat: ThreatModel, recipes: Sequence[Recipe]) -> list[ThreatModel]:
-    """The threat, and the same under the other norms that the recipes train for."""
+    """The threat model, and the same with each other norm that the recipes train for."""
     others = [norm for recipe in recipes if isinstance(recipe, MultiNormTraining) for norm in recipe.others]
     return [threat, *(replace(threat, constraint=norm) for norm in others)]

@@ -1,4 +1,4 @@
-"""A training that can be stopped anywhere: the last checkpoint and the best one, each a whole file."""
+"""Storage of a training: the last and the best checkpoint, each in a file that is written atomically."""
 
 import json
 from collections.abc import Mapping
@@ -15,60 +15,60 @@ from holdfast.store.files import usable, write_atomically
 from holdfast.store.records import document
 
 LAST, BEST = "last.safetensors", "best.safetensors"
-_BATCH = "batch.json"  # there once memory has run out
+_BATCH = "batch.json"  # exists after memory ran out
 _KEY = "holdfast"
 
 
 @dataclass(frozen=True)
 class Point:
-    """One epoch as the curve shows it."""
+    """One epoch in the training curve."""
 
     epoch: int
     loss: float
-    """mean over the updates of the epoch"""
+    """mean training loss over the updates of the epoch"""
     accuracy: float
-    """share of what was trained on that was right"""
+    """accuracy on the training examples of the epoch"""
     lr: float
-    """the last learning rate"""
+    """learning rate at the end of the epoch"""
     batch: int
-    """examples of an update"""
+    """examples in an update"""
     clean: float
     """accuracy on the held-out examples"""
     robust: float
-    """the same under the attack that chooses the checkpoint"""
+    """held-out accuracy under the attack that chooses the checkpoint"""
     cpu_s: float
     wall_s: float
     forwards: float = 0.0
-    """of an example through the network that is trained; 0 where the recipe does not count them"""
+    """forward passes of an example through the trained network; 0 if the recipe does not count them"""
     dearer: float = 1.0
-    """passes of an update at its end, in multiples of those of the first one"""
+    """passes of an update at the end of the epoch, in multiples of those of the first update"""
     hardware: str = ""
-    """what it was trained on, in one line"""
+    """description of the hardware, in one line"""
     part: float = 1.0
     """share of the epoch that was trained"""
     share: float = 1.0
-    """share of the schedules of rate and eps that was done at its end"""
+    """share of the schedules of learning rate and eps that was done at the end of the epoch"""
 
     @property
     def epochs(self) -> float:
-        """Epochs that are done at its end."""
+        """Epochs that are done at the end of this one."""
         return self.epoch - 1 + self.part
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written down."""
+        """The point as a dictionary for JSON."""
         return dict(vars(self))
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What an earlier attempt left."""
+    """A checkpoint of an earlier attempt with the curve up to it."""
 
     checkpoint: Checkpoint
     curve: tuple[Point, ...]
 
 
 def keep(folder: Path, name: str, checkpoint: Checkpoint, curve: tuple[Point, ...]) -> None:
-    """Write a checkpoint with the curve up to it, whole or not at all."""
+    """Write a checkpoint with the curve up to it, atomically."""
     said = {
         "epoch": checkpoint.epoch,
         "of": checkpoint.of,
@@ -85,20 +85,20 @@ def keep(folder: Path, name: str, checkpoint: Checkpoint, curve: tuple[Point, ..
 
 
 def keep_batch(folder: Path, batch: int) -> None:
-    """Write down how many examples an update has from here on."""
+    """Save the batch size that is used from now on."""
     with usable(folder):
         folder.mkdir(exist_ok=True)
         write_atomically(folder / _BATCH, document({"batch": batch}))
 
 
 def kept_batch(folder: Path) -> int | None:
-    """What `keep_batch` wrote last; None where memory has never run out."""
+    """The last batch size that `keep_batch` saved; None if memory has never run out."""
     path = folder / _BATCH
     return int(json.loads(path.read_text())["batch"]) if path.is_file() else None
 
 
 def kept(folder: Path, name: str) -> Kept | None:
-    """The checkpoint of that name; None where there is none yet."""
+    """The checkpoint of a name; None if there is none. Raises `TargetError` for an invalid file."""
     path = folder / name
     if not path.is_file():
         return None

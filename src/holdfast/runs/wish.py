@@ -1,4 +1,4 @@
-"""What a hardening is asked for, and how its run knows that it is the same one."""
+"""The settings of a hardening, and the manifest that identifies its run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,26 +17,27 @@ from holdfast.runs.repeating import repeatable
 
 @dataclass(frozen=True)
 class Wish:
-    """What a hardening is asked for."""
+    """The settings of a hardening."""
 
     name: str
-    """of the recipe, as it was asked for"""
+    """name of the recipe, as requested"""
     candidates: tuple[Candidate, ...]
-    """the recipe, or those to choose from, the quickest first"""
+    """the recipe, or the recipes to choose from, the fastest first"""
     threat: ThreatModel
     judge: Order
     """how the model is measured before and after"""
     budget_s: float | None = None
-    """wall time of the training, its looks at held-out examples included; None goes by the recipe's epochs"""
+    """wall-clock time of the training, evaluations on held-out examples included; None uses the recipe's epochs"""
     seed: int = 0
     device: str = "cpu"
     command: str = ""
     examples: int = 0
-    """training examples that attacks of the judge are learned on, where some are"""
+    """number of training examples for learned attacks of the evaluation, if it has some"""
     apart: Data | None = None
-    """what nothing is learned from: all that the judged examples are taken from; None for those alone"""
+    """data that must not be trained on: the whole set of which the judged examples are a part; None for the judged
+    ones only"""
     opens: str = ""
-    """flags that the new model is opened with, beside its file and the data"""
+    """command-line options that open the new model, in addition to its file and the data"""
 
 
 def manifest_of(
@@ -47,7 +48,7 @@ def manifest_of(
     plan: Mapping[str, Any],
     machine: str,
 ) -> dict[str, Any]:
-    """What `run.json` says; `digests` are of the judged examples and of those to train on."""
+    """Content of `run.json`. `digests` are those of the judged examples and of the training examples."""
     constraint = wish.threat.constraint
     around = wish.judge.surrogates
     config = strict(
@@ -80,5 +81,5 @@ def manifest_of(
 
 
 def about(wish: Wish) -> dict[str, Any]:
-    """What may differ between two equal runs."""
+    """Entries that may differ between two equal runs: time and command."""
     return {"created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "command": repeatable(wish.command)}

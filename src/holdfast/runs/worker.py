@@ -1,6 +1,6 @@
-"""A process that measures shards of a run under the lease of another, which posts them; `team.py` is that other one.
+"""A worker process that measures shards of a run, posted by the main process (`team.py`) under its lease.
 
-It ends when its input ends, which happens however the other process does.
+It ends when its standard input is closed, which happens at any end of the main process.
 """
 
 import contextlib
@@ -39,23 +39,23 @@ _LOOKS_AGAIN_S = 0.02
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker must know."""
+    """The settings that a worker receives."""
 
     opening: Opening
     """opens the model, the data and the surrogates"""
     digests: Mapping[str, Any]
-    """of these, as the run knows them"""
+    """digests of these in the run"""
     plan: Plan
-    """without the surrogates, which the worker makes ready itself"""
+    """without surrogates, which the worker prepares itself"""
     device: str
     run: Path
     owner: Owner
-    """who holds the lease"""
+    """identity of the process with the lease"""
 
 
 @dataclass(frozen=True)
 class _Shared(InFolder):
-    """A folder whose wall time the process that waits books, once for all workers."""
+    """A run folder that does not record wall time, which the main process records once for all workers."""
 
     def spend(self, stage: str, shard: int, seconds: Seconds, *, done: bool) -> None:
         """Add to the CPU time of a shard."""
@@ -64,7 +64,7 @@ class _Shared(InFolder):
 
 @dataclass
 class Lifeline:
-    """Ends the process when its input ends: at once inside a shard, else after the last word."""
+    """Ends the process when its standard input is closed: at once inside a shard, otherwise after the last message."""
 
     busy: bool = False
     _ended: threading.Event = field(default_factory=threading.Event)
@@ -80,12 +80,12 @@ class Lifeline:
             os._exit(1)
 
     def holds(self) -> bool:
-        """Whether there is still somebody to work for; waits a little."""
+        """Whether the main process is still alive; waits a short time."""
         return not self._ended.wait(_LOOKS_AGAIN_S)
 
 
 def main(path: str) -> int:
-    """Work off what is posted; what went wrong is said on the standard output, as JSON."""
+    """Measure posted shards. An error is written to standard output as JSON."""
     with _report() as say:
         lifeline = Lifeline()
         try:
@@ -101,8 +101,8 @@ def main(path: str) -> int:
 
 @contextmanager
 def _report() -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Says something on what was the standard output; what a model prints goes to standard error."""
-    # without a buffer, which would be written once more when it is closed
+    """Yield a function that writes to the original standard output; output of the model goes to standard error."""
+    # unbuffered, since a buffer would be written again when it is closed
     with os.fdopen(os.dup(1), "wb", buffering=0) as pipe:
         os.dup2(2, 1)
 
@@ -123,7 +123,7 @@ def _job(path: Path) -> Job:
 
 
 def unshared(error: Exception) -> UsageError:
-    """What is said of a model or of data that cannot be handed to another process."""
+    """The error for a model or data that cannot be pickled for another process."""
     return UsageError(
         f"a worker cannot take the model, the data or an attack over ({type(error).__name__}: {error}); define them in "
         f"a file that can be imported, or give addresses such as file.py:factory, or leave workers out"
@@ -131,7 +131,7 @@ def unshared(error: Exception) -> UsageError:
 
 
 def serve(job: Job, lifeline: Lifeline) -> None:
-    """Measure what is posted until nobody is there to work for."""
+    """Measure posted shards until the main process ends."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     subject, data, surrogates = job.opening()
@@ -179,7 +179,7 @@ def _course(job: Job, plan: Plan, target: Target, data: Data, folder: RunFolder)
 
 
 def _measure(course: Course, task: Task, by_stage: dict[str, Columns], folder: RunFolder) -> None:
-    """One shard; `by_stage` comes to hold every stage before it."""
+    """Measure one shard; adds the columns of all earlier stages to `by_stage`."""
     stages = course.plan.stages()
     place = next(k for k, stage in enumerate(stages) if stage.name == task.stage)
     folder.look_again()

@@ -1,4 +1,4 @@
-"""The parts of evidence that are no columns, as strict JSON and back."""
+"""Conversion of the parts of evidence that are not columns to strict JSON and back."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,11 +20,11 @@ from holdfast.reports.numbers import number, strict
 Json = dict[str, Any]
 
 VERDICT = "verdict"
-"""The document that the judged gates are kept in."""
+"""Name of the document with the judged gates."""
 
 
 def outline_to_json(outline: Outline) -> Json:
-    """What was to be measured."""
+    """The outline of what is measured, as JSON."""
     constraint = outline.threat.constraint
     return {
         "stages": [
@@ -55,7 +55,7 @@ def outline_to_json(outline: Outline) -> Json:
 
 
 def outline_from_json(content: Mapping[str, Any]) -> Outline:
-    """What `outline_to_json` wrote."""
+    """Inverse of `outline_to_json`."""
     threat = content["threat"]
     return Outline(
         tuple(
@@ -99,7 +99,7 @@ def _constraint(threat: Mapping[str, Any]) -> Constraint:
 
 
 def doubt_to_json(doubt: Doubt) -> Json:
-    """One doubt."""
+    """A doubt as JSON."""
     return {
         "name": doubt.name,
         "state": doubt.state,
@@ -111,7 +111,7 @@ def doubt_to_json(doubt: Doubt) -> Json:
 
 
 def doubt_from_json(content: Mapping[str, Any]) -> Doubt:
-    """What `doubt_to_json` wrote."""
+    """Inverse of `doubt_to_json`."""
     return Doubt(
         content["name"],
         content["state"],
@@ -127,7 +127,7 @@ def _optional(value: float | str | None) -> float | None:
 
 
 def judgement_to_json(judgement: Judgement) -> Json:
-    """One gate with its verdict."""
+    """A gate with its verdict as JSON."""
     seen = judgement.estimate
     return {
         "claim": judgement.claim.text,
@@ -144,7 +144,7 @@ def judgement_to_json(judgement: Judgement) -> Json:
 
 
 def judgement_from_json(content: Mapping[str, Any]) -> Judgement:
-    """What `judgement_to_json` wrote."""
+    """Inverse of `judgement_to_json`."""
     seen = content["estimate"]
     estimate = Estimate(number(seen["value"]), number(seen["low"]), number(seen["high"]), seen["n"])
     doubts, scope = tuple(content["open_doubts"]), content.get("scope")
@@ -152,7 +152,7 @@ def judgement_from_json(content: Mapping[str, Any]) -> Judgement:
 
 
 def verdict_to_json(judgements: Sequence[Judgement], accepted: Mapping[str, str]) -> Json:
-    """What was decided, and which doubts a person answered for."""
+    """The judged gates, the accepted doubts and the exit code as JSON."""
     return {
         "gates": [judgement_to_json(judgement) for judgement in judgements],
         "accepted_doubts": dict(accepted),

@@ -1,6 +1,6 @@
-"""What runs and pools of weights leave on disk: columns, hash chains, leases, sealed sets. Nothing here computes.
+"""Files of runs and pools: columns, hash chains, leases and encrypted parameter sets. Contains no computations.
 
-`Ledger` and `Pool` are imported when they are asked for, so that the lighter modules bring no torch.
+`Ledger` and `Pool` are imported on first use, so that the other modules do not import torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -29,34 +29,35 @@ _FIELDS = {"content", "counter", "digest", "mac", "previous"}
 class Head:
     """The last entry of a ledger.
 
-    Stored elsewhere it identifies the ledger up to that entry: an older copy of the whole folder does not contain it.
+    A copy of it in another place identifies the ledger up to that entry: an older copy of the whole folder lacks the
+    entry.
     """
 
     entries: int
     """number of the entry, from 1"""
     digest: str
-    """its digest in the chain: 64 hex digits"""
+    """its digest in the chain, 64 hex digits"""
 
 
 @dataclass(frozen=True)
 class LedgerKey:
-    """What authenticates the entries of one pool's ledger."""
+    """The key that authenticates the entries of the ledger of a pool."""
 
     key: bytes = field(repr=False)
 
     @classmethod
     def of(cls, seal: Seal, pool: str) -> "LedgerKey":
-        """Derived from a pool's key and its id, for this purpose alone."""
+        """The key derived for this purpose from the key and the id of a pool."""
         return cls(seal.derived(_PURPOSE, pool))
 
     def of_entry(self, counter: int, link: Link) -> str:
-        """HMAC of an entry, its position and the digest of the entry before, in hex."""
+        """HMAC of an entry, its position and the digest of the previous entry, in hex."""
         return self._mac(
             {"kind": "entry", "counter": counter, "previous": link.previous, "content": link.content}
         )
 
     def of_head(self, head: Head) -> str:
-        """HMAC of a head, in hex."""
+        """HMAC of a head of the ledger, in hex."""
         return self._mac({"kind": "head", "entries": head.entries, "digest": head.digest})
 
     def _mac(self, message: Mapping[str, Any]) -> str:
@@ -64,7 +65,7 @@ class LedgerKey:
 
 
 def line_of(link: Link, counter: int, key: LedgerKey) -> bytes:
-    """An entry as a line of the ledger."""
+    """The line of the ledger for an entry."""
     record = {"content": link.content, "previous": link.previous, "digest": link.digest}
     return canonical({**record, "counter": counter, "mac": key.of_entry(counter, link)}) + b"\n"
 
@@ -78,10 +79,10 @@ def read_entries(
     previous: str = GENESIS,
     first: int = 1,
 ) -> list[Link]:
-    """The entries in whole lines of a ledger, the `first` of which follows from `previous`.
+    """Read the entries in complete lines of a ledger; the number `first` must follow `previous`.
 
-    Without a `key` only the public chain and the counters are checked. `check` raises a `ValueError`, `KeyError` or
-    `TypeError` for an entry of another form. Raises `TargetError` with the number of the first entry that is wrong.
+    Without a `key`, only the public chain and the counters are verified. `check` raises a `ValueError`, `KeyError`
+    or `TypeError` for an invalid entry. Raises `TargetError` with the number of the first invalid entry.
     """
     records = [_record(line) for line in lines.splitlines()]
     for position, record in enumerate(records, first):
@@ -106,7 +107,7 @@ def read_entries(
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """A line as an object; None where it is none, which `read_links` refuses."""
+    """A line as an object; None if it is none, which `read_links` refuses."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -115,7 +116,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _equal(found: object, expected: str) -> bool:
-    """Compared in constant time, so that a forger cannot learn a digit from how long it takes."""
+    """Compare in constant time, so that the time of a comparison reveals nothing about the expected HMAC."""
     return isinstance(found, str) and hmac.compare_digest(found.encode("utf-8", "replace"), expected.encode())
 
 
@@ -129,7 +130,7 @@ def write_head(path: Path, head: Head, key: LedgerKey) -> None:
 
 
 def read_head(path: Path, key: LedgerKey | None) -> Head | None:
-    """The head in a file, None where there is no file; `TargetError` where it was not written with the pool's key."""
+    """The head in a file; None if there is no file. Raises `TargetError` if the key of the pool did not write it."""
     with usable(path, refusal_in_pool):
         if not path.exists():
             return None
@@ -147,14 +148,14 @@ def read_head(path: Path, key: LedgerKey | None) -> Head | None:
 
 
 def refuse_shortened(path: Path, head: Head | None, digests: list[str]) -> None:
-    """`TargetError` where a ledger, of whose entries these are the digests, lacks what its head says it has."""
+    """Raise `TargetError` if a ledger lacks entries that its head counts; `digests` are those of its entries."""
     if head is None:
         if digests:
             raise TargetError(
                 f"{str(path.with_name(HEAD))!r} is gone, which says how many entries {path.name} has; restore both "
                 f"from a copy; until then nothing of the pool is served"
             )
-    elif head.entries > max(len(digests), 1):  # a first entry that a kill cut short was never made
+    elif head.entries > max(len(digests), 1):  # a first entry that a kill interrupted does not count
         raise TargetError(
             f"{str(path)!r} has {len(digests)} entries, and {HEAD} says that {head.entries} were written: its end is "
             f"missing; {WAY_OUT}"

@@ -1,6 +1,6 @@
-"""Column files: safetensors without pickle, whose one metadata key is sorted JSON: equal columns are equal bytes.
+"""Column files: safetensors with one metadata key that contains sorted JSON. Equal columns give equal bytes.
 
-The JSON holds a digest of the columns themselves: a file that was torn or changed is known without its neighbours.
+The JSON contains a digest of the columns, so a truncated or altered file is detected without other files.
 """
 
 import hashlib
@@ -27,24 +27,24 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class ColumnFile:
-    """What a column file holds."""
+    """The content of a column file: columns and metadata."""
 
     columns: dict[str, Tensor]
     about: Mapping[str, Any] = field(default_factory=dict)
-    """what the writer said of them"""
+    """metadata that the writer added"""
     digest: str = ""
-    """SHA-256 of the file's bytes, in hex"""
+    """SHA-256 of the bytes of the file, in hex"""
 
 
 def encode(columns: Columns, about: Mapping[str, Any]) -> bytes:
-    """The bytes of a column file: a pure function of the columns and what is said about them."""
+    """The bytes of a column file, a pure function of the columns and the metadata."""
     tensors = {name: values.clone() for name, values in sorted(_plain(columns).items())}
     said = {"schema_version": _VERSION, "about": dict(about), "columns": content_digest(tensors)}
     return save(tensors, metadata={_KEY: canonical(said).decode()})
 
 
 def decode(data: bytes, name: str) -> ColumnFile:
-    """The columns in the bytes of a file called `name`; `TargetError` if they are not what was written."""
+    """The columns in the bytes of a file. Raises `TargetError` if they were altered; `name` is part of the message."""
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         said = json.loads(header["__metadata__"][_KEY])
@@ -64,7 +64,7 @@ def decode(data: bytes, name: str) -> ColumnFile:
 
 
 def write(path: Path, columns: Columns, about: Mapping[str, Any]) -> str:
-    """Write a column file atomically; its SHA-256 in hex."""
+    """Write a column file atomically, and return its SHA-256 in hex."""
     data = encode(columns, about)
     with usable(path):
         write_atomically(path, data)
@@ -72,7 +72,7 @@ def write(path: Path, columns: Columns, about: Mapping[str, Any]) -> str:
 
 
 def read(path: Path) -> ColumnFile:
-    """Read a column file and check it against the digest inside it."""
+    """Read a column file and verify the digest in it."""
     return decode(content_of(path), str(path))
 
 

@@ -1,4 +1,4 @@
-"""What differs between the run that a folder holds and the one that is asked for, as a person would write it."""
+"""Describes the differences between the run in a folder and the requested run."""
 
 import json
 import re
@@ -8,14 +8,17 @@ from typing import Any
 from holdfast.core.names import limits_text, threat_text
 
 MOST = 4
-"""Differences that are named; the others are counted."""
+"""Largest number of differences that are named; the others are counted."""
 _FIRST = ("threat", "suite", "seed")
-_DIGITS = 12  # of a digest, which tell it from others
+_DIGITS = 12  # digits of a digest that are shown
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """`threat: linf:0.1 → linf:0.2; seed: 0 → 1`, of two configurations of `run.json`; empty if none can be named."""
+    """The differences of two configurations of `run.json`: `threat: linf:0.1 → linf:0.2; seed: 0 → 1`.
+
+    Empty if no difference can be named.
+    """
     names = dict.fromkeys([*_FIRST, *sorted({*known, *wanted} - {"stages"}), "stages"])
     lines = [line for name in names for line in _of(name, known.get(name), wanted.get(name))]
     more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
@@ -26,19 +29,19 @@ def _of(name: str, known: Any, wanted: Any) -> Iterator[str]:
     try:
         if name == "threat":
             known, wanted = _threat(known), _threat(wanted)
-        elif name == "settings":  # by the name of a recipe, and `recipe` says which it is
+        elif name == "settings":  # settings by recipe; a different recipe is shown under `recipe`
             both = known.keys() & wanted.keys()
             known, wanted = ({recipe: side[recipe] for recipe in both} for side in (known, wanted))
         elif name == "stages":
             yield from _stages(known, wanted)
             return
-    except (AttributeError, KeyError, TypeError, ValueError):  # another version wrote it otherwise
+    except (AttributeError, KeyError, TypeError, ValueError):  # another version has another format
         pass
     yield from _changes(known, wanted, name)
 
 
 def _threat(threat: Mapping[str, Any]) -> str:
-    """The threat as the command line takes it."""
+    """The threat model in the syntax of the command line."""
     eps = float(threat["eps"])
     size = "" if eps == float("inf") else f":{eps:.6g}" + ("px" if threat.get("per") == "pixel" else "")
     kind = str(threat["norm"]).lower()
@@ -47,7 +50,7 @@ def _threat(threat: Mapping[str, Any]) -> str:
 
 
 def _stages(known: Sequence[Mapping[str, Any]], wanted: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Other attacks by their names; of the same attacks, the settings that differ."""
+    """Differences of the attacks by name; for equal attacks, differences of their settings."""
     for kind, what in (
         ("attack", "attacks"),
         ("curve", "curve"),
@@ -64,7 +67,7 @@ def _stages(known: Sequence[Mapping[str, Any]], wanted: Sequence[Mapping[str, An
 
 
 def _changes(known: object, wanted: object, where: str) -> Iterator[str]:
-    """`PGD.steps: 3 → 5` for every leaf that differs."""
+    """`PGD.steps: 3 → 5` for every value that differs."""
     if isinstance(known, dict) and isinstance(wanted, dict):
         for name in sorted({*known, *wanted}):
             yield from _changes(known.get(name), wanted.get(name), f"{where}.{name}")

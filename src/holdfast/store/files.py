@@ -1,4 +1,4 @@
-"""Writing so that a kill, a power cut or a full disk at any moment leaves the old file or the new one, never half."""
+"""Atomic writes: after a kill, a power failure or a full disk, a file has its old or its new content, never a part."""
 
 import errno
 import os
@@ -10,24 +10,24 @@ from pathlib import Path
 from holdfast.core.errors import TargetError
 
 PART = ".part"
-"""How the name of a file ends while it is being written; whoever owns the folder may delete such files."""
+"""Suffix of files during a write. The owner of the folder may delete such files."""
 
 MANIFEST = "run.json"
 POOL_MANIFEST = "pool.json"
-"""What every run folder holds."""
+"""File that every pool folder contains, as `MANIFEST` is for run folders."""
 PRIVATE = 0o600
-"""The mode of a secret: a file that only its owner may read."""
+"""Mode of a secret file, which only its owner may read."""
 _OPEN = 0o666
-"""The mode of any other file, less what the umask takes away."""
+"""Mode of other files, before the umask."""
 
 SERVED = "served.journal"
-"""The file in a run folder that says what was sent to a server; as times are, it is no part of the chain."""
+"""File in a run folder with the totals of what was sent to a server; like times, it is not part of the chain."""
 CHECKPOINTS = "checkpoints"
-"""Begins the name of a folder that a training goes on from."""
+"""Prefix of the names of folders with checkpoints."""
 
 
 def refuse_no_run(*folders: Path) -> None:
-    """Raise `TargetError` for a folder that holds no run."""
+    """Raise `TargetError` for a folder that contains no run."""
     for folder in folders:
         if not (folder / MANIFEST).is_file():
             raise TargetError(
@@ -36,7 +36,7 @@ def refuse_no_run(*folders: Path) -> None:
 
 
 def refusal(path: Path, error: OSError) -> str:
-    """Why a path cannot be used, and what to do about it."""
+    """The error message for a path of a run that cannot be used, with advice."""
     shown = repr(str(path))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
@@ -51,7 +51,7 @@ def refusal(path: Path, error: OSError) -> str:
 
 
 def refusal_in_pool(path: Path, error: OSError) -> str:
-    """Why a file of a pool of weights cannot be used, and what to do about it."""
+    """The error message for a file of a pool that cannot be used, with advice."""
     shown = repr(str(path))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full: {shown} could not be written. Free some space and try again; the pool is as it was"
@@ -64,7 +64,7 @@ def refusal_in_pool(path: Path, error: OSError) -> str:
 
 
 def content_of(path: Path) -> bytes:
-    """The bytes of a file in a run folder, which may come from a stranger: a link or a device is not opened."""
+    """The bytes of a file in a run folder. Raises `TargetError` for a link or a device, since runs may be untrusted."""
     with usable(path):
         if not stat.S_ISREG(path.lstat().st_mode):
             raise TargetError(
@@ -75,7 +75,7 @@ def content_of(path: Path) -> bytes:
 
 @contextmanager
 def usable(path: Path, message: Callable[[Path, OSError], str] = refusal) -> Iterator[None]:
-    """Turns an error of the operating system into one that names the path and the way out."""
+    """Convert an `OSError` to a `TargetError` with the path and advice."""
     try:
         yield
     except OSError as error:
@@ -83,9 +83,10 @@ def usable(path: Path, message: Callable[[Path, OSError], str] = refusal) -> Ite
 
 
 def write_atomically(path: Path, content: bytes, mode: int = _OPEN) -> None:
-    """Write a whole file, on the disk when this returns. Raises `OSError`; the old content then still stands.
+    """Write a file atomically and flush it to the disk. Raises `OSError`; the old content is then unchanged.
 
-    With a `mode` of its own, as `PRIVATE`, the file has it before it holds a byte, whatever the old one had.
+    A `mode` other than the default, such as `PRIVATE`, is set before the file contains data, and replaces that of
+    the old file.
     """
     part = path.with_name(f".{path.name}{PART}")
     try:
@@ -99,9 +100,9 @@ def write_atomically(path: Path, content: bytes, mode: int = _OPEN) -> None:
 
 
 def create_private(path: Path, content: bytes) -> None:
-    """Write a new file for its owner alone, on the disk when this returns.
+    """Write a new file that only its owner may read, and flush it to the disk.
 
-    Raises `FileExistsError` where the name is taken, also by a link, which is not followed.
+    Raises `FileExistsError` if the name exists, also as a link, which is not followed.
     """
     try:
         _write(path, content, os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), PRIVATE)
@@ -115,9 +116,9 @@ def create_private(path: Path, content: bytes) -> None:
 
 
 def append(path: Path, content: bytes, mode: int = _OPEN) -> None:
-    """Add to the end of a file, on the disk when this returns; a torn end is the reader's to drop.
+    """Append to a file and flush it to the disk. After a kill, the end may be incomplete; readers must drop it.
 
-    With a `mode` of its own, as `PRIVATE`, the file has it before it holds a byte more.
+    A `mode` other than the default, such as `PRIVATE`, is set before data are added.
     """
     before = path.stat().st_size if path.exists() else 0
     try:
@@ -132,7 +133,7 @@ def append(path: Path, content: bytes, mode: int = _OPEN) -> None:
 
 @contextmanager
 def private() -> Iterator[None]:
-    """Within it, files and folders that are made are for their owner alone; in all threads, so not for long."""
+    """Context manager in which new files and folders are accessible to their owner only; applies to all threads."""
     before = os.umask(0o077)
     try:
         yield
@@ -141,8 +142,8 @@ def private() -> Iterator[None]:
 
 
 def flush_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk, where the system can do that."""
-    if os.name == "nt":  # folders cannot be opened there; the file system journals names itself
+    """Flush the names in a folder to the disk, if the system supports it."""
+    if os.name == "nt":  # folders cannot be opened on Windows; its file system keeps a journal of names
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -152,7 +153,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def clear_parts(folder: Path) -> None:
-    """Delete what an interrupted writer left unfinished."""
+    """Delete files that an interrupted writer left incomplete."""
     for part in folder.glob(f".*{PART}"):
         part.unlink(missing_ok=True)
 
@@ -160,7 +161,7 @@ def clear_parts(folder: Path) -> None:
 def _write(path: Path, content: bytes, flag: int, mode: int) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | flag | getattr(os, "O_BINARY", 0), mode)
     try:
-        if mode != _OPEN:  # the file may have been there, and open to others
+        if mode != _OPEN:  # the file may have existed with another mode
             os.chmod(handle if os.chmod in os.supports_fd else path, mode)  # noqa: PTH101 - not what has the name by now
         view = memoryview(content)
         while view:

@@ -1,8 +1,8 @@
-"""A run folder: what a run was to measure, what it has measured so far, and the chain that holds it together.
+"""The folder of a run: manifest, measurements, and the hash chain over them.
 
-`run.json` says what is measured; `<stage>/<shard>.safetensors` are shards until a stage is complete, then
-`<stage>.safetensors`; `chain.jsonl` names the digest of each in turn. Every step may be cut short by a kill and is
-taken again by the next process.
+`run.json` describes what is measured. `<stage>/<shard>.safetensors` are shards of an incomplete stage, which become
+`<stage>.safetensors`. `chain.jsonl` lists the digests of the files in the order in which they were recorded. Every
+step may be interrupted by a kill; the next process repeats it.
 """
 
 import json
@@ -39,7 +39,7 @@ SCHEMA_VERSION = 1
 ABOUT = "about.json"
 SPLITS = "splits.json"
 SAMENESS = ("config", "data", "model", "code")
-"""What must not differ between the processes that share a run."""
+"""Digests that must be equal for the processes and attempts of a run."""
 
 _SPLIT = {"stage": forms.name, "shard": forms.count, "at": forms.count, "size": forms.count}
 _SPLITS = forms.listed(forms.record(_SPLIT))
@@ -59,10 +59,10 @@ _MANIFEST = forms.record(
         ),
     },
 )
-"""What is used to go on with a run and to verify it; `runs` reads more."""
+"""Fields that are used to resume and verify a run; `runs` reads more."""
 
 Split = Mapping[str, Any]
-"""Memory ran out: in `stage`, `shard`, before row `at`, and `size` examples at once were left."""
+"""An out-of-memory event: in `stage`, `shard`, before row `at`, after which batches have `size` examples."""
 
 
 @dataclass(frozen=True)
@@ -71,25 +71,25 @@ class Stage:
 
     columns: Columns
     reached: int | None = None
-    """how many of its shards were measured, where time ran out before the last; the columns are theirs"""
+    """number of measured shards if time ran out; the columns contain only these"""
 
 
 class RunFolder:
-    """One process's hold on a run folder."""
+    """A run folder that this process works on."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], chain: Chain, leases: Leases) -> None:
         self.path, self.manifest, self.chain, self.leases = path, manifest, chain, leases
 
     def look_again(self) -> None:
-        """See what another process that works on the run has recorded since."""
+        """Read the records that other processes of the run have added."""
         self.chain = read_chain(self.path, mend=False)
 
     def stage(self, name: str) -> Stage | None:
-        """A complete stage; None where it is not."""
+        """A complete stage; None if it is not complete."""
         return read_stage(self.path, self.chain, name)
 
     def shards(self, stage: str) -> dict[int, Columns]:
-        """The finished shards of a stage that is not complete; a shard that is not whole is measured again."""
+        """The finished shards of an incomplete stage. Invalid shards are deleted and measured again."""
         found: dict[int, Columns] = {}
         folder = self.path / stage
         with usable(folder):
@@ -105,21 +105,21 @@ class RunFolder:
         return found
 
     def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
-        """Write one finished shard."""
+        """Write a finished shard."""
         self.leases.refuse_lost()
         folder = self.path / stage
         with usable(folder):
             if not folder.is_dir():
-                folder.mkdir(exist_ok=True)  # another worker may come first
+                folder.mkdir(exist_ok=True)  # another worker may create it first
                 flush_folder(self.path)
         column_files.write(_shard_path(folder, shard), columns, {"stage": stage, "shard": shard})
 
     def shard(self, stage: str, shard: int) -> Columns:
-        """One finished shard of a stage that is not complete."""
+        """A finished shard of an incomplete stage."""
         return column_files.read(_shard_path(self.path / stage, shard)).columns
 
     def complete(self, stage: str, columns: Columns, reached: int | None = None) -> None:
-        """Write the joined stage, record it, and only then drop its shards."""
+        """Write the columns of a whole stage, record them in the chain, and then delete its shards."""
         self.leases.refuse_lost()
         path = self.path / f"{stage}{column_files.SUFFIX}"
         splits = [split for split in self.splits() if split["stage"] == stage]
@@ -140,15 +140,15 @@ class RunFolder:
                 folder.rmdir()
 
     def document(self, kind: str) -> dict[str, Any] | None:
-        """A recorded document, such as the doubts; None where there is none."""
+        """A recorded document, such as the doubts; None if there is none."""
         return recorded_document(self.path, self.chain, kind)
 
     def record(self, kind: str, content: Mapping[str, Any]) -> None:
-        """Write a document and record its digest; the same document again changes nothing."""
+        """Write a document and record its digest. Writing the same document again changes nothing."""
         self.keep(kind, f"{kind}.json", document(content))
 
     def keep(self, kind: str, name: str, data: bytes) -> None:
-        """Write a file and record its digest; the same content again changes nothing."""
+        """Write a file and record its digest. Writing the same content again changes nothing."""
         self.leases.refuse_lost()
         path = self.path / name
         known = self.chain.last(kind)
@@ -165,15 +165,15 @@ class RunFolder:
             self.chain.add({"kind": kind, "file": path.name, "digest": digest(data)})
 
     def about(self) -> dict[str, Any]:
-        """When the run was begun and by which command."""
+        """Start time and command of the run."""
         return read_about(self.path)
 
     def splits(self) -> tuple[Split, ...]:
-        """Where memory ran out, in order."""
+        """The out-of-memory events of the run, in order."""
         return tuple(read_splits(self.path))
 
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
-        """Record that memory ran out, before going on."""
+        """Record an out-of-memory event before the run continues."""
         split = {"stage": stage, "shard": shard, "at": at, "size": size}
         with self.leases.alone(), usable(self.path / SPLITS):
             known = self.splits()
@@ -185,11 +185,11 @@ class RunFolder:
 def opened(
     path: Path, manifest: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool, secret: bool = False
 ) -> Iterator[RunFolder]:
-    """Start or go on with a run, alone; in a folder that its owner alone can enter, where it is `secret`.
+    """Start or resume a run with an exclusive lease; if `secret`, the folder is accessible to its owner only.
 
-    `manifest` has `digests` of config, data, model and code, and whatever else says what is measured; `about` is what
-    may differ between two equal runs: when, by which command, on what. Raises `UsageError` where the folder is used,
-    in use, or of another run; `TargetError` where it cannot be written.
+    `manifest` contains the `digests` of config, data, model and code, and the description of the measurements;
+    `about` contains what may differ between equal runs, such as the time and the command. Raises `UsageError` if the
+    folder contains other files, is in use, or contains another run; `TargetError` if it cannot be written.
     """
     refuse_used(path, resume=resume)
     wanted: dict[str, Any] = json.loads(canonical({"schema_version": SCHEMA_VERSION, **manifest}))
@@ -211,7 +211,7 @@ def opened(
 
 @contextmanager
 def joined(path: Path, owner: Owner) -> Iterator[RunFolder]:
-    """Work on a run under the lease that another process of this machine holds."""
+    """Work on a run under the lease of another process of this machine."""
     leases = Leases(path)
     try:
         leases.serve(owner)
@@ -221,12 +221,12 @@ def joined(path: Path, owner: Owner) -> Iterator[RunFolder]:
 
 
 def planned(path: Path) -> dict[str, Any] | None:
-    """What the run in a folder measures; None where there is no run yet."""
+    """The manifest of the run in a folder; None if there is none."""
     return read_manifest(path) if (path / MANIFEST).is_file() else None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """`run.json`; `TargetError` where there is none or another version wrote it."""
+    """Read `run.json`. Raises `TargetError` if it is missing, invalid, or of another version."""
     refuse_no_run(path)
     manifest = read_document(path / MANIFEST)
     if manifest.get("schema_version") != SCHEMA_VERSION:
@@ -239,9 +239,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """When the run was begun and by which command; empty where it was lost, for nothing depends on it.
+    """Start time and command of a run; empty if the file is missing.
 
-    The chain does not contain it, so no other field of the file is used.
+    The file is not part of the chain, so other fields of it are ignored.
     """
     if not (path / ABOUT).is_file():
         return {}
@@ -251,7 +251,7 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def read_stage(path: Path, chain: Chain, name: str) -> Stage | None:
-    """A complete stage, for readers who hold no lease."""
+    """A complete stage, read without a lease; None if it is not complete."""
     recorded = chain.last("stage", name)
     if recorded is None:
         return None
@@ -263,7 +263,7 @@ def read_stage(path: Path, chain: Chain, name: str) -> Stage | None:
 
 
 def recorded_document(path: Path, chain: Chain, kind: str) -> dict[str, Any] | None:
-    """A document that the chain names, checked against it."""
+    """A document that the chain lists, verified against its digest; None if it is not listed."""
     known = chain.last(kind)
     if known is None:
         return None
@@ -275,7 +275,7 @@ def recorded_document(path: Path, chain: Chain, kind: str) -> dict[str, Any] | N
 
 
 def refuse_used(path: Path, *, resume: bool) -> None:
-    """`UsageError` where a folder holds what is no run, or one that nobody asked to go on with."""
+    """Raise `UsageError` if a folder contains files that are not a run, or a run and `resume` is false."""
     with usable(path):
         if not path.is_dir():
             return
@@ -296,7 +296,10 @@ def refuse_used(path: Path, *, resume: bool) -> None:
 
 
 def _settled(path: Path, manifest: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest on disk, which is the given one where there was none."""
+    """The manifest in the folder, which is written if it is missing.
+
+    Raises `UsageError` if the folder contains another run.
+    """
     if (path / MANIFEST).exists():
         known = read_manifest(path)
         _refuse_another(path, known, manifest)
@@ -320,7 +323,7 @@ def _refuse_another(path: Path, known: Mapping[str, Any], wanted: Mapping[str, A
 
 
 def _started(path: Path) -> Chain:
-    """The chain, whose first record names the manifest."""
+    """The chain, with a first record for the manifest."""
     chain = read_chain(path, mend=True)
     if not chain.links:
         chain.add({"kind": "run", "file": MANIFEST, "digest": _digest_of(path / MANIFEST)})
@@ -329,7 +332,7 @@ def _started(path: Path) -> Chain:
 
 
 def refuse_altered(path: Path, chain: Chain) -> None:
-    """`TargetError` where the manifest is not the one that the first record of the chain names."""
+    """Raise `TargetError` if the manifest does not match the first record of the chain."""
     if chain.links and chain.links[0].content.get("digest") != _digest_of(path / MANIFEST):
         raise TargetError(f"{str(path / MANIFEST)!r} is not what the chain recorded; restore it from a copy")
 
@@ -352,13 +355,13 @@ def _shard_of(path: Path) -> int:
 
 
 def _in_order(splits: Sequence[Split]) -> list[Split]:
-    """By stage, shard and row, whoever came first."""
+    """The events ordered by stage, shard and row, independent of the order of the workers."""
     stages = list(dict.fromkeys(split["stage"] for split in splits))
     return sorted(splits, key=lambda s: (stages.index(s["stage"]), s["shard"], s["at"], -s["size"]))
 
 
 def read_splits(path: Path) -> list[Split]:
-    """Where memory ran out in a run, in order."""
+    """The out-of-memory events of a run, in order. Raises `TargetError` for an invalid file."""
     file = path / SPLITS
     if not file.exists():
         return []

@@ -1,4 +1,4 @@
-"""The form that a JSON document must have before its fields are used: a run folder may come from a stranger."""
+"""Schemas that a JSON document must match before its fields are used, since a run folder may be untrusted."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from holdfast.core.errors import TargetError
 
 Form = Callable[[Any, str], None]
-"""Takes a value and its place in the document; raises `_Unlike` where the value has another form."""
+"""Takes a value and its path in the document. Raises `_Unlike` if the value does not match."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,150}")
 _SHOWN = Repr()
@@ -22,7 +22,7 @@ class _Unlike(Exception):
 
 
 def refuse_form(file: Path, content: Any, form: Form) -> None:
-    """`TargetError` that names the file, the first field of another form, and what was expected there."""
+    """Raise `TargetError` with the file, the first field that does not match, and what was expected."""
     try:
         form(content, "")
     except _Unlike as error:
@@ -32,50 +32,50 @@ def refuse_form(file: Path, content: Any, form: Form) -> None:
 
 
 def is_name(value: object) -> bool:
-    """Whether a value can name a file of a run: letters, digits and a few signs, none of which is part of a path."""
+    """Whether a value is a valid name of a file of a run: letters, digits and a few characters, without separators."""
     return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
 def anything(value: Any, where: str) -> None:
-    """Any value: the field is shown and not used."""
+    """Accept any value, for fields that are only shown."""
 
 
 def text(value: Any, where: str) -> None:
-    """A string."""
+    """Accept a string."""
     _expect(isinstance(value, str), value, where, "text")
 
 
 def name(value: Any, where: str) -> None:
-    """The name of a stage, after which its file is named."""
+    """Accept a name of a stage, which is also the name of its file."""
     _expect(is_name(value), value, where, "a name of letters, digits and the signs _.+=-")
 
 
 def flag(value: Any, where: str) -> None:
-    """True or false."""
+    """Accept true or false."""
     _expect(isinstance(value, bool), value, where, "true or false")
 
 
 def whole(value: Any, where: str) -> None:
-    """A whole number that a tensor can hold."""
+    """Accept an integer of at most 63 bits."""
     holds = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     _expect(holds, value, where, "a whole number")
 
 
 def count(value: Any, where: str) -> None:
-    """A whole number from 0."""
+    """Accept a nonnegative integer."""
     whole(value, where)
     _expect(value >= 0, value, where, "a whole number from 0")
 
 
 def real(value: Any, where: str) -> None:
-    """A number; strict JSON has strings for those that are not finite."""
+    """Accept a number, or one of the strings of strict JSON for numbers that are not finite."""
     holds = isinstance(value, int | float) and not isinstance(value, bool)
     holds = (holds and abs(value) <= 1e308) or (isinstance(value, str) and value in ("inf", "-inf", "nan"))
     _expect(holds, value, where, "a number")
 
 
 def one_of(*words: str | int) -> Form:
-    """One of these values."""
+    """A form that accepts one of these values."""
 
     def check(value: Any, where: str) -> None:
         known = any(type(value) is type(word) and value == word for word in words)
@@ -85,7 +85,7 @@ def one_of(*words: str | int) -> Form:
 
 
 def maybe(form: Form) -> Form:
-    """Null, or a value of the form."""
+    """A form that accepts null, or a value of `form`."""
 
     def check(value: Any, where: str) -> None:
         if value is not None:
@@ -95,7 +95,7 @@ def maybe(form: Form) -> Form:
 
 
 def listed(form: Form) -> Form:
-    """A list of such values."""
+    """A form that accepts a list of values of `form`."""
 
     def check(value: Any, where: str) -> None:
         _expect(isinstance(value, list), value, where, "a list")
@@ -116,7 +116,7 @@ def pair(form: Form) -> Form:
 
 
 def mapped(form: Form) -> Form:
-    """An object whose values have one form, whatever their names."""
+    """A form that accepts an object with any names, and values of `form`."""
 
     def check(value: Any, where: str) -> None:
         _expect(isinstance(value, dict), value, where, "an object")
@@ -127,7 +127,7 @@ def mapped(form: Form) -> Form:
 
 
 def record(required: Mapping[str, Form], optional: Mapping[str, Form] | None = None) -> Form:
-    """An object with these fields, and others that are not used."""
+    """A form that accepts an object with these fields. Other fields are allowed and ignored."""
 
     def check(value: Any, where: str) -> None:
         _expect(isinstance(value, dict), value, where, "an object")

@@ -1,8 +1,8 @@
-"""The answers of a server, kept in the folder of a run that may be stopped.
+"""A journal of the answers of a server, in the folder of a run, for resuming the run.
 
-The file begins with a line that says how many bytes of records follow. Each record is its length, a digest that covers
-all records before it, one line of JSON and, of an answer, the digests of the inputs and the values. A process that is
-killed leaves at most an unfinished record behind the counted ones, which is dropped.
+The file begins with a line that contains the number of bytes of records. A record consists of its length, a digest
+over it and all records before, a line of JSON, and for answers the digests of the inputs and the values. A kill
+leaves at most one incomplete record after the counted bytes, which is dropped.
 """
 
 import json
@@ -29,16 +29,16 @@ from holdfast.store.files import PART, SERVED, usable
 from holdfast.store.forms import refuse_form
 
 NAME = "answers.journal"
-"""The file in a run folder."""
+"""Name of the journal file in a run folder."""
 _MAGIC = b"holdfast answers 1 "
 _HEAD = len(_MAGIC) + 20 + 1
 _PREFIX = 4 + KEY_BYTES
 _SYNCED_S = 1.0
-"""The file is flushed to the disk this often, so that a power cut costs few answers."""
+"""Seconds between two flushes to the disk, so that a power failure loses few answers."""
 _LARGEST = 1 << 30
-"""bytes that a record holds at most; more is no length of one"""
+"""largest size of a record in bytes; a larger length is invalid"""
 Place = tuple[str, int]
-"""A stage and its shard."""
+"""A stage and the index of a shard."""
 _FIELDS: Mapping[str, forms.Form] = {
     **dict.fromkeys(("sent", "requests", "refused", "failed_rows", "too_many"), forms.count),
     **dict.fromkeys(("rows", "rejected", "failed"), forms.mapped(forms.count)),
@@ -48,11 +48,11 @@ _TOTALS = forms.record({}, _FIELDS)
 
 
 class Journal(Sent):
-    """Keeps the answers of a server while a run may be stopped.
+    """Stores the answers of a server during a run that may be stopped.
 
-    They are kept in a file at `path`, which is written from `attach` on: the folder of a run may be made later. With
-    `resume` the answers that lie there are given again, each once; `TargetError` where they were changed. With `keep`
-    none is dropped. All methods may be called by several threads.
+    They are written to `path` after a call of `attach`, since the folder of a run may be created later. With
+    `resume`, stored answers are reused, each once; raises `TargetError` if they were altered. With `keep`, answers
+    are never dropped. All methods are thread-safe.
     """
 
     keeps = True
@@ -62,14 +62,14 @@ class Journal(Sent):
         self.path, self._keep = path, keep
         self._file: BinaryIO | None = None
         self._pending: list[tuple[Place | None, bytes]] = []
-        """records that are made before the file is written, with their places"""
+        """records from before `attach`, with their places"""
         self._chain, self._end, self._synced = b"", 0, 0.0
         self._kept: defaultdict[Place, list[tuple[int, int]]] = defaultdict(list)
-        """where the records of answers lie: offset and length"""
+        """offset and length of the records of answers"""
         self._earlier: BinaryIO | None = None
-        """the file as earlier attempts left it"""
+        """the file of earlier attempts"""
         self._known: dict[Place, dict[bytes, deque[tuple[int, int, str]]]] = {}
-        """of each input the answers that it holds: offset, number of values, and their classes and type"""
+        """for each input, its stored answers: offset, number of values, number of classes, and type"""
         left = next((each for each in (path, path.with_name(SERVED)) if each.is_file()), None)
         if resume and left is not None:
             if left.is_symlink():
@@ -80,13 +80,14 @@ class Journal(Sent):
             except TargetError:
                 self.close()
                 raise
-            except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:  # of a stranger
+            # the file may be untrusted
+            except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
                 self.close()
                 raise _altered(left, "was changed", f"a record has another form ({error})") from error
         self.earlier = self.totals.sent
 
     def attach(self) -> None:
-        """Write the file from now on: its folder is there, and no other process uses it."""
+        """Write to the file from now on. Its folder must exist, and no other process may use it."""
         if self._file is not None:
             return
         pending, self._pending = self._pending, []
@@ -102,7 +103,7 @@ class Journal(Sent):
             self._append(place, record)
 
     def answered(self, purpose: Purpose, values: Tensor, keys: Sequence[bytes]) -> None:
-        """Keep the answer to some inputs."""
+        """Store the answer to some inputs."""
         content: dict[str, Any] = {"t": "answer", **described(purpose), "n": len(values)}
         if values.is_floating_point():
             single = values.float()
@@ -116,9 +117,9 @@ class Journal(Sent):
         )
 
     def recalled(self, purpose: Purpose, keys: Sequence[bytes]) -> list[Tensor | None]:
-        """For each input, the next answer that an earlier attempt got to it in this place; None where it must be sent.
+        """For each input, the next answer of earlier attempts in the same stage and shard; None if it must be sent.
 
-        A refused input has the row that marks it, of one value.
+        For an input that the server refused, it is a row of one value that marks the refusal.
         """
         known = self._known.get((purpose.stage, purpose.shard))
         if not known:
@@ -126,7 +127,7 @@ class Journal(Sent):
         return [self._values(known[key].popleft()) if known.get(key) else None for key in keys]
 
     def done(self, stage: str, shard: int | None = None) -> None:
-        """Drop the answers of a shard that is finished, or of a whole stage."""
+        """Drop the answers of a finished shard or stage."""
         if self._keep:
             return
         with self._lock:
@@ -137,7 +138,7 @@ class Journal(Sent):
                 self._compact(self.path, list(self._kept))
 
     def close(self) -> None:
-        """Leave the file as it is; a run goes on from it."""
+        """Close the file; a resumed run continues it."""
         with self._lock:
             for file in (self._file, self._earlier):
                 if file is not None:
@@ -145,9 +146,9 @@ class Journal(Sent):
             self._file = self._earlier = None
 
     def finish(self) -> None:
-        """Leave the totals and the answers to the look at the model, for a run that is over.
+        """Write the file of a finished run: the totals, and the answers of the inspection of the model.
 
-        The other answers are removed, unless they are to be kept.
+        Other answers are deleted, unless `keep` was set.
         """
         with self._lock:
             if self._file is None:
@@ -199,7 +200,7 @@ class Journal(Sent):
                 self._synced = time.monotonic()
 
     def _compact(self, path: Path, places: Sequence[Place]) -> None:
-        """Write a file with the answers in some places and then the totals, which count all; go on in it."""
+        """Write a file with the answers of some places followed by the totals, and continue in it."""
         assert self._file is not None
         part, chain, end = path.with_name(f".{path.name}{PART}"), b"", _HEAD
         kept = defaultdict[Place, list[tuple[int, int]]](list)
@@ -223,7 +224,7 @@ class Journal(Sent):
         self._kept, self._chain, self._end = kept, chain, end
 
     def _records(self, places: Sequence[Place]) -> Iterator[tuple[Place | None, bytes]]:
-        """The records of the answers in some places, with these."""
+        """The records of the answers of some places, each with its place."""
         assert self._file is not None
         for place in places:
             for offset, length in self._kept[place]:
@@ -231,7 +232,7 @@ class Journal(Sent):
                 yield place, self._file.read(length)
 
     def _load(self, path: Path) -> None:
-        """Read what earlier attempts left."""
+        """Read the records of earlier attempts."""
         self._earlier = file = path.open("rb")
         counted = _counted(file.read(_HEAD), path)
         self._end = _HEAD
@@ -249,7 +250,7 @@ class Journal(Sent):
                     self._known.setdefault(place, {}).setdefault(key, deque()).append(at)
 
     def _read(self, file: BinaryIO, counted: int, path: Path) -> bytes | None:
-        """The next record; None at the end, or where an unfinished one follows the counted ones."""
+        """The next record; None at the end, or if an incomplete record follows the counted ones."""
         inside = self._end - _HEAD < counted
         prefix = file.read(_PREFIX)
         length = int.from_bytes(prefix[:4], "little")
@@ -269,7 +270,7 @@ class Journal(Sent):
 
 
 def _write(file: BinaryIO, content: bytes) -> None:
-    """Write all of it: a file without a buffer writes what a disk that fills up still takes."""
+    """Write all bytes: an unbuffered file may write only a part of them."""
     view = memoryview(content)
     while view:
         view = view[file.write(view) :]
@@ -290,7 +291,7 @@ def _framed(record: bytes, chain: bytes) -> bytes:
 
 
 def _place_of(content: Mapping[str, Any]) -> Place | None:
-    """The place of an answer; None for a record that no place needs."""
+    """The place of an answer; None for other records."""
     return (content["stage"], content["shard"]) if "stage" in content else None
 
 
@@ -301,7 +302,7 @@ def _next(chain: bytes, record: bytes) -> bytes:
 def _answers(
     content: Mapping[str, Any], record: bytes, start: int, line: int
 ) -> Iterator[tuple[bytes, tuple[int, int, str]]]:
-    """The inputs of a record, and where their answers lie."""
+    """The inputs of a record, with the positions of their answers."""
     if content["t"] == "rejected":
         yield record[line : line + KEY_BYTES], (0, 0, "")
         return

@@ -1,7 +1,7 @@
-"""`state.sqlite`: who works on a run, how often each shard was tried, and how long it took.
+"""`state.sqlite`: the lease of a run, the attempts at each shard, and their times.
 
-It holds what the hash chain must not: times, hosts and attempts. Nothing in it is needed to go on: deleted, it is made
-anew from the folder, and only the time that was spent is forgotten.
+It contains what is excluded from the hash chain: times, hosts and attempts. It is not needed to resume a run: if it
+is deleted, it is recreated from the folder, and only the recorded times are lost.
 """
 
 import math
@@ -20,10 +20,11 @@ from holdfast.store.processes import Owner
 
 NAME = "state.sqlite"
 FOREIGN_LEASE_S = 600
-"""A lease whose process cannot be seen, as on another host, is honoured this long after its last sign of life."""
+"""Seconds after its last sign of life for which a lease is respected if its process cannot be observed, as on
+another host."""
 
 _HERE: set[Path] = set()
-"""Leases that this process holds: one that a full disk kept it from giving back is not among them."""
+"""Leases of this process. A lease that could not be released because of a full disk is not included."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS lease (
@@ -42,22 +43,22 @@ TaskState = Literal["due", "taken", "done", "late"]
 
 @dataclass(frozen=True)
 class Task:
-    """A shard that workers share out among them; `late` is one that time did not allow."""
+    """A shard to be measured by a worker; the state `late` means that time ran out."""
 
     stage: str
     shard: int
     until: float
-    """seconds since the epoch after which nothing is asked of the model any more"""
+    """seconds since the epoch after which the model is not queried"""
     state: TaskState
     worker: int | None
-    """its process, once it is taken"""
+    """process id of the worker, after it has claimed the shard"""
     rows: int
-    """examples of it that are finished"""
+    """number of finished examples of the shard"""
 
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of one stage over all attempts, those that were killed included."""
+    """Seconds and attempts of one stage, including attempts that were killed."""
 
     cpu_s: float = 0.0
     wall_s: float = 0.0
@@ -65,20 +66,20 @@ class Spent:
 
 
 class Leases:
-    """The open database of one run folder."""
+    """The open database `state.sqlite` of a run folder."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
         self._owner: Owner | None = None
         for file in self._files():
-            if file.is_symlink():  # what it leads to is not of this run, and would be written
+            if file.is_symlink():  # the target of a link does not belong to the run and must not be written
                 file.unlink()
         try:
             self._open()
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):
                 raise TargetError(self._refusal(error)) from error
-            for file in self._files():  # no database of a run: nothing in it was needed
+            for file in self._files():  # not a database of a run; nothing in it is needed
                 file.unlink(missing_ok=True)
             with self._reported():
                 self._open()
@@ -119,13 +120,13 @@ class Leases:
             try:
                 yield
             except BaseException:
-                with suppress(sqlite3.Error):  # sqlite has rolled back by itself where the disk is full
+                with suppress(sqlite3.Error):  # after a full disk, SQLite has already rolled back
                     self._database.execute("ROLLBACK")
                 raise
             self._database.execute("COMMIT")
 
     def take_lease(self) -> None:
-        """Own the folder; `UsageError` if a living process does."""
+        """Take the lease of the folder. Raises `UsageError` if a living process has it."""
         me = Owner.myself()
         with self._transaction():
             row = self._database.execute("SELECT host, pid, started, seen FROM lease").fetchone()
@@ -142,13 +143,13 @@ class Leases:
         _HERE.add(self._path.resolve())
 
     def serve(self, owner: Owner) -> None:
-        """Work under the lease that another process of this machine holds, for as long as it does."""
+        """Work under the lease of another process of this machine."""
         self._owner = owner
         self.refuse_lost()
 
     @property
     def owner(self) -> Owner | None:
-        """The process under whose lease this one works."""
+        """The process with the lease under which this one works."""
         return self._owner
 
     @property
@@ -158,12 +159,12 @@ class Leases:
     def _is_held(self, owner: Owner, seen: float, me: Owner) -> bool:
         if owner == me:
             return self._path.resolve() in _HERE
-        if owner.host == me.host and os.name != "nt":  # there, asking a process whether it lives would end it
+        if owner.host == me.host and os.name != "nt":  # on Windows, os.kill would end the process
             return owner.alive()
         return time.time() - seen < FOREIGN_LEASE_S
 
     def refuse_lost(self) -> None:
-        """Raise `TargetError` where the lease is gone or another's, so that two processes never write one run."""
+        """Raise `TargetError` if the lease is lost, so that two processes never write one run."""
         with self._reported():
             row = self._database.execute("SELECT host, pid, started FROM lease").fetchone()
         if row is None or Owner(*row) != self._owner:
@@ -175,7 +176,7 @@ class Leases:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """No other process of the run writes to the index meanwhile."""
+        """Context manager in which no other process of the run writes to the database."""
         with self._transaction():
             self.refuse_lost()
             yield
@@ -191,7 +192,7 @@ class Leases:
             )
 
     def spend(self, stage: str, shard: int, cpu_s: float, wall_s: float, *, done: bool) -> None:
-        """Add to the time of a shard, and give a sign of life."""
+        """Add to the time of a shard, and record a sign of life."""
         with self._transaction():
             self.refuse_lost()
             self._database.execute(
@@ -205,7 +206,7 @@ class Leases:
             )
 
     def reconcile(self, stage: str, shards: Iterable[int]) -> None:
-        """Make the index of one stage say what lies in the folder."""
+        """Update the database to the shards of a stage that are in the folder."""
         with self._transaction():
             self._database.execute("UPDATE shards SET done = 0 WHERE stage = ?", (stage,))
             self._database.executemany(
@@ -214,7 +215,7 @@ class Leases:
             )
 
     def post(self, stage: str, shards: Iterable[int], until: float) -> None:
-        """Offer shards to the workers, in place of what was offered before; their time is booked from now on."""
+        """Post shards for the workers; replaces earlier ones."""
         offered = [(stage, shard) for shard in shards]
         with self._transaction():
             self._database.execute("DELETE FROM tasks")
@@ -225,7 +226,7 @@ class Leases:
             self._database.executemany("INSERT OR IGNORE INTO shards (stage, shard) VALUES (?, ?)", offered)
 
     def claim(self, worker: int) -> Task | None:
-        """The first shard that nobody has, now this worker's; None if there is none."""
+        """Claim the first free shard for a worker; None if there is none."""
         with self._transaction():
             self.refuse_lost()
             row = self._database.execute(
@@ -237,7 +238,7 @@ class Leases:
         return None if row is None else Task(*row)
 
     def tell(self, task: Task, *, rows: int = 0, state: TaskState = "taken") -> None:
-        """How far a worker has come with what it took."""
+        """Record the progress of a worker on its shard."""
         with self._transaction():
             self._database.execute(
                 "UPDATE tasks SET rows = rows + ?, state = ? WHERE stage = ? AND shard = ? AND worker = ?",
@@ -245,7 +246,7 @@ class Leases:
             )
 
     def tasks(self) -> tuple[Task, ...]:
-        """What was offered, and how far each has come."""
+        """The posted shards with their states."""
         with self._reported():
             rows = self._database.execute(
                 "SELECT stage, shard, until, state, worker, rows FROM tasks"
@@ -253,7 +254,7 @@ class Leases:
         return tuple(Task(*row) for row in rows)
 
     def give_up(self, worker: int) -> None:
-        """Offer what a dead worker had taken again."""
+        """Post the shards of a dead worker again."""
         with self._transaction():
             self._database.execute(
                 "UPDATE tasks SET state = 'due', worker = NULL WHERE worker = ? AND state = 'taken'",
@@ -261,7 +262,7 @@ class Leases:
             )
 
     def withdraw(self) -> None:
-        """Offer nothing more; what is taken is let finish."""
+        """Withdraw the free shards; claimed ones are finished."""
         with self._transaction():
             self._database.execute("UPDATE tasks SET state = 'late' WHERE state = 'due'")
 
@@ -276,7 +277,7 @@ class Leases:
         return Spent(float(row[0]), float(row[1]), int(row[2]))
 
     def close(self, *, release: bool) -> None:
-        """Give the lease back if it is ours, and leave one tidy file."""
+        """Release the lease if `release`, and merge the write-ahead log into the database file."""
         try:
             if release:
                 _HERE.discard(self._path.resolve())
@@ -284,18 +285,16 @@ class Leases:
                     "DELETE FROM lease WHERE host = ? AND pid = ? AND started = ?", self._me
                 )
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        except (
-            sqlite3.Error
-        ):  # a full disk: the lease of a dead process is free anyway, and the log is read back
+        except sqlite3.Error:  # a full disk; a lease of a dead process expires, and the log is read later
             pass
         finally:
             self._database.close()
 
 
 def _is_ours(database: sqlite3.Connection) -> bool:
-    """Whether a database has no tables but those of a run, and neither views nor triggers, which run what they hold.
+    """Whether a database has only the tables of a run, and no views or triggers, which could execute statements.
 
-    Only its schema is read, before any table is.
+    Only its schema is read, before any table.
     """
     database.execute("PRAGMA trusted_schema=OFF")
     found = database.execute(
@@ -312,15 +311,15 @@ def _is_ours(database: sqlite3.Connection) -> bool:
 
 
 def spent_in(folder: Path) -> dict[str, Spent]:
-    """Time and attempts by stage, for readers who hold no lease; empty where nothing is known.
+    """Time and attempts by stage, read without a lease; empty if unknown.
 
-    The file may come from a stranger: one with other tables than those of a run, or with other values, says nothing.
+    The file may be untrusted: a database with other tables or implausible values is ignored.
     """
     path = folder / NAME
     if not path.is_file() or path.is_symlink():
         return {}
     try:
-        # a reader of a live log needs its shared memory; one of a file at rest must leave nothing beside it
+        # reading an active log needs shared memory; reading a file at rest must not create files
         at_rest = not path.with_name(f"{NAME}-wal").exists()
         mode = "immutable=1" if at_rest else "mode=ro"
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)) as database:
@@ -331,7 +330,7 @@ def spent_in(folder: Path) -> dict[str, Spent]:
             )
             found = {str(stage): Spent(float(cpu), float(wall), int(n)) for stage, cpu, wall, n in rows}
     except (sqlite3.Error, ValueError, TypeError, OverflowError):
-        return {}  # times are told where they are known; the evidence stands without them
+        return {}  # times are optional; the evidence does not depend on them
     return found if all(_is_plausible(spent) for spent in found.values()) else {}
 
 

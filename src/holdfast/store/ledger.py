@@ -38,14 +38,14 @@ T = TypeVar("T")
 
 
 def utc_now() -> str:
-    """The wall time in UTC, to the second."""
+    """The current time in UTC, with a resolution of seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 class Ledger:
-    """The ledger in a folder. Its views have what any process added; of a broken chain there is no view.
+    """The ledger in a folder. Its properties include entries that other processes added.
 
-    It raises `UsageError` for an entry that cannot follow what the ledger has, `TargetError` where the chain is broken.
+    Raises `UsageError` for an entry that is not allowed in the current state, `TargetError` for a broken chain.
     """
 
     def __init__(self, folder: Path, key: LedgerKey, now: Callable[[], str] = utc_now) -> None:
@@ -56,7 +56,7 @@ class Ledger:
 
     @classmethod
     def begun(cls, folder: Path, key: LedgerKey, manifest: str, now: Callable[[], str] = utc_now) -> "Ledger":
-        """A new ledger, of the pool whose manifest has this digest; the caller has locked `LOCK` in the folder."""
+        """A new ledger for the pool whose manifest has the digest `manifest`. The caller must have locked `LOCK`."""
         ledger = cls(folder, key, now)
         with ledger._threads:
             ledger._inside = True
@@ -68,7 +68,7 @@ class Ledger:
         return ledger
 
     def _clear(self) -> None:
-        """Take what is there; a first entry that a kill cut short leaves nothing, and its head is written again."""
+        """Read an existing ledger. An incomplete first entry is removed, and its head is written again."""
         with usable(self.path, refusal_in_pool):
             whole = self.path.exists() and b"\n" in self.path.read_bytes()
             if self.path.exists() and not whole:
@@ -80,70 +80,70 @@ class Ledger:
 
     @property
     def head(self) -> str:
-        """The digest of the last entry, which depends on all before it."""
+        """The digest of the last entry, which depends on all earlier entries."""
         return self._ask(lambda _: self._last)
 
     @property
     def entries(self) -> int:
-        """How many there are."""
+        """Number of entries of the ledger."""
         return self._ask(lambda _: len(self._digests))
 
     @property
     def unauthenticated(self) -> int:
-        """How many entries an older version wrote, before entries were authenticated."""
+        """Number of entries of an older version without authentication."""
         return self._ask(lambda standing: standing.unauthenticated)
 
     def entry_of(self, head: str) -> int | None:
-        """Number of the entry that has this digest, from 1; None where no entry has."""
+        """Number of the entry with this digest, from 1; None if there is none."""
         digests = self._ask(lambda _: self._digests)
         return digests.index(head) + 1 if head in digests else None
 
     @property
     def manifest(self) -> str | None:
-        """Digest of the manifest of the pool whose ledger this is; None for a ledger alone."""
+        """Digest of the manifest of the pool; None for a ledger without a pool."""
         return self._ask(lambda standing: standing.manifest)
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """Every set, in the order of arrival."""
+        """All sets in the order in which they were added."""
         return self._ask(lambda standing: tuple(standing.members.values()))
 
     @property
     def states(self) -> dict[str, State]:
-        """The state of each set."""
+        """The state of each set, by name."""
         return {member.name: member.state for member in self.members}
 
     @property
     def serving(self) -> Serving | None:
-        """The set that answers now; None before the first, and after one that was retired without another."""
+        """The serving set; None before the first, and after a set was retired without a successor."""
         return self._ask(lambda standing: standing.serving)
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """All times of service, the present one last."""
+        """All periods of service; the current one is last."""
         return self._ask(lambda standing: standing.terms)
 
     @property
     def ahead(self) -> tuple[str, ...]:
-        """The admitted sets that wait to serve and are not exposed, those admitted first in front."""
+        """The admitted sets that wait to serve and are not stolen, in the order of their admission."""
         return self._ask(lambda standing: standing.ahead)
 
     @property
     def unjudged(self) -> tuple[str, ...]:
-        """Sets of `ahead` that were not judged against everything exposed by now."""
+        """Sets of `ahead` that were not judged against all stolen sets."""
         return self._ask(lambda standing: standing.unjudged)
 
     @property
     def unlisted(self) -> tuple[str, ...]:
-        """Bases of sets that serve or may still, which are neither exposed nor deleted."""
+        """Bases of sets that serve or may serve, that are neither listed as stolen nor deleted."""
         return self._ask(lambda standing: standing.unlisted)
 
     def exposed(self) -> tuple[Exposure, ...]:
-        """The sets that an attacker may hold, in the order of their first mention, with its reason."""
+        """The stolen sets in the order in which they were listed, with the reasons."""
         return self._ask(lambda standing: standing.exposed)
 
     def member(self, name: str) -> Member:
-        """A set by name; `UsageError`, with the names near it, where there is none."""
+        """The set of a name. Raises `UsageError` with similar names if there is none."""
         return self._ask(lambda standing: standing.member(name))
 
     # --- entries
@@ -151,25 +151,25 @@ class Ledger:
     def candidate(
         self, name: str, digest: str, bases: Sequence[str] = (), why: str = "", *, role: Role = "service"
     ) -> None:
-        """A new set, what it is for, and the sets that it was made from, which must be known too."""
+        """Add a set with its role and its bases, which must be in the ledger."""
         self._add("candidate", set=name, digest=digest, bases=list(bases), role=role, why=why)
 
     def admit(self, name: str, why: str = "", *, canary: str = "", against: Sequence[str] = ()) -> None:
-        """A candidate may serve, or a set that waits still may.
+        """Admit a candidate, or confirm a waiting set.
 
-        `canary` is a digest of its answers to known inputs, to tell it by once loaded; `against` are the exposed sets
-        that it was judged against: it serves only while those are all that are exposed.
+        `canary` is the fingerprint of its answers to known inputs, which is verified when it is loaded. `against`
+        are the stolen sets that it was judged against; it may serve only as long as there are no others.
         """
         self._add("admitted", set=name, why=why, canary=canary, against=list(against))
 
     def refuse(self, name: str, why: str) -> None:
-        """A candidate may not serve, or a set that waits may no longer."""
+        """Refuse a candidate or a waiting set."""
         self._add("refused", set=name, why=why)
 
     def serve(self, name: str, why: str = "", *, unjudged: bool = False) -> Serving:
-        """An admitted set serves from now on, and what served before is retired: one entry, so both or neither.
+        """Let an admitted set serve, and retire the serving set, in a single entry.
 
-        With `unjudged` also one that was not judged against everything exposed; the entry says so.
+        With `unjudged`, this is allowed for a set that was not judged against all stolen sets; the entry records it.
         """
         with self.alone():
             before = self._standing.serving
@@ -180,28 +180,28 @@ class Ledger:
             return Serving(name, self._standing.epoch, self._standing.members[name].since)
 
     def retire(self, name: str, why: str = "") -> None:
-        """An admitted set will not serve, or the serving one stops and none takes its place."""
+        """Retire an admitted set, or the serving set without a successor."""
         self._add("retired", set=name, why=why)
 
     def expose(self, name: str, why: str, *, automatic: bool = False) -> None:
-        """An attacker may hold a set. The first mention counts, and the first report after an `automatic` listing."""
+        """List a set as stolen. The first listing counts, or the first report after an `automatic` listing."""
         self._add("exposed", set=name, why=why, automatic=automatic)
 
     def delete(self, name: str, why: str = "") -> None:
-        """The weights of a set that serves no purpose any more are gone; exposed sets are kept, to test others by."""
+        """Record that the parameters of an unused set were deleted. Stolen sets are kept, for tests against them."""
         self._add("deleted", set=name, why=why)
 
     def answered(self, epoch: int, answers: Mapping[str, int], others: int = 0) -> None:
-        """Answers that principals were given in an epoch, in addition to those said before; it may be over already.
+        """Record answers to principals in an epoch, in addition to earlier ones. The epoch may be over.
 
-        `others` are those to callers without a name.
+        `others` are answers to callers without a name.
         """
         if answers or others:
             self._add("answers", epoch=epoch, answers=dict(answers), others=others)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """No other process or thread adds to the ledger meanwhile; all that was added before has been read."""
+        """Context manager in which no other process or thread adds entries; earlier entries have been read."""
         with self._threads:
             if self._inside:
                 yield
@@ -233,9 +233,9 @@ class Ledger:
             self._take(link, len(line))
 
     def _write(self, line: bytes, head: Head) -> None:
-        """Write an entry, then the head: a kill between leaves a ledger longer than its head, which is no fault.
+        """Write an entry and then the head. A kill in between leaves a ledger longer than its head, which is allowed.
 
-        Of the first entry the head is written first, so that no ledger with entries lacks its head.
+        For the first entry, the head is written first, so that a ledger with entries always has a head.
         """
         if head.entries == 1:
             write_head(self._head_path, head, self._key)
@@ -255,7 +255,7 @@ class Ledger:
         self._digests.append(link.digest)
 
     def _ask(self, view: Callable[[Standing], T]) -> T:
-        """What the file says now; an entry that another process is adding is waited for."""
+        """Read new entries, waiting for a writer if necessary, and return a view of the state."""
         with self._threads:
             if not self._inside and self._length() != self._size:
                 with self.alone():
@@ -270,7 +270,7 @@ class Ledger:
                 return 0
 
     def _read(self) -> None:
-        """Verify and take what was added since; drop an end that a kill cut short. Only under the lock."""
+        """Verify and apply new entries, and drop an incomplete end. The caller must have the lock."""
         length = self._length()
         if length < self._size:
             raise TargetError(
@@ -302,7 +302,7 @@ class Ledger:
 
 
 def refuse_out_of_order(standing: Standing, link: Link, number: int, path: Path) -> None:
-    """`TargetError` where an entry cannot follow those before it, of which `standing` is the result."""
+    """Raise `TargetError` for an entry that is not allowed in the state `standing`."""
     try:
         standing.refuse_illegal(link.content)
     except UsageError as error:

@@ -1,4 +1,4 @@
-"""A lock between processes and threads: whoever dies lets go of it at once."""
+"""A lock between processes and threads, which is released when its process dies."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -9,15 +9,15 @@ from holdfast.core.errors import InUse, TargetError
 from holdfast.store.files import PRIVATE
 
 WAIT_S = 60.0
-"""How long to wait for another; what is done under a lock that is waited for takes far less."""
+"""Seconds to wait for another process; operations under such a lock are much shorter."""
 
 
 @contextmanager
 def locked(path: Path, wait_s: float = WAIT_S, *, in_use: str = "") -> Iterator[None]:
-    """Nobody else is inside this lock meanwhile; where another stays in it, `InUse` says what is given, if anything.
+    """Context manager with an exclusive lock. If the wait fails and `in_use` is given, raises `InUse` with that text.
 
-    The file is an SQLite database that stays empty: its locks hold on every system, and between the threads of one
-    process too, where those of the system itself are lost when any of them closes the file.
+    The file is an empty SQLite database: its locks work on every system, and between threads of one process, where
+    POSIX locks are lost when any thread closes the file.
     """
     try:
         new = not path.exists()
@@ -35,5 +35,5 @@ def locked(path: Path, wait_s: float = WAIT_S, *, in_use: str = "") -> Iterator[
         raise TargetError(
             f"{str(path)!r} cannot be locked: {error}; wait for the process that works there, or see who may write it"
         ) from error
-    with closing(database):  # which ends the transaction, in which nothing was written
+    with closing(database):  # closing ends the transaction, which wrote nothing
         yield

@@ -1,4 +1,4 @@
-"""What makes a folder a pool: its manifest and its format, and the files that it may hold."""
+"""The manifest and the format of a pool, and validation of its files."""
 
 import shlex
 from collections.abc import Callable, Mapping
@@ -23,15 +23,15 @@ from holdfast.store.sealing import Seal
 SETS = "sets"
 SEALED = ".sealed"
 NEW = ".new"
-"""How the name of a file ends until the entry that makes it valid is written."""
+"""Suffix of a file until the entry that makes it valid is written."""
 SCHEMA_VERSION = 2
 OLD_VERSION = 1
-"""The format whose ledger was not authenticated."""
+"""The format without an authenticated ledger."""
 _FORM = forms.record({"id": forms.name, "key": forms.name, "about": forms.record({})})
 
 
 def open_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a pool of this format; `TargetError` where there is none, or one of another format."""
+    """The manifest of a pool of the current format. Raises `TargetError` if there is none or it has another format."""
     found = any_manifest(path)
     version = found.get("schema_version")
     if version == OLD_VERSION:
@@ -50,7 +50,7 @@ def open_manifest(path: Path) -> dict[str, Any]:
 
 
 def any_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a pool of whatever format."""
+    """The manifest of a pool of any format."""
     if not stands(path):
         _refuse_part(path)
         raise TargetError(
@@ -61,7 +61,7 @@ def any_manifest(path: Path) -> dict[str, Any]:
 
 
 def stands(path: Path) -> bool:
-    """Whether a pool was begun in a folder, to the end."""
+    """Whether a folder contains a pool whose creation is complete."""
     with usable(path, refusal_in_pool):
         return (path / POOL_MANIFEST).is_file() and _has_entries(path / LEDGER)
 
@@ -74,14 +74,14 @@ def _has_entries(ledger: Path) -> bool:
 
 
 def refuse_begun(path: Path) -> None:
-    """`UsageError` where a pool stands already."""
+    """Raise `UsageError` if the folder contains a pool."""
     if stands(path):
         raise UsageError(f"{str(path)!r} holds a pool already; go on with it, or name another folder")
     _refuse_part(path)
 
 
 def _refuse_part(path: Path) -> None:
-    """`TargetError` where there is a part of a pool that was not just being begun."""
+    """Raise `TargetError` if the folder contains an incomplete pool that is not just being created."""
     with usable(path, refusal_in_pool):
         entered, sealed = _has_entries(path / LEDGER), any((path / SETS).glob(f"*{SEALED}"))
     head = read_head(path / HEAD, None)
@@ -96,7 +96,7 @@ def _refuse_part(path: Path) -> None:
 
 
 def refuse_other_head(path: Path, expected: str, entry_of: Callable[[str], int | None]) -> None:
-    """`TargetError` where no entry has the expected digest, `UsageError` for what is no digest; "" expects none."""
+    """Raise `TargetError` if no entry has the digest `expected`, `UsageError` if it is no digest. "" expects none."""
     if not expected:
         return
     if not fullmatch("[0-9a-f]{64}", expected):
@@ -112,21 +112,21 @@ def refuse_other_head(path: Path, expected: str, entry_of: Callable[[str], int |
         )
 
 
-# --- sealed files
+# --- encrypted files
 
 
 def bound(pool: str, name: str) -> str:
-    """The name that a file is sealed under: neither pools that share a key nor formats can exchange theirs."""
+    """The name that is authenticated with an encrypted file; it prevents exchanges between pools and formats."""
     return f"{pool}/{SCHEMA_VERSION}/{name}"
 
 
 def old_bound(pool: str, name: str) -> str:
-    """The name under which the older format sealed a file."""
+    """The name that the older format authenticated with a file."""
     return f"{pool}/{name}"
 
 
 def unsealed(seal: Seal, manifest: Mapping[str, Any], data: bytes, name: str, path: Path) -> bytes:
-    """The content of a file of a pool; one that was migrated also has files that the older format sealed."""
+    """The decrypted content of a file of a pool. A migrated pool may contain files of the older format."""
     try:
         return seal.open(data, bound(manifest["id"], name), path)
     except TargetError:
@@ -136,14 +136,14 @@ def unsealed(seal: Seal, manifest: Mapping[str, Any], data: bytes, name: str, pa
 
 
 def end_migration(path: Path) -> None:
-    """Give the files of a migration whose manifest was written their names, where a kill prevented it."""
+    """Rename the files of a migration that was killed after it wrote the manifest."""
     if any(each.exists() for each in _new_files(path)):
         with locked(path / LOCK), usable(path, refusal_in_pool):
             name_new_files(path)
 
 
 def name_new_files(path: Path) -> None:
-    """Put a converted ledger and its head in the place of the older ledger; the caller has locked the pool."""
+    """Replace the older ledger by the converted one and its head. The caller must have locked the pool."""
     for each in _new_files(path):
         if each.exists():
             each.replace(each.with_name(each.name.removesuffix(NEW)))
@@ -154,11 +154,11 @@ def _new_files(path: Path) -> list[Path]:
     return [path / f"{name}{NEW}" for name in (HEAD, LEDGER)]
 
 
-# --- what is taken in
+# --- validation of new sets
 
 
 def refuse_unsaid(about: Mapping[str, Any]) -> None:
-    """`UsageError` for what JSON cannot say."""
+    """Raise `UsageError` for metadata that JSON cannot represent."""
     try:
         canonical(about)
     except (TypeError, ValueError) as error:
@@ -168,7 +168,7 @@ def refuse_unsaid(about: Mapping[str, Any]) -> None:
 
 
 def refuse_no_set(weights: Mapping[str, Tensor]) -> None:
-    """`UsageError` for what is no state dict with numbers in it."""
+    """Raise `UsageError` unless this is a nonempty state dict of tensors without NaN."""
     if not weights:
         raise UsageError("the set holds no parameters; give the state dict of a network")
     for name, value in weights.items():

@@ -36,27 +36,27 @@ from holdfast.store.sealing import Seal, found_seal
 from holdfast.store.standing import Standing, well_formed
 
 KEPT = "ledger-1.jsonl"
-"""The older ledger, kept as it was."""
+"""The older ledger, which is kept unchanged."""
 
 
 @dataclass(frozen=True)
 class Migrated:
-    """What was converted."""
+    """The result of a conversion."""
 
     entries: int
-    """of the older ledger, which were not authenticated"""
+    """number of entries of the older ledger, which were not authenticated"""
     old_head: str
-    """digest of the last of them, as an earlier version printed it"""
+    """digest of the last of them, as printed by an earlier version"""
     head: str
-    """of the ledger now"""
+    """head of the new ledger"""
     exposed: tuple[str, ...]
-    """the sets that the older ledger lists as exposed"""
+    """the sets that the older ledger lists as stolen"""
     unjudged: tuple[str, ...]
-    """the sets that wait and must be judged again before they serve"""
+    """the waiting sets, which must be judged again before they serve"""
 
 
 def migrate(path: Path) -> Migrated:
-    """Convert a pool of the older format; `UsageError` for one of this format, `TargetError` for any other."""
+    """Convert a pool of the older format. Raises `UsageError` for the current format, `TargetError` for any other."""
     manifest = any_manifest(path)
     if manifest.get("schema_version") == SCHEMA_VERSION:
         raise UsageError(f"{str(path)!r} is of schema version {SCHEMA_VERSION} already; nothing was changed")
@@ -80,7 +80,7 @@ def migrate(path: Path) -> Migrated:
 
 
 def _refuse_downgraded(path: Path, manifest: Mapping[str, Any], seal: Seal) -> None:
-    """`TargetError` where a file shows that the pool was of this format, and its ledger was exchanged."""
+    """Raise `TargetError` if files of the current format exist, so that the ledger must have been exchanged."""
     signs = [path / HEAD] if (path / HEAD).exists() else []
     with usable(path, refusal_in_pool):
         signs += (
@@ -103,14 +103,14 @@ def _objects(lines: bytes) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # reading the chain refuses it
+            continue  # reported when the chain is read
         if isinstance(record, dict):
             found.append(record)
     return found
 
 
 def _inside(path: Path, file: Path) -> str:
-    """The name of a sealed file within its pool."""
+    """The name of an encrypted file within its pool."""
     return file.relative_to(path).as_posix().removesuffix(SEALED)
 
 
@@ -123,7 +123,7 @@ def _opens(seal: Seal, file: Path, name: str) -> bool:
 
 
 def _old_links(path: Path, manifest: Mapping[str, Any]) -> list[Link]:
-    """The entries of the older ledger, whose chain is checked; an end that a kill cut short is left out."""
+    """The entries of the older ledger, after verification of its chain; an incomplete last line is dropped."""
     file = path / LEDGER
     with usable(file, refusal_in_pool):
         data = file.read_bytes()
@@ -141,9 +141,9 @@ def _any_form(content: Mapping[str, Any]) -> None:
 
 
 def _upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
-    """An older entry with the fields that it lacks, at the value that asks for the most judging.
+    """An older entry with missing fields set to the values that require the most judging.
 
-    The words of its reason decide nothing: every exposure counts as reported, and no set as judged against any.
+    Reasons are not interpreted: every theft counts as reported, and no set as judged against any other.
     """
     lacking: dict[str, dict[str, Any]] = {
         "candidate": {"role": "service"},
@@ -157,7 +157,7 @@ def _upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
 def _converted(
     path: Path, manifest: Mapping[str, Any], seal: Seal, links: list[Link]
 ) -> tuple[Standing, list[dict[str, Any]]]:
-    """What the entries amount to, and the entries with all fields of this format."""
+    """The state after the entries, and the entries with all fields of the current format."""
     standing, entries = Standing(), []
     for number, link in enumerate(links, 1):
         entry = _upgraded(link.content)
@@ -172,7 +172,7 @@ def _converted(
 
 
 def _is_base(path: Path, manifest: Mapping[str, Any], seal: Seal, name: str) -> bool:
-    """Whether what was sealed with a set says that others are made from it; a set whose file is gone is none."""
+    """Whether the metadata of a set mark it as a base; false if its file is missing."""
     file = path / SETS / f"{name}{SEALED}"
     with usable(file, refusal_in_pool):
         for each in (file, file.with_name(file.name + NEW)):
@@ -183,7 +183,7 @@ def _is_base(path: Path, manifest: Mapping[str, Any], seal: Seal, name: str) -> 
 
 
 def _refuse_strays(path: Path, standing: Standing) -> None:
-    """`TargetError` for a set without an entry: the older ledger was shortened."""
+    """Raise `TargetError` for a set without an entry: the older ledger was truncated."""
     for file in sorted((path / SETS).glob(f"*{SEALED}")):
         if file.stem not in standing.members:
             raise TargetError(
@@ -193,7 +193,10 @@ def _refuse_strays(path: Path, standing: Standing) -> None:
 
 
 def _write(path: Path, entries: list[dict[str, Any]], manifest: Mapping[str, Any], key: LedgerKey) -> str:
-    """Write the ledger and its head under other names, then the manifest, which makes them valid; the head."""
+    """Write the ledger and its head under temporary names, then the manifest, which makes them valid.
+
+    Returns the digest of the last entry.
+    """
     lines, previous = b"", GENESIS
     for number, entry in enumerate(entries, 1):
         link = Link(previous, entry)

@@ -1,11 +1,12 @@
-"""A pool of parameter sets that take turns at serving: each sealed on the disk, and a ledger of what became of it.
+"""A pool of parameter sets for a rotation: each set is encrypted on the disk, and a ledger records its state.
 
-`pool.json` says what the sets are of and which key seals them, `sets/<name>.sealed` hold their weights, `ledger.jsonl`
-and `ledger.head` where each stands. All of it is secret: the folder has mode 0700, the files 0600.
+`pool.json` describes the sets and the key, `sets/<name>.sealed` contain the parameters, `ledger.jsonl` and
+`ledger.head` the states. All of it is secret: folders have mode 0700, files 0600.
 
-Every step may be cut short by a kill; the ledger's entry is what makes it done. A set is written as `….sealed.new`,
-then entered, then given its name: who opens the pool next sweeps away a new file without an entry, and gives one with
-an entry its name. No kill leaves a named file without an entry: the ledger was shortened, and the pool is refused.
+Every step may be interrupted by a kill, and is valid once its entry is in the ledger. A set is written as
+`….sealed.new`, entered in the ledger, and renamed. The next process that opens the pool deletes a new file without
+an entry, and renames one with an entry. A kill never leaves a file with its final name and without an entry; such a
+file means that the ledger was truncated, and the pool is refused.
 """
 
 import json
@@ -54,21 +55,22 @@ from holdfast.store.sealing import Seal, begun_seal, found_seal, refuse_unready
 from holdfast.store.standing import Member, Role, Serving
 
 NAME_DIGITS = 16
-"""Hex digits of a set's digest that are its name."""
+"""Number of hex digits of a set's digest in its name."""
 
 
 class Pool:
-    """One process's hold on a pool; several may hold one."""
+    """A pool that this process works on; several processes may work on one pool."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], seal: Seal, ledger: Ledger) -> None:
         self.path, self.manifest, self.seal, self.ledger = path, manifest, seal, ledger
-        self._said: dict[str, Mapping[str, Any]] = {}  # of sets, once opened: it never changes
+        self._said: dict[str, Mapping[str, Any]] = {}  # metadata of opened sets, which never change
 
     @classmethod
     def begun(cls, path: Path, about: Mapping[str, Any]) -> "Pool":
-        """A new pool, in a new folder or one that holds other things; `about` says what its sets are of.
+        """Create a pool in a new folder, or in one with other files. `about` describes its sets.
 
-        The key is that of the environment, else a new one beside the folder: `pool.seal.source` names which.
+        The key is that of the environment, otherwise a new one is written next to the folder; see
+        `pool.seal.source`.
         """
         refuse_unready()
         refuse_unsaid(about)
@@ -91,9 +93,9 @@ class Pool:
 
     @classmethod
     def held(cls, path: Path, *, expect_head: str = "") -> "Pool":
-        """A pool that was begun; `TargetError` where its key, its ledger or a set that is needed does not hold.
+        """Open a pool. Raises `TargetError` if its key, its ledger or a required set is invalid.
 
-        With `expect_head`, the head of its ledger as it was at some time, also where the ledger does not contain that.
+        `expect_head` is an earlier head of the ledger; the ledger must contain it.
         """
         manifest = open_manifest(path)
         seal = found_seal(path)
@@ -111,12 +113,12 @@ class Pool:
 
     @property
     def shown(self) -> str:
-        """Its folder, as it is typed in a shell."""
+        """The path of the folder, quoted for a shell."""
         return shlex.quote(str(self.path))
 
     @contextmanager
     def alone_at(self, step: str) -> Iterator[None]:
-        """No other process is at this step of the pool meanwhile; `InUse` at once where one is. A dead one is not."""
+        """Context manager in which no other process performs the step `step`. Raises `InUse` at once if one does."""
         where = f"another process is at {step} in {str(self.path)!r}"
         in_use = f"{where}; wait until it has ended or stop it, then start again"
         with locked(self.path / f"{step}.lock", 0.0, in_use=in_use):
@@ -133,9 +135,10 @@ class Pool:
         why: str = "",
         role: Role = "service",
     ) -> str:
-        """Take in a set as a candidate, or as a base that never serves; its name, which follows from the weights alone.
+        """Add a set as a candidate, or as a base that never serves. Returns its name, which is a part of its digest.
 
-        Weights that are here already, whatever became of them, are not taken in again: what was said first stands.
+        A set that is already in the pool is not added again, and keeps its metadata and state. Raises `UsageError`
+        if it was deleted.
         """
         refuse_no_set(weights)
         refuse_unsaid(about)
@@ -157,62 +160,62 @@ class Pool:
                 if known is None:
                     self.ledger.candidate(name, full, bases, why, role=role)
             except (OSError, TargetError, UsageError):
-                with suppress(OSError):  # a full disk is not filled further
+                with suppress(OSError):  # free space on a full disk
                     new.unlink(missing_ok=True)
                 raise
             self._name(path)
         return name
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """The weights of a set, as they were taken in."""
+        """The parameters of a set."""
         return self._opened(name).columns
 
     def about(self, name: str) -> Mapping[str, Any]:
-        """What was said of a set when it was taken in."""
+        """The metadata of a set."""
         if name not in self._said or self.ledger.member(name).deleted:
             self._said[name] = self._opened(name).about
         return self._said[name]
 
     def delete(self, name: str, why: str = "") -> None:
-        """Delete the weights of a set that is no candidate to serve, nor exposed; the ledger keeps its name."""
+        """Delete the parameters of a set that neither serves, waits, nor is stolen. The ledger keeps its entries."""
         with self.ledger.alone():
             self.ledger.delete(name, why)
             with usable(self._path(name), refusal_in_pool):
                 self._path(name).unlink(missing_ok=True)
 
-    # --- what becomes of them
+    # --- states of sets
 
     @property
     def serving(self) -> Serving | None:
-        """The set that answers now."""
+        """The serving set; None if there is none."""
         return self.ledger.serving
 
     @property
     def ahead(self) -> tuple[str, ...]:
-        """The admitted sets that wait to serve and are not exposed, in the order in which they will."""
+        """The admitted sets that wait to serve and are not stolen, in the order in which they will serve."""
         return self.ledger.ahead
 
     def admit(self, name: str, why: str = "", *, canary: str = "", against: Sequence[str] = ()) -> None:
-        """A candidate may serve, or a set that waits still may.
+        """Admit a candidate, or confirm a waiting set.
 
-        `canary` is a digest of its answers to known inputs, to tell it by once loaded; `against` are the exposed sets
-        that it was judged against: it serves only while those are all that are exposed.
+        `canary` is the fingerprint of its answers to known inputs, which is verified when it is loaded. `against`
+        are the stolen sets that it was judged against; it may serve only as long as there are no others.
         """
         self.ledger.admit(name, why, canary=canary, against=against)
 
     def refuse(self, name: str, why: str) -> None:
-        """A candidate may not serve, or a set that waits may no longer."""
+        """Refuse a candidate or a waiting set."""
         self.ledger.refuse(name, why)
 
     @property
     def unjudged(self) -> tuple[str, ...]:
-        """Sets of `ahead` that were not judged against everything exposed by now."""
+        """Sets of `ahead` that were not judged against all stolen sets."""
         return self.ledger.unjudged
 
     def serve(self, name: str, why: str = "", *, unjudged: bool = False) -> Serving:
-        """An admitted set serves from now on, if its file is whole; what served before is retired by the same entry.
+        """Let an admitted set with a valid file serve, and retire the serving set, in a single entry.
 
-        `UsageError` for one that was not judged against everything exposed, unless `unjudged`.
+        Raises `UsageError` for a set that was not judged against all stolen sets, unless `unjudged`.
         """
         with self.ledger.alone():
             self.ledger.member(name)
@@ -227,11 +230,12 @@ class Pool:
         choose: Callable[[Sequence[str]], str] = itemgetter(0),
         unjudged: bool = False,
     ) -> Serving:
-        """Let a set that waits serve: the first admitted, or which `choose` says. A kill leaves the old one or the new.
+        """Let a waiting set serve: the first admitted one, or that which `choose` returns.
 
-        `choose` is given those that were judged against everything exposed; where there is none, with `unjudged`, the
-        others. With `epoch`, only if that one still lasts: what set two processes off at once then swaps once. Raises
-        `Inconclusive`, and leaves what serves, where no such set waits.
+        `choose` receives the sets that were judged against all stolen sets; if there are none and `unjudged`, the
+        others. With `epoch`, the swap takes place only if that epoch is current, so that two processes with the same
+        trigger swap once. A kill leaves either the old or the new set serving. Raises `Inconclusive` without a
+        change if no such set waits.
         """
         with self.ledger.alone():
             now = self.serving
@@ -258,29 +262,29 @@ class Pool:
         )
 
     def retire(self, name: str, why: str = "") -> None:
-        """An admitted set will not serve, or the serving one stops and none takes its place."""
+        """Retire an admitted set, or the serving set without a successor."""
         self.ledger.retire(name, why)
 
     def expose(self, name: str, why: str, *, automatic: bool = False) -> None:
-        """An attacker may hold a set: after the next swap it serves no more, and what comes is tested against it.
+        """List a set as stolen. It stops serving at the next swap, and new sets are tested against it.
 
-        `automatic` where a set made from it was admitted, and it was not reported as stolen. A report after that counts
-        as a new exposure.
+        `automatic` means that it was listed because a set made from it was admitted, not because of a report. A
+        later report counts as a new theft.
         """
         self.ledger.expose(name, why, automatic=automatic)
 
     def answered(self, epoch: int, answers: Mapping[str, int], others: int = 0) -> None:
-        """Answers that principals, by pseudonyms in the ledger, and others had in an epoch, beside those before."""
+        """Record answers to principals, as pseudonyms, and to others in an epoch, in addition to earlier ones."""
         self.ledger.answered(epoch, {self.pseudonym(who): n for who, n in answers.items()}, others)
 
     def pseudonym(self, principal: str) -> str:
-        """What the ledger calls a principal, as in `pool.ledger.terms[-1].answers.get(pool.pseudonym("alice"))`."""
+        """The pseudonym of a principal, as in `pool.ledger.terms[-1].answers.get(pool.pseudonym("alice"))`."""
         return self.seal.pseudonym(principal, f"{self.manifest['id']}/principal")
 
-    # --- what else is secret
+    # --- other encrypted tensors
 
     def keep(self, name: str, columns: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Seal tensors that belong to the pool, as its generator, under a name; what was there is replaced."""
+        """Store encrypted tensors of the pool, such as its generator, under a name; replaces earlier ones."""
         sealed, path = (
             self.seal.seal(column_files.encode(columns, about), bound(self.manifest["id"], name)),
             self._kept(name),
@@ -289,12 +293,12 @@ class Pool:
             write_atomically(path, sealed, PRIVATE)
 
     def kept(self, name: str) -> ColumnFile | None:
-        """What was kept under a name; None if nothing was."""
+        """The tensors stored under a name; None if there are none."""
         path = self._kept(name)
         return self._unsealed(path, name) if path.exists() else None
 
     def drop(self, name: str) -> None:
-        """Delete what was kept under a name, if anything was."""
+        """Delete the tensors stored under a name, if there are any."""
         with self.ledger.alone(), usable(self._kept(name), refusal_in_pool):
             self._kept(name).unlink(missing_ok=True)
 
@@ -312,12 +316,12 @@ class Pool:
         return next((member for member in self.ledger.members if member.name == name), None)
 
     def _name(self, path: Path) -> None:
-        """Give the new file of a set that the ledger has its name."""
+        """Rename the new file of a set that is in the ledger."""
         path.with_name(path.name + NEW).replace(path)
         flush_folder(path.parent)
 
     def _settled(self, path: Path) -> bool:
-        """Whether the file of a set that the ledger has is there, if only because a killed process had written it."""
+        """Whether the file of a set that is in the ledger exists; renames it if a killed process did not."""
         with usable(path, refusal_in_pool):
             if not path.exists():
                 with self.ledger.alone():
@@ -343,10 +347,9 @@ class Pool:
         return column_files.decode(unsealed(self.seal, self.manifest, data, name, path), str(path))
 
     def _sweep(self) -> None:
-        """End or undo what an interrupted process began.
+        """Complete or undo steps of an interrupted process.
 
-        Raises `TargetError` for a set without an entry, and for one that is gone though it serves, may serve, or is
-        what others are tested against.
+        Raises `TargetError` for a set without an entry, and for a missing set that serves, waits, or is stolen.
         """
         sets = self.path / SETS
         with self.ledger.alone(), usable(sets, refusal_in_pool):

@@ -1,4 +1,4 @@
-"""Which process holds a lease, and whether it still lives: a number is used again, so its start counts too."""
+"""The process with a lease, and whether it is alive. Process ids are reused, so start times are compared, too."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Owner:
-    """A process on a host; `started` tells it from a later one of the same number (empty where unknown)."""
+    """A process on a host. `started` distinguishes it from a later process with the same id; empty if unknown."""
 
     host: str
     pid: int
@@ -16,11 +16,11 @@ class Owner:
 
     @classmethod
     def myself(cls) -> "Owner":
-        """The process that asks."""
+        """The owner that represents the current process."""
         return cls(socket.gethostname(), os.getpid(), started(os.getpid()) or "")
 
     def alive(self) -> bool:
-        """Whether it runs; only asked of a process on this host."""
+        """Whether the process is alive; only for processes on this host."""
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -32,12 +32,12 @@ class Owner:
 
 
 def started(pid: int) -> str | None:
-    """When a process began, in ticks of this boot; None if it is dead, empty where the system does not say."""
+    """Start time of a process in clock ticks of this boot; None if it is dead, empty if it is unknown."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     if not boot.exists():
         return ""
     try:
-        # the name stands in brackets and may hold anything; state is the first field after it, the start the 20th
+        # the name is in parentheses; after it, the state is the first field and the start the 20th
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None

@@ -1,4 +1,4 @@
-"""A hash chain on disk, one record a line: that of a run is `chain.jsonl`, with JSON documents beside it."""
+"""A hash chain in a file with one record in each line. For a run it is `chain.jsonl`, with JSON documents beside it."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from holdfast.store.forms import is_name
 
 CHAIN = "chain.jsonl"
 COLUMNS = ".safetensors"
-"""How the names of column files and of weights end."""
+"""Suffix of column files and of weights."""
 
 
 class Chain:
@@ -24,23 +24,23 @@ class Chain:
 
     @property
     def links(self) -> tuple[Link, ...]:
-        """All records."""
+        """All records of the chain, oldest first."""
         return tuple(self._links)
 
     @property
     def head(self) -> str:
-        """The digest of the last record: it stands for the whole run."""
+        """The digest of the last record, which identifies the whole run."""
         return self._links[-1].digest if self._links else GENESIS
 
     def last(self, kind: str, name: str = "") -> Mapping[str, Any] | None:
-        """Content of the newest record of a kind and name."""
+        """Content of the newest record of a kind and name; None if there is none."""
         for link in reversed(self._links):
             if link.content["kind"] == kind and link.content.get("name", "") == name:
                 return link.content
         return None
 
     def add(self, content: Mapping[str, Any]) -> None:
-        """Append a record."""
+        """Append a record to the chain and to its file."""
         link = Link(self.head, content)
         with usable(self._path):
             append(self._path, line_of(link))
@@ -48,9 +48,9 @@ class Chain:
 
 
 def read_chain(folder: Path, *, mend: bool) -> Chain:
-    """The chain of a run folder; `mend` drops a last line that a kill cut short.
+    """Read the chain of a run folder. `mend` drops an incomplete last line, which a kill may leave.
 
-    Raises `TargetError` naming the first record that does not hold.
+    Raises `TargetError` with the first invalid record.
     """
     path = folder / CHAIN
     data = content_of(path) if os.path.lexists(path) else b""
@@ -68,7 +68,7 @@ def read_chain(folder: Path, *, mend: bool) -> Chain:
 
 
 def line_of(link: Link) -> bytes:
-    """A record as a line of its file."""
+    """A record as a line of the file of its chain."""
     return canonical({"previous": link.previous, "content": link.content, "digest": link.digest}) + b"\n"
 
 
@@ -82,10 +82,10 @@ def read_links(
     noun: str = "record",
     way_out: str = "restore it from a copy",
 ) -> list[Link]:
-    """The records in whole lines of a file, the `first` of which follows from `previous`.
+    """Read the records in complete lines of a file; the number `first` must follow `previous`.
 
-    `check` raises a `ValueError`, `KeyError` or `TypeError` for content that nobody would have written. Raises
-    `TargetError` naming the first record that does not hold.
+    `check` raises a `ValueError`, `KeyError` or `TypeError` for invalid content. Raises `TargetError` with the first
+    invalid record.
     """
     links = []
     for number, line in enumerate(lines.splitlines(), first):
@@ -108,7 +108,7 @@ def read_links(
 
 
 def _refuse_outside(content: Mapping[str, Any]) -> None:
-    """A run may come from elsewhere: its records name files of its own folder, each after what it holds."""
+    """Raise `ValueError` for a record of a file outside the run folder or with a wrong name; runs may be untrusted."""
     kind, stage = content["kind"], content.get("name", "")
     of_stage = kind == "stage"
     known = is_name(kind) and (is_name(stage) if of_stage else stage == "")
@@ -122,17 +122,17 @@ def _refuse_outside(content: Mapping[str, Any]) -> None:
 
 
 def document(content: object) -> bytes:
-    """A JSON document for people and machines: sorted, indented, the same content the same bytes."""
+    """A JSON document as bytes: sorted and indented, so that equal content gives equal bytes."""
     return (json.dumps(content, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """A JSON document with an object at the top."""
+    """Read a JSON document that is an object."""
     return parsed(path, content_of(path))
 
 
 def parsed(path: Path, data: bytes) -> dict[str, Any]:
-    """The JSON document in the content of a file."""
+    """Parse a JSON document that is an object. Raises `TargetError` for any other content."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:

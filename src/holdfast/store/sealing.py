@@ -1,7 +1,8 @@
-"""Files sealed at rest: AES-256-GCM, each bound to its name, so that none can be changed or stand in for another.
+"""Encrypted files: AES-256-GCM, authenticated with the name of the file, so that files cannot be altered or exchanged.
 
-A sealed file is a header (what it is, its version, the id of its key), a random nonce, and the ciphertext with its tag.
-The header and the name are authenticated with the content. NIST SP 800-38D allows one key 2**32 random nonces.
+An encrypted file consists of a header (magic bytes, version, id of the key), a random nonce, and the ciphertext with
+its tag. The header and the name are authenticated with the content. NIST SP 800-38D allows 2**32 random nonces for
+one key.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 KEY_VARIABLE = "HOLDFAST_POOL_KEY"
-"""The environment variable that holds a pool's key; it is asked before the key file."""
+"""Environment variable with the key of a pool; it takes precedence over the key file."""
 KEY_BYTES = 32
 PSEUDONYM_DIGITS = 32
 
@@ -29,19 +30,19 @@ _VERSION = 1
 _ID_BYTES, _NONCE_BYTES, _TAG_BYTES = 8, 12, 16
 _HEADER_BYTES = len(_MAGIC) + 1 + _ID_BYTES
 _MOST_BYTES = 2**31 - 1 - _TAG_BYTES
-"""What the library takes at once."""
+"""Largest number of bytes that the library encrypts in one call."""
 _MOST_KEY_BYTES = 1024
-"""read of a key file; more is no key"""
+"""number of bytes that are read from a key file; a longer file is no key"""
 _HEX = re.compile(f"[0-9a-fA-F]{{{2 * KEY_BYTES}}}")
 
 
 @dataclass(frozen=True)
 class Seal:
-    """A key, and what it does to files."""
+    """A key, with encryption and decryption of files."""
 
     key: bytes = field(repr=False)
     source: str = ""
-    """where the key came from: the environment variable or the key file"""
+    """origin of the key: the environment variable or the key file"""
 
     def __post_init__(self) -> None:
         if len(self.key) != KEY_BYTES:
@@ -49,11 +50,11 @@ class Seal:
 
     @property
     def id(self) -> str:
-        """Tells keys apart and says nothing of the key."""
+        """An identifier of the key that does not reveal it."""
         return hashlib.sha256(b"holdfast pool key id\0" + self.key).digest()[:_ID_BYTES].hex()
 
     def seal(self, data: bytes, name: str) -> bytes:
-        """The bytes of a sealed file that only opens under `name`; no two are alike."""
+        """The bytes of an encrypted file that can only be decrypted under `name`. Each call uses a new nonce."""
         if len(data) > _MOST_BYTES:
             raise UsageError(
                 f"{name!r} has {len(data)} bytes; at most {_MOST_BYTES} are sealed in one file: split it"
@@ -63,7 +64,7 @@ class Seal:
         return header + nonce + _cipher(self.key).encrypt(nonce, data, header + name.encode())
 
     def open(self, data: bytes, name: str, path: Path | None = None) -> bytes:
-        """What was sealed under `name`; `TargetError`, naming the file `path`, if these bytes are not that."""
+        """Decrypt a file encrypted under `name`. Raises `TargetError` with `path` if the bytes are invalid."""
         shown = repr(name if path is None else str(path))
         if len(data) < _HEADER_BYTES + _NONCE_BYTES + _TAG_BYTES or not data.startswith(_MAGIC):
             raise TargetError(f"{shown} is no sealed file, or is cut short; restore it from a copy")
@@ -91,14 +92,14 @@ class Seal:
             ) from None
 
     def pseudonym(self, text: str, name: str) -> str:
-        """What stands for a text under `name`, always the same, and says nothing of it: HMAC-SHA-256, in hex."""
+        """A pseudonym that is constant for a text and `name`, and does not reveal the text: HMAC-SHA-256, in hex."""
         if not isinstance(text, str):
             raise UsageError(f"{text!r} is no name of a {name.rpartition('/')[2]}; text was expected")
         said = f"{name}\0{text}".encode("utf-8", "surrogatepass")
         return hmac.new(self.key, said, hashlib.sha256).hexdigest()[:PSEUDONYM_DIGITS]
 
     def derived(self, purpose: str, salt: str) -> bytes:
-        """A key of 32 bytes for one purpose, which gives away neither this key nor those for others.
+        """A key of 32 bytes for one purpose, which reveals neither this key nor those of other purposes.
 
         HKDF-SHA-256 (RFC 5869); `salt` separates pools that share a key.
         """
@@ -108,7 +109,7 @@ class Seal:
         return HKDF(SHA256(), KEY_BYTES, salt.encode(), f"holdfast {purpose}".encode()).derive(self.key)
 
     def refuse_other(self, key_id: str, manifest: Path) -> None:
-        """Raise `TargetError` where a pool was sealed with another key."""
+        """Raise `TargetError` if a pool was encrypted with another key."""
         if key_id != self.id:
             raise TargetError(
                 f"{str(manifest)!r} says that the pool is sealed with key {key_id}, and the key at hand is "
@@ -121,19 +122,19 @@ class Seal:
 
 
 def key_file(folder: Path) -> Path:
-    """Where the key of a pool lies if not in the environment: beside its folder, so that a copy of that has no key."""
+    """Path of the key file of a pool: next to its folder, so that a copy of the folder does not contain the key."""
     whole = folder.resolve()
     return whole.with_name(f"{whole.name}.key")
 
 
 def has_key(folder: Path) -> bool:
-    """Whether the key of a pool is set in the environment or lies beside its folder."""
+    """Whether the key of a pool is in the environment or in its key file."""
     with usable(key_file(folder), refusal_in_pool):
         return KEY_VARIABLE in os.environ or key_file(folder).exists()
 
 
 def found_seal(folder: Path) -> Seal:
-    """The seal of a pool that was begun; `TargetError` where its key is nowhere, or lies open to others."""
+    """The key of an existing pool. Raises `TargetError` if there is none, or others may read it."""
     given, path = _given(), key_file(folder)
     if given is not None:
         return given
@@ -143,7 +144,7 @@ def found_seal(folder: Path) -> Seal:
                 f"there is no key for {str(folder)!r}: {KEY_VARIABLE} is not set, and {str(path)!r} does not exist; "
                 f"set the one or put back the other. Without its key nothing in a pool can be read again"
             )
-        with path.open("rb") as file:  # what is judged is what is read
+        with path.open("rb") as file:  # the file that is tested is the one that is read
             about = os.fstat(file.fileno())
             text = file.read(_MOST_KEY_BYTES).decode("ascii", "replace").strip()
     mode = about.st_mode & 0o777
@@ -166,13 +167,13 @@ def found_seal(folder: Path) -> Seal:
 
 
 def refuse_unready() -> None:
-    """Raise `UsageError` where the library is missing, or the environment holds what is no key."""
+    """Raise `UsageError` if the library is missing, or the environment contains an invalid key."""
     _cipher(bytes(KEY_BYTES))
     _given()
 
 
 def begun_seal(folder: Path) -> Seal:
-    """The seal of a pool that is begun, under its lock: with a key that is there already, else with a new key file."""
+    """The key of a new pool, under its lock: an existing key, otherwise a new key file."""
     given, path = _given(), key_file(folder)
     if given is None:
         with usable(path, refusal_in_pool):
@@ -187,7 +188,7 @@ def begun_seal(folder: Path) -> Seal:
 
 
 def _given() -> Seal | None:
-    """The seal of the environment; its value is never shown."""
+    """The key from the environment, or None; its value is never shown."""
     text = os.environ.get(KEY_VARIABLE)
     if text is None:
         return None

@@ -1,8 +1,8 @@
-"""Where every parameter set of a pool stands, as the entries of its ledger say, taken one after another.
+"""The state of every parameter set of a pool, computed from the entries of its ledger in order.
 
-A set is a candidate, then admitted or refused; an admitted one serves, and then is retired. While it waits to, it may
-be judged again by what leaked since, and is admitted anew or refused. That it is exposed, so that an attacker may hold
-it, is no state but a mark beside it: an exposed set that serves goes on until the next swap.
+A set is a candidate, then admitted or refused. An admitted set serves, and is then retired. While it waits, it may
+be judged again against newly stolen sets, and is confirmed or refused. That a set is listed as stolen is not a state
+but an additional mark: a stolen set that serves continues until the next swap.
 """
 
 import re
@@ -23,10 +23,11 @@ _BEFORE: Mapping[str, tuple[State, ...]] = {
     "exposed": ("candidate", "admitted", "refused", "serving", "retired"),
     "deleted": ("candidate", "refused", "retired"),
 }
-"""The states in which a set may be when an entry of a kind is made."""
+"""The allowed states of a set before an entry of each kind."""
 
 Role = Literal["service", "base"]
-"""What a set is for: it may serve once it is admitted, or others are made from it and it never serves."""
+"""The purpose of a set: `service` sets may serve after their admission, `base` sets are used to make others and
+never serve."""
 _ROLES = ("service", "base")
 
 _FIELDS: Mapping[str, Mapping[str, type]] = {
@@ -39,87 +40,87 @@ _FIELDS: Mapping[str, Mapping[str, type]] = {
     "answers": {"epoch": int, "answers": dict, "others": int},
     "migrated": {"entries": int, "head": str},
 }
-"""The fields of an entry of a kind, beside its time. `why` is for people: no decision goes by it."""
+"""The fields of an entry of each kind, in addition to its time. `why` is for people and never interpreted."""
 
 _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}")
-"""A set's name is part of a file's."""
+"""The name of a set is part of a file name."""
 
 
 @dataclass(frozen=True)
 class Exposure:
-    """A set that an attacker may hold."""
+    """The listing of a set as stolen."""
 
     name: str
     why: str
     at: str
-    """when the ledger heard of it, in UTC"""
+    """when it was listed, in UTC"""
     entry: int
-    """number of the entry that says so"""
+    """number of the entry that lists it"""
     automatic: bool = False
-    """listed because a set that was made from it was admitted, and not because it was reported as stolen"""
+    """whether it was listed because a set made from it was admitted, and not because of a report"""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One parameter set."""
+    """A parameter set and its state."""
 
     name: str
     digest: str
-    """SHA-256 of its weights, in hex"""
+    """SHA-256 of its parameters, in hex"""
     bases: tuple[str, ...]
     """the sets that it was made from"""
     state: State
     since: str
-    """when it came into that state, in UTC"""
+    """when it entered its state, in UTC"""
     why: str
     entry: int
-    """number of the entry that brought it there"""
+    """number of the entry that set its state"""
     role: Role = "service"
     canary: str = ""
-    """what known inputs were answered by it when it was admitted, as a digest"""
+    """fingerprint of its answers to known inputs at its admission"""
     against: tuple[str, ...] = ()
-    """the exposed sets that it was judged against when it was admitted"""
+    """the stolen sets that it was judged against at its admission"""
     exposed: Exposure | None = None
     deleted: bool = False
 
     @property
     def standing(self) -> str:
-        """Its state in a word; exposed, whatever else it is, where it is."""
+        """Its state in a word; "exposed" if it is listed as stolen."""
         return self.state if self.exposed is None else "exposed"
 
     @property
     def needed(self) -> bool:
-        """Whether the pool cannot do without its weights: it serves, may serve, or others are judged against it."""
+        """Whether its parameters are required: it serves, may serve, or others are judged against it."""
         return self.standing in ("admitted", "serving", "exposed") and not self.deleted
 
 
 @dataclass(frozen=True)
 class Serving:
-    """The set that answers now."""
+    """The set that answers requests now."""
 
     name: str
     epoch: int
-    """1 for the first set that served"""
+    """number of sets that have served so far, including this one"""
     since: str
 
 
 @dataclass(frozen=True)
 class Term:
-    """One set's time of service."""
+    """A period of service of a set."""
 
     name: str
     epoch: int
     since: str
     until: str | None
-    """None while it lasts"""
+    """None for the current period"""
     answers: Mapping[str, int]
-    """how many each principal was given"""
+    """number of answers to each principal"""
     others: int
-    """how many were given to callers without a name"""
+    """number of answers to callers without a name"""
 
 
 def well_formed(entry: Mapping[str, Any]) -> None:
-    """Raise a `ValueError`, `KeyError` or `TypeError` for what is no entry of a ledger."""
+    """Raise a `ValueError`, `KeyError` or `TypeError` for an invalid entry of a ledger."""
     for name, kind in {"at": str, **_FIELDS[entry["kind"]]}.items():
         if type(entry[name]) is not kind:
             raise TypeError(f"{name} is {entry[name]!r}; a {kind.__name__} was expected")
@@ -141,15 +142,15 @@ def well_formed(entry: Mapping[str, Any]) -> None:
 
 
 class Standing:
-    """What the entries so far come to."""
+    """The state of all sets after the entries so far."""
 
     def __init__(self) -> None:
         self.manifest: str | None = None
-        """digest of the manifest of the pool whose ledger this is; None for a ledger alone"""
+        """digest of the manifest of the pool; None for a ledger without a pool"""
         self.unauthenticated = 0
-        """entries that were written by an older version, before entries were authenticated"""
+        """number of entries of an older version without authentication"""
         self.members: dict[str, Member] = {}
-        """by name, in the order of arrival"""
+        """sets by name, in the order in which they were added"""
         self._terms: list[Term] = []
         self._answers: list[dict[str, int]] = []
         self._exposures: list[Exposure] = []
@@ -157,14 +158,14 @@ class Standing:
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """All times of service, the present one last."""
+        """All periods of service; the current one is last."""
         return tuple(
             replace(term, answers=dict(given)) for term, given in zip(self._terms, self._answers, strict=True)
         )
 
     @property
     def serving(self) -> Serving | None:
-        """The set that answers now; None before the first, and after one that was retired without another."""
+        """The serving set; None before the first, and after a set was retired without a successor."""
         if not self._terms or self._terms[-1].until is not None:
             return None
         last = self._terms[-1]
@@ -172,25 +173,25 @@ class Standing:
 
     @property
     def epoch(self) -> int:
-        """How often a set began to serve."""
+        """Number of periods of service."""
         return len(self._terms)
 
     @property
     def exposed(self) -> tuple[Exposure, ...]:
-        """The sets that an attacker may hold, each once, in the order in which it was heard of."""
+        """The stolen sets, each once, in the order in which they were listed."""
         return tuple(self._exposures)
 
     @property
     def ahead(self) -> tuple[str, ...]:
-        """The admitted sets that wait to serve, those admitted first in front; an exposed one never serves again."""
+        """The admitted sets that wait to serve, in the order of their admission; a stolen set never serves again."""
         waiting = [m for m in self.members.values() if m.state == "admitted" and m.exposed is None]
         return tuple(member.name for member in sorted(waiting, key=lambda member: member.entry))
 
     @property
     def unjudged(self) -> tuple[str, ...]:
-        """Sets of `ahead` that were not judged against everything exposed by now.
+        """Sets of `ahead` that were not judged against all stolen sets.
 
-        One that was reported as stolen counts from its report on, so that what was judged before is judged again, even
+        A reported theft counts from its report on, so sets that were judged earlier must be judged again, even
         against a set that had been listed automatically.
         """
         return tuple(name for name in self.ahead if not self._judged(self.members[name]))
@@ -204,14 +205,16 @@ class Standing:
 
     @property
     def unlisted(self) -> tuple[str, ...]:
-        """Bases of sets that serve or may still, which are neither exposed nor deleted: a theft that nothing guards."""
+        """Bases of sets that serve or may serve, neither listed as stolen nor deleted. No gate considers their
+        theft.
+        """
         live = [m for m in self.members.values() if m.state in ("candidate", "admitted", "serving")]
         bases = dict.fromkeys(base for member in live for base in member.bases)
         known = (self.members[base] for base in bases)
         return tuple(member.name for member in known if member.exposed is None and not member.deleted)
 
     def refuse_illegal(self, entry: Mapping[str, Any]) -> None:
-        """Raise `UsageError` for a well-formed entry that cannot follow those before it."""
+        """Raise `UsageError` for a valid entry that is not allowed in the current state."""
         kind = entry["kind"]
         if kind == "begun":
             if self._entries:
@@ -270,13 +273,13 @@ class Standing:
                 )
 
     def member(self, name: str) -> Member:
-        """A set by name; `UsageError`, with the names near it, where there is none."""
+        """The set of a name. Raises `UsageError` with similar names if there is none."""
         if name not in self.members:
             raise UsageError(f"{name!r} is no set of this ledger; {_offer(name, self.members)}")
         return self.members[name]
 
     def take(self, entry: Mapping[str, Any]) -> None:
-        """Go on by a legal entry."""
+        """Apply an entry that `refuse_illegal` allows."""
         kind, at, self._entries = entry["kind"], entry["at"], self._entries + 1
         if kind == "begun":
             self.manifest = entry["manifest"]
@@ -327,7 +330,7 @@ class Standing:
             self._answers.append({})
 
     def _expose(self, exposure: Exposure) -> None:
-        """Keep the first mention, and of a set that was listed automatically the first report."""
+        """Keep the first listing of a set, or the first report after an automatic listing."""
         member = self.members[exposure.name]
         known = member.exposed
         if known is None or (known.automatic and not exposure.automatic):
@@ -336,7 +339,7 @@ class Standing:
 
 
 def _offer(name: str, known: Collection[str]) -> str:
-    """The known names near one that is not."""
+    """Known names that are similar to an unknown one, as text."""
     if not known:
         return "it has none yet"
     near = [each for each in known if name and each.startswith(name[:4])] or get_close_matches(

@@ -1,4 +1,4 @@
-"""Whether a run folder, or a pool of parameter sets, still is what its chain says."""
+"""Verifies that a run folder matches its hash chain."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -18,35 +18,35 @@ from holdfast.store.records import CHAIN, Chain, read_chain, read_document
 _BESIDE = frozenset(
     (CHAIN, ABOUT, SPLITS, SERVED, ANSWERS, STATE, f"{STATE}-wal", f"{STATE}-shm", "report.json", "curve.svg")
 )
-"""What a run keeps beside its chain: times, hosts and attempts, and what goes on after a stop."""
+"""Files of a run that are not in its chain: times, hosts, attempts, and files for resuming it."""
 _REPORTS = frozenset((".html", ".xml", ".sarif", ".md", ".csv"))
 _EVIDENCE = re.compile(
     r".+\.safetensors|(run|doubts|verdict|adaptive|rotation|before|after|checked(-\d+)?|training|card)\.json",
     re.IGNORECASE,
 )
-"""Files that a reader takes for evidence, by their names."""
+"""Names of files that readers interpret as evidence."""
 _MOST_NOTES = 20
 
 
 @dataclass(frozen=True)
 class Verified:
-    """A run folder that holds."""
+    """The result of the verification of a valid run folder."""
 
     head: str
-    """digest of the last record; who wrote it down elsewhere can tell this run from any other"""
+    """digest of the last record; a copy in another place distinguishes this run from any other"""
     records: int
     files: int
     complete: bool
-    """whether the verdict is in, so that nothing is left to measure"""
+    """whether the verdict is recorded, so that nothing is left to measure"""
     notes: tuple[str, ...] = ()
-    """files of the folder that are neither in the chain nor known beside it"""
+    """files of the folder that are neither in the chain nor known otherwise"""
 
 
 def verify(path: Path) -> Verified:
-    """Hash every file again and follow the chain; `TargetError` names the first thing that does not hold.
+    """Hash all files and verify the chain. Raises `TargetError` with the first fault.
 
-    What lies outside the chain (times, hosts, attempts, reports) is not looked at. Any other file that no record names
-    is refused where its name is one of evidence, and noted where it is not.
+    Files outside the chain (times, hosts, attempts, reports) are not verified. Other files that no record names are
+    refused if their names are those of evidence, and listed in the notes otherwise.
     """
     found = _verified(path)
     inner = [_verified_within(path, folder, found) for folder in _runs_within(path)]
@@ -57,7 +57,7 @@ def verify(path: Path) -> Verified:
 
 
 def _verified(path: Path) -> Verified:
-    """One folder, without the runs within it."""
+    """Verify one folder, without the runs inside it."""
     read_manifest(path)
     chain = read_chain(path, mend=False)
     if not chain.links or chain.links[0].content.get("file") != MANIFEST:
@@ -90,7 +90,7 @@ def _check_file(file: Path, recorded: Any) -> None:
 
 
 def _check_splits(path: Path, chain: Chain) -> None:
-    """The splits of complete stages stand in the chain, and must be those in the file."""
+    """Verify that the file of splits matches the splits of complete stages in the chain."""
     found = read_splits(path)
     for link in chain.links:
         if link.content["kind"] != "stage":
@@ -103,7 +103,7 @@ def _check_splits(path: Path, chain: Chain) -> None:
 
 
 def _check_gone(path: Path, recorded: Mapping[str, Any]) -> None:
-    """The folder of a run within this one is there where a document names its chain."""
+    """Verify that the folder of an inner run exists if a document names its chain."""
     for name in recorded:
         within = path / Path(name).stem
         if name.endswith(".json") and "chain" in read_document(path / name) and not within.is_dir():
@@ -113,7 +113,7 @@ def _check_gone(path: Path, recorded: Mapping[str, Any]) -> None:
 
 
 def _strays(path: Path, recorded: Mapping[str, Any]) -> Iterator[Path]:
-    """Files that are neither in the chain nor known beside it; one that looks like evidence is refused."""
+    """Yield files that are neither in the chain nor known. Raises `TargetError` for those named like evidence."""
     for file in sorted(path.iterdir()):
         known = file.name in recorded or file.name in _BESIDE or _is_rest(file)
         if file.is_dir() and not file.is_symlink():
@@ -128,14 +128,14 @@ def _strays(path: Path, recorded: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def _is_rest(file: Path) -> bool:
-    """Whether a file is a report, or one that a kill left half written."""
+    """Whether a file is a report, or an incomplete file that a kill left."""
     return file.suffix.lower() in _REPORTS or (file.name.startswith(".") and file.name.endswith(PART))
 
 
 def _strays_of_folder(folder: Path) -> Iterator[Path]:
-    """Of a stage that is not complete, the files that are no shards, which check themselves."""
+    """Yield files of an incomplete stage that are not shards; shards verify themselves."""
     if folder.name.startswith(CHECKPOINTS) or (folder / MANIFEST).is_file():
-        return  # what a training goes on from is no evidence, and a run is verified by itself
+        return  # checkpoints are not evidence, and inner runs are verified separately
     for file in sorted(folder.iterdir()):
         if file.suffix == column_files.SUFFIX:
             column_files.read(file)
@@ -148,7 +148,7 @@ def _runs_within(path: Path) -> list[Path]:
 
 
 def _verified_within(path: Path, folder: Path, outer: Verified) -> Verified:
-    """A run within a run holds by itself, and is the one that the outer chain knows."""
+    """Verify an inner run, and that it is the one in the outer chain."""
     if folder.is_symlink():
         raise TargetError(f"{str(folder)!r} is a link to another folder; put the run itself there")
     found, name = _verified(folder), f"{folder.name}.json"

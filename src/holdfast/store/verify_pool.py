@@ -1,4 +1,4 @@
-"""Whether a pool of parameter sets still is what its ledger says, with its key or without. Nothing is changed."""
+"""Verifies that a pool matches its ledger, with or without its key. Changes nothing."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +19,21 @@ from holdfast.store.standing import Standing, well_formed
 
 @dataclass(frozen=True)
 class VerifiedPool:
-    """A pool whose ledger holds."""
+    """The result of the verification of a valid pool."""
 
     head: str
-    """digest of the last entry"""
+    """digest of the last entry of the ledger"""
     entries: int
     sets: int
-    """files of sets that were opened and are what the ledger recorded; 0 without the key"""
+    """number of sets that were decrypted and match the ledger; 0 without the key"""
     authenticated: bool
-    """whether the key was there: without it the chain may have been computed again by anyone"""
+    """whether the key was available; without it, the chain may have been recomputed by anyone"""
 
 
 def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
-    """Check the ledger of a pool, and with its key every entry and every set; `TargetError` for the first fault.
+    """Verify the ledger of a pool, and with its key every entry and set. Raises `TargetError` with the first fault.
 
-    With `expect_head`, the head of the ledger at some time, also that the ledger contains it.
+    `expect_head` is an earlier head of the ledger; the ledger must contain it.
     """
     manifest = open_manifest(path)
     seal = found_seal(path) if has_key(path) else None
@@ -41,7 +41,7 @@ def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
         seal.refuse_other(manifest["key"], path / POOL_MANIFEST)
     key = None if seal is None else LedgerKey.of(seal, manifest["id"])
     file, head_file = (_newest(path / name) for name in (LEDGER, HEAD))
-    head = read_head(head_file, key)  # before the entries, to which another process may add
+    head = read_head(head_file, key)  # read before the entries, since another process may add some
     with usable(file, refusal_in_pool):
         data = file.read_bytes()
     links = read_entries(file, data[: data.rfind(b"\n") + 1], well_formed, key)
@@ -61,13 +61,13 @@ def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
 
 
 def _newest(file: Path) -> Path:
-    """The file of a migration that was killed before it gave it its name, where there is one."""
+    """The file of a killed migration that was not renamed yet, if it exists, else the file itself."""
     new = file.with_name(file.name + NEW)
     return new if new.exists() else file
 
 
 def _refuse_files(path: Path, standing: Standing, seal: Seal | None, manifest: dict[str, object]) -> int:
-    """`TargetError` for a file of a set that is in no entry, is needed and gone, or is not what was recorded."""
+    """Raise `TargetError` for a set without an entry, a missing required set, or one that differs from its entry."""
     opened = 0
     for file in sorted((path / SETS).glob(f"*{SEALED}")):
         if file.stem not in standing.members:

@@ -1,4 +1,4 @@
-"""The rotate verb: a pool of parameter sets that take turns at serving, collected, generated, admitted and swapped.
+"""The rotate verb: collect a pool of parameter sets, generate new ones, admit them, and swap the serving set.
 
-Each step works on the pool's folder alone and may be cut short by a kill; the next call goes on.
+Each step works on the folder of the pool only. A step that was killed continues in the next call.
 """

@@ -1,7 +1,7 @@
-"""Admitting sets: each candidate is measured by ordinary assessments against what leaked, and then may serve or not.
+"""Admission of sets: each candidate is assessed against attackers with the stolen sets, then admitted or refused.
 
-What the ledger says of a set is all that remains to be said of it: a call that was killed is repeated, and goes on with
-the candidate that it was at, whose assessments are kept.
+All results about a set are in the ledger. After a kill, the call is repeated and continues with the same candidate,
+whose finished assessments are reused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,10 +37,10 @@ from holdfast.store.columns import content_digest
 from holdfast.store.pool import NAME_DIGITS, Pool
 
 CANARY_INPUTS = "canaries"
-"""Under which name the inputs are kept that say whether a set is what was admitted."""
+"""Name under which the pool stores the canary inputs."""
 _WHITE, _SIBLINGS = 2, 10
-"""Of the examples that judge at first, one in so many for attacks that see the set, which take longest, and for what is
-told beside gates."""
+"""Divisors of the first number of examples: for white-box attacks, which are slowest, and for attacks from sets
+generated in the same draw, which decide no gate."""
 
 
 def admit(
@@ -56,12 +56,12 @@ def admit(
     progress: Progress = silent,
     stopper: Stopper | None = None,
 ) -> Admission:
-    """Judge every candidate, the one farthest from what is exposed first, and enter in the ledger what became of it.
+    """Judge every candidate, starting with the one farthest from the stolen sets, and record the verdicts.
 
-    Sets that wait since before something leaked are judged again. `claims` are gates beside the default ones;
-    `accepted` are doubts that a person answers for, by name; `judged` is how many held-out examples judge at first.
-    `again` says how to go on with a call that was stopped. Raises `UsageError` where no candidate waits, a claim
-    cannot be judged, or another process is at it.
+    Admitted sets that wait since before a theft are judged again. `claims` are gates in addition to the default
+    ones; `accepted` are accepted doubts by name, with reasons; `judged` is the first number of held-out examples.
+    `again` is the command that resumes a stopped call. Raises `UsageError` if there is no candidate, a claim cannot
+    be judged, or another process admits sets.
     """
     if not again:
         again = f"what was finished is kept, go on with: holdfast rotate admit {pool.shown}"
@@ -84,7 +84,7 @@ def _claim(text: str) -> Claim:
 
 @dataclass
 class _Admitting:
-    """One call of the step."""
+    """One call of `admit`, which judges all candidates of a pool."""
 
     measuring: Measuring
     claims: tuple[Claim, ...]
@@ -96,16 +96,16 @@ class _Admitting:
 
     @property
     def pool(self) -> Pool:
-        """The pool."""
+        """The pool whose candidates are judged."""
         return self.measuring.pool
 
     @property
     def terms(self) -> Terms:
-        """What its sets are of."""
+        """The common settings of the sets of the pool."""
         return self.measuring.workshop.terms
 
     def done(self) -> Admission:
-        """All candidates, or as many as it takes for five refusals in a row."""
+        """Judge all candidates, and stop after five refusals in a row."""
         judged: list[Judged] = []
         row = 0
         if not self._waiting:
@@ -124,11 +124,11 @@ class _Admitting:
 
     @property
     def _waiting(self) -> tuple[str, ...]:
-        """Candidates, and what was admitted before something leaked."""
+        """Candidates, and admitted sets that were judged before a later theft."""
         return (*candidates(self.pool), *self.pool.unjudged)
 
     def _foreign(self, name: str) -> Judged | None:
-        """What is said of a set that is of no network like the others."""
+        """The refusal of a set whose tensors do not match the model; None if they match."""
         try:
             refuse_foreign({**self.weights(name)}, _shapes(self.terms.model), f"set {name!r}")
         except TargetError as error:
@@ -166,9 +166,11 @@ class _Admitting:
         return Judged(name, "refused", found, f"{against.says}{short}", against.name, exposed, reported(seen))
 
     def _entered(self, one: Judged) -> bool:
-        """Enter what became of it, unless it serves by now, or what leaked meanwhile must be asked for first.
+        """Record the verdict in the ledger; returns whether it was recorded.
 
-        Of an admitted set the bases are listed before it is, so that no kill leaves them out.
+        It is not recorded if the set already serves, or if another set was stolen in the meantime and must be
+        considered. The bases of an admitted set are listed as stolen before the set is admitted, so that a kill
+        cannot omit them.
         """
         known = ""
         if one.verdict == "admitted":
@@ -195,12 +197,12 @@ class _Admitting:
         return True
 
     def _praise(self, found: Sequence[Ruling]) -> str:
-        """The reason for which a set is admitted, with what was tolerated beyond the usual."""
+        """The reason for an admission, with widened tolerances."""
         wanted = ("clean accuracy", "theft", "ensemble theft")
         said = [f"{one.name}: {one.why}" for one in found if one.name in wanted]
         return "; ".join([*said, *widened(self._needs.values())])
 
-    # --- what is measured
+    # --- measurements
 
     def _seen(self, name: str, exposed: tuple[str, ...], n: Mapping[Family, int]) -> Seen:
         workshop, of = self.measuring.workshop, self._subject(name)
@@ -234,18 +236,18 @@ class _Admitting:
 
     @cached_property
     def _first(self) -> dict[Family, int]:
-        """How many examples there are at first, of each measurement."""
+        """First number of examples of each kind of measurement."""
         white, siblings = (max(self.judged // part, 1) for part in (_WHITE, _SIBLINGS))
         return {"thieves": self.judged, "white-box": white, "siblings": siblings}
 
     @cached_property
     def _looks(self) -> dict[Family, int]:
-        """How often each measurement is looked at, at most: with twice the examples each time, while they last."""
+        """Largest number of looks at each kind of measurement; each look doubles the examples."""
         return {family: len(ends(len(self.terms.held), first)) for family, first in self._first.items()}
 
     @cached_property
     def _needs(self) -> dict[Gate, Need]:
-        """What the gates on accuracy need, by how much sets differ that are alike: bases and surrogates."""
+        """Sample sizes that the gates on accuracy need, estimated from the differences between bases and surrogates."""
         n = len(self.terms.held)
         first = {family: min(size, n) for family, size in self._first.items()}
         alike = [*self._bases, *self._own]
@@ -257,7 +259,7 @@ class _Admitting:
         return {need.gate: need for need in found}
 
     def _doubts(self, seen: Seen) -> Doubts:
-        """Those of the candidate that do not speak against all of the sets that it is compared with."""
+        """The doubts of the candidate that were not raised for all sets that it is compared with."""
         raised = [
             {doubt.name for doubt in one.doubts if doubt.state == "raised"} for one in seen.before_white
         ]
@@ -266,7 +268,7 @@ class _Admitting:
 
     @cached_property
     def _bases(self) -> tuple[Subject, ...]:
-        """The sets that runs ended with, and where they were deleted, the surrogates, which are trained alike."""
+        """The bases; if they were deleted, the surrogates, which are trained in the same way."""
         return tuple(map(self._subject, bases_left(self.pool))) or self._own
 
     @cached_property
@@ -279,7 +281,7 @@ class _Admitting:
 
     @cached_property
     def _incumbents(self) -> tuple[Subject, ...]:
-        """What serves, or in its place the bases."""
+        """The serving set; if there is none, the bases."""
         now = self.pool.serving
         return self._bases if now is None else (self._subject(now.name),)
 
@@ -289,7 +291,7 @@ class _Admitting:
 
     @cached_property
     def _canaries(self) -> Inputs:
-        """Inputs by whose answers sets are known, sealed in the pool for whoever serves them."""
+        """The canary inputs, stored encrypted in the pool."""
         kept = self.pool.kept(CANARY_INPUTS)
         if kept is None:
             self.pool.keep(CANARY_INPUTS, {"x": self.terms.held.x[:CANARIES].cpu()}, {})
@@ -299,13 +301,13 @@ class _Admitting:
     # --- weights
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """Those of a set, opened once."""
+        """The parameters of a set, cached."""
         if name not in self._weights:
             self._weights[name] = self.pool.weights(name)
         return self._weights[name]
 
     def _finite(self, name: str) -> bool:
-        """Whether it can be attacked at all."""
+        """Whether a set has finite parameters, so that it can be attacked."""
         return not endless(self.weights(name), state_of(self.terms.model))
 
     @cached_property
@@ -314,7 +316,7 @@ class _Admitting:
 
     @cached_property
     def _known(self) -> list[Mapping[str, Tensor]]:
-        """The weights of bases and surrogates, which say what is usual."""
+        """The parameters of bases and surrogates, for the usual range of norms."""
         several = {one.digest: one for one in (*self._bases, *self._own)}
         return [state_of(one.model) for one in several.values()]
 
@@ -329,7 +331,7 @@ class _Admitting:
 
 
 def _shapes(model: Classifier) -> dict[str, Tensor]:
-    """Tensors of the model's names, shapes and types without a finite number, so that any number is as good."""
+    """Tensors with the names, shapes and types of the model, in which infinity marks that any value is allowed."""
     return {
         name: torch.full_like(value, torch.inf) if value.is_floating_point() else value
         for name, value in state_of(model).items()

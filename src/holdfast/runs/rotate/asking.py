@@ -1,8 +1,8 @@
-"""A search from scores alone against a service that swaps its sets, and whose candidate is carried over every swap.
+"""A score-based search against a service that swaps its sets; the candidate inputs are kept over every swap.
 
-The windows are those of Square Attack (Andriushchenko et al., ECCV 2020, arXiv:1912.00049). Differs from it: after each
-swap the candidate is measured anew on the set that serves then, which costs a query, and no example stops at success,
-for what turned one set may not turn the next.
+The windows are those of Square Attack (Andriushchenko et al., ECCV 2020, arXiv:1912.00049). Differs from it: after
+each swap the margin of the candidate is measured on the new set, which costs a query, and no search stops early,
+since an example that is adversarial for one set may not be adversarial for the next.
 """
 
 from collections.abc import Sequence
@@ -20,19 +20,19 @@ from holdfast.ops.losses import margin
 from holdfast.ops.norms import expect_eps, expect_norm
 from holdfast.ops.squares import proposals_for, share
 
-_BLOCK = 64  # steps whose windows are drawn together
+_BLOCK = 64  # steps whose windows are sampled together
 
 
 @dataclass(frozen=True)
 class AcrossSwaps:
-    """Try windows, and keep each that lowers the margin on the set that serves."""
+    """Square Attack across swaps: try windows, and keep those that lower the margin on the serving set."""
 
     queries: Steps = 600
-    """answers for each input, all sets together"""
+    """queries for each input, to all sets together"""
     every: Steps = 50
-    """answers after which another set serves"""
+    """queries after which another set serves"""
     p_init: Fraction = 0.8
-    """share of the pixels that the first windows cover; what goes on from an example begins with an eighth of it"""
+    """share of the pixels in the first windows; an eighth of it if the search starts from an example"""
 
     @torch.no_grad()
     def __call__(
@@ -44,7 +44,7 @@ class AcrossSwaps:
         start: Inputs | None = None,
         rng: Draws,
     ) -> Inputs:
-        """Changed inputs. The sets serve in turn, so that the first of them does when the last answer is given."""
+        """Return changed inputs. The sets serve in turn, arranged so that the first one serves at the last query."""
         norm = expect_norm(expect_eps(threat.constraint, self), self, Linf, L2, L1)
         assert isinstance(norm, (Linf, L2, L1))
         proposals = proposals_for(batch, norm, sets[0].bounds)
@@ -62,7 +62,7 @@ class AcrossSwaps:
                 block = shares[step : step + _BLOCK]
                 draws = rng.at("block", step // _BLOCK).uniform(batch.ids, _BLOCK, proposals.per_step)
                 proposals.plan(draws[:, : len(block)], block)
-            if step % self.every == 0:  # the first answer of a set looks at what was carried over
+            if step % self.every == 0:  # the first query to a set measures the candidate
                 height = margin(serving(proposals.x.clone(), batch.ids), batch)
                 continue
             margins = margin(serving(proposals.propose(at), batch.ids), batch)

@@ -1,9 +1,9 @@
-"""The table of attackers: what each of A0 to A6 still gets from the set that serves, measured on the judged inputs.
+"""The table of attackers: the success rate of the attackers A0 to A6 on the serving set, on the judged inputs.
 
-A0 stole nothing and trained surrogates of his own; A1 holds a set that the ledger lists as exposed, A1u one that it
-does not list; A2 holds several, A2c all that the pool was made from; A3 holds the generator, or siblings of the set; A4
-asks across swaps; A5 holds the set that serves; A6 distils what sets of several epochs answered. The examples of each
-are made without asking the set that serves, but for A4, who asks whatever serves, and A5.
+A0 has no parameters of the pool and trained own surrogates; A1 has a set that the ledger lists as stolen, A1u one
+that it does not list; A2 has several, A2c all bases of the pool; A3 has the generator, or sets generated in the same
+draw as the serving set; A4 queries the service across swaps; A5 has the serving set; A6 distils a surrogate from
+answers of several sets. Only A4 and A5 query the serving set to compute examples; A4 queries whichever set serves.
 """
 
 import time
@@ -38,31 +38,32 @@ from holdfast.runs.rotate.wording import judged, verdict
 from holdfast.store.pool import Pool
 
 WHO = ("A0", "A1", "A1u", "A2", "A2c", "A3", "A4", "A5", "A6")
-_MOST = 8  # sets that a thief of many holds, and of which each is tried alone
+_MOST = 8  # largest number of sets of an attacker with several sets, and of sets that are attacked one by one
 _LOOKED, _POINTS, _CHUNK, _CHUNKS = 500, 0.02, 16, 24
-_FLAT = 0.02  # more draws are tried until they turn no more than so much more
+_FLAT = 0.02  # more generated sets are added until the success rate increases by no more than this
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Means:
-    """What the attackers may spend."""
+    """Budgets of the attackers."""
 
     thief: Thief = field(default_factory=Thief)
     quick: Thief = field(default_factory=lambda: Thief({name: ATTACKS[name] for name in ("MI", "PGD-50")}))
-    """by which alternatives are compared, and examples are made on many draws"""
+    """attacks for comparisons with alternatives, and for many generated sets"""
     draws: tuple[int, ...] = (4, 16, 64)
-    """sets that a thief of the generator climbs at once, until more of them bring no more"""
+    """numbers of sets that an attacker with the generator attacks at once, increased until the success rate no
+    longer grows"""
     asking: AcrossSwaps = field(default_factory=AcrossSwaps)
     labels: Steps = 6_000
-    """answers that are distilled"""
+    """answers that A6 trains its surrogate on"""
     epochs: Steps = 5
-    """of that"""
+    """epochs of the training of that surrogate"""
 
 
 @dataclass
 class Table:
-    """Measures the attackers of a pool one after another, and what was kept of them not again."""
+    """Measures the attackers of a pool one after another. Stored rows are not measured again."""
 
     pool: Pool
     terms: Terms
@@ -77,7 +78,7 @@ class Table:
         keep: Keep,
         progress: Progress,
     ) -> Mapping[str, Any]:
-        """The document of the table; `keep` is given what there is of it after each row."""
+        """Return the document of the table. `keep` is called with the unfinished document after each row."""
         if not _possible(evidence.threat):
             why = (
                 "the table of attackers needs an eps under Linf, L2 or L1 and no target, so none was measured"
@@ -91,7 +92,7 @@ def _possible(threat: ThreatModel) -> bool:
 
 
 class _Measuring:
-    """One call of it."""
+    """One call of `Table`, which measures all rows of the table of attackers."""
 
     def __init__(
         self,
@@ -119,13 +120,13 @@ class _Measuring:
         self.known = {member.name: member for member in self.pool.ledger.members}
         self.document: Json = {"set": self.name, "n": n, "right": len(self.batch), "rows": [], "instead": []}
         self.document |= {"ids": self.batch.ids.tolist(), "exposed": self._exposed, "complete": False}
-        if known.get("exposed") == self._exposed:  # else rows of two ledgers would stand in one table
+        if known.get("exposed") == self._exposed:  # otherwise rows of two ledger states would be mixed
             self.document |= {name: known[name] for name in ("rows", "instead")}
 
-    # --- the course of it
+    # --- rows and verdict
 
     def done(self) -> Json:
-        """All rows, the alternatives, the doubt and the verdict."""
+        """The document with all rows, the alternatives, the doubt and the verdict."""
         if not len(self.batch):
             return self.document | {
                 "verdict": "no input is right, so nothing can be turned",
@@ -152,7 +153,7 @@ class _Measuring:
         }
 
     def _row(self, what: str, who: str, measure: Callable[[], Json | None], place: int, of: int) -> None:
-        """Measure a row, unless it was kept."""
+        """Measure a row, unless it is stored."""
         if any(row["who"] == who for row in self.document[what]):
             return
         self.progress(Step(who, place, of, 0, len(self.batch), 0, 0))
@@ -264,14 +265,14 @@ class _Measuring:
         return self._turned(self.means.asking(sets, self.batch, self.threat, start=start, rng=place))
 
     def _white_box(self) -> Json:
-        """By the suite; where that saw no gradients, by the attacks of thieves, who are given the set itself, too."""
+        """The results of the suite; if it had no gradients, also those of transfer attacks from the set itself."""
         fell = {"the suite": self.fell}
         if self.seen != "gradients":
             fell |= self._stolen("A5", [self.live])
         return self._told(f"{self.name}, which serves", fell)
 
     def _extracted(self) -> Json:
-        """A surrogate that is trained on what several sets answered."""
+        """Train a surrogate on the answers of several sets, and attack it."""
         served = [term.name for term in reversed(self.pool.ledger.terms)]
         names = [
             name
@@ -299,7 +300,7 @@ class _Measuring:
         says = f"what was distilled answers as the set that serves on {100 * agrees:.1f} %"
         return self._told(holds, self._stolen("A6", [copied]), says)
 
-    # --- what they hold
+    # --- models of the attackers
 
     @cached_property
     def _exposed(self) -> list[str]:
@@ -307,14 +308,14 @@ class _Measuring:
 
     @cached_property
     def _one(self) -> tuple[list[str], bool]:
-        """The sets of which A1 holds one, those that leaked last; whether a base stands in."""
+        """The sets of which A1 has one, the most recently stolen ones; and whether a base is used instead."""
         if self._exposed:
             return self._exposed[-_MOST:], False
         return list(bases_left(self.pool)[:1]), True
 
     @cached_property
     def _hidden(self) -> list[str]:
-        """Bases, and sets that served before, which the ledger does not list."""
+        """Bases, and sets that served before, that the ledger does not list as stolen."""
         served = [term.name for term in self.pool.ledger.terms]
         own = [*self.known[self.name].bases, *bases(self.pool), *reversed(served)]
         members = [self.known[name] for name in dict.fromkeys(own) if name != self.name]
@@ -322,7 +323,7 @@ class _Measuring:
 
     @cached_property
     def _drawn(self) -> list[Classifier]:
-        """Sets of the generator that work, as a thief of it would choose them; the best where too few do."""
+        """Generated sets with sufficient accuracy, as an attacker would select them; if too few, the best ones."""
         generator, rng = learned(self.pool, self.terms), self.rng.at("drawn")
         assert generator is not None
         some = rows_of(self.terms.train, _LOOKED, rng.at("looked at"))
@@ -343,22 +344,22 @@ class _Measuring:
     def _sets(self, names: Sequence[str]) -> list[Classifier]:
         return [self.live if name == self.name else self.terms.of_set(self.pool, name) for name in names]
 
-    # --- what they do
+    # --- examples and success rates
 
     @cached_property
     def _example(self) -> tuple[str, Inputs]:
-        """The attack that does best on a set of A1, the last that leaked, and its examples."""
+        """The attack with the highest success rate on the most recently stolen set of A1, and its examples."""
         held = self._sets(self._one[0][-1:])
         made = self.means.quick.crafted(held, self.batch, self.threat, rng=self.rng.at("A4 prior"))
         return max(made.items(), key=lambda each: int(self._turned(each[1]).sum()))
 
     def _stolen(self, place: str, held: Sequence[Classifier], thief: Thief | None = None) -> dict[str, Mask]:
-        """What each attack on what is held turns."""
+        """For each attack on the models in `held`, which inputs are adversarial for the serving set."""
         made = (thief or self.means.thief).crafted(held, self.batch, self.threat, rng=self.rng.at(place))
         return {name: self._turned(x) for name, x in made.items()}
 
     def _each(self, place: str, names: Sequence[str]) -> dict[str, Mask]:
-        """The same of each set alone."""
+        """For each attack on each single set, which inputs are adversarial for the serving set."""
         fell: dict[str, Mask] = {}
         for name in names:
             made = self._stolen(f"{place} {name}", self._sets([name]))
@@ -371,7 +372,7 @@ class _Measuring:
         return torch.cat(wrong).cpu()
 
     def _told(self, holds: str, fell: Mapping[str, Mask], says: str = "") -> Json:
-        """A row: the attack that did best, and which inputs it turned."""
+        """A row of the table, with the attack of the highest success rate and its adversarial examples."""
         attack, mask = max(fell.items(), key=lambda each: int(each[1].sum()))
         turned = self.batch.ids.cpu()[mask].tolist()
         return {

@@ -1,7 +1,7 @@
-"""Collecting a pool: independent runs, each resumable at its last epoch, their sets sealed, and surrogates beside them.
+"""Collection of a pool: independent training runs, resumable at the last epoch, their encrypted sets, and surrogates.
 
-The surrogates are what a thief of nothing has: models of the same architecture, trained by the same recipe on the same
-examples from weights of their own. Everything that sets are admitted by is told in proportion to what those achieve.
+The surrogates represent a surrogate-only attacker: models of the same architecture, trained by the same recipe on
+the same examples from their own random weights. Gates on thefts are relative to the success of this attacker.
 """
 
 import math
@@ -30,9 +30,9 @@ from holdfast.store.manifest import refuse_other_head, stands
 from holdfast.store.pool import Pool
 
 OWN = 4
-"""Surrogates that a thief of nothing trains."""
+"""Number of surrogates of a surrogate-only attacker."""
 BASE = "a base, which others are made from: it never serves"
-"""The reason that is written down for a set that a run ended with; what makes it a base is its role."""
+"""The recorded reason for which a base does not serve. What makes it a base is its role."""
 _LEFT = {
     "pool.json",
     ".pool.json.part",
@@ -41,28 +41,28 @@ _LEFT = {
     ".ledger.head.part",
     "ledger.lock",
     "sets",
-}  # by a killed beginning
+}  # may be left by a killed creation of the pool
 _BEGUN, _PLAN, _SECRET = "begun", "plan", "secret"
-_GUESSING = 1.5  # times what guessing gets right: less than that, and a run has gone astray
+_GUESSING = 1.5  # times the accuracy of the most frequent class, below which a run has diverged
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What a pool holds when everything is collected."""
+    """Number and accuracy of the collected sets and surrogates."""
 
     runs: int
     sets: int
     epochs: int
     accuracy: tuple[float, ...]
-    """of each base, on held-out examples"""
+    """accuracy of each base on held-out examples"""
     own: tuple[float, ...]
-    """the same of each surrogate"""
+    """accuracy of each surrogate"""
 
 
 def begun(path: Path, terms: Terms, *, resume: bool, expect_head: str = "", notify: Notify = ignore) -> Pool:
-    """The pool in a folder: a new one, or one of the same terms that goes on.
+    """Return the pool in a folder: a new one, or with `resume` an existing one with the same settings.
 
-    With `expect_head` it is one whose ledger contains that; see `Pool.held`.
+    With `expect_head`, its ledger must contain that head; see `Pool.held`.
     """
     if stands(path):
         if not resume:
@@ -94,13 +94,13 @@ def collect(
     notify: Notify = ignore,
     progress: Progress = silent,
 ) -> Collected:
-    """Train what is not trained yet, and seal it in the pool. Raises `UsageError`, `TargetError`."""
+    """Train the missing runs, and store their sets encrypted in the pool. Raises `UsageError`, `TargetError`."""
     with pool.alone_at("collect"):
         return _Collecting(pool, terms, stopper or Stopper(), notify, progress).done(budget_s)
 
 
 def members(pool: Pool) -> Members:
-    """All sets that were collected; `UsageError` where some are missing."""
+    """All collected sets. Raises `UsageError` if some are missing."""
     whole: Members | None = None
     for run, kept in enumerate(_runs(pool)):
         tensors = beginning(kept.columns, "set.")
@@ -111,26 +111,26 @@ def members(pool: Pool) -> Members:
 
 
 def bases(pool: Pool) -> tuple[str, ...]:
-    """Names of the sets that runs ended with, in their order."""
+    """Names of the bases in their order."""
     return tuple(member.name for member in pool.ledger.members if member.role == "base")
 
 
 def bases_left(pool: Pool) -> tuple[str, ...]:
-    """Those of them that were not deleted."""
+    """Names of the bases that were not deleted."""
     return tuple(m.name for m in pool.ledger.members if m.role == "base" and not m.deleted)
 
 
 def surrogates(pool: Pool, terms: Terms) -> list[Classifier]:
-    """The models of a thief of nothing."""
+    """The surrogate models of a surrogate-only attacker. Raises `UsageError` if some are missing."""
     found = [pool.kept(_own(k)) for k in range(OWN)]
     _refuse_uncollected(pool, [_own(k) for k in range(OWN)], found)
     return [loaded(terms.model, kept.columns, "own") for kept in found if kept is not None]
 
 
 def secret(pool: Pool) -> Draws:
-    """The place of all draws that make the pool's sets, which nobody else can draw again; made when it is first asked.
+    """The secret random stream of the pool, created at the first call.
 
-    It comes from the operating system and is sealed: a seed that others know would give them the collection.
+    Its seed comes from the operating system and is stored encrypted: a known seed would reproduce the collection.
     """
     kept = pool.kept(_SECRET)
     if kept is None:
@@ -141,7 +141,7 @@ def secret(pool: Pool) -> Draws:
 
 
 def epochs_of(pool: Pool) -> int:
-    """Epochs of each run, as they were planned."""
+    """The planned number of epochs of each run. Raises `UsageError` if there is no plan."""
     plan = pool.kept(_PLAN)
     if plan is None:
         raise UsageError(
@@ -188,7 +188,7 @@ def _where(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 class _Collecting:
-    """One call of the step."""
+    """One call of `collect`, which trains all missing runs of a pool."""
 
     def __init__(
         self, pool: Pool, terms: Terms, stopper: Stopper, notify: Notify, progress: Progress
@@ -204,7 +204,7 @@ class _Collecting:
         self.anew = terms.source.runs if terms.source.anew else 0
 
     def done(self, budget_s: float | None) -> Collected:
-        """All that is not done yet."""
+        """Train all runs and surrogates that are missing, and return the result."""
         plan = self._planned(budget_s)
         task, runs, lost = self.terms.task(plan["epochs"]), self.terms.source.runs, self._guessed()
         found: list[Mapping[str, Any]] = []
@@ -226,7 +226,7 @@ class _Collecting:
         return Collected(runs, sum(one["sets"] for one in found), plan["epochs"], right, tuple(own))
 
     def _planned(self, budget_s: float | None) -> Mapping[str, Any]:
-        """How many epochs each run has, as the first call planned it."""
+        """The plan of the first call, which fixes the number of epochs of each run."""
         known = self.pool.kept(_PLAN)
         if known is not None:
             planned = known.about["budget_s"]
@@ -257,12 +257,12 @@ class _Collecting:
         return plan
 
     def _guessed(self) -> float:
-        """What is right of the held-out examples by always naming the most frequent class, and some more."""
+        """Accuracy that a run must exceed: 1.5 times that of always predicting the most frequent class, at most 1."""
         held = self.terms.first_held
         return min(_GUESSING * int(held.y.bincount().max()) / len(held), 1.0)
 
     def _run(self, task: Task, run: int, lost: float) -> ColumnFile:
-        """One run of the source, sealed with all its sets and what it ended with."""
+        """Train one run of the source, and store its sets and its base encrypted."""
         source, model = self.terms.source, self.terms.model
         base = self._trained(task, run, self.draws.at("run", run)) if source.anew else model
         named = swapped(source, model)
@@ -278,7 +278,7 @@ class _Collecting:
         return ColumnFile(columns, said)
 
     def _surrogate(self, task: Task, k: int, lost: float) -> ColumnFile:
-        """A model of a thief of nothing."""
+        """Train one of the surrogate models of a surrogate-only attacker."""
         model = self._trained(task, self.anew + k, Draws(self.terms.seed).at("own", k))
         right = accuracy(model, self.terms.first_held)
         self._refuse_astray(f"surrogate {k + 1}", right, lost)
@@ -288,9 +288,9 @@ class _Collecting:
         return ColumnFile(columns, said)
 
     def _trained(self, task: Task, place: int, rng: Draws) -> Classifier:
-        """As `rotation.collecting.trained_anew`, with every epoch sealed, so that a later call goes on from there.
+        """Like `rotation.collecting.trained_anew`, but each epoch is stored encrypted for a later call.
 
-        By the `place` among all trainings it is a run, or, after those, a surrogate.
+        `place` is the index among all trainings: first the runs, then the surrogates.
         """
         k = place - self.anew
         name, stage = (_run(place), f"run {place + 1}") if k < 0 else (_own(k), f"surrogate {k + 1}")
@@ -309,7 +309,7 @@ class _Collecting:
         return model.eval()
 
     def _last(self, name: str) -> Checkpoint | None:
-        """The last epoch that an earlier call sealed of a run."""
+        """The last epoch of a run that an earlier call stored."""
         kept = self.pool.kept(_BEGUN)
         if kept is None or kept.about["run"] != name:
             return None
@@ -319,14 +319,14 @@ class _Collecting:
         return Checkpoint(said["epoch"], said["of"], tensors, said["measured"])
 
     def _list(self, kept: ColumnFile) -> None:
-        """Enter the base of a run as a set of the pool that never serves."""
+        """Add the base of a run to the pool as a set that never serves."""
         state = beginning(kept.columns, "base.")
         name = self.pool.add(state, {"base": True}, why=BASE, role="base")
         if self.pool.ledger.member(name).state == "candidate":
             self.pool.refuse(name, BASE)
 
     def _refuse_astray(self, what: str, right: float, lost: float) -> None:
-        """`TargetError` for a run that learned nothing."""
+        """Raise `TargetError` if a run is not better than `lost`."""
         if right <= lost:
             raise TargetError(
                 f"{what} is right on {100 * right:.1f} % of held-out examples, where guessing gets two thirds of "

@@ -1,4 +1,4 @@
-"""What a set loses, and what a thief turns: shares and their differences on the same examples, with intervals."""
+"""Shares of examples and paired differences, with intervals: lost accuracy, success rates of attackers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ from holdfast.runs.rotate.samples import CONFIDENCE
 
 @dataclass(frozen=True)
 class Loss:
-    """Accuracy that a set lacks of the better of the incumbent and the mean of the bases.
+    """Lost accuracy of a set relative to the better of the serving set and the mean of the bases.
 
-    Were it compared with the incumbent alone, what each swap may lose would add up over swaps.
+    Compared with the serving set only, small losses would add up over swaps.
     """
 
     estimate: Estimate
-    """its ends hold for the larger of both losses"""
+    """loss, with an interval for the larger of both losses"""
     whom: str
-    """which of them is better"""
+    """name of the better reference"""
 
 
 def largest_loss(before: Mapping[str, Sequence[Mask]], after: Mask, confidence: float) -> Loss:
-    """The larger of what is lost against each of those that are named."""
+    """The largest loss relative to the named references."""
     each = {name: difference(masks, after, confidence) for name, masks in before.items()}
     whom = max(each, key=lambda name: each[name].value)
     surely = bonferroni(confidence, len(before))
@@ -42,26 +42,26 @@ def largest_loss(before: Mapping[str, Sequence[Mask]], after: Mask, confidence: 
 
 @dataclass(frozen=True)
 class Worst:
-    """What the best of some attacks does to a set."""
+    """The highest success rate of several attacks on a set."""
 
     estimate: Estimate
-    """share of the inputs that the set has right; its ends hold for the largest of all shares"""
+    """share of the correctly classified inputs, with an interval for the largest of all success rates"""
     by: str
-    """who made the examples, and how"""
+    """description of the attacker and its attack"""
     fell: tuple[Mask, ...]
-    """of each attack, which of those inputs were turned; the largest first"""
+    """for each attack, which of those inputs it broke; the largest share first"""
 
     @property
     def says(self) -> str:
-        """The number, and who is behind it."""
+        """The success rate and its attack as text."""
         return f"examples of {self.by} turn {number(self.estimate)}"
 
 
 def worst(carried: Carried, thieves: Sequence[Attacker], confidence: float = CONFIDENCE) -> Worst | None:
-    """The most that one of the attacks of one of the thieves turns; None without thieves.
+    """The highest success rate over all attacks of the given attackers; None without attackers.
 
-    The upper end is the highest of all, and below it is the largest share with the wanted confidence; the lower ends
-    are corrected for how many there are (Bonferroni).
+    The upper end of the interval is the highest of all upper ends, which is above the largest success rate with the
+    given confidence; the lower ends are corrected for their number (Bonferroni).
     """
     right = carried.evidence["correct"]
     found = {key: fell[right] for key, fell in carried.fell.items() if key[0] in thieves}
@@ -80,23 +80,23 @@ def worst(carried: Carried, thieves: Sequence[Attacker], confidence: float = CON
 
 
 def held(white: Evidence) -> Mask:
-    """Which examples are right whatever attacks that see the set do."""
+    """Which examples are robust to the white-box attacks."""
     return robust(white, "robust_accuracy")
 
 
 def differing(one: Evidence, other: Evidence) -> Mask:
-    """Which inputs two sets put into different classes."""
+    """Mask of the inputs that two sets classify differently."""
     different: Mask = one["prediction"] != other["prediction"]
     return different
 
 
 def share(mask: Mask, confidence: float = CONFIDENCE) -> Estimate:
-    """Share of true entries; of none, anything."""
+    """Share of true entries with an interval; for an empty mask the interval is 0 to 1."""
     return proportion(mask, confidence) if len(mask) else Estimate(0.0, 0.0, 1.0, 0)
 
 
 def difference(before: Sequence[Mask], after: Mask | None = None, confidence: float = CONFIDENCE) -> Estimate:
-    """Mean share true before, minus that after, on the same examples; the share alone without an `after`."""
+    """Mean share of the masks in `before` minus the share of `after`, if given, on the same examples."""
     if len(before) == 1:
         only = before[0]
         return share(only, confidence) if after is None else paired_difference(only, after, confidence)
@@ -107,13 +107,13 @@ def difference(before: Sequence[Mask], after: Mask | None = None, confidence: fl
 
 
 def number(estimate: Estimate) -> str:
-    """A share in words."""
+    """A share with its interval and sample size as text."""
     return (
         f"{percent(estimate.value)} ({percent(estimate.low)} to {percent(estimate.high)}, n = {estimate.n:,})"
     )
 
 
 def points(estimate: Estimate) -> str:
-    """A difference of shares in words."""
+    """A difference of shares in percentage points as text."""
     low, value, high = (f"{100 * end:.1f}" for end in (estimate.low, estimate.value, estimate.high))
     return f"{value} points ({low} to {high}, n = {estimate.n:,})"

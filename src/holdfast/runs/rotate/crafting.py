@@ -1,8 +1,8 @@
-"""Whom candidates are judged against, and what each of these thieves made of the held-out inputs, made once.
+"""The attackers that candidates are judged against, and the transfer examples of each on held-out inputs.
 
-A0 holds nothing of the pool, and trained the surrogates himself; A1 holds one exposed set; A2 as many as A0 has
-surrogates, those exposed last; A3 has the procedure, and drew siblings of the candidate. The attacks and the inputs are
-others than those by which sets are immunised.
+A0 has no set of the pool and trained the surrogates; A1 has one stolen set; A2 has as many of the most recently
+stolen sets as A0 has surrogates; A3 can run the procedure and has sets generated in the same draw as the candidate.
+The attacks and inputs differ from those that sets are immunised with. All examples are computed once.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,33 +32,33 @@ from holdfast.store.pool import Pool
 
 Kind = Literal["A0", "A1", "A2", "A3"]
 SIBLINGS = 4
-"""Sets that a thief of the procedure draws."""
+"""Number of sets that an attacker with the procedure generates."""
 
 
 @dataclass(frozen=True)
 class Attacker:
-    """A thief and what he holds."""
+    """An attacker and the models from which it computes transfer examples."""
 
     kind: Kind
     sources: tuple[str, ...]
-    """names of sets of the pool; of A0, how many surrogates: `own 4`"""
+    """names of sets of the pool; for A0 the number of surrogates: `own 4`"""
 
     @property
     def name(self) -> str:
-        """What columns and reports call him."""
+        """Name of the attacker in columns and reports."""
         held = self.sources[0] if len(self.sources) == 1 else f"{len(self.sources)} sets"
         return f"{self.kind} {held}"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples that were made before, and are given by id; the model is never asked."""
+    """An attack that returns examples computed before, looked up by id. It does not query the model."""
 
     attacker: str
     sources: str
-    """what they were made on"""
+    """the models that they were computed on"""
     attack: Attack
-    """what made them"""
+    """the attack that computed them"""
     given: Callable[[Batch], Inputs]
 
     needs: ClassVar[Access] = "none"
@@ -69,9 +69,9 @@ class Prepared:
 
 @dataclass
 class Workshop:
-    """What every attacker has made so far, sealed in the pool: what leaked once is attacked once.
+    """Computes transfer examples of attackers, and stores them encrypted in the pool so that each is computed once.
 
-    Of more inputs only the new ones are attacked.
+    If there are more inputs, only the new ones are attacked.
     """
 
     pool: Pool
@@ -79,23 +79,23 @@ class Workshop:
     thief: Thief = field(default_factory=Thief)
     notify: Notify = ignore
     _made: dict[tuple[Attacker, int, int], dict[str, Inputs]] = field(default_factory=dict)
-    """by attacker and the rows of the held-out inputs, of each attack"""
+    """examples by attacker and range of the held-out inputs, for each attack"""
     _own: list[Classifier] = field(default_factory=list)
 
     @property
     def own(self) -> list[Classifier]:
-        """The surrogates of a thief of nothing."""
+        """The surrogates of a surrogate-only attacker."""
         self._own = self._own or surrogates(self.pool, self.terms)
         return self._own
 
     def nothing(self, size: int | None = None) -> Attacker:
-        """The thief of nothing, with so many surrogates, or all."""
+        """The surrogate-only attacker with `size` surrogates, or all."""
         return Attacker("A0", (f"own {len(self.own) if size is None else min(size, len(self.own))}",))
 
     def members(self, attacker: Attacker, start: int, stop: int) -> list[Member]:
-        """One for each attack, with its examples of the held-out inputs from `start` to `stop`.
+        """A member of a suite for each attack, with its examples for the held-out inputs `start` to `stop`.
 
-        All of them are made when the first is asked for: a run that is told again makes none.
+        The examples of all attacks are computed on the first use; a run that is only reported again computes none.
         """
         sources = " ".join(attacker.sources)
         return [
@@ -116,7 +116,7 @@ class Workshop:
         return made_before
 
     def _of(self, attacker: Attacker, start: int, stop: int) -> dict[str, Inputs]:
-        """What the attacker makes of some inputs, made once."""
+        """The examples of an attacker for some inputs, by attack, cached."""
         key = (attacker, start, stop)
         if key not in self._made:
             some = self.terms.held.take(torch.arange(start, stop))
@@ -128,7 +128,7 @@ class Workshop:
         return self._made[key]
 
     def _changes(self, attacker: Attacker, some: Batch, start: int) -> dict[str, Tensor]:
-        """What the attacker adds to each input, rounded to two bytes: as it is sealed in the pool, or made now."""
+        """The perturbations of an attacker in half precision, from the pool if they are stored there."""
         about = digest(canonical(strict([code_digest(), len(some), self._asked, self.terms.about()])))
         place = digest(canonical([attacker.kind, *attacker.sources, start]))[:16]
         kept = self.pool.kept(f"made_{place}")
@@ -138,7 +138,7 @@ class Workshop:
         rng = Draws(self.terms.seed).at("thief", attacker.kind, *attacker.sources)
         made = self.thief.crafted(self._models(attacker), some, self.terms.threat, rng=rng)
         changes = {name: (x - some.x).half().cpu() for name, x in made.items()}
-        if attacker.kind != "A3":  # siblings are others each time
+        if attacker.kind != "A3":  # these sets differ for each candidate
             self.pool.keep(f"made_{place}", changes, {"of": about})
         return changes
 
@@ -154,20 +154,20 @@ class Workshop:
 
 @dataclass(frozen=True)
 class Attackers:
-    """Everyone that a candidate is judged against."""
+    """All attackers that a candidate is judged against."""
 
     nothing: Attacker
     one: tuple[Attacker, ...]
-    """of one exposed set each"""
+    """attackers with one stolen set each"""
     several: Attacker | None
-    """None where fewer than two sets are exposed"""
+    """attacker with several stolen sets; None if fewer than two sets are stolen"""
     evenly: Attacker | None
-    """the thief of nothing with as many surrogates as `several` has sets"""
+    """surrogate-only attacker with as many surrogates as `several` has sets"""
     siblings: Attacker | None
 
 
 def attackers(workshop: Workshop, name: str, exposed: Sequence[str], siblings: Sequence[str]) -> Attackers:
-    """Against whom the set `name` must hold, where these are exposed, the one that leaked last at the end."""
+    """The attackers for the set `name`. `exposed` are the stolen sets, the most recently stolen one last."""
     own = len(workshop.own)
     last = tuple(exposed[-own:])
     several = Attacker("A2", last) if len(last) > 1 else None
@@ -181,7 +181,7 @@ def attackers(workshop: Workshop, name: str, exposed: Sequence[str], siblings: S
 
 
 def exposed_for(pool: Pool, name: str) -> tuple[str, ...]:
-    """What an attacker may hold when the set serves: what it was made from, then what leaked, the last at the end."""
+    """Sets that an attacker may have when the set serves: its bases, then the stolen sets, the most recent one last."""
     known = {member.name: member for member in pool.ledger.members}
     listed = [one.name for one in pool.ledger.exposed()]
     unlisted = [each for each in known[name].bases if each not in listed]
@@ -189,9 +189,9 @@ def exposed_for(pool: Pool, name: str) -> tuple[str, ...]:
 
 
 def siblings_of(pool: Pool, name: str, usable: Callable[[str], bool]) -> tuple[str, ...]:
-    """Other sets of the same drawing, such as whoever has the procedure could have drawn, in their order.
+    """Other sets generated in the same draw, which an attacker with the procedure could have generated, in their order.
 
-    Refused ones are among them, so that it does not matter who is judged first.
+    Refused sets are included, so that the order of judging has no influence.
     """
     drawing = pool.about(name).get("drawing")
     if drawing is None:

@@ -1,6 +1,7 @@
-"""Drawing fresh sets, by the generator or by training anew, and immunising them against what may have leaked.
+"""Makes new sets, by the generator or by training from fresh random weights, and immunises them against stolen sets.
 
-The place of every draw comes from the operating system, and is sealed: who knows the run's seed cannot draw the same.
+The seed of every draw comes from the operating system and is stored encrypted, so the seed of the run does not
+reproduce the sets.
 """
 
 import secrets
@@ -29,25 +30,25 @@ from holdfast.store.pool import Pool
 By = Literal["generator", "anew"]
 _KEPT = "drawing"
 _SETS = 8
-_LOOKED = 2_000  # training inputs on which a draw is looked at before it is immunised
-_POINT = 0.01  # of accuracy on them that it may lack of the bases: half an epoch does not mend more
-_MOST = 64  # draws for one that does not
+_LOOKED = 2_000  # training inputs on which a generated set is tested before it is immunised
+_POINT = 0.01  # accuracy on them by which a set may be below the bases: half an epoch cannot improve more
+_MOST = 64  # generated sets that are tried for one set above that accuracy
 UPDATES = 100
-"""Updates of the training against exposed sets below which a note says that they are few: half of those of the record
-`rotation`, of 27,500 examples in batches of 128."""
+"""Number of updates of the immunisation below which a warning is shown: half of those of the record `rotation`, with
+27,500 examples in batches of 128."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What one call brought."""
+    """The new candidates of one call of `draw`."""
 
     names: tuple[str, ...]
-    """of the new candidates"""
+    """names of the new candidates"""
     by: By
     against: tuple[str, ...]
-    """the sets that they were immunised against; none where they were not"""
+    """the sets that they were immunised against; empty without immunisation"""
     looked_at: int
-    """draws that it took, those that were left out included"""
+    """number of sets generated, including those that were discarded"""
 
 
 def draw(
@@ -61,12 +62,12 @@ def draw(
     stopper: Stopper | None = None,
     notify: Notify = ignore,
 ) -> Drawn:
-    """Bring so many fresh candidates, or eight, into the pool; by the generator, where there is one, unless told so.
+    """Add `sets` new candidates, by default eight, to the pool; by the generator if there is one, unless `by` is given.
 
-    With `immunise` each is trained on against the sets that the ledger lists as exposed; where it lists none, against
-    the one that serves, and before one does, against the bases. `resume` goes on with what an earlier call had begun,
-    and asks for the same; of one that is whole it tells what came of it. Raises `UsageError`, also where another
-    process is at it, and `Inconclusive` where the generator draws nothing that works.
+    With `immunise`, each is trained further against the stolen sets in the ledger; if there are none, against the
+    serving set, and if none serves, against the bases. `resume` continues the draw of an earlier call, which must
+    have had the same arguments; if that draw is complete, its result is returned. Raises `UsageError`, also if
+    another process draws, and `Inconclusive` if no generated set has sufficient accuracy.
     """
     how = None if immunise is None else strict(asdict(immunise))
     with pool.alone_at("draw"):
@@ -93,7 +94,7 @@ def draw(
 
 
 def _refuse_other(known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """`UsageError` where a drawing that goes on was begun otherwise."""
+    """Raise `UsageError` if a resumed draw was begun with other arguments."""
     if (known["immunise"] is None) != (asked["immunise"] is None):
         way, does = ("leave out", "does not immunise") if known["immunise"] is None else ("add", "immunises")
         raise UsageError(f"the drawing that goes on {does} its sets; {way} --immunise, or begin another")
@@ -109,7 +110,7 @@ def _drawn(said: Mapping[str, Any]) -> Drawn:
 
 
 def candidates(pool: Pool) -> tuple[str, ...]:
-    """Sets that were drawn and neither admitted nor refused yet, in the order of their arrival."""
+    """Sets that were neither admitted nor refused yet, in the order in which they were added."""
     waiting = (
         one
         for one in pool.ledger.members
@@ -123,7 +124,7 @@ def _missing(about: Mapping[str, Any]) -> bool:
 
 
 def _against(pool: Pool) -> tuple[str, ...]:
-    """What an attacker may hold."""
+    """The sets that an attacker may have."""
     known = {member.name: member for member in pool.ledger.members}
     listed = tuple(one.name for one in pool.ledger.exposed() if not known[one.name].deleted)
     if listed:
@@ -141,7 +142,7 @@ def _against(pool: Pool) -> tuple[str, ...]:
 
 
 class _Drawing:
-    """One call of the step, or one that goes on with it."""
+    """One call of `draw`, new or resumed."""
 
     def __init__(
         self, pool: Pool, terms: Terms, immunise: Immunise | None, stopper: Stopper, notify: Notify
@@ -160,7 +161,7 @@ class _Drawing:
         self.least = self._least() if self.generator is not None else 0.0
 
     def done(self) -> Drawn:
-        """All that is missing."""
+        """Make all sets that are missing."""
         wanted = self.said["asked"]["sets"]
         if self.immunise is not None and self.exposed:
             updates = self.immunise.updates(len(self.task.data), self.task.recipe.training.batch)
@@ -205,13 +206,16 @@ class _Drawing:
         return found
 
     def _least(self) -> float:
-        """What a draw must get right of the inputs that it is looked at with."""
+        """The accuracy that a generated set needs on the inputs that it is tested on."""
         known = [self.terms.of_set(self.pool, name) for name in bases_left(self.pool)]
         right = [accuracy(base, self.looked) for base in known]
         return mean(right) - _POINT if right else 0.0
 
     def _fresh(self, rng: Draws) -> tuple[Classifier, tuple[str, ...]]:
-        """A set that works, and those that it was made from."""
+        """A set with sufficient accuracy, and the names of the sets that it was made from.
+
+        Raises `Inconclusive` if none of 64 generated sets is sufficient.
+        """
         if self.generator is None:
             self.said["looked_at"] += 1
             return trained_anew(self.task, rng), ()
@@ -231,7 +235,7 @@ class _Drawing:
         )
 
     def _take(self, model: Classifier, made_from: Sequence[str]) -> None:
-        """Bring a set into the pool, and note it."""
+        """Add a set to the pool and record its name."""
         about = {"drawing": self.said["drawing"], "by": self.by, "against": self.said["against"]}
         with self.stopper.finishing():
             name = self.pool.add(state_of(model), about, bases=made_from, why=f"drawn by {self.by}")

@@ -1,9 +1,9 @@
-"""What else the time of a rotation buys: the honest alternatives, each a set, a thief of its kind, and the white box.
+"""Alternatives to a rotation that take the same time, each measured with a stolen set and in the white-box case.
 
-Static: nothing is ever swapped. Noise on the weights. Checkpoints of one run, their mean (a soup, Wortsman et al.,
-arXiv:2203.05482) and samples around it (SWAG, Maddox et al., arXiv:1902.02476). Independent seeds. Half an epoch of
-adversarial fine-tuning by one step (FGSM-RS, Wong et al., arXiv:2001.03994), and of as many passes PGD training (Madry
-et al., arXiv:1706.06083) and diversity as DVERGE has it (Yang et al., arXiv:2009.14720), from the set that serves.
+Static: no swap. Noise on the weights. Checkpoints of one run, their mean (a soup, Wortsman et al., arXiv:2203.05482)
+and samples around it (SWAG, Maddox et al., arXiv:1902.02476). Independent seeds. Half an epoch of single-step
+adversarial fine-tuning (FGSM-RS, Wong et al., arXiv:2001.03994), and with as many passes PGD training (Madry et al.,
+arXiv:1706.06083) and diversity as in DVERGE (Yang et al., arXiv:2009.14720), each from the serving set.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -39,7 +39,7 @@ Json = dict[str, Any]
 
 @dataclass
 class Instead:
-    """Measures them on the judged inputs, by a few attacks that are the same for all."""
+    """Measures the alternatives on the judged inputs, with the same few attacks for all."""
 
     pool: Pool
     terms: Terms
@@ -50,7 +50,9 @@ class Instead:
     thief: Thief
 
     def rows(self) -> Iterator[tuple[str, Callable[[], Json | None]]]:
-        """Each by its name, with what measures it; None where the pool lacks what it needs."""
+        """Yield each alternative by name, with a function that measures it or returns None if the pool is
+        unsuitable.
+        """
         yield "static", lambda: self._row(self.live, self.live, "the set that serves is never swapped")
         yield (
             "weight noise",
@@ -69,19 +71,19 @@ class Instead:
 
     @cached_property
     def tuned(self) -> Classifier:
-        """The set that serves after half an epoch of adversarial fine-tuning."""
+        """The serving set after half an epoch of adversarial fine-tuning."""
         return self._trained(_ONE_STEP, _SHARE)
 
     def _pgd(self) -> Json:
-        share = _SHARE * 2 / (_INNER + 1)  # one step takes two passes
+        share = _SHARE * 2 / (_INNER + 1)  # a single-step update takes two passes
         said = f"the same passes: {share:.2g} of an epoch, {_INNER} steps"
         return self._row(self._trained(PGDTraining(steps=_INNER), share), self.live, said)
 
     def _diverse(self) -> Json:
-        """Half of the passes make the examples and half train on them, beside FGSM-RS where sets were hardened."""
+        """Half of the passes compute examples, half train on them, together with FGSM-RS if the sets were hardened."""
         batch, n, steps = self.terms.training.batch, len(self.terms.train), Distilled().steps
         recipe, passes = (_ONE_STEP, 2) if hardened(self.terms) else (Standard(), 1)
-        share = _SHARE / (passes + 0.5)  # half as many of the examples as of others in each update
+        share = _SHARE / (passes + 0.5)  # each update has half as many computed examples as others
         crafting = Distilled(examples=max(round(_SHARE * n / steps), 1), steps=steps)
         how = Immunise(share=share, batch=max(batch // 2, 1), lr=_LR, crafting=crafting)
         as_known = trained_as(recipe, Training(batch=batch))
@@ -91,7 +93,7 @@ class Instead:
         return self._row(made, self.live, says)
 
     def _trained(self, recipe: Recipe, share: float) -> Classifier:
-        """The set that serves, trained on for part of an epoch."""
+        """The serving set, trained further for part of an epoch."""
         known = self.terms.training
         how = Training(epochs=1, batch=known.batch, lr=_LR, averaging="none", weight_decay=0.0)
         how = replace(how, optimizer="adamw", schedule="cycle", warmup=0.0)
@@ -121,7 +123,7 @@ class Instead:
         return self._row(self.terms.of_weights(self._run.bases().one(0)), stolen, "the mean of those sets")
 
     def _swag(self) -> Json | None:
-        """A sample around the mean, and the thief of another."""
+        """A sample around the mean of the run, and an attacker with another sample."""
         if self._run is None:
             return None
         samples = []
@@ -139,13 +141,13 @@ class Instead:
 
     @cached_property
     def _run(self) -> Members | None:
-        """The sets of the first run; None where it has one alone."""
+        """The sets of the first run; None if it has only one."""
         whole = members(self.pool)
         rows = (whole.basins == whole.basins[0]).nonzero()[:, 0]
         return whole.take(rows) if len(rows) > 1 else None
 
     def _row(self, serves: Classifier, stolen: Classifier, says: str) -> Json:
-        """How often a set is right, and what is turned by who holds another, and by who holds it."""
+        """Clean accuracy of `serves`, and the success rates on it of examples computed on `stolen` and on itself."""
         right = _right(serves, self.batch)
         clean, some = proportion(right), self.batch.take(right)
         if not len(some):
@@ -161,7 +163,7 @@ class Instead:
 
 
 def said(share: Estimate) -> Json:
-    """A share as a document keeps it."""
+    """A share with its interval as a document stores it."""
     return {"value": share.value, "low": share.low, "high": share.high, "n": share.n}
 
 
@@ -171,7 +173,7 @@ def hardened(terms: Terms) -> bool:
 
 
 def doubt(found: Mapping[str, Json | None], terms: Terms, one: Json | None) -> Json:
-    """What fine-tuning for half an epoch does, beside what rotation does; raised where nothing was hardened."""
+    """The doubt that half an epoch of fine-tuning achieves more than rotation; raised if sets were not hardened."""
     tuned, static = found["adversarial fine-tuning"], found["static"]
     assert tuned is not None and static is not None
     if tuned["thief"] is None or static["white"] is None:

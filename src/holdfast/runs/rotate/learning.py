@@ -1,4 +1,4 @@
-"""Learning what is collected: the codec, the gate of its round trip, and the latent diffusion."""
+"""Trains the generator of a pool: the codec, a test of its reconstruction, and the latent diffusion."""
 
 import time
 from dataclasses import dataclass
@@ -16,24 +16,24 @@ from holdfast.runs.rotate.terms import Terms, accuracy
 from holdfast.store.pool import Pool
 
 _KEPT = "generator"
-_LOST = 0.003  # of accuracy, at most, by the way through the codec and back
-_JUDGED = 24  # sets, spread over the collection, that go that way
-_TRIED = 16  # draws of what was learned
-_ASTRAY = 0.1  # of accuracy, at most, that the best of them lacks of the bases
+_LOST = 0.003  # largest loss of accuracy by encoding and decoding
+_JUDGED = 24  # sets for that test, spread over the collection
+_TRIED = 16  # generated sets on which the generator is tested
+_ASTRAY = 0.1  # largest difference in accuracy between the bases and the best of them
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What came of it."""
+    """Size and quality of a trained generator."""
 
     sets: int
     parameters: int
     rank: int
-    """directions in which the sets differ"""
+    """number of directions in which the sets differ"""
     variance_lost: float
-    """share of their differences that the codec does not give back"""
+    """share of the variance that the codec does not reconstruct"""
     accuracy_lost: float
-    """by the way through the codec and back, as a mean over sets"""
+    """accuracy lost by encoding and decoding, mean over sets"""
     codec_s: float
     diffusion_s: float
 
@@ -41,11 +41,11 @@ class Learned:
 def learn(
     pool: Pool, terms: Terms, codec: Codec, diffusion: LatentDiffusion, *, notify: Notify = ignore
 ) -> Learned:
-    """Fit codec and diffusion to what is collected, and seal them; what was learned before is replaced.
+    """Fit codec and diffusion to the collected sets and store them encrypted; replaces an earlier generator.
 
-    Raises `UsageError` where nothing or a single set is collected, or another process is at it, `LostLoss` where
-    training diverges, and `Inconclusive` where sets lose more than 0.3 points on their way through the codec, or no
-    draw comes within ten points of the bases: what was there before stands.
+    Raises `UsageError` if fewer than two sets are collected or another process trains, `LostLoss` if the training
+    diverges, and `Inconclusive` if sets lose more than 0.3 points of accuracy in the codec, or no generated set
+    comes within ten points of the bases; then an earlier generator is kept.
     """
     with pool.alone_at("train"):
         return _learned_anew(pool, terms, codec, diffusion, notify)
@@ -85,7 +85,7 @@ def _learned_anew(
 def _refuse_astray(
     terms: Terms, generator: Generator, collected: Members, rng: Draws, diffusion: LatentDiffusion
 ) -> None:
-    """`Inconclusive` where nothing that is drawn comes near the bases: what was learned is no set of parameters."""
+    """Raise `Inconclusive` if no generated set has nearly the accuracy of the bases."""
     held = terms.first_held
     drawn, bases = generator.drawn(_TRIED, rng), collected.bases()
     best = max(accuracy(terms.of_weights(drawn.one(k)), held) for k in range(len(drawn)))
@@ -100,7 +100,7 @@ def _refuse_astray(
 
 
 def learned(pool: Pool, terms: Terms) -> Generator | None:
-    """The generator that is sealed in the pool; None where none was learned."""
+    """The generator of the pool; None if there is none."""
     kept = pool.kept(_KEPT)
     if kept is None:
         return None
@@ -109,13 +109,13 @@ def learned(pool: Pool, terms: Terms) -> Generator | None:
 
 
 def what_was_learned(pool: Pool) -> Learned | None:
-    """What `learn` said of the generator that is there."""
+    """What `learn` returned for the generator of the pool; None if there is none."""
     kept = pool.kept(_KEPT)
     return None if kept is None else Learned(**kept.about)
 
 
 def _lost(terms: Terms, embedding: Embedding, collected: Members) -> float:
-    """Accuracy that sets lose on held-out examples, as a mean."""
+    """Mean accuracy on held-out examples that sets lose by encoding and decoding."""
     places = torch.linspace(0, len(collected) - 1, min(_JUDGED, len(collected))).round().long()
     some = collected.take(places)
     back = Members(embedding.decoded(embedding.encoded(some)), some.basins)

@@ -1,7 +1,7 @@
-"""Measuring sets of a pool by ordinary assessments, in pieces of the held-out examples that are joined afterwards.
+"""Assesses sets of a pool by ordinary runs, on ranges of the held-out examples that are joined afterwards.
 
-Every piece is a run folder under `admission/NAME/`, so that a kill loses no more than a shard, a set that others are
-compared with is measured once, and each gate can be followed to the examples that it was judged on.
+Every range is a run folder under `admission/NAME/`. So a kill loses at most a shard, a reference set is measured
+only once, and the examples behind each gate can be inspected.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,47 +33,47 @@ from holdfast.store.records import read_chain
 
 FOLDER = "admission"
 WHITE = (Member("PGD-20", PGD(steps=20)), Member("APGD", APGD()))
-"""What says how robust a set is."""
-_TAG = 8  # hex digits that tell a run from one of other attackers, of other code, of other terms
+"""The white-box attacks that measure the robust accuracy of a set."""
+_TAG = 8  # hex digits that distinguish runs with other attacks, code or settings
 
 
 @dataclass(frozen=True)
 class Carried:
-    """What the examples of thieves did to a set."""
+    """Results of the transfer examples of attackers on a set."""
 
     evidence: Evidence
-    """its worst case is that over all of them"""
+    """evidence in which the worst case is over all attacks"""
     fell: Mapping[tuple[Attacker, str], Mask]
-    """by thief and attack, which examples (n) were turned"""
+    """by attacker and attack, which examples (n) were broken"""
 
 
 def subject_of(terms: Terms, name: str, sha: str, model: Classifier) -> Subject:
-    """A set as a run takes it."""
+    """A parameter set as the subject of an assessment."""
     card = {key: value for key, value in terms.subject.card.items() if key != "files"}
     return Subject(model, sha, {**card, "name": name, "digest": sha})
 
 
 @dataclass
 class Measuring:
-    """Measures sets, and remembers what it has measured."""
+    """Assesses sets, and caches the evidence."""
 
     pool: Pool
     workshop: Workshop
     progress: Progress = silent
     again: str = ""
-    """how to go on with what is stopped"""
+    """command that resumes a stopped run"""
     _known: dict[tuple[str, str, int], Evidence] = field(default_factory=dict)
 
     def white(self, of: Subject, n: int, *, first: int) -> Evidence:
-        """How the first `n` held-out examples fare under attacks that see the set."""
+        """Evidence for the first `n` held-out examples under white-box attacks."""
         return self._remembered(of, "white-box", WHITE, n, first)
 
     def clean(self, of: Subject, n: int, *, first: int) -> Evidence:
-        """What the set says of the first `n` as they are."""
+        """Evidence for the first `n` held-out examples without attacks."""
         return self._remembered(of, "clean", (), n, first)
 
     def carried(self, of: Subject, thieves: Sequence[Attacker], n: int, *, first: int) -> Carried:
-        """What examples of each thief do to it."""
+        """Evidence for the transfer examples of each attacker."""
         what = "-".join(sorted({thief.kind.lower() for thief in thieves}))
         evidence, fell = [], []
         for start, stop in ends(n, first):
@@ -115,7 +115,7 @@ class Measuring:
         return result.evidence, run
 
     def _rows(self, start: int, stop: int) -> Arrays:
-        """Held-out examples, by the rows that they are in the training data."""
+        """Held-out examples `start` to `stop`, with their row numbers in the training data as ids."""
         examples, rows = self.workshop.terms.examples, slice(start, stop)
         x, y, ids = (
             value[rows].cpu().numpy() for value in (examples.held.x, examples.held.y, examples.held.ids)
@@ -124,12 +124,12 @@ class Measuring:
 
     @cached_property
     def _base(self) -> str:
-        """What all runs have in common: by other code, or of other examples, they are others."""
+        """Digest of the code and of the settings of the pool; runs with another digest are not reused."""
         return digest(canonical(strict([code_digest(), self.workshop.terms.about()])))
 
 
 def ends(n: int, first: int) -> list[tuple[int, int]]:
-    """Pieces of `n` examples: the first, and each later one as large as all before it."""
+    """Ranges of `n` examples: the first has `first` examples, each later one as many as all before it."""
     found = [0, min(first, n)]
     while found[-1] < n:
         found.append(min(2 * found[-1], n))
@@ -137,7 +137,7 @@ def ends(n: int, first: int) -> list[tuple[int, int]]:
 
 
 def _fell(path: Path, members: Sequence[Member]) -> list[Mask]:
-    """Of each attack, which examples it turned, as its stage of the run has it."""
+    """For each attack, which examples it broke, read from its stage of the run."""
     chain, found = read_chain(path, mend=False), []
     for place, member in enumerate(members, 1):
         stage = read_stage(path, chain, f"{place}-{slug(member.name)}")
@@ -147,7 +147,7 @@ def _fell(path: Path, members: Sequence[Member]) -> list[Mask]:
 
 
 def joined(pieces: Sequence[Evidence]) -> Evidence:
-    """One evidence of several, of the same model under the same attacks, on examples one after another."""
+    """Concatenate evidence on consecutive examples, of the same model under the same attacks."""
     columns = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0].columns}
     doubts: dict[str, Doubt] = {}
     for doubt in (doubt for piece in pieces for doubt in piece.doubts):

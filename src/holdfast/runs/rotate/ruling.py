@@ -1,4 +1,4 @@
-"""The gates that a set passes before it may serve: judged on intervals, paired with what it is compared with."""
+"""The gates of an admission: judged on confidence intervals, paired with reference sets on the same examples."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,68 +33,69 @@ from holdfast.runs.rotate.samples import CONFIDENCE, LEAST, Gate, Need, slack
 from holdfast.runs.rotate.samples import points as tolerated
 
 CHURN = 0.03
-"""Share of inputs that may change class."""
+"""Largest share of inputs that may change class."""
 NOTHING, SEVERAL, FLOOR, STATIC = 1.2, 1.5, 0.05, 0.5
-"""What a theft may bring: times that of a thief of nothing, of one set and of several, or in any case this share; and
-the share of what attacks on the incumbent itself achieve, or less than protects from nothing, where a thief of nothing
-has as much."""
-_MORE = 1.5  # times what bases differ by, of which an interval takes some
-_ODD = 3.0  # times that siblings' examples carry further than those of what leaked
+"""Limits for the success of thefts: multiples of the success of a surrogate-only attacker, for one stolen set
+(`NOTHING`) and for several (`SEVERAL`); a share that is always allowed (`FLOOR`); and the share of the success of
+white-box attacks on the reference (`STATIC`), or, if a surrogate-only attacker achieves as much, less than the limit
+above which rotation gives no protection."""
+_MORE = 1.5  # multiple of the difference between bases, of which an interval takes a part
+_ODD = 3.0  # ratio of the success of examples from sets of the same draw to that of examples from stolen sets
 _BETTER = "the better of the incumbent and the bases"
 Family = Literal["thieves", "white-box", "siblings", ""]
-"""Which measurement a gate is unclear for want of examples of."""
+"""The measurement that needs more examples if the gate is unclear."""
 NO_DOUBTS = Doubts()
 _BEST_FIRST: tuple[Verdict, ...] = ("pass", "unclear", "fail")
 
 
 @dataclass(frozen=True)
 class Ruling:
-    """One gate on one set."""
+    """The result of one gate for one set."""
 
     name: str
-    """of the gate"""
+    """name of the gate"""
     estimate: Estimate | None
-    """None where nothing was measured"""
+    """the measured value; None if nothing was measured"""
     bound: str
-    """in words"""
+    """the limit, as text"""
     verdict: Verdict
     why: str
-    """in words, with the numbers"""
+    """the measured values, as text"""
     family: Family = ""
 
     @property
     def says(self) -> str:
-        """The gate, what was found, and what was expected."""
+        """The gate, its result and its limit as text."""
         return f"{self.name}: {self.why}; {self.bound}"
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Everything that was measured of a set, and of what it is compared with, on the same examples."""
+    """All measurements of a set and of its references, on the same examples."""
 
     attackers: Attackers
     carried: Carried
     white: Evidence
     siblings: Carried | None
     before: tuple[Evidence, ...]
-    """clean, of the incumbent, else of each base"""
+    """evidence on clean inputs of the serving set; if there is none, of each base"""
     before_white: tuple[Evidence, ...]
     bases: tuple[Evidence, ...]
-    """clean, of each base"""
+    """evidence on clean inputs of each base"""
     bases_white: tuple[Evidence, ...]
     serves: bool
-    """whether the incumbent is a set that serves"""
+    """whether a set serves, so that the first reference is the serving set"""
     looks: Mapping[Family, int] = field(default_factory=dict)
-    """how often each measurement may be looked at, with more examples each time; once where nothing is said"""
+    """largest number of looks at each measurement, with more examples each time; 1 if not given"""
     needs: Mapping[Gate, Need] = field(default_factory=dict)
-    """how many examples a gate needs; where fewer are held out, it tolerates more"""
+    """examples that a gate needs; with fewer, its tolerance is widened"""
 
     def confidence(self, family: Family) -> float:
-        """What an interval needs, so that those of all looks hold together (Bonferroni)."""
+        """Confidence of each interval so that those of all looks hold jointly (Bonferroni)."""
         return bonferroni(CONFIDENCE, self.looks.get(family, 1))
 
     def tolerance(self, gate: Gate) -> tuple[float, str]:
-        """Accuracy that may be lost, as a share, and how that reads."""
+        """Accuracy that may be lost, as a share, and its description."""
         need = self.needs.get(gate)
         if need is None or not need.widened:
             least = LEAST[gate]
@@ -106,7 +107,7 @@ class Seen:
 
     @property
     def static(self) -> Estimate:
-        """What attacks on the incumbent itself achieve, of the inputs that it has right: a mean over bases."""
+        """Success rate of white-box attacks on the reference, as a mean over bases if no set serves."""
         shares = [share(~held(one)[one["correct"]]) for one in self.before_white]
         low, value, high = (
             sum(getattr(one, end) for one in shares) / len(shares) for end in ("low", "value", "high")
@@ -115,12 +116,12 @@ class Seen:
 
     @property
     def transfer(self) -> Worst | None:
-        """The worst that a thief of one exposed set does; None where nothing is exposed."""
+        """Highest success rate of an attacker with one stolen set; None if no set is stolen."""
         return worst(self.carried, self.attackers.one, self.confidence("thieves"))
 
     @property
     def ensemble(self) -> Worst | None:
-        """The worst that a thief of several does."""
+        """Highest success rate of an attacker with several stolen sets; None if there is none."""
         several = self.attackers.several
         if several is None:
             return None
@@ -128,7 +129,7 @@ class Seen:
 
     @property
     def sibling(self) -> Worst | None:
-        """The worst that a thief of the procedure does."""
+        """Highest success rate of an attacker with sets generated in the same draw; None if there are none."""
         them = self.attackers.siblings
         if them is None or self.siblings is None:
             return None
@@ -136,13 +137,13 @@ class Seen:
 
     @property
     def clean_loss(self) -> Loss:
-        """Points of clean accuracy that it costs."""
+        """Clean accuracy that the set loses relative to the better of its references."""
         before, bases = ([one["correct"] for one in them] for them in (self.before, self.bases))
         return self._loss(before, bases, self.carried.evidence["correct"], "thieves")
 
     @property
     def robust_loss(self) -> Loss:
-        """Points of accuracy under attacks that see the set."""
+        """Robust accuracy under white-box attacks that the set loses relative to the better of its references."""
         before, bases = ([held(one) for one in them] for them in (self.before_white, self.bases_white))
         return self._loss(before, bases, held(self.white), "white-box")
 
@@ -152,13 +153,13 @@ class Seen:
 
     @property
     def churn(self) -> Estimate:
-        """Share of inputs that it classifies otherwise than the incumbent."""
+        """Share of inputs that the set classifies differently from the reference."""
         changed = [differing(one, self.carried.evidence) for one in self.before]
         return difference(changed, confidence=self.confidence("thieves"))
 
 
 def rulings(seen: Seen, doubts: Doubts, claims: Sequence[Claim]) -> tuple[Ruling, ...]:
-    """Every gate. `doubts` are those of the attacks that see the set, which the incumbent's did not raise."""
+    """The results of all gates. `doubts` are those of the white-box attacks that were not raised for the references."""
     return (
         _clean(seen),
         _robust(seen, doubts),
@@ -170,7 +171,7 @@ def rulings(seen: Seen, doubts: Doubts, claims: Sequence[Claim]) -> tuple[Ruling
 
 
 def reported(seen: Seen) -> dict[str, Estimate]:
-    """What is told beside the gates."""
+    """Estimates that are reported and decide no gate."""
     found = {
         "white_box_success": share(~held(seen.white)[seen.white["correct"]]),
         "static_white_box_success": seen.static,
@@ -218,7 +219,7 @@ def _thefts(seen: Seen) -> tuple[Ruling, ...]:
 
 
 def _beside_nothing(gate: str, theft: Worst, seen: Seen, thief: Attacker, times: float) -> Ruling:
-    """A theft brings little in any case, or little more than no theft on the same inputs."""
+    """A theft gate: the success rate is at most `FLOOR`, or at most `times` that of a surrogate-only attacker."""
     nothing = worst(seen.carried, [thief])
     assert nothing is not None
     verdict = _hardly_more(theft, nothing, times, FLOOR, seen.confidence("thieves"))
@@ -230,7 +231,10 @@ def _beside_nothing(gate: str, theft: Worst, seen: Seen, thief: Attacker, times:
 
 
 def _hardly_more(theft: Worst, nothing: Worst, times: float, floor: float, each: float) -> Verdict:
-    """Whether every attack of a theft surely turns at most `floor`, or so many times what no theft does."""
+    """Whether every attack breaks at most `floor`, or at most `times` what a surrogate-only attacker breaks.
+
+    Both limits are tested with the upper ends of confidence intervals.
+    """
     verdicts: list[Verdict] = []
     for place, fell in enumerate(theft.fell):
         alone, surely = share(fell, each), bonferroni(each, len(theft.fell))
@@ -245,14 +249,15 @@ def _hardly_more(theft: Worst, nothing: Worst, times: float, floor: float, each:
 
 
 def _excess(fell: Mask, nothing: Mask, times: float, confidence: float) -> Estimate:
-    """How much more fall than so many times those that fall to a thief of nothing, on the same inputs."""
+    """Share of `fell` minus `times` the share of `nothing`, with an interval, on the same inputs."""
     return mean(fell.double() - times * nothing.double(), confidence, support=Support(-times, 1.0))
 
 
 def _of_static(theft: Worst, seen: Seen) -> Ruling:
-    """A theft brings half of what it did, or, where a thief of nothing has that already, hardly more than he has.
+    """A theft gate: success is at most half of the white-box success, or close to that of a surrogate-only attacker.
 
-    Of sets that are so hard to break that surrogates do nearly as well as the sets themselves none would pass else.
+    The second condition is for sets so robust that surrogates do nearly as well as the sets themselves; without it,
+    none would pass.
     """
     gate, static, nothing = "theft of static", seen.static, worst(seen.carried, [seen.attackers.nothing])
     if not static.value:
@@ -290,9 +295,9 @@ def _churn(seen: Seen) -> Ruling:
 
 
 def _odd_gradients(seen: Seen, accepted: Mapping[str, str]) -> Ruling:
-    """Easier to break than before, and by siblings far more than by what leaked: gradients that were bent, not mended.
+    """A gate against masked gradients: the set is easier to break, mostly by examples from sets of the same draw.
 
-    No number of examples settles it; a person may answer for it.
+    More examples cannot decide it; a person may accept it.
     """
     gate, bound = (
         "odd-gradients",
@@ -345,7 +350,7 @@ CLAIMABLE = (
     "transfer_success", "ensemble_transfer", "sibling_transfer", "clean_accuracy", "robust_accuracy", "churn",
     "clean_accuracy_drop",
 )  # fmt: skip
-"""Metrics that a claim on a set may be about."""
+"""Metrics that additional claims on a set may use."""
 
 
 def _vacuous(claim: Claim) -> Ruling:

@@ -1,6 +1,7 @@
-"""Whether a set's numbers are like those of others of its architecture, before anything is measured.
+"""Tests whether the parameters of a set are plausible for its architecture, before any measurement.
 
-Distance of weights is no distance for an attack: it orders candidates, and tells a set that is another one over again.
+The distance between parameters does not predict whether attacks transfer. It is only used to order candidates and to
+detect duplicates.
 """
 
 import math
@@ -15,13 +16,13 @@ from holdfast.rotation.distances import l1
 from holdfast.runs.rotate.ruling import Ruling
 
 _SIGMAS = 3.0
-_LEAST_SPREAD = 0.25  # of the mean norm: half an epoch against what leaked moves biases by a third of it
-_LEAST_SIZE = 1e-3  # of the norm a number: biases that hardly left zero
-_SAME = 1e-6  # of the mean size of a number: as far as rounding goes
+_LEAST_SPREAD = 0.25  # share of the mean norm: half an epoch of immunisation changes biases by a third of it
+_LEAST_SIZE = 1e-3  # norm for each parameter, for biases that are still close to zero
+_SAME = 1e-6  # share of the mean absolute parameter, for rounding errors
 
 
 def endless(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors that hold infinities, or no numbers, where the network itself has none: a mask may hold some."""
+    """Names of tensors with values that are not finite where those of the network itself are finite."""
     return [
         name for name, value in weights.items() if bool((~value.isfinite() & like[name].isfinite()).any())
     ]
@@ -30,7 +31,7 @@ def endless(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> list[s
 def tensors(
     weights: Mapping[str, Tensor], known: Sequence[Mapping[str, Tensor]], names: Sequence[str]
 ) -> Ruling:
-    """All numbers finite, and the norm of each parameter within three deviations of those of sets that are known."""
+    """The gate on parameters: all finite, and each norm within three standard deviations of those of the known sets."""
     bound = f"all finite, norms within {_SIGMAS:g} deviations of {len(known)} sets trained as the pool says"
     broken = endless(weights, known[0])
     if broken:
@@ -52,7 +53,10 @@ def _sigmas(name: str, weights: Mapping[str, Tensor], known: Sequence[Mapping[st
 def distance(
     weights: Mapping[str, Tensor], exposed: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]
 ) -> tuple[float, str]:
-    """Mean absolute difference to the nearest exposed set, and its name; 0 for what is not finite."""
+    """Mean absolute difference to the nearest stolen set, and its name; 0 if values are not finite.
+
+    If there is no stolen set, the difference is infinite.
+    """
     if not exposed:
         return math.inf, ""
     if not all(bool(weights[name].isfinite().all()) for name in names):
@@ -66,7 +70,7 @@ def distance(
 def twin(
     weights: Mapping[str, Tensor], exposed: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]
 ) -> Ruling | None:
-    """The ruling on a set that is an exposed one but for rounding; None for any other."""
+    """The refusal of a set that equals a stolen one up to rounding; None for any other set."""
     apart, name = distance(weights, exposed, names)
     size = sum(float(weights[each].abs().sum()) for each in names) / sum(
         weights[each].numel() for each in names

@@ -1,4 +1,4 @@
-"""What a pool holds, in plain values: where each set stands, what served when and to whom, what leaked."""
+"""The state of a pool in plain values: the sets, which of them served when and to whom, and what was stolen."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ from holdfast.store.pool import Pool
 from holdfast.store.standing import Member, Term
 
 UNJUDGED = "it was not judged against everything that is exposed by now"
-"""The note on a set that serves so."""
+"""The note on a serving set that was not judged against all stolen sets."""
 
 
 def standing(pool: Pool) -> dict[str, Any]:
-    """The pool as its ledger says, which was verified to say it."""
+    """The state of the pool from its verified ledger."""
     ledger, about = pool.ledger, pool.manifest["about"]
     terms, now, learned = ledger.terms, pool.serving, what_was_learned(pool)
     return {
@@ -59,7 +59,7 @@ def _term(term: Term) -> dict[str, Any]:
 
 
 def _notes(pool: Pool) -> list[str]:
-    """What somebody should do something about."""
+    """Notes on problems that need an action."""
     ledger, now = pool.ledger, pool.serving
     notes = []
     if ledger.unauthenticated:

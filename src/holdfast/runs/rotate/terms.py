@@ -1,4 +1,4 @@
-"""What the sets of a pool are of: a model, its examples, a threat, a recipe and a source, opened and ready."""
+"""The common settings of the sets of a pool: model, examples, threat model, recipe and source."""
 
 import json
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from holdfast.store.differences import differences
 from holdfast.store.pool import Pool
 
 FIRST = 2_000
-"""Held-out examples that a set is judged on at first; where that leaves a gate unclear, twice as many."""
+"""First number of held-out examples for judging a set; it is doubled as long as a gate is unclear."""
 MOST, EVERY = 8_000, 5
 """One training example in `EVERY` is held out, and at most `MOST`."""
 _SEEN = 8
@@ -41,7 +41,7 @@ _SEEN_BEFORE = (
 
 @dataclass(frozen=True)
 class Examples:
-    """Training examples, parted once into what sets are trained on and what judges them."""
+    """Training examples, split once into those that sets are trained on and those that judge them."""
 
     train: Batch
     held: Batch
@@ -52,56 +52,56 @@ class Examples:
 
 @dataclass(frozen=True)
 class Terms:
-    """What every set of a pool has in common."""
+    """The common settings of the sets of a pool."""
 
     subject: Subject
-    """the model whose architecture and preprocessing they share"""
+    """the model, with the architecture and preprocessing of all sets"""
     threat: ThreatModel
     said: str
-    """the threat as the command line takes it"""
+    """the threat model in the syntax of the command line"""
     candidate: Candidate
-    """the recipe that trains them"""
+    """the recipe of the training"""
     source: Source
     examples: Examples
     seed: int = 0
     begins: Beginning = "he"
     device: str = "cpu"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """what opens all of it again, as plain values"""
+    """settings that open all of these again, as plain values"""
 
     @property
     def model(self) -> Classifier:
-        """The given model."""
+        """The given model, with the architecture and preprocessing of all sets."""
         return self.subject.model
 
     @cached_property
     def train(self) -> Batch:
-        """What sets are trained on, and nothing is judged by."""
+        """The examples that sets are trained on, on the device."""
         return self.examples.train.to(torch.device(self.device))
 
     @cached_property
     def held(self) -> Batch:
-        """What judges them, in an order drawn by the seed."""
+        """The held-out examples that judge sets, in random order, on the device."""
         return self.examples.held.to(torch.device(self.device))
 
     @cached_property
     def first_held(self) -> Batch:
-        """The first of them, on which sets are judged at first."""
+        """The first of the held-out examples, on which sets are judged first."""
         return self.held.take(torch.arange(min(FIRST, len(self.held))))
 
     def task(self, epochs: int) -> Task:
-        """How a set is trained, in so many epochs."""
+        """The settings of the training of a set with the given number of epochs."""
         recipe = trained_as(self.candidate.recipe, replace(self.training, epochs=epochs))
         return Task(self.model, self.train, self.threat, recipe, recipe, self.begins)
 
     @property
     def training(self) -> Training:
-        """Of the recipe, before a budget says how many epochs there are."""
+        """The settings of the recipe, before a budget determines the number of epochs."""
         return self.candidate.recipe.training
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is to be known of the examples that judge."""
+        """Notes on the held-out examples."""
         if self.source.anew:
             return self.examples.notes
         return (*self.examples.notes, _SEEN_BEFORE)
@@ -111,11 +111,11 @@ class Terms:
         return loaded(self.model, pool.weights(name), name)
 
     def of_weights(self, weights: Mapping[str, Tensor]) -> Classifier:
-        """A model with other parameters, whose other numbers follow from training examples."""
+        """A model with the given parameters; its batch norm statistics are computed from training examples."""
         return put(self.model, weights, self.train)
 
     def about(self) -> dict[str, Any]:
-        """What the pool says of itself, by which `refuse_other` knows it again."""
+        """The settings as the manifest of the pool stores them, for the comparison in `refuse_other`."""
         of, examples = type(self.source).__name__.lower(), self.examples
         said = {
             "model": {key: value for key, value in self.subject.card.items() if key != "files"},
@@ -137,7 +137,7 @@ class Terms:
         return plain
 
     def refuse_other(self, pool: Pool) -> None:
-        """`UsageError` where the pool is of another model, of other data, or was collected otherwise."""
+        """Raise `UsageError` if the pool has another model, other data or other settings."""
         known, mine = pool.manifest["about"], self.about()
         words = {"digest": "model, of other weights or preprocessing", "begins": "beginning"}
         for key in ("digest", "data", "threat", "recipe", "source", "begins", "seed"):
@@ -151,13 +151,13 @@ class Terms:
 
 
 def _named(key: str, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What a person knows a model by, beside its digest."""
+    """Properties by which a person recognises a model, in addition to its digest."""
     card = about.get("model") or {}
     return {"model": {name: card.get(name) for name in ("name", "mean", "std")}} if key == "digest" else {}
 
 
 def parted(data: Batch, test: Data, name: str, classes: int, seed: int) -> Examples:
-    """Without test examples; a fifth, and no more than four times what judges at first, is held out."""
+    """Split the training examples, without test examples: one in five is held out, at most 8,000."""
     refuse_classes(data, classes)
     fresh, judged = without_judged(data.take(data.y != UNLABELLED), test)
     rest, held = split_of(fresh, seed, most=MOST, every=EVERY)
@@ -170,20 +170,20 @@ def parted(data: Batch, test: Data, name: str, classes: int, seed: int) -> Examp
 
 
 def ready(subject: Subject, device: str, examples: Examples) -> Subject:
-    """With a copy of the model that can be trained; raises `UsageError` and `TargetError` where it cannot."""
+    """The subject with a trainable copy of the model. Raises `UsageError` and `TargetError` if it cannot be trained."""
     refuse_untrainable(subject.model)
     seen = examples.train.x[:_SEEN].to(torch.device(device))
     return replace(subject, model=learner_of(subject.model, seen).eval())
 
 
 def state_of(model: Classifier) -> dict[str, Tensor]:
-    """What a set of the pool holds: the network's parameters and buffers, off the accelerator."""
+    """The tensors of a set of the pool: parameters and buffers of the network, on the CPU."""
     assert isinstance(model.net, nn.Module)
     return {name: value.detach().cpu() for name, value in model.net.state_dict().items()}
 
 
 def accuracy(model: Classifier, data: Batch) -> float:
-    """Share that is right."""
+    """Share of correctly classified examples."""
 
     def right(some: Batch) -> int:
         with torch.no_grad():

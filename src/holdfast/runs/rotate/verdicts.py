@@ -1,4 +1,4 @@
-"""What became of candidates: of each one, and of all that one call judged."""
+"""Verdicts on candidates: on each one, and on all that one call judged."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,44 +8,44 @@ from holdfast.core.estimate import Estimate
 from holdfast.runs.rotate.ruling import Ruling
 
 IN_A_ROW = 5
-"""Refusals after which no more candidates are judged: whatever makes them is not what is needed."""
+"""Number of refusals in a row after which no more candidates are judged, since the procedure is unsuitable."""
 _LOSES = {"clean accuracy", "robust accuracy", "churn"}
 _LOSE_LESS = (
     "draw more, or lose less by draw with --set immunise.weight=0.25, or by more epochs of the collection; more "
     "training data judge more surely"
 )
 _ELSEWHERE = "sets trained from fresh weights resemble none that leaked: holdfast rotate draw POOL --by anew --immunise"
-"""What helps where sets only lose too much, and where they are too near to what leaked, or are no sets."""
+"""Advice if sets only lose too much accuracy, and if they are too similar to stolen sets or implausible."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What became of one candidate, and why."""
+    """The verdict on one candidate."""
 
     name: str
     verdict: Literal["admitted", "refused"]
     gates: tuple[Ruling, ...]
     why: str
-    """what kept it out, or what spoke for it"""
+    """the reason of the refusal or admission"""
     by: str = ""
-    """the gate that kept it out"""
+    """the gate that refused it"""
     against: tuple[str, ...] = ()
-    """the exposed sets that it was judged against"""
+    """the stolen sets that it was judged against"""
     reported: Mapping[str, Estimate] = field(default_factory=dict)
-    """what was measured and decides nothing"""
+    """measurements that decide no gate"""
 
 
 @dataclass(frozen=True)
 class Admission:
-    """What one call did."""
+    """The verdicts of one call of `admit`."""
 
     judged: tuple[Judged, ...]
     left: tuple[str, ...]
-    """sets that were not judged any more, after so many refusals"""
+    """sets that were not judged, after too many refusals"""
 
     @property
     def admitted(self) -> tuple[str, ...]:
-        """Names of the sets that may serve now."""
+        """Names of the admitted sets."""
         return tuple(one.name for one in self.judged if one.verdict == "admitted")
 
     @property
@@ -55,7 +55,7 @@ class Admission:
 
     @property
     def kept_out(self) -> str:
-        """Why none was admitted, and what helps; empty where one was, or none was judged."""
+        """Why no set was admitted, and advice; empty if one was admitted or none was judged."""
         if self.admitted or not self.judged:
             return ""
         gates = [each.by for each in self.judged]
@@ -68,5 +68,5 @@ class Admission:
 
     @property
     def remedy(self) -> str:
-        """What helps where sets are refused by these gates."""
+        """Advice for sets that were refused by these gates."""
         return _LOSE_LESS if _LOSES.issuperset(each.by for each in self.judged) else _ELSEWHERE

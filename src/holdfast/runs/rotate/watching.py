@@ -1,7 +1,8 @@
-"""Keeping a pool turning: enough admitted sets ahead, and a swap whenever one is due.
+"""Keeps a rotation running: enough admitted sets in stock, and a swap whenever a trigger fires.
 
-What serves, and to whom, other processes say in the ledger; this one reads it, swaps and makes new sets. A set that was
-not admitted never serves because a timer rang: where nothing is admitted, what serves goes on.
+Other processes record in the ledger which set serves and how many answers it gave; this one reads the ledger, swaps,
+and makes new sets. A timer never causes a set that was not admitted to serve: without an admitted set, the serving
+set stays.
 """
 
 import time
@@ -22,33 +23,33 @@ from holdfast.runs.rotate.verdicts import IN_A_ROW, Admission
 from holdfast.runs.signals import Stopper
 from holdfast.store.pool import Pool
 
-_LOOKS_S, _PAUSE_S = 1.0, 60.0  # between two looks at the ledger, and after one at which no set could be had
+_LOOKS_S, _PAUSE_S = 1.0, 60.0  # between two looks at the ledger, and after one without a usable set
 
 
 @dataclass(frozen=True)
 class Turning:
-    """How a pool is kept turning."""
+    """Settings of a running rotation."""
 
     triggers: tuple[Trigger, ...]
-    """when the set that serves gives way; an exposure always does"""
+    """when the serving set is replaced; a theft always replaces it"""
     keep: int = 8
-    """admitted sets ahead"""
+    """number of admitted sets in stock"""
     immunise: Immunise | None = None
     by: By | None = None
-    """how sets are made; None takes the generator until it draws nothing that is admitted"""
+    """how sets are made; None uses the generator until its sets are not admitted any more"""
     claims: Sequence[str] = ()
-    """what sets must hold beside the usual gates"""
+    """gates in addition to the default ones"""
     accepted: Mapping[str, str] = field(default_factory=dict)
-    """doubts that a person answers for"""
+    """accepted doubts with reasons"""
     judged: int = FIRST
-    """held-out examples that a set is judged on at first"""
+    """first number of held-out examples for judging a set"""
     again: str = ""
-    """how to go on with what is stopped"""
+    """command that resumes a stopped call"""
 
 
 @dataclass
 class Turner:
-    """One process that keeps a pool turning."""
+    """A process that keeps a rotation running."""
 
     pool: Pool
     terms: Terms
@@ -59,11 +60,12 @@ class Turner:
     _by: By | None = None
 
     def fill(self) -> None:
-        """Draw and admit until enough sets wait, judged against everything exposed; else `Inconclusive`.
+        """Draw and admit until enough sets wait that were judged against all stolen sets, else raise `Inconclusive`.
 
-        Where the generator's are refused, sets are trained from fresh weights; after five refusals of those in a row it
-        ends. That may take long, so what calls for a swap is looked for between its steps, which are one drawing of
-        all that is missing, and one admission. What a swap takes meanwhile is made by the next call.
+        If the sets of the generator are refused, sets are trained from fresh random weights; five refusals of those
+        in a row end the call. This may take long, so triggers are evaluated between the steps, each of which is a
+        draw of all missing sets or one admission. A set that a swap uses in the meantime is replaced in the next
+        call.
         """
         begin, before, refused = time.perf_counter(), self._admitted, 0
         self._turn()
@@ -89,16 +91,16 @@ class Turner:
             self._refuse_faster((time.perf_counter() - begin) / made)
 
     def _refused(self, found: Admission) -> None:
-        """Make sets another way where all that the generator drew was refused, unless it alone was asked for."""
+        """Train sets from fresh weights from now on if all sets of the generator were refused, unless `by` is set."""
         if self.how.by is None and any(self.pool.ledger.member(one.name).bases for one in found.judged):
             self._go_anew("what the generator draws is not admitted")
 
     def _last_resort(self, name: str) -> bool:
-        """Whether a candidate was made as it was asked for, or from fresh weights: no other way to make one is left."""
+        """Whether no other way is left to make sets: `by` is set, or the candidate was trained from fresh weights."""
         return self.how.by is not None or not self.pool.ledger.member(name).bases
 
     def _ended(self, found: Admission, refused: int) -> str:
-        """Why no more sets are made, and what serves."""
+        """The message on why no more sets are made, and which set serves."""
         now = self.pool.serving
         serves = "nothing serves" if now is None else f"{now.name} goes on serving as epoch {now.epoch}"
         made = "of the generator" if self.how.by == "generator" else "trained from fresh weights"
@@ -109,14 +111,14 @@ class Turner:
 
     @property
     def _admitted(self) -> int:
-        """Sets that wait, and those that served."""
+        """Number of sets that were admitted: those that wait and those that served."""
         return len(self.pool.ahead) + len(self.pool.ledger.terms)
 
     def _turn(self) -> None:
-        """Swap if something serves, that is due, and another set waits.
+        """Swap if a set serves, a trigger fires, and another set waits.
 
-        Where what serves is exposed, any admitted set is better, so one that was not judged against that serves, too,
-        until another is judged; for any other reason only a judged one does.
+        A stolen serving set is replaced by any admitted set, even by one that was not judged against it, until a
+        judged one is available. For other reasons only judged sets are used.
         """
         now = self.pool.serving
         if now is None:
@@ -127,7 +129,7 @@ class Turner:
             self._swap(now.epoch, "; ".join(why), unjudged=stolen)
 
     def _draw(self, missing: int) -> None:
-        """New candidates: trained anew where the generator draws none that works, unless it was asked for."""
+        """Make candidates; train them from fresh weights if no generated set is usable, unless `by` is set."""
         if self.how.by is None and self._by is None and self._refused_of_generator():
             self._go_anew(f"the last {IN_A_ROW} that the generator drew were refused")
         by = self.how.by or self._by
@@ -145,7 +147,7 @@ class Turner:
             draw(self.pool, self.terms, missing, by="anew", **given)
 
     def _refused_of_generator(self) -> bool:
-        """Whether the last that it drew, as many as end a filling, were judged and refused, by this call or another."""
+        """Whether the last five generated sets were judged and refused."""
         drawn = [member for member in self.pool.ledger.members if member.bases]
         return len(drawn) >= IN_A_ROW and all(member.state == "refused" for member in drawn[-IN_A_ROW:])
 
@@ -154,7 +156,7 @@ class Turner:
         self.notify(f"note: {why}; sets are trained anew from here on")
 
     def _refuse_faster(self, made_in_s: float) -> None:
-        """`UsageError` for a schedule that empties the pool, before anything serves; later it is told."""
+        """Raise `UsageError` if the triggers would empty the pool and nothing has served yet; later only warn."""
         try:
             refuse_faster(self.how.triggers, made_in_s)
         except UsageError as error:
@@ -163,9 +165,9 @@ class Turner:
             self.notify(f"note: {error}")
 
     def begin(self) -> None:
-        """Make sure that something serves, and that as many sets wait as are wanted.
+        """Make sure that a set serves and that enough sets wait.
 
-        `Inconclusive` where too few sets are admitted; one that was admitted serves nevertheless.
+        Raises `Inconclusive` if too few sets are admitted; if one was admitted, it serves nevertheless.
         """
         try:
             self.fill()
@@ -178,9 +180,9 @@ class Turner:
             self.fill()
 
     def look(self) -> bool:
-        """Swap if that is due, and make up for it; whether all that was due was done.
+        """Swap if a trigger fires, and replace the used set. Returns whether everything was done.
 
-        `Inconclusive` where no set is admitted and none waits, so that there is nothing to swap in.
+        Raises `Inconclusive` if no set is admitted and none waits, so that no swap is possible.
         """
         if self.pool.serving is None:
             self.notify(
@@ -200,13 +202,13 @@ class Turner:
         return True
 
     def turn(self, *, looks: int | None = None, sleep: Callable[[float], None] = time.sleep) -> None:
-        """Look again and again, for good unless told how often."""
+        """Call `look` repeatedly, without an end or `looks` times."""
         while looks is None or looks > 0:
             sleep(_LOOKS_S if self.look() else _PAUSE_S)
             looks = None if looks is None else looks - 1
 
     def reading(self) -> Reading:
-        """What the ledger says of the set that serves."""
+        """The state of the serving set from the ledger."""
         term = self.pool.ledger.terms[-1]
         mark = self.pool.ledger.member(term.name).exposed
         since = datetime.fromisoformat(term.since)

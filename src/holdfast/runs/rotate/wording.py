@@ -1,17 +1,17 @@
-"""What the table of attackers says in words: who is stopped, who is slowed, whom rotation leaves as he was.
+"""The words of the table of attackers: which attackers a rotation stops, slows, or does not affect.
 
-A thief is compared with what his own attacks do to the set that serves when he holds it, for a suite counts whatever
-any of its attacks turns, and a thief the best one of his.
+An attacker is compared with the success of its own attacks when it has the serving set, since a suite counts
+examples that any of its attacks breaks, and an attacker only those of its best attack.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 AS_A0, LITTLE, HALF, NOTHING = 1.2, 0.05, 0.5, 0.8
-"""Slowed is who surely gets at most half of the white box; stopped who of these surely gets at most 1.2 times what A0
-does, or whoever surely gets at most 5 %. From 0.8 of the white box on rotation protects from no theft. Who stole
-nothing and who holds what serves are none the worse for swapping. Where an interval leaves open whether it is half, it
-is unclear."""
+"""Limits of the words. Slowed: with confidence, the success is at most `HALF` of that of the white-box attack.
+Stopped: slowed, and with confidence at most `AS_A0` times the success of A0; or with confidence at most `LITTLE`.
+Unclear: the interval contains half of the white-box success. A0 and A5 are not affected by swaps. If A1 achieves
+`NOTHING` of the white-box success or more, rotation does not protect from thefts."""
 WORDS = {
     "stopped": "stopped",
     "slowed": "slowed",
@@ -22,7 +22,10 @@ Json = dict[str, Any]
 
 
 def judged(rows: Sequence[Mapping[str, Any]], itself: Mapping[str, Any] | None = None) -> list[Json]:
-    """The rows, each with its word; `itself` is what a thief's attacks do to the set that serves, else A5 stands in."""
+    """The rows with their words.
+
+    `itself` is the success of an attacker's attacks with the serving set; if it is None, that of A5 is used.
+    """
     shares = {row["who"]: row["share"] for row in rows}
     white, none = (itself or shares["A5"])["value"], shares["A0"]["value"]
     return [{**row, "word": _word(row["who"], row["share"], white, none)} for row in rows]
@@ -42,7 +45,7 @@ def _word(who: str, share: Mapping[str, Any] | None, white: float, none: float) 
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], itself: Mapping[str, Any] | None = None) -> str:
-    """One or two sentences."""
+    """The verdict in one or two sentences."""
     by = {row["who"]: row for row in rows}
     one, white = by["A1"]["share"], itself or by["A5"]["share"]
     words = {word: [row["who"] for row in rows if row["word"] == word] for word in WORDS}
