@@ -189,8 +189,8 @@ class Climb:
     ) -> tuple[Inputs, PerExample]:
         """Return, for each path, the point of lowest margin if it is broken, else that of highest loss; and the margin.
 
-        `aim` is the class that the loss targets; any misclassification counts as success. An example leaves the path
-        once it is broken.
+        `aim` is the class that the loss targets; any misclassification counts as success. Broken examples
+        are dropped.
         """
         best, left = Best(batch), batch
         now = top = self._look(model, left, aim, start)

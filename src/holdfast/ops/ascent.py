@@ -60,10 +60,10 @@ def ascend(
     """Maximise `loss` from `start`; return the point of lowest margin on each path and that margin.
 
     The margin of each point comes from the forward pass of its gradient, that of the last point from an additional
-    forward pass. With `drop`, broken examples are dropped. `keep="last"` returns the end of the path,
-    drops no example and makes no additional forward pass (the margin is then that of the last point but one); it serves
-    training and transfer examples. `aim` is the class that the loss targets; any misclassification counts as success.
-    Cost: `steps` forwards and backwards, and one forward with `keep="best"`.
+    forward pass. With `drop`, broken examples are dropped from the path. `keep="last"` returns the end of the path,
+    drops no example and makes no additional forward pass (the margin is then that of the last point but one); it is
+    used for training and for transfer. `aim` is the class that the loss targets; any misclassification counts as
+    success. Cost: `steps` forwards and backwards, and one forward with `keep="best"`.
     """
     best, left, x = Best(batch), batch, start.detach()
     direction = torch.zeros_like(x) if momentum else None

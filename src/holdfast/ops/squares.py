@@ -292,8 +292,8 @@ def search(
     """Random search: try one window a query from the points of `proposals`, and keep each that lowers the margin.
 
     `shares` are the shares of the pixels that the windows cover, one for each query; the last is not used, since the
-    first query evaluates the start. The final point of each example is offered to `best`; a broken example leaves the
-    search. Cost: a forward for each share.
+    first query evaluates the start. The final point of each example is offered to `best`; broken examples are
+    dropped. Cost: a forward for each share.
     """
     height = margin(model(proposals.x.clone(), left.ids), left)  # a copy, because `keep` changes `x` in place
     for step in range(len(shares)):
