@@ -74,7 +74,7 @@ class FreeTraining:
         return x_adv
 
     def _moved(self, learner: Learner, x_adv: Inputs, cut: Inputs, grad: Inputs) -> None:
-        """Update the perturbation along the gradient, inside its ball, except features that would move out of the box."""
+        """Update the perturbation along the gradient, inside its ball, except features that would leave the box."""
         constraint, delta = learner.threat.constraint, learner.state[_DELTA]
         climb = constraint.steepest(grad.masked_fill(grad * cut > 0, 0), x_adv, learner.net.bounds)
         moved = torch.add(delta, climb, alpha=self.step * constraint.eps)
