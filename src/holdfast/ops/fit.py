@@ -68,8 +68,7 @@ class Training:
     epochs: Steps = 30
     """passes over the training data; a time budget replaces them"""
     patience: Count = 0
-    """of a run of `harden`: epochs without a better robust accuracy on held-out examples after which it stops; 0 for
-    none"""
+    """epochs without a better robust accuracy on held-out examples after which a run of `harden` stops; 0 for never"""
     batch: Steps = 128
     """number of examples of one update"""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -77,7 +76,7 @@ class Training:
     lr: Positive = 3e-3
     """largest learning rate"""
     schedule: Rate = "cycle"
-    """of the learning rate: a cycle up and down, a cosine down, times 0.1 at half and at three quarters, or flat"""
+    """learning rate schedule: a cycle up and down, a cosine down, times 0.1 at half and at three quarters, or flat"""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     """momentum of sgd"""
     weight_decay: NonNegative | None = None
@@ -86,9 +85,9 @@ class Training:
     """which weights the new model has: a running average (EMA), the mean of those at the ends of the last epochs (SWA;
     use a learning rate that does not fall to zero, such as `flat`), or the last ones"""
     average: Annotated[float, Ge(0), Lt(1)] = 0.999
-    """of ema: share of the average that an update keeps"""
+    """with ema: share of the average that an update keeps"""
     tail: Fraction = 0.25
-    """of swa: share of the epochs, the last ones, over whose ends the weights are averaged"""
+    """with swa: share of the epochs, the last ones, over whose ends the weights are averaged"""
     warmup: Fraction = 0.25
     """share of the training over which eps grows linearly: a network that is attacked with the full eps from the start
     may lose its accuracy"""

@@ -27,7 +27,7 @@ def input_gradient(value: PerExample, x: Inputs, *, again: bool = False, raw: bo
 
 
 def levelled(grad: Inputs) -> Inputs:
-    """Each example's gradient divided by its mean absolute value; Dong et al. 2018 divide by the sum."""
+    """Each example's gradient divided by its mean absolute value; Dong et al. 2018 divide by the L1 norm."""
     return grad / spread(grad.flatten(1).abs().mean(1).clamp_min(1e-12), grad)
 
 

@@ -3,7 +3,7 @@
 Moosavi-Dezfooli et al., "Robustness via Curvature Regularization, and Vice Versa", CVPR 2019, arXiv:1811.09716. Differs
 from the paper: the finite difference is a step of `reach` times eps up the loss in the norm of the threat (under Linf
 the paper's direction, the sign of the gradient) instead of one of a fixed length; eps grows at first, the weights are
-averaged, and the learning rate goes in one cycle.
+averaged, and the learning rate follows one cycle.
 """
 
 from collections.abc import Callable, Iterator

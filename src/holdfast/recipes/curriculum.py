@@ -1,10 +1,10 @@
-"""Curriculum adversarial training, in its friendly form: attacks stop a number of steps after success, which grows.
+"""Curriculum adversarial training, in its friendly form: attacks stop soon after their success, later and later.
 
 Zhang et al., "Attacks Which Do Not Kill Training Make Adversarial Learning Stronger", ICML 2020, arXiv:2002.11242
 (friendly adversarial training, FAT): among the adversarial examples, train on those with the smallest loss. Training
 that begins with weak attacks is from Cai et al., "Curriculum Adversarial Training", IJCAI 2018, arXiv:1805.04807, who
 raise the number of steps. Differs from the papers: the number of steps after a success grows linearly over the training
-instead of at chosen epochs; eps grows at first, the weights are averaged, and the learning rate goes in one cycle.
+instead of at chosen epochs; eps grows at first, the weights are averaged, and the learning rate follows one cycle.
 """
 
 from collections.abc import Iterator

@@ -3,7 +3,7 @@
 Tramèr et al., "Ensemble Adversarial Training: Attacks and Defenses", ICLR 2018, arXiv:1705.07204. Adversarial examples
 of other networks stay effective when this one learns to mask its own gradient. Differs from the paper: several steps
 instead of one, half the weight on clean inputs instead of equal weight, eps grows at first, the weights are averaged,
-and the learning rate goes in one cycle. It is a defence against transfer.
+and the learning rate follows one cycle. It is a defence against transfer.
 """
 
 from collections.abc import Iterator

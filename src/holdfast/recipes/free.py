@@ -3,7 +3,7 @@
 Shafahi et al., "Adversarial Training for Free!", NeurIPS 2019, arXiv:1904.12843: each batch is replayed a few times,
 and the perturbation continues from replay to replay and from batch to batch, so that an update costs one forward and
 one backward, as in ordinary training. Differs from the paper: any norm, eps grows at first, the weights are averaged,
-the learning rate goes in one cycle, a pass over the data counts as one epoch for any number of replays, and a feature
+the learning rate follows one cycle, a pass over the data counts as one epoch for any number of replays, and a feature
 that was clipped to the box keeps a gradient that leads back into it, which the paper's code drops.
 """
 
@@ -74,7 +74,7 @@ class FreeTraining:
         return x_adv
 
     def _moved(self, learner: Learner, x_adv: Inputs, cut: Inputs, grad: Inputs) -> None:
-        """Update the perturbation along the gradient, inside its ball, except features that would leave the box."""
+        """Update the perturbation along the gradient inside its ball; features with a `cut` move only into the box."""
         constraint, delta = learner.threat.constraint, learner.state[_DELTA]
         climb = constraint.steepest(grad.masked_fill(grad * cut > 0, 0), x_adv, learner.net.bounds)
         moved = torch.add(delta, climb, alpha=self.step * constraint.eps)

@@ -3,7 +3,7 @@
 Rade & Moosavi-Dezfooli, "Reducing Excessive Margin to Achieve a Better Accuracy vs. Robustness Trade-off", ICLR 2022
 (helper-based adversarial training). Differs from the paper: the model that is to be hardened is the helper, the inner
 attack starts from a random point of the ball instead of from small Gaussian noise, eps grows at first, the weights are
-averaged, and the learning rate goes in one cycle.
+averaged, and the learning rate follows one cycle.
 """
 
 from collections.abc import Iterator

@@ -4,7 +4,7 @@ Cui et al., "Decoupled Kullback-Leibler Divergence Loss", NeurIPS 2024, arXiv:23
 gradients of a weighted squared error of the gaps between logits and of a cross-entropy with soft labels. Differs from
 the paper: the mean predictions that weight the gaps are running means instead of those of the epoch before, the inner
 attack starts from a random point of the ball instead of from small Gaussian noise, eps grows at first, the weights are
-averaged, and the learning rate goes in one cycle.
+averaged, and the learning rate follows one cycle.
 """
 
 from collections.abc import Callable, Iterator

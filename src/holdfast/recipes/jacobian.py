@@ -1,7 +1,7 @@
 """Jacobian regularisation: a penalty on the derivatives of the logits with respect to the input.
 
 Hoffman, Roberts & Yaida, "Robust Learning with Jacobian Regularization", arXiv:1908.02729, 2019. Differs from the
-paper: the weights are averaged, and the learning rate goes in one cycle. It uses neither eps nor the norm of the
+paper: the weights are averaged, and the learning rate follows one cycle. It uses neither eps nor the norm of the
 threat, and its gain in robustness is modest.
 """
 

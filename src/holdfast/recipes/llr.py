@@ -2,7 +2,7 @@
 
 Qin et al., "Adversarial Robustness through Local Linearization", NeurIPS 2019, arXiv:1907.02610. Differs from the
 paper: the search uses the threat's steepest steps instead of Adam's, eps grows at first, the weights are averaged,
-and the learning rate goes in one cycle.
+and the learning rate follows one cycle.
 """
 
 from collections.abc import Iterator

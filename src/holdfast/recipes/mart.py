@@ -2,7 +2,7 @@
 
 Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR 2020. Differs from the
 paper: the inner attack starts from a random point of the ball instead of from small Gaussian noise, eps grows at first,
-the weights are averaged, and the learning rate goes in one cycle. PGD overestimates its robust accuracy: under
+the weights are averaged, and the learning rate follows one cycle. PGD overestimates its robust accuracy: under
 AutoAttack it is below plain adversarial training in published tables.
 """
 

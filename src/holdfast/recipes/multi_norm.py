@@ -4,7 +4,7 @@ Tramèr & Boneh, "Adversarial Training and Robustness for Multiple Perturbations
 and `average`). Maini et al., "Adversarial Robustness Against the Union of Multiple Perturbation Models", ICML 2020,
 arXiv:1909.04068 (`msd`, multi steepest descent): each step is tried under every norm, and the one with the largest loss
 is taken. Differs from the papers: every attack of `max` and `average` has the same number of steps, eps grows at first,
-the weights are averaged, and the learning rate goes in one cycle.
+the weights are averaged, and the learning rate follows one cycle.
 """
 
 from collections.abc import Iterator

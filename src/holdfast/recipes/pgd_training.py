@@ -2,7 +2,7 @@
 
 Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, arXiv:1706.06083: robust
 optimisation, the minimum over weights of the mean over examples of the maximum over the ball. Differs from the paper:
-eps grows at first, the weights are averaged, and the learning rate goes in one cycle.
+eps grows at first, the weights are averaged, and the learning rate follows one cycle.
 """
 
 from collections.abc import Iterator

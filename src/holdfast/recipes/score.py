@@ -1,7 +1,7 @@
 """SCORE: TRADES with a squared distance of predictions instead of a divergence.
 
 Pang et al., "Robustness and Accuracy Could Be Reconcilable by (Proper) Definition", ICML 2022, arXiv:2202.10103.
-Differs from the paper: eps grows at first, the weights are averaged, and the learning rate goes in one cycle.
+Differs from the paper: eps grows at first, the weights are averaged, and the learning rate follows one cycle.
 """
 
 from collections.abc import Iterator

@@ -5,7 +5,7 @@ Wong et al., "Fast is Better than Free: Revisiting Adversarial Training", ICLR 2
 random point of the ball, a step of 1.25 eps. De Jorge et al., "Make Some Noise: Reliable and Efficient Single-Step
 Adversarial Training", NeurIPS 2022, arXiv:2202.01181 (N-FGSM): from noise of twice eps, without a projection onto the
 ball at the end. Differs from the papers: any norm, eps grows at first, the weights are averaged, and the learning rate
-goes in one cycle.
+follows one cycle.
 """
 
 from collections.abc import Iterator

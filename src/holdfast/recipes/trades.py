@@ -2,7 +2,7 @@
 
 Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", ICML 2019, arXiv:1901.08573. Differs
 from the paper: the inner attack starts from a random point of the ball instead of from small Gaussian noise, eps grows
-at first, the weights are averaged, and the learning rate goes in one cycle.
+at first, the weights are averaged, and the learning rate follows one cycle.
 """
 
 from collections.abc import Iterator
