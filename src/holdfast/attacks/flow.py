@@ -1,7 +1,7 @@
 """Flow: small displacements of the pixels of an image.
 
 Xiao et al., "Spatially Transformed Adversarial Examples", ICLR 2018, arXiv:1801.02612 (stAdv). Differs from the paper:
-displacements are limited by the threat model, and in the paper by the weight of the flow's total variation; the first
+displacements are limited by the threat model, not only by the weight of the flow's total variation; the first
 start has the largest displacements, in the directions of the image's one-sided slopes at each pixel; in place of
 L-BFGS, all pixels take steps of one length, with momentum and step sizes along a cosine; and an example is dropped at
 its first success.
