@@ -32,7 +32,7 @@ def brightness(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def saturate(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Multiply the saturation by `c[0]` and add `c[1]`; pixels without a hue count as red; grey images do not change."""
+    """Multiply the saturation by `c[0]` and add `c[1]`; pixels without hue count as red; grey images do not change."""
     if x.shape[1] == 1:
         return x
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
