@@ -1,4 +1,4 @@
-"""The catalogue of attacks: `__all__` is what a suite, a config file and the command line may name."""
+"""The catalogue of attacks: `__all__` are the names that suites, configuration files and the command line accept."""
 
 from holdfast.attacks.adversarial_patch import AdversarialPatch
 from holdfast.attacks.alma import ALMA

@@ -1,8 +1,9 @@
-"""AdversarialPatch: one patch for all images, learned on examples that are not judged.
+"""AdversarialPatch: one patch for all images, fitted on examples that are not used for the evaluation.
 
 Brown et al., "Adversarial Patch", NeurIPS 2017 workshop, arXiv:1712.09665. Differs from the paper: the patch is a
-rectangle that lies where the threat says, it climbs by the gradient's sign in steps that fall along a cosine, and it is
-turned, scaled and lit by what the model is seen through (`transform`), if anything, instead of by draws of its own.
+rectangle at the positions of the threat model; gradient ascent uses the sign of the gradient with step sizes along a
+cosine; and the patch is rotated, scaled and lit by the transformations of the model (`transform`), if any, and not by
+random ones of its own.
 """
 
 from dataclasses import dataclass
@@ -24,26 +25,26 @@ from holdfast.ops.patches import expect_patch, pasted
 
 @dataclass(frozen=True)
 class AdversarialPatch:
-    """Learn one filling of the patch that breaks the model on as many images as it can, and paste it into each."""
+    """Fit one patch that breaks the model on as many images as possible, and paste it into each image."""
 
     examples: Steps = 2000
-    """examples of the fit split that it is learned on, at most; half of them choose among the fits"""
+    """largest number of examples of the fit split; half of them are used to choose among the fits"""
     fits: Steps = 3
-    """times that it is learned from other draws; the one that breaks most of the choosing examples, each at a random
-    place, is taken"""
+    """number of fits with different random numbers; the one that breaks most of the choosing examples, each at a random
+    position, is used"""
     places: Steps = 1000
-    """of each image at which it is tried, at most: the worst of them counts"""
+    """largest number of positions that are tried in each image; the worst of them counts"""
     steps: Steps = 300
-    """gradient steps, each on some of them at random places of those that the threat allows"""
+    """gradient steps of a fit, each on some examples at random allowed positions"""
     batch: Steps = 100
-    """examples of one step"""
+    """number of examples of one step"""
     step_size: Positive = 0.05
-    """mean length of a step, as a share of the box's width"""
+    """mean step size, as a share of the box's width"""
 
     needs: ClassVar[Access] = "gradients"
 
     def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """The filling of the patch, as a batch of one."""
+        """The values of the patch, as a batch of one."""
         patch = expect_patch(threat.constraint, self)
         low, high = (
             side.expand(batch.x[:1].shape).mean((2, 3), keepdim=True) for side in model.bounds.like(batch.x)
@@ -60,11 +61,11 @@ class AdversarialPatch:
         return filling.detach()
 
     def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """What fit `k` learns, by draws of its own."""
+        """The result of fit `k`, with its own random numbers."""
         return self.fit(model, batch, threat, rng=rng.at("fit", k))
 
     def fitted(self, learned: Tensor) -> Pasted:
-        """The attack that pastes it into each image at the worst place."""
+        """The attack that pastes the patch into each image at the worst position."""
         return Pasted(learned, self.places)
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:

@@ -1,8 +1,8 @@
 """ALMA: augmented Lagrangian method for adversarial attacks.
 
 Rony et al., "Augmented Lagrangian Adversarial Attacks", ICCV 2021, arXiv:2011.11857; penalty P2, and RMSProp with
-momentum. Differs from the paper: distances and the first step are in units of the first-order distance to the boundary,
-and it ends with a bisection to the boundary or, with `refine` (our own), with steps inside the ball.
+momentum. Differs from the paper: distances and the first step are in units of the first-order distance to the boundary;
+it ends with a bisection to the boundary or, with `refine` (our own), with steps inside the ball.
 """
 
 from dataclasses import dataclass
@@ -24,24 +24,24 @@ from holdfast.ops.losses import dlr, margin_loss
 from holdfast.ops.norms import expect_norm, farthest, gap, length
 
 _TINY, _TINIEST = 1e-12, 1e-15
-_TOLERANCE = 1e-4  # how far beyond the boundary the constraint lies, in units of DLR
+_TOLERANCE = 1e-4  # distance of the constraint beyond the boundary, in units of DLR
 _IMPROVED, _TIGHTER, _CHECKED = 0.95, 1.2, 10  # the paper's tau, gamma and M
 
 
 @dataclass(frozen=True)
 class ALMA:
-    """Minimise the distance under the constraint of being broken, with a penalty whose multiplier is learned."""
+    """Minimise the distance under the constraint of misclassification, with an augmented Lagrangian penalty."""
 
     steps: Steps = 100
     """gradient steps"""
     reach: Positive = 2.0
     """length of the first step in first-order distances"""
     fall: Fraction = 0.01
-    """share of the step size that is left in the end; it falls from the first success on"""
+    """share of the step size at the last step; it falls from the first success on"""
     memory: Fraction = 0.5
-    """weight of the past in the running means of multiplier, squared gradient and momentum; 0.9 for 1,000 steps"""
+    """weight of earlier values in the running means of multiplier, squared gradient, momentum; 0.9 for 1,000 steps"""
     refine: Count = 0
-    """gradient steps inside a finite ball, from the projections of what ends beyond it; the rest stays where it is"""
+    """gradient steps inside a finite ball from the projections of points outside of it; other points do not change"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -70,14 +70,14 @@ class ALMA:
 
 
 class _Penalty:
-    """The paper's P2: multiplier mu and strength rho of each example, as its constraint's height teaches them."""
+    """The paper's penalty P2, with a multiplier mu and a strength rho for each example that follow its constraint."""
 
     def __init__(self, like: PerExample, memory: float) -> None:
         self._memory = memory
         self._mu, self._rho, self._last = torch.ones_like(like), torch.ones_like(like), like
 
     def slope(self, step: int, height: PerExample, found: Mask) -> PerExample:
-        """What the penalty's value changes by with the height, after this step's lesson."""
+        """Update the multiplier and return the derivative of the penalty with respect to the constraint's value."""
         if step:
             self._mu = torch.lerp(self._derivative(height), self._mu, self._memory).clamp(1e-6, 1e12)
         if step % _CHECKED == 0:
@@ -101,7 +101,7 @@ class _Descent:
         self._fresh = True
 
     def direction(self, down: Inputs) -> Inputs:
-        """What to step against, after one more gradient; the first square is the mean over all values."""
+        """Update with a gradient and return the ascent direction; the first mean square is the mean over all values."""
         if self._fresh:
             self._square = spread(down.flatten(1).square().mean(1), down).expand_as(down)
             self._fresh = False
@@ -111,7 +111,7 @@ class _Descent:
 
 
 def _height(logits: Logits, batch: Batch) -> PerExample:
-    """How far the constraint is from holding."""
+    """Value of the constraint: positive while it is violated."""
     return (_TOLERANCE - dlr(logits, batch)).nan_to_num(-1.0, 1.0, -1.0)
 
 

@@ -3,8 +3,8 @@
 Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks",
 ICML 2020, arXiv:2003.01690; for L1: Croce & Hein, "Mind the box: l1-APGD for sparse adversarial attacks", ICML 2021,
 arXiv:2103.01208.
-Differs from the papers: an example leaves once it is broken, targets are ranked once by the clean logits, and the first
-checkpoint counts the step from the start as a rise only if it was one.
+Differs from the papers: an example is dropped once it is broken, targets are ranked once by the clean logits, and the
+first checkpoint counts the first step as a rise only if it raised the loss.
 """
 
 from dataclasses import dataclass, replace
@@ -22,30 +22,30 @@ from holdfast.ops.losses import Loss, aims, cross_entropy
 from holdfast.ops.norms import expect_eps
 from holdfast.ops.starts import surface
 
-# before the stage at eps itself: radius in multiples of eps, share of the steps
+# stages before the one at eps: radius in multiples of eps, share of the steps
 _STAGES = ((3.0, 0.3), (2.0, 0.3))
 
 
 @dataclass(frozen=True)
 class APGD:
-    """Climb the loss with momentum, halve the step where it stops rising, and go on from the highest point."""
+    """Gradient ascent with momentum that halves the step size when progress stops and restarts from the best point."""
 
     loss: Loss = cross_entropy
-    """what is climbed: `cross_entropy`, `dlr`, `margin_loss`, `probability_margin`"""
+    """loss that is maximised: `cross_entropy`, `dlr`, `margin_loss`, `probability_margin`"""
     steps: Steps = 100
     """gradient steps of one restart"""
     restarts: Restarts = 1
-    """random starts, for each target; each works only on the examples still standing"""
+    """random starts for each target; each is run on the examples that survive the ones before"""
     targets: Count = 0
-    """wrong classes to aim for in turn, the likeliest first; 0 aims away from the label"""
+    """number of wrong classes to aim for in turn, likeliest first; 0 aims away from the label"""
     rho: Fraction = 0.75
-    """share of the steps that must raise the loss, else the step size is halved"""
+    """share of the steps that must raise the loss; below it, the step size is halved"""
     shrink: bool = False
-    """start in balls of 3 and 2 eps (0.3 of the steps each) before the ball itself, as the L1 paper does"""
+    """start in balls of 3 and 2 eps (0.3 of the steps each) before the ball itself, as in the L1 paper"""
     draws: Steps = 1
-    """forwards that a gradient is averaged over, for a model that draws at random"""
+    """forwards over which a gradient is averaged, for a randomised model"""
     sure: Fraction = 0.5
-    """an example leaves once more than this share of them is wrong"""
+    """an example counts as broken if more than this share of them is misclassified"""
 
     needs: ClassVar[Access] = "gradients"
 

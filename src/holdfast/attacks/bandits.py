@@ -1,9 +1,9 @@
-"""Bandits: a running guess of the gradient, bettered by two queries a step, from scores alone.
+"""Bandits: a running estimate of the gradient, improved with two queries a step, from scores alone.
 
 Ilyas, Engstrom & Madry, "Prior convictions: black-box adversarial attacks with bandits and priors", ICLR 2019,
-arXiv:1807.07978. The guess carries over from step to step (time prior) and is the same within a tile (data prior).
-Differs from the paper: watches the margin instead of the cross-entropy, differences are measured in their own running
-mean, so that no rate depends on the logits' scale, and every tenth point is judged, at a query of its own.
+arXiv:1807.07978. The estimate is kept from step to step (time prior) and is constant within a tile (data prior).
+Differs from the paper: it uses the margin instead of the cross-entropy; differences are divided by their running mean,
+so that no rate depends on the logits' scale; and every tenth point is evaluated with an additional query.
 """
 
 from dataclasses import dataclass
@@ -23,25 +23,25 @@ from holdfast.ops.estimates import gaussian, look
 from holdfast.ops.norms import expect_eps, expect_norm, length
 from holdfast.ops.squares import as_image
 
-_JUDGED = 10  # steps from one look at the point itself to the next
+_JUDGED = 10  # steps between evaluations of the point itself
 
 
 @dataclass(frozen=True)
 class Bandits:
-    """Look to both sides of the guessed gradient, better the guess, and step along it."""
+    """Query points on both sides of the estimated gradient, improve the estimate, and step along it."""
 
     queries: Steps = 5000
-    """forwards for each example, at most; the threat model's budget where that is less"""
+    """largest number of forwards for each example; the threat model's budget if it is smaller"""
     step_size: Positive = 0.1
     """length of one step in multiples of eps"""
     exploration: Positive = 1.0
-    """length of the random part of what is asked; the guess is at most one in each tile, under L2 of any length"""
+    """length of the random part of a query; the estimate is at most one in each tile, under L2 unbounded"""
     rate: Positive = 0.1
-    """how much one pair of queries changes the guess"""
+    """learning rate of the estimate for a pair of queries"""
     fd_eta: Positive = 0.1
-    """Euclidean distance of the points asked from the current one, in widths of the box"""
+    """Euclidean distance of queried points from the current one, in widths of the box"""
     tile: Steps = 2
-    """side of the tiles of an image in pixels; other inputs have none"""
+    """side of the tiles of an image in pixels; other inputs have no tiles"""
 
     needs: ClassVar[Access] = "scores"
 
@@ -78,7 +78,7 @@ class Bandits:
 
 
 class _Guess:
-    """The guessed gradient of each example, one number a tile; under Linf as log odds, for they stay within one."""
+    """The gradient estimate of each example, one number for each tile; under Linf as log odds, which bounds it by 1."""
 
     def __init__(self, batch: Batch, norm: Norm, attack: Bandits) -> None:
         self._attack, self._odds, self._shape = attack, isinstance(norm, Linf), batch.x.shape[1:]
@@ -92,17 +92,17 @@ class _Guess:
 
     @property
     def gradient(self) -> Inputs:
-        """The guess, in the shape of the inputs."""
+        """The estimate, in the shape of the inputs."""
         return self._spread(self._prior)
 
     def sides(self, rng: Draws) -> tuple[Inputs, Inputs]:
-        """Two directions of length one: the guess with a random part added, and with it taken away."""
+        """Two directions of length one: the estimate plus and minus a random part."""
         self._noise = gaussian(rng, self._ids, self._tiles) / self._tiles[0].numel() ** 0.5
         random = self._attack.exploration * self._noise
         return self._unit(self._prior + random), self._unit(self._prior - random)
 
     def learn(self, fall: torch.Tensor) -> None:
-        """Turn the guess towards the side where the margin is lower by `fall`."""
+        """Move the estimate towards the side on which the margin is lower by `fall`."""
         fall = fall.nan_to_num(0.0, 0.0, 0.0)
         self._seen += 1
         self._mean = self._mean + (fall.abs() - self._mean) / min(self._seen, 10)
@@ -110,7 +110,7 @@ class _Guess:
         self._tiles = self._tiles + self._attack.rate * spread(size, self._tiles) * self._noise
 
     def take(self, rows: Rows) -> None:
-        """Go on with some of the examples."""
+        """Keep the state of some of the examples only."""
         self._ids, self._tiles, self._mean = self._ids[rows], self._tiles[rows], self._mean[rows]
 
     @property

@@ -1,7 +1,7 @@
-"""BIM: the basic iterative method, FGSM in small steps.
+"""BIM: the basic iterative method, iterated FGSM with small steps.
 
 Kurakin et al., "Adversarial Examples in the Physical World", ICLR 2017 workshop, arXiv:1607.02533. Differs from the
-paper: the step is a share of eps instead of one grey level, and each example keeps its best iterate.
+paper: the step size is a share of eps instead of one grey level, and the best iterate of each example is returned.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from holdfast.ops.norms import expect_eps
 
 @dataclass(frozen=True)
 class BIM:
-    """Climb from the clean input in steps of one size."""
+    """Gradient ascent from the clean input with a constant step size."""
 
     steps: Steps = 10
     """gradient steps"""
     reach: Positive = 1.25
-    """path length, in multiples of eps: the paper takes 1.25 eps steps of one grey level"""
+    """path length in multiples of eps; the paper takes 1.25 eps steps of one grey level"""
     loss: Loss = cross_entropy
-    """what is climbed"""
+    """loss that is maximised"""
 
     needs: ClassVar[Access] = "gradients"
 

@@ -1,9 +1,9 @@
-"""Boundary Attack: a random walk along the boundary that comes nearer to the clean input.
+"""Boundary Attack: a random walk along the decision boundary towards the clean input.
 
 Brendel, Rauber & Bethge, "Decision-Based Adversarial Attacks: Reliable Attacks Against Black-Box Machine Learning
-Models", ICLR 2018, arXiv:1712.04248. Differs from the paper: steps are half of low frequency where the inputs are
-images; their sizes change with every answer, so that half of those around and a quarter of those inwards are yes, and
-not by windows of answers; and the nearest of several starts is taken.
+Models", ICLR 2018, arXiv:1712.04248. Differs from the paper: half of each step's energy is in low frequencies for
+images; step sizes are adapted after every query, so that half of the steps on the sphere and a quarter of those inwards
+succeed, and not after windows of queries; and the nearest of several starts is used.
 """
 
 from dataclasses import dataclass
@@ -25,18 +25,18 @@ from holdfast.ops.norms import expect_norm
 
 @dataclass(frozen=True)
 class Boundary:
-    """Step at random on the sphere around the clean input, then towards it, and stay where the model is broken."""
+    """Step at random on the sphere around the clean input, then towards it, and keep the steps that stay broken."""
 
     queries: Steps = 5000
-    """forwards for each example, at most; the threat model's budget where that is less"""
+    """largest number of forwards for each example; the threat model's budget if it is smaller"""
     around: Positive = 0.1
     """length of the first step on the sphere, as a share of its radius"""
     inwards: Positive = 0.01
     """length of the first step towards the clean input, as a share of the radius"""
     adaptation: Positive = 1.2
-    """factor of a step after a yes; it shrinks so that half the steps around and a quarter inwards are one"""
+    """factor of a step size after a success; it shrinks so that half the steps around and a quarter inwards succeed"""
     frequencies: Fraction = 0.5
-    """share of an image's frequencies, lowest first, that half of each step is made of; 1 is noise alone"""
+    """share of an image's lowest frequencies that half of each step's energy is in; 1 for white noise"""
 
     needs: ClassVar[Access] = "labels"
 
@@ -61,12 +61,12 @@ class Boundary:
         return decisions.found()
 
     def _factor(self, yes: Mask, odds: int) -> PerExample:
-        """What keeps a size where one answer in `1 + odds` is yes."""
+        """Factor of a step size that keeps it constant if one step in `1 + odds` succeeds."""
         return self.adaptation ** torch.where(yes, 1.0, -1 / odds)
 
 
 def _around(some: Batch, x: Inputs, model: Model, size: PerExample, rng: Draws, share: float) -> Inputs:
-    """`x` moved by a share of its distance in a random direction, and back onto the sphere."""
+    """`x` moved in a random direction by a share of its distance, and back onto the sphere."""
     ray, beside = across(some, x, model.bounds, rng, share=share)
     radius = L2().distance(x, some.x) / (1 + size**2).sqrt()
     return model.bounds.clamp(some.x + spread(radius, x) * (ray + spread(size, x) * beside))

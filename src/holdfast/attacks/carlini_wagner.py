@@ -1,10 +1,10 @@
-"""C&W: gradient descent on size plus a constant times the margin, with a search over what a change may cost.
+"""C&W: gradient descent on the size of the change plus a constant times the margin, with a search for the constant.
 
 Carlini & Wagner, "Towards Evaluating the Robustness of Neural Networks", S&P 2017, arXiv:1608.04644. Differs from the
-paper: the box is kept by projection (their first option) instead of tanh, whose slope vanishes on black and white
-pixels; the search starts from the first-order distance to the boundary instead of one constant for all; Adam's steps
-fall along a cosine; every run goes further than the one before, which leads out of the first one's minimum; under Linf
-the search brackets the size tau beyond which changes are charged; and it ends with a bisection to the boundary.
+paper: the box is kept by projection (their first option) instead of tanh, whose slope vanishes at black and white
+pixels; the search starts from the first-order distance to the boundary instead of one constant for all; step sizes of
+Adam follow a cosine; every run has a longer path than the one before, to leave the first one's minimum; under Linf
+the search brackets the size tau above which changes are penalised; and it ends with a bisection to the boundary.
 """
 
 import math
@@ -28,21 +28,21 @@ from holdfast.ops.losses import margin_loss
 from holdfast.ops.norms import expect_norm, farthest, free, gap, length
 
 _TINIEST = 1e-30
-_DEARER = 4.0  # times the last price, while none was enough
+_DEARER = 4.0  # growth of the constant while none was large enough
 
 
 @dataclass(frozen=True)
 class CarliniWagner:
-    """Minimise the size of the change plus a multiple of the margin with Adam, and search for the price of size."""
+    """Minimise the size of the change plus a constant times the margin with Adam, and search for the constant."""
 
     searches: Steps = 9
-    """prices that are tried for each example"""
+    """number of constants that are tried for each example"""
     steps: Steps = 100
-    """gradient steps for each of them"""
+    """gradient steps for each constant"""
     reach: Positive = 1.0
     """path length of one coordinate in the first run, in units of the first-order distance to the boundary"""
     growth: Positive = 16.0
-    """how many times as far the last run goes"""
+    """path length of the last run relative to the first one"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -58,7 +58,7 @@ class CarliniWagner:
             norm, L2
         ):  # size + c * margin: at the optimum of a linear model c is twice distance / slope
             price, weight = 2 * first / length(grad).clamp_min(_TINIEST), torch.ones_like(first)
-        else:  # what exceeds tau is charged more than any coordinate of the margin's gradient repays
+        else:  # the penalty above tau exceeds any coordinate of the margin's gradient
             price, weight = 1.5 * first, 1 / grad.abs().amax(1).clamp_min(_TINIEST)
         low, high = torch.zeros_like(price), torch.full_like(price, torch.inf)
         for k in range(self.searches):
@@ -78,7 +78,7 @@ class CarliniWagner:
         lr: PerExample,
         closest: Closest,
     ) -> Mask:
-        """One run of Adam from the clean input; offers what breaks the model, and says where the price was enough."""
+        """One run of Adam from the clean input; offers broken points; returns where the constant was large enough."""
         x, solved, reach = batch.x, torch.zeros_like(price, dtype=torch.bool), spread(price, batch.x)
         push = spread(price if isinstance(norm, L2) else weight, x)
         adam = Adam(x)

@@ -1,4 +1,4 @@
-"""Corruption: one common corruption, such as fog or JPEG compression, which nobody aims at the model.
+"""Corruption: one common corruption, such as fog or JPEG compression, independent of the model.
 
 Hendrycks & Dietterich, "Benchmarking neural network robustness to common corruptions and perturbations", ICLR 2019,
 arXiv:1903.12261. Differs from the published data sets: see `holdfast.ops.corruptions`.
@@ -40,15 +40,15 @@ Name = Literal[
 
 
 COUNTED: tuple[Name, ...] = get_args(Name)[:15]
-"""Those that the mean corruption error is taken over, and that the suite runs."""
+"""Corruptions in the mean corruption error and in the suite."""
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """Corrupt each image once, at the severity that the threat model names, without a look at the model."""
+    """Corrupt each image once, at the severity of the threat model, without queries of the model."""
 
     name: Name = "gaussian_noise"
-    """the corruption, as its paper calls it; the last four are not in the suite"""
+    """name of the corruption, as in its paper; the last four are not in the suite"""
 
     needs: ClassVar[Access] = "none"
 

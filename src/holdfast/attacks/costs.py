@@ -1,4 +1,4 @@
-"""How many rows an attack asks of a model at most: by arithmetic, before anything is asked."""
+"""Upper bounds of the number of rows that an attack sends to a model, computed before the run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,29 +23,29 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Transformations
 
 _TOGETHER = (Bandits, NES, RayS, SimBA, SparseRS, SPSA, Square, ZOO)
-"""Attacks that ask about all examples that are left in each call, `queries` times at most."""
+"""Attacks that query all remaining examples in each call, at most `queries` times."""
 _APART = (Boundary, GeoDA, HopSkipJump, SignOPT, SurFree)
-"""Attacks that ask about some of the examples in each call, each of them `queries` times at most."""
+"""Attacks that query some of the examples in each call, at most `queries` times for each."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """How many rows a model is sent for some examples: in pieces of `size`, each filled up to its `batches`."""
+    """Number of rows sent to a model: batches of at most `size` examples, each filled up to an accepted batch size."""
 
     size: int
-    """examples that go through the model at once"""
+    """number of examples in one forward pass"""
     batches: Batches | None = None
-    """those that the model takes; None is any number of rows"""
+    """batch sizes that the model accepts; None for any"""
     shards: tuple[int, ...] = ()
-    """numbers of examples that are measured apart; empty where all are measured together"""
+    """numbers of examples of separate shards; empty if all are measured together"""
 
     def filled(self, rows: int) -> int:
-        """The rows of one call with so many, filled up to what the model takes."""
+        """Number of rows of one call with `rows` rows, after filling up."""
         size = 1 if self.batches is None else self.batches.size
         return -(-rows // size) * size
 
     def once(self, n: int) -> int:
-        """The most rows of one call for each of `n` examples, however they lie in the shards."""
+        """Largest number of rows of one call for each of `n` examples, for any distribution over the shards."""
         if len(self.shards) < 2 or n >= sum(self.shards):
             each = (n,) if len(self.shards) < 2 else self.shards
             return sum(self.filled(piece) for shard in each for piece in self.pieces(shard))
@@ -55,14 +55,14 @@ class Passes:
         return min(most, self.once(sum(self.shards)))
 
     def pieces(self, n: int) -> Iterator[int]:
-        """The sizes of the pieces of `n` examples."""
+        """The batch sizes of `n` examples."""
         yield from (min(self.size, n - start) for start in range(0, n, self.size))
 
 
 def most_queries(attack: Attack, threat: ThreatModel) -> int | None:
-    """The most rows that the attack asks of a model for one example; None where no setting and no budget says it.
+    """Largest number of queries of the attack for one example; None if no setting or budget limits it.
 
-    Of attacks that need gradients only a budget says it: their settings are steps.
+    For attacks that need gradients only a budget limits it, since their settings are numbers of steps.
     """
     own: int | None = None
     if attack.needs == "none":
@@ -75,9 +75,9 @@ def most_queries(attack: Attack, threat: ThreatModel) -> int | None:
 
 
 def most_rows(attack: Attack, threat: ThreatModel, n: int, passes: Passes) -> int | None:
-    """The most rows that a model is sent by the attack on `n` examples; None where that is not known.
+    """Largest number of rows that the attack on `n` examples sends to a model; None if it is unknown.
 
-    An attack that asks about some of its examples in each call may fill up every row of its own.
+    If an attack queries some of its examples in each call, every row may be filled up separately.
     """
     queries = most_queries(attack, threat)
     if queries is None:

@@ -2,8 +2,8 @@
 
 Rony et al., "Decoupling Direction and Norm for Efficient Gradient-Based L2 Adversarial Attacks and Defenses",
 CVPR 2019, arXiv:1811.09600. Differs from the paper: the first radius and the step size are in units of the first-order
-distance to the boundary instead of pixels, the radius grows three times as fast until the first success, gradients
-leave out what the box stops, nothing is rounded to 256 levels, and it ends with a bisection to the boundary.
+distance to the boundary instead of pixels, the radius grows three times as fast until the first success, gradients omit
+coordinates at the sides of the box, nothing is rounded to 256 levels, and it ends with a bisection to the boundary.
 """
 
 import math
@@ -28,14 +28,14 @@ from holdfast.ops.norms import expect_norm, farthest, free, gap
 
 @dataclass(frozen=True)
 class DDN:
-    """Follow the gradient at a radius that shrinks while the model is broken and grows while it holds."""
+    """Follow the gradient at a radius that shrinks while the example is broken and grows otherwise."""
 
     steps: Steps = 100
     """gradient steps"""
     gamma: Positive = 0.05
     """share by which the radius shrinks or grows"""
     loss: Loss = cross_entropy
-    """what is climbed; the scale of the search comes from one more gradient, of the margin at the clean input"""
+    """loss that is maximised; the scale of the search comes from one more gradient, of the margin at the clean input"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -52,7 +52,7 @@ class DDN:
             if step:
                 growth = torch.where(
                     closest.found, self.gamma, 3 * self.gamma
-                )  # nothing to refine yet: go far
+                )  # faster growth until the first success
                 radius = (radius * torch.where(broken, 1 - self.gamma, 1 + growth)).minimum(limit)
             cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
             moved = x + spread((0.01 + 0.99 * cosine) * first, x) * norm.steepest(grad, x, model.bounds)

@@ -1,10 +1,10 @@
-"""DeepFool: walk to the nearest boundary of the linearised classifier, again and again.
+"""DeepFool: repeated steps to the nearest boundary of the linearised classifier.
 
 Moosavi-Dezfooli et al., "DeepFool: A Simple and Accurate Method to Fool Deep Neural Networks", CVPR 2016,
 arXiv:1511.04599. Differs from the paper: the classes are ranked once, at the clean input; with a target, the only
-boundary is the one between the target and the class that leads; every step overshoots the whole way walked and ends
-inside the box, and in the second half of the steps features that the box holds no longer count; a step under L1 is
-shared by the features with the largest gradient; and it ends with a bisection, which takes the overshoot back.
+boundary is that between the target and the leading class; every step overshoots by a share of the whole change and ends
+inside the box, and in the second half of the steps features at the sides of the box are left out; a step under L1 is
+shared by the features with the largest gradient; and it ends with a bisection, which removes the overshoot.
 """
 
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ class DeepFool:
     """Linearise the model around the point and step just across the nearest class boundary."""
 
     steps: Steps = 50
-    """steps at most; an example stops at its first success"""
+    """largest number of steps; an example stops at its first success"""
     candidates: Steps = 9
-    """how many of the likeliest other classes are looked at"""
+    """number of likeliest other classes that are compared"""
     overshoot: Positive = 0.02
-    """share of the whole way by which a step goes beyond the linear boundary"""
+    """share of the whole change by which a step goes beyond the linear boundary"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -55,6 +55,6 @@ class DeepFool:
             if step >= self.steps // 2:
                 grads = [free(grad, x, model.bounds) for grad in grads]
             x = across(norm, model.bounds, left, x, grads, margins, self.overshoot)
-            with torch.no_grad():  # judged before the next gradients: a broken example costs none of them
+            with torch.no_grad():  # evaluated before the next gradients, which broken examples do not need
                 logits = model(x, left.ids)
         return to_boundary(model, batch, closest.x, norm)

@@ -1,9 +1,9 @@
-"""EAD: elastic-net attack, C&W with a price on the sum of the changes.
+"""EAD: elastic-net attack, C&W with an additional L1 penalty.
 
 Chen et al., "EAD: Elastic-Net Attacks to Deep Neural Networks via Adversarial Examples", AAAI 2018, arXiv:1709.04114.
-Differs from the paper: the weight of the margin starts where the first step just moves something instead of from one
-constant for all, the points of the gradient's own passes are judged, the closest in L1 is kept, an example leaves once
-it is broken inside a finite eps, and it ends with a bisection to the boundary.
+Differs from the paper: the weight of the margin starts where the first step just changes a value instead of from one
+constant for all, the points of the gradients are evaluated, the closest in L1 is kept, an example is dropped once it is
+broken inside a finite eps, and it ends with a bisection to the boundary.
 """
 
 from dataclasses import dataclass
@@ -25,21 +25,21 @@ from holdfast.ops.losses import margin_loss
 from holdfast.ops.norms import expect_norm
 
 _TINIEST = 1e-30
-_DEARER = 10.0  # times the last weight, while none was enough
+_DEARER = 10.0  # growth of the weight while none was large enough
 
 
 @dataclass(frozen=True)
 class EAD:
-    """Minimise squared size, `beta` times the sum of changes and a multiple of the margin, by FISTA."""
+    """Minimise the squared L2 size, `beta` times the L1 size and a multiple of the margin, by FISTA."""
 
     searches: Steps = 9
-    """weights of the margin that are tried for each example"""
+    """number of weights of the margin that are tried for each example"""
     steps: Steps = 100
-    """gradient steps for each of them"""
+    """gradient steps for each weight"""
     step_size: Positive = 0.01
-    """the first step; it falls to nothing along a square root"""
+    """first step size; it falls to zero along a square root"""
     beta: Positive = 0.01
-    """by how much each step shrinks every change, as a share of the box's width"""
+    """amount by which each step shrinks every change, as a share of the box's width"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -63,7 +63,7 @@ class EAD:
         return to_boundary(model, batch, closest.x, norm)
 
     def _descend(self, model: Model, batch: Batch, weight: PerExample, norm: Norm, closest: Closest) -> Mask:
-        """One run from the clean input; offers what breaks the model, and says for whom the weight was enough."""
+        """One run from the clean input; offers broken points; returns where the weight was large enough."""
         x = ahead = batch.x
         found = torch.zeros_like(weight, dtype=torch.bool)
         for step in range(self.steps):

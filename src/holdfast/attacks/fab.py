@@ -1,10 +1,9 @@
 """FAB: fast adaptive boundary attack, a minimum-norm attack; with targets, FAB-T.
 
 Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML 2020,
-arXiv:1907.02044; aiming at the likeliest classes in turn: arXiv:2003.01690.
-Differs from the paper: the points at which gradients are taken are judged too, an example leaves once it is broken
-inside a finite eps, and the closest broken point is brought to the boundary by a bisection of the ball. `patience` and
-`refine` are our own, and off unless asked for.
+arXiv:1907.02044; targeting the likeliest classes in turn: arXiv:2003.01690. Differs from the paper: the points at which
+gradients are computed are evaluated too, an example is dropped once it is broken inside a finite eps, and the closest
+broken point is moved to the boundary by a bisection. `patience` and `refine` are our own, and off by default.
 """
 
 import math
@@ -39,32 +38,32 @@ from holdfast.ops.losses import aims, margin
 from holdfast.ops.norms import expect_norm, farthest
 from holdfast.ops.starts import unit_noise
 
-_NEAR = 1.35  # multiple of eps: of what came no nearer, few come inside (docs/decisions/0007)
-_NEAR_ETA, _NEAR_BETA = 1.3, 0.8  # the most of each from there
+_NEAR = 1.35  # multiple of eps within which points are refined (docs/decisions/0007)
+_NEAR_ETA, _NEAR_BETA = 1.3, 0.8  # upper limits of eta and beta in these runs
 
 
 @dataclass(frozen=True)
 class FAB:
-    """Step onto the plane that the boundary looks like from here, drawn towards the clean input."""
+    """Step onto the linearised boundary, with a bias towards the clean input."""
 
     steps: Steps = 100
-    """steps of one run: a forward, and a forward with a gradient, each"""
+    """steps of one run: each costs a forward, and a forward with a gradient"""
     restarts: Restarts = 1
     """runs for each target: the first from the clean input, the others from random points around it"""
     targets: Count = 9
-    """wrong classes to aim for in turn, the likeliest first; 0 takes the closest of all planes, a gradient a class"""
+    """number of wrong classes to aim for in turn, likeliest first; 0 for the closest boundary (one gradient a class)"""
     alpha_max: Fraction = 0.1
-    """the most that a step is drawn towards the clean input"""
+    """largest weight of the clean input's projection in a step"""
     eta: Positive = 1.05
-    """how far a step goes, in multiples of the way to the plane"""
+    """step size in multiples of the distance to the linearised boundary"""
     beta: Fraction = 0.9
     """share of its distance that a broken point keeps before the next step"""
     patience: Count = 0
-    """steps between looks: a run ends that is not broken yet, or would stay beyond eps if it fell by as large a share
-    again as since the look before; 0 for no looks"""
+    """steps between checks; a check ends a run that is not broken yet, or whose distance would stay above eps if it
+    fell again by the factor since the last check; 0 for no checks"""
     refine: Count = 0
-    """gradient steps inside a finite ball, from the projections of what ends beyond it; what ends within 1.35 eps first
-    takes up to twice as many steps of a run from there, towards the likeliest wrong class"""
+    """gradient steps inside a finite ball from the projections of points outside of it; points within 1.35 eps first
+    take up to twice as many steps of another run from there, towards the likeliest wrong class"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -92,7 +91,7 @@ class FAB:
         return closest.x
 
     def _from_near(self, model: Model, batch: Batch, norm: Flat, closest: Closest) -> None:
-        """One more run for what came near to the ball, from there and towards the likeliest wrong class."""
+        """One more run from points near the ball, towards the likeliest wrong class."""
         far = closest.distance
         rows = ((far > norm.eps) & (far < _NEAR * norm.eps)).nonzero()[:, 0]
         if not len(rows):
@@ -140,7 +139,7 @@ class FAB:
 
 
 def _keep(closest: Closest, batch: Batch, x: Inputs, logits: Logits, norm: Flat) -> Mask:
-    """Judge the points and keep the closest that are broken by more than rounding; who is broken, however little."""
+    """Keep the closest points that are broken by more than rounding; return which are broken by any amount."""
     height = margin(logits, batch)
     broken = ~(height > 0)
     if broken.any():

@@ -1,7 +1,7 @@
-"""FGSM: one step of the size of the ball along the gradient.
+"""FGSM: one gradient step to the boundary of the ball.
 
 Goodfellow et al., "Explaining and Harnessing Adversarial Examples", ICLR 2015, arXiv:1412.6572. Differs from the paper:
-steps along the constraint's own steepest direction, which is the sign of the gradient for Linf only.
+the step follows the constraint's own steepest direction, which is the sign of the gradient for Linf only.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from holdfast.ops.norms import expect_eps
 
 @dataclass(frozen=True)
 class FGSM:
-    """Take one step to the edge of the ball."""
+    """Take one step of length eps."""
 
     loss: Loss = cross_entropy
-    """what is climbed"""
+    """loss that is maximised"""
 
     needs: ClassVar[Access] = "gradients"
 

@@ -1,10 +1,10 @@
-"""Flow: bend an image, each pixel taken from somewhere near its place.
+"""Flow: small displacements of the pixels of an image.
 
 Xiao et al., "Spatially Transformed Adversarial Examples", ICLR 2018, arXiv:1801.02612 (stAdv). Differs from the paper:
-no pixel comes from farther than the threat allows, which the paper leaves to the weight of the flow's total variation;
-the first start is as far as allowed, where an image's slopes on either side of each pixel point; instead of L-BFGS,
-every pixel takes steps of one length, with momentum, that fall along a cosine; and an example leaves at its first
-success.
+displacements are limited by the threat model, not only by the weight of the flow's total variation; the first
+start has the largest displacements, in the directions of the image's one-sided slopes at each pixel; in place of
+L-BFGS, all pixels take steps of one length, with momentum and step sizes along a cosine; and an example is dropped at
+its first success.
 """
 
 from dataclasses import dataclass
@@ -24,23 +24,23 @@ from holdfast.ops.gradients import input_gradient, levelled
 from holdfast.ops.losses import margin
 from holdfast.ops.transformations import expect_flow, flowed
 
-_TINY = 1e-8  # under the root of a flow that is the same all over, whose gradient would be NaN
-_NEAR = 1e-3  # pixels beside its own place, where a pixel's slope is that on one side of it
-_MOMENTUM = 0.75  # as APGD's (arXiv:2003.01690)
+_TINY = 1e-8  # added under the root, because a constant flow would have a gradient of NaN
+_NEAR = 1e-3  # displacement in pixels at which the one-sided slope of the image is measured
+_MOMENTUM = 0.75  # as in APGD (arXiv:2003.01690)
 
 
 @dataclass(frozen=True)
 class Flow:
-    """Move the pixels of an image, as smoothly as breaks the model, none farther than the threat allows."""
+    """Displace the pixels of an image smoothly until the model breaks, each within the threat model's limit."""
 
     steps: Steps = 50
     """gradient steps of one restart"""
     restarts: Restarts = 5
-    """starts, all but the first at random; each works only on the examples still standing"""
+    """starts, all but the first at random; each is run on the examples that survive the ones before"""
     step_size: Positive = 0.8
-    """mean length of each pixel's step, as a share of the threat's limit"""
+    """mean step size of each pixel, as a share of the limit"""
     smoothness: NonNegative = 0.001
-    """weight of the flow's total variation, in pixels, beside the margin; the paper's is 0.05"""
+    """weight of the flow's total variation (in pixels) relative to the margin; the paper's is 0.05"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -56,7 +56,7 @@ class Flow:
         return best.x
 
     def _bend(self, model: Model, left: Batch, place: Tensor, far: float, best: Best) -> None:
-        """One path in shares of the limit; every point is offered, and an example leaves once it is broken."""
+        """One path in shares of the limit; all points are offered to `best`, and broken examples are dropped."""
         direction = torch.zeros_like(place)
         for step in range(self.steps + 1):
             place = place.detach().requires_grad_(step < self.steps)
@@ -76,7 +76,7 @@ class Flow:
 
 
 def _downhill(model: Model, batch: Batch, like: Tensor) -> Tensor:
-    """Each pixel moved by one, down the margin: an image's slope to the left of it is not that to its right."""
+    """Displacements of length one that lower the margin, from the image's one-sided slopes at each pixel."""
     ahead, behind = (
         input_gradient(margin(model(flowed(batch.x, place, model.bounds), batch.ids), batch), place)
         for place in (torch.full_like(like, side).requires_grad_() for side in (_NEAR, -_NEAR))
@@ -87,17 +87,17 @@ def _downhill(model: Model, batch: Batch, like: Tensor) -> Tensor:
 
 
 def _length(field: Tensor) -> Tensor:
-    """Of the vector at each pixel, (n, 1, height, width)."""
+    """Length of the vector at each pixel, (n, 1, height, width)."""
     return field.square().sum(1, keepdim=True).sqrt()
 
 
 def _shortened(place: Tensor) -> Tensor:
-    """Each pixel's displacement, cut to a length of one."""
+    """The displacement of each pixel, clipped to length one."""
     return place / _length(place).clamp_min(1)
 
 
 def _variation(flow: Tensor) -> PerExample:
-    """How differently neighbours move: the lengths of the differences along rows and columns, summed."""
+    """Total variation: the sum of the lengths of differences between neighbours along rows and columns."""
     total = flow.new_zeros(len(flow))
     for side in (2, 3):
         total = total + (flow.diff(dim=side).square().sum(1) + _TINY).sqrt().flatten(1).sum(1)

@@ -1,9 +1,9 @@
 """FMN: fast minimum-norm attack.
 
 Pintor et al., "Fast Minimum-norm Adversarial Attacks through Adaptive Norm Constraints", NeurIPS 2021,
-arXiv:2102.12827. Differs from the paper: steps go along the norm's own steepest direction (L0: the gradient), their
-length is in units of the first-order distance to the boundary (L0: of the box), gradients leave out what the box
-stops, and it ends with a bisection to the boundary (L0: undoing changes).
+arXiv:2102.12827. Differs from the paper: steps follow the norm's own steepest direction (L0: the gradient), their
+length is in units of the first-order distance to the boundary (L0: of the box), gradients omit coordinates at the sides
+of the box, and it ends with a bisection to the boundary (L0: undoing changes).
 """
 
 import math
@@ -28,12 +28,12 @@ from holdfast.ops.norms import expect_norm, farthest, free, gap
 
 @dataclass(frozen=True)
 class FMN:
-    """Step along the gradient, then project onto a ball that shrinks while the model is broken and grows while not."""
+    """Follow the gradient and project onto a ball that shrinks while the example is broken and grows otherwise."""
 
     steps: Steps = 100
     """gradient steps"""
     step_size: Positive = 1.0
-    """length of the first step; it falls to a hundredth along a cosine"""
+    """first step size; it falls to a hundredth along a cosine"""
     gamma: Positive = 0.05
     """share by which the radius changes at first; it falls to 0.001 along a cosine"""
 
@@ -67,7 +67,7 @@ class FMN:
 
 
 def _whole(radius: PerExample, gamma: float, broken: Mask, closest: PerExample) -> PerExample:
-    """The next number of values that may change: at least one more or less than before."""
+    """The next radius in values: at least one more or fewer than before."""
     fewer = torch.minimum(radius - 1, (radius * (1 - gamma)).floor()).minimum(closest)
     more = torch.maximum(radius + 1, (radius * (1 + gamma)).floor())
     return torch.where(broken, fewer, more).clamp_min(1)

@@ -1,9 +1,9 @@
-"""GeoDA: take the boundary for flat, estimate its normal from labels, and leave the clean input along it.
+"""GeoDA: assume a flat boundary, estimate its normal from labels, and search along it from the clean input.
 
 Rahmati, Moosavi-Dezfooli, Frossard & Dai, "GeoDA: a geometric framework for black-box adversarial attacks", CVPR 2020,
-arXiv:2003.06468. Differs from the paper: the mean answer is taken off the others, the number of draws grows by the
-same factor whatever the budget, a way that does not lead nearer only adds to the sum of normals, and the nearest of
-several starts is taken.
+arXiv:2003.06468. Differs from the paper: the mean label is subtracted; the number of samples grows by the same factor
+for every budget; if a direction gives no closer point, its normal is still added to the sum; and the nearest of several
+starts is used.
 """
 
 from dataclasses import dataclass
@@ -25,18 +25,18 @@ from holdfast.ops.norms import expect_norm, farthest
 
 @dataclass(frozen=True)
 class GeoDA:
-    """Sum up the boundary's normals, estimated from labels, and go along the sum to the boundary."""
+    """Sum estimates of the boundary's normal, made from labels, and search along the sum for the boundary."""
 
     queries: Steps = 5000
-    """forwards for each example, at most; the threat model's budget where that is less"""
+    """largest number of forwards for each example; the threat model's budget if it is smaller"""
     draws: Steps = 30
-    """points asked about for the first normal"""
+    """number of points that are queried for the first normal"""
     growth: Positive = 1.4
-    """factor from the draws of one normal to those of the next: 0.6 to the power of -2/3, as in the paper"""
+    """growth of the number of points from normal to normal: 0.6 to the power of -2/3, as in the paper"""
     radius: Positive = 0.1
-    """how far from the boundary they lie, as a share of the distance to the clean input"""
+    """distance of these points from the boundary, as a share of the distance to the clean input"""
     frequencies: Fraction = 0.5
-    """share of an image's frequencies, lowest first, that half of each draw is made of; 1 is noise alone"""
+    """share of an image's lowest frequencies that half of each point's energy is in; 1 for white noise"""
 
     needs: ClassVar[Access] = "labels"
 

@@ -1,8 +1,8 @@
-"""Grid search: every combination of turns and shifts, or of colours, at even distances.
+"""Grid search: a regular grid over rotations and shifts, or over colour changes.
 
 Engstrom et al., "Exploring the Landscape of Spatial Robustness", ICML 2019, arXiv:1712.02779, where it breaks far more
-than gradients do. Differs from the paper: what changes most is tried first, an example leaves once it is broken, and
-colours, brightness and contrast are searched alike.
+examples than gradients do. Differs from the paper: the largest changes are tried first, an example is dropped once it
+is broken, and hue, saturation, brightness and contrast are searched in the same way.
 """
 
 import itertools
@@ -25,12 +25,12 @@ from holdfast.ops.transformations import expect_transformations, reached
 
 @dataclass(frozen=True)
 class GridSearch:
-    """Try every point of a grid over what the threat allows: rotations, shifts, scales, or colours."""
+    """Try every point of a grid over the limits of the threat model: rotations, shifts, scales, or colours."""
 
     turns: Steps = 31
-    """angles between the two limits of `rotate`, and round the whole circle of `hue`"""
+    """number of angles between the two limits of `rotate`, and in the whole circle of `hue`"""
     values: Steps = 5
-    """values between the two limits of everything else, and hues at least"""
+    """number of values between the two limits of every other axis, and smallest number of hues"""
 
     needs: ClassVar[Access] = "scores"
 
@@ -48,7 +48,7 @@ class GridSearch:
         return best.x
 
     def points(self, constraint: Transformations) -> list[tuple[float, ...]]:
-        """The whole grid in shares of the limits, what is farthest from the clean image first."""
+        """The points of the grid as shares of the limits, those farthest from the clean image first."""
         hues = max(self.values, math.ceil(self.turns * min(constraint.axes.get("hue", 0.0) / 180, 1)))
         counts = {"rotate": self.turns, "hue": hues}
         lengths = (counts.get(axis, self.values) for axis in constraint.axes)

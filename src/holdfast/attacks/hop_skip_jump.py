@@ -1,10 +1,10 @@
-"""HopSkipJump: estimate the boundary's normal from labels, jump along it, and come back to the boundary.
+"""HopSkipJump: estimate the boundary's normal from labels, step along it, and search back to the boundary.
 
 Chen, Jordan & Wainwright, "HopSkipJumpAttack: A Query-Efficient Decision-Based Attack", IEEE S&P 2020,
-arXiv:1904.02144. Differs from the paper: a normal is estimated from points at a tenth of the distance, many times as
-far out and half of low frequency where the inputs are images; earlier normals count with a weight that fades; a jump is
-judged where it is nearer than what is known, and the boundary searched from there; and the nearest of several starts
-is taken.
+arXiv:1904.02144. Differs from the paper: a normal is estimated from points at a tenth of the distance, which is many
+times farther, and for images half of their energy is in low frequencies; earlier normals are kept with a decaying
+weight; a step is evaluated at a point closer than the known one, and the boundary is searched from there; and the
+nearest of several starts is used.
 """
 
 from dataclasses import dataclass
@@ -23,21 +23,21 @@ from holdfast.ops.decisions import Decisions
 from holdfast.ops.normals import normal
 from holdfast.ops.norms import expect_norm
 
-_JUMPS = 6  # lengths tried along one normal, each half the one before
+_JUMPS = 6  # number of step sizes that are tried along one normal, each half the one before
 
 
 @dataclass(frozen=True)
 class HopSkipJump:
-    """Jump along the boundary's normal, estimated from labels, and look for the boundary on the way back."""
+    """Step along the boundary's normal, estimated from labels, and search for the boundary towards the clean input."""
 
     queries: Steps = 5000
-    """forwards for each example, at most; the threat model's budget where that is less"""
+    """largest number of forwards for each example; the threat model's budget if it is smaller"""
     draws: Steps = 20
-    """points asked about for the first normal; they grow with the square root of the step"""
+    """number of points that are queried for the first normal; it grows with the square root of the step"""
     radius: Positive = 0.1
-    """how far from the boundary they lie, as a share of the distance to the clean input"""
+    """distance of these points from the boundary, as a share of the distance to the clean input"""
     frequencies: Fraction = 0.5
-    """share of an image's frequencies, lowest first, that half of each draw is made of; 1 is noise alone"""
+    """share of an image's lowest frequencies that half of each point's energy is in; 1 for white noise"""
     memory: Fraction = 0.7
     """weight that earlier normals keep from step to step"""
 
@@ -59,7 +59,7 @@ class HopSkipJump:
 
 
 def _jump(decisions: Decisions, some: Batch, x: Inputs, normal: Inputs, size: PerExample) -> None:
-    """Go `size` along the normal; half as far where that is not nearer, and so on; then back to the boundary."""
+    """Step `size` along the normal, halved until it gives a closer broken point; then search for the boundary."""
     far, radius, left = x.clone(), torch.zeros_like(size), torch.arange(len(some), device=x.device)
     for _ in range(_JUMPS):
         tried = torch.addcmul(x[left], spread(size[left], x), normal[left])

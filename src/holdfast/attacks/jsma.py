@@ -1,11 +1,11 @@
-"""JSMA: move the few values that the saliency map calls most useful to the end of the box.
+"""JSMA: move the few values with the largest saliency to a side of the box.
 
-Papernot et al., "The Limitations of Deep Learning in Adversarial Settings", EuroS&P 2016, arXiv:1511.07528; historic:
-`SigmaZero` finds a fraction of the changes. On probabilities, which add up to one, the other classes' derivatives are
-minus the target's, so the best pair of the paper's map is that of the two largest derivatives: no pairs are searched.
-Differs from the paper: without a target the label's probability is lowered, and values move either way, as in Wiyatno &
-Xu, "Maximal Jacobian-based Saliency Map Attack", 2018, arXiv:1808.07945; and it ends by undoing the changes that are
-not needed.
+Papernot et al., "The Limitations of Deep Learning in Adversarial Settings", EuroS&P 2016, arXiv:1511.07528; of historic
+interest: `SigmaZero` finds a fraction of the changes. On probabilities, whose sum is one, the other classes'
+derivatives are minus the target's, so that the best pair of the paper's map has the two largest derivatives, and no
+pairs need to be searched. Differs from the paper: without a target the label's probability is lowered, and values move
+in both directions, as in Wiyatno & Xu, "Maximal Jacobian-based Saliency Map Attack", 2018, arXiv:1808.07945; and it
+ends by undoing the changes that are not needed.
 """
 
 from dataclasses import dataclass
@@ -28,14 +28,14 @@ from holdfast.ops.norms import expect_norm, free
 
 @dataclass(frozen=True)
 class JSMA:
-    """Push the two most salient values, again and again, until the model breaks."""
+    """Move the two most salient values in each step until the model breaks."""
 
     steps: Steps = 100
-    """steps at most; an example stops at its first success"""
+    """largest number of steps; an example stops at its first success"""
     values: Steps = 2
-    """values (or pixels) that a step moves"""
+    """number of values (or pixels) that a step moves"""
     theta: Positive = 1.0
-    """how far it moves them, as a share of the box's edge"""
+    """distance of the move, as a share of the box's edge"""
 
     needs: ClassVar[Access] = "gradients"
 

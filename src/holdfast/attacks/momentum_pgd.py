@@ -1,7 +1,7 @@
 """Momentum PGD (MI-FGSM): iterated steps along a running mean of the normalised gradients.
 
-Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018, arXiv:1710.06081. Differs from the paper: each
-example keeps its best iterate instead of its last, and other norms step along their own steepest direction.
+Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018, arXiv:1710.06081. Differs from the paper: the best
+iterate of each example is returned instead of the last, and other norms step along their own steepest direction.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from holdfast.ops.norms import expect_eps
 
 @dataclass(frozen=True)
 class MomentumPGD:
-    """Climb from the clean input along the accumulated direction."""
+    """Gradient ascent from the clean input along the accumulated direction."""
 
     steps: Steps = 10
     """gradient steps"""
@@ -28,7 +28,7 @@ class MomentumPGD:
     momentum: NonNegative = 1.0
     """share of the direction that the next step keeps"""
     loss: Loss = cross_entropy
-    """what is climbed"""
+    """loss that is maximised"""
 
     needs: ClassVar[Access] = "gradients"
 

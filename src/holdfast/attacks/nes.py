@@ -1,9 +1,8 @@
-"""NES: gradient ascent on estimates from antithetic Gaussian draws.
+"""NES: gradient descent on the margin with estimates from antithetic Gaussian samples.
 
 Ilyas, Engstrom, Athalye & Lin, "Black-box adversarial attacks with limited queries and information", ICML 2018,
-arXiv:1804.08598.
-Differs from the paper: climbs the margin instead of the cross-entropy, the step size falls along a cosine and not when
-the loss stalls, and steps are the steepest of whatever constraint there is.
+arXiv:1804.08598. Differs from the paper: it uses the margin instead of the cross-entropy, step sizes follow a cosine
+and do not fall when the loss stalls, and steps are the steepest of the constraint.
 """
 
 from dataclasses import dataclass
@@ -22,14 +21,14 @@ from holdfast.ops.norms import expect_eps
 
 @dataclass(frozen=True)
 class NES:
-    """Climb the margin along gradients that are estimated from pairs of points."""
+    """Lower the margin along gradients that are estimated from pairs of points."""
 
     queries: Steps = 5000
-    """forwards for each example, at most; the threat model's budget where that is less"""
+    """largest number of forwards for each example; the threat model's budget if it is smaller"""
     pairs: Steps = 25
-    """pairs of points from which one gradient is estimated"""
+    """number of pairs of points from which one gradient is estimated"""
     sigma: Positive = 0.001
-    """standard deviation of the points about the current one, in widths of the box"""
+    """standard deviation of the points around the current one, in widths of the box"""
     momentum: Fraction = 0.9
     """share of the earlier estimates that is kept"""
     reach: Positive = 20.0
@@ -56,7 +55,7 @@ class NES:
 
 
 class _Momentum:
-    """The running sum of the estimates."""
+    """The decaying sum of the estimates."""
 
     def __init__(self, kept: float) -> None:
         self._kept, self._sum = kept, torch.zeros(())

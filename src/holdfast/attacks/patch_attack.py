@@ -1,9 +1,9 @@
-"""PatchAttack: gradient ascent inside a rectangle, at the places of an image that the model leans on most.
+"""PatchAttack: gradient ascent inside a rectangle, at the positions of each image with the largest gradients.
 
 Karmon et al., "LaVAN: Localized and Visible Adversarial Noise", ICML 2018, arXiv:1801.02608. Differs from the paper:
-each image has a patch of its own, at places chosen by the size of the gradient inside them instead of tried one by one;
-the margin is climbed by the gradient's sign, in few steps that fall along a cosine, for more places break more than
-longer climbs.
+each image has its own patch, at positions chosen by the size of the gradient inside them instead of by trial; the
+margin is lowered by the gradient's sign, in few steps with sizes along a cosine, because more positions break more
+examples than longer paths do.
 """
 
 from dataclasses import dataclass
@@ -26,17 +26,17 @@ from holdfast.ops.patches import expect_patch
 
 @dataclass(frozen=True)
 class PatchAttack:
-    """Fill a rectangle of each image with what breaks the model, and try several places for it."""
+    """Optimise the values inside a rectangle of each image, at several positions."""
 
     steps: Steps = 10
     """gradient steps of one start"""
     places: Steps = 20
-    """starts, each at the next place, and round again from other noise where the threat leaves fewer; each works only
-    on the examples still standing"""
+    """starts, each at the next position, and again from the first with other noise if the threat allows fewer; each is
+    run on the examples that survive the ones before"""
     reach: Positive = 2.5
     """path length of one start, in multiples of the box's width"""
     loss: Loss = margin_loss
-    """what is climbed: `margin_loss`, `cross_entropy`, `dlr`, `probability_margin`"""
+    """loss that is maximised: `margin_loss`, `cross_entropy`, `dlr`, `probability_margin`"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -59,7 +59,7 @@ class PatchAttack:
         return best.x
 
     def _fill(self, model: Model, left: Batch, inside: Tensor, best: Best, rng: Draws) -> None:
-        """Climb from noise inside the rectangle; an example leaves once it is broken."""
+        """Gradient ascent from noise inside the rectangle; an example is dropped once it is broken."""
         low, high = model.bounds.like(left.x)
         noise = rng.uniform(left.ids, *left.x.shape[1:], dtype=left.x.dtype)
         x = torch.where(inside, low + noise * (high - low), left.x)
@@ -78,7 +78,7 @@ class PatchAttack:
 
 
 def _heaviest(patch: Patch, weights: Tensor, rows: Rows, shape: torch.Size) -> Corners:
-    """The place of most weight for some examples, taken off `weights` with its neighbours within half a patch."""
+    """Positions of the largest weight; they and positions within half a patch are then excluded in `weights`."""
     down, right = patch.places(shape)
     top = weights[rows].flatten(1).argmax(1)
     row, column = top // len(right), top % len(right)

@@ -1,10 +1,10 @@
 """PDPGD: primal-dual proximal gradient descent.
 
 Matyasko & Chau, "PDPGD: Primal-Dual Proximal Gradient Descent Adversarial Attack", 2021, arXiv:2106.01538.
-Differs from the paper: steps and the first price are in units of the first-order distance to the boundary, steps fall
-to a tenth instead of a hundredth, the pace of the price depends on the number of steps, the proximal step in Adam's
-metric is solved exactly, an example leaves once it is broken inside a finite eps, and it ends with a bisection to the
-boundary (L0: undoing changes) or, with `refine` (our own), with steps inside the ball.
+Differs from the paper: steps and the first penalty are in units of the first-order distance to the boundary, step sizes
+fall to a tenth instead of a hundredth, the pace of the penalty depends on the number of steps, the proximal step in
+Adam's metric is solved exactly, an example is dropped once it is broken inside a finite eps, and it ends with a
+bisection to the boundary (L0: undoing changes) or, with `refine` (our own), with steps inside the ball.
 """
 
 import math
@@ -30,27 +30,27 @@ from holdfast.ops.norms import expect_norm, farthest, gap
 from holdfast.ops.proximal import shrunk
 
 _TINY = 1e-30
-_LARGEST = -math.log(1e-6)  # the paper's bound on the logarithm of a price
+_LARGEST = -math.log(1e-6)  # the paper's bound on the logarithm of the penalty
 
 
 @dataclass(frozen=True)
 class PDPGD:
-    """Descend on the margin, shrink the change at a price, and raise the price while the model is broken."""
+    """Descend on the margin with a penalty on the size of the change that grows while the model is broken."""
 
     steps: Steps = 100
     """gradient steps"""
     step_size: Positive = 1.0
-    """first step of a value in first-order Linf distances; L1, L0: in the mean of that and the box's edge"""
+    """first step of a value in first-order Linf distances; L1, L0: in the geometric mean of that and the box's width"""
     fall: Fraction = 0.1
-    """share of the step size that is left in the end"""
+    """share of the step size at the last step"""
     price: Positive = 0.001
-    """what size costs at first, as a share of the margin's slope"""
+    """first penalty on the size of the change, as a share of the margin's slope"""
     dual_reach: Positive = 20.0
-    """the first step of the logarithm of the price, times the steps; it falls to a tenth along a line"""
+    """first step of the logarithm of the penalty times the number of steps; it falls linearly to a tenth"""
     memory: Fraction = 0.5
-    """weight of the past in the running mean of the prices"""
+    """weight of earlier values in the running mean of the penalties"""
     refine: Count = 0
-    """gradient steps inside a finite ball, from the projections of what ends beyond it; the rest stays where it is"""
+    """gradient steps inside a finite ball from the projections of points outside of it; other points do not change"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -83,11 +83,11 @@ class PDPGD:
 
 
 def _scales(model: Model, batch: Batch, norm: Norm) -> tuple[PerExample, PerExample]:
-    """The unit of a value's steps, and the margin that one unit of the norm is worth at the clean input."""
+    """The unit of steps of a value, and the margin for one unit of the norm, both at the clean input."""
     grad, logits = gradient(model, batch, margin_loss)
     limit, width = farthest(norm, batch.x, model.bounds), model.bounds.width
     unit = gap(Linf(), grad, logits, batch, model.bounds).clamp_max(width)
-    sparse = isinstance(norm, (L1, L0))  # few values change, but those by much
+    sparse = isinstance(norm, (L1, L0))  # few values change, but by large amounts
     first = limit if isinstance(norm, L0) else gap(norm, grad, logits, batch, model.bounds).minimum(limit)
     slope = margin(logits, batch).abs() / first.clamp_min(_TINY)
     return (unit * width).sqrt() if sparse else unit, slope.nan_to_num(1.0, 1.0, 1.0).clamp(1e-4, 1e4)

@@ -1,8 +1,8 @@
 """PGD: projected gradient descent.
 
 Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, arXiv:1706.06083.
-Differs from the paper: climbs the margin instead of the cross-entropy, lets the step size fall along a cosine from the
-whole of eps to nothing, and keeps each example's best iterate instead of its last. The paper's own are
+Differs from the paper: it lowers the margin instead of raising the cross-entropy, step sizes follow a cosine from eps
+to zero, and the best iterate of each example is returned instead of the last. The paper's own settings are
 `loss=cross_entropy, reach=2.5, schedule=flat`.
 """
 
@@ -22,20 +22,20 @@ from holdfast.ops.norms import expect_eps
 
 @dataclass(frozen=True)
 class PGD:
-    """Push the margin down inside the constraint, from random starts."""
+    """Projected gradient descent on the margin from random starts."""
 
     steps: Steps = 40
     """gradient steps of one restart"""
     reach: Positive = 20.0
     """path length of one restart, in multiples of eps"""
     restarts: Restarts = 1
-    """random starts; each works only on the examples still standing"""
+    """random starts; each is run on the examples that survive the ones before"""
     loss: Loss = margin_loss
-    """what is climbed: `margin_loss`, `cross_entropy`, `dlr`, `probability_margin`"""
+    """loss that is maximised: `margin_loss`, `cross_entropy`, `dlr`, `probability_margin`"""
     schedule: Schedule = cosine
-    """how the step size runs: `cosine` from twice the mean down to zero, or `flat`"""
+    """schedule of the step size: `cosine` from twice the mean to zero, or `flat`"""
     drop: bool = True
-    """leave an example out once it is broken"""
+    """whether an example is dropped once it is broken"""
 
     needs: ClassVar[Access] = "gradients"
 

@@ -1,4 +1,4 @@
-"""What every attack is: settings, the access it needs, and a call that returns inputs."""
+"""Protocols of attacks: settings, the access that is needed, and a call that returns inputs."""
 
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -14,50 +14,50 @@ from holdfast.core.types import Access, Inputs
 
 @runtime_checkable
 class Attack(Protocol):
-    """A frozen dataclass whose fields are the settings and whose call is the algorithm; it never judges itself."""
+    """A frozen dataclass whose fields are the settings and whose call is the algorithm, without an evaluation."""
 
     needs: ClassVar[Access]
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        """Perturbed inputs (n, *features), inside the constraint where it has an eps."""
+        """Return perturbed inputs (n, *features), inside the constraint if it has an eps."""
 
 
 @runtime_checkable
 class Learned(Attack, Protocol):
-    """An attack that is learned once, on examples that are never judged, and then the same for every example.
+    """An attack that is fitted once, on examples that are not evaluated, and then is the same for every example.
 
-    Its own call refuses; `fitted` gives the attack that what was learned makes.
+    Calling it raises `UsageError`; `fitted` returns the attack with the result of the fit.
     """
 
     @property
     def examples(self) -> int:
-        """How many examples it is learned on at most."""
+        """Largest number of examples that it is fitted on."""
 
     def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """What is learned, as a batch of one."""
+        """Return the result of a fit, as a batch of one."""
 
     def fitted(self, learned: Tensor) -> Attack:
-        """The attack that does it to every example."""
+        """Return the attack that applies the result to every example."""
 
 
 @runtime_checkable
 class Refitted(Learned, Protocol):
-    """A learned attack that depends on its random draws, so that several fits are made and the best is taken."""
+    """A fitted attack that depends on random numbers, so that several fits are made and the best is used."""
 
     @property
     def fits(self) -> int:
-        """How many fits are made; the best is chosen on examples that no fit has seen."""
+        """Number of fits; the best is chosen on examples that no fit used."""
 
     def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """What fit `k` of them learns, as a batch of one."""
+        """Return the result of fit `k`, as a batch of one."""
 
 
 @runtime_checkable
 class Placed(Attack, Protocol):
-    """An attack that puts the same change at the place of each image that is worst for the model."""
+    """An attack that applies the same change at the worst position of each image."""
 
     def tried(self, threat: ThreatModel, shape: torch.Size) -> int:
-        """At how many places of an image of this shape (channels, height, width) it is tried, at most."""
+        """Largest number of positions that are tried in an image of this shape (channels, height, width)."""
 
     def at_random(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        """The inputs with the change at one random place of each, whatever the model says of it."""
+        """Return the inputs with the change at one random position of each, without queries of the model."""

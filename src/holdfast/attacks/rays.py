@@ -1,10 +1,10 @@
-"""RayS: the ray of signs along which the boundary is nearest, from labels alone.
+"""RayS: search for the ray of signs along which the boundary is nearest, from labels alone.
 
-Chen & Gu, "RayS: a ray searching method for hard-label adversarial attack", KDD 2020, arXiv:2006.12792.
-Differs from the paper: while nothing is broken rays are tried at the corners of the box, and after blocks of a
-sixteenth their signs are drawn anew; the search along a ray gallops
-down from the radius known, for most flips gain little, and ends at a share of it; after single features the blocks
-begin anew with the whole input; and an example leaves once it is broken inside a finite eps.
+Chen & Gu, "RayS: a ray searching method for hard-label adversarial attack", KDD 2020, arXiv:2006.12792. Differs from
+the paper: until a point is broken, rays are tried at the corners of the box, and after blocks of a sixteenth new random
+signs are used; the search along a ray first doubles its steps down from the known radius, because most flips gain
+little, and ends at a share of the radius; after single features the blocks start again with the whole input; and an
+example is dropped once it is broken inside a finite eps.
 """
 
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.directions import waves
 from holdfast.ops.norms import expect_norm
 
-_COARSE = 16  # blocks that are flipped at most while nothing is broken: finer ones give much the same corner
-_SLOW = 0.15  # share of an image's frequencies that every other of the fresh signs are made of
+_COARSE = 16  # most blocks of flips while nothing is broken; finer ones give similar corners
+_SLOW = 0.15  # share of an image's lowest frequencies that new random signs are made of
 
 
 @dataclass(frozen=True)
 class RayS:
-    """Flip the signs of ever smaller blocks, and keep each flip that brings the boundary nearer."""
+    """Flip the signs of smaller and smaller blocks, and keep each flip that moves the boundary nearer."""
 
     queries: Steps = 5000
-    """forwards for each example, at most; the threat model's budget where that is less"""
+    """largest number of forwards for each example; the threat model's budget if it is smaller"""
     precision: Positive = 0.001
     """share of the radius at which the search along a ray ends"""
 
@@ -59,7 +59,7 @@ class RayS:
 
 
 class _Rays:
-    """The best ray of each example, and the one on trial: where it breaks the model, and up to where it does not."""
+    """The best ray of each example and the one under test, with radii at which it does and does not break the model."""
 
     def __init__(self, batch: Batch, bounds: Bounds, precision: float, rng: Draws) -> None:
         self._bounds, self._precision = bounds, precision
@@ -73,19 +73,19 @@ class _Rays:
         self._blocks, self._block = torch.ones_like(batch.ids), torch.full_like(batch.ids, -1)
 
     def take(self, rows: Mask) -> None:
-        """Go on with some examples."""
+        """Keep the state of some of the examples only."""
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):  # one entry an example each
+            if isinstance(value, Tensor):  # one entry for each example
                 setattr(self, name, value[rows])
 
     def points(self, clean: Inputs) -> Inputs:
-        """Where each example is asked next."""
+        """The next point to query for each example."""
         return self._bounds.clamp(
             torch.addcmul(clean, spread(self._probe, clean), self._trial.view_as(clean))
         )
 
     def learn(self, broken: Mask) -> None:
-        """Take the answers in: search on along the ray, or turn to the next one."""
+        """Update with the results: continue the search along the ray, or go to the next one."""
         searching = self._high < torch.inf
         self._low = torch.where(searching & ~broken, self._probe, self._low)
         self._high = torch.where(broken, self._probe, self._high)
@@ -98,7 +98,7 @@ class _Rays:
         self._turn((found | ~(searching | broken)).nonzero()[:, 0])
 
     def _turn(self, rows: Rows) -> None:
-        """Put the best ray on trial with the next block flipped, as far out as the best breaks the model."""
+        """Test the best ray with the next block flipped, at the radius at which the best one breaks the model."""
         features = self._best.shape[1]
         blocks, block = self._blocks[rows], self._block[rows] + 1
         size = -(-features // blocks)
@@ -118,7 +118,7 @@ class _Rays:
         self._low[rows], self._high[rows] = 0.0, torch.inf
 
     def _draw(self, rows: Rows) -> None:
-        """Fresh signs for the examples that nothing has broken, which are all at the same ray: slow waves on images."""
+        """New random signs for unbroken examples, which all have the same ray; for images from low frequencies."""
         if len(rows):
             self._anew += 1
             slow = waves(

@@ -1,9 +1,10 @@
-"""Relay: gradient steps and random search that hand their best point on to each other.
+"""Relay: gradient steps and random search in turn, each from the best point of the other.
 
-Our own. Short runs of gradient descent on the margin from random starts; the same towards the classes whose boundary
-looks nearest (Melamed et al., "MALT powers up adversarial attacks", NeurIPS 2024, arXiv:2407.02240); then from where a
-short Square Attack ends (Andriushchenko et al., ECCV 2020, arXiv:1912.00049); then, in turn, its small windows from the
-best point so far, and gradient steps from there. Each of the two breaks what the other alone cannot.
+Our own. It makes short runs of gradient descent on the margin from random starts; the same towards the classes with the
+nearest linearised boundaries (Melamed et al., "MALT powers up adversarial attacks", NeurIPS 2024, arXiv:2407.02240);
+the same from the results of a short Square Attack (Andriushchenko et al., ECCV 2020, arXiv:1912.00049); then, in turn,
+small windows of Square Attack from the best point so far, and gradient steps from there. Each of the two methods breaks
+examples that the other one alone does not.
 """
 
 from dataclasses import dataclass
@@ -24,12 +25,12 @@ from holdfast.ops.nearest import nearest
 from holdfast.ops.norms import expect_eps, expect_norm
 from holdfast.ops.squares import proposals_for, search, share
 
-_FROM_BEST = 0.6  # a run from a point that is good already goes on with this share of the path length
+_FROM_BEST = 0.6  # factor of the path length of a run that starts from the result of a search
 
 
 @dataclass(frozen=True)
 class Relay:
-    """Descend the margin, search on with windows from there, descend again: each from the other's best point."""
+    """Descend the margin, search with random windows, and descend again, each from the best point so far."""
 
     steps: Steps = 20
     """gradient steps of one run"""
@@ -38,17 +39,17 @@ class Relay:
     restarts: Count = 2
     """runs from random starts"""
     targets: Count = 2
-    """runs that each aim at one class, the nearest first"""
+    """number of runs that each aim at one class, nearest first"""
     searches: Count = 2
-    """runs from where windows end that start afresh"""
+    """number of runs from the results of new random searches"""
     rounds: Count = 2
-    """runs from where windows end that start from the best point so far"""
+    """number of runs from the results of random searches that start from the best point so far"""
     queries: Steps = 200
-    """windows that are tried before a run"""
+    """number of windows that are tried before a run"""
     p_init: Fraction = 0.8
-    """share of the pixels that the first windows of a fresh start cover"""
+    """share of the pixels that the first windows of a new random search cover"""
     p_best: Fraction = 0.05
-    """the same from the best point so far"""
+    """share of the pixels that the first windows cover in a search from the best point so far"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -92,20 +93,20 @@ class Relay:
         aim: Labels | None = None,
         reach: float | None = None,
     ) -> None:
-        """Gradient steps from `start`, towards a class if there is an `aim`."""
+        """Gradient steps from `start`, towards the class `aim` if it is given."""
         if len(left):
             run = partial(descend, steps=self.steps, reach=reach or self.reach, aim=aim)
             best.offer(left, *run(model, left, start, constraint))
 
     def _refine(self, model: Model, batch: Batch, constraint: Constraint, best: Best, found: Best) -> None:
-        """Gradient steps from the points that were `found` for `batch`."""
+        """Gradient steps from the points in `found`."""
         rows, reach = found.standing, _FROM_BEST * self.reach
         self._run(model, batch.take(rows), found.x[rows], constraint, best, reach=reach)
 
     def _search(
         self, model: Model, batch: Batch, constraint: Constraint, best: Best, rng: Draws, p_init: float
     ) -> None:
-        """Windows from the best points; from a fresh start where there is none yet."""
+        """Random search from the best points, or from a new start if there are none yet."""
         norm, rows = expect_norm(constraint, self, Linf, L2, L1), best.standing
         assert isinstance(norm, (Linf, L2, L1))
         if not len(rows):

@@ -1,8 +1,8 @@
-"""Sigma-zero: the fewest changed values, by gradient descent on a smooth count of them.
+"""Sigma-zero: smallest number of changed values, by gradient descent on a smooth approximation of the L0 norm.
 
 Cinà et al., "σ-zero: Gradient-based Optimization of ℓ0-norm Adversarial Examples", ICLR 2025, arXiv:2402.01879.
-Differs from the paper: lengths are shares of the box's edges, under `10px` the channels of a pixel count once, an
-example leaves once it is broken inside a finite eps, and it ends by undoing the changes that are not needed.
+Differs from the paper: lengths are shares of the box's edges, under `10px` the channels of a pixel count as one, an
+example is dropped once it is broken inside a finite eps, and it ends by undoing the changes that are not needed.
 """
 
 import math
@@ -30,18 +30,18 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class SigmaZero:
-    """Descend on the margin plus a smooth count of changes, and drop changes below a threshold that adapts."""
+    """Descend on the margin plus a smooth L0 norm, and undo changes below an adaptive threshold."""
 
     steps: Steps = 200
     """gradient steps"""
     step_size: Positive = 1.0
-    """length of the first step of a value, as a share of the box's edge; it falls to a tenth along a cosine"""
+    """first step size of a value, as a share of the box's edge; it falls to a tenth along a cosine"""
     sigma: Positive = 0.001
-    """squared change that counts as half of one"""
+    """squared change that counts as half a changed value"""
     threshold: Fraction = 0.3
-    """the first share of the box's edge below which a change is dropped"""
+    """first threshold below which a change is undone, as a share of the box's edge"""
     pace: Positive = 0.01
-    """how fast the threshold rises while the model is broken and falls while not, in step sizes"""
+    """rate at which the threshold rises while the example is broken and falls otherwise, in step sizes"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -73,7 +73,7 @@ class SigmaZero:
         return to_boundary(model, batch, closest.x, norm)
 
     def _slope(self, norm: L0, delta: Inputs) -> Inputs:
-        """Gradient of the share of values that are changed, counted smoothly."""
+        """Gradient of the smooth share of changed values."""
         square = norm.summed(delta**2)
         units = norm.distance(torch.ones_like(delta), torch.zeros_like(delta))
         return 2 * self.sigma * delta / ((square + self.sigma) ** 2 * spread(units, delta))

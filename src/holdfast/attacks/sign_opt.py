@@ -1,9 +1,9 @@
-"""Sign-OPT: turn the ray from the clean input to where the boundary along it is nearer, by the signs of derivatives.
+"""Sign-OPT: turn the ray from the clean input towards a nearer boundary, by the signs of directional derivatives.
 
-Cheng et al., "Sign-OPT: A Query-Efficient Hard-label Adversarial Attack", ICLR 2020, arXiv:1909.10773.
-Differs from the paper: directions are half of low frequency where the inputs are images, turn the ray a hundred times
-as far, and are asked about beside its end, not brought back to its length; the mean sign is taken off; a step is judged
-at the distance known, before its own is searched; and the nearest of several starts is taken.
+Cheng et al., "Sign-OPT: A Query-Efficient Hard-label Adversarial Attack", ICLR 2020, arXiv:1909.10773. Differs from the
+paper: for images half of the directions' energy is in low frequencies; directions turn the ray a hundred times as far
+and are queried without rescaling to its length; the mean sign is subtracted; a step is evaluated at the known distance
+before its own boundary is searched; and the nearest of several starts is used.
 """
 
 from dataclasses import dataclass
@@ -22,23 +22,23 @@ from holdfast.ops.decisions import Decisions
 from holdfast.ops.normals import normal
 from holdfast.ops.norms import expect_norm
 
-_LENGTHS = 8  # lengths of a step that are tried, each twice or half the one before
+_LENGTHS = 8  # number of step sizes that are tried, each twice or half the one before
 
 
 @dataclass(frozen=True)
 class SignOPT:
-    """Turn the ray by the signs of its derivatives, with a step whose length is searched each time."""
+    """Turn the ray by the signs of its directional derivatives, with a line search for each step."""
 
     queries: Steps = 5000
-    """forwards for each example, at most; the threat model's budget where that is less"""
+    """largest number of forwards for each example; the threat model's budget if it is smaller"""
     draws: Steps = 30
-    """directions whose sign is asked for each gradient"""
+    """number of directions that are queried for each gradient"""
     epsilon: Positive = 0.1
-    """how far the ray is turned into each of them, as a share of its length"""
+    """length of a queried direction, as a share of the length of the ray"""
     step_size: Positive = 0.2
-    """how far the ray turns first, as a share of its length; then as far as helped last"""
+    """first step size, as a share of the length of the ray; then the size of the last step that helped"""
     frequencies: Fraction = 0.5
-    """share of an image's frequencies, lowest first, that half of each direction is made of; 1 is noise alone"""
+    """share of an image's lowest frequencies that half of each direction's energy is in; 1 for white noise"""
 
     needs: ClassVar[Access] = "labels"
 
@@ -56,7 +56,7 @@ class SignOPT:
 
 
 def _turn(decisions: Decisions, some: Batch, x: Inputs, against: Inputs, alpha: PerExample) -> PerExample:
-    """Step to `x + alpha * against`, twice as far while that helps, or half as far until it does: what helped last."""
+    """Step to `x + alpha * against`, doubled while it helps or halved until it does; return the best `alpha`."""
     helps = decisions.improve(some, x + spread(alpha, x) * against)
     best, factor = alpha.clone(), torch.where(helps, 2.0, 0.5).to(alpha.dtype)
     left = torch.arange(len(some), device=x.device)

@@ -1,8 +1,8 @@
-"""SimBA: one direction of an orthonormal basis after the other, from scores alone.
+"""SimBA: steps along the directions of an orthonormal basis, one after the other, from scores alone.
 
-Guo, Gardner, You, Wilson & Weinberger, "Simple black-box adversarial attacks", ICML 2019, arXiv:1905.07121.
-Differs from the paper: lowers the margin and not the label's probability; each step is projected onto ball and box, and
-one that leaves the point where it is costs no query; cosines are taken from low to high in eighths of the frequencies.
+Guo, Gardner, You, Wilson & Weinberger, "Simple black-box adversarial attacks", ICML 2019, arXiv:1905.07121. Differs
+from the paper: it lowers the margin and not the label's probability; each step is projected onto ball and box, and a
+step without a change costs no query; cosines are used from low to high frequencies in eighths.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from holdfast.ops.losses import margin
 from holdfast.ops.norms import expect_eps, expect_norm
 from holdfast.ops.squares import as_image
 
-_SKIPS = 8  # directions passed over for one query, where neither sign moves the point
+_SKIPS = 8  # directions that are skipped for one query if neither sign moves the point
 _RINGS = 8  # the paper's low frequencies are the first eighth of each side
 
 Basis = Literal["pixels", "cosines"]
@@ -35,11 +35,11 @@ class SimBA:
     """Step along a direction, or against it, and keep each step that lowers the margin."""
 
     queries: Steps = 5000
-    """forwards for each example, at most; the threat model's budget where that is less"""
+    """largest number of forwards for each example; the threat model's budget if it is smaller"""
     basis: Basis = "pixels"
-    """directions: single values (`pixels`), or waves over each channel, long ones first (`cosines`)"""
+    """directions: single values (`pixels`), or cosines over each channel, low frequencies first (`cosines`)"""
     step_size: Positive = 0.2
-    """length of one step in multiples of eps; under Linf pixels go from side to side of the cube"""
+    """step size in multiples of eps; under Linf pixels move from side to side of the cube"""
 
     needs: ClassVar[Access] = "scores"
 
@@ -54,7 +54,7 @@ class SimBA:
                 lower = ~(margins >= height)
                 walk.learn(x, lower, first=not query)
                 height = torch.where(lower, margins, height)
-                if not float(height.min()) > 0:  # a NaN among them makes the least a NaN
+                if not float(height.min()) > 0:  # also true if one of them is NaN
                     best.offer(left, walk.x, height)
                     standing = height > 0
                     left, height = left.take(standing), height[standing]
@@ -67,7 +67,7 @@ class SimBA:
 
 
 class _Walk:
-    """Where each example stands, and which direction of the basis is tried next with which sign."""
+    """The best point of each example, and the direction of the basis and the sign to try next."""
 
     def __init__(
         self, batch: Batch, norm: Norm, attack: SimBA, bounds: Bounds, queries: int, rng: Draws
@@ -91,7 +91,7 @@ class _Walk:
         self._length = norm.eps * (2 if isinstance(norm, Linf) and not waves else attack.step_size)
 
     def propose(self) -> Inputs:
-        """The next point of each example that is not where it stands."""
+        """The next point to query for each example, different from its best point if possible."""
         x = self._moved()
         for _ in range(_SKIPS):
             still = (x == self.x).flatten(1).all(1)
@@ -102,20 +102,20 @@ class _Walk:
         return x
 
     def learn(self, x: Inputs, lower: Mask, *, first: bool) -> None:
-        """Stay at what was asked where that is lower, and turn to the next direction or sign."""
+        """Accept the queried points that lower the margin, and go to the next sign or direction."""
         if first:
             return
         self.x = torch.where(spread(lower, x), x, self.x)
-        self._sign = torch.where(lower, -1, self._sign)  # the other sign needs no look
+        self._sign = torch.where(lower, -1, self._sign)  # the other sign need not be tried
         self._turn(torch.ones_like(lower))
 
     def take(self, rows: Mask) -> None:
-        """Go on with some of the examples."""
+        """Keep the state of some of the examples only."""
         self.x, self._clean = self.x[rows], self._clean[rows]
         self._order, self._at, self._sign = self._order[rows], self._at[rows], self._sign[rows]
 
     def _turn(self, rows: Mask) -> None:
-        """From plus to minus, from minus to the next direction, after the last one to the first."""
+        """Go from plus to minus, from minus to the next direction, and from the last direction to the first."""
         self._at = torch.where(rows & (self._sign < 0), (self._at + 1) % self._order.shape[1], self._at)
         self._sign = torch.where(rows, -self._sign, self._sign)
 

@@ -1,9 +1,9 @@
-"""Sparse-RS: random search over which few values or pixels change, from scores alone.
+"""Sparse-RS: random search for the few values or pixels to change, from scores alone.
 
 Croce, Andriushchenko, Singh, Flammarion & Hein, "Sparse-RS: a versatile framework for query-efficient sparse black-box
-adversarial attacks", AAAI 2022, arXiv:2006.12834.
-Differs from the paper: each example exchanges places of its own; a new colour is never the clean one, however many are
-exchanged; and targets too are searched by the margin.
+adversarial attacks", AAAI 2022, arXiv:2006.12834. Differs from the paper: each example exchanges its own positions; a
+new colour always differs from the clean one, however many positions are exchanged; and targeted attacks use the margin
+too.
 """
 
 from bisect import bisect_left
@@ -24,19 +24,19 @@ from holdfast.ops.losses import margin
 from holdfast.ops.norms import expect_eps, expect_norm
 from holdfast.ops.sampling import distinct
 
-_BLOCK = 64  # steps that are drawn together, so that few examples cost few operations
-_FALLS = (0, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # after these of 10,000 steps the share falls to a
-_PARTS = (1, 2, 4, 5, 6, 8, 10, 12, 15, 20)  # part of alpha_init
+_BLOCK = 64  # steps whose random numbers are drawn at once, which is faster for small batches
+_FALLS = (0, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 steps: after each the share falls to the
+_PARTS = (1, 2, 4, 5, 6, 8, 10, 12, 15, 20)  # corresponding fraction of alpha_init
 
 
 @dataclass(frozen=True)
 class SparseRS:
-    """Exchange some of the changed places for others, with colours from the corners of the box, where that helps."""
+    """Exchange some of the changed positions for others, with colours from the box's corners, if the margin falls."""
 
     queries: Steps = 5000
-    """forwards for each example, at most; the threat model's budget where that is less"""
+    """largest number of forwards for each example; the threat model's budget if it is smaller"""
     alpha_init: Fraction = 0.3
-    """share of the changed places that is exchanged at first; it falls over the queries there are"""
+    """share of the changed positions that is exchanged at first; it falls over the number of queries"""
 
     needs: ClassVar[Access] = "scores"
 
@@ -52,7 +52,7 @@ class SparseRS:
         places = _Places(left, norm, model.bounds, rng.at("start"))
         height = margin(model(places.x.clone(), left.ids), left)
         for step in range(1, queries + 1):
-            if not float(height.min()) > 0:  # a NaN among them makes the least a NaN
+            if not float(height.min()) > 0:  # also true if one of them is NaN
                 best.offer(left, places.x, height)
                 standing = height > 0
                 left, height = left.take(standing), height[standing]
@@ -73,7 +73,7 @@ class SparseRS:
 
 
 class _Places:
-    """The places in an order whose first `k` are those that change, and the best point of each example."""
+    """An order of the positions, of which the first `k` are changed, and the best point of each example."""
 
     def __init__(self, batch: Batch, norm: L0, bounds: Bounds, rng: Draws) -> None:
         self._channels = norm.grouped(batch.x).shape[2]
@@ -94,12 +94,12 @@ class _Places:
         return self._best.view(-1, *self._shape)
 
     def plan(self, rng: Draws, share: float) -> None:
-        """Draw for a block of steps that exchange at most this share."""
+        """Draw the random numbers of a block of steps that exchange at most this share."""
         n = self._exchanged(share)
         self._draws = rng.uniform(self._ids, _BLOCK, 2 * (n + 1) + n * self._channels)
 
     def propose(self, step: int, share: float) -> Inputs:
-        """Some of the places that change are given back, as many others get a corner's colour."""
+        """Undo some of the changed positions, and set as many others to a corner's colour."""
         n, rest = self._exchanged(share), self._order.shape[1] - self._k
         draws = self._draws[:, step]
         self._out = distinct(draws[:, : n + 1], self._k)
@@ -113,7 +113,7 @@ class _Places:
         return self._tried.view(-1, *self._shape)
 
     def keep(self, better: Mask) -> None:
-        """Go on from what was tried where it is better."""
+        """Accept the tried points where they are better."""
         rows = better.nonzero()[:, 0]
         self._best[rows] = self._tried[rows]
         out, into, order = self._out[rows], self._in[rows], self._order[rows]
@@ -121,20 +121,20 @@ class _Places:
         self._order[rows] = swapped
 
     def take(self, rows: Mask) -> None:
-        """Go on with some of the examples."""
+        """Keep the state of some of the examples only."""
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):  # one entry an example each
+            if isinstance(value, Tensor):  # one entry for each example
                 setattr(self, name, value[rows])
 
     def _exchanged(self, share: float) -> int:
         return min(max(int(share * self._k), 1), self._order.shape[1] - self._k or 1)
 
     def _laid(self, x: Inputs) -> Tensor:
-        """Inputs as (n, values in a place, places)."""
+        """Inputs as (n, values of a position, positions)."""
         return x.reshape(len(x), self._channels, -1)
 
     def _colours(self, at: Tensor, up: Tensor) -> Tensor:
-        """Corners of the box; the opposite one where that would be the clean value in every channel."""
+        """Corners of the box; the opposite corner if the chosen one equals the clean value in every channel."""
         units, clean = self._clean.shape[2], self._clean.gather(2, at)
         same = (self._sides.gather(2, at + up * units) == clean).all(1, keepdim=True)
         return self._sides.gather(2, at + (up ^ same) * units)

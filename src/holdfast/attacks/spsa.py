@@ -2,8 +2,8 @@
 
 Uesato, O'Donoghue, van den Oord & Kohli, "Adversarial risk and the dangers of evaluating against weak attacks",
 ICML 2018, arXiv:1802.05666; the estimate is that of Spall 1992.
-Differs from the paper: the step size falls along a cosine, and Adam's direction is followed by the steepest step of
-whatever constraint there is.
+Differs from the paper: step sizes follow a cosine, and Adam's direction is replaced by the steepest step of the
+constraint in this direction.
 """
 
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ from holdfast.ops.norms import expect_eps
 
 @dataclass(frozen=True)
 class SPSA:
-    """Climb the margin with Adam along gradients that are estimated from pairs of points."""
+    """Lower the margin with Adam along gradients that are estimated from pairs of points."""
 
     queries: Steps = 5000
-    """forwards for each example, at most; the threat model's budget where that is less"""
+    """largest number of forwards for each example; the threat model's budget if it is smaller"""
     pairs: Steps = 25
-    """pairs of points from which one gradient is estimated"""
+    """number of pairs of points from which one gradient is estimated"""
     delta: Positive = 0.01
-    """how far each value moves to either side, in widths of the box"""
+    """displacement of each value to either side, in widths of the box"""
     reach: Positive = 20.0
     """path length in multiples of eps"""
 

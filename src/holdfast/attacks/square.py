@@ -1,4 +1,4 @@
-"""Square Attack: random search with windows, from scores alone.
+"""Square Attack: random search with square windows, from scores alone.
 
 Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via random search", ECCV 2020,
 arXiv:1912.00049; for L1: Croce & Hein, arXiv:2103.01208.
@@ -23,14 +23,14 @@ from holdfast.ops.squares import proposals_for, search, share
 
 @dataclass(frozen=True)
 class Square:
-    """Try windows that shrink over time, and keep each that lowers the margin."""
+    """Try random windows that shrink over time, and keep each that lowers the margin."""
 
     queries: Steps = 5000
-    """forwards for each example, at most; the threat model's budget where that is less"""
+    """largest number of forwards for each example; the threat model's budget if it is smaller"""
     p_init: Fraction = 0.8
     """share of the pixels that the first windows cover"""
     scale_schedule: bool = True
-    """shrink the windows over the queries there are, not over the paper's 10,000"""
+    """whether windows shrink over the number of queries instead of the paper's 10,000"""
 
     needs: ClassVar[Access] = "scores"
 

@@ -1,11 +1,11 @@
-"""SuperDeepFool: DeepFool to the boundary, then back towards the boundary's normal through the clean input, in turn.
+"""SuperDeepFool: DeepFool steps to the boundary and projections onto the boundary's normal through the clean input.
 
-Abdolahpourrostam, Abroshan & Moosavi-Dezfooli, "Revisiting DeepFool: generalization and improvement", TMLR 2024,
-arXiv:2303.12481; this is its SDF(∞, 1). Differs from the paper: the normal is that of the margin, the way onto it is
-gone by half (the whole way swings from side to side of a curved boundary and never stands still), examples take their
-turns each on its own until one has come no closer three times, only the two likeliest classes are looked at once an
-example was broken, the closest of all broken points is kept, an example leaves once it is broken inside a finite eps,
-and DeepFool's steps are those of `DeepFool`, but do without the features that the box holds from the first one on.
+Abdolpourrostam, Abroshan & Moosavi-Dezfooli, "Revisiting DeepFool: generalization and improvement", TMLR 2024,
+arXiv:2303.12481; this is its SDF(∞, 1). Differs from the paper: the normal is that of the margin; a projection goes
+half of the way (the whole way oscillates between the sides of a curved boundary); examples alternate independently
+until one came no closer three times; only the two likeliest classes are compared once an example was broken; the
+closest of all broken points is kept; an example is dropped once it is broken inside a finite eps; and DeepFool's steps
+are those of `DeepFool`, but leave out features at the sides of the box from the first one on.
 """
 
 from dataclasses import dataclass
@@ -29,20 +29,20 @@ from holdfast.ops.norms import expect_norm, free
 from holdfast.ops.planes import across, planes, rivals_of
 
 _HALF = 0.5
-_VAIN = 3  # broken points that come no closer, in a row, before an example leaves
-_LIKELIEST = 2  # classes to look at from near the boundary
+_VAIN = 3  # consecutive broken points that come no closer, after which an example is dropped
+_LIKELIEST = 2  # number of classes that are compared near the boundary
 
 
 @dataclass(frozen=True)
 class SuperDeepFool:
-    """Step across the nearest linear boundary until the model breaks, then stand up straight on the boundary there."""
+    """Step across the nearest linear boundary until the model breaks, then move towards the boundary's normal."""
 
     steps: Steps = 50
-    """steps of both kinds at most; an example stops when three broken points in a row come no closer"""
+    """largest number of steps of both kinds; an example stops when three broken points in a row come no closer"""
     candidates: Steps = 9
-    """how many of the likeliest other classes are looked at until an example breaks; then it is two"""
+    """number of likeliest other classes that are compared until an example is broken; then it is two"""
     overshoot: Positive = 0.02
-    """share of the whole way by which a step goes beyond the linear boundary"""
+    """share of the whole change by which a step goes beyond the linear boundary"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -80,14 +80,14 @@ class SuperDeepFool:
         return to_boundary(model, batch, closest.x, norm)
 
     def _across(self, model: Model, batch: Batch, x: Inputs, rivals: Tensor, norm: Norm) -> Inputs:
-        """One step of DeepFool, by what the box leaves free."""
+        """One step of DeepFool without the features at the sides of the box."""
         margins, grads = planes(model, batch, x, rivals)
         grads = [free(grad, x, model.bounds) for grad in grads]
         return across(norm, model.bounds, batch, x, grads, margins, self.overshoot)
 
 
 def _straightened(model: Model, batch: Batch, x: Inputs, norm: Norm) -> Inputs:
-    """Half of the way from broken points onto the normal of the boundary there through the clean input."""
+    """Broken points moved half of the way onto the boundary's normal through the clean input."""
     grad, _ = gradient(model, batch.at(x), margin_loss)
     normal = norm.steepest(grad, batch.x, model.bounds)
     height = ((x - batch.x) * normal).flatten(1).sum(1)

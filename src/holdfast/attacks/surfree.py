@@ -1,8 +1,8 @@
-"""SurFree: turn the ray from the clean input in random planes, along circles on which every angle comes nearer.
+"""SurFree: turn the ray from the clean input in random planes, along circles that come nearer with every angle.
 
-Maho, Furon & Le Merrer, "SurFree: a fast surrogate-free black-box attack", CVPR 2021, arXiv:2011.12807.
-Differs from the paper: a direction is at a right angle to the ray alone, not to a hundred directions before it; one
-halving looks for the largest angle, up to twice the one that helped; and the nearest of several starts is taken.
+Maho, Furon & Le Merrer, "SurFree: a fast surrogate-free black-box attack", CVPR 2021, arXiv:2011.12807. Differs from
+the paper: a direction is orthogonal to the ray only, not to a hundred earlier directions; one bisection searches for
+the largest angle, up to twice the one that helped; and the nearest of several starts is used.
 """
 
 from dataclasses import dataclass
@@ -24,18 +24,18 @@ from holdfast.ops.norms import expect_norm
 
 @dataclass(frozen=True)
 class SurFree:
-    """Turn the ray in a random plane, one way or the other, and stay where the model is still broken."""
+    """Turn the ray in a random plane in both directions, and keep the turns that stay broken."""
 
     queries: Steps = 5000
-    """forwards for each example, at most; the threat model's budget where that is less"""
+    """largest number of forwards for each example; the threat model's budget if it is smaller"""
     angle: Positive = 30.0
-    """the first angle, in degrees"""
+    """first angle in degrees"""
     rho: Fraction = 0.95
-    """factor on the angle where neither way helps; the angle is divided by it where one does"""
+    """factor of the angle if neither direction helps; the angle is divided by it otherwise"""
     halvings: Steps = 1
-    """angles tried between one that helps and one that does not"""
+    """number of angles that are tried between one that helps and one that does not"""
     frequencies: Fraction = 0.5
-    """share of an image's frequencies, lowest first, that half of each direction is made of; 1 is noise alone"""
+    """share of an image's lowest frequencies that half of each direction's energy is in; 1 for white noise"""
 
     needs: ClassVar[Access] = "labels"
 
@@ -53,7 +53,7 @@ class SurFree:
         return decisions.found()
 
     def _turn(self, decisions: Decisions, some: Batch, circle: "_Circle", angle: PerExample) -> Mask:
-        """Try an angle both ways, then larger ones the way that helped; whom it helped."""
+        """Try an angle in both directions, then larger ones in the better direction; return where it helped."""
         ahead = decisions.ask(some, decisions.bounds.clamp(circle.at(angle)))
         helped = ahead | decisions.ask(some, decisions.bounds.clamp(circle.at(-angle)), ~ahead)
         best = torch.where(ahead, angle, -angle)
@@ -67,13 +67,13 @@ class SurFree:
 
 @dataclass(frozen=True)
 class _Circle:
-    """The circle through the clean input and the tip of the ray, in the plane of the ray and of what lies across."""
+    """The circle through the clean input and the end of the ray, in the plane of the ray and `beside`."""
 
     clean: Inputs
     ray: Inputs
     beside: Inputs
 
     def at(self, angle: PerExample) -> Inputs:
-        """Where a ray at this angle meets the circle: nearer by the cosine."""
+        """Intersection of the circle with a ray at this angle: its distance is the ray's length times the cosine."""
         cosine, sine = spread(angle.cos(), self.ray), spread(angle.sin(), self.ray)
         return self.clean + cosine * (cosine * self.ray + sine * self.beside)

@@ -1,13 +1,13 @@
-"""Transfer: examples made on surrogates alone, in the hope that they turn the target too.
+"""Transfer: adversarial examples of surrogate models only, which may also break the target.
 
 One loop for a family of methods, each a setting of it: momentum (MI-FGSM, Dong et al., "Boosting Adversarial Attacks
-with Momentum", CVPR 2018, arXiv:1710.06081); steps from where the momentum leads, and copies of halved brightness
-(NI-FGSM, SI-NI-FGSM, Lin et al., "Nesterov Accelerated Gradient and Scale Invariance for Adversarial Attacks", ICLR
-2020, arXiv:1908.06281); resized images (DI2-FGSM, Xie et al., CVPR 2019, arXiv:1803.06978); moved ones (TI-FGSM, Dong
-et al., CVPR 2019, arXiv:1904.02884); and gradients corrected by those of neighbours (VMI-FGSM, Wang & He, "Enhancing
-the Transferability of Adversarial Attacks through Variance Tuning", CVPR 2021, arXiv:2103.15571). Several surrogates
-count by the mean of their logits. Differs from the papers: other norms step along their own steepest direction, the
-look ahead goes along the step's own direction, and every image is resized and placed for itself.
+with Momentum", CVPR 2018, arXiv:1710.06081); gradients at the point ahead of the momentum, and copies of halved
+brightness (NI-FGSM, SI-NI-FGSM, Lin et al., "Nesterov Accelerated Gradient and Scale Invariance for Adversarial
+Attacks", ICLR 2020, arXiv:1908.06281); resized images (DI2-FGSM, Xie et al., CVPR 2019, arXiv:1803.06978); shifted ones
+(TI-FGSM, Dong et al., CVPR 2019, arXiv:1904.02884); and gradients corrected by those of neighbours (VMI-FGSM, Wang &
+He, "Enhancing the Transferability of Adversarial Attacks through Variance Tuning", CVPR 2021, arXiv:2103.15571). The
+logits of several surrogates are averaged. Differs from the papers: other norms step along their own steepest direction,
+the point ahead lies along the step's own direction, and every image is resized and placed separately.
 """
 
 from dataclasses import dataclass
@@ -31,28 +31,28 @@ from holdfast.ops.views import Viewed, shifted
 
 @dataclass(frozen=True)
 class Transfer:
-    """Climb the surrogates' loss from the clean input, all steps whatever they say; the target is never asked."""
+    """Gradient ascent on the surrogates' loss from the clean input, without early stopping or queries of the target."""
 
     steps: Steps = 10
-    """steps, each of (1 + neighbours) (1 + halvings) gradients of every surrogate; the last goes without neighbours"""
+    """steps of (1 + neighbours) (1 + halvings) gradients of each surrogate; the last step uses no neighbours"""
     reach: Positive = 6.0
     """path length, in multiples of eps"""
     momentum: NonNegative = 1.0
     """share of the direction that the next step keeps (MI)"""
     ahead: bool = False
-    """take gradients where the momentum leads next (NI)"""
+    """whether gradients are computed at the point ahead of the momentum (NI)"""
     diversity: Fraction = 0.0
-    """chance of an image to be shown smaller and elsewhere (DI)"""
+    """probability that an image is shrunk and moved (DI)"""
     shifts: Count = 0
-    """pixels by which the image may be thought moved (TI)"""
+    """largest shift in pixels over which gradients are averaged (TI)"""
     halvings: Count = 0
-    """copies, each of half the last one's brightness, whose gradients count too (SI)"""
+    """number of copies with halved brightness, each half of the one before, whose gradients are averaged (SI)"""
     neighbours: Count = 5
-    """points around, whose gradients say how much that of the point varies (VMI)"""
+    """number of random neighbours whose gradients correct that of the point (VMI)"""
     around: Positive = 5.0
-    """how far neighbours lie, in multiples of eps"""
+    """radius of the neighbours, in multiples of eps"""
     loss: Loss = cross_entropy
-    """what is climbed"""
+    """loss that is maximised"""
 
     needs: ClassVar[Access] = "none"
 
@@ -72,7 +72,7 @@ class Transfer:
                 at = model.bounds.clamp(torch.add(x, lead, alpha=size * self.momentum))
             grad = self._gradient(source, batch.at(at), place)
             tuned = shifted(grad + correction, self.shifts)
-            if self.neighbours and step + 1 < self.steps:  # for the step that follows
+            if self.neighbours and step + 1 < self.steps:  # for the next step
                 correction = self._nearby(source, batch.at(x), threat, place) - grad
             direction = self.momentum * direction + levelled(tuned)
             climb = constraint.steepest(direction, x, model.bounds)
@@ -80,7 +80,7 @@ class Transfer:
         return x
 
     def _gradient(self, source: Model, batch: Batch, rng: Draws) -> Inputs:
-        """The mean gradient over the copies of halved brightness, each resized for itself."""
+        """The mean gradient over the copies of halved brightness, each resized separately."""
         total = torch.zeros_like(batch.x)
         for times in range(1 + self.halvings):
             shown = Viewed(source, self.diversity, times, rng.at("copy", times))
@@ -88,7 +88,7 @@ class Transfer:
         return total / (1 + self.halvings)
 
     def _nearby(self, source: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> Inputs:
-        """The mean gradient over random points around, which may lie beyond the box, as in the paper."""
+        """The mean gradient over random neighbours, which may lie outside the box, as in the paper."""
         origin, room = batch.at(torch.zeros_like(batch.x)), Bounds(-source.bounds.width, source.bounds.width)
         ball = threat.constraint.resized(self.around * threat.constraint.eps)
         total = torch.zeros_like(batch.x)

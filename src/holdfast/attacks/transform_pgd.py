@@ -1,9 +1,9 @@
-"""TransformPGD: gradient ascent on how far an image is turned, shifted, scaled or recoloured.
+"""TransformPGD: gradient descent on the parameters of rotations, shifts, scales and colour changes.
 
 Engstrom et al., "Exploring the Landscape of Spatial Robustness", ICML 2019, arXiv:1712.02779 (their first-order
 method), and Hsiung et al., "Towards Compositional Adversarial Robustness", CVPR 2023, arXiv:2202.04235, for colours.
-Differs from the papers: the margin is climbed, in steps that fall along a cosine, over all axes at once, from random
-starts; colours turn and fade in YIQ instead of HSV, which keeps the brightness and has a gradient everywhere.
+Differs from the papers: the margin is lowered, with step sizes along a cosine, over all axes at once, from random
+starts; hue and saturation change in YIQ instead of HSV, which keeps the brightness and has a gradient everywhere.
 """
 
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ from holdfast.ops.transformations import expect_transformations, reached
 
 @dataclass(frozen=True)
 class TransformPGD:
-    """Climb from random turns, shifts, scales or colours, within what the threat allows."""
+    """Lower the margin from random rotations, shifts, scales or colours, within the limits of the threat model."""
 
     steps: Steps = 20
     """gradient steps of one restart"""
     restarts: Restarts = 10
-    """starts, the first from the clean image; each works only on the examples still standing"""
+    """starts, the first from the clean image; each is run on the examples that survive the ones before"""
     step_size: Positive = 0.1
-    """mean length of a step along each axis, as a share of its limit"""
+    """mean step size along each axis, as a share of its limit"""
 
     needs: ClassVar[Access] = "gradients"
 
@@ -53,7 +53,7 @@ class TransformPGD:
     def _climb(
         self, model: Model, left: Batch, place: torch.Tensor, constraint: Transformations, best: Best
     ) -> None:
-        """One path; every point of it is offered, and an example leaves once it is broken."""
+        """One path; all points are offered to `best`, and broken examples are dropped."""
         for step in range(self.steps + 1):
             place = place.detach().requires_grad_(step < self.steps)
             with torch.set_grad_enabled(step < self.steps):

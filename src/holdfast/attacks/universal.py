@@ -1,11 +1,11 @@
-"""Universal: one perturbation for all inputs, learned on examples that are not judged.
+"""Universal: one perturbation for all inputs, fitted on examples that are not used for the evaluation.
 
 Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, arXiv:1610.08401; this is the stochastic
 gradient method of Shafahi et al., "Universal Adversarial Training", AAAI 2020, arXiv:1811.11304. Differs from the
-paper: the steps fall along a cosine; the gradient of each batch, over its mean size, adds to a momentum, as in Dong et
-al., CVPR 2018, arXiv:1710.06081, which makes fits of different draws end closer together; and of several fits the best
-on examples apart is taken. Most inputs end in one class, and which one decides how many break, so each fit begins with
-steps towards another class.
+paper: step sizes follow a cosine; the gradient of each batch, divided by its mean absolute value, is added to a
+momentum, as in Dong et al., CVPR 2018, arXiv:1710.06081, which makes the results of different fits more similar; and of
+several fits the best on separate examples is used. Most inputs end in one class, and the number of broken examples
+depends on which one, so that each fit begins with steps towards another class.
 """
 
 from dataclasses import dataclass
@@ -25,35 +25,35 @@ from holdfast.ops.learned import Added, some, truncated, unfitted
 from holdfast.ops.norms import expect_norm
 
 _TINY = 1e-30
-_BEGIN = 1 / 3  # of the steps are towards a class
+_BEGIN = 1 / 3  # share of the steps that are targeted
 
 
 @dataclass(frozen=True)
 class Universal:
-    """Learn one change that breaks the model on as many inputs as it can, and add it to each."""
+    """Fit one perturbation that breaks the model on as many inputs as possible, and add it to each."""
 
     examples: Steps = 2000
-    """examples of the fit split that it is learned on, at most; half of them choose among the fits"""
+    """largest number of examples of the fit split; half of them are used to choose among the fits"""
     fits: Steps = 10
-    """times that it is learned, each time with first steps towards another class; the one that breaks most of the
-    choosing examples is taken"""
+    """number of fits, each with first steps towards another class; the one that breaks most of the choosing examples is
+    used"""
     steps: Steps = 150
-    """gradient steps of a fit, each on some of them"""
+    """gradient steps of a fit, each on some of the examples"""
     batch: Steps = 100
-    """examples of one step"""
+    """number of examples of one step"""
     step_size: Positive = 0.2
-    """mean length of a step, in multiples of eps"""
+    """mean step size, in multiples of eps"""
     momentum: Fraction = 0.9
-    """how much of the direction of a step the next one keeps"""
+    """share of the direction that the next step keeps"""
 
     needs: ClassVar[Access] = "gradients"
 
     def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """The change, as a batch of one."""
+        """The perturbation, as a batch of one."""
         return self.refit(0, model, batch, threat, rng=rng)
 
     def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """The change of fit `k`, which begins towards a class of its own; under a targeted goal by draws of its own."""
+        """The perturbation of fit `k`, with its own random numbers and, if untargeted, its own first class."""
         norm, draws = expect_norm(threat.constraint, self, Linf, L2), rng.at("fit", k)
         delta, everywhere = torch.zeros_like(batch.x[:1]), Bounds(-torch.inf, torch.inf)
         momentum = torch.zeros_like(delta)
@@ -71,7 +71,7 @@ class Universal:
         return delta
 
     def fitted(self, learned: Tensor) -> Added:
-        """The attack that adds it to every input."""
+        """The attack that adds the perturbation to every input."""
         return Added(learned)
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
@@ -79,7 +79,7 @@ class Universal:
 
 
 def _likely(model: Model, batch: Batch, k: int) -> int:
-    """The class that is `k`-th likeliest for examples of other classes; after the last the first follows again."""
+    """The class of rank `k` (modulo the number of classes) by mean probability for examples of other classes."""
     with torch.no_grad():
         logits = model(batch.x, batch.ids)
     others = logits.softmax(1).double().scatter(1, batch.y[:, None], 0.0).mean(0)

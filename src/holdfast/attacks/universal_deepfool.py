@@ -1,9 +1,9 @@
-"""UniversalDeepFool: one perturbation for all inputs, added up from the shortest ways out of their classes.
+"""UniversalDeepFool: one perturbation for all inputs, the sum of DeepFool steps of single examples.
 
 Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, arXiv:1610.08401. Differs from the paper:
-several examples take one step of DeepFool at once, and the mean of their steps is added, where there one example after
-the other goes all its way; an input is fooled where it gets a wrong class, not where it gets another one; and the rate
-is counted along a pass, each example at its turn.
+several examples take one step of DeepFool at once and the mean of their steps is added, where the paper moves one
+example after the other across its boundary; an input counts as broken if it gets a wrong class, not if its prediction
+changes; and the rate is counted during a pass, for each example when it is used.
 """
 
 from dataclasses import dataclass
@@ -23,33 +23,33 @@ from holdfast.ops.learned import Added, some, unfitted
 from holdfast.ops.norms import expect_norm
 from holdfast.ops.planes import across, planes, rivals_of
 
-_PLAIN = L2(1.0)  # steps are Euclidean under any norm, as in the paper; only what they add up to is projected
+_PLAIN = L2(1.0)  # steps are Euclidean under any norm, as in the paper; only their sum is projected
 _EVERYWHERE = Bounds(-torch.inf, torch.inf)
 
 
 @dataclass(frozen=True)
 class UniversalDeepFool:
-    """Learn one change by stepping out of one class after the other, and add it to each input."""
+    """Fit one perturbation as a sum of steps across class boundaries, and add it to each input."""
 
     examples: Steps = 1000
-    """examples of the fit split that it is learned on, at most; half of them choose among the fits"""
+    """largest number of examples of the fit split; half of them are used to choose among the fits"""
     fits: Steps = 3
-    """times that it is learned from other draws; the one that breaks most of the choosing examples is taken"""
+    """number of fits with different random numbers; the one that breaks most of the choosing examples is used"""
     passes: Steps = 10
-    """times that each of them takes its turn, at most"""
+    """largest number of passes over the examples"""
     batch: Steps = 10
-    """examples that step at once"""
+    """number of examples that step at once"""
     candidates: Steps = 9
-    """how many of the likeliest other classes are looked at"""
+    """number of likeliest other classes that are compared"""
     overshoot: Positive = 0.02
     """share of a step by which it goes beyond the linear boundary"""
     rate: Fraction = 0.8
-    """share of the examples to be fooled; reached in one pass, the next is left out"""
+    """share of broken examples in a pass at which the fit ends"""
 
     needs: ClassVar[Access] = "gradients"
 
     def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """The change, as a batch of one."""
+        """The perturbation, as a batch of one."""
         norm = expect_norm(threat.constraint, self, Linf, L2)
         delta, none = torch.zeros_like(batch.x[:1]), torch.zeros_like(batch.x[:1])
         turns = max(1, len(batch) // self.batch)
@@ -65,7 +65,7 @@ class UniversalDeepFool:
         return delta
 
     def _step(self, model: Model, few: Batch) -> tuple[Tensor, int]:
-        """The mean step of those that still stand, as a batch of one, and how many they are."""
+        """The mean step of the examples that survive, as a batch of one, and their number."""
         with torch.no_grad():
             logits = model(few.x, few.ids)
         stands = ~firmly_broken(logits, few)
@@ -77,11 +77,11 @@ class UniversalDeepFool:
         return (moved - left.x).mean(0, keepdim=True), len(left)
 
     def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """What fit `k` learns, by draws of its own."""
+        """The result of fit `k`, with its own random numbers."""
         return self.fit(model, batch, threat, rng=rng.at("fit", k))
 
     def fitted(self, learned: Tensor) -> Added:
-        """The attack that adds it to every input."""
+        """The attack that adds the perturbation to every input."""
         return Added(learned)
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:

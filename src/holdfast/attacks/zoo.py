@@ -1,10 +1,10 @@
-"""ZOO: the attack of Carlini & Wagner coordinate by coordinate, from scores alone; the first of its kind, and slow.
+"""ZOO: the attack of Carlini & Wagner by coordinate descent, from scores alone; the first of its kind, and slow.
 
 Chen, Zhang, Sharma, Yi & Hsieh, "ZOO: zeroth order optimization based black-box attacks to deep neural networks without
-training substitute models", AISec 2017, arXiv:1708.03999.
-Differs from the paper: coordinates are drawn evenly, without a hierarchy of smaller images; the price of the margin
-starts at 10; it ends with a bisection to the boundary; and an example leaves once it is broken inside a finite eps.
-With the thousands of queries usual today few coordinates move at all: kept for comparison with older results.
+training substitute models", AISec 2017, arXiv:1708.03999. Differs from the paper: coordinates are sampled uniformly,
+without a hierarchy of smaller images; the weight of the margin starts at 10; it ends with a bisection to the boundary;
+and an example is dropped once it is broken inside a finite eps. With the thousands of queries that are usual today few
+coordinates move at all; it is included for comparison with older results.
 """
 
 from dataclasses import dataclass
@@ -27,21 +27,21 @@ from holdfast.ops.sampling import distinct
 
 _H = 1e-4  # the paper's step to either side, in widths of the box
 _PRICE, _DEARER = 10.0, 10.0
-_CLOSING = 10  # forwards of the last bisection, where the smallest change is asked
+_CLOSING = 10  # forwards of the final bisection, if the smallest change is searched
 
 
 @dataclass(frozen=True)
 class ZOO:
-    """Minimise the squared change plus a price times the margin, with Adam on a few coordinates at a time."""
+    """Minimise the squared change plus a weight times the margin, with Adam on a few coordinates at a time."""
 
     queries: Steps = 20_000
-    """forwards for each example, at most; the threat model's budget where that is less"""
+    """largest number of forwards for each example; the threat model's budget if it is smaller"""
     searches: Steps = 2
-    """prices of the margin that are tried in turn"""
+    """number of weights of the margin that are tried in turn"""
     coordinates: Steps = 128
-    """coordinates of one step, two queries each"""
+    """number of coordinates of one step, two queries each"""
     lr: Positive = 0.1
-    """how far one step moves a coordinate, about, in widths of the box"""
+    """approximate change of a coordinate in one step, in widths of the box"""
 
     needs: ClassVar[Access] = "scores"
 
@@ -71,7 +71,7 @@ class ZOO:
     def _descend(
         self, model: Model, batch: Batch, norm: Norm, price: PerExample, closest: Closest, queries: int, rng: Draws
     ) -> Mask:  # fmt: skip
-        """One run from the clean input at a price; says for whom it was enough."""
+        """One run from the clean input with a weight; returns for which examples it was large enough."""
         left, adam, step = batch, _Adam(batch), 0
         solved, rows = (
             torch.zeros_like(price, dtype=torch.bool),
@@ -101,7 +101,7 @@ class ZOO:
 
 
 class _Adam:
-    """Adam with a count of its own for each coordinate."""
+    """Adam with a separate step count for each coordinate."""
 
     def __init__(self, batch: Batch) -> None:
         self.x, flat = batch.x, batch.x.flatten(1)
@@ -118,7 +118,7 @@ class _Adam:
         self.x = self.x.flatten(1).scatter_add(1, at, -lr * mean / (1 - 0.9**count) / size).view_as(self.x)
 
     def take(self, rows: Rows) -> None:
-        """Go on with some of the examples."""
+        """Keep the state of some of the examples only."""
         self.x, self._mean, self._square, self._count = (
             value[rows] for value in (self.x, self._mean, self._square, self._count)
         )

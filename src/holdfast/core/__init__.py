@@ -1,1 +1,1 @@
-"""The nouns: batch, model, constraints, threat, draws, evidence, the hash chain, and the errors."""
+"""Basic types: batch, model, constraints, threat model, random numbers, evidence, hash chain and errors."""

@@ -1,4 +1,4 @@
-"""Examples with their labels and identities, and the protocol of a data set."""
+"""Examples with labels and ids, and the protocol of a data set."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,14 +10,14 @@ from torch import Tensor
 from holdfast.core.types import Ids, Inputs, Labels
 
 UNLABELLED = -1
-"""The label of a training example that has none."""
+"""Label of a training example without a label."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """Examples `x` (n, *features), labels `y` (n), and `ids` (n), the source row of each.
 
-    `target` (n) is the class that a targeted attack aims for; None means that any other class will do. In training data
+    `target` (n) is the class that a targeted attack aims for; None means that any wrong class counts. In training data
     a label may be `UNLABELLED`.
     """
 
@@ -30,10 +30,10 @@ class Batch:
         return len(self.x)
 
     def take(self, rows: Tensor) -> "Batch":
-        """The batch of some rows (positions or a mask), ids and targets kept."""
+        """The batch of some rows (positions or a mask), with their ids and targets."""
         rows = (rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows).to(self.x.device)
         target = None if self.target is None else self.target[rows]
-        x = self.x.index_select(0, rows)  # three times as quick as `x[rows]` on a CPU
+        x = self.x.index_select(0, rows)  # three times as fast as `x[rows]` on a CPU
         return Batch(x, self.y[rows], self.ids[rows], target)
 
     def at(self, x: Inputs) -> "Batch":
@@ -45,7 +45,7 @@ class Batch:
         return replace(self, y=y)
 
     def towards(self, target: Labels | None) -> "Batch":
-        """The same examples with a class to aim for."""
+        """The same examples with a target class."""
         return replace(self, target=target)
 
     def to(self, device: torch.device) -> "Batch":
@@ -67,18 +67,18 @@ class Data(Protocol):
 
     @property
     def name(self) -> str:
-        """What the report calls it."""
+        """Name of the data set in reports."""
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes, where known."""
+        """Names of the classes, if known."""
 
     @property
     def digest(self) -> str:
         """SHA-256 of the selected examples and their labels, in hex."""
 
     def __len__(self) -> int:
-        """How many examples are selected."""
+        """Number of selected examples."""
 
     def read(self, start: int, stop: int) -> Batch:
         """Examples `start` to `stop` of the selection: float inputs, int64 labels, ids = source rows."""

@@ -1,4 +1,4 @@
-"""The hash chain that evidence and ledgers share: each record names the digest of the one before it."""
+"""The hash chain of evidence and ledgers: each record contains the digest of the record before it."""
 
 import hashlib
 import json
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 GENESIS = "0" * 64
-"""What the first record names as its predecessor."""
+"""Predecessor's digest in the first record."""
 
 
 def canonical(content: object) -> bytes:
-    """JSON with sorted keys and no spaces: the same content, the same bytes. NaN and infinity are refused."""
+    """JSON with sorted keys and no spaces: equal contents give equal bytes. NaN and infinity raise `ValueError`."""
     return json.dumps(
         content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     ).encode()
 
 
 def digest(data: bytes) -> str:
-    """SHA-256 in hex."""
+    """SHA-256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -36,9 +36,9 @@ class Link:
 
 
 def broken_at(links: Iterable[Link], previous: str = GENESIS) -> int | None:
-    """Position of the first record that does not follow from the one before it; None if the chain holds.
+    """Position of the first record whose `previous` is not the digest of the record before it; None if all match.
 
-    The first must follow from `previous`, the digest of what went before these links.
+    The first record must contain `previous`, the digest of the record before these links.
     """
     for position, link in enumerate(links):
         if link.previous != previous:

@@ -1,4 +1,4 @@
-"""Where a training stands after an epoch: what a recipe yields, a run keeps, and a later run goes on from."""
+"""The state of a training after an epoch: a recipe yields it, a run saves it, and a resumed run loads it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,45 +8,45 @@ from torch import Tensor
 from holdfast.core.model import Classifier
 
 WEIGHTS, AVERAGE, MEMORY, STATE = "weights.", "average.", "memory.", "state."
-"""How the names of tensors begin: the network as it is trained, its running average, what the optimiser remembers, and
-what the recipe does."""
+"""Prefixes of tensor names: the weights in training, their running average, the optimiser's state, and the recipe's
+state."""
 
 
 def beginning(tensors: Mapping[str, Tensor], first: str) -> dict[str, Tensor]:
-    """Those whose names begin so, by the rest of their names."""
+    """The tensors whose names have the prefix `first`, by name without the prefix."""
     return {name.removeprefix(first): t for name, t in tensors.items() if name.startswith(first)}
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How many updates a training has, planned after `at` of them; the last plan that was made decides an update.
+    """Number of updates of a training, planned after `at` of them; an update follows the last plan before it.
 
-    The schedules of the learning rate and of eps go evenly from `share` after `at` updates to 1 after `end`.
+    The schedules of the learning rate and of eps go linearly from `share` after `at` updates to 1 after `end`.
     """
 
     at: int
-    """updates that were done"""
+    """number of completed updates when the plan was made"""
     share: float
-    """share of the schedules that was done"""
+    """completed share of the schedules when the plan was made"""
     end: int
-    """updates in all"""
+    """total number of updates"""
     review: int
-    """updates after which the next plan is made, at the latest"""
+    """number of updates after which the next plan is made at the latest"""
     spent_s: float = 0.0
-    """seconds of the budget that were spent"""
+    """used seconds of the budget"""
     update_s: float = 0.0
     """estimated seconds of an update"""
     look_s: float = 0.0
-    """estimated seconds of what follows an epoch: a look at held-out examples, and a checkpoint that is written"""
+    """estimated seconds after an epoch, for the evaluation on held-out examples and for writing a checkpoint"""
     rewound: bool = False
-    """whether it is the plan before, moved back to where a guard had the training start again"""
+    """whether this is the previous plan, moved back to where a guard restarted the training"""
 
     def done(self, updates: int) -> float:
-        """Share of the schedules that is done after so many updates."""
+        """Completed share of the schedules after this number of updates."""
         return self._along(updates, self.end)
 
     def rated(self, updates: int) -> float:
-        """The same for the learning rate, which begins one update later and never comes to its end."""
+        """The same for the learning rate, which starts one update later and does not reach 1."""
         return self._along(updates + 1, self.end + 1)
 
     def _along(self, updates: int, end: int) -> float:
@@ -57,38 +57,38 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that going on from here exactly needs, and with it the new model.
+    """All tensors and counts for an exact continuation of a training; the new model is one of them.
 
-    Draws are counter-based and batches follow from them, so that no state of a generator or a loader is part of it.
+    Random numbers are counter-based and batches follow from them, so that no state of generators or loaders is needed.
     """
 
     epoch: int
-    """epochs that are done; the last one may be a part"""
+    """number of completed epochs; the last one may be incomplete"""
     of: int
-    """epochs in all, as far as it is planned"""
+    """planned number of epochs"""
     tensors: Mapping[str, Tensor]
-    """by name, each a copy: `weights.…`, `average.…` where the weights are averaged, `memory.…` and `state.…`"""
+    """copies by name: `weights.…`, `average.…` if the weights are averaged, `memory.…` and `state.…`"""
     measured: Mapping[str, float]
-    """what the epoch says of itself: `loss` and `accuracy` on what was trained on, the learning rate `lr`, the
-    `forwards` of an example through the network that is trained, and how many times `dearer` an update has become"""
+    """measurements of the epoch: `loss` and `accuracy` on the training inputs, the learning rate `lr`, the `forwards`
+    of an example through the network, and the cost of an update relative to the first one as `dearer`"""
     part: float = 1.0
-    """share of the last epoch that was trained"""
+    """completed share of the last epoch"""
     updates: int = 0
-    """updates that are done"""
+    """number of completed updates"""
     plans: tuple[TrainingPlan, ...] = ()
-    """all that were made within a budget of time, in their order; none where the epochs were given"""
+    """all plans of a training with a time budget, in order; empty if the number of epochs was given"""
 
     @property
     def share(self) -> float:
-        """Share of the schedules of rate and eps that is done."""
+        """Completed share of the schedules of learning rate and eps."""
         return self.plans[-1].done(self.updates) if self.plans else self.epoch / self.of
 
     @property
     def averaged(self) -> bool:
-        """Whether the new model is an average of the weights on the way."""
+        """Whether the new model is an average of weights during the training."""
         return any(name.startswith(AVERAGE) for name in self.tensors)
 
     def put_into(self, model: Classifier) -> None:
-        """Give a model of the same architecture the new weights."""
+        """Load the new weights into a model of the same architecture."""
         first = AVERAGE if self.averaged else WEIGHTS
         model.load_state_dict(beginning(self.tensors, first))

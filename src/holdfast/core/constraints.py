@@ -1,6 +1,6 @@
-"""What an adversary may change: balls around the clean input, cut by the box of legal inputs.
+"""Constraints: balls around the clean input, intersected with the box of legal inputs.
 
-Each constraint is a small value with the four functions that attacks need, so that an attack is written once for all
+Each constraint is a dataclass with the four functions that attacks need, so that an attack is written once for all
 norms: `distance`, `project` (the exact nearest point of ball *and* box), `steepest` (the best step of length one) and
 `sample` (a random start). Projections: L2 by the one-dimensional root of its dual; L1 by the sorted breakpoints of its
 dual (Croce & Hein, "Mind the box: l1-APGD for sparse adversarial attacks", ICML 2021, arXiv:2103.01208); L0 by the
@@ -22,11 +22,9 @@ from holdfast.core.per_example import spread
 from holdfast.core.types import Inputs, Mask, NonNegative, PerExample
 
 _TINY = 1e-12
-_ROUNDING = 16  # of the last place: how near a squared length comes to the one that it is to have
-_CLOSE = 1e-3  # squared lengths whose difference is a smaller share of the one wanted tell no slope
-_ROUNDINGS = (
-    3  # times that an L1 point is drawn in again because its float32 coordinates were rounded outwards
-)
+_ROUNDING = 16  # units in the last place: tolerance of a squared length
+_CLOSE = 1e-3  # squared lengths that differ by less than this share of the goal give no reliable slope
+_ROUNDINGS = 3  # number of times that an L1 point is shrunk again because of outward rounding in float32
 _L1_DENSITY = (
     0.01  # share of the features that one L1 step moves: between a vertex (too slow) and a dense step
 )
@@ -34,20 +32,20 @@ _L1_DENSITY = (
 
 @runtime_checkable
 class Constraint(Protocol):
-    """A set of allowed inputs around each clean one; `eps` is its size, infinite where only the distance is asked."""
+    """A set of allowed inputs around each clean one; `eps` is its size, infinite if only the distance is measured."""
 
     @property
     def eps(self) -> float:
-        """The radius, in units of the inputs (L0: how many values or pixels)."""
+        """The radius, in units of the inputs (L0: number of values or pixels)."""
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """How far `x_adv` (n, *features) is from `x`, in the constraint's own unit."""
+        """Distance of `x_adv` (n, *features) from `x`, in the constraint's own unit."""
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """The nearest point of ball and box; a point that is inside both comes back unchanged."""
+        """The nearest point of ball and box; a point inside both is unchanged."""
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """The direction of length one that climbs `gradient` fastest from `x`."""
+        """The direction of length one with the largest slope of `gradient` at `x`."""
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
         """A random point of ball and box around each example."""
@@ -58,7 +56,7 @@ class Constraint(Protocol):
 
 @runtime_checkable
 class Norm(Constraint, Protocol):
-    """A constraint whose radius may differ from example to example, as minimum-norm attacks need."""
+    """A constraint whose radius may differ between examples, as minimum-norm attacks need."""
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
         """`project`, with a radius for each example in place of eps."""
@@ -66,18 +64,18 @@ class Norm(Constraint, Protocol):
 
 @runtime_checkable
 class Limited(Constraint, Protocol):
-    """A constraint that is no ball: what it was made with says how far it goes, and `eps` is all of it."""
+    """A constraint that is not a ball: it is defined by its arguments, and an `eps` of 1 allows all of it."""
 
     @property
     def limits(self) -> Mapping[str, float | str]:
-        """The arguments that make the same constraint, but those that allow nothing."""
+        """The constructor arguments of the constraint, without those that allow no change."""
 
 
 def allowed(constraint: Constraint, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Mask:
     """Whether each point is inside ball and box, measured in float64: distance <= eps (1 + 1e-6) + 1e-7 + rounding.
 
-    Rounding is what the values that changed may have gained when they were stored: for inputs in [0, 1] at most 1.2e-7
-    each, for inputs up to 255 3e-5, and nothing under L0.
+    Rounding is the largest error of storing the changed values: for inputs in [0, 1] at most 1.2e-7 each, for inputs up
+    to 255 3e-5, and 0 under L0.
     """
     wide_adv, wide = x_adv.double(), x.double()
     low, high = bounds.like(wide)
@@ -94,19 +92,19 @@ def _rounding(constraint: Constraint, x_adv: Inputs, x: Inputs) -> PerExample | 
 
 
 def extent(constraint: Constraint, x: Inputs, bounds: Bounds) -> float:
-    """The distance between opposite corners of the box of inputs like `x`: with it as eps, every input is allowed."""
+    """Distance between opposite corners of the box of inputs like `x`; with it as eps, every input is allowed."""
     low, high = bounds.like(x.double())
     corner = x[:1].shape
     return float(constraint.distance(high.expand(corner), low.expand(corner)).max())
 
 
 def _eps(constraint: Constraint, like: Tensor) -> PerExample:
-    """The constraint's radius, once an example."""
+    """The constraint's radius, repeated for each example."""
     return like.new_full((len(like),), constraint.eps)
 
 
 def _room(delta: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
-    """How far each coordinate may move in the direction of `delta` before it leaves the box."""
+    """Distance of each coordinate to the side of the box in the direction of `delta`."""
     low, high = bounds.like(x)
     return torch.where(delta > 0, high - x, x - low).clamp_min(0)
 
@@ -169,7 +167,7 @@ class L2:
         if not every:
             x_adv, x, radius, most = x_adv[outside], x[outside], radius[outside], clamped[outside]
         delta = x_adv - x
-        wide = torch.promote_types(delta.dtype, torch.float32)  # squares leave the range of half precision
+        wide = torch.promote_types(delta.dtype, torch.float32)  # squares leave half precision
         flat, reach = delta.flatten(1).to(wide), (most - x).flatten(1).to(wide)
         t = _l2_share(flat, reach, radius.to(wide)).to(delta.dtype)
         moved = bounds.clamp(torch.addcmul(x, spread(t, x), delta)).sub_(x)
@@ -178,8 +176,8 @@ class L2:
         return inside if every else clamped.index_copy(0, outside, inside)
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """The gradient over its length; zero where it is zero."""
-        # by its largest entry first, for squares of very small or large gradients leave float32
+        """The gradient divided by its length; zero if it is zero."""
+        # divided by its largest entry first, because squares of very small or large gradients leave float32
         largest = gradient.flatten(1).abs().amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
         scaled = gradient / spread(largest, gradient)
         return scaled / spread(scaled.flatten(1).norm(dim=1).clamp_min(_TINY), gradient)
@@ -202,10 +200,11 @@ class L2:
 
 
 def _l2_share(delta: Tensor, most: Tensor, eps: PerExample) -> PerExample:
-    """The t <= 1 at which `t * delta`, each coordinate held at that of `most`, is `eps` long; `most` itself is longer.
+    """The largest t <= 1 at which `t * delta`, each coordinate clipped at that of `most`, has length `eps`.
 
-    The square of the length is concave in that of t and bends where a coordinate stops. So the line through two points
-    below the root meets the square of `eps` below the root again, and so does the tangent, which needs no difference.
+    `most` must be longer than `eps`. The squared length is piecewise linear and concave in t², with a breakpoint where
+    a coordinate is clipped. The line through two points below the root therefore reaches `eps` squared below the root
+    again, and so does the tangent, which needs no difference.
     """
     size, room, goal = delta.square(), most.square(), eps.square()
     before, short = torch.zeros_like(eps), torch.zeros_like(eps)
@@ -218,11 +217,11 @@ def _l2_share(delta: Tensor, most: Tensor, eps: PerExample) -> PerExample:
         if not rising.any():
             break
         slope, close = (long - short) / (squared - before), long - short < _CLOSE * goal
-        if (rising & close).any():  # a difference of rounded sums
+        if (rising & close).any():  # the difference of rounded sums is not reliable
             slope = torch.where(close, (size * (reached < room)).sum(1), slope)
         risen = (squared + (goal - long) / slope.clamp_min(_TINY**2)).clamp_max(1)
         rising &= risen > squared
-        # a row that is done stays as it is, whatever its neighbours need
+        # a row that has converged is not changed while others continue
         before, short = torch.where(rising, squared, before), torch.where(rising, long, short)
         squared = torch.where(rising, risen, squared)
     return squared.sqrt()
@@ -230,7 +229,7 @@ def _l2_share(delta: Tensor, most: Tensor, eps: PerExample) -> PerExample:
 
 @dataclass(frozen=True)
 class L1:
-    """The absolute changes add up to at most `eps`."""
+    """The sum of absolute changes is at most `eps`."""
 
     eps: NonNegative = math.inf
 
@@ -243,11 +242,11 @@ class L1:
         return self.within(x_adv, x, bounds, _eps(self, x))
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
-        """Shrink every change by the same amount, none below zero or beyond the box, until they add up to the radius.
+        """Shrink all changes by the same amount, clipped to zero and the box, until their sum is the radius.
 
-        The sum is piecewise linear in that amount, with breakpoints where a coordinate leaves the box's side (size -
+        The sum is piecewise linear in this amount, with breakpoints where a coordinate leaves the box's side (size -
         room) or reaches zero (size); the piece that contains the radius is found by sorting them. Distances are
-        measured in float64: thousands of roundings of float32 add up to more than is allowed.
+        measured in float64, because thousands of float32 roundings add up to more than the tolerance.
         """
         clamped = bounds.clamp(x_adv)
         outside = self.distance(clamped.double(), x.double()) > radius
@@ -269,7 +268,7 @@ class L1:
         return result
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Equal shares for the 1 % of the features with the largest gradient that the box still lets move."""
+        """Equal steps on the 1 % of the features with the largest gradient that can still move inside the box."""
         flat = gradient.flatten(1)
         gain = flat.abs() * (_room(gradient, x, bounds).flatten(1) > 0)
         k = max(1, round(_L1_DENSITY * flat.shape[1]))
@@ -295,13 +294,13 @@ class L1:
 def _l1_shrinkage(size: Tensor, room: Tensor, eps: PerExample) -> Tensor:
     """The amount by which sizes shrink so that `sum(min(max(size - amount, 0), room)) = eps`, row by row.
 
-    In float64, because the running sums cancel; the caller has made sure that the sum at zero exceeds eps.
+    In float64, because the running sums cancel; the sum at zero must exceed eps.
     """
     dtype, size, room, eps = size.dtype, size.double(), room.double(), eps.double()
     starts, ends = (size - room).clamp_min(0), size
     points, order = torch.cat((starts, ends), dim=1).sort(dim=1)
     slope_change = torch.cat((torch.ones_like(starts), -torch.ones_like(ends)), dim=1).gather(1, order)
-    slope = slope_change.cumsum(1)  # how many coordinates shrink just after each breakpoint
+    slope = slope_change.cumsum(1)  # number of coordinates that shrink just after each breakpoint
     steps = slope[:, :-1] * (points[:, 1:] - points[:, :-1])
     total = room.sum(1)
     after = total[:, None] - torch.cat((torch.zeros_like(total)[:, None], steps.cumsum(1)), dim=1)
@@ -319,19 +318,19 @@ class L0:
     per: Literal["value", "pixel"] = "value"
 
     def grouped(self, values: Tensor) -> Tensor:
-        """Values of an input (n, *features) as (n, units, values in a unit)."""
+        """Values of an input (n, *features), grouped as (n, units, values of a unit)."""
         if self.per == "pixel" and values.dim() == 4:
             return values.flatten(2).transpose(1, 2)
         return values.flatten(1)[:, :, None]
 
     def _ungrouped(self, keep: Tensor, like: Tensor) -> Tensor:
-        """A mask (n, units) as a mask of the inputs."""
+        """Convert a mask (n, units) to a mask of the inputs."""
         if self.per == "pixel" and like.dim() == 4:
             return keep[:, None, :].expand(-1, like.shape[1], -1).reshape(like.shape)
         return keep.view(like.shape)
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """How many values or pixels differ."""
+        """Number of values or pixels that differ."""
         return (self.grouped(x_adv) != self.grouped(x)).any(2).sum(1).to(x.dtype)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
@@ -339,7 +338,7 @@ class L0:
         return self.within(x_adv, x, bounds, _eps(self, x))
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
-        """Keep the changes whose loss would move the point furthest, undo the others."""
+        """Keep the changes whose removal would move the point furthest; undo the others."""
         clamped = bounds.clamp(x_adv)
         outside = self.distance(clamped, x) > radius
         if not outside.any():
@@ -348,7 +347,7 @@ class L0:
         return torch.where(kept | ~_expand(outside, x), clamped, x)
 
     def largest(self, gain: Tensor, radius: PerExample) -> Tensor:
-        """Where the `radius` values or pixels with the largest summed gain are, as a mask of the inputs' shape."""
+        """A mask, in the inputs' shape, of the `radius` values or pixels with the largest summed gain."""
         units = self.grouped(gain).sum(2)
         most = radius.clamp(0, units.shape[1]).long()
         order = units.topk(int(most.max()), dim=1).indices
@@ -357,7 +356,7 @@ class L0:
         return self._ungrouped(kept, gain)
 
     def summed(self, values: Tensor) -> Tensor:
-        """For each value the sum over what counts as one with it: itself, or all channels of its pixel."""
+        """For each value the sum over its unit: the value itself, or all channels of its pixel."""
         if self.per == "pixel" and values.dim() == 4:
             return values.sum(1, keepdim=True).expand_as(values)
         return values
@@ -365,14 +364,14 @@ class L0:
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """The gradient, scaled so that a step of eps moves a value by twice the box's width on average.
 
-        Croce & Hein take once the width; with PGD's 40 steps twice leaves fewer examples standing (MNIST at 10 values
-        56 for 72 of 100, CIFAR-10 at 10 values 12 for 15 of 40).
+        Croce & Hein scale to the width once; twice the width leaves fewer examples robust with PGD's 40 steps (MNIST at
+        10 values 56 instead of 72 of 100, CIFAR-10 at 10 values 12 instead of 15 of 40).
         """
         mean = gradient.flatten(1).abs().mean(1).clamp_min(_TINY)
         return gradient * spread(2 * bounds.width / (mean * max(self.eps, 1)), gradient)
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """As many random values or pixels as allowed, each uniform in the box."""
+        """Replace as many random values or pixels as allowed by uniform values in the box."""
         u = rng.at("value").uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
         low, high = bounds.like(batch.x)
         units = self.grouped(batch.x).shape[1]

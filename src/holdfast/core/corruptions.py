@@ -1,4 +1,4 @@
-"""Common corruptions as what may change: the threat that is written `corruptions:3`."""
+"""Common corruptions as a constraint: the threat model `corruptions:3`."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from holdfast.core.whole_image import Whole
 
 @dataclass(frozen=True)
 class Corruptions(Whole):
-    """One of the common corruptions, once, at a severity of 1 to 5; `eps` is that severity.
+    """One of the common corruptions at a severity from 1 to 5; `eps` is the severity.
 
-    There is no ball: any image inside the box counts as allowed, since only corruptions are run under it, and every
-    other attack is refused. `holdfast.ops.corruptions` makes them.
+    There is no ball: any image inside the box is allowed, since only corruptions run under this constraint and every
+    other attack raises `UsageError`. The corruptions are in `holdfast.ops.corruptions`.
     """
 
     severity: int = 3
@@ -23,7 +23,7 @@ class Corruptions(Whole):
         return float(self.severity)
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """The severity where anything changed, else 0."""
+        """The severity if anything changed, else 0."""
         return self.eps * (x_adv != x).flatten(1).any(1).to(x)
 
     def resized(self, eps: float) -> "Corruptions":
@@ -31,7 +31,7 @@ class Corruptions(Whole):
         return Corruptions(round(min(max(eps, 1), 5)))
 
     def refusal(self) -> UsageError:
-        """Names the suite that corrupts."""
+        """The error for other attacks; it names the suite of corruptions."""
         return UsageError(
             f"under corruptions:{self.severity} images are corrupted and not attacked; "
             f"choose --suite corruptions, or a threat such as linf:8/255"

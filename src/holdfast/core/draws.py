@@ -1,7 +1,7 @@
-"""Counter-based random draws.
+"""Counter-based random numbers.
 
-A draw is a pure function of (run seed, named places, example id, position): nothing counts up, so a subset of a
-batch draws what it would have drawn inside the whole, whatever the batch size, order or sharding.
+A random number is a pure function of the run's seed, named places, the example's id and the position. There is no
+state, so that the numbers of an example do not depend on batch size, order or sharding.
 
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, for the idea; the mixing function is that of
 SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), in wrapping int64.
@@ -30,7 +30,7 @@ _MUL1, _MUL2, _STEP = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB), 
 
 
 def _mix_(z: Tensor) -> Tensor:
-    """SplitMix64's finaliser, in place on a fresh int64 tensor; `>>` is arithmetic, hence the masks."""
+    """SplitMix64's finaliser, in place on a new int64 tensor; the masks are needed because `>>` is arithmetic."""
     z ^= (z >> 30) & 0x3FFFFFFFF
     z *= _MUL1
     z ^= (z >> 27) & 0x1FFFFFFFFF
@@ -46,7 +46,7 @@ def _place_key(key: int, place: int | str) -> int:
 
 @dataclass(frozen=True)
 class Draws:
-    """A place to draw from. `at` names a place below it; the same place always gives the same draws.
+    """A source of random numbers for a named place; `at` returns that of a sub-place. Equal places give equal numbers.
 
     >>> rng = Draws(7)
     >>> ids = torch.tensor([3, 5, 8])
@@ -56,10 +56,10 @@ class Draws:
     """
 
     key: int
-    """the run's seed, or what `at` made of it"""
+    """the run's seed, or the key that `at` derived from it"""
 
     def at(self, *places: int | str) -> "Draws":
-        """The draws of a named place, such as `rng.at("restart", 3)` or `rng.at(restart, step)`."""
+        """The source of a named sub-place, such as `rng.at("restart", 3)` or `rng.at(restart, step)`."""
         key = self.key
         for place in places:
             key = _place_key(key, place)
@@ -73,13 +73,13 @@ class Draws:
         return _mix_(rows[:, None] + positions).view(len(ids), *shape)
 
     def uniform(self, ids: Ids, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uniform on [0, 1), with as many random bits as the type's significand holds."""
+        """Uniform numbers on [0, 1), with as many random bits as the data type's significand has."""
         digits = 1 - round(math.log2(torch.finfo(dtype).eps))
         mantissa = (self.bits(ids, *shape) >> (64 - digits)) & ((1 << digits) - 1)
         return mantissa.to(dtype).mul_(2.0**-digits)
 
     def normal(self, ids: Ids, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standard normal, by Box and Muller's transform of two uniforms."""
+        """Standard normal numbers, by the Box-Muller transform of two uniform ones."""
         u, v = (
             self.at("radius").uniform(ids, *shape, dtype=dtype),
             self.at("angle").uniform(ids, *shape, dtype=dtype),
@@ -91,5 +91,5 @@ class Draws:
         return (self.uniform(ids, *shape, dtype=torch.float64) * high).long()
 
     def signs(self, ids: Ids, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """-1 or +1 with equal chance."""
+        """-1 or +1 with equal probability."""
         return ((self.bits(ids, *shape) >> 63) * 2 + 1).to(dtype)

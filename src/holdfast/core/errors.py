@@ -1,29 +1,29 @@
-"""The errors a user may meet, each with the exit code that the command line ends with.
+"""Errors of Holdfast, each with the exit code of the command line.
 
-Every message shows the value, what was expected, and the way out. Anything else that escapes is a bug (exit code 5).
+Every message shows the value, what was expected, and a remedy. Any other exception is a bug (exit code 5).
 """
 
 from typing import ClassVar
 
 
 class HoldfastError(Exception):
-    """Something a user can act upon; `exit_code` is what the command line returns."""
+    """Base class of errors that a user can resolve; `exit_code` is the exit code of the command line."""
 
     exit_code: ClassVar[int] = 5
 
 
 class UsageError(HoldfastError):
-    """A flag, a name, a threat string or a configuration that cannot be meant (exit code 2)."""
+    """An invalid flag, name, threat string or configuration (exit code 2)."""
 
     exit_code: ClassVar[int] = 2
 
 
 class NoSplit(UsageError):
-    """A split that the data do not have."""
+    """The data set does not have the split."""
 
 
 class InUse(UsageError):
-    """What another process works on; it can be had once that has ended."""
+    """Another process uses the file or folder; it is available after that process has ended."""
 
 
 class TargetError(HoldfastError):
@@ -37,15 +37,15 @@ class CarriesCode(TargetError):
 
 
 class TargetLost(TargetError):
-    """A target that cannot be asked any more, whatever the input; a run that was under way can be resumed later."""
+    """A target that no longer answers any input; an unfinished run can be resumed later."""
 
 
 class TargetRefused(TargetError):
-    """A target that refused an input, or answered it by nothing that can be used; mended, a run goes on with it."""
+    """A target that rejected an input or gave an unusable answer; after it is repaired, the run can be resumed."""
 
 
 class InputRefused(TargetRefused):
-    """A server that refused the content of a request by its `status`, as 400 or 422; fewer rows may be taken."""
+    """A server rejected the content of a request with a `status` such as 400 or 422; it may accept fewer rows."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class InputRefused(TargetRefused):
 
 
 class QueriesSpent(TargetLost):
-    """The next request to a server would exceed the number of rows that it may be sent; a run can be resumed."""
+    """The next request to a server would exceed the limit of rows; the run can be resumed."""
 
     def __init__(self, message: str, limit: int = 0) -> None:
         super().__init__(message)
@@ -61,15 +61,15 @@ class QueriesSpent(TargetLost):
 
 
 class UnclearOutput(TargetError):
-    """Single outputs that may be logits or probabilities, where nothing declares which."""
+    """A model returns one number for each example, and it is not declared whether it is a logit or a probability."""
 
 
 class LostLoss(TargetError):
-    """A training whose loss is no number any more."""
+    """The loss of a training is not finite."""
 
 
 class Inconclusive(HoldfastError):
-    """What was measured does not allow what was asked; what stood before still stands (exit code 4)."""
+    """The measurements do not support the requested change; the present state is kept (exit code 4)."""
 
     exit_code: ClassVar[int] = 4
 
@@ -79,7 +79,7 @@ class BudgetSpent(HoldfastError):
 
 
 class Interrupted(HoldfastError):
-    """The run was asked to stop; `exit_code` is 130 (SIGINT) or 143 (SIGTERM), and the run resumes."""
+    """The run received a signal to stop; `exit_code` is 130 (SIGINT) or 143 (SIGTERM), and the run can be resumed."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -1,11 +1,11 @@
-"""A number with what is known of its uncertainty. Torch-free, so that reports and the command line may import it."""
+"""A number with its confidence interval. Imports no torch, so that reports and the command line can use it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric's value on `n` examples and its interval, [`low`, `high`] at the confidence it was asked with."""
+    """Value of a metric on `n` examples, with its confidence interval [`low`, `high`]."""
 
     value: float
     low: float

@@ -1,8 +1,8 @@
-"""A guarded model: a network and a detector, which rejects the inputs that it takes for strangers.
+"""Guarded models: a network with a detector that rejects suspicious inputs.
 
-It is one network with one class more, "rejected", so that whoever attacks it attacks the pair. Tramèr, "Detecting
-adversarial examples is (nearly) as hard as classifying them", ICML 2022, arXiv:2107.11630, for what robust means of it:
-the clean input is accepted and right, and no attacked input is accepted and wrong.
+The pair is one network with an additional class "rejected", so that any attack is an attack on both. The definition of
+robustness is that of Tramèr, "Detecting adversarial examples is (nearly) as hard as classifying them", ICML 2022,
+arXiv:2107.11630: the clean input is accepted and correct, and no attacked input is accepted and misclassified.
 """
 
 import math
@@ -20,7 +20,7 @@ Net = nn.Module | Callable[[Tensor], Tensor]
 
 
 class Guarded(nn.Module):
-    """A network and a detector, with a logit for "rejected" after those of the classes; see `guarded`."""
+    """A network and a detector, with an additional last logit for "rejected"; see `guarded`."""
 
     def __init__(
         self, net: Net, detector: Net, threshold: float, scale: float, output: OutputKind | None = None
@@ -29,7 +29,7 @@ class Guarded(nn.Module):
         self.net, self.detector, self.output = net, detector, output
         self.threshold: Tensor
         self.scale: Tensor
-        # in the state, so that a run knows its model by them
+        # buffers, so that they are part of the model's digest
         self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
 
@@ -37,7 +37,7 @@ class Guarded(nn.Module):
         """The logits of the classes, and the largest of them plus `(score - threshold) / scale`."""
         logits = self.net(x)
         if not isinstance(logits, Tensor) or logits.dim() not in (1, 2) or len(logits) != len(x):
-            return logits  # for the `Classifier` to name
+            return logits  # `Classifier` raises the error
         if is_single(logits) and len(logits):
             self.output = kind_of_single(logits, self.output)
         logits = of_classes(logits, self.output)
@@ -56,11 +56,12 @@ class Guarded(nn.Module):
 def guarded(
     net: Net, detector: Net, threshold: float, *, scale: float = 1.0, output: OutputKind | None = None
 ) -> Guarded:
-    """The network with a detector before it: an input whose score is above the threshold is rejected.
+    """The network with a detector: an input whose score is above the threshold is rejected.
 
-    `detector` takes what `net` takes and returns one score an input, higher for a stranger. `scale` is how much of the
-    score an attack weighs like one logit: it changes no input's verdict, but how far gradients lead; adaptive attacks
-    find weights themselves. The result must be the outermost network, to be measured as one that rejects.
+    `detector` takes the same inputs as `net` and returns one score for each, higher for suspicious inputs. `scale` is
+    the amount of the score that weighs as much as one logit in an attack's loss; it does not change which inputs are
+    rejected, only the gradients, and adaptive attacks choose their own weights. The result must be the outermost
+    network of a model.
     """
     if not callable(net) or not callable(detector):
         raise UsageError(
@@ -77,7 +78,7 @@ def guarded(
 
 
 def _number(value: float) -> float:
-    """A single number, which a tensor may hold; NaN where it is none."""
+    """The value as a float, also of a tensor with one element; NaN if that is not possible."""
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
@@ -85,7 +86,7 @@ def _number(value: float) -> float:
 
 
 def refuse_inner(model: nn.Module, *, outermost: bool) -> None:
-    """A guarded network inside another network, whose last logit would be read as a class."""
+    """Raise `TargetError` for a guarded network inside another one, whose last logit would be read as a class."""
     if sum(isinstance(module, Guarded) for module in model.modules()) > outermost:
         raise TargetError(
             "a guarded network lies inside another, where its last logit would be read as a class; "
@@ -95,35 +96,35 @@ def refuse_inner(model: nn.Module, *, outermost: bool) -> None:
 
 @dataclass(frozen=True)
 class Aim:
-    """How an attack takes the detector of a guarded model: what its score weighs, and beyond which one it rejects."""
+    """How an attack includes the detector of a guarded model: weight of its score and threshold of rejection."""
 
     weight: float = 1.0
-    """what the distance of the score to the threshold is multiplied by"""
+    """factor of the difference between score and threshold"""
     beyond: float = 0.0
-    """the threshold, as `score` counts; infinite for an attack that knows of no detector"""
+    """threshold, in the units of `score`; infinite for an attack without knowledge of the detector"""
     softness: float = 0.0
-    """over how many logits the gradient goes from the label's to that of the detector; 0 follows the larger alone"""
+    """width in logits of the smooth maximum of the label's and the detector's logit; 0 for the maximum itself"""
 
 
 def score(logits: Logits) -> PerExample:
-    """How far the detector's score is above the threshold, in its scale; where it is NaN nothing is rejected."""
+    """Detector's score minus its threshold, in units of its scale; inputs with NaN are not rejected."""
     beyond: PerExample = logits[:, -1] - logits[:, :-1].amax(1)
     return beyond.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def taken(logits: Logits, aim: Aim) -> Logits:
-    """Logits of a guarded model of another scale and threshold; what the classes say stays."""
+    """Logits of a guarded model with another scale and threshold; the logits of the classes are unchanged."""
     most = logits[:, :-1].amax(1, keepdim=True)
     return torch.cat((logits[:, :-1], most + aim.weight * (logits[:, -1:] - most - aim.beyond)), dim=1)
 
 
 def held(logits: Logits, y: Labels) -> Tensor:
-    """Logits (n, classes) of the classes alone; a rejected input counts for its label."""
+    """Logits (n, classes) without that of rejection; a rejected input counts as its label."""
     own = torch.maximum(logits.gather(1, y[:, None]), logits[:, -1:])
     return logits[:, :-1].scatter(1, y[:, None], own)
 
 
 def softly_held(logits: Logits, y: Labels, softness: float) -> Tensor:
-    """As `held`, with a smooth maximum over so many logits: its gradient leads along the edge of what is accepted."""
+    """Like `held`, with a smooth maximum of width `softness`; its gradient follows the boundary of rejection."""
     own = torch.stack((logits.gather(1, y[:, None]), logits[:, -1:])) / softness
     return logits[:, :-1].scatter(1, y[:, None], softness * own.logsumexp(0))

@@ -1,8 +1,8 @@
-"""The refusal of labels outside the classes of a model, in one place."""
+"""Error messages for labels outside the classes of a model."""
 
 
 def off_range(lowest: int, highest: int, classes: int, name: str, *, remote: bool = False) -> str:
-    """The refusal of labels that run from `lowest` to `highest` in the whole data set; `remote` is a served model."""
+    """The message for a data set whose labels range from `lowest` to `highest`; `remote` means a served model."""
     return (
         f"the labels of {name} run from {lowest} to {highest}, but the model has {classes} classes "
         f"(0 to {classes - 1}); {advice(lowest, highest, classes, remote=remote)}"
@@ -10,7 +10,7 @@ def off_range(lowest: int, highest: int, classes: int, name: str, *, remote: boo
 
 
 def advice(lowest: int, highest: int, classes: int, *, remote: bool = False) -> str:
-    """What to do about such labels."""
+    """The advice for such labels."""
     if lowest == 1 and highest == classes:
         return "they seem to count from 1: subtract 1"
     trained = "check the label column, and that the model was trained on these classes"

@@ -1,4 +1,4 @@
-"""The metered model: hides what the threat model hides, books every query on its example, and enforces the budget."""
+"""The metered model: hides what the threat model hides, counts the queries of each example, enforces the budget."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from holdfast.core.types import Ids, Inputs, Labels, Logits, PerExample
 
 
 def margin(logits: Logits, batch: Batch) -> PerExample:
-    """How far the model is from giving in: positive while it holds, zero (a tie) and NaN count against it.
+    """The margin of each example: positive while it is not broken; zero (a tie) and NaN count as broken.
 
     Untargeted: the label's logit minus the largest other one. With targets: the largest other logit minus the target's.
     """
@@ -24,32 +24,32 @@ def margin(logits: Logits, batch: Batch) -> PerExample:
 
 
 def lead_of(logits: Logits, wanted: Labels) -> PerExample:
-    """The logit (n) of the class that is wanted of each row, minus the largest other one."""
+    """The logit (n) of class `wanted` of each row, minus the largest other one."""
     own = logits.gather(1, wanted[:, None])[:, 0]
     return own - logits.scatter(1, wanted[:, None], -torch.inf).amax(1)
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What one attack asked for, example by example: (n) int64 each."""
+    """Queries and gradients of one attack for each example: (n) int64 each."""
 
     queries: Tensor
-    """model evaluations"""
+    """number of model evaluations"""
     first_success: Tensor
-    """the query at which an allowed input first broke the model; 0 if none did"""
+    """number of the query at which an allowed input first broke the model; 0 if none did"""
     backwards: Tensor
-    """gradients"""
+    """number of gradients"""
     dead: Tensor
-    """whether the gradient of the first pass was zero or not a number, bool; False where none was asked for"""
+    """whether the first gradient was zero or not finite (bool); False if none was computed"""
 
 
 class Metered:
     """A `Model` for one attack on one batch.
 
-    A call books one query on each row's id and raises `BudgetSpent` before the model is asked if any of them has none
-    left; the first success of each example is kept, without an eps the closest, so that an attack cut short loses
-    nothing. Under "labels" the logits are one-hot, or NaN where the model's are; under both "labels" and "scores" no
-    gradient passes.
+    A call counts one query for the id of each row. It raises `BudgetSpent` before the model is evaluated if any id has
+    no query left. Under a query limit the first success of each example is kept, or the closest one without an eps, so
+    that an interrupted attack loses nothing. With access "labels" the logits are one-hot, or NaN where the model's are;
+    with "labels" and "scores" they have no gradient.
     """
 
     def __init__(self, model: Model, batch: Batch, threat: ThreatModel) -> None:
@@ -72,23 +72,23 @@ class Metered:
 
     @property
     def bounds(self) -> Bounds:
-        """The box of the model underneath."""
+        """The bounds of the model."""
         return self._model.bounds
 
     @property
     def spent(self) -> Spent:
-        """What was booked so far."""
+        """The counts so far."""
         return Spent(self._queries.clone(), self._first.clone(), self._backwards.clone(), self._dead.clone())
 
     def found(self) -> Inputs:
-        """The first success of each example under a budget, without an eps the closest; else its clean input."""
+        """Each example's first success under a query limit (closest without an eps); else its clean input."""
         x = self._batch.x.clone()
         for row, (_, x_adv) in self._found.items():
             x[row] = x_adv
         return x
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits of `x`, booked on `ids` (all examples of the batch in order, if None)."""
+        """Logits of `x`, counted as queries of `ids` (if None, all examples of the batch in order)."""
         rows, ones, wanted = self._places(x, ids)
         before, asked = self._queries, self._queries.index_add(0, rows, ones)
         if self._threat.queries is not None and (asked > self._threat.queries).any():
@@ -108,11 +108,11 @@ class Metered:
             labels = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).to(logits.dtype)
             return labels.masked_fill(
                 logits.isnan().any(1, keepdim=True), torch.nan
-            )  # no label: that is broken
+            )  # NaN has no label and counts as broken
         return logits
 
     def _watch_gradient(self, x: Inputs, logits: Logits, rows: Tensor) -> None:
-        """Of the first pass, note whose gradient is zero or not a number: all where the model cuts the graph."""
+        """Record which examples have a zero or non-finite first gradient; all of them if the model cuts the graph."""
         self._gradient_seen = True
 
         def note(grad: Tensor) -> None:
@@ -128,9 +128,9 @@ class Metered:
         self._backwards.index_add_(0, rows, ones)
 
     def _places(self, x: Inputs, ids: Ids | None) -> tuple[Tensor, Tensor, Labels]:
-        """Where rows stand in the whole batch, a one for each, and the class each is judged by.
+        """Rows of `ids` in the batch, a one for each, and the class that determines success.
 
-        An attack asks for the same rows many times before one of them leaves: they are looked up once.
+        The result is cached, because an attack usually queries the same rows many times.
         """
         ids = self._batch.ids if ids is None else ids
         if len(x) != len(ids):
@@ -151,7 +151,7 @@ class Metered:
         return self._last_places
 
     def _watch(self, x: Inputs, logits: Logits, rows: Tensor, wanted: Labels, before: Tensor) -> None:
-        """Note the first query that breaks each example with an allowed input; `before` this call it had so many."""
+        """Record the first query that breaks each example with an allowed input; `before` are the previous counts."""
         keeps, unbroken = self._threat.queries is not None, self._first[rows] == 0
         if not keeps and not unbroken.any():
             return
@@ -161,7 +161,7 @@ class Metered:
         if not broken.any():
             return
         news = broken & unbroken
-        if keeps and self._smallest:  # a closer one takes its place if it is no matter of rounding
+        if keeps and self._smallest:  # a closer success replaces it, unless its margin is within rounding
             news |= height < -100 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
         at = news.nonzero()[:, 0]
         if not len(at):
@@ -169,7 +169,7 @@ class Metered:
         if self._last_clean is None:
             self._last_clean = self._batch.x[rows]
         constraint, clean = self._threat.constraint, self._last_clean
-        # exact only where it can matter: a minimum-norm attack breaks its examples outside the ball many times
+        # `allowed` is checked only near the ball: minimum-norm attacks break examples outside of it many times
         pair = (x, clean) if len(at) == len(x) else (x[at], clean[at])
         distance = constraint.distance(*pair)
         at, distance = at[distance <= self._near], distance[distance <= self._near]
@@ -184,7 +184,7 @@ class Metered:
             self._keep(x, rows, at, distance)
 
     def _keep(self, x: Inputs, rows: Tensor, at: Tensor, distance: Tensor) -> None:
-        """Remember the successful rows `at` of `x`, the first of each example or, without an eps, the closest."""
+        """Keep the successful rows `at` of `x`: the first of each example, or the closest without an eps."""
         for k, row, far in zip(at.tolist(), rows[at].tolist(), distance.tolist(), strict=True):
             known = self._found.get(row)
             if known is None or (self._smallest and far < known[0]):
@@ -192,7 +192,7 @@ class Metered:
 
 
 def _occurrence(rows: Tensor) -> Tensor:
-    """Of each number, how often it has come up in the list so far, from 1."""
+    """For each entry of `rows`, its count among equal entries so far, from 1."""
     order = rows.argsort(stable=True)
     grouped = rows[order]
     begins = torch.searchsorted(grouped, grouped)

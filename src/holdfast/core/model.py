@@ -1,4 +1,4 @@
-"""What is attacked: a callable from inputs inside `bounds` to logits, its preprocessing declared and differentiable."""
+"""Models: callables from inputs inside `bounds` to logits, with declared and differentiable preprocessing."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,25 +23,25 @@ from holdfast.core.outputs import REFUSED, OutputKind, is_single, kind_of_single
 from holdfast.core.types import Access, Ids, Inputs, Layout, Logits
 
 VOTES = 20
-"""Draws of a randomised model that decide whether an example stands; as many fresh ones judge it."""
+"""Evaluations of a randomised model that decide if an example survives; the final judgement uses as many new ones."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The box that inputs live in; each side a number, or a tensor with one entry a feature."""
+    """The box of valid inputs; each side is a number, or a tensor with one entry for each feature."""
 
     low: float | Tensor = 0.0
     high: float | Tensor = 1.0
 
     def clamp(self, x: Inputs, *, out: Tensor | None = None) -> Inputs:
-        """The nearest point of the box; in `out` if it is given, which may be `x`."""
+        """The nearest point of the box; written to `out` if it is given, which may be `x`."""
         if isinstance(self.low, Tensor) or isinstance(self.high, Tensor):
             low, high = self.like(x)
             return torch.clamp(x, low, high, out=out)
         return torch.clamp(x, self.low, self.high, out=out)
 
     def like(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both sides as tensors with the device and type of `x`, ready to broadcast against it."""
+        """Both sides as tensors with the device and data type of `x`, in shapes that broadcast with it."""
         low, high = torch.as_tensor(self.low), torch.as_tensor(self.high)
         return low.to(x.device, x.dtype), high.to(x.device, x.dtype)
 
@@ -53,14 +53,14 @@ class Bounds:
 
 @runtime_checkable
 class Model(Protocol):
-    """A classifier as an attacker meets it.
+    """Protocol of a classifier for attacks.
 
-    `ids` names the rows of `x`, so that a metered model can book the queries; a model that does not meter ignores it.
+    `ids` are the ids of the rows of `x`, by which a metered model counts queries; other models ignore it.
     """
 
     @property
     def bounds(self) -> Bounds:
-        """The box that `x` lies in."""
+        """The box of valid inputs."""
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
         """Logits (n, classes) of the inputs `x` (n, *features)."""
@@ -68,23 +68,24 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches that a network takes: of `size` rows, or of any multiple of it."""
+    """The batch sizes that a network accepts: `size` rows, or any multiple of it."""
 
     size: int
     multiples: bool = False
 
     @property
     def says(self) -> str:
-        """What a reader of the evidence must know."""
+        """A sentence about the batch sizes for the evidence."""
         if not self.multiples:
             return f"the model takes batches of {self.size} only; others are cut and filled up"
         how = f"filled up to a multiple of {self.size} with copies of its last example, whose outputs are dropped"
         return f"the model refuses some batch sizes; each batch is {how}"
 
     def through(self, net: Callable[[Tensor], Any], x: Tensor) -> Tensor:
-        """Outputs of all rows: the last one is repeated until the batch fits, and what comes of the copies is cut.
+        """Outputs of all rows: the last row is repeated to fill the batch, and the outputs of the copies are dropped.
 
-        The first output that has no rows, such as a tuple, is returned as it is, for the caller to name.
+        The first output that has no rows, such as a tuple, is returned unchanged, so that the caller can raise an
+        error.
         """
         short = -len(x) % self.size
         filled = torch.cat((x, x[-1:].expand(short, *x.shape[1:]))) if short else x
@@ -98,17 +99,17 @@ class Batches:
 
 
 EVERY = Batches(1, multiples=True)
-"""Those of a model that is known to take any number of rows, so that it is not asked which."""
+"""Any number of rows; declared for a model that is known to accept it, so that batch sizes are not tested."""
 
 _TRIED = (*range(1, 13), 16, 20, 25, 32, 50, 64, 100, 128, 200, 256)
-"""numbers of rows that a network is asked for before it is said to take none"""
+"""batch sizes that are tested before a network counts as accepting none"""
 
 IN_PLACE = "the model changes its input in place, so it is given a copy each time"
-"""what is said of a `Classifier` with `rewrites`"""
+"""note about a `Classifier` with `rewrites`"""
 
 _NO_MEMORY = (
-    "out of memory",  # CUDA, HIP, XPU, MPS: the driver's or the allocator's
-    "can't allocate memory",  # DefaultCPUAllocator, and on Windows:
+    "out of memory",  # CUDA, HIP, XPU, MPS: of the driver or the allocator
+    "can't allocate memory",  # DefaultCPUAllocator; the next one is its text on Windows
     "not enough memory",
     "bad_alloc",
     "status_alloc_failed",  # cuBLAS, cuDNN to 8, cuSOLVER, cuSPARSE
@@ -116,7 +117,7 @@ _NO_MEMORY = (
     "cufft_alloc_failed",
     "out_of_device_memory",  # level zero, under XPU
 )
-"""how torch and the libraries under it say in a `RuntimeError`, in small letters, that memory ran out"""
+"""parts of the messages, in lower case, with which torch and its libraries report missing memory"""
 
 _CALLS_NUMPY = "call numpy() on Tensor that requires grad"
 _NO_GRADIENT = (
@@ -128,17 +129,17 @@ _NO_GRADIENT = (
 class Classifier(nn.Module):
     """A network with its bounds and its preprocessing: `net((x - mean) / std)`.
 
-    `mean` and `std` hold one number a channel (or a feature, for tables). `access` is the most that the target can
-    give: a file served through a runtime without gradients has "scores", and `hides` says why. `batches` are those that
-    the network takes, where it refuses some. `output` declares what the network returns: logits, or probabilities,
-    whose logarithms are the logits. One output an example becomes two classes: a logit z becomes (0, z), a probability
-    p becomes (log(1 - p), log(p)). Without `output` one number an example is a logit once a value outside [0, 1] was
-    seen, and raises `UnclearOutput` before. `layout` is the layout of the network's input where that is known: under
-    "hwc" images (n, channels, height, width) are given to it with the channels last. `class_labels` are the labels that
-    its classes have in the data, in the order of its outputs, where these are whole numbers other than 0, 1, 2, …
-    `feature_names` are the columns of a table that it was fitted on. Raises
-    `TargetError` when the network does not return a float tensor (n, classes). What `guarded` returned
-    `rejects`: its last logit is none of the classes.
+    `mean` and `std` have one number for each channel (or each feature of a table). `access` is the most that the target
+    can give: a file that runs without gradients has "scores", and `hides` is the reason. `batches` are the batch sizes
+    that the network accepts, if it rejects some. `output` declares what the network returns: logits, or probabilities,
+    whose logarithms are the logits. If the network returns one number for each example, it becomes two classes: a logit
+    z becomes (0, z), a probability p becomes (log(1 - p), log(p)). Without `output` one number is taken as a logit once
+    a value outside [0, 1] occurred; before, `UnclearOutput` is raised. `layout` is the layout of the network's input if
+    known: with "hwc", images (n, channels, height, width) are passed with the channels last. `class_labels` are the
+    labels of the classes in the data, in the order of the outputs, if they are whole numbers other than 0, 1, 2, …
+    `feature_names` are the columns of the table that the model was fitted on. Raises `TargetError` if the network does
+    not return a float tensor (n, classes). `rejects` is true for the result of `guarded`, whose last logit is not a
+    class.
     """
 
     class_labels: tuple[int, ...] | None = None
@@ -186,7 +187,7 @@ class Classifier(nn.Module):
             )
 
     def renormalised(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> "Classifier":
-        """The same network, with all that is declared and known of it but other values of `mean` and `std`."""
+        """The same network with the same declarations but other values of `mean` and `std`."""
         other = Classifier(
             self.net,
             bounds=self.bounds,
@@ -217,7 +218,7 @@ class Classifier(nn.Module):
         return f"It took {took} before, so look at where it failed now, with --debug"
 
     def preprocess(self, x: Inputs) -> Tensor:
-        """`(x - mean) / std`, channel by channel, in the layout that the network takes."""
+        """`(x - mean) / std` for each channel, in the layout of the network."""
         if self.mean is not None:
             x = x - per_channel(self.mean, x)
         if self.std is not None:
@@ -225,7 +226,7 @@ class Classifier(nn.Module):
         return x.movedim(1, -1) if self.layout == "hwc" and x.dim() > 3 else x
 
     def forward(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits (n, classes), in the type of `x`."""
+        """Logits (n, classes), in the data type of `x`."""
         try:
             inputs = self.preprocess(x.clone() if self.rewrites else x)
             logits = self.net(inputs) if self.batches is None else self.batches.through(self.net, inputs)
@@ -279,7 +280,7 @@ class Classifier(nn.Module):
 
 
 def refuse_lazy(net: nn.Module) -> None:
-    """`TargetError` for lazy layers that have met no input yet: they have neither sizes nor weights."""
+    """Raise `TargetError` for lazy layers that have not been called yet, since they have no sizes and weights."""
     for name, value in (*net.named_parameters(), *net.named_buffers()):
         if isinstance(value, (UninitializedParameter, UninitializedBuffer)):
             raise TargetError(
@@ -290,7 +291,7 @@ def refuse_lazy(net: nn.Module) -> None:
 
 @contextmanager
 def fitted(model: Classifier, x: Inputs) -> Iterator[None]:
-    """The model as rows like `x` show it: with the `batches` that it takes, and given copies where it rewrites them."""
+    """Context in which `batches` and `rewrites` of the model are set by tests on rows like `x`; restored at the end."""
     before = model.batches, model.rewrites
     try:
         model.batches = model.batches or _batches(model, x)
@@ -302,22 +303,22 @@ def fitted(model: Classifier, x: Inputs) -> Iterator[None]:
 
 
 def rewrites(model: Classifier, x: Inputs) -> bool:
-    """Whether the model changes inputs like `x` in place; `x` itself is left as it is."""
+    """Whether the model changes inputs like `x` in place; `x` itself is not changed."""
     rows = x.clone()
     version = rows._version
     try:
         with torch.no_grad():
             model(rows)
-    except (TargetLost, InputRefused):  # a server would be sent more rows, which it refuses as well
+    except (TargetLost, InputRefused):  # a server would reject further rows as well
         raise
     except (TargetError, RuntimeError, MemoryError):
-        pass  # said by whoever asks next
-    # numpy and `.data` write without a new version, and an operation in place may leave the values as they are
+        pass  # the next call raises it again
+    # numpy and `.data` do not change the version, and an operation in place may leave the values unchanged
     return rows._version != version or not torch.equal(rows.nan_to_num(), x.nan_to_num())
 
 
 def _batches(model: Classifier, x: Inputs) -> Batches | None:
-    """The smallest batches that the model takes; None where it takes all, or none of those that are tried."""
+    """The smallest batch size that the model accepts; None if it accepts all, or none of those that are tested."""
     for size in _TRIED:
         if _takes(model, x, size):
             multiples = _takes(model, x, 2 * size) and _takes(model, x, 3 * size)
@@ -343,7 +344,7 @@ def _takes(model: Classifier, x: Inputs, n: int) -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on whatever device."""
+    """Whether an error means that memory ran out, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     said = str(error).lower()

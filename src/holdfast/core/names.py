@@ -1,4 +1,4 @@
-"""How attacks, threats and the words of others are written: without torch, for what must answer before it is there."""
+"""Text forms of attack names, threats and foreign texts; imports no torch, so that messages appear fast."""
 
 import re
 from collections.abc import Mapping
@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from holdfast.core.errors import UsageError
 
 MOST_SCALED = 0.9
-"""Share by which an image may grow or shrink, at most: shrunk by all of it nothing would be left."""
+"""Largest share by which an image may grow or shrink; with 1 it could shrink to nothing."""
 
 _CI_COMMAND = re.compile(r"::(?=[A-Za-z][A-Za-z-]*(\s.*?)?::)")
 _CI_MARK = re.compile(r"##(?=[A-Za-z]*\[)")
 
 
 def slug(name: str) -> str:
-    """`APGD-CE (large eps)` as `apgd-ce-large-eps`, where only small letters, digits and hyphens may stand."""
+    """A name in small letters, digits and hyphens: `APGD-CE (large eps)` becomes `apgd-ce-large-eps`."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def threat_text(change: str, goal: int | None, access: str, queries: int | None) -> str:
-    """A threat as the command line takes it, given what may change (`linf:0.1`): what is usual goes without saying."""
+    """The threat as a command line argument, from its constraint (such as `linf:0.1`); default values are left out."""
     aim = "" if goal is None else f",goal=targeted:{goal}"
     seen = "" if access == "gradients" else f",access={access}"
     spent = "" if queries is None else f",queries={queries}"
@@ -26,7 +26,7 @@ def threat_text(change: str, goal: int | None, access: str, queries: int | None)
 
 
 def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
-    """What may change and how far: `spatial:rotate=30,shift=3`, `patch:8x8,at=centre,jitter=3`."""
+    """A constraint as text: `spatial:rotate=30,shift=3`, `patch:8x8,at=centre,jitter=3`."""
     words = [f"{name}={far if isinstance(far, str) else f'{far:.6g}'}" for name, far in limits.items()]
     if kind == "patch":
         words[:2] = [f"{limits['height']}x{limits['width']}"]
@@ -35,7 +35,7 @@ def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
 
 
 def refuse_mixed(limits: Mapping[str, float | str]) -> None:
-    """`UsageError` where images may be bent and also moved as wholes."""
+    """Raise `UsageError` if `flow` is combined with other spatial limits."""
     if "flow" in limits and len(limits) > 1:
         raise UsageError(
             f"{limits_text('spatial', limits)} bends and moves images at once, which no attack does; ask for each "
@@ -44,14 +44,14 @@ def refuse_mixed(limits: Mapping[str, float | str]) -> None:
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which terminals would obey and XML refuses; line breaks become spaces."""
+    """The text without control characters, which affect terminals and are invalid in XML; line breaks become spaces."""
     spaced = re.sub(r"\s+", " ", text)
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in spaced)
 
 
 def line(text: str) -> str:
-    """The text on one line of a terminal or a log, where nothing obeys it: no control character, no command of a CI.
+    """The text on one line, without control characters and without commands of CI systems.
 
-    GitHub reads `::error::...` at the start of a line as a command, and `##[...]` anywhere, as Azure does.
+    GitHub interprets `::error::...` at the start of a line as a command, and `##[...]` anywhere, as Azure does.
     """
     return _CI_MARK.sub(r"#\\#", _CI_COMMAND.sub(r":\\:", printable(text)))

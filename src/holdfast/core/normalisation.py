@@ -1,4 +1,4 @@
-"""Normalisation by channel, and its inverse: `(x - mean) / std`."""
+"""Normalisation by channel and its inverse: `(x - mean) / std`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,33 +11,33 @@ from holdfast.core.errors import TargetError
 
 @dataclass(frozen=True)
 class Normalisation:
-    """`(x - mean) / std`, with one number a channel (or a feature, for tables), or one for all."""
+    """`(x - mean) / std`, with one number for each channel (or feature of a table), or one for all."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def done(self, x: Tensor) -> Tensor:
-        """`(x - mean) / std`, computed in float64 and returned in the type of `x`."""
+        """`(x - mean) / std`, computed in float64 and returned in the data type of `x`."""
         wide = x.double()
         mean, std = (torch.tensor(side, dtype=torch.float64) for side in (self.mean, self.std))
         return ((wide - per_channel(mean, wide)) / per_channel(std, wide)).to(x.dtype)
 
     def undone(self, x: Tensor) -> Tensor:
-        """`x * std + mean`, computed in float64 and returned in the type of `x`."""
+        """`x * std + mean`, computed in float64 and returned in the data type of `x`."""
         wide = x.double()
         mean, std = (torch.tensor(side, dtype=torch.float64) for side in (self.mean, self.std))
         return (wide * per_channel(std, wide) + per_channel(mean, wide)).to(x.dtype)
 
     def __str__(self) -> str:
-        """As `--data-normalised` takes it."""
+        """The value as an argument of `--data-normalised`."""
         return "/".join(",".join(f"{number:g}" for number in side) for side in (self.mean, self.std))
 
 
 def per_channel(values: Sequence[float] | Tensor, x: Tensor) -> Tensor:
-    """Values, one for all or one a channel, ready to broadcast against `x` (n, channels, ...) or (n, ..., channels).
+    """Values, one for all or one a channel, shaped to broadcast with `x` (n, channels, ...) or (n, ..., channels).
 
-    The channels are the first axis of an example where its length fits, else the last. Raises `TargetError` where
-    neither fits.
+    The channels are the first axis of an example if its length matches, else the last. Raises `TargetError` if neither
+    matches.
     """
     numbers = torch.as_tensor(values).to(x.device, x.dtype)
     channels = x.shape[1] if x.dim() > 1 else 1

@@ -1,4 +1,4 @@
-"""What the outputs of a network are: logits or probabilities, of all classes or one number an example."""
+"""Interpretation of network outputs: logits or probabilities, of all classes or one number for each example."""
 
 from typing import Literal
 
@@ -12,27 +12,27 @@ OutputKind = Literal["logit", "probability"]
 """`logit`: any real number. `probability`: a number from 0 to 1, after a sigmoid or a softmax."""
 
 _ROUNDING = 1e-4
-"""how far a probability may lie outside 0 to 1; a softmax in half precision is off by less"""
+"""tolerance of probabilities outside [0, 1]; the error of a softmax in half precision is smaller"""
 
 
 REFUSED = torch.inf
-"""every output of a served model for an input that its server refuses; no score may be infinite"""
+"""value of all outputs of a served model for an input that its server rejects; real scores are finite"""
 
 
 def refused(outputs: Tensor) -> Mask:
-    """Which rows of outputs (n, classes) are of inputs that a server refuses."""
+    """Which rows of outputs (n, classes) belong to inputs that the server rejects."""
     return outputs.isposinf().all(1)
 
 
 def is_single(outputs: Tensor) -> bool:
-    """Whether outputs (n,) or (n, 1) hold one number an example."""
+    """Whether outputs (n,) or (n, 1) have one number for each example."""
     return outputs.dim() == 1 or outputs.shape[1] == 1
 
 
 def kind_of_single(outputs: Tensor, declared: OutputKind | None) -> OutputKind | None:
-    """What single outputs are: as declared, else logits where one lies outside [0, 1]; None where none is a number.
+    """The kind of single outputs: as declared, else logits if one is outside [0, 1]; None if all are NaN.
 
-    Raises `UnclearOutput` where all lie inside and nothing is declared: a sigmoid would be read as a logit, and every
+    Raises `UnclearOutput` if all are inside and nothing is declared: a probability would be read as a logit, and every
     example as class 1.
     """
     if declared is not None:
@@ -54,8 +54,8 @@ def kind_of_single(outputs: Tensor, declared: OutputKind | None) -> OutputKind |
 def of_classes(outputs: Tensor, kind: OutputKind | None = None) -> Logits:
     """Logits (n, classes) of the outputs (n, classes), (n, 1) or (n,) of a network.
 
-    One logit z an example becomes two, (0, z); one probability p becomes (log(1 - p), log(p)). The logits of several
-    probabilities are their logarithms. Probabilities are raised to the smallest normal number first. Raises
+    One logit z for an example becomes two, (0, z); one probability p becomes (log(1 - p), log(p)). The logits of
+    several probabilities are their logarithms. Probabilities are first raised to the smallest normal number. Raises
     `TargetError` for a probability outside [0, 1].
     """
     if kind == "probability":

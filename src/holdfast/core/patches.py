@@ -1,4 +1,4 @@
-"""A rectangle of an image as what may change: the threat that is written `patch:5x5`.
+"""A rectangle of an image as a constraint: the threat model `patch:5x5`.
 
 Brown et al., "Adversarial Patch", 2017, arXiv:1712.09665; Karmon et al., "LaVAN: Localized and Visible Adversarial
 Noise", ICML 2018, arXiv:1801.02608.
@@ -26,11 +26,11 @@ Corners = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Patch:
-    """One rectangle of an image, whose values may become anything inside the box.
+    """One rectangle of an image, whose values may be anything inside the box.
 
-    `at` is the row and column of its upper left corner, `centre`, or `anywhere`, which leaves the choice to the
-    attacker; with `jitter` it lies somewhere within so many pixels of that place. It never leaves the rectangle
-    `within`, if there is one: `anywhere` is anywhere in there, and `centre` its centre.
+    `at` is the row and column of its upper left corner, `centre`, or `anywhere`, which leaves the position to the
+    attacker. With `jitter` the position varies by up to that many pixels. The patch stays inside the rectangle
+    `within`, if there is one: `anywhere` and `centre` then refer to that rectangle.
     """
 
     height: Steps = 5
@@ -38,25 +38,25 @@ class Patch:
     at: str = "anywhere"
     """`anywhere`, `centre` or `ROW:COLUMN`"""
     jitter: Count = 0
-    """pixels, along each side"""
+    """largest deviation from the position in pixels, along each axis"""
     within: str = ""
     """`ROW:COLUMN-ROW:COLUMN`, the first and the last pixel that the patch may cover; without it, the whole image"""
 
     @property
     def eps(self) -> float:
-        """All of what is allowed."""
+        """Always 1: the constraint has no size in a norm."""
         return 1.0
 
     @property
     def limits(self) -> Mapping[str, int | str]:
-        """What `Patch` was made with."""
+        """The constructor arguments of the patch."""
         confined = {"within": self.within} if self.within else {}
         return {"height": self.height, "width": self.width, "at": self.at, "jitter": self.jitter, **confined}
 
     def places(self, shape: torch.Size) -> tuple[range, range]:
-        """The rows and columns where its upper left corner may lie, in images (channels, height, width).
+        """The rows and columns that its upper left corner may have, in images (channels, height, width).
 
-        `UsageError` where it has no room.
+        Raises `UsageError` if it does not fit.
         """
         if len(shape) != 3:
             raise UsageError(
@@ -79,7 +79,7 @@ class Patch:
         return _near(row, self.jitter, rows), _near(column, self.jitter, columns)
 
     def drawn(self, ids: Ids, shape: torch.Size, rng: Draws) -> Corners:
-        """A random place for each example."""
+        """A random position for each example."""
         rows, columns = self.places(shape)
         down = rng.at("row").integers(ids, len(rows)) + rows.start
         return down, rng.at("column").integers(ids, len(columns)) + columns.start
@@ -94,14 +94,14 @@ class Patch:
         return inside[:, None]
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """0 where nothing changed, 1 where one rectangle covers all that did, else infinity."""
+        """0 if nothing changed, 1 if one rectangle contains all changes, else infinity."""
         changed = (x_adv != x).any(1).to(x)
         missed = changed.flatten(1).sum(1) - self.sums(changed, x.shape[1:]).flatten(1).amax(1)
         anything = changed.flatten(1).any(1).to(x)
         return torch.where(missed > 0.5, torch.inf, anything)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """The change inside the rectangle that holds most of it, and the box."""
+        """Keep the change inside the rectangle that contains most of it, and clamp to the box."""
         clamped = bounds.clamp(x_adv)
         size = self.sums(((clamped - x) ** 2).sum(1), x.shape[1:])
         best = size.flatten(1).argmax(1)
@@ -110,23 +110,23 @@ class Patch:
         return torch.where(self.mask(x, corners), clamped, x)
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """The sign of the gradient, as long as the box is wide."""
+        """The sign of the gradient times the width of the box."""
         low, high = bounds.like(x)
         return gradient.sign() * (high - low)
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """Uniform noise in a rectangle at a random place."""
+        """Uniform noise in a rectangle at a random position."""
         low, high = bounds.like(batch.x)
         u = rng.at("value").uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
         inside = self.mask(batch.x, self.drawn(batch.ids, batch.x.shape[1:], rng))
         return torch.where(inside, low + u * (high - low), batch.x)
 
     def resized(self, eps: float) -> "Patch":
-        """The same: a patch is there, or it is not."""
+        """The patch itself, since it has no size to change."""
         return self
 
     def sums(self, values: Tensor, shape: torch.Size) -> Tensor:
-        """The sum of (n, height, width) over the rectangle at each place, (n, rows, columns)."""
+        """The sums of (n, height, width) over the rectangle at each position: (n, rows, columns)."""
         rows, columns = self.places(shape)
         inside = values[
             :, None, rows.start : rows.stop + self.height - 1, columns.start : columns.stop + self.width - 1
@@ -139,10 +139,10 @@ class Patch:
 
 
 def counts_pixels(constraint: Constraint) -> bool:
-    """Whether a threat counts changed pixels, all channels of a position as one, where others count values."""
+    """Whether a threat counts changed pixels (all channels of a position as one); others count values."""
     return isinstance(constraint, Patch) or (isinstance(constraint, L0) and constraint.per == "pixel")
 
 
 def _near(middle: int, reach: int, free: range) -> range:
-    """What is free at most `reach` away."""
+    """The part of `free` that is at most `reach` away from `middle`."""
     return range(max(free.start, middle - reach), min(free.stop - 1, middle + reach) + 1)

@@ -1,4 +1,4 @@
-"""What a query of the model is made for, so that the rows of a served model are counted by it."""
+"""The purpose of a query, by which the rows sent to a served model are counted."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 LOOK = "look"
-"""the look at the model before the first stage, and what is sent to open the data"""
+"""stage of the examination of the model before the first stage, and of queries that open the data"""
 Kind = Literal["clean", "attacks", "doubts", "judging"]
 
 
 @dataclass(frozen=True)
 class Purpose:
-    """Which step of a run makes a query."""
+    """The step of a run that makes a query."""
 
     stage: str = LOOK
-    """the name of a stage, or `LOOK`"""
+    """name of a stage, or `LOOK`"""
     shard: int = 0
     kind: Kind = "clean"
 
@@ -26,13 +26,13 @@ _PURPOSE: ContextVar[Purpose] = ContextVar("purpose", default=_FIRST)
 
 
 def current() -> Purpose:
-    """The purpose of a query that is made now; that of the first look, unless one was set."""
+    """The purpose of a query that is made now; that of the first examination if none was set."""
     return _PURPOSE.get()
 
 
 @contextmanager
 def purpose(stage: str, shard: int, kind: Kind) -> Iterator[None]:
-    """Within it, queries are made for a step of a run."""
+    """Context in which queries have this purpose."""
     token = _PURPOSE.set(Purpose(stage, shard, kind))
     try:
         yield
@@ -42,7 +42,7 @@ def purpose(stage: str, shard: int, kind: Kind) -> Iterator[None]:
 
 @contextmanager
 def judging() -> Iterator[None]:
-    """Within it, queries that would be made for attacks judge what attacks have returned."""
+    """Context in which queries with the purpose "attacks" have the purpose "judging" instead."""
     now = current()
     token = _PURPOSE.set(replace(now, kind="judging") if now.kind == "attacks" else now)
     try:

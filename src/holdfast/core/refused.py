@@ -1,7 +1,7 @@
-"""Inputs that a served model refuses to answer.
+"""Inputs that a served model rejects.
 
-Its logits mark them, as no score may be infinite. An attacked input that is refused is not adversarial, as one that a
-detector rejects: it counts for the label of its example.
+Their logits are infinite, which marks them. A rejected attacked input is not adversarial, as with a detector: it counts
+as the label of its example.
 """
 
 import torch
@@ -18,7 +18,7 @@ _LEAD = 1.0
 
 
 def for_label(logits: Logits, y: Labels, lead: PerExample | float = _LEAD) -> Logits:
-    """Logits (n, classes) in which each refused row has a margin of `lead` for its label `y`."""
+    """Logits (n, classes) in which each rejected row has a margin of `lead` for its label `y`."""
     rows = refused(logits)
     if not rows.any():
         return logits
@@ -28,10 +28,9 @@ def for_label(logits: Logits, y: Labels, lead: PerExample | float = _LEAD) -> Lo
 
 
 class Answering:
-    """A served model as an attack on a batch meets it: a refused input is worth no more than any that was answered.
+    """A served model for an attack on a batch, with a large margin for rejected inputs.
 
-    The margin of a refused input is the largest that an answer has shown for its example, so that no attack moves
-    there.
+    The margin of a rejected input is the largest margin of any answer for its example, so that no attack moves there.
     """
 
     def __init__(self, model: Model, batch: Batch) -> None:
@@ -41,16 +40,16 @@ class Answering:
 
     @property
     def bounds(self) -> Bounds:
-        """The box of the model."""
+        """The bounds of the model."""
         return self._model.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits (n, classes) of the inputs, without those of refused ones."""
+        """Logits (n, classes) of the inputs; those of rejected inputs are replaced."""
         rows = self._lookup.rows(self._batch.ids if ids is None else ids)
         logits = self._model(x, ids)
         y = self._batch.y[rows]
         if self._lead is None:
             self._lead = torch.full_like(self._batch.ids, _LEAD, dtype=logits.dtype)
-        lead = lead_of(logits, y)  # NaN for a refused row
+        lead = lead_of(logits, y)  # NaN for a rejected row
         self._lead.scatter_reduce_(0, rows, lead.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), "amax")
         return for_label(logits, y, self._lead[rows])

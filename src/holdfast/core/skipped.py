@@ -1,9 +1,9 @@
-"""Gradients that prefer skip connections: what flows back through the residual branches of a network counts less.
+"""Gradients that prefer skip connections: the gradient through the residual branches of a network is scaled down.
 
 SGM: Wu, Wang, Xia, Bailey & Ma, "Skip connections matter: on the transferability of adversarial examples generated with
-ResNets", ICLR 2020, arXiv:2002.05990. Differs from the paper: the ends of the branches are named, where its code hooks
-the ReLUs inside them by the names that one library gives these, passes over the first block of each stage and divides
-what comes out of each block by its spread, which a sign or a norm undoes.
+ResNets", ICLR 2020, arXiv:2002.05990. Differs from the paper: the ends of the branches are given by name. The paper's
+code hooks the ReLUs inside them by the module names of one library, omits the first block of each stage, and divides
+the gradient of each block by its standard deviation, which has no effect after a sign or a normalisation.
 """
 
 import re
@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from holdfast.core.errors import UsageError
 
 DECAY = 0.5
-"""Share of the gradient that a branch keeps where nothing else is said."""
+"""Default share of the gradient that a branch keeps."""
 _SHOWN = 12
-"""Names in a message."""
+"""largest number of names in a message"""
 
 
 class Skipped(nn.Module):
-    """A network whose gradient is `decay` times what it was wherever it passes the end of a branch; see `skipped`."""
+    """A network whose gradient is multiplied by `decay` at the end of each branch; see `skipped`."""
 
     def __init__(self, net: nn.Module, branches: tuple[str, ...], decay: float) -> None:
         super().__init__()
         self.net, self.branches, self.decay = net, branches, decay
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the network says, to the bit; it bears its hooks for this call alone."""
+        """The network's outputs, bitwise unchanged; the hooks exist during this call only."""
         called: set[str] = set()
         hooks = [
             self.net.get_submodule(name).register_forward_hook(_hook(name, self.decay, called))
@@ -51,9 +51,10 @@ class Skipped(nn.Module):
 def skipped(net: nn.Module | Callable[[Tensor], Tensor], branches: str, *, decay: float = DECAY) -> Skipped:
     """The network for a surrogate, with gradients that prefer its skip connections (SGM).
 
-    `branches` is a pattern over the names of its modules, `*` for anything, that names the last module of each residual
-    branch, before the two ways are added: `layer*.*.bn2`. Each takes `decay` of the gradient; 1 leaves it as it is.
-    The authors give 0.5 for a ResNet and 0.2 for a DenseNet in their code's README.
+    `branches` is a pattern of module names with `*` for any text, which matches the last module of each residual
+    branch, before the addition: `layer*.*.bn2`. Each branch keeps the share `decay` of the gradient; 1 has no effect.
+    The authors give 0.5 for a ResNet and 0.2 for a DenseNet in their code's README. Raises `UsageError` if no module
+    matches.
     """
     if not isinstance(net, nn.Module):
         raise UsageError(
@@ -84,7 +85,7 @@ def _hook(name: str, decay: float, called: set[str]) -> Callable[[nn.Module, tup
             )
         if not output.requires_grad:
             return output
-        end = output.clone()  # an identity would hand on what the skip connection has, too
+        end = output.clone()  # a hook on `output` itself would affect the skip connection too
         end.register_hook(lambda grad: decay * grad)  # type: ignore[no-untyped-call]
         return end
 

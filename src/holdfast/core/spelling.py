@@ -1,15 +1,15 @@
-"""What a misspelt name was meant to be. Torch-free, so that a slip of the pen is answered at once."""
+"""Suggestions for misspelt names. Imports no torch, so that the message appears fast."""
 
 import difflib
 from collections.abc import Iterable
 
-_SIMILAR = 0.5  # difflib's ratio, below its usual 0.6: names here are short, and one slip weighs more in them
+_SIMILAR = 0.5  # cutoff of difflib's ratio (default 0.6): in short names one typing error weighs more
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?` for the most similar known name, or nothing where none is near.
+    """`did you mean 'x'?` for the most similar known name; empty if no name is similar.
 
-    Upper and lower case are the same here, and so are `-` and `_`.
+    Upper and lower case are equal, and so are `-` and `_`.
 
     >>> suggestion("pgdd", ("APGD", "FAB", "PGD"))
     "did you mean 'PGD'?"
@@ -25,7 +25,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def _swapped(word: str, name: str) -> bool:
-    """Whether two letters that stand side by side have changed places, the slip that difflib weighs most."""
+    """Whether the words differ by one swap of neighbouring letters, a typing error that difflib rates too low."""
     apart = [k for k, (one, other) in enumerate(zip(word, name, strict=False)) if one != other]
     return (
         len(word) == len(name)

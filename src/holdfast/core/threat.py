@@ -1,4 +1,4 @@
-"""The threat model: what an adversary may change, aim for, see and spend."""
+"""The threat model: what an attacker may change, aim for, see and spend."""
 
 from dataclasses import dataclass, field
 
@@ -10,10 +10,10 @@ from holdfast.core.types import ACCESS_ORDER, Access
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """Everything that is assumed of the adversary, and nothing of the algorithm.
+    """All assumptions about the attacker, independent of the attack algorithm.
 
-    `goal` is None for any wrong class, or the class to be reached. `queries` is the most that one attack may ask of
-    the model for one example; None is no limit. `surrogates` are models of the adversary's own, to be asked freely.
+    `goal` is None for any wrong class, or the target class. `queries` is the largest number of queries that one attack
+    may make for one example; None is no limit. `surrogates` are models of the attacker, which have no limits.
     """
 
     constraint: Constraint = field(default_factory=lambda: Linf(8 / 255))
@@ -30,5 +30,5 @@ class ThreatModel:
             raise UsageError(f"queries is {self.queries}; it must be at least 1, or left out for no limit")
 
     def gives(self, needed: Access) -> bool:
-        """Whether an attack that needs `needed` may run."""
+        """Whether the access is sufficient for an attack that needs `needed`."""
         return ACCESS_ORDER.index(needed) <= ACCESS_ORDER.index(self.access)

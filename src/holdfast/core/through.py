@@ -1,9 +1,9 @@
-"""Ways round a stage that gives no honest gradient: the forward is the stage's own, the backward is a stand-in's.
+"""Replacements of gradients: the forward pass is that of a stage, the backward pass that of a differentiable function.
 
 BPDA: Athalye, Carlini & Wagner, "Obfuscated gradients give a false sense of security: circumventing defenses to
-adversarial examples", ICML 2018, arXiv:1802.00420. Differs from the paper: the attacked network is not rewritten.
-A stand-in lies beside the stage and is used by adaptive attacks alone, so that the same object is attacked as it is and
-by somebody who knows it; it is judged as it is in both cases.
+adversarial examples", ICML 2018, arXiv:1802.00420. Differs from the paper: the attacked network is not rewritten. The
+replacement is stored with the stage and used by adaptive attacks only, so that the same object can be attacked with and
+without it; results are always evaluated on the original.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +20,11 @@ from holdfast.core.model import Bounds, Model
 from holdfast.core.types import Ids, Inputs, Logits
 
 StandIn = Callable[[Tensor], Tensor]
-"""Differentiable, from the input of a stage to something shaped like its output."""
+"""A differentiable function from the input of a stage to a tensor in the shape of its output."""
 
 
 class Through(nn.Module):
-    """A stage and what an attacker who knows it differentiates instead; see `through`."""
+    """A stage with the function that adaptive attacks differentiate in its place; see `through`."""
 
     def __init__(
         self, stage: nn.Module | Callable[[Tensor], Tensor], backward: StandIn | None = None
@@ -33,16 +33,16 @@ class Through(nn.Module):
         self.stage, self.backward = stage, backward
 
     def forward(self, x: Tensor) -> Tensor:
-        """The stage itself, gradient and all."""
+        """Output of the stage itself, with its own gradient."""
         passed: Tensor = self.stage(x)
         return passed
 
 
 def through(stage: nn.Module | Callable[[Tensor], Tensor], backward: StandIn | None = None) -> Through:
-    """The stage, for use inside a network, with a stand-in that adaptive attacks differentiate: see `--adaptive`.
+    """The stage, for use inside a network, with a function that adaptive attacks differentiate: see `--adaptive`.
 
-    `backward` takes what the stage takes and returns something of the same shape as what the stage returns; without it
-    the gradient passes unchanged, which needs a stage that keeps the shape. Nothing else sees the stand-in.
+    `backward` takes the stage's inputs and returns a tensor in the shape of its outputs. Without it the gradient passes
+    unchanged, which needs a stage that keeps the shape. Only adaptive attacks use the function.
     """
     if not callable(stage) or not (backward is None or callable(backward)):
         raise UsageError(
@@ -54,7 +54,7 @@ def through(stage: nn.Module | Callable[[Tensor], Tensor], backward: StandIn | N
 
 @dataclass(frozen=True)
 class Way:
-    """A module of a network, and what is differentiated in its place; None is the identity."""
+    """A module of a network, and the function that is differentiated in its place; None is the identity."""
 
     name: str
     module: nn.Module
@@ -63,29 +63,29 @@ class Way:
 
 @dataclass(frozen=True)
 class View:
-    """A model as an attacker sees it who knows it: the same outputs, with gradients that take other ways."""
+    """A model for an adaptive attack: the same outputs, with gradients of the replacement functions."""
 
     model: Model
     ways: Sequence[Way] = ()
     steps: bool = False
-    """roundings pass their gradient on, wherever they stand"""
+    """whether roundings anywhere in the network have the gradient of the identity"""
 
     @property
     def bounds(self) -> Bounds:
-        """The box of the model."""
+        """The bounds of the model."""
         return self.model.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """What the model says."""
+        """Logits of the model."""
         with detoured(self.ways, steps=self.steps):
             return self.model(x, ids)
 
 
 @contextmanager
 def detoured(ways: Sequence[Way], *, steps: bool = False) -> Iterator["Straight"]:
-    """Within it, gradients of the modules of `ways` are those of their stand-ins; with `steps` roundings pass them on.
+    """Context in which the modules of `ways` have the gradients of their replacements, with `steps` also roundings.
 
-    What is yielded counts the roundings.
+    Yields an object that counts the roundings.
     """
     hooks = [way.module.register_forward_hook(_hook(way)) for way in ways]
     straight = Straight()
@@ -120,7 +120,7 @@ def _hook(way: Way) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
 
 
 def instead(value: Tensor, stand_in: Tensor) -> Tensor:
-    """`value`, exactly, with the gradient of `stand_in`."""
+    """Exactly `value`, with the gradient of `stand_in`."""
     out: Tensor = _Instead.apply(value.detach(), stand_in)  # type: ignore[no-untyped-call]
     return out
 
@@ -141,12 +141,12 @@ _STEPS = {torch.round, torch.floor, torch.ceil, torch.trunc, torch.fix} | {
 
 
 class Straight(TorchFunctionMode):
-    """Within it, roundings pass their gradient on unchanged."""
+    """Context in which roundings have the gradient of the identity."""
 
     def __init__(self) -> None:
         super().__init__()
         self.passed = 0
-        """gradients that were passed on"""
+        """number of roundings with a replaced gradient"""
 
     def __torch_function__(
         self,

@@ -1,4 +1,4 @@
-"""Transformations of images as what may change: the threats that are written `spatial:rotate=30` and `colour:hue=18`.
+"""Transformations of images as constraints: the threat models `spatial:rotate=30` and `colour:hue=18`.
 
 Engstrom et al., "Exploring the Landscape of Spatial Robustness", ICML 2019, arXiv:1712.02779, for the first, and Xiao
 et al., "Spatially Transformed Adversarial Examples", ICLR 2018, arXiv:1801.02612, for its flow; Hsiung et al., "Towards
@@ -16,20 +16,20 @@ from holdfast.core.whole_image import Whole
 
 @dataclass(frozen=True)
 class Spatial(Whole):
-    """Images turned, shifted and scaled, or bent, each by no more than its limit.
+    """Rotations, shifts and scales of images, or displacements of their pixels, each up to its limit.
 
-    There is no ball: any image inside the box counts as allowed, since only attacks that transform run under it, which
-    draw on these limits alone, and every other attack is refused.
+    There is no ball: any image inside the box is allowed, since only attacks that transform images run under this
+    constraint, and these keep to the limits. Every other attack raises `UsageError`.
     """
 
     rotate: NonNegative = 0.0
-    """degrees, either way"""
+    """largest rotation in degrees, in both directions"""
     shift: NonNegative = 0.0
-    """pixels, along each side and either way"""
+    """largest shift in pixels, along each axis in both directions"""
     scale: Fraction = 0.0
-    """share by which an image may grow or shrink, at most 0.9"""
+    """largest share by which an image may grow or shrink, at most 0.9"""
     flow: NonNegative = 0.0
-    """pixels that each pixel may come from, in any direction; alone, since no attack searches both at once"""
+    """largest displacement of each pixel in pixels, in any direction; only alone, since no attack searches both"""
 
     def __post_init__(self) -> None:
         refuse_mixed(self.limits)
@@ -40,30 +40,30 @@ class Spatial(Whole):
 
     @property
     def eps(self) -> float:
-        """All of what is allowed."""
+        """Always 1: the constraint has no size in a norm."""
         return 1.0
 
     @property
     def limits(self) -> Mapping[str, float]:
-        """What may be done, as it is written, and how far."""
+        """Limits by their names in the threat string, without those that are 0."""
         return _limits(self)
 
     @property
     def axes(self) -> Mapping[str, float]:
-        """The same, each direction apart: a name of `holdfast.ops.transformations` and how far it goes either way."""
+        """Limits by axis: names of `holdfast.ops.transformations` with the largest amount in both directions."""
         along = {"shift": ("shift_x", "shift_y")}
         return {axis: far for name, far in self.limits.items() for axis in along.get(name, (name,))}
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """1 where anything changed, else 0."""
+        """1 if anything changed, else 0."""
         return _changed(x_adv, x)
 
     def refusal(self) -> UsageError:
-        """Names the attacks that transform."""
+        """The error for other attacks; it names the attacks that transform images."""
         return _refusal(self)
 
     def resized(self, eps: float) -> "Spatial":
-        """Every limit times `eps`."""
+        """The constraint with every limit multiplied by `eps`."""
         return Spatial(
             self.rotate * eps, self.shift * eps, min(self.scale * eps, MOST_SCALED), self.flow * eps
         )
@@ -74,42 +74,42 @@ class Spatial(Whole):
 
 @dataclass(frozen=True)
 class Colour(Whole):
-    """Images with other colours, brighter or darker, each by no more than its limit; allowed as under `Spatial`."""
+    """Changes of hue, saturation, brightness and contrast, each up to its limit; allowed images as under `Spatial`."""
 
     hue: NonNegative = 0.0
-    """degrees round the circle of colours, either way"""
+    """largest rotation of the hue in degrees, in both directions"""
     saturation: Fraction = 0.0
-    """share by which colours may be stronger or paler"""
+    """largest share by which colours may be stronger or paler"""
     brightness: Fraction = 0.0
-    """share of the box's width, either way"""
+    """largest change as a share of the box's width, in both directions"""
     contrast: Fraction = 0.0
-    """share by which differences from the mean brightness may be larger or smaller"""
+    """largest share by which differences from the mean brightness may grow or shrink"""
 
     @property
     def eps(self) -> float:
-        """All of what is allowed."""
+        """Always 1: the constraint has no size in a norm."""
         return 1.0
 
     @property
     def limits(self) -> Mapping[str, float]:
-        """What may be done, and how far."""
+        """Limits by name, without those that are 0."""
         return _limits(self)
 
     @property
     def axes(self) -> Mapping[str, float]:
-        """The same: colours have one direction each."""
+        """The same as `limits`: each colour change has one axis."""
         return self.limits
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """1 where anything changed, else 0."""
+        """1 if anything changed, else 0."""
         return _changed(x_adv, x)
 
     def refusal(self) -> UsageError:
-        """Names the attacks that transform."""
+        """The error for other attacks; it names the attacks that transform images."""
         return _refusal(self)
 
     def resized(self, eps: float) -> "Colour":
-        """Every limit times `eps`."""
+        """The constraint with every limit multiplied by `eps`."""
         shares = (min(share * eps, 1.0) for share in (self.saturation, self.brightness, self.contrast))
         return Colour(self.hue * eps, *shares)
 
@@ -118,7 +118,7 @@ class Colour(Whole):
 
 
 Transformations = Spatial | Colour
-"""The threats under which images are transformed as wholes."""
+"""The constraints under which images are transformed as a whole."""
 
 
 def _limits(constraint: Transformations) -> dict[str, float]:

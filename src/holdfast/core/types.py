@@ -1,7 +1,7 @@
-"""Names for the types that signatures share: tensors with their shapes, and numbers with their ranges.
+"""Types of annotations: tensors with their shapes, and numbers with their ranges.
 
-A shape is written in the annotation (`Inputs` is `n *features`) and checked at run time under test, where
-`holdfast.testing.shapes` wraps the public functions; it costs nothing otherwise.
+A shape is written in the annotation (`Inputs` is `n *features`) and checked at run time in tests, where
+`holdfast.testing.shapes` wraps the public functions; otherwise it has no effect.
 """
 
 from dataclasses import dataclass
@@ -15,34 +15,34 @@ Kind = Literal["float", "int", "bool"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of a tensor: names bind to one size within a call, `*name` to any number of dimensions."""
+    """Shape of a tensor: a name has one size within a call, `*name` stands for any number of dimensions."""
 
     dims: str
     kind: Kind
 
 
 Inputs = Annotated[Tensor, Shape("n *features", "float")]
-"""A batch of inputs, one row an example."""
+"""A batch of inputs, one row for each example."""
 Logits = Annotated[Tensor, Shape("n classes", "float")]
-"""One score a class; the largest is the prediction."""
+"""One score for each class; the largest is the prediction."""
 Labels = Annotated[Tensor, Shape("n", "int")]
-"""One class index an example, int64."""
+"""One class index for each example, int64."""
 Ids = Annotated[Tensor, Shape("n", "int")]
 """The source row of each example, int64."""
 PerExample = Annotated[Tensor, Shape("n", "float")]
-"""One number an example."""
+"""One number for each example."""
 Mask = Annotated[Tensor, Shape("n", "bool")]
-"""One truth value an example."""
+"""One truth value for each example."""
 Rows = Annotated[Tensor, Shape("k", "int")]
 """Positions of some rows of a batch."""
 
 Access = Literal["none", "labels", "scores", "gradients"]
-"""What an attacker sees of the model, least first; each includes those before it."""
+"""The attacker's access to the model, in ascending order; each includes the ones before it."""
 
 ACCESS_ORDER: tuple[Access, ...] = ("none", "labels", "scores", "gradients")
 
 Layout = Literal["chw", "hwc", "asis"]
-"""Where the channels of an example are: first, last, or as the array has its axes, with no reordering."""
+"""Position of the channel axis of an example: first, last, or as in the array, without reordering."""
 
 Steps = Annotated[int, Ge(1)]
 Restarts = Annotated[int, Ge(1)]

@@ -1,4 +1,4 @@
-"""What threats share under which an image is changed as a whole: there is no ball, and no pixel to follow."""
+"""Base class of constraints that change an image as a whole, without a ball."""
 
 from abc import ABC, abstractmethod
 
@@ -10,20 +10,20 @@ from holdfast.core.types import Inputs
 
 
 class Whole(ABC):
-    """A constraint that attacks which change values one by one are refused by."""
+    """A constraint under which attacks that change single values raise `UsageError`."""
 
     @abstractmethod
     def refusal(self) -> UsageError:
-        """What such an attack is told."""
+        """The error that such attacks raise."""
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Refused: what was not changed as a whole has no nearest one."""
+        """Raise the error: there is no nearest allowed image."""
         raise self.refusal()
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Refused: values follow no gradient here."""
+        """Raise the error: there is no direction of values."""
         raise self.refusal()
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """Refused: there is no ball to draw from."""
+        """Raise the error: there is no ball to sample from."""
         raise self.refusal()

@@ -1,1 +1,1 @@
-"""Pure functions on tensors: losses, the ascent engine, statistics, geometry. Nothing here knows a catalogue."""
+"""Functions on tensors: losses, gradient ascent, statistics and geometry, independent of attack and recipe classes."""

@@ -1,4 +1,4 @@
-"""Adam's memory of gradients: a running mean, and the scale of each coordinate."""
+"""Adam on inputs: running means of the gradient and of its square."""
 
 import torch
 
@@ -8,7 +8,7 @@ _TINY = 1e-12
 
 
 class Adam:
-    """Kingma & Ba, "Adam: a method for stochastic optimization", ICLR 2015, arXiv:1412.6980, for inputs."""
+    """Kingma & Ba, "Adam: a method for stochastic optimization", ICLR 2015, arXiv:1412.6980, applied to inputs."""
 
     def __init__(self, like: Inputs, fade: float = 0.9, fade_square: float = 0.999) -> None:
         self._fades = fade, fade_square
@@ -16,16 +16,16 @@ class Adam:
         self._steps = 0
 
     def take(self, rows: torch.Tensor) -> None:
-        """Go on with some examples."""
+        """Keep the state of the given rows only."""
         self._mean, self._square = self._mean[rows], self._square[rows]
 
     def __call__(self, gradient: Inputs) -> Inputs:
-        """The direction of the next step, after one more gradient."""
+        """Update the running means with a gradient and return the direction of the next step."""
         mean, scale = self.seen(gradient)
         return mean / scale
 
     def seen(self, grad: Inputs) -> tuple[Inputs, Inputs]:
-        """The mean gradient after one more, and the scale that it is to be divided by, both without their bias."""
+        """Update with a gradient; return the bias-corrected mean and the root of the bias-corrected mean square."""
         self._steps += 1
         mean, square = self._fades
         self._mean = torch.lerp(grad, self._mean, mean)

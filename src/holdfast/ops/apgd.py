@@ -1,4 +1,4 @@
-"""The engine of APGD: steps that pace themselves by what the path has gained, and restart from its highest point.
+"""APGD: gradient ascent that adapts its step size to the progress of the loss and restarts from the best point.
 
 Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks",
 ICML 2020, arXiv:2003.01690; for L1: Croce & Hein, "Mind the box: l1-APGD for sparse adversarial attacks", ICML 2021,
@@ -20,16 +20,16 @@ from holdfast.ops.gradients import input_gradient
 from holdfast.ops.losses import Loss, margin
 
 _MOMENTUM = 0.75
-# gaps between checkpoints, as shares of the steps: the first, how much shorter each is, the shortest; that of L1
+# gaps between checkpoints as shares of the steps: first, decrease from one to the next, smallest; and the gap under L1
 _FIRST_CHECK, _CHECK_SHRINKS, _LAST_CHECK = 0.22, 0.03, 0.06
 _L1_CHECK = 0.04
-_L1_START, _L1_SPREAD = 0.2, 1.5  # share of the features that first move; changed features over moved ones
-_L1_SLOWER, _L1_SLOWEST = 1.5, 10.0  # what divides the step where sparsity settled, and eps at the least
+_L1_START, _L1_SPREAD = 0.2, 1.5  # share of features that a step moves at first; changed over moved ones
+_L1_SLOWER, _L1_SLOWEST = 1.5, 10.0  # divisor of the step size at stable sparsity; eps over smallest step
 
 
 @dataclass(frozen=True)
 class _Point:
-    """One point of each path: the input, the gradient and the loss there, and the margin of the goal."""
+    """One point of each path: the input, gradient and loss at this point, and the margin."""
 
     x: Inputs
     grad: Inputs
@@ -40,30 +40,30 @@ class _Point:
         return _Point(self.x[rows], self.grad[rows], self.loss[rows], self.margin[rows])
 
     def where(self, chosen: Mask, other: "_Point") -> "_Point":
-        """These points where chosen, else the others."""
+        """These points where `chosen` is true, `other` elsewhere."""
         return _Point(
             pick(chosen, self.x, other.x),
-            torch.where(spread(chosen, self.grad), self.grad, other.grad),  # no bound keeps gradients small
+            torch.where(spread(chosen, self.grad), self.grad, other.grad),  # unbounded: not for `pick`
             torch.where(chosen, self.loss, other.loss),
             torch.where(chosen, self.margin, other.margin),
         )
 
 
 class _Pace(Protocol):
-    """How the paths step: one kind for each geometry."""
+    """Computes the steps of the paths; there is one implementation for Linf and L2 and one for L1."""
 
     def step(self, now: _Point, clean: Inputs, bounds: Bounds) -> Inputs:
-        """The next point of each path."""
+        """Return the next point of each path."""
 
     def check(self, now: _Point, top: _Point, clean: Inputs) -> _Point:
-        """Adapt to what the last step has gained; where each path goes on from."""
+        """Adapt the step sizes to the progress of the loss; return the point from which each path continues."""
 
     def take(self, rows: Mask) -> None:
-        """Go on with some of the paths."""
+        """Keep the state of some of the paths only."""
 
 
 class _Halving:
-    """Momentum, and steps that halve where too few of them raised the loss since the last checkpoint."""
+    """Steps with momentum; the step size halves if too few steps raised the loss since the last checkpoint."""
 
     def __init__(self, start: _Point, constraint: Constraint, steps: int, rho: float) -> None:
         self._constraint, self._rho = constraint, rho
@@ -90,9 +90,9 @@ class _Halving:
         return x
 
     def _project(self, x: Inputs, clean: Inputs, bounds: Bounds) -> Inputs:
-        """Into ball and box by the fewest operations; a cube's corners are computed once for the whole path."""
+        """Project onto ball and box; the box around each input under Linf is computed once for the whole path."""
         if isinstance(self._constraint, L2):
-            # as in the paper: onto the ball and then into the box, which never leaves the ball
+            # as in the paper: first onto the ball, then into the box; the result stays in the ball
             delta = x - clean
             length = torch.linalg.vector_norm(delta.flatten(1), dim=1).clamp_min(1e-12)
             shrink = (self._constraint.eps * (1 - 1e-6) / length).clamp_max(1)
@@ -127,7 +127,7 @@ class _Halving:
 
 
 class _Sparse:
-    """Sign steps on the features with the largest gradient; how many follows how many the best point changed."""
+    """Sign steps on the features with the largest gradients; their number follows the sparsity of the best point."""
 
     def __init__(self, start: _Point, clean: Inputs, constraint: L1, steps: int, *, fresh: bool) -> None:
         self._constraint, self._features = constraint, clean[0].numel()
@@ -164,7 +164,7 @@ class _Sparse:
 
 
 def _changed(x: Inputs, clean: Inputs) -> PerExample:
-    """How many features differ, in the inputs' type."""
+    """Number of features of each example that differ, in the data type of the inputs."""
     return (x != clean).flatten(1).sum(1).to(x.dtype)
 
 
@@ -173,23 +173,24 @@ class Climb:
     """One run of APGD. Cost: `steps + 1` forwards and `steps` backwards, each times `draws`."""
 
     loss: Loss
-    """what is climbed"""
+    """loss that is maximised"""
     steps: int
     rho: float = 0.75
-    """share of the steps since the last checkpoint that must have raised the loss, else the step size halves"""
+    """share of the steps since the last checkpoint that must have raised the loss; below it, the step size halves"""
     draws: int = 1
-    """forwards that a gradient is averaged over"""
+    """forward passes over which a gradient is averaged"""
     sure: float = 0.5
-    """a point is broken if more than this share of them is wrong"""
+    """a point counts as broken if more than this share of its forward passes is misclassified"""
     fresh: bool = True
-    """the start is noise, so that under L1 how many features it changed says nothing"""
+    """whether the start is noise, so that under L1 the number of changed features carries no information"""
 
     def __call__(
         self, model: Model, batch: Batch, aim: Labels | None, start: Inputs, constraint: Constraint
     ) -> tuple[Inputs, PerExample]:
-        """Each path's point of lowest margin if it broke, else of highest loss; and the margin there.
+        """Return, for each path, the point of lowest margin if it is broken, else that of highest loss; and the margin.
 
-        `aim` is a class that the loss goes for while any misclassification wins. A broken example leaves.
+        `aim` is the class that the loss targets; any misclassification counts as success. Broken examples
+        are dropped.
         """
         best, left = Best(batch), batch
         now = top = self._look(model, left, aim, start)
@@ -215,7 +216,7 @@ class Climb:
     def highest(
         self, model: Model, batch: Batch, aim: Labels | None, start: Inputs, constraint: Constraint
     ) -> Inputs:
-        """Each path's point of highest loss; nobody leaves, for this is the start of another run."""
+        """The point of highest loss of each path, as the start of another run; broken examples stay in the path."""
         now = top = self._look(model, batch, aim, start)
         pace = self._pace(now, batch, constraint)
         for step in range(self.steps):
@@ -233,7 +234,7 @@ class Climb:
     def _look(
         self, model: Model, batch: Batch, aim: Labels | None, x: Inputs, *, climbs: bool = True
     ) -> _Point:
-        """Loss, margin and gradient at the points `x`; the end of a path costs no backward, its gradient is zero."""
+        """Loss, margin and gradient at `x`; with `climbs=False` no backward pass is made and the gradient is zero."""
         looks = [self._draw(model, batch, aim, x, climbs=climbs) for _ in range(self.draws)]
         if self.draws == 1:
             return looks[0]

@@ -1,4 +1,4 @@
-"""Climbing a loss inside a constraint: the one loop under FGSM, BIM, PGD, momentum PGD and adversarial training."""
+"""Gradient ascent on a loss inside a constraint: used by FGSM, BIM, PGD, momentum PGD and adversarial training."""
 
 import math
 from collections.abc import Callable
@@ -15,24 +15,24 @@ from holdfast.ops.gradients import input_gradient, levelled
 from holdfast.ops.losses import Loss, margin, margin_loss
 
 Schedule = Callable[[int, int], float]
-"""`schedule(step, steps)`: what the step size is multiplied with."""
+"""`schedule(step, steps)`: factor of the step size."""
 
 
 def flat(step: int, steps: int) -> float:
-    """The same step size throughout."""
+    """The factor 1 for every step."""
     return 1.0
 
 
 def cosine(step: int, steps: int) -> float:
-    """From two down to zero, so that the path is as long as with `flat`."""
+    """A cosine from 2 to 0, so that the path is as long as with `flat`."""
     return 1.0 + math.cos(math.pi * step / steps)
 
 
 def gradient(model: Model, batch: Batch, loss: Loss, *, raw: bool = False) -> tuple[Inputs, Logits]:
-    """Gradient of the summed loss with respect to `batch.x`, and the logits there: one forward, one backward.
+    """Gradient of the summed loss with respect to `batch.x`, and the logits; one forward and one backward.
 
-    Zero where the model cuts the graph, as a comparison or a rounding to integers does, and in place of NaN and
-    infinity, which only `raw` leaves in it.
+    The gradient is zero where the model cuts the graph, for example with a comparison or a rounding to integers. NaN
+    and infinity are replaced by zero, except with `raw`.
     """
     x = batch.x.detach().requires_grad_()
     with torch.enable_grad():
@@ -57,13 +57,13 @@ def ascend(
     keep: Literal["best", "last"] = "best",
     aim: Labels | None = None,
 ) -> tuple[Inputs, PerExample]:
-    """Climb `loss` from `start`; returns the point of lowest margin on each path and that margin.
+    """Maximise `loss` from `start`; return the point of lowest margin on each path and that margin.
 
-    Every point is judged by the logits of its own gradient pass, the last one by one more forward; with `drop`, an
-    example leaves once it is broken. `keep="last"` returns the end of the path, drops nobody and spends no extra
-    forward (the margin is then that of the last point judged): for training and for examples made to transfer.
-    `aim` is a class that the loss goes for while any misclassification wins.
-    Cost: `steps` forwards and backwards, and one forward with `keep="best"`.
+    The margin of each point comes from the forward pass of its gradient, that of the last point from an additional
+    forward pass. With `drop`, broken examples are dropped from the path. `keep="last"` returns the end of the path,
+    drops no example and makes no additional forward pass (the margin is then that of the last point but one); it is
+    used for training and for transfer. `aim` is the class that the loss targets; any misclassification counts as
+    success. Cost: `steps` forwards and backwards, and one forward with `keep="best"`.
     """
     best, left, x = Best(batch), batch, start.detach()
     direction = torch.zeros_like(x) if momentum else None
@@ -102,7 +102,7 @@ def descend(
     reach: float,
     aim: Labels | None = None,
 ) -> tuple[Inputs, PerExample]:
-    """Descend the margin from `start` on a path of `reach` times eps, its steps along a cosine; else as `ascend`."""
+    """Minimise the margin from `start` on a path of length `reach` times eps with cosine step sizes; see `ascend`."""
     size = reach * constraint.eps / steps
     return ascend(
         model, batch, start, margin_loss, constraint, steps=steps, step_size=size, schedule=cosine, aim=aim

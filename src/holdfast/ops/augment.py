@@ -1,8 +1,8 @@
-"""Changes to training images that leave their class alone or mix it, over a whole batch at once and on its device.
+"""Augmentations of training images that keep their class or mix it, on a whole batch at once and on its device.
 
 Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019,
 arXiv:1905.04899; with adversarial training Rebuffi et al., "Data Augmentation Can Improve Robustness", NeurIPS 2021,
-arXiv:2111.05328. Differs from the papers: attacks go for the label that has the larger share of a mixed image.
+arXiv:2111.05328. Differs from the papers: attacks target away from the label with the larger share of a mixed image.
 """
 
 import math
@@ -19,28 +19,28 @@ from holdfast.core.errors import UsageError
 from holdfast.core.types import Inputs
 
 Augmentation = Literal["none", "shift", "crop-flip"]
-_REACH = {"shift": 2, "crop-flip": 4}  # pixels: customary for digits, and for photographs of 32 x 32
+_REACH = {"shift": 2, "crop-flip": 4}  # pixels; customary for digits and for photographs of 32 x 32
 
 
 @dataclass(frozen=True)
 class Moves:
-    """How each image of a batch (n, channels, h, w) is moved."""
+    """Shifts and flips of each image of a batch (n, channels, h, w)."""
 
     reach: int
-    """pixels that one is moved at most"""
+    """largest shift in pixels"""
     down: Tensor
-    """(n,) where the window on the padded image begins: `reach` where it stays"""
+    """(n,) first row of the window on the padded image; `reach` for no shift"""
     right: Tensor
-    """(n,) likewise"""
+    """(n,) first column of the window"""
     mirrored: Tensor | None
-    """(n,) whether its sides change places afterwards; None where no image's do"""
+    """(n,) whether the image is flipped horizontally after the shift; None if no image is"""
 
     def of(self, x: Inputs) -> Inputs:
-        """The images so moved, with zeros where nothing was."""
+        """The shifted and flipped images, padded with zeros."""
         return self._mirror(windows(x, self.reach, self.down, self.right))
 
     def back(self, x: Inputs, unseen: Inputs) -> Inputs:
-        """What was moved where it came from, and of `unseen` what had been moved out of sight."""
+        """Undo the shift and flip of `x`; pixels that the shift moved out of the image are taken from `unseen`."""
         down, right = 2 * self.reach - self.down, 2 * self.reach - self.right
         seen = windows(torch.ones_like(x), self.reach, down, right).bool()
         return torch.where(seen, windows(self._mirror(x), self.reach, down, right), unseen)
@@ -50,7 +50,7 @@ class Moves:
 
 
 def refuse_no_images(x: Inputs, how: Augmentation, cutmix: float) -> None:
-    """`UsageError` where what is asked for changes images, and inputs are none: no (n, channels, h, w)."""
+    """Raise `UsageError` if an augmentation or CutMix is set and inputs are not images (n, channels, h, w)."""
     shape = tuple(x.shape[1:])
     if how != "none" and len(shape) != 3:
         raise UsageError(f"augmentation {how!r} is for images, and inputs have shape {shape}; use none")
@@ -61,7 +61,7 @@ def refuse_no_images(x: Inputs, how: Augmentation, cutmix: float) -> None:
 
 
 def moves(batch: Batch, how: Augmentation, rng: Draws) -> Moves | None:
-    """What is drawn for each image; None where `how` is "none", and otherwise inputs must be (n, channels, h, w)."""
+    """Random shifts and flips of each image; None if `how` is "none". Other inputs must be (n, channels, h, w)."""
     if how == "none":
         return None
     refuse_no_images(batch.x, how, 0.0)
@@ -71,13 +71,13 @@ def moves(batch: Batch, how: Augmentation, rng: Draws) -> Moves | None:
 
 
 def augmented(batch: Batch, how: Augmentation, rng: Draws) -> Batch:
-    """The batch with other images of the same classes."""
+    """The batch with randomly augmented images; their classes do not change."""
     drawn = moves(batch, how, rng)
     return batch if drawn is None else batch.at(drawn.of(batch.x))
 
 
 def windows(x: Inputs, reach: int, down: Tensor, right: Tensor) -> Inputs:
-    """Images (n, channels, h, w) padded with `reach` zeros a side, each seen through a window from `down`, `right`."""
+    """Images (n, channels, h, w), padded with `reach` zeros on each side, cropped from row `down`, column `right`."""
     height, width = x.shape[2:]
     padded = F.pad(x, (reach,) * 4)
     rows = down[:, None] + torch.arange(height, device=x.device)
@@ -87,10 +87,11 @@ def windows(x: Inputs, reach: int, down: Tensor, right: Tensor) -> Inputs:
 
 
 def cut_and_mixed(batch: Batch, chance: float, rng: Draws) -> tuple[Batch, Batch, float]:
-    """Images that each have a box of another one, with the labels that own more of them, and with the other labels.
+    """CutMix: images in which a box is replaced by that of another image; with the major and with the minor labels.
 
-    The number is the share of the first labels. The box, its place and its size are those of the whole batch, and with
-    a probability of 1 - `chance` it is left as it is, with a share of 1.
+    Returns a batch with the labels that have the larger share of each image, a batch with the other labels, and the
+    share of the first labels. The box is the same for the whole batch. With a probability of 1 - `chance` the batch is
+    unchanged and the share is 1.
     """
     if not chance:
         return batch, batch, 1.0
@@ -110,6 +111,6 @@ def cut_and_mixed(batch: Batch, chance: float, rng: Draws) -> tuple[Batch, Batch
 
 
 def _cut(size: int, centre: float, area: float) -> slice:
-    """Where a box lies along one side: its length the root of its area, and what reaches beyond the image cut off."""
+    """Rows or columns of a box around `centre`, cut to the image; its side is the root of its area."""
     at, half = int(centre * size), int(size * math.sqrt(area)) // 2
     return slice(max(at - half, 0), min(at + half, size))

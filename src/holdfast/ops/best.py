@@ -1,4 +1,4 @@
-"""The lowest margin that each example of a batch was ever brought to, and the point where that was."""
+"""The lowest margin of each example of a batch over all evaluated points, and the point with that margin."""
 
 import torch
 
@@ -9,27 +9,27 @@ from holdfast.core.types import Inputs, Mask, PerExample, Rows
 
 
 class Best:
-    """Keeps each example's best point over restarts, and knows who still stands."""
+    """Keeps the best point of each example over restarts, and reports which examples survive."""
 
     def __init__(self, batch: Batch) -> None:
         self._ids = batch.ids
         self._lookup = Lookup(batch.ids)
         self.x: Inputs = batch.x.clone()
-        """the best point of each example; the clean one until something lower was offered"""
+        """best point of each example; the clean input until a point with a lower margin is offered"""
         self.margin: PerExample = torch.full_like(batch.x.flatten(1)[:, 0], torch.inf)
-        """the margin there; positive while the example stands"""
+        """margin of the best point; positive while the example survives"""
 
     @property
     def standing(self) -> Rows:
-        """Positions of the examples that nothing has broken yet."""
+        """Positions of the examples that are not broken."""
         return (self.margin > 0).nonzero()[:, 0]
 
     def rows(self, some: Batch) -> Rows:
-        """Where `some` examples stand in the whole batch."""
+        """Positions of the examples of `some` in the whole batch."""
         return self._lookup.rows(some.ids)
 
     def offer(self, some: Batch, x: Inputs, margin: PerExample) -> Mask:
-        """Take the points of `some` examples that are lower than what is known (NaN is lowest); who got lower."""
+        """Keep the points of `some` whose margins are lower than the best ones (NaN is lowest); return which are."""
         if some.ids is self._ids:
             lower = ~(margin >= self.margin)
             self.x = pick(lower, x, self.x)

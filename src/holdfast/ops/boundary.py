@@ -1,6 +1,7 @@
-"""The last step of every minimum-norm attack: from a broken point back towards the clean one, up to the boundary.
+"""Last step of minimum-norm attacks: a search from a broken point towards the clean one, up to the boundary.
 
-Or, where only a ball counts and the broken point lies beyond it, on from the nearest point inside (our own).
+If eps is finite and the broken point lies outside the ball, the search can instead continue from its projection onto
+the ball (our own).
 """
 
 import math
@@ -20,20 +21,20 @@ from holdfast.ops.losses import margin_loss
 
 _FORWARDS = 10
 _REACH = 5.0  # path length of the descent inside the ball, in multiples of eps
-_FIRST = 15 / 16  # a good attack ends within a few percent of the boundary: look there before halving
+_FIRST = 15 / 16  # first probe of the bisection: a good attack ends within a few percent of the boundary
 
 Shrink = Callable[[PerExample], Inputs]
-"""The points within a radius of the clean ones that are likeliest to stay broken."""
+"""The points within a given distance of the clean inputs that are most likely to stay broken."""
 
 
 def to_boundary(model: Model, batch: Batch, x_adv: Inputs, norm: Norm, refine: int = 0) -> Inputs:
-    """The points of `x_adv`, pulled towards `batch.x` while the model stays broken, then projected onto `norm`.
+    """Move the points `x_adv` towards `batch.x` as long as they break the model, then project them onto `norm`.
 
-    A point moves only to one that breaks the model by more than rounding. Under L0 changes are undone instead, least
-    useful first. Cost: at most ten forwards (under L0 the first with a backward) of the examples that differ from
-    the clean ones.
-    With `refine` and a finite eps no point is pulled: those beyond it are projected first and then descend the margin
-    inside the ball, by as many gradient steps and a forward.
+    A point moves only to one that breaks the model by more than rounding. Under L0, changes are undone instead, the
+    least useful first. Cost: at most ten forwards (under L0, the first with a backward) of the examples that differ
+    from the clean ones.
+    With `refine` and a finite eps no point is moved towards the clean input: points outside the ball are projected onto
+    it, and `refine` gradient steps and a forward then lower their margin inside the ball.
     """
     if refine and norm.eps < math.inf:
         return _refined(model, batch, x_adv, norm, refine)
@@ -50,7 +51,7 @@ def to_boundary(model: Model, batch: Batch, x_adv: Inputs, norm: Norm, refine: i
 
 
 def _refined(model: Model, batch: Batch, x_adv: Inputs, norm: Norm, steps: int) -> Inputs:
-    """The points of `x_adv` inside the ball, and what gradient steps make of the projections of the others."""
+    """Project `x_adv` onto the ball, and lower the margin of the points that were outside it by gradient steps."""
     beyond = (norm.distance(x_adv, batch.x) > norm.eps).nonzero()[:, 0]
     result = norm.project(x_adv, batch.x, model.bounds)
     if len(beyond):
@@ -60,7 +61,7 @@ def _refined(model: Model, batch: Batch, x_adv: Inputs, norm: Norm, steps: int) 
 
 
 def _fewest(model: Model, batch: Batch, far: Inputs, norm: L0) -> Inputs:
-    """Undo changes, those first that the gradient calls least useful; what stays changed goes to the box's side."""
+    """Undo changes in the order of their gradients, least useful first; move the remaining ones to the box's sides."""
     result = far.clone()
     grad, logits = gradient(model, batch.at(far), margin_loss)
     firm = firmly_broken(logits, batch)
@@ -85,7 +86,7 @@ def _fewest(model: Model, batch: Batch, far: Inputs, norm: L0) -> Inputs:
 
 
 def _bisected(model: Model, batch: Batch, far: Inputs, norm: Norm, shrink: Shrink, forwards: int) -> Inputs:
-    """The closest of `forwards` shrunken points that still break the model; `far` where none does."""
+    """The closest of `forwards` points of a bisection that breaks the model; `far` if none does."""
     closest, high = Closest(batch), norm.distance(far, batch.x)
     closest.offer(batch, far, high, high >= 0)
     low, probe = torch.zeros_like(high), _FIRST * high

@@ -1,8 +1,8 @@
-"""Layers that keep every length: orthogonal matrices and convolutions by Cayley's transform.
+"""Layers that preserve Euclidean length: orthogonal matrices and convolutions by the Cayley transform.
 
 Trockman & Kolter, "Orthogonalizing Convolutional Layers with the Cayley Transform", ICLR 2021, arXiv:2104.07167.
-Differs from the paper: the inverse is taken in double precision, for certificates count every rounding; and there is no
-scale that is learned beside the matrix.
+Differs from the paper: the inverse is computed in double precision, because certificates must account for every
+rounding; and no scale is learned beside the matrix.
 """
 
 import torch
@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """A matrix (…, m, n) with orthonormal columns, or rows where those are fewer, of any matrix; zeros give a unit one.
+    """Map a matrix (…, m, n) to one with orthonormal columns, or rows if m < n; a zero matrix gives the identity.
 
-    The inverse exists always, and is at most one: it is that of the unit matrix plus a skew and a non-negative one.
+    The inverse always exists and its norm is at most one: the matrix is the sum of the identity, a skew-symmetric and a
+    positive semi-definite matrix.
     """
     m, n = matrix.shape[-2:]
     if m < n:
@@ -27,7 +28,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 class CayleyLinear(nn.Module):
-    """A linear layer whose matrix is orthogonal, or half of one where the widths differ."""
+    """A linear layer whose matrix has orthonormal rows or columns; it is orthogonal if the widths are equal."""
 
     def __init__(self, features: int, width: int) -> None:
         super().__init__()
@@ -36,12 +37,12 @@ class CayleyLinear(nn.Module):
         nn.init.xavier_normal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, width) of (n, features)."""
+        """Outputs (n, width) of inputs (n, features)."""
         return F.linear(x, orthogonal(self.weight), self.bias)
 
 
 class CayleyConv2d(nn.Module):
-    """A convolution, around the edges of the image, that is orthogonal at each of its frequencies."""
+    """A convolution with circular padding whose matrix at each frequency has orthonormal rows or columns."""
 
     def __init__(self, channels: int, width: int, kernel: int = 3) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class CayleyConv2d(nn.Module):
         nn.init.xavier_normal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (n, width, height, width of the image) of (n, channels, …)."""
+        """Feature maps (n, width, h, w) of inputs (n, channels, h, w)."""
         size = x.shape[2:]
         half = self.weight.shape[2] // 2
         if min(size) <= 2 * half:

@@ -1,4 +1,4 @@
-"""What attacks that see labels alone share: queries counted for each example, starts, the search for the boundary."""
+"""Shared parts of attacks that use labels only: query counts for each example, starts, search for the boundary."""
 
 import math
 from collections.abc import Iterator
@@ -16,20 +16,18 @@ from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.directions import waves
 
 _ROWS = (
-    128  # on four networks of 28 to 32 pixels a side half or twice as many are as quick, far more are slower
+    128  # half or twice as many are as fast on four networks of 28 to 32 pixels a side; far more are slower
 )
-_STARTS = 10  # starts that compete, as many as a start costs to follow up
-_SLOW = 0.15  # share of the frequencies that the waves among the starts are made of
-_RIVAL = 0.9  # share of the distance known at which a start must break the model to take the place of the one before
-_NEARER = 0.999  # the same for a step: what is gained must be worth the search
-_PRECISION = (
-    0.005  # share of the radius at which the search for the boundary ends: 0.02 ends 10 % farther away
-)
-_STRIDE = 0.02  # share of the radius that the search steps inwards first; it is doubled until the model holds
+_STARTS = 10  # number of starts that are compared, about the number of queries that one boundary search takes
+_SLOW = 0.15  # share of the frequencies that the low-frequency starts consist of
+_RIVAL = 0.9  # share of the known distance at which a new start must break the model to replace the old
+_NEARER = 0.999  # the same for a step, so that the gain is worth the queries of the search
+_PRECISION = 0.005  # share of the radius at which the boundary search ends; 0.02 ends 10 % farther away
+_STRIDE = 0.02  # first inward step of the search as a share of the radius; doubled until the model is correct
 
 
 class Decisions:
-    """Asks whether the model gives in, a set number of times for each example, and keeps the closest point that did.
+    """Queries a model with a limit for each example, and keeps the closest broken point of each example.
 
     An example is open while it has queries left and is not broken inside a finite eps.
     """
@@ -46,9 +44,9 @@ class Decisions:
         return self._norm.project(self.closest.x, self.batch.x, self.bounds)
 
     def _start(self, rng: Draws) -> None:
-        """Ask about the clean inputs, then look for starts: the nearest of a few, or the first of all that breaks.
+        """Query the clean inputs, then search for starting points: the nearest of ten, or else the first that breaks.
 
-        They are tried as long as there are queries; an example that none breaks stays as it is.
+        The search continues as long as there are queries; an example that no start breaks stays unchanged.
         """
         self.ask(self.batch, self.batch.x)
         for k, points in enumerate(_starts(self.batch, self.bounds.like(self.batch.x), rng)):
@@ -58,16 +56,16 @@ class Decisions:
             self.improve(some, points[self.closest.rows(some)], share=_RIVAL)
 
     def open(self, some: Batch) -> Mask:
-        """Which of `some` examples may be asked about."""
+        """Whether each example of `some` has queries left and is not broken inside a finite eps."""
         rows = self.closest.rows(some)
         return (self._left[rows] > 0) & (self.closest.distance[rows] > self._enough)
 
     def left(self, some: Batch) -> Tensor:
-        """How many queries each has left: int64 (n)."""
+        """Number of queries that each example has left: int64 (n)."""
         return self._left[self.closest.rows(some)]
 
     def steps(self, rng: Draws) -> Iterator[tuple[int, Batch]]:
-        """Look for starts; then count the steps, each with the examples that are broken and open, until none is."""
+        """Find starts; then yield step numbers and the examples that are broken and open, until there are none."""
         self._start(rng.at("start"))
         for step in count():
             some = self.batch.take(self.closest.found & self.open(self.batch))
@@ -76,20 +74,20 @@ class Decisions:
             yield step, some
 
     def known(self, some: Batch) -> tuple[Inputs, PerExample]:
-        """The closest broken points of `some` examples, and how far away they are."""
+        """The closest broken points of the examples of `some`, and their distances."""
         rows = self.closest.rows(some)
         return self.closest.x.index_select(0, rows), self.closest.distance[rows]
 
     def ask(self, some: Batch, x: Inputs, who: Mask | None = None) -> Mask:
-        """Whether the model gives in at `x`: asked for those that are open (and in `who`), False for the others."""
+        """Whether each `x` breaks the model; one query for each open example (of `who`), False for the others."""
         asked = self.open(some) if who is None else who & self.open(some)
         broken, _ = self.ask_many(some, x[:, None], asked.long())
         return broken[:, 0]
 
     def ask_many(self, some: Batch, x: Tensor, wanted: Tensor) -> tuple[Mask, Mask]:
-        """Whether the model gives in at the first `wanted` (n) points `x` (n, k, *features) of each; which were asked.
+        """Query the first `wanted` (n) points of `x` (n, k, *features); return masks (n, k) of broken and queried ones.
 
-        Both (n, k). An example that has fewer queries left is asked about as many points.
+        An example with fewer queries left is queried on as many points only.
         """
         n, k = x.shape[:2]
         wanted = wanted.minimum(self.left(some)) * self.open(some)
@@ -108,33 +106,34 @@ class Decisions:
         return broken.view(n, k), asked
 
     def _answers(self, few: Batch) -> Logits:
-        """What the model says; on a CPU asked for few rows at once, for many leave the caches."""
+        """Logits of a batch; on a CPU in parts of few rows, because large batches do not fit the caches."""
         rows = _ROWS if few.x.device.type == "cpu" else len(few)
         return torch.cat([self._model(part.x, part.ids) for part in few.split(rows)])
 
     def improve(self, some: Batch, far: Inputs, *, share: float = _NEARER) -> Mask:
-        """Whose points `far`, drawn in to a share of the distance known, break the model: these are drawn in more.
+        """Query the points `far`, moved to a share of the known distance; search for the boundary from the broken ones.
 
-        Where no distance is known the points are asked about as they are. One query where the answer is no.
+        Points without a known distance are queried unchanged. Cost: one query for a point that does not break the
+        model. Returns whether each point breaks it.
         """
         broken, radius = self.nearer(some, far, share=share)
         self.search(some, far, radius * broken)
         return broken
 
     def nearer(self, some: Batch, far: Inputs, *, share: float = _NEARER) -> tuple[Mask, PerExample]:
-        """Whose points `far`, drawn in to a share of the distance known, break the model; and how far that is."""
+        """Whether each point `far`, moved to a share of the known distance, breaks the model; and its distance."""
         known = self.closest.distance[self.closest.rows(some)]
         radius = (share * known).minimum(self._norm.distance(far, some.x))
         return self.ask(some, self._drawn_in(some, far, radius)), radius
 
     def _drawn_in(self, some: Batch, far: Inputs, radius: PerExample) -> Inputs:
-        """The points `far`, moved towards the clean inputs until they are within a radius."""
+        """The points `far`, moved towards the clean inputs until they are within `radius`."""
         return self._norm.within(far, some.x, self.bounds, radius)
 
     def search(self, some: Batch, far: Inputs, radius: PerExample) -> None:
-        """Find the boundary inwards of the points within `radius`, which break the model: gallop, then halve.
+        """Search for the boundary between the clean inputs and points at `radius`, which break: doubling, bisection.
 
-        A radius of 0 leaves an example out.
+        Examples with a radius of 0 are left out.
         """
         high, low, stride = radius, torch.zeros_like(radius), _STRIDE * radius
         while True:
@@ -151,12 +150,12 @@ class Decisions:
 
 
 def _of(some: Batch, rows: Rows, x: Inputs) -> Batch:
-    """Inputs `x`, each of the example that it is asked for."""
+    """A batch of the inputs `x`, each with the label, id and target of its row in `some`."""
     return Batch(x, some.y[rows], some.ids[rows], None if some.target is None else some.target[rows])
 
 
 def _starts(batch: Batch, box: tuple[Tensor, Tensor], rng: Draws) -> Iterator[Inputs]:
-    """Grey, the inputs turned round, black, white; then noise without end: uniform, at the corners, slow waves."""
+    """Yield grey, inverted inputs, black, white; then endlessly uniform noise, box corners and low-frequency noise."""
     low, high = (side.expand_as(batch.x) for side in box)
     yield from ((low + high) / 2, low + high - batch.x, low, high)
     shape, dtype = batch.x.shape[1:], batch.x.dtype

@@ -1,9 +1,9 @@
-"""Denoising diffusion: noise is added in small steps, a network learns to tell it, and takes it back from pure noise.
+"""Denoising diffusion: noise is added in small steps, a network learns to predict it, and samples start from noise.
 
 Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, arXiv:2006.11239 (DDPM): the loss on the
 noise, the posterior, the linear schedule. Song, Meng & Ermon, "Denoising Diffusion Implicit Models", ICLR 2021,
-arXiv:2010.02502 (DDIM): fewer steps, nothing drawn on the way. Differs from the papers: the schedule of a thousand
-steps is compressed into as many as are wanted, and what is told of the clean point is clamped.
+arXiv:2010.02502 (DDIM): fewer steps, deterministic after the first point. Differs from the papers: the schedule of a
+thousand steps is compressed to the number of steps given, and the predicted clean point is clamped.
 """
 
 import math
@@ -17,41 +17,41 @@ from holdfast.core.draws import Draws
 from holdfast.core.types import Positive, Steps
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""The noise (n, d) that is in points (n, d) after as many steps (n) as are told."""
+"""Predicts the noise (n, d) in points (n, d) at diffusion steps (n)."""
 
 _FIRST, _LAST, _PAPER = 1e-4, 0.02, 1000  # betas of the paper, over its thousand steps
 
 
 @dataclass(frozen=True)
 class Diffusion:
-    """How noise grows, and both ways back."""
+    """Noise schedule of a diffusion process, with DDPM and DDIM sampling."""
 
     steps: Steps = 200
-    """of noise, from none to nearly nothing else"""
+    """number of steps that add noise"""
     clamp: Positive = 4.0
-    """largest coordinate that a clean point is believed to have; points are to have a deviation of one"""
+    """limit of the absolute coordinates of a predicted clean point; points should have a standard deviation of one"""
 
     def betas(self) -> Tensor:
-        """Share of the variance that each step makes noise, (steps), float64."""
+        """Share of the variance that each step replaces by noise: (steps), float64."""
         times = _PAPER / self.steps
         return torch.linspace(_FIRST * times, min(_LAST * times, 0.999), self.steps, dtype=torch.float64)
 
     def kept(self) -> Tensor:
-        """Share of the variance that is not noise yet after each step, (steps), float64."""
+        """Share of the variance that is still signal after each step: (steps), float64."""
         return torch.cumprod(1 - self.betas(), 0)
 
     def noised(self, clean: Tensor, noise: Tensor, step: Tensor) -> Tensor:
-        """Points (n, d) after the steps (n), counted from 0."""
+        """The points (n, d) with the noise of diffusion steps (n), counted from 0."""
         kept = self._kept_at(step, clean)
         return kept.sqrt() * clean + (1 - kept).sqrt() * noise
 
     def cleaned(self, noised: Tensor, noise: Tensor, step: Tensor) -> Tensor:
-        """The clean points (n, d) if that is the noise in them, clamped."""
+        """The clean points (n, d) that give `noised` with this noise, clamped."""
         kept = self._kept_at(step, noised)
         return ((noised - (1 - kept).sqrt() * noise) / kept.sqrt()).clamp(-self.clamp, self.clamp)
 
     def weight(self, step: Tensor, like: Tensor) -> Tensor:
-        """How much of the clean points is left after the steps (n), in the type of `like`."""
+        """Share of the variance that is still signal at diffusion steps (n), in the data type of `like`."""
         return self._kept_at(step, like)[:, 0]
 
     def _kept_at(self, step: Tensor, like: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Diffusion:
 
     @torch.no_grad()
     def ddpm(self, denoiser: Denoiser, ids: Tensor, dims: int, rng: Draws) -> Tensor:
-        """Points (n, dims) drawn from noise, one for each of `ids`. Cost: `steps` forwards."""
+        """Sample points (n, dims) from noise by DDPM, one for each id. Cost: `steps` forwards."""
         betas, kept = self.betas().tolist(), self.kept().tolist()
         x = rng.at("first").normal(ids, dims)
         drawn = rng.at("steps").normal(ids, self.steps, dims)
@@ -77,7 +77,7 @@ class Diffusion:
 
     @torch.no_grad()
     def ddim(self, denoiser: Denoiser, ids: Tensor, dims: int, rng: Draws, steps: int = 50) -> Tensor:
-        """The same in about `steps` steps, of which only the first point is drawn."""
+        """Sample points (n, dims) by DDIM in about `steps` steps; only the first point is random."""
         kept = self.kept().tolist()
         visited = list(range(self.steps - 1, -1, -max(self.steps // steps, 1)))
         x = rng.at("first").normal(ids, dims)
@@ -89,7 +89,7 @@ class Diffusion:
         return x
 
     def _restored(self, denoiser: Denoiser, x: Tensor, t: int, kept: float) -> Tensor:
-        """The clean points that the denoiser sees after step `t`, clamped."""
+        """The clean points that the denoiser predicts at step `t`, clamped."""
         noise = denoiser(x, torch.full((len(x),), t, device=x.device))
         seen = torch.add(x, noise, alpha=-math.sqrt(1 - kept)).mul_(1 / math.sqrt(kept))
         return seen.clamp_(-self.clamp, self.clamp)

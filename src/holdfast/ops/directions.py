@@ -1,7 +1,7 @@
-"""Random directions made of signs, half of each of them slow waves where the inputs are images.
+"""Random directions of signs; for images, half of the energy is in low frequencies.
 
-Low frequencies move the boundaries of networks most, per length (Guo et al., "Low Frequency Adversarial Perturbation",
-UAI 2019, arXiv:1809.08758), but not of all: hence the other half, which is plain noise.
+Low frequencies move the boundaries of most networks most for their length (Guo et al., "Low Frequency Adversarial
+Perturbation", UAI 2019, arXiv:1809.08758), but not of all networks; the other half is therefore white noise.
 """
 
 import math
@@ -19,10 +19,10 @@ from holdfast.core.types import Ids, Inputs
 
 
 def directions(rng: Draws, ids: Ids, k: int, shape: torch.Size, share: float, dtype: torch.dtype) -> Tensor:
-    """`k` random directions for each example (n, k, *shape), of length one but for rounding and overlap.
+    """`k` random directions for each example (n, k, *shape), of length one up to rounding and overlap.
 
-    Of images the lowest `share` of the frequencies along height and width has half the energy, and plain noise the
-    other half.
+    For images, half of the energy is in the lowest `share` of the frequencies along height and width, and half is white
+    noise.
     """
     noise = signs(rng.at("noise"), ids, k, *shape, dtype=dtype)
     if len(shape) != 3 or share >= 1:
@@ -33,7 +33,7 @@ def directions(rng: Draws, ids: Ids, k: int, shape: torch.Size, share: float, dt
 def waves(rng: Draws, ids: Ids, k: int, shape: torch.Size, share: float, dtype: torch.dtype) -> Tensor:
     """`k` directions of length one for each example (n, k, *shape) from the lowest `share` of an image's frequencies.
 
-    The waves are those of the orthonormal DCT-II, each with a random sign. What is no image has signs alone.
+    They are sums of orthonormal DCT-II cosines with random signs. For inputs that are not images they are signs only.
     """
     if len(shape) != 3:
         return signs(rng, ids, k, *shape, dtype=dtype).div_(math.sqrt(shape.numel()))
@@ -42,7 +42,7 @@ def waves(rng: Draws, ids: Ids, k: int, shape: torch.Size, share: float, dtype: 
 
 
 def _mixed(noise: Tensor, rng: Draws, ids: Ids, share: float, weight: float) -> Tensor:
-    """Signs (n, k, *shape), which may be written over, plus waves, each of the length `weight`, in one pass."""
+    """Signs (n, k, *shape), overwritten in place, plus low-frequency waves, both of length `weight`."""
     _, k, channels, height, width = noise.shape
     rows, columns = (_waves(size, share, ids.device, noise.dtype) for size in (height, width))
     drawn = signs(rng, ids, k, channels, len(rows), len(columns), dtype=noise.dtype)
@@ -52,7 +52,7 @@ def _mixed(noise: Tensor, rng: Draws, ids: Ids, share: float, weight: float) -> 
 
 
 def across(some: Batch, x: Inputs, bounds: Bounds, rng: Draws, *, share: float) -> tuple[Inputs, Inputs]:
-    """The direction from each clean input to `x`, and a random one at a right angle to it; both of length one."""
+    """The direction from each clean input to `x`, and a random direction orthogonal to it; both of length one."""
     ray = L2().steepest(x - some.x, x, bounds)
     drawn = directions(rng, some.ids, 1, x.shape[1:], share, x.dtype)[:, 0]
     beside = drawn - spread((drawn * ray).flatten(1).sum(1), x) * ray
@@ -60,7 +60,7 @@ def across(some: Batch, x: Inputs, bounds: Bounds, rng: Draws, *, share: float) 
 
 
 def signs(rng: Draws, ids: Ids, *shape: int, dtype: torch.dtype) -> Tensor:
-    """-1 or +1 with equal chance (n, *shape), from every bit of a word: many times as quick as `Draws.signs`."""
+    """-1 or +1 with equal probability (n, *shape), one random bit each; many times faster than `Draws.signs`."""
     size = math.prod(shape)
     octets = rng.bits(ids, -(-size // 64)).view(torch.uint8)
     places = torch.arange(8, device=ids.device)
@@ -69,7 +69,7 @@ def signs(rng: Draws, ids: Ids, *shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _waves(size: int, share: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The slowest waves of the orthonormal DCT-II, one a row."""
+    """Lowest-frequency cosines of the orthonormal DCT-II, one in each row."""
     wave = torch.arange(max(1, round(share * size)), device=device, dtype=dtype)[:, None]
     place = torch.arange(size, device=device, dtype=dtype) + 0.5
     waves = torch.cos(math.pi / size * wave * place) * math.sqrt(2 / size)

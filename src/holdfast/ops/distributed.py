@@ -1,8 +1,8 @@
-"""Several processes that train one network: each takes its share of every batch, and the gradients are averaged.
+"""Data-parallel training: each process trains on its share of every batch, and the gradients are averaged.
 
-They are those that torchrun starts, and talk through torch.distributed. What is drawn belongs to an example and not to
-a process, so that any number of them trains the weights of one, up to the order of sums; but for batch norm, whose
-statistics are those of a share, and are averaged, and for dropout, which each process draws on its own.
+The processes are started by torchrun and communicate through torch.distributed. Random numbers depend on the example
+and not on the process, so that any number of processes trains the same weights up to the order of sums. Exceptions are
+batch norm, whose statistics are those of a share and are averaged, and dropout, which each process draws on its own.
 """
 
 import importlib
@@ -19,12 +19,12 @@ from torch import Tensor
 from holdfast.core.errors import TargetError, UsageError
 
 T = TypeVar("T")
-_PATIENT = timedelta(days=7)  # the others wait while the first judges
+_PATIENT = timedelta(days=7)  # timeout: the other processes wait while the first one evaluates
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Within it the processes that torchrun started know each other; alone, or in a group that is there, nothing."""
+    """Context with a process group of the torchrun processes; no effect with one process or an existing group."""
     if started() == 1 or not dist.is_available() or dist.is_initialized():
         yield
         return
@@ -35,8 +35,8 @@ def joined(device: torch.device) -> Iterator[None]:
         )
     if device.type == "cuda":
         torch.cuda.set_device(_local())
-    # torch binds the group that is there as a default when it imports this, as an optimizer's first step does; such a
-    # group is never taken down, and a thread of it that still lets go of a tensor aborts the process as it ends
+    # This import binds the existing group as a default; an optimizer's first step imports it too. A group that was
+    # bound is never destroyed, and a thread of it that still releases a tensor aborts the process at exit.
     importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENT)
     try:
@@ -46,17 +46,17 @@ def joined(device: torch.device) -> Iterator[None]:
 
 
 def started() -> int:
-    """How many processes there are, by the group that is there or else by torchrun; 1 without them."""
+    """Number of processes according to the process group, or else to torchrun; 1 without both."""
     return dist.get_world_size() if _grouped() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def processes() -> int:
-    """How many train together."""
+    """Number of processes that train together."""
     return dist.get_world_size() if _grouped() else 1
 
 
 def rank() -> int:
-    """Which of them this is."""
+    """Rank of this process."""
     return dist.get_rank() if _grouped() else int(os.environ.get("RANK", "0"))
 
 
@@ -65,12 +65,12 @@ def _grouped() -> bool:
 
 
 def first() -> bool:
-    """Whether this is the one that judges and writes."""
+    """Whether this is the process that evaluates and writes."""
     return rank() == 0
 
 
 def own(device: torch.device) -> torch.device:
-    """The GPU of this process, where torchrun started several; any other device as it is."""
+    """The GPU of this process if torchrun started several; any other device unchanged."""
     return torch.device("cuda", _local()) if device.type == "cuda" and started() > 1 else device
 
 
@@ -79,7 +79,7 @@ def _local() -> int:
 
 
 def broadcast(value: T) -> T:
-    """The value of the first process, in all of them."""
+    """The value of the first process, in all processes."""
     if processes() == 1:
         return value
     held = [value]
@@ -90,7 +90,7 @@ def broadcast(value: T) -> T:
 
 @contextmanager
 def _heard() -> Iterator[None]:
-    """Within it the loss of another process is no error of this one."""
+    """Context that turns the loss of another process into a `TargetError`."""
     try:
         yield
     except RuntimeError as error:  # which is all that gloo and NCCL raise
@@ -100,7 +100,7 @@ def _heard() -> Iterator[None]:
 
 
 def refuse_few(batch: int) -> None:
-    """`UsageError` where a batch of that size leaves a process without an example."""
+    """Raise `UsageError` if a batch of this size leaves a process without an example."""
     n = processes()
     if batch < n:
         raise UsageError(
@@ -110,19 +110,19 @@ def refuse_few(batch: int) -> None:
 
 
 def share(rows: Tensor) -> Tensor:
-    """The part of the rows of a batch that falls to this process."""
+    """The rows of a batch that this process trains on."""
     refuse_few(len(rows))
     return rows[rank() :: processes()]
 
 
 def worth(mine: int, all_of_them: int) -> float:
-    """What the mean over a share is multiplied with, so that the mean over the processes is that over all rows."""
+    """Factor of the mean over a share, so that the mean over the processes is the mean over all rows."""
     return mine * processes() / all_of_them
 
 
 @torch.no_grad()
 def average(values: Iterable[Tensor | None]) -> None:
-    """Make each tensor the mean over the processes, in place; what holds no fractions is left as it is."""
+    """Replace each tensor by its mean over the processes, in place; integer tensors are unchanged."""
     if processes() == 1:
         return
     fractions = [value for value in values if value is not None and value.is_floating_point()]

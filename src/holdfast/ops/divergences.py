@@ -1,4 +1,4 @@
-"""How far an attacked prediction is from the clean one, per example: what recipes keep small."""
+"""Distances between the attacked and the clean prediction of each example, as terms of training losses."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +7,7 @@ from holdfast.core.types import Logits, PerExample
 
 
 def kullback_leibler(logits: Logits, clean: Logits) -> PerExample:
-    """Kullback-Leibler divergence of the attacked prediction from the clean one, in nats."""
+    """Kullback-Leibler divergence KL(clean || attacked) of each example, in nats."""
     return F.kl_div(logits.log_softmax(1), clean.log_softmax(1), reduction="none", log_target=True).sum(1)
 
 
@@ -17,12 +17,14 @@ def squared_error(logits: Logits, clean: Logits) -> PerExample:
 
 
 def weighted_gaps(logits: Logits, clean: Logits, weight: Tensor) -> PerExample:
-    """A quarter of the squared differences of all gaps between logits, each pair of classes with its weight.
+    """A quarter of the weighted sum over all pairs of classes of the squared change of the gap between their logits.
 
-    The part of the Kullback-Leibler divergence that holds the logits together (Cui et al., "Decoupled Kullback-Leibler
-    Divergence Loss", NeurIPS 2024, arXiv:2305.13948). `weight` (n, classes) is of one class; a pair has the product.
+    This is the part of the Kullback-Leibler divergence that aligns the logits (Cui et al., "Decoupled Kullback-Leibler
+    Divergence Loss", NeurIPS 2024, arXiv:2305.13948). `weight` (n, classes) is the weight of a class; a pair has the
+    product.
 
-    With w the weights and d the difference of the logits, the double sum is 2 (w d² Σw - (w d)²): no pair is formed.
+    With w the weights and d the difference of the logits, the double sum is 2 (w d² Σw - (w d)²), so no pairs are
+    formed.
     """
     apart = logits - clean
     total, mean, square = weight.sum(1), (weight * apart).sum(1), (weight * apart.square()).sum(1)

@@ -1,4 +1,4 @@
-"""Several models as one: their logits averaged.
+"""An ensemble of models that averages their logits.
 
 Liu et al., "Delving into Transferable Adversarial Examples and Black-box Attacks", ICLR 2017, arXiv:1611.02770, average
 probabilities; Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018, arXiv:1710.06081, logits, as here.

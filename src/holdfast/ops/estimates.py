@@ -1,6 +1,6 @@
-"""Gradients estimated from scores alone: the margin at pairs of points that lie opposite each other, and climbing them.
+"""Gradient estimates from scores: margins at antithetic pairs of points, and gradient descent with these estimates.
 
-A point asked on the way counts too where it breaks the model inside the constraint.
+A queried point also counts as a result if it breaks the model inside the constraint.
 """
 
 import math
@@ -23,24 +23,24 @@ from holdfast.ops.directions import signs
 from holdfast.ops.losses import margin
 
 _ROWS = 512
-"""rows of one forward, where a pair of points for each example is fewer"""
+"""largest number of rows of a forward pass, unless one pair for each example needs more"""
 
 Noise = Callable[[Draws, Ids, Inputs], Inputs]
 """`noise(rng, ids, like)`: a random direction for each example."""
 
 
 class Steering(Protocol):
-    """What turns the estimates of one example after the other step into the direction of its next step."""
+    """Turns the gradient estimates of successive steps into the direction of the next step."""
 
     def __call__(self, gradient: Inputs) -> Inputs:
-        """The direction to climb, after this estimate too."""
+        """Update with an estimate and return the direction of the next step."""
 
     def take(self, rows: Rows) -> None:
-        """Go on with some of the examples."""
+        """Keep the state of some of the examples only."""
 
 
 def gaussian(rng: Draws, ids: Ids, like: Inputs) -> Inputs:
-    """Standard normal values, two of each 64 random bits (Box and Muller)."""
+    """Standard normal values, two for each 64 random bits (Box and Muller)."""
     n = like[0].numel()
     words = rng.bits(ids, -(-n // 2))
     u, v = (((words >> shift) & 0xFFFFFF).to(like.dtype) * 2.0**-24 for shift in (0, 32))
@@ -49,7 +49,7 @@ def gaussian(rng: Draws, ids: Ids, like: Inputs) -> Inputs:
 
 
 def rademacher(rng: Draws, ids: Ids, like: Inputs) -> Inputs:
-    """Signs, 64 of each 64 random bits."""
+    """Random signs, 64 for each 64 random bits."""
     return signs(rng, ids, *like.shape[1:], dtype=like.dtype)
 
 
@@ -57,9 +57,9 @@ def slope(
     model: Model, left: Batch, x: Inputs, constraint: Constraint, best: Best, noise: Noise,
     *, pairs: int, size: float, rng: Draws,
 ) -> Inputs:  # fmt: skip
-    """The direction in which the margin falls from `x`, up to its length, by `pairs` of points `size` to either side.
+    """Estimate of minus the margin's gradient at `x`, up to a factor, from `pairs` of points at `size` on either side.
 
-    Points are cut by the box, and the difference counts along the line between them. Cost: two forwards a pair.
+    Points are clamped to the box, and differences are taken along the line between them. Cost: two forwards a pair.
     """
     total, at_once = torch.zeros_like(x), max(1, _ROWS // (2 * len(left)))
     for first in range(0, pairs, at_once):
@@ -77,7 +77,7 @@ def slope(
 def look(
     model: Model, left: Batch, points: list[Inputs], constraint: Constraint, best: Best
 ) -> list[PerExample]:
-    """The margins of several points of each example; those that break the model inside the constraint are kept."""
+    """The margins of several points of each example; points that break the model inside the constraint are kept."""
     n = len(points)
     whole = Batch(torch.cat(points), left.y.repeat(n), left.ids.repeat(n), _repeated(left.target, n))
     heights = margin(model(whole.x, whole.ids), whole).view(n, -1).unbind()
@@ -93,9 +93,9 @@ def climb(
     model: Model, batch: Batch, constraint: Constraint, noise: Noise, steering: Steering,
     *, queries: int, pairs: int, size: float, reach: float, rng: Draws,
 ) -> Inputs:  # fmt: skip
-    """The best points on the way up from the clean ones, steps falling along a cosine to a path of `reach` eps.
+    """The best points of a descent of the margin from the clean inputs; step sizes follow a cosine over `reach` eps.
 
-    Cost: at most `queries` forwards, one to judge each point and two a pair; the last step takes the pairs left to it.
+    Cost: at most `queries` forwards, one to evaluate each point and two for each pair; the last step uses the rest.
     """
     best, left, x = Best(batch), batch, batch.x
     steps = list(_pairs(queries, pairs))
@@ -118,7 +118,7 @@ def climb(
 
 
 def _pairs(queries: int, pairs: int) -> Iterator[int]:
-    """How many pairs each step takes, when a look at its end costs one query more, and one at the start."""
+    """Yield the number of pairs of each step; each step's end costs one query, and so does the start."""
     left = queries - 1
     while left >= 3:
         n = min(pairs, (left - 1) // 2)
@@ -129,9 +129,9 @@ def _pairs(queries: int, pairs: int) -> Iterator[int]:
 def coordinate_slopes(
     model: Model, left: Batch, x: Inputs, at: Tensor, norm: Norm, closest: Closest, h: float
 ) -> Tensor:  # fmt: skip
-    """The margin's slopes (n, k) at `x` along the coordinates `at`, by points `h` to either side, cut by the box.
+    """The margin's slopes (n, k) at `x` along the coordinates `at`, from points at `h` on either side, inside the box.
 
-    Those that break the model are offered to `closest`. Cost: two forwards a coordinate.
+    Points that break the model are offered to `closest`. Cost: two forwards for each coordinate.
     """
     found, n = [], torch.arange(len(left), device=x.device)
     for part in at.split(max(1, _ROWS // (2 * len(left))), dim=1):  # type: ignore[no-untyped-call]

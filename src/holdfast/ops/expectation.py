@@ -1,8 +1,8 @@
-"""A model seen through random transformations, as a camera sees what was printed: expectation over transformation.
+"""A model behind random transformations, like those between a print and a camera: expectation over transformation.
 
-Athalye et al., "Synthesizing Robust Adversarial Examples", ICML 2018, arXiv:1707.07397. Each call draws anew for every
-row, so that any attack climbs the expectation, and the harness judges by votes as it does every randomised model.
-Differs from the paper: what is printed is the whole input, and amounts are uniform in a range about nothing.
+Athalye et al., "Synthesizing Robust Adversarial Examples", ICML 2018, arXiv:1707.07397. Each call draws a new
+transformation for each row, so that any attack maximises the expectation. The harness evaluates the model by votes like
+every randomised model. Differs from the paper: the whole input is printed, and amounts are uniform in a range around 0.
 """
 
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ _AXES = {"shift": ("shift_x", "shift_y"), "perspective": ("perspective_x", "pers
 
 
 class Transformed(nn.Module):
-    """A classifier behind random transformations, each drawn uniformly up to its limit, either way.
+    """A classifier behind random transformations, each uniform between minus and plus its limit.
 
-    The limits are those of `holdfast.ops.transformations`, and `noise`, the standard deviation of what a printer or a
-    sensor adds to every value, as a share of the box's width. Draws come from torch's own generator.
+    The limits are those of `holdfast.ops.transformations`, and `noise`, the standard deviation of the noise that a
+    printer or sensor adds to every value, as a share of the box's width. Random numbers are those of torch's generator.
     """
 
     def __init__(self, model: Classifier, limits: Mapping[str, float]) -> None:
@@ -30,7 +30,7 @@ class Transformed(nn.Module):
         self.limits = dict(limits)
 
     def forward(self, x: Inputs) -> Tensor:
-        """Logits of the inputs, each transformed by a draw of its own."""
+        """Logits of the inputs, each under its own random transformation."""
         bounds, amounts = self.model.bounds, {}
         for name, far in self.limits.items():
             for axis in _AXES.get(name, (name,)) if name != "noise" else ():
@@ -55,5 +55,5 @@ def seen_through(model: Classifier, limits: Mapping[str, float]) -> Classifier:
 
 
 def inner(model: Classifier) -> Classifier:
-    """The classifier behind transformations, or the one that is given."""
+    """The classifier without its random transformations; a classifier without any is returned unchanged."""
     return model.net.model if isinstance(model.net, Transformed) else model

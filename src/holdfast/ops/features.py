@@ -1,4 +1,4 @@
-"""What a network has made of its inputs where its last layer begins."""
+"""The features of a network: the input of its last layer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,31 +10,31 @@ from holdfast.core.types import Logits
 
 
 class Features:
-    """The features of the latest pass."""
+    """The features of the latest forward pass."""
 
     def __init__(self) -> None:
         self._rows = 0
         self._found: Tensor | None = None
 
     def or_logits(self, logits: Logits) -> Tensor:
-        """What the last layer was given, as many rows as the batch had or more, or `logits` where no layer was seen."""
+        """The input of the last layer, with at least as many rows as the batch, or `logits` if there is none."""
         return logits if self._found is None else self._found
 
     def _begin(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._rows, self._found = len(inputs[0]), None
 
     def _note(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        # one that is run for each example apart, or for a part of the batch, has but some of them
+        # a layer that runs for single examples or for a part of the batch is left out
         if inputs and inputs[0].dim() > 1 and len(inputs[0]) >= self._rows:
             self._found = inputs[0]
 
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[Features]:
-    """Within it, the input of the last linear layer or convolution that runs in a pass, and runs for the whole batch.
+    """Context that records the input of the last linear or convolution layer that runs for the whole batch in a pass.
 
-    Layers are known by their type, so that a network that was imported as one graph or program, or that holds its
-    weights elsewhere, shows none. No hook stays behind, whatever happens within.
+    Layers are recognised by their type; a network that was imported as one graph or program, or that stores its weights
+    elsewhere, has none. All hooks are removed at the end, also after an error.
     """
     features = Features()
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, _ConvNd))]

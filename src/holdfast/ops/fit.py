@@ -1,12 +1,12 @@
-"""The loop under every recipe: batches, updates of the weights, their average, and a checkpoint after each epoch.
+"""The training loop of every recipe: batches, updates of the weights, their average, a checkpoint after each epoch.
 
-Within a budget of time the number of updates is planned again as the training proceeds (`Training.pacing`). An update
-is a function of the plans so far, which are part of the checkpoint, and the last epoch may be a part of one.
+Within a time budget the number of updates is planned again as the training proceeds (`Training.pacing`). An update is a
+function of the plans so far, which are part of the checkpoint, and the last epoch may be incomplete.
 
-What a recipe adds is `inner`, which changes the inputs of a batch for the worse, and `loss`, the mean over a batch and
-what `inner` made of it, whose graph reaches the weights. Everything that is drawn (the order of the examples, the
-augmentation, the starts of attacks, dropout) is a function of the seed, the epoch and the step, so a training that is
-stopped after an epoch goes on to the same weights.
+A recipe adds `inner`, which attacks the inputs of a batch, and `loss`, the mean loss of a batch and its attacked
+inputs, whose graph includes the weights. All random numbers (order of the examples, augmentation, starts of attacks,
+dropout) are functions of the seed, the epoch and the step, so that a training that is stopped after an epoch and
+resumed ends with the same weights.
 """
 
 import math
@@ -38,25 +38,25 @@ from holdfast.ops.weight_perturbation import perturbed
 
 @dataclass(frozen=True)
 class Turn:
-    """An update: what is drawn for it, and how far the training has come."""
+    """One update: its random numbers and the progress of the training."""
 
     rng: Draws
-    """its place; how the images of a batch were moved is drawn there, too"""
+    """random numbers of the update, also those of the augmentation of its images"""
     epoch: int
-    """epochs that are done"""
+    """number of completed epochs"""
     done: float
-    """share of the schedules of the learning rate and of eps that is done: of all updates that are planned"""
+    """completed share of the schedules of learning rate and eps, that is of all planned updates"""
     grown: float
-    """what eps is multiplied with: it grows at first, and may go beyond"""
+    """factor of eps: it grows during the warm-up, and may exceed 1"""
 
 
 Inner = Callable[[Batch, Turn], Inputs]
-"""The inputs that a batch is trained on."""
+"""Returns the inputs that a batch is trained on."""
 TrainingLoss = Callable[[Batch, Inputs], tuple[Tensor, Tensor]]
-"""The mean loss of a batch and its changed inputs, and how many of its examples were right there."""
+"""Returns the mean loss of a batch and its attacked inputs, and how many of these are classified correctly."""
 
 UNWRITTEN = MappingProxyType({"written": False})
-"""Metadata of a field that is no setting: it is given in Python alone."""
+"""Metadata of a field that can be set in Python only and not in a file."""
 
 Rate = Literal["cycle", "cosine", "steps", "flat"]
 
@@ -66,67 +66,66 @@ class Training:
     """Settings of the training loop that do not depend on the loss."""
 
     epochs: Steps = 30
-    """passes over the training data; a time budget takes their place"""
+    """passes over the training data; a time budget replaces them"""
     patience: Count = 0
-    """of a run of `harden`: epochs without a better robust accuracy on held-out examples after which it stops; 0 for
-    none"""
+    """epochs without a better robust accuracy on held-out examples after which a run of `harden` stops; 0 for never"""
     batch: Steps = 128
-    """examples of one update"""
+    """number of examples of one update"""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """adamw holds for networks without batch norm, too; with it, sgd at a rate of 0.1 is customary"""
+    """adamw also works for networks without batch norm; with batch norm, sgd at a learning rate of 0.1 is customary"""
     lr: Positive = 3e-3
     """largest learning rate"""
     schedule: Rate = "cycle"
-    """of the rate: a cycle up and down, down along a cosine, by tenths at half and three quarters, or flat"""
+    """learning rate schedule: a cycle up and down, a cosine down, times 0.1 at half and at three quarters, or flat"""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
-    """of sgd"""
+    """momentum of sgd"""
     weight_decay: NonNegative | None = None
-    """share of each weight that a step at a rate of 1 takes away; None for 0.1 with adamw, 0.0005 with sgd"""
+    """share of each weight that a step at a learning rate of 1 removes; None for 0.1 with adamw, 0.0005 with sgd"""
     averaging: Literal["ema", "swa", "none"] = "ema"
-    """what the new model is: a running average of the weights (EMA), the plain mean of those at the ends of the last
-    epochs (SWA; give it a rate that does not fall to nothing, as `flat` is), or the weights themselves"""
+    """which weights the new model has: a running average (EMA), the mean of those at the ends of the last epochs (SWA;
+    use a learning rate that does not fall to zero, such as `flat`), or the last ones"""
     average: Annotated[float, Ge(0), Lt(1)] = 0.999
-    """of ema: how much of the average an update leaves"""
+    """with ema: share of the average that an update keeps"""
     tail: Fraction = 0.25
-    """of swa: share of the epochs, the last ones, whose ends it is the mean of"""
+    """with swa: share of the epochs, the last ones, over whose ends the weights are averaged"""
     warmup: Fraction = 0.25
-    """share of the training over which eps grows at an even rate: attacked at its full size at once, a network may
-    forget all it knows"""
+    """share of the training over which eps grows linearly: a network that is attacked with the full eps from the start
+    may lose its accuracy"""
     overshoot: Positive = 1.0
-    """what the eps of the threat is multiplied with in training: a little more than is asked may leave more at what is
-    asked, at the price of clean accuracy"""
+    """factor of the threat's eps in training: a value slightly above 1 may give more robust accuracy at the threat's
+    eps, at the cost of clean accuracy"""
     awp: NonNegative = 0.0
-    """adversarial weight perturbation: share of each weight tensor's norm that it is moved up the loss; 0 for none"""
+    """adversarial weight perturbation: share of each weight tensor's norm that it moves up the loss; 0 for none"""
     attack_statistics: Statistics = "running"
-    """what batch norm goes by while the network is attacked: its running statistics, as in eval mode, or those of the
-    attacked batch, as in train mode; neither is changed by it"""
+    """statistics that batch norm uses while the network is attacked: the running ones, as in eval mode, or those of the
+    attacked batch, as in train mode; the attack does not update them"""
     augment: Augmentation = "none"
-    """what changes the training images: nothing, a shift by up to two pixels, or a shift by four and a flip"""
+    """augmentation of training images: none, a shift by up to two pixels, or a shift by up to four and a flip"""
     cutmix: Fraction = 0.0
-    """share of the batches whose images each get a box of another one, and of its label the box's share"""
+    """share of the batches with CutMix: each image gets a box of another image, and its label the box's share of it"""
     precision: Precision = "auto"
-    """of products while training: float32, bfloat16, or the latter on a GPU that has it and the former elsewhere"""
+    """number format of products in training: float32, bfloat16, or auto: bfloat16 on a GPU that has it, else float32"""
     layout: Layout = "auto"
-    """of images in memory: channels-first, channels-last, or the latter on a GPU and the former elsewhere"""
+    """memory layout of images: channels-first, channels-last, or auto: channels-last on a GPU, else channels-first"""
     compiled: bool = False
-    """whether torch compiles the network: minutes at first, quicker updates then; not for a loss that holds a slope"""
+    """whether torch compiles the network: takes minutes at first, updates are faster; not with a gradient penalty"""
     immunity: Immunity | None = field(default=None, metadata=UNWRITTEN)
-    """examples made on other networks, whose loss is added to that of the recipe; no file can hold them"""
+    """adversarial examples of other networks, whose loss is added to that of the recipe; cannot be set in a file"""
     pacing: Pacing | None = field(default=None, metadata=UNWRITTEN)
-    """plans the number of updates within a budget of time, in place of `epochs`; `harden` gives it"""
+    """plans the number of updates within a time budget, in place of `epochs`; set by `harden`"""
 
     @property
     def decay(self) -> float:
-        """The weight decay, where the optimiser decides it, too."""
+        """The weight decay, with the optimiser's default if it is None."""
         return _DECAYS[self.optimizer] if self.weight_decay is None else self.weight_decay
 
 
-_DECAYS = {"adamw": 0.1, "sgd": 5e-4}  # at their usual rates and momentum nearly the same share of a weight
-_ENDS = "ends"  # state of swa: of how many epochs the average holds the ends
+_DECAYS = {"adamw": 0.1, "sgd": 5e-4}  # a similar share of a weight at the usual rates and momentum
+_ENDS = "ends"  # state of swa: the number of epochs in the average
 
 
 def rate(schedule: Rate, done: float) -> float:
-    """What the learning rate is multiplied with after a share `done` of the training."""
+    """Factor of the learning rate after a share `done` of the training."""
     if schedule == "cycle":
         return done / 0.3 if done < 0.3 else (1 - done) / 0.7
     if schedule == "cosine":
@@ -141,23 +140,23 @@ def _grown(how: Training, done: float) -> float:
 
 
 def updates(n: int, batch: int) -> int:
-    """Updates of one epoch: what is left over after whole batches waits for another epoch, but for a single batch."""
+    """Updates of one epoch: an incomplete last batch is left out, unless it is the only one."""
     return max(n // batch, 1)
 
 
 class Guard(Protocol):
-    """Looks at the network every few updates, and says when what was learned since must be learned anew."""
+    """Checks the network every few updates, and decides whether the updates since the last check must be repeated."""
 
     @property
     def every(self) -> int:
-        """Updates between looks."""
+        """Number of updates between checks."""
 
     @property
     def dearer(self) -> float:
-        """Passes of an update by now, in multiples of those of the first one."""
+        """Present cost of an update, in multiples of that of the first one."""
 
     def holds(self) -> bool:
-        """Whether all is well; where it is not, it has changed what follows, and will hold after a few times."""
+        """Whether the check passes; if not, the training has been changed so that a later check will pass."""
 
 
 def fit(
@@ -174,13 +173,13 @@ def fit(
     replays: int = 1,
     settle: Callable[[], None] | None = None,
 ) -> Iterator[Checkpoint]:
-    """Train the weights of `model` in place, and yield a checkpoint after each epoch, and after a part of the last.
+    """Train the weights of `model` in place; yield a checkpoint after each epoch, also after an incomplete last one.
 
-    `settle` is called after each update, before the average sees it, and may change the weights too. With `after` it
-    goes on where that stands; `state` are tensors that the loss or `settle` change in place and must find again, but
-    for what a `guard` changes in them: that stays when it has the last updates undone. Each batch is good for `replays`
-    updates in a row. Raises `LostLoss` where the loss is no number any more, `TargetError` where a
-    buffer that is learned is in no state dict.
+    `settle` is called after each update, before the average is updated, and may change the weights too. With `after`
+    the training resumes from that checkpoint. `state` are tensors that the loss or `settle` change in place and that
+    are saved and restored, except for changes by a `guard`: these stay when the guard undoes the last updates. Each
+    batch is used for `replays` consecutive updates. Raises `LostLoss` if the loss is not finite, and `TargetError` if a
+    buffer changes that is not in the state dict.
     """
     if how.averaging == "swa":
         state = {**state, _ENDS: torch.zeros((), dtype=torch.int64, device=data.x.device)}
@@ -205,7 +204,7 @@ def fit(
 
 
 class _Loop:
-    """The network, its average and its optimiser on their way."""
+    """The network, its average and its optimiser during a training."""
 
     def __init__(
         self,
@@ -230,7 +229,7 @@ class _Loop:
         self._plans = plans
 
     def epoch(self, epoch: int, guard: Guard | None) -> dict[str, float]:
-        """The updates of one epoch, or of the part of it that is planned, and what it says of itself."""
+        """Run the updates of one epoch, or of its planned part, and return its measurements."""
         plans, per_epoch = self._plans, self._plans.per_epoch
         rows = self._rng.at("order", epoch).bits(self._data.ids).argsort()
         rows = rows[: per_epoch // self._replays * self._how.batch]
@@ -262,12 +261,12 @@ class _Loop:
         return {"loss": seen.mean().item(), "accuracy": accuracy, "lr": lr, "dearer": dearer}
 
     def _some(self, epoch: int, batches: Sequence[Tensor], begin: int) -> list[tuple[Tensor, Tensor]]:
-        """Updates of an epoch from `begin` to the last batch or to where the plan ends, and at least one."""
+        """Run the updates of an epoch from `begin` to the last batch or the end of the plan, and at least one."""
         plans = self._plans
         done: list[tuple[Tensor, Tensor]] = []
         for step in range(begin, len(batches)):
             if done and plans.due():
-                done[-1][0].item()  # waits for the device, so that the clock counts all updates
+                done[-1][0].item()  # waits for the device, so that the time includes all updates
                 plans.review(step)
             if done and plans.ended():
                 break
@@ -276,29 +275,29 @@ class _Loop:
         return done
 
     def _in_tail(self, epoch: int) -> bool:
-        """Whether the end of an epoch is one of those that SWA is the mean of."""
+        """Whether the weights at the end of an epoch are part of the SWA mean."""
         how = self._how
         if self._plans.paced:
             return self._plans.share > 1 - how.tail
         return epoch >= how.epochs - max(round(how.tail * how.epochs), 1)
 
     def _held(self, guard: Guard, epoch: int, begin: int) -> bool:
-        """Whether all is well; a network that draws draws what the place says."""
+        """Whether the guard's check passes, with torch's random numbers fixed by epoch and step."""
         with drawing(self._rng.at("guard", epoch, begin), self._data.x.device):
             return guard.holds()
 
     def _update(self, epoch: int, step: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """One update: its loss, and how many examples were right."""
+        """Run one update; return its loss and the number of correctly classified examples."""
         how, place, before = self._how, self._rng.at(epoch, step), epoch * self._plans.per_epoch + step
         plan = self._plans.at(before)
         for group in self._optimizer.param_groups:
             group["lr"] = how.lr * rate(how.schedule, plan.rated(before))
-        seen = self._rng.at(epoch, step - step % self._replays)  # a batch that is replayed looks the same
+        seen = self._rng.at(epoch, step - step % self._replays)  # a replayed batch has the same augmentation
         batch = augmented(self._data.take(rows), how.augment, seen)
         batch, other, own = cut_and_mixed(batch, how.cutmix, seen)
         part, masks = 1.0, place
         if processes() > 1:
-            masks = place.at("share", rank())  # other examples, other draws of dropout
+            masks = place.at("share", rank())  # each process has other examples and other dropout masks
             mine = share(torch.arange(len(rows), device=rows.device))
             batch, other, part = batch.take(mine), other.take(mine), worth(len(mine), len(rows))
         batch = batch.at(laid_out(batch.x, how.layout))
@@ -330,7 +329,7 @@ class _Loop:
         return value.detach(), hits
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that the training needs to go on, as it is now and will be changed."""
+        """All tensors that a resumed training needs; not copied, so later updates change them."""
         found = {WEIGHTS + name: value for name, value in self._model.state_dict().items()}
         found |= {AVERAGE + name: value for name, value in self._average.items()}
         found |= {STATE + name: value for name, value in self._state.items()}
@@ -346,19 +345,19 @@ class _Loop:
     def restore(
         self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor] = MappingProxyType({})
     ) -> None:
-        """Go back to what `tensors` says; of what the loss remembers, `state` alone."""
+        """Restore model, average and optimiser from `tensors`; of the loss's state, only the entries in `state`."""
         self._model.load_state_dict(beginning(tensors, WEIGHTS))
         for name, value in beginning(tensors, AVERAGE).items():
             self._average[name].copy_(value)
         for name, value in beginning(tensors, STATE).items():
             if (
                 name in state and state[name].shape == value.shape
-            ):  # after memory ran out, a batch has another
+            ):  # the shape differs if the batch size was reduced because memory ran out
                 state[name].copy_(value)
         memory: dict[int, dict[str, Tensor]] = {}
         for name, value in beginning(tensors, MEMORY).items():
             place, _, key = name.partition(".")
-            value = value.cpu() if key == "step" else value  # where the optimiser reads it without waiting
+            value = value.cpu() if key == "step" else value  # read without waiting for the device
             memory.setdefault(int(place), {})[key] = _copy(value)
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": memory})
 
@@ -369,9 +368,9 @@ def _copy(value: Tensor) -> Tensor:
 
 @contextmanager
 def drawing(rng: Draws, device: torch.device | None = None) -> Iterator[None]:
-    """Within it torch's own generators, which dropout asks, draw what the place says; they are put back afterwards.
+    """Context that seeds torch's generators (which dropout uses) from `rng`, and restores them at the end.
 
-    Of GPUs' generators that of `device` alone, where it is given; the others are left alone.
+    With `device`, only the CPU generator and that of this GPU are seeded; without it, those of all GPUs.
     """
     key = rng.at("torch").key >> 1
     with torch.random.fork_rng(None if device is None else [device] if device.type == "cuda" else []):

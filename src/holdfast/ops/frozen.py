@@ -1,8 +1,8 @@
-"""The network as the attack inside training meets it: the weights of the moment, and nothing that learns.
+"""Frozen copy of the network for attacks during training: it shares the present weights and is not trained itself.
 
-Whose statistics batch norm should go by then is open: Xie et al., "Adversarial Examples Improve Image Recognition",
-CVPR 2020, arXiv:1911.09665, find those of clean and attacked inputs apart enough to keep both. Here an attack goes by
-the running ones, which are what the model will be attacked with, or by those of its own batch.
+Which statistics batch norm should use in such attacks is open: Xie et al., "Adversarial Examples Improve Image
+Recognition", CVPR 2020, arXiv:1911.09665, find those of clean and attacked inputs different enough to keep both. Here
+an attack uses the running ones, with which the model will be attacked later, or those of its own batch.
 """
 
 from copy import deepcopy
@@ -15,22 +15,22 @@ from holdfast.core.model import Classifier
 from holdfast.ops.stem import quicken_stems
 
 Statistics = Literal["running", "batch"]
-"""What batch norm goes by: the mean and variance that it has gathered, or those of the batch in hand."""
+"""Statistics that batch norm uses: the running mean and variance, or those of the present batch."""
 
 
 def twin(model: Classifier, statistics: Statistics = "running") -> Classifier:
-    """A frozen copy in eval mode whose weights and running statistics are those of `model`, in the same memory.
+    """A frozen copy in eval mode that shares the memory of weights and running statistics with `model`.
 
-    Updates in place, as optimisers and batch norm make them, show in both. Attacks on it build no graph of the weights,
-    leave batch norm alone, and are quick in the gradient of the image. With `statistics` of the batch, batch norm goes
-    by those of what the copy is given, and gathers none.
+    Updates in place, as optimisers and batch norm make them, affect both. Attacks on the copy build no graph of the
+    weights, do not change batch norm, and compute the gradient of images fast. With `statistics="batch"`, batch norm
+    uses the statistics of the copy's own inputs and stores none.
     """
     copied = deepcopy(model).eval().requires_grad_(False)
     if statistics == "batch":
         for layer in copied.modules():
             if isinstance(layer, _BatchNorm):
                 layer.running_mean = layer.running_var = (
-                    None  # torch then takes the batch's, in eval mode too
+                    None  # torch then uses the statistics of the batch, also in eval mode
                 )
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, value in (*copied.named_parameters(), *copied.named_buffers()):

@@ -1,10 +1,10 @@
-"""How far the layers of a network stretch a change of their input, and layers that are held to a bound on it.
+"""Lipschitz constants (gains) of the layers of a network, and layers that are constrained to a bound on it.
 
 Gouk et al., "Regularisation of Neural Networks by Enforcing Lipschitz Continuity", Machine Learning 110, 2021,
-arXiv:1804.04368: after each update the weights go back to where the layer's gain is within a bound, in a norm that
-is named. The gain is that of the convolution itself at the size of its input, strides and padding included, and not
-that of its kernel as a matrix. Differs from the paper: under Linf, where the gain is that of one output, only outputs
-beyond the bound shrink; and the power iteration under L2 goes on where the last update left it.
+arXiv:1804.04368: after each update the weights are projected to where the layer's gain is within a bound, in a given
+norm. The gain is that of the convolution itself at the size of its input, with strides and padding, and not that of its
+kernel as a matrix. Differs from the paper: under Linf, where the gain is that of one output, only outputs beyond the
+bound shrink; and the power iteration under L2 continues from its state after the last update.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,14 +22,14 @@ from holdfast.core.types import Inputs
 Order = Literal["linf", "l2", "l1"]
 """The norm in which changes of inputs and outputs are measured."""
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
-"""What has a gain here; everything else in a network is left as it is."""
+"""Layers whose gain is bounded; all other layers are unchanged."""
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 _TINY = 1e-12
 
 
 def order_of(constraint: Constraint) -> Order:
-    """The norm of a constraint; `UsageError` where it has none."""
+    """The norm of a constraint; raises `UsageError` if it has none of these."""
     for kind, order in ((Linf, "linf"), (L2, "l2"), (L1, "l1")):
         if isinstance(constraint, kind):
             return order  # type: ignore[return-value]  # mypy widens the pairs to str
@@ -40,9 +40,9 @@ def order_of(constraint: Constraint) -> Order:
 
 
 def layers(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
-    """Each layer that has a gain, with the shape of its input when the network sees the first of `x`; one forward.
+    """Each layer that has a gain, with the shape of its input in a forward pass of the first row of `x`.
 
-    The network is in eval mode meanwhile, so that none of its running statistics move.
+    The network is in eval mode during the pass, so that its running statistics do not change.
     """
     training = net.training
     found: dict[str, tuple[Layer, torch.Size]] = {}
@@ -73,9 +73,9 @@ def _has_gain(layer: nn.Module) -> bool:
 
 
 def learned(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
-    """Those of `layers` whose weights are learned; `UsageError` where such a weight is no parameter of its layer.
+    """Those of `layers` whose weights are trained; `UsageError` if such a weight is not a parameter of its layer.
 
-    A weight that is computed anew at each pass, as a parametrisation has it, would not keep what is done to it.
+    A weight that is computed at each pass, as with a parametrisation, would not keep changes.
     """
     found = layers(net, x)
     for name, (layer, _) in found.items():
@@ -91,10 +91,10 @@ def learned(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
 
 
 def gain(layer: Layer, shape: torch.Size, order: Order, towards: Tensor) -> Tensor:
-    """By how much outputs move at most when an input of that shape moves by one: a number, or one an output.
+    """Largest change of the outputs for an input change of norm one: a number, or one for each output.
 
-    Under L2, where it is told from below, `towards` is what a round of the power iteration turns to the change that
-    the layer stretches most.
+    Under L2 it is estimated from below by one power iteration, which updates `towards` in place to approach the
+    direction with the largest gain.
     """
     with torch.no_grad():
         if isinstance(layer, _NORMS):
@@ -116,7 +116,7 @@ def gain(layer: Layer, shape: torch.Size, order: Order, towards: Tensor) -> Tens
 
 
 def _applied(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    """The layer with other weights and no bias."""
+    """The layer's output with another weight and no bias."""
     others = {"weight": weight}
     if layer.bias is not None:
         others["bias"] = torch.zeros_like(layer.bias)  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ def _applied(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
 def _returned(
     layer: nn.Module, weight: Tensor, shape: torch.Size, made: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """What the transposed layer makes of the outputs that `made` gives."""
+    """The transposed layer applied to `made(output)`."""
     with torch.enable_grad():
         x = torch.zeros(shape).to(weight).requires_grad_()
         out = _applied(layer, weight, x)
@@ -144,7 +144,7 @@ def _anywhere(shape: torch.Size, like: Tensor, rng: Draws) -> Tensor:
 
 
 def directions(net: nn.Module, x: Inputs, order: Order, rng: Draws) -> dict[str, Tensor]:
-    """What `Confined` remembers between updates: under L2 the change that each layer stretches most."""
+    """State of `Confined` between updates: under L2, the power iteration's direction of each layer."""
     if order != "l2":
         return {}
     found = layers(net, x).items()
@@ -153,7 +153,7 @@ def directions(net: nn.Module, x: Inputs, order: Order, rng: Draws) -> dict[str,
 
 @dataclass(frozen=True)
 class Confined:
-    """Brings the layers of a network back within a gain; called after each update."""
+    """Scales the weights of layers so that their gains are within a bound; called after each update."""
 
     layers: Mapping[str, tuple[Layer, torch.Size]]
     order: Order
@@ -162,7 +162,7 @@ class Confined:
     """see `directions`; changed in place"""
 
     def __call__(self) -> None:
-        """Shrink what is beyond the bound; the rest stays to the last bit."""
+        """Scale the weights whose gain exceeds the bound; all others are unchanged."""
         with torch.no_grad():
             for name, (layer, shape) in self.layers.items():
                 towards = self.state.get(f"towards.{name}", layer.weight)

@@ -1,4 +1,4 @@
-"""Gradients with respect to inputs, for attacks that must go on whatever the model returns."""
+"""Gradients with respect to inputs that are defined for every model output."""
 
 from collections.abc import Callable
 
@@ -15,10 +15,9 @@ from holdfast.ops.refusals import CUTS
 
 
 def input_gradient(value: PerExample, x: Inputs, *, again: bool = False, raw: bool = False) -> Inputs:
-    """Gradient of the summed `value`: zero where `x` has no part in it, and in place of NaN and infinity.
+    """Gradient of the summed `value`; zero if it does not depend on `x`. NaN and infinity are replaced by zero.
 
-    With `again`, another gradient of the same pass may follow; with `raw`, NaN and infinity are left in it. Cost: one
-    backward.
+    With `again`, the graph is kept for another gradient; with `raw`, NaN and infinity are kept. Cost: one backward.
     """
     if not value.requires_grad:
         return torch.zeros_like(x)
@@ -28,21 +27,21 @@ def input_gradient(value: PerExample, x: Inputs, *, again: bool = False, raw: bo
 
 
 def levelled(grad: Inputs) -> Inputs:
-    """Each example's gradient over its mean absolute value, as in Dong et al. 2018, up to a constant."""
+    """Each example's gradient divided by its mean absolute value; Dong et al. 2018 divide by the L1 norm."""
     return grad / spread(grad.flatten(1).abs().mean(1).clamp_min(1e-12), grad)
 
 
 def sloped(net: Callable[[Inputs], Logits], x: Inputs, y: Labels) -> tuple[Inputs, Logits, PerExample]:
-    """A leaf at `x`, the logits there, and each example's cross-entropy, whose slope in the leaf may be taken."""
+    """A leaf tensor at `x`, its logits, and the cross-entropy of each example, differentiable in the leaf."""
     leaf = x.detach().requires_grad_()
     logits = net(leaf)
     return leaf, logits, F.cross_entropy(logits, y, reduction="none")
 
 
 def slope(value: Tensor, x: Inputs, *, graph: bool = True) -> Inputs:
-    """Gradient of the summed `value`, which a loss holds; with `graph` the loss may be differentiated through it.
+    """Gradient of the summed `value` for use in a loss; with `graph` the result can be differentiated again.
 
-    Another gradient of the same pass may follow. Raises `TargetError` where `x` has no part in it. Cost: one backward.
+    The graph is kept for another gradient. Raises `TargetError` if `value` does not depend on `x`. Cost: one backward.
     """
     grad: Inputs | None = None
     if value.requires_grad:
@@ -58,10 +57,11 @@ def slope(value: Tensor, x: Inputs, *, graph: bool = True) -> Inputs:
 
 
 def rise(value: PerExample, x: Inputs, constraint: Constraint, bounds: Bounds) -> PerExample:
-    """What a step of length eps adds to `value` to first order: eps times the slope in the dual norm.
+    """First-order increase of `value` in a step of length eps: eps times the dual norm of its gradient.
 
-    Under L1, whose steepest step goes over a hundredth of the features, the mean of as many of the largest slopes. It
-    has a graph of its own, so that it may be a penalty. Cost: one backward, another where it is differentiated.
+    Under L1, where the steepest step changes a hundredth of the features, the mean of that share of the largest slopes
+    replaces the dual norm. The result is differentiable, so that it can be a penalty. Cost: one backward, and another
+    when it is differentiated.
     """
     grad = slope(value, x)
     climb = constraint.steepest(grad.detach(), x.detach(), bounds)

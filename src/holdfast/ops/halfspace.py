@@ -1,8 +1,8 @@
-"""The plane that a boundary looks like from a point, and the shortest way onto it without leaving the box.
+"""Linear approximation of a decision boundary, and the exact projection onto it inside the box.
 
-The exact projections of Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack",
-ICML 2020, arXiv:1907.02044. Every coordinate moves down the plane's normal until it meets the box: at the same speed
-for Linf, at the speed of its weight for L2, one after the other from the largest weight for L1.
+The projections of Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML
+2020, arXiv:1907.02044. Every coordinate moves along the plane's normal until it reaches a side of the box: all at the
+same speed for Linf, each at the speed of its weight for L2, one after the other from the largest weight for L1.
 """
 
 import torch
@@ -18,10 +18,10 @@ from holdfast.ops.gradients import input_gradient
 from holdfast.ops.losses import margin
 
 _TINY, _HUGE = 1e-30, 1e30
-_CLOSE = 1e-5  # share of the way that may be missing: the sums' rounding in float32, far below any overshoot
+_CLOSE = 1e-5  # share of the distance that may be missing: rounding of sums, far below any overshoot
 
 Flat = Linf | L2 | L1
-"""The norms whose projections are known here."""
+"""The norms with an exact projection."""
 
 
 def to_plane(
@@ -29,13 +29,13 @@ def to_plane(
 ) -> tuple[Tensor, Tensor]:
     """The step from each of `points` (k, n, *features) onto the plane with `normal` (n, *features); its length (k, n).
 
-    `height` (k, n) is the value of the affine function whose zeros are the plane at each point. Where the box does not
-    reach the plane, the step goes to its corner nearest to it. The box must be finite.
+    `height` (k, n) is the value at each point of the affine function that is zero on the plane. If the plane does not
+    intersect the box, the step leads to the corner of the box that is nearest to the plane. The box must be finite.
     """
     low, high = bounds.like(points)
     side = torch.where(height >= 0, -1.0, 1.0).to(normal.dtype)
     way = normal.sign() * side.view(*height.shape, *[1] * (normal.dim() - 1))
-    # arithmetic in place of `where`, which is ten times slower where its mask has no pattern
+    # arithmetic instead of torch.where, which is ten times slower with an irregular mask
     room = torch.addcmul((high - low) / 2, way, (high + low) / 2 - points).clamp_min_(0).flatten(2)
     weight = normal.abs().flatten(1)
     scale = weight.amax(1).clamp_min(_TINY)
@@ -49,7 +49,7 @@ def to_plane(
 
 
 def _length(step: Tensor, norm: Flat) -> Tensor:
-    """Of steps (k, n, features)."""
+    """Lengths (k, n) of steps (k, n, features)."""
     if isinstance(norm, L2):
         squared: Tensor = torch.linalg.vecdot(step, step)
         return squared.sqrt()
@@ -57,7 +57,7 @@ def _length(step: Tensor, norm: Flat) -> Tensor:
 
 
 def _dual_size(gradient: Inputs, norm: Flat) -> PerExample:
-    """How much an affine function with this gradient changes at most in a step of length one."""
+    """Dual norm: largest change of an affine function with this gradient in a step of length one."""
     size = gradient.flatten(1)
     if isinstance(norm, Linf):
         return size.abs().sum(1)
@@ -65,10 +65,10 @@ def _dual_size(gradient: Inputs, norm: Flat) -> PerExample:
 
 
 def _together(weight: Tensor, room: Tensor, rise: Tensor, speed: Tensor | None) -> Tensor:
-    """Sizes `min(t * speed, room)` whose weighted sum is `rise`, or all of the room; speed None is one.
+    """Sizes `min(t*speed, room)` whose weighted sum is `rise`, or all of `room` if that is too small; None is speed 1.
 
-    The sum is concave in t, so Newton's steps from below stay below the root and rise to it, and the root of the
-    linear piece that they end on is exact.
+    The sum is concave in t, so that Newton's method from below approaches the root from below; the root is exact once
+    the linear piece that contains it is reached.
     """
     drive = weight if speed is None else weight * speed
     reached = torch.linalg.vecdot(room, weight) > rise
@@ -85,7 +85,7 @@ def _together(weight: Tensor, room: Tensor, rise: Tensor, speed: Tensor | None) 
 
 
 def _one_by_one(weight: Tensor, room: Tensor, rise: Tensor) -> Tensor:
-    """All the room of the coordinates with the largest weights, and of the next one what is left of `rise`."""
+    """Use all the room of the coordinates with the largest weights, and of the next one as much as `rise` requires."""
     ordered, order = weight.sort(dim=1, descending=True)
     order = order.expand_as(room)
     ordered_room = room.gather(-1, order)
@@ -95,9 +95,9 @@ def _one_by_one(weight: Tensor, room: Tensor, rise: Tensor) -> Tensor:
 
 
 def plane(model: Model, batch: Batch, aim: Labels | None, norm: Flat) -> tuple[PerExample, Inputs, Logits]:
-    """The model's gap to the class aimed for, linearised: value and gradient; and the logits.
+    """The gap between the label's logit and that of class `aim`, linearised: value and gradient; and the logits.
 
-    Without a class: the margin of the goal, or the gap whose plane is closest (one backward a class).
+    Without `aim`: with a target the margin, otherwise the gap whose plane is closest (one backward for each class).
     """
     x = batch.x.detach().requires_grad_()
     with torch.enable_grad():

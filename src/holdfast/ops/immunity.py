@@ -1,8 +1,8 @@
-"""A loss term that looks at what leaked: the cross-entropy on examples that were made on other networks.
+"""A loss term against stolen parameter sets: the cross-entropy on adversarial examples of other networks.
 
-Tramèr et al., "Ensemble Adversarial Training: Attacks and Defenses", ICLR 2018, arXiv:1705.07204, train on examples of
-other networks in place of some of a batch's own. Differs from the paper: the examples are made once, from sets of
-parameters that an attacker may hold, and their loss stands beside that of the recipe, whatever it is.
+Tramèr et al., "Ensemble Adversarial Training: Attacks and Defenses", ICLR 2018, arXiv:1705.07204, replace a part of
+each batch by adversarial examples of other networks. Differs from the paper: the examples are computed once, on
+parameter sets that an attacker may have, and their loss is added to that of the recipe.
 """
 
 from dataclasses import dataclass, field
@@ -18,17 +18,17 @@ from holdfast.core.types import Positive, Steps
 
 @dataclass(frozen=True, eq=False)
 class Immunity:
-    """What a training is to hold against, beside what its recipe attacks it with."""
+    """Adversarial examples of stolen parameter sets, and the weight of their loss in a training."""
 
     examples: Batch = field(repr=False)
-    """made on networks that leaked"""
+    """computed on stolen parameter sets"""
     weight: Positive = 0.5
-    """of their loss beside that of the recipe"""
+    """weight of their loss relative to that of the recipe"""
     batch: Steps = 64
-    """of them in each update"""
+    """number of these examples in each update"""
 
     def __call__(self, model: nn.Module, rng: Draws) -> Tensor:
-        """The weighted mean loss of a few of them, drawn for the place. Cost: a forward of as many."""
+        """The weighted mean loss of `batch` random examples. Cost: one forward of them."""
         slots = torch.arange(self.batch, device=self.examples.x.device)
         few = self.examples.take(rng.at("immunity").integers(slots, len(self.examples)))
         return self.weight * F.cross_entropy(model(few.x), few.y)

@@ -1,4 +1,4 @@
-"""What attacks share that are learned once and then the same for every example."""
+"""Shared parts of attacks that learn one change for all examples."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,16 +18,16 @@ from holdfast.ops.best import Best
 from holdfast.ops.losses import cross_entropy
 from holdfast.ops.patches import expect_patch, pasted
 
-_ENOUGH = 9.0  # cross-entropy beyond which an example counts no more, so that none outweighs the others (1811.11304)
+_ENOUGH = 9.0  # cross-entropy at which an example is clipped, so that none dominates the others (1811.11304)
 
 
 def truncated(logits: Logits, batch: Batch) -> PerExample:
-    """The cross-entropy, no further than where an example is long broken; with targets, minus the target's."""
+    """Cross-entropy, clipped at 9 so that broken examples do not dominate; with targets, minus that of the target."""
     return cross_entropy(logits, batch).clamp_max(_ENOUGH)
 
 
 def some(batch: Batch, n: int, rng: Draws, step: int) -> Batch:
-    """`n` examples at random, none twice before all had their turn."""
+    """`n` random examples; each example is used once before any is used again."""
     n = min(n, len(batch))
     steps = len(batch) // n
     order = rng.at("order", step // steps).bits(batch.ids).argsort()
@@ -35,7 +35,7 @@ def some(batch: Batch, n: int, rng: Draws, step: int) -> Batch:
 
 
 def unfitted(attack: object) -> UsageError:
-    """What is said when an attack that must be learned first is called."""
+    """The error of an attack that is called before it was fitted."""
     name = type(attack).__name__
     return UsageError(
         f"{name} is learned before it attacks: {name}().fit(model, other_examples, threat, rng=…) and then "
@@ -45,10 +45,10 @@ def unfitted(attack: object) -> UsageError:
 
 @dataclass(frozen=True)
 class Added:
-    """Add one learned change to every input, projected onto ball and box."""
+    """Adds one learned change to every input and projects the result onto ball and box."""
 
     learned: Tensor
-    """(1, *features)"""
+    """learned change (1, *features)"""
 
     needs: ClassVar[Access] = "none"
 
@@ -58,16 +58,16 @@ class Added:
 
 @dataclass(frozen=True)
 class Pasted:
-    """Paste one learned patch into each image, at the place of those that the threat allows where the model does worst.
+    """Pastes one learned patch into each image, at that allowed position where the margin is lowest.
 
-    The threat leaves the choice of the place to the attacker, who looks at the model's answers. Places are tried in
-    random order, and an image that is broken is tried no further. Cost: a forward for each place.
+    The threat model leaves the position to the attacker, who queries the model. Positions are tried in random order
+    until the image is broken. Cost: a forward for each position.
     """
 
     learned: Tensor
-    """(1, channels, height, width)"""
+    """learned patch (1, channels, height, width)"""
     places: int = 1_000
-    """of an image that are tried, at most: all, or so many that are drawn at random, the same for every image"""
+    """largest number of positions that are tried for an image; if there are more, a random choice for all"""
 
     needs: ClassVar[Access] = "labels"
 
@@ -84,17 +84,17 @@ class Pasted:
         return best.x
 
     def tried(self, threat: ThreatModel, shape: torch.Size) -> int:
-        """At how many places of an image of this shape (channels, height, width) it is tried, at most."""
+        """Largest number of positions that are tried for an image of this shape (channels, height, width)."""
         rows, columns = expect_patch(threat.constraint, self).places(shape)
         return min(len(rows) * len(columns), self.places)
 
     def at_random(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        """The images with the patch at one random place of each."""
+        """The images with the patch at a random position of each."""
         patch = expect_patch(threat.constraint, self)
         return self._pasted(model, batch, patch.drawn(batch.ids, batch.x.shape[1:], rng.at("place")))
 
     def _corners(self, threat: ThreatModel, shape: torch.Size, rng: Draws) -> Tensor:
-        """The upper left corners that are tried, in their order: int64 (places, 2)."""
+        """The upper left corners that are tried, in order: int64 (places, 2)."""
         rows, columns = expect_patch(threat.constraint, self).places(shape)
         across = torch.arange(len(rows) * len(columns), device=self.learned.device)
         drawn = across[rng.bits(across).argsort()[: self.places]]

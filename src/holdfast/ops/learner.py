@@ -1,4 +1,4 @@
-"""What a recipe's loss meets: the network that learns, its frozen twin, and the threat."""
+"""Objects that a recipe's loss uses: the network in training, its frozen copy, and the threat model."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -25,23 +25,23 @@ from holdfast.ops.losses import Loss, cross_entropy
 from holdfast.ops.number_format import have_compiled, lay_out
 
 GROWN = "grown"
-"""Name of the state that says how far eps has grown."""
+"""Name of the state tensor with the present factor of eps."""
 
 
 @dataclass(frozen=True)
 class Learner:
-    """The network that learns, in train mode, and what is attacked in its place."""
+    """The network in training, in train mode, and its frozen copy for attacks."""
 
     net: Classifier
     frozen: Classifier
-    """the same weights, in eval mode, for attacks"""
+    """copy with the same weights, in eval mode, for attacks"""
     threat: ThreatModel
     state: dict[str, Tensor] = field(default_factory=dict)
-    """what the loss remembers from update to update"""
+    """tensors that the loss keeps from update to update"""
 
     @property
     def now(self) -> "Learner":
-        """The same under the threat as far as it has grown."""
+        """The learner with the eps of the threat model multiplied by its present growth factor."""
         whole, grown = self.threat.constraint, float(self.state.get(GROWN, 1.0))
         if grown == 1:
             return self
@@ -57,9 +57,9 @@ class Learner:
         loss: Loss = cross_entropy,
         on: Model | None = None,
     ) -> Inputs:
-        """Where `steps` steps up the loss end that are `reach` times eps long together, from a random start.
+        """Maximise `loss` from a random start and return the end of a path of `steps` steps, `reach` times eps long.
 
-        `on` is the model that is attacked, if it is another. Cost: as many forwards and backwards of it.
+        `on` is the model that is attacked, if it is not the frozen copy. Cost: `steps` forwards and backwards of it.
         """
         constraint, model = self.threat.constraint, self.frozen if on is None else on
         start = constraint.sample(batch, model.bounds, rng.at("start"))
@@ -75,16 +75,16 @@ class Learner:
         steps: int,
         reach: float,
     ) -> Inputs:
-        """The same up a `distance` from the clean prediction; one forward more."""
+        """Like `worst`, but maximises a `distance` from the clean prediction; one additional forward."""
         with torch.no_grad():
             clean = self.frozen(batch.x)
         return self.worst(batch, rng, steps=steps, reach=reach, loss=lambda z, _: distance(z, clean))
 
     def again(self) -> Callable[[Inputs], Logits]:
-        """One more pass of what the next pass of `net` is, so that their difference is that of their inputs alone.
+        """A function that repeats the next forward pass of `net` on other inputs with the same randomness and buffers.
 
-        It draws what that pass draws, as dropout does, and begins with its buffers; what it gathers in them, as batch
-        norm does, is dropped. To be asked for before that pass, once for each pair. Cost: a copy of the buffers.
+        It uses the same random numbers, as for dropout, and starts with the same buffers; its updates of buffers, as by
+        batch norm, are discarded. Call this before the pass, once for each pair of passes. Cost: a copy of the buffers.
         """
         device = next(self.net.parameters()).device
         buffers = {name: value.clone() for name, value in self.net.named_buffers()}
@@ -102,9 +102,9 @@ class Learner:
 
 
 InnerOf = Callable[[Learner, Batch, Turn], Inputs]
-"""The inputs that a batch is trained on."""
+"""Returns the inputs that a batch is trained on."""
 LossOf = Callable[[Learner, Batch, Inputs], tuple[Tensor, Tensor]]
-"""The mean loss of a batch and its changed inputs, and how many of its examples were right there."""
+"""Returns the mean loss of a batch and its attacked inputs, and how many of these are classified correctly."""
 
 
 def trained(
@@ -126,13 +126,13 @@ def trained(
     slope: bool = False,
     alone: bool = False,
 ) -> Iterator[Checkpoint]:
-    """Train a copy of the model by a loss on inputs that `inner` made; the model itself stays as it is.
+    """Train a copy of the model with a loss on the inputs that `inner` returns; the model itself is unchanged.
 
-    `inner` and `loss` meet the threat as far as it has grown. `guard` and `settle` make of the learner what `fit` takes
-    by these names. A recipe says here that its loss is `linear` in the label (up to what has no gradient), so that
-    labels may be mixed, that it learns from `unlabelled` examples, that it holds a `slope`, for which a pass is gone
-    back through twice, and that it trains `alone`, in one process, for what it knows of examples is in no share of
-    them; what does not go with that is refused, before the first update.
+    `inner` and `loss` get the threat model with its present eps. `guard` and `settle` return, for a learner, the
+    arguments of `fit` of the same names. The flags declare properties of the recipe: its loss is `linear` in the label
+    (up to terms without a gradient), so that labels can be mixed; it learns from `unlabelled` examples; its loss
+    contains a gradient (`slope`), so that a pass is differentiated twice; it must train `alone`, in one process,
+    because it keeps data of all examples. Settings that contradict these raise `UsageError` before the first update.
     """
     _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled, slope=slope, alone=alone)
     net = deepcopy(model).train()
@@ -158,7 +158,7 @@ def trained(
 
 
 def _counted(found: Iterator[Checkpoint], learner: Learner, n: int) -> Iterator[Checkpoint]:
-    """The same checkpoints, each with the `forwards` of its epoch: how often an example went through the network."""
+    """The same checkpoints with the measurement `forwards`: forward passes of an example in the epoch, on average."""
     rows = 0
 
     def count(_: nn.Module, inputs: tuple[Inputs, ...]) -> None:
@@ -185,7 +185,7 @@ def _measured(loss: LossOf, learner: Learner, batch: Batch, x_adv: Inputs) -> tu
 def _refuse_foreign(
     data: Batch, how: Training, *, linear: bool, unlabelled: bool, slope: bool, alone: bool
 ) -> None:
-    """Refuse what the loss of a recipe cannot learn from, and how."""
+    """Raise `UsageError` for data or settings that the recipe's loss does not support."""
     if alone and processes() > 1:
         raise UsageError(
             f"this recipe needs all examples in one place, and {processes()} processes share them; start one process, "
@@ -212,17 +212,17 @@ def _refuse_foreign(
 
 
 def as_it_is(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-    """No attack."""
+    """The clean inputs."""
     return batch.x
 
 
 def taught(
     learner: Learner, batch: Batch, x_adv: Inputs, *, clean: float = 0.0, smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The cross-entropy at `x_adv`, plus `clean` times that of the inputs as they are, and how many are right there.
+    """Cross-entropy at `x_adv` plus `clean` times that at the clean inputs, and the number of correct `x_adv`.
 
-    `smoothing` is the share of each label that is spread over all classes. Cost: a forward, and another where `clean`
-    is not 0.
+    `smoothing` is the share of each label that is spread over all classes. Cost: a forward, and another if `clean` is
+    not 0.
     """
     loss = partial(F.cross_entropy, target=batch.y, label_smoothing=smoothing)
     logits = learner.net(x_adv)
@@ -233,5 +233,5 @@ def taught(
 
 
 def hits(logits: Logits, y: Labels) -> Tensor:
-    """How many are right; what has no label never is."""
+    """Number of correctly classified examples; an example without a label never counts."""
     return (logits.argmax(1) == y).sum()

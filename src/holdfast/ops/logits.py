@@ -1,4 +1,4 @@
-"""What logits say beside who wins: the scale that they are on, and whether two sets of them say the same."""
+"""The scale of logits, and the difference between two sets of them."""
 
 import torch
 from torch import Tensor
@@ -9,23 +9,23 @@ _OUT_OF_REACH = 1e4  # below the largest: exp(-1e4) is 0 in every type
 
 
 def contending(logits: Logits) -> Tensor:
-    """Which logits (n, classes) have a part in who wins: finite, and less than 1e4 below the largest.
+    """Which logits (n, classes) matter for the prediction: those that are finite and less than 1e4 below the largest.
 
-    A class that is masked out, with minus infinity or a large number, says nothing of the others' scale.
+    A class that is masked out, with minus infinity or a large negative number, does not affect the scale of the others.
     """
     largest = logits.nan_to_num(nan=-torch.inf).amax(1, keepdim=True)
     return logits.isfinite() & (logits > largest - _OUT_OF_REACH)
 
 
 def scale(logits: Logits) -> PerExample:
-    """The largest absolute logit among those that have a part in who wins; 0 where there is none."""
+    """The largest absolute logit of each row among those that matter for the prediction; 0 if there is none."""
     return logits.where(contending(logits), 0.0).abs().amax(1)
 
 
 def change(one: Logits, other: Logits) -> PerExample:
-    """Largest difference of each row over the largest logit of all, both without what all classes share.
+    """Largest difference in each row relative to the largest logit of all rows, both after subtracting row means.
 
-    A logit that is finite in one and not in the other is a change of 1. Classes that are masked out do not count.
+    A logit that is finite in only one of both counts as a change of 1. Classes that are masked out do not count.
     """
     lost = (one.isfinite() != other.isfinite()).any(1)
     kept = contending(one) | contending(other)

@@ -1,6 +1,6 @@
-"""Losses that attacks climb: one number an example, rising as the attack gets closer to its goal.
+"""Losses that attacks maximise: one number for each example, larger for inputs that are closer to the goal.
 
-Each knows the goal from the batch: away from `batch.y`, or towards `batch.target` where there is one.
+The batch determines the goal: away from `batch.y`, or towards `batch.target` if there is one.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 Loss = Callable[[Logits, Batch], PerExample]
-"""`loss(logits, batch)`: per example, to be climbed."""
+"""`loss(logits, batch)`: one number for each example, to be maximised."""
 
 _TINY = 1e-12
 
@@ -44,15 +44,15 @@ def margin_loss(logits: Logits, batch: Batch) -> PerExample:
 
 
 def probability_margin(logits: Logits, batch: Batch) -> PerExample:
-    """Minus the margin between probabilities (Ma et al., arXiv:2411.15210): bounded, so no logit scale dominates."""
+    """Minus the margin between probabilities (Ma et al., arXiv:2411.15210): bounded, so no large logits dominate."""
     return -margin(logits.softmax(1), batch)
 
 
 def dlr(logits: Logits, batch: Batch) -> PerExample:
     """Difference of logits ratio (Croce & Hein, "Reliable evaluation … AutoAttack", ICML 2020, arXiv:2003.01690).
 
-    Free of the logits' scale. Needs three classes, with targets four; below that it is the margin, which then ranks
-    the same points.
+    Independent of the logits' scale. Needs three classes, with targets four; with fewer it is minus the margin, which
+    then ranks points equally.
     """
     classes = logits.shape[1]
     if classes < (3 if batch.target is None else 4):
@@ -68,15 +68,15 @@ def dlr(logits: Logits, batch: Batch) -> PerExample:
 
 
 def likeliest(logits: Logits, y: Labels, k: int) -> Tensor:
-    """The (up to) k wrong classes with the largest logits, likeliest first: int64 (n, min(k, classes - 1))."""
+    """The (up to) k wrong classes with the largest logits, largest first: int64 (n, min(k, classes - 1))."""
     others = logits.scatter(1, y[:, None], -torch.inf)
     return others.argsort(dim=1, descending=True, stable=True)[:, : min(k, logits.shape[1] - 1)]
 
 
 def aims(model: Model, batch: Batch, k: int) -> list[Labels | None]:
-    """What the runs of a targeted form go for: the `likeliest` wrong classes in turn; one forward.
+    """The classes that the runs of a targeted attack aim for: the `likeliest` wrong classes in turn; one forward.
 
-    None is the goal itself, where k is 0, the batch has targets of its own, or there is no example.
+    The list is [None], for the goal of the batch itself, if k is 0, if the batch has targets, or if it is empty.
     """
     if not k or batch.target is not None or not len(batch):
         return [None]

@@ -1,4 +1,4 @@
-"""Which stages of a network mask its gradient: each module by itself, on the inputs that it meets in the network."""
+"""Finds the stages of a network that mask its gradient, by a test of each module on the inputs that it gets."""
 
 from dataclasses import dataclass
 
@@ -8,27 +8,27 @@ from torch import Tensor, nn
 from holdfast.core.through import Straight, Through, Way, detoured
 
 _MOVES = 0.01
-"""Step along the gradient, as a share of the inputs' own root mean square."""
+"""Step along the gradient, as a share of the root mean square of the inputs."""
 _LEAST = 1e-3
-"""What counts as that where all inputs are zero."""
+"""Root mean square that is assumed if all inputs are zero."""
 _HONEST = (0.5, 2.0)
-"""Between what measured over predicted change must lie, by its median, as for the doubt `shattered`."""
+"""Range of the median ratio of measured to predicted change for an unmasked gradient, as for the doubt `shattered`."""
 
 
 @dataclass(frozen=True)
 class Masking:
-    """What a network puts in the way of gradients, and how an attacker goes round it."""
+    """The stages of a network that mask gradients, and the replacements with which an attack avoids them."""
 
     ways: tuple[Way, ...] = ()
     steps: bool = False
-    """roundings stand in the way, inside of modules or between them"""
+    """whether there are roundings, inside of modules or between them"""
 
     def __bool__(self) -> bool:
         return bool(self.ways) or self.steps
 
     @property
     def says(self) -> tuple[str, ...]:
-        """The detours in words."""
+        """Descriptions of the replacements."""
         declared = "the stand-in that it declares"
         said = [
             f"{way.name or 'the network'} ({_kind(way.module)}) by "
@@ -39,10 +39,11 @@ class Masking:
 
 
 def masking(net: nn.Module, x: Tensor) -> Masking:
-    """The stages of `net` that declare a stand-in, and those that keep the shape and let no honest gradient pass.
+    """The stages of `net` that declare a replacement, and those that keep the shape and have a wrong or zero gradient.
 
-    Roundings come first: what is left of a stage without them is more like it than the identity. Seen on inputs like
-    `x`: three forwards of the network, and of each module that keeps the shape three forwards and a backward.
+    Roundings are replaced first, because a stage without its roundings is closer to the original than the identity is.
+    Tested on inputs like `x`: three forwards of the network, and for each module that keeps the shape three forwards
+    and a backward.
     """
     modules = dict(net.named_modules())
     declared = [Way(name, m, m.backward) for name, m in modules.items() if isinstance(m, Through)]
@@ -63,7 +64,7 @@ def masking(net: nn.Module, x: Tensor) -> Masking:
 
 
 def _met(net: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """What each module was first given and gave, of those that take and return one tensor of floats."""
+    """First input and output of each module that takes and returns one floating-point tensor."""
     met: dict[str, tuple[Tensor, Tensor]] = {}
     names = {module: name for name, module in net.named_modules()}
 
@@ -83,12 +84,12 @@ def _met(net: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _masks(module: nn.Module, x: Tensor, straight: Straight, *, slopes: bool) -> bool:
-    """Whether a module's gradient is zero for most examples, or with `slopes` says nothing of a small step."""
+    """Whether a module's gradient is zero for most examples, or (with `slopes`) does not predict a small step."""
     slope, weights = _slope(module, x)
     dead = _dead(slope)
     if 2 * int(dead.sum()) > len(x):
         return True
-    if straight.passed or not slopes:  # a stand-in inside predicts no small step, nor should it
+    if straight.passed or not slopes:  # the gradient of a replacement does not predict small steps
         return False
     step = _MOVES * x.square().mean().sqrt().clamp_min(_LEAST) * slope.sign()
     predicted = (step * slope).flatten(1).sum(1)
@@ -103,7 +104,7 @@ def _dead(slope: Tensor) -> Tensor:
 
 
 def _slope(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of a fixed mixture of a module's outputs, and the mixture; zero where the module cuts the graph."""
+    """Gradient of a fixed combination of a module's outputs, and its weights; zero if the module cuts the graph."""
     leaf = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         output = _seeded(module, leaf, grad=True)
@@ -117,14 +118,14 @@ def _slope(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _seeded(module: nn.Module, x: Tensor, *, grad: bool = False) -> Tensor:
-    """What a module gives, its draws the same at every call."""
+    """Output of a module with the same random numbers at every call."""
     with torch.random.fork_rng(), torch.set_grad_enabled(grad):
         torch.manual_seed(0)
-        output: Tensor = module(x.clone())  # it may work in place
+        output: Tensor = module(x.clone())  # a module may change its input in place
         return output
 
 
 def _kind(module: nn.Module) -> str:
-    """What a stage is called in code."""
+    """Class or function name of a stage."""
     stage = module.stage if isinstance(module, Through) else module
     return str(getattr(stage, "__name__", type(stage).__name__))

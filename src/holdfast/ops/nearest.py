@@ -1,7 +1,7 @@
-"""Which classes to aim for: those whose boundary looks nearest from the clean input.
+"""Selects target classes: those whose linearised boundaries are nearest to the clean input.
 
 Melamed, Yehudai, Shamir, "MALT powers up adversarial attacks", NeurIPS 2024, arXiv:2407.02240.
-Differs from the paper: a slope is what a step of length one in the constraint's own norm gains.
+Differs from the paper: slopes are measured by a step of length one in the constraint's own norm.
 """
 
 import torch
@@ -13,7 +13,7 @@ from holdfast.core.model import Model
 from holdfast.ops.gradients import input_gradient
 from holdfast.ops.losses import likeliest
 
-_CANDIDATES = 9  # of the likeliest wrong classes; every one of ten
+_CANDIDATES = 9  # number of likeliest wrong classes that are compared; all of them if there are ten classes
 
 
 def nearest(model: Model, batch: Batch, constraint: Constraint, k: int) -> Tensor:

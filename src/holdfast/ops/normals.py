@@ -1,6 +1,6 @@
-"""The normal of a decision boundary from answers alone: random directions, weighed by what the model says beyond each.
+"""Estimates the normal of a decision boundary from labels: random directions, weighted by the label at each point.
 
-The estimate is that of HopSkipJump (Chen et al., arXiv:1904.02144), with the mean answer taken off.
+The estimate is that of HopSkipJump (Chen et al., arXiv:1904.02144), with the mean label subtracted.
 """
 
 import torch
@@ -13,16 +13,16 @@ from holdfast.core.types import Inputs, PerExample
 from holdfast.ops.decisions import Decisions
 from holdfast.ops.directions import directions
 
-_POINTS = 512  # points that are made at once, so that they stay in the caches
-_RESERVE = 10  # queries that an estimate leaves for the step that follows it
+_POINTS = 512  # points of one batch, so that they fit the caches
+_RESERVE = 10  # queries that an estimate leaves for the step after it
 
 
 def normal(
     decisions: Decisions, some: Batch, x: Inputs, radius: PerExample, draws: int, rng: Draws, *, share: float
 ) -> Inputs:
-    """The direction, of length one, in which the model gives in around `x`; zero where nothing can be asked.
+    """The estimated direction of length one towards broken points around `x`; zero if there are no queries left.
 
-    From `draws` points at a distance of `radius`, few at a time.
+    It is computed from up to `draws` points at the distance `radius`, in small batches.
     """
     wanted = (decisions.left(some) - _RESERVE).clamp(0, draws)
     sums, counts = x.new_zeros(len(some), 2, x[0].numel()), x.new_zeros(len(some), 2)
@@ -31,7 +31,7 @@ def normal(
         each = (v.split(_POINTS // k) for v in (x[:, None], radius, wanted - first, sums, counts))  # type: ignore[no-untyped-call]
         for few, at, reach, most, total, asked in zip(some.split(_POINTS // k), *each, strict=True):
             u = directions(rng.at(first), few.ids, k, x.shape[1:], share, x.dtype)
-            points = torch.addcmul(at, spread(reach, u), u, out=u)  # in place: fresh memory is what costs
+            points = torch.addcmul(at, spread(reach, u), u, out=u)  # in place to avoid allocation
             broken, done = decisions.ask_many(few, decisions.bounds.clamp(points, out=points), most)
             signs = torch.stack(((2 * broken.long() - 1) * done, done), 1).to(x.dtype)
             total += signs @ (points - at).flatten(2)

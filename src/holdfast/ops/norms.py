@@ -1,4 +1,4 @@
-"""What minimum-norm attacks ask of a norm beyond its ball."""
+"""Functions of norms for minimum-norm attacks."""
 
 import torch
 
@@ -11,11 +11,11 @@ from holdfast.ops.closest import leeway
 from holdfast.ops.losses import margin
 
 _USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
-"""an eps of each norm, as an example in a refusal"""
+"""example eps of each norm for error messages"""
 
 
 def expect_norm(constraint: Constraint, attack: object, *kinds: type[Norm]) -> Norm:
-    """The constraint, if it is one of the norms that the attack is made for; `UsageError` otherwise."""
+    """The constraint, if it is one of the norms that the attack supports; raises `UsageError` otherwise."""
     for kind in kinds:
         if isinstance(constraint, kind):
             return constraint
@@ -27,7 +27,7 @@ def expect_norm(constraint: Constraint, attack: object, *kinds: type[Norm]) -> N
 
 
 def expect_eps(constraint: Constraint, attack: object) -> Constraint:
-    """The constraint, if it has an eps; `UsageError` otherwise, for an attack that looks for no smallest change."""
+    """The constraint, if it has an eps; raises `UsageError` otherwise, for attacks that need one."""
     if constraint.eps < torch.inf:
         return constraint
     norm = type(constraint).__name__.lower()
@@ -39,13 +39,13 @@ def expect_eps(constraint: Constraint, attack: object) -> Constraint:
 
 
 def farthest(norm: Norm, x: Inputs, bounds: Bounds) -> PerExample:
-    """Distance from each input to the corner of the box that is farthest from it."""
+    """Distance from each input to the farthest corner of the box."""
     low, high = bounds.like(x)
     return norm.distance(torch.where(high - x > x - low, high, low), x)
 
 
 def length(gradient: Inputs) -> PerExample:
-    """Euclidean length, also of gradients whose squares leave float32."""
+    """Euclidean length of each gradient, without overflow or underflow of the squares in float32."""
     wide = gradient.flatten(1)
     largest = wide.abs().amax(1)
     scaled = wide / largest.clamp_min(torch.finfo(wide.dtype).tiny)[:, None]
@@ -54,13 +54,13 @@ def length(gradient: Inputs) -> PerExample:
 
 
 def gap(norm: Norm, grad: Inputs, logits: Logits, batch: Batch, bounds: Bounds) -> PerExample:
-    """First-order distance to just beyond the boundary, by the margin's gradient (of either sign) at `batch.x`."""
+    """First-order distance to a point just beyond the boundary, from the margin's gradient (of either sign)."""
     slope = (grad * norm.steepest(grad, batch.x, bounds)).flatten(1).sum(1).abs()
     return (margin(logits, batch).abs() + 2 * leeway(logits)) / slope.clamp_min(1e-30)
 
 
 def free(grad: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-    """The gradient without the coordinates that stand at a side of the box (to rounding) and would leave it."""
+    """The gradient with zeros at coordinates where `x` is at a side of the box (up to rounding) and would leave it."""
     low, high = bounds.like(x)
     ahead = torch.addcmul(x, grad.sign(), 1e-6 * (high - low))
-    return grad * (ahead.clamp(low, high) == ahead)  # four times quicker than filling under a mask
+    return grad * (ahead.clamp(low, high) == ahead)  # four times faster than masked_fill

@@ -1,7 +1,7 @@
-"""How a network computes while it is trained: in numbers of 16 bits, channels last, compiled.
+"""Number format and memory layout in training: bfloat16, channels last, compilation.
 
-Sixteen bits are bfloat16's, whose range is that of 32, so that no loss is scaled and no scale is part of a checkpoint;
-weights, losses and updates stay as they are. A new model is judged in its own precision.
+bfloat16 has the range of float32, so that no loss scaling is needed and no scale is part of a checkpoint. Weights,
+losses and updates keep their precision. The new model is evaluated in its own precision.
 """
 
 from collections.abc import Iterator
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from holdfast.core.model import Classifier
 
 Precision = Literal["auto", "float32", "bfloat16"]
-"""Of convolutions and matrix products: auto is bfloat16 on a GPU that has it, float32 elsewhere."""
+"""Number format of convolutions and matrix products: auto is bfloat16 on a GPU that has it, float32 elsewhere."""
 Layout = Literal["auto", "channels-first", "channels-last"]
-"""How images lie in memory: auto is channels last on a GPU, channels first elsewhere."""
+"""Memory layout of images: auto is channels last on a GPU, channels first elsewhere."""
 
 
 @contextmanager
 def computing(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Within it, products take numbers of that precision.
+    """Context in which products use this number format.
 
-    To be entered for each pass anew, for weights that are changed in place are cast anew only then.
+    Enter it for each pass separately: casts of weights are cached inside the context and miss changes in place.
     """
     if precision == "auto":
         narrow = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -35,7 +35,7 @@ def computing(precision: Precision, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def exactly(x: Tensor) -> Iterator[None]:
-    """Within it, products keep the precision of what they are given, for weights whose bound counts every rounding."""
+    """Context in which products keep the precision of their inputs, for bounds that must account for every rounding."""
     with torch.autocast(x.device.type, enabled=False):
         yield
 
@@ -43,7 +43,8 @@ def exactly(x: Tensor) -> Iterator[None]:
 def have_compiled(model: Classifier) -> None:
     """Let torch compile the forward of a model's network, in place; its tensors keep their names.
 
-    Through a function of our own, for torch compiles no forward of its own modules, such as a `Sequential`, by itself.
+    The forward is wrapped in a function, because torch does not compile the forward of its own modules, such as
+    `Sequential`.
     """
     net = model.net
     assert isinstance(net, nn.Module)  # anything else has no weights to train
@@ -61,13 +62,13 @@ def _last(layout: Layout, device: torch.device) -> bool:
 
 
 def laid_out(x: Tensor, layout: Layout) -> Tensor:
-    """Images with their channels where the layout has them; anything else as it is."""
+    """Images in the memory layout; other tensors unchanged."""
     if x.dim() == 4 and _last(layout, x.device):
         return x.contiguous(memory_format=torch.channels_last)
     return x
 
 
 def lay_out(net: nn.Module, layout: Layout) -> None:
-    """The same for the kernels of a network, in place."""
+    """Change the memory layout of a network's kernels in place."""
     for weight in net.parameters():
         weight.data = laid_out(weight.data, layout)

@@ -1,4 +1,4 @@
-"""The class boundaries around a point, each taken for a plane, and the step across the nearest.
+"""Linear approximations of the class boundaries around a point, and the step across the nearest one.
 
 Moosavi-Dezfooli et al., "DeepFool: A Simple and Accurate Method to Fool Deep Neural Networks", CVPR 2016,
 arXiv:1511.04599.
@@ -20,7 +20,7 @@ from holdfast.ops.losses import likeliest
 
 
 def rivals_of(logits: Logits, batch: Batch, k: int) -> Tensor:
-    """The (up to) k classes that each example may be pushed into, likeliest first: int64 (n, k)."""
+    """The target if there is one, else the (up to) k wrong classes with the largest logits: int64 (n, k)."""
     if batch.target is not None:
         return batch.target[:, None]
     return likeliest(logits, batch.y, k)
@@ -35,7 +35,7 @@ def across(
     margins: Tensor,
     overshoot: float,
 ) -> Inputs:
-    """`x` moved just beyond the nearest of the linear boundaries with these normals and heights; `x` without any."""
+    """`x` moved just beyond the nearest linear boundary with these gradients and gaps; unchanged without any."""
     if not grads:
         return x
     best, shift = torch.full_like(margins[:, 0], torch.inf), torch.zeros_like(x)
@@ -50,7 +50,7 @@ def across(
 
 
 def planes(model: Model, batch: Batch, x: Inputs, rivals: Tensor) -> tuple[Tensor, list[Inputs]]:
-    """How far below the leading logit each rival is at `x` (n, rivals); the gradient of each gap, if there is any."""
+    """Absolute gap between each rival's logit and the leading one at `x` (n, rivals); gradients of the gaps, if any."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x, batch.ids)
@@ -61,7 +61,7 @@ def planes(model: Model, batch: Batch, x: Inputs, rivals: Tensor) -> tuple[Tenso
 
 
 def _leading(logits: Logits, batch: Batch) -> PerExample:
-    """The logit to be overtaken: the label's, or with a target the largest other one."""
+    """The logit that a rival must exceed: that of the label, or with a target the largest other one."""
     if batch.target is None:
         return logits.gather(1, batch.y[:, None])[:, 0]
     return logits.scatter(1, batch.target[:, None], -torch.inf).amax(1)

@@ -1,8 +1,8 @@
-"""The plans of one training: how many updates it has, and where its schedules stand at each of them.
+"""Plans of a training: the number of its updates, and the progress of its schedules at each of them.
 
-Without a budget of time there is one plan, by the number of epochs. Within one, a plan is made before each epoch, after
-it, and in between as often as the last plan asks for. What an update does follows from the plans alone, so that a
-training that is stopped goes on exactly from the plans of its checkpoint.
+Without a time budget there is one plan, by the number of epochs. With one, a plan is made before and after each epoch,
+and during it as often as the last plan requests. An update depends on the plans alone, so that a stopped training
+resumes exactly from the plans of its checkpoint.
 """
 
 from collections.abc import Callable
@@ -12,32 +12,32 @@ from holdfast.core.checkpoint import Checkpoint, TrainingPlan
 from holdfast.ops.distributed import broadcast
 
 Pacing = Callable[[int, int, int, TrainingPlan | None], TrainingPlan]
-"""Plans how many updates a training has: from the updates that are done, those of the present epoch that are done, the
-updates of an epoch, and the plan before."""
+"""Plans the number of updates of a training from the number of completed updates, the completed ones of the present
+epoch, the updates of an epoch, and the previous plan."""
 
 
 class Plans:
-    """The plans that were made so far, in their order."""
+    """The plans that were made so far, in order."""
 
     def __init__(self, epochs: int, per_epoch: int, pacing: Pacing | None) -> None:
         self.per_epoch, self._pacing = per_epoch, pacing
         whole = epochs * per_epoch
         self._made = [TrainingPlan(0, 0.0, whole, whole)] if pacing is None else []
         self.updates = 0
-        """that are done"""
+        """number of completed updates"""
 
     @property
     def paced(self) -> bool:
-        """Whether there is a budget of time."""
+        """Whether there is a time budget."""
         return self._pacing is not None
 
     @property
     def end(self) -> int:
-        """Updates in all, by the last plan."""
+        """Total number of updates of the last plan."""
         return self._made[-1].end
 
     def resume(self, after: Checkpoint) -> None:
-        """Go on from a checkpoint, with epochs of as many updates as this training has, which may be others."""
+        """Continue from a checkpoint; the number of updates of an epoch may differ from that of the checkpoint."""
         self.updates = after.epoch * self.per_epoch
         if not self.paced or not after.plans:
             return
@@ -57,19 +57,19 @@ class Plans:
         return bool(self._made) and self.updates >= self.end
 
     def due(self) -> bool:
-        """Whether the last plan asks for another one here."""
+        """Whether the last plan requests a new plan at this update."""
         return self.paced and self.updates >= self._made[-1].review
 
     def review(self, position: int) -> None:
-        """Plan again after so many updates of an epoch; several processes go by the clock of the first."""
+        """Plan again after `position` updates of an epoch; several processes use the clock of the first one."""
         if self._pacing is not None and not self.ended():
             last = self._made[-1] if self._made else None
             self._made.append(broadcast(self._pacing(self.updates, position, self.per_epoch, last)))
 
     def rewind(self, updates: int, position: int) -> None:
-        """Go back to so many updates, of which `position` are of the epoch; the time that was spent stays spent.
+        """Go back to `updates` completed updates, `position` of them in the present epoch; used time stays used.
 
-        As many updates are left as would be left without going back.
+        The number of remaining updates is the same as without going back.
         """
         if self.paced:
             share = self.at(updates).done(updates)
@@ -83,15 +83,15 @@ class Plans:
         self.updates = updates
 
     def at(self, updates: int) -> TrainingPlan:
-        """The plan that decides the update after so many."""
+        """The plan that applies after this number of updates."""
         return next(plan for plan in reversed(self._made) if plan.at <= updates)
 
     @property
     def share(self) -> float:
-        """Share of the schedules that is done."""
+        """Completed share of the schedules."""
         return self.at(self.updates).done(self.updates)
 
     @property
     def kept(self) -> tuple[TrainingPlan, ...]:
-        """What a checkpoint keeps of them: all, where there is a budget of time."""
+        """Plans for a checkpoint: all of them with a time budget, else none."""
         return tuple(self._made) if self.paced else ()

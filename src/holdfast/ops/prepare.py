@@ -1,7 +1,7 @@
-"""Making a frozen copy of a network quick without changing what it computes: batch norm folded, channels last.
+"""Makes a frozen copy of a network faster without a change of its outputs: batch norm folding, channels last.
 
-Both are checked on real inputs against the network as it is, and left out where they do not agree or do not pay. The
-gradient of convolutions that see the image itself is worked out in a quicker way: see `ops.stem`.
+Each change is checked on real inputs against the original network, and left out if outputs differ or it does not pay.
+The gradient of convolutions on the image itself is computed in a faster way: see `ops.stem`.
 """
 
 import copy
@@ -18,11 +18,11 @@ from holdfast.ops.logits import scale
 from holdfast.ops.stem import quicken_stems
 
 Step = Callable[[Classifier, Tensor], Classifier | None]
-"""Makes a quicker copy for inputs like these; None where there is nothing to do."""
+"""Returns a faster copy for inputs like the given ones; None if there is nothing to change."""
 
 _AGREES = 1e-4  # largest difference of logits, relative to the largest logit
-_SLOPES = 2  # examples whose gradients are compared
-_AGREES_IN_SLOPE = 1e-2  # of two gradients' lengths: a ReLU at zero may fall to either side by rounding
+_SLOPES = 2  # number of examples whose gradients are compared
+_AGREES_IN_SLOPE = 1e-2  # relative to the gradients' norms: rounding may switch a ReLU at zero
 
 
 def agrees(one: Tensor, other: Tensor) -> bool:
@@ -32,24 +32,24 @@ def agrees(one: Tensor, other: Tensor) -> bool:
 
 
 def in_training(model: nn.Module) -> tuple[str, ...]:
-    """Names of the layers in train mode, of those that compute something else there: dropout and batch norm."""
+    """Names of the dropout and batch norm layers that are in train mode."""
     minding = (_BatchNorm, _DropoutNd)
     return tuple(name for name, m in model.named_modules() if isinstance(m, minding) and m.training)
 
 
 def quickened(model: Classifier, x: Tensor) -> tuple[Classifier, tuple[str, ...]]:
-    """A frozen copy of `model` for attacks on inputs like `x` (n, *features), and what was done to it.
+    """A faster frozen copy of `model` for attacks on inputs like `x` (n, *features), and descriptions of the changes.
 
-    The copy has batch norm folded into the layer before it, runs channels last where that pays, and is quick in the
-    input gradient of convolutions with few channels. A step that changes the logits by more than 1e-4 relative, or the
-    gradient by more than 1e-2, or that the network does not survive, is not taken; a model that cannot be copied comes
-    back as it is.
+    In the copy, batch norm is folded into the layer before it, convolutions run channels last where that pays, and the
+    input gradient of convolutions with few channels is faster. A change is left out if it alters the logits by more
+    than 1e-4 or the gradient by more than 1e-2 (both relative), or if it raises an error. A model that cannot be copied
+    is returned unchanged.
     """
     if not isinstance(model.net, nn.Module):
         return model, ()
     try:
         quick = copy.deepcopy(model).eval().requires_grad_(False)
-    except Exception:  # noqa: BLE001  a network may refuse it in any way
+    except Exception:  # noqa: BLE001  copying a network can raise any error
         return model, ("the model cannot be copied, so it is attacked as it is",)
     with torch.no_grad():
         reference = model(x)
@@ -66,16 +66,16 @@ def quickened(model: Classifier, x: Tensor) -> tuple[Classifier, tuple[str, ...]
 def _taken(
     step: Step, model: Classifier, x: Tensor, reference: Tensor, slope: Tensor | None
 ) -> Classifier | None:
-    """The model after one step; None where there is nothing to do, or the network does not survive it."""
+    """The model after one change; None if there is nothing to change, outputs differ, or an error occurs."""
     try:
         changed = step(model, x)
         return changed if changed is not None and _computes(changed, x, reference, slope) else None
-    except Exception:  # noqa: BLE001  a network may refuse it in any way
+    except Exception:  # noqa: BLE001  changing a network can raise any error
         return None
 
 
 def _slope(model: Classifier, x: Tensor) -> Tensor | None:
-    """The input gradient of the squared logits' sum; None where the model gives none."""
+    """The input gradient of the sum of squared logits; None if the model has none."""
     leaf = x.detach().clone().requires_grad_()
     try:
         with torch.enable_grad():
@@ -85,7 +85,7 @@ def _slope(model: Classifier, x: Tensor) -> Tensor | None:
 
 
 def _computes(model: Classifier, x: Tensor, reference: Tensor, slope: Tensor | None) -> bool:
-    """Whether a copy gives the logits of the model, and its gradient where it has one."""
+    """Whether a copy has the logits of the model, and its gradient if it has one."""
     with torch.no_grad():
         if not agrees(reference, model(x)):
             return False
@@ -96,29 +96,29 @@ def _computes(model: Classifier, x: Tensor, reference: Tensor, slope: Tensor | N
 
 
 def _same_slope(one: Tensor, other: Tensor) -> bool:
-    """Whether the two gradients point the same way: the part in which they differ is below 1e-2 of the larger."""
+    """Whether two gradients agree: the norm of their difference is at most 1e-2 of the larger norm."""
     one, other = one.nan_to_num(0.0, 0.0, 0.0).double(), other.nan_to_num(0.0, 0.0, 0.0).double()
     return bool((one - other).norm() <= _AGREES_IN_SLOPE * torch.maximum(one.norm(), other.norm()))
 
 
 def _last(model: Classifier, x: Tensor) -> Classifier | None:
-    """A copy that runs channels last, where that pays."""
+    """A copy that runs channels last; None if that does not pay."""
     if x.dim() != 4 or not _channels_last_pays(model, x):
         return None
     return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def _with_stems(model: Classifier, x: Tensor) -> Classifier | None:
-    """A copy whose convolutions with few channels are quick in the gradient of their input, on a CPU."""
+    """A copy whose convolutions with few channels compute their input gradient faster; on a CPU only."""
     copied = copy.deepcopy(model)
     return copied if x.device.type == "cpu" and quicken_stems(copied) else None
 
 
 def _folded(model: Classifier, x: Tensor) -> Classifier | None:
-    """A copy with each batch norm whose input comes straight from one convolution or linear layer folded into it.
+    """A copy in which each batch norm directly after a convolution or linear layer is folded into that layer.
 
-    The pairs are seen in a forward pass: the very tensor that the layer returned is what the norm was given. That the
-    tensor goes nowhere else is not seen; the caller checks the logits.
+    The pairs are found in a forward pass: the input of the batch norm is the output tensor of the layer. Whether the
+    tensor is used elsewhere is not checked here; the caller compares the logits.
     """
     if not any(isinstance(m, _BatchNorm) for m in model.modules()):
         return None
@@ -133,7 +133,7 @@ def _folded(model: Classifier, x: Tensor) -> Classifier | None:
             if maker is not None:
                 pairs[module] = maker[0]
         elif isinstance(output, Tensor):
-            made[id(output)] = (module, output)  # the tensor is kept, so that its id stays its own
+            made[id(output)] = (module, output)  # the tensor is kept alive, so that its id stays unique
 
     copied = copy.deepcopy(model)
     watched = [
@@ -173,17 +173,17 @@ def _fold(layer: nn.Module, norm: nn.Module) -> None:
 
 
 def _channels_last_pays(model: Classifier, x: Tensor) -> bool:
-    """Whether most of the real convolutions have stride one, on a CPU.
+    """Whether to run channels last: on a CPU, if most convolutions larger than 1x1 have stride one.
 
-    A rule and no timing, so that the same run makes the same evidence; it is where it paid in
-    `benchmarks/records` (0.7 to 0.9 of the time; strided convolutions lose).
+    This is a rule and not a timing, so that the same run gives the same evidence. It follows the measurements in
+    `benchmarks/records` (0.7 to 0.9 of the time; strided convolutions get slower).
     """
     strides = [m.stride for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
     return x.device.type == "cpu" and 2 * sum(stride == (1, 1) for stride in strides) > len(strides)
 
 
 def multiply_adds(model: nn.Module, x: Tensor) -> int:
-    """Multiplications of one example's forward in convolutions and linear layers, seen in a pass over `x` (n, …)."""
+    """Multiplications of one example's forward in convolutions and linear layers, counted in a pass over `x` (n, …)."""
     seen = 0
 
     def count(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
@@ -194,7 +194,7 @@ def multiply_adds(model: nn.Module, x: Tensor) -> int:
 
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
-    if not handles:  # a model behind a server is not asked for nothing
+    if not handles:  # no query to a model behind a server
         return 0
     try:
         with torch.no_grad():

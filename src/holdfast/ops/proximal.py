@@ -1,4 +1,4 @@
-"""Proximal operators: the point that is best both near a given one and small, coordinate by coordinate priced.
+"""Proximal operators: they minimise the sum of a weighted squared distance to a given point and a norm.
 
 Parikh & Boyd, "Proximal algorithms", Foundations and Trends in Optimization 2014; for the power 2/3 Cao, Sun & Xu,
 "Fast image deconvolution using closed-form thresholding formulas of Lq (q = 1/2, 2/3) regularization", J. Vis. Commun.
@@ -13,15 +13,15 @@ from torch import Tensor
 from holdfast.core.constraints import L0, L1, L2, Linf, Norm
 from holdfast.core.types import Inputs
 
-_NEWTON = 6  # the equation is all but linear: four reach float32
+_NEWTON = 6  # Newton steps; the equation is nearly linear, and four steps reach float32 precision
 _TINY = 1e-30
 
 
 def shrunk(norm: Norm, delta: Inputs, price: Inputs) -> Inputs:
-    """The r that minimises `sum((r - delta)^2 / (2 price)) + |r|`, with the size |r| in `norm`.
+    """The r that minimises `sum((r - delta)^2 / (2 price)) + |r|`, where |r| is the size in `norm`.
 
-    Prices are positive, one a coordinate. Under L0 the size is `sum(|r|^(2/3))`, whose slope says which coordinates are
-    worth while; counting says it of none.
+    Prices are positive, one for each coordinate. Under L0 the size is `sum(|r|^(2/3))`, because the number of nonzero
+    coordinates has no useful slope.
     """
     flat, price = delta.flatten(1), price.flatten(1).clamp_min(_TINY)
     return _OPERATORS[type(norm)](flat, price).view_as(delta)
@@ -32,7 +32,7 @@ def _l1(delta: Tensor, price: Tensor) -> Tensor:
 
 
 def _l2(delta: Tensor, price: Tensor) -> Tensor:
-    """`delta s / (s + price)` with the length s that solves `sum((delta / (s + price))^2) = 1`; zero if none does."""
+    """`delta s / (s + price)` with the length s that solves `sum((delta / (s + price))^2) = 1`; zero if no s does."""
     size = delta.norm(dim=1)
     for _ in range(_NEWTON):
         over = size[:, None] + price
@@ -45,7 +45,7 @@ def _l2(delta: Tensor, price: Tensor) -> Tensor:
 
 
 def _linf(delta: Tensor, price: Tensor) -> Tensor:
-    """Everything beyond a height is cut, where what is cut, over its price, comes to one."""
+    """Clip all coordinates at the height at which the sum of the clipped amounts over their prices is one."""
     size, order = delta.abs().sort(dim=1, descending=True)
     weight = 1 / price.gather(1, order)
     height = (((weight * size).cumsum(1) - 1) / weight.cumsum(1)).amax(1).clamp_min(0)

@@ -1,4 +1,4 @@
-"""What every recipe is: settings, and a call that trains a copy of a model and yields a checkpoint after each epoch."""
+"""Protocol of recipes: settings, and a call that trains a copy of a model and yields a checkpoint after each epoch."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,11 +14,11 @@ from holdfast.ops.fit import Training
 
 @runtime_checkable
 class Recipe(Protocol):
-    """A frozen dataclass whose fields are the settings; the model that it is given is never changed."""
+    """A frozen dataclass whose fields are the settings; calling it does not change the model."""
 
     @property
     def training(self) -> Training:
-        """Epochs, batches, optimiser and the like."""
+        """Settings of the training loop, such as epochs, batch size and optimiser."""
 
     def __call__(
         self,
@@ -29,11 +29,11 @@ class Recipe(Protocol):
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        """A checkpoint after each epoch, the last with the new model; with `after` from the epoch after that one."""
+        """Yield a checkpoint after each epoch, the last with the new model; with `after`, resume after that one."""
 
 
 def trained_as(recipe: Recipe, how: Training) -> Recipe:
-    """The recipe with other epochs, batches, optimiser and the like."""
+    """The recipe with other settings of the training loop."""
     settings: Any = recipe  # every recipe is a dataclass
     changed: Recipe = replace(settings, training=how)
     return changed

@@ -1,4 +1,4 @@
-"""What a training refuses: a loss without a gradient or without a finite value, and buffers that a checkpoint lacks."""
+"""Errors of a training: a loss without a gradient or a finite value, and buffers that a checkpoint does not contain."""
 
 from collections.abc import Mapping
 
@@ -8,17 +8,17 @@ from torch import Tensor, nn
 from holdfast.core.errors import LostLoss, TargetError
 
 CUTS = "torch.no_grad(), torch.inference_mode(), detach(), argmax() or numpy inside the model"
-"""what keeps gradients from going all the way back"""
+"""operations that prevent gradients from reaching the inputs or weights"""
 
 
 def unsaved(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the buffers that no state dict holds."""
+    """Copies of the buffers that are not in the state dict."""
     kept = model.state_dict().keys()
     return {name: value.detach().clone() for name, value in model.named_buffers() if name not in kept}
 
 
 def refuse_changed(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """`TargetError` where one of these has changed: two checkpoints, and the new model, would lose it."""
+    """Raise `TargetError` if one of these buffers has changed, since checkpoints and the new model would lose it."""
     now = dict(model.named_buffers())
     for name, value in before.items():
         if not torch.equal(now[name], value):
@@ -29,7 +29,7 @@ def refuse_changed(model: nn.Module, before: Mapping[str, Tensor]) -> None:
 
 
 def refuse_cut(loss: Tensor) -> None:
-    """`TargetError` where no gradient of the loss reaches a weight."""
+    """Raise `TargetError` if no gradient of the loss reaches a weight."""
     if not loss.requires_grad:
         raise TargetError(
             f"no gradient of the loss reaches a weight of this network; take out what cuts it: {CUTS}"
@@ -37,7 +37,7 @@ def refuse_cut(loss: Tensor) -> None:
 
 
 def refuse_lost(losses: Tensor, epoch: int, lr: float) -> None:
-    """`LostLoss` where a loss of an epoch is not finite."""
+    """Raise `LostLoss` if a loss of an epoch is not finite."""
     lost = (~losses.isfinite()).nonzero()
     if len(lost):
         raise LostLoss(

@@ -1,4 +1,4 @@
-"""Random choices: of positions, with few random numbers, and of examples, whatever shards they lie in."""
+"""Random choices: of distinct positions, and of examples independently of shards."""
 
 import torch
 from torch import Tensor
@@ -9,9 +9,9 @@ from holdfast.core.types import Mask, Rows
 
 
 def distinct(draws: Tensor, m: int) -> Tensor:
-    """As many different positions below `m` as there are uniform draws (n, k + 1) but one, which turns them round.
+    """`k` distinct positions below `m` for each row of uniform draws (n, k + 1), the last of which is a cyclic shift.
 
-    Each position is as likely as any other; sets of neighbours are a little rarer than in a fair draw.
+    All positions are equally likely; sets with neighbouring positions are slightly rarer than in a uniform choice.
     """
     k = draws.shape[1] - 1
     apart = (draws[:, :-1] * (m - k + 1)).long().sort(1).values + torch.arange(k, device=draws.device)
@@ -19,7 +19,7 @@ def distinct(draws: Tensor, m: int) -> Tensor:
 
 
 def sample_rows(columns: Columns, among: Mask, rng: Draws, n: int) -> Rows:
-    """At most `n` of the marked rows, in their order."""
+    """At most `n` random rows of those in `among`, in ascending order."""
     rows = among.nonzero()[:, 0]
     order = rng.at("sample").uniform(columns["id"][rows], 1, dtype=torch.float64)[:, 0].argsort(stable=True)
     return rows[order[:n]].sort().values

@@ -1,8 +1,8 @@
-"""What Square Attack proposes: random windows, and for L2 and L1 the pattern that fills them.
+"""Proposals of Square Attack: random windows, and for L2 and L1 the pattern that fills them.
 
 Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via random search", ECCV 2020,
 arXiv:1912.00049; for L1: Croce & Hein, arXiv:2103.01208. Inputs are images (n, channels, height, width); others are
-laid out as one: vectors as a row, matrices as one channel, volumes with their inner dimensions in rows.
+arranged as images: vectors as a row, matrices as one channel, volumes with their inner dimensions in rows.
 """
 
 import math
@@ -22,19 +22,19 @@ from holdfast.core.types import Inputs, Mask
 from holdfast.ops.best import Best
 from holdfast.ops.losses import margin
 
-_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # after these of 10,000 steps the share halves
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 steps; the share halves after each
 _SCHEDULED = 10_000
-_BLOCK = 64  # steps whose windows are drawn together, so that few examples cost few operations
+_BLOCK = 64  # steps whose windows are drawn at once, which is faster for small batches
 
 
 def share(p_init: float, step: int, steps: int | None) -> float:
-    """Share of the pixels that a window covers; the schedule is for 10,000 steps, or scaled to `steps`."""
+    """Share of the pixels that a window covers; the schedule has 10,000 steps, or is scaled to `steps`."""
     at = step if steps is None else step * _SCHEDULED // steps
     return p_init * 0.5 ** bisect_left(_HALVINGS, at)
 
 
 def as_image(shape: torch.Size) -> tuple[int, int, int]:
-    """Channels, height and width as which features of this shape are laid out."""
+    """Channels, height and width of the image as which features of this shape are arranged."""
     if len(shape) < 3:
         height, width = (1, *shape)[-2:] if shape else (1, 1)
         return 1, height, width
@@ -42,7 +42,7 @@ def as_image(shape: torch.Size) -> tuple[int, int, int]:
 
 
 def window(p: float, height: int, width: int, *, odd: bool) -> tuple[int, int]:
-    """Height and width of a window that covers a share `p`: a square where it fits, `odd` (3 or more) for patterns."""
+    """Height and width of a window of share `p`: a square if it fits; `odd` (at least 3) for patterns."""
     pixels = p * height * width
     side = max(round(math.sqrt(pixels)), 3 if odd else 1)
     side += odd and side % 2 == 0
@@ -52,14 +52,14 @@ def window(p: float, height: int, width: int, *, odd: bool) -> tuple[int, int]:
 
 
 def pattern(rows: int, columns: int, norm: L2 | L1, like: Tensor) -> Tensor:
-    """Two heaps of opposite sign, one above the other (rows, columns), of length one in the norm."""
+    """Two peaks of opposite sign, one above the other (rows, columns), of length one in the norm."""
     upper = _heap(rows // 2, columns, norm)
     both = torch.cat((upper, -_heap(rows - rows // 2, columns, norm))).to(like.device, like.dtype)
     return both / norm.distance(both[None], torch.zeros_like(both)[None])
 
 
 def _heap(rows: int, columns: int, norm: L2 | L1) -> Tensor:
-    """Falls from the middle: the sum over k from the distance to the middle of 1 / (k + 1)^2 (L1: ^4), length one."""
+    """A peak: the sum over k from the distance to the centre of 1 / (k + 1)^2 (L1: ^4), scaled to length one."""
     if not rows:
         return torch.zeros(0, columns)
     most = max(rows, columns) // 2 + 1
@@ -71,31 +71,31 @@ def _heap(rows: int, columns: int, norm: L2 | L1) -> Tensor:
 
 
 class Proposals(Protocol):
-    """The best points so far, and what is tried from them: all at first, then one change a step."""
+    """The best points so far, and the points to try: complete starts at first, then one changed window a step."""
 
     per_step: int
-    """uniform numbers that a step takes for each example"""
+    """number of uniform random numbers that a step needs for each example"""
     x: Inputs
-    """the best points so far"""
+    """best points so far"""
 
     def start(self, rng: Draws) -> Inputs:
-        """The first points."""
+        """Return the first points."""
 
     def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
         """Prepare a block of steps from `draws` (n, steps, per_step) and the share that the window covers in each."""
 
     def propose(self, step: int) -> Inputs:
-        """The points to try at a step of the block."""
+        """Return the points to try at a step of the block."""
 
     def keep(self, better: Mask) -> None:
-        """Go on from what was tried where it is better, else from what was best before."""
+        """Accept the tried points where `better` is true; keep the best points elsewhere."""
 
     def take(self, rows: Mask) -> None:
-        """Go on with some of the examples."""
+        """Keep the state of some of the examples only."""
 
 
 class _Windows:
-    """Where the pixels of a block's windows lie in images laid out in rows."""
+    """Pixel positions of the windows of a block of steps, in flattened images."""
 
     def __init__(self, draws: Tensor, sizes: Sequence[tuple[int, int]], height: int, width: int) -> None:
         room = torch.tensor([(height - a + 1, width - b + 1) for a, b in sizes], device=draws.device)
@@ -105,23 +105,23 @@ class _Windows:
         self._offsets = {size: _offsets(size, width).to(draws.device) for size in set(sizes)}
 
     def places(self, step: int) -> Tensor:
-        """Of a step's windows (n, 1, pixels)."""
+        """Pixel positions of a step's windows (n, 1, pixels)."""
         return (self._first[step][:, None] + self._offsets[self._sizes[step]])[:, None]
 
     def take(self, rows: Mask) -> None:
-        """Go on with some of the examples."""
+        """Keep the windows of some of the examples only."""
         self._first = self._first[:, rows]
 
 
 def _offsets(size: tuple[int, int], width: int) -> Tensor:
-    """Places of a window's pixels relative to its corner."""
+    """Positions of a window's pixels relative to its corner."""
     return (torch.arange(size[0])[:, None] * width + torch.arange(size[1])).flatten()
 
 
 class Corners:
-    """For Linf: every window goes to a corner of the cube, the same for all pixels of a channel.
+    """Proposals under Linf: every window moves to a corner of the cube, the same for all pixels of a channel.
 
-    Windows are read and written by their places, for most are a few pixels.
+    Windows are read and written by pixel positions, because most have few pixels.
     """
 
     def __init__(self, batch: Batch, norm: Linf, bounds: Bounds) -> None:
@@ -135,21 +135,21 @@ class Corners:
         self.x = low
 
     def start(self, rng: Draws) -> Inputs:
-        """Stripes: a sign for each column of each channel."""
+        """Vertical stripes: a random sign for each column of each channel."""
         up = rng.uniform(self._ids, self._channels, 1, self._width) < 0.5
         low, high = self._corners.view(*self._corners.shape[:2], 2, self._height, self._width).unbind(2)
         self.x = torch.where(up, high, low).view_as(self.x)
-        return self.x.clone()  # what a model was given stays as it was
+        return self.x.clone()  # a copy, because `keep` changes `x` in place
 
     def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
-        """Where the windows of a block lie, and the corners that they go to."""
+        """Prepare the positions of the windows of a block, and the corners that they move to."""
         sizes = [window(p, self._height, self._width, odd=False) for p in shares]
         self._windows = _Windows(draws[..., :2], sizes, self._height, self._width)
         up = (draws[..., 2:] < 0.5).transpose(0, 1)[..., None]
-        self._side = up * (self._height * self._width)  # the high corners lie behind the low ones
+        self._side = up * (self._height * self._width)  # the high corners are stored after the low ones
 
     def propose(self, step: int) -> Inputs:
-        """Each window of the step at its corner."""
+        """The best points with the step's window moved to its corner."""
         places = self._windows.places(step)
         self._new = self._corners.gather(2, places + self._side[step])
         self._at = places.expand_as(self._new)
@@ -160,19 +160,19 @@ class Corners:
         return self.x.view(len(self.x), self._channels, -1)
 
     def keep(self, better: Mask) -> None:
-        """The better windows, written over the best points."""
+        """Write the better windows into the best points."""
         old = self._pixels.gather(2, self._at)
         self._pixels.scatter_(2, self._at, torch.where(spread(better, old), self._new, old))
 
     def take(self, rows: Mask) -> None:
-        """Go on with some of the examples."""
+        """Keep the state of some of the examples only."""
         self._ids, self._corners, self.x = self._ids[rows], self._corners[rows], self.x[rows]
         self._windows.take(rows)
         self._side = self._side[:, rows]
 
 
 class Heaps:
-    """For L2 and L1: what two windows have of the ball is spent on a pattern in the first of them."""
+    """Proposals under L2 and L1: the norm of two windows is moved into a pattern in the first of them."""
 
     def __init__(self, batch: Batch, norm: L2 | L1, bounds: Bounds) -> None:
         self._ids, self._clean, self._norm, self._bounds = batch.ids, batch.x, norm, bounds
@@ -183,7 +183,7 @@ class Heaps:
         self.x = batch.x
 
     def start(self, rng: Draws) -> Inputs:
-        """A grid of at least five by five heaps, each with its sign and orientation."""
+        """A grid of at least five by five peaks, each with a random sign and orientation."""
         down, across = _tiles(self._height), _tiles(self._width)
         columns = int(across.max()) + 1
         tile = (down[:, None] * columns + across).to(self._clean.device)
@@ -202,7 +202,7 @@ class Heaps:
         return self.x
 
     def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
-        """Where both windows of each step of a block lie, and the signs and orientations of the heaps."""
+        """Prepare the positions of both windows of each step, and the signs and orientations of the peaks."""
         self._sizes = [window(p, self._height, self._width, odd=True) for p in shares]
         self._first, self._second = (
             _Windows(draws[..., k : k + 2], self._sizes, self._height, self._width) for k in (0, 2)
@@ -211,12 +211,12 @@ class Heaps:
         self._signs = (1 - 2 * (draws[..., 5:] < 0.5).to(self._clean.dtype)).transpose(0, 1).contiguous()
 
     def propose(self, step: int) -> Inputs:
-        """One window emptied, and what both held spent on a heap in the other."""
+        """The best points with the second window emptied, and the norm of both windows used for a peak in the first."""
         self._tried = self._moved(step, self.x)
         return self._tried
 
     def keep(self, better: Mask) -> None:
-        """What was tried where it is better."""
+        """Accept the tried points where they are better."""
         self.x = pick(better, self._tried, self.x)
 
     def _moved(self, step: int, x: Inputs) -> Inputs:
@@ -240,20 +240,20 @@ class Heaps:
         return self._bounds.clamp(self._clean + delta.view_as(x))
 
     def _size(self, delta: Tensor) -> Tensor:
-        """Length of each channel (n, channels, 1)."""
+        """Norm of each channel (n, channels, 1)."""
         if isinstance(self._norm, L1):
             return delta.abs().sum(2, keepdim=True)
         return (delta**2).sum(2, keepdim=True).sqrt()
 
     def _length(self, used: Tensor, kept: Tensor) -> Tensor:
-        """What a channel's heap may spend: what its windows held, and its part of what the image has left of eps."""
+        """Norm of a channel's peak: that of its windows, and its part of the remaining norm of the image up to eps."""
         if isinstance(self._norm, L1):
             return (self._norm.eps - used.sum(1, keepdim=True)).clamp_min(0) + self._channels * (used - kept)
         left = (self._norm.eps**2 - (used**2).sum(1, keepdim=True)).clamp_min(0) / self._channels
         return (left + (used**2 - kept**2).clamp_min(0)).sqrt()
 
     def _pattern(self, size: tuple[int, int]) -> Tensor:
-        """Both orientations (2, pixels) of what fills a window."""
+        """Both orientations (2, pixels) of the pattern of a window."""
         if size not in self._patterns:
             upright = pattern(*size, self._norm, self._clean)
             lying = pattern(*size[::-1], self._norm, self._clean).t()
@@ -261,7 +261,7 @@ class Heaps:
         return self._patterns[size]
 
     def take(self, rows: Mask) -> None:
-        """Go on with some of the examples."""
+        """Keep the state of some of the examples only."""
         self._ids, self._clean, self.x = self._ids[rows], self._clean[rows], self.x[rows]
         self._first.take(rows)
         self._second.take(rows)
@@ -269,7 +269,7 @@ class Heaps:
 
 
 def _tiles(extent: int) -> Tensor:
-    """Which tile of a row of at least five each position belongs to; -1 at the rims."""
+    """Index of the tile that each position belongs to, in a row of at least five tiles; -1 at the edges."""
     side = max(extent // 5, 1)
     first = max((extent - 5 * side) // 2, 0)
     tile = (torch.arange(extent) - first).div(side, rounding_mode="floor")
@@ -277,7 +277,7 @@ def _tiles(extent: int) -> Tensor:
 
 
 def _tiled(heap: Tensor, down: Tensor, across: Tensor) -> Tensor:
-    """The heap in every tile, zero at the rims."""
+    """The pattern in every tile, zero at the edges."""
     rows, columns = heap.shape
     first_row, first_column = int((down == 0).nonzero()[0]), int((across == 0).nonzero()[0])
     i = (torch.arange(len(down)) - first_row) % rows
@@ -289,19 +289,20 @@ def _tiled(heap: Tensor, down: Tensor, across: Tensor) -> Tensor:
 def search(
     model: Model, left: Batch, proposals: Proposals, best: Best, shares: Sequence[float], rng: Draws
 ) -> None:
-    """Try a window a query, from the points that `proposals` holds, and keep each that lowers the margin.
+    """Random search: try one window a query from the points of `proposals`, and keep each that lowers the margin.
 
-    `shares` are what the windows cover, one for each query; the last goes unused, since the first query looks at where
-    the search begins. `best` is offered where each example ends; a broken one leaves. Cost: a forward for each share.
+    `shares` are the shares of the pixels that the windows cover, one for each query; the last is not used, since the
+    first query evaluates the start. The final point of each example is offered to `best`; broken examples are
+    dropped. Cost: a forward for each share.
     """
-    height = margin(model(proposals.x.clone(), left.ids), left)  # what a model was given stays as it was
+    height = margin(model(proposals.x.clone(), left.ids), left)  # a copy, because `keep` changes `x` in place
     for step in range(len(shares)):
         at = step % _BLOCK
         if at == 0:
             block = shares[step : step + _BLOCK]
             draws = rng.at("block", step // _BLOCK).uniform(left.ids, _BLOCK, proposals.per_step)
             proposals.plan(draws[:, : len(block)], block)
-        if not float(height.min()) > 0:  # a NaN among them makes the least a NaN
+        if not float(height.min()) > 0:  # also true if one of them is NaN
             best.offer(left, proposals.x, height)
             standing = height > 0
             left, height = left.take(standing), height[standing]
@@ -318,5 +319,5 @@ def search(
 
 
 def proposals_for(batch: Batch, norm: Linf | L2 | L1, bounds: Bounds) -> Proposals:
-    """What is tried under a norm."""
+    """The proposals for a norm."""
     return Corners(batch, norm, bounds) if isinstance(norm, Linf) else Heaps(batch, norm, bounds)

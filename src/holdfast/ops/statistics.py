@@ -1,4 +1,4 @@
-"""Intervals and tests: exact where a closed form exists, the bootstrap elsewhere, all deterministic.
+"""Confidence intervals and tests: exact if there is a closed form, bootstrap otherwise; all deterministic.
 
 Clopper & Pearson, "The use of confidence or fiducial limits", Biometrika 26, 1934. Efron, "Better bootstrap confidence
 intervals", JASA 82, 1987 (BCa). McNemar, Psychometrika 12, 1947, in its exact binomial form. Bonett & Price, "Adjusted
@@ -17,20 +17,20 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.types import Labels, Mask, PerExample
 
 RESAMPLES = 2000
-"""Resamples of a bootstrap: Efron & Tibshirani, "An introduction to the bootstrap", 1993, ask 1,000 and more."""
+"""Number of bootstrap resamples; Efron & Tibshirani, "An introduction to the bootstrap", 1993, recommend over 1,000."""
 
 FEW = 6
-"""Fewer examples bound no median at 95 %, and their resamples take too few values to be a distribution."""
+"""Below this number of examples a median has no bound at 95 %, and resamples take too few different values."""
 
-_CHUNK = 1 << 22  # draws held at once: 32 MB of int64
-_BOOTSTRAP = Draws(0).at("bootstrap")  # a fixed place: the interval is a function of the data alone
+_CHUNK = 1 << 22  # indices in memory at once: 32 MB of int64
+_BOOTSTRAP = Draws(0).at("bootstrap")  # fixed random numbers: the interval is a function of the data alone
 
 Statistic = Callable[[Tensor], PerExample]
-"""`statistic(rows)`: its value on each of `rows` (resamples, n), which index the examples."""
+"""`statistic(rows)`: its value for each row of `rows` (resamples, n), which are indices of examples."""
 
 
 def normal_quantile(p: float) -> float:
-    """Where the standard normal distribution reaches `p`."""
+    """Quantile of the standard normal distribution at `p`."""
     return float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64)))
 
 
@@ -39,36 +39,36 @@ def _normal_cdf(z: float) -> float:
 
 
 def bonferroni(confidence: float, claims: int) -> float:
-    """The confidence that each of `claims` intervals needs, so that all of them hold together with `confidence`."""
+    """Confidence of each of `claims` intervals, so that all of them hold together with `confidence`."""
     return 1 - (1 - confidence) / max(claims, 1)
 
 
 @dataclass(frozen=True)
 class AgainstMajority:
-    """The accuracy of a model beside that of always predicting the most frequent label."""
+    """The accuracy of a model compared with that of always predicting the most frequent label."""
 
     low: float
-    """lower end of the interval of the accuracy"""
+    """lower end of the accuracy's confidence interval"""
     high: float
-    """upper end"""
+    """upper end of the accuracy's confidence interval"""
     majority: float
     """share of the most frequent label"""
     at_chance: bool
-    """whether the model is no better, or by too little to be distinguished from guessing"""
+    """whether the model is not better, or not distinguishable from guessing"""
 
 
 NEAR_CHANCE = 1.5
-"""Accuracy in multiples of that of guessing among the labels that occur, up to which a model may be at chance."""
+"""A model may be at chance up to this multiple of the accuracy of guessing among the labels that occur."""
 FEWEST = 20
-"""Examples below which only an accuracy that is surely too low counts as chance."""
+"""With fewer examples, a model is at chance only if its interval does not exceed the majority share."""
 
 
 def against_majority(correct: Mask, y: Labels, confidence: float = 0.95) -> AgainstMajority:
-    """Whether a model is better than one that always predicts the majority class.
+    """Compare a model with one that always predicts the majority class.
 
-    `correct` and `y` have one entry an example (n). It is at chance where the upper end of its interval does not exceed
-    the share of the majority class; and where the lower end does not, though the accuracy is at most 1.5 times that of
-    guessing, of at least 20 examples. Where there is one label only, nothing can be at chance.
+    `correct` and `y` have one entry for each example (n). The model is at chance if the upper end of its interval does
+    not exceed the share of the majority class. With at least 20 examples it is also at chance if the lower end does not
+    exceed that share and the accuracy is at most 1.5 times that of guessing. With a single label it is never at chance.
     """
     n, counts = len(y), torch.unique(y, return_counts=True)[1]
     right = int(correct.sum())
@@ -80,7 +80,7 @@ def against_majority(correct: Mask, y: Labels, confidence: float = 0.95) -> Agai
 
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Exact interval of a proportion of which `k` of `n` were seen; covers at least `confidence`.
+    """Exact interval of a proportion with `k` of `n` observed; its coverage is at least `confidence`.
 
     >>> [round(end, 4) for end in clopper_pearson(0, 10)]
     [0.0, 0.3085]
@@ -107,14 +107,14 @@ def complement(estimate: Estimate) -> Estimate:
 
 
 def median(values: PerExample, confidence: float = 0.95, *, least: float = 0.0) -> Estimate:
-    """The median with the exact interval between two order statistics; infinite values keep their place.
+    """The median with the exact interval between two order statistics; values may be infinite.
 
-    Of an even number the lower middle one, so that no finite and infinite value are averaged. With too few examples
-    (fewer than six at 95 %) an order statistic is missing: the interval then reaches to `least` or to infinity.
+    Of an even number it is the lower middle value, so that finite and infinite values are not averaged. With too few
+    examples (fewer than six at 95 %) an order statistic is missing, and the interval ends at `least` or infinity.
     """
     n, ordered = len(values), values.double().sort().values
     tail = (1 - confidence) / 2
-    below, cumulative = 0, 0.0  # how many order statistics may be cut off at each end
+    below, cumulative = 0, 0.0  # number of order statistics that may be cut off at each end
     for k in range(n):
         cumulative += math.exp(_log_choose(n, k) - n * math.log(2))
         if cumulative > tail:
@@ -130,7 +130,7 @@ def _log_choose(n: int, k: int) -> float:
 
 
 def resampled(statistic: Statistic, n: int, resamples: int = RESAMPLES) -> PerExample:
-    """The statistic on `resamples` draws of `n` examples with replacement, float64; the same draws on every call."""
+    """The statistic on `resamples` samples of `n` examples with replacement, float64; the samples are fixed."""
     return torch.cat([statistic(rows).double() for rows in _rows(n, resamples)])
 
 
@@ -142,7 +142,7 @@ def _rows(n: int, resamples: int) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Support:
-    """Between what a statistic can lie at all; the interval never leaves it."""
+    """The range of a statistic; intervals are clipped to it."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -162,9 +162,9 @@ def bootstrap(
 ) -> Estimate:
     """The statistic with its bias-corrected bootstrap interval; accelerated (BCa) where `influence` is given.
 
-    `influence` is what each example adds to the statistic, up to a constant. Where all resamples agree, or come from
-    too few examples, they cannot show what no example showed: the interval is then widened by the share of the
-    population that may have stayed unseen with the wanted confidence, as if it lay at the ends of the support.
+    `influence` is the contribution of each example to the statistic, up to a constant. If all resamples agree, or there
+    are fewer than six examples, resampling cannot show the uncertainty. The interval is then widened by the share of
+    the population that may be unobserved at this confidence, as if its values were at the ends of the support.
     """
     value = float(statistic(torch.arange(n)[None])[0])
     seen = resampled(statistic, n)
@@ -172,7 +172,7 @@ def bootstrap(
         unseen = 1 - ((1 - confidence) / 2) ** (1 / n)
         return Estimate(value, _towards(value, support.low, unseen), _towards(value, support.high, unseen), n)
     resamples = len(seen)
-    # ties count half; the share is kept off 0 and 1, where the correction would be infinite
+    # ties count half; the share is kept away from 0 and 1, where the correction would be infinite
     share = float(((seen < value).double() + 0.5 * (seen == value).double()).mean())
     bias = normal_quantile(min(max(share, 1 / (resamples + 1)), resamples / (resamples + 1)))
     acceleration = 0.0 if influence is None else _acceleration(influence)
@@ -196,7 +196,7 @@ def _acceleration(influence: PerExample) -> float:
 
 
 def _quantile(values: PerExample, p: float) -> float:
-    """The smallest value that at least a share `p` do not exceed; infinite values are kept as they are."""
+    """The smallest value that is not exceeded by at least a share `p` of the values; infinite values are kept."""
     ordered = values.sort().values
     return float(ordered[min(max(math.ceil(p * len(ordered)) - 1, 0), len(ordered) - 1)])
 
@@ -209,14 +209,14 @@ def mean(values: PerExample, confidence: float = 0.95, *, support: Support = UNI
 
 @dataclass(frozen=True)
 class McNemar:
-    """How two judgements of the same examples disagree."""
+    """Disagreement of two judgements of the same examples."""
 
     only_first: int
-    """true in the first alone"""
+    """number of examples that are true in the first only"""
     only_second: int
-    """true in the second alone"""
+    """number of examples that are true in the second only"""
     p: float
-    """exact two-sided probability of a disagreement this uneven if both were equally good"""
+    """exact two-sided p-value of this imbalance under the hypothesis that both are equally good"""
 
 
 def mcnemar(first: Mask, second: Mask) -> McNemar:
@@ -227,7 +227,7 @@ def mcnemar(first: Mask, second: Mask) -> McNemar:
 
 
 def _upper_tail(k: int, n: int) -> float:
-    """The chance of at least `k` heads in `n` throws of a fair coin."""
+    """Probability of at least `k` heads in `n` throws of a fair coin."""
     if k <= 0:
         return 1.0
     return min(1.0, math.fsum(math.exp(_log_choose(n, j) - n * math.log(2)) for j in range(k, n + 1)))

@@ -1,7 +1,7 @@
 """The input gradient of convolutions with few input channels, such as a network's first one.
 
-Training never asks for the first one's, and attacks always do. With one to four input channels, torch's CPU kernel
-spends 1.2 to five times the time of a matrix product and a fold.
+Training does not need this gradient of the first layer, and attacks always do. With one to four input channels, torch's
+CPU kernel takes 1.2 to five times as long as a matrix product and a fold.
 """
 
 from typing import Any
@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_FEW = 4  # input channels up to which the product is quicker: level at six, half as quick at eight
-_COLUMNS = 2**18  # numbers unfolded at once (1 MiB of float32), which a core's cache holds
+_FEW = 4  # most input channels for which the product is faster: equal at six, half as fast at eight
+_COLUMNS = 2**18  # numbers that are unfolded at once (1 MiB of float32), to fit a core's cache
 
 Pair = tuple[int, int]
 
 
 class _Convolution(torch.autograd.Function):
-    """`F.conv2d` whose backward gives the gradient of its input only; it may be differentiated again."""
+    """`F.conv2d` whose backward returns only the gradient of its input; it can be differentiated again."""
 
     generate_vmap_rule = True
 
@@ -42,7 +42,7 @@ class _Convolution(torch.autograd.Function):
 def _input_gradient(
     grad: Tensor, weight: Tensor, size: torch.Size, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
-    """Each output's gradient spread over the window that it was made from, a few examples at a time."""
+    """The input gradient: each output's gradient times the kernel, summed by `F.fold`, a few examples at a time."""
     spread = weight.flatten(1).t().to(grad.dtype)
     many = max(1, _COLUMNS // (len(spread) * grad.shape[2] * grad.shape[3]))
     pieces = torch.split(grad.flatten(2), many)
@@ -52,7 +52,7 @@ def _input_gradient(
 
 
 class StemConv2d(nn.Conv2d):
-    """A frozen convolution of images with few channels, quick in the gradient of its input."""
+    """A frozen convolution of images with few channels whose input gradient is fast."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Feature maps (n, out_channels, …) of images (n, in_channels, height, width)."""
@@ -66,9 +66,9 @@ class StemConv2d(nn.Conv2d):
 
 
 def quicken_stems(net: nn.Module) -> bool:
-    """Turn the plain convolutions of `net` with at most four input channels into `StemConv2d`; whether there were any.
+    """Turn the convolutions of `net` with at most four input channels into `StemConv2d`; return whether there were any.
 
-    Only frozen ones; where something in a forward makes a weight learn or depend on the input, it is plain again.
+    Only frozen layers are changed. If a weight requires a gradient in a forward, the layer uses the plain convolution.
     """
     stems = [m for m in net.modules() if type(m) is nn.Conv2d and _fits(m)]
     for stem in stems:

@@ -1,7 +1,7 @@
-"""Images turned, shifted, scaled, blurred and recoloured: batched, differentiable, by an amount for each example.
+"""Geometric and colour transformations of images: batched, differentiable, with an amount for each example.
 
-Turns, shifts and scales are one affine map with bilinear interpolation; what comes in from outside is the box's lower
-side, as in Engstrom et al., arXiv:1712.02779. Colours turn and fade in the chroma plane of YIQ, where both are linear.
+Rotations, shifts and scales are one affine map with bilinear interpolation; pixels from outside get the lower bound of
+the box, as in Engstrom et al., arXiv:1712.02779. Hue and saturation are linear in the chroma plane of YIQ.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from holdfast.core.transformations import Colour, Spatial, Transformations
 from holdfast.core.types import Inputs, PerExample
 
 Amounts = Mapping[str, PerExample]
-"""How far along each axis, for each example."""
+"""The amount along each axis for each example."""
 
 _SPATIAL = ("rotate", "shift_x", "shift_y", "scale", "perspective_x", "perspective_y")
 _COLOURED = ("hue", "saturation")
@@ -26,13 +26,13 @@ _TO_YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -
 
 
 def transformed(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
-    """Images `x` (n, channels, height, width) transformed; where all amounts are zero, unchanged to the bit,
-    with a gradient all the same.
+    """Transform images `x` (n, channels, height, width); with all amounts zero the result is bitwise equal to `x` and
+    still has a gradient.
 
-    `rotate` and `hue` are in degrees, `shift_x` and `shift_y` in pixels (right and down), `scale`, `saturation` and
-    `contrast` what is added to a factor of one, `brightness` a share of the box's width, `blur` the standard deviation
-    of a Gaussian in pixels (its sign is ignored), `perspective_x` and `perspective_y` by how much the right or the
-    lower side is nearer than the middle.
+    `rotate` and `hue` are in degrees, `shift_x` and `shift_y` in pixels (right and down). `scale`, `saturation` and
+    `contrast` are added to a factor of one. `brightness` is a share of the box's width. `blur` is the standard
+    deviation of a Gaussian in pixels (its sign is ignored). `perspective_x` and `perspective_y` are how much nearer the
+    right or the lower side is than the centre.
     """
     if not amounts:
         return x
@@ -48,7 +48,7 @@ def transformed(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
 
 
 def expect_transformations(constraint: Constraint, attack: object) -> Transformations:
-    """The constraint, if images are transformed under it; `UsageError` otherwise."""
+    """The constraint, if it transforms images; raises `UsageError` otherwise."""
     if isinstance(constraint, (Spatial, Colour)) and "flow" not in constraint.limits:
         return constraint
     raise UsageError(
@@ -58,7 +58,7 @@ def expect_transformations(constraint: Constraint, attack: object) -> Transforma
 
 
 def expect_flow(constraint: Constraint, attack: object) -> float:
-    """How far each pixel may move, if images are bent under the constraint; `UsageError` otherwise."""
+    """Largest displacement of a pixel, if the constraint displaces pixels; raises `UsageError` otherwise."""
     if isinstance(constraint, Spatial) and constraint.flow:
         return constraint.flow
     raise UsageError(
@@ -68,9 +68,10 @@ def expect_flow(constraint: Constraint, attack: object) -> float:
 
 
 def flowed(x: Inputs, flow: Tensor, bounds: Bounds) -> Inputs:
-    """Images whose every pixel comes from so many pixels right and down of its place, `flow` (n, 2, height, width).
+    """Images in which each pixel is read at a displacement `flow` (n, 2, height, width) in pixels, right and down.
 
-    Beyond a side lies what is on it. A pixel that stays is unchanged to the bit, and has a gradient.
+    Outside of the image the value of the border continues. Pixels without a displacement are bitwise unchanged, and
+    have a gradient.
     """
     height, width = x.shape[2:]
     rows = torch.arange(height, device=x.device, dtype=x.dtype)[:, None] + flow[:, 1]
@@ -82,13 +83,13 @@ def flowed(x: Inputs, flow: Tensor, bounds: Bounds) -> Inputs:
 
 
 def reached(x: Inputs, place: Tensor, constraint: Transformations, bounds: Bounds) -> Inputs:
-    """Images transformed by `place` (n, axes), -1 to 1 along each: a share of the axis's limit."""
+    """Images transformed by `place` (n, axes): the amount along each axis as a share of its limit, from -1 to 1."""
     amounts = {axis: far * place[:, k] for k, (axis, far) in enumerate(constraint.axes.items())}
     return transformed(x, amounts, bounds)
 
 
 def refuse_unfit(x: Inputs, names: Mapping[str, float]) -> None:
-    """`UsageError` where inputs like `x` cannot be transformed so."""
+    """Raise `UsageError` if inputs like `x` do not have the shape that these transformations need."""
     if x.dim() != 4:
         raise UsageError(
             f"a change of {', '.join(names)} takes images (channels, height, width); the inputs "
@@ -104,7 +105,7 @@ def refuse_unfit(x: Inputs, names: Mapping[str, float]) -> None:
 
 
 def _warped(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
-    """One homography, read backwards: where each pixel comes from."""
+    """Apply rotation, scale, shift and perspective as one homography by backward mapping."""
     height, width = x.shape[2:]
     none = x.new_zeros(len(x))
     turn = torch.deg2rad(amounts.get("rotate", none))
@@ -126,7 +127,7 @@ def _warped(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
 
 
 def _blurred(x: Inputs, sigma: PerExample) -> Inputs:
-    """A Gaussian along rows, then along columns; its width differs from example to example."""
+    """A Gaussian blur along rows, then along columns, with its own width for each example."""
     reach = min(4, x.shape[2] - 1, x.shape[3] - 1)
     offsets = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
     kernel = torch.exp(-(offsets**2) / (2 * sigma.abs().clamp_min(1e-3)[:, None] ** 2))
@@ -150,7 +151,7 @@ def _recoloured(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
 
 
 def _chroma(x: Inputs, amounts: Amounts) -> Inputs:
-    """Turn and stretch the two colour channels of YIQ, which leaves the brightness as it is."""
+    """Rotate and scale the two colour channels of YIQ, which keeps the brightness."""
     none = x.new_zeros(len(x))
     turn = torch.deg2rad(amounts.get("hue", none))
     stretch = 1 + amounts.get("saturation", none)

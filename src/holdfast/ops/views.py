@@ -1,6 +1,6 @@
-"""Other views of an input that a surrogate is shown, so that what turns it turns other models too.
+"""Random and scaled views of inputs for surrogate models, which make adversarial examples transfer better.
 
-They are of images (n, channels, height, width); anything else is shown as it is.
+They apply to images (n, channels, height, width); other inputs are unchanged.
 """
 
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from holdfast.core.types import Ids, Inputs, Logits
 
 _IMAGE = 4
 SHRUNK = 0.9
-"""The smallest size of a resized image, as a share of its own."""
+"""Smallest size of a resized image, as a share of its original size."""
 _SIGMAS = 3.0
-"""Standard deviations of the kernel to each side, as Dong et al. 2019 take."""
+"""Extent of the kernel to each side in standard deviations, as in Dong et al. 2019."""
 
 
 def resized(x: Inputs, ids: Ids, bounds: Bounds, chance: float, rng: Draws) -> Inputs:
-    """Some images, each with that chance, a little smaller and somewhere on an empty ground; differentiable.
+    """Shrink each image with probability `chance` and place it at random on an empty background; differentiable.
 
     Xie et al., "Improving Transferability of Adversarial Examples with Input Diversity", CVPR 2019, arXiv:1803.06978.
-    Differs from the paper: every image draws for itself, and sizes and places are not whole pixels.
+    Differs from the paper: every image has its own random numbers, and sizes and places are not whole pixels.
     """
     if not chance or x.dim() != _IMAGE or not len(x):
         return x
@@ -40,10 +40,10 @@ def resized(x: Inputs, ids: Ids, bounds: Bounds, chance: float, rng: Draws) -> I
 
 
 def shifted(gradient: Inputs, reach: int) -> Inputs:
-    """The mean of the gradients of an image moved by up to `reach` pixels, near ones counting most: a blur.
+    """The gradient blurred by a Gaussian: the weighted mean of the gradients of images shifted by up to `reach`.
 
     Dong et al., "Evading Defenses to Transferable Adversarial Examples by Translation-Invariant Attacks", CVPR 2019,
-    arXiv:1904.02884: a Gaussian kernel, for along both axes in turn.
+    arXiv:1904.02884: a Gaussian kernel, applied along both axes in turn.
     """
     if not reach or gradient.dim() != _IMAGE:
         return gradient
@@ -55,7 +55,7 @@ def shifted(gradient: Inputs, reach: int) -> Inputs:
 
 
 def halved(x: Inputs, times: int, bounds: Bounds) -> Inputs:
-    """The input with its values halved so many times, towards the lower side of the box.
+    """The input with its distance from the lower bound of the box halved `times` times.
 
     Lin et al., "Nesterov Accelerated Gradient and Scale Invariance for Adversarial Attacks", ICLR 2020,
     arXiv:1908.06281.
@@ -69,7 +69,7 @@ def halved(x: Inputs, times: int, bounds: Bounds) -> Inputs:
 
 @dataclass(frozen=True)
 class Viewed:
-    """A model that is shown its inputs `halved` so many times and `resized` with a chance."""
+    """A model whose inputs are `halved` and, with a probability, `resized`."""
 
     model: Model
     chance: float
@@ -78,11 +78,11 @@ class Viewed:
 
     @property
     def bounds(self) -> Bounds:
-        """The box of the model underneath."""
+        """The bounds of the model."""
         return self.model.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits of what is shown; the draws are those of the `ids`."""
+        """Logits of the transformed inputs; the random numbers depend on `ids`."""
         assert ids is not None
         view = halved(x, self.halvings, self.bounds)
         return self.model(resized(view, ids, self.bounds, self.chance, self.rng), ids)

@@ -1,7 +1,7 @@
-"""Weights moved up their own loss for the time of a gradient.
+"""Moves weights in the direction that raises their loss, for the computation of one gradient.
 
 Wu et al., "Adversarial Weight Perturbation Helps Robust Generalization", NeurIPS 2020, arXiv:2004.05884. Differs from
-the paper: the step up is taken by the network itself and taken back, and not by a copy of it.
+the paper: the network itself takes the step and undoes it, in place of a copy.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,10 +17,10 @@ _TINY = 1e-12
 
 @contextmanager
 def perturbed(model: nn.Module, loss: Callable[[], Tensor], share: float) -> Iterator[None]:
-    """The weights of `model`, each matrix or kernel moved up `loss` by that share of its norm; then as they were.
+    """Context in which each matrix or kernel of `model` is moved up `loss` by a share of its norm; undone at the end.
 
-    Vectors, such as biases and the scales of norms, stay. What `loss` does to running statistics is undone. Cost: a
-    forward and a backward; nothing where the share is 0.
+    Vectors, such as biases and the scales of norms, are unchanged. Changes of running statistics by `loss` are undone.
+    Cost: a forward and a backward; nothing if the share is 0.
     """
     if not share:
         yield

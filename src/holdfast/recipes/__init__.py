@@ -1,4 +1,4 @@
-"""The catalogue of recipes: each trains a new model that is harder to break; `__all__` is what may be named."""
+"""The catalogue of recipes: each trains a new model that is harder to break; `__all__` are the accepted names."""
 
 from holdfast.recipes.atta import ATTA
 from holdfast.recipes.cure import CURE

@@ -1,10 +1,11 @@
-"""ATTA: adversarial training whose attacks go on, epoch after epoch, from where those of the epoch before ended.
+"""ATTA: adversarial training whose attacks start from the results of the epoch before.
 
-Zheng et al., "Efficient Adversarial Training With Transferable Adversarial Examples", CVPR 2020, arXiv:1912.11969: what
-fooled the network an epoch ago nearly fools it now, so two steps an epoch do the work of ten. Where images are moved,
-what is kept of them is moved along, and back. Differs from the paper: a loss on clean inputs has a weight beside the
-other, eps grows at first, the weights are averaged, the learning rate goes in one cycle, and the kept examples never
-start anew: attacks of two steps from noise are so weak that the network forgets what it held against.
+Zheng et al., "Efficient Adversarial Training With Transferable Adversarial Examples", CVPR 2020, arXiv:1912.11969:
+adversarial examples of the network an epoch ago nearly break it now, so that two steps in each epoch have the effect of
+ten. If images are augmented, the stored changes are shifted and flipped with them, and back. Differs from the paper: a
+loss on clean inputs is added with a weight, eps grows at first, the weights are averaged, the learning rate goes in one
+cycle, and the stored examples are never reset, because attacks of two steps from noise are so weak that the network
+loses robustness.
 """
 
 from collections.abc import Iterator
@@ -31,16 +32,16 @@ from holdfast.ops.losses import cross_entropy
 
 @dataclass(frozen=True)
 class ATTA:
-    """Train on examples that are kept from epoch to epoch and made a little worse each time."""
+    """Train on adversarial examples that are stored from epoch to epoch and improved by a few steps each time."""
 
     steps: Steps = 2
-    """gradient steps on each kept example in each epoch"""
+    """gradient steps on each stored example in each epoch"""
     step: Positive = 0.33
-    """size of one, in multiples of eps"""
+    """step size, in multiples of eps"""
     refresh: Count = 0
-    """epochs after which the kept examples start again from noise; 0 for never"""
+    """number of epochs after which the stored examples are reset to noise; 0 for never"""
     clean: NonNegative = 0.25
-    """weight of the loss on the inputs as they are, beside that on the attacked ones"""
+    """weight of the loss on clean inputs, relative to that on attacked ones"""
     label_smoothing: Fraction = 0.0
     """share of each label that is spread over all classes"""
     training: Training = field(default_factory=Training)
@@ -61,7 +62,7 @@ class ATTA:
             )
         kept = {
             "kept": torch.zeros_like(data.x, dtype=torch.float16)
-        }  # each change in multiples of the whole eps, to within a thousandth of itself
+        }  # each change in multiples of the full eps, with a relative error of at most a thousandth
         where, unit = Lookup(data.ids), threat.constraint.eps or 1.0
 
         def inner(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
@@ -72,7 +73,7 @@ class ATTA:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn, rows: Rows, unit: float) -> Inputs:
-        """A few more steps up the cross-entropy from what is kept, in multiples of `unit`, which their end becomes."""
+        """Gradient ascent from the stored changes (in multiples of `unit`), which are replaced by the result."""
         constraint, bounds, kept = learner.threat.constraint, learner.frozen.bounds, learner.state["kept"]
         assert isinstance(constraint, (Linf, L2, L1))
         moved, change = moves(batch, self.training.augment, turn.rng), kept[rows].to(batch.x) * unit
@@ -97,5 +98,5 @@ class ATTA:
         return x_adv
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy there, and that of the clean inputs."""
+        """The cross-entropy at attacked inputs, plus that at clean ones with its weight."""
         return taught(learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing)

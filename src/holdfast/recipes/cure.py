@@ -1,9 +1,9 @@
-"""CURE: curvature regularisation, a slope of the loss that stays what it is a little further up.
+"""CURE: curvature regularisation, which penalises the change of the loss's gradient in a small step.
 
 Moosavi-Dezfooli et al., "Robustness via Curvature Regularization, and Vice Versa", CVPR 2019, arXiv:1811.09716. Differs
 from the paper: the finite difference is a step of `reach` times eps up the loss in the norm of the threat (under Linf
 the paper's direction, the sign of the gradient) instead of one of a fixed length; eps grows at first, the weights are
-averaged, and the learning rate goes in one cycle.
+averaged, and the learning rate follows one cycle.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from holdfast.ops.learner import Learner, as_it_is, hits, trained
 
 @dataclass(frozen=True)
 class CURE:
-    """Cross-entropy plus `weight` times the squared change of its gradient over a step; no attack is made."""
+    """Cross-entropy plus `weight` times the squared change of its gradient in a step; there is no inner attack."""
 
     weight: NonNegative = 4.0
     """weight of the penalty"""
@@ -47,17 +47,17 @@ class CURE:
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy and the change of its gradient."""
+        """The cross-entropy plus the weighted squared change of its gradient."""
         constraint, again = learner.threat.constraint, learner.again()
         value, grad, right = _slope(learner.net, x_adv, batch.y)
         climb = constraint.steepest(grad.detach(), batch.x, learner.net.bounds)
-        # The paper steps out of the box, too: there the curvature is that of the same function.
+        # The step may leave the box, as in the paper: the network is defined there too.
         _, further, _ = _slope(again, torch.add(batch.x, climb, alpha=self.reach * constraint.eps), batch.y)
         bend = (further - grad).square().flatten(1).sum(1)
         return value + self.weight * bend.mean(), right
 
 
 def _slope(net: Callable[[Inputs], Logits], x: Inputs, y: Labels) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean cross-entropy, each example's gradient of its own, and how many are right."""
+    """The mean cross-entropy, the gradient of each example's cross-entropy, and the number of correct examples."""
     x, logits, each = sloped(net, x, y)
     return each.mean(), slope(each, x), hits(logits, y)

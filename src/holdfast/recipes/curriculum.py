@@ -1,11 +1,10 @@
-"""Curriculum adversarial training, in its friendly form: attacks that stop soon after they succeed, later and later.
+"""Curriculum adversarial training, in its friendly form: attacks stop soon after their success, later and later.
 
 Zhang et al., "Attacks Which Do Not Kill Training Make Adversarial Learning Stronger", ICML 2020, arXiv:2002.11242
-(friendly adversarial training, FAT): of all points that fool the network, train on those that fool it least. That
-training should begin with weak attacks is from Cai et al., "Curriculum Adversarial Training", IJCAI 2018,
-arXiv:1805.04807, who raise the number of steps. Differs from the papers: how many steps follow a success grows evenly
-over the training instead of at chosen epochs; eps grows at first, the weights are averaged, and the learning rate goes
-in one cycle.
+(friendly adversarial training, FAT): among the adversarial examples, train on those with the smallest loss. Training
+that begins with weak attacks is from Cai et al., "Curriculum Adversarial Training", IJCAI 2018, arXiv:1805.04807, who
+raise the number of steps. Differs from the papers: the number of steps after a success grows linearly over the training
+instead of at chosen epochs; eps grows at first, the weights are averaged, and the learning rate follows one cycle.
 """
 
 from collections.abc import Iterator
@@ -28,14 +27,14 @@ from holdfast.ops.losses import cross_entropy
 
 @dataclass(frozen=True)
 class CurriculumTraining:
-    """Train on what a short PGD makes of each batch, each example left where it was first wrong or a little further."""
+    """Train on the results of a short PGD that stops for each example at its first error or a few steps later."""
 
     beyond: Count = 3
-    """steps that follow an example's first error by the end of the training; 0 at its beginning"""
+    """number of steps after an example's first error at the end of the training; 0 at its beginning"""
     steps: Steps = 10
-    """gradient steps of the inner attack at most"""
+    """largest number of gradient steps of the inner attack"""
     reach: Positive = 2.5
-    """length of all of them, in multiples of eps"""
+    """path length of all steps, in multiples of eps"""
     label_smoothing: Fraction = 0.0
     """share of each label that is spread over all classes"""
     training: Training = field(default_factory=Training)
@@ -54,7 +53,7 @@ class CurriculumTraining:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Steps up the cross-entropy, of each example as many as it needs to be wrong and those allowed beyond."""
+        """Gradient ascent on the cross-entropy; each example stops some steps after its first error."""
         constraint, model = learner.threat.constraint, learner.frozen
         x_adv = constraint.sample(batch, model.bounds, turn.rng.at("start"))
         going = torch.arange(len(batch), device=batch.x.device)
@@ -73,12 +72,12 @@ class CurriculumTraining:
         return x_adv
 
     def _slope(self, learner: Learner, batch: Batch, going: Rows) -> tuple[Inputs, Logits]:
-        """Gradients and logits of those that still go; all are forwarded where batch norm goes by their statistics."""
+        """Gradients and logits of the rows `going`; the whole batch is used if batch norm uses its statistics."""
         if self.training.attack_statistics == "batch":
             grad, logits = gradient(learner.frozen, batch, cross_entropy)
             return grad[going], logits[going]
         return gradient(learner.frozen, batch.take(going), cross_entropy)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy there."""
+        """The cross-entropy at attacked inputs."""
         return taught(learner, batch, x_adv, smoothing=self.label_smoothing)

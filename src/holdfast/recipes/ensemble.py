@@ -1,9 +1,9 @@
-"""Ensemble adversarial training: attacks on fixed networks of one's own beside attacks on the network that learns.
+"""Ensemble adversarial training: attacks on fixed surrogate models as well as on the network in training.
 
-Tramèr et al., "Ensemble Adversarial Training: Attacks and Defenses", ICLR 2018, arXiv:1705.07204. Examples made on
-other networks do not weaken as this one learns to mislead its own gradient. Differs from the paper: several steps in
-place of one, half the weight on clean inputs in place of the same, eps grows at first, the weights are averaged, and
-the learning rate goes in one cycle. It is a defence against transfer.
+Tramèr et al., "Ensemble Adversarial Training: Attacks and Defenses", ICLR 2018, arXiv:1705.07204. Adversarial examples
+of other networks stay effective when this one learns to mask its own gradient. Differs from the paper: several steps
+instead of one, half the weight on clean inputs instead of equal weight, eps grows at first, the weights are averaged,
+and the learning rate follows one cycle. It is a defence against transfer.
 """
 
 from collections.abc import Iterator
@@ -25,14 +25,14 @@ from holdfast.ops.learner import Learner, taught, trained
 
 @dataclass(frozen=True)
 class EnsembleTraining:
-    """Train on attacks made on the network itself and on each of the surrogates, a batch each in random order."""
+    """Train on attacks on the network itself and on each of the surrogates; each batch uses one of them at random."""
 
     steps: Steps = 7
     """gradient steps of the inner attack"""
     reach: Positive = 2.5
-    """length of its path, in multiples of eps"""
+    """path length of the inner attack, in multiples of eps"""
     clean: NonNegative = 0.5
-    """weight of the loss on the inputs as they are, beside that on the attacked ones"""
+    """weight of the loss on clean inputs, relative to that on attacked ones"""
     label_smoothing: Fraction = 0.0
     """share of each label that is spread over all classes"""
     training: Training = field(default_factory=Training)
@@ -56,7 +56,7 @@ class EnsembleTraining:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The end of a path up the cross-entropy of one of the networks."""
+        """The result of gradient ascent on the cross-entropy of one of the networks."""
         held = learner.threat.surrogates
         one = torch.zeros(1, dtype=torch.int64, device=batch.x.device)
         chosen = int(turn.rng.at("whose").integers(one, len(held) + 1)[0])
@@ -64,5 +64,5 @@ class EnsembleTraining:
         return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach, on=attacked)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy there, and that of the clean inputs."""
+        """The cross-entropy at attacked inputs, plus that at clean ones with its weight."""
         return taught(learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing)

@@ -1,10 +1,10 @@
-"""Free adversarial training: the backward that updates the weights moves the perturbation too.
+"""Free adversarial training: one backward pass updates both the weights and the perturbation.
 
 Shafahi et al., "Adversarial Training for Free!", NeurIPS 2019, arXiv:1904.12843: each batch is replayed a few times,
-and the perturbation goes on from replay to replay and from batch to batch, so that an update costs one forward and one
-backward, as in ordinary training. Differs from the paper: any norm, eps grows at first, the weights are averaged, the
-learning rate goes in one cycle, a pass over the data counts as one epoch however often its batches are replayed, and a
-feature that the box has cut keeps the gradient that leads back, which the paper's code drops with the other.
+and the perturbation continues from replay to replay and from batch to batch, so that an update costs one forward and
+one backward, as in ordinary training. Differs from the paper: any norm, eps grows at first, the weights are averaged,
+the learning rate follows one cycle, a pass over the data counts as one epoch for any number of replays, and a feature
+that was clipped to the box keeps a gradient that leads back into it, which the paper's code drops.
 """
 
 import math
@@ -25,17 +25,17 @@ from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, taught, trained
 
 _DELTA = "delta"
-_EVERYWHERE = Bounds(-math.inf, math.inf)  # the perturbation outlives the images whose box would cut it
+_EVERYWHERE = Bounds(-math.inf, math.inf)  # the perturbation is not clipped: it is used on other images
 
 
 @dataclass(frozen=True)
 class FreeTraining:
-    """Train on each batch several times over, while its perturbation climbs the gradient that falls off anyway."""
+    """Train on each batch several times, and update its perturbation with the gradient of the same backward pass."""
 
     replays: Steps = 8
-    """updates on each batch in a row"""
+    """number of consecutive updates on each batch"""
     step: Positive = 1.0
-    """how far the perturbation moves with each, in multiples of eps"""
+    """step size of the perturbation in each update, in multiples of eps"""
     label_smoothing: Fraction = 0.0
     """share of each label that is spread over all classes"""
     training: Training = field(default_factory=Training)
@@ -66,7 +66,7 @@ class FreeTraining:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The inputs with the perturbation as it is; the backward that meets them moves it."""
+        """The inputs with the present perturbation; a hook on them updates it in the backward pass."""
         whole = batch.x + learner.state[_DELTA]
         x_adv = learner.net.bounds.clamp(whole).requires_grad_()
         cut = whole - x_adv.detach()
@@ -74,12 +74,12 @@ class FreeTraining:
         return x_adv
 
     def _moved(self, learner: Learner, x_adv: Inputs, cut: Inputs, grad: Inputs) -> None:
-        """Let the perturbation climb the gradient, inside its ball, but not further into what the box has `cut`."""
+        """Update the perturbation along the gradient inside its ball; features with a `cut` move only into the box."""
         constraint, delta = learner.threat.constraint, learner.state[_DELTA]
         climb = constraint.steepest(grad.masked_fill(grad * cut > 0, 0), x_adv, learner.net.bounds)
         moved = torch.add(delta, climb, alpha=self.step * constraint.eps)
         delta.copy_(constraint.project(moved, torch.zeros_like(delta), _EVERYWHERE))
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy there."""
+        """The cross-entropy at attacked inputs."""
         return taught(learner, batch, x_adv, smoothing=self.label_smoothing)

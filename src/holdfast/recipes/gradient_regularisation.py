@@ -1,12 +1,12 @@
-"""Gradient regularisation: a loss whose slope in the input is small, measured in the norm dual to the threat's.
+"""Gradient regularisation: a penalty on the input gradient of the loss, in the norm dual to the threat's.
 
 Drucker & Le Cun, "Improving generalization performance using double backpropagation", IEEE Transactions on Neural
 Networks 3(6), 1992; for robustness Ross & Doshi-Velez, "Improving the Adversarial Robustness and Interpretability of
 Deep Neural Networks by Regularizing Their Input Gradients", AAAI 2018, arXiv:1711.09404; in the dual norm, and by a
-finite difference in place of the second backward, Finlay & Oberman, "Scaleable input gradient regularization for
-adversarial robustness", arXiv:1905.11468. Differs from them: the penalty is the norm itself times eps, the first-order
-loss of an attack, instead of its square, and eps grows at first. It holds at small eps; at large ones the slope at the
-input says little.
+finite difference instead of the second backward, Finlay & Oberman, "Scaleable input gradient regularization for
+adversarial robustness", arXiv:1905.11468. Differs from the papers: the penalty is the norm itself times eps, the
+first-order increase of the loss in an attack, instead of its square, and eps grows at first. It is effective at small
+eps; at large eps the gradient at the input predicts little.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,12 +30,12 @@ from holdfast.ops.learner import Learner, as_it_is, hits, trained
 
 @dataclass(frozen=True)
 class GradientRegularisation:
-    """Cross-entropy plus `weight` times what a step of length eps adds to it to first order; no attack is made."""
+    """Cross-entropy plus `weight` times its first-order increase in a step of length eps; there is no inner attack."""
 
     weight: NonNegative = 3.0
     """weight of the penalty; at 1 the sum is the loss after the step, to first order"""
     method: Literal["double-backprop", "finite-difference"] = "double-backprop"
-    """a backward through the backward, or the loss a little further up"""
+    """how the penalty is computed: by a second backward pass, or by the loss after a short step"""
     reach: Positive = 0.1
     """length of the finite difference, in multiples of eps"""
     training: Training = field(default_factory=Training)
@@ -54,7 +54,7 @@ class GradientRegularisation:
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy and the slope."""
+        """The cross-entropy plus the weighted penalty."""
         again = learner.again()
         x, logits, each = sloped(learner.net, x_adv, batch.y)
         if self.method == "double-backprop":
@@ -66,7 +66,7 @@ class GradientRegularisation:
     def _further(
         self, learner: Learner, batch: Batch, x: Inputs, each: PerExample, again: Callable[[Inputs], Logits]
     ) -> PerExample:
-        """What a short step adds to the loss."""
+        """Increase of the loss in a short step."""
         constraint = learner.threat.constraint
         climb = constraint.steepest(slope(each, x, graph=False), batch.x, learner.net.bounds)
         moved = again(torch.add(batch.x, climb, alpha=self.reach * constraint.eps))

@@ -1,9 +1,9 @@
-"""HAT: TRADES, and beyond the ball the answers of a network that was never hardened, which cuts needless margins.
+"""HAT: TRADES with an additional loss outside the ball, on the predictions of the original model, for smaller margins.
 
 Rade & Moosavi-Dezfooli, "Reducing Excessive Margin to Achieve a Better Accuracy vs. Robustness Trade-off", ICLR 2022
-(helper-based adversarial training). Differs from the paper: the network that is given to be hardened is the helper, the
-inner attack starts anywhere in the ball instead of at a tiny Gaussian, eps grows at first, the weights are averaged,
-and the learning rate goes in one cycle.
+(helper-based adversarial training). Differs from the paper: the model that is to be hardened is the helper, the inner
+attack starts from a random point of the ball instead of from small Gaussian noise, eps grows at first, the weights are
+averaged, and the learning rate follows one cycle.
 """
 
 from collections.abc import Iterator
@@ -25,23 +25,23 @@ from holdfast.ops.divergences import kullback_leibler
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, hits, trained
 
-_SEEN, _KNOWS = 1_000, 0.5  # a helper that has fewer than half of the first examples right is no help
+_SEEN, _KNOWS = 1_000, 0.5  # number of examples on which the helper is tested, and the accuracy that it needs
 
 
 @dataclass(frozen=True)
 class HAT:
-    """TRADES plus the cross-entropy, beyond the attack, of what the model that is hardened says there."""
+    """TRADES plus the cross-entropy at points beyond the attack, with the original model's predictions as labels."""
 
     beta: NonNegative = 2.5
     """weight of the divergence"""
     gamma: NonNegative = 0.5
-    """weight of the helper's answers"""
+    """weight of the loss with the helper's predictions"""
     beyond: Positive = 2.0
-    """where those are learned: the attack's change times this"""
+    """factor of the attack's change at the points of that loss"""
     steps: Steps = 10
     """gradient steps of the inner attack"""
     reach: Positive = 2.5
-    """length of its path, in multiples of eps"""
+    """path length of the inner attack, in multiples of eps"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -64,13 +64,13 @@ class HAT:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The end of a path up the divergence from the clean prediction."""
+        """The result of gradient ascent on the divergence from the clean prediction."""
         return learner.apart(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
 
     def loss(
         self, learner: Learner, batch: Batch, x_adv: Inputs, helper: Classifier
     ) -> tuple[Tensor, Tensor]:
-        """The clean cross-entropy, the divergence, and the helper's answer further out."""
+        """The clean cross-entropy, the divergence, and the cross-entropy with the helper's labels beyond the attack."""
         with torch.no_grad():
             says = helper(x_adv).argmax(1)
         further = torch.lerp(batch.x, x_adv, self.beyond)

@@ -1,10 +1,10 @@
-"""IKL: the two parts of TRADES' divergence told apart, and the first one felt by the clean prediction too.
+"""IKL: TRADES with its divergence decomposed into two parts, the first of which also trains the clean prediction.
 
 Cui et al., "Decoupled Kullback-Leibler Divergence Loss", NeurIPS 2024, arXiv:2305.13948: the divergence has the
-gradients of a weighted squared error of the logits' gaps and of a cross-entropy with soft labels. Differs from the
-paper: the mean predictions that weigh the gaps are running means instead of those of the epoch before, the inner attack
-starts anywhere in the ball instead of at a tiny Gaussian, eps grows at first, the weights are averaged, and the
-learning rate goes in one cycle.
+gradients of a weighted squared error of the gaps between logits and of a cross-entropy with soft labels. Differs from
+the paper: the mean predictions that weight the gaps are running means instead of those of the epoch before, the inner
+attack starts from a random point of the ball instead of from small Gaussian noise, eps grows at first, the weights are
+averaged, and the learning rate follows one cycle.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,20 +31,20 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class IKL:
-    """Clean cross-entropy, gaps of the logits that stay as they are, and the clean prediction as a label."""
+    """Clean cross-entropy, squared change of the gaps between logits, and cross-entropy with the clean prediction."""
 
     alpha: NonNegative = 4.0
     """weight of the cross-entropy with the clean prediction as a label"""
     beta: NonNegative = 20.0
     """weight of the gaps between logits"""
     temperature: Positive = 4.0
-    """what the logits are divided by before they are the predictions whose class means weigh the gaps"""
+    """divisor of the logits in the predictions whose class means weight the gaps"""
     keep: Annotated[float, Gt(0), Lt(1)] = 0.99
-    """how much of the mean prediction of a class a batch leaves"""
+    """share of the mean prediction of a class that an update keeps"""
     steps: Steps = 10
     """gradient steps of the inner attack"""
     reach: Positive = 2.5
-    """length of its path, in multiples of eps"""
+    """path length of the inner attack, in multiples of eps"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -73,11 +73,11 @@ class IKL:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The end of a path up the divergence from the clean prediction."""
+        """The result of gradient ascent on the divergence from the clean prediction."""
         return learner.apart(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """All three terms."""
+        """The weighted sum of the three terms."""
         clean, logits = learner.net(batch.x), learner.net(x_adv)
         target = clean.detach()
         means = learner.state["means"]
@@ -87,16 +87,16 @@ class IKL:
         return F.cross_entropy(clean, batch.y) + self.beta * gaps + self.alpha * soft, hits(logits, batch.y)
 
     def _seen(self, means: Tensor, clean: Logits, y: Labels) -> Tensor:
-        """The mean prediction of each class in the batch moved towards what the batch says."""
+        """The running mean prediction of each class, updated with the predictions of a batch."""
         member = F.one_hot(y, len(means)).to(means)
         said, count = member.t() @ (clean / self.temperature).softmax(1).to(means), member.sum(0)[:, None]
-        average((said, count))  # of the shares of a batch
+        average((said, count))  # over the processes
         now = said / torch.where(count > 0, count, 1)
         return torch.where(count > 0, torch.lerp(now, means, self.keep), means)
 
 
 def _settled(learner: Learner) -> Callable[[], None]:
-    """The means follow once an update, however often its loss was asked for."""
+    """A function that updates the means once an update, independently of the number of evaluations of the loss."""
 
     def follow() -> None:
         learner.state["means"].copy_(learner.state["seen"])

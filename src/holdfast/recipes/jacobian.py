@@ -1,8 +1,8 @@
-"""Jacobian regularisation: logits that move little whichever way the input moves.
+"""Jacobian regularisation: a penalty on the derivatives of the logits with respect to the input.
 
 Hoffman, Roberts & Yaida, "Robust Learning with Jacobian Regularization", arXiv:1908.02729, 2019. Differs from the
-paper: the weights are averaged, and the learning rate goes in one cycle. It knows neither eps nor norm, and what it
-gains is modest.
+paper: the weights are averaged, and the learning rate follows one cycle. It uses neither eps nor the norm of the
+threat, and its gain in robustness is modest.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from holdfast.ops.fit import Training, Turn
 from holdfast.ops.gradients import slope
 from holdfast.ops.learner import Learner, hits, trained
 
-_PLACE = "place"  # of the state: where the projections of an update are drawn, the same however often it is measured
+_PLACE = "place"  # state with the seed of an update's projections, the same for every evaluation of the loss
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class JacobianRegularisation:
     weight: NonNegative = 0.01
     """weight of the penalty"""
     projections: Steps = 1
-    """random directions of the logits that it is estimated from, a backward through a backward for each"""
+    """number of random directions of the logits for the estimate; each costs a second backward pass"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -59,19 +59,19 @@ class JacobianRegularisation:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """No attack."""
+        """The clean inputs; also store the seed of the projections."""
         learner.state[_PLACE].fill_(turn.rng.key >> 1)
         return batch.x
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy and the penalty."""
+        """The cross-entropy plus the penalty."""
         x = x_adv.detach().requires_grad_()
         logits = learner.net(x)
         squared = self.penalty(logits, x, batch, Draws(int(learner.state[_PLACE]))).mean()
         return F.cross_entropy(logits, batch.y) + self.weight / 2 * squared, hits(logits, batch.y)
 
     def penalty(self, logits: Logits, x: Inputs, batch: Batch, rng: Draws) -> PerExample:
-        """The squared norm of each example's Jacobian, right on average over the directions."""
+        """The squared Frobenius norm of each example's Jacobian, an unbiased estimate from random directions."""
         classes = logits.shape[1]
         towards = rng.normal(batch.ids, self.projections, classes, dtype=logits.dtype)
         towards = towards / towards.norm(dim=2, keepdim=True)

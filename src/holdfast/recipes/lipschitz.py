@@ -1,11 +1,11 @@
-"""Lipschitz constraint: layers that never stretch a change by more than a bound, and with it a small slope of the loss.
+"""Lipschitz constraint: layers whose Lipschitz constant is bounded, with a penalty on the input gradient of the loss.
 
 Gouk et al., "Regularisation of Neural Networks by Enforcing Lipschitz Continuity", Machine Learning 110, 2021,
 arXiv:1804.04368, for the constraint, which under L2 is a spectral normalisation (Miyato et al., "Spectral Normalization
-for Generative Adversarial Networks", ICLR 2018, arXiv:1802.05957) that shrinks and never stretches; Finlay & Oberman,
-"Scaleable input gradient regularization for adversarial robustness", arXiv:1905.11468, for the slope. Differs from the
-papers: both together, an eps that grows at first, and what `ops/gains.py` says. The bound of a whole network is the
-product over its layers and as a certificate far too loose: see `ops/lipschitz.py` for layers that are made for one.
+for Generative Adversarial Networks", ICLR 2018, arXiv:1802.05957) that shrinks and never enlarges; Finlay & Oberman,
+"Scaleable input gradient regularization for adversarial robustness", arXiv:1905.11468, for the penalty. Differs from
+the papers: both are combined, eps grows at first, and see `ops/gains.py`. The bound of a whole network is the product
+over its layers and far too loose for a certificate: see `ops/lipschitz.py` for layers that are made for one.
 """
 
 from collections.abc import Iterator
@@ -29,15 +29,14 @@ from holdfast.ops.learner import Learner, as_it_is, hits, taught, trained
 
 @dataclass(frozen=True)
 class LipschitzConstraint:
-    """Cross-entropy plus `weight` times its slope, with layers whose gain is at most `gain`; no attack is made."""
+    """Cross-entropy plus `weight` times its slope, with layers of gain at most `gain`; there is no inner attack."""
 
     gain: Positive = 10.0
-    """by how much each layer may stretch a change; under L2 as far as power iteration sees"""
+    """largest Lipschitz constant (gain) of each layer; under L2 as estimated by power iteration"""
     norm: Literal["threat", "l2"] = "threat"
-    """in which norm: that of the threat, or l2 whatever the threat, which is spectral normalisation with a bound of
-    its own"""
+    """norm of the gain: that of the threat, or l2 for any threat, which is spectral normalisation with its own bound"""
     weight: NonNegative = 6.0
-    """weight of what a step of length eps adds to the loss to first order; 0 leaves the constraint alone"""
+    """weight of the first-order increase of the loss in a step of length eps; with 0 only the constraint remains"""
     training: Training = field(default_factory=lambda: Training(weight_decay=5e-4))
 
     def __call__(
@@ -69,7 +68,7 @@ class LipschitzConstraint:
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy and the slope."""
+        """The cross-entropy plus the weighted slope."""
         if not self.weight:
             return taught(learner, batch, x_adv)
         x, logits, each = sloped(learner.net, x_adv, batch.y)

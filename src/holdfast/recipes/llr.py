@@ -1,8 +1,8 @@
-"""LLR: local linearity regularisation, a loss that is nearly linear in the whole ball, and nearly level.
+"""LLR: local linearity regularisation, a loss that is nearly linear and has a small slope in the whole ball.
 
 Qin et al., "Adversarial Robustness through Local Linearization", NeurIPS 2019, arXiv:1907.02610. Differs from the
-paper: the search climbs by the threat's steepest steps instead of Adam's, eps grows at first, the weights are averaged,
-and the learning rate goes in one cycle.
+paper: the search uses the threat's steepest steps instead of Adam's, eps grows at first, the weights are averaged,
+and the learning rate follows one cycle.
 """
 
 from collections.abc import Iterator
@@ -28,16 +28,16 @@ from holdfast.ops.losses import cross_entropy
 
 @dataclass(frozen=True)
 class LLR:
-    """Cross-entropy plus how far the loss bends away from its tangent at worst, and how steep it is there."""
+    """Cross-entropy plus the largest distance of the loss from its tangent in the ball, plus the tangent's change."""
 
     bend: NonNegative = 4.0
-    """weight of the distance between the loss and its tangent, where that is largest"""
+    """weight of the largest distance between the loss and its tangent"""
     slope: NonNegative = 3.0
-    """weight of what the tangent itself says of that point"""
+    """weight of the absolute change of the tangent at the same point"""
     steps: Steps = 2
-    """gradient steps of the search for it"""
+    """gradient steps of the search for this point"""
     reach: Positive = 2.5
-    """length of its path, in multiples of eps"""
+    """path length of the search, in multiples of eps"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -54,7 +54,7 @@ class LLR:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The end of a path away from the tangent, up or down."""
+        """The result of gradient ascent on the absolute distance of the loss from its tangent."""
         constraint, net, bounds = learner.threat.constraint, learner.frozen, learner.frozen.bounds
         tangent, logits = gradient(net, batch, cross_entropy)
         level = cross_entropy(logits, batch)
@@ -68,7 +68,7 @@ class LLR:
         return x
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy, the distance from its tangent at the end of the path, and the tangent's height there."""
+        """The cross-entropy, plus the weighted distance from its tangent and change of the tangent at `x_adv`."""
         again = learner.again()
         x, logits, each = sloped(learner.net, batch.x, batch.y)
         risen = (slope(each, x) * (x_adv - batch.x)).flatten(1).sum(1)

@@ -1,9 +1,9 @@
-"""Margin training: logits that lie apart by what a ball needs, for networks whose Lipschitz constant is one.
+"""Margin training: gaps between logits that certify a ball, for networks whose Lipschitz constant is one.
 
 Prach & Lampert, "Almost-Orthogonal Layers for Efficient General-Purpose Lipschitz Networks", ECCV 2022,
 arXiv:2208.03160. Differs from the paper: the offset is in multiples of the margin that certifies the ball of the
-threat, instead of the square root of two whatever the ball; eps grows at first, the weights are averaged, and the
-learning rate goes in one cycle. Any network can be trained so; only one of the layers in `ops/lipschitz.py` has its
+threat, instead of the square root of two for every ball; eps grows at first, the weights are averaged, and the learning
+rate follows one cycle. Any network can be trained in this way; only one of the layers in `ops/lipschitz.py` has the
 certificate.
 """
 
@@ -28,13 +28,13 @@ from holdfast.ops.lipschitz import input_constant
 
 @dataclass(frozen=True)
 class MarginTraining:
-    """Cross-entropy after an offset is taken off the true class's logit; no attack is made."""
+    """Cross-entropy after an offset is subtracted from the true class's logit; there is no inner attack."""
 
     offset: NonNegative = 2.0
-    """what is taken off, in multiples of the margin that certifies the ball: eps times the square root of two, over the
+    """offset, in multiples of the margin that certifies the ball: eps times the square root of two, divided by the
     smallest std of the preprocessing"""
     temperature: Positive = 0.25
-    """what the logits are divided by, and the loss multiplied with"""
+    """divisor of the logits and factor of the loss"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -49,11 +49,11 @@ class MarginTraining:
         return trained(as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy of the lowered logits."""
+        """The cross-entropy after the offset is subtracted from the true class's logits."""
         logits, constraint = learner.net(x_adv), learner.threat.constraint
-        eps = constraint.eps * input_constant(learner.net)  # of the ball behind the preprocessing
+        eps = constraint.eps * input_constant(learner.net)  # radius after the preprocessing
         if isinstance(constraint, Linf):
-            eps *= math.sqrt(batch.x[0].numel())  # of the Euclidean ball around the cube
+            eps *= math.sqrt(batch.x[0].numel())  # radius of the Euclidean ball around the cube
         own = F.one_hot(batch.y, logits.shape[1]).to(logits)
         lowered = (logits - self.offset * math.sqrt(2) * eps * own) / self.temperature
         return self.temperature * F.cross_entropy(lowered, batch.y), hits(logits, batch.y)

@@ -1,9 +1,9 @@
-"""MART: errors count more, the clean ones most of all.
+"""MART: misclassified examples get a larger weight in the loss, most of all those that are misclassified when clean.
 
 Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR 2020. Differs from the
-paper: the inner attack starts anywhere in the ball instead of at a tiny Gaussian, eps grows at first, the weights are
-averaged, and the learning rate goes in one cycle. Overestimated by PGD: under AutoAttack it is below plain adversarial
-training in the tables of others.
+paper: the inner attack starts from a random point of the ball instead of from small Gaussian noise, eps grows at first,
+the weights are averaged, and the learning rate follows one cycle. PGD overestimates its robust accuracy: under
+AutoAttack it is below plain adversarial training in published tables.
 """
 
 from collections.abc import Iterator
@@ -23,19 +23,19 @@ from holdfast.ops.divergences import kullback_leibler
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, hits, trained
 
-_ABOVE_ONE = 1.0001  # as its authors have it: the logarithm of nothing left is no number
+_ABOVE_ONE = 1.0001  # as in the authors' code, so that the argument of the logarithm is positive
 
 
 @dataclass(frozen=True)
 class MART:
-    """A boosted cross-entropy on attacked inputs, and a divergence that weighs what is wrong when clean."""
+    """A boosted cross-entropy on attacked inputs, and a divergence with larger weights for clean errors."""
 
     beta: NonNegative = 6.0
     """weight of the divergence"""
     steps: Steps = 10
     """gradient steps of the inner attack"""
     reach: Positive = 2.5
-    """length of its path, in multiples of eps"""
+    """path length of the inner attack, in multiples of eps"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -50,11 +50,11 @@ class MART:
         return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The end of a path up the cross-entropy."""
+        """The result of gradient ascent on the cross-entropy."""
         return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Both terms."""
+        """The sum of both terms."""
         clean, logits = learner.net(batch.x), learner.net(x_adv)
         own = batch.y[:, None]
         rival = logits.softmax(1).scatter(1, own, 0.0).amax(1)

@@ -1,10 +1,10 @@
-"""Adversarial training against several norms at once: the worst of all attacks, all of them, or one through all balls.
+"""Adversarial training under several norms: the worst attack of each example, all attacks, or one under all norms.
 
 Tramèr & Boneh, "Adversarial Training and Robustness for Multiple Perturbations", NeurIPS 2019, arXiv:1904.13000 (`max`
 and `average`). Maini et al., "Adversarial Robustness Against the Union of Multiple Perturbation Models", ICML 2020,
-arXiv:1909.04068 (`msd`, multi steepest descent): each step is tried under every norm, and the worst is taken. Differs
-from the papers: every attack of `max` and `average` has the same number of steps, eps grows at first, the weights are
-averaged, and the learning rate goes in one cycle.
+arXiv:1909.04068 (`msd`, multi steepest descent): each step is tried under every norm, and the one with the largest loss
+is taken. Differs from the papers: every attack of `max` and `average` has the same number of steps, eps grows at first,
+the weights are averaged, and the learning rate follows one cycle.
 """
 
 from collections.abc import Iterator
@@ -32,16 +32,16 @@ from holdfast.ops.losses import cross_entropy
 
 @dataclass(frozen=True)
 class MultiNormTraining:
-    """Train on attacks under the threat's constraint and under others beside it."""
+    """Train on attacks under the threat's constraint and under further ones."""
 
     others: tuple[Constraint, ...] = ()
-    """what else may be changed, each as in a threat: l2:1.5,l1:10"""
+    """further constraints, each as in a threat: l2:1.5,l1:10"""
     method: Literal["max", "average", "msd"] = "msd"
-    """the worst of the attacks on each example, all of them, or one whose every step is the worst of all norms"""
+    """the worst attack on each example (max), all attacks (average), or one with the worst norm in every step (msd)"""
     steps: Steps = 10
     """gradient steps of each inner attack"""
     reach: Positive = 2.5
-    """length of its path, in multiples of eps"""
+    """path length of each inner attack, in multiples of eps"""
     training: Training = field(default_factory=lambda: Training(warmup=0.5))
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class MultiNormTraining:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The worst points found; with `average` those of one constraint after those of another."""
+        """The attacked inputs; with `average` those of all constraints, concatenated."""
         constraints = [learner.threat.constraint, *(c.resized(turn.grown * c.eps) for c in self.others)]
         if self.method == "msd":
             return self._steepest_of_all(learner, batch, constraints)
@@ -82,7 +82,7 @@ class MultiNormTraining:
         return torch.cat(ends) if self.method == "average" else _worst(learner, batch, ends)[0]
 
     def _steepest_of_all(self, learner: Learner, batch: Batch, constraints: list[Constraint]) -> Inputs:
-        """The worst point of a path from the inputs, each step under the constraint that raises the loss most."""
+        """The point of largest loss on a path on which each step uses the constraint that raises the loss most."""
         model, x_adv = learner.frozen, batch.x
         worst, highest = x_adv, x_adv.new_full((len(x_adv),), -torch.inf)
         for _ in range(self.steps):
@@ -98,7 +98,7 @@ class MultiNormTraining:
         return worst
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The mean cross-entropy over all points; right is what is right at each of its own."""
+        """The mean cross-entropy over all points, and the number of examples that are correct at all points."""
         logits, n = learner.net(x_adv), len(x_adv) // len(batch)
         y = batch.y.repeat(n)
         right = (logits.argmax(1) == y).view(n, -1).all(0).sum()
@@ -106,7 +106,7 @@ class MultiNormTraining:
 
 
 def _worst(learner: Learner, batch: Batch, tried: list[Inputs]) -> tuple[Inputs, PerExample]:
-    """Of each example the point with the largest loss, and that loss; a forward each."""
+    """The point with the largest loss for each example, and that loss; one forward for each element of `tried`."""
 
     def height(x: Inputs) -> PerExample:
         with torch.no_grad():

@@ -1,8 +1,8 @@
-"""Adversarial training: the cross-entropy at the worst point that projected gradient steps find around each example.
+"""Adversarial training: the cross-entropy at the result of a projected gradient attack on each example.
 
 Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, arXiv:1706.06083: robust
 optimisation, the minimum over weights of the mean over examples of the maximum over the ball. Differs from the paper:
-eps grows at first, the weights are averaged, and the learning rate goes in one cycle.
+eps grows at first, the weights are averaged, and the learning rate follows one cycle.
 """
 
 from collections.abc import Iterator
@@ -22,14 +22,14 @@ from holdfast.ops.learner import Learner, taught, trained
 
 @dataclass(frozen=True)
 class PGDTraining:
-    """Train on what a short PGD makes of each batch."""
+    """Train on the results of a short PGD attack on each batch."""
 
     steps: Steps = 7
     """gradient steps of the inner attack"""
     reach: Positive = 2.5
-    """length of its path, in multiples of eps"""
+    """path length of the inner attack, in multiples of eps"""
     clean: NonNegative = 0.0
-    """weight of the loss on the inputs as they are, beside that on the attacked ones"""
+    """weight of the loss on clean inputs, relative to that on attacked ones"""
     label_smoothing: Fraction = 0.0
     """share of each label that is spread over all classes"""
     training: Training = field(default_factory=Training)
@@ -48,9 +48,9 @@ class PGDTraining:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The end of a path up the cross-entropy."""
+        """The result of gradient ascent on the cross-entropy."""
         return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy there, and that of the clean inputs where it has a weight."""
+        """The cross-entropy at attacked inputs, plus that at clean ones if it has a weight."""
         return taught(learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing)

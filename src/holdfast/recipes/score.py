@@ -1,7 +1,7 @@
-"""SCORE: TRADES with a distance of predictions in place of a divergence, which asks for no more than is there.
+"""SCORE: TRADES with a squared distance of predictions instead of a divergence.
 
 Pang et al., "Robustness and Accuracy Could Be Reconcilable by (Proper) Definition", ICML 2022, arXiv:2202.10103.
-Differs from the paper: eps grows at first, the weights are averaged, and the learning rate goes in one cycle.
+Differs from the paper: eps grows at first, the weights are averaged, and the learning rate follows one cycle.
 """
 
 from collections.abc import Iterator
@@ -24,18 +24,18 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class SCORE:
-    """Squared errors: of the clean prediction from the label, and of the attacked one from the clean one."""
+    """Squared distances: of the clean prediction from the label, and of the attacked prediction from the clean one."""
 
     beta: NonNegative = 4.0
     """weight of the robust term"""
     forgiven: NonNegative = 0.0
-    """a distance that costs nothing: labels are not certain either"""
+    """squared distance below which the robust term is zero, since labels are uncertain"""
     label_smoothing: Fraction = 0.0
     """share of each label that is spread over all classes"""
     steps: Steps = 10
     """gradient steps of the inner attack"""
     reach: Positive = 2.5
-    """length of its path, in multiples of eps"""
+    """path length of the inner attack, in multiples of eps"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -52,11 +52,11 @@ class SCORE:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The end of a path up the squared distance from the clean prediction."""
+        """The result of gradient ascent on the squared distance from the clean prediction."""
         return learner.apart(batch, turn.rng, squared_error, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Both squared errors."""
+        """The weighted sum of both squared distances."""
         clean, logits = learner.net(batch.x), learner.net(x_adv)
         label = F.one_hot(batch.y, clean.shape[1]).to(clean)
         label = torch.lerp(label, torch.full_like(label, 1 / clean.shape[1]), self.label_smoothing)

@@ -3,9 +3,9 @@
 Goodfellow et al., "Explaining and Harnessing Adversarial Examples", ICLR 2015, arXiv:1412.6572: from the input itself.
 Wong et al., "Fast is Better than Free: Revisiting Adversarial Training", ICLR 2020, arXiv:2001.03994 (FGSM-RS): from a
 random point of the ball, a step of 1.25 eps. De Jorge et al., "Make Some Noise: Reliable and Efficient Single-Step
-Adversarial Training", NeurIPS 2022, arXiv:2202.01181 (N-FGSM): from noise of twice eps, and the end is not brought back
-into the ball. Differs from the papers: any norm, eps grows at first, the weights are averaged, and the learning rate
-goes in one cycle.
+Adversarial Training", NeurIPS 2022, arXiv:2202.01181 (N-FGSM): from noise of twice eps, without a projection onto the
+ball at the end. Differs from the papers: any norm, eps grows at first, the weights are averaged, and the learning rate
+follows one cycle.
 """
 
 from collections.abc import Iterator
@@ -31,17 +31,17 @@ from holdfast.ops.overfitting import HELD, RAISED, OverfittingGuard
 
 @dataclass(frozen=True)
 class SingleStep:
-    """Train on what one step makes of each batch: two passes an update."""
+    """Train on the results of a single gradient step on each batch: two passes for each update."""
 
     noise: NonNegative = 2.0
-    """size of the ball that the start is drawn from, in multiples of eps"""
+    """radius of the ball from which the start is sampled, in multiples of eps"""
     step: Positive = 1.0
-    """size of the step, in multiples of eps"""
+    """step size, in multiples of eps"""
     clip: bool = False
-    """whether the end is brought back into the ball"""
+    """whether the result is projected onto the ball"""
     guard: bool = True
-    """whether catastrophic overfitting is watched for, on 128 examples that are not trained on, where there are more
-    than twice as many: if ten steps break far more than one, the last updates are undone, and another step is added,
+    """whether a guard checks for catastrophic overfitting, on 128 examples that are not trained on (if there are more
+    than twice as many): if ten steps break far more than one, the last updates are undone and a further step is added,
     three times at most"""
     label_smoothing: Fraction = 0.0
     """share of each label that is spread over all classes"""
@@ -75,7 +75,7 @@ class SingleStep:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Where the step ends, or the steps that the guard has asked for, which share its length."""
+        """The result of one gradient step, or of as many as the guard has set, of the same total length."""
         constraint, bounds = learner.threat.constraint, learner.frozen.bounds
         assert isinstance(constraint, (Linf, L2, L1))
         x, steps = batch.x, 1 + int(learner.state[RAISED])
@@ -89,5 +89,5 @@ class SingleStep:
         return x
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy there."""
+        """The cross-entropy at attacked inputs."""
         return taught(learner, batch, x_adv, smoothing=self.label_smoothing)

@@ -1,4 +1,4 @@
-"""Ordinary training: the cross-entropy of the labels, which is what every recipe is compared with."""
+"""Ordinary training: the cross-entropy of the labels, as a baseline for the other recipes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from holdfast.ops.learner import Learner, as_it_is, taught, trained
 
 @dataclass(frozen=True)
 class Standard:
-    """Train on the examples as they are; nothing is made harder to break."""
+    """Train on clean examples; the model does not become more robust."""
 
     label_smoothing: Fraction = 0.0
     """share of each label that is spread over all classes"""
@@ -37,5 +37,5 @@ class Standard:
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy, its labels smoothed."""
+        """The cross-entropy with smoothed labels."""
         return taught(learner, batch, x_adv, smoothing=self.label_smoothing)

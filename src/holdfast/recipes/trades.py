@@ -1,8 +1,8 @@
-"""TRADES: clean accuracy, and how little the output changes around it, weighed against each other.
+"""TRADES: a weighted sum of the clean loss and the change of the output near each input.
 
 Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", ICML 2019, arXiv:1901.08573. Differs
-from the paper: the inner attack starts anywhere in the ball instead of at a tiny Gaussian, eps grows at first, the
-weights are averaged, and the learning rate goes in one cycle.
+from the paper: the inner attack starts from a random point of the ball instead of from small Gaussian noise, eps grows
+at first, the weights are averaged, and the learning rate follows one cycle.
 """
 
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class TRADES:
-    """Cross-entropy on clean inputs plus `beta` times the worst divergence of the outputs around them."""
+    """Cross-entropy on clean inputs plus `beta` times the largest divergence of the outputs around them."""
 
     beta: NonNegative = 6.0
-    """weight of the robust term; at 0 the attack is made all the same, and batch norm gathers from what it made"""
+    """weight of the robust term; with 0 the attack is still made, and batch norm includes its statistics"""
     steps: Steps = 10
     """gradient steps of the inner attack"""
     reach: Positive = 2.5
-    """length of its path, in multiples of eps"""
+    """path length of the inner attack, in multiples of eps"""
     label_smoothing: Fraction = 0.0
     """share of each label that is spread over all classes"""
     training: Training = field(default_factory=Training)
@@ -50,11 +50,11 @@ class TRADES:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The end of a path up the divergence from the clean prediction."""
+        """The result of gradient ascent on the divergence from the clean prediction."""
         return learner.apart(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The clean cross-entropy, and the divergence."""
+        """The clean cross-entropy plus the weighted divergence."""
         clean, logits = learner.net(batch.x), learner.net(x_adv)
         robust = kullback_leibler(logits, clean).mean()
         taught = F.cross_entropy(clean, batch.y, label_smoothing=self.label_smoothing)

@@ -1,11 +1,11 @@
-"""Virtual adversarial training: predictions that stay the same around every example, labelled or not.
+"""Virtual adversarial training: predictions that are constant around every example, with or without a label.
 
 Miyato et al., "Virtual Adversarial Training: A Regularization Method for Supervised and Semi-Supervised Learning", IEEE
-TPAMI 41(8), 2018, arXiv:1704.03976. The direction in which the prediction changes most is the top eigenvector of the
-divergence's Hessian, found by power iteration from a random direction. Differs from the paper: under a norm that is not
-L2 each iteration goes to that norm's steepest direction, which climbs the same quadratic form over the norm's own ball;
-the finite difference is a share of eps and not 1e-6, which float32 rounds away; labelled and unlabelled examples share
-their batches; eps grows at first, the weights are averaged, and the learning rate goes in one cycle.
+TPAMI 41(8), 2018, arXiv:1704.03976. The direction in which the prediction changes most is the first eigenvector of the
+divergence's Hessian, computed by power iteration from a random direction. Differs from the paper: under norms other
+than L2 each iteration uses that norm's steepest direction, which maximises the same quadratic form over the norm's own
+ball; the finite difference is a share of eps and not 1e-6, which is lost in float32 rounding; labelled and unlabelled
+examples are in the same batches; eps grows at first, the weights are averaged, and the learning rate follows one cycle.
 """
 
 from collections.abc import Iterator
@@ -30,14 +30,14 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class VAT:
-    """Cross-entropy of what has a label, plus the divergence in the virtual adversarial direction around everything."""
+    """Cross-entropy of labelled examples, plus the divergence in the virtual adversarial direction of all examples."""
 
     weight: NonNegative = 1.0
     """weight of the divergence"""
     iterations: Steps = 1
-    """of the power method; each costs a forward and a backward"""
+    """power iterations; each costs a forward and a backward"""
     reach: Positive = 0.1
-    """length of its finite difference, in multiples of eps"""
+    """length of the finite difference, in multiples of eps"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -60,11 +60,11 @@ class VAT:
             rng=rng,
             after=after,
             unlabelled=True,
-            alone=known < len(data),  # a share would know its own labels alone
+            alone=known < len(data),  # a process would know the labels of its own share only
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The end of a step of eps in the virtual adversarial direction."""
+        """The result of a step of eps in the virtual adversarial direction."""
         constraint, model, x = learner.threat.constraint, learner.frozen, batch.x
         with torch.no_grad():
             clean = model(x)
@@ -80,10 +80,10 @@ class VAT:
     def loss(
         self, learner: Learner, batch: Batch, x_adv: Inputs, *, labelled: float
     ) -> tuple[Tensor, Tensor]:
-        """The mean cross-entropy of what has a label, and the mean divergence of all.
+        """The mean cross-entropy of the labelled examples plus the weighted mean divergence of all.
 
-        `labelled` is the share of the data that has one: the first mean is right over many batches, not in each of
-        them, for there may be no label in most.
+        `labelled` is the share of the data with labels. The first mean is correct on average over batches and not in
+        each of them, since a batch may contain no label.
         """
         again = learner.again()
         clean, logits = learner.net(batch.x), again(x_adv)

@@ -1,9 +1,9 @@
-"""Common corruptions: what weather, lenses and files do to images, at five severities.
+"""Common corruptions: effects of weather, lenses and file formats on images, at five severities.
 
 Hendrycks & Dietterich, "Benchmarking neural network robustness to common corruptions and perturbations", ICLR 2019,
 arXiv:1903.12261, and the code published with it. Differs from the published code: images are not rounded to 256 levels
-afterwards (but for JPEG); frost is drawn, not cropped from photographs; images of any size and of one channel are
-taken, grey ones without their colours.
+afterwards (except for JPEG); frost is generated and not cropped from photographs; images can have any size and one
+channel, in which case colours are omitted.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from holdfast.ops.corruptions.spatter import spatter
 from holdfast.ops.corruptions.weather import fog, frost, snow
 
 Operator = Callable[[Inputs, Constants, Ids, Draws], Inputs]
-"""Images in [0, 1], the constants of a severity, ids and draws: corrupted images in [0, 1]."""
+"""Returns corrupted images in [0, 1] from images in [0, 1], the constants of a severity, ids and random numbers."""
 
 STANDARD: Final[Mapping[str, Operator]] = {
     "gaussian_noise": gaussian_noise,
@@ -44,7 +44,7 @@ STANDARD: Final[Mapping[str, Operator]] = {
     "pixelate": pixelate,
     "jpeg_compression": jpeg_compression,
 }
-"""The fifteen that the mean corruption error is taken over."""
+"""The fifteen corruptions of the mean corruption error."""
 
 EXTRA: Final[Mapping[str, Operator]] = {
     "speckle_noise": speckle_noise,
@@ -52,7 +52,7 @@ EXTRA: Final[Mapping[str, Operator]] = {
     "spatter": spatter,
     "saturate": saturate,
 }
-"""Four more, meant for validation."""
+"""Four further corruptions, intended for validation."""
 
 
 def corrupted(
@@ -60,8 +60,8 @@ def corrupted(
 ) -> Inputs:
     """The images of `x` (n, 1 or 3, height, width) with one corruption, inside the box.
 
-    Constants are those of CIFAR-10-C where the shorter side is at most 64 pixels, those of ImageNet-C beyond. Raises
-    `UsageError` for what is no image.
+    The constants are those of CIFAR-10-C if the shorter side is at most 64 pixels, else those of ImageNet-C. Raises
+    `UsageError` if inputs are not images.
     """
     refuse_no_images(x)
     if not len(x):
@@ -75,7 +75,7 @@ def corrupted(
 
 
 def refuse_no_images(x: Inputs) -> None:
-    """`UsageError` for inputs that are no images, such as rows of a table."""
+    """Raise `UsageError` for inputs that are not images, such as rows of a table."""
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         shape = "x".join(map(str, x.shape[1:]))
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Blur: defocus, glass, motion, zoom and Gaussian. Images lie in [0, 1]."""
+"""Blur: defocus, glass, motion, zoom and Gaussian, of images in [0, 1]."""
 
 import math
 
@@ -12,17 +12,17 @@ from holdfast.ops.corruptions.filters import clamped, disk, filtered, gaussian, 
 
 
 def gaussian_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Gaussian of sigma `c`."""
+    """Gaussian blur with standard deviation `c`."""
     return clamped(gaussian(x, c[0]))
 
 
 def defocus_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """The mean over a disk of a radius whose rim is softened by a sigma."""
+    """Mean over a disk of radius `c[0]`, whose edge is smoothed by a Gaussian of standard deviation `c[1]`."""
     return clamped(filtered(x, disk(*c)))
 
 
 def motion_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Half a Gaussian of a radius and a sigma along a line within 45 degrees of the horizontal."""
+    """Blur by half a Gaussian of radius `c[0]` and sigma `c[1]`, along a line within 45 degrees of the horizontal."""
     radius, sigma = c
     return clamped(
         moved(x, radius, sigma, degrees=90 * rng.at("angle").uniform(ids, dtype=torch.float64) - 45)
@@ -30,7 +30,7 @@ def motion_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def zoom_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """The mean of the image and of its zooms by 1, 1 + step and on, below a last factor."""
+    """Mean of the image and its zooms by the factors 1, 1 + step, 1 + 2 step, … below `c[0]`, with step `c[1]`."""
     last, step = c
     n_zooms, apart = math.ceil((last - 1) / step), (1 + step) - 1
     total = x.clone()
@@ -40,10 +40,10 @@ def zoom_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def glass_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Blurred, its pixels moved about within `reach`, `rounds` times, and blurred again.
+    """Blur, exchange of pixels within `reach` in `rounds` rounds, and a second blur.
 
-    Pixels take what stands elsewhere and leave it there, one after the other from the last: the published code means
-    to swap them, but writes the first before it reads it.
+    Pixels are processed one after the other from the last one; each copies the value of another pixel, which keeps its
+    value. The published code intends a swap, but overwrites the first pixel before it is read.
     """
     sigma, reach, rounds = c[0], int(c[1]), int(c[2])
     flat = gaussian(x, sigma).flatten(2)
@@ -54,9 +54,9 @@ def glass_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def _scattered(x: Inputs, reach: int, ids: Ids, rng: Draws) -> Tensor:
-    """For each pixel (n, height * width) the one it takes its value from, all moves of a round done.
+    """For each pixel (n, height * width), the index of the pixel whose value it gets in a round.
 
-    A pixel that takes from one which was done before takes what that one took: chains, followed by doubling.
+    If that pixel was processed before, its own source counts; such chains are resolved by pointer doubling.
     """
     height, width = x.shape[2:]
     here = torch.arange(height * width, device=x.device)
@@ -66,7 +66,7 @@ def _scattered(x: Inputs, reach: int, ids: Ids, rng: Draws) -> Tensor:
     there = (row + shift[:, 1]) * width + column + shift[:, 0]
     there = torch.where(moves, there, here)
     done = (there > here) & moves[there]
-    # the second half of the line stands for the pixels as they were before the round
+    # the second half of the indices stands for the pixels before the round
     ends = (here + len(here)).expand_as(there)
     follow = torch.cat((torch.where(done, there, there + len(here)), ends), dim=1)
     while True:

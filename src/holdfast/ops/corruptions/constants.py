@@ -1,17 +1,17 @@
-"""What each corruption does at each of five severities, as published: CIFAR-10-C if small, ImageNet-C if large.
+"""Constants of each corruption at the five severities: CIFAR-10-C for small images, ImageNet-C for large ones.
 
-Lengths are pixels, but for `elastic_transform`, where they are shares of the shorter side (of 32 pixels for the small
-set; the large set's 244 is that of the published code, which was meant to be 224).
+Lengths are in pixels, except for `elastic_transform`, where they are shares of the shorter side (of 32 pixels for the
+small set; the 244 of the large set is that of the published code, which should be 224).
 """
 
 from collections.abc import Mapping
 from typing import Final
 
 Constants = tuple[float, ...]
-"""The numbers of one corruption at one severity."""
+"""The constants of one corruption at one severity."""
 
 LARGE_FROM: Final = 65
-"""Pixels of the shorter side from which the constants of ImageNet-C hold."""
+"""Shortest side in pixels from which the constants of ImageNet-C are used."""
 
 _ODD: Final = 244 / 224
 

@@ -1,4 +1,4 @@
-"""What lenses and files do: elastic transform and pixelation. Images lie in [0, 1]."""
+"""Elastic transform and pixelation of images in [0, 1]."""
 
 import math
 
@@ -12,14 +12,14 @@ from holdfast.ops.corruptions.filters import along, clamped, gaussian, sampled
 
 
 def pixelate(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Shrunk to a share `c` of each side and back, by boxes."""
+    """Shrink to a share `c` of each side and enlarge again, with box filters."""
     down = [_boxes(side, max(1, int(side * c[0])), x) for side in x.shape[2:]]
     up = [_boxes(len(matrix), side, x) for matrix, side in zip(down, x.shape[2:], strict=True)]
     return clamped(along(along(x, *down), *up))
 
 
 def _boxes(size: int, wanted: int, like: Tensor) -> Tensor:
-    """A line of `size` pixels as one of `wanted`: each the mean of the whole pixels whose middles its box covers."""
+    """Matrix that resizes a line from `size` to `wanted` pixels: means of the pixels whose centres a box covers."""
     scale = size / wanted
     middle = (torch.arange(wanted, dtype=torch.float64) + 0.5) * scale
     offset = (torch.arange(size) + 0.5 - middle[:, None]) / max(scale, 1.0)
@@ -28,9 +28,9 @@ def _boxes(size: int, wanted: int, like: Tensor) -> Tensor:
 
 
 def elastic_transform(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """A random affine map near the identity, then a smooth random shift of every pixel.
+    """A random affine map near the identity, then a smooth random displacement of every pixel.
 
-    The constants are shares of the shorter side: of the shift, of its smoothness and of the affine map.
+    The constants are shares of the shorter side: of the displacement, of its smoothness and of the affine map.
     """
     height, width = x.shape[2:]
     shift, smooth, turn = (min(height, width) * share for share in c)
@@ -55,9 +55,9 @@ def elastic_transform(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def _affine(x: Inputs, turn: float, ids: Ids, rng: Draws) -> Tensor:
-    """The maps (n, 2, 3) from places (column, row, 1) of the result to those of the image.
+    """The maps (n, 2, 3) from positions (column, row, 1) of the result to those of the image.
 
-    Three corners of a square in the middle go up to `turn` pixels astray in each direction.
+    Three corners of a square in the centre are moved by up to `turn` pixels along each axis.
     """
     height, width = x.shape[2:]
     column, row, side = width // 2, height // 2, math.floor(min(height, width) / 3)

@@ -1,4 +1,4 @@
-"""Filters, zooms and warps of images (n, channels, height, width), with the edges that published code gives them."""
+"""Filters, zooms and warps of images (n, channels, height, width), with the border modes of the published code."""
 
 import math
 from typing import Literal
@@ -10,11 +10,11 @@ from torch import Tensor
 from holdfast.core.types import Inputs, PerExample
 
 Edge = Literal["edge", "mirror", "symmetric"]
-"""How an image goes on beyond its border: `aaa|abc`, `cb|abc` or `cba|abc`."""
+"""Continuation of an image beyond its border: `aaa|abc`, `cb|abc` or `cba|abc`."""
 
 
 def folded(index: Tensor, size: int, edge: Edge) -> Tensor:
-    """Positions on an endless line as positions inside 0 to `size` - 1."""
+    """Map positions on an infinite line to positions from 0 to `size` - 1."""
     if edge == "edge":
         return index.clamp(0, size - 1)
     last = 2 * size - 1 if edge == "symmetric" else 2 * size - 2
@@ -23,13 +23,13 @@ def folded(index: Tensor, size: int, edge: Edge) -> Tensor:
 
 
 def along(x: Inputs, rows: Tensor, columns: Tensor) -> Tensor:
-    """One linear map for the rows of each image, another for its columns."""
+    """Apply one matrix to the rows of each image and another one to its columns."""
     mapped: Tensor = rows @ x @ columns.T
     return mapped
 
 
 def gaussian(x: Inputs, sigma: float, *, edge: Edge = "edge", reach: float = 4.0) -> Inputs:
-    """Gaussian blur, its bell cut off at `reach` times sigma."""
+    """Gaussian blur with a kernel that ends at `reach` times sigma."""
     radius = int(reach * sigma + 0.5)
     if radius == 0:
         return x
@@ -38,7 +38,7 @@ def gaussian(x: Inputs, sigma: float, *, edge: Edge = "edge", reach: float = 4.0
     taps = taps / taps.sum()
 
     def blurs(size: int) -> Tensor:
-        """The blur of a line of so many pixels as a matrix."""
+        """The blur of a line of `size` pixels as a matrix."""
         ends = folded(torch.arange(size, device=x.device)[:, None] + places, size, edge)
         return x.new_zeros(size, size).scatter_add_(1, ends, taps.expand(size, -1))
 
@@ -46,7 +46,7 @@ def gaussian(x: Inputs, sigma: float, *, edge: Edge = "edge", reach: float = 4.0
 
 
 def filtered(x: Inputs, kernel: Tensor, edge: Edge = "mirror") -> Inputs:
-    """Correlation of every channel with one kernel of odd sides."""
+    """Correlation of every channel with one kernel with odd sides."""
     n, channels, height, width = x.shape
     above, left = kernel.shape[0] // 2, kernel.shape[1] // 2
     rows = folded(torch.arange(-above, height + above, device=x.device), height, edge)
@@ -56,7 +56,7 @@ def filtered(x: Inputs, kernel: Tensor, edge: Edge = "mirror") -> Inputs:
 
 
 def disk(radius: float, alias: float) -> Tensor:
-    """A disk as a kernel that sums to one, its rim softened by a Gaussian of sigma `alias` over 3 or 5 pixels."""
+    """A disk as a kernel with sum one, its edge smoothed by a Gaussian of sigma `alias` over 3 or 5 pixels."""
     half, soft = (8, 1) if radius <= 8 else (math.floor(radius), 2)
     line = torch.arange(-half, half + 1, dtype=torch.float64)
     inside = (line[:, None] ** 2 + line**2 <= radius**2).double()
@@ -66,7 +66,7 @@ def disk(radius: float, alias: float) -> Tensor:
 
 
 def zoomed(x: Inputs, factor: float) -> Inputs:
-    """The middle of each image, drawn to the size of the whole: bilinear, corner on corner."""
+    """The centre of each image, enlarged to the size of the whole: bilinear, with aligned corners."""
     size = x.shape[2:]
     cut = [math.ceil(side / factor) for side in size]
     top, left = ((side - short) // 2 for side, short in zip(size, cut, strict=True))
@@ -78,7 +78,7 @@ def zoomed(x: Inputs, factor: float) -> Inputs:
 
 
 def moved(x: Inputs, radius: float, sigma: float, *, degrees: PerExample) -> Inputs:
-    """Motion blur: half a Gaussian of sigma over 2 `radius` + 1 pixels, along one angle an image."""
+    """Motion blur: half a Gaussian of sigma over 2 `radius` + 1 pixels, with one angle for each image."""
     width, angle = 2 * math.ceil(radius) + 1, torch.deg2rad(degrees.double())
     taps = torch.exp(-0.5 * (torch.arange(width).double() / sigma) ** 2)
     rows, columns = (torch.arange(side, device=x.device) for side in x.shape[2:])
@@ -92,7 +92,7 @@ def moved(x: Inputs, radius: float, sigma: float, *, degrees: PerExample) -> Inp
 
 
 def sampled(x: Inputs, row: Tensor, column: Tensor, edge: Edge) -> Inputs:
-    """Each image at fractional places (n, height, width), bilinear."""
+    """Each image at fractional positions (n, height, width), bilinear."""
     height, width = x.shape[2:]
     image = torch.arange(len(x), device=x.device)[:, None, None]
     top, left = row.floor(), column.floor()
@@ -107,5 +107,5 @@ def sampled(x: Inputs, row: Tensor, column: Tensor, edge: Edge) -> Inputs:
 
 
 def clamped(x: Inputs) -> Inputs:
-    """The image cut to [0, 1]."""
+    """The image clipped to [0, 1]."""
     return x.clamp(0, 1)

@@ -1,8 +1,8 @@
-"""JPEG compression: what the baseline codec of ITU-T T.81 loses at a quality, with colours at half the resolution.
+"""JPEG compression: the loss of the baseline codec of ITU-T T.81 at a quality, with colours at half the resolution.
 
 Tables and their scaling are those of the Independent JPEG Group's library (Annex K of the standard). Differs from the
-library: the cosine transforms are exact where it rounds in fixed point, so that a coefficient near a tie may round the
-other way: less than one level of 256 on average over an image, up to 20 in a few values.
+library: the cosine transforms are exact, while the library uses fixed point, so that a coefficient near a tie may be
+rounded the other way: less than one level of 256 on average over an image, up to 20 in a few values.
 """
 
 import torch
@@ -33,13 +33,13 @@ _COLOUR = (
     *((99,) * 8,) * 4,
 )
 _ROUNDING = 1e-4
-"""What floats may take from a tie, which the library rounds away from zero."""
+"""Largest float error at a tie, which the library rounds away from zero."""
 _TO_YCC = ((0.299, 0.587, 0.114), (-0.168735892, -0.331264108, 0.5), (0.5, -0.418687589, -0.081312411))
 _FROM_YCC = ((1.0, 0.0, 1.402), (1.0, -0.344136286, -0.714136286), (1.0, 1.772, 0.0))
 
 
 def jpeg_compression(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Written as JPEG at quality `c` and read again; the image is rounded to 256 levels on the way."""
+    """Encode as JPEG at quality `c` and decode; the image is rounded to 256 levels in between."""
     levels = (255 * x).round()
     if x.shape[1] == 1:
         return _coded(levels, _LIGHT, c[0]) / 255
@@ -48,9 +48,9 @@ def jpeg_compression(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
     light, colour = planes[:, :1], (planes[:, 1:] + 128).clamp(0, 255)
     odd = torch.arange(width + width % 2, device=x.device) % 2
     mean = F.avg_pool2d(_filled(colour, 2), 2)
-    # ties are rounded down in even columns and up in odd ones, and the other way round on the way back
+    # ties are rounded down in even columns and up in odd ones, and vice versa when colours are enlarged
     half = _coded((mean + 0.25 + 0.25 * odd[: mean.shape[3]]).floor(), _COLOUR, c[0])
-    # each value sits in the middle of its four pixels: 9/16 of the nearest, 3/16, 3/16 and 1/16 of the next
+    # each value is at the centre of its four pixels: weights 9/16 of the nearest, 3/16, 3/16 and 1/16 of the next
     whole = F.interpolate(half, scale_factor=2, mode="bilinear", align_corners=False)
     whole = (whole + (8 - odd) / 16).floor()
     back = torch.cat((_coded(light, _LIGHT, c[0]), whole[:, :, :height, :width] - 128), dim=1)
@@ -62,7 +62,7 @@ def _mixed(x: Inputs, matrix: tuple[tuple[float, ...], ...]) -> Inputs:
 
 
 def _filled(x: Inputs, block: int) -> Inputs:
-    """The images with their last row and column repeated, to whole blocks."""
+    """The images with their last row and column repeated up to whole blocks."""
     rows, columns = (
         folded(torch.arange(-(-side // block) * block, device=x.device), side, "edge") for side in x.shape[2:]
     )
@@ -70,7 +70,7 @@ def _filled(x: Inputs, block: int) -> Inputs:
 
 
 def _coded(levels: Inputs, table: tuple[tuple[int, ...], ...], quality: float) -> Inputs:
-    """Levels 0 to 255 after cosine transform, quantisation and back, block by block."""
+    """Levels 0 to 255 after cosine transform, quantisation and inverse transform of each block."""
     height, width = levels.shape[2:]
     wide = _filled(levels, 8)
     n, channels, tall, broad = wide.shape

@@ -1,4 +1,4 @@
-"""Noise: Gaussian, shot, impulse and speckle. Images lie in [0, 1]; what leaves it is cut."""
+"""Noise: Gaussian, shot, impulse and speckle, of images in [0, 1]; results are clipped."""
 
 import torch
 
@@ -19,16 +19,17 @@ def speckle_noise(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def impulse_noise(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """A share `c` of all values becomes 0 or 1, with equal chance."""
+    """Set a share `c` of all values to 0 or 1 with equal probability."""
     hit = rng.at("hit").uniform(ids, *x.shape[1:], dtype=x.dtype) <= c[0]
     salt = (rng.at("salt").signs(ids, *x.shape[1:], dtype=x.dtype) + 1) / 2
     return torch.where(hit, salt, x)
 
 
 def shot_noise(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Counts of photons where a value of 1 sends `c` of them: Poisson, over `c`.
+    """Poisson noise: counts of photons, of which a value of 1 emits `c` on average, divided by `c`.
 
-    The quantile of a uniform draw: that of the normal, corrected for skewness, then walked to the exact count.
+    The count is the quantile of a uniform random number: that of the normal distribution with a correction for
+    skewness, then moved to the exact count.
     """
     mean = c[0] * x.double()
     u = rng.uniform(ids, *x.shape[1:], dtype=torch.float64).clamp(1e-16, 1 - 1e-16)

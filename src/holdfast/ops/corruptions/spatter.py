@@ -1,4 +1,4 @@
-"""Spatter: drops of water or of mud on the lens. Images lie in [0, 1]."""
+"""Spatter: drops of water or mud on the lens, on images in [0, 1]."""
 
 import torch
 from torch import Tensor
@@ -12,16 +12,16 @@ from holdfast.ops.corruptions.filters import clamped, filtered, folded, gaussian
 _WATER = (175 / 255, 238 / 255, 238 / 255)
 _MUD = (63 / 255, 42 / 255, 20 / 255)
 _FAR = 20.0
-"""pixels from the rim of a drop at which it has its full depth"""
+"""distance in pixels from the edge of a drop at which it has its full depth"""
 _RELIEF = ((-2, -1, 0), (-1, 1, 1), (0, 1, 2))
 _LOW, _HIGH = 50, 150
-"""gradients of a rim: that it may go on with, and that it begins with"""
+"""thresholds of the gradient that continues an edge and of the one that starts it"""
 _KNIGHT = 2.1969
 """length of the step (1, 2) in Borgefors' distance for neighbourhoods of 5 x 5; (1, 1) is 1.4"""
 
 
 def spatter(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Smooth normal noise above a threshold is a drop: of pale turquoise with lit rims, or of mud."""
+    """Drops where smooth normal noise exceeds a threshold: of pale turquoise with bright edges, or of mud."""
     mean, spread, smooth, threshold, strength, mud = c
     liquid = mean + spread * rng.normal(ids, 1, *x.shape[2:], dtype=x.dtype)
     liquid = gaussian(liquid, smooth)
@@ -36,7 +36,7 @@ def spatter(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def _relief(drops: Inputs) -> Inputs:
-    """How the drops catch the light: their depth, its histogram made even, lit from one corner."""
+    """Highlights of the drops: their depth after histogram equalisation, lit from one corner."""
     mean = drops.new_full((3, 3), 1.0)
     depth = (filtered(_distance(_rims(drops)), mean) / 9 + 1e-4).floor()
     lit = filtered(_even(depth), drops.new_tensor(_RELIEF)).clamp(0, 255)
@@ -44,7 +44,7 @@ def _relief(drops: Inputs) -> Inputs:
 
 
 def _shifted(x: Tensor, down: int, right: int, beyond: float) -> Tensor:
-    """What stands `down` and `right` of each pixel."""
+    """The value `down` rows and `right` columns from each pixel, `beyond` outside the image."""
     rows, columns = (torch.arange(side, device=x.device) for side in x.shape[2:])
     row, column = rows + down, columns + right
     inside = ((row == folded(row, len(rows), "edge"))[:, None]) & (
@@ -55,7 +55,7 @@ def _shifted(x: Tensor, down: int, right: int, beyond: float) -> Tensor:
 
 
 def _rims(drops: Inputs) -> Tensor:
-    """Canny's edges: ridges of the gradient that are steep somewhere, as a mask."""
+    """Canny's edges as a mask: ridges of the gradient that exceed the upper threshold somewhere."""
     sobel = drops.new_tensor(((-1, 0, 1), (-2, 0, 2), (-1, 0, 1)))
     right, down = filtered(drops, sobel, "edge"), filtered(drops, sobel.T, "edge")
     steep = right.abs() + down.abs()
@@ -82,7 +82,7 @@ def _rims(drops: Inputs) -> Tensor:
 
 
 def _distance(rims: Tensor) -> Inputs:
-    """Distance to the nearest rim in steps of 1, 1.4 and those of a knight, at most `_FAR`."""
+    """Distance to the nearest edge in steps of 1, 1.4 and knight's moves, at most `_FAR`."""
     away = torch.where(rims, 0.0, _FAR)
     steps = [
         (i, j) for i in range(-2, 3) for j in range(-2, 3) if abs(i) + abs(j) in (1, 3) or abs(i * j) == 1
@@ -98,7 +98,7 @@ def _distance(rims: Tensor) -> Inputs:
 
 
 def _even(levels: Inputs) -> Inputs:
-    """Levels 0 to 255 with their histogram spread out; an image of one level stays as it is."""
+    """Histogram equalisation of levels 0 to 255; an image of a single level is unchanged."""
     flat = levels.flatten(1).long()
     counts = torch.zeros(len(flat), 256, dtype=torch.float64, device=flat.device)
     counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Weather: snow, frost and fog. Images lie in [0, 1]."""
+"""Weather: snow, frost and fog, on images in [0, 1]."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ _ICE_SPREAD = 0.11
 
 
 def snow(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Flakes: normal noise, zoomed, those below a threshold gone, blurred by the wind, laid on a whitened image."""
+    """Flakes of zoomed normal noise above a threshold, with motion blur, added to a whitened image."""
     mean, spread, factor, threshold, radius, sigma, kept = c
     flakes = mean + spread * rng.at("flakes").normal(ids, 1, *x.shape[2:], dtype=x.dtype)
     flakes = zoomed(flakes, factor)
@@ -27,7 +27,7 @@ def snow(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def fog(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """A plasma fractal, so much of it, added, and the whole scaled back to the brightest value."""
+    """Add a plasma fractal times an amount, and scale the result back to the brightest value."""
     amount, decay = c
     brightest = x.amax((1, 2, 3), keepdim=True)
     thick = x + amount * plasma(x, decay, ids, rng)
@@ -35,10 +35,10 @@ def fog(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def frost(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """The image and crystals of ice, each so much.
+    """A weighted sum of the image and ice crystals.
 
-    The published code crops photographs of frost; these crystals are the ridges of two plasma fractals and needles
-    along three directions, of about the colour and the contrast of those photographs.
+    The published code crops photographs of frost; these crystals are the ridges of two plasma fractals and needles in
+    three directions, with approximately the colour and contrast of those photographs.
     """
     kept, iced = c
     coarse, fine = (
@@ -56,7 +56,7 @@ def frost(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def plasma(x: Inputs, decay: float, ids: Ids, rng: Draws) -> Tensor:
-    """Clouds (n, 1, height, width) from 0 to 1 by squares and diamonds, on a torus of the next power of two."""
+    """Clouds (n, 1, height, width) from 0 to 1 by the diamond-square algorithm, on a torus of the next power of two."""
     side = max(2, 1 << (max(x.shape[2:]) - 1).bit_length())
     field, step, size = x.new_zeros(len(x), side, side), side, 100.0
     while step >= 2:
