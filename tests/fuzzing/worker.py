@@ -54,7 +54,7 @@ def _onnx(path: Path) -> None:
     from holdfast.sources.onnx.reading import OnnxInput, read_onnx
 
     opened = open_model(str(path), declared=Declared(bounds=Bounds(0.0, 1.0)))
-    found: OnnxInput = read_onnx(path, path.read_bytes(), None).input
+    found: OnnxInput = read_onnx(path).input
     opened.model(torch.rand(2, *(size or 1 for size in found.shape[1:])))
 
 

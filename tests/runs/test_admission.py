@@ -124,7 +124,7 @@ def test_five_refusals_in_a_row_end_the_call(tmp_path):
         broken["0.bias"][k] = torch.inf
         pool.add(broken, {})
     heard = []
-    found = admit(pool, terms(), thief=QUICK, told=heard.append)
+    found = admit(pool, terms(), thief=QUICK, notify=heard.append)
     assert found.exit_code == 4 and len(found.judged) == 5 and len(found.left) == 1 == len(heard) - 4
     assert "none of 5 candidates was admitted (5 by tensors). 5 in a row were, and 1 wait" in found.kept_out
     assert "--immunise" in found.kept_out and pool.serving is None
@@ -230,7 +230,7 @@ def test_what_leaks_while_a_set_is_judged_is_asked_for_before_it_is_admitted(wai
         return found
 
     monkeypatch.setattr(_Admitting, "_judged", judged)
-    found = admit(pool, terms(), thief=QUICK, told=heard.append)
+    found = admit(pool, terms(), thief=QUICK, notify=heard.append)
     assert "another set leaked meanwhile, so it is judged again" in heard[0]
     assert found.judged[0].against == (names["copy"], base) and pool.unjudged == ()
 
@@ -246,7 +246,7 @@ def test_what_serves_by_now_keeps_serving_and_the_verdict_is_told(waits, monkeyp
         return let_in(self, name)
 
     monkeypatch.setattr(_Admitting, "_judged", judged)
-    assert admit(pool, terms(), thief=QUICK, told=heard.append).judged == ()
+    assert admit(pool, terms(), thief=QUICK, notify=heard.append).judged == ()
     assert pool.serving.name == names["copy"]
     assert f"note: {names['copy']} is serving by now, and would be refused: " in heard[0]
 

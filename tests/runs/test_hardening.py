@@ -485,7 +485,7 @@ def test_a_stronger_recipe_follows_where_doubts_object(objecting, tmp_path):
     doubted, looked_at = objecting
     doubted["checked"] = ("one-step", 0.9)
     told, run = [], tmp_path / "r"
-    found = harden(trainable(), training(), fakes.data(), BOTH, run=run, told=told.append)
+    found = harden(trainable(), training(), fakes.data(), BOTH, run=run, notify=told.append)
     assert found.card["recipe"] == "PGDTraining"
     assert told[0].startswith("timing updates of SingleStep, PGDTraining")
     assert [line.split(" (")[0] for line in told[1:]] == ["training by SingleStep", "training by PGDTraining"]

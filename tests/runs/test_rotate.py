@@ -183,7 +183,7 @@ def test_a_budget_says_how_many_epochs(tmp_path, monkeypatch):
     heard = []
     pool = collecting.begun(tmp_path / "pool", short, resume=False)
     monkeypatch.setattr(collecting, "pace", lambda *given: collecting.Pace(0.01, 1.0))
-    found = collecting.collect(pool, short, budget_s=50.0, told=heard.append)
+    found = collecting.collect(pool, short, budget_s=50.0, notify=heard.append)
     assert found.epochs == 7  # 6 trainings in 47.5 of the 50 seconds
     assert "for a budget of 50 s" in heard[0]
     with pytest.raises(
@@ -325,7 +325,7 @@ def test_a_drawing_that_was_cut_short_goes_on(pool, monkeypatch):
 def test_a_drawing_that_is_whole_is_told_again_and_no_other_begins(pool):
     found, entries = drawing.draw(pool, terms(), 2), pool.ledger.entries
     heard = []
-    assert drawing.draw(pool, terms(), resume=True, told=heard.append) == found
+    assert drawing.draw(pool, terms(), resume=True, notify=heard.append) == found
     assert pool.ledger.entries == entries
     assert "nothing is left to resume; leave --resume out to draw others" in heard[0]
     with pytest.raises(UsageError, match=r"\(sets: 2 → 3\)"):

@@ -121,7 +121,7 @@ def begun(pool, monkeypatch, strict):  # noqa: F811
         pool.admit(drawn, name)
     one, said = turner(pool, AnswersPerPrincipal(5), keep=1), []
     one.begin()
-    one.told = said.append
+    one.notify = said.append
     return one, said
 
 
@@ -181,7 +181,7 @@ def test_only_an_exposure_lets_a_set_serve_that_was_not_judged_against_it(pool):
 def test_it_waits_where_another_process_draws(pool):  # noqa: F811
     one, said = turner(pool, AnswersPerPrincipal(5), keep=1), []
     one.begin()
-    one.told = said.append
+    one.notify = said.append
     pool.answered(1, {"alice": 5})
     with pool.alone_at("draw"):
         assert not one.look() and pool.serving.epoch == 2, "what waited serves"
@@ -201,7 +201,7 @@ def test_five_refusals_in_a_row_end_it(pool):  # noqa: F811
 @pytest.mark.usefixtures("strict")
 def test_sets_are_trained_anew_where_the_generator_draws_nothing_that_is_admitted(pool):  # noqa: F811
     said = []
-    one = Turner(pool, terms(), Turning((Elapsed(3600),), keep=3), told=said.append)
+    one = Turner(pool, terms(), Turning((Elapsed(3600),), keep=3), notify=said.append)
     with pytest.raises(Inconclusive):
         one.begin()
     drawn = [member for member in pool.ledger.members if member.why == "it falls"]
@@ -214,7 +214,7 @@ def test_another_process_remembers_that_the_generator_draws_nothing_that_is_admi
     said = []
     with pytest.raises(Inconclusive):
         turner(pool, Elapsed(3600), keep=5, by="generator").begin()
-    one = Turner(pool, terms(), Turning((Elapsed(3600),), keep=5), told=said.append)
+    one = Turner(pool, terms(), Turning((Elapsed(3600),), keep=5), notify=said.append)
     with pytest.raises(Inconclusive):
         one.begin()
     drawn = [member for member in pool.ledger.members if member.why == "it falls"]
@@ -235,7 +235,7 @@ def test_a_schedule_that_became_faster_than_generation_is_told_and_a_filling_end
     one, said = turner(pool), []
     one.begin()
     one = replace_every(one, Elapsed(1e-6))
-    one.told = said.append
+    one.notify = said.append
     one.begin()
     assert pool.serving.epoch > 1
     assert sum("a swap is due every 1e-06 s" in text for text in said) == 1
@@ -249,7 +249,7 @@ def test_it_says_that_nothing_serves_any_more(pool):  # noqa: F811
     one, said = turner(pool), []
     one.begin()
     pool.retire(pool.serving.name, "by hand")
-    one.told = said.append
+    one.notify = said.append
     assert not one.look() and "nothing serves" in said[-1]
     assert pool.serving is None
 
