@@ -18,6 +18,7 @@ from fuzzing.files import CLASSES, FEATURES, SIDE
 from holdfast.core.errors import HoldfastError
 from holdfast.core.model import Bounds
 from holdfast.sources.limited import calling, limits
+from holdfast.sources.limited.answering import is_out_of_memory
 from holdfast.sources.models import Declared, open_model
 
 SLACK = 200 * 10**6
@@ -96,6 +97,10 @@ _OPEN: Mapping[str, Callable[[Path], None]] = {
 }
 
 
+PARSED_APART = ("csv", "csv.gz", "parquet", "pt", "pt2", "onnx", "skops", "xgboost.json", "xgboost.ubj")
+"""formats that a limited process parses"""
+
+
 def limit(form: str) -> int:
     """Bytes that a file of a few kilobytes may take; those of the process of its parser where it has one."""
     from holdfast.sources import archive, exported, skops_files, tables, trees
@@ -133,6 +138,8 @@ def _exit_code(form: str, path: Path) -> tuple[int, str]:
     try:
         _OPEN[form](path)
     except HoldfastError as error:
+        if form not in PARSED_APART and is_out_of_memory(error.__cause__):
+            return INTERNAL, f"memory ran out in the process of the run: {error}"
         return error.exit_code, f"{type(error).__name__}: {error}"
     except OSError as error:
         return 3, f"{type(error).__name__}: {error}"

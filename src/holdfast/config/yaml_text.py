@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
         if abs(number) >= _MOST:
             line = node.start_mark.line + 1
             raise UsageError(
-                f"{node.value[:20]}… is too large for a whole number (line {line}); 64 bits are read"
+                f"{node.value:.20} … is too large for a whole number (line {line}); 64 bits are read"
             )
         return number
 

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Batches
 from holdfast.sources.archive import check_archive, read_once
+from holdfast.sources.limited.answering import is_out_of_memory
 from holdfast.sources.limited.calling import read_under_limits
 from holdfast.sources.limited.limits import Limits
 from holdfast.sources.operators import is_operator_of_networks, replace_unchecked
@@ -103,12 +104,11 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
     check_archive(path, content)
     if trust_code:
         reasons_to_refuse(path, content)  # a damaged file is refused with trust, too
-        net, sizes = loaded(path, content)
-        size = batch_size(net, sizes)
     else:
-        with read_under_limits("programs", path, LIMITS, content=content) as (found, _):
-            size = found["batch_size"]
-        net, _ = loaded(path, content)
+        with read_under_limits("programs", path, LIMITS, content=content):
+            pass  # it is loaded here after that has gone well
+    net, sizes = loaded(path, content)
+    size = _batch_size(net, sizes)
     digest = hashlib.sha256(content).hexdigest()
     return Program(net if size is None else FixedBatch(net, size), size, digest)
 
@@ -151,7 +151,7 @@ def loaded(path: Path, content: bytes) -> tuple[nn.Module, Sizes]:
     return net, _input_shape(program)
 
 
-def batch_size(net: nn.Module, sizes: Sizes) -> int | None:
+def _batch_size(net: nn.Module, sizes: Sizes) -> int | None:
     """The one size of a batch that the network takes; None where it takes any."""
     size = sizes[0]
     return None if size is None or _takes_any_batch(net, size, sizes[1:]) else size
@@ -261,7 +261,9 @@ def _unsafe_pickle(content: bytes, name: str) -> Iterator[str]:
             return
     try:
         torch.load(io.BytesIO(content), weights_only=True)
-    except Exception:  # noqa: BLE001 - whatever it is, the loader would then fall back to unsafe unpickling
+    except Exception as error:  # whatever it is, the loader would then fall back to unsafe unpickling
+        if is_out_of_memory(error):
+            raise
         yield f"the pickle {name}"
 
 

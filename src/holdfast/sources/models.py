@@ -311,8 +311,9 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
         refuse_misfit(make, weights, repr(opening.address))
         net = make()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise TargetError(
-            f"{opening.address!r} names {name} with arguments that it refuses: {str(error).splitlines()[0]}"
+            f"{opening.address!r} names {name} with arguments that it refuses: {first}"
         ) from error
     return Built(net, {}), _known(metadata)
 

@@ -198,7 +198,7 @@ def _class_numbers(column: Words, name: str) -> NDArray[np.int64] | None:
 
 def _whole(text: str) -> int | None:
     number = number_of(text)
-    return int(number) if number is not None and number.is_integer() else None
+    return int(number) if number is not None and number.is_integer() and abs(number) < 2**63 else None
 
 
 def _numbers(table: Table, features: list[str], rows: NDArray[np.int64]) -> NDArray[np.float32]:

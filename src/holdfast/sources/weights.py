@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import safetensors
@@ -57,9 +58,12 @@ def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str, 
     `spare` more: a file or a configuration may ask for one of any size. What `make` raises is not caught.
     """
     most, n = len(weights.tensors) + spare, 0
+    thread = get_ident()
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal n
+        if get_ident() != thread:  # the hook is called for networks of all threads
+            return
         n += 1
         if n > most:
             raise TargetError(

@@ -1,5 +1,6 @@
 """The main program of the process that reads one file under limits."""
 
+import errno
 import json
 import sys
 from collections.abc import Mapping
@@ -11,8 +12,11 @@ from holdfast.core.errors import HoldfastError
 from holdfast.sources.files import reading
 from holdfast.sources.limited import limits
 
+NO_SPACE, NOT_STARTED = 28, 70
+"""exit statuses: the disk for temporary files is full, and a library or the package cannot be imported"""
 REQUEST, ANSWER = "request.json", "answer.json"
 """documents in the folder that both processes share"""
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _PACKAGE = __name__.rpartition(".")[0]
 _NO_MEMORY = (
     "can't allocate memory",
@@ -20,6 +24,7 @@ _NO_MEMORY = (
     "bad allocation",
     "std::bad_alloc",
     "Failed to allocate memory",
+    "Failed to serialize proto",
 )
 """what libraries say, in another error than `MemoryError`, of memory that they did not get"""
 
@@ -27,18 +32,28 @@ _NO_MEMORY = (
 def main(name: str) -> None:
     """Read the file of the request in a folder, and write the answer beside it."""
     folder = Path(name)
-    request = json.loads((folder / REQUEST).read_text())
-    parser = import_module(f"{_PACKAGE}.{request['parser']}")
-    content = sys.stdin.buffer.read() if request["content"] else None
-    getattr(parser, "prepare", lambda: None)()  # imports, which would count against the file
-    limits.apply(request.pop("memory"), request.pop("seconds"))
-    answer = answered(request, content, folder)
-    (folder / ANSWER).write_text(json.dumps(answer))
+    try:
+        request = json.loads((folder / REQUEST).read_text())
+        parser = import_module(f"{_PACKAGE}.{request['parser']}")
+        content = sys.stdin.buffer.read() if request["content"] else None
+        getattr(parser, "prepare", lambda: None)()  # imports, which would count against the file
+        limits.apply(request.pop("memory"), request.pop("seconds"))
+    except Exception as error:  # noqa: BLE001 - no fault of the file
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.exit(NOT_STARTED)
+    try:
+        answer = answered(request, content, folder)
+        (folder / ANSWER).write_text(json.dumps(answer))
+    except OSError as error:
+        if error.errno in _FULL:
+            sys.exit(NO_SPACE)
+        raise
 
 
 def is_out_of_memory(cause: BaseException | None) -> bool:
     """Whether a library raised this because it did not get memory."""
-    return isinstance(cause, MemoryError) or any(each in str(cause) for each in _NO_MEMORY)
+    too_large = isinstance(cause, OSError) and cause.errno == errno.EFBIG  # the limit of written files
+    return too_large or isinstance(cause, MemoryError) or any(each in str(cause) for each in _NO_MEMORY)
 
 
 def answered(request: Mapping[str, Any], content: bytes | None, folder: Path) -> Mapping[str, Any]:
@@ -51,6 +66,8 @@ def answered(request: Mapping[str, Any], content: bytes | None, folder: Path) ->
             found: Mapping[str, Any] = read(path, content, folder, **named)
     except HoldfastError as error:
         cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            raise cause from None
         if is_out_of_memory(cause):
             return {"error": MemoryError.__name__, "message": ""}
         return {"error": type(error).__name__, "message": str(error)}

@@ -14,15 +14,23 @@ from typing import Any
 
 from holdfast.core.errors import CarriesCode, HoldfastError, NoSplit, TargetError, UsageError
 from holdfast.sources.files import megabytes
-from holdfast.sources.limited.answering import ANSWER, REQUEST, answered
+from holdfast.sources.limited.answering import ANSWER, NO_SPACE, NOT_STARTED, REQUEST, answered
 from holdfast.sources.limited.limits import MEMORY, SECONDS, WALL_FACTOR, Limits, cpu_seconds
 
 _ERRORS = {each.__name__: each for each in (TargetError, UsageError, NoSplit, CarriesCode)}
-_PACKAGE = Path(__file__).resolve().parents[3]
-"""the folder that holds the package `holdfast`"""
-_START = (
-    f"import sys; sys.path.append(sys.argv[1]); from {answered.__module__} import main; main(*sys.argv[2:])"
-)
+_PACKAGE = Path(__file__).resolve().parents[2]
+_START = f"""
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+package, folder, *path = sys.argv[1:]
+sys.path += [each for each in path if each not in sys.path]
+spec = spec_from_file_location("holdfast", package + "/__init__.py", submodule_search_locations=[package])
+sys.modules["holdfast"] = module_from_spec(spec)
+spec.loader.exec_module(sys.modules["holdfast"])
+from {answered.__module__} import main
+main(folder)
+"""
+"""Imports the same package as this process, and libraries from where this process finds them."""
 # One thread: each has a stack and an arena, which count as memory. The allocators of arrow and glibc reserve far more
 # than they use.
 _ENVIRONMENT = {
@@ -35,9 +43,13 @@ _ENVIRONMENT = {
 }
 
 
+_OUT_OF_TIME = -signal.SIGXCPU if hasattr(signal, "SIGXCPU") else None
+"""status of a process that reached its limit of CPU time, where the system has one"""
+
+
 @dataclass
 class _Here:
-    """Whether this process is under limits itself, so that it needs no other."""
+    """Whether this process is under limits itself, so that it needs no other: as `make fuzz` and tests are."""
 
     limited: bool = False
 
@@ -47,12 +59,19 @@ HERE = _Here()
 
 @contextmanager
 def read_under_limits(
-    parser: str, path: Path, limits: Limits, *, content: bytes | None = None, **request: Any
+    parser: str,
+    path: Path,
+    limits: Limits,
+    *,
+    content: bytes | None = None,
+    n_bytes_beside: int = 0,
+    **request: Any,
 ) -> Iterator[tuple[Mapping[str, Any], Path]]:
     """What a parser of this package found in a file, and a folder, which is removed later, with what it wrote.
 
     `parser` is the name of a module here, whose `read(path, content, folder, **request)` is called in a process of its
-    own. With `content`, the bytes of the file that were read already, the file is not opened again.
+    own. With `content`, the bytes of the file that were read already, the file is not opened again. `n_bytes_beside`
+    is the size of other files that the parser reads with it.
 
     Raises what the parser raised where that is an error of Holdfast, and `TargetError` where the process ended
     otherwise or reached a limit.
@@ -60,7 +79,7 @@ def read_under_limits(
     with tempfile.TemporaryDirectory(prefix="holdfast-") as name:
         folder = Path(name)
         asked = {"parser": parser, "path": str(path), "content": content is not None, **request}
-        n_bytes = path.stat().st_size if content is None else len(content)
+        n_bytes = n_bytes_beside + (path.stat().st_size if content is None else len(content))
         if HERE.limited:
             answer = answered(asked, content, folder)
         else:
@@ -74,7 +93,7 @@ def read_under_limits(
 
 
 def _run(folder: Path, content: bytes | None, path: Path, memory: int, seconds: int) -> Mapping[str, Any]:
-    command = [sys.executable, "-P", "-c", _START, str(_PACKAGE), str(folder)]
+    command = [sys.executable, "-P", "-c", _START, str(_PACKAGE), str(folder), *_import_path()]
     environment = {**os.environ, **_ENVIRONMENT}
     try:
         done = subprocess.run(
@@ -88,18 +107,30 @@ def _run(folder: Path, content: bytes | None, path: Path, memory: int, seconds: 
         )
     except subprocess.TimeoutExpired as error:
         raise _too_slow(path, f"{WALL_FACTOR * seconds} s") from error
-    if done.returncode == -getattr(signal, "SIGXCPU", 0):
+    if done.returncode == _OUT_OF_TIME:
         raise _too_slow(path, f"{seconds} s of CPU time")
+    last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1][:200]
+    if done.returncode == NO_SPACE:
+        raise TargetError(
+            f"there is no space left in {str(folder.parent)!r}; free some, or set TMPDIR to another folder"
+        )
+    if done.returncode == NOT_STARTED:
+        raise HoldfastError(f"the process that reads {str(path)!r} did not start: {last}; please report it")
     try:
         answer: Mapping[str, Any] = json.loads((folder / ANSWER).read_bytes())
     except (OSError, ValueError):
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
         raise TargetError(
             f"{str(path)!r} could not be read: the process that reads it under a limit of {megabytes(memory)} ended "
-            f"with status {done.returncode} ({last[0][:200]}); it is damaged, or asks for more memory. If you trust "
+            f"with status {done.returncode} ({last}); it is damaged, or asks for more memory. If you trust "
             f"it, raise the limit with {MEMORY}=16GB"
         ) from None
     return answer
+
+
+def _import_path() -> list[str]:
+    """Where this process imports from, without the current folder."""
+    here = Path.cwd()
+    return [each for each in sys.path if each and Path(each).resolve() != here]
 
 
 def _error(kind: str, message: str, path: Path, memory: int) -> HoldfastError:

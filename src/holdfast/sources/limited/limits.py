@@ -14,7 +14,8 @@ SECONDS = "HOLDFAST_READ_SECONDS"
 CPU_SECONDS = 60
 WALL_FACTOR = 5
 """the time by the clock is this multiple of the CPU time: a machine may be busy, or its disk slow"""
-_UNITS = {"": 1, "MB": 10**6, "GB": 10**9}
+_DAY = 86_400
+_UNITS = {"MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,17 @@ class Limits:
 def requested_memory() -> int:
     """Bytes in `HOLDFAST_READ_MEMORY`, 0 where it is not set; `UsageError` where it is no size."""
     text = os.environ.get(MEMORY, "")
-    found = re.fullmatch(r"(\d{1,12})\s*(MB|GB|)", text.strip().upper()) if text else None
+    found = re.fullmatch(r"(\d{1,7})\s*(MB|GB)", text.strip().upper()) if text else None
     if text and found is None:
-        raise UsageError(f"{MEMORY} is {text!r}; a size was expected, as 16GB or 800MB")
+        raise UsageError(f"{MEMORY} is {text!r}; a size of at most 7 digits was expected, as 16GB or 800MB")
     return 0 if found is None else int(found[1]) * _UNITS[found[2]]
 
 
 def cpu_seconds() -> int:
     """Seconds of CPU in `HOLDFAST_READ_SECONDS`, 60 where it is not set; `UsageError` where it is no number."""
     text = os.environ.get(SECONDS, "").strip()
-    if text and not re.fullmatch(r"0*[1-9]\d{0,8}", text):
-        raise UsageError(f"{SECONDS} is {text!r}; a whole number of seconds was expected, as 600")
+    if text and not (re.fullmatch(r"\d{1,5}", text) and 1 <= int(text) <= _DAY):
+        raise UsageError(f"{SECONDS} is {text!r}; a whole number from 1 to {_DAY} was expected, as 600")
     return int(text) if text else CPU_SECONDS
 
 

@@ -4,6 +4,7 @@ import csv
 import gc
 import gzip
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -100,7 +101,7 @@ def read(
     assert content is None, "a table is read from its file"
     header, blocks = (_parquet if path.suffix == ".parquet" else _csv)(path)
     if not header or len(set(header)) != len(header):
-        doubled = [name for name in header if header.count(name) > 1]
+        doubled = [name for name, n in Counter(header).items() if n > 1]
         raise TargetError(f"{str(path)!r} needs a header of distinct names; found {doubled[:3] or 'nothing'}")
     texts = [name for name in header if name in (label, SPLIT_COLUMN)] if label in header else []
     features = [name for name in header if name not in (*texts, *drop)] if label in header else []
@@ -228,7 +229,7 @@ class _Counted(io.RawIOBase):
         found = self.stream.read(len(buffer))
         buffer[: len(found)] = found
         self.n_read += len(found)
-        if self.n_read > self.small and not requested_memory():
+        if self.n_read > max(self.small, requested_memory()):
             raise TargetError(
                 f"{str(self.path)!r} has {megabytes(self.path.stat().st_size)} and inflates to more than "
                 f"{megabytes(self.small)}: a bomb rather than data. If it is data, inflate it before it is given, or "
@@ -249,7 +250,7 @@ def _decoded(path: Path) -> io.TextIOWrapper:
 
 
 def _unreadable(path: Path, error: Exception) -> TargetError:
-    return TargetError(f"{str(path)!r} is no readable UTF-8 table: {error}")
+    return TargetError(f"{str(path)!r} is no readable UTF-8 table: {error}; write it again")
 
 
 def _parquet(path: Path) -> tuple[list[str], Blocks]:

@@ -51,7 +51,7 @@ def convert(file: OnnxFile, output: str, *, batch_size: int | None) -> fx.GraphM
         )
         values.update(zip(node.output, _results(step), strict=False))
         for name in spent:  # a file may compute more than memory holds at once
-            del values[name]
+            values.pop(name, None)
     if values[output].node is None:
         raise Unsupported(f"an output {output!r} that does not depend on the input")
     return builder.finish(values[output])

@@ -81,9 +81,21 @@ def content_of(path: Path) -> bytes:
     readable_file(path, "model")
     if path.stat().st_size > MAX_BYTES:
         raise TargetError(
-            f"{str(path)!r} has {megabytes(path.stat().st_size)}; at most {megabytes(MAX_BYTES)} is read"
+            f"{str(path)!r} has {megabytes(path.stat().st_size)}; at most {megabytes(MAX_BYTES)} is read: give the "
+            "network as file.py:factory"
         )
     return path.read_bytes()
+
+
+def bytes_beside(path: Path) -> int:
+    """Size of the other files in the folder of a model, which may hold its data; at most `MAX_BYTES`."""
+    total = 0
+    for each in path.parent.iterdir():
+        if each.is_file() and each.name != path.name:
+            total += each.stat().st_size
+        if total >= MAX_BYTES:
+            return MAX_BYTES
+    return total
 
 
 def read_onnx(
