@@ -21,28 +21,28 @@ _NO_MEMORY = (
     "std::bad_alloc",
     "Failed to allocate memory",
 )
-"""what libraries say, in another error than `MemoryError`, of memory that they did not get"""
+"""messages of libraries about failed allocations in errors other than `MemoryError`"""
 
 
 def main(name: str) -> None:
-    """Read the file of the request in a folder, and write the answer beside it."""
+    """Read the file of the request in a folder, and write the answer into the folder."""
     folder = Path(name)
     request = json.loads((folder / REQUEST).read_text())
     parser = import_module(f"{_PACKAGE}.{request['parser']}")
     content = sys.stdin.buffer.read() if request["content"] else None
-    getattr(parser, "prepare", lambda: None)()  # imports, which would count against the file
+    getattr(parser, "prepare", lambda: None)()  # imports, whose memory and time do not count against the file
     limits.apply(request.pop("memory"), request.pop("seconds"))
     answer = answered(request, content, folder)
     (folder / ANSWER).write_text(json.dumps(answer))
 
 
 def is_out_of_memory(cause: BaseException | None) -> bool:
-    """Whether a library raised this because it did not get memory."""
+    """Whether a library raised the error because an allocation failed."""
     return isinstance(cause, MemoryError) or any(each in str(cause) for each in _NO_MEMORY)
 
 
 def answered(request: Mapping[str, Any], content: bytes | None, folder: Path) -> Mapping[str, Any]:
-    """What the parser found; of an error its class and its message."""
+    """Return the result of the parser, or the class and the message of its error."""
     read = import_module(f"{_PACKAGE}.{request['parser']}").read
     path = Path(request["path"])
     named = {key: value for key, value in request.items() if key not in ("parser", "path", "content")}

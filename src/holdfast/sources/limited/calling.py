@@ -1,4 +1,4 @@
-"""Starts the process that reads a file under limits, and returns what it found."""
+"""Starts the process that reads a file under limits, and returns its result."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from holdfast.sources.limited.limits import MEMORY, SECONDS, WALL_FACTOR, Limits
 
 _ERRORS = {each.__name__: each for each in (TargetError, UsageError, NoSplit, CarriesCode)}
 _PACKAGE = Path(__file__).resolve().parents[3]
-"""the folder that holds the package `holdfast`"""
+"""folder that contains the package `holdfast`"""
 _START = (
     f"import sys; sys.path.append(sys.argv[1]); from {answered.__module__} import main; main(*sys.argv[2:])"
 )
@@ -37,7 +37,7 @@ _ENVIRONMENT = {
 
 @dataclass
 class _Here:
-    """Whether this process is under limits itself, so that it needs no other."""
+    """Whether this process is already under limits, so that no further process is needed."""
 
     limited: bool = False
 
@@ -49,13 +49,12 @@ HERE = _Here()
 def read_under_limits(
     parser: str, path: Path, limits: Limits, *, content: bytes | None = None, **request: Any
 ) -> Iterator[tuple[Mapping[str, Any], Path]]:
-    """What a parser of this package found in a file, and a folder, which is removed later, with what it wrote.
+    """Yield the result of a parser for a file, and a temporary folder with the files that it wrote.
 
-    `parser` is the name of a module here, whose `read(path, content, folder, **request)` is called in a process of its
-    own. With `content`, the bytes of the file that were read already, the file is not opened again.
-
-    Raises what the parser raised where that is an error of Holdfast, and `TargetError` where the process ended
-    otherwise or reached a limit.
+    `parser` is the name of a module of this package, whose `read(path, content, folder, **request)` is called in a
+    separate process. `content` is the content of the file if it was read already; then the file is not opened again.
+    Raises the parser's error if it is an error of Holdfast, and `TargetError` if the process ended otherwise or reached
+    a limit.
     """
     with tempfile.TemporaryDirectory(prefix="holdfast-") as name:
         folder = Path(name)

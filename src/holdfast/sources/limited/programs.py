@@ -1,4 +1,4 @@
-"""Judges, loads and runs one `.pt2` program of `torch.export`."""
+"""Checks, loads and runs one `.pt2` program of `torch.export`."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ import torch
 from holdfast.sources.exported import batch_size, loaded, refuse_code
 
 _ROWS = 2
-"""of the trial, where the batch is free"""
+"""number of rows of the trial, if the batch size is free"""
 
 
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
-    """The size of the batches that the program takes, None for any; raises as `refuse_code` and `loaded` do."""
+    """Return the batch size that the program takes, None for any. Raises the errors of `refuse_code` and `loaded`."""
     assert content is not None, "the file is read once"
     refuse_code(path, content)
     net, sizes = loaded(path, content)
@@ -23,12 +23,12 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
     except RuntimeError as error:
         if "memory" in str(error):
             raise
-        # one that a free side of 1 does not suit is run on the examples of the user
+        # a program that does not take a free size of 1 is run on the examples of the user
     return {"batch_size": size}
 
 
 def prepare() -> None:
-    """Import what loads a program, which takes memory by itself."""
+    """Limit torch to one thread. Importing this module loads the libraries before memory is limited."""
     import torch.export.pt2_archive._package
 
     torch.set_num_threads(1)

@@ -1,1 +1,1 @@
-"""ONNX onto torch: our own importer, checked against onnxruntime, so that gradients come without another converter."""
+"""Importer from ONNX to torch, checked against onnxruntime, which provides gradients without another converter."""
