@@ -119,7 +119,7 @@ def missing(evidence: Evidence, baseline: Evidence | None) -> tuple[str, ...]:
 def estimates(
     evidence: Evidence, *, baseline: Evidence | None = None, confidence: float = 0.95
 ) -> dict[str, Estimate]:
-    """Every metric that the evidence allows, in the order of `names.METRICS`; the others are absent."""
+    """Return every metric for which the evidence suffices, in the order of `names.METRICS`."""
     found = {}
     for name in METRICS:
         try:
