@@ -170,9 +170,7 @@ def carry_out(
     notify: Notify = ignore,
     command: str = "",
 ) -> Result:
-    """Run `assess` with settings of the command line or a configuration file. `command` is the command that
-    repeats it.
-    """
+    """Run `assess` for the command line or a configuration file; `command` is the command that repeats it."""
     opening = partial(ordering.opened, settings)
     with journaled(run, resume=resume, keep=settings.keep_answers):
         subject, data, surrogates = opening()
@@ -235,8 +233,7 @@ def harden(
     If `data` is an address, its train split is used for training and its test split for measurement. If it is an
     object, it is used for measurement and `fit` for training; without `fit` a tenth of it is held out for measurement.
     `unlabelled` are more inputs for training, as an address or an object, for recipes that learn without labels.
-    `budget` is time for the training, as in "10min". With `run` all artefacts are stored in that folder, and `resume`
-    continues the run.
+    `budget` is time for the training, as in "10min". With `run` all is stored in that folder; `resume` continues it.
     """
     settings = settings_said("harden()", locals(), HardenSettings)
     place = folder_of(run, resume=resume)
@@ -263,9 +260,7 @@ def carry_out_hardening(
     notify: Notify = ignore,
     command: str = "",
 ) -> Hardened:
-    """Run `harden` with settings of the command line or a configuration file. `command` is the command that
-    repeats it.
-    """
+    """Run `harden` for the command line or a configuration file; `command` is the command that repeats it."""
     subject, training, test, whole = hardening.opened(settings)
     wish = hardening.wish(
         settings,
@@ -295,8 +290,7 @@ def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -
 def exhibition(
     *, n: int = 500, only: Sequence[str] = (), shown: Callable[[Exhibit], None] = lambda exhibit: None
 ) -> tuple[Exhibit, ...]:
-    """Build each masked model of the gallery, measure it on the first `n` bundled digits, and call `shown` with the
-    result.
+    """Build and measure each masked model of the gallery on the first `n` bundled digits, and pass it to `shown`.
 
     `only` selects some of them by name.
     """

@@ -2,7 +2,7 @@
 
 `fast` is Holdfast's default suite: attacks that break most for their cost come first. The later attacks start with the
 examples nearest to being broken, and stop when they break none of a wave (docs/decisions/0007). `quick` is its first
-attack with more restarts and targets.
+attack with more restarts.
 
 `standard` is the composition of AutoAttack standard (Croce & Hein, "Reliable evaluation of adversarial robustness with
 an ensemble of diverse parameter-free attacks", ICML 2020, arXiv:2003.01690; for L1 "Mind the box", ICML 2021,

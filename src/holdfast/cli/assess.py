@@ -342,7 +342,7 @@ DATA   a bundled name (mnist-mini), a catalogue name (see holdfast data), an .np
 @offered(*ATTACKING, FIT, *TARGET, *UNTRAINED, *SERVED, *SETTING)
 @spoken
 def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flags: Any) -> int:
-    """How robust is MODEL on DATA: run, resume or rehearse it."""
+    """Run or resume an assessment of MODEL on DATA, or estimate its cost."""
     if resume and run is not None and flags["model"] is None and flags["config"] is None:
         _refuse_bare_resume(Path(run))
     settings = settings_from(flags, AssessSettings)

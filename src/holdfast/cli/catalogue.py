@@ -40,9 +40,7 @@ def attacks(voice: Voice, name: str | None) -> None:
     if name is not None and is_suite_only(name):
         _show_suite(voice, str(suite_called(name)))
         return
-    chosen = (
-        None if name is None else attack_called(name)
-    )  # before the import of torch, so that mistakes are reported immediately
+    chosen = None if name is None else attack_called(name)  # before torch, to report mistakes early
     if chosen is None:
         _list_attacks(voice)
     else:

@@ -80,7 +80,7 @@ break as before.
 
 @click.group(cls=Group, short_help="parameter sets that take turns at serving, against thieves", help=_HELP)
 def rotate() -> None:
-    """The verbs below."""
+    """Group of the commands for pools."""
 
 
 def _settings(flags: dict[str, Any]) -> RotateSettings:

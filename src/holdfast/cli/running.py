@@ -69,9 +69,7 @@ def harden_and_report(settings: HardenSettings, voice: Voice, *, run: str | None
     """Run or resume `harden`, print the results and write the new model. Returns the exit code."""
     command = command_line()
     folder = Path(run) if run else new_folder("harden", digest(as_bytes(canonical(settings))))
-    if (
-        not distributed.first()
-    ):  # other processes take part in the training, and only the first reports the results
+    if not distributed.first():  # other processes train too, and only the first reports
         carry_out_hardening(settings, run=folder, resume=resume, command=command)
         return 0
     with stoppable(way_out(command, folder)):

@@ -303,9 +303,7 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
     if opening.arguments or opening.arch is not None:
         factory, address = ARCHITECTURES[name], f"--arch {name}"
         make = partial(factory, **converted_arguments(factory, opening.arguments, address))
-        with suppress(
-            TypeError, ValueError, RuntimeError, OverflowError
-        ):  # raised again below with a message
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # raised again below
             refuse_misfit(make, weights, repr(opening.address), spare=_SPARE)
         return build(factory, opening.arguments, address, {}), _known(metadata)
     try:

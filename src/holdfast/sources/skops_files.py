@@ -51,9 +51,7 @@ def loaded(path: Path, content: bytes, *, trust_code: bool) -> tuple[Any, tuple[
             untrusted = sio.get_untrusted_types(data=content)
         except MemoryError:
             raise
-        except (
-            Exception
-        ) as error:  # skops raises anything, from KeyError to BadZipFile, for an untrusted file
+        except Exception as error:  # skops raises any error, such as KeyError, for an untrusted file
             raise _damaged(path, error) from error
         if untrusted and not trust_code:
             boosted = any(each.startswith("xgboost.") for each in untrusted)
