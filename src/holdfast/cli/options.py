@@ -40,7 +40,7 @@ class Voice:
     def say(self, text: str) -> None:
         """Write a line to stderr, unless quiet.
 
-        Control characters from names of files, servers and classes are escaped.
+        Control characters and CI commands in it are made harmless.
         """
         if not self.quiet:
             indent = len(text) - len(text.lstrip(" "))

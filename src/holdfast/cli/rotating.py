@@ -206,9 +206,7 @@ def turn(
 
 
 def _made_by(begun: _Begun, settings: RotateSettings, voice: Voice, asked: By | None) -> By | None:
-    """Return how sets are made: as requested, or None for the default, after training a generator if needed and
-    possible.
-    """
+    """Train a generator if it is needed. Returns how sets are made: `asked`, or `anew` if that training failed."""
     if asked == "anew" or begun.found.sets == 1 or learning.what_was_learned(begun.pool) is not None:
         return asked
     codec, diffusion = rotating.codec(settings), rotating.diffusion(settings)

@@ -191,9 +191,7 @@ def opened(settings: AssessSettings) -> tuple[Subject, Data, tuple[Subject, ...]
 
 
 def examples_to_fit(plan: Plan) -> int:
-    """Most examples on which an attack of the plan is learned; 0 if none is learned. Files are often sorted by
-    class.
-    """
+    """Maximum number of examples on which an attack of the plan is learned, or 0 if none is learned."""
     return max((m.attack.examples for m in plan.members if isinstance(m.attack, Learned)), default=0)
 
 
@@ -281,7 +279,7 @@ def order(
 def plan(
     settings: AssessSettings, members: tuple[Member, ...] | None = None, target: Access = "gradients"
 ) -> Plan:
-    """Return the attacks in order under the threat model. The default suite depends on the access of threat and target."""
+    """Return the attacks in order under the threat model. The access determines the default suite."""
     threat = threat_model(parse_threat(settings.threat))
     seen: Access = min(threat.access, target, key=ACCESS_ORDER.index)
     members = members or members_said(settings, threat.constraint)

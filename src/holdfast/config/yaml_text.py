@@ -8,7 +8,7 @@ import yaml
 from holdfast.core.errors import UsageError
 
 MAX_CHARACTERS = 1 << 18
-"""most characters of a text; PyYAML needs about 20 microseconds and 400 bytes of memory for each"""
+"""maximum number of characters of a text; PyYAML needs about 20 microseconds and 400 bytes of memory for each"""
 _MOST = 2**63
 """limit of whole numbers; one with very many digits cannot be printed"""
 

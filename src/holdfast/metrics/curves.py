@@ -11,7 +11,7 @@ from holdfast.metrics.columns import MINIMUM_NORM, broken, column, untargeted
 from holdfast.ops.statistics import clopper_pearson
 
 POINTS = 100
-"""Most steps of a curve; a page cannot show more."""
+"""Maximum number of steps of a curve; a page cannot show more."""
 
 
 @dataclass(frozen=True)

@@ -43,19 +43,19 @@ def auroc(evidence: Evidence, confidence: float = 0.95, *, of: Attacker = "aware
 def rate(
     evidence: Evidence, confidence: float = 0.95, *, false_positives: float, of: Attacker = "aware"
 ) -> Estimate:
-    """Share of attacked inputs that are rejected at the threshold that rejects this share of clean inputs."""
+    """Share of attacked inputs rejected at the threshold that rejects the share `false_positives` of clean inputs."""
     attacked = _fooled(evidence, of)[1]
     return proportion(attacked > detection.threshold(evidence["score"], false_positives), confidence)
 
 
 def accepted_right(evidence: Evidence, confidence: float = 0.95, *, false_positives: float) -> Estimate:
-    """Robust accuracy with rejection at that threshold."""
+    """Robust accuracy with rejection at the threshold of `rate`."""
     clean, attacked, _ = _scores(evidence, "aware")
     limit = detection.threshold(clean, false_positives)
     return proportion((evidence["class_margin"] > 0) & (clean <= limit) & (attacked > limit), confidence)
 
 
 def accepted_wrong(evidence: Evidence, confidence: float = 0.95, *, false_positives: float) -> Estimate:
-    """Share of examples with an input, clean or attacked, that is accepted and misclassified at that threshold."""
+    """Share of examples with an input, clean or attacked, that is accepted and misclassified at the threshold of `rate`."""
     clean, attacked, _ = _scores(evidence, "aware")
     return proportion(attacked <= detection.threshold(clean, false_positives), confidence)

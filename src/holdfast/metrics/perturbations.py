@@ -39,7 +39,7 @@ def perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: NormName
 
 
 def mean_perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: NormName) -> Estimate:
-    """Mean size over the `n` examples that an attack broke. `perturbed_share` is their share."""
+    """Mean size over the `n` examples that an attack broke. `perturbed_share` is their share of all examples."""
     size = _sizes(evidence, norm)
     # a misclassified clean input needs no perturbation; under a targeted goal it may still reach the target
     turned = evidence["success"] & _counted(evidence) & size.isfinite()

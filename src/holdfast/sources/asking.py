@@ -29,7 +29,7 @@ LONGEST_WAIT_S = 60.0
 """A server that requests a longer pause ends the run, which can be resumed later."""
 _FIRST_WAIT_S, _LAST_WAIT_S = 0.5, 30.0
 _MOST_BYTES = 1 << 26
-"""Most bytes of an answer.
+"""Maximum number of bytes of an answer.
 
 It fits scores in text form of some hundred rows with ten thousand classes; a request has 64 rows by default.
 """

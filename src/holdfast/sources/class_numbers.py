@@ -16,7 +16,7 @@ Array = NDArray[Any]
 _SHOWN = 10
 MOST_NAMES = 100_000
 MOST_TEXTS = 10_000_000
-"""most text labels of an array; sorting more takes minutes and ten times their memory"""
+"""maximum number of text labels of an array; sorting more takes minutes and ten times their memory"""
 
 
 def class_numbers(

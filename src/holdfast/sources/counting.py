@@ -6,7 +6,9 @@ from holdfast.sources.sent import Sent
 from holdfast.sources.served import Served
 
 MOST = 64
-"""Most rows that an inspection sends to a served model. A server that accepts only larger batches gets one batch."""
+"""Maximum number of rows that an inspection sends to a served model. A server that accepts only larger batches
+gets one batch.
+"""
 
 
 class Look(Sent):

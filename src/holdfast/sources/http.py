@@ -24,7 +24,7 @@ from holdfast.sources.served import Served
 
 _MODEL = re.compile(r"(?P<model>.*/v2/models/[^/]+(?:/versions/[^/]+)?)(?:/infer)?/?")
 _MOST_VALUES = 1 << 24
-"""most values of a request or of a batch whose size the server fixes"""
+"""maximum number of values of a request or of a batch whose size the server fixes"""
 _MOST_CLASSES = 1_000_000
 _SHOWN = 80
 """number of characters of a shape that a message shows"""

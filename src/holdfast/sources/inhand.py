@@ -21,7 +21,7 @@ _FOLLOWED = (FunctionType, MethodType, partial, nn.Module, type)
 _NOT_THEIRS = frozenset({"torch", "numpy", "keras", "sklearn", "xgboost", *sys.stdlib_module_names})
 """Packages whose code is identified by name: a run stores their versions, and resuming requires equal ones."""
 LOADED = "holdfast_user_"
-"""Prefix of the names of modules that are loaded from files of the user. The rest of the name encodes the path."""
+"""Prefix of the names of modules that are loaded from files of the user. The rest is a digest of the path."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 

@@ -14,7 +14,7 @@ from holdfast.sources.adapted import Adapted
 
 
 class KerasNet(nn.Module):
-    """A Keras model that runs in the mode of the module: dropout and batch norm are active only in train mode."""
+    """A Keras model that runs in the mode of the module: dropout and updates of batch norm need train mode."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class KerasNet(nn.Module):
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _TENSOR = re.compile(r"\s*\btensor\(\[.*?\](?:, [^()]*)?\)", re.DOTALL)
 _LONGEST = 300
-"""most characters of an error of Keras that are kept"""
+"""maximum number of characters of an error of Keras that are kept"""
 
 
 def plainly(said: str) -> str:

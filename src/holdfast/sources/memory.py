@@ -25,7 +25,7 @@ def as_data(
     expected: Expected | None = None,
     n: int | None = None,
 ) -> Data:
-    """Return a data set from `(x, y)`, from a loader or a dataset of pairs, or from a `Data` object, which is returned.
+    """Return a data set from `(x, y)`, or from a loader or dataset of pairs. A `Data` object is returned unchanged.
 
     Tensors keep their layout whatever their type, and keep float32 and float64. numpy arrays are read as in an `.npz`
     file. Text labels are class names. A loader is read once, into memory, and only up to its first `n` examples if `n`

@@ -21,7 +21,7 @@ from holdfast.sources.catalogue import Entry
 from holdfast.sources.npz import Npz
 
 MAX_BYTES = 2**30
-"""most bytes of an official file after decompression; the largest known file has a fifth of it"""
+"""maximum number of bytes of an official file after decompression; the largest known file has a fifth of it"""
 _CIFAR_ROW = 1 + 3 * 32 * 32
 
 

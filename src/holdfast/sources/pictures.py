@@ -25,7 +25,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF")
 """formats that are decoded; files of other formats with one of the suffixes are refused"""
 MAX_PIXELS = 64_000_000
-"""most pixels of one image according to its header, checked before decoding"""
+"""maximum number of pixels of one image according to its header, checked before decoding"""
 _SMALL, _RATIO = 2**30, 200
 """images above a gibibyte with a compression ratio above 200 are treated as a decompression bomb"""
 _GREY = ("1", "L", "LA", "I;16", "I", "F")

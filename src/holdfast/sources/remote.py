@@ -37,17 +37,17 @@ class Remote:
     labels: bool = False
     """whether the answer has one class for each row, by number or name, instead of scores"""
     max_rows: int = 64
-    """most rows of one request"""
+    """maximum number of rows of one request"""
     timeout_s: float = 30.0
     """longest pause in an answer, and longest duration of a whole answer, of one request"""
     retries: int = 5
     """how often a request that failed temporarily is repeated"""
     concurrency: int = 1
-    """most requests at the same time"""
+    """maximum number of requests at the same time"""
     rate: float | None = None
-    """most requests a second; None means no limit"""
+    """maximum number of requests a second; None means no limit"""
     max_queries: int | None = None
-    """most rows that a run may send, including earlier attempts; None means no limit"""
+    """maximum number of rows that a run may send, including earlier attempts; None means no limit"""
     on_refused: Literal["reject", "stop"] = "reject"
     """whether an attacked input that the server refuses counts as rejected, or ends the run"""
     sleep: Callable[[float], object] | None = None

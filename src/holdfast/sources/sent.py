@@ -35,7 +35,7 @@ class Totals:
     """requests that failed temporarily and were repeated, by failure"""
     failed_rows: int = 0
     most: int | None = None
-    """most rows that a request may have, determined by refused requests"""
+    """maximum number of rows that a request may have, determined by refused requests"""
     too_many: int = 0
     """number of rows in the refused request that determined it"""
 

@@ -24,7 +24,7 @@ from holdfast.sources.limited.limits import Limits
 from holdfast.sources.limited.trees import damaged
 
 MAX_BYTES = 2**30
-"""most bytes of a file; a booster of 10,000 deep trees has some hundred megabytes"""
+"""maximum number of bytes of a file; a booster of 10,000 deep trees has some hundred megabytes"""
 LIMITS = Limits(copies=8, spare_bytes=2**30)
 """limits of the process that first loads a file; JSON needs eight copies"""
 _OBJECTIVES = frozenset(

@@ -22,9 +22,9 @@ class Limits:
     """Memory limits, counted beyond the memory that the process uses before it reads the file."""
 
     copies: int
-    """number of copies of the file that fit in memory"""
+    """memory limit as a multiple of the file size"""
     spare_bytes: int
-    """memory in addition to the copies"""
+    """bytes in addition to that multiple"""
 
     def memory(self, n_bytes: int) -> int:
         """Memory limit in bytes for a file of `n_bytes`; at least the value of the environment variable."""

@@ -19,11 +19,11 @@ from holdfast.sources.files import megabytes
 from holdfast.sources.limited.limits import MEMORY, requested_memory
 
 MAX_BYTES = 2**30
-"""most bytes of a text table after decompression"""
+"""maximum number of bytes of a text table after decompression"""
 MAX_CELLS = 200_000_000
-"""most cells of a table; parquet can repeat a value any number of times in a few bytes"""
+"""maximum number of cells of a table; parquet can repeat a value any number of times in a few bytes"""
 MAX_WORD = 1000
-"""most characters of a label or of the name of a split"""
+"""maximum number of characters of a label or of the name of a split"""
 _BYTES_A_CELL = 20
 """upper bound of the memory of a cell in both processes"""
 _BLOCK = 1 << 20

@@ -1,1 +1,1 @@
-"""Importer from ONNX to torch, checked against onnxruntime, which provides gradients without another converter."""
+"""Importer from ONNX to torch, which provides gradients. Each import is compared with onnxruntime."""

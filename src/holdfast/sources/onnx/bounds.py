@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST_ROUNDS = 1 << 16
-"""most iterations of a loop"""
+"""maximum number of iterations of a loop"""
 _DEFAULT = ("", "ai.onnx")
 """domain of the standard operators"""
 

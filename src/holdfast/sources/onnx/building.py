@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 
 MAX_ELEMENTS = 2**28
-"""most elements of one value on the examples; more is an attack or an error"""
+"""maximum number of elements of one value on the examples; more is an attack or an error"""
 MAX_COMPUTED = 2**30
-"""most bytes of all computed constants that are not in the file; each is three times in memory"""
+"""maximum number of bytes of all computed constants that are not in the file; each is three times in memory"""
 
 
 class Unsupported(Exception):

@@ -17,10 +17,10 @@ from holdfast.sources.files import megabytes, readable_file, sha256_of_file
 from holdfast.sources.onnx.bounds import Endless, n_nodes, refuse_endless
 
 MAX_BYTES = 1_900_000_000
-"""most bytes of the model with its data; protobuf itself is limited to 2 GiB"""
+"""maximum number of bytes of the model with its data; protobuf itself is limited to 2 GiB"""
 MAX_NODES = 50_000
 MAX_VALUES = 2**28
-"""most values of one example, or of the batch if its size is fixed"""
+"""maximum number of values of one example, or of the batch if its size is fixed"""
 _FLOATS: dict[int, np.dtype[Any]] = {
     1: np.dtype(np.float32),
     10: np.dtype(np.float16),

@@ -12,7 +12,7 @@ from holdfast.sources.onnx.building import MAX_ELEMENTS, Builder, Ints, Operator
 from holdfast.sources.onnx.reading import onnx_module
 
 _MOST_PLACES = 2**24
-"""most indices of a backward slice, which are listed individually"""
+"""maximum number of indices of a backward slice, which are listed individually"""
 
 
 def reshape(step: Step) -> Value:
