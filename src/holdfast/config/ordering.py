@@ -191,7 +191,10 @@ def opened(settings: AssessSettings) -> tuple[Subject, Data, tuple[Subject, ...]
 
 
 def examples_to_fit(plan: Plan) -> int:
-    """Maximum number of examples on which an attack of the plan is learned, or 0 if none is learned."""
+    """Maximum number of examples on which an attack of the plan is learned, or 0 if none is learned.
+
+    They are sampled at random, because files are often sorted by class.
+    """
     return max((m.attack.examples for m in plan.members if isinstance(m.attack, Learned)), default=0)
 
 

@@ -56,6 +56,6 @@ def accepted_right(evidence: Evidence, confidence: float = 0.95, *, false_positi
 
 
 def accepted_wrong(evidence: Evidence, confidence: float = 0.95, *, false_positives: float) -> Estimate:
-    """Share of examples with an input, clean or attacked, that is accepted and misclassified at the threshold of `rate`."""
+    """Share of examples with an input, clean or attacked, that is accepted and wrong at the threshold of `rate`."""
     clean, attacked, _ = _scores(evidence, "aware")
     return proportion(attacked <= detection.threshold(clean, false_positives), confidence)
