@@ -1,7 +1,7 @@
-"""The Python twins of the commands: the same names, the same arguments, the same results.
+"""Python functions equivalent to the commands, with the same names, arguments and results.
 
-They take what a caller has in hand (a network, a function or an address; tensors, arrays, a loader or an address) and
-normalise it once; below them every parameter has one type.
+They accept a network, a function or an address as model, and tensors, arrays, a loader or an address as data, and
+convert these once. Functions below this module have one type for each parameter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -138,14 +138,14 @@ def assess(
     resume: bool = False,
     progress: Progress = silent,
 ) -> Result:
-    """How robust a model is, honestly: the worst case over a suite of attacks, with intervals and doubts.
+    """Measure how robust a model is: the worst case over a suite of attacks, with intervals and doubts.
 
     `threat` is text, or a constraint such as `holdfast.Linf(8/255)`. `suite` names a suite or attacks (`"pgd,square"`),
-    or is an attack, a class of attacks, or a list of these; without it `fast` is run, or `transfer` where the threat
-    says access=none. `surrogates` are models of the attacker's own, a `Classifier` where their preprocessing is to be
-    said, `holdfast.skipped` for skip gradients.
-    `across` lists other data of the same shape, which changes are carried to and from. With `run` everything is kept in
-    that folder, and `resume` goes on with it. A network in hand stays on its device.
+    or is an attack, a class of attacks, or a list of these. The default is `fast`, or `transfer` for a threat with
+    access=none. `surrogates` are models of the attacker; a `Classifier` declares the preprocessing, and
+    `holdfast.skipped` is for skip gradients. `across` lists other data of the same shape, to which perturbations are
+    transferred and from which they come. With `run` all artefacts are stored in that folder, and `resume` continues the
+    run. A network given as an object stays on its device.
     """
     settings = settings_said("assess()", locals(), AssessSettings)
     place = folder_of(run, resume=resume)
@@ -170,7 +170,7 @@ def carry_out(
     notify: Notify = ignore,
     command: str = "",
 ) -> Result:
-    """`assess` as the command line and a configuration file ask for it; `command` is how to repeat it."""
+    """Run `assess` for the command line or a configuration file; `command` is the command that repeats it."""
     opening = partial(ordering.opened, settings)
     with journaled(run, resume=resume, keep=settings.keep_answers):
         subject, data, surrogates = opening()
@@ -228,12 +228,12 @@ def harden(
     resume: bool = False,
     progress: Progress = silent,
 ) -> Hardened:
-    """A new model that is harder to break, and what both are worth; the one that is given is never changed.
+    """Train a new model that is more robust, and measure both. The given model is never changed.
 
-    `data` is an address whose train split is trained on and whose test split judges; in hand it judges what is trained
-    on `fit`, and without `fit` a tenth of it is kept aside to judge. `unlabelled` are more inputs to train on, at an
-    address or in hand, for recipes that learn without labels. `budget` is time for the training, as in "10min".
-    With `run` everything is kept in that folder, and `resume` goes on with it.
+    If `data` is an address, its train split is used for training and its test split for measurement. If it is an
+    object, it is used for measurement and `fit` for training; without `fit` a tenth of it is held out for measurement.
+    `unlabelled` are more inputs for training, as an address or an object, for recipes that learn without labels.
+    `budget` is time for the training, as in "10min". With `run` all is stored in that folder; `resume` continues it.
     """
     settings = settings_said("harden()", locals(), HardenSettings)
     place = folder_of(run, resume=resume)
@@ -260,7 +260,7 @@ def carry_out_hardening(
     notify: Notify = ignore,
     command: str = "",
 ) -> Hardened:
-    """`harden` as the command line and a configuration file ask for it; `command` is how to repeat it."""
+    """Run `harden` for the command line or a configuration file; `command` is the command that repeats it."""
     subject, training, test, whole = hardening.opened(settings)
     wish = hardening.wish(
         settings,
@@ -277,7 +277,7 @@ def carry_out_hardening(
 
 
 def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -> Result:
-    """The main job on a bundled network and real data, offline: writes `report.html` and `report.json` in a folder."""
+    """Run `assess` on a bundled network and real data, offline. Writes `report.html` and `report.json` in a folder."""
     places = [Path(folder) / name for name in ("report.html", "report.json")]
     for place in places:
         check_place(place)
@@ -290,9 +290,9 @@ def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -
 def exhibition(
     *, n: int = 500, only: Sequence[str] = (), shown: Callable[[Exhibit], None] = lambda exhibit: None
 ) -> tuple[Exhibit, ...]:
-    """The gallery of masked models, each built and measured on the first `n` bundled digits, and then `shown`.
+    """Build and measure each masked model of the gallery on the first `n` bundled digits, and pass it to `shown`.
 
-    `only` names some of them.
+    `only` selects some of them by name.
     """
     known = [item.name for item in ITEMS]
     for name in only:
@@ -343,7 +343,7 @@ def doctor(
     http_rate: str | None = None,
     trust_code: bool = False,
 ) -> tuple[Finding, ...]:
-    """The usual mistakes between a model and its data, found in seconds."""
+    """Find common mistakes in the combination of a model and its data, in seconds."""
     settings = settings_said("doctor()", locals(), AssessSettings)
     subject = subject_of(model, settings)
     look_at(subject.model)
@@ -351,24 +351,24 @@ def doctor(
 
 
 def look_over(settings: AssessSettings) -> tuple[Finding, ...]:
-    """`doctor` as the command line and a configuration file ask for it."""
+    """Run `doctor` with settings of the command line or a configuration file."""
     subject = ordering.opened_subject(settings)
     look_at(subject.model)
     return examine(subject.model, ordering.opened_data(settings, subject.model, lenient=True))
 
 
 def compare(first: Result | str | Path, second: Result | str | Path) -> Comparison:
-    """What changed from the first run to the second, over the examples that both hold."""
+    """Return the changes from the first run to the second, on the examples that both have."""
     return Comparison(_result(first), _result(second))
 
 
 def report(run: str | Path) -> Result:
-    """The result that a finished run left in its folder."""
+    """Return the result of a finished run from its folder."""
     return open_run(Path(run))
 
 
 def verify(run: str | Path) -> Verified:
-    """Whether a run folder still is what its chain says; `TargetError` names the first thing that is not."""
+    """Check whether a run folder matches its chain. Raises `TargetError` for the first difference."""
     return verify_folder(Path(run))
 
 

@@ -1,4 +1,4 @@
-"""`holdfast.attack`: adversarial examples from any attack, judged as `assess` judges them."""
+"""`holdfast.attack`: adversarial examples of any attack, judged in the same way as in `assess`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -45,35 +45,35 @@ from holdfast.sources.memory import as_array
 from holdfast.sources.probing import NO_GRADIENT
 
 Array = Tensor | NDArray[Any]
-"""A tensor where the inputs came as one (or from a loader or an address), an array of numpy where they did not."""
+"""A tensor if the inputs were a tensor, a loader or an address, else a numpy array."""
 _LISTED = 20
-"""classes that a refusal lists"""
+"""number of classes that an error message lists"""
 
 
 @dataclass(frozen=True)
 class Attacked:
-    """What an attack made of each of n examples, in the order in which they were given."""
+    """Results of an attack on each of n examples, in the given order."""
 
     x_adv: Array
     """(n, …): an input for each example, with the shape, layout, scale and float type of `x`
 
-    That is the adversarial example where one was found, else the attack's best attempt. An example that the model has
-    wrong already (under a goal: that needs no attack, or cannot count) keeps its own input.
+    It is the adversarial example if one was found, else the attack's best attempt. An example that is misclassified
+    when clean keeps its input (under a goal: an example that needs no attack, or is not eligible).
     """
     success: Array
-    """(n) bool: the bare model is wrong about `x_adv` (under a goal: predicts the target), inside the threat model"""
+    """(n) bool: the model misclassifies `x_adv` (under a goal: predicts the target), inside the threat model"""
     distance: Array
-    """(n) float: how far `x_adv` is from `x` in the norm and the units of the threat's eps; 0 where it is `x` itself"""
+    """(n) float: distance of `x_adv` from `x` in the norm and the units of the threat's eps; 0 if they are equal"""
     queries: Array
-    """(n) int64: forward passes that the attack asked for, which do not include those of the verdict"""
+    """(n) int64: forward passes of the attack, without those of the verdict"""
     clean_correct: Array
-    """(n) bool: the model is right about `x`"""
+    """(n) bool: the model classifies `x` correctly"""
     result: Result
-    """the same run as `assess` gives it: metrics with intervals, notes and costs"""
+    """result of the run as from `assess`: metrics with intervals, notes and costs"""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What must be known beside the numbers, such as that no gradient reaches the input."""
+        """Notes that matter for the numbers, such as that no gradient reaches the input."""
         return tuple(note for note in self.result.evidence.notes if note not in DETAILS)
 
     def __len__(self) -> int:
@@ -134,21 +134,20 @@ def attack(
     device: str = "auto",
     progress: Progress = silent,
 ) -> Attacked:
-    """Adversarial examples for `x` (n, …) with labels `y` (n), made by one attack and judged on the bare model.
+    """Compute adversarial examples for `x` (n, …) with labels `y` (n) by an attack, and judge them on the model.
 
     `attack` is a name (`"pgd"`, `"cw"`, see `holdfast attacks`), a class or an instance of `holdfast.attacks`, such as
     `PGD(steps=100)`, or `{"use": "pgd", "steps": 100}`. Several of them, or the name of a suite such as `"autoattack"`,
-    run one after the other on the examples that still stand. `threat` is text or a constraint, as `holdfast.L2(0.5)`;
-    without an eps (`"l2"`) a minimum-norm attack looks for the smallest change.
+    run in order on the examples that are still robust. `threat` is text or a constraint, such as `holdfast.L2(0.5)`;
+    without an eps (`"l2"`) a minimum-norm attack searches for the smallest change.
 
-    `goal` is a class to be reached, by its number or its name, the same for all examples. `queries` is how many forward
-    passes an attack may ask for on each example. The same `seed` gives the same examples, and those of `assess` under
-    the same attack. `y` is left out where `x` is a loader or dataset of pairs, or an address. `fit` holds other
-    examples for attacks that are learned, `surrogates` the models that `Transfer` makes its examples on. Every other
-    argument is as in `assess`.
+    `goal` is a target class for all examples, by number or name. `queries` is the most forward passes of an attack for
+    each example. Equal values of `seed` give equal examples, which are also those of `assess` with the same attack. `y`
+    is omitted if `x` is a loader or dataset of pairs, or an address. `fit` contains other examples for attacks that are
+    learned, `surrogates` the models on which `Transfer` computes its examples. Every other argument is as in `assess`.
 
-    The model keeps its mode, its weights and their gradients. Raises `UsageError` for a name that is none, and for an
-    attack that cannot work under this threat or needs more of the model than it gives.
+    Mode, weights and gradients of the model are unchanged. Raises `UsageError` for an unknown name, and for an attack
+    that cannot run under this threat or needs more access than the model gives.
     """
     place = str(x) if isinstance(x, str | Path) else None
     named = goal if isinstance(goal, str) and not _SPELT.fullmatch(goal) else None
@@ -172,18 +171,18 @@ def attack(
 
 
 _SPELT = re.compile(r"untargeted|targeted:.*", re.DOTALL)
-"""a goal that is written as in the text of a threat"""
+"""a goal in the form of a threat's text"""
 
 
 def _aimed(settings: AssessSettings, goal: str, subject: Subject, data: Data) -> AssessSettings:
-    """The settings with the class of that name as the goal."""
+    """Return the settings with the class of that name as the goal."""
     known = settings.class_names or subject.model.class_names or data.classes or ()
     threat = _threat(settings.threat, _class_called(goal, known), None)
     return settings.model_copy(update={"threat": threat})
 
 
 def _class_called(name: str, names: Sequence[str]) -> int:
-    """The number of the class of that name; `UsageError` with the names and their numbers."""
+    """Number of the class with that name. Raises `UsageError`, with names and numbers, if there is none."""
     if name in names:
         return list(names).index(name)
     listed = ", ".join(f"{k} ({each})" for k, each in enumerate(names[:_LISTED]))
@@ -193,7 +192,7 @@ def _class_called(name: str, names: Sequence[str]) -> int:
 
 
 def _in_hand(x: DataLike, y: object) -> tuple[DataLike, DataLike]:
-    """The inputs as they were given, and the data as `assess` takes them."""
+    """Return the inputs as they were given, and the data in the form that `assess` accepts."""
     if isinstance(x, tuple) and len(x) == 2 and y is None:
         x, y = x
     if y is not None:
@@ -206,7 +205,7 @@ def _in_hand(x: DataLike, y: object) -> tuple[DataLike, DataLike]:
 
 
 def _threat(threat: ThreatLike, goal: int | str | None, queries: int | None) -> str:
-    """The threat as text, with the goal and the queries that stand beside it."""
+    """Return the threat as text, including the goal and the queries from other arguments."""
     text = threat_said(threat, "attack(): threat")
     spec = parse_threat(text)
     if goal is not None:
@@ -237,7 +236,7 @@ def _target(goal: int) -> str:
 
 
 def _attacked(result: Result, data: Data, given: object) -> Attacked:
-    """What the run found, in the form in which the inputs were given."""
+    """Return the results of the run in the form of the given inputs."""
     evidence, x = result.evidence, data.read(0, len(data)).x
     correct, success, goal = evidence["correct"], evidence["success"], evidence.threat.goal
     tried = correct if goal is None else correct & evidence["eligible"]
@@ -259,7 +258,7 @@ def _attacked(result: Result, data: Data, given: object) -> Attacked:
 
 
 def _as_given(data: Data, x_adv: Inputs, given: object) -> Array:
-    """The inputs as those that a caller holds; as the model takes them where they came from elsewhere."""
+    """Return inputs in the form of the caller's object, or in that of the model if they came from elsewhere."""
     whole, rows = (data.whole, data.rows) if isinstance(data, Selection) else (data, None)
     if not isinstance(whole, Arrays) or not isinstance(given, Tensor | np.ndarray | list):
         return x_adv

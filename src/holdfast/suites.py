@@ -1,16 +1,18 @@
-"""Named lists of attacks, versioned: the same name and version are the same attacks with the same settings.
+"""Named, versioned lists of attacks. Equal names and versions mean equal attacks with equal settings.
 
-`fast` is our own, for every day: what breaks most for its cost comes first, and the later attacks begin with the
-examples nearest to falling and stop when a wave of them all hold (docs/decisions/0007). `quick` is its first attack,
-for longer.
+`fast` is Holdfast's default suite: attacks that break most for their cost come first. The later attacks start with the
+examples nearest to being broken, and stop when they break none of a wave (docs/decisions/0007). `quick` is its first
+attack with more restarts.
 
 `standard` is the composition of AutoAttack standard (Croce & Hein, "Reliable evaluation of adversarial robustness with
 an ensemble of diverse parameter-free attacks", ICML 2020, arXiv:2003.01690; for L1 "Mind the box", ICML 2021,
-arXiv:2103.01208), `rand` that of its version for randomised models, so that the numbers may stand beside published
-ones. There is no AutoAttack for L0; there `standard` is projected gradient descent, PDPGD, SigmaZero and Sparse-RS.
-`black-box` asks of a target what its threat lets it give: scores, or labels alone; `transfer` asks nothing of it, and
-makes its examples on surrogates. Under common
-corruptions `fast` and `standard` are `corruptions`, the fifteen of Hendrycks & Dietterich.
+arXiv:2103.01208), and `rand` that of its version for randomised models, so that the numbers can be compared with
+published ones. There is no AutoAttack for L0; there `standard` is projected gradient descent, PDPGD, SigmaZero and
+Sparse-RS.
+
+`black-box` uses only what the threat allows: scores, or labels. `transfer` sends no queries to the target and computes
+its examples on surrogates. Under common corruptions, `fast` and `standard` are `corruptions`, the fifteen of Hendrycks
+& Dietterich.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,7 +49,7 @@ from holdfast.core.types import Access
 from holdfast.ops.losses import cross_entropy, dlr
 
 Named = tuple[tuple[str, Attack], ...]
-"""Attacks with the names that a suite gives them."""
+"""Attacks with their names in a suite."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,18 @@ class Suite:
     version: int
     attacks: Named
     waves: Mapping[str, int] = field(default_factory=dict)
-    """of attacks that begin with the examples nearest to falling: how often those that stand are halved for that"""
+    """number of halvings of the robust examples, for attacks that start with those nearest to being broken"""
     smallest: bool = False
-    """asks for the smallest change of every example, instead of for any change within eps"""
+    """whether the suite searches for the smallest change of every example, instead of any change within eps"""
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"
 
 
 def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Suite:
-    """The suite of that name for a constraint; raises `UsageError` if there is none.
+    """Return the suite of that name for a constraint. Raises `UsageError` if there is none.
 
-    Where labels alone can be seen, `black-box` is made of attacks that need no more.
+    If only labels are accessible, `black-box` consists of attacks that need only labels.
     """
     if name not in COMPOSED:
         raise UsageError(f"there is no suite {name!r}; there are {', '.join(COMPOSED)}")
@@ -99,9 +101,9 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
 
 
 def variant(name: str, constraint: Constraint) -> Attack | None:
-    """The attack that suites call by that name under a constraint; None if none does.
+    """Return the attack with that name in suites under a constraint, or None if there is none.
 
-    Where suites give the name to different settings, those of the first in `FIRST` are taken.
+    If suites give the name to different settings, those of the first suite in `FIRST` are returned.
     """
     for each in FIRST:
         try:
@@ -114,7 +116,7 @@ def variant(name: str, constraint: Constraint) -> Attack | None:
 
 
 FIRST = ("standard", "quick", "fast", "rand", "minimum-norm", "corruptions", "transfer", "black-box")
-"""The order in which suites say what a name of theirs means by itself."""
+"""Order of suites in which the meaning of a name is looked up."""
 
 PUBLISHED: Mapping[str, Attack] = {
     "MI-FGSM": Transfer(reach=1, neighbours=0),
@@ -124,10 +126,10 @@ PUBLISHED: Mapping[str, Attack] = {
     "SI-NI-FGSM": Transfer(reach=1, neighbours=0, ahead=True, halvings=4),
     "VMI-FGSM": Transfer(reach=1, neighbours=5, around=1.5),
 }
-"""Transfer at the settings of papers, but for the neighbours of VMI, which are 20 there."""
+"""Transfer with the settings of papers, except for the neighbours of VMI, which are 20 in its paper."""
 
 TRANSFER: Named = (("Transfer", Transfer()), *PUBLISHED.items())
-"""What makes its examples on surrogates: ours, then what the papers printed."""
+"""Attacks on surrogates: Holdfast's own, then those of papers."""
 
 _TRANSFORMED: Mapping[str, Named] = {
     "quick": (("TransformPGD", TransformPGD()),),
@@ -150,20 +152,20 @@ LIMITED: Mapping[str, Mapping[str, Named]] = {
     },
     "colour": _TRANSFORMED,
 }
-"""The suites under threats that are no balls."""
+"""Suites under threats other than norm balls."""
 
 
 def curve(constraint: Constraint) -> Named:
-    """The minimum-norm attacks that accuracy against eps is read from."""
+    """Return the minimum-norm attacks from which accuracy against eps is computed."""
     if isinstance(constraint, Linf):
         return (("FMN", FMN(steps=100)),)
     return (("ALMA", ALMA(steps=100)),) if isinstance(constraint, L2) else (("PDPGD", PDPGD(steps=100)),)
 
 
 SPRINT = Relay(searches=0, rounds=0)
-"""A few short runs of gradients, from random starts and towards the nearest classes: two of each in `quick`.
+"""A few short gradient runs, from random starts and towards the nearest classes: two of each in `quick`.
 
-`fast` takes one start, and under L2 and L1 no class, for more follows.
+`fast` uses one start, and under L2 and L1 no class, because more attacks follow.
 """
 
 
@@ -227,7 +229,7 @@ def _black_box(constraint: Constraint) -> Named:
 
 
 def labels_only(constraint: Constraint) -> Named:
-    """What `black-box` is where labels alone can be seen."""
+    """Return the attacks of `black-box` for access to labels only."""
     if isinstance(constraint, Linf):
         return (("RayS", RayS(queries=5000)),)
     if isinstance(constraint, L2):
@@ -266,7 +268,7 @@ COMPOSED: dict[str, Callable[[Constraint], Named]] = {
     "corruptions": _corruptions,
     "transfer": _transfer,
 }
-"""Every suite by its name."""
+"""Every suite by name."""
 
 WAVES: Mapping[str, Mapping[str, int]] = {
     "fast": {
@@ -275,4 +277,4 @@ WAVES: Mapping[str, Mapping[str, int]] = {
         **dict.fromkeys(("Relay", "Square", "APGD-T"), 5),
     }
 }
-"""The attacks of a suite that go in waves; see `Suite.waves`."""
+"""Attacks of a suite that run in waves; see `Suite.waves`."""

@@ -1,8 +1,8 @@
-"""What `holdfast doctor` looks for: the usual mistakes between a model and its data, found in seconds.
+"""Checks of `holdfast doctor`: common mistakes in the combination of a model and its data, in seconds.
 
-Each check is a pure function of an `Examined` and returns findings in words, with the way out. Checks that compare
-accuracies (another scale, another normalisation, shifted labels) speak only when the alternative is right far more
-often than what was declared, so that a merely weak model is not accused.
+Each check is a pure function of an `Examined` and returns findings as text with advice. Checks that compare accuracies
+(another scale, another normalisation, shifted labels) report a finding only if the alternative is correct far more
+often than the declaration, so that a weak model does not cause findings.
 """
 
 from holdfast.checkup.examination import examine, misfit

@@ -1,4 +1,4 @@
-"""What a model returns: its accuracy, its outputs, their repeatability and their gradients."""
+"""Checks of the behaviour of a model: its accuracy, its outputs, their repeatability and their gradients."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ from holdfast.ops.statistics import against_majority
 
 
 def batch_sizes(model: Classifier) -> Iterator[Finding]:
-    """A network that does not take any number of rows."""
+    """Find a network that does not accept any number of rows."""
     if model.batches is not None and model.batches != EVERY:
         yield Finding(
             "batches", "warning", model.batches.says, "let it take any number of rows, to be quicker"
@@ -22,12 +22,12 @@ def batch_sizes(model: Classifier) -> Iterator[Finding]:
 
 
 def unclear_output(error: UnclearOutput) -> Finding:
-    """One number an example that may be a logit or a probability."""
+    """Finding for single outputs that may be logits or probabilities."""
     return Finding("output", "problem", str(error), "--model-output probability, or --model-output logit")
 
 
 def outputs(examined: Examined) -> Iterator[Finding]:
-    """Outputs that are no numbers, that are probabilities, or that are all equal."""
+    """Find outputs that are NaN, that are probabilities, or that are all equal."""
     logits = examined.logits
     if bool(logits.isnan().any()):
         share = float(logits.isnan().any(1).double().mean())
@@ -58,7 +58,7 @@ def outputs(examined: Examined) -> Iterator[Finding]:
 
 
 def labels(examined: Examined) -> Iterator[Finding]:
-    """Labels that are off by one, or all equal."""
+    """Find labels that are shifted by one, or all equal."""
     yield from shifted_labels(examined)
     y = examined.batch.y
     if len(y) > 1 and bool((y == y[0]).all()):
@@ -68,7 +68,7 @@ def labels(examined: Examined) -> Iterator[Finding]:
 
 
 def accuracy(examined: Examined) -> Iterator[Finding]:
-    """Whether the model is better than always predicting the majority class."""
+    """Compare the accuracy of the model with that of always predicting the majority class."""
     y = examined.batch.y
     found = against_majority(examined.logits.argmax(1) == y, y)
     text = f"accuracy is {examined.accuracy:.1%} on {len(y)} examples"
@@ -84,7 +84,7 @@ def accuracy(examined: Examined) -> Iterator[Finding]:
 
 
 def steadiness(examined: Examined) -> Iterator[Finding]:
-    """Whether equal inputs get equal outputs, whatever else is in the batch."""
+    """Check whether equal inputs have equal outputs, independently of the other inputs in the batch."""
     if examined.in_training:
         names = ", ".join(examined.in_training[:3]) + (" …" if len(examined.in_training) > 3 else "")
         yield Finding(
@@ -108,7 +108,7 @@ def steadiness(examined: Examined) -> Iterator[Finding]:
 
 
 def gradients(examined: Examined) -> Iterator[Finding]:
-    """Whether gradients reach the input."""
+    """Check whether gradients reach the input."""
     if examined.model.access != "gradients":
         why = f" ({examined.model.hides})" if examined.model.hides else ""
         text = f"the model gives {examined.model.access} only{why}: the default suite is black-box"

@@ -1,4 +1,4 @@
-"""What the data alone say, and what of a model's bounds and classes they do not fit: nothing is asked of the model."""
+"""Checks of the data alone and against the bounds and classes of a model, without calling the model."""
 
 from collections.abc import Iterator
 
@@ -15,28 +15,28 @@ from holdfast.sources.estimates import pixel_divisor, scaling
 from holdfast.sources.pictures import Pictures
 
 SAMPLE = 256
-"""examples that are looked at"""
-_MISFITS = 16  # examples outside the bounds or the classes that are added to them
+"""number of examples in the sample"""
+_MISFITS = 16  # number of examples outside the bounds or the classes that are added to the sample
 _CHUNK = 4096
 _ROUNDING = 1e-6
 
 
 def strange_classes(data: Data) -> Iterator[Finding]:
-    """Named classes whose numbers are not certain, as of a folder that lacks one of the model's classes."""
+    """Find named classes with uncertain numbers, such as a folder without one of the model's classes."""
     if isinstance(data, Pictures | Arrays) and data.objection:
         yield Finding("classes", "problem", data.objection)
 
 
 def range_of_labels(data: Data, batch: Batch) -> tuple[int, int]:
-    """The smallest and the largest label: of arrays those of all examples, else those of the sample."""
+    """Smallest and largest label: of all examples for arrays, else of the sample."""
     y = torch.from_numpy(data.y) if isinstance(data, Arrays) else batch.y
     return int(y.min()), int(y.max())
 
 
 def sampled(data: Data, n: int, model: Classifier | None = None) -> Batch:
-    """At most `n` examples spread evenly over the data set, so that files sorted by class show all of them.
+    """Return at most `n` examples spread evenly over the data set, so that all classes of sorted files occur.
 
-    With a `model` those are added that an assessment of it would refuse.
+    With a `model`, some examples that `assess` would refuse are added.
     """
     n = min(n, len(data))
     misfits = [] if model is None else _misfits(data, model)
@@ -48,7 +48,7 @@ def sampled(data: Data, n: int, model: Classifier | None = None) -> Batch:
 
 
 def _misfits(data: Data, model: Classifier) -> list[int]:
-    """The first rows of arrays that an assessment would refuse; images are bytes in named folders and always fit."""
+    """First rows of arrays that `assess` would refuse. Images always fit, because they are bytes in class folders."""
     found: list[int] = []
     if isinstance(data, Arrays):
         for start in range(0, len(data), _CHUNK):
@@ -67,7 +67,9 @@ def _outside(x: Tensor, model: Classifier) -> Tensor:
 
 
 def moved_inside(model: Classifier, x: Tensor, seen: Tensor) -> Tensor:
-    """Inputs `x`, divided as the finding on the range of the examples `seen` says: other checks mean more then."""
+    """Return `x` scaled to the bounds if the examples `seen` are pixels outside of them, so that later checks are
+    meaningful.
+    """
     divisor = pixel_divisor(float(seen.min()), float(seen.max()), seen.dim())
     if bool(_outside(seen, model).any()) and model.bounds.width <= 1 and divisor is not None:
         return x / divisor
@@ -75,7 +77,7 @@ def moved_inside(model: Classifier, x: Tensor, seen: Tensor) -> Tensor:
 
 
 def known_labels(y: Labels, classes: int, labels: tuple[int, int]) -> tuple[Labels, Rows]:
-    """The labels as the finding on their range, `labels`, would have them, and the rows of those that can be used."""
+    """Return labels that are shifted to 0 if their range `labels` starts at 1, and the rows of usable labels."""
     if labels == (1, classes):
         return y - 1, torch.arange(len(y), device=y.device)
     known = ((y >= 0) & (y < classes)).nonzero()[:, 0]
@@ -85,7 +87,7 @@ def known_labels(y: Labels, classes: int, labels: tuple[int, int]) -> tuple[Labe
 
 
 def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Finding]:
-    """Whether the values of the inputs lie inside the bounds, and fill them."""
+    """Check whether the values of the inputs are inside the bounds and use their range."""
     low, high = (float(end) for end in (x.min(), x.max()))
     seen = f"inputs run from {low:.4g} to {high:.4g}"
     if bool(_outside(x, model).any()):
@@ -104,7 +106,7 @@ def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Findin
 
 
 def labels_outside(lowest: int, highest: int, classes: int, *, remote: bool) -> Iterator[Finding]:
-    """Labels that are none of the classes of the model."""
+    """Find labels outside the classes of the model."""
     if lowest < 0 or highest >= classes:
         text = f"labels run from {lowest} to {highest}, but the model knows classes 0 to {classes - 1}"
         from_one = (lowest, highest) == (1, classes)

@@ -1,4 +1,4 @@
-"""The examination of a model and its data, and the shorter one that an assessment makes."""
+"""The checks of a model and its data, and a shorter version for `assess`."""
 
 from collections.abc import Callable, Iterator
 
@@ -34,10 +34,10 @@ from holdfast.sources.probing import settle_output, settle_predictions
 
 
 def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
-    """All findings on a model and a data set; the model comes back in the mode it was in.
+    """Return all findings for a model and a data set. The mode of the model is restored.
 
-    A served model is sent at most 64 rows, those of opening the data included where they were counted.
-    Raises `TargetError` when the model cannot be run on the data at all and no other layout works either.
+    A served model gets at most 64 rows, including those of opening the data if they were counted. Raises `TargetError`
+    if the model cannot be run on the data in this layout or with the channels last.
     """
     if not len(data):
         raise TargetError(f"{data.name} holds no examples; expected at least one")
@@ -54,7 +54,7 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
             differs = tuple(_predictions(model, data))
             strange = tuple(strange_classes(data))
             found = () if unclear else tuple(_found(model, batch, left_in_training, data))
-            if strange:  # which say already why labels are off
+            if strange:  # these findings already explain wrong labels
                 found = tuple(finding for finding in found if finding.check != "labels")
             return (*strange, *unclear, *differs, *found)
     finally:
@@ -63,10 +63,11 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
 
 
 def misfit(model: Classifier, batch: Batch, batch_size: int) -> tuple[Finding | None, int]:
-    """The first sign that the data do not fit the model, and the forwards that it took to look for one.
+    """Return the first sign that the data do not fit the model, and the number of forward passes for the search.
 
-    It looks at labels, layout, normalisation, scale and value range. The model is in eval mode, the inputs in its
-    bounds. It takes one forward an example where the model is right on nearly all, else some fifteen.
+    It checks labels, layout, normalisation, scale and value range. The model must be in eval mode, and the inputs
+    inside its bounds. The cost is one forward pass for each example if the model is correct on nearly all, otherwise
+    about fifteen.
     """
     logits = torch.cat([outputs_of(model, part) for part in torch.split(batch.x, batch_size)])
     examined = Examined(model, batch, (), logits, batch_size)
@@ -76,7 +77,7 @@ def misfit(model: Classifier, batch: Batch, batch_size: int) -> tuple[Finding | 
 
 
 def _unclear_output(model: Classifier, data: Data) -> Iterator[Finding]:
-    """One number an example that may be a logit or a probability."""
+    """Find single outputs that may be logits or probabilities."""
     try:
         settle_output(model, data)
     except UnclearOutput as error:
@@ -84,7 +85,7 @@ def _unclear_output(model: Classifier, data: Data) -> Iterator[Finding]:
 
 
 def _predictions(model: Classifier, data: Data) -> Iterator[Finding]:
-    """An estimator whose largest score is of another class than it predicts."""
+    """Find an estimator whose largest score belongs to another class than its prediction."""
     for note in settle_predictions(model, data):
         yield Finding(
             "predictions", "warning", note, "if this is not meant, give an estimator without a threshold"
@@ -112,7 +113,7 @@ def _found(
 
 
 def _layout(model: Classifier, batch: Batch) -> Finding | None:
-    """A problem if the model cannot take the inputs as they are, but can with the channels last."""
+    """Return a problem if the model refuses the inputs but accepts them with the channels last."""
     try:
         outputs_of(model, batch.x[:2])
     except TargetError as refused:

@@ -1,4 +1,4 @@
-"""One thing that was found, and the model with its data that the checks look at."""
+"""The result of a check, and the model and data that the checks use."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,43 +15,43 @@ from holdfast.core.model import Classifier
 Level = Literal["problem", "warning", "good"]
 
 BETTER = 0.15
-"""Accuracy that another reading of the data must add."""
-_MORE = 5  # examples on which it must be right in addition
+"""Increase of accuracy that another reading of the data must reach."""
+_MORE = 5  # number of additional examples that it must classify correctly
 STEADY = 1e-4
-"""Share of the largest logit by which rounding may move an output."""
+"""Change of an output by rounding, relative to the largest logit."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     check: str
     level: Level
     says: str
-    """what was found, with the numbers"""
+    """description with numbers"""
     way_out: str = ""
     gain: float | None = None
-    """accuracy that another reading of the data adds; None where no reading was tried"""
+    """increase of accuracy by another reading of the data; None if no reading was tried"""
 
 
 @dataclass(frozen=True)
 class Examined:
-    """A model as it was given, some of its data, and what it answers to them in eval mode."""
+    """A model, some of its data, and its outputs on them in eval mode."""
 
     model: Classifier
     batch: Batch
     in_training: tuple[str, ...]
     logits: Tensor
     batch_size: int
-    """examples that go through the model at once"""
+    """number of examples in one call of the model"""
     calls: list[int] = field(default_factory=list)
-    """how many examples each further call had"""
+    """number of examples in each further call"""
     left: Callable[[], int] | None = None
-    """how many rows the model may still be sent; None is any number"""
+    """returns the number of rows that may still be sent to the model; None means no limit"""
     untried: list[int] = field(default_factory=list)
-    """how many rows each reading would have taken that was not tried, because they were not left"""
+    """number of rows of each reading that was not tried because too few rows were left"""
     moved_by: float | None = None
-    """`moved`, where it was measured already"""
+    """value of `moved` if it was measured already"""
 
     def ask(self, model: Classifier, x: Tensor) -> Tensor:
         """Outputs of the model, or of the same network with other preprocessing."""
@@ -59,9 +59,9 @@ class Examined:
         return torch.cat([outputs_of(model, part) for part in torch.split(x, self.batch_size)])
 
     def right_with(self, x: Tensor, model: Classifier | None = None) -> float:
-        """Share of the sample that is right with other inputs or another model; 0 where the network refuses them.
+        """Accuracy on the sample with other inputs or another model; 0 if the network refuses them.
 
-        Also 0 where too few rows are left to try it, which `untried` counts.
+        It is also 0 if too few rows are left, which `untried` records.
         """
         size = 1 if self.model.batches is None else self.model.batches.size
         rows = -(-len(x) // size) * size
@@ -77,13 +77,13 @@ class Examined:
 
     @cached_property
     def moved(self) -> float:
-        """How far the outputs change when the model is asked again, as a share of the largest logit."""
+        """Change of the outputs in a second call, relative to the largest logit."""
         if self.moved_by is not None:
             return self.moved_by
         return self.change(self.ask(self.model, self.batch.x))
 
     def change(self, logits: Tensor) -> float:
-        """The largest difference to the outputs, as a share of the largest of them."""
+        """Largest difference from the outputs, relative to the largest output."""
         scale = self.logits.nan_to_num().abs().max().clamp_min(1e-12)
         return float((logits - self.logits).nan_to_num().abs().max() / scale)
 
@@ -94,11 +94,15 @@ class Examined:
 
     @property
     def may_be_beaten(self) -> bool:
-        """Whether an alternative can be right so much more often; if not, none need be tried."""
+        """Whether an alternative can increase the accuracy by `BETTER`; if not, none needs to be tried."""
         return self.accuracy < 1 - BETTER
 
     def beaten_by(self, other: float) -> bool:
-        """Whether an alternative is right so much more often, than chance too, that the model is not weak or noisy."""
+        """Whether the accuracy `other` exceeds that of the model and of chance by more than `BETTER`, on enough
+        examples.
+
+        It is False for a model whose outputs change between calls.
+        """
         if not self.may_be_beaten or self.moved > STEADY:
             return False
         more = other - max(self.accuracy, 1 / self.logits.shape[1])
@@ -106,11 +110,11 @@ class Examined:
 
 
 def outputs_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Outputs of the model, without gradients."""
+    """Outputs of the model without gradients."""
     with torch.no_grad():
-        return model(x.clone())  # a network may write into what it is given
+        return model(x.clone())  # a network may write into its input
 
 
 def share_right(logits: Tensor, y: Tensor) -> float:
-    """Share of the examples whose largest output is that of their class."""
+    """Share of the examples whose largest output belongs to their class."""
     return float((logits.argmax(1) == y).double().mean())

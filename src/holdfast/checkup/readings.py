@@ -1,6 +1,6 @@
-"""Other readings of the same data: another layout, range, normalisation or scale, and shifted labels.
+"""Checks of other readings of the same data: another layout, range, normalisation or scale, and shifted labels.
 
-A reading is named only when the model is right far more often under it, so that a weak model is not accused.
+A reading is reported only if the model is correct far more often with it, so that a weak model does not cause findings.
 """
 
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from holdfast.checkup.examined import BETTER, Examined, Finding, Level, share_ri
 from holdfast.sources.estimates import NORMALISATIONS
 
 FILLED = 0.1
-"""Share of the bounds that the data must fill; an image of 17 grey levels, divided by 255, fills 0.06 of them."""
-_DARK = 0.5  # share of the bounds below which inputs may be meant to be scaled up to all of them
+"""Share of the bounds that the data must span; an image with 17 grey levels divided by 255 spans 0.06."""
+_DARK = 0.5  # share of the bounds below which inputs may need scaling to all of them
 _ESTIMATE = "an estimate: the network may take normalised input; declare it with the values of your training"
 _TWICE = "it is done twice, by the network and before it: give the data as they were, or leave one of the steps out"
 
 
 def shifted_labels(examined: Examined, shifts: tuple[int, ...] = (-1, 1)) -> Iterator[Finding]:
-    """Labels with one added or subtracted, where the model is right far more often, than by one constant class too."""
+    """Find labels shifted by one, if the model is far more accurate with the shift, and than a constant prediction."""
     y, classes = examined.batch.y, examined.logits.shape[1] - examined.model.rejects
     majority = int(torch.unique(y, return_counts=True)[1].max()) / len(y)
     for shift in shifts:
@@ -30,13 +30,13 @@ def shifted_labels(examined: Examined, shifts: tuple[int, ...] = (-1, 1)) -> Ite
 
 
 def labels_from_one(examined: Examined) -> Iterator[Finding]:
-    """Labels that seem to count from 1: none is 0, and the model is right far more often with 1 subtracted."""
+    """Find labels that start at 1: none is 0, and the model is far more accurate after subtracting 1."""
     if bool((examined.batch.y > 0).all()):
         yield from shifted_labels(examined, (-1,))
 
 
 def layouts(examined: Examined) -> Iterator[Finding]:
-    """Another order of the axes, where the network takes it too and is right far more often."""
+    """Find another order of the axes that the network accepts and with which it is far more accurate."""
     x = examined.batch.x
     orders = {3: ((0, 2, 1),), 4: ((0, 3, 1, 2), (0, 2, 3, 1))}.get(x.dim(), ())
     for order in orders:
@@ -55,7 +55,7 @@ def layouts(examined: Examined) -> Iterator[Finding]:
 
 
 def units(examined: Examined) -> Iterator[Finding]:
-    """What the numbers mean to the network: too small a range, a normalisation missing or done twice, another scale."""
+    """Find a wrong unit of the inputs: a small range, a missing or repeated normalisation, or another scale."""
     found = tuple(_filled(examined))
     if not found and examined.may_be_beaten:
         found = tuple(_normalisation(examined)) or tuple(_scale(examined))
@@ -63,7 +63,9 @@ def units(examined: Examined) -> Iterator[Finding]:
 
 
 def _filled(examined: Examined) -> Iterator[Finding]:
-    """Data that fill a small part of the bounds: a problem, or a warning where the model is right on them."""
+    """Find data that span a small part of the bounds. It is a warning if the model is accurate on them, else a
+    problem.
+    """
     share, x = _share_filled(examined), examined.batch.x
     if share > FILLED or x.numel() < 2:
         return
@@ -83,7 +85,7 @@ def _filled(examined: Examined) -> Iterator[Finding]:
 
 
 def _levels(examined: Examined) -> str:
-    """An example of the scaling where bytes were divided by 255 although their largest value is far smaller."""
+    """Example of the scaling if values were divided by 255 although their largest is far smaller; else empty."""
     highest = 255 * float(examined.batch.x.max())
     whole = round(highest)
     if examined.model.bounds.width != 1 or whole < 2 or abs(highest - whole) > 0.01:
@@ -92,7 +94,7 @@ def _levels(examined: Examined) -> str:
 
 
 def _share_filled(examined: Examined) -> float:
-    """The largest share of the bounds that one feature's values, or those of all features together, span."""
+    """Range of all values as a share of the bounds, where each feature has its own bounds."""
     x = examined.batch.x.double()
     low, high = (end.double() for end in examined.model.bounds.like(examined.batch.x))
     place = ((x - low) / (high - low).clamp_min(1e-12)).nan_to_num()
@@ -100,7 +102,7 @@ def _share_filled(examined: Examined) -> float:
 
 
 def _scale(examined: Examined) -> Iterator[Finding]:
-    """Inputs 255 times too small or too large for what the network was trained on, or scaled by another number."""
+    """Find inputs that are too small or too large by the factor 255 or another one."""
     share, best = _share_filled(examined), examined.accuracy
     ways = (
         (1 / max(share, 1e-12), "scale the inputs so that they fill the bounds, as in x / x.max()"),
@@ -118,7 +120,7 @@ def _scale(examined: Examined) -> Iterator[Finding]:
 
 
 def _normalisation(examined: Examined) -> Iterator[Finding]:
-    """Normalised twice, or not at all."""
+    """Find a missing or repeated normalisation."""
     model, batch = examined.model, examined.batch
     if batch.x.dim() < 2:
         return

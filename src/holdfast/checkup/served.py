@@ -1,7 +1,7 @@
-"""The examination of a served model: as much of it as at most 64 rows show, because every row may cost money.
+"""The checks of a served model with at most 64 rows, because every row may cost money.
 
-Some 20 examples are asked about once, and once more in the reverse order. Other readings of the data are tried with
-the rows that are left.
+About 20 examples are sent once, and once more in reverse order. Other readings of the data are tried with the remaining
+rows.
 """
 
 from collections.abc import Iterator
@@ -28,18 +28,18 @@ from holdfast.core.model import Classifier
 from holdfast.sources.counting import Look, look_at, rows_of_calls
 
 _ASKED = 20
-"""examples that are asked about where the server takes any number of rows"""
+"""number of examples that are sent if the server accepts any number of rows"""
 
 
 def examine_served(model: Classifier, data: Data) -> tuple[Finding, ...]:
-    """All findings on a served model and a data set, with the number of rows that were sent.
+    """Return all findings for a served model and a data set, and the number of rows that were sent.
 
-    Raises `TargetError` when the model cannot be run on the data at all and no other layout works either.
+    Raises `TargetError` if the model cannot be run on the data in this layout or with the channels last.
     """
     server = look_at(model)
     assert server is not None
     found = tuple(_found(model, data, server))
-    if any(finding.check == "classes" for finding in found):  # which says already why labels are off
+    if any(finding.check == "classes" for finding in found):  # this finding already explains wrong labels
         found = tuple(finding for finding in found if finding.check != "labels")
     says = f"{server.rows} rows were sent to the server; doctor sends at most {server.most}"
     return (*found, Finding("rows sent", "good", says))
@@ -76,7 +76,7 @@ def _found(model: Classifier, data: Data, server: Look) -> Iterator[Finding]:
 def _answered(
     model: Classifier, batch: Batch, logits: Tensor, ends: tuple[int, int], again: int, server: Look
 ) -> Iterator[Finding]:
-    """The findings on the first answers; the first examples `again` are asked about once more."""
+    """Yield the findings about the first answers. The first `again` examples are sent once more."""
     classes = logits.shape[1] - model.rejects
     yield from labels_outside(*ends, classes, remote=True)
     moved, unsteady = _moved(model, batch.x[:again], logits[:again], server)
@@ -104,7 +104,7 @@ def _answered(
 
 
 def _takes_channels_last(model: Classifier, x: Tensor, server: Look) -> bool:
-    """Whether the server takes images with the channels last, asked if rows are left."""
+    """Whether the server accepts images with the channels last. It is tested only if rows are left."""
     few = x[:2]
     if few.dim() != 4 or max(len(few), _size(model)) > server.remaining:
         return False
@@ -116,7 +116,7 @@ def _takes_channels_last(model: Classifier, x: Tensor, server: Look) -> bool:
 
 
 def _moved(model: Classifier, x: Tensor, logits: Tensor, server: Look) -> tuple[float, Finding]:
-    """How far outputs move, as a share of the largest, when `x` is asked about in the reverse order; the finding."""
+    """Return the change of outputs when `x` is sent in reverse order, relative to the largest, and its finding."""
     if not len(x):
         says = f"not looked at: another batch would be more than the {server.most} rows that doctor sends at most"
         return 0.0, Finding("steadiness", "warning", says)
@@ -149,6 +149,6 @@ def _size(model: Classifier) -> int:
 
 
 def _change(logits: Tensor, first: Tensor) -> float:
-    """The largest difference between outputs, as a share of the largest of the first."""
+    """Largest difference between outputs, relative to the largest of `first`."""
     scale = first.nan_to_num().abs().max().clamp_min(1e-12)
     return float((logits - first).nan_to_num().abs().max() / scale)

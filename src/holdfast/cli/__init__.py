@@ -1,4 +1,4 @@
-"""The command line: one grammar for all verbs. Nothing heavy is imported before a command runs."""
+"""The command line: one grammar for all verbs. Large libraries are imported only when a command runs."""
 
 from holdfast.cli.app import main
 

@@ -1,4 +1,4 @@
-"""The entry point: a group whose commands are loaded when they are called, and one place where errors become words."""
+"""The entry point: a group that loads commands when they are called, and the conversion of errors to messages."""
 
 import importlib
 import os
@@ -38,11 +38,11 @@ _COMMANDS = {
 
 
 INTERNAL = 5
-"""The exit code of an error that is Holdfast's own."""
+"""Exit code of an internal error of Holdfast."""
 
 
 class _Verbs(Group):
-    """A group that knows its commands' names and one-line help, and imports a command only to run it."""
+    """A group with names and one-line help of all commands, which imports a command only to run it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -73,26 +73,28 @@ def verbs() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its code."""
+    """Run the command line and exit with its exit code."""
     words = list(sys.argv[1:] if args is None else args)
-    # read when torch is imported: threads that spin while they wait cost five times the run where a core is busy
+    # read by the import of torch: threads that spin while they wait make a run five times slower if a core is busy
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, Stopper())
     outlive_readers()
     try:
         code = run(words)
-    except KeyboardInterrupt as stopped:  # between the last word of the command and here
+    except KeyboardInterrupt as stopped:  # between the end of the command and this line
         code = _stopped(stopped, words)
     for number in (
         signal.SIGTERM,
         signal.SIGINT,
-    ):  # all is said: a signal now would only take the exit code away
+    ):  # all output is complete: a signal would only change the exit code
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 
 def run(words: Sequence[str]) -> int:
-    """Run a command line; its exit code. Every error becomes one message on stderr, its traceback only with --debug."""
+    """Run a command line and return its exit code. Errors become one message on stderr, with a traceback under
+    --debug.
+    """
     debug = "--debug" in words
     try:
         code = verbs.main(args=list(words), prog_name="holdfast", standalone_mode=False)
@@ -120,14 +122,14 @@ def run(words: Sequence[str]) -> int:
 
 
 def _stopped(error: BaseException, words: Sequence[str]) -> int:
-    """What is said of a signal that came while no run was there to say it; click makes an `Abort` of it."""
+    """Report a signal that arrived outside of a run, and return the exit code. click converts it to an `Abort`."""
     cause = error.__cause__ if isinstance(error, click.Abort) else error
     number = signal.Signals(cause.number if isinstance(cause, Stopped) else signal.SIGINT)
     return _said(f"stopped by {number.name}; {_again(words)}", 128 + number, debug="--debug" in words)
 
 
 def _again(words: Sequence[str]) -> str:
-    """How to go on with a command that was stopped; two of them keep a run."""
+    """Advice how to continue a command that was stopped. `assess` and `harden` store their run."""
     if words[:1] not in (["assess"], ["harden"]):
         return "start it again"
     kept = "a run keeps what it had finished (see holdfast runs)"
@@ -137,7 +139,7 @@ def _again(words: Sequence[str]) -> str:
 
 
 def _plain(error: click.ClickException) -> str:
-    """Click's message, with where to find help."""
+    """Message of click, with the command that shows help."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     where = f"; see {context.command_path} --help" if context is not None else ""
     return error.format_message().rstrip(".") + where
@@ -146,7 +148,7 @@ def _plain(error: click.ClickException) -> str:
 def _said(message: str, code: int, *, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    # servers and files may have worded it; only an internal error of a worker has lines of its own, its traceback
+    # the text may be from servers and files; only an internal error of a worker has several lines, its traceback
     lines = message.splitlines() if code == INTERNAL else [message]
     click.echo("holdfast: " + "\n".join(map(line, lines)), err=True)
     return code

@@ -24,7 +24,7 @@ from holdfast.core.errors import UsageError
 from holdfast.store.files import refuse_no_run
 
 _CONFIG = "holdfast.yaml"
-"""What `holdfast init` writes."""
+"""Default file of `holdfast init`."""
 
 FIT = click.option(
     "--fit",
@@ -130,7 +130,7 @@ ATTACKING = (
         help="Report, by suffix: .html .json .xml .sarif .md .csv; - for JSON on stdout.",
     ),
 )
-"""What is done to the model, and what is asked of the result."""
+"""Options for attacks, gates and reports."""
 
 TARGET = (
     click.option("-n", type=int, metavar="N", help="The first N examples."),
@@ -181,7 +181,7 @@ TARGET = (
         "--trust-code", is_flag=True, default=None, help="Let files run code that they bring along."
     ),
 )
-"""The model, its input, and the data."""
+"""Options for the model, its input, and the data."""
 
 SETTING = (
     click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Set any key of the configuration."),
@@ -189,11 +189,11 @@ SETTING = (
         "--config", "-c", type=click.Path(), metavar="FILE", help="A holdfast.yaml; flags are stronger."
     ),
 )
-"""The configuration as a whole."""
+"""Options for the configuration as a whole."""
 
 
 def settings_from(flags: dict[str, Any], kind: type[S]) -> S:
-    """The settings that a command line asks for; a missing file is said before a missing flag."""
+    """Return the settings of a command line. A missing file is reported before a missing flag."""
     from holdfast.config.grammar import is_folder, pairs, parse_surrogate
 
     held = (str(parse_surrogate(each)["model"]) for each in flags.get("surrogates", ()))
@@ -225,7 +225,7 @@ def settings_from(flags: dict[str, Any], kind: type[S]) -> S:
 
 
 def _flag_names() -> dict[str, str]:
-    """How the parameters of the running command are written, as `--threat` for `threat`."""
+    """Flags of the parameters of the running command, such as `--threat` for `threat`."""
     context = click.get_current_context()
     return {
         str(parameter.name): max(parameter.opts, key=len)
@@ -254,7 +254,7 @@ def _refuse_targets(settings: AssessSettings, config: str | None) -> None:
 
 
 def _refuse_bare_resume(run: Path) -> None:
-    """A run that is resumed by its folder alone is told the command that made it."""
+    """Raise `UsageError` with the original command of a run, if it is resumed by its folder only."""
     from holdfast.runs.repeating import way_out
     from holdfast.store.folder import read_about
 
@@ -285,7 +285,10 @@ def _refuse_code_of_config(settings: AssessSettings, flags: dict[str, Any]) -> N
 
 
 def _spelled(surrogate: SurrogateSettings) -> str:
-    """All that is said of a surrogate, as `--surrogate` takes it; a flag takes the place of the file's whole list."""
+    """Return a surrogate in the form of `--surrogate`, with all its settings.
+
+    A flag replaces the whole list in the file.
+    """
     said = surrogate.model_dump(exclude={"model", "model_args"}, exclude_none=True)
     numbers = {key: ",".join(map(str, v)) for key, v in said.items() if isinstance(v, tuple)}
     words = {**said, **numbers, **surrogate.model_args}
@@ -293,7 +296,9 @@ def _spelled(surrogate: SurrogateSettings) -> str:
 
 
 def _refuse_hosts_of_config(settings: AssessSettings, flags: dict[str, Any]) -> None:
-    """A file that somebody else wrote chooses neither a host nor what of the environment is sent to one."""
+    """Raise `UsageError` for hosts and headers from a configuration, which may be untrusted, if no flag gives
+    them too.
+    """
     for host in settings.allow_hosts:
         if host not in (flags.get("allow_hosts") or ()):
             raise UsageError(
@@ -337,7 +342,7 @@ DATA   a bundled name (mnist-mini), a catalogue name (see holdfast data), an .np
 @offered(*ATTACKING, FIT, *TARGET, *UNTRAINED, *SERVED, *SETTING)
 @spoken
 def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flags: Any) -> int:
-    """How robust is MODEL on DATA: run, resume or rehearse it."""
+    """Run or resume an assessment of MODEL on DATA, or estimate its cost."""
     if resume and run is not None and flags["model"] is None and flags["config"] is None:
         _refuse_bare_resume(Path(run))
     settings = settings_from(flags, AssessSettings)

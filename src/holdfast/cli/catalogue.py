@@ -1,4 +1,4 @@
-"""`holdfast models` and `holdfast attacks`: what there is to name."""
+"""`holdfast models` and `holdfast attacks`: lists of models, architectures and attacks."""
 
 import inspect
 from dataclasses import MISSING, fields
@@ -40,7 +40,7 @@ def attacks(voice: Voice, name: str | None) -> None:
     if name is not None and is_suite_only(name):
         _show_suite(voice, str(suite_called(name)))
         return
-    chosen = None if name is None else attack_called(name)  # before torch, so that a slip is answered at once
+    chosen = None if name is None else attack_called(name)  # before torch, to report mistakes early
     if chosen is None:
         _list_attacks(voice)
     else:
@@ -48,7 +48,7 @@ def attacks(voice: Voice, name: str | None) -> None:
 
 
 def _list_attacks(voice: Voice) -> None:
-    """The attacks, the names that suites and adaptive runs give, and the suites, each with its other names."""
+    """Print the attacks, their variants in suites and in adaptive runs, and the suites, each with its other names."""
     from holdfast.config.attacks import attack_names
     from holdfast.config.naming import MEMBERS, VARIANTS
     from holdfast.config.spellings import ADAPTIVE, SPELLINGS, SUITE_SPELLINGS, suites_of
@@ -81,7 +81,7 @@ def _list_attacks(voice: Voice) -> None:
 
 
 def _show_suite(voice: Voice, chosen: str) -> None:
-    """What a suite calls its attacks under each norm."""
+    """Print the names of the attacks of a suite under each norm."""
     from holdfast.config.naming import MEMBERS
 
     click.echo(f"{chosen} is a suite of attacks, for --suite {chosen}\n")
@@ -92,7 +92,7 @@ def _show_suite(voice: Voice, chosen: str) -> None:
 
 
 def _show_attack(voice: Voice, chosen: str) -> None:
-    """One attack, its paper, its other names and its settings."""
+    """Print one attack with its paper, its other names and its settings."""
     from holdfast.config.attacks import attack_class
     from holdfast.config.naming import VARIANTS
     from holdfast.config.spellings import SPELLINGS, suites_of
@@ -116,7 +116,7 @@ def _show_attack(voice: Voice, chosen: str) -> None:
 
 
 def _needs(access: str) -> str:
-    """What an attack must see of the model, after the word *needs*."""
+    """Access that an attack needs, as text after the word *needs*."""
     return "no access" if access == "none" else access
 
 
@@ -131,7 +131,7 @@ def _first_line(thing: Any) -> str:
 
 
 def _meanings(cls: type[Any]) -> dict[str, str]:
-    """The string under each field of a dataclass: the one place where a setting is explained."""
+    """Return the string under each field of a dataclass, which documents the setting."""
     import ast
     import textwrap
 

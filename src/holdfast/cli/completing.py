@@ -1,4 +1,4 @@
-"""Types of options and arguments whose values a shell completes. They check nothing and do not import torch."""
+"""Types of options and arguments for shell completion. They validate nothing and do not import torch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
@@ -13,22 +13,22 @@ from holdfast.config.spellings import every_name
 
 
 class Completed(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only
-    """Text for which a shell offers names, and where none begins so, files."""
+    """Text that a shell completes with names, or with files if no name matches."""
 
     name = "text"
 
     def __init__(self, names: Callable[[], Sequence[str]], *, listed: bool = False) -> None:
-        """`listed` are several names with commas between them."""
+        """With `listed`, the value is a list of names separated by commas."""
         self.names, self.listed = names, listed
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The text as it is."""
+        """Return the text unchanged."""
         return str(value)
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Names that begin as the word does, in any case of the letters; else the files that a shell finds."""
+        """Return names that begin with the word, ignoring case, or a request for file names if none does."""
         before, comma, last = incomplete.rpartition(",") if self.listed else ("", "", incomplete)
         found = [name for name in self.names() if name.lower().startswith(last.lower())]
         if found:

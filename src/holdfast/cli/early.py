@@ -1,6 +1,6 @@
-"""What is refused before torch is imported: files that are not there, names that nothing has, reports of no known kind.
+"""Checks before torch is imported: missing files, unknown names, and unknown kinds of reports.
 
-The floors below refuse the same things for callers from Python; here a slip of the pen is answered in half a second.
+Functions below check the same for callers from Python. Here a mistake is reported within half a second.
 """
 
 from collections.abc import Collection, Iterable
@@ -18,7 +18,7 @@ _FILES = (
 
 
 def refuse_missing_file(address: str | None) -> None:
-    """Raise `TargetError` for an address that is meant as a file and is not there."""
+    """Raise `TargetError` for an address that has the form of a file and does not exist."""
     if address is None:
         return
     path = address.removeprefix("rotating:")
@@ -51,7 +51,7 @@ def refuse_unknown_data(address: str) -> None:
 
 
 def refuse_foreign_server(address: str, hosts: Iterable[str]) -> None:
-    """Raise `UsageError` for the URL of a server that was not allowed."""
+    """Raise `UsageError` for the URL of a server that is not allowed."""
     from holdfast.sources.remote import SCHEMES, allowed_address
 
     if address.partition(":")[0] in SCHEMES:
@@ -59,7 +59,7 @@ def refuse_foreign_server(address: str, hosts: Iterable[str]) -> None:
 
 
 def refuse_server_to_train(address: str) -> None:
-    """Raise `UsageError` for the URL of a server where weights are trained."""
+    """Raise `UsageError` for the URL of a server if weights are to be trained."""
     from holdfast.sources.remote import SCHEMES
 
     if address.partition(":")[0] in SCHEMES:
@@ -70,7 +70,7 @@ def refuse_server_to_train(address: str) -> None:
 
 
 def refuse_reports(outputs: Iterable[str], suffixes: Collection[str] | None = None) -> None:
-    """Raise what `holdfast.reports.write.check` has against a report, for each but the one on stdout."""
+    """Raise the errors of `holdfast.reports.write.check` for each report, except one on stdout."""
     from holdfast.reports.write import WRITERS, check
 
     for output in outputs:
@@ -89,5 +89,5 @@ def bundled(pattern: str) -> list[str]:
 
 
 def _is_word(address: str) -> bool:
-    """Whether nothing about it says that it is a file, a factory or another place."""
+    """Whether an address is a plain name, without the form of a file, a factory or another place."""
     return not set(address) & set("./\\:") and not Path(address).exists()

@@ -1,4 +1,4 @@
-"""`holdfast init`, `holdfast validate` and `holdfast demo`: the first commands that somebody runs."""
+"""`holdfast init`, `holdfast validate` and `holdfast demo`: commands for a first use."""
 
 import json
 from pathlib import Path

@@ -60,7 +60,7 @@ _JUDGING = ("threat", "suite", "gates", "seed", "doubts", "batch_size", "output"
 @offered(*TRAINING, *ATTACKING, *TARGET, *SETTING)
 @spoken
 def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
-    """Train a new model: run or resume it."""
+    """Run or resume a hardening."""
     recipe = flags.pop("recipe")
     if recipe is not None:
         flags["sets"] = (f"recipe.use={recipe}", *flags["sets"])

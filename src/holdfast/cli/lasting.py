@@ -1,6 +1,6 @@
-"""Streams that go on when nobody reads them any more, as after `holdfast report RUN | head -1`.
+"""Streams that survive the end of their reader, as after `holdfast report RUN | head -1`.
 
-What a command has still to do, such as writing its reports, and the exit code it ends with do not depend on the reader.
+The rest of a command, such as writing its reports, and its exit code do not depend on the reader.
 """
 
 import os
@@ -9,7 +9,7 @@ from typing import Any, TextIO, cast
 
 
 class Lasting:
-    """A stream whose closed pipe is replaced by nothing."""
+    """A stream that discards its output after its pipe was closed."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -18,7 +18,7 @@ class Lasting:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write; the text is dropped where nobody reads."""
+        """Write text. It is discarded if the pipe is closed."""
         try:
             return self._stream.write(text)
         except BrokenPipeError:
@@ -26,12 +26,12 @@ class Lasting:
             return len(text)
 
     def flush(self) -> None:
-        """Flush; what was buffered is dropped where nobody reads."""
+        """Flush the stream. Buffered text is discarded if the pipe is closed."""
         try:
             self._stream.flush()
         except BrokenPipeError:
             self._let_go()
-            self._stream.flush()  # what is left goes the same way now, and not when Python ends
+            self._stream.flush()  # discards the rest now instead of at the end of Python
 
     def _let_go(self) -> None:
         nothing = os.open(os.devnull, os.O_WRONLY)
@@ -40,8 +40,8 @@ class Lasting:
 
 
 def outlive_readers() -> None:
-    """Let stdout and stderr of this process outlive those who read them."""
-    if sys.stdout is not None:  # there is none where it was closed before the start
+    """Let stdout and stderr of this process survive the end of their readers."""
+    if sys.stdout is not None:  # there is none if it was closed before the start
         sys.stdout = cast(TextIO, Lasting(sys.stdout))
     if sys.stderr is not None:
         sys.stderr = cast(TextIO, Lasting(sys.stderr))

@@ -1,4 +1,4 @@
-"""A group whose commands take an option once: of two values for one option, click alone would keep the last."""
+"""A group whose commands accept an option once. click would use the last of several values."""
 
 from collections.abc import Sequence
 
@@ -8,12 +8,12 @@ from holdfast.core.errors import UsageError
 
 
 class Group(click.Group):
-    """A group that refuses an option given twice to one of its commands, unless it may be repeated."""
+    """A group that refuses repeated options of its commands, except options that allow it."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that the words name, its options counted before it reads them."""
+        """Return the command of the words, after checking that its options are not repeated."""
         name, command, rest = super().resolve_command(ctx, args)
         if command is not None and not ctx.resilient_parsing:
             inner = click.Context(command, parent=ctx, info_name=name, **command.context_settings)
@@ -23,8 +23,8 @@ class Group(click.Group):
 
 
 def _refuse_repeated(order: Sequence[click.Parameter]) -> None:
-    """Raise `UsageError` for an option that stands twice with a value of its own each time."""
-    if any(parameter.is_eager for parameter in order):  # --help is answered whatever else stands there
+    """Raise `UsageError` for an option that is given twice with a value."""
+    if any(parameter.is_eager for parameter in order):  # --help is answered whatever other options are given
         return
     seen: set[str] = set()
     for option in order:

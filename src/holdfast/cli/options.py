@@ -1,4 +1,4 @@
-"""Options that every command takes, and how it speaks: results on stdout, everything else on stderr."""
+"""Options of every command, and its output: results on stdout, everything else on stderr."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Voice:
-    """How loud a command is, and in colour or not."""
+    """Verbosity and colours of a command."""
 
     quiet: bool = False
     verbose: bool = False
@@ -26,11 +26,11 @@ class Voice:
 
     @property
     def plain(self) -> bool:
-        """Whether colours are unwanted: `--no-color`, or `NO_COLOR` set to anything."""
+        """Whether colours are turned off by `--no-color` or a nonempty `NO_COLOR`."""
         return self.no_color or bool(os.environ.get("NO_COLOR"))
 
     def console(self, *, err: bool = False) -> "Console":
-        """A console on stdout or stderr; 110 characters wide where that is no terminal."""
+        """Return a console on stdout or stderr. It is 110 characters wide if it is not a terminal."""
         from rich.console import Console
 
         stream = sys.stderr if err else sys.stdout
@@ -38,16 +38,19 @@ class Voice:
         return Console(stderr=err, no_color=self.plain, highlight=False, width=width, soft_wrap=False)
 
     def say(self, text: str) -> None:
-        """A line on stderr, unless quiet; names of files, servers and classes in it are not obeyed."""
+        """Write a line to stderr, unless quiet.
+
+        Control characters and CI commands in it are made harmless.
+        """
         if not self.quiet:
             indent = len(text) - len(text.lstrip(" "))
-            # click's echo goes round a progress bar, and into its line
+            # click's echo bypasses a progress bar and writes into its line
             sys.stderr.write(f"{' ' * indent}{line(text.strip())}\n")
             sys.stderr.flush()
 
 
 def spoken(command: F) -> F:
-    """Adds -q, -v, --no-color and --debug; the command receives a `voice`."""
+    """Add -q, -v, --no-color and --debug to a command, which receives a `voice`."""
 
     def collect(*, quiet: bool, verbose: bool, no_color: bool, debug: bool, **rest: Any) -> Any:
         return command(voice=Voice(quiet, verbose, no_color), **rest)
@@ -65,7 +68,7 @@ def spoken(command: F) -> F:
 
 
 def offered(*options: Callable[[Any], Any]) -> Callable[[F], F]:
-    """Adds options to a command in the order in which they are given."""
+    """Add options to a command in the given order."""
 
     def offer(command: F) -> F:
         for option in reversed(options):

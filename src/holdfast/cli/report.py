@@ -1,4 +1,4 @@
-"""`holdfast compare`, `report`, `verify` and `runs`: what becomes of finished runs."""
+"""`holdfast compare`, `report`, `verify` and `runs`: commands for finished runs."""
 
 import sys
 from pathlib import Path
@@ -88,7 +88,7 @@ def _verify_pool(voice: Voice, pool: Path, expect_head: str) -> None:
 
 
 _UNBROKEN = 1000
-"""characters of a line that no table is longer than"""
+"""number of characters that exceeds the width of any table"""
 
 
 @click.command(short_help="list the runs in a folder")
@@ -117,7 +117,7 @@ def runs(voice: Voice, folder: Path) -> None:
         names = (entry.verb, entry.model, entry.data, entry.threat, entry.suite)
         table.add_row(*map(cell, (str(entry.path), robust, state, *names)))
     console = voice.console()
-    # Paths are copied from here: a terminal that is too narrow wraps the lines itself, and nothing is cut off.
+    # Users copy paths from here: a narrow terminal wraps the lines itself, and nothing is cut off.
     console.width = max(console.width, _UNBROKEN)
     console.print(table)
 

@@ -1,4 +1,4 @@
-"""`holdfast rotate`: a pool of parameter sets that take turns at serving."""
+"""`holdfast rotate`: a pool of parameter sets that serve in turn."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -80,17 +80,17 @@ break as before.
 
 @click.group(cls=Group, short_help="parameter sets that take turns at serving, against thieves", help=_HELP)
 def rotate() -> None:
-    """The verbs below."""
+    """Group of the commands for pools."""
 
 
 def _settings(flags: dict[str, Any]) -> RotateSettings:
-    """What a verb over a pool is told, beside the pool itself."""
+    """Return the settings of a verb for a pool."""
     config, sets = flags.pop("config"), flags.pop("sets")
     return read(Path(config) if config else None, flags, sets, kind=RotateSettings)
 
 
 def _named(flags: dict[str, Any]) -> dict[str, Any]:
-    """With `--source` and `--recipe` as settings, so that `--set` may say more of them."""
+    """Return the flags with `--source` and `--recipe` converted to settings, which `--set` may extend."""
     for key in ("source", "recipe"):
         name = flags.pop(key)
         if name is not None:
@@ -99,7 +99,7 @@ def _named(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _judging(flags: dict[str, Any]) -> dict[str, Any]:
-    """With gates and reasons as settings."""
+    """Return the flags with gates and accepted doubts converted to settings."""
     from holdfast.config.grammar import pairs
 
     gates, accepted = flags.pop("gates"), flags.pop("accept_doubts")

@@ -1,4 +1,4 @@
-"""The steps of a rotation from the command line: what they do on stderr, what came of it on stdout."""
+"""The steps of a rotation on the command line: progress on stderr, results on stdout."""
 
 import json
 import shlex
@@ -40,18 +40,18 @@ from holdfast.store.records import document
 
 _STDOUT = "-"
 _AHEAD = 2
-"""Admitted sets that should wait at least, so that no swap has to."""
+"""Least number of admitted sets that should wait, so that a swap is always possible."""
 
 
 @dataclass(frozen=True)
 class _Begun:
-    """A pool in which everything is collected, and what the steps after that take."""
+    """A pool whose collection is complete, with the inputs of the next steps."""
 
     pool: Pool
     terms: Terms
     found: Collected
     again: str
-    """how to go on where it is stopped"""
+    """advice how to continue if it is stopped"""
     stopper: Stopper
     progress: Progress
 
@@ -82,7 +82,7 @@ def _begun(
 def collect(
     settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool, expect_head: str
 ) -> int:
-    """Train and seal what a pool begins with; 0 when it is all there."""
+    """Train and encrypt the first sets of a pool. Returns exit code 0 when complete."""
     with _begun(settings, voice, run=run, resume=resume, expect_head=expect_head) as begun:
         found = begun.found
     right = ", ".join(f"{100 * share:.1f}" for share in found.accuracy)
@@ -92,7 +92,7 @@ def collect(
 
 
 def train(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str) -> int:
-    """Learn a generator; 0 when it is sealed."""
+    """Train a generator. Returns exit code 0 when it is stored."""
     held = Pool.held(Path(pool), expect_head=expect_head)
     with stoppable(f"what was learned before stands, start again with: {command_line()}"):
         terms = rotating.reopened(held, settings)
@@ -117,7 +117,7 @@ def draw(
     resume: bool,
     expect_head: str,
 ) -> int:
-    """Bring candidates into a pool; 0 when all are there."""
+    """Add candidates to a pool. Returns exit code 0 when complete."""
     held = Pool.held(Path(pool), expect_head=expect_head)
     again = f"what was finished is kept, go on with: {command_line()}{'' if resume else ' --resume'}"
     with stoppable(again) as stopper:
@@ -140,7 +140,7 @@ def draw(
 
 
 def admit(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str) -> int:
-    """Judge the candidates of a pool; 0 if one was admitted, 4 if none."""
+    """Judge the candidates of a pool. Returns exit code 0 if one was admitted, 4 if none."""
     held = Pool.held(Path(pool), expect_head=expect_head)
     again = f"what was finished is kept, go on with: {command_line()}"
     with stoppable(again) as stopper, watched(voice) as progress:
@@ -174,7 +174,9 @@ def turn(
     once: bool,
     expect_head: str,
 ) -> int:
-    """All steps, and then a swap whenever one is due, until it is stopped; 0 where it was to be done once."""
+    """Run all steps, and then swap whenever it is due until stopped. Returns exit code 0, with `once` after the
+    steps.
+    """
     triggers = rotating.triggers(settings)
     if not (triggers or once):
         raise UsageError("nothing says when to swap; give --every 50q/principal or --every 24h, or --once")
@@ -204,7 +206,7 @@ def turn(
 
 
 def _made_by(begun: _Begun, settings: RotateSettings, voice: Voice, asked: By | None) -> By | None:
-    """How sets are made: as asked, and None where there is a generator, which is learned if it is wanted and can be."""
+    """Train a generator if it is needed. Returns how sets are made: `asked`, or `anew` if that training failed."""
     if asked == "anew" or begun.found.sets == 1 or learning.what_was_learned(begun.pool) is not None:
         return asked
     codec, diffusion = rotating.codec(settings), rotating.diffusion(settings)
@@ -219,7 +221,7 @@ def _made_by(begun: _Begun, settings: RotateSettings, voice: Voice, asked: By | 
 
 
 def swap(pool: str, voice: Voice, *, why: str, unjudged: bool, expect_head: str) -> int:
-    """Let another set serve; 0 when it does."""
+    """Let another set serve. Returns exit code 0."""
     held = Pool.held(Path(pool), expect_head=expect_head)
     old = held.unjudged
     now = held.swap(why=why, choose=next_set, unjudged=unjudged)
@@ -235,7 +237,7 @@ def swap(pool: str, voice: Voice, *, why: str, unjudged: bool, expect_head: str)
 
 
 def expose(pool: str, name: str, voice: Voice, *, why: str, expect_head: str) -> int:
-    """Note that an attacker may hold a set; 0 when the ledger has it."""
+    """Record that an attacker may have a set. Returns exit code 0 when the ledger contains it."""
     if not why.strip():
         raise UsageError("an exposure is noted without a reason; say what happened with --why TEXT")
     held = Pool.held(Path(pool), expect_head=expect_head)
@@ -252,7 +254,7 @@ def expose(pool: str, name: str, voice: Voice, *, why: str, expect_head: str) ->
 
 
 def head(pool: str, voice: Voice, *, expect_head: str) -> int:
-    """Print the digest of the last entry; 0 when the ledger verifies."""
+    """Print the digest of the last entry. Returns exit code 0 if the ledger is valid."""
     ledger = Pool.held(Path(pool), expect_head=expect_head).ledger
     found = ledger.head
     click.echo(found)
@@ -264,7 +266,7 @@ def head(pool: str, voice: Voice, *, expect_head: str) -> int:
 
 
 def migrate(pool: str, voice: Voice) -> int:
-    """Convert a pool of the older format; 0 when it is."""
+    """Convert a pool of the older format. Returns exit code 0."""
     found = migrating.migrate(Path(pool))
     click.echo(f"{found.entries} entries converted and authenticated; head {found.head}")
     listed = ", ".join(found.exposed) or "no set"
@@ -282,7 +284,7 @@ def migrate(pool: str, voice: Voice) -> int:
 
 
 def status(pool: str, voice: Voice, *, outputs: Sequence[str], expect_head: str) -> int:
-    """What a pool holds; 0 when its ledger verifies."""
+    """Show the content of a pool. Returns exit code 0 if its ledger is valid."""
     for output in outputs:
         if output != _STDOUT and Path(output).suffix != ".json":
             raise UsageError(f"-o {output} has no report of a pool; write -o FILE.json, or - for stdout")

@@ -1,4 +1,4 @@
-"""An assessment from the command line: progress and verdict on stderr, the table on stdout, reports in files."""
+"""An assessment on the command line: progress and verdict on stderr, the table on stdout, reports in files."""
 
 import os
 import shlex
@@ -35,19 +35,19 @@ from holdfast.runs.result import Result
 from holdfast.runs.signals import stoppable
 from holdfast.sources.remote import SCHEMES
 
-_TRIED = 8  # examples that a dry run measures before it multiplies
+_TRIED = 8  # number of examples of a dry run, whose cost is extrapolated
 _STDOUT = "-"
 
 
 def command_line() -> str:
-    """What was typed, to be typed again."""
+    """Command line of this process, quoted for a shell."""
     return shlex.join(["holdfast", *sys.argv[1:]])
 
 
 def assess_and_report(
     settings: AssessSettings, voice: Voice, *, run: str | None, resume: bool, dry_run: bool
 ) -> int:
-    """The assess verb: run or resume, say the verdict, write the reports; its exit code."""
+    """Run or resume `assess`, print the verdict and write the reports. Returns the exit code."""
     command = command_line()
     if dry_run:
         return _dry_run(settings, voice)
@@ -56,7 +56,7 @@ def assess_and_report(
         voice.say(
             f"note: {str(folder)!r} holds no run to go on with, so a new one begins (see holdfast runs)"
         )
-    with stoppable(way_out(command, folder)):  # before the run begins, and while its reports are written, too
+    with stoppable(way_out(command, folder)):  # also before the run begins and while its reports are written
         with watched(voice) as progress:
             result = carry_out(
                 settings, run=folder, resume=resume, progress=progress, notify=voice.say, command=command
@@ -66,10 +66,10 @@ def assess_and_report(
 
 
 def harden_and_report(settings: HardenSettings, voice: Voice, *, run: str | None, resume: bool) -> int:
-    """The harden verb: train or go on, say what it brought, write the new model; its exit code."""
+    """Run or resume `harden`, print the results and write the new model. Returns the exit code."""
     command = command_line()
     folder = Path(run) if run else new_folder("harden", digest(as_bytes(canonical(settings))))
-    if not distributed.first():  # it trains along, and the first says what came of it
+    if not distributed.first():  # other processes train too, and only the first reports
         carry_out_hardening(settings, run=folder, resume=resume, command=command)
         return 0
     with stoppable(way_out(command, folder)):
@@ -88,7 +88,7 @@ def harden_and_report(settings: HardenSettings, voice: Voice, *, run: str | None
 
 
 def tell(result: Result, outputs: Sequence[str], voice: Voice, *, folder: Path | None = None) -> None:
-    """The reports in their files, then the table on stdout (JSON if `-` was asked for) and the verdict on stderr."""
+    """Write the reports, print the table on stdout (JSON if `-` is an output) and the verdict on stderr."""
     summary = result.summary()
     places: list[Path] = []
     try:
@@ -139,9 +139,9 @@ def _add(place: Path, text: str) -> None:
 
 @contextmanager
 def watched(voice: Voice, *, piped: bool = False) -> Iterator[Progress]:
-    """A progress bar with the time left and the accuracy so far, on a terminal.
+    """Yield the callback of a progress bar with the remaining time and the accuracy, on a terminal.
 
-    Elsewhere it is a line for each stage where `piped` asks for that, else nothing.
+    Elsewhere the callback writes a line for each stage if `piped`, and nothing otherwise.
     """
     if voice.quiet or not sys.stderr.isatty():
         yield _lines(voice) if piped and not voice.quiet else silent
@@ -173,14 +173,14 @@ def watched(voice: Voice, *, piped: bool = False) -> Iterator[Progress]:
             if step.stage != last:
                 bars.reset(task, total=step.of)
                 last = step.stage
-            going = step.done < step.of  # what follows may take long and be no stage
+            going = step.done < step.of  # the next work may take long without being a stage
             bars.update(task, completed=step.done, total=step.of, visible=going, **_words(step))
 
         yield progress
 
 
 def _lines(voice: Voice) -> Progress:
-    """Says each stage when it begins, with what the stages before it have left."""
+    """Return a callback that reports each stage when it begins, with the accuracy so far."""
     last = ""
 
     def progress(step: Step) -> None:
@@ -200,7 +200,7 @@ def _words(step: Step) -> dict[str, Any]:
 
 
 def _dry_run(settings: AssessSettings, voice: Voice) -> int:
-    """Measure a handful of examples, and multiply; of a served model, compute what a run would send."""
+    """Measure a few examples and extrapolate the cost. For a served model, compute what a run would send."""
     if (settings.model or "").partition(":")[0] in SCHEMES:
         return _dry_run_served(settings, voice)
     trial, n = rehearse(settings, _TRIED)
@@ -232,7 +232,7 @@ def _dry_run_served(settings: AssessSettings, voice: Voice) -> int:
 
 
 def run_gallery(place: Path | None, voice: Voice) -> int:
-    """Measure the gallery and show it as a table, and as JSON in `place`; 0 when it ran."""
+    """Measure the gallery, and show it as a table and as JSON in `place`. Returns exit code 0."""
     as_json = str(place) == _STDOUT
     if place is not None and not as_json:
         check(place, EXHIBIT_SUFFIXES)
@@ -260,7 +260,7 @@ def run_gallery(place: Path | None, voice: Voice) -> int:
 
 
 def run_demo(folder: Path, voice: Voice) -> int:
-    """Assess the bundled network on real digits and say what to look at; 0 when it ran."""
+    """Assess the bundled network on real digits and explain the result. Returns exit code 0."""
     voice.say(
         "attacking a network that reads digits, on 200 real ones, with the attacks of AutoAttack standard"
     )

@@ -1,4 +1,4 @@
-"""Options of models that are assessed and cannot be trained: ONNX files, and models behind a server."""
+"""Options of models that can be assessed but not trained: ONNX files, and models behind a server."""
 
 import click
 
@@ -42,7 +42,7 @@ UNTRAINED = (
     ),
     click.option("--http-rate", metavar="N/T", help="Requests in a time, at most, as in 4/s or 100/min."),
 )
-"""Of models that cannot be trained: ONNX files, and models behind a server."""
+"""Options of models that cannot be trained: ONNX files, and models behind a server."""
 
 SERVED = (
     click.option(
@@ -64,4 +64,4 @@ SERVED = (
         help="Keep the answers of a server in the run folder after the run.",
     ),
 )
-"""What a run may ask of a served model."""
+"""Limits of a run on a served model."""

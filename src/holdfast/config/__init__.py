@@ -1,1 +1,1 @@
-"""One configuration: the YAML file is the flags is the Python arguments. `grammar` and `settings` need no torch."""
+"""One configuration for YAML file, flags and Python arguments. `grammar` and `settings` do not import torch."""

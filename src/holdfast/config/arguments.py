@@ -1,4 +1,4 @@
-"""Arguments of the Python functions, turned into the settings, the model, the data and the attacks of a run."""
+"""Converts arguments of the Python functions to the settings, the model, the data and the attacks of a run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +35,10 @@ DataLike = Any
 
 
 def settings_said(where: str, arguments: Mapping[str, Any], kind: type[S]) -> S:
-    """The arguments that are settings, checked as those of a file are; what a caller holds in hand is no setting."""
+    """Return the arguments that are settings, validated like those of a file.
+
+    Models and data given as objects are left out.
+    """
     said = {name: arguments[name] for name in kind.model_fields if arguments.get(name) is not None}
     if "threat" in said:
         said["threat"] = threat_said(said["threat"], f"{where}: threat")
@@ -56,7 +59,7 @@ def settings_said(where: str, arguments: Mapping[str, Any], kind: type[S]) -> S:
 def given_all(
     model: ModelLike, data: DataLike, surrogates: object, settings: AssessSettings
 ) -> tuple[Subject, Data, tuple[Subject, ...]]:
-    """The model, the examples and the surrogates, each in hand or at an address."""
+    """Return the model, the examples and the surrogates, each given as an object or an address."""
     subject = subject_of(model, settings)
     seconds = surrogates_of(surrogates, settings, subject.model)
     given = data_of(data, settings, subject.model)
@@ -64,7 +67,7 @@ def given_all(
 
 
 def subject_of(model: ModelLike, settings: AssessSettings) -> Subject:
-    """The model, in hand or at an address."""
+    """Return the model, given as an object or an address."""
     if isinstance(model, str | Path):
         return ordering.opened_subject(settings)
     if not accepted(model):
@@ -78,7 +81,7 @@ def subject_of(model: ModelLike, settings: AssessSettings) -> Subject:
 
 
 def surrogates_of(given: object, settings: AssessSettings, target: Classifier) -> tuple[Subject, ...]:
-    """Models in hand, and addresses as the command line takes them."""
+    """Return the surrogates, given as objects or as addresses in the form of the command line."""
     if not isinstance(given, list | tuple):
         raise UsageError(
             f"surrogates is a {type(given).__name__}; give a list of models, as in surrogates=[net]"
@@ -98,7 +101,10 @@ def surrogates_of(given: object, settings: AssessSettings, target: Classifier) -
 
 
 def data_of(data: DataLike, settings: AssessSettings, model: Classifier, *, lenient: bool = False) -> Data:
-    """The examples, in hand or at an address; `lenient` takes those that do not fit the model, too."""
+    """Return the examples, given as an object or an address.
+
+    With `lenient`, examples that do not fit the model are accepted too.
+    """
     if isinstance(data, str | Path):
         return ordering.opened_data(settings, model, lenient=lenient)
     known = expecting.expected(settings, model, lenient=lenient)
@@ -116,7 +122,7 @@ def data_of(data: DataLike, settings: AssessSettings, model: Classifier, *, leni
 
 
 def held(data: DataLike, settings: AssessSettings, expected: Expected) -> Data:
-    """Other examples that a caller holds, all of them."""
+    """Return all examples of another data set that is given as an object."""
     if is_frame(data):
         return open_frame(data, label=settings.label, drop=settings.drop, expected=expected)
     return as_data(data, expected=expected)
@@ -125,7 +131,7 @@ def held(data: DataLike, settings: AssessSettings, expected: Expected) -> Data:
 def fit_of(
     fit: DataLike | None, data: DataLike, settings: AssessSettings, model: Classifier, order: Order
 ) -> Data | None:
-    """What attacks are learned on, as an address or in hand."""
+    """Return the examples on which attacks are learned, given as an address or an object. None if none are needed."""
     if fit is None or isinstance(fit, str | Path):
         return ordering.opened_fit(settings, model, order.plan, in_hand=not isinstance(data, str | Path))
     given = held(fit, settings, expecting.expected(settings, model))
@@ -133,7 +139,7 @@ def fit_of(
 
 
 def others_of(given: object, settings: AssessSettings, model: Classifier) -> tuple[Data, ...]:
-    """Data sets that changes are carried to and from, as addresses or in hand."""
+    """Return the data sets of the transfer between data sets, given as addresses or objects."""
     if isinstance(given, tuple) and not given:
         return ()
     if not isinstance(given, list):
@@ -149,7 +155,7 @@ def others_of(given: object, settings: AssessSettings, model: Classifier) -> tup
 
 
 def device_of(model: ModelLike, subject: Subject, settings: AssessSettings) -> str | None:
-    """Where a caller's own network is, unless it is told where to go."""
+    """Return the device of a network given as an object, or None if the settings determine the device."""
     weight = next(subject.model.parameters(), None)
     if isinstance(model, str | Path) or settings.device != "auto" or weight is None:
         return None
@@ -157,7 +163,7 @@ def device_of(model: ModelLike, subject: Subject, settings: AssessSettings) -> s
 
 
 def _refuse_address_words(settings: AssessSettings, *names: str) -> None:
-    """What picks from a file or a catalogue has nothing to pick from in data that a caller holds."""
+    """Raise `UsageError` for settings that select from a file or a catalogue, if the data are an object."""
     said = [f"{name}={value!r}" for name in names if (value := getattr(settings, name))]
     if said:
         raise UsageError(
@@ -167,7 +173,7 @@ def _refuse_address_words(settings: AssessSettings, *names: str) -> None:
 
 
 def folder_of(run: str | Path | None, *, resume: bool) -> Path | None:
-    """The folder of a run, which must be named where one is to go on."""
+    """Return the folder of a run. Raises `UsageError` if a run is to be resumed and no folder is given."""
     if resume and run is None:
         raise UsageError("resume=True goes on with a run; name its folder, as in run='runs/h1'")
     return None if run is None else Path(run)

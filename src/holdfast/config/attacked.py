@@ -1,4 +1,4 @@
-"""From the settings of an assessment to its table of attackers, where the model is a pool."""
+"""Creates the table of attackers from the settings of an assessment of a pool."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -14,7 +14,9 @@ from holdfast.runs.rotate.attackers import Table
 
 
 def attackers(settings: AssessSettings) -> Attackers | None:
-    """What measures them; None unless a pool is attacked by all that may be known of it."""
+    """Return the function that measures the attackers of a pool, or None if the model is not a pool or `adaptive` is
+    off.
+    """
     return partial(_measured, settings) if settings.adaptive and pool_of(settings.model) else None
 
 
@@ -27,7 +29,7 @@ def _measured(
     keep: Keep,
     progress: Progress,
 ) -> Mapping[str, Any]:
-    """Opens what the pool was collected from only when it is needed: its training data may be large."""
+    """Open the training data of the pool only when the table is measured, because they may be large."""
     pool = pool_of(settings.model)
     assert pool is not None
     said = {"device": settings.device, "trust_code": settings.trust_code}

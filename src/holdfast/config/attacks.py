@@ -1,4 +1,4 @@
-"""Attacks by name: `{use: PGD, steps: 100}` becomes the dataclass, every setting checked."""
+"""Creates attacks by name: `{use: PGD, steps: 100}` becomes the dataclass, with every setting validated."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ _LIMITED: dict[str, Callable[..., Constraint]] = {"patch": Patch, "spatial": Spa
 
 
 def threat_model(spec: ThreatSpec) -> ThreatModel:
-    """The threat model that a threat string describes."""
+    """Return the threat model of a parsed threat string."""
     if spec.norm == "corruptions":
         return ThreatModel(Corruptions(int(spec.eps)), None, spec.access, spec.queries)
     if spec.norm in _LIMITED:
@@ -47,9 +47,9 @@ def threat_model(spec: ThreatSpec) -> ThreatModel:
 
 
 def threat_said(threat: str | Constraint | ThreatModel, where: str = "threat") -> str:
-    """A threat as it is written, from text, from a constraint as `Linf(8/255)`, or from a whole threat model.
+    """Return a threat as text, from text, a constraint such as `Linf(8/255)`, or a threat model.
 
-    Raises `UsageError` for anything else, and for a threat model that holds surrogates, which are given apart.
+    Raises `UsageError` for anything else, and for a threat model with surrogates, which are a separate argument.
     """
     if isinstance(threat, str):
         return threat
@@ -67,7 +67,7 @@ def threat_said(threat: str | Constraint | ThreatModel, where: str = "threat") -
 
 
 def _size_said(constraint: Any) -> str:
-    """What may change and how far, with every digit."""
+    """Text of a constraint with its size in full precision."""
     kind = type(constraint).__name__.lower()
     if isinstance(constraint, Limited):
         exact = {k: v if isinstance(v, str) else repr(v) for k, v in constraint.limits.items()}
@@ -84,7 +84,7 @@ _WRITTEN = (Linf, L2, L1, L0, Corruptions, Patch, Spatial, Colour)
 
 
 def constraints(value: Any, where: str) -> tuple[Constraint, ...]:
-    """Norms with their sizes, as a list of threats or as `l2:1.5,l1:10`."""
+    """Return norms with their sizes, from a list of threats or from text such as `l2:1.5,l1:10`."""
     words = value.split(",") if isinstance(value, str) else value
     if not isinstance(words, (list, tuple)) or not all(isinstance(word, (str, Constraint)) for word in words):
         raise UsageError(f"{where} is {value!r}; expected norms and sizes, as in l2:1.5,l1:10")
@@ -99,18 +99,20 @@ def _ball(word: str, where: str) -> Constraint:
 
 
 def attack_names() -> dict[str, type[Any]]:
-    """The catalogue, and what other packages add under the entry-point group `holdfast.attacks`."""
+    """Return the catalogue, and the attacks of other packages in the entry-point group `holdfast.attacks`."""
     own = {name: getattr(catalogue, name) for name in catalogue.__all__}
     return {**{entry.name: entry.load() for entry in entry_points(group=GROUP)}, **own}
 
 
 def attack_class(name: str) -> type[Any]:
-    """The attack of that name; raises `UsageError` with the nearest one."""
+    """Return the class of the attack with that name. Raises `UsageError`, with the most similar name, if there
+    is none.
+    """
     return attack_names()[attack_class_called(name)]
 
 
 def build(spec: Mapping[str, Any], where: str) -> Attack:
-    """The attack that `use:` names, with its settings checked against their types and ranges."""
+    """Return the attack with the name in `use:`, with settings validated against their types and ranges."""
     if "use" not in spec:
         raise UsageError(
             f"{where}: an attack needs a name, as in {{use: PGD, steps: 100}}; got {dict(spec)!r}"
@@ -133,16 +135,16 @@ def build(spec: Mapping[str, Any], where: str) -> Attack:
 
 
 def checked(attack: Attack) -> Attack:
-    """The attack, if each of its settings is what a configuration might say; `UsageError` names the first that is not.
+    """Return the attack if each of its settings is valid. The `UsageError` contains the first invalid one.
 
-    What is no dataclass, or has settings of types of its own, is taken as it is.
+    Objects that are not dataclasses, and settings of other types, are not validated.
     """
     refuse_settings(attack, type(attack).__name__)
     return attack
 
 
 def refuse_settings(held: Any, name: str) -> None:
-    """`UsageError` for the first setting of a dataclass, or of its parts, that no configuration might say."""
+    """Raise `UsageError` for the first invalid setting of a dataclass or of its parts."""
     hints = get_type_hints(type(held), include_extras=True)
     for f in fields(held) if is_dataclass(held) else ():
         value, where, hint = getattr(held, f.name), f"{name}: {f.name}", hints[f.name]
@@ -159,12 +161,14 @@ def refuse_settings(held: Any, name: str) -> None:
 
 
 def functions(hint: Any) -> dict[str, Callable[..., Any]]:
-    """What a configuration may name for a setting that is a function: the losses, or the schedules."""
+    """Functions that a configuration may name for a setting that is a function: the losses, or the schedules."""
     return {function.__name__: function for function in _FUNCTIONS.get(hint, ())}
 
 
 def setting(hint: Any, value: Any, where: str) -> Any:
-    """A value as a file or a flag says it, checked against the type of the setting; `where` names it."""
+    """Return a value from a file or a flag, validated against the type of the setting. `where` is its name in
+    errors.
+    """
     if hint is Attack and isinstance(value, Mapping):
         return build(value, where)
     if hint == tuple[Constraint, ...]:

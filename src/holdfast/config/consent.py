@@ -1,4 +1,4 @@
-"""The one setting that only a person may give: whether the code of files runs."""
+"""The one setting that only a person may give: whether code in files runs."""
 
 from collections.abc import Collection
 
@@ -8,7 +8,7 @@ CONSENT = "trust_code"
 
 
 def refuse_consent(keys: Collection[str], where: str) -> None:
-    """Raise `UsageError` where a configuration file or a `--set` gives consent to code, whatever its value."""
+    """Raise `UsageError` if a configuration file or a `--set` contains the consent to run code, whatever its value."""
     if CONSENT in keys:
         raise UsageError(
             f"{where} gives {CONSENT}, which is no key of a configuration: only a person lets code of files run. "

@@ -1,4 +1,4 @@
-"""From settings to what is declared of the model and of the data, and what is found out where they meet."""
+"""Converts settings to declarations of the model and the data, and determines properties that are not declared."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +18,9 @@ from holdfast.sources.probing import Probe, settle_gradients, settle_output, set
 
 
 def declared(settings: AssessSettings) -> Declared:
-    """What the settings declare of the model's input and output; the default bounds are not declared."""
+    """Return the properties of the model's input and output that the settings declare. Default bounds are not
+    included.
+    """
     bounds = Bounds(*settings.bounds) if "bounds" in settings.model_fields_set else None
     return Declared(
         bounds,
@@ -33,17 +35,20 @@ def declared(settings: AssessSettings) -> Declared:
 
 
 def names(settings: AssessSettings) -> Names:
-    """What the settings name inside the files of data."""
+    """Return the names inside data files that the settings contain."""
     return {"label": settings.label, "drop": tuple(settings.drop), "x": settings.x, "y": settings.y}
 
 
 def normalisation(settings: AssessSettings) -> Normalisation | None:
-    """The one by which the data were normalised beforehand, where the settings declare it."""
+    """Return the declared normalisation that was applied to the data beforehand, or None."""
     return None if settings.data_normalised is None else Normalisation(*settings.data_normalised)
 
 
 def expected(settings: AssessSettings, model: Classifier, *, lenient: bool = False) -> Expected:
-    """What data for the model must be like, and how they are read; `lenient` takes those that do not fit it, too."""
+    """Return the required properties of data for the model, and how they are read.
+
+    With `lenient`, data that do not fit the model are accepted too.
+    """
     names = settings.class_names or model.class_names
     return Expected(
         model.bounds,
@@ -61,18 +66,18 @@ def expected(settings: AssessSettings, model: Classifier, *, lenient: bool = Fal
 
 
 def unlabelled(settings: AssessSettings, model: Classifier) -> Expected:
-    """The same of data whose labels are not used."""
+    """Return the required properties of data whose labels are not used."""
     return replace(
         expected(settings, model), classes=None, class_names=None, class_labels=None, checks_labels=False
     )
 
 
 def fitting(subject: Subject, surrogates: Sequence[Subject], data: Data) -> Subject:
-    """Find out from the data what is not declared, and return the subject with what was found of it.
+    """Determine properties from the data that are not declared. Returns the subject with notes about them.
 
-    That is whether single outputs are logits, whether the largest score of an estimator is its class, whether the
-    backward pass of the model works, and the layouts of surrogates. Raises `UnclearOutput` where single outputs may be
-    probabilities.
+    The properties are: whether single outputs are logits, whether the largest score of an estimator is its class,
+    whether the backward pass of the model works, and the layouts of surrogates. Raises `UnclearOutput` if single
+    outputs may be probabilities.
     """
     model = subject.model
     for each in (model, *(surrogate.model for surrogate in surrogates)):
@@ -85,7 +90,7 @@ def fitting(subject: Subject, surrogates: Sequence[Subject], data: Data) -> Subj
 
 
 def units_of_eps(model: Classifier, normalised: Normalisation | None) -> tuple[str, ...]:
-    """What eps counts, where it is not the pixels that are given."""
+    """Notes about the unit of eps if it is not that of pixels in [0, 1]."""
     low, high = ends(model.bounds)
     legal = f"legal values from {low:g} to {high:g}"
     if normalised is not None:
@@ -98,7 +103,7 @@ def units_of_eps(model: Classifier, normalised: Normalisation | None) -> tuple[s
 
 
 def ends(bounds: Bounds) -> tuple[float, float]:
-    """The lowest and the highest legal value of any feature."""
+    """Lowest and highest legal value of any feature."""
     return _end(bounds.low, min), _end(bounds.high, max)
 
 

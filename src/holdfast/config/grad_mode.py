@@ -1,4 +1,4 @@
-"""Gradients wherever a verb is called from: switched on, and through tensors that a backward pass can use."""
+"""Enables gradients for a verb in any context, and makes networks usable in a backward pass."""
 
 import copy
 from collections.abc import Callable
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def with_gradients(verb: Callable[P, T]) -> Callable[P, T]:
-    """The verb with gradients switched on, also where it is called under `no_grad` or `inference_mode`."""
+    """Return the verb with gradients enabled, even if it is called under `no_grad` or `inference_mode`."""
 
     @wraps(verb)
     def called(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -25,7 +25,7 @@ def with_gradients(verb: Callable[P, T]) -> Callable[P, T]:
 
 
 def differentiable(net: nn.Module) -> nn.Module:
-    """The network; a copy where it was made under `inference_mode`, whose tensors no backward pass can use."""
+    """Return the network, or a copy if it was created under `inference_mode` and cannot be used in a backward pass."""
     tensors = (*net.parameters(), *net.buffers())
     made_there = any(not is_lazy(tensor) and tensor.is_inference() for tensor in tensors)
     return copy.deepcopy(net) if made_there else net

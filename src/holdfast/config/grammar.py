@@ -1,4 +1,4 @@
-"""What flags may say, parsed without torch, so that a slip of the pen is answered at once.
+"""Parser of flag values. It does not import torch, so that mistakes are reported immediately.
 
 Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`; a threat is `linf:8/255`, `corruptions:3`,
 `patch:5x5,at=centre`, `spatial:rotate=30,shift=3`, `spatial:flow=1.5` or `colour:hue=18,saturation=0.3`, followed by
@@ -24,7 +24,7 @@ LIMITS: Final[Mapping[str, Mapping[str, float]]] = {
     "spatial": {**_MOVED, "flow": math.inf},
     "colour": {"hue": 180.0, "saturation": 1.0, "brightness": 1.0, "contrast": 1.0},
 }
-"""What may be done to images under a threat, and the most that may be asked for."""
+"""Image transformations that a threat may allow, with their largest values."""
 
 SEEN: Final[Mapping[str, float]] = {
     **_MOVED,
@@ -33,7 +33,7 @@ SEEN: Final[Mapping[str, float]] = {
     "blur": 10.0,
     "noise": 1.0,
 }
-"""What an input may be seen through at random, and the most of it."""
+"""Random transformations of the model's inputs, with their largest values."""
 
 _AS_IN = {"spatial": "spatial:rotate=30,shift=3", "colour": "colour:hue=18,saturation=0.3,brightness=0.2"}
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -41,13 +41,13 @@ _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True)
 class ThreatSpec:
-    """A threat string, understood: `eps` is infinite where only the distance is asked."""
+    """A parsed threat string. `eps` is infinite if the smallest distance is measured."""
 
     norm: Norm
     eps: float = math.inf
     pixels: bool = False
     limits: Mapping[str, float | str] = field(default_factory=lambda: MappingProxyType({}))
-    """of a threat that is no ball: what its constraint is made with"""
+    """arguments of the constraint, for a threat that is not a norm ball"""
     goal: int | None = None
     access: Sees = "gradients"
     queries: int | None = None
@@ -60,13 +60,13 @@ class ThreatSpec:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the most similar known word, else the list of them."""
+    """Return `; did you mean 'x'?` for the most similar known word, or the list of known words if none is similar."""
     words = sorted(known)
     return f"; {suggestion(word, words) or 'there are ' + ', '.join(words)}"
 
 
 def number(text: str, what: str) -> float:
-    """A decimal number or a fraction."""
+    """Parse a decimal number or a fraction."""
     found = re.fullmatch(r"\s*([^/\s]+)\s*(?:/\s*([^/\s]+))?\s*", text)
     try:
         if found is None:
@@ -82,12 +82,12 @@ def number(text: str, what: str) -> float:
 
 
 def numbers(text: str, what: str) -> tuple[float, ...]:
-    """Numbers separated by commas."""
+    """Parse numbers separated by commas."""
     return tuple(number(part, what) for part in text.split(","))
 
 
 def seconds(text: str, what: str) -> float:
-    """A duration such as `60s`, `10min` or `24h`."""
+    """Parse a duration such as `60s`, `10min` or `24h`. Returns seconds."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*", text)
     if found is None or float(found[1]) <= 0:
         raise UsageError(f"{what} is {text!r}; expected a duration such as 60s, 10min or 24h")
@@ -95,7 +95,7 @@ def seconds(text: str, what: str) -> float:
 
 
 def per_second(text: str) -> float:
-    """A rate of requests such as `4/s`, `100/min` or `2000/h`, in requests a second."""
+    """Parse a rate of requests such as `4/s`, `100/min` or `2000/h`. Returns requests a second."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*/\s*(s|min|h)\s*", text)
     if found is None or float(found[1]) <= 0:
         raise UsageError(
@@ -105,7 +105,7 @@ def per_second(text: str) -> float:
 
 
 def parse_every(text: str) -> tuple[Literal["answers", "seconds"], float]:
-    """When to swap: `50q/principal` after so many answers to one principal, `24h` after so long."""
+    """Parse when to swap: `50q/principal` means after 50 answers to a principal, `24h` after that time."""
     count = re.fullmatch(r"\s*(\d+)\s*q/principal\s*", text)
     if count is not None and int(count[1]) > 0:
         return "answers", int(count[1])
@@ -118,7 +118,7 @@ def parse_every(text: str) -> tuple[Literal["answers", "seconds"], float]:
 
 
 def parse_threat(text: str) -> ThreatSpec:
-    """The threat that a string such as `linf:8/255,access=scores,queries=5000` describes."""
+    """Parse a threat such as `linf:8/255,access=scores,queries=5000`."""
     words = [word for word in re.split(r"[,\s]+", text.strip()) if word]
     if not words:
         raise UsageError("the threat is empty; expected a norm and a size, such as linf:8/255")
@@ -157,7 +157,7 @@ def _constraint(word: str) -> ThreatSpec:
 
 
 def _limited(spec: ThreatSpec, word: str) -> ThreatSpec:
-    """With one more limit, such as `rotate=30`."""
+    """Add one limit, such as `rotate=30`, to a threat."""
     key, equals, value = word.partition("=")
     if spec.norm == "patch":
         return replace(spec, limits={**spec.limits, key: _placed(key, value)})
@@ -171,7 +171,7 @@ def _limited(spec: ThreatSpec, word: str) -> ThreatSpec:
 
 
 def parse_transform(text: str) -> Mapping[str, float]:
-    """Limits such as `rotate=15,scale=0.1,brightness=0.2`, by their names."""
+    """Parse limits such as `rotate=15,scale=0.1,brightness=0.2`. Returns values by name."""
     limits: dict[str, float] = {}
     for word in re.split(r"[,\s]+", text.strip()):
         key, equals, value = word.partition("=")
@@ -183,7 +183,7 @@ def parse_transform(text: str) -> Mapping[str, float]:
 
 
 def _far(key: str, value: str, most: float, example: str) -> float:
-    """How far one limit goes."""
+    """Return the value of one limit. Raises `UsageError` if it is out of range."""
     far = number(value, key)
     if not 0 < far <= most or math.isinf(far):
         limit = "" if math.isinf(most) else f" and at most {most:g}"
@@ -252,7 +252,7 @@ def _condition(spec: ThreatSpec, word: str) -> ThreatSpec:
 
 
 def parse_surrogate(text: str) -> dict[str, object]:
-    """`weights.pt,arch=net.py:build,mean=0.5,std=0.25` as keys; what is no other key is an argument of the factory."""
+    """Parse `weights.pt,arch=net.py:build,mean=0.5,std=0.25`. Unknown keys are arguments of the factory."""
     address, *conditions = re.split(r",(?=[A-Za-z_]\w*=)", text.strip())
     if not address:
         raise UsageError(
@@ -270,7 +270,7 @@ def parse_surrogate(text: str) -> dict[str, object]:
 
 
 def pairs(items: Iterable[str], flag: str) -> dict[str, str]:
-    """`k=v` strings as a dictionary."""
+    """Parse `k=v` strings to a dictionary."""
     found: dict[str, str] = {}
     for item in items:
         key, equals, value = item.partition("=")
@@ -281,5 +281,5 @@ def pairs(items: Iterable[str], flag: str) -> dict[str, str]:
 
 
 def is_folder(output: str) -> bool:
-    """Whether an output names a folder, which it does by the slash at its end."""
+    """Whether an output is a folder, which a slash at its end indicates."""
     return output.endswith(("/", "\\"))

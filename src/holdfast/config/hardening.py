@@ -1,4 +1,4 @@
-"""From the settings of a hardening to what its run takes: the model, training and test examples, and the wish."""
+"""Converts settings of a hardening to its inputs: the model, training and test examples, and the request."""
 
 import shlex
 from collections.abc import Sequence
@@ -33,14 +33,16 @@ from holdfast.sources.expected import Expected
 from holdfast.sources.memory import as_data
 
 JUDGED = 1_000
-"""Test examples, drawn by the seed, that the model is judged on before and after, where nobody says how many."""
+"""Number of test examples, sampled by the seed, for measurements before and after, unless the settings give another."""
 USUAL_BUDGET = "10min"
-"""Of `auto`, where none is given."""
-_ASIDE = 10  # of data in hand, one in so many judges
+"""Default budget of recipe `auto`."""
+_ASIDE = 10  # of data given as an object, one in this many examples is used for measurements
 
 
 def opened(settings: HardenSettings) -> tuple[Subject, Batch, Data, Data]:
-    """The model, the whole train split, the examples to judge on, and all that those are taken from."""
+    """Return the model, the train split, the examples for measurements, and the data set from which those are
+    sampled.
+    """
     with _weights_of(settings):
         subject = ordering.opened_subject(settings)
     model = subject.model
@@ -58,7 +60,10 @@ def given_all(
     unlabelled: arguments.DataLike | None,
     settings: HardenSettings,
 ) -> tuple[Subject, Batch, Data, Data]:
-    """The same of what is in hand; of data without `fit` a tenth, drawn by the seed, judges."""
+    """Return the same as `opened` for models and data given as objects.
+
+    Of data without `fit`, a tenth, sampled by the seed, is used for measurements.
+    """
     with _weights_of(settings):
         subject = arguments.subject_of(model, settings)
     own = subject.model
@@ -79,13 +84,13 @@ def given_all(
 
 
 def _refuse_estimator(model: Classifier) -> None:
-    """What is no network is refused before its data are opened."""
+    """Refuse a model that cannot be trained before its data are opened."""
     if model.access != "gradients":
         refuse_untrainable(model)
 
 
 def _weights_of(settings: HardenSettings) -> AbstractContextManager[None]:
-    """Within it a factory draws the weights of the seed, so that a run can go on with them."""
+    """Return a context in which a factory initialises weights from the seed, so that a resumed run gets equal ones."""
     return drawing(Draws(settings.seed).at("model"))
 
 
@@ -110,7 +115,7 @@ def _all(settings: HardenSettings) -> HardenSettings:
 
 
 def _opened_training(settings: HardenSettings, model: Classifier) -> Batch:
-    """The train split of what `fit` names, all of it where it has none, or of the data."""
+    """Return the train split of `fit`, or all of it if it has none, or the train split of the data."""
     address = settings.fit or settings.data
     if address is None:
         raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
@@ -139,7 +144,7 @@ def _opened_training(settings: HardenSettings, model: Classifier) -> Batch:
 def _with_unlabelled(
     batch: Batch, given: arguments.DataLike | None, settings: HardenSettings, model: Classifier
 ) -> Batch:
-    """More examples behind the labelled ones, their labels taken off: a train split, or inputs in hand."""
+    """Append examples without labels to the labelled ones, from a train split or from inputs given as an object."""
     if given is None:
         return batch
     expected = expecting.unlabelled(settings, model)
@@ -156,7 +161,7 @@ def _with_unlabelled(
             f"unlabelled examples have shape {tuple(more.x.shape[1:])}, and the labelled ones "
             f"{tuple(batch.x.shape[1:])}; give examples of the same kind"
         )
-    ids = more.ids + batch.ids.max() + 1  # no two examples share one
+    ids = more.ids + batch.ids.max() + 1  # ids are unique
     y = torch.cat((batch.y, torch.full_like(more.y, UNLABELLED)))
     return Batch(torch.cat((batch.x, more.x.to(batch.x))), y, torch.cat((batch.ids, ids)))
 
@@ -173,9 +178,10 @@ def wish(
     device: str | None = None,
     command: str = "",
 ) -> Wish:
-    """What the settings ask for; `recipe` is one in hand, and `apart` what nothing is learned from.
+    """Return the request of the settings.
 
-    Attacks that are learned learn on training examples.
+    `recipe` is a recipe given as an object, and `apart` the examples that are held out. Attacks that are learned use
+    training examples.
     """
     if settings.across:
         raise UsageError(
@@ -207,13 +213,13 @@ def wish(
 
 
 def _candidate(name: str, recipe: Recipe) -> Candidate:
-    """A recipe in hand, its settings checked as those of a file are."""
+    """Return a candidate for a recipe given as an object, with validated settings."""
     refuse_settings(recipe, type(recipe).__name__)
     return Candidate(name, recipe, settings_of(recipe))
 
 
 def _budget_s(settings: HardenSettings, recipe: Recipe | None) -> float | None:
-    """Seconds; `UsageError` where epochs are asked for beside a budget, which says how many there are."""
+    """Return the budget in seconds, or None. Raises `UsageError` if both epochs and a budget are given."""
     auto = recipe is None and settings.recipe["use"] == AUTO
     budget = settings.budget or (USUAL_BUDGET if auto else None)
     if budget is None:
@@ -232,14 +238,14 @@ def _budget_s(settings: HardenSettings, recipe: Recipe | None) -> float | None:
 
 
 def _usual_epochs(recipe: Any) -> int | None:
-    """The epochs of such a recipe that nobody told any; None where it has no usual ones."""
+    """Default number of epochs of such a recipe; None if it has no default."""
     (said,) = (field for field in fields(recipe) if field.name == "training")
     usual = said.default if said.default_factory is MISSING else said.default_factory()
     return usual.epochs if isinstance(usual, Training) else None
 
 
 def _opens(settings: HardenSettings, subject: Subject) -> str:
-    """Flags that the new model is opened and judged with, where its file does not say it all."""
+    """Flags with which the new model is opened and assessed, as far as its file does not contain them."""
     words = ["--threat", settings.threat]
     if "architecture" not in subject.card:
         code = next((said for said in (settings.arch, settings.model) if said and ".py:" in said), None)
@@ -263,7 +269,7 @@ def _opens(settings: HardenSettings, subject: Subject) -> str:
 
 
 def name_of(recipe: object) -> str:
-    """What a recipe in hand is called on the command line; its class, where it is no one of ours."""
+    """Name of a recipe object on the command line, or its class name if it is not in the catalogue."""
     if isinstance(recipe, type):
         raise UsageError(f"recipe is the class {recipe.__name__}; give a recipe of it: {recipe.__name__}()")
     if not isinstance(recipe, Recipe):

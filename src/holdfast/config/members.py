@@ -1,4 +1,4 @@
-"""The attacks of a run with their names in tables: by canonical name, or as a Python caller gives them."""
+"""The attacks of a run with their names for tables, from settings or from Python arguments."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -15,7 +15,7 @@ from holdfast.harness import Member, labelled
 from holdfast.suites import variant
 
 AttackLike = Attack | type[Attack] | str | Mapping[str, Any]
-"""An attack, a class of attacks, which stands for its default settings, a name, or `{"use": "pgd", "steps": 100}`."""
+"""An attack, a class of attacks (with default settings), a name, or `{"use": "pgd", "steps": 100}`."""
 
 SuiteLike = AttackLike | Sequence[AttackLike]
 """The name of a suite, an attack, or several attacks."""
@@ -27,7 +27,7 @@ _EXPECTED = (
 
 
 def members_said(settings: AssessSettings, constraint: Constraint) -> tuple[Member, ...] | None:
-    """The attacks that settings list, with their settings or by name; None where they name a suite or nothing."""
+    """Return the attacks that settings list with settings or by name, or None if they name a suite or nothing."""
     if settings.attacks is not None:
         return labelled(build(spec, f"attacks.{k}") for k, spec in enumerate(settings.attacks))
     if isinstance(settings.suite, tuple):
@@ -36,7 +36,7 @@ def members_said(settings: AssessSettings, constraint: Constraint) -> tuple[Memb
 
 
 def members_given(given: object, constraint: Constraint, where: str = "suite") -> tuple[Member, ...]:
-    """What a Python caller gives as `where`: an attack, a class, a name, settings under `use`, or several of them."""
+    """Return the attacks of a Python argument: an attack, a class, a name, settings with `use`, or several of them."""
     if isinstance(given, Attack | type | Mapping):
         return (_given(given, constraint, where),)
     names = given if isinstance(given, str) else None
@@ -75,7 +75,7 @@ def _named(name: str, constraint: Constraint) -> Member:
 
 
 def _made(cls: type[Any], name: str) -> Any:
-    """An attack at its default settings; `UsageError` where it has settings without one."""
+    """Return an attack with default settings. Raises `UsageError` if a setting has no default."""
     needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
     if needed:
         raise UsageError(

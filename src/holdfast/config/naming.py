@@ -1,4 +1,4 @@
-"""The names of attacks, known without torch, so that a misspelt one is answered at once."""
+"""The names of attacks, without torch, so that a misspelt name is reported immediately."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -9,7 +9,7 @@ from holdfast.core.names import slug
 from holdfast.metrics.names import CORRUPTIONS
 
 GROUP: Final = "holdfast.attacks"
-"""Entry-point group under which other packages add attacks."""
+"""Entry-point group in which other packages register attacks."""
 
 ATTACKS: Final = (
     "ALMA",
@@ -52,13 +52,13 @@ ATTACKS: Final = (
     "Universal",
     "UniversalDeepFool",
 )
-"""What `holdfast.attacks` exports; a test keeps the two in step."""
+"""Exports of `holdfast.attacks`. A test checks that both are equal."""
 
 AUTO: Final = "auto"
-"""What `--recipe` takes where the recipe is to be chosen."""
+"""Value of `--recipe` that selects a recipe automatically."""
 
 CARD: Final = "card"
-"""What `--recipe` of rotate takes where the recipe is that of the model's card, or `standard` without one."""
+"""Value of `--recipe` for rotate: the recipe of the model's card, or `standard` without a card."""
 
 SOURCES: Final = {
     "basins": "Basins",
@@ -67,7 +67,7 @@ SOURCES: Final = {
     "subset": "Subset",
     "trajectory": "Trajectory",
 }
-"""Where `rotate collect` takes parameter sets from, and their classes in `holdfast.rotation`."""
+"""Sources of parameter sets for `rotate collect`, and their classes in `holdfast.rotation`."""
 
 RECIPES: Final = {
     "atta": "ATTA",
@@ -93,13 +93,13 @@ RECIPES: Final = {
     "trades": "TRADES",
     "vat": "VAT",
 }
-"""What `--recipe` takes, and the class of `holdfast.recipes` that it names; a test keeps the two in step."""
+"""Values of `--recipe`, and their classes in `holdfast.recipes`. A test checks that both are equal."""
 
 PRESETS: Final[Mapping[str, Mapping[str, float | bool]]] = {
     "fgsm": {"noise": 0.0, "step": 1.0, "clip": True},
     "fgsm-rs": {"noise": 1.0, "step": 1.25, "clip": True},
 }
-"""Settings that make a recipe what its name says, where the defaults of its class are another's."""
+"""Settings of recipes whose class has the defaults of another recipe."""
 
 PUBLISHED: Final = (
     "MI-FGSM",
@@ -109,7 +109,7 @@ PUBLISHED: Final = (
     "SI-NI-FGSM",
     "VMI-FGSM",
 )
-"""Settings of Transfer that their papers gave names to; docs/reference/attacks.md says which are which."""
+"""Settings of Transfer with names from their papers; docs/reference/attacks.md lists them."""
 
 VARIANTS: Final = {
     "ALMA-2": "ALMA",
@@ -124,7 +124,7 @@ VARIANTS: Final = {
     **dict.fromkeys(PUBLISHED, "Transfer"),
     **dict.fromkeys(CORRUPTIONS, "Corruption"),
 }
-"""Names that suites and their tables give to an attack with settings of its own, and that attack."""
+"""Names that suites and their tables use for attacks with certain settings, and those attacks."""
 
 _TRANSFER = ("Transfer", *PUBLISHED)
 _BLACK_BOX = ("Square",)
@@ -177,17 +177,17 @@ MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
     "corruptions": {"corruptions": CORRUPTIONS},
     "transfer": dict.fromkeys(("linf", "l2", "l1", "l0", "patch"), _TRANSFER),
 }
-"""What each suite calls its attacks under each norm; a test keeps it in step with `holdfast.suites`."""
+"""Names of the attacks of each suite under each norm. A test compares them with `holdfast.suites`."""
 
 FLOW: Final = dict.fromkeys(("quick", "fast", "standard"), ("Flow",))
-"""The same for images that are bent, as under `spatial:flow=1.5`."""
+"""The same for images that are warped by a flow, as under `spatial:flow=1.5`."""
 
 LABELS_ONLY: Final[Mapping[Norm, tuple[str, ...]]] = {"linf": ("RayS",), "l2": ("HopSkipJump", "SurFree")}
-"""The same for `black-box` where labels alone can be seen."""
+"""The same for `black-box` with access to labels only."""
 
 
 def members(suite: str, threat: ThreatSpec) -> tuple[str, ...]:
-    """What a suite calls its attacks under a threat; empty where it has none."""
+    """Return the names of the attacks of a suite under a threat; empty if it has none."""
     if "flow" in threat.limits:
         return FLOW.get(suite, ())
     by_norm = LABELS_ONLY if suite == "black-box" and threat.access == "labels" else MEMBERS[suite]
@@ -195,7 +195,10 @@ def members(suite: str, threat: ThreatSpec) -> tuple[str, ...]:
 
 
 def chosen(names: Sequence[str], only: Sequence[str], skip: Sequence[str]) -> set[str]:
-    """Slugs of the attacks that `only` and `skip` leave; `UsageError` for a name that is none, or if none is left."""
+    """Return slugs of the attacks that `only` and `skip` select.
+
+    Raises `UsageError` for unknown names or an empty result.
+    """
     known = dict.fromkeys(slug(name) for name in names)
     for wanted in (*only, *skip):
         if slug(wanted) not in known:

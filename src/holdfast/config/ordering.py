@@ -1,4 +1,4 @@
-"""From settings to what a run takes: the model opened, the data opened, and the order."""
+"""Converts settings to the inputs of a run: the opened model, the opened data, and the request."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -57,7 +57,7 @@ _USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
 
 
 def opened_subject(settings: AssessSettings) -> Subject:
-    """The model at the address that the settings name."""
+    """Open the model at the address in the settings."""
     if settings.model is None:
         raise UsageError("model is missing; give an address, as in mnist-cnn or file.py:factory")
     said = declared(settings)
@@ -70,7 +70,7 @@ def opened_subject(settings: AssessSettings) -> Subject:
 
 
 def opened_surrogate(said: SurrogateSettings, settings: AssessSettings, target: Classifier) -> Subject:
-    """A model at an address of its own, to make examples on for `target`."""
+    """Open a surrogate at its address, on which examples for `target` are computed."""
     if said.model.partition(":")[0] in SCHEMES:
         raise UsageError(
             f"the surrogate {said.model} is behind a server, and examples are made from gradients; give its weights"
@@ -96,17 +96,17 @@ def opened_surrogate(said: SurrogateSettings, settings: AssessSettings, target: 
 
 
 def opened_surrogates(settings: AssessSettings, target: Classifier) -> tuple[Subject, ...]:
-    """Those that the settings name."""
+    """Open the surrogates in the settings."""
     return tuple(opened_surrogate(said, settings, target) for said in settings.surrogates)
 
 
 def given_surrogate(net: nn.Module | Any, settings: AssessSettings, target: Classifier) -> Subject:
-    """One that a Python caller holds; its preprocessing is its own, or undoes that of the data."""
+    """Return a surrogate given as a Python object. Its preprocessing is its own, or undoes that of the data."""
     return _same_box(_held(net, Declared(normalised=normalisation(settings))), target)
 
 
 def _same_box(surrogate: Subject, target: Classifier) -> Subject:
-    """Refuses a surrogate that says that its inputs lie elsewhere; most say nothing, which is 0 to 1."""
+    """Raise `UsageError` for a surrogate that declares other bounds than the target. The default is 0 to 1."""
     own, other = (ends(model.bounds) for model in (surrogate.model, target))
     if own not in (other, ends(Bounds())):
         raise UsageError(
@@ -117,7 +117,7 @@ def _same_box(surrogate: Subject, target: Classifier) -> Subject:
 
 
 def given_subject(net: nn.Module | Any, settings: AssessSettings) -> Subject:
-    """A model that a Python caller holds: known by its weights and its code, and by what it refers to."""
+    """Return a model given as a Python object, identified by its weights, its code and the objects it refers to."""
     return _held(net, declared(settings), settings.transform)
 
 
@@ -131,7 +131,7 @@ def _held(net: nn.Module | Any, said: Declared, transform: str | None = None) ->
 
 
 def _seen(model: Classifier, transform: str | None) -> tuple[Classifier, dict[str, Any], tuple[str, ...]]:
-    """The model behind the transformations that are named, and what card and notes say of them."""
+    """Return the model behind the named random transformations, with entries for its card and notes."""
     if transform is None:
         return model, {}, ()
     limits = parse_transform(transform)
@@ -165,7 +165,10 @@ def _subject(
 
 
 def opened_data(settings: AssessSettings, model: Classifier, *, lenient: bool = False) -> Data:
-    """The examples at the address that the settings name; `lenient` takes those that do not fit the model, too."""
+    """Open the examples at the address in the settings.
+
+    With `lenient`, examples that do not fit the model are accepted too.
+    """
     if settings.data is None:
         raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
     return open_data(
@@ -180,7 +183,7 @@ def opened_data(settings: AssessSettings, model: Classifier, *, lenient: bool = 
 
 
 def opened(settings: AssessSettings) -> tuple[Subject, Data, tuple[Subject, ...]]:
-    """The model, the examples and the surrogates at the addresses that the settings name."""
+    """Open the model, the examples and the surrogates at the addresses in the settings."""
     subject = opened_subject(settings)
     surrogates = opened_surrogates(settings, subject.model)
     data = opened_data(settings, subject.model)
@@ -188,14 +191,20 @@ def opened(settings: AssessSettings) -> tuple[Subject, Data, tuple[Subject, ...]
 
 
 def examples_to_fit(plan: Plan) -> int:
-    """How many examples attacks are learned on at most; 0 where none is. Files are often in the order of classes."""
+    """Maximum number of examples on which an attack of the plan is learned, or 0 if none is learned.
+
+    They are sampled at random, because files are often sorted by class.
+    """
     return max((m.attack.examples for m in plan.members if isinstance(m.attack, Learned)), default=0)
 
 
 def opened_fit(
     settings: AssessSettings, model: Classifier, plan: Plan, *, in_hand: bool = False
 ) -> Data | None:
-    """The examples that attacks are learned on, where one is: those named, else the train split of the data."""
+    """Open the examples for attacks that are learned: those in `fit`, else the train split of the data.
+
+    Returns None if no attack is learned and `fit` is not given.
+    """
     address = settings.fit or (None if in_hand else settings.data)
     if address is None or not (examples_to_fit(plan) or settings.fit):
         return None
@@ -222,12 +231,14 @@ def opened_fit(
 
 
 def opened_across(settings: AssessSettings, model: Classifier) -> tuple[Data, ...]:
-    """The data sets that changes are carried to and from; their labels are not asked, so classes do not matter."""
+    """Open the data sets of the transfer between data sets. Their labels are not used, so their classes do not
+    matter.
+    """
     return tuple(opened_other(address, settings, model) for address in settings.across)
 
 
 def opened_other(address: str, settings: AssessSettings, model: Classifier) -> Data:
-    """One of them: a seeded sample, of which no more is needed."""
+    """Open one of them as a random sample by seed, because no more examples are used."""
     return open_data(
         address,
         **names(settings),
@@ -246,9 +257,9 @@ def order(
     target: Access = "gradients",
     command: str = "",
 ) -> Order:
-    """What the settings ask for; `members` take the place of a suite, `device` of the one in the settings.
+    """Return the request of the settings. `members` replaces the suite, `device` that of the settings.
 
-    `target` is the most that the model can give.
+    `target` is the highest access that the model allows.
     """
     claims = tuple(parse_gate(gate) for gate in settings.gates)
     if baseline is None and any(claim.versus for claim in claims):
@@ -271,7 +282,7 @@ def order(
 def plan(
     settings: AssessSettings, members: tuple[Member, ...] | None = None, target: Access = "gradients"
 ) -> Plan:
-    """The attacks in their order under the threat model; a suite goes by what the threat and the target let see."""
+    """Return the attacks in order under the threat model. The access determines the default suite."""
     threat = threat_model(parse_threat(settings.threat))
     seen: Access = min(threat.access, target, key=ACCESS_ORDER.index)
     members = members or members_said(settings, threat.constraint)
@@ -313,7 +324,7 @@ def plan(
 def _adaptive(
     threat: ThreatModel, settings: AssessSettings, *, smallest: bool, corrupting: bool
 ) -> tuple[Member, ...]:
-    """What raised doubts may call for."""
+    """Return the adaptive attacks, from which raised doubts select."""
     if not settings.adaptive:
         return ()
     if not settings.doubts:
@@ -332,7 +343,7 @@ def _curve(constraint: Constraint) -> tuple[Member, ...]:
 
 
 def _refuse_endless(threat: ThreatModel, settings: AssessSettings, *, smallest: bool) -> None:
-    """Without an eps only the smallest change can be asked for."""
+    """Raise `UsageError` for a threat without eps, unless the suite searches for the smallest change."""
     if threat.constraint.eps == float("inf") and not smallest:
         norm = type(threat.constraint).__name__.lower()
         choose = "choose the suite minimum-norm, or " if threat.gives("gradients") else ""
@@ -343,7 +354,7 @@ def _refuse_endless(threat: ThreatModel, settings: AssessSettings, *, smallest: 
 
 
 def _refuse_strangers(members: Sequence[Member], settings: AssessSettings, *, corrupting: bool) -> None:
-    """Corruptions run under a threat of corruptions, and nothing else does."""
+    """Raise `UsageError` for a mixture of corruptions with other attacks or threats."""
     for member in members:
         if isinstance(member.attack, Corruption) and not corrupting:
             raise UsageError(
@@ -363,7 +374,7 @@ def _selected(members: tuple[Member, ...], only: Sequence[str], skip: Sequence[s
 
 
 def device_of(name: str) -> str:
-    """`auto` is an accelerator where there is one."""
+    """Return the device. `auto` selects a GPU if there is one."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,4 +1,4 @@
-"""The model at an address: of `rotating:POOL` the set of a pool that serves now, of any other what lies there."""
+"""Opens the model at an address. For `rotating:POOL` it is the serving set of the pool."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ from holdfast.store.forms import refuse_form
 from holdfast.store.pool import Pool
 
 _OWN = ("arch", "model_args", "bounds", "mean", "std", "model_output", "classes")
-"""What a pool says of its model, and nobody else."""
+"""Settings that the manifest of a pool determines, so that the user may not give them."""
 _BARE = (
     "the number is that of an attacker who holds the set that serves (A5), which rotation does not change; add "
     "--adaptive for the table of attackers A0 to A6"
@@ -37,11 +37,11 @@ _SETTINGS = {
 _MANIFEST = forms.record(
     {"about": forms.record({}, {"settings": forms.record({}, _SETTINGS), "model": forms.record({})})}
 )
-"""What a pool says of its model: it may come from a stranger."""
+"""Form of the manifest of a pool, which may be untrusted."""
 
 
 def pool_of(address: str | None) -> Pool | None:
-    """The pool that an address names; None for any other model."""
+    """Return the pool at an address, or None for any other model."""
     if address is None or not address.startswith(ROTATING):
         return None
     path = address.removeprefix(ROTATING)
@@ -51,7 +51,7 @@ def pool_of(address: str | None) -> Pool | None:
 
 
 def opened(settings: AssessSettings, said: Declared, asked: Remote) -> OpenedModel:
-    """The model that the settings name; raises `UsageError` or `TargetError` with the way out."""
+    """Open the model in the settings. Raises `UsageError` or `TargetError` with advice."""
     address, pool = str(settings.model), pool_of(settings.model)
     if pool is not None:
         return _serving(address, pool, settings)
@@ -66,7 +66,7 @@ def opened(settings: AssessSettings, said: Declared, asked: Remote) -> OpenedMod
 
 
 def refuse_code(pool: Pool, *, trust_code: bool) -> None:
-    """`UsageError` where the pool names code and nobody trusts it: its own words are no command line."""
+    """Raise `UsageError` if a pool names code that is not trusted: its manifest is not a command line."""
     known = said_of(pool)
     for key in ("model", "arch"):
         value = known.get(key)
@@ -77,7 +77,7 @@ def refuse_code(pool: Pool, *, trust_code: bool) -> None:
 
 
 def _serving(address: str, pool: Pool, settings: AssessSettings) -> OpenedModel:
-    """The set that serves, in the architecture that the pool names."""
+    """Return the serving set in the architecture that the pool names."""
     for key in _OWN:
         if key in settings.model_fields_set and getattr(settings, key):
             raise UsageError(
@@ -102,7 +102,7 @@ def _serving(address: str, pool: Pool, settings: AssessSettings) -> OpenedModel:
 
 
 def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
-    """The model that the pool was begun with; `TargetError` where it is another by now."""
+    """Return the model with which the pool was created. Raises `TargetError` if it has changed."""
     known, about = said_of(pool), pool.manifest["about"].get("model", {})
     ends, names, normalised = (known.get(key) for key in ("bounds", "class_names", "data_normalised"))
     bare = open_model(
@@ -131,7 +131,7 @@ def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
 
 
 def said_of(pool: Pool) -> Mapping[str, Any]:
-    """The settings that a pool was begun with; `UsageError` where it says none."""
+    """Return the settings with which a pool was created. Raises `UsageError` if it has none."""
     refuse_form(pool.path / POOL_MANIFEST, pool.manifest, _MANIFEST)
     known: Mapping[str, Any] = pool.manifest["about"].get("settings", {})
     if not known.get("model"):

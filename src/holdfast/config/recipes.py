@@ -1,4 +1,4 @@
-"""Recipes by name: `{use: trades, beta: 6}` becomes the dataclass, every setting checked."""
+"""Creates recipes by name: `{use: trades, beta: 6}` becomes the dataclass, with every setting validated."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
@@ -21,7 +21,7 @@ Made = TypeVar("Made")
 
 
 def refuse_unheld(threat: ThreatModel) -> None:
-    """`UsageError` for a threat that no recipe makes a model hold under."""
+    """Raise `UsageError` for a threat that no recipe supports."""
     constraint = threat.constraint
     if not isinstance(constraint, (Linf, L2, L1)):
         raise UsageError(
@@ -36,7 +36,9 @@ def refuse_unheld(threat: ThreatModel) -> None:
 
 
 def candidates(spec: Mapping[str, Any], model: nn.Module, shape: tuple[int, ...]) -> tuple[Candidate, ...]:
-    """The recipe that `use:` names; of `auto` those to choose from for inputs of that shape, the quickest first."""
+    """Return the recipe with the name in `use:`, or for `auto` the recipes for inputs of that shape, the quickest
+    first.
+    """
     if spec["use"] == CARD:
         raise UsageError("recipe card is for rotate, which trains as the model was; name a recipe, or auto")
     if spec["use"] != AUTO:
@@ -57,19 +59,22 @@ def candidates(spec: Mapping[str, Any], model: nn.Module, shape: tuple[int, ...]
 def _ladder(
     shape: tuple[int, ...], model: nn.Module, told: Mapping[str, Any]
 ) -> tuple[tuple[str, int, dict[str, Any], dict[str, Any]], ...]:
-    """Name, the fewest epochs under which a weaker one does better, settings, and those of the training."""
+    """Return name, least number of epochs, settings and training settings of each recipe of `auto`.
+
+    With fewer epochs, a weaker recipe gives better results.
+    """
     photographs = len(shape) == 3 and shape[0] == 3
     steady = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     adam = told.get("optimizer") == "adamw"
     how: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1} if steady and not adam else {}
     if len(shape) == 3 and not photographs:
         mixed = told.get("cutmix", 0)
-        alone = not mixed and started() == 1  # atta remembers each example
-        # from two epochs on it leaves as much as what is quicker, or more
+        alone = not mixed and started() == 1  # atta stores a perturbation of each example
+        # from two epochs on it is at least as robust as quicker recipes
         middle = ("atta", 2) if alone else ("pgd", 10)
         return ("fgsm-rs", 1, {}, how), (*middle, {}, how), ("trades", 60, {}, how)
     if photographs:
-        how["augment"] = "shift"  # in a mirror a traffic sign has another meaning
+        how["augment"] = "shift"  # a mirrored traffic sign may have another meaning
     return ("n-fgsm", 1, {}, how), ("pgd", 10, {}, how), ("trades", 30, {}, {**how, "awp": 0.005})
 
 
@@ -79,9 +84,9 @@ def _candidate(spec: Mapping[str, Any], least: int = 1) -> Candidate:
 
 
 def build_recipe(spec: Mapping[str, Any]) -> Recipe:
-    """The recipe that `use:` names, with its settings checked against their types and ranges."""
+    """Return the recipe with the name in `use:`, with settings validated against their types and ranges."""
     name = str(spec["use"])
-    if name not in RECIPES:  # a card names it; settings were checked before
+    if name not in RECIPES:  # the name is from a card; other settings were validated before
         raise UsageError(f"there is no recipe {name!r}{nearest(name, RECIPES)}; name one with --recipe")
     cls = getattr(catalogue, RECIPES[name])
     said = {**PRESETS.get(name, {}), **{key: value for key, value in spec.items() if key != "use"}}
@@ -90,7 +95,7 @@ def build_recipe(spec: Mapping[str, Any]) -> Recipe:
 
 
 def built(cls: type[Made], said: Mapping[str, Any], where: str, key: str) -> Made:
-    """A dataclass of settings with those that are said, each checked; `key` is where a file says them."""
+    """Return a dataclass of settings from validated values. `key` is the path of the settings in a file."""
     checked = _checked(cls, said, where, key)
     for field in written_fields(cls):
         if field.default is field.default_factory is MISSING and field.name not in checked:
@@ -101,18 +106,21 @@ def built(cls: type[Made], said: Mapping[str, Any], where: str, key: str) -> Mad
 
 
 def written_fields(cls: type[Any]) -> list[Field[Any]]:
-    """The fields that a file may set."""
+    """Fields that a file may set."""
     return [f for f in fields(cls) if f.metadata.get("written", True)]
 
 
 def part_of(field: Field[Any], hint: Any) -> type[Any] | None:
-    """The dataclass of settings that a field holds, if it holds one; that of its default where any may stand."""
+    """Return the dataclass of settings in a field, or None. For a field of any type it is the class of its default."""
     kinds = (kind for kind in (hint, field.default_factory) if isinstance(kind, type) and is_dataclass(kind))
     return next(kinds, None)
 
 
 def _checked(cls: type[Any], said: Mapping[str, Any], where: str, path: str) -> dict[str, Any]:
-    """The settings that are said, each as the type of its field; a part keeps what its recipe sets and nobody says."""
+    """Return the given settings, each validated by the type of its field.
+
+    Parts keep the recipe's values for other settings.
+    """
     hints = get_type_hints(cls, include_extras=True)
     written = {f.name: f for f in written_fields(cls)}
     values: dict[str, Any] = {}
@@ -136,7 +144,7 @@ def _checked(cls: type[Any], said: Mapping[str, Any], where: str, path: str) -> 
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """Every setting of a recipe as plain values, those of its parts nested."""
+    """Every setting of a recipe as plain values, with those of its parts nested."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, (Linf, L2, L1)):

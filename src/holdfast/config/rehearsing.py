@@ -1,4 +1,4 @@
-"""What an assessment would cost, as the command line and a configuration file ask for it."""
+"""Estimates the cost of an assessment, for settings of the command line or a configuration file."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from holdfast.sources.counting import look_at
 
 
 def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
-    """The run on its first `n` examples, kept nowhere, and how many examples it would have in all."""
+    """Run the first `n` examples without storing anything. Returns the result and the total number of examples."""
     subject, data, surrogates = ordering.opened(settings)
     asked = ordering.order(settings, baseline=_baseline(settings), target=subject.model.access)
     fit = ordering.opened_fit(settings, subject.model, asked.plan)
@@ -27,7 +27,7 @@ def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
 
 
 def rehearse_served(settings: AssessSettings) -> Rehearsed:
-    """What a run would send to a server: computed, after at most 64 rows were sent, or one batch of a larger size."""
+    """Compute what a run would send to a server. At most 64 rows, or one larger batch, are sent for this."""
     subject = ordering.opened_subject(settings)
     sent = look_at(subject.model)
     if sent is None:

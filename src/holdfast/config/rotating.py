@@ -1,4 +1,4 @@
-"""From the settings of a rotation to what its steps take: the terms of a pool, and what makes, immunises and swaps."""
+"""Converts settings of a rotation to the inputs of its steps: the terms of a pool, its models and its triggers."""
 
 import json
 
@@ -23,11 +23,11 @@ _OPENING = (
     "model_output", "classes", "class_names", "class_order", "split", "label", "drop", "x", "y", "fit", "threat",
     "recipe", "source", "begins", "seed",
 )  # fmt: skip
-"""What opens the terms of a pool again."""
+"""Settings with which the terms of a pool are opened again."""
 
 
 def terms(settings: RotateSettings) -> Terms:
-    """The terms that the settings name. Raises `UsageError` and `TargetError`."""
+    """Return the terms of the settings. Raises `UsageError` and `TargetError`."""
     if settings.n or settings.sample:
         raise UsageError(
             "sets are trained on all of the train split, of which a fifth judges them; leave -n and --sample out"
@@ -59,10 +59,12 @@ def terms(settings: RotateSettings) -> Terms:
 
 
 def reopened(pool: Pool, settings: RotateSettings) -> Terms:
-    """The terms of a pool that was begun, opened by what it says; only `device` and code come from the settings.
+    """Return the terms of an existing pool, from its manifest.
 
-    Code runs only where the settings trust it: the pool's own words are no command line. What the settings say
-    otherwise than the pool is refused with `UsageError`.
+    Only `device` and the trust in code come from the settings.
+
+    Code runs only if the settings trust it, because the manifest is not a command line. Settings that differ from the
+    manifest raise `UsageError`.
     """
     refuse_code(pool, trust_code=settings.trust_code)
     known = said_of(pool)
@@ -82,7 +84,7 @@ def reopened(pool: Pool, settings: RotateSettings) -> Terms:
 
 
 def _candidate(settings: RotateSettings) -> Candidate:
-    """The recipe that is named, or that of the model's card with what is said on top, or `standard`."""
+    """Return the recipe in the settings: a named one, or that of the model's card with changes, or `standard`."""
     spec = dict(settings.recipe)
     if spec["use"] == AUTO:
         raise UsageError(
@@ -103,12 +105,12 @@ def _candidate(settings: RotateSettings) -> Candidate:
 
 
 def budget_s(settings: RotateSettings) -> float | None:
-    """Seconds that a collection may take; None for the recipe's own epochs."""
+    """Budget of a collection in seconds; None for the recipe's own epochs."""
     return None if settings.budget is None else seconds(settings.budget, "budget")
 
 
 def source(settings: RotateSettings) -> Source:
-    """Where the sets come from."""
+    """Return the source of the parameter sets."""
     spec = settings.source
     name = str(spec["use"])
     said = {key: value for key, value in spec.items() if key != "use"}
@@ -117,22 +119,22 @@ def source(settings: RotateSettings) -> Source:
 
 
 def codec(settings: RotateSettings) -> Codec:
-    """What describes sets by a few numbers."""
+    """Return the codec, which represents sets by a few numbers."""
     return built(Codec, settings.codec, "codec", "codec")
 
 
 def diffusion(settings: RotateSettings) -> LatentDiffusion:
-    """What learns how those numbers are distributed."""
+    """Return the generator, which learns the distribution of those numbers."""
     return built(LatentDiffusion, settings.generator, "generator", "generator")
 
 
 def immunise(settings: RotateSettings) -> Immunise:
-    """What trains a set against others."""
+    """Return the training of a set against adversarial examples of other sets."""
     return built(Immunise, settings.immunise, "immunise", "immunise")
 
 
 def triggers(settings: RotateSettings) -> tuple[Trigger, ...]:
-    """When to swap."""
+    """Return the triggers of swaps."""
     found: list[Trigger] = []
     for text in settings.every:
         kind, size = parse_every(text)

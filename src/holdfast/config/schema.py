@@ -1,4 +1,4 @@
-"""The JSON Schema of the YAML file, for editors: the settings, and every attack and recipe under its `use:` tag."""
+"""The JSON Schema of the YAML file for editors: the settings, and every attack and recipe by its `use:` tag."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
@@ -20,7 +20,9 @@ from holdfast.rotation import Codec, Immunise, LatentDiffusion
 
 
 def schema() -> dict[str, Any]:
-    """The published schema; `holdfast validate --schema` prints it, a test keeps the stored copy in step."""
+    """Return the published schema, which `holdfast validate --schema` prints. A test compares it with the
+    stored copy.
+    """
     content = RotateSettings.model_json_schema()
     content["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     content["title"] = "holdfast.yaml"
@@ -60,7 +62,7 @@ def schema() -> dict[str, Any]:
 
 
 def _take_other_forms(properties: dict[str, Any], held: dict[str, Any]) -> None:
-    """Allow the forms other than a list of numbers in which some settings, and those of a surrogate, are written."""
+    """Allow forms other than a list of numbers for some settings and for those of a surrogate."""
     for place, key in (
         (properties, "bounds"),
         *((p, k) for p in (properties, held) for k in ("mean", "std")),
@@ -86,7 +88,7 @@ def _recipe(name: str) -> dict[str, Any]:
 
 
 def _tagged(name: str, cls: type[Any], preset: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a catalogued dataclass under its `use:` tag, with the defaults that the name stands for."""
+    """Schema of a dataclass in a catalogue with its `use:` tag, and with the defaults of its name."""
     content = _settings(cls, preset)
     about = (cls.__doc__ or "").strip().splitlines()[0]
     properties = {"use": {"const": name}, **content["properties"]}

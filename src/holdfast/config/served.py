@@ -1,4 +1,4 @@
-"""What the settings say of a model behind a server."""
+"""Settings of a model behind a server."""
 
 from holdfast.config.grammar import per_second, seconds
 from holdfast.config.settings import AssessSettings
@@ -8,7 +8,7 @@ from holdfast.sources.remote import Remote
 
 
 def remote(settings: AssessSettings) -> Remote:
-    """How the settings say that a model behind HTTP is asked."""
+    """Return the options for requests to a model behind HTTP."""
     return Remote(
         tuple(settings.allow_hosts),
         tuple(settings.headers),
@@ -26,7 +26,7 @@ def remote(settings: AssessSettings) -> Remote:
 
 
 def refuse_unserved(settings: AssessSettings, model: Classifier) -> None:
-    """`UsageError` for a limit on the rows that a server is sent where the model is behind none."""
+    """Raise `UsageError` for settings about a server if the model is not behind one."""
     if model.remote:
         return
     if settings.max_queries is not None:

@@ -1,6 +1,6 @@
-"""The settings of an assessment, checked at every depth; needs pydantic, but no torch.
+"""The settings of an assessment with validation. They need pydantic, but not torch.
 
-The same names everywhere: a key of the YAML file, a flag of the command line, an argument of `holdfast.assess`.
+The same names are used as keys of the YAML file, flags of the command line and arguments of `holdfast.assess`.
 """
 
 import json
@@ -236,7 +236,7 @@ class RotateSettings(HardenSettings):
 
 
 _RIVALS = (("n", "sample"), ("sample", "n"), ("suite", "attacks"), ("attacks", "suite"))
-"""Pairs that exclude each other: a flag (or a `--set`) of one takes the place of the file's other."""
+"""Pairs of settings that exclude each other: a flag (or a `--set`) for one replaces the other in the file."""
 
 
 S = TypeVar("S", bound=AssessSettings)
@@ -250,10 +250,10 @@ def read(
     flags: Mapping[str, str] = MappingProxyType({}),
     kind: type[S],
 ) -> S:
-    """Settings from a YAML file, `--set a.b=c` and overrides, each stronger than the one before; checked.
+    """Return validated settings from a YAML file, `--set a.b=c` and overrides, in increasing order of precedence.
 
-    The file may be one for all verbs: what is for another is checked and left out. `flags` are the names under which a
-    person gave the overrides, for messages.
+    The file may be shared by all verbs: settings of other verbs are validated and left out. `flags` are the names of
+    the overrides for messages.
     """
     said = {} if path is None else load(path)
     refuse_consent(said, str(path))
@@ -275,7 +275,7 @@ def read(
 
 
 def _for(content: dict[str, Any], where: str, kind: type[S]) -> dict[str, Any]:
-    """What a file says to a verb, without what it says to another."""
+    """Return the settings of a file for a verb, without those of other verbs, which are validated."""
     others = {
         key: content[key]
         for key in content
@@ -286,7 +286,10 @@ def _for(content: dict[str, Any], where: str, kind: type[S]) -> dict[str, Any]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises `TargetError` if it cannot be read, `UsageError` if it is no mapping."""
+    """Return the mapping in a YAML file.
+
+    Raises `TargetError` if it cannot be read, `UsageError` if it is not a mapping.
+    """
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_CHARACTERS + 1)
@@ -326,9 +329,9 @@ def check(
     *,
     kind: type[S],
 ) -> S:
-    """The settings; `UsageError` names the first key that is wrong, with the nearest valid name.
+    """Return validated settings. The `UsageError` contains the first wrong key with the most similar valid name.
 
-    The message begins with `where` the content comes from, but for the keys that a person gave as `spoken`.
+    The message begins with `where`, the source of the content, except for keys that a person gave as `spoken`.
     """
     known = kind.model_fields
     prefix = f"{where}: " if where else ""
@@ -366,7 +369,7 @@ def check(
 
 
 def canonical(settings: AssessSettings) -> dict[str, Any]:
-    """What decides the evidence, as plain values: the digest that a resumed run is compared by."""
+    """Return the settings that affect the evidence as plain values, whose digest a resumed run compares."""
     outside = {"output", "gates", "accept_doubts", "baseline", "device", "schema_version"}
     content: dict[str, Any] = json.loads(settings.model_dump_json(exclude=outside))
     return content

@@ -1,6 +1,6 @@
-"""Every name that an attack or a suite may be called by, and the canonical one; without torch.
+"""All names of attacks and suites, and their canonical names; without torch.
 
-Letters may be large or small, and `-`, `_` and spaces may stand or be left out: `hop-skip-jump` is HopSkipJump.
+Case, `-`, `_` and spaces are ignored: `hop-skip-jump` is HopSkipJump.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,12 +16,12 @@ from holdfast.core.spelling import suggestion
 
 @dataclass(frozen=True)
 class Spelling:
-    """What else an attack is called."""
+    """Other names of an attack."""
 
     paper: str
-    """its name in the paper, where that is another and names no other attack here; else empty"""
+    """name in the paper, if it differs and is not the name of another attack here; else empty"""
     short: tuple[str, ...] = ()
-    """usual short forms, each of which names it"""
+    """usual short names"""
 
     def __str__(self) -> str:
         return ", ".join(each for each in (self.paper, *self.short) if each)
@@ -48,22 +48,22 @@ SPELLINGS: Final[Mapping[str, Spelling]] = {
     "Universal": Spelling("UAP"),
     "DI-FGSM": Spelling("DI2-FGSM"),
 }
-"""Of the attacks that have another name than their own."""
+"""Other names of attacks that have some."""
 
 SUITE_SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "standard": ("autoattack", "aa"),
     "rand": ("autoattack-rand", "aa-rand"),
 }
-"""Usual names of suites beside our own."""
+"""Usual names of suites in addition to Holdfast's."""
 
 ADAPTIVE: Final = (
     "Pair", "Pair-light", "Pair-heavy", "EOT", "BPDA", "BPDA-T", "BPDA-ALMA", "BPDA-FAB", "Search",
 )  # fmt: skip
-"""Names of the attacks that `adaptive` adds and chooses by the doubts; a test keeps them in step with `doubts`."""
+"""Names of the attacks that `adaptive` adds depending on the doubts. A test compares them with `doubts`."""
 
 
 def folded(name: str) -> str:
-    """The name as names are compared: in small letters, without `-`, `_` and spaces.
+    """Return the name in the form in which names are compared: lower case, without `-`, `_` and spaces.
 
     >>> folded("Hop-Skip_Jump")
     'hopskipjump'
@@ -72,17 +72,20 @@ def folded(name: str) -> str:
 
 
 def suite_called(name: str) -> str | None:
-    """The canonical name of a suite; None if no suite is called so."""
+    """Return the canonical name of a suite, or None if there is no such suite."""
     return _suites().get(folded(name))
 
 
 def is_suite_only(name: str) -> bool:
-    """Whether a name is that of a suite and of no attack."""
+    """Whether a name belongs to a suite and not to an attack."""
     return suite_called(name) is not None and folded(name) not in _attacks()
 
 
 def attack_called(name: str) -> str:
-    """The canonical name of an attack, or the name that suites give it; `UsageError` with the nearest one."""
+    """Return the canonical name of an attack or of a variant in suites.
+
+    Raises `UsageError`, with the most similar name, if there is none.
+    """
     known = _attacks()
     found = known.get(folded(name))
     if found is not None:
@@ -97,7 +100,7 @@ def attack_called(name: str) -> str:
 
 
 def attack_class_called(name: str) -> str:
-    """The attack of that name, which has settings of its own; `UsageError` for a name that suites give to settings."""
+    """Return the canonical name of an attack. Raises `UsageError` for a variant in suites, which has fixed settings."""
     found = attack_called(name)
     if found in VARIANTS:
         of = VARIANTS[found]
@@ -109,9 +112,9 @@ def attack_class_called(name: str) -> str:
 
 
 def suite_or_attacks(names: Iterable[str]) -> str | tuple[str, ...]:
-    """A suite, where one name stands alone and is a suite; else the canonical names of attacks.
+    """Return the canonical name of a suite if a single name is given and is one, else the canonical names of attacks.
 
-    Raises `UsageError` for a name that is none, and for a suite beside other names.
+    Raises `UsageError` for an unknown name, and for a suite together with other names.
     """
     named = [name.strip() for each in names for name in each.split(",") if name.strip()]
     if not named:
@@ -128,7 +131,7 @@ def suite_or_attacks(names: Iterable[str]) -> str | tuple[str, ...]:
 
 
 def attack_listed(name: str) -> str:
-    """The canonical name of an attack in a list; `UsageError` for a suite, which stands alone."""
+    """Return the canonical name of an attack in a list. Raises `UsageError` for a suite, which cannot be in a list."""
     if is_suite_only(name):
         raise UsageError(
             f"{name} is a suite, and stands alone; leave the other names out, or list attacks, as in pgd,square"
@@ -137,18 +140,18 @@ def attack_listed(name: str) -> str:
 
 
 def norms_of(name: str) -> tuple[Norm, ...]:
-    """The norms for which a suite has an attack of that name."""
+    """Norms for which a suite has an attack with that name."""
     found = (norm for by_norm in MEMBERS.values() for norm, names in by_norm.items() if name in names)
     return tuple(dict.fromkeys(found))
 
 
 def suites_of(name: str) -> tuple[str, ...]:
-    """The suites that have an attack of that name under some norm."""
+    """Suites that have an attack with that name under some norm."""
     return tuple(s for s, by_norm in MEMBERS.items() if any(name in names for names in by_norm.values()))
 
 
 def every_name() -> tuple[str, ...]:
-    """All that `suite` takes, for a shell to complete: suites, attacks, names that suites give, and short forms."""
+    """All values of `suite` for shell completion: suites, attacks, their variants in suites, and short names."""
     short = (
         s for of in (*SUITE_SPELLINGS.values(), *(each.short for each in SPELLINGS.values())) for s in of
     )
@@ -160,7 +163,7 @@ def _plain() -> list[str]:
 
 
 def _attacks() -> dict[str, str]:
-    """Canonical names by all that there are, folded; ours go before those of other packages."""
+    """Canonical names by all folded names. Holdfast's names take precedence over those of other packages."""
     own = {folded(name): name for name in (*ATTACKS, *VARIANTS)}
     short = {folded(form): name for name, each in SPELLINGS.items() for form in each.short}
     papers = {folded(each.paper): name for name, each in SPELLINGS.items() if each.paper}

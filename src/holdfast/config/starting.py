@@ -1,6 +1,6 @@
-"""The files that somebody starts from: `init` writes a commented configuration, `validate` checks one.
+"""Files to start from: `init` writes a commented configuration, and `validate` checks one.
 
-Torch-free but for the settings of attacks that a configuration lists.
+torch is imported only for the settings of attacks in a configuration.
 """
 
 import json
@@ -46,13 +46,13 @@ DEMO = {
     "curve": True,
     "gates": ["clean_accuracy >= 0.95", "robust_accuracy >= 0.50"],
 }
-"""What `holdfast demo` assesses: one gate passes, one fails."""
+"""Settings of `holdfast demo`: one gate passes and one fails."""
 
 DEMO_COMMAND = (
     "holdfast assess mnist-cnn mnist-mini -n 200 --threat linf:0.1 --suite standard --curve "
     "--gate 'clean_accuracy >= 0.95' --gate 'robust_accuracy >= 0.50' -o report.html"
 )
-"""The same by hand."""
+"""Command that is equivalent to the demo."""
 
 
 def init(
@@ -62,7 +62,7 @@ def init(
     data: str = "mnist-mini",
     force: bool = False,
 ) -> Path:
-    """Write a commented configuration; a file that is there is kept unless `force`."""
+    """Write a commented configuration. An existing file is kept unless `force`."""
     place = Path(path)
     if place.exists() and not force:
         raise UsageError(f"{place} is there already; give another name, or --force to write over it")
@@ -75,7 +75,10 @@ def init(
 
 
 def validate(path: str | Path = "holdfast.yaml") -> HardenSettings:
-    """The settings in a configuration, every key, threat, gate, suite, attack and report checked; nothing is run."""
+    """Return the settings of a configuration after checking all keys, threats, gates, suites, attacks and reports.
+
+    Nothing is run.
+    """
     if not load(Path(path)):
         raise UsageError(
             f"{path} holds no key; expected some such as model: and data:, as holdfast init writes"
@@ -97,5 +100,5 @@ def validate(path: str | Path = "holdfast.yaml") -> HardenSettings:
 
 
 def demo_settings() -> AssessSettings:
-    """The settings of `holdfast demo`."""
+    """Return the settings of `holdfast demo`."""
     return check(DEMO, "the demo", kind=AssessSettings)

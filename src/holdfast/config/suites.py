@@ -1,6 +1,6 @@
-"""The names of the suites, the default one, and whether the attacks that `--only` and `--skip` name are in a suite.
+"""The names of the suites, the default suite, and a check of the names in `--only` and `--skip`.
 
-Torch-free, so that a misspelt name is answered at once.
+The module does not import torch, so that a misspelt name is reported immediately.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ SuiteName = Literal[
     "quick", "fast", "standard", "rand", "black-box", "minimum-norm", "corruptions", "transfer"
 ]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
-"""What `--suite` takes; `holdfast.suites` composes them, and a test keeps the two in step."""
+"""Values of `--suite`. `holdfast.suites` composes them, and a test compares both."""
 DEFAULT_SUITE: SuiteName = "fast"
 
 
 def usual_suite(threat: ThreatSpec) -> SuiteName:
-    """What is run where neither a suite nor attacks are named, by what the attacker sees of the model.
+    """Return the default suite, if neither a suite nor attacks are named, by the attacker's access to the model.
 
-    That is `transfer` where the attacker sees nothing, `black-box` where scores or labels, and else `fast`.
+    It is `transfer` for no access, `black-box` for scores or labels, and `fast` otherwise.
     """
     if threat.norm == "corruptions" or threat.access == "gradients":
         return DEFAULT_SUITE
@@ -39,7 +39,9 @@ def refuse_unknown(
     only: Sequence[str],
     skip: Sequence[str],
 ) -> None:
-    """Refuse what `only` and `skip` name as the run would, where the names are known without torch."""
+    """Raise `UsageError` for names in `only` and `skip` that the run would refuse, as far as names are known without
+    torch.
+    """
     listed = suite if isinstance(suite, tuple) else None
     spec = parse_threat(threat) if attacks is None and listed is None else None
     if listed is not None:
@@ -58,7 +60,7 @@ def refuse_unknown(
 
 
 def _of_black_box(threat: ThreatSpec, names: Sequence[str]) -> bool:
-    """Whether all names are of attacks of `black-box`, the default suite where the model gives no gradients."""
+    """Whether all names are attacks of `black-box`, the default suite for a model without gradients."""
     seen: tuple[Sees, ...] = ("scores", "labels")
     known = {slug(name) for each in seen for name in members("black-box", replace(threat, access=each))}
     return {slug(name) for name in names} <= known

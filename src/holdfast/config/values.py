@@ -1,4 +1,4 @@
-"""Values of settings as they are written in files and on the command line, and the types that read them."""
+"""Types that parse values of settings in files and on the command line."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
@@ -32,7 +32,7 @@ _DOUBTS = {**DOUBTS, **OF_ROTATION, **OF_ADMISSION}
 
 
 def _fractions(value: object) -> object:
-    """Numbers, as a list or as `0.1,8/255`."""
+    """Parse numbers, from a list or from text such as `0.1,8/255`."""
     if isinstance(value, str):
         return numbers(value, "a list of numbers")
     if isinstance(value, (list, tuple)):
@@ -41,7 +41,7 @@ def _fractions(value: object) -> object:
 
 
 def _normalised(value: object) -> object:
-    """Mean and standard deviation, as `0.49,0.48/0.25,0.24` or as a pair, each a number or a list of numbers."""
+    """Parse mean and standard deviation, from `0.49,0.48/0.25,0.24` or a pair of numbers or lists of numbers."""
     expected = (
         "expected MEAN/STD, one number a channel, with a positive STD, as in 0.49,0.48,0.45/0.25,0.24,0.26 "
         "(in Python (mean, std))"
@@ -69,7 +69,7 @@ def _normalised(value: object) -> object:
 
 
 def _input_shape(value: object) -> object:
-    """Sizes, as a list or as `3,32,32`."""
+    """Parse sizes, from a list or from text such as `3,32,32`."""
     sides = value.split(",") if isinstance(value, str) else value
     try:
         shape = tuple(int(side) if isinstance(side, str) else index(side) for side in sides)  # type: ignore[attr-defined]
@@ -83,7 +83,7 @@ def _input_shape(value: object) -> object:
 
 
 def _unique(names: Sequence[str]) -> tuple[str, ...]:
-    """The names; `UsageError` where one occurs twice or is empty."""
+    """Return the names. Raises `UsageError` for an empty name or one that occurs twice."""
     for place, name in enumerate(names):
         if not name.strip():
             raise UsageError(
@@ -95,7 +95,7 @@ def _unique(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _class_names(value: object) -> object:
-    """Names separated by commas, those of a file after @, or a list."""
+    """Parse class names: separated by commas, in a file after @, or in a list."""
     if isinstance(value, str) and value.startswith("@"):
         path = Path(value[1:])
         try:
@@ -115,12 +115,12 @@ def _class_names(value: object) -> object:
 
 
 def _share(value: object) -> object:
-    """A number, as `0.5` or `1/2`."""
+    """Parse a number such as `0.5` or `1/2`."""
     return number(value, "decay") if isinstance(value, str) else value
 
 
 def _read_by(parse: Callable[[str], object]) -> BeforeValidator:
-    """Text is checked by its parser and stays as it is; whatever is none is left to the type."""
+    """Return a validator that checks text by a parser and keeps it unchanged. Other values are left to the type."""
 
     def checked(value: object) -> object:
         if isinstance(value, str):
@@ -131,26 +131,26 @@ def _read_by(parse: Callable[[str], object]) -> BeforeValidator:
 
 
 def _whole(value: object) -> object:
-    """A whole number as Python has it, whoever made it; text, truth values and 2.0 are none."""
+    """Convert any integer type to int. Text, booleans and 2.0 are not integers."""
     return index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else value
 
 
 def _names(value: object) -> object:
-    """Names, of which one entry may hold several, as in `pgd,apgd-t`: a comma is in none."""
+    """Parse names. An entry may contain several, separated by commas, as in `pgd,apgd-t`."""
     if isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value):
         return [name.strip() for entry in value for name in entry.split(",") if name.strip()]
     return value
 
 
 def is_suite(value: object) -> bool:
-    """Whether a value is text, or a list of it, which names a suite or attacks."""
+    """Whether a value is text or a list of texts, and thus may name a suite or attacks."""
     return isinstance(value, str) or (
         isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
     )
 
 
 def _suite(value: object) -> object:
-    """The canonical name of a suite, or those of attacks, given as `pgd,square` or as a list."""
+    """Return the canonical name of a suite, or those of attacks from `pgd,square` or a list."""
     if isinstance(value, str):
         return suite_or_attacks([value])
     return suite_or_attacks(value) if isinstance(value, (list, tuple)) else value
@@ -199,7 +199,7 @@ Reasons = Annotated[dict[str, str], BeforeValidator(_accepted)]
 
 
 class SurrogateSettings(BaseModel):
-    """A model that the attacker holds of its own, with an input like that of the model under test."""
+    """A surrogate model of the attacker, with the same kind of input as the model under test."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
 
@@ -217,7 +217,7 @@ class SurrogateSettings(BaseModel):
 
 
 def _one_of(kind: str, usual: str, known: Sequence[str]) -> Callable[[object], object]:
-    """Reads a name, or a mapping that names it under `use:`."""
+    """Return a validator for a name, or a mapping with the name in `use:`."""
 
     def read(value: object) -> object:
         said = {"use": value} if isinstance(value, str) else value

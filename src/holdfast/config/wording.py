@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a value, in this package's words: what was expected instead."""
+"""Messages for validation errors of pydantic in the form of this package, with the expected value."""
 
 from pydantic import ValidationError
 
@@ -24,16 +24,16 @@ _LENGTHS = {"too_short": ("at least", "min_length"), "too_long": ("at most", "ma
 
 
 _SHOWN = 200
-"""characters that are shown of a value"""
+"""number of characters of a value that a message shows"""
 
 
 def place(error: ValidationError) -> str:
-    """The dotted path to the first value that is wrong."""
+    """Dotted path of the first wrong value."""
     return ".".join(str(part) for part in error.errors()[0]["loc"])
 
 
 def complaint(error: ValidationError) -> str:
-    """The first value that is wrong, and what was expected: `is 0; expected at least 1`."""
+    """Description of the first wrong value with the expected one: `is 0; expected at least 1`."""
     first = error.errors()[0]
     shown = repr(first["input"])
     return f"is {shown if len(shown) <= _SHOWN else f'{shown[:_SHOWN]} …'}{_expected(error)}"

@@ -1,4 +1,4 @@
-"""Text in YAML, as configurations and `--set` have it."""
+"""Parses YAML text of configurations and `--set`."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -8,13 +8,13 @@ import yaml
 from holdfast.core.errors import UsageError
 
 MAX_CHARACTERS = 1 << 18
-"""of a text; PyYAML takes about 20 microseconds and 400 bytes of memory for one"""
+"""maximum number of characters of a text; PyYAML needs about 20 microseconds and 400 bytes of memory for each"""
 _MOST = 2**63
-"""size of a whole number; one of many digits cannot even be printed"""
+"""limit of whole numbers; one with very many digits cannot be printed"""
 
 
 def parsed(text: str, where: str) -> Any:
-    """What a text in YAML holds; `UsageError` that names its place where it is none."""
+    """Return the content of YAML text. Raises `UsageError`, with the position, if it is invalid."""
     if len(text) > MAX_CHARACTERS:
         raise UsageError(
             f"{where} has more than {MAX_CHARACTERS:,} characters, the most that is read; leave out what is no setting"
@@ -25,15 +25,15 @@ def parsed(text: str, where: str) -> Any:
         raise UsageError(f"{where}: {error}") from error
     except (
         Exception
-    ) as error:  # a value that its tag does not fit, as !!bool maybe, raises errors of many classes
+    ) as error:  # a value that does not match its tag, such as !!bool maybe, raises various errors
         said = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"{where} is no YAML: {said}; write KEY: VALUE, with text in quotes") from error
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader that refuses a key given twice, and aliases.
+    """PyYAML's safe loader, which also refuses repeated keys and aliases.
 
-    A few hundred bytes of aliases describe more values than a memory or a message holds.
+    A few hundred bytes of aliases can describe more values than fit in memory.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:

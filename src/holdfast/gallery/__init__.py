@@ -1,8 +1,8 @@
-"""Masked models: defences whose naive evaluation flatters them, each in small, for the doubts to find.
+"""Masked models: small versions of defences that look robust under a naive evaluation, as tests of the doubts.
 
-None of them is a defence to use. Each is the real construction of its paper, built in seconds on 5,000 digits, and
-stands beside the same network without it: the undefended twin. `holdfast demo --gallery` shows what PGD as it comes
-says of each, what an attacker who knows it leaves, and the doubts that give it away.
+None of them is suitable as a defence. Each is the construction of its paper, built in seconds on 5,000 digits, and
+comes with an undefended twin, which is the same network without the defence. For each, `holdfast demo --gallery` shows
+the robust accuracy under plain PGD and under an adaptive attack, and the doubts that are raised.
 """
 
 from holdfast.gallery import activations, generative, images, logits
@@ -10,6 +10,6 @@ from holdfast.gallery.item import EPS, Item
 from holdfast.gallery.training import undefended
 
 ITEMS: tuple[Item, ...] = (*logits.ITEMS, *images.ITEMS, *activations.ITEMS, *generative.ITEMS)
-"""All of them, by what they do to which part of a network."""
+"""All masked models, grouped by the part of the network that they change."""
 
 __all__ = ["EPS", "ITEMS", "Item", "undefended"]

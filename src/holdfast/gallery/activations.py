@@ -1,4 +1,4 @@
-"""Activations that jump, or that are drawn anew at each call."""
+"""Activations that are discontinuous or random."""
 
 from functools import partial
 
@@ -16,13 +16,15 @@ SAMPLES = 0.28
 
 
 def winners(h: Tensor) -> Tensor:
-    """The largest 5 % of a layer's activations; the others are zero."""
+    """Return the largest 5 % of a layer's activations and zero for the others."""
     flat, least = _ranked(h)
     return (flat * (flat >= least)).view_as(h)
 
 
 def nearly(h: Tensor) -> Tensor:
-    """A stand-in for `winners` that does not jump: a sigmoid about the least winner, a tenth of the spread wide."""
+    """Continuous approximation of `winners`: a sigmoid around the smallest kept value, with a tenth of the spread as
+    width.
+    """
     flat, least = _ranked(h)
     width = SOFTNESS * flat.detach().std(1, keepdim=True)
     return (flat * torch.sigmoid((flat - least.detach()) / width)).view_as(h)
@@ -34,10 +36,10 @@ def _ranked(h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Pruned(nn.Module):
-    """Keeps activations by chance, the larger the likelier, and scales up those it keeps."""
+    """Keeps activations at random, with a probability that increases with their size, and scales up those it keeps."""
 
     def forward(self, h: Tensor) -> Tensor:
-        """As if `SAMPLES` times as many as there are had been drawn with replacement."""
+        """Prune as if `SAMPLES` times the number of activations were sampled with replacement."""
         flat = h.flatten(1)
         share = flat.abs() / flat.abs().sum(1, keepdim=True).clamp_min(1e-12)
         kept = 1 - (1 - share).pow(SAMPLES * flat.shape[1])
@@ -46,12 +48,12 @@ class Pruned(nn.Module):
 
 
 def jumping(digits: Batch, twin: nn.Module) -> nn.Module:
-    """The network trained with k winners in place of ReLUs in its convolutions."""
+    """Return a network trained with k-winners-take-all instead of ReLUs in its convolutions."""
     return trained(lambda: network(act=partial(through, winners, nearly)), digits, epochs=8)
 
 
 def pruned(digits: Batch, twin: nn.Module) -> nn.Module:
-    """The twin with its convolutions' activations pruned by chance; on average they are what they were."""
+    """Return the twin with random pruning of its convolutions' activations. Their expected values do not change."""
     layers: list[nn.Module] = []
     for place, layer in enumerate(twin.children()):
         layers.append(layer)

@@ -1,4 +1,4 @@
-"""Projections onto what a generator can draw."""
+"""Defences that project inputs onto the range of a generator."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ DESCENTS, STEP = 5, 0.2
 
 
 class Autoencoder(nn.Module):
-    """A generator of digits, and an encoder that guesses where in its latent space a digit lies."""
+    """A generator of digits, and an encoder that estimates the latent of a digit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,20 +26,20 @@ class Autoencoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """The digit as the generator draws it from the encoder's guess."""
+        """Output of the generator for the encoder's latent."""
         drawn: Tensor = self.generator(self.encoder(x))
         return drawn.view_as(x)
 
 
 class Projected(nn.Module):
-    """The nearest digit that the generator can draw, by descent in its latent space from the encoder's guess."""
+    """Projects a digit onto the range of the generator, by descent in the latent space from the encoder's estimate."""
 
     def __init__(self, pair: Autoencoder) -> None:
         super().__init__()
         self.pair = pair
 
     def forward(self, x: Tensor) -> Tensor:
-        """The image of the generator, cut off from the graph."""
+        """Projected image, detached from the graph."""
         seen = x.detach()
         z = self.pair.encoder(seen)
         for _ in range(DESCENTS):
@@ -53,7 +53,7 @@ class Projected(nn.Module):
 
 
 def projected(digits: Batch, twin: nn.Module) -> nn.Module:
-    """The twin behind a projection. The autoencoder is its stand-in: the same guess, without the descent."""
+    """Return the twin after a projection. Its differentiable approximation is the autoencoder, without the descent."""
 
     def far(net: nn.Module, batch: Batch) -> Tensor:
         return 100 * F.mse_loss(net(batch.x), batch.x)

@@ -1,4 +1,4 @@
-"""Changes of the image before the network sees it, whose gradient is zero, is noise, or is of one draw only."""
+"""Image transformations before the network whose gradient is zero, noise, or that of one random draw."""
 
 import math
 
@@ -22,29 +22,29 @@ DESCENTS, WEIGHT, STEP = 6, 0.02, 0.2
 
 
 class Rounded(nn.Module):
-    """Rounds pixels to `bits` bits; 8 of them change nothing that an image file holds."""
+    """Rounds pixels to `bits` bits. 8 bits do not change an image from a file."""
 
     def __init__(self, bits: int = 8) -> None:
         super().__init__()
         self.levels = 2**bits - 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """The nearest of the levels."""
+        """Pixels rounded to the nearest level."""
         rounded: Tensor = (x * self.levels).round() / self.levels
         return rounded
 
 
 class Compressed(nn.Module):
-    """Written as JPEG and read again."""
+    """Compresses images as JPEG and decompresses them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The image as a reader of the file sees it."""
+        """Decompressed image."""
         rows = torch.arange(len(x), device=x.device)
         return jpeg_compression(x, (QUALITY,), rows, Draws(0))
 
 
 class Thermometer(nn.Module):
-    """A pixel as so many switches, one for each level that it exceeds: one channel becomes `CODE`."""
+    """Encodes a pixel by indicators, one for each level that it exceeds: one channel becomes `CODE` channels."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Zeros and ones."""
@@ -52,7 +52,7 @@ class Thermometer(nn.Module):
 
 
 def slope(x: Tensor) -> Tensor:
-    """The stand-in of Athalye et al. for a thermometer code: each switch rises with the pixel above its level."""
+    """Differentiable approximation of a thermometer code by Athalye et al.: the excess of the pixel over each level."""
     return (x - _levels(x)).clamp(0, 1)
 
 
@@ -61,18 +61,20 @@ def _levels(x: Tensor) -> Tensor:
 
 
 class Shattered(nn.Module):
-    """Adds a ripple too small to see and far too steep to follow: the gradient has the sign of chance."""
+    """Adds an invisible but very steep ripple, so that the sign of the gradient is practically random."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The rippled image."""
+        """Image with the ripple."""
         return x + RIPPLE * torch.sin(2 * math.pi / PERIOD * x)
 
 
 class Resized(nn.Module):
-    """Shrinks the image by chance and puts it somewhere in the frame, in whole levels of 256 as image libraries do."""
+    """Shrinks an image by a random amount and pads it at a random position, rounded to 256 levels as in image
+    libraries.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Another place and size at each call, the same for the whole batch."""
+        """Transformed images, with a new size and position in each call that is common to the batch."""
         side = x.shape[-1]
         small = int(torch.randint(SMALLEST, side + 1, ()))
         room = side - small
@@ -82,10 +84,10 @@ class Resized(nn.Module):
 
 
 class Denoised(nn.Module):
-    """Descends on distance plus total variation inside the forward, and returns where that ends."""
+    """Minimises distance plus total variation inside the forward pass, and returns the result."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The image smoothed, cut off from the graph."""
+        """Smoothed image, detached from the graph."""
         seen, z = x.detach(), x.detach()
         for _ in range(DESCENTS):
             z = z.detach().requires_grad_()
@@ -101,7 +103,7 @@ def _variation(x: Tensor) -> Tensor:
 
 
 def coded(digits: Batch, twin: nn.Module) -> nn.Module:
-    """The network trained on thermometer codes."""
+    """Return the network trained on thermometer codes."""
     return trained(lambda: nn.Sequential(through(Thermometer(), slope), network(CODE)), digits)
 
 

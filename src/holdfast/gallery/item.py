@@ -1,4 +1,4 @@
-"""What one masked model of the gallery is."""
+"""A masked model of the gallery."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from torch import nn
 from holdfast.core.batch import Batch
 
 EPS = 0.15
-"""The smallest Linf radius, in steps of 0.025, at which at most 5 % of 500 digits stand on the undefended twin."""
+"""Smallest Linf radius, in steps of 0.025, at which at most 5 % of 500 digits are robust on the undefended twin."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A masked model; its twin is the network of `training.undefended`, which it wraps or was trained like."""
+    """A masked model. Its twin is the network of `training.undefended`, which it wraps or whose training it shares."""
 
     name: str
     source: str
-    """the paper that proposed it, or that showed how it masks"""
+    """the paper that proposed it, or that showed how it masks gradients"""
     build: Callable[[Batch, nn.Module], nn.Module]
-    """from digits to train on and the undefended twin to the masked model"""
+    """function from training digits and the undefended twin to the masked model"""
     eps: float = EPS

@@ -1,4 +1,4 @@
-"""Logits that the softmax flattens: the cross-entropy has no gradient left, though the margin has one."""
+"""Logits on which the softmax saturates: the cross-entropy has no gradient, although the margin has one."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,19 +12,19 @@ SHARPNESS = 30.0
 
 
 class Times(nn.Module):
-    """Multiplies."""
+    """Multiplies by a constant."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
-        """`factor * x`."""
+        """Return `factor * x`."""
         return self.factor * x
 
 
 def distilled(digits: Batch, twin: nn.Module) -> nn.Module:
-    """A student of a teacher, both at temperature 100, which is left out afterwards."""
+    """Return a student distilled from a teacher, both trained at temperature 100, which is not used afterwards."""
 
     def hot(net: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(net(batch.x) / TEMPERATURE, batch.y)
@@ -39,7 +39,7 @@ def distilled(digits: Batch, twin: nn.Module) -> nn.Module:
 
 
 def saturated(digits: Batch, twin: nn.Module) -> nn.Module:
-    """The probabilities of a softmax so sharp that most of them are 0 and 1 in float32."""
+    """Return the twin with a softmax so sharp that most probabilities are 0 or 1 in float32."""
     return nn.Sequential(twin, Times(SHARPNESS), nn.Softmax(1))
 
 

@@ -1,4 +1,4 @@
-"""Small networks trained in a second or two on a few thousand digits."""
+"""Small networks that are trained in one or two seconds on a few thousand digits."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,11 @@ from holdfast.core.batch import Batch
 
 BATCH = 100
 Loss = Callable[[nn.Module, Batch], Tensor]
-"""What is descended, on some of the digits."""
+"""Training loss on some of the digits."""
 
 
 def network(channels: int = 1, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
-    """Two convolutions and two linear layers for images of 28 x 28; `act` follows the convolutions."""
+    """Network of two convolutions and two linear layers for images of 28 x 28. `act` follows the convolutions."""
     return nn.Sequential(
         nn.Conv2d(channels, 16, 4, 2, 1),
         act(),
@@ -28,7 +28,7 @@ def network(channels: int = 1, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Seq
 
 
 def cross_entropy(net: nn.Module, batch: Batch) -> Tensor:
-    """The ordinary loss."""
+    """Cross-entropy of the predictions."""
     return F.cross_entropy(net(batch.x), batch.y)
 
 
@@ -41,7 +41,9 @@ def trained(
     lr: float = 4e-3,
     seed: int = 0,
 ) -> nn.Module:
-    """What `build` makes after some epochs of Adam, frozen and in eval mode; torch's own draws stay as they were."""
+    """Return the network of `build` after training with Adam, frozen and in eval mode. Torch's generators are
+    restored.
+    """
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         net = build().train()
@@ -58,5 +60,5 @@ def trained(
 
 
 def undefended(digits: Batch) -> nn.Module:
-    """The twin of every item: the same network without the defence."""
+    """Return the twin of every item: the same network without the defence."""
     return trained(network, digits)

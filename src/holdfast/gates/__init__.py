@@ -1,1 +1,1 @@
-"""Gates: claims about a metric, judged on its interval. `grammar` reads them and needs no torch."""
+"""Gates: conditions on a metric, judged on its interval. `grammar` parses them and does not import torch."""

@@ -1,4 +1,4 @@
-"""Reading gates: `METRIC[@EPS] (>=|<=) NUMBER [vs baseline | of static]`. Torch-free: a bad gate is refused at once.
+"""Parses gates: `METRIC[@EPS] (>=|<=) NUMBER [vs baseline | of static]`. Without torch, to refuse a bad gate early.
 
 >>> claim = parse("robust_accuracy@8/255 >= 0.4")
 >>> claim.metric, claim.relation, claim.bound, round(claim.eps, 4)
@@ -19,13 +19,13 @@ Relation = Literal[">=", "<="]
 Versus = Literal["baseline", "static"]
 
 FORM = 'write METRIC >= NUMBER or METRIC <= NUMBER, as in "robust_accuracy >= 0.40"'
-"""The way out of a gate that cannot be read."""
+"""Advice for a gate that cannot be parsed."""
 
 VERSUS = 'against a baseline write METRIC <= NUMBER vs baseline, as in "regression <= 0.01 vs baseline"'
-"""The way out of one that compares two runs."""
+"""Advice for a gate that compares two runs."""
 
 STATIC = 'beside a model that never changes write METRIC <= NUMBER of static, as in "transfer_success <= 0.5 of static"'
-"""The way out of one for `rotate admit`."""
+"""Advice for a gate of `rotate admit`."""
 
 _PARTS = re.compile(
     r"\s*(?P<metric>[A-Za-z][\w-]*)\s*(?:@\s*(?P<eps>[^\s<>=]+))?\s*(?P<relation>[<>=!]+)\s*(?P<bound>\S+)\s*(?P<rest>.*?)\s*"
@@ -34,7 +34,7 @@ _PARTS = re.compile(
 
 @dataclass(frozen=True)
 class Claim:
-    """A gate as it was written, taken apart."""
+    """A parsed gate."""
 
     metric: str
     relation: Relation
@@ -42,13 +42,13 @@ class Claim:
     eps: float | None = None
     """another eps than the run's, in units of the inputs"""
     versus: Versus | None = None
-    """`static`: the bound is a share of what attacks on a model that never changes achieve"""
+    """`static`: the bound is a share of the metric's value for a static model"""
     text: str = ""
-    """what the user wrote"""
+    """text of the user"""
 
 
 def parse(text: str) -> Claim:
-    """The claim that a gate makes; `UsageError` shows what is wrong with it and how to write it."""
+    """Parse a gate. The `UsageError` for a wrong one shows the mistake and the correct form."""
     parts = _PARTS.fullmatch(text)
     if parts is None:
         words = text.split()
@@ -68,7 +68,7 @@ def parse(text: str) -> Claim:
 
 
 def recorded(text: str) -> Claim:
-    """The claim of a gate that a run has recorded; names that metrics had before are read as those that they have."""
+    """Parse a gate that a run has recorded. Earlier names of metrics are replaced by their present names."""
     parts = _PARTS.fullmatch(text)
     if parts is None or parts["metric"] not in RENAMED:
         return parse(text)
@@ -110,7 +110,7 @@ def _relation(sign: str, percentage: str | None, text: str) -> Relation:
 
 
 def _percentage(written: str, rest: str = "") -> str | None:
-    """What is wrong with a number that ends in `%`, with a space before it or not; None if it does not."""
+    """Explanation for a number followed by `%`, with or without a space. None for other numbers."""
     if not written.endswith("%") and rest.split()[:1] != ["%"]:
         return None
     number = written.removesuffix("%")
@@ -120,7 +120,7 @@ def _percentage(written: str, rest: str = "") -> str | None:
 
 
 def _bound(metric: str, bound: float, text: str) -> float:
-    """The bound, if the metric can come near it."""
+    """Return the bound. Raises `UsageError` if it is outside the range of the metric."""
     lowest = 0 if metric in SHARES else -1 if metric in DIFFERENCES else -math.inf
     if lowest == -math.inf or lowest <= bound <= 1:
         return bound
@@ -130,7 +130,7 @@ def _bound(metric: str, bound: float, text: str) -> float:
 
 
 def _share(percents: float) -> str:
-    """The share that is meant by so many of a hundred, with two digits at least."""
+    """The share for a percentage, with at least two decimals."""
     share = f"{percents / 100:g}"
     return share if len(share) > 3 else f"{percents / 100:.2f}"
 
@@ -146,7 +146,7 @@ def _number(written: str, text: str, rest: str = "") -> float:
 
 
 def _fraction(written: str) -> float | None:
-    """A number, or one number over another; None if it is neither."""
+    """A number or a fraction as a float; None for other text."""
     numerator, slash, denominator = written.partition("/")
     try:
         return float(numerator) / float(denominator) if slash else float(numerator)

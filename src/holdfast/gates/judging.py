@@ -1,4 +1,4 @@
-"""Judging gates on the interval, and the one function that decides the exit code."""
+"""Judges gates on the interval, and determines the exit code."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,11 +18,11 @@ Verdict = Literal["pass", "fail", "unclear"]
 
 @dataclass(frozen=True)
 class Doubts:
-    """The doubts of a run, and those that a person accepted, each with the reason."""
+    """The doubts of a run, and the reasons of those that a person accepted."""
 
     found: tuple[Doubt, ...] = ()
     accepted: Mapping[str, str] = field(default_factory=dict)
-    """reason by name"""
+    """reason by name of the doubt"""
 
     @property
     def open(self) -> tuple[str, ...]:
@@ -32,25 +32,31 @@ class Doubts:
 
 @dataclass(frozen=True)
 class AtLeast:
-    """The estimate is at least `bound`, judged on its interval and not on its point value."""
+    """Gate: the estimate is at least `bound`, judged on its interval instead of its value."""
 
     bound: float
 
     def __call__(self, estimate: Estimate, doubts: Doubts) -> Verdict:
-        """Fail where even the upper end is below; pass where the lower end is not and no doubt is open."""
+        """Return `fail` if the upper end is below the bound, `pass` if the lower end is not and no doubt is open.
+
+        Otherwise return `unclear`.
+        """
         if estimate.high < self.bound:
-            return "fail"  # a found example is a proof: no doubt rescues it
+            return "fail"  # a found adversarial example is a proof, which a doubt cannot change
         return "pass" if estimate.low >= self.bound and not doubts.open else "unclear"
 
 
 @dataclass(frozen=True)
 class AtMost:
-    """The estimate is at most `bound`, judged on its interval and not on its point value."""
+    """Gate: the estimate is at most `bound`, judged on its interval instead of its value."""
 
     bound: float
 
     def __call__(self, estimate: Estimate, doubts: Doubts) -> Verdict:
-        """Fail where even the lower end is above; pass where the upper end is not and no doubt is open."""
+        """Return `fail` if the lower end is above the bound, `pass` if the upper end is not and no doubt is open.
+
+        Otherwise return `unclear`.
+        """
         if estimate.low > self.bound:
             return "fail"
         return "pass" if estimate.high <= self.bound and not doubts.open else "unclear"
@@ -58,18 +64,18 @@ class AtMost:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A gate with what it was judged on."""
+    """A gate with its estimate and its verdict."""
 
     claim: Claim
     estimate: Estimate
     verdict: Verdict
     open_doubts: tuple[str, ...] = ()
     scope: Scope | None = None
-    """which adversarial examples a comparison of robust accuracies counts; None of any other claim"""
+    """which adversarial examples a comparison of robust accuracies counts; None for other gates"""
 
     @property
     def because(self) -> str:
-        """One sentence: the numbers, and what kept a pass from being one."""
+        """One sentence with the numbers and the reason for the verdict."""
         seen, bound = self.estimate, f"{self.claim.bound:g}"
         numbers = f"{seen.value:.4g}, 95 % interval {seen.low:.4g} to {seen.high:.4g}, n = {seen.n}"
         if self.verdict == "unclear" and self._inside():
@@ -83,7 +89,7 @@ class Judgement:
         return f"{self.verdict}: {self.because}"
 
     def __bool__(self) -> bool:
-        """Whether it passed; unclear is no pass."""
+        """Whether the gate passed. Unclear counts as not passed."""
         return self.verdict == "pass"
 
     def _inside(self) -> bool:
@@ -99,7 +105,7 @@ def judge(
     baseline: Evidence | None = None,
     confidence: float = 0.95,
 ) -> Judgement:
-    """Judge a claim on the evidence; `UsageError` names what would bring a metric that is absent."""
+    """Judge a gate on the evidence. Raises `UsageError` with advice if its metric is absent."""
     refuse_rotation(claim)
     try:
         measured = estimate(claim.metric, evidence, eps=claim.eps, baseline=baseline, confidence=confidence)
@@ -112,7 +118,11 @@ def judge(
 
 
 def _against(claim: Claim, doubts: Doubts) -> Doubts:
-    """The doubts that could make the claim false: what stronger attacks can only lower stays below an upper bound."""
+    """Return the doubts that could invalidate the gate.
+
+    Doubts about the strength of attacks are left out if stronger attacks could only move the metric further inside its
+    bound.
+    """
     safe = UPPER_BOUNDS if claim.relation == "<=" else LOWER_BOUNDS
     if claim.metric not in safe:
         return doubts
@@ -120,7 +130,7 @@ def _against(claim: Claim, doubts: Doubts) -> Doubts:
 
 
 def refuse_rotation(claim: Claim) -> None:
-    """`UsageError` for a claim about sets that take turns, which no run on one model can be judged by."""
+    """Raise `UsageError` for a gate about parameter sets of a pool, which a run on one model cannot judge."""
     if claim.versus == "static" or claim.metric in ROTATION:
         raise UsageError(
             f"gate {claim.text!r} is about parameter sets that take turns at serving, and one model is measured here; "
@@ -129,16 +139,16 @@ def refuse_rotation(claim: Claim) -> None:
 
 
 def overall(verdicts: Sequence[Verdict]) -> Verdict:
-    """Fail if any failed, else unclear if any is unclear, else pass."""
+    """Return `fail` if any verdict is `fail`, else `unclear` if any is, else `pass`."""
     if "fail" in verdicts:
         return "fail"
     return "unclear" if "unclear" in verdicts else "pass"
 
 
 EXIT_CODES: Mapping[Verdict, int] = {"pass": 0, "fail": 1, "unclear": 4}
-"""What the command line ends with."""
+"""Exit codes of the command line."""
 
 
 def exit_code(verdicts: Iterable[Verdict]) -> int:
-    """0 if all gates pass or there is none, 1 if any fails, else 4: decided here for every output."""
+    """Exit code of every output: 0 if all gates pass or there is none, 1 if any fails, else 4."""
     return EXIT_CODES[overall(tuple(verdicts))]

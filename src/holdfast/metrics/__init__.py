@@ -1,1 +1,1 @@
-"""Metrics: plain functions from evidence to an `Estimate`. `names` is the catalogue and needs no torch."""
+"""Metrics: functions from evidence to an `Estimate`. `names` is the catalogue and does not import torch."""

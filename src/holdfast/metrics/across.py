@@ -1,4 +1,6 @@
-"""How far changes made for inputs of one data set turn those of another, beside the same changes in another order."""
+"""Success of perturbations of one data set on the inputs of another, and of the same perturbations with shuffled
+values.
+"""
 
 from dataclasses import dataclass
 
@@ -10,22 +12,22 @@ from holdfast.ops.statistics import proportion
 
 @dataclass(frozen=True)
 class Row:
-    """Changes made on one data set, and what they did to the inputs of each."""
+    """Perturbations computed on one data set, and their effect on the inputs of each data set."""
 
     made_on: str
     turned: tuple[Estimate, ...]
-    """of each data set the share of the inputs of which the model says another thing than of the clean one"""
+    """for each data set, the share of its inputs whose prediction changes from that of the clean input"""
     control: tuple[Estimate, ...]
-    """the same for the same changes with their places in random order"""
+    """the same shares for the same perturbations with their coordinates in random order"""
 
 
 def sets(evidence: Evidence) -> tuple[str, ...]:
-    """The data set of the run and the others by name."""
+    """Names of the data set of the run and of the other data sets."""
     return tuple(str(card.get("name", "data")) for card in (evidence.data, *evidence.others))
 
 
 def across(evidence: Evidence, confidence: float = 0.95) -> tuple[Row, ...]:
-    """A row for each data set; raises `Absent` where no other was given or time ran out."""
+    """Return a row for each data set. Raises `Absent` if no other data set was given or time ran out."""
     if "turned" not in evidence.across:
         raise Absent(
             "nothing was carried across data sets; name one of inputs of the same shape with --across DATA"

@@ -1,4 +1,5 @@
-"""Precision, recall, F1, entropy, margin and calibration, clean and under the fixed PGD-40 cross-entropy pass.
+"""Precision, recall, F1, entropy, margin and calibration, on clean inputs and under the fixed PGD-40 cross-entropy
+pass.
 
 Guo et al., "On calibration of modern neural networks", ICML 2017, arXiv:1706.04599, for the calibration error.
 """
@@ -18,7 +19,7 @@ from holdfast.metrics.columns import ATTACKED_INPUT, Absent, column
 from holdfast.ops.statistics import Support, bootstrap, mean
 
 BINS = 15
-"""Equal-width bins of confidence, as in Guo et al. 2017"""
+"""Number of equal-width bins of confidence, as in Guo et al. 2017."""
 
 Input = Literal["clean", "attacked"]
 _PREFIX: dict[Input, str] = {"clean": "", "attacked": "attacked_"}
@@ -29,7 +30,7 @@ def _values(evidence: Evidence, name: str, of: Input) -> Tensor:
 
 
 def _numbers(values: PerExample, name: str) -> PerExample:
-    """Float64 without the examples where the model returned NaN; the doubt `nan` tells of those."""
+    """Return the values as float64, without examples where the model returned NaN, which the doubt `nan` reports."""
     kept = values.double()[~values.isnan()]
     if not len(kept):
         raise Absent(f"{name} cannot be computed: the model returned NaN for all {len(values)} examples")
@@ -37,7 +38,7 @@ def _numbers(values: PerExample, name: str) -> PerExample:
 
 
 def _confusions(y: Labels, prediction: Labels, rows: Tensor) -> Tensor:
-    """Counts (resamples, classes, classes) of label by prediction, over the classes that occur."""
+    """Counts (resamples, classes, classes) of each label and prediction, over the classes that occur."""
     known, coded = torch.unique(torch.cat((y, prediction)), return_inverse=True)
     classes = len(known)
     cell = coded[: len(y)] * classes + coded[len(y) :]
@@ -50,7 +51,7 @@ def _confusions(y: Labels, prediction: Labels, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of each class (resamples, classes): right predictions, all predictions, all labels."""
+    """Counts of each class (resamples, classes): correct predictions, all predictions, all labels."""
 
     hits: Tensor
     predicted: Tensor
@@ -58,7 +59,7 @@ class Counts:
 
 
 Score = Callable[[Counts], Tensor]
-"""The score of each class (resamples, classes)."""
+"""Function that returns the score of each class (resamples, classes)."""
 
 
 def _precision(counts: Counts) -> Tensor:
@@ -74,9 +75,9 @@ def _f1(counts: Counts) -> Tensor:
 
 
 def _macro(evidence: Evidence, score: Score, of: Input, confidence: float) -> Estimate:
-    """Unweighted mean over the classes that are labelled or predicted; a class never predicted scores 0.
+    """Unweighted mean over the classes that occur as label or prediction. A class that is never predicted scores 0.
 
-    What is rejected (-1) is a prediction of no class.
+    Rejected inputs (-1) count as predictions of no class.
     """
     y, prediction = evidence["y"], _values(evidence, "prediction", of)
     first = int((prediction < 0).any())
@@ -102,12 +103,12 @@ def recall(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean")
 
 
 def f1(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
-    """Macro F1: the mean of the classes' own F1, not the F1 of the mean precision and recall."""
+    """Macro F1: the mean of the F1 of each class, not the F1 of mean precision and mean recall."""
     return _macro(evidence, _f1, of, confidence)
 
 
 def _entropy_limit(evidence: Evidence) -> float:
-    """The entropy of a uniform guess over the classes that occur."""
+    """Entropy of the uniform distribution over the classes up to the largest label or prediction."""
     classes = int(torch.cat((evidence["y"], evidence["prediction"])).max()) + 1
     return math.log(max(classes, 2))
 
@@ -119,7 +120,7 @@ def defensive_entropy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
 
 
 def defensive_entropy_rise(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Mean rise of the predictive entropy from clean to attacked input, in nats."""
+    """Mean increase of the predictive entropy from clean to attacked inputs, in nats."""
     rise = _values(evidence, "entropy", "attacked").double() - evidence["entropy"].double()
     values = _numbers(rise, "defensive_entropy_rise")
     limit = max(_entropy_limit(evidence), float(values.abs().max()))
@@ -127,7 +128,7 @@ def defensive_entropy_rise(evidence: Evidence, confidence: float = 0.95) -> Esti
 
 
 def defensive_margin(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Mean drop of the margin in probability from clean to attacked input."""
+    """Mean decrease of the margin between class probabilities from clean to attacked inputs."""
     after = _values(evidence, "probability_margin", "attacked").double()
     drop = _numbers(evidence["probability_margin"].double() - after, "defensive_margin")
     return mean(drop, confidence, support=Support(-2.0, 2.0))
@@ -136,8 +137,8 @@ def defensive_margin(evidence: Evidence, confidence: float = 0.95) -> Estimate:
 def calibration_error(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
     """Expected calibration error: mean gap between confidence and accuracy over bins of confidence.
 
-    It is biased upwards in small samples, and a resample adds to the bias; the interval is corrected for the latter.
-    Of a model that rejects it is that of the inputs that it accepts.
+    The estimate is biased upwards in small samples, and resampling adds to the bias. The interval is corrected for the
+    latter. For a model that rejects inputs, only accepted inputs count.
     """
     sure, prediction = _values(evidence, "confidence", of).double(), _values(evidence, "prediction", of)
     right = (prediction == evidence["y"]).double()

@@ -1,4 +1,4 @@
-"""Every metric by its name: the functions behind `names.METRICS`."""
+"""Every metric by name: the functions of `names.METRICS`."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -54,10 +54,10 @@ PLAIN: Mapping[str, Metric] = {
 
 
 class AtEps(Protocol):
-    """A metric that may be asked at another eps than the run's own."""
+    """A metric that can be computed at another eps than that of the run."""
 
     def __call__(self, evidence: Evidence, confidence: float = ..., *, eps: float | None = ...) -> Estimate:
-        """The metric at `eps`; None is the run's own."""
+        """Return the metric at `eps`; None is the eps of the run."""
 
 
 BY_EPS: Mapping[str, AtEps] = {
@@ -68,14 +68,14 @@ BY_EPS: Mapping[str, AtEps] = {
     "attack_success_rate": shares.attack_success_rate,
     "perturbed_share": shares.perturbed_share,
 }
-"""Metrics of one run that may be asked at another eps."""
+"""Metrics of one run that can be computed at another eps."""
 
 PAIRED: Mapping[str, Callable[[Evidence, Evidence, float], Estimate]] = {
     "regression": paired.regression,
     "clean_accuracy_drop": paired.clean_accuracy_drop,
     "mce": corruptions.mce,
 }
-"""Metrics between a run and its baseline."""
+"""Metrics of a run and its baseline."""
 
 
 def estimate(
@@ -86,7 +86,10 @@ def estimate(
     baseline: Evidence | None = None,
     confidence: float = 0.95,
 ) -> Estimate:
-    """One metric by its name. `Absent` (a usage error that names what would bring it) if its attack did not run."""
+    """Return one metric by name.
+
+    Raises `Absent`, a usage error with advice, if its attack did not run.
+    """
     if name in PAIRED:
         if baseline is None:
             raise Absent(f"{name} compares with another run; name it with --baseline RUN")
@@ -103,7 +106,7 @@ def estimate(
 
 
 def missing(evidence: Evidence, baseline: Evidence | None) -> tuple[str, ...]:
-    """Why a metric beside the baseline has no value, where both runs measured what it is made of."""
+    """Return the reason why mCE has no value although both runs measured corruptions; empty if there is none."""
     if baseline is None or not corruptions.measured(evidence) or not corruptions.measured(baseline):
         return ()
     try:
@@ -116,7 +119,7 @@ def missing(evidence: Evidence, baseline: Evidence | None) -> tuple[str, ...]:
 def estimates(
     evidence: Evidence, *, baseline: Evidence | None = None, confidence: float = 0.95
 ) -> dict[str, Estimate]:
-    """Every metric that the evidence allows, in the order of `names.METRICS`; the others are absent."""
+    """Return every metric for which the evidence suffices, in the order of `names.METRICS`."""
     found = {}
     for name in METRICS:
         try:

@@ -1,4 +1,4 @@
-"""What metrics read off the evidence, and the error of a metric whose attack did not run."""
+"""Access to columns of the evidence for metrics, and the error of a metric whose attack did not run."""
 
 import math
 
@@ -13,23 +13,23 @@ MINIMUM_NORM = "minimum-norm attacks bring it: add --curve, or run --suite minim
 
 
 class Absent(UsageError):
-    """A metric whose attack did not run; the message names what would bring it."""
+    """Error for a metric whose attack did not run. The message says how to obtain it."""
 
 
 def column(evidence: Evidence, name: str, way_out: str) -> Tensor:
-    """One column, or `Absent` with the way out."""
+    """Return one column of the evidence. Raises `Absent` with the advice if it does not exist."""
     if name not in evidence:
         raise Absent(f"this run measured no {name.replace('_', ' ')}; {way_out}")
     return evidence[name]
 
 
 def within(distance: PerExample, eps: float) -> Mask:
-    """Whether a perturbation of this size is allowed at `eps`, with the tolerance that the harness judges by."""
+    """Whether a perturbation of this size is allowed at `eps`, with the tolerance of the harness."""
     return distance.double() <= eps * (1 + 1e-6) + 1e-7
 
 
 def untargeted(evidence: Evidence, metric: str) -> None:
-    """Refuse a metric that is defined for untargeted attackers only."""
+    """Raise `Absent` for a metric that is defined only for untargeted attackers, if the threat has a goal."""
     if evidence.threat.goal is not None:
         raise Absent(
             f"{metric} does not exist under goal=targeted:{evidence.threat.goal}; "
@@ -38,9 +38,9 @@ def untargeted(evidence: Evidence, metric: str) -> None:
 
 
 def broken(evidence: Evidence, metric: str, eps: float | None) -> Mask:
-    """Which examples an allowed attack turned wrong, at the run's eps or at another one.
+    """Mask of the examples that an allowed attack broke, at the run's eps or at another one.
 
-    Another eps is read off the distances of the minimum-norm attacks.
+    For another eps the distances of the minimum-norm attacks are used.
     """
     untargeted(evidence, metric)
     own = evidence.threat.constraint.eps
@@ -54,12 +54,12 @@ def broken(evidence: Evidence, metric: str, eps: float | None) -> Mask:
 
 
 def robust(evidence: Evidence, metric: str, eps: float | None = None) -> Mask:
-    """Which examples are right both unattacked and under the worst case."""
+    """Mask of the examples that are correct both when clean and under the worst attack."""
     return evidence["correct"] & ~broken(evidence, metric, eps)
 
 
 def suite_robust(evidence: Evidence, metric: str) -> Mask:
-    """Which examples are right both unattacked and under the worst case of the suite's own attacks."""
+    """Mask of the examples that are correct both when clean and under the worst of the suite's own attacks."""
     untargeted(evidence, metric)
     if math.isinf(evidence.threat.constraint.eps):
         raise Absent(f"{metric} needs an eps; give one, as in --threat l2:0.5")

@@ -1,8 +1,8 @@
-"""How often the model is right under common corruptions.
+"""Accuracy of the model under common corruptions.
 
 Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019,
-arXiv:1903.12261, from which the mean corruption error (mCE) is. Differs from the paper: at the one severity of the run,
-where the paper takes the mean over five, and beside a baseline of the user's choice in place of AlexNet.
+arXiv:1903.12261, for the mean corruption error (mCE). Differs from the paper: it uses the one severity of the run,
+where the paper averages over five, and a baseline of the user's choice instead of AlexNet.
 """
 
 from functools import partial
@@ -23,12 +23,12 @@ _WAY_OUT: Final = "give a threat such as corruptions:3"
 
 
 def measured(evidence: Evidence) -> list[str]:
-    """The common corruptions that a run measured."""
+    """Names of the common corruptions that a run measured."""
     return [name for name in CORRUPTIONS if f"{name}.right" in evidence]
 
 
 def _right(evidence: Evidence) -> Tensor:
-    """Whether each example is right (corruptions, n) under each of them."""
+    """Whether each example is correct under each corruption, (corruptions, n)."""
     names = measured(evidence)
     if not names:
         raise Absent(f"this run measured none of the fifteen common corruptions; {_WAY_OUT}")
@@ -41,12 +41,12 @@ def corrupted_accuracy(evidence: Evidence, confidence: float = 0.95, *, name: st
 
 
 def corruption_error_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Mean over the corruptions of the error rate."""
+    """Mean error rate over the corruptions."""
     return complement(mean(_right(evidence).double().mean(0), confidence))
 
 
 def worst_corruption(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """The smallest accuracy over the corruptions; their intervals hold together (Bonferroni)."""
+    """Smallest accuracy over the corruptions, with an interval that is simultaneous over them (Bonferroni)."""
     right = _right(evidence)
     each = [proportion(row, bonferroni(confidence, len(right))) for row in right]
     worst = min(each, key=lambda estimate: estimate.value)
@@ -54,9 +54,9 @@ def worst_corruption(evidence: Evidence, confidence: float = 0.95) -> Estimate:
 
 
 def mce(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
-    """Mean over the corruptions of the error rate over that of the baseline, on the shared examples.
+    """Mean over the corruptions of the error rate divided by that of the baseline, on the shared examples.
 
-    `Absent` where the baseline makes no error under one of them, or measured others.
+    Raises `Absent` if the baseline makes no error under one of them, or measured other corruptions.
     """
     refuse_incomparable(evidence, baseline)
     shared = pairs(evidence, baseline)
@@ -65,14 +65,14 @@ def mce(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Est
 
     def statistic(rows: Tensor) -> PerExample:
         errors = both[:, :, rows].mean(-1)
-        # a resample in which the baseline never errs counts half an error
+        # if the baseline makes no error in a resample, half an error is counted
         return (errors[0] / errors[1].clamp_min(0.5 / rows.shape[1])).mean(0)
 
     return bootstrap(statistic, len(shared), confidence, support=Support(0.0, float(2 * len(shared))))
 
 
 def refuse_incomparable(evidence: Evidence, baseline: Evidence) -> None:
-    """`Absent` where there is no mCE beside a baseline that measured corruptions, too, saying why and what to do."""
+    """Raise `Absent`, with the reason and advice, if mCE cannot be computed with this baseline."""
     _right(evidence)
     if measured(evidence) != measured(baseline):
         raise Absent("mce needs a baseline with the same corruptions; assess both alike")
@@ -87,4 +87,4 @@ def refuse_incomparable(evidence: Evidence, baseline: Evidence) -> None:
 
 
 ACCURACIES = {f"{name}_accuracy": partial(corrupted_accuracy, name=name) for name in CORRUPTIONS}
-"""One accuracy a corruption, by the names of the catalogue."""
+"""Accuracy under each corruption, by the names of the catalogue."""

@@ -11,12 +11,12 @@ from holdfast.metrics.columns import MINIMUM_NORM, broken, column, untargeted
 from holdfast.ops.statistics import clopper_pearson
 
 POINTS = 100
-"""Steps that a curve keeps; a page shows no more."""
+"""Maximum number of steps of a curve; a page cannot show more."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A falling staircase: from `x[i]` on, until `x[i + 1]`, the accuracy is `y[i]`. Bands are pointwise."""
+    """A decreasing step function: from `x[i]` to `x[i + 1]` the accuracy is `y[i]`. Intervals are pointwise."""
 
     x: tuple[float, ...]
     y: tuple[Estimate, ...]
@@ -24,10 +24,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class EpsCurve:
-    """Robust accuracy against eps on `n` examples, a falling staircase of at most `POINTS` steps.
+    """Robust accuracy against eps on `n` examples, a decreasing step function with at most `POINTS` steps.
 
-    From `eps[i]` on, until `eps[i + 1]`, the accuracy is `accuracy[i]`, with the pointwise interval `low[i]` to
-    `high[i]`. The first step is at eps 0, the clean accuracy. Eps is in the units of the threat.
+    From `eps[i]` to `eps[i + 1]` the accuracy is `accuracy[i]`, with the pointwise interval `low[i]` to `high[i]`. The
+    first step is at eps 0 and is the clean accuracy. Eps is in the units of the threat.
     """
 
     eps: tuple[float, ...]
@@ -41,21 +41,23 @@ class EpsCurve:
 
 
 def eps_curve(evidence: Evidence, confidence: float = 0.95) -> EpsCurve:
-    """Robust accuracy against eps; raises `Absent` where no minimum-norm attack was run on every example."""
+    """Return robust accuracy against eps. Raises `Absent` if no minimum-norm attack was run on every example."""
     curve = accuracy_against_eps(evidence, confidence)
     value, low, high = ([getattr(y, of) for y in curve.y] for of in ("value", "low", "high"))
     return EpsCurve(curve.x, tuple(value), tuple(low), tuple(high), curve.y[0].n)
 
 
 def accuracy_against_eps(evidence: Evidence, confidence: float = 0.95) -> Curve:
-    """Robust accuracy at every eps, from the smallest success of each example; the first point is clean accuracy."""
+    """Robust accuracy at every eps, from the smallest success of each example. The first point is the clean
+    accuracy.
+    """
     untargeted(evidence, "the eps curve")
     distance = column(evidence, "distance", MINIMUM_NORM).double()
     return _falling(torch.where(evidence["correct"], distance, 0.0), confidence)
 
 
 def accuracy_against_queries(evidence: Evidence, confidence: float = 0.95) -> Curve:
-    """Robust accuracy after every number of queries an example, from the query at which each first fell."""
+    """Robust accuracy against the number of queries for each example, from the query that first broke each example."""
     fell = broken(evidence, "the query curve", None)
     first = column(evidence, "first_success", "run at least one attack").double()
     falls = torch.where(fell, first, torch.inf)

@@ -1,9 +1,10 @@
-"""What a detector is worth: how well it tells attacked inputs from clean ones, and what it lets be wrong.
+"""Quality of a detector: how well it separates attacked from clean inputs, and how many errors it accepts.
 
-An attacked input counts for a detector if the network alone has it wrong, and its clean one right: there is nothing to
-detect of others. Thresholds are those of the clean inputs of the sample, so that the intervals are of the attacked ones
-alone. Carlini & Wagner, "Adversarial examples are not easily detected", AISec 2017, arXiv:1705.07263, for attackers who
-know the detector; Tramèr, ICML 2022, arXiv:2107.11630, for robust accuracy with rejection.
+An attacked input counts as positive only if the network alone misclassifies it and classifies its clean input
+correctly; for other inputs there is nothing to detect. Thresholds are computed on the clean inputs of the sample, so
+that the intervals describe only the attacked ones. Carlini & Wagner, "Adversarial examples are not easily detected",
+AISec 2017, arXiv:1705.07263, for attackers that know the detector; Tramèr, ICML 2022, arXiv:2107.11630, for robust
+accuracy with rejection.
 """
 
 from typing import Literal
@@ -22,7 +23,7 @@ _WAY_OUT = "holdfast.guarded(net, detector, ...), a named suite, gradients and n
 
 
 def _scores(evidence: Evidence, of: Attacker) -> tuple[PerExample, PerExample, Mask]:
-    """Clean and attacked scores of all examples, and which of them that attacker turned wrong."""
+    """Return clean and attacked scores of all examples, and the mask of those that the attacker broke."""
     attacked = column(evidence, f"{of}_score", _WAY_OUT)
     return evidence["score"], attacked, (evidence["class_margin"] > 0) & (attacked < torch.inf)
 
@@ -35,26 +36,26 @@ def _fooled(evidence: Evidence, of: Attacker) -> tuple[PerExample, PerExample]:
 
 
 def auroc(evidence: Evidence, confidence: float = 0.95, *, of: Attacker = "aware") -> Estimate:
-    """Chance that an attacked input scores above a clean one."""
+    """Probability that an attacked input has a higher score than a clean one (AUROC)."""
     return detection.auroc(*_fooled(evidence, of), confidence)
 
 
 def rate(
     evidence: Evidence, confidence: float = 0.95, *, false_positives: float, of: Attacker = "aware"
 ) -> Estimate:
-    """Share of attacked inputs rejected at the threshold that rejects so many of the clean ones."""
+    """Share of attacked inputs rejected at the threshold that rejects the share `false_positives` of clean inputs."""
     attacked = _fooled(evidence, of)[1]
     return proportion(attacked > detection.threshold(evidence["score"], false_positives), confidence)
 
 
 def accepted_right(evidence: Evidence, confidence: float = 0.95, *, false_positives: float) -> Estimate:
-    """Robust accuracy with rejection at that threshold."""
+    """Robust accuracy with rejection at the threshold of `rate`."""
     clean, attacked, _ = _scores(evidence, "aware")
     limit = detection.threshold(clean, false_positives)
     return proportion((evidence["class_margin"] > 0) & (clean <= limit) & (attacked > limit), confidence)
 
 
 def accepted_wrong(evidence: Evidence, confidence: float = 0.95, *, false_positives: float) -> Estimate:
-    """Share of examples of which an input, clean or attacked, is accepted and wrong at that threshold."""
+    """Share of examples with an input, clean or attacked, that is accepted and wrong at the threshold of `rate`."""
     clean, attacked, _ = _scores(evidence, "aware")
     return proportion(attacked <= detection.threshold(clean, false_positives), confidence)

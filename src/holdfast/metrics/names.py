@@ -1,4 +1,4 @@
-"""The catalogue of metrics that gates may name. Torch-free, so that a misspelt gate is refused at once."""
+"""The catalogue of metrics for gates. It does not import torch, so that a misspelt gate is refused immediately."""
 
 from typing import Final
 
@@ -19,7 +19,7 @@ CORRUPTIONS: Final = (
     "pixelate",
     "jpeg_compression",
 )
-"""The common corruptions that are measured, as their paper calls them."""
+"""The common corruptions that are measured, by the names of their paper."""
 
 DETECTION: Final[dict[str, str]] = {
     "detection_auroc": "chance that an attacked input scores above a clean one, by who knows the detector",
@@ -45,7 +45,7 @@ DETECTION: Final[dict[str, str]] = {
         for percent in (5, 1)
     },
 }
-"""What the detector of a model that rejects is worth."""
+"""Metrics of the detector of a model that rejects inputs."""
 
 METRICS: Final[dict[str, str]] = {
     "clean_accuracy": "share of examples classified correctly unattacked",
@@ -92,17 +92,17 @@ METRICS: Final[dict[str, str]] = {
     "regression": "robust accuracy of the baseline minus this one, on the same examples",
     "clean_accuracy_drop": "clean accuracy of the baseline minus this one, on the same examples",
 }
-"""Name of every metric, and what it is."""
+"""Name and description of every metric."""
 
 ROTATION: Final[dict[str, str]] = {
     "ensemble_transfer": "share of originally correct examples that those made on several exposed sets turned wrong",
     "sibling_transfer": "the same of those made on other sets of the same drawing",
     "churn": "share of examples that two parameter sets classify differently, unattacked",
 }
-"""Metrics of parameter sets that take turns, which `rotate admit` measures and no run alone does."""
+"""Metrics of parameter sets of a pool. `rotate admit` measures them, and a run of one model does not."""
 
 OF_STATIC: Final = frozenset({"transfer_success", "ensemble_transfer", "sibling_transfer"})
-"""Metrics whose bound may be given in terms of what a model that never changes loses to who holds it: `of static`."""
+"""Metrics whose bound may be a share of their value for a static model: `of static`."""
 
 AT_EPS: Final = frozenset(
     {
@@ -114,7 +114,7 @@ AT_EPS: Final = frozenset(
         "perturbed_share",
     }
 )
-"""Metrics that may be asked at another eps, as in `robust_accuracy@4/255`."""
+"""Metrics that can be computed at another eps, as in `robust_accuracy@4/255`."""
 
 UPPER_BOUNDS: Final = frozenset(
     {
@@ -161,13 +161,13 @@ SHARES: Final = AT_EPS | {
     "calibration_error",
     "attacked_calibration_error",
 }
-"""Metrics that lie from 0 to 1, so that a gate such as `robust_accuracy >= 40` is refused."""
+"""Metrics between 0 and 1, for which a gate such as `robust_accuracy >= 40` is refused."""
 
 PAIRED: Final = frozenset({"regression", "clean_accuracy_drop", "mce"})
-"""Metrics between two runs of the same examples, as in `regression <= 0.01 vs baseline`."""
+"""Metrics of two runs on the same examples, as in `regression <= 0.01 vs baseline`."""
 
 DIFFERENCES: Final = PAIRED - {"mce"}
-"""Those of them that lie from -1 to 1."""
+"""Metrics of two runs with values between -1 and 1."""
 
 RENAMED: Final = {"mean_corruption_error": "corruption_error_rate", "relative_corruption_error": "mce"}
-"""Names that metrics had before they took those of Hendrycks & Dietterich 2019, and the names that they have now."""
+"""Earlier names of metrics, and their present names according to Hendrycks & Dietterich 2019."""

@@ -1,4 +1,4 @@
-"""Differences between two runs of the same examples, paired by the digest of each example's content."""
+"""Differences between two runs on the same examples, paired by the digest of each example's content."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from holdfast.ops.statistics import Support, mean, paired_difference
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows of two runs that hold the same example, in the order of the first."""
+    """Rows of two runs with the same example, in the order of the first run."""
 
     first: Rows
     second: Rows
@@ -27,7 +27,9 @@ class Pairs:
 
 
 def pairs(first: Evidence, second: Evidence) -> Pairs:
-    """Pair by digest; the k-th copy of an example with the k-th copy. `UsageError` if none is shared."""
+    """Pair rows by digest, and the k-th copy of an example with the k-th copy. Raises `UsageError` if none is
+    shared.
+    """
     places: defaultdict[bytes, list[int]] = defaultdict(list)
     for row, key in enumerate(_keys(second["digest"])):
         places[key].append(row)
@@ -46,17 +48,17 @@ def _keys(digests: Tensor) -> list[bytes]:
 
 
 def basis(first: Evidence, second: Evidence) -> Scope:
-    """Which adversarial examples a comparison counts: those of every pass where both runs made the same ones.
+    """Return which adversarial examples a comparison counts: those of every pass, or of the suites only.
 
-    Passes are the same where the attacks, all settings and the surrogates are. Else those of the suites
-    only: a run that was searched by more passes would seem the weaker model.
+    Every pass counts if both runs had equal passes, that is equal attacks, settings and surrogates. Otherwise only the
+    suites count, because the model of the run with more passes would seem weaker.
     """
     mine, theirs = map(_passes, (first, second))
     return "every pass" if mine == theirs and mine is not None else "suite only"
 
 
 def _passes(evidence: Evidence) -> tuple[object, ...] | None:
-    """The attacks and passes whose examples a verdict counts; None where it counts those of the suite only."""
+    """Attacks and passes whose examples count, for comparison. None if only those of the suite count."""
     if evidence.scope == "suite only":
         return None
     attacks = [(each.name, each.settings) for each in evidence.attacks]
@@ -65,16 +67,16 @@ def _passes(evidence: Evidence) -> tuple[object, ...] | None:
 
 
 def compared(evidence: Evidence, scope: Scope) -> Mask:
-    """Which examples are robust, as a comparison that counts `scope` takes it."""
+    """Mask of robust examples in a comparison that counts `scope`."""
     if scope == "suite only" and "suite_success" in evidence:
         return suite_robust(evidence, "regression")
     return robust(evidence, "regression")
 
 
 def regression(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
-    """Robust accuracy of the baseline minus this one's, over the shared examples; positive is worse.
+    """Robust accuracy of the baseline minus that of this run, on the shared examples. Positive values are worse.
 
-    `basis` says which adversarial examples it counts.
+    `basis` determines which adversarial examples count.
     """
     shared, scope = pairs(evidence, baseline), basis(evidence, baseline)
     chances = right_probability if scope == "every pass" else suite_right_probability
@@ -88,7 +90,7 @@ def regression(evidence: Evidence, baseline: Evidence, confidence: float = 0.95)
 
 
 def clean_accuracy_drop(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
-    """Clean accuracy of the baseline minus this one's, over the shared examples; positive is worse."""
+    """Clean accuracy of the baseline minus that of this run, on the shared examples. Positive values are worse."""
     shared = pairs(evidence, baseline)
     return paired_difference(
         baseline["correct"][shared.second], evidence["correct"][shared.first], confidence

@@ -1,4 +1,4 @@
-"""How large the perturbations are that break the model. A larger minimum norm means a more robust model."""
+"""Sizes of the perturbations that break the model. A larger minimum norm means a more robust model."""
 
 import math
 from functools import partial
@@ -18,7 +18,7 @@ _NORMS: dict[NormName, type[Constraint]] = {"linf": Linf, "l2": L2, "l1": L1, "l
 
 
 def _sizes(evidence: Evidence, norm: NormName) -> PerExample:
-    """The smallest change found of each example; `Absent` where none was measured, or was in another unit."""
+    """Smallest perturbation found for each example. Raises `Absent` if it was not measured, or in another unit."""
     way_out = "run at least one attack"
     if norm == "l0" and evidence.scope == "suite only":
         way_out = "a version before this one counted values where the threat counts pixels; assess again"
@@ -26,12 +26,12 @@ def _sizes(evidence: Evidence, norm: NormName) -> PerExample:
 
 
 def _counted(evidence: Evidence) -> Mask:
-    """All examples; under a targeted goal those that are eligible."""
+    """Mask of the examples that count: all of them, or the eligible ones under a targeted goal."""
     return evidence["eligible"] if "eligible" in evidence else torch.ones_like(evidence["correct"])
 
 
 def perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: NormName) -> Estimate:
-    """Median size over all examples: 0 where already wrong, infinite where nothing was found."""
+    """Median size over all examples: 0 for misclassified clean inputs, infinite if nothing was found."""
     counted = _counted(evidence)
     if not counted.any():
         raise Absent("no example is eligible, so there is no perturbation to measure")
@@ -39,9 +39,9 @@ def perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: NormName
 
 
 def mean_perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: NormName) -> Estimate:
-    """Mean size over the examples that an attack turned; `n` of them, `perturbed_share` says of how many."""
+    """Mean size over the `n` examples that an attack broke. `perturbed_share` is their share of all examples."""
     size = _sizes(evidence, norm)
-    # an example that is wrong as it is takes no perturbation; under a targeted goal it may still be turned
+    # a misclassified clean input needs no perturbation; under a targeted goal it may still reach the target
     turned = evidence["success"] & _counted(evidence) & size.isfinite()
     if evidence.threat.goal is None:
         turned &= evidence["correct"]
@@ -49,28 +49,28 @@ def mean_perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: Nor
         raise Absent("no attack turned any example, so there is no mean perturbation")
     constraint = evidence.threat.constraint
     most = constraint.eps if isinstance(constraint, _NORMS[norm]) else math.inf
-    # the harness judges with a tolerance, by which a rounded size may exceed eps
+    # the harness allows a tolerance, by which a rounded size may exceed eps
     return mean(size[turned], confidence, support=Support(0.0, max(most, float(size[turned].max()))))
 
 
 def robust_margin(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Median over examples of the smallest perturbation that minimum-norm attacks found: an upper bound."""
+    """Median over examples of the smallest perturbation found by minimum-norm attacks, an upper bound."""
     untargeted(evidence, "robust_margin")
     return median(column(evidence, "distance", MINIMUM_NORM), confidence)
 
 
 def adversarial_radius(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Largest eps at which robust accuracy is still at least half of clean accuracy, read off the eps curve.
+    """Largest eps at which robust accuracy is at least half of clean accuracy, from the eps curve.
 
-    It holds until half of the correct examples have fallen, so it is the upper median of their distances (the
-    supremum: at that very eps one of them falls). 0 where no example is correct.
+    It is the upper median of the distances of the correct examples, because at a smaller eps at least half of them are
+    robust (a supremum: at this eps one of them is broken). It is 0 if no example is correct.
     """
     untargeted(evidence, "adversarial_radius")
     distance = column(evidence, "distance", MINIMUM_NORM)[evidence["correct"]].double()
     if not len(distance):
         return Estimate(0.0, 0.0, 0.0, 0)
     estimate = median(distance, confidence)
-    # of an even number, half may fall before the other half has to stand
+    # for an even number, half of the examples may break before the other half must be robust
     upper = float(distance.sort().values[len(distance) // 2])
     return Estimate(upper, estimate.low, estimate.high, len(distance))
 

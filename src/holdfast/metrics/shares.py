@@ -1,6 +1,6 @@
 """Accuracies, error rates and success rates: proportions with exact intervals.
 
-`eps` asks for another eps than the run attacked at, and is read off the distances of minimum-norm attacks.
+With `eps`, another eps than that of the run, they are computed from the distances of minimum-norm attacks.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from holdfast.ops.statistics import bonferroni, complement, mean, proportion
 
 
 def clean_accuracy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Share of examples classified correctly unattacked."""
+    """Share of clean inputs that are classified correctly."""
     return proportion(evidence["correct"], confidence)
 
 
@@ -25,22 +25,22 @@ def clean_error_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
 
 
 def rejection_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Share of unattacked inputs that a model with a detector rejects."""
+    """Share of clean inputs that a model with a detector rejects."""
     way_out = "the model accepts every input; give it a detector with holdfast.guarded"
     return proportion(column(evidence, "rejected", way_out), confidence)
 
 
 def right_probability(evidence: Evidence, eps: float | None = None) -> PerExample | None:
-    """Of a randomised model, the chance that each example is right under the worst case; None at another eps."""
+    """Probability that each example is correct under the worst attack, for a randomised model. None at another eps."""
     own = eps is None or eps == evidence.threat.constraint.eps
     return evidence["right_probability"].double() if own and "right_probability" in evidence else None
 
 
 def robust_accuracy(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
-    """Share of all examples classified correctly, both clean and attacked; an upper bound of the truth.
+    """Share of all examples classified correctly, both clean and attacked. It is an upper bound of the true value.
 
     Attacked means under every attack and every pass of the run inside the threat model (`Evidence.scope`). For a
-    randomised model it is the mean probability of being right, over fresh draws under the worst case.
+    randomised model it is the mean probability of a correct answer under the worst attack, over new random draws.
     """
     held = robust(evidence, "robust_accuracy", eps)
     chance = right_probability(evidence, eps)
@@ -55,7 +55,9 @@ def suite_robust_accuracy(evidence: Evidence, confidence: float = 0.95) -> Estim
 
 
 def suite_right_probability(evidence: Evidence) -> PerExample | None:
-    """Of a randomised model, the chance that each example is right under the suite's own attacks."""
+    """Probability that each example is correct under the suite's own attacks, for a randomised model; otherwise
+    None.
+    """
     name = "suite_right_probability"
     return evidence[name].double() if name in evidence else None
 
@@ -68,8 +70,8 @@ def robust_error_rate(evidence: Evidence, confidence: float = 0.95, *, eps: floa
 def robustness_score(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
     """Harmonic mean of clean and robust accuracy.
 
-    It rises with both, so the ends of two intervals that hold together (Bonferroni) give the ends of its own; a
-    bootstrap would call a perfect sample certain.
+    It increases with both, so the ends of two simultaneous intervals (Bonferroni) give the ends of its interval. A
+    bootstrap would give an interval of width zero for a sample without errors.
     """
     each = bonferroni(confidence, 2)
     clean, held = clean_accuracy(evidence, each), robust_accuracy(evidence, each, eps=eps)
@@ -87,7 +89,7 @@ def _harmonic(a: float, b: float) -> float:
 def attack_success_rate(
     evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None
 ) -> Estimate:
-    """Share of originally correct examples that an attack turned wrong."""
+    """Share of the examples with a correct clean input that an attack broke."""
     fell = broken(evidence, "attack_success_rate", eps)[evidence["correct"]]
     if not len(fell):
         raise Absent("attack_success_rate is a share of the originally correct examples, and none is correct")
@@ -95,12 +97,15 @@ def attack_success_rate(
 
 
 def perturbed_share(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
-    """Share of all examples that an attack turned wrong: the successes that the mean perturbations run over."""
+    """Share of all examples that an attack broke. The mean perturbations are over these examples."""
     return proportion(broken(evidence, "perturbed_share", eps), confidence)
 
 
 def targeted_success_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Share of examples turned into the target, of those that are neither of its class nor already predicted so."""
+    """Share of eligible examples that an attack changed to the target class.
+
+    Eligible examples are neither of that class nor predicted as that class when clean.
+    """
     if evidence.threat.goal is None:
         raise Absent("targeted_success_rate needs a target; write --threat linf:8/255,goal=targeted:3")
     eligible = column(evidence, "eligible", "run at least one attack")
@@ -119,11 +124,13 @@ class ClassRow:
     n: int
     clean_accuracy: Estimate
     robust_accuracy: Estimate | None
-    """None where the run has no robust accuracy"""
+    """None if the run has no robust accuracy"""
 
 
 def per_class(evidence: Evidence, confidence: float = 0.95) -> tuple[ClassRow, ...]:
-    """Clean and robust accuracy of each class that occurs, with intervals that do not allow for the many classes."""
+    """Clean and robust accuracy of each class that occurs. The intervals are not corrected for the number of
+    classes.
+    """
     try:
         robust(evidence, "robust_accuracy")
         measured = True
@@ -144,9 +151,9 @@ def per_class(evidence: Evidence, confidence: float = 0.95) -> tuple[ClassRow, .
 
 
 def worst_class(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
-    """The smallest robust accuracy over the classes that occur; n is the size of that class.
+    """Smallest robust accuracy over the classes that occur. `n` is the size of that class.
 
-    The intervals of all classes hold together (Bonferroni), hence the smallest of their ends bound the smallest
+    The intervals of all classes are simultaneous (Bonferroni), so the smallest of their ends bound the smallest
     accuracy.
     """
     y = evidence["y"]
@@ -160,7 +167,7 @@ def worst_class(evidence: Evidence, confidence: float = 0.95, *, eps: float | No
 def _held(
     evidence: Evidence, members: Mask, metric: str, confidence: float, eps: float | None = None
 ) -> Estimate:
-    """Robust accuracy among some examples: a share, or of a randomised model the mean chance of being right."""
+    """Robust accuracy of some examples: a share, or the mean probability of a correct answer for a randomised model."""
     chance = right_probability(evidence, eps)
     if chance is not None:
         return mean(chance[members], confidence)

@@ -1,7 +1,7 @@
-"""How far examples made on one model turn another: the transfer matrix, and what of it concerns the target.
+"""Transfer of adversarial examples between models: the transfer matrix and the value for the target.
 
-Examples are made in a fixed number of steps and never stop at success, so a row does not favour the model it was made
-on beyond what its gradients give.
+Examples are computed in a fixed number of steps that does not end at success, so a row does not favour its source model
+beyond the effect of its gradients.
 """
 
 from dataclasses import dataclass
@@ -12,27 +12,27 @@ from holdfast.metrics.columns import Absent
 from holdfast.ops.statistics import proportion
 
 ALL = "all surrogates"
-"""What a row is called whose examples were made on the mean of all surrogates."""
+"""Name of the row of examples that were computed on the mean of all surrogates."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Examples of one maker, and what they did to each model."""
+    """Examples of one source, and their success on each model."""
 
     maker: str
     of: int | None
-    """which of the models made them; None where all surrogates did"""
+    """index of the model on which they were computed; None for all surrogates together"""
     shares: tuple[Estimate | None, ...]
-    """of each model the share of the inputs that it has right which they turn wrong; None where it has none right"""
+    """for each model, the share of its correctly classified inputs that they break; None if there are no such inputs"""
 
 
 def models(evidence: Evidence) -> tuple[str, ...]:
-    """The target and the surrogates by name."""
+    """Names of the target and of the surrogates."""
     return tuple(str(card.get("name", "model")) for card in (evidence.model, *evidence.surrogates))
 
 
 def matrix(evidence: Evidence, confidence: float = 0.95) -> tuple[Row, ...]:
-    """A row for each maker; raises `Absent` where no surrogate was given or time ran out."""
+    """Return a row for each source of examples. Raises `Absent` if no surrogate was given or time ran out."""
     if "wrong" not in evidence.transfer:
         raise Absent("nothing was transferred; name a model of the same classes with --surrogate MODEL")
     names, right, wrong = models(evidence), evidence.transfer["right"], evidence.transfer["wrong"]
@@ -53,7 +53,10 @@ def matrix(evidence: Evidence, confidence: float = 0.95) -> tuple[Row, ...]:
 
 
 def transfer_success(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Share of the inputs that the target has right which examples made on the surrogates, on all at once, turn."""
+    """Share of the inputs classified correctly by the target that examples of the surrogates break.
+
+    The examples are those computed on all surrogates at once.
+    """
     found = matrix(evidence, confidence)[-1].shares[0]
     if found is None:
         raise Absent("the model is right on no input of the transfer matrix")

@@ -1,1 +1,1 @@
-"""Opening models and data of strangers safely: files are judged before they are read, and code runs only when named."""
+"""Open untrusted models and data safely: files are checked before they are read, and code runs only with consent."""

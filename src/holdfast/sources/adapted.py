@@ -1,4 +1,4 @@
-"""What is known of a model that another library made, once it can be called with tensors."""
+"""Description of a model of another library that was wrapped as a torch module."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,19 @@ from holdfast.core.types import Access, Layout
 
 @dataclass(frozen=True)
 class Adapted:
-    """A module from inputs to outputs, and what the library's own object says of them; None where it says nothing."""
+    """A module from inputs to outputs, and the properties that the library's object declares. None means not
+    declared.
+    """
 
     net: nn.Module
     access: Access = "gradients"
     hides: str = ""
-    """why it gives no gradients, where it gives none"""
+    """reason why the model gives no gradients; empty if it gives them"""
     classes: int | None = None
     class_names: tuple[str, ...] | None = None
     class_labels: tuple[int, ...] | None = None
-    """the labels of the classes in the order of the outputs, where these are whole numbers other than 0, 1, 2, …"""
+    """labels of the classes in the order of the outputs, if they are whole numbers other than 0, 1, 2, …"""
     feature_names: tuple[str, ...] | None = None
-    """of the columns that it was fitted on, in their order"""
+    """names of the columns that the model was fitted on, in their order"""
     output: OutputKind | None = None
     layout: Layout | None = None

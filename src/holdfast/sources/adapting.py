@@ -1,7 +1,7 @@
-"""Models in hand that are neither networks of torch nor functions: estimators, boosters and models of Keras.
+"""Models given as Python objects other than torch networks and functions: estimators, boosters and Keras models.
 
-A library is looked up only where it is imported already, as it is wherever an object of it exists: importing one takes
-seconds.
+A library is looked up only among the imported modules, because importing one takes seconds. If an object of the library
+exists, the library is imported already.
 """
 
 import sys
@@ -18,14 +18,14 @@ from holdfast.sources.trees import adapted_booster
 
 
 def accepted(model: object) -> bool:
-    """Whether it is a model in hand of any kind: a network, a function, an estimator."""
+    """Whether the object is a model of a supported kind: a network, a function or an estimator."""
     return callable(model) or isinstance(model, Predictor)
 
 
 def adapted(model: object) -> Adapted | None:
-    """The model as a module from inputs to outputs; None for a network of torch and a function, which are one.
+    """Return the model as a module from inputs to outputs, or None for a torch network or a function.
 
-    Raises `TargetError` for what is no classifier, is not fitted, or runs on another back end than torch.
+    Raises `TargetError` for an object that is not a classifier, is not fitted, or runs on another back end than torch.
     """
     if isinstance(model, type):
         raise UsageError(
@@ -41,7 +41,7 @@ def adapted(model: object) -> Adapted | None:
 
 
 def known_in_hand(net: Any) -> tuple[str, list[str], tuple[str, ...]]:
-    """The name of a model in hand, what it is known by in the evidence, and what is to be said of that."""
+    """Return the name of a model object, the values that identify it in the evidence, and notes about their limits."""
     kind = type(net) if isinstance(net, nn.Module) else net
     name = (
         net.name

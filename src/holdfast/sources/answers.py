@@ -1,7 +1,7 @@
-"""What a server answers, read as scores or as one-hot labels of the rows that it was asked for.
+"""Reads the answers of a server as scores or as one-hot labels of the rows in the request.
 
-An answer holds one entry for each row: numbers, text, or an object with a score for each name of a class. The answer to
-one row may leave the axis of the rows out.
+An answer holds one entry for each row: numbers, text, or an object with a score for each class name. The answer to a
+single row may leave out the axis of the rows.
 """
 
 import json
@@ -18,13 +18,13 @@ from holdfast.sources.files import nearest
 from holdfast.sources.payloads import Shaped, Template, Values, as_values
 
 _SHOWN = 80
-"""characters that are shown of a label that is not known"""
+"""number of characters of an unknown label that a message shows"""
 _BEGINNING = 100
-"""characters that are shown of an answer that is not understood"""
+"""number of characters of an unreadable answer that a message shows"""
 _MASKED = 2000
-"""characters of it in which secrets are looked for before it is cut"""
+"""number of characters of an answer that are searched for secrets before the answer is shortened"""
 _PAIR = frozenset({"label", "score"})
-"""the keys of one class where an answer lists the classes of a row, as pipelines of Hugging Face do"""
+"""keys of one class if an answer lists the classes of a row, as pipelines of Hugging Face do"""
 _NO_SCORES = (list, dict, str, bool)
 _ORDER = "in the order of the model's classes"
 
@@ -32,10 +32,10 @@ _ORDER = "in the order of the model's classes"
 class Answers:
     """Reads the answers of one server, which must all have the same form.
 
-    `labels` is the number of classes of a server that answers with labels, and `expected` the number of classes where
-    it is declared. Labels that are text, and scores by the name of their class, are looked up in `names`, which are in
-    the order of the classes. With `declared` single numbers are scores, whatever their type. `masked` takes secrets
-    out of a text that a message shows.
+    `labels` is the number of classes of a server that answers with labels. `expected` is the number of classes if it is
+    declared. Text labels, and scores given by class name, are looked up in `names`, which are in the order of the
+    classes. If `declared` is true, single numbers are scores, whatever their type. `masked` removes secrets from a text
+    that a message shows.
     """
 
     def __init__(
@@ -51,24 +51,24 @@ class Answers:
         self._form, self._labels, self._expected = form, labels, expected
         self._names = None if names is None else tuple(names)
         self._named_by_numbers = self._names is not None and all(map(_is_whole, self._names))
-        """whether the names of the classes are whole numbers, so that those in an answer are names"""
+        """whether all class names are whole numbers, so that whole numbers in an answer are class names"""
         self._declared, self._masked = declared, masked
         self._classes: int | None = None
         self._kind: str | None = None
-        """what the entries of earlier answers were"""
+        """kind of the entries of earlier answers"""
         self._split = False
-        """whether a score that is no whole number was seen"""
+        """whether an earlier answer had a score that is not a whole number"""
 
     @property
     def classes(self) -> int | None:
-        """The number of scores of a row; None before the first answer."""
+        """Number of scores of a row; None before the first answer."""
         return self._classes or self._labels
 
     def read(self, answer: Any, x: Tensor) -> Tensor:
-        """Scores (n, classes) float64, or one-hot labels (n, classes) int64, of the rows `x` (n, *features).
+        """Return scores (n, classes) float64, or one-hot labels (n, classes) int64, of the rows `x` (n, *features).
 
-        Raises `TargetLost` for an answer that has no such form, and `TargetRefused` for values that cannot be used. The
-        message shows how the answer begins.
+        Raises `TargetLost` for an answer of another form, and `TargetRefused` for values that cannot be used. The
+        message shows the beginning of the answer.
         """
         try:
             found = self._form.found(answer)
@@ -78,7 +78,7 @@ class Answers:
             raise type(error)(self._masked(f"{error}. The answer begins: {begins}")) from None
 
     def recall(self, row: Tensor) -> None:
-        """Take the scores of a row (classes), or its one-hot label, that an earlier attempt at the run was answered."""
+        """Register the scores (classes) or the one-hot label of a row from an earlier attempt of the same run."""
         if self._labels is None:
             self._classes = len(row)
             self._split = self._split or bool((row != row.round()).any())
@@ -108,7 +108,7 @@ class Answers:
         return scores
 
     def _in_order(self, rows: Sequence[Mapping[str, Any]]) -> Values:
-        """Scores (n, classes) of rows that hold them by the names of the classes."""
+        """Scores (n, classes) of rows that give them by class name."""
         if self._names is None:
             found = [name[:_SHOWN] for name in rows[0]]
             raise TargetLost(
@@ -128,7 +128,7 @@ class Answers:
         return as_values([[row[name] for name in self._names] for row in rows])
 
     def _entries(self, values: Values, n: int) -> Values:
-        """The values with the axis of the rows first; of one row it may be left out."""
+        """Return the values with the axis of the rows first. It may be missing for a single row."""
         if n == 1 and values.size and values.ndim < 2:
             return values.reshape(1, -1)
         if values.ndim == 0 or len(values) != n:
@@ -161,7 +161,7 @@ class Answers:
         refuse_classes("the answer", width, self._expected)
 
     def _refuse_class_numbers(self, values: Values) -> None:
-        """Raise `TargetLost` for one whole number a row, which is a class and no score unless it is declared as one."""
+        """Raise `TargetLost` for one whole number a row, which is a class number unless it is declared as a score."""
         if values.shape[1] != 1 or self._declared:
             return
         written_as_whole = values.dtype.kind in "iu"
@@ -205,7 +205,7 @@ class Answers:
             )
 
     def _numbered(self, labels: Sequence[str]) -> Values:
-        """The class number of each label that is text."""
+        """Class number of each text label."""
         if self._names is None:
             raise _unread(labels[0], "the order of the classes is not declared; give")
         numbers = {name: number for number, name in enumerate(self._names)}
@@ -217,7 +217,7 @@ class Answers:
 
 
 def refuse_classes(what: str, width: int, expected: int | None) -> None:
-    """Raise `TargetLost` where `what` has not `expected` scores a row; one score is that of two classes."""
+    """Raise `TargetLost` if rows do not have `expected` scores. A single score stands for two classes."""
     if expected in (None, max(width, 2)):
         return
     scores = "1 score" if width == 1 else f"{width} scores"
@@ -229,10 +229,10 @@ def refuse_classes(what: str, width: int, expected: int | None) -> None:
 
 
 def rows_by_name(found: Any, n: int) -> list[Mapping[str, Any]] | None:
-    """The scores of each row by the names of their classes; None for an answer to `n` rows that has no names.
+    """Return the scores of each row by class name, or None for an answer to `n` rows without class names.
 
-    It is a list of objects, an object with a list for each name, or, of one row, an object alone. A list of objects
-    with the keys `label` and `score` is the same as one object.
+    The answer is a list of objects, an object with a list for each name, or, for a single row, one object. A list of
+    objects with the keys `label` and `score` is equivalent to one object.
     """
     if isinstance(found, Mapping):
         columns = list(found.values())
@@ -247,7 +247,7 @@ def rows_by_name(found: Any, n: int) -> list[Mapping[str, Any]] | None:
 
 
 def _holds_scores(row: Any) -> bool:
-    """Whether a row is an object of single values that are no text."""
+    """Whether a row is an object whose values are single values other than text."""
     return isinstance(row, Mapping) and bool(row) and not any(isinstance(v, _NO_SCORES) for v in row.values())
 
 
@@ -256,7 +256,7 @@ def _lists_classes(entry: Any) -> bool:
 
 
 def beginning(answer: Any, masked: Callable[[str], str]) -> str:
-    """The first characters of an answer as JSON, without secrets."""
+    """First characters of an answer as JSON, without secrets."""
     text = ""
     for piece in json.JSONEncoder().iterencode(answer):
         text += piece[:_MASKED]

@@ -1,8 +1,8 @@
-"""The catalogue of small networks: what a weights file may name, built from plain whole numbers and never by code.
+"""The catalogue of small networks that a weights file may name. They are built from whole numbers, without code.
 
-A safetensors file of ours carries one metadata key, `holdfast`, with sorted JSON: `architecture` (a name below),
-`arguments` (its settings), `bounds`, `mean`, `std`, `classes` (their number) and `training` (the digest of what trained
-it). Inputs reach these networks already normalised by `mean` and `std`.
+A safetensors file of Holdfast has one metadata key, `holdfast`, with sorted JSON: `architecture` (a name below),
+`arguments` (its settings), `bounds`, `mean`, `std`, `classes` (their number) and `training` (the digest of the training
+that wrote it). Inputs of these networks are normalised by `mean` and `std` beforehand.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from holdfast.ops.lipschitz import AOLConv2d, AOLLinear, MaxMin, SLLConv2d, Wide
 
 
 def mlp(features: int = 784, classes: int = 10, width: int = 128, depth: int = 2) -> nn.Module:
-    """Fully connected layers with ReLUs: `depth` hidden ones of `width` units; inputs are flattened."""
+    """Fully connected network with ReLUs: `depth` hidden layers of `width` units. Inputs are flattened."""
     layers: list[nn.Module] = [nn.Flatten()]
     for i in range(depth):
         layers += [nn.Linear(width if i else features, width), nn.ReLU()]
@@ -25,9 +25,9 @@ def mlp(features: int = 784, classes: int = 10, width: int = 128, depth: int = 2
 def cnn(
     channels: int = 1, side: int = 28, classes: int = 10, width: int = 16, depth: int = 3, hidden: int = 100
 ) -> nn.Module:
-    """Convolutions of stride 2, each with twice the channels of the one before, then two linear layers.
+    """Convolutions of stride 2, each with twice the channels of the previous one, followed by two linear layers.
 
-    Strides rather than pooling: a forward costs a quarter, and every layer has exact linear bounds.
+    Strides replace pooling: a forward pass costs a quarter, and every layer has exact linear bounds.
     """
     layers: list[nn.Module] = []
     for i in range(depth):
@@ -47,7 +47,7 @@ def mnist_cnn() -> nn.Module:
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions with batch norm, added to the input (projected where the shape changes)."""
+    """Two 3 x 3 convolutions with batch norm, added to the input (projected if the shape changes)."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Residual(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block's output."""
+        """Output of the block."""
         y: Tensor = self.relu(self.body(x) + self.shortcut(x))
         return y
 
@@ -75,13 +75,13 @@ class Residual(nn.Module):
 def resnet(
     channels: int = 3, classes: int = 10, width: int = 16, blocks: int = 1, stages: int = 3
 ) -> nn.Module:
-    """Residual network for images of about 32 x 32: `stages` of `blocks` blocks, width doubled at each.
+    """Residual network for images of about 32 x 32: `stages` stages of `blocks` blocks; each stage doubles the width.
 
     He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv:1512.03385. Differs from the paper:
-    shortcuts that change shape are projections. With a width of 64, two blocks and four stages it is what is called
-    ResNet-18 on CIFAR-10.
+    shortcuts that change the shape are projections. A width of 64, two blocks and four stages give the network that is
+    called ResNet-18 on CIFAR-10.
     """
-    if blocks < 1:  # stages without parameters would be counted by nothing
+    if blocks < 1:  # stages without blocks would have no parameters
         raise ValueError(f"blocks is {blocks}; at least one a stage was expected")
     layers: list[nn.Module] = [
         nn.Conv2d(channels, width, 3, 1, 1, bias=False),
@@ -100,21 +100,25 @@ def resnet(
 def lipschitz_aol(
     channels: int = 1, side: int = 28, classes: int = 10, width: int = 32, depth: int = 2, hidden: int = 256
 ) -> nn.Module:
-    """Almost-orthogonal layers, with a certified radius: two convolutions a stage, which halves the image."""
+    """Network of almost-orthogonal layers with a certified radius: two convolutions a stage; each stage halves the
+    image.
+    """
     return _lipschitz(AOLConv2d, AOLLinear, channels, side, classes, width, depth, hidden)
 
 
 def lipschitz_cayley(
     channels: int = 1, side: int = 28, classes: int = 10, width: int = 16, depth: int = 2, hidden: int = 128
 ) -> nn.Module:
-    """Orthogonal layers, with a certified radius: as `lipschitz-aol`, and some times as slow."""
+    """Network of orthogonal layers with a certified radius. Like `lipschitz-aol`, but several times slower."""
     return _lipschitz(CayleyConv2d, CayleyLinear, channels, side, classes, width, depth, hidden)
 
 
 def lipschitz_sll(
     channels: int = 1, side: int = 28, classes: int = 10, width: int = 32, depth: int = 2, hidden: int = 256
 ) -> nn.Module:
-    """Residual layers that stretch nothing, with a certified radius: two a stage, which halves the image."""
+    """Network of 1-Lipschitz residual layers with a certified radius: two layers a stage; each stage halves the
+    image.
+    """
     layers: list[nn.Module] = [Widened(max(width // 4, channels))]
     now = max(width // 4, channels)
     for _ in range(depth):
@@ -164,4 +168,4 @@ ARCHITECTURES: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
         "resnet": resnet,
     }
 )
-"""Name to factory: the only networks that a weights file may ask for."""
+"""Name to factory of the networks that a weights file may name."""

@@ -1,8 +1,8 @@
-"""Reads `.pt` state dicts of strangers without running them and without inflating them.
+"""Reads untrusted `.pt` state dicts without running their code and without decompressing them.
 
-A denylist of pickled names does not hold, and `weights_only` alone inflates a 195 KB archive to 200 MB before it
-fails. So the zip directory is judged first, in this process, without reading a member; then a process of its own,
-under limits of memory and CPU time, unpickles the tensors with `weights_only` and writes them as safetensors.
+A denylist of pickled names is not safe, and `weights_only` alone decompresses an archive of 195 KB to 200 MB before it
+fails. Therefore this process first checks the zip directory without reading a member. Then a separate process, under
+limits of memory and CPU time, unpickles the tensors with `weights_only` and writes them as safetensors.
 """
 
 import io
@@ -21,11 +21,11 @@ from holdfast.sources.limited.limits import MEMORY, Limits, requested_memory
 from holdfast.sources.limited.weights import TRUST, WRITTEN
 
 MAX_BYTES = 4 * 2**30
-"""members of one archive, together; far above any classifier that fits the memory limit"""
+"""total size of the members of an archive; much larger than any classifier that fits the memory limit"""
 MAX_MEMBERS = 100_000
-"""torch stores one member a tensor"""
+"""torch stores one member for each tensor"""
 LIMITS = Limits(copies=4, spare_bytes=512 * 2**20)
-"""of the process that unpickles a state dict"""
+"""limits of the process that unpickles a state dict"""
 _ZIP_MAGIC = b"PK\x03\x04"
 _SAVED_BY = (
     "torch.save stores members uncompressed, so this file was repacked. Save it again with "
@@ -35,22 +35,25 @@ _SAVED_BY = (
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by name, and what had to be done to find them."""
+    """Tensors by name, with notes about how they were found in the file."""
 
     tensors: dict[str, Tensor]
     notes: tuple[str, ...] = ()
-    """said in the report: the nesting that was entered, entries that were left out"""
+    """for the report: nested dictionaries that were entered, and entries that were left out"""
 
 
 def read_once(path: Path, what: str, *, max_bytes: int = MAX_BYTES) -> bytes:
-    """The bytes of a file, so that those that are checked are those that are loaded; `what` names it in the error."""
+    """Return the bytes of a file.
+
+    Reading once ensures that the checked bytes are the loaded ones; errors contain `what`.
+    """
     readable_file(path, what)
     refuse_large(path, max_bytes)
     return path.read_bytes()
 
 
 def refuse_large(path: Path, max_bytes: int) -> None:
-    """`TargetError` for a file with more bytes than that, or than `HOLDFAST_READ_MEMORY` allows."""
+    """Raise `TargetError` for a file larger than both `max_bytes` and `HOLDFAST_READ_MEMORY`."""
     n_bytes, most = path.stat().st_size, max(max_bytes, requested_memory())
     if n_bytes > most:
         raise TargetError(
@@ -60,7 +63,7 @@ def refuse_large(path: Path, max_bytes: int) -> None:
 
 
 def is_script(content: bytes) -> bool:
-    """Whether the bytes of a file are an archive of TorchScript."""
+    """Whether the bytes are a TorchScript archive."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return any(_is_code(member) for member in archive.infolist())
@@ -76,10 +79,11 @@ def check_archive(
     trust_code: bool = False,
     saved_by: str = _SAVED_BY,
 ) -> None:
-    """Refuse a zip archive by its directory alone; nothing is inflated. A file that is no zip passes.
+    """Check a zip archive by its directory, without decompressing anything. A file that is not a zip archive passes.
 
-    With `content`, the bytes of the file that were read already, the file is not opened again. `saved_by` says how such
-    files are written without compression. Raises `CarriesCode` for TorchScript.
+    `content` is the content of the file if it was read already; then the file is not opened again. `saved_by` is the
+    advice how to write such files without compression. Raises `CarriesCode` for TorchScript, and `TargetError` for
+    other archives that are refused.
     """
     try:
         with path.open("rb") if content is None else io.BytesIO(content) as file:
@@ -109,12 +113,14 @@ def check_archive(
 
 
 def read_weights(path: Path, *, max_bytes: int = MAX_BYTES) -> Weights:
-    """The tensors of a `.pt` state dict, unpickled elsewhere; costs about 1.5 s of CPU for the other process."""
+    """Return the tensors of a `.pt` state dict, unpickled in a separate process, which costs about 1.5 s of CPU
+    time.
+    """
     readable_file(path, "weights file")
     refuse_large(path, max_bytes)
     check_archive(path, max_bytes=max_bytes)
     with read_under_limits("weights", path, LIMITS) as (found, folder):
-        # A bytes copy: tensors mapped from a file that is about to vanish would keep it alive.
+        # A copy of the bytes: tensors mapped from the file would keep it alive after its removal.
         return Weights(safetensors.torch.load((folder / WRITTEN).read_bytes()), tuple(found["notes"]))
 
 

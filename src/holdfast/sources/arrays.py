@@ -1,4 +1,4 @@
-"""Arrays as a data set: checked once at the door, kept as they came, and turned into inputs slice by slice."""
+"""Arrays as a data set: checked once when opened, kept in their type, and converted to inputs slice by slice."""
 
 import hashlib
 from collections.abc import Sequence
@@ -24,41 +24,43 @@ from holdfast.sources.layouts import Reading, reading_of
 from holdfast.sources.probing import Probe
 
 _CHUNK = 1 << 24
-"""values that are looked at together"""
+"""number of values that are checked at a time"""
 _ROUNDING = 1e-6
-"""how far a float may lie outside the bounds and still count as inside"""
+"""distance outside the bounds, relative to their width, that counts as rounding"""
 
 _COMPARED = 64
-"""examples by which the readings of an array are compared; two where the model is behind a server"""
+"""number of examples by which layouts of an array are compared; two for a model behind a server"""
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Turns normalised values into pixels."""
+    """Converts normalised values to pixels."""
 
     normalised: Normalisation
     bounds: Bounds
-    """of the pixels"""
+    """bounds of the pixels"""
     slack: float
-    """how far rounding may carry a pixel outside the bounds; it is then moved to the bound"""
+    """distance outside the bounds that rounding can explain; such pixels are moved to the bound"""
 
     @classmethod
     def of(cls, normalised: Normalisation, bounds: Bounds, resolution: float) -> "Pixels":
-        """`resolution` is the relative rounding error of the type in which the values were stored."""
+        """Return the conversion; `resolution` is the relative rounding error of the type in which the values were
+        stored.
+        """
         low, high = (torch.as_tensor(side, dtype=torch.float64) for side in (bounds.low, bounds.high))
         reach = float(torch.maximum(low.abs().max(), high.abs().max())) + max(map(abs, normalised.mean))
         return cls(normalised, bounds, max(_ROUNDING * bounds.width, 2 * resolution * reach))
 
     def __call__(self, x: Inputs) -> Inputs:
-        """The pixels; what lies further outside the bounds than rounding explains stays outside."""
+        """Return the pixels. Values further outside the bounds than rounding explains are kept."""
         pixels = self.normalised.undone(x)
         inside = self.bounds.clamp(pixels)
         return torch.where((pixels - inside).abs() <= self.slack, inside, pixels)
 
     def advice(self, highest: float) -> str:
-        """What to do where the largest of the values that result lies outside the bounds."""
+        """Advice for values outside the bounds, where `highest` is the largest pixel after the conversion."""
         if _is_unit(self.bounds) and pixel_divisor(0.0, round(highest, 3), 4) == 255:
             return (
                 "MEAN/STD of --data-normalised seem to be on the scale of 0 to 255: divide them by 255, or add "
@@ -69,27 +71,27 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Arrays:
-    """Examples in memory; bytes stay bytes until they are read."""
+    """Examples in memory. Bytes are stored as bytes until they are read."""
 
     name: str
     x: Array
     """uint8 or float, (N, …); images with the channels first"""
     y: NDArray[np.int64]
     ids: NDArray[np.int64]
-    """source row of each example"""
+    """row of each example in the source"""
     classes: tuple[str, ...] | None = None
     scale: float = 1.0
-    """what the stored values are divided by"""
+    """divisor of the stored values"""
     notes: tuple[str, ...] = ()
-    """said in the report"""
+    """notes for the report"""
     pixels: Pixels | None = None
-    """turns the stored values into pixels, where they were normalised beforehand"""
+    """conversion of the stored values to pixels, if they were normalised beforehand"""
     reading: Reading = Reading("asis")
-    """how the axes of the array that was given became those of `x`"""
+    """how the axes of the original array were converted to those of `x`"""
     features: tuple[str, ...] | None = None
     """names of the columns of a table, in the order of the inputs"""
     objection: str = ""
-    """why the numbers of the classes are not certain, where such data are taken all the same"""
+    """reason why the class numbers are uncertain, if such data are accepted nevertheless"""
 
     def __len__(self) -> int:
         return len(self.x)
@@ -108,12 +110,12 @@ class Arrays:
         return digest.hexdigest()
 
     def taken(self, rows: Sequence[int]) -> "Arrays":
-        """Some of the examples."""
+        """Return the examples in the given rows."""
         chosen = np.asarray(rows, dtype=np.int64)
         return replace(self, x=self.x[chosen], y=self.y[chosen], ids=self.ids[chosen])
 
     def read(self, start: int, stop: int) -> Batch:
-        """Examples `start` to `stop`, as floats."""
+        """Return examples `start` to `stop` as floats."""
         rows = slice(start, stop)
         stored = torch.from_numpy(np.array(self.x[rows], order="C"))
         x = stored if stored.is_floating_point() else stored.float()
@@ -125,10 +127,10 @@ class Arrays:
 
 
 def as_given(data: Arrays, changed: Inputs, given: Array) -> Array:
-    """Inputs of all examples as the array they were `given` in: its axes, its scale and its normalisation.
+    """Return inputs of all examples in the form of the array `given`: with its axes, its scale and its normalisation.
 
-    The type is that of `given`, or float32 where that is a whole number or of half precision, in which a small change
-    would be rounded away. A value that did not change comes back bit by bit.
+    The type is that of `given`, or float32 if `given` has whole numbers or half precision, because these would round
+    small changes away. Values that did not change are bitwise equal to those of `given`.
     """
     x = data.read(0, len(data)).x
     same, changed = changed == x, changed.to(x.dtype)
@@ -143,7 +145,7 @@ def as_given(data: Arrays, changed: Inputs, given: Array) -> Array:
 def selected_rows(
     n_rows: int, *, n: int | None, sample: int | None, seed: int, name: str
 ) -> NDArray[np.int64]:
-    """Rows to keep, ascending: the first `n`, a seeded sample, or all."""
+    """Return the rows to keep, in ascending order: the first `n`, a random sample by seed, or all."""
     if n is not None and sample is not None:
         raise UsageError(
             f"-n {n} and --sample {sample} exclude each other: give the first N, or N drawn by seed"
@@ -167,9 +169,10 @@ def labels(
     name: str,
     whole: Array | None = None,
 ) -> NDArray[np.int64]:
-    """Labels as int64, one an example, 0 to classes - 1 unless others are `expected`; refuses what cannot be meant.
+    """Return labels as int64, one for each example, from 0 to classes - 1.
 
-    `whole` are the labels of the whole source, where `y` is a part of it: a refusal gives their range.
+    Other labels raise `TargetError` unless `expected` allows any label. If `y` is a part of a source, `whole` are the
+    labels of the whole source, whose range the message shows.
     """
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
@@ -218,10 +221,11 @@ def from_numpy(
     keeps: bool = False,
     resolution: float | None = None,
 ) -> Arrays:
-    """Check rows that were selected already, and keep them as a data set.
+    """Check rows that were selected already, and return them as a data set.
 
-    `layout` is that of the source; a declared one goes before it. `whole` are the labels of the whole source. Of a
-    tensor, which `keeps` its axes and float64, `resolution` is the relative rounding error of its type.
+    `layout` is the layout of the source; a declared layout takes precedence. `whole` are the labels of the whole
+    source. `keeps` is true for a tensor, which keeps its axes and float64; `resolution` is then the relative rounding
+    error of its type.
     """
     expected = expected or Expected()
     names, probe = class_names or expected.class_names, expected.probe
@@ -252,14 +256,14 @@ def from_numpy(
 
 
 def suited(data: Arrays, expected: Expected) -> Arrays:
-    """The data set with notes on how the network is given its inputs, which is found out here."""
+    """Return the data set with notes about the form in which the network takes its inputs, which is determined here."""
     if expected.probe is None:
         return data
     return replace(data, notes=(*data.notes, *expected.probe.suit(data.read(0, 2).x)))
 
 
 def _reading(bare: Arrays, declared: Layout | None, probe: Probe | None) -> Reading:
-    """How the axes of the stored array are read."""
+    """Return how the axes of the stored array are read."""
     n = 2 if probe is not None and probe.model.remote else _COMPARED
     places = np.unique(np.linspace(0, len(bare) - 1, min(n, len(bare))).astype(np.int64))
     if len(places) == 1:
@@ -291,9 +295,9 @@ def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -
 
 
 def check_inputs(data: Arrays, bounds: Bounds, *, lenient: bool = False) -> None:
-    """Refuse floats that are not finite or lie outside the bounds; bytes divided by 255 cannot be.
+    """Raise `TargetError` for floats that are not finite or outside the bounds. Bytes divided by 255 need no check.
 
-    `lenient` refuses only what is not finite.
+    With `lenient`, only values that are not finite are refused.
     """
     if data.x.dtype == np.uint8 and data.scale == 255.0 and _is_unit(bounds):
         return
@@ -313,7 +317,7 @@ def check_inputs(data: Arrays, bounds: Bounds, *, lenient: bool = False) -> None
 
 
 def _rows(data: Arrays) -> int:
-    """Examples that are looked at together."""
+    """Number of examples that are checked at a time."""
     return max(1, _CHUNK // max(1, prod(data.x.shape[1:])))
 
 
@@ -356,7 +360,7 @@ def _is_unit(bounds: Bounds) -> bool:
 
 
 def _stored(x: Array, bounds: Bounds, name: str, *, keeps: bool) -> tuple[Array, float, tuple[str, ...]]:
-    """Values as they are kept, what divides them, and what is worth saying."""
+    """Return the values to store, their divisor, and notes for the report."""
     if x.dtype == np.bool_:
         return x.astype(np.uint8), 1.0, ()
     if x.dtype == np.uint8:

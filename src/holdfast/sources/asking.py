@@ -1,4 +1,4 @@
-"""Requests to a server that a user named: over one connection, and again where they fail temporarily."""
+"""Sends requests to a server that the user named. Requests that fail temporarily are repeated."""
 
 import json
 import os
@@ -26,37 +26,42 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 LONGEST_WAIT_S = 60.0
-"""A target that asks to be left alone for longer ends the run, which resumes later."""
+"""A server that requests a longer pause ends the run, which can be resumed later."""
 _FIRST_WAIT_S, _LAST_WAIT_S = 0.5, 30.0
 _MOST_BYTES = 1 << 26
-"""The scores of some hundred rows for each of ten thousand classes, written out; a request has 64 rows unless told."""
+"""Maximum number of bytes of an answer.
+
+It fits scores in text form of some hundred rows with ten thousand classes; a request has 64 rows by default.
+"""
 _CHUNK = 1 << 16
-_LETTERS = 4  # shorter ones are no secrets, and stand in many words
-_LETTERS_OF_NAME = 8  # a tensor may be called `input` where a header's value begins so
+_LETTERS = 4  # shorter strings are not secret, and occur in many words
+_LETTERS_OF_NAME = (
+    8  # for names: a tensor may be called `input`, and a header's value may begin with these letters
+)
 _NOBODY = (ConnectionRefusedError, gaierror, ssl.SSLError)
-"""What says at the first request that no such server is there."""
+"""Errors of the first request that mean that the server does not exist."""
 _PASSING = frozenset({408, 425, 429})
 _OF_THE_INPUT = frozenset({400, 413, 415, 422})
 
 
 @dataclass(eq=False)
 class _InPassing(Exception):
-    """A failure that another attempt may not meet."""
+    """A failure that may not occur in another attempt."""
 
     what: str
-    """its kind, to be counted by"""
+    """kind of the failure, by which failures are counted"""
     detail: str = ""
-    """what the answer said, for the message of the last attempt"""
+    """text of the answer, for the message after the last attempt"""
     wait_s: float | None = None
-    """how long the target asks to be left alone"""
+    """pause that the server requests"""
     at_once: bool = False
-    """the connection had been idle and was closed meanwhile, as servers do"""
+    """whether the server closed an idle connection, which is usual"""
     of_the_request: bool = False
-    """the server may answer so to a request that it does not understand"""
+    """whether the failure may be due to a request that the server does not understand"""
 
 
 class _Within(RawIOBase):
-    """What a socket receives until it is `late`, however little comes at a time."""
+    """Reads from a socket until `late` returns true, even if data keep arriving in small pieces."""
 
     def __init__(self, raw: SocketIO, late: Callable[[], bool]) -> None:
         self._raw, self._late = raw, late
@@ -75,11 +80,11 @@ class _Within(RawIOBase):
 
 
 class Client:
-    """One server; a request that fails temporarily is sent again, ever later.
+    """A client of one server. A request that fails temporarily is repeated after increasing pauses.
 
-    Raises `TargetLost` when that does not help, and `InputRefused` where the server refuses the content of a request.
-    Redirects are not followed, proxies not used. Several threads may ask at once, each over a connection of its own;
-    the rate of requests and the pause that a server asks for are kept by all of them together.
+    Raises `TargetLost` if the repetitions fail, and `InputRefused` if the server refuses the content of a request.
+    Redirects are not followed and proxies are not used. Several threads may send requests at once, each over its own
+    connection. They share the limit of the request rate and the pauses that the server requests.
     """
 
     def __init__(self, parts: SplitResult, remote: Remote) -> None:
@@ -94,16 +99,17 @@ class Client:
             name: _value(name, variable) for name, variable in map(header_variable, remote.headers)
         }
         self._met = self._answered = False
-        """whether the server was there, and whether it answered rows"""
+        """whether the server was reached, and whether it answered a request with rows"""
 
     def __del__(self) -> None:
         for connection in self._idle:
             connection.close()
 
     def ask(self, path: str, body: bytes | None = None, *, sent: Sent | None = None, rows: int = 0) -> Any:
-        """What the server answers, read as JSON: to `body`, which holds so many rows, else to a mere look.
+        """Return the answer of the server, parsed as JSON.
 
-        Every attempt is counted in `sent`.
+        With `body`, which holds `rows` rows, it is sent by POST; without, the request is a GET. Every attempt is
+        counted in `sent`.
         """
         sent, waited = sent or Sent(), 0.0
         for attempt in range(self._remote.retries + 1):
@@ -118,7 +124,7 @@ class Client:
         raise AssertionError("the last attempt returns or raises")
 
     def stop(self) -> None:
-        """End the requests that other threads have under way: their answers are not waited for."""
+        """End the running requests of other threads, without waiting for their answers."""
         with self._lock:
             self._stopped.set()
             for connection in self._busy:
@@ -127,11 +133,14 @@ class Client:
                         connection.sock.shutdown(SHUT_RDWR)
 
     def go_on(self) -> None:
-        """Ask again after a stop."""
+        """Allow requests again after `stop`."""
         self._stopped.clear()
 
     def _wait(self, failure: _InPassing, attempt: int, sent: Sent, rows: int) -> float:
-        """Wait before the next attempt, and return until when; raises `TargetLost` after the last one."""
+        """Wait before the next attempt. Returns the time until which the server requests a pause, or 0.
+
+        Raises `TargetLost` after the last attempt.
+        """
         wait = max(failure.wait_s or 0.0, min(_LAST_WAIT_S, _FIRST_WAIT_S * 2**attempt))
         if attempt == (min(1, self._remote.retries) if failure.of_the_request else self._remote.retries):
             times = {0: "once", 1: "twice"}.get(attempt, f"{attempt + 1} times")
@@ -166,7 +175,7 @@ class Client:
                 headers["Content-Type"] = "application/json"
             with suppress(
                 BrokenPipeError
-            ):  # who refuses a large body answers before the end of it, and hangs up
+            ):  # a server that refuses a large body may answer and close the connection before the body is complete
                 connection.request("GET" if body is None else "POST", path, body, headers)
             with closing(connection.getresponse()) as answer:
                 self._met = began = True
@@ -197,7 +206,7 @@ class Client:
         return self._read(answer, content, sent_rows=body is not None)
 
     def _taken(self) -> tuple[HTTPConnection | None, HTTPConnection]:
-        """A connection that is open and not in use, if there is one; and that one or a new one."""
+        """Return an unused open connection or None, and the connection to use: that one or a new one."""
         with self._lock:
             kept = self._idle.pop() if self._idle else None
             connection = kept or self._connected()
@@ -207,14 +216,14 @@ class Client:
     def _connected(self) -> HTTPConnection:
         kind = HTTPSConnection if self._parts.scheme == "https" else HTTPConnection
         assert self._parts.hostname is not None
-        # given no port, `kind` takes what follows the last colon of an IPv6 address for one
+        # without a port, `kind` would take the text after the last colon of an IPv6 address as the port
         port = self._parts.port or SCHEMES[self._parts.scheme]
         connection = kind(self._parts.hostname, port, timeout=self._remote.timeout_s)
         connection.response_class = self._answer  # type: ignore[assignment]
         return connection
 
     def _answer(self, sock: socket, method: str | None) -> HTTPResponse:
-        """An answer whose head, body and all between must have come within the time that one answer has."""
+        """Return an answer whose header and body must arrive within the timeout together."""
         answer, deadline = HTTPResponse(sock, method=method), self._remote.now() + self._remote.timeout_s
         answer.fp.close()
         raw = _Within(sock.makefile("rb", buffering=0), lambda: self._remote.now() > deadline)
@@ -222,7 +231,7 @@ class Client:
         return answer
 
     def _content(self, answer: HTTPResponse) -> bytes:
-        """The whole body, unless it is too much."""
+        """Return the whole body. Raises `TargetLost` for a body that is too large."""
         pieces, size = [], 0
         while piece := answer.read1(_CHUNK):
             pieces.append(piece)
@@ -271,20 +280,22 @@ class Client:
         raise TargetLost(f"{words}; {keys.get(status, 'check the address')}")
 
     def _excerpt(self, content: bytes) -> str:
-        """The beginning of an answer."""
+        """Return the beginning of an answer for a message."""
         text = self._clean(content[:2000].decode("utf-8", "replace"))
         return f": {text!r}" if text else ""
 
     def _clean(self, text: str) -> str:
-        """A line of a text, without the secrets that it may repeat."""
+        """Return the text on one line, shortened, without secrets that it may repeat."""
         return " ".join(self.masked(text).split())[:200]
 
     def masked_name(self, text: str) -> str:
-        """A name that is used as it is unless it repeats a secret: a few letters in common are none."""
+        """Return a name without secrets that it may repeat. A few letters in common with a secret do not count."""
         return self.masked(text, least=_LETTERS_OF_NAME)
 
     def masked(self, text: str, *, least: int = _LETTERS) -> str:
-        """A text without the secrets that it may repeat, plain or as JSON writes them, or cut after `least` letters."""
+        """Return a text without the secrets that it may repeat: as they are, in JSON form, or cut after `least`
+        letters.
+        """
         written = [form for value in self._headers.values() for form in _forms(value)]
         begins = re.compile("|".join(re.escape(form[:least]) for form in written))
         pieces, start = [], 0
@@ -313,14 +324,14 @@ def _value(name: str, variable: str) -> str:
 
 
 def _forms(value: str) -> list[str]:
-    """How a text may repeat a header's value or a word of it: plain, or as one JSON or another writes it."""
+    """Forms in which a text may repeat a header's value or a word of it: as it is, or escaped as JSON."""
     secrets = [secret for secret in (value, *value.split()) if len(secret) >= _LETTERS]
     quoted = [json.dumps(secret)[1:-1] for secret in secrets]
     return [*secrets, *quoted, *(each.replace("/", r"\/") for each in quoted)]
 
 
 def _shared(text: str, other: str) -> int:
-    """How many letters two texts begin with alike."""
+    """Length of the common beginning of two texts."""
     differ = (k for k, (one, two) in enumerate(zip(text, other, strict=False)) if one != two)
     return next(differ, min(len(text), len(other)))
 
@@ -330,7 +341,7 @@ def _said(error: BaseException) -> str:
 
 
 def status_line(status: int) -> str:
-    """A status with its name, as in 400 Bad Request."""
+    """Status code with its name, such as `400 Bad Request`."""
     return f"{status} {_phrase(status)}"
 
 
@@ -342,7 +353,7 @@ def _phrase(status: int) -> str:
 
 
 def _retry_after(text: str | None) -> float | None:
-    """Seconds to wait, from a number or a date."""
+    """Seconds to wait, from a number or a date. None if there is neither."""
     if text is None:
         return None
     if re.fullmatch(r"\s*\d{1,9}\s*", text):

@@ -1,4 +1,4 @@
-"""What the card of a model says that it was trained by: beside the weights that a hardening wrote, or bundled."""
+"""Reads the training recipe from the card of a model: a file beside weights of a hardening, or a bundled card."""
 
 import json
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from holdfast.core.errors import TargetError
 from holdfast.sources.models import BUNDLED_FOLDER
 
 CARD = "card.json"
-_INDENT = "    "  # of the settings in a bundled card
+_INDENT = "    "  # indent of the settings in a bundled card
 
 
 def trained_by(address: str) -> dict[str, Any] | None:
-    """The recipe as `use:` and its settings; None where the address has no card, or it names none."""
+    """Return the recipe as `use:` and its settings, or None if the address has no card or the card names no recipe."""
     bundled, beside = BUNDLED_FOLDER / f"{address}.md", Path(address).with_name(CARD)
     if "/" not in address and bundled.is_file():
         lines = bundled.read_text(encoding="utf-8").splitlines()
@@ -33,7 +33,7 @@ def trained_by(address: str) -> dict[str, Any] | None:
 
 
 def _recipe(said: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The settings of the recipe, without what a bundled card says beside them."""
+    """Return the settings of the recipe, without the other entries of a bundled card."""
     if "recipe" not in said:
         return None
     return {

@@ -1,4 +1,4 @@
-"""The data sets that have a name: what they are, where they come from, and where they lie on this machine."""
+"""The catalogue of data sets with a name: descriptions, sources, and files on this machine."""
 
 import os
 from collections.abc import Mapping
@@ -15,43 +15,43 @@ _DIGITS = tuple("0123456789")
 
 @dataclass(frozen=True)
 class Remote:
-    """An official file, with the checksum that its authors or torchvision publish."""
+    """An official file with the checksum that its authors or torchvision publish."""
 
     url: str
     md5: str
-    """the published digest is MD5; it guards against damage, HTTPS against strangers"""
+    """published MD5 digest; it detects damage, and HTTPS protects against tampering"""
 
     @property
     def file(self) -> str:
-        """The file name at the end of the address."""
+        """File name at the end of the URL."""
         return self.url.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A data set of the catalogue."""
+    """A data set in the catalogue."""
 
     title: str
     file: str
-    """its name in the data folder"""
+    """name of the file in the data folder"""
     licence: str
     cite: str
     classes: tuple[str, ...] | None = None
     label: str | None = None
-    """the label column of a table"""
+    """name of the label column of a table"""
     drop: tuple[str, ...] = ()
-    """columns of a table that are no features: row numbers and text"""
+    """columns of a table that are not features: row numbers and text"""
     remotes: tuple[Remote, ...] = ()
-    """official files; none where the official form is not read"""
+    """official files; empty if their format is not supported"""
     form: Literal["idx", "cifar-binary"] | None = None
-    """how the official files are written"""
+    """format of the official files"""
     parts: tuple[str, ...] = ()
-    """file names under which `import` accepts it, where they are not `file`"""
+    """names of files that `import` accepts instead of `file`"""
 
 
 _MNIST_MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _FASHION_MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-"""the authors offer no HTTPS; the checksum is the guard"""
+"""the authors do not offer HTTPS; the checksum detects changes"""
 
 CATALOGUE: Mapping[str, Entry] = MappingProxyType(
     {
@@ -170,7 +170,7 @@ class Listed:
 
 
 def data_folder() -> Path:
-    """Where data sets lie: `HOLDFAST_DATA`, else the user's cache."""
+    """Folder of the data sets: `HOLDFAST_DATA` if it is set, else a folder in the user's cache."""
     named = os.environ.get("HOLDFAST_DATA")
     if named:
         return Path(named)
@@ -179,14 +179,14 @@ def data_folder() -> Path:
 
 
 def entry_of(name: str) -> Entry:
-    """The catalogue's entry of that name, or the nearest one offered."""
+    """Return the entry with that name. Raises `UsageError`, with the most similar name, if there is none."""
     if name not in CATALOGUE:
         raise UsageError(f"there is no data set {name!r}{nearest(name, CATALOGUE)}; holdfast data lists them")
     return CATALOGUE[name]
 
 
 def listed() -> tuple[Listed, ...]:
-    """All data sets of the catalogue, and whether they are on this machine."""
+    """Return all data sets of the catalogue, and whether they are on this machine."""
     folder = data_folder()
     return tuple(
         Listed(name, entry.title, folder / entry.file, (folder / entry.file).exists(), bool(entry.remotes))

@@ -1,4 +1,4 @@
-"""Which class number a named class has: by declared names, else by the order of the names where that is unambiguous."""
+"""Class numbers of named classes: from declared names, else from the order of the names if it is unambiguous."""
 
 import re
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ Array = NDArray[Any]
 _SHOWN = 10
 MOST_NAMES = 100_000
 MOST_TEXTS = 10_000_000
-"""labels that are text in an array: sorting more takes minutes, and ten times their memory"""
+"""maximum number of text labels of an array; sorting more takes minutes and ten times their memory"""
 
 
 def class_numbers(
     found: Sequence[str], expected: Expected, classes: int | None, where: str, kind: str
 ) -> tuple[str, ...]:
-    """Names of the classes in the order of their numbers; each of `found` is one of them.
+    """Return the names of the classes in the order of their numbers. Each of `found` is one of them.
 
-    `classes` is the number of the model's classes where that is known, `kind` what the names are of, as in "class
-    folders". With declared names these decide. Without, the names are numbered in their lexical order, as torchvision
-    and Keras do. Raises `TargetError` where that order is ambiguous or a class is missing, and `UsageError` where the
-    declared names are not as many as the model's classes.
+    `classes` is the number of the model's classes if it is known. `kind` describes the names in messages, as in "class
+    folders". Declared names determine the order. Without them the names are numbered in lexical order, as in
+    torchvision and Keras. Raises `TargetError` if that order is ambiguous or a class is missing, and `UsageError` if
+    the number of declared names differs from that of the model's classes.
     """
     if expected.class_names is not None:
         return _declared(found, expected, classes, where, kind)
@@ -56,7 +56,10 @@ def class_numbers(
 def lenient_numbers(
     found: Sequence[str], expected: Expected, where: str, kind: str
 ) -> tuple[tuple[str, ...], str]:
-    """As `class_numbers`; data that are taken `lenient` are numbered lexically where it refuses, with its objection."""
+    """Return the result of `class_numbers` and an empty objection.
+
+    If it raises an error and any label is accepted, return the names in lexical order and the error's message instead.
+    """
     classes = expected.classes or (None if expected.probe is None else expected.probe.classes)
     try:
         return class_numbers(found, expected, classes, where, kind), ""
@@ -72,17 +75,17 @@ class Numbered:
 
     y: Array
     names: tuple[str, ...] | None = None
-    """of the classes, where the labels are text"""
+    """names of the classes, if the labels are text"""
     objection: str = ""
-    """why the numbers are not certain, where such data are taken all the same"""
+    """reason why the class numbers are uncertain, if such data are accepted nevertheless"""
 
 
 def numbered(y: Array, expected: Expected, name: str) -> Numbered:
-    """Class numbers of labels (n,) as a source has them.
+    """Return the class numbers of labels (n,) of a source.
 
-    Whole numbers are looked up among the labels of the model's classes where it has some, else they are the class
-    numbers. Text is numbered as `class_numbers` says. Other labels are returned as they are, to be refused. Raises
-    `TargetError` for a label that is none of the model's.
+    Whole numbers are looked up among the class labels of the model if it has some; otherwise they are the class
+    numbers. Text is numbered as in `class_numbers`. Other labels are returned unchanged and refused later. Raises
+    `TargetError` for a label that the model does not have.
     """
     if y.ndim == 1 and y.dtype.kind == "U" and len(y):
         if len(y) > MOST_TEXTS:
@@ -97,9 +100,10 @@ def numbered(y: Array, expected: Expected, name: str) -> Numbered:
 
 
 def numbered_words(words: Sequence[str], places: Array, expected: Expected, name: str) -> Numbered:
-    """Class numbers of text labels: `places` (n,) is the place of each label among the distinct `words`.
+    """Return the class numbers of text labels, where `places` (n,) is the index of each label in the distinct `words`.
 
-    Words that no label has are no classes. Raises as `class_numbers` does, and `TargetError` for more than 100,000.
+    Words without a label are not classes. Raises the errors of `class_numbers`, and `TargetError` for more than 100,000
+    different labels.
     """
     used = np.unique(places)
     if len(used) > MOST_NAMES:
@@ -113,7 +117,7 @@ def numbered_words(words: Sequence[str], places: Array, expected: Expected, name
 
 
 def _among(y: Array, labels: tuple[int, ...], expected: Expected, name: str) -> Array:
-    """The place of each label among those of the model's classes."""
+    """Index of each label among the class labels of the model."""
     numbers = {label: number for number, label in enumerate(labels)}
     found, places = np.unique(y, return_inverse=True)
     strange = [label for label in found.tolist() if label not in numbers]
@@ -122,17 +126,17 @@ def _among(y: Array, labels: tuple[int, ...], expected: Expected, name: str) -> 
             f"the labels of {name} hold {strange[0]}, and the classes of the model are "
             f"{listed(list(map(str, labels)))}; give the labels that the model was fitted on"
         )
-    beyond = len(labels)  # outside the classes, as such labels are
+    beyond = len(labels)  # number of a label outside the classes
     return np.array([numbers.get(label, beyond) for label in found.tolist()], dtype=np.int64)[places]
 
 
 def matched(
     names: tuple[str, ...] | None, expected: Expected
 ) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
-    """Names for whole-number labels of a source that names its classes, and the new number of each old one.
+    """Return class names for whole-number labels of a source, and the new number of each class, or None for no change.
 
-    Labels that are whole numbers are the class numbers. They are numbered again only where the source and the model
-    name the same classes in another order. Raises `TargetError` where declared names lack one of the source's.
+    Labels that are whole numbers are the class numbers. They are renumbered only if the source and the model name the
+    same classes in a different order. Raises `TargetError` if names declared by the user lack one of the source's.
     """
     declared = expected.class_names
     if declared is None or names is None or names == declared:
@@ -150,7 +154,7 @@ def matched(
 
 
 def renumbered(y: Array, numbers: tuple[int, ...], name: str) -> Array:
-    """Labels with other numbers for the same classes."""
+    """Labels with new numbers for the same classes. Raises `TargetError` for a label without a name."""
     if len(y) and (y.min() < 0 or y.max() >= len(numbers)):
         raise TargetError(
             f"the labels of {name} run from {y.min()} to {y.max()}, but it names {len(numbers)} classes; correct either"
@@ -159,7 +163,7 @@ def renumbered(y: Array, numbers: tuple[int, ...], name: str) -> Array:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first ten names, and whether there are more."""
+    """Return the first ten names, followed by an ellipsis if there are more."""
     return ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
 
 
@@ -189,7 +193,7 @@ def _served(expected: Expected) -> str:
 
 
 def _unclear(lexical: list[str], numeric: list[str]) -> str:
-    """Why the order of the names does not number the classes with certainty; empty where it does."""
+    """Reason why the order of the names does not number the classes with certainty; empty if it does."""
     whole = [name for name in numeric if re.fullmatch("-?[0-9]+", name)]
     if whole and len(whole) < len(numeric):
         other = next(name for name in numeric if name not in whole)
@@ -206,13 +210,13 @@ def _unclear(lexical: list[str], numeric: list[str]) -> str:
 
 
 def _numeric_order(names: Sequence[str]) -> list[str]:
-    """Whole numbers by their value; in other names each run of digits by its value."""
+    """Sort whole numbers by their value. In other names, each run of digits is compared by its value."""
     if all(re.fullmatch("-?[0-9]+", name) for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names, key=lambda name: (_characters(name), name))
 
 
 def _characters(name: str) -> list[tuple[int, int]]:
-    """Code points, with a run of digits as one character where digits are in ASCII, and its value."""
+    """Code points of a name, with each run of ASCII digits as a single character and its value."""
     runs = re.findall("[0-9]+|[^0-9]", name)
     return [(ord("0"), int(run)) if run[0] in "0123456789" else (ord(run), 0) for run in runs]

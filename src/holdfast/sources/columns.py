@@ -1,4 +1,7 @@
-"""Columns of a table as numbers and as words. It needs no torch, so that the process that reads a file starts fast."""
+"""Columns of a table as numbers and as words.
+
+The module does not import torch, so that the reading process starts fast.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,16 +10,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 SPLIT_COLUMN = "split"
-"""a column of this name says which rows are train and which are test"""
+"""name of the column that assigns rows to train and test"""
 NUMBER, MISSING, TEXT = 0, 1, 2
-"""what a cell of a feature is"""
+"""kinds of a cell in a feature column"""
 _TRUTH: Mapping[str, float] = {"true": 1.0, "false": 0.0}
-"""how pandas and pyarrow write booleans"""
+"""booleans as written by pandas and pyarrow"""
 
 
 @dataclass(frozen=True)
 class Words:
-    """A column of text: its distinct words, and which of them each row has."""
+    """A text column: its distinct words, and the index of the word in each row."""
 
     words: tuple[str, ...]
     places: NDArray[np.int32]
@@ -25,18 +28,18 @@ class Words:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: the columns for labels and splits as words, the features as numbers."""
+    """A table: columns of labels and splits as words, features as numbers."""
 
     name: str
-    """as messages have it"""
+    """name for messages"""
     columns: tuple[str, ...]
     """names of all columns, in the order of the file"""
     features: tuple[str, ...] = ()
     """names of the columns in `numbers`"""
     numbers: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    """(rows, features); NaN where a cell is no number"""
+    """(rows, features); NaN for a cell that is not a number"""
     kinds: NDArray[np.uint8] | None = None
-    """(rows, features): `NUMBER`, `MISSING` or `TEXT`; None where all cells are numbers"""
+    """(rows, features): `NUMBER`, `MISSING` or `TEXT`; None if all cells are numbers"""
     words: Mapping[str, Words] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -44,7 +47,10 @@ class Table:
 
 
 def as_numbers(cells: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-    """Cells of a feature as float32, NaN where one is no number, and their kinds; None where all are numbers."""
+    """Return the cells of a feature as float32, with NaN for cells that are not numbers, and the kinds of the cells.
+
+    The kinds are None if all cells are numbers.
+    """
     try:
         return rounded(list(map(float, cells))), None
     except ValueError:
@@ -58,12 +64,12 @@ def as_numbers(cells: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.ui
 
 
 def as_words(cells: Sequence[str], known: dict[str, int]) -> NDArray[np.int32]:
-    """The place of each cell among the words that are `known`, to which new words are added."""
+    """Return the index of each cell in `known`, to which new words are added."""
     return np.array([known.setdefault(cell, len(known)) for cell in cells], np.int32)
 
 
 def number_of(text: str) -> float | None:
-    """The number that a text is; None where it is none."""
+    """The text as a number; None if it is not a number."""
     try:
         return float(text)
     except ValueError:
@@ -76,6 +82,6 @@ def _number(cell: str) -> float | None:
 
 
 def rounded(values: ArrayLike) -> NDArray[np.float32]:
-    """Numbers as float32, rounded from float64; infinite beyond its range."""
+    """Numbers as float32, rounded from float64; infinite outside its range."""
     with np.errstate(over="ignore"):
         return np.asarray(values, np.float64).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What an estimator in hand is known by: a digest of all that it holds."""
+"""Digest of the fitted values of an estimator object, by which the evidence identifies it."""
 
 import hashlib
 import io
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def contents(estimator: Any) -> str:
-    """SHA-256 in hex over the fitted values of an estimator; the same in another process.
+    """SHA-256 in hex over the fitted values of an estimator, equal in every process.
 
-    The objects are walked as they would be pickled, and nothing is loaded. Empty where the estimator holds what cannot
-    be pickled, such as a function without a name.
+    The objects are traversed as for pickling, and nothing is loaded. The result is empty if the estimator contains an
+    object that cannot be pickled, such as a function without a name.
     """
     try:
         walked = _walked(estimator)
@@ -22,7 +22,7 @@ def contents(estimator: Any) -> str:
 
 def _walked(estimator: Any) -> str:
     try:
-        import joblib  # scikit-learn brings it; it orders sets and names equal strings once
+        import joblib  # a dependency of scikit-learn; it sorts sets and stores equal strings once
     except ImportError:
         buffer = io.BytesIO()
         pickle.dump(estimator, buffer, protocol=5)

@@ -6,11 +6,13 @@ from holdfast.sources.sent import Sent
 from holdfast.sources.served import Served
 
 MOST = 64
-"""Rows that a look at a served model sends at most; a server that takes larger batches only is sent one of them."""
+"""Maximum number of rows that an inspection sends to a served model. A server that accepts only larger batches
+gets one batch.
+"""
 
 
 class Look(Sent):
-    """Counts the rows of a look at a served model, and refuses to send more than `most`."""
+    """Counts the rows that an inspection sends to a served model, and refuses to send more than `most`."""
 
     def __init__(self, most: int) -> None:
         super().__init__(most)
@@ -18,16 +20,16 @@ class Look(Sent):
 
     @property
     def rows(self) -> int:
-        """How many rows were sent."""
+        """Number of rows that were sent."""
         return self.totals.sent
 
     @property
     def remaining(self) -> int:
-        """How many rows may still be sent."""
+        """Number of rows that may still be sent."""
         return self.most - self.rows
 
     def spent(self, rows: int) -> str:
-        """Why so many rows are not sent."""
+        """Message why `rows` further rows are not sent."""
         why = "to find out how the data are read; declare it with --layout chw, hwc or asis"
         if self.totals.refused:
             why = "because the server refuses so many at once; give --http-max-rows N with the number that it takes"
@@ -38,7 +40,7 @@ class Look(Sent):
 
 
 def look_at(model: Classifier) -> Look | None:
-    """What counts the rows that a served model is sent, from the first call of this function on; None for others."""
+    """Return the counter of rows sent to a served model, created by the first call. None for other models."""
     net = inner(model).net
     if not isinstance(net, Served):
         return None
@@ -51,9 +53,10 @@ def look_at(model: Classifier) -> Look | None:
 
 
 def rows_of_calls(model: Classifier, left: int, wanted: int, again: int) -> tuple[int, int]:
-    """How many examples fit in a first call and in a second one, where so many rows are left; 0 where none do.
+    """Numbers of examples in a first and a second call if `left` rows may be sent. 0 means that none fit.
 
-    The first has about `wanted` examples, or a whole batch of a server that takes no other; the second at most `again`.
+    The first call has about `wanted` examples, or a whole batch if the server accepts only whole batches. The second
+    call has at most `again` examples.
     """
     size = 1 if model.batches is None else model.batches.size
     whole = left // size * size

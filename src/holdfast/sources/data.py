@@ -1,4 +1,4 @@
-"""Opens a data set from the address that a user gives, whatever its form."""
+"""Opens a data set in any supported form from its address."""
 
 import os
 from dataclasses import dataclass, replace
@@ -25,12 +25,12 @@ _FORMS = "a bundled or catalogue name, .npz, a folder of class folders, .csv or 
 
 
 def bundled_data() -> dict[str, Path]:
-    """Names of the data sets that the package brings, with their files."""
+    """Return the names of the data sets in the package, with their files."""
     return {path.stem: path for path in sorted(BUNDLED_FOLDER.glob("*.npz"))}
 
 
 class Names(TypedDict):
-    """What the user names inside a file, as arguments of `open_data`."""
+    """Names that the user gives inside a file, as arguments of `open_data`."""
 
     label: str | None
     drop: tuple[str, ...]
@@ -51,12 +51,12 @@ def open_data(
     seed: int = 0,
     expected: Expected | None = None,
 ) -> Arrays | Pictures:
-    """Open the data set at an address; raises `UsageError` or `TargetError` with the way out.
+    """Open the data set at an address. Raises `UsageError` or `TargetError` with advice.
 
-    `n` keeps the first n of the split in source order, `sample` a seeded sample. Without `split` it is the test split
-    where there is one. `label` and `drop` are columns of a table, the latter no features; `x` and `y`
-    are arrays of an `.npz` file. `expected` says what the data must be like,
-    and how they are read. Its probe, the model, learns its layout and its number of classes from them.
+    `n` keeps the first n examples of the split in source order, `sample` a random sample by seed. Without `split` the
+    test split is used if there is one. `label` and `drop` are columns of a table; those in `drop` are not features. `x`
+    and `y` are names of arrays in an `.npz` file. `expected` declares properties of the data and how they are read. Its
+    probe, which is the model, gets its layout and its number of classes from the data.
     """
     wanted = _Wanted(split, label, drop, x, y, n, sample, seed, expected or Expected())
     place = _located(address)
@@ -66,7 +66,7 @@ def open_data(
 
 
 def noting_fewer(data: D, wanted: int | None) -> D:
-    """The data set, with a note where it has fewer examples than were requested."""
+    """Return the data set, with a note if it has fewer examples than requested."""
     if wanted is None or len(data) >= wanted or not isinstance(data, Arrays | Pictures):
         return data
     note = f"{wanted:,} examples were requested, and the data have {len(data):,}: all of them were used"
@@ -75,7 +75,7 @@ def noting_fewer(data: D, wanted: int | None) -> D:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What the user asks for, beside the address."""
+    """Options of the user for opening a data set, other than its address."""
 
     split: str | None
     label: str | None
@@ -90,14 +90,14 @@ class _Wanted:
 
 @dataclass(frozen=True)
 class _Place:
-    """The file or folder behind an address, and what the catalogue knows of it."""
+    """The file or folder of an address, with the properties that the catalogue declares."""
 
     path: Path
     classes: tuple[str, ...] | None = None
     label: str | None = None
     drop: tuple[str, ...] = ()
     layout: Layout | None = None
-    """of its arrays, which the catalogue declares"""
+    """layout of the arrays that the catalogue declares"""
 
 
 def _opened(place: _Place, address: str, wanted: _Wanted) -> Arrays | Pictures:
@@ -134,7 +134,7 @@ def _opened(place: _Place, address: str, wanted: _Wanted) -> Arrays | Pictures:
 
 
 def _class_names(archive: Npz, address: str) -> tuple[str, ...]:
-    """The names of the classes that an archive brings; they are counted before they are read."""
+    """Return the class names in an archive. Their number is checked before they are read."""
     n = archive.rows("classes")
     if n > MOST_NAMES:
         raise TargetError(
@@ -186,7 +186,7 @@ def _open_archive(archive: Npz, place: _Place, address: str, wanted: _Wanted) ->
 
 
 def _layout(declared: Layout | None, x: Array) -> Layout | None:
-    """That of an archive of the catalogue: images there, of which colour ones may have their channels last."""
+    """Layout of the images in an archive of the catalogue; colour images may have their channels last."""
     if declared is None or x.ndim not in (3, 4):
         return None
     return "hwc" if x.ndim == 4 and x.shape[1] not in CHANNELS and x.shape[3] in CHANNELS else declared

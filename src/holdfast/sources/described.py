@@ -1,4 +1,4 @@
-"""What a weights file may say of its network: each entry has one form, for the file may come from a stranger."""
+"""Checks the description of a network in a weights file. Each entry has one form, because the file may be untrusted."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -54,7 +54,7 @@ _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def refuse_description(path: Path, said: Mapping[str, Any]) -> None:
-    """`TargetError` that names the first entry of another form; entries that are not used may hold anything."""
+    """Raise `TargetError` for the first entry of another form. Entries that are not used may have any value."""
     for key, (fits, expected) in _FORMS.items():
         value = said.get(key)
         if value is not None and not fits(value):

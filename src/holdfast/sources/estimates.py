@@ -1,4 +1,6 @@
-"""What inputs alone suggest of their range and normalisation: estimates, never values of a training."""
+"""Estimates of the range and the normalisation of inputs from the inputs alone. They are not the values of a
+training.
+"""
 
 from torch import Tensor
 
@@ -10,15 +12,17 @@ NORMALISATIONS = {
     "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "the half-half": ((0.5,), (0.5,)),
 }
-"""Mean and standard deviation that are customary, by whose they are."""
-_FEWEST_LEVELS = 2  # a largest pixel below it is rather an outlier of values in [0, 1]
+"""Customary mean and standard deviation, by data set."""
+_FEWEST_LEVELS = 2  # a smaller largest value is more likely an outlier of values in [0, 1]
 _NEAR_255 = 128
 
 
 def pixel_divisor(lowest: float, highest: float, dims: int) -> float | None:
-    """What brings pixels into [0, 1], by their range in an array of `dims` axes; None for other values.
+    """Return the divisor that scales pixels to [0, 1], by their range in an array of `dims` axes.
 
-    Bytes are recognised by a largest value near 255, in a table by 255 itself.
+    None for other values.
+
+    Bytes are recognised by a largest value near 255; in a table it must be exactly 255.
     """
     if lowest < 0 or highest < _FEWEST_LEVELS or (dims <= 2 and highest != 255):
         return None
@@ -26,14 +30,14 @@ def pixel_divisor(lowest: float, highest: float, dims: int) -> float | None:
 
 
 def as_in_training(lowest: float, highest: float, dims: int) -> str:
-    """The advice to scale values, with an example where they may be pixels."""
+    """Advice to scale values, with an example if they may be pixels."""
     divisor = pixel_divisor(lowest, highest, dims)
     example = "" if divisor is None else f", as in x / {divisor:g} for values from 0 to {divisor:g}"
     return f"scale {'the features' if dims == 2 else 'them'} as in training{example}"
 
 
 def scaling(x: Tensor) -> str:
-    """What to do about inputs outside the bounds; numbers that the data alone give are called estimates."""
+    """Advice for inputs outside the bounds. Numbers that are derived from the data alone are called estimates."""
     low, high = float(x.min()), float(x.max())
     first = as_in_training(low, high, x.dim())
     known = [
@@ -50,6 +54,6 @@ def scaling(x: Tensor) -> str:
 
 
 def _are_pixels(x: Tensor) -> bool:
-    """Whether values lie in [0, 1] and fill most of it."""
+    """Whether the values lie in [0, 1] and cover most of it."""
     low, high = float(x.min()), float(x.max())
     return -1e-3 <= low <= 0.05 and 0.95 <= high <= 1 + 1e-3

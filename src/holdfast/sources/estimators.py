@@ -1,8 +1,8 @@
-"""Estimators of scikit-learn, and of libraries with the same methods, as models that give scores or labels.
+"""Estimators of scikit-learn, and of libraries with the same methods, as models with scores or labels.
 
-An estimator is asked by `predict_proba`, else by `decision_function`, else by `predict`. Its class is always that of
-`predict`: of equal scores the first counts, as there, and where `predict` goes by another rule than the largest score,
-as with a threshold of its own, the other scores are lowered below that of its class.
+An estimator is called by `predict_proba` if it exists, else by `decision_function`, else by `predict`. The predicted
+class is always that of `predict`: the first of equal scores wins, as in `predict`. If `predict` uses another rule than
+the largest score, such as a threshold, the other scores are lowered below that of the predicted class.
 """
 
 import importlib.util
@@ -25,16 +25,17 @@ from holdfast.sources.contents import contents
 
 Array = NDArray[Any]
 _APART = 4e-6
-"""what the winner of equal scores is ahead by, as a share of its score: the least that the logarithm of a probability
-in single precision still shows"""
+"""relative lead of the predicted class among equal scores: the smallest that is visible in the logarithm of a
+probability in single precision
+"""
 _OTHER_SCORES = 0.1
-"""share of examples whose largest score is of another class than `predict`, above which scores are not of classes"""
+"""share of examples whose largest score belongs to another class than `predict`; above it the scores are not used"""
 _WAY_OUT = "give a function from inputs to logits instead, as file.py:factory or in Python"
 
 
 @runtime_checkable
 class Predictor(Protocol):
-    """What has the method `predict` of arrays (n, features), as every estimator has."""
+    """Protocol of objects with a method `predict` for arrays (n, features), as every estimator has."""
 
     def predict(self, X: Any, /) -> Any:  # noqa: N803 - the name of scikit-learn
         """Labels of the rows."""
@@ -42,30 +43,30 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class Asked:
-    """How an estimator is asked for rows (n, features)."""
+    """Methods and properties through which an estimator is called with rows (n, features)."""
 
     name: str
-    """of its class"""
+    """name of the estimator's class"""
     scores: Callable[[Any], Any] | None
-    """scores (n, classes), or (n,) of class 1"""
+    """method for scores (n, classes), or (n,) of class 1"""
     labels: Callable[[Any], Any] | None = None
-    """labels (n,) out of `classes`; None where the largest score decides"""
+    """method for labels (n,) out of `classes`; None if the largest score determines the class"""
     classes: Array | None = None
-    """labels in the order of the scores; None where they are 0, 1, 2, … and the scores show how many"""
+    """labels in the order of the scores; None if they are 0, 1, 2, … and the scores determine their number"""
     features: int | None = None
-    """that it was fitted on; None where it does not say"""
+    """number of features that the estimator was fitted on; None if it does not have this attribute"""
     columns: tuple[str, ...] | None = None
-    """names of the features, where it was fitted on a table"""
+    """names of the features, if the estimator was fitted on a table"""
     dtype: DTypeLike = np.float64
     kind: OutputKind | None = None
-    """of the scores"""
+    """kind of the scores"""
 
 
 class Estimator(nn.Module):
-    """An estimator as a module: scores of a batch in the type of the inputs, without gradients.
+    """An estimator as a module. Returns scores of a batch in the type of the inputs, without gradients.
 
-    Inputs (n, *features) of more than two axes are flattened in the order of their axes, channels before rows before
-    columns, where that gives as many features as the estimator was fitted on. One call of the estimator a batch.
+    Inputs (n, *features) of more than two axes are flattened in the order of their axes (channels, rows, columns) if
+    the result has as many features as the estimator was fitted on. Costs one call of the estimator for each batch.
     """
 
     def __init__(self, asked: Asked, digest: str) -> None:
@@ -73,33 +74,33 @@ class Estimator(nn.Module):
         self.asked = asked
         self.name = asked.name
         self.digest = digest
-        """of what the estimator holds"""
+        """digest of the estimator's values"""
         self.gives = "scores" if asked.scores is not None else "labels"
         self.by_name = False
-        """whether it takes a table with the names of its features and no array"""
+        """whether the estimator needs a table with feature names instead of an array"""
         self.decides = False
-        """whether `predict` is asked as well, since it does not always go by the largest score"""
+        """whether `predict` is called too, because the largest score does not always determine its class"""
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Estimator":
-        """Itself: asking it changes nothing, and a copy may be large."""
+        """Return the module itself: calling the estimator does not change it, and a copy may be large."""
         return self
 
     def extra_repr(self) -> str:
-        """The class of the estimator."""
+        """Name of the estimator's class."""
         return self.name
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores (n, classes), or (n,) of class 1; one-hot labels where it gives labels alone."""
+        """Return scores (n, classes), or (n,) of class 1, or one-hot labels if the estimator gives only labels."""
         rows = self._rows(x)
         kind = np.float64 if x.dtype == torch.float64 else np.float32
         found = self._one_hot(rows, kind) if self.gives == "labels" else self._scores(rows, kind)
         return torch.from_numpy(np.ascontiguousarray(found)).to(x.device, x.dtype)
 
     def settle(self, x: Tensor) -> tuple[str, ...]:
-        """Compare scores and labels of the rows `x`, and return a note where the largest score is of another class.
+        """Compare scores and labels of the rows `x`. Returns a note if the largest score belongs to another class.
 
-        The rows that lie halfway between them are compared, too, since it is there that classes are close. Raises
-        `TargetError` for an estimator that predicts several labels an example.
+        The midpoints of neighbouring rows are compared too, because there the scores of two classes are close. Raises
+        `TargetError` for an estimator that predicts several labels for each example.
         """
         if self.asked.labels is None or self.asked.scores is None or self.decides:
             return ()
@@ -123,7 +124,7 @@ class Estimator(nn.Module):
         return (f"{said}: the class is that of predict(), and the other scores are lowered below its score",)
 
     def _rows(self, x: Tensor) -> Array:
-        """The inputs as the estimator takes them: float64, which scikit-learn computes in."""
+        """Return the inputs as the estimator takes them, usually float64, in which scikit-learn computes."""
         width, wanted = math.prod(x.shape[1:]), self.asked.features
         if x.dim() < 2 or (wanted is not None and width != wanted):
             raise TargetError(
@@ -135,17 +136,17 @@ class Estimator(nn.Module):
         return rows
 
     def _called(self, method: Callable[[Any], Any], rows: Array) -> Any:
-        """What the method returns for the rows.
+        """Return the result of the method for the rows.
 
-        An estimator that was fitted on a table takes an array as well, which is quicker, unless it picks its columns by
-        name. A warning of its own would come with every batch, so it is not shown.
+        An estimator that was fitted on a table also accepts an array, which is faster, unless it selects its columns by
+        name. Its warnings would be repeated for every batch and are not shown.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if not self.by_name:
                 try:
                     return method(rows)
-                except Exception:  # it may refuse an array in any way
+                except Exception:  # an estimator may refuse an array with any error
                     if self.asked.columns is None or importlib.util.find_spec("pandas") is None:
                         raise
             import pandas as pd
@@ -155,7 +156,7 @@ class Estimator(nn.Module):
             return found
 
     def _raw(self, rows: Array) -> Array:
-        """Scores as the estimator returns them; labels alone from now on where they are not of its classes."""
+        """Return the scores of the estimator. If they do not match its classes, only labels are used from now on."""
         assert self.asked.scores is not None
         found = self._called(self.asked.scores, rows)
         classes = self.asked.classes
@@ -186,7 +187,7 @@ class Estimator(nn.Module):
         return np.eye(len(self.asked.classes), dtype=kind)[self._numbers(rows)]
 
     def _numbers(self, rows: Array) -> NDArray[np.int64]:
-        """The place of each predicted label among the classes."""
+        """Index of each predicted label among the classes."""
         assert self.asked.labels is not None
         labels = np.asarray(self._called(self.asked.labels, rows))
         if labels.ndim == 2 and labels.shape[1] == 1:
@@ -208,7 +209,10 @@ class Estimator(nn.Module):
 
 
 def adapted_estimator(given: Predictor) -> Adapted:
-    """A classifier with the methods of scikit-learn, as a model; `TargetError` where it is none, or is not fitted."""
+    """Return a classifier with the methods of scikit-learn as a model.
+
+    Raises `TargetError` if the object is not a classifier or is not fitted.
+    """
     name = type(given).__qualname__
     probabilities: Any = getattr(given, "predict_proba", None)
     scores = probabilities or getattr(given, "decision_function", None)
@@ -228,7 +232,7 @@ def adapted_estimator(given: Predictor) -> Adapted:
 
 
 def as_model(asked: Asked, digest: str) -> Adapted:
-    """The module that asks it, and what is known of its classes."""
+    """Return the module that calls the estimator, with its access, classes and features."""
     net = Estimator(asked, digest)
     names, labels = (None, None) if asked.classes is None else named(asked.classes.tolist())
     return Adapted(
@@ -244,14 +248,14 @@ def as_model(asked: Asked, digest: str) -> Adapted:
 
 
 def no_gradient(name: str) -> str:
-    """Why an estimator is attacked without gradients."""
+    """Reason why an estimator is attacked without gradients."""
     return f"{name} is an estimator without gradients"
 
 
 def named(classes: Sequence[Any]) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
-    """Names of classes, and their labels as whole numbers; None where they are 0, 1, 2, … themselves.
+    """Return the names of classes and their labels as whole numbers, or None for both if the labels are 0, 1, 2, ….
 
-    False and True are 0 and 1. Of labels that are text, or numbers with a fraction, there are names alone.
+    False and True are 0 and 1. Labels that are text, or numbers with a fraction, have only names.
     """
     whole = all(
         isinstance(label, bool | int) or (isinstance(label, float) and label.is_integer())
@@ -264,10 +268,13 @@ def named(classes: Sequence[Any]) -> tuple[tuple[str, ...] | None, tuple[int, ..
 
 
 def _classes(given: Any, name: str, *, gives_probabilities: bool) -> Array | None:
-    """The labels in the order of the scores; a refusal of what is no classifier of one label an example."""
+    """Return the labels in the order of the scores, or None if the estimator does not list them but has probabilities.
+
+    Raises `TargetError` for an object that is not a classifier with one label for each example.
+    """
     try:
         classes = given.classes_
-    except AttributeError:  # of a pipeline or a search it is a property that asks what is inside
+    except AttributeError:  # in a pipeline or a search this is a property that depends on the inner estimator
         _refuse_unfitted(given, name)
         if gives_probabilities:
             return None
@@ -313,14 +320,14 @@ def _is_single(scores: Array) -> bool:
 
 
 def _largest(scores: Array) -> NDArray[np.int64]:
-    """The class that `predict` takes by the scores: of equal ones the first, and class 1 only above zero."""
+    """Return the class that `predict` derives from the scores: the first of equal ones, and class 1 only above zero."""
     if _is_single(scores):
         return (scores.reshape(len(scores)) > 0).astype(np.int64)
     return cast("NDArray[np.int64]", scores.argmax(1))
 
 
 def _ahead(scores: Array, winners: NDArray[np.int64]) -> Array:
-    """The scores, in place, with the winner ahead where another is as large or larger."""
+    """Change the scores in place: scores that reach or exceed that of the winner are lowered below it."""
     rows = np.arange(len(scores))
     best = scores[rows, winners]
     below = best - np.maximum(np.abs(best) * _APART, np.finfo(scores.dtype).tiny)
@@ -331,7 +338,7 @@ def _ahead(scores: Array, winners: NDArray[np.int64]) -> Array:
 
 
 def _on_side(scores: Array, winners: NDArray[np.int64]) -> Array:
-    """Scores of class 1 with the sign that the winner has."""
+    """Scores of class 1 with the sign of the predicted class."""
     tiny = np.finfo(scores.dtype).tiny
     scores = np.where((winners == 1) & (scores <= 0), tiny, scores)
     return np.where((winners == 0) & (scores >= 0), -tiny, scores)

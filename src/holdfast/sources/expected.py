@@ -1,4 +1,4 @@
-"""What is declared of a data set: the legal range, the layout, the normalisation and the classes."""
+"""Declared properties of a data set: the legal range, the layout, the normalisation and the classes."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,40 +9,40 @@ from holdfast.core.types import Layout
 from holdfast.sources.probing import Probe
 
 ClassOrder = Literal["lexical", "numeric"]
-"""How class folders and text labels are numbered where no names of classes are declared."""
+"""Order in which class folders and text labels are numbered if no class names are declared."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What is declared of the data, and the model that they are for; None where nothing is known."""
+    """Declared properties of the data, and the model that will use them. None means not known."""
 
     bounds: Bounds = Bounds()
-    """floats outside them are refused; they say how bytes are read"""
+    """legal range; floats outside it are refused, and it determines how bytes are scaled"""
     classes: int | None = None
-    """labels beyond them are refused"""
+    """number of classes; larger labels are refused"""
     class_names: tuple[str, ...] | None = None
-    """of the model's outputs, in their order"""
+    """names of the model's outputs, in their order"""
     class_labels: tuple[int, ...] | None = None
-    """labels of the model's outputs, in their order, where these are whole numbers other than 0, 1, 2, …"""
+    """labels of the model's outputs, in their order, if they are whole numbers other than 0, 1, 2, …"""
     feature_names: tuple[str, ...] | None = None
     """columns of a table that the model was fitted on, in their order"""
     names_declared: bool = False
-    """whether the names were typed, and not read from the model's file"""
+    """whether the user typed the names; False if they come from the model's file"""
     class_order: ClassOrder | None = None
     layout: Layout | None = None
-    """of the stored arrays"""
+    """layout of the stored arrays"""
     normalised: Normalisation | None = None
-    """of the stored values, which is undone"""
+    """normalisation of the stored values, which is undone"""
     probe: Probe | None = None
-    """the model, for a look at the shapes that it takes and the classes that it has"""
+    """the model, to find out the shapes that it takes and the classes that it has"""
     lenient: bool = False
-    """take values outside the bounds and labels outside the classes, too"""
+    """whether values outside the bounds and labels outside the classes are accepted"""
     checks_labels: bool = True
-    """False where the labels are not used"""
+    """False if the labels are not used"""
 
     @property
     def any_label(self) -> bool:
-        """Whether labels outside the classes are taken."""
+        """Whether labels outside the classes are accepted."""
         return self.lenient or not self.checks_labels
 
     @property

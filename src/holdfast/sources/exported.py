@@ -1,9 +1,10 @@
-"""Opens `.pt2` programs of `torch.export` without trusting them.
+"""Opens `.pt2` programs of `torch.export` that are not trusted.
 
 The loader of torch evaluates symbolic expressions of the file, resolves its operators by attribute, writes its names
-into source code, and falls back to unsafe unpickling. So the archive is read once and judged first, by the reader that
-loads it: plain tensors, operators of networks, plain names, and shape expressions of known words. Anything else needs
-the user's trust. `torch.export.load` itself would try an older format where the new one fails, so it is not called.
+into source code, and falls back to unsafe unpickling. Therefore the archive is read once and checked first, with the
+reader that loads it. Allowed are plain tensors, operators of networks, plain names, and shape expressions of known
+words. Anything else needs the user's trust. `torch.export.load` is not called, because it tries an older format if the
+new one fails.
 """
 
 import hashlib
@@ -30,9 +31,10 @@ from holdfast.sources.operators import is_operator_of_networks, replace_unchecke
 
 Sizes = tuple[int | None, ...]
 LIMITS = Limits(copies=8, spare_bytes=2**31)
-"""of the process that loads and runs a program first"""
+"""limits of the process that first loads and runs a program"""
 _NAME = re.compile(r"(?!(.*\.)?__\w*__(\.|$))[\w@-]+(\.[\w@-]+)*|", re.ASCII)
-"""parts without a dot reach generated code; those with two underscores at both ends are Python's own"""
+"""names in parts, which are written into generated code; names with two underscores at both ends are reserved by Python
+"""
 _TEXT = re.compile(r"[\w .,:;+<>=*/-]*", re.ASCII)
 _TENSOR_FILE = re.compile(r"(weight|tensor)_\d+", re.ASCII)
 _CONTAINERS = frozenset({"builtins.tuple", "builtins.list", "builtins.dict"})
@@ -46,7 +48,7 @@ _DAMAGE = (
     ValueError,
     zipfile.BadZipFile,
 )
-"""what torch's reader and ours raise where an archive is not as it should be"""
+"""errors that torch's reader and ours raise for a damaged archive"""
 _WORDS = frozenset(
     {
         "Symbol",
@@ -71,7 +73,7 @@ _SYMBOL = re.compile(r"[su]\d+")
 
 @dataclass(frozen=True)
 class Program:
-    """An exported program as a module, with the batch size that it insists on (None: any)."""
+    """An exported program as a module, with the fixed batch size that it needs (None: any size)."""
 
     net: nn.Module
     batch_size: int | None
@@ -80,7 +82,10 @@ class Program:
 
 
 class FixedBatch(nn.Module):
-    """Feeds a program that takes one batch size only: in slices, the last one filled up with its own last row."""
+    """Runs a program with a fixed batch size on any number of rows, in slices.
+
+    The last slice is filled with its last row.
+    """
 
     def __init__(self, net: nn.Module, size: int) -> None:
         super().__init__()
@@ -88,7 +93,7 @@ class FixedBatch(nn.Module):
         self.size = size
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs of all rows, whatever their number."""
+        """Outputs of all rows."""
         if not len(x):
             empty: Tensor = self.net(x.new_zeros(self.size, *x.shape[1:]))[:0]
             return empty
@@ -96,11 +101,11 @@ class FixedBatch(nn.Module):
 
 
 def open_program(path: Path, *, trust_code: bool) -> Program:
-    """The program in a `.pt2` file; one that carries code is refused unless `trust_code`.
+    """Return the program in a `.pt2` file. A file that contains code is refused unless `trust_code`.
 
-    Without trust it is judged, loaded and run once in a process of its own, before it is loaded here.
+    Without trust, the program is checked, loaded and run once in a separate process before it is loaded here.
     """
-    content = read_once(path, "exported program")  # what is judged is what is loaded
+    content = read_once(path, "exported program")  # the checked bytes are the loaded ones
     check_archive(path, content)
     if trust_code:
         reasons_to_refuse(path, content)  # a damaged file is refused with trust, too
@@ -114,7 +119,10 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
 
 
 def reasons_to_refuse(path: Path, content: bytes) -> list[str]:
-    """What of a program is more than tensors and operators of networks; `TargetError` where it is damaged."""
+    """Return the parts of a program other than tensors and operators of networks.
+
+    Raises `TargetError` if it is damaged.
+    """
     try:
         return list(_needs_trust(content))
     except _DAMAGE as error:
@@ -124,7 +132,7 @@ def reasons_to_refuse(path: Path, content: bytes) -> list[str]:
 
 
 def refuse_code(path: Path, content: bytes) -> None:
-    """Raise `UsageError` for a program that is more than tensors and operators of networks."""
+    """Raise `UsageError` for a program with parts other than tensors and operators of networks."""
     reasons = reasons_to_refuse(path, content)
     if reasons:
         raise UsageError(
@@ -135,7 +143,7 @@ def refuse_code(path: Path, content: bytes) -> None:
 
 
 def loaded(path: Path, content: bytes) -> tuple[nn.Module, Sizes]:
-    """The network in a file that was judged or is trusted, and the sizes of its one input; None where one is free."""
+    """Return the network in a file that was checked or is trusted, and the sizes of its one input (None: free)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -143,7 +151,7 @@ def loaded(path: Path, content: bytes) -> tuple[nn.Module, Sizes]:
             net = _plain(program.module())
     except (
         Exception
-    ) as error:  # the loader raises anything, from KeyError to AssertionError, on a foreign file
+    ) as error:  # the loader may raise anything, from KeyError to AssertionError, for an untrusted file
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise TargetError(
             f"{str(path)!r} could not be opened by torch {torch.__version__}: {first[:200]}"
@@ -165,9 +173,9 @@ def _loaded(content: bytes) -> torch.export.ExportedProgram:
 
 
 def _plain(exported: fx.GraphModule) -> fx.GraphModule:
-    """The program as an ordinary module: it may be put in eval mode, and guards no size by itself.
+    """Return the program as an ordinary module, with eval mode and without checks of sizes.
 
-    The one output of a classifier is returned as it is and not as an unflattened tree.
+    The output of a classifier with one output is returned as a tensor instead of a tree.
     """
     graph = fx.Graph()
     output = graph.graph_copy(exported.graph, {})
@@ -181,7 +189,7 @@ def _plain(exported: fx.GraphModule) -> fx.GraphModule:
 
 
 def _input_shape(program: torch.export.ExportedProgram) -> Sizes:
-    """Sizes of the one input; None where a size is free."""
+    """Sizes of the one input; None for a free size."""
     users = set(program.graph_signature.user_inputs)
     nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
     values = [node.meta["val"] for node in nodes]
@@ -189,14 +197,14 @@ def _input_shape(program: torch.export.ExportedProgram) -> Sizes:
         raise TargetError(
             f"the exported program takes {len(values)} inputs; a classifier takes one batch of inputs"
         )
-    sizes: tuple[object, ...] = tuple(
-        values[0].shape
-    )  # symbols where they are free, which torch does not annotate
+    sizes: tuple[object, ...] = tuple(values[0].shape)  # torch does not annotate the symbols of free sizes
     return tuple(size if isinstance(size, int) else None for size in sizes)
 
 
 def _takes_any_batch(net: nn.Module, size: int, shape: tuple[int | None, ...]) -> bool:
-    """Whether a program written for one batch size gives the same rows for others; slices cost many times as much."""
+    """Whether a program exported for one batch size gives equal rows for other sizes, because slices are many times
+    slower.
+    """
     if None in shape:
         return False
     slices = FixedBatch(net, size)
@@ -234,7 +242,7 @@ def _needs_trust(content: bytes) -> Iterator[str]:
 
 
 def _member_names(content: bytes) -> list[str]:
-    """Names of the members inside their one folder; torch finds them whatever their case, so none may differ by it."""
+    """Return the names of the members in their one folder. torch ignores case, so names may not differ by case only."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         parts = [name.partition("/") for name in archive.namelist()]
     folders, names = {folder for folder, _, _ in parts}, [name for _, _, name in parts]
@@ -246,7 +254,9 @@ def _member_names(content: bytes) -> list[str]:
 
 
 def _unsafe_tensors(entries: dict[str, Any]) -> Iterator[str]:
-    """Whatever is not stored as the bare bytes of a tensor is unpickled."""
+    """Yield the tensors that are not stored as plain bytes, because torch unpickles these, and names that are not
+    plain.
+    """
     for entry, how in entries.items():
         if how["use_pickle"] or not _TENSOR_FILE.fullmatch(how["path_name"]):
             yield f"the pickled tensor {entry[:60]!r}"
@@ -268,7 +278,10 @@ def _unsafe_pickle(content: bytes, name: str) -> Iterator[str]:
 
 
 def _unsafe_graph(value: Any, key: str) -> Iterator[str]:
-    """What of a graph torch would resolve, evaluate, or write into source code; `metadata` of strings is none of it."""
+    """Yield the parts of a graph that torch would resolve, evaluate or write into source code.
+
+    `metadata` of strings is not among them.
+    """
     if isinstance(value, dict):
         if key == "custom_obj_values" and value:
             yield "custom objects"
@@ -301,7 +314,7 @@ def _unsafe_text(key: str, text: str) -> Iterator[str]:
 
 
 def _plain_container(spec: dict[str, Any]) -> bool:
-    """Tuples, lists and dictionaries with names as keys; any other context may import a module."""
+    """Whether it is a tuple, a list or a dictionary with names as keys. Any other context may import a module."""
     if spec["type"] is None:
         return True
     context = json.loads(spec["context"])
@@ -318,5 +331,5 @@ def _harmless(expression: str) -> bool:
 
 
 def _quoted(word: str, expression: str) -> bool:
-    """Input names appear in guards as L['input'] only."""
+    """Whether an input name occurs in guards only as `L['input']`."""
     return expression.count(word) == expression.count(f"L['{word}']") and "__" not in word

@@ -1,4 +1,4 @@
-"""Calls the code that a user names on the command line: `file.py:factory`, with `--model-args` as its arguments."""
+"""Calls code that the user names on the command line as `file.py:factory`, with `--model-args` as its arguments."""
 
 import contextlib
 import hashlib
@@ -25,12 +25,12 @@ from holdfast.sources.inhand import LOADED
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 Model = nn.Module | Callable[..., Any] | Predictor
-"""What a factory may return, and a caller have in hand."""
+"""Types of models that a factory may return and that the Python functions accept."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """What a factory returned; digests of the code and of the files that its arguments named."""
+    """Return value of a factory, with digests of the code and of the files that its arguments name."""
 
     net: Model
     files: dict[str, str]
@@ -42,7 +42,7 @@ def names_code(address: str) -> bool:
 
 
 def build_from_file(address: str, arguments: Mapping[str, str]) -> Built:
-    """Import the file under a name of its own and call its factory with the converted arguments."""
+    """Import the file under a unique name and call its factory with the converted arguments."""
     file_name, _, factory_name = address.rpartition(":")
     path = readable_file(Path(file_name), "code file")
     with importable(path.parent):
@@ -55,14 +55,14 @@ def build_from_file(address: str, arguments: Mapping[str, str]) -> Built:
 def build(
     factory: Callable[..., object], arguments: Mapping[str, str], address: str, files: Mapping[str, str]
 ) -> Built:
-    """Call a factory with strings converted as it annotates them."""
+    """Call a factory with strings converted to the types of its annotations."""
     converted = converted_arguments(factory, arguments, address)
     try:
         net = factory(**converted)
     except (
         Exception,
         SystemExit,
-    ) as error:  # the user's code may raise anything; its own words say what it was
+    ) as error:  # the user's code may raise anything; its message is shown
         strings = [name for name, value in converted.items() if isinstance(value, str)]
         hint = (
             f" ({', '.join(strings)} came as text; annotate int or float to have numbers)" if strings else ""
@@ -83,7 +83,7 @@ def build(
 def converted_arguments(
     factory: Callable[..., object], arguments: Mapping[str, str], address: str
 ) -> dict[str, object]:
-    """The arguments with the types that the factory declares; strings where it declares none."""
+    """Return the arguments in the types that the factory declares, as strings where it declares none."""
     try:
         parameters = inspect.signature(factory, eval_str=True).parameters
     except (NameError, TypeError, ValueError) as error:
@@ -136,7 +136,7 @@ def _convert(text: str, annotation: object, name: str, address: str) -> object:
 
 
 def _import(path: Path, content: bytes) -> types.ModuleType:
-    """The module of a file, made of the bytes that were read of it."""
+    """Return the module of a file, compiled from the bytes that were already read."""
     name = f"{LOADED}{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or not isinstance(spec.loader, SourceFileLoader):
@@ -153,7 +153,7 @@ def _import(path: Path, content: bytes) -> types.ModuleType:
 
 
 def _told(error: BaseException, files: Iterable[str]) -> str:
-    """What was raised, in which line of the user's files and their neighbours, and what it says of itself."""
+    """Describe an exception: its type, the line in the user's files or other files of their folder, and its message."""
     own = {Path(name).resolve().parent for name in files}
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename).resolve().parent in own:
         return f"{type(error).__name__} in line {error.lineno} of {Path(error.filename).name}: {error.msg}"
@@ -167,7 +167,7 @@ def _told(error: BaseException, files: Iterable[str]) -> str:
 
 
 def _takes_nothing(function: object) -> bool:
-    """Whether it is a function that cannot be called with inputs, such as another factory."""
+    """Whether the object is a function that cannot be called with inputs, such as another factory."""
     if isinstance(function, nn.Module) or not callable(function):
         return False
     try:
@@ -189,7 +189,7 @@ def _factory(module: types.ModuleType, name: str, path: Path) -> Callable[..., o
     if not isinstance(found, type) and (
         isinstance(found, nn.Module) or (not callable(found) and isinstance(found, Predictor))
     ):
-        return lambda: found  # the network or the estimator itself
+        return lambda: found  # the name is the network or the estimator itself
     if not callable(found):
         raise UsageError(
             f"{name} in {str(path)!r} is {_described(found)}; a network or a function that returns one was expected"
@@ -203,7 +203,7 @@ def _is_own(value: object, module: types.ModuleType) -> bool:
 
 @contextlib.contextmanager
 def importable(folder: Path) -> Iterator[None]:
-    """Let a file in the folder import its neighbours, last on the path so that it shadows nothing."""
+    """Let a file in the folder import other files of it. The folder is last on the path, so that it shadows nothing."""
     entry = str(folder.resolve())
     sys.path.append(entry)
     try:

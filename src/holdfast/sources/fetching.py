@@ -1,4 +1,4 @@
-"""Brings data sets to this machine: from their official mirrors, or from a folder that has them already."""
+"""Copies data sets to this machine from their official mirrors or from a local folder."""
 
 import hashlib
 import os
@@ -19,16 +19,16 @@ from holdfast.sources.official import cifar_arrays, mnist_arrays, strip_arrays, 
 TIMEOUT_S = 60
 _CHUNK = 1 << 20
 Progress = Callable[[str, int, int], None]
-"""called with the file, the bytes so far, and all of them (0 where the server does not say)"""
+"""callback with the file, the bytes received so far and their total (0 if the server does not give it)"""
 
 
 def _silent(file: str, done: int, total: int) -> None:
-    """Report nothing."""
+    """Ignore the progress."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A data set that an import brought, and from which files."""
+    """A data set that was imported, and the files it was read from."""
 
     name: str
     path: Path
@@ -36,7 +36,7 @@ class Imported:
 
 
 def fetch(name: str, *, progress: Progress = _silent) -> Path:
-    """Download a data set from its official mirror, check it, and write it as `.npz`; present ones stay as they are."""
+    """Download a data set from its official mirror, check it, and write it as `.npz`. Existing files are kept."""
     entry = entry_of(name)
     target = data_folder() / entry.file
     if target.exists():
@@ -63,7 +63,7 @@ def fetch(name: str, *, progress: Progress = _silent) -> Path:
 
 
 def download(remote: Remote, target: Path, *, progress: Progress = _silent) -> None:
-    """Bring one file, going on where an earlier attempt stopped; only the right checksum puts it in place."""
+    """Download a file, continuing an interrupted download. It is put in place only if the checksum is right."""
     if target.exists() and _md5(target) == remote.md5:
         return
     partial = target.with_name(f"{target.name}.part")
@@ -80,7 +80,7 @@ def download(remote: Remote, target: Path, *, progress: Progress = _silent) -> N
 
 
 def import_folder(folder: Path) -> tuple[Imported, ...]:
-    """Fill the data folder with every data set of the catalogue that a folder holds; present ones are replaced."""
+    """Import every data set of the catalogue that a folder contains. Existing files in the data folder are replaced."""
     if not folder.is_dir():
         raise TargetError(
             f"{str(folder)!r} is no folder; one that holds {', '.join(_importable())} was expected"
@@ -105,11 +105,11 @@ def _importable() -> list[str]:
 
 
 def _files(folder: Path, entry: Entry) -> tuple[str, ...]:
-    """The files of a folder that make a data set, in the first form that is complete."""
+    """Return the files of a data set in a folder, in the first form that is complete; empty if none is."""
     for form in ((entry.file,), entry.parts):
         if form and all((folder / file).is_file() for file in form):
             return form
-    # MNIST and Fashion-MNIST publish files of the same names, so these are known by their checksums only.
+    # MNIST and Fashion-MNIST publish files with equal names, which only the checksums distinguish.
     official = [(folder / remote.file, remote.md5) for remote in entry.remotes]
     if official and all(path.is_file() and _md5(path) == md5 for path, md5 in official):
         return tuple(path.name for path, _ in official)
@@ -141,7 +141,7 @@ def _receive(remote: Remote, partial: Path, progress: Progress) -> None:
     request = urllib.request.Request(remote.url, headers={"Range": f"bytes={done}-"} if done else {})  # noqa: S310
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310 - addresses of the catalogue
-            if done and answer.status != 206:  # the server sends all of it again
+            if done and answer.status != 206:  # the server sends the whole file
                 done = 0
             total = done + int(answer.headers.get("Content-Length") or 0)
             with partial.open("ab" if done else "wb") as file:
@@ -152,7 +152,7 @@ def _receive(remote: Remote, partial: Path, progress: Progress) -> None:
             if done < total:
                 raise ConnectionError(f"it broke off after {megabytes(done)} of {megabytes(total)}")
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # all of it is here already; the checksum decides
+        if error.code == 416:  # the file is complete; the checksum decides
             return
         raise TargetError(f"{remote.url} answered {error.code} {error.reason}; try again later") from error
     except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:

@@ -1,4 +1,4 @@
-"""Files that a user names: found or refused with the reason, and digested."""
+"""Checks and digests of files that the user names."""
 
 import hashlib
 import os
@@ -10,18 +10,18 @@ from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.spelling import suggestion
 
 _SHOWN = 200
-"""characters that are shown of the reason"""
+"""number of characters of a reason that a message shows"""
 
 
 def existing(path: Path, what: str) -> Path:
-    """The path, if something is there; `what` names it in the error."""
+    """Return the path if it exists. The error contains `what` as its description."""
     if not path.exists():
         raise TargetError(f"{what} {str(path)!r} does not exist{_way_out(path)}")
     return path
 
 
 def readable_file(path: Path, what: str) -> Path:
-    """The path, if it is a file that can be read and is not empty; `what` names it in the error."""
+    """Return the path if it is a readable file that is not empty. The error contains `what` as its description."""
     if existing(path, what).is_dir():
         raise TargetError(f"{what} {str(path)!r} is a folder; a file was expected")
     if not path.is_file():
@@ -35,7 +35,7 @@ def readable_file(path: Path, what: str) -> Path:
 
 @contextmanager
 def reading(address: object) -> Iterator[None]:
-    """Within it, whatever a parser raises is an error of the file at an address: `TargetError` with the reason."""
+    """Convert every error of a parser within the block to a `TargetError` for the file, with the reason."""
     try:
         yield
     except HoldfastError:
@@ -55,13 +55,13 @@ def sha256_of_file(path: Path) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or nothing where no known name is near."""
+    """Return ` (did you mean 'x'?)`, or an empty text if no known name is similar."""
     offered = suggestion(name, known)
     return f" ({offered})" if offered else ""
 
 
 def megabytes(n_bytes: int) -> str:
-    """A size for people: 200 MB, 0.2 MB."""
+    """Size as text: 200 MB, 0.2 MB."""
     return f"{n_bytes / 1e6:,.0f} MB" if n_bytes >= 10_000_000 else f"{n_bytes / 1e6:.2g} MB"
 
 
@@ -71,5 +71,5 @@ def _way_out(path: Path) -> str:
     looked_in = f"; it was looked for in {str(path.parent.absolute())!r}"
     try:
         return nearest(path.name, (entry.name for entry in path.parent.iterdir())) or looked_in
-    except OSError:  # a folder that may be entered and not listed: no name to offer
+    except OSError:  # a folder that can be entered but not listed: there is no name to suggest
         return looked_in

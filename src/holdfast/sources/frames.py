@@ -1,4 +1,4 @@
-"""Data frames of pandas, read as a table of the same columns would be."""
+"""Reads pandas data frames in the same way as table files with the same columns."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,9 @@ _NAME = "the data frame"
 
 
 def is_frame(data: object) -> bool:
-    """Whether the data are a frame of pandas, or a pair of one and its labels; pandas is not imported for it."""
+    """Whether the data are a pandas frame, or a pair of a frame and its labels. pandas is not imported for the
+    check.
+    """
     pandas = sys.modules.get("pandas")
     first = data[0] if isinstance(data, tuple) and len(data) == 2 else data
     return pandas is not None and isinstance(first, pandas.DataFrame)
@@ -33,10 +35,10 @@ def open_frame(
     seed: int = 0,
     expected: Expected | None = None,
 ) -> Arrays:
-    """The examples of a frame with a label column, or of `(frame, labels)`: features as float32.
+    """Return the examples of a frame with a label column, or of `(frame, labels)`, with features as float32.
 
-    Raises `UsageError` and `TargetError` as a table does. Rows are taken in their order. Labels with the same index in
-    another order are refused, since they may be meant by index or by position.
+    Raises the same `UsageError` and `TargetError` as `open_table`. The order of the rows is kept. Labels with the same
+    index in another order are refused, because they could be matched by index or by position.
     """
     frame, labels = data if isinstance(data, tuple) else (data, None)
     names = [str(name) for name in frame.columns]
@@ -83,7 +85,7 @@ def _table(columns: Mapping[str, list[str]], label: str | None) -> Table:
 
 
 def _with_labels(columns: dict[str, list[str]], labels: Any, index: Any) -> tuple[str, dict[str, list[str]]]:
-    """The name of a column for the labels, and the columns with it."""
+    """Return the name of the label column and the columns including it."""
     values = labels if hasattr(labels, "isna") else np.asarray(labels)
     _refuse_other_order(index, values)
     if getattr(values, "ndim", 1) == 2 and values.shape[1] == 1:
@@ -111,6 +113,6 @@ def _refuse_other_order(index: Any, labels: Any) -> None:
 
 
 def _text(column: Any) -> list[str]:
-    """A column as text, a missing value as the empty text, as in a file."""
+    """A column as text; a missing value becomes the empty text, as in a file."""
     missing = np.asarray(column.isna()) if hasattr(column, "isna") else np.zeros(len(column), bool)
     return ["" if gone else str(value) for gone, value in zip(missing, np.asarray(column), strict=True)]

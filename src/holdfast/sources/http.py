@@ -1,7 +1,7 @@
-"""A classifier behind HTTP: by the Open Inference Protocol v2, or by a JSON template of the user's own.
+"""A classifier behind HTTP: called by the Open Inference Protocol v2 or by a JSON template of the user.
 
-KServe, "Open Inference Protocol (V2 Inference Protocol)", REST: `GET /v2/models/NAME[/versions/V]` says what the model
-takes and returns, `POST …/infer` asks it. Scores or labels come back, never gradients.
+KServe, "Open Inference Protocol (V2 Inference Protocol)", REST: `GET /v2/models/NAME[/versions/V]` describes inputs and
+outputs of the model, and `POST …/infer` sends inputs. The model returns scores or labels, without gradients.
 """
 
 import re
@@ -24,17 +24,17 @@ from holdfast.sources.served import Served
 
 _MODEL = re.compile(r"(?P<model>.*/v2/models/[^/]+(?:/versions/[^/]+)?)(?:/infer)?/?")
 _MOST_VALUES = 1 << 24
-"""of a batch whose size the server fixes, and so of a request"""
+"""maximum number of values of a request or of a batch whose size the server fixes"""
 _MOST_CLASSES = 1_000_000
 _SHOWN = 80
-"""characters of a shape that a message shows"""
+"""number of characters of a shape that a message shows"""
 _UNNAMED = "input-0"
-"""what an input is called that the metadata do not name; servers that name none ignore it"""
+"""name of an input that the metadata do not name; servers without names ignore it"""
 
 
 @dataclass(frozen=True)
 class HttpModel:
-    """A model behind HTTP, and what is to be said of it."""
+    """A model behind HTTP, with its properties and notes about it."""
 
     net: Served
     access: Access
@@ -42,7 +42,7 @@ class HttpModel:
     classes: int | None
     batches: Batches | None
     digest: str
-    """of its address, of what its server says of it and of how it is asked: more cannot be digested"""
+    """digest of the address, the server's metadata and the request format; the weights are not accessible"""
     notes: tuple[str, ...]
 
 
@@ -54,9 +54,9 @@ def open_http(
     *,
     declared: bool = False,
 ) -> HttpModel:
-    """Get to know the model at an address; `UsageError` unless its host is allowed.
+    """Query the properties of the model at an address. Raises `UsageError` unless its host is allowed.
 
-    `names` are those of the classes, in their order. `declared` says that the model's output is declared as scores.
+    `names` are the class names in their order. `declared` states that the output of the model is declared as scores.
     """
     parts = _parts(address, remote)
     client = Client(parts, remote)
@@ -99,7 +99,7 @@ def _parts(address: str, remote: Remote) -> SplitResult:
 
 @dataclass(frozen=True)
 class _Way:
-    """How a model behind HTTP is asked, and what its server says of it."""
+    """Request format of a model behind HTTP, and the properties that its server declares."""
 
     path: str
     form: Shaped | Template
@@ -111,7 +111,7 @@ class _Way:
 
 def _digest(address: str, way: _Way, remote: Remote, names: Sequence[str] | None) -> str:
     identity: list[Any] = [address, way.known, remote.request, remote.response, way.labels]
-    # a template may find scores by the names of their classes
+    # a template may find scores by class name
     named = way.labels or isinstance(way.form, Template)
     return digest(canonical([*identity, list(names)] if named and names is not None else identity))
 
@@ -135,7 +135,9 @@ def _way(client: Client, parts: SplitResult, remote: Remote, address: str, *, de
 
 
 def _own_path(path: str, address: str) -> str:
-    """The path of a model of the Open Inference Protocol, without the verb."""
+    """Return the path of a model of the Open Inference Protocol without the verb. Raises `UsageError` for other
+    paths.
+    """
     named = _MODEL.fullmatch(path)
     if named is None:
         raise UsageError(
@@ -146,7 +148,7 @@ def _own_path(path: str, address: str) -> str:
 
 
 def _expected(classes: int | None, names: Sequence[str] | None) -> int | None:
-    """The number of classes that is declared."""
+    """Return the declared number of classes, or None."""
     if classes is not None and names is not None and len(names) != classes:
         raise UsageError(
             f"--classes is {classes}, and --class-names names {len(names)}; give one name for each class, or leave "
@@ -165,7 +167,7 @@ def _number_of_labels(expected: int | None) -> int:
 
 
 def _metadata(answer: Any, masked: Callable[[str], str]) -> dict[str, Any]:
-    """Of what a server says of a model, what names it and its tensors, without secrets that it repeats."""
+    """Return the names and the tensors of a model from the server's metadata, with secrets removed."""
     if not isinstance(answer, Mapping):
         raise TargetLost(
             "the server describes the model by no JSON object, as the Open Inference Protocol does"
@@ -192,7 +194,7 @@ def _tensors(answer: Mapping[str, Any], key: str, masked: Callable[[str], str]) 
 def _shaped(
     known: Mapping[str, Any], remote: Remote, *, declared: bool
 ) -> tuple[Shaped, bool, int | None, tuple[str, ...]]:
-    """How the model is asked, whether it answers with labels, with how many classes, and what is to be said of it."""
+    """Return the request format, whether the model returns labels, its number of classes, and notes."""
     inputs, output = known["inputs"], _output(known["outputs"], remote)
     front = "put a function in front of it with file.py:factory"
     if len(inputs) > 1:
@@ -224,7 +226,7 @@ def _shaped(
 
 
 def _number_of_classes(scores: int) -> int:
-    """How many classes so many scores are of; `TargetError` for more than any classifier has."""
+    """Return the number of classes for a number of scores. Raises `TargetError` for an implausibly large number."""
     if scores > _MOST_CLASSES:
         raise TargetError(
             f"the server says that the model returns {str(scores)[:_SHOWN]} scores; at most {_MOST_CLASSES:,} were "
@@ -234,13 +236,13 @@ def _number_of_classes(scores: int) -> int:
 
 
 def _of_labels(output: Mapping[str, Any], *, declared: bool) -> bool:
-    """Whether an output holds classes: text, or one whole number a row that is not declared as a score."""
+    """Whether an output contains classes: text, or one whole number a row that is not declared as a score."""
     several = len(output["shape"]) == 2 and output["shape"][1] > 1
     return output["datatype"] in TEXT or (output["datatype"] in WHOLE and not several and not declared)
 
 
 def _output(outputs: list[dict[str, Any]], remote: Remote) -> dict[str, Any] | None:
-    """The output that is asked for: the one named, else the first of scores, of class numbers, or of class names."""
+    """Return the requested output, else the first output with scores, with class numbers, or with class names."""
     if not outputs:
         return None
     names = [each["name"] for each in outputs]

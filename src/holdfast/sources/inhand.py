@@ -1,8 +1,9 @@
-"""What a network or a function in hand is known by: its weights, its plain attributes and its compiled code.
+"""Digest of a network or a function given as a Python object: its weights, plain attributes and compiled code.
 
-Compiled code is what runs, even where no source is left or the file was edited since; it differs between versions of
-Python. What a function refers to is followed through closures, defaults and globals, as far as networks, functions,
-tensors and plain values go. Lists and the like, which functions write their notes to, are not looked into.
+The compiled code is digested because it is what runs, even if the source is missing or was edited. It differs between
+versions of Python. Objects that a function refers to are followed through closures, defaults and globals, if they are
+networks, functions, tensors or plain values. Lists and other containers, in which functions may record results, are not
+digested.
 """
 
 import hashlib
@@ -18,30 +19,32 @@ from torch import Tensor, nn
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 _FOLLOWED = (FunctionType, MethodType, partial, nn.Module, type)
 _NOT_THEIRS = frozenset({"torch", "numpy", "keras", "sklearn", "xgboost", *sys.stdlib_module_names})
-"""Packages whose code is known by its name: a run names the versions, and a resume needs the same."""
+"""Packages whose code is identified by name: a run stores their versions, and resuming requires equal ones."""
 LOADED = "holdfast_user_"
-"""How the modules begin that are made of files a user names: the rest of their name is where the file lies."""
+"""Prefix of the names of modules that are loaded from files of the user. The rest is a digest of the path."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def digest_in_hand(net: nn.Module | Callable[..., Any]) -> str:
-    """SHA-256 in hex; the same for the same network in another process, with other threads and on other devices."""
+    """Return the SHA-256 in hex, equal for the same network in other processes, with other threads and on other
+    devices.
+    """
     sha, found = hashlib.sha256(), _Found([net])
-    for value in found.left:  # it grows meanwhile
+    for value in found.left:  # the list grows during the loop
         for part in _entered(value, found):
             sha.update(f"{len(part)} ".encode() + part)
     return sha.hexdigest()
 
 
 class _Found:
-    """What is to be entered, each thing once, in the order in which it was met."""
+    """Objects to digest, each once, in the order of their discovery."""
 
     def __init__(self, left: list[Any]) -> None:
         self.left = left
         self.places = {id(value): place for place, value in enumerate(left)}
 
     def met(self, value: Any) -> bytes:
-        """The place of a thing in that order."""
+        """Return the index of an object in that order, and append a new object."""
         if id(value) not in self.places:
             self.places[id(value)] = len(self.left)
             self.left.append(value)
@@ -49,7 +52,10 @@ class _Found:
 
 
 def _parts(value: Any, found: _Found) -> Iterator[bytes]:
-    """What is told of a value where it is met; a function, a class or a network is entered later."""
+    """Yield the bytes of a value.
+
+    For a function, a class or a network it is a reference, and its content follows later.
+    """
     if isinstance(value, _PLAIN):
         yield f"{type(value).__name__} {value!r}".encode()
     elif isinstance(value, tuple | frozenset):
@@ -107,7 +113,7 @@ def _function(function: FunctionType, found: _Found) -> Iterator[bytes]:
 
 
 def _referred(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """What a function looks up: closures, globals, and what it takes from modules that are its author's."""
+    """Yield the objects that a function looks up: closures, globals, and attributes of modules of the same author."""
     names = sorted(name for name in _names(function.__code__) if not name.startswith("__"))
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         yield name, _content(cell)
@@ -119,7 +125,7 @@ def _referred(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _names(code: CodeType) -> set[str]:
-    """Names that a function and those inside it look up."""
+    """Names that a function and its inner functions look up."""
     inner = [const for const in code.co_consts if isinstance(const, CodeType)]
     return set(code.co_names).union(*map(_names, inner))
 
@@ -146,7 +152,10 @@ def _module(net: nn.Module, found: _Found) -> Iterator[bytes]:
 
 
 def _attributes(holder: Any, found: _Found) -> Iterator[bytes]:
-    """Public attributes that decide what is computed; the mode is set by the run."""
+    """Yield the public attributes and hooks, which affect the computation.
+
+    The mode is left out, because the run sets it.
+    """
     for name, value in sorted(getattr(holder, "__dict__", {}).items()):
         if name in _HOOKS:
             yield from _parts(tuple(value.values()), found)
@@ -156,7 +165,7 @@ def _attributes(holder: Any, found: _Found) -> Iterator[bytes]:
 
 
 def _class(cls: type, found: _Found) -> Iterator[bytes]:
-    """The methods and settings of a class, and of those that it builds upon."""
+    """Yield the methods and settings of a class and references to its base classes."""
     yield f"{'' if cls.__module__.startswith(LOADED) else cls.__module__}.{cls.__qualname__}".encode()
     if _not_theirs(cls.__module__):
         return

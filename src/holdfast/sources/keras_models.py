@@ -1,4 +1,4 @@
-"""Models of Keras 3 on its torch back end: networks of torch that declare a layout and a last activation."""
+"""Models of Keras 3 with its torch back end, as torch networks with a declared layout and output."""
 
 import re
 import warnings
@@ -14,7 +14,7 @@ from holdfast.sources.adapted import Adapted
 
 
 class KerasNet(nn.Module):
-    """A Keras model that is called in the mode of the module: dropout and batch norm learn in train mode alone."""
+    """A Keras model that runs in the mode of the module: dropout and updates of batch norm need train mode."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -22,20 +22,20 @@ class KerasNet(nn.Module):
         self.name = type(model).__qualname__
 
     def forward(self, x: Tensor) -> Tensor:
-        """The outputs of the model."""
+        """Outputs of the model."""
         try:
             outputs: Tensor = self.model(x, training=self.training)
-        except (ValueError, RuntimeError) as error:  # of an input or a layer that does not fit
+        except (ValueError, RuntimeError) as error:  # raised by an input or a layer of another shape
             error.args = (plainly(str(error)),)
             raise
         return outputs
 
     def __deepcopy__(self, memo: dict[int, object]) -> "KerasNet":
-        """The same layers with weights of their own; the copy of Keras itself would go through a file."""
+        """Return a copy with the same layers and its own weights. The copy function of Keras would write a file."""
         import keras
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Keras reads its numbers in a way that numpy deprecates
+            warnings.simplefilter("ignore")  # Keras converts numbers in a way that numpy deprecates
             model = keras.models.clone_model(self.model)
         with torch.no_grad():
             for mine, theirs in zip(model.variables, self.model.variables, strict=True):
@@ -48,11 +48,11 @@ class KerasNet(nn.Module):
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _TENSOR = re.compile(r"\s*\btensor\(\[.*?\](?:, [^()]*)?\)", re.DOTALL)
 _LONGEST = 300
-"""letters of an error of Keras that are kept"""
+"""maximum number of characters of an error of Keras that are kept"""
 
 
 def plainly(said: str) -> str:
-    r"""The first line of what an error of Keras says, without the layer's name, colours and values of tensors.
+    r"""First line of an error of Keras, without the layer's name, colours and values of tensors.
 
     >>> plainly("Exception encountered when calling A\n\n\x1b[1mshapes (4, 2) and (3, 1)\x1b[0m\n\nArguments: x")
     'shapes (4, 2) and (3, 1)'
@@ -68,7 +68,7 @@ def plainly(said: str) -> str:
 
 
 def adapted_keras(model: Any) -> Adapted:
-    """A Keras model as a network, with its layout and whether it ends in probabilities.
+    """Return a Keras model as a network, with its layout and whether its outputs are probabilities.
 
     Raises `TargetError` for another back end than torch, and for a model without weights.
     """
@@ -89,7 +89,7 @@ def adapted_keras(model: Any) -> Adapted:
 
 
 def _layout(model: Any, keras: Any) -> Layout | None:
-    """Where images (height, width, channels) or volumes have their channels, as the layers that see them declare."""
+    """Layout of images or volumes according to the layers of the model; None for other inputs."""
     shape = getattr(model, "input_shape", None)
     if not isinstance(shape, tuple) or len(shape) not in (4, 5):
         return None
@@ -101,7 +101,7 @@ def _layout(model: Any, keras: Any) -> Layout | None:
 
 
 def _output(model: Any, keras: Any) -> OutputKind | None:
-    """Whether the last layer makes probabilities; None where it does not, or a class of the user's own computes it."""
+    """Return `probability` if the last layer computes probabilities. None if not, or for a user-defined class."""
     if len(getattr(model, "outputs", None) or ()) != 1:
         return None
     last = model.layers[-1]  # layers are in the order of the graph

@@ -1,7 +1,7 @@
-"""The one rule for the layout of arrays: what is declared, else what the network takes; never a guess.
+"""Determines the layout of arrays: the declared one, else the one that the network accepts, without guessing.
 
-Inside Holdfast images have their channels first. A reading says how stored axes become inputs, and in which layout the
-network is given them.
+Inside Holdfast the channels of images come first. A reading defines how stored axes become inputs, and in which layout
+the network gets them.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ from holdfast.core.types import Layout, Logits
 from holdfast.sources.probing import HWC_NOTE, Probe
 
 CHANNELS = (1, 3, 4)
-"""grey, colour, colour with transparency: sizes of an axis that may be that of the channels"""
+"""sizes of an axis that may be the channels: grey, colour, colour with transparency"""
 _SAME = 1e-5
-"""largest difference between outputs that count as equal, as a share of the largest output"""
+"""largest difference, relative to the largest output, between outputs that count as equal"""
 MOVED_NOTE = "the channels came last and were put first"
 INSERTED_NOTE = "the network takes an axis of channels, so one of size 1 was inserted"
 
@@ -29,27 +29,29 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read an array (N, ...) as inputs."""
+    """One way to interpret the axes of an array (N, ...) as inputs."""
 
     stored: Layout
-    """of the array"""
+    """layout of the array"""
     network: Layout | None = None
-    """of what the network is given, where it is not that of the inputs"""
+    """layout of the network's inputs, if it differs from that of the inputs in Holdfast"""
     inserted: bool = False
-    """an axis of one channel is put before the others of an example, as signals (N, L) and volumes (N, D, H, W) need"""
+    """whether an axis with one channel is inserted before the others, as for signals (N, L) and volumes (N, D, H, W)"""
 
     def inputs(self, x: Array) -> Array:
-        """The array with its axes in the order of the inputs; a view."""
+        """Return a view of the array with its axes in the order of the inputs."""
         if self.inserted:
             return x[:, None]
         if self.stored == "asis" or x.ndim not in (3, 4, 5):
             return x
-        if self.stored == "hwc":  # of rank 3 a signal (N, length, channels)
+        if self.stored == "hwc":  # an array of rank 3 is a signal (N, length, channels)
             return np.moveaxis(x, -1, 1)
         return x[:, None] if x.ndim == 3 else x
 
     def array(self, x: Array, rank: int) -> Array:
-        """Inputs with their axes as those of the array, of so many axes, that they were read from; a view."""
+        """Return a view of inputs with the axes of the original array, which has `rank` axes. The inverse of
+        `inputs`.
+        """
         if self.inserted:
             return x[:, 0]
         if self.stored == "asis" or rank not in (3, 4, 5):
@@ -59,13 +61,13 @@ class Reading:
         return x[:, 0] if rank == 3 else x
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Of one example as the network is given it, for an array of that shape."""
+        """Shape of one example in the layout of the network, for an array of that shape."""
         first = self.inputs(np.empty((1, *shape[1:]), dtype=bool)).shape[1:]
         return (*first[1:], first[0]) if self.network == "hwc" else first
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is worth saying of it."""
+        """Notes about the reading for the report."""
         moved = (MOVED_NOTE,) if self.stored == "hwc" else ()
         inserted = (INSERTED_NOTE,) if self.inserted else ()
         return (*moved, *inserted, *((HWC_NOTE,) if self.network == "hwc" else ()))
@@ -79,12 +81,12 @@ def reading_of(
     y: Tensor,
     name: str,
 ) -> Reading:
-    """How the array of that shape (N, ...) is read.
+    """Return how an array of that shape (N, ...) is read.
 
-    `rows` gives some examples under a reading, and `y` their labels, which are used for the message alone. A declared
-    layout decides, then the layout that the model's file declares, then the network: of the readings that it takes,
-    those with equal outputs count as one. Raises `UsageError` for a declared layout of no image, `TargetError` where
-    several readings are left, or none.
+    `rows` returns some examples under a reading. `y` are their labels, which are used only in the message. A declared
+    layout takes precedence, then the layout that the model's file declares, then the layouts that the network accepts,
+    where those with equal outputs count as one. Raises `UsageError` if a layout of images is declared for an array of
+    another rank, and `TargetError` if several readings remain, or none.
     """
     if declared is not None:
         _refuse_no_image(shape, declared, name)
@@ -99,7 +101,7 @@ def reading_of(
         taken = taken or _taken(readings, probe, rows)
     if not taken:
         if len(first) == 1:
-            return first[0]  # the run asks again, and says what is wrong
+            return first[0]  # the run calls the model again, and reports the error
         tried = ", ".join(str(reading.shape(shape)) for readings in (first, *others) for reading in readings)
         raise TargetError(
             f"the inputs of {name} have shape {tuple(shape)}, and the model takes an example in none of the shapes "
@@ -115,7 +117,10 @@ def reading_of(
 def _channels_last(
     shape: Sequence[int], probe: Probe | None, rows: Callable[[Reading], Tensor], name: str
 ) -> Reading:
-    """Of rank 3, grey images have no axis of channels, and signals (N, length, channels) have theirs last."""
+    """Return how an array of rank 3 is read under `--layout hwc`.
+
+    Grey images have no axis of channels, and in signals (N, length, channels) it is the last one.
+    """
     grey, signal = Reading("chw"), Reading("hwc")
     if probe is None or probe.model.remote:
         return grey
@@ -140,7 +145,9 @@ def _refuse_no_image(shape: Sequence[int], declared: Layout, name: str) -> None:
 
 
 def _candidates(shape: tuple[int, ...], network: Layout | None) -> list[list[Reading]]:
-    """Readings in the order of preference: those that are usual, then those that are tried where none before fits."""
+    """Return groups of readings in the order of preference. A group is tried if no reading of the previous ones
+    fits.
+    """
     inserted = [] if network or len(shape) not in (2, 4) else [[Reading("asis", inserted=True)]]
     if network == "asis" or len(shape) not in (3, 4, 5):
         return [[Reading("asis")], *inserted]
@@ -152,7 +159,7 @@ def _candidates(shape: tuple[int, ...], network: Layout | None) -> list[list[Rea
     if network and may_be_first != may_be_last:
         return [[last if may_be_last else plain]]
     if may_be_first and len({*shape[2:]}) == 1 and len({*shape[1:-1]}) > 1:
-        may_be_last = False  # (1, 4, 4) is a square grey image, and no image of 1 x 4 with four channels
+        may_be_last = False  # (1, 4, 4) is a square grey image, not an image of 1 x 4 with four channels
     usual = [plain] if not may_be_last else [plain, last] if may_be_first else [last, plain]
     turned = [] if network else [Reading("chw", "hwc")]
     return [usual, [*turned, *([] if may_be_last else [last])], *inserted]
@@ -161,9 +168,9 @@ def _candidates(shape: tuple[int, ...], network: Layout | None) -> list[list[Rea
 def _taken_whole(
     groups: Sequence[Sequence[Reading]], probe: Probe, rows: Callable[[Reading], Tensor]
 ) -> list[tuple[Reading, Logits]]:
-    """The first readings that the network takes as whole batches.
+    """Return the readings of the first group that the network accepts as whole batches.
 
-    One example at a time is no test: torch takes (1, length) as a signal of one channel without its batch.
+    Single examples are no reliable test: torch takes (1, length) as a signal of one channel without a batch axis.
     """
     for readings in groups:
         taken = _taken(readings, probe, rows, whole=True)
@@ -184,7 +191,7 @@ def _taken(
 
 
 def _distinct(taken: list[tuple[Reading, Logits]]) -> list[tuple[Reading, Logits]]:
-    """Of the readings with equal outputs the first."""
+    """Return one reading, the first, of each set of readings with equal outputs."""
     kept: list[tuple[Reading, Logits]] = []
     for reading, outputs in taken:
         if not any(_equal(outputs, other) for _, other in kept):
@@ -200,7 +207,7 @@ def _equal(first: Logits, second: Logits) -> bool:
 
 
 def _as_image(reading: Reading, shape: Sequence[int], probe: Probe) -> Reading:
-    """The same inputs to the network; images whose channels are last have them first inside Holdfast."""
+    """Return an equivalent reading in which images with the channels last have them first inside Holdfast."""
     image = len(shape) in (4, 5) and shape[1] not in CHANNELS and shape[-1] in CHANNELS
     if reading == Reading("chw") and image and probe.own.layout is None:
         return Reading("hwc", "hwc")
@@ -221,5 +228,5 @@ def _ambiguous(shape: Sequence[int], distinct: Sequence[tuple[Reading, Logits]],
 
 
 def _flag(reading: Reading, shape: Sequence[int]) -> Layout:
-    """What declares a reading: `asis` says it best where the axes stay as they are."""
+    """Value of `--layout` that declares a reading: `asis` if the axes stay as they are."""
     return "asis" if reading.stored == "chw" and len(shape) > 3 else reading.stored

@@ -1,4 +1,4 @@
-"""What a Python caller has in hand, as a data set: tensors, arrays, loaders and datasets of torch."""
+"""Data sets from Python objects: tensors, arrays, torch loaders and torch datasets."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,7 +14,7 @@ from holdfast.sources.class_numbers import numbered
 from holdfast.sources.expected import Expected
 
 _BATCH = 256
-"""items of a dataset that are read at once"""
+"""number of items of a dataset that are read at a time"""
 
 
 def as_data(
@@ -25,11 +25,11 @@ def as_data(
     expected: Expected | None = None,
     n: int | None = None,
 ) -> Data:
-    """A data set from `(x, y)`, from a loader or a dataset of pairs, or the data set that was given.
+    """Return a data set from `(x, y)`, or from a loader or dataset of pairs. A `Data` object is returned unchanged.
 
-    Tensors keep their layout whatever their type, and float32 and float64; numpy arrays are read as an `.npz` would
-    be. Labels that are text are names of classes. A loader is read once, into memory, up to its first `n` examples
-    where that is given. `expected` says what the data must be like.
+    Tensors keep their layout whatever their type, and keep float32 and float64. numpy arrays are read as in an `.npz`
+    file. Text labels are class names. A loader is read once, into memory, and only up to its first `n` examples if `n`
+    is given. `expected` declares properties of the data.
     """
     expected = expected or Expected()
     if y is None:
@@ -56,7 +56,10 @@ def as_data(
 
 
 def _introduced(data: Data, expected: Expected) -> Data:
-    """A data set of the caller's own, which is read as it reads itself."""
+    """Return a data set of the caller's own class, which reads itself.
+
+    Raises `UsageError` if a normalisation or a layout is declared.
+    """
     if expected.normalised is not None or expected.layout is not None:
         raise UsageError(
             f"{data.name} reads itself, as a {type(data).__name__}, so neither data_normalised nor layout applies; "
@@ -69,7 +72,7 @@ def _introduced(data: Data, expected: Expected) -> Data:
 
 
 def _gathered(pairs: object, n: int | None) -> tuple[object, object]:
-    """Inputs and labels of the batches of a loader, or of the items of a dataset, until there are `n` examples."""
+    """Return inputs and labels from the batches of a loader or the items of a dataset, up to at least `n` examples."""
     if isinstance(pairs, torch.utils.data.Dataset):
         pairs = torch.utils.data.DataLoader(pairs, batch_size=_BATCH if n is None else min(n, _BATCH))
     if not isinstance(pairs, Iterable):
@@ -97,7 +100,7 @@ def _gathered(pairs: object, n: int | None) -> tuple[object, object]:
 
 
 def as_array(values: object, what: str) -> Array:
-    """Values in hand as an array of numpy, half precision as float32; `what` names them in a `TargetError`."""
+    """Return values as a numpy array, with half precision as float32. A `TargetError` contains `what` as their name."""
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         return np.asarray(values.float() if values.dtype in (torch.bfloat16, torch.float16) else values)

@@ -1,4 +1,4 @@
-"""Opens a model from the address that a user gives, whatever its form, and says how it was done."""
+"""Opens a model in any supported form from its address, and describes how it was opened."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -29,11 +29,11 @@ from holdfast.sources.remote import SCHEMES, Remote
 from holdfast.sources.weights import fit_weights, read_state_dict, refuse_misfit
 
 _SPARE = 1_000
-"""parameters that a network asked for may have more than its file, so that the message names those that are missing"""
+"""how many more parameters than the file a requested network may have, so that the message can list the missing ones"""
 BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled"
 STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ts", ".model", ".ckpt", ".bin")
 ROTATING = "rotating:"
-"""How the address of a pool begins, whose serving set is the model."""
+"""Prefix of the address of a pool. The model is the serving set of the pool."""
 _FORMS = (
     "a bundled name, file.py:factory, .safetensors or .pt with --arch, .onnx, .pt2, .skops, .json or .ubj of XGBoost, "
     "or a URL with --allow-host"
@@ -42,34 +42,34 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A classifier ready to be attacked, and what the evidence must say of where it came from."""
+    """A classifier that is ready for attacks, with the properties of its source that the evidence records."""
 
     model: Classifier
     name: str
-    """the address as it was given"""
+    """the address as it was given by the user"""
     how: str
-    """the form it was opened as: `safetensors`, `onnx`, `code` …"""
+    """the form in which it was opened: `safetensors`, `onnx`, `code` …"""
     files: Mapping[str, str]
     """SHA-256 of every file that was read, by its path as given"""
     notes: tuple[str, ...] = ()
-    """said in the report"""
+    """notes for the report"""
     architecture: Mapping[str, Any] = field(default_factory=dict)
-    """`architecture` and `arguments`, where it is one of the catalogue: what a weights file may say of itself"""
+    """`architecture` and `arguments` for the metadata of a weights file, if the network is in the catalogue"""
 
     @property
     def access(self) -> Access:
-        """The most that the target gives."""
+        """Highest access that the target allows."""
         return self.model.access
 
     @property
     def digest(self) -> str:
-        """One SHA-256 over the contents of all files, in hex; moving them does not change it."""
+        """SHA-256 over the contents of all files, in hex. It does not depend on their paths."""
         return hashlib.sha256("\n".join(sorted(self.files.values())).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Declared:
-    """What is declared of the model's input and output; None where the file knows it or the default will do."""
+    """Declared properties of the model's input and output. None means that the file or the default decides."""
 
     bounds: Bounds | None = None
     mean: Sequence[float] | None = None
@@ -77,20 +77,20 @@ class Declared:
     classes: int | None = None
     output: OutputKind | None = None
     layout: Layout | None = None
-    """that the network takes"""
+    """layout that the network takes"""
     class_names: tuple[str, ...] | None = None
     normalised: Normalisation | None = None
-    """of the data: a model without preprocessing of its own gets it inside"""
+    """normalisation of the data; a model without preprocessing applies it to its inputs"""
     input_shape: Sequence[int] | None = None
-    """of one example, where an ONNX file leaves it free"""
+    """shape of one example, if an ONNX file leaves it open"""
     class_labels: tuple[int, ...] | None = None
-    """of the data, where the classes have others than 0, 1, 2, …"""
+    """class labels of the data, if they are other than 0, 1, 2, …"""
 
     def wrap(self, net: Model, *, access: Access = "gradients", batches: Batches | None = None) -> Classifier:
-        """The network with bounds and preprocessing; a `Classifier` of a factory keeps what is not declared.
+        """Return the network as a classifier with bounds and preprocessing.
 
-        An estimator, or a model of Keras, declares what it knows of itself. Raises `TargetError` for an estimator that
-        is no fitted classifier.
+        If a factory returned a `Classifier`, its values are kept where nothing is declared. An estimator or a Keras
+        model declares its own properties. Raises `TargetError` for an estimator that is not a fitted classifier.
         """
         if isinstance(net, Classifier):
             return self.over(net).wrap(net.net, access=net.access, batches=net.batches)
@@ -118,7 +118,7 @@ class Declared:
         return model
 
     def of(self, found: Adapted) -> Classifier:
-        """What another library made, as a classifier."""
+        """Return a model of another library as a classifier."""
         known = Declared(
             classes=found.classes,
             output=found.output,
@@ -131,7 +131,7 @@ class Declared:
         return model
 
     def over(self, other: Classifier) -> "Declared":
-        """These, with the classifier's own values where nothing is declared."""
+        """Return these declarations, completed by the values of the classifier."""
         mean = None if other.mean is None else other.mean.tolist()
         std = None if other.std is None else other.std.tolist()
         known = (other.classes, other.output, other.layout, other.class_names)
@@ -139,14 +139,14 @@ class Declared:
         return self.filled(Declared(other.bounds, mean, std, *known, class_labels=labels))
 
     def filled(self, known: "Declared") -> "Declared":
-        """These, with what is known where nothing is declared."""
+        """Return these declarations, completed by `known`."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(known, **{name: value for name, value in own.items() if value is not None})
 
 
 @dataclass(frozen=True)
 class _Opening:
-    """Everything that a form of address may need."""
+    """All options for opening a model."""
 
     address: str
     arch: str | None
@@ -165,7 +165,7 @@ def open_model(
     trust_code: bool = False,
     remote: Remote | None = None,
 ) -> OpenedModel:
-    """Open the model at an address; raises `UsageError` or `TargetError` with the way out."""
+    """Open the model at an address. Raises `UsageError` or `TargetError` with advice."""
     said = declared or Declared()
     if said.input_shape is not None and Path(address).suffix != ".onnx":
         raise UsageError(
@@ -187,7 +187,7 @@ def open_model(
 
 
 def bundled_models() -> dict[str, Path]:
-    """Names of the models that the package brings, with their files."""
+    """Return the names of the models in the package, with their files."""
     return {path.stem: path for path in sorted(BUNDLED_FOLDER.glob("*.safetensors"))}
 
 
@@ -212,7 +212,7 @@ def _open_code(opening: _Opening) -> OpenedModel:
         )
     built = build_from_file(opening.address, opening.arguments)
     model = opening.declared.wrap(built.net)
-    # The code may read weights that no argument names, so the tensors themselves are digested too.
+    # The code may read weights that no argument names; therefore the tensors are digested too.
     net = built.net if isinstance(built.net, nn.Module) else model.net
     if isinstance(net, nn.Module) and not isinstance(net, Estimator):
         whole = sha256_of_state(net)
@@ -242,7 +242,7 @@ def _open_state_dict(opening: _Opening, path: Path) -> OpenedModel:
 
 
 def _open_trusted(opening: _Opening, path: Path) -> OpenedModel:
-    """A file whose code runs: a network by itself, or weights beside other objects."""
+    """Open a file that runs code: a whole network, or weights with other objects."""
     from holdfast.sources.trusted import open_trusted  # late: few files run code
 
     found, how, digest = open_trusted(path)
@@ -256,7 +256,7 @@ def _open_trusted(opening: _Opening, path: Path) -> OpenedModel:
 def _filled(
     opening: _Opening, weights: Weights, metadata: Mapping[str, Any], how: str, digest: str
 ) -> OpenedModel:
-    """The architecture with the weights in it."""
+    """Return the architecture with the weights loaded."""
     built, known = _architecture(opening, metadata, weights)
     net = built.net.net if isinstance(built.net, Classifier) else built.net
     if not isinstance(net, nn.Module):
@@ -274,7 +274,7 @@ def _filled(
 
 
 def _catalogued(opening: _Opening, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a weights file of the same network may say of itself; nothing of code."""
+    """Return the architecture for the metadata of a weights file; empty for networks from the user's code."""
     if opening.arch is not None and names_code(opening.arch):
         return {}
     said = {name: int(value) for name, value in opening.arguments.items()}
@@ -283,7 +283,7 @@ def _catalogued(opening: _Opening, metadata: Mapping[str, Any]) -> Mapping[str, 
 
 
 def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weights) -> tuple[Built, Declared]:
-    """The network to fill: the user's where `--arch` is given, else the catalogue's that the file names."""
+    """Return the network for the weights: from `--arch` if given, else from the catalogue by the name in the file."""
     from holdfast.sources.architectures import ARCHITECTURES  # late: nothing else needs the catalogue
 
     if opening.arch is not None and names_code(opening.arch):
@@ -303,7 +303,7 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
     if opening.arguments or opening.arch is not None:
         factory, address = ARCHITECTURES[name], f"--arch {name}"
         make = partial(factory, **converted_arguments(factory, opening.arguments, address))
-        with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # raised again, and worded, below
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # raised again below
             refuse_misfit(make, weights, repr(opening.address), spare=_SPARE)
         return build(factory, opening.arguments, address, {}), _known(metadata)
     try:

@@ -1,4 +1,4 @@
-"""Reads `.npz` archives member by member: nothing is unpickled, and nothing is larger than its header says."""
+"""Reads `.npz` archives member by member, without pickle and within the sizes that the headers declare."""
 
 import zipfile
 import zlib
@@ -17,14 +17,14 @@ from holdfast.sources.files import megabytes, nearest, readable_file
 from holdfast.sources.limited.limits import MEMORY, requested_memory
 
 MAX_BYTES = 16 * 2**30
-"""arrays of one archive, together, once inflated"""
+"""total size of the arrays of one archive after decompression"""
 _SMALL, _RATIO = 2**30, 200
-"""beyond a gibibyte, data that shrank more than two-hundredfold is no data"""
+"""an archive above a gibibyte with a compression ratio above 200 is treated as a decompression bomb"""
 _DAMAGE = (zipfile.BadZipFile, zlib.error, LZMAError, EOFError, ValueError, OSError, NotImplementedError)
 
 
 class Npz:
-    """An archive whose directory was read and found reasonable."""
+    """An archive whose directory was read and checked."""
 
     def __init__(self, path: Path) -> None:
         self.path = readable_file(path, "data file")
@@ -54,16 +54,16 @@ class Npz:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The arrays that it holds."""
+        """Names of the arrays in the archive."""
         return tuple(self._sizes)
 
     def rows(self, name: str) -> int:
-        """Length of an array, from its header alone."""
+        """Length of an array, read from its header."""
         shape, *_ = self._read(name, 0)
         return shape[0] if shape else 0
 
     def array(self, name: str, *, stop: int | None = None) -> NDArray[Any]:
-        """An array, or its first `stop` rows: no more than those is inflated."""
+        """Return an array or its first `stop` rows. Only these rows are decompressed."""
         shape, fortran, dtype, content = self._read(name, stop)
         if fortran:
             return np.frombuffer(content, dtype).reshape(shape[::-1]).T.copy()[:stop]
@@ -111,9 +111,9 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def arrays_of_split(archive: Npz, split: str | None, name: str) -> tuple[str, str]:
-    """Names of the inputs and labels of a split: `x_SPLIT, y_SPLIT`; without a split `test`, else `x, y`.
+    """Return the names of the inputs and labels of a split: `x_SPLIT, y_SPLIT`; without a split `test`, else `x, y`.
 
-    `name` is what the user called the archive.
+    `name` is the user's name of the archive, for messages.
     """
     pairs: Mapping[str, tuple[str, str]] = {
         name.removeprefix("x_"): (name, f"y_{name.removeprefix('x_')}")
@@ -132,7 +132,7 @@ def arrays_of_split(archive: Npz, split: str | None, name: str) -> tuple[str, st
 
 
 def named_arrays(archive: Npz, x: str | None, y: str | None, split: str | None, name: str) -> tuple[str, str]:
-    """The arrays that the user names as inputs and labels; they are one set, which has no splits."""
+    """Return the arrays that the user names as inputs and labels. They are a single set without splits."""
     holds = ", ".join(archive.names) or "nothing"
     if not x or not y:
         given, other = (f"--x {x}", "--y") if x else (f"--y {y}", "--x")

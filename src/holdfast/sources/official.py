@@ -1,4 +1,4 @@
-"""Reads data sets in the form that their authors publish, without pickle, and writes them as `.npz`."""
+"""Reads data sets in the format of their authors, without pickle, and writes them as `.npz`."""
 
 import gzip
 import io
@@ -21,12 +21,12 @@ from holdfast.sources.catalogue import Entry
 from holdfast.sources.npz import Npz
 
 MAX_BYTES = 2**30
-"""of one official file once inflated; the largest known needs a fifth of it"""
+"""maximum number of bytes of an official file after decompression; the largest known file has a fifth of it"""
 _CIFAR_ROW = 1 + 3 * 32 * 32
 
 
 def idx(path: Path) -> NDArray[np.uint8]:
-    """An IDX file (gzipped): the format of MNIST, unsigned bytes in any number of dimensions."""
+    """Return the array in a gzipped IDX file, the format of MNIST: unsigned bytes in any number of dimensions."""
     try:
         with gzip.open(path) as file:
             content = file.read(MAX_BYTES + 1)
@@ -43,13 +43,13 @@ def idx(path: Path) -> NDArray[np.uint8]:
 
 
 def mnist_arrays(folder: Path, entry: Entry) -> dict[str, Array]:
-    """Train and test arrays from the four IDX files, in the order of the entry."""
+    """Return train and test arrays from the four IDX files, in the order of the entry."""
     x_train, y_train, x_test, y_test = (idx(folder / remote.file) for remote in entry.remotes)
     return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
 
 
 def cifar_arrays(archive: Path) -> dict[str, Array]:
-    """Train and test arrays from the binary version: rows of a label byte and three planes of 32 x 32."""
+    """Return train and test arrays from the binary version: rows of a label byte and three planes of 32 x 32."""
     names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
     found: dict[str, Array] = {}
     try:
@@ -79,7 +79,7 @@ def cifar_arrays(archive: Path) -> dict[str, Array]:
 
 
 def strip_arrays(paths: Mapping[str, tuple[Path, ...]], side: int = 32) -> dict[str, Array]:
-    """Arrays of each split from archives of image strips: members `webp`, `offsets` and `y`."""
+    """Return the arrays of each split from archives of image strips with the members `webp`, `offsets` and `y`."""
     arrays: dict[str, Array] = {}
     for split, files in paths.items():
         images, labels = [], []
@@ -94,7 +94,7 @@ def strip_arrays(paths: Mapping[str, tuple[Path, ...]], side: int = 32) -> dict[
 
 
 def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Write the arrays compressed, and put them in place at once: a reader never sees half a file."""
+    """Write the arrays compressed. The file is replaced atomically, so that a reader never sees an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

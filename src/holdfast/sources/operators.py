@@ -1,7 +1,7 @@
-"""The operators that an exported program may call: those of networks, which check their arguments.
+"""The operators that an exported program may call: operators of networks that check their arguments.
 
-Others of aten build tensors from indices, strides or pointers that nothing checks, and so may read or write outside of
-their memory. An operator that is in use and lacks checks is replaced by one that has them.
+Other operators of aten build tensors from unchecked indices, strides or pointers, and may therefore read or write
+outside of their memory. A common operator without checks is replaced by an equivalent one with checks.
 """
 
 import re
@@ -55,15 +55,15 @@ _OPERATORS = frozenset(f"{_LAYERS} {_SHAPES} {_REDUCTIONS}".split())
 _IN_PLACE = frozenset(
     {*_POINTWISE.split(), "index_add", "index_put", "masked_fill", "scatter", "scatter_add"}
 )
-"""that a program may call in place too, as `relu_`"""
+"""operators that a program may also call in place, such as `relu_`"""
 _NUMBERS = re.compile(r"_operator\.(getitem|add|sub|mul|floordiv|mod|neg|pow)", re.ASCII)
 _TENSORS = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)", re.ASCII)
 _RECURRENT = frozenset({"gru", "lstm", "rnn_relu", "rnn_tanh"})
-"""called for whole batches only: the sizes of packed sequences are not checked"""
+"""allowed only for whole batches, because the sizes of packed sequences are not checked"""
 
 
 def is_operator_of_networks(name: str) -> bool:
-    """Whether a program may call the operator of that name, as `torch.ops.aten.relu.default`."""
+    """Whether a program may call the operator of that name, such as `torch.ops.aten.relu.default`."""
     if _NUMBERS.fullmatch(name):
         return True
     found = _TENSORS.fullmatch(name)
@@ -80,12 +80,12 @@ def is_operator_of_networks(name: str) -> bool:
         or (operator in _RECURRENT and overload != "input")
     ):
         return False
-    # an overload that writes into an argument is one in place, or takes a tensor of any size for its output
+    # an overload that changes an argument is in place, or writes to an output tensor of any size
     return operator.endswith("_") or not getattr(packet, overload)._schema.is_mutable
 
 
 def replace_unchecked(graph: fx.Graph) -> None:
-    """Let operators that do not check the sizes of their weights be computed by others that do; changes the graph."""
+    """Replace operators that do not check the sizes of their weights by ones that do. Changes the graph in place."""
     aten = torch.ops.aten
     for target, checked in (
         (aten._native_batch_norm_legit_no_training.default, _batch_norm),
@@ -108,11 +108,9 @@ def _batch_norm(
 
 
 def _lstm(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
-    """Without oneDNN, which takes weights of any size for what it expects."""
+    """LSTM without oneDNN, which does not check the size of the weights."""
     enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(
-        False
-    )  # the context manager of torch warns of flags that it sets beside this one
+    torch._C._set_mkldnn_enabled(False)  # torch's context manager warns about other flags that it sets
     try:
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.lstm.input(*arguments)
     finally:

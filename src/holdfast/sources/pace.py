@@ -1,11 +1,11 @@
-"""How often a server may be asked: a rate of requests, and the pauses that it asks for."""
+"""Limits the rate of requests to a server, and observes the pauses that it requests."""
 
 from collections.abc import Callable
 from threading import Lock
 
 
 class Pace:
-    """Lets requests begin at most `rate` times a second, and none during a pause; for all threads together."""
+    """Limits the start of requests to `rate` a second and to times outside of pauses, for all threads together."""
 
     def __init__(
         self, rate: float | None, now: Callable[[], float], sleep: Callable[[float], object]
@@ -13,10 +13,10 @@ class Pace:
         self._rate, self._now, self._sleep = rate, now, sleep
         self._lock = Lock()
         self._next = self._paused = 0.0
-        """when the next request may begin, and when the pause is over"""
+        """earliest start of the next request, and end of the pause"""
 
     def wait(self, waited: float = 0.0) -> None:
-        """Return when a request may begin; the caller has `waited` until then already."""
+        """Wait until a request may begin. The caller has already waited until the time `waited`."""
         while True:
             with self._lock:
                 begin = max(waited, self._paused)
@@ -28,12 +28,12 @@ class Pace:
                 self._sleep(left)
             if (
                 self._paused <= begin
-            ):  # else a pause came meanwhile, and the requests after it are spread again
+            ):  # otherwise a pause began meanwhile, and the requests after it are spread again
                 return
             waited = begin
 
     def pause(self, seconds: float) -> float:
-        """Let no request begin for so long; returns when that is over."""
+        """Prevent new requests for so many seconds. Returns the time at which the pause ends."""
         with self._lock:
             until = self._now() + seconds
             self._paused = max(self._paused, until)

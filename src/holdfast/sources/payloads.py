@@ -1,4 +1,4 @@
-"""How rows are written into a request for a model behind HTTP, and found in its answer: two forms of JSON."""
+"""Two JSON formats for sending rows to a model behind HTTP and for reading its answer."""
 
 import json
 import re
@@ -16,35 +16,36 @@ FLOATS = frozenset({"FP16", "BF16", "FP32", "FP64"})
 WHOLE = frozenset(f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64))
 TEXT = frozenset({"BYTES"})
 _PLACES = ("$x", "$x_last", "$x_one", "$x_one_last")
-"""what stands in a template for the rows; for one example without a batch axis; each with the channels last"""
+"""placeholders of a template: for all rows, or for one example without a batch axis; each also with the channels last
+"""
 _NAME, _NAMES = 40, 8
-"""characters of a name, and names, that a message shows of an answer"""
+"""number of characters of a name, and number of names, that a message shows"""
 _ADVICE = "say where the scores or classes are with --http-response"
 
 
 @dataclass(frozen=True)
 class Shaped:
-    """How rows are written into a request, by the Open Inference Protocol."""
+    """Request format of the Open Inference Protocol."""
 
     name: str
     datatype: str = "FP32"
     shape: tuple[int, ...] | None = None
-    """with the batch first; -1 is any size, None says nothing"""
+    """shape with the batch first; -1 means any size, None means unknown"""
     output: str | None = None
     labels: bool = False
-    """of the outputs of an answer, those of classes go before those of scores"""
+    """whether outputs with classes take precedence over outputs with scores"""
     one: ClassVar[bool] = False
 
     @property
     def channels_last(self) -> bool:
-        """Whether images go with their channels last."""
+        """Whether images are sent with their channels last."""
         shape = self.shape
         return shape is not None and len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3)
 
     def body(self, x: Tensor) -> bytes:
-        """The request for these rows."""
+        """Return the request for the rows."""
         rows = x.permute(0, 2, 3, 1) if self.channels_last and x.dim() == 4 else x
-        rows = x if self._fits(x) and not self._fits(rows) else rows  # whose channels are last already
+        rows = x if self._fits(x) and not self._fits(rows) else rows  # the channels are last already
         self._refuse_shape(rows)
         given = {"name": self.name, "shape": list(rows.shape), "datatype": self.datatype}
         content: dict[str, Any] = {"inputs": [{**given, "data": rows.flatten().tolist()}]}
@@ -67,7 +68,7 @@ class Shaped:
             )
 
     def found(self, answer: Any) -> Values:
-        """The values of the rows in an answer, in the shape that it states."""
+        """Return the values of the rows in an answer, in the shape that the answer declares."""
         tensor = self._tensor(answer)
         values, shape, datatype = as_values(tensor.get("data")), tensor.get("shape"), _datatype(tensor)
         if datatype in FLOATS and values.dtype.kind in "iu":  # some servers write 1.0 as 1
@@ -83,7 +84,7 @@ class Shaped:
             ) from error
 
     def _tensor(self, answer: Any) -> Mapping[str, Any]:
-        """The output that is read: the one asked for, else the first of scores, or of classes where `labels`."""
+        """Return the requested output, else the first output with scores, or with classes if `labels`."""
         outputs = answer.get("outputs") if isinstance(answer, Mapping) else None
         named = [o for o in outputs if isinstance(o, Mapping)] if isinstance(outputs, list) else []
         mine = [o for o in named if self.output in (None, o.get("name"))]
@@ -96,13 +97,13 @@ class Shaped:
 
 
 def _datatype(tensor: Mapping[str, Any]) -> str:
-    """What an answer calls the type of its numbers; it may be no text."""
+    """Type of the numbers according to the answer, converted to text."""
     return str(tensor.get("datatype"))
 
 
 @dataclass(frozen=True)
 class Template:
-    """How rows are written into a request, and found in its answer, as a user says."""
+    """Request format of the user: a JSON template, and a path to the scores in the answer."""
 
     before: str
     after: str
@@ -113,14 +114,14 @@ class Template:
 
     @classmethod
     def of(cls, request: str, path: str | None) -> "Template":
-        """The template in a text; `UsageError` if it is no JSON with one place for the rows."""
+        """Parse a template. Raises `UsageError` unless it is JSON with one placeholder for the rows."""
         places = re.findall(r"\$x\w*", request)
         place = places[0] if places else ""
         before, _, after = request.partition(place) if place else (request, "", "")
         try:
             if len(places) != 1 or place not in _PLACES:
                 raise ValueError(f"one of {', '.join(_PLACES)} was expected, once")
-            json.loads(f'{before}"rows"{after}')  # the quotes break it where $x stands in quotes already
+            json.loads(f'{before}"rows"{after}')  # the quotes make it invalid if $x is inside of quotes
         except (ValueError, RecursionError) as error:
             why = "its place is outside of quotes" if f'"{place}' in request and place else error
             raise UsageError(
@@ -131,19 +132,19 @@ class Template:
         return cls(before, after, place.endswith("_last"), place.startswith("$x_one"), path)
 
     def body(self, x: Tensor) -> bytes:
-        """The request for these rows; for one row where the template takes `one` example."""
+        """Return the request for the rows, which must be a single row if the template takes `one` example."""
         rows = x.movedim(1, -1) if self.channels_last and x.dim() > 2 else x
         if self.one:
             (rows,) = rows
         return self.before.encode() + _json(rows.tolist()) + self.after.encode()
 
     def found(self, answer: Any) -> Any:
-        """What stands in the answer at the path."""
+        """Return the value at the path in the answer."""
         return walked(answer, self.path)
 
 
 def walked(answer: Any, path: str | None) -> Any:
-    """What stands at a path such as `outputs.0.data` or `predictions.*.scores`, where `*` takes every entry."""
+    """Return the value at a path such as `outputs.0.data` or `predictions.*.scores`, where `*` means every entry."""
     return _step(answer, path.split(".") if path else [])
 
 
@@ -175,16 +176,16 @@ def _kind(found: Any) -> str:
 
 
 def as_values(found: Any) -> Values:
-    """Whole numbers and text as they are, all others as floats; null becomes NaN.
+    """Return whole numbers and text unchanged and other numbers as floats; null becomes NaN.
 
-    Raises `TargetLost` for anything else, as booleans, objects, lists of different lengths, and null alone.
+    Raises `TargetLost` for anything else, such as booleans, objects, lists of different lengths, and a single null.
     """
     if isinstance(found, np.ndarray):
         return found
     what = _kind(found)
     try:
         values = np.asarray(found)
-        # of text and numbers numpy makes text, of true and numbers 1
+        # numpy converts text and numbers to text, and true and numbers to 1
         mixed = values.dtype.kind in "OU" or ((values == 0) | (values == 1)).any()
         kinds = {type(each) for each in np.asarray(found, object).flat} if mixed else set()
         if kinds == {str}:

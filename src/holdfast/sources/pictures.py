@@ -1,4 +1,4 @@
-"""Class folders of images as a data set: listed and measured at once, decoded when read."""
+"""Class folders of images as a data set. Images are listed and measured when opened, and decoded when read."""
 
 import hashlib
 import warnings
@@ -23,17 +23,17 @@ from holdfast.sources.limited.limits import MEMORY, requested_memory
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF")
-"""decoders that are used; a file of another format under one of the suffixes is refused"""
+"""formats that are decoded; files of other formats with one of the suffixes are refused"""
 MAX_PIXELS = 64_000_000
-"""of one image, judged by its header before anything is decoded"""
+"""maximum number of pixels of one image according to its header, checked before decoding"""
 _SMALL, _RATIO = 2**30, 200
-"""beyond a gibibyte, images that shrank more than two-hundredfold are no data"""
+"""images above a gibibyte with a compression ratio above 200 are treated as a decompression bomb"""
 _GREY = ("1", "L", "LA", "I;16", "I", "F")
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images of one size in folders named for their classes."""
+    """Images of one size in class folders."""
 
     name: str
     paths: tuple[Path, ...]
@@ -41,10 +41,10 @@ class Pictures:
     ids: NDArray[np.int64]
     classes: tuple[str, ...]
     mode: str
-    """`L` or `RGB`"""
+    """colour mode of all images, `L` or `RGB`"""
     notes: tuple[str, ...] = ()
     objection: str = ""
-    """why the numbers of the classes are not certain, where such data are taken all the same"""
+    """reason why the class numbers are uncertain, if such data are accepted nevertheless"""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -54,13 +54,13 @@ class Pictures:
         """SHA-256 over the bytes of the files, the labels and the ids."""
         digest = hashlib.sha256(self.mode.encode())
         for path in self.paths:
-            digest.update(bytes.fromhex(sha256_of_file(path)))  # never whole in memory
+            digest.update(bytes.fromhex(sha256_of_file(path)))  # the files are not loaded as a whole
         digest.update(self.y.tobytes())
         digest.update(self.ids.tobytes())
         return digest.hexdigest()
 
     def read(self, start: int, stop: int) -> Batch:
-        """Images `start` to `stop` as floats in [0, 1], the channels first."""
+        """Return images `start` to `stop` as floats in [0, 1], with the channels first."""
         rows = slice(start, stop)
         images = np.stack([_decoded(path, self.mode) for path in self.paths[rows]])
         x = torch.from_numpy(images).float() / 255
@@ -76,9 +76,10 @@ def open_folder(
     seed: int,
     expected: Expected | None = None,
 ) -> Pictures:
-    """The images of a folder, one class after the other in turn, so that the first n hold all classes.
+    """Return the images of a folder, alternating between the classes, so that the first n include all classes.
 
-    A folder without images is a class all the same. `expected` has what is declared of the classes, and the model.
+    A folder without images counts as a class. `expected` contains the declared properties of the classes, and the
+    model.
     """
     expected = expected or Expected()
     root = _split_folder(folder, split)
@@ -109,7 +110,7 @@ def open_folder(
 
 
 def _refuse_declared(expected: Expected, name: str) -> None:
-    """Images are read in one way only."""
+    """Raise `UsageError` for a declared normalisation or layout, because images are read in one way only."""
     if expected.normalised is not None:
         raise UsageError(
             f"{name!r} holds images, which are no normalised values; leave --data-normalised out, and give --mean "
@@ -125,7 +126,7 @@ def _refuse_declared(expected: Expected, name: str) -> None:
 
 
 def _nested(root: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """Folders inside class folders, which are not looked into."""
+    """Return a note about folders inside class folders, which are not read."""
     inner = [f"{name}/{entry.name}" for name in names for entry in (root / name).iterdir() if entry.is_dir()]
     if not inner:
         return ()
@@ -134,7 +135,7 @@ def _nested(root: Path, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _split_folder(folder: Path, split: str | None) -> Path:
-    """The folder itself, or its sub-folder of a split: the one named, else `test`."""
+    """Return the folder, or the sub-folder of a split: the named one, else `test` if it exists."""
     splits = [
         entry.name
         for entry in folder.iterdir()
@@ -157,7 +158,7 @@ def _images(folder: Path) -> Iterator[Path]:
 
 
 def _measured(paths: tuple[Path, ...]) -> tuple[str, tuple[str, ...]]:
-    """The mode that all images are read in; refuses images of several sizes."""
+    """Return the colour mode for all images, and notes. Raises `TargetError` for images of several sizes."""
     first = _header(paths[0])
     modes = {first[1]}
     for path in paths[1:]:
@@ -179,7 +180,7 @@ def _measured(paths: tuple[Path, ...]) -> tuple[str, tuple[str, ...]]:
 
 
 def _refuse_bomb(paths: tuple[Path, ...], n_bytes: int) -> None:
-    """Refuse images that take far more memory than their files; `n_bytes` is the size of one when it is decoded."""
+    """Refuse images that need much more memory than their files. `n_bytes` is the size of one decoded image."""
     on_disk = sum(path.stat().st_size for path in paths)
     if len(paths) * n_bytes > max(_SMALL, _RATIO * on_disk, requested_memory()):
         raise TargetError(
@@ -197,7 +198,7 @@ def _header(path: Path) -> tuple[tuple[int, int], str]:
 def _decoded(path: Path, mode: str) -> NDArray[np.uint8]:
     with _opened(path) as image:
         try:
-            # Pillow clips 16-bit grey at 255 when it converts, so the range is brought down first.
+            # Pillow clips 16-bit grey at 255 in the conversion, so the values are scaled first.
             pixels = (
                 np.asarray(image, np.float64) / 257
                 if image.mode.startswith("I")

@@ -1,4 +1,4 @@
-"""A model's outputs on a few examples, which decide a layout and count the classes when data are opened."""
+"""Outputs of a model on a few examples, to determine the layout, the number of classes and the kind of the outputs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,43 +15,43 @@ from holdfast.ops.refusals import CUTS
 from holdfast.sources.estimators import Estimator
 
 _ROWS = 2
-"""of a look at the shape: one row may pass for an image without its batch"""
+"""number of examples that test a shape; a single row might be taken as an image without a batch axis"""
 _LOOKED_AT = 2048
-"""examples among which an output outside [0, 1] is looked for"""
+"""number of examples that are searched for an output outside [0, 1]"""
 _CHUNK, _VALUES = 256, 1 << 26
-"""examples, and values of them, that are looked at together"""
+"""most examples, and most values of examples, that are processed at a time"""
 _COMPARED = 512
-"""examples whose scores are compared with the labels that an estimator predicts"""
+"""number of examples whose scores are compared with the labels that an estimator predicts"""
 HWC_NOTE = "the network takes the channels last; its inputs are transposed inside the model"
-"""said of a `Classifier` whose layout was found to be hwc"""
+"""note for a `Classifier` whose layout was found to be hwc"""
 
 NO_GRADIENT = (
     "no gradient reaches the input, so attacks that follow one stay near where they start, and a robust accuracy by "
     f"them says little; take out what cuts it ({CUTS}), or use the suite black-box, which needs scores only"
 )
-"""said of a model whose outputs have no graph"""
+"""note for a model whose outputs have no computation graph"""
 
 
 class Probe:
-    """Asks a classifier for outputs in eval mode, without gradients, and leaves it as it was.
+    """Computes outputs of a classifier in eval mode, without gradients, and restores its state afterwards.
 
-    The draws of a randomised network are those of one seed, so that equal inputs have equal outputs.
+    The random numbers of a randomised network use one seed, so that equal inputs have equal outputs.
     """
 
     def __init__(self, model: Classifier) -> None:
         self.model = model
         self.own = inner(model)
-        """without the transformations that its inputs are seen through"""
+        """the classifier without transformations around it"""
         self.classes = model.classes
-        """of the network; None until outputs were seen"""
+        """number of classes of the network; None before its first outputs"""
         self.refused: TargetError | None = None
-        """why the network took the last inputs that it did not take"""
+        """error of the network for the last inputs that it refused"""
 
     def outputs(self, x: Tensor, layout: Layout | None = None, *, whole: bool = False) -> Logits | None:
-        """Logits of `x` (n, *features) given to the network in a layout; None where it does not take them.
+        """Return logits of `x` (n, *features) in a layout of the network's inputs, or None if the network refuses them.
 
-        With `whole` all rows are given at once, else in batches of a size that the network takes.
-        Outputs that may be logits or probabilities are compared as if they were logits.
+        With `whole`, all rows are passed at once, else in batches of a size that the network takes. Outputs that may be
+        logits or probabilities are treated as logits.
         """
         own = self.own
         before = own.layout, own.output
@@ -81,10 +81,11 @@ class Probe:
             return _forwarded(self.model, x, whole=whole)
 
     def suit(self, x: Tensor) -> tuple[str, ...]:
-        """Give a network that takes images only with the channels last its inputs so, and say it.
+        """Set the layout of a network that accepts images only with the channels last. Returns a note if it was set.
 
-        `x` are examples as the data set reads them. A network whose layout is known is not asked, nor is one behind a
-        server, which would charge for it. Raises `TargetError` where it takes them with an axis of one channel only.
+        `x` are examples as the data set reads them. Networks behind a server are not called, because queries may be
+        charged. Raises `TargetError` if the network accepts the examples only with another order of the axes or with an
+        axis for one channel.
         """
         if self.model.remote:
             return ()
@@ -110,11 +111,11 @@ class Probe:
 
 
 def settle_output(model: Classifier, data: Data) -> None:
-    """Find out whether single outputs are logits: a value outside [0, 1] among the examples shows it.
+    """Determine whether a single output is a logit, which a value outside [0, 1] among the examples proves.
 
-    Raises `UnclearOutput` where there is none. Cost: forwards until one is found, of at most 2048 examples; a model
-    whose outputs are declared, or that returns one number a class, is asked for two. A model behind a server is asked
-    by the run alone.
+    Raises `UnclearOutput` if there is no such value. Cost: forward passes of at most 2048 examples, until one is found;
+    of two examples for a model that returns one number for each class. A model whose outputs are declared, or that is
+    behind a server, is not called.
     """
     if inner(model).output is not None or model.remote or model.rejects:
         return
@@ -129,7 +130,7 @@ def settle_output(model: Classifier, data: Data) -> None:
         except TargetLost:
             raise
         except (TargetError, RuntimeError, MemoryError):
-            return  # raised again, with its advice, when the run asks
+            return  # raised again by the run, with advice
         else:
             return
     if unclear is not None:
@@ -137,9 +138,9 @@ def settle_output(model: Classifier, data: Data) -> None:
 
 
 def settle_predictions(model: Classifier, data: Data) -> tuple[str, ...]:
-    """Find out whether the largest score of an estimator is the class that it predicts, and return a note where not.
+    """Determine whether the largest score of an estimator is its predicted class. Returns a note if it is not.
 
-    Cost: the scores and the labels of at most 1,024 rows. Anything but an estimator is not asked.
+    Cost: the scores and the labels of at most 1,024 rows. Models other than estimators are not called.
     """
     own = inner(model)
     if not isinstance(own.net, Estimator) or not len(data):
@@ -153,12 +154,11 @@ def settle_predictions(model: Classifier, data: Data) -> tuple[str, ...]:
 
 
 def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
-    """Treat a model whose backward pass raises as one that gives scores alone, and return a note of the reason.
+    """Treat a model whose backward pass raises an error as one with scores only. Returns a note with the reason.
 
-    A model whose outputs have no graph gets a note alone: attacks go on, and the doubt `zero-gradient` is raised.
-
-    Such models are ordinary: an operator without a derivative, a value that is written in place after it was saved, an
-    LSTM of cuDNN in eval mode. Cost: one forward and one backward of two examples.
+    If the outputs have no graph, only a note is returned: attacks continue, and the doubt `zero-gradient` is raised.
+    Such models are common: an operator without a derivative, a value that is changed in place after it was saved, a
+    cuDNN LSTM in eval mode. Cost: one forward and one backward pass of two examples.
     """
     if model.access != "gradients" or model.remote or not len(data):
         return ()
@@ -171,7 +171,7 @@ def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
         except TargetLost:
             raise
         except (HoldfastError, RuntimeError, MemoryError):
-            return ()  # raised again, with its advice, when the run asks
+            return ()  # raised again by the run, with advice
         if not logits.requires_grad:
             return (NO_GRADIENT,)
         try:
@@ -187,7 +187,9 @@ def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
 
 
 def _forwarded(model: Classifier, x: Tensor, *, whole: bool = False) -> Logits:
-    """Logits of `x`, on the CPU; unless `whole`, in batches of a size that the network takes."""
+    """Return logits of `x` on the CPU. Unless `whole`, they are computed in batches of a size that the network
+    takes.
+    """
     weight = next(model.parameters(), None)
     rows = x if weight is None else x.to(weight.device)
     with _looked_at(model):
@@ -206,7 +208,7 @@ def _forwarded(model: Classifier, x: Tensor, *, whole: bool = False) -> Logits:
 
 @contextmanager
 def _looked_at(model: Classifier) -> Iterator[None]:
-    """The model in eval mode, without gradients and with torch's generators put back afterwards."""
+    """Set the model to eval mode without gradients within the block, and restore torch's generators afterwards."""
     # a frozen script has no mode
     modes = [(module, getattr(module, "training", False)) for module in model.modules()]
     try:

@@ -1,6 +1,6 @@
-"""What a user says of a model behind HTTP: which hosts may be asked, with which headers, and how.
+"""Options for a model behind HTTP: allowed hosts, headers, and the format of requests.
 
-Stands on the standard library alone, so that an address is refused before torch is imported.
+The module uses only the standard library, so that an address is refused before torch is imported.
 """
 
 import re
@@ -13,7 +13,7 @@ from urllib.parse import SplitResult, urlsplit
 from holdfast.core.errors import UsageError
 
 SCHEMES = {"http": 80, "https": 443}
-"""What a server is asked by, with the port where an address has none."""
+"""Supported schemes, with the default port of each."""
 _EXAMPLE = "http://localhost:8000/v2/models/NAME"
 _FRAMING = frozenset({"host", "connection", "content-length", "transfer-encoding"})
 _HEADER = re.compile(r"\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)\s*:\s*(.*?)\s*")
@@ -22,40 +22,41 @@ _VARIABLE = re.compile(r"env:([A-Za-z_][A-Za-z0-9_]*)")
 
 @dataclass(frozen=True)
 class Remote:
-    """How a model behind HTTP is asked."""
+    """Options for requests to a model behind HTTP."""
 
     hosts: tuple[str, ...] = ()
-    """hosts that may be asked, each `HOST` or `HOST:PORT`"""
+    """hosts to which requests are allowed, each `HOST` or `HOST:PORT`"""
     headers: tuple[str, ...] = ()
-    """sent with every request, each `NAME: env:VARIABLE`"""
+    """headers of every request, each `NAME: env:VARIABLE`"""
     request: str | None = None
-    """JSON of a request with `$x` for its rows, or with `$x_one` for one example without a batch axis, of which each
-    request then has one; None asks by the Open Inference Protocol"""
+    """JSON of a request with `$x` for its rows, or with `$x_one` for one example without a batch axis, in which case
+    each request has one example; None uses the Open Inference Protocol
+    """
     response: str | None = None
-    """where the answer holds the scores or classes: a path such as `predictions`, or the name of an output"""
+    """place of the scores or classes in the answer: a path such as `predictions`, or the name of an output"""
     labels: bool = False
-    """the answer holds one class a row, its number or its name, and no scores"""
+    """whether the answer has one class for each row, by number or name, instead of scores"""
     max_rows: int = 64
-    """rows of one request at most"""
+    """maximum number of rows of one request"""
     timeout_s: float = 30.0
-    """longest silence, and longest whole answer, of one request"""
+    """longest pause in an answer, and longest duration of a whole answer, of one request"""
     retries: int = 5
-    """how often a request that failed temporarily is sent again"""
+    """how often a request that failed temporarily is repeated"""
     concurrency: int = 1
-    """requests that are under way at once, at most"""
+    """maximum number of requests at the same time"""
     rate: float | None = None
-    """requests a second, at most; None has no limit"""
+    """maximum number of requests a second; None means no limit"""
     max_queries: int | None = None
-    """rows that a run may send, over all attempts at it; None has no limit"""
+    """maximum number of rows that a run may send, including earlier attempts; None means no limit"""
     on_refused: Literal["reject", "stop"] = "reject"
     """whether an attacked input that the server refuses counts as rejected, or ends the run"""
     sleep: Callable[[float], object] | None = None
-    """waits for so many seconds; None waits until then or until the run is stopped"""
+    """function that waits for so many seconds; None waits for that time or until the run is stopped"""
     now: Callable[[], float] = time.monotonic
 
 
 def header_variable(text: str) -> tuple[str, str]:
-    """Name of a header and of the environment variable that holds its value; a value written out is refused."""
+    """Return the names of a header and of the environment variable with its value. A literal value is refused."""
     form = "give 'NAME: env:VARIABLE', as in --header 'Authorization: env:MODEL_TOKEN'"
     found = _HEADER.fullmatch(text)
     if found is None:
@@ -72,11 +73,11 @@ def header_variable(text: str) -> tuple[str, str]:
 
 
 def allowed_address(address: str, hosts: Iterable[str]) -> SplitResult:
-    """The parts of an address whose host is among those allowed; `UsageError` with the way out for all others."""
+    """Return the parts of an address with an allowed host. Raises `UsageError`, with advice, for other addresses."""
     try:
         parts = urlsplit(address)
         port = parts.port or SCHEMES.get(parts.scheme)
-        (parts.hostname or "").encode("idna")  # as the connection will
+        (parts.hostname or "").encode("idna")  # the encoding that the connection uses
     except ValueError as error:
         raise UsageError(f"{address!r} is no URL ({error}); give one such as {_EXAMPLE}") from error
     if "@" in parts.netloc:

@@ -1,4 +1,4 @@
-"""How many rows a server was sent, by what they were for."""
+"""Counts the rows that were sent to a server, by purpose."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,47 +15,47 @@ from holdfast.core.errors import QueriesSpent
 from holdfast.core.purpose import Purpose
 
 KEY_BYTES = 16
-"""of the digest that an input is known by"""
+"""length of the digest that identifies an input"""
 
 
 @dataclass
 class Totals:
-    """Rows and requests over all attempts at a run."""
+    """Rows and requests over all attempts of a run."""
 
     sent: int = 0
-    """rows of all requests, those that were sent again included"""
+    """rows of all requests, including repeated ones"""
     rows: Counter[str] = field(default_factory=Counter)
-    """rows that the server answered or refused, by what they were for"""
+    """rows that the server answered or refused, by purpose"""
     requests: int = 0
     refused: int = 0
-    """of these rows, those of requests that the server refused"""
+    """number of these rows in requests that the server refused"""
     rejected: Counter[str] = field(default_factory=Counter)
-    """attacked inputs that the server refused by themselves, by its status"""
+    """attacked inputs that the server refused individually, by status"""
     failed: Counter[str] = field(default_factory=Counter)
-    """requests that failed temporarily and were sent again, by what failed"""
+    """requests that failed temporarily and were repeated, by failure"""
     failed_rows: int = 0
     most: int | None = None
-    """rows that a request may have, as the server showed by refusing more"""
+    """maximum number of rows that a request may have, determined by refused requests"""
     too_many: int = 0
-    """the number of rows that it refused when that was found"""
+    """number of rows in the refused request that determined it"""
 
     @property
     def unanswered(self) -> int:
-        """Rows of requests that a stop left without an answer."""
+        """Rows of requests without an answer because the run was stopped."""
         return self.sent - self.rows.total() - self.failed_rows
 
 
 class Sent:
-    """Counts what a server is sent, and refuses to exceed a limit of rows.
+    """Counts the rows that are sent to a server, and enforces a limit.
 
     All methods may be called by several threads.
     """
 
     keeps = False
-    """whether answers are kept, for which their inputs must be digested"""
+    """whether answers are stored, which requires digests of their inputs"""
 
     earlier = 0
-    """rows that earlier attempts at the run sent"""
+    """rows that earlier attempts of the run sent"""
 
     def __init__(self, limit: int | None = None) -> None:
         self.totals = Totals()
@@ -63,18 +63,18 @@ class Sent:
         self._lock = RLock()
 
     def left(self) -> int | None:
-        """How many rows may still be sent; None without a limit."""
+        """Number of rows that may still be sent. None without a limit."""
         return None if self.limit is None else max(0, self.limit - self.totals.sent)
 
     def spent(self, rows: int) -> str:
-        """Why so many rows are not sent."""
+        """Message why `rows` further rows are not sent."""
         return (
             f"--max-queries is {self.limit:,}; rows that were sent to the server: {self.totals.sent:,}, rows of the "
             f"next request: {rows:,}"
         )
 
     def sending(self, rows: int) -> None:
-        """Count rows that are about to be sent; `QueriesSpent` where they exceed the limit."""
+        """Count rows before they are sent. Raises `QueriesSpent` if they exceed the limit."""
         with self._lock:
             left = self.left()
             if left is not None and rows > left:
@@ -82,31 +82,31 @@ class Sent:
             self._note({"t": "sent", "n": rows})
 
     def failed(self, what: str, rows: int) -> None:
-        """Count a request that failed temporarily and is sent again."""
+        """Count a request that failed temporarily and is repeated."""
         self._note({"t": "failed", "what": what, "n": rows})
 
     def answered(self, purpose: Purpose, values: Tensor, keys: Sequence[bytes]) -> None:
-        """Count the answer to some inputs, known by their `keys`: scores, or one-hot labels, (n, classes)."""
+        """Count the answer to inputs with the digests `keys`: scores or one-hot labels (n, classes)."""
         self._note({"t": "answer", **described(purpose), "n": len(values)})
 
     def refused(self, purpose: Purpose, rows: int) -> None:
-        """Count a request that was refused."""
+        """Count a refused request."""
         self._note({"t": "refused", "kind": purpose.kind, "n": rows})
 
     def rejected(self, purpose: Purpose, status: str, key: bytes) -> None:
-        """Keep that an input, of which a request was counted as refused, counts as rejected."""
+        """Record that an input counts as rejected. Its request was already counted as refused."""
         self._note({"t": "rejected", **described(purpose), "status": status}, key)
 
     def found_limit(self, most: int, refused: int) -> None:
-        """Keep the number of rows that the server takes."""
+        """Record the most rows that the server takes in a request."""
         self._note({"t": "limit", "most": most, "refused": refused})
 
     def recalled(self, purpose: Purpose, keys: Sequence[bytes]) -> list[Tensor | None]:
-        """For each input, an answer that is known already; None where it must be sent."""
+        """Return the stored answer for each input, or None for inputs that must be sent."""
         return [None] * len(keys)
 
     def done(self, stage: str, shard: int | None = None) -> None:
-        """Forget what was kept for a shard that is finished, or for a whole stage."""
+        """Discard the stored answers of a finished shard, or of a whole stage."""
 
     def _note(self, content: Mapping[str, Any], *parts: bytes) -> None:
         with self._lock:
@@ -117,13 +117,13 @@ _NEW: ContextVar[Callable[[int | None], Sent]] = ContextVar("sent", default=Sent
 
 
 def new_sent(limit: int | None) -> Sent:
-    """What counts the rows of a served model that is opened now."""
+    """Return the counter for a served model that is being opened."""
     return _NEW.get()(limit)
 
 
 @contextmanager
 def counting_by(make: Callable[[int | None], Sent]) -> Iterator[None]:
-    """Within it, the rows of served models that are opened are counted by what `make` returns for a limit."""
+    """Within the block, rows of newly opened served models are counted by `make(limit)`."""
     token = _NEW.set(make)
     try:
         yield
@@ -132,12 +132,12 @@ def counting_by(make: Callable[[int | None], Sent]) -> Iterator[None]:
 
 
 def key_of(row: Tensor) -> bytes:
-    """The digest of an input (*features) on the CPU."""
+    """Digest of an input (*features) on the CPU."""
     return blake2b(row.contiguous().numpy().tobytes(), digest_size=KEY_BYTES).digest()
 
 
 def described(purpose: Purpose) -> dict[str, Any]:
-    """A purpose as a record has it."""
+    """A purpose in the form of a record."""
     return {"stage": purpose.stage, "shard": purpose.shard, "kind": purpose.kind}
 
 

@@ -1,4 +1,4 @@
-"""A served model as a network: its rows are sent in requests, and what comes back is counted and kept."""
+"""A served model as a network: rows are sent in requests, and answers are counted and stored."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,25 +19,25 @@ from holdfast.sources.remote import Remote
 from holdfast.sources.sent import Sent, key_of, new_sent
 
 _OF_THE_VALUES = frozenset({400, 422})
-"""Statuses by which a server refuses the values of an input, and not its size or type."""
+"""Status codes for refused values of an input, in contrast to its size or type."""
 _WEIGHT = 1 / 32
-"""of the last input in the share of refused ones"""
+"""weight of the last input in the moving average of the refused share"""
 _DOUBTED = 8
-"""After so many refused inputs in a row a clean one is sent, to see whether it is still answered."""
+"""Number of consecutive refused inputs after which a clean input is sent, to check that it is still answered."""
 
 
 @dataclass(eq=False)
 class _Origin:
-    """A request that was refused while no larger one had been answered: for its size, or for an input in it."""
+    """A refused request larger than any answered one: it may be too large, or contain a refused input."""
 
     left: int
-    """rows that are not settled"""
+    """rows that are not decided yet"""
     refused: int
-    """rows of the smallest request that was refused"""
+    """number of rows of the smallest refused request"""
     most: int = 0
-    """rows of the largest request that was answered"""
+    """number of rows of the largest answered request"""
     rejected: bool = False
-    """whether an input was refused by itself"""
+    """whether a single input was refused"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,22 +50,22 @@ class _Chunk:
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """The inputs of one call, and what is known of them."""
+    """The inputs of one call, with the answers known so far."""
 
     x: Tensor
     purpose: Purpose
     keys: list[bytes]
-    """digests of the inputs; empty where answers are not kept"""
+    """digests of the inputs; empty if answers are not stored"""
     found: list[Tensor | None]
     waiting: deque[_Chunk] = field(default_factory=deque)
 
 
 class Served:
-    """Asks a server for the scores of a batch, or for one-hot labels, in requests of at most `remote.max_rows` rows.
+    """Returns scores or one-hot labels of a batch from a server, in requests of at most `remote.max_rows` rows.
 
-    A refused request is halved until the server answers, which finds the number of rows that it takes. Inputs of
-    attacks that are refused by themselves have the logits of `core.refused`, or end the run, as `remote.on_refused`
-    says. `sent` counts the rows, and answers what an earlier attempt at the run was answered.
+    A refused request is halved until the server answers, which determines the most rows of a request. Inputs of attacks
+    that are refused individually get the logits of `core.refused` or end the run, depending on `remote.on_refused`.
+    `sent` counts the rows, and returns answers from earlier attempts of the run.
     """
 
     def __init__(
@@ -77,30 +77,30 @@ class Served:
         self._control: Tensor | None = None
         """a clean input that was answered"""
         self.opening = 0
-        """rows that were sent to find out how the data are read"""
+        """rows that were sent to determine how the data are read"""
         self.begin(new_sent(remote.max_queries))
 
     def begin(self, sent: Sent) -> None:
-        """Count in `sent` from now on."""
+        """Use `sent` as the counter from now on."""
         self.sent = sent
         most = max(self.remote.max_rows, self._fixed)
         self._limit = min(most, sent.totals.most or most)
         self._most = self._limit
-        """rows of the next request; less than the limit while it is found out"""
+        """rows of the next request; below the limit while the limit is being determined"""
         self._answered = self._streak = 0
-        """rows of the largest request that was answered, and refused inputs since an answer"""
+        """rows of the largest answered request, and number of refused inputs since the last answer"""
         self._unconfirmed: list[tuple[Purpose, str, bytes]] = []
-        """refused inputs since an answer, which may be the fault of the server"""
+        """refused inputs since the last answer, which may be due to a failure of the server"""
         self._rejecting = 0.0
-        """share of the last inputs that were refused by themselves"""
+        """moving average of the share of inputs that were refused individually"""
 
     @property
     def at_once(self) -> int:
-        """Rows of all requests that may be under way."""
+        """Number of rows of all requests that may be sent at the same time."""
         return self._limit * self.remote.concurrency
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits (n, classes) on the device of `x`; rows of refused inputs are marked."""
+        """Return logits (n, classes) on the device of `x`. Rows of refused inputs are marked."""
         self._client.go_on()
         rows, purpose = x.detach().cpu(), current()
         keys = [key_of(row) for row in rows] if self.sent.keeps else []
@@ -108,7 +108,7 @@ class Served:
         if keys:
             found = self.sent.recalled(purpose, keys)
             self._recall(rows, purpose, found)
-        if self._fixed and any(known is None for known in found):  # a batch is sent whole
+        if self._fixed and any(known is None for known in found):  # a fixed batch is sent as a whole
             found = [None] * len(rows)
         task = _Task(rows, purpose, keys, found)
         missing = [row for row, known in enumerate(found) if known is None]
@@ -121,13 +121,13 @@ class Served:
         return values.to(x.device, x.dtype)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Served":
-        """Itself: a connection cannot be copied."""
+        """Return the object itself, because a connection cannot be copied."""
         return self
 
     def confirm(self) -> None:
-        """Make sure that clean inputs are still answered, where the last inputs of attacks were refused.
+        """Check that a clean input is still answered, if the last inputs of attacks were refused.
 
-        Raises `TargetRefused` where they are not: the refusals say nothing about those inputs.
+        Raises `TargetRefused` if it is not answered: then the refusals do not depend on the attacked inputs.
         """
         if not self._streak or self._control is None:
             return
@@ -144,13 +144,13 @@ class Served:
         self._confirmed()
 
     def _confirmed(self) -> None:
-        """The server answers: what it refused before was refused for its values."""
+        """Record the refused inputs as rejected. The server still answers, so it refused their values."""
         for purpose, status, key in self._unconfirmed:
             self.sent.rejected(purpose, status, key)
         self._unconfirmed, self._streak = [], 0
 
     def _recall(self, rows: Tensor, purpose: Purpose, found: Sequence[Tensor | None]) -> None:
-        """Take what is known of the inputs as if the server had just answered it."""
+        """Process stored answers as if the server had just given them."""
         for row, known in zip(rows, found, strict=True):
             if known is None or refused(known[None]).any():
                 continue
@@ -184,7 +184,7 @@ class Served:
         return values
 
     def _refuse(self, task: _Task, chunk: _Chunk, error: InputRefused) -> None:
-        """Halve a refused request; of a single input, mark it or raise the error."""
+        """Halve a refused request. If it is a single input, mark it as refused or raise the error."""
         n, rows = len(chunk.rows), self._fixed or len(chunk.rows)
         rejects = (
             self.remote.on_refused == "reject"
@@ -213,7 +213,7 @@ class Served:
         task.waiting.extendleft((_Chunk(chunk.rows[half:], origin), _Chunk(chunk.rows[:half], origin)))
 
     def _learn(self, chunk: _Chunk, *, answered: int = 0, rejected: bool = False) -> None:
-        """Learn the limit of rows from what became of a part of a refused request."""
+        """Update the limit of rows from the result of a part of a refused request."""
         origin = chunk.origin
         if origin is None:
             return
@@ -227,7 +227,7 @@ class Served:
         self._most = self._limit
 
     def _replies(self, task: _Task) -> Iterator[tuple[_Chunk, Any]]:
-        """Each waiting chunk with its answer, or with the `InputRefused` that it met; more may be added meanwhile."""
+        """Yield each waiting chunk with its answer or its `InputRefused`. Chunks may be added meanwhile."""
         flying: dict[Future[Any], _Chunk] = {}
         failure: BaseException | None = None
         try:
@@ -249,9 +249,9 @@ class Served:
             raise failure
 
     def _next(self, task: _Task) -> _Chunk:
-        """The next chunk, no longer than a request may be and than rows may still be sent.
+        """Return the next chunk, within the limits of a request and of the rows that may still be sent.
 
-        Where many inputs are refused a request is so short that it most likely holds none of them, as in group testing.
+        If many inputs are refused, requests are so short that most contain none of them, as in group testing.
         """
         chunk, left = task.waiting.popleft(), self.sent.left()
         size = self._most
@@ -263,13 +263,13 @@ class Served:
         return chunk
 
     def _submitted(self, x: Tensor) -> "Future[Any]":
-        """The answer to come; without other threads it is there when this returns."""
+        """Return the future answer. Without other threads it is complete on return."""
         if self._pool is not None:
             return self._pool.submit(self._ask, x)
         future: Future[Any] = Future()
         try:
             future.set_result(self._ask(x))
-        except Exception as error:  # noqa: BLE001  whoever takes the answer raises it
+        except Exception as error:  # noqa: BLE001 - raised by the caller that takes the answer
             future.set_exception(error)
         return future
 
@@ -277,7 +277,7 @@ class Served:
         return self._client.ask(self._path, self._form.body(x), sent=self.sent, rows=len(x))
 
     def _padded(self, x: Tensor) -> Tensor:
-        """The rows of a request: of a fixed batch that is not full, with copies of a clean input behind them."""
+        """Return the rows of a request. An incomplete fixed batch is filled with copies of a clean input."""
         short = self._fixed - len(x) if self._fixed else 0
         if short <= 0 or self._control is None:
             return x

@@ -1,7 +1,7 @@
-"""Opens estimators from `.skops` files, which hold the values and the types of an estimator, and no pickle.
+"""Opens estimators in `.skops` files, which contain the values and the types of an estimator without pickle.
 
-The types that skops trusts by itself open; a file with any other opens only if the user trusts its code. The bytes are
-read once: what is judged is what is loaded.
+A file with types that skops does not trust is opened only if the user trusts its code. The bytes are read once, so that
+the checked bytes are the loaded ones.
 """
 
 import hashlib
@@ -19,25 +19,25 @@ _SAVED_BY = "save it with skops.io.dump(estimator, file), without compression"
 
 
 LIMITS = Limits(copies=8, spare_bytes=2**30)
-"""of the process that loads an estimator first"""
+"""limits of the process that first loads an estimator"""
 
 
 def open_skops(path: Path, *, trust_code: bool) -> tuple[Any, str, tuple[str, ...]]:
-    """The estimator in the file, the SHA-256 of the file, and notes.
+    """Return the estimator in the file, the SHA-256 of the file, and notes.
 
-    Without `trust_code` it is loaded in a process of its own first, and asked for two rows. Raises `UsageError` for
+    Without `trust_code`, it is first loaded in a separate process and called with two rows. Raises `UsageError` for
     types that skops does not trust, unless `trust_code`, and `TargetError` for a damaged file.
     """
     content = read_once(path, "model")
     if not trust_code:
         with read_under_limits("estimators", path, LIMITS, content=content):
-            pass  # it is loaded here after that has gone well
+            pass  # loaded here after the separate process succeeded
     found, notes = loaded(path, content, trust_code=trust_code)
     return found, hashlib.sha256(content).hexdigest(), notes
 
 
 def loaded(path: Path, content: bytes, *, trust_code: bool) -> tuple[Any, tuple[str, ...]]:
-    """The estimator in the content of a file, and notes; raises as `open_skops` does."""
+    """Return the estimator in the content of a file, and notes. Raises the same errors as `open_skops`."""
     try:
         import skops.io as sio
     except ImportError as error:
@@ -51,7 +51,7 @@ def loaded(path: Path, content: bytes, *, trust_code: bool) -> tuple[Any, tuple[
             untrusted = sio.get_untrusted_types(data=content)
         except MemoryError:
             raise
-        except Exception as error:  # it raises anything, from KeyError to BadZipFile, on a foreign file
+        except Exception as error:  # skops raises any error, such as KeyError, for an untrusted file
             raise _damaged(path, error) from error
         if untrusted and not trust_code:
             boosted = any(each.startswith("xgboost.") for each in untrusted)

@@ -20,9 +20,9 @@ from holdfast.sources.limited.tables import table
 
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
 LIMITS = Limits(copies=4, spare_bytes=2**32)
-"""of the process that reads the file"""
+"""limits of the process that reads the file"""
 _SHOWN = 50
-"""names of columns, or of splits, in a message"""
+"""number of names of columns or splits that a message shows"""
 
 
 def open_table(
@@ -37,9 +37,9 @@ def open_table(
     seed: int,
     expected: Expected | None = None,
 ) -> Arrays:
-    """The rows of a split, features as float32.
+    """Return the rows of a split, with features as float32.
 
-    Labels that are whole numbers from 0 on are the class numbers; any others are names of classes.
+    Labels that are whole numbers from 0 on are the class numbers. Other labels are class names.
     """
     readable_file(path, "data file")
     with read_under_limits("tables", path, LIMITS, label=label, drop=drop) as (found, folder):
@@ -69,7 +69,7 @@ def examples(
     seed: int = 0,
     expected: Expected | None = None,
 ) -> Arrays:
-    """The rows of a split of a table that was read, as `open_table` returns them."""
+    """Return the rows of a split of a table that was read, in the same form as `open_table`."""
     expected = expected or Expected()
     label = _label(label, table)
     _refuse_dropped(drop, label, table)
@@ -84,7 +84,7 @@ def examples(
     if y is not None:
         data = from_numpy(name, x, y[chosen], chosen, expected, whole=y)
         return replace(data, features=tuple(features))
-    # the model has seen the inputs, and its classes are counted, before names are numbered
+    # names are numbered after the model was called with the inputs, which determines its number of classes
     data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected)
     given = numbered_words(column.words, column.places, expected, table.name)
     return replace(
@@ -98,13 +98,16 @@ def examples(
 
 
 def _numbering(names: tuple[str, ...]) -> str:
-    """A note that says which number each class has."""
+    """Note with the number of each class."""
     shown = ", ".join(f"{name}={i}" for i, name in enumerate(names[:6]))
     return f"text labels were numbered: {shown}{' …' if len(names) > 6 else ''}"
 
 
 def _as_fitted(features: list[str], table: Table, expected: Expected) -> list[str]:
-    """The features in the order in which the model was fitted on them, where it knows their names."""
+    """Return the features in the order in which the model was fitted, if it has their names.
+
+    Raises `TargetError` if the columns differ.
+    """
     wanted = expected.feature_names
     if wanted is None or expected.lenient:
         return features
@@ -130,7 +133,7 @@ def _as_fitted(features: list[str], table: Table, expected: Expected) -> list[st
 
 
 def _label(label: str | None, table: Table) -> str:
-    """The name of the label column, if there is one of that name."""
+    """Return the name of the label column. Raises `UsageError` if it does not exist."""
     if label is not None and label in table.columns:
         return label
     wrong = (
@@ -142,7 +145,7 @@ def _label(label: str | None, table: Table) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first names, and whether there are more: a table may have a million."""
+    """Return the first names, with an ellipsis if there are more; a table may have a million."""
     return ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
 
 
@@ -172,10 +175,10 @@ def _rows_of_split(table: Table, split: str | None) -> NDArray[np.int64]:
 
 
 def _class_numbers(column: Words, name: str) -> NDArray[np.int64] | None:
-    """Labels that are whole numbers from 0 on, which are the class numbers; None for labels that are names."""
+    """Return labels that are whole numbers from 0 on, which are the class numbers. None for labels that are names."""
 
     def first(places: list[int]) -> int:
-        """The first row that has one of these words."""
+        """First row with one of these words."""
         chosen = np.zeros(len(column.words), bool)
         chosen[places] = True
         return int(chosen[column.places].argmax())
@@ -218,7 +221,7 @@ def _numbers(table: Table, features: list[str], rows: NDArray[np.int64]) -> NDAr
 def _refuse_missing(
     table: Table, features: list[str], kinds: NDArray[np.uint8], rows: NDArray[np.int64]
 ) -> None:
-    """Raise `TargetError` for a column of numbers with an empty cell."""
+    """Raise `TargetError` for a numeric column with an empty cell."""
     for name, column in zip(features, kinds.T, strict=True):
         missing = np.flatnonzero(column == MISSING)
         if len(missing) and not (column == TEXT).any():
@@ -229,7 +232,7 @@ def _refuse_missing(
 
 
 def _not_numbers(table: Table, text: list[str]) -> TargetError:
-    """What is said of columns that hold text."""
+    """Error for columns that contain text."""
     counted = "1 column" if len(text) == 1 else f"{len(text)} columns"
     few, more = text[:6], " …" if len(text) > 6 else ""
     flags = " ".join(f"--drop {shlex.quote(name)}" for name in few)

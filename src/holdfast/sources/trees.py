@@ -1,7 +1,7 @@
-"""Boosters of XGBoost as models: in hand, and from the files `.json` and `.ubj` that XGBoost writes.
+"""Boosters of XGBoost as models: objects, and the `.json` and `.ubj` files of XGBoost.
 
-A file is first loaded in a process of its own, under limits of memory and time: the reader is native code, and a
-damaged file must not end this process. Files are data and run no code.
+A file is first loaded in a separate process with limits of memory and time, because the reader is native code and a
+damaged file could crash the process. The files are data and run no code.
 """
 
 import hashlib
@@ -24,24 +24,25 @@ from holdfast.sources.limited.limits import Limits
 from holdfast.sources.limited.trees import damaged
 
 MAX_BYTES = 2**30
-"""of a file; a booster of 10,000 deep trees has some hundred megabytes"""
+"""maximum number of bytes of a file; a booster of 10,000 deep trees has some hundred megabytes"""
 LIMITS = Limits(copies=8, spare_bytes=2**30)
-"""of the process that loads a file first; JSON needs eight copies"""
+"""limits of the process that first loads a file; JSON needs eight copies"""
 _OBJECTIVES = frozenset(
     {"binary:logistic", "binary:logitraw", "binary:hinge", "multi:softmax", "multi:softprob"}
 )
-"""those whose margins are logits of classes"""
+"""objectives whose margins are logits of classes"""
 
 
 def adapted_booster(booster: Any) -> Adapted:
-    """A booster with the objective of a classifier, as a model: its margins, which are logits of the classes."""
+    """Return a booster with a classification objective as a model. Its margins are the logits of the classes."""
     return _adapted(booster, hashlib.sha256(bytes(booster.save_raw("ubj"))).hexdigest(), None)
 
 
 def open_booster(path: Path) -> tuple[Adapted, str]:
-    """The booster in a `.json` or `.ubj` file as a model, and the SHA-256 of the file.
+    """Return the booster in a `.json` or `.ubj` file as a model, and the SHA-256 of the file.
 
-    Trees after the best iteration are left out where `XGBClassifier` wrote the file and stopped early, as it does.
+    If `XGBClassifier` wrote the file after early stopping, trees after the best iteration are not used, as in
+    `XGBClassifier`.
     """
     content = read_once(path, "model", max_bytes=MAX_BYTES)
     try:
@@ -51,11 +52,11 @@ def open_booster(path: Path) -> tuple[Adapted, str]:
             f'{str(path)!r} is a model of XGBoost; opening it needs pip install "holdfast[trees]"'
         ) from error
     with read_under_limits("trees", path, LIMITS, content=content):
-        pass  # it is loaded here after that has gone well
+        pass  # loaded here after the separate process succeeded
     booster = xgboost.Booster()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of files that another version wrote
+            warnings.simplefilter("ignore")  # it warns about files of another version
             booster.load_model(bytearray(content))
         best = _best_iteration(booster.attributes())
         adapted = _adapted(booster, hashlib.sha256(content).hexdigest(), best)
@@ -65,7 +66,7 @@ def open_booster(path: Path) -> tuple[Adapted, str]:
 
 
 def _best_iteration(attributes: Mapping[str, str | None]) -> int | None:
-    """The last iteration that `XGBClassifier` uses, which marks its files."""
+    """Last iteration that `XGBClassifier` uses, for a file that it wrote; None for other files."""
     best = attributes.get("best_iteration")
     marked = attributes.get("scikit_learn") is not None
     return int(best) if marked and best is not None and best.isdecimal() else None

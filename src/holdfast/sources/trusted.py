@@ -1,6 +1,6 @@
-"""Opens model files that run code, for users who trust them: TorchScript, and pickles of whole modules.
+"""Opens model files that run code, with the user's trust: TorchScript, and pickles of whole modules.
 
-A file is read once: the bytes that are checked and hashed are the bytes that are loaded.
+A file is read once, so that the checked and hashed bytes are the loaded ones.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from holdfast.sources.limited.weights import NESTINGS, state_dict
 
 
 def open_trusted(path: Path) -> tuple[nn.Module | Weights, str, str]:
-    """A module, or weights where the file holds no module; the form of the file and its SHA-256. Its code runs.
+    """Load a file and run its code. Returns a module, or weights if the file has no module, its form and its SHA-256.
 
-    Raises `TargetError` where it cannot be loaded.
+    Raises `TargetError` if it cannot be loaded.
     """
     content = read_once(path, "model")
     check_archive(path, content, trust_code=True)
@@ -43,9 +43,7 @@ def open_trusted(path: Path) -> tuple[nn.Module | Weights, str, str]:
 def _loaded(path: Path, content: io.BytesIO, *, script: bool) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch.jit.load is deprecated, and classes may have changed since
+            warnings.simplefilter("ignore")  # torch.jit.load is deprecated, and classes may have changed
             if script:
                 return torch.jit.load(content, map_location="cpu")  # type: ignore[no-untyped-call]
             with importable(path.parent):
@@ -55,7 +53,7 @@ def _loaded(path: Path, content: io.BytesIO, *, script: bool) -> Any:
             f"{str(path)!r} needs a class that cannot be imported here: {error}. Put the file that defines it beside "
             "the model, or give a factory that loads the model, as file.py:factory"
         ) from error
-    except Exception as error:  # code of the file's own may raise anything
+    except Exception as error:  # the code in the file may raise anything
         first = (str(error).splitlines() or [""])[0][:200]
         raise TargetError(
             f"{str(path)!r} could not be loaded by torch {torch.__version__}: {type(error).__name__}: {first}"

@@ -1,4 +1,4 @@
-"""Puts tensors into an architecture, or says which of them do not fit."""
+"""Loads tensors into an architecture, or reports which of them do not fit."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,15 +18,15 @@ from holdfast.sources.described import refuse_description
 from holdfast.sources.files import readable_file
 
 METADATA_KEY = "holdfast"
-"""the one key that safetensors files of ours carry: sorted JSON"""
+"""metadata key of Holdfast's safetensors files; its value is sorted JSON"""
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")
-"""prefixes that DataParallel, torch.compile and training scripts put before every name"""
+"""prefixes that DataParallel, torch.compile and training scripts add to every name"""
 _SHOWN = 4
 _MOST_WRAPPERS = 8
 
 
 def read_state_dict(path: Path) -> tuple[Weights, dict[str, Any]]:
-    """Tensors of a safetensors file or a `.pt` state dict, and the metadata of ours where it has some."""
+    """Return the tensors of a safetensors file or a `.pt` state dict, and Holdfast's metadata if there are any."""
     readable_file(path, "weights file")
     if path.suffix != ".safetensors":
         return read_weights(path), {}
@@ -46,16 +46,16 @@ def read_state_dict(path: Path) -> tuple[Weights, dict[str, Any]]:
 
 
 def written(net: nn.Module, described: Mapping[str, Any]) -> bytes:
-    """A safetensors file of the network's weights; `described` is the metadata that it is opened by."""
+    """Return the weights of the network as a safetensors file with the metadata `described`."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in net.state_dict().items()}
     return safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(described, sort_keys=True)})
 
 
 def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str, *, spare: int = 0) -> None:
-    """Raise `TargetError` where a network has other tensors than the file, before memory is taken for it.
+    """Raise `TargetError` if a network has other tensors than the file, before memory is allocated for it.
 
-    The network is made without memory, and no further than it has as many parameters as the file has tensors and
-    `spare` more: a file or a configuration may ask for one of any size. What `make` raises is not caught.
+    The network is built on the meta device, and only until it has `spare` more parameters than the file has tensors,
+    because a file or a configuration may request a network of any size. Errors of `make` are not caught.
     """
     most, n = len(weights.tensors) + spare, 0
     thread = get_ident()
@@ -81,7 +81,10 @@ def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str, 
 
 
 def fit_weights(net: nn.Module, weights: Weights, source: str) -> tuple[str, ...]:
-    """Load the tensors into the network, in place, and return what had to be done; names what does not fit."""
+    """Load the tensors into the network in place. Returns notes about changes of names.
+
+    Raises `TargetError` with the tensors that do not fit.
+    """
     tensors, notes = _fitting(net, weights, source)
     net.load_state_dict(tensors)
     broken = [
@@ -97,10 +100,12 @@ def fit_weights(net: nn.Module, weights: Weights, source: str) -> tuple[str, ...
 
 
 def _fitting(net: nn.Module, weights: Weights, source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors under the names of the network, and notes; `TargetError` names what does not fit."""
+    """Return the tensors by the names of the network, and notes. Raises `TargetError` with the tensors that do
+    not fit.
+    """
     wanted = net.state_dict()
     tensors, notes = _unwrapped(weights.tensors, wanted)
-    # Checkpoints from before torch 0.4 lack the counter; eval mode never reads it.
+    # Checkpoints from before torch 0.4 lack the counter, which eval mode does not use.
     counters = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
     tensors = {**{name: value for name, value in counters.items() if name not in tensors}, **tensors}
     problems = _problems(tensors, wanted)
@@ -115,7 +120,7 @@ def _fitting(net: nn.Module, weights: Weights, source: str) -> tuple[dict[str, T
 def _unwrapped(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Names without the wrappers around them, where no name fits as it is and some fit without."""
+    """Remove known prefixes from all names if no name fits unchanged."""
     now: dict[str, Tensor] = dict(tensors)
     notes: list[str] = []
     while not wanted.keys() & now.keys() and len(notes) < _MOST_WRAPPERS:

@@ -1,4 +1,4 @@
-"""What attacks, constraints and models are tested with: laws, the linear oracle, tiny fakes, a pytest plugin.
+"""Tools for testing attacks, constraints and models: laws, a linear oracle, small test models and a pytest plugin.
 
-Nothing is imported here, so that a test run that only loads the plugin does not pay for torch.
+The package imports nothing, so that a test run that only loads the plugin does not import torch.
 """

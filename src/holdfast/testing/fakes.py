@@ -1,4 +1,4 @@
-"""Tiny models and batches, in float64 where no kernel's rounding can tip a verdict."""
+"""Small models and batches, in float64 where rounding could otherwise change a verdict."""
 
 import torch
 from torch import Tensor, nn
@@ -7,21 +7,24 @@ from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
 
 SHAPE = (3, 4, 4)
-"""Channels, height and width of the tiny images."""
+"""Channels, height and width of the small images."""
 
 
 class Sine(nn.Module):
-    """sin(8 z): a loss with many valleys, which a path falls into and climbs out of."""
+    """Elementwise sin(8 z), which gives a loss with many local minima."""
 
     def forward(self, z: Tensor) -> Tensor:
-        """The sine of each value."""
+        """Sine of each value."""
         return torch.sin(8 * z)
 
 
 def network(
     seed: int = 0, *, classes: int = 4, shape: tuple[int, ...] = SHAPE, rippled: bool = False
 ) -> Classifier:
-    """A two-layer network with random weights, in eval mode, on inputs in [0, 1]; smooth, or full of valleys."""
+    """Return a two-layer network with random weights in eval mode, for inputs in [0, 1].
+
+    Its loss is smooth, or has many local minima if `rippled`.
+    """
     draw, features = torch.Generator().manual_seed(seed), torch.Size(shape).numel()
     hidden, last = nn.Linear(features, 16).double(), nn.Linear(16, classes).double()
     with torch.no_grad():
@@ -34,7 +37,7 @@ def network(
 def examples(
     seed: int = 0, *, n: int = 21, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.float64
 ) -> Batch:
-    """Random inputs in [0, 1], some coordinates on the sides of the box; labels 0, ids in no order."""
+    """Return random inputs in [0, 1], some values of which are at the bounds, with labels 0 and unordered ids."""
     draw = torch.Generator().manual_seed(seed)
     x = (torch.rand(n, *shape, generator=draw, dtype=torch.float64) * 1.2 - 0.1).clamp(0, 1).to(dtype)
     ids = torch.randperm(4 * n, generator=draw)[:n]
@@ -42,13 +45,13 @@ def examples(
 
 
 def labelled(model: Classifier, batch: Batch) -> Batch:
-    """The batch with the model's own predictions as labels, so that every example is right at first."""
+    """Return the batch with the model's predictions as labels, so that every example is correct."""
     with torch.no_grad():
         return Batch(batch.x, model(batch.x).argmax(1), batch.ids)
 
 
 class Constant(nn.Module):
-    """The same logits for every input: what a broken model file gives."""
+    """A model with equal logits for every input, as from a damaged model file."""
 
     def __init__(self, logits: tuple[float, ...]) -> None:
         super().__init__()
@@ -56,25 +59,25 @@ class Constant(nn.Module):
         self.logits: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """The logits, once an input, with a gradient of zero."""
+        """Return the logits for each input, with a gradient of zero."""
         return self.logits.to(x.dtype).expand(len(x), -1) + 0 * x.flatten(1).sum(1, keepdim=True)
 
 
 class Gradientless(nn.Module):
-    """A network that answers and lets no gradient through, as a decorator of no gradients makes it."""
+    """A network without gradients, as under a `no_grad` decorator."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
-        """The network's logits, cut off from the inputs."""
+        """Logits of the network, detached from the inputs."""
         logits: Tensor = self.net(x.detach())
         return logits.detach()
 
 
 class NaNBeyond(nn.Module):
-    """A network whose logits turn NaN once an input moves further than `reach` from those first seen as `clean`."""
+    """A network whose logits are NaN for inputs farther than `reach` from the inputs `clean`."""
 
     def __init__(self, net: nn.Module, clean: Tensor, reach: float) -> None:
         super().__init__()
@@ -83,7 +86,7 @@ class NaNBeyond(nn.Module):
         self.clean: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """The network's logits near the clean inputs, NaN elsewhere."""
+        """Logits of the network near the clean inputs, and NaN elsewhere."""
         distance = torch.cdist(x.detach().flatten(1), self.clean.flatten(1)).amin(1)
         logits: Tensor = self.net(x)
         return torch.where(distance[:, None] > self.reach, torch.nan, logits)

@@ -1,6 +1,6 @@
-"""What every constraint must obey. Each law raises `AssertionError` with the figures when it is broken.
+"""Laws of every constraint. Each law raises `AssertionError` with numbers if a constraint violates it.
 
-A law draws its own examples from a seed, so that a property test needs nothing else:
+A law generates its examples from a seed, so that a property test needs only these lines:
 
     @given(seed=integers(0, 2**32), eps=floats(0, 3))
     def test_law(seed, eps):
@@ -22,14 +22,14 @@ from holdfast.core.types import Inputs, PerExample
 from holdfast.testing.fakes import examples
 
 SHAPE = (2, 2, 2)
-"""Eight values in four pixels: few enough to try every set of changes."""
+"""Eight values in four pixels, few enough to try every set of changes."""
 BOUNDS = Bounds()
 
-_RIVALS = 20  # random unit steps that the steepest one is compared with
+_RIVALS = 20  # number of random unit steps that the steepest step is compared with
 
 
 def scene(seed: int, *, n: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Batch, Inputs]:
-    """Examples, some values on the sides of the box, and a point near each: most of them outside the box."""
+    """Return examples, some values of which are at the bounds, and a point near each, mostly outside the bounds."""
     batch = examples(seed, n=n, shape=SHAPE, dtype=dtype)
     rng = Draws(seed).at("scene")
     away = rng.at("length").uniform(batch.ids, 1, dtype=dtype).view(-1, 1, 1, 1) * 2
@@ -38,7 +38,7 @@ def scene(seed: int, *, n: int = 6, dtype: torch.dtype = torch.float64) -> tuple
 
 
 def projects_inside(constraint: Constraint, seed: int) -> None:
-    """A projection is inside ball and box, in float64 and in float32."""
+    """A projection is inside the ball and the bounds, in float64 and in float32."""
     for dtype in (torch.float64, torch.float32):
         batch, points = scene(seed, dtype=dtype)
         projected = constraint.project(points, batch.x, BOUNDS)
@@ -49,7 +49,7 @@ def projects_inside(constraint: Constraint, seed: int) -> None:
 
 
 def projects_once(constraint: Constraint, seed: int) -> None:
-    """A second projection moves nothing by more than rounding."""
+    """A second projection does not move points by more than rounding."""
     batch, points = scene(seed)
     once = constraint.project(points, batch.x, BOUNDS)
     moved = float((constraint.project(once, batch.x, BOUNDS) - once).abs().max())
@@ -57,7 +57,7 @@ def projects_once(constraint: Constraint, seed: int) -> None:
 
 
 def leaves_feasible_points_alone(constraint: Constraint, seed: int) -> None:
-    """A point well inside ball and box comes back bit by bit, whoever else is in the batch."""
+    """A point well inside the ball and the bounds is returned bitwise equal, independently of the other examples."""
     batch, points = scene(seed)
     smaller = constraint.resized(
         int(constraint.eps / 2) if isinstance(constraint, L0) else constraint.eps / 2
@@ -72,7 +72,7 @@ def leaves_feasible_points_alone(constraint: Constraint, seed: int) -> None:
 
 
 def projects_to_the_nearest(constraint: Constraint, seed: int) -> None:
-    """No point of ball and box is nearer: as near as a slow and exact search finds, which knows the four norms."""
+    """A projection is the nearest feasible point, compared with a slow exact search for the four norms."""
     if not isinstance(constraint, (Linf, L2, L1, L0)):
         return
     batch, points = scene(seed)
@@ -84,7 +84,10 @@ def projects_to_the_nearest(constraint: Constraint, seed: int) -> None:
 
 
 def steps_along_the_steepest(constraint: Constraint, seed: int) -> None:
-    """The step has length one at most, and no unit step that the box allows climbs more; L0 only climbs."""
+    """The step has length at most one, and no unit step inside the bounds has a larger gain.
+
+    For L0 only the gain is checked.
+    """
     batch, _ = scene(seed)
     gradient = Draws(seed).at("gradient").normal(batch.ids, *SHAPE, dtype=batch.x.dtype)
     step = constraint.steepest(gradient, batch.x, BOUNDS)
@@ -106,7 +109,7 @@ def steps_along_the_steepest(constraint: Constraint, seed: int) -> None:
 
 
 def samples_inside(constraint: Constraint, seed: int) -> None:
-    """Random points are inside ball and box, and an example's own whatever the batch is."""
+    """Random points are inside the ball and the bounds, and those of an example do not depend on the batch."""
     for dtype in (torch.float64, torch.float32):
         batch, _ = scene(seed, dtype=dtype)
         points = constraint.sample(batch, BOUNDS, Draws(seed))
@@ -118,7 +121,7 @@ def samples_inside(constraint: Constraint, seed: int) -> None:
 
 
 def radii_are_each_example_s_own(constraint: Constraint, seed: int) -> None:
-    """`within` with several radii does to each example what `project` does with its radius alone."""
+    """`within` with several radii is equal to `project` with the radius of each example."""
     if not isinstance(constraint, Norm):
         return
     batch, points = scene(seed)
@@ -140,11 +143,11 @@ CONSTRAINT_LAWS: tuple[Callable[[Constraint, int], None], ...] = (
     samples_inside,
     radii_are_each_example_s_own,
 )
-"""Every law, for `parametrize`."""
+"""Every law of constraints, for `parametrize`."""
 
 
 def _nearest(norm: Linf | L2 | L1 | L0, points: Tensor, clean: Tensor) -> Tensor:
-    """The nearest point of ball and box: by bisecting the ball's multiplier, for L0 by trying every set of changes."""
+    """Nearest feasible point: by bisection of the multiplier of the ball, or for L0 by trying every set of changes."""
     change = points - clean
     match norm:
         case Linf():
@@ -163,7 +166,7 @@ def _nearest(norm: Linf | L2 | L1 | L0, points: Tensor, clean: Tensor) -> Tensor
 
 
 def _bisected(norm: L2 | L1, clean: Tensor, at: Callable[[Tensor], Tensor]) -> Tensor:
-    """The point at the largest share, 1 at most, whose distance is within eps; the distance grows with the share."""
+    """Point at the largest share up to 1 whose distance is within eps. The distance must increase with the share."""
     low, high = clean.new_zeros(len(clean), 1), clean.new_ones(len(clean), 1)
     whole = norm.distance(BOUNDS.clamp(at(high)), clean) <= norm.eps
     low = torch.where(whole[:, None], high, low)
@@ -175,7 +178,7 @@ def _bisected(norm: L2 | L1, clean: Tensor, at: Callable[[Tensor], Tensor]) -> T
 
 
 def _tried(norm: L0, points: Tensor, clean: Tensor) -> Tensor:
-    """The best over all sets of units that may change."""
+    """Best point over all sets of units that may change."""
     units = torch.arange(clean.shape[1]).view(SHAPE[0], -1) if norm.per == "pixel" else None
     groups = list(units.T) if units is not None else list(torch.arange(clean.shape[1])[:, None])
     wanted, best = BOUNDS.clamp(points), clean.clone()

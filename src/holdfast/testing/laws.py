@@ -1,7 +1,7 @@
-"""What every attack must obey. Each law raises `AssertionError` with the figures when it is broken.
+"""Laws of every attack. Each law raises `AssertionError` with numbers if an attack violates it.
 
 A law takes a `Case`: an attack, a norm, and how close to the exact distance it must come on a linear model. Outside
-packages run them on their own attacks:
+packages can run the laws on their attacks:
 
     @pytest.mark.parametrize("law", laws.ATTACK_LAWS)
     def test_law(law):
@@ -29,23 +29,23 @@ from holdfast.testing.fakes import SHAPE, Constant, Gradientless, NaNBeyond, exa
 from holdfast.testing.linear import LinearOracle, linear_problem
 
 Kind = Callable[[float], Norm]
-"""A norm by its radius, such as `Linf`."""
+"""A norm as a function of its radius, such as `Linf`."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attack under one norm."""
+    """An attack under one norm."""
 
     attack: Attack
     norm: Kind
     slack: float = 0.95
-    """share of eps within which a linear model of two classes must be broken wherever it can be"""
+    """share of eps within which every example of a two-class linear model must be broken"""
     many: float = 0.4
-    """the same with more classes, where what climbs the likeliest class may end farther away than the nearest"""
+    """the same for more classes, where the most likely other class may be farther away than the nearest one"""
     smallest: bool = False
-    """whether it looks for the smallest change, and so works without an eps"""
+    """whether the attack searches for the smallest change, and so works without an eps"""
     variant: str = ""
-    """what tells it from another line of the same attack"""
+    """distinguishes entries of the same attack"""
 
     def __repr__(self) -> str:
         kind = self.norm.func if isinstance(self.norm, partial) else self.norm
@@ -54,15 +54,15 @@ class Case:
 
     @property
     def counts(self) -> bool:
-        """Whether a radius is a number of values, and so whole."""
+        """Whether the radius counts values, and so must be whole."""
         return isinstance(self.norm(1.0), L0)
 
     def eps(self, wanted: float) -> float:
-        """A radius; whole for L0."""
+        """Return a valid radius near `wanted`; whole for L0."""
         return max(1.0, round(wanted)) if self.counts else wanted
 
     def enough(self, exact: PerExample, classes: int) -> PerExample:
-        """The radius that must do, given the exact distances to a linear model; for L0 the next whole number."""
+        """Return the radius at which examples must be broken, from their exact distances. For L0 it is rounded up."""
         needed = exact / (self.slack if classes == 2 else self.many)
         return needed.ceil() if self.counts else needed
 
@@ -70,7 +70,7 @@ class Case:
 def run(
     case: Case, model: Model, batch: Batch, threat: ThreatModel, *, seed: int = 0
 ) -> tuple[Inputs, Spent]:
-    """The attack through a metered model, as the harness runs it; the model is its own surrogate."""
+    """Run the attack through a metered model, as in the harness. The model is its own surrogate."""
     threat = replace(threat, surrogates=(model,))
     metered = Metered(model, batch, threat)
     try:
@@ -81,7 +81,7 @@ def run(
 
 
 def broken(model: Model, batch: Batch, x_adv: Inputs) -> Mask:
-    """Whether the bare model gives in."""
+    """Whether the model misclassifies each point."""
     with torch.no_grad():
         return ~(margin(model(x_adv), batch) > 0)
 
@@ -96,7 +96,7 @@ def problem(
     dtype: torch.dtype = torch.float64,
     rippled: bool = False,
 ) -> tuple[Classifier, Batch, ThreatModel]:
-    """A small network, examples that it has right, and an eps that breaks about half of them."""
+    """Return a small network, examples that it classifies correctly, and an eps that breaks about half of them."""
     model = network(seed, classes=classes, shape=shape, rippled=rippled).to(dtype)
     batch = labelled(model, examples(seed, n=n, shape=shape, dtype=dtype))
     radius = {"Linf": 0.06, "L2": 0.3, "L1": 1.2, "L0": 2.0}.get(type(case.norm(1.0)).__name__, 0.1)
@@ -104,7 +104,7 @@ def problem(
 
 
 def stays_inside(case: Case) -> None:
-    """Every returned point is finite, inside the ball and inside the box, in float32 too."""
+    """Every returned point is finite, inside the ball and inside the bounds, also in float32."""
     for seed, dtype in ((0, torch.float64), (1, torch.float32), (2, torch.float32)):
         model, batch, threat = problem(case, seed, dtype=dtype)
         x_adv, _ = run(case, model, batch, threat, seed=seed)
@@ -121,9 +121,10 @@ def stays_inside(case: Case) -> None:
 
 
 def agrees_with_the_oracle(case: Case) -> None:
-    """On a linear model: no success beyond the exact distance, always success well within it; judged by the harness.
+    """On a linear model, no success beyond the exact distance, and success for every example well within it.
 
-    With more than two classes the distance is that of the nearest, which need not be the likeliest: see `Case.many`.
+    With more than two classes the distance is that of the nearest class, which may not be the most likely one; see
+    `Case.many`.
     """
     for seed, classes in ((0, 2), (1, 2), (2, 3), (3, 3), (4, 10), (5, 10)):
         model, batch = linear_problem(seed, classes=classes)
@@ -163,9 +164,10 @@ def repeats_itself(case: Case) -> None:
 
 
 def ignores_the_company(case: Case) -> None:
-    """What an example gets does not depend on batch size, order or the other examples.
+    """The result of an example does not depend on the batch size, the order or the other examples.
 
-    Verdicts are equal; points too, but for those few where a sum in another order tips a comparison on the way.
+    Verdicts are equal. Points are equal except for a few examples in which a different order of summation changes a
+    comparison.
     """
     model, batch, threat = problem(case, n=5)
     whole, _ = run(case, model, batch, threat)
@@ -184,7 +186,7 @@ def _same(case: Case, what: str, model: Model, batch: Batch, expected: Tensor, f
 
 
 def keeps_what_it_found(case: Case) -> None:
-    """An example that any query broke inside the constraint is broken by the point that is returned."""
+    """If any query broke an example inside the constraint, the returned point breaks it."""
     for seed, rippled in ((0, False), (1, False), (0, True), (1, True)):
         model, batch, threat = problem(case, seed, rippled=rippled)
         x_adv, spent = run(case, model, batch, threat, seed=seed)
@@ -193,14 +195,14 @@ def keeps_what_it_found(case: Case) -> None:
 
 
 def eps_zero_changes_nothing(case: Case) -> None:
-    """A ball of radius zero gives the clean inputs back."""
+    """A ball of radius zero returns the clean inputs."""
     model, batch, _ = problem(case)
     x_adv, _ = run(case, model, batch, ThreatModel(case.norm(0.0)))
     assert torch.equal(x_adv, batch.x), f"{case}: moved by {float((x_adv - batch.x).abs().max())} at eps 0"
 
 
 def works_for_any_number_of_classes(case: Case) -> None:
-    """2, 3, 8 and 1,000 classes, where other laws have 4: inside the constraint, and something is broken."""
+    """With 2, 3, 8 and 1,000 classes, where other laws have 4, points are feasible and some example is broken."""
     for classes in (2, 3, 8, 1000):
         model, batch, threat = problem(case, classes=classes, n=6)
         x_adv, _ = run(case, model, batch, ThreatModel(case.norm(case.eps(threat.constraint.eps * 3))))
@@ -208,7 +210,7 @@ def works_for_any_number_of_classes(case: Case) -> None:
 
 
 def takes_inputs_of_any_shape(case: Case) -> None:
-    """Rows of a table, a sequence, an image of one channel: inside the constraint, and something is broken."""
+    """For rows of a table, sequences and images of one channel, points are feasible and some example is broken."""
     for shape in ((24,), (2, 12), (1, 5, 7)):
         model, batch, threat = problem(case, n=6, shape=shape)
         threat = ThreatModel(case.norm(case.eps(threat.constraint.eps * 3)))
@@ -220,7 +222,7 @@ def takes_inputs_of_any_shape(case: Case) -> None:
 
 
 def leaves_the_model_alone(case: Case) -> None:
-    """Weights, their gradients, `requires_grad` and train or eval mode come back as they were; unfrozen or not."""
+    """Weights, their gradients, `requires_grad` and the mode of the model are unchanged, whether frozen or not."""
     model, batch, threat = problem(case)
     frozen, _ = run(case, model, batch, threat)
     model.requires_grad_(True)
@@ -236,7 +238,9 @@ def leaves_the_model_alone(case: Case) -> None:
 
 
 def leaves_its_arguments_alone(case: Case) -> None:
-    """Inputs, labels and ids are not edited in place, nor is what the model was asked before: it may remember."""
+    """Inputs, labels and ids are not changed in place, nor are the inputs of earlier calls, which the model may
+    store.
+    """
     model, batch, threat = problem(case)
     x, y, ids = batch.x.clone(), batch.y.clone(), batch.ids.clone()
     asked: list[tuple[Tensor, Tensor]] = []
@@ -250,7 +254,7 @@ def leaves_its_arguments_alone(case: Case) -> None:
 
 
 def declares_what_it_must_see(case: Case) -> None:
-    """With the access that it declares it does what it does with more."""
+    """With the access that it declares, an attack returns the same points as with more access."""
     model, batch, threat = problem(case)
     declared, _ = run(case, model, batch, replace(threat, access=case.attack.needs))
     more, _ = run(case, model, batch, replace(threat, access="gradients"))
@@ -258,7 +262,7 @@ def declares_what_it_must_see(case: Case) -> None:
 
 
 def keeps_to_the_budget(case: Case) -> None:
-    """No example is asked more than `queries` times, and what was found until then is kept."""
+    """No example gets more than `queries` queries, and successes within the budget are kept."""
     model, batch, threat = problem(case)
     for queries in (1, 2, 13):
         limited = replace(threat, queries=queries, access=case.attack.needs)
@@ -273,7 +277,9 @@ def keeps_to_the_budget(case: Case) -> None:
 
 
 def survives_odd_batches(case: Case) -> None:
-    """One example, none, already wrong, non-contiguous, channels last: as any other."""
+    """Batches of one, empty, already misclassified, non-contiguous or channels-last examples are handled like
+    others.
+    """
     model, batch, threat = problem(case)
     whole, _ = run(case, model, batch, threat)
     first = batch.take(torch.tensor([0]))
@@ -299,7 +305,7 @@ def survives_odd_batches(case: Case) -> None:
 
 
 def survives_odd_models(case: Case) -> None:
-    """One that is constant, passes no gradient, is NaN or turns NaN on the way: finite points inside the constraint."""
+    """For models that are constant, without gradients, NaN or partly NaN, the points are finite and feasible."""
     model, batch, threat = problem(case)
     logits = (3.0, 1.0, 1.0, 0.0)
     odd = {
@@ -318,7 +324,7 @@ def survives_odd_models(case: Case) -> None:
 
 
 def reaches_targets(case: Case) -> None:
-    """With room enough, most targets are reached, and each point is judged by its target."""
+    """With a large eps most targets are reached, and each point is judged by its target."""
     model, batch, threat = problem(case)
     aimed = batch.towards((batch.y + 1) % 4)
     wide = ThreatModel(case.norm(case.eps(threat.constraint.eps * 8)), goal=1)
@@ -328,7 +334,7 @@ def reaches_targets(case: Case) -> None:
 
 
 def breaks_an_undefended_network(case: Case) -> None:
-    """A minimum-norm attack finds something for every example, and what it finds is firmly broken."""
+    """A minimum-norm attack breaks every example, with verdicts that do not depend on the batch size."""
     if not case.smallest:
         return
     model, batch, _ = problem(case)
@@ -357,7 +363,7 @@ ATTACK_LAWS: tuple[Callable[[Case], None], ...] = (
     reaches_targets,
     breaks_an_undefended_network,
 )
-"""Every law, for `parametrize`."""
+"""Every law of attacks, for `parametrize`."""
 
 LIMITED_LAWS = tuple(
     law
@@ -371,11 +377,11 @@ LIMITED_LAWS = tuple(
         breaks_an_undefended_network,
     )
 )
-"""Those that hold under threats that are no balls, such as patches: they have no radius, and are for images."""
+"""Laws that hold under threats other than balls, such as patches, which have no radius and apply to images."""
 
 
 def more_never_loses(weaker: Attack, stronger: Attack, norm: Kind) -> None:
-    """Whatever the weaker setting of an attack breaks, the stronger breaks too: restarts and budgets only add."""
+    """A stronger setting breaks every example that the weaker one breaks, because restarts and budgets only add."""
     for seed in range(3):
         case = Case(weaker, norm)
         model, batch, threat = problem(case, seed)

@@ -1,7 +1,8 @@
-"""The oracle: a linear classifier knows exactly how far each input is from its boundary, inside ball and box.
+"""The oracle: a linear classifier with the exact distance of each input to its decision boundary, inside the bounds.
 
-For one rival class the smallest change solves a knapsack: Linf and L2 move all coordinates up to the box's side and
-solve for how far, L1 and L0 spend on the coordinates that pay most. The distance is the least over the rivals.
+For one other class the smallest change solves a knapsack problem: for Linf and L2 all values move up to the bounds by
+an amount that is solved for, for L1 and L0 the values with the largest gain move first. The distance is the minimum
+over the other classes.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from holdfast.core.types import Ids, Inputs, Labels, Logits, PerExample
 
 @dataclass(frozen=True)
 class LinearOracle:
-    """A linear model (`Model`) with the exact distance of any input to its boundary."""
+    """A linear model (`Model`) with the exact distance of any input to its decision boundary."""
 
     weight: Tensor
     """(classes, features)"""
@@ -27,11 +28,11 @@ class LinearOracle:
     bounds: Bounds = Bounds()
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits (n, classes)."""
+        """Return the logits (n, classes)."""
         return x.flatten(1) @ self.weight.T + self.bias
 
     def classifier(self) -> Classifier:
-        """The same model as a network that the harness measures."""
+        """Return the same model as a network that the harness can measure."""
         layer = nn.Linear(self.weight.shape[1], self.weight.shape[0]).to(self.weight)
         with torch.no_grad():
             layer.weight.copy_(self.weight)
@@ -39,7 +40,7 @@ class LinearOracle:
         return Classifier(nn.Sequential(nn.Flatten(), layer), bounds=self.bounds).eval()
 
     def distance(self, x: Inputs, y: Labels, norm: Constraint) -> PerExample:
-        """Exact distance to the nearest point of the box that is not classified as `y`; inf where there is none."""
+        """Exact distance to the nearest point inside the bounds that is not classified as `y`; inf if there is none."""
         x, logits = x.double(), self(x).double()
         low, high = self.bounds.like(x)
         rivals = []
@@ -53,12 +54,12 @@ class LinearOracle:
 
 
 def _smallest(pay: Tensor, room: Tensor, gap: Tensor, norm: Constraint) -> PerExample:
-    """The smallest change that gains `gap`, where a coordinate pays `pay` a unit and has `room` to move."""
+    """Size of the smallest change that gains `gap`, if a value gains `pay` for each unit and can move by `room`."""
     match norm:
         case Linf():
             return _root(room, pay, gap)
         case L2():
-            t = _root(torch.where(pay > 0, room / pay, 0), pay**2, gap)  # what does not pay stops at once
+            t = _root(torch.where(pay > 0, room / pay, 0), pay**2, gap)  # values without gain do not move
             moved = torch.minimum(t[:, None] * pay, room).norm(dim=1)
             return torch.where(t < torch.inf, moved, torch.inf)
         case L1():
@@ -76,11 +77,11 @@ def _smallest(pay: Tensor, room: Tensor, gap: Tensor, norm: Constraint) -> PerEx
 
 
 def _root(stops: Tensor, slopes: Tensor, gap: Tensor) -> PerExample:
-    """The t where `sum(slopes * min(t, stops)) = gap`, row by row; inf where the sum never gets there."""
+    """Return t with `sum(slopes * min(t, stops)) = gap` for each row; inf if the sum does not reach it."""
     stops, order = stops.sort(dim=1)
     slopes = slopes.gather(1, order)
     gained = (slopes * stops).cumsum(1)
-    rest = slopes.sum(1, keepdim=True) - slopes.cumsum(1)  # slope beyond each stop
+    rest = slopes.sum(1, keepdim=True) - slopes.cumsum(1)  # total slope after each stop
     piece = (gained + rest * stops < gap[:, None]).sum(1, keepdim=True)
     inside = piece.clamp_max(stops.shape[1] - 1)
     before = (gained - slopes * stops).gather(1, inside)[:, 0]
@@ -92,11 +93,11 @@ def _root(stops: Tensor, slopes: Tensor, gap: Tensor) -> PerExample:
 def linear_problem(
     seed: int, *, n: int = 40, features: int = 12, classes: int = 3, dtype: torch.dtype = torch.float64
 ) -> tuple[LinearOracle, Batch]:
-    """A random linear model, and inputs in [0, 1] (some coordinates on the sides) that it classifies correctly."""
+    """Return a random linear model, and inputs in [0, 1] that it classifies correctly, some values at the bounds."""
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(classes, features, generator=draw, dtype=torch.float64)
     x = (torch.rand(n, features, generator=draw, dtype=torch.float64) * 1.4 - 0.2).clamp(0, 1)
-    bias = -(x @ weight.T).mean(0)  # no class takes everything
+    bias = -(x @ weight.T).mean(0)  # prevents that one class is predicted for all inputs
     model = LinearOracle(weight.to(dtype), bias.to(dtype))
     x = x.to(dtype)
     return model, Batch(x, model(x).argmax(1), torch.arange(n))

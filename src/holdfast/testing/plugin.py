@@ -1,9 +1,9 @@
-"""The pytest plugin: `assert_robust`, which tests ask for as a fixture of that name.
+"""The pytest plugin: `assert_robust` as a fixture of that name.
 
     def test_holds(assert_robust):
         assert_robust(model, (x, y), threat="linf:8/255", at_least=0.4)
 
-Starting pytest costs nothing: torch comes with the first call.
+The start of pytest is not slowed down, because torch is imported in the first call.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from holdfast.gates.judging import Judgement
     from holdfast.runs.result import Result
 
-_SHOWN = 10  # broken examples that a message names
+_SHOWN = 10  # number of broken examples that a message lists
 
 
 @pytest.fixture(name="assert_robust")
 def _assert_robust() -> Callable[..., Result]:
-    """`assert_robust(model, data, threat="linf:8/255", at_least=0.5)`: fails unless the model is that robust."""
+    """`assert_robust(model, data, threat="linf:8/255", at_least=0.5)` fails unless the model is that robust."""
     return assert_robust
 
 
@@ -42,10 +42,10 @@ def assert_robust(
     std: Sequence[float] | None = None,
     accept_doubts: Mapping[str, str] | None = None,
 ) -> Result:
-    """`AssertionError` unless the whole interval of robust accuracy is at least `at_least` and no doubt is open.
+    """Raise `AssertionError` unless the whole interval of robust accuracy is at least `at_least` and no doubt is open.
 
-    The arguments are those of `holdfast.assess`, and its result comes back. "unclear" fails too: its message says
-    whether more examples or an answer to a doubt would settle it.
+    The arguments are those of `holdfast.assess`, whose result is returned. An unclear verdict fails too; the message
+    states whether more examples or the acceptance of a doubt could change it.
     """
     from holdfast.api import assess
 
@@ -71,7 +71,7 @@ def assert_robust(
 
 
 def _message(result: Result, judgement: Judgement, threat: str) -> list[str]:
-    """The number and its interval, what broke the model, which examples, and what is in doubt."""
+    """Lines with the value and its interval, the attacks, the broken examples and the open doubts."""
     evidence, clean = result.evidence, result.metrics["clean_accuracy"]
     lines = [
         f"robust accuracy under {threat} is {judgement.because} ({judgement.verdict})",

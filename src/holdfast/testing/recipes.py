@@ -1,4 +1,4 @@
-"""Laws that every recipe obeys, for `parametrize`; a recipe of another package runs them too."""
+"""Laws of every recipe, for `parametrize`, also for recipes of other packages."""
 
 from dataclasses import replace
 
@@ -15,11 +15,11 @@ from holdfast.ops.recipe import Recipe, trained_as
 from holdfast.testing.fakes import examples, labelled, network
 
 SHORT = Training(epochs=3, batch=8, optimizer="sgd", lr=0.05, schedule="cosine", average=0.9)
-"""Enough to see the weights move, in a fraction of a second."""
+"""Training that changes the weights measurably within a fraction of a second."""
 
 
 def _problem(seed: int = 0) -> tuple[Classifier, Batch]:
-    """Examples labelled by one network, and another that agrees on most of them."""
+    """Return a network, and examples labelled by another network that agrees with it on most of them."""
     teacher, student, stranger = network(seed), network(seed), network(seed + 1)
     with torch.no_grad():
         for weight, other in zip(student.parameters(), stranger.parameters(), strict=True):
@@ -41,13 +41,13 @@ def _threat(eps: float) -> ThreatModel:
 
 
 def same(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two checkpoints are equal to the last bit."""
+    """Whether two checkpoints are bitwise equal."""
     names = one.tensors.keys() == other.tensors.keys()
     return names and all(torch.equal(value, other.tensors[name]) for name, value in one.tensors.items())
 
 
 def leaves_the_model_alone(recipe: Recipe) -> None:
-    """Weights, modes and `requires_grad` of the given model stay, and the new one differs."""
+    """Weights, mode and `requires_grad` of the given model are unchanged, and the new model differs from it."""
     model, data = _problem()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x, y = data.x.clone(), data.y.clone()
@@ -60,7 +60,7 @@ def leaves_the_model_alone(recipe: Recipe) -> None:
 
 
 def repeats_itself(recipe: Recipe) -> None:
-    """The same seed gives the same weights, another seed others."""
+    """Equal seeds give equal weights, and different seeds different ones."""
     model, data = _problem()
     one, again, other = (_run(recipe, model, data, 0.05, seed)[-1] for seed in (0, 0, 1))
     assert same(one, again)
@@ -68,7 +68,7 @@ def repeats_itself(recipe: Recipe) -> None:
 
 
 def goes_on_exactly(recipe: Recipe) -> None:
-    """After any checkpoint the rest comes out to the last bit as in a training that nothing stopped."""
+    """Training resumed from any checkpoint is bitwise equal to training without interruption."""
     model, data = _problem()
     whole = _run(recipe, model, data, 0.05)
     assert [checkpoint.epoch for checkpoint in whole] == [1, 2, 3]
@@ -79,7 +79,7 @@ def goes_on_exactly(recipe: Recipe) -> None:
 
 
 def draws_from_its_own_seed(recipe: Recipe) -> None:
-    """Torch's own generator neither decides anything nor is moved."""
+    """Torch's own generator does not affect the result and is not changed."""
     model, data = _problem()
     torch.manual_seed(1)
     one = _run(recipe, model, data, 0.05)[-1]
@@ -92,7 +92,7 @@ def draws_from_its_own_seed(recipe: Recipe) -> None:
 
 
 def learns(recipe: Recipe) -> None:
-    """The loss falls from the first epoch to the last, and the new model agrees with more of the labels."""
+    """The loss decreases from the first to the last epoch, and the new model agrees with more of the labels."""
     model, data = _problem()
     longer = replace(SHORT, epochs=30)
     found = list(trained_as(recipe, longer)(model, data, _threat(0.01), rng=Draws(0)))

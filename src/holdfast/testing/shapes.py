@@ -1,7 +1,7 @@
-"""Checks at run time, under test, that tensors have the shapes their annotations promise.
+"""Checks of annotated tensor shapes at run time, for tests.
 
-`checked(f)` wraps a function; `watching("holdfast.ops")` wraps everything public in some packages for as long as a test
-wants it. A name in a shape binds to one size within a call: `n` is the same for `x` and for `y`.
+`checked(f)` wraps a function. `watching("holdfast.ops")` wraps all public functions of packages for the duration of a
+test. A name in a shape has one size within a call: `n` is the same for `x` and for `y`.
 """
 
 import inspect
@@ -20,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def fits(value: Tensor, shape: Shape, sizes: dict[str, tuple[int, ...]]) -> bool:
-    """Whether a tensor has this shape and kind, given the sizes that names are bound to; binds new ones."""
+    """Whether a tensor has this shape and kind, given the sizes of names so far. New names are added to `sizes`."""
     if shape.kind == "float" and not value.is_floating_point():
         return False
     if shape.kind == "bool" and value.dtype != torch.bool:
@@ -42,7 +42,9 @@ def fits(value: Tensor, shape: Shape, sizes: dict[str, tuple[int, ...]]) -> bool
 
 
 def checked(function: F) -> F:
-    """The function, raising `TypeError` where an argument or the result has not the annotated shape."""
+    """Return the function, wrapped so that it raises `TypeError` for an argument or result of another shape than
+    annotated.
+    """
     hints = _shapes(get_type_hints(function, include_extras=True))
     if not hints:
         return function
@@ -54,7 +56,7 @@ def checked(function: F) -> F:
         if p.name in hints
     ]
     promised = "return" in hints
-    # Calls with shapes and types that passed before need no second check: most calls of a test repeat a few of them.
+    # Shapes and types that passed before are not checked again, because most calls of a test repeat a few of them.
     passed: dict[tuple[_Seen, ...], tuple[dict[str, tuple[int, ...]], set[_Seen]]] = {}
 
     @wraps(function)
@@ -80,12 +82,12 @@ def checked(function: F) -> F:
 
 
 _Seen = tuple[torch.dtype, torch.Size] | None
-"""What a check of shapes depends on; None for what is no tensor."""
+"""Properties that a check of shapes depends on; None for values other than tensors."""
 
 
 @contextmanager
 def watching(*packages: str) -> Iterator[None]:
-    """Check every public function and method of these packages, wherever it was imported to, until the end."""
+    """Check every public function and method of these packages, wherever it was imported, until the block ends."""
     loaded = {name: module for name, module in sys.modules.items() if name.startswith("holdfast.")}
     undo: list[tuple[Any, str, Any]] = []
     wrapped: dict[Any, Any] = {}

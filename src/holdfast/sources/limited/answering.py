@@ -26,11 +26,11 @@ _NO_MEMORY = (
     "Failed to allocate memory",
     "Failed to serialize proto",
 )
-"""what libraries say, in another error than `MemoryError`, of memory that they did not get"""
+"""messages of libraries about failed allocations in errors other than `MemoryError`"""
 
 
 def main(name: str) -> None:
-    """Read the file of the request in a folder, and write the answer beside it."""
+    """Read the file of the request in a folder, and write the answer into the folder."""
     folder = Path(name)
     try:
         request = json.loads((folder / REQUEST).read_text())
@@ -57,7 +57,7 @@ def is_out_of_memory(cause: BaseException | None) -> bool:
 
 
 def answered(request: Mapping[str, Any], content: bytes | None, folder: Path) -> Mapping[str, Any]:
-    """What the parser found; of an error its class and its message."""
+    """Return the result of the parser, or the class and the message of its error."""
     read = import_module(f"{_PACKAGE}.{request['parser']}").read
     path = Path(request["path"])
     named = {key: value for key, value in request.items() if key not in ("parser", "path", "content")}

@@ -1,4 +1,4 @@
-"""Starts the process that reads a file under limits, and returns what it found."""
+"""Starts the process that reads a file under limits, and returns its result."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def read_under_limits(
     n_bytes_beside: int = 0,
     **request: Any,
 ) -> Iterator[tuple[Mapping[str, Any], Path]]:
-    """What a parser of this package found in a file, and a folder, which is removed later, with what it wrote.
+    """Yield the result of a parser for a file, and a temporary folder with the files that it wrote.
 
     `parser` is the name of a module here, whose `read(path, content, folder, **request)` is called in a process of its
     own. With `content`, the bytes of the file that were read already, the file is not opened again. `n_bytes_beside`

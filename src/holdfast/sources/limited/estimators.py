@@ -1,4 +1,4 @@
-"""Loads one estimator from a `.skops` file and asks it for two rows, which native code may not survive."""
+"""Loads one estimator from a `.skops` file and calls it with two rows, because native code might crash on it."""
 
 import warnings
 from pathlib import Path
@@ -12,7 +12,9 @@ _METHODS = ("predict", "predict_proba", "decision_function")
 
 
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
-    """Nothing, where the estimator can be loaded and does not end the process; raises as `loaded` does."""
+    """Return an empty result if the estimator can be loaded and called without a crash. Raises the errors of
+    `loaded`.
+    """
     assert content is not None, "the file is read once"
     estimator, _ = loaded(path, content, trust_code=False)
     width = getattr(estimator, "n_features_in_", None)
@@ -30,7 +32,7 @@ def _ask(estimator: Any, method: str, rows: Any) -> None:
             getattr(estimator, method, lambda rows: None)(rows)
     except MemoryError:
         raise
-    except Exception:  # noqa: BLE001 - it wants other rows, or names of columns: the run says so with the user's data
+    except Exception:  # noqa: BLE001 - it needs other rows or column names: the run reports it with the user's data
         return
 
 
@@ -39,4 +41,4 @@ def prepare() -> None:
     try:
         import skops.io  # noqa: F401
     except ImportError:
-        return  # said when the file is read
+        return  # reported when the file is read

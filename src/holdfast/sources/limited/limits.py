@@ -1,4 +1,4 @@
-"""How much memory and time the process that reads one file may take."""
+"""Limits of memory and time for the process that reads one file."""
 
 import os
 import re
@@ -8,9 +8,9 @@ from pathlib import Path
 from holdfast.core.errors import UsageError
 
 MEMORY = "HOLDFAST_READ_MEMORY"
-"""The environment variable that raises the memory for one file, as `16GB`."""
+"""Environment variable that raises the memory limit for one file, such as `16GB`."""
 SECONDS = "HOLDFAST_READ_SECONDS"
-"""The environment variable that raises the CPU time for one file."""
+"""Environment variable that raises the limit of CPU time for one file."""
 CPU_SECONDS = 60
 WALL_FACTOR = 5
 """the time by the clock is this multiple of the CPU time: a machine may be busy, or its disk slow"""
@@ -20,20 +20,20 @@ _UNITS = {"MB": 10**6, "GB": 10**9}
 
 @dataclass(frozen=True)
 class Limits:
-    """Memory is counted beyond what the process has in use before it reads the file."""
+    """Memory limits, counted beyond the memory that the process uses before it reads the file."""
 
     copies: int
-    """how often the file may be in memory"""
+    """memory limit as a multiple of the file size"""
     spare_bytes: int
-    """memory beyond the copies"""
+    """bytes in addition to that multiple"""
 
     def memory(self, n_bytes: int) -> int:
-        """Bytes that reading a file of `n_bytes` may take; at least what the environment variable names."""
+        """Memory limit in bytes for a file of `n_bytes`; at least the value of the environment variable."""
         return max(self.copies * n_bytes + self.spare_bytes, requested_memory())
 
 
 def requested_memory() -> int:
-    """Bytes in `HOLDFAST_READ_MEMORY`, 0 where it is not set; `UsageError` where it is no size."""
+    """Value of `HOLDFAST_READ_MEMORY` in bytes, or 0 if it is not set. Raises `UsageError` for an invalid size."""
     text = os.environ.get(MEMORY, "")
     found = re.fullmatch(r"(\d{1,7})\s*(MB|GB)", text.strip().upper()) if text else None
     if text and found is None:
@@ -42,7 +42,7 @@ def requested_memory() -> int:
 
 
 def cpu_seconds() -> int:
-    """Seconds of CPU in `HOLDFAST_READ_SECONDS`, 60 where it is not set; `UsageError` where it is no number."""
+    """Value of `HOLDFAST_READ_SECONDS`, or 60 if it is not set. Raises `UsageError` for an invalid number."""
     text = os.environ.get(SECONDS, "").strip()
     if text and not (re.fullmatch(r"\d{1,5}", text) and 1 <= int(text) <= _DAY):
         raise UsageError(f"{SECONDS} is {text!r}; a whole number from 1 to {_DAY} was expected, as 600")
@@ -50,9 +50,9 @@ def cpu_seconds() -> int:
 
 
 def apply(memory: int, seconds: int) -> None:
-    """Limit memory, CPU time, written files and core dumps of this process, beyond what it has used already.
+    """Limit memory, CPU time, written files and core dumps of this process, beyond its previous use.
 
-    Windows has no such limits; the checks that each parser makes before it allocates are what is left there.
+    Windows has no such limits; there only the checks of each parser before its allocations apply.
     """
     try:
         import resource
@@ -64,15 +64,13 @@ def apply(memory: int, seconds: int) -> None:
     spent = int(used.ru_utime + used.ru_stime) + 1
     memory_kind = resource.RLIMIT_AS if mapped.exists() else resource.RLIMIT_DATA
     _set(memory_kind, in_use + memory)
-    _set(
-        resource.RLIMIT_CPU, spent + seconds, grace=5
-    )  # SIGXCPU first, which names the reason; SIGKILL after it
+    _set(resource.RLIMIT_CPU, spent + seconds, grace=5)  # SIGXCPU first, which gives the reason, then SIGKILL
     _set(resource.RLIMIT_FSIZE, memory)
     _set(resource.RLIMIT_CORE, 0)
 
 
 def _set(what: int, amount: int, grace: int = 0) -> None:
-    """Set a limit, and the one that this process cannot raise it over; a lower one that is there already stays."""
+    """Set a soft limit, and a hard limit that the process cannot raise. Existing lower limits are kept."""
     import resource
 
     hard = resource.getrlimit(what)[1]

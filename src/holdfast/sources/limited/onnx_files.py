@@ -1,4 +1,4 @@
-"""Parses an `.onnx` file and runs it on one and on three inputs, in onnxruntime and without torch."""
+"""Parses an `.onnx` file and runs it on one and on three inputs, with onnxruntime and without torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +9,15 @@ from holdfast.sources.onnx.reading import read_onnx
 from holdfast.sources.onnx.runtime import run, session, some_inputs
 
 TRIED = (3, 1)
-"""examples of each trial, where the file leaves the batch free"""
+"""number of examples of each trial, if the batch size is free"""
 
 
 def read(
     path: Path, content: bytes | None, folder: Path, input_shape: Sequence[int] | None
 ) -> dict[str, object]:
-    """Nothing, where the file can be parsed and run; else raises as `read_onnx`, `session` and `run` do."""
+    """Return an empty result if the file can be parsed and run. Raises the errors of `read_onnx`, `session` and
+    `run`.
+    """
     assert content is not None, "the file is read once"
     file = read_onnx(path, input_shape, content=content)
     running = session(file.content, threads=1)
@@ -38,4 +40,4 @@ def prepare() -> None:
         import onnx.numpy_helper  # noqa: F401
         import onnxruntime  # noqa: F401
     except ImportError:
-        return  # said when the file is read
+        return  # reported when the file is read

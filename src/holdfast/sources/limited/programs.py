@@ -1,4 +1,4 @@
-"""Judges, loads and runs one `.pt2` program of `torch.export`."""
+"""Checks, loads and runs one `.pt2` program of `torch.export`."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from holdfast.sources.exported import loaded, refuse_code
 from holdfast.sources.limited.answering import is_out_of_memory
 
 _ROWS = 2
-"""of the trial, where the batch is free"""
+"""number of rows of the trial, if the batch size is free"""
 
 
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
@@ -28,7 +28,7 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
 
 
 def prepare() -> None:
-    """Import what loads a program, which takes memory by itself."""
+    """Limit torch to one thread. Importing this module loads the libraries before memory is limited."""
     import torch.export.pt2_archive._package
 
     torch.set_num_threads(1)

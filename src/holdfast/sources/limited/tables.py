@@ -1,4 +1,4 @@
-"""Reads `.csv`, `.csv.gz` and `.parquet` block by block, so that memory grows by one float a cell and by new words."""
+"""Reads `.csv`, `.csv.gz` and `.parquet` block by block. Memory grows by one float for each cell and by new words."""
 
 import csv
 import gc
@@ -20,17 +20,17 @@ from holdfast.sources.files import megabytes
 from holdfast.sources.limited.limits import MEMORY, requested_memory
 
 MAX_BYTES = 2**30
-"""of a text table once inflated"""
+"""maximum number of bytes of a text table after decompression"""
 MAX_CELLS = 200_000_000
-"""of a table; parquet can repeat one value for ever in a few bytes"""
+"""maximum number of cells of a table; parquet can repeat a value any number of times in a few bytes"""
 MAX_WORD = 1000
-"""characters of a label or of the name of a split"""
+"""maximum number of characters of a label or of the name of a split"""
 _BYTES_A_CELL = 20
-"""memory that a cell takes at most, in both processes"""
+"""upper bound of the memory of a cell in both processes"""
 _BLOCK = 1 << 20
-"""cells that are converted at once"""
+"""number of cells that are converted at a time"""
 _SMALL, _RATIO = 1 << 26, 200
-"""beyond 64 MiB, text that shrank more than two-hundredfold is no data"""
+"""text above 64 MiB with a compression ratio above 200 is treated as a decompression bomb"""
 _NUMBERS, _KINDS = "numbers", "kinds"
 
 
@@ -38,29 +38,32 @@ class Cells(Protocol):
     """The cells of one column in a block."""
 
     def __len__(self) -> int:
-        """Their number."""
+        """Number of cells."""
 
     def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """As `as_numbers` returns them."""
+        """Return the numbers and kinds of the cells, in the form of `as_numbers`."""
 
     def words(self) -> tuple[Sequence[str], NDArray[np.int32] | None]:
-        """Texts, and the place of each cell among them; None where there is one text a cell, in their order."""
+        """Return texts and the index of each cell in them.
+
+        The index is None if the texts are those of the cells in order.
+        """
 
 
 class TextCells(list[str]):
-    """Cells as a text table has them."""
+    """Cells of a text table."""
 
     def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """Those that are numbers."""
+        """Return the numbers and kinds of the cells."""
         return as_numbers(self)
 
     def words(self) -> tuple[Sequence[str], None]:
-        """The cells."""
+        """Return the cells as texts."""
         return self, None
 
 
 class ArrowCells:
-    """Cells as parquet has them; their text is that of the value in Python."""
+    """Cells of a parquet file. Their text is the text form of the value in Python."""
 
     def __init__(self, column: Any) -> None:
         self.column = column
@@ -69,7 +72,7 @@ class ArrowCells:
         return len(self.column)
 
     def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """Those that are numbers; without a detour over text where all are."""
+        """Return the numbers and kinds of the cells, without conversion to text if all are numbers."""
         import pyarrow as pa
 
         kind = self.column.type
@@ -78,7 +81,7 @@ class ArrowCells:
         return as_numbers(_texts(self.column))
 
     def words(self) -> tuple[Sequence[str], NDArray[np.int32] | None]:
-        """The distinct values as text, where arrow finds them."""
+        """Return the distinct values as text, with the index of each cell, if arrow supports them for the type."""
         import pyarrow as pa
 
         if pa.types.is_dictionary(self.column.type) or pa.types.is_nested(self.column.type):
@@ -97,7 +100,10 @@ Blocks = Iterator[Mapping[str, Cells]]
 def read(
     path: Path, content: bytes | None, folder: Path, label: str | None, drop: list[str]
 ) -> dict[str, Any]:
-    """The table, its cells in files of the folder; rows are not read where no column has the name of the label."""
+    """Return the columns of the table; its cells are written to files in the folder.
+
+    Without the label column no rows are read.
+    """
     assert content is None, "a table is read from its file"
     header, blocks = (_parquet if path.suffix == ".parquet" else _csv)(path)
     if not header or len(set(header)) != len(header):
@@ -126,7 +132,7 @@ def read(
 
 
 def table(path: Path, found: Mapping[str, Any], folder: Path) -> Table:
-    """The table that `read` found."""
+    """Return the table from the result and the files of `read`."""
     shape = found["rows"], len(found["features"])
     kinds = None if found["all_numbers"] else np.fromfile(folder / _KINDS, np.uint8).reshape(shape)
     return Table(
@@ -143,7 +149,7 @@ def table(path: Path, found: Mapping[str, Any], folder: Path) -> Table:
 
 
 def _write_numbers(columns: Sequence[Cells], numbers: IO[bytes], kinds: IO[bytes]) -> bool:
-    """Write the features of a block row by row, and what each cell is; whether all are numbers."""
+    """Write numbers and kinds of the features of a block, row by row. Returns whether all cells are numbers."""
     rows = len(columns[0]) if columns else 0
     values = np.empty((rows, len(columns)), np.float32)
     what = np.full((rows, len(columns)), NUMBER, np.uint8)
@@ -166,7 +172,9 @@ def _refuse_many(path: Path, rows: int, columns: int) -> None:
 
 
 def _as_words(cells: Cells, known: dict[str, int], name: str, path: Path) -> NDArray[np.int32]:
-    """The places of the cells among the known words; `TargetError` for a text that is too long for a label."""
+    """Return the index of each cell in the known words. Raises `TargetError` for a text that is too long for a
+    label.
+    """
     texts, places = cells.words()
     if max(map(len, texts), default=0) > MAX_WORD:
         raise TargetError(
@@ -188,7 +196,7 @@ def _csv(path: Path) -> tuple[list[str], Blocks]:
 
 def _blocks(path: Path, header: list[str], lines: Iterator[list[str]]) -> Blocks:
     size, before = max(1, _BLOCK // len(header)), 0
-    # The collector would look through all rows again and again, and nothing here refers to itself.
+    # Garbage collection would scan all rows repeatedly, and they contain no reference cycles.
     gc.disable()
     try:
         while rows := list(islice(lines, size)):
@@ -209,14 +217,14 @@ def _blocks(path: Path, header: list[str], lines: Iterator[list[str]]) -> Blocks
 
 
 class _Counted(io.RawIOBase):
-    """Bytes of a table, of which no more than `most` are read; fewer where they are inflated from next to nothing."""
+    """Bytes of a table with limits: at most `most` bytes, and fewer if the compression ratio is implausible."""
 
     def __init__(self, path: Path, stream: Any, most: int) -> None:
         self.path, self.stream, self.most, self.n_read = path, stream, most, 0
         self.small = max(_SMALL, _RATIO * path.stat().st_size)
 
     def readable(self) -> bool:
-        """True."""
+        """Return True."""
         return True
 
     def close(self) -> None:
@@ -225,7 +233,7 @@ class _Counted(io.RawIOBase):
         super().close()
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer with the next bytes; `TargetError` beyond the limit."""
+        """Read the next bytes into the buffer. Raises `TargetError` beyond the limits."""
         found = self.stream.read(len(buffer))
         buffer[: len(found)] = found
         self.n_read += len(found)

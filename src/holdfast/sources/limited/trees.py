@@ -1,4 +1,4 @@
-"""Loads one model of XGBoost and asks it once: its reader is native code, which a damaged file may end."""
+"""Loads one XGBoost model and calls it once, because a damaged file might crash its native reader."""
 
 import json
 import warnings
@@ -14,23 +14,23 @@ _MOST_FEATURES = 10_000_000
 
 
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
-    """Nothing, where the model can be loaded and asked for two rows; `TargetError` with the reason where not."""
+    """Return an empty result if the model can be loaded and called with two rows. Raises `TargetError` otherwise."""
     assert content is not None, "the file is read once"
     if path.suffix == ".json":
         _refuse_foreign(path, content)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of files that another version wrote
+            warnings.simplefilter("ignore")  # it warns about files of another version
             _ask(content)
     except MemoryError:
         raise
-    except Exception as error:  # whatever a damaged file provokes becomes one line
+    except Exception as error:  # any error that a damaged file causes is reported in one line
         raise damaged(path, str(error) or type(error).__name__) from error
     return {}
 
 
 def damaged(path: Path, reason: str) -> TargetError:
-    """The error for a file that XGBoost does not read; of the reason the first line is shown."""
+    """Error for a file that XGBoost cannot read, with the first line of the reason."""
     first = (reason.splitlines() or ["no message"])[0][:200]
     return TargetError(
         f"{str(path)!r} is no readable model of XGBoost: {first}; save it again with save_model, or download it again"
@@ -38,7 +38,7 @@ def damaged(path: Path, reason: str) -> TargetError:
 
 
 def _refuse_foreign(path: Path, content: bytes) -> None:
-    """Refuse a `.json` file that XGBoost did not write."""
+    """Raise `TargetError` for a `.json` file that XGBoost did not write."""
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -56,7 +56,7 @@ def _refuse_foreign(path: Path, content: bytes) -> None:
 
 
 def _ask(content: bytes) -> None:
-    """Load the model, look at its trees and ask it for two rows."""
+    """Load the model, check its trees and call it with two rows."""
     import xgboost
 
     booster = xgboost.Booster({"nthread": 1})
@@ -79,8 +79,8 @@ def _ask(content: bytes) -> None:
 
 
 def refuse_stray_trees(boosted: dict[str, Any], classes: int, width: int) -> None:
-    """`ValueError` where a tree is of no class, or has stray nodes; a linear booster has no trees."""
-    model = boosted.get("gbtree", boosted)["model"]  # dart holds its trees one level deeper
+    """Raise `ValueError` for a tree without a valid class or with invalid nodes. A linear booster has no trees."""
+    model = boosted.get("gbtree", boosted)["model"]  # dart has its trees one level deeper
     if any(not 0 <= number < max(classes, 1) for number in model.get("tree_info", [])):
         raise ValueError("a tree is of a class that there is not")
     for tree in model.get("trees", []):
@@ -88,9 +88,9 @@ def refuse_stray_trees(boosted: dict[str, Any], classes: int, width: int) -> Non
 
 
 def refuse_stray_nodes(tree: dict[str, Any], width: int) -> None:
-    """`ValueError` where a node leads outside its tree, or back, or looks at a feature that there is not.
+    """Raise `ValueError` for a node with an invalid child, a repeated child or an invalid feature.
 
-    The reader of XGBoost does not look, and would read beyond its memory when some other row is asked.
+    XGBoost does not check this when it loads a file, and may later read outside of its memory for some rows.
     """
     left, right = np.array(tree["left_children"], int), np.array(tree["right_children"], int)
     features = np.array(tree["split_indices"], int)

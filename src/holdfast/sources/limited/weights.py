@@ -1,4 +1,4 @@
-"""Unpickles one state dict with `weights_only`, and writes it as safetensors."""
+"""Unpickles one state dict with `weights_only` and writes it as safetensors."""
 
 import pickle
 import re
@@ -22,38 +22,40 @@ NESTINGS = (
     "weights",
     "params",
 )
-"""entries under which training scripts keep the state dict, in the order tried"""
+"""entries in which training scripts store the state dict, in the order of the search"""
 TRUST = (
     "If you trust the file, give --trust-code (Python: trust_code=True). It is safer to save model.state_dict() and "
     "give --arch, or to export a .pt2 program or ONNX, which run no code"
 )
-"""the advice for model files that run code"""
+"""advice for model files that run code"""
 WRITTEN = "weights.safetensors"
-"""the file with the tensors, in the folder that both processes share"""
+"""file with the tensors, in the folder that both processes share"""
 
 
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
-    """The tensors of a state dict in the file `WRITTEN`, and notes; `CarriesCode` where it holds more than tensors."""
+    """Write the tensors of a state dict to the file `WRITTEN` and return notes. Raises `CarriesCode` for other
+    objects.
+    """
     assert content is None, "torch maps the file"
     torch.set_num_threads(1)
     try:
-        # With this, torch compares the indices of sparse tensors with their sizes, which it does not do by itself.
+        # With this, torch compares the indices of sparse tensors with their sizes, which it does not do by default.
         with torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
             tensors, notes = state_dict(torch.load(path, map_location="cpu", weights_only=True))
-            # Cloned: safetensors refuses tensors that share memory, which tied weights do.
+            # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
             plain = {name: dense(name, tensor).contiguous().clone() for name, tensor in tensors.items()}
         safetensors.torch.save_file(plain, folder / WRITTEN)
     except pickle.UnpicklingError as error:
         raise CarriesCode(f"{str(path)!r} {explain(error)} {TRUST}") from error
-    except Exception as error:  # whatever a hostile file provokes becomes one sentence
+    except Exception as error:  # any error that an untrusted file causes is reported in one sentence
         raise TargetError(f"{str(path)!r} {explain(error)}") from error
     return {"notes": notes}
 
 
 def state_dict(found: object) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a checkpoint, and notes: where they lay, and which entries are no tensors."""
+    """Return the tensors of a checkpoint, and notes about their place and about other entries."""
     notes: list[str] = []
-    for _ in range(3):  # a list of one entry around a checkpoint around a state dict is the deepest seen
+    for _ in range(3):  # the deepest known nesting is a list of one checkpoint that contains a state dict
         if isinstance(found, (list, tuple)) and len(found) == 1:
             found = found[0]
             notes.append("the state dict was the only entry of a list")
@@ -75,7 +77,10 @@ def state_dict(found: object) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def dense(name: str, tensor: Tensor) -> Tensor:
-    """A tensor without gradient, dense where it was sparse; `TypeError` for a nested one: its offsets are unchecked."""
+    """Return a tensor without gradient, converted to dense.
+
+    Raises `TypeError` for a nested tensor with unchecked offsets.
+    """
     if tensor.is_nested:
         raise TypeError(f"holds the nested tensor {name!r}; save tensors of one shape each, or give ONNX")
     return tensor.detach().to_dense()
@@ -90,7 +95,7 @@ def _nested(checkpoint: Mapping[object, object]) -> str | None:
 
 
 def explain(error: Exception) -> str:
-    """What was wrong, in words that need no knowledge of pickle."""
+    """Explanation of the error that needs no knowledge of pickle."""
     text = str(error)
     if wanted := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", text):
         return (

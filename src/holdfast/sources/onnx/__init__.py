@@ -1,1 +1,1 @@
-"""ONNX onto torch: our own importer, checked against onnxruntime, so that gradients come without another converter."""
+"""Importer from ONNX to torch, which provides gradients. Each import is compared with onnxruntime."""

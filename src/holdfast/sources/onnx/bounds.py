@@ -1,4 +1,4 @@
-"""How large an ONNX model is once its local functions are put in place, and how often its loops run."""
+"""Number of nodes of an ONNX model with its functions expanded, and limits of its loops."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,19 +7,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST_ROUNDS = 1 << 16
-"""of a loop"""
+"""maximum number of iterations of a loop"""
 _DEFAULT = ("", "ai.onnx")
-"""the domain of the standard operators"""
+"""domain of the standard operators"""
 
 
 class Endless(ValueError):
-    """Functions that call each other in a circle, or a loop without a bound."""
+    """Functions that call each other in a cycle, or a loop without a limit."""
 
 
 def n_nodes(proto: Any) -> int:
-    """The nodes of the graph with those of each function that it calls in their place.
+    """Return the number of nodes of the graph after every function call is expanded.
 
-    Functions may call functions, so that a small file describes a number of nodes that no memory holds.
+    Functions may call functions, so that a small file can describe more nodes than fit in memory. Raises `Endless` for
+    a cycle.
     """
     functions = {(each.domain, each.name): each for each in proto.functions}
     known: dict[tuple[str, str], int] = {}
@@ -46,7 +47,7 @@ def n_nodes(proto: Any) -> int:
 
 
 def refuse_endless(graph: Any, known: Mapping[str, NDArray[Any]]) -> None:
-    """Raise `Endless` for a loop whose number of rounds no constant bounds.
+    """Raise `Endless` for a loop whose number of iterations is not limited by a constant.
 
     `known` are the tensors of the file; those of graphs inside nodes are added.
     """
@@ -63,7 +64,7 @@ def refuse_endless(graph: Any, known: Mapping[str, NDArray[Any]]) -> None:
 
 
 def _inside(node: Any) -> Iterable[Any]:
-    """The graphs inside a node, as the body of a loop."""
+    """Graphs inside a node, such as the body of a loop."""
     for attribute in node.attribute:
         yield from attribute.graphs
         if attribute.HasField("g"):
@@ -71,7 +72,7 @@ def _inside(node: Any) -> Iterable[Any]:
 
 
 def _constants(graph: Any) -> dict[str, NDArray[Any]]:
-    """Whole numbers that nodes of a graph hold, and its own initial values."""
+    """Initial values of a graph, and constant tensors and integers of its nodes."""
     from onnx import numpy_helper
 
     found = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}

@@ -1,7 +1,7 @@
-"""Builds a `torch.fx` graph operator by operator, with every value computed on examples along the way.
+"""Builds a `torch.fx` graph operator by operator, and computes every value on examples at the same time.
 
-Two example batches of different sizes run through the network while it is built. So shapes are known numbers, whatever
-depends on constants and shapes alone is folded, and a size that differs between the two is the batch's.
+Two example batches of different sizes pass through the network while it is built. Therefore shapes are known numbers,
+values that depend only on constants and shapes are folded, and a size that differs between the two is the batch size.
 """
 
 import operator
@@ -13,52 +13,54 @@ import torch
 from torch import Tensor, fx, nn
 
 MAX_ELEMENTS = 2**28
-"""of one value on the examples; more is an attack or an accident"""
+"""maximum number of elements of one value on the examples; more is an attack or an error"""
 MAX_COMPUTED = 2**30
-"""bytes of all constants together that the file does not hold and computes; each is in memory three times"""
+"""maximum number of bytes of all computed constants that are not in the file; each is three times in memory"""
 
 
 class Unsupported(Exception):
-    """An operator, or a setting of one, that the importer does not know: the model is then served another way."""
+    """An operator, or a setting of one, that the importer does not support. The model then runs in onnxruntime."""
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A value of the network: its place in the graph (None: it depends on no input), and itself on both examples."""
+    """A value of the network: its node in the graph (None: independent of the input), and its values on both
+    examples.
+    """
 
     node: fx.Node | None
     at: tuple[Any, Any]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape on the first example."""
+        """Shape on the first example."""
         return tuple(self.at[0].shape)
 
     @property
     def rank(self) -> int:
-        """How many dimensions it has."""
+        """Number of dimensions."""
         return len(self.shape)
 
     def varies(self, dim: int) -> bool:
-        """Whether a size is that of the batch."""
+        """Whether a size depends on the batch size."""
         return bool(self.at[0].shape[dim] != self.at[1].shape[dim])
 
     @property
     def is_static(self) -> bool:
-        """Whether it is one tensor, whatever the batch."""
+        """Whether it is a constant tensor, independent of the batch."""
         first, second = self.at
         return self.node is None and first.shape == second.shape and bool(torch.equal(first, second))
 
 
 @dataclass(frozen=True)
 class Ints:
-    """An integer vector as an argument: numbers, of which some may be multiples of the batch size."""
+    """An integer vector as an argument, some of whose numbers may be multiples of the batch size."""
 
     at: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Builder:
-    """The graph under construction, and the modules and constants that it uses."""
+    """The graph under construction, with the modules and constants that it uses."""
 
     def __init__(self, examples: tuple[Tensor, Tensor]) -> None:
         self.root = nn.Module()
@@ -72,7 +74,10 @@ class Builder:
         self._batch: fx.Node | None = None
 
     def module(self, name: str, module: nn.Module, *inputs: Value) -> Value:
-        """The outputs of a module; one without learned tensors is a module too, so that a reader finds its settings."""
+        """Add a module and return its outputs.
+
+        Modules without parameters are added too, so that their settings are visible.
+        """
         self._count += 1
         target = f"{name.lower()}_{self._count}"
         module.eval()
@@ -83,7 +88,9 @@ class Builder:
         return Value(self.graph.call_module(target, tuple(map(self._argument, inputs))), at)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Value:
-        """The result of a function; folded where no argument depends on the input or on the batch size."""
+        """Add a function call and return its result, folded if no argument depends on the input or on the batch
+        size.
+        """
         at = self._examples(function, args, kwargs)
         used = (*args, *kwargs.values())
         folds = all(value.node is None for value in _values(used))
@@ -98,15 +105,15 @@ class Builder:
         return Value(node, at)
 
     def constant(self, tensor: Tensor) -> Value:
-        """A tensor that does not depend on the input."""
+        """Return a tensor that does not depend on the input as a value."""
         return Value(None, (tensor, tensor))
 
     def item(self, values: Value, index: int) -> Value:
-        """One of several outputs."""
+        """Return one of several outputs."""
         return self.call(operator.getitem, values, index)
 
     def finish(self, output: Value) -> fx.GraphModule:
-        """The module, with nothing in it that the output does not use."""
+        """Return the finished module, without the parts that the output does not use."""
         self.graph.output(self._argument(output))
         built = fx.GraphModule(self.root, self.graph, "Imported")
         built.graph.eliminate_dead_code()
@@ -147,7 +154,7 @@ class Builder:
                 raise Unsupported(f"computed constants of more than {MAX_COMPUTED:,} bytes")
             name = f"constant_{len(self._constants)}"
             self.root.register_buffer(name, value.at[0].clone())
-            self._kept.append(value)  # its id stands in the table above
+            self._kept.append(value)  # keeps the id in the table above valid
             self._constants[id(value)] = self.graph.get_attr(name)
         return self._constants[id(value)]
 
@@ -168,7 +175,7 @@ class Builder:
 
 @dataclass(frozen=True)
 class Step:
-    """One operator at work: its inputs, its settings, and where its result goes."""
+    """One operator to convert: its inputs, its settings and its number of outputs."""
 
     builder: Builder
     op: str
@@ -177,7 +184,7 @@ class Step:
     opset: int = 0
     n_outputs: int = 1
     fixed_batch: int | None = None
-    """the batch size written into the file, where it is not free"""
+    """fixed batch size in the file, if it is not free"""
 
     @property
     def x(self) -> Value:
@@ -185,18 +192,18 @@ class Step:
         return self.input(0)
 
     def given(self, index: int) -> bool:
-        """Whether an optional input is there."""
+        """Whether an optional input is present."""
         return index < len(self.inputs) and self.inputs[index] is not None
 
     def input(self, index: int) -> Value:
-        """An input that must be there."""
+        """Return a required input. Raises `Unsupported` if it is missing."""
         value = self.inputs[index] if index < len(self.inputs) else None
         if value is None:
             raise Unsupported(f"{self.op} without its input {index}")
         return value
 
     def tensor(self, index: int) -> Tensor:
-        """An input that must be a constant."""
+        """Return an input that must be constant. Raises `Unsupported` if it is not."""
         value = self.input(index)
         if not value.is_static:
             raise Unsupported(f"{self.op} whose input {index} is computed from the data")
@@ -204,7 +211,7 @@ class Step:
         return found
 
     def ints(self, index: int) -> Ints:
-        """An integer input that may depend on the batch size, never on the data."""
+        """Return an integer input that may depend on the batch size, but not on the data."""
         value = self.input(index)
         if value.node is not None:
             raise Unsupported(f"{self.op} whose input {index} is computed from the data")
@@ -212,13 +219,13 @@ class Step:
         return Ints((first, second))
 
     def axes(self, index: int) -> tuple[int, ...] | None:
-        """Axes, which are an attribute in older operators and an input in newer ones; None if not given."""
+        """Return the axes, which are an attribute in older operators and an input in newer ones. None if not given."""
         if "axes" in self.attributes:
             return tuple(self.attributes["axes"])
         return tuple(self.tensor(index).flatten().tolist()) if self.given(index) else None
 
     def setting(self, name: str, default: Any) -> Any:
-        """An attribute, or what the standard says where it is left out."""
+        """Return an attribute, or its default in the standard."""
         return self.attributes.get(name, default)
 
 

@@ -1,4 +1,4 @@
-"""From a checked file to a `torch.fx.GraphModule` of ordinary modules and functions."""
+"""Converts a checked file to a `torch.fx.GraphModule` of ordinary modules and functions."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,13 +14,13 @@ from holdfast.sources.onnx.reading import OnnxFile, onnx_module
 from holdfast.sources.onnx.shaping import SHAPING, as_tensor
 
 OPERATORS: dict[str, Operator] = {**LAYERS, **POINTWISE, **SHAPING}
-"""all operators that are imported, by their ONNX names"""
+"""all supported operators by their ONNX names"""
 _FREE_SIZES = (2, 3)
-"""batch sizes of the two examples; sizes that differ between them follow the batch"""
+"""batch sizes of the two examples; sizes that differ between them depend on the batch"""
 
 
 def unknown_operators(file: OnnxFile) -> tuple[str, ...]:
-    """Operators of the file that are not imported, with their domain where it is not ONNX's own."""
+    """Operators of the file that are not supported, with their domain if it is not ONNX's own."""
     names = {
         node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
         for node in file.proto.graph.node
@@ -29,9 +29,10 @@ def unknown_operators(file: OnnxFile) -> tuple[str, ...]:
 
 
 def convert(file: OnnxFile, output: str, *, batch_size: int | None) -> fx.GraphModule:
-    """The network up to one output; raises `Unsupported` where an operator's settings are not known.
+    """Return the network up to one output. Raises `Unsupported` if settings of an operator are not supported.
 
-    With `batch_size` None the batch is free, also where the file says one size; else the network takes that size only.
+    With `batch_size` None the batch size is free, even if it is fixed in the file. Otherwise the network takes that
+    size only.
     """
     sizes = _FREE_SIZES if batch_size is None else (batch_size, batch_size)
     examples = (random_batch(file, sizes[0]), random_batch(file, sizes[1]))
@@ -58,7 +59,7 @@ def convert(file: OnnxFile, output: str, *, batch_size: int | None) -> fx.GraphM
 
 
 def _needed(graph: Any, output: str) -> Iterator[tuple[Any, list[str]]]:
-    """The nodes that an output depends on, in their order, each with the names that no later one takes."""
+    """Yield the nodes that an output depends on, in order, each with the names that no later node uses."""
     wanted, nodes = {output}, []
     for node in reversed(graph.node):
         if wanted.isdisjoint(node.output):
@@ -73,7 +74,7 @@ def _results(step: Step) -> tuple[Value, ...]:
     try:
         found = OPERATORS[step.op](step)
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
-        # torch refused the example; what it says is the best reason there is
+        # torch refused the example; its message is the best reason
         raise Unsupported(
             f"{step.op}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
@@ -86,7 +87,7 @@ def _setting(attribute: Any) -> Any:
 
 
 def random_batch(file: OnnxFile, n: int) -> Tensor:
-    """Inputs in [0, 1) as the file wants them; the same ones each time."""
+    """Inputs in [0, 1) in the shape and type of the file, equal in every call."""
     dtype = as_tensor(np.zeros(1, file.input.dtype)).dtype
     sizes = [n, *(size or 1 for size in file.input.shape[1:])]
     return torch.rand(sizes, generator=torch.Generator().manual_seed(n)).to(dtype)

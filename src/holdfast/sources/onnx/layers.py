@@ -1,4 +1,4 @@
-"""Operators that are layers: convolutions, linear maps, normalisation and pooling, as the modules of torch."""
+"""ONNX operators that are layers: convolutions, linear maps, normalisation and pooling, as torch modules."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -41,7 +41,7 @@ def conv(step: Step) -> Value:
 
 
 def conv_transpose(step: Step) -> Value:
-    """Transposed convolution; uneven pads are cut off afterwards."""
+    """Transposed convolution. Uneven pads are removed afterwards."""
     weight, bias = step.tensor(1), step.tensor(2) if step.given(2) else None
     if "output_shape" in step.attributes or step.setting("auto_pad", b"NOTSET") != b"NOTSET":
         raise Unsupported("ConvTranspose with output_shape or auto_pad")
@@ -65,7 +65,7 @@ def conv_transpose(step: Step) -> Value:
 
 
 def gemm(step: Step) -> Value:
-    """A general matrix product; a linear layer where its second factor is a constant."""
+    """General matrix product, converted to a linear layer. The second factor must be a constant."""
     alpha, beta = step.setting("alpha", 1.0), step.setting("beta", 1.0)
     x = step.builder.call(torch.t, step.x) if step.setting("transA", 0) else step.x
     if not step.input(1).is_static or (step.given(2) and not step.input(2).is_static):
@@ -78,7 +78,7 @@ def gemm(step: Step) -> Value:
 
 
 def matmul(step: Step) -> Value:
-    """A matrix product; a linear layer where its second factor is a constant matrix."""
+    """Matrix product, converted to a linear layer if its second factor is a constant matrix."""
     right = step.input(1)
     if right.is_static and right.rank == 2 and step.x.node is not None:
         return step.builder.module("linear", _linear(step.tensor(1).t(), None), step.x)
@@ -86,7 +86,7 @@ def matmul(step: Step) -> Value:
 
 
 def batch_norm(step: Step) -> Value:
-    """Batch normalisation with its statistics frozen."""
+    """Batch normalisation with fixed statistics."""
     if step.setting("training_mode", 0):
         raise Unsupported("BatchNormalization in training mode")
     layer = _of_rank(_BATCH_NORM, step)(step.x.shape[1], eps=step.setting("epsilon", 1e-5))
@@ -120,7 +120,7 @@ def group_norm(step: Step) -> Value:
     groups, channels = step.setting("num_groups", 1), step.x.shape[1]
     layer = nn.GroupNorm(groups, channels, eps=step.setting("epsilon", 1e-5))
     weight, bias = step.tensor(1), step.tensor(2)
-    if len(weight) == groups != channels:  # opset 18 has one scale a group
+    if len(weight) == groups != channels:  # opset 18 has one scale for each group
         weight, bias = (tensor.repeat_interleave(channels // groups) for tensor in (weight, bias))
     return step.builder.module("group_norm", _filled(layer, weight=weight, bias=bias), step.x)
 
@@ -137,7 +137,7 @@ def local_response_norm(step: Step) -> Value:
 
 
 def prelu(step: Step) -> Value:
-    """A rectifier with a learned slope below zero."""
+    """Rectifier with a learned slope below zero."""
     slope = step.tensor(1)
     channels = step.x.shape[1] if step.x.rank > 1 else 1
     if slope.numel() not in (1, channels) or (slope.numel() > 1 and slope.shape[0] != channels):
@@ -146,7 +146,7 @@ def prelu(step: Step) -> Value:
 
 
 def max_pool(step: Step) -> Value:
-    """The largest value of each window."""
+    """Maximum of each window."""
     if step.n_outputs > 1 or step.setting("storage_order", 0):
         raise Unsupported("MaxPool that returns indices")
     kernel = tuple(step.attributes["kernel_shape"])
@@ -159,7 +159,7 @@ def max_pool(step: Step) -> Value:
 
 
 def average_pool(step: Step) -> Value:
-    """The mean of each window; whether padding counts is a setting of the file."""
+    """Mean of each window. Whether padding counts is an attribute of the operator."""
     kernel = tuple(step.attributes["kernel_shape"])
     stride, dilation, pads = _window(step, kernel)
     if any(size != 1 for size in dilation):
@@ -191,7 +191,9 @@ def _of_rank(layers: dict[int, Any], step: Step) -> Callable[..., Any]:
 
 
 def _window(step: Step, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Strides, dilations, and pads: all at the beginnings, then all at the ends."""
+    """Strides, dilations and pads of an operator. The pads are first those at the beginnings, then those at the
+    ends.
+    """
     n = len(kernel)
     stride = tuple(step.setting("strides", (1,) * n))
     dilation = tuple(step.setting("dilations", (1,) * n))
@@ -211,7 +213,7 @@ def _window(step: Step, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], tuple
 def _padded(
     step: Step, pads: tuple[int, ...], value: float, at_most: tuple[int, ...] | None = None
 ) -> tuple[Value, tuple[int, ...]]:
-    """The input and the even padding left to the layer; uneven or too large pads are put around the input first."""
+    """Return the input and the even padding of the layer. Uneven or too large pads are added to the input instead."""
     n = len(pads) // 2
     if pads[:n] == pads[n:] and (
         at_most is None or all(p <= most for p, most in zip(pads, at_most, strict=False))
@@ -221,7 +223,7 @@ def _padded(
 
 
 def _reversed_pads(pads: list[int] | tuple[int, ...]) -> tuple[int, ...]:
-    """Pads as torch wants them: last dimension first, beginning and end together."""
+    """Pads in the order of torch: last dimension first, with beginning and end next to each other."""
     n = len(pads) // 2
     return tuple(pad for dim in reversed(range(n)) for pad in (pads[dim], pads[dim + n]))
 
@@ -232,7 +234,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _filled(layer: Layer, **tensors: Tensor | None) -> Layer:
-    """The layer with its own copy of the tensors, in their type."""
+    """Return the layer with copies of the tensors in their type."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     layer.to(next(iter(given.values())).dtype)
     state = {name: tensor.detach().clone() for name, tensor in given.items()}

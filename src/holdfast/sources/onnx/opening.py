@@ -1,4 +1,4 @@
-"""Opens an ONNX classifier: imported and checked where its operators are known, else served through onnxruntime."""
+"""Opens an ONNX classifier: imported and checked if its operators are supported, otherwise run in onnxruntime."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,37 +22,37 @@ from holdfast.sources.onnx.reading import OnnxFile, OnnxInput, bytes_beside, con
 from holdfast.sources.onnx.runtime import run, session
 
 TOLERANCES = {"float16": 1e-2, "float32": 1e-4, "float64": 1e-4}
-"""largest difference between the import and onnxruntime, in units of the largest output (at least 1), by input type"""
+"""largest difference between import and onnxruntime, in units of the largest output (at least 1), by input type"""
 CHECKED_SIZES = (1, 3)
 """batch sizes that are compared when a model is opened"""
 LIMITS = Limits(copies=8, spare_bytes=2**31)
-"""of the process that parses and runs a file first"""
+"""limits of the process that first parses and runs a file"""
 
 _COMPARED = 64
-"""random inputs by which scores and labels of one file are compared"""
+"""number of random inputs on which scores and labels of a file are compared"""
 _NUMBERS = frozenset(f"tensor({kind})" for kind in ("float16", "float", "double", "int32", "int64", "bool"))
-"""types of outputs as onnxruntime names them; text, maps and sequences are no scores"""
+"""types of numeric outputs in onnxruntime; text, maps and sequences are not scores"""
 
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """A network from an ONNX file, and what is to be said of it."""
+    """A network from an ONNX file, with notes about it."""
 
     net: nn.Module
     access: Access
     hides: str
-    """why it gives no gradients, where it gives none"""
+    """reason why it gives no gradients; empty if it gives them"""
     classes: int
     files: Mapping[str, str]
     notes: tuple[str, ...]
     class_names: tuple[str, ...] | None = None
-    """where the file has text labels"""
+    """names of the classes, if the file has text labels"""
     class_labels: tuple[int, ...] | None = None
-    """where it has other whole numbers than 0, 1, 2, …"""
+    """labels of the classes, if they are whole numbers other than 0, 1, 2, …"""
 
 
 class Converted(nn.Module):
-    """A network that computes in another float type than its inputs and outputs have; gradients pass through."""
+    """A network that computes in another float type than that of its inputs and outputs. Gradients pass through."""
 
     def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Converted(nn.Module):
 
 
 class Runtime(nn.Module):
-    """The model as onnxruntime runs it: scores, no gradients."""
+    """The model in onnxruntime: scores without gradients."""
 
     def __init__(self, file: OnnxFile, output: str | None = None) -> None:
         super().__init__()
@@ -75,19 +75,19 @@ class Runtime(nn.Module):
         self.outputs = [output] if output else [name for name, kind in self.kinds.items() if kind in _NUMBERS]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores of a batch; a file written for one batch size is run in slices."""
+        """Scores of a batch. A file with a fixed batch size is run in slices."""
         return self.all(x)[0].to(x.dtype)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Runtime":
-        """Itself: a session cannot be copied and holds nothing that changes."""
+        """Return the object itself, because a session cannot be copied and has no state that changes."""
         return self
 
     def all(self, x: Tensor) -> list[Tensor]:
-        """All outputs of a batch."""
+        """All outputs of a batch as tensors."""
         return [torch.from_numpy(values).to(x.device) for values in self.values(x)]
 
     def values(self, x: Tensor) -> list[np.ndarray[Any, Any]]:
-        """The same as arrays, which may hold text."""
+        """All outputs of a batch as arrays, which may contain text."""
         batch = x.detach().cpu().numpy().astype(self.input.dtype)
         size = self.input.shape[0] or len(batch)
         parts = [self._run(batch[start : start + size], size) for start in range(0, len(batch), max(size, 1))]
@@ -101,7 +101,7 @@ class Runtime(nn.Module):
 
 
 class RuntimeLabels(nn.Module):
-    """The classes that a file answers, as one-hot rows."""
+    """The predicted classes of a file, as one-hot rows."""
 
     def __init__(self, runtime: Runtime, classes: Sequence[str | int]) -> None:
         super().__init__()
@@ -113,15 +113,15 @@ class RuntimeLabels(nn.Module):
         return nn.functional.one_hot(self.of(x), len(self.places)).to(x.dtype)
 
     def of(self, x: Tensor) -> Tensor:
-        """The number of the class of each example."""
+        """Class number of each example."""
         answers = self.runtime.values(x)[0].reshape(-1).tolist()
         return torch.tensor([self.places[answer] for answer in answers], dtype=torch.int64, device=x.device)
 
 
 def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel:
-    """Import a classifier and compare it with onnxruntime; it gives scores only where it cannot be imported.
+    """Import a classifier and compare it with onnxruntime. If it cannot be imported, it gives only scores.
 
-    `input_shape` is the shape of one example, which a file with free sizes needs.
+    `input_shape` is the shape of one example, which is needed for a file with free sizes.
     """
     content = content_of(path)
     shape = None if input_shape is None else list(input_shape)
@@ -157,7 +157,7 @@ def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel
 
 
 def _refuse_regressor(file: OnnxFile, path: Path) -> None:
-    """Refuse a file one of whose outputs is what a regressor of ai.onnx.ml returns."""
+    """Raise `TargetError` if an output of the file is that of a regressor of ai.onnx.ml."""
     graph = file.proto.graph
     for node in graph.node:
         if node.op_type.endswith("Regressor") and {*node.output} & {value.name for value in graph.output}:
@@ -168,11 +168,12 @@ def _refuse_regressor(file: OnnxFile, path: Path) -> None:
 
 
 def _labels_that_differ(file: OnnxFile, output: str, path: Path) -> RuntimeLabels | None:
-    """The classes that the file answers beside its scores, where they are not at the largest score.
+    """Return the label output of the file if it differs from the class of the largest score, or None.
 
-    A support vector machine decides by the votes of pairs of classes, so its labels are used. Of another classifier the
-    largest score decides: onnxruntime computes the labels of some small tree ensembles otherwise. Raises `TargetError`
-    for a file that names no classes and whose labels are not at the largest score, such as that of a clustering.
+    A support vector machine decides by the votes of pairs of classes, so its labels are used. For other classifiers the
+    largest score decides, because onnxruntime computes the labels of some small tree ensembles differently. Raises
+    `TargetError` for a file without class labels whose integer output is not the class of the largest score, such as a
+    clustering.
     """
     voting = any(node.op_type == "SVMClassifier" for node in file.proto.graph.node)
     if file.labels and not voting:
@@ -207,7 +208,7 @@ def _labels_that_differ(file: OnnxFile, output: str, path: Path) -> RuntimeLabel
 def _named(
     labels: Sequence[str | int], classes: int
 ) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
-    """The names of all classes where the file has text labels, or their labels where these are other numbers."""
+    """Return the names of all classes for text labels, or their labels if they are numbers other than 0, 1, 2, …."""
     if len(labels) != classes or tuple(labels) == tuple(range(classes)):
         return None, None
     if all(isinstance(label, str) for label in labels):
@@ -216,7 +217,9 @@ def _named(
 
 
 def _imported(file: OnnxFile, output: str) -> tuple[nn.Module, tuple[str, ...]]:
-    """The network with a free batch; where its operators do not allow that, in slices of the size in the file."""
+    """Return the network with a free batch size, or in slices of the size in the file if its operators need
+    that size.
+    """
     net: nn.Module
     notes: tuple[str, ...] = ()
     try:
@@ -234,7 +237,7 @@ def _imported(file: OnnxFile, output: str) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def _refuse_shape(shape: tuple[int | None, ...], net: nn.Module, inputs: tuple[Tensor]) -> None:
-    """`TargetError` for inputs of another shape; torch would print where in the generated code it fails."""
+    """Raise `TargetError` for inputs of another shape. The error of torch would refer to generated code."""
     if tuple(inputs[0].shape[1:]) != shape:
         raise TargetError(
             f"the ONNX file takes an example of shape {shape}, and one of {tuple(inputs[0].shape[1:])} was given. "
@@ -247,8 +250,8 @@ def _torch_type(file: OnnxFile) -> torch.dtype:
 
 
 def _chosen_output(file: OnnxFile, path: Path) -> tuple[str, int, tuple[str, ...]]:
-    """The first output that is a float for every class of every example, and how many classes there are."""
-    # Three rows: a file that was written with the size of one example inside gives itself away before the attack.
+    """Return the first output with a float for every class of every example, the number of classes, and notes."""
+    # Three rows reveal a file in which the size of one example is fixed.
     runtime, n = Runtime(file), file.input.shape[0] or 3
     answers = runtime.all(random_batch(file, n)) if runtime.outputs else []
     found = dict(zip(runtime.outputs, answers, strict=True))
@@ -274,7 +277,9 @@ def _chosen_output(file: OnnxFile, path: Path) -> tuple[str, int, tuple[str, ...
 
 
 def _refuse_several(scores: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse a file with several outputs that may be the scores, unless the largest value is at one class in all."""
+    """Raise `TargetError` for several outputs that may be the scores, unless their largest values agree on the
+    class.
+    """
     (first, *others) = scores.values() if scores else (torch.empty(0),)
     alike = all(y.shape == first.shape and torch.equal(y.argmax(-1), first.argmax(-1)) for y in others)
     if others and (first.dim() == 1 or not alike):

@@ -1,4 +1,4 @@
-"""Operators that work number by number, compare, or reduce."""
+"""Elementwise operators, comparisons and reductions."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -53,7 +53,7 @@ def _reduction(function: Callable[..., Tensor]) -> Operator:
 
 
 def l1_norm(x: Tensor, dim: tuple[int, ...], *, keepdim: bool) -> Tensor:
-    """Sum of magnitudes."""
+    """Sum of absolute values."""
     return x.abs().sum(dim, keepdim=keepdim)
 
 
@@ -68,21 +68,21 @@ def squares(x: Tensor, dim: tuple[int, ...], *, keepdim: bool) -> Tensor:
 
 
 def quotient(a: Tensor, b: Tensor) -> Tensor:
-    """Division; of whole numbers, towards zero."""
+    """Division. Whole numbers are rounded towards zero."""
     if a.is_floating_point() or b.is_floating_point():
         return torch.div(a, b)
     return torch.div(a, b, rounding_mode="trunc")
 
 
 def modulo(step: Step) -> Value:
-    """The remainder of a division, with the sign of the divisor; with `fmod` that of the dividend."""
+    """Remainder of a division with the sign of the divisor, or of the dividend with `fmod`."""
     return step.builder.call(
         torch.fmod if step.setting("fmod", 0) else torch.remainder, step.x, step.input(1)
     )
 
 
 def clip(step: Step) -> Value:
-    """Values held between two constants; the limits were attributes once and are inputs now."""
+    """Values clipped to two constants. The limits are attributes in older opsets and inputs in newer ones."""
     low, high = (
         float(step.tensor(i)) if step.given(i) else step.attributes.get(name)
         for i, name in ((1, "min"), (2, "max"))
@@ -93,14 +93,14 @@ def clip(step: Step) -> Value:
 
 
 def hard_sigmoid(step: Step) -> Value:
-    """A straight line held between 0 and 1."""
+    """Linear function clipped to [0, 1]."""
     alpha, beta = step.setting("alpha", 0.2), step.setting("beta", 0.5)
     line = step.builder.call(torch.add, step.builder.call(torch.mul, step.x, alpha), beta)
     return step.builder.call(torch.clamp, line, min=0.0, max=1.0)
 
 
 def softmax(step: Step) -> Value:
-    """Softmax or its logarithm; before opset 13 over all dimensions from the axis on."""
+    """Softmax or its logarithm. Before opset 13 it applies to all dimensions from the axis on."""
     axis = step.setting("axis", -1 if step.opset >= 13 else 1) % step.x.rank
     if step.opset < 13 and any(size != 1 for size in step.x.shape[axis + 1 :]):
         raise Unsupported(f"{step.op} of opset {step.opset} over several dimensions")
@@ -109,18 +109,18 @@ def softmax(step: Step) -> Value:
 
 
 def gelu(step: Step) -> Value:
-    """The Gaussian error linear unit."""
+    """Gaussian error linear unit."""
     how = step.setting("approximate", b"none").decode()
     return step.builder.module("gelu", nn.GELU(approximate=how), step.x)
 
 
 def where(step: Step) -> Value:
-    """One of two values, as a condition says."""
+    """Elements of one of two values, selected by a condition."""
     return step.builder.call(torch.where, step.x, step.input(1), step.input(2))
 
 
 def arg_max(step: Step) -> Value:
-    """The place of the largest value."""
+    """Index of the largest value."""
     if step.setting("select_last_index", 0):
         raise Unsupported("ArgMax that takes the last of equals")
     return step.builder.call(
@@ -129,7 +129,7 @@ def arg_max(step: Step) -> Value:
 
 
 def mean(step: Step) -> Value:
-    """The mean of several values."""
+    """Mean of several values."""
     total = _variadic(torch.add)(step)
     assert isinstance(total, Value)
     return step.builder.call(torch.div, total, len(step.inputs))

@@ -1,4 +1,4 @@
-"""Reads an `.onnx` file within bounds: its size, its nodes, and data beside it only inside its own folder."""
+"""Reads an `.onnx` file with limits for its size and its nodes, and external data only from its own folder."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -17,46 +17,46 @@ from holdfast.sources.files import megabytes, readable_file, sha256_of_file
 from holdfast.sources.onnx.bounds import Endless, n_nodes, refuse_endless
 
 MAX_BYTES = 1_900_000_000
-"""of the model with its data; protobuf itself ends at 2 GiB"""
+"""maximum number of bytes of the model with its data; protobuf itself is limited to 2 GiB"""
 MAX_NODES = 50_000
 MAX_VALUES = 2**28
-"""of one example, or of the batch where its size is fixed"""
+"""maximum number of values of one example, or of the batch if its size is fixed"""
 _FLOATS: dict[int, np.dtype[Any]] = {
     1: np.dtype(np.float32),
     10: np.dtype(np.float16),
     11: np.dtype(np.float64),
 }
-"""of the numbers in TensorProto.DataType, those that attacks can change"""
+"""types in TensorProto.DataType whose values attacks can change"""
 _EXTERNAL = 1
 """TensorProto.DataLocation.EXTERNAL"""
 
 
 @dataclass(frozen=True)
 class OnnxInput:
-    """The one input that a classifier takes."""
+    """The one input of a classifier."""
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | None, ...]
-    """None where the size is free"""
+    """None for a free size"""
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A checked model with its tensors inside."""
+    """A checked model that includes its tensors."""
 
     proto: Any
     input: OnnxInput
     tensors: dict[str, NDArray[Any]]
     opset: int
     files: dict[str, str]
-    """SHA-256 of the file and of the files with its data, by their paths"""
+    """SHA-256 of the file and of its data files, by path"""
     labels: tuple[str, ...] | tuple[int, ...] = ()
-    """of the classes in the order of the scores, where the file names them, as converters of scikit-learn do"""
+    """labels of the classes in the order of the scores, if the file has them, as files from scikit-learn do"""
 
     @property
     def content(self) -> bytes:
-        """The model as one piece, for a runtime."""
+        """The serialised model, for a runtime."""
         serialised: bytes = self.proto.SerializeToString()
         return serialised
 
@@ -67,7 +67,7 @@ class OnnxFile:
 
 
 def onnx_module() -> ModuleType:
-    """The `onnx` package, or how to get it."""
+    """Return the `onnx` package. Raises `UsageError` with the install command if it is missing."""
     try:
         import onnx
     except ImportError as error:
@@ -77,7 +77,7 @@ def onnx_module() -> ModuleType:
 
 
 def content_of(path: Path) -> bytes:
-    """The bytes of a model file; `TargetError` where it has more than are read."""
+    """Return the bytes of a model file. Raises `TargetError` if it is too large."""
     readable_file(path, "model")
     if path.stat().st_size > MAX_BYTES:
         raise TargetError(
@@ -101,16 +101,16 @@ def bytes_beside(path: Path) -> int:
 def read_onnx(
     path: Path, input_shape: Sequence[int] | None = None, *, content: bytes | None = None
 ) -> OnnxFile:
-    """Parse, bound and check a model; its external data are read here, and nowhere else.
+    """Parse and check a model within limits. Only this function reads external data.
 
-    `input_shape` is the shape of one example, which a file with free sizes needs. With `content`, the bytes of the file
-    that were read already, the file is not opened again.
+    `input_shape` is the shape of one example, which is needed for a file with free sizes. `content` is the content of
+    the file if it was read already; then the file is not opened again.
     """
     content = content_of(path) if content is None else content
     onnx = onnx_module()
     try:
         proto = onnx.load_model_from_string(content)
-    except Exception as error:  # protobuf's own error class is not part of what onnx promises
+    except Exception as error:  # the error class of protobuf is not part of onnx's documented interface
         raise TargetError(
             f"{str(path)!r} is no ONNX model, or is damaged or truncated: {error}; export it again"
         ) from error
@@ -152,7 +152,7 @@ def _refuse_size(proto: Any, path: Path) -> None:
 
 
 def _labels(graph: Any) -> tuple[str, ...] | tuple[int, ...]:
-    """Labels of the classes, from the last operator that has some."""
+    """Labels of the classes from the last operator with labels."""
     for node in reversed(graph.node):
         for attribute in node.attribute:
             if attribute.name == "classlabels_strings" and attribute.strings:
@@ -163,7 +163,7 @@ def _labels(graph: Any) -> tuple[str, ...] | tuple[int, ...]:
 
 
 def _keep_tensors(graph: Any) -> None:
-    """Leave the scores a tensor where ZipMap, with which the converter of scikit-learn ends, makes dicts of them."""
+    """Replace ZipMap, which converters of scikit-learn append, by Identity, so that the scores stay a tensor."""
     helper = onnx_module().helper
     zipped = {}
     for node in graph.node:
@@ -188,7 +188,7 @@ def _tensors(graph: Any) -> Iterator[Any]:
 
 
 def _take_external(tensor: Any, model: Path, n_bytes: int) -> Path:
-    """Put the data of one tensor into it, from a file that lies inside the model's folder; returns that file."""
+    """Load the external data of a tensor from a file inside the model's folder. Returns the path of that file."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     name = PurePosixPath(location.replace("\\", "/"))
@@ -196,7 +196,7 @@ def _take_external(tensor: Any, model: Path, n_bytes: int) -> Path:
     roots = (
         model.parent.resolve(),
         model.resolve().parent,
-    )  # two, for caches link both files to one folder of blobs
+    )  # two folders, because caches link both files to one folder
     leads_out = name.is_absolute() or ".." in name.parts or not location
     if leads_out or not any(beside.resolve().is_relative_to(root) for root in roots):
         raise TargetError(
@@ -251,7 +251,7 @@ def _input(
 
 
 def _refuse_no_scores(outputs: Sequence[Any], path: Path) -> None:
-    """Refuse a file none of whose outputs has one or two axes, as far as it declares them."""
+    """Raise `TargetError` if no output has one or two axes, according to the declared shapes."""
     declared = [value.type.tensor_type.HasField("shape") for value in outputs]
     if all(declared) and all(len(value.type.tensor_type.shape.dim) > 2 for value in outputs):
         listed = ", ".join(_described(value) for value in outputs)
@@ -264,7 +264,7 @@ def _refuse_no_scores(outputs: Sequence[Any], path: Path) -> None:
 def _filled(
     sizes: tuple[int | None, ...], input_shape: Sequence[int] | None, value: Any, path: Path
 ) -> tuple[int | None, ...]:
-    """The sizes of the file, those that it leaves free taken from the declared shape of one example."""
+    """Return the sizes of the file, with free sizes replaced by those of the declared shape of one example."""
     if input_shape is None:
         if sizes and None not in sizes[1:]:
             return sizes
@@ -283,7 +283,7 @@ def _filled(
 
 
 def _described(value: Any) -> str:
-    """An input or an output as messages name it: its name, type and shape."""
+    """Name, type and shape of an input or an output, for messages."""
     kind = value.type.tensor_type
     if not kind.elem_type:
         return f"{value.name} (no tensor)"

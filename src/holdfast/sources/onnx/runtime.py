@@ -1,4 +1,4 @@
-"""Sessions of onnxruntime. They need no torch, so that the process that tries a file first starts fast."""
+"""Sessions of onnxruntime. The module does not import torch, so that the process that first runs a file starts fast."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from holdfast.core.errors import TargetError, UsageError
 
 
 def session(content: bytes, threads: int) -> Any:
-    """A session of onnxruntime on the CPU; `TargetError` where it refuses the model."""
+    """Return an onnxruntime session on the CPU. Raises `TargetError` if onnxruntime refuses the model."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -19,7 +19,7 @@ def session(content: bytes, threads: int) -> Any:
     options.intra_op_num_threads = threads
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors share no class that is public
+    except Exception as error:  # its errors have no common public class
         raise TargetError(
             f"onnxruntime refuses the model: {_first_line(error)}. Export it in float32, and from scikit-learn with "
             "options={'zipmap': False}"
@@ -27,7 +27,7 @@ def session(content: bytes, threads: int) -> Any:
 
 
 def run(running: Any, outputs: list[str], name: str, batch: NDArray[Any]) -> list[NDArray[Any]]:
-    """The outputs of a session on a batch (n, *features); `TargetError` where it refuses the batch."""
+    """Return the outputs of a session on a batch (n, *features). Raises `TargetError` if it refuses the batch."""
     try:
         found: list[NDArray[Any]] = running.run(outputs, {name: batch})
     except Exception as error:  # as above
@@ -38,7 +38,7 @@ def run(running: Any, outputs: list[str], name: str, batch: NDArray[Any]) -> lis
 
 
 def some_inputs(shape: tuple[int | None, ...], dtype: np.dtype[Any], n: int) -> NDArray[Any]:
-    """`n` examples in [0, 1), one size wherever the shape leaves it free; the same ones each time."""
+    """Return `n` examples in [0, 1), with size one for every free size. They are equal in every call."""
     sizes = [n, *(size or 1 for size in shape[1:])]
     return np.random.default_rng(n).random(sizes, np.float32).astype(dtype)
 

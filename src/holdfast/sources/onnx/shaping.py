@@ -1,4 +1,4 @@
-"""Operators that move numbers without changing them, and those that make constants and shapes."""
+"""Operators that move or copy values, and operators that create constants and shapes."""
 
 import operator
 from typing import Any
@@ -12,14 +12,14 @@ from holdfast.sources.onnx.building import MAX_ELEMENTS, Builder, Ints, Operator
 from holdfast.sources.onnx.reading import onnx_module
 
 _MOST_PLACES = 2**24
-"""that are named one by one, in the order of a slice that runs backwards"""
+"""maximum number of indices of a backward slice, which are listed individually"""
 
 
 def reshape(step: Step) -> Value:
-    """A new shape; the batch's size stays free, also where the file was written for one size."""
+    """Reshape. The batch size stays free, even if it is fixed in the file."""
     x, wanted = step.x, step.ints(1)
     if step.setting("allowzero", 0) and 0 in (*wanted.at[0], *wanted.at[1]):
-        raise Unsupported("Reshape to a size of 0")  # without a 0 the setting changes nothing
+        raise Unsupported("Reshape to a size of 0")  # without a 0 the setting has no effect
     first, second = (
         _resolved(tuple(x.at[i].shape), wanted.at[i], step.fixed_batch if x.rank and x.varies(0) else None)
         for i in (0, 1)
@@ -28,7 +28,7 @@ def reshape(step: Step) -> Value:
 
 
 def flatten(step: Step) -> Value:
-    """Two dimensions: those before the axis, and the rest."""
+    """Reshape to two dimensions: those before the axis, and the rest."""
     axis = step.setting("axis", 1)
     axis = axis + step.x.rank if axis < 0 else axis
     first, second = (
@@ -38,7 +38,7 @@ def flatten(step: Step) -> Value:
 
 
 def squeeze(step: Step) -> Value:
-    """Dimensions of size one taken out."""
+    """Remove dimensions of size one."""
     axes = step.axes(1)
     x = step.x
     gone = {axis % x.rank for axis in axes} if axes else {i for i in range(x.rank) if x.shape[i] == 1}
@@ -49,7 +49,7 @@ def squeeze(step: Step) -> Value:
 
 
 def unsqueeze(step: Step) -> Value:
-    """Dimensions of size one put in."""
+    """Insert dimensions of size one."""
     axes = step.axes(1) or ()
     rank = step.x.rank + len(axes)
     new = {axis % rank for axis in axes}
@@ -61,13 +61,13 @@ def unsqueeze(step: Step) -> Value:
 
 
 def transpose(step: Step) -> Value:
-    """Dimensions in another order."""
+    """Permute the dimensions."""
     order = step.setting("perm", tuple(reversed(range(step.x.rank))))
     return step.builder.call(torch.permute, step.x, tuple(order))
 
 
 def concat(step: Step) -> Value:
-    """Values put one after the other."""
+    """Concatenate values."""
     values = [step.input(i) for i in range(len(step.inputs))]
     if len(values) == 1:
         return values[0]
@@ -75,7 +75,7 @@ def concat(step: Step) -> Value:
 
 
 def split(step: Step) -> tuple[Value, ...]:
-    """A value cut into several along an axis."""
+    """Split a value along an axis."""
     axis = step.setting("axis", 0) % step.x.rank
     size = step.x.shape[axis]
     sizes = step.attributes.get("split")
@@ -89,7 +89,7 @@ def split(step: Step) -> tuple[Value, ...]:
 
 
 def slice_(step: Step) -> Value:
-    """A part of a value, by its beginnings and ends."""
+    """Slice a value by starts and ends."""
     if "starts" in step.attributes:  # before opset 10
         starts, ends = step.attributes["starts"], step.attributes["ends"]
         axes, steps = step.attributes.get("axes", range(len(starts))), [1] * len(starts)
@@ -114,7 +114,7 @@ def slice_(step: Step) -> Value:
 
 
 def gather(step: Step) -> Value:
-    """Entries of a value by their places along an axis."""
+    """Select entries of a value by their indices along an axis."""
     axis = step.setting("axis", 0) % step.x.rank
     places = step.input(1)
     if not places.is_static:
@@ -132,7 +132,7 @@ def gather(step: Step) -> Value:
 
 
 def pad(step: Step) -> Value:
-    """Values put around a value."""
+    """Pad a value."""
     mode = step.setting("mode", b"constant").decode()
     pads = list(step.attributes["pads"] if "pads" in step.attributes else step.tensor(1).tolist())
     value = float(step.tensor(2)) if step.given(2) else step.setting("value", 0.0)
@@ -155,7 +155,7 @@ def pad(step: Step) -> Value:
 
 
 def resize(step: Step) -> Value:
-    """Another image size, by the nearest or by linear interpolation."""
+    """Resize images, by the nearest value or by linear interpolation."""
     mode = step.setting("mode", b"nearest").decode()
     how = step.setting(
         "coordinate_transformation_mode", b"half_pixel" if step.opset > 10 else b"asymmetric"
@@ -183,7 +183,7 @@ def resize(step: Step) -> Value:
 
 
 def expand(step: Step) -> Value:
-    """A value repeated along dimensions of size one."""
+    """Expand dimensions of size one."""
     first, second = (
         tuple(np.broadcast_shapes(tuple(example.shape), wanted))
         for example, wanted in zip(step.x.at, step.ints(1).at, strict=True)
@@ -193,20 +193,20 @@ def expand(step: Step) -> Value:
 
 
 def tile(step: Step) -> Value:
-    """A value repeated."""
+    """Repeat a value."""
     times = step.ints(1)
     _bounded((*times.at[0], step.x.at[0].numel()))
     return step.builder.call(torch.tile, step.x, times)
 
 
 def cast(step: Step) -> Value:
-    """Another type of number."""
+    """Convert to another type."""
     dtype = _dtype(step.attributes["to"])
     return step.x if step.x.at[0].dtype == dtype else step.builder.call(torch.Tensor.to, step.x, dtype)
 
 
 def constant(step: Step) -> Value:
-    """A constant of the file."""
+    """Constant in the file."""
     ((name, value),) = step.attributes.items()
     if name == "value":
         return step.builder.constant(as_tensor(value))
@@ -222,7 +222,7 @@ def constant(step: Step) -> Value:
 
 
 def constant_of_shape(step: Step) -> Value:
-    """One number, in a shape."""
+    """Tensor of a given shape, filled with one number."""
     value = as_tensor(step.attributes["value"]) if "value" in step.attributes else torch.zeros(1)
     shape = step.ints(0)
     _bounded(shape.at[0])
@@ -230,14 +230,14 @@ def constant_of_shape(step: Step) -> Value:
 
 
 def shape(step: Step) -> Value:
-    """The sizes of a value."""
+    """Sizes of a value."""
     rows = slice(step.setting("start", 0), step.attributes.get("end"))
     first, second = (torch.tensor(list(example.shape)[rows], dtype=torch.int64) for example in step.x.at)
     return Value(None, (first, second))
 
 
 def size(step: Step) -> Value:
-    """How many numbers a value has."""
+    """Number of elements of a value."""
     first, second = (torch.tensor(example.numel()) for example in step.x.at)
     return Value(None, (first, second))
 
@@ -251,14 +251,14 @@ def range_(step: Step) -> Value:
 
 
 def identity(step: Step) -> Value:
-    """The value itself; dropout is this too, outside training."""
+    """Return the value unchanged. Dropout is also converted to this, because it has no effect outside of training."""
     if step.n_outputs > 1:
         raise Unsupported(f"{step.op} that returns a mask")
     return step.x
 
 
 def as_tensor(array: Any) -> Tensor:
-    """A tensor from an array of the file."""
+    """Return an array of the file as a tensor."""
     try:
         return torch.from_numpy(array.copy())
     except TypeError as error:
@@ -266,7 +266,7 @@ def as_tensor(array: Any) -> Tensor:
 
 
 def _reshaped(builder: Builder, x: Value, sizes: Ints) -> Value:
-    """A reshape; where everything but the batch is flattened, a module says so."""
+    """Reshape a value. If everything except the batch is flattened, `nn.Flatten` is used."""
     first, second = sizes.at
     if first == tuple(x.at[0].shape) and second == tuple(x.at[1].shape):
         return x
@@ -282,7 +282,7 @@ def _reshaped(builder: Builder, x: Value, sizes: Ints) -> Value:
 
 
 def _resolved(old: tuple[int, ...], new: tuple[int, ...], fixed_batch: int | None) -> tuple[int, ...]:
-    """The sizes in full: a zero keeps a size, -1 takes what is left, a written batch size is that of the example."""
+    """Return the full sizes: 0 keeps a size, -1 is inferred, and a fixed batch size becomes that of the example."""
     sizes = [old[i] if size == 0 else size for i, size in enumerate(new)]
     if fixed_batch is not None and sizes and sizes[0] == fixed_batch:
         sizes[0] = old[0]
@@ -295,7 +295,7 @@ def _resolved(old: tuple[int, ...], new: tuple[int, ...], fixed_batch: int | Non
 
 
 def _sizes(step: Step) -> tuple[int, ...]:
-    """The sizes that a Resize or Upsample asks for."""
+    """Output sizes of a Resize or Upsample."""
     if step.given(3):
         return tuple(step.ints(3).at[0])
     place = 1 if step.op == "Upsample" or step.opset < 11 else 2
