@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from holdfast.config.yaml_text import parsed
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
-from holdfast.sources.archive import Weights
+from holdfast.sources.archive import Weights, check_archive, refuse_large
 from holdfast.sources.data import open_data
 from holdfast.sources.limited.calling import read_under_limits
 from holdfast.sources.limited.limits import Limits, cpu_seconds
@@ -192,6 +193,40 @@ def test_images_that_shrank_too_much_are_no_data(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("holdfast.sources.pictures._SMALL", 2**20)
     with pytest.raises(TargetError, match=r"2 images of .* MB, which take 2\.2 MB .* HOLDFAST_READ_MEMORY"):
         open_data(str(tmp_path))
+
+
+def test_images_files_and_members_are_counted_first(tmp_path: Path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (6, 5)).save(tmp_path / "a" / "x.png")
+    monkeypatch.setattr("holdfast.sources.pictures.MAX_PIXELS", 30)
+    assert len(open_data(str(tmp_path))) == 1
+    monkeypatch.setattr("holdfast.sources.pictures.MAX_PIXELS", 29)
+    with pytest.raises(TargetError, match="has 6 x 5 pixels; at most 29 are decoded: resize it"):
+        open_data(str(tmp_path))
+    path = tmp_path / "w.pt"
+    torch.save({"a": torch.zeros(3)}, path)
+    with zipfile.ZipFile(path) as archive:
+        n, size = len(archive.namelist()), path.stat().st_size
+    refuse_large(path, size)
+    with pytest.raises(
+        TargetError, match="MB is read. If you trust it, raise the limit with HOLDFAST_READ_MEMORY"
+    ):
+        refuse_large(path, size - 1)
+    monkeypatch.setattr("holdfast.sources.archive.MAX_MEMBERS", n)
+    check_archive(path)
+    monkeypatch.setattr("holdfast.sources.archive.MAX_MEMBERS", n - 1)
+    with pytest.raises(TargetError, match=f"holds {n} members; at most {n - 1} are read"):
+        check_archive(path)
+
+
+def test_a_configuration_is_short_and_its_numbers_have_64_bits(monkeypatch):
+    text = f"seed: {2**63 - 1}"
+    monkeypatch.setattr("holdfast.config.yaml_text.MAX_CHARACTERS", len(text))
+    assert parsed(text, "holdfast.yaml") == {"seed": 2**63 - 1}
+    with pytest.raises(UsageError, match="is too large for a whole number .line 1.; 64 bits are read"):
+        parsed(f"seed: {2**63}", "holdfast.yaml")
+    with pytest.raises(UsageError, match=f"holdfast.yaml has more than {len(text)} characters"):
+        parsed(f"{text} ", "holdfast.yaml")
 
 
 @pytest.mark.slow

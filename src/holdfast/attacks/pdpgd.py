@@ -83,7 +83,10 @@ class PDPGD:
 
 
 def _scales(model: Model, batch: Batch, norm: Norm) -> tuple[PerExample, PerExample]:
-    """The unit of steps of a value, and the margin for one unit of the norm, both at the clean input."""
+    """Two numbers for each example at the clean input, each of shape (n, 1, …).
+
+    They are the step size of one value, and the decrease of the margin for one unit of the norm.
+    """
     grad, logits = gradient(model, batch, margin_loss)
     limit, width = farthest(norm, batch.x, model.bounds), model.bounds.width
     unit = gap(Linf(), grad, logits, batch, model.bounds).clamp_max(width)

@@ -65,7 +65,7 @@ class UniversalDeepFool:
         return delta
 
     def _step(self, model: Model, few: Batch) -> tuple[Tensor, int]:
-        """The mean step of the examples that survive, as a batch of one, and their number."""
+        """The mean step of the examples that survive, as a batch of one, and the number of these examples."""
         with torch.no_grad():
             logits = model(few.x, few.ids)
         stands = ~firmly_broken(logits, few)

@@ -96,7 +96,9 @@ def check_archive(
             f"{str(path)!r} is a damaged or truncated archive: {error}; download it again"
         ) from error
     if len(members) > MAX_MEMBERS:
-        raise TargetError(f"{str(path)!r} holds {len(members)} members; at most {MAX_MEMBERS} were expected")
+        raise TargetError(
+            f"{str(path)!r} holds {len(members):,} members; at most {MAX_MEMBERS:,} are read: save it as safetensors"
+        )
     if not trust_code and any(map(_is_code, members)):
         raise CarriesCode(
             f"{str(path)!r} is a TorchScript archive, which carries code that runs with the model. {TRUST}"
@@ -109,7 +111,10 @@ def check_archive(
         seen.add(member.filename)
     total, max_bytes = sum(member.file_size for member in members), max(max_bytes, requested_memory())
     if total > max_bytes:
-        raise TargetError(f"{str(path)!r} holds {megabytes(total)}; at most {megabytes(max_bytes)} is read")
+        raise TargetError(
+            f"{str(path)!r} holds {megabytes(total)}; at most {megabytes(max_bytes)} is read. If you trust it, raise "
+            f"the limit with {MEMORY}=16GB"
+        )
 
 
 def read_weights(path: Path, *, max_bytes: int = MAX_BYTES) -> Weights:

@@ -226,6 +226,7 @@ def _opened(path: Path) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise TargetError(
-            f"image {str(path)!r} has {image.width} x {image.height} pixels; at most {MAX_PIXELS} are decoded"
+            f"image {str(path)!r} has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded: "
+            "resize it"
         )
     return image

@@ -52,7 +52,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Terms:
-    """The common settings of the sets of a pool."""
+    """Settings of the training that all parameter sets of a pool share."""
 
     subject: Subject
     """the model, with the architecture and preprocessing of all sets"""

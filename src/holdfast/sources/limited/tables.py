@@ -205,7 +205,7 @@ def _blocks(path: Path, header: list[str], lines: Iterator[list[str]]) -> Blocks
                 number = next(k for k, row in enumerate(whole) if len(row) != len(header))
                 raise TargetError(
                     f"row {before + number + 1} of {str(path)!r} has {len(whole[number])} cells; the header has "
-                    f"{len(header)}"
+                    f"{len(header)}: correct the row"
                 )
             before += len(whole)
             if whole:

@@ -245,7 +245,8 @@ def _input(
     shape = _filled(sizes, input_shape, inputs[0], path)
     if prod(size or 1 for size in shape) > MAX_VALUES:
         raise TargetError(
-            f"{str(path)!r} takes inputs of shape {shape}; at most {MAX_VALUES} values are read"
+            f"{str(path)!r} takes inputs of shape {shape}; at most {MAX_VALUES:,} values are read: export it for "
+            "smaller inputs or batches"
         )
     return OnnxInput(inputs[0].name, dtype, shape)
 
