@@ -63,6 +63,19 @@ def as_numbers(cells: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.ui
     return values, np.array(kinds, np.uint8) if any(kinds) else None
 
 
+def side_by_side(
+    columns: Sequence[tuple[NDArray[np.float32], NDArray[np.uint8] | None]], rows: int
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Numbers and kinds of all cells, each of shape (rows, columns), of columns that `as_numbers` returned."""
+    numbers = np.empty((rows, len(columns)), np.float32)
+    kinds = np.full((rows, len(columns)), NUMBER, np.uint8)
+    for place, (values, found) in enumerate(columns):
+        numbers[:, place] = values
+        if found is not None:
+            kinds[:, place] = found
+    return numbers, kinds
+
+
 def as_words(cells: Sequence[str], known: dict[str, int]) -> NDArray[np.int32]:
     """Return the index of each cell in `known`, to which new words are added."""
     return np.array([known.setdefault(cell, len(known)) for cell in cells], np.int32)

@@ -8,7 +8,7 @@ import numpy as np
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.arrays import Arrays
-from holdfast.sources.columns import NUMBER, SPLIT_COLUMN, Table, Words, as_numbers, as_words
+from holdfast.sources.columns import SPLIT_COLUMN, Table, Words, as_numbers, as_words, side_by_side
 from holdfast.sources.expected import Expected
 from holdfast.sources.tables import examples
 
@@ -70,12 +70,8 @@ def open_frame(
 def _table(columns: Mapping[str, list[str]], label: str | None) -> Table:
     texts = [name for name in columns if name in (label, SPLIT_COLUMN)]
     features = [name for name in columns if name not in texts]
-    found = [as_numbers(columns[name]) for name in features]
-    shape = len(next(iter(columns.values()), [])), len(features)
-    numbers, kinds = np.empty(shape, np.float32), np.full(shape, NUMBER, np.uint8)
-    for place, (values, what) in enumerate(found):
-        numbers[:, place] = values
-        kinds[:, place] = NUMBER if what is None else what
+    rows = len(next(iter(columns.values()), []))
+    numbers, kinds = side_by_side([as_numbers(columns[name]) for name in features], rows)
     words = {}
     for name in texts:
         known: dict[str, int] = {}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.sources.columns import NUMBER, SPLIT_COLUMN, Table, Words, as_numbers, as_words, rounded
+from holdfast.sources.columns import SPLIT_COLUMN, Table, Words, as_numbers, as_words, rounded, side_by_side
 from holdfast.sources.files import megabytes
 from holdfast.sources.limited.limits import MEMORY, requested_memory
 
@@ -150,13 +150,7 @@ def table(path: Path, found: Mapping[str, Any], folder: Path) -> Table:
 
 def _write_numbers(columns: Sequence[Cells], numbers: IO[bytes], kinds: IO[bytes]) -> bool:
     """Write numbers and kinds of the features of a block, row by row. Returns whether all cells are numbers."""
-    rows = len(columns[0]) if columns else 0
-    values = np.empty((rows, len(columns)), np.float32)
-    what = np.full((rows, len(columns)), NUMBER, np.uint8)
-    for place, cells in enumerate(columns):
-        values[:, place], found = cells.numbers()
-        if found is not None:
-            what[:, place] = found
+    values, what = side_by_side([cells.numbers() for cells in columns], len(columns[0]) if columns else 0)
     numbers.write(values.tobytes())
     kinds.write(what.tobytes())
     return not what.any()
