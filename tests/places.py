@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from holdfast.runs.rotate import collecting, drawing
+from holdfast.verbs.rotate import collecting, drawing
 
 
 @pytest.fixture(scope="session", autouse=True)

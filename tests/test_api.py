@@ -18,7 +18,7 @@ from holdfast.config import ordering
 from holdfast.config.settings import AssessSettings
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
-from holdfast.runs.order import Step
+from holdfast.engine.progress import Step
 
 N, CLASSES = 12, 3
 

@@ -23,8 +23,8 @@ from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.columns import Absent
 from holdfast.metrics.names import DETECTION
 from holdfast.ops.detection import auroc, balance, median_width, threshold
-from holdfast.runs.assess import assess
 from holdfast.sources.memory import as_data
+from holdfast.verbs.assess import assess
 from runs.fakes import FAST, data, order, settled, subject
 from test_guard import LIMIT, offset, pair, problem, sides
 

@@ -11,8 +11,8 @@ from holdfast.cli import running
 from holdfast.cli.app import verbs
 from holdfast.core.errors import UsageError
 from holdfast.gallery import EPS, ITEMS, undefended
-from holdfast.runs.exhibition import Exhibit
 from holdfast.sources.data import open_data
+from holdfast.verbs.exhibition import Exhibit
 
 KEYS = {
     "name",

@@ -20,9 +20,9 @@ from holdfast.harness import Member, labelled, measure
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.columns import Absent
 from holdfast.ops.expectation import seen_through
-from holdfast.runs.assess import assess
 from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.memory import as_data
+from holdfast.verbs.assess import assess
 from runs.fakes import data, network, order, settled, subject
 
 N, FEATURES, LIMIT = 40, 2, 0.3

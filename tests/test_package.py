@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import holdfast
+from holdfast.engine.identity import DECIDING, NOT_DECIDING
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "holdfast"
@@ -88,6 +89,14 @@ def test_help_brings_neither_torch_nor_numpy():
     loaded = python("-c", f"{code}; from holdfast.cli import main; main()").split()
     assert "click" in loaded
     assert not {"numpy", "pydantic", "scipy", "torch"} & set(loaded)
+
+
+def test_every_package_that_a_run_imports_is_part_of_its_code_digest_or_decides_no_number():
+    code = "import sys, holdfast.verbs.assess, holdfast.verbs.hardening, holdfast.verbs.rotate.measuring"
+    names = python("-c", f"{code}; print(*sys.modules)").split()
+    packages = {name.split(".")[1] for name in names if name.startswith("holdfast.")}
+    covered = {name.removesuffix(".py") for name in DECIDING}
+    assert packages - covered == set(NOT_DECIDING)
 
 
 # --- what is shipped

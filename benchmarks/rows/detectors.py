@@ -18,7 +18,7 @@ from holdfast.gallery import undefended
 from holdfast.gallery.training import network, trained
 from holdfast.ops.detection import threshold
 from holdfast.ops.losses import cross_entropy
-from holdfast.runs.result import Result
+from holdfast.verbs.result import Result
 
 WHAT = "detectors joined to a network: AUROC, true positives and robust accuracy with rejection, by who knows or not"
 N, EPS, FITTED, CALIBRATED, FALSE_POSITIVES, SEED = 500, 0.3, 2000, 1000, 0.05, 0

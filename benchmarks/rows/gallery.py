@@ -7,10 +7,10 @@ from holdfast.api import exhibition
 from holdfast.doubts.thresholds import SAMPLE
 from holdfast.gallery import EPS, ITEMS, undefended
 from holdfast.harness.plan import FIXED
-from holdfast.runs.exhibition import measured as by_attacks
-from holdfast.runs.exhibition import raised
 from holdfast.sources.data import open_data
 from holdfast.sources.memory import as_data
+from holdfast.verbs.exhibition import measured as by_attacks
+from holdfast.verbs.exhibition import raised
 
 WHAT = "the gallery of masked models: naive, adaptive and the twin's robust accuracy, and the doubts raised"
 N, GRID = 500, 0.025

@@ -39,23 +39,24 @@ from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.outputs import OutputKind
 from holdfast.core.types import Layout
+from holdfast.engine.progress import Notify, Progress, ignore, silent
 from holdfast.gallery import ITEMS
 from holdfast.ops.recipe import Recipe
 from holdfast.reports.write import check as check_place
-from holdfast.runs import assess as assessing
-from holdfast.runs import hardening as hardens
-from holdfast.runs.comparison import Comparison
-from holdfast.runs.exhibition import Exhibit, exhibits
-from holdfast.runs.hardened import Hardened
-from holdfast.runs.index import open_run
-from holdfast.runs.order import Notify, Order, Progress, Subject, ignore, silent
-from holdfast.runs.result import Result
-from holdfast.runs.served import journaled
 from holdfast.sources.counting import look_at
 from holdfast.sources.data import open_data
 from holdfast.sources.expected import ClassOrder
 from holdfast.store.verify import Verified
 from holdfast.store.verify import verify as verify_folder
+from holdfast.verbs import assess as assessing
+from holdfast.verbs import hardening as hardens
+from holdfast.verbs.comparison import Comparison
+from holdfast.verbs.exhibition import Exhibit, exhibits
+from holdfast.verbs.hardened import Hardened
+from holdfast.verbs.request import AssessRequest, Subject
+from holdfast.verbs.result import Result
+from holdfast.verbs.served import journaled
+from holdfast.verbs.stored_runs import open_run
 
 __all__ = [
     "assess",
@@ -378,7 +379,7 @@ def _order(
     settings: AssessSettings,
     subject: Subject,
     device: str | None,
-) -> Order:
+) -> AssessRequest:
     members = None
     if suite is not None and settings.suite is None:
         members = members_given(suite, threat_model(parse_threat(settings.threat)).constraint)

@@ -35,14 +35,15 @@ from holdfast.core.errors import UsageError
 from holdfast.core.lookup import Lookup
 from holdfast.core.outputs import OutputKind
 from holdfast.core.types import Inputs, Layout
+from holdfast.engine.progress import Progress, silent
 from holdfast.reports.notes import DETAILS
-from holdfast.runs import assess as assessing
-from holdfast.runs.order import Progress, Subject, silent
-from holdfast.runs.result import Result
-from holdfast.runs.selection import Selection
 from holdfast.sources.arrays import Arrays, as_given
 from holdfast.sources.memory import as_array
 from holdfast.sources.probing import NO_GRADIENT
+from holdfast.sources.selection import Selection
+from holdfast.verbs import assess as assessing
+from holdfast.verbs.request import Subject
+from holdfast.verbs.result import Result
 
 Array = Tensor | NDArray[Any]
 """A tensor if the inputs were a tensor, a loader or an address, else a numpy array."""

@@ -11,9 +11,9 @@ import safetensors.torch
 
 from holdfast.cli.app import run
 from holdfast.core.errors import UsageError
-from holdfast.runs.rotate import collecting, learning, watching
-from holdfast.runs.rotate.collecting import Collected
 from holdfast.store.pool import Pool
+from holdfast.verbs.rotate import collecting, learning, watching
+from holdfast.verbs.rotate.collecting import Collected
 from store.old_format import aged
 
 pytestmark = pytest.mark.usefixtures("elsewhere")

@@ -11,7 +11,6 @@ from holdfast.checkup import examine
 from holdfast.cli.app import run
 from holdfast.core.errors import TargetLost
 from holdfast.core.model import EVERY, Batches, Classifier
-from holdfast.runs.expected_rows import ExpectedRows
 from holdfast.sources.answers import Answers
 from holdfast.sources.counting import Look, rows_of_calls
 from holdfast.sources.expected import Expected
@@ -19,6 +18,7 @@ from holdfast.sources.memory import as_data
 from holdfast.sources.payloads import Template
 from holdfast.sources.remote import Remote
 from holdfast.sources.served import Served
+from holdfast.verbs.expected_rows import ExpectedRows
 from servers import Server, examples
 
 RADIUS = 0.05

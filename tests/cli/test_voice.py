@@ -9,7 +9,7 @@ import pytest
 
 from holdfast.cli.options import Voice
 from holdfast.cli.running import watched
-from holdfast.runs.order import Step
+from holdfast.engine.progress import Step
 
 
 class Terminal(io.StringIO):

@@ -68,7 +68,7 @@ def _configuration(path: Path) -> None:
 def _run(folder: Path) -> None:
     """Verify a run and write its reports; one must not keep the other from being tried."""
     from holdfast.api import report, verify
-    from holdfast.runs.forms import fitting
+    from holdfast.verbs.forms import fitting
 
     with suppress(HoldfastError):
         verify(folder)

@@ -9,8 +9,8 @@ from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import parse
 from holdfast.harness import Member, Plan
 from holdfast.ops.losses import cross_entropy
-from holdfast.runs.order import Order, Subject
 from holdfast.sources.memory import as_data
+from holdfast.verbs.request import AssessRequest, Subject
 
 N, FEATURES, CLASSES = 40, 12, 4
 FAST = Member("PGD", PGD(steps=3, loss=cross_entropy))
@@ -51,7 +51,9 @@ def order(*members, gates=("robust_accuracy >= 0.1",), batch_size=None, shard_si
         if name in changes
     }
     claims = tuple(map(parse, gates))
-    return Order(plan(*members, **changes), claims, batch_size=batch_size, shard_size=shard_size, **fields)
+    return AssessRequest(
+        plan(*members, **changes), claims, batch_size=batch_size, shard_size=shard_size, **fields
+    )
 
 
 def settled(run):

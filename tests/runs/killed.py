@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
+from holdfast.engine.identity import code_digest
 from holdfast.ops.statistics import clopper_pearson
 from holdfast.recipes import SingleStep
-from holdfast.runs.assess import assess
-from holdfast.runs.hardened import MODEL
-from holdfast.runs.hardening import harden
-from holdfast.runs.identity import code_digest
+from holdfast.verbs.assess import assess
+from holdfast.verbs.hardened import MODEL
+from holdfast.verbs.hardening import harden
 from runs.fakes import FAST, data, order, settled, subject
 from runs.test_hardening import HOW, trainable, training, wish
 

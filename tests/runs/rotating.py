@@ -11,11 +11,11 @@ from holdfast.core.draws import Draws
 from holdfast.core.threat import ThreatModel
 from holdfast.rotation import Basins, Crafting, Immunise
 from holdfast.rotation.collecting import trained_anew
-from holdfast.runs.candidates import Candidate
-from holdfast.runs.order import Subject
-from holdfast.runs.rotate.collecting import BASE, OWN
-from holdfast.runs.rotate.terms import Examples, Terms
 from holdfast.store.pool import Pool
+from holdfast.verbs.candidates import Candidate
+from holdfast.verbs.request import Subject
+from holdfast.verbs.rotate.collecting import BASE, OWN
+from holdfast.verbs.rotate.terms import Examples, Terms
 from rotation.problem import examples, task
 
 DRAWING = {"drawing": "d1"}

@@ -18,11 +18,11 @@ from holdfast.harness.carrying import _mixed
 from holdfast.harness.plan import MATRIX
 from holdfast.metrics.across import across
 from holdfast.ops import ascent, losses
-from holdfast.runs import making
-from holdfast.runs.assess import assess
-from holdfast.runs.index import open_run
-from holdfast.runs.order import Subject
 from holdfast.sources.memory import as_data
+from holdfast.verbs import making
+from holdfast.verbs.assess import assess
+from holdfast.verbs.request import Subject
+from holdfast.verbs.stored_runs import open_run
 from runs.fakes import FAST, FEATURES, SMALLEST, N, data, network, order, settled, subject
 
 BLIND = ThreatModel(Linf(0.06), access="none")

@@ -11,8 +11,8 @@ from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Doubt
 from holdfast.doubts.answering import answered, arms, called
 from holdfast.harness import Member
-from holdfast.runs.assess import assess
-from holdfast.runs.index import open_run
+from holdfast.verbs.assess import assess
+from holdfast.verbs.stored_runs import open_run
 from runs.fakes import FAST, data, network, order, settled, subject
 
 ARMS = (Member("BPDA", APGD(steps=5)), Member("Search", Square(queries=10)))

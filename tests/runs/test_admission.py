@@ -7,20 +7,20 @@ from holdfast.core.constraints import Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.threat import ThreatModel
+from holdfast.engine.signals import Stopper
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts
 from holdfast.rotation import Live, RotatingModel, canary
 from holdfast.rotation.thieves import ATTACKS, Thief
-from holdfast.runs.rotate.admission import _Admitting, admit
-from holdfast.runs.rotate.comparing import worst
-from holdfast.runs.rotate.crafting import Attacker, Attackers, Workshop, attackers, exposed_for
-from holdfast.runs.rotate.measuring import Carried, Measuring
-from holdfast.runs.rotate.ruling import Seen, rulings
-from holdfast.runs.rotate.sanity import twin
-from holdfast.runs.rotate.verdicts import Admission, Judged
-from holdfast.runs.signals import Stopper
 from holdfast.store.pool import Pool
 from holdfast.store.sealing import KEY_VARIABLE
+from holdfast.verbs.rotate.admission import _Admitting, admit
+from holdfast.verbs.rotate.comparing import worst
+from holdfast.verbs.rotate.crafting import Attacker, Attackers, Workshop, attackers, exposed_for
+from holdfast.verbs.rotate.measuring import Carried, Measuring
+from holdfast.verbs.rotate.ruling import Seen, rulings
+from holdfast.verbs.rotate.sanity import twin
+from holdfast.verbs.rotate.verdicts import Admission, Judged
 from runs.rotating import DRAWING, begun, immunised, nearby, state, terms, trained
 
 QUICK = Thief({"MI": ATTACKS["MI"]})

@@ -20,11 +20,11 @@ from holdfast.gates.grammar import parse
 from holdfast.harness import Member, measure
 from holdfast.metrics.paired import basis
 from holdfast.ops.losses import dlr
-from holdfast.runs.assess import assess
-from holdfast.runs.comparison import Comparison
-from holdfast.runs.index import new_folder, open_run, runs_in
-from holdfast.runs.order import Subject
 from holdfast.sources.memory import as_data
+from holdfast.verbs.assess import assess
+from holdfast.verbs.comparison import Comparison
+from holdfast.verbs.request import Subject
+from holdfast.verbs.stored_runs import new_folder, open_run, runs_in
 from runs.fakes import CLASSES, FAST, FEATURES, SMALLEST, THOROUGH, N, data, network, order, settled, subject
 
 
@@ -591,7 +591,7 @@ def test_a_run_that_is_killed_before_its_doubts_are_recorded_finds_the_same(tmp_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("holdfast.runs.keeping.InFolder.record", killed)
+        patched.setattr("holdfast.store.folder.RunFolder.record", killed)
         with pytest.raises(KeyboardInterrupt):
             assess(subject(), data(), asked, run=tmp_path / "cut")
     assert (tmp_path / "cut/found.safetensors").exists()

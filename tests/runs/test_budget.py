@@ -9,10 +9,10 @@ from holdfast.core.errors import Interrupted, UsageError
 from holdfast.ops.fit import Training
 from holdfast.ops.overfitting import MOST_RAISED, RAISED, OverfittingGuard
 from holdfast.recipes import PGDTraining, SingleStep
-from holdfast.runs import hardening
-from holdfast.runs.hardening import harden
-from holdfast.runs.training import LAST, kept
 from holdfast.testing.recipes import same
+from holdfast.verbs import hardening
+from holdfast.verbs.hardening import harden
+from holdfast.verbs.training import LAST, kept
 from runs import fakes
 from runs.test_hardening import training, wish
 

@@ -24,6 +24,7 @@ from holdfast.core.errors import Interrupted, LostLoss, TargetError, UsageError
 from holdfast.core.evidence import Doubt
 from holdfast.core.model import IN_PLACE, Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.engine.identity import code_digest
 from holdfast.ops.fit import Training, fit
 from holdfast.ops.overfitting import RAISED, OverfittingGuard
 from holdfast.recipes import (
@@ -34,17 +35,16 @@ from holdfast.recipes import (
     SingleStep,
     Standard,
 )
-from holdfast.runs import candidates, hardening
-from holdfast.runs.candidates import Candidate, Look, attempts
-from holdfast.runs.hardened import Hardened
-from holdfast.runs.hardening import harden
-from holdfast.runs.identity import code_digest
-from holdfast.runs.index import open_run, runs_in
-from holdfast.runs.pace import Pace, _grown, pace
-from holdfast.runs.trainable import copy_of
-from holdfast.runs.wish import Wish
 from holdfast.sources.memory import as_data
 from holdfast.store.verify import verify
+from holdfast.verbs import candidates, hardening
+from holdfast.verbs.candidates import Candidate, Look, attempts
+from holdfast.verbs.hardened import Hardened
+from holdfast.verbs.hardening import harden
+from holdfast.verbs.pace import Pace, _grown, pace
+from holdfast.verbs.stored_runs import open_run, runs_in
+from holdfast.verbs.trainable import copy_of
+from holdfast.verbs.wish import Wish
 from runs import fakes
 
 HOW = Training(epochs=3, batch=64, lr=0.01)
@@ -174,7 +174,7 @@ def test_code_that_decides_what_is_learned_is_part_of_what_makes_two_runs_the_sa
     package = shutil.copytree(Path(holdfast.__file__).parent, tmp_path / "holdfast")
     monkeypatch.setattr(holdfast, "__file__", str(package / "__init__.py"))
     digests = {code_digest.__wrapped__()}
-    for name in ("recipes/trades.py", "runs/pace.py", "ops/fit.py"):
+    for name in ("recipes/trades.py", "verbs/pace.py", "ops/fit.py"):
         with (package / name).open("a") as file:
             file.write("# another one\n")
         digests.add(code_digest.__wrapped__())

@@ -10,11 +10,18 @@ from holdfast.config.hardening import given_all
 from holdfast.config.settings import HardenSettings
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.runs.hardening import harden
-from holdfast.runs.held_out import harmless, looked_at, refuse_classes, split_of, without_held, without_judged
-from holdfast.runs.pace import as_it_says
-from holdfast.runs.pieces import PIECE, in_pieces
 from holdfast.sources.memory import as_data
+from holdfast.verbs.hardening import harden
+from holdfast.verbs.held_out import (
+    harmless,
+    looked_at,
+    refuse_classes,
+    split_of,
+    without_held,
+    without_judged,
+)
+from holdfast.verbs.pace import as_it_says
+from holdfast.verbs.pieces import PIECE, in_pieces
 from runs import fakes
 from runs.test_hardening import THREAT, trainable, training, wish
 

@@ -10,7 +10,7 @@ from torch import nn
 import holdfast
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
-from holdfast.runs.result import Result
+from holdfast.verbs.result import Result
 
 
 def seeded(*layers: nn.Module) -> nn.Module:

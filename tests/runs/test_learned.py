@@ -7,8 +7,8 @@ import pytest
 from holdfast.attacks import Universal
 from holdfast.core.errors import UsageError
 from holdfast.harness import Member
-from holdfast.runs.assess import assess
 from holdfast.sources.memory import as_data
+from holdfast.verbs.assess import assess
 from runs.fakes import FAST, data, order, settled, subject
 
 LEARNED = Member("Universal", Universal(examples=30, steps=10, batch=10))
@@ -26,14 +26,14 @@ def test_is_learned_once_and_found_again(tmp_path, monkeypatch):
         raise MemoryError(stage.name)
 
     with monkeypatch.context() as patch:
-        real = __import__("holdfast.runs.course", fromlist=["run_stage"]).run_stage
+        real = __import__("holdfast.harness.shards", fromlist=["run_stage"]).run_stage
         patch.setattr(
-            "holdfast.runs.course.run_stage",
+            "holdfast.harness.shards.run_stage",
             lambda stage, *rest: fails(stage) if stage.name == "2-universal" else real(stage, *rest),
         )
         with pytest.raises(MemoryError):
             assess(subject(), data(), wanted(), run=cut)
-    monkeypatch.setattr("holdfast.runs.course.run_fit", fails)
+    monkeypatch.setattr("holdfast.verbs.measuring.run_fit", fails)
     assess(subject(), data(), wanted(), run=cut, resume=True)
     assert settled(cut) == settled(whole)
 

@@ -20,10 +20,10 @@ from holdfast.attacks import PGD
 from holdfast.core.constraints import Linf
 from holdfast.core.errors import Interrupted, TargetError, UsageError
 from holdfast.core.threat import ThreatModel
+from holdfast.engine.resuming import repeatable
 from holdfast.harness import Member
-from holdfast.runs.assess import assess
-from holdfast.runs.repeating import repeatable
 from holdfast.store.verify import verify
+from holdfast.verbs.assess import assess
 from runs.fakes import FAST, THOROUGH, data, network, order, settled, subject
 
 HERE = Path(__file__).resolve().parent
@@ -117,8 +117,8 @@ def test_a_finished_run_is_told_again_without_measuring(whole, monkeypatch):
         raise AssertionError("measured again")
 
     first = assess(subject(), data(), order(), run=whole, resume=True)
-    monkeypatch.setattr("holdfast.runs.course.run_stage", refused)
-    monkeypatch.setattr("holdfast.runs.probes.ask", refused)
+    monkeypatch.setattr("holdfast.harness.shards.run_stage", refused)
+    monkeypatch.setattr("holdfast.verbs.probes.ask", refused)
     before = settled(whole)
     again = assess(subject(), data(), order(), run=whole, resume=True)
     assert again.exit_code == first.exit_code
@@ -184,7 +184,7 @@ def test_the_refusal_names_each_leaf_as_a_person_would_write_it(whole, asked, sa
 
 
 def test_other_code_is_refused(whole, monkeypatch):
-    monkeypatch.setattr("holdfast.runs.making.code_digest", lambda: "c" * 64)
+    monkeypatch.setattr("holdfast.verbs.manifest.code_digest", lambda: "c" * 64)
     with pytest.raises(UsageError, match="a run of another code"):
         assess(subject(), data(), order(), run=whole, resume=True)
 
@@ -296,7 +296,7 @@ def test_where_a_run_lies_is_no_part_of_the_command():
 
 def signalled_in_a_write(*numbers):
     """What a write came to, in which those signals arrived one after the other."""
-    from holdfast.runs.signals import stoppable
+    from holdfast.engine.signals import stoppable
 
     done = []
     with pytest.raises(Interrupted) as caught:

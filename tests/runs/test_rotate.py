@@ -19,13 +19,13 @@ from holdfast.recipes import SingleStep, Standard
 from holdfast.rotation import Basins, Codec, Immunise, LatentDiffusion, Seeds, Subset
 from holdfast.rotation.collecting import last_of
 from holdfast.rotation.immunising import Crafting
-from holdfast.runs.candidates import Candidate
-from holdfast.runs.order import Subject
-from holdfast.runs.rotate import collecting, drawing, learning
-from holdfast.runs.rotate.status import standing
-from holdfast.runs.rotate.terms import Terms, parted, ready
 from holdfast.sources.memory import as_data
 from holdfast.store.pool import Pool
+from holdfast.verbs.candidates import Candidate
+from holdfast.verbs.request import Subject
+from holdfast.verbs.rotate import collecting, drawing, learning
+from holdfast.verbs.rotate.status import standing
+from holdfast.verbs.rotate.terms import Terms, parted, ready
 from rotation.problem import THREAT, accuracy, examples, network
 
 SOURCE = Basins(seeds=2, sets=4, every=2, lr=1e-3)

@@ -16,20 +16,20 @@ from holdfast.config.settings import AssessSettings, RotateSettings, check
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
+from holdfast.engine.progress import Step
 from holdfast.ops.recipe import trained_as
 from holdfast.recipes import SingleStep, Standard
 from holdfast.reports.terminal import tables
 from holdfast.rotation import Codec, LatentDiffusion
 from holdfast.rotation.thieves import ATTACKS, Thief
-from holdfast.runs.index import open_run
-from holdfast.runs.order import Step
-from holdfast.runs.rotate import collecting, drawing, learning
-from holdfast.runs.rotate.asking import AcrossSwaps
-from holdfast.runs.rotate.attackers import WHO, Means, Table
-from holdfast.runs.rotate.instead import Instead, doubt, hardened
-from holdfast.runs.rotate.wording import judged, verdict
 from holdfast.store.pool import Pool
 from holdfast.store.verify import verify
+from holdfast.verbs.rotate import collecting, drawing, learning
+from holdfast.verbs.rotate.asking import AcrossSwaps
+from holdfast.verbs.rotate.attackers import WHO, Means, Table
+from holdfast.verbs.rotate.instead import Instead, doubt, hardened
+from holdfast.verbs.rotate.wording import judged, verdict
+from holdfast.verbs.stored_runs import open_run
 from rotation.problem import examples
 
 NET = "from rotation.problem import network\n\n\ndef make():\n    return network()\n"
@@ -239,7 +239,7 @@ def test_what_else_is_trained_takes_as_many_passes(serving, collected, recipe, m
 
 def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, tmp_path, monkeypatch):
     of = settings(serving, collected[0], adaptive=True)
-    from holdfast.runs.rotate import attackers
+    from holdfast.verbs.rotate import attackers
 
     monkeypatch.setattr(attackers._Measuring, "_asking", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -260,7 +260,7 @@ def test_rows_from_before_something_leaked_are_measured_anew(
     of, run = settings(serving, collected[0], adaptive=True), tmp_path / "run"
     first, second = collecting.bases(serving)[:2]
     serving.expose(first, "laptop stolen")
-    from holdfast.runs.rotate import attackers
+    from holdfast.verbs.rotate import attackers
 
     monkeypatch.setattr(attackers._Measuring, "_asking", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -41,13 +41,13 @@ recipes = {
 folder, name = sys.argv[1:]
 rank = os.environ.get("RANK", "0")
 if os.environ.get("STOP") and rank == "0":  # as a first process that is killed after an epoch
-    from holdfast.runs import epochs
+    from holdfast.verbs import epochs
     epochs._step = lambda *_: os._exit(9)
 more = {"budget": "20s"} if name == "budget" else {}
 if name == "unknown":
     more["unlabelled"] = examples(300, 3)[0]
 if name == "budget" and rank == "1":  # whose clock says another thing about every trial
-    from holdfast.runs import candidates, pace
+    from holdfast.verbs import candidates, pace
     class Slow:
         perf_counter = staticmethod(lambda: 1e4 * time.perf_counter())
     pace.time = candidates.time = Slow

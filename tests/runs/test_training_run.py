@@ -8,8 +8,8 @@ from holdfast.config.hardening import _with_unlabelled
 from holdfast.config.settings import HardenSettings
 from holdfast.core.batch import UNLABELLED
 from holdfast.core.errors import UsageError
-from holdfast.runs.held_out import split_of
 from holdfast.testing import fakes
+from holdfast.verbs.held_out import split_of
 
 
 def blank(n, every):

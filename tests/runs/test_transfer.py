@@ -16,9 +16,9 @@ from holdfast.gates.grammar import parse
 from holdfast.harness import Member, waves
 from holdfast.harness.plan import MATRIX
 from holdfast.metrics.transfer import ALL, matrix
-from holdfast.runs.assess import assess
-from holdfast.runs.index import open_run
-from holdfast.runs.order import Subject
+from holdfast.verbs.assess import assess
+from holdfast.verbs.request import Subject
+from holdfast.verbs.stored_runs import open_run
 from runs.fakes import CLASSES, FAST, FEATURES, SMALLEST, N, data, network, order, settled, subject
 
 BLIND = ThreatModel(Linf(0.06), access="none")

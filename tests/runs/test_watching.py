@@ -7,10 +7,10 @@ import pytest
 
 from holdfast.core.errors import Inconclusive, UsageError
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
-from holdfast.runs.rotate import watching
-from holdfast.runs.rotate.drawing import candidates
-from holdfast.runs.rotate.verdicts import Admission, Judged
-from holdfast.runs.rotate.watching import Turner, Turning
+from holdfast.verbs.rotate import watching
+from holdfast.verbs.rotate.drawing import candidates
+from holdfast.verbs.rotate.verdicts import Admission, Judged
+from holdfast.verbs.rotate.watching import Turner, Turning
 from runs.test_rotate import IMMUNISE, collected, pool, terms, unflushed  # noqa: F401 (fixtures)
 
 

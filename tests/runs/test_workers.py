@@ -17,11 +17,11 @@ import torch
 import holdfast
 from holdfast.attacks import PGD
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.engine.processes import import_path
 from holdfast.harness import Member
 from holdfast.ops import ascent, losses
-from holdfast.runs.assess import assess
-from holdfast.runs.team import import_path
 from holdfast.store.verify import verify
+from holdfast.verbs.assess import assess
 from runs.fakes import data, network, order, settled, subject
 
 

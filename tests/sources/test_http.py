@@ -8,10 +8,10 @@ import torch
 
 import servers
 from holdfast.core.errors import TargetError, TargetLost, TargetRefused, UsageError
-from holdfast.runs.served import in_words
 from holdfast.sources.asking import LONGEST_WAIT_S, Client
 from holdfast.sources.models import Declared, open_model
 from holdfast.sources.remote import Remote, allowed_address, header_variable
+from holdfast.verbs.served import in_words
 from servers import CLASSES, FEATURES, NAMES, Server, examples, network
 
 X, Y = examples()

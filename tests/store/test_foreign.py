@@ -14,7 +14,6 @@ from holdfast.cli.report import verify as verify_command
 from holdfast.config.pooled import said_of
 from holdfast.core.chain import GENESIS, Link, digest
 from holdfast.core.errors import TargetError
-from holdfast.runs.index import open_run, runs_in
 from holdfast.store import journal
 from holdfast.store.folder import opened
 from holdfast.store.forms import count, listed, mapped, maybe, one_of, real, record, refuse_form, text
@@ -23,6 +22,7 @@ from holdfast.store.pool import Pool
 from holdfast.store.records import line_of
 from holdfast.store.sealing import KEY_VARIABLE
 from holdfast.store.verify import verify
+from holdfast.verbs.stored_runs import open_run, runs_in
 from store.test_folder import MANIFEST, SHARDS
 
 SUITE_ONLY_RUN = Path(__file__).parent.parent / "runs" / "suite_only_run"

@@ -14,7 +14,7 @@ from holdfast.cli.lasting import outlive_readers
 from holdfast.cli.once import Group
 from holdfast.core.errors import HoldfastError, Interrupted, UsageError
 from holdfast.core.names import line
-from holdfast.runs.signals import Stopped, Stopper
+from holdfast.engine.signals import Stopped, Stopper
 
 _COMMANDS = {
     "demo": ("first", "the main job on a bundled model and real data, offline, in under a minute"),

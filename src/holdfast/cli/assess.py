@@ -255,7 +255,7 @@ def _refuse_targets(settings: AssessSettings, config: str | None) -> None:
 
 def _refuse_bare_resume(run: Path) -> None:
     """Raise `UsageError` with the original command of a run, if it is resumed by its folder only."""
-    from holdfast.runs.repeating import way_out
+    from holdfast.engine.resuming import way_out
     from holdfast.store.folder import read_about
 
     command = read_about(run).get("command")

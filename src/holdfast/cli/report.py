@@ -28,7 +28,7 @@ def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
     refuse_reports(output)
     from holdfast.api import report as opened
     from holdfast.cli.running import tell
-    from holdfast.runs.forms import fitting
+    from holdfast.verbs.forms import fitting
 
     result = opened(run)
     with fitting(run):
@@ -100,7 +100,7 @@ def runs(voice: Voice, folder: Path) -> None:
 
     from holdfast.reports.numbers import percent
     from holdfast.reports.terminal import cell
-    from holdfast.runs.index import runs_in
+    from holdfast.verbs.stored_runs import runs_in
 
     entries = runs_in(folder)
     if not entries:
@@ -141,7 +141,7 @@ def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) ->
     refuse_reports(output, COMPARISON_SUFFIXES)
     from holdfast.api import compare as compared
     from holdfast.api import report as opened
-    from holdfast.runs.forms import fitting
+    from holdfast.verbs.forms import fitting
 
     results = []
     for run in (first, second):

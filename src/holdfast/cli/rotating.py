@@ -19,24 +19,24 @@ from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import Inconclusive, LostLoss, UsageError
 from holdfast.core.names import line
+from holdfast.engine.progress import Progress
+from holdfast.engine.resuming import way_out
+from holdfast.engine.signals import Stopper, stoppable
 from holdfast.reports.terminal import cell
 from holdfast.rotation import next_set
-from holdfast.runs.index import new_folder
-from holdfast.runs.order import Progress
-from holdfast.runs.repeating import way_out
-from holdfast.runs.rotate import admission, collecting, drawing, learning
-from holdfast.runs.rotate.collecting import Collected
-from holdfast.runs.rotate.drawing import By
-from holdfast.runs.rotate.samples import planned, statement
-from holdfast.runs.rotate.status import UNJUDGED, standing
-from holdfast.runs.rotate.terms import Terms
-from holdfast.runs.rotate.verdicts import Judged
-from holdfast.runs.rotate.watching import Turner, Turning
-from holdfast.runs.signals import Stopper, stoppable
 from holdfast.store import migrating
 from holdfast.store.files import usable, write_atomically
 from holdfast.store.pool import NAME_DIGITS, Pool
 from holdfast.store.records import document
+from holdfast.verbs.rotate import admission, collecting, drawing, learning
+from holdfast.verbs.rotate.collecting import Collected
+from holdfast.verbs.rotate.drawing import By
+from holdfast.verbs.rotate.samples import planned, statement
+from holdfast.verbs.rotate.status import UNJUDGED, standing
+from holdfast.verbs.rotate.terms import Terms
+from holdfast.verbs.rotate.verdicts import Judged
+from holdfast.verbs.rotate.watching import Turner, Turning
+from holdfast.verbs.stored_runs import new_folder
 
 _STDOUT = "-"
 _AHEAD = 2

@@ -19,6 +19,9 @@ from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
 from holdfast.core.names import line
+from holdfast.engine.progress import Progress, Step, silent
+from holdfast.engine.resuming import way_out
+from holdfast.engine.signals import stoppable
 from holdfast.ops import distributed
 from holdfast.reports.exhibits import exhibit_table, exhibits_to_json
 from holdfast.reports.markdown import document
@@ -27,13 +30,10 @@ from holdfast.reports.numbers import percent
 from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.words import amount
 from holdfast.reports.write import EXHIBIT_SUFFIXES, check, write_exhibits
-from holdfast.runs.exhibition import Exhibit
-from holdfast.runs.index import new_folder
-from holdfast.runs.order import Progress, Step, silent
-from holdfast.runs.repeating import way_out
-from holdfast.runs.result import Result
-from holdfast.runs.signals import stoppable
 from holdfast.sources.remote import SCHEMES
+from holdfast.verbs.exhibition import Exhibit
+from holdfast.verbs.result import Result
+from holdfast.verbs.stored_runs import new_folder
 
 _TRIED = 8  # number of examples of a dry run, whose cost is extrapolated
 _STDOUT = "-"

@@ -16,14 +16,14 @@ from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.runs.order import Order, Subject
-from holdfast.runs.selection import selected
 from holdfast.sources.adapting import accepted
 from holdfast.sources.data import noting_fewer
 from holdfast.sources.estimators import Predictor
 from holdfast.sources.expected import Expected
 from holdfast.sources.frames import is_frame, open_frame
 from holdfast.sources.memory import as_data
+from holdfast.sources.selection import selected
+from holdfast.verbs.request import AssessRequest, Subject
 
 Numbers = Sequence[float]
 ModelLike = nn.Module | Callable[[Tensor], Tensor] | Predictor | str | Path
@@ -129,7 +129,7 @@ def held(data: DataLike, settings: AssessSettings, expected: Expected) -> Data:
 
 
 def fit_of(
-    fit: DataLike | None, data: DataLike, settings: AssessSettings, model: Classifier, order: Order
+    fit: DataLike | None, data: DataLike, settings: AssessSettings, model: Classifier, order: AssessRequest
 ) -> Data | None:
     """Return the examples on which attacks are learned, given as an address or an object. None if none are needed."""
     if fit is None or isinstance(fit, str | Path):

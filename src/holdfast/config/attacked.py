@@ -9,8 +9,9 @@ from holdfast.config.pooled import pool_of
 from holdfast.config.settings import AssessSettings, RotateSettings, check
 from holdfast.core.batch import Batch
 from holdfast.core.evidence import Evidence
-from holdfast.runs.order import Attackers, Keep, Progress
-from holdfast.runs.rotate.attackers import Table
+from holdfast.engine.progress import Progress
+from holdfast.verbs.request import Attackers, Keep
+from holdfast.verbs.rotate.attackers import Table
 
 
 def attackers(settings: AssessSettings) -> Attackers | None:

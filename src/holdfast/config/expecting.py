@@ -10,11 +10,11 @@ from holdfast.config.settings import AssessSettings
 from holdfast.core.batch import Data
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.normalisation import Normalisation
-from holdfast.runs.order import Subject
 from holdfast.sources.data import Names
 from holdfast.sources.expected import Expected
 from holdfast.sources.models import Declared
 from holdfast.sources.probing import Probe, settle_gradients, settle_output, settle_predictions
+from holdfast.verbs.request import Subject
 
 
 def declared(settings: AssessSettings) -> Declared:

@@ -24,13 +24,13 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.ops.fit import Training, drawing
 from holdfast.ops.recipe import Recipe
-from holdfast.runs.candidates import Candidate
-from holdfast.runs.order import Subject
-from holdfast.runs.trainable import refuse_untrainable
-from holdfast.runs.wish import Wish
 from holdfast.sources.data import open_data
 from holdfast.sources.expected import Expected
 from holdfast.sources.memory import as_data
+from holdfast.verbs.candidates import Candidate
+from holdfast.verbs.request import Subject
+from holdfast.verbs.trainable import refuse_untrainable
+from holdfast.verbs.wish import Wish
 
 JUDGED = 1_000
 """Number of test examples, sampled by the seed, for measurements before and after, unless the settings give another."""

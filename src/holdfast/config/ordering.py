@@ -46,12 +46,12 @@ from holdfast.harness import MATRIX_ROWS, Member, Plan
 from holdfast.harness.plan import DoubtsWanted, adaptive_members
 from holdfast.ops.expectation import seen_through
 from holdfast.reports.numbers import strict
-from holdfast.runs.order import Order, Subject
 from holdfast.sources.adapting import known_in_hand
 from holdfast.sources.data import open_data
 from holdfast.sources.models import Declared, open_model
 from holdfast.sources.remote import SCHEMES
 from holdfast.suites import curve, suite
+from holdfast.verbs.request import AssessRequest, Subject
 
 _USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
 
@@ -256,7 +256,7 @@ def order(
     device: str | None = None,
     target: Access = "gradients",
     command: str = "",
-) -> Order:
+) -> AssessRequest:
     """Return the request of the settings. `members` replaces the suite, `device` that of the settings.
 
     `target` is the highest access that the model allows.
@@ -266,7 +266,7 @@ def order(
         raise UsageError(
             f"gate {next(c.text for c in claims if c.versus)!r} compares with a run; name it: --baseline RUN"
         )
-    return Order(
+    return AssessRequest(
         plan(settings, members, target),
         claims,
         baseline,

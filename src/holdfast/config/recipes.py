@@ -15,7 +15,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.distributed import started
 from holdfast.ops.recipe import Recipe
-from holdfast.runs.candidates import Candidate
+from holdfast.verbs.candidates import Candidate
 
 Made = TypeVar("Made")
 

@@ -7,12 +7,12 @@ from holdfast.config import expecting, ordering
 from holdfast.config.settings import AssessSettings
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
-from holdfast.runs import assess as assessing
-from holdfast.runs.index import open_run
-from holdfast.runs.rehearsing import Rehearsed, rehearsed
-from holdfast.runs.result import Result
-from holdfast.runs.selection import selected
 from holdfast.sources.counting import look_at
+from holdfast.sources.selection import selected
+from holdfast.verbs import assess as assessing
+from holdfast.verbs.rehearsal import Rehearsed, rehearsed
+from holdfast.verbs.result import Result
+from holdfast.verbs.stored_runs import open_run
 
 
 def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:

@@ -13,10 +13,10 @@ from holdfast.config.settings import RotateSettings, check
 from holdfast.core.errors import UsageError
 from holdfast.rotation import AnswersPerPrincipal, Codec, Elapsed, Immunise, LatentDiffusion, Source
 from holdfast.rotation.triggers import Trigger
-from holdfast.runs.candidates import Candidate
-from holdfast.runs.rotate.terms import Terms, parted, ready
 from holdfast.sources.cards import trained_by
 from holdfast.store.pool import Pool
+from holdfast.verbs.candidates import Candidate
+from holdfast.verbs.rotate.terms import Terms, parted, ready
 
 _OPENING = (
     "model", "data", "arch", "model_args", "bounds", "mean", "std", "data_normalised", "layout",

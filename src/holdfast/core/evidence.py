@@ -35,6 +35,14 @@ class Doubt:
 
 
 @dataclass(frozen=True)
+class Seconds:
+    """Seconds that a step took, over all attempts."""
+
+    cpu: float = 0.0
+    wall: float = 0.0
+
+
+@dataclass(frozen=True)
 class Cost:
     """Cost of a stage. Forwards, backwards and queries are sums over examples; times are those of the process."""
 

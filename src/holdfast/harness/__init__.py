@@ -5,13 +5,12 @@ It is a pure function of these, the plan and the seed, so that a caller may stor
 `measure` is the caller that keeps everything in memory.
 """
 
-from holdfast.harness.assembly import Context, Seconds, assemble, conclude, join, speaking
+from holdfast.harness.assembly import Context, assemble, conclude, join, speaking
 from holdfast.harness.carrying import paired, run_across
 from holdfast.harness.detecting import on_detector
 from holdfast.harness.fitting import run_fit
 from holdfast.harness.measure import measure, measured
 from holdfast.harness.passes import FOUND, PROBE, Pass, Probes, passes, probe_passes, stage_passes
-from holdfast.harness.pieces import Room, in_pieces, in_room
 from holdfast.harness.plan import (
     Member,
     Outline,
@@ -23,6 +22,7 @@ from holdfast.harness.plan import (
     refuse_what_is_hidden,
     settings,
 )
+from holdfast.harness.shards import ShardTask, measure_shard, rows_of, task_of
 from holdfast.harness.stages import (
     judge,
     makers,
@@ -45,8 +45,7 @@ __all__ = [
     "Pass",
     "Plan",
     "Probes",
-    "Room",
-    "Seconds",
+    "ShardTask",
     "Stage",
     "Step",
     "Target",
@@ -54,13 +53,12 @@ __all__ = [
     "broken",
     "conclude",
     "due",
-    "in_pieces",
-    "in_room",
     "join",
     "judge",
     "labelled",
     "makers",
     "measure",
+    "measure_shard",
     "measured",
     "on_detector",
     "paired",
@@ -70,6 +68,7 @@ __all__ = [
     "ready",
     "refuse_unfitted",
     "refuse_what_is_hidden",
+    "rows_of",
     "run_across",
     "run_clean",
     "run_fit",
@@ -77,5 +76,6 @@ __all__ = [
     "settings",
     "speaking",
     "stage_passes",
+    "task_of",
     "unattacked",
 ]

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from holdfast.core.corruptions import Corruptions
-from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence, PassRecord, Places, Scope
+from holdfast.core.evidence import (
+    AttackRecord,
+    Columns,
+    Cost,
+    Doubt,
+    Evidence,
+    PassRecord,
+    Places,
+    Scope,
+    Seconds,
+)
 from holdfast.core.lookup import Lookup
 from holdfast.core.model import VOTES
 from holdfast.core.patches import counts_pixels
@@ -18,14 +28,6 @@ from holdfast.harness.passes import Pass, Probes, passes
 from holdfast.harness.plan import Outline, fit_of
 from holdfast.harness.stages import GALLERY, NORMS
 from holdfast.harness.waves import gathered, remark, residual
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Seconds that a stage took, over all attempts."""
-
-    cpu: float = 0.0
-    wall: float = 0.0
 
 
 @dataclass(frozen=True)

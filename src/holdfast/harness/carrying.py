@@ -16,10 +16,10 @@ from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns
 from holdfast.core.meter import Metered, margin
 from holdfast.core.types import Inputs, Mask
-from holdfast.harness.pieces import Room, in_pieces
 from holdfast.harness.plan import Plan, Stage
 from holdfast.harness.stages import returned
 from holdfast.harness.target import Target
+from holdfast.ops.pieces import Room, in_pieces
 
 _IMAGE = 4
 

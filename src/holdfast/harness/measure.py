@@ -8,16 +8,16 @@ import torch
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.evidence import Columns, Evidence
+from holdfast.core.evidence import Columns, Evidence, Seconds
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.harness.assembly import Context, Seconds, conclude, join
+from holdfast.harness.assembly import Context, conclude, join
 from holdfast.harness.fitting import run_fit
-from holdfast.harness.pieces import Room
 from holdfast.harness.plan import Plan, Stage, labelled, refuse_unfitted, refuse_what_is_hidden
 from holdfast.harness.stages import ready, run_clean, run_stage
 from holdfast.harness.target import LOOKED_AT, Target, prepared
 from holdfast.harness.waves import broken, due
+from holdfast.ops.pieces import Room
 
 _TYPES = (torch.float32, torch.float64)
 

@@ -22,9 +22,9 @@ from holdfast.core.refused import for_label
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.harness.detecting import aim_of
-from holdfast.harness.pieces import Room, in_pieces
 from holdfast.harness.plan import Kind, Plan, Stage, fit_of
 from holdfast.harness.target import Target
+from holdfast.ops.pieces import Room, in_pieces
 
 GALLERY = 12
 """Number of broken examples that are stored for the report."""
@@ -103,13 +103,22 @@ def ready(stage: Stage, by_stage: Mapping[str, Columns]) -> Stage:
     """The stage with the fitted attack, and with the aim at a detector; unchanged if it needs neither."""
     if stage.member is not None and stage.member.against is not None:
         return replace(stage, aim=aim_of(stage.member.against, by_stage["clean"]))
-    first = (*stage.earlier, stage.name)[0]
-    if stage.kind != "attack" or stage.member is None or fit_of(first) not in by_stage:
-        return stage
+    learned = learned_for(stage, by_stage)
+    return stage if learned is None else with_learned(stage, learned)
+
+
+def learned_for(stage: Stage, by_stage: Mapping[str, Columns]) -> Tensor | None:
+    """What the attack of a stage has learned in an earlier stage; None if it learns nothing."""
+    first = fit_of((*stage.earlier, stage.name)[0])
+    return by_stage[first]["learned.x"] if stage.kind == "attack" and first in by_stage else None
+
+
+def with_learned(stage: Stage, learned: Tensor) -> Stage:
+    """The stage with the attack that uses what was learned."""
+    assert stage.member is not None
     attack = stage.member.attack
     assert isinstance(attack, Learned)
-    fitted = attack.fitted(by_stage[fit_of(first)]["learned.x"])
-    return replace(stage, member=replace(stage.member, attack=fitted))
+    return replace(stage, member=replace(stage.member, attack=attack.fitted(learned)))
 
 
 def unattacked(clean: Columns, kind: Kind = "attack") -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from holdfast.core.through import View, instead
 from holdfast.core.types import Ids, Inputs, Labels, Logits, Mask
 from holdfast.ops.logits import change
 from holdfast.ops.masking import Masking, masking
+from holdfast.ops.pieces import no_memory
 from holdfast.ops.prepare import in_training, quickened
 
 LOOKED_AT = 8
@@ -206,13 +207,6 @@ def _gone_round(target: Target, sample: Batch) -> Target:
         return target
     view = View(target.bare, found.ways, found.steps)
     return replace(target, view=view, masking=found, blind_view=target.blind and _blind(view, sample))
-
-
-def no_memory(n: int, error: BaseException) -> TargetError:
-    """The error for memory that is too small for the smallest batch."""
-    many = "one example" if n == 1 else f"{n} examples"
-    way_out = "give it a machine or a --device with more, or a smaller model"
-    return TargetError(f"memory ran out with {many} at a time ({error}); {way_out}")
 
 
 def _generators(device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.evidence import Columns
+from holdfast.core.evidence import Columns, Seconds
 from holdfast.store import columns as column_files
 from holdfast.store import forms
 from holdfast.store.differences import differences
@@ -32,7 +32,6 @@ from holdfast.store.forms import refuse_form
 from holdfast.store.journal import NAME as JOURNAL
 from holdfast.store.leases import NAME as STATE
 from holdfast.store.leases import Leases
-from holdfast.store.processes import Owner
 from holdfast.store.records import Chain, document, parsed, read_chain, read_document
 
 SCHEMA_VERSION = 1
@@ -66,7 +65,7 @@ Split = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Stage:
+class StoredStage:
     """Columns of a complete stage."""
 
     columns: Columns
@@ -80,13 +79,12 @@ class RunFolder:
     def __init__(self, path: Path, manifest: Mapping[str, Any], chain: Chain, leases: Leases) -> None:
         self.path, self.manifest, self.chain, self.leases = path, manifest, chain, leases
 
-    def look_again(self) -> None:
-        """Read the records that other processes of the run have added."""
-        self.chain = read_chain(self.path, mend=False)
-
-    def stage(self, name: str) -> Stage | None:
-        """A complete stage; None if it is not complete."""
-        return read_stage(self.path, self.chain, name)
+    def stage(self, name: str) -> StoredStage | None:
+        """A complete stage; None if it is not complete. Deletes its shard files if a kill left some."""
+        found = read_stage(self.path, self.chain, name)
+        if found is not None:
+            self.drop_shards(name)
+        return found
 
     def shards(self, stage: str) -> dict[int, Columns]:
         """The finished shards of an incomplete stage. Invalid shards are deleted and measured again."""
@@ -110,13 +108,9 @@ class RunFolder:
         folder = self.path / stage
         with usable(folder):
             if not folder.is_dir():
-                folder.mkdir(exist_ok=True)  # another worker may create it first
+                folder.mkdir()
                 flush_folder(self.path)
         column_files.write(_shard_path(folder, shard), columns, {"stage": stage, "shard": shard})
-
-    def shard(self, stage: str, shard: int) -> Columns:
-        """A finished shard of an incomplete stage."""
-        return column_files.read(_shard_path(self.path / stage, shard)).columns
 
     def complete(self, stage: str, columns: Columns, reached: int | None = None) -> None:
         """Write the columns of a whole stage, record them in the chain, and then delete its shards."""
@@ -164,6 +158,19 @@ class RunFolder:
         if known is None or known["digest"] != digest(data):
             self.chain.add({"kind": kind, "file": path.name, "digest": digest(data)})
 
+    def begin(self, stage: str, shard: int) -> None:
+        """Count an attempt at a shard."""
+        self.leases.begin(stage, shard)
+
+    def spend(self, stage: str, shard: int, seconds: Seconds, *, done: bool) -> None:
+        """Add to the time of a shard."""
+        self.leases.spend(stage, shard, seconds.cpu, seconds.wall, done=done)
+
+    def spent(self, stage: str) -> Seconds:
+        """Time of a stage over all attempts."""
+        times = self.leases.spent(stage)
+        return Seconds(times.cpu_s, times.wall_s)
+
     def about(self) -> dict[str, Any]:
         """Start time and command of the run."""
         return read_about(self.path)
@@ -175,7 +182,8 @@ class RunFolder:
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
         """Record an out-of-memory event before the run continues."""
         split = {"stage": stage, "shard": shard, "at": at, "size": size}
-        with self.leases.alone(), usable(self.path / SPLITS):
+        self.leases.refuse_lost()
+        with usable(self.path / SPLITS):
             known = self.splits()
             if split not in known:
                 write_atomically(self.path / SPLITS, document(_in_order([*known, split])))
@@ -209,17 +217,6 @@ def opened(
         leases.close(release=held)
 
 
-@contextmanager
-def joined(path: Path, owner: Owner) -> Iterator[RunFolder]:
-    """Work on a run under the lease of another process of this machine."""
-    leases = Leases(path)
-    try:
-        leases.serve(owner)
-        yield RunFolder(path, read_manifest(path), read_chain(path, mend=False), leases)
-    finally:
-        leases.close(release=False)
-
-
 def planned(path: Path) -> dict[str, Any] | None:
     """The manifest of the run in a folder; None if there is none."""
     return read_manifest(path) if (path / MANIFEST).is_file() else None
@@ -250,7 +247,7 @@ def read_about(path: Path) -> dict[str, Any]:
     return {key: about[key] for key in _SAID if key in about}
 
 
-def read_stage(path: Path, chain: Chain, name: str) -> Stage | None:
+def read_stage(path: Path, chain: Chain, name: str) -> StoredStage | None:
     """A complete stage, read without a lease; None if it is not complete."""
     recorded = chain.last("stage", name)
     if recorded is None:
@@ -259,7 +256,7 @@ def read_stage(path: Path, chain: Chain, name: str) -> Stage | None:
     found = column_files.read(file)
     if found.digest != recorded["digest"]:
         raise TargetError(f"{str(file)!r} is not the {name} that the chain recorded; restore it from a copy")
-    return Stage(found.columns, recorded.get("reached"))
+    return StoredStage(found.columns, recorded.get("reached"))
 
 
 def recorded_document(path: Path, chain: Chain, kind: str) -> dict[str, Any] | None:

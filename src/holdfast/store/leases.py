@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Literal
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store.processes import Owner
@@ -32,28 +31,13 @@ CREATE TABLE IF NOT EXISTS lease (
 CREATE TABLE IF NOT EXISTS shards (
     stage TEXT, shard INTEGER, attempts INTEGER DEFAULT 0, cpu_s REAL DEFAULT 0, wall_s REAL DEFAULT 0,
     done INTEGER DEFAULT 0, PRIMARY KEY (stage, shard));
+"""
+_EARLIER = """\
 CREATE TABLE IF NOT EXISTS tasks (
     stage TEXT, shard INTEGER, until REAL, state TEXT, worker INTEGER, rows INTEGER DEFAULT 0,
     PRIMARY KEY (stage, shard));
 """
-
-
-TaskState = Literal["due", "taken", "done", "late"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A shard to be measured by a worker; the state `late` means that time ran out."""
-
-    stage: str
-    shard: int
-    until: float
-    """seconds since the epoch after which the model is not queried"""
-    state: TaskState
-    worker: int | None
-    """process id of the worker, after it has claimed the shard"""
-    rows: int
-    """number of finished examples of the shard"""
+"""A table of runs of earlier versions, which is not read."""
 
 
 @dataclass(frozen=True)
@@ -142,16 +126,6 @@ class Leases:
         self._owner = me
         _HERE.add(self._path.resolve())
 
-    def serve(self, owner: Owner) -> None:
-        """Work under the lease of another process of this machine."""
-        self._owner = owner
-        self.refuse_lost()
-
-    @property
-    def owner(self) -> Owner | None:
-        """The process with the lease under which this one works."""
-        return self._owner
-
     @property
     def _me(self) -> tuple[str, int, str] | tuple[None, None, None]:
         return (None,) * 3 if self._owner is None else astuple(self._owner)
@@ -173,13 +147,6 @@ class Leases:
                 f"{str(self._path.parent)!r} is held by {whose} and no longer by this process, which writes nothing "
                 f"more; go on with --resume when no other process works on it, or name another folder with --run DIR"
             )
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Context manager in which no other process of the run writes to the database."""
-        with self._transaction():
-            self.refuse_lost()
-            yield
 
     def begin(self, stage: str, shard: int) -> None:
         """Count an attempt at a shard."""
@@ -213,58 +180,6 @@ class Leases:
                 "INSERT INTO shards (stage, shard, done) VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET done = 1",
                 [(stage, shard) for shard in shards],
             )
-
-    def post(self, stage: str, shards: Iterable[int], until: float) -> None:
-        """Post shards for the workers; replaces earlier ones."""
-        offered = [(stage, shard) for shard in shards]
-        with self._transaction():
-            self._database.execute("DELETE FROM tasks")
-            self._database.executemany(
-                "INSERT INTO tasks (stage, shard, until, state) VALUES (?, ?, ?, 'due')",
-                [(*each, until) for each in offered],
-            )
-            self._database.executemany("INSERT OR IGNORE INTO shards (stage, shard) VALUES (?, ?)", offered)
-
-    def claim(self, worker: int) -> Task | None:
-        """Claim the first free shard for a worker; None if there is none."""
-        with self._transaction():
-            self.refuse_lost()
-            row = self._database.execute(
-                "UPDATE tasks SET state = 'taken', worker = ?, rows = 0 WHERE (stage, shard) IN "
-                "(SELECT stage, shard FROM tasks WHERE state = 'due' ORDER BY shard LIMIT 1) "
-                "RETURNING stage, shard, until, state, worker, rows",
-                (worker,),
-            ).fetchone()
-        return None if row is None else Task(*row)
-
-    def tell(self, task: Task, *, rows: int = 0, state: TaskState = "taken") -> None:
-        """Record the progress of a worker on its shard."""
-        with self._transaction():
-            self._database.execute(
-                "UPDATE tasks SET rows = rows + ?, state = ? WHERE stage = ? AND shard = ? AND worker = ?",
-                (rows, state, task.stage, task.shard, task.worker),
-            )
-
-    def tasks(self) -> tuple[Task, ...]:
-        """The posted shards with their states."""
-        with self._reported():
-            rows = self._database.execute(
-                "SELECT stage, shard, until, state, worker, rows FROM tasks"
-            ).fetchall()
-        return tuple(Task(*row) for row in rows)
-
-    def give_up(self, worker: int) -> None:
-        """Post the shards of a dead worker again."""
-        with self._transaction():
-            self._database.execute(
-                "UPDATE tasks SET state = 'due', worker = NULL WHERE worker = ? AND state = 'taken'",
-                (worker,),
-            )
-
-    def withdraw(self) -> None:
-        """Withdraw the free shards; claimed ones are finished."""
-        with self._transaction():
-            self._database.execute("UPDATE tasks SET state = 'late' WHERE state = 'due'")
 
     def spent(self, stage: str) -> Spent:
         """Time and attempts of one stage."""
@@ -302,7 +217,9 @@ def _is_ours(database: sqlite3.Connection) -> bool:
     ).fetchall()
     tables = {
         name: " ".join(f"CREATE TABLE {name} {columns}".split())
-        for name, columns in re.findall(r"CREATE TABLE IF NOT EXISTS (\w+) (\(.*?\));\n", _SCHEMA, re.DOTALL)
+        for name, columns in re.findall(
+            r"CREATE TABLE IF NOT EXISTS (\w+) (\(.*?\));\n", _SCHEMA + _EARLIER, re.DOTALL
+        )
     }
     return all(
         kind == "table" and root and tables.get(name) == " ".join(str(sql).split())

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from holdfast.attacks.protocol import Attack
     from holdfast.config.arguments import DataLike, ModelLike
     from holdfast.gates.judging import Judgement
-    from holdfast.runs.result import Result
+    from holdfast.verbs.result import Result
 
 _SHOWN = 10  # number of broken examples that a message lists
 

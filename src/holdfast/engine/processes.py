@@ -1,0 +1,265 @@
+"""Worker processes that measure shards: started on demand, and replaced if they die.
+
+The process of the run sends tasks and stores the columns that come back; a worker (`worker.py`) writes nothing. The
+shard of a worker that died is measured again.
+"""
+
+import json
+import pickle
+import queue
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors.torch
+
+from holdfast.core.errors import HoldfastError, TargetError, TargetLost, TargetRefused, UsageError
+from holdfast.core.evidence import Columns, Seconds
+from holdfast.engine.executor import Measure, Task
+from holdfast.engine.run import Run
+from holdfast.engine.store import Stopwatch
+
+Setup = Callable[[], AbstractContextManager[Measure]]
+"""Opens in a worker what a run was started with, and yields the function that measures tasks. It can be pickled."""
+
+_DEATHS = 3
+"""A shard, or the start of a worker, is not tried again after this many workers died in it."""
+_WAIT_S = 0.5
+_ERRORS: Mapping[str, type[HoldfastError]] = {
+    error.__name__: error for error in (HoldfastError, TargetError, TargetLost, TargetRefused, UsageError)
+}
+_START = """\
+import sys
+sys.path[:] = sys.argv[1:]
+from holdfast.engine.worker import main
+sys.exit(main())
+"""
+"""Code of a worker process: it sets `sys.path` before any import."""
+LENGTH = struct.Struct("<Q")
+"""Number of bytes that precedes each message."""
+
+
+@dataclass
+class _Worker:
+    """A worker process, and the thread that reads its messages."""
+
+    process: "subprocess.Popen[bytes]"
+    messages: "queue.Queue[tuple[_Worker, bytes]]"
+    shard: int | None = None
+    """the shard that it measures"""
+    ready: bool = False
+    error: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        while (message := read_message(self.process.stdout)) is not None:
+            self.messages.put((self, message))
+        self.messages.put((self, b""))
+
+    def send(self, message: object) -> None:
+        """Send an object. A worker that has died does not receive it; its end is handled when it is read."""
+        assert self.process.stdin is not None
+        try:
+            write_message(self.process.stdin, pickle.dumps(message))
+        except (BrokenPipeError, OSError):
+            return
+
+    def end(self) -> None:
+        """Kill the process, and wait for its end."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            with suppress(OSError):  # an unsent message to a process that has ended
+                pipe.close()
+
+
+@dataclass
+class Processes:
+    """At most `size` worker processes. `setup` opens the model and the data in each of them."""
+
+    setup: bytes
+    """the pickled `Setup`"""
+    size: int
+    _workers: list[_Worker] = field(default_factory=list)
+    _messages: "queue.Queue[tuple[_Worker, bytes]]" = field(default_factory=queue.Queue)
+    _deaths: Counter[tuple[str, int]] = field(default_factory=Counter)
+
+    def measure(
+        self,
+        run: Run,
+        stage: str,
+        tasks: Mapping[int, Task],
+        until: float,
+        moved: Callable[[int], None],
+    ) -> Iterator[tuple[int, Columns]]:
+        """Yield each shard after a worker has measured it, and it is stored. At the deadline, no shard is started."""
+        waiting, finished = deque(tasks), dict[int, int]()
+        stopwatch = Stopwatch(
+            run.store, stage, next(iter(tasks)), cpu=False
+        )  # wall time is that of all workers
+        while True:
+            if time.perf_counter() >= until:
+                waiting.clear()
+            self._start(min(self.size, len(waiting) + len(finished)))
+            for worker in self._workers:
+                if worker.ready and worker.shard is None and waiting:
+                    worker.shard = waiting.popleft()
+                    finished[worker.shard] = 0
+                    run.store.begin(stage, worker.shard)
+                    room = run.room(stage, worker.shard)
+                    left_s = until - time.perf_counter()
+                    worker.send((tasks[worker.shard], room.size, dict(room.known), left_s))
+            if not waiting and not finished:
+                break
+            try:
+                worker, message = self._messages.get(timeout=_WAIT_S)
+            except queue.Empty:
+                stopwatch.tick()
+                continue
+            columns = self._receive(worker, message, run, stage, finished)
+            if columns is not None:
+                assert worker.shard is not None
+                shard, worker.shard = worker.shard, None
+                run.keep(stage, shard, columns)
+                del finished[shard]
+                yield shard, columns
+            elif worker.process.returncode is not None and worker.shard is not None:
+                waiting.appendleft(worker.shard)
+                del finished[worker.shard]
+            moved(sum(finished.values()))
+            stopwatch.tick()
+        stopwatch.tick(done=True)
+
+    def _receive(
+        self, worker: _Worker, message: bytes, run: Run, stage: str, finished: dict[int, int]
+    ) -> Columns | None:
+        """Handle a message of a worker; returns the columns of a finished shard.
+
+        Raises the error that a worker reports, and `TargetError` after three deaths in the same shard.
+        """
+        kind, content = message[:1], message[1:]
+        if kind == b"C":
+            return safetensors.torch.load(content)
+        shard = worker.shard
+        if kind == b"R":
+            worker.ready = True
+        elif kind == b"T" and shard is not None:
+            times = json.loads(content)
+            finished[shard] += times["examples"]
+            run.store.spend(stage, shard, Seconds(times["cpu_s"], 0.0), done=times["done"])
+        elif kind == b"S" and shard is not None:
+            run.split(stage, shard, **json.loads(content))
+        elif kind == b"L" and shard is not None:
+            worker.shard = None
+            del finished[shard]
+        elif kind == b"E":
+            worker.error = json.loads(content)
+        elif not kind:
+            self._bury(worker, stage)
+        return None
+
+    def _start(self, wanted: int) -> None:
+        """Start missing workers."""
+        while len(self._workers) < wanted:
+            # a separate session, since Ctrl-C is handled by the process of the run, which ends the workers
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _START, *import_path()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
+            worker = _Worker(process, self._messages)
+            self._workers.append(worker)
+            assert process.stdin is not None
+            try:
+                write_message(process.stdin, self.setup)
+            except OSError:  # it has ended already, which is handled when its output is read
+                continue
+
+    def _bury(self, worker: _Worker, stage: str) -> None:
+        """Remove a worker that has ended. Raises the error that it reported, or counts its death."""
+        self._workers.remove(worker)
+        worker.end()
+        if worker.error is not None:
+            raise _ERRORS.get(worker.error["error"], HoldfastError)(worker.error["message"])
+        at = ("", -1) if worker.shard is None else (stage, worker.shard)
+        self._deaths[at] += 1
+        if self._deaths[at] >= _DEATHS:
+            where = "before it had begun" if worker.shard is None else f"on shard {worker.shard} of {stage}"
+            raise TargetError(
+                f"a worker died {_DEATHS} times {where}, the last time with status {worker.process.returncode}; if "
+                f"memory ran out, take fewer --workers or a smaller --batch-size"
+            )
+
+    def end(self) -> None:
+        """Kill all workers, and wait for their end."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.end()
+        self._workers.clear()
+
+
+@contextmanager
+def processes(setup: Setup, size: int) -> Iterator[Processes]:
+    """Yield an executor with worker processes, which are always killed at the end."""
+    try:
+        content = pickle.dumps(setup)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise unshared(error) from error
+    executor = Processes(content, size)
+    try:
+        yield executor
+    finally:
+        executor.end()
+
+
+def unshared(error: Exception) -> UsageError:
+    """The error for a model or data that cannot be pickled for another process."""
+    return UsageError(
+        f"a worker cannot take the model, the data or an attack over ({type(error).__name__}: {error}); define them in "
+        f"a file that can be imported, or give addresses such as file.py:factory, or leave workers out"
+    )
+
+
+def import_path() -> list[str]:
+    """The import path of a worker: that of this process without the current folder.
+
+    If this process has imported a module from the current folder, as a script does, the folder is added at the end.
+    """
+    here = Path.cwd()
+    known = [getattr(module, "__dict__", {}) for name, module in list(sys.modules.items()) if "." not in name]
+    places = [each.get("__path__") or [each.get("__file__") or ""] for each in known]
+    others = [entry for entry in sys.path if entry and Path(entry).absolute() != here]
+    imported = any(Path(place).parent == here for of_one in places for place in of_one if place)
+    return [*others, str(here)] if imported else others
+
+
+def write_message(file: IO[bytes], content: bytes) -> None:
+    """Write a message to a pipe."""
+    left = memoryview(LENGTH.pack(len(content)) + content)
+    while left:  # an unbuffered file may write a part
+        left = left[file.write(left) :]
+    file.flush()
+
+
+def read_message(file: IO[bytes]) -> bytes | None:
+    """The next message of a pipe; None at its end, or if it ends inside a message."""
+    head = file.read(LENGTH.size)
+    if len(head) < LENGTH.size:
+        return None
+    (length,) = LENGTH.unpack(head)
+    content = file.read(length)
+    return content if len(content) == length else None

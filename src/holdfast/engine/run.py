@@ -1,0 +1,152 @@
+"""One attempt at a run: it computes the artefacts that the store does not have yet, and stores each of them.
+
+`Run.document` and `Run.stage` are the steps of a run. Each is skipped if its artefact is stored. A stage with shards
+is divided among the processes of the executor, and each shard is stored when it is finished.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from holdfast.core.evidence import Columns
+from holdfast.engine.executor import Executor, Inline, OutOfTime, Task
+from holdfast.engine.progress import Progress, Step, silent
+from holdfast.engine.signals import Stopper
+from holdfast.engine.store import MemoryStore, Stopwatch, Store
+from holdfast.ops.pieces import Room
+from holdfast.store.folder import StoredStage
+
+
+def _nothing(stage: str, shard: int | None) -> None:
+    """The default for `Run.stored`."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The store, the limits and the executor of one attempt at a run."""
+
+    stages: tuple[str, ...]
+    """names of the steps that take time, in their order"""
+    store: Store = field(default_factory=MemoryStore)
+    executor: Executor = field(default_factory=Inline)
+    shards: tuple[tuple[int, int], ...] = ()
+    """first row and last row + 1 of each shard"""
+    batch_size: int = 1
+    """examples in one forward pass; it is halved if memory runs out"""
+    deadline: float = math.inf
+    """`time.perf_counter()` after which no stage queries the model, except one that is not `timed`"""
+    stopper: Stopper = field(default_factory=Stopper)
+    progress: Progress = silent
+    stored: Callable[[str, int | None], None] = _nothing
+    """called when a shard is stored, or with None when the rest of a stage is"""
+
+    def document(self, kind: str, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The document of a kind, which is computed and stored unless it is stored already."""
+        content = self.store.document(kind)
+        if content is None:
+            content = compute()
+            self.record(kind, content)
+        return content
+
+    def record(self, kind: str, content: Mapping[str, Any]) -> None:
+        """Store a document. A signal takes effect after the write."""
+        with self.stopper.finishing():
+            self.store.record(kind, content)
+
+    def stage(self, name: str, compute: Callable[[], Columns]) -> StoredStage:
+        """The columns of a stage without shards, which are computed and stored unless they are stored already."""
+        if (stored := self.store.stage(name)) is not None:
+            return stored
+        self.store.begin(name, 0)
+        stopwatch = Stopwatch(self.store, name)
+        columns: Columns = {"id": torch.empty(0, dtype=torch.int64)}
+        reached = None
+        try:
+            columns = compute()
+        except OutOfTime:
+            reached = 0
+        with self.stopper.finishing():
+            self.store.complete(name, columns, reached)
+            stopwatch.tick(done=True)
+        self.stored(name, None)
+        return StoredStage(columns, reached)
+
+    def sharded_stage(
+        self,
+        name: str,
+        filled: Callable[[int], Columns | None],
+        task: Callable[[int], Task],
+        join: Callable[[list[Columns]], Columns],
+        report: Callable[[Mapping[int, Columns], int], None],
+        *,
+        timed: bool = True,
+    ) -> StoredStage:
+        """The columns of a stage with shards. The executor measures the shards that are not stored yet.
+
+        `filled` returns the columns of a shard in which nothing has to be measured, and None for others. `task`
+        returns the task of a shard. `join` concatenates the columns of shards. `report` receives the finished shards,
+        and the number of finished examples of others. A stage that is not `timed` ignores the deadline.
+        """
+        if (stored := self.store.stage(name)) is not None:
+            return stored
+        done = self.store.shards(name)
+        for shard in range(len(self.shards)):
+            if shard not in done and (columns := filled(shard)) is not None:
+                done[shard] = columns
+        tasks = {shard: task(shard) for shard in range(len(self.shards)) if shard not in done}
+
+        def moved(examples: int) -> None:
+            report(done, examples)
+
+        moved(0)
+        if tasks:
+            until = self.deadline if timed else math.inf
+            for shard, columns in self.executor.measure(self, name, tasks, until, moved):
+                done[shard] = columns
+                moved(0)
+        reached = next((shard for shard in range(len(self.shards)) if shard not in done), None)
+        whole = [done[shard] for shard in sorted(done) if reached is None or shard < reached]
+        columns = join(whole) if whole else {"id": torch.empty(0, dtype=torch.int64)}
+        with self.stopper.finishing():
+            self.store.complete(name, columns, reached)
+        if reached is not None:
+            self.stored(name, None)
+        return StoredStage(columns, reached)
+
+    def keep(self, stage: str, shard: int, columns: Columns, stopwatch: Stopwatch | None = None) -> None:
+        """Store a finished shard and its time. A signal takes effect after the write."""
+        with self.stopper.finishing():
+            self.store.keep_shard(stage, shard, columns)
+            if stopwatch is not None:
+                stopwatch.tick(done=True)
+        self.stored(stage, shard)
+
+    def room(self, stage: str, shard: int) -> Room:
+        """The batch size after earlier stages, and the batch splits of this shard in earlier attempts.
+
+        Splits of other shards of the stage are ignored: which of them are measured before depends on the executor.
+        """
+        size, splits, place = self.batch_size, {}, self.stages.index(stage)
+        for split in self.store.splits():
+            if self.stages.index(split["stage"]) < place:
+                size = min(size, split["size"])
+            elif (split["stage"], split["shard"]) == (stage, shard):
+                splits[split["at"]] = split["size"]
+
+        def halved(row: int, size: int) -> None:
+            self.split(stage, shard, row, size)
+
+        return Room(size, splits, halved)
+
+    def split(self, stage: str, shard: int, row: int, size: int) -> None:
+        """Record that memory ran out, before the run continues with smaller batches."""
+        with self.stopper.finishing():
+            self.store.add_split(stage, shard, row, size)
+
+    def report(self, stage: str, done: int, of: int, standing: int, examples: int) -> None:
+        """Report the progress of a stage."""
+        place = self.stages.index(stage) + 1
+        self.progress(Step(stage, place, len(self.stages), done, of, standing, examples))

@@ -1,0 +1,127 @@
+"""A worker process that measures shards (`processes.py`): it receives tasks on standard input and sends columns back.
+
+It ends when its standard input is closed, which happens at any end of the process of the run. Each message has one
+letter for its kind: R ready, T time and progress, S batch split, C columns, L out of time, E error.
+"""
+
+import json
+import os
+import pickle
+import queue
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import safetensors.torch
+import torch
+
+from holdfast.core.errors import HoldfastError
+from holdfast.engine.executor import Measure, OutOfTime, Task
+from holdfast.engine.processes import Setup, read_message, unshared, write_message
+from holdfast.ops.pieces import Room
+
+_REPORTED_S = 1.0
+"""Interval in seconds at which time and progress are sent."""
+
+
+def main() -> int:
+    """Measure tasks until standard input is closed. Output of the model goes to standard error."""
+    # unbuffered, since a buffer would be written again when it is closed
+    with os.fdopen(os.dup(1), "wb", buffering=0) as pipe:
+        os.dup2(2, 1)
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
+        try:
+            _serve(_Driver(pipe))
+        except HoldfastError as error:
+            _send(pipe, b"E", {"error": type(error).__name__, "message": str(error)})
+        except Exception:  # noqa: BLE001 - the process of the run raises it
+            message = f"a worker failed:\n{traceback.format_exc()}"
+            _send(pipe, b"E", {"error": "HoldfastError", "message": message})
+        else:
+            return 0
+    return 1
+
+
+@dataclass
+class _Driver:
+    """The pipes to the process of the run. At their end this process ends, at once if it is `busy` with a shard."""
+
+    pipe: IO[bytes]
+    busy: bool = False
+    _messages: "queue.Queue[bytes | None]" = field(default_factory=queue.Queue)
+
+    def __post_init__(self) -> None:
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        while (message := read_message(sys.stdin.buffer)) is not None:
+            self._messages.put(message)
+        if self.busy:
+            os._exit(1)
+        self._messages.put(None)
+
+    def next(self) -> Any:
+        """The next object; None at the end."""
+        message = self._messages.get()
+        # sent by the process that started this one
+        return None if message is None else pickle.loads(message)  # noqa: S301
+
+
+def _serve(driver: _Driver) -> None:
+    try:
+        setup: Setup | None = driver.next()
+    except Exception as error:
+        raise unshared(error) from error
+    if setup is None:
+        return
+    with setup() as measure:
+        _send(driver.pipe, b"R", {})
+        while (message := driver.next()) is not None:
+            driver.busy = True
+            _measure(driver.pipe, measure, *message)
+            driver.busy = False
+
+
+def _measure(
+    pipe: IO[bytes], measure: Measure, task: Task, size: int, splits: dict[int, int], left_s: float
+) -> None:
+    """Measure a task, and send its columns, or that time ran out."""
+    cpu, wall, examples = time.process_time(), time.perf_counter(), 0
+    until = wall + left_s
+
+    def send_time(*, done: bool) -> None:
+        nonlocal cpu, wall, examples
+        now = time.process_time()
+        _send(pipe, b"T", {"cpu_s": now - cpu, "examples": examples, "done": done})
+        cpu, wall, examples = now, time.perf_counter(), 0
+
+    def progress(n: int) -> None:
+        nonlocal examples
+        examples += n
+        if time.perf_counter() - wall >= _REPORTED_S:
+            send_time(done=False)
+
+    def halved(row: int, size: int) -> None:
+        _send(pipe, b"S", {"row": row, "size": size})
+
+    try:
+        columns = measure(task, Room(size, splits, halved, progress), until)
+    except OutOfTime:
+        send_time(done=False)
+        _send(pipe, b"L", {})
+        return
+    send_time(done=True)
+    write_message(
+        pipe, b"C" + safetensors.torch.save({name: values.clone() for name, values in columns.items()})
+    )
+
+
+def _send(pipe: IO[bytes], kind: bytes, content: dict[str, Any]) -> None:
+    try:
+        write_message(pipe, kind + json.dumps(content).encode())
+    except BrokenPipeError:  # the process of the run has ended
+        return

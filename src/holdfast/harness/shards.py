@@ -1,0 +1,80 @@
+"""One stage on one shard: the task with its inputs, and the function that measures it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.evidence import PARTIAL, Columns
+from holdfast.core.guard import Aim
+from holdfast.core.types import Mask
+from holdfast.harness.plan import Plan, Stage
+from holdfast.harness.stages import learned_for, run_clean, run_stage, with_learned
+from holdfast.harness.target import Target
+from holdfast.harness.waves import broken
+from holdfast.ops.pieces import Room
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A stage on the examples `start` to `stop`, with the columns of earlier stages that it needs.
+
+    It contains no attack: these are in the plan, which a worker process has.
+    """
+
+    stage: str
+    """name of the stage in the plan"""
+    shard: int
+    start: int
+    stop: int
+    clean: Columns | None = None
+    """columns of the clean stage for these examples; None for the clean stage itself"""
+    chosen: Mask | None = None
+    """the examples that the stage is run on; None for the clean stage, which is run on all"""
+    broken: Mask | None = None
+    """the examples that the suite has broken, for a pass outside the suite; None for an attack of the suite"""
+    aim: Aim = Aim()
+    """how the stage treats a detector"""
+    learned: Tensor | None = None
+    """what the attack has learned in an earlier stage"""
+
+
+def task_of(
+    stage: Stage,
+    shard: int,
+    rows: tuple[int, int],
+    chosen: Mask | None,
+    by_stage: Mapping[str, Columns],
+) -> ShardTask:
+    """The task of a stage (as `ready` returns it) on one shard. `chosen` are the examples of the whole stage."""
+    start, stop = rows
+    if chosen is None:
+        return ShardTask(stage.name, shard, start, stop)
+    return ShardTask(
+        stage.name,
+        shard,
+        start,
+        stop,
+        rows_of(by_stage["clean"], start, stop),
+        chosen[start:stop],
+        None if stage.kind == "attack" else broken(by_stage)[start:stop],
+        stage.aim,
+        learned_for(stage, by_stage),
+    )
+
+
+def measure_shard(task: ShardTask, plan: Plan, target: Target, batch: Batch, room: Room) -> Columns:
+    """Columns of a task; `batch` are the examples of its shard."""
+    if task.clean is None or task.chosen is None:
+        return run_clean(plan, target, batch, room)
+    stage = next(stage for stage in plan.stages() if stage.name == task.stage)
+    stage = replace(stage, aim=task.aim)
+    if task.learned is not None:
+        stage = with_learned(stage, task.learned)
+    return run_stage(stage, plan, target, batch, task.clean, task.chosen, room, task.broken)
+
+
+def rows_of(columns: Columns, start: int, stop: int) -> dict[str, Tensor]:
+    """The rows `start` to `stop` of the columns that have one row for each example."""
+    return {name: values[start:stop] for name, values in columns.items() if not name.startswith(PARTIAL)}

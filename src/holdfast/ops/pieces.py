@@ -1,0 +1,70 @@
+"""Processes a batch in pieces that fit into memory."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.errors import TargetError
+from holdfast.core.model import out_of_memory
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class Room:
+    """The number of examples in one pass; halved permanently if memory runs out."""
+
+    size: int
+    known: Mapping[int, int] = field(default_factory=dict)
+    """sizes that an earlier attempt continued with, by the row at which memory ran out"""
+    halved: Callable[[int, int], None] = field(default=lambda row, size: None)
+    """called with the row at which memory ran out and the next size, before it is tried"""
+    progress: Callable[[int], None] = field(default=lambda n: None)
+    """called with the number of examples that were just finished"""
+
+
+def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Room) -> dict[str, Tensor]:
+    """Apply `work` to pieces of the size of `room` and concatenate the columns; halves the size if memory runs out."""
+    done: list[dict[str, Tensor]] = []
+    start = 0
+
+    def next_piece(size: int) -> tuple[int, dict[str, Tensor]]:
+        rows = torch.arange(start, min(start + size, len(batch)), device=batch.ids.device)
+        return len(rows), work(batch.take(rows))
+
+    while start < len(batch):
+        n, columns = in_room(next_piece, room, start, len(batch) - start)
+        done.append(columns)
+        start += n
+        room.progress(n)
+    return {name: torch.cat([columns[name] for columns in done]) for name in done[0]} if done else {}
+
+
+def in_room(work: Callable[[int], _T], room: Room, row: int, left: int) -> _T:
+    """Return `work(room.size)`; halve the size and try again if memory runs out.
+
+    `left` examples, from `row` on, are not processed yet. Raises `TargetError` if memory is too small for one
+    example.
+    """
+    room.size = room.known.get(row, room.size)
+    while True:
+        try:
+            return work(room.size)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if room.size == 1:
+                raise no_memory(1, error) from error
+            room.size = max(1, min(room.size, left) // 2)
+            room.halved(row, room.size)
+
+
+def no_memory(n: int, error: BaseException) -> TargetError:
+    """The error for memory that is too small for the smallest batch."""
+    many = "one example" if n == 1 else f"{n} examples"
+    way_out = "give it a machine or a --device with more, or a smaller model"
+    return TargetError(f"memory ran out with {many} at a time ({error}); {way_out}")

@@ -1,0 +1,356 @@
+"""The assess verb, from the request to the result: refuse what cannot be measured, measure, doubt, and judge."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.attacks.protocol import Learned
+from holdfast.core.batch import Batch, Data
+from holdfast.core.corruptions import Corruptions
+from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Columns, Evidence
+from holdfast.core.purpose import purpose
+from holdfast.doubts.answering import arms, called
+from holdfast.engine.executor import Executor, Inline
+from holdfast.engine.processes import processes
+from holdfast.engine.progress import Notify, Progress, ignore, silent
+from holdfast.engine.resuming import resumable, way_out
+from holdfast.engine.run import Run
+from holdfast.engine.signals import Stopper, stoppable
+from holdfast.engine.store import MemoryStore, Stopwatch, Store
+from holdfast.gates.judging import Doubts, Judgement, judge
+from holdfast.harness import (
+    FOUND,
+    MATRIX_ROWS,
+    Plan,
+    Target,
+    on_detector,
+    paired,
+    refuse_unfitted,
+    refuse_what_is_hidden,
+)
+from holdfast.sources.selection import selected
+from holdfast.sources.served import Served
+from holdfast.store.folder import RunFolder, opened, planned
+from holdfast.verbs import probes
+from holdfast.verbs.checks import refuse_batch, refuse_data, refuse_gates, refuse_threat
+from holdfast.verbs.documents import (
+    VERDICT,
+    doubt_from_json,
+    doubts_to_json,
+    judgement_from_json,
+    verdict_to_json,
+)
+from holdfast.verbs.evidence import (
+    ADAPTIVE,
+    DOUBTS,
+    ROTATION,
+    adversarial,
+    counted_passes,
+    evidence_of,
+    with_attackers,
+)
+from holdfast.verbs.expected_rows import expected_of
+from holdfast.verbs.manifest import about_run, manifest_of
+from holdfast.verbs.measuring import Measurement, ShardMeasure, WorkerSetup
+from holdfast.verbs.preparation import readied, with_others, with_surrogates
+from holdfast.verbs.request import AssessRequest, Opening, Subject
+from holdfast.verbs.result import Result, about_of
+from holdfast.verbs.served import attach, finish, opening_rows, served_by
+
+JUDGED_BY_ATTACKERS = 1_000
+"""Largest number of examples, from the first on, for the table of attackers."""
+
+
+def assess(
+    subject: Subject,
+    data: Data,
+    request: AssessRequest,
+    *,
+    run: Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+    opening: Opening | None = None,
+    again: str = "",
+    notify: Notify = ignore,
+) -> Result:
+    """Measure how robust a model is, and judge its gates.
+
+    With `run`, all results are written to that folder; an interrupted run is continued with `resume`, and a finished
+    run is reported again. `again` is the command that resumes the run that contains this one. Workers open the model
+    and the data with `opening`; without it they receive copies of those given here. `notify` receives the largest
+    number of rows that a server is sent. Raises `UsageError`, `TargetError`, or `Interrupted` with the command to
+    resume.
+    """
+    refuse_data(data)
+    served = served_by(subject.model)
+    if served is not None:
+        _refuse_early(served, subject, request)
+    device, adaptive = torch.device(request.device), bool(request.plan.adaptive)
+    again = again or ("" if run is None else way_out(request.command, run))
+    with (
+        nullcontext() if run is None else resumable(again, partial(way_out, request.command, run)),
+        readied(subject, data, device, adaptive=adaptive) as (target, sample),
+        ExitStack() as stack,
+    ):
+        plan = agreed(subject, data, request, target, sample, stack)
+        refuse_gates(request.gates, plan, target, sample)
+        stored = None if run is None else planned(run)
+        shape = tuple(sample.x.shape[1:])
+        manifest: Mapping[str, Any] = manifest_of(
+            subject, data, request, plan, target, shape, served=served, stored=stored
+        )
+        stopper = Stopper() if run is None else stack.enter_context(stoppable(again))
+        about = about_run(request.command)
+        store: Store = MemoryStore()
+        if run is not None:
+            secret = "pool" in subject.card  # adversarial inputs of a serving set are secret
+            store = stack.enter_context(opened(run, manifest, about, resume=resume, secret=secret))
+            manifest, about = store.manifest, store.about()
+            attach(served)
+        job = _Job(subject, data, request, plan, target, device, manifest, served)
+        opening = opening or partial(_as_given, subject, data, request.surrogates)
+        with job.executor(opening) as executor:
+            work = job.run(store, executor, stopper, progress)
+            if served is not None and store.document(DOUBTS) is None:
+                notify(job.expected(served))
+            evidence, found = job.measured(work)
+        rotation = job.attackers(work, evidence)
+        evidence = with_attackers(evidence, rotation)
+        gates, accepted = job.judged(evidence, store.document(VERDICT))
+        work.record(VERDICT, verdict_to_json(gates, accepted))
+        head = store.chain.head if isinstance(store, RunFolder) else None
+        shown = about_of(manifest, about, run, head)
+        return Result(evidence, gates, accepted, shown, run, found, request.baseline, rotation)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The inputs of an assessment, and its steps."""
+
+    subject: Subject
+    data: Data
+    request: AssessRequest
+    plan: Plan
+    target: Target
+    device: torch.device
+    manifest: Mapping[str, Any]
+    served: Served | None
+    """connection to the server of a served model"""
+
+    @contextmanager
+    def executor(self, opening: Opening) -> Iterator[Executor]:
+        """Yield the executor: this process, or the requested number of worker processes."""
+        if self.request.workers is None:
+            yield Inline(ShardMeasure(self.plan, self.target, self.data, self.device, self.served))
+            return
+        digests = {what: self.manifest["digests"][what] for what in ("model", "data")}
+        digests["surrogates"] = [surrogate.digest for surrogate in self.request.surrogates]
+        plan = replace(self.plan, threat=replace(self.plan.threat, surrogates=()))
+        with processes(
+            WorkerSetup(opening, digests, plan, self.request.device), self.request.workers
+        ) as workers:
+            yield workers
+
+    def run(self, store: Store, executor: Executor, stopper: Stopper, progress: Progress) -> Run:
+        """The run over a store. Time that earlier attempts spent is taken from the budget."""
+        work, budget_s = self.manifest["plan"], self.request.time_budget_s
+        spent_s = sum(store.spent(name).wall for name in work["stages"])
+        return Run(
+            tuple(work["stages"]),
+            store,
+            executor,
+            tuple((start, stop) for start, stop in work["shards"]),
+            work["batch_size"],
+            math.inf if budget_s is None else time.perf_counter() + budget_s - spent_s,
+            stopper,
+            progress,
+            self.settle,
+        )
+
+    def settle(self, stage: str, shard: int | None) -> None:
+        """Delete journaled answers of a server for a shard or stage whose results are stored."""
+        if self.served is not None:
+            self.served.sent.done(stage, shard)
+
+    def measured(self, run: Run) -> tuple[Evidence, Columns]:
+        """The evidence and the adversarial inputs. Stored artefacts are reused; the others are measured."""
+        fit, across = self.fit(), self.across()
+        measurement = Measurement(
+            run, self.plan, self.target, self.data, self.device, fit, across, self.served
+        )
+        by_stage: dict[str, Columns] = {}
+        stages = [stage for stage in self.plan.stages() if not stage.adaptive]
+        missed = measurement.stages(stages, by_stage)
+        asked = run.store.document(DOUBTS)
+        if asked is None:
+            asked = self.doubted(measurement, by_stage, missed)
+        elif (stored := run.store.stage(FOUND)) is not None:
+            by_stage[FOUND] = stored.columns
+        adapted = self.adapted(measurement, by_stage, asked) if self.plan.adaptive else None
+        if self.served is not None:
+            finish(self.served)
+        sent = None if self.served is None else self.served.sent.totals
+        seconds = {name: run.store.spent(name) for name in run.stages}
+        evidence = evidence_of(self.manifest, by_stage, asked, seconds, adapted, sent)
+        attacks = [stage.name for stage in self.plan.stages() if stage.kind == "attack"]
+        counted = counted_passes(self.manifest, by_stage, asked)
+        return evidence, adversarial(by_stage, attacks, counted, smallest=self.plan.smallest)
+
+    def doubted(
+        self, measurement: Measurement, by_stage: dict[str, Columns], missed: Sequence[str]
+    ) -> Mapping[str, Any]:
+        """Measure and store the doubts, with notes on what time did not allow.
+
+        Adversarial examples of the probes are added to `by_stage`.
+        """
+        run, off = measurement.run, self.plan.doubts == "none"
+        store = run.store
+        store.begin(DOUBTS, 0)
+        stopwatch = Stopwatch(store, DOUBTS)
+        unasked = ["nothing was doubted: the doubts were switched off"] if off and not self.plan.alone else []
+        with purpose(DOUBTS, 0, "doubts"):
+            asked = probes.ask(measurement, by_stage, missed, stopwatch)
+        measurement.confirm()
+        if asked.found:
+            by_stage[FOUND] = asked.found
+        document = doubts_to_json(
+            asked.findings, asked.probes, asked.cost, [*missed, *unasked], store.splits()
+        )
+        with run.stopper.finishing():
+            if asked.found and store.stage(FOUND) is None:  # a killed attempt may have stored it already
+                store.complete(FOUND, asked.found)
+            store.record(DOUBTS, document)
+            stopwatch.tick(done=True)
+        run.stored(DOUBTS, None)
+        return document
+
+    def adapted(
+        self, measurement: Measurement, by_stage: dict[str, Columns], asked: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Run the adaptive attacks that the doubts require, and record which those are and why."""
+        doubts = tuple(map(doubt_from_json, asked["doubts"]))
+        members = {member.name for member in self.plan.adaptive}
+        because = called([arm for arm in arms(self.plan.threat.constraint) if arm.name in members], doubts)
+        stages = [s for s in self.plan.stages() if s.adaptive and s.member and s.member.name in because]
+        missed = measurement.stages(stages, by_stage)
+        return measurement.run.document(
+            ADAPTIVE,
+            lambda: {
+                "because": {arm: list(names) for arm, names in because.items()},
+                "ways": list(self.target.masking.says),
+                "blind": self.target.blind_view,
+                "missed": list(missed),
+                "notes": [] if because else ["no doubt called for an adaptive attack, so none was run"],
+            },
+        )
+
+    def attackers(self, run: Run, evidence: Evidence) -> Mapping[str, Any] | None:
+        """Measure the table of attackers of a model with rotation; each row is recorded when it is done."""
+        stored, keep = run.store.document(ROTATION), partial(run.record, ROTATION)
+        if self.request.attackers is None or (stored is not None and stored["complete"]):
+            return stored
+        judged_on = self.data.read(0, min(JUDGED_BY_ATTACKERS, len(self.data)))
+        table = self.request.attackers(evidence, judged_on, known=stored, keep=keep, progress=run.progress)
+        keep(table)
+        return table
+
+    def judged(
+        self, evidence: Evidence, stored: Mapping[str, Any] | None
+    ) -> tuple[tuple[Judgement, ...], Mapping[str, str]]:
+        """Judge the gates; return them with the accepted doubts. If neither is given, the stored ones are used."""
+        request, claims, accepted = self.request, self.request.gates, self.request.accepted
+        if stored is not None:
+            before = tuple(map(judgement_from_json, stored["gates"]))
+            if not claims and not accepted:
+                return before, stored["accepted_doubts"]
+            claims = claims or tuple(judgement.claim for judgement in before)
+            accepted = accepted or stored["accepted_doubts"]
+        doubts = Doubts(evidence.doubts, accepted)
+        return tuple(judge(claim, evidence, doubts, baseline=request.baseline) for claim in claims), accepted
+
+    def fit(self) -> Batch | None:
+        """The examples that learned attacks are fitted to: as many as the largest number that one of them needs."""
+        wanted = [m.attack.examples for m in self.plan.members if isinstance(m.attack, Learned)]
+        data, shape = self.request.fit, self.data.read(0, 1).x.shape[1:]
+        if not wanted or data is None:
+            return None
+        batch = data.read(0, min(max(wanted), len(data)))
+        if batch.x.shape[1:] != shape:
+            raise UsageError(
+                f"inputs of {data.name}, to learn attacks on, have shape {tuple(batch.x.shape[1:])}, and "
+                f"those of {self.data.name} {tuple(shape)}; name examples of the same kind with --fit DATA"
+            )
+        refuse_batch(batch, self.target.bare.bounds, self.target.classes, data.name, whole=data)
+        return self._typed(batch)
+
+    def across(self) -> tuple[Batch, ...]:
+        """Equally many inputs of each data set, a seeded sample, in the order in which they are paired."""
+        if not self.plan.across:
+            return ()
+        sets, seed = (self.data, *self.request.across), self.plan.seed
+        n = min(MATRIX_ROWS, *map(len, sets))
+        drawn = (selected(each, n=None, sample=n, seed=seed).read(0, n) for each in sets)
+        return tuple(paired(self._typed(batch), seed, place) for place, batch in enumerate(drawn))
+
+    def _typed(self, batch: Batch) -> Batch:
+        """Inputs of other data, converted to the data type of those of the run."""
+        return batch.at(batch.x.to(self.data.read(0, 1).x.dtype))
+
+    def expected(self, served: Served) -> str:
+        """The message on how many rows the run sends, and how many were sent before a stop."""
+        work = self.manifest["plan"]
+        rows = expected_of(self.request, self.plan, self.target, len(self.data), work, opening=served.opening)
+        earlier = served.sent.earlier
+        return f"expected: {rows.says}" + (f"; {earlier:,} rows were sent before the stop" if earlier else "")
+
+
+def _refuse_early(served: Served, subject: Subject, request: AssessRequest) -> None:
+    """Record the rows that opening the data has sent to a server, and refuse what can be refused before more is sent.
+
+    A served model computes on its server: with several processes, none would know what the others send.
+    """
+    served.opening = opening_rows(served.sent)
+    if not request.surrogates:
+        refuse_what_is_hidden(request.plan, subject.model.access, subject.model.hides)
+    if request.workers is not None:
+        raise UsageError(
+            f"--workers is {request.workers}, and the model is behind a server, which computes for it; leave --workers "
+            f"out, and give --http-concurrency {request.workers} to have so many requests under way at once"
+        )
+
+
+def agreed(
+    subject: Subject, data: Data, request: AssessRequest, target: Target, sample: Batch, stack: ExitStack
+) -> Plan:
+    """Return the plan as it is measured on this model and data; surrogates stay open until `stack` is closed.
+
+    Raises an error for what cannot be measured. Gates are not tested.
+    """
+    bare, threat = target.bare, request.plan.threat
+    refuse_batch(sample, bare.bounds, target.classes, data.name, whole=data, remote=bare.remote)
+    if target.rejects and isinstance(threat.constraint, Corruptions):
+        raise UsageError(
+            "common corruptions are drawn, not chosen against a detector, and this model rejects; "
+            "measure the network without its detector, or give a norm, as in --threat linf:8/255"
+        )
+    refuse_threat(threat, bare.bounds, sample.x, target.classes)
+    plan = with_surrogates(request.plan, stack, request.surrogates, sample, target)
+    plan = with_others(plan, request.across, sample, target)
+    plan = refuse_what_is_hidden(plan, subject.model.access, subject.model.hides)
+    plan = on_detector(plan, rejects=target.rejects)
+    refuse_unfitted(plan, fit=request.fit is not None)
+    return plan
+
+
+def _as_given(
+    subject: Subject, data: Data, surrogates: tuple[Subject, ...]
+) -> tuple[Subject, Data, tuple[Subject, ...]]:
+    return subject, data, surrogates

@@ -1,0 +1,177 @@
+"""Candidate recipes for a training, and the choice among them within a budget."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from holdfast.core.batch import Batch
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.ops.distributed import broadcast
+from holdfast.ops.fit import updates
+from holdfast.ops.recipe import Recipe
+from holdfast.reports.numbers import plain
+from holdfast.verbs.pace import Clock, Pace, epochs_fitting, pace, too_small
+
+_FEW = (
+    8,
+    64,
+)  # held-out examples on which an evaluation is timed; the second number only if that fits into its share of the budget
+_LOOK = 0.05  # largest share of the budget for an evaluation
+_PLANNING = 0.1  # share of the budget after which no stronger recipe is timed
+
+
+@dataclass(frozen=True)
+class Look:
+    """Evaluation of a checkpoint on held-out examples."""
+
+    examples: int
+    """number of held-out examples"""
+    at: Callable[[int], object]
+    """evaluates the given model on that number of them"""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe that may be chosen for the training."""
+
+    name: str
+    recipe: Recipe
+    settings: Mapping[str, Any]
+    """settings of the recipe, as plain values"""
+    least: int = 1
+    """with fewer epochs than this, a weaker recipe gives better results"""
+
+    def per_epoch(self, examples: int) -> int:
+        """Updates in an epoch, computed from the batch size."""
+        return updates(examples, self.recipe.training.batch)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A candidate that was timed, and how many epochs of it fit into the budget."""
+
+    candidate: Candidate
+    found: Pace
+    per_epoch: int
+    epochs: float
+
+    def attempt(self, why: str) -> dict[str, Any]:
+        """The entry of this candidate in the plan of the run."""
+        return {
+            "recipe": self.candidate.name,
+            "epochs": self.epochs,
+            "why": why,
+            "update_s": self.found.update,
+            "epoch_s": self.found.epoch,
+            "look_s": self.found.between(self.per_epoch),
+            "held_out": self.found.held_out,
+        }
+
+
+def attempts(
+    candidates: Sequence[Candidate],
+    budget_s: float | None,
+    model: Classifier,
+    data: Batch,
+    threat: ThreatModel,
+    look: Look,
+    clock: Clock = time.perf_counter,
+) -> tuple[list[dict[str, Any]], float]:
+    """Return the attempts in the order in which they are tried, and the seconds that this planning took.
+
+    `candidates` are ordered from the fastest to the strongest. The first attempt is the strongest candidate whose
+    required epochs fit into the rest of the budget. The later ones are stronger candidates that fit, used if doubts
+    are raised against the attempts before. If there was a choice, `fits` holds how many epochs of each timed
+    candidate fit, which may be fractional. Raises `UsageError` if not even one update fits.
+    """
+    if budget_s is None:
+        asked = [
+            {"recipe": one.name, "epochs": one.recipe.training.epochs, "why": "asked for"}
+            for one in candidates
+        ]
+        return asked, 0.0
+    begun = clock()
+    paces = list(_paces(candidates, budget_s, model, data, threat, look, clock))
+    spent_s = broadcast(clock() - begun)
+    sizes = [one.per_epoch(len(data)) for one in candidates]
+    fit = [epochs_fitting(budget_s - spent_s, *each) for each in zip(paces, sizes, strict=False)]
+    if not fit[0]:
+        raise UsageError(too_small(budget_s, paces[0], sizes[0], spent_s))
+    planned = [
+        _Planned(*each)
+        for each in zip(candidates[: len(paces)], paces, sizes[: len(paces)], fit, strict=True)
+    ]
+    if len(candidates) == 1:
+        return [planned[0].attempt("asked for")], spent_s
+    known = [(each.candidate, each.epochs) for each in planned]
+    first = max((k for k, (one, epochs) in enumerate(known) if epochs >= one.least), default=0)
+    stronger = [
+        f"{one.name} would have {plain(epochs)} and wants {one.least}" for one, epochs in known[first + 1 :]
+    ]
+    told_of = "; ".join([f"{plain(fit[first])} fit", *stronger])
+    why = f"the strongest that has its epochs within the budget: {told_of}"
+    tried = [planned[first].attempt(why)]
+    tried[0]["fits"] = {one.name: epochs for one, epochs in known}
+    tried += [each.attempt("doubts object to the one before") for each in planned[first + 1 :] if each.epochs]
+    return tried, spent_s
+
+
+def _paces(
+    candidates: Sequence[Candidate],
+    budget_s: float,
+    model: Classifier,
+    data: Batch,
+    threat: ThreatModel,
+    look: Look,
+    clock: Clock,
+) -> Iterator[Pace]:
+    """Yield the timing of each candidate, up to the first one of which no update fits; later candidates are slower.
+
+    Also stops once a share of the budget is spent on timing.
+    """
+    known: tuple[float, int] | None = None
+    begun = clock()
+    for one in candidates:
+        found, per_epoch = pace(one.recipe, model, data, threat, budget_s, clock), one.per_epoch(len(data))
+        if epochs_fitting(budget_s, found, per_epoch):
+            known = _looked(look, budget_s, clock) if known is None else known
+            found = replace(found, epoch=found.epoch + known[0], held_out=known[1])
+        yield found
+        if (
+            not epochs_fitting(budget_s, found, per_epoch)
+            or broadcast(clock() - begun) > _PLANNING * budget_s
+        ):
+            return
+
+
+def _looked(look: Look, budget_s: float, clock: Clock) -> tuple[float, int]:
+    """Return the seconds of an evaluation, timed on a few held-out examples, and how many examples it uses.
+
+    It uses as many as its share of the budget allows.
+    """
+    each = 0.0
+    for few in (min(few, look.examples) for few in _FEW):
+        if few * each > _LOOK * budget_s:
+            break
+        begun = clock()
+        look.at(few)
+        each = broadcast(clock() - begun) / few
+    n = min(look.examples, max(int(_LOOK * budget_s / max(each, 1e-9)), _FEW[0]))
+    return n * each, n
+
+
+def announced(attempt: Mapping[str, Any], budget_s: float | None, n: int) -> str:
+    """The message before a training: its recipe and first plan, and that the assessment is not part of the budget."""
+    of = (
+        ""
+        if budget_s is None
+        else f" of about {attempt['epoch_s']:.1f} s as first planned, within a budget of {budget_s:g} s"
+    )
+    epochs = "1 epoch" if attempt["epochs"] == 1 else f"{plain(attempt['epochs'])} epochs"
+    return (
+        f"training by {attempt['recipe']} ({attempt['why']}): {epochs}{of}; judging the new model on {n:,} test "
+        f"examples comes on top"
+    )

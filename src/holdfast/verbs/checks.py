@@ -1,0 +1,203 @@
+"""Checks of model, data, threat model and gates before a measurement, and the choice of the batch size."""
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.batch import UNLABELLED, Batch, Data
+from holdfast.core.constraints import L1, L2, Constraint, Linf, extent
+from holdfast.core.corruptions import Corruptions
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.evidence import Columns, Evidence
+from holdfast.core.labels import off_range
+from holdfast.core.model import Bounds
+from holdfast.core.patches import Patch
+from holdfast.core.threat import ThreatModel
+from holdfast.core.transformations import Colour, Spatial
+from holdfast.gates.grammar import Claim
+from holdfast.gates.judging import Doubts, judge, refuse_rotation
+from holdfast.harness import Context, Plan, Stage, Target, conclude, makers, run_clean, unattacked
+from holdfast.ops.corruptions import refuse_no_images
+from holdfast.ops.pieces import Room
+from holdfast.ops.prepare import multiply_adds
+from holdfast.ops.transformations import refuse_unfit
+from holdfast.sources.estimates import pixel_divisor
+
+_VALUES = 1 << 20
+"""Input values in one batch on a CPU: 256 small images, or a few large ones."""
+_ACCELERATED = 1 << 26
+_PIECE = 1024
+"""examples that are read at once to find the range of the labels"""
+_WORTH_SHARING = 5_000_000
+"""Multiplications for an example above which more threads are faster: between a LeNet and four convolutions without
+strides."""
+
+
+def batch_size_for(features: int, device: str) -> int:
+    """The batch size that uses the device well; it is split later if memory runs out."""
+    kind = torch.device(device).type
+    values, most = (_VALUES, 256) if kind == "cpu" else (_ACCELERATED, 2048)
+    return max(8, min(most, 1 << max(0, (values // max(features, 1)).bit_length() - 1)))
+
+
+@contextmanager
+def enough_threads(model: nn.Module, x: Tensor) -> Iterator[None]:
+    """Use one thread for a network too small to benefit from more; the number is restored afterwards.
+
+    For a small network, the synchronisation of threads at every layer costs more than they gain, especially on a
+    busy machine. A number set by the user (`OMP_NUM_THREADS`) is kept.
+    """
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ and multiply_adds(model, x) < _WORTH_SHARING:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def refuse_data(data: Data) -> None:
+    """Raise `TargetError` if there are no examples."""
+    if not len(data):
+        raise TargetError(f"{data.name} is empty; at least one example is needed")
+
+
+def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) -> None:
+    """Raise `UsageError` if eps exceeds the size of the bounds, or the target class does not exist."""
+    if isinstance(threat.constraint, (Spatial, Colour)):
+        refuse_unfit(x, threat.constraint.limits)
+    if isinstance(threat.constraint, Patch):
+        threat.constraint.places(x.shape[1:])
+    eps, farthest = threat.constraint.eps, extent(threat.constraint, x, bounds)
+    if math.isfinite(eps) and eps > farthest * (1 + 1e-6):
+        norm = type(threat.constraint).__name__.lower()
+        raise UsageError(
+            f"eps is {eps:g}, but no two inputs inside the bounds are further apart than {farthest:g} in {norm}; "
+            f"give an eps in the units of the inputs, as in {norm}:{farthest / 32:.3g}, or the model's --bounds"
+        )
+    if isinstance(threat.constraint, Corruptions):
+        refuse_no_images(x)
+    if threat.goal is not None and not 0 <= threat.goal < classes:
+        raise UsageError(
+            f"the goal is class {threat.goal}, and this model has {classes} classes; choose one from 0 to {classes - 1}"
+        )
+
+
+def slight(constraint: Constraint, bounds: Bounds, features: int) -> tuple[str, ...]:
+    """A note if eps is smaller than a tenth of an 8-bit pixel step; it was probably meant for other bounds."""
+    eps, width = constraint.eps, bounds.width
+    levels = {Linf: 1.0, L2: math.sqrt(features), L1: float(features)}.get(type(constraint), 0.0)
+    if not 0 < eps < 0.1 * levels * width / 255:
+        return ()
+    said = f"eps {eps:.3g} is less than a tenth of one step between 256 levels of the bounds, which are {width:g} wide"
+    return (f"{said}: eps counts in the units of the inputs",)
+
+
+def refuse_batch(
+    batch: Batch,
+    bounds: Bounds,
+    classes: int,
+    name: str,
+    *,
+    whole: Data | Batch | None = None,
+    remote: bool = False,
+) -> None:
+    """Raise `TargetError` unless inputs are floats inside the bounds and labels are classes.
+
+    The message names the range of the labels of `whole`, which contains the batch. `remote` says whether the model
+    runs on a server.
+    """
+    x, y = batch.x, batch.y
+    if not x.is_floating_point():
+        raise TargetError(
+            f"the inputs of {name} are {x.dtype}; floats inside the bounds were expected, as x.float() / 255"
+        )
+    if not x.isfinite().all():
+        row = int((~x.flatten(1).isfinite().all(1)).nonzero()[0, 0])
+        raise TargetError(
+            f"{name} holds NaN or infinity, first in row {int(batch.ids[row])}; fill or drop such rows"
+        )
+    low, high = bounds.like(x)
+    slack = 1e-6 * (high - low)
+    if ((x < low - slack) | (x > high + slack)).any():
+        raise TargetError(_outside(x, low, high, name))
+    if len(y) and (int(y.min()) < 0 or int(y.max()) >= classes):
+        ends = _range_of_labels(batch if whole is None else whole)
+        raise TargetError(off_range(*ends, classes, name, remote=remote))
+
+
+def _range_of_labels(data: Data | Batch) -> tuple[int, int]:
+    """The smallest and the largest label of all labelled examples."""
+    if isinstance(data, Batch):
+        known = data.y[data.y != UNLABELLED]
+        return int(known.min()), int(known.max())
+    pieces = [data.read(start, start + _PIECE).y for start in range(0, len(data), _PIECE)]
+    return min(int(y.min()) for y in pieces), max(int(y.max()) for y in pieces)
+
+
+def _outside(x: Tensor, low: Tensor, high: Tensor, name: str) -> str:
+    lowest, highest = float(x.min()), float(x.max())
+    box = f"{float(low.min()):g} to {float(high.max()):g}"
+    seen = f"the inputs of {name} range from {lowest:.4g} to {highest:.4g}, outside the bounds {box}; "
+    if pixel_divisor(lowest, highest, 4) == 255 and float(high.max()) == 1:
+        return seen + "divide them by 255, or give --bounds 0,255 if the model takes bytes"
+    if (float(low.min()), float(high.max())) == (0, 1):
+        return (
+            seen
+            + "if they were normalised before, give --data-normalised MEAN/STD with the values of your training, and "
+            "eps stays in pixels; else say what the model takes with --bounds LOW,HIGH, and eps is in the units of the "
+            "data"
+        )
+    return seen + f"scale them, or give --bounds {lowest:.4g},{highest:.4g}"
+
+
+def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Batch) -> None:
+    """Raise `UsageError` for a gate whose metric the plan does not measure; the message says what would.
+
+    Gates against a baseline are not tested: the common examples are known only at the end.
+    """
+    for claim in claims:
+        refuse_rotation(claim)
+    alone = [claim for claim in claims if claim.versus is None]
+    if not alone:
+        return
+    evidence = _as_if_broken(plan, target, sample)
+    for claim in alone:
+        judge(claim, evidence, Doubts())
+
+
+def _as_if_broken(plan: Plan, target: Target, sample: Batch) -> Evidence:
+    """Evidence with every column of the plan, in which the last attack breaks all correct examples."""
+    by_stage: dict[str, Columns] = {}
+    for stage in plan.stages():
+        if stage.kind == "clean":
+            by_stage[stage.name] = run_clean(plan, target, sample, Room(len(sample)))
+        else:
+            by_stage[stage.name] = _made_up(stage, by_stage["clean"])
+    if "transfer" in by_stage:
+        by_stage["transfer"] = {**by_stage["transfer"], **_turned(by_stage["clean"], plan.threat, target)}
+    outline = plan.outline(target.classes)
+    return conclude(outline, by_stage, {}, Context(), randomised=target.randomised)
+
+
+def _made_up(stage: Stage, clean: Columns) -> Mapping[str, Tensor]:
+    alone = unattacked(clean, stage.kind)
+    if stage.kind == "attacked":
+        return {**alone, **{name: values for name, values in clean.items() if name != "correct"}}
+    near = {
+        name: torch.zeros_like(values)
+        for name, values in alone.items()
+        if name.startswith("distance") or name == "score"
+    }
+    return {**alone, **near, "success": clean["correct"].clone()}
+
+
+def _turned(clean: Columns, threat: ThreatModel, target: Target) -> dict[str, Tensor]:
+    """Columns of a transfer matrix in which all models agree with this one and every example breaks all of them."""
+    models, right = 1 + len(threat.surrogates), clean["correct"][:, None]
+    wrong = right[:, None].expand(-1, len(makers(target.quick, threat)), models)
+    return {"transfer.id": clean["id"], "transfer.right": right.expand(-1, models), "transfer.wrong": wrong}

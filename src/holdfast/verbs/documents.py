@@ -1,0 +1,185 @@
+"""Conversion of the parts of evidence that are not columns to strict JSON and back."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
+from holdfast.core.corruptions import Corruptions
+from holdfast.core.errors import TargetError
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Cost, Doubt
+from holdfast.core.patches import Patch
+from holdfast.core.threat import ThreatModel
+from holdfast.core.transformations import Colour, Spatial
+from holdfast.doubts.concluding import Findings
+from holdfast.gates.grammar import recorded
+from holdfast.gates.judging import Judgement, exit_code
+from holdfast.harness import Outline, Probes
+from holdfast.harness import Step as OutlineStep
+from holdfast.reports.numbers import number, strict
+from holdfast.store.folder import Split
+
+Json = dict[str, Any]
+
+VERDICT = "verdict"
+"""Name of the document with the judged gates."""
+
+
+def outline_to_json(outline: Outline) -> Json:
+    """The outline of what is measured, as JSON."""
+    constraint = outline.threat.constraint
+    return {
+        "stages": [
+            {
+                "name": s.name,
+                "kind": s.kind,
+                "attack": s.attack,
+                "settings": strict(s.settings),
+                "notes": list(s.notes),
+                "wave_of": s.wave_of,
+                "adaptive": s.adaptive,
+            }
+            for s in outline.steps
+        ],
+        "threat": {
+            "norm": type(constraint).__name__,
+            "eps": strict(float(constraint.eps)),
+            "per": constraint.per if isinstance(constraint, L0) else None,
+            "limits": dict(constraint.limits) if isinstance(constraint, Limited) else {},
+            "goal": outline.threat.goal,
+            "access": outline.threat.access,
+            "queries": outline.threat.queries,
+        },
+        "seed": outline.seed,
+        "suite": outline.suite,
+        "smallest": outline.smallest,
+    }
+
+
+def outline_from_json(content: Mapping[str, Any]) -> Outline:
+    """Inverse of `outline_to_json`."""
+    threat = content["threat"]
+    return Outline(
+        tuple(
+            OutlineStep(
+                s["name"],
+                s["kind"],
+                s["attack"],
+                s["settings"],
+                tuple(s["notes"]),
+                s.get("wave_of", ""),
+                s.get("adaptive", False),
+            )
+            for s in content["stages"]
+        ),
+        ThreatModel(_constraint(threat), threat["goal"], threat["access"], threat["queries"]),
+        content["seed"],
+        content["suite"],
+        content["smallest"],
+    )
+
+
+def _constraint(threat: Mapping[str, Any]) -> Constraint:
+    eps = number(threat["eps"])
+    if threat["norm"] == "L0":
+        return L0(eps, threat["per"])
+    if threat["norm"] == "Corruptions":
+        return Corruptions(int(eps))
+    limited: dict[str, type[Patch | Spatial | Colour]] = {
+        "Patch": Patch,
+        "Spatial": Spatial,
+        "Colour": Colour,
+    }
+    if threat["norm"] in limited:
+        return limited[threat["norm"]](**threat["limits"])
+    norms: dict[str, type[Linf | L2 | L1]] = {"Linf": Linf, "L2": L2, "L1": L1}
+    if threat["norm"] not in norms:
+        raise TargetError(
+            f"the run is under {threat['norm']}, which this version does not know; install the one that wrote it"
+        )
+    return norms[threat["norm"]](eps)
+
+
+def doubt_to_json(doubt: Doubt) -> Json:
+    """A doubt as JSON."""
+    return {
+        "name": doubt.name,
+        "state": doubt.state,
+        "statistic": strict(doubt.statistic),
+        "threshold": strict(doubt.threshold),
+        "n": doubt.n,
+        "says": doubt.says,
+    }
+
+
+def doubt_from_json(content: Mapping[str, Any]) -> Doubt:
+    """Inverse of `doubt_to_json`."""
+    return Doubt(
+        content["name"],
+        content["state"],
+        _optional(content["statistic"]),
+        _optional(content["threshold"]),
+        content["n"],
+        content["says"],
+    )
+
+
+def _optional(value: float | str | None) -> float | None:
+    return None if value is None else number(value)
+
+
+def judgement_to_json(judgement: Judgement) -> Json:
+    """A gate with its verdict as JSON."""
+    seen = judgement.estimate
+    return {
+        "claim": judgement.claim.text,
+        "estimate": {
+            "value": strict(seen.value),
+            "low": strict(seen.low),
+            "high": strict(seen.high),
+            "n": seen.n,
+        },
+        "verdict": judgement.verdict,
+        "open_doubts": list(judgement.open_doubts),
+        **({} if judgement.scope is None else {"scope": judgement.scope}),
+    }
+
+
+def judgement_from_json(content: Mapping[str, Any]) -> Judgement:
+    """Inverse of `judgement_to_json`."""
+    seen = content["estimate"]
+    estimate = Estimate(number(seen["value"]), number(seen["low"]), number(seen["high"]), seen["n"])
+    doubts, scope = tuple(content["open_doubts"]), content.get("scope")
+    return Judgement(recorded(content["claim"]), estimate, content["verdict"], doubts, scope)
+
+
+def verdict_to_json(judgements: Sequence[Judgement], accepted: Mapping[str, str]) -> Json:
+    """The judged gates, the accepted doubts and the exit code as JSON."""
+    return {
+        "gates": [judgement_to_json(judgement) for judgement in judgements],
+        "accepted_doubts": dict(accepted),
+        "exit_code": exit_code(judgement.verdict for judgement in judgements),
+    }
+
+
+def doubts_to_json(
+    findings: Findings, probes: Probes, cost: Cost, remarks: Sequence[str], splits: Sequence[Split]
+) -> Json:
+    """The document of the doubts, with notes on the course of the run."""
+    return {
+        "doubts": [doubt_to_json(doubt) for doubt in findings.doubts],
+        "fallen": {name: ids.tolist() for name, ids in findings.fallen.items()},
+        "probes": list(probes),
+        "notes": [*remarks, *_halved(splits)],
+        "cost": {name: getattr(cost, name) for name in ("forwards", "backwards", "queries")},
+    }
+
+
+def _halved(splits: Sequence[Split]) -> list[str]:
+    """A note on the smallest batch that memory allowed."""
+    if not splits:
+        return []
+    size = min(split["size"] for split in splits)
+    return [
+        f"memory ran out, and the run went on with {size} examples at a time; --batch-size {size} starts with that"
+    ]

@@ -1,0 +1,151 @@
+"""The epochs of one training: each is evaluated on held-out examples and saved, and the best one is kept."""
+
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint, TrainingPlan
+from holdfast.core.draws import Draws
+from holdfast.core.errors import LostLoss
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.engine.progress import Progress, Step
+from holdfast.engine.signals import Stopper
+from holdfast.ops import distributed
+from holdfast.ops.fit import Training
+from holdfast.ops.recipe import Recipe, trained_as
+from holdfast.verbs import training
+from holdfast.verbs.candidates import Candidate
+from holdfast.verbs.held_out import looked_at
+from holdfast.verbs.pace import Clock, smaller
+from holdfast.verbs.training import BEST, LAST, Point
+
+STAGES = ["before", "training", "after"]
+"""Steps of a hardening."""
+NOTHING: Any = None
+"""Value that a process other than the first passes to a broadcast."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """Message of the first process to the others before a training."""
+
+    name: str
+    """name of the candidate"""
+    how: Training
+    """settings of the training, without the pacing of a budget, which only the first process has"""
+    paced: bool
+    """whether the training has a budget"""
+    after: Checkpoint | None
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A model, its training examples, and the held-out examples that choose the checkpoint."""
+
+    model: Classifier
+    rest: Batch
+    held: Batch
+    threat: ThreatModel
+    seed: int
+    machine: str
+    """description of the hardware, in one line"""
+    clock: Clock = field(default=time.perf_counter)
+
+    def begun(self, recipe: Recipe, after: Checkpoint | None) -> Iterator[Checkpoint]:
+        """The checkpoints of a recipe, computed lazily: no update is made before the first is requested."""
+        return recipe(self.model, self.rest, self.threat, rng=Draws(self.seed), after=after)
+
+    def course(
+        self,
+        place: Path,
+        candidate: Candidate,
+        how: Training,
+        stopper: Stopper,
+        progress: Progress,
+    ) -> tuple[Point, ...]:
+        """Train from the last checkpoint on, and return the curve over all epochs."""
+        last = training.kept(place, LAST)
+        curve = () if last is None else last.curve
+        if last is not None and ended_by(last.checkpoint, curve, how):
+            return curve
+        highest = max((_score(point) for point in curve), default=(-1.0, -1.0))
+        shown = deepcopy(self.model)
+        after = None if last is None else last.checkpoint
+        distributed.broadcast(
+            Course(candidate.name, replace(how, pacing=None), how.pacing is not None, after)
+        )
+        cpu, wall = time.process_time(), self.clock()
+        for checkpoint in self.begun(trained_as(candidate.recipe, how), after):
+            checkpoint.put_into(shown)
+            clean, robust = looked_at(shown, self.held, self.threat)
+            now = time.process_time(), self.clock()
+            point = Point(
+                checkpoint.epoch, **dict(checkpoint.measured), batch=how.batch, clean=clean, robust=robust,
+                cpu_s=now[0] - cpu, wall_s=now[1] - wall, hardware=self.machine, part=checkpoint.part,
+                share=checkpoint.share,
+            )  # fmt: skip
+            cpu, wall = now
+            curve = (*curve, point)
+            with stopper.finishing():
+                if _score(point) > highest:
+                    highest = _score(point)
+                    training.keep(place, BEST, checkpoint, curve)
+                training.keep(place, LAST, checkpoint, curve)
+            progress(_step(candidate, point, checkpoint.of, len(self.held)))
+            if not distributed.broadcast(not _stale(curve, how)):
+                break
+        return curve
+
+    def follow(self, candidate: Candidate, heard: Course) -> None:
+        """Take part in a training as a process other than the first."""
+        try:
+            how = replace(heard.how, pacing=_planned_elsewhere if heard.paced else None)
+            for _ in self.begun(trained_as(candidate.recipe, how), heard.after):
+                if not distributed.broadcast(NOTHING):
+                    break
+        except LostLoss:
+            return  # the first process reports it
+        except (RuntimeError, MemoryError) as error:
+            smaller(heard.how.batch, error)
+
+
+def _step(candidate: Candidate, point: Point, epochs: int, held: int) -> Step:
+    standing = round(point.robust * held)
+    return Step(f"training {candidate.name}", 2, len(STAGES), point.epoch, epochs, standing, held)
+
+
+def _score(point: Point) -> tuple[float, float]:
+    return point.robust, point.clean
+
+
+def _planned_elsewhere(done: int, position: int, per_epoch: int, last: TrainingPlan | None) -> TrainingPlan:
+    """Pacing of a process that receives its plans from the first process."""
+    found: TrainingPlan = NOTHING
+    return found
+
+
+EndedBy = Literal["epochs", "budget", "patience"]
+"""Reason for the end of a training: all epochs done, budget spent, or patience exceeded."""
+
+
+def ended_by(last: Checkpoint, curve: tuple[Point, ...], how: Training) -> EndedBy | None:
+    """Why a training has ended with this checkpoint; None if it continues."""
+    if _stale(curve, how):
+        return "patience"
+    if last.plans:
+        return "budget" if last.updates >= last.plans[-1].end else None
+    return "epochs" if last.epoch >= how.epochs else None
+
+
+def _stale(curve: tuple[Point, ...], how: Training) -> bool:
+    """Whether the held-out robust accuracy has not improved for as many epochs as the patience.
+
+    Epochs in which eps still increased do not count.
+    """
+    heights, patience = [point.robust for point in curve if point.share > how.warmup], how.patience
+    return bool(patience and heights) and len(heights) - 1 - heights.index(max(heights)) >= patience

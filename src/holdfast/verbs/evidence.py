@@ -1,0 +1,176 @@
+"""Builds the evidence of a run from its stored artefacts, both after the run and when it is opened again."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast.core.evidence import PARTIAL, Columns, Cost, Evidence, Seconds
+from holdfast.doubts.answering import answered
+from holdfast.harness import (
+    Context,
+    Outline,
+    Pass,
+    broken,
+    conclude,
+    passes,
+    speaking,
+    unattacked,
+)
+from holdfast.sources.sent import Totals
+from holdfast.store.folder import StoredStage
+from holdfast.verbs.documents import doubt_from_json, outline_from_json
+from holdfast.verbs.served import to_json
+
+DOUBTS = "doubts"
+"""Name of the document, the random stream and the timing of the probes."""
+ADAPTIVE = "adaptive"
+"""Name of the document that lists which adaptive attacks ran, and why."""
+ROTATION = "rotation"
+"""Name of the document with the table of attackers of a rotation."""
+TUNING = "fine-tuning"
+"""Name of the doubt that fine-tuning would achieve more than rotation."""
+
+
+def counted(kind: str, stage: StoredStage, by_stage: Mapping[str, Columns]) -> Columns | None:
+    """The columns of a stage for all examples; None if time ran out and the missing examples cannot be filled in.
+
+    Examples that an unfinished attack did not reach count as not attacked.
+    """
+    if stage.reached is None:
+        return stage.columns
+    return _filled(stage.columns, by_stage["clean"]) if kind == "attack" else None
+
+
+def evidence_of(
+    manifest: Mapping[str, Any],
+    by_stage: Mapping[str, Columns],
+    asked: Mapping[str, Any],
+    seconds: Mapping[str, Seconds],
+    adapted: Mapping[str, Any] | None = None,
+    sent: Totals | None = None,
+) -> Evidence:
+    """Return the evidence of a run.
+
+    The arguments are the content of `run.json`, the columns of each stage, the documents of the doubts and of the
+    adaptive attacks, and the times. `sent` is what was sent to the server of a served model.
+    """
+    spent, served = seconds.get(DOUBTS, Seconds()), {} if sent is None else to_json(sent)
+    cost = asked["cost"]
+    context = Context(
+        model=manifest["model"],
+        data=manifest["data"],
+        notes=(*manifest["notes"], *asked["notes"], *served.get("says", ())),
+        doubts=tuple(doubt_from_json(doubt) for doubt in asked["doubts"]),
+        doubts_cost=Cost(cost["forwards"], cost["backwards"], cost["queries"], spent.cpu, spent.wall),
+        surrogates=tuple(manifest.get("surrogates", ())),
+        others=tuple(manifest.get("others", ())),
+        **_scope(asked),
+    )
+    outline = outline_from_json(manifest["config"])
+    if adapted is not None:
+        context = _adapted(context, outline, by_stage, asked, adapted)
+    evidence = conclude(outline, by_stage, seconds, context, randomised=manifest["model"]["randomised"])
+    return replace(evidence, served=served)
+
+
+def _scope(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Which adversarial examples count. Runs of earlier versions list no probes, so only those of the suite count."""
+    if "probes" in asked:
+        return {"probes": asked["probes"]}
+    missed = {id_ for ids in asked["fallen"].values() for id_ in ids}
+    return {"scope": "suite only", "broken_elsewhere": len(missed)}
+
+
+def counted_passes(
+    manifest: Mapping[str, Any], by_stage: Mapping[str, Columns], asked: Mapping[str, Any]
+) -> tuple[Pass, ...]:
+    """The passes outside the suite whose adversarial examples count."""
+    if "probes" not in asked:
+        return ()
+    return passes(outline_from_json(manifest["config"]), by_stage, asked["probes"])
+
+
+def with_attackers(evidence: Evidence, found: Mapping[str, Any] | None) -> Evidence:
+    """The evidence with the doubt, the verdict and the notes of the table of attackers `found`, if it is complete."""
+    if found is None or not found["complete"]:
+        return evidence
+    notes = (found["verdict"], *found.get("notes", ()))
+    asked = found["doubt"]
+    doubts = () if asked is None else (doubt_from_json({"name": TUNING, **asked}),)
+    return replace(evidence, doubts=(*evidence.doubts, *doubts), notes=(*evidence.notes, *notes))
+
+
+def _adapted(
+    context: Context,
+    outline: Outline,
+    by_stage: Mapping[str, Columns],
+    asked: Mapping[str, Any],
+    adapted: Mapping[str, Any],
+) -> Context:
+    """The context after the adaptive attacks: which doubts they answered, and their notes."""
+    because = {arm: tuple(names) for arm, names in adapted["because"].items()}
+    places = {step.attack: step.name for step in outline.steps if step.adaptive and step.name in by_stage}
+    ran = {} if adapted["missed"] else {arm: by_stage[name] for arm, name in places.items()}
+    clean = by_stage["clean"]
+    standing = clean["correct"] & clean["eligible"] & ~broken(by_stage)
+    fallen = {id_ for ids in asked["fallen"].values() for id_ in ids}
+    left = fallen & set(clean["id"][standing].tolist())
+    return replace(
+        context,
+        doubts=answered(
+            context.doubts,
+            ran,
+            because,
+            went_round=bool(adapted["ways"]),
+            fell=bool(left),
+            blind=adapted["blind"],
+        ),
+        notes=(*context.notes, *adapted["missed"], *adapted["notes"]),
+        broken_elsewhere=len(left) if context.scope == "suite only" else 0,
+        remarks={
+            name: (f"run because of {listed(because[arm])}", *_round(adapted, arm))
+            for arm, name in places.items()
+        },
+    )
+
+
+def _round(adapted: Mapping[str, Any], arm: str) -> tuple[str, ...]:
+    ways = adapted["ways"] if arm != "Search" else []
+    return (f"its gradient goes round {listed(ways)}",) if ways else ()
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names with commas and "and", as in `a, b and c`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def is_of_rows(column: str) -> bool:
+    """Whether a column has one row for each example."""
+    return not column.startswith(PARTIAL)
+
+
+def adversarial(
+    by_stage: Mapping[str, Columns], stages: Sequence[str], counted: Sequence[Pass], *, smallest: bool
+) -> dict[str, Tensor]:
+    """The stored adversarial inputs: for each example the first, or that of the `smallest` change.
+
+    Returns columns `id` and `x`. `stages` are the names of the attacks in their order; the `counted` passes follow
+    them.
+    """
+    columns = [by_stage[name] for name in stages if name in by_stage]
+    kept = [c for c in (*columns, *(each.columns for each in counted)) if "adversarial.id" in c]
+    if not kept:
+        return {}
+    ids = torch.cat([columns["adversarial.id"] for columns in kept])
+    rows = speaking(kept, "adversarial", smallest=smallest)
+    return {"id": ids[rows], "x": torch.cat([columns["adversarial.x"] for columns in kept])[rows]}
+
+
+def _filled(columns: Columns, clean: Columns) -> dict[str, Tensor]:
+    """The columns of the first examples, extended by those of examples that were not attacked."""
+    alone, n = unattacked(clean), len(columns["id"])
+    filled = {name: torch.cat([columns[name], values[n:]]) if n else values for name, values in alone.items()}
+    return filled | {name: values for name, values in columns.items() if not is_of_rows(name)}

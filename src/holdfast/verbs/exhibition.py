@@ -1,0 +1,106 @@
+"""Measures the models of the gallery: by PGD, by adaptive attacks, and which doubts are raised."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from holdfast.core.batch import Batch, Data
+from holdfast.core.chain import canonical, digest
+from holdfast.core.constraints import Linf
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.gallery import ITEMS, Item, undefended
+from holdfast.harness import Member, Plan
+from holdfast.harness.plan import FIXED, DoubtsWanted, adaptive_members
+from holdfast.suites import suite
+from holdfast.verbs.assess import assess
+from holdfast.verbs.request import AssessRequest, Subject
+from holdfast.verbs.result import Result
+
+NAIVE = "naive@1"
+"""PGD-40 on the cross-entropy with ordinary autograd, as in evaluations that are misled by gradient masking."""
+SOUND = "standard"
+"""The suite for the undefended twin."""
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """Measurements of an item of the gallery."""
+
+    name: str
+    source: str
+    eps: float
+    clean_accuracy: float
+    naive_robust_accuracy: float
+    twin_robust_accuracy: float
+    adaptive_robust_accuracy: float
+    doubts: tuple[str, ...]
+    """doubts that the naive evaluation raised"""
+    adaptive: tuple[str, ...]
+    """adaptive attacks that were run"""
+    ways: tuple[str, ...]
+    """the stages that the adaptive attacks bypassed, and how"""
+    n: int
+    cpu_s: float
+    """CPU time of both evaluations"""
+
+
+def exhibits(
+    training: Batch,
+    data: Data,
+    items: Sequence[Item] = ITEMS,
+    *,
+    seed: int = 0,
+) -> Iterator[Exhibit]:
+    """Build each item on the training digits and measure it on `data`."""
+    twin, sound = undefended(training), dict[float, Result]()
+    for item in items:
+        model = item.build(training, twin)
+        if item.eps not in sound:
+            members = tuple(Member(*named) for named in suite(SOUND, Linf(item.eps)).attacks)
+            sound[item.eps] = measured(twin, data, item.eps, members, seed=seed)
+        naive = measured(model, data, item.eps, (FIXED,), seed=seed)
+        adaptive = measured(model, data, item.eps, (FIXED,), seed=seed, doubts="all", adaptive=True)
+        ran = adaptive.attacks[1:]
+        yield Exhibit(
+            item.name,
+            item.source,
+            item.eps,
+            naive.metrics["clean_accuracy"].value,
+            naive.metrics["robust_accuracy"].value,
+            sound[item.eps].metrics["robust_accuracy"].value,
+            adaptive.metrics["robust_accuracy"].value,
+            raised(adaptive),
+            tuple(record.name for record in ran),
+            tuple(note for record in ran[:1] for note in record.notes[1:]),
+            len(data),
+            naive.cost.cpu_s + adaptive.cost.cpu_s,
+        )
+
+
+def raised(result: Result) -> tuple[str, ...]:
+    """Names of the doubts that were raised, whether answered or not."""
+    return tuple(doubt.name for doubt in result.doubts if doubt.state in ("raised", "answered"))
+
+
+def measured(
+    net: nn.Module,
+    data: Data,
+    eps: float,
+    members: tuple[Member, ...],
+    *,
+    seed: int = 0,
+    doubts: DoubtsWanted = "none",
+    adaptive: bool = False,
+) -> Result:
+    """Assess a network under some attacks, and with `adaptive` under those that its doubts require."""
+    plan = Plan(
+        members,
+        ThreatModel(Linf(eps)),
+        seed,
+        NAIVE,
+        doubts=doubts,
+        adaptive=adaptive_members(Linf(eps)) if adaptive else (),
+    )
+    return assess(Subject(Classifier(net), digest(canonical([]))), data, AssessRequest(plan))

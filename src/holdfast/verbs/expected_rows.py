@@ -1,0 +1,172 @@
+"""The largest number of rows that a run sends to a server, computed before the run."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from holdfast.attacks.costs import Passes, most_rows
+from holdfast.core.corruptions import Corruptions
+from holdfast.core.model import VOTES
+from holdfast.doubts.allotting import JUDGED_AT_RANDOM, probe_rows
+from holdfast.doubts.probing import AGAIN, probes_for
+from holdfast.doubts.thresholds import FRESH_ROWS, SAMPLE
+from holdfast.harness import LOOKED_AT, MATRIX_ROWS, Plan, Target
+from holdfast.harness.plan import Member
+from holdfast.verbs.evidence import listed
+from holdfast.verbs.request import AssessRequest
+
+
+@dataclass(frozen=True)
+class ExpectedRows:
+    """Upper bounds on the rows that are sent to a server, by purpose."""
+
+    clean: int
+    """clean inputs, including the inspection of the model before the run"""
+    attacks: int
+    doubts: int
+    """the probes of the doubts, and judging the examples that they find"""
+    judging: int
+    """one row for each example that an attack was run on; 41 for a randomised model"""
+    unknown: tuple[str, ...] = ()
+    """attacks that are not included, because neither a setting nor a budget bounds their rows"""
+
+    @property
+    def total(self) -> int:
+        """The sum of the rows of all purposes."""
+        return self.clean + self.attacks + self.doubts + self.judging
+
+    @property
+    def says(self) -> str:
+        """The total and its parts as text.
+
+        >>> ExpectedRows(57, 6_000, 2_000, 226).says
+        'at most 8,283 rows to the server, if it refuses none: 57 clean, 6,000 attacks, 2,000 doubts, 226 judging'
+        """
+        parts = ", ".join(
+            f"{rows:,} {name}"
+            for name, rows in (
+                ("clean", self.clean),
+                ("attacks", self.attacks),
+                ("doubts", self.doubts),
+                ("judging", self.judging),
+            )
+        )
+        said = f"at most {self.total:,} rows to the server, if it refuses none: {parts}"
+        if not self.unknown:
+            return said
+        return (
+            f"{said}; not counted are the rows of {listed(self.unknown)}, which no setting bounds: give a budget, such "
+            "as queries=1000 in --threat"
+        )
+
+
+def expected_rows(
+    plan: Plan,
+    n: int,
+    *,
+    right: int | None = None,
+    passes: Passes,
+    randomised: bool = False,
+    gates: bool = False,
+    others: Sequence[int] = (),
+    openings: int = 1,
+    opening: int = 0,
+) -> ExpectedRows:
+    """Return upper bounds on the rows that a run of the plan on `n` examples sends, including padding of batches.
+
+    `right` is the number of correctly classified examples, which attacks are run on; None means all. `gates` says
+    whether gates are first tested on a few examples. `others` is the number of examples of each further data set for
+    the transfer across data sets. `openings` is the number of processes that inspect the model, and `opening` the
+    rows that each needs to determine how the data are read.
+    """
+    due = n if right is None or isinstance(plan.threat.constraint, Corruptions) else right
+    judged = JUDGED_AT_RANDOM if randomised else 1
+    few = passes.filled(min(LOOKED_AT, n))
+    look = passes.filled(1) + (1 + VOTES if randomised else 2) * few
+    clean = openings * (look + opening) + (judged * few if gates else 0) + judged * passes.once(n)
+    asked, unknown = _attacked((*plan.members, *plan.curve, *plan.adaptive), plan, due, passes)
+    members = (*plan.members, *plan.curve, *plan.adaptive)
+    judging = sum(judged * _of(member, passes).once(due) for member in members)
+    judging += _on_surrogates(plan, n, passes, judged) + _across(plan, n, passes, others)
+    doubts = _doubts(plan, due, passes, randomised=randomised)
+    return ExpectedRows(clean, asked, doubts, judging, unknown)
+
+
+def expected_of(
+    order: AssessRequest,
+    plan: Plan,
+    target: Target,
+    n: int,
+    cut: Mapping[str, Any],
+    *,
+    right: int | None = None,
+    opening: int = 0,
+) -> ExpectedRows:
+    """`expected_rows` for a run with the shards and batch size in `cut`, the `plan` of its manifest."""
+    shards = tuple(stop - start for start, stop in cut["shards"])
+    return expected_rows(
+        plan,
+        n,
+        right=right,
+        passes=Passes(cut["batch_size"], target.bare.batches, shards),
+        randomised=target.randomised,
+        gates=any(claim.versus is None for claim in order.gates),
+        others=tuple(map(len, order.across)),
+        openings=1 + (order.workers or 0),
+        opening=opening,
+    )
+
+
+def _of(member: Member, passes: Passes) -> Passes:
+    """How the examples of an attack are divided: each wave is measured shard by shard."""
+    return replace(passes, shards=passes.shards * (1 + member.waves))
+
+
+def _attacked(members: Iterable[Member], plan: Plan, due: int, passes: Passes) -> tuple[int, tuple[str, ...]]:
+    """The most rows that the attacks query, and the names of attacks without a known bound."""
+    rows, unknown = 0, []
+    for member in members:
+        most = most_rows(member.attack, plan.threat, due, _of(member, passes))
+        rows += most or 0
+        if most is None:
+            unknown.append(member.name)
+    return rows, tuple(unknown)
+
+
+def _doubts(plan: Plan, due: int, passes: Passes, *, randomised: bool) -> int:
+    """Rows of all probes on their largest number of examples, limited by the rows of the suite."""
+    if plan.doubts != "all":
+        return 0
+    together, attacks = replace(passes, shards=()), [member.attack for member in plan.members]
+    probes = sum(
+        probe_rows(
+            probe,
+            attacks,
+            plan.threat,
+            min(due, FRESH_ROWS if probe.name == AGAIN else SAMPLE),
+            together,
+            randomised=randomised,
+        )
+        or 0
+        for probe in probes_for(plan.threat, tuple(attacks))
+    )
+    suite, unknown = _attacked(plan.members, plan, due, Passes(passes.size))
+    judged = JUDGED_AT_RANDOM if randomised else 1
+    return probes if unknown else min(probes, suite + judged * due * len(plan.members))
+
+
+def _on_surrogates(plan: Plan, n: int, passes: Passes, judged: int) -> int:
+    """Rows of the transfer matrix: each clean input, and its examples from each surrogate and from all together."""
+    if not plan.matrix:
+        return 0
+    models = len(plan.threat.surrogates)
+    makers = models + (models > 1)
+    return (1 + makers * judged) * passes.once(min(n, MATRIX_ROWS))
+
+
+def _across(plan: Plan, n: int, passes: Passes, others: Sequence[int]) -> int:
+    """Rows of the transfer across data sets: the perturbations of each data set, and as many controls, on each."""
+    if not plan.across:
+        return 0
+    sets = 1 + len(others)
+    return (sets + 2 * sets**2) * replace(passes, shards=()).once(min(n, MATRIX_ROWS, *others))

@@ -1,0 +1,260 @@
+"""The result of a hardening: the new model, its card, and its measurements before and after."""
+
+import hashlib
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.core.chain import canonical, digest
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.model import Classifier
+from holdfast.metrics.paired import basis
+from holdfast.ops.overfitting import MOST_RAISED
+from holdfast.ops.statistics import proportion
+from holdfast.reports.card import compared, judged
+from holdfast.reports.card import document as as_markdown
+from holdfast.reports.numbers import percent, plain, strict
+from holdfast.reports.training import curve_svg
+from holdfast.reports.words import as_asked
+from holdfast.store.files import usable, write_atomically
+from holdfast.store.records import document
+from holdfast.verbs.candidates import Candidate
+from holdfast.verbs.epochs import EndedBy
+from holdfast.verbs.request import Subject
+from holdfast.verbs.result import Result
+from holdfast.verbs.training import Point
+
+MODEL = "model.safetensors"
+"""File name of the new model."""
+
+
+@dataclass(frozen=True)
+class Hardened:
+    """A new model, how it was trained, and measurements of the given model and the new one."""
+
+    model: Classifier
+    before: Result
+    after: Result
+    curve: tuple[Point, ...]
+    """one point for each epoch of its training"""
+    card: Mapping[str, Any]
+    """recipe, settings, plan, both measurements, cost and versions, in the types of strict JSON"""
+    weights: bytes
+    """the new model as a safetensors file"""
+    folder: Path | None = None
+
+    def write(self, folder: str | Path) -> Path:
+        """Write `model.safetensors`, `card.md`, `card.json` and `curve.svg` to a folder, created if missing.
+
+        The command on the card that opens the model contains the path of this folder as it was given.
+        """
+        place = Path(folder)
+        card = {**self.card, "opened_by": _placed(self.card["opened_by"], place)}
+        with usable(place):
+            place.mkdir(parents=True, exist_ok=True)
+            write_atomically(place / MODEL, self.weights)
+            write_atomically(place / "card.json", document(card))
+            write_atomically(place / "card.md", as_markdown(card).encode())
+            write_atomically(place / "curve.svg", curve_svg(self.card["curve"]).encode())
+        return place
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes on the training for the reader of a report."""
+        return tuple(self.card["notes"])
+
+    def __str__(self) -> str:
+        before, after = (self.card[side]["metrics"] for side in ("before", "after"))
+        said = [
+            f"{name} {percent(before[name]['value'])} → {percent(after[name]['value'])}"
+            for name in compared(self.card)
+        ]
+        epoch = f"epoch {self.card['chosen']['epoch']} of {plain(self.card['epochs'])}"
+        return f"{self.card['recipe']}: {', '.join(said)} ({epoch})"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model trained by one candidate."""
+
+    candidate: Candidate
+    attempt: Mapping[str, Any]
+    subject: Subject
+    curve: tuple[Point, ...]
+    chosen: Point
+    raised: int
+    """how often its guard increased the number of steps"""
+    ended_by: EndedBy
+    plans: int = 0
+    """number of plans made within the budget"""
+
+    @property
+    def epochs(self) -> float:
+        """Epochs that were trained; an integer if the last one is complete."""
+        epochs = self.curve[-1].epochs
+        return int(epochs) if epochs == int(epochs) else epochs
+
+
+def described(subject: Subject, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of the weights file: how to open it, and the digest of its training."""
+    known = {key: subject.card[key] for key in ("architecture", "arguments") if key in subject.card}
+    said = {
+        key: subject.card[key]
+        for key in ("bounds", "mean", "std", "classes")
+        if subject.card.get(key) is not None
+    }
+    model = subject.model
+    found = {
+        "output": model.output,
+        "layout": model.layout,
+        "class_names": model.class_names or manifest["data"].get("classes"),
+    }
+    said |= {key: value for key, value in found.items() if value is not None}
+    return {**known, **said, "training": digest(canonical([manifest["digests"], manifest["plan"]]))}
+
+
+def digest_of_weights(checkpoint: Checkpoint) -> str:
+    """SHA-256 over the tensors, in hex."""
+    sha = hashlib.sha256()
+    for name, value in sorted(checkpoint.tensors.items()):
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        sha.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def timeless(card: Mapping[str, Any]) -> dict[str, Any]:
+    """A card without what may differ between two equal runs: times and the command."""
+    points = [_timeless_point(point) for point in card["curve"]]
+    kept = {name: value for name, value in card.items() if name not in {"cost", "command"}}
+    return {
+        **kept,
+        "curve": points,
+        "chosen": _timeless_point(card["chosen"]),
+    }
+
+
+def _timeless_point(point: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in point.items() if name not in {"cpu_s", "wall_s"}}
+
+
+def card_of(
+    made: Sequence[Made],
+    best: Made,
+    sides: tuple[Result, Result],
+    manifest: Mapping[str, Any],
+    said: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the card of the best trained model. `said` are entries from the request."""
+    tried = [each.candidate.name for each in made]
+    found: dict[str, Any] = strict(
+        {
+            **said,
+            "name": best.subject.card["name"],
+            "judged_under": as_asked(sides[1].summary()["threat"]),
+            "recipe": best.candidate.name,
+            "why": best.attempt["why"],
+            "epochs": best.epochs,
+            "ended_by": best.ended_by,
+            "settings": _as_trained(best),
+            "plan": manifest["plan"],
+            "tried": tried,
+            "scope": basis(sides[0].evidence, sides[1].evidence),
+            "before": judged(sides[0].summary()),
+            "after": judged(sides[1].summary()),
+            "chosen": best.chosen.to_json(),
+            "held_out": _looked(best.chosen, **said["held_out"]),
+            "curve": [point.to_json() for point in best.curve],
+            "notes": [
+                *said["notes"],
+                *(note for each in made for note in _noted(each)),
+                *_followed(tried, best),
+            ],
+            "cost": _cost(made, best, manifest["plan"]),
+            "model": dict(best.subject.card),
+            "data": manifest["data"],
+            "versions": manifest["versions"],
+            "hardware": ", then ".join(dict.fromkeys(point.hardware for point in best.curve)),
+        }
+    )
+    return found
+
+
+def _cost(made: Sequence[Made], best: Made, plan: Mapping[str, Any]) -> dict[str, float]:
+    """Cost of all trainings and of the planning; `budget_used` is the share of the budget that the best one used."""
+    points = [point for each in made for point in each.curve]
+    spent = {name: sum(getattr(point, name) for point in points) for name in ("forwards", "cpu_s", "wall_s")}
+    spent["planning_s"] = plan["planning_s"]
+    if plan["budget_s"] is None:
+        return spent
+    used_s = plan["planning_s"] + sum(point.wall_s for point in best.curve)
+    return {
+        **spent,
+        "budget_s": plan["budget_s"],
+        "budget_used": used_s / plan["budget_s"],
+        "plans": best.plans,
+    }
+
+
+def _as_trained(made: Made) -> dict[str, Any]:
+    """The settings of the recipe, updated by the plan, the defaults, and out-of-memory splits."""
+    how, last = made.candidate.recipe.training, made.curve[-1]
+    decided = {"epochs": made.epochs, "weight_decay": how.decay}
+    if last.batch != how.batch:  # batches were split after an out-of-memory error
+        decided |= {"batch": last.batch, "lr": how.lr * last.batch / how.batch}
+    settings = made.candidate.settings
+    return {**settings, "training": {**settings.get("training", {}), **decided}}
+
+
+def _looked(chosen: Point, n: int, before: tuple[float, float]) -> dict[str, Any]:
+    """Metrics of both models, with intervals, on the examples that chose the checkpoint."""
+
+    def told(*shares: float) -> dict[str, Any]:
+        masks = (torch.arange(n) < round(share * n) for share in shares)
+        names = ("clean_accuracy", "robust_accuracy")
+        return {name: vars(proportion(mask)) for name, mask in zip(names, masks, strict=True)}
+
+    return {"n": n, "before": told(*before), "after": told(chosen.clean, chosen.robust)}
+
+
+def _placed(command: str, folder: Path) -> str:
+    """The command that opens the model, with the path of the file in `folder`."""
+    words = shlex.split(command)
+    return shlex.join(str(folder / MODEL) if word == MODEL else word for word in words)
+
+
+def opened_by(opens: str, data: str) -> str:
+    """The command that opens the new model; placeholders in capitals must be replaced by the user."""
+    return f"holdfast assess {MODEL} {'DATA' if ' ' in data else data} {opens}".rstrip()
+
+
+def _followed(tried: Sequence[str], best: Made) -> list[str]:
+    """A note on why there was more than one training."""
+    if len(tried) == 1:
+        return []
+    return [f"doubts objected, so one followed another: {', '.join(tried)}; {best.candidate.name} stands"]
+
+
+def _noted(made: Made) -> list[str]:
+    """Notes on a training: where memory ran out, and how often its guard added a step."""
+    notes = _shrunk(made.curve, made.candidate)
+    if made.raised:
+        times = "once" if made.raised == 1 else f"{made.raised} times"
+        most = ", which is as often as it may" if made.raised == MOST_RAISED else ""
+        said = f"a single step was overfitted to, so the guard asked for another one {times}{most}"
+        notes.append(f"{made.candidate.name}: {said}")
+    return notes
+
+
+def _shrunk(curve: tuple[Point, ...], candidate: Candidate) -> list[str]:
+    """Notes on where memory ran out, and the new batch size."""
+    sizes = [candidate.recipe.training.batch, *(point.batch for point in curve)]
+    return [
+        f"memory ran out in epoch {epoch}: batches of {now} in place of {before} from there on, the rate scaled alike"
+        for epoch, (before, now) in enumerate(pairwise(sizes), 1)
+        if now != before
+    ]

@@ -1,0 +1,152 @@
+"""Held-out examples, which choose the checkpoint of a training, and the separation of training and test examples."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from holdfast.attacks import PGD
+from holdfast.core.batch import UNLABELLED, Batch, Data
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.ops.fit import drawing
+from holdfast.ops.losses import margin
+from holdfast.verbs.pieces import in_pieces
+
+LOOK = PGD(steps=20)
+"""The attack that chooses the checkpoint, with more steps and another loss than in training."""
+_HELD_OUT, _LEAST_HELD_OUT = 1_000, 50
+_EVERY = 10  # at most one training example of this many is held out
+_HARMLESS = 0.001  # size of the threat model in multiples of eps
+_NAMED = 3  # duplicates that a message names
+
+
+def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVERY) -> tuple[Batch, Batch]:
+    """Split labelled examples into training examples and held-out ones. The split is determined by the seed.
+
+    One example of each class stays in the training examples. At most `most` are held out, and at most one of
+    `every`. Raises `UsageError` if fewer than 50 would be held out.
+    """
+    known = data.y != UNLABELLED
+    order = Draws(seed).at("held out").bits(data.ids).argsort()
+    order = order[known[order]]
+    last = {label: place for place, label in enumerate(data.y[order].tolist())}
+    spare = torch.ones_like(order, dtype=torch.bool)
+    spare[list(last.values())] = False
+    n = min(most, len(order) // every, int(spare.sum()))
+    if n < _LEAST_HELD_OUT:
+        raise UsageError(
+            f"{len(order)} training examples leave {n} to choose by; at least "
+            f"{_LEAST_HELD_OUT * every} are needed; name more examples with --fit DATA"
+        )
+    held = torch.zeros_like(known)
+    held[order[spare][:n]] = True
+    return data.take(~held), data.take(held)
+
+
+def looked_at(model: Classifier, held: Batch, threat: ThreatModel) -> tuple[float, float]:
+    """Clean accuracy on the held-out examples, and accuracy under the attack `LOOK`."""
+    was = model.training
+    model.eval()
+
+    def seen(some: Batch) -> tuple[int, int]:
+        with torch.no_grad():
+            correct = margin(model(some.x), some) > 0
+        left, stands = some.take(correct), 0
+        if len(left):
+            x_adv = LOOK(model, left, threat, rng=Draws(0).at("look"))
+            with torch.no_grad():
+                stands = int((margin(model(x_adv), left) > 0).sum())
+        return int(correct.sum()), stands
+
+    with drawing(Draws(0).at("look"), held.x.device):
+        right, stands = map(sum, zip(*in_pieces(held, seen), strict=True))
+    model.train(was)
+    return right / len(held), stands / len(held)
+
+
+def harmless(threat: ThreatModel) -> ThreatModel:
+    """The threat model with a very small eps, under which correct predictions stay correct, as for a robust model.
+
+    Used for timing. Eps is not zero, since a projection would then do less work.
+    """
+    whole = threat.constraint
+    return replace(threat, constraint=whole.resized(_HARMLESS * whole.eps))
+
+
+def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
+    """Return the training examples that are not test examples, and a note on the duplicates.
+
+    Inputs are duplicates if all values are equal. Raises `UsageError` if no example is left.
+    """
+    judged: dict[bytes, int] = {}
+    for begin in range(0, len(test), 1_000):
+        some = test.read(begin, min(begin + 1_000, len(test)))
+        judged |= dict(zip(_names(some), some.ids.tolist(), strict=True))
+    fresh, twice = _apart(data, judged)
+    if not twice:
+        return data, ""
+    named = ", ".join(f"{row} is test example {other}" for row, other in twice[:_NAMED])
+    more = f" and {len(twice) - _NAMED:,} more" if len(twice) > _NAMED else ""
+    said = f"{len(twice):,} of {len(data):,} training examples are test examples, too: training example {named}{more}"
+    if not len(fresh):
+        raise UsageError(f"{said}; judge on other examples, or name others to train on with --fit DATA")
+    return fresh, f"{said}; they are left out of the training"
+
+
+def without_held(rest: Batch, held: Batch) -> tuple[Batch, str]:
+    """Return the training examples that do not equal a held-out example, and a note on the duplicates.
+
+    Raises `UsageError` if no example is left.
+    """
+    fresh, twice = _apart(rest, dict(zip(_names(held), held.ids.tolist(), strict=True)))
+    if not twice:
+        return rest, ""
+    said = f"{len(twice):,} training examples equal one of the {len(held):,} that choose the checkpoint"
+    if not len(fresh):
+        raise UsageError(f"all {said}, so that none is left to train on; name others with --fit DATA")
+    return fresh, f"{said}; they are left out of the training"
+
+
+def _apart(data: Batch, others: Mapping[bytes, int]) -> tuple[Batch, list[tuple[int, int]]]:
+    """The examples whose inputs are not in `others`, and the ids of the others with the ids of their duplicates."""
+    names = _names(data)
+    fresh = torch.tensor([name not in others for name in names], device=data.x.device)
+    rows = zip(data.ids.tolist(), names, strict=True)
+    return data.take(fresh), [(row, others[name]) for row, name in rows if name in others]
+
+
+def _names(data: Batch) -> list[bytes]:
+    """A hash of the bytes of each input; -0 is treated as 0."""
+    rows = data.x.detach().cpu().contiguous().flatten(1).numpy()
+    return [hashlib.blake2b((row + 0.0).tobytes(), digest_size=16).digest() for row in rows]
+
+
+def digest_of(data: Batch) -> str:
+    """SHA-256 over inputs and labels, in hex."""
+    sha = hashlib.sha256(data.x.cpu().contiguous().numpy().tobytes())
+    sha.update(data.y.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def refuse_classes(data: Batch, classes: int, *, after: str = "") -> None:
+    """Raise `TargetError` if there are fewer than two classes, or a class of the model has no example.
+
+    `after` is a note for the message on which examples were left out before.
+    """
+    found = torch.unique(data.y[data.y != UNLABELLED]).tolist()
+    before = f"{after}; " if after else ""
+    if len(found) < 2:
+        held = f"all training labels are {found[0]}" if found else "no training example has a label"
+        raise TargetError(
+            f"{before}{held}; two classes are needed: check the label column, or name others with --fit DATA"
+        )
+    lacking = sorted(set(range(classes)) - set(found))
+    if lacking:
+        raise TargetError(
+            f"{before}no training example is of class {', '.join(map(str, lacking))}, of the {classes} that the model "
+            f"tells apart; add some, or give a model of {classes - len(lacking)} classes"
+        )

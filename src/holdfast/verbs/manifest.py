@@ -1,0 +1,148 @@
+"""The content of `run.json` of an assessment: everything that identifies the run and its numbers."""
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from holdfast.core.batch import Data
+from holdfast.core.chain import canonical, digest
+from holdfast.engine.identity import code_digest, hardware, versions
+from holdfast.engine.resuming import repeatable
+from holdfast.harness import Plan, Target
+from holdfast.reports.numbers import strict
+from holdfast.sources.served import Served
+from holdfast.verbs.checks import batch_size_for, slight
+from holdfast.verbs.documents import outline_to_json
+from holdfast.verbs.evidence import DOUBTS
+from holdfast.verbs.measuring import shards_of
+from holdfast.verbs.preparation import model_digest
+from holdfast.verbs.request import AssessRequest, Subject
+
+VERB = "assess"
+
+
+def manifest_of(
+    subject: Subject,
+    data: Data,
+    request: AssessRequest,
+    plan: Plan,
+    target: Target,
+    shape: tuple[int, ...],
+    *,
+    served: Served | None = None,
+    stored: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Content of `run.json`. `shape` is that of one input.
+
+    `stored` is the manifest of the run in the folder, if there is one: a resumed run uses the batch size of its first
+    attempt.
+    """
+    config = _config(request, plan, target)
+    return {
+        "verb": VERB,
+        "digests": {
+            "config": digest(canonical(config)),
+            "model": model_digest(subject, target),
+            "data": data.digest,
+            "code": code_digest(),
+        },
+        "config": config,
+        "model": strict({**subject.card, "randomised": target.randomised}),
+        "surrogates": [_identity(surrogate) for surrogate in request.surrogates],
+        "others": [{"name": each.name, "digest": each.digest, "n": len(each)} for each in request.across],
+        "data": _data_card(data, shape),
+        "notes": _notes(subject, data, request, plan, target, shape),
+        "versions": versions(),
+        "hardware": hardware(torch.device(request.device)),
+        "seed": plan.seed,
+        "plan": work_of(len(data), request, plan, shape, served=served, stored=stored),
+    }
+
+
+def work_of(
+    n: int,
+    request: AssessRequest,
+    plan: Plan,
+    shape: tuple[int, ...],
+    *,
+    served: Served | None = None,
+    stored: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """How the work of a run on `n` examples is divided: the shards, the batch size and the names of the stages."""
+    small = request.time_budget_s is not None or request.workers is not None
+    size = request.batch_size or batch_size_for(math.prod(shape), request.device)
+    if request.batch_size is None and served is not None:
+        size = max(size, served.at_once)
+    if stored is not None:
+        size = stored["plan"]["batch_size"]
+    stages = plan.stages()
+    return {
+        "shards": shards_of(n, min(request.shard_size, size) if small else request.shard_size),
+        "batch_size": size,
+        "stages": [
+            *(stage.name for stage in stages if not stage.adaptive),
+            DOUBTS,
+            *(stage.name for stage in stages if stage.adaptive),
+        ],
+    }
+
+
+def about_run(command: str) -> dict[str, Any]:
+    """Entries that may differ between two equal runs: time and command."""
+    return {"created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "command": repeatable(command)}
+
+
+def _config(request: AssessRequest, plan: Plan, target: Target) -> dict[str, Any]:
+    """The settings of the run that can change a number."""
+    surrogates = [_identity(surrogate) for surrogate in request.surrogates]
+    return {
+        **outline_to_json(plan.outline(target.classes)),
+        "full": plan.full,
+        "keep_adversarial": plan.keep_adversarial,
+        "doubts": plan.doubts,
+        "batch_size": request.batch_size,
+        "shard_size": request.shard_size,
+        "time_budget_s": request.time_budget_s,
+        "fit": None if request.fit is None else request.fit.digest,
+        "surrogates": {f"{place} {one['name']}": one["digest"] for place, one in enumerate(surrogates, 1)},
+        "across": {f"{place} {one.name}": one.digest for place, one in enumerate(request.across, 1)},
+    }
+
+
+def _data_card(data: Data, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Name, digest, size, shape, classes and features of the data."""
+    features = getattr(data, "features", None)
+    columns = {} if features is None else {"features": features}
+    card: dict[str, Any] = strict(
+        {
+            "name": data.name,
+            "digest": data.digest,
+            "n": len(data),
+            "shape": shape,
+            "classes": data.classes,
+            **columns,
+        }
+    )
+    return card
+
+
+def _notes(
+    subject: Subject, data: Data, request: AssessRequest, plan: Plan, target: Target, shape: tuple[int, ...]
+) -> list[str]:
+    """Notes on model, data and threat model that a reader needs before the numbers."""
+    small = slight(plan.threat.constraint, target.bare.bounds, math.prod(shape))
+    surrogates = [
+        f"the surrogate {surrogate.card.get('name', '')}: {note}"
+        for surrogate in request.surrogates
+        for note in surrogate.notes
+    ]
+    return [*subject.notes, *surrogates, *getattr(data, "notes", ()), *target.notes, *small]
+
+
+def _identity(surrogate: Subject) -> dict[str, str]:
+    """Name, origin and digest of a surrogate model."""
+    name, how = (str(surrogate.card.get(key, "")) for key in ("name", "how"))
+    return {"name": name, "how": how, "digest": surrogate.digest}

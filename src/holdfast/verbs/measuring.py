@@ -1,0 +1,265 @@
+"""The stages of an assessment: which examples each is run on, in which shards, and what time did not allow."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from holdfast.core.batch import Batch, Data
+from holdfast.core.errors import TargetError
+from holdfast.core.evidence import Columns
+from holdfast.core.purpose import purpose
+from holdfast.core.types import Mask
+from holdfast.engine.executor import Measure, OutOfTime, Timed
+from holdfast.engine.run import Run
+from holdfast.harness import (
+    Plan,
+    ShardTask,
+    Stage,
+    Target,
+    broken,
+    due,
+    join,
+    measure_shard,
+    ready,
+    rows_of,
+    run_across,
+    run_fit,
+    task_of,
+    unattacked,
+)
+from holdfast.ops.pieces import Room
+from holdfast.sources.served import Served
+from holdfast.store.folder import StoredStage
+from holdfast.verbs.checks import refuse_batch
+from holdfast.verbs.evidence import counted, listed
+from holdfast.verbs.preparation import model_digest, readied, with_surrogates
+from holdfast.verbs.request import Opening
+
+
+@dataclass(frozen=True)
+class ShardMeasure:
+    """Measures tasks on the examples of the run: see `holdfast.engine.executor.Measure`."""
+
+    plan: Plan
+    target: Target
+    data: Data
+    device: torch.device
+    served: Served | None = None
+    """connection to the server of a served model"""
+    _last: dict[tuple[int, int], Batch] = field(default_factory=dict)
+
+    def __call__(self, task: ShardTask, room: Room, until: float) -> Columns:
+        """Columns of a task. Raises `OutOfTime` if the model is queried after the deadline `until`."""
+        batch, clean = self.read(task.start, task.stop), task.clean is None
+        if clean:
+            bare, classes = self.target.bare, self.target.classes
+            refuse_batch(batch, bare.bounds, classes, self.data.name, whole=self.data, remote=bare.remote)
+        with purpose(task.stage, task.shard, "clean" if clean else "attacks"):
+            columns = measure_shard(task, self.plan, timed(self.target, until), batch, room)
+            if self.served is not None and not clean:
+                self.served.confirm()
+        return columns
+
+    def read(self, start: int, stop: int) -> Batch:
+        """Examples `start` to `stop` on the device; the last range is cached."""
+        if (start, stop) not in self._last:
+            self._last.clear()
+            self._last[start, stop] = self.data.read(start, stop).to(self.device)
+        return self._last[start, stop]
+
+
+def timed(target: Target, until: float) -> Target:
+    """The target with models that raise `OutOfTime` after a deadline."""
+    return replace(target, quick=Timed(target.quick, until), view=Timed(target.view, until))
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """Opens the model and the data in a worker process: see `holdfast.engine.processes.Setup`."""
+
+    opening: Opening
+    """opens the model, the data and the surrogates"""
+    digests: Mapping[str, Any]
+    """digests of these in the run"""
+    plan: Plan
+    """without surrogates, which the worker prepares itself"""
+    device: str
+
+    @contextmanager
+    def __call__(self) -> Iterator[Measure]:
+        """Yield the function that measures shards. Raises `TargetError` if the worker opens another model or data."""
+        subject, data, surrogates = self.opening()
+        device, adaptive = torch.device(self.device), bool(self.plan.adaptive)
+        with readied(subject, data, device, adaptive=adaptive) as (target, sample), ExitStack() as stack:
+            plan = with_surrogates(self.plan, stack, surrogates, sample, target)
+            digests = {
+                "model": model_digest(subject, target),
+                "data": data.digest,
+                "surrogates": [surrogate.digest for surrogate in surrogates],
+            }
+            for what, expected in self.digests.items():
+                if digests[what] != expected:
+                    raise TargetError(
+                        f"the {what} changed while a worker opened it; repeat the run with --resume"
+                    )
+            yield ShardMeasure(plan, target, data, device)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The state that all stages of an assessment share."""
+
+    run: Run
+    plan: Plan
+    target: Target
+    data: Data
+    device: torch.device
+    fit: Batch | None = None
+    """examples that learned attacks are fitted to"""
+    across: tuple[Batch, ...] = ()
+    """inputs of each data set, equally many, for the transfer of perturbations between data sets"""
+    served: Served | None = None
+    """connection to the server of a served model, which may charge for each row"""
+
+    def stages(self, stages: Sequence[Stage], by_stage: dict[str, Columns]) -> tuple[str, ...]:
+        """Add the columns of some stages to `by_stage`; returns notes on what time did not allow."""
+        cut: list[tuple[Stage, int]] = []
+        for stage in stages:
+            measure = self._whole if stage.kind in ("fit", "across") else self._sharded
+            stored = measure(stage, by_stage)
+            columns = counted(stage.kind, stored, by_stage)
+            if columns is not None:
+                by_stage[stage.name] = columns
+            cut_short = stored.reached is not None and stage.kind != "fit"  # reported for its attack
+            if cut_short and not any(attack_of(stage) == attack_of(other) for other, _ in cut):
+                cut.append((stage, len(stored.columns["id"])))
+        return out_of_time(cut, len(self.data), self.plan)
+
+    def _whole(self, stage: Stage, by_stage: Mapping[str, Columns]) -> StoredStage:
+        """A stage without shards: fitting an attack, or a transfer across data sets.
+
+        After a kill, the whole stage is measured again.
+        """
+
+        def compute() -> Columns:
+            examples = self.across[0] if self.fit is None or stage.kind == "across" else self.fit
+            self.run.report(stage.name, 0, len(examples), int(robust(by_stage).sum()), len(self.data))
+            target = timed(self.target, self.run.deadline)
+            with purpose(stage.name, 0, "attacks"):
+                if stage.kind == "fit":
+                    assert self.fit is not None
+                    return run_fit(stage, self.plan, target, self.fit.to(self.device), by_stage["clean"])
+                sets = [each.to(self.device) for each in self.across]
+                return run_across(stage, self.plan, target, sets, self.run.room(stage.name, 0))
+
+        return self.run.stage(stage.name, partial(self._confirmed, compute))
+
+    def _confirmed(self, compute: Callable[[], Columns]) -> Columns:
+        """Columns of a stage. Then a server that refused the last inputs must still answer clean inputs."""
+        try:
+            columns = compute()
+        except OutOfTime:
+            self.confirm()
+            raise
+        self.confirm()
+        return columns
+
+    def _sharded(self, stage: Stage, by_stage: Mapping[str, Columns]) -> StoredStage:
+        if (stored := self.run.store.stage(stage.name)) is not None:
+            return stored
+        stage = ready(stage, by_stage)
+        chosen: Mask | None = None if stage.kind == "clean" else due(stage, self.plan, by_stage)
+        shards = self.run.shards
+
+        def filled(shard: int) -> Columns | None:
+            start, stop = shards[shard]
+            if chosen is None or chosen[start:stop].any():
+                return None
+            return unattacked(rows_of(by_stage["clean"], start, stop), stage.kind)
+
+        def report(done: Mapping[int, Columns], more: int) -> None:
+            finished = sum(len(columns["id"]) for columns in done.values())
+            standing, examples = self._standing(stage, done, by_stage), len(self.data)
+            self.run.report(
+                stage.name, finished + more, examples, standing, finished if chosen is None else examples
+            )
+
+        return self.run.sharded_stage(
+            stage.name,
+            filled,
+            lambda shard: task_of(stage, shard, shards[shard], chosen, by_stage),
+            join,
+            report,
+            timed=chosen is not None,
+        )
+
+    def _standing(self, stage: Stage, done: Mapping[int, Columns], by_stage: Mapping[str, Columns]) -> int:
+        """Number of examples that are not broken, including those that finished shards of `stage` have broken."""
+        if stage.kind == "clean":
+            return sum(int(columns["correct"].sum()) for columns in done.values())
+        left = robust(by_stage)
+        if stage.kind != "attack":
+            return int(left.sum())
+        fallen = 0
+        for shard, columns in done.items():
+            start, stop = self.run.shards[shard]
+            fallen += int((left[start:stop] & columns["success"]).sum())
+        return int(left.sum()) - fallen
+
+    def confirm(self) -> None:
+        """Verify that a server that refused the last inputs still answers clean inputs."""
+        if self.served is not None:
+            self.served.confirm()
+
+
+def robust(by_stage: Mapping[str, Columns]) -> Mask:
+    """Mask of the examples that no attack of the suite has broken."""
+    return by_stage["clean"]["correct"] & by_stage["clean"]["eligible"] & ~broken(by_stage)
+
+
+def attack_of(stage: Stage) -> str:
+    """The name in the suite of the attack of a stage."""
+    return stage.name if stage.member is None else stage.member.name
+
+
+def shards_of(n: int, size: int) -> tuple[tuple[int, int], ...]:
+    """Divide `n` rows into consecutive ranges of at most `size` rows."""
+    return tuple((start, min(start + size, n)) for start in range(0, n, size))
+
+
+_LOST = {
+    "curve": "its distances are",
+    "detection": "what the detector is worth is",
+    "transfer": "the transfer matrix is",
+    "across": "what was to be carried across data sets is",
+}
+
+
+def out_of_time(cut: Sequence[tuple[Stage, int]], of: int, plan: Plan) -> tuple[str, ...]:
+    """Notes on the stages that time cut off, with the number of finished examples, and the effect on the metrics."""
+    attacks = [(attack_of(stage), n) for stage, n in cut if stage.kind == "attack"]
+    done = [f"{name} finished {n:,} of {of:,} examples" for name, n in attacks if n]
+    idle = [name for name, n in attacks if not n]
+    if idle:
+        done.append(f"{listed(idle)} finished none")
+    notes = [f"time ran out: {', '.join(done)}; {_meaning(plan)}"] if attacks else []
+    for stage, _ in cut:
+        if stage.kind != "attack":
+            lost = _LOST.get(stage.kind, "entropy, margin, precision and calibration under attack are")
+            on = "its sample" if stage.kind in ("transfer", "across") else "every example"
+            notes.append(
+                f"time ran out: the pass of {attack_of(stage)} on {on} was not finished, so {lost} left out"
+            )
+    return tuple(notes)
+
+
+def _meaning(plan: Plan) -> str:
+    if plan.smallest:
+        return "a longer run may find smaller changes, so the distances are upper bounds"
+    if plan.threat.goal is not None:
+        return "a longer run may break more, so the targeted success rate is a lower bound"
+    return "a longer run may break more, so robust accuracy is an upper bound"

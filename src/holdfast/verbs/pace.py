@@ -1,0 +1,294 @@
+"""Measures how long a recipe takes on this machine, and plans how much training fits into a budget."""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from holdfast.core.batch import UNLABELLED, Batch
+from holdfast.core.checkpoint import STATE, Checkpoint, TrainingPlan
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.ops.distributed import broadcast, processes
+from holdfast.ops.fit import updates
+from holdfast.ops.recipe import Recipe, trained_as
+from holdfast.verbs.held_out import harmless
+from holdfast.verbs.pieces import halved, in_pieces
+from holdfast.verbs.training import BEST, LAST, keep
+
+_SHORT = 3  # updates in the shorter trial
+_WATCHED = 512  # smallest number of examples in it: guards need more than 256
+_LEAST, _MOST = 2, 400  # smallest and largest number of further updates in the longer trial
+_TRIED = 0.01  # largest share of the budget for each of the two trials
+_STILL = 1e-9  # a learning rate so small that the loss cannot diverge
+_TRIALS = 3  # trials of a single slow update, since a busy machine may be slow for a moment
+_AGAIN = 0.05  # largest share of the budget for all these trials; later plans correct a slow measurement
+_ALL_BUT_LOST = 0.4  # share of the budget above which a first update is timed once more
+_SPARE = 0.95  # share of the budget that is planned in whole epochs, since the speed of a machine varies
+_USED = 0.97  # share of the budget that is planned if plans are repeated during the training
+_LOOK_SPARE = 0.2  # share of the time of an evaluation that is left as a reserve for a slower one
+_FIRST = 50  # smallest number of updates in the first plan, which is replaced after one update
+_REVIEW = 0.01  # share of the budget between two plans
+_REVIEW_LEFT = 0.1  # the same of the rest of the budget, for a machine that becomes slower
+
+Clock = Callable[[], float]
+"""Returns seconds since an arbitrary moment."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Wall-clock seconds of a recipe on this machine."""
+
+    update: float
+    epoch: float
+    """updates of one epoch and the work after it: saving the checkpoint, and the evaluation if its time is known"""
+
+    held_out: int = 0
+    """number of held-out examples in an evaluation, if known"""
+
+    def between(self, per_epoch: int) -> float:
+        """Seconds of an epoch with `per_epoch` updates in addition to its updates."""
+        return max(self.epoch - per_epoch * self.update, 0.0)
+
+
+def pace(
+    recipe: Recipe,
+    model: Classifier,
+    data: Batch,
+    threat: ThreatModel,
+    budget_s: float,
+    clock: Clock = time.perf_counter,
+) -> Pace:
+    """Measure the pace of a recipe on updates of a copy, which is then discarded; no evaluation is included.
+
+    If memory runs out, smaller batches are used.
+    """
+    size = min(recipe.training.batch, len(data))
+    while True:
+        try:
+            return _paced(recipe, size, model, data, threat, budget_s, clock)
+        except (RuntimeError, MemoryError) as error:
+            size = smaller(size, error)
+
+
+def smaller(batch: int, error: BaseException) -> int:
+    """Half of a batch for which memory ran out. Re-raises other errors; `TargetError` if it cannot be halved.
+
+    Several processes cannot change the batch size, so with more than one `TargetError` is raised.
+    """
+    half = halved(batch, error)
+    if processes() > 1:
+        raise TargetError(
+            f"memory ran out for a batch of {batch} on {processes()} processes; go on with a smaller one in a new run, "
+            f"as in --set recipe.training.batch={half}"
+        ) from error
+    return half
+
+
+@dataclass(frozen=True)
+class _Trial:
+    seconds: float
+    updates: int
+    examples: int
+    last: Checkpoint
+
+    @property
+    def each(self) -> float:
+        """Seconds for each update, with a share of the fixed costs."""
+        return self.seconds / self.updates
+
+
+def _paced(
+    recipe: Recipe,
+    size: int,
+    model: Classifier,
+    data: Batch,
+    threat: ThreatModel,
+    budget_s: float,
+    clock: Clock,
+) -> Pace:
+    """Measure two trials of different length; costs that are the same in both are counted once for each epoch.
+
+    The labels are the model's own predictions and eps is very small. So attacks take as many passes as on a robust
+    model, and no guard adds a step. If an update is slow, a single one is timed and includes the fixed costs.
+    """
+    how = recipe.training
+    few = replace(how, epochs=1, lr=_STILL, batch=size)
+    rows, least = torch.arange(len(data), device=data.x.device), max(_SHORT * size, _WATCHED)
+    all_of_it = updates(len(data), size)
+
+    def taken(n: int) -> _Trial:
+        some = as_it_says(model, data.take(rows[:n]))
+        begun = clock()
+        *_, last = trained_as(recipe, few)(model, some, harmless(threat), rng=Draws(0))
+        seconds = broadcast(clock() - begun)  # all processes take the same decisions
+        return _Trial(seconds, updates(len(some), size), len(some), last)
+
+    single = taken(size)  # selects kernels and fills caches, so it is slower than the next ones
+    spent_s = single.seconds
+    if how.compiled or spent_s <= _AGAIN * budget_s or spent_s > _ALL_BUT_LOST * budget_s:
+        single = taken(size)
+        spent_s += single.seconds
+    if not how.compiled and updates(least, size) * single.seconds > _TRIED * budget_s:
+        single = _quickest(single, lambda: taken(size), spent_s, budget_s)
+        kept_s = _kept_s(single.last, single.examples, len(data), clock)
+        return Pace(single.seconds, single.seconds * all_of_it + kept_s)
+    short = taken(least)
+    update, once = short.each, 0.0
+    more = min(int(_TRIED * budget_s / max(update, 1e-9)), _MOST)
+    if more >= _LEAST:
+        update = _apart(short, taken(least + more * size))
+        once = 0.0 if how.compiled else max(short.seconds - short.updates * update, 0.0)
+    return Pace(update, update * all_of_it + once + _kept_s(short.last, short.examples, len(data), clock))
+
+
+def _quickest(trial: _Trial, again: Callable[[], _Trial], spent_s: float, budget_s: float) -> _Trial:
+    """The fastest of several trials: the first one, and repetitions as far as the budget allows."""
+    for _ in range(_TRIALS - 1):
+        if spent_s + trial.seconds > _AGAIN * budget_s:
+            break
+        trial = min(trial, again(), key=lambda one: one.seconds)
+        spent_s += trial.seconds
+    return trial
+
+
+def as_it_says(model: Classifier, data: Batch) -> Batch:
+    """The data with the predictions of the model as labels. Unlabelled examples stay unlabelled."""
+    was = model.training
+    model.eval()
+    with torch.no_grad():
+        says = torch.cat(in_pieces(data, lambda some: model(some.x).argmax(1)))
+    model.train(was)
+    return data.labelled(torch.where(data.y == UNLABELLED, data.y, says))
+
+
+def _apart(short: _Trial, long: _Trial) -> float:
+    """Seconds for each update, from the difference of two trials."""
+    if long.updates == short.updates:
+        return long.each
+    return max(long.seconds - short.seconds, 0.0) / (long.updates - short.updates)
+
+
+def _kept_s(checkpoint: Checkpoint, few: int, many: int, clock: Clock) -> float:
+    """Seconds to write a checkpoint as the last and as the best one, at the size it would have with all examples."""
+    with tempfile.TemporaryDirectory() as place:
+        whole = _grown(checkpoint, few, many)
+        begun = clock()
+        for name in (LAST, BEST):
+            keep(Path(place), name, whole, ())
+        return broadcast(clock() - begun)
+
+
+def _grown(checkpoint: Checkpoint, few: int, many: int) -> Checkpoint:
+    """The checkpoint with `many` examples instead of `few`: the recipe's state for each example grows accordingly."""
+    tensors = {
+        name: value.new_zeros(many, *value.shape[1:])
+        if name.startswith(STATE) and value.shape[:1] == (few,)
+        else value
+        for name, value in checkpoint.tensors.items()
+    }
+    return replace(checkpoint, tensors=tensors)
+
+
+def fitting(budget_s: float, found: Pace) -> int:
+    """Whole epochs that fit into a budget; 0 if not even one fits."""
+    return max(int(_SPARE * budget_s / found.epoch), 0)
+
+
+def updates_fitting(seconds: float, update_s: float, look_s: float, position: int, per_epoch: int) -> int:
+    """Updates that fit into `seconds`, after `position` updates of an epoch, with an evaluation after each epoch.
+
+    The last epoch may be incomplete; it is followed by an evaluation, too.
+    """
+    left = per_epoch - position
+    first = left * update_s + look_s
+    if seconds < first:
+        return _whole((seconds - look_s) / max(update_s, 1e-9))
+    whole_epoch = max(per_epoch * update_s + look_s, 1e-9)
+    whole = _whole((seconds - first) / whole_epoch)
+    rest = seconds - first - whole * whole_epoch - look_s
+    return left + whole * per_epoch + _whole(rest / max(update_s, 1e-9))
+
+
+def _whole(times: float) -> int:
+    """Round down, with a tolerance for rounding errors."""
+    return max(int(times + 1e-6), 0)
+
+
+def epochs_fitting(budget_s: float, found: Pace, per_epoch: int) -> float:
+    """Epochs that fit into a budget, possibly a fractional number; 0 if not even one update fits."""
+    look_s = found.between(per_epoch)
+    return updates_fitting(_planned_s(budget_s, look_s), found.update, look_s, 0, per_epoch) / per_epoch
+
+
+def _planned_s(budget_s: float, look_s: float) -> float:
+    """The seconds of a budget that are planned."""
+    return _USED * budget_s - _LOOK_SPARE * look_s
+
+
+class Pacer:
+    """Plans a training within a budget, repeatedly during the training: see `holdfast.ops.planning.Pacing`.
+
+    A plan depends only on the plan before and on the elapsed time.
+    """
+
+    def __init__(
+        self, budget_s: float, epoch_s: float, look_s: float, spent_s: float, clock: Clock = time.perf_counter
+    ) -> None:
+        """`epoch_s` and `look_s`, a part of it, were measured before the training; `spent_s` of the budget are used."""
+        self._budget_s, self._updates_s, self._look_s, self._clock = (
+            budget_s,
+            epoch_s - look_s,
+            look_s,
+            clock,
+        )
+        self._begun = clock() - spent_s
+
+    def __call__(self, done: int, position: int, per_epoch: int, last: TrainingPlan | None) -> TrainingPlan:
+        """The plan after `done` updates, of which `position` belong to the current epoch."""
+        spent_s = self._clock() - self._begun
+        update_s, look_s, interval = self._estimated(done, spent_s, per_epoch, last)
+        planned_s = _planned_s(self._budget_s, look_s) - spent_s
+        n = updates_fitting(planned_s, update_s, look_s, position, per_epoch)
+        end = done + (n if done else max(n, _FIRST))
+        between_s = min(_REVIEW * self._budget_s, _REVIEW_LEFT * max(planned_s - look_s, 0.0))
+        most = max(int(between_s / max(update_s, 1e-9)), 1)
+        share = 0.0 if last is None else last.done(done)
+        return TrainingPlan(done, share, end, done + min(interval, most), spent_s, update_s, look_s)
+
+    def _estimated(
+        self, done: int, spent_s: float, per_epoch: int, last: TrainingPlan | None
+    ) -> tuple[float, float, int]:
+        """Current estimates of the seconds of an update and of an evaluation, and the updates until the next plan."""
+        if last is None:
+            return self._updates_s / per_epoch, self._look_s, 1
+        n, seconds = done - last.at, spent_s - last.spent_s
+        if not n:  # two plans at the same update differ by an evaluation only
+            look_s = seconds if done <= per_epoch else (last.look_s + seconds) / 2
+            return last.update_s, look_s, max(last.review - last.at, 1)
+        each = seconds / n
+        # the measurement before the training, or the first updates, may have been slow for a moment
+        update_s = min(last.update_s, each) if last.at == 0 else (last.update_s + each) / 2
+        return update_s, last.look_s, 2 * n
+
+
+def too_small(budget_s: float, found: Pace, per_epoch: int, spent_s: float) -> str:
+    """The error message for a budget in which no update fits, with a budget that would be enough."""
+    look_s = found.between(per_epoch)
+    least = math.ceil((found.update + (1 + _LOOK_SPARE) * look_s + spent_s) / _USED)
+    asked = f"{least}s" if least < 120 else f"{math.ceil(least / 60)}min"
+    return (
+        f"a budget of {budget_s:g} s is too small: one update takes about {_seconds(found.update)} on this machine, "
+        f"what follows it, a look at held-out examples and a checkpoint, {_seconds(look_s)}, and finding that out took "
+        f"{_seconds(spent_s)}; give --budget {asked} or more, or fewer steps"
+    )
+
+
+def _seconds(time: float) -> str:
+    return f"{time:.2g} s" if time < 10 else f"{time:.0f} s"

@@ -1,0 +1,165 @@
+"""Prepares models and data for a measurement: the model on its device, surrogates, and further data sets."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import torch
+
+from holdfast.core.batch import Batch, Data
+from holdfast.core.chain import canonical, digest
+from holdfast.core.constraints import L0, L1, L2, Linf
+from holdfast.core.corruptions import Corruptions
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.transformations import Transformations
+from holdfast.harness import LOOKED_AT, Plan, Target, prepared
+from holdfast.ops.ascent import gradient
+from holdfast.ops.losses import margin_loss
+from holdfast.verbs.checks import enough_threads, refuse_data
+from holdfast.verbs.request import Subject
+
+_SURROGATE_EXAMPLES = 32
+"""number of examples on which a surrogate must have at least one nonzero gradient"""
+
+
+@contextmanager
+def readied(
+    subject: Subject, data: Data, device: torch.device, *, adaptive: bool = False
+) -> Iterator[tuple[Target, Batch]]:
+    """Yield the model prepared on its device, and the examples it was inspected with; restores the model.
+
+    With `adaptive`, parts that hide the gradient are detected, too.
+    """
+    sample = data.read(0, min(LOOKED_AT, len(data))).to(device)
+    with (
+        placed(subject.model, device),
+        prepared(subject.model, sample, adaptive=adaptive) as target,
+        enough_threads(target.bare, sample.x),
+    ):
+        yield target, sample
+
+
+def model_digest(subject: Subject, target: Target) -> str:
+    """SHA-256 that identifies the model in a run."""
+    return digest(canonical([subject.digest, target.randomised]))
+
+
+@contextmanager
+def placed(model: Classifier, device: torch.device) -> Iterator[None]:
+    """Move the model to a device, and back at the end."""
+    parameter = next(model.parameters(), None)
+    before = parameter.device if parameter is not None else device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)
+
+
+def with_surrogates(
+    plan: Plan, stack: ExitStack, surrogates: Sequence[Subject], sample: Batch, target: Target
+) -> Plan:
+    """The plan with surrogates of the attacker, prepared until `stack` is closed.
+
+    Raises `UsageError` or `TargetError` for a threat model without surrogates or an unsuitable surrogate.
+    """
+    if not surrogates:
+        return plan
+    if isinstance(plan.threat.constraint, Corruptions):
+        raise UsageError("nothing is made on a surrogate under common corruptions; leave --surrogate out")
+    if isinstance(plan.threat.constraint, Transformations):
+        raise UsageError(
+            f"nothing is made on a surrogate under {plan.threat.constraint}, for images are transformed as wholes; "
+            "leave --surrogate out"
+        )
+    ready = tuple(_ready(one, stack, sample, target).quick for one in surrogates)
+    return replace(
+        plan, threat=replace(plan.threat, surrogates=ready), matrix=not plan.smallest and not plan.alone
+    )
+
+
+def _ready(surrogate: Subject, stack: ExitStack, sample: Batch, target: Target) -> Target:
+    name = surrogate.card.get("name", "")
+    if surrogate.model.access != "gradients":
+        raise UsageError(
+            f"the surrogate {name} gives {surrogate.model.access} only, and examples are made from gradients; "
+            "name a model that torch can differentiate"
+        )
+    stack.enter_context(placed(surrogate.model, sample.x.device))
+    try:
+        found = stack.enter_context(prepared(surrogate.model, sample))
+    except TargetError as error:
+        shape = tuple(sample.x.shape[1:])
+        raise TargetError(
+            f"the surrogate {name} does not take the model's inputs {shape}: {error}"
+        ) from error
+    if found.classes != target.classes:
+        raise TargetError(
+            f"the surrogate {name} has {found.classes} classes, the model {target.classes}; "
+            "name one that was trained on the same classes"
+        )
+    if found.rejects:
+        raise UsageError(
+            f"the surrogate {name} rejects inputs, and examples are made on a network alone; "
+            "name the one without its detector"
+        )
+    if found.randomised:
+        raise UsageError(
+            f"the surrogate {name} draws at random, so what is made on it could not be made again; "
+            "wrap it in a factory that fixes its draws"
+        )
+    lost = int(found.logits(sample.x).isnan().any(1).sum())
+    if lost:
+        raise TargetError(
+            f"the surrogate {name} returns NaN for {lost} of the first {len(sample)} examples, and NaN leads nowhere; "
+            f"look for a division or a logarithm of zero with holdfast doctor"
+        )
+    _refuse_flat(name, found, sample)
+    return found
+
+
+def _refuse_flat(name: str, found: Target, sample: Batch) -> None:
+    """Raise `UsageError` for a surrogate without a gradient, since examples are computed from gradients."""
+    few = next(iter(sample.split(_SURROGATE_EXAMPLES)))
+    slope, _ = gradient(found.bare, few, margin_loss)
+    if not slope.any():
+        raise UsageError(
+            f"the surrogate {name} passes no gradient back to any of the first {len(few)} examples, and examples are "
+            "made from gradients; take out what cuts them (detach, no_grad, rounding), or name another model"
+        )
+
+
+def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Target) -> Plan:
+    """Return the plan with a stage that transfers perturbations between the data of the run and `others`.
+
+    `sample` are examples of the run. Raises `UsageError` if the threat model or the data do not allow it.
+    """
+    if not others:
+        return plan
+    threat = plan.threat
+    if not isinstance(threat.constraint, (Linf, L2, L1, L0)) or threat.constraint.eps == float("inf"):
+        raise UsageError(
+            "changes are carried across data sets inside a ball of a given size; choose a threat such as linf:8/255, "
+            "or leave --across out"
+        )
+    if threat.goal is not None:
+        raise UsageError(
+            f"changes that are carried across data sets lead away from whatever the model says, and not to a class; "
+            f"leave goal=targeted:{threat.goal} out, or leave --across out"
+        )
+    if not (threat.gives("gradients") and target.bare.access == "gradients") and not threat.surrogates:
+        raise UsageError(
+            "changes that are carried across data sets are made from gradients, and the model gives none here; name "
+            "one that does with --surrogate MODEL, or leave --across out"
+        )
+    shape = tuple(sample.x.shape[1:])
+    for each in others:
+        refuse_data(each)
+        other = tuple(each.read(0, 1).x.shape[1:])
+        if other != shape:
+            raise UsageError(
+                f"inputs of {each.name} have shape {other}, and those of the run {shape}; name data of the same shape "
+                "with --across DATA"
+            )
+    return replace(plan, across=True)

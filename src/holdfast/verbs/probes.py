@@ -1,0 +1,279 @@
+"""Runs the probes of the doubts between two stages, in pieces that fit into memory, with separate counts of queries."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks.costs import Passes
+from holdfast.checkup import BETTER, FILLED, Finding, misfit
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.evidence import Columns, Cost, Doubt
+from holdfast.core.lookup import Lookup
+from holdfast.core.model import Bounds, Model
+from holdfast.core.types import Ids, Inputs, Logits, Mask
+from holdfast.doubts.allotting import JUDGED_AT_RANDOM, Allotment, allotted, as_allotted, probe_rows
+from holdfast.doubts.concluding import Circumstances, Findings, conclude, missed_by_suite
+from holdfast.doubts.probing import (
+    Probe,
+    Probed,
+    Run,
+    counts,
+    probes_for,
+    probing_threat,
+    rows_for,
+    standing,
+)
+from holdfast.doubts.thresholds import SAMPLE
+from holdfast.engine.store import Stopwatch
+from holdfast.harness import (
+    FOUND,
+    PROBE,
+    Probes,
+    assemble,
+    judge,
+    probe_passes,
+    stage_passes,
+)
+from holdfast.ops.pieces import in_pieces, in_room
+from holdfast.ops.sampling import sample_rows
+from holdfast.sources.selection import gathered
+from holdfast.verbs.evidence import DOUBTS
+from holdfast.verbs.measuring import Measurement
+
+
+@dataclass
+class Counted:
+    """A model that counts forward and backward passes."""
+
+    model: Model
+    forwards: int = 0
+    backwards: int = 0
+
+    @property
+    def bounds(self) -> Bounds:
+        """The input bounds of the model."""
+        return self.model.bounds
+
+    def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
+        """Logits of `x`; counts the passes."""
+        self.forwards += len(x)
+        logits = self.model(x, ids)
+        if logits.requires_grad:
+            logits.register_hook(lambda _: self._book(len(x)))  # type: ignore[no-untyped-call]
+        return logits
+
+    def _book(self, n: int) -> None:
+        self.backwards += n
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Results of the probes: findings, adversarial examples and cost."""
+
+    findings: Findings
+    cost: Cost = field(default_factory=Cost)
+    """counts of passes, without times"""
+    probes: Probes = ()
+    """probes whose adversarial examples count"""
+    found: Columns = field(default_factory=dict)
+    """the adversarial examples of these probes, as the columns of the stage `FOUND`; empty if there are none"""
+
+
+_FITTING = 1_000  # shard number for the batch splits of the doubt `input`, larger than those of the probes
+
+
+def ask(
+    measurement: Measurement, by_stage: Mapping[str, Columns], missed: Sequence[str], stopwatch: Stopwatch
+) -> Asked:
+    """Measure the doubts of the plan, after all shards of the stages before are finished.
+
+    If time ran out, no probe is run, and `missed` are the notes on the unfinished stages.
+    """
+    plan, outline = measurement.plan, measurement.plan.outline(measurement.target.classes)
+    broke = {each.name: each.columns["success"] for each in stage_passes(outline, by_stage)}
+    is_probability = by_stage["clean"]["is_probability"]
+    columns = {**assemble(outline, by_stage), "is_probability": is_probability}
+    if plan.doubts == "none":
+        return Asked(Findings((), missed_by_suite(columns, plan.threat, broke)))
+    wanted = plan.suite if plan.doubts == "all" else ""
+    target = measurement.target
+    circumstances = Circumstances(
+        plan.threat,
+        wanted,
+        target.in_training,
+        _first_gradients(by_stage),
+        target.blind,
+        target.randomised,
+        access=target.bare.access,
+    )
+    counted = Counted(measurement.target.quick)
+    fitting, asked = _input(measurement, columns)
+    counted.forwards += asked
+    circumstances = replace(circumstances, input=fitting)
+    if not wanted or missed:
+        findings = conclude({}, columns, circumstances, broke)
+        findings = _unfinished(findings, missed) if wanted else findings
+        return Asked(findings, Cost(counted.forwards, 0, counted.forwards))
+    allotment = _allotment(measurement, columns, by_stage)
+    probed = dict(_probed(measurement, counted, columns, stopwatch, allotment))
+    counting = tuple(
+        (p.name, len(probed[p.name].rows))
+        for p in _probes(measurement, columns)
+        if p.name in probed and counts(p, plan.threat)
+    )
+    found = _judged(measurement, columns, probed, counting)
+    judged = Cost(len(found.get("id", ())) * (JUDGED_AT_RANDOM if target.randomised else 1))
+    cost = Cost(counted.forwards, counted.backwards, counted.forwards) + judged
+    by_probe = probe_passes(outline, {**by_stage, **({FOUND: found} if found else {})}, counting)
+    broke |= {each.name: each.columns["success"] for each in by_probe}
+    findings = conclude(probed, columns, circumstances, broke)
+    return Asked(_as_allotted(findings, allotment), cost, counting, found)
+
+
+def _as_allotted(findings: Findings, allotment: Allotment | None) -> Findings:
+    """The findings with notes on what was left out for a served model."""
+    return (
+        findings if allotment is None else replace(findings, doubts=as_allotted(findings.doubts, allotment))
+    )
+
+
+def _allotment(
+    measurement: Measurement, columns: Columns, by_stage: Mapping[str, Columns]
+) -> Allotment | None:
+    """Number of examples for each probe on a served model, within the rows of the suite; None for other models."""
+    if measurement.served is None:
+        return None
+    plan, rng = measurement.plan, Draws(measurement.plan.seed).at("stage", DOUBTS)
+    within, attacks = probing_threat(plan.threat, columns), [member.attack for member in plan.members]
+    probes = {probe.name: probe for probe in _probes(measurement, columns)}
+    wanted = {name: len(rows_for(probe, columns, plan.threat, rng)) for name, probe in probes.items()}
+    passes = Passes(measurement.run.room(DOUBTS, 0).size, measurement.target.bare.batches)
+
+    def cost(name: str, n: int) -> int | None:
+        return probe_rows(probes[name], attacks, within, n, passes, randomised=measurement.target.randomised)
+
+    judged = JUDGED_AT_RANDOM if measurement.target.randomised else 1
+    suite = [found for name, found in by_stage.items() if name[0].isdigit()]
+    budget = sum(int(found["queries"].sum()) + judged * int(found["ran"].sum()) for found in suite)
+    return allotted(wanted, budget, cost)
+
+
+def _input(measurement: Measurement, columns: Columns) -> tuple[Doubt, int]:
+    """The doubt whether the data fit the model, measured on a sample, and the number of forward passes."""
+    if measurement.served is not None:
+        says = "a served model is not queried for it; run holdfast doctor"
+        return Doubt("input", "not measured", says=says), 0
+    rng, every = Draws(measurement.plan.seed).at("stage", DOUBTS), torch.ones_like(columns["correct"])
+    rows = sample_rows(columns, every, rng.at("input"), SAMPLE)
+    batch = gathered([measurement.data.read(row, row + 1) for row in rows.tolist()]).to(measurement.device)
+    with measurement.target.repeatable(rng.at("input")):
+        found, asked = _looked_for(measurement, batch)
+    if found is None:
+        tried = "value range, normalisation, layout or numbering of the labels"
+        says = f"no other {tried} fits the model better"
+        return Doubt("input", "clear", 0.0, BETTER, len(batch), says), asked
+    statistic, threshold = (None, FILLED) if found.gain is None else (found.gain, BETTER)
+    says = f"{found.says}: {found.way_out}"
+    return Doubt("input", "raised", statistic, threshold, len(batch), says), asked
+
+
+def _looked_for(measurement: Measurement, batch: Batch) -> tuple[Finding | None, int]:
+    """Test whether the data do not fit the model, in smaller batches if memory runs out."""
+    room = measurement.run.room(DOUBTS, _FITTING)
+    return in_room(lambda size: misfit(measurement.target.bare, batch, size), room, 0, len(batch))
+
+
+def _probes(measurement: Measurement, columns: Columns) -> tuple[Probe, ...]:
+    """The probes that the threat model allows."""
+    within = probing_threat(measurement.plan.threat, columns)
+    return probes_for(within, tuple(member.attack for member in measurement.plan.members))
+
+
+def _judged(
+    measurement: Measurement, columns: Columns, probed: Mapping[str, Probed], counting: Probes
+) -> dict[str, Tensor]:
+    """Judge, on the target model, inputs by which probes broke examples that survive the suite."""
+    plan, rng = measurement.plan, Draws(measurement.plan.seed).at("stage", FOUND)
+    left, rows_of = standing(columns, plan.threat), []
+    for place, (name, _) in enumerate(counting):
+        rows = probed[name].rows
+        at = (probed[name].columns["broken"] & left[rows]).nonzero()[:, 0]
+        if not len(at):
+            continue
+        x_adv = probed[name].columns["x"][at]
+        batch = gathered([measurement.data.read(row, row + 1) for row in rows[at].tolist()])
+        inputs = Lookup(batch.ids)
+
+        def work(
+            piece: Batch, x_adv: Tensor = x_adv, inputs: Lookup = inputs, place: int = place, name: str = name
+        ) -> dict[str, Tensor]:
+            x = x_adv[inputs.rows(piece.ids.cpu())].to(piece.x.device)
+            found = judge(plan, measurement.target, piece, x, rng.at(name))
+            marks = [kept for kept in ("", "gallery.", "adversarial.") if f"{kept}id" in found]
+            return found | {f"{kept}{PROBE}": torch.full_like(found[f"{kept}id"], place) for kept in marks}
+
+        room = measurement.run.room(DOUBTS, len(probed) + place)
+        rows_of.append(in_pieces(work, batch.to(measurement.device), room))
+    return {name: torch.cat([found[name] for found in rows_of]) for name in rows_of[0]} if rows_of else {}
+
+
+def _first_gradients(by_stage: Mapping[str, Columns]) -> Mask | None:
+    """Which gradients were zero in the first pass of the first gradient attack; None if no attack used gradients."""
+    for name, columns in by_stage.items():
+        if name[0].isdigit():
+            asked = columns["dead"] | (columns["backwards"] > 0)
+            if asked.any():
+                return columns["dead"][asked]
+    return None
+
+
+def _probed(
+    measurement: Measurement,
+    model: Model,
+    columns: Columns,
+    stopwatch: Stopwatch,
+    allotment: Allotment | None,
+) -> Iterator[tuple[str, Probed]]:
+    plan, rng = measurement.plan, Draws(measurement.plan.seed).at("stage", DOUBTS)
+    within, probes = probing_threat(plan.threat, columns), _probes(measurement, columns)
+    left = int((columns["correct"] & ~columns["success"]).sum())
+    examples: dict[tuple[str, int], Batch] = {}
+    for place, probe in enumerate(probes):
+        measurement.run.report(DOUBTS, place, len(probes), left, len(measurement.data))
+        most = None if allotment is None else allotment.examples.get(probe.name, 0)
+        rows = rows_for(probe, columns, plan.threat, rng, most)
+        if not len(rows):
+            continue
+        same = probe.on, len(rows)
+        if same not in examples:  # read one by one, since a whole shard of large images is slower to decode
+            few = gathered([measurement.data.read(row, row + 1) for row in rows.tolist()])
+            examples[same] = few.to(measurement.device)
+        batch = examples[same]
+
+        look = probe.voted if probe.voted is not None and measurement.target.randomised else probe.run
+
+        def run(piece: Batch, probe: Probe = probe, look: Run = look) -> dict[str, Tensor]:
+            if within.goal is not None:
+                piece = piece.towards(torch.full_like(piece.y, within.goal))
+            asked = measurement.target.asked(model, piece)
+            with measurement.target.repeatable(rng.at(probe.name, int(piece.ids[0]))):
+                return {name: values.cpu() for name, values in look(asked, piece, within, rng).items()}
+
+        yield probe.name, Probed(rows, in_pieces(run, batch, measurement.run.room(DOUBTS, place)))
+        stopwatch.tick()
+
+
+def _unfinished(findings: Findings, missed: Sequence[str]) -> Findings:
+    """The findings of a run in which time ran out before the probes."""
+
+    def said(doubt: Doubt) -> Doubt:
+        if doubt.name == "not-exhausted":
+            return replace(doubt, state="raised", says=missed[0])
+        if doubt.state == "not measured":
+            return replace(doubt, says="time ran out before it was measured")
+        return doubt
+
+    return replace(findings, doubts=tuple(said(doubt) for doubt in findings.doubts))

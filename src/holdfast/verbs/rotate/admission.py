@@ -1,0 +1,339 @@
+"""Admission of sets: each candidate is assessed against attackers with the stolen sets, then admitted or refused.
+
+All results about a set are in the ledger. After a kill, the call is repeated and continues with the same candidate,
+whose finished assessments are reused.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.evidence import Evidence
+from holdfast.core.model import Classifier
+from holdfast.core.types import Inputs
+from holdfast.engine.progress import Notify, Progress, ignore, silent
+from holdfast.engine.signals import Stopper
+from holdfast.gates.grammar import Claim, parse
+from holdfast.gates.judging import Doubts
+from holdfast.rotation import canary
+from holdfast.rotation.live import CANARIES
+from holdfast.rotation.members import refuse_foreign, rotated
+from holdfast.rotation.thieves import Thief
+from holdfast.store.columns import content_digest
+from holdfast.store.pool import NAME_DIGITS, Pool
+from holdfast.verbs.request import Subject
+from holdfast.verbs.rotate.collecting import bases_left
+from holdfast.verbs.rotate.comparing import held
+from holdfast.verbs.rotate.crafting import Workshop, attackers, exposed_for, siblings_of
+from holdfast.verbs.rotate.drawing import candidates
+from holdfast.verbs.rotate.measuring import Measuring, ends, subject_of
+from holdfast.verbs.rotate.ruling import CLAIMABLE, Family, Ruling, Seen, reported, rulings
+from holdfast.verbs.rotate.samples import Gate, Need, measured, statement, widened
+from holdfast.verbs.rotate.sanity import distance, endless, tensors, twin
+from holdfast.verbs.rotate.terms import FIRST, Terms, state_of
+from holdfast.verbs.rotate.verdicts import IN_A_ROW, Admission, Judged
+
+CANARY_INPUTS = "canaries"
+"""Name under which the pool stores the canary inputs."""
+_WHITE, _SIBLINGS = 2, 10
+"""Divisors of the first number of examples: for white-box attacks, which are slowest, and for attacks from sets
+generated in the same draw, which decide no gate."""
+
+
+def admit(
+    pool: Pool,
+    terms: Terms,
+    *,
+    claims: Sequence[str] = (),
+    accepted: Mapping[str, str] | None = None,
+    judged: int = FIRST,
+    thief: Thief | None = None,
+    again: str = "",
+    notify: Notify = ignore,
+    progress: Progress = silent,
+    stopper: Stopper | None = None,
+) -> Admission:
+    """Judge every candidate, starting with the one farthest from the stolen sets, and record the verdicts.
+
+    Admitted sets that wait since before a theft are judged again. `claims` are gates in addition to the default
+    ones; `accepted` are accepted doubts by name, with reasons; `judged` is the first number of held-out examples.
+    `again` is the command that resumes a stopped call. Raises `UsageError` if there is no candidate, a claim cannot
+    be judged, or another process admits sets.
+    """
+    if not again:
+        again = f"what was finished is kept, go on with: holdfast rotate admit {pool.shown}"
+    found = tuple(map(_claim, claims))
+    workshop = Workshop(pool, terms, thief or Thief(), notify)
+    measuring = Measuring(pool, workshop, progress, again)
+    with pool.alone_at("admit"):
+        return _Admitting(measuring, found, accepted or {}, judged, notify, stopper or Stopper()).done()
+
+
+def _claim(text: str) -> Claim:
+    claim = parse(text)
+    if claim.metric not in CLAIMABLE or claim.eps is not None:
+        raise UsageError(
+            f"gate {text!r}: of a set that is to be admitted one may claim {', '.join(CLAIMABLE)}, at the pool's own "
+            f"eps; measure the rest with holdfast assess"
+        )
+    return claim
+
+
+@dataclass
+class _Admitting:
+    """One call of `admit`, which judges all candidates of a pool."""
+
+    measuring: Measuring
+    claims: tuple[Claim, ...]
+    accepted: Mapping[str, str]
+    judged: int
+    notify: Notify
+    stopper: Stopper
+    _weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def pool(self) -> Pool:
+        """The pool whose candidates are judged."""
+        return self.measuring.pool
+
+    @property
+    def terms(self) -> Terms:
+        """The common settings of the sets of the pool."""
+        return self.measuring.workshop.terms
+
+    def done(self) -> Admission:
+        """Judge all candidates, and stop after five refusals in a row."""
+        judged: list[Judged] = []
+        row = 0
+        if not self._waiting:
+            raise UsageError(
+                f"no candidate waits in {str(self.pool.path)!r}; make some with holdfast rotate draw {self.pool.shown}"
+            )
+        while row < IN_A_ROW and (waiting := self._waiting):
+            foreign = [one for one in map(self._foreign, waiting) if one is not None]
+            one = foreign[0] if foreign else self._judged(max(waiting, key=self._apart))
+            if not self._entered(one):
+                continue
+            judged.append(one)
+            row = 0 if one.verdict == "admitted" else row + 1
+            self.notify(f"{one.name} {one.verdict}: {one.why}")
+        return Admission(tuple(judged), self._waiting)
+
+    @property
+    def _waiting(self) -> tuple[str, ...]:
+        """Candidates, and admitted sets that were judged before a later theft."""
+        return (*candidates(self.pool), *self.pool.unjudged)
+
+    def _foreign(self, name: str) -> Judged | None:
+        """The refusal of a set whose tensors do not match the model; None if they match."""
+        try:
+            refuse_foreign({**self.weights(name)}, _shapes(self.terms.model), f"set {name!r}")
+        except TargetError as error:
+            gate = Ruling("tensors", None, "those of the model", "fail", str(error))
+            return Judged(name, "refused", (gate,), gate.says, gate.name)
+        return None
+
+    def _judged(self, name: str) -> Judged:
+        weights, exposed = self.weights(name), self._exposed(name)
+        first = tensors(weights, self._known, self._names)
+        at_once = first if first.verdict == "fail" else twin(weights, self._several(exposed), self._names)
+        if at_once is not None:
+            return Judged(name, "refused", (at_once,), at_once.says, at_once.name, exposed)
+        n = dict(self._first)
+        held = len(self.terms.held)
+        while True:
+            n = {family: min(size, held) for family, size in n.items()}
+            seen = self._seen(name, exposed, n)
+            found = (first, *rulings(seen, self._doubts(seen), self.claims))
+            unclear = {
+                one.family
+                for one in found
+                if one.verdict == "unclear" and one.family and n[one.family] < held
+            }
+            if not unclear or any(one.verdict == "fail" for one in found):
+                break
+            self.notify(f"{name}: unclear by {', '.join(sorted(unclear))}, on twice as many examples again")
+            n = {family: 2 * size if family in unclear else size for family, size in n.items()}
+        against = next(
+            (one for verdict in ("fail", "unclear") for one in found if one.verdict == verdict), None
+        )
+        if against is None:
+            return Judged(name, "admitted", found, self._praise(found), "", exposed, reported(seen))
+        short = " (it stays unclear on all examples)" if against.verdict == "unclear" else ""
+        return Judged(name, "refused", found, f"{against.says}{short}", against.name, exposed, reported(seen))
+
+    def _entered(self, one: Judged) -> bool:
+        """Record the verdict in the ledger; returns whether it was recorded.
+
+        It is not recorded if the set already serves, or if another set was stolen in the meantime and must be
+        considered. The bases of an admitted set are listed as stolen before the set is admitted, so that a kill
+        cannot omit them.
+        """
+        known = ""
+        if one.verdict == "admitted":
+            known = canary(self.terms.of_set(self.pool, one.name), self._canaries)
+        with self.stopper.finishing(), self.pool.ledger.alone():
+            member = self.pool.ledger.member(one.name)
+            if member.state not in ("candidate", "admitted"):
+                self.notify(
+                    f"note: {one.name} is {member.state} by now, and would be {one.verdict}: {one.why}"
+                )
+                return False
+            if one.verdict == "refused":
+                self.pool.refuse(one.name, one.why)
+                return True
+            if set(one.against) != set(self._exposed(one.name)):
+                self.notify(f"{one.name}: another set leaked meanwhile, so it is judged again")
+                return False
+            for base in map(self.pool.ledger.member, member.bases):
+                if base.exposed is None and not base.deleted:
+                    why = f"{one.name}, which was made from it, was admitted"
+                    self.pool.expose(base.name, why, automatic=True)
+            against = exposed_for(self.pool, one.name)
+            self.pool.admit(one.name, one.why, canary=known, against=against)
+        return True
+
+    def _praise(self, found: Sequence[Ruling]) -> str:
+        """The reason for an admission, with widened tolerances."""
+        wanted = ("clean accuracy", "theft", "ensemble theft")
+        said = [f"{one.name}: {one.why}" for one in found if one.name in wanted]
+        return "; ".join([*said, *widened(self._needs.values())])
+
+    # --- measurements
+
+    def _seen(self, name: str, exposed: tuple[str, ...], n: Mapping[Family, int]) -> Seen:
+        workshop, of = self.measuring.workshop, self._subject(name)
+        siblings = siblings_of(self.pool, name, self._finite)
+        them = attackers(workshop, name, exposed, siblings)
+        everyone = (them.nothing, *them.one, them.several, them.evenly)
+        thieves = list(dict.fromkeys(one for one in everyone if one is not None))
+        carried = self.measuring.carried(of, thieves, n["thieves"], first=self._first["thieves"])
+        drawn = None
+        if them.siblings is not None:
+            drawn = self.measuring.carried(of, [them.siblings], n["siblings"], first=self._first["siblings"])
+        return Seen(
+            them,
+            carried,
+            self._white((of,), n["white-box"])[0],
+            drawn,
+            self._clean(self._incumbents, n["thieves"]),
+            self._white(self._incumbents, n["white-box"]),
+            self._clean(self._bases, n["thieves"]),
+            self._white(self._bases, n["white-box"]),
+            self.pool.serving is not None,
+            self._looks,
+            self._needs,
+        )
+
+    def _clean(self, of: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
+        return tuple(self.measuring.clean(each, n, first=self._first["thieves"]) for each in of)
+
+    def _white(self, of: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
+        return tuple(self.measuring.white(each, n, first=self._first["white-box"]) for each in of)
+
+    @cached_property
+    def _first(self) -> dict[Family, int]:
+        """First number of examples of each kind of measurement."""
+        white, siblings = (max(self.judged // part, 1) for part in (_WHITE, _SIBLINGS))
+        return {"thieves": self.judged, "white-box": white, "siblings": siblings}
+
+    @cached_property
+    def _looks(self) -> dict[Family, int]:
+        """Largest number of looks at each kind of measurement; each look doubles the examples."""
+        return {family: len(ends(len(self.terms.held), first)) for family, first in self._first.items()}
+
+    @cached_property
+    def _needs(self) -> dict[Gate, Need]:
+        """Sample sizes that the gates on accuracy need, estimated from the differences between bases and surrogates."""
+        n = len(self.terms.held)
+        first = {family: min(size, n) for family, size in self._first.items()}
+        alike = [*self._bases, *self._own]
+        clean = [one["correct"] for one in self._clean(alike, first["thieves"])]
+        white = self._white(alike[: max(len(self._bases), 2)], first["white-box"])
+        found = measured(clean, [held(one) for one in white], n, self.judged)
+        if any(need.widened for need in found):
+            self.notify(f"note: {statement(found, planned=False)}")
+        return {need.gate: need for need in found}
+
+    def _doubts(self, seen: Seen) -> Doubts:
+        """The doubts of the candidate that were not raised for all sets that it is compared with."""
+        raised = [
+            {doubt.name for doubt in one.doubts if doubt.state == "raised"} for one in seen.before_white
+        ]
+        before = set.intersection(*raised)
+        return Doubts(tuple(doubt for doubt in seen.white.doubts if doubt.name not in before), self.accepted)
+
+    @cached_property
+    def _bases(self) -> tuple[Subject, ...]:
+        """The bases; if they were deleted, the surrogates, which are trained in the same way."""
+        return tuple(map(self._subject, bases_left(self.pool))) or self._own
+
+    @cached_property
+    def _own(self) -> tuple[Subject, ...]:
+        found = []
+        for model in self.measuring.workshop.own:
+            sha = content_digest(state_of(model))
+            found.append(subject_of(self.terms, f"own-{sha[:NAME_DIGITS]}", sha, model))
+        return tuple(found)
+
+    @cached_property
+    def _incumbents(self) -> tuple[Subject, ...]:
+        """The serving set; if there is none, the bases."""
+        now = self.pool.serving
+        return self._bases if now is None else (self._subject(now.name),)
+
+    def _subject(self, name: str) -> Subject:
+        sha = self.pool.ledger.member(name).digest
+        return subject_of(self.terms, name, sha, self.terms.of_set(self.pool, name))
+
+    @cached_property
+    def _canaries(self) -> Inputs:
+        """The canary inputs, stored encrypted in the pool."""
+        kept = self.pool.kept(CANARY_INPUTS)
+        if kept is None:
+            self.pool.keep(CANARY_INPUTS, {"x": self.terms.held.x[:CANARIES].cpu()}, {})
+            return self.terms.held.x[:CANARIES]
+        return kept.columns["x"].to(self.terms.held.x)
+
+    # --- weights
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """The parameters of a set, cached."""
+        if name not in self._weights:
+            self._weights[name] = self.pool.weights(name)
+        return self._weights[name]
+
+    def _finite(self, name: str) -> bool:
+        """Whether a set has finite parameters, so that it can be attacked."""
+        return not endless(self.weights(name), state_of(self.terms.model))
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return rotated(self.terms.model)
+
+    @cached_property
+    def _known(self) -> list[Mapping[str, Tensor]]:
+        """The parameters of bases and surrogates, for the usual range of norms."""
+        several = {one.digest: one for one in (*self._bases, *self._own)}
+        return [state_of(one.model) for one in several.values()]
+
+    def _exposed(self, name: str) -> tuple[str, ...]:
+        return tuple(each for each in exposed_for(self.pool, name) if self._finite(each))
+
+    def _apart(self, name: str) -> float:
+        return distance(self.weights(name), self._several(self._exposed(name)), self._names)[0]
+
+    def _several(self, names: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:
+        return {name: self.weights(name) for name in names}
+
+
+def _shapes(model: Classifier) -> dict[str, Tensor]:
+    """Tensors with the names, shapes and types of the model, in which infinity marks that any value is allowed."""
+    return {
+        name: torch.full_like(value, torch.inf) if value.is_floating_point() else value
+        for name, value in state_of(model).items()
+    }

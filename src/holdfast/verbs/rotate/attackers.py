@@ -1,0 +1,395 @@
+"""The table of attackers: the success rate of the attackers A0 to A6 on the serving set, on the judged inputs.
+
+A0 has no parameters of the pool and trained own surrogates; A1 has a set that the ledger lists as stolen, A1u one
+that it does not list; A2 has several, A2c all bases of the pool; A3 has the generator, or sets generated in the same
+draw as the serving set; A4 queries the service across swaps; A5 has the serving set; A6 distils a surrogate from
+answers of several sets. Only A4 and A5 query the serving set to compute examples; A4 queries whichever set serves.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L1, L2, Linf
+from holdfast.core.draws import Draws
+from holdfast.core.errors import LostLoss
+from holdfast.core.evidence import Evidence
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, Mask, Steps
+from holdfast.engine.progress import Progress, Step
+from holdfast.ops.recipe import trained_as
+from holdfast.ops.statistics import proportion
+from holdfast.reports.words import amount
+from holdfast.rotation.collecting import begun_anew, last_of, rows_of
+from holdfast.rotation.thieves import ATTACKS, Thief
+from holdfast.store.pool import Pool
+from holdfast.verbs.request import Keep
+from holdfast.verbs.rotate.asking import AcrossSwaps
+from holdfast.verbs.rotate.collecting import bases, bases_left, surrogates
+from holdfast.verbs.rotate.crafting import siblings_of
+from holdfast.verbs.rotate.instead import Instead, doubt, said
+from holdfast.verbs.rotate.learning import learned
+from holdfast.verbs.rotate.terms import Terms, accuracy
+from holdfast.verbs.rotate.wording import judged, verdict
+
+WHO = ("A0", "A1", "A1u", "A2", "A2c", "A3", "A4", "A5", "A6")
+_MOST = 8  # largest number of sets of an attacker with several sets, and of sets that are attacked one by one
+_LOOKED, _POINTS, _CHUNK, _CHUNKS = 500, 0.02, 16, 24
+_FLAT = 0.02  # more generated sets are added until the success rate increases by no more than this
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Means:
+    """Budgets of the attackers."""
+
+    thief: Thief = field(default_factory=Thief)
+    quick: Thief = field(default_factory=lambda: Thief({name: ATTACKS[name] for name in ("MI", "PGD-50")}))
+    """attacks for comparisons with alternatives, and for many generated sets"""
+    draws: tuple[int, ...] = (4, 16, 64)
+    """numbers of sets that an attacker with the generator attacks at once, increased until the success rate no
+    longer grows"""
+    asking: AcrossSwaps = field(default_factory=AcrossSwaps)
+    labels: Steps = 6_000
+    """answers that A6 trains its surrogate on"""
+    epochs: Steps = 5
+    """epochs of the training of that surrogate"""
+
+
+@dataclass
+class Table:
+    """Measures the attackers of a pool one after another. Stored rows are not measured again."""
+
+    pool: Pool
+    terms: Terms
+    means: Means = field(default_factory=Means)
+
+    def __call__(
+        self,
+        evidence: Evidence,
+        judged_on: Batch,
+        *,
+        known: Mapping[str, Any] | None,
+        keep: Keep,
+        progress: Progress,
+    ) -> Mapping[str, Any]:
+        """Return the document of the table. `keep` is called with the unfinished document after each row."""
+        if not _possible(evidence.threat):
+            why = (
+                "the table of attackers needs an eps under Linf, L2 or L1 and no target, so none was measured"
+            )
+            return {"rows": [], "instead": [], "doubt": None, "verdict": why, "complete": True}
+        return _Measuring(self, evidence, judged_on, known or {}, keep, progress).done()
+
+
+def _possible(threat: ThreatModel) -> bool:
+    return isinstance(threat.constraint, (Linf, L2, L1)) and threat.goal is None
+
+
+class _Measuring:
+    """One call of `Table`, which measures all rows of the table of attackers."""
+
+    def __init__(
+        self,
+        table: Table,
+        evidence: Evidence,
+        judged_on: Batch,
+        known: Mapping[str, Any],
+        keep: Keep,
+        progress: Progress,
+    ) -> None:
+        self.pool, self.terms, self.means = table.pool, table.terms, table.means
+        self.keep, self.progress = keep, progress
+        now = self.pool.serving
+        assert now is not None
+        self.name = str(evidence.model.get("set", now.name))
+        self.live = self.terms.of_set(self.pool, self.name)
+        self.seen = evidence.threat.access
+        self.threat = replace(evidence.threat, access="gradients", queries=None, surrogates=())
+        self.rng = Draws(evidence.seed).at("attackers")
+        n = len(judged_on)
+        right, self.fell = evidence["correct"][:n].bool().cpu(), evidence["success"][:n].bool().cpu()
+        self.whole = judged_on.take(torch.arange(n)).to(torch.device(self.terms.device))
+        self.batch = self.whole.take(right)
+        self.fell = self.fell[right]
+        self.known = {member.name: member for member in self.pool.ledger.members}
+        self.document: Json = {"set": self.name, "n": n, "right": len(self.batch), "rows": [], "instead": []}
+        self.document |= {"ids": self.batch.ids.tolist(), "exposed": self._exposed, "complete": False}
+        if known.get("exposed") == self._exposed:  # otherwise rows of two ledger states would be mixed
+            self.document |= {name: known[name] for name in ("rows", "instead")}
+
+    # --- rows and verdict
+
+    def done(self) -> Json:
+        """The document with all rows, the alternatives, the doubt and the verdict."""
+        if not len(self.batch):
+            return self.document | {
+                "verdict": "no input is right, so nothing can be turned",
+                "complete": True,
+            }
+        parts = dict(zip(WHO, self._parts(), strict=True))
+        instead = list(self._instead.rows())
+        of = len(parts) + len(instead)
+        for place, (who, measured) in enumerate(parts.items(), 1):
+            self._row("rows", who, measured, place, of)
+        for place, (name, measure) in enumerate(instead, len(parts) + 1):
+            self._row("instead", name, measure, place, of)
+        found = {row["who"]: row for row in self.document["instead"] if row.get("clean")}
+        itself = (found.get("static") or {}).get("white")
+        rows = judged(self.document["rows"], itself)
+        one = next(row["share"] for row in rows if row["who"] == "A1")
+        known = {name: found.get(name) for name, _ in instead}
+        return self.document | {
+            "rows": rows,
+            "doubt": doubt(known, self.terms, one),
+            "verdict": verdict(rows, itself),
+            "notes": self._notes(),
+            "complete": True,
+        }
+
+    def _row(self, what: str, who: str, measure: Callable[[], Json | None], place: int, of: int) -> None:
+        """Measure a row, unless it is stored."""
+        if any(row["who"] == who for row in self.document[what]):
+            return
+        self.progress(Step(who, place, of, 0, len(self.batch), 0, 0))
+        begin = time.perf_counter()
+        found = measure() or {"says": "the pool holds no several sets of a run"}
+        row = {"who": who, **found, "seconds": round(time.perf_counter() - begin, 1)}
+        self.document = self.document | {what: [*self.document[what], row]}
+        self.keep(self.document)
+
+    def _parts(self) -> Iterator[Callable[[], Json]]:
+        yield self._nothing
+        yield self._listed
+        yield self._unlisted
+        yield self._several
+        yield self._collection
+        yield self._generator
+        yield self._asking
+        yield self._white_box
+        yield self._extracted
+
+    def _notes(self) -> list[str]:
+        if self.terms.threat.constraint == self.threat.constraint:
+            return []
+        return [f"the pool was made for {self.terms.said}, and is assessed under another threat"]
+
+    @cached_property
+    def _instead(self) -> Instead:
+        place = self.rng.at("instead")
+        return Instead(self.pool, self.terms, self.live, self.whole, self.threat, place, self.means.quick)
+
+    # --- the attackers
+
+    def _nothing(self) -> Json:
+        own = surrogates(self.pool, self.terms)
+        about = self.pool.manifest["about"]["data"]
+        holds = f"nothing; {len(own)} surrogates of his own, trained by {self.terms.candidate.name} on {about['name']}"
+        return self._told(holds, self._stolen("A0", own))
+
+    def _listed(self) -> Json:
+        names, stand_in = self._one
+        if not names:
+            return _unmeasured("no set is listed as exposed, and the bases are deleted")
+        holds = f"one of {amount(len(names), 'exposed sets')}, the worst of them"
+        if stand_in:
+            holds = f"{names[0]}, a base that stands in, for no set is listed as exposed"
+        return self._told(holds, self._each("A1", names))
+
+    def _unlisted(self) -> Json:
+        names = self._hidden
+        if not names:
+            return _unmeasured("every base and every set that served is listed as exposed, or deleted")
+        return self._told(
+            f"one of {amount(len(names), 'sets')} that the ledger does not list", self._each("A1u", names)
+        )
+
+    def _several(self) -> Json:
+        names = self._exposed[-_MOST:]
+        if len(names) < 2:
+            return _unmeasured(f"{amount(len(names), 'sets')} listed as exposed, and several were needed")
+        return self._told(f"{len(names)} exposed sets", self._stolen("A2", self._sets(names)))
+
+    def _collection(self) -> Json:
+        names = bases_left(self.pool)[:_MOST]
+        if len(names) < 2:
+            return _unmeasured(f"{amount(len(names), 'bases')} kept, and several were needed")
+        return self._told(f"the collection: {len(names)} bases", self._stolen("A2c", self._sets(names)))
+
+    def _generator(self) -> Json:
+        fell: dict[str, Mask] = {}
+        held: list[str] = []
+        generator = learned(self.pool, self.terms)
+        if generator is not None:
+            drawn, before = self._drawn, -1.0
+            for k in self.means.draws:
+                thief = self.means.thief if k == self.means.draws[0] else self.means.quick
+                some = self._stolen(f"A3 {k}", drawn[:k], thief)
+                fell |= {f"EOT over {min(k, len(drawn))} draws, {name}": mask for name, mask in some.items()}
+                best = max(float(mask.float().mean()) for mask in some.values())
+                if best <= before + _FLAT or len(drawn) <= k:
+                    break
+                before = best
+            middle = [self.terms.of_weights(generator.mean())]
+            fell |= {f"the mean set, {name}": mask for name, mask in self._stolen("mean", middle).items()}
+            held.append("the generator")
+        siblings = siblings_of(self.pool, self.name, lambda name: True)[:_MOST]
+        if siblings:
+            made = self._stolen("siblings", self._sets(siblings))
+            fell |= {f"{amount(len(siblings), 'siblings')}, {name}": mask for name, mask in made.items()}
+            held.append(f"{amount(len(siblings), 'siblings')} of the set")
+        if not fell:
+            return _unmeasured("there is no generator and no sibling, and the procedure was not rerun")
+        says = "" if siblings else "no sibling is kept, and the procedure was not rerun"
+        return self._told(" and ".join(held), fell, says)
+
+    def _asking(self) -> Json:
+        asking = self.means.asking
+        others = [name for name in self.pool.ahead if name != self.name][: _MOST - 1]
+        sets = [self.live, *self._sets(others)]
+        fell = {"search": self._search(sets, None)}
+        if self._one[0]:
+            name, x = self._example
+            fell[f"search from {name} on a stolen set"] = self._search(sets, x)
+        holds = f"{asking.queries} answers an input, by {amount(len(sets), 'sets')} that swap every {asking.every}"
+        says = "" if others else "no other set is admitted, so nothing swapped"
+        return self._told(holds, fell, says)
+
+    def _search(self, sets: Sequence[Classifier], start: Inputs | None) -> Mask:
+        place = self.rng.at("A4", "anew" if start is None else "from")
+        return self._turned(self.means.asking(sets, self.batch, self.threat, start=start, rng=place))
+
+    def _white_box(self) -> Json:
+        """The results of the suite; if it had no gradients, also those of transfer attacks from the set itself."""
+        fell = {"the suite": self.fell}
+        if self.seen != "gradients":
+            fell |= self._stolen("A5", [self.live])
+        return self._told(f"{self.name}, which serves", fell)
+
+    def _extracted(self) -> Json:
+        """Train a surrogate on the answers of several sets, and attack it."""
+        served = [term.name for term in reversed(self.pool.ledger.terms)]
+        names = [
+            name
+            for name in dict.fromkeys([self.name, *served, *self.pool.ahead])
+            if not self.known[name].deleted
+        ][:_MOST]
+        place = self.rng.at("A6")
+        some = rows_of(self.terms.train, self.means.labels, place.at("inputs"))
+        labels, sets = some.y.clone(), self._sets(names)
+        for k, each in enumerate(sets):
+            rows = torch.arange(k, len(some), len(sets), device=some.x.device)
+            labels[rows] = torch.cat([_classes(each, few.x) for few in some.take(rows).split(1_000)])
+        recipe = trained_as(
+            self.terms.candidate.recipe, replace(self.terms.training, epochs=self.means.epochs)
+        )
+        begun = begun_anew(self.terms.model, place.at("begin"), self.terms.begins)
+        try:
+            copied = last_of(recipe, begun, some.labelled(labels), self.terms.threat, place.at("training"))
+        except LostLoss as error:
+            return _unmeasured(f"the surrogate could not be distilled: {error}")
+        agrees = float((_classes(copied, self.whole.x) == _classes(self.live, self.whole.x)).float().mean())
+        holds = (
+            f"{len(some):,} answers of {amount(len(sets), 'sets')}, distilled in {self.means.epochs} epochs"
+        )
+        says = f"what was distilled answers as the set that serves on {100 * agrees:.1f} %"
+        return self._told(holds, self._stolen("A6", [copied]), says)
+
+    # --- models of the attackers
+
+    @cached_property
+    def _exposed(self) -> list[str]:
+        return [one.name for one in self.pool.ledger.exposed() if not self.known[one.name].deleted]
+
+    @cached_property
+    def _one(self) -> tuple[list[str], bool]:
+        """The sets of which A1 has one, the most recently stolen ones; and whether a base is used instead."""
+        if self._exposed:
+            return self._exposed[-_MOST:], False
+        return list(bases_left(self.pool)[:1]), True
+
+    @cached_property
+    def _hidden(self) -> list[str]:
+        """Bases, and sets that served before, that the ledger does not list as stolen."""
+        served = [term.name for term in self.pool.ledger.terms]
+        own = [*self.known[self.name].bases, *bases(self.pool), *reversed(served)]
+        members = [self.known[name] for name in dict.fromkeys(own) if name != self.name]
+        return [each.name for each in members if each.exposed is None and not each.deleted][:_MOST]
+
+    @cached_property
+    def _drawn(self) -> list[Classifier]:
+        """Generated sets with sufficient accuracy, as an attacker would select them; if too few, the best ones."""
+        generator, rng = learned(self.pool, self.terms), self.rng.at("drawn")
+        assert generator is not None
+        some = rows_of(self.terms.train, _LOOKED, rng.at("looked at"))
+        wanted, known = max(self.means.draws), bases_left(self.pool)
+        right = [accuracy(model, some) for model in self._sets(known[:_MOST])]
+        least = sum(right) / len(right) - _POINTS if right else 0.0
+        found: list[tuple[float, Classifier]] = []
+        for chunk in range(_CHUNKS):
+            drawn = generator.drawn(_CHUNK, rng.at(chunk))
+            models = [self.terms.of_weights(drawn.one(k)) for k in range(len(drawn))]
+            found += [(accuracy(model, some), model) for model in models]
+            if sum(share >= least for share, _ in found) >= wanted:
+                break
+        good = [model for share, model in found if share >= least]
+        best = sorted(found, key=lambda each: -each[0])[: self.means.draws[0]]
+        return good[:wanted] if len(good) >= self.means.draws[0] else [model for _, model in best]
+
+    def _sets(self, names: Sequence[str]) -> list[Classifier]:
+        return [self.live if name == self.name else self.terms.of_set(self.pool, name) for name in names]
+
+    # --- examples and success rates
+
+    @cached_property
+    def _example(self) -> tuple[str, Inputs]:
+        """The attack with the highest success rate on the most recently stolen set of A1, and its examples."""
+        held = self._sets(self._one[0][-1:])
+        made = self.means.quick.crafted(held, self.batch, self.threat, rng=self.rng.at("A4 prior"))
+        return max(made.items(), key=lambda each: int(self._turned(each[1]).sum()))
+
+    def _stolen(self, place: str, held: Sequence[Classifier], thief: Thief | None = None) -> dict[str, Mask]:
+        """For each attack on the models in `held`, which inputs are adversarial for the serving set."""
+        made = (thief or self.means.thief).crafted(held, self.batch, self.threat, rng=self.rng.at(place))
+        return {name: self._turned(x) for name, x in made.items()}
+
+    def _each(self, place: str, names: Sequence[str]) -> dict[str, Mask]:
+        """For each attack on each single set, which inputs are adversarial for the serving set."""
+        fell: dict[str, Mask] = {}
+        for name in names:
+            made = self._stolen(f"{place} {name}", self._sets([name]))
+            fell |= {f"{attack} on {name}": mask for attack, mask in made.items()}
+        return fell
+
+    def _turned(self, x: Inputs) -> Mask:
+        some = self.batch.at(x)
+        wrong = [_classes(self.live, few.x) != few.y for few in some.split(1_000)]
+        return torch.cat(wrong).cpu()
+
+    def _told(self, holds: str, fell: Mapping[str, Mask], says: str = "") -> Json:
+        """A row of the table, with the attack of the highest success rate and its adversarial examples."""
+        attack, mask = max(fell.items(), key=lambda each: int(each[1].sum()))
+        turned = self.batch.ids.cpu()[mask].tolist()
+        return {
+            "holds": holds,
+            "share": said(proportion(mask)),
+            "attack": attack,
+            "says": says,
+            "turned": turned,
+        }
+
+
+def _unmeasured(why: str) -> Json:
+    return {"holds": "–", "share": None, "attack": "", "says": why, "turned": []}
+
+
+@torch.no_grad()
+def _classes(model: Classifier, x: Inputs) -> torch.Tensor:
+    classes: torch.Tensor = model(x).argmax(1)
+    return classes

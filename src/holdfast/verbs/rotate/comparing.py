@@ -1,0 +1,119 @@
+"""Shares of examples and paired differences, with intervals: lost accuracy, success rates of attackers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Evidence
+from holdfast.core.types import Mask
+from holdfast.metrics.columns import robust
+from holdfast.ops.statistics import Support, bonferroni, mean, paired_difference, proportion
+from holdfast.reports.numbers import percent
+from holdfast.verbs.rotate.crafting import Attacker
+from holdfast.verbs.rotate.measuring import Carried
+from holdfast.verbs.rotate.samples import CONFIDENCE
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Lost accuracy of a set relative to the better of the serving set and the mean of the bases.
+
+    Compared with the serving set only, small losses would add up over swaps.
+    """
+
+    estimate: Estimate
+    """loss, with an interval for the larger of both losses"""
+    whom: str
+    """name of the better reference"""
+
+
+def largest_loss(before: Mapping[str, Sequence[Mask]], after: Mask, confidence: float) -> Loss:
+    """The largest loss relative to the named references."""
+    each = {name: difference(masks, after, confidence) for name, masks in before.items()}
+    whom = max(each, key=lambda name: each[name].value)
+    surely = bonferroni(confidence, len(before))
+    low = max(difference(masks, after, surely).low for masks in before.values())
+    value, high = each[whom].value, max(one.high for one in each.values())
+    return Loss(Estimate(value, min(low, value), high, each[whom].n), whom)
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The highest success rate of several attacks on a set."""
+
+    estimate: Estimate
+    """share of the correctly classified inputs, with an interval for the largest of all success rates"""
+    by: str
+    """description of the attacker and its attack"""
+    fell: tuple[Mask, ...]
+    """for each attack, which of those inputs it broke; the largest share first"""
+
+    @property
+    def says(self) -> str:
+        """The success rate and its attack as text."""
+        return f"examples of {self.by} turn {number(self.estimate)}"
+
+
+def worst(carried: Carried, thieves: Sequence[Attacker], confidence: float = CONFIDENCE) -> Worst | None:
+    """The highest success rate over all attacks of the given attackers; None without attackers.
+
+    The upper end of the interval is the highest of all upper ends, which is above the largest success rate with the
+    given confidence; the lower ends are corrected for their number (Bonferroni).
+    """
+    right = carried.evidence["correct"]
+    found = {key: fell[right] for key, fell in carried.fell.items() if key[0] in thieves}
+    if not found:
+        return None
+    each = {key: share(fell, confidence) for key, fell in found.items()}
+    order = sorted(found, key=lambda key: -each[key].value)
+    low = max(share(fell, bonferroni(confidence, len(found))).low for fell in found.values())
+    first, high = each[order[0]], max(one.high for one in each.values())
+    thief, attack = order[0]
+    return Worst(
+        Estimate(first.value, min(low, first.value), high, first.n),
+        f"{thief.name} by {attack}",
+        tuple(found[key] for key in order),
+    )
+
+
+def held(white: Evidence) -> Mask:
+    """Which examples are robust to the white-box attacks."""
+    return robust(white, "robust_accuracy")
+
+
+def differing(one: Evidence, other: Evidence) -> Mask:
+    """Mask of the inputs that two sets classify differently."""
+    different: Mask = one["prediction"] != other["prediction"]
+    return different
+
+
+def share(mask: Mask, confidence: float = CONFIDENCE) -> Estimate:
+    """Share of true entries with an interval; for an empty mask the interval is 0 to 1."""
+    return proportion(mask, confidence) if len(mask) else Estimate(0.0, 0.0, 1.0, 0)
+
+
+def difference(before: Sequence[Mask], after: Mask | None = None, confidence: float = CONFIDENCE) -> Estimate:
+    """Mean share of the masks in `before` minus the share of `after`, if given, on the same examples."""
+    if len(before) == 1:
+        only = before[0]
+        return share(only, confidence) if after is None else paired_difference(only, after, confidence)
+    values: Tensor = torch.stack([one.double() for one in before]).mean(0)
+    if after is None:
+        return mean(values, confidence)
+    return mean(values - after.double(), confidence, support=Support(-1.0, 1.0))
+
+
+def number(estimate: Estimate) -> str:
+    """A share with its interval and sample size as text."""
+    return (
+        f"{percent(estimate.value)} ({percent(estimate.low)} to {percent(estimate.high)}, n = {estimate.n:,})"
+    )
+
+
+def points(estimate: Estimate) -> str:
+    """A difference of shares in percentage points as text."""
+    low, value, high = (f"{100 * end:.1f}" for end in (estimate.low, estimate.value, estimate.high))
+    return f"{value} points ({low} to {high}, n = {estimate.n:,})"

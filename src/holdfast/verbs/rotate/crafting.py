@@ -1,0 +1,206 @@
+"""The attackers that candidates are judged against, and the transfer examples of each on held-out inputs.
+
+A0 has no set of the pool and trained the surrogates; A1 has one stolen set; A2 has as many of the most recently
+stolen sets as A0 has surrogates; A3 can run the procedure and has sets generated in the same draw as the candidate.
+The attacks and inputs differ from those that sets are immunised with. All examples are computed once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks.protocol import Attack
+from holdfast.core.batch import Batch
+from holdfast.core.chain import canonical, digest
+from holdfast.core.draws import Draws
+from holdfast.core.lookup import Lookup
+from holdfast.core.model import Classifier, Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Access, Inputs
+from holdfast.engine.identity import code_digest
+from holdfast.engine.progress import Notify, ignore
+from holdfast.harness import Member
+from holdfast.harness.plan import settings
+from holdfast.reports.numbers import strict
+from holdfast.rotation.thieves import Thief
+from holdfast.store.pool import Pool
+from holdfast.verbs.rotate.collecting import surrogates
+from holdfast.verbs.rotate.terms import Terms
+
+Kind = Literal["A0", "A1", "A2", "A3"]
+SIBLINGS = 4
+"""Number of sets that an attacker with the procedure generates."""
+
+
+@dataclass(frozen=True)
+class Attacker:
+    """An attacker and the models from which it computes transfer examples."""
+
+    kind: Kind
+    sources: tuple[str, ...]
+    """names of sets of the pool; for A0 the number of surrogates: `own 4`"""
+
+    @property
+    def name(self) -> str:
+        """Name of the attacker in columns and reports."""
+        held = self.sources[0] if len(self.sources) == 1 else f"{len(self.sources)} sets"
+        return f"{self.kind} {held}"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An attack that returns examples computed before, looked up by id. It does not query the model."""
+
+    attacker: str
+    sources: str
+    """the models that they were computed on"""
+    attack: Attack
+    """the attack that computed them"""
+    given: Callable[[Batch], Inputs]
+
+    needs: ClassVar[Access] = "none"
+
+    def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
+        return self.given(batch)
+
+
+@dataclass
+class Workshop:
+    """Computes transfer examples of attackers, and stores them encrypted in the pool so that each is computed once.
+
+    If there are more inputs, only the new ones are attacked.
+    """
+
+    pool: Pool
+    terms: Terms
+    thief: Thief = field(default_factory=Thief)
+    notify: Notify = ignore
+    _made: dict[tuple[Attacker, int, int], dict[str, Inputs]] = field(default_factory=dict)
+    """examples by attacker and range of the held-out inputs, for each attack"""
+    _own: list[Classifier] = field(default_factory=list)
+
+    @property
+    def own(self) -> list[Classifier]:
+        """The surrogates of a surrogate-only attacker."""
+        self._own = self._own or surrogates(self.pool, self.terms)
+        return self._own
+
+    def nothing(self, size: int | None = None) -> Attacker:
+        """The surrogate-only attacker with `size` surrogates, or all."""
+        return Attacker("A0", (f"own {len(self.own) if size is None else min(size, len(self.own))}",))
+
+    def members(self, attacker: Attacker, start: int, stop: int) -> list[Member]:
+        """A member of a suite for each attack, with its examples for the held-out inputs `start` to `stop`.
+
+        The examples of all attacks are computed on the first use; a run that is only reported again computes none.
+        """
+        sources = " ".join(attacker.sources)
+        return [
+            Member(
+                f"{attacker.name} {name}",
+                Prepared(attacker.name, sources, attack, self._given(attacker, name, start, stop)),
+            )
+            for name, attack in self.thief.attacks.items()
+        ]
+
+    def _given(self, attacker: Attacker, name: str, start: int, stop: int) -> Callable[[Batch], Inputs]:
+        lookup = Lookup(self.terms.examples.held.ids[start:stop].cpu())
+
+        def made_before(batch: Batch) -> Inputs:
+            made = self._of(attacker, start, stop)[name]
+            return made[lookup.rows(batch.ids.cpu())].to(batch.x)
+
+        return made_before
+
+    def _of(self, attacker: Attacker, start: int, stop: int) -> dict[str, Inputs]:
+        """The examples of an attacker for some inputs, by attack, cached."""
+        key = (attacker, start, stop)
+        if key not in self._made:
+            some = self.terms.held.take(torch.arange(start, stop))
+            constraint, bounds = self.terms.threat.constraint, self.terms.model.bounds
+            self._made[key] = {
+                name: constraint.project(some.x + change.to(some.x), some.x, bounds).cpu()
+                for name, change in self._changes(attacker, some, start).items()
+            }
+        return self._made[key]
+
+    def _changes(self, attacker: Attacker, some: Batch, start: int) -> dict[str, Tensor]:
+        """The perturbations of an attacker in half precision, from the pool if they are stored there."""
+        about = digest(canonical(strict([code_digest(), len(some), self._asked, self.terms.about()])))
+        place = digest(canonical([attacker.kind, *attacker.sources, start]))[:16]
+        kept = self.pool.kept(f"made_{place}")
+        if kept is not None and kept.about["of"] == about:
+            return kept.columns
+        self.notify(f"{attacker.name}: examples of {len(some):,} inputs by {', '.join(self.thief.attacks)}")
+        rng = Draws(self.terms.seed).at("thief", attacker.kind, *attacker.sources)
+        made = self.thief.crafted(self._models(attacker), some, self.terms.threat, rng=rng)
+        changes = {name: (x - some.x).half().cpu() for name, x in made.items()}
+        if attacker.kind != "A3":  # these sets differ for each candidate
+            self.pool.keep(f"made_{place}", changes, {"of": about})
+        return changes
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        return {name: settings(attack) for name, attack in self.thief.attacks.items()}
+
+    def _models(self, attacker: Attacker) -> Sequence[Classifier]:
+        if attacker.kind == "A0":
+            return self.own[: int(attacker.sources[0].removeprefix("own "))]
+        return [self.terms.of_set(self.pool, name) for name in attacker.sources]
+
+
+@dataclass(frozen=True)
+class Attackers:
+    """All attackers that a candidate is judged against."""
+
+    nothing: Attacker
+    one: tuple[Attacker, ...]
+    """attackers with one stolen set each"""
+    several: Attacker | None
+    """attacker with several stolen sets; None if fewer than two sets are stolen"""
+    evenly: Attacker | None
+    """surrogate-only attacker with as many surrogates as `several` has sets"""
+    siblings: Attacker | None
+
+
+def attackers(workshop: Workshop, name: str, exposed: Sequence[str], siblings: Sequence[str]) -> Attackers:
+    """The attackers for the set `name`. `exposed` are the stolen sets, the most recently stolen one last."""
+    own = len(workshop.own)
+    last = tuple(exposed[-own:])
+    several = Attacker("A2", last) if len(last) > 1 else None
+    return Attackers(
+        workshop.nothing(),
+        tuple(Attacker("A1", (each,)) for each in exposed),
+        several,
+        None if several is None else workshop.nothing(len(last)),
+        Attacker("A3", tuple(siblings[:SIBLINGS])) if siblings else None,
+    )
+
+
+def exposed_for(pool: Pool, name: str) -> tuple[str, ...]:
+    """Sets that an attacker may have when the set serves: its bases, then the stolen sets, the most recent one last."""
+    known = {member.name: member for member in pool.ledger.members}
+    listed = [one.name for one in pool.ledger.exposed()]
+    unlisted = [each for each in known[name].bases if each not in listed]
+    return tuple(each for each in (*unlisted, *listed) if each != name and not known[each].deleted)
+
+
+def siblings_of(pool: Pool, name: str, usable: Callable[[str], bool]) -> tuple[str, ...]:
+    """Other sets generated in the same draw, which an attacker with the procedure could have generated, in their order.
+
+    Refused sets are included, so that the order of judging has no influence.
+    """
+    drawing = pool.about(name).get("drawing")
+    if drawing is None:
+        return ()
+    return tuple(
+        member.name
+        for member in pool.ledger.members
+        if member.name != name
+        and not member.deleted
+        and pool.about(member.name).get("drawing") == drawing
+        and usable(member.name)
+    )

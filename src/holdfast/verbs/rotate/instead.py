@@ -1,0 +1,203 @@
+"""Alternatives to a rotation that take the same time, each measured with a stolen set and in the white-box case.
+
+Static: no swap. Noise on the weights. Checkpoints of one run, their mean (a soup, Wortsman et al., arXiv:2203.05482)
+and samples around it (SWAG, Maddox et al., arXiv:1902.02476). Independent seeds. Half an epoch of single-step
+adversarial fine-tuning (FGSM-RS, Wong et al., arXiv:2001.03994), and with as many passes PGD training (Madry et al.,
+arXiv:1706.06083) and diversity as in DVERGE (Yang et al., arXiv:2009.14720), each from the serving set.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.estimate import Estimate
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.ops.fit import Training
+from holdfast.ops.recipe import Recipe, trained_as
+from holdfast.ops.statistics import proportion
+from holdfast.recipes import PGDTraining, SingleStep, Standard
+from holdfast.rotation import Distilled, Immunise, Members
+from holdfast.rotation.collecting import last_of, rows_of
+from holdfast.rotation.thieves import Thief, noisy
+from holdfast.store.pool import Pool
+from holdfast.verbs.rotate.collecting import members, surrogates
+from holdfast.verbs.rotate.terms import Terms
+
+NOISE = 0.3
+"""Size of the noise on weights, as a share of the root mean square of each tensor."""
+_SHARE, _LR, _INNER = 0.5, 1e-3, 5
+_ONE_STEP = SingleStep(noise=1.0, step=1.25, clip=True)
+Json = dict[str, Any]
+
+
+@dataclass
+class Instead:
+    """Measures the alternatives on the judged inputs, with the same few attacks for all."""
+
+    pool: Pool
+    terms: Terms
+    live: Classifier
+    batch: Batch
+    threat: ThreatModel
+    rng: Draws
+    thief: Thief
+
+    def rows(self) -> Iterator[tuple[str, Callable[[], Json | None]]]:
+        """Yield each alternative by name, with a function that measures it or returns None if the pool is
+        unsuitable.
+        """
+        yield "static", lambda: self._row(self.live, self.live, "the set that serves is never swapped")
+        yield (
+            "weight noise",
+            lambda: self._row(self._noisy(), self.live, f"{NOISE:g} of the size of each tensor"),
+        )
+        yield "checkpoints of a run", self._checkpoints
+        yield "soup", self._soup
+        yield "SWAG", self._swag
+        yield "independent seeds", self._seeds
+        yield (
+            "adversarial fine-tuning",
+            lambda: self._row(self.tuned, self.live, "half an epoch, one step (FGSM-RS)"),
+        )
+        yield "PGD training", self._pgd
+        yield "DVERGE-like diversity", self._diverse
+
+    @cached_property
+    def tuned(self) -> Classifier:
+        """The serving set after half an epoch of adversarial fine-tuning."""
+        return self._trained(_ONE_STEP, _SHARE)
+
+    def _pgd(self) -> Json:
+        share = _SHARE * 2 / (_INNER + 1)  # a single-step update takes two passes
+        said = f"the same passes: {share:.2g} of an epoch, {_INNER} steps"
+        return self._row(self._trained(PGDTraining(steps=_INNER), share), self.live, said)
+
+    def _diverse(self) -> Json:
+        """Half of the passes compute examples, half train on them, together with FGSM-RS if the sets were hardened."""
+        batch, n, steps = self.terms.training.batch, len(self.terms.train), Distilled().steps
+        recipe, passes = (_ONE_STEP, 2) if hardened(self.terms) else (Standard(), 1)
+        share = _SHARE / (passes + 0.5)  # each update has half as many computed examples as others
+        crafting = Distilled(examples=max(round(_SHARE * n / steps), 1), steps=steps)
+        how = Immunise(share=share, batch=max(batch // 2, 1), lr=_LR, crafting=crafting)
+        as_known = trained_as(recipe, Training(batch=batch))
+        place = self.rng.at("trained", "diverse")
+        made = how(self.live, [self.live], as_known, self.terms.train, self.threat, rng=place)
+        says = f"the same passes: {share:.2g} of an epoch, and {crafting.examples:,} inputs with features of others"
+        return self._row(made, self.live, says)
+
+    def _trained(self, recipe: Recipe, share: float) -> Classifier:
+        """The serving set, trained further for part of an epoch."""
+        known = self.terms.training
+        how = Training(epochs=1, batch=known.batch, lr=_LR, averaging="none", weight_decay=0.0)
+        how = replace(how, optimizer="adamw", schedule="cycle", warmup=0.0)
+        data, place = self.terms.train, self.rng.at("trained", type(recipe).__name__)
+        some = rows_of(data, max(round(share * len(data)), 1), place.at("data"))
+        return last_of(
+            trained_as(recipe, how), deepcopy(self.live).requires_grad_(), some, self.threat, place
+        )
+
+    def _noisy(self) -> Classifier:
+        assert isinstance(self.live.net, torch.nn.Module)
+        moved = noisy(self.live.net, NOISE, self.rng.at("noise"))
+        return self.terms.of_weights(dict(moved.named_parameters()))
+
+    def _checkpoints(self) -> Json | None:
+        if self._run is None:
+            return None
+        first, last = (self.terms.of_weights(self._run.one(k)) for k in (0, -1))
+        return self._row(
+            last, first, f"{len(self._run)} sets of a run; the first was stolen, the last serves"
+        )
+
+    def _soup(self) -> Json | None:
+        if self._run is None:
+            return None
+        stolen = self.terms.of_weights(self._run.one(0))
+        return self._row(self.terms.of_weights(self._run.bases().one(0)), stolen, "the mean of those sets")
+
+    def _swag(self) -> Json | None:
+        """A sample around the mean of the run, and an attacker with another sample."""
+        if self._run is None:
+            return None
+        samples = []
+        for k in range(2):
+            weights = {}
+            for name, value in self._run.tensors.items():
+                noise = self.rng.at("swag", k, name).normal(torch.arange(value[0].numel()))
+                weights[name] = value.mean(0) + value.std(0) * noise.view(value[0].shape).to(value)
+            samples.append(self.terms.of_weights(weights))
+        return self._row(samples[0], samples[1], "samples around their mean, as far as they differ")
+
+    def _seeds(self) -> Json:
+        own = surrogates(self.pool, self.terms)
+        return self._row(own[0], own[1], "another training serves than that which was stolen")
+
+    @cached_property
+    def _run(self) -> Members | None:
+        """The sets of the first run; None if it has only one."""
+        whole = members(self.pool)
+        rows = (whole.basins == whole.basins[0]).nonzero()[:, 0]
+        return whole.take(rows) if len(rows) > 1 else None
+
+    def _row(self, serves: Classifier, stolen: Classifier, says: str) -> Json:
+        """Clean accuracy of `serves`, and the success rates on it of examples computed on `stolen` and on itself."""
+        right = _right(serves, self.batch)
+        clean, some = proportion(right), self.batch.take(right)
+        if not len(some):
+            return {"clean": said(clean), "thief": None, "white": None, "says": says}
+        thief = self._worst(serves, stolen, some)
+        white = thief if stolen is serves else self._worst(serves, serves, some)
+        return {"clean": said(clean), "thief": said(thief), "white": said(white), "says": says}
+
+    def _worst(self, serves: Classifier, held: Classifier, some: Batch) -> Estimate:
+        made = self.thief.crafted([held], some, self.threat, rng=self.rng.at("instead"))
+        fell = [~_right(serves, some.at(x)) for x in made.values()]
+        return max((proportion(mask) for mask in fell), key=lambda share: share.value)
+
+
+def said(share: Estimate) -> Json:
+    """A share with its interval as a document stores it."""
+    return {"value": share.value, "low": share.low, "high": share.high, "n": share.n}
+
+
+def hardened(terms: Terms) -> bool:
+    """Whether the sets of a pool were trained against attacks."""
+    return not isinstance(terms.candidate.recipe, Standard)
+
+
+def doubt(found: Mapping[str, Json | None], terms: Terms, one: Json | None) -> Json:
+    """The doubt that half an epoch of fine-tuning achieves more than rotation; raised if sets were not hardened."""
+    tuned, static = found["adversarial fine-tuning"], found["static"]
+    assert tuned is not None and static is not None
+    if tuned["thief"] is None or static["white"] is None:
+        says = "the set that serves, or what fine-tuning made of it, has no input right"
+        return {"state": "not measured", "statistic": None, "threshold": None, "n": 0, "says": says}
+    thief = "what was not measured" if one is None else f"{100 * one['value']:.1f} %"
+    left = 100 * static["white"]["value"]
+    says = (
+        f"half an epoch of adversarial fine-tuning of the set that serves leaves {100 * tuned['thief']['value']:.1f} % "
+        f"to who stole the old one, and {100 * tuned['white']['value']:.1f} % to the white box; rotation leaves "
+        f"{thief} to a thief of one set, and {left:.1f} % to the white box by the same attacks"
+    )
+    state = "clear" if hardened(terms) else "raised"
+    if state == "raised":
+        says = f"the sets were trained by {terms.candidate.name}, and never against attacks: {says}"
+    return {
+        "state": state,
+        "statistic": static["white"]["value"],
+        "threshold": tuned["white"]["value"],
+        "n": static["white"]["n"],
+        "says": says,
+    }
+
+
+@torch.no_grad()
+def _right(model: Classifier, batch: Batch) -> torch.Tensor:
+    return torch.cat([model(some.x).argmax(1) == some.y for some in batch.split(1_000)])

@@ -1,0 +1,127 @@
+"""Trains the generator of a pool: the codec, a test of its reconstruction, and the latent diffusion."""
+
+import time
+from dataclasses import dataclass
+from statistics import mean
+
+import torch
+
+from holdfast.core.draws import Draws
+from holdfast.core.errors import Inconclusive
+from holdfast.engine.progress import Notify, ignore
+from holdfast.rotation import Codec, Embedding, Generator, LatentDiffusion, Members
+from holdfast.rotation.generating import packed, unpacked
+from holdfast.store.pool import Pool
+from holdfast.verbs.rotate.collecting import members, secret
+from holdfast.verbs.rotate.terms import Terms, accuracy
+
+_KEPT = "generator"
+_LOST = 0.003  # largest loss of accuracy by encoding and decoding
+_JUDGED = 24  # sets for that test, spread over the collection
+_TRIED = 16  # generated sets on which the generator is tested
+_ASTRAY = 0.1  # largest difference in accuracy between the bases and the best of them
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Size and quality of a trained generator."""
+
+    sets: int
+    parameters: int
+    rank: int
+    """number of directions in which the sets differ"""
+    variance_lost: float
+    """share of the variance that the codec does not reconstruct"""
+    accuracy_lost: float
+    """accuracy lost by encoding and decoding, mean over sets"""
+    codec_s: float
+    diffusion_s: float
+
+
+def learn(
+    pool: Pool, terms: Terms, codec: Codec, diffusion: LatentDiffusion, *, notify: Notify = ignore
+) -> Learned:
+    """Fit codec and diffusion to the collected sets and store them encrypted; replaces an earlier generator.
+
+    Raises `UsageError` if fewer than two sets are collected or another process trains, `LostLoss` if the training
+    diverges, and `Inconclusive` if sets lose more than 0.3 points of accuracy in the codec, or no generated set
+    comes within ten points of the bases; then an earlier generator is kept.
+    """
+    with pool.alone_at("train"):
+        return _learned_anew(pool, terms, codec, diffusion, notify)
+
+
+def _learned_anew(
+    pool: Pool, terms: Terms, codec: Codec, diffusion: LatentDiffusion, notify: Notify
+) -> Learned:
+    collected, draws = members(pool), secret(pool).at("generator")
+    begin = time.perf_counter()
+    embedding = codec(collected, rng=draws.at("codec"))
+    codec_s = time.perf_counter() - begin
+    notify(
+        f"codec: {len(collected)} sets of {collected.parameters:,} numbers along {embedding.span.rank} directions, "
+        f"{100 * embedding.lost:.2g} % of their differences lost, {codec_s:.1f} s"
+    )
+    lost = _lost(terms, embedding, collected)
+    notify(f"round trip: {100 * lost:.2f} points of accuracy, of {100 * _LOST:g} that it may lose")
+    if lost > _LOST:
+        raise Inconclusive(
+            f"sets lose {100 * lost:.2f} points of accuracy through the codec and back, and {100 * _LOST:g} were "
+            f"allowed: what is drawn would be no better. Collect more sets of each run, or give the codec more room, "
+            f"as in --set codec.dims={2 * codec.dims} --set codec.steps={2 * codec.steps}"
+        )
+    begin = time.perf_counter()
+    generator = diffusion(embedding, collected, rng=draws.at("diffusion"))
+    diffusion_s = time.perf_counter() - begin
+    _refuse_astray(terms, generator, collected, draws.at("tried"), diffusion)
+    notify(f"diffusion: regulariser {diffusion.regulariser}, {diffusion_s:.1f} s")
+    found = Learned(
+        len(collected), collected.parameters, embedding.span.rank, embedding.lost, lost, codec_s, diffusion_s
+    )
+    pool.keep(_KEPT, packed(generator), vars(found))
+    return found
+
+
+def _refuse_astray(
+    terms: Terms, generator: Generator, collected: Members, rng: Draws, diffusion: LatentDiffusion
+) -> None:
+    """Raise `Inconclusive` if no generated set has nearly the accuracy of the bases."""
+    held = terms.first_held
+    drawn, bases = generator.drawn(_TRIED, rng), collected.bases()
+    best = max(accuracy(terms.of_weights(drawn.one(k)), held) for k in range(len(drawn)))
+    usual = mean(accuracy(terms.of_weights(bases.one(k)), held) for k in range(len(bases)))
+    if best < usual - _ASTRAY:
+        raise Inconclusive(
+            f"of {_TRIED} draws the best is right on {100 * best:.1f} %, where the bases are on {100 * usual:.1f}: the "
+            f"diffusion went astray, and what was learned before stands. Regularise less (regulariser is "
+            f"{diffusion.regulariser}, weight {diffusion.weight:g}), or train it longer, as in --set "
+            f"generator.steps={2 * diffusion.steps}"
+        )
+
+
+def learned(pool: Pool, terms: Terms) -> Generator | None:
+    """The generator of the pool; None if there is none."""
+    kept = pool.kept(_KEPT)
+    if kept is None:
+        return None
+    device = torch.device(terms.device)
+    return unpacked({name: value.to(device) for name, value in kept.columns.items()})
+
+
+def what_was_learned(pool: Pool) -> Learned | None:
+    """What `learn` returned for the generator of the pool; None if there is none."""
+    kept = pool.kept(_KEPT)
+    return None if kept is None else Learned(**kept.about)
+
+
+def _lost(terms: Terms, embedding: Embedding, collected: Members) -> float:
+    """Mean accuracy on held-out examples that sets lose by encoding and decoding."""
+    places = torch.linspace(0, len(collected) - 1, min(_JUDGED, len(collected))).round().long()
+    some = collected.take(places)
+    back = Members(embedding.decoded(embedding.encoded(some)), some.basins)
+    held = terms.first_held
+
+    def right(sets: Members) -> float:
+        return mean(accuracy(terms.of_weights(sets.one(k)), held) for k in range(len(sets)))
+
+    return right(some) - right(back)

@@ -1,0 +1,157 @@
+"""Assesses sets of a pool by ordinary runs, on ranges of the held-out examples that are joined afterwards.
+
+Every range is a run folder under `admission/NAME/`. So a kill loses at most a shard, a reference set is measured
+only once, and the examples behind each gate can be inspected.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from holdfast.attacks import APGD, PGD
+from holdfast.core.chain import canonical, digest
+from holdfast.core.evidence import Doubt, Evidence
+from holdfast.core.model import Classifier
+from holdfast.core.names import slug
+from holdfast.core.types import Mask
+from holdfast.engine.identity import code_digest
+from holdfast.engine.progress import Progress, silent
+from holdfast.harness import Member, Plan
+from holdfast.reports.numbers import strict
+from holdfast.sources.arrays import Arrays
+from holdfast.store.files import private
+from holdfast.store.folder import read_stage
+from holdfast.store.pool import Pool
+from holdfast.store.records import read_chain
+from holdfast.verbs.assess import assess
+from holdfast.verbs.request import AssessRequest, Subject
+from holdfast.verbs.rotate.crafting import Attacker, Workshop
+from holdfast.verbs.rotate.terms import Terms
+
+FOLDER = "admission"
+WHITE = (Member("PGD-20", PGD(steps=20)), Member("APGD", APGD()))
+"""The white-box attacks that measure the robust accuracy of a set."""
+_TAG = 8  # hex digits that distinguish runs with other attacks, code or settings
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Results of the transfer examples of attackers on a set."""
+
+    evidence: Evidence
+    """evidence in which the worst case is over all attacks"""
+    fell: Mapping[tuple[Attacker, str], Mask]
+    """by attacker and attack, which examples (n) were broken"""
+
+
+def subject_of(terms: Terms, name: str, sha: str, model: Classifier) -> Subject:
+    """A parameter set as the subject of an assessment."""
+    card = {key: value for key, value in terms.subject.card.items() if key != "files"}
+    return Subject(model, sha, {**card, "name": name, "digest": sha})
+
+
+@dataclass
+class Measuring:
+    """Assesses sets, and caches the evidence."""
+
+    pool: Pool
+    workshop: Workshop
+    progress: Progress = silent
+    again: str = ""
+    """command that resumes a stopped run"""
+    _known: dict[tuple[str, str, int], Evidence] = field(default_factory=dict)
+
+    def white(self, of: Subject, n: int, *, first: int) -> Evidence:
+        """Evidence for the first `n` held-out examples under white-box attacks."""
+        return self._remembered(of, "white-box", WHITE, n, first)
+
+    def clean(self, of: Subject, n: int, *, first: int) -> Evidence:
+        """Evidence for the first `n` held-out examples without attacks."""
+        return self._remembered(of, "clean", (), n, first)
+
+    def carried(self, of: Subject, thieves: Sequence[Attacker], n: int, *, first: int) -> Carried:
+        """Evidence for the transfer examples of each attacker."""
+        what = "-".join(sorted({thief.kind.lower() for thief in thieves}))
+        evidence, fell = [], []
+        for start, stop in ends(n, first):
+            members = [member for thief in thieves for member in self.workshop.members(thief, start, stop)]
+            found, path = self._piece(of, what, members, start, stop)
+            evidence.append(found)
+            fell.append(_fell(path, members))
+        keys = [(thief, attack) for thief in thieves for attack in self.workshop.thief.attacks]
+        by_key = {key: torch.cat([piece[place] for piece in fell]) for place, key in enumerate(keys)}
+        return Carried(joined(evidence), by_key)
+
+    def _remembered(self, of: Subject, what: str, members: Sequence[Member], n: int, first: int) -> Evidence:
+        key = (of.digest, what, n)
+        if key not in self._known:
+            pieces = [self._piece(of, what, members, *piece)[0] for piece in ends(n, first)]
+            self._known[key] = joined(pieces)
+        return self._known[key]
+
+    def _piece(
+        self, of: Subject, what: str, members: Sequence[Member], start: int, stop: int
+    ) -> tuple[Evidence, Path]:
+        terms = self.workshop.terms
+        threat = replace(terms.threat, access="gradients", queries=None, surrogates=())
+        plan = Plan(tuple(members), threat, terms.seed, full=what not in ("white-box", "clean"), shown=False)
+        asked = plan.outline(terms.model.classes or 0).steps
+        tag = digest(canonical([self._base, strict(asked)]))[:_TAG]
+        run = self.pool.path / FOLDER / str(of.card["name"]) / f"{what}-{start}-{stop}-{tag}"
+        order = AssessRequest(plan, device=terms.device)
+        with private():
+            result = assess(
+                of,
+                self._rows(start, stop),
+                order,
+                run=run,
+                resume=True,
+                progress=self.progress,
+                again=self.again,
+            )
+        return result.evidence, run
+
+    def _rows(self, start: int, stop: int) -> Arrays:
+        """Held-out examples `start` to `stop`, with their row numbers in the training data as ids."""
+        examples, rows = self.workshop.terms.examples, slice(start, stop)
+        x, y, ids = (
+            value[rows].cpu().numpy() for value in (examples.held.x, examples.held.y, examples.held.ids)
+        )
+        return Arrays(f"held-out examples {start + 1} to {stop} of {examples.name}", x, y, ids)
+
+    @cached_property
+    def _base(self) -> str:
+        """Digest of the code and of the settings of the pool; runs with another digest are not reused."""
+        return digest(canonical(strict([code_digest(), self.workshop.terms.about()])))
+
+
+def ends(n: int, first: int) -> list[tuple[int, int]]:
+    """Ranges of `n` examples: the first has `first` examples, each later one as many as all before it."""
+    found = [0, min(first, n)]
+    while found[-1] < n:
+        found.append(min(2 * found[-1], n))
+    return list(pairwise(found))
+
+
+def _fell(path: Path, members: Sequence[Member]) -> list[Mask]:
+    """For each attack, which examples it broke, read from its stage of the run."""
+    chain, found = read_chain(path, mend=False), []
+    for place, member in enumerate(members, 1):
+        stage = read_stage(path, chain, f"{place}-{slug(member.name)}")
+        assert stage is not None
+        found.append(stage.columns["success"])
+    return found
+
+
+def joined(pieces: Sequence[Evidence]) -> Evidence:
+    """Concatenate evidence on consecutive examples, of the same model under the same attacks."""
+    columns = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0].columns}
+    doubts: dict[str, Doubt] = {}
+    for doubt in (doubt for piece in pieces for doubt in piece.doubts):
+        if doubt.name not in doubts or doubt.state == "raised":
+            doubts[doubt.name] = doubt
+    return replace(pieces[0], columns=columns, doubts=tuple(doubts.values()))

@@ -1,0 +1,374 @@
+"""The gates of an admission: judged on confidence intervals, paired with reference sets on the same examples."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Literal
+
+from holdfast.core.estimate import Estimate
+from holdfast.core.evidence import Evidence
+from holdfast.core.types import Mask
+from holdfast.gates.grammar import Claim
+from holdfast.gates.judging import AtLeast, AtMost, Doubts, Verdict, overall
+from holdfast.metrics.attacked import calibration_error
+from holdfast.metrics.shares import worst_class
+from holdfast.ops.statistics import Support, bonferroni, mean
+from holdfast.reports.numbers import percent
+from holdfast.verbs.rotate import wording
+from holdfast.verbs.rotate.comparing import (
+    Loss,
+    Worst,
+    difference,
+    differing,
+    held,
+    largest_loss,
+    number,
+    points,
+    share,
+    worst,
+)
+from holdfast.verbs.rotate.crafting import Attacker, Attackers
+from holdfast.verbs.rotate.measuring import Carried
+from holdfast.verbs.rotate.samples import CONFIDENCE, LEAST, Gate, Need, slack
+from holdfast.verbs.rotate.samples import points as tolerated
+
+CHURN = 0.03
+"""Largest share of inputs that may change class."""
+NOTHING, SEVERAL, FLOOR, STATIC = 1.2, 1.5, 0.05, 0.5
+"""Limits for the success of thefts: multiples of the success of a surrogate-only attacker, for one stolen set
+(`NOTHING`) and for several (`SEVERAL`); a share that is always allowed (`FLOOR`); and the share of the success of
+white-box attacks on the reference (`STATIC`), or, if a surrogate-only attacker achieves as much, less than the limit
+above which rotation gives no protection."""
+_MORE = 1.5  # multiple of the difference between bases, of which an interval takes a part
+_ODD = 3.0  # ratio of the success of examples from sets of the same draw to that of examples from stolen sets
+_BETTER = "the better of the incumbent and the bases"
+Family = Literal["thieves", "white-box", "siblings", ""]
+"""The measurement that needs more examples if the gate is unclear."""
+NO_DOUBTS = Doubts()
+_BEST_FIRST: tuple[Verdict, ...] = ("pass", "unclear", "fail")
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """The result of one gate for one set."""
+
+    name: str
+    """name of the gate"""
+    estimate: Estimate | None
+    """the measured value; None if nothing was measured"""
+    bound: str
+    """the limit, as text"""
+    verdict: Verdict
+    why: str
+    """the measured values, as text"""
+    family: Family = ""
+
+    @property
+    def says(self) -> str:
+        """The gate, its result and its limit as text."""
+        return f"{self.name}: {self.why}; {self.bound}"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """All measurements of a set and of its references, on the same examples."""
+
+    attackers: Attackers
+    carried: Carried
+    white: Evidence
+    siblings: Carried | None
+    before: tuple[Evidence, ...]
+    """evidence on clean inputs of the serving set; if there is none, of each base"""
+    before_white: tuple[Evidence, ...]
+    bases: tuple[Evidence, ...]
+    """evidence on clean inputs of each base"""
+    bases_white: tuple[Evidence, ...]
+    serves: bool
+    """whether a set serves, so that the first reference is the serving set"""
+    looks: Mapping[Family, int] = field(default_factory=dict)
+    """largest number of looks at each measurement, with more examples each time; 1 if not given"""
+    needs: Mapping[Gate, Need] = field(default_factory=dict)
+    """examples that a gate needs; with fewer, its tolerance is widened"""
+
+    def confidence(self, family: Family) -> float:
+        """Confidence of each interval so that those of all looks hold jointly (Bonferroni)."""
+        return bonferroni(CONFIDENCE, self.looks.get(family, 1))
+
+    def tolerance(self, gate: Gate) -> tuple[float, str]:
+        """Accuracy that may be lost, as a share, and its description."""
+        need = self.needs.get(gate)
+        if need is None or not need.widened:
+            least = LEAST[gate]
+            return least, f"at most {tolerated(least)} less than {_BETTER} was expected"
+        return need.tolerance, (
+            f"at most {tolerated(need.tolerance)} less than {_BETTER} was expected, widened from "
+            f"{tolerated(need.least)}, which needs {need.needed:,} examples, and {need.held:,} are held out"
+        )
+
+    @property
+    def static(self) -> Estimate:
+        """Success rate of white-box attacks on the reference, as a mean over bases if no set serves."""
+        shares = [share(~held(one)[one["correct"]]) for one in self.before_white]
+        low, value, high = (
+            sum(getattr(one, end) for one in shares) / len(shares) for end in ("low", "value", "high")
+        )
+        return Estimate(value, low, high, shares[0].n)
+
+    @property
+    def transfer(self) -> Worst | None:
+        """Highest success rate of an attacker with one stolen set; None if no set is stolen."""
+        return worst(self.carried, self.attackers.one, self.confidence("thieves"))
+
+    @property
+    def ensemble(self) -> Worst | None:
+        """Highest success rate of an attacker with several stolen sets; None if there is none."""
+        several = self.attackers.several
+        if several is None:
+            return None
+        return worst(self.carried, [several], self.confidence("thieves"))
+
+    @property
+    def sibling(self) -> Worst | None:
+        """Highest success rate of an attacker with sets generated in the same draw; None if there are none."""
+        them = self.attackers.siblings
+        if them is None or self.siblings is None:
+            return None
+        return worst(self.siblings, [them], self.confidence("siblings"))
+
+    @property
+    def clean_loss(self) -> Loss:
+        """Clean accuracy that the set loses relative to the better of its references."""
+        before, bases = ([one["correct"] for one in them] for them in (self.before, self.bases))
+        return self._loss(before, bases, self.carried.evidence["correct"], "thieves")
+
+    @property
+    def robust_loss(self) -> Loss:
+        """Robust accuracy under white-box attacks that the set loses relative to the better of its references."""
+        before, bases = ([held(one) for one in them] for them in (self.before_white, self.bases_white))
+        return self._loss(before, bases, held(self.white), "white-box")
+
+    def _loss(self, before: Sequence[Mask], bases: Sequence[Mask], after: Mask, family: Family) -> Loss:
+        against = {"the incumbent": before} if self.serves else {}
+        return largest_loss({**against, "the bases": bases}, after, self.confidence(family))
+
+    @property
+    def churn(self) -> Estimate:
+        """Share of inputs that the set classifies differently from the reference."""
+        changed = [differing(one, self.carried.evidence) for one in self.before]
+        return difference(changed, confidence=self.confidence("thieves"))
+
+
+def rulings(seen: Seen, doubts: Doubts, claims: Sequence[Claim]) -> tuple[Ruling, ...]:
+    """The results of all gates. `doubts` are those of the white-box attacks that were not raised for the references."""
+    return (
+        _clean(seen),
+        _robust(seen, doubts),
+        *_thefts(seen),
+        _churn(seen),
+        _odd_gradients(seen, doubts.accepted),
+        *(_claimed(claim, seen, doubts) for claim in claims),
+    )
+
+
+def reported(seen: Seen) -> dict[str, Estimate]:
+    """Estimates that are reported and decide no gate."""
+    found = {
+        "white_box_success": share(~held(seen.white)[seen.white["correct"]]),
+        "static_white_box_success": seen.static,
+        "worst_class": worst_class(seen.white),
+        "calibration_error": calibration_error(seen.carried.evidence),
+    }
+    nothing = worst(seen.carried, [seen.attackers.nothing])
+    those = {"transfer_of_nothing": nothing, "sibling_transfer": seen.sibling}
+    return found | {name: one.estimate for name, one in those.items() if one is not None}
+
+
+def _clean(seen: Seen) -> Ruling:
+    loss, whom = seen.clean_loss.estimate, seen.clean_loss.whom
+    most, bound = seen.tolerance("clean accuracy")
+    why = f"{points(loss)} less are right than of {whom}"
+    return Ruling("clean accuracy", loss, bound, AtMost(most)(loss, NO_DOUBTS), why, "thieves")
+
+
+def _robust(seen: Seen, doubts: Doubts) -> Ruling:
+    loss, whom = seen.robust_loss.estimate, seen.robust_loss.whom
+    most, bound = seen.tolerance("robust accuracy")
+    verdict = AtMost(most)(loss, doubts)
+    why = f"{points(loss)} less hold under PGD-20 and APGD than of {whom}"
+    if verdict == "unclear" and loss.high <= most:
+        why += f", and doubts are open: {', '.join(doubts.open)}"
+        return Ruling("robust accuracy", loss, bound, verdict, why)
+    return Ruling("robust accuracy", loss, bound, verdict, why, "white-box")
+
+
+def _thefts(seen: Seen) -> tuple[Ruling, ...]:
+    one, several = seen.transfer, seen.ensemble
+    if one is None:
+        why = "nothing is exposed, so that nothing can have been stolen"
+        return tuple(
+            Ruling(gate, None, "not applicable", "pass", why) for gate in ("theft", "ensemble theft")
+        )
+    found = [
+        _beside_nothing("theft", one, seen, seen.attackers.nothing, NOTHING),
+        _of_static(one, seen),
+    ]
+    if several is None or seen.attackers.evenly is None:
+        why = "one set is exposed, so that a theft of several is a theft of one"
+        return (*found, Ruling("ensemble theft", None, "not applicable", "pass", why))
+    return (*found, _beside_nothing("ensemble theft", several, seen, seen.attackers.evenly, SEVERAL))
+
+
+def _beside_nothing(gate: str, theft: Worst, seen: Seen, thief: Attacker, times: float) -> Ruling:
+    """A theft gate: the success rate is at most `FLOOR`, or at most `times` that of a surrogate-only attacker."""
+    nothing = worst(seen.carried, [thief])
+    assert nothing is not None
+    verdict = _hardly_more(theft, nothing, times, FLOOR, seen.confidence("thieves"))
+    bound = (
+        f"at most {percent(FLOOR)} was expected, or {times:g} times the {percent(nothing.estimate.value)} of "
+        f"{nothing.by}"
+    )
+    return Ruling(gate, theft.estimate, bound, verdict, theft.says, "thieves")
+
+
+def _hardly_more(theft: Worst, nothing: Worst, times: float, floor: float, each: float) -> Verdict:
+    """Whether every attack breaks at most `floor`, or at most `times` what a surrogate-only attacker breaks.
+
+    Both limits are tested with the upper ends of confidence intervals.
+    """
+    verdicts: list[Verdict] = []
+    for place, fell in enumerate(theft.fell):
+        alone, surely = share(fell, each), bonferroni(each, len(theft.fell))
+        if alone.high <= floor or _excess(fell, nothing.fell[0], times, each).high <= 0:
+            verdicts.append("pass")
+        elif place == 0 and share(fell, surely).low > floor:
+            less = _excess(fell, nothing.fell[0], times, surely).low <= 0
+            verdicts.append("unclear" if less else "fail")
+        else:
+            verdicts.append("unclear")
+    return overall(verdicts)
+
+
+def _excess(fell: Mask, nothing: Mask, times: float, confidence: float) -> Estimate:
+    """Share of `fell` minus `times` the share of `nothing`, with an interval, on the same inputs."""
+    return mean(fell.double() - times * nothing.double(), confidence, support=Support(-times, 1.0))
+
+
+def _of_static(theft: Worst, seen: Seen) -> Ruling:
+    """A theft gate: success is at most half of the white-box success, or close to that of a surrogate-only attacker.
+
+    The second condition is for sets so robust that surrogates do nearly as well as the sets themselves; without it,
+    none would pass.
+    """
+    gate, static, nothing = "theft of static", seen.static, worst(seen.carried, [seen.attackers.nothing])
+    if not static.value:
+        return Ruling(gate, None, "not applicable", "pass", "attacks on the incumbent itself turn nothing")
+    assert nothing is not None
+    half, most = STATIC * static.value, wording.NOTHING * static.value
+    halved = AtMost(half)(theft.estimate, NO_DOUBTS)
+    beside = _hardly_more(theft, nothing, NOTHING, 0.0, seen.confidence("thieves"))
+    either = {halved, overall([beside, AtMost(most)(theft.estimate, NO_DOUBTS)])}
+    verdict = next(one for one in _BEST_FIRST if one in either)
+    bound = (
+        f"at most {percent(half)} was expected, {STATIC:g} of what attacks on the incumbent itself achieve "
+        f"({percent(static.value)}), or {NOTHING:g} times the {percent(nothing.estimate.value)} of {nothing.by} and at "
+        f"most {percent(most)}"
+    )
+    return Ruling(gate, theft.estimate, bound, verdict, theft.says, "thieves")
+
+
+def _churn(seen: Seen) -> Ruling:
+    among = [float(differing(one, other).double().mean()) for one, other in combinations(seen.bases, 2)]
+    most = CHURN
+    if among:
+        usual, need = sum(among) / len(among), seen.needs.get("clean accuracy")
+        room = 0.0 if need is None else slack(usual, need.held, need.looks)
+        most = max(CHURN, _MORE * usual, usual + room)
+    changed = seen.churn
+    if not seen.serves:
+        why = f"{number(changed)} of inputs are of another class than by the bases"
+        return Ruling("churn", changed, "asked once a set serves, whose clients see it", "pass", why)
+    bound = f"at most {percent(most)} was expected, " + (
+        "1.5 times what bases differ by, or what equal sets need" if most > CHURN else "whatever bases do"
+    )
+    why = f"{number(changed)} of inputs change class against the incumbent"
+    return Ruling("churn", changed, bound, AtMost(most)(changed, NO_DOUBTS), why, "thieves")
+
+
+def _odd_gradients(seen: Seen, accepted: Mapping[str, str]) -> Ruling:
+    """A gate against masked gradients: the set is easier to break, mostly by examples from sets of the same draw.
+
+    More examples cannot decide it; a person may accept it.
+    """
+    gate, bound = (
+        "odd-gradients",
+        f"at most {_ODD:g} times was expected, or a set no easier to break than before",
+    )
+    sibling, theft = seen.sibling, seen.transfer
+    if sibling is None or theft is None:
+        return Ruling(gate, None, bound, "pass", "no siblings, or nothing exposed, to tell it by")
+    confidence = seen.confidence("white-box")
+    easier = difference([held(one) for one in seen.before_white], held(seen.white), confidence)
+    least = 1 / max(theft.estimate.n, 1)
+    times = sibling.estimate.value / max(theft.estimate.value, least)
+    value = Estimate(times, times, times, sibling.estimate.n)
+    why = f"siblings turn {times:.1f} times as many as the worst theft, and {points(easier)} less hold under attack"
+    if easier.low <= 0 or times <= _ODD:
+        return Ruling(gate, value, bound, "pass", why)
+    if gate in accepted:
+        return Ruling(gate, value, bound, "pass", f"{why}; accepted: {accepted[gate]}")
+    return Ruling(gate, value, bound, "unclear", why)
+
+
+def _claimed(claim: Claim, seen: Seen, doubts: Doubts) -> Ruling:
+    thefts: Mapping[str, tuple[Worst | None, Family]] = {
+        "transfer_success": (seen.transfer, "thieves"),
+        "ensemble_transfer": (seen.ensemble or seen.transfer, "thieves"),
+        "sibling_transfer": (seen.sibling, "siblings"),
+    }
+    if claim.metric in thefts:
+        theft, family = thefts[claim.metric]
+        if theft is None:
+            return _vacuous(claim)
+        bound = claim.bound * (seen.static.value if claim.versus == "static" else 1.0)
+        return _judged(claim, theft.estimate, theft.says, family, bound)
+    plain: Mapping[str, tuple[Callable[[], Estimate], Family]] = {
+        "clean_accuracy": (
+            lambda: share(seen.carried.evidence["correct"], seen.confidence("thieves")),
+            "thieves",
+        ),
+        "robust_accuracy": (lambda: share(held(seen.white), seen.confidence("white-box")), "white-box"),
+        "churn": (lambda: seen.churn, "thieves"),
+        "clean_accuracy_drop": (lambda: seen.clean_loss.estimate, "thieves"),
+    }
+    measured, family = plain[claim.metric]
+    estimate = measured()
+    about = doubts if claim.metric == "robust_accuracy" else NO_DOUBTS
+    return _judged(claim, estimate, f"it is {number(estimate)}", family, claim.bound, about)
+
+
+CLAIMABLE = (
+    "transfer_success", "ensemble_transfer", "sibling_transfer", "clean_accuracy", "robust_accuracy", "churn",
+    "clean_accuracy_drop",
+)  # fmt: skip
+"""Metrics that additional claims on a set may use."""
+
+
+def _vacuous(claim: Claim) -> Ruling:
+    if claim.metric == "sibling_transfer":
+        return Ruling(
+            claim.text,
+            None,
+            "two sets of a drawing were expected",
+            "unclear",
+            "there is no sibling to make examples on",
+        )
+    return Ruling(claim.text, None, "not applicable", "pass", "nothing is exposed")
+
+
+def _judged(
+    claim: Claim, estimate: Estimate, why: str, family: Family, bound: float, doubts: Doubts = NO_DOUBTS
+) -> Ruling:
+    gate, word = (AtLeast(bound), "least") if claim.relation == ">=" else (AtMost(bound), "most")
+    return Ruling(
+        claim.text, estimate, f"at {word} {bound:.4g} was claimed", gate(estimate, doubts), why, family
+    )

@@ -1,0 +1,130 @@
+"""How many held-out examples the gates on accuracy need, and how their tolerances are widened with fewer examples.
+
+A gate passes if the upper end of a confidence interval is within its tolerance. A set that is as good as its
+reference still differs from it on a share d of the examples, half of them lost and half gained; on n examples, the
+difference of the accuracies has a standard error of sqrt(d / n). Such a set passes with probability `POWER` if the
+tolerance is at least (z_confidence + z_power) sqrt(d / n), as in a non-inferiority trial on paired shares (Liu et
+al., Statistics in Medicine 21, 2002). With fewer examples nearly every set stays unclear and is refused.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+from holdfast.core.types import Mask
+from holdfast.ops.statistics import bonferroni, normal_quantile
+from holdfast.verbs.rotate.measuring import ends
+from holdfast.verbs.rotate.terms import EVERY, FIRST, MOST
+
+Gate = Literal["clean accuracy", "robust accuracy"]
+CONFIDENCE = 0.95
+"""Joint confidence of the intervals of a gate over all its looks."""
+POWER = 0.8
+"""Probability that a set equal to its reference passes a gate."""
+LEAST: Mapping[Gate, float] = {"clean accuracy": 0.01, "robust accuracy": 0.02}
+"""Accuracy that may be lost, clean and under attack, if enough examples are held out."""
+PLANNED: Mapping[Gate, float] = {"clean accuracy": 0.03, "robust accuracy": 0.1}
+"""Expected shares of examples on which two trainings of one recipe differ, used before any training; an admission
+measures them."""
+_PART: Mapping[Gate, int] = {
+    "clean accuracy": 1,
+    "robust accuracy": 2,
+}  # the divisors of the first number of examples in an admission
+
+
+@dataclass(frozen=True)
+class Need:
+    """Sample size of one gate, and its tolerance with the available examples."""
+
+    gate: Gate
+    changed: float
+    """share of examples on which only one of two equal sets is correct"""
+    held: int
+    """number of held-out examples"""
+    looks: int
+    """largest number of times that the gate is judged, with more examples each time"""
+
+    @property
+    def least(self) -> float:
+        """The tolerance with enough held-out examples, as a share."""
+        return LEAST[self.gate]
+
+    @property
+    def needed(self) -> int:
+        """Number of examples on which an equal set passes with the smallest tolerance."""
+        return math.ceil(self.changed * (_reach(self.looks) / self.least) ** 2)
+
+    @property
+    def tolerance(self) -> float:
+        """Accuracy that may be lost, as a share: `least`, or more if there are too few examples."""
+        return max(self.least, _reach(self.looks) * math.sqrt(self.changed / max(self.held, 1)))
+
+    @property
+    def widened(self) -> bool:
+        """Whether there are fewer examples than needed."""
+        return self.tolerance > self.least
+
+    @property
+    def says(self) -> str:
+        """The gate, its tolerance and its sample size as text."""
+        said = f"{self.gate} within {points(self.least)} needs {self.needed:,} examples"
+        return f"{said}, so it tolerates {points(self.tolerance)}" if self.widened else said
+
+
+def looks(held: int, judged: int, gate: Gate) -> int:
+    """Largest number of times that a gate is judged, with `held` examples in total and `judged` at first."""
+    return len(ends(held, max(judged // _PART[gate], 1)))
+
+
+def slack(changed: float, held: int, looks: int) -> float:
+    """How far the share of changed predictions of an equal set may exceed its mean by chance, on `held` examples."""
+    return _reach(looks) * math.sqrt(changed * (1 - changed) / max(held, 1))
+
+
+def _reach(looks: int) -> float:
+    """Number of standard errors in the tolerance that an equal set passes with probability `POWER`."""
+    return normal_quantile((1 + bonferroni(CONFIDENCE, looks)) / 2) + normal_quantile(POWER)
+
+
+def planned(held: int, judged: int = FIRST) -> tuple[Need, ...]:
+    """The sample sizes before any training."""
+    return tuple(Need(gate, share, held, looks(held, judged, gate)) for gate, share in PLANNED.items())
+
+
+def measured(clean: Sequence[Mask], white: Sequence[Mask], held: int, judged: int) -> tuple[Need, ...]:
+    """The sample sizes from measured masks (n) of the correct examples of similar sets, clean and under attack."""
+    shares: Mapping[Gate, float] = {"clean accuracy": changed(clean), "robust accuracy": changed(white)}
+    return tuple(Need(gate, share, held, looks(held, judged, gate)) for gate, share in shares.items())
+
+
+def changed(right: Sequence[Mask]) -> float:
+    """Mean share of examples on which exactly one of two sets is correct; 0 for fewer than two sets."""
+    pairs = [float((one != other).double().mean()) for one, other in combinations(right, 2)]
+    return sum(pairs) / len(pairs) if pairs else 0.0
+
+
+def statement(needs: Sequence[Need], *, planned: bool) -> str:
+    """The required and the available number of examples, and the consequences, as text."""
+    need, held, about = max(one.needed for one in needs), needs[0].held, "about " if planned else ""
+    each = "; ".join(
+        f"{one.says}, where equal sets differ on {about}{100 * one.changed:.1f} % of them" for one in needs
+    )
+    said = f"the gates need {about}{need:,} held-out examples, and {held:,} are held out ({each})"
+    if held >= need:
+        return said
+    remedy = f"{EVERY * need:,} training examples, of which one in {EVERY} is held out, would do without"
+    return f"{said}. Tolerances are widened; {remedy if need <= MOST else f'at most {MOST:,} are held out'}"
+
+
+def widened(needs: Iterable[Need]) -> list[str]:
+    """The widened tolerances as text; empty if enough examples are held out."""
+    wide = [f"{one.gate} to {points(one.tolerance)}" for one in needs if one.widened]
+    return [f"tolerances were widened: {', '.join(wide)}"] if wide else []
+
+
+def points(share: float) -> str:
+    """A tolerance in percentage points."""
+    number = f"{100 * share:.2g}"
+    return f"{number} point" if number == "1" else f"{number} points"

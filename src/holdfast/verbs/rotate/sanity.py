@@ -1,0 +1,91 @@
+"""Tests whether the parameters of a set are plausible for its architecture, before any measurement.
+
+The distance between parameters does not predict whether attacks transfer. It is only used to order candidates and to
+detect duplicates.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from holdfast.core.estimate import Estimate
+from holdfast.rotation import Members
+from holdfast.rotation.distances import l1
+from holdfast.verbs.rotate.ruling import Ruling
+
+_SIGMAS = 3.0
+_LEAST_SPREAD = 0.25  # share of the mean norm: half an epoch of immunisation changes biases by a third of it
+_LEAST_SIZE = 1e-3  # norm for each parameter, for biases that are still close to zero
+_SAME = 1e-6  # share of the mean absolute parameter, for rounding errors
+
+
+def endless(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors with values that are not finite where those of the network itself are finite."""
+    return [
+        name for name, value in weights.items() if bool((~value.isfinite() & like[name].isfinite()).any())
+    ]
+
+
+def tensors(
+    weights: Mapping[str, Tensor], known: Sequence[Mapping[str, Tensor]], names: Sequence[str]
+) -> Ruling:
+    """The gate on parameters: all finite, and each norm within three standard deviations of those of the known sets."""
+    bound = f"all finite, norms within {_SIGMAS:g} deviations of {len(known)} sets trained as the pool says"
+    broken = endless(weights, known[0])
+    if broken:
+        return Ruling("tensors", None, bound, "fail", f"{broken[0]} holds values that are not finite")
+    worst, where = max((_sigmas(name, weights, known), name) for name in names)
+    seen = Estimate(worst, worst, worst, len(known))
+    why = f"the norm of {where} is {worst:.1f} deviations from theirs"
+    return Ruling("tensors", seen, bound, "pass" if worst <= _SIGMAS else "fail", why)
+
+
+def _sigmas(name: str, weights: Mapping[str, Tensor], known: Sequence[Mapping[str, Tensor]]) -> float:
+    norms = torch.stack([one[name].double().norm() for one in known])
+    mean = float(norms.mean())
+    spread = float(norms.std()) if len(norms) > 1 else 0.0
+    least = max(_LEAST_SPREAD * mean, _LEAST_SIZE * math.sqrt(weights[name].numel()))
+    return abs(float(weights[name].double().norm()) - mean) / max(spread, least)
+
+
+def distance(
+    weights: Mapping[str, Tensor], exposed: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]
+) -> tuple[float, str]:
+    """Mean absolute difference to the nearest stolen set, and its name; 0 if values are not finite.
+
+    If there is no stolen set, the difference is infinite.
+    """
+    if not exposed:
+        return math.inf, ""
+    if not all(bool(weights[name].isfinite().all()) for name in names):
+        return 0.0, ""
+    some, others = _side_by_side([weights], names), _side_by_side([*exposed.values()], names)
+    found = l1(some, others)[0]
+    place = int(found.argmin())
+    return float(found[place]), list(exposed)[place]
+
+
+def twin(
+    weights: Mapping[str, Tensor], exposed: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]
+) -> Ruling | None:
+    """The refusal of a set that equals a stolen one up to rounding; None for any other set."""
+    apart, name = distance(weights, exposed, names)
+    size = sum(float(weights[each].abs().sum()) for each in names) / sum(
+        weights[each].numel() for each in names
+    )
+    if not exposed or apart > _SAME * size:
+        return None
+    seen = Estimate(apart, apart, apart, len(exposed))
+    return Ruling(
+        "distance",
+        seen,
+        "another set than any exposed one",
+        "fail",
+        f"it is {name} over again, which is exposed",
+    )
+
+
+def _side_by_side(sets: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Members:
+    return Members.of([{name: one[name] for name in names} for one in sets], range(len(sets)))

@@ -1,0 +1,84 @@
+"""The state of a pool in plain values: the sets, which of them served when and to whom, and what was stolen."""
+
+from typing import Any
+
+from holdfast.store.pool import Pool
+from holdfast.store.standing import Member, Term
+from holdfast.verbs.rotate.learning import what_was_learned
+
+UNJUDGED = "it was not judged against everything that is exposed by now"
+"""The note on a serving set that was not judged against all stolen sets."""
+
+
+def standing(pool: Pool) -> dict[str, Any]:
+    """The state of the pool from its verified ledger."""
+    ledger, about = pool.ledger, pool.manifest["about"]
+    terms, now, learned = ledger.terms, pool.serving, what_was_learned(pool)
+    return {
+        "pool": str(pool.path),
+        "of": {key: about.get(key) for key in ("model", "data", "threat", "recipe", "source")},
+        "generator": None if learned is None else vars(learned),
+        "serving": None if now is None else vars(now),
+        "ahead": list(pool.ahead),
+        "entries": ledger.entries,
+        "head": ledger.head,
+        "unjudged": list(pool.unjudged),
+        "sets": [_member(member, terms) for member in ledger.members],
+        "terms": [_term(term) for term in terms],
+        "notes": _notes(pool),
+    }
+
+
+def _member(member: Member, terms: tuple[Term, ...]) -> dict[str, Any]:
+    served = [term for term in terms if term.name == member.name]
+    return {
+        "name": member.name,
+        "state": "deleted" if member.deleted else member.state,
+        "since": member.since,
+        "why": member.why,
+        "bases": list(member.bases),
+        "role": member.role,
+        "exposed": None if member.exposed is None else member.exposed.why,
+        "listed_automatically": member.exposed is not None and member.exposed.automatic,
+        "epochs": [term.epoch for term in served],
+        "answers": sum(term.others + sum(term.answers.values()) for term in served),
+    }
+
+
+def _term(term: Term) -> dict[str, Any]:
+    most = max(term.answers.values(), default=0)
+    return {
+        "set": term.name,
+        "epoch": term.epoch,
+        "since": term.since,
+        "until": term.until,
+        "principals": len(term.answers),
+        "most_to_one": most,
+        "others": term.others,
+    }
+
+
+def _notes(pool: Pool) -> list[str]:
+    """Notes on problems that need an action."""
+    ledger, now = pool.ledger, pool.serving
+    notes = []
+    if ledger.unauthenticated:
+        notes.append(
+            f"the first {ledger.unauthenticated} entries were written by an older version and not authenticated then: "
+            f"entries may have been removed before the pool was migrated"
+        )
+    if pool.unjudged:
+        notes.append(
+            f"{len(pool.unjudged)} of {len(pool.ahead)} sets that wait were not judged against everything exposed by "
+            f"now; judge them with holdfast rotate admit {pool.shown}; holdfast rotate swap refuses them"
+        )
+    if now is not None and ledger.member(now.name).exposed is not None:
+        notes.append(f"{now.name} serves and is exposed; swap another in")
+    if ledger.unlisted:
+        named = ", ".join(ledger.unlisted[:3])
+        more = f" and {len(ledger.unlisted) - 3} more" if len(ledger.unlisted) > 3 else ""
+        notes.append(
+            f"sets that serve or may were made from {named}{more}, which are neither listed as exposed nor deleted: "
+            f"stolen, they are worth more than others"
+        )
+    return notes

@@ -1,0 +1,192 @@
+"""The common settings of the sets of a pool: model, examples, threat model, recipe and source."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.batch import UNLABELLED, Batch, Data
+from holdfast.core.chain import canonical
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.ops.fit import Training
+from holdfast.ops.recipe import trained_as
+from holdfast.reports.numbers import strict
+from holdfast.rotation import Source, Task, loaded, put
+from holdfast.rotation.collecting import Beginning
+from holdfast.store.differences import differences
+from holdfast.store.pool import Pool
+from holdfast.verbs.candidates import Candidate
+from holdfast.verbs.held_out import digest_of, refuse_classes, split_of, without_held, without_judged
+from holdfast.verbs.pieces import in_pieces
+from holdfast.verbs.request import Subject
+from holdfast.verbs.trainable import learner_of, refuse_untrainable
+
+FIRST = 2_000
+"""First number of held-out examples for judging a set; it is doubled as long as a gate is unclear."""
+MOST, EVERY = 8_000, 5
+"""One training example in `EVERY` is held out, and at most `MOST`."""
+_SEEN = 8
+_SEEN_BEFORE = (
+    "sets go on from the given model, which may have been trained on the examples that are held out to judge them; "
+    "where it was, their accuracy flatters, theirs and the bases' alike"
+)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Training examples, split once into those that sets are trained on and those that judge them."""
+
+    train: Batch
+    held: Batch
+    digest: str
+    name: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Settings of the training that all parameter sets of a pool share."""
+
+    subject: Subject
+    """the model, with the architecture and preprocessing of all sets"""
+    threat: ThreatModel
+    said: str
+    """the threat model in the syntax of the command line"""
+    candidate: Candidate
+    """the recipe of the training"""
+    source: Source
+    examples: Examples
+    seed: int = 0
+    begins: Beginning = "he"
+    device: str = "cpu"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """settings that open all of these again, as plain values"""
+
+    @property
+    def model(self) -> Classifier:
+        """The given model, with the architecture and preprocessing of all sets."""
+        return self.subject.model
+
+    @cached_property
+    def train(self) -> Batch:
+        """The examples that sets are trained on, on the device."""
+        return self.examples.train.to(torch.device(self.device))
+
+    @cached_property
+    def held(self) -> Batch:
+        """The held-out examples that judge sets, in random order, on the device."""
+        return self.examples.held.to(torch.device(self.device))
+
+    @cached_property
+    def first_held(self) -> Batch:
+        """The first of the held-out examples, on which sets are judged first."""
+        return self.held.take(torch.arange(min(FIRST, len(self.held))))
+
+    def task(self, epochs: int) -> Task:
+        """The settings of the training of a set with the given number of epochs."""
+        recipe = trained_as(self.candidate.recipe, replace(self.training, epochs=epochs))
+        return Task(self.model, self.train, self.threat, recipe, recipe, self.begins)
+
+    @property
+    def training(self) -> Training:
+        """The settings of the recipe, before a budget determines the number of epochs."""
+        return self.candidate.recipe.training
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes on the held-out examples."""
+        if self.source.anew:
+            return self.examples.notes
+        return (*self.examples.notes, _SEEN_BEFORE)
+
+    def of_set(self, pool: Pool, name: str) -> Classifier:
+        """A set of the pool as a model."""
+        return loaded(self.model, pool.weights(name), name)
+
+    def of_weights(self, weights: Mapping[str, Tensor]) -> Classifier:
+        """A model with the given parameters; its batch norm statistics are computed from training examples."""
+        return put(self.model, weights, self.train)
+
+    def about(self) -> dict[str, Any]:
+        """The settings as the manifest of the pool stores them, for the comparison in `refuse_other`."""
+        of, examples = type(self.source).__name__.lower(), self.examples
+        said = {
+            "model": {key: value for key, value in self.subject.card.items() if key != "files"},
+            "digest": self.subject.digest,
+            "data": {
+                "name": examples.name,
+                "digest": examples.digest,
+                "train": len(examples.train),
+                "held": len(examples.held),
+            },
+            "threat": self.said,
+            "recipe": {"name": self.candidate.name, "settings": dict(self.candidate.settings)},
+            "source": {"name": of, **vars(self.source)},
+            "begins": self.begins,
+            "seed": self.seed,
+            "settings": dict(self.settings),
+        }
+        plain: dict[str, Any] = json.loads(canonical(strict(said)))
+        return plain
+
+    def refuse_other(self, pool: Pool) -> None:
+        """Raise `UsageError` if the pool has another model, other data or other settings."""
+        known, mine = pool.manifest["about"], self.about()
+        words = {"digest": "model, of other weights or preprocessing", "begins": "beginning"}
+        for key in ("digest", "data", "threat", "recipe", "source", "begins", "seed"):
+            if known.get(key) != mine[key]:
+                sides = ({key: side.get(key), **_named(key, side)} for side in (known, mine))
+                told = differences(*sides).removeprefix(key).lstrip(".: ")
+                raise UsageError(
+                    f"{str(pool.path)!r} is of another {words.get(key, key)} ({told}); bring that back, or begin "
+                    f"another pool"
+                )
+
+
+def _named(key: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Properties by which a person recognises a model, in addition to its digest."""
+    card = about.get("model") or {}
+    return {"model": {name: card.get(name) for name in ("name", "mean", "std")}} if key == "digest" else {}
+
+
+def parted(data: Batch, test: Data, name: str, classes: int, seed: int) -> Examples:
+    """Split the training examples, without test examples: one in five is held out, at most 8,000."""
+    refuse_classes(data, classes)
+    fresh, judged = without_judged(data.take(data.y != UNLABELLED), test)
+    rest, held = split_of(fresh, seed, most=MOST, every=EVERY)
+    rest, twice = without_held(rest, held)
+    order = Draws(seed).at("judging").bits(held.ids).argsort()
+    notes = tuple(note for note in (judged, twice) if note)
+    if notes:
+        refuse_classes(rest, classes, after="; ".join(notes))
+    return Examples(rest, held.take(order), digest_of(fresh), name, notes)
+
+
+def ready(subject: Subject, device: str, examples: Examples) -> Subject:
+    """The subject with a trainable copy of the model. Raises `UsageError` and `TargetError` if it cannot be trained."""
+    refuse_untrainable(subject.model)
+    seen = examples.train.x[:_SEEN].to(torch.device(device))
+    return replace(subject, model=learner_of(subject.model, seen).eval())
+
+
+def state_of(model: Classifier) -> dict[str, Tensor]:
+    """The tensors of a set of the pool: parameters and buffers of the network, on the CPU."""
+    assert isinstance(model.net, nn.Module)
+    return {name: value.detach().cpu() for name, value in model.net.state_dict().items()}
+
+
+def accuracy(model: Classifier, data: Batch) -> float:
+    """Share of correctly classified examples."""
+
+    def right(some: Batch) -> int:
+        with torch.no_grad():
+            return int((model(some.x).argmax(1) == some.y).sum())
+
+    return sum(in_pieces(data, right)) / len(data)

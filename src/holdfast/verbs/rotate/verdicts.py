@@ -1,0 +1,72 @@
+"""Verdicts on candidates: on each one, and on all that one call judged."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from holdfast.core.estimate import Estimate
+from holdfast.verbs.rotate.ruling import Ruling
+
+IN_A_ROW = 5
+"""Number of refusals in a row after which no more candidates are judged, since the procedure is unsuitable."""
+_LOSES = {"clean accuracy", "robust accuracy", "churn"}
+_LOSE_LESS = (
+    "draw more, or lose less by draw with --set immunise.weight=0.25, or by more epochs of the collection; more "
+    "training data judge more surely"
+)
+_ELSEWHERE = "sets trained from fresh weights resemble none that leaked: holdfast rotate draw POOL --by anew --immunise"
+"""Advice if sets only lose too much accuracy, and if they are too similar to stolen sets or implausible."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The verdict on one candidate."""
+
+    name: str
+    verdict: Literal["admitted", "refused"]
+    gates: tuple[Ruling, ...]
+    why: str
+    """the reason of the refusal or admission"""
+    by: str = ""
+    """the gate that refused it"""
+    against: tuple[str, ...] = ()
+    """the stolen sets that it was judged against"""
+    reported: Mapping[str, Estimate] = field(default_factory=dict)
+    """measurements that decide no gate"""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """The verdicts of one call of `admit`."""
+
+    judged: tuple[Judged, ...]
+    left: tuple[str, ...]
+    """sets that were not judged, after too many refusals"""
+
+    @property
+    def admitted(self) -> tuple[str, ...]:
+        """Names of the admitted sets."""
+        return tuple(one.name for one in self.judged if one.verdict == "admitted")
+
+    @property
+    def exit_code(self) -> int:
+        """0 if a set was admitted, else 4."""
+        return 0 if self.admitted else 4
+
+    @property
+    def kept_out(self) -> str:
+        """Why no set was admitted, and advice; empty if one was admitted or none was judged."""
+        if self.admitted or not self.judged:
+            return ""
+        gates = [each.by for each in self.judged]
+        counted = ", ".join(f"{gates.count(gate)} by {gate}" for gate in dict.fromkeys(gates))
+        stopped = f" {IN_A_ROW} in a row were, and {len(self.left)} wait unjudged." if self.left else ""
+        return (
+            f"none of {len(self.judged)} candidates was admitted ({counted}).{stopped} The first: {self.judged[0].why}."
+            f" What serves goes on serving; {self.remedy}"
+        )
+
+    @property
+    def remedy(self) -> str:
+        """Advice for sets that were refused by these gates."""
+        return _LOSE_LESS if _LOSES.issuperset(each.by for each in self.judged) else _ELSEWHERE

@@ -1,0 +1,212 @@
+"""Stored runs: open one, list those in a folder, and create the path of a new one."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from holdfast.core.errors import HoldfastError, TargetError
+from holdfast.core.evidence import Columns, Evidence, Seconds
+from holdfast.harness import FOUND
+from holdfast.metrics.shares import robust_accuracy
+from holdfast.reports.numbers import number
+from holdfast.store.files import MANIFEST
+from holdfast.store.folder import read_about, read_manifest, read_stage, recorded_document, refuse_altered
+from holdfast.store.forms import refuse_form
+from holdfast.store.leases import spent_in
+from holdfast.store.records import Chain, read_chain
+from holdfast.verbs.documents import VERDICT, judgement_from_json
+from holdfast.verbs.evidence import (
+    ADAPTIVE,
+    DOUBTS,
+    ROTATION,
+    adversarial,
+    counted,
+    counted_passes,
+    evidence_of,
+    with_attackers,
+)
+from holdfast.verbs.forms import ASKED, ASSESSED, DECIDED, HEAD, JUDGED, LISTED, fitting
+from holdfast.verbs.result import Result, about_of
+from holdfast.verbs.served import totals_in
+
+RUNS = Path("holdfast-runs")
+"""Parent folder of runs without a given folder."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run as a row in the list of runs."""
+
+    path: Path
+    verb: str
+    created: str
+    model: str
+    data: str
+    threat: str
+    suite: str
+    finished: bool
+    stages_done: int
+    stages: int
+    exit_code: int | None = None
+    """exit code of the run; None until it is finished"""
+    robust: float | None = None
+    """robust accuracy; for a hardening, that of the new model; None until the run is finished"""
+
+
+def new_folder(verb: str, digest: str, *, parent: Path = RUNS, now: datetime | None = None) -> Path:
+    """The unused path `<time>-<verb>-<digest>`, with a suffix number if needed."""
+    stamp = (now or datetime.now(UTC)).strftime("%Y%m%d-%H%M%S")
+    path, k = parent / f"{stamp}-{verb}-{digest[:6]}", 2
+    while path.exists():
+        path, k = path.with_name(f"{stamp}-{verb}-{digest[:6]}-{k}"), k + 1
+    return path
+
+
+def open_run(path: Path) -> Result:
+    """The result of a finished run; for a hardening, that of the new model.
+
+    Raises `TargetError` if there is no run, or it is unfinished or altered.
+    """
+    manifest, chain = read_manifest(path), read_chain(path, mend=False)
+    refuse_altered(path, chain)  # the model and the threat model in the manifest belong to the measurements
+    decided = recorded_document(path, chain, VERDICT)
+    if decided is None:
+        raise TargetError(f"the run in {str(path)!r} is not finished; go on with it by --run {path} --resume")
+    if "judged" in decided:
+        return _opened(*_judged(path, chain, decided))
+    return _opened(path, manifest, chain, decided)
+
+
+def _judged(
+    path: Path, chain: Chain, decided: Mapping[str, Any]
+) -> tuple[Path, dict[str, Any], Chain, dict[str, Any]]:
+    """The inner run of a hardening that measured the new model; it must match the digest in the outer chain."""
+    refuse_form(path / f"{VERDICT}.json", decided, JUDGED)
+    place = str(decided["judged"])
+    within, named = path / place, recorded_document(path, chain, place)
+    if named is None or within.is_symlink():
+        raise TargetError(f"{str(path)!r} has no {place!r} of its own; restore it from a copy")
+    refuse_form(path / f"{place}.json", named, HEAD)
+    manifest, inner = read_manifest(within), read_chain(within, mend=False)
+    if inner.head != named["chain"]:
+        raise TargetError(f"{str(within)!r} is not the run that {place}.json names; restore it from a copy")
+    refuse_altered(within, inner)
+    found = recorded_document(within, inner, VERDICT)
+    if found is None:
+        raise TargetError(
+            f"the run in {str(within)!r} is not finished; go on with it by --run {path} --resume"
+        )
+    return within, manifest, inner, found
+
+
+def _opened(path: Path, manifest: dict[str, Any], chain: Chain, decided: dict[str, Any]) -> Result:
+    refuse_form(path / MANIFEST, manifest, ASSESSED)
+    refuse_form(path / f"{VERDICT}.json", decided, DECIDED)
+    asked = _doubts(path, chain)
+    rotation = recorded_document(path, chain, ROTATION)
+    with fitting(path):
+        return _put_together(path, manifest, chain, decided, asked, rotation)
+
+
+def _put_together(
+    path: Path,
+    manifest: dict[str, Any],
+    chain: Chain,
+    decided: dict[str, Any],
+    asked: dict[str, Any],
+    rotation: dict[str, Any] | None,
+) -> Result:
+    about = about_of(manifest, read_about(path), path, chain.head)
+    gates = tuple(judgement_from_json(gate) for gate in decided["gates"])
+    by_stage = _stages(path, manifest, chain)
+    evidence = with_attackers(_evidence(path, manifest, by_stage, chain, asked), rotation)
+    attacks = [step["name"] for step in manifest["config"]["stages"] if step["kind"] == "attack"]
+    counted = counted_passes(manifest, by_stage, asked)
+    found = adversarial(by_stage, attacks, counted, smallest=manifest["config"]["smallest"])
+    return Result(evidence, gates, decided["accepted_doubts"], about, path, found, rotation=rotation)
+
+
+def runs_in(parent: Path = RUNS) -> list[Entry]:
+    """The runs in a folder, oldest first. Folders without a readable run are skipped."""
+    if not parent.is_dir():
+        return []
+    return sorted(_entries(parent), key=lambda entry: (entry.created, entry.path.name))
+
+
+def _entries(parent: Path) -> Iterator[Entry]:
+    for folder in parent.iterdir():
+        with suppress(HoldfastError, OSError):
+            if (folder / MANIFEST).is_file():
+                with fitting(folder):
+                    yield _entry(folder)
+
+
+def _entry(path: Path) -> Entry:
+    manifest, chain = read_manifest(path), read_chain(path, mend=False)
+    refuse_form(path / MANIFEST, manifest, LISTED)
+    refuse_altered(path, chain)
+    threat, decided = manifest["config"]["threat"], recorded_document(path, chain, VERDICT)
+    if decided is not None:
+        refuse_form(path / f"{VERDICT}.json", decided, JUDGED if "judged" in decided else DECIDED)
+    eps = number(threat["eps"])
+    stages = manifest["plan"]["stages"]
+    done = sum({link.content["kind"], link.content.get("name")} & {*stages} != set() for link in chain.links)
+    return Entry(
+        path,
+        manifest["verb"],
+        str(read_about(path).get("created", "")),
+        str(manifest["model"].get("name", "")),
+        str(manifest["data"].get("name", "")),
+        threat["norm"].lower() + ("" if math.isinf(eps) else f":{eps:.4g}"),
+        manifest["config"]["suite"],
+        decided is not None,
+        done,
+        len(manifest["plan"]["stages"]),
+        None if decided is None else decided["exit_code"],
+        None if decided is None else _robust_accuracy(path),
+    )
+
+
+def _robust_accuracy(path: Path) -> float | None:
+    """The robust accuracy as in the report; None if there is none, or the evidence is unreadable."""
+    try:
+        return robust_accuracy(open_run(path).evidence).value  # `metrics` would compute all others, too
+    except HoldfastError:
+        return None
+
+
+def _stages(path: Path, manifest: dict[str, Any], chain: Chain) -> dict[str, Columns]:
+    by_stage: dict[str, Columns] = {}
+    for step in manifest["config"]["stages"]:
+        stage = read_stage(path, chain, step["name"])
+        columns = None if stage is None else counted(step["kind"], stage, by_stage)
+        if columns is not None:
+            by_stage[step["name"]] = columns
+    found = read_stage(path, chain, FOUND)
+    return by_stage if found is None else {**by_stage, FOUND: found.columns}
+
+
+def _doubts(path: Path, chain: Chain) -> dict[str, Any]:
+    asked = recorded_document(path, chain, DOUBTS)
+    if asked is None:
+        raise TargetError(f"the run in {str(path)!r} has a verdict and no {DOUBTS}; restore it from a copy")
+    refuse_form(path / f"{DOUBTS}.json", asked, ASKED)
+    return asked
+
+
+def _evidence(
+    path: Path,
+    manifest: dict[str, Any],
+    by_stage: dict[str, Columns],
+    chain: Chain,
+    asked: Mapping[str, Any],
+) -> Evidence:
+    known = {link.content.get("name") or link.content["kind"] for link in chain.links}
+    spent = {name: each for name, each in spent_in(path).items() if name in known}
+    seconds = {name: Seconds(each.cpu_s, each.wall_s) for name, each in spent.items()}
+    adapted = recorded_document(path, chain, ADAPTIVE)
+    return evidence_of(manifest, by_stage, asked, seconds, adapted, totals_in(path))
