@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from holdfast.attacks.protocol import Learned
-from holdfast.core.batch import Batch, Data
-from holdfast.core.corruptions import Corruptions
+from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.purpose import purpose
@@ -28,19 +26,14 @@ from holdfast.engine.store import MemoryStore, Stopwatch, Store
 from holdfast.gates.judging import Doubts, Judgement, judge
 from holdfast.harness import (
     FOUND,
-    MATRIX_ROWS,
     Plan,
     Target,
-    on_detector,
-    paired,
-    refuse_unfitted,
     refuse_what_is_hidden,
 )
-from holdfast.sources.selection import selected
 from holdfast.sources.served import Served
 from holdfast.store.folder import RunFolder, opened, planned
 from holdfast.verbs import probes
-from holdfast.verbs.checks import refuse_batch, refuse_data, refuse_gates, refuse_threat
+from holdfast.verbs.checks import refuse_data, refuse_gates
 from holdfast.verbs.documents import (
     VERDICT,
     doubt_from_json,
@@ -60,7 +53,7 @@ from holdfast.verbs.evidence import (
 from holdfast.verbs.expected_rows import expected_of
 from holdfast.verbs.manifest import about_run, manifest_of
 from holdfast.verbs.measuring import Measurement, ShardMeasure, WorkerSetup
-from holdfast.verbs.preparation import readied, with_others, with_surrogates
+from holdfast.verbs.preparation import examples_to_fit, paired_sets, plan_for, readied
 from holdfast.verbs.request import AssessRequest, Opening, Subject
 from holdfast.verbs.result import Result, about_of
 from holdfast.verbs.served import attach, finish, opening_rows, served_by
@@ -100,7 +93,7 @@ def assess(
         readied(subject, data, device, adaptive=adaptive) as (target, sample),
         ExitStack() as stack,
     ):
-        plan = agreed(subject, data, request, target, sample, stack)
+        plan = plan_for(subject, data, request, target, sample, stack)
         refuse_gates(request.gates, plan, target, sample)
         stored = None if run is None else planned(run)
         shape = tuple(sample.x.shape[1:])
@@ -182,10 +175,10 @@ class _Job:
 
     def measured(self, run: Run) -> tuple[Evidence, Columns]:
         """The evidence and the adversarial inputs. Stored artefacts are reused; the others are measured."""
-        fit, across = self.fit(), self.across()
-        measurement = Measurement(
-            run, self.plan, self.target, self.data, self.device, fit, across, self.served
-        )
+        plan, target, data = self.plan, self.target, self.data
+        fit = examples_to_fit(plan, target, data, self.request.fit)
+        across = paired_sets(plan, data, self.request.across)
+        measurement = Measurement(run, plan, target, data, self.device, fit, across, self.served)
         by_stage: dict[str, Columns] = {}
         stages = [stage for stage in self.plan.stages() if not stage.adaptive]
         missed = measurement.stages(stages, by_stage)
@@ -276,34 +269,6 @@ class _Job:
         doubts = Doubts(evidence.doubts, accepted)
         return tuple(judge(claim, evidence, doubts, baseline=request.baseline) for claim in claims), accepted
 
-    def fit(self) -> Batch | None:
-        """The examples that learned attacks are fitted to: as many as the largest number that one of them needs."""
-        wanted = [m.attack.examples for m in self.plan.members if isinstance(m.attack, Learned)]
-        data, shape = self.request.fit, self.data.read(0, 1).x.shape[1:]
-        if not wanted or data is None:
-            return None
-        batch = data.read(0, min(max(wanted), len(data)))
-        if batch.x.shape[1:] != shape:
-            raise UsageError(
-                f"inputs of {data.name}, to learn attacks on, have shape {tuple(batch.x.shape[1:])}, and "
-                f"those of {self.data.name} {tuple(shape)}; name examples of the same kind with --fit DATA"
-            )
-        refuse_batch(batch, self.target.bare.bounds, self.target.classes, data.name, whole=data)
-        return self._typed(batch)
-
-    def across(self) -> tuple[Batch, ...]:
-        """Equally many inputs of each data set, a seeded sample, in the order in which they are paired."""
-        if not self.plan.across:
-            return ()
-        sets, seed = (self.data, *self.request.across), self.plan.seed
-        n = min(MATRIX_ROWS, *map(len, sets))
-        drawn = (selected(each, n=None, sample=n, seed=seed).read(0, n) for each in sets)
-        return tuple(paired(self._typed(batch), seed, place) for place, batch in enumerate(drawn))
-
-    def _typed(self, batch: Batch) -> Batch:
-        """Inputs of other data, converted to the data type of those of the run."""
-        return batch.at(batch.x.to(self.data.read(0, 1).x.dtype))
-
     def expected(self, served: Served) -> str:
         """The message on how many rows the run sends, and how many were sent before a stop."""
         work = self.manifest["plan"]
@@ -325,29 +290,6 @@ def _refuse_early(served: Served, subject: Subject, request: AssessRequest) -> N
             f"--workers is {request.workers}, and the model is behind a server, which computes for it; leave --workers "
             f"out, and give --http-concurrency {request.workers} to have so many requests under way at once"
         )
-
-
-def agreed(
-    subject: Subject, data: Data, request: AssessRequest, target: Target, sample: Batch, stack: ExitStack
-) -> Plan:
-    """Return the plan as it is measured on this model and data; surrogates stay open until `stack` is closed.
-
-    Raises an error for what cannot be measured. Gates are not tested.
-    """
-    bare, threat = target.bare, request.plan.threat
-    refuse_batch(sample, bare.bounds, target.classes, data.name, whole=data, remote=bare.remote)
-    if target.rejects and isinstance(threat.constraint, Corruptions):
-        raise UsageError(
-            "common corruptions are drawn, not chosen against a detector, and this model rejects; "
-            "measure the network without its detector, or give a norm, as in --threat linf:8/255"
-        )
-    refuse_threat(threat, bare.bounds, sample.x, target.classes)
-    plan = with_surrogates(request.plan, stack, request.surrogates, sample, target)
-    plan = with_others(plan, request.across, sample, target)
-    plan = refuse_what_is_hidden(plan, subject.model.access, subject.model.hides)
-    plan = on_detector(plan, rejects=target.rejects)
-    refuse_unfitted(plan, fit=request.fit is not None)
-    return plan
 
 
 def _as_given(

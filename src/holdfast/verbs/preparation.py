@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from holdfast.attacks.protocol import Learned
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import L0, L1, L2, Linf
@@ -13,11 +14,22 @@ from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.transformations import Transformations
-from holdfast.harness import LOOKED_AT, Plan, Target, prepared
+from holdfast.harness import (
+    LOOKED_AT,
+    MATRIX_ROWS,
+    Plan,
+    Target,
+    on_detector,
+    paired,
+    prepared,
+    refuse_unfitted,
+    refuse_what_is_hidden,
+)
 from holdfast.ops.ascent import gradient
 from holdfast.ops.losses import margin_loss
-from holdfast.verbs.checks import enough_threads, refuse_data
-from holdfast.verbs.request import Subject
+from holdfast.sources.selection import selected
+from holdfast.verbs.checks import enough_threads, refuse_batch, refuse_data, refuse_threat
+from holdfast.verbs.request import AssessRequest, Subject
 
 _SURROGATE_EXAMPLES = 32
 """number of examples on which a surrogate must have at least one nonzero gradient"""
@@ -163,3 +175,59 @@ def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Targe
                 "with --across DATA"
             )
     return replace(plan, across=True)
+
+
+def plan_for(
+    subject: Subject, data: Data, request: AssessRequest, target: Target, sample: Batch, stack: ExitStack
+) -> Plan:
+    """The plan as it is measured on this model and data; surrogates stay open until `stack` is closed.
+
+    Raises an error for what cannot be measured. Gates are not tested.
+    """
+    bare, threat = target.bare, request.plan.threat
+    refuse_batch(sample, bare.bounds, target.classes, data.name, whole=data, remote=bare.remote)
+    if target.rejects and isinstance(threat.constraint, Corruptions):
+        raise UsageError(
+            "common corruptions are drawn, not chosen against a detector, and this model rejects; "
+            "measure the network without its detector, or give a norm, as in --threat linf:8/255"
+        )
+    refuse_threat(threat, bare.bounds, sample.x, target.classes)
+    plan = with_surrogates(request.plan, stack, request.surrogates, sample, target)
+    plan = with_others(plan, request.across, sample, target)
+    plan = refuse_what_is_hidden(plan, subject.model.access, subject.model.hides)
+    plan = on_detector(plan, rejects=target.rejects)
+    refuse_unfitted(plan, fit=request.fit is not None)
+    return plan
+
+
+def examples_to_fit(plan: Plan, target: Target, data: Data, fit: Data | None) -> Batch | None:
+    """The examples that learned attacks are fitted to: as many as the largest number that one of them needs.
+
+    None if no attack is learned. Raises `UsageError` if their shape is not that of `data`.
+    """
+    wanted = [m.attack.examples for m in plan.members if isinstance(m.attack, Learned)]
+    if not wanted or fit is None:
+        return None
+    batch, shape = fit.read(0, min(max(wanted), len(fit))), data.read(0, 1).x.shape[1:]
+    if batch.x.shape[1:] != shape:
+        raise UsageError(
+            f"inputs of {fit.name}, to learn attacks on, have shape {tuple(batch.x.shape[1:])}, and "
+            f"those of {data.name} {tuple(shape)}; name examples of the same kind with --fit DATA"
+        )
+    refuse_batch(batch, target.bare.bounds, target.classes, fit.name, whole=fit)
+    return _typed(batch, data)
+
+
+def paired_sets(plan: Plan, data: Data, others: Sequence[Data]) -> tuple[Batch, ...]:
+    """Equally many inputs of each data set, a seeded sample, in the order in which they are paired."""
+    if not plan.across:
+        return ()
+    sets, seed = (data, *others), plan.seed
+    n = min(MATRIX_ROWS, *map(len, sets))
+    drawn = (selected(each, n=None, sample=n, seed=seed).read(0, n) for each in sets)
+    return tuple(paired(_typed(batch, data), seed, place) for place, batch in enumerate(drawn))
+
+
+def _typed(batch: Batch, data: Data) -> Batch:
+    """Inputs of other data, converted to the data type of those of the run."""
+    return batch.at(batch.x.to(data.read(0, 1).x.dtype))

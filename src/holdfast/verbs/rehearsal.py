@@ -11,10 +11,10 @@ from holdfast.harness import LOOKED_AT, Target
 from holdfast.ops.logits import change
 from holdfast.sources.counting import Look, rows_of_calls
 from holdfast.sources.selection import gathered
-from holdfast.verbs.assess import agreed
 from holdfast.verbs.checks import refuse_data
 from holdfast.verbs.expected_rows import ExpectedRows, expected_of
 from holdfast.verbs.manifest import work_of
+from holdfast.verbs.preparation import plan_for
 from holdfast.verbs.request import AssessRequest, Subject
 from holdfast.verbs.served import served_by
 
@@ -58,7 +58,7 @@ def rehearsed(subject: Subject, data: Data, order: AssessRequest, counted: Look)
         classes, right, randomised = _looked_at(model, sample, second)
     target = Target(model, model, model, randomised, classes)
     with ExitStack() as stack:
-        plan = agreed(subject, data, order, target, sample, stack)
+        plan = plan_for(subject, data, order, target, sample, stack)
         shape = tuple(sample.x.shape[1:])
         cut = work_of(len(data), order, plan, shape, served=served_by(model))
 
