@@ -92,7 +92,7 @@ def test_help_brings_neither_torch_nor_numpy():
 
 
 def test_every_package_that_a_run_imports_is_part_of_its_code_digest_or_decides_no_number():
-    code = "import sys, holdfast.verbs.assess, holdfast.verbs.hardening, holdfast.verbs.rotate.measuring"
+    code = "import sys, holdfast.verbs.assess, holdfast.verbs.harden, holdfast.verbs.rotate.measuring"
     names = python("-c", f"{code}; print(*sys.modules)").split()
     packages = {name.split(".")[1] for name in names if name.startswith("holdfast.")}
     covered = {name.removesuffix(".py") for name in DECIDING}

@@ -49,7 +49,7 @@ from holdfast.sources.expected import ClassOrder
 from holdfast.store.verify import Verified
 from holdfast.store.verify import verify as verify_folder
 from holdfast.verbs import assess as assessing
-from holdfast.verbs import hardening as hardens
+from holdfast.verbs import harden as hardens
 from holdfast.verbs.comparison import Comparison
 from holdfast.verbs.exhibition import Exhibit, exhibits
 from holdfast.verbs.hardened import Hardened
@@ -239,17 +239,17 @@ def harden(
     settings = settings_said("harden()", locals(), HardenSettings)
     place = folder_of(run, resume=resume)
     subject, training, test, whole = hardening.given_all(model, data, fit, unlabelled, settings)
-    wish = hardening.wish(
+    request = hardening.harden_request(
         settings,
         subject,
         recipe=None if isinstance(recipe, str | Mapping) else recipe,
         surrogates=surrogates_of(surrogates, settings, subject.model),
         baseline=_evidence(baseline),
         training=training,
-        apart=whole,
+        excluded=whole,
         device=device_of(model, subject, settings),
     )
-    return hardens.harden(subject, training, test, wish, run=place, resume=resume, progress=progress)
+    return hardens.harden(subject, training, test, request, run=place, resume=resume, progress=progress)
 
 
 def carry_out_hardening(
@@ -263,17 +263,17 @@ def carry_out_hardening(
 ) -> Hardened:
     """Run `harden` for the command line or a configuration file; `command` is the command that repeats it."""
     subject, training, test, whole = hardening.opened(settings)
-    wish = hardening.wish(
+    request = hardening.harden_request(
         settings,
         subject,
         surrogates=ordering.opened_surrogates(settings, subject.model),
         baseline=_evidence(settings.baseline),
         training=training,
-        apart=whole,
+        excluded=whole,
         command=command,
     )
     return hardens.harden(
-        subject, training, test, wish, run=run, resume=resume, progress=progress, notify=notify
+        subject, training, test, request, run=run, resume=resume, progress=progress, notify=notify
     )
 
 

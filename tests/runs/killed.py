@@ -23,8 +23,8 @@ from holdfast.engine.identity import code_digest
 from holdfast.ops.statistics import clopper_pearson
 from holdfast.recipes import SingleStep
 from holdfast.verbs.assess import assess
+from holdfast.verbs.harden import harden
 from holdfast.verbs.hardened import MODEL
-from holdfast.verbs.hardening import harden
 from runs.fakes import FAST, data, order, settled, subject
 from runs.test_hardening import HOW, trainable, training, wish
 
@@ -42,7 +42,7 @@ def small(run):
 def hardening(run):
     recipe = SingleStep(training=replace(HOW, epochs=2, averaging="swa"))
     judge = order(FAST, shard_size=5, attacked=False, gates=())
-    harden(trainable(), training(), data(10), replace(wish(recipe), judge=judge), run=run, resume=True)
+    harden(trainable(), training(), data(10), replace(wish(recipe), assessment=judge), run=run, resume=True)
 
 
 def life(work, run, *, die_at=None):

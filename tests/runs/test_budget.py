@@ -10,8 +10,8 @@ from holdfast.ops.fit import Training
 from holdfast.ops.overfitting import MOST_RAISED, RAISED, OverfittingGuard
 from holdfast.recipes import PGDTraining, SingleStep
 from holdfast.testing.recipes import same
-from holdfast.verbs import hardening
-from holdfast.verbs.hardening import harden
+from holdfast.verbs import harden as hardening
+from holdfast.verbs.harden import harden
 from holdfast.verbs.training import LAST, kept
 from runs import fakes
 from runs.test_hardening import training, wish
@@ -54,7 +54,7 @@ def hardened(cost, recipe, n=600, budget_s=BUDGET_S, kind=Timed, **more):
         clock = Clock(cost)
 
     subject = fakes.subject(Network(*fakes.network(1)).requires_grad_())
-    asked = wish(recipe, budget_s=budget_s, judge=JUDGE)
+    asked = wish(recipe, budget_s=budget_s, assessment=JUDGE)
     return harden(subject, training(n=n), fakes.data(), asked, clock=Network.clock, **more)
 
 

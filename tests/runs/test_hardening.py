@@ -37,14 +37,15 @@ from holdfast.recipes import (
 )
 from holdfast.sources.memory import as_data
 from holdfast.store.verify import verify
-from holdfast.verbs import candidates, hardening
+from holdfast.verbs import candidates
+from holdfast.verbs import harden as hardening
 from holdfast.verbs.candidates import Candidate, Look, attempts
+from holdfast.verbs.harden import harden
 from holdfast.verbs.hardened import Hardened
-from holdfast.verbs.hardening import harden
 from holdfast.verbs.pace import Pace, _grown, pace
+from holdfast.verbs.request import HardenRequest
 from holdfast.verbs.stored_runs import open_run, runs_in
 from holdfast.verbs.trainable import copy_of
-from holdfast.verbs.wish import Wish
 from runs import fakes
 
 HOW = Training(epochs=3, batch=64, lr=0.01)
@@ -65,8 +66,8 @@ def trainable(seed=1):
 
 def wish(recipe=RECIPE, *more, **changes):
     candidates = tuple(Candidate(type(one).__name__, one, {}) for one in (recipe, *more))
-    judge = changes.pop("judge", fakes.order(gates=()))
-    return Wish("pgd", candidates, THREAT, judge, **changes)
+    assessment = changes.pop("assessment", fakes.order(gates=()))
+    return HardenRequest("pgd", candidates, THREAT, assessment, **changes)
 
 
 def test_the_new_model_is_measured_and_the_given_one_stays(tmp_path):
@@ -515,7 +516,9 @@ def test_of_what_doubts_object_to_what_holds_best_stands(objecting, values, stan
 
 def test_a_doubt_that_was_accepted_stays_so_when_the_run_goes_on(objecting, tmp_path):
     objecting[0]["checked"] = ("one-step", 0.4)
-    accepting = replace(BOTH, judge=replace(BOTH.judge, accepted={"one-step": "as it is known to be"}))
+    accepting = replace(
+        BOTH, assessment=replace(BOTH.assessment, accepted={"one-step": "as it is known to be"})
+    )
     found = harden(trainable(), training(), fakes.data(), accepting, run=tmp_path / "r")
     assert found.card["tried"] == ["SingleStep"]
     again = harden(trainable(), training(), fakes.data(), BOTH, run=tmp_path / "r", resume=True)
@@ -795,7 +798,7 @@ def test_other_surrogates_are_another_run(tmp_path):
     def asked(digest):
         near = fakes.subject(fakes.network(2), digest=digest * 64)
         asked = wish()
-        return replace(asked, judge=replace(asked.judge, surrogates=(near,)))
+        return replace(asked, assessment=replace(asked.assessment, surrogates=(near,)))
 
     harden(trainable(), training(), fakes.data(), asked("b"), run=tmp_path / "r")
     with pytest.raises(UsageError, match="another config .surrogates"):
@@ -804,7 +807,7 @@ def test_other_surrogates_are_another_run(tmp_path):
 
 def test_what_is_said_of_the_judging_is_on_the_card(tmp_path):
     asked = wish()
-    judged = replace(asked, judge=replace(asked.judge, time_budget_s=1e-9))
+    judged = replace(asked, assessment=replace(asked.assessment, time_budget_s=1e-9))
     found = harden(trainable(), training(), fakes.data(), judged)
     said = [note for side in ("before", "after") for note in found.card[side]["notes"]]
     assert [note for note in said if note.startswith("time ran out")]

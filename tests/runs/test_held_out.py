@@ -11,7 +11,7 @@ from holdfast.config.settings import HardenSettings
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.memory import as_data
-from holdfast.verbs.hardening import harden
+from holdfast.verbs.harden import harden
 from holdfast.verbs.held_out import (
     harmless,
     looked_at,
@@ -37,7 +37,7 @@ def test_training_examples_that_are_judged_are_left_out_and_named(tmp_path):
     found = harden(trainable(), both, test, wish())
     assert found.notes == (said,)
     few = as_data(judged.x[:3], judged.y[:3])
-    assert harden(trainable(), both, few, wish(apart=test)).notes == (said,)
+    assert harden(trainable(), both, few, wish(excluded=test)).notes == (said,)
     assert harden(trainable(), both, few, wish()).notes == ()
     with pytest.raises(UsageError, match="judge on other examples"):
         without_judged(judged, test)

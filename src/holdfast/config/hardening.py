@@ -28,9 +28,8 @@ from holdfast.sources.data import open_data
 from holdfast.sources.expected import Expected
 from holdfast.sources.memory import as_data
 from holdfast.verbs.candidates import Candidate
-from holdfast.verbs.request import Subject
+from holdfast.verbs.request import HardenRequest, Subject
 from holdfast.verbs.trainable import refuse_untrainable
-from holdfast.verbs.wish import Wish
 
 JUDGED = 1_000
 """Number of test examples, sampled by the seed, for measurements before and after, unless the settings give another."""
@@ -166,7 +165,7 @@ def _with_unlabelled(
     return Batch(torch.cat((batch.x, more.x.to(batch.x))), y, torch.cat((batch.ids, ids)))
 
 
-def wish(
+def harden_request(
     settings: HardenSettings,
     subject: Subject,
     *,
@@ -174,14 +173,14 @@ def wish(
     surrogates: Sequence[Subject] = (),
     baseline: Evidence | None = None,
     training: Batch,
-    apart: Data,
+    excluded: Data,
     device: str | None = None,
     command: str = "",
-) -> Wish:
+) -> HardenRequest:
     """Return the request of the settings.
 
-    `recipe` is a recipe given as an object, and `apart` the examples that are held out. Attacks that are learned use
-    training examples.
+    `recipe` is a recipe given as an object, and `excluded` the data that must not be trained on. Attacks that are
+    learned use training examples.
     """
     if settings.across:
         raise UsageError(
@@ -195,7 +194,7 @@ def wish(
     order = ordering.order(
         settings, baseline=baseline, device=device, target=subject.model.access, command=command
     )
-    judge = replace(order, surrogates=tuple(surrogates))
+    assessment = replace(order, surrogates=tuple(surrogates))
     threat = threat_model(parse_threat(settings.threat))
     threat = replace(threat, surrogates=tuple(held.model for held in surrogates))
     name = str(settings.recipe["use"]) if recipe is None else name_of(recipe)
@@ -206,9 +205,18 @@ def wish(
         else (_candidate(name, recipe),)
     )
     budget_s, learn = _budget_s(settings, recipe), ordering.examples_to_fit(order.plan)
-    opens = _opens(settings, subject)
-    return Wish(
-        name, chosen, threat, judge, budget_s, settings.seed, judge.device, command, learn, apart, opens
+    return HardenRequest(
+        name,
+        chosen,
+        threat,
+        assessment,
+        budget_s,
+        settings.seed,
+        assessment.device,
+        command,
+        learn,
+        excluded,
+        _open_options(settings, subject),
     )
 
 
@@ -244,7 +252,7 @@ def _usual_epochs(recipe: Any) -> int | None:
     return usual.epochs if isinstance(usual, Training) else None
 
 
-def _opens(settings: HardenSettings, subject: Subject) -> str:
+def _open_options(settings: HardenSettings, subject: Subject) -> str:
     """Flags with which the new model is opened and assessed, as far as its file does not contain them."""
     words = ["--threat", settings.threat]
     if "architecture" not in subject.card:

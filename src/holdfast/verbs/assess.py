@@ -51,7 +51,7 @@ from holdfast.verbs.evidence import (
     with_attackers,
 )
 from holdfast.verbs.expected_rows import expected_of
-from holdfast.verbs.manifest import about_run, manifest_of
+from holdfast.verbs.manifest import about_run, assess_manifest
 from holdfast.verbs.measuring import Measurement, ShardMeasure, WorkerSetup
 from holdfast.verbs.preparation import examples_to_fit, paired_sets, plan_for, readied
 from holdfast.verbs.request import AssessRequest, Opening, Subject
@@ -97,7 +97,7 @@ def assess(
         refuse_gates(request.gates, plan, target, sample)
         stored = None if run is None else planned(run)
         shape = tuple(sample.x.shape[1:])
-        manifest: Mapping[str, Any] = manifest_of(
+        manifest: Mapping[str, Any] = assess_manifest(
             subject, data, request, plan, target, shape, served=served, stored=stored
         )
         stopper = Stopper() if run is None else stack.enter_context(stoppable(again))

@@ -13,8 +13,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.engine.progress import Progress, Step
-from holdfast.engine.signals import Stopper
+from holdfast.engine.progress import Step
+from holdfast.engine.run import Run
 from holdfast.ops import distributed
 from holdfast.ops.fit import Training
 from holdfast.ops.recipe import Recipe, trained_as
@@ -31,7 +31,7 @@ NOTHING: Any = None
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingStart:
     """Message of the first process to the others before a training."""
 
     name: str
@@ -65,8 +65,7 @@ class Trainer:
         place: Path,
         candidate: Candidate,
         how: Training,
-        stopper: Stopper,
-        progress: Progress,
+        run: Run,
     ) -> tuple[Point, ...]:
         """Train from the last checkpoint on, and return the curve over all epochs."""
         last = training.kept(place, LAST)
@@ -77,7 +76,7 @@ class Trainer:
         shown = deepcopy(self.model)
         after = None if last is None else last.checkpoint
         distributed.broadcast(
-            Course(candidate.name, replace(how, pacing=None), how.pacing is not None, after)
+            TrainingStart(candidate.name, replace(how, pacing=None), how.pacing is not None, after)
         )
         cpu, wall = time.process_time(), self.clock()
         for checkpoint in self.begun(trained_as(candidate.recipe, how), after):
@@ -91,27 +90,27 @@ class Trainer:
             )  # fmt: skip
             cpu, wall = now
             curve = (*curve, point)
-            with stopper.finishing():
+            with run.stopper.finishing():
                 if _score(point) > highest:
                     highest = _score(point)
                     training.keep(place, BEST, checkpoint, curve)
                 training.keep(place, LAST, checkpoint, curve)
-            progress(_step(candidate, point, checkpoint.of, len(self.held)))
+            run.progress(_step(candidate, point, checkpoint.of, len(self.held)))
             if not distributed.broadcast(not _stale(curve, how)):
                 break
         return curve
 
-    def follow(self, candidate: Candidate, heard: Course) -> None:
+    def follow(self, candidate: Candidate, message: TrainingStart) -> None:
         """Take part in a training as a process other than the first."""
         try:
-            how = replace(heard.how, pacing=_planned_elsewhere if heard.paced else None)
-            for _ in self.begun(trained_as(candidate.recipe, how), heard.after):
+            how = replace(message.how, pacing=_planned_elsewhere if message.paced else None)
+            for _ in self.begun(trained_as(candidate.recipe, how), message.after):
                 if not distributed.broadcast(NOTHING):
                     break
         except LostLoss:
             return  # the first process reports it
         except (RuntimeError, MemoryError) as error:
-            smaller(heard.how.batch, error)
+            smaller(message.how.batch, error)
 
 
 def _step(candidate: Candidate, point: Point, epochs: int, held: int) -> Step:

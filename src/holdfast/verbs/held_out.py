@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,33 @@ _HELD_OUT, _LEAST_HELD_OUT = 1_000, 50
 _EVERY = 10  # at most one training example of this many is held out
 _HARMLESS = 0.001  # size of the threat model in multiples of eps
 _NAMED = 3  # duplicates that a message names
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The training examples, and the held-out examples that choose the checkpoint."""
+
+    rest: Batch
+    held: Batch
+    digest: str
+    """SHA-256 over the training and the held-out examples, in hex"""
+    notes: tuple[str, ...]
+    """which examples were left out, and why"""
+
+
+def examples_of(data: Batch, excluded: Data, seed: int, classes: int) -> Examples:
+    """Split the training examples, without those of the evaluation.
+
+    Raises an error if a class has no training example left.
+    """
+    refuse_classes(data, classes)
+    fresh, judged = without_judged(data, excluded)
+    rest, held = split_of(fresh, seed)
+    rest, chosen_by = without_held(rest, held)
+    notes = tuple(note for note in (judged, chosen_by) if note)
+    if notes:
+        refuse_classes(rest, classes, after="; ".join(notes))
+    return Examples(rest, held, digest_of(fresh), notes)
 
 
 def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVERY) -> tuple[Batch, Batch]:

@@ -1,4 +1,4 @@
-"""The content of `run.json` of an assessment: everything that identifies the run and its numbers."""
+"""The content of `run.json`: everything that identifies a run and its numbers."""
 
 import math
 from collections.abc import Mapping
@@ -19,12 +19,10 @@ from holdfast.verbs.documents import outline_to_json
 from holdfast.verbs.evidence import DOUBTS
 from holdfast.verbs.measuring import shards_of
 from holdfast.verbs.preparation import model_digest
-from holdfast.verbs.request import AssessRequest, Subject
-
-VERB = "assess"
+from holdfast.verbs.request import AssessRequest, HardenRequest, Subject
 
 
-def manifest_of(
+def assess_manifest(
     subject: Subject,
     data: Data,
     request: AssessRequest,
@@ -35,14 +33,14 @@ def manifest_of(
     served: Served | None = None,
     stored: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Content of `run.json`. `shape` is that of one input.
+    """Content of `run.json` of an assessment. `shape` is that of one input.
 
     `stored` is the manifest of the run in the folder, if there is one: a resumed run uses the batch size of its first
     attempt.
     """
     config = _config(request, plan, target)
     return {
-        "verb": VERB,
+        "verb": "assess",
         "digests": {
             "config": digest(canonical(config)),
             "model": model_digest(subject, target),
@@ -87,6 +85,49 @@ def work_of(
             DOUBTS,
             *(stage.name for stage in stages if stage.adaptive),
         ],
+    }
+
+
+def harden_manifest(
+    subject: Subject,
+    digests: list[str],
+    test: Data,
+    request: HardenRequest,
+    plan: Mapping[str, Any],
+    machine: str,
+) -> dict[str, Any]:
+    """Content of `run.json` of a hardening.
+
+    `plan` contains its attempts; `digests` are those of the judged examples and of the training examples.
+    """
+    constraint = request.threat.constraint
+    surrogates = request.assessment.surrogates
+    config = strict(
+        {
+            "recipe": request.name,
+            "settings": {one.name: one.settings for one in request.candidates},
+            "threat": {"norm": type(constraint).__name__, "eps": constraint.eps},
+            "suite": request.assessment.plan.suite,
+            "surrogates": {f"{k} {one.card['name']}": one.digest for k, one in enumerate(surrogates, 1)},
+            "budget_s": request.budget_s,
+            "seed": request.seed,
+        }
+    )
+    return {
+        "verb": "harden",
+        "digests": {
+            "config": digest(canonical(config)),
+            "model": subject.digest,
+            "data": digest(canonical(digests)),
+            "code": code_digest(),
+        },
+        "config": config,
+        "model": strict(dict(subject.card)),
+        "data": {"name": test.name, "n": len(test)},
+        "versions": versions(),
+        "hardware": machine,
+        "seed": request.seed,
+        "plan": dict(plan),
     }
 
 

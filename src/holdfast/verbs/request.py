@@ -1,4 +1,4 @@
-"""Settings of an assessment: the model and what is measured and judged."""
+"""Requests: what a verb measures, trains and judges, and how."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,9 +7,11 @@ from typing import Any, Protocol
 from holdfast.core.batch import Batch, Data
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
 from holdfast.engine.progress import Progress
 from holdfast.gates.grammar import Claim
 from holdfast.harness import Plan
+from holdfast.verbs.candidates import Candidate
 
 SHARD_SIZE = 1000
 """Examples in a shard, the largest number that a kill loses. In smaller shards, late attacks run on few examples and
@@ -60,6 +62,31 @@ class AssessRequest:
     """measures the table of attackers of a rotation after the suite; None without rotation"""
     command: str = ""
     """command that repeats the run"""
+
+
+@dataclass(frozen=True)
+class HardenRequest:
+    """The settings of a hardening."""
+
+    name: str
+    """name of the recipe, as requested"""
+    candidates: tuple[Candidate, ...]
+    """the recipe, or the recipes to choose from, the fastest first"""
+    threat: ThreatModel
+    assessment: AssessRequest
+    """how the model is measured before and after"""
+    budget_s: float | None = None
+    """wall-clock time of the training, evaluations on held-out examples included; None uses the recipe's epochs"""
+    seed: int = 0
+    device: str = "cpu"
+    command: str = ""
+    examples: int = 0
+    """number of training examples for learned attacks of the evaluation, if it has some"""
+    excluded: Data | None = None
+    """data that must not be trained on: the whole set of which the judged examples are a part; None for the judged
+    ones only"""
+    open_options: str = ""
+    """command-line options that open the new model, in addition to its file and the data"""
 
 
 Keep = Callable[[Mapping[str, Any]], None]
