@@ -11,10 +11,11 @@ import yaml
 
 from holdfast import attacks
 from holdfast.config.consent import CONSENT
-from holdfast.config.naming import AUTO, CARD, RECIPES, SOURCES
+from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.schema import schema
 from holdfast.config.settings import RotateSettings
 from holdfast.config.starting import DEMO, init, validate
+from holdfast.core.catalogue import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "docs" / "reference" / "holdfast.schema.json"

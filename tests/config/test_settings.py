@@ -1,15 +1,18 @@
 """The configuration file: what cannot be meant is said in one sentence, whatever is wrong with it."""
 
+from dataclasses import is_dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
-from holdfast import attacks
+from holdfast import attacks, recipes
 from holdfast.config import settings
 from holdfast.config.attacks import build, threat_model, threat_said
 from holdfast.config.grammar import number, pairs, parse_surrogate, parse_threat, seconds
-from holdfast.config.naming import ATTACKS, FLOW, LABELS_ONLY, MEMBERS, VARIANTS, members
+from holdfast.config.naming import FLOW, LABELS_ONLY, MEMBERS, VARIANTS, members
 from holdfast.config.settings import AssessSettings, HardenSettings, RotateSettings
 from holdfast.config.spellings import (
     ADAPTIVE,
@@ -23,6 +26,7 @@ from holdfast.config.spellings import (
 )
 from holdfast.config.starting import validate
 from holdfast.config.suites import SUITES, usual_suite
+from holdfast.core.catalogue import ATTACKS
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
@@ -188,8 +192,24 @@ def test_every_suite_that_may_be_named_is_composed():
     assert set(SUITES) == set(COMPOSED)
 
 
-def test_the_attacks_that_may_be_named_are_those_that_there_are():
-    assert set(ATTACKS) == set(attacks.__all__)
+def test_the_catalogue_lists_every_attack_and_recipe():
+    for package in (attacks, recipes):
+        modules = [
+            import_module(f"{package.__name__}.{each.name}") for each in iter_modules(package.__path__)
+        ]
+        defined = {
+            name
+            for module in modules
+            for name, value in vars(module).items()
+            if is_dataclass(value) and value.__module__ == module.__name__ and not name.startswith("_")
+        }
+        assert defined - {"Passes"} == set(package.__all__)
+    assert {name: entry.needs for name, entry in ATTACKS.items()} == {
+        name: getattr(attacks, name).needs for name in ATTACKS
+    }
+
+
+def test_suites_use_the_attacks_of_the_catalogue():
     constraints = (Linf(0.1), L2(1.0), L1(1.0), L0(1), Corruptions(3))
     members = [
         member

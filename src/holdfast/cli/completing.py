@@ -8,8 +8,9 @@ from click.shell_completion import CompletionItem
 
 from holdfast.cli.early import bundled
 from holdfast.config.grammar import Norm
-from holdfast.config.naming import ATTACKS, AUTO, CARD, RECIPES, SOURCES, VARIANTS
+from holdfast.config.naming import AUTO, CARD, SOURCES, VARIANTS
 from holdfast.config.spellings import every_name
+from holdfast.core.catalogue import ATTACKS, RECIPES
 
 
 class Completed(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only

@@ -7,8 +7,8 @@ import click
 from holdfast.cli import completing
 from holdfast.cli.assess import ATTACKING, SETTING, TARGET, settings_from
 from holdfast.cli.options import Voice, offered, spoken
-from holdfast.config.naming import RECIPES
 from holdfast.config.settings import HardenSettings
+from holdfast.core.catalogue import RECIPES
 from holdfast.core.errors import UsageError
 
 TRAINING = (

@@ -9,8 +9,9 @@ from holdfast.cli import completing
 from holdfast.cli.assess import SETTING, TARGET, settings_from
 from holdfast.cli.once import Group
 from holdfast.cli.options import Voice, offered, spoken
-from holdfast.config.naming import RECIPES, SOURCES
+from holdfast.config.naming import SOURCES
 from holdfast.config.settings import RotateSettings, read
+from holdfast.core.catalogue import RECIPES
 from holdfast.core.errors import UsageError
 
 _COLLECTING = (

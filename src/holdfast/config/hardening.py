@@ -14,10 +14,11 @@ import torch
 from holdfast.config import arguments, expecting, ordering
 from holdfast.config.attacks import refuse_settings, threat_model
 from holdfast.config.grammar import parse_threat, seconds
-from holdfast.config.naming import AUTO, PRESETS, RECIPES
+from holdfast.config.naming import AUTO
 from holdfast.config.recipes import candidates, refuse_unheld, settings_of
 from holdfast.config.settings import HardenSettings
 from holdfast.core.batch import UNLABELLED, Batch, Data
+from holdfast.core.catalogue import RECIPES
 from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, UsageError
 from holdfast.core.evidence import Evidence
@@ -284,5 +285,7 @@ def name_of(recipe: object) -> str:
         raise UsageError(
             f"recipe is {recipe!r}; expected the name of one, or a recipe such as holdfast.recipes.TRADES(beta=6)"
         )
-    names = [name for name, cls in RECIPES.items() if cls == type(recipe).__name__ and name not in PRESETS]
+    names = [
+        name for name, entry in RECIPES.items() if entry.cls == type(recipe).__name__ and not entry.settings
+    ]
     return names[0] if names else type(recipe).__name__

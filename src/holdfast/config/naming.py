@@ -4,55 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from holdfast.config.grammar import Norm, ThreatSpec, nearest
+from holdfast.core.catalogue import ATTACKS
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug
 from holdfast.metrics.names import CORRUPTIONS
 
 GROUP: Final = "holdfast.attacks"
 """Entry-point group in which other packages register attacks."""
-
-ATTACKS: Final = (
-    "ALMA",
-    "APGD",
-    "BIM",
-    "DDN",
-    "EAD",
-    "FAB",
-    "FGSM",
-    "FMN",
-    "JSMA",
-    "NES",
-    "PDPGD",
-    "PGD",
-    "SPSA",
-    "ZOO",
-    "AdversarialPatch",
-    "Bandits",
-    "Boundary",
-    "CarliniWagner",
-    "Corruption",
-    "DeepFool",
-    "Flow",
-    "GeoDA",
-    "GridSearch",
-    "HopSkipJump",
-    "MomentumPGD",
-    "PatchAttack",
-    "RayS",
-    "Relay",
-    "SigmaZero",
-    "SignOPT",
-    "SimBA",
-    "SparseRS",
-    "Square",
-    "SuperDeepFool",
-    "SurFree",
-    "Transfer",
-    "TransformPGD",
-    "Universal",
-    "UniversalDeepFool",
-)
-"""Exports of `holdfast.attacks`. A test checks that both are equal."""
 
 AUTO: Final = "auto"
 """Value of `--recipe` that selects a recipe automatically."""
@@ -68,38 +26,6 @@ SOURCES: Final = {
     "trajectory": "Trajectory",
 }
 """Sources of parameter sets for `rotate collect`, and their classes in `holdfast.rotation`."""
-
-RECIPES: Final = {
-    "atta": "ATTA",
-    "cure": "CURE",
-    "curriculum": "CurriculumTraining",
-    "ensemble": "EnsembleTraining",
-    "fgsm": "SingleStep",
-    "fgsm-rs": "SingleStep",
-    "free": "FreeTraining",
-    "gradient-regularisation": "GradientRegularisation",
-    "hat": "HAT",
-    "ikl": "IKL",
-    "jacobian": "JacobianRegularisation",
-    "lipschitz": "LipschitzConstraint",
-    "llr": "LLR",
-    "margin": "MarginTraining",
-    "mart": "MART",
-    "multi-norm": "MultiNormTraining",
-    "n-fgsm": "SingleStep",
-    "pgd": "PGDTraining",
-    "score": "SCORE",
-    "standard": "Standard",
-    "trades": "TRADES",
-    "vat": "VAT",
-}
-"""Values of `--recipe`, and their classes in `holdfast.recipes`. A test checks that both are equal."""
-
-PRESETS: Final[Mapping[str, Mapping[str, float | bool]]] = {
-    "fgsm": {"noise": 0.0, "step": 1.0, "clip": True},
-    "fgsm-rs": {"noise": 1.0, "step": 1.25, "clip": True},
-}
-"""Settings of recipes whose class has the defaults of another recipe."""
 
 PUBLISHED: Final = (
     "MI-FGSM",

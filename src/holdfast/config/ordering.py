@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from holdfast.attacks import Corruption
+from holdfast.attacks.corruption import Corruption
 from holdfast.attacks.protocol import Learned
 from holdfast.config import pooled
 from holdfast.config.attacks import threat_model

@@ -9,7 +9,8 @@ from torch import nn
 from holdfast import recipes as catalogue
 from holdfast.config.attacks import setting
 from holdfast.config.grammar import nearest
-from holdfast.config.naming import AUTO, CARD, PRESETS, RECIPES
+from holdfast.config.naming import AUTO, CARD
+from holdfast.core.catalogue import RECIPES
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.threat import ThreatModel
@@ -88,8 +89,8 @@ def build_recipe(spec: Mapping[str, Any]) -> Recipe:
     name = str(spec["use"])
     if name not in RECIPES:  # the name is from a card; other settings were validated before
         raise UsageError(f"there is no recipe {name!r}{nearest(name, RECIPES)}; name one with --recipe")
-    cls = getattr(catalogue, RECIPES[name])
-    said = {**PRESETS.get(name, {}), **{key: value for key, value in spec.items() if key != "use"}}
+    cls = getattr(catalogue, RECIPES[name].cls)
+    said = {**RECIPES[name].settings, **{key: value for key, value in spec.items() if key != "use"}}
     recipe: Recipe = built(cls, said, f"recipe {name}", "recipe")
     return recipe
 

@@ -10,10 +10,11 @@ from holdfast import recipes, rotation
 from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import attack_names, functions
 from holdfast.config.consent import CONSENT
-from holdfast.config.naming import AUTO, CARD, PRESETS, RECIPES, SOURCES
+from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.recipes import part_of, written_fields
 from holdfast.config.settings import HardenSettings, RotateSettings
 from holdfast.config.suites import SUITES
+from holdfast.core.catalogue import RECIPES
 from holdfast.core.constraints import Constraint
 from holdfast.ops.fit import Training
 from holdfast.rotation import Codec, Immunise, LatentDiffusion
@@ -84,7 +85,7 @@ def _recipe(name: str) -> dict[str, Any]:
         training = _settings(Training, {})
         properties = {"use": {"const": name}, "training": training}
         return {"type": "object", "title": name, "properties": properties, "additionalProperties": False}
-    return _tagged(name, getattr(recipes, RECIPES[name]), PRESETS.get(name, {}))
+    return _tagged(name, getattr(recipes, RECIPES[name].cls), RECIPES[name].settings)
 
 
 def _tagged(name: str, cls: type[Any], preset: Mapping[str, Any]) -> dict[str, Any]:

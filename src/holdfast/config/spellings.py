@@ -9,7 +9,8 @@ from importlib.metadata import entry_points
 from typing import Final
 
 from holdfast.config.grammar import Norm, nearest
-from holdfast.config.naming import ATTACKS, GROUP, MEMBERS, VARIANTS
+from holdfast.config.naming import GROUP, MEMBERS, VARIANTS
+from holdfast.core.catalogue import ATTACKS
 from holdfast.core.errors import UsageError
 from holdfast.core.spelling import suggestion
 
@@ -28,24 +29,11 @@ class Spelling:
 
 
 SPELLINGS: Final[Mapping[str, Spelling]] = {
-    "APGD": Spelling("Auto-PGD"),
-    "BIM": Spelling("I-FGSM"),
-    "EAD": Spelling("", ("elastic-net",)),
-    "FGSM": Spelling("", ("fgm",)),
-    "AdversarialPatch": Spelling("Adversarial Patch"),
-    "Bandits": Spelling("Bandits-TD"),
-    "Boundary": Spelling("Boundary Attack"),
-    "CarliniWagner": Spelling("C&W", ("cw", "carlini")),
-    "Flow": Spelling("stAdv"),
-    "HopSkipJump": Spelling("HopSkipJumpAttack", ("hsj", "hsja")),
-    "MomentumPGD": Spelling("", ("mim",)),
-    "PatchAttack": Spelling("LaVAN"),
-    "SigmaZero": Spelling("σ-zero"),
-    "SignOPT": Spelling("Sign-OPT"),
-    "SparseRS": Spelling("Sparse-RS"),
-    "Square": Spelling("Square Attack"),
-    "SuperDeepFool": Spelling("", ("sdf",)),
-    "Universal": Spelling("UAP"),
+    **{
+        entry.name: Spelling(entry.paper, entry.short)
+        for entry in ATTACKS.values()
+        if entry.paper or entry.short
+    },
     "DI-FGSM": Spelling("DI2-FGSM"),
 }
 """Other names of attacks that have some."""

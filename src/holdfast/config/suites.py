@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from holdfast.config.grammar import Sees, ThreatSpec, parse_threat
-from holdfast.config.naming import ATTACKS, VARIANTS, chosen, members
+from holdfast.config.naming import VARIANTS, chosen, members
+from holdfast.core.catalogue import ATTACKS
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug
 

@@ -20,9 +20,10 @@ from holdfast.config.grammar import (
     per_second,
     seconds,
 )
-from holdfast.config.naming import AUTO, CARD, RECIPES, SOURCES
+from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.spellings import suite_or_attacks
 from holdfast.config.suites import SuiteName
+from holdfast.core.catalogue import RECIPES
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.doubts.names import DOUBTS, OF_ADMISSION, OF_ROTATION
 from holdfast.gates.grammar import parse as parse_gate

@@ -14,8 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from holdfast.attacks import Square, Transfer
 from holdfast.attacks.protocol import Attack
+from holdfast.attacks.square import Square
+from holdfast.attacks.transfer import Transfer
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Constraint, Linf, extent
 from holdfast.core.draws import Draws

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from holdfast.attacks import PGD, Transfer
+from holdfast.attacks.pgd import PGD
 from holdfast.attacks.protocol import Attack, Learned
+from holdfast.attacks.transfer import Transfer
 from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.guard import Aim

@@ -16,8 +16,8 @@ from typing import ClassVar, TypeVar
 
 import torch
 
-from holdfast.attacks import Transfer
 from holdfast.attacks.protocol import Attack
+from holdfast.attacks.transfer import Transfer
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError

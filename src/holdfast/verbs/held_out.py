@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from holdfast.attacks import PGD
+from holdfast.attacks.pgd import PGD
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from holdfast.attacks import APGD, PGD
+from holdfast.attacks.apgd import APGD
+from holdfast.attacks.pgd import PGD
 from holdfast.core.chain import canonical, digest
 from holdfast.core.evidence import Doubt, Evidence
 from holdfast.core.model import Classifier

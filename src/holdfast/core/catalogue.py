@@ -1,0 +1,122 @@
+"""The catalogue of attacks and recipes, without torch: their names, modules and needs.
+
+It is the only list of them. `holdfast.attacks` and `holdfast.recipes` load a class when it is used; settings, help,
+completion and documentation read the names here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Final, Literal
+
+
+@dataclass(frozen=True)
+class AttackEntry:
+    """An attack of `holdfast.attacks`."""
+
+    name: str
+    """name of the class, which suites, configuration files and the command line accept"""
+    module: str
+    """module in `holdfast.attacks`"""
+    needs: Literal["none", "labels", "scores", "gradients"]
+    """access to the model that the attack needs"""
+    paper: str = ""
+    """name in the paper, if it differs and is not the name of another attack here"""
+    short: tuple[str, ...] = ()
+    """usual short names"""
+
+
+@dataclass(frozen=True)
+class RecipeEntry:
+    """A recipe of `holdfast.recipes`, by a value of `--recipe`."""
+
+    name: str
+    cls: str
+    """name of the class"""
+    module: str
+    """module in `holdfast.recipes`"""
+    settings: Mapping[str, float | bool] = field(default_factory=dict)
+    """settings that differ from the defaults of the class"""
+
+
+ATTACKS: Final[Mapping[str, AttackEntry]] = {
+    entry.name: entry
+    for entry in (
+        AttackEntry("AdversarialPatch", "adversarial_patch", "gradients", paper="Adversarial Patch"),
+        AttackEntry("ALMA", "alma", "gradients"),
+        AttackEntry("APGD", "apgd", "gradients", paper="Auto-PGD"),
+        AttackEntry("Bandits", "bandits", "scores", paper="Bandits-TD"),
+        AttackEntry("BIM", "bim", "gradients", paper="I-FGSM"),
+        AttackEntry("Boundary", "boundary", "labels", paper="Boundary Attack"),
+        AttackEntry("CarliniWagner", "carlini_wagner", "gradients", paper="C&W", short=("cw", "carlini")),
+        AttackEntry("Corruption", "corruption", "none"),
+        AttackEntry("DDN", "ddn", "gradients"),
+        AttackEntry("DeepFool", "deepfool", "gradients"),
+        AttackEntry("EAD", "ead", "gradients", short=("elastic-net",)),
+        AttackEntry("FAB", "fab", "gradients"),
+        AttackEntry("FGSM", "fgsm", "gradients", short=("fgm",)),
+        AttackEntry("Flow", "flow", "gradients", paper="stAdv"),
+        AttackEntry("FMN", "fmn", "gradients"),
+        AttackEntry("GeoDA", "geoda", "labels"),
+        AttackEntry("GridSearch", "grid_search", "scores"),
+        AttackEntry(
+            "HopSkipJump", "hop_skip_jump", "labels", paper="HopSkipJumpAttack", short=("hsj", "hsja")
+        ),
+        AttackEntry("JSMA", "jsma", "gradients"),
+        AttackEntry("MomentumPGD", "momentum_pgd", "gradients", short=("mim",)),
+        AttackEntry("NES", "nes", "scores"),
+        AttackEntry("PatchAttack", "patch_attack", "gradients", paper="LaVAN"),
+        AttackEntry("PDPGD", "pdpgd", "gradients"),
+        AttackEntry("PGD", "pgd", "gradients"),
+        AttackEntry("RayS", "rays", "labels"),
+        AttackEntry("Relay", "relay", "gradients"),
+        AttackEntry("SigmaZero", "sigma_zero", "gradients", paper="σ-zero"),
+        AttackEntry("SignOPT", "sign_opt", "labels", paper="Sign-OPT"),
+        AttackEntry("SimBA", "simba", "scores"),
+        AttackEntry("SparseRS", "sparse_rs", "scores", paper="Sparse-RS"),
+        AttackEntry("SPSA", "spsa", "scores"),
+        AttackEntry("Square", "square", "scores", paper="Square Attack"),
+        AttackEntry("SuperDeepFool", "super_deepfool", "gradients", short=("sdf",)),
+        AttackEntry("SurFree", "surfree", "labels"),
+        AttackEntry("Transfer", "transfer", "none"),
+        AttackEntry("TransformPGD", "transform_pgd", "gradients"),
+        AttackEntry("Universal", "universal", "gradients", paper="UAP"),
+        AttackEntry("UniversalDeepFool", "universal_deepfool", "gradients"),
+        AttackEntry("ZOO", "zoo", "scores"),
+    )
+}
+RECIPES: Final[Mapping[str, RecipeEntry]] = {
+    entry.name: entry
+    for entry in (
+        RecipeEntry("atta", "ATTA", "atta"),
+        RecipeEntry("cure", "CURE", "cure"),
+        RecipeEntry("curriculum", "CurriculumTraining", "curriculum"),
+        RecipeEntry("ensemble", "EnsembleTraining", "ensemble"),
+        RecipeEntry("fgsm", "SingleStep", "single_step", {"noise": 0.0, "step": 1.0, "clip": True}),
+        RecipeEntry("fgsm-rs", "SingleStep", "single_step", {"noise": 1.0, "step": 1.25, "clip": True}),
+        RecipeEntry("free", "FreeTraining", "free"),
+        RecipeEntry("gradient-regularisation", "GradientRegularisation", "gradient_regularisation"),
+        RecipeEntry("hat", "HAT", "hat"),
+        RecipeEntry("ikl", "IKL", "ikl"),
+        RecipeEntry("jacobian", "JacobianRegularisation", "jacobian"),
+        RecipeEntry("lipschitz", "LipschitzConstraint", "lipschitz"),
+        RecipeEntry("llr", "LLR", "llr"),
+        RecipeEntry("margin", "MarginTraining", "margin"),
+        RecipeEntry("mart", "MART", "mart"),
+        RecipeEntry("multi-norm", "MultiNormTraining", "multi_norm"),
+        RecipeEntry("n-fgsm", "SingleStep", "single_step"),
+        RecipeEntry("pgd", "PGDTraining", "pgd_training"),
+        RecipeEntry("score", "SCORE", "score"),
+        RecipeEntry("standard", "Standard", "standard"),
+        RecipeEntry("trades", "TRADES", "trades"),
+        RecipeEntry("vat", "VAT", "vat"),
+    )
+}
+
+
+def load(package: str, modules: Mapping[str, str], name: str) -> type[Any]:
+    """The class `name` of a package. `modules` are the modules of its classes. Raises `AttributeError` if unknown."""
+    if name not in modules:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    loaded: type[Any] = getattr(import_module(f"{package}.{modules[name]}"), name)
+    return loaded
