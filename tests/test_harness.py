@@ -20,10 +20,8 @@ from holdfast.harness import (
     Context,
     Member,
     Plan,
-    Room,
     conclude,
     due,
-    in_pieces,
     join,
     labelled,
     measure,
@@ -35,6 +33,7 @@ from holdfast.harness import (
 )
 from holdfast.metrics.catalogue import estimate
 from holdfast.ops.losses import cross_entropy, dlr
+from holdfast.ops.pieces import Room, in_pieces
 from holdfast.testing import fakes
 from holdfast.testing.linear import linear_problem
 

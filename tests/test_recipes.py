@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from holdfast import recipes
-from holdfast.config.naming import RECIPES
 from holdfast.core.batch import Batch
+from holdfast.core.catalogue import RECIPES
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
@@ -82,7 +82,7 @@ def test_law(recipe, law):
 
 
 def test_the_catalogue_is_what_may_be_named_and_every_recipe_has_its_cases():
-    assert set(RECIPES.values()) == set(recipes.__all__)
+    assert {entry.cls for entry in RECIPES.values()} == set(recipes.__all__)
     assert {type(case).__name__ for case in CASES} == set(recipes.__all__)
 
 

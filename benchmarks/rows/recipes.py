@@ -4,7 +4,7 @@ from typing import Any
 
 from benchmarks.hardened import made, percent, shares, spent
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.config.naming import RECIPES
+from holdfast.core.catalogue import RECIPES
 
 WHAT = "every recipe on the bundled network, MNIST linf:0.3, three minutes each on two threads: clean, robust, time"
 ROW, THREADS = "recipes", 2

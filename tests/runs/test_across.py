@@ -19,7 +19,7 @@ from holdfast.harness.plan import MATRIX
 from holdfast.metrics.across import across
 from holdfast.ops import ascent, losses
 from holdfast.sources.memory import as_data
-from holdfast.verbs import making
+from holdfast.verbs import preparation
 from holdfast.verbs.assess import assess
 from holdfast.verbs.request import Subject
 from holdfast.verbs.stored_runs import open_run
@@ -126,7 +126,7 @@ def test_other_data_is_another_run(tmp_path):
 
 
 def test_the_sample_is_bounded_and_as_large_of_each(monkeypatch):
-    monkeypatch.setattr(making, "MATRIX_ROWS", 11)
+    monkeypatch.setattr(preparation, "MATRIX_ROWS", 11)
     assert len(assess(subject(), data(), carrying(elsewhere())).evidence.across["turned"]) == 11
     few = assess(subject(), data(), carrying(elsewhere(n=7)))
     assert few.evidence.across["control"].shape == (7, 2, 2)
