@@ -4,6 +4,8 @@ import inspect
 import json
 import re
 from dataclasses import replace
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -348,3 +350,13 @@ def test_the_page_tells_what_is_recorded_of_new_basins():
 def test_every_setting_of_a_training_is_told():
     told = {row["setting"].strip("`"): row["default"] for row in rows("reference/recipes.md", "setting")}
     assert told == {field.name: str(field.default) for field in written_fields(Training)}
+
+
+def test_the_functions_of_the_architecture_page_exist():
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\| \d+ \| `([^`]+)` \| `([^`]+)` \|", page, re.MULTILINE)
+    places = re.findall(r"`([a-z/_]+\.py)` \(`([A-Za-z_.]+)`\)", page)
+    assert len(steps) > 30 and len(places) > 6
+    for file, name in (*steps, *places):
+        module = import_module("holdfast." + file.removesuffix(".py").replace("/", "."))
+        assert attrgetter(name)(module), f"{file}: {name}"
