@@ -29,7 +29,7 @@ from holdfast.config.arguments import (
 )
 from holdfast.config.attacked import attackers
 from holdfast.config.attacks import threat_model
-from holdfast.config.grad_mode import with_gradients
+from holdfast.config.grad_mode import gradients
 from holdfast.config.grammar import nearest, parse_threat
 from holdfast.config.members import SuiteLike, members_given
 from holdfast.config.rehearsing import rehearse, rehearse_served
@@ -76,7 +76,7 @@ __all__ = [
 ]
 
 
-@with_gradients
+@gradients()
 def assess(
     model: ModelLike,
     data: DataLike,
@@ -185,7 +185,7 @@ def carry_out(
         )
 
 
-@with_gradients
+@gradients()
 def harden(
     model: ModelLike,
     data: DataLike,
@@ -309,7 +309,7 @@ def exhibition(
     return tuple(found)
 
 
-@with_gradients
+@gradients()
 def doctor(
     model: ModelLike,
     data: DataLike,

@@ -25,7 +25,7 @@ from holdfast.config.arguments import (
     settings_said,
 )
 from holdfast.config.attacks import threat_model, threat_said
-from holdfast.config.grad_mode import with_gradients
+from holdfast.config.grad_mode import gradients
 from holdfast.config.grammar import parse_threat
 from holdfast.config.members import SuiteLike, members_given
 from holdfast.config.settings import AssessSettings
@@ -89,7 +89,7 @@ class Attacked:
         )
 
 
-@with_gradients
+@gradients()
 def attack(
     model: ModelLike,
     x: DataLike,

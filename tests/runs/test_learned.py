@@ -26,9 +26,9 @@ def test_is_learned_once_and_found_again(tmp_path, monkeypatch):
         raise MemoryError(stage.name)
 
     with monkeypatch.context() as patch:
-        real = __import__("holdfast.harness.shards", fromlist=["run_stage"]).run_stage
+        real = __import__("holdfast.verbs.measuring", fromlist=["run_stage"]).run_stage
         patch.setattr(
-            "holdfast.harness.shards.run_stage",
+            "holdfast.verbs.measuring.run_stage",
             lambda stage, *rest: fails(stage) if stage.name == "2-universal" else real(stage, *rest),
         )
         with pytest.raises(MemoryError):

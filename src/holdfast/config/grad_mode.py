@@ -1,27 +1,19 @@
 """Enables gradients for a verb in any context, and makes networks usable in a backward pass."""
 
 import copy
-from collections.abc import Callable
-from functools import wraps
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-P = ParamSpec("P")
-T = TypeVar("T")
 
-
-def with_gradients(verb: Callable[P, T]) -> Callable[P, T]:
-    """Return the verb with gradients enabled, even if it is called under `no_grad` or `inference_mode`."""
-
-    @wraps(verb)
-    def called(*args: P.args, **kwargs: P.kwargs) -> T:
-        with torch.inference_mode(False), torch.enable_grad():
-            return verb(*args, **kwargs)
-
-    return called
+@contextmanager
+def gradients() -> Iterator[None]:
+    """Context in which gradients are enabled, even under `no_grad` or `inference_mode`; also a decorator of verbs."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def differentiable(net: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ is divided among the processes of the executor, and each shard is stored when it
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,22 @@ def _nothing(stage: str, shard: int | None) -> None:
 
 
 @dataclass(frozen=True)
+class Shards:
+    """The work of a stage with shards."""
+
+    filled: Callable[[int], Columns | None]
+    """columns of a shard in which nothing has to be measured; None for other shards"""
+    task: Callable[[int], Task]
+    """the task of a shard"""
+    join: Callable[[list[Columns]], Columns]
+    """concatenates the columns of shards"""
+    report: Callable[[Mapping[int, Columns], int], None]
+    """called with the finished shards, and the number of finished examples of others"""
+    timed: bool = True
+    """whether the deadline of the run applies"""
+
+
+@dataclass(frozen=True)
 class Run:
     """The store, the limits and the executor of one attempt at a run."""
 
@@ -37,7 +54,7 @@ class Run:
     batch_size: int = 1
     """examples in one forward pass; it is halved if memory runs out"""
     deadline: float = math.inf
-    """`time.perf_counter()` after which no stage queries the model, except one that is not `timed`"""
+    """`time.perf_counter()` after which no stage queries the model, except one whose shards are not `timed`"""
     stopper: Stopper = field(default_factory=Stopper)
     progress: Progress = silent
     stored: Callable[[str, int | None], None] = _nothing
@@ -74,42 +91,27 @@ class Run:
         self.stored(name, None)
         return StoredStage(columns, reached)
 
-    def sharded_stage(
-        self,
-        name: str,
-        filled: Callable[[int], Columns | None],
-        task: Callable[[int], Task],
-        join: Callable[[list[Columns]], Columns],
-        report: Callable[[Mapping[int, Columns], int], None],
-        *,
-        timed: bool = True,
-    ) -> StoredStage:
+    def sharded_stage(self, name: str, shards: Callable[[], Shards]) -> StoredStage:
         """The columns of a stage with shards. The executor measures the shards that are not stored yet.
 
-        `filled` returns the columns of a shard in which nothing has to be measured, and None for others. `task`
-        returns the task of a shard. `join` concatenates the columns of shards. `report` receives the finished shards,
-        and the number of finished examples of others. A stage that is not `timed` ignores the deadline.
+        `shards` returns the work; it is called unless the stage is stored.
         """
         if (stored := self.store.stage(name)) is not None:
             return stored
-        done = self.store.shards(name)
+        work, done = shards(), self.store.shards(name)
         for shard in range(len(self.shards)):
-            if shard not in done and (columns := filled(shard)) is not None:
+            if shard not in done and (columns := work.filled(shard)) is not None:
                 done[shard] = columns
-        tasks = {shard: task(shard) for shard in range(len(self.shards)) if shard not in done}
-
-        def moved(examples: int) -> None:
-            report(done, examples)
-
-        moved(0)
+        tasks = {shard: work.task(shard) for shard in range(len(self.shards)) if shard not in done}
+        work.report(done, 0)
         if tasks:
-            until = self.deadline if timed else math.inf
-            for shard, columns in self.executor.measure(self, name, tasks, until, moved):
+            until = self.deadline if work.timed else math.inf
+            for shard, columns in self.executor.measure(self, name, tasks, until, partial(work.report, done)):
                 done[shard] = columns
-                moved(0)
+                work.report(done, 0)
         reached = next((shard for shard in range(len(self.shards)) if shard not in done), None)
         whole = [done[shard] for shard in sorted(done) if reached is None or shard < reached]
-        columns = join(whole) if whole else {"id": torch.empty(0, dtype=torch.int64)}
+        columns = work.join(whole) if whole else {"id": torch.empty(0, dtype=torch.int64)}
         with self.stopper.finishing():
             self.store.complete(name, columns, reached)
         if reached is not None:

@@ -22,7 +22,7 @@ from holdfast.harness.plan import (
     refuse_what_is_hidden,
     settings,
 )
-from holdfast.harness.shards import ShardTask, measure_shard, rows_of, task_of
+from holdfast.harness.shards import ShardTask, rows_of, stage_of, task_of
 from holdfast.harness.stages import (
     judge,
     makers,
@@ -58,7 +58,6 @@ __all__ = [
     "labelled",
     "makers",
     "measure",
-    "measure_shard",
     "measured",
     "on_detector",
     "paired",
@@ -75,6 +74,7 @@ __all__ = [
     "run_stage",
     "settings",
     "speaking",
+    "stage_of",
     "stage_passes",
     "task_of",
     "unattacked",

@@ -1,19 +1,16 @@
-"""One stage on one shard: the task with its inputs, and the function that measures it."""
+"""One stage on one shard: the task, which contains what the stage needs from earlier ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from holdfast.core.batch import Batch
 from holdfast.core.evidence import PARTIAL, Columns
 from holdfast.core.guard import Aim
 from holdfast.core.types import Mask
 from holdfast.harness.plan import Plan, Stage
-from holdfast.harness.stages import learned_for, run_clean, run_stage, with_learned
-from holdfast.harness.target import Target
+from holdfast.harness.stages import learned_for, with_learned
 from holdfast.harness.waves import broken
-from holdfast.ops.pieces import Room
 
 
 @dataclass(frozen=True)
@@ -64,15 +61,11 @@ def task_of(
     )
 
 
-def measure_shard(task: ShardTask, plan: Plan, target: Target, batch: Batch, room: Room) -> Columns:
-    """Columns of a task; `batch` are the examples of its shard."""
-    if task.clean is None or task.chosen is None:
-        return run_clean(plan, target, batch, room)
+def stage_of(task: ShardTask, plan: Plan) -> Stage:
+    """The stage of a task, ready to run."""
     stage = next(stage for stage in plan.stages() if stage.name == task.stage)
     stage = replace(stage, aim=task.aim)
-    if task.learned is not None:
-        stage = with_learned(stage, task.learned)
-    return run_stage(stage, plan, target, batch, task.clean, task.chosen, room, task.broken)
+    return stage if task.learned is None else with_learned(stage, task.learned)
 
 
 def rows_of(columns: Columns, start: int, stop: int) -> dict[str, Tensor]:

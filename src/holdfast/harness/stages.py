@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -89,14 +90,14 @@ def _work(stage: Stage, plan: Plan, target: Target, missed: Ids) -> Callable[[Ba
     assert stage.member is not None
     attack, threat, rng = stage.member.attack, plan.threat, Draws(plan.seed).at("stage", stage.name)
     if stage.kind == "attacked":
-        return lambda piece: _attacked(attack, plan, target, piece, rng, missed)
+        return partial(_attacked, attack, plan, target, rng=rng, missed=missed)
     if stage.kind == "detection":
-        return lambda piece: _against(attack, plan, target, piece, rng, missed)
+        return partial(_against, attack, plan, target, rng=rng, missed=missed)
     if stage.kind == "transfer":
-        return lambda piece: _transferred(attack, plan, target, piece, rng, missed)
+        return partial(_transferred, attack, plan, target, rng=rng, missed=missed)
     if stage.kind == "curve" or plan.smallest:
         threat = replace(threat, constraint=threat.constraint.resized(torch.inf))
-    return lambda piece: _attack(attack, threat, plan, target, piece, rng, missed)
+    return partial(_attack, attack, threat, plan, target, rng=rng, missed=missed)
 
 
 def ready(stage: Stage, by_stage: Mapping[str, Columns]) -> Stage:

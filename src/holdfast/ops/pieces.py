@@ -26,21 +26,35 @@ class Room:
     progress: Callable[[int], None] = field(default=lambda n: None)
     """called with the number of examples that were just finished"""
 
+    def halve(self, row: int, left: int, error: BaseException) -> None:
+        """Halve the size after `error`, which is raised again if it is not that memory ran out.
+
+        `left` examples, from `row` on, are not processed yet. Raises `TargetError` if memory is too small for one
+        example.
+        """
+        if not out_of_memory(error):
+            raise error
+        if self.size == 1:
+            raise no_memory(1, error) from error
+        self.size = max(1, min(self.size, left) // 2)
+        self.halved(row, self.size)
+
 
 def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Room) -> dict[str, Tensor]:
     """Apply `work` to pieces of the size of `room` and concatenate the columns; halves the size if memory runs out."""
     done: list[dict[str, Tensor]] = []
     start = 0
-
-    def next_piece(size: int) -> tuple[int, dict[str, Tensor]]:
-        rows = torch.arange(start, min(start + size, len(batch)), device=batch.ids.device)
-        return len(rows), work(batch.take(rows))
-
     while start < len(batch):
-        n, columns = in_room(next_piece, room, start, len(batch) - start)
+        room.size = min(room.size, room.known.get(start, room.size))
+        rows = torch.arange(start, min(start + room.size, len(batch)), device=batch.ids.device)
+        try:
+            columns = work(batch.take(rows))
+        except (RuntimeError, MemoryError) as error:
+            room.halve(start, len(batch) - start, error)
+            continue
         done.append(columns)
-        start += n
-        room.progress(n)
+        start += len(rows)
+        room.progress(len(rows))
     return {name: torch.cat([columns[name] for columns in done]) for name in done[0]} if done else {}
 
 
@@ -55,12 +69,7 @@ def in_room(work: Callable[[int], _T], room: Room, row: int, left: int) -> _T:
         try:
             return work(room.size)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            if room.size == 1:
-                raise no_memory(1, error) from error
-            room.size = max(1, min(room.size, left) // 2)
-            room.halved(row, room.size)
+            room.halve(row, left, error)
 
 
 def no_memory(n: int, error: BaseException) -> TargetError:

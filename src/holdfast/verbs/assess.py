@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from holdfast.core.batch import Data
-from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.purpose import purpose
 from holdfast.doubts.answering import arms, called
@@ -28,7 +27,6 @@ from holdfast.harness import (
     FOUND,
     Plan,
     Target,
-    refuse_what_is_hidden,
 )
 from holdfast.sources.served import Served
 from holdfast.store.folder import RunFolder, opened, planned
@@ -56,7 +54,7 @@ from holdfast.verbs.measuring import Measurement, ShardMeasure, WorkerSetup
 from holdfast.verbs.preparation import examples_to_fit, paired_sets, plan_for, readied
 from holdfast.verbs.request import AssessRequest, Opening, Subject
 from holdfast.verbs.result import Result, about_of
-from holdfast.verbs.served import attach, finish, opening_rows, served_by
+from holdfast.verbs.served import attach, finish, refuse_early, served_by
 
 JUDGED_BY_ATTACKERS = 1_000
 """Largest number of examples, from the first on, for the table of attackers."""
@@ -85,7 +83,7 @@ def assess(
     refuse_data(data)
     served = served_by(subject.model)
     if served is not None:
-        _refuse_early(served, subject, request)
+        refuse_early(served, subject, request)
     device, adaptive = torch.device(request.device), bool(request.plan.adaptive)
     again = again or ("" if run is None else way_out(request.command, run))
     with (
@@ -114,13 +112,18 @@ def assess(
             work = job.run(store, executor, stopper, progress)
             if served is not None and store.document(DOUBTS) is None:
                 notify(job.expected(served))
-            evidence, found = job.measured(work)
+            measurement, by_stage = job.measurement(work), dict[str, Columns]()
+            missed = measurement.stages([s for s in plan.stages() if not s.adaptive], by_stage)
+            asked = job.doubted(measurement, by_stage, missed)
+            adapted = job.adapted(measurement, by_stage, asked) if plan.adaptive else None
+        evidence = job.evidence(work, by_stage, asked, adapted)
         rotation = job.attackers(work, evidence)
         evidence = with_attackers(evidence, rotation)
         gates, accepted = job.judged(evidence, store.document(VERDICT))
         work.record(VERDICT, verdict_to_json(gates, accepted))
         head = store.chain.head if isinstance(store, RunFolder) else None
         shown = about_of(manifest, about, run, head)
+        found = job.adversarial(by_stage, asked)
         return Result(evidence, gates, accepted, shown, run, found, request.baseline, rotation)
 
 
@@ -173,39 +176,25 @@ class _Job:
         if self.served is not None:
             self.served.sent.done(stage, shard)
 
-    def measured(self, run: Run) -> tuple[Evidence, Columns]:
-        """The evidence and the adversarial inputs. Stored artefacts are reused; the others are measured."""
-        plan, target, data = self.plan, self.target, self.data
-        fit = examples_to_fit(plan, target, data, self.request.fit)
-        across = paired_sets(plan, data, self.request.across)
-        measurement = Measurement(run, plan, target, data, self.device, fit, across, self.served)
-        by_stage: dict[str, Columns] = {}
-        stages = [stage for stage in self.plan.stages() if not stage.adaptive]
-        missed = measurement.stages(stages, by_stage)
-        asked = run.store.document(DOUBTS)
-        if asked is None:
-            asked = self.doubted(measurement, by_stage, missed)
-        elif (stored := run.store.stage(FOUND)) is not None:
-            by_stage[FOUND] = stored.columns
-        adapted = self.adapted(measurement, by_stage, asked) if self.plan.adaptive else None
-        if self.served is not None:
-            finish(self.served)
-        sent = None if self.served is None else self.served.sent.totals
-        seconds = {name: run.store.spent(name) for name in run.stages}
-        evidence = evidence_of(self.manifest, by_stage, asked, seconds, adapted, sent)
-        attacks = [stage.name for stage in self.plan.stages() if stage.kind == "attack"]
-        counted = counted_passes(self.manifest, by_stage, asked)
-        return evidence, adversarial(by_stage, attacks, counted, smallest=self.plan.smallest)
+    def measurement(self, run: Run) -> Measurement:
+        """The state that the stages of the run share."""
+        fit = examples_to_fit(self.plan, self.target, self.data, self.request.fit)
+        across = paired_sets(self.plan, self.data, self.request.across)
+        return Measurement(run, self.plan, self.target, self.data, self.device, fit, across, self.served)
 
     def doubted(
         self, measurement: Measurement, by_stage: dict[str, Columns], missed: Sequence[str]
     ) -> Mapping[str, Any]:
-        """Measure and store the doubts, with notes on what time did not allow.
+        """Measure and store the doubts, with notes on what time did not allow, unless they are stored already.
 
         Adversarial examples of the probes are added to `by_stage`.
         """
         run, off = measurement.run, self.plan.doubts == "none"
         store = run.store
+        if (stored := store.document(DOUBTS)) is not None:
+            if (columns := store.stage(FOUND)) is not None:
+                by_stage[FOUND] = columns.columns
+            return stored
         store.begin(DOUBTS, 0)
         stopwatch = Stopwatch(store, DOUBTS)
         unasked = ["nothing was doubted: the doubts were switched off"] if off and not self.plan.alone else []
@@ -245,6 +234,26 @@ class _Job:
             },
         )
 
+    def evidence(
+        self,
+        run: Run,
+        by_stage: Mapping[str, Columns],
+        asked: Mapping[str, Any],
+        adapted: Mapping[str, Any] | None,
+    ) -> Evidence:
+        """The evidence, from the columns of the stages, the doubts and the adaptive attacks."""
+        if self.served is not None:
+            finish(self.served)
+        sent = None if self.served is None else self.served.sent.totals
+        seconds = {name: run.store.spent(name) for name in run.stages}
+        return evidence_of(self.manifest, by_stage, asked, seconds, adapted, sent)
+
+    def adversarial(self, by_stage: Mapping[str, Columns], asked: Mapping[str, Any]) -> Columns:
+        """The adversarial inputs that the run stores."""
+        attacks = [stage.name for stage in self.plan.stages() if stage.kind == "attack"]
+        counted = counted_passes(self.manifest, by_stage, asked)
+        return adversarial(by_stage, attacks, counted, smallest=self.plan.smallest)
+
     def attackers(self, run: Run, evidence: Evidence) -> Mapping[str, Any] | None:
         """Measure the table of attackers of a model with rotation; each row is recorded when it is done."""
         stored, keep = run.store.document(ROTATION), partial(run.record, ROTATION)
@@ -275,21 +284,6 @@ class _Job:
         rows = expected_of(self.request, self.plan, self.target, len(self.data), work, opening=served.opening)
         earlier = served.sent.earlier
         return f"expected: {rows.says}" + (f"; {earlier:,} rows were sent before the stop" if earlier else "")
-
-
-def _refuse_early(served: Served, subject: Subject, request: AssessRequest) -> None:
-    """Record the rows that opening the data has sent to a server, and refuse what can be refused before more is sent.
-
-    A served model computes on its server: with several processes, none would know what the others send.
-    """
-    served.opening = opening_rows(served.sent)
-    if not request.surrogates:
-        refuse_what_is_hidden(request.plan, subject.model.access, subject.model.hides)
-    if request.workers is not None:
-        raise UsageError(
-            f"--workers is {request.workers}, and the model is behind a server, which computes for it; leave --workers "
-            f"out, and give --http-concurrency {request.workers} to have so many requests under way at once"
-        )
 
 
 def _as_given(

@@ -1,6 +1,6 @@
 """The stages of an assessment: which examples each is run on, in which shards, and what time did not allow."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +14,7 @@ from holdfast.core.evidence import Columns
 from holdfast.core.purpose import purpose
 from holdfast.core.types import Mask
 from holdfast.engine.executor import Measure, OutOfTime, Timed
-from holdfast.engine.run import Run
+from holdfast.engine.run import Run, Shards
 from holdfast.harness import (
     Plan,
     ShardTask,
@@ -23,17 +23,18 @@ from holdfast.harness import (
     broken,
     due,
     join,
-    measure_shard,
     ready,
     rows_of,
     run_across,
+    run_clean,
     run_fit,
+    run_stage,
+    stage_of,
     task_of,
     unattacked,
 )
 from holdfast.ops.pieces import Room
 from holdfast.sources.served import Served
-from holdfast.store.folder import StoredStage
 from holdfast.verbs.checks import refuse_batch
 from holdfast.verbs.evidence import counted, listed
 from holdfast.verbs.preparation import model_digest, readied, with_surrogates
@@ -59,10 +60,14 @@ class ShardMeasure:
             bare, classes = self.target.bare, self.target.classes
             refuse_batch(batch, bare.bounds, classes, self.data.name, whole=self.data, remote=bare.remote)
         with purpose(task.stage, task.shard, "clean" if clean else "attacks"):
-            columns = measure_shard(task, self.plan, timed(self.target, until), batch, room)
-            if self.served is not None and not clean:
+            target = timed(self.target, until)
+            if task.clean is None or task.chosen is None:
+                return run_clean(self.plan, target, batch, room)
+            stage = stage_of(task, self.plan)
+            columns = run_stage(stage, self.plan, target, batch, task.clean, task.chosen, room, task.broken)
+            if self.served is not None:
                 self.served.confirm()
-        return columns
+            return columns
 
     def read(self, start: int, stop: int) -> Batch:
         """Examples `start` to `stop` on the device; the last range is cached."""
@@ -129,8 +134,10 @@ class Measurement:
         """Add the columns of some stages to `by_stage`; returns notes on what time did not allow."""
         cut: list[tuple[Stage, int]] = []
         for stage in stages:
-            measure = self._whole if stage.kind in ("fit", "across") else self._sharded
-            stored = measure(stage, by_stage)
+            if stage.kind in ("fit", "across"):
+                stored = self.run.stage(stage.name, partial(self._whole, stage, by_stage))
+            else:
+                stored = self.run.sharded_stage(stage.name, partial(self._shards, stage, by_stage))
             columns = counted(stage.kind, stored, by_stage)
             if columns is not None:
                 by_stage[stage.name] = columns
@@ -139,41 +146,32 @@ class Measurement:
                 cut.append((stage, len(stored.columns["id"])))
         return out_of_time(cut, len(self.data), self.plan)
 
-    def _whole(self, stage: Stage, by_stage: Mapping[str, Columns]) -> StoredStage:
-        """A stage without shards: fitting an attack, or a transfer across data sets.
+    def _whole(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Columns:
+        """Columns of a stage without shards: fitting an attack, or a transfer across data sets.
 
         After a kill, the whole stage is measured again.
         """
-
-        def compute() -> Columns:
-            examples = self.across[0] if self.fit is None or stage.kind == "across" else self.fit
-            self.run.report(stage.name, 0, len(examples), int(robust(by_stage).sum()), len(self.data))
-            target = timed(self.target, self.run.deadline)
+        examples = self.across[0] if self.fit is None or stage.kind == "across" else self.fit
+        self.run.report(stage.name, 0, len(examples), int(robust(by_stage).sum()), len(self.data))
+        target = timed(self.target, self.run.deadline)
+        try:
             with purpose(stage.name, 0, "attacks"):
                 if stage.kind == "fit":
                     assert self.fit is not None
-                    return run_fit(stage, self.plan, target, self.fit.to(self.device), by_stage["clean"])
-                sets = [each.to(self.device) for each in self.across]
-                return run_across(stage, self.plan, target, sets, self.run.room(stage.name, 0))
-
-        return self.run.stage(stage.name, partial(self._confirmed, compute))
-
-    def _confirmed(self, compute: Callable[[], Columns]) -> Columns:
-        """Columns of a stage. Then a server that refused the last inputs must still answer clean inputs."""
-        try:
-            columns = compute()
+                    columns = run_fit(stage, self.plan, target, self.fit.to(self.device), by_stage["clean"])
+                else:
+                    sets = [each.to(self.device) for each in self.across]
+                    columns = run_across(stage, self.plan, target, sets, self.run.room(stage.name, 0))
         except OutOfTime:
             self.confirm()
             raise
         self.confirm()
         return columns
 
-    def _sharded(self, stage: Stage, by_stage: Mapping[str, Columns]) -> StoredStage:
-        if (stored := self.run.store.stage(stage.name)) is not None:
-            return stored
-        stage = ready(stage, by_stage)
+    def _shards(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Shards:
+        """The work of a stage with shards."""
+        stage, shards = ready(stage, by_stage), self.run.shards
         chosen: Mask | None = None if stage.kind == "clean" else due(stage, self.plan, by_stage)
-        shards = self.run.shards
 
         def filled(shard: int) -> Columns | None:
             start, stop = shards[shard]
@@ -183,13 +181,10 @@ class Measurement:
 
         def report(done: Mapping[int, Columns], more: int) -> None:
             finished = sum(len(columns["id"]) for columns in done.values())
-            standing, examples = self._standing(stage, done, by_stage), len(self.data)
-            self.run.report(
-                stage.name, finished + more, examples, standing, finished if chosen is None else examples
-            )
+            left, n = self._standing(stage, done, by_stage), len(self.data)
+            self.run.report(stage.name, finished + more, n, left, finished if chosen is None else n)
 
-        return self.run.sharded_stage(
-            stage.name,
+        return Shards(
             filled,
             lambda shard: task_of(stage, shard, shards[shard], chosen, by_stage),
             join,

@@ -5,14 +5,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.purpose import Kind
+from holdfast.harness import refuse_what_is_hidden
 from holdfast.ops.expectation import inner
 from holdfast.sources.sent import Sent, Totals, counting_by
 from holdfast.sources.served import Served
 from holdfast.store.files import SERVED, usable
 from holdfast.store.folder import planned, refuse_used
 from holdfast.store.journal import NAME, Journal
+from holdfast.verbs.request import AssessRequest, Subject
 
 _OPENING = 16
 """largest number of rows that are sent to determine how the data are read"""
@@ -65,6 +68,21 @@ def journaled(run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
 def opening_rows(sent: Sent) -> int:
     """Rows sent before a run to determine how the data are read; after a stop, their upper bound."""
     return sent.totals.rows.total() if not sent.earlier else _OPENING
+
+
+def refuse_early(served: Served, subject: Subject, request: AssessRequest) -> None:
+    """Record the rows that opening the data has sent to a server, and refuse what can be refused before more is sent.
+
+    A served model computes on its server: with several processes, none would know what the others send.
+    """
+    served.opening = opening_rows(served.sent)
+    if not request.surrogates:
+        refuse_what_is_hidden(request.plan, subject.model.access, subject.model.hides)
+    if request.workers is not None:
+        raise UsageError(
+            f"--workers is {request.workers}, and the model is behind a server, which computes for it; leave --workers "
+            f"out, and give --http-concurrency {request.workers} to have so many requests under way at once"
+        )
 
 
 def attach(served: Served | None) -> None:
