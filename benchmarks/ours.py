@@ -11,7 +11,7 @@ from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier, Model
 from holdfast.core.threat import ThreatModel
-from holdfast.harness import Member, Plan, measure, measured
+from holdfast.harness import Member, Plan, measure, measure_plan
 from holdfast.suites import suite
 
 NORMS: dict[str, type[Linf] | type[L2] | type[L1] | type[L0]] = {"Linf": Linf, "L2": L2, "L1": L1, "L0": L0}
@@ -58,4 +58,4 @@ def by_suite(
     composed = suite(name, constraint(norm, eps))
     members = tuple(Member(each, attack, composed.waves.get(each, 0)) for each, attack in composed.attacks)
     plan = Plan(members, ThreatModel(constraint(norm, eps)), seed)
-    return measured(Classifier(net), [batch(x, y)], plan, batch_size=size)
+    return measure_plan(Classifier(net), [batch(x, y)], plan, batch_size=size)

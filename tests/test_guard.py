@@ -16,7 +16,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.guard import guarded, held
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.harness import Member, labelled, measure
+from holdfast.harness import Member, measure, members_of
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.columns import Absent
 from holdfast.ops.expectation import seen_through
@@ -263,6 +263,6 @@ def test_what_cannot_be_meant_is_refused():
         assess(subject(inner), data(), order())
     with pytest.raises(UsageError, match="the surrogate fake rejects inputs"):
         assess(subject(), data(), replace(order(), surrogates=(subject(pair()),)))
-    clouded = order(*labelled([PGD()]), threat=ThreatModel(Corruptions(3)))
+    clouded = order(*members_of([PGD()]), threat=ThreatModel(Corruptions(3)))
     with pytest.raises(UsageError, match="this model rejects"):
         assess(subject(pair()), data(), clouded)

@@ -20,11 +20,11 @@ from holdfast.harness import (
     Context,
     Member,
     Plan,
-    conclude,
-    due,
+    due_examples,
+    evidence_from,
     join,
-    labelled,
     measure,
+    members_of,
     prepared,
     refuse_what_is_hidden,
     run_clean,
@@ -83,10 +83,12 @@ def concluded(plan, model, batch, room=256, context=CONTEXT):
             if stage.kind == "clean":
                 columns["clean"] = run_clean(plan, target, batch, Room(room))
                 continue
-            chosen = due(stage, plan, columns)
+            chosen = due_examples(stage, plan, columns)
             columns[stage.name] = run_stage(stage, plan, target, batch, columns["clean"], chosen, Room(room))
         by_stage = {name: join([values]) for name, values in columns.items()}
-        return conclude(plan.outline(target.classes), by_stage, {}, context, randomised=target.randomised)
+        return evidence_from(
+            plan.outline(target.classes), by_stage, {}, context, randomised=target.randomised
+        )
 
 
 # --- judging
@@ -163,7 +165,7 @@ def test_later_attacks_get_only_who_still_stands():
 def test_a_full_plan_gives_every_attack_everybody():
     model, batch, act = some_broken(3)
     first, second = Doing(act), Doing(leave)
-    concluded(Plan(labelled([first, second]), ThreatModel(Linf(0.2)), full=True), model, batch)
+    concluded(Plan(members_of([first, second]), ThreatModel(Linf(0.2)), full=True), model, batch)
     assert second.seen == first.seen
 
 
@@ -216,7 +218,7 @@ def test_minimum_norm_plans_measure_everybody_without_an_eps():
     oracle, batch = linear_problem(3)
     exact = oracle.distance(batch.x, batch.y, L2())
     eps = exact.median().item()
-    plan = Plan(labelled([DDN(steps=60), Doing(leave)]), ThreatModel(L2(eps)), smallest=True)
+    plan = Plan(members_of([DDN(steps=60), Doing(leave)]), ThreatModel(L2(eps)), smallest=True)
     evidence = concluded(plan, oracle.classifier(), batch)
     ratio = evidence["distance"].double() / exact
     assert ratio.min() >= 1 - 1e-6 and ratio.median() <= 1.05
@@ -228,7 +230,7 @@ def test_of_minimum_norm_attacks_the_closest_speaks_for_an_example():
     oracle, batch = linear_problem(3)
     far, near = DDN(steps=2), DDN(steps=60)
     for members, closest in (([far, near], 1), ([near, far], 0)):
-        plan = Plan(labelled(members), ThreatModel(L2(torch.inf)), smallest=True)
+        plan = Plan(members_of(members), ThreatModel(L2(torch.inf)), smallest=True)
         evidence = concluded(plan, oracle.classifier(), batch)
         gone = evidence["success"]
         both = torch.stack([evidence[f"{record.stage}.distance"] for record in evidence.attacks])
@@ -300,7 +302,7 @@ def test_an_attack_that_needs_more_than_can_be_seen_is_refused_by_name():
 )
 def test_the_way_out_of_what_is_hidden_helps(members, threat, target, says):
     with pytest.raises(UsageError, match=says):
-        refuse_what_is_hidden(Plan(labelled(members), threat), target)
+        refuse_what_is_hidden(Plan(members_of(members), threat), target)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -311,7 +313,7 @@ def test_inputs_of_half_a_word_are_refused(dtype):
 
 
 def test_a_curve_that_cannot_be_drawn_is_left_out():
-    plan = Plan(labelled([Square()]), THREAT, curve=labelled([PGD()]))
+    plan = Plan(members_of([Square()]), THREAT, curve=members_of([PGD()]))
     with pytest.raises(UsageError, match="; leave --curve out, or choose"):
         refuse_what_is_hidden(plan, "scores")
 
@@ -578,7 +580,7 @@ def test_l0_sizes_of_a_run_that_counted_values_under_a_threat_in_pixels_are_left
     old, x = Context(scope="suite only"), torch.zeros(4, 3, 2, 2)
     model, batch = Classifier(lambda x: x.flatten(1)[:, :2]), Batch(x, torch.arange(4) % 2, torch.arange(4))
     pixels, values = (
-        concluded(Plan(labelled([Doing(leave)]), ThreatModel(L0(1, per))), model, batch, context=old)
+        concluded(Plan(members_of([Doing(leave)]), ThreatModel(L0(1, per))), model, batch, context=old)
         for per in ("pixel", "value")
     )
     assert "distance_l0" not in pixels and "distance_l0" in values

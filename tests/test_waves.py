@@ -11,7 +11,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.harness import Member, Plan, due, measured
+from holdfast.harness import Member, Plan, due_examples, measure_plan
 from holdfast.harness.waves import LEAST, most_left
 
 N = 40 * LEAST
@@ -61,7 +61,7 @@ def run(below, waves=3, **settings):
     batch, rank = problem()
     asked = []
     member = Member("Nearest", breaks(rank, below, asked), waves)
-    evidence = measured(Classifier(Slope()), [*batch.split(500)], plan(member, **settings))
+    evidence = measure_plan(Classifier(Slope()), [*batch.split(500)], plan(member, **settings))
     return evidence, rank, asked
 
 
@@ -116,7 +116,7 @@ def test_under_full_every_example_is_asked_at_once():
 def test_few_examples_are_one_wave():
     batch, rank = problem()
     few, asked = batch.take(rank < LEAST), []
-    measured(Classifier(Slope()), [few], plan(Member("Nearest", breaks(rank, 0, asked), 5)))
+    measure_plan(Classifier(Slope()), [few], plan(Member("Nearest", breaks(rank, 0, asked), 5)))
     assert len(torch.cat(asked)) == LEAST
 
 
@@ -130,7 +130,7 @@ def test_an_attack_before_it_decides_who_is_nearest():
 
     asked = []
     members = Member("Lower", Doing(lower)), Member("Nearest", breaks(rank, 0, asked), 5)
-    measured(Classifier(Slope()), [batch], plan(*members))
+    measure_plan(Classifier(Slope()), [batch], plan(*members))
     assert set(rank[torch.cat(asked)].tolist()) >= set(range(N - LEAST, N))
 
 
@@ -145,9 +145,9 @@ def test_nobody_is_due_after_a_wave_without_success():
         "margin": batch.x[:, 0],
     }
     first = {
-        "ran": due(stages[1], waves, {"clean": clean}),
+        "ran": due_examples(stages[1], waves, {"clean": clean}),
         "success": torch.zeros(N, dtype=torch.bool),
         "height": batch.x[:, 0],
     }
     by_stage = {"clean": clean, stages[1].name: first}
-    assert not due(stages[2], waves, by_stage).any()
+    assert not due_examples(stages[2], waves, by_stage).any()

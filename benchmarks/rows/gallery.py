@@ -9,7 +9,7 @@ from holdfast.gallery import EPS, ITEMS, undefended
 from holdfast.harness.plan import FIXED
 from holdfast.sources.data import open_data
 from holdfast.sources.memory import as_data
-from holdfast.verbs.exhibition import measured as by_attacks
+from holdfast.verbs.exhibition import assessed_net as by_attacks
 from holdfast.verbs.exhibition import raised
 
 WHAT = "the gallery of masked models: naive, adaptive and the twin's robust accuracy, and the doubts raised"

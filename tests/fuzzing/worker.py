@@ -68,12 +68,12 @@ def _configuration(path: Path) -> None:
 def _run(folder: Path) -> None:
     """Verify a run and write its reports; one must not keep the other from being tried."""
     from holdfast.api import report, verify
-    from holdfast.verbs.forms import fitting
+    from holdfast.verbs.forms import consistent
 
     with suppress(HoldfastError):
         verify(folder)
     result = report(folder)
-    with fitting(folder):
+    with consistent(folder):
         for suffix in ("html", "json", "xml", "sarif", "md", "csv"):
             result.write(f"report.{suffix}")
 

@@ -39,7 +39,7 @@ from holdfast.sources.memory import as_data
 from holdfast.store.verify import verify
 from holdfast.verbs import candidates
 from holdfast.verbs import harden as hardening
-from holdfast.verbs.candidates import Candidate, Look, attempts
+from holdfast.verbs.candidates import Candidate, Evaluation, attempts
 from holdfast.verbs.harden import harden
 from holdfast.verbs.hardened import Hardened
 from holdfast.verbs.pace import Pace, _grown, pace
@@ -550,7 +550,7 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
         def look(n):
             clock[0] += look_s * n / 64
 
-        return attempts(ladder, budget_s, None, data, None, Look(64, look), lambda: clock[0])
+        return attempts(ladder, budget_s, None, data, None, Evaluation(64, look), lambda: clock[0])
 
     def tried(budget_s):
         return [(one["recipe"], round(one["epochs"], 1)) for one in planned(budget_s)[0]]

@@ -15,13 +15,13 @@ from holdfast.verbs.harden import harden
 from holdfast.verbs.held_out import (
     harmless,
     looked_at,
-    refuse_classes,
+    refuse_missing_classes,
     split_of,
     without_held,
     without_judged,
 )
 from holdfast.verbs.pace import as_it_says
-from holdfast.verbs.pieces import PIECE, in_pieces
+from holdfast.verbs.pieces import PIECE, results_in_pieces
 from runs import fakes
 from runs.test_hardening import THREAT, trainable, training, wish
 
@@ -105,7 +105,7 @@ def test_data_without_a_label_is_refused_in_words():
     data = training()
     nothing = data.labelled(torch.full_like(data.y, UNLABELLED))
     with pytest.raises(TargetError, match="no training example has a label; two classes are needed"):
-        refuse_classes(nothing, 4)
+        refuse_missing_classes(nothing, 4)
 
 
 class Narrow(torch.nn.Sequential):
@@ -137,20 +137,20 @@ def test_pieces_are_halved_as_often_as_it_takes():
         sizes.append(len(some))
         return some.ids
 
-    assert torch.equal(torch.cat(in_pieces(data, seen)), data.ids)
+    assert torch.equal(torch.cat(results_in_pieces(data, seen)), data.ids)
     assert max(sizes) == 32 and sum(sizes) == len(data)
 
     def full(some):
         raise torch.OutOfMemoryError("out of memory")
 
     with pytest.raises(TargetError, match="memory ran out for a batch of one example"):
-        in_pieces(data, full)
+        results_in_pieces(data, full)
 
     def broken(some):
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        in_pieces(data, broken)
+        results_in_pieces(data, broken)
 
 
 class Noisy(torch.nn.Sequential):

@@ -28,10 +28,10 @@ def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
     refuse_reports(output)
     from holdfast.api import report as opened
     from holdfast.cli.running import tell
-    from holdfast.verbs.forms import fitting
+    from holdfast.verbs.forms import consistent
 
     result = opened(run)
-    with fitting(run):
+    with consistent(run):
         tell(result, output, voice)
     return result.exit_code
 
@@ -141,11 +141,11 @@ def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) ->
     refuse_reports(output, COMPARISON_SUFFIXES)
     from holdfast.api import compare as compared
     from holdfast.api import report as opened
-    from holdfast.verbs.forms import fitting
+    from holdfast.verbs.forms import consistent
 
     results = []
     for run in (first, second):
-        with fitting(run):
+        with consistent(run):
             results.append(opened(run))
             results[-1].summary()
     comparison = compared(*results)

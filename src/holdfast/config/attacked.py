@@ -10,11 +10,11 @@ from holdfast.config.settings import AssessSettings, RotateSettings, check
 from holdfast.core.batch import Batch
 from holdfast.core.evidence import Evidence
 from holdfast.engine.progress import Progress
-from holdfast.verbs.request import Attackers, Keep
+from holdfast.verbs.request import Keep, MeasureAttackers
 from holdfast.verbs.rotate.attackers import Table
 
 
-def attackers(settings: AssessSettings) -> Attackers | None:
+def attackers(settings: AssessSettings) -> MeasureAttackers | None:
     """Return the function that measures the attackers of a pool, or None if the model is not a pool or `adaptive` is
     off.
     """

@@ -11,7 +11,7 @@ from holdfast.config.settings import AssessSettings
 from holdfast.config.spellings import attack_listed, norms_of
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
-from holdfast.harness import Member, labelled
+from holdfast.harness import Member, members_of
 from holdfast.suites import variant
 
 AttackLike = Attack | type[Attack] | str | Mapping[str, Any]
@@ -29,7 +29,7 @@ _EXPECTED = (
 def members_said(settings: AssessSettings, constraint: Constraint) -> tuple[Member, ...] | None:
     """Return the attacks that settings list with settings or by name, or None if they name a suite or nothing."""
     if settings.attacks is not None:
-        return labelled(build(spec, f"attacks.{k}") for k, spec in enumerate(settings.attacks))
+        return members_of(build(spec, f"attacks.{k}") for k, spec in enumerate(settings.attacks))
     if isinstance(settings.suite, tuple):
         return tuple(_named(name, constraint) for name in settings.suite)
     return None
@@ -50,7 +50,7 @@ def members_given(given: object, constraint: Constraint, where: str = "suite") -
 
 def _given(each: object, constraint: Constraint, where: str) -> Member:
     if isinstance(each, Mapping):
-        return labelled([build(each, where)])[0]
+        return members_of([build(each, where)])[0]
     if isinstance(each, str):
         return _named(attack_listed(each), constraint)
     if isinstance(each, type) and not is_dataclass(each):
@@ -58,7 +58,7 @@ def _given(each: object, constraint: Constraint, where: str) -> Member:
     attack = _made(each, each.__name__) if isinstance(each, type) else each
     if not isinstance(attack, Attack):
         raise UsageError(f"{where} holds {each!r}; {_EXPECTED}")
-    return labelled([checked(attack)])[0]
+    return members_of([checked(attack)])[0]
 
 
 def _named(name: str, constraint: Constraint) -> Member:

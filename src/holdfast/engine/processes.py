@@ -213,7 +213,7 @@ class Processes:
 
 
 @contextmanager
-def processes(setup: Setup, size: int) -> Iterator[Processes]:
+def worker_processes(setup: Setup, size: int) -> Iterator[Processes]:
     """Yield an executor with worker processes, which are always killed at the end."""
     try:
         content = pickle.dumps(setup)

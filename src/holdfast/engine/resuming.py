@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from holdfast.core.errors import QueriesSpent, TargetLost, TargetRefused
-from holdfast.store.folder import planned
+from holdfast.store.folder import stored_manifest
 
 
 def way_out(command: str, run: Path, *, max_queries: int | None = None) -> str:
@@ -53,7 +53,7 @@ def lent() -> Iterator[Path]:
     try:
         yield run
     except BaseException as error:
-        if planned(run) is None:
+        if stored_manifest(run) is None:
             shutil.rmtree(place)
         elif str(run) not in str(error):
             error.add_note(way_out("", run))

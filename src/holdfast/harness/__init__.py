@@ -5,34 +5,34 @@ It is a pure function of these, the plan and the seed, so that a caller may stor
 `measure` is the caller that keeps everything in memory.
 """
 
-from holdfast.harness.assembly import Context, assemble, conclude, join, speaking
+from holdfast.harness.assembly import Context, assemble, evidence_from, join, speaking
 from holdfast.harness.carrying import paired, run_across
 from holdfast.harness.detecting import on_detector
 from holdfast.harness.fitting import run_fit
-from holdfast.harness.measure import measure, measured
+from holdfast.harness.measure import measure, measure_plan
 from holdfast.harness.passes import FOUND, PROBE, Pass, Probes, passes, probe_passes, stage_passes
 from holdfast.harness.plan import (
     Member,
     Outline,
     Plan,
     Stage,
-    Step,
-    labelled,
+    StageOutline,
+    members_of,
     refuse_unfitted,
     refuse_what_is_hidden,
     settings,
 )
-from holdfast.harness.shards import ShardTask, rows_of, stage_of, task_of
+from holdfast.harness.shards import ShardTask, shard_rows, stage_of, task_of
 from holdfast.harness.stages import (
-    judge,
+    judge_inputs,
     makers,
-    ready,
+    ready_stage,
     run_clean,
     run_stage,
     unattacked,
 )
 from holdfast.harness.target import LOOKED_AT, Target, prepared
-from holdfast.harness.waves import MATRIX_ROWS, broken, due
+from holdfast.harness.waves import MATRIX_ROWS, broken_by_suite, due_examples
 
 __all__ = [
     "FOUND",
@@ -47,32 +47,32 @@ __all__ = [
     "Probes",
     "ShardTask",
     "Stage",
-    "Step",
+    "StageOutline",
     "Target",
     "assemble",
-    "broken",
-    "conclude",
-    "due",
+    "broken_by_suite",
+    "due_examples",
+    "evidence_from",
     "join",
-    "judge",
-    "labelled",
+    "judge_inputs",
     "makers",
     "measure",
-    "measured",
+    "measure_plan",
+    "members_of",
     "on_detector",
     "paired",
     "passes",
     "prepared",
     "probe_passes",
-    "ready",
+    "ready_stage",
     "refuse_unfitted",
     "refuse_what_is_hidden",
-    "rows_of",
     "run_across",
     "run_clean",
     "run_fit",
     "run_stage",
     "settings",
+    "shard_rows",
     "speaking",
     "stage_of",
     "stage_passes",

@@ -25,9 +25,9 @@ from holdfast.core.patches import counts_pixels
 from holdfast.core.types import Ids, Rows
 from holdfast.harness.detecting import PASSES, lowest
 from holdfast.harness.passes import Pass, Probes, passes
-from holdfast.harness.plan import Outline, fit_of
+from holdfast.harness.plan import Outline, fit_stage_of
 from holdfast.harness.stages import GALLERY, NORMS
-from holdfast.harness.waves import gathered, remark, residual
+from holdfast.harness.waves import joined_waves, remark, residual
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def assemble(
     plan: Outline, by_stage: Mapping[str, Columns], counted: Sequence[Pass] = ()
 ) -> dict[str, Tensor]:
     """The columns of the evidence (see `Evidence`): the clean ones, and the worst case over attacks and passes."""
-    by_stage = gathered(plan.steps, by_stage)
+    by_stage = joined_waves(plan.steps, by_stage)
     clean = by_stage["clean"]
     columns = {name: values for name, values in clean.items() if not name.startswith(("right", "is_prob"))}
     steps = [s for s in plan.steps if s.kind == "attack" and s.name in by_stage]
@@ -140,7 +140,7 @@ def _worst_case(
     }
 
 
-def conclude(
+def evidence_from(
     plan: Outline,
     by_stage: Mapping[str, Columns],
     seconds: Mapping[str, Seconds],
@@ -214,7 +214,7 @@ def _told(
         waves = [by_stage[name] for name in names]
         spent = zip(waves, (seconds.get(name, Seconds()) for name in names), strict=True)
         cost = sum((_cost(*each, randomised=randomised) for each in spent), Cost())
-        learned = fit_of(stage.name)
+        learned = fit_stage_of(stage.name)
         if learned in by_stage:
             cost += _cost(by_stage[learned], seconds.get(learned, Seconds()), randomised=False)
         total += cost

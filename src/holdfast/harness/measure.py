@@ -11,12 +11,12 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Columns, Evidence, Seconds
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.harness.assembly import Context, conclude, join
+from holdfast.harness.assembly import Context, evidence_from, join
 from holdfast.harness.fitting import run_fit
-from holdfast.harness.plan import Plan, Stage, labelled, refuse_unfitted, refuse_what_is_hidden
-from holdfast.harness.stages import ready, run_clean, run_stage
+from holdfast.harness.plan import Plan, Stage, members_of, refuse_unfitted, refuse_what_is_hidden
+from holdfast.harness.stages import ready_stage, run_clean, run_stage
 from holdfast.harness.target import LOOKED_AT, Target, prepared
-from holdfast.harness.waves import broken, due
+from holdfast.harness.waves import broken_by_suite, due_examples
 from holdfast.ops.pieces import Room
 
 _TYPES = (torch.float32, torch.float64)
@@ -32,11 +32,13 @@ def measure(
     batch_size: int = 256,
     fit: Batch | None = None,
 ) -> Evidence:
-    """Evidence of a list of attacks on `model`: see `measured`."""
-    return measured(model, batches, Plan(labelled(attacks), threat, seed), batch_size=batch_size, fit=fit)
+    """Evidence of a list of attacks on `model`: see `measure_plan`."""
+    return measure_plan(
+        model, batches, Plan(members_of(attacks), threat, seed), batch_size=batch_size, fit=fit
+    )
 
 
-def measured(
+def measure_plan(
     model: Classifier,
     batches: Sequence[Batch],
     plan: Plan,
@@ -71,11 +73,11 @@ def measured(
             if stage.kind == "fit" and fit is not None:
                 by_stage[stage.name] = run_fit(stage, plan, target, fit, by_stage["clean"])
             else:
-                shards = _shards(ready(stage, by_stage), plan, target, batches, by_stage, batch_size)
+                shards = _shards(ready_stage(stage, by_stage), plan, target, batches, by_stage, batch_size)
                 by_stage[stage.name] = join(shards)
             seconds[stage.name] = Seconds(time.process_time() - cpu, time.perf_counter() - wall)
         outline, context = plan.outline(target.classes), Context(notes=target.notes)
-        return conclude(outline, by_stage, seconds, context, randomised=target.randomised)
+        return evidence_from(outline, by_stage, seconds, context, randomised=target.randomised)
 
 
 def _shards(
@@ -89,8 +91,8 @@ def _shards(
     """Columns of one stage on each of the batches."""
     if stage.kind == "clean":
         return [run_clean(plan, target, batch, Room(batch_size)) for batch in batches]
-    chosen, shards, start = due(stage, plan, by_stage), [], 0
-    gone = broken(by_stage) if stage.kind != "attack" else None
+    chosen, shards, start = due_examples(stage, plan, by_stage), [], 0
+    gone = broken_by_suite(by_stage) if stage.kind != "attack" else None
     for batch in batches:
         rows = slice(start, start + len(batch))
         clean = {name: values[rows] for name, values in by_stage["clean"].items()}

@@ -62,7 +62,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Step:
+class StageOutline:
     """A stage in plain values, for JSON."""
 
     name: str
@@ -82,7 +82,7 @@ class Step:
 class Outline:
     """The parts of a plan that evidence needs."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[StageOutline, ...]
     threat: ThreatModel
     seed: int
     suite: str
@@ -143,7 +143,7 @@ class Plan:
     def _waves(self, name: str, member: Member) -> list[Stage]:
         later = 0 if self.full or self.smallest else member.waves
         names = (name, *(f"{name}-wave-{wave + 2}" for wave in range(later)))
-        fit = [Stage(fit_of(name), "fit", member)] if isinstance(member.attack, Learned) else []
+        fit = [Stage(fit_stage_of(name), "fit", member)] if isinstance(member.attack, Learned) else []
         return [*fit, *(Stage(each, "attack", member, names[:k]) for k, each in enumerate(names))]
 
     def outline(self, classes: int) -> Outline:
@@ -151,12 +151,12 @@ class Plan:
         steps = tuple(self._step(stage, classes) for stage in self.stages())
         return Outline(steps, self.threat, self.seed, self.suite, self.smallest)
 
-    def _step(self, stage: Stage, classes: int) -> Step:
+    def _step(self, stage: Stage, classes: int) -> StageOutline:
         if stage.member is None:
-            return Step(stage.name, stage.kind)
+            return StageOutline(stage.name, stage.kind)
         plain = settings(stage.member.attack)
         aimed = self.threat.goal is not None
-        return Step(
+        return StageOutline(
             stage.name,
             stage.kind,
             stage.member.name,
@@ -175,7 +175,7 @@ def adaptive_members(constraint: Constraint) -> tuple[Member, ...]:
     )
 
 
-def fit_of(stage: str) -> str:
+def fit_stage_of(stage: str) -> str:
     """The name of the stage that fits the attack of the stage `stage`."""
     return f"fit-{stage}"
 
@@ -201,7 +201,7 @@ MATRIX = Member("Transfer", Transfer(reach=2.5, diversity=0.5, neighbours=0))
 """The attack for the transfer matrix and for the transfer across data sets."""
 
 
-def labelled(attacks: Iterable[Attack]) -> tuple[Member, ...]:
+def members_of(attacks: Iterable[Attack]) -> tuple[Member, ...]:
     """Members of a list of attacks, named after their classes."""
     return tuple(Member(type(attack).__name__, attack) for attack in attacks)
 

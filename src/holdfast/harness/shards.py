@@ -10,7 +10,7 @@ from holdfast.core.guard import Aim
 from holdfast.core.types import Mask
 from holdfast.harness.plan import Plan, Stage
 from holdfast.harness.stages import learned_for, with_learned
-from holdfast.harness.waves import broken
+from holdfast.harness.waves import broken_by_suite
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ def task_of(
         shard,
         start,
         stop,
-        rows_of(by_stage["clean"], start, stop),
+        shard_rows(by_stage["clean"], start, stop),
         chosen[start:stop],
-        None if stage.kind == "attack" else broken(by_stage)[start:stop],
+        None if stage.kind == "attack" else broken_by_suite(by_stage)[start:stop],
         stage.aim,
         learned_for(stage, by_stage),
     )
@@ -68,6 +68,6 @@ def stage_of(task: ShardTask, plan: Plan) -> Stage:
     return stage if task.learned is None else with_learned(stage, task.learned)
 
 
-def rows_of(columns: Columns, start: int, stop: int) -> dict[str, Tensor]:
+def shard_rows(columns: Columns, start: int, stop: int) -> dict[str, Tensor]:
     """The rows `start` to `stop` of the columns that have one row for each example."""
     return {name: values[start:stop] for name, values in columns.items() if not name.startswith(PARTIAL)}

@@ -23,7 +23,7 @@ from holdfast.core.refused import for_label
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.harness.detecting import aim_of
-from holdfast.harness.plan import Kind, Plan, Stage, fit_of
+from holdfast.harness.plan import Kind, Plan, Stage, fit_stage_of
 from holdfast.harness.target import Target
 from holdfast.ops.pieces import Room, in_pieces
 
@@ -33,10 +33,10 @@ GALLERY = 12
 _PLACES, _BROKEN_AT_RANDOM = "places", "broken_at_random"
 
 NORMS: Mapping[str, Constraint] = {"linf": Linf(), "l2": L2(), "l1": L1(), "l0": L0()}
-"""Norms in which distances are measured under any threat model; for `l0`, see `norms_of`."""
+"""Norms in which distances are measured under any threat model; for `l0`, see `distance_norms`."""
 
 
-def norms_of(threat: Constraint) -> Mapping[str, Constraint]:
+def distance_norms(threat: Constraint) -> Mapping[str, Constraint]:
     """Norms for distances under a threat model: `l0` counts pixels if the constraint does, otherwise values."""
     return {**NORMS, "l0": L0(per="pixel")} if counts_pixels(threat) else NORMS
 
@@ -100,7 +100,7 @@ def _work(stage: Stage, plan: Plan, target: Target, missed: Ids) -> Callable[[Ba
     return partial(_attack, attack, threat, plan, target, rng=rng, missed=missed)
 
 
-def ready(stage: Stage, by_stage: Mapping[str, Columns]) -> Stage:
+def ready_stage(stage: Stage, by_stage: Mapping[str, Columns]) -> Stage:
     """The stage with the fitted attack, and with the aim at a detector; unchanged if it needs neither."""
     if stage.member is not None and stage.member.against is not None:
         return replace(stage, aim=aim_of(stage.member.against, by_stage["clean"]))
@@ -110,7 +110,7 @@ def ready(stage: Stage, by_stage: Mapping[str, Columns]) -> Stage:
 
 def learned_for(stage: Stage, by_stage: Mapping[str, Columns]) -> Tensor | None:
     """What the attack of a stage has learned in an earlier stage; None if it learns nothing."""
-    first = fit_of((*stage.earlier, stage.name)[0])
+    first = fit_stage_of((*stage.earlier, stage.name)[0])
     return by_stage[first]["learned.x"] if stage.kind == "attack" and first in by_stage else None
 
 
@@ -231,7 +231,7 @@ def _attack(
     return {name: values.cpu() for name, values in columns.items()}
 
 
-def judge(plan: Plan, target: Target, batch: Batch, x_adv: Inputs, rng: Draws) -> dict[str, Tensor]:
+def judge_inputs(plan: Plan, target: Target, batch: Batch, x_adv: Inputs, rng: Draws) -> dict[str, Tensor]:
     """Columns of an attack for inputs that were found outside the stages, judged by the original model."""
     batch = aimed(batch, plan.threat)
     with target.repeatable(rng.at(int(batch.ids[0]))):
@@ -259,7 +259,7 @@ def _verdict(plan: Plan, target: Target, batch: Batch, x_adv: Inputs) -> tuple[L
         "distance": torch.where(found, distance, far).float(),
         **{
             f"distance_{name}": torch.where(found, norm.distance(x_adv, batch.x), far).float()
-            for name, norm in norms_of(constraint).items()
+            for name, norm in distance_norms(constraint).items()
         },
     }
 

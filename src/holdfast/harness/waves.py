@@ -16,7 +16,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.evidence import PARTIAL, Columns, Residual
 from holdfast.core.types import Mask, PerExample
 from holdfast.harness.detecting import undetected
-from holdfast.harness.plan import Plan, Stage, Step
+from holdfast.harness.plan import Plan, Stage, StageOutline
 from holdfast.ops.sampling import sample_rows
 
 MATRIX_ROWS = 500
@@ -31,7 +31,7 @@ AT_TIMES = 0.05
 _CONFIDENCE = 0.95
 
 
-def due(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask:
+def due_examples(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask:
     """Mask of the examples that a stage after the clean one is run on."""
     clean = by_stage["clean"]
     eligible = clean["correct"] & clean["eligible"]
@@ -46,7 +46,7 @@ def due(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask:
         return chosen
     if stage.kind == "curve" or plan.smallest or plan.full:
         return eligible
-    standing = eligible & ~broken(by_stage)
+    standing = eligible & ~broken_by_suite(by_stage)
     if stage.adaptive:
         return standing | eligible & (_chance(by_stage) > AT_TIMES)
     if stage.member is None or not stage.member.waves:
@@ -88,7 +88,7 @@ def _lowest(among: Mask, heights: PerExample, n: int) -> Mask:
     return chosen
 
 
-def broken(by_stage: Mapping[str, Columns]) -> Mask:
+def broken_by_suite(by_stage: Mapping[str, Columns]) -> Mask:
     """Mask of the examples that an attack of the suite has broken."""
     gone = torch.zeros_like(by_stage["clean"]["correct"])
     for name, columns in by_stage.items():
@@ -97,7 +97,7 @@ def broken(by_stage: Mapping[str, Columns]) -> Mask:
     return gone
 
 
-def gathered(steps: Sequence[Step], by_stage: Mapping[str, Columns]) -> dict[str, Columns]:
+def joined_waves(steps: Sequence[StageOutline], by_stage: Mapping[str, Columns]) -> dict[str, Columns]:
     """The columns of each stage; the waves of one attack are joined under the name of the first."""
     joined = dict(by_stage)
     for step in steps:

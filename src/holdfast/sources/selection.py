@@ -45,7 +45,7 @@ class Selection:
         rows = self.rows[start:stop]
         if rows and rows[-1] - rows[0] == len(rows) - 1:
             return self.whole.read(rows[0], rows[-1] + 1)
-        return gathered([self.whole.read(row, row + 1) for row in rows])
+        return concatenated([self.whole.read(row, row + 1) for row in rows])
 
 
 def selected(data: Data, *, n: int | None, sample: int | None, seed: int) -> Data:
@@ -56,7 +56,7 @@ def selected(data: Data, *, n: int | None, sample: int | None, seed: int) -> Dat
     return data if len(rows) == len(data) else Selection(data, tuple(rows.tolist()))
 
 
-def gathered(batches: list[Batch]) -> Batch:
+def concatenated(batches: list[Batch]) -> Batch:
     """Concatenate several batches to one."""
     return Batch(
         torch.cat([batch.x for batch in batches]),

@@ -190,7 +190,7 @@ class RunFolder:
 
 
 @contextmanager
-def opened(
+def open_folder(
     path: Path, manifest: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool, secret: bool = False
 ) -> Iterator[RunFolder]:
     """Start or resume a run with an exclusive lease; if `secret`, the folder is accessible to its owner only.
@@ -217,7 +217,7 @@ def opened(
         leases.close(release=held)
 
 
-def planned(path: Path) -> dict[str, Any] | None:
+def stored_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of the run in a folder; None if there is none."""
     return read_manifest(path) if (path / MANIFEST).is_file() else None
 

@@ -16,7 +16,7 @@ from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.purpose import purpose
 from holdfast.doubts.answering import arms, called
 from holdfast.engine.executor import Executor, Inline
-from holdfast.engine.processes import processes
+from holdfast.engine.processes import worker_processes
 from holdfast.engine.progress import Notify, Progress, ignore, silent
 from holdfast.engine.resuming import resumable, way_out
 from holdfast.engine.run import Run
@@ -29,7 +29,7 @@ from holdfast.harness import (
     Target,
 )
 from holdfast.sources.served import Served
-from holdfast.store.folder import RunFolder, opened, planned
+from holdfast.store.folder import RunFolder, open_folder, stored_manifest
 from holdfast.verbs import probes
 from holdfast.verbs.checks import refuse_data, refuse_gates
 from holdfast.verbs.documents import (
@@ -51,7 +51,7 @@ from holdfast.verbs.evidence import (
 from holdfast.verbs.expected_rows import expected_of
 from holdfast.verbs.manifest import about_run, assess_manifest
 from holdfast.verbs.measuring import Measurement, ShardMeasure, WorkerSetup
-from holdfast.verbs.preparation import examples_to_fit, paired_sets, plan_for, readied
+from holdfast.verbs.preparation import learning_examples, paired_sets, plan_for, readied
 from holdfast.verbs.request import AssessRequest, Opening, Subject
 from holdfast.verbs.result import Result, about_of
 from holdfast.verbs.served import attach, finish, refuse_early, served_by
@@ -93,7 +93,7 @@ def assess(
     ):
         plan = plan_for(subject, data, request, target, sample, stack)
         refuse_gates(request.gates, plan, target, sample)
-        stored = None if run is None else planned(run)
+        stored = None if run is None else stored_manifest(run)
         shape = tuple(sample.x.shape[1:])
         manifest: Mapping[str, Any] = assess_manifest(
             subject, data, request, plan, target, shape, served=served, stored=stored
@@ -103,7 +103,7 @@ def assess(
         store: Store = MemoryStore()
         if run is not None:
             secret = "pool" in subject.card  # adversarial inputs of a serving set are secret
-            store = stack.enter_context(opened(run, manifest, about, resume=resume, secret=secret))
+            store = stack.enter_context(open_folder(run, manifest, about, resume=resume, secret=secret))
             manifest, about = store.manifest, store.about()
             attach(served)
         job = _Job(subject, data, request, plan, target, device, manifest, served)
@@ -150,7 +150,7 @@ class _Job:
         digests = {what: self.manifest["digests"][what] for what in ("model", "data")}
         digests["surrogates"] = [surrogate.digest for surrogate in self.request.surrogates]
         plan = replace(self.plan, threat=replace(self.plan.threat, surrogates=()))
-        with processes(
+        with worker_processes(
             WorkerSetup(opening, digests, plan, self.request.device), self.request.workers
         ) as workers:
             yield workers
@@ -178,7 +178,7 @@ class _Job:
 
     def measurement(self, run: Run) -> Measurement:
         """The state that the stages of the run share."""
-        fit = examples_to_fit(self.plan, self.target, self.data, self.request.fit)
+        fit = learning_examples(self.plan, self.target, self.data, self.request.fit)
         across = paired_sets(self.plan, self.data, self.request.across)
         return Measurement(run, self.plan, self.target, self.data, self.device, fit, across, self.served)
 
@@ -199,7 +199,7 @@ class _Job:
         stopwatch = Stopwatch(store, DOUBTS)
         unasked = ["nothing was doubted: the doubts were switched off"] if off and not self.plan.alone else []
         with purpose(DOUBTS, 0, "doubts"):
-            asked = probes.ask(measurement, by_stage, missed, stopwatch)
+            asked = probes.run_probes(measurement, by_stage, missed, stopwatch)
         measurement.confirm()
         if asked.found:
             by_stage[FOUND] = asked.found

@@ -24,7 +24,7 @@ _PLANNING = 0.1  # share of the budget after which no stronger recipe is timed
 
 
 @dataclass(frozen=True)
-class Look:
+class Evaluation:
     """Evaluation of a checkpoint on held-out examples."""
 
     examples: int
@@ -77,7 +77,7 @@ def attempts(
     model: Classifier,
     data: Batch,
     threat: ThreatModel,
-    look: Look,
+    look: Evaluation,
     clock: Clock = time.perf_counter,
 ) -> tuple[list[dict[str, Any]], float]:
     """Return the attempts in the order in which they are tried, and the seconds that this planning took.
@@ -125,7 +125,7 @@ def _paces(
     model: Classifier,
     data: Batch,
     threat: ThreatModel,
-    look: Look,
+    look: Evaluation,
     clock: Clock,
 ) -> Iterator[Pace]:
     """Yield the timing of each candidate, up to the first one of which no update fits; later candidates are slower.
@@ -147,7 +147,7 @@ def _paces(
             return
 
 
-def _looked(look: Look, budget_s: float, clock: Clock) -> tuple[float, int]:
+def _looked(look: Evaluation, budget_s: float, clock: Clock) -> tuple[float, int]:
     """Return the seconds of an evaluation, timed on a few held-out examples, and how many examples it uses.
 
     It uses as many as its share of the budget allows.

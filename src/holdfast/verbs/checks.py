@@ -20,7 +20,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Colour, Spatial
 from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import Doubts, judge, refuse_rotation
-from holdfast.harness import Context, Plan, Stage, Target, conclude, makers, run_clean, unattacked
+from holdfast.harness import Context, Plan, Stage, Target, evidence_from, makers, run_clean, unattacked
 from holdfast.ops.corruptions import refuse_no_images
 from holdfast.ops.pieces import Room
 from holdfast.ops.prepare import multiply_adds
@@ -181,7 +181,7 @@ def _as_if_broken(plan: Plan, target: Target, sample: Batch) -> Evidence:
     if "transfer" in by_stage:
         by_stage["transfer"] = {**by_stage["transfer"], **_turned(by_stage["clean"], plan.threat, target)}
     outline = plan.outline(target.classes)
-    return conclude(outline, by_stage, {}, Context(), randomised=target.randomised)
+    return evidence_from(outline, by_stage, {}, Context(), randomised=target.randomised)
 
 
 def _made_up(stage: Stage, clean: Columns) -> Mapping[str, Tensor]:

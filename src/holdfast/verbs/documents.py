@@ -15,7 +15,7 @@ from holdfast.doubts.concluding import Findings
 from holdfast.gates.grammar import recorded
 from holdfast.gates.judging import Judgement, exit_code
 from holdfast.harness import Outline, Probes
-from holdfast.harness import Step as OutlineStep
+from holdfast.harness import StageOutline as OutlineStep
 from holdfast.reports.numbers import number, strict
 from holdfast.store.folder import Split
 

@@ -13,8 +13,8 @@ from holdfast.harness import (
     Context,
     Outline,
     Pass,
-    broken,
-    conclude,
+    broken_by_suite,
+    evidence_from,
     passes,
     speaking,
     unattacked,
@@ -22,7 +22,7 @@ from holdfast.harness import (
 from holdfast.sources.sent import Totals
 from holdfast.store.folder import StoredStage
 from holdfast.verbs.documents import doubt_from_json, outline_from_json
-from holdfast.verbs.served import to_json
+from holdfast.verbs.served import totals_to_json
 
 DOUBTS = "doubts"
 """Name of the document, the random stream and the timing of the probes."""
@@ -57,7 +57,7 @@ def evidence_of(
     The arguments are the content of `run.json`, the columns of each stage, the documents of the doubts and of the
     adaptive attacks, and the times. `sent` is what was sent to the server of a served model.
     """
-    spent, served = seconds.get(DOUBTS, Seconds()), {} if sent is None else to_json(sent)
+    spent, served = seconds.get(DOUBTS, Seconds()), {} if sent is None else totals_to_json(sent)
     cost = asked["cost"]
     context = Context(
         model=manifest["model"],
@@ -72,7 +72,7 @@ def evidence_of(
     outline = outline_from_json(manifest["config"])
     if adapted is not None:
         context = _adapted(context, outline, by_stage, asked, adapted)
-    evidence = conclude(outline, by_stage, seconds, context, randomised=manifest["model"]["randomised"])
+    evidence = evidence_from(outline, by_stage, seconds, context, randomised=manifest["model"]["randomised"])
     return replace(evidence, served=served)
 
 
@@ -115,7 +115,7 @@ def _adapted(
     places = {step.attack: step.name for step in outline.steps if step.adaptive and step.name in by_stage}
     ran = {} if adapted["missed"] else {arm: by_stage[name] for arm, name in places.items()}
     clean = by_stage["clean"]
-    standing = clean["correct"] & clean["eligible"] & ~broken(by_stage)
+    standing = clean["correct"] & clean["eligible"] & ~broken_by_suite(by_stage)
     fallen = {id_ for ids in asked["fallen"].values() for id_ in ids}
     left = fallen & set(clean["id"][standing].tolist())
     return replace(
@@ -131,7 +131,7 @@ def _adapted(
         notes=(*context.notes, *adapted["missed"], *adapted["notes"]),
         broken_elsewhere=len(left) if context.scope == "suite only" else 0,
         remarks={
-            name: (f"run because of {listed(because[arm])}", *_round(adapted, arm))
+            name: (f"run because of {enumerated(because[arm])}", *_round(adapted, arm))
             for arm, name in places.items()
         },
     )
@@ -139,10 +139,10 @@ def _adapted(
 
 def _round(adapted: Mapping[str, Any], arm: str) -> tuple[str, ...]:
     ways = adapted["ways"] if arm != "Search" else []
-    return (f"its gradient goes round {listed(ways)}",) if ways else ()
+    return (f"its gradient goes round {enumerated(ways)}",) if ways else ()
 
 
-def listed(names: Sequence[str]) -> str:
+def enumerated(names: Sequence[str]) -> str:
     """Join names with commas and "and", as in `a, b and c`."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 

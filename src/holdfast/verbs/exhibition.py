@@ -59,9 +59,9 @@ def exhibits(
         model = item.build(training, twin)
         if item.eps not in sound:
             members = tuple(Member(*named) for named in suite(SOUND, Linf(item.eps)).attacks)
-            sound[item.eps] = measured(twin, data, item.eps, members, seed=seed)
-        naive = measured(model, data, item.eps, (FIXED,), seed=seed)
-        adaptive = measured(model, data, item.eps, (FIXED,), seed=seed, doubts="all", adaptive=True)
+            sound[item.eps] = assessed_net(twin, data, item.eps, members, seed=seed)
+        naive = assessed_net(model, data, item.eps, (FIXED,), seed=seed)
+        adaptive = assessed_net(model, data, item.eps, (FIXED,), seed=seed, doubts="all", adaptive=True)
         ran = adaptive.attacks[1:]
         yield Exhibit(
             item.name,
@@ -84,7 +84,7 @@ def raised(result: Result) -> tuple[str, ...]:
     return tuple(doubt.name for doubt in result.doubts if doubt.state in ("raised", "answered"))
 
 
-def measured(
+def assessed_net(
     net: nn.Module,
     data: Data,
     eps: float,

@@ -12,7 +12,7 @@ from holdfast.doubts.probing import AGAIN, probes_for
 from holdfast.doubts.thresholds import FRESH_ROWS, SAMPLE
 from holdfast.harness import LOOKED_AT, MATRIX_ROWS, Plan, Target
 from holdfast.harness.plan import Member
-from holdfast.verbs.evidence import listed
+from holdfast.verbs.evidence import enumerated
 from holdfast.verbs.request import AssessRequest
 
 
@@ -55,8 +55,8 @@ class ExpectedRows:
         if not self.unknown:
             return said
         return (
-            f"{said}; not counted are the rows of {listed(self.unknown)}, which no setting bounds: give a budget, such "
-            "as queries=1000 in --threat"
+            f"{said}; not counted are the rows of {enumerated(self.unknown)}, which no setting bounds: give a budget, "
+            "such as queries=1000 in --threat"
         )
 
 

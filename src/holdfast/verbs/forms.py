@@ -121,7 +121,7 @@ ASKED = record(
 
 
 @contextmanager
-def fitting(path: Path) -> Iterator[None]:
+def consistent(path: Path) -> Iterator[None]:
     """Context manager that raises `TargetError` if the files of a run are inconsistent with each other.
 
     Each file may be valid alone and still not match the others, such as a column that is missing or too short.

@@ -30,10 +30,10 @@ from holdfast.sources.expected import Expected
 from holdfast.sources.memory import as_data
 from holdfast.sources.weights import written
 from holdfast.store.files import CHECKPOINTS, usable, write_atomically
-from holdfast.store.folder import opened, planned, refuse_used
+from holdfast.store.folder import open_folder, refuse_used, stored_manifest
 from holdfast.verbs import training
 from holdfast.verbs.assess import assess
-from holdfast.verbs.candidates import Candidate, Look, announced, attempts
+from holdfast.verbs.candidates import Candidate, Evaluation, announced, attempts
 from holdfast.verbs.checks import refuse_batch, refuse_data, refuse_threat
 from holdfast.verbs.epochs import NOTHING, STAGES, Trainer, TrainingStart, ended_by
 from holdfast.verbs.hardened import (
@@ -41,10 +41,10 @@ from holdfast.verbs.hardened import (
     Hardened,
     Made,
     card_of,
-    described,
     digest_of_weights,
     opened_by,
     timeless,
+    weights_metadata,
 )
 from holdfast.verbs.held_out import Examples, examples_of, harmless, looked_at
 from holdfast.verbs.manifest import about_run, harden_manifest
@@ -52,7 +52,7 @@ from holdfast.verbs.pace import Clock, Pacer, as_it_says, smaller
 from holdfast.verbs.preparation import readied
 from holdfast.verbs.request import AssessRequest, HardenRequest, Subject
 from holdfast.verbs.result import Result
-from holdfast.verbs.trainable import learner_of, refuse_untrainable, remarks, threats_of
+from holdfast.verbs.trainable import learner_of, refuse_untrainable, threats_of, training_notes
 from holdfast.verbs.training import BEST, LAST, Point
 
 _CHECKED = 4_096  # training examples that are validated at once
@@ -134,8 +134,8 @@ class _Job:
         self.trainer = Trainer(self.model, self.rest, self.held, request.threat, request.seed, machine, clock)
         for one in request.candidates:  # refuses unsuitable data; nothing is trained yet
             self.trainer.begun(one.recipe, None)
-        self.notes = [*examples.notes, *remarks(self.model, seen)]
-        known = distributed.broadcast(planned(run))
+        self.notes = [*examples.notes, *training_notes(self.model, seen)]
+        known = distributed.broadcast(stored_manifest(run))
         self.plan = distributed.broadcast(known["plan"] if known else self._planned())
         self.looked = self._few_held(self.plan["attempts"][0].get("held_out", len(self.held)))
         self.trainer = replace(self.trainer, held=self.looked)
@@ -177,7 +177,7 @@ class _Job:
             self.model,
             self.rest,
             request.threat,
-            Look(
+            Evaluation(
                 len(self.held),
                 lambda n: looked_at(
                     self.model, as_it_says(self.model, self._few_held(n)), harmless(request.threat)
@@ -191,7 +191,7 @@ class _Job:
         """Perform all steps that are not done yet, and return the result."""
         with (
             stoppable(self.again) as stopper,
-            opened(self.run, self.manifest, about_run(self.request.command), resume=resume) as folder,
+            open_folder(self.run, self.manifest, about_run(self.request.command), resume=resume) as folder,
         ):
             run = Run(tuple(STAGES), folder, stopper=stopper, progress=self.progress)
             before = self._assessed(self.subject, self.test, "before", replace(self.assessment, gates=()))
@@ -201,7 +201,7 @@ class _Job:
             after = self._assessed(best.subject, self.test, "after", self.assessment)
             net = best.subject.model.net
             assert isinstance(net, nn.Module)  # other models were refused before
-            weights = written(net, described(self.subject, self.manifest))
+            weights = written(net, weights_metadata(self.subject, self.manifest))
             card = card_of(trained, best, (before, after), folder.manifest, self._entries(looked))
             result = Hardened(best.subject.model, before, after, best.curve, card, weights, self.run)
             with stopper.finishing():
@@ -340,7 +340,7 @@ class _Job:
         assert isinstance(net, nn.Module)
         path = place / MODEL
         with usable(path):
-            write_atomically(path, written(net, described(self.subject, self.manifest)))
+            write_atomically(path, written(net, weights_metadata(self.subject, self.manifest)))
         return f"the best of the {len(last.curve)} epochs before is in {str(path)!r}"
 
 

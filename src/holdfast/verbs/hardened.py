@@ -100,7 +100,7 @@ class Made:
         return int(epochs) if epochs == int(epochs) else epochs
 
 
-def described(subject: Subject, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata of the weights file: how to open it, and the digest of its training."""
     known = {key: subject.card[key] for key in ("architecture", "arguments") if key in subject.card}
     said = {

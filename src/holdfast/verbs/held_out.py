@@ -14,7 +14,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import drawing
 from holdfast.ops.losses import margin
-from holdfast.verbs.pieces import in_pieces
+from holdfast.verbs.pieces import results_in_pieces
 
 LOOK = PGD(steps=20)
 """The attack that chooses the checkpoint, with more steps and another loss than in training."""
@@ -41,13 +41,13 @@ def examples_of(data: Batch, excluded: Data, seed: int, classes: int) -> Example
 
     Raises an error if a class has no training example left.
     """
-    refuse_classes(data, classes)
+    refuse_missing_classes(data, classes)
     fresh, judged = without_judged(data, excluded)
     rest, held = split_of(fresh, seed)
     rest, chosen_by = without_held(rest, held)
     notes = tuple(note for note in (judged, chosen_by) if note)
     if notes:
-        refuse_classes(rest, classes, after="; ".join(notes))
+        refuse_missing_classes(rest, classes, after="; ".join(notes))
     return Examples(rest, held, digest_of(fresh), notes)
 
 
@@ -90,7 +90,7 @@ def looked_at(model: Classifier, held: Batch, threat: ThreatModel) -> tuple[floa
         return int(correct.sum()), stands
 
     with drawing(Draws(0).at("look"), held.x.device):
-        right, stands = map(sum, zip(*in_pieces(held, seen), strict=True))
+        right, stands = map(sum, zip(*results_in_pieces(held, seen), strict=True))
     model.train(was)
     return right / len(held), stands / len(held)
 
@@ -159,7 +159,7 @@ def digest_of(data: Batch) -> str:
     return sha.hexdigest()
 
 
-def refuse_classes(data: Batch, classes: int, *, after: str = "") -> None:
+def refuse_missing_classes(data: Batch, classes: int, *, after: str = "") -> None:
     """Raise `TargetError` if there are fewer than two classes, or a class of the model has no example.
 
     `after` is a note for the message on which examples were left out before.

@@ -20,15 +20,15 @@ from holdfast.harness import (
     ShardTask,
     Stage,
     Target,
-    broken,
-    due,
+    broken_by_suite,
+    due_examples,
     join,
-    ready,
-    rows_of,
+    ready_stage,
     run_across,
     run_clean,
     run_fit,
     run_stage,
+    shard_rows,
     stage_of,
     task_of,
     unattacked,
@@ -36,7 +36,7 @@ from holdfast.harness import (
 from holdfast.ops.pieces import Room
 from holdfast.sources.served import Served
 from holdfast.verbs.checks import refuse_batch
-from holdfast.verbs.evidence import counted, listed
+from holdfast.verbs.evidence import counted, enumerated
 from holdfast.verbs.preparation import model_digest, readied, with_surrogates
 from holdfast.verbs.request import Opening
 
@@ -152,7 +152,7 @@ class Measurement:
         After a kill, the whole stage is measured again.
         """
         examples = self.across[0] if self.fit is None or stage.kind == "across" else self.fit
-        self.run.report(stage.name, 0, len(examples), int(robust(by_stage).sum()), len(self.data))
+        self.run.report(stage.name, 0, len(examples), int(surviving(by_stage).sum()), len(self.data))
         target = timed(self.target, self.run.deadline)
         try:
             with purpose(stage.name, 0, "attacks"):
@@ -170,14 +170,14 @@ class Measurement:
 
     def _shards(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Shards:
         """The work of a stage with shards."""
-        stage, shards = ready(stage, by_stage), self.run.shards
-        chosen: Mask | None = None if stage.kind == "clean" else due(stage, self.plan, by_stage)
+        stage, shards = ready_stage(stage, by_stage), self.run.shards
+        chosen: Mask | None = None if stage.kind == "clean" else due_examples(stage, self.plan, by_stage)
 
         def filled(shard: int) -> Columns | None:
             start, stop = shards[shard]
             if chosen is None or chosen[start:stop].any():
                 return None
-            return unattacked(rows_of(by_stage["clean"], start, stop), stage.kind)
+            return unattacked(shard_rows(by_stage["clean"], start, stop), stage.kind)
 
         def report(done: Mapping[int, Columns], more: int) -> None:
             finished = sum(len(columns["id"]) for columns in done.values())
@@ -196,7 +196,7 @@ class Measurement:
         """Number of examples that are not broken, including those that finished shards of `stage` have broken."""
         if stage.kind == "clean":
             return sum(int(columns["correct"].sum()) for columns in done.values())
-        left = robust(by_stage)
+        left = surviving(by_stage)
         if stage.kind != "attack":
             return int(left.sum())
         fallen = 0
@@ -211,9 +211,9 @@ class Measurement:
             self.served.confirm()
 
 
-def robust(by_stage: Mapping[str, Columns]) -> Mask:
+def surviving(by_stage: Mapping[str, Columns]) -> Mask:
     """Mask of the examples that no attack of the suite has broken."""
-    return by_stage["clean"]["correct"] & by_stage["clean"]["eligible"] & ~broken(by_stage)
+    return by_stage["clean"]["correct"] & by_stage["clean"]["eligible"] & ~broken_by_suite(by_stage)
 
 
 def attack_of(stage: Stage) -> str:
@@ -240,7 +240,7 @@ def out_of_time(cut: Sequence[tuple[Stage, int]], of: int, plan: Plan) -> tuple[
     done = [f"{name} finished {n:,} of {of:,} examples" for name, n in attacks if n]
     idle = [name for name, n in attacks if not n]
     if idle:
-        done.append(f"{listed(idle)} finished none")
+        done.append(f"{enumerated(idle)} finished none")
     notes = [f"time ran out: {', '.join(done)}; {_meaning(plan)}"] if attacks else []
     for stage, _ in cut:
         if stage.kind != "attack":

@@ -19,7 +19,7 @@ from holdfast.ops.distributed import broadcast, processes
 from holdfast.ops.fit import updates
 from holdfast.ops.recipe import Recipe, trained_as
 from holdfast.verbs.held_out import harmless
-from holdfast.verbs.pieces import halved, in_pieces
+from holdfast.verbs.pieces import half_batch, results_in_pieces
 from holdfast.verbs.training import BEST, LAST, keep
 
 _SHORT = 3  # updates in the shorter trial
@@ -82,7 +82,7 @@ def smaller(batch: int, error: BaseException) -> int:
 
     Several processes cannot change the batch size, so with more than one `TargetError` is raised.
     """
-    half = halved(batch, error)
+    half = half_batch(batch, error)
     if processes() > 1:
         raise TargetError(
             f"memory ran out for a batch of {batch} on {processes()} processes; go on with a smaller one in a new run, "
@@ -163,7 +163,7 @@ def as_it_says(model: Classifier, data: Batch) -> Batch:
     was = model.training
     model.eval()
     with torch.no_grad():
-        says = torch.cat(in_pieces(data, lambda some: model(some.x).argmax(1)))
+        says = torch.cat(results_in_pieces(data, lambda some: model(some.x).argmax(1)))
     model.train(was)
     return data.labelled(torch.where(data.y == UNLABELLED, data.y, says))
 
@@ -196,7 +196,7 @@ def _grown(checkpoint: Checkpoint, few: int, many: int) -> Checkpoint:
     return replace(checkpoint, tensors=tensors)
 
 
-def fitting(budget_s: float, found: Pace) -> int:
+def whole_epochs(budget_s: float, found: Pace) -> int:
     """Whole epochs that fit into a budget; 0 if not even one fits."""
     return max(int(_SPARE * budget_s / found.epoch), 0)
 

@@ -14,7 +14,7 @@ PIECE = 256
 T = TypeVar("T")
 
 
-def in_pieces(data: Batch, seen: Callable[[Batch], T]) -> list[T]:
+def results_in_pieces(data: Batch, seen: Callable[[Batch], T]) -> list[T]:
     """The results of `seen` for each piece, in order.
 
     The result for an example must not depend on the other examples. Raises `TargetError` if memory is too small for
@@ -27,11 +27,11 @@ def in_pieces(data: Batch, seen: Callable[[Batch], T]) -> list[T]:
             found.append(seen(data.take(rows[:size])))
             rows = rows[size:]
         except (RuntimeError, MemoryError) as error:
-            size = halved(min(size, len(rows)), error)
+            size = half_batch(min(size, len(rows)), error)
     return found
 
 
-def halved(size: int, error: BaseException) -> int:
+def half_batch(size: int, error: BaseException) -> int:
     """Half of a number of examples for which memory ran out. Re-raises other errors; `TargetError` for one example."""
     if not out_of_memory(error):
         raise error

@@ -200,7 +200,7 @@ def plan_for(
     return plan
 
 
-def examples_to_fit(plan: Plan, target: Target, data: Data, fit: Data | None) -> Batch | None:
+def learning_examples(plan: Plan, target: Target, data: Data, fit: Data | None) -> Batch | None:
     """The examples that learned attacks are fitted to: as many as the largest number that one of them needs.
 
     None if no attack is learned. Raises `UsageError` if their shape is not that of `data`.

@@ -33,13 +33,13 @@ from holdfast.harness import (
     PROBE,
     Probes,
     assemble,
-    judge,
+    judge_inputs,
     probe_passes,
     stage_passes,
 )
 from holdfast.ops.pieces import in_pieces, in_room
 from holdfast.ops.sampling import sample_rows
-from holdfast.sources.selection import gathered
+from holdfast.sources.selection import concatenated
 from holdfast.verbs.evidence import DOUBTS
 from holdfast.verbs.measuring import Measurement
 
@@ -70,7 +70,7 @@ class Counted:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ProbeResults:
     """Results of the probes: findings, adversarial examples and cost."""
 
     findings: Findings
@@ -85,9 +85,9 @@ class Asked:
 _FITTING = 1_000  # shard number for the batch splits of the doubt `input`, larger than those of the probes
 
 
-def ask(
+def run_probes(
     measurement: Measurement, by_stage: Mapping[str, Columns], missed: Sequence[str], stopwatch: Stopwatch
-) -> Asked:
+) -> ProbeResults:
     """Measure the doubts of the plan, after all shards of the stages before are finished.
 
     If time ran out, no probe is run, and `missed` are the notes on the unfinished stages.
@@ -97,7 +97,7 @@ def ask(
     is_probability = by_stage["clean"]["is_probability"]
     columns = {**assemble(outline, by_stage), "is_probability": is_probability}
     if plan.doubts == "none":
-        return Asked(Findings((), missed_by_suite(columns, plan.threat, broke)))
+        return ProbeResults(Findings((), missed_by_suite(columns, plan.threat, broke)))
     wanted = plan.suite if plan.doubts == "all" else ""
     target = measurement.target
     circumstances = Circumstances(
@@ -116,7 +116,7 @@ def ask(
     if not wanted or missed:
         findings = conclude({}, columns, circumstances, broke)
         findings = _unfinished(findings, missed) if wanted else findings
-        return Asked(findings, Cost(counted.forwards, 0, counted.forwards))
+        return ProbeResults(findings, Cost(counted.forwards, 0, counted.forwards))
     allotment = _allotment(measurement, columns, by_stage)
     probed = dict(_probed(measurement, counted, columns, stopwatch, allotment))
     counting = tuple(
@@ -130,7 +130,7 @@ def ask(
     by_probe = probe_passes(outline, {**by_stage, **({FOUND: found} if found else {})}, counting)
     broke |= {each.name: each.columns["success"] for each in by_probe}
     findings = conclude(probed, columns, circumstances, broke)
-    return Asked(_as_allotted(findings, allotment), cost, counting, found)
+    return ProbeResults(_as_allotted(findings, allotment), cost, counting, found)
 
 
 def _as_allotted(findings: Findings, allotment: Allotment | None) -> Findings:
@@ -168,7 +168,9 @@ def _input(measurement: Measurement, columns: Columns) -> tuple[Doubt, int]:
         return Doubt("input", "not measured", says=says), 0
     rng, every = Draws(measurement.plan.seed).at("stage", DOUBTS), torch.ones_like(columns["correct"])
     rows = sample_rows(columns, every, rng.at("input"), SAMPLE)
-    batch = gathered([measurement.data.read(row, row + 1) for row in rows.tolist()]).to(measurement.device)
+    batch = concatenated([measurement.data.read(row, row + 1) for row in rows.tolist()]).to(
+        measurement.device
+    )
     with measurement.target.repeatable(rng.at("input")):
         found, asked = _looked_for(measurement, batch)
     if found is None:
@@ -204,14 +206,14 @@ def _judged(
         if not len(at):
             continue
         x_adv = probed[name].columns["x"][at]
-        batch = gathered([measurement.data.read(row, row + 1) for row in rows[at].tolist()])
+        batch = concatenated([measurement.data.read(row, row + 1) for row in rows[at].tolist()])
         inputs = Lookup(batch.ids)
 
         def work(
             piece: Batch, x_adv: Tensor = x_adv, inputs: Lookup = inputs, place: int = place, name: str = name
         ) -> dict[str, Tensor]:
             x = x_adv[inputs.rows(piece.ids.cpu())].to(piece.x.device)
-            found = judge(plan, measurement.target, piece, x, rng.at(name))
+            found = judge_inputs(plan, measurement.target, piece, x, rng.at(name))
             marks = [kept for kept in ("", "gallery.", "adversarial.") if f"{kept}id" in found]
             return found | {f"{kept}{PROBE}": torch.full_like(found[f"{kept}id"], place) for kept in marks}
 
@@ -249,7 +251,7 @@ def _probed(
             continue
         same = probe.on, len(rows)
         if same not in examples:  # read one by one, since a whole shard of large images is slower to decode
-            few = gathered([measurement.data.read(row, row + 1) for row in rows.tolist()])
+            few = concatenated([measurement.data.read(row, row + 1) for row in rows.tolist()])
             examples[same] = few.to(measurement.device)
         batch = examples[same]
 

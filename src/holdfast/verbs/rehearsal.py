@@ -10,7 +10,7 @@ from holdfast.core.model import Classifier
 from holdfast.harness import LOOKED_AT, Target
 from holdfast.ops.logits import change
 from holdfast.sources.counting import Look, rows_of_calls
-from holdfast.sources.selection import gathered
+from holdfast.sources.selection import concatenated
 from holdfast.verbs.checks import refuse_data
 from holdfast.verbs.expected_rows import ExpectedRows, expected_of
 from holdfast.verbs.manifest import work_of
@@ -51,7 +51,7 @@ def rehearsed(subject: Subject, data: Data, order: AssessRequest, counted: Look)
     first, second = rows_of_calls(model, counted.remaining, min(_TRIED, len(data)), LOOKED_AT)
     tried = min(max(first, 1), len(data))
     rows = [k * len(data) // tried for k in range(tried)]
-    sample = gathered([data.read(row, row + 1) for row in rows])
+    sample = concatenated([data.read(row, row + 1) for row in rows])
     right, randomised = 0, False
     classes = model.classes or len(data.classes or ()) or int(sample.y.max()) + 1
     if first:

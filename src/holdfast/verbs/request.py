@@ -58,7 +58,7 @@ class AssessRequest:
     device: str = "cpu"
     surrogates: tuple[Subject, ...] = ()
     """surrogate models of the attacker"""
-    attackers: "Attackers | None" = None
+    attackers: "MeasureAttackers | None" = None
     """measures the table of attackers of a rotation after the suite; None without rotation"""
     command: str = ""
     """command that repeats the run"""
@@ -93,7 +93,7 @@ Keep = Callable[[Mapping[str, Any]], None]
 """Records the current, possibly unfinished, content of a document."""
 
 
-class Attackers(Protocol):
+class MeasureAttackers(Protocol):
     """Measures the table of attackers of a pool with rotation."""
 
     def __call__(

@@ -13,7 +13,7 @@ from holdfast.ops.expectation import inner
 from holdfast.sources.sent import Sent, Totals, counting_by
 from holdfast.sources.served import Served
 from holdfast.store.files import SERVED, usable
-from holdfast.store.folder import planned, refuse_used
+from holdfast.store.folder import refuse_used, stored_manifest
 from holdfast.store.journal import NAME, Journal
 from holdfast.verbs.request import AssessRequest, Subject
 
@@ -46,7 +46,7 @@ def journaled(run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
         refuse_used(run, resume=resume)
         found = Journal(limit, run / NAME, resume=resume, keep=keep)
         made.append(found)
-        if planned(run) is None:  # the folder of a begun run belongs to the process with the lease
+        if stored_manifest(run) is None:  # the folder of a begun run belongs to the process with the lease
             with usable(run):
                 run.mkdir(parents=True, exist_ok=True)
             found.attach()
@@ -106,7 +106,7 @@ def totals_in(run: Path) -> Totals | None:
     return journal.totals
 
 
-def to_json(totals: Totals) -> dict[str, Any]:
+def totals_to_json(totals: Totals) -> dict[str, Any]:
     """The totals as in the evidence; see `Evidence.served`."""
     return {
         "rows": totals.rows.total(),

@@ -29,7 +29,7 @@ from holdfast.verbs.evidence import (
     evidence_of,
     with_attackers,
 )
-from holdfast.verbs.forms import ASKED, ASSESSED, DECIDED, HEAD, JUDGED, LISTED, fitting
+from holdfast.verbs.forms import ASKED, ASSESSED, DECIDED, HEAD, JUDGED, LISTED, consistent
 from holdfast.verbs.result import Result, about_of
 from holdfast.verbs.served import totals_in
 
@@ -38,7 +38,7 @@ RUNS = Path("holdfast-runs")
 
 
 @dataclass(frozen=True)
-class Entry:
+class RunEntry:
     """A run as a row in the list of runs."""
 
     path: Path
@@ -108,7 +108,7 @@ def _opened(path: Path, manifest: dict[str, Any], chain: Chain, decided: dict[st
     refuse_form(path / f"{VERDICT}.json", decided, DECIDED)
     asked = _doubts(path, chain)
     rotation = recorded_document(path, chain, ROTATION)
-    with fitting(path):
+    with consistent(path):
         return _put_together(path, manifest, chain, decided, asked, rotation)
 
 
@@ -130,22 +130,22 @@ def _put_together(
     return Result(evidence, gates, decided["accepted_doubts"], about, path, found, rotation=rotation)
 
 
-def runs_in(parent: Path = RUNS) -> list[Entry]:
+def runs_in(parent: Path = RUNS) -> list[RunEntry]:
     """The runs in a folder, oldest first. Folders without a readable run are skipped."""
     if not parent.is_dir():
         return []
     return sorted(_entries(parent), key=lambda entry: (entry.created, entry.path.name))
 
 
-def _entries(parent: Path) -> Iterator[Entry]:
+def _entries(parent: Path) -> Iterator[RunEntry]:
     for folder in parent.iterdir():
         with suppress(HoldfastError, OSError):
             if (folder / MANIFEST).is_file():
-                with fitting(folder):
+                with consistent(folder):
                     yield _entry(folder)
 
 
-def _entry(path: Path) -> Entry:
+def _entry(path: Path) -> RunEntry:
     manifest, chain = read_manifest(path), read_chain(path, mend=False)
     refuse_form(path / MANIFEST, manifest, LISTED)
     refuse_altered(path, chain)
@@ -155,7 +155,7 @@ def _entry(path: Path) -> Entry:
     eps = number(threat["eps"])
     stages = manifest["plan"]["stages"]
     done = sum({link.content["kind"], link.content.get("name")} & {*stages} != set() for link in chain.links)
-    return Entry(
+    return RunEntry(
         path,
         manifest["verb"],
         str(read_about(path).get("created", "")),

@@ -57,7 +57,7 @@ def refuse_untrainable(model: Classifier) -> None:
         )
 
 
-def remarks(model: Classifier, x: Inputs) -> tuple[str, ...]:
+def training_notes(model: Classifier, x: Inputs) -> tuple[str, ...]:
     """Notes on a model that is trained on inputs like `x`.
 
     They say whether some parameters are frozen, the model changes its inputs in place, or no gradient reaches the

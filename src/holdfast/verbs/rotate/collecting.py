@@ -26,7 +26,7 @@ from holdfast.rotation.collecting import begun_anew, swapped
 from holdfast.store.columns import ColumnFile
 from holdfast.store.manifest import refuse_other_head, stands
 from holdfast.store.pool import Pool
-from holdfast.verbs.pace import Pace, fitting, pace
+from holdfast.verbs.pace import Pace, pace, whole_epochs
 from holdfast.verbs.rotate.terms import Terms, accuracy, state_of
 
 OWN = 4
@@ -249,7 +249,7 @@ class _Collecting:
             spent_s = time.perf_counter() - begin
             trained = self.anew + OWN
             spent_s += self.terms.source.runs * self.terms.source.updates * found.update
-            epochs = fitting((budget_s - spent_s) / trained, found)
+            epochs = whole_epochs((budget_s - spent_s) / trained, found)
             if not epochs:
                 raise UsageError(_too_small(budget_s, spent_s, found, trained))
         plan = {"epochs": epochs, "runs": self.terms.source.runs, "budget_s": budget_s, "planning_s": spent_s}

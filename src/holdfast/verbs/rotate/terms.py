@@ -23,8 +23,8 @@ from holdfast.rotation.collecting import Beginning
 from holdfast.store.differences import differences
 from holdfast.store.pool import Pool
 from holdfast.verbs.candidates import Candidate
-from holdfast.verbs.held_out import digest_of, refuse_classes, split_of, without_held, without_judged
-from holdfast.verbs.pieces import in_pieces
+from holdfast.verbs.held_out import digest_of, refuse_missing_classes, split_of, without_held, without_judged
+from holdfast.verbs.pieces import results_in_pieces
 from holdfast.verbs.request import Subject
 from holdfast.verbs.trainable import learner_of, refuse_untrainable
 
@@ -158,14 +158,14 @@ def _named(key: str, about: Mapping[str, Any]) -> dict[str, Any]:
 
 def parted(data: Batch, test: Data, name: str, classes: int, seed: int) -> Examples:
     """Split the training examples, without test examples: one in five is held out, at most 8,000."""
-    refuse_classes(data, classes)
+    refuse_missing_classes(data, classes)
     fresh, judged = without_judged(data.take(data.y != UNLABELLED), test)
     rest, held = split_of(fresh, seed, most=MOST, every=EVERY)
     rest, twice = without_held(rest, held)
     order = Draws(seed).at("judging").bits(held.ids).argsort()
     notes = tuple(note for note in (judged, twice) if note)
     if notes:
-        refuse_classes(rest, classes, after="; ".join(notes))
+        refuse_missing_classes(rest, classes, after="; ".join(notes))
     return Examples(rest, held.take(order), digest_of(fresh), name, notes)
 
 
@@ -189,4 +189,4 @@ def accuracy(model: Classifier, data: Batch) -> float:
         with torch.no_grad():
             return int((model(some.x).argmax(1) == some.y).sum())
 
-    return sum(in_pieces(data, right)) / len(data)
+    return sum(results_in_pieces(data, right)) / len(data)
