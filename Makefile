@@ -1,6 +1,6 @@
 # Everything stands in .venv, which is made on first use and renewed only when the versions change.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check static docs quick slow fuzz bench check-servers figures bundled data clean
+.PHONY: help demo test check static docs quick slow fuzz bench benchmarks-page check-servers figures bundled data clean
 
 PYTHON ?= python3
 RUN := .venv/.run
@@ -25,6 +25,7 @@ help:
 	@echo 'make docs                build the documentation into site/'
 	@echo 'make fuzz [ARGS=…]       open damaged files with new seeds, until it is stopped'
 	@echo 'make bench [PEERS=dir]   measure against the peers; writes a dated record'
+	@echo 'make benchmarks-page     write docs/benchmarks.md from the newest records'
 	@echo 'make check-servers       download and start MLServer, LitServe and FastAPI, and assess them'
 	@echo 'make figures             draw the pictures of the documentation from the newest records'
 	@echo 'make bundled [FROM=dir]  train the bundled networks again'
@@ -85,6 +86,9 @@ fuzz: $(DEV)
 
 bench: $(BENCH)
 	.venv-bench/bin/python -m benchmarks $(if $(PEERS),--peers $(PEERS))
+
+benchmarks-page: $(RUN)
+	$(BIN)/python -m benchmarks.page
 
 check-servers: $(DEV) $(SERVERS)
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.servers .venv-servers

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import page as benchmarks_page
 from benchmarks.__main__ import ROWS
 from benchmarks.record import newest
 from holdfast import attacks
@@ -78,6 +79,21 @@ def test_every_claim_that_a_record_misses_is_told():
         for row in rows("reference/missed.md", "row")
     }
     assert told == {row: (n, len(latest[row])) for row, n in missed.items() if n}
+
+
+def test_the_page_of_benchmarks_is_in_step_with_the_records():
+    assert set(benchmarks_page.SUBJECTS) == set(ROWS), "name the subject of each row"
+    assert text("benchmarks.md") == benchmarks_page.page(), "write it again: make benchmarks-page"
+
+
+def test_the_readme_is_short_and_its_rows_are_recorded():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 120
+    start = lines.index("| what | result | command: `python -m benchmarks --only …` |") + 2
+    measured = [line.split("|")[-2].strip(" `") for line in lines[start : lines.index("", start)]]
+    assert len(measured) == 8
+    assert all(newest(row)["claims"] for row in measured)
 
 
 def test_every_attack_has_a_row():
