@@ -310,7 +310,7 @@ def test_the_page_tells_what_is_recorded_of_rotating():
             "construction": row["construction"],
             "clean, %": f"{row['clean, %']:.1f}",
             **{name: f"{row[name]:.3f}" for name in ("A0", "A1", "A2", "A3", "white box")},
-            "let in, %": f"{row['let in, %']:.0f}" if "let in, %" in row else "",
+            "admitted, %": f"{row['let in, %']:.0f}" if "let in, %" in row else "",
         }
         for row in newest("rotation")["table"]
     ]
@@ -348,13 +348,18 @@ def test_the_page_tells_what_is_recorded_of_rotating_what_was_hardened(row, of_s
 
 
 def test_the_page_tells_what_is_recorded_of_new_basins():
-    places = {"let in, %": 0, "from the best": 3, "lost halfway": 1, "s for a set": 2}
+    columns = {  # of the page: that of the record, and its decimal places
+        "admitted, %": ("let in, %", 0),
+        "from the best": ("from the best", 3),
+        "lost halfway": ("lost halfway", 1),
+        "s per set": ("s for a set", 2),
+    }
     assert rows("concepts/rotation.md", "attempt") == [
         {
             "attempt": row["attempt"],
             **{
-                name: f"{round(row[name], digits) + 0.0:.{digits}f}" if name in row else ""
-                for name, digits in places.items()
+                column: f"{round(row[name], digits) + 0.0:.{digits}f}" if name in row else ""
+                for column, (name, digits) in columns.items()
             },
         }
         for row in newest("new-basins")["table"]
