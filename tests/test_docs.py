@@ -138,11 +138,11 @@ def test_every_attack_is_compared_and_every_reference_belongs_to_one():
 @pytest.mark.parametrize("row", ATTACKS, ids=lambda row: row["attack"].strip("`"))
 def test_an_attack_sees_and_costs_what_its_row_says(row):
     attack = getattr(attacks, row["attack"].strip("`"))()
-    assert row["sees"] == attack.needs
+    assert row["needs"] == attack.needs
     cited = re.findall(r"arxiv\.org/abs/(\d{4}\.\d{4,5})", row["source"])
     assert cited
     assert set(cited) <= set(re.findall(r"arXiv:(\d{4}\.\d{4,5})", inspect.getmodule(type(attack)).__doc__))
-    if row["asks of each"] == "learned":
+    if row["passes"] == "learned":
         assert isinstance(attack, Learned)
         return
     batch = open_data("mnist-mini", n=2).read(0, 2)
@@ -158,10 +158,10 @@ def test_an_attack_sees_and_costs_what_its_row_says(row):
     threat = ThreatModel(smallest, surrogates=(open_model("mnist-cnn").model,))
     evidence = measure(open_model("mnist-cnn-hardened").model, [batch], [attack], threat)
     assert evidence["correct"].all()
-    said = tuple(map(int, re.findall(r"\d+", row["asks of each"])))
+    said = tuple(map(int, re.findall(r"\d+", row["passes"])))
     cost = evidence.attacks[0].cost
     asked = (cost.forwards / len(batch) - 1 + spared, cost.backwards / len(batch))
-    if row["asks of each"].startswith("at most"):
+    if row["passes"].startswith("at most"):
         assert asked <= said
     else:
         assert asked == pytest.approx(said, rel=0.002 if spared else 0.02)
@@ -191,7 +191,7 @@ def test_every_suite_metric_doubt_command_and_bundled_model_is_told():
 
 
 def test_every_key_of_the_configuration_is_told_as_the_editor_tells_it():
-    told = {row["key"].strip("`"): row["says"] for row in rows("reference/configuration.md", "key")}
+    told = {row["key"].strip("`"): row["description"] for row in rows("reference/configuration.md", "key")}
     known = {
         **RotateSettings.model_fields,
         **HardenSettings.model_fields,
@@ -204,7 +204,7 @@ def test_the_flags_of_the_configuration_page_exist():
     pages = (ROOT / "tests" / "cli" / "help" / f"{name}.txt" for name in ("harden", "assess", "rotate-run"))
     shown = "".join(page.read_text(encoding="utf-8") for page in pages)
     for row in rows("reference/configuration.md", "key"):
-        for flag in re.findall(r"`(-[\w-]+)`", row["flag"]):
+        for flag in re.findall(r"`(-[\w-]+)`", row["option"]):
             assert re.search(rf"(?<![\w-]){flag}\b", shown), flag
 
 
