@@ -38,6 +38,25 @@ def test_every_block_of_hardening_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_short_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    readme = (TUTORIALS.parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"These commands run in .*?```console\n(.*?)```", readme, re.DOTALL)
+    lines = re.findall(r"^\$ holdfast (.*)$", block, re.MULTILINE)
+    assert [line.split()[0] for line in lines] == [
+        "doctor",
+        "assess",
+        "assess",
+        "compare",
+        "report",
+        "verify",
+    ]
+    for line in lines:
+        assert run(shlex.split(line, comments=True)) == 0, (line, capsys.readouterr().out)
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.slow
 def test_every_line_of_rotation_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^\$ holdfast (.*)$", page("rotation"), re.MULTILINE)
