@@ -137,7 +137,7 @@ def page() -> str:
 
 def _sentence(text: str) -> str:
     """The first sentence, without its full stop."""
-    return re.split(r"\. (?=[A-Z*])", text)[0].rstrip(".")
+    return re.split(r"\. (?=[A-Z*[])", text)[0].rstrip(".")
 
 
 def _met(record: Cells) -> str:
