@@ -13,6 +13,7 @@ from fuzzing.encodings import chunks, png
 from holdfast.core.errors import TargetError
 from holdfast.sources.data import open_data
 from holdfast.sources.models import open_model
+from holdfast.sources.onnx.bounds import MOST_ROUNDS
 
 onnx = pytest.importorskip("onnx")
 helper = onnx.helper
@@ -98,7 +99,7 @@ def test_functions_of_an_onnx_model_are_put_in_place_where_they_stand_for_few_no
         open_model(saved(tmp_path / "itself.onnx", calls, functions=[itself]))
 
 
-@pytest.mark.parametrize("rounds", [None, 1 << 17], ids=["none", "many"])
+@pytest.mark.parametrize("rounds", [None, MOST_ROUNDS + 1], ids=["none", "many"])
 def test_a_loop_without_a_small_constant_number_of_rounds_is_refused(tmp_path, rounds):
     info, kinds = helper.make_tensor_value_info, onnx.TensorProto
     whole, flag, real = kinds.INT64, kinds.BOOL, kinds.FLOAT

@@ -357,6 +357,17 @@ def test_a_booster_of_another_objective_is_refused():
         wrapped(trained)
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_features_of_a_booster_are_limited(tmp_path: Path, monkeypatch):
+    path = tmp_path / "m.ubj"
+    booster().save_model(path)
+    monkeypatch.setattr("holdfast.sources.limited.trees._MOST_FEATURES", X.shape[1])
+    open_model(str(path))
+    monkeypatch.setattr("holdfast.sources.limited.trees._MOST_FEATURES", X.shape[1] - 1)
+    with pytest.raises(TargetError, match=f"declares {X.shape[1]} features"):
+        open_model(str(path))
+
+
 @pytest.mark.slow  # each file is loaded in a process of its own first
 def test_files_of_xgboost_open_with_the_best_iteration(tmp_path: Path):
     xgboost = pytest.importorskip("xgboost")

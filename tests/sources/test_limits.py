@@ -219,6 +219,23 @@ def test_images_files_and_members_are_counted_first(tmp_path: Path, monkeypatch)
         check_archive(path)
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_arrays_and_tables_are_read_up_to_their_size(tmp_path: Path, monkeypatch):
+    arrays, address = tmp_path / "d.npz", table(tmp_path / "t.csv", b"1,0\n", 5)
+    np.savez(arrays, x=np.zeros((2, 3), np.float32), y=np.zeros(2, int))
+    with zipfile.ZipFile(arrays) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    for module, path, label, most in (
+        ("npz", str(arrays), None, size),
+        ("limited.tables", address, "label", Path(address).stat().st_size),
+    ):
+        monkeypatch.setattr(f"holdfast.sources.{module}.MAX_BYTES", most)
+        assert len(open_data(path, label=label)) > 1
+        monkeypatch.setattr(f"holdfast.sources.{module}.MAX_BYTES", most - 1)
+        with pytest.raises(TargetError, match="HOLDFAST_READ_MEMORY="):
+            open_data(path, label=label)
+
+
 def test_a_configuration_is_short_and_its_numbers_have_64_bits(monkeypatch):
     text = f"seed: {2**63 - 1}"
     monkeypatch.setattr("holdfast.config.yaml_text.MAX_CHARACTERS", len(text))

@@ -52,6 +52,7 @@ WRONG = [
     ("run.json", lambda c: c["config"]["stages"][0].update(name="../clean")),
     ("run.json", lambda c: c["config"]["stages"][0].update(name=3)),
     ("run.json", lambda c: c["plan"].update(stages="/etc/passwd")),
+    ("run.json", lambda c: c["config"]["stages"].append(c["config"]["stages"][0])),
     ("run.json", lambda c: c.update(digests=[])),
     ("run.json", lambda c: c["config"]["threat"].update(eps="much")),
     ("run.json", lambda c: c["data"].update(classes={"a": 1})),

@@ -12,6 +12,7 @@ from holdfast.harness.plan import Kind
 from holdfast.store.forms import (
     anything,
     count,
+    distinct,
     flag,
     listed,
     mapped,
@@ -54,7 +55,13 @@ ASSESSED = record(
         "verb": text,
         "digests": mapped(text),
         "config": record(
-            {"stages": listed(_STEP), "threat": _THREAT, "seed": whole, "suite": text, "smallest": flag}
+            {
+                "stages": distinct(_STEP, "name"),
+                "threat": _THREAT,
+                "seed": whole,
+                "suite": text,
+                "smallest": flag,
+            }
         ),
         "model": record({"randomised": flag}, {"name": text}),
         "data": _DATA,
@@ -71,7 +78,7 @@ LISTED = record(
         "config": record({"threat": record({"norm": text, "eps": real}), "suite": text}),
         "model": record({}, {"name": text}),
         "data": record({}, {"name": text}),
-        "plan": record({"stages": listed(name)}),
+        "plan": record({"stages": distinct(name)}),
     }
 )
 """Schema of the parts of `run.json` that a list of runs shows, for any verb."""

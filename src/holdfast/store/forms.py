@@ -105,6 +105,19 @@ def listed(form: Form) -> Form:
     return check
 
 
+def distinct(form: Form, field: str | None = None) -> Form:
+    """A list of values of `form`, of which no two are equal. With `field`, its values in the objects are compared."""
+
+    def check(value: Any, where: str) -> None:
+        listed(form)(value, where)
+        seen = set()
+        for each in value if field is None else [item[field] for item in value]:
+            _expect(each not in seen, each, f"an entry of {where}", "a name that occurs once")
+            seen.add(each)
+
+    return check
+
+
 def pair(form: Form) -> Form:
     """A list of two such values."""
 
